@@ -1,0 +1,30 @@
+"""effzoo: one transformer; its attention and its fine-tuning method are plugs; every plug fits every other plug."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from effzoo import attention, peft
+from effzoo.build import build
+from effzoo.errors import EffzooError
+from effzoo.peft import account, activate, attach, attached, detach, load_adapter, merge, save_adapter
+from effzoo.registry import load_file, scope
+from effzoo.zoo import models
+
+if TYPE_CHECKING:
+    from effzoo import checks, convert
+    from effzoo.checks import check
+    from effzoo.train import finetune
+
+__version__ = "0.1.0"
+__all__ = [
+    "EffzooError", "account", "activate", "attach", "attached", "attention", "build", "check", "checks", "convert", "detach", "finetune",
+    "load_adapter", "load_file", "merge", "models", "peft", "save_adapter", "scope",
+]
+
+_LAZY = {"check": "effzoo.checks", "checks": "", "convert": "", "finetune": "effzoo.train"}  # these import transformers or testing tools
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'effzoo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name) if _LAZY[name] else importlib.import_module(f"effzoo.{name}")

@@ -1,0 +1,145 @@
+"""Task heads: from hidden states to logits, and the loss when labels are given.
+
+The sites of a classification head have roles `head.*`: they start untrained, so every adapter trains a copy of its own. Those of a
+pretrained language-model head have roles `lm.*` and stay frozen unless targeted.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effzoo.architectures.config import Config
+from effzoo.architectures.output import Output
+from effzoo.blocks.feedforward import ACTIVATIONS
+from effzoo.errors import InputError
+from effzoo.sites import Embedding, LayerNorm, Linear, TiedLinear
+
+IGNORED = -100  # the label of positions that do not count, as in transformers
+
+
+class Features(nn.Module):
+    """Hidden states as they are, and tanh(W x_first + b) for models that were trained with such a pooler."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.pooler = Linear(config.dim, config.dim, role="pooler") if config.pooler and not config.causal else None
+
+    def forward(self, hidden: Tensor, valid: Tensor | None, labels: Tensor | None, embedding: Embedding) -> Output:
+        if labels is not None:
+            raise InputError("task 'features' has no loss, so labels mean nothing; build the model with another task")
+        pooled = None if self.pooler is None else self.pooler(hidden[:, 0]).tanh()
+        return Output.of(last_hidden_state=hidden, pooler_output=pooled)
+
+
+class Classification(nn.Module):
+    """One label per sequence: out(dropout(tanh(dense(pooled)))), or out(dropout(pooled)) without the dense layer.
+
+    The loss is the cross-entropy for integer labels [batch], the binary cross-entropy for float labels [batch, num_labels] (several labels may
+    hold), and the squared error for num_labels = 1.
+    """
+
+    def __init__(self, config: Config, num_labels: int):
+        super().__init__()
+        self.pooling, self.num_labels = config.pooling, num_labels
+        self.dense = Linear(config.dim, config.dim, role="head.dense") if config.head_dense else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.out = Linear(config.dim, num_labels, bias=config.head_bias, role="head.out")
+
+    def forward(self, hidden: Tensor, valid: Tensor | None, labels: Tensor | None, embedding: Embedding) -> Output:
+        x = pool(hidden, valid, self.pooling)
+        if self.dense is not None:
+            x = self.dense(x).tanh()
+        logits = self.out(self.dropout(x))
+        return Output.of(loss=None if labels is None else self.loss(logits, labels), logits=logits, last_hidden_state=hidden)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.num_labels == 1 and labels.shape in (logits.shape, logits.shape[:1]):
+            return F.mse_loss(logits.float().flatten(), labels.float().flatten())
+        if labels.is_floating_point() and labels.shape == logits.shape:
+            return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
+        if labels.is_floating_point() or labels.shape != logits.shape[:1]:
+            raise InputError(
+                f"labels are integers of shape {tuple(logits.shape[:1])} (or floats of shape {tuple(logits.shape)} when several may hold), "
+                f"got {labels.dtype} of shape {tuple(labels.shape)}"
+            )
+        return _cross_entropy(logits, labels)
+
+
+class TokenClassification(nn.Module):
+    """One label per token: out(dropout(x)), [batch, n, num_labels]; labels [batch, n], -100 where none counts."""
+
+    def __init__(self, config: Config, num_labels: int):
+        super().__init__()
+        self.dropout = nn.Dropout(config.dropout)
+        self.out = Linear(config.dim, num_labels, role="head.out")
+
+    def forward(self, hidden: Tensor, valid: Tensor | None, labels: Tensor | None, embedding: Embedding) -> Output:
+        logits = self.out(self.dropout(hidden))
+        return Output.of(loss=None if labels is None else _cross_entropy(logits, labels), logits=logits, last_hidden_state=hidden)
+
+
+class LanguageModel(nn.Module):
+    """Logits over the vocabulary, [batch, n, vocab], with the token embedding as the output matrix (tied).
+
+    Masked (encoder): W_e norm(act(dense(x))) + b. Causal (decoder): W_e x, and labels are shifted here: logits at t
+    are compared with the label at t + 1. Labels [batch, n], -100 where none counts.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.causal = config.causal
+        transform = config.lm_transform and not config.causal
+        self.dense = Linear(config.dim, config.dim, role="lm.dense") if transform else None
+        self.norm = LayerNorm(config.dim, config.eps, role="lm.norm") if transform else None
+        self.activation = ACTIVATIONS[config.activation]
+        self.out = TiedLinear(config.vocab, bias=not config.causal, role="lm.out")
+
+    def forward(self, hidden: Tensor, valid: Tensor | None, labels: Tensor | None, embedding: Embedding) -> Output:
+        x = hidden
+        if self.dense is not None and self.norm is not None:
+            x = self.norm(self.activation(self.dense(x)))
+        weight = embedding.composed()["weight"]
+        assert weight is not None
+        logits = self.out(x, weight)
+        loss = None
+        if labels is not None:
+            loss = _cross_entropy(logits[:, :-1], labels[:, 1:]) if self.causal else _cross_entropy(logits, labels)
+        return Output.of(loss=loss, logits=logits, last_hidden_state=hidden)
+
+
+def head(config: Config, task: str, num_labels: int) -> nn.Module:
+    """The head of a task."""
+    config.check_task(task)
+    if task in ("classification", "token_classification") and num_labels < 1:
+        raise InputError(f"num_labels is at least 1, got {num_labels}")
+    if task == "classification":
+        return Classification(config, num_labels)
+    if task == "token_classification":
+        return TokenClassification(config, num_labels)
+    return Features(config) if task == "features" else LanguageModel(config)
+
+
+def pool(hidden: Tensor, valid: Tensor | None, how: str) -> Tensor:
+    """[batch, n, dim] -> [batch, dim]: the first position, the mean over tokens, or the last token; padding is left out."""
+    if how == "first":
+        return hidden[:, 0]
+    if valid is None:
+        return hidden.mean(dim=1) if how == "mean" else hidden[:, -1]
+    if how == "mean":
+        weight = valid.to(hidden.dtype).unsqueeze(-1)
+        return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+    last = (valid * torch.arange(valid.shape[1], device=valid.device)).argmax(dim=1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the labels that count; 0 when none does."""
+    if labels.is_floating_point() or labels.shape != logits.shape[:-1]:
+        raise InputError(f"labels are integers of shape {tuple(logits.shape[:-1])}, got {labels.dtype} of shape {tuple(labels.shape)}")
+    counted = labels[labels != IGNORED]
+    if labels.device.type == "cpu" and len(counted) and not 0 <= int(counted.min()) <= int(counted.max()) < logits.shape[-1]:
+        raise InputError(f"labels are in [0, {logits.shape[-1]}) or {IGNORED}, got {int(counted.min())} to {int(counted.max())}; check num_labels")
+    total = F.cross_entropy(logits.float().flatten(0, -2), labels.long().flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / max(len(counted), 1)

@@ -1,0 +1,144 @@
+"""The transformer, encoder or decoder: embeddings, a stack of blocks, a head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from effzoo.architectures.config import Config
+from effzoo.architectures.embeddings import Embeddings, check_inputs
+from effzoo.architectures.heads import head
+from effzoo.architectures.output import Output
+from effzoo.attention.core import AttentionCore, Context, Mask
+from effzoo.blocks.block import Block
+from effzoo.errors import OptionError
+from effzoo.sites import LayerNorm, Linear
+from effzoo.spec import Spec, parse_one
+
+
+class Transformer(nn.Module):
+    """An encoder (bidirectional) or a decoder (causal) with the head of a task; everything in `config` is data.
+
+    Weights start as in BERT and GPT-2: normal with standard deviation 0.02, biases 0; decoders scale the projections that
+    end a residual branch by 1 / sqrt(2 layers) (Radford et al. 2019, section 2.3).
+    """
+
+    def __init__(self, config: Config, task: str = "features", num_labels: int = 2):
+        super().__init__()
+        self.config, self.task, self.num_labels = config, task, num_labels
+        self.embeddings = Embeddings(config)
+        self.blocks = nn.ModuleList(self._block(config, layer, spec) for layer, spec in enumerate(attention_specs(config)))
+        self.final_norm = LayerNorm(config.dim, config.eps, role="final.norm") if config.norm == "pre" else None
+        self.head = head(config, task, num_labels)
+        self.checkpointing = False
+        self.apply(self._initialise)
+        for block in self.blocks if config.causal else ():
+            for linear in (block.attn.o, block.mlp.down):  # type: ignore[union-attr]
+                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.layers))  # type: ignore[union-attr, arg-type]
+
+    @staticmethod
+    def _block(config: Config, layer: int, spec: Spec) -> Block:
+        context = Context(
+            heads=config.heads,
+            head_dim=config.dim // config.heads,
+            causal=config.causal,
+            dropout=config.attention_dropout,
+            layer=layer,
+            layers=config.layers,
+            max_length=config.max_length,
+            backend=config.backend,
+        )
+        return Block(
+            config.dim, config.mlp, spec, context, norm=config.norm, eps=config.eps, activation=config.activation, dropout=config.dropout
+        )
+
+    @staticmethod
+    def _initialise(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Output:
+        """Token ids [batch, n], or embeddings [batch, n, dim], -> loss, logits, last_hidden_state [batch, n, dim].
+
+        attention_mask [batch, n]: 1 for tokens, 0 for padding. global_attention_mask [batch, n]: 1 for tokens with
+        global attention; by default the first token of an encoder with a classification head whose attention knows global tokens, else none.
+        Raises InputError for shapes, dtypes, lengths and ids that do not fit.
+        """
+        prompt = self.embeddings.token.prompt()
+        rows = 0 if prompt is None else len(prompt)
+        check_inputs(
+            self.config, rows, input_ids, inputs_embeds, attention_mask=attention_mask, token_type_ids=token_type_ids,
+            position_ids=position_ids, global_attention_mask=global_attention_mask,
+        )  # fmt: skip
+        valid = self._valid(attention_mask)
+        x = self.embeddings(input_ids, inputs_embeds, position_ids, token_type_ids, prompt)
+        mask = self._mask(valid, global_attention_mask, x, rows)
+        for block in self.blocks:
+            x = checkpoint(block, x, mask, use_reentrant=False) if self.checkpointing and self.training else block(x, mask)
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        output: Output = self.head(x[:, rows:], valid, labels, self.embeddings.token)
+        return output
+
+    def cores(self) -> Iterable[AttentionCore]:
+        """The attention core of each block."""
+        return (block.attn.core for block in self.blocks)  # type: ignore[union-attr, misc]
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Keep only the input of each block for the backward pass and compute the rest again (Chen et al. 2016)."""
+        self.checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.checkpointing = False
+
+    def _valid(self, attention_mask: Tensor | None) -> Tensor | None:
+        """bool[batch, n], or None when every position holds a token, which lets attention run without a mask."""
+        if attention_mask is None:
+            return None
+        valid = attention_mask.bool()
+        return None if not torch.compiler.is_compiling() and bool(valid.all()) else valid
+
+    def _mask(self, valid: Tensor | None, is_global: Tensor | None, x: Tensor, rows: int) -> Mask:
+        """The mask of the blocks. Prompt rows are tokens, and global where attention knows global tokens: else only near tokens saw them."""
+        batch, n = x.shape[0], x.shape[1] - rows
+        knows_global = any(core.supports_global for core in self.cores())
+        if is_global is not None and not knows_global:
+            next(iter(self.cores())).check(Mask(is_global=is_global))
+        if is_global is None and knows_global and self.task == "classification" and not self.config.causal:
+            is_global = (torch.arange(n, device=x.device) == 0).expand(batch, n)
+        if is_global is None and knows_global and rows:
+            is_global = torch.zeros(batch, n, device=x.device)
+        if is_global is not None:
+            is_global = nn.functional.pad(is_global.bool(), (rows, 0), value=True)
+        if valid is not None:
+            valid = nn.functional.pad(valid, (rows, 0), value=True)
+            is_global = None if is_global is None else is_global & valid
+        if is_global is not None and not torch.compiler.is_compiling() and not bool(is_global.any()):
+            is_global = None
+        return Mask(valid, is_global)
+
+
+def attention_specs(config: Config) -> list[Spec]:
+    """One attention spec per layer."""
+    given = config.attention
+    if isinstance(given, (tuple, list)):
+        if len(given) != config.layers:
+            raise OptionError(f"{len(given)} attention specs for {config.layers} layers; give one, or one per layer")
+        return [parse_one(spec) for spec in given]
+    return [parse_one(given)] * config.layers

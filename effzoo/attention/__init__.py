@@ -1,0 +1,16 @@
+"""Attention kinds: one file each, all a plan over the softmax of `kernel.py`.
+
+`names()`, `get(name)`, `options(name)` and `register(name)` are the registry's view of this kind.
+"""
+
+from effzoo.attention import full, longformer
+from effzoo.attention.core import AttentionCore, Context, Mask, memory_part
+from effzoo.attention.kernel import Part, attend, bias_of
+from effzoo.registry import attention as _view
+
+names, get, options, register, create, aliases = _view.names, _view.get, _view.options, _view.register, _view.create, _view.aliases
+
+__all__ = [
+    "AttentionCore", "Context", "Mask", "Part", "aliases", "attend", "bias_of", "create", "full", "get", "longformer", "memory_part",
+    "names", "options", "register",
+]

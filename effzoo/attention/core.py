@@ -1,0 +1,125 @@
+"""The contract of an attention kind: a plan over the one softmax of `kernel.py`.
+
+A kind is a class with `projections` (the tensors it eats; the layer builds them), `forward(*projections, mask=, memory=)` and
+`pattern(n, mask)`, the definition it must equal. Its options are the keyword-only parameters of its constructor.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from effzoo.attention import kernel, reference
+from effzoo.errors import IncompatibleError, InputError
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a core knows of the layer it works in."""
+
+    heads: int
+    head_dim: int
+    causal: bool = False
+    dropout: float = 0.0
+    layer: int = 0
+    layers: int = 1
+    max_length: int = 512
+    backend: str = "auto"
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """What is true of the positions of one batch, made once and shared by all layers.
+
+    valid [batch, n]: True where there is a token; None when every position holds one.
+    is_global [batch, n]: True where a token has global attention; None when none has.
+    """
+
+    valid: Tensor | None = None
+    is_global: Tensor | None = None
+    _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def memo(self, key: Any, make: Callable[[], Any]) -> Any:
+        """`make()` at the first call with this key, then the same again: masks that layers share are built once."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
+
+    def key_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """Padding as an additive bias [batch, 1, 1, n], or None."""
+        if self.valid is None:
+            return None
+        valid = self.valid
+        return self.memo(("key_bias", dtype), lambda: kernel.bias_of(valid[:, None, None, :], dtype))
+
+
+class AttentionCore(nn.Module, abc.ABC):
+    """One attention kind. Subclasses say what they eat, what they cost, and compute."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    projections: ClassVar[tuple[str, ...]] = ("q", "k", "v")
+    copied_from: ClassVar[Mapping[str, str]] = {}  # projections that start as copies when another kind's weights are loaded
+    cost: ClassVar[str] = "n^2"
+    supports_causal: ClassVar[bool] = True
+    supports_memory: ClassVar[bool] = True
+    supports_global: ClassVar[bool] = False
+
+    def __init__(self, context: Context):
+        super().__init__()
+        self.context = context
+        if context.causal and not self.supports_causal:
+            raise IncompatibleError(f"attention {self.name!r} cannot be causal: it mixes past and future; use it in an encoder")
+
+    @abc.abstractmethod
+    def forward(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
+        """Projections, each [batch, heads, n, head_dim] -> [batch, heads, n, head_dim].
+
+        memory: keys and values [heads, rows, head_dim] that every query sees as well (prefix tuning).
+        """
+
+    def pattern(self, n: int, mask: Mask) -> Tensor:
+        """The definition: True where query i may attend key j, broadcastable to bool[batch, heads, n, n].
+
+        Kinds that no mask expresses leave it out and give an anchor test instead.
+        """
+        raise IncompatibleError(f"attention {self.name!r} has no mask pattern")
+
+    def dense(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
+        """What `forward` must equal: softmax under `pattern` in O(n^2), in the dtype of the input."""
+        q, k, v = projected
+        return reference.dense(q, k, v, self.pattern(q.shape[2], mask), memory)
+
+    def uses(self, mask: Mask) -> tuple[str, ...]:
+        """The projections that this batch needs; the layer passes None for the others."""
+        return self.projections
+
+    def check(self, mask: Mask) -> None:
+        """Refuse what this kind cannot honour, rather than ignore it."""
+        if mask.is_global is not None and not self.supports_global:
+            raise InputError(f"attention {self.name!r} has no global tokens; leave global_attention_mask out, or use 'longformer'")
+
+    @property
+    def dropout(self) -> float:
+        """The dropout probability of the attention weights now: 0 in evaluation."""
+        return self.context.dropout if self.training else 0.0
+
+    def attend(self, *parts: kernel.Part | None) -> Tensor:
+        """Softmax over the union of the parts' keys; absent parts are None."""
+        present = [part for part in parts if part is not None]
+        return kernel.attend(*present, dropout=self.dropout, backend=self.context.backend)
+
+
+def memory_part(q: Tensor, memory: KeysValues | None) -> kernel.Part | None:
+    """The part in which every query, [batch, heads, n, head_dim], sees the memory; None without memory."""
+    if memory is None:
+        return None
+    keys, values = (x.to(q.dtype).expand(q.shape[0], *x.shape) for x in memory)
+    return kernel.Part(q, keys, values)

@@ -1,0 +1,171 @@
+"""The one softmax: attention over the union of several parts' keys, in O(n) memory, exact forward and backward.
+
+A part is a choice of keys for the queries. Each part runs as one flash attention and returns its output and log-sum-exp;
+`merge` combines them into the softmax over all keys together,
+
+    L = log sum_i exp(lse_i),     out = sum_i exp(lse_i - L) out_i,
+
+which is how FlashAttention merges its tiles (Dao et al. 2022, arXiv:2205.14135, section 3.1). No gradient flows
+through the merge weights: with P = exp(S_i - L) the derivative dS_i = P * (dO V_i^T - rowsum(dO * out)) needs only the *merged*
+out and L, so each part's flash backward runs with those (as ring attention does, Liu et al. 2023, arXiv:2310.01889).
+
+The private operators of torch stay in this file; `_plain` is their readable twin, and tests hold the two equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from effzoo.errors import OptionError
+
+BACKENDS = ("auto", "reference", "sdpa")
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some keys for some queries.
+
+    q [g, h, m, d], k and v [g, h, s, d]; bias is additive, 0 or -inf, broadcastable to [g, h, m, s], without gradient.
+    A core may fold the sequence into the group axis g; `fold` takes a tensor from [batch, heads, n, x] to the layout of
+    q and `unfold` takes it back, so that parts with different layouts can be merged.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+    causal: bool = False
+    fold: Callable[[Tensor], Tensor] = _same
+    unfold: Callable[[Tensor], Tensor] = _same
+
+
+def bias_of(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask (True = may attend) as an additive bias: 0 where allowed, -inf elsewhere."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -math.inf)
+
+
+def attend(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v over the keys of all parts together, [batch, heads, n, d].
+
+    A query that may attend to nothing returns 0. `dropout` is the probability of dropping an attention weight.
+    `choose` says which backend "auto" is; a named backend that cannot run here raises OptionError.
+    """
+    backend, _ = choose(parts, dropout, backend)
+    if backend == "reference":
+        return _plain(parts, dropout)
+    if parts[0].q.device.type == "cpu":
+        return _Merged.apply([(p.causal, p.fold, p.unfold) for p in parts], *(x for p in parts for x in (p.q, p.k, p.v, p.bias)))  # type: ignore[no-untyped-call]
+    part = parts[0]
+    return part.unfold(F.scaled_dot_product_attention(part.q, part.k, part.v, is_causal=part.causal))
+
+
+def choose(parts: tuple[Part, ...], dropout: float, backend: str = "auto") -> tuple[str, str]:
+    """The backend that `attend` takes for these parts, and the reason."""
+    if backend not in BACKENDS:
+        raise OptionError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    if backend == "reference":
+        return "reference", "asked for"
+    device = parts[0].q.device.type
+    obstacle = ""
+    if dropout > 0:
+        obstacle = f"attention dropout {dropout} needs the weights themselves; set attention_dropout=0 for the fused kernel"
+    elif device != "cpu" and (len(parts) > 1 or parts[0].bias is not None):
+        obstacle = f"merging parts or masks on {device} runs in plain PyTorch"
+    elif device == "cpu" and parts[0].q.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        obstacle = f"the flash kernel has no {parts[0].q.dtype}"
+    if not obstacle:
+        return "sdpa", f"fused flash attention on {device}"
+    if backend == "sdpa":
+        raise OptionError(f"backend 'sdpa' cannot run here: {obstacle}; use backend='auto' or 'reference'")
+    return "reference", obstacle
+
+
+def merge(*results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Outputs [..., n, d] and log-sum-exps [..., n, 1] of parts -> those of the softmax over the union of their keys."""
+    if len(results) == 1:
+        return results[0]
+    lse = torch.stack([lse for _, lse in results]).logsumexp(dim=0)
+    finite = lse.masked_fill(lse == -math.inf, 0.0)
+    out = sum((part_lse - finite).exp().to(part_out.dtype) * part_out for part_out, part_lse in results)
+    return out, lse  # type: ignore[return-value]
+
+
+class _Merged(torch.autograd.Function):
+    """`attend` by the flash operators: parts forward, `merge`, parts backward with the merged out and log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx, layouts, *tensors):  # type: ignore[no-untyped-def]
+        results = []
+        for (causal, _, unfold), (q, k, v, bias) in zip(layouts, _quadruples(tensors), strict=True):
+            out, lse = _flash(q, k, v, 0.0, causal, attn_mask=bias)
+            lse = lse.unsqueeze(-1)
+            if bias is not None and len(layouts) > 1:  # the kernel reports 0 for a row without keys
+                lse = lse.masked_fill(_dead_rows(bias, causal), -math.inf)
+            results.append((unfold(out), unfold(lse)))
+        out, lse = merge(*results)
+        ctx.layouts = layouts
+        ctx.save_for_backward(out, lse.masked_fill(lse == -math.inf, 0.0), *tensors)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+        out, lse, *tensors = ctx.saved_tensors
+        grads: list[Tensor | None] = []
+        for (causal, fold, _), (q, k, v, bias) in zip(ctx.layouts, _quadruples(tensors), strict=True):
+            part_lse = fold(lse).squeeze(-1).to(torch.promote_types(lse.dtype, torch.float32))
+            grads += _flash_backward(fold(grad_out), q, k, v, fold(out), part_lse, 0.0, causal, attn_mask=bias)
+            grads.append(None)
+        return None, *grads
+
+
+def _quadruples(tensors):  # type: ignore[no-untyped-def]
+    return [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
+
+
+def _dead_rows(bias: Tensor, causal: bool) -> Tensor:
+    """Rows of a part that may attend to none of its keys, broadcastable to [g, h, m, 1]."""
+    if causal:  # a key bias [g, 1, 1, s] under the causal triangle: nothing allowed at or before the row
+        return (bias.cummax(dim=-1).values == -math.inf).transpose(-1, -2)
+    return bias.amax(dim=-1, keepdim=True) == -math.inf
+
+
+def _plain(parts: tuple[Part, ...], dropout: float) -> Tensor:
+    """`attend` with the scores written out, in float32 or better; O(m s) memory, differentiable by autograd alone."""
+    scores = []
+    for part in parts:
+        exact = torch.promote_types(part.q.dtype, torch.float32)
+        score = part.q.to(exact) @ part.k.to(exact).transpose(-1, -2) / math.sqrt(part.q.shape[-1])
+        if part.bias is not None:
+            score = score + part.bias.to(exact)
+        if part.causal:
+            score = score.masked_fill(torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).triu(1), -math.inf)
+        scores.append(score)
+    lse = torch.stack([part.unfold(_lse(score)) for part, score in zip(parts, scores, strict=True)])
+    lse = _lse(lse.movedim(0, -1)).squeeze(-1)
+    out: Tensor | int = 0
+    for part, score in zip(parts, scores, strict=True):
+        weights = F.dropout((score - part.fold(lse.clamp(min=torch.finfo(lse.dtype).min))).exp(), dropout)
+        out = out + part.unfold(weights.to(part.v.dtype) @ part.v)
+    return out  # type: ignore[return-value]
+
+
+def _lse(score: Tensor) -> Tensor:
+    """log-sum-exp over the last axis, kept; rows of -inf give -inf, with gradient 0 instead of NaN."""
+    top = score.detach().amax(dim=-1, keepdim=True)
+    top = top.masked_fill(top == -math.inf, 0.0)
+    total = (score - top).exp().sum(dim=-1, keepdim=True)
+    return total.clamp(min=torch.finfo(total.dtype).tiny).log().masked_fill(total == 0, -math.inf) + top

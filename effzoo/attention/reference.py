@@ -1,0 +1,37 @@
+"""The dense oracle: attention as it is defined, written for reading and for float64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, memory: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """out_i = sum_j p_ij v_j, p_i = softmax over the allowed j of q_i . k_j / sqrt(d); 0 where nothing is allowed.
+
+    q [b, h, n, d], k and v [b, h, s, d], allowed broadcastable to bool[b, h, n, s]; memory adds keys and values
+    [h, rows, d] that every query may attend (Vaswani et al. 2017, section 3.2.1; Li & Liang 2021 for the memory).
+    """
+    batch, heads, n, d = q.shape
+    allowed = allowed.expand(batch, heads, n, k.shape[2])
+    if memory is not None:
+        keys, values = (x.expand(batch, *x.shape) for x in memory)
+        k, v = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
+        allowed = torch.cat([allowed.new_ones(batch, heads, n, keys.shape[2]), allowed], dim=3)
+    scores = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(d)
+    some = allowed.any(dim=-1, keepdim=True)
+    weights = scores.masked_fill(~allowed & some, -math.inf).softmax(dim=-1) * some
+    return torch.einsum("bhij,bhjd->bhid", weights, v)
+
+
+def padding(n: int, valid: Tensor | None, device: torch.device | None = None) -> Tensor:
+    """Keys that hold a token, bool[batch, 1, 1, n]."""
+    return torch.ones(1, 1, 1, n, dtype=torch.bool, device=device) if valid is None else valid[:, None, None, :]
+
+
+def distance(n: int, device: torch.device | None = None) -> Tensor:
+    """i - j for query i and key j, int[n, n]."""
+    position = torch.arange(n, device=device)
+    return position[:, None] - position[None, :]

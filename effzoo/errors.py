@@ -1,0 +1,57 @@
+"""Errors: what was given, what is accepted, what to try."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EffzooError(Exception):
+    """Parent of every error that effzoo raises on purpose."""
+
+
+class UnknownNameError(EffzooError, LookupError):
+    """A name that no registry entry, zoo entry, role or adapter has."""
+
+    def __init__(self, what: str, given: object, known: Iterable[str]):
+        self.what, self.given, self.known = what, given, sorted(known)
+        super().__init__(f"unknown {what} {given!r}{did_you_mean(given, self.known)} Known: {listing(self.known)}.")
+
+
+class SpecError(EffzooError, ValueError):
+    """A spec string that does not parse."""
+
+
+class OptionError(EffzooError, ValueError):
+    """An option with an unknown name, or a value outside what the option accepts."""
+
+
+class InputError(EffzooError, ValueError):
+    """A tensor of the wrong shape, dtype or range given to a model or a core."""
+
+
+class TargetError(EffzooError, ValueError):
+    """PEFT targets that match nothing, match only partly, or that a method cannot hang on."""
+
+
+class IncompatibleError(EffzooError, ValueError):
+    """Two parts that cannot work together, with the reason."""
+
+
+class AdapterError(EffzooError, ValueError):
+    """An adapter that cannot be attached, merged, saved or loaded as asked."""
+
+
+class ConversionError(EffzooError, ValueError):
+    """Weights or a configuration that have no counterpart on the other side."""
+
+
+def did_you_mean(given: object, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the closest known name, or just a full stop."""
+    close = difflib.get_close_matches(str(given), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def listing(names: Iterable[str]) -> str:
+    """The names in a sentence; `(none)` when there are none."""
+    return ", ".join(names) or "(none)"

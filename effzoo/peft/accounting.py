@@ -1,0 +1,121 @@
+"""What an adapter costs, counted three ways: trained, stored on disk, changed in the base; and the rank of the change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from effzoo.peft.attach import active, adapter_tensors, attached, base_tensors
+from effzoo.sites import PeftModule, Site, sites
+
+
+@dataclass(frozen=True)
+class Account:
+    """Numbers of parameters, unless the name says bytes.
+
+    trainable: with requires_grad. stored: in the files of the active adapters, also as bytes. total: of the base. changed: base entries that
+    merging may change; None when some module cannot be merged, as it is no change of a weight. rank: the
+    largest rank that the change of a matrix can have; `full` when nothing bounds it, 0 when only vectors change.
+    rows: (method, role, sites, parameters) of the active adapters.
+    """
+
+    trainable: int
+    stored: int
+    stored_bytes: int
+    total: int
+    changed: int | None
+    rank: int | str | None
+    rows: list[tuple[str, str, int, int]] = field(default_factory=list)
+
+    @property
+    def percent(self) -> float:
+        """Trainable parameters in percent of the base's."""
+        return 100 * self.trainable / self.total
+
+    def __str__(self) -> str:
+        changed = "not mergeable" if self.changed is None else f"{self.changed:,} ({100 * self.changed / self.total:.3f} %)"
+        lines = [
+            f"trainable {self.trainable:,} of {self.total:,} ({self.percent:.3f} %)",
+            f"stored    {self.stored:,} numbers, {self.stored_bytes:,} bytes",
+            f"changed   {changed}",
+            f"rank      {'-' if self.rank is None else self.rank}",
+        ]
+        width = max((len(f"{method} {role}") for method, role, _, _ in self.rows), default=0)
+        lines += [f"  {f'{method} {role}':{width}}  {count:3} sites  {numbers:>12,}" for method, role, count, numbers in self.rows]
+        return "\n".join(lines)
+
+
+def account(model: nn.Module) -> Account:
+    """Count the active adapters of a model; without any, the model as it is."""
+    total = sum(tensor.numel() for tensor in base_tensors(model).values())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    names = active(model)
+    tensors = [t for name in names for t in adapter_tensors(model, name).values()]
+    changed, rank = (_change(model, names) if names else (trainable, "full" if trainable else 0))
+    return Account(
+        trainable=trainable,
+        stored=sum(t.numel() for t in tensors),
+        stored_bytes=sum(t.numel() * t.element_size() for t in tensors),
+        total=total,
+        changed=changed,
+        rank=rank,
+        rows=_rows(model, names),
+    )
+
+
+def _rows(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, str, int, int]]:
+    known = dict(sites(model))
+    rows: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        for method, places in attached(model)[name].places.items():
+            for path, role in places:
+                module = known[path].adapters[name][method]  # type: ignore[index]
+                rows.setdefault((method, role), []).append(sum(p.numel() for p in module.parameters()))
+    return [(method, role, len(numbers), sum(numbers)) for (method, role), numbers in rows.items()]
+
+
+def _change(model: nn.Module, names: tuple[str, ...]) -> tuple[int | None, int | str | None]:
+    changed: int | None = 0
+    ranks: list[int | None] = [0]
+    for _, site in sites(model):
+        modules = list(site.hung(*names)) if site.active else []
+        if not modules:
+            continue
+        numbers = _changed_entries(site, modules)
+        if numbers is None:
+            return None, None
+        changed += numbers
+        ranks += [getattr(m, "delta_rank", None) for m in modules if _changes_matrix(site, m)]
+    return changed, "full" if None in ranks else max(rank for rank in ranks if rank is not None)
+
+
+def _changed_entries(site: Site, modules: list[PeftModule]) -> int | None:
+    weight, bias = getattr(site, "weight", None), getattr(site, "bias", None)
+    numbers = 0
+    for key, parameter in site.base().items():
+        door = "weight" if key == "weight" else "bias"
+        for module in modules:
+            if module.opens("rows", "memory"):
+                return None
+            if module.opens("after", "before"):
+                change = None if weight is None else module.delta(weight, bias)
+                if change is None:
+                    return None
+                touched = change[0] is not None if door == "weight" else change[1] is not None
+            else:
+                touched = getattr(module, door)(parameter) is not parameter
+            if touched:
+                numbers += parameter.numel()
+                break
+    if not site.base() and modules:
+        return None
+    return numbers
+
+
+def _changes_matrix(site: Site, module: PeftModule) -> bool:
+    weight = getattr(site, "weight", None)
+    if weight is None or weight.ndim < 2:
+        return False
+    return module.opens("after", "before") or module.weight(weight) is not weight
+

@@ -1,0 +1,213 @@
+"""Attaching adapters to a model of sites, by name: several side by side, any of them active.
+
+An adapter is a union of methods under one name, together with its own copy of the task head (roles `head.*`), because a head belongs to
+the task that the adapter learns. While an adapter is attached the base model is frozen; when the last one goes, the
+base is as trainable as it was before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from effzoo.errors import AdapterError, TargetError, UnknownNameError, did_you_mean, listing
+from effzoo.peft.method import Method
+from effzoo.registry import peft as registry
+from effzoo.sites import Site, sites
+from effzoo.spec import Spec, parse
+
+M = TypeVar("M", bound=nn.Module)
+HEAD = "head.*"
+
+
+@dataclass
+class Attachment:
+    """One adapter of a model: its spec, and where each of its methods hangs, {method: [(path, role)]}."""
+
+    name: str
+    specs: tuple[Spec, ...]
+    places: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> str:
+        return "|".join(map(str, self.specs))
+
+
+@dataclass
+class _State:
+    attachments: dict[str, Attachment] = field(default_factory=dict)
+    frozen: set[str] = field(default_factory=set)  # the base parameters that attaching froze
+
+
+def attach(model: M, peft: Any, *, name: str = "default") -> M:
+    """Hang the methods of a spec (`"lora[rank=4]|ia3"`) on a model under a name, make it the active adapter, return the model.
+
+    The base is frozen; only the new adapter's parameters are trainable. Adapters attached before stay, inactive;
+    `activate(model, "a", "b")` stacks several. Raises TargetError, AdapterError, OptionError; the model is then unchanged.
+    """
+    state = _state(model)
+    if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
+        raise AdapterError(f"an adapter name is a Python identifier that torch does not use itself, got {name!r}; try 'task_a'")
+    if name in state.attachments:
+        raise AdapterError(f"an adapter named {name!r} is attached already; detach it first or choose another name")
+    attachment = Attachment(name, parse(peft))
+    try:
+        for spec in attachment.specs:
+            method = registry.create(spec)
+            _hang(model, method, attachment, targets(model, method))
+        heads = {path: site for path, site in sites(model) if fnmatchcase(site.role, HEAD) and name not in site.adapters and site.base()}
+        if heads:
+            _hang(model, registry.create("head"), attachment, heads)
+    except Exception:
+        _remove(model, name)
+        raise
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".adapters." not in f".{parameter_name}":
+            parameter.requires_grad_(False)
+            state.frozen.add(parameter_name)
+    state.attachments[name] = attachment
+    activate(model, name)
+    return model
+
+
+def detach(model: M, name: str) -> M:
+    """Take an adapter off; what is left is bit-identical to a model that never had it."""
+    _known(model, name)
+    state = _state(model)
+    was_active = active(model)
+    _remove(model, name)
+    del state.attachments[name]
+    if state.attachments:
+        activate(model, *(other for other in was_active if other != name))
+    else:
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name in state.frozen:
+                parameter.requires_grad_(True)
+        state.frozen.clear()
+    return model
+
+
+def activate(model: M, *names: str) -> M:
+    """Make exactly these adapters active and trainable, acting in this order; none means the bare base model."""
+    for name in names:
+        _known(model, name)
+    for _, site in sites(model):
+        site.active = tuple(name for name in names if name in site.adapters)
+        for adapter, modules in site.adapters.items():
+            modules.requires_grad_(adapter in names)
+    return model
+
+
+def attached(model: nn.Module) -> dict[str, Attachment]:
+    """The adapters of a model by name, in the order in which they were attached."""
+    return dict(_state(model).attachments)
+
+
+def active(model: nn.Module) -> tuple[str, ...]:
+    """The active adapters."""
+    names: dict[str, None] = {}
+    for _, site in sites(model):
+        names.update(dict.fromkeys(site.active))
+    return tuple(names)
+
+
+def roles(model: nn.Module) -> dict[str, int]:
+    """The roles of a model's sites, each with the number of sites that have it."""
+    count: dict[str, int] = {}
+    for _, site in sites(model):
+        count[site.role] = count.get(site.role, 0) + 1
+    return count
+
+
+def targets(model: nn.Module, method: Method) -> dict[str, Site]:
+    """The sites on which a method hangs, by path. TargetError for what matches nothing or only partly, and for misfits."""
+    everything = dict(sites(model))
+    if not everything:
+        raise TargetError(f"{type(model).__name__} has no sites; build it from effzoo.sites (Linear, LayerNorm, Embedding, ...)")
+    layers = _layers(method, everything)
+    patterns = method.targets or method.default_targets
+    found: dict[str, Site] = {}
+    for pattern in patterns:
+        matched = {path: site for path, site in everything.items() if fnmatchcase(site.role, pattern)}
+        if not matched and method.targets:
+            known = roles(model)
+            raise TargetError(f"{method.name}: target {pattern!r} matches no role{did_you_mean(pattern, known)} Roles: {listing(known)}.")
+        matched = {path: site for path, site in matched.items() if site.layer in layers or (site.layer is None and method.layers is None)}
+        missing = layers - {site.layer for site in matched.values()} if any(site.layer is not None for site in matched.values()) else set()
+        if missing and method.targets:
+            raise TargetError(
+                f"{method.name}: target {pattern!r} matches only some layers, not {sorted(missing)}; "  # type: ignore[type-var]
+                f"give layers={tuple(sorted(layers - missing))} to mean that, or another pattern"  # type: ignore[type-var]
+            )
+        found.update(matched)
+    if not found:
+        raise TargetError(f"{method.name}: nothing in this model matches {listing(patterns)}. Roles: {listing(roles(model))}.")
+    for path, site in found.items():
+        if not isinstance(site, method.accepts):
+            accepted = " or ".join(cls.__name__ for cls in method.accepts)
+            raise TargetError(f"{method.name} hangs on {accepted} sites; {site.role!r} ({path}) is {type(site).__name__}")
+    return found
+
+
+def _layers(method: Method, everything: dict[str, Site]) -> set[int | None]:
+    present = {site.layer for site in everything.values() if site.layer is not None}
+    if method.layers is None:
+        return set(present)
+    depth = max(present, default=-1) + 1
+    outside = [layer for layer in method.layers if not -depth <= layer < depth]
+    if outside:
+        raise TargetError(f"{method.name}: layers {outside} do not exist; this model has {depth} (0 to {depth - 1}, or -{depth} to -1)")
+    return {layer % depth for layer in method.layers}
+
+
+def _hang(model: nn.Module, method: Method, attachment: Attachment, found: dict[str, Site]) -> None:
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    places = []
+    for path, site in found.items():
+        module = method.make(site)
+        if module is None:
+            continue
+        parameter = next(iter(site.base().values()), like)
+        site.hang(attachment.name, method.name, module.to(device=parameter.device, dtype=parameter.dtype))
+        places.append((path, site.role))
+    if not places:
+        raise TargetError(f"{method.name}: none of the {len(found)} sites has anything to adapt ({listing(sorted({s.role for s in found.values()}))})")
+    attachment.places.setdefault(method.name, []).extend(places)
+
+
+def _remove(model: nn.Module, name: str) -> None:
+    for _, site in sites(model):
+        if name in site.adapters:
+            del site.adapters[name]
+        site.active = tuple(other for other in site.active if other != name)
+
+
+def _known(model: nn.Module, name: str) -> Attachment:
+    state = _state(model)
+    if name not in state.attachments:
+        raise UnknownNameError("adapter", name, state.attachments)
+    return state.attachments[name]
+
+
+def _state(model: nn.Module) -> _State:
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"expected a model (torch.nn.Module), got {type(model).__name__}")
+    if "_effzoo_adapters" not in model.__dict__:
+        model.__dict__["_effzoo_adapters"] = _State()
+    state: _State = model.__dict__["_effzoo_adapters"]
+    return state
+
+
+def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's own weights: its state dict without what adapters added."""
+    return {key: value for key, value in model.state_dict().items() if ".adapters." not in f".{key}"}
+
+
+def adapter_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of one adapter, by their key in the model."""
+    _known(model, name)
+    return {key: value for key, value in model.state_dict().items() if f".adapters.{name}." in f".{key}"}

@@ -1,0 +1,139 @@
+"""Adapters on disk: one JSON manifest and one safetensors file, whole at every moment.
+
+The tensors are written under a name that carries their hash, then the manifest is renamed into place, then older tensor files are removed:
+a reader sees the old adapter or the new one, never a mixture. The manifest holds the spec, a hash per tensor of the base and
+one of the tensor file, so that another base, a truncated or an altered file is refused by the first mismatch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from effzoo.errors import AdapterError, EffzooError
+from effzoo.peft.attach import _known, adapter_tensors, attach, base_tensors, detach
+from effzoo.spec import Spec
+
+M = TypeVar("M", bound=nn.Module)
+FORMAT = 1
+MANIFEST = "adapter.json"
+
+
+def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "default") -> Path:
+    """Write one adapter (its head included) to a directory and return it; an adapter saved there before is replaced."""
+    attachment = _known(model, name)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {key.replace(f".adapters.{name}.", ".adapters."): value.detach().contiguous().cpu() for key, value in adapter_tensors(model, name).items()}
+    content = safetensors.torch.save(tensors)
+    digest = hashlib.sha256(content).hexdigest()
+    manifest = {
+        "format": FORMAT,
+        "name": name,
+        "peft": [{"name": spec.name, **spec.options} for spec in attachment.specs],
+        "base": getattr(getattr(model, "config", None), "name", type(model).__name__),
+        "base_hashes": base_hashes(model),
+        "tensors": f"adapter-{digest[:16]}.safetensors",
+        "sha256": digest,
+    }
+    _write(directory / str(manifest["tensors"]), content)
+    _write(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
+    for stale in directory.glob("adapter-*.safetensors"):
+        if stale.name != manifest["tensors"]:
+            stale.unlink(missing_ok=True)
+    return directory
+
+
+def load_adapter(model: M, directory: str | Path, *, name: str | None = None) -> M:
+    """Attach the adapter that `save_adapter` wrote, under its own or another name; return the model.
+
+    Raises AdapterError that names the first mismatch (another base, a truncated or altered file, missing or extra keys,
+    other shapes); the model is then as it was.
+    """
+    directory = Path(directory)
+    manifest, tensors = _read(directory)
+    _check_base(model, manifest, directory)
+    name = name or manifest["name"]
+    attach(model, [Spec(entry["name"], {k: v for k, v in entry.items() if k != "name"}) for entry in manifest["peft"]], name=name)
+    try:
+        _fill(model, name, tensors, directory)
+    except EffzooError:
+        detach(model, name)
+        raise
+    return model
+
+
+def base_hashes(model: nn.Module) -> dict[str, str]:
+    """A hash of each base tensor; the task head is left out, since an adapter brings its own."""
+    hashes = {}
+    for key, value in base_tensors(model).items():
+        if not key.startswith("head."):
+            content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            hashes[key] = hashlib.sha256(f"{value.dtype}{tuple(value.shape)}".encode() + content.tobytes()).hexdigest()[:16]
+    return hashes
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise AdapterError(f"no adapter in {directory}: {MANIFEST} is missing; give the directory that save_adapter wrote")
+    try:
+        manifest = json.loads(path.read_text())
+        wanted = {key: manifest[key] for key in ("format", "name", "peft", "base", "base_hashes", "tensors", "sha256")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{path} is not a manifest that save_adapter wrote ({type(error).__name__}: {error}); save the adapter again") from None
+    if wanted["format"] != FORMAT:
+        raise AdapterError(f"{path} has format {wanted['format']}, this version of effzoo reads {FORMAT}")
+    file = directory / wanted["tensors"]
+    if not file.is_file():
+        raise AdapterError(f"{path} names {wanted['tensors']}, which is missing; copy the whole directory")
+    content = file.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != wanted["sha256"]:
+        raise AdapterError(
+            f"{file} is truncated or altered: {len(content)} bytes with sha256 {digest[:16]}..., the manifest says {wanted['sha256'][:16]}..."
+        )
+    try:
+        return wanted, safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
+        raise AdapterError(f"{file} is not a safetensors file: {error}") from None
+
+
+def _check_base(model: nn.Module, manifest: dict[str, Any], directory: Path) -> None:
+    ours, theirs = base_hashes(model), manifest["base_hashes"]
+    for key in [*theirs, *(key for key in ours if key not in theirs)]:
+        if ours.get(key) != theirs.get(key):
+            problem = "is missing in this model" if key not in ours else "is new in this model" if key not in theirs else "has other values or another shape"
+            raise AdapterError(
+                f"the adapter in {directory} was trained on another base ({manifest['base']!r}): {key} {problem}; "
+                "build the model with the same name, sizes, attention and pretrained weights"
+            )
+
+
+def _fill(model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Path) -> None:
+    own = {key.replace(f".adapters.{name}.", ".adapters."): value for key, value in adapter_tensors(model, name).items()}
+    for key in [*own, *(key for key in tensors if key not in own)]:
+        if key not in tensors or key not in own:
+            raise AdapterError(f"the adapter in {directory} does not fit its own spec: {key} is {'missing' if key in own else 'one too many'} in the file")
+        if own[key].shape != tensors[key].shape:
+            raise AdapterError(f"{key} has shape {tuple(tensors[key].shape)} in {directory}, this model needs {tuple(own[key].shape)}")
+    with torch.no_grad():
+        for key, value in own.items():
+            value.copy_(tensors[key])
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,1 @@
+"""Function composition, phi(f(x)): methods that transform what a site receives or returns."""

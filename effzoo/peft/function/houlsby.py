@@ -1,0 +1,63 @@
+"""Bottleneck adapters after both sub-layers (Houlsby et al. 2019, arXiv:1902.00751)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from effzoo.errors import OptionError
+from effzoo.peft.method import Layers, Method, Targets
+from effzoo.peft.parameter.selected import Copy
+from effzoo.registry import peft
+from effzoo.sites import Branch, LayerNorm, PeftModule, Site
+
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
+
+
+class Bottleneck(PeftModule):
+    """y' = y + W_up sigma(W_down y + b_down) + b_up, with W_down [bottleneck, dim] and W_up [dim, bottleneck]."""
+
+    def __init__(self, dim: int, bottleneck: int, activation: str, std: float):
+        super().__init__()
+        self.down, self.up = nn.Linear(dim, bottleneck), nn.Linear(bottleneck, dim)
+        self.activation = ACTIVATIONS[activation]()
+        for linear in (self.down, self.up):
+            nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
+            nn.init.zeros_(linear.bias)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.up(self.activation(self.down(y)))
+
+
+@peft.register("houlsby", "adapter")
+class Houlsby(Method):
+    """y' = y + W_up sigma(W_down y) at the end of each sub-layer, before the residual is added; the norms are trained too.
+
+    bottleneck: inner width; 2 bottleneck dim + bottleneck + dim parameters each. std: of the truncated normal that both
+    matrices start from, which makes the adapter nearly, not exactly, the identity (section 2.1; any std up to 1e-2 serves).
+    """
+
+    paper = "Houlsby et al. 2019, Parameter-efficient transfer learning for NLP, arXiv:1902.00751, section 2.1"
+    identity_at_init = False
+    accepts = (Branch, LayerNorm)
+    default_targets = ("attn.branch", "mlp.branch", "attn.norm", "mlp.norm")
+
+    def __init__(
+        self,
+        *,
+        bottleneck: int = 64,
+        activation: str = "gelu",
+        std: float = 1e-2,
+        targets: Targets = None,
+        layers: Layers = None,
+    ):
+        super().__init__(targets=targets, layers=layers)
+        if bottleneck < 1:
+            raise OptionError(f"houlsby: bottleneck is at least 1, got {bottleneck}")
+        if activation not in ACTIVATIONS:
+            raise OptionError(f"houlsby: activation is one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        self.bottleneck, self.activation, self.std = bottleneck, activation, std
+
+    def make(self, site: Site) -> PeftModule:
+        if isinstance(site, Branch):
+            return Bottleneck(site.dim, self.bottleneck, self.activation, self.std)
+        return Copy(**site.base())

@@ -1,0 +1,63 @@
+"""(IA)3: learned vectors rescale keys, values and the feed-forward's hidden units (Liu et al. 2022, arXiv:2205.05638)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from effzoo.peft.method import Layers, Method, Targets
+from effzoo.registry import peft
+from effzoo.sites import Linear, PeftModule, Site
+
+
+class ScaleOutput(PeftModule):
+    """y' = l * y; merged, the rows of W and the entries of b are multiplied by l."""
+
+    delta_rank = None
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(size))
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return y * self.scale
+
+    def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        change = self.scale.to(weight) - 1
+        return change[:, None] * weight, None if bias is None else change * bias
+
+
+class ScaleInput(PeftModule):
+    """y' = W (l * x) + b; merged, the columns of W are multiplied by l."""
+
+    delta_rank = None
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(size))
+
+    def before(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+    def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight * (self.scale.to(weight) - 1), None
+
+
+@peft.register("ia3")
+class IA3(Method):
+    """softmax(q (l_k * k)^T / sqrt(d)) (l_v * v) and W_2 (l_ff * act(W_1 x)): three vectors per block, starting at 1.
+
+    On `mlp.down` the vector multiplies the input, that is the hidden units after the activation, as in the paper; on any
+    other target it multiplies the output.
+    """
+
+    paper = "Liu et al. 2022, Few-shot parameter-efficient fine-tuning is better and cheaper, arXiv:2205.05638, section 3.3"
+    accepts = (Linear,)
+    default_targets = ("attn.k*", "attn.v*", "mlp.down")
+
+    def __init__(self, *, targets: Targets = None, layers: Layers = None):
+        super().__init__(targets=targets, layers=layers)
+
+    def make(self, site: Site) -> PeftModule:
+        assert isinstance(site, Linear)
+        return ScaleInput(site.in_features) if site.role == "mlp.down" else ScaleOutput(site.out_features)

@@ -1,0 +1,1 @@
+"""Input composition, f([phi, x]): methods that add rows to the input or keys and values to attention."""

@@ -1,0 +1,209 @@
+"""One table, (kind, name) -> class, seen through a typed view per kind: `attention` and `peft`.
+
+The options of an entry are the keyword-only parameters of its constructor: nothing else has to be declared.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import inspect
+import logging
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from effzoo.errors import EffzooError, OptionError, UnknownNameError, did_you_mean, listing
+from effzoo.spec import Spec, parse, parse_one
+
+T = TypeVar("T")
+_table: dict[tuple[str, str], type] = {}
+_entry_points_loaded = False
+ENTRY_POINT_GROUP = "effzoo.plugins"
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of an entry: its name, its annotation as written, and its default."""
+
+    name: str
+    annotation: Any
+    default: Any
+
+    @property
+    def required(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+
+class View(Generic[T]):
+    """The entries of one kind."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def register(self, *names: str) -> Callable[[type[T]], type[T]]:
+        """Class decorator: enter the class under its name, and any aliases after it."""
+        for name in names:
+            if not name.replace("_", "").replace("-", "").isalnum():
+                raise OptionError(f"a registry name holds letters, digits, '_' and '-', got {name!r}")
+            if (self.kind, name) in _table:
+                raise OptionError(f"{self.kind} {name!r} is already registered by {_table[self.kind, name].__qualname__}; choose another name")
+
+        def enter(cls: type[T]) -> type[T]:
+            _require_keyword_only(self.kind, names[0], cls)
+            cls.name = names[0]  # type: ignore[attr-defined]
+            for name in names:
+                _table[self.kind, name] = cls
+            return cls
+
+        return enter
+
+    def names(self) -> list[str]:
+        """Every entry once, by its first name."""
+        _load_entry_points()
+        return sorted({cls.name for (kind, _), cls in _table.items() if kind == self.kind})  # type: ignore[attr-defined]
+
+    def aliases(self, name: str) -> list[str]:
+        """The other names of an entry."""
+        cls = self.get(name)
+        return sorted(alias for (kind, alias), c in _table.items() if kind == self.kind and c is cls and alias != cls.name)  # type: ignore[attr-defined]
+
+    def get(self, name: str) -> type[T]:
+        """The class of an entry; UnknownNameError lists the known names and the closest."""
+        if (self.kind, name) not in _table:
+            _load_entry_points()
+        try:
+            return _table[self.kind, name]
+        except KeyError:
+            known = [known for kind, known in _table if kind == self.kind]
+            raise UnknownNameError(f"{self.kind} method" if self.kind == "peft" else self.kind, name, known) from None
+
+    def options(self, name: str) -> list[Option]:
+        """The keyword-only parameters of the entry's constructor."""
+        return _options(self.get(name))
+
+    def create(self, given: str | Mapping[str, Any] | Spec, *arguments: Any) -> T:
+        """Build one entry from a spec; unknown options and values of the wrong type raise OptionError."""
+        spec = parse_one(given)
+        cls = self.get(spec.name)
+        _check_options(self.kind, spec, _options(cls))
+        return cls(*arguments, **spec.options)
+
+    def create_union(self, given: Any) -> list[T]:
+        """Build every entry of a union."""
+        return [self.create(spec) for spec in parse(given)]
+
+
+attention: View[Any] = View("attention")
+peft: View[Any] = View("peft")
+
+
+def load_file(path: str | Path) -> list[tuple[str, str]]:
+    """Run a Python file and return the (kind, name) pairs that it registered."""
+    path = Path(path)
+    if not path.is_file():
+        raise OptionError(f"no such file: {path}")
+    before = set(_table)
+    spec = importlib.util.spec_from_file_location(f"effzoo_file_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise OptionError(f"{path} is not a Python file; give one that ends in .py")
+    try:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    except EffzooError:
+        raise
+    except Exception as error:
+        raise OptionError(f"{path} failed while it was imported: {type(error).__name__}: {error}") from error
+    return sorted(set(_table) - before)
+
+
+@contextmanager
+def scope() -> Iterator[None]:
+    """Entries registered inside the `with` block are gone after it."""
+    before = dict(_table)
+    try:
+        yield
+    finally:
+        _table.clear()
+        _table.update(before)
+
+
+def _load_entry_points() -> None:
+    global _entry_points_loaded
+    if _entry_points_loaded:
+        return
+    _entry_points_loaded = True
+    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            point.load()
+        except Exception:  # one broken plug-in must not take the zoo down; it is reported, not hidden
+            logging.getLogger("effzoo").exception("plug-in %r (%s) failed to load", point.name, point.value)
+
+
+def _options(cls: type) -> list[Option]:
+    signature = inspect.signature(cls.__init__, eval_str=True)
+    return [Option(p.name, p.annotation, p.default) for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+def _require_keyword_only(kind: str, name: str, cls: type) -> None:
+    for parameter in inspect.signature(cls.__init__).parameters.values():
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            if cls.__init__ is object.__init__:
+                return
+            raise OptionError(
+                f"{kind} {name!r}: the constructor of {cls.__qualname__} takes *{parameter.name}, which hides its options; "
+                "write each option as a keyword-only parameter with a default"
+            )
+
+
+def _check_options(kind: str, spec: Spec, options: Sequence[Option]) -> None:
+    known = {option.name: option for option in options}
+    for key, value in spec.options.items():
+        if key not in known:
+            raise OptionError(
+                f"{kind} {spec.name!r} has no option {key!r}{did_you_mean(key, known)} Options: {listing(known)}."
+            )
+        if not fits(value, known[key].annotation):
+            raise OptionError(
+                f"option {key!r} of {kind} {spec.name!r} takes {describe(known[key].annotation)}, got {value!r} ({type(value).__name__})"
+            )
+    for option in options:
+        if option.required and option.name not in spec.options:
+            raise OptionError(f"{kind} {spec.name!r} needs the option {option.name!r} ({describe(option.annotation)})")
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value has the annotated type; ints pass for floats, lists for tuples."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation in (Any, inspect.Parameter.empty):
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if annotation is None or annotation is type(None):
+        return value is None
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Sequence):
+        return isinstance(value, Sequence) and not isinstance(value, str) and all(fits(item, arguments[0]) for item in value)
+    return not isinstance(annotation, type) or isinstance(value, annotation)
+
+
+def describe(annotation: Any) -> str:
+    """The annotation as a reader would say it."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(argument) for argument in arguments)
+    if origin is typing.Literal:
+        return " or ".join(map(repr, arguments))
+    if annotation in (None, type(None)):
+        return "none"
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Sequence):
+        return f"a list of {describe(arguments[0])}"
+    return getattr(annotation, "__name__", str(annotation))
