@@ -153,8 +153,9 @@ def _require_keyword_only(kind: str, name: str, cls: type) -> None:
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             if cls.__init__ is object.__init__:
                 return
+            stars = 2 if parameter.kind is parameter.VAR_KEYWORD else 1
             raise OptionError(
-                f"{kind} {name!r}: the constructor of {cls.__qualname__} takes *{parameter.name}, which hides its options; "
+                f"{kind} {name!r}: the constructor of {cls.__qualname__} takes {'*' * stars}{parameter.name}, which hides its options; "
                 "write each option as a keyword-only parameter with a default"
             )
 

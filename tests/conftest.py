@@ -8,6 +8,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+torch.set_num_threads(1)  # tensors here are tiny, and pytest-xdist runs one worker per core
+
 TINY = {"dim": 16, "layers": 2, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 64, "dropout": 0.0, "attention_dropout": 0.0}
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from torch import nn
 
-from effzoo.peft.attach import active, adapter_tensors, attached, base_tensors
+from effzoo.peft.attach import HEAD, active, adapter_tensors, attached, base_tensors
 from effzoo.sites import PeftModule, Site, sites
 
 
@@ -16,7 +17,8 @@ class Account:
 
     trainable: with requires_grad. stored: in the files of the active adapters, also as bytes. total: of the base. changed: base entries that
     merging may change; None when some module cannot be merged, as it is no change of a weight. rank: the
-    largest rank that the change of a matrix can have; `full` when nothing bounds it, 0 when only vectors change.
+    largest rank that the change of a matrix of the network (not of the task head) can have; `full` when nothing bounds it, 0 when only
+    vectors change.
     rows: (method, role, sites, parameters) of the active adapters.
     """
 
@@ -86,7 +88,8 @@ def _change(model: nn.Module, names: tuple[str, ...]) -> tuple[int | None, int |
         if numbers is None:
             return None, None
         changed += numbers
-        ranks += [getattr(m, "delta_rank", None) for m in modules if _changes_matrix(site, m)]
+        if not fnmatchcase(site.role, HEAD):
+            ranks += [getattr(m, "delta_rank", None) for m in modules if _changes_matrix(site, m)]
     return changed, "full" if None in ranks else max(rank for rank in ranks if rank is not None)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.errors import AdapterError, EffzooError
-from effzoo.peft.attach import _known, adapter_tensors, attach, base_tensors, detach
+from effzoo.peft.attach import HEAD, _known, adapter_tensors, attach, base_tensors, detach
+from effzoo.sites import sites
 from effzoo.spec import Spec
 
 M = TypeVar("M", bound=nn.Module)
@@ -71,11 +73,27 @@ def load_adapter(model: M, directory: str | Path, *, name: str | None = None) ->
     return model
 
 
+def restore_adapter(model: M, directory: str | Path, *, name: str = "default") -> M:
+    """Copy the tensors that `save_adapter` wrote into an adapter that is attached already, with the same spec; return the model.
+
+    The parameters stay the same objects, as an optimizer needs. Raises AdapterError as `load_adapter` does, and for another spec.
+    """
+    attachment, directory = _known(model, name), Path(directory)
+    manifest, tensors = _read(directory)
+    _check_base(model, manifest, directory)
+    saved = "|".join(str(Spec(entry["name"], {k: v for k, v in entry.items() if k != "name"})) for entry in manifest["peft"])
+    if saved != attachment.spec:
+        raise AdapterError(f"the adapter in {directory} is {saved!r}, the adapter {name!r} of this model is {attachment.spec!r}; attach the same")
+    _fill(model, name, tensors, directory)
+    return model
+
+
 def base_hashes(model: nn.Module) -> dict[str, str]:
     """A hash of each base tensor; the task head is left out, since an adapter brings its own."""
     hashes = {}
+    heads = {path for path, site in sites(model) if fnmatchcase(site.role, HEAD)}
     for key, value in base_tensors(model).items():
-        if not key.startswith("head."):
+        if key.rpartition(".")[0] not in heads:
             content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
             hashes[key] = hashlib.sha256(f"{value.dtype}{tuple(value.shape)}".encode() + content.tobytes()).hexdigest()[:16]
     return hashes

@@ -1,0 +1,128 @@
+"""Each attention kind equals its dense definition in float64, forward and backward, for drawn lengths and masks."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import effzoo
+from effzoo.attention import Context, Mask
+from effzoo.attention.reference import dense
+from effzoo.errors import InputError
+
+
+def gradients(out, leaves, direction):
+    found = torch.autograd.grad(out, leaves, direction, allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
+
+
+def draw(generator, *shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+@st.composite
+def cases(draw_):
+    """(spec, batch, n, causal, backend, kept, share of globals, rows of memory, seed)"""
+    kind = draw_(st.sampled_from(["full", "longformer"]))
+    spec = kind if kind == "full" else f"longformer[window={2 * draw_(st.integers(1, 12))}]"
+    global_share = draw_(st.sampled_from([0.0, 0.1, 0.5, 1.0])) if kind == "longformer" else 0.0
+    return (
+        spec, draw_(st.integers(1, 3)), draw_(st.integers(1, 40)), draw_(st.booleans()), draw_(st.sampled_from(["auto", "reference"])),
+        draw_(st.sampled_from([0.0, 0.5, 0.9, 1.0])), global_share, draw_(st.sampled_from([0, 0, 3])), draw_(st.integers(0, 10**6)),
+    )  # fmt: skip
+
+
+@settings(max_examples=250, deadline=None)
+@given(cases())
+def test_equals_its_dense_definition(case):
+    spec, batch, n, causal, backend, kept, global_share, rows, seed = case
+    generator = torch.Generator().manual_seed(seed)
+    core = effzoo.attention.create(spec, Context(heads=2, head_dim=4, causal=causal, backend=backend))
+    valid = torch.rand(batch, n, generator=generator) < kept
+    is_global = (torch.rand(batch, n, generator=generator) < global_share) & valid
+    mask = Mask(None if kept == 1 else valid, is_global if is_global.any() else None)
+    leaves = [draw(generator, batch, 2, n, 4) for _ in core.projections]
+    memory = (draw(generator, 2, rows, 4), draw(generator, 2, rows, 4)) if rows else None
+    out, expected = core(*leaves, mask=mask, memory=memory), core.dense(*leaves, mask=mask, memory=memory)
+    assert out.isfinite().all() and (out - expected).abs().max() < 1e-10
+    leaves += memory or ()
+    direction = draw(generator, *out.shape).detach()
+    for got, want in zip(gradients(out, leaves, direction), gradients(expected, leaves, direction), strict=True):
+        assert got.isfinite().all() and (got - want).abs().max() < 1e-10
+
+
+def test_longformer_definition_counts_by_hand():
+    """Window 2, six tokens, token 4 global, token 1 padding: the sets of the paper's section 3.1 written out."""
+    core = effzoo.attention.create("longformer[window=2]", Context(heads=1, head_dim=2))
+    valid, is_global = torch.ones(1, 6, dtype=torch.bool), torch.zeros(1, 6, dtype=torch.bool)
+    valid[0, 1], is_global[0, 4] = False, True
+    sees = [{j for j in range(6) if row[j]} for row in core.pattern(6, Mask(valid, is_global))[0, 0].tolist()]
+    assert sees == [{0, 4}, {0, 2, 4}, {2, 3, 4}, {2, 3, 4}, {0, 2, 3, 4, 5}, {4, 5}]
+
+
+@pytest.mark.parametrize("spec", ["full", "longformer[window=4]"])
+def test_causal_output_does_not_depend_on_the_future(spec):
+    """The gradient of output t with respect to any input after t is exactly 0."""
+    core = effzoo.attention.create(spec, Context(heads=2, head_dim=4, causal=True))
+    generator = torch.Generator().manual_seed(0)
+    leaves = [draw(generator, 2, 2, 13, 4) for _ in core.projections]
+    is_global = None
+    if core.supports_global:
+        is_global = torch.zeros(2, 13, dtype=torch.bool)
+        is_global[0, [0, 6]] = is_global[1, 12] = True
+    out = core(*leaves, mask=Mask(is_global=is_global))
+    for t in range(13):
+        for grad in gradients(out[:, :, t].sum(), leaves, None):
+            assert (grad[:, :, t + 1 :] == 0).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 24])
+def test_longformer_with_a_window_over_everything_is_full_attention(n):
+    context = Context(heads=2, head_dim=4)
+    q, k, v = (draw(torch.Generator().manual_seed(i), 2, 2, n, 4) for i in range(3))
+    wide = effzoo.attention.create("longformer[window=64]", context)(q, k, v, mask=Mask())
+    assert torch.allclose(wide, effzoo.attention.create("full", context)(q, k, v, mask=Mask()), rtol=0, atol=1e-12)
+
+
+def test_longformer_with_all_tokens_global_is_full_attention_with_the_global_projections():
+    core = effzoo.attention.create("longformer[window=2]", Context(heads=2, head_dim=4))
+    tensors = [draw(torch.Generator().manual_seed(i), 2, 2, 9, 4) for i in range(6)]
+    out = core(*tensors, mask=Mask(is_global=torch.ones(2, 9, dtype=torch.bool)))
+    assert torch.allclose(out, dense(*tensors[3:], torch.ones(9, 9, dtype=torch.bool)), rtol=0, atol=1e-12)
+
+
+def test_rows_of_a_batch_do_not_touch_each_other():
+    """Ragged rows with different global tokens equal each row alone, without its padding (as allenai/longformer tests it)."""
+    core = effzoo.attention.create("longformer[window=4]", Context(heads=2, head_dim=4))
+    lengths, globals_ = [11, 6, 1], [[0, 7], [2], []]
+    tensors = [draw(torch.Generator().manual_seed(i), 3, 2, 11, 4) for i in range(6)]
+    valid = torch.arange(11) < torch.tensor(lengths)[:, None]
+    is_global = torch.zeros(3, 11, dtype=torch.bool)
+    for row, where in enumerate(globals_):
+        is_global[row, where] = True
+    together = core(*tensors, mask=Mask(valid, is_global))
+    for row, n in enumerate(lengths):
+        alone = core(*(x[row : row + 1, :, :n] for x in tensors), mask=Mask(is_global=is_global[row : row + 1, :n] if globals_[row] else None))
+        assert torch.allclose(together[row : row + 1, :, :n], alone, rtol=0, atol=1e-12)
+
+
+def test_windows_differ_by_layer():
+    cores = [effzoo.attention.create("longformer[window=(2, 8)]", Context(heads=1, head_dim=2, layer=layer, layers=2)) for layer in range(2)]
+    assert [int(core.pattern(20, Mask())[0, 0, 10].sum()) for core in cores] == [3, 9]
+
+
+def test_full_attention_refuses_global_tokens():
+    model = effzoo.build("bert", dim=16, layers=1, heads=2, mlp=16, vocab=20)
+    with pytest.raises(InputError, match="'full' has no global tokens; leave global_attention_mask out, or use 'longformer'"):
+        model(torch.ones(1, 4, dtype=torch.long), global_attention_mask=torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("spec", ["full", "longformer[window=4]"])
+def test_dropout_acts_in_training_only_and_by_the_global_generator(spec):
+    core = effzoo.attention.create(spec, Context(heads=2, head_dim=4, dropout=0.5))
+    q, k, v = (draw(torch.Generator().manual_seed(i), 2, 2, 9, 4) for i in range(3))
+    state = torch.get_rng_state()
+    evaluated = core.eval()(q, k, v, mask=Mask())
+    assert torch.equal(torch.get_rng_state(), state)
+    trained = core.train()(q, k, v, mask=Mask())
+    assert not torch.allclose(trained, evaluated) and (core.eval()(q, k, v, mask=Mask()) == evaluated).all()

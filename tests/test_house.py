@@ -1,0 +1,65 @@
+"""The house: imports run one way, and nothing is named utils."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "effzoo"
+FLOORS = [  # a package may import from those before it, and from itself
+    {"errors"},
+    {"spec"},
+    {"registry"},
+    {"sites"},
+    {"attention", "peft"},
+    {"blocks"},
+    {"architectures"},
+    {"zoo"},
+    {"convert", "data", "measure", "plots"},
+    {"build"},
+    {"checks", "train"},
+    {"cli"},
+]
+
+
+def modules():
+    return [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]
+
+
+def imports(path: Path) -> set[str]:
+    """First components below `effzoo` of what a module imports, at the top or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "effzoo":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("effzoo.")}
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    floor = {name: height for height, names in enumerate(FLOORS) for name in names}
+    assert own in floor, f"{own} has no floor in the house; add it to FLOORS"
+    for name in imports(path) & set(floor):
+        assert name == own or floor[name] < floor[own], f"{path.name} of {own} imports {name}"
+
+
+def test_blocks_know_no_concrete_attention_or_method():
+    for path in (ROOT / "blocks").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(("effzoo.attention", "effzoo.peft")):
+                assert node.module == "effzoo.attention.core", f"{path.name} imports {node.module}"
+
+
+def test_no_room_is_called_utils():
+    assert not [p for p in ROOT.rglob("*") if p.stem in {"utils", "util", "common", "base", "helpers", "helper", "misc"}]
+
+
+def test_only_convert_imports_the_models_of_transformers():
+    for path in modules():
+        if "convert" not in path.parts:
+            text = path.read_text()
+            assert "transformers.models" not in text and "AutoModel" not in text, path

@@ -1,0 +1,112 @@
+"""The registry: names, options, files, scopes, plug-ins."""
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+
+import effzoo
+from effzoo import registry
+from effzoo.attention import AttentionCore, Context
+from effzoo.errors import OptionError, UnknownNameError
+
+
+def test_options_are_the_keyword_only_parameters():
+    options = {option.name: option for option in effzoo.peft.options("lora")}
+    assert list(options) == ["rank", "alpha", "dropout", "targets", "layers"]
+    assert options["rank"].default == 8 and not options["rank"].required
+
+
+def test_unknown_name_gives_the_closest_and_the_known():
+    with pytest.raises(UnknownNameError, match=r"unknown attention 'longfromer'; did you mean 'longformer'\? Known: full, longformer"):
+        effzoo.attention.get("longfromer")
+
+
+def test_unknown_option_gives_the_closest_and_the_known():
+    with pytest.raises(OptionError, match=r"peft 'lora' has no option 'rnak'; did you mean 'rank'\? Options: rank, alpha"):
+        effzoo.peft.create("lora[rnak=4]")
+
+
+@pytest.mark.parametrize("spec", ["lora[rank=big]", "lora[rank=2.5]", "lora[rank=true]", "lora[layers=(a, b)]", "prompt[init=zero]"])
+def test_value_of_the_wrong_type_says_what_is_taken(spec):
+    with pytest.raises(OptionError, match=r"option '\w+' of peft '\w+' takes .+, got"):
+        effzoo.peft.create(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("lora[rank=0]", "rank is at least 1, got 0"),
+        ("lora[dropout=1]", r"dropout is in \[0, 1\), got 1"),
+        ("prefix[length=0]", "length is at least 1"),
+        ("prompt[length=0]", "length is at least 1"),
+        ("houlsby[bottleneck=0]", "bottleneck is at least 1"),
+        ("houlsby[activation=swoosh]", "activation is one of"),
+    ],
+)
+def test_value_outside_the_range_says_the_range(spec, said):
+    with pytest.raises(OptionError, match=said):
+        effzoo.peft.create(spec)
+
+
+@pytest.mark.parametrize(("spec", "said"), [("longformer[window=3]", "even and positive"), ("longformer[window=(4, 4, 4)]", "3 windows for 2 layers")])
+def test_attention_options_say_what_is_accepted(spec, said):
+    with pytest.raises(OptionError, match=said):
+        effzoo.attention.create(spec, Context(heads=2, head_dim=4, layers=2))
+
+
+def test_hidden_options_are_refused_at_registration():
+    with pytest.raises(OptionError, match=r"takes \*\*options, which hides its options"), effzoo.scope():
+
+        @effzoo.attention.register("swallows")
+        class Swallows(AttentionCore):
+            def __init__(self, context, **options):
+                super().__init__(context)
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(OptionError, match="already registered by Full"):
+        effzoo.attention.register("full")(AttentionCore)
+
+
+def test_file_registers_inside_a_scope_and_is_gone_after_it(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from effzoo.attention import full, register\n\n@register('mine', 'my_alias')\nclass Mine(full.Full):\n    pass\n")
+    with effzoo.scope():
+        assert effzoo.load_file(file) == [("attention", "mine"), ("attention", "my_alias")]
+        assert effzoo.attention.aliases("mine") == ["my_alias"] and "mine" in effzoo.attention.names()
+    assert "mine" not in effzoo.attention.names()
+
+
+@pytest.mark.parametrize(("text", "said"), [("import nothing_of_this_name", "ModuleNotFoundError"), ("1 +", "SyntaxError")])
+def test_a_file_that_fails_says_how(tmp_path, text, said):
+    (tmp_path / "bad.py").write_text(text)
+    with pytest.raises(OptionError, match=f"failed while it was imported: {said}"):
+        effzoo.load_file(tmp_path / "bad.py")
+    with pytest.raises(OptionError, match="no such file"):
+        effzoo.load_file(tmp_path / "absent.py")
+
+
+def test_plug_ins_are_found_by_entry_point(monkeypatch, caplog):
+    class Point:
+        def __init__(self, name, load):
+            self.name, self.value, self.load = name, f"{name}:it", load
+
+    def works():
+        effzoo.attention.register("plugged")(type("Plugged", (effzoo.attention.full.Full,), {}))
+
+    def breaks():
+        raise RuntimeError("broken plug-in")
+
+    monkeypatch.setattr(registry, "_entry_points_loaded", False)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [Point("bad", breaks), Point("good", works)] if group == "effzoo.plugins" else [])
+    with effzoo.scope():
+        assert effzoo.attention.get("plugged").name == "plugged"
+    assert "plug-in 'bad'" in caplog.text
+
+
+def test_importing_effzoo_imports_no_heavy_library():
+    heavy = ("transformers", "datasets", "accelerate", "xformers", "matplotlib", "typer", "peft")
+    code = f"import sys, effzoo; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
