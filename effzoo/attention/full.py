@@ -15,6 +15,7 @@ class Full(AttentionCore):
     """Every query sees every key: softmax(q k^T / sqrt(d)) v, the baseline of every comparison."""
 
     paper = "Vaswani et al. 2017, Attention is all you need, arXiv:1706.03762, section 3.2"
+    cost = "n^2"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:  # type: ignore[override]
         sequence = Part(q, k, v, bias=mask.key_bias(q.dtype), causal=self.context.causal)

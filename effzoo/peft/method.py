@@ -31,7 +31,7 @@ class Method(abc.ABC):
     identity_at_init: ClassVar[bool] = True  # whether the model's output is unchanged right after attaching
     default_targets: ClassVar[tuple[str, ...]] = ()  # those that a model lacks are passed over, unlike given ones
     accepts: ClassVar[tuple[type[Site], ...]] = (Site,)  # site types on which the method can hang
-    zero_gradient: ClassVar[Mapping[str, str]] = {}  # role -> why its gradient vanishes by mathematics
+    zero_gradient: ClassVar[Mapping[str, str]] = {}  # pattern of role.tensor -> why its gradient vanishes by mathematics
 
     def __init__(self, *, targets: Targets = None, layers: Layers = None):
         self.targets = (targets,) if isinstance(targets, str) else None if targets is None else tuple(targets)

@@ -1,0 +1,67 @@
+"""What an attention kind must hold inside a model: every door of fine-tuning reaches through it, also under checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from effzoo.checks.attention import Subject
+from effzoo.checks.models import Case, silent, train
+from effzoo.checks.runner import Check, Failed, NotApplicable, close, needs
+from effzoo.peft import attach
+
+METHODS = {
+    "lora": "lora[rank=4]",
+    "prefix": "prefix[length=4]",
+    "prompt": "prompt[length=4]",
+    "houlsby": "houlsby[bottleneck=4]",
+    "ia3": "ia3",
+    "bitfit": "bitfit",
+}
+
+
+def cases(subject: Subject) -> Iterator[Case]:
+    """The kind in an encoder and, where it can be causal, in a decoder."""
+    for architecture in ("bert", "gpt2") if subject.cls.supports_causal else ("bert",):
+        yield Case(architecture, str(subject.spec), subject.cls.supports_global)
+
+
+def _trains(method: str, spec: str) -> Check:
+    @needs("every_length")
+    def check(subject: Subject) -> None:
+        if method == "prefix" and not subject.cls.supports_memory:
+            raise NotApplicable("the kind says that it takes no memory")
+        for case in cases(subject):
+            for checkpointing in (False, True):
+                model = attach(case.model(), spec)
+                if checkpointing:
+                    model.gradient_checkpointing_enable()
+                if wrong := silent(model, train(model, case.batch())):
+                    under = " under gradient checkpointing" if checkpointing else ""
+                    raise Failed(f"{case}, {method}{under}: {wrong}; does the output depend on every projection, differentiably?")
+
+    check.__name__ = f"trains_{method}"
+    check.__doc__ = f"Inside a model, every tensor of {method} gets a finite gradient that is not 0, also under checkpointing"
+    return check
+
+
+@needs("every_length")
+def checkpointing_is_exact(subject: Subject) -> None:
+    """Gradient checkpointing gives the same gradients, dropout included"""
+    for case in cases(subject):
+        found = []
+        for checkpointing in (False, True):
+            model = case.model(dropout=0.1).train()
+            model.checkpointing = checkpointing
+            torch.manual_seed(11)
+            model(**case.batch()).loss.backward()
+            found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        for name, grad in found[0].items():
+            again = found[1].get(name)
+            if again is None:
+                raise Failed(f"{case}: {name} has a gradient without checkpointing and none with it")
+            close(f"{case}: the gradient of {name}", again, grad, 1e-12, "a forward pass that runs twice must compute the same: keep no state in it")
+
+
+CHECKS: tuple[Check, ...] = (*(_trains(method, spec) for method, spec in METHODS.items()), checkpointing_is_exact)

@@ -1,0 +1,167 @@
+"""Running checks: each alone, a crash in the checked code becomes a red line, and nothing is left behind.
+
+A check is a function of a subject whose docstring's first line is the property and whose body raises `Failed` when the property does not
+hold. It may raise `NotApplicable` with the reason why an entry need not have the property.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+Check = Callable[[Any], None]
+C = TypeVar("C", bound=Callable[..., None])
+Status = Literal["green", "red", "skipped", "not run"]
+
+
+class Failed(Exception):
+    """The property does not hold; the message says what was found, with numbers, and what to try."""
+
+
+class NotApplicable(Exception):
+    """The entry does not have to have this property; the message says why."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one check: its function's name, the property it stands for, and the reason unless it is green."""
+
+    check: str
+    label: str
+    status: Status
+    reason: str = ""
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return self.status in ("green", "skipped")
+
+    def __str__(self) -> str:
+        line = f"  {self.status:8} {self.label}"
+        return f"{line}\n           {self.reason}" if self.reason else line
+
+
+@dataclass
+class Report:
+    """The results of every check of one entry."""
+
+    kind: str
+    subject: str
+    results: list[Result] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is red; checks that another red one made pointless count as red too."""
+        return bool(self.results) and all(result.ok for result in self.results)
+
+    @property
+    def failures(self) -> list[Result]:
+        return [result for result in self.results if result.status == "red"]
+
+    def result(self, check: str) -> Result:
+        """The result of a check by its function's name."""
+        return next(result for result in self.results if result.check == check)
+
+    def summary(self) -> str:
+        """`12 green, 1 red, 2 skipped`."""
+        statuses: tuple[Status, ...] = ("green", "red", "skipped", "not run")
+        counts = {status: sum(result.status == status for result in self.results) for status in statuses}
+        return ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.kind} {self.subject}: {self.summary()}", *map(str, self.results)])
+
+
+def needs(*checks: str) -> Callable[[C], C]:
+    """Decorator: when one of these checks is red, this one would only repeat it, so it is not run."""
+
+    def mark(check: C) -> C:
+        check.needs = checks  # type: ignore[attr-defined]
+        return check
+
+    return mark
+
+
+def run(report: Report, subject: Any, checks: Iterable[Check], source: str | None, on_result: Callable[[Result], None] | None = None) -> Report:
+    """Run the checks one after another into the report; `source` is the file in which the entry is written."""
+    for check in checks:
+        started = time.perf_counter()
+        status, reason = _outcome(report, subject, check, source)
+        name = check.__name__
+        result = Result(name, label_of(check), status, reason, time.perf_counter() - started)
+        report.results.append(result)
+        if on_result is not None:
+            on_result(result)
+    return report
+
+
+def label_of(check: Check) -> str:
+    """The first line of the check's docstring."""
+    return (check.__doc__ or check.__name__).strip().splitlines()[0].rstrip(".")
+
+
+def _outcome(report: Report, subject: Any, check: Check, source: str | None) -> tuple[Status, str]:
+    status = {result.check: result for result in report.results}
+    for name in getattr(check, "needs", ()):
+        if name in status and status[name].status in ("red", "not run"):
+            return "not run", f"makes no sense before {name} holds"
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # tensors this small only wait for a second thread
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            check(subject)
+    except Failed as failure:
+        return "red", _with_notes(failure, str(failure))
+    except NotApplicable as reason:
+        return "skipped", str(reason)
+    except Exception as error:  # whatever the checked code does, the other checks still run
+        return "red", _with_notes(error, crash(error, source))
+    finally:
+        torch.set_num_threads(threads)
+    return "green", ""
+
+
+def crash(error: BaseException, source: str | None) -> str:
+    """An exception in one sentence, with the line of the entry's own file where it came from."""
+    text = " ".join(str(error).split())
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == source]
+    place = (own or frames)[-1] if frames else None
+    where = f", at {place.filename}:{place.lineno} in {place.name}" if place else ""
+    return f"{type(error).__name__}: {text[:400]}{'...' * (len(text) > 400)}{where}"
+
+
+def _with_notes(error: BaseException, text: str) -> str:
+    return ": ".join([*getattr(error, "__notes__", []), text])
+
+
+def source_of(cls: type) -> str | None:
+    """The file in which a class is written."""
+    for value in vars(cls).values():
+        code = getattr(value, "__code__", None)
+        if code is not None:
+            return str(code.co_filename)
+    return None
+
+
+def close(what: str, found: Tensor, expected: Tensor, tolerance: float, advice: str) -> None:
+    """Fail when two tensors differ by more than the tolerance, or when one is not finite."""
+    if found.shape != expected.shape:
+        raise Failed(f"{what} has shape {tuple(found.shape)}, expected {tuple(expected.shape)}; {advice}")
+    if not torch.isfinite(found).all():
+        raise Failed(f"{what} holds {int((~torch.isfinite(found)).sum())} entries that are NaN or infinite of {found.numel()}; {advice}")
+    if found.numel() == 0:
+        return
+    difference = (found - expected).abs()
+    largest = float(difference.detach().max())
+    if largest > tolerance:
+        at = tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape))
+        index = f" at index {at}" if at else ""
+        raise Failed(f"{what} is off by {largest:.2g}{index} (allowed: {tolerance:.0e}); {advice}")

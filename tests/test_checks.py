@@ -1,0 +1,120 @@
+"""The checks themselves: every built-in entry is green, and a report says what a reader needs."""
+
+import pytest
+import torch
+
+import effzoo
+from effzoo.attention import Part
+from effzoo.attention.full import Full
+from effzoo.checks import KINDS, Result
+from effzoo.checks.runner import Report, label_of
+from effzoo.errors import OptionError, UnknownNameError
+
+ENTRIES = [("attention", name) for name in effzoo.attention.names()] + [("peft", name) for name in effzoo.peft.names()]
+
+
+@pytest.mark.parametrize(("kind", "name"), ENTRIES, ids=lambda value: str(value))
+def test_every_registered_entry_keeps_its_contract(kind, name):
+    report = effzoo.check(kind, name)
+    assert report.ok, f"\n{report}"
+
+
+def test_a_spec_sets_options_and_large_defaults_become_small():
+    seen: list[Result] = []
+    assert effzoo.check("attention", "longformer[window=4]", on_result=seen.append).subject == "longformer[window=4]"
+    assert effzoo.check("attention", "longformer", only=["declares_itself"]).subject == "longformer[window=8]"
+    assert [result.check for result in seen] == [check.__name__ for check in KINDS["attention"]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "only", "error"),
+    [
+        ("attenton", "full", None, UnknownNameError),
+        ("attention", "longfromer", None, UnknownNameError),
+        ("attention", "full", ["padding"], UnknownNameError),
+        ("peft", "lora[rnk=4]", None, OptionError),
+    ],
+)
+def test_unknown_names_and_options_are_errors_not_red_lines(kind, name, only, error):
+    with pytest.raises(error):
+        effzoo.check(kind, name, only=only)
+
+
+def test_a_crash_is_one_red_line_with_the_place_in_the_users_file():
+    with effzoo.scope():
+
+        @effzoo.attention.register("crashing")
+        class Crashing(Full):
+            """Fails at its own line."""
+
+            def forward(self, q, k, v, *, mask, memory=None):
+                return {}["missing"]
+
+        report = effzoo.check("attention", "crashing")
+    red = report.result("shape_and_dtype")
+    assert red.status == "red" and "KeyError: 'missing'" in red.reason
+    assert f"{__file__}:" in red.reason and "in forward" in red.reason
+    assert report.result("every_length").status == "not run" and "shape_and_dtype" in report.result("every_length").reason
+    assert report.result("declares_itself").status == "green"
+    assert not report.ok and [result.check for result in report.failures] == ["shape_and_dtype"]
+
+
+def test_checking_leaves_the_random_state_the_threads_and_the_registry_alone():
+    torch.manual_seed(5)
+    state, threads, names = torch.get_rng_state(), torch.get_num_threads(), effzoo.attention.names()
+    effzoo.check("attention", "full")
+    effzoo.check("peft", "lora", only=["copies"])
+    assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads() and names == effzoo.attention.names()
+
+
+def test_the_same_name_in_two_scopes_is_checked_anew():
+    for broken in (False, True, False):
+        with effzoo.scope():
+
+            class Kind(Full):
+                """Full attention, broken on demand."""
+
+                def forward(self, q, k, v, *, mask, memory=None):
+                    out = super().forward(q, k, v, mask=mask, memory=memory)
+                    return out.detach() if self.broken else out
+
+            Kind.broken = broken
+            effzoo.attention.register("again")(Kind)
+            assert effzoo.check("attention", "again", only=["trains_lora"]).ok is not broken
+
+
+def test_a_kind_without_a_pattern_is_told_that_it_needs_an_anchor_test():
+    with effzoo.scope():
+
+        @effzoo.attention.register("patternless")
+        class Patternless(effzoo.attention.AttentionCore):
+            """Full attention that does not say so."""
+
+            cost = "n^2"
+
+            def forward(self, q, k, v, *, mask, memory=None):
+                return self.attend(Part(q, k, v, mask.key_bias(q.dtype), causal=self.context.causal), effzoo.attention.memory_part(q, memory))
+
+        report = effzoo.check("attention", "patternless")
+    assert report.ok, f"\n{report}"
+    assert report.result("equals_definition").status == "skipped" and "anchor" in report.result("equals_definition").reason
+
+
+def test_the_report_reads_as_a_summary_and_one_line_per_check():
+    results = [Result("a", "A holds", "green"), Result("b", "B holds", "red", "off by 3"), Result("c", "C holds", "not run", "b")]
+    report = Report("peft", "mine", results)
+    assert str(report).splitlines() == [
+        "peft mine: 1 green, 1 red, 1 not run",
+        "  green    A holds",
+        "  red      B holds",
+        "           off by 3",
+        "  not run  C holds",
+        "           b",
+    ]
+    assert not report.ok and not Report("peft", "mine").ok
+
+
+def test_every_check_has_a_label_of_its_own():
+    for checks in KINDS.values():
+        labels = [label_of(check) for check in checks]
+        assert len(set(labels)) == len(labels) and all(len(label) > 20 for label in labels)
