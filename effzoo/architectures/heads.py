@@ -56,9 +56,9 @@ class Classification(nn.Module):
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.num_labels == 1 and labels.shape in (logits.shape, logits.shape[:1]):
-            return F.mse_loss(logits.float().flatten(), labels.float().flatten())
+            return F.mse_loss(_exact(logits).flatten(), labels.to(_exact(logits)).flatten())
         if labels.is_floating_point() and labels.shape == logits.shape:
-            return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
+            return F.binary_cross_entropy_with_logits(_exact(logits), labels.to(_exact(logits)))
         if labels.is_floating_point() or labels.shape != logits.shape[:1]:
             raise InputError(
                 f"labels are integers of shape {tuple(logits.shape[:1])} (or floats of shape {tuple(logits.shape)} when several may hold), "
@@ -141,5 +141,10 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     counted = labels[labels != IGNORED]
     if labels.device.type == "cpu" and len(counted) and not 0 <= int(counted.min()) <= int(counted.max()) < logits.shape[-1]:
         raise InputError(f"labels are in [0, {logits.shape[-1]}) or {IGNORED}, got {int(counted.min())} to {int(counted.max())}; check num_labels")
-    total = F.cross_entropy(logits.float().flatten(0, -2), labels.long().flatten(), ignore_index=IGNORED, reduction="sum")
+    total = F.cross_entropy(_exact(logits).flatten(0, -2), labels.long().flatten(), ignore_index=IGNORED, reduction="sum")
     return total / max(len(counted), 1)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """Losses are computed in float32, or in float64 when that is given."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

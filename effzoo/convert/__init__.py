@@ -1,0 +1,10 @@
+"""Weights and configurations to and from transformers; the only place that imports its models, and only when called.
+
+One file per layout (`bert`, `roberta`, `longformer`, `gpt2`) holds a reversible key map and the config fields as data.
+"""
+
+from effzoo.convert.exporting import to_transformers
+from effzoo.convert.importing import from_transformers, load_pretrained
+from effzoo.convert.source import source_of
+
+__all__ = ["from_transformers", "load_pretrained", "source_of", "to_transformers"]

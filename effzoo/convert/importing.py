@@ -1,0 +1,68 @@
+"""From transformers to effzoo."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from effzoo.architectures import Config, Transformer
+from effzoo.convert.source import Source, open_source
+from effzoo.convert.transfer import transfer
+from effzoo.errors import ConversionError, OptionError, did_you_mean, listing
+from effzoo.registry import fits
+
+_NOT_OVERRIDDEN = ("name", "layout", "paper", "hub", "package")
+
+
+def from_transformers(source: Any, *, task: str | None = None, num_labels: int | None = None, **overrides: Any) -> Transformer:
+    """A model of ours with the configuration and the weights of a model of transformers.
+
+    source: a live model, a local folder, or a hub id; BERT, RoBERTa, Longformer or GPT-2 with any head that we have. task: another
+    than the source's, with a new head. overrides: fields of the config, such as `attention="longformer[window=256]"`,
+    `max_length=4096`, `dropout=0.0`. The result has the source's dtype, device and training mode; names of labels are not kept.
+
+    Raises ConversionError for a feature that we do not have, a mismatch, or weights that cannot be loaded.
+    """
+    found = open_source(source, task)
+    task = task or found.task
+    known = [field.name for field in dataclasses.fields(Config) if field.name not in _NOT_OVERRIDDEN]
+    config = found.config
+    if "dropout" not in overrides:
+        found.layout.check_dropouts(found.model.config, task)
+    if task == "features" and not config.causal and not _has_pooler(found):
+        config = dataclasses.replace(config, pooler=False)
+    for key, value in overrides.items():
+        if key not in known:
+            raise OptionError(f"from_transformers has no option {key!r}{did_you_mean(key, known)} Options: task, num_labels, {listing(known)}.")
+        current = getattr(config, key)
+        if key not in ("attention", "pad_token") and not fits(value, type(current)):
+            raise OptionError(f"{key!r} takes {type(current).__name__}, got {value!r} ({type(value).__name__})")
+    config = dataclasses.replace(config, **overrides)
+    model = Transformer(config, task, found.model.config.num_labels if num_labels is None else num_labels)
+    like = next(tensor for tensor in found.state.values())
+    model.to(device=like.device, dtype=like.dtype)
+    transfer(model, found)
+    return model.train(found.model.training)
+
+
+def load_pretrained(model: Transformer, source: Any) -> Transformer:
+    """Copy the weights of a source into a model, and return the model; its dtype, device and training mode stay.
+
+    source: a live model of transformers, a local folder or a hub id, of the same architecture and sizes. The model may have another
+    attention (new projections start as `copied_from` says, other new tensors stay as they are), another max_length
+    (positions are repeated, or cut) and another task (its head stays as it is; BERT's pooler is part of the
+    classification head). INFO records of the logger "effzoo.convert" list what was copied, new and unused.
+
+    Raises ConversionError, and changes nothing, for the first mismatch in a number.
+    """
+    if not isinstance(model, Transformer):
+        raise ConversionError(f"weights can be loaded into a Transformer of effzoo, got {type(model).__name__}")
+    with torch.no_grad():
+        transfer(model, open_source(source, model.task))
+    return model
+
+
+def _has_pooler(found: Source) -> bool:
+    return f"{found.layout.base(found.task)}pooler.dense.weight" in found.state

@@ -1,0 +1,135 @@
+"""A layout of transformers as data: class names, key map, and how its configuration and ours say the same thing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from effzoo.architectures import Config
+from effzoo.convert.keymap import Rule, expand
+from effzoo.errors import ConversionError, listing
+
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
+_THEIR_NAME = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}
+_ONLY_FOR = {"pooling": "classification", "head_dense": "classification", "head_bias": "classification", "lm_transform": "masked_lm"}
+_FREE = {"name", "layout", "paper", "hub", "package", "backend", "attention", "max_length", "activation", "position_offset", "pooler"}
+
+
+def no_fields(_: Any) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One family of transformers' models.
+
+    classes: task -> class name. prefix: of the body inside a model with a head. body, heads: key map, heads by task. tied: their keys
+    that hold the same values as another of theirs. fields: our config field -> theirs. positions, activation: their
+    names for these. slots: our fields that the layout fixes. required: their fields, each with the only value that we have.
+    counts_from_pad: positions start at pad_token + 1. lm_activation: what the language-model head uses whatever the
+    config says. read, write: further fields, ours from their config and theirs from ours. dropouts: their
+    further dropout probabilities in a task, which must equal our one.
+    """
+
+    name: str
+    prefix: str
+    classes: Mapping[str, str]
+    body: tuple[Rule, ...]
+    heads: Mapping[str, tuple[Rule, ...]]
+    tied: Mapping[str, str]
+    fields: Mapping[str, str]
+    positions: str
+    activation: str
+    slots: Mapping[str, Any]
+    required: Mapping[str, Any]
+    dropouts: Callable[[Any, str], Mapping[str, float | None]]
+    counts_from_pad: bool = False
+    lm_activation: str | None = None
+    read: Callable[[Any], dict[str, Any]] = field(default=no_fields)
+    write: Callable[[Config], dict[str, Any]] = field(default=no_fields)
+
+    def base(self, task: str) -> str:
+        return "" if task == "features" else f"{self.prefix}."
+
+    def rules(self, layers: int, source_task: str, task: str) -> list[Rule]:
+        """The key map from a model of `source_task` to one of `task`; of another task's head only what lies in their body (BERT's pooler)."""
+        head = [rule for rule in self.heads[task] if source_task == task or rule.theirs.startswith("{base}")]
+        return list(expand([*self.body, *head], layers, self.base(source_task)))
+
+    def known(self, layers: int, task: str) -> Iterator[Rule]:
+        """Every rule that a model of this task may have tensors for: its head's, and other heads' within the body."""
+        for other in self.heads:
+            yield from self.rules(layers, task, other)
+
+    def ties(self, task: str) -> dict[str, str]:
+        """{their key: their key with the same values}, as they are called in a model of this task."""
+        return {key: other.replace("{base}", self.base(task)) for key, other in self.tied.items()}
+
+    def config(self, theirs: Any, task: str) -> Config:
+        """Our config for theirs; ConversionError for a feature that we do not have."""
+        for name, value in self.required.items():
+            given = getattr(theirs, name, value)
+            if given != value:
+                raise ConversionError(f"{self.name} with {name}={given!r} has no counterpart in effzoo, which has {name}={value!r} only")
+        activation = getattr(theirs, self.activation)
+        if activation not in ACTIVATIONS:
+            raise ConversionError(f"activation {activation!r} has no counterpart in effzoo; it has {listing(ACTIVATIONS)}")
+        values = {ours: getattr(theirs, name) for ours, name in self.fields.items()} | self.read(theirs)
+        if self.counts_from_pad and values["pad_token"] is None:
+            raise ConversionError(f"{self.name} counts positions from pad_token_id + 1, but pad_token_id is None; set it in the config")
+        offset = values["pad_token"] + 1 if self.counts_from_pad else 0
+        config = Config(
+            **{"name": self.name, "layout": self.name, **self.slots, **values},
+            activation=ACTIVATIONS[activation],
+            position_offset=offset,
+            max_length=getattr(theirs, self.positions) - offset,
+        )
+        self.check(config, task)
+        _check_problem(theirs, task)
+        return config
+
+    def check(self, config: Config, task: str) -> None:
+        """Refuse a config of ours that this layout cannot express."""
+        slots = {name: value for name, value in self.slots.items() if _ONLY_FOR.get(name, task) == task}
+        slots["position_offset"] = (config.pad_token or 0) + 1 if self.counts_from_pad else 0
+        if self.lm_activation and task == "masked_lm":
+            slots["activation"] = self.lm_activation
+        for name, value in slots.items():
+            if name != "pooler" and getattr(config, name) != value:
+                raise ConversionError(
+                    f"{self.classes.get(task, self.name)} of transformers has no counterpart for {name}={getattr(config, name)!r}: it has {value!r}"
+                )
+        for entry in dataclasses.fields(config):
+            known = entry.name in self.fields or entry.name in self.slots or entry.name in _FREE or entry.name in _ONLY_FOR
+            if not known and getattr(config, entry.name) != entry.default:
+                raise ConversionError(f"{self.name} of transformers has no counterpart for {entry.name}={getattr(config, entry.name)!r}")
+
+    def their_fields(self, config: Config, task: str) -> dict[str, Any]:
+        """The fields of their config that say what ours says."""
+        self.check(config, task)
+        fields = {name: getattr(config, ours) for ours, name in self.fields.items()}
+        fields[self.positions] = config.max_length + config.position_offset
+        fields[self.activation] = _THEIR_NAME[config.activation]
+        return fields | self.write(config)
+
+    def check_dropouts(self, theirs: Any, task: str) -> None:
+        """Refuse several dropout probabilities where we have one."""
+        ours = getattr(theirs, self.fields["dropout"])
+        for name, value in self.dropouts(theirs, task).items():
+            if value is not None and value != ours:
+                raise ConversionError(
+                    f"{name}={value} beside {self.fields['dropout']}={ours}: effzoo has one dropout for both; choose it, as in dropout={ours}"
+                )
+
+
+def _check_problem(theirs: Any, task: str) -> None:
+    problem = getattr(theirs, "problem_type", None)
+    if task != "classification" or problem is None:
+        return
+    if (problem == "regression") != (theirs.num_labels == 1):
+        raise ConversionError(
+            f"problem_type={problem!r} with {theirs.num_labels} labels has no counterpart in effzoo, where the labels say which loss it is: "
+            "one label means regression; set problem_type=None to accept that"
+        )

@@ -1,0 +1,53 @@
+"""Longformer as transformers lays it out (Beltagy et al. 2020, arXiv:2004.05150): RoBERTa with windows and global projections."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from effzoo.architectures import Config
+from effzoo.architectures.transformer import attention_specs
+from effzoo.convert.keymap import same
+from effzoo.convert.roberta import ROBERTA
+from effzoo.errors import ConversionError
+from effzoo.registry import attention as registry
+from effzoo.spec import Spec
+
+GLOBAL = same(
+    {
+        "blocks.{i}.attn.q_global": "{base}encoder.layer.{i}.attention.self.query_global",
+        "blocks.{i}.attn.k_global": "{base}encoder.layer.{i}.attention.self.key_global",
+        "blocks.{i}.attn.v_global": "{base}encoder.layer.{i}.attention.self.value_global",
+    }
+)
+
+
+def read(theirs: Any) -> dict[str, Any]:
+    """`attention_window`, one number or one per layer, as an attention spec."""
+    windows = theirs.attention_window
+    same_everywhere = isinstance(windows, int) or len(set(windows)) == 1
+    window = windows if isinstance(windows, int) else windows[0] if same_everywhere else tuple(windows)
+    return {"attention": str(Spec("longformer", {"window": window}))}
+
+
+def write(config: Config) -> dict[str, Any]:
+    """The window of each layer; other options of our kind must stand at their defaults."""
+    windows = []
+    for layer, spec in enumerate(attention_specs(config)):
+        options = {option.name: option.default for option in registry.options("longformer")} | spec.options
+        for option in registry.options("longformer"):
+            if option.name != "window" and options[option.name] != option.default:
+                raise ConversionError(f"transformers' Longformer has no counterpart for {option.name}={options[option.name]!r} of attention {spec}")
+        windows.append(options["window"] if isinstance(options["window"], int) else options["window"][layer])
+    return {"attention_window": windows}
+
+
+LONGFORMER = dataclasses.replace(
+    ROBERTA,
+    name="longformer",
+    prefix="longformer",
+    classes={task: name.replace("Roberta", "Longformer") for task, name in ROBERTA.classes.items()},
+    body=ROBERTA.body + GLOBAL,
+    read=read,
+    write=write,
+)

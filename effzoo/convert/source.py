@@ -1,0 +1,152 @@
+"""Where weights come from: a live model of transformers, a local folder, a folder inside an installed package, or the hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from effzoo.architectures import Config
+from effzoo.convert.keymap import PARAMETERS, Rule, expand
+from effzoo.convert.layout import Layout
+from effzoo.convert.layouts import LAYOUTS, class_of, classes
+from effzoo.errors import ConversionError
+
+log = logging.getLogger("effzoo.convert")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model of transformers, its config as ours, and its tensors; `label` names it in messages."""
+
+    label: str
+    model: Any
+    layout: Layout
+    task: str
+    config: Config
+    state: dict[str, Tensor]
+
+
+def source_of(config: Config) -> str:
+    """Where the own weights of a zoo entry are: `package`, a folder in an installed package, or else `hub`.
+
+    package reads "<import name>/<folder>"; the package is found without importing it. Raises ConversionError when neither is there.
+    """
+    if config.package:
+        name, _, inside = config.package.partition("/")
+        found = importlib.util.find_spec(name)
+        for root in (found.submodule_search_locations or ()) if found else ():
+            if (Path(root) / inside / "config.json").is_file():
+                log.info("%s: weights from the installed package %s", config.name, config.package)
+                return str(Path(root) / inside)
+    if config.hub:
+        log.info("%s: weights from the hub, %s%s", config.name, config.hub, f" ({config.package} is not installed)" if config.package else "")
+        return config.hub
+    raise ConversionError(f"{config.name} names no weights of its own; give pretrained= a local folder or a hub id")
+
+
+def open_source(source: Any, task: str | None) -> Source:
+    """Load a folder or hub id with the class that it was saved from, or take a live model as it is.
+
+    task: says the class when the source does not name one that we know; its head may then be missing. Raises ConversionError.
+    """
+    if isinstance(source, (str, Path)):
+        return _from_pretrained(source, task)
+    for cls in type(source).__mro__:
+        if (found := class_of(cls.__name__)) and hasattr(source, "base_model_prefix"):
+            layout, its_task = found
+            return _checked(type(source).__name__, source, layout, its_task, (*layout.body, *layout.heads[its_task]))
+    raise ConversionError(f"{type(source).__name__} has no counterpart in effzoo; give a folder, a hub id, or one of {classes()}")
+
+
+def _from_pretrained(source: str | Path, task: str | None) -> Source:
+    import transformers
+
+    label = _local_or_hub(source)
+    with _explained(label, source), _quiet():
+        config = transformers.AutoConfig.from_pretrained(label)
+    if config.model_type not in LAYOUTS:
+        raise ConversionError(f"{label} is of type {config.model_type!r}, which has no counterpart in effzoo; give one of {', '.join(LAYOUTS)}")
+    layout = LAYOUTS[config.model_type]
+    name = (config.architectures or ["a class that its config does not name"])[0]
+    found = class_of(name)
+    if found is None and task is None:
+        raise ConversionError(f"{label} was saved from {name}, which has no counterpart in effzoo; give task=... to take what it needs")
+    its_task = found[1] if found else str(task)
+    if its_task not in layout.classes:
+        raise ConversionError(f"{layout.name} of transformers has no model for task {its_task!r}; it has {', '.join(layout.classes)}")
+    with _explained(label, source), _quiet():
+        model, info = getattr(transformers, layout.classes[its_task]).from_pretrained(label, output_loading_info=True)
+    required = (*layout.body, *layout.heads[its_task]) if found else layout.body
+    return _checked(label, model, layout, its_task, required, frozenset(info["missing_keys"]))
+
+
+def _local_or_hub(source: str | Path) -> str:
+    """The source as transformers takes it; what looks like a path has to exist."""
+    text = os.path.expanduser(str(source))
+    path = Path(text)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConversionError(f"{text} has no config.json; give a folder that save_pretrained wrote")
+        return text
+    if path.is_file():
+        raise ConversionError(f"{text} is a file; give the folder that save_pretrained wrote, with config.json and the weights")
+    if isinstance(source, Path) or text.startswith((".", os.sep)) or "\\" in text or text.count("/") > 1:
+        raise ConversionError(f"{text} looks like a local folder, but there is none; give a folder that save_pretrained wrote, or a hub id")
+    return text
+
+
+def _checked(label: str, model: Any, layout: Layout, task: str, required: tuple[Rule, ...], missing: frozenset[str] = frozenset()) -> Source:
+    """A source whose config we can express and whose tensors are complete, tied where we tie, finite, and all known."""
+    config = layout.config(model.config, task)
+    state = {key: value for key, value in model.state_dict().items() if key not in missing}
+    for key, other in layout.ties(task).items():
+        tied = state.pop(key, None)
+        if tied is not None and other in state and tied is not state[other] and not tied.equal(state[other]):
+            raise ConversionError(f"{label}: {key} differs from {other}; effzoo ties the two, so an untied head has no counterpart")
+    for rule in expand(required, config.layers, layout.base(task)):
+        inside_pooler = "pooler" in rule.theirs and task == "features"  # models exist with and without
+        if not inside_pooler and not any(f"{rule.theirs}.{parameter}" in state for parameter in PARAMETERS):
+            raise ConversionError(f"{label} has no tensor for {rule.theirs}; the weights are incomplete, or adapters or quantisation changed them")
+    known = {f"{rule.theirs}.{parameter}" for rule in layout.known(config.layers, task) for parameter in PARAMETERS}
+    for key, value in state.items():
+        if key not in known:
+            raise ConversionError(f"{label} has the tensor {key}, which {layout.classes[task]} does not have; merge or remove what was added")
+        if not bool(value.isfinite().all()):
+            raise ConversionError(f"{label} has NaN or infinity in {key} ({int((~value.isfinite()).sum())} of {value.numel()} entries)")
+    return Source(label, model, layout, task, config, state)
+
+
+@contextmanager
+def _explained(label: str, source: Any) -> Iterator[None]:
+    """What transformers raises, as a ConversionError that says what was tried."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        if Path(label).is_dir():
+            raise ConversionError(f"{label} could not be loaded ({reason}); it should hold what save_pretrained wrote") from error
+        raise ConversionError(
+            f"{source!r} is no local folder, and as a hub id it could not be fetched ({reason}); "
+            "give a local folder that save_pretrained wrote, or check the name and the network"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hush the report of transformers about new and unused tensors: `transfer` makes its own."""
+    from transformers.utils import logging as theirs
+
+    level = theirs.get_verbosity()
+    theirs.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)

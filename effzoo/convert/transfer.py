@@ -1,0 +1,125 @@
+"""Copying the weights of a source into a model of ours, which may have another attention, length or task.
+
+Longer models repeat the pretrained positions, and projections that only the new attention has start as copies of those they stand
+beside: how Longformer was made from RoBERTa (Beltagy et al. 2020, arXiv:2004.05150, section 5).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+
+import torch
+from torch import Tensor
+
+from effzoo.architectures import Config, Transformer
+from effzoo.convert.keymap import to_ours
+from effzoo.convert.layouts import family
+from effzoo.convert.source import Source
+from effzoo.errors import ConversionError
+
+log = logging.getLogger("effzoo.convert")
+POSITIONS = "embeddings.position.weight"
+_FIRST = ("architecture", "dim", "layers", "heads", "mlp", "vocab", "types", "position_offset", "norm", "eps", "activation")
+_MAY_DIFFER = {
+    "name", "layout", "paper", "hub", "package", "backend", "attention", "max_length", "dropout", "attention_dropout", "pad_token",
+    "pooling", "head_dense", "head_bias", "pooler", "lm_transform",
+}  # fmt: skip
+
+
+def transfer(model: Transformer, source: Source) -> None:
+    """Write the source's weights into the model, all or none; INFO records say what was copied, repeated, new and unused.
+
+    Raises ConversionError for the first number in which the two do not fit.
+    """
+    _check_fit(model, source)
+    given = to_ours(source.layout.rules(model.config.layers, source.task, model.task), source.state)
+    if "head.out.weight" in given:
+        _check_head(model, source)
+    wanted = {key: value for key, value in model.state_dict(keep_vars=True).items() if ".adapters." not in f".{key}"}
+    chosen: dict[str, Tensor] = {}
+    repeated: dict[str, str] = {}
+    new: list[str] = []
+    for key, value in wanted.items():
+        origin = key if key in given else _stands_beside(model, key)
+        if origin in given:
+            tensor = extended(given[origin], len(value), model.config.position_offset) if key == POSITIONS else given[origin]
+            if tensor.shape != value.shape:
+                raise ConversionError(f"{key} has shape {tuple(value.shape)} in the model and {tuple(tensor.shape)} in {source.label}")
+            chosen[key] = tensor
+            if origin != key:
+                repeated[key] = origin
+        elif re.match(r"head\.|blocks\.\d+\.attn\.", key):
+            new.append(key)
+        else:
+            raise ConversionError(f"{source.label} has no tensor for {key}; build the model without it")
+    with torch.no_grad():
+        for key, tensor in chosen.items():
+            wanted[key].copy_(tensor)
+    _report(model, source, chosen, repeated, new)
+
+
+def extended(table: Tensor, rows: int, offset: int) -> Tensor:
+    """A position table of `rows` rows: the first `offset` special ones once, the others repeated in order (or cut)."""
+    index = torch.arange(rows, device=table.device)
+    return table[torch.where(index < offset, index, offset + (index - offset) % (len(table) - offset))]
+
+
+def _stands_beside(model: Transformer, key: str) -> str:
+    """The key that a projection of a new attention starts from, or ""."""
+    match = re.fullmatch(r"blocks\.(\d+)\.attn\.(\w+)\.(weight|bias)", key)
+    if match is None:
+        return ""
+    layer, projection, parameter = match.groups()
+    origin = list(model.cores())[int(layer)].copied_from.get(projection)
+    return f"blocks.{layer}.attn.{origin}.{parameter}" if origin else ""
+
+
+def _check_fit(model: Transformer, source: Source) -> None:
+    ours, theirs = model.config, source.config
+    if family(ours) != family(theirs):
+        raise ConversionError(f"the model has layout {ours.layout!r}, {source.label} has {theirs.layout!r}; build a model with that layout")
+    others = [f.name for f in dataclasses.fields(Config) if f.name not in _MAY_DIFFER and f.name not in _FIRST]
+    for name in (*_FIRST, *others, *(("pad_token",) if ours.position_offset else ())):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise ConversionError(
+                f"{name} is {getattr(ours, name)!r} in the model and {getattr(theirs, name)!r} in {source.label}; "
+                f"build the model with {name}={getattr(theirs, name)!r}"
+            )
+
+
+def _check_head(model: Transformer, source: Source) -> None:
+    ours, theirs = model.config, source.config
+    fields = ("head_dense", "head_bias", "pooling") if model.task == "classification" else ()
+    pairs = [(name, getattr(ours, name), getattr(theirs, name)) for name in fields]
+    for name, own, other in [("num_labels", model.num_labels, source.model.config.num_labels), *pairs]:
+        if own != other:
+            raise ConversionError(
+                f"{name} is {own!r} in the model and {other!r} in {source.label}; build the model with {name}={other!r}, or, for a new head, "
+                "give the body alone: transformers.AutoModel.from_pretrained(...)"
+            )
+
+
+def _report(model: Transformer, source: Source, chosen: dict[str, Tensor], repeated: dict[str, str], new: list[str]) -> None:
+    log.info("%s: %d tensors loaded, %d parameters", source.label, len(chosen), sum(tensor.numel() for tensor in chosen.values()))
+    before, now = source.config.max_length, model.config.max_length
+    if now != before:
+        log.info("%s: positions %s from %d to %d", source.label, "repeated" if now > before else "cut", before, now)
+    used = {*chosen, *repeated.values()}
+    places = {rule.theirs: rule.ours for rule in source.layout.rules(model.config.layers, source.task, model.task)}
+    unused = []
+    for key in source.state:
+        path, _, parameter = key.rpartition(".")
+        if not any(f"{ours}.{parameter}" in used for ours in places.get(path, ())):
+            unused.append(key)
+    _say(source, "copied beside", [f"{key} <- {origin}" for key, origin in repeated.items()])
+    _say(source, "newly initialised", new)
+    _say(source, "unused", unused)
+
+
+def _say(source: Source, what: str, keys: list[str]) -> None:
+    """One record, with the numbers of blocks folded together."""
+    if keys:
+        folded = dict.fromkeys(re.sub(r"(blocks|layer|h)\.\d+\.", r"\1.*.", key) for key in keys)
+        log.info("%s: %d tensors %s: %s", source.label, len(keys), what, ", ".join(folded))

