@@ -143,16 +143,18 @@ def _load_entry_points() -> None:
             logging.getLogger("effzoo").exception("plug-in %r (%s) failed to load", point.name, point.value)
 
 
+def _constructor(cls: type) -> Callable[..., None]:
+    return cls.__init__  # type: ignore[misc]
+
+
 def _options(cls: type) -> list[Option]:
-    signature = inspect.signature(cls.__init__, eval_str=True)
+    signature = inspect.signature(_constructor(cls), eval_str=True)
     return [Option(p.name, p.annotation, p.default) for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
 
 
 def _require_keyword_only(kind: str, name: str, cls: type) -> None:
-    for parameter in inspect.signature(cls.__init__).parameters.values():
+    for parameter in inspect.signature(_constructor(cls)).parameters.values() if _constructor(cls) is not object.__init__ else ():
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-            if cls.__init__ is object.__init__:
-                return
             stars = 2 if parameter.kind is parameter.VAR_KEYWORD else 1
             raise OptionError(
                 f"{kind} {name!r}: the constructor of {cls.__qualname__} takes {'*' * stars}{parameter.name}, which hides its options; "

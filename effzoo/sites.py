@@ -16,6 +16,7 @@ A module enters a site through a door, by overriding its method (unified view: H
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -76,29 +77,42 @@ class Site(nn.Module):
         """Hang a module under an adapter's name; the adapter is not made active here."""
         if adapter not in self.adapters:
             self.adapters[adapter] = nn.ModuleDict()
-        if method in self.adapters[adapter]:
+        modules = self.of(adapter)
+        if method in modules:
             raise OptionError(
                 f"adapter {adapter!r} would hang two {method!r} modules on {self.role!r}; give the two specs disjoint targets or layers"
             )
-        self.adapters[adapter][method] = module
+        modules[method] = module
+
+    def of(self, adapter: str) -> nn.ModuleDict:
+        """The modules of one adapter by method."""
+        return cast(nn.ModuleDict, self.adapters[adapter])
 
     def hung(self, *adapters: str) -> Iterator[PeftModule]:
         """The modules of the named adapters (default: the active ones), in the order in which they act."""
         for adapter in adapters or self.active:
             if adapter in self.adapters:
-                yield from self.adapters[adapter].values()  # type: ignore[misc]
+                yield from cast("Iterator[PeftModule]", self.of(adapter).values())
 
     def base(self) -> dict[str, nn.Parameter]:
         """The site's own parameters, without what is hung on it."""
         return dict(self.named_parameters(recurse=False))
 
-    def composed(self) -> dict[str, Tensor | None]:
-        """The site's weight and bias as they pass through the parameter door of the active modules."""
-        weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
+    def composed_weight(self) -> Tensor:
+        """The site's weight as it passes through the parameter door of the active modules."""
+        weight: Tensor = self.base()["weight"]
         for module in self.hung():
-            weight = None if weight is None else module.weight(weight)
-            bias = None if bias is None else module.bias(bias)
-        return {"weight": weight, "bias": bias}
+            weight = module.weight(weight)
+        return weight
+
+    def composed_bias(self) -> Tensor | None:
+        """The site's bias, likewise; None when it has none."""
+        bias: Tensor | None = self.base().get("bias")
+        if bias is None:
+            return None
+        for module in self.hung():
+            bias = module.bias(bias)
+        return bias
 
 
 class Linear(nn.Linear, Site):
@@ -111,10 +125,10 @@ class Linear(nn.Linear, Site):
     def forward(self, x: Tensor) -> Tensor:
         if not self.active:
             return F.linear(x, self.weight, self.bias)
-        modules, now = tuple(self.hung()), self.composed()
+        modules = tuple(self.hung())
         for module in modules:
             x = module.before(x)
-        y = F.linear(x, now["weight"], now["bias"])
+        y = F.linear(x, self.composed_weight(), self.composed_bias())
         for module in modules:
             y = module.after(x, y)
         return y
@@ -129,7 +143,7 @@ class TiedLinear(Site):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        y = F.linear(x, weight, self.composed()["bias"])
+        y = F.linear(x, weight, self.composed_bias())
         for module in self.hung():
             y = module.after(x, y)
         return y
@@ -145,8 +159,7 @@ class LayerNorm(nn.LayerNorm, Site):
     def forward(self, x: Tensor) -> Tensor:
         if not self.active:
             return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        now = self.composed()
-        y = F.layer_norm(x, self.normalized_shape, now["weight"], now["bias"], self.eps)
+        y = F.layer_norm(x, self.normalized_shape, self.composed_weight(), self.composed_bias(), self.eps)
         for module in self.hung():
             y = module.after(x, y)
         return y
@@ -160,7 +173,7 @@ class Embedding(nn.Embedding, Site):
         self._open(role, layer)
 
     def forward(self, ids: Tensor) -> Tensor:
-        y = F.embedding(ids, self.composed()["weight"])
+        y = F.embedding(ids, self.composed_weight())
         for module in self.hung():
             y = module.after(ids, y)
         return y

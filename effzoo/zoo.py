@@ -23,11 +23,11 @@ def models() -> list[str]:
 
 
 def config(name: str, **sizes: Any) -> Config:
-    """The config of a zoo entry with sizes overridden by keyword (`layers=2, dim=64`)."""
-    files = _files()
-    if name not in files:
-        raise UnknownNameError("model", name, files)
-    entry = _read(files[name])
+    """The config of a zoo entry, or of a TOML file of your own, with sizes overridden by keyword (`layers=2, dim=64`)."""
+    path = _files().get(name, Path(name) if name.endswith(".toml") else None)
+    if path is None:
+        raise UnknownNameError("model", name, _files())
+    name, entry = path.stem, _read(path)
     fields = {f.name: f for f in dataclasses.fields(Config)}
     for key, value in sizes.items():
         if key not in fields or key in _NOT_SIZES:
@@ -37,6 +37,15 @@ def config(name: str, **sizes: Any) -> Config:
         if key not in ("attention", "pad_token") and not fits(value, float if type(default) is float else type(default)):
             raise OptionError(f"size {key!r} of model {name!r} takes {type(default).__name__}, got {value!r} ({type(value).__name__})")
     return Config(**{"name": name, **entry, **sizes})
+
+
+def _known(path: Path, entry: dict[str, Any]) -> None:
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    unknown = [key for key in entry if key not in fields]
+    missing = [key for key, f in fields.items() if f.default is dataclasses.MISSING and key not in entry and key != "name"]
+    if unknown or missing:
+        problem = f"has an unknown key {unknown[0]!r}{did_you_mean(unknown[0], fields)}" if unknown else f"lacks {listing(missing)}."
+        raise OptionError(f"{path} {problem} Keys: {listing(fields)}.")
 
 
 def create(name: str, *, task: str = "features", num_labels: int = 2, **sizes: Any) -> Transformer:
@@ -51,5 +60,10 @@ def _files() -> dict[str, Path]:
 
 @cache
 def _read(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return tomllib.load(file)
+    try:
+        with open(path, "rb") as file:
+            entry = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise OptionError(f"{path} cannot be read as TOML: {error}") from None
+    _known(path, entry)
+    return entry

@@ -43,7 +43,7 @@ class Embeddings(nn.Module):
     def positions(self, ids: Tensor | None, batch: int, n: int, device: torch.device) -> Tensor:
         """0, 1, 2, ...; with an offset, padding tokens are not counted and keep the id before the offset (as in RoBERTa)."""
         offset = self.config.position_offset
-        if offset and ids is not None:
+        if offset and ids is not None and self.config.pad_token is not None:
             present = ids != self.config.pad_token
             return torch.where(present, present.cumsum(dim=1) + offset - 1, offset - 1)
         return (torch.arange(n, device=device) + offset).expand(batch, n)

@@ -100,9 +100,7 @@ class LanguageModel(nn.Module):
         x = hidden
         if self.dense is not None and self.norm is not None:
             x = self.norm(self.activation(self.dense(x)))
-        weight = embedding.composed()["weight"]
-        assert weight is not None
-        logits = self.out(x, weight)
+        logits = self.out(x, embedding.composed_weight())
         loss = None
         if labels is not None:
             loss = _cross_entropy(logits[:, :-1], labels[:, 1:]) if self.causal else _cross_entropy(logits, labels)

@@ -15,8 +15,9 @@ The private operators of torch stay in this file; `_plain` is their readable twi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,7 +133,7 @@ class _Merged(torch.autograd.Function):
         return None, *grads
 
 
-def _quadruples(tensors):  # type: ignore[no-untyped-def]
+def _quadruples(tensors: Sequence[Any]) -> list[Sequence[Any]]:
     return [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
 
 

@@ -135,10 +135,12 @@ class Longformer(AttentionCore):
 
     def dense(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         allowed = self.pattern(projected[0].shape[2], mask)
-        local = reference.dense(*projected[:3], allowed, memory)
+        q, k, v, *of_global = projected
+        local = reference.dense(q, k, v, allowed, memory)
         if mask.is_global is None:
             return local
-        return torch.where(mask.is_global[:, None, :, None], reference.dense(*projected[3:], allowed, memory), local)
+        q, k, v = of_global
+        return torch.where(mask.is_global[:, None, :, None], reference.dense(q, k, v, allowed, memory), local)
 
 
 def _gathered(mask: Mask) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,7 @@ def _rows(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, str, int,
 
 
 def _change(model: nn.Module, names: tuple[str, ...]) -> tuple[int | None, int | str | None]:
-    changed: int | None = 0
+    changed = 0
     ranks: list[int | None] = [0]
     for _, site in sites(model):
         modules = list(site.hung(*names)) if site.active else []
