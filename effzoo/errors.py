@@ -46,6 +46,14 @@ class ConversionError(EffzooError, ValueError):
     """Weights or a configuration that have no counterpart on the other side."""
 
 
+class DataError(EffzooError, ValueError):
+    """A data set that cannot be read, split or tokenised as asked."""
+
+
+class TrainingError(EffzooError, RuntimeError):
+    """A run that cannot start, continue or resume."""
+
+
 def did_you_mean(given: object, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest known name, or just a full stop."""
     close = difflib.get_close_matches(str(given), list(known), n=1, cutoff=0.5)

@@ -15,8 +15,8 @@ FLOORS = [  # a package may import from those before it, and from itself
     {"blocks"},
     {"architectures"},
     {"zoo"},
-    {"convert", "data", "measure", "plots"},
-    {"build"},
+    {"convert", "measure", "plots"},
+    {"build", "data"},
     {"checks", "train"},
     {"cli"},
 ]

@@ -1,0 +1,5 @@
+"""Training: `finetune` (`run`), the Trainer under it (`trainer`), batches (`batches`), data checks (`examples`), files (`checkpoints`)."""
+
+from effzoo.train.run import Result, finetune
+
+__all__ = ["Result", "finetune"]

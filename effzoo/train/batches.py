@@ -1,0 +1,136 @@
+"""Which examples a step sees, how they are padded into one batch, and how many labels of the batch count.
+
+All three are functions of (seed, epoch, step) and the data alone, so that the batches do not depend on how often a run was
+interrupted, and the global batch does not depend on how many processes share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from effzoo.architectures.heads import IGNORED
+from effzoo.errors import InputError
+
+Row = Mapping[str, Any]
+Batch = dict[str, Tensor]
+TOKEN_TASKS = ("token_classification", "masked_lm", "causal_lm")
+LABEL_NAMES = ("labels", "label", "label_ids")
+COUNTED = "counted"  # the entry of a batch that holds its number of counted labels
+_GROUPED = 50  # global batches that are sorted by length together
+
+
+class Order(Sampler[list[int]]):
+    """The indices of each batch of one process: the global batches of all processes are consecutive runs of one permutation.
+
+    Process r of P takes every P-th example of a global batch of batch_size * P, starting at r. The last global batch of an epoch may be smaller;
+    nothing is dropped or repeated, so a process may then get an empty list. lengths: group examples of similar length (in tokens), which
+    saves padding; each example still comes once per epoch.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, *, process: int = 0, processes: int = 1, seed: int | None = None, lengths: Sequence[int] | None = None
+    ):
+        self.size, self.batch_size, self.process, self.processes = size, batch_size, process, processes
+        self.seed, self.lengths, self.epoch = seed, lengths, 0
+
+    def __len__(self) -> int:
+        return -(-self.size // (self.batch_size * self.processes))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.global_batches():
+            yield batch[self.process :: self.processes]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def global_batches(self) -> list[list[int]]:
+        """Every batch of this epoch, over all processes; without a seed in the order of the data."""
+        step = self.batch_size * self.processes
+        if self.seed is None:
+            return [list(range(start, min(start + step, self.size))) for start in range(0, self.size, step)]
+        generator = torch.Generator().manual_seed((self.seed << 24) + self.epoch)
+        order = torch.randperm(self.size, generator=generator).tolist()
+        if self.lengths is None:
+            return [order[start : start + step] for start in range(0, self.size, step)]
+        lengths = self.lengths
+        batches = []
+        for start in range(0, self.size, step * _GROUPED):
+            group = sorted(order[start : start + step * _GROUPED], key=lambda index: -lengths[index])
+            batches += [group[at : at + step] for at in range(0, len(group), step)]
+        whole = [batch for batch in batches if len(batch) == step]
+        shuffled = [whole[index] for index in torch.randperm(len(whole), generator=generator).tolist()]
+        return shuffled + [batch for batch in batches if len(batch) < step]
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader in a given order, with random state of its own: iterating leaves the global generator as it was."""
+
+    def __init__(self, data: Any, order: Order, collate: Callable[[list[Any]], Batch], workers: int, pin_memory: bool):
+        super().__init__(
+            data, batch_sampler=order, collate_fn=collate, num_workers=workers, pin_memory=pin_memory, generator=torch.Generator().manual_seed(0)
+        )
+        self.order = order
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order.set_epoch(epoch)
+
+
+class Pad:
+    """Rows of token lists -> tensors padded on the right to the longest row, [batch, n].
+
+    input_ids are padded with the model's pad token (0 when it has none), masks and types with 0, labels per token with -100; attention_mask is added
+    when rows differ in length. Raises InputError for rows with other columns than the first, or columns of unequal length.
+    """
+
+    def __init__(self, task: str, pad_token: int | None, accepted: Sequence[str]):
+        self.task, self.accepted = task, tuple(accepted)
+        self.fill = {"input_ids": pad_token or 0, "labels": IGNORED}
+
+    def __call__(self, rows: list[Row]) -> Batch:
+        names = [name for name in rows[0] if name in self.accepted or name in LABEL_NAMES]
+        tokens = "input_ids" if "input_ids" in names else "inputs_embeds"
+        lengths = [len(row[tokens]) for row in rows]
+        batch: Batch = {}
+        for name in names:
+            try:
+                values = [torch.as_tensor(row[name]) for row in rows]
+            except KeyError:
+                raise InputError(f"some examples have the column {name!r} and some have not; give it to all or none") from None
+            entry = "labels" if name in LABEL_NAMES else name
+            if entry == "labels" and self.task not in TOKEN_TASKS:
+                batch[entry] = torch.stack([v.to(torch.get_default_dtype()) if v.is_floating_point() else v.long() for v in values])
+                continue
+            for value, length in zip(values, lengths, strict=True):
+                if value.ndim == 0 or len(value) != length:
+                    raise InputError(f"{name} of an example has shape {tuple(value.shape)}, its {tokens} has {length} positions")
+            batch[entry] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=self.fill.get(entry, 0))
+        if "attention_mask" not in batch and min(lengths) < max(lengths):
+            batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        return batch
+
+
+class Counting:
+    """A collator that also counts the labels of its batch, and answers an empty list with a batch in which none counts.
+
+    Every process has to take every step; one that got no example of a small last batch runs `spare` with the weight 0.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any], task: str, num_labels: int, spare: Any):
+        self.collate, self.task, self.num_labels, self.spare = collate, task, num_labels, spare
+
+    def __call__(self, rows: list[Any]) -> Batch:
+        batch = dict(self.collate(rows or [self.spare]))
+        count = counted(batch["labels"], self.task, self.num_labels) if rows else torch.tensor(0)
+        return {**batch, COUNTED: count}
+
+
+def counted(labels: Tensor, task: str, num_labels: int) -> Tensor:
+    """How many labels the model's mean loss is a mean over: those that are not -100, after the shift of a causal language model."""
+    if labels.is_floating_point() or (task == "classification" and num_labels == 1):
+        return torch.tensor(labels.numel())
+    return ((labels[:, 1:] if task == "causal_lm" else labels) != IGNORED).sum()

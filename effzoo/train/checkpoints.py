@@ -1,0 +1,173 @@
+"""Checkpoints on disk: whole at every moment, without pickle.
+
+A checkpoint is a directory `checkpoint-<step>`. It is written as `.partial-<step>`, forced to disk, and renamed; one that is removed is
+renamed first. So whatever is killed when, a directory under its real name is complete. It holds the active adapters (or, without any,
+`model.safetensors`), and the state of the run as `state.json` with its tensors in `state.safetensors`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor, nn
+
+from effzoo.errors import TrainingError
+from effzoo.peft.attach import active
+from effzoo.peft.files import restore_adapter, save_adapter
+
+WEIGHTS = "model.safetensors"
+ADAPTER = "adapter"
+RUN = "run.json"
+_PREFIX, _PARTIAL, _REMOVED = "checkpoint-", ".partial-", ".removed-"
+
+
+def whole(directory: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [path for path in directory.glob(f"{_PREFIX}*") if re.fullmatch(rf"{_PREFIX}\d+", path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
+
+
+def clean(directory: Path) -> None:
+    """Remove what a killed run left half written or half removed."""
+    for prefix in (_PARTIAL, _REMOVED):
+        for path in directory.glob(f"{prefix}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def writing(directory: Path, step: int) -> Iterator[Path]:
+    """A directory to write a checkpoint in; it gets its real name when the `with` block ends without an error."""
+    partial, final = directory / f"{_PARTIAL}{step}", directory / f"{_PREFIX}{step}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for path in [*partial.rglob("*"), partial]:
+        _force_to_disk(path)
+    if final.exists():
+        remove(final)
+    partial.rename(final)
+    _force_to_disk(directory)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; its name is gone before its first file."""
+    doomed = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def rotate(directory: Path, keep: int | None, best: Path | None) -> None:
+    """Keep the newest `keep` checkpoints (None: all) and the best one."""
+    for path in whole(directory)[: -keep if keep else 0]:
+        if path != best:
+            remove(path)
+
+
+def best_of(directory: Path, history: Sequence[dict[str, Any]], metric: str) -> Path | None:
+    """The checkpoint on disk with the best value of `eval_<metric>`, the earlier one of equals; losses, errors and perplexities are best when low."""
+    sign = 1 if any(word in metric for word in ("loss", "error", "perplexity")) else -1
+    values = {entry["step"]: entry[f"eval_{metric}"] for entry in history if f"eval_{metric}" in entry}
+    known = [path for path in whole(directory) if step_of(path) in values]
+    return min(known, key=lambda path: sign * values[step_of(path)], default=None)
+
+
+def save_weights(model: nn.Module, directory: Path) -> Path:
+    """Write what training changes: the active adapters to `adapter` (several: one folder each in it), or else `model.safetensors`.
+
+    Returns the path written. Shared tensors are written once per name.
+    """
+    names = active(model)
+    for name in names:
+        save_adapter(model, directory / ADAPTER / (name if len(names) > 1 else ""), name=name)
+    if names:
+        return directory / ADAPTER
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    partial = directory / f"{_PARTIAL}{WEIGHTS}"
+    safetensors.torch.save_file(tensors, partial)
+    _force_to_disk(partial)
+    partial.rename(directory / WEIGHTS)
+    return directory / WEIGHTS
+
+
+def load_weights(model: nn.Module, directory: Path) -> None:
+    """Read what `save_weights` wrote into the model, whose adapters stay the same modules.
+
+    Raises AdapterError for an adapter with another spec or base, TrainingError for full weights that do not fit.
+    """
+    names = active(model)
+    for name in names:
+        restore_adapter(model, directory / ADAPTER / (name if len(names) > 1 else ""), name=name)
+    if names:
+        return
+    try:
+        missing, unexpected = model.load_state_dict(safetensors.torch.load_file(directory / WEIGHTS), strict=False)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise TrainingError(f"{directory / WEIGHTS} does not fit this model: {error}") from None
+    if missing or unexpected:
+        problem = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is one too many"
+        raise TrainingError(f"{directory / WEIGHTS} does not fit this model: {problem}")
+
+
+def write_state(directory: Path, state: Any) -> None:
+    """Write a nest of dicts, lists, tuples, numbers, strings and tensors."""
+    tensors: dict[str, Tensor] = {}
+    content = json.dumps(_pack(state, tensors))
+    safetensors.torch.save_file(tensors, directory / "state.safetensors")
+    (directory / "state.json").write_text(content)
+
+
+def read_state(directory: Path) -> Any:
+    """What `write_state` wrote; TrainingError when the files are not there or not whole."""
+    try:
+        return _unpack(json.loads((directory / "state.json").read_text()), safetensors.torch.load_file(directory / "state.safetensors"))
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise TrainingError(f"{directory} is not a whole checkpoint ({problem}); remove it to resume from an earlier one") from None
+
+
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """JSON knows neither tuples nor keys that are numbers nor tensors, so each container is written as {kind: content}."""
+    if isinstance(value, Tensor):
+        key = str(len(tensors))
+        tensors[key] = value.detach().cpu().contiguous().clone()
+        return {"tensor": key}
+    if isinstance(value, dict):
+        return {"dict": [[key, _pack(entry, tensors)] for key, entry in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {"tuple" if isinstance(value, tuple) else "list": [_pack(entry, tensors) for entry in value]}
+    return value
+
+
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _unpack(entry, tensors) for key, entry in content}
+    entries = [_unpack(entry, tensors) for entry in content]
+    return tuple(entries) if kind == "tuple" else entries
+
+
+def _force_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

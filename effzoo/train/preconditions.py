@@ -1,0 +1,118 @@
+"""What has to hold before a run starts: something to train, options in range, a precision that runs here, an output folder that fits."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effzoo.architectures import Transformer
+from effzoo.errors import IncompatibleError, OptionError, TrainingError, listing
+from effzoo.peft.attach import active, attached
+from effzoo.train import checkpoints
+
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+_ELASTIC = ("processes", "batch_size", "gradient_accumulation")  # these may change on resuming while their product stays
+
+
+def on_cpu() -> bool:
+    """Whether training runs on the processor: no accelerator here, or `accelerate launch --cpu`."""
+    return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def check_trainable(model: Transformer) -> None:
+    """TrainingError for a task without a loss, and when no parameter, or one that no file would keep, is trainable."""
+    if model.task == "features":
+        raise TrainingError("a model with task='features' has no loss to train; build it with task='classification' or another task")
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    names = attached(model)
+    if not trainable:
+        hint = f"effzoo.activate(model, {', '.join(map(repr, names))})" if names else "effzoo.attach(model, 'lora'), or model.requires_grad_(True)"
+        raise TrainingError(f"nothing to train: no parameter of the model requires a gradient; try {hint}")
+    outside = [name for name in trainable if ".adapters." not in f".{name}"]
+    if active(model) and outside:
+        raise TrainingError(
+            f"{len(outside)} parameters outside the active adapters are trainable ({outside[0]}, ...), but only adapters are saved; "
+            "freeze them, or name them in the spec with the methods 'full' or 'bitfit'"
+        )
+
+
+def check_options(
+    numbers: Mapping[str, float | None], every: Mapping[str, int | str | None], schedule: str, warmup: float, clip: float | None
+) -> None:
+    """OptionError for a number out of range or an unknown name."""
+    for name, number in numbers.items():
+        if number is not None and not (isinstance(number, (int, float)) and number > 0 and (name == "epochs" or isinstance(number, int))):
+            raise OptionError(f"{name} is {'a positive number' if name == 'epochs' else 'an integer of at least 1'}, got {number!r}")
+    for name, value in every.items():
+        if value not in ("epoch", None) and not (isinstance(value, int) and value > 0):
+            raise OptionError(f"{name} is a number of steps (at least 1), 'epoch' or None, got {value!r}")
+    if schedule not in SCHEDULES:
+        raise OptionError(f"schedule is one of {listing(SCHEDULES)}, got {schedule!r}")
+    if warmup < 0 or (isinstance(warmup, float) and warmup >= 1):
+        raise OptionError(f"warmup is a number of steps (an integer) or a share of all steps (a float below 1), got {warmup!r}")
+    if clip is not None and not clip > 0:
+        raise OptionError(f"clip is the largest norm of the gradient, above 0, or None, got {clip!r}")
+
+
+def check_precision(model: Transformer, precision: str) -> None:
+    """OptionError for an unknown precision, IncompatibleError for one that cannot run here or that accelerate was launched without."""
+    if precision not in PRECISIONS:
+        raise OptionError(f"precision is one of {listing(PRECISIONS)}, got {precision!r}")
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched != "no" and launched != PRECISIONS[precision]:
+        named = {value: key for key, value in PRECISIONS.items()}.get(launched, launched)
+        raise IncompatibleError(f"accelerate was launched with mixed precision {launched!r}, finetune got {precision!r}; give precision={named!r}")
+    if precision == "float16" and (on_cpu() or not torch.cuda.is_available()):
+        raise IncompatibleError("precision='float16' scales its loss on a CUDA device, and there is none here; try precision='bfloat16'")
+    if precision == "bfloat16" and not on_cpu() and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise IncompatibleError(f"{torch.cuda.get_device_name()} does not compute in bfloat16; try precision='float16' or 'float32'")
+    half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    if half:
+        raise IncompatibleError(f"{half[0]} is stored in float16, where small updates vanish; call model.float() and give precision='float16'")
+
+
+def check_processes(found: int) -> None:
+    """TrainingError when a launcher started several processes that do not know of each other: each would train alone, into the same files."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != found:
+        raise TrainingError(
+            f"the launcher started {launched} processes, but accelerate sees {found}, so that each would train alone; "
+            "start as many as there are devices, or set ACCELERATE_USE_CPU=true"
+        )
+
+
+def starting_point(directory: Path, run: dict[str, Any], resume: bool, overwrite: bool) -> Path | None:
+    """The checkpoint to continue from, None for the beginning. TrainingError for one that another run wrote, or that would be mixed with this one."""
+    found = checkpoints.whole(directory)
+    if not found or (overwrite and not resume):
+        return None
+    if not resume:
+        raise TrainingError(
+            f"{directory} holds {len(found)} checkpoints of an earlier run (the newest is {found[-1].name}); "
+            "resume=True continues it, overwrite=True removes them, or give another output_dir"
+        )
+    try:
+        earlier = json.loads((found[-1] / checkpoints.RUN).read_text())
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{found[-1]} was not written by effzoo ({type(error).__name__}: {error}); give another output_dir") from None
+    now = json.loads(json.dumps(run))
+    different = [key for key in now if key not in _ELASTIC and earlier.get(key) != now[key]]
+    if _global_batch(earlier) != _global_batch(now):
+        different += [key for key in _ELASTIC if earlier.get(key) != now[key]]
+    if different:
+        changes = listing(f"{key} was {earlier.get(key)!r} and is now {now[key]!r}" for key in different)
+        raise TrainingError(f"{found[-1]} belongs to another run: {changes}. Give the same, or overwrite=True with resume=False.")
+    return found[-1]
+
+
+def _global_batch(run: Mapping[str, Any]) -> int:
+    size = 1
+    for key in _ELASTIC:
+        size *= run.get(key, 0)
+    return size

@@ -1,0 +1,234 @@
+"""`finetune`: train a model, or only its active adapters, on tokenised examples."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from effzoo.architectures import Transformer
+from effzoo.errors import OptionError
+from effzoo.peft.attach import active, attached
+from effzoo.train import checkpoints
+from effzoo.train.batches import Counting, Loader, Order, Pad
+from effzoo.train.examples import accepted, check, check_batch, sized
+from effzoo.train.preconditions import SCHEDULES, check_options, check_precision, check_processes, check_trainable, on_cpu, starting_point
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from effzoo.train.trainer import ExactTrainer
+
+_LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+_SPEED = ("_runtime", "_per_second", "_preparation_time")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave.
+
+    metrics: the last evaluation (the best one's when `best` was given) and train_loss, the mean over all steps. history: one entry per
+    logged step: step, epoch, loss (mean since the entry before), learning_rate, grad_norm, eval_*. seconds: of this call. peak_memory:
+    bytes; what the allocator held on CUDA during the call, elsewhere the resident set of this process since it started. last, best:
+    checkpoints. weights: the adapter's folder (several adapters: a folder that holds one each), or model.safetensors when all
+    parameters were trained.
+    """
+
+    metrics: dict[str, float]
+    history: list[dict[str, Any]]
+    steps: int
+    seconds: float
+    peak_memory: int
+    last: Path | None
+    best: Path | None
+    weights: Path
+
+    @property
+    def adapter(self) -> Path | None:
+        """The folder for `load_adapter`, when an adapter was trained."""
+        return self.weights if self.weights.name == checkpoints.ADAPTER else None
+
+
+def finetune(
+    model: Transformer,
+    train: Any,
+    *,
+    evaluate: Any = None,
+    output_dir: str | Path,
+    epochs: float = 3.0,
+    max_steps: int | None = None,
+    batch_size: int = 8,
+    eval_batch_size: int | None = None,
+    gradient_accumulation: int = 1,
+    learning_rate: float | None = None,
+    weight_decay: float = 0.01,
+    warmup: float | int = 0.06,
+    schedule: Literal["linear", "cosine", "constant"] = "linear",
+    clip: float | None = 1.0,
+    precision: Literal["float32", "bfloat16", "float16"] = "float32",
+    seed: int = 0,
+    evaluate_every: int | Literal["epoch"] | None = "epoch",
+    save_every: int | Literal["epoch"] | None = "epoch",
+    keep: int | None = 2,
+    best: str | None = None,
+    log_every: int = 10,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    gradient_checkpointing: bool = False,
+    group_by_length: bool = False,
+    num_workers: int = 0,
+    collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    metrics: Callable[[Any], Mapping[str, float]] | None = None,
+) -> Result:
+    """Train the active adapters of a model, or all its parameters when it has none, with AdamW; write checkpoints and the result to output_dir.
+
+    train, evaluate: tokenised examples, as a `datasets.Dataset`, a list of mappings or any map-style data set: input_ids, labels (or
+        label), optionally attention_mask, token_type_ids, global_attention_mask. Rows are padded to the longest of their batch.
+    epochs, or max_steps: how long. eval_batch_size: None is batch_size.
+    batch_size: examples per process and forward pass. An optimizer step sees batch_size * gradient_accumulation * processes examples;
+        its loss is the mean over all their labels, however they are spread.
+    learning_rate: None is 5e-4 for adapters and 5e-5 for all parameters. warmup: steps (int) or a share of all steps (float below 1),
+        then the schedule. clip: the largest norm of the gradient, None for no limit.
+    precision: of the forward pass; weights stay as they are.
+    evaluate_every, save_every: optimizer steps, "epoch", or None. Both also happen at the end, unless save_every is None.
+    keep: how many checkpoints stay (None: all). best: the evaluation metric ("loss", "accuracy", ...) by which a best checkpoint is kept
+        besides, and loaded at the end; each evaluation then writes a checkpoint.
+    resume: continue from the newest checkpoint in output_dir, if there is one, to the same losses. overwrite: remove the
+        checkpoints of an earlier run.
+    group_by_length: batches of similar lengths, to save padding. collator: list of examples -> batch, instead of padding.
+    callbacks: of transformers (their `model` holds this one as `.model`).
+    metrics: called with `(logits, labels)` of the whole evaluation (a transformers.EvalPrediction), returns numbers by name. Loss, and accuracy
+        (classification) or perplexity (language models), are computed in any case; without `metrics` no logits are kept.
+
+    Several processes: start the script with `accelerate launch` on GPUs, with `torchrun --nproc_per_node N` on a processor (there accelerate
+    1.15 starts a single process whatever --num_processes says). They need one file system. Sets the global random seed, and
+    leaves the model on the device where it was trained. With another number of processes a run resumes with the same batches, but other
+    dropout masks.
+
+    Raises InputError (data that the model cannot read or would read wrongly), OptionError, IncompatibleError (a precision that cannot run here),
+    TrainingError (nothing to train, a checkpoint of another run, a loss that is not a number), AdapterError.
+    """
+    check_trainable(model)
+    counts = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "eval_batch_size": eval_batch_size, "log_every": log_every}
+    counts |= {"gradient_accumulation": gradient_accumulation, "keep": keep}
+    check_options(counts, {"evaluate_every": evaluate_every, "save_every": save_every}, schedule, warmup, clip)
+    check_precision(model, precision)
+    if best is not None and evaluate is None:
+        raise OptionError(f"best={best!r} needs evaluations to choose by; give evaluate")
+    output_dir, eval_batch_size = Path(output_dir), eval_batch_size or batch_size
+    data, lengths = _prepare(train, model, "train", collator)
+    held_out = None if evaluate is None else _prepare(evaluate, model, "evaluate", collator)[0]
+    if group_by_length and lengths is None:
+        raise OptionError("group_by_length needs the length of every example; give a list or a datasets.Dataset, and no collator")
+
+    from accelerate import PartialState  # these import transformers, which takes seconds
+    from transformers import TrainingArguments
+
+    from effzoo.train.trainer import ExactTrainer
+
+    here = PartialState(cpu=on_cpu())
+    index, processes = here.process_index, here.num_processes
+    check_processes(processes)
+    steps_per_epoch = math.ceil(len(data) / (batch_size * gradient_accumulation * processes))
+    total = max_steps or math.ceil(epochs * steps_per_epoch)
+    rate = learning_rate if learning_rate is not None else 5e-4 if active(model) else 5e-5
+    run = {
+        "adapters": {name: attached(model)[name].spec for name in active(model)}, "examples": len(data), "steps": total, "seed": seed,
+        "processes": processes, "batch_size": batch_size, "gradient_accumulation": gradient_accumulation, "group_by_length": group_by_length,
+        "learning_rate": rate, "weight_decay": weight_decay, "warmup": warmup, "schedule": schedule, "clip": clip, "precision": precision,
+    }  # fmt: skip
+    start = starting_point(output_dir, run, resume, overwrite)
+    save_steps, eval_steps = (steps_per_epoch if every == "epoch" else every for every in (save_every, evaluate_every))
+    arguments = TrainingArguments(
+        output_dir=str(output_dir), use_cpu=on_cpu(), bf16=precision == "bfloat16", fp16=precision == "float16", seed=seed, max_steps=total,
+        per_device_train_batch_size=batch_size, per_device_eval_batch_size=eval_batch_size, gradient_accumulation_steps=gradient_accumulation,
+        learning_rate=rate, weight_decay=weight_decay, lr_scheduler_type=SCHEDULES[schedule], max_grad_norm=clip or 0.0,
+        warmup_steps=warmup if isinstance(warmup, int) else math.ceil(warmup * total), logging_steps=log_every, logging_nan_inf_filter=False,
+        eval_strategy="no" if held_out is None else "steps", eval_steps=eval_steps or total, save_strategy="steps" if save_steps else "no",
+        save_steps=save_steps or total, disable_tqdm=not progress, report_to="none", ddp_find_unused_parameters=True, label_names=["labels"],
+    )  # fmt: skip
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for several processes; Trainer would else use DataParallel
+    pin_memory = arguments.device.type == "cuda"
+    collate = collator or Pad(model.task, model.config.pad_token, accepted(model))
+    order = Order(len(data), batch_size, process=index, processes=processes, seed=seed, lengths=lengths if group_by_length else None)
+    loaders = [Loader(data, order, Counting(collate, model.task, model.num_labels, data[0]), num_workers, pin_memory)]
+    if held_out is not None:
+        order = Order(len(held_out), eval_batch_size, process=index, processes=processes)
+        loaders.append(Loader(held_out, order, Counting(collate, model.task, model.num_labels, held_out[0]), num_workers, pin_memory))
+    if arguments.should_save:
+        checkpoints.clean(output_dir)
+        for earlier in checkpoints.whole(output_dir) if start is None else ():
+            checkpoints.remove(earlier)
+    trainer = ExactTrainer(model, arguments, loaders, metrics=metrics, callbacks=list(callbacks), run=run, keep=keep, best=best, progress=progress)
+    return _train(trainer, model, output_dir, start, gradient_checkpointing)
+
+
+def _prepare(data: Any, model: Transformer, what: str, collator: Any) -> tuple[Any, list[int] | None]:
+    if collator is None:
+        return check(data, model, what)
+    sized(data, what)
+    check_batch(collator([data[0]]), model, what)
+    return data, None
+
+
+def _train(trainer: ExactTrainer, model: Transformer, directory: Path, start: Path | None, gradient_checkpointing: bool) -> Result:
+    """Train from a checkpoint or from the beginning, write the result, and leave the model in the modes that it came in."""
+    clock, modes, cuda = time.monotonic(), (model.training, model.checkpointing), trainer.args.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    model.checkpointing = gradient_checkpointing or model.checkpointing
+    try:
+        if start is not None and checkpoints.step_of(start) >= trainer.args.max_steps:  # Trainer would take one step more
+            trainer.restore(start)
+        else:
+            trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    finally:
+        model.train(modes[0])
+        model.checkpointing = modes[1]
+    history = _history(trainer.state.log_history)
+    best = None if trainer.best is None else checkpoints.best_of(directory, history, trainer.best)
+    if best is not None:
+        checkpoints.load_weights(model, best)
+    if trainer.args.should_save:
+        checkpoints.save_weights(model, directory)
+    trainer.accelerator.wait_for_everyone()
+    final = [entry for entry in history if "eval_loss" in entry and (best is None or entry["step"] == checkpoints.step_of(best))]
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Result(
+        metrics={key: value for key, value in (final or [{}])[-1].items() if key.startswith("eval_")} | {"train_loss": _mean_loss(history)},
+        history=history,
+        steps=trainer.state.global_step,
+        seconds=time.monotonic() - clock,
+        peak_memory=torch.cuda.max_memory_allocated() if cuda else resident,
+        last=next(reversed(checkpoints.whole(directory)), None),
+        best=best,
+        weights=directory / (checkpoints.ADAPTER if active(model) else checkpoints.WEIGHTS),
+    )
+
+
+def _history(logs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Trainer's log with one entry per step, without its measurements of speed."""
+    entries: dict[int, dict[str, Any]] = {}
+    for log in logs:
+        kept = {key: value for key, value in log.items() if key in _LOGGED or (key.startswith("eval_") and not key.endswith(_SPEED))}
+        if len(kept) > 2:  # more than the step and the epoch
+            entries.setdefault(log["step"], {"step": log["step"]}).update(kept)
+    return list(entries.values())
+
+
+def _mean_loss(history: list[dict[str, Any]]) -> float:
+    """The mean over all steps; each entry's loss is the mean since the entry before."""
+    total, before = 0.0, 0
+    for entry in history:
+        if "loss" in entry:
+            total, before = total + entry["loss"] * (entry["step"] - before), entry["step"]
+    return total / max(before, 1)
