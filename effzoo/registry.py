@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import logging
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -115,8 +116,10 @@ def load_file(path: str | Path) -> list[tuple[str, str]]:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     except EffzooError:
         raise
-    except Exception as error:
-        raise OptionError(f"{path} failed while it was imported: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path.absolute()]
+        where = f" at line {lines[-1]}" if lines else ""
+        raise OptionError(f"{path} failed{where} while it was imported: {type(error).__name__}: {error}") from error
     return sorted(set(_table) - before)
 
 

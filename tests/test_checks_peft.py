@@ -203,10 +203,11 @@ class HangsOutside(Scaling):
 
 @caught_by("keys_are_kept")
 class ReplacesWeights(Scaling):
-    """Renames the base's weight, as a parametrisation does."""
+    """Renames a tensor of the base, as wrapping and parametrising do."""
 
     def make(self, site):
-        nn.utils.parametrizations.weight_norm(site)
+        site.register_parameter("renamed", site.bias)
+        site.bias = None
         return Scale(site.out_features)
 
 

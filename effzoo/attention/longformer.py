@@ -25,7 +25,9 @@ class Longformer(AttentionCore):
     With causal attention every set is cut to j <= i. Cost O(n window + n globals).
 
     window: even, positive; the whole width, as in HF Longformer (the paper's and allenai's one-sided width is half of it).
-    One number, or one per layer. A global key is counted once, with the local projections, for local rows.
+    One number, or one per layer.
+
+    A global key is counted once, with the local projections, for local rows.
     """
 
     paper = "Beltagy et al. 2020, Longformer, arXiv:2004.05150, sections 3.1 and 3.2"

@@ -104,7 +104,7 @@ def same_as_definition(core: AttentionCore, n: int, where: str, advice: str, mem
 
 
 def declares_itself(subject: Subject) -> None:
-    """Options are keyword-only with a type and a default; docstring and cost are said; no argument can vanish"""
+    """Options are keyword-only with type and default; docstring and cost are there; nothing is swallowed"""
     check_options(registry, subject.cls, leading=1)
     check_docstring(subject.cls)
     check_signature(subject.cls, "forward")

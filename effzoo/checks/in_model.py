@@ -42,7 +42,7 @@ def _trains(method: str, spec: str) -> Check:
                     raise Failed(f"{case}, {method}{under}: {wrong}; does the output depend on every projection, differentiably?")
 
     check.__name__ = f"trains_{method}"
-    check.__doc__ = f"Inside a model, every tensor of {method} gets a finite gradient that is not 0, also under checkpointing"
+    check.__doc__ = f"In models {method} trains: every tensor gets a finite gradient, none is 0, also under checkpointing"
     return check
 
 

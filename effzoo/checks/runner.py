@@ -94,6 +94,8 @@ def run(report: Report, subject: Any, checks: Iterable[Check], source: str | Non
         started = time.perf_counter()
         status, reason = _outcome(report, subject, check, source)
         name = check.__name__
+        first = next((earlier.check for earlier in report.results if status == "red" and earlier.reason == reason), None)
+        reason = reason if first is None else f"the same as in {first}"
         result = Result(name, label_of(check), status, reason, time.perf_counter() - started)
         report.results.append(result)
         if on_result is not None:

@@ -27,8 +27,10 @@ class KeysValues(PeftModule):
 class Prefix(Method):
     """head_i = Attn(x W_q, [P_k, x W_k], [P_v, x W_v]): `length` trained keys and values per layer, seen by every query.
 
-    Positions do not shift. A prefix is not a no-op, not even one of zeros: a key of 0 still takes e^0 of the softmax. std: of the normal
-    distribution that P_k and P_v start from. This is the flat form, without the reparametrisation by an MLP.
+    length: of the prefix. std: of the normal distribution that P_k and P_v start from.
+
+    Positions do not shift. A prefix is not a no-op, not even one of zeros: a key of 0 still takes e^0 of the softmax. This is the
+    flat form, without the reparametrisation by an MLP.
     """
 
     paper = "Li & Liang 2021, Prefix-tuning, arXiv:2101.00190, section 4; as a gate: He et al. 2022, arXiv:2110.04366, eq. 5"

@@ -30,7 +30,9 @@ class Prompt(Method):
 
     The rows take the first positions and the tokens follow, as in the `peft` package; outputs at the rows are cut off, so
     shapes outside do not change. In attention with global tokens the rows are global, or distant tokens could not see them.
-    init: `vocabulary` copies the embeddings of tokens drawn at random (much better than `normal`, section 3.2).
+
+    length: of the prompt, which counts towards max_length. init: `vocabulary` copies the embeddings of tokens drawn at random
+    (much better than `normal`, section 3.2).
     """
 
     paper = "Lester et al. 2021, The power of scale for parameter-efficient prompt tuning, arXiv:2104.08691, section 3"

@@ -36,9 +36,10 @@ class LowRank(PeftModule):
 class LoRA(Method):
     """W' = W + (alpha / rank) B A, with A of shape [rank, in] and B of shape [out, rank]; B starts at 0.
 
-    rank: of the change. alpha: scale numerator, default the rank, so that the scale is 1. dropout: on the input of A. The default targets are
-    the queries and values as in the paper; on Longformer `attn.q*` also takes the global projections (give
-    `attn.q` for the local ones alone).
+    rank: of the change. alpha: scale numerator, default the rank, so that the scale is 1. dropout: on the input of A.
+
+    The default targets are the queries and values as in the paper; on Longformer `attn.q*` also takes the global projections
+    (give `attn.q` for the local ones alone).
     """
 
     paper = "Hu et al. 2021, LoRA, arXiv:2106.09685, section 4.1"

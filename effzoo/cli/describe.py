@@ -1,0 +1,114 @@
+"""What the show command says about an entry: its summary, its options with their meaning, its doors, its size on a model."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from effzoo import build, zoo
+from effzoo.architectures import Transformer
+from effzoo.errors import EffzooError, TargetError
+from effzoo.peft import Account, account
+from effzoo.peft.merging import merged_parameters
+from effzoo.registry import View, describe
+from effzoo.sites import PeftModule, sites
+from effzoo.spec import Spec
+
+TINY: dict[str, Any] = {"dim": 16, "layers": 2, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 64}
+SHOWN = (
+    "architecture", "attention", "dim", "layers", "heads", "mlp", "max_length", "vocab", "norm", "activation", "dropout", "layout", "hub", "package",
+)  # fmt: skip
+DOORS = {"weight": "parameter", "bias": "parameter", "rows": "input", "memory": "input", "before": "function", "after": "function"}
+
+
+def summary(cls: type) -> str:
+    """The first paragraph of the docstring, on one line."""
+    return " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
+
+
+def first_sentence(cls: type) -> str:
+    """The first sentence of the docstring."""
+    return re.split(r"(?<=[.]) ", summary(cls), maxsplit=1)[0].removesuffix(".")
+
+
+def meaning(cls: type, option: str) -> str:
+    """What the docstrings of a class and its parents say after `option:`, up to the next option or paragraph."""
+    for parent in cls.__mro__:
+        text = inspect.cleandoc(parent.__dict__.get("__doc__") or "")
+        found = re.search(rf"(?:^|\s){re.escape(option)}: (.*?)(?=(?<=[.;])\s[a-z_]+: |\n\n|\Z)", text, re.DOTALL)
+        if found:
+            return " ".join(found[1].split())
+    return ""
+
+
+def option_rows(view: View[Any], name: str) -> list[tuple[str, str, str, str]]:
+    """(name, type, default, meaning) of each option."""
+    cls, options = view.get(name), view.options(name)
+    return [(o.name, describe(o.annotation), "required" if o.required else _written(o.default), meaning(cls, o.name)) for o in options]
+
+
+def on_meta(name: str, **choices: Any) -> Transformer:
+    """A model without memory: shapes only, for counting."""
+    try:
+        with torch.device("meta"):
+            return build(name, **choices)
+    except EffzooError:
+        raise
+    except Exception:  # a plug-in that computes with the weights when it is made: then they are needed
+        return build(name, **choices)
+
+
+@dataclass(frozen=True)
+class Hung:
+    """How a PEFT method sits in a model: through which doors, on which roles, and whether it can be merged."""
+
+    doors: tuple[str, ...]
+    roles: tuple[str, ...]
+    mergeable: bool
+    on_bert: Account
+
+
+def hung(spec: Spec) -> Hung:
+    """Attach a method to a tiny encoder and look, and count it on the meta device on BERT base."""
+    head: dict[str, Any] = {}
+    try:
+        model = build("bert", peft=spec, **TINY)
+    except TargetError:  # nothing to hang on without a task head
+        head = {"task": "classification"}
+        model = build("bert", peft=spec, **head, **TINY)
+    places = [(site, module) for _, site in sites(model) for module in site.hung()]
+    doors = [door for door in DOORS if any(module.opens(door) for _, module in places)]
+    return Hung(
+        doors=tuple(f"{door} ({DOORS[door]})" for door in doors),
+        roles=tuple(dict.fromkeys(site.role for site, _ in places)),
+        mergeable=all(_merges(site, module) for site, module in places),
+        on_bert=account(on_meta("bert", peft=spec, **head)),
+    )
+
+
+def _merges(site: Any, module: PeftModule) -> bool:
+    try:
+        merged_parameters(site, [module])
+    except EffzooError:
+        return False
+    return True
+
+
+def parameters(name: str) -> int:
+    """The number of parameters of a zoo entry."""
+    return sum(parameter.numel() for parameter in on_meta(name).parameters())
+
+
+def model_rows(name: str) -> list[tuple[str, str]]:
+    """What a zoo entry consists of, field by field."""
+    config = zoo.config(name)
+    rows = [(field, str(getattr(config, field))) for field in SHOWN if getattr(config, field) not in ("", None)]
+    return [("parameters", f"{parameters(name):,}"), *rows, ("paper", config.paper or "-")]
+
+
+def _written(default: Any) -> str:
+    return "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default)

@@ -1,0 +1,192 @@
+"""`effzoo models`, `attention`, `peft`, `show` and `account`: what there is, and what it costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from effzoo import plots, zoo
+from effzoo.cli import describe
+from effzoo.cli.terminal import app, console, heading, pairs, say, table
+from effzoo.errors import OptionError, UnknownNameError
+from effzoo.peft import account as account_of
+from effzoo.registry import View, attention, peft
+from effzoo.sites import Site
+from effzoo.spec import Spec, parse_one
+
+Attention = Annotated[str | None, typer.Option(help='Attention kind instead of the model\'s own, such as "longformer\\[window=256]".')]
+Peft = Annotated[str | None, typer.Option(help='Fine-tuning method, such as "lora\\[rank=4]"; several are joined by "|".')]
+
+
+@app.command("models")
+def models_() -> None:
+    """List the models of the zoo.
+
+    Example:  effzoo models
+    """
+    rows = table("model", "architecture", "parameters", "attention", "length", "paper", right=("parameters", "length"))
+    for name in zoo.models():
+        config = zoo.config(name)
+        row = (name, config.architecture, f"{describe.parameters(name):,}", str(config.attention), f"{config.max_length:,}", _short(config.paper))
+        rows.add_row(*map(Text, row))
+    say(rows, "\neffzoo show NAME tells more.")
+
+
+@app.command("attention")
+def attention_() -> None:
+    """List the attention kinds.
+
+    Example:  effzoo attention
+    """
+    rows = table("attention", "cost", "causal", "globals", "what it computes")
+    for name in attention.names():
+        cls = attention.get(name)
+        row = (name, cls.cost, _yes(cls.supports_causal), _yes(cls.supports_global), describe.first_sentence(cls))
+        rows.add_row(*map(Text, row))
+    say(rows, "\neffzoo show NAME draws which query sees which key.")
+
+
+@app.command("peft")
+def peft_() -> None:
+    """List the parameter-efficient fine-tuning methods.
+
+    Example:  effzoo peft
+    """
+    rows = table("method", "trained", "of BERT", "merges", "what it computes", right=("trained", "of BERT"))
+    for name in peft.names():
+        hung = describe.hung(Spec(name))
+        row = (name, f"{hung.on_bert.trainable:,}", f"{hung.on_bert.percent:.3g} %", _yes(hung.mergeable), describe.first_sentence(peft.get(name)))
+        rows.add_row(*map(Text, row))
+    say(rows, "\ntrained: parameters on BERT base with default options; without a task head, except for `head`. effzoo show NAME tells more.")
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help='A model, an attention kind or a method, options allowed: "longformer\\[window=8]".')],
+    n: Annotated[int | None, typer.Option("--n", help="Positions in the picture of an attention pattern.")] = None,
+    causal: Annotated[bool, typer.Option("--causal", help="Draw the pattern as a decoder uses it.")] = False,
+    save: Annotated[Path | None, typer.Option(help="Also write the picture to this PNG file.")] = None,
+) -> None:
+    """Show one entry: what it computes, its options, its paper, and for attention which query sees which key.
+
+    A name that means several things (longformer is a model and an attention kind) shows all of them.
+
+    Example:  effzoo show "longformer\\[window=8]" --n 32 --save pattern.png
+    """
+    if save is not None and save.suffix.lower() != ".png":
+        raise OptionError(f"--save writes a PNG file, got {save}; give a name that ends in .png")
+    spec = Spec(name) if name.endswith(".toml") else parse_one(name)
+    known = {"model": _models(spec.name), "attention": _names(attention), "peft": _names(peft)}
+    kinds = [kind for kind, names in known.items() if spec.name in names and not (kind == "model" and spec.options)]
+    if not kinds:
+        if spec.name in known["model"]:
+            raise OptionError(f"the model {spec.name!r} takes no options in its name; its sizes are keywords of effzoo.build")
+        raise UnknownNameError("name", spec.name, set().union(*known.values()))
+    if save is not None and "attention" not in kinds:
+        raise OptionError(f"--save draws attention patterns, and {spec.name!r} is no attention kind; those are {', '.join(attention.names())}")
+    for position, kind in enumerate(kinds):
+        if position:
+            say("")
+        if kind == "model":
+            _show_model(spec)
+        elif kind == "attention":
+            _show_attention(spec, n, causal, save)
+        else:
+            _show_peft(spec)
+
+
+@app.command()
+def account(
+    model: Annotated[str, typer.Argument(help="A model of the zoo, or a TOML file of your own.")],
+    peft: Peft = None,
+    attention: Attention = None,
+    num_labels: Annotated[int | None, typer.Option(help="With a classification head of so many labels, which every adapter trains.")] = None,
+) -> None:
+    """Count what a method trains, stores and changes on a model, without loading any weights.
+
+    Example:  effzoo account longformer --peft "lora\\[rank=8]|prefix\\[length=16]"
+    """
+    head: dict[str, Any] = {} if num_labels is None else {"task": "classification", "num_labels": num_labels}
+    built = describe.on_meta(model, attention=attention, peft=peft, **head)
+    say(heading(f"{built.config.name} with {built.config.attention} attention, {peft or 'no adapter'}"), str(account_of(built)))
+
+
+def _show_model(spec: Spec) -> None:
+    say(heading(f"{spec.name}, a model"), pairs(describe.model_rows(spec.name)))
+
+
+def _show_attention(spec: Spec, n: int | None, causal: bool, save: Path | None) -> None:
+    cls, out = attention.get(spec.name), console()
+    is_global = (0,) if cls.supports_global else ()
+    n = n or _picture_size(spec)
+    picture = plots.pattern_text(_spec(spec), n, is_global=is_global, causal=causal, width=48, colour=out.is_terminal)
+    traits = [
+        ("cost", cls.cost),
+        ("projections", ", ".join(cls.projections)),
+        ("causal", _yes(cls.supports_causal)),
+        ("memory", f"{_yes(cls.supports_memory)} (prefix tuning)"),
+        ("global tokens", _yes(cls.supports_global)),
+    ]
+    _head(attention, spec, "an attention kind", traits)
+    say("", Text.from_ansi(picture))
+    if is_global:
+        say("Position 0 is drawn as a global token.")
+    if save is not None:
+        save.write_bytes(plots.png_bytes(plots.pattern_figure(_spec(spec), n, is_global=is_global, causal=causal)))
+        say(f"wrote {save}")
+
+
+def _show_peft(spec: Spec) -> None:
+    cls, hung = peft.get(spec.name), describe.hung(spec)
+    accepted = "any" if Site in cls.accepts else ", ".join(site.__name__ for site in cls.accepts)
+    traits = [
+        ("hangs on", f"{', '.join(cls.default_targets)} by default ({accepted} sites)"),
+        ("doors", ", ".join(hung.doors)),
+        ("at the start", "leaves the output unchanged" if cls.identity_at_init else "changes the output"),
+        ("merges", "yes, into the weights" if hung.mergeable else "no, it is no change of a weight"),
+        ("on BERT base", f"trains {hung.on_bert.trainable:,} of {hung.on_bert.total:,} parameters ({hung.on_bert.percent:.3g} %)"),
+    ]
+    _head(peft, spec, "a fine-tuning method", traits)
+
+
+def _head(view: View[Any], spec: Spec, what: str, traits: list[tuple[str, str]]) -> None:
+    cls, aliases = view.get(spec.name), view.aliases(spec.name)
+    say(heading(f"{cls.name}, {what}"), describe.summary(cls), "")
+    say(pairs([*traits, *([("also called", ", ".join(aliases))] if aliases else []), ("paper", cls.paper or "-")]))
+    options = describe.option_rows(view, spec.name)
+    if options:
+        rows = table("option", "type", "default", "meaning")
+        for row in options:
+            rows.add_row(*map(Text, row))
+        say("", rows)
+
+
+def _picture_size(spec: Spec) -> int:
+    """Four times the largest whole-number option, so that a window of 512 is not everything there is; at least 32."""
+    given = [spec.options.get(option.name, option.default) for option in attention.options(spec.name)]
+    return min(2048, max([32, *(4 * value for value in given if isinstance(value, int))]))
+
+
+def _spec(spec: Spec) -> Spec:
+    """One layer is drawn: of options given one per layer, the first."""
+    return Spec(spec.name, {key: value[0] if isinstance(value, tuple) and value else value for key, value in spec.options.items()})
+
+
+def _names(view: View[Any]) -> set[str]:
+    return {name for first in view.names() for name in (first, *view.aliases(first))}
+
+
+def _models(name: str) -> set[str]:
+    return {*zoo.models(), *([name] if name.endswith(".toml") else [])}
+
+
+def _short(paper: str) -> str:
+    """Authors and year."""
+    return paper.split(",")[0]
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

@@ -1,0 +1,135 @@
+"""`effzoo finetune`: data, model, training and the account of it, in one command."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.logging import RichHandler
+
+from effzoo.cli.show import Attention
+from effzoo.cli.terminal import app, console, heading, pairs, say
+from effzoo.errors import DataError, OptionError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from effzoo.architectures import Transformer
+    from effzoo.train import Result
+
+
+@app.command()
+def finetune(
+    model: Annotated[str, typer.Argument(help="A model of the zoo, or a TOML file of your own.")],
+    data: Annotated[str, typer.Option(help="Texts with labels: a .csv, .tsv, .jsonl, .parquet or .txt file, a folder, or a data set on the hub.")],
+    output: Annotated[Path, typer.Option(help="Folder for the adapter, the checkpoints and the learning curves.")],
+    peft: Annotated[str, typer.Option(help='What is trained: "lora\\[rank=4]", "prefix|lora", ...; "none" trains all weights in place.')] = "lora",
+    attention: Attention = None,
+    pretrained: Annotated[str | None, typer.Option(help='Weights to start from: a folder, a hub id, or "own" for those of the model.')] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id; default: where the weights come from.")] = None,
+    evaluation: Annotated[str | None, typer.Option(help="Texts to evaluate on; default: a share of the data, see --holdout.")] = None,
+    holdout: Annotated[float, typer.Option(help="Share of the data that is kept for evaluation.")] = 0.1,
+    text: Annotated[str | None, typer.Option(help="Column of the texts; default: found by its name.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the labels; default: found by its name.")] = None,
+    task: Annotated[str, typer.Option(help="classification, masked_lm or causal_lm.")] = "classification",
+    max_length: Annotated[int | None, typer.Option(help="Longest sequence in tokens, prompts included; default: the model's, at most 512.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
+    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 8,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: 5e-4 for adapters, 5e-5 for all weights.")] = None,
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the weights that start at random, the split and the order.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output from its newest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the checkpoints of an earlier run in --output.")] = False,
+) -> None:
+    """Fine-tune a model on texts, by default to classify them, and save the adapter.
+
+    The labels are read from the data. Run the same command with --resume to continue after an interruption.
+
+    Example:  effzoo finetune minilm --pretrained own --data news.csv --peft "lora\\[rank=8]" --output runs/news
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console(), show_time=False, show_path=False)])
+    import torch
+
+    import effzoo
+    from effzoo import data as texts
+
+    if not 0 < holdout < 1:
+        raise OptionError(f"--holdout is a share between 0 and 1, got {holdout}")
+    table = texts.load_text(data, text=text, label=label)
+    labels = texts.names(table)
+    train, held_out = _parts(table, evaluation, holdout, seed, text, label)
+    settings = effzoo.zoo.config(model)
+    words = texts.tokenizer_of(tokenizer or (pretrained if pretrained not in (None, "own") else settings))
+    torch.manual_seed(seed)
+    built = effzoo.build(
+        model,
+        attention=attention,
+        peft=None if peft == "none" else peft,
+        task=task,
+        num_labels=2 if task != "classification" else 1 if labels is None else len(labels),
+        pretrained=True if pretrained == "own" else pretrained,
+        max_length=max_length or min(settings.max_length, 512),
+    )
+    if pretrained is None:
+        say("note: no --pretrained, so the weights start at random")
+    limit = built.config.max_length - _prompt_rows(built)
+    tokens = [texts.tokenise(part, words, limit, task=task, seed=seed) for part in (train, held_out)]
+    say(heading(f"{model} with {peft} on {data}"), _sizes(train, held_out, labels, limit))
+    from effzoo.cli.progress import Bar
+
+    bar = Bar(console())
+    try:
+        result = effzoo.finetune(
+            built, tokens[0], evaluate=tokens[1], output_dir=output, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
+            precision=precision, seed=seed, resume=resume, overwrite=overwrite, gradient_checkpointing=gradient_checkpointing,  # type: ignore[arg-type]
+            progress=False, callbacks=[bar],
+        )  # fmt: skip
+    finally:
+        bar.close()
+    _report(result, built, output)
+
+
+def _parts(
+    table: Dataset, evaluation: str | None, holdout: float, seed: int, text: str | None, label: str | None
+) -> tuple[Dataset, Dataset]:
+    """The examples to train and to evaluate on, with the same numbers for the same labels."""
+    from effzoo import data as texts
+
+    if evaluation is None:
+        parts = texts.split(table, {"train": 1 - holdout, "test": holdout}, seed=seed)
+        return parts["train"], parts["test"]
+    other = texts.load_text(evaluation, text=text, label=label)
+    known, found = texts.names(table), texts.names(other)
+    if known == found:
+        return table, other
+    if known is None or found is None or set(found) - set(known):
+        strange = sorted(set(found or ()) - set(known or ()))
+        raise DataError(f"the labels of {evaluation} are not those of the training data: {', '.join(strange) or 'one of the two has none'}")
+    return table, other.align_labels_with_mapping({name: number for number, name in enumerate(known)}, "label")
+
+
+def _prompt_rows(model: Transformer) -> int:
+    prompt = model.embeddings.token.prompt()
+    return 0 if prompt is None else len(prompt)
+
+
+def _sizes(train: Dataset, held_out: Dataset, labels: list[str] | None, limit: int) -> str:
+    named = "" if labels is None else f", {len(labels)} labels: {', '.join(labels[:12])}{', ...' * (len(labels) > 12)}"
+    return f"{len(train):,} texts to train on, {len(held_out):,} to evaluate on, up to {limit:,} tokens{named}"
+
+
+def _report(result: Result, model: Transformer, output: Path) -> None:
+    """Metrics, account and files."""
+    import effzoo
+    from effzoo import plots
+
+    rows: list[tuple[str, Any]] = [(name.removeprefix("eval_"), f"{value:.4g}") for name, value in result.metrics.items()]
+    rows += [("steps", f"{result.steps:,}"), ("seconds", f"{result.seconds:.1f}"), ("peak memory", f"{result.peak_memory / 2**20:,.0f} MiB")]
+    say("", heading("result"), pairs(rows), "", heading("account"), str(effzoo.account(model)), "")
+    if result.history:
+        (output / "curves.png").write_bytes(plots.png_bytes(plots.learning_curves(result.history)))
+        say(f"curves   {output / 'curves.png'}")
+    say(f"weights  {result.weights}")

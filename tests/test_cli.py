@@ -1,0 +1,232 @@
+"""The command line: what a newcomer sees, what goes wrong in one message, and what stays out of the imports."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import effzoo
+from effzoo.cli import app
+from effzoo.cli.describe import meaning
+
+COMMANDS = ("models", "attention", "peft", "show", "account", "finetune", "check")
+
+MINE = '''
+from effzoo.attention import register
+from effzoo.attention.full import Full
+from effzoo.peft import register as register_method
+from effzoo.peft.parameter.lora import LoRA
+
+
+@register("mine", "also_mine")
+class Mine(Full):
+    """Full attention{comment}."""
+
+    def forward(self, q, k, v, *, mask, memory=None):
+        return super().forward(q, k, v, mask={mask}, memory=memory)
+
+
+@register_method("my_lora")
+class MyLoRA(LoRA):
+    """LoRA under another name."""
+'''
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run the command line with a terminal of 100 columns."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def invoke(*arguments: str, code: int = 0):
+        result = CliRunner().invoke(app, list(arguments))
+        assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+        return result
+
+    return invoke
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_help_lists_the_commands_in_the_order_in_which_a_newcomer_needs_them(run):
+    text = run("--help").output
+    places = [text.index(f"│ {command} ") for command in COMMANDS]
+    assert places == sorted(places)
+    assert "effzoo models" in text and '"longformer[window=256]"' in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_every_command_has_an_example_and_explains_every_option(run, command):
+    text = flat(run(command, "--help").output)
+    assert f"Example: effzoo {command}" in text
+    assert "\\[" not in text
+    assert all(len(line) <= 100 for line in run(command, "--help").output.splitlines())
+
+
+def test_models_lists_every_model_with_its_size(run):
+    lines = {line.split()[0]: flat(line) for line in run("models").output.splitlines() if line.strip()}
+    assert set(effzoo.models()) < set(lines)
+    assert "encoder 109,482,240 full 512 Devlin et al. 2019" in lines["bert"]  # the published BERT base, with its pooler
+    assert "decoder 124,439,808 full 1,024" in lines["gpt2"]  # the published GPT-2 small
+    assert "longformer[window=512] 4,096" in lines["longformer"]
+
+
+def test_attention_and_peft_list_every_entry(run):
+    attention, peft = run("attention").output, run("peft").output
+    assert all(f"\n{name} " in attention for name in effzoo.attention.names())
+    assert all(f"\n{name} " in peft for name in effzoo.peft.names())
+    assert "294,912 0.269 % yes" in flat(peft)  # LoRA of rank 8 on q and v of BERT base: 2 * 12 * 2 * 768 * 8
+
+
+def test_show_gives_every_meaning_of_a_name(run):
+    text = run("show", "longformer").output
+    assert "longformer, a model" in text and "longformer, an attention kind" in text
+    assert "allenai/longformer-base-4096" in text and "arXiv:2004.05150" in text
+    assert "a fine-tuning method" in run("show", "full").output and "an attention kind" in run("show", "full").output
+
+
+def test_show_tells_options_with_type_default_and_meaning(run):
+    text = flat(run("show", "lora").output)
+    assert "rank int 8 of the change." in text
+    assert "alpha float or none none scale numerator" in text
+    assert "targets str or a list of str or none none role patterns such as" in text  # from the parent's docstring
+    assert "hangs on attn.q*, attn.v* by default (Linear sites)" in text and "doors after (function)" in text
+    assert "merges yes" in text and "leaves the output unchanged" in text
+    assert "also called prefix_tuning" in flat(run("show", "prefix").output)
+    assert "memory (input)" in flat(run("show", "prefix_tuning").output)
+
+
+@pytest.mark.parametrize("name", [*effzoo.models(), *effzoo.attention.names(), *effzoo.peft.names()])
+def test_every_entry_can_be_shown_and_gives_every_option_a_meaning(run, name):
+    text = run("show", name).output
+    for view in (effzoo.attention, effzoo.peft):
+        if name in view.names():
+            assert [option.name for option in view.options(name) if not meaning(view.get(name), option.name)] == []
+    assert "paper" in text
+
+
+def test_show_draws_the_pattern_and_saves_it(run, tmp_path):
+    text = run("show", "longformer[window=8]", "--n", "32", "--causal", "--save", str(tmp_path / "p.png")).output
+    assert effzoo.plots.pattern_text("longformer[window=8]", 32, is_global=(0,), causal=True).splitlines()[5].rstrip() in text
+    assert "32 queries (down) x 32 keys (across)" in text and "a model" not in text
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_account_counts_without_weights(run):
+    text = flat(run("account", "bert", "--peft", "lora[rank=4]|ia3", "--attention", "longformer[window=64]", "--num-labels", "3").output)
+    assert "bert with longformer[window=64] attention, lora[rank=4]|ia3" in text
+    assert "lora attn.q_global 12 sites" in text and "ia3 mlp.down 12 sites 36,864" in text and "head head.out 1 sites 2,307" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("show", "longfromer"), "unknown name 'longfromer'; did you mean 'longformer'?"),
+        (("show", "longformer[windw=4]"), "has no option 'windw'; did you mean 'window'?"),
+        (("show", "longformer[window=3]"), "even and positive"),
+        (("show", "bert[dim=3]"), "takes no options in its name"),
+        (("show", "lora", "--save", "a.png"), "no attention kind"),
+        (("show", "full", "--save", "a.pdf"), "ends in .png"),
+        (("account", "brt"), "did you mean 'bert'?"),
+        (("account", "bert", "--peft", "lora[rank=4"), "expected ',' or ']'"),
+        (("account", "bert", "--peft", "lora[targets=attn.x]"), "matches no role"),
+        (("account", "none.toml"), "cannot be read"),
+        (("check", "nothing.py"), "no such file: nothing.py"),
+        (("check", "lorra"), "did you mean 'lora'?"),
+        (("check", "full", "--only", "padding"), "unknown check 'padding'"),
+        (("finetune", "bert", "--data", "none.csv", "--output", "out"), "no such file"),
+        (("finetune", "bert", "--data", "none.csv", "--output", "out", "--holdout", "2"), "between 0 and 1"),
+    ],
+)
+def test_a_mistake_is_one_red_message_without_traceback_and_exit_code_2(run, arguments, message):
+    result = run(*arguments, code=2)
+    assert flat(message) in flat(result.output) and result.stderr.startswith("error: ")
+    assert "Traceback" not in result.output
+
+
+def test_debug_anywhere_on_the_line_lets_the_exception_through(run):
+    for arguments in (("--debug", "account", "brt"), ("account", "brt", "--debug")):
+        assert isinstance(CliRunner().invoke(app, arguments).exception, effzoo.EffzooError)
+
+
+def test_check_of_a_sound_file_is_green(run, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(MINE.format(comment="", mask="mask"))
+    text = run("check", str(file)).output
+    assert "attention mine" in text and "peft my_lora" in text and "everything holds" in text
+    assert "RED" not in text and "also_mine" not in text
+    assert "mine" not in effzoo.attention.names()
+
+
+def test_check_of_a_broken_file_names_the_property_and_exits_with_1(run, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(MINE.format(comment=" that forgets padding [sic]", mask="type(mask)()"))
+    text = run("check", str(file), "--only", "padding_is_invisible", "--only", "attaches", code=1).output
+    assert "RED What stands under padding changes nothing, and gets no gradient (padding_is_invisible)" in flat(text)
+    assert "output at tokens after other values were put under the padding is off by" in flat(text)
+    assert "attention mine: the contract is broken" in text
+
+
+def test_a_crash_in_a_checked_file_names_its_line(run, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(MINE.format(comment="", mask="missing"))
+    text = flat(run("check", str(file), "--only", "shape_and_dtype", code=1).output).replace(" ", "")
+    assert "NameError:name'missing'isnotdefined" in text and f"mine.py:{MINE[: MINE.index('return')].count(chr(10)) + 1}in" in text
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("x = 1", '@register("mine")'),
+        ("import sys\nsys.exit()", "failed at line 2 while it was imported: SystemExit"),
+        ("x = 1\n\nundefined", "failed at line 3 while it was imported: NameError"),
+        ("def", "SyntaxError"),
+        ("from effzoo.attention import register, full\nregister('full')(full.Full)", "already registered by Full; choose another name"),
+    ],
+)
+def test_a_file_that_registers_nothing_is_an_error_that_says_what_to_do(run, tmp_path, code, message):
+    (tmp_path / "mine.py").write_text(code)
+    assert flat(message) in flat(run("check", str(tmp_path / "mine.py"), code=2).output)
+
+
+def test_a_registered_name_is_checked_in_every_kind_that_has_it(run):
+    text = run("check", "full", "--only", "declares_itself").output
+    assert "attention full" in text and "peft full" in text
+    assert "checked as lora[rank=2]" in run("check", "lora[rank=2]", "--only", "merges").output
+
+
+def test_a_bug_is_told_as_a_bug_without_traceback(run, monkeypatch):
+    monkeypatch.setattr("effzoo.zoo.models", lambda: 1 / 0)
+    result = run("models", code=3)
+    assert "ZeroDivisionError" in result.output and "--debug shows where" in result.output and "Traceback" not in result.output
+
+
+def effzoo_command() -> str:
+    return str(Path(sys.executable).with_name("effzoo"))
+
+
+def test_the_installed_command_works_and_wrong_usage_exits_with_2(tmp_path):
+    shown = subprocess.run([effzoo_command(), "show", "gpt2"], cwd=tmp_path, capture_output=True, text=True)
+    assert shown.returncode == 0 and "124,439,808" in shown.stdout and not shown.stderr
+    wrong = subprocess.run([effzoo_command(), "account", "bert", "--pfet", "lora"], cwd=tmp_path, capture_output=True, text=True)
+    assert wrong.returncode == 2 and "No such option" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_looking_around_imports_neither_transformers_nor_datasets(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE.format(comment="", mask="mask"))
+    program = f"""
+import sys
+from typer.testing import CliRunner
+from effzoo.cli import app
+from effzoo.cli.describe import meaning
+for line in (["models"], ["show", "longformer"], ["peft"], ["account", "bert", "--peft", "lora"],
+             ["check", {str(tmp_path / "mine.py")!r}, "--only", "declares_itself"], ["finetune", "--help"]):
+    assert CliRunner().invoke(app, line).exit_code == 0, line
+heavy = {{"transformers", "datasets", "accelerate", "matplotlib", "pandas"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
