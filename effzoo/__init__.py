@@ -13,15 +13,39 @@ from effzoo.zoo import models
 if TYPE_CHECKING:
     from effzoo import checks, convert
     from effzoo.checks import check
-    from effzoo.train import finetune
+    from effzoo.train import finetune, predict
 
 __version__ = "0.1.0"
 __all__ = [
-    "EffzooError", "account", "activate", "attach", "attached", "attention", "build", "check", "checks", "convert", "detach", "finetune",
-    "load_adapter", "load_file", "merge", "models", "peft", "save_adapter", "scope",
+    "EffzooError",
+    "account",
+    "activate",
+    "attach",
+    "attached",
+    "attention",
+    "build",
+    "check",
+    "checks",
+    "convert",
+    "detach",
+    "finetune",
+    "load_adapter",
+    "load_file",
+    "merge",
+    "models",
+    "peft",
+    "predict",
+    "save_adapter",
+    "scope",
 ]
 
-_LAZY = {"check": "effzoo.checks", "checks": "", "convert": "", "finetune": "effzoo.train"}  # these import transformers or testing tools
+_LAZY = {
+    "check": "effzoo.checks",
+    "checks": "",
+    "convert": "",
+    "finetune": "effzoo.train",
+    "predict": "effzoo.train",
+}  # these import transformers or testing tools
 
 
 def __getattr__(name: str) -> Any:

@@ -169,9 +169,7 @@ def _check_options(kind: str, spec: Spec, options: Sequence[Option]) -> None:
     known = {option.name: option for option in options}
     for key, value in spec.options.items():
         if key not in known:
-            raise OptionError(
-                f"{kind} {spec.name!r} has no option {key!r}{did_you_mean(key, known)} Options: {listing(known)}."
-            )
+            raise OptionError(f"{kind} {spec.name!r} has no option {key!r}{did_you_mean(key, known)} Options: {listing(known)}.")
         if not fits(value, known[key].annotation):
             raise OptionError(
                 f"option {key!r} of {kind} {spec.name!r} takes {describe(known[key].annotation)}, got {value!r} ({type(value).__name__})"

@@ -100,14 +100,14 @@ class Site(nn.Module):
 
     def composed_weight(self) -> Tensor:
         """The site's weight as it passes through the parameter door of the active modules."""
-        weight: Tensor = self.base()["weight"]
+        weight = cast(Tensor, self.weight)
         for module in self.hung():
             weight = module.weight(weight)
         return weight
 
     def composed_bias(self) -> Tensor | None:
         """The site's bias, likewise; None when it has none."""
-        bias: Tensor | None = self.base().get("bias")
+        bias = cast("Tensor | None", self.bias)
         if bias is None:
             return None
         for module in self.hung():

@@ -26,7 +26,12 @@ def concatenated(q, keys, values, biases):
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), rows=st.integers(1, 9), sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4), keep=st.sampled_from([0.0, 0.3, 1.0]))
+@given(
+    seed=st.integers(0, 10**6),
+    rows=st.integers(1, 9),
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    keep=st.sampled_from([0.0, 0.3, 1.0]),
+)
 def test_parts_equal_concatenated_keys(backend, seed, rows, sizes, keep):
     q = draw(seed, 2, 3, rows, 4)
     keys = [draw(seed + 1 + i, 2, 3, s, 4) for i, s in enumerate(sizes)]
@@ -46,7 +51,7 @@ def test_parts_equal_concatenated_keys(backend, seed, rows, sizes, keep):
 @pytest.mark.parametrize("padded", [False, True])
 def test_causal_part_with_left_padding_and_memory(backend, padded):
     n = 7
-    q, k, v, mk, mv = draw(0, 2, 2, n, 4), draw(1, 2, 2, n, 4), draw(2, 2, 2, n, 4), draw(3, 2, 2, 3, 4), draw(4, 2, 2, 3, 4)
+    q, k, v, mk, mv = (draw(0, 2, 2, n, 4), draw(1, 2, 2, n, 4), draw(2, 2, 2, n, 4), draw(3, 2, 2, 3, 4), draw(4, 2, 2, 3, 4))
     valid = torch.ones(2, n, dtype=torch.bool)
     valid[1, :3] = not padded
     bias = bias_of(valid[:, None, None, :], torch.float64) if padded else None
@@ -63,7 +68,7 @@ def test_causal_part_with_left_padding_and_memory(backend, padded):
 
 def test_folded_layout_is_invisible():
     """A part that folds pairs of rows into the batch gives what the unfolded part gives."""
-    q, k, v, mk, mv = draw(0, 2, 3, 8, 4), draw(1, 2, 3, 8, 4), draw(2, 2, 3, 8, 4), draw(3, 2, 3, 2, 4), draw(4, 2, 3, 2, 4)
+    q, k, v, mk, mv = (draw(0, 2, 3, 8, 4), draw(1, 2, 3, 8, 4), draw(2, 2, 3, 8, 4), draw(3, 2, 3, 2, 4), draw(4, 2, 3, 2, 4))
 
     def fold(x):
         return x.reshape(2, 3, 4, 2, -1).transpose(1, 2).reshape(8, 3, 2, -1)

@@ -15,7 +15,9 @@ HEAD = D * LABELS + LABELS
 
 def build(tiny, attention="full", peft=None, name="minilm", **more):
     """A classification model whose head is one linear layer, in float64, with every parameter away from its initial value."""
-    model = effzoo.build(name, attention=attention, task="classification", num_labels=LABELS, pooling="mean", head_dense=False, **{**tiny, **more}).double()
+    model = effzoo.build(
+        name, attention=attention, task="classification", num_labels=LABELS, pooling="mean", head_dense=False, **{**tiny, **more}
+    ).double()
     if peft:
         effzoo.attach(model, peft)
     with torch.no_grad():
@@ -153,7 +155,9 @@ def test_the_rank_that_is_declared_is_the_rank_of_the_merged_change(tiny):
 
 @pytest.mark.parametrize("name", ["minilm", "gpt2"])
 @pytest.mark.parametrize("attention", ["full", "longformer[window=4]"])
-@pytest.mark.parametrize("spec", ["lora|ia3|bitfit", "ia3|lora", "bitfit|ia3[targets=(attn.q, attn.k, mlp.down)]|lora[targets=(attn.*, mlp.*)]", "full|lora"])
+@pytest.mark.parametrize(
+    "spec", ["lora|ia3|bitfit", "ia3|lora", "bitfit|ia3[targets=(attn.q, attn.k, mlp.down)]|lora[targets=(attn.*, mlp.*)]", "full|lora"]
+)
 def test_merging_a_union_computes_what_the_attached_union_computes(tiny, name, attention, spec):
     if "attn.*" in spec:
         spec = spec.replace("attn.*", "attn.q, attn.v, attn.o").replace("mlp.*", "mlp.up, mlp.down")

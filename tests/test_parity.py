@@ -230,9 +230,7 @@ def test_base_size_equals_transformers(family):
     """12 layers, 768 wide, with the initialisation of transformers; a vocabulary of 1,000 keeps it fast."""
     name = LAYOUTS[family].classes["classification"]
     sizes = {"attention_window": 32} if family == "longformer" else {}
-    config = getattr(transformers, CONFIGS[family])(
-        vocab_size=1000, num_labels=LABELS, pad_token_id=1, bos_token_id=None, eos_token_id=None, **sizes
-    )
+    config = getattr(transformers, CONFIGS[family])(vocab_size=1000, num_labels=LABELS, pad_token_id=1, bos_token_id=None, eos_token_id=None, **sizes)
     theirs = getattr(transformers, name)(config).eval()
     ours = convert.from_transformers(theirs)
     ids = torch.randint(5, 1000, (2, 77))

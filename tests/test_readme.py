@@ -1,5 +1,6 @@
 """The README is true: its code runs, its how-tos pass the checks in at most 15 lines, its figures are those of the tracked results."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -51,3 +52,11 @@ def test_its_table_names_everything_that_is_registered():
 def test_its_paths_exist():
     for path in re.findall(r"\]\(([\w/.]+)\)", README):
         assert (ROOT / path).is_file(), path
+
+
+def test_its_figures_are_those_of_the_tracked_results():
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "scripts/readme.py")
+    readme = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(readme)
+    assert readme.rendered(README) == README, "run python scripts/readme.py"
+    assert "| test accuracy |" in README

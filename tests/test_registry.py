@@ -50,7 +50,9 @@ def test_value_outside_the_range_says_the_range(spec, said):
         effzoo.peft.create(spec)
 
 
-@pytest.mark.parametrize(("spec", "said"), [("longformer[window=3]", "even and positive"), ("longformer[window=(4, 4, 4)]", "3 windows for 2 layers")])
+@pytest.mark.parametrize(
+    ("spec", "said"), [("longformer[window=3]", "even and positive"), ("longformer[window=(4, 4, 4)]", "3 windows for 2 layers")]
+)
 def test_attention_options_say_what_is_accepted(spec, said):
     with pytest.raises(OptionError, match=said):
         effzoo.attention.create(spec, Context(heads=2, head_dim=4, layers=2))
@@ -100,7 +102,9 @@ def test_plug_ins_are_found_by_entry_point(monkeypatch, caplog):
         raise RuntimeError("broken plug-in")
 
     monkeypatch.setattr(registry, "_entry_points_loaded", False)
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [Point("bad", breaks), Point("good", works)] if group == "effzoo.plugins" else [])
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda group: [Point("bad", breaks), Point("good", works)] if group == "effzoo.plugins" else []
+    )
     with effzoo.scope():
         assert effzoo.attention.get("plugged").name == "plugged"
     assert "plug-in 'bad'" in caplog.text

@@ -68,7 +68,7 @@ def plain_loop(model, data, indices, *, global_batch, steps, rate, decay, warmup
             row = list.__getitem__(data, index)
             labels = torch.tensor([row["labels"]])
             number = (labels[:, 1:] if model.task == "causal_lm" else labels).ne(-100).sum()
-            total, count = total + model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss * number, count + int(number)
+            total, count = (total + model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss * number, count + int(number))
         loss = total / count
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), clip)
@@ -238,7 +238,7 @@ def test_accuracy_on_a_case_counted_by_hand(build, tmp_path):
 
 
 def test_what_is_written_loads_into_a_fresh_model(build, tmp_path):
-    ids, settings = torch.tensor([[5, 6, 7]]), {"max_steps": 4, "learning_rate": 1e-2, "progress": False, "save_every": 2}
+    ids, settings = (torch.tensor([[5, 6, 7]]), {"max_steps": 4, "learning_rate": 1e-2, "progress": False, "save_every": 2})
     model = build(peft="lora")
     result = effzoo.finetune(model, datasets.Dataset.from_list(rows()), output_dir=tmp_path / "lora", **settings)
     fresh = effzoo.load_adapter(build(), result.adapter)

@@ -112,11 +112,12 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The script, and what two processes under torchrun found."""
+    """The script, and what two processes under `accelerate launch` found; --multi_gpu is how it starts several, here on the CPU."""
     directory = tmp_path_factory.mktemp("two")
     script = directory / "cases.py"
     script.write_text(CASES)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", "2"]  # on a free port
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # 0: a free one
     done = subprocess.run([*launch, str(script), str(directory)], env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     return script, json.loads((directory / "found.json").read_text())

@@ -59,7 +59,12 @@ class Config:
         for probability in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, probability) < 1:
                 raise OptionError(f"{probability} is in [0, 1), got {getattr(self, probability)}")
-        choices = {"architecture": ("encoder", "decoder"), "norm": ("pre", "post"), "pooling": ("first", "mean", "last"), "activation": tuple(ACTIVATIONS)}
+        choices = {
+            "architecture": ("encoder", "decoder"),
+            "norm": ("pre", "post"),
+            "pooling": ("first", "mean", "last"),
+            "activation": tuple(ACTIVATIONS),
+        }
         for key, known in choices.items():
             if getattr(self, key) not in known:
                 raise OptionError(f"{key} is one of {', '.join(known)}, got {getattr(self, key)!r}")
@@ -74,7 +79,9 @@ class Config:
             raise OptionError(f"task is one of {', '.join(TASKS)}, got {task!r}")
         if task == ("masked_lm" if self.causal else "causal_lm"):
             other = "causal_lm" if self.causal else "masked_lm"
-            raise IncompatibleError(f"{self.name} is a{'n' * (not self.causal)} {self.architecture}, so task={task!r} makes no sense; try task={other!r}")
+            raise IncompatibleError(
+                f"{self.name} is a{'n' * (not self.causal)} {self.architecture}, so task={task!r} makes no sense; try task={other!r}"
+            )
 
 
 def _nearest_divisor(dim: int, heads: int) -> int:

@@ -23,7 +23,12 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, ids: Tensor | None, embeds: Tensor | None = None, positions: Tensor | None = None, types: Tensor | None = None, prompt: Tensor | None = None
+        self,
+        ids: Tensor | None,
+        embeds: Tensor | None = None,
+        positions: Tensor | None = None,
+        types: Tensor | None = None,
+        prompt: Tensor | None = None,
     ) -> Tensor:
         x = embeds if embeds is not None else self.token(ids)
         batch, n, _ = x.shape

@@ -53,9 +53,7 @@ class Transformer(nn.Module):
             max_length=config.max_length,
             backend=config.backend,
         )
-        return Block(
-            config.dim, config.mlp, spec, context, norm=config.norm, eps=config.eps, activation=config.activation, dropout=config.dropout
-        )
+        return Block(config.dim, config.mlp, spec, context, norm=config.norm, eps=config.eps, activation=config.activation, dropout=config.dropout)
 
     @staticmethod
     def _initialise(module: nn.Module) -> None:

@@ -8,9 +8,22 @@ from effzoo.attention.core import AttentionCore, Context, Mask, memory_part
 from effzoo.attention.kernel import Part, attend, bias_of
 from effzoo.registry import attention as _view
 
-names, get, options, register, create, aliases = _view.names, _view.get, _view.options, _view.register, _view.create, _view.aliases
+names, get, options, register, create, aliases = (_view.names, _view.get, _view.options, _view.register, _view.create, _view.aliases)
 
 __all__ = [
-    "AttentionCore", "Context", "Mask", "Part", "aliases", "attend", "bias_of", "create", "full", "get", "longformer", "memory_part",
-    "names", "options", "register",
+    "AttentionCore",
+    "Context",
+    "Mask",
+    "Part",
+    "aliases",
+    "attend",
+    "bias_of",
+    "create",
+    "full",
+    "get",
+    "longformer",
+    "memory_part",
+    "names",
+    "options",
+    "register",
 ]

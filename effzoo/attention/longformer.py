@@ -88,7 +88,9 @@ class Longformer(AttentionCore):
             after = rearrange(x[:, :, left + right :], "b h (chunks c) d -> (b chunks) h c d", c=chunk)[:, :, chunk - right :]
             return torch.cat([before, chunks, after], dim=2)
 
-        bias = mask.memo(("window", self.reach, q.dtype), lambda: bias_of(self._window_allowed(batch, n, chunk, left, right, mask, q.device), q.dtype))
+        bias = mask.memo(
+            ("window", self.reach, q.dtype), lambda: bias_of(self._window_allowed(batch, n, chunk, left, right, mask, q.device), q.dtype)
+        )
         return Part(fold(q), fold_keys(k), fold_keys(v), bias, fold=fold, unfold=unfold)
 
     def _window_allowed(self, batch: int, n: int, chunk: int, left: int, right: int, mask: Mask, device: torch.device) -> Tensor:

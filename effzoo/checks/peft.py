@@ -170,7 +170,7 @@ def detaches(subject: Subject, case: Case) -> None:
     """Detaching restores the output, the keys and the requires_grad flags exactly"""
     base = case.model()
     base.embeddings.position.weight.requires_grad_(False)
-    flags, before, tensors = {n: p.requires_grad for n, p in base.named_parameters()}, logits(base, case.batch()), copied(base.state_dict())
+    flags, before, tensors = ({n: p.requires_grad for n, p in base.named_parameters()}, logits(base, case.batch()), copied(base.state_dict()))
     model = attach(base, subject.spec)
     train(model, case.batch())
     detach(model, "default")
@@ -186,7 +186,7 @@ def detaches(subject: Subject, case: Case) -> None:
 def merges(subject: Subject, case: Case) -> None:
     """Merging gives the attached output to 1e-10 and leaves no adapter, or refuses with AdapterError"""
     model = subject.trained(case)
-    before, tensors, mergeable = logits(model, case.batch()), copied(model.state_dict()), account(model).changed is not None
+    before, tensors, mergeable = (logits(model, case.batch()), copied(model.state_dict()), account(model).changed is not None)
     try:
         merge(model)
     except AdapterError as refusal:

@@ -18,10 +18,10 @@ from effzoo.spec import parse_one
 
 VIEWS = {"attention": attention, "peft": peft}
 MARKS = {"green": ("ok ", "green"), "red": ("RED", "bold red"), "skipped": ("-  ", "yellow"), "not run": ("?  ", "yellow")}
-FIX = '''    from effzoo.attention import AttentionCore, register
+FIX = """    from effzoo.attention import AttentionCore, register
 
     @register("mine")
-    class Mine(AttentionCore): ...'''
+    class Mine(AttentionCore): ..."""
 
 
 @app.command()

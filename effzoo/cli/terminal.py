@@ -60,9 +60,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, rich
 
 
 @app.callback()
-def effzoo(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere on the line.")] = False,
-) -> None:
+def effzoo(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere on the line.")] = False) -> None:
     """Efficient transformers with integrated parameter-efficient fine-tuning.
 
     A model, an attention kind and a fine-tuning method are chosen by name; options follow in brackets. In a shell, quote them:

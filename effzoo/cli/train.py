@@ -92,9 +92,7 @@ def finetune(
     _report(result, built, output)
 
 
-def _parts(
-    table: Dataset, evaluation: str | None, holdout: float, seed: int, text: str | None, label: str | None
-) -> tuple[Dataset, Dataset]:
+def _parts(table: Dataset, evaluation: str | None, holdout: float, seed: int, text: str | None, label: str | None) -> tuple[Dataset, Dataset]:
     """The examples to train and to evaluate on, with the same numbers for the same labels."""
     from effzoo import data as texts
 

@@ -26,12 +26,7 @@ BODY = (
     Rule(("blocks.{i}.mlp.up",), "{base}h.{i}.mlp.c_fc", transposed=True),
     Rule(("blocks.{i}.mlp.down",), "{base}h.{i}.mlp.c_proj", transposed=True),
 )
-HEADS = {
-    "features": (),
-    "classification": same({"head.out": "score"}),
-    "token_classification": same({"head.out": "classifier"}),
-    "causal_lm": (),
-}
+HEADS = {"features": (), "classification": same({"head.out": "score"}), "token_classification": same({"head.out": "classifier"}), "causal_lm": ()}
 
 
 def read(theirs: Any) -> dict[str, Any]:

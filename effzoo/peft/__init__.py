@@ -14,10 +14,32 @@ from effzoo.peft.parameter import lora, selected
 from effzoo.registry import peft as _view
 from effzoo.sites import PeftModule
 
-names, get, options, register, create, aliases = _view.names, _view.get, _view.options, _view.register, _view.create, _view.aliases
+names, get, options, register, create, aliases = (_view.names, _view.get, _view.options, _view.register, _view.create, _view.aliases)
 
 __all__ = [
-    "Account", "Attachment", "Method", "PeftModule", "account", "activate", "aliases", "attach", "attached", "create", "detach", "get",
-    "houlsby", "ia3", "load_adapter", "lora", "merge", "names", "options", "prefix", "prompt", "register", "roles",
-    "save_adapter", "selected",
+    "Account",
+    "Attachment",
+    "Method",
+    "PeftModule",
+    "account",
+    "activate",
+    "aliases",
+    "attach",
+    "attached",
+    "create",
+    "detach",
+    "get",
+    "houlsby",
+    "ia3",
+    "load_adapter",
+    "lora",
+    "merge",
+    "names",
+    "options",
+    "prefix",
+    "prompt",
+    "register",
+    "roles",
+    "save_adapter",
+    "selected",
 ]

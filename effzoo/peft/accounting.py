@@ -54,7 +54,7 @@ def account(model: nn.Module) -> Account:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     names = active(model)
     tensors = [t for name in names for t in adapter_tensors(model, name).values()]
-    changed, rank = (_change(model, names) if names else (trainable, "full" if trainable else 0))
+    changed, rank = _change(model, names) if names else (trainable, "full" if trainable else 0)
     return Account(
         trainable=trainable,
         stored=sum(t.numel() for t in tensors),
@@ -121,4 +121,3 @@ def _changes_matrix(site: Site, module: PeftModule) -> bool:
     if weight is None or weight.ndim < 2:
         return False
     return module.opens("after", "before") or module.weight(weight) is not weight
-

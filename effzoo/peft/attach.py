@@ -175,7 +175,9 @@ def _hang(model: nn.Module, method: Method, attachment: Attachment, found: dict[
         site.hang(attachment.name, method.name, module.to(device=parameter.device, dtype=parameter.dtype))
         places.append((path, site.role))
     if not places:
-        raise TargetError(f"{method.name}: none of the {len(found)} sites has anything to adapt ({listing(sorted({s.role for s in found.values()}))})")
+        raise TargetError(
+            f"{method.name}: none of the {len(found)} sites has anything to adapt ({listing(sorted({s.role for s in found.values()}))})"
+        )
     attachment.places.setdefault(method.name, []).extend(places)
 
 

@@ -34,7 +34,9 @@ def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "defaul
     attachment = _known(model, name)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {key.replace(f".adapters.{name}.", ".adapters."): value.detach().contiguous().cpu() for key, value in adapter_tensors(model, name).items()}
+    tensors = {
+        key.replace(f".adapters.{name}.", ".adapters."): value.detach().contiguous().cpu() for key, value in adapter_tensors(model, name).items()
+    }
     content = safetensors.torch.save(tensors)
     digest = hashlib.sha256(content).hexdigest()
     manifest = {
@@ -129,7 +131,13 @@ def _check_base(model: nn.Module, manifest: dict[str, Any], directory: Path) -> 
     ours, theirs = base_hashes(model), manifest["base_hashes"]
     for key in [*theirs, *(key for key in ours if key not in theirs)]:
         if ours.get(key) != theirs.get(key):
-            problem = "is missing in this model" if key not in ours else "is new in this model" if key not in theirs else "has other values or another shape"
+            problem = (
+                "is missing in this model"
+                if key not in ours
+                else "is new in this model"
+                if key not in theirs
+                else "has other values or another shape"
+            )
             raise AdapterError(
                 f"the adapter in {directory} was trained on another base ({manifest['base']!r}): {key} {problem}; "
                 "build the model with the same name, sizes, attention and pretrained weights"
@@ -140,7 +148,9 @@ def _fill(model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Pa
     own = {key.replace(f".adapters.{name}.", ".adapters."): value for key, value in adapter_tensors(model, name).items()}
     for key in [*own, *(key for key in tensors if key not in own)]:
         if key not in tensors or key not in own:
-            raise AdapterError(f"the adapter in {directory} does not fit its own spec: {key} is {'missing' if key in own else 'one too many'} in the file")
+            raise AdapterError(
+                f"the adapter in {directory} does not fit its own spec: {key} is {'missing' if key in own else 'one too many'} in the file"
+            )
         if own[key].shape != tensors[key].shape:
             raise AdapterError(f"{key} has shape {tuple(tensors[key].shape)} in {directory}, this model needs {tuple(own[key].shape)}")
     with torch.no_grad():

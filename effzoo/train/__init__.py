@@ -1,5 +1,6 @@
-"""Training: `finetune` (`run`), the Trainer under it (`trainer`), batches (`batches`), data checks (`examples`), files (`checkpoints`)."""
+"""Training: `finetune` (`run`), `predict`, the Trainer under it (`trainer`), batches (`batches`), data checks (`examples`), files (`checkpoints`)."""
 
+from effzoo.train.predict import predict
 from effzoo.train.run import Result, finetune
 
-__all__ = ["Result", "finetune"]
+__all__ = ["Result", "finetune", "predict"]

@@ -109,8 +109,9 @@ def finetune(
     metrics: called with `(logits, labels)` of the whole evaluation (a transformers.EvalPrediction), returns numbers by name. Loss, and accuracy
         (classification) or perplexity (language models), are computed in any case; without `metrics` no logits are kept.
 
-    Several processes: start the script with `accelerate launch` on GPUs, with `torchrun --nproc_per_node N` on a processor (there accelerate
-    1.15 starts a single process whatever --num_processes says). They need one file system. Sets the global random seed, and
+    Several processes: start the script with `accelerate launch`; without GPUs as
+    `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 train.py`, because with `--cpu` accelerate 1.15 starts a single
+    process whatever --num_processes says. They need one file system. Sets the global random seed, and
     leaves the model on the device where it was trained. With another number of processes a run resumes with the same batches, but other
     dropout masks.
 

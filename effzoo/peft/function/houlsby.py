@@ -42,15 +42,7 @@ class Houlsby(Method):
     accepts = (Branch, LayerNorm)
     default_targets = ("attn.branch", "mlp.branch", "attn.norm", "mlp.norm")
 
-    def __init__(
-        self,
-        *,
-        bottleneck: int = 64,
-        activation: str = "gelu",
-        std: float = 1e-2,
-        targets: Targets = None,
-        layers: Layers = None,
-    ):
+    def __init__(self, *, bottleneck: int = 64, activation: str = "gelu", std: float = 1e-2, targets: Targets = None, layers: Layers = None):
         super().__init__(targets=targets, layers=layers)
         if bottleneck < 1:
             raise OptionError(f"houlsby: bottleneck is at least 1, got {bottleneck}")

@@ -46,15 +46,7 @@ class LoRA(Method):
     accepts = (Linear,)
     default_targets = ("attn.q*", "attn.v*")
 
-    def __init__(
-        self,
-        *,
-        rank: int = 8,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        targets: Targets = None,
-        layers: Layers = None,
-    ):
+    def __init__(self, *, rank: int = 8, alpha: float | None = None, dropout: float = 0.0, targets: Targets = None, layers: Layers = None):
         super().__init__(targets=targets, layers=layers)
         if rank < 1:
             raise OptionError(f"lora: rank is at least 1, got {rank}")

@@ -1,0 +1,56 @@
+"""`predict`: what a model says of each example, in the order in which they were given."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from effzoo.architectures import Transformer
+from effzoo.architectures.heads import pool
+from effzoo.errors import InputError
+from effzoo.train.batches import Pad
+from effzoo.train.examples import accepted, sized
+from effzoo.train.preconditions import check_precision
+
+
+@torch.no_grad()
+def predict(
+    model: Transformer,
+    examples: Any,
+    *,
+    batch_size: int = 16,
+    precision: Literal["float32", "bfloat16", "float16"] = "float32",
+    progress: bool = True,
+) -> Tensor:
+    """Logits [examples, num_labels] of a classification model; of a features model the mean of its last hidden states, [examples, dim].
+
+    examples: tokenised, as for `finetune`; labels may be missing. They run in evaluation mode on the model's device, in batches of like
+    lengths, and come back on the CPU in float32, in the order given. Raises InputError, IncompatibleError.
+    """
+    if model.task not in ("classification", "features"):
+        raise InputError(f"predict gives one row per example, for task 'classification' or 'features', not {model.task!r}; call the model itself")
+    check_precision(model, precision)
+    sized(examples, "examples")
+    from tqdm.auto import tqdm  # comes with transformers, and takes a while to import
+
+    device, known, collate = (next(model.parameters()).device, accepted(model), Pad(model.task, model.config.pad_token, accepted(model)))
+    inputs = [{name: value for name, value in examples[i].items() if name in known} for i in range(len(examples))]
+    order = sorted(range(len(inputs)), key=lambda i: len(inputs[i].get("input_ids", ())))
+    was_training, found = model.training, torch.empty(0)
+    model.eval()
+    try:
+        for at in tqdm(range(0, len(order), batch_size), desc="Predicting", disable=not progress):
+            rows = order[at : at + batch_size]
+            batch = {name: x.to(device) for name, x in collate([inputs[i] for i in rows]).items()}
+            with torch.autocast(device.type, dtype=getattr(torch, precision), enabled=precision != "float32"):
+                out = model(**batch)
+            mask = batch.get("attention_mask")
+            values = pool(out.last_hidden_state.float(), None if mask is None else mask.bool(), "mean") if out.logits is None else out.logits
+            if not len(found):
+                found = torch.empty(len(order), values.shape[1])
+            found[rows] = values.float().cpu()
+    finally:
+        model.train(was_training)
+    return found

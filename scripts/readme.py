@@ -1,0 +1,47 @@
+"""Write the figures of the README from the tracked results: python scripts/readme.py. A test holds the two in step."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def demo_table(results: dict) -> str:
+    """The demo's comparison as Markdown."""
+    lines = ["| | test accuracy | correct | trainable | seconds |", "|---|---|---|---|---|"]
+    for row in results["rows"]:
+        share = row["correct"] / row["test"]
+        interval = 1.96 * (share * (1 - share) / row["test"]) ** 0.5
+        lines.append(
+            f"| {row['name']} | {100 * share:.2f} ± {100 * interval:.2f} % | {row['correct']} / {row['test']} "
+            f"| {row['trainable']:,} | {row['seconds']:.0f} |"
+        )
+    account, settings = results["account"], results["settings"]
+    documents = ", ".join(f"{count:,} {name}" for name, count in settings["split"].items())
+    return "\n".join(
+        [
+            "MiniLM (6 layers, 384 wide) on BBC News in five classes, one run of `./scripts/demo` on CPU; ± is a 95 % binomial interval:",
+            "",
+            *lines,
+            "",
+            f"{documents} documents, each text once; {100 * results['longer_than_short']:.0f} % of the test documents are longer than 128 tokens. "
+            f"LoRA and head: {account['trainable']:,} of {account['total']:,} parameters ({account['percent']:.3f} %), "
+            f"{account['bytes_on_disk']:,} bytes on disk. The whole job took {results['seconds']:.0f} s and at most "
+            f"{results['peak_memory_bytes'] / 2**30:.2f} GiB, with forward passes in {results['precision']} "
+            f"({results['machine']}).",
+        ]
+    )
+
+
+def rendered(readme: str) -> str:
+    """The README with its figures written anew."""
+    results = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
+    return re.sub(r"<!-- demo -->.*?<!-- /demo -->", lambda _: f"<!-- demo -->\n{demo_table(results)}\n<!-- /demo -->", readme, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(rendered(path.read_text()))
