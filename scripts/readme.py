@@ -11,12 +11,12 @@ ROOT = Path(__file__).parent.parent
 
 def demo_table(results: dict) -> str:
     """The demo's comparison as Markdown."""
-    lines = ["| | test accuracy | correct | trainable | seconds |", "|---|---|---|---|---|"]
+    lines = ["| | tokens read | test accuracy | correct | trainable | seconds |", "|---|---|---|---|---|---|"]
     for row in results["rows"]:
         share = row["correct"] / row["test"]
         interval = 1.96 * (share * (1 - share) / row["test"]) ** 0.5
         lines.append(
-            f"| {row['name']} | {100 * share:.2f} ± {100 * interval:.2f} % | {row['correct']} / {row['test']} "
+            f"| {row['name']} | {row['tokens']:,} | {100 * share:.2f} ± {100 * interval:.2f} % | {row['correct']} / {row['test']} "
             f"| {row['trainable']:,} | {row['seconds']:.0f} |"
         )
     account, settings = results["account"], results["settings"]
