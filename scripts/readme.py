@@ -27,7 +27,7 @@ def demo_table(results: dict) -> str:
             "",
             *lines,
             "",
-            f"{documents} documents, each text once; {100 * results['longer_than_short']:.0f} % of the test documents are longer than 128 tokens. "
+            f"{documents} documents, each text once; {100 * results['longer_than_512']:.0f} % of the test documents are longer than 512 tokens. "
             f"LoRA and head: {account['trainable']:,} of {account['total']:,} parameters ({account['percent']:.3f} %), "
             f"{account['bytes_on_disk']:,} bytes on disk. The whole job took {results['seconds']:.0f} s and at most "
             f"{results['peak_memory_bytes'] / 2**30:.2f} GiB, with forward passes in {results['precision']} "

@@ -118,7 +118,7 @@ def test_show_draws_the_pattern_and_saves_it(run, tmp_path):
 def test_account_counts_without_weights(run):
     text = flat(run("account", "bert", "--peft", "lora[rank=4]|ia3", "--attention", "longformer[window=64]", "--num-labels", "3").output)
     assert "bert with longformer[window=64] attention, lora[rank=4]|ia3" in text
-    assert "lora attn.q_global 12 sites" in text and "ia3 mlp.down 12 sites 36,864" in text and "head head.out 1 sites 2,307" in text
+    assert "lora attn.q_global 12 sites" in text and "ia3 mlp.down 12 sites 36,864" in text and "head head.out 1 site 2,307" in text
 
 
 @pytest.mark.parametrize(

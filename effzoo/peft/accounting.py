@@ -44,7 +44,10 @@ class Account:
             f"rank      {'-' if self.rank is None else self.rank}",
         ]
         width = max((len(f"{method} {role}") for method, role, _, _ in self.rows), default=0)
-        lines += [f"  {f'{method} {role}':{width}}  {count:3} sites  {numbers:>12,}" for method, role, count, numbers in self.rows]
+        lines += [
+            f"  {f'{method} {role}':{width}}  {count:3} site{'s' if count != 1 else ' '}  {numbers:>12,}"
+            for method, role, count, numbers in self.rows
+        ]
         return "\n".join(lines)
 
 

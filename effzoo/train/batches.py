@@ -29,7 +29,7 @@ class Order(Sampler[list[int]]):
 
     Process r of P takes every P-th example of a global batch of batch_size * P, starting at r. The last global batch of an epoch may be smaller;
     nothing is dropped or repeated, so a process may then get an empty list. lengths: group examples of similar length (in tokens), which
-    saves padding; each example still comes once per epoch.
+    saves padding; each example still comes once per epoch. Without a seed (evaluation) the order is that of the data, or of the lengths.
     """
 
     def __init__(
@@ -49,15 +49,15 @@ class Order(Sampler[list[int]]):
         self.epoch = epoch
 
     def global_batches(self) -> list[list[int]]:
-        """Every batch of this epoch, over all processes; without a seed in the order of the data."""
-        step = self.batch_size * self.processes
+        """Every batch of this epoch, over all processes."""
+        step, lengths = self.batch_size * self.processes, self.lengths
         if self.seed is None:
-            return [list(range(start, min(start + step, self.size))) for start in range(0, self.size, step)]
+            order = list(range(self.size)) if lengths is None else sorted(range(self.size), key=lengths.__getitem__)
+            return [order[start : start + step] for start in range(0, self.size, step)]
         generator = torch.Generator().manual_seed((self.seed << 24) + self.epoch)
         order = torch.randperm(self.size, generator=generator).tolist()
-        if self.lengths is None:
+        if lengths is None:
             return [order[start : start + step] for start in range(0, self.size, step)]
-        lengths = self.lengths
         batches = []
         for start in range(0, self.size, step * _GROUPED):
             group = sorted(order[start : start + step * _GROUPED], key=lambda index: -lengths[index])

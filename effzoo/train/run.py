@@ -127,7 +127,7 @@ def finetune(
         raise OptionError(f"best={best!r} needs evaluations to choose by; give evaluate")
     output_dir, eval_batch_size = Path(output_dir), eval_batch_size or batch_size
     data, lengths = _prepare(train, model, "train", collator)
-    held_out = None if evaluate is None else _prepare(evaluate, model, "evaluate", collator)[0]
+    held_out, held_out_lengths = (None, None) if evaluate is None else _prepare(evaluate, model, "evaluate", collator)
     if group_by_length and lengths is None:
         raise OptionError("group_by_length needs the length of every example; give a list or a datasets.Dataset, and no collator")
 
@@ -163,7 +163,7 @@ def finetune(
     order = Order(len(data), batch_size, process=index, processes=processes, seed=seed, lengths=lengths if group_by_length else None)
     loaders = [Loader(data, order, Counting(collate, model.task, model.num_labels, data[0]), num_workers, pin_memory)]
     if held_out is not None:
-        order = Order(len(held_out), eval_batch_size, process=index, processes=processes)
+        order = Order(len(held_out), eval_batch_size, process=index, processes=processes, lengths=held_out_lengths)
         loaders.append(Loader(held_out, order, Counting(collate, model.task, model.num_labels, held_out[0]), num_workers, pin_memory))
     if arguments.should_save:
         checkpoints.clean(output_dir)
