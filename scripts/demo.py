@@ -31,7 +31,15 @@ from effzoo import data, plots
 SHORT, LONG, WINDOW = 128, 1024, 256
 PEFT = "lora[rank=8]"
 SIZES = {"dropout": 0.0, "attention_dropout": 0.0}  # attention without dropout runs in the fused kernel
-RECIPE: dict[str, Any] = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "group_by_length": True, "log_every": 10, "evaluate_every": 47}
+RECIPE: dict[str, Any] = {
+    "epochs": 1,
+    "batch_size": 8,
+    "learning_rate": 1e-3,
+    "group_by_length": True,
+    "log_every": 10,
+    "evaluate_every": 94,
+    "eval_batch_size": 16,
+}
 SPLIT = {"train": 0.7, "validation": 0.1, "test": 0.2}
 Head = tuple[torch.Tensor, torch.Tensor]
 console = Console()
@@ -168,7 +176,7 @@ def tuned(name: str, parts: dict[str, Any], length: int, attention: str, head: H
     with torch.no_grad():
         own.own_weight.copy_(head[0])
         own.own_bias.copy_(head[1])
-    console.print(effzoo.account(model))
+    console.print(str(effzoo.account(model)), highlight=False)
     options = {"output_dir": output, "precision": precision, "seed": seed, "overwrite": True, **RECIPE}
     result = effzoo.finetune(model, parts["train"], evaluate=parts["validation"], **options)
     found = effzoo.predict(model, parts["test"], precision=precision).argmax(dim=1)
