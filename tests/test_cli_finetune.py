@@ -62,7 +62,7 @@ def test_it_learns_reports_and_saves_an_adapter_and_resumes_to_the_same(place):
     assert done.exit_code == 0, done.output
     text = " ".join(done.output.split())
     assert "54 texts to train on, 6 to evaluate on, up to 28 tokens, 2 labels: business, sport" in text  # 32 less 4 prompt rows
-    assert "the weights start at random" in text and "accuracy 1 " in text and "prompt embed.token 1 sites 64" in text
+    assert "the weights start at random" in text and "accuracy 1 " in text and "prompt embed.token 1 site 64" in text
     assert (place / "run/curves.png").read_bytes().startswith(b"\x89PNG")
     assert (place / "run/adapter/adapter.json").is_file()
 
