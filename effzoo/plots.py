@@ -135,8 +135,8 @@ def learning_curves(history: History | Mapping[str, History], *, title: str | No
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.03)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if len(axes.get_lines()) > 1:
-            axes.legend(frameon=False, fontsize=9)
+    if len(panels[0].get_lines()) > 1:  # below, where it covers no line; the second panel has the colours of the first
+        figure.legend(handles=panels[0].get_lines(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     panels[0].set_ylim(bottom=0)
     if chosen == "accuracy":  # a share: room around small differences, none above 1
         lowest = min(entry["eval_accuracy"] for entries in runs.values() for entry in entries if "eval_accuracy" in entry)

@@ -23,7 +23,8 @@ def demo_table(results: dict) -> str:
     documents = ", ".join(f"{count:,} {name}" for name, count in settings["split"].items())
     return "\n".join(
         [
-            "MiniLM (6 layers, 384 wide) on BBC News in five classes, one run of `./scripts/demo` on CPU; ± is a 95 % binomial interval:",
+            "MiniLM (6 layers, 384 wide) on BBC News in five classes, one run of `./scripts/demo` on CPU; "
+            "± is a 95 % binomial interval, and the rows differ by less:",
             "",
             *lines,
             "",
