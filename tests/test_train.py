@@ -354,9 +354,7 @@ GOOD = [{"input_ids": [2, 3], "label": 0}]
 )
 @pytest.mark.parametrize("kind", [list, "datasets"])
 def test_data_that_would_train_on_the_wrong_thing_is_refused(build, tmp_path, data, message, kind):
-    if kind == "datasets":
-        if not isinstance(data, list) or not data or isinstance(data[-1].get("label"), str):
-            pytest.skip("a datasets.Dataset cannot be empty, a mapping, or hold labels of two types in one column")
+    if kind == "datasets" and isinstance(data, list) and data and not isinstance(data[-1].get("label"), str):  # else no table can hold it
         data = datasets.Dataset.from_list(data)
     with pytest.raises(InputError, match=message):
         effzoo.finetune(build(), data, output_dir=tmp_path, max_steps=1, progress=False)
