@@ -32,18 +32,24 @@ class Context:
     layers: int = 1
     max_length: int = 512
     backend: str = "auto"
+    shared: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # one dict for all layers of a model
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
     """What is true of the positions of one batch, made once and shared by all layers.
 
-    valid [batch, n]: True where there is a token; None when every position holds one.
+    valid [batch, n]: True where there is a token; None when every position holds one. In cross-attention it speaks of the keys, in
+    decoding of the past and the new positions together.
     is_global [batch, n]: True where a token has global attention; None when none has.
+    positions [batch or 1, n]: position ids, for blocks with rotary positions.
+    decisions: where choices that must not change when a block is computed again are kept (see `decide`); None keeps nothing.
     """
 
     valid: Tensor | None = None
     is_global: Tensor | None = None
+    positions: Tensor | None = None
+    decisions: dict[Any, Any] | None = field(default=None, repr=False)
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def memo(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -51,6 +57,17 @@ class Mask:
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]
+
+    def decide(self, key: Any, make: Callable[[], Any]) -> Any:
+        """`make()`, but the same again when a reversible block or a checkpoint computes this batch a second time.
+
+        For discrete choices (hash buckets), which rounding in a reconstructed input could flip. `key` names the layer.
+        """
+        if self.decisions is None:
+            return make()
+        if key not in self.decisions:
+            self.decisions[key] = make()
+        return self.decisions[key]
 
     def key_bias(self, dtype: torch.dtype) -> Tensor | None:
         """Padding as an additive bias [batch, 1, 1, n], or None."""
@@ -60,30 +77,68 @@ class Mask:
         return self.memo(("key_bias", dtype), lambda: kernel.bias_of(valid[:, None, None, :], dtype))
 
 
+State = dict[str, Tensor]  # what one layer keeps of the positions it has seen; every tensor starts with the batch axis
+
+
+class Cache:
+    """What the layers of a causal model keep of the positions seen so far, so that decoding computes new positions only."""
+
+    def __init__(self) -> None:
+        self.length = 0  # positions seen, prompt rows included
+        self.states: dict[int, State] = {}  # by layer
+
+    def reorder(self, index: Tensor) -> None:
+        """Take the rows `index` of the batch (beam search; an index may repeat)."""
+        for state in self.states.values():
+            state.update({name: tensor.index_select(0, index) for name, tensor in state.items()})
+
+
 class AttentionCore(nn.Module, abc.ABC):
-    """One attention kind. Subclasses say what they eat, what they cost, and compute."""
+    """One attention kind. Subclasses say what they eat, what they cost, and compute.
+
+    projections: the tensors that `forward` takes, in order; an option may change them per instance. Those whose names begin with `v` are
+    values; the others are compared with each other, and rotary positions turn them. key_side: the projections of the
+    positions that are attended: in cross-attention they come from the source, and grouped queries share them.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
-    projections: ClassVar[tuple[str, ...]] = ("q", "k", "v")
+    projections: tuple[str, ...] = ("q", "k", "v")
+    key_side: ClassVar[tuple[str, ...]] = ("k", "v")
     copied_from: ClassVar[Mapping[str, str]] = {}  # projections that start as copies when another kind's weights are loaded
     cost: ClassVar[str] = "n^2"
     supports_causal: ClassVar[bool] = True
     supports_memory: ClassVar[bool] = True
     supports_global: ClassVar[bool] = False
+    supports_cross: ClassVar[bool] = False
+    supports_cache: ClassVar[bool] = False
+    not_causal: ClassVar[str] = "it mixes past and future"  # why, when it cannot be causal
 
     def __init__(self, context: Context):
         super().__init__()
         self.context = context
         if context.causal and not self.supports_causal:
-            raise IncompatibleError(f"attention {self.name!r} cannot be causal: it mixes past and future; use it in an encoder")
+            raise IncompatibleError(f"attention {self.name!r} cannot be causal: {self.not_causal}; use it in an encoder")
 
     @abc.abstractmethod
     def forward(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         """Projections, each [batch, heads, n, head_dim] -> [batch, heads, n, head_dim].
 
         memory: keys and values [heads, rows, head_dim] that every query sees as well (prefix tuning).
+        Kinds with `supports_cross` take a key side of another length than the queries; `mask` then speaks of the keys.
         """
+
+    def step(self, *projected: Tensor, mask: Mask, past: State | None, memory: KeysValues | None = None) -> tuple[Tensor, State]:
+        """Causal decoding: the rows of the newest m positions, and the state with which the next call goes on.
+
+        projected: of the new positions alone. past: what the call before returned, None at first. mask.valid covers the past and
+        the new positions; mask.is_global the new ones, and only in the first call.
+        """
+        raise IncompatibleError(f"attention {self.name!r} keeps no cache for decoding; generate without one (use_cache=False)")
+
+    def project(self, name: str, x: Tensor, linear: Callable[[Tensor], Tensor], mask: Mask) -> Tensor:
+        """The projection `name` of x [batch, n, dim] by its layer's `linear` site; a kind may compress x first if that is the same function."""
+        return linear(x)
 
     def pattern(self, n: int, mask: Mask) -> Tensor:
         """The definition: True where query i may attend key j, broadcastable to bool[batch, heads, n, n].

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,8 +39,8 @@ def _same(x: Tensor) -> Tensor:
 class Part:
     """Some keys for some queries.
 
-    q [g, h, m, d], k and v [g, h, s, d]; bias is additive, 0 or -inf, broadcastable to [g, h, m, s], without gradient.
-    A core may fold the sequence into the group axis g; `fold` takes a tensor from [batch, heads, n, x] to the layout of
+    q [g, h, m, d], k [g, h, s, d], v [g, h, s, e]; bias is additive, broadcastable to [g, h, m, s], -inf where a query may not attend,
+    without gradient. scale multiplies q k^T, 1 / sqrt(d) when None. All parts of one softmax have the same e. A core may fold the sequence into the group axis g; `fold` takes a tensor from [batch, heads, n, x] to the layout of
     q and `unfold` takes it back, so that parts with different layouts can be merged.
     """
 
@@ -49,6 +49,7 @@ class Part:
     v: Tensor
     bias: Tensor | None = None
     causal: bool = False
+    scale: float | None = None
     fold: Callable[[Tensor], Tensor] = _same
     unfold: Callable[[Tensor], Tensor] = _same
 
@@ -59,7 +60,7 @@ def bias_of(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def attend(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v over the keys of all parts together, [batch, heads, n, d].
+    """softmax(scale q k^T + bias) v over the keys of all parts together, [batch, heads, n, e].
 
     A query that may attend to nothing returns 0. `dropout` is the probability of dropping an attention weight.
     `choose` says which backend "auto" is; a named backend that cannot run here raises OptionError.
@@ -68,9 +69,22 @@ def attend(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> Tensor:
     if backend == "reference":
         return _plain(parts, dropout)
     if parts[0].q.device.type == "cpu":
-        return _Merged.apply([(p.causal, p.fold, p.unfold) for p in parts], *(x for p in parts for x in (p.q, p.k, p.v, p.bias)))  # type: ignore[no-untyped-call]
+        width = parts[0].v.shape[-1]
+        same = [_same_width(part) for part in parts]
+        layouts = [(p.causal, p.scale, p.fold, p.unfold) for p in same]
+        out: Tensor = _Merged.apply(layouts, *(x for p in same for x in (p.q, p.k, p.v, p.bias)))  # type: ignore[no-untyped-call]
+        return out[..., :width]
     part = parts[0]
-    return part.unfold(F.scaled_dot_product_attention(part.q, part.k, part.v, is_causal=part.causal))
+    return part.unfold(F.scaled_dot_product_attention(part.q, part.k, part.v, is_causal=part.causal, scale=part.scale))
+
+
+def _same_width(part: Part) -> Part:
+    """The part with q, k and v of one width, as the flash kernel wants them: zeros change neither scores nor other columns of v."""
+    d, e = part.q.shape[-1], part.v.shape[-1]
+    if d == e:
+        return part
+    q, k, v = (F.pad(x, (0, max(d, e) - x.shape[-1])) for x in (part.q, part.k, part.v))
+    return replace(part, q=q, k=k, v=v, scale=1 / math.sqrt(d) if part.scale is None else part.scale)
 
 
 def choose(parts: tuple[Part, ...], dropout: float, backend: str = "auto") -> tuple[str, str]:
@@ -110,8 +124,8 @@ class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layouts, *tensors):  # type: ignore[no-untyped-def]
         results = []
-        for (causal, _, unfold), (q, k, v, bias) in zip(layouts, _quadruples(tensors), strict=True):
-            out, lse = _flash(q, k, v, 0.0, causal, attn_mask=bias)
+        for (causal, scale, _, unfold), (q, k, v, bias) in zip(layouts, _quadruples(tensors), strict=True):
+            out, lse = _flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
             lse = lse.unsqueeze(-1)
             if bias is not None and len(layouts) > 1:  # the kernel reports 0 for a row without keys
                 lse = lse.masked_fill(_dead_rows(bias, causal), -math.inf)
@@ -126,9 +140,9 @@ class _Merged(torch.autograd.Function):
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         out, lse, *tensors = ctx.saved_tensors
         grads: list[Tensor | None] = []
-        for (causal, fold, _), (q, k, v, bias) in zip(ctx.layouts, _quadruples(tensors), strict=True):
+        for (causal, scale, fold, _), (q, k, v, bias) in zip(ctx.layouts, _quadruples(tensors), strict=True):
             part_lse = fold(lse).squeeze(-1).to(torch.promote_types(lse.dtype, torch.float32))
-            grads += _flash_backward(fold(grad_out), q, k, v, fold(out), part_lse, 0.0, causal, attn_mask=bias)
+            grads += _flash_backward(fold(grad_out), q, k, v, fold(out), part_lse, 0.0, causal, attn_mask=bias, scale=scale)
             grads.append(None)
         return None, *grads
 
@@ -149,7 +163,8 @@ def _plain(parts: tuple[Part, ...], dropout: float) -> Tensor:
     scores = []
     for part in parts:
         exact = torch.promote_types(part.q.dtype, torch.float32)
-        score = part.q.to(exact) @ part.k.to(exact).transpose(-1, -2) / math.sqrt(part.q.shape[-1])
+        scale = part.scale if part.scale is not None else 1 / math.sqrt(part.q.shape[-1])
+        score = part.q.to(exact) @ part.k.to(exact).transpose(-1, -2) * scale
         if part.bias is not None:
             score = score + part.bias.to(exact)
         if part.causal:
