@@ -1,6 +1,6 @@
 """Sites: the places of a model where a PEFT module can be hung.
 
-Everything with a weight is a site (Linear, LayerNorm, Embedding, TiedLinear); two weightless Branch sites per block see what a
+Everything with a weight is a site (Linear, LayerNorm, RMSNorm, Embedding, TiedLinear); two weightless Branch sites per block see what a
 sub-layer adds to the residual stream, and one Memory site per attention layer holds extra keys and values. A site is a
 thin subclass that owns an empty ModuleDict, so hanging a module on it renames no base key: new keys contain
 `.adapters.<adapter name>.<method name>.`.
@@ -149,20 +149,42 @@ class TiedLinear(Site):
         return y
 
 
-class LayerNorm(nn.LayerNorm, Site):
-    """LayerNorm over the last axis (Ba et al. 2016)."""
-
-    def __init__(self, dim: int, eps: float, *, role: str, layer: int | None = None):
-        super().__init__(dim, eps)
-        self._open(role, layer)
+class Norm(Site):
+    """What LayerNorm and RMSNorm have in common: they normalise the last axis and scale it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.active:
-            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        y = F.layer_norm(x, self.normalized_shape, self.composed_weight(), self.composed_bias(), self.eps)
+        y = self.normalise(x, self.composed_weight(), self.composed_bias())
         for module in self.hung():
             y = module.after(x, y)
         return y
+
+    def normalise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+class LayerNorm(Norm, nn.LayerNorm):
+    """(x - mean) / sqrt(var + eps) * w + b over the last axis (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def __init__(self, dim: int, eps: float, *, bias: bool = True, role: str, layer: int | None = None):
+        nn.LayerNorm.__init__(self, dim, eps, bias=bias)
+        self._open(role, layer)
+
+    def normalise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(Norm, nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * w over the last axis, the mean in float32 or better (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    bias = None
+
+    def __init__(self, dim: int, eps: float, *, role: str, layer: int | None = None):
+        nn.RMSNorm.__init__(self, dim, eps)
+        self._open(role, layer)
+
+    def normalise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(exact, self.normalized_shape, None, self.eps).to(x.dtype) * weight
 
 
 class Embedding(nn.Embedding, Site):
@@ -201,13 +223,13 @@ class Branch(Site):
 class Memory(Site):
     """Extra keys and values of one attention layer, seen by every query: what prefix tuning trains."""
 
-    def __init__(self, heads: int, head_dim: int, *, role: str, layer: int | None = None):
+    def __init__(self, heads: int, head_dim: int, *, value_dim: int | None = None, role: str, layer: int | None = None):
         super().__init__()
         self._open(role, layer)
-        self.heads, self.head_dim = heads, head_dim
+        self.heads, self.head_dim, self.value_dim = heads, head_dim, value_dim or head_dim
 
     def forward(self) -> tuple[Tensor, Tensor] | None:
-        """Keys and values, each [heads, rows, head_dim], or None when nothing is hung here."""
+        """Keys [heads, rows, head_dim] and values [heads, rows, value_dim], or None when nothing is hung here."""
         found = [memory for module in self.hung() if (memory := module.memory()) is not None]
         if not found:
             return None

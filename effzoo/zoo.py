@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+import typing
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from effzoo.architectures import Config, Transformer
 from effzoo.errors import OptionError, UnknownNameError, did_you_mean, listing
-from effzoo.registry import fits
+from effzoo.registry import describe, fits
 
 _HERE = Path(__file__).parent
 _FOLDERS = (_HERE / "_models", _HERE.parent / "models")  # installed, and in a checkout
@@ -29,13 +30,13 @@ def config(name: str, **sizes: Any) -> Config:
         raise UnknownNameError("model", name, _files())
     name, entry = path.stem, _read(path)
     fields = {f.name: f for f in dataclasses.fields(Config)}
+    annotations = typing.get_type_hints(Config)
     for key, value in sizes.items():
         if key not in fields or key in _NOT_SIZES:
             known = sorted(set(fields) - set(_NOT_SIZES))
             raise OptionError(f"model {name!r} has no size {key!r}{did_you_mean(key, known)} Sizes: {listing(known)}.")
-        default = entry.get(key, fields[key].default)
-        if key not in ("attention", "pad_token") and not fits(value, float if type(default) is float else type(default)):
-            raise OptionError(f"size {key!r} of model {name!r} takes {type(default).__name__}, got {value!r} ({type(value).__name__})")
+        if not fits(value, annotations[key]):
+            raise OptionError(f"size {key!r} of model {name!r} takes {describe(annotations[key])}, got {value!r} ({type(value).__name__})")
     return Config(**{"name": name, **entry, **sizes})
 
 

@@ -76,7 +76,7 @@ def test_prefix_is_the_gated_sum_of_two_attentions(tiny):
     """(1 - lambda) Attn(q, K, V) + lambda Attn(q, P_k, P_v), lambda the softmax mass of the prefix (He et al. 2022, eq. 5)."""
     model = build(tiny, peft="prefix[length=3]")
     attn, x = model.blocks[0].attn, torch.randn(1, 5, D, dtype=torch.float64)
-    q, k, v = (attn.project(name, x) for name in "qkv")
+    q, k, v = (attn.project(name, x, effzoo.attention.Mask()) for name in "qkv")
     keys, values = attn.memory()
     own, prefix = (q @ keys_.transpose(-1, -2) / (D / 2) ** 0.5 for keys_ in (k, keys[None]))
     gate = prefix.exp().sum(-1, keepdim=True) / (prefix.exp().sum(-1, keepdim=True) + own.exp().sum(-1, keepdim=True))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from effzoo.blocks.feedforward import ACTIVATIONS
+from effzoo.blocks import ACTIVATIONS, Rotary, Slots
 from effzoo.errors import IncompatibleError, OptionError
 
 TASKS = ("features", "classification", "token_classification", "masked_lm", "causal_lm")
@@ -15,11 +16,20 @@ TASKS = ("features", "classification", "token_classification", "masked_lm", "cau
 class Config:
     """Sizes and slots of one transformer.
 
-    mlp: inner width of the feed-forward. max_length: positions, prompts included. position_offset: first position id
-    (RoBERTa counts from pad_token + 1; padding then keeps the id pad_token). types: rows of the token-type table, 0 for none.
-    attention: a spec, or one per layer. pooling, head_dense: how a classification head reads the sequence (the first token, the mean, or
-    the last token; through a dense tanh layer or directly). pooler: a features model ends in a dense tanh layer
-    on the first token. lm_transform: dense, activation and norm before the tied language-model head.
+    mlp: inner width of the feed-forward. max_length: positions, prompts included. attention: a spec, or one per layer.
+    head_dim: width of a head, dim / heads when 0. kv_heads: heads of keys and values (grouped queries), all when 0. qk_norm: an RMSNorm
+    over each head of queries and keys. attn_bias, attn_out_bias, mlp_bias: which linear layers have one. gated: a gated
+    feed-forward. mlp_chunk: positions that it computes at a time, 0 for all.
+    norm, norm_kind, norm_bias, first_norm: where the norms stand, which they are, whether they have a bias, and whether block 0 of a pre-norm
+    model has one before its attention. residual: "reversible" has two streams, which end side by side (Gomez et al. 2017).
+    positions: learned, sinusoidal, axial (`axial_shape` rows per axis, `axial_dims` their widths; Kitaev et al. 2020, section 4), rotary
+    (`rotary_theta`, one or one per layer, `rotary_scaling`) or none. position_offset: first position id (RoBERTa counts from
+    pad_token + 1; padding then keeps the id pad_token). types: rows of the token-type table, 0 for none.
+    embed_norm: a norm after the embeddings; None means in post-norm models.
+    tied: the language-model head uses the token embedding. lm_bias: it adds a bias; None means when masked. lm_transform: dense, activation
+    and norm before it. pooling: how a classification head reads the sequence (the first token, the mean, or the last token).
+    head_dense, head_activation, head_norm, head_bias: through dense, activation and norm, or directly. transform_bias: of the dense
+    layer in either head. pooler: a features model ends in a dense tanh layer on the first token.
     """
 
     name: str
@@ -32,42 +42,107 @@ class Config:
     mlp: int
     max_length: int
     attention: str | dict[str, Any] | tuple[Any, ...] = "full"
+    head_dim: int = 0
+    kv_heads: int = 0
+    qk_norm: bool = False
+    attn_bias: bool = True
+    attn_out_bias: bool = True
+    mlp_bias: bool = True
+    gated: bool = False
+    mlp_chunk: int = 0
     norm: Literal["pre", "post"] = "post"
+    norm_kind: Literal["layer", "rms"] = "layer"
+    norm_bias: bool = True
+    first_norm: bool = True
+    residual: Literal["plain", "reversible"] = "plain"
     eps: float = 1e-12
     activation: str = "gelu"
     dropout: float = 0.1
     attention_dropout: float = 0.1
+    positions: Literal["learned", "sinusoidal", "axial", "rotary", "none"] = "learned"
+    axial_shape: tuple[int, ...] = ()
+    axial_dims: tuple[int, ...] = ()
+    rotary_theta: float | tuple[float, ...] = 10_000.0
+    rotary_scaling: dict[str, Any] | None = None
     types: int = 0
     position_offset: int = 0
     pad_token: int | None = None
+    embed_norm: bool | None = None
+    tied: bool = True
+    lm_bias: bool | None = None
     pooling: Literal["first", "mean", "last"] = "first"
     head_dense: bool = True
+    head_norm: bool = False
+    head_activation: str = "tanh"
     head_bias: bool = True
     pooler: bool = True
     lm_transform: bool = True
+    transform_bias: bool = True
     backend: str = "auto"
     paper: str = ""
     hub: str = ""
     package: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("axial_shape", "axial_dims", "rotary_theta"):
+            if isinstance(getattr(self, name), list):  # TOML and JSON have no tuples
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for size in ("vocab", "dim", "layers", "heads", "mlp", "max_length"):
             if getattr(self, size) < 1:
                 raise OptionError(f"{size} is at least 1, got {getattr(self, size)}")
-        if self.dim % self.heads:
+        if self.head_dim < 0 or self.mlp_chunk < 0:
+            raise OptionError(f"head_dim and mlp_chunk are 0 or more, got {self.head_dim} and {self.mlp_chunk}")
+        if self.dim % self.heads and not self.head_dim:
             raise OptionError(f"dim {self.dim} does not divide into {self.heads} heads; try heads={_nearest_divisor(self.dim, self.heads)}")
         for probability in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, probability) < 1:
                 raise OptionError(f"{probability} is in [0, 1), got {getattr(self, probability)}")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise OptionError(
+                f"kv_heads {self.kv_heads} does not divide the {self.heads} heads; try kv_heads={_nearest_divisor(self.heads, self.kv_heads)}"
+            )
         choices = {
             "architecture": ("encoder", "decoder"),
             "norm": ("pre", "post"),
             "pooling": ("first", "mean", "last"),
             "activation": tuple(ACTIVATIONS),
+            "head_activation": ("tanh", *ACTIVATIONS),
+            "norm_kind": ("layer", "rms"),
+            "residual": ("plain", "reversible"),
+            "positions": ("learned", "sinusoidal", "axial", "rotary", "none"),
         }
         for key, known in choices.items():
             if getattr(self, key) not in known:
                 raise OptionError(f"{key} is one of {', '.join(known)}, got {getattr(self, key)!r}")
+
+        if self.residual == "reversible" and self.norm != "pre":
+            raise OptionError("a reversible residual stands around a norm that comes first; build it with norm='pre'")
+        if not self.first_norm and self.norm != "pre":
+            raise OptionError("first_norm=False drops a norm before attention; build it with norm='pre'")
+        self._check_positions()
+
+    def _check_positions(self) -> None:
+        if self.positions == "axial":
+            rows, width = math.prod(self.axial_shape), sum(self.axial_dims)
+            if len(self.axial_shape) != len(self.axial_dims) or rows < self.max_length or width != self.dim:
+                raise OptionError(
+                    f"axial positions need axial_shape with a product of at least max_length {self.max_length} and axial_dims that add up to "
+                    f"dim {self.dim}, got {self.axial_shape} and {self.axial_dims}"
+                )
+        if isinstance(self.rotary_theta, tuple) and len(self.rotary_theta) != self.layers:
+            raise OptionError(f"{len(self.rotary_theta)} values of rotary_theta for {self.layers} layers; give one, or one per layer")
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states at the end: the two streams of a reversible model stand side by side."""
+        return 2 * self.dim if self.residual == "reversible" else self.dim
+
+    def slots(self, layer: int = 0) -> Slots:
+        """What fills the slots of one block."""
+        theta = self.rotary_theta[layer] if isinstance(self.rotary_theta, tuple) else self.rotary_theta
+        rotary = Rotary.of(self.head_dim or self.dim // self.heads, theta, self.rotary_scaling or {}) if self.positions == "rotary" else None
+        same = {f.name: getattr(self, f.name) for f in fields(Slots) if f.name in {mine.name for mine in fields(self)}}
+        return Slots(**same | {"rotary": rotary, "kv_heads": self.kv_heads or None})
 
     @property
     def causal(self) -> bool:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from effzoo.architectures.config import Config
 from effzoo.errors import InputError
-from effzoo.sites import Embedding, LayerNorm
+from effzoo.sites import Embedding
 
 
 class Embeddings(nn.Module):
-    """norm(token + position + type), [batch, n] ids -> [batch, rows + n, dim], with `rows` prompt rows in front."""
+    """norm(token + position + type), [batch, n] ids -> [batch, rows + n, dim], with `rows` prompt rows in front.
+
+    The table of positions is learned, sinusoidal or axial, or there is none (rotary positions act in attention).
+    """
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.token = Embedding(config.vocab, config.dim, role="embed.token")
-        self.position = Embedding(config.max_length + config.position_offset, config.dim, role="embed.position")
+        self.position = _table(config)
         self.token_type = Embedding(config.types, config.dim, role="embed.type") if config.types else None
-        self.norm = LayerNorm(config.dim, config.eps, role="embed.norm") if config.norm == "post" else None
+        with_norm = config.norm == "post" if config.embed_norm is None else config.embed_norm
+        self.norm = config.slots().make_norm(config.dim, "embed.norm") if with_norm else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -29,10 +36,12 @@ class Embeddings(nn.Module):
         positions: Tensor | None = None,
         types: Tensor | None = None,
         prompt: Tensor | None = None,
-    ) -> Tensor:
+        start: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """The embedded rows and their position ids [batch, rows + n]; `start` positions came before (decoding)."""
         x = embeds if embeds is not None else self.token(ids)
         batch, n, _ = x.shape
-        positions = self.positions(ids, batch, n, x.device) if positions is None else positions.expand(batch, n)
+        positions = self.positions(ids, batch, n, x.device) + start if positions is None else positions.expand(batch, n)
         if self.token_type is not None and types is None:
             types = torch.zeros(batch, n, dtype=torch.long, device=x.device)
         if prompt is not None:
@@ -40,10 +49,11 @@ class Embeddings(nn.Module):
             x = torch.cat([prompt.to(x.dtype).expand(batch, -1, -1), x], dim=1)
             positions = self._shifted(positions, rows)
             types = None if types is None else torch.cat([types[:, :1].expand(-1, rows), types], dim=1)
-        x = x + self.position(positions)
+        if self.position is not None:
+            x = x + self.position(positions).to(x.dtype)
         if self.token_type is not None:
             x = x + self.token_type(types)
-        return self.dropout(x if self.norm is None else self.norm(x))
+        return self.dropout(x if self.norm is None else self.norm(x)), positions
 
     def positions(self, ids: Tensor | None, batch: int, n: int, device: torch.device) -> Tensor:
         """0, 1, 2, ...; with an offset, padding tokens are not counted and keep the id before the offset (as in RoBERTa)."""
@@ -60,8 +70,53 @@ class Embeddings(nn.Module):
         return torch.cat([front, torch.where(positions < offset, positions, positions + rows)], dim=1)
 
 
-def check_inputs(config: Config, rows: int, ids: Tensor | None, embeds: Tensor | None, **others: Tensor | None) -> None:
-    """Refuse wrong shapes, dtypes, lengths and ids; `rows` prompt rows count towards the length."""
+def _table(config: Config) -> nn.Module | None:
+    """The module that turns position ids into rows, or None."""
+    rows = config.max_length + config.position_offset
+    if config.positions == "learned":
+        return Embedding(rows, config.dim, role="embed.position")
+    if config.positions == "axial":
+        return AxialPositions(config.axial_shape, config.axial_dims)
+    return SinusoidalPositions(config.dim) if config.positions == "sinusoidal" else None
+
+
+class AxialPositions(nn.Module):
+    """Position p as coordinates (i, j, ...) of a grid; row p is the axes' rows i, j, ... side by side.
+
+    shape: rows of each axis, the last one running fastest; prod(shape) positions cost sum(shape_a dims_a) parameters (Kitaev et al. 2020,
+    arXiv:2001.04451, section 4). In training transformers also drops out whole columns of these rows; here the dropout of the
+    embeddings acts alone.
+    """
+
+    def __init__(self, shape: Sequence[int], dims: Sequence[int]):
+        super().__init__()
+        self.shape = tuple(shape)
+        self.axes = nn.ModuleList(Embedding(rows, dim, role="embed.position") for rows, dim in zip(shape, dims, strict=True))
+
+    def forward(self, positions: Tensor) -> Tensor:
+        rows = []
+        for axis, size in zip(reversed(self.axes), reversed(self.shape), strict=True):
+            rows.append(axis(positions % size))
+            positions = positions // size
+        return torch.cat(rows[::-1], dim=-1)
+
+
+class SinusoidalPositions(nn.Module):
+    """(sin(p w_0), cos(p w_0), sin(p w_1), ...) with w_j = 10000^(-2j/dim), fixed (Vaswani et al. 2017, arXiv:1706.03762, section 3.5)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, positions: Tensor) -> Tensor:
+        pair = torch.arange(0, self.dim, 2, device=positions.device)
+        angle = positions.unsqueeze(-1).double() * torch.exp(pair.double() * (-math.log(10_000.0) / self.dim))
+        table = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., : self.dim]
+        return table.to(torch.get_default_dtype())
+
+
+def check_inputs(config: Config, rows: int, past: int, ids: Tensor | None, embeds: Tensor | None, **others: Tensor | None) -> None:
+    """Refuse wrong shapes, dtypes, lengths and ids; `rows` prompt rows and `past` tokens in a cache count towards the length."""
     if (ids is None) == (embeds is None):
         raise InputError("give either input_ids or inputs_embeds" + (", not both" if ids is not None else ""))
     if ids is not None:
@@ -72,18 +127,19 @@ def check_inputs(config: Config, rows: int, ids: Tensor | None, embeds: Tensor |
     batch, n = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]
     if n == 0:
         raise InputError("the sequence is empty: n = 0")
-    if n + rows > config.max_length:
-        with_rows = f" and {rows} prompt rows" if rows else ""
+    if n + rows + past > config.max_length:
+        more = f" and {rows} prompt rows" * bool(rows) + f" after {past} in the cache" * bool(past)
         raise InputError(
-            f"{n} tokens{with_rows} do not fit into max_length {config.max_length}; truncate to {config.max_length - rows}, "
-            f"or build the model with max_length={n + rows}"
+            f"{n} tokens{more} do not fit into max_length {config.max_length}; truncate to {config.max_length - rows}, "
+            f"or build the model with max_length={n + rows + past}"
         )
     for name, tensor in others.items():
         if tensor is None:
             continue
-        shapes = [(batch, n), (1, n)] if name == "position_ids" else [(batch, n)]
+        shapes = [(batch, n + past if name == "attention_mask" else n)]
+        shapes += [(1, n)] if name == "position_ids" else []
         if tuple(tensor.shape) not in shapes:
-            raise InputError(f"{name} has shape {tuple(tensor.shape)}, the input needs {(batch, n)}")
+            raise InputError(f"{name} has shape {tuple(tensor.shape)}, the input needs {shapes[0]}")
         if name.endswith("_ids") and tensor.dtype not in (torch.long, torch.int):
             raise InputError(f"{name} is an integer tensor, got {tensor.dtype}")
     if not torch.compiler.is_compiling():

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from effzoo.architectures.config import Config
 from effzoo.architectures.output import Output
 from effzoo.blocks.feedforward import ACTIVATIONS
-from effzoo.errors import InputError
-from effzoo.sites import Embedding, LayerNorm, Linear, TiedLinear
+from effzoo.errors import IncompatibleError, InputError
+from effzoo.sites import Embedding, Linear, TiedLinear
 
 IGNORED = -100  # the label of positions that do not count, as in transformers
 
@@ -24,7 +24,7 @@ class Features(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.pooler = Linear(config.dim, config.dim, role="pooler") if config.pooler and not config.causal else None
+        self.pooler = Linear(config.width, config.dim, role="pooler") if config.pooler and not config.causal else None
 
     def forward(self, hidden: Tensor, valid: Tensor | None, labels: Tensor | None, embedding: Embedding) -> Output:
         if labels is not None:
@@ -34,7 +34,7 @@ class Features(nn.Module):
 
 
 class Classification(nn.Module):
-    """One label per sequence: out(dropout(tanh(dense(pooled)))), or out(dropout(pooled)) without the dense layer.
+    """One label per sequence: out(dropout(norm(tanh(dense(pooled))))), or out(dropout(pooled)) without the dense layer.
 
     The loss is the cross-entropy for integer labels [batch], the binary cross-entropy for float labels [batch, num_labels] (several labels may
     hold), and the squared error for num_labels = 1.
@@ -43,14 +43,18 @@ class Classification(nn.Module):
     def __init__(self, config: Config, num_labels: int):
         super().__init__()
         self.pooling, self.num_labels = config.pooling, num_labels
-        self.dense = Linear(config.dim, config.dim, role="head.dense") if config.head_dense else None
+        self.dense = Linear(config.width, config.dim, bias=config.transform_bias, role="head.dense") if config.head_dense else None
+        self.activation = torch.tanh if config.head_activation == "tanh" else ACTIVATIONS[config.head_activation]
+        self.norm = config.slots().make_norm(config.dim, "head.norm") if config.head_norm else None
         self.dropout = nn.Dropout(config.dropout)
-        self.out = Linear(config.dim, num_labels, bias=config.head_bias, role="head.out")
+        self.out = Linear(config.dim if config.head_dense else config.width, num_labels, bias=config.head_bias, role="head.out")
 
     def forward(self, hidden: Tensor, valid: Tensor | None, labels: Tensor | None, embedding: Embedding) -> Output:
         x = pool(hidden, valid, self.pooling)
         if self.dense is not None:
-            x = self.dense(x).tanh()
+            x = self.activation(self.dense(x))
+        if self.norm is not None:
+            x = self.norm(x)
         logits = self.out(self.dropout(x))
         return Output.of(loss=None if labels is None else self.loss(logits, labels), logits=logits, last_hidden_state=hidden)
 
@@ -73,7 +77,7 @@ class TokenClassification(nn.Module):
     def __init__(self, config: Config, num_labels: int):
         super().__init__()
         self.dropout = nn.Dropout(config.dropout)
-        self.out = Linear(config.dim, num_labels, role="head.out")
+        self.out = Linear(config.width, num_labels, role="head.out")
 
     def forward(self, hidden: Tensor, valid: Tensor | None, labels: Tensor | None, embedding: Embedding) -> Output:
         logits = self.out(self.dropout(hidden))
@@ -81,26 +85,32 @@ class TokenClassification(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Logits over the vocabulary, [batch, n, vocab], with the token embedding as the output matrix (tied).
+    """Logits over the vocabulary, [batch, n, vocab]: W norm(act(dense(x))) + b, the transform and the bias where the config says so.
 
-    Masked (encoder): W_e norm(act(dense(x))) + b. Causal (decoder): W_e x, and labels are shifted here: logits at t
-    are compared with the label at t + 1. Labels [batch, n], -100 where none counts.
+    W is the token embedding (tied), or a matrix of its own. Causal (decoder): labels are shifted here, logits at t are compared
+    with the label at t + 1. Labels [batch, n], -100 where none counts.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.causal = config.causal
         transform = config.lm_transform and not config.causal
-        self.dense = Linear(config.dim, config.dim, role="lm.dense") if transform else None
-        self.norm = LayerNorm(config.dim, config.eps, role="lm.norm") if transform else None
+        self.dense = Linear(config.width, config.dim, bias=config.transform_bias, role="lm.dense") if transform else None
+        self.norm = config.slots().make_norm(config.dim, "lm.norm") if transform else None
         self.activation = ACTIVATIONS[config.activation]
-        self.out = TiedLinear(config.vocab, bias=not config.causal, role="lm.out")
+        bias = not config.causal if config.lm_bias is None else config.lm_bias
+        width = config.dim if transform else config.width
+        if config.tied and width != config.dim:
+            raise IncompatibleError(
+                f"a tied language-model head needs hidden states as wide as the embedding, {config.dim}, not {width}; use tied=False"
+            )
+        self.out = TiedLinear(config.vocab, bias, role="lm.out") if config.tied else Linear(width, config.vocab, bias, role="lm.out")
 
     def forward(self, hidden: Tensor, valid: Tensor | None, labels: Tensor | None, embedding: Embedding) -> Output:
         x = hidden
         if self.dense is not None and self.norm is not None:
             x = self.norm(self.activation(self.dense(x)))
-        logits = self.out(x, embedding.composed_weight())
+        logits = self.out(x, embedding.composed_weight()) if isinstance(self.out, TiedLinear) else self.out(x)
         loss = None
         if labels is not None:
             loss = _cross_entropy(logits[:, :-1], labels[:, 1:]) if self.causal else _cross_entropy(logits, labels)

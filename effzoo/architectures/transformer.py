@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,11 @@ from effzoo.architectures.config import Config
 from effzoo.architectures.embeddings import Embeddings, check_inputs
 from effzoo.architectures.heads import head
 from effzoo.architectures.output import Output
-from effzoo.attention.core import AttentionCore, Context, Mask
+from effzoo.attention.core import AttentionCore, Cache, Context, Mask
 from effzoo.blocks.block import Block
-from effzoo.errors import OptionError
-from effzoo.sites import LayerNorm, Linear
+from effzoo.blocks.reversible import reversible, two_streams
+from effzoo.errors import IncompatibleError, OptionError
+from effzoo.sites import Linear
 from effzoo.spec import Spec, parse_one
 
 
@@ -32,28 +33,32 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.task, self.num_labels = config, task, num_labels
         self.embeddings = Embeddings(config)
-        self.blocks = nn.ModuleList(self._block(config, layer, spec) for layer, spec in enumerate(attention_specs(config)))
-        self.final_norm = LayerNorm(config.dim, config.eps, role="final.norm") if config.norm == "pre" else None
+        shared: dict[str, Any] = {}
+        self.blocks = nn.ModuleList(self._block(config, layer, spec, shared) for layer, spec in enumerate(attention_specs(config)))
+        self.final_norm = config.slots().make_norm(config.width, "final.norm") if config.norm == "pre" else None
         self.head = head(config, task, num_labels)
         self.checkpointing = False
         self.apply(self._initialise)
+        for core in self.cores():
+            core.initialise()
         for block in self.blocks if config.causal else ():
             for linear in (block.attn.o, block.mlp.down):  # type: ignore[union-attr]
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.layers))  # type: ignore[union-attr, arg-type]
 
     @staticmethod
-    def _block(config: Config, layer: int, spec: Spec) -> Block:
+    def _block(config: Config, layer: int, spec: Spec, shared: dict[str, Any]) -> Block:
         context = Context(
             heads=config.heads,
-            head_dim=config.dim // config.heads,
+            head_dim=config.head_dim or config.dim // config.heads,
             causal=config.causal,
             dropout=config.attention_dropout,
             layer=layer,
             layers=config.layers,
             max_length=config.max_length,
             backend=config.backend,
+            shared=shared,
         )
-        return Block(config.dim, config.mlp, spec, context, norm=config.norm, eps=config.eps, activation=config.activation, dropout=config.dropout)
+        return Block(config.slots(layer), spec, context)
 
     @staticmethod
     def _initialise(module: nn.Module) -> None:
@@ -71,28 +76,48 @@ class Transformer(nn.Module):
         inputs_embeds: Tensor | None = None,
         global_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Output:
         """Token ids [batch, n], or embeddings [batch, n, dim], -> loss, logits, last_hidden_state [batch, n, dim].
 
         attention_mask [batch, n]: 1 for tokens, 0 for padding. global_attention_mask [batch, n]: 1 for tokens with
         global attention; by default the first token of an encoder with a classification head whose attention knows global tokens, else none.
+        cache: of a causal model that decodes; the input is what follows the positions in it, and attention_mask covers both.
         Raises InputError for shapes, dtypes, lengths and ids that do not fit.
         """
-        prompt = self.embeddings.token.prompt()
+        if cache is not None and not self.config.causal:
+            raise IncompatibleError(f"{self.config.name} is an encoder: every position sees the later ones, so there is nothing to cache")
+        start = 0 if cache is None else cache.length
+        prompt = self.embeddings.token.prompt() if start == 0 else None
         rows = 0 if prompt is None else len(prompt)
+        before = 0 if cache is None or start == 0 else cache.rows  # prompt rows that are in the cache
         check_inputs(
-            self.config, rows, input_ids, inputs_embeds, attention_mask=attention_mask, token_type_ids=token_type_ids,
+            self.config, rows + before, start - before, input_ids, inputs_embeds, attention_mask=attention_mask, token_type_ids=token_type_ids,
             position_ids=position_ids, global_attention_mask=global_attention_mask,
         )  # fmt: skip
         valid = self._valid(attention_mask)
-        x = self.embeddings(input_ids, inputs_embeds, position_ids, token_type_ids, prompt)
-        mask = self._mask(valid, global_attention_mask, x, rows)
-        for block in self.blocks:
-            x = checkpoint(block, x, mask, use_reentrant=False) if self.checkpointing and self.training else block(x, mask)
+        position_ids = None if position_ids is None else position_ids + before
+        x, positions = self.embeddings(input_ids, inputs_embeds, position_ids, token_type_ids, prompt, start)
+        mask = self._mask(valid, global_attention_mask, x, rows, before, positions)
+        x = self._run(x, mask, cache)
+        if cache is not None:
+            cache.length, cache.rows = start + x.shape[1], rows + before
         if self.final_norm is not None:
             x = self.final_norm(x)
+        if valid is not None:
+            valid = valid[:, -(x.shape[1] - rows) :]
         output: Output = self.head(x[:, rows:], valid, labels, self.embeddings.token)
         return output
+
+    def _run(self, x: Tensor, mask: Mask, cache: Cache | None) -> Tensor:
+        """The blocks, with the residual and the memory of the config; gradient checkpointing is what reversible blocks do anyway."""
+        blocks = cast("Sequence[Block]", self.blocks)
+        if self.config.residual == "reversible":
+            return reversible(blocks, x, mask) if cache is None else two_streams(blocks, x, mask, cache)
+        again = self.checkpointing and self.training and cache is None
+        for block in blocks:
+            x = checkpoint(block, x, mask, use_reentrant=False) if again else block(x, mask, cache)
+        return x
 
     def cores(self) -> Iterable[AttentionCore]:
         """The attention core of each block."""
@@ -112,7 +137,7 @@ class Transformer(nn.Module):
         valid = attention_mask.bool()
         return None if not torch.compiler.is_compiling() and bool(valid.all()) else valid
 
-    def _mask(self, valid: Tensor | None, is_global: Tensor | None, x: Tensor, rows: int) -> Mask:
+    def _mask(self, valid: Tensor | None, is_global: Tensor | None, x: Tensor, rows: int, before: int, positions: Tensor) -> Mask:
         """The mask of the blocks. Prompt rows are tokens, and global where attention knows global tokens: else only near tokens saw them."""
         batch, n = x.shape[0], x.shape[1] - rows
         knows_global = any(core.supports_global for core in self.cores())
@@ -125,11 +150,12 @@ class Transformer(nn.Module):
         if is_global is not None:
             is_global = nn.functional.pad(is_global.bool(), (rows, 0), value=True)
         if valid is not None:
-            valid = nn.functional.pad(valid, (rows, 0), value=True)
-            is_global = None if is_global is None else is_global & valid
+            valid = nn.functional.pad(valid, (rows + before, 0), value=True)
+            is_global = None if is_global is None else is_global & valid[:, -x.shape[1] :]
         if is_global is not None and not torch.compiler.is_compiling() and not bool(is_global.any()):
             is_global = None
-        return Mask(valid, is_global)
+        again = self.config.residual == "reversible" or self.checkpointing
+        return Mask(valid, is_global, positions, decisions={} if again and torch.is_grad_enabled() else None)
 
 
 def attention_specs(config: Config) -> list[Spec]:

@@ -85,6 +85,7 @@ class Cache:
 
     def __init__(self) -> None:
         self.length = 0  # positions seen, prompt rows included
+        self.rows = 0  # of which prompt rows
         self.states: dict[int, State] = {}  # by layer
 
     def reorder(self, index: Tensor) -> None:
@@ -119,6 +120,9 @@ class AttentionCore(nn.Module, abc.ABC):
         self.context = context
         if context.causal and not self.supports_causal:
             raise IncompatibleError(f"attention {self.name!r} cannot be causal: {self.not_causal}; use it in an encoder")
+
+    def initialise(self) -> None:
+        """Draw the kind's own parameters; called after the model has initialised the rest."""
 
     @abc.abstractmethod
     def forward(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:

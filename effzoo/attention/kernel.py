@@ -39,8 +39,9 @@ def _same(x: Tensor) -> Tensor:
 class Part:
     """Some keys for some queries.
 
-    q [g, h, m, d], k [g, h, s, d], v [g, h, s, e]; bias is additive, broadcastable to [g, h, m, s], -inf where a query may not attend,
-    without gradient. scale multiplies q k^T, 1 / sqrt(d) when None. All parts of one softmax have the same e. A core may fold the sequence into the group axis g; `fold` takes a tensor from [batch, heads, n, x] to the layout of
+    q [g, h, m, d], k [g, h, s, d], v [g, h, s, e]; bias is additive, broadcastable to [g, h, m, s], -inf where a query may not
+    attend, without gradient. scale multiplies q k^T, 1 / sqrt(d) when None. All parts of one softmax have the same e.
+    A core may fold the sequence into the group axis g; `fold` takes a tensor from [batch, heads, n, x] to the layout of
     q and `unfold` takes it back, so that parts with different layouts can be merged.
     """
 

@@ -1,7 +1,8 @@
 """What every architecture is built from: the attention layer, the feed-forward, and the block that joins them."""
 
 from effzoo.blocks.attention import Attention
-from effzoo.blocks.block import Block
+from effzoo.blocks.block import Block, Slots
 from effzoo.blocks.feedforward import ACTIVATIONS, FeedForward
+from effzoo.blocks.positions import Rotary
 
-__all__ = ["ACTIVATIONS", "Attention", "Block", "FeedForward"]
+__all__ = ["ACTIVATIONS", "Attention", "Block", "FeedForward", "Rotary", "Slots"]

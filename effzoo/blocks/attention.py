@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from effzoo.attention.core import AttentionCore, Context, Mask
+from effzoo.attention.core import AttentionCore, Cache, Context, KeysValues, Mask
+from effzoo.blocks.positions import Rotary, rotate
+from effzoo.errors import IncompatibleError
 from effzoo.registry import attention as registry
-from effzoo.sites import Linear, Memory
+from effzoo.sites import Linear, Memory, RMSNorm
 from effzoo.spec import Spec
 
 
@@ -15,23 +17,86 @@ class Attention(nn.Module):
     """o(core(q(x), k(x), v(x), ...)), [batch, n, dim] -> [batch, n, dim].
 
     The core declares which projections it eats; each becomes a Linear site with the role `attn.<projection>`. This layer
-    knows no attention kind.
+    knows no attention kind. Slots, all optional:
+
+    bias, out_bias: of the projections and of the output. kv_heads: fewer heads on the key side, each shared by heads / kv_heads query
+    heads (grouped queries, Ainslie et al. 2023, arXiv:2305.13245). rotary: turns what is compared. qk_norm: eps of an RMSNorm over each
+    head of what is compared, before it is turned. source_dim: width of the source in cross-attention. value_dim: width of a
+    value head where it differs from `context.head_dim`. out_dim: width of the result, dim when None, 0 for the heads side by side.
     """
 
-    def __init__(self, dim: int, spec: Spec, context: Context):
+    def __init__(
+        self,
+        dim: int,
+        spec: Spec,
+        context: Context,
+        *,
+        bias: bool = True,
+        out_bias: bool | None = None,
+        kv_heads: int | None = None,
+        rotary: Rotary | None = None,
+        qk_norm: float | None = None,
+        source_dim: int | None = None,
+        value_dim: int | None = None,
+        out_dim: int | None = None,
+    ):
         super().__init__()
         self.core: AttentionCore = registry.create(spec, context)
-        inner = context.heads * context.head_dim
+        self.rotary, self.kv_heads = rotary, kv_heads or context.heads
+        if source_dim is not None and not self.core.supports_cross:
+            raise IncompatibleError(f"attention {self.core.name!r} attends within one sequence only; use 'full' for cross-attention")
+        value_dim = value_dim or context.head_dim
+        self.norms = nn.ModuleDict()
         for name in self.core.projections:
-            self.add_module(name, Linear(dim, inner, role=f"attn.{name}", layer=context.layer))
-        self.o = Linear(inner, dim, role="attn.o", layer=context.layer)
-        self.memory = Memory(context.heads, context.head_dim, role="attn.memory", layer=context.layer)
+            width = self.heads(name) * (value_dim if name.startswith("v") else context.head_dim)
+            inputs = dim if source_dim is None or name not in self.core.key_side else source_dim
+            self.add_module(name, Linear(inputs, width, bias=bias, role=f"attn.{name}", layer=context.layer))
+            if qk_norm is not None and not name.startswith("v"):
+                self.norms[name] = RMSNorm(context.head_dim, qk_norm, role=f"attn.{name}_norm", layer=context.layer)
+        inner = context.heads * value_dim
+        self.o = None
+        if out_dim != 0:
+            self.o = Linear(inner, out_dim or dim, bias=bias if out_bias is None else out_bias, role="attn.o", layer=context.layer)
+        self.memory = Memory(self.kv_heads, context.head_dim, value_dim=value_dim, role="attn.memory", layer=context.layer)
 
-    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask, *, source: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """source [batch, s, source_dim]: what is attended in cross-attention; mask then speaks of it. cache: of a causal model that decodes."""
         used = self.core.uses(mask)
-        projected = [self.project(name, x) if name in used else None for name in self.core.projections]
-        heads = self.core(*projected, mask=mask, memory=self.memory())
-        return self.o(rearrange(heads, "b h n d -> b n (h d)"))
+        inputs = {name: x if source is None or name not in self.core.key_side else source for name in used}
+        projected = [self.project(name, inputs[name], mask) if name in used else None for name in self.core.projections]
+        if cache is None:
+            heads = self.core(*projected, mask=mask, memory=self.remembered())
+        else:
+            layer = self.core.context.layer
+            heads, cache.states[layer] = self.core.step(*projected, mask=mask, past=cache.states.get(layer), memory=self.remembered())  # type: ignore[arg-type]
+        merged = rearrange(heads, "b h n d -> b n (h d)")
+        return merged if self.o is None else self.o(merged)
 
-    def project(self, name: str, x: Tensor) -> Tensor:
-        return rearrange(getattr(self, name)(x), "b n (h d) -> b h n d", h=self.core.context.heads)
+    def heads(self, name: str) -> int:
+        """How many heads a projection has: those of the key side may be grouped."""
+        return self.kv_heads if name in self.core.key_side else self.core.context.heads
+
+    def project(self, name: str, x: Tensor, mask: Mask) -> Tensor:
+        """One projection, [batch, heads, n, head_dim]: normalised and turned where it is compared, repeated where its heads are grouped."""
+        turned = not name.startswith("v") and (self.rotary is not None or name in self.norms)
+        linear = getattr(self, name)
+        flat = linear(x) if turned else self.core.project(name, x, linear, mask)
+        heads = rearrange(flat, "b n (h d) -> b h n d", h=self.heads(name))
+        if name in self.norms:
+            heads = self.norms[name](heads)
+        if turned and self.rotary is not None:
+            rotary, positions = self.rotary, mask.positions
+            if positions is None:
+                raise IncompatibleError("rotary positions need mask.positions; call the model rather than the block, or give them")
+            heads = rotate(heads, *mask.memo(rotary, lambda: rotary.angles(positions)))
+        return self._grouped(heads)
+
+    def remembered(self) -> KeysValues | None:
+        """Keys and values of the memory site, one for each query head."""
+        memory = self.memory()
+        return None if memory is None else (self._grouped(memory[0]), self._grouped(memory[1]))
+
+    def _grouped(self, heads: Tensor) -> Tensor:
+        """[..., kv_heads, rows, d] -> [..., heads, rows, d]; what has all heads stays."""
+        group = self.core.context.heads // heads.shape[-3]
+        return heads if group == 1 else repeat(heads, "... h n d -> ... (h group) n d", group=group)

@@ -2,42 +2,82 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
 
-from effzoo.attention.core import Context, Mask
+from effzoo.attention.core import Cache, Context, Mask
 from effzoo.blocks.attention import Attention
 from effzoo.blocks.feedforward import FeedForward
-from effzoo.sites import Branch, LayerNorm
+from effzoo.blocks.positions import Rotary
+from effzoo.sites import Branch, LayerNorm, Norm, RMSNorm
 from effzoo.spec import Spec
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What fills the slots of a block; each is described where it is used."""
+
+    dim: int
+    mlp: int
+    norm: Literal["pre", "post"] = "post"
+    norm_kind: Literal["layer", "rms"] = "layer"
+    norm_bias: bool = True
+    first_norm: bool = True  # False: block 0 of a pre-norm model has no norm before its attention
+    eps: float = 1e-12
+    activation: str = "gelu"
+    gated: bool = False
+    attn_bias: bool = True
+    attn_out_bias: bool = True
+    mlp_bias: bool = True
+    kv_heads: int | None = None
+    qk_norm: bool = False
+    rotary: Rotary | None = None
+    mlp_chunk: int = 0
+    dropout: float = 0.0
+
+    def make_norm(self, dim: int, role: str, layer: int | None = None) -> Norm:
+        """The norm that all slots of the model share."""
+        if self.norm_kind == "rms":
+            return RMSNorm(dim, self.eps, role=role, layer=layer)
+        return LayerNorm(dim, self.eps, bias=self.norm_bias, role=role, layer=layer)
 
 
 class Block(nn.Module):
     """x <- x + attn(x); x <- x + mlp(x), with the norm after the sum (BERT, "post") or before the sub-layer (GPT-2, "pre").
 
-    Slots are filled or absent: `attn_norm` and `mlp_norm` exist once, on the side that `norm` says.
+    Slots are filled or absent: `attn_norm` and `mlp_norm` exist once, on the side that `norm` says. `attend` and `feed` are the two
+    sub-layers without their residual, for a residual of another form.
     """
 
-    def __init__(
-        self, dim: int, mlp: int, attention: Spec, context: Context, *, norm: Literal["pre", "post"], eps: float, activation: str, dropout: float
-    ):
+    def __init__(self, slots: Slots, attention: Spec, context: Context):
         super().__init__()
-        layer = context.layer
-        self.norm = norm
-        self.attn = Attention(dim, attention, context)
+        layer, dim = context.layer, slots.dim
+        self.norm = slots.norm
+        self.attn = Attention(
+            dim, attention, context, bias=slots.attn_bias, out_bias=slots.attn_out_bias, kv_heads=slots.kv_heads, rotary=slots.rotary,
+            qk_norm=slots.eps if slots.qk_norm else None,
+        )  # fmt: skip
         self.attn_branch = Branch(dim, role="attn.branch", layer=layer)
-        self.attn_norm = LayerNorm(dim, eps, role="attn.norm", layer=layer)
-        self.mlp = FeedForward(dim, mlp, activation, layer)
+        self.attn_norm = slots.make_norm(dim, "attn.norm", layer) if slots.first_norm or layer > 0 else None
+        self.mlp = FeedForward(dim, slots.mlp, slots.activation, layer, gated=slots.gated, bias=slots.mlp_bias, chunk=slots.mlp_chunk)
         self.mlp_branch = Branch(dim, role="mlp.branch", layer=layer)
-        self.mlp_norm = LayerNorm(dim, eps, role="mlp.norm", layer=layer)
-        self.dropout = nn.Dropout(dropout)
+        self.mlp_norm = slots.make_norm(dim, "mlp.norm", layer)
+        self.dropout = nn.Dropout(slots.dropout)
 
-    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask, cache: Cache | None = None) -> Tensor:
         if self.norm == "post":
-            x = self.attn_norm(x + self.attn_branch(x, self.dropout(self.attn(x, mask))))
-            return self.mlp_norm(x + self.mlp_branch(x, self.dropout(self.mlp(x))))
-        h = self.attn_norm(x)
-        x = x + self.attn_branch(h, self.dropout(self.attn(h, mask)))
-        h = self.mlp_norm(x)
-        return x + self.mlp_branch(h, self.dropout(self.mlp(h)))
+            assert self.attn_norm is not None
+            x = self.attn_norm(x + self.attend(x, mask, cache))
+            return self.mlp_norm(x + self.feed(x))
+        x = x + self.attend(x if self.attn_norm is None else self.attn_norm(x), mask, cache)
+        return x + self.feed(self.mlp_norm(x))
+
+    def attend(self, x: Tensor, mask: Mask, cache: Cache | None = None) -> Tensor:
+        """What attention adds to the residual stream."""
+        return self.attn_branch(x, self.dropout(self.attn(x, mask, cache=cache)))
+
+    def feed(self, x: Tensor) -> Tensor:
+        """What the feed-forward adds to the residual stream."""
+        return self.mlp_branch(x, self.dropout(self.mlp(x)))

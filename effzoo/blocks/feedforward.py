@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,13 +20,27 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class FeedForward(nn.Module):
-    """W_down act(W_up x + b_up) + b_down, [..., dim] -> [..., dim] through [..., mlp]."""
+    """W_down act(W_up x + b_up) + b_down, [..., dim] -> [..., dim] through [..., mlp].
 
-    def __init__(self, dim: int, mlp: int, activation: str, layer: int):
+    gated: W_down (act(W_gate x) * W_up x) instead (Shazeer 2020, arXiv:2002.05202). chunk: so many positions at a time, 0 for all at once: the
+    hidden units of one chunk alone are held (Kitaev et al. 2020, section 3); the result is the same.
+    """
+
+    def __init__(self, dim: int, mlp: int, activation: str, layer: int | None, *, gated: bool = False, bias: bool = True, chunk: int = 0):
         super().__init__()
-        self.up = Linear(dim, mlp, role="mlp.up", layer=layer)
-        self.down = Linear(mlp, dim, role="mlp.down", layer=layer)
+        self.gate = Linear(dim, mlp, bias=bias, role="mlp.gate", layer=layer) if gated else None
+        self.up = Linear(dim, mlp, bias=bias, role="mlp.up", layer=layer)
+        self.down = Linear(mlp, dim, bias=bias, role="mlp.down", layer=layer)
         self.activation = ACTIVATIONS[activation]
+        self.chunk = chunk
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
+        if not self.chunk or x.shape[1] <= self.chunk:
+            return self.whole(x)
+        return torch.cat([self.whole(part) for part in torch.split(x, self.chunk, dim=1)], dim=1)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """All positions at once."""
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.gate(x)) * self.up(x))

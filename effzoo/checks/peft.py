@@ -169,7 +169,7 @@ def saves_and_loads(subject: Subject, case: Case) -> None:
 def detaches(subject: Subject, case: Case) -> None:
     """Detaching restores the output, the keys and the requires_grad flags exactly"""
     base = case.model()
-    base.embeddings.position.weight.requires_grad_(False)
+    base.embeddings.token.weight.requires_grad_(False)
     flags, before, tensors = ({n: p.requires_grad for n, p in base.named_parameters()}, logits(base, case.batch()), copied(base.state_dict()))
     model = attach(base, subject.spec)
     train(model, case.batch())

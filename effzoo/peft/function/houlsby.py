@@ -8,7 +8,7 @@ from effzoo.errors import OptionError
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.peft.parameter.selected import Copy
 from effzoo.registry import peft
-from effzoo.sites import Branch, LayerNorm, PeftModule, Site
+from effzoo.sites import Branch, Norm, PeftModule, Site
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
@@ -39,7 +39,7 @@ class Houlsby(Method):
 
     paper = "Houlsby et al. 2019, Parameter-efficient transfer learning for NLP, arXiv:1902.00751, section 2.1"
     identity_at_init = False
-    accepts = (Branch, LayerNorm)
+    accepts = (Branch, Norm)
     default_targets = ("attn.branch", "mlp.branch", "attn.norm", "mlp.norm")
 
     def __init__(self, *, bottleneck: int = 64, activation: str = "gelu", std: float = 1e-2, targets: Targets = None, layers: Layers = None):

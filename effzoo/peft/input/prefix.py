@@ -12,12 +12,12 @@ from effzoo.sites import Memory, PeftModule, Site
 
 
 class KeysValues(PeftModule):
-    """Trained keys and values, each [heads, length, head_dim]."""
+    """Trained keys [heads, length, head_dim] and values [heads, length, value_dim]."""
 
-    def __init__(self, heads: int, length: int, head_dim: int, std: float):
+    def __init__(self, site: Memory, length: int, std: float):
         super().__init__()
-        self.keys = nn.Parameter(torch.randn(heads, length, head_dim) * std)
-        self.values = nn.Parameter(torch.randn(heads, length, head_dim) * std)
+        self.keys = nn.Parameter(torch.randn(site.heads, length, site.head_dim) * std)
+        self.values = nn.Parameter(torch.randn(site.heads, length, site.value_dim) * std)
 
     def memory(self) -> tuple[Tensor, Tensor]:
         return self.keys, self.values
@@ -46,4 +46,4 @@ class Prefix(Method):
 
     def make(self, site: Site) -> PeftModule:
         assert isinstance(site, Memory)
-        return KeysValues(site.heads, self.length, site.head_dim, self.std)
+        return KeysValues(site, self.length, self.std)
