@@ -1,8 +1,9 @@
-"""Longformer attention: a sliding window and a few global tokens (Beltagy et al. 2020, arXiv:2004.05150, section 3)."""
+"""Longformer attention: a sliding window, dilated on some heads, and a few global tokens (Beltagy et al. 2020, arXiv:2004.05150, section 3)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -10,40 +11,61 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effzoo.attention import reference
-from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, memory_part
+from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, memory_part
 from effzoo.attention.kernel import Part, bias_of
-from effzoo.errors import OptionError
+from effzoo.errors import InputError, OptionError
 from effzoo.registry import attention
 
 
-@attention.register("longformer")
+@attention.register("longformer", "sliding_window")
 class Longformer(AttentionCore):
     """Token i sees |i - j| <= window / 2 and the global tokens; global tokens see everything, with projections of their own.
 
-    Local rows:   softmax over {j : |i - j| <= window / 2} and {j : j global} of q_i . k_j / sqrt(d).
+    Local rows:   softmax over {j : |i - j| <= dilation window / 2, dilation divides i - j} and {j : j global} of q_i . k_j / sqrt(d).
     Global rows:  softmax over all j of q_global_i . k_global_j / sqrt(d), applied to v_global.
-    With causal attention every set is cut to j <= i. Cost O(n window + n globals).
+    With causal attention every set is cut to j <= i. A global key is counted once, with the local projections, for local rows.
+    Cost O(n window + n globals).
 
-    window: even, positive; the whole width, as in HF Longformer (the paper's and allenai's one-sided width is half of it).
-    One number, or one per layer.
+    window: even, positive; the whole width, as in HF Longformer (the paper's and allenai's one-sided width is half of it). One
+    number, or one per layer: the paper goes from small windows in low layers to large ones in high layers. dilation: 1 for none; one number,
+    or one per head (2 on two heads of the upper layers in the paper; give a spec per layer for that). global_projections: whether
+    global rows have projections of their own (without: section 5's ablation; Mistral, ModernBERT). max_globals: room for global tokens
+    per sequence under torch.compile, where shapes must be known; more raise an error. Without compilation there is no limit.
 
-    A global key is counted once, with the local projections, for local rows.
+    Decoding keeps the last dilation window / 2 keys and the global ones; tokens that follow the prompt cannot be global.
     """
 
     paper = "Beltagy et al. 2020, Longformer, arXiv:2004.05150, sections 3.1 and 3.2"
     projections = ("q", "k", "v", "q_global", "k_global", "v_global")
+    key_side = ("k", "v", "k_global", "v_global")
     copied_from = {"q_global": "q", "k_global": "k", "v_global": "v"}
     cost = "n * window"
     supports_global = True
+    supports_cache = True
 
-    def __init__(self, context: Context, *, window: int | Sequence[int] = 512):
+    def __init__(
+        self,
+        context: Context,
+        *,
+        window: int | Sequence[int] = 512,
+        dilation: int | Sequence[int] = 1,
+        global_projections: bool = True,
+        max_globals: int = 16,
+    ):
         super().__init__(context)
         windows = [window] * context.layers if isinstance(window, int) else list(window)
+        dilations = [dilation] * context.heads if isinstance(dilation, int) else list(dilation)
         if len(windows) != context.layers:
             raise OptionError(f"longformer has {len(windows)} windows for {context.layers} layers; give one number, or one per layer")
         if any(w <= 0 or w % 2 for w in windows):
             raise OptionError(f"longformer windows are even and positive (the whole width), got {window}; try {max(2, 2 * (max(windows) // 2))}")
-        self.reach = windows[context.layer] // 2
+        if len(dilations) != context.heads or min(dilations) < 1:
+            raise OptionError(f"longformer dilation is 1 (none) or more, one number or one for each of {context.heads} heads, got {dilation}")
+        if max_globals < 1:
+            raise OptionError(f"longformer max_globals is at least 1, got {max_globals}")
+        self.reach, self.dilations, self.max_globals = windows[context.layer] // 2, tuple(dilations), max_globals
+        if not global_projections:
+            self.projections = self.projections[:3]
 
     def uses(self, mask: Mask) -> tuple[str, ...]:
         return self.projections if mask.is_global is not None else self.projections[:3]
@@ -60,79 +82,128 @@ class Longformer(AttentionCore):
         mask: Mask,
         memory: KeysValues | None = None,
     ) -> Tensor:
-        out = self.attend(self._window(q, k, v, mask), self._global_columns(q, k, v, mask), memory_part(q, memory))
-        if mask.is_global is None or q_global is None or k_global is None or v_global is None:
+        out = self._local_rows(q, k, v, mask, memory)
+        if mask.is_global is None:
             return out
+        if q_global is None or k_global is None or v_global is None:
+            q_global, k_global, v_global = q, k, v
         return self._global_rows(out, q_global, k_global, v_global, mask, memory)
 
-    def _window(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Part:
-        """Chunks of queries, each with its own keys and `reach` more on the left (and right), folded into the batch."""
-        batch, _, n, _ = q.shape
-        left = max(1, min(self.reach, n - 1))  # a window wider than the sequence would only add padding
-        right = 0 if self.context.causal else left
-        chunk = max(min(2 * left, n), left)  # smaller tiles are slow, larger ones compute more masked pairs
-        padded = _round_up(n, chunk)
+    def _local_rows(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, memory: KeysValues | None) -> Tensor:
+        """Window, global columns and memory; heads of one dilation at a time."""
+        rows: list[Tensor | None] = [None] * len(self.dilations)
+        for dilation in dict.fromkeys(self.dilations):
+            heads = [head for head, own in enumerate(self.dilations) if own == dilation]
+            every = len(heads) == len(rows)
+            of_q, of_k, of_v = (x if every else x[:, heads] for x in (q, k, v))
+            of_memory = memory if memory is None or every else (memory[0][heads], memory[1][heads])
+            window = self._window(of_q, of_k, of_v, mask, dilation)
+            out = self.attend(window, self._global_columns(of_q, of_k, of_v, mask), memory_part(of_q, of_memory))
+            if every:
+                return out
+            for place, head in enumerate(heads):
+                rows[head] = out[:, place]
+        return torch.stack([row for row in rows if row is not None], dim=1)
 
-        def fold(x: Tensor) -> Tensor:
-            return rearrange(F.pad(x, (0, 0, 0, padded - n)), "b h (chunks c) d -> (b chunks) h c d", c=chunk)
-
-        def unfold(x: Tensor) -> Tensor:
-            return rearrange(x, "(b chunks) h c d -> b h (chunks c) d", b=batch)[:, :, :n]
-
-        def fold_keys(x: Tensor) -> Tensor:
-            x = F.pad(x, (0, 0, left, right + padded - n))
-            chunks = rearrange(x[:, :, left : left + padded], "b h (chunks c) d -> (b chunks) h c d", c=chunk)
-            before = rearrange(x[:, :, :padded], "b h (chunks c) d -> (b chunks) h c d", c=chunk)[:, :, :left]
-            if not right:
-                return torch.cat([before, chunks], dim=2)
-            after = rearrange(x[:, :, left + right :], "b h (chunks c) d -> (b chunks) h c d", c=chunk)[:, :, chunk - right :]
-            return torch.cat([before, chunks, after], dim=2)
-
-        bias = mask.memo(
-            ("window", self.reach, q.dtype), lambda: bias_of(self._window_allowed(batch, n, chunk, left, right, mask, q.device), q.dtype)
-        )
-        return Part(fold(q), fold_keys(k), fold_keys(v), bias, fold=fold, unfold=unfold)
-
-    def _window_allowed(self, batch: int, n: int, chunk: int, left: int, right: int, mask: Mask, device: torch.device) -> Tensor:
-        """bool[batch * chunks, 1, chunk, left + chunk + right]: in reach, inside the sequence, a token, and not global."""
-        chunks = _round_up(n, chunk) // chunk
-        query = torch.arange(chunk, device=device)[:, None]
-        offset = torch.arange(-left, chunk + right, device=device)[None, :]  # of the key, from the chunk's first query
-        in_reach = (query - offset <= left) & (offset - query <= right)
-        here = torch.ones(batch, n, dtype=torch.bool, device=device) if mask.valid is None else mask.valid
-        if mask.is_global is not None:
-            here = here & ~mask.is_global
-        here = F.pad(here, (left, right + chunks * chunk - n)).unfold(1, left + chunk + right, chunk)  # [b, chunks, keys]
-        return rearrange(here, "b chunks keys -> (b chunks) 1 1 keys") & in_reach
+    def _window(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, dilation: int) -> Part:
+        tiles = _Tiles.of(q.shape[0], q.shape[2], self.reach, dilation, self.context.causal)
+        bias = mask.memo(("window", tiles, q.dtype), lambda: bias_of(tiles.allowed(mask, q.device), q.dtype))
+        return Part(tiles.fold(q), tiles.fold_keys(k), tiles.fold_keys(v), bias, fold=tiles.fold, unfold=tiles.unfold)
 
     def _global_columns(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Part | None:
         """Every query sees the global keys, gathered to the front of [batch, globals] and padded with a bias."""
         if mask.is_global is None:
             return None
-        where, held = _gathered(mask)
-        index = where[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        where, held = self._gathered(mask)
         allowed = held[:, None, None, :]
         if self.context.causal:
             allowed = allowed & (where[:, None, None, :] <= torch.arange(q.shape[2], device=q.device)[:, None])
         bias = mask.memo(("global columns", q.dtype), lambda: bias_of(allowed, q.dtype))
-        return Part(q, k.gather(2, index), v.gather(2, index), bias)
+        return Part(q, _at(k, where), _at(v, where), bias)
 
     def _global_rows(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask, memory: KeysValues | None) -> Tensor:
         """The rows of global tokens, replaced by attention over all tokens with the global projections."""
-        where, held = _gathered(mask)
-        queries = q.gather(2, where[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+        where, held = self._gathered(mask)
+        queries = _at(q, where)
         allowed = reference.padding(q.shape[2], mask.valid, q.device)
         if self.context.causal:
             allowed = allowed & (torch.arange(q.shape[2], device=q.device) <= where[:, None, :, None])
         bias = mask.memo(("global rows", q.dtype), lambda: bias_of(allowed, q.dtype))
         rows = self.attend(Part(queries, k, v, bias), memory_part(queries, memory))
-        example, slot = held.nonzero(as_tuple=True)
-        return out.transpose(1, 2).index_put((example, where[example, slot]), rows.transpose(1, 2)[example, slot]).transpose(1, 2)
+        rows = torch.where(held[:, None, :, None], rows, _at(out, where))  # slots without a global token name other places: those stay
+        return out.scatter(2, where[:, None, :, None].expand_as(rows), rows)
+
+    def _gathered(self, mask: Mask) -> tuple[Tensor, Tensor]:
+        """Positions of the global tokens of each example, [batch, most globals], and which of these slots hold one."""
+        is_global = mask.is_global
+        assert is_global is not None
+
+        def make() -> tuple[Tensor, Tensor]:
+            count = is_global.sum(dim=1)
+            if torch.compiler.is_compiling():
+                most = min(self.max_globals, is_global.shape[1])
+                torch._assert_async((count <= most).all(), f"more than {most} global tokens in a sequence; raise longformer[max_globals=...]")
+            else:
+                most = max(int(count.max()), 1)
+            where = is_global.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+            return where, torch.arange(most, device=where.device) < count[:, None]
+
+        found: tuple[Tensor, Tensor] = mask.memo("gathered", make)
+        return found
+
+    def step(  # type: ignore[override]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_global: Tensor | None = None,
+        k_global: Tensor | None = None,
+        v_global: Tensor | None = None,
+        *,
+        mask: Mask,
+        past: State | None,
+        memory: KeysValues | None = None,
+    ) -> tuple[Tensor, State]:
+        kept = self.reach * max(self.dilations)  # how far back a later query can look
+        if past is None:
+            return self(q, k, v, q_global, k_global, v_global, mask=mask, memory=memory), self._state(k, v, mask, kept)
+        if mask.is_global is not None:
+            raise InputError(
+                "tokens that follow the prompt cannot be global: keys that they would need are not in the cache; mark them in the prompt"
+            )
+        k, v = torch.cat([past["k"], k], dim=2), torch.cat([past["v"], v], dim=2)
+        is_global = F.pad(past["is_global"], (0, q.shape[2]))
+        new, total = q.shape[2], k.shape[2]
+        distance = torch.arange(total - new, total, device=q.device)[:, None] - torch.arange(total, device=q.device)
+        dilation = torch.tensor(self.dilations, device=q.device)[:, None, None]
+        allowed = (distance >= 0) & (distance <= self.reach * dilation) & (distance % dilation == 0) & ~is_global[:, None, None, :]
+        if mask.valid is not None:
+            allowed = allowed & mask.valid[:, None, None, -total:]
+        columns = None
+        if past["k_global"].shape[2]:
+            columns = Part(q, past["k_global"], past["v_global"], bias_of(past["held"][:, None, None, :], q.dtype))
+        out = self.attend(Part(q, k, v, bias_of(allowed, q.dtype)), columns, memory_part(q, memory))
+        window = {"k": k[:, :, -kept:], "v": v[:, :, -kept:], "is_global": is_global[:, -kept:]}
+        return out, {**past, **window}
+
+    def _state(self, k: Tensor, v: Tensor, mask: Mask, kept: int) -> State:
+        """What decoding needs of a prompt: the last `kept` keys and values, and those of the global tokens."""
+        batch, _, n, _ = k.shape
+        where, held = torch.zeros(2, batch, 0, dtype=torch.long, device=k.device)
+        is_global = torch.zeros(batch, n, dtype=torch.bool, device=k.device)
+        if mask.is_global is not None:
+            is_global = mask.is_global
+            where, held = self._gathered(mask)
+        return {
+            "k": k[:, :, -kept:], "v": v[:, :, -kept:], "is_global": is_global[:, -kept:],
+            "k_global": _at(k, where), "v_global": _at(v, where), "held": held.bool(),
+        }  # fmt: skip
 
     def pattern(self, n: int, mask: Mask) -> Tensor:
         allowed = reference.padding(n, mask.valid)
         distance = reference.distance(n, allowed.device)
-        in_sight = (distance.abs() <= self.reach)[None, None]
+        dilation = torch.tensor(self.dilations, device=allowed.device)[:, None, None]
+        in_sight = ((distance.abs() <= self.reach * dilation) & (distance % dilation == 0))[None]
         if mask.is_global is not None:
             in_sight = in_sight | mask.is_global[:, None, None, :] | mask.is_global[:, None, :, None]
         return allowed & in_sight & (distance >= 0) if self.context.causal else allowed & in_sight
@@ -143,23 +214,71 @@ class Longformer(AttentionCore):
         local = reference.dense(q, k, v, allowed, memory)
         if mask.is_global is None:
             return local
-        q, k, v = of_global
+        q, k, v = of_global or (q, k, v)
         return torch.where(mask.is_global[:, None, :, None], reference.dense(q, k, v, allowed, memory), local)
 
 
-def _gathered(mask: Mask) -> tuple[Tensor, Tensor]:
-    """Positions of the global tokens of each example, [batch, most globals], and which of these slots hold one."""
-    is_global = mask.is_global
-    assert is_global is not None
-    count = is_global.sum(dim=1)
-
-    def make() -> tuple[Tensor, Tensor]:
-        most = max(int(count.max()), 1)
-        where = is_global.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
-        return where, torch.arange(most, device=where.device) < count[:, None]
-
-    return mask.memo("gathered", make)
+def _at(x: Tensor, where: Tensor) -> Tensor:
+    """Rows `where` [batch, g] of x [batch, heads, n, d] -> [batch, heads, g, d]."""
+    return x.gather(2, where[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+@dataclass(frozen=True)
+class _Tiles:
+    """How a window is cut into dense tiles, all folded into the batch.
+
+    Tokens with the same remainder by `dilation` form a sequence of their own, in which the window is dense: nothing is computed for the
+    holes. Each is cut into chunks of queries, with their own keys and `left` more before (and `right` after) them.
+    """
+
+    batch: int
+    n: int
+    dilation: int
+    left: int
+    right: int
+    chunk: int
+    chunks: int
+
+    @classmethod
+    def of(cls, batch: int, n: int, reach: int, dilation: int, causal: bool) -> _Tiles:
+        rows = -(-n // dilation)
+        left = max(1, min(reach, rows - 1))  # a window wider than the sequence would only add padding
+        chunk = max(min(2 * left, rows), left)  # smaller tiles are slow, larger ones compute more masked pairs
+        return cls(batch, n, dilation, left, 0 if causal else left, chunk, -(-rows // chunk))
+
+    def fold(self, x: Tensor) -> Tensor:
+        """[batch, heads, n, d] -> [tiles, heads, chunk, d]."""
+        x = F.pad(x, (0, 0, 0, self.chunks * self.chunk * self.dilation - self.n))
+        return rearrange(x, "b h (chunks c r) d -> (b r chunks) h c d", c=self.chunk, r=self.dilation)
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """The way back."""
+        return rearrange(x, "(b r chunks) h c d -> b h (chunks c r) d", b=self.batch, r=self.dilation)[:, :, : self.n]
+
+    def fold_keys(self, x: Tensor) -> Tensor:
+        """[batch, heads, n, d] -> [tiles, heads, left + chunk + right, d]."""
+        rows = self.chunks * self.chunk
+        x = F.pad(x, (0, 0, self.left * self.dilation, (rows + self.right) * self.dilation - self.n))
+        x = rearrange(x, "b h (m r) d -> b r h m d", r=self.dilation)
+
+        def cut(part: Tensor) -> Tensor:
+            return rearrange(part, "b r h (chunks c) d -> (b r chunks) h c d", c=self.chunk)
+
+        own, before = cut(x[..., self.left : self.left + rows, :]), cut(x[..., :rows, :])[:, :, : self.left]
+        if not self.right:
+            return torch.cat([before, own], dim=2)
+        after = cut(x[..., self.left + self.right :, :])[:, :, self.chunk - self.right :]
+        return torch.cat([before, own, after], dim=2)
+
+    def allowed(self, mask: Mask, device: torch.device) -> Tensor:
+        """bool[tiles, 1, chunk, left + chunk + right]: in reach, inside the sequence, a token, and not global."""
+        query = torch.arange(self.chunk, device=device)[:, None]
+        offset = torch.arange(-self.left, self.chunk + self.right, device=device)[None, :]  # of the key, from the chunk's first query
+        in_reach = (query - offset <= self.left) & (offset - query <= self.right)
+        here = torch.ones(self.batch, self.n, dtype=torch.bool, device=device) if mask.valid is None else mask.valid
+        if mask.is_global is not None:
+            here = here & ~mask.is_global
+        rows = self.chunks * self.chunk
+        here = F.pad(here, (self.left * self.dilation, (rows + self.right) * self.dilation - self.n))
+        here = rearrange(here, "b (m r) -> b r m", r=self.dilation).unfold(2, self.left + self.chunk + self.right, self.chunk)
+        return rearrange(here, "b r chunks keys -> (b r chunks) 1 1 keys") & in_reach
