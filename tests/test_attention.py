@@ -24,7 +24,11 @@ def draw(generator, *shape):
 def cases(draw_):
     """(spec, batch, n, causal, backend, kept, share of globals, rows of memory, seed)"""
     kind = draw_(st.sampled_from(["full", "longformer"]))
-    spec = kind if kind == "full" else f"longformer[window={2 * draw_(st.integers(1, 12))}]"
+    spec = f"full[chunk={draw_(st.integers(0, 9))}]"
+    if kind == "longformer":
+        dilation = draw_(st.sampled_from(["1", "3", "(1, 2)", "(4, 1)"]))
+        shared = draw_(st.sampled_from(["true", "false"]))
+        spec = f"longformer[window={2 * draw_(st.integers(1, 12))},dilation={dilation},global_projections={shared}]"
     global_share = draw_(st.sampled_from([0.0, 0.1, 0.5, 1.0])) if kind == "longformer" else 0.0
     return (
         spec, draw_(st.integers(1, 3)), draw_(st.integers(1, 40)), draw_(st.booleans()), draw_(st.sampled_from(["auto", "reference"])),
@@ -60,7 +64,7 @@ def test_longformer_definition_counts_by_hand():
     assert sees == [{0, 4}, {0, 2, 4}, {2, 3, 4}, {2, 3, 4}, {0, 2, 3, 4, 5}, {4, 5}]
 
 
-@pytest.mark.parametrize("spec", ["full", "longformer[window=4]"])
+@pytest.mark.parametrize("spec", ["full", "full[chunk=5]", "longformer[window=4]", "longformer[window=4,dilation=(1,2)]"])
 def test_causal_output_does_not_depend_on_the_future(spec):
     """The gradient of output t with respect to any input after t is exactly 0."""
     core = effzoo.attention.create(spec, Context(heads=2, head_dim=4, causal=True))
@@ -89,6 +93,49 @@ def test_longformer_with_all_tokens_global_is_full_attention_with_the_global_pro
     tensors = [draw(torch.Generator().manual_seed(i), 2, 2, 9, 4) for i in range(6)]
     out = core(*tensors, mask=Mask(is_global=torch.ones(2, 9, dtype=torch.bool)))
     assert torch.allclose(out, dense(*tensors[3:], torch.ones(9, 9, dtype=torch.bool)), rtol=0, atol=1e-12)
+
+
+def test_longformer_dilation_counts_by_hand():
+    """Window 2 and dilation 3 on the second head: i - 3, i and i + 3, as in the kernel of allenai/longformer with one-sided window 1."""
+    core = effzoo.attention.create("longformer[window=2,dilation=(1,3)]", Context(heads=2, head_dim=2))
+    sees = [{j for j in range(8) if row[j]} for row in core.pattern(8, Mask())[0, 1].tolist()]
+    assert sees == [{0, 3}, {1, 4}, {2, 5}, {0, 3, 6}, {1, 4, 7}, {2, 5}, {3, 6}, {4, 7}]
+
+
+def test_longformer_dilation_is_a_sliding_window_over_each_residue_class():
+    """Dilation D on x is window attention on x[r::D] for every r: the permutation that makes dilation free."""
+    q, k, v = (draw(torch.Generator().manual_seed(i), 1, 1, 23, 4) for i in range(3))
+    dilated = effzoo.attention.create("longformer[window=4,dilation=3]", Context(heads=1, head_dim=4))(q, k, v, mask=Mask())
+    plain = effzoo.attention.create("longformer[window=4]", Context(heads=1, head_dim=4))
+    for r in range(3):
+        assert torch.allclose(dilated[:, :, r::3], plain(*(x[:, :, r::3] for x in (q, k, v)), mask=Mask()), rtol=0, atol=1e-13)
+
+
+def test_longformer_without_global_projections_has_three():
+    core = effzoo.attention.create("longformer[window=2,global_projections=false]", Context(heads=1, head_dim=2))
+    assert core.projections == ("q", "k", "v")
+    model = effzoo.build("longformer", attention="longformer[window=2,global_projections=false]", dim=16, layers=1, heads=2, mlp=16, vocab=20)
+    assert not [name for name, _ in model.named_parameters() if "_global" in name]
+
+
+def test_full_attention_in_chunks_keeps_no_square_in_the_graph():
+    """With dropout the weights are written out, but no tensor that autograd saves has n x n entries."""
+    n, sizes = 64, []
+    core = effzoo.attention.create("full[chunk=8]", Context(heads=2, head_dim=4, dropout=0.1)).train()
+    q, k, v = (draw(torch.Generator().manual_seed(i), 1, 2, n, 4) for i in range(3))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        out = core(q, k, v, mask=Mask())
+    out.sum().backward()
+    assert max(sizes) <= 2 * n * 4 and q.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("spec", ["full", "full[chunk=5]"])
+def test_full_attention_crosses_to_a_source_of_another_length(spec):
+    core = effzoo.attention.create(spec, Context(heads=2, head_dim=4))
+    q, (k, v) = draw(torch.Generator().manual_seed(0), 2, 2, 13, 4), (draw(torch.Generator().manual_seed(i), 2, 2, 7, 4) for i in (1, 2))
+    valid = torch.arange(7) < torch.tensor([7, 3])[:, None]
+    expected = dense(q, k, v, valid[:, None, None, :])
+    assert torch.allclose(core(q, k, v, mask=Mask(valid)), expected, rtol=0, atol=1e-13)
 
 
 def test_rows_of_a_batch_do_not_touch_each_other():

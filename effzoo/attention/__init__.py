@@ -3,8 +3,8 @@
 `names()`, `get(name)`, `options(name)` and `register(name)` are the registry's view of this kind.
 """
 
-from effzoo.attention import full, longformer
-from effzoo.attention.core import AttentionCore, Context, Mask, memory_part
+from effzoo.attention import blockwise, full, linformer, longformer, perceiver
+from effzoo.attention.core import AttentionCore, Cache, Context, Mask, memory_part
 from effzoo.attention.kernel import Part, attend, bias_of
 from effzoo.registry import attention as _view
 
@@ -12,18 +12,22 @@ names, get, options, register, create, aliases = (_view.names, _view.get, _view.
 
 __all__ = [
     "AttentionCore",
+    "Cache",
     "Context",
     "Mask",
     "Part",
     "aliases",
     "attend",
     "bias_of",
+    "blockwise",
     "create",
     "full",
     "get",
+    "linformer",
     "longformer",
     "memory_part",
     "names",
     "options",
+    "perceiver",
     "register",
 ]
