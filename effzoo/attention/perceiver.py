@@ -1,0 +1,68 @@
+"""Latent attention: learned latents summarise keys and values, queries read the summary (Jaegle et al. 2021, arXiv:2103.03206, section 3.1)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from effzoo.attention import reference
+from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, memory_part
+from effzoo.attention.kernel import Part
+from effzoo.errors import OptionError
+from effzoo.registry import attention
+from effzoo.sites import Embedding
+
+
+@attention.register("perceiver")
+class Perceiver(AttentionCore):
+    """S = softmax(z k^T / sqrt(d)), softmax(q (S k)^T / sqrt(d)) S v: m latents z read the sequence, every query reads what they kept.
+
+    The Perceiver's asymmetric cross-attention, turned into an attention kind for any encoder block: the latents of a head, [latents, d], attend the
+    keys once and keep both a key and a value, S k and S v; the queries attend these rows. Cost O(n latents), for sources of any length.
+
+    latents: how many per head; a site with the role `attn.latents`, one row per latent with all heads side by side, and one table per
+    layer. They start normal with standard deviation 1, so that they read different keys from the start (with 0.02, as in the Perceiver, whose
+    latents pass through a norm and a projection first, all would keep the mean).
+
+    Padding is not read. Memory (prefix tuning) is not summarised: queries read it beside the summary. Dropout acts on both softmaxes.
+    """
+
+    paper = "Jaegle et al. 2021, Perceiver: General perception with iterative attention, arXiv:2103.03206, section 3.1"
+    cost = "n * latents"
+    supports_causal = False
+    supports_cross = True
+    not_causal = "its latents summarise past and future together"
+
+    def __init__(self, context: Context, *, latents: int = 128):
+        super().__init__(context)
+        if latents < 1:
+            raise OptionError(f"perceiver: latents is at least 1, got {latents}")
+        self.latents = Embedding(latents, context.heads * context.head_dim, role="attn.latents", layer=context.layer)
+        self.initialise()
+
+    def initialise(self) -> None:
+        nn.init.normal_(self.latents.weight)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:  # type: ignore[override]
+        z = self._latents().to(q.dtype).expand(q.shape[0], -1, -1, -1)
+        summary = self.attend(Part(z, k, torch.cat([k, v], dim=-1), bias=mask.key_bias(q.dtype)))
+        keys, values = summary[..., : k.shape[-1]], summary[..., k.shape[-1] :]
+        return self.attend(Part(q, keys, values), memory_part(q, memory))
+
+    def _latents(self) -> Tensor:
+        """[heads, latents, d], with what is hung on the site."""
+        rows = self.latents(torch.arange(self.latents.num_embeddings, device=self.latents.weight.device))
+        return rearrange(rows, "m (h d) -> h m d", h=self.context.heads)
+
+    def dense(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
+        """The definition with both softmaxes written out."""
+        q, k, v = projected
+        valid = reference.padding(k.shape[2], mask.valid, k.device)
+        scores = torch.einsum("hmd,bhjd->bhmj", self._latents(), k) / math.sqrt(k.shape[-1])
+        some = valid.any(dim=-1, keepdim=True)
+        S = scores.masked_fill(~valid & some, -math.inf).softmax(dim=-1) * some
+        keys, values = (torch.einsum("bhmj,bhjd->bhmd", S, x) for x in (k, v))
+        return reference.dense(q, keys, values, torch.ones(1, dtype=torch.bool, device=q.device), memory)
