@@ -8,11 +8,13 @@ from effzoo.build import build
 from effzoo.errors import EffzooError
 from effzoo.peft import account, activate, attach, attached, detach, load_adapter, merge, save_adapter
 from effzoo.registry import load_file, scope
+from effzoo.swap import swap_attention
 from effzoo.zoo import models
 
 if TYPE_CHECKING:
     from effzoo import checks, convert
     from effzoo.checks import check
+    from effzoo.generation import generate
     from effzoo.train import finetune, predict
 
 __version__ = "0.1.0"
@@ -29,6 +31,7 @@ __all__ = [
     "convert",
     "detach",
     "finetune",
+    "generate",
     "load_adapter",
     "load_file",
     "merge",
@@ -37,6 +40,7 @@ __all__ = [
     "predict",
     "save_adapter",
     "scope",
+    "swap_attention",
 ]
 
 _LAZY = {
@@ -44,6 +48,7 @@ _LAZY = {
     "checks": "",
     "convert": "",
     "finetune": "effzoo.train",
+    "generate": "effzoo.generation",
     "predict": "effzoo.train",
 }  # these import transformers or testing tools
 

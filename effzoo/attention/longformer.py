@@ -36,7 +36,7 @@ class Longformer(AttentionCore):
     """
 
     paper = "Beltagy et al. 2020, Longformer, arXiv:2004.05150, sections 3.1 and 3.2"
-    projections = ("q", "k", "v", "q_global", "k_global", "v_global")
+    projections: tuple[str, ...] = ("q", "k", "v", "q_global", "k_global", "v_global")
     key_side = ("k", "v", "k_global", "v_global")
     copied_from = {"q_global": "q", "k_global": "k", "v_global": "v"}
     cost = "n * window"

@@ -44,6 +44,14 @@ class Slots:
         return LayerNorm(dim, self.eps, bias=self.norm_bias, role=role, layer=layer)
 
 
+def attention_layer(slots: Slots, attention: Spec, context: Context) -> Attention:
+    """The attention layer that these slots ask for."""
+    return Attention(
+        slots.dim, attention, context, bias=slots.attn_bias, out_bias=slots.attn_out_bias, kv_heads=slots.kv_heads, rotary=slots.rotary,
+        qk_norm=slots.eps if slots.qk_norm else None,
+    )  # fmt: skip
+
+
 class Block(nn.Module):
     """x <- x + attn(x); x <- x + mlp(x), with the norm after the sum (BERT, "post") or before the sub-layer (GPT-2, "pre").
 
@@ -55,10 +63,7 @@ class Block(nn.Module):
         super().__init__()
         layer, dim = context.layer, slots.dim
         self.norm = slots.norm
-        self.attn = Attention(
-            dim, attention, context, bias=slots.attn_bias, out_bias=slots.attn_out_bias, kv_heads=slots.kv_heads, rotary=slots.rotary,
-            qk_norm=slots.eps if slots.qk_norm else None,
-        )  # fmt: skip
+        self.attn = attention_layer(slots, attention, context)
         self.attn_branch = Branch(dim, role="attn.branch", layer=layer)
         self.attn_norm = slots.make_norm(dim, "attn.norm", layer) if slots.first_norm or layer > 0 else None
         self.mlp = FeedForward(dim, slots.mlp, slots.activation, layer, gated=slots.gated, bias=slots.mlp_bias, chunk=slots.mlp_chunk)

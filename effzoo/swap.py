@@ -1,0 +1,126 @@
+"""Another attention for a model that has weights: what has a meaning in the new kind stays, the rest starts well."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from effzoo.architectures import Transformer
+from effzoo.architectures.transformer import attention_specs
+from effzoo.attention.core import Context
+from effzoo.blocks import Block
+from effzoo.blocks.attention import Attention
+from effzoo.blocks.block import attention_layer
+from effzoo.errors import AdapterError, IncompatibleError, listing
+from effzoo.peft import attached
+
+
+@dataclass(frozen=True)
+class Swap:
+    """What became of the attention's tensors: kept as they were, copied {new: from}, newly drawn, and dropped; keys as in `state_dict`."""
+
+    attention: str
+    kept: tuple[str, ...]
+    copied: dict[str, str]
+    new: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"attention is now {self.attention}", f"  kept    {len(self.kept)} tensors: {_folded(self.kept)}"]
+        if self.copied:
+            pairs = (f"{new} from {old.rpartition('.attn.')[2]}" for new, old in self.copied.items())
+            lines.append(f"  copied  {len(self.copied)} tensors: {_folded(pairs)}")
+        if self.new:
+            lines.append(f"  new     {len(self.new)} tensors: {_folded(self.new)}")
+        if self.dropped:
+            lines.append(f"  dropped {len(self.dropped)} tensors: {_folded(self.dropped)}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def swap_attention(model: Transformer, attention: Any) -> Swap:
+    """Replace the attention of every block, in place, and say what became of each tensor.
+
+    attention: a spec such as "linformer[k=128]", or one per layer. Projections that both kinds have stay the very same modules. Projections
+    that only the new kind has start as a copy of the one they stand in for (`copied_from`: Longformer's global projections
+    from the local ones, the shared queries and keys of LSH from the queries); what has no such origin is drawn as the kind
+    says (Linformer's E and F start as the mean over segments). With the same weights the new kind computes another function:
+    how near it is to the old one depends on the kind, so measure, and fine-tune.
+
+    Raises UnknownNameError, OptionError, IncompatibleError (a kind that cannot be causal, in a decoder) and AdapterError when adapters are
+    attached; the model is then unchanged.
+    """
+    if not isinstance(model, Transformer):
+        raise IncompatibleError(f"swap_attention changes a Transformer of effzoo, got {type(model).__name__}")
+    if names := attached(model):
+        raise AdapterError(f"adapters are attached ({listing(names)}) to the old attention; merge or detach them, and attach anew after the swap")
+    config = dataclasses.replace(model.config, attention=attention)
+    shared: dict[str, Any] = {}
+    layers = []
+    for layer, (block, spec) in enumerate(zip(model.blocks, attention_specs(config), strict=True)):
+        assert isinstance(block, Block)
+        context: Context = dataclasses.replace(block.attn.core.context, shared=shared)
+        layers.append(attention_layer(config.slots(layer), spec, context))
+    before = {key: value for key, value in model.state_dict(keep_vars=True).items() if ".attn." in key}
+    copied: dict[str, str] = {}
+    for layer, (block, new) in enumerate(zip(model.blocks, layers, strict=True)):
+        assert isinstance(block, Block)
+        _fill(new, block.attn, f"blocks.{layer}.attn", copied)
+        block.attn = new.train(block.training)
+    model.config = config
+    after = model.state_dict(keep_vars=True)
+    kept = tuple(key for key in after if ".attn." in key and key in before and after[key] is before[key])
+    new_keys = tuple(key for key in after if ".attn." in key and key not in kept and key not in copied)
+    dropped = tuple(key for key in before if key not in after)
+    return Swap(" | ".join(dict.fromkeys(map(str, attention_specs(config)))), kept, copied, new_keys, dropped)
+
+
+def _fill(new: Attention, old: Attention, path: str, copied: dict[str, str]) -> None:
+    """Give the new layer the old one's modules where both have them, and copies where one stands in for another."""
+    reference = next(old.parameters())
+    new.to(device=reference.device, dtype=reference.dtype)
+    new.o, new.memory = old.o, old.memory
+    new.core.initialise()
+    for name in new.core.projections:
+        origin = _origin(name, new, old)
+        if origin == name:
+            new.add_module(name, old.get_submodule(name))
+            if name in old.norms:
+                new.norms[name] = old.norms[name]
+        elif origin is not None:
+            _copy(new.get_submodule(name), old.get_submodule(origin))
+            copied.update({f"{path}.{name}.{key}": f"{path}.{origin}.{key}" for key in new.get_submodule(name).state_dict()})
+            if name in new.norms:
+                _copy(new.norms[name], old.norms[origin])
+                copied[f"{path}.norms.{name}.weight"] = f"{path}.norms.{origin}.weight"
+        else:
+            linear = new.get_submodule(name)
+            torch.nn.init.normal_(linear.weight, std=0.02)  # type: ignore[arg-type]
+            if linear.bias is not None:
+                torch.nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+
+
+def _origin(name: str, new: Attention, old: Attention) -> str | None:
+    """The projection of the old layer that `name` takes over or starts from, following `copied_from`; None when it has no such."""
+    wanted: str | None = name
+    while wanted is not None and wanted not in old.core.projections:
+        wanted = new.core.copied_from.get(wanted) or {"q": "qk", "k": "qk"}.get(wanted)
+    if wanted is None or old.get_submodule(wanted).weight.shape != new.get_submodule(name).weight.shape:
+        return None
+    return wanted
+
+
+def _copy(new: torch.nn.Module, old: torch.nn.Module) -> None:
+    new.load_state_dict(old.state_dict())
+    for mine, theirs in zip(new.parameters(), old.parameters(), strict=True):
+        mine.requires_grad_(theirs.requires_grad)
+
+
+def _folded(keys: Iterable[str]) -> str:
+    """Keys with the number of the block replaced by *, each once."""
+    return ", ".join(dict.fromkeys(re.sub(r"^blocks\.\d+\.attn\.", "attn.", key) for key in keys))
