@@ -21,7 +21,7 @@ Permutation = tuple[int, ...]
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Query blocks and the key blocks they see, of all heads: indices into an axis (heads blocks), both [pairs].
+    """Query blocks, the key blocks they see, and their heads, each [pairs]; blocks are places in an axis (heads blocks).
 
     width: how many keys of the key block exist. causal: query and key block are the same one, under the causal triangle.
     """
@@ -84,20 +84,21 @@ class Blockwise(AttentionCore):
         block = min(self.block, n)
         used = self._used(n, block)
         plan, order = mask.memo(("blockwise", self.permutations, self.context.causal, block, n), lambda: self._plan(n, block, q.device))
-        padded = tuple(rearrange(F.pad(x, (0, 0, 0, used * block - n)), "b h (blocks c) d -> b (h blocks) c d", c=block) for x in (q, k, v))
-        outs = [self._attend(pairs, padded, bias, memory) for pairs, bias in zip(plan, self._biases(plan, block, mask, q.dtype), strict=True)]
-        return rearrange(torch.cat(outs, dim=1)[:, order], "b (h blocks) c d -> b h (blocks c) d", h=self.context.heads)[:, :, :n]
+        blocks = tuple(rearrange(_filled(x, used * block - n), "b h (blocks c) d -> b (h blocks) c d", c=block) for x in (q, k, v))
+        outs = [self._attend(pairs, blocks, bias, memory) for pairs, bias in zip(plan, self._biases(plan, block, mask, q.dtype), strict=True)]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1).index_select(1, order)
+        return rearrange(out, "b (h blocks) c d -> b h (blocks c) d", h=self.context.heads)[:, :, :n]
 
     def _attend(self, pairs: _Pairs, projected: tuple[Tensor, ...], bias: Tensor | None, memory: KeysValues | None) -> Tensor:
         """Attention of some pairs of blocks, [b, (h blocks), c, d] -> [b, pairs, c, d]; the pairs take the place of the heads."""
         q, k, v = projected
-        queries = q[:, pairs.queries]
+        queries = q if len(pairs.queries) == q.shape[1] else q.index_select(1, pairs.queries)  # all of them stand in order
         remembered = None if memory is None else memory_part(queries, (memory[0][pairs.heads], memory[1][pairs.heads]))
         if pairs.width == 0:
             if remembered is not None:
                 return self.attend(remembered)
-            return v[:, pairs.queries].masked_fill(torch.ones((), dtype=torch.bool, device=v.device), 0.0)  # 0, and a gradient of 0
-        keys, values = k[:, pairs.keys, : pairs.width], v[:, pairs.keys, : pairs.width]
+            return v.index_select(1, pairs.queries).masked_fill(torch.ones((), dtype=torch.bool, device=v.device), 0.0)  # 0, and a gradient of 0
+        keys, values = (x[:, :, : pairs.width].index_select(1, pairs.keys) for x in (k, v))
         return self.attend(Part(queries, keys, values, bias, causal=pairs.causal), remembered)
 
     def _biases(self, plan: list[_Pairs], block: int, mask: Mask, dtype: torch.dtype) -> list[Tensor | None]:
@@ -147,6 +148,11 @@ class Blockwise(AttentionCore):
         seen = torch.tensor(self.permutations, device=allowed.device)[:, block_of]  # the key block of each query, [heads, n]
         allowed = allowed & (seen[:, :, None] == block_of)
         return allowed & (reference.distance(n, allowed.device) >= 0) if self.context.causal else allowed
+
+
+def _filled(x: Tensor, more: int) -> Tensor:
+    """The sequence with `more` rows of zeros at its end, [b, h, n, d]; a pad by nothing would copy."""
+    return F.pad(x, (0, 0, 0, more)) if more else x
 
 
 def _shifts(blocks: int, heads: int) -> list[Permutation]:

@@ -99,7 +99,7 @@ class Linformer(AttentionCore):
                 else:
                     place = torch.arange(self.length, device=site.weight.device)
                     bounds = torch.arange(self.k + 1, device=site.weight.device)[:, None] * self.length // self.k
-                    inside = (bounds[:-1] <= place) & (place < bounds[1:])
+                    inside = ((bounds[:-1] <= place) & (place < bounds[1:])).to(site.weight.dtype)
                     site.weight.copy_(inside / inside.sum(dim=1, keepdim=True))
 
     def _sites(self, name: str) -> list[Linear]:
@@ -113,15 +113,17 @@ class Linformer(AttentionCore):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:  # type: ignore[override]
         # `project` leaves a note in the mask when it has compressed: the shape alone does not tell in cross-attention
-        keys, values = (x if mask._memo.pop(_note(name), False) else self._compress(name, x, mask) for name, x in (("k", k), ("v", v)))
+        keys, values = (self._compress(name, x, mask) if mask._memo.pop(_note(name), None) is None else x for name, x in (("k", k), ("v", v)))
         return self.attend(Part(q, keys, values, self._bias(mask, q.dtype)), memory_part(q, memory))
 
     def project(self, name: str, x: Tensor, linear: Callable[[Tensor], Tensor], mask: Mask) -> Tensor:
         if name not in self.key_side or not self._compresses_first(name, x.shape[1], linear):
             return linear(x)
-        site = cast(Linear, linear)
-        mask._memo[_note(name)] = True
-        y = F.linear(self._compress(name, x, mask), site.composed_weight())
+        site, of_keys = cast(Linear, linear), mask._memo.get(_note("k"))
+        again = name == "v" and of_keys is not None and of_keys[0] is x and self._sites("k") == self._sites("v")
+        compressed = of_keys[1] if again else self._compress(name, x, mask)  # E x serves keys and values when F = E
+        mask._memo[_note(name)] = (x, compressed)
+        y = F.linear(compressed, site.composed_weight())
         bias = site.composed_bias()
         if bias is None:
             return y
