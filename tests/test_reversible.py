@@ -130,3 +130,30 @@ def test_reversible_blocks_are_pre_norm_and_their_head_is_not_tied():
         effzoo.build("bert", residual="reversible", **SIZES)
     with pytest.raises(IncompatibleError, match="build the model with tied=False|use tied=False"):
         effzoo.build("gpt2", residual="reversible", task="causal_lm", **SIZES)
+
+
+def _rank(rank: int, folder: str) -> None:
+    """One of two processes: half of the batch each, gradients averaged by DistributedDataParallel."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    model = torch.nn.parallel.DistributedDataParallel(build(peft="lora[rank=2]|prefix[length=2]", dropout=0.0))
+    torch.manual_seed(7)
+    inputs = {"input_ids": torch.randint(53, (4, 13)), "labels": torch.randint(3, (4, 13))}
+    for _ in range(2):  # twice: the reducer must be ready again
+        model.zero_grad()
+        model(**{key: value[2 * rank : 2 * rank + 2] for key, value in inputs.items()}).loss.backward()
+    if rank == 0:
+        torch.save({name: p.grad for name, p in model.module.named_parameters() if p.requires_grad}, f"{folder}/gradients.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_data_parallel_gradients_equal_those_of_one_process(tmp_path):
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    found = torch.load(tmp_path / "gradients.pt")
+    model = build(peft="lora[rank=2]|prefix[length=2]", dropout=0.0)
+    torch.manual_seed(7)
+    model(input_ids=torch.randint(53, (4, 13)), labels=torch.randint(3, (4, 13))).loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert found.keys() == expected.keys() and max(float(g.abs().max()) for g in expected.values()) > 1e-3
+    for name, grad in expected.items():
+        assert (found[name] - grad).abs().max() < 1e-9, name
