@@ -119,8 +119,8 @@ class Linformer(AttentionCore):
     def project(self, name: str, x: Tensor, linear: Callable[[Tensor], Tensor], mask: Mask) -> Tensor:
         if name not in self.key_side or not self._compresses_first(name, x.shape[1], linear):
             return linear(x)
-        site, of_keys = cast(Linear, linear), mask._memo.get(_note("k"))
-        again = name == "v" and of_keys is not None and of_keys[0] is x and self._sites("k") == self._sites("v")
+        site, of_keys = cast(Linear, linear), mask._memo.get(_note("k"), (None, None))
+        again = name == "v" and of_keys[0] is x and self._sites("k") == self._sites("v")
         compressed = of_keys[1] if again else self._compress(name, x, mask)  # E x serves keys and values when F = E
         mask._memo[_note(name)] = (x, compressed)
         y = F.linear(compressed, site.composed_weight())
