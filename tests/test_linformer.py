@@ -193,6 +193,16 @@ def test_the_cheaper_order_is_chosen_and_projecting_comes_first_where_it_must(mo
         assert seen == expected, targets
 
 
+def test_one_product_serves_keys_and_values_where_f_is_e(monkeypatch):
+    x, products = draw(0, 2, 24, 12), []
+    compress = effzoo.attention.linformer.Linformer._compress
+    monkeypatch.setattr(effzoo.attention.linformer.Linformer, "_compress", lambda *given: products.append(given[2]) or compress(*given))
+    for sharing, expected in (("headwise", 2), ("key_value", 1), ("layerwise", 1)):
+        layer({"name": "linformer", "k": 5, "sharing": sharing}, bias=False)(x, Mask())
+        assert len(products) == expected, sharing
+        products.clear()
+
+
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("projection", ["linear", "conv"])
 def test_low_rank_changes_of_e_are_not_ignored_and_merge_exactly(sharing, projection):
@@ -225,6 +235,19 @@ def test_the_keys_of_a_model_with_rotary_positions_are_not_compressed_before_the
     assert k.shape[2] == 32
     expected = attn.o(attn.core.dense(q, k, v, mask=Mask()).transpose(1, 2).flatten(2))
     assert (out - expected).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_grouped_heads_of_the_key_side_are_repeated_after_they_are_compressed(sharing):
+    context = Context(heads=4, head_dim=4, max_length=24)
+    made = Attention(12, parse_one(f"linformer[k=5, sharing={sharing}]"), context, kv_heads=2).double().eval()
+    for parameter in made.core.parameters():
+        torch.nn.init.normal_(parameter)
+    x, mask = draw(0, 2, 11, 12), Mask(torch.arange(11) < torch.tensor([11, 6])[:, None])
+    q, k, v = (getattr(made, name)(x).unflatten(-1, (-1, 4)).transpose(1, 2) for name in "qkv")
+    k, v = (y.repeat_interleave(2, dim=1) for y in (k, v))
+    expected = made.o(made.core.dense(q, k, v, mask=mask).transpose(1, 2).flatten(2))
+    same(made(x, mask), expected, [x, *made.parameters()])
 
 
 def test_cross_attention_with_as_many_source_positions_as_rows_is_still_compressed():
@@ -330,6 +353,16 @@ def test_other_dtypes_stay_near_float64(dtype):
         expected = made(*tensors, mask=Mask())
         out = made.to(dtype)(*(x.to(dtype) for x in tensors), mask=Mask())
         assert out.dtype == dtype and (out.double() - expected).abs().max() < 20 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_autocast_reaches_the_kernel_in_one_dtype(sharing, projection):
+    made = layer({"name": "linformer", "k": 5, "sharing": sharing, "projection": projection}, noise=0.1).float()
+    x, mask = draw(0, 2, 11, 12).float(), Mask(torch.arange(11) < torch.tensor([11, 6])[:, None])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = made(x, mask)
+    assert out.dtype == torch.bfloat16 and (out - made(x, mask)).abs().max() < 20 * torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("spec", ["linformer[k=5]", "linformer[k=5, projection=mean]"])

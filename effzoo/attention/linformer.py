@@ -128,7 +128,7 @@ class Linformer(AttentionCore):
         if bias is None:
             return y
         ones = x.new_ones(1 if mask.valid is None else x.shape[0], x.shape[1], 1)
-        return y + self._compress(name, ones, mask) * bias  # E 1, where 1 is 0 at padding
+        return y + (self._compress(name, ones, mask) * bias).to(y.dtype)  # E 1, where 1 is 0 at padding
 
     def _compresses_first(self, name: str, n: int, linear: Callable[[Tensor], Tensor]) -> bool:
         """Whether (E x) W + (E 1) b is the same function as E (x W + b), and costs fewer multiplications."""
