@@ -3,7 +3,7 @@
 `names()`, `get(name)`, `options(name)` and `register(name)` are the registry's view of this kind.
 """
 
-from effzoo.attention import blockwise, full, linformer, longformer, perceiver
+from effzoo.attention import blockwise, full, linformer, local, longformer, lsh, perceiver
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask, memory_part
 from effzoo.attention.kernel import Part, attend, bias_of
 from effzoo.registry import attention as _view
@@ -24,7 +24,9 @@ __all__ = [
     "full",
     "get",
     "linformer",
+    "local",
     "longformer",
+    "lsh",
     "memory_part",
     "names",
     "options",

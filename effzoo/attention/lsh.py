@@ -1,0 +1,315 @@
+"""LSH attention: tokens attend to those that hash into the same bucket (Kitaev et al. 2020, Reformer, arXiv:2001.04451, section 2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, memory_part
+from effzoo.attention.hashing import Sorted, automatic, buckets_of, draw_rotations
+from effzoo.attention.kernel import Part, bias_of
+from effzoo.errors import InputError, OptionError
+from effzoo.registry import attention
+
+
+@attention.register("lsh", "reformer")
+class LSH(AttentionCore):
+    """Queries are keys; each round hashes them, sorts them by (bucket, position), cuts them into chunks; a query sees its chunk and the one before.
+
+    out_i = sum over rounds r and keys j != i that i sees in round r of exp(x_i . k_j) v_j, divided by the sum of the same exp(x_i . k_j), with
+    k_j = x_j / |x_j| (as x rsqrt(mean(x^2) + 1e-6) / sqrt(d)) and no further scale: the length of a query is its temperature. A token
+    sees itself only when it sees no other key in any round (section 2, "causal masking for shared-QK attention"). The bucket of x is
+    argmax [x R, -x R] with a random R for every round and head (section 2, equation for h(x)). Cost O(rounds n chunk).
+
+    rounds: of hashing; may be set on a built core (`core.rounds = 8`): round r has the same rotations whatever their number.
+    chunk: length of a chunk. buckets: 1 or an even number, or even factors of it; None: 2 max_length / chunk as a power of two, factorised
+    when large. It depends on max_length alone, so a sequence is hashed alike in every batch. look_back, look_forward: more
+    chunks that are seen. seed: of the rotations, which are drawn from a generator of their own and not saved; `resample` draws others.
+    within_buckets: only keys of the query's own bucket count (equation 3; HF and Trax leave this out). count_once: a pair that meets in N_ij
+    rounds counts once, by the bias -log N_ij (appendix A, equation of N_ij; HF and Trax leave this out).
+    circular: the first chunk looks back to the last chunk of the round before, as in HF and Trax. It shows the end of a sequence to its
+    beginning whatever their buckets, and lets the length of the batch matter; only for equality with those.
+
+    stable: a causal query sees the keys of its own bucket that stand at most look_back chunk places before it in the sorted order. Chunk
+    borders play no part. Without it a border depends on how many *later* tokens have smaller buckets: the value of an
+    output may then change when the sequence grows, though its gradient with respect to later inputs is exactly 0. Decoding with a cache equals
+    the forward pass in the last rows, always; in all rows, and so through several layers, when stable.
+
+    Memory keys are normalised as all keys are, and every query sees them in every round (once, when pairs count once). Padding sees them alone.
+    Copied from another kind, the shared projection starts as that of the queries, since they decide what is looked for.
+    """
+
+    paper = "Kitaev et al. 2020, Reformer: the efficient transformer, arXiv:2001.04451, section 2 and appendix A"
+    projections: tuple[str, ...] = ("qk", "v")
+    key_side = ("v",)  # qk is on both sides: it cannot be grouped, nor come from another sequence
+    copied_from = {"qk": "q"}
+    cost = "n * rounds * chunk"
+    supports_cache = True
+    rotations: Tensor
+
+    def __init__(
+        self,
+        context: Context,
+        *,
+        rounds: int = 4,
+        chunk: int = 64,
+        buckets: int | Sequence[int] | None = None,
+        look_back: int = 1,
+        look_forward: int = 0,
+        within_buckets: bool = False,
+        count_once: bool = False,
+        circular: bool = False,
+        stable: bool = False,
+        seed: int = 0,
+    ):
+        super().__init__(context)
+        if chunk < 1:
+            raise OptionError(f"lsh: chunk, the length of a chunk, is at least 1, got {chunk}")
+        if look_back < 0 or look_forward < 0:
+            raise OptionError(f"lsh: look_back and look_forward are numbers of chunks, at least 0, got {look_back} and {look_forward}")
+        if seed < 0:
+            raise OptionError(f"lsh: seed is at least 0, got {seed}")
+        if stable and (not context.causal or look_back < 1 or look_forward or circular):
+            raise OptionError("lsh: stable is for causal attention with look_back of at least 1, without look_forward and circular; leave it out")
+        given = (buckets,) if isinstance(buckets, int) else buckets
+        factors = automatic(context.max_length, chunk) if given is None else tuple(given)
+        if not factors or (factors != (1,) and any(factor < 2 or factor % 2 for factor in factors)):
+            raise OptionError(f"lsh: buckets is 1, an even number or even factors such as (8, 16), got {buckets}")
+        self.chunk, self.factors, self.before, self.after = chunk, factors, look_back, look_forward
+        self.within_buckets, self.count_once, self.circular, self.stable = within_buckets or stable, count_once, circular, stable
+        self._seed: int | None = seed
+        self.register_buffer("rotations", self._draw(range(0)), persistent=False)
+        self.rounds = rounds
+
+    @property
+    def rounds(self) -> int:
+        """How often the sequence is hashed."""
+        return self._rounds
+
+    @rounds.setter
+    def rounds(self, rounds: int) -> None:
+        if rounds < 1:
+            raise OptionError(f"lsh: rounds is at least 1, got {rounds}")
+        have = self.rotations.shape[0]
+        if rounds > have:
+            if self._seed is None:
+                raise OptionError(f"lsh: {rounds} rounds, but rotations were given for {have}; give more, or draw some with resample(seed)")
+            self.rotations = torch.cat([self.rotations, self._draw(range(have, rounds)).to(self.rotations)])
+        self._rounds = rounds
+
+    def resample(self, seed: int) -> None:
+        """Draw other rotations."""
+        self._seed = seed
+        self.rotations = self._draw(range(self._rounds)).to(self.rotations)
+
+    def rotate_by(self, rotations: Tensor) -> None:
+        """Hash with these rotations [rounds, heads, head_dim, sum of the factors / 2], as many rounds as they have."""
+        if rotations.shape[1:] != self.rotations.shape[1:] or len(rotations) < 1:
+            wanted = ", ".join(map(str, self.rotations.shape[1:]))
+            raise InputError(f"lsh: rotations have the shape [rounds, {wanted}] for these heads and buckets, got {list(rotations.shape)}")
+        self._seed, self.rotations, self._rounds = None, rotations.detach().to(self.rotations.device), len(rotations)
+
+    def _draw(self, rounds: range) -> Tensor:
+        assert self._seed is not None
+        return draw_rotations(self._seed, self.context.layer, rounds, self.context.heads, self.context.head_dim, self.factors)
+
+    @property
+    def _times(self) -> int:
+        """How often a query sees what it sees in every round."""
+        return 1 if self.count_once else self._rounds
+
+    def forward(self, qk: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:  # type: ignore[override]
+        n, k = qk.shape[2], _normalised(qk)
+        if n <= self.chunk and not (self.within_buckets or self.circular):  # every round would see everything once
+            parts, seen = self._one_chunk(qk, k, v, mask)
+            out = self.attend(*parts, _memory_part(qk, memory, 1))
+        else:
+            parts, seen = self._rounds_of(qk, k, v, mask)
+            out = self.attend(*parts, _memory_part(qk, memory, self._times))
+        if memory is not None:
+            return out
+        alone = (~seen if mask.valid is None else ~seen & mask.valid[:, None, :]).expand(v.shape[:3])
+        weight = F.dropout(alone.to(v.dtype), self.dropout)  # of their own value: all there is, and `out` is 0 there
+        return out + weight.unsqueeze(-1) * v
+
+    def _one_chunk(self, qk: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[list[Part], Tensor]:
+        """Full attention without the diagonal, and which queries saw a key, bool[batch or 1, 1, n]."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            place = torch.arange(qk.shape[2], device=qk.device)
+            allowed = (place < place[:, None] if self.context.causal else place != place[:, None])[None, None]
+            if mask.valid is not None:
+                allowed = allowed & mask.valid[:, None, None, :] & mask.valid[:, None, :, None]
+            return bias_of(allowed, qk.dtype), allowed.any(dim=-1)
+
+        bias, seen = mask.memo(("lsh", self.context.causal, qk.dtype), make)
+        return [Part(qk, k, v, bias, scale=1.0)], seen
+
+    def _rounds_of(self, qk: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[list[Part], Tensor]:
+        """One part per round, and which queries saw a key in any, bool[batch, heads, n]."""
+        buckets = self._buckets(qk, mask)
+        lengths = torch.full(qk.shape[:1], qk.shape[2], device=qk.device) if mask.valid is None else mask.valid.sum(dim=1)
+        tiles = Sorted(buckets, lengths, chunk=self.chunk, before=self.before, after=self.after, circular=self.circular)
+        met = self._met(tiles, buckets.flatten(1, 2))
+        seen = torch.zeros(qk.shape[:3], dtype=torch.bool, device=qk.device)
+        parts = []
+        for index, (queries, keys, values) in enumerate(zip(tiles.queries(qk), tiles.keys(k), tiles.keys(v), strict=True)):
+            fold, unfold = tiles.folds(index)
+            allowed = self._allowed(tiles, met, index)
+            seen = seen | unfold(allowed.any(dim=-1, keepdim=True)).squeeze(-1)
+            bias = bias_of(allowed, qk.dtype)
+            if self.count_once:
+                bias -= self._meetings(met, index, tiles.chunks).clamp(min=1).to(bias.dtype).log()
+            parts.append(Part(queries, keys, values, bias, scale=1.0, fold=fold, unfold=unfold))
+        return parts, seen
+
+    def _met(self, tiles: Sorted, buckets: Tensor) -> list[_Round]:
+        """Where the tokens in the tiles of all rounds stand in each round; nothing when no option asks."""
+        if not (self.within_buckets or self.count_once):
+            return []
+        where = tiles.place if self.stable else tiles.place // tiles.chunk
+        named = buckets.int() + torch.arange(tiles.rounds, dtype=torch.int32, device=buckets.device)[:, None, None] * (math.prod(self.factors) + 1)
+        return [_Round(*(cut(x[one : one + 1]) for x in (where, named) for cut in (tiles.of_queries, tiles.of_keys))) for one in range(tiles.rounds)]
+
+    def _allowed(self, tiles: Sorted, met: list[_Round], index: int) -> Tensor:
+        """bool[groups, chunks, chunk, width]: what queries see in a round."""
+        query = tiles.position[index].unsqueeze(-1)
+        key = tiles.key_position[index].unsqueeze(-2)
+        nothing = tiles.n  # stands at empty slots
+        allowed = key < query.masked_fill(query == nothing, -1) if self.context.causal else (key != query) & (key < nothing) & (query < nothing)
+        if self.within_buckets:
+            allowed = allowed & met[index].same_bucket(index)
+        if self.stable:
+            slot, key_slot = (torch.arange(size, device=query.device) for size in (tiles.chunk, tiles.width))
+            allowed = allowed & (key_slot >= slot[:, None])  # at most look_back chunk places before the query
+        return allowed
+
+    def _meetings(self, met: list[_Round], index: int, chunks: int) -> Tensor:
+        """N_ij: how often the query and the key of each pair in the tiles of round `index` meet in all rounds."""
+        total: Tensor | int = 0
+        for one, mine in enumerate(met):
+            for other, theirs in enumerate(met):
+                times = self._meet(one, mine.query[index], other, theirs.key[index], chunks)
+                if times is not None:
+                    total = total + (times * mine.same_bucket(index) if self.within_buckets else times)
+        assert isinstance(total, Tensor)
+        return total
+
+    def _meet(self, one: int, query: Tensor, other: int, key: Tensor, chunks: int) -> Tensor | None:
+        """How often queries that stand at `query` [..., m] in round `one` see keys at `key` [..., s] of round `other`, [..., m, s]; None: never.
+
+        Places are slots when stable, else chunks. A ring of chunks may show a chunk twice.
+        """
+        if one != other and (not self.circular or self.within_buckets):
+            return None
+        gap = query.unsqueeze(-1) - key.unsqueeze(-2)
+        if self.stable:
+            return ((gap >= 0) & (gap <= self.before * self.chunk)).to(torch.int16)
+        if not self.circular:
+            return ((gap >= -self.after) & (gap <= self.before)).to(torch.int16)
+        gap = gap + (one - other) * chunks
+        return torch.stack([(gap - offset) % (self._rounds * chunks) == 0 for offset in range(-self.after, self.before + 1)]).sum(0).to(torch.int16)
+
+    def _buckets(self, qk: Tensor, mask: Mask) -> Tensor:
+        """[rounds, batch, heads, n], one more than the largest at padding; decided once for a batch, however often a block is computed."""
+        count = math.prod(self.factors)
+
+        def make() -> Tensor:
+            found = buckets_of(qk, self.rotations[: self._rounds], self.factors)
+            return found.to(torch.int16 if count < 2**15 else torch.int32)
+
+        found: Tensor = mask.decide(("buckets", self.context.layer), make)
+        return found if mask.valid is None else found.masked_fill(~mask.valid[:, None, :], count)
+
+    def step(self, qk: Tensor, v: Tensor, *, mask: Mask, past: State | None, memory: KeysValues | None = None) -> tuple[Tensor, State]:  # type: ignore[override]
+        hashed = buckets_of(qk, self.rotations[: self._rounds], self.factors).transpose(0, 1)
+        if past is None:
+            return self(qk, v, mask=mask, memory=memory), {"qk": qk, "v": v, "buckets": hashed}
+        if past["buckets"].shape[1] != self._rounds:
+            raise InputError(f"lsh: the cache was filled with {past['buckets'].shape[1]} rounds, now there are {self._rounds}; start a new one")
+        state = {name: torch.cat([past[name], new], dim=2) for name, new in (("qk", qk), ("v", v))}
+        state["buckets"] = torch.cat([past["buckets"], hashed], dim=3)  # [batch, rounds, heads, n]
+        buckets = state["buckets"].transpose(0, 1)
+        if mask.valid is not None:
+            buckets = buckets.masked_fill(~mask.valid[:, None, :], math.prod(self.factors))
+        order = buckets.sort(dim=-1, stable=True).indices
+        place = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+        counts = self._counts(buckets, place, past["qk"].shape[2], mask, memory is not None)
+        bias = counts.to(torch.promote_types(qk.dtype, torch.float32)).log().to(qk.dtype)
+        return self.attend(Part(qk, _normalised(state["qk"]), state["v"], bias, scale=1.0), _memory_part(qk, memory, self._times)), state
+
+    def _counts(self, buckets: Tensor, place: Tensor, start: int, mask: Mask, remembers: bool) -> Tensor:
+        """The definition: how often query i >= start sees key j, int[batch, heads, n - start, n].
+
+        buckets and place, the rank of a position by (bucket, position), are [rounds, batch, heads, n].
+        """
+        rounds, n = range(len(buckets)), buckets.shape[-1]
+        where = place if self.stable else place // self.chunk
+        total = torch.zeros(*buckets.shape[1:3], n - start, n, dtype=torch.int16, device=buckets.device)
+        for one in rounds:
+            for other in rounds:
+                met = self._meet(one, where[one][..., start:], other, where[other], -(-n // self.chunk))
+                if met is not None:
+                    same = buckets[one][..., start:, None] == buckets[other][..., None, :]
+                    total = total + (met * same if self.within_buckets else met)
+        position = torch.arange(n, device=buckets.device)
+        query = position[start:, None]
+        valid = torch.ones(1, n, dtype=torch.bool, device=buckets.device) if mask.valid is None else mask.valid
+        both = valid[:, None, start:, None] & valid[:, None, None, :]
+        total = total * (both & (position < query if self.context.causal else position != query))
+        if not remembers:
+            alone = (total == 0).all(dim=-1, keepdim=True)
+            total = total + (alone & both & (position == query)).to(total.dtype)
+        return total.clamp(max=1) if self.count_once else total
+
+    def dense(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
+        """The definition in O(n^2): softmax of x_i . k_j + log(how often i sees j), 0 where nothing is seen."""
+        qk, v = projected
+        buckets, n = self._buckets(qk, mask), qk.shape[2]
+        position = torch.arange(n, device=qk.device)
+        mine, other = buckets[..., :, None], buckets[..., None, :]
+        place = ((other < mine) | ((other == mine) & (position < position[:, None]))).sum(dim=-1)  # how many stand before
+        logits = (qk @ _normalised(qk).transpose(-1, -2)) + self._counts(buckets, place, 0, mask, memory is not None).to(qk.dtype).log()
+        if memory is not None:
+            keys, values = (x.expand(qk.shape[0], *x.shape) for x in memory)
+            logits = torch.cat([qk @ _normalised(keys).transpose(-1, -2) + math.log(self._times), logits], dim=-1)
+            v = torch.cat([values, v], dim=2)
+        some = (logits > -math.inf).any(dim=-1, keepdim=True)
+        return (torch.where(some, logits, 0.0).softmax(dim=-1) * some) @ v
+
+
+@dataclass(frozen=True, eq=False)
+class _Round:
+    """Place (chunk, or slot when stable) and bucket in one round of the queries and keys in the tiles of every round.
+
+    query, bucket [rounds, groups, chunks, chunk]; key, key_bucket [rounds, groups, chunks, width].
+    """
+
+    query: Tensor
+    key: Tensor
+    bucket: Tensor
+    key_bucket: Tensor
+
+    def same_bucket(self, index: int) -> Tensor:
+        """bool[groups, chunks, chunk, width] for the tiles of round `index`."""
+        return self.bucket[index].unsqueeze(-1) == self.key_bucket[index].unsqueeze(-2)
+
+
+def _normalised(x: Tensor) -> Tensor:
+    """x / |x| over the last axis; a row of zeros stays one."""
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (exact * (exact.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt() / math.sqrt(x.shape[-1])).to(x.dtype)
+
+
+def _memory_part(qk: Tensor, memory: KeysValues | None, times: int) -> Part | None:
+    """The memory, seen so many times by every query."""
+    part = memory_part(qk, memory)
+    if part is None:
+        return None
+    bias = None if times == 1 else part.k.new_full((1, 1, 1, part.k.shape[2]), math.log(times))
+    return Part(part.q, _normalised(part.k), part.v, bias, scale=1.0)
