@@ -119,6 +119,11 @@ class LSH(AttentionCore):
         return draw_rotations(self._seed, self.context.layer, rounds, self.context.heads, self.context.head_dim, self.factors)
 
     @property
+    def _ring(self) -> bool:
+        """Whether chunks of different rounds meet; their buckets are never the same."""
+        return self.circular and (self._rounds == 1 or not self.within_buckets)
+
+    @property
     def _times(self) -> int:
         """How often a query sees what it sees in every round."""
         return 1 if self.count_once else self._rounds
@@ -154,7 +159,7 @@ class LSH(AttentionCore):
         """One part per round, and which queries saw a key in any, bool[batch, heads, n]."""
         buckets = self._buckets(qk, mask)
         lengths = torch.full(qk.shape[:1], qk.shape[2], device=qk.device) if mask.valid is None else mask.valid.sum(dim=1)
-        tiles = Sorted(buckets, lengths, chunk=self.chunk, before=self.before, after=self.after, circular=self.circular)
+        tiles = Sorted(buckets, lengths, chunk=self.chunk, before=self.before, after=self.after, circular=self._ring)
         met = self._met(tiles, buckets.flatten(1, 2))
         seen = torch.zeros(qk.shape[:3], dtype=torch.bool, device=qk.device)
         parts = []
@@ -205,12 +210,12 @@ class LSH(AttentionCore):
 
         Places are slots when stable, else chunks. A ring of chunks may show a chunk twice.
         """
-        if one != other and (not self.circular or self.within_buckets):
+        if one != other and not self._ring:
             return None
         gap = query.unsqueeze(-1) - key.unsqueeze(-2)
         if self.stable:
             return ((gap >= 0) & (gap <= self.before * self.chunk)).to(torch.int16)
-        if not self.circular:
+        if not self._ring:
             return ((gap >= -self.after) & (gap <= self.before)).to(torch.int16)
         gap = gap + (one - other) * chunks
         return torch.stack([(gap - offset) % (self._rounds * chunks) == 0 for offset in range(-self.after, self.before + 1)]).sum(0).to(torch.int16)
