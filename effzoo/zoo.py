@@ -29,6 +29,8 @@ def config(name: str, **sizes: Any) -> Config:
     if path is None:
         raise UnknownNameError("model", name, _files())
     name, entry = path.stem, _read(path)
+    entry = entry | {key: _repeated(values, sizes.get("layers", entry["layers"])) for key, values in entry.get("repeat", {}).items()}
+    entry.pop("repeat", None)
     fields = {f.name: f for f in dataclasses.fields(Config)}
     annotations = typing.get_type_hints(Config)
     for key, value in sizes.items():
@@ -40,9 +42,18 @@ def config(name: str, **sizes: Any) -> Config:
     return Config(**{"name": name, **entry, **sizes})
 
 
+def _repeated(values: list[Any], layers: Any) -> tuple[Any, ...]:
+    """The values of a table [repeat] of an entry, one for each layer, over and over."""
+    return tuple(values[layer % len(values)] for layer in range(layers if isinstance(layers, int) else 0))
+
+
 def _known(path: Path, entry: dict[str, Any]) -> None:
+    """Refuse unknown and missing keys; `repeat` holds lists of values of other keys, which are given to the layers in turn."""
     fields = {f.name: f for f in dataclasses.fields(Config)}
-    unknown = [key for key in entry if key not in fields]
+    repeat = entry.get("repeat", {})
+    if not isinstance(repeat, dict) or not all(isinstance(values, list) and values for values in repeat.values()):
+        raise OptionError(f"{path}: [repeat] is a table of lists, as in attention = ['full', 'longformer[window=128]'], got {repeat!r}")
+    unknown = [key for key in (*entry, *repeat) if key not in fields and key != "repeat"]
     missing = [key for key, f in fields.items() if f.default is dataclasses.MISSING and key not in entry and key != "name"]
     if unknown or missing:
         problem = f"has an unknown key {unknown[0]!r}{did_you_mean(unknown[0], fields)}" if unknown else f"lacks {listing(missing)}."

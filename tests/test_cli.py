@@ -71,7 +71,8 @@ def test_models_lists_every_model_with_its_size(run):
     assert set(effzoo.models()) < set(lines)
     assert "encoder 109,482,240 full 512 Devlin et al. 2019" in lines["bert"]  # the published BERT base, with its pooler
     assert "decoder 124,439,808 full 1,024" in lines["gpt2"]  # the published GPT-2 small
-    assert "longformer[window=512] 4,096" in lines["longformer"]
+    assert "longformer 4,096" in lines["longformer"]
+    assert "encoder 149,014,272 full, longformer 8,192" in lines["modernbert"]
 
 
 def test_attention_and_peft_list_every_entry(run):

@@ -12,10 +12,13 @@ import transformers
 import effzoo
 from effzoo import convert
 from effzoo.architectures import Transformer
+from effzoo.architectures.transformer import attention_specs
 from effzoo.convert.layouts import LAYOUTS
 from effzoo.errors import ConversionError, OptionError
 
-CLASSES = [(family, task, name) for family, layout in LAYOUTS.items() for task, name in layout.classes.items()]
+FAMILIES = ("bert", "roberta", "longformer", "gpt2", "llama", "mistral", "qwen3", "modernbert", "led")
+CLASSES = [(family, task, name) for family in FAMILIES for task, name in LAYOUTS[family].classes.items()]
+CONFIGS = {"modernbert": "ModernBertConfig", "led": "LEDConfig"}
 HEADS = pytest.mark.parametrize(("family", "task", "name"), CLASSES, ids=[name for _, _, name in CLASSES])
 
 
@@ -26,16 +29,39 @@ def their_config(family, **changes):
             "pad_token_id": 0,
         }  # fmt: skip
         return transformers.GPT2Config(**{**sizes, **changes})
+    if family == "led":
+        sizes = {
+            "vocab_size": 41, "d_model": 8, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 12, "decoder_layers": 1,
+            "decoder_attention_heads": 2, "decoder_ffn_dim": 12, "max_encoder_position_embeddings": 20, "attention_window": [4, 8],
+        }  # fmt: skip
+        return transformers.LEDConfig(**{**sizes, **changes})
     sizes = {
         "vocab_size": 41, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "max_position_embeddings": 22,
     }  # fmt: skip
     sizes |= {"attention_window": [4, 8]} if family == "longformer" else {}
-    return getattr(transformers, f"{family.capitalize()}Config")(**{**sizes, **changes})
+    if family in ("llama", "mistral", "qwen3"):
+        sizes |= {
+            "num_key_value_heads": 1, "head_dim": 6, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None, "classifier_dropout": 0.0,
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
+        }  # fmt: skip
+    if family == "mistral":
+        sizes |= {"sliding_window": 5}
+    if family == "qwen3":
+        sizes |= {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}
+    if family == "modernbert":
+        sizes |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None, "cls_token_id": None, "sep_token_id": None, "local_attention": 8}
+    return getattr(transformers, CONFIGS.get(family, f"{family.capitalize()}Config"))(**{**sizes, **changes})
+
+
+def class_named(name):
+    if name is not None and hasattr(transformers, name):
+        return getattr(transformers, name)
+    return next(LAYOUTS[family].cls(task) for family, task, known in CLASSES if known == name)
 
 
 def theirs(family, name=None, **changes):
     """A model of transformers with every parameter drawn at random."""
-    model = getattr(transformers, name or LAYOUTS[family].classes["features"])(their_config(family, **changes)).eval()
+    model = class_named(name or LAYOUTS[family].classes["features"])(their_config(family, **changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.5, 0.4)
@@ -44,9 +70,12 @@ def theirs(family, name=None, **changes):
 
 def zoo(family, tiny, **changes):
     """A model of the zoo with every parameter drawn at random."""
-    attention = {"attention": "longformer[window=(4, 8)]"} if family == "longformer" else {}
-    padding = {"pad_token": 0} if family == "gpt2" else {}  # GPT2ForSequenceClassification needs it for more than one row
-    model = effzoo.build(family, **{**tiny, **attention, **padding, "max_length": 20, **changes}).eval()
+    attention = {"attention": "longformer[window=(4, 8)]"} if family in ("longformer", "led") else {}
+    attention |= {"attention": "longformer[window=8, global_projections=False]"} if family == "mistral" else {}
+    heads = {"kv_heads": 1} if family in ("llama", "mistral", "qwen3") else {}
+    heads |= {"head_dim": 6} if family == "qwen3" else {}
+    padding = {} if family in ("bert", "roberta", "longformer", "led") else {"pad_token": 0}  # their classification needs it for several rows
+    model = effzoo.build(family, **{**tiny, **attention, **heads, **padding, "max_length": 20, **changes}).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.5, 0.4)
@@ -73,7 +102,9 @@ def test_ours_to_theirs_and_back_is_the_identity(family, task, name, tiny):
     back = convert.from_transformers(there)
     assert equal(model, back)
     assert (back.task, back.training) == (task, False)
-    assert {**vars(back.config), "name": "", "hub": "", "paper": ""} == {**vars(model.config), "name": "", "hub": "", "paper": ""}
+    said = [{**vars(of.config), "attention": list(map(str, attention_specs(of.config)))} for of in (back, model)]
+    assert all(said[0][key] == said[1][key] for key in said[0] if key not in ("name", "hub", "paper", "attention"))
+    assert [spec.lower() for spec in said[0]["attention"]] == [spec.lower() for spec in said[1]["attention"]]
     ids = torch.randint(5, 41, (2, 11))
     first = "last_hidden_state" if task == "features" else "logits"
     assert back(ids)[first].equal(model(ids)[first])
@@ -91,7 +122,9 @@ def test_theirs_to_ours_and_back_is_the_identity_live_and_from_a_folder(family, 
     assert type(back) is type(model)
     assert equal(model, back)
     ours, before = back.config.to_dict(), model.config.to_dict()
-    assert all(ours[key] == before[key] for key in their_config(family).to_diff_dict() if key in before and key != "transformers_version")
+    free = ("transformers_version", "decoder_layers", "decoder_ffn_dim")  # an encoder of LED says nothing of the decoder
+    keys = [key for key in their_config(family).to_diff_dict() if key in before and key not in free]
+    assert {key: ours[key] for key in keys} == {key: before[key] for key in keys}
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "longformer"])
@@ -127,6 +160,98 @@ def test_importing_convert_does_not_import_transformers():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+# --- tied and untied heads, and models inside larger ones
+
+
+@pytest.mark.parametrize(("family", "name", "head"), [
+    ("llama", "LlamaForCausalLM", "lm_head"), ("qwen3", "Qwen3ForCausalLM", "lm_head"), ("modernbert", "ModernBertForMaskedLM", "decoder"),
+])  # fmt: skip
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_is_tied_where_it_was(family, name, head, tied, tmp_path):
+    source = theirs(family, name, tie_word_embeddings=tied)
+    source.save_pretrained(tmp_path)
+    ours = convert.from_transformers(tmp_path)
+    assert ours.config.tied == tied and ("head.out.weight" in ours.state_dict()) != tied
+    back = convert.to_transformers(ours)
+    assert equal(source, back)
+    assert (back.get_submodule(head).weight is back.get_input_embeddings().weight) == tied
+
+
+def test_weights_whose_config_says_tied_but_which_are_not_are_refused():
+    source = theirs("llama", "LlamaForCausalLM", tie_word_embeddings=True)
+    source.lm_head.weight = torch.nn.Parameter(torch.ones(41, 8))
+    with pytest.raises(ConversionError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        convert.from_transformers(source)
+
+
+@pytest.mark.parametrize("name", ["LEDModel", "LEDForConditionalGeneration"])
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_encoder_of_led_is_read_and_goes_back_into_its_place(name, saved, tmp_path):
+    source = theirs("led", name)
+    source.save_pretrained(tmp_path)
+    encoder = source.get_encoder()
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    ours = convert.from_transformers(tmp_path if saved else source)
+    assert (ours.task, ours.config.layers, ours.config.layout) == ("features", 2, "led")
+    ids = torch.randint(5, 41, (2, 11))
+    is_global = torch.zeros_like(ids)
+    is_global[0, [0, 7]] = 1
+    expected = source(ids, global_attention_mask=is_global, decoder_input_ids=ids[:, :3]).encoder_last_hidden_state
+    torch.testing.assert_close(ours(ids, global_attention_mask=is_global).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+    there = convert.to_transformers(ours)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.zero_()
+    encoder.load_state_dict(there.state_dict())
+    assert all(value.equal(before[key]) for key, value in encoder.state_dict().items())
+
+
+def test_an_encoder_of_led_classifies_with_a_new_head(tmp_path):
+    theirs("led", "LEDForConditionalGeneration").save_pretrained(tmp_path)
+    sizes = {"dim": 8, "layers": 2, "heads": 2, "mlp": 12, "vocab": 41, "max_length": 20, "attention": "longformer[window=4]"}
+    model = effzoo.build("led", **sizes, task="classification", num_labels=3, pretrained=tmp_path)
+    assert model(torch.randint(5, 41, (2, 9)), labels=torch.tensor([0, 2])).loss.isfinite()
+    with pytest.raises(ConversionError, match="led of transformers has no model for task 'classification'; it has features"):
+        convert.to_transformers(model)
+
+
+def test_llama_with_a_window_is_a_mistral_and_back(tiny):
+    llama = theirs("llama")
+    mistral = convert.to_transformers(convert.from_transformers(llama, attention="longformer[window=6, global_projections=False]"))
+    assert isinstance(mistral, transformers.MistralModel) and mistral.config.sliding_window == 4
+    assert equal(llama, mistral)
+    assert equal(llama, convert.to_transformers(convert.from_transformers(mistral, attention="full")))
+
+
+def test_the_dense_layer_of_modernbert_goes_from_one_head_to_another():
+    source = theirs("modernbert", "ModernBertForMaskedLM")
+    model = convert.from_transformers(source, task="classification", num_labels=5)
+    assert model.head.dense.weight.equal(source.head.dense.weight) and model.head.norm.weight.equal(source.head.norm.weight)
+    assert model.head.out.weight.shape == (5, 8)
+
+
+def test_a_new_attention_copies_the_norms_of_heads_beside_its_projections():
+    source = theirs("qwen3")
+    model = convert.from_transformers(source, attention="longformer[window=4]")
+    for block, layer in zip(model.blocks, source.layers, strict=True):
+        assert block.attn.norms["q_global"].weight.equal(layer.self_attn.q_norm.weight)
+        assert block.attn.norms["k_global"].weight.equal(layer.self_attn.k_norm.weight)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "modernbert", "led", "longformer-large", "blockbert", "linformer"])
+def test_zoo_entries_load_weights_in_their_layout_from_a_folder(name, tmp_path, tiny):
+    """Written by transformers from a tiny model of the same layout; blockbert and linformer take those of BERT and RoBERTa."""
+    family = {"longformer-large": "longformer", "blockbert": "bert", "linformer": "roberta"}.get(name, name)
+    model = zoo(family, tiny)
+    convert.to_transformers(model).save_pretrained(tmp_path)
+    sizes = {key: getattr(model.config, key) for key in ("kv_heads", "head_dim", "pad_token", "max_length", "attention")}
+    if name in ("blockbert", "linformer"):
+        sizes["attention"] = {"blockbert": "blockwise[blocks=2]", "linformer": "linformer[k=4, sharing=layerwise]"}[name]
+    loaded = effzoo.build(name, **{**tiny, **sizes}, pretrained=tmp_path)
+    state = loaded.state_dict()
+    assert all(state[key].equal(value) for key, value in model.state_dict().items())
+
+
 # --- another attention, length or task
 
 
@@ -154,7 +279,7 @@ def test_roberta_with_longformer_attention_is_a_longformer_of_transformers(tiny)
 
 def agrees_with_full_attention(source, ids, mask):
     """A window over everything is full attention, for global tokens too while their projections are copies."""
-    full = convert.from_transformers(source).eval()
+    full = convert.from_transformers(source, attention="full").eval()
     windowed = convert.from_transformers(source, attention=f"longformer[window={2 * ids.shape[1]}]").eval()
     tokens = mask.bool()
     expected = full(ids, attention_mask=mask).last_hidden_state[tokens]
@@ -166,7 +291,7 @@ def agrees_with_full_attention(source, ids, mask):
     assert (narrow - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "llama", "qwen3", "modernbert"])
 def test_a_window_over_everything_equals_full_attention(family):
     ids = torch.randint(5, 41, (2, 17))
     mask = torch.ones_like(ids)
@@ -181,7 +306,7 @@ def test_minilm_with_a_window_over_everything_equals_full_attention():
     agrees_with_full_attention(convert.source_of(effzoo.zoo.config("minilm")), ids, mask)
 
 
-@pytest.mark.parametrize("family", LAYOUTS)
+@pytest.mark.parametrize("family", ["bert", "roberta", "longformer", "gpt2", "led"])
 def test_longer_models_repeat_the_positions_and_keep_the_special_rows_once(family, tiny):
     source = theirs(family)
     short = convert.from_transformers(source)
@@ -371,6 +496,17 @@ def test_an_untied_head_is_refused():
     ("gpt2", "GPT2Model", {"scale_attn_weights": False}, "scale_attn_weights=False has no counterpart"),
     ("gpt2", "GPT2Model", {"add_cross_attention": True}, "add_cross_attention=True has no counterpart"),
     ("gpt2", "GPT2Model", {"embd_pdrop": 0.3}, "embd_pdrop=0.3 beside resid_pdrop=0.1"),
+    ("llama", "LlamaModel", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "type 'dynamic' has no counterpart"),
+    ("llama", "LlamaForTokenClassification", {"classifier_dropout": 0.1}, "classifier_dropout=0.1 beside a dropout of 0.0 elsewhere: .* dropout=0.0"),
+    ("mistral", "MistralModel", {"sliding_window": 1}, "mistral with sliding_window=1 shows each position itself alone"),
+    ("modernbert", "ModernBertModel", {"classifier_activation": "relu"}, "classifier_activation='relu' beside hidden_activation='gelu'"),
+    ("modernbert", "ModernBertModel", {"mlp_dropout": 0.1}, "mlp_dropout=0.1 beside embedding_dropout=0.0"),
+    ("modernbert", "ModernBertModel", {"local_attention": 1}, "local_attention=1 shows each position itself alone"),
+    ("modernbert", "ModernBertModel",
+     {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}, "sliding_attention": {"rope_type": "default"}}},
+     "scales its rotary positions differently in local and global layers"),
+    ("led", "LEDModel", {"activation_dropout": 0.1}, "led with activation_dropout=0.1 has no counterpart"),
+    ("led", "LEDModel", {"encoder_layerdrop": 0.1}, "led with encoder_layerdrop=0.1 has no counterpart"),
 ])  # fmt: skip
 def test_features_of_transformers_that_we_lack_are_refused(family, name, changes, message):
     with pytest.raises(ConversionError, match=message):
@@ -439,6 +575,27 @@ def test_another_number_of_labels_is_refused_unless_the_body_alone_is_given(tiny
     ("roberta", {"activation": "relu", "task": "masked_lm"}, "no counterpart for activation='relu': it has 'gelu'"),
     ("gpt2", {"head_bias": True, "task": "classification"}, "no counterpart for head_bias=True: it has False"),
     ("bert", {"lm_transform": False, "task": "masked_lm"}, "no counterpart for lm_transform=False: it has True"),
+    ("bert", {"tied": False, "task": "masked_lm"}, "no counterpart for tied=False: it has True"),
+    ("bert", {"kv_heads": 1}, "no counterpart for kv_heads=1: it has 0"),
+    ("bert", {"gated": True}, "no counterpart for gated=True: it has False"),
+    ("bert", {"token_dense": True, "task": "token_classification"}, "no counterpart for token_dense=True: it has False"),
+    ("bert", {"pad_token": 60}, "pad_token 60 is no row of a vocabulary of 53"),
+    ("llama", {"dropout": 0.1}, r"LlamaModel .* no counterpart for dropout=0\.1: it has 0\.0"),
+    ("llama", {"norm_kind": "layer"}, "no counterpart for norm_kind='layer': it has 'rms'"),
+    ("llama", {"rotary_theta": (10.0, 20.0)}, "one rotary_theta for all layers"),
+    ("llama", {"attn_out_bias": True}, "biases in all projections or in none, got attn_bias=False and attn_out_bias=True"),
+    ("llama", {"attention": ("full", "longformer[window=4]")}, "layout 'llama' with attention full, longformer has no counterpart"),
+    ("mistral", {"attention": "longformer[window=4]"}, "Mistral has no counterpart for global_projections=True .* it has False"),
+    ("mistral", {"attention": "longformer[window=(4, 8), global_projections=False]"}, r"one sliding window for all layers, got widths \[4, 8\]"),
+    ("mistral", {"attention": "longformer[window=4, dilation=2, global_projections=False]"}, "no counterpart for dilation=2"),
+    ("mistral", {"attn_bias": True, "attn_out_bias": True}, "MistralModel .* no counterpart for attn_bias=True: it has False"),
+    ("qwen3", {"attention": "longformer[window=(4, 8), global_projections=False]"}, "one sliding window for the layers that have any"),
+    ("qwen3", {"qk_norm": False}, "no counterpart for qk_norm=False: it has True"),
+    ("modernbert", {"pooling": "last"}, "ModernBERT has no counterpart for pooling='last'; it has first, mean"),
+    ("modernbert", {"attention": "longformer[window=(4, 8), global_projections=False]"}, "ModernBERT has one window"),
+    ("modernbert", {"dropout": 0.1}, r"ModernBERT has one dropout where this model has 0\.1 and 0\.0"),
+    ("modernbert", {"first_norm": True}, "no counterpart for first_norm=True: it has False"),
+    ("led", {"attention": "full"}, "layout 'led' with attention full has no counterpart"),
 ])  # fmt: skip
 def test_what_transformers_lacks_is_refused(family, changes, message, tiny):
     with pytest.raises(ConversionError, match=message):

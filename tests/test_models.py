@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import effzoo
-from effzoo.errors import IncompatibleError, InputError, OptionError, UnknownNameError
+from effzoo.errors import IncompatibleError, InputError, OptionError, TargetError, UnknownNameError
 
 
 def ids(*shape):
@@ -16,16 +16,34 @@ def model(tiny):
     return effzoo.build("bert", task="classification", num_labels=3, **tiny).eval()
 
 
-PUBLISHED = {"bert": 109_482_240, "roberta": 124_645_632, "gpt2": 124_439_808, "longformer": 148_659_456, "minilm": 22_713_216}
+PUBLISHED = {
+    "bert": 109_482_240, "roberta": 124_645_632, "gpt2": 124_439_808, "longformer": 148_659_456, "longformer-large": 434_600_960,
+    "minilm": 22_713_216, "llama": 1_235_814_400, "mistral": 7_110_660_096, "qwen3": 596_049_920, "modernbert": 149_014_272, "led": 104_345_856,
+    "blockbert": 109_482_240, "linformer": 124_645_632 + 256 * 512,
+}  # fmt: skip
+WITH_LM_HEAD = {"llama": 1_235_814_400, "mistral": 7_241_732_096, "qwen3": 596_049_920, "modernbert": 149_655_232}
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_zoo_entries_have_the_published_number_of_parameters(name):
-    """Counts of the models as published by transformers (BertModel with pooler, and so on)."""
+    """Counts of the classes of transformers with the published configuration, built on the meta device (BertModel with pooler, the encoder alone
+    of LEDModel, and so on). BlockBERT is BERT; Linformer is RoBERTa and one matrix of k x max_length for all layers.
+    """
     with torch.device("meta"):
         model = effzoo.build(name)
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
-    assert set(PUBLISHED) == set(effzoo.models())
+
+
+@pytest.mark.parametrize("name", sorted(WITH_LM_HEAD))
+def test_language_models_have_the_published_number_of_parameters(name):
+    with torch.device("meta"):
+        model = effzoo.build(name, task="masked_lm" if name == "modernbert" else "causal_lm")
+    assert sum(p.numel() for p in model.parameters()) == WITH_LM_HEAD[name]
+
+
+def test_every_entry_of_the_zoo_is_counted():
+    elsewhere = {name for name in effzoo.models() if name.startswith(("perceiver", "reformer"))}
+    assert set(PUBLISHED) == set(effzoo.models()) - elsewhere
 
 
 def test_the_line_the_project_exists_for():
@@ -36,7 +54,7 @@ def test_the_line_the_project_exists_for():
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [
-        (("longfromer",), UnknownNameError, r"unknown model 'longfromer'; did you mean 'longformer'\? Known: bert, gpt2"),
+        (("longfromer",), UnknownNameError, r"unknown model 'longfromer'; did you mean 'longformer'\? Known: bert, blockbert"),
         (("bert", {"dims": 8}), OptionError, r"model 'bert' has no size 'dims'; did you mean 'dim'\?"),
         (("bert", {"layers": "six"}), OptionError, "size 'layers' of model 'bert' takes int, got 'six'"),
         (("bert", {"heads": 5}), OptionError, "dim 768 does not divide into 5 heads; try heads="),
@@ -94,12 +112,13 @@ def test_features_have_no_loss(tiny):
         effzoo.build("bert", **tiny)(ids(1, 3), labels=torch.tensor([0]))
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "longformer", "minilm"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "longformer", "minilm", "llama", "mistral", "qwen3", "modernbert", "led"])
 @pytest.mark.parametrize("spec", [None, "prompt[length=2]|prefix[length=3]|lora|ia3|houlsby"])
 def test_what_stands_under_padding_changes_nothing(tiny, name, spec):
     """Right padding: other ids under the mask leave logits and pooled logits equal; a row alone, without padding, gives the same."""
     for task in ("classification", "token_classification"):
-        model = effzoo.build(name, task=task, num_labels=3, peft=spec, **tiny).double().eval()
+        sizes = DECODER if name in ("llama", "mistral", "qwen3") else {}
+        model = effzoo.build(name, task=task, num_labels=3, peft=spec, **tiny, **sizes).double().eval()
         tokens = ids(2, 11)
         mask = torch.ones_like(tokens)
         mask[1, 6:], tokens[1, 6:] = 0, 1
@@ -186,3 +205,83 @@ def test_output_reads_as_dict_and_by_attribute(model):
     assert list(out) == ["logits", "last_hidden_state"] and out.loss is None and out.logits is out["logits"]
     with pytest.raises(AttributeError, match="the output has no 'logit'"):
         _ = out.logit
+
+
+# --- today's bases: any attention and any method
+
+
+DECODER = {"kv_heads": 1, "head_dim": 8}
+METHODS = ["lora", "prefix[length=3]", "houlsby", "ia3", "prompt[length=2]"]
+KINDS = {  # options that fit tiny sizes, for the kinds whose defaults do not
+    "longformer": "longformer[window=4]", "blockwise": "blockwise[blocks=2]", "linformer": "linformer[k=8]", "perceiver": "perceiver[latents=4]",
+}  # fmt: skip
+
+
+def combinations():
+    for base, causal in (("llama", True), ("modernbert", False)):
+        for kind in effzoo.attention.names():
+            if not causal or effzoo.attention.get(kind).supports_causal:
+                for method in METHODS:
+                    if not method.startswith("prefix") or effzoo.attention.get(kind).supports_memory:
+                        yield base, KINDS.get(kind, kind), method
+
+
+@pytest.mark.parametrize(("base", "attention", "method"), list(combinations()))
+def test_every_attention_and_method_trains_on_the_bases_of_today(tiny, base, attention, method):
+    """One step: the base is frozen, and every trainable tensor of the adapter has a finite gradient, which is not 0 but where it starts as 0."""
+    sizes = DECODER if base == "llama" else {}
+    model = effzoo.build(base, **{**tiny, **sizes, "attention": attention}, task="token_classification", num_labels=3, peft=method).train()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if ".adapters." in key:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    tokens, mask, marked = ids(2, 20), torch.ones(2, 20), torch.zeros(2, 20)
+    mask[1, 15:], marked[:, 7] = 0, 1
+    is_global = marked if attention.startswith("longformer") else None  # without, its global projections do nothing
+    labels = torch.randint(3, (2, 20)).masked_fill(mask == 0, -100)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01, eps=1e-16)  # small gradients move as far as large ones
+    model(tokens, mask, global_attention_mask=is_global, labels=labels).loss.backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".adapters." in key), key
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, key
+    optimizer.step()
+    for key, parameter in model.named_parameters():
+        assert parameter.equal(before[key]) != parameter.requires_grad, key
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "modernbert"])
+def test_bitfit_says_that_there_are_no_biases(tiny, name):
+    model = effzoo.build(name, **tiny, **(DECODER if name != "modernbert" else {}))
+    with pytest.raises(TargetError, match="bitfit: none of the .* sites has anything to adapt"):
+        effzoo.attach(model, "bitfit")
+
+
+def test_modernbert_classifies_without_a_global_token_unless_asked(tiny):
+    model = effzoo.build("modernbert", task="classification", **{**tiny, "attention": "longformer[window=2, global_projections=false]"}).eval()
+    tokens, first = ids(2, 11), torch.zeros(2, 11)
+    assert torch.equal(model(tokens).logits, model(tokens, global_attention_mask=first).logits)
+    first[:, 0] = 1
+    assert not torch.allclose(model(tokens).logits, model(tokens, global_attention_mask=first).logits)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4, 22, 25])
+def test_the_layers_of_modernbert_alternate_for_any_number_of_them(layers):
+    config = effzoo.zoo.config("modernbert", layers=layers)
+    local = "longformer[window=128, global_projections=false]"
+    assert list(config.attention) == [local if i % 3 else "full" for i in range(layers)]
+    assert [config.slots(i).rotary.theta for i in range(layers)] == [10_000.0 if i % 3 else 160_000.0 for i in range(layers)]
+    with torch.device("meta"):
+        assert len(effzoo.build("modernbert", layers=layers, attention="full").blocks) == layers
+
+
+@pytest.mark.parametrize(("repeat", "said"), [
+    ("attention = 'full'", r"\[repeat\] is a table of lists"), ("attention = []", r"\[repeat\] is a table of lists"),
+    ("atention = ['full']", "unknown key 'atention'; did you mean 'attention'"),
+])  # fmt: skip
+def test_a_table_of_repeated_values_is_checked(tmp_path, repeat, said):
+    entry = "layout = 'bert'\narchitecture = 'encoder'\nvocab = 5\ndim = 8\nlayers = 4\nheads = 2\nmlp = 8\nmax_length = 9\n[repeat]\n"
+    (tmp_path / "mine.toml").write_text(entry + repeat)
+    with pytest.raises(OptionError, match=said):
+        effzoo.build(str(tmp_path / "mine.toml"))

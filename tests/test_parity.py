@@ -1,7 +1,8 @@
 """Every family and every head agrees with transformers: outputs, losses, and gradients with respect to the embedded tokens.
 
-Tiny models run in float64 and agree to 1e-10, but Longformer runs in float32 and agrees to 1e-5: transformers computes its softmax in
-float32 whatever the dtype is, and in float64 its mask value, cast to float32, becomes -inf and the gradients NaN. All their
+Tiny models of BERT, RoBERTa and GPT-2 run in float64 and agree to 1e-10. The others run in float32 and agree to 1e-5: whatever the dtype is,
+transformers computes the softmax of Longformer and LED in float32 (in float64 its mask value, cast to float32, becomes -inf and the
+gradients NaN), the mean of an RMSNorm (Llama, Mistral, Qwen3), and rotations (ModernBERT). All their
 parameters are drawn at random, biases and norms included, so that no two tensors can be swapped unnoticed. Only positions
 that hold tokens are compared: transformers computes something at padding, and we something else.
 """
@@ -17,11 +18,60 @@ from effzoo import convert
 from effzoo.convert.layouts import LAYOUTS
 
 VOCAB, LABELS, LENGTH, BATCH = 37, 3, 13, 3
-TOLERANCE = {"bert": 1e-10, "roberta": 1e-10, "gpt2": 1e-10, "longformer": 1e-5}
-CLASSES = [(family, task, name) for family, layout in LAYOUTS.items() for task, name in layout.classes.items()]
+EXACT = ("bert", "roberta", "gpt2")
+CAUSAL = ("gpt2", "llama", "mistral", "qwen3")
+FAMILY_NAMES = ("bert", "roberta", "longformer", "gpt2", "llama", "mistral", "qwen3", "modernbert", "led")
+CLASSES = [(family, task, name) for family in FAMILY_NAMES for task, name in LAYOUTS[family].classes.items()]
 HEADS = pytest.mark.parametrize(("family", "task", "name"), CLASSES, ids=[name for _, _, name in CLASSES])
-FAMILIES = pytest.mark.parametrize("family", LAYOUTS)
-CONFIGS = {"bert": "BertConfig", "roberta": "RobertaConfig", "longformer": "LongformerConfig", "gpt2": "GPT2Config"}
+FAMILIES = pytest.mark.parametrize("family", FAMILY_NAMES)
+CONFIGS = {
+    "bert": "BertConfig", "roberta": "RobertaConfig", "longformer": "LongformerConfig", "gpt2": "GPT2Config", "llama": "LlamaConfig",
+    "mistral": "MistralConfig", "qwen3": "Qwen3Config", "modernbert": "ModernBertConfig", "led": "LEDConfig",
+}  # fmt: skip
+
+
+def tolerance_of(family):
+    return 1e-10 if family in EXACT else 1e-5
+
+
+def draw_rotary(draw):
+    """Base and scaling, small enough for every frequency to matter within a dozen positions."""
+    llama3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    return draw.choice(({"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}, llama3)) | {"rope_theta": draw.choice((100.0, 10_000.0))}
+
+
+def draw_decoder(family, draw, layers, eps):
+    heads = draw.choice((1, 4, 6))
+    sizes = {
+        "vocab_size": VOCAB, "hidden_size": heads * draw.choice((4, 8)), "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": draw.choice([k for k in (1, 2, 3) if heads % k == 0]), "intermediate_size": draw.choice((12, 20)),
+        "max_position_embeddings": LENGTH + 3, "rms_norm_eps": eps, "hidden_act": draw.choice(("silu", "gelu")), "pad_token_id": 0,
+        "bos_token_id": None, "eos_token_id": None, "num_labels": LABELS, "tie_word_embeddings": draw.choice((True, False)),
+        "head_dim": draw.choice((4, 6, 8)), "rope_parameters": draw_rotary(draw), "classifier_dropout": 0.0,
+    }  # fmt: skip
+    if family != "mistral":
+        sizes["attention_bias"] = draw.choice((True, False))
+    if family == "llama":
+        sizes["mlp_bias"] = draw.choice((True, False))
+    if family == "mistral":
+        sizes["sliding_window"] = draw.choice((None, 2, 5, 4096))
+    if family == "qwen3":
+        sizes |= {"use_sliding_window": draw.choice((True, False)), "sliding_window": 4, "max_window_layers": draw.choice((0, 1))}
+    return getattr(transformers, CONFIGS[family])(**sizes)
+
+
+def draw_modernbert(draw, dim, layers, heads, eps):
+    activation = draw.choice(("gelu", "silu", "gelu_new"))
+    rope = draw_rotary(draw)
+    return transformers.ModernBertConfig(
+        vocab_size=VOCAB, hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=draw.choice((12, 20)),
+        max_position_embeddings=LENGTH + 3, norm_eps=eps, hidden_activation=activation, classifier_activation=activation,
+        norm_bias=draw.choice((True, False)), attention_bias=draw.choice((True, False)), mlp_bias=draw.choice((True, False)),
+        decoder_bias=draw.choice((True, False)), classifier_bias=draw.choice((True, False)), classifier_pooling=draw.choice(("cls", "mean")),
+        local_attention=draw.choice((2, 5, 8, 128)), global_attn_every_n_layers=draw.choice((1, 2, 3)), num_labels=LABELS, pad_token_id=0,
+        bos_token_id=None, eos_token_id=None, cls_token_id=None, sep_token_id=None, tie_word_embeddings=draw.choice((True, False)),
+        rope_parameters={"full_attention": rope, "sliding_attention": rope | {"rope_theta": 50.0}},
+    )  # fmt: skip
 
 
 def draw_config(family, name, seed):
@@ -35,6 +85,16 @@ def draw_config(family, name, seed):
             vocab_size=VOCAB, n_embd=dim, n_layer=layers, n_head=heads, n_inner=draw.choice((None, 20)), n_positions=LENGTH + 3,
             layer_norm_epsilon=eps, activation_function=draw.choice(("gelu_new", "gelu", "relu")), resid_pdrop=0.0, embd_pdrop=0.0,
             attn_pdrop=0.0, classifier_dropout=0.0, pad_token_id=0, bos_token_id=None, eos_token_id=None, num_labels=LABELS,
+        )  # fmt: skip
+    elif family in CAUSAL:
+        config = draw_decoder(family, draw, layers, eps)
+    elif family == "modernbert":
+        config = draw_modernbert(draw, dim, layers, heads, eps)
+    elif family == "led":
+        config = transformers.LEDConfig(
+            vocab_size=VOCAB, d_model=dim, encoder_layers=layers, encoder_attention_heads=heads, encoder_ffn_dim=draw.choice((12, 20)),
+            decoder_layers=1, decoder_attention_heads=heads, decoder_ffn_dim=12, max_encoder_position_embeddings=34,
+            activation_function=draw.choice(("gelu", "relu")), dropout=0.0, attention_window=[draw.choice((4, 8, 32)) for _ in range(layers)],
         )  # fmt: skip
     else:
         lm_of_roberta = family != "bert" and name.endswith("MaskedLM")  # its head uses gelu whatever the config says
@@ -55,14 +115,22 @@ def draw_config(family, name, seed):
     return config
 
 
+def class_named(name):
+    return next(layout.cls(task) for layout in LAYOUTS.values() for task, known in layout.classes.items() if known == name)
+
+
 def drawn(name, config):
-    """A model of transformers with every parameter drawn: matrices and biases around 0, norms around 1."""
-    dtype = torch.float32 if config.model_type == "longformer" else torch.float64
-    model = getattr(transformers, name)(config).to(dtype).eval()
+    """A model of transformers with every parameter drawn: matrices and biases around 0, norms around 1.
+
+    With norms before each sub-layer larger matrices make gradients of several hundred, in which float32 itself errs by 1e-5.
+    """
+    width = 0.2 if config.model_type in ("llama", "mistral", "qwen3", "modernbert") else 0.3
+    dtype = torch.float64 if config.model_type in EXACT else torch.float32
+    model = class_named(name)(config).to(dtype).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             is_norm = key.endswith("weight") and parameter.ndim == 1
-            parameter.normal_(1.0 if is_norm else 0.0, 0.3)
+            parameter.normal_(1.0 if is_norm else 0.0, width)
     return model
 
 
@@ -76,9 +144,9 @@ def batch(family, pad, types=1, side="right"):
     inputs = {"input_ids": ids.masked_fill(mask == 0, pad), "attention_mask": mask}
     if side == "left":
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    if family != "gpt2":
+    if family in ("bert", "roberta", "longformer"):
         inputs["token_type_ids"] = torch.randint(types, (BATCH, LENGTH))
-    if family == "longformer":  # 1, 3 and 2 globals: neighbours within one window, and far from each other
+    if family in ("longformer", "led"):  # 1, 3 and 2 globals: neighbours within one window, and far from each other
         inputs["global_attention_mask"] = torch.zeros(BATCH, LENGTH, dtype=torch.long)
         for row, positions in enumerate(((0,), (0, 4, 5), (2, 6))):
             inputs["global_attention_mask"][row, list(positions)] = 1
@@ -141,7 +209,7 @@ def test_outputs_losses_and_gradients_equal_those_of_transformers(family, task, 
     theirs = drawn(name, draw_config(family, name, seed))
     ours = convert.from_transformers(theirs)
     inputs = batch(family, theirs.config.pad_token_id, getattr(theirs.config, "type_vocab_size", 1))
-    agree(theirs, ours, inputs, labels_for(task, inputs), TOLERANCE[family])
+    agree(theirs, ours, inputs, labels_for(task, inputs), tolerance_of(family))
 
 
 @pytest.mark.parametrize("family", ["roberta", "longformer"])
@@ -151,15 +219,24 @@ def test_padding_that_attention_sees_has_the_position_it_has_in_transformers(fam
     ours = convert.from_transformers(theirs)
     ids = torch.randint(5, VOCAB, (BATCH, LENGTH))
     ids[:, 4:6] = theirs.config.pad_token_id
-    agree(theirs, ours, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, None, TOLERANCE[family])
+    agree(theirs, ours, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, None, tolerance_of(family))
 
 
-@pytest.mark.parametrize(("task", "name"), [(task, name) for family, task, name in CLASSES if family == "gpt2"])
-def test_left_padding_with_position_ids_equals_transformers(task, name):
-    theirs = drawn(name, draw_config("gpt2", name, 5))
+LEFT = [(*entry, True) for entry in CLASSES if entry[0] in (*CAUSAL, "modernbert")]
+LEFT += [(*entry[:3], False) for entry in LEFT if entry[0] != "gpt2"]  # where positions are relative, none have to be given
+
+
+@pytest.mark.parametrize(("family", "task", "name", "with_positions"), LEFT)
+def test_left_padding_equals_transformers(family, task, name, with_positions):
+    config = draw_config(family, name, 5)
+    if family == "modernbert":
+        config.classifier_pooling = "mean"
+    theirs = drawn(name, config)
     ours = convert.from_transformers(theirs)
-    inputs = batch("gpt2", 0, side="left")
-    agree(theirs, ours, inputs, labels_for(task, inputs), TOLERANCE["gpt2"])
+    inputs = batch(family, 0, side="left")
+    if not with_positions:
+        del inputs["position_ids"]
+    agree(theirs, ours, inputs, labels_for(task, inputs), tolerance_of(family))
 
 
 @FAMILIES
@@ -167,11 +244,11 @@ def test_inputs_embeds_and_position_ids_equal_transformers(family):
     name = LAYOUTS[family].classes["features"]
     theirs = drawn(name, draw_config(family, name, 2))
     ours = convert.from_transformers(theirs)
-    inputs = batch(family, 0)
+    inputs = batch(family, theirs.config.pad_token_id)
     del inputs["input_ids"]
     embeds = torch.randn(BATCH, LENGTH, ours.config.dim, dtype=next(theirs.parameters()).dtype)
     tokens = inputs["attention_mask"].bool()
-    for positions in (None, torch.randperm(LENGTH)[None].expand(BATCH, -1)):
+    for positions in (None,) if family == "led" else (None, torch.randperm(LENGTH)[None].expand(BATCH, -1)):  # LED has no position_ids
         results = []
         for model in (theirs, ours):
             x = embeds.clone().requires_grad_()
@@ -181,8 +258,8 @@ def test_inputs_embeds_and_position_ids_equal_transformers(family):
             results.append((hidden[tokens].detach(), x.grad[tokens]))
         for expected, actual in zip(*results, strict=True):
             scale = max(1.0, expected.abs().max().item())
-            assert scale > 1e3 * TOLERANCE[family]
-            assert (expected - actual).abs().max().item() / scale < TOLERANCE[family]
+            assert scale > 1e3 * tolerance_of(family)
+            assert (expected - actual).abs().max().item() / scale < tolerance_of(family)
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 12, 13])
@@ -203,7 +280,7 @@ def test_longformer_classification_makes_the_first_token_global_as_transformers_
     ours = convert.from_transformers(theirs)
     inputs = batch("longformer", 1)
     del inputs["global_attention_mask"]
-    agree(theirs, ours, inputs, labels_for("classification", inputs), TOLERANCE["longformer"])
+    agree(theirs, ours, inputs, labels_for("classification", inputs), 1e-5)
     local = ours(**inputs, global_attention_mask=torch.zeros(BATCH, LENGTH, dtype=torch.long)).logits
     assert (local - ours(**inputs).logits).abs().max() > 1e-3
 
@@ -220,21 +297,36 @@ def test_losses_of_float_labels_equal_transformers(name, num_labels, labels):
     theirs = drawn(name, config)
     ours = convert.from_transformers(theirs)
     inputs = batch(family, config.pad_token_id)
-    agree(theirs, ours, inputs, labels.to(next(theirs.parameters()).dtype), TOLERANCE[family])
+    agree(theirs, ours, inputs, labels.to(next(theirs.parameters()).dtype), tolerance_of(family))
+
+
+_DECODER = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 2048}
+BASE = {
+    "longformer": {"attention_window": 32},
+    "llama": _DECODER,
+    "mistral": _DECODER | {"sliding_window": 16},
+    "qwen3": _DECODER,
+    "modernbert": {"num_hidden_layers": 12, "local_attention": 16, "cls_token_id": None, "sep_token_id": None},
+    "led": {
+        "d_model": 768, "encoder_layers": 12, "encoder_attention_heads": 12, "encoder_ffn_dim": 3072, "decoder_layers": 1, "decoder_ffn_dim": 12,
+        "decoder_attention_heads": 12, "attention_window": 32, "max_encoder_position_embeddings": 128,
+    },
+}  # fmt: skip
 
 
 @FAMILIES
 def test_base_size_equals_transformers(family):
     """12 layers, 768 wide, with the initialisation of transformers; a vocabulary of 1,000 keeps it fast."""
-    name = LAYOUTS[family].classes["classification"]
-    sizes = {"attention_window": 32} if family == "longformer" else {}
-    config = getattr(transformers, CONFIGS[family])(vocab_size=1000, num_labels=LABELS, pad_token_id=1, bos_token_id=None, eos_token_id=None, **sizes)
-    theirs = getattr(transformers, name)(config).eval()
+    layout = LAYOUTS[family]
+    task = "classification" if "classification" in layout.classes else "features"
+    sizes = {"vocab_size": 1000, "num_labels": LABELS, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": None} | BASE.get(family, {})
+    theirs = layout.cls(task)(getattr(transformers, CONFIGS[family])(**sizes)).eval()
     ours = convert.from_transformers(theirs)
     ids = torch.randint(5, 1000, (2, 77))
     mask = torch.ones_like(ids)
     mask[1, 60:] = 0
-    agree(theirs, ours, {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}, torch.tensor([0, 2]), 1e-5)
+    labels = torch.tensor([0, 2]) if task == "classification" else None
+    agree(theirs, ours, {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}, labels, 1e-5)
 
 
 def test_minilm_from_the_wheel_equals_transformers_on_text():

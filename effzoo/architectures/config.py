@@ -28,8 +28,9 @@ class Config:
     embed_norm: a norm after the embeddings; None means in post-norm models.
     tied: the language-model head uses the token embedding. lm_bias: it adds a bias; None means when masked. lm_transform: dense, activation
     and norm before it. pooling: how a classification head reads the sequence (the first token, the mean, or the last token).
-    head_dense, head_activation, head_norm, head_bias: through dense, activation and norm, or directly. transform_bias: of the dense
-    layer in either head. pooler: a features model ends in a dense tanh layer on the first token.
+    head_dense, head_activation, head_norm, head_bias: through dense, activation and norm, or directly; token_dense: whether the head that
+    labels tokens goes through them as well. transform_bias: of the dense layer in any head. pooler: a features model ends in a dense tanh
+    layer on the first token.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Config:
     head_norm: bool = False
     head_activation: str = "tanh"
     head_bias: bool = True
+    token_dense: bool = False
     pooler: bool = True
     lm_transform: bool = True
     transform_bias: bool = True
@@ -131,6 +133,8 @@ class Config:
                 )
         if isinstance(self.rotary_theta, tuple) and len(self.rotary_theta) != self.layers:
             raise OptionError(f"{len(self.rotary_theta)} values of rotary_theta for {self.layers} layers; give one, or one per layer")
+        if isinstance(self.rotary_theta, tuple) and len(set(self.rotary_theta)) == 1:
+            object.__setattr__(self, "rotary_theta", self.rotary_theta[0])
 
     @property
     def width(self) -> int:

@@ -6,6 +6,9 @@ pretrained language-model head have roles `lm.*` and stay frozen unless targeted
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,7 +17,7 @@ from effzoo.architectures.config import Config
 from effzoo.architectures.output import Output
 from effzoo.blocks.feedforward import ACTIVATIONS
 from effzoo.errors import IncompatibleError, InputError
-from effzoo.sites import Embedding, Linear, TiedLinear
+from effzoo.sites import Embedding, Linear, Norm, TiedLinear
 
 IGNORED = -100  # the label of positions that do not count, as in transformers
 
@@ -44,17 +47,13 @@ class Classification(nn.Module):
         super().__init__()
         self.pooling, self.num_labels = config.pooling, num_labels
         self.dense = Linear(config.width, config.dim, bias=config.transform_bias, role="head.dense") if config.head_dense else None
-        self.activation = torch.tanh if config.head_activation == "tanh" else ACTIVATIONS[config.head_activation]
+        self.activation = _activation(config)
         self.norm = config.slots().make_norm(config.dim, "head.norm") if config.head_norm else None
         self.dropout = nn.Dropout(config.dropout)
         self.out = Linear(config.dim if config.head_dense else config.width, num_labels, bias=config.head_bias, role="head.out")
 
     def forward(self, hidden: Tensor, valid: Tensor | None, labels: Tensor | None, embedding: Embedding) -> Output:
-        x = pool(hidden, valid, self.pooling)
-        if self.dense is not None:
-            x = self.activation(self.dense(x))
-        if self.norm is not None:
-            x = self.norm(x)
+        x = transformed(pool(hidden, valid, self.pooling), self.dense, self.activation, self.norm)
         logits = self.out(self.dropout(x))
         return Output.of(loss=None if labels is None else self.loss(logits, labels), logits=logits, last_hidden_state=hidden)
 
@@ -72,15 +71,22 @@ class Classification(nn.Module):
 
 
 class TokenClassification(nn.Module):
-    """One label per token: out(dropout(x)), [batch, n, num_labels]; labels [batch, n], -100 where none counts."""
+    """One label per token: out(dropout(x)), [batch, n, num_labels]; labels [batch, n], -100 where none counts.
+
+    With `token_dense`, x goes through dense, activation and norm first, as in `Classification`.
+    """
 
     def __init__(self, config: Config, num_labels: int):
         super().__init__()
+        dense = config.token_dense
+        self.dense = Linear(config.width, config.dim, bias=config.transform_bias, role="head.dense") if dense else None
+        self.activation = _activation(config)
+        self.norm = config.slots().make_norm(config.dim, "head.norm") if dense and config.head_norm else None
         self.dropout = nn.Dropout(config.dropout)
-        self.out = Linear(config.width, num_labels, role="head.out")
+        self.out = Linear(config.dim if dense else config.width, num_labels, role="head.out")
 
     def forward(self, hidden: Tensor, valid: Tensor | None, labels: Tensor | None, embedding: Embedding) -> Output:
-        logits = self.out(self.dropout(hidden))
+        logits = self.out(self.dropout(transformed(hidden, self.dense, self.activation, self.norm)))
         return Output.of(loss=None if labels is None else _cross_entropy(logits, labels), logits=logits, last_hidden_state=hidden)
 
 
@@ -107,9 +113,7 @@ class LanguageModel(nn.Module):
         self.out = TiedLinear(config.vocab, bias, role="lm.out") if config.tied else Linear(width, config.vocab, bias, role="lm.out")
 
     def forward(self, hidden: Tensor, valid: Tensor | None, labels: Tensor | None, embedding: Embedding) -> Output:
-        x = hidden
-        if self.dense is not None and self.norm is not None:
-            x = self.norm(self.activation(self.dense(x)))
+        x = transformed(hidden, self.dense, self.activation, self.norm)
         logits = self.out(x, embedding.composed_weight()) if isinstance(self.out, TiedLinear) else self.out(x)
         loss = None
         if labels is not None:
@@ -129,6 +133,12 @@ def head(config: Config, task: str, num_labels: int) -> nn.Module:
     return Features(config) if task == "features" else LanguageModel(config)
 
 
+def transformed(x: Tensor, dense: Linear | None, activation: Callable[[Tensor], Tensor], norm: Norm | None) -> Tensor:
+    """norm(activation(dense(x))), without the parts that are None."""
+    x = x if dense is None else activation(dense(x))
+    return x if norm is None else cast(Tensor, norm(x))
+
+
 def pool(hidden: Tensor, valid: Tensor | None, how: str) -> Tensor:
     """[batch, n, dim] -> [batch, dim]: the first position, the mean over tokens, or the last token; padding is left out."""
     if how == "first":
@@ -140,6 +150,10 @@ def pool(hidden: Tensor, valid: Tensor | None, how: str) -> Tensor:
         return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
     last = (valid * torch.arange(valid.shape[1], device=valid.device)).argmax(dim=1)
     return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+def _activation(config: Config) -> Callable[[Tensor], Tensor]:
+    return torch.tanh if config.head_activation == "tanh" else ACTIVATIONS[config.head_activation]
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

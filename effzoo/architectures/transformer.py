@@ -81,7 +81,7 @@ class Transformer(nn.Module):
         """Token ids [batch, n], or embeddings [batch, n, dim], -> loss, logits, last_hidden_state [batch, n, dim].
 
         attention_mask [batch, n]: 1 for tokens, 0 for padding. global_attention_mask [batch, n]: 1 for tokens with
-        global attention; by default the first token of an encoder with a classification head whose attention knows global tokens, else none.
+        global attention; by default the first token of an encoder with a classification head whose attention has projections for global tokens.
         cache: of a causal model that decodes; the input is what follows the positions in it, and attention_mask covers both.
         Raises InputError for shapes, dtypes, lengths and ids that do not fit.
         """
@@ -143,7 +143,8 @@ class Transformer(nn.Module):
         knows_global = any(core.supports_global for core in self.cores())
         if is_global is not None and not knows_global:
             next(iter(self.cores())).check(Mask(is_global=is_global))
-        if is_global is None and knows_global and self.task == "classification" and not self.config.causal:
+        prepared = any(len(core.projections) > len(core.uses(Mask())) for core in self.cores())  # for global tokens
+        if is_global is None and knows_global and prepared and self.task == "classification" and not self.config.causal:
             is_global = (torch.arange(n, device=x.device) == 0).expand(batch, n)
         if is_global is None and knows_global and rows:
             is_global = torch.zeros(batch, n, device=x.device)

@@ -52,7 +52,7 @@ class Attention(nn.Module):
             inputs = dim if source_dim is None or name not in self.core.key_side else source_dim
             self.add_module(name, Linear(inputs, width, bias=bias, role=f"attn.{name}", layer=context.layer))
             if qk_norm is not None and not name.startswith("v"):
-                self.norms[name] = RMSNorm(context.head_dim, qk_norm, role=f"attn.{name}_norm", layer=context.layer)
+                self.norms[name] = RMSNorm(context.head_dim, qk_norm, role=f"attn.norm.{name}", layer=context.layer)
         inner = context.heads * value_dim
         self.o = None
         if out_dim != 0:

@@ -16,7 +16,7 @@ from effzoo.peft import Account, account
 from effzoo.peft.merging import merged_parameters
 from effzoo.registry import View, describe
 from effzoo.sites import PeftModule, sites
-from effzoo.spec import Spec
+from effzoo.spec import Spec, parse
 
 TINY: dict[str, Any] = {"dim": 16, "layers": 2, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 64}
 SHOWN = (
@@ -43,6 +43,11 @@ def meaning(cls: type, option: str) -> str:
         if found:
             return " ".join(found[1].split())
     return ""
+
+
+def kinds(given: str | dict[str, Any] | tuple[Any, ...]) -> str:
+    """The names of the attention kinds of a config, each once: layers may have different ones."""
+    return ", ".join(dict.fromkeys(spec.name for spec in parse(given)))
 
 
 def option_rows(view: View[Any], name: str) -> list[tuple[str, str, str, str]]:

@@ -30,7 +30,8 @@ def models_() -> None:
     rows = table("model", "architecture", "parameters", "attention", "length", "paper", right=("parameters", "length"))
     for name in zoo.models():
         config = zoo.config(name)
-        row = (name, config.architecture, f"{describe.parameters(name):,}", str(config.attention), f"{config.max_length:,}", _short(config.paper))
+        kinds = describe.kinds(config.attention)
+        row = (name, config.architecture, f"{describe.parameters(name):,}", kinds, f"{config.max_length:,}", _short(config.paper))
         rows.add_row(*map(Text, row))
     say(rows, "\neffzoo show NAME tells more.")
 
@@ -111,7 +112,8 @@ def account(
     """
     head: dict[str, Any] = {} if num_labels is None else {"task": "classification", "num_labels": num_labels}
     built = describe.on_meta(model, attention=attention, peft=peft, **head)
-    say(heading(f"{built.config.name} with {built.config.attention} attention, {peft or 'no adapter'}"), str(account_of(built)))
+    used = built.config.attention if isinstance(built.config.attention, str) else describe.kinds(built.config.attention)
+    say(heading(f"{built.config.name} with {used} attention, {peft or 'no adapter'}"), str(account_of(built)))
 
 
 def _show_model(spec: Spec) -> None:

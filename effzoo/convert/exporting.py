@@ -19,22 +19,23 @@ def to_transformers(model: Transformer) -> Any:
     Its dtype, device and training mode are the model's. Raises ConversionError for what transformers has no counterpart for: another
     attention or pooling, say, or attached adapters.
     """
-    import transformers
-
     if not isinstance(model, Transformer):
         raise ConversionError(f"only a Transformer of effzoo can be converted, got {type(model).__name__}")
     if adapters := attached(model):
         raise ConversionError(f"adapters are attached ({listing(adapters)}); merge or detach them first")
     layout, config, task = layout_for(model), model.config, model.task
-    cls = getattr(transformers, layout.classes[task])
+    if config.pad_token is not None and config.pad_token >= config.vocab:
+        raise ConversionError(f"pad_token {config.pad_token} is no row of a vocabulary of {config.vocab}; build the model with another pad_token")
+    cls = layout.cls(task)
     fields = layout.their_fields(config, task) | {"num_labels": model.num_labels}
-    special = {name: None for name in ("bos_token_id", "eos_token_id") if getattr(cls.config_class(), name, None) not in range(config.vocab)}
+    named = {name: getattr(cls.config_class(), name, None) for name in ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")}
+    special = {name: None for name, value in named.items() if value is not None and value not in range(config.vocab)}
     without_pooler = {"add_pooling_layer": False} if task == "features" and layout.heads[task] and not config.pooler else {}
     with torch.random.fork_rng(devices=[]):  # their random initialisation is overwritten, so it should leave no trace
-        theirs = cls(cls.config_class(**fields, **special), **without_pooler)
+        theirs = cls(cls.config_class(**special | fields), **without_pooler)
     ours = model.state_dict()
     state = to_theirs(layout.rules(config.layers, task, task), ours)
-    state |= {key: state[other] for key, other in layout.ties(task).items() if key in theirs.state_dict()}
+    state |= {key: state[other] for key, other in layout.ties(config, task).items() if key in theirs.state_dict()}
     if missing := sorted(set(theirs.state_dict()) - set(state)):
         raise ConversionError(f"{cls.__name__} needs {missing[0]}, which this model does not have (types={config.types}, pooler={config.pooler})")
     like = ours["embeddings.token.weight"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from effzoo.architectures import Config, Transformer
 from effzoo.convert.source import Source, open_source
 from effzoo.convert.transfer import transfer
 from effzoo.errors import ConversionError, OptionError, did_you_mean, listing
-from effzoo.registry import fits
+from effzoo.registry import describe, fits
 
 _NOT_OVERRIDDEN = ("name", "layout", "paper", "hub", "package")
 
@@ -19,15 +20,17 @@ _NOT_OVERRIDDEN = ("name", "layout", "paper", "hub", "package")
 def from_transformers(source: Any, *, task: str | None = None, num_labels: int | None = None, **overrides: Any) -> Transformer:
     """A model of ours with the configuration and the weights of a model of transformers.
 
-    source: a live model, a local folder, or a hub id; BERT, RoBERTa, Longformer or GPT-2 with any head that we have. task: another
-    than the source's, with a new head. overrides: fields of the config, such as `attention="longformer[window=256]"`,
-    `max_length=4096`, `dropout=0.0`. The result has the source's dtype, device and training mode; names of labels are not kept.
+    source: a live model, a local folder, or a hub id; BERT, RoBERTa, Longformer, ModernBERT, GPT-2, Llama, Mistral or Qwen3 with any head that we
+    have, or the encoder of LED. task: another than the source's, with a new head. overrides: fields of the config, such as
+    `attention="longformer[window=256]"`, `max_length=4096`, `dropout=0.0`. The result has the source's dtype, device and training mode;
+    names of labels are not kept.
 
     Raises ConversionError for a feature that we do not have, a mismatch, or weights that cannot be loaded.
     """
     found = open_source(source, task)
     task = task or found.task
     known = [field.name for field in dataclasses.fields(Config) if field.name not in _NOT_OVERRIDDEN]
+    annotations = typing.get_type_hints(Config)
     config = found.config
     if "dropout" not in overrides:
         found.layout.check_dropouts(found.model.config, task)
@@ -36,9 +39,8 @@ def from_transformers(source: Any, *, task: str | None = None, num_labels: int |
     for key, value in overrides.items():
         if key not in known:
             raise OptionError(f"from_transformers has no option {key!r}{did_you_mean(key, known)} Options: task, num_labels, {listing(known)}.")
-        current = getattr(config, key)
-        if key not in ("attention", "pad_token") and not fits(value, type(current)):
-            raise OptionError(f"{key!r} takes {type(current).__name__}, got {value!r} ({type(value).__name__})")
+        if not fits(value, annotations[key]):
+            raise OptionError(f"{key!r} takes {describe(annotations[key])}, got {value!r} ({type(value).__name__})")
     config = dataclasses.replace(config, **overrides)
     model = Transformer(config, task, found.model.config.num_labels if num_labels is None else num_labels)
     like = next(tensor for tensor in found.state.values())

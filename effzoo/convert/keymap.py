@@ -17,11 +17,13 @@ class Rule:
 
     In the paths, `{i}` stands for the number of a block and `{base}` for the prefix that the body has inside a model with a head. Several
     modules of ours are stacked along the outputs of one of theirs. transposed: theirs stores its weight as [in, out].
+    first: the first block that has these modules.
     """
 
     ours: tuple[str, ...]
     theirs: str
     transposed: bool = False
+    first: int = 0
 
     def split(self, parameter: str, theirs: Tensor) -> tuple[Tensor, ...]:
         """Their tensor as our tensors, in the order of `ours`."""
@@ -42,7 +44,7 @@ def same(modules: Mapping[str, str]) -> tuple[Rule, ...]:
 def expand(rules: Iterable[Rule], layers: int, base: str) -> Iterator[Rule]:
     """The rules with `{i}` and `{base}` filled in."""
     for rule in rules:
-        for i in range(layers if "{i}" in rule.theirs else 1):
+        for i in range(rule.first, layers) if "{i}" in rule.theirs else (0,):
             ours = tuple(path.replace("{i}", str(i)) for path in rule.ours)
             yield Rule(ours, rule.theirs.replace("{i}", str(i)).replace("{base}", base), rule.transposed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +13,14 @@ from effzoo.convert.keymap import Rule, expand
 from effzoo.errors import ConversionError, listing
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
-_THEIR_NAME = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}
-_ONLY_FOR = {"pooling": "classification", "head_dense": "classification", "head_bias": "classification", "lm_transform": "masked_lm"}
-_FREE = {"name", "layout", "paper", "hub", "package", "backend", "attention", "max_length", "activation", "position_offset", "pooler"}
+THEIR_ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}
+_LM = ("masked_lm", "causal_lm")
+_ONLY_FOR = {
+    "pooling": ("classification",), "head_dense": ("classification",), "head_bias": ("classification",), "head_norm": ("classification",),
+    "head_activation": ("classification", "token_classification"), "token_dense": ("token_classification",), "lm_transform": ("masked_lm",),
+    "lm_bias": _LM, "tied": _LM, "transform_bias": ("classification", "token_classification", "masked_lm"),
+}  # fmt: skip
+_FREE = {"name", "layout", "paper", "hub", "package", "backend", "attention", "max_length", "activation", "position_offset", "pooler", "mlp_chunk"}
 
 
 def no_fields(_: Any) -> dict[str, Any]:
@@ -26,11 +32,13 @@ class Layout:
     """One family of transformers' models.
 
     classes: task -> class name. prefix: of the body inside a model with a head. body, heads: key map, heads by task. tied: their keys
-    that hold the same values as another of theirs. fields: our config field -> theirs. positions, activation: their
-    names for these. slots: our fields that the layout fixes. required: their fields, each with the only value that we have.
+    that hold the same values as another of theirs, in models whose head is tied. fields: our config field -> theirs. positions,
+    activation: their names for these. slots: our fields that the layout fixes. required: their fields, each with the only value that we have.
     counts_from_pad: positions start at pad_token + 1. lm_activation: what the language-model head uses whatever the
-    config says. read, write: further fields, ours from their config and theirs from ours. dropouts: their
-    further dropout probabilities in a task, which must equal our one.
+    config says. translated: our fields that `read` and `write` say further: ours from their config and theirs from ours. dropouts: their
+    further dropout probabilities in a task, which must equal our one. shared: their modules outside the body that several heads
+    have. mixed: layers may have different attention kinds. module: where the classes are. parts: larger classes of theirs
+    that hold a model of this layout, with its path in them; only that part is taken.
     """
 
     name: str
@@ -49,13 +57,24 @@ class Layout:
     lm_activation: str | None = None
     read: Callable[[Any], dict[str, Any]] = field(default=no_fields)
     write: Callable[[Config], dict[str, Any]] = field(default=no_fields)
+    translated: frozenset[str] = frozenset()
+    shared: frozenset[str] = frozenset()
+    mixed: bool = False
+    module: str = "transformers"
+    parts: Mapping[str, str] = field(default_factory=dict)
+
+    def cls(self, task: str) -> Any:
+        """The class for a task."""
+        return getattr(importlib.import_module(self.module), self.classes[task])
 
     def base(self, task: str) -> str:
         return "" if task == "features" else f"{self.prefix}."
 
     def rules(self, layers: int, source_task: str, task: str) -> list[Rule]:
-        """The key map from a model of `source_task` to one of `task`; of another task's head only what lies in their body (BERT's pooler)."""
-        head = [rule for rule in self.heads[task] if source_task == task or rule.theirs.startswith("{base}")]
+        """The key map from a model of `source_task` to one of `task`; of another task's head only what lies in their body (BERT's pooler)
+        or is shared by both heads (the dense layer and the norm of ModernBERT's)."""
+        common = self.shared & {rule.theirs for rule in self.heads[source_task]}
+        head = [rule for rule in self.heads.get(task, ()) if source_task == task or rule.theirs.startswith("{base}") or rule.theirs in common]
         return list(expand([*self.body, *head], layers, self.base(source_task)))
 
     def known(self, layers: int, task: str) -> Iterator[Rule]:
@@ -63,9 +82,9 @@ class Layout:
         for other in self.heads:
             yield from self.rules(layers, task, other)
 
-    def ties(self, task: str) -> dict[str, str]:
+    def ties(self, config: Config, task: str) -> dict[str, str]:
         """{their key: their key with the same values}, as they are called in a model of this task."""
-        return {key: other.replace("{base}", self.base(task)) for key, other in self.tied.items()}
+        return {key: other.replace("{base}", self.base(task)) for key, other in self.tied.items()} if config.tied else {}
 
     def config(self, theirs: Any, task: str) -> Config:
         """Our config for theirs; ConversionError for a feature that we do not have."""
@@ -92,36 +111,34 @@ class Layout:
 
     def check(self, config: Config, task: str) -> None:
         """Refuse a config of ours that this layout cannot express."""
-        slots = {name: value for name, value in self.slots.items() if _ONLY_FOR.get(name, task) == task}
+        slots: dict[str, Any] = {entry.name: entry.default for entry in dataclasses.fields(config) if entry.name not in _FREE}
+        slots.update(self.slots)
         slots["position_offset"] = (config.pad_token or 0) + 1 if self.counts_from_pad else 0
         if self.lm_activation and task == "masked_lm":
             slots["activation"] = self.lm_activation
         for name, value in slots.items():
-            if name != "pooler" and getattr(config, name) != value:
+            said = name == "pooler" or name in self.fields or name in self.translated or task not in _ONLY_FOR.get(name, (task,))
+            if not said and getattr(config, name) != value:
                 raise ConversionError(
                     f"{self.classes.get(task, self.name)} of transformers has no counterpart for {name}={getattr(config, name)!r}: it has {value!r}"
                 )
-        for entry in dataclasses.fields(config):
-            known = entry.name in self.fields or entry.name in self.slots or entry.name in _FREE or entry.name in _ONLY_FOR
-            if not known and getattr(config, entry.name) != entry.default:
-                raise ConversionError(f"{self.name} of transformers has no counterpart for {entry.name}={getattr(config, entry.name)!r}")
 
     def their_fields(self, config: Config, task: str) -> dict[str, Any]:
         """The fields of their config that say what ours says."""
         self.check(config, task)
         fields = {name: getattr(config, ours) for ours, name in self.fields.items()}
         fields[self.positions] = config.max_length + config.position_offset
-        fields[self.activation] = _THEIR_NAME[config.activation]
+        fields[self.activation] = THEIR_ACTIVATION[config.activation]
         return fields | self.write(config)
 
     def check_dropouts(self, theirs: Any, task: str) -> None:
         """Refuse several dropout probabilities where we have one."""
-        ours = getattr(theirs, self.fields["dropout"])
+        named = self.fields.get("dropout")
+        ours = getattr(theirs, named) if named else self.slots["dropout"]
         for name, value in self.dropouts(theirs, task).items():
             if value is not None and value != ours:
-                raise ConversionError(
-                    f"{name}={value} beside {self.fields['dropout']}={ours}: effzoo has one dropout for both; choose it, as in dropout={ours}"
-                )
+                beside = f"{named}={ours}" if named else f"a dropout of {ours} elsewhere"
+                raise ConversionError(f"{name}={value} beside {beside}: effzoo has one dropout for both; choose it, as in dropout={ours}")
 
 
 def _check_problem(theirs: Any, task: str) -> None:

@@ -6,11 +6,14 @@ from effzoo.architectures import Config, Transformer
 from effzoo.convert.bert import BERT
 from effzoo.convert.gpt2 import GPT2
 from effzoo.convert.layout import Layout
+from effzoo.convert.led import LED
+from effzoo.convert.llama import LLAMA, MISTRAL, QWEN3
 from effzoo.convert.longformer import LONGFORMER
+from effzoo.convert.modernbert import MODERNBERT
 from effzoo.convert.roberta import ROBERTA
 from effzoo.errors import ConversionError, listing
 
-LAYOUTS = {layout.name: layout for layout in (BERT, ROBERTA, LONGFORMER, GPT2)}
+LAYOUTS = {layout.name: layout for layout in (BERT, ROBERTA, LONGFORMER, GPT2, LLAMA, MISTRAL, QWEN3, MODERNBERT, LED)}
 _BY_ATTENTION = {
     ("bert", "full"): BERT,
     ("roberta", "full"): ROBERTA,
@@ -18,7 +21,17 @@ _BY_ATTENTION = {
     ("longformer", "full"): ROBERTA,  # the two layouts differ in their attention alone
     ("longformer", "longformer"): LONGFORMER,
     ("gpt2", "full"): GPT2,
+    ("llama", "full"): LLAMA,
+    ("llama", "longformer"): MISTRAL,  # likewise
+    ("mistral", "full"): MISTRAL,
+    ("mistral", "longformer"): MISTRAL,
+    ("qwen3", "full"): QWEN3,
+    ("qwen3", "longformer"): QWEN3,
+    ("modernbert", "full"): MODERNBERT,
+    ("modernbert", "longformer"): MODERNBERT,
+    ("led", "longformer"): LED,
 }
+_FAMILY = {"longformer": "roberta", "mistral": "llama"}
 
 
 def class_of(name: str) -> tuple[Layout, str] | None:
@@ -27,28 +40,32 @@ def class_of(name: str) -> tuple[Layout, str] | None:
         for task, known in layout.classes.items():
             if known == name:
                 return layout, task
+        if name in layout.parts:
+            return layout, "features"
     return None
 
 
 def classes() -> str:
     """Every class name we know, in a sentence."""
-    return listing(name for layout in LAYOUTS.values() for name in layout.classes.values())
+    return listing(name for layout in LAYOUTS.values() for name in (*layout.classes.values(), *layout.parts))
 
 
 def family(config: Config) -> str:
     """Layouts that share their weights but for the attention have one family."""
-    return "roberta" if config.layout == "longformer" else config.layout
+    return _FAMILY.get(config.layout, config.layout)
 
 
 def layout_for(model: Transformer) -> Layout:
     """The layout that computes what this model computes; ConversionError when there is none."""
     kinds = sorted({core.name for core in model.cores()})
-    layout = _BY_ATTENTION.get((model.config.layout, kinds[0])) if len(kinds) == 1 else None
-    if layout is None:
+    found = [_BY_ATTENTION.get((model.config.layout, kind)) for kind in kinds]
+    layout = found[0] if all(other is found[0] for other in found) else None
+    if layout is None or (len(kinds) > 1 and not layout.mixed):
         known = listing(f"{layout} with {attention}" for layout, attention in _BY_ATTENTION)
+        mixed = listing(layout.name for layout in LAYOUTS.values() if layout.mixed)
         raise ConversionError(
             f"layout {model.config.layout!r} with attention {listing(kinds)} has no counterpart in transformers; "
-            f"it has {known}, the same in all layers"
+            f"it has {known}, the same in all layers but in {mixed}"
         )
     if model.task not in layout.classes:
         raise ConversionError(f"{layout.name} of transformers has no model for task {model.task!r}; it has {listing(layout.classes)}")

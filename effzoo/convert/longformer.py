@@ -6,11 +6,9 @@ import dataclasses
 from typing import Any
 
 from effzoo.architectures import Config
-from effzoo.architectures.transformer import attention_specs
 from effzoo.convert.keymap import same
 from effzoo.convert.roberta import ROBERTA
-from effzoo.errors import ConversionError
-from effzoo.registry import attention as registry
+from effzoo.convert.windows import windows_of
 from effzoo.spec import Spec
 
 GLOBAL = same(
@@ -32,14 +30,7 @@ def read(theirs: Any) -> dict[str, Any]:
 
 def write(config: Config) -> dict[str, Any]:
     """The window of each layer; other options of our kind must stand at their defaults."""
-    windows = []
-    for layer, spec in enumerate(attention_specs(config)):
-        options = {option.name: option.default for option in registry.options("longformer")} | spec.options
-        for option in registry.options("longformer"):
-            if option.name != "window" and options[option.name] != option.default:
-                raise ConversionError(f"transformers' Longformer has no counterpart for {option.name}={options[option.name]!r} of attention {spec}")
-        windows.append(options["window"] if isinstance(options["window"], int) else options["window"][layer])
-    return {"attention_window": windows}
+    return {"attention_window": windows_of(config, "Longformer")}
 
 
 LONGFORMER = dataclasses.replace(

@@ -62,7 +62,8 @@ def open_source(source: Any, task: str | None) -> Source:
     for cls in type(source).__mro__:
         if (found := class_of(cls.__name__)) and hasattr(source, "base_model_prefix"):
             layout, its_task = found
-            return _checked(type(source).__name__, source, layout, its_task, (*layout.body, *layout.heads[its_task]))
+            model = source.get_submodule(layout.parts.get(cls.__name__, ""))
+            return _checked(type(source).__name__, model, layout, its_task, (*layout.body, *layout.heads[its_task]))
     raise ConversionError(f"{type(source).__name__} has no counterpart in effzoo; give a folder, a hub id, or one of {classes()}")
 
 
@@ -83,9 +84,12 @@ def _from_pretrained(source: str | Path, task: str | None) -> Source:
     if its_task not in layout.classes:
         raise ConversionError(f"{layout.name} of transformers has no model for task {its_task!r}; it has {', '.join(layout.classes)}")
     with _explained(label, source), _quiet():
-        model, info = getattr(transformers, layout.classes[its_task]).from_pretrained(label, output_loading_info=True)
+        cls = getattr(transformers, name) if name in layout.parts else layout.cls(its_task)
+        model, info = cls.from_pretrained(label, output_loading_info=True)
     required = (*layout.body, *layout.heads[its_task]) if found else layout.body
-    return _checked(label, model, layout, its_task, required, frozenset(info["missing_keys"]))
+    part = layout.parts.get(name, "")
+    missing = frozenset(key.removeprefix(f"{part}.") for key in info["missing_keys"])
+    return _checked(label, model.get_submodule(part), layout, its_task, required, missing)
 
 
 def _local_or_hub(source: str | Path) -> str:
@@ -107,13 +111,14 @@ def _checked(label: str, model: Any, layout: Layout, task: str, required: tuple[
     """A source whose config we can express and whose tensors are complete, tied where we tie, finite, and all known."""
     config = layout.config(model.config, task)
     state = {key: value for key, value in model.state_dict().items() if key not in missing}
-    for key, other in layout.ties(task).items():
+    present = set(state)
+    for key, other in layout.ties(config, task).items():
         tied = state.pop(key, None)
         if tied is not None and other in state and tied is not state[other] and not tied.equal(state[other]):
             raise ConversionError(f"{label}: {key} differs from {other}; effzoo ties the two, so an untied head has no counterpart")
     for rule in expand(required, config.layers, layout.base(task)):
         inside_pooler = "pooler" in rule.theirs and task == "features"  # models exist with and without
-        if not inside_pooler and not any(f"{rule.theirs}.{parameter}" in state for parameter in PARAMETERS):
+        if not inside_pooler and not any(f"{rule.theirs}.{parameter}" in present for parameter in PARAMETERS):
             raise ConversionError(f"{label} has no tensor for {rule.theirs}; the weights are incomplete, or adapters or quantisation changed them")
     known = {f"{rule.theirs}.{parameter}" for rule in layout.known(config.layers, task) for parameter in PARAMETERS}
     for key, value in state.items():

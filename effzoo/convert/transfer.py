@@ -24,7 +24,7 @@ POSITIONS = "embeddings.position.weight"
 _FIRST = ("architecture", "dim", "layers", "heads", "mlp", "vocab", "types", "position_offset", "norm", "eps", "activation")
 _MAY_DIFFER = {
     "name", "layout", "paper", "hub", "package", "backend", "attention", "max_length", "dropout", "attention_dropout", "pad_token",
-    "pooling", "head_dense", "head_bias", "pooler", "lm_transform",
+    "pooling", "head_dense", "head_bias", "pooler", "lm_transform", "mlp_chunk",
 }  # fmt: skip
 
 
@@ -67,13 +67,13 @@ def extended(table: Tensor, rows: int, offset: int) -> Tensor:
 
 
 def _stands_beside(model: Transformer, key: str) -> str:
-    """The key that a projection of a new attention starts from, or ""."""
-    match = re.fullmatch(r"blocks\.(\d+)\.attn\.(\w+)\.(weight|bias)", key)
+    """The key that a projection of a new attention, or the norm of its heads, starts from, or ""."""
+    match = re.fullmatch(r"blocks\.(\d+)\.attn\.(norms\.)?(\w+)\.(weight|bias)", key)
     if match is None:
         return ""
-    layer, projection, parameter = match.groups()
+    layer, norms, projection, parameter = match.groups(default="")
     origin = list(model.cores())[int(layer)].copied_from.get(projection)
-    return f"blocks.{layer}.attn.{origin}.{parameter}" if origin else ""
+    return f"blocks.{layer}.attn.{norms}{origin}.{parameter}" if origin else ""
 
 
 def _check_fit(model: Transformer, source: Source) -> None:
@@ -104,7 +104,7 @@ def _check_head(model: Transformer, source: Source) -> None:
 def _report(model: Transformer, source: Source, chosen: dict[str, Tensor], repeated: dict[str, str], new: list[str]) -> None:
     log.info("%s: %d tensors loaded, %d parameters", source.label, len(chosen), sum(tensor.numel() for tensor in chosen.values()))
     before, now = source.config.max_length, model.config.max_length
-    if now != before:
+    if now != before and POSITIONS in chosen:
         log.info("%s: positions %s from %d to %d", source.label, "repeated" if now > before else "cut", before, now)
     used = {*chosen, *repeated.values()}
     places = {rule.theirs: rule.ours for rule in source.layout.rules(model.config.layers, source.task, model.task)}
@@ -121,5 +121,5 @@ def _report(model: Transformer, source: Source, chosen: dict[str, Tensor], repea
 def _say(source: Source, what: str, keys: list[str]) -> None:
     """One record, with the numbers of blocks folded together."""
     if keys:
-        folded = dict.fromkeys(re.sub(r"(blocks|layer|h)\.\d+\.", r"\1.*.", key) for key in keys)
+        folded = dict.fromkeys(re.sub(r"(blocks|layers?|h)\.\d+\.", r"\1.*.", key) for key in keys)
         log.info("%s: %d tensors %s: %s", source.label, len(keys), what, ", ".join(folded))

@@ -1,0 +1,188 @@
+"""Llama, Mistral and Qwen3 as transformers lays them out: one key map; Qwen3 also normalises the heads of queries and keys.
+
+Llama: Touvron et al. 2023, arXiv:2302.13971; Mistral: Jiang et al. 2023, arXiv:2310.06825; Qwen3: Yang et al. 2025, arXiv:2505.09388.
+Theirs has no dropout but that of the attention weights, so ours has to be 0, and the token classifier's has to be as well.
+A window of W in theirs shows query i the keys i - W < j <= i; ours of width w shows i - w / 2 <= j <= i, so w = 2 (W - 1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from effzoo.architectures import Config
+from effzoo.convert import rotary
+from effzoo.convert.keymap import same
+from effzoo.convert.layout import Layout
+from effzoo.convert.windows import attention_of, windows_of
+from effzoo.errors import ConversionError
+
+BODY = same(
+    {
+        "embeddings.token": "{base}embed_tokens",
+        "blocks.{i}.attn_norm": "{base}layers.{i}.input_layernorm",
+        "blocks.{i}.attn.q": "{base}layers.{i}.self_attn.q_proj",
+        "blocks.{i}.attn.k": "{base}layers.{i}.self_attn.k_proj",
+        "blocks.{i}.attn.v": "{base}layers.{i}.self_attn.v_proj",
+        "blocks.{i}.attn.o": "{base}layers.{i}.self_attn.o_proj",
+        "blocks.{i}.mlp_norm": "{base}layers.{i}.post_attention_layernorm",
+        "blocks.{i}.mlp.gate": "{base}layers.{i}.mlp.gate_proj",
+        "blocks.{i}.mlp.up": "{base}layers.{i}.mlp.up_proj",
+        "blocks.{i}.mlp.down": "{base}layers.{i}.mlp.down_proj",
+        "final_norm": "{base}norm",
+    }
+)
+HEAD_NORMS = same({"blocks.{i}.attn.norms.q": "{base}layers.{i}.self_attn.q_norm", "blocks.{i}.attn.norms.k": "{base}layers.{i}.self_attn.k_norm"})
+HEADS = {
+    "features": (),
+    "classification": same({"head.out": "score"}),
+    "token_classification": same({"head.out": "score"}),
+    "causal_lm": same({"head.out": "lm_head"}),
+}
+SIZES = {
+    "vocab": "vocab_size",
+    "dim": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp": "intermediate_size",
+    "eps": "rms_norm_eps",
+    "attention_dropout": "attention_dropout",
+    "pad_token": "pad_token_id",
+    "tied": "tie_word_embeddings",
+}
+SLOTS = {
+    "architecture": "decoder", "norm": "pre", "norm_kind": "rms", "gated": True, "positions": "rotary", "types": 0, "dropout": 0.0,
+    "pooling": "last", "head_dense": False, "head_bias": False, "pooler": False, "lm_transform": False,
+}  # fmt: skip
+NO_BIAS = {"attn_bias": False, "attn_out_bias": False, "mlp_bias": False}
+TRANSLATED = frozenset({"kv_heads", "head_dim", "rotary_theta", "rotary_scaling"})
+
+
+def read(theirs: Any) -> dict[str, Any]:
+    """Sizes of heads, 0 where they follow from the others, and rotary positions."""
+    theta, scaling = rotary.read(theirs.rope_parameters, theirs.model_type)
+    heads, head_dim = theirs.num_attention_heads, theirs.head_dim
+    return {
+        "head_dim": 0 if head_dim * heads == theirs.hidden_size else head_dim,
+        "kv_heads": 0 if theirs.num_key_value_heads == heads else theirs.num_key_value_heads,
+        "rotary_theta": theta,
+        "rotary_scaling": scaling,
+    }
+
+
+def write(config: Config) -> dict[str, Any]:
+    if isinstance(config.rotary_theta, tuple):
+        raise ConversionError(f"{config.layout} of transformers has one rotary_theta for all layers, got {config.rotary_theta}")
+    return {
+        "head_dim": config.head_dim or config.dim // config.heads,
+        "num_key_value_heads": config.kv_heads or config.heads,
+        "rope_parameters": rotary.write(config.rotary_theta, config.rotary_scaling),
+        "classifier_dropout": config.dropout,
+        "bos_token_id": None,  # which the tokenizer knows, and our config does not
+        "eos_token_id": None,
+    }
+
+
+def dropouts(theirs: Any, task: str) -> dict[str, float | None]:
+    """The token classifier has a dropout of its own: 0.1 where the config does not say."""
+    if task != "token_classification":
+        return {}
+    classifier, hidden = getattr(theirs, "classifier_dropout", None), getattr(theirs, "hidden_dropout", None)
+    return {"classifier_dropout": classifier if classifier is not None else hidden if hidden is not None else 0.1}
+
+
+def biases(theirs: Any) -> dict[str, Any]:
+    return {"attn_out_bias": theirs.attention_bias}
+
+
+def write_biases(config: Config) -> dict[str, Any]:
+    """One switch of theirs for all four projections."""
+    if config.attn_bias != config.attn_out_bias:
+        raise ConversionError(
+            f"{config.layout} of transformers has biases in all projections or in none, got attn_bias={config.attn_bias} and "
+            f"attn_out_bias={config.attn_out_bias}"
+        )
+    return {"attention_bias": config.attn_bias}
+
+
+def reach(window: int | None, whose: str) -> int | None:
+    """Their window as our width."""
+    if window is not None and window < 2:
+        raise ConversionError(f"{whose} with sliding_window={window} shows each position itself alone; effzoo's windows start at 2")
+    return None if window is None else 2 * (window - 1)
+
+
+def read_mistral(theirs: Any) -> dict[str, Any]:
+    """One window for all layers, or none."""
+    return read(theirs) | {"attention": attention_of([reach(theirs.sliding_window, "mistral")] * theirs.num_hidden_layers)}
+
+
+def write_mistral(config: Config) -> dict[str, Any]:
+    widths = windows_of(config, "Mistral", global_projections=False)
+    if len(set(widths)) > 1:
+        raise ConversionError(f"transformers' Mistral has one sliding window for all layers, got widths {widths}")
+    return write(config) | {"sliding_window": None if widths[0] is None else widths[0] // 2 + 1}
+
+
+def read_qwen3(theirs: Any) -> dict[str, Any]:
+    """A window in the layers that `layer_types` names."""
+    width = reach(theirs.sliding_window, "qwen3")
+    attention = attention_of([width if kind == "sliding_attention" else None for kind in theirs.layer_types])
+    return read(theirs) | biases(theirs) | {"attention": attention}
+
+
+def write_qwen3(config: Config) -> dict[str, Any]:
+    widths = windows_of(config, "Qwen3", global_projections=False)
+    used = {width for width in widths if width is not None}
+    if len(used) > 1:
+        raise ConversionError(f"transformers' Qwen3 has one sliding window for the layers that have any, got widths {widths}")
+    return write(config) | write_biases(config) | {
+        "layer_types": ["full_attention" if width is None else "sliding_attention" for width in widths],
+        "use_sliding_window": bool(used),
+        "sliding_window": used.pop() // 2 + 1 if used else None,
+    }  # fmt: skip
+
+
+LLAMA = Layout(
+    name="llama",
+    prefix="model",
+    classes={
+        "features": "LlamaModel",
+        "classification": "LlamaForSequenceClassification",
+        "token_classification": "LlamaForTokenClassification",
+        "causal_lm": "LlamaForCausalLM",
+    },
+    body=BODY,
+    heads=HEADS,
+    tied={"lm_head.weight": "{base}embed_tokens.weight"},
+    fields=SIZES | {"attn_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+    positions="max_position_embeddings",
+    activation="hidden_act",
+    slots=SLOTS,
+    required={},
+    dropouts=dropouts,
+    read=lambda theirs: read(theirs) | biases(theirs),
+    write=lambda config: write(config) | write_biases(config),
+    translated=TRANSLATED | {"attn_out_bias"},
+)
+MISTRAL = dataclasses.replace(
+    LLAMA,
+    name="mistral",
+    classes={task: name.replace("Llama", "Mistral") for task, name in LLAMA.classes.items()},
+    fields=SIZES,
+    slots=SLOTS | NO_BIAS,
+    read=read_mistral,
+    write=write_mistral,
+    translated=TRANSLATED,
+)
+QWEN3 = dataclasses.replace(
+    LLAMA,
+    name="qwen3",
+    classes={task: name.replace("Llama", "Qwen3") for task, name in LLAMA.classes.items()},
+    body=BODY + HEAD_NORMS,
+    fields=SIZES | {"attn_bias": "attention_bias"},
+    slots=SLOTS | {"qk_norm": True, "mlp_bias": False},
+    read=read_qwen3,
+    write=write_qwen3,
+    mixed=True,
+)
