@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,6 +55,12 @@ def buckets_of(x: Tensor, rotations: Tensor, factors: Sequence[int]) -> Tensor:
     return found
 
 
+def sort(buckets: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions in the order of (bucket, position) along the last axis, and the place of each position in that order."""
+    order = buckets.sort(dim=-1, stable=True).indices
+    return order, torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+
+
 class Sorted:
     """Every round's sequence sorted by (bucket, position) and cut into chunks; the chunks of all rounds, batch rows and heads are tiles.
 
@@ -61,8 +68,8 @@ class Sorted:
     ends of a round, unless `circular`: then the rounds of one head stand in a ring, one after the other. Padding stands last in each
     round, so the chunks of tokens are those of the sequence alone.
 
-    position, key_position: the positions at the slots of the queries, [rounds, groups, chunks, chunk], and of the keys,
-    [rounds, groups, chunks, width], with groups = batch heads; n where a slot is empty or holds padding.
+    place: the slot of each position, [rounds, groups, n], with groups = batch heads. position, key_position: the positions at the slots of
+    the queries, [rounds, groups, chunks, chunk], and of the keys, [rounds, groups, chunks, width]; n where a slot holds no token.
     """
 
     def __init__(self, buckets: Tensor, lengths: Tensor, *, chunk: int, before: int, after: int, circular: bool):
@@ -72,10 +79,9 @@ class Sorted:
         self.batch, self.heads, self.n, self.rounds, self.chunk, self.chunks = batch, heads, n, rounds, chunk, chunks
         self.before, self.after, self.circular, self.width = before, after, circular, (before + 1 + after) * chunk
         device = buckets.device
-        order = buckets.sort(dim=-1, stable=True).indices
         slot = torch.arange(n, device=device)
-        self.place = torch.empty_like(order).scatter_(-1, order, slot.expand_as(order)).view(rounds, groups, n)  # slot of each position
-        self._order = order.view(rounds, groups, n)
+        order, place = sort(buckets)
+        self._order, self.place = order.view(rounds, groups, n), place.view(rounds, groups, n)
         empty = slot >= lengths[:, None, None]
         position = order.masked_fill(empty, n).view(rounds, groups, n).int()
         self.position = self._slots(position, n).view(rounds, groups, chunks, chunk)
@@ -135,6 +141,23 @@ class Sorted:
             return x.reshape(groups * chunks * chunk, x.shape[-1]).index_select(0, back).view(batch, heads, n, -1)
 
         return fold, unfold
+
+
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """Place (chunk, or slot when stable) and bucket in one round of the queries and keys in the tiles of every round.
+
+    query, bucket [rounds, groups, chunks, chunk]; key, key_bucket [rounds, groups, chunks, width].
+    """
+
+    query: Tensor
+    key: Tensor
+    bucket: Tensor
+    key_bucket: Tensor
+
+    def same_bucket(self, index: int) -> Tensor:
+        """bool[groups, chunks, chunk, width] for the tiles of round `index`."""
+        return self.bucket[index].unsqueeze(-1) == self.key_bucket[index].unsqueeze(-2)
 
 
 def windows(x: Tensor, width: int, step: int) -> Tensor:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, memory_part
-from effzoo.attention.hashing import Sorted, automatic, buckets_of, draw_rotations
+from effzoo.attention.hashing import Sorted, Standing, automatic, buckets_of, draw_rotations, sort
 from effzoo.attention.kernel import Part, bias_of
 from effzoo.errors import InputError, OptionError
 from effzoo.registry import attention
@@ -33,7 +32,8 @@ class LSH(AttentionCore):
     within_buckets: only keys of the query's own bucket count (equation 3; HF and Trax leave this out). count_once: a pair that meets in N_ij
     rounds counts once, by the bias -log N_ij (appendix A, equation of N_ij; HF and Trax leave this out).
     circular: the first chunk looks back to the last chunk of the round before, as in HF and Trax. It shows the end of a sequence to its
-    beginning whatever their buckets, and lets the length of the batch matter; only for equality with those.
+    beginning whatever their buckets, and lets the length of the batch matter; only for equality with those. Buckets of two rounds are never
+    the same, so it changes nothing within_buckets when there are several rounds.
 
     stable: a causal query sees the keys of its own bucket that stand at most look_back chunk places before it in the sorted order. Chunk
     borders play no part. Without it a border depends on how many *later* tokens have smaller buckets: the value of an
@@ -152,7 +152,7 @@ class LSH(AttentionCore):
                 allowed = allowed & mask.valid[:, None, None, :] & mask.valid[:, None, :, None]
             return bias_of(allowed, qk.dtype), allowed.any(dim=-1)
 
-        bias, seen = mask.memo(("lsh", self.context.causal, qk.dtype), make)
+        bias, seen = mask.memo(("lsh", qk.shape[2], self.context.causal, qk.dtype), make)
         return [Part(qk, k, v, bias, scale=1.0)], seen
 
     def _rounds_of(self, qk: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[list[Part], Tensor]:
@@ -173,20 +173,21 @@ class LSH(AttentionCore):
             parts.append(Part(queries, keys, values, bias, scale=1.0, fold=fold, unfold=unfold))
         return parts, seen
 
-    def _met(self, tiles: Sorted, buckets: Tensor) -> list[_Round]:
+    def _met(self, tiles: Sorted, buckets: Tensor) -> list[Standing]:
         """Where the tokens in the tiles of all rounds stand in each round; nothing when no option asks."""
         if not (self.within_buckets or self.count_once):
             return []
         where = tiles.place if self.stable else tiles.place // tiles.chunk
         named = buckets.int() + torch.arange(tiles.rounds, dtype=torch.int32, device=buckets.device)[:, None, None] * (math.prod(self.factors) + 1)
-        return [_Round(*(cut(x[one : one + 1]) for x in (where, named) for cut in (tiles.of_queries, tiles.of_keys))) for one in range(tiles.rounds)]
+        every = [slice(one, one + 1) for one in range(tiles.rounds)]
+        return [Standing(*(cut(x[one]) for x in (where, named) for cut in (tiles.of_queries, tiles.of_keys))) for one in every]
 
-    def _allowed(self, tiles: Sorted, met: list[_Round], index: int) -> Tensor:
+    def _allowed(self, tiles: Sorted, met: list[Standing], index: int) -> Tensor:
         """bool[groups, chunks, chunk, width]: what queries see in a round."""
         query = tiles.position[index].unsqueeze(-1)
         key = tiles.key_position[index].unsqueeze(-2)
-        nothing = tiles.n  # stands at empty slots
-        allowed = key < query.masked_fill(query == nothing, -1) if self.context.causal else (key != query) & (key < nothing) & (query < nothing)
+        empty = tiles.n  # what stands at slots without a token
+        allowed = key < query.masked_fill(query == empty, -1) if self.context.causal else (key != query) & (key < empty) & (query < empty)
         if self.within_buckets:
             allowed = allowed & met[index].same_bucket(index)
         if self.stable:
@@ -194,7 +195,7 @@ class LSH(AttentionCore):
             allowed = allowed & (key_slot >= slot[:, None])  # at most look_back chunk places before the query
         return allowed
 
-    def _meetings(self, met: list[_Round], index: int, chunks: int) -> Tensor:
+    def _meetings(self, met: list[Standing], index: int, chunks: int) -> Tensor:
         """N_ij: how often the query and the key of each pair in the tiles of round `index` meet in all rounds."""
         total: Tensor | int = 0
         for one, mine in enumerate(met):
@@ -222,14 +223,15 @@ class LSH(AttentionCore):
 
     def _buckets(self, qk: Tensor, mask: Mask) -> Tensor:
         """[rounds, batch, heads, n], one more than the largest at padding; decided once for a batch, however often a block is computed."""
-        count = math.prod(self.factors)
 
         def make() -> Tensor:
             found = buckets_of(qk, self.rotations[: self._rounds], self.factors)
-            return found.to(torch.int16 if count < 2**15 else torch.int32)
+            return found.to(torch.int16 if math.prod(self.factors) < 2**15 else torch.int32)
 
-        found: Tensor = mask.decide(("buckets", self.context.layer), make)
-        return found if mask.valid is None else found.masked_fill(~mask.valid[:, None, :], count)
+        return self._padding_last(mask.decide(("buckets", self.context.layer), make), mask)
+
+    def _padding_last(self, buckets: Tensor, mask: Mask) -> Tensor:
+        return buckets if mask.valid is None else buckets.masked_fill(~mask.valid[:, None, :], math.prod(self.factors))
 
     def step(self, qk: Tensor, v: Tensor, *, mask: Mask, past: State | None, memory: KeysValues | None = None) -> tuple[Tensor, State]:  # type: ignore[override]
         hashed = buckets_of(qk, self.rotations[: self._rounds], self.factors).transpose(0, 1)
@@ -239,12 +241,8 @@ class LSH(AttentionCore):
             raise InputError(f"lsh: the cache was filled with {past['buckets'].shape[1]} rounds, now there are {self._rounds}; start a new one")
         state = {name: torch.cat([past[name], new], dim=2) for name, new in (("qk", qk), ("v", v))}
         state["buckets"] = torch.cat([past["buckets"], hashed], dim=3)  # [batch, rounds, heads, n]
-        buckets = state["buckets"].transpose(0, 1)
-        if mask.valid is not None:
-            buckets = buckets.masked_fill(~mask.valid[:, None, :], math.prod(self.factors))
-        order = buckets.sort(dim=-1, stable=True).indices
-        place = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
-        counts = self._counts(buckets, place, past["qk"].shape[2], mask, memory is not None)
+        buckets = self._padding_last(state["buckets"].transpose(0, 1), mask)
+        counts = self._counts(buckets, sort(buckets)[1], past["qk"].shape[2], mask, memory is not None)
         bias = counts.to(torch.promote_types(qk.dtype, torch.float32)).log().to(qk.dtype)
         return self.attend(Part(qk, _normalised(state["qk"]), state["v"], bias, scale=1.0), _memory_part(qk, memory, self._times)), state
 
@@ -286,23 +284,6 @@ class LSH(AttentionCore):
             v = torch.cat([values, v], dim=2)
         some = (logits > -math.inf).any(dim=-1, keepdim=True)
         return (torch.where(some, logits, 0.0).softmax(dim=-1) * some) @ v
-
-
-@dataclass(frozen=True, eq=False)
-class _Round:
-    """Place (chunk, or slot when stable) and bucket in one round of the queries and keys in the tiles of every round.
-
-    query, bucket [rounds, groups, chunks, chunk]; key, key_bucket [rounds, groups, chunks, width].
-    """
-
-    query: Tensor
-    key: Tensor
-    bucket: Tensor
-    key_bucket: Tensor
-
-    def same_bucket(self, index: int) -> Tensor:
-        """bool[groups, chunks, chunk, width] for the tiles of round `index`."""
-        return self.bucket[index].unsqueeze(-1) == self.key_bucket[index].unsqueeze(-2)
 
 
 def _normalised(x: Tensor) -> Tensor:
