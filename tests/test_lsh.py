@@ -357,6 +357,15 @@ def test_local_steps_equal_the_forward_pass_and_the_cache_is_bounded(chunk, befo
         start = end
 
 
+def test_a_ring_that_shows_the_first_chunks_to_the_last_keeps_no_cache():
+    made = core("local[chunk=4,circular=true,look_forward=1]", causal=True)
+    with pytest.raises(IncompatibleError, match="decode with circular=false"):
+        made.step(*inputs_of(made, 5), mask=Mask(), past=None)
+    ring, plain = core("local[chunk=4,circular=true]", causal=True), core("local[chunk=4]", causal=True)
+    leaves = inputs_of(ring, 21)
+    assert torch.equal(ring(*leaves, mask=Mask()), plain(*leaves, mask=Mask()))  # looking back, causality hides the ring
+
+
 def grows(spec):
     """Whether the first 20 rows are the same in a sequence of 20 and in one of 33."""
     made = core(spec, causal=True)
@@ -435,11 +444,21 @@ def test_reversible_gradients_equal_the_plain_ones_with_dropout(name, peft, monk
         assert (got is None) == (want is None) and (want is None or (got - want).abs().max() < 1e-9)
 
 
-@pytest.mark.parametrize("n", [5, 27])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("spec", ["lsh[chunk=8]", "lsh[chunk=8,count_once=true,within_buckets=true,circular=true]", "local[chunk=8]", "stable"])
+@pytest.mark.parametrize(
+    ("spec", "causal", "n"),
+    [
+        ("lsh[chunk=8]", False, 27),
+        ("lsh[chunk=8]", True, 27),
+        ("lsh[chunk=8]", True, 5),
+        ("lsh[chunk=8,count_once=true,within_buckets=true]", True, 27),
+        ("lsh[chunk=8,count_once=true,circular=true,rounds=2]", False, 27),
+        ("lsh[chunk=8,count_once=true,stable=true,rounds=2]", True, 27),
+        ("local[chunk=8]", True, 27),
+        ("local[chunk=8,circular=true]", False, 5),
+    ],
+)
 def test_compiles_whole_and_computes_the_same(spec, causal, n):
-    made = core("lsh[chunk=8,stable=true,count_once=true]" if spec == "stable" else spec, causal or spec == "stable")
+    made = core(spec, causal)
     leaves, valid = inputs_of(made, n), torch.arange(n) < torch.tensor([n, n // 2])[:, None]
     torch._dynamo.reset()
     compiled = torch.compile(lambda *x: made(*x, mask=Mask(valid)), fullgraph=True, backend="aot_eager")

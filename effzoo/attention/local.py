@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from effzoo.attention import reference
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, memory_part
 from effzoo.attention.kernel import Part, bias_of
-from effzoo.errors import OptionError
+from effzoo.errors import IncompatibleError, OptionError
 from effzoo.registry import attention
 
 
@@ -82,6 +82,11 @@ class Local(AttentionCore):
         return bias_of(allowed & (key <= query) if self.context.causal else allowed.expand(-1, -1, query.shape[2], -1), q.dtype)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, past: State | None, memory: KeysValues | None = None) -> tuple[Tensor, State]:  # type: ignore[override]
+        if self.circular and self.after:
+            raise IncompatibleError(
+                "local: a ring with look_forward shows the last chunks the first ones, and which chunks are last changes with every token; "
+                "decode with circular=false, or without a cache (use_cache=False)"
+            )
         kept, new = (self.before + 1) * self.chunk, q.shape[2]  # how far back a later query can look
         position = torch.arange(new, device=q.device).expand(q.shape[0], new)
         if past is None:
