@@ -9,12 +9,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from effzoo.architectures import Config, Transformer
+from effzoo.architectures import Config, Perceiver, PerceiverConfig, Transformer
 from effzoo.errors import OptionError, UnknownNameError, did_you_mean, listing
 from effzoo.registry import describe, fits
 
 _HERE = Path(__file__).parent
 _FOLDERS = (_HERE / "_models", _HERE.parent / "models")  # installed, and in a checkout
+_ARCHITECTURES = {"perceiver": PerceiverConfig}  # whose config is another than Config
 _NOT_SIZES = ("name", "layout", "paper", "hub", "package")
 
 
@@ -23,7 +24,7 @@ def models() -> list[str]:
     return sorted(_files())
 
 
-def config(name: str, **sizes: Any) -> Config:
+def config(name: str, **sizes: Any) -> Any:
     """The config of a zoo entry, or of a TOML file of your own, with sizes overridden by keyword (`layers=2, dim=64`)."""
     path = _files().get(name, Path(name) if name.endswith(".toml") else None)
     if path is None:
@@ -31,15 +32,16 @@ def config(name: str, **sizes: Any) -> Config:
     name, entry = path.stem, _read(path)
     entry = entry | {key: _repeated(values, sizes.get("layers", entry["layers"])) for key, values in entry.get("repeat", {}).items()}
     entry.pop("repeat", None)
-    fields = {f.name: f for f in dataclasses.fields(Config)}
-    annotations = typing.get_type_hints(Config)
+    cls = _ARCHITECTURES.get(entry["architecture"], Config)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    annotations = typing.get_type_hints(cls)
     for key, value in sizes.items():
         if key not in fields or key in _NOT_SIZES:
             known = sorted(set(fields) - set(_NOT_SIZES))
             raise OptionError(f"model {name!r} has no size {key!r}{did_you_mean(key, known)} Sizes: {listing(known)}.")
         if not fits(value, annotations[key]):
             raise OptionError(f"size {key!r} of model {name!r} takes {describe(annotations[key])}, got {value!r} ({type(value).__name__})")
-    return Config(**{"name": name, **entry, **sizes})
+    return cls(**{"name": name, **entry, **sizes})
 
 
 def _repeated(values: list[Any], layers: Any) -> tuple[Any, ...]:
@@ -49,7 +51,7 @@ def _repeated(values: list[Any], layers: Any) -> tuple[Any, ...]:
 
 def _known(path: Path, entry: dict[str, Any]) -> None:
     """Refuse unknown and missing keys; `repeat` holds lists of values of other keys, which are given to the layers in turn."""
-    fields = {f.name: f for f in dataclasses.fields(Config)}
+    fields = {f.name: f for f in dataclasses.fields(_ARCHITECTURES.get(entry.get("architecture", ""), Config))}
     repeat = entry.get("repeat", {})
     if not isinstance(repeat, dict) or not all(isinstance(values, list) and values for values in repeat.values()):
         raise OptionError(f"{path}: [repeat] is a table of lists, as in attention = ['full', 'longformer[window=128]'], got {repeat!r}")
@@ -60,9 +62,10 @@ def _known(path: Path, entry: dict[str, Any]) -> None:
         raise OptionError(f"{path} {problem} Keys: {listing(fields)}.")
 
 
-def create(name: str, *, task: str = "features", num_labels: int = 2, **sizes: Any) -> Transformer:
-    """A freshly initialised model of the zoo."""
-    return Transformer(config(name, **sizes), task, num_labels)
+def create(name: str, *, task: str = "features", num_labels: int = 2, **sizes: Any) -> Any:
+    """A freshly initialised model of the zoo: a Transformer, or a Perceiver."""
+    sized = config(name, **sizes)
+    return Perceiver(sized, task, num_labels) if isinstance(sized, PerceiverConfig) else Transformer(sized, task, num_labels)
 
 
 @cache

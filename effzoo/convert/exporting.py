@@ -6,19 +6,22 @@ from typing import Any
 
 import torch
 
-from effzoo.architectures import Transformer
+from effzoo.architectures import Perceiver, Transformer
 from effzoo.convert.keymap import to_theirs
 from effzoo.convert.layouts import layout_for
+from effzoo.convert.perceiver_transfer import to_perceiver
 from effzoo.errors import ConversionError, listing
 from effzoo.peft import attached
 
 
-def to_transformers(model: Transformer) -> Any:
+def to_transformers(model: Transformer | Perceiver) -> Any:
     """The model of transformers (a `PreTrainedModel`) that computes the same, with a copy of the weights.
 
     Its dtype, device and training mode are the model's. Raises ConversionError for what transformers has no counterpart for: another
     attention or pooling, say, or attached adapters.
     """
+    if isinstance(model, Perceiver):
+        return to_perceiver(model)
     if not isinstance(model, Transformer):
         raise ConversionError(f"only a Transformer of effzoo can be converted, got {type(model).__name__}")
     if adapters := attached(model):

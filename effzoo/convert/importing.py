@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from effzoo.architectures import Config, Transformer
+from effzoo.architectures import Config, Perceiver, Transformer
+from effzoo.convert.perceiver_transfer import from_perceiver, load_perceiver, recognises
 from effzoo.convert.source import Source, open_source
 from effzoo.convert.transfer import transfer
 from effzoo.errors import ConversionError, OptionError, did_you_mean, listing
@@ -17,16 +18,18 @@ from effzoo.registry import describe, fits
 _NOT_OVERRIDDEN = ("name", "layout", "paper", "hub", "package")
 
 
-def from_transformers(source: Any, *, task: str | None = None, num_labels: int | None = None, **overrides: Any) -> Transformer:
+def from_transformers(source: Any, *, task: str | None = None, num_labels: int | None = None, **overrides: Any) -> Any:
     """A model of ours with the configuration and the weights of a model of transformers.
 
     source: a live model, a local folder, or a hub id; BERT, RoBERTa, Longformer, ModernBERT, GPT-2, Llama, Mistral or Qwen3 with any head that we
-    have, or the encoder of LED. task: another than the source's, with a new head. overrides: fields of the config, such as
+    have, the encoder of LED, or a Perceiver. task: another than the source's, with a new head. overrides: fields of the config, such as
     `attention="longformer[window=256]"`, `max_length=4096`, `dropout=0.0`. The result has the source's dtype, device and training mode;
     names of labels are not kept.
 
     Raises ConversionError for a feature that we do not have, a mismatch, or weights that cannot be loaded.
     """
+    if recognises(source):
+        return from_perceiver(source, task, num_labels, overrides)
     found = open_source(source, task)
     task = task or found.task
     known = [field.name for field in dataclasses.fields(Config) if field.name not in _NOT_OVERRIDDEN]
@@ -49,7 +52,7 @@ def from_transformers(source: Any, *, task: str | None = None, num_labels: int |
     return model.train(found.model.training)
 
 
-def load_pretrained(model: Transformer, source: Any) -> Transformer:
+def load_pretrained(model: Any, source: Any) -> Any:
     """Copy the weights of a source into a model, and return the model; its dtype, device and training mode stay.
 
     source: a live model of transformers, a local folder or a hub id, of the same architecture and sizes. The model may have another
@@ -59,6 +62,8 @@ def load_pretrained(model: Transformer, source: Any) -> Transformer:
 
     Raises ConversionError, and changes nothing, for the first mismatch in a number.
     """
+    if isinstance(model, Perceiver):
+        return load_perceiver(model, source)
     if not isinstance(model, Transformer):
         raise ConversionError(f"weights can be loaded into a Transformer of effzoo, got {type(model).__name__}")
     with torch.no_grad():

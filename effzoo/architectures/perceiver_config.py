@@ -1,0 +1,199 @@
+"""The numbers and names that make a Perceiver; what `models/perceiver*.toml` hold and `build` overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from effzoo.architectures.config import TASKS, Config
+from effzoo.errors import IncompatibleError, OptionError
+
+Share = Literal["none", "all_but_first", "all"]
+PER_TOKEN = ("token_classification", "masked_lm", "causal_lm")
+
+
+@dataclass(frozen=True)
+class PerceiverConfig:
+    """Sizes and slots of one Perceiver. The latents have the plain names (`dim`, `heads`, `mlp`), the cross-attention those with `cross_`.
+
+    latents: how many; in a causal model how many of the last positions, themselves, are the latents. dim: their width. layers: self-attention
+    layers with weights of their own in one block. heads, head_dim, value_dim, mlp: of these layers. attention: a spec, or one per layer.
+    cross_attends: how often the latents read the input. blocks_per_cross: how often a block follows each time. share_cross, share_blocks: which of
+    these have the same weights (all, all but the first, none). cross_residual: whether reading adds to the latents.
+    vocab: rows of the token table, 0 for arrays of numbers. channels: width of a token's row, or of the array. grid: the most positions along each
+    axis of the input, (max_length,) when empty. positions: learned rows, added (`position_dim` 0) or put beside the input with that
+    width; Fourier features with `bands` frequencies up to half the grid, put beside; or none.
+    pooling: how a classification head reads the latents: their mean, the last one, or one output query (Perceiver IO).
+    query_dim, decoder_heads, decoder_head_dim, decoder_value_dim, decoder_mlp, decoder_residual: of the output queries, one per position, of the
+    tasks with a label per token. Widths of 0 stand for: head_dim dim / heads, cross_head_dim the input's width / cross_heads, value_dim the
+    head_dim, cross_mlp mlp, query_dim channels, decoder_mlp query_dim.
+    causal: each position sees the earlier ones only (Perceiver AR). final_norm: a norm after the last block. head_norm: one in a classification head.
+    gated, attn_bias, attn_out_bias, mlp_bias, eps, activation, dropout, tied, lm_bias, backend: as in `Config`.
+    """
+
+    name: str
+    architecture: Literal["perceiver"]
+    layout: str
+    channels: int
+    latents: int
+    dim: int
+    layers: int
+    heads: int
+    mlp: int
+    max_length: int = 0
+    vocab: int = 0
+    attention: str | dict[str, Any] | tuple[Any, ...] = "full"
+    head_dim: int = 0
+    value_dim: int = 0
+    cross_attends: int = 1
+    blocks_per_cross: int = 1
+    share_cross: Share = "all_but_first"
+    share_blocks: Share = "all"
+    cross_heads: int = 1
+    cross_head_dim: int = 0
+    cross_value_dim: int = 0
+    cross_mlp: int = 0
+    cross_residual: bool = True
+    grid: tuple[int, ...] = ()
+    positions: Literal["learned", "fourier", "none"] = "learned"
+    position_dim: int = 0
+    bands: int = 0
+    pooling: Literal["mean", "last", "query"] = "mean"
+    query_dim: int = 0
+    decoder_heads: int = 8
+    decoder_head_dim: int = 0
+    decoder_value_dim: int = 0
+    decoder_mlp: int = 0
+    decoder_residual: bool = False
+    causal: bool = False
+    final_norm: bool = False
+    head_norm: bool = False
+    gated: bool = False
+    attn_bias: bool = True
+    attn_out_bias: bool = True
+    mlp_bias: bool = True
+    eps: float = 1e-5
+    activation: str = "gelu"
+    dropout: float = 0.0
+    attention_dropout: float = 0.1
+    tied: bool = True
+    lm_bias: bool | None = None
+    pad_token: int | None = None
+    backend: str = "auto"
+    paper: str = ""
+    hub: str = ""
+    package: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", tuple(self.grid))  # TOML and JSON have no tuples
+        for size in ("channels", "latents", "layers", "cross_attends", "blocks_per_cross", "cross_heads", "decoder_heads"):
+            if getattr(self, size) < 1:
+                raise OptionError(f"{size} is at least 1, got {getattr(self, size)}")
+        for size in ("vocab", "position_dim", "bands", "max_length"):
+            if getattr(self, size) < 0:
+                raise OptionError(f"{size} is 0 or more, got {getattr(self, size)}")
+        choices = {
+            "share_cross": ("none", "all_but_first", "all"),
+            "share_blocks": ("none", "all_but_first", "all"),
+            "positions": ("learned", "fourier", "none"),
+            "pooling": ("mean", "last", "query"),
+        }
+        for key, known in choices.items():
+            if getattr(self, key) not in known:
+                raise OptionError(f"{key} is one of {', '.join(known)}, got {getattr(self, key)!r}")
+        self._check_input()
+        if self.width % self.cross_heads and not self.cross_head_dim:
+            raise OptionError(f"an input {self.width} wide does not divide into {self.cross_heads} cross_heads; give cross_head_dim")
+        if self.causal and self.width != self.dim:
+            raise OptionError(f"the latents of a causal Perceiver are inputs themselves: channels {self.width} and dim {self.dim} have to be equal")
+        self.latent_transformer()  # checks the sizes that both have
+        self._fill()
+
+    def _fill(self) -> None:
+        """Put numbers in the place of widths of 0."""
+        head_dim, query_dim = self.head_dim or self.dim // self.heads, self.query_dim or self.channels
+        cross_head_dim = self.cross_head_dim or self.width // self.cross_heads
+        decoder_head_dim = self.decoder_head_dim or query_dim // self.decoder_heads * (query_dim % self.decoder_heads == 0)
+        found = {
+            "head_dim": head_dim, "value_dim": head_dim, "cross_head_dim": cross_head_dim, "cross_value_dim": cross_head_dim, "cross_mlp": self.mlp,
+            "query_dim": query_dim, "decoder_head_dim": decoder_head_dim, "decoder_value_dim": decoder_head_dim, "decoder_mlp": query_dim,
+        }  # fmt: skip
+        for name, value in found.items():
+            if getattr(self, name) < 0:
+                raise OptionError(f"{name} is 0 or more, got {getattr(self, name)}")
+            object.__setattr__(self, name, getattr(self, name) or value)
+
+    def _check_input(self) -> None:
+        if not self.grid and not self.max_length:
+            raise OptionError("give max_length, the most positions of an input, or grid, the most along each of its axes")
+        if not self.grid:
+            object.__setattr__(self, "grid", (self.max_length,))
+        if min(self.grid) < 1 or self.max_length not in (0, math.prod(self.grid)):
+            raise OptionError(f"grid {self.grid} has {math.prod(self.grid)} positions, max_length is {self.max_length}; give one of the two")
+        object.__setattr__(self, "max_length", math.prod(self.grid))
+        if (self.vocab or self.causal) and len(self.grid) > 1:
+            raise OptionError(f"tokens and causal models have one axis, the grid {self.grid} has {len(self.grid)}; use vocab=0 for arrays of numbers")
+        if (self.positions == "fourier") != bool(self.bands):
+            raise OptionError(f"bands are for positions='fourier', which needs at least 1; got positions={self.positions!r} with bands={self.bands}")
+        if self.position_dim and self.positions != "learned":
+            raise OptionError(f"position_dim is for positions='learned', got positions={self.positions!r}")
+
+    @property
+    def norm(self) -> str:
+        """Norms stand before each sub-layer, in every Perceiver."""
+        return "pre"
+
+    @property
+    def width(self) -> int:
+        """Width of the array that the latents read: the channels, and the positions that stand beside them."""
+        return self.channels + self.position_dim + len(self.grid) * (2 * self.bands + 1) * bool(self.bands)
+
+    def cross_schedule(self) -> list[int]:
+        """Which weights each cross-attention uses."""
+        return _schedule(self.cross_attends, self.share_cross)
+
+    def block_schedule(self) -> list[int]:
+        """Which weights each block uses."""
+        return _schedule(self.cross_attends * self.blocks_per_cross, self.share_blocks)
+
+    def latent_transformer(self) -> Config:
+        """The stack over the latents as the transformer that it is, one layer for each with weights of its own."""
+        blocks = len(set(self.block_schedule()))
+        attention = tuple(self.attention) * blocks if isinstance(self.attention, (tuple, list)) else self.attention
+        if isinstance(attention, tuple) and len(attention) != self.layers * blocks:
+            raise OptionError(f"{len(attention) // blocks} attention specs for {self.layers} layers; give one, or one per layer")
+        return Config(
+            name=self.name, architecture="decoder" if self.causal else "encoder", layout=self.layout, vocab=max(self.vocab, 1), dim=self.dim,
+            layers=self.layers * blocks, heads=self.heads, mlp=self.mlp, max_length=self.latents, attention=attention, head_dim=self.head_dim,
+            attn_bias=self.attn_bias, attn_out_bias=self.attn_out_bias, mlp_bias=self.mlp_bias, gated=self.gated, norm="pre", eps=self.eps,
+            activation=self.activation, dropout=self.dropout, attention_dropout=self.attention_dropout, positions="none", tied=self.tied,
+            lm_bias=self.lm_bias, pooling="last" if self.pooling == "last" else "mean", head_dense=False, head_norm=self.head_norm, pooler=False,
+            lm_transform=False, backend=self.backend,
+        )  # fmt: skip
+
+    def inputs(self) -> Config:
+        """The embedded input as a transformer's, for the checks and heads that see its width."""
+        return dataclasses.replace(
+            self.latent_transformer(), dim=self.channels, heads=1, head_dim=0, layers=1, attention="full", max_length=self.max_length
+        )
+
+    def check_task(self, task: str) -> None:
+        """Refuse a task that this model has no head for."""
+        if task not in TASKS:
+            raise OptionError(f"task is one of {', '.join(TASKS)}, got {task!r}")
+        self.latent_transformer().check_task(task)
+        if task.endswith("_lm") and not self.vocab:
+            raise IncompatibleError(
+                f"{self.name} reads arrays of numbers, so task={task!r} has no vocabulary to predict; give vocab, or another task"
+            )
+        if task in PER_TOKEN and not self.causal and not self.decoder_head_dim:
+            raise OptionError(f"query_dim {self.query_dim} does not divide into {self.decoder_heads} decoder_heads; give query_dim or decoder_heads")
+        if self.pooling == "query" and self.causal and task == "classification":
+            raise IncompatibleError("an output query reads all latents, the causal ones too; use pooling='last' or 'mean' with causal=True")
+
+
+def _schedule(times: int, share: Share) -> list[int]:
+    """The number of the weights that each of `times` applications uses."""
+    return {"none": list(range(times)), "all_but_first": [min(i, 1) for i in range(times)], "all": [0] * times}[share]

@@ -1,0 +1,210 @@
+"""Perceivers from transformers and to it: opening a source, and copying every tensor or none."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effzoo.architectures import Perceiver, PerceiverConfig
+from effzoo.architectures.perceiver_config import PER_TOKEN
+from effzoo.convert.layout import _check_problem
+from effzoo.convert.perceiver import CLASSES, names, read, write
+from effzoo.convert.source import _explained, _local_or_hub, _quiet
+from effzoo.convert.transfer import _say, _stands_beside, extended
+from effzoo.errors import ConversionError, OptionError, did_you_mean, listing
+from effzoo.peft import attached
+from effzoo.registry import describe, fits
+
+log = logging.getLogger("effzoo.convert")
+_THEIRS = "transformers.models.perceiver.modeling_perceiver"
+_TABLES = ("embeddings.position.weight", "decoder.queries.weight")  # one row per position
+_NOT_OVERRIDDEN = ("name", "architecture", "layout", "paper", "hub", "package")
+_MAY_DIFFER = {
+    *_NOT_OVERRIDDEN, "backend", "attention", "max_length", "dropout", "attention_dropout", "pad_token", "share_cross", "share_blocks", "pooling",
+    "head_norm", "tied", "lm_bias",
+}  # fmt: skip
+_OF_DECODER = ("query_dim", "decoder_heads", "decoder_head_dim", "decoder_value_dim", "decoder_mlp", "decoder_residual")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Perceiver of transformers, its config as ours, and its tensors under our keys; `label` names it in messages."""
+
+    label: str
+    model: Any
+    task: str
+    config: PerceiverConfig
+    state: dict[str, Tensor]
+
+
+def recognises(source: Any) -> bool:
+    """Whether a source is a Perceiver of transformers: a live model, or a folder or hub id that holds one."""
+    if not isinstance(source, (str, Path)):
+        return any(cls.__name__ in CLASSES for cls in type(source).__mro__) and hasattr(source, "base_model_prefix")
+    return bool(_their_config(source).model_type == "perceiver")
+
+
+def from_perceiver(source: Any, task: str | None, num_labels: int | None, overrides: dict[str, Any]) -> Perceiver:
+    """`from_transformers` for a Perceiver."""
+    found = _open(source)
+    annotations = typing.get_type_hints(PerceiverConfig)
+    known = [field.name for field in dataclasses.fields(PerceiverConfig) if field.name not in _NOT_OVERRIDDEN]
+    for key, value in overrides.items():
+        if key not in known:
+            raise OptionError(f"from_transformers has no option {key!r}{did_you_mean(key, known)} Options: task, num_labels, {listing(known)}.")
+        if not fits(value, annotations[key]):
+            raise OptionError(f"{key!r} takes {describe(annotations[key])}, got {value!r} ({type(value).__name__})")
+    if "max_length" in overrides:
+        overrides = {"grid": (), **overrides}
+    elif "grid" in overrides:
+        overrides = {"max_length": 0, **overrides}
+    config = dataclasses.replace(found.config, **overrides)
+    model = Perceiver(config, task or found.task, found.model.config.num_labels if num_labels is None else num_labels)
+    like = found.state["latents.weight"]
+    _transfer(model.to(device=like.device, dtype=like.dtype), found)
+    return model.train(found.model.training)
+
+
+def load_perceiver(model: Perceiver, source: Any) -> Perceiver:
+    """`load_pretrained` for a Perceiver."""
+    if not recognises(source):
+        raise ConversionError(
+            f"{source if isinstance(source, (str, Path)) else type(source).__name__} is no Perceiver; give one of {listing(CLASSES)}"
+        )
+    _transfer(model, _open(source))
+    return model
+
+
+def to_perceiver(model: Perceiver) -> Any:
+    """`to_transformers` for a Perceiver."""
+    if adapters := attached(model):
+        raise ConversionError(f"adapters are attached ({listing(adapters)}); merge or detach them first")
+    if model.task not in {task for task, _ in CLASSES.values()}:
+        raise ConversionError(f"transformers has no Perceiver for task {model.task!r}; it has {listing(CLASSES)}")
+    name, fields = write(model.config, model.task)
+    theirs_module = importlib.import_module(_THEIRS)
+    special = {"bos_token_id": None, "eos_token_id": None}
+    with torch.random.fork_rng(devices=[]):  # their random initialisation is overwritten, so it should leave no trace
+        config = theirs_module.PerceiverConfig(**fields, **special, num_labels=model.num_labels)
+        text = {"input_preprocessor": theirs_module.PerceiverTextPreprocessor(config)} if name == "PerceiverModel" and model.config.vocab else {}
+        theirs = getattr(theirs_module, name)(config, **text)
+    ours = model.state_dict()
+    like = ours["latents.weight"]
+    state = {there: ours[here] for here, there in names(model.config, model.task).items()}
+    theirs.to(device=like.device, dtype=like.dtype).load_state_dict(state)
+    return theirs.train(model.training)
+
+
+def _open(source: Any) -> Source:
+    if not isinstance(source, (str, Path)):
+        name = next(cls.__name__ for cls in type(source).__mro__ if cls.__name__ in CLASSES)
+        return _checked(type(source).__name__, source, name, frozenset())
+    config = _their_config(source)
+    name = (config.architectures or ["PerceiverModel"])[0]
+    if name not in CLASSES:
+        raise ConversionError(f"{source} was saved from {name}, which has no counterpart in effzoo; it has {listing(CLASSES)}")
+    label, theirs = _local_or_hub(source), importlib.import_module(_THEIRS)
+    cls = getattr(theirs, name)
+    with _explained(label, source), _quiet():
+        text = {"input_preprocessor": theirs.PerceiverTextPreprocessor(config)} if name == "PerceiverModel" else {}
+        model, info = cls.from_pretrained(label, output_loading_info=True, **text)
+        if any(key.startswith("input_preprocessor.") for key in info["missing_keys"]):  # it was saved without one
+            model, info = cls.from_pretrained(label, output_loading_info=True)
+    return _checked(label, model, name, frozenset(info["missing_keys"]))
+
+
+def _their_config(source: str | Path) -> Any:
+    import transformers
+
+    label = _local_or_hub(source)
+    with _explained(label, source), _quiet():
+        return transformers.AutoConfig.from_pretrained(label)
+
+
+def _checked(label: str, model: Any, name: str, missing: frozenset[str]) -> Source:
+    """A source whose config we can express, and whose tensors are complete, finite and all known."""
+    task, kind = CLASSES[name]
+    if name == "PerceiverModel":
+        parts = [type(part).__name__ for part in (model.input_preprocessor, model.decoder, model.output_postprocessor) if part is not None]
+        if parts not in ([], ["PerceiverTextPreprocessor"]):
+            raise ConversionError(f"{label} has {listing(parts)}; a PerceiverModel is read alone, or with a PerceiverTextPreprocessor")
+        kind = "tokens" if parts else "array"
+    config = read(model.config, kind)
+    _check_problem(model.config, task)
+    state = {key: value for key, value in model.state_dict().items() if key not in missing}
+    wanted = names(config, task)
+    for here, there in wanted.items():
+        if there not in state:
+            raise ConversionError(
+                f"{label} has no tensor {there} (ours: {here}); the weights are incomplete, or adapters or quantisation changed them"
+            )
+    for key in state:
+        if key not in wanted.values():
+            raise ConversionError(f"{label} has the tensor {key}, which {name} does not have; merge or remove what was added")
+        if not bool(state[key].isfinite().all()):
+            wrong = int((~state[key].isfinite()).sum())
+            raise ConversionError(f"{label} has NaN or infinity in {key} ({wrong} of {state[key].numel()} entries)")
+    return Source(label, model, task, config, {here: state[there] for here, there in wanted.items()})
+
+
+def _transfer(model: Perceiver, source: Source) -> None:
+    """Write the source's tensors into the model, all or none; the decoder and the head only where the model's task has the same."""
+    decoder = source.task == model.task or {source.task, model.task} <= {*PER_TOKEN}
+    _check_fit(model, source, decoder)
+    given = {
+        key: value
+        for key, value in source.state.items()
+        if (decoder or not key.startswith("decoder.")) and (source.task == model.task or not key.startswith("head."))
+    }
+    wanted = {key: value for key, value in model.state_dict(keep_vars=True).items() if ".adapters." not in f".{key}"}
+    chosen: dict[str, Tensor] = {}
+    repeated: dict[str, str] = {}
+    new: list[str] = []
+    for key, value in wanted.items():
+        origin = key if key in given else _stands_beside(model, key)  # type: ignore[arg-type]
+        if origin in given:
+            per_position = key == _TABLES[0] or (key == _TABLES[1] and model.task != "classification")
+            tensor = extended(given[origin], len(value), 0) if per_position else given[origin]
+            if tensor.shape != value.shape:
+                raise ConversionError(f"{key} has shape {tuple(value.shape)} in the model and {tuple(tensor.shape)} in {source.label}")
+            chosen[key] = tensor
+            if origin != key:
+                repeated[key] = origin
+        elif key.startswith(("head.", "decoder.")) or (key.startswith("blocks.") and ".attn." in key):
+            new.append(key)
+        else:
+            raise ConversionError(f"{source.label} has no tensor for {key}; build the model without it")
+    with torch.no_grad():
+        for key, tensor in chosen.items():
+            wanted[key].copy_(tensor)
+    log.info("%s: %d tensors loaded, %d parameters", source.label, len(chosen), sum(tensor.numel() for tensor in chosen.values()))
+    before, now = source.config.max_length, model.config.max_length
+    if now != before and _TABLES[0] in chosen:
+        log.info("%s: positions %s from %d to %d", source.label, "repeated" if now > before else "cut", before, now)
+    _say(source, "copied beside", [f"{key} <- {origin}" for key, origin in repeated.items()])  # type: ignore[arg-type]
+    _say(source, "newly initialised", new)  # type: ignore[arg-type]
+    _say(source, "unused", [key for key in source.state if key not in {*chosen, *repeated.values()}])  # type: ignore[arg-type]
+
+
+def _check_fit(model: Perceiver, source: Source, decoder: bool) -> None:
+    ours, theirs = model.config, source.config
+    free = _MAY_DIFFER | (set() if decoder and model.task != "classification" else set(_OF_DECODER))
+    free |= set() if ours.positions == "fourier" else {"grid"}
+    for name in (field.name for field in dataclasses.fields(PerceiverConfig) if field.name not in free):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise ConversionError(
+                f"{name} is {getattr(ours, name)!r} in the model and {getattr(theirs, name)!r} in {source.label}; "
+                f"build the model with {name}={getattr(theirs, name)!r}"
+            )
+    if source.task == model.task == "classification":
+        for name, own, other in (("num_labels", model.num_labels, source.model.config.num_labels), ("pooling", ours.pooling, theirs.pooling)):
+            if own != other:
+                raise ConversionError(f"{name} is {own!r} in the model and {other!r} in {source.label}; build the model with {name}={other!r}")
