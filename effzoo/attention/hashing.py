@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,16 @@ from torch.nn import functional as F
 
 
 def automatic(max_length: int, chunk: int) -> tuple[int, ...]:
-    """How many buckets a sequence of max_length needs: 2 n / chunk, as a power of two; two factors where one would make the rotations large."""
+    """How many buckets a sequence of max_length needs: 2 n / chunk, as a power of two, in factors where one would make the rotations large.
+
+    One and two factors are those of HF; more of them, where two would be larger than 2 chunk, keep the cost of hashing at n log n.
+    """
     power = max(1, (2 * (max_length // chunk)).bit_length() - 1)
     if 2**power <= 2 * max(math.isqrt(max_length // chunk), chunk):
         return (2**power,)
-    return (2 ** (power // 2), 2 ** (power - power // 2))
+    largest = (2 * max(chunk, 4)).bit_length() - 1
+    count = max(2, -(-power // largest))
+    return tuple(2 ** ((power + index) // count) for index in range(count))
 
 
 def draw_rotations(seed: int, layer: int, rounds: range, heads: int, head_dim: int, factors: Sequence[int]) -> Tensor:
@@ -44,7 +50,8 @@ def buckets_of(x: Tensor, rotations: Tensor, factors: Sequence[int]) -> Tensor:
     exact = torch.promote_types(x.dtype, torch.float32)
     found = torch.zeros(rotations.shape[0], *x.shape[:3], dtype=torch.int64, device=x.device)
     start, product = 0, 1
-    with torch.autocast(x.device.type, enabled=False):
+    device = x.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         for factor in factors:
             half = factor // 2
             if half:

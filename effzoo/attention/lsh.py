@@ -35,10 +35,10 @@ class LSH(AttentionCore):
     beginning whatever their buckets, and lets the length of the batch matter; only for equality with those. Buckets of two rounds are never
     the same, so it changes nothing within_buckets when there are several rounds.
 
-    stable: a causal query sees the keys of its own bucket that stand at most look_back chunk places before it in the sorted order. Chunk
-    borders play no part. Without it a border depends on how many *later* tokens have smaller buckets: the value of an
-    output may then change when the sequence grows, though its gradient with respect to later inputs is exactly 0. Decoding with a cache equals
-    the forward pass in the last rows, always; in all rows, and so through several layers, when stable.
+    stable: a query sees the keys of its own bucket that stand at most look_back chunk places before it in the sorted order, and at most look_forward
+    chunk places after it. Chunk borders play no part, as they do without it: where a border falls depends on how many *later* tokens have
+    smaller buckets, so the value of a causal output may change when the sequence grows, though its gradient with respect to later inputs is
+    exactly 0. Decoding with a cache equals the forward pass in the newest rows, always; in all rows, and so through several layers, when stable.
 
     Memory keys are normalised as all keys are, and every query sees them in every round (once, when pairs count once). Padding sees them alone.
     Copied from another kind, the shared projection starts as that of the queries, since they decide what is looked for.
@@ -74,14 +74,16 @@ class LSH(AttentionCore):
             raise OptionError(f"lsh: look_back and look_forward are numbers of chunks, at least 0, got {look_back} and {look_forward}")
         if seed < 0:
             raise OptionError(f"lsh: seed is at least 0, got {seed}")
-        if stable and (not context.causal or look_back < 1 or look_forward or circular):
-            raise OptionError("lsh: stable is for causal attention with look_back of at least 1, without look_forward and circular; leave it out")
+        if stable and (look_back < 1 or circular):
+            raise OptionError("lsh: stable needs look_back of at least 1, and has no borders that could be circular; leave one of the two out")
         given = (buckets,) if isinstance(buckets, int) else buckets
         factors = automatic(context.max_length, chunk) if given is None else tuple(given)
         if not factors or (factors != (1,) and any(factor < 2 or factor % 2 for factor in factors)):
             raise OptionError(f"lsh: buckets is 1, an even number or even factors such as (8, 16), got {buckets}")
         self.chunk, self.factors, self.before, self.after = chunk, factors, look_back, look_forward
         self.within_buckets, self.count_once, self.circular, self.stable = within_buckets or stable, count_once, circular, stable
+        if not stable:
+            self.later_values_matter = "a chunk border depends on how many later tokens have smaller buckets; lsh[stable=true] has no borders"
         self._seed: int | None = seed
         self.register_buffer("rotations", self._draw(range(0)), persistent=False)
         self.rounds = rounds
@@ -192,7 +194,8 @@ class LSH(AttentionCore):
             allowed = allowed & met[index].same_bucket(index)
         if self.stable:
             slot, key_slot = (torch.arange(size, device=query.device) for size in (tiles.chunk, tiles.width))
-            allowed = allowed & (key_slot >= slot[:, None])  # at most look_back chunk places before the query
+            ahead = key_slot - slot[:, None]  # counted from look_back chunk places before the query
+            allowed = allowed & (ahead >= 0) & (ahead <= (self.before + self.after) * self.chunk)
         return allowed
 
     def _meetings(self, met: list[Standing], index: int, chunks: int) -> Tensor:
@@ -215,7 +218,7 @@ class LSH(AttentionCore):
             return None
         gap = query.unsqueeze(-1) - key.unsqueeze(-2)
         if self.stable:
-            return ((gap >= 0) & (gap <= self.before * self.chunk)).to(torch.int16)
+            return ((gap >= -self.after * self.chunk) & (gap <= self.before * self.chunk)).to(torch.int16)
         if not self._ring:
             return ((gap >= -self.after) & (gap <= self.before)).to(torch.int16)
         gap = gap + (one - other) * chunks
