@@ -114,6 +114,7 @@ class AttentionCore(nn.Module, abc.ABC):
     supports_cross: ClassVar[bool] = False
     supports_cache: ClassVar[bool] = False
     not_causal: ClassVar[str] = "it mixes past and future"  # why, when it cannot be causal
+    later_values_matter: str = ""  # why later tokens may change the value of a causal output, though never through its gradient; an option may say
 
     def __init__(self, context: Context):
         super().__init__()

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from effzoo.checks.attention import Subject
 from effzoo.checks.models import Case, silent, train
 from effzoo.checks.runner import Check, Failed, NotApplicable, close, needs
+from effzoo.checks.subject import Subject
 from effzoo.peft import attach
 
 METHODS = {

@@ -1,11 +1,12 @@
 """Running checks: each alone, a crash in the checked code becomes a red line, and nothing is left behind.
 
-A check is a function of a subject whose docstring's first line is the property and whose body raises `Failed` when the property does not
-hold. It may raise `NotApplicable` with the reason why an entry need not have the property.
+A check is a function of a subject. The first line of its docstring is the property, the rest says how to see a violation; its body raises
+`Failed` when the property does not hold. It may raise `NotApplicable` with the reason why an entry need not have the property.
 """
 
 from __future__ import annotations
 
+import inspect
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -21,7 +22,7 @@ Status = Literal["green", "red", "skipped", "not run"]
 
 
 class Failed(Exception):
-    """The property does not hold; the message says what was found, with numbers, and what to try."""
+    """The property does not hold. The message says what was found, with numbers; then, after "; ", the likely cause or what to try."""
 
 
 class NotApplicable(Exception):
@@ -30,13 +31,28 @@ class NotApplicable(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one check: its function's name, the property it stands for, and the reason unless it is green."""
+    """What became of one check: its function's name, the property it stands for, and the reason unless it is green.
+
+    see: how to see a violation of this property. trace: where the checked code raised, when it did.
+    """
 
     check: str
     label: str
     status: Status
     reason: str = ""
     seconds: float = 0.0
+    see: str = ""
+    trace: str = ""
+
+    @property
+    def happened(self) -> str:
+        """The part of the reason that says what was found."""
+        return self.reason if self.trace else self.reason.partition("; ")[0]
+
+    @property
+    def cause(self) -> str:
+        """The part of the reason that says what is the likely cause, or what to try."""
+        return "the checked code raised this; its message says why" if self.trace else self.reason.partition("; ")[2]
 
     @property
     def ok(self) -> bool:
@@ -92,11 +108,10 @@ def run(report: Report, subject: Any, checks: Iterable[Check], source: str | Non
     """Run the checks one after another into the report; `source` is the file in which the entry is written."""
     for check in checks:
         started = time.perf_counter()
-        status, reason = _outcome(report, subject, check, source)
-        name = check.__name__
+        status, reason, trace = _outcome(report, subject, check, source)
         first = next((earlier.check for earlier in report.results if status == "red" and earlier.reason == reason), None)
         reason = reason if first is None else f"the same as in {first}"
-        result = Result(name, label_of(check), status, reason, time.perf_counter() - started)
+        result = Result(check.__name__, label_of(check), status, reason, time.perf_counter() - started, see_of(check), trace)
         report.results.append(result)
         if on_result is not None:
             on_result(result)
@@ -108,11 +123,17 @@ def label_of(check: Check) -> str:
     return (check.__doc__ or check.__name__).strip().splitlines()[0].rstrip(".")
 
 
-def _outcome(report: Report, subject: Any, check: Check, source: str | None) -> tuple[Status, str]:
+def see_of(check: Check) -> str:
+    """How to see a violation: what follows the first line of the check's docstring."""
+    return inspect.cleandoc("\n".join((check.__doc__ or "").strip().splitlines()[1:])).strip()
+
+
+def _outcome(report: Report, subject: Any, check: Check, source: str | None) -> tuple[Status, str, str]:
+    """Status, reason and trace."""
     status = {result.check: result for result in report.results}
     for name in getattr(check, "needs", ()):
         if name in status and status[name].status in ("red", "not run"):
-            return "not run", f"makes no sense before {name} holds"
+            return "not run", f"makes no sense before {name} holds", ""
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # tensors this small only wait for a second thread
@@ -120,14 +141,14 @@ def _outcome(report: Report, subject: Any, check: Check, source: str | None) -> 
             torch.manual_seed(0)
             check(subject)
     except Failed as failure:
-        return "red", _with_notes(failure, str(failure))
+        return "red", _with_notes(failure, str(failure)), ""
     except NotApplicable as reason:
-        return "skipped", str(reason)
+        return "skipped", str(reason), ""
     except Exception as error:  # whatever the checked code does, the other checks still run
-        return "red", _with_notes(error, crash(error, source))
+        return "red", _with_notes(error, crash(error, source)), "".join(traceback.format_exception(error)).rstrip()
     finally:
         torch.set_num_threads(threads)
-    return "green", ""
+    return "green", "", ""
 
 
 def crash(error: BaseException, source: str | None) -> str:

@@ -1,0 +1,145 @@
+"""An attention kind against what it says of itself: projections, shapes, lengths, and the dense definition that it must equal."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effzoo.attention.core import AttentionCore, Mask
+from effzoo.checks.declared import check_docstring, check_options, check_signature
+from effzoo.checks.runner import Failed, close, needs
+from effzoo.checks.subject import BATCH, HEADS, LENGTHS, WIDTH, Subject, draw, gradients, live, masks, padding, same_as_definition, some_global
+from effzoo.registry import attention as registry
+
+
+def declares_itself(subject: Subject) -> None:
+    """Options are keyword-only with type and default; docstring and cost are there; nothing is swallowed
+
+    `effzoo show NAME` prints what the class says of itself; options are the keyword-only parameters of its constructor.
+    """
+    check_options(registry, subject.cls, leading=1)
+    check_docstring(subject.cls)
+    for method in ("forward", "step", "dense", "project"):
+        check_signature(subject.cls, method)
+    if not any("cost" in vars(parent) for parent in subject.cls.__mro__ if issubclass(parent, AttentionCore) and parent is not AttentionCore):
+        raise Failed(f"{subject.cls.__qualname__} does not say its cost; write for example cost = 'n * window'")
+
+
+def projections_match(subject: Subject) -> None:
+    """The declared projections are those that forward takes, by name and in order
+
+    Compare `core.projections` with `inspect.signature(type(core).forward)`.
+    """
+    for _, core in subject.cores():
+        declared = core.projections
+        for method in ("forward", "dense", "step"):
+            _match(subject.cls, method, declared)
+        for mask in (Mask(), Mask(is_global=some_global(7))) if subject.cls.supports_global else (Mask(),):
+            used = core.uses(mask)
+            if tuple(name for name in declared if name in used) != tuple(used):
+                raise Failed(f"uses(mask) names {list(used)}; return some of the declared {list(declared)}, in the same order")
+    for what, names in (("key_side", subject.cls.key_side), ("copied_from", subject.cls.copied_from)):
+        strangers = [name for name in names if name not in subject.cls.projections and name not in declared]
+        if strangers:
+            raise Failed(f"{what} names {strangers[0]!r}, which is no projection; the projections are {list(subject.cls.projections)}")
+
+
+def _match(cls: type[AttentionCore], method: str, declared: tuple[str, ...]) -> None:
+    """Fail unless a method takes these projections first; it may take more, with defaults."""
+    parameters = list(inspect.signature(getattr(cls, method)).parameters.values())[1:]
+    missing = [name for name in ("mask", "memory") if name not in (p.name for p in parameters)]
+    if missing:
+        raise Failed(f"{method} takes no {missing[0]!r}; its keywords are mask and memory (past as well in step)")
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in ("mask", "memory", "past")]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return
+    taken = [p.name for p in places]
+    absent = [name for name in declared if name not in taken]
+    if absent:
+        raise Failed(f"{absent[0]!r} is declared in `projections`, but {method} takes {taken}; add it to {method}, or take it out of `projections`")
+    extra = [p.name for p in places if p.name not in declared and p.default is p.empty]
+    if extra:
+        raise Failed(f"{method} takes {extra[0]!r}, which `projections` {list(declared)} lacks, so the layer builds none; declare it")
+    if taken[: len(declared)] != list(declared):
+        raise Failed(
+            f"{method} takes {taken[: len(declared)]} where `projections` says {list(declared)}; the layer passes them by place: use one order"
+        )
+
+
+@needs("projections_match")
+def shape_and_dtype(subject: Subject) -> None:
+    """Output and gradients have the shape and dtype of the inputs in float32, float64, bfloat16 and float16
+
+    Print `out.dtype` after each line of forward: masks and tables made without `dtype=q.dtype` are float32.
+    """
+    for where, core in subject.cores():
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            inputs = draw(core, 31, Mask(), dtype=dtype)
+            out = core.to(dtype)(*inputs, mask=Mask())
+            wanted = (BATCH, HEADS, 31, WIDTH)
+            if out.shape != wanted or out.dtype != dtype:
+                raise Failed(f"{where}: {out.dtype} of shape {tuple(out.shape)} came out for {dtype} of shape {wanted}; return the latter")
+            for tensor in (out, *gradients(out, live(inputs))):
+                close(
+                    f"{where}, {dtype}: output or gradient", tensor, tensor, 0.0, "mask with -inf or torch.finfo(dtype).min: -1e9 overflows float16"
+                )
+
+
+@needs("shape_and_dtype")
+def every_length(subject: Subject) -> None:
+    """Every length works, forward and backward: 1, 2, 7, 16, 31, 64
+
+    `effzoo check FILE --only every_length`: the reason names the first length that does not work.
+    """
+    for where, core in subject.cores():
+        for n in LENGTHS:
+            inputs = draw(core, n, Mask())
+            out = core(*inputs, mask=Mask())
+            if out.shape[2] != n:
+                raise Failed(f"{where}: {out.shape[2]} rows came out for n = {n}; cut the padding to a block multiple off again")
+            for tensor in (out, *gradients(out, live(inputs))):
+                close(f"{where}, n = {n}: output or gradient", tensor, tensor, 0.0, "mask with care where a block holds no key")
+
+
+@needs("every_length")
+def equals_definition(subject: Subject) -> None:
+    """Output and gradients equal the dense definition to 1e-10
+
+    At the index of the reason, which is (batch, head, row, column), compare `core.pattern(n, mask)[batch, head, row]` with the keys that
+    forward shows to that row: feed one-hot values (`v = torch.eye(n)` in the first columns), and the output is the weights.
+    """
+    subject.needs_definition()
+    advice = "compare `pattern` with what forward attends: window edges, the causal triangle, padding, the scale 1 / sqrt(d)"
+    for where, core in subject.cores():
+        for n in (1, 7, 31, 64):
+            same_as_definition(core, n, where, advice)
+        for n in (7, 31):
+            same_as_definition(core, n, f"{where} with padding", advice, valid=padding(n))
+
+
+@needs("every_length")
+def gradients_are_derivatives(subject: Subject) -> None:
+    """Gradients of inputs and own parameters equal numerical derivatives (gradcheck)
+
+    `torch.autograd.gradcheck(lambda v: core(q, k, v, mask=Mask()), v)` for one input after the other; look for detach, no_grad,
+    `.data`, in-place writes, or an autograd.Function with a wrong backward.
+    """
+    for where, core in subject.cores():
+        for what, given in masks(core, 7):
+            inputs = draw(core, 7, Mask(**given))
+            here, parameters = live(inputs), dict(core.named_parameters())
+
+            def output(*tensors: Tensor, core: Any = core, given: Any = given, inputs: Any = inputs, parameters: Any = parameters) -> Tensor:
+                rest = iter(tensors)
+                filled = [None if x is None else next(rest) for x in inputs]
+                own = dict(zip(parameters, rest, strict=True))
+                return torch.func.functional_call(core, own, tuple(filled), {"mask": Mask(**given)})
+
+            try:
+                torch.autograd.gradcheck(output, (*here, *parameters.values()), fast_mode=True)
+            except torch.autograd.gradcheck.GradcheckError as error:  # type: ignore[attr-defined]
+                found = " ".join(str(error).split())[:200]
+                raise Failed(f"{where}{what}, n = 7: {found}; some step of forward is not what its backward differentiates") from error

@@ -1,0 +1,135 @@
+"""One attention kind under check: its class, the small options it is built with, and the tensors it is tried on.
+
+Sizes are tiny and the dtype is float64 unless a check says otherwise; every tensor is drawn from a generator of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask
+from effzoo.checks.declared import suitable
+from effzoo.checks.runner import NotApplicable, close
+from effzoo.registry import attention as registry
+from effzoo.spec import Spec, parse_one
+
+BATCH, HEADS, WIDTH, LENGTHS = 3, 2, 8, (1, 2, 7, 16, 31, 64)
+
+
+@dataclass
+class Subject:
+    """One attention kind under check: its class and the small options it is built with."""
+
+    spec: Spec
+    cls: type[AttentionCore]
+
+    @classmethod
+    def of(cls, given: str) -> Subject:
+        kind = registry.get(parse_one(given).name)
+        return cls(suitable(registry, given, lambda spec: cls(spec, kind).core()), kind)
+
+    def core(
+        self, *, causal: bool = False, dropout: float = 0.0, layer: int = 0, max_length: int = max(LENGTHS), seed: int = 3, width: int = WIDTH
+    ) -> AttentionCore:
+        """The kind as one of two layers, in evaluation mode and float64; what it draws at its start follows from the seed."""
+        context = Context(heads=HEADS, head_dim=width, causal=causal, dropout=dropout, layer=layer, layers=2, max_length=max_length)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            core: AttentionCore = registry.create(self.spec, context)
+        return core.double().eval()
+
+    def cores(self, **options: Any) -> Iterator[tuple[str, AttentionCore]]:
+        """Bidirectional and, where the kind can be, causal."""
+        yield "bidirectional", self.core(**options)
+        if self.cls.supports_causal:
+            yield "causal", self.core(causal=True, **options)
+
+    @property
+    def has_pattern(self) -> bool:
+        return self.cls.pattern is not AttentionCore.pattern
+
+    @property
+    def has_definition(self) -> bool:
+        """Whether a dense definition says what the output must be."""
+        return self.has_pattern or self.cls.dense is not AttentionCore.dense
+
+    def needs_definition(self) -> None:
+        if not self.has_definition:
+            raise NotApplicable("the kind has no `pattern`: test an anchor, a setting in which it must equal full attention")
+
+
+def draw(core: AttentionCore, n: int, mask: Mask, batch: int = BATCH, dtype: torch.dtype = torch.float64, seed: int = 0, keys: int = 0) -> list[Any]:
+    """The projections that the core uses with this mask, [batch, heads, n, head_dim] each, and None for the others; keys: another length for them."""
+    source, used = torch.Generator().manual_seed(n + 1000 * seed), core.uses(mask)
+    heads, width = core.context.heads, core.context.head_dim
+    lengths = [keys if keys and name in core.key_side else n for name in core.projections]
+    drawn = [torch.randn(batch, heads, length, width, dtype=torch.float64, generator=source) for length in lengths]
+    return [x.to(dtype).requires_grad_() if name in used else None for name, x in zip(core.projections, drawn, strict=True)]
+
+
+def memory_rows(rows: int = 3) -> KeysValues:
+    source = torch.Generator().manual_seed(99)
+    keys, values = torch.randn(2, HEADS, rows, WIDTH, dtype=torch.float64, generator=source)
+    return keys.requires_grad_(), values.requires_grad_()
+
+
+def padding(n: int) -> Tensor:
+    """Padding of three examples, bool[3, n]: none, at the end, and at the front with a hole."""
+    place = torch.arange(n)
+    return torch.stack([place >= 0, place < max(1, n - n // 3), (place >= n // 4) & ((place != n // 2) | (n < 4))])
+
+
+def some_global(n: int) -> Tensor:
+    """Global tokens at other places, and in other number, in each of three examples; the second has none."""
+    place = torch.arange(n)
+    return torch.stack([place == 0, place < 0, (place == n // 3) | (place == n - 1)])
+
+
+def masks(core: AttentionCore, n: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The arguments of every mask that the kind must honour: none, padding, and with global tokens where it has them."""
+    valid = padding(n)
+    yield "", {}
+    yield " with padding", {"valid": valid}
+    if core.supports_global:
+        yield " with global tokens", {"is_global": some_global(n)}
+        yield " with global tokens and padding", {"valid": valid, "is_global": some_global(n) & valid}
+
+
+def live(tensors: list[Any]) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
+
+
+def cut(tensors: list[Any], rows: slice = slice(None), places: slice = slice(None)) -> list[Any]:
+    """Some rows of the batch and some places of the sequence, of those tensors that are there."""
+    return [None if x is None else x[rows, :, places] for x in tensors]
+
+
+def gradients(out: Tensor, inputs: list[Tensor], rows: Tensor | None = None) -> list[Tensor]:
+    """Gradients of a random weighted sum over the output, or over some of its rows (bool[batch, n]); zeros where none flows."""
+    weight = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).to(out)
+    if rows is not None:
+        weight = weight * rows[:, None, :, None]
+    found = torch.autograd.grad((out * weight).sum(), inputs, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+
+
+def same_as_definition(core: AttentionCore, n: int, where: str, advice: str, memory: KeysValues | None = None, **mask: Any) -> None:
+    """Forward and all gradients of a core against its dense definition."""
+    inputs = draw(core, n, Mask(**mask))
+    out = core(*inputs, mask=Mask(**mask), memory=memory)
+    expected = core.dense(*inputs, mask=Mask(**mask), memory=memory)
+    same_as(out, expected, core, inputs, f"{where}, n = {n}", advice, memory)
+
+
+def same_as(out: Tensor, expected: Tensor, core: AttentionCore, inputs: list[Any], where: str, advice: str, memory: KeysValues | None = None) -> None:
+    """Two outputs, and their gradients with respect to the inputs and the memory, to 1e-10."""
+    close(f"{where}: the output", out, expected, 1e-10, advice)
+    leaves = live(inputs) + list(memory or ())
+    names = [name for name, x in zip(core.projections, inputs, strict=True) if x is not None] + ["memory keys", "memory values"]
+    for name, found, wanted in zip(names, gradients(out, leaves), gradients(expected, leaves), strict=False):
+        close(f"{where}: the gradient of {name}", found, wanted, 1e-10, advice)
