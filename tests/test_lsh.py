@@ -174,6 +174,13 @@ def test_local_equals_its_pattern_and_that_equals_plain_python(chunk, before, af
     same(out, expected, [*leaves, *(memory or ())])
 
 
+@pytest.mark.parametrize("n", [7, 8, 11, 16, 20])
+def test_a_key_that_the_local_ring_meets_twice_is_seen_once(n):
+    made = core("local[chunk=4,look_back=2,look_forward=2,circular=true]")
+    leaves = inputs_of(made, n)
+    same(made(*leaves, mask=Mask()), dense(*leaves, torch.ones(n, n, dtype=torch.bool)), leaves)  # five chunks at most: all of them
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("spec", ["lsh[buckets=1,chunk=32]", "lsh[chunk=32]", "lsh[buckets=1,chunk=32,within_buckets=true,count_once=true]"])
 def test_one_chunk_is_full_attention_with_shared_queries_and_keys(spec, causal):
