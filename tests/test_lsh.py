@@ -317,7 +317,8 @@ def test_buckets_are_the_nearest_of_the_rotated_axes():
 
 
 @pytest.mark.parametrize(
-    ("length", "chunk", "factors"), [(512, 64, (16,)), (64, 4, (4, 8)), (65536, 64, (32, 64)), (16, 64, (2,)), (4096, 64, (128,))]
+    ("length", "chunk", "factors"),
+    [(512, 64, (16,)), (64, 4, (4, 8)), (65536, 64, (32, 64)), (16, 64, (2,)), (4096, 64, (128,)), (4096, 8, (8, 8, 16))],
 )
 def test_the_automatic_number_of_buckets_is_twice_the_chunks(length, chunk, factors):
     assert automatic(length, chunk) == factors == core(f"lsh[chunk={chunk}]", max_length=length).factors
