@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from effzoo.architectures.heads import Classification, head
+from effzoo.architectures.heads import head
 from effzoo.architectures.output import Output
 from effzoo.architectures.perceiver_config import PER_TOKEN, PerceiverConfig
 from effzoo.architectures.perceiver_cross import Cross
@@ -52,8 +52,6 @@ class Perceiver(nn.Module):
         per_token = task in PER_TOKEN and not config.causal
         sizes = dataclasses.replace(config.inputs(), dim=config.query_dim) if per_token else config.latent_transformer()
         self.head = head(sizes, task, num_labels)
-        if isinstance(self.head, Classification) and self.decoder is not None:
-            self.head.pooling = "first"  # there is one query
         self.checkpointing = False
         self.apply(self._initialise)
         for core in self.cores():

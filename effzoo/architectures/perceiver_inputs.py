@@ -23,7 +23,7 @@ class Inputs(nn.Module):
 
     def __init__(self, config: PerceiverConfig):
         super().__init__()
-        self.config = config
+        self.config, self.sizes = config, config.inputs()
         self.token = Embedding(config.vocab, config.channels, role="embed.token") if config.vocab else None
         learned = config.positions == "learned"
         self.position = Embedding(config.max_length, config.position_dim or config.channels, role="embed.position") if learned else None
@@ -61,7 +61,7 @@ class Inputs(nn.Module):
         if position_ids is not None and config.positions != "learned":
             raise InputError(f"position_ids choose rows of learned positions; {config.name} has positions={config.positions!r}")
         if len(config.grid) == 1:
-            return check_inputs(config.inputs(), rows, 0, ids, embeds, attention_mask=mask, position_ids=position_ids)
+            return check_inputs(self.sizes, rows, 0, ids, embeds, attention_mask=mask, position_ids=position_ids)
         if position_ids is not None:
             raise InputError(f"position_ids are for inputs with one axis; that of {config.name} has {len(config.grid)}")
         if embeds is None:
