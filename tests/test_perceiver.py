@@ -221,6 +221,9 @@ def test_queries_follow_the_tokens_behind_prompt_rows_and_given_positions(tiny):
     assert prompted.shape == (2, 5, 53)
     queries = model.decoder.queries.weight[None, 4:9]
     close(prompted, model(tokens, output_queries=queries).logits)
+    close(prompted, model(tokens, output_positions=torch.arange(5)[None]).logits)
+    with pytest.raises(InputError, match=r"output_positions are in \[0, 59\], got 0 to 60"):
+        model(tokens, output_positions=torch.arange(61)[None])
 
 
 def test_classification_by_the_mean_and_by_one_query(tiny):
@@ -312,6 +315,11 @@ def test_labels_of_the_whole_input_count_where_there_are_latents(tiny):
     out = model(tokens, labels=tokens)
     logs = out.logits.log_softmax(-1)
     close(out.loss, -torch.stack([logs[row, j, tokens[row, 7 + j + 1]] for row in range(2) for j in range(4)]).mean())
+
+
+def test_labels_of_the_latents_alone_are_refused(tiny):
+    with pytest.raises(InputError, match=r"labels are those of the whole input, \(2, 12\), got shape \(2, 5\)"):
+        text(tiny, task="causal_lm", **AR)(ids(2, 12), labels=ids(2, 5))
 
 
 def test_left_padding_with_position_ids_is_the_row_alone(tiny):
