@@ -7,7 +7,7 @@ import effzoo
 from effzoo.attention import Part
 from effzoo.attention.full import Full
 from effzoo.checks import KINDS, Result
-from effzoo.checks.runner import Report, label_of
+from effzoo.checks.runner import Report, label_of, see_of
 from effzoo.errors import OptionError, UnknownNameError
 
 ENTRIES = [("attention", name) for name in effzoo.attention.names()] + [("peft", name) for name in effzoo.peft.names()]
@@ -21,8 +21,8 @@ def test_every_registered_entry_keeps_its_contract(kind, name):
 
 def test_a_spec_sets_options_and_large_defaults_become_small():
     seen: list[Result] = []
-    assert effzoo.check("attention", "longformer[window=4]", on_result=seen.append).subject == "longformer[window=4]"
-    assert effzoo.check("attention", "longformer", only=["declares_itself"]).subject == "longformer[window=8]"
+    assert effzoo.check("attention", "longformer[window=4]", on_result=seen.append).subject == "longformer[window=4, max_globals=8]"
+    assert effzoo.check("attention", "longformer", only=["declares_itself"]).subject == "longformer[window=8, max_globals=8]"
     assert [result.check for result in seen] == [check.__name__ for check in KINDS["attention"]]
 
 
@@ -54,6 +54,7 @@ def test_a_crash_is_one_red_line_with_the_place_in_the_users_file():
     red = report.result("shape_and_dtype")
     assert red.status == "red" and "KeyError: 'missing'" in red.reason
     assert f"{__file__}:" in red.reason and "in forward" in red.reason
+    assert red.trace.endswith("KeyError: 'missing'") and red.happened == red.reason
     assert report.result("every_length").status == "not run" and "shape_and_dtype" in report.result("every_length").reason
     assert report.result("declares_itself").status == "green"
     assert not report.ok and [result.check for result in report.failures] == ["shape_and_dtype"]
@@ -112,6 +113,12 @@ def test_the_report_reads_as_a_summary_and_one_line_per_check():
         "           b",
     ]
     assert not report.ok and not Report("peft", "mine").ok
+
+
+def test_a_reason_has_two_parts_and_the_docstring_of_a_check_says_how_to_see_it():
+    result = Result("a", "A holds", "red", "off by 3; the scale; or the sign")
+    assert (result.happened, result.cause) == ("off by 3", "the scale; or the sign")
+    assert all(see_of(check) for check in KINDS["attention"] if not check.__name__.startswith("trains_"))
 
 
 def test_every_check_has_a_label_of_its_own():

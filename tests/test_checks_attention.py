@@ -1,4 +1,10 @@
-"""Broken attention kinds: each must be caught by the check that is meant for it."""
+"""Broken attention kinds: each must be caught by the check that is meant for it.
+
+Small slips are classes here; those built on the efficient kinds are files in `mutants/`, and each file names its check.
+"""
+
+import ast
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +13,8 @@ import effzoo
 from effzoo.attention import AttentionCore, Mask, Part, memory_part
 from effzoo.attention.full import Full
 from effzoo.attention.longformer import Longformer
+from effzoo.checks import KINDS
+from effzoo.registry import load_file
 
 MUTANTS: dict[str, list[type]] = {}
 
@@ -56,8 +64,8 @@ class WrongDefault(Full):
 class Costless(AttentionCore):
     """Does not say what it costs."""
 
-    forward = Full.forward
-    pattern = Full.pattern
+    def forward(self, q, k, v, *, mask, memory=None):
+        return self.attend(Part(q, k, v, mask.key_bias(q.dtype), causal=self.context.causal), memory_part(q, memory))
 
 
 @caught_by("declares_itself")
@@ -92,15 +100,6 @@ class PaddedOutput(Patternless):
     def forward(self, q, k, v, *, mask, memory=None):
         out = super().forward(q, k, v, mask=mask, memory=memory)
         return torch.nn.functional.pad(out, (0, 0, 0, -q.shape[2] % 31))
-
-
-@caught_by("equals_definition")
-class OffByOneWindow(Longformer):
-    """Sees one more on each side than its pattern says."""
-
-    def _window_allowed(self, batch, n, chunk, left, right, mask, device):
-        allowed = super()._window_allowed(batch, n, chunk, left, right, mask, device)
-        return allowed & (torch.arange(allowed.shape[-1]) != 0)
 
 
 @caught_by("equals_definition")
@@ -146,7 +145,7 @@ class UniformOnEmptyRows(Full):
     """Masks with a large negative number, so an empty row becomes the mean of everything."""
 
     def forward(self, q, k, v, *, mask, memory=None):
-        scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~self.pattern(q.shape[2], mask), -1e9)
+        scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~self.pattern(q.shape[2], mask), -1e4)
         return scores.softmax(dim=-1) @ v
 
 
@@ -332,21 +331,91 @@ class Stateful(Patternless):
         return super().forward(q, k, v * (1 + 0.1 * self.calls), mask=mask, memory=memory)
 
 
-BEFORE = ("declares_itself", "shape_and_dtype", "every_length")
+FILES = sorted((Path(__file__).parent / "mutants").glob("*.py"))
+CHECKS = {check.__name__: check for check in KINDS["attention"]}
+
+
+def with_needs(name: str) -> set[str]:
+    """A check and those that it needs."""
+    return {name}.union(*(with_needs(needed) for needed in getattr(CHECKS[name], "needs", ())))
+
+
+def killer(file: Path) -> str:
+    """What the file says: KILLED_BY = "a check"."""
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "KILLED_BY":
+            return node.value.value
+    raise AssertionError(f"{file.name} does not say KILLED_BY")
 
 
 @pytest.mark.parametrize(("check", "mutant"), [(check, cls) for check, classes in MUTANTS.items() for cls in classes])
 def test_a_broken_kind_is_caught_by_the_check_that_is_meant_for_it(check, mutant):
     with effzoo.scope():
         effzoo.attention.register("mutant")(mutant)
-        report = effzoo.check("attention", "mutant", only={*BEFORE, check})
+        report = effzoo.check("attention", "mutant", only=with_needs(check))
     assert [failure.check for failure in report.failures] == [check], f"\n{report}"
     assert len(report.failures[0].reason) > 20
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_mutant_of_an_efficient_kind_is_killed_by_the_check_that_its_file_names(file):
+    with effzoo.scope():
+        assert load_file(file) == [("attention", "mutant")]
+        report = effzoo.check("attention", "mutant", only=with_needs(killer(file)))
+    assert [failure.check for failure in report.failures] == [killer(file)], f"\n{report}"
+    red = report.failures[0]
+    assert len(red.happened) > 20 and len(red.cause) > 20 and len(red.see) > 20
+
+
+def test_every_check_of_a_kind_on_its_own_kills_a_mutant():
+    killed = {*MUTANTS, *map(killer, FILES)}
+    inside_models = {"trains_prompt", "trains_houlsby", "trains_bitfit"}  # the same as trains_lora with another method
+    assert set(CHECKS) - killed == inside_models
+    assert len(FILES) >= 10
+
+
 def test_the_off_by_one_reason_names_the_place_and_the_size_of_the_error():
     with effzoo.scope():
-        effzoo.attention.register("mutant")(OffByOneWindow)
+        load_file(Path(__file__).parent / "mutants" / "window_off_by_one.py")
         reason = effzoo.check("attention", "mutant", only=["equals_definition"]).failures[0].reason
     assert "n = 7" in reason or "n = 31" in reason
     assert "is off by" in reason and "at index" in reason and "window edges" in reason
+
+
+def test_the_meter_counts_products_and_entries_as_worked_out_by_hand():
+    from effzoo.checks.cost import Meter
+
+    a, b = torch.randn(5, 7), torch.randn(7, 3)
+    with Meter() as meter:
+        c = a @ b  # 2 * 5 * 7 * 3
+        c = c + 1  # 15 entries
+        c.T.expand(4, 3, 5)  # views
+        torch.nn.functional.pad(c, (0, 1, 0, 0))  # 20 entries
+    assert meter.cost.work >= 2 * 5 * 7 * 3 + 15 + 20 and meter.cost.work <= 2 * 5 * 7 * 3 + 15 + 2 * 20
+    assert meter.cost.largest == 20
+
+
+def test_the_meter_counts_attention_that_the_flop_counter_of_torch_does_not():
+    """4 b h n s d forward, and 2.5 times that backward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from effzoo.checks.cost import Meter
+
+    q, k, v = (torch.randn(2, 3, 8, 4, requires_grad=True) for _ in range(3))
+    with Meter() as meter:
+        out = effzoo.attention.attend(Part(q, k, v))
+    forward = 4 * 2 * 3 * 8 * 8 * 4
+    assert forward <= meter.cost.work <= forward + 10 * out.numel()
+    with Meter() as meter:
+        out.sum().backward()
+    assert 2.5 * forward <= meter.cost.work <= 2.5 * forward + 20 * out.numel()
+    with FlopCounterMode(display=False) as counter:
+        effzoo.attention.attend(Part(q, k, v))
+    assert counter.get_total_flops() == 0  # when this fails, torch has learnt it: look whether the work is now counted twice
+
+
+@pytest.mark.parametrize(("cost", "exponent"), [("n^2", 2), ("n ^ 2 / blocks", 2), ("n * window", 1), ("n log n", 1), ("n", 1)])
+def test_the_declared_exponent_is_the_leading_power_of_n(cost, exponent):
+    from effzoo.checks.cost import declared_exponent
+
+    assert declared_exponent(cost) == exponent

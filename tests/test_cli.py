@@ -1,5 +1,6 @@
 """The command line: what a newcomer sees, what goes wrong in one message, and what stays out of the imports."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,35 @@ def test_check_of_a_broken_file_names_the_property_and_exits_with_1(run, tmp_pat
     assert "RED What stands under padding changes nothing, and gets no gradient (padding_is_invisible)" in flat(text)
     assert "output at tokens after other values were put under the padding is off by" in flat(text)
     assert "attention mine: the contract is broken" in text
+
+
+def test_the_first_failure_is_explained_what_happened_the_likely_cause_and_how_to_see_it(run, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(MINE.format(comment="", mask="type(mask)()"))
+    text = run("check", str(file), code=1).output
+    first = flat(text[text.index("the first failure") :])
+    assert first.startswith("the first failure, padding_is_invisible what happened bidirectional: output at tokens")
+    assert "likely cause mask.valid is False at padding" in first and "how to see it Put a large number at one padded position" in first
+    assert "this alone effzoo check" in first and "--only padding_is_invisible" in first
+
+
+def test_json_is_one_document_that_a_grader_can_read(run, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(MINE.format(comment="", mask="type(mask)()"))
+    found = json.loads(run("check", str(file), "--json", "--only", "padding_is_invisible", "--only", "attaches", code=1).output)
+    assert not found["ok"] and [report["subject"] for report in found["reports"]] == ["mine", "my_lora"]
+    assert [report["first_failure"] for report in found["reports"]] == ["padding_is_invisible", None]
+    (red,) = found["reports"][0]["checks"]
+    assert red["status"] == "red" and not red["ok"] and red["reason"] == f"{red['happened']}; {red['cause']}" and red["seconds"] > 0
+    sound = json.loads(run("check", "full", "--json", "--only", "declares_itself").output)
+    assert sound["ok"] and all(check["status"] == "green" for report in sound["reports"] for check in report["checks"])
+
+
+def test_a_crash_shows_the_end_of_its_traceback(run, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(MINE.format(comment="", mask="missing"))
+    text = run("check", str(file), "--only", "shape_and_dtype", code=1).output
+    assert "how to see it  the traceback below" in text and text.rstrip().splitlines()[-3].startswith("NameError")
 
 
 def test_a_crash_in_a_checked_file_names_its_line(run, tmp_path):

@@ -37,9 +37,9 @@ class Full(AttentionCore):
         n = q.shape[2]
         if not self.chunk or n <= self.chunk:
             return self.attend(Part(q, k, v, bias=mask.key_bias(q.dtype), causal=self.context.causal), memory_part(q, memory))
-        rows = []
+        bias, rows = mask.key_bias(q.dtype), []
         for start in range(0, n, self.chunk):
-            inputs = (q[:, :, start : start + self.chunk], k, v, mask, memory, start)
+            inputs = (q[:, :, start : start + self.chunk], k, v, bias, memory, start)
             rows.append(checkpoint(self._rows, *inputs, use_reentrant=False) if torch.is_grad_enabled() else self._rows(*inputs))
         return torch.cat(rows, dim=2)
 
@@ -48,11 +48,10 @@ class Full(AttentionCore):
             return self(q, k, v, mask=mask, memory=memory), {"k": k, "v": v}
         start = past["k"].shape[2]
         k, v = torch.cat([past["k"], k], dim=2), torch.cat([past["v"], v], dim=2)
-        return self._rows(q, k, v, mask, memory, start), {"k": k, "v": v}
+        return self._rows(q, k, v, mask.key_bias(q.dtype), memory, start), {"k": k, "v": v}
 
-    def _rows(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, memory: KeysValues | None, start: int) -> Tensor:
+    def _rows(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, memory: KeysValues | None, start: int) -> Tensor:
         """The rows of queries that stand at `start` and after."""
-        bias = mask.key_bias(q.dtype)
         if self.context.causal:
             end = start + q.shape[2]
             k, v = k[:, :, :end], v[:, :, :end]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError, gradcheck
 
 from effzoo.attention.core import AttentionCore, Mask
 from effzoo.checks.declared import check_docstring, check_options, check_signature
@@ -62,7 +63,9 @@ def _match(cls: type[AttentionCore], method: str, declared: tuple[str, ...]) -> 
         raise Failed(f"{absent[0]!r} is declared in `projections`, but {method} takes {taken}; add it to {method}, or take it out of `projections`")
     extra = [p.name for p in places if p.name not in declared and p.default is p.empty]
     if extra:
-        raise Failed(f"{method} takes {extra[0]!r}, which `projections` {list(declared)} lacks, so the layer builds none; declare it")
+        raise Failed(
+            f"{method} takes {extra[0]!r}, which `projections` {list(declared)} lacks, so the layer builds none; name it there, or give it a default"
+        )
     if taken[: len(declared)] != list(declared):
         raise Failed(
             f"{method} takes {taken[: len(declared)]} where `projections` says {list(declared)}; the layer passes them by place: use one order"
@@ -139,7 +142,7 @@ def gradients_are_derivatives(subject: Subject) -> None:
                 return torch.func.functional_call(core, own, tuple(filled), {"mask": Mask(**given)})
 
             try:
-                torch.autograd.gradcheck(output, (*here, *parameters.values()), fast_mode=True)
-            except torch.autograd.gradcheck.GradcheckError as error:  # type: ignore[attr-defined]
+                gradcheck(output, (*here, *parameters.values()), fast_mode=True)
+            except GradcheckError as error:
                 found = " ".join(str(error).split())[:200]
                 raise Failed(f"{where}{what}, n = 7: {found}; some step of forward is not what its backward differentiates") from error

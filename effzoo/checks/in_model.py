@@ -42,13 +42,19 @@ def _trains(method: str, spec: str) -> Check:
                     raise Failed(f"{case}, {method}{under}: {wrong}; does the output depend on every projection, differentiably?")
 
     check.__name__ = f"trains_{method}"
-    check.__doc__ = f"In models {method} trains: every tensor gets a finite gradient, none is 0, also under checkpointing"
+    check.__doc__ = (
+        f"In models {method} trains: every tensor gets a finite gradient, none is 0, also under checkpointing\n\n"
+        "Call loss.backward() once and print the gradients of the tensor that the reason names and of those behind it."
+    )
     return check
 
 
 @needs("every_length")
 def checkpointing_is_exact(subject: Subject) -> None:
-    """Gradient checkpointing gives the same gradients, dropout included"""
+    """Gradient checkpointing gives the same gradients, dropout included
+
+    Count the calls of forward on `self` and print what differs in the second one: state, random numbers of a generator of your own.
+    """
     for case in cases(subject):
         found = []
         for checkpointing in (False, True):

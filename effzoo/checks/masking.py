@@ -45,11 +45,12 @@ def padding_is_invisible(subject: Subject) -> None:
         noise = [None if x is None else torch.where(valid[:, None, :, None], x, 7 * torch.randn_like(x)) for x in inputs]
         out, other = core(*inputs, mask=Mask(valid)), core(*noise, mask=Mask(valid))
         advice = "mask.valid is False at padding; no query may attend there, and no sum or mean over the sequence may include it"
-        here = valid[:, None, :, None].expand_as(out)
-        close(f"{where}: output at tokens after other values were put under the padding", other[here], out[here], 1e-12, advice)
+        under = ~valid[:, None, :, None]
+        seen, wanted = other.masked_fill(under, 0.0), out.masked_fill(under, 0.0)
+        close(f"{where}: output at tokens after other values were put under the padding", seen, wanted, 1e-12, advice)
         for name, grad in zip(core.uses(Mask(valid)), gradients(out, live(inputs), rows=valid), strict=False):
-            under = grad.masked_select(~valid[:, None, :, None])
-            close(f"{where}: gradient of {name} under padding", under, torch.zeros_like(under), 0.0, advice)
+            hidden = grad.masked_fill(~under, 0.0)
+            close(f"{where}: gradient of {name} under padding", hidden, torch.zeros_like(hidden), 0.0, advice)
 
 
 @needs("every_length")

@@ -107,8 +107,8 @@ def cache_equals_forward(subject: Subject) -> None:
             expected = core(*cut(inputs, places=slice(end)), mask=every, memory=memory)[:, :, start:]
             here = torch.ones(BATCH, size, dtype=torch.bool) if valid is None else valid[:, start:end]
             here = here[:, None, :, None]
-            found = f"positions {start} to {end - 1}{what}: the step's rows"
-            close(found, out.masked_fill(~here, 0.0), expected.masked_fill(~here, 0.0), 1e-10, advice)
+            step = f"the step over {size} positions after {start}{what}: its rows"
+            close(step, out.masked_fill(~here, 0.0), expected.masked_fill(~here, 0.0), 1e-10, advice)
             _begins_with_batch(state)
 
 

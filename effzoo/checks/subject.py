@@ -109,12 +109,15 @@ def cut(tensors: list[Any], rows: slice = slice(None), places: slice = slice(Non
     return [None if x is None else x[rows, :, places] for x in tensors]
 
 
-def gradients(out: Tensor, inputs: list[Tensor], rows: Tensor | None = None) -> list[Tensor]:
-    """Gradients of a random weighted sum over the output, or over some of its rows (bool[batch, n]); zeros where none flows."""
+def gradients(out: Tensor, inputs: list[Tensor], rows: Tensor | None = None, *, again: bool = True) -> list[Tensor]:
+    """Gradients of a random weighted sum over the output, or over some of its rows (bool[batch, n]); zeros where none flows.
+
+    again: whether the graph is kept for another pass.
+    """
     weight = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).to(out)
     if rows is not None:
         weight = weight * rows[:, None, :, None]
-    found = torch.autograd.grad((out * weight).sum(), inputs, retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad((out * weight).sum(), inputs, retain_graph=again, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
 
 

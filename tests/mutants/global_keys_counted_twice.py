@@ -1,0 +1,14 @@
+"""A global key inside the window is counted with the window and again with the global columns: the classic slip of re-implementations."""
+
+from effzoo.attention import Mask, register
+from effzoo.attention.longformer import Longformer
+
+KILLED_BY = "global_tokens"
+
+
+@register("mutant")
+class Mutant(Longformer):
+    """Longformer attention whose window part forgets which keys are global."""
+
+    def _window(self, q, k, v, mask, dilation):
+        return super()._window(q, k, v, Mask(mask.valid), dilation)

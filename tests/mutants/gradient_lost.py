@@ -1,0 +1,15 @@
+"""Right values, but the gradient of the latents is lost; a kind without a pattern has nothing else that would tell."""
+
+from effzoo.attention import register
+from effzoo.attention.perceiver import Perceiver
+
+KILLED_BY = "gradients_are_derivatives"
+
+
+@register("mutant")
+class Mutant(Perceiver):
+    """Latent attention that detaches its latents in a float64 sum."""
+
+    def _latents(self):
+        latents = super()._latents()
+        return latents.detach() + 0.5 * (latents - latents.detach())
