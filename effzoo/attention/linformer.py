@@ -25,9 +25,9 @@ class Linformer(AttentionCore):
     """softmax(q (E k)^T / sqrt(d)) F v, where E and F [k, n] project keys and values along the sequence. Cost O(n k).
 
     k: rows after the projection, at most max_length; one number, or one per layer.
-    sharing (section 4, "parameter sharing"): "none", an E and an F per head; "headwise", per layer; "key_value", E = F, one per layer;
+    sharing: (section 4, "parameter sharing") "none", an E and an F per head; "headwise", per layer; "key_value", E = F, one per layer;
     "layerwise", one matrix for all layers, heads, keys and values.
-    projection (section 4, "general projections"): "linear"; "mean", the mean over segments of ceil(max_length / k) tokens, without parameters;
+    projection: (section 4, "general projections") "linear"; "mean", the mean over segments of ceil(max_length / k) tokens, without parameters;
     "conv", a convolution along the sequence whose kernel and stride are that length, one kernel for all channels, so that E stays a matrix.
 
     Lengths: position j meets column j of E, which has max_length columns; a shorter input uses the first n (E[:, :n]). Padding: rows of

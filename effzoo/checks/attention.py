@@ -29,6 +29,8 @@ CHECKS: tuple[Check, ...] = (
     state.dropout_only_in_training,
     state.dropout_keeps_the_mean,
     state.copies_are_equal,
+    state.decisions_are_replayed,
+    definition.runs_under_autocast,
     state.devices,
     state.compiles,
     cost.cost_grows_as_declared,

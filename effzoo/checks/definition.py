@@ -92,6 +92,28 @@ def shape_and_dtype(subject: Subject) -> None:
 
 
 @needs("shape_and_dtype")
+def runs_under_autocast(subject: Subject) -> None:
+    """Under autocast, with bfloat16 projections and own parameters in float32, the output is the float64 one to bfloat16 accuracy
+
+    `with torch.autocast("cpu", torch.bfloat16): core(*bfloat16_inputs, mask=mask)`, and print the dtypes after each line.
+    """
+    for where, core in subject.cores():
+        for what, given in masks(core, 31):
+            exact = [None if x is None else x.to(torch.bfloat16).double() for x in draw(core, 31, Mask(**given))]
+            expected = core.double()(*exact, mask=Mask(**given)).detach()
+            inputs = [None if x is None else x.detach().to(torch.bfloat16).requires_grad_() for x in exact]
+            with torch.autocast("cpu", torch.bfloat16):
+                out = core.float()(*inputs, mask=Mask(**given))
+            if out.dtype != torch.bfloat16:
+                raise Failed(
+                    f"{where}{what}: {out.dtype} came out of bfloat16 under autocast; cast own parameters to q.dtype where they meet the inputs"
+                )
+            gradients(out, live(inputs))
+            advice = "keep softmax statistics and discrete choices (hashes, sorts) in float32, and cast own parameters to q.dtype"
+            close(f"{where}{what}: the output under autocast", out.detach().double(), expected, 0.05 * float(1 + expected.abs().max()), advice)
+
+
+@needs("shape_and_dtype")
 def every_length(subject: Subject) -> None:
     """Every length works, forward and backward: 1, 2, 7, 16, 31, 64
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from effzoo.attention.core import AttentionCore, Mask
 from effzoo.checks.runner import Failed, close, needs
-from effzoo.checks.subject import HEADS, WIDTH, Subject, draw, gradients, live, masks, padding, some_global
+from effzoo.checks.subject import BATCH, HEADS, WIDTH, Subject, draw, gradients, live, masks, padding, some_global
 
 DROPOUT = 0.25
 
@@ -61,6 +61,31 @@ def calls_leave_nothing(subject: Subject) -> None:
                 raise Failed(
                     f"{where}{what}: {single.dtype} came out of float32 after float64 with the same mask; put the dtype into the key of memo"
                 )
+
+
+@needs("every_length")
+def decisions_are_replayed(subject: Subject) -> None:
+    """A second computation from inputs that moved a little takes the same discrete decisions, as reversible blocks need it
+
+    `mask = Mask(decisions={})`, then call the core twice with inputs that differ by 1e-3: what is chosen by argmax, sort or a threshold of
+    inputs must come from `mask.decide(key, make)`, with the layer in its key.
+    """
+    for where, core in subject.cores():
+        inputs, direction = draw(core, 64, Mask()), draw(core, 64, Mask(), seed=2)
+        weight, mask = torch.randn(BATCH, HEADS, 64, WIDTH, dtype=torch.float64), Mask(decisions={})
+
+        def total(
+            move: float, core: AttentionCore = core, start: Any = inputs, way: Any = direction, weight: Any = weight, mask: Any = mask
+        ) -> Tensor:
+            moved = [None if x is None else x + move * y for x, y in zip(start, way, strict=True)]
+            return (core(*moved, mask=Mask(decisions=mask.decisions)) * weight).sum()
+
+        grads = torch.autograd.grad(total(0.0), live(inputs), allow_unused=True)
+        slope = sum((grad * way).sum().item() for grad, way in zip(grads, live(direction), strict=True) if grad is not None)
+        seen = (total(1e-3).item() - total(-1e-3).item()) / 2e-3
+        if abs(seen - slope) > 0.01 * (10 + abs(slope)):
+            what = f"between inputs 0.002 apart the output moves with slope {seen:.2f}, and its gradient says {slope:.2f}"
+            raise Failed(f"{where}: {what}; a discrete choice was taken anew and came out differently: take it through mask.decide")
 
 
 @needs("every_length")
