@@ -20,10 +20,17 @@ def test_every_registered_entry_keeps_its_contract(kind, name):
 
 
 def test_a_spec_sets_options_and_large_defaults_become_small():
+    def subject(spec: str) -> str:
+        return effzoo.check("attention", spec, only=["declares_itself"]).subject
+
+    assert subject("longformer[window=4]") == "longformer[window=4, max_globals=8]"
+    assert subject("longformer") == "longformer[window=8, max_globals=8]"
+
+
+def test_results_are_told_one_by_one_in_the_order_of_the_checks():
     seen: list[Result] = []
-    assert effzoo.check("attention", "longformer[window=4]", on_result=seen.append).subject == "longformer[window=4, max_globals=8]"
-    assert effzoo.check("attention", "longformer", only=["declares_itself"]).subject == "longformer[window=8, max_globals=8]"
-    assert [result.check for result in seen] == [check.__name__ for check in KINDS["attention"]]
+    report = effzoo.check("attention", "perceiver[latents=4]", on_result=seen.append)
+    assert seen == report.results and [result.check for result in seen] == [check.__name__ for check in KINDS["attention"]]
 
 
 @pytest.mark.parametrize(
