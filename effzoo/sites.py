@@ -202,7 +202,8 @@ class Embedding(nn.Embedding, Site):
 
     def prompt(self) -> Tensor | None:
         """The rows that active modules put in front of every input, [rows, dim], or None."""
-        rows = [rows for module in self.hung() if (rows := module.rows()) is not None]
+        given = [module.rows() for module in self.hung()]
+        rows = [each for each in given if each is not None]
         return torch.cat(rows) if rows else None
 
 
@@ -230,11 +231,11 @@ class Memory(Site):
 
     def forward(self) -> tuple[Tensor, Tensor] | None:
         """Keys [heads, rows, head_dim] and values [heads, rows, value_dim], or None when nothing is hung here."""
-        found = [memory for module in self.hung() if (memory := module.memory()) is not None]
+        given = [module.memory() for module in self.hung()]
+        found = [each for each in given if each is not None]
         if not found:
             return None
-        keys, values = zip(*found, strict=True)
-        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+        return torch.cat([keys for keys, _ in found], dim=1), torch.cat([values for _, values in found], dim=1)
 
 
 def sites(model: nn.Module) -> Iterator[tuple[str, Site]]:

@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from effzoo.errors import OptionError
 
 BACKENDS = ("auto", "reference", "sdpa")
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_aten_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_aten_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _same(x: Tensor) -> Tensor:
@@ -71,18 +71,26 @@ def attend(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> Tensor:
         return _plain(parts, dropout)
     if parts[0].q.device.type == "cpu":
         width = parts[0].v.shape[-1]
-        same = [_same_width(part) for part in parts]
+        same = [_prepared(part) for part in parts]
         layouts = [(p.causal, p.scale, p.fold, p.unfold) for p in same]
-        out: Tensor = _Merged.apply(layouts, *(x for p in same for x in (p.q, p.k, p.v, p.bias)))  # type: ignore[no-untyped-call]
+        first = same[0].q  # parts may share their queries, but compiled code takes each tensor once
+        queries = [p.q.view_as(p.q) if i and p.q is first else p.q for i, p in enumerate(same)]
+        tensors = (x for q, p in zip(queries, same, strict=True) for x in (q, p.k, p.v, p.bias))
+        out: Tensor = _Merged.apply(layouts, *tensors)  # type: ignore[no-untyped-call]
         return out[..., :width]
     part = parts[0]
     return part.unfold(F.scaled_dot_product_attention(part.q, part.k, part.v, is_causal=part.causal, scale=part.scale))
 
 
-def _same_width(part: Part) -> Part:
-    """The part with q, k and v of one width, as the flash kernel wants them: zeros change neither scores nor other columns of v."""
+def _prepared(part: Part) -> Part:
+    """The part as the flash kernel wants it: rows of one width (zeros change neither scores nor other columns of v), dense in memory.
+
+    The kernel does not look at the last stride, and computes with what lies there.
+    """
     d, e = part.q.shape[-1], part.v.shape[-1]
     if d == e:
+        if any(x.stride(-1) != 1 for x in (part.q, part.k, part.v)):
+            return replace(part, q=part.q.contiguous(), k=part.k.contiguous(), v=part.v.contiguous())
         return part
     q, k, v = (F.pad(x, (0, max(d, e) - x.shape[-1])) for x in (part.q, part.k, part.v))
     return replace(part, q=q, k=k, v=v, scale=1 / math.sqrt(d) if part.scale is None else part.scale)
@@ -113,10 +121,56 @@ def merge(*results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Outputs [..., n, d] and log-sum-exps [..., n, 1] of parts -> those of the softmax over the union of their keys."""
     if len(results) == 1:
         return results[0]
+    if torch.compiler.is_compiling():  # inductor of torch 2.13 else adds the parts up in the buffer of one that is still read
+        results = tuple((out.clone(), lse.clone()) for out, lse in results)
     lse = torch.stack([lse for _, lse in results]).logsumexp(dim=0)
     finite = lse.masked_fill(lse == -math.inf, 0.0)
     out = sum((part_lse - finite).exp().to(part_out.dtype) * part_out for part_out, part_lse in results)
     return out, lse  # type: ignore[return-value]
+
+
+@torch.library.custom_op("effzoo::flash", mutates_args=())
+def _opaque_flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
+    """The flash operator as compiled graphs take it: with dense results, whatever strides the compiler believes in."""
+    out, lse = _aten_flash(q.contiguous(), k.contiguous(), v.contiguous(), 0.0, causal, attn_mask=bias, scale=scale)
+    return out.contiguous(), lse.contiguous()
+
+
+@_opaque_flash.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.custom_op("effzoo::flash_backward", mutates_args=())
+def _opaque_flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    dense = (x.contiguous() for x in (grad, q, k, v, out, lse))
+    of_q, of_k, of_v = _aten_flash_backward(*dense, 0.0, causal, attn_mask=bias, scale=scale)
+    return of_q.contiguous(), of_k.contiguous(), of_v.contiguous()
+
+
+@_opaque_flash_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Flash attention of one part: output [g, h, m, d] and log-sum-exp [g, h, m]."""
+    if torch.compiler.is_compiling():
+        return _opaque_flash(q, k, v, bias, causal, scale)
+    return _aten_flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+
+
+def _flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, given those of the output, the output and the log-sum-exp (the merged ones, where parts are merged)."""
+    if torch.compiler.is_compiling():
+        return _opaque_flash_backward(grad, q, k, v, out, lse, bias, causal, scale)
+    return _aten_flash_backward(grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
 
 
 class _Merged(torch.autograd.Function):
@@ -126,7 +180,7 @@ class _Merged(torch.autograd.Function):
     def forward(ctx, layouts, *tensors):  # type: ignore[no-untyped-def]
         results = []
         for (causal, scale, _, unfold), (q, k, v, bias) in zip(layouts, _quadruples(tensors), strict=True):
-            out, lse = _flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+            out, lse = _flash(q, k, v, bias, causal, scale)
             lse = lse.unsqueeze(-1)
             if bias is not None and len(layouts) > 1:  # the kernel reports 0 for a row without keys
                 lse = lse.masked_fill(_dead_rows(bias, causal), -math.inf)
@@ -143,7 +197,7 @@ class _Merged(torch.autograd.Function):
         grads: list[Tensor | None] = []
         for (causal, scale, fold, _), (q, k, v, bias) in zip(ctx.layouts, _quadruples(tensors), strict=True):
             part_lse = fold(lse).squeeze(-1).to(torch.promote_types(lse.dtype, torch.float32))
-            grads += _flash_backward(fold(grad_out), q, k, v, fold(out), part_lse, 0.0, causal, attn_mask=bias, scale=scale)
+            grads += _flash_backward(fold(grad_out), q, k, v, fold(out), part_lse, bias, causal, scale)
             grads.append(None)
         return None, *grads
 

@@ -123,15 +123,16 @@ class Longformer(AttentionCore):
 
     def _global_rows(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask, memory: KeysValues | None) -> Tensor:
         """The rows of global tokens, replaced by attention over all tokens with the global projections."""
-        where, held = self._gathered(mask)
+        where, _ = self._gathered(mask)
         queries = _at(q, where)
         allowed = reference.padding(q.shape[2], mask.valid, q.device)
         if self.context.causal:
             allowed = allowed & (torch.arange(q.shape[2], device=q.device) <= where[:, None, :, None])
         bias = mask.memo(("global rows", q.dtype), lambda: bias_of(allowed, q.dtype))
         rows = self.attend(Part(queries, k, v, bias), memory_part(queries, memory))
-        rows = torch.where(held[:, None, :, None], rows, _at(out, where))  # slots without a global token name other places: those stay
-        return out.scatter(2, where[:, None, :, None].expand_as(rows), rows)
+        assert mask.is_global is not None  # a scatter would be as short, but compiled code then reads what it has overwritten (torch 2.13)
+        slot = (mask.is_global.cumsum(dim=1) - 1).clamp(min=0)
+        return torch.where(mask.is_global[:, None, :, None], _at(rows, slot), out)
 
     def _gathered(self, mask: Mask) -> tuple[Tensor, Tensor]:
         """Positions of the global tokens of each example, [batch, most globals], and which of these slots hold one."""
