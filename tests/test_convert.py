@@ -230,6 +230,15 @@ def test_the_dense_layer_of_modernbert_goes_from_one_head_to_another():
     assert model.head.out.weight.shape == (5, 8)
 
 
+@pytest.mark.parametrize("switch", ["decoder_bias", "norm_bias", "mlp_bias", "attention_bias", "classifier_bias"])
+@pytest.mark.parametrize("present", [True, False])
+def test_every_bias_of_modernbert_is_there_or_not_on_both_sides(switch, present):
+    source = theirs("modernbert", "ModernBertForMaskedLM", **{switch: present})
+    ours = convert.from_transformers(source)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in source.parameters())
+    assert equal(source, convert.to_transformers(ours))
+
+
 def test_a_new_attention_copies_the_norms_of_heads_beside_its_projections():
     source = theirs("qwen3")
     model = convert.from_transformers(source, attention="longformer[window=4]")
@@ -250,6 +259,52 @@ def test_zoo_entries_load_weights_in_their_layout_from_a_folder(name, tmp_path, 
     loaded = effzoo.build(name, **{**tiny, **sizes}, pretrained=tmp_path)
     state = loaded.state_dict()
     assert all(state[key].equal(value) for key, value in model.state_dict().items())
+
+
+_DECODER = {"num_key_value_heads": 8, "hidden_act": "silu"}
+PUBLISHED = {  # the config.json of the hub id, as written by transformers 4: rotary positions have other names there
+    "llama": _DECODER | {
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64,
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 500000.0,
+        "rope_scaling": {
+            "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3",
+        },
+    },
+    "mistral": _DECODER | {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "rope_theta": 10000.0, "sliding_window": 4096,
+    },
+    "qwen3": _DECODER | {
+        "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "head_dim": 128,
+        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "rope_theta": 1000000, "rope_scaling": None,
+        "use_sliding_window": False, "sliding_window": None, "max_window_layers": 28,
+    },
+    "modernbert": {
+        "vocab_size": 50368, "hidden_size": 768, "intermediate_size": 1152, "num_hidden_layers": 22, "num_attention_heads": 12,
+        "max_position_embeddings": 8192, "norm_eps": 1e-5, "global_attn_every_n_layers": 3, "global_rope_theta": 160000.0, "local_attention": 128,
+        "local_rope_theta": 10000.0, "classifier_pooling": "mean", "pad_token_id": 50283,
+    },
+    "led": {
+        "vocab_size": 50265, "d_model": 768, "encoder_layers": 6, "encoder_ffn_dim": 3072, "encoder_attention_heads": 12, "dropout": 0.1,
+        "max_encoder_position_embeddings": 16384, "attention_window": [1024] * 6, "pad_token_id": 1,
+    },
+    "longformer-large": {
+        "vocab_size": 50265, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "max_position_embeddings": 4098, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1, "attention_window": [512] * 24,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_zoo_entries_say_what_the_published_configuration_says(name, tmp_path):
+    """Field by field, so that nothing of the real weights' configuration is refused when they are loaded."""
+    ours = effzoo.zoo.config(name)
+    layout = LAYOUTS[ours.layout]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": ours.layout, **PUBLISHED[name]}))
+    read = layout.config(transformers.AutoConfig.from_pretrained(tmp_path), "features")
+    kept = [key for key in vars(ours) if key not in ("name", "hub", "paper", "attention", "pooler")]
+    assert {key: getattr(read, key) for key in kept} == {key: getattr(ours, key) for key in kept}
+    assert [str(spec).lower() for spec in attention_specs(read)] == [str(spec).lower() for spec in attention_specs(ours)]
 
 
 # --- another attention, length or task

@@ -60,11 +60,11 @@ def draw_decoder(family, draw, layers, eps):
     return getattr(transformers, CONFIGS[family])(**sizes)
 
 
-def draw_modernbert(draw, dim, layers, heads, eps):
+def draw_modernbert(draw, dim, heads, eps):
     activation = draw.choice(("gelu", "silu", "gelu_new"))
     rope = draw_rotary(draw)
     return transformers.ModernBertConfig(
-        vocab_size=VOCAB, hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=draw.choice((12, 20)),
+        vocab_size=VOCAB, hidden_size=dim, num_hidden_layers=4, num_attention_heads=heads, intermediate_size=draw.choice((12, 20)),
         max_position_embeddings=LENGTH + 3, norm_eps=eps, hidden_activation=activation, classifier_activation=activation,
         norm_bias=draw.choice((True, False)), attention_bias=draw.choice((True, False)), mlp_bias=draw.choice((True, False)),
         decoder_bias=draw.choice((True, False)), classifier_bias=draw.choice((True, False)), classifier_pooling=draw.choice(("cls", "mean")),
@@ -89,7 +89,7 @@ def draw_config(family, name, seed):
     elif family in CAUSAL:
         config = draw_decoder(family, draw, layers, eps)
     elif family == "modernbert":
-        config = draw_modernbert(draw, dim, layers, heads, eps)
+        config = draw_modernbert(draw, dim, heads, eps)
     elif family == "led":
         config = transformers.LEDConfig(
             vocab_size=VOCAB, d_model=dim, encoder_layers=layers, encoder_attention_heads=heads, encoder_ffn_dim=draw.choice((12, 20)),
@@ -262,9 +262,10 @@ def test_inputs_embeds_and_position_ids_equal_transformers(family):
             assert (expected - actual).abs().max().item() / scale < tolerance_of(family)
 
 
+@pytest.mark.parametrize(("family", "name"), [("longformer", "LongformerModel"), ("led", "LEDEncoder")])
 @pytest.mark.parametrize("length", [1, 2, 7, 12, 13])
-def test_longformer_equals_transformers_at_any_length_with_and_without_globals(length):
-    theirs = drawn("LongformerModel", draw_config("longformer", "LongformerModel", 3))
+def test_windows_equal_transformers_at_any_length_with_and_without_globals(family, name, length):
+    theirs = drawn(name, draw_config(family, name, 3))
     ours = convert.from_transformers(theirs)
     ids = torch.randint(5, VOCAB, (2, length))
     for is_global in (None, torch.zeros(2, length, dtype=torch.long), (torch.rand(2, length) < 0.4).long(), torch.ones(2, length, dtype=torch.long)):
@@ -283,6 +284,32 @@ def test_longformer_classification_makes_the_first_token_global_as_transformers_
     agree(theirs, ours, inputs, labels_for("classification", inputs), 1e-5)
     local = ours(**inputs, global_attention_mask=torch.zeros(BATCH, LENGTH, dtype=torch.long)).logits
     assert (local - ours(**inputs).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("window", [2, 3, 7, 13, 20])
+@pytest.mark.parametrize("length", [1, 2, 7, 13])
+def test_the_window_of_mistral_equals_transformers_at_any_length(window, length):
+    config = draw_config("mistral", "MistralModel", 3)
+    config.sliding_window = window
+    theirs = drawn("MistralModel", config)
+    ours = convert.from_transformers(theirs)
+    ids = torch.randint(5, VOCAB, (2, length))
+    agree(theirs, ours, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, None, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3"])
+def test_rotary_positions_far_from_the_start_equal_transformers(kind):
+    """Positions up to 100,000, where frequencies that differ by rounding would turn heads visibly."""
+    more = {"default": {}, "linear": {"factor": 8.0}, "llama3": {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                                                "original_max_position_embeddings": 8192}}[kind]  # fmt: skip
+    config = draw_config("llama", "LlamaModel", 0)
+    config.max_position_embeddings = 131_072
+    config.rope_parameters = {"rope_type": kind, "rope_theta": 500_000.0, **more}
+    theirs = drawn("LlamaModel", config)
+    ours = convert.from_transformers(theirs)
+    ids = torch.randint(5, VOCAB, (BATCH, LENGTH))
+    positions = torch.sort(torch.randint(100_000, (BATCH, LENGTH))).values
+    agree(theirs, ours, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}, None, 1e-5)
 
 
 FLOAT_LABELS = {"regression": (1, torch.tensor([4.0, -3.0, 2.5])), "several labels": (LABELS, torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 1, 1]]))}
