@@ -9,9 +9,11 @@ import importlib.metadata
 import importlib.util
 import inspect
 import logging
+import sys
 import traceback
 import types
 import typing
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,14 +111,18 @@ def load_file(path: str | Path) -> list[tuple[str, str]]:
     if not path.is_file():
         raise OptionError(f"no such file: {path}")
     before = set(_table)
-    spec = importlib.util.spec_from_file_location(f"effzoo_file_{path.stem}", path)
+    name = f"effzoo_file_{path.stem}_{zlib.crc32(str(path.absolute()).encode()):08x}"  # two files may have one name
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise OptionError(f"{path} is not a Python file; give one that ends in .py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses and torch.compile look for it
     try:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(module)
     except EffzooError:
+        del sys.modules[name]
         raise
     except (Exception, SystemExit) as error:
+        del sys.modules[name]
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path.absolute()]
         where = f" at line {lines[-1]}" if lines else ""
         raise OptionError(f"{path} failed{where} while it was imported: {type(error).__name__}: {error}") from error

@@ -61,6 +61,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Mask, *, source: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """source [batch, s, source_dim]: what is attended in cross-attention; mask then speaks of it. cache: of a causal model that decodes."""
+        if source is not None and not self.core.supports_cross:
+            raise IncompatibleError(f"attention {self.core.name!r} attends within one sequence only; use 'full' for cross-attention")
         used = self.core.uses(mask)
         inputs = {name: x if source is None or name not in self.core.key_side else source for name in used}
         projected = [self.project(name, inputs[name], mask) if name in used else None for name in self.core.projections]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,22 +17,35 @@ class Rule:
 
     In the paths, `{i}` stands for the number of a block and `{base}` for the prefix that the body has inside a model with a head. Several
     modules of ours are stacked along the outputs of one of theirs. transposed: theirs stores its weight as [in, out].
-    first: the first block that has these modules.
+    first: the first block that has these modules. parameters: those that the rule speaks of. optional: some models have no such module.
+    axis: their module is the bare tensor of one axis of a grid, (this axis, of how many), with a length of 1 along the others.
     """
 
     ours: tuple[str, ...]
     theirs: str
     transposed: bool = False
     first: int = 0
+    parameters: tuple[str, ...] = PARAMETERS
+    optional: bool = False
+    axis: tuple[int, int] | None = None
+
+    def key(self, parameter: str) -> str:
+        """Their key of a parameter."""
+        return self.theirs if self.axis else f"{self.theirs}.{parameter}"
 
     def split(self, parameter: str, theirs: Tensor) -> tuple[Tensor, ...]:
         """Their tensor as our tensors, in the order of `ours`."""
+        if self.axis:
+            return (theirs.flatten(0, -2),)
         stacked = theirs.t() if self.transposed and parameter == "weight" else theirs
         return stacked.chunk(len(self.ours))
 
     def join(self, parameter: str, ours: Iterable[Tensor]) -> Tensor:
         """Our tensors as their tensor: the inverse of `split`."""
         stacked = torch.cat(tuple(ours))
+        if self.axis:
+            place, axes = self.axis
+            return stacked[(None,) * place + (slice(None),) + (None,) * (axes - 1 - place)]
         return stacked.t().contiguous() if self.transposed and parameter == "weight" else stacked
 
 
@@ -46,15 +59,15 @@ def expand(rules: Iterable[Rule], layers: int, base: str) -> Iterator[Rule]:
     for rule in rules:
         for i in range(rule.first, layers) if "{i}" in rule.theirs else (0,):
             ours = tuple(path.replace("{i}", str(i)) for path in rule.ours)
-            yield Rule(ours, rule.theirs.replace("{i}", str(i)).replace("{base}", base), rule.transposed)
+            yield replace(rule, ours=ours, theirs=rule.theirs.replace("{i}", str(i)).replace("{base}", base))
 
 
 def to_ours(rules: Iterable[Rule], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Their state dict under our keys; keys without a rule are left out."""
     ours: dict[str, Tensor] = {}
     for rule in rules:
-        for parameter in PARAMETERS:
-            tensor = theirs.get(f"{rule.theirs}.{parameter}")
+        for parameter in rule.parameters:
+            tensor = theirs.get(rule.key(parameter))
             if tensor is not None:
                 ours.update(zip((f"{path}.{parameter}" for path in rule.ours), rule.split(parameter, tensor), strict=True))
     return ours
@@ -64,8 +77,8 @@ def to_theirs(rules: Iterable[Rule], ours: Mapping[str, Tensor]) -> dict[str, Te
     """Our state dict under their keys; keys without a rule are left out."""
     theirs: dict[str, Tensor] = {}
     for rule in rules:
-        for parameter in PARAMETERS:
+        for parameter in rule.parameters:
             tensors = [ours[key] for path in rule.ours if (key := f"{path}.{parameter}") in ours]
             if len(tensors) == len(rule.ours):
-                theirs[f"{rule.theirs}.{parameter}"] = rule.join(parameter, tensors)
+                theirs[rule.key(parameter)] = rule.join(parameter, tensors)
     return theirs

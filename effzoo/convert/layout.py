@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from effzoo.architectures import Config
+from effzoo.architectures import Config, Transformer
 from effzoo.convert.keymap import Rule, expand
 from effzoo.errors import ConversionError, listing
 
@@ -38,7 +38,8 @@ class Layout:
     config says. translated: our fields that `read` and `write` say further: ours from their config and theirs from ours. dropouts: their
     further dropout probabilities in a task, which must equal our one. shared: their modules outside the body that several heads
     have. mixed: layers may have different attention kinds. module: where the classes are. parts: larger classes of theirs
-    that hold a model of this layout, with its path in them; only that part is taken.
+    that hold a model of this layout, with its path in them; only that part is taken. finish: what a model of ours takes over from their
+    config beside weights and sizes.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Layout:
     mixed: bool = False
     module: str = "transformers"
     parts: Mapping[str, str] = field(default_factory=dict)
+    finish: Callable[[Transformer, Any], None] | None = None
 
     def cls(self, task: str) -> Any:
         """The class for a task."""

@@ -10,10 +10,11 @@ from effzoo.convert.led import LED
 from effzoo.convert.llama import LLAMA, MISTRAL, QWEN3
 from effzoo.convert.longformer import LONGFORMER
 from effzoo.convert.modernbert import MODERNBERT
+from effzoo.convert.reformer import REFORMER
 from effzoo.convert.roberta import ROBERTA
 from effzoo.errors import ConversionError, listing
 
-LAYOUTS = {layout.name: layout for layout in (BERT, ROBERTA, LONGFORMER, GPT2, LLAMA, MISTRAL, QWEN3, MODERNBERT, LED)}
+LAYOUTS = {layout.name: layout for layout in (BERT, ROBERTA, LONGFORMER, GPT2, LLAMA, MISTRAL, QWEN3, MODERNBERT, LED, REFORMER)}
 _BY_ATTENTION = {
     ("bert", "full"): BERT,
     ("roberta", "full"): ROBERTA,
@@ -30,6 +31,8 @@ _BY_ATTENTION = {
     ("modernbert", "full"): MODERNBERT,
     ("modernbert", "longformer"): MODERNBERT,
     ("led", "longformer"): LED,
+    ("reformer", "lsh"): REFORMER,
+    ("reformer", "local"): REFORMER,
 }
 _FAMILY = {"longformer": "roberta", "mistral": "llama"}
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from effzoo.architectures import Config
-from effzoo.convert.keymap import PARAMETERS, Rule, expand
+from effzoo.convert.keymap import Rule, expand
 from effzoo.convert.layout import Layout
 from effzoo.convert.layouts import LAYOUTS, class_of, classes
 from effzoo.errors import ConversionError
@@ -118,9 +118,9 @@ def _checked(label: str, model: Any, layout: Layout, task: str, required: tuple[
             raise ConversionError(f"{label}: {key} differs from {other}; effzoo ties the two, so an untied head has no counterpart")
     for rule in expand(required, config.layers, layout.base(task)):
         inside_pooler = "pooler" in rule.theirs and task == "features"  # models exist with and without
-        if not inside_pooler and not any(f"{rule.theirs}.{parameter}" in present for parameter in PARAMETERS):
+        if not inside_pooler and not rule.optional and not any(rule.key(parameter) in present for parameter in rule.parameters):
             raise ConversionError(f"{label} has no tensor for {rule.theirs}; the weights are incomplete, or adapters or quantisation changed them")
-    known = {f"{rule.theirs}.{parameter}" for rule in layout.known(config.layers, task) for parameter in PARAMETERS}
+    known = {rule.key(parameter) for rule in layout.known(config.layers, task) for parameter in rule.parameters}
     for key, value in state.items():
         if key not in known:
             raise ConversionError(f"{label} has the tensor {key}, which {layout.classes[task]} does not have; merge or remove what was added")

@@ -57,6 +57,8 @@ def transfer(model: Transformer, source: Source) -> None:
     with torch.no_grad():
         for key, tensor in chosen.items():
             wanted[key].copy_(tensor)
+    if source.layout.finish is not None:
+        source.layout.finish(model, source.model.config)
     _report(model, source, chosen, repeated, new)
 
 
@@ -107,12 +109,10 @@ def _report(model: Transformer, source: Source, chosen: dict[str, Tensor], repea
     if now != before and POSITIONS in chosen:
         log.info("%s: positions %s from %d to %d", source.label, "repeated" if now > before else "cut", before, now)
     used = {*chosen, *repeated.values()}
-    places = {rule.theirs: rule.ours for rule in source.layout.rules(model.config.layers, source.task, model.task)}
-    unused = []
-    for key in source.state:
-        path, _, parameter = key.rpartition(".")
-        if not any(f"{ours}.{parameter}" in used for ours in places.get(path, ())):
-            unused.append(key)
+    places = {}
+    for rule in source.layout.rules(model.config.layers, source.task, model.task):
+        places.update({rule.key(parameter): [f"{path}.{parameter}" for path in rule.ours] for parameter in rule.parameters})
+    unused = [key for key in source.state if not used.intersection(places.get(key, ()))]
     _say(source, "copied beside", [f"{key} <- {origin}" for key, origin in repeated.items()])
     _say(source, "newly initialised", new)
     _say(source, "unused", unused)

@@ -1,0 +1,150 @@
+"""Reformer the model agrees with transformers on the same weights and rotations: outputs, and gradients, both ways, in float64.
+
+Lengths divide by all chunks: transformers pads others in evaluation, and its ring of chunks then looks at that padding. Its gradients
+are compared at one layer of attention and one of feed-forward each being differentiated by autograd in both.
+"""
+
+import pytest
+import torch
+import transformers
+
+import effzoo
+from effzoo import convert
+from effzoo.errors import ConversionError
+
+BASE = {
+    "vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "attention_head_size": 8, "feed_forward_size": 32, "axial_pos_shape": [4, 8],
+    "axial_pos_embds_dim": [6, 10], "max_position_embeddings": 32, "lsh_attn_chunk_length": 4, "local_attn_chunk_length": 4, "num_buckets": 4,
+    "num_hashes": 2, "hash_seed": 0, "hidden_dropout_prob": 0.0, "lsh_attention_probs_dropout_prob": 0.0, "local_attention_probs_dropout_prob": 0.0,
+    "pad_token_id": 0, "eos_token_id": None, "bos_token_id": None,
+}  # fmt: skip
+CASES = {
+    "local": {"attn_layers": ["local", "local"]},
+    "lsh": {"attn_layers": ["lsh", "lsh"]},
+    "mixed": {"attn_layers": ["local", "lsh", "local", "lsh"], "num_buckets": [2, 4], "num_hashes": 3},
+    "looking ahead": {"attn_layers": ["lsh", "local"], "lsh_num_chunks_after": 1, "local_num_chunks_after": 1, "is_decoder": False},
+    "learned positions": {"attn_layers": ["lsh", "local"], "axial_pos_embds": False},
+    "chunked feed-forward": {"attn_layers": ["lsh", "local"], "chunk_size_feed_forward": 4},
+}
+HEADS = {
+    "features": "ReformerModel",
+    "causal_lm": "ReformerModelWithLMHead",
+    "masked_lm": "ReformerForMaskedLM",
+    "classification": "ReformerForSequenceClassification",
+}
+
+
+def theirs(name, case, **more):
+    causal = {"is_decoder": name != "ReformerForMaskedLM"} | CASES[case] | more
+    if name == "ReformerModelWithLMHead":
+        causal["is_decoder"] = True
+    model = getattr(transformers, name)(transformers.ReformerConfig(**BASE | causal)).double().eval()
+    for key, parameter in model.named_parameters():
+        if key == "lm_head.bias":  # transformers 5 keeps this bias but does not add it; see the test below
+            torch.nn.init.zeros_(parameter)
+        else:
+            is_norm = "layer_norm.weight" in key
+            torch.nn.init.normal_(parameter, mean=1.0 if is_norm else 0.0, std=0.3)
+    return model
+
+
+def batch():
+    ids = torch.randint(1, 50, (2, 16))
+    mask = torch.arange(16) < torch.tensor([16, 11])[:, None]
+    return ids * mask, mask
+
+
+@pytest.mark.parametrize(("case", "task"), [(c, t) for c in CASES for t in HEADS if c != "looking ahead" or t != "causal_lm"])
+def test_outputs_equal_those_of_transformers(case, task):
+    hf = theirs(HEADS[task], case)
+    ours = convert.from_transformers(hf)
+    ids, mask = batch()
+    with torch.no_grad():
+        expected, found = hf(ids, attention_mask=mask), ours(ids, attention_mask=mask.long())
+    name = "last_hidden_state" if task == "features" else "logits"
+    a, b = getattr(expected, name), getattr(found, name)
+    if task != "classification":
+        a, b = a[mask], b[mask]
+    assert a.abs().max() > 0.1 and (a - b).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("case", ["local", "lsh", "mixed"])
+def test_gradients_equal_those_of_transformers_in_training(case):
+    """Theirs through its own reversible function, ours through ours: every parameter, dropout 0, without padding (it is not allowed there)."""
+    hf = theirs("ReformerModelWithLMHead", case).train()
+    hf.config.axial_pos_shape = [4, 8]
+    ours = convert.from_transformers(hf).train()
+    ids = torch.randint(1, 50, (2, 32))
+    for model in (hf, ours):
+        model(input_ids=ids).logits.square().mean().backward()  # their language-model loss is computed in float32
+    names = dict(hf.named_parameters())
+    state = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    with torch.no_grad():
+        for name, p in ours.named_parameters():
+            p.copy_(state.get(name, torch.zeros_like(p)))
+    gradients = convert.to_transformers(ours).state_dict()
+    checked = 0
+    for key, parameter in names.items():
+        if parameter.grad is not None and key != "lm_head.bias":
+            assert (gradients[key] - parameter.grad).abs().max() < 1e-9, key
+            checked += 1
+    assert checked >= 20
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_conversion_is_bit_exact_both_ways_and_from_a_folder(task, tmp_path):
+    hf = theirs(HEADS[task], "mixed").float()  # transformers makes axial positions in float32 and reads others into these
+    hf.save_pretrained(tmp_path)
+    for source in (hf, tmp_path):
+        again = convert.to_transformers(convert.from_transformers(source))
+        state = again.state_dict()
+        assert state.keys() == hf.state_dict().keys()
+        for key, value in hf.state_dict().items():
+            assert torch.equal(state[key], value), key
+    for name in ("attn_layers", "num_buckets", "num_hashes", "axial_pos_shape", "is_decoder", "chunk_size_feed_forward"):
+        assert getattr(again.config, name) == getattr(hf.config, name), name
+
+
+def test_the_bias_of_the_language_model_head_is_added_here():
+    """Transformers 5 keeps `lm_head.bias`, with which the published weights were trained, and leaves it out of the logits."""
+    hf = theirs("ReformerModelWithLMHead", "local")
+    torch.nn.init.normal_(hf.lm_head.bias)
+    ids, _ = batch()
+    with torch.no_grad():
+        assert torch.allclose(convert.from_transformers(hf)(ids).logits, hf(ids).logits + hf.lm_head.bias, rtol=0, atol=1e-10)
+
+
+def test_zoo_reformers_load_published_layouts_and_take_peft(tmp_path):
+    hf = theirs("ReformerModelWithLMHead", "mixed", attn_layers=["local", "lsh"])
+    hf.float().save_pretrained(tmp_path)
+    sizes = {
+        "dim": 16,
+        "heads": 2,
+        "head_dim": 8,
+        "layers": 2,
+        "mlp": 32,
+        "vocab": 50,
+        "max_length": 32,
+        "axial_shape": (4, 8),
+        "axial_dims": (6, 10),
+    }
+    model = effzoo.build(
+        "reformer",
+        task="causal_lm",
+        pretrained=tmp_path,
+        peft="lora[targets=(attn.q*,attn.v)]",
+        attention=("local[chunk=4]", "lsh[chunk=4]"),
+        **sizes,
+    )
+    ids = torch.randint(1, 50, (2, 13))
+    model.train()(ids, labels=ids).loss.backward()
+    silent = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())]
+    assert not silent and sum(p.requires_grad for p in model.parameters()) == 2 * (2 + 2)
+
+
+def test_what_has_no_counterpart_says_so():
+    with pytest.raises(ConversionError, match="effzoo has one attention_dropout"):
+        convert.from_transformers(theirs("ReformerModel", "mixed", lsh_attention_probs_dropout_prob=0.1))
+    model = convert.from_transformers(theirs("ReformerModel", "lsh"), attention="lsh[circular=true,within_buckets=true]")
+    with pytest.raises(ConversionError, match="no counterpart for within_buckets=True"):
+        convert.to_transformers(model)
