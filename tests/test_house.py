@@ -16,7 +16,7 @@ FLOORS = [  # a package may import from those before it, and from itself
     {"architectures"},
     {"zoo"},
     {"convert", "measure", "plots"},
-    {"build", "data", "generation", "swap"},
+    {"build", "data", "generation", "swap", "tasks"},
     {"checks", "train"},
     {"cli"},
 ]

@@ -21,9 +21,10 @@ class Local(AttentionCore):
     softmax over {j : -look_forward <= i // chunk - j // chunk <= look_back} of q_i . k_j / sqrt(d); causal cuts it to j <= i. These are the
     local layers of Reformer; in a model they alternate with `lsh` ones, by a spec per layer. Cost O(n chunk).
 
-    chunk: length of a chunk. look_back: how many chunks before its own a query sees. look_forward: how many after. circular: the first chunks see the last ones, and the last the first, as in HF and Trax: in an encoder the end of a
-    sequence is then seen from its beginning, and padding matters for it; only for equality with those. A key is seen once, also when
-    the look around the ring meets it twice. Decoding keeps (look_back + 1) chunk keys at most.
+    chunk: length of a chunk. look_back: how many chunks before its own a query sees. look_forward: how many after.
+    circular: the first chunks see the last ones, and the last the first, as in HF and Trax: in an encoder the end of a sequence is then
+    seen from its beginning, and padding matters for it; only for equality with those. A key is seen once, also when the look
+    around the ring meets it twice. Decoding keeps (look_back + 1) chunk keys at most.
     """
 
     paper = "Kitaev et al. 2020, Reformer: the efficient transformer, arXiv:2001.04451; local layers of its released code (Trax)"

@@ -27,8 +27,9 @@ class LSH(AttentionCore):
 
     rounds: of hashing; may be set on a built core (`core.rounds = 8`): round r has the same rotations whatever their number.
     chunk: length of a chunk. buckets: 1 or an even number, or even factors of it; None: 2 max_length / chunk as a power of two, factorised
-    when large. It depends on max_length alone, so a sequence is hashed alike in every batch. look_back, look_forward: more
-    chunks that are seen. seed: of the rotations, which are drawn from a generator of their own and not saved; `resample` draws others.
+    when large. It depends on max_length alone, so a sequence is hashed alike in every batch. look_back: chunks before its own that a
+    query sees. look_forward: chunks after it. seed: of the rotations, which are drawn from a generator of their own and not
+    saved; `resample` draws others.
     within_buckets: only keys of the query's own bucket count (equation 3; HF and Trax leave this out). count_once: a pair that meets in N_ij
     rounds counts once, by the bias -log N_ij (appendix A, equation of N_ij; HF and Trax leave this out).
     circular: the first chunk looks back to the last chunk of the round before, as in HF and Trax. It shows the end of a sequence to its
