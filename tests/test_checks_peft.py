@@ -250,7 +250,7 @@ class LeavesAHook(Scaling):
 class ThawsTheBase(Scaling):
     """Makes a tensor trainable that the user had frozen."""
 
-    default_targets = ("embed.position",)
+    default_targets = ("embed.token",)
     accepts = (effzoo.sites.Embedding,)
 
     def make(self, site):

@@ -73,8 +73,8 @@ def attend(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> Tensor:
         width = parts[0].v.shape[-1]
         same = [_prepared(part) for part in parts]
         layouts = [(p.causal, p.scale, p.fold, p.unfold) for p in same]
-        first = same[0].q  # parts may share their queries, but compiled code takes each tensor once
-        queries = [p.q.view_as(p.q) if i and p.q is first else p.q for i, p in enumerate(same)]
+        # parts may share their queries, but compiled code takes each tensor once
+        queries = [p.q.view_as(p.q) if any(p.q is other.q for other in same[:i]) else p.q for i, p in enumerate(same)]
         tensors = (x for q, p in zip(queries, same, strict=True) for x in (q, p.k, p.v, p.bias))
         out: Tensor = _Merged.apply(layouts, *tensors)  # type: ignore[no-untyped-call]
         return out[..., :width]
@@ -121,12 +121,28 @@ def merge(*results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Outputs [..., n, d] and log-sum-exps [..., n, 1] of parts -> those of the softmax over the union of their keys."""
     if len(results) == 1:
         return results[0]
-    if torch.compiler.is_compiling():  # inductor of torch 2.13 else adds the parts up in the buffer of one that is still read
-        results = tuple((out.clone(), lse.clone()) for out, lse in results)
-    lse = torch.stack([lse for _, lse in results]).logsumexp(dim=0)
+    if torch.compiler.is_compiling():
+        return _opaque_merge([out for out, _ in results], [lse for _, lse in results])
+    return _merge([out for out, _ in results], [lse for _, lse in results])
+
+
+def _merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    lse = torch.stack(lses).logsumexp(dim=0)
     finite = lse.masked_fill(lse == -math.inf, 0.0)
-    out = sum((part_lse - finite).exp().to(part_out.dtype) * part_out for part_out, part_lse in results)
+    out = sum((part_lse - finite).exp().to(part_out.dtype) * part_out for part_out, part_lse in zip(outs, lses, strict=True))
     return out, lse  # type: ignore[return-value]
+
+
+@torch.library.custom_op("effzoo::merge", mutates_args=())
+def _opaque_merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """`_merge` for compiled graphs: inductor of torch 2.13 else adds the parts up in the buffer of one that is still read."""
+    out, lse = _merge(outs, lses)
+    return out.contiguous(), lse.contiguous()
+
+
+@_opaque_merge.register_fake
+def _(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
 
 
 @torch.library.custom_op("effzoo::flash", mutates_args=())
