@@ -105,6 +105,13 @@ def main() -> int:
     return int(any("error" in row or row["peak_gib"] > LIMIT_GIB for row in found["rows"]))
 
 
+def tracked_table(results: dict) -> str:  # type: ignore[type-arg]
+    """The table of the tracked results, and the machine."""
+    machine = results["machine"]
+    said = f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}; the first rows are a process that computes nothing"
+    return f"{table(results['rows'])}\n\n{said}. Other work ran beside these: the seconds are an order of magnitude."
+
+
 def table(rows: list[dict[str, object]]) -> str:
     """Markdown."""
     lines = ["| attention | n | | seconds | peak GiB |", "|---|---|---|---|---|"]
