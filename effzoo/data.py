@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from effzoo.architectures import Config, Transformer
+from effzoo.architectures import Config, Perceiver, PerceiverConfig, Transformer
 from effzoo.architectures.heads import IGNORED
 from effzoo.errors import DataError, did_you_mean, listing
 
@@ -138,6 +138,10 @@ def tokenizer_of(source: str | Path | Config | Transformer) -> PreTrainedTokeniz
     from effzoo import convert
 
     config = source.config if isinstance(source, Transformer) else source
+    if isinstance(config, (Perceiver, PerceiverConfig)):
+        raise DataError(
+            "a Perceiver reads bytes or arrays and has no tokenizer in the zoo; give the folder or hub id of the one its text was trained with"
+        )
     place = convert.source_of(config) if isinstance(config, Config) else str(config)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)

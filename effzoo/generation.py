@@ -73,7 +73,7 @@ _CALL_OPTIONS = ("logits_processor", "stopping_criteria", "streamer", "prefix_al
 
 
 def _prompt_rows(model: Transformer) -> int:
-    prompt = model.embeddings.token.prompt()
+    prompt = model.embeddings.prompt()
     return 0 if prompt is None else len(prompt)
 
 

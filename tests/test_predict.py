@@ -35,3 +35,15 @@ def test_what_cannot_be_predicted_is_said(tiny):
         effzoo.predict(effzoo.build("bert", **tiny), [])
     with pytest.raises(InputError, match="65 tokens do not fit"):
         effzoo.predict(effzoo.build("bert", **tiny), [{"input_ids": [2] * 65}], progress=False)
+
+
+@pytest.mark.parametrize("task", ["classification", "features"])
+def test_a_perceiver_predicts_from_padded_examples_what_it_gives_alone(task):
+    """Its features are latents, which have no padding."""
+    model = effzoo.build("perceiver-io", task=task, dim=16, layers=1, heads=2, mlp=16, vocab=53, max_length=32).eval()
+    examples = [{"input_ids": torch.randint(1, 53, (n,)).tolist(), "attention_mask": [1] * n} for n in (9, 4, 7)]
+    found = effzoo.predict(model, examples, batch_size=3, progress=False)
+    for row, example in zip(found, examples, strict=True):
+        out = model(**{name: torch.tensor([value]) for name, value in example.items()})
+        alone = out.logits[0] if task == "classification" else out.last_hidden_state[0].mean(dim=0)
+        assert torch.allclose(row, alone, atol=1e-5)

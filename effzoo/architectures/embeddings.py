@@ -29,6 +29,10 @@ class Embeddings(nn.Module):
         self.norm = config.slots().make_norm(config.dim, "embed.norm") if with_norm else None
         self.dropout = nn.Dropout(config.dropout)
 
+    def prompt(self) -> Tensor | None:
+        """The rows that active adapters put in front of every input, [rows, dim], or None."""
+        return self.token.prompt()
+
     def forward(
         self,
         ids: Tensor | None,

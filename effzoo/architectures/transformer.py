@@ -88,7 +88,7 @@ class Transformer(nn.Module):
         if cache is not None and not self.config.causal:
             raise IncompatibleError(f"{self.config.name} is an encoder: every position sees the later ones, so there is nothing to cache")
         start = 0 if cache is None else cache.length
-        prompt = self.embeddings.token.prompt() if start == 0 else None
+        prompt = self.embeddings.prompt() if start == 0 else None
         rows = 0 if prompt is None else len(prompt)
         before = 0 if cache is None or start == 0 else cache.rows  # prompt rows that are in the cache
         check_inputs(

@@ -44,7 +44,7 @@ class Blockwise(AttentionCore):
     alone and in a batch, and a causal output does not change when the sequence grows. The last block may be shorter or empty; inputs
     end at blocks * block positions.
     permutations: of the blocks, counted from 1 as in the lecture: ((1, 2, 3), (2, 3, 1)); by default the identity and as many cyclic
-    shifts as there are blocks and heads. groups: heads per permutation, in order, such as (10, 2); by default, as in the paper (10:2 and 8:2:2 of
+    shifts as there are blocks and heads. groups: heads per permutation, in order, such as (10, 2); by default (10:2 and 8:2:2 of
     12 heads), a sixth of the heads (at least one) for each permutation but the first, which has the rest.
 
     A row whose key block holds no key gives 0, as every row without keys: key blocks after the end of a short sequence, and, when

@@ -110,7 +110,7 @@ def _parts(table: Dataset, evaluation: str | None, holdout: float, seed: int, te
 
 
 def _prompt_rows(model: Transformer) -> int:
-    prompt = model.embeddings.token.prompt()
+    prompt = model.embeddings.prompt()
     return 0 if prompt is None else len(prompt)
 
 

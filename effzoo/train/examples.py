@@ -132,5 +132,5 @@ def _is_arrow(data: Any) -> bool:
 
 
 def _prompt_rows(model: Transformer) -> int:
-    prompt = model.embeddings.token.prompt()
+    prompt = model.embeddings.prompt()
     return 0 if prompt is None else len(prompt)

@@ -60,7 +60,7 @@ def check_options(
         raise OptionError(f"clip is the largest norm of the gradient, above 0, or None, got {clip!r}")
 
 
-def check_precision(model: Transformer, precision: str) -> None:
+def check_precision(model: torch.nn.Module, precision: str) -> None:
     """OptionError for an unknown precision, IncompatibleError for one that cannot run here or that accelerate was launched without."""
     if precision not in PRECISIONS:
         raise OptionError(f"precision is one of {listing(PRECISIONS)}, got {precision!r}")

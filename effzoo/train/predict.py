@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from effzoo.architectures import Transformer
+from effzoo.architectures import Perceiver, Transformer
 from effzoo.architectures.heads import pool
 from effzoo.errors import InputError
 from effzoo.train.batches import Pad
@@ -17,7 +17,7 @@ from effzoo.train.preconditions import check_precision
 
 @torch.no_grad()
 def predict(
-    model: Transformer,
+    model: Transformer | Perceiver,
     examples: Any,
     *,
     batch_size: int = 16,
@@ -46,7 +46,7 @@ def predict(
             batch = {name: x.to(device) for name, x in collate([inputs[i] for i in rows]).items()}
             with torch.autocast(device.type, dtype=getattr(torch, precision), enabled=precision != "float32"):
                 out = model(**batch)
-            mask = batch.get("attention_mask")
+            mask = None if isinstance(model, Perceiver) and not model.config.causal else batch.get("attention_mask")  # latents have no padding
             values = pool(out.last_hidden_state.float(), None if mask is None else mask.bool(), "mean") if out.logits is None else out.logits
             if not len(found):
                 found = torch.empty(len(order), values.shape[1])

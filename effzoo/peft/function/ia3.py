@@ -60,4 +60,4 @@ class IA3(Method):
 
     def make(self, site: Site) -> PeftModule:
         assert isinstance(site, Linear)
-        return ScaleInput(site.in_features) if site.role == "mlp.down" else ScaleOutput(site.out_features)
+        return ScaleInput(site.in_features) if site.role.endswith("mlp.down") else ScaleOutput(site.out_features)

@@ -35,7 +35,7 @@ class Full(Method):
     """Full fine-tuning: every parameter of the targets is trained (on copies; the base stays as it was)."""
 
     paper = "the baseline of every comparison; freezing layers: Lee et al. 2019, arXiv:1911.03090"
-    zero_gradient = {"attn.k*.own_bias": "softmax does not change when one number is added to all scores of a query, so key biases have none"}
+    zero_gradient = {"*.k*.own_bias": "softmax does not change when one number is added to all scores of a query, so key biases have none"}
 
     default_targets = ("*",)
 
@@ -53,6 +53,7 @@ class Head(Method):
 
     paper = "the baseline called feature extraction in Peters et al. 2019, arXiv:1903.05987"
 
+    zero_gradient = Full.zero_gradient
     default_targets = ("head.*",)
 
     def __init__(self, *, targets: Targets = None):
