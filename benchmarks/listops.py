@@ -95,6 +95,12 @@ def main() -> int:
     return 0
 
 
+def tracked_table(results: list[dict]) -> str:  # type: ignore[type-arg]
+    """The tracked results with their settings."""
+    settings = results[0]["settings"]
+    return f"{', '.join(f'{name} {value}' for name, value in settings.items())}:\n\n{table(results)}"
+
+
 def table(rows: list[dict]) -> str:  # type: ignore[type-arg]
     """Markdown: mean and range over seeds."""
     lines = ["| attention | accuracy, mean (lowest to highest) | seeds | tokens/s | Long Range Arena, full scale |", "|---|---|---|---|---|"]

@@ -1,7 +1,8 @@
-"""Write the figures of the README from the tracked results: python scripts/readme.py. A test holds the two in step."""
+"""Write the figures of the READMEs from the tracked results: python scripts/readme.py. A test holds the two in step."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -40,9 +41,23 @@ def demo_table(results: dict) -> str:
 def rendered(readme: str) -> str:
     """The README with its figures written anew."""
     results = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
-    return re.sub(r"<!-- demo -->.*?<!-- /demo -->", lambda _: f"<!-- demo -->\n{demo_table(results)}\n<!-- /demo -->", readme, flags=re.DOTALL)
+    return _between(readme, "demo", demo_table(results))
+
+
+def rendered_benchmarks(readme: str) -> str:
+    """The README of the benchmarks with the tables that the scripts make of their results."""
+    for name in ("long_sequences", "duplication", "listops"):
+        spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        readme = _between(readme, name, script.tracked_table(json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())))
+    return readme
+
+
+def _between(text: str, name: str, table: str) -> str:
+    return re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _: f"<!-- {name} -->\n{table}\n<!-- /{name} -->", text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(rendered(path.read_text()))
+    for path, render in ((ROOT / "README.md", rendered), (ROOT / "benchmarks/README.md", rendered_benchmarks)):
+        path.write_text(render(path.read_text()))

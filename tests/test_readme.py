@@ -60,3 +60,6 @@ def test_its_figures_are_those_of_the_tracked_results():
     spec.loader.exec_module(readme)
     assert readme.rendered(README) == README, "run python scripts/readme.py"
     assert "| test accuracy |" in README
+    benchmarks = (ROOT / "benchmarks/README.md").read_text()
+    assert readme.rendered_benchmarks(benchmarks) == benchmarks, "run python scripts/readme.py"
+    assert "262,144" in benchmarks and "| 4 | " in benchmarks and "| linformer |" in benchmarks
