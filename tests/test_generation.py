@@ -8,7 +8,7 @@ import effzoo
 from effzoo import convert
 from effzoo.errors import IncompatibleError, InputError, OptionError
 
-KINDS = ["full", "longformer[window=6]", "longformer[window=4,dilation=(1,2)]"]
+KINDS = ["full", "longformer[window=6]", "longformer[window=4,dilation=(1,2)]", "local[chunk=4]", "lsh[chunk=4,stable=true]"]
 STRATEGIES = {
     "greedy": {},
     "sampling": {"do_sample": True, "top_p": 0.9, "temperature": 1.5},
