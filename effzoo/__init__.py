@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from effzoo import attention, peft
 from effzoo.build import build
 from effzoo.errors import EffzooError
-from effzoo.peft import account, activate, attach, attached, detach, load_adapter, merge, save_adapter
+from effzoo.peft import account, activate, attach, attached, detach, load_adapter, merge, save_adapter, unmerge
 from effzoo.registry import load_file, scope
 from effzoo.swap import swap_attention
 from effzoo.zoo import models
@@ -41,6 +41,7 @@ __all__ = [
     "save_adapter",
     "scope",
     "swap_attention",
+    "unmerge",
 ]
 
 _LAZY = {

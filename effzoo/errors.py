@@ -38,6 +38,14 @@ class IncompatibleError(EffzooError, ValueError):
     """Two parts that cannot work together, with the reason."""
 
 
+class IncompatiblePeft(IncompatibleError):
+    """A fine-tuning method that has no meaning on a model, or on its attention: what, why, and what to use instead."""
+
+    def __init__(self, method: str, where: str, reason: str, suggestion: str):
+        self.method, self.where, self.reason, self.suggestion = method, where, reason, suggestion
+        super().__init__(f"{method} does not work with {where}: {reason}; {suggestion}")
+
+
 class AdapterError(EffzooError, ValueError):
     """An adapter that cannot be attached, merged, saved or loaded as asked."""
 

@@ -74,7 +74,7 @@ _CALL_OPTIONS = ("logits_processor", "stopping_criteria", "streamer", "prefix_al
 
 def _prompt_rows(model: Transformer) -> int:
     prompt = model.embeddings.prompt()
-    return 0 if prompt is None else len(prompt)
+    return 0 if prompt is None else prompt.shape[-2]
 
 
 def _check_prompt(model: Transformer, input_ids: Tensor, attention_mask: Tensor | None) -> None:

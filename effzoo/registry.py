@@ -202,6 +202,8 @@ def fits(value: Any, annotation: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if origin is not None and isinstance(origin, type) and issubclass(origin, Sequence):
         return isinstance(value, Sequence) and not isinstance(value, str) and all(fits(item, arguments[0]) for item in value)
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(fits(key, arguments[0]) and fits(item, arguments[1]) for key, item in value.items())
     return not isinstance(annotation, type) or isinstance(value, annotation)
 
 
@@ -216,4 +218,6 @@ def describe(annotation: Any) -> str:
         return "none"
     if origin is not None and isinstance(origin, type) and issubclass(origin, Sequence):
         return f"a list of {describe(arguments[0])}"
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"a map from {describe(arguments[0])} to {describe(arguments[1])}"
     return getattr(annotation, "__name__", str(annotation))

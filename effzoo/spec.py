@@ -1,11 +1,13 @@
 """The spec string: `name[option=value, ...]`, joined by `|` into a union.
 
     union  = spec { "|" spec }
-    spec   = name [ "[" option { "," option } "]" ]
+    spec   = name [ "[" option { "," option } "]" ] [ "@" layers ]
     option = key "=" value
-    value  = "(" value { "," value } ")" | quoted string | number | true | false | none | bare word
+    value  = "(" value { "," value } ")" | "{" word ":" value { "," word ":" value } "}" | quoted string | number | true | false | none | bare word
+    layers = range { "+" range },  range = number [ "-" number ]
 
-`longformer[window=256]`, `lora[rank=4, targets=(attn.q*, attn.v*)]|ia3`, `longformer[window=(32, 64, 128)]`.
+`longformer[window=256]`, `lora[rank=4, targets=(attn.q*, attn.v*)]|ia3`, `longformer[window=(32, 64, 128)]`,
+`lora[rank={attn.q: 8, attn.v: 4}]`; `prefix@0-3|lora@4-5+8` is short for `prefix[layers=(0, 1, 2, 3)]|lora[layers=(4, 5, 8)]`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 
 from effzoo.errors import SpecError
 
-_TOKEN = re.compile(r"\s*(?:(?P<string>'[^']*'|\"[^\"]*\")|(?P<word>[\w.*+/?\-]+)|(?P<mark>[\[\](),=|]))")
+_TOKEN = re.compile(r"\s*(?:(?P<string>'[^']*'|\"[^\"]*\")|(?P<word>[\w.*+/?\-]+)|(?P<mark>[\[\](){}:@,=|]))")
 _CONSTANTS = {"true": True, "false": False, "none": None}
 
 
@@ -45,9 +47,11 @@ def parse(given: str | Mapping[str, Any] | Spec | Iterable[Any]) -> tuple[Spec, 
     if isinstance(given, str):
         return _Reader(given).union()
     if isinstance(given, Mapping):
-        if not isinstance(given.get("name"), str):
-            raise SpecError(f"a spec mapping needs the key 'name' with a string, got {dict(given)!r}")
-        return (Spec(given["name"], {key: value for key, value in given.items() if key != "name"}),)
+        if isinstance(given.get("name"), str):
+            return (Spec(given["name"], {key: value for key, value in given.items() if key != "name"}),)
+        if given and all(isinstance(key, str) and key[:1].isdigit() for key in given):  # {"0-1": "adapter|lora", "2-3": "prefix"}
+            return tuple(parse_one(f"{spec}@{layers}") for layers, union in given.items() for spec in parse(union))
+        raise SpecError(f"a spec mapping has the key 'name' with a string, or layers as keys ({{'0-3': 'lora'}}), got {dict(given)!r}")
     if isinstance(given, Iterable):
         return tuple(spec for part in given for spec in parse(part))
     raise SpecError(f"a spec is a string, a mapping or a list of them, got {type(given).__name__}: {given!r}")
@@ -90,7 +94,21 @@ class _Reader:
                     break
                 if not self._take(","):
                     self._fail("expected ',' or ']'")
+        if self._take("@"):
+            if "layers" in options:
+                self._fail("the layers are given twice, as an option and after '@'")
+            options["layers"] = self.layers()
         return Spec(name, options)
+
+    def layers(self) -> tuple[int, ...]:
+        """`0-3+7` as (0, 1, 2, 3, 7)."""
+        found: list[int] = []
+        for part in self._word("layers such as 0-3").split("+"):
+            first, dash, last = part.partition("-")
+            if not first.isdigit() or (dash and not last.isdigit()) or int(last or first) < int(first):
+                self._fail(f"{part!r} is no layer number or range; write 0-3, or 0-3+7 for several")
+            found += range(int(first), int(last or first) + 1)
+        return tuple(found)
 
     def value(self) -> Any:
         for opening, closing in ("()", "[]"):
@@ -101,6 +119,16 @@ class _Reader:
                     if not self._take(",") and self.token != closing:
                         self._fail(f"expected ',' or '{closing}'")
                 return tuple(values)
+        if self._take("{"):
+            mapping: dict[str, Any] = {}
+            while not self._take("}"):
+                key = self._word("a pattern")
+                if not self._take(":"):
+                    self._fail(f"expected ':' after {key!r}")
+                mapping[key] = self.value()
+                if not self._take(",") and self.token != "}":
+                    self._fail("expected ',' or '}'")
+            return mapping
         if self.kind == "string":
             text = self.token[1:-1]
             self._step()
@@ -151,6 +179,8 @@ class _Reader:
 def _write(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"({', '.join(map(_write, value))})"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_write(item)}" for key, item in value.items()) + "}"
     if isinstance(value, str) and (not re.fullmatch(r"[\w.*+/?\-]+", value) or _Reader(f"x[y={value}]").spec().options["y"] != value):
         return f'"{value}"'
     return str(value)

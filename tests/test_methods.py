@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import effzoo
-from effzoo.sites import sites
+from effzoo.sites import Seen, sites
 
 D, MLP, LAYERS, LABELS, VOCAB = 16, 32, 2, 3, 53
 HEAD = D * LABELS + LABELS
@@ -77,7 +77,7 @@ def test_prefix_is_the_gated_sum_of_two_attentions(tiny):
     model = build(tiny, peft="prefix[length=3]")
     attn, x = model.blocks[0].attn, torch.randn(1, 5, D, dtype=torch.float64)
     q, k, v = (attn.project(name, x, effzoo.attention.Mask()) for name in "qkv")
-    keys, values = attn.memory()
+    keys, values = attn.memory(Seen(x, None, attn.keys_values))
     own, prefix = (q @ keys_.transpose(-1, -2) / (D / 2) ** 0.5 for keys_ in (k, keys[None]))
     gate = prefix.exp().sum(-1, keepdim=True) / (prefix.exp().sum(-1, keepdim=True) + own.exp().sum(-1, keepdim=True))
     expected = (1 - gate) * (own.softmax(-1) @ v) + gate * (prefix.softmax(-1) @ values[None])

@@ -51,7 +51,11 @@ def test_what_a_spec_writes_it_reads_back(name, options):
         ("lora rank=4", 5, "'|' or the end"),
         ("lora|", 5, "a name"),
         ("lora[rank=(1,2]", 14, "')'"),
-        ("lora{rank=4}", 4, "does not belong"),
+        ("lora{rank=4}", 4, "'|' or the end"),
+        ("lora[rank={attn.q 8}]", 18, "':'"),
+        ("lora[layers=1]@0-1", 15, "twice"),
+        ("lora@3-1", 8, "no layer number"),
+        ("lora;rank", 4, "does not belong"),
     ],
 )
 def test_points_at_what_does_not_parse(text, column, problem):

@@ -30,7 +30,7 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def prompt(self) -> Tensor | None:
-        """The rows that active adapters put in front of every input, [rows, dim], or None."""
+        """The rows that active adapters put in front of every input, [rows, dim] (or [batch, rows, dim]), or None."""
         return self.token.prompt()
 
     def forward(
@@ -49,7 +49,7 @@ class Embeddings(nn.Module):
         if self.token_type is not None and types is None:
             types = torch.zeros(batch, n, dtype=torch.long, device=x.device)
         if prompt is not None:
-            rows = len(prompt)
+            rows = prompt.shape[-2]
             x = torch.cat([prompt.to(x.dtype).expand(batch, -1, -1), x], dim=1)
             positions = self._shifted(positions, rows)
             types = None if types is None else torch.cat([types[:, :1].expand(-1, rows), types], dim=1)

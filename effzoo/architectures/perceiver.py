@@ -84,7 +84,7 @@ class Perceiver(nn.Module):
         Raises InputError for shapes, dtypes, lengths and ids that do not fit.
         """
         prompt = self.embeddings.prompt()
-        rows = 0 if prompt is None else len(prompt)
+        rows = 0 if prompt is None else prompt.shape[-2]
         self.embeddings.check(input_ids, inputs_embeds, attention_mask, position_ids, rows)
         x, positions = self.embeddings(input_ids, inputs_embeds, position_ids, prompt)
         self._check_queries(len(x), rows, output_positions, output_queries)

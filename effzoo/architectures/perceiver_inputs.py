@@ -39,7 +39,7 @@ class Inputs(nn.Module):
         positions = grid_index(axes, self.config.grid, x.device)[None] if position_ids is None else position_ids
         x = x.flatten(1, -2)
         if prompt is not None:
-            rows = len(prompt)
+            rows = prompt.shape[-2]
             x = torch.cat([prompt.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
             positions = torch.cat([torch.arange(rows, device=x.device).expand(len(positions), -1), positions + rows], dim=1)
             axes = x.shape[1:-1]

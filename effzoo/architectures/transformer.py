@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,9 +18,9 @@ from effzoo.architectures.heads import head
 from effzoo.architectures.output import Output
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask
 from effzoo.blocks.block import Block
-from effzoo.blocks.reversible import reversible, two_streams
+from effzoo.blocks.reversible import reversible, states, two_streams
 from effzoo.errors import IncompatibleError, OptionError
-from effzoo.sites import Linear
+from effzoo.sites import Linear, Side
 from effzoo.spec import Spec, parse_one
 
 
@@ -36,6 +38,7 @@ class Transformer(nn.Module):
         shared: dict[str, Any] = {}
         self.blocks = nn.ModuleList(self._block(config, layer, spec, shared) for layer, spec in enumerate(attention_specs(config)))
         self.final_norm = config.slots().make_norm(config.width, "final.norm") if config.norm == "pre" else None
+        self.side = Side(config.width, config.layers, partial(_narrow, config))
         self.head = head(config, task, num_labels)
         self.checkpointing = False
         self.apply(self._initialise)
@@ -89,7 +92,7 @@ class Transformer(nn.Module):
             raise IncompatibleError(f"{self.config.name} is an encoder: every position sees the later ones, so there is nothing to cache")
         start = 0 if cache is None else cache.length
         prompt = self.embeddings.prompt() if start == 0 else None
-        rows = 0 if prompt is None else len(prompt)
+        rows = 0 if prompt is None else prompt.shape[-2]
         before = 0 if cache is None or start == 0 else cache.rows  # prompt rows that are in the cache
         check_inputs(
             self.config, rows + before, start - before, input_ids, inputs_embeds, attention_mask=attention_mask, token_type_ids=token_type_ids,
@@ -112,12 +115,27 @@ class Transformer(nn.Module):
     def _run(self, x: Tensor, mask: Mask, cache: Cache | None) -> Tensor:
         """The blocks, with the residual and the memory of the config; gradient checkpointing is what reversible blocks do anyway."""
         blocks = cast("Sequence[Block]", self.blocks)
+        if self.side.active and self.side.replaces:
+            if cache is not None:
+                raise IncompatibleError("a side network keeps no cache for decoding; generate without one (use_cache=False)")
+            return self.side(self._states(x, mask), mask)
         if self.config.residual == "reversible":
             return reversible(blocks, x, mask) if cache is None else two_streams(blocks, x, mask, cache)
         again = self.checkpointing and self.training and cache is None
         for block in blocks:
             x = checkpoint(block, x, mask, use_reentrant=False) if again else block(x, mask, cache)
         return x
+
+    @torch.no_grad()
+    def _states(self, x: Tensor, mask: Mask) -> list[Tensor]:
+        """What stands before, between and after the blocks, computed without gradients."""
+        blocks = cast("Sequence[Block]", self.blocks)
+        if self.config.residual == "reversible":
+            return states(blocks, x, mask)
+        found = [x]
+        for block in blocks:
+            found.append(block(found[-1], mask))
+        return found
 
     def cores(self) -> Iterable[AttentionCore]:
         """The attention core of each block."""
@@ -157,6 +175,22 @@ class Transformer(nn.Module):
             is_global = None
         again = self.config.residual == "reversible" or self.checkpointing
         return Mask(valid, is_global, positions, decisions={} if again and torch.is_grad_enabled() else None)
+
+
+def _narrow(config: Config, factor: int) -> tuple[nn.ModuleList, int]:
+    """Blocks of the same kind with plain residuals, `factor` times narrower, and their width: a multiple of the heads, even if rotated."""
+    unit = config.heads * (2 if config.positions == "rotary" else 1)
+    dim = max(unit, config.dim // factor // unit * unit)
+    slim = dataclasses.replace(
+        config, dim=dim, head_dim=dim // config.heads, mlp=max(1, config.mlp // factor), residual="plain",
+        positions="rotary" if config.positions == "rotary" else "none",
+    )  # fmt: skip
+    shared: dict[str, Any] = {}
+    blocks = nn.ModuleList(Transformer._block(slim, layer, spec, shared) for layer, spec in enumerate(attention_specs(slim)))
+    blocks.apply(Transformer._initialise)
+    for block in blocks:
+        block.attn.core.initialise()  # type: ignore[union-attr, operator]
+    return blocks, dim
 
 
 def attention_specs(config: Config) -> list[Spec]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effzoo.attention import reference
-from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, memory_part
+from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, memory_part, of_heads
 from effzoo.attention.kernel import Part, bias_of
 from effzoo.errors import InputError, OptionError
 from effzoo.registry import attention
@@ -93,7 +93,7 @@ class Blockwise(AttentionCore):
         """Attention of some pairs of blocks, [b, (h blocks), c, d] -> [b, pairs, c, d]; the pairs take the place of the heads."""
         q, k, v = projected
         queries = q if len(pairs.queries) == q.shape[1] else q.index_select(1, pairs.queries)  # all of them stand in order
-        remembered = None if memory is None else memory_part(queries, (memory[0][pairs.heads], memory[1][pairs.heads]))
+        remembered = memory_part(queries, of_heads(memory, pairs.heads))
         if pairs.width == 0:
             if remembered is not None:
                 return self.attend(remembered)

@@ -129,7 +129,8 @@ class AttentionCore(nn.Module, abc.ABC):
     def forward(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         """Projections, each [batch, heads, n, head_dim] -> [batch, heads, n, head_dim].
 
-        memory: keys and values [heads, rows, head_dim] that every query sees as well (prefix tuning).
+        memory: keys and values [heads, rows, head_dim] that every query sees as well (prefix tuning); with an axis of the batch in front, the
+        examples have memories of their own.
         Kinds with `supports_cross` take a key side of another length than the queries; `mask` then speaks of the keys.
         """
 
@@ -161,6 +162,10 @@ class AttentionCore(nn.Module, abc.ABC):
         """The projections that this batch needs; the layer passes None for the others."""
         return self.projections
 
+    def alone(self, *projected: Tensor, mask: Mask, memory: KeysValues) -> Tensor:
+        """Attention of every query to the memory and to nothing else, [batch, heads, n, head_dim]."""
+        return self.attend(memory_part(projected[0], memory))
+
     def check(self, mask: Mask) -> None:
         """Refuse what this kind cannot honour, rather than ignore it."""
         if mask.is_global is not None and not self.supports_global:
@@ -181,5 +186,10 @@ def memory_part(q: Tensor, memory: KeysValues | None) -> kernel.Part | None:
     """The part in which every query, [batch, heads, n, head_dim], sees the memory; None without memory."""
     if memory is None:
         return None
-    keys, values = (x.to(q.dtype).expand(q.shape[0], *x.shape) for x in memory)
+    keys, values = (x.to(q.dtype).expand(q.shape[0], *x.shape[-3:]) for x in memory)
     return kernel.Part(q, keys, values)
+
+
+def of_heads(memory: KeysValues | None, heads: Any) -> KeysValues | None:
+    """The memory of some heads."""
+    return None if memory is None else (memory[0][..., heads, :, :], memory[1][..., heads, :, :])

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effzoo.attention import reference
-from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, memory_part
+from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, memory_part, of_heads
 from effzoo.attention.kernel import Part, bias_of
 from effzoo.errors import InputError, OptionError
 from effzoo.registry import attention
@@ -96,7 +96,7 @@ class Longformer(AttentionCore):
             heads = [head for head, own in enumerate(self.dilations) if own == dilation]
             every = len(heads) == len(rows)
             of_q, of_k, of_v = (x if every else x[:, heads] for x in (q, k, v))
-            of_memory = memory if memory is None or every else (memory[0][heads], memory[1][heads])
+            of_memory = memory if every else of_heads(memory, heads)
             window = self._window(of_q, of_k, of_v, mask, dilation)
             out = self.attend(window, self._global_columns(of_q, of_k, of_v, mask), memory_part(of_q, of_memory))
             if every:
@@ -151,6 +151,12 @@ class Longformer(AttentionCore):
 
         found: tuple[Tensor, Tensor] = mask.memo("gathered", make)
         return found
+
+    def alone(self, *projected: Tensor, mask: Mask, memory: KeysValues) -> Tensor:
+        q, q_global = projected[0], projected[3] if len(projected) > 3 else None
+        if q_global is not None and mask.is_global is not None:
+            q = torch.where(mask.is_global[:, None, :, None], q_global, q)
+        return self.attend(memory_part(q, memory))
 
     def step(  # type: ignore[override]
         self,

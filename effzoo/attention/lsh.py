@@ -237,6 +237,9 @@ class LSH(AttentionCore):
     def _padding_last(self, buckets: Tensor, mask: Mask) -> Tensor:
         return buckets if mask.valid is None else buckets.masked_fill(~mask.valid[:, None, :], math.prod(self.factors))
 
+    def alone(self, *projected: Tensor, mask: Mask, memory: KeysValues) -> Tensor:
+        return self.attend(_memory_part(projected[0], memory, 1))
+
     def step(self, qk: Tensor, v: Tensor, *, mask: Mask, past: State | None, memory: KeysValues | None = None) -> tuple[Tensor, State]:  # type: ignore[override]
         hashed = buckets_of(qk, self.rotations[: self._rounds], self.factors).transpose(0, 1)
         if past is None:
@@ -283,7 +286,7 @@ class LSH(AttentionCore):
         place = ((other < mine) | ((other == mine) & (position < position[:, None]))).sum(dim=-1)  # how many stand before
         logits = (qk @ _normalised(qk).transpose(-1, -2)) + self._counts(buckets, place, 0, mask, memory is not None).to(qk.dtype).log()
         if memory is not None:
-            keys, values = (x.expand(qk.shape[0], *x.shape) for x in memory)
+            keys, values = (x.expand(qk.shape[0], *x.shape[-3:]) for x in memory)
             logits = torch.cat([qk @ _normalised(keys).transpose(-1, -2) + math.log(self._times), logits], dim=-1)
             v = torch.cat([values, v], dim=2)
         some = (logits > -math.inf).any(dim=-1, keepdim=True)

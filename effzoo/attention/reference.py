@@ -17,7 +17,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, memory: tuple[Tensor
     batch, heads, n, d = q.shape
     allowed = allowed.expand(batch, heads, n, k.shape[2])
     if memory is not None:
-        keys, values = (x.expand(batch, *x.shape) for x in memory)
+        keys, values = (x.expand(batch, *x.shape[-3:]) for x in memory)
         k, v = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
         allowed = torch.cat([allowed.new_ones(batch, heads, n, keys.shape[2]), allowed], dim=3)
     scores = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(d)

@@ -9,7 +9,7 @@ from effzoo.attention.core import AttentionCore, Cache, Context, KeysValues, Mas
 from effzoo.blocks.positions import Rotary, rotate
 from effzoo.errors import IncompatibleError
 from effzoo.registry import attention as registry
-from effzoo.sites import Linear, Memory, RMSNorm
+from effzoo.sites import Linear, Memory, RMSNorm, Seen
 from effzoo.spec import Spec
 
 
@@ -50,27 +50,33 @@ class Attention(nn.Module):
         for name in self.core.projections:
             width = self.heads(name) * (value_dim if name.startswith("v") else context.head_dim)
             inputs = dim if source_dim is None or name not in self.core.key_side else source_dim
-            self.add_module(name, Linear(inputs, width, bias=bias, role=f"attn.{name}", layer=context.layer))
+            linear = Linear(inputs, width, bias=bias, role=f"attn.{name}", layer=context.layer)
+            linear.heads = self.heads(name)
+            self.add_module(name, linear)
             if qk_norm is not None and not name.startswith("v"):
                 self.norms[name] = RMSNorm(context.head_dim, qk_norm, role=f"attn.norm.{name}", layer=context.layer)
         inner = context.heads * value_dim
         self.o = None
         if out_dim != 0:
             self.o = Linear(inner, out_dim or dim, bias=bias if out_bias is None else out_bias, role="attn.o", layer=context.layer)
+            self.o.heads = context.heads
         self.memory = Memory(self.kv_heads, context.head_dim, value_dim=value_dim, role="attn.memory", layer=context.layer)
 
     def forward(self, x: Tensor, mask: Mask, *, source: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """source [batch, s, source_dim]: what is attended in cross-attention; mask then speaks of it. cache: of a causal model that decodes."""
         if source is not None and not self.core.supports_cross:
             raise IncompatibleError(f"attention {self.core.name!r} attends within one sequence only; use 'full' for cross-attention")
-        used = self.core.uses(mask)
+        seen = Seen(x, None if mask.valid is None or source is not None else mask.valid[:, -x.shape[1] :], self.keys_values)
+        memory, used = self.remembered(seen), self.core.uses(mask)
         inputs = {name: x if source is None or name not in self.core.key_side else source for name in used}
         projected = [self.project(name, inputs[name], mask) if name in used else None for name in self.core.projections]
         if cache is None:
-            heads = self.core(*projected, mask=mask, memory=self.remembered())
+            heads = self.core(*projected, mask=mask, memory=memory)
         else:
             layer = self.core.context.layer
-            heads, cache.states[layer] = self.core.step(*projected, mask=mask, past=cache.states.get(layer), memory=self.remembered())  # type: ignore[arg-type]
+            heads, cache.states[layer] = self.core.step(*projected, mask=mask, past=cache.states.get(layer), memory=memory)  # type: ignore[arg-type]
+        for keys, values, gate in self.memory.extras(seen):
+            heads = heads + gate[:, None, None] * self.core.alone(*projected, mask=mask, memory=(self._grouped(keys), self._grouped(values)))  # type: ignore[arg-type]
         merged = rearrange(heads, "b h n d -> b n (h d)")
         return merged if self.o is None else self.o(merged)
 
@@ -93,9 +99,16 @@ class Attention(nn.Module):
             heads = rotate(heads, *mask.memo(rotary, lambda: rotary.angles(positions)))
         return self._grouped(heads)
 
-    def remembered(self) -> KeysValues | None:
+    def keys_values(self, rows: Tensor) -> KeysValues:
+        """What this layer's projections make of rows [..., r, source_dim]: keys [..., kv_heads, r, head_dim] and values, not rotated."""
+        of_keys = [name for name in self.core.projections if name in self.core.key_side and not name.startswith("v")]
+        names = [of_keys[0] if of_keys else self.core.projections[0], next(name for name in self.core.projections if name.startswith("v"))]
+        found = [rearrange(getattr(self, name)(rows), "... r (h d) -> ... h r d", h=self.heads(name)) for name in names]
+        return self.norms[names[0]](found[0]) if names[0] in self.norms else found[0], found[1]
+
+    def remembered(self, seen: Seen) -> KeysValues | None:
         """Keys and values of the memory site, one for each query head."""
-        memory = self.memory()
+        memory = self.memory(seen)
         return None if memory is None else (self._grouped(memory[0]), self._grouped(memory[1]))
 
     def _grouped(self, heads: Tensor) -> Tensor:

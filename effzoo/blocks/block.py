@@ -75,14 +75,19 @@ class Block(nn.Module):
         if self.norm == "post":
             assert self.attn_norm is not None
             x = self.attn_norm(x + self.attend(x, mask, cache))
-            return self.mlp_norm(x + self.feed(x))
+            return self.mlp_norm(x + self.feed(x, mask))
         x = x + self.attend(x if self.attn_norm is None else self.attn_norm(x), mask, cache)
-        return x + self.feed(self.mlp_norm(x))
+        return x + self.feed(self.mlp_norm(x), mask)
 
     def attend(self, x: Tensor, mask: Mask, cache: Cache | None = None) -> Tensor:
         """What attention adds to the residual stream."""
-        return self.attn_branch(x, self.dropout(self.attn(x, mask, cache=cache)))
+        return self.attn_branch(x, self.dropout(self.attn(x, mask, cache=cache)), _tokens(x, mask))
 
-    def feed(self, x: Tensor) -> Tensor:
+    def feed(self, x: Tensor, mask: Mask) -> Tensor:
         """What the feed-forward adds to the residual stream."""
-        return self.mlp_branch(x, self.dropout(self.mlp(x)))
+        return self.mlp_branch(x, self.dropout(self.mlp(x)), _tokens(x, mask))
+
+
+def _tokens(x: Tensor, mask: Mask) -> Tensor | None:
+    """Which rows of x hold a token; with a cache, mask.valid covers the past too."""
+    return None if mask.valid is None else mask.valid[:, -x.shape[1] :]

@@ -42,8 +42,24 @@ def reversible(blocks: Sequence[Block], x: Tensor, mask: Mask) -> Tensor:
     parameters = list(dict.fromkeys(p for block in blocks for p in block.parameters() if p.requires_grad))
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not (parameters or x.requires_grad):
         return two_streams(blocks, x, mask)
-    first, second = _Reversible.apply(list(_sublayers(blocks, mask, None)), x, *parameters)  # type: ignore[no-untyped-call]
+    first = second = x
+    frozen = 0 if x.requires_grad else next(i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters()))
+    for attend, feed in _sublayers(blocks[:frozen], mask, None):  # nothing to learn here, so nothing to compute back
+        first = first + attend(second)
+        second = second + feed(first)
+    first, second = _Reversible.apply(list(_sublayers(blocks[frozen:], mask, None)), first, second, *parameters)  # type: ignore[no-untyped-call]
     return torch.cat([first, second], dim=-1)
+
+
+def states(blocks: Sequence[Block], x: Tensor, mask: Mask) -> list[Tensor]:
+    """Both streams side by side [batch, n, 2 dim], before, between and after the blocks."""
+    first = second = x
+    found = [torch.cat([first, second], dim=-1)]
+    for attend, feed in _sublayers(blocks, mask, None):
+        first = first + attend(second)
+        second = second + feed(first)
+        found.append(torch.cat([first, second], dim=-1))
+    return found
 
 
 def _sublayers(blocks: Sequence[Block], mask: Mask, cache: Cache | None) -> Iterator[tuple[SubLayer, SubLayer]]:
@@ -54,22 +70,21 @@ def _sublayers(blocks: Sequence[Block], mask: Mask, cache: Cache | None) -> Iter
             return block.attend(x if block.attn_norm is None else block.attn_norm(x), mask, cache)
 
         def feed(x: Tensor, block: Block = block) -> Tensor:
-            return block.feed(block.mlp_norm(x))
+            return block.feed(block.mlp_norm(x), mask)
 
         yield attend, feed
 
 
 class _Reversible(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, sublayers, x, *parameters):  # type: ignore[no-untyped-def]
-        first = second = x
-        states: list[_Random] = []
+    def forward(ctx, sublayers, first, second, *parameters):  # type: ignore[no-untyped-def]
+        x, before = first, []
         for attend, feed in sublayers:
-            states.append(_Random(x))
+            before.append(_Random(x))
             first = first + attend(second)
-            states.append(_Random(x))
+            before.append(_Random(x))
             second = second + feed(first)
-        ctx.sublayers, ctx.states, ctx.parameters = sublayers, states, parameters
+        ctx.sublayers, ctx.states, ctx.parameters = sublayers, before, parameters
         ctx.autocast = (x.device.type, torch.get_autocast_dtype(x.device.type), torch.is_autocast_enabled(x.device.type))
         ctx.save_for_backward(first, second)
         return first, second
@@ -86,7 +101,7 @@ class _Reversible(torch.autograd.Function):
                 second, grad_first = second - added, grad_first + grad
                 added, grad = _again(attend, second, grad_first, ctx.states.pop(), ctx.parameters, found)
                 first, grad_second = first - added, grad_second + grad
-        return None, grad_first + grad_second, *(found.get(p) for p in ctx.parameters)
+        return None, grad_first, grad_second, *(found.get(p) for p in ctx.parameters)
 
 
 def _again(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from effzoo import zoo
 from effzoo.architectures import Transformer
+from effzoo.peft import training
 from effzoo.peft.attach import attached
 from effzoo.registry import peft as methods
 from effzoo.sites import sites
@@ -81,12 +82,14 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def train(model: nn.Module, batch: dict[str, Tensor], steps: int = 3) -> dict[str, float | None]:
     """AdamW steps with weight decay 0.1 -> the largest absolute gradient of each trainable tensor, None when it never got one."""
+    training.calibrate(model, [batch])
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     seen: dict[str, float | None] = {name: None for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for _ in range(steps):
+    for step in range(steps):
         optimizer.zero_grad()
-        model(**batch).loss.backward()
+        training.schedule(model, step / steps)
+        training.loss(model, **batch).backward()  # type: ignore[no-untyped-call]
         for name, parameter in model.named_parameters():
             if name in seen and parameter.grad is not None:
                 seen[name] = _larger(seen[name], float(parameter.grad.abs().max()))

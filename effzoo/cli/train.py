@@ -111,7 +111,7 @@ def _parts(table: Dataset, evaluation: str | None, holdout: float, seed: int, te
 
 def _prompt_rows(model: Transformer) -> int:
     prompt = model.embeddings.prompt()
-    return 0 if prompt is None else len(prompt)
+    return 0 if prompt is None else prompt.shape[-2]
 
 
 def _sizes(train: Dataset, held_out: Dataset, labels: list[str] | None, limit: int) -> str:

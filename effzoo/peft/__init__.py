@@ -3,14 +3,13 @@
 `names()`, `get(name)`, `options(name)` and `register(name)` are the registry's view of this kind.
 """
 
+from effzoo.peft import combined, function, input, parameter
 from effzoo.peft.accounting import Account, account
 from effzoo.peft.attach import Attachment, activate, attach, attached, detach, roles
 from effzoo.peft.files import load_adapter, save_adapter
-from effzoo.peft.function import houlsby, ia3
-from effzoo.peft.input import prefix, prompt
-from effzoo.peft.merging import merge
-from effzoo.peft.method import Method
-from effzoo.peft.parameter import lora, selected
+from effzoo.peft.merging import MergeReport, delta, merge, unmerge
+from effzoo.peft.method import Method, Stage
+from effzoo.peft.training import begin, calibrate, finish, learning_rates, loss, penalty, schedule, stages
 from effzoo.registry import peft as _view
 from effzoo.sites import PeftModule
 
@@ -19,27 +18,37 @@ names, get, options, register, create, aliases = (_view.names, _view.get, _view.
 __all__ = [
     "Account",
     "Attachment",
+    "MergeReport",
     "Method",
     "PeftModule",
+    "Stage",
     "account",
     "activate",
     "aliases",
     "attach",
     "attached",
+    "begin",
+    "calibrate",
     "create",
+    "delta",
     "detach",
+    "finish",
     "get",
-    "houlsby",
-    "ia3",
+    "combined",
+    "function",
+    "learning_rates",
     "load_adapter",
-    "lora",
+    "input",
+    "loss",
     "merge",
     "names",
     "options",
-    "prefix",
-    "prompt",
+    "penalty",
+    "parameter",
     "register",
     "roles",
     "save_adapter",
-    "selected",
+    "schedule",
+    "stages",
+    "unmerge",
 ]

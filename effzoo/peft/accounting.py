@@ -7,7 +7,9 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from effzoo.peft.attach import HEAD, active, adapter_tensors, attached, base_tensors
+from effzoo.peft.attach import HEAD, active, attached, base_tensors
+from effzoo.peft.files import stored_tensors
+from effzoo.peft.merging import mergeable
 from effzoo.sites import PeftModule, Site, sites
 
 
@@ -56,7 +58,7 @@ def account(model: nn.Module) -> Account:
     total = sum(tensor.numel() for tensor in base_tensors(model).values())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     names = active(model)
-    tensors = [t for name in names for t in adapter_tensors(model, name).values()]
+    tensors = [t for name in names for t in stored_tensors(model, name).values()]
     changed, rank = _change(model, names) if names else (trainable, "full" if trainable else 0)
     return Account(
         trainable=trainable,
@@ -102,9 +104,9 @@ def _changed_entries(site: Site, modules: list[PeftModule]) -> int | None:
     for key, parameter in site.base().items():
         door = "weight" if key == "weight" else "bias"
         for module in modules:
-            if module.opens("rows", "memory"):
+            if not mergeable(site, module):
                 return None
-            if module.opens("after", "before"):
+            if module.opens("after", "before", "joined"):
                 change = None if weight is None else module.delta(weight, bias)
                 if change is None:
                     return None
@@ -123,4 +125,4 @@ def _changes_matrix(site: Site, module: PeftModule) -> bool:
     weight = getattr(site, "weight", None)
     if weight is None or weight.ndim < 2:
         return False
-    return module.opens("after", "before") or module.weight(weight) is not weight
+    return module.opens("after", "before", "joined") or module.weight(weight) is not weight

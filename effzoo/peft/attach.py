@@ -7,9 +7,10 @@ base is as trainable as it was before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -26,11 +27,16 @@ HEAD = "head.*"
 
 @dataclass
 class Attachment:
-    """One adapter of a model: its spec, and where each of its methods hangs, {method: [(path, role)]}."""
+    """One adapter of a model: its spec, and where each of its methods hangs, {method: [(path, role)]}.
+
+    methods: each method with the paths where it hangs. finished: whether `effzoo.peft.finish` has dropped what only training needed.
+    """
 
     name: str
     specs: tuple[Spec, ...]
     places: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    methods: list[tuple[Method, list[str]]] = field(default_factory=list)
+    finished: bool = False
 
     @property
     def spec(self) -> str:
@@ -40,6 +46,7 @@ class Attachment:
 @dataclass
 class _State:
     attachments: dict[str, Attachment] = field(default_factory=dict)
+    merged: list[Any] = field(default_factory=list)  # what `unmerge` puts back, the last one first
     frozen: set[str] = field(default_factory=set)  # the base parameters that attaching froze
 
 
@@ -52,16 +59,20 @@ def attach(model: M, peft: Any, *, name: str = "default") -> M:
     state = _state(model)
     if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
         raise AdapterError(f"an adapter name is a Python identifier that torch does not use itself, got {name!r}; try 'task_a'")
-    if name in state.attachments:
-        raise AdapterError(f"an adapter named {name!r} is attached already; detach it first or choose another name")
+    if name in state.attachments or any(name == merged.name for merged in state.merged):
+        raise AdapterError(f"an adapter named {name!r} is attached already (or merged); detach it first or choose another name")
     attachment = Attachment(name, parse(peft))
     try:
         for spec in attachment.specs:
             method = registry.create(spec)
-            _hang(model, method, attachment, targets(model, method))
+            found = targets(model, method)
+            method.prepare(model, found)
+            _hang(model, method, attachment, found)
         heads = {path: site for path, site in sites(model) if fnmatchcase(site.role, HEAD) and name not in site.adapters and site.base()}
         if heads:
             _hang(model, registry.create("head"), attachment, heads)
+        if not any(p.requires_grad for key, p in model.named_parameters() if f".adapters.{name}." in key):
+            raise AdapterError(f"{attachment.spec} has nothing to train on this model; choose other targets")
     except Exception:
         _remove(model, name)
         raise
@@ -91,12 +102,28 @@ def detach(model: M, name: str) -> M:
     return model
 
 
-def activate(model: M, *names: str) -> M:
-    """Make exactly these adapters active and trainable, acting in this order; none means the bare base model."""
+def activate(model: M, *names: str, combine: Literal["stack", "average"] = "stack", rows: Sequence[str | None] | None = None) -> M:
+    """Make exactly these adapters active and trainable; none means the bare base model.
+
+    combine: "stack", each acts on what the one before has made of its site, in the given order; "average", side by side, and the mean of
+    their outputs counts, at every site. rows: instead of names, the adapter of each row of the batch (None: the bare base);
+    adapters of one spec, which act in one gathered product. Then every batch must have as many rows.
+    """
+    if rows is not None:
+        if names:
+            raise AdapterError("give either adapter names or rows, not both")
+        names = tuple(dict.fromkeys(name for name in rows if name is not None))
+    if combine not in ("stack", "average"):
+        raise AdapterError(f"combine is 'stack' or 'average', got {combine!r}")
     for name in names:
         _known(model, name)
     for _, site in sites(model):
         site.active = tuple(name for name in names if name in site.adapters)
+        site.average = combine == "average" and len(names) > 1
+        site.choice = None
+        if rows is not None and site.active:
+            like = next(iter(site.adapters.parameters()))
+            site.choice = torch.tensor([site.active.index(name) if name in site.active else -1 for name in rows], device=like.device)
         for adapter, modules in site.adapters.items():
             modules.requires_grad_(adapter in names)
     return model
@@ -179,6 +206,7 @@ def _hang(model: nn.Module, method: Method, attachment: Attachment, found: dict[
             f"{method.name}: none of the {len(found)} sites has anything to adapt ({listing(sorted({s.role for s in found.values()}))})"
         )
     attachment.places.setdefault(method.name, []).extend(places)
+    attachment.methods.append((method, [path for path, _ in places]))
 
 
 def _remove(model: nn.Module, name: str) -> None:
@@ -186,6 +214,8 @@ def _remove(model: nn.Module, name: str) -> None:
         if name in site.adapters:
             del site.adapters[name]
         site.active = tuple(other for other in site.active if other != name)
+        if not site.active:
+            site.average, site.choice = False, None
 
 
 def _known(model: nn.Module, name: str) -> Attachment:
@@ -210,6 +240,14 @@ def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """The tensors of one adapter, by their key in the model."""
+    """The tensors of one adapter, by their key in the model; what several modules share appears once."""
     _known(model, name)
-    return {key: value for key, value in model.state_dict().items() if f".adapters.{name}." in f".{key}"}
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for key, value in model.state_dict().items():
+        if f".adapters.{name}." in f".{key}":
+            place = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() and not value.is_meta else (key,)
+            if place not in seen:
+                seen.add(place)
+                tensors[key] = value
+    return tensors

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from effzoo.errors import AdapterError, EffzooError
 from effzoo.peft.attach import HEAD, _known, adapter_tensors, attach, base_tensors, detach
-from effzoo.sites import sites
+from effzoo.peft.training import finish
+from effzoo.sites import PeftModule, sites
 from effzoo.spec import Spec
 
 M = TypeVar("M", bound=nn.Module)
@@ -34,15 +35,14 @@ def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "defaul
     attachment = _known(model, name)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        key.replace(f".adapters.{name}.", ".adapters."): value.detach().contiguous().cpu() for key, value in adapter_tensors(model, name).items()
-    }
+    tensors = {key: value.detach().contiguous().cpu() for key, value in stored_tensors(model, name).items()}
     content = safetensors.torch.save(tensors)
     digest = hashlib.sha256(content).hexdigest()
     manifest = {
         "format": FORMAT,
         "name": name,
         "peft": [{"name": spec.name, **spec.options} for spec in attachment.specs],
+        "finished": attachment.finished,
         "base": getattr(getattr(model, "config", None), "name", type(model).__name__),
         "base_hashes": base_hashes(model),
         "tensors": f"adapter-{digest[:16]}.safetensors",
@@ -68,6 +68,8 @@ def load_adapter(model: M, directory: str | Path, *, name: str | None = None) ->
     name = name or manifest["name"]
     attach(model, [Spec(entry["name"], {k: v for k, v in entry.items() if k != "name"}) for entry in manifest["peft"]], name=name)
     try:
+        if manifest["finished"]:
+            finish(model, name)
         _fill(model, name, tensors, directory)
     except EffzooError:
         detach(model, name)
@@ -86,8 +88,25 @@ def restore_adapter(model: M, directory: str | Path, *, name: str = "default") -
     saved = "|".join(str(Spec(entry["name"], {k: v for k, v in entry.items() if k != "name"})) for entry in manifest["peft"])
     if saved != attachment.spec:
         raise AdapterError(f"the adapter in {directory} is {saved!r}, the adapter {name!r} of this model is {attachment.spec!r}; attach the same")
+    if manifest["finished"] and not attachment.finished:
+        finish(model, name)
+    if attachment.finished and not manifest["finished"]:
+        raise AdapterError(f"the adapter in {directory} is in the middle of its training, the adapter {name!r} of this model is finished")
     _fill(model, name, tensors, directory)
     return model
+
+
+def stored_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """What a file holds of an adapter, by the tensor's key without the adapter's name: packed where a module can, what is shared once."""
+    tensors: dict[str, Tensor] = {}
+    whole = adapter_tensors(model, name)
+    for path, site in sites(model):
+        for method, module in site.of(name).items() if name in site.adapters else ():
+            prefix, own = f"{path}.adapters.{name}.{method}.", module.packed() if isinstance(module, PeftModule) else None
+            if own is None:
+                own = {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
+            tensors |= {f"{path}.adapters.{method}.{key}": value for key, value in own.items()}
+    return tensors
 
 
 def base_hashes(model: nn.Module) -> dict[str, str]:
@@ -108,6 +127,7 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         manifest = json.loads(path.read_text())
         wanted = {key: manifest[key] for key in ("format", "name", "peft", "base", "base_hashes", "tensors", "sha256")}
+        wanted["finished"] = bool(manifest.get("finished", False))
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path} is not a manifest that save_adapter wrote ({type(error).__name__}: {error}); save the adapter again") from None
     if wanted["format"] != FORMAT:
@@ -145,17 +165,29 @@ def _check_base(model: nn.Module, manifest: dict[str, Any], directory: Path) -> 
 
 
 def _fill(model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Path) -> None:
-    own = {key.replace(f".adapters.{name}.", ".adapters."): value for key, value in adapter_tensors(model, name).items()}
+    own = stored_tensors(model, name)
+    packed: dict[str, tuple[PeftModule, dict[str, Tensor]]] = {}
+    for path, site in sites(model):
+        for method, module in site.of(name).items() if name in site.adapters else ():
+            if isinstance(module, PeftModule) and module.packed() is not None:
+                prefix = f"{path}.adapters.{method}."
+                packed[prefix] = (module, {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)})
     for key in [*own, *(key for key in tensors if key not in own)]:
         if key not in tensors or key not in own:
             raise AdapterError(
                 f"the adapter in {directory} does not fit its own spec: {key} is {'missing' if key in own else 'one too many'} in the file"
             )
-        if own[key].shape != tensors[key].shape:
+        if own[key].shape != tensors[key].shape and not key.startswith(tuple(packed)):
             raise AdapterError(f"{key} has shape {tuple(tensors[key].shape)} in {directory}, this model needs {tuple(own[key].shape)}")
     with torch.no_grad():
+        for prefix, (module, found) in packed.items():
+            try:
+                module.unpack(found)
+            except (KeyError, ValueError, IndexError, RuntimeError) as error:
+                raise AdapterError(f"what {directory} holds for {prefix}* does not fit this model: {error}") from error
         for key, value in own.items():
-            value.copy_(tensors[key])
+            if not key.startswith(tuple(packed)):
+                value.copy_(tensors[key])
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -133,4 +133,4 @@ def _is_arrow(data: Any) -> bool:
 
 def _prompt_rows(model: Transformer) -> int:
     prompt = model.embeddings.prompt()
-    return 0 if prompt is None else len(prompt)
+    return 0 if prompt is None else prompt.shape[-2]
