@@ -92,6 +92,10 @@ class PeftModule(nn.Module):
         """
         return None
 
+    def changed(self, weight: Tensor | None, bias: Tensor | None) -> int | None:
+        """How many entries of the site's weight and bias merging may change; None for every entry of the tensors that it touches."""
+        return None
+
     def packed(self) -> dict[str, Tensor] | None:
         """What a file needs to hold, where that is less than the state dict (indices and values, bits); None for the state dict itself."""
         return None

@@ -4,7 +4,7 @@
 """
 
 from effzoo.peft import combined, function, input, parameter
-from effzoo.peft.accounting import Account, account
+from effzoo.peft.accounting import Account, account, ranks
 from effzoo.peft.attach import Attachment, activate, attach, attached, detach, roles
 from effzoo.peft.files import load_adapter, save_adapter
 from effzoo.peft.merging import MergeReport, delta, merge, unmerge
@@ -45,6 +45,7 @@ __all__ = [
     "options",
     "penalty",
     "parameter",
+    "ranks",
     "register",
     "roles",
     "save_adapter",

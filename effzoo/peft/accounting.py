@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from effzoo.peft.attach import HEAD, active, attached, base_tensors
 from effzoo.peft.files import stored_tensors
-from effzoo.peft.merging import mergeable
+from effzoo.peft.merging import delta, mergeable
 from effzoo.sites import PeftModule, Site, sites
 
 
@@ -51,6 +52,20 @@ class Account:
             for method, role, count, numbers in self.rows
         ]
         return "\n".join(lines)
+
+
+def ranks(model: nn.Module, name: str = "default", tolerance: float | None = None) -> dict[str, int]:
+    """The numerical rank of the change of every matrix that merging the adapter would change, by its key: by SVD in float64.
+
+    tolerance: singular values up to it count as 0; None is torch's, the largest one times max(shape) times the float64 epsilon.
+    """
+    changes = {key: change for key, change in delta(model, name).items() if change.ndim >= 2 and bool((change != 0).any())}
+    found = {}
+    for key, change in changes.items():
+        matrix = change.flatten(1)
+        limit = None if tolerance is None else torch.as_tensor(tolerance, dtype=matrix.dtype, device=matrix.device)
+        found[key] = int(torch.linalg.matrix_rank(matrix, atol=limit, rtol=None if limit is None else 0.0))
+    return found
 
 
 def account(model: nn.Module) -> Account:
@@ -99,26 +114,25 @@ def _change(model: nn.Module, names: tuple[str, ...]) -> tuple[int | None, int |
 
 
 def _changed_entries(site: Site, modules: list[PeftModule]) -> int | None:
+    """At most how many entries of the site the modules change together; None when one of them is no change of a weight."""
     weight, bias = getattr(site, "weight", None), getattr(site, "bias", None)
-    numbers = 0
-    for key, parameter in site.base().items():
-        door = "weight" if key == "weight" else "bias"
-        for module in modules:
-            if not mergeable(site, module):
-                return None
+    numbers, whole = 0, dict.fromkeys(site.base(), False)
+    for module in modules:
+        if not mergeable(site, module):
+            return None
+        said = module.changed(weight, bias)
+        if said is not None:
+            numbers += said
+            continue
+        for key, parameter in site.base().items():
+            door = "weight" if key == "weight" else "bias"
             if module.opens("after", "before", "joined"):
                 change = None if weight is None else module.delta(weight, bias)
-                if change is None:
-                    return None
-                touched = change[0] is not None if door == "weight" else change[1] is not None
+                whole[key] |= change is not None and change[0 if door == "weight" else 1] is not None
             else:
-                touched = getattr(module, door)(parameter) is not parameter
-            if touched:
-                numbers += parameter.numel()
-                break
-    if not site.base() and modules:
-        return None
-    return numbers
+                whole[key] |= getattr(module, door)(parameter) is not parameter
+    everything = sum(parameter.numel() for parameter in site.base().values())
+    return min(everything, numbers + sum(parameter.numel() for key, parameter in site.base().items() if whole[key]))
 
 
 def _changes_matrix(site: Site, module: PeftModule) -> bool:
