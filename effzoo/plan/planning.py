@@ -1,0 +1,192 @@
+"""`plan`: the memory of one training step, by part, without allocating it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effzoo import zoo
+from effzoo.architectures import PerceiverConfig
+from effzoo.build import build
+from effzoo.errors import EffzooError, IncompatibleError, InputError, OptionError, UnknownNameError
+from effzoo.peft import attach, attached
+from effzoo.peft.attach import active
+from effzoo.plan.optimizers import STATES
+from effzoo.plan.report import Plan
+from effzoo.plan.shadow import Shadows, key, size
+from effzoo.plan.step import step
+
+PRECISIONS = ("plain", "autocast", "master")
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def plan(
+    model: nn.Module | str,
+    peft: Any = None,
+    *,
+    batch: int = 1,
+    length: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    precision: str = "plain",
+    optimizer: str = "adamw",
+    checkpointing: bool | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
+    **choices: Any,
+) -> Plan:
+    """Predict the memory of one training step: weights, gradients, optimizer states, float32 copies, activations by cause, peak.
+
+    model: a built model, which is not touched, or a name of the zoo with the keywords of `effzoo.build` in `choices`
+    (`plan("longformer", "lora", batch=2, length=4096, layers=24)`); nothing of its size is allocated. The task of a name is
+    "causal_lm" for decoders and "classification" for others unless given. peft: a spec to attach; None trains what is trainable now: all of
+    a name's parameters, or a model's own adapters. batch, length: of the inputs, every position a token; inputs: instead of these two, the
+    keywords of a real call, whose integers count (padding, global tokens, labels). dtype: of weights and activations, the
+    model's own when None. checkpointing: keep only the inputs of blocks; None leaves the model as it is.
+
+    precision: what half dtypes mean.
+        plain      everything in dtype: weights, gradients, optimizer states, activations.
+        autocast   torch.autocast: weights, gradients and states stay float32, operations run in dtype (bfloat16 when None), and
+                   the half copies of weights that they are given are kept for the backward pass like activations.
+        master     weights, gradients and activations in dtype (bfloat16 when None), a float32 copy of every trainable weight, float32 states.
+
+    optimizer: adamw, adam (2 numbers per trained parameter), momentum (1), sgd (0), adafactor (a row and a column of each matrix). Scalars such as
+    step counters do not count.
+
+    The activations are those of the code that runs: forward and backward are executed on tensors that have shapes and no memory, in training
+    mode with dropout, with the CPU's operators (on CUDA fused dropout keeps a mask of 1 byte where the CPU keeps numbers of dtype). What is
+    counted: the storages that autograd saves, each once and whole, without parameters, buffers and inputs; that equals what
+    `torch.autograd.graph.saved_tensors_hooks` sees in a real pass. Under checkpointing and in reversible models these are the tensors that remain;
+    `peak` holds what computing again adds.
+
+    Raises OptionError, InputError, IncompatibleError, UnknownNameError, and what `build` and `attach` raise.
+    """
+    if optimizer not in STATES:
+        raise UnknownNameError("optimizer", optimizer, STATES)
+    if precision not in PRECISIONS:
+        raise UnknownNameError("precision", precision, PRECISIONS)
+    chosen = _dtype(dtype, precision)
+    weights_dtype = torch.float32 if precision == "autocast" else chosen
+    shadows = Shadows()
+    with torch.random.fork_rng(devices=[]):
+        copied = _stand_in(model, peft, choices, shadows, weights_dtype)
+        if checkpointing is not None:
+            _set_checkpointing(copied, checkpointing)
+        given = _inputs(copied, batch, length, inputs, shadows)
+        kept, peak = step(copied, given, shadows, chosen if precision == "autocast" else None)
+    trained = [p for p in copied.parameters() if p.requires_grad]
+    state = 4 if precision == "master" else None
+    states = sum(STATES[optimizer](p.shape) * (state or p.element_size()) for p in trained)
+    master = 4 * sum(p.numel() for p in trained) if precision == "master" else 0
+    weights = _stored([*copied.parameters(), *copied.buffers()])
+    activations: dict[str, int] = {}
+    for saved in kept:
+        activations[saved.cause] = activations.get(saved.cause, 0) + saved.bytes
+    return Plan(
+        title=_title(copied, model, given, chosen, precision, optimizer),
+        weights=weights,
+        gradients=sum(p.numel() * p.element_size() for p in trained),
+        optimizer=states,
+        master=master,
+        activations=dict(sorted(activations.items(), key=lambda item: -item[1])),
+        peak=weights + states + master + peak,
+        parameters=sum(p.numel() for p in copied.parameters()),
+        trainable=sum(p.numel() for p in trained),
+        saved=tuple(kept),
+    )
+
+
+def _dtype(given: torch.dtype | str | None, precision: str) -> torch.dtype | None:
+    found = getattr(torch, given, None) if isinstance(given, str) else given
+    if given is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise OptionError(f"dtype is a floating-point type such as torch.bfloat16 or 'float32', got {given!r}")
+    if precision == "plain":
+        return found
+    if found is not None and found not in _HALF:
+        raise OptionError(f"precision {precision!r} is for bfloat16 and float16, got {found}; use precision='plain'")
+    return torch.bfloat16 if found is None else found
+
+
+def _stand_in(model: nn.Module | str, peft: Any, choices: dict[str, Any], shadows: Shadows, dtype: torch.dtype | None) -> nn.Module:
+    """The model with its adapters, of tensors without memory, in training mode."""
+    if not isinstance(model, (str, nn.Module)):
+        raise OptionError(f"plan takes a model or the name of one, got {type(model).__name__}")
+    if isinstance(model, nn.Module) and choices:
+        raise OptionError(f"a built model has its sizes already, so {', '.join(sorted(choices))} mean nothing; give the model's name, or leave them out")
+    try:
+        with torch.device("meta"):
+            if isinstance(model, str):
+                task = "causal_lm" if zoo.config(model).causal else "classification"
+                model = build(model, **{"task": task, **choices})
+            elif peft is not None:
+                model = shadows.copied(model, device="meta")
+            if peft is not None:
+                attach(model, peft, name="planned")
+    except EffzooError:
+        raise
+    except (NotImplementedError, RuntimeError) as error:  # what torch raises when a value is asked of the meta device
+        raise IncompatibleError(
+            f"{'the model' if peft is None else repr(peft)} computes with the values of weights when it is made ({error}), and a plan has none; "
+            "make it for real and plan that"
+        ) from error
+    with shadows:
+        return shadows.copied(model, dtype).train()
+
+
+def _set_checkpointing(model: nn.Module, wanted: bool) -> None:
+    switch = getattr(model, f"gradient_checkpointing_{'enable' if wanted else 'disable'}", None)
+    if switch is None:
+        raise OptionError(f"{type(model).__name__} has no gradient checkpointing; leave checkpointing out")
+    switch()
+
+
+def _inputs(model: nn.Module, batch: int, length: int | None, inputs: Mapping[str, Tensor] | None, shadows: Shadows) -> dict[str, Any]:
+    """The keywords of one call: integers with values, floating-point tensors without."""
+    if inputs is not None:
+        if length is not None:
+            raise OptionError("give length (and batch), or the inputs of a real call, not both")
+        return {name: shadows.stand_in(x) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()}
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        raise OptionError(f"{type(model).__name__} is no model of the zoo, so its inputs are not known; give them: plan(model, inputs={{...}})")
+    if length is None:
+        raise OptionError("plan needs the length of the sequences, such as length=512")
+    if batch < 1 or length < 1:
+        raise InputError(f"batch and length are at least 1, got {batch} and {length}")
+    made = _sequence(model, config, batch, length, shadows)
+    task, labels = model.task, model.num_labels  # type: ignore[union-attr]
+    if task == "classification":
+        kind = torch.float32 if labels == 1 else torch.long
+        made["labels"] = torch.zeros(batch, dtype=kind)
+    elif task != "features":
+        made["labels"] = torch.zeros(batch, length, dtype=torch.long)
+    return made
+
+
+def _sequence(model: nn.Module, config: Any, batch: int, length: int, shadows: Shadows) -> dict[str, Any]:
+    """Token ids that are no padding, or an array for a Perceiver that reads none."""
+    if config.vocab:
+        token = int(config.pad_token == 0) if config.vocab > 1 else 0
+        return {"input_ids": torch.full((batch, length), token, dtype=torch.long)}
+    assert isinstance(config, PerceiverConfig)
+    shape = config.grid if len(config.grid) > 1 else (length,)
+    if math.prod(shape) != length:
+        raise InputError(f"{config.name} reads a grid of {' x '.join(map(str, shape))}, which is length={math.prod(shape)}, got length={length}")
+    kind = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return {"inputs_embeds": shadows.stand_in(torch.empty(batch, *shape, config.channels, dtype=kind, device="meta"))}
+
+
+def _stored(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages, shared ones once."""
+    return sum({key(tensor): size(tensor) for tensor in tensors}.values())
+
+
+def _title(model: nn.Module, given: Any, inputs: Mapping[str, Any], dtype: torch.dtype | None, precision: str, optimizer: str) -> str:
+    name = given if isinstance(given, str) else getattr(getattr(model, "config", None), "name", type(model).__name__)
+    adapters = " | ".join(attached(model)[name].spec for name in active(model)) or "no adapter"
+    shape = next((x.shape for x in inputs.values() if isinstance(x, Tensor)), ())
+    kind = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    half = "" if precision == "plain" else f" ({precision})"
+    return f"{name}, {adapters}, {' x '.join(map(str, shape))}, {str(kind).removeprefix('torch.')}{half}, {optimizer}"

@@ -1,0 +1,151 @@
+"""What autograd saves for the backward pass, and who saved it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+
+from effzoo.attention.core import AttentionCore
+from effzoo.plan.shadow import key, size
+from effzoo.sites import PeftModule, Site, sites
+
+HALF_COPIES = "half copies of weights"
+_PLACES = {  # modules that are no site, by what their own operations save
+    "Attention": "attn heads", "Block": "residual", "Embeddings": "embeddings", "FeedForward": "mlp activation", "Features": "head",
+    "Classification": "head", "TokenClassification": "head", "LanguageModel": "head", "Transformer": "streams", "Perceiver": "latents",
+}  # fmt: skip
+_LOSSES = {"cross_entropy", "mse_loss", "binary_cross_entropy_with_logits", "nll_loss", "log_softmax"}
+_DROPOUTS = {"dropout", "dropout_", "feature_dropout", "alpha_dropout", "native_dropout"}
+_DOORS = ("weight", "bias", "before", "after", "joined", "rows", "memory", "remember", "beyond", "beside")
+
+
+@dataclass
+class Saved:
+    """One storage that is kept for the backward pass: its bytes, who saved it (in order), and how many autograd nodes hold it."""
+
+    bytes: int
+    causes: dict[str, None] = field(default_factory=dict)
+    path: str = ""  # of the module in which it was saved first
+    holders: int = 0
+
+    @property
+    def cause(self) -> str:
+        return " + ".join(self.causes)
+
+
+class _Held:
+    """What the graph keeps in place of a tensor: when the graph lets go of it, the record hears of it."""
+
+    __slots__ = ("record", "tensor")
+
+    def __init__(self, record: Record, tensor: Tensor):
+        self.record, self.tensor = record, tensor
+        record.hold(tensor)
+
+    def __del__(self) -> None:
+        self.record.release(self.tensor)
+
+
+class Record(TorchFunctionMode):
+    """Storages that autograd holds, without those in `excluded` (parameters, buffers, inputs).
+
+    Inside the `with` block a storage counts once, whole, from the first node that saves it or a view of it until the last one is gone. What modules
+    keep beside the graph does not count: a checkpoint's or a reversible block's random states, the integers of `Mask.decide`.
+    """
+
+    def __init__(self, excluded: Iterable[Tensor] = (), half_copies: Container[int] = ()):
+        super().__init__()
+        self.excluded = {key(tensor): tensor for tensor in excluded}
+        self.half_copies = half_copies
+        self.failed = ""  # the path of the innermost module that raised
+        self.held: dict[int, Saved] = {}
+        self.places: list[tuple[str, str]] = []  # (place, path), the innermost last
+        self.operations: list[str] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Record:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._stack.enter_context(saved_tensors_hooks(functools.partial(_Held, self), lambda held: held.tensor))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self.operations.append(getattr(func, "__name__", ""))
+        try:
+            out = func(*args, **(kwargs or {}))
+        finally:
+            self.operations.pop()
+        return out
+
+    def hold(self, tensor: Tensor) -> None:
+        name = key(tensor)
+        if name in self.excluded:
+            return
+        place, path = self.places[-1] if self.places else ("model", "")
+        saved = self.held.setdefault(name, Saved(size(tensor), path=path))
+        saved.holders += 1
+        saved.causes[HALF_COPIES if name in self.half_copies else self._cause(place)] = None
+
+    def release(self, tensor: Tensor) -> None:
+        saved = self.held.get(key(tensor))
+        if saved is not None:
+            saved.holders -= 1
+            if not saved.holders:
+                del self.held[key(tensor)]
+
+    def _cause(self, place: str) -> str:
+        if _DROPOUTS.intersection(self.operations):
+            return "dropout masks" if place in ("dropout masks", "residual", "embeddings", "head") else f"{place} dropout masks"
+        return "loss" if _LOSSES.intersection(self.operations) else place
+
+    @contextmanager
+    def inside(self, place: str, path: str) -> Iterator[None]:
+        self.places.append((place, path))
+        try:
+            yield
+        except Exception:
+            self.failed = self.failed or path
+            raise
+        finally:
+            self.places.pop()
+
+    def follow(self, model: nn.Module) -> None:
+        """Make every module of a model, and every door of what is hung on its sites, say when it works. The model is a copy of ours."""
+        for path, module in model.named_modules():
+            if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and ".adapters." not in f".{path}":
+                module.forward = self._told(module.forward, _place(module), path)
+        for path, site in sites(model):
+            for adapter, methods in site.adapters.items():
+                for method, hung in methods.named_children():
+                    for door in _DOORS:
+                        if isinstance(hung, PeftModule) and hung.opens(door):
+                            setattr(hung, door, self._told(getattr(hung, door), f"adapter {method}", f"{path}.adapters.{adapter}.{method}"))
+
+    def _told(self, function: Callable[..., Any], place: str, path: str) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def told(*args: Any, **kwargs: Any) -> Any:
+            with self.inside(place, path):
+                return function(*args, **kwargs)
+
+        return told
+
+
+def _place(module: nn.Module) -> str:
+    if isinstance(module, Site):
+        return module.role
+    if isinstance(module, AttentionCore):
+        return "attn core"
+    if isinstance(module, nn.Dropout):
+        return "dropout masks"
+    return _PLACES.get(type(module).__name__, type(module).__name__)
+

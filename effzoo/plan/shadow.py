@@ -1,0 +1,143 @@
+"""Running code for its shapes: weights and activations without memory, masks and positions with their values.
+
+Inside `Shadows` weights are fake tensors of torch, and so is what is computed from them: shape, strides, dtype and storage identity as on the CPU,
+but no memory. What follows from the inputs alone (ids, masks, positions) is computed for real up to a size, because models branch on
+it: is anything padded? how many tokens are global? A branch on a value that is not known is an error, never a guess.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import weakref
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+M = TypeVar("M", bound=nn.Module)
+KNOWN_BYTES = 2**24  # integers and booleans up to this size keep their values,
+KNOWN_FLOATS = 2**20  # and floating-point tensors up to this one
+_BY_VALUE = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
+
+
+def key(tensor: Tensor) -> int:
+    """The identity of a tensor's storage, while it lives: views of one storage have the same."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def size(tensor: Tensor) -> int:
+    """Bytes of the whole storage, which a view keeps alive."""
+    return int(tensor.untyped_storage().nbytes())
+
+
+class Meter:
+    """Bytes of the storages that live, and the most that lived at one time; those that lived before do not count."""
+
+    def __init__(self) -> None:
+        self.live = self.peak = 0
+        self._held: dict[int, weakref.ref[Any]] = {}
+
+    def see(self, tensor: Tensor) -> None:
+        storage, name = tensor.untyped_storage(), key(tensor)
+        if name in self._held:
+            return
+        nbytes = int(storage.nbytes())
+
+        def gone(_: Any) -> None:
+            del self._held[name]
+            self.live -= nbytes
+
+        self._held[name] = weakref.ref(storage, gone)
+        self.live += nbytes
+        self.peak = max(self.peak, self.live)
+
+    def known_before(self, tensors: Sequence[Tensor]) -> None:
+        """These live already: they are part of something else."""
+        for tensor in tensors:
+            self.see(tensor)
+        self.live = self.peak = 0
+
+
+class Shadows(TorchDispatchMode):
+    """The dispatch mode of this file. meter, when set, sees every tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.meter: Meter | None = None
+        self.weights: set[int] = set()  # storages of parameters
+        self.half_copies: dict[int, weakref.ref[Any]] = {}  # storages that were cast from them
+        self._overwritten: dict[int, Any] = {}  # real storages into which something fake was written: their values are lost
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        given = _tensors((args, kwargs))
+        out = self._known(func, args, kwargs) if all(map(self._has_value, given)) else self._shapes(func, args, kwargs)
+        for tensor in _tensors(out) if self.meter is not None else ():
+            self.meter.see(tensor)  # type: ignore[union-attr]
+        if func is torch.ops.aten._to_copy.default and key(given[0]) in self.weights:
+            name = key(out)
+            self.half_copies[name] = weakref.ref(out.untyped_storage(), lambda _: self.half_copies.pop(name))
+        return out
+
+    def _has_value(self, tensor: Tensor) -> bool:
+        return not isinstance(tensor, FakeTensor) and tensor.device.type != "meta" and key(tensor) not in self._overwritten
+
+    def _shapes(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation on fakes; a known mask that selects from a fake is turned into indices, whose number is then known."""
+        if func is torch.ops.aten.index.Tensor:
+            args = (args[0], [index for mask in args[1] for index in self._as_indices(mask)])
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                target = args[position] if position < len(args) else kwargs.get(argument.name)
+                for tensor in _tensors(target):
+                    if not isinstance(tensor, FakeTensor):
+                        self._overwritten[key(tensor)] = tensor.untyped_storage()
+        with self.fake:
+            return func(*args, **kwargs)
+
+    def _as_indices(self, index: Any) -> tuple[Any, ...]:
+        selects = isinstance(index, Tensor) and index.dtype == torch.bool and self._has_value(index)
+        return index.nonzero(as_tuple=True) if selects else (index,)
+
+    def _known(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation whose inputs, if any, have values: for real, unless it draws at random or something large comes out."""
+        writes = any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments)
+        if not writes and not any(tag in func.tags for tag in _BY_VALUE) and func is not torch.ops.aten.lift_fresh.default:
+            with self.fake:
+                shapes = func(*args, **kwargs)
+            if torch.Tag.nondeterministic_seeded in func.tags or not all(map(_small, _tensors(shapes))):
+                return shapes
+        return func(*args, **kwargs)
+
+    def stand_in(self, tensor: Tensor, dtype: torch.dtype | None = None, device: str = "cpu") -> Tensor:
+        """A tensor without memory of the same shape and strides, in another floating-point dtype if asked; a Parameter for a Parameter.
+
+        On the device "cpu" a fake one, on "meta" one of torch's own, which modules take as they take any other when they are built.
+        """
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        with nullcontext() if device == "meta" else self.fake:
+            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device=device)
+        return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+
+    def copied(self, model: M, dtype: torch.dtype | None = None, device: str = "cpu") -> M:
+        """A copy of a model whose parameters and floating-point buffers are stand-ins; small integer buffers keep their values."""
+        memo: dict[int, Any] = {}
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            if tensor.is_floating_point() or not self._has_value(tensor) or not _small(tensor):
+                memo[id(tensor)] = self.stand_in(tensor, dtype, device)
+        return copy.deepcopy(model, memo)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _small(tensor: Tensor) -> bool:
+    return size(tensor) <= (KNOWN_FLOATS if tensor.is_floating_point() else KNOWN_BYTES)
