@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +26,20 @@ SILENT = 1e-13  # of the largest gradient: below that, a float64 gradient is rou
 
 @dataclass(frozen=True)
 class Case:
-    """One tiny model: architecture and attention, with global tokens or without."""
+    """One tiny model: a zoo entry and its attention, with global tokens or without. choices: other fields of its config."""
 
     architecture: str
     attention: str
     has_global: bool = False
+    choices: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.architecture} with {self.attention}{' and global tokens' * self.has_global}"
+        chosen = "".join(f", {name}={value}" for name, value in self.choices)
+        return f"{self.architecture} with {self.attention}{' and global tokens' * self.has_global}{chosen}"
 
     def model(self, dropout: float = 0.0) -> Transformer:
         """A fresh copy of the model, always with the same weights, in evaluation mode."""
-        return copy.deepcopy(_built(self.architecture, self.attention, dropout))
+        return copy.deepcopy(_built(self.architecture, self.attention, dropout, self.choices))
 
     def batch(self) -> dict[str, Tensor]:
         """Three sequences of different lengths, every token labelled, and global tokens at other places in each."""
@@ -56,12 +59,13 @@ class Case:
 
 
 @cache
-def _built(architecture: str, attention: str, dropout: float) -> Transformer:
+def _built(architecture: str, attention: str, dropout: float, choices: tuple[tuple[str, Any], ...]) -> Transformer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         model = zoo.create(
-            architecture, attention=attention, task="token_classification", num_labels=LABELS, dropout=dropout, attention_dropout=dropout, **SIZES
-        )
+            architecture, attention=attention, task="token_classification", num_labels=LABELS, dropout=dropout, attention_dropout=dropout,
+            **{**SIZES, **dict(choices)},
+        )  # fmt: skip
         for parameter in model.parameters():  # larger than at a real start, so that attention is far from uniform
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.2)

@@ -37,6 +37,11 @@ class Subject:
         method = registry.get(parse_one(given).name)
         return cls(suitable(registry, given, lambda spec: cls(spec, method).attached(CASES[0])), method)
 
+    @property
+    def identity_at_init(self) -> bool:
+        """Whether the method says that attaching leaves the output as it is."""
+        return bool(registry.create(self.spec).identity_at_init)
+
     def attached(self, case: Case, name: str = "default") -> Transformer:
         return attach(case.model(), self.spec, name=name)
 
@@ -95,7 +100,7 @@ def attaches(subject: Subject, case: Case) -> None:
 def starts_as_identity(subject: Subject, case: Case) -> None:
     """Right after attaching the output is unchanged, or the method says that it is not"""
     before, after = logits(case.model(), case.batch()), logits(subject.attached(case), case.batch())
-    if subject.cls.identity_at_init:
+    if subject.identity_at_init:
         close("the output right after attaching", after, before, 1e-10, "start from a change of 0, or declare identity_at_init = False")
     elif torch.equal(before, after):
         raise Failed("identity_at_init is False, yet the output is bit-identical to the base's; declare it True, or find out why nothing acts")

@@ -1,0 +1,158 @@
+"""Every fine-tuning method on every attention kind in every architecture: what works, and what is refused with which reason.
+
+Each cell is a tiny model in float64 on which one method is attached, trained for two steps, saved, loaded into a fresh base, merged where it
+can be, and detached, and the laws are looked at on the way. Driven by the registry.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from effzoo.checks.attention import Subject as Kind
+from effzoo.checks.models import Case, logits, silent, train
+from effzoo.checks.peft import Subject as Tuned
+from effzoo.checks.peft import copied
+from effzoo.checks.runner import Failed
+from effzoo.errors import AdapterError, IncompatibleError, TargetError
+from effzoo.peft import account, attach, detach, load_adapter, merge, save_adapter
+from effzoo.peft.attach import adapter_tensors, base_tensors
+from effzoo.registry import attention, peft
+from effzoo.spec import Spec
+
+Status = Literal["works", "refused", "fails"]
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "encoder": ("bert", {}),
+    "decoder": ("gpt2", {}),
+    "reversible": ("bert", {"norm": "pre", "residual": "reversible"}),
+    "perceiver": (
+        "perceiver-io",
+        {"channels": 12, "latents": 10, "head_dim": 4, "value_dim": 8, "cross_heads": 1, "cross_head_dim": 8, "cross_value_dim": 16,
+         "decoder_head_dim": 4, "decoder_value_dim": 4},
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination. reason: why it is refused, or what fails."""
+
+    method: str
+    attention: str
+    architecture: str
+    status: Status
+    reason: str = ""
+
+
+@dataclass
+class Matrix:
+    """All cells, and the refusals by reason."""
+
+    cells: list[Cell] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.cells) and all(cell.status != "fails" for cell in self.cells)
+
+    def refusals(self) -> dict[str, list[Cell]]:
+        """The refused cells by their reason."""
+        found: dict[str, list[Cell]] = {}
+        for cell in self.cells:
+            if cell.status == "refused":
+                found.setdefault(cell.reason, []).append(cell)
+        return found
+
+    def cell(self, method: str, kind: str, architecture: str) -> Cell:
+        return next(c for c in self.cells if (c.method, c.attention, c.architecture) == (method, kind, architecture))
+
+
+def matrix(
+    methods: Sequence[str] | None = None,
+    kinds: Sequence[str] | None = None,
+    architectures: Iterable[str] = tuple(ARCHITECTURES),
+    each: Callable[[Cell], None] = lambda cell: None,
+) -> Matrix:
+    """Try every combination (default: of everything registered); `each` is told about a cell as soon as it is known."""
+    found = Matrix()
+    tuned = {name: Tuned.of(name) for name in methods or peft.names()}
+    subjects = {name: Kind.of(name) for name in kinds or attention.names()}
+    for method in tuned.values():
+        for kind in subjects.values():
+            for architecture in architectures:
+                found.cells.append(cell(method, kind, architecture))
+                each(found.cells[-1])
+    return found
+
+
+def case(kind: Kind, architecture: str) -> Case:
+    """The tiny model of an architecture with an attention kind."""
+    name, choices = ARCHITECTURES[architecture]
+    spec, has_global = kind.spec, kind.cls.supports_global and architecture != "perceiver"
+    if architecture == "perceiver" and "global_projections" in (option.name for option in attention.options(spec.name)):
+        spec = Spec(spec.name, {**spec.options, "global_projections": False})  # no latent is global, so nothing would train them
+    return Case(name, str(spec), has_global, tuple(choices.items()))
+
+
+def cell(method: Tuned, kind: Kind, architecture: str) -> Cell:
+    """Try one combination."""
+    names = (method.cls.name, kind.cls.name, architecture)
+    one = case(kind, architecture)
+    try:
+        one.model()
+    except IncompatibleError as refusal:
+        return Cell(*names, "refused", str(refusal))
+    try:
+        method.attached(one)
+    except (IncompatibleError, TargetError) as refusal:
+        return Cell(*names, "refused", str(refusal))
+    try:
+        laws(method, one)
+    except Failed as problem:
+        return Cell(*names, "fails", str(problem))
+    except Exception as error:  # the checked code's own: told, and red
+        return Cell(*names, "fails", f"{type(error).__name__}: {error}")
+    return Cell(*names, "works")
+
+
+def laws(method: Tuned, one: Case) -> None:
+    """Attach, train, save, load, merge or refuse to, detach; raise Failed for the first law that does not hold."""
+    model, batch = one.model(), one.batch()
+    before, frozen = logits(model, batch), copied(base_tensors(model))
+    attach(model, method.spec)
+    attached = logits(model, batch)
+    starts_equal = bool((attached - before).abs().max() <= 1e-10)
+    same_at_start = bool(torch.equal(attached, before))
+    if method.identity_at_init and not starts_equal:
+        raise Failed(f"the output right after attaching is off by {float((attached - before).abs().max()):.2g}")
+    if not method.identity_at_init and same_at_start:
+        raise Failed("identity_at_init is False, yet attaching changes nothing")
+    start = copied(adapter_tensors(model, "default"))
+    if wrong := silent(model, train(model, batch)):
+        raise Failed(wrong)
+    if all(torch.equal(start[name], tensor) for name, tensor in adapter_tensors(model, "default").items()):
+        raise Failed("no tensor of the adapter moved")
+    now = base_tensors(model)
+    if changed := [name for name, tensor in frozen.items() if not torch.equal(now[name], tensor)]:
+        raise Failed(f"{changed[0]} of the frozen base has changed")
+    trained = logits(model, batch)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, folder)
+        other = load_adapter(one.model(), folder)
+    if not torch.equal(logits(other, batch), trained):
+        raise Failed(f"saved and loaded, the output is off by {float((logits(other, batch) - trained).abs().max()):.2g}")
+    mergeable = account(other).changed is not None
+    try:
+        merge(other)
+    except AdapterError as refusal:
+        if mergeable:
+            raise Failed(f"the account says that it can be merged, but {refusal}") from refusal
+    else:
+        if not mergeable or (logits(other, batch) - trained).abs().max() > 1e-10:
+            raise Failed("merged, it computes something else")
+    detach(model, "default")
+    if not torch.equal(logits(model, batch), before) or {*model.state_dict()} != {*frozen}:
+        raise Failed("detaching does not restore the model")
