@@ -205,5 +205,5 @@ def _note(name: str) -> tuple[str, str]:
 
 
 def _plain(site: Linear) -> bool:
-    """Whether the site is its composed weight and bias: nothing active changes its input or its output."""
-    return not any(module.opens("before", "after") for module in site.hung())
+    """Whether the site is its composed weight and bias: nothing active changes its input or its output, or differs by row."""
+    return not site.mixed and not any(module.opens("before", "after") for module in site.hung())

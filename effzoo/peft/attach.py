@@ -71,7 +71,7 @@ def attach(model: M, peft: Any, *, name: str = "default") -> M:
         heads = {path: site for path, site in sites(model) if fnmatchcase(site.role, HEAD) and name not in site.adapters and site.base()}
         if heads:
             _hang(model, registry.create("head"), attachment, heads)
-        if not any(p.requires_grad for key, p in model.named_parameters() if f".adapters.{name}." in key):
+        if not any(p.requires_grad for key, p in model.named_parameters() if f".adapters.{name}." in f".{key}"):
             raise AdapterError(f"{attachment.spec} has nothing to train on this model; choose other targets")
     except Exception:
         _remove(model, name)

@@ -178,7 +178,8 @@ def mergeable(site: Site, module: PeftModule) -> bool:
 
 
 def _rounding(tensor: str, parameter: Tensor, value: Tensor) -> Rounding:
-    before, stored = parameter.detach().double(), value.to(parameter.dtype).double()
+    before, value = parameter.detach().double(), value.detach()
+    stored = value.to(parameter.dtype).double()
     changed = value != before
     lost = ((stored == before) & changed).sum() / changed.sum().clamp(min=1)
     return Rounding(tensor, parameter.dtype, float((value - before).norm()), float((stored - value).norm()), float(lost))
