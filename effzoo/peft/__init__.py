@@ -6,6 +6,7 @@
 from effzoo.peft import combined, function, input, parameter
 from effzoo.peft.accounting import Account, account, ranks
 from effzoo.peft.attach import Attachment, activate, attach, attached, detach, roles
+from effzoo.peft.budget import within
 from effzoo.peft.files import load_adapter, save_adapter
 from effzoo.peft.merging import MergeReport, delta, merge, unmerge
 from effzoo.peft.method import Method, Stage
@@ -52,4 +53,5 @@ __all__ = [
     "schedule",
     "stages",
     "unmerge",
+    "within",
 ]

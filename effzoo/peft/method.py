@@ -49,6 +49,7 @@ class Method(abc.ABC):
     default_targets: ClassVar[tuple[str, ...]] = ()  # those that a model lacks are passed over, unlike given ones
     accepts: ClassVar[tuple[type[Site], ...]] = (Site,)  # site types on which the method can hang
     zero_gradient: ClassVar[Mapping[str, str]] = {}  # pattern of role.tensor -> why its gradient vanishes by mathematics
+    size: ClassVar[str] = ""  # the option that sets how much is trained (rank, bottleneck, length, share); see `effzoo.peft.within`
     learning_rate: float = 5e-4  # of AdamW when the user gives none
     rates: ClassVar[Mapping[str, float]] = {}  # pattern of a tensor's name in the module -> factor on the learning rate
     stages: Sequence[Stage] = ()  # parts of the training, for methods that train differently over time

@@ -1,0 +1,234 @@
+"""Every fine-tuning method on one task: MiniLM with Longformer attention classifies sentences of film reviews, at an equal number of trained parameters.
+
+    python benchmarks/methods.py --data sentence_polarity.zip        # rows that are there are not computed again
+    python benchmarks/methods.py --data sentence_polarity.zip --methods lora prefix --seeds 0
+
+The data are those of Pang & Lee 2005 (one sentence a line in `rt-polarity.pos` and `rt-polarity.neg`), as a zip file or a folder. Each run is
+a process of its own, so that its peak memory is its own. Where a method has a size to set, it is set to what trains as many parameters
+as the budget allows, task head not counted; the learning rate is the method's own, the same recipe for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+
+import effzoo
+from effzoo.errors import EffzooError
+
+RESULTS = Path(__file__).parent / "results" / "methods.json"
+BUDGET = 147_456  # LoRA of rank 8 on q, v and their global twins
+MAIN = ("head", "full", "bitfit", "lora", "dora", "houlsby", "parallel", "ia3", "prefix", "prompt")  # these with several seeds
+SPECS: dict[str, str] = {}  # options that are not the defaults, and why: see `spec_of`
+SETTINGS = {"train": 2000, "test": 2000, "epochs": 2, "batch": 32, "length": 48, "window": 16}
+
+
+def sentences(source: Path) -> tuple[list[str], list[int]]:
+    """Texts and labels, in a fixed random order."""
+    texts: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(("rt-polarity.neg", "rt-polarity.pos")):
+        if source.is_dir():
+            content = (source / name).read_bytes()
+        else:
+            with zipfile.ZipFile(source) as archive:
+                content = archive.read(next(each for each in archive.namelist() if each.endswith(name)))
+        lines = [line.strip() for line in content.decode("latin-1").splitlines() if line.strip()]
+        texts += lines
+        labels += [label] * len(lines)
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+    return [texts[i] for i in order], [labels[i] for i in order]
+
+
+def build(settings: dict[str, int], seed: int) -> effzoo.architectures.Transformer:
+    torch.manual_seed(seed)
+    return effzoo.build(
+        "minilm", attention=f"longformer[window={settings['window']}]", task="classification", num_labels=2, pretrained=True, max_length=512,
+        pooling="mean", attention_dropout=0.0,
+    )  # fmt: skip
+
+
+def spec_of(method: str, model: torch.nn.Module, budget: int) -> str:
+    """The method's spec within the budget; a method without a size keeps its defaults."""
+    given = SPECS.get(method, method)
+    return str(effzoo.peft.within(model, given, budget)) if effzoo.peft.get(effzoo.spec.parse(given)[0].name).size else given
+
+
+def batches(rows: list[int], encoded: dict[str, torch.Tensor], labels: torch.Tensor, size: int) -> list[dict[str, torch.Tensor]]:
+    """Batches cut to their longest sentence."""
+    made = []
+    for start in range(0, len(rows), size):
+        chosen = torch.tensor(rows[start : start + size])
+        longest = int(encoded["attention_mask"][chosen].sum(dim=1).max())
+        made.append({key: value[chosen, :longest] for key, value in encoded.items()} | {"labels": labels[chosen]})
+    return made
+
+
+def run(method: str, seed: int, settings: dict[str, int], source: Path, budget: int) -> dict[str, object]:
+    """Train and test one method from one seed."""
+    texts, names = sentences(source)
+    total = settings["train"] + settings["test"]
+    model = build(settings, seed)
+    tokenizer = effzoo.data.tokenizer_of(model)
+    tokens = tokenizer(texts[:total], truncation=True, max_length=settings["length"], padding="max_length", return_tensors="pt")
+    encoded = {key: tokens[key] for key in ("input_ids", "attention_mask")}
+    labels = torch.tensor(names[:total])
+    train, test = list(range(settings["train"])), list(range(settings["train"], total))
+    spec = spec_of(method, model, budget)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    effzoo.attach(model, spec)
+    account = effzoo.account(model)
+    saved = saved_bytes(model, batches(train[: settings["batch"]], encoded, labels, settings["batch"])[0])
+    started = time.perf_counter()
+    steps = fit(model, train, encoded, labels, settings, seed)
+    seconds = time.perf_counter() - started
+    effzoo.peft.finish(model)
+    final = effzoo.account(model)
+    hits = 0
+    model.eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for batch in batches(test, encoded, labels, 100):
+            hits += int((model(**batch).logits.argmax(dim=-1) == batch["labels"]).sum())
+    head = sum(parameter.numel() for parameter in model.head.parameters() if not parameter.requires_grad)
+    return {
+        "spec": spec, "accuracy": round(100 * hits / len(test), 2), "trainable": account.trainable - head, "stored_bytes": final.stored_bytes,
+        "changed": final.changed, "rank": final.rank, "total": account.total, "steps": steps, "seconds": round(seconds, 1),
+        "peak_mib": round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024), "saved_mib": round(saved / 2**20, 1),
+    }  # fmt: skip
+
+
+def fit(model, train, encoded, labels, settings, seed) -> int:
+    """AdamW with the rates of the method, warmed up and decayed linearly within each stage; two forward passes where a method wants them."""
+    draw = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(len(train), generator=draw).tolist() for _ in range(settings["epochs"])]
+    stream = itertools.chain.from_iterable(batches([train[i] for i in order], encoded, labels, settings["batch"]) for order in orders)
+    total, done = settings["epochs"] * -(-len(train) // settings["batch"]), 0
+    effzoo.peft.calibrate(model, batches(train[: 4 * settings["batch"]], encoded, labels, settings["batch"]))
+    torch.manual_seed(seed)
+    model.train()
+    stages = effzoo.peft.stages(model)
+    for number, stage in enumerate(stages):
+        effzoo.peft.begin(model, stage)
+        steps = total - done if number + 1 == len(stages) else round(stage.share * total)
+        rates = effzoo.peft.learning_rates(model)
+        named = dict(model.named_parameters())
+        optimizer = torch.optim.AdamW([{"params": [named[key]], "lr": rate} for key, rate in rates.items()], weight_decay=0.01)
+        warm = max(1, round(0.1 * steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step, warm=warm, steps=steps: min(1.0, (step + 1) / warm, (steps - step) / max(1, steps - warm))
+        )
+        for step in range(steps):
+            effzoo.peft.schedule(model, step / steps)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = effzoo.peft.loss(model, **next(stream))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+            optimizer.step()
+            schedule.step()
+        done += steps
+    return done
+
+
+def saved_bytes(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:
+    """What autograd keeps of one batch for the backward pass, without the parameters; each storage once."""
+    own, seen = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = effzoo.peft.loss(model.train(), **batch)
+    del loss
+    return sum(seen.values())
+
+
+def tracked_table(results: dict) -> str:
+    """The tracked results as Markdown."""
+    rows: dict[str, list[dict]] = {}
+    for key, row in results["rows"].items():
+        rows.setdefault(key.rsplit(" seed ", 1)[0], []).append(row)
+    lines = [
+        "| method | accuracy | trained | stored bytes | changed | rank | seconds | peak MiB | saved MiB |", "|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    order = sorted(rows, key=lambda name: -statistics.mean(row["accuracy"] for row in rows[name]))
+    for name in order:
+        each = rows[name]
+        accuracy = statistics.mean(row["accuracy"] for row in each)
+        spread = f" ± {statistics.stdev(row['accuracy'] for row in each):.1f}" if len(each) > 1 else ""
+        first = each[0]
+        changed = "-" if first["changed"] is None else f"{100 * first['changed'] / first['total']:.2f} %"
+        rank = "-" if first["rank"] is None else first["rank"]
+        lines.append(
+            f"| `{first['spec']}` | {accuracy:.1f}{spread} | {first['trainable']:,} | {first['stored_bytes']:,} | {changed} | {rank} "
+            f"| {statistics.median(row['seconds'] for row in each):.0f} | {statistics.median(row['peak_mib'] for row in each):.0f} | {first['saved_mib']} |"
+        )
+    settings = results["settings"]
+    about = ", ".join(f"{name} {value:,}" for name, value in settings.items())
+    return "\n".join([*lines, "", f"{about}; ± is the standard deviation over {max(map(len, rows.values()))} seeds; {results['machine']}"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in SETTINGS.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--methods", nargs="*", default=None)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the main methods; the others have the first one")
+    parser.add_argument("--budget", type=int, default=BUDGET)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--one", action="store_true", help="run one method and one seed in this process and print the row")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    settings = {name: getattr(given, name) for name in SETTINGS}
+    if given.one:
+        print(json.dumps(run(given.methods[0], given.seeds[0], settings, given.data, given.budget)))
+        return 0
+    results = json.loads(given.results.read_text()) if given.results.exists() else {}
+    if results.get("settings") not in (None, settings):
+        print(f"{given.results} was made with other settings; give --results another name", file=sys.stderr)
+        return 2
+    results = {
+        "settings": settings,
+        "budget": given.budget,
+        "machine": f"{platform.machine()}, {given.threads} threads, torch {torch.__version__}, bfloat16",
+        "rows": results.get("rows", {}),
+        "failed": {},
+    }
+    methods = given.methods or [*MAIN, *(name for name in [*SPECS, *effzoo.peft.names()] if name not in MAIN)]
+    for seed_number, seed in enumerate(given.seeds):
+        for method in dict.fromkeys(methods):
+            key = f"{method} seed {seed}"
+            if key in results["rows"] or (seed_number and method not in MAIN):
+                continue
+            command = [sys.executable, __file__, "--one", "--methods", method, "--seeds", str(seed), "--data", str(given.data)]
+            command += [f"--{name}={value}" for name, value in settings.items()] + [f"--budget={given.budget}", f"--threads={given.threads}"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                results["failed"][key] = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
+                print(f"{key}: {results['failed'][key]}", file=sys.stderr, flush=True)
+            else:
+                results["rows"][key] = json.loads(done.stdout.strip().splitlines()[-1])
+                print(key, results["rows"][key], file=sys.stderr, flush=True)
+            given.results.write_text(json.dumps(results, indent=1) + "\n")
+    print(tracked_table(results))
+    return 1 if results["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""One budget for every method: the size (rank, bottleneck, length, share) at which a method trains as many parameters as allowed."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from effzoo.errors import OptionError
+from effzoo.peft.attach import HEAD, attach, attached, detach
+from effzoo.peft.method import Method
+from effzoo.registry import peft as registry
+from effzoo.sites import sites
+from effzoo.spec import Spec, parse_one
+
+NAME = "within_budget"
+
+
+def within(model: nn.Module, method: str | Spec, trainable: int) -> Spec:
+    """The spec with its size option (`Method.size`) as large as `trainable` parameters allow, the task head not counted.
+
+    Whole-number sizes are searched by doubling and halving, shares (float options) by bisection; the count must grow with the size. The model
+    is left as it is. Raises OptionError for a method without a size, or when even the smallest size trains more.
+    """
+    spec = parse_one(method)
+    cls: type[Method] = registry.get(spec.name)
+    if not cls.size:
+        raise OptionError(f"{spec.name} has no size to set; give it as it is")
+    option = next(option for option in registry.options(spec.name) if option.name == cls.size)
+    shadow = copy.deepcopy(model, {id(tensor): _without_memory(tensor) for tensor in (*model.parameters(), *model.buffers())})
+    if isinstance(option.default, float):
+        best = _share(lambda size: _trained(shadow, spec, cls.size, size), trainable)
+    else:
+        best = _whole(lambda size: _trained(shadow, spec, cls.size, size), trainable)
+    if best is None:
+        smallest = _trained(shadow, spec, cls.size, 1e-6 if isinstance(option.default, float) else 1)
+        raise OptionError(f"{spec.name} trains at least {smallest:,} parameters on this model, more than {trainable:,}; give other targets or layers")
+    return Spec(spec.name, {**spec.options, cls.size: best})
+
+
+def _whole(count: Any, budget: int) -> int | None:
+    if count(1) > budget:
+        return None
+    low = 1
+    while count(2 * low) <= budget and low < 2**20:
+        low *= 2
+    high = 2 * low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) <= budget else (low, middle)
+    return low
+
+
+def _share(count: Any, budget: int) -> float | None:
+    low, high = 0.0, 1.0
+    if count(1.0) <= budget:
+        return 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if count(middle) <= budget else (low, middle)
+    return None if low == 0.0 else float(f"{low:.4g}") if count(float(f"{low:.4g}")) <= budget else math.floor(low * 1e6) / 1e6
+
+
+def _trained(model: nn.Module, spec: Spec, option: str, size: float) -> int:
+    """Trainable parameters of the adapter at one size, without the head; more than any budget for sizes that the method refuses."""
+    try:
+        with torch.device("meta"):
+            attach(model, Spec(spec.name, {**spec.options, option: size}), name=NAME)
+    except OptionError:
+        return 2**62
+    try:
+        heads = {path for path, site in sites(model) if site.role.startswith(HEAD.removesuffix("*"))}
+        own = {id(p): p.numel() for path, site in sites(model) if path not in heads and NAME in site.adapters for p in site.of(NAME).parameters()}
+        return sum(own.values())
+    finally:
+        if NAME in attached(model):
+            detach(model, NAME)
+
+
+def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
