@@ -1,16 +1,23 @@
-"""Training a selection of the model's own parameters: everything, the biases, the task head.
+"""Training a selection of the model's own parameters: everything, the upper layers, the norms, the biases, the task head.
 
 The selected parameters are copied and the copies are trained, so the base stays bit-identical, several adapters can live side
-by side, and detaching restores the model exactly. The price is memory for one more copy of what was selected.
+by side, and detaching restores the model exactly. The price is memory for one more copy of what was selected. What lies below the lowest
+trained tensor needs no gradient, so autograd stores none of its activations.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
 from torch import Tensor, nn
 
+from effzoo.errors import OptionError, TargetError, listing
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.registry import peft
-from effzoo.sites import PeftModule, Site
+from effzoo.sites import Norm, PeftModule, Site, sites
+
+KEY_BIAS = {"*.k*.own_bias": "softmax does not change when one number is added to all scores of a query, so key biases have none"}
 
 
 class Copy(PeftModule):
@@ -30,13 +37,16 @@ class Copy(PeftModule):
         return getattr(self, "own_bias", bias)
 
 
-@peft.register("full")
+@peft.register("full", "select")
 class Full(Method):
-    """Full fine-tuning: every parameter of the targets is trained (on copies; the base stays as it was)."""
+    """Full fine-tuning: every parameter of the targets is trained (on copies; the base stays as it was).
 
-    paper = "the baseline of every comparison; freezing layers: Lee et al. 2019, arXiv:1911.03090"
-    zero_gradient = {"*.k*.own_bias": "softmax does not change when one number is added to all scores of a query, so key biases have none"}
+    With targets or layers it trains any group by role or by block: `full[targets=(attn.E, attn.F)]`, `full[targets=mlp.*, layers=(-2, -1)]`.
+    """
 
+    paper = "the baseline of every comparison: Devlin et al. 2019, BERT, arXiv:1810.04805, section 3.2"
+    zero_gradient = KEY_BIAS
+    learning_rate = 5e-5
     default_targets = ("*",)
 
     def __init__(self, *, targets: Targets = None, layers: Layers = None):
@@ -47,13 +57,81 @@ class Full(Method):
         return Copy(**base) if base else None
 
 
+class _Upper(Method):
+    """The blocks from number `self.lowest` on, and what lies behind the last one; what lies before the first stays frozen, the blocks below too."""
+
+    zero_gradient = KEY_BIAS
+    learning_rate = 5e-5
+    default_targets = ("*",)
+    below = ("embed.*", "latents", "cross.*")  # roles outside the blocks that lie before them
+    lowest: int
+
+    def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
+        depth = 1 + max((site.layer for _, site in sites(model) if site.layer is not None), default=-1)
+        if depth == 0:
+            raise TargetError(f"{self.name}: this model has no blocks; use full with targets")
+        self.lowest = self.first_trained(depth)
+
+    def first_trained(self, depth: int) -> int:
+        """The number of the lowest block that is trained, of `depth` blocks; `depth` for none."""
+        raise NotImplementedError
+
+    def make(self, site: Site) -> PeftModule | None:
+        frozen = site.layer < self.lowest if site.layer is not None else any(fnmatchcase(site.role, role) for role in self.below)
+        return None if frozen or not site.base() else Copy(**site.base())
+
+
+@peft.register("last", "last_layers")
+class Last(_Upper):
+    """The last `count` blocks are trained, with the final norm, the pooler and the head behind them; all below is a fixed feature extractor.
+
+    count: how many blocks, 1 or more; a model with fewer is refused.
+    """
+
+    paper = "Howard & Ruder 2018, ULMFiT, arXiv:1801.06146, section 3.3 (unfreezing from the last layer on, here without the schedule)"
+
+    def __init__(self, *, count: int = 2):
+        super().__init__()
+        if count < 1:
+            raise OptionError(f"{self.name}: count is at least 1, got {count}; use head to train no block at all")
+        self.count = count
+
+    def first_trained(self, depth: int) -> int:
+        if self.count > depth:
+            raise OptionError(f"{self.name}: count={self.count} blocks, but this model has {depth}; give at most {depth}, or use full")
+        return depth - self.count
+
+
+@peft.register("freeze", "freeze_first")
+class Freeze(_Upper):
+    """The embeddings and the `first` blocks are frozen and the rest is trained. The frozen part runs without storing activations.
+
+    first: blocks (an int), or a share of them (a float below 1), rounded down. The paper's finding is that training a fourth of the layers
+    reaches 90 % of the quality, hence 0.75.
+    """
+
+    paper = "Lee et al. 2019, What would Elsa do? Freezing layers during transformer fine-tuning, arXiv:1911.03090"
+
+    def __init__(self, *, first: int | float = 0.75):
+        super().__init__()
+        if first < 0 or (isinstance(first, float) and first >= 1):
+            raise OptionError(f"{self.name}: first is a number of blocks (0 or more) or a share of them (below 1), got {first}")
+        self.first = first
+
+    def first_trained(self, depth: int) -> int:
+        first = int(self.first * depth) if isinstance(self.first, float) else self.first
+        if first > depth:
+            raise OptionError(f"{self.name}: first={self.first} blocks, but this model has {depth}; give at most {depth}")
+        return first
+
+
 @peft.register("head", "head_only", "linear_probe")
 class Head(Method):
     """Only the task head is trained; the network is a fixed feature extractor."""
 
     paper = "the baseline called feature extraction in Peters et al. 2019, arXiv:1903.05987"
-
-    zero_gradient = Full.zero_gradient
+    zero_gradient = KEY_BIAS
+    learning_rate = 1e-3
     default_targets = ("head.*",)
 
     def __init__(self, *, targets: Targets = None):
@@ -63,20 +141,67 @@ class Head(Method):
         return Copy(**site.base())
 
 
+@peft.register("norms", "ln_tuning", "layernorm")
+class Norms(Method):
+    """Only the LayerNorms or RMSNorms are trained: their weight and, where there is one, their bias."""
+
+    paper = "Qi et al. 2022, Parameter-efficient tuning on layer normalization for pre-trained language models, arXiv:2211.08682"
+    learning_rate = 1e-3
+    accepts = (Norm,)
+    default_targets = ("*norm*",)
+
+    def __init__(self, *, targets: Targets = None, layers: Layers = None):
+        super().__init__(targets=targets, layers=layers)
+
+    def make(self, site: Site) -> PeftModule | None:
+        return Copy(**site.base()) if site.base() else None
+
+
+GROUPS = {
+    "all": ("embed.*", "attn.*", "mlp.*", "final.*"),
+    "strong": ("attn.q*", "mlp.up"),
+    "query": ("attn.q*",),
+    "key": ("attn.k*",),
+    "value": ("attn.v*",),
+    "output": ("attn.o", "mlp.down"),
+    "intermediate": ("mlp.up", "mlp.gate"),
+    "norms": ("attn.norm*", "mlp.norm"),
+    "attention_norm": ("attn.norm*",),
+    "output_norm": ("mlp.norm",),
+}
+
+
 @peft.register("bitfit")
 class BitFit(Method):
     """Only biases are trained: theta' = theta except b' = phi. Their gradient needs no stored activations.
 
-    targets selects which: the paper's strongest small group is ("attn.q*", "mlp.up").
+    group: which biases, one name or several: "all"; "strong", the two that matter most (section 4: the query's, b_q, and the middle of the
+    feed-forward, b_m2), half of all biases; "query", "key", "value" (with the projections of global tokens), "output" (of attention and of the
+    feed-forward), "intermediate", "attention_norm", "output_norm", "norms" (both). targets: role patterns instead of a group.
     """
 
     paper = "Ben Zaken et al. 2022, BitFit, arXiv:2106.10199"
-    zero_gradient = Full.zero_gradient
+    zero_gradient = KEY_BIAS
+    learning_rate = 1e-3
+    default_targets = GROUPS["all"]
 
-    default_targets = ("embed.*", "attn.*", "mlp.*", "final.*")
-
-    def __init__(self, *, targets: Targets = None, layers: Layers = None):
+    def __init__(self, *, group: str | Sequence[str] = "all", targets: Targets = None, layers: Layers = None):
+        groups = (group,) if isinstance(group, str) else tuple(group)
+        unknown = [name for name in groups if name not in GROUPS]
+        if unknown or not groups:
+            raise OptionError(f"bitfit: group is one or several of {listing(GROUPS)}, got {group!r}")
+        if groups != ("all",) and targets is not None:
+            raise OptionError(f"bitfit: give a group ({group!r}) or targets ({targets!r}), not both; a group is a name for targets")
         super().__init__(targets=targets, layers=layers)
+        self.default_targets = tuple(dict.fromkeys(role for name in groups for role in GROUPS[name]))  # type: ignore[misc]
+
+    def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
+        if not any("bias" in site.base() for site in found.values()):
+            roles = listing(sorted({site.role for site in found.values()}))
+            raise TargetError(
+                f"bitfit: none of the {len(found)} sites has anything to adapt, because none has a bias ({roles}); "
+                "models without biases can train their norms instead: 'norms'"
+            )
 
     def make(self, site: Site) -> PeftModule | None:
         bias = site.base().get("bias")
