@@ -7,6 +7,7 @@ from effzoo import attention, peft
 from effzoo.build import build
 from effzoo.errors import EffzooError
 from effzoo.peft import account, activate, attach, attached, detach, load_adapter, merge, save_adapter, unmerge
+from effzoo.plan import Plan, plan
 from effzoo.registry import load_file, scope
 from effzoo.swap import swap_attention
 from effzoo.zoo import models
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "EffzooError",
+    "Plan",
     "account",
     "activate",
     "attach",
@@ -37,6 +39,7 @@ __all__ = [
     "merge",
     "models",
     "peft",
+    "plan",
     "predict",
     "save_adapter",
     "scope",

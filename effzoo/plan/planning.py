@@ -114,7 +114,9 @@ def _stand_in(model: nn.Module | str, peft: Any, choices: dict[str, Any], shadow
     if not isinstance(model, (str, nn.Module)):
         raise OptionError(f"plan takes a model or the name of one, got {type(model).__name__}")
     if isinstance(model, nn.Module) and choices:
-        raise OptionError(f"a built model has its sizes already, so {', '.join(sorted(choices))} mean nothing; give the model's name, or leave them out")
+        raise OptionError(
+            f"a built model has its sizes already, so {', '.join(sorted(choices))} mean nothing; give the model's name, or leave them out"
+        )
     try:
         with torch.device("meta"):
             if isinstance(model, str):
@@ -156,7 +158,7 @@ def _inputs(model: nn.Module, batch: int, length: int | None, inputs: Mapping[st
     if batch < 1 or length < 1:
         raise InputError(f"batch and length are at least 1, got {batch} and {length}")
     made = _sequence(model, config, batch, length, shadows)
-    task, labels = model.task, model.num_labels  # type: ignore[union-attr]
+    task, labels = model.task, model.num_labels
     if task == "classification":
         kind = torch.float32 if labels == 1 else torch.long
         made["labels"] = torch.zeros(batch, dtype=kind)

@@ -49,12 +49,12 @@ class Plan:
             "activations": self.kept,
         }  # fmt: skip
 
-    def rows(self, causes: int | None = None) -> list[tuple[str, int]]:
-        """The table's rows; so many causes of activations at most, the others in one row."""
-        shown = list(self.activations.items())
-        if causes is not None and len(shown) > causes:
-            rest = shown[causes - 1 :]
-            shown = [*shown[: causes - 1], (f"{len(rest)} others", sum(nbytes for _, nbytes in rest))]
+    def rows(self, smallest: float = 0.001) -> list[tuple[str, int]]:
+        """The table's rows; causes of activations below this share of the total are told in one."""
+        shown = [item for item in self.activations.items() if item[1] >= smallest * self.total]
+        few = len(self.activations) - len(shown)
+        if few:
+            shown.append((f"{few} smaller", self.kept - sum(nbytes for _, nbytes in shown)))
         rows = [row for row in self.parts().items() if row[1] or row[0] != "float32 copies"]
         return [*rows, *((f"  {cause}", nbytes) for cause, nbytes in shown), ("total", self.total), ("peak in the step", self.peak)]
 

@@ -148,4 +148,3 @@ def _place(module: nn.Module) -> str:
     if isinstance(module, nn.Dropout):
         return "dropout masks"
     return _PLACES.get(type(module).__name__, type(module).__name__)
-

@@ -64,26 +64,27 @@ class Meter:
         self.live = self.peak = 0
 
 
-class Shadows(TorchDispatchMode):
+class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The dispatch mode of this file. meter, when set, sees every tensor that is made."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.meter: Meter | None = None
         self.weights: set[int] = set()  # storages of parameters
         self.half_copies: dict[int, weakref.ref[Any]] = {}  # storages that were cast from them
-        self._overwritten: dict[int, Any] = {}  # real storages into which something fake was written: their values are lost
+        self._overwritten: dict[int, weakref.ref[Any]] = {}  # real storages into which something fake was written: their values are lost
+        self._twins: dict[int, weakref.ref[Any]] = {}  # fake storages that stand for those
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         given = _tensors((args, kwargs))
         out = self._known(func, args, kwargs) if all(map(self._has_value, given)) else self._shapes(func, args, kwargs)
         for tensor in _tensors(out) if self.meter is not None else ():
-            self.meter.see(tensor)  # type: ignore[union-attr]
+            if key(tensor) not in self._twins:
+                self.meter.see(tensor)  # type: ignore[union-attr]
         if func is torch.ops.aten._to_copy.default and key(given[0]) in self.weights:
-            name = key(out)
-            self.half_copies[name] = weakref.ref(out.untyped_storage(), lambda _: self.half_copies.pop(name))
+            _remember(out, self.half_copies)
         return out
 
     def _has_value(self, tensor: Tensor) -> bool:
@@ -94,13 +95,20 @@ class Shadows(TorchDispatchMode):
         if func is torch.ops.aten.index.Tensor:
             args = (args[0], [index for mask in args[1] for index in self._as_indices(mask)])
         for position, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                target = args[position] if position < len(args) else kwargs.get(argument.name)
-                for tensor in _tensors(target):
+            if _writes(argument):
+                for tensor in _tensors(args[position] if position < len(args) else kwargs.get(argument.name)):
                     if not isinstance(tensor, FakeTensor):
-                        self._overwritten[key(tensor)] = tensor.untyped_storage()
+                        _remember(tensor, self._overwritten)
+        args, kwargs = pytree.tree_map_only(Tensor, self._twin, (args, kwargs))
         with self.fake:
             return func(*args, **kwargs)
+
+    def _twin(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor) or key(tensor) not in self._overwritten:
+            return tensor
+        twin: Tensor = self.fake.from_tensor(tensor)
+        _remember(twin, self._twins)
+        return twin
 
     def _as_indices(self, index: Any) -> tuple[Any, ...]:
         selects = isinstance(index, Tensor) and index.dtype == torch.bool and self._has_value(index)
@@ -108,7 +116,7 @@ class Shadows(TorchDispatchMode):
 
     def _known(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation whose inputs, if any, have values: for real, unless it draws at random or something large comes out."""
-        writes = any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments)
+        writes = any(map(_writes, func._schema.arguments))
         if not writes and not any(tag in func.tags for tag in _BY_VALUE) and func is not torch.ops.aten.lift_fresh.default:
             with self.fake:
                 shapes = func(*args, **kwargs)
@@ -141,3 +149,14 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _small(tensor: Tensor) -> bool:
     return size(tensor) <= (KNOWN_FLOATS if tensor.is_floating_point() else KNOWN_BYTES)
+
+
+def _writes(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _remember(tensor: Tensor, table: dict[int, weakref.ref[Any]]) -> None:
+    """Enter a storage into a table for as long as it lives."""
+    name = key(tensor)
+    if name not in table:
+        table[name] = weakref.ref(tensor.untyped_storage(), lambda _: table.pop(name))

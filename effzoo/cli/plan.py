@@ -1,0 +1,42 @@
+"""`effzoo plan`: the memory of one training step, before anything is allocated."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from effzoo.cli.show import Attention, Peft
+from effzoo.cli.terminal import app, heading, say, table
+from effzoo.plan import plan as plan_of
+from effzoo.plan.report import MIB
+
+
+@app.command("plan")
+def plan_(
+    model: Annotated[str, typer.Argument(help="A model of the zoo, or a TOML file of your own.")],
+    length: Annotated[int, typer.Option(help="Positions of a sequence.")],
+    batch: Annotated[int, typer.Option(help="Sequences of a batch.")] = 1,
+    peft: Peft = None,
+    attention: Attention = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    precision: Annotated[str, typer.Option(help="plain, autocast, or master (half weights with a float32 copy of trained ones).")] = "plain",
+    optimizer: Annotated[str, typer.Option(help="adamw, adam, momentum, sgd or adafactor.")] = "adamw",
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Keep only the inputs of blocks and compute the rest again.")] = False,
+    max_length: Annotated[int | None, typer.Option(help="Positions that the model is built for, where the entry's own are too few.")] = None,
+    task: Annotated[str | None, typer.Option(help="The model's task; classification, and causal_lm for decoders, when left out.")] = None,
+) -> None:
+    """Predict the memory of one training step, part by part, without allocating it.
+
+    Example:  effzoo plan longformer --peft lora --batch 2 --length 4096 --precision autocast
+    """
+    given = {"attention": attention, "task": task, "max_length": max_length}
+    choices: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    found = plan_of(
+        model, peft, batch=batch, length=length, dtype=dtype, precision=precision, optimizer=optimizer, checkpointing=checkpointing or None, **choices
+    )
+    rows = table("part", "MiB", "%", right=("MiB", "%"))
+    for name, nbytes in found.rows():
+        rows.add_row(*map(Text, (name, f"{nbytes / MIB:,.2f}", f"{100 * nbytes / max(found.total, 1):.1f}")))
+    say(heading(found.title), f"{found.trainable:,} of {found.parameters:,} parameters are trained", rows)
