@@ -1,5 +1,5 @@
 """Parameter composition, f(theta + phi): methods that change what a site's weight or bias is."""
 
-from effzoo.peft.parameter import lora, selected
+from effzoo.peft.parameter import diff_pruning, dora, far, fish, head_pruning, krona, lora, lt_sft, magnitude, movement, selected, supermask
 
-__all__ = ["lora", "selected"]
+__all__ = ["diff_pruning", "dora", "far", "fish", "head_pruning", "krona", "lora", "lt_sft", "magnitude", "movement", "selected", "supermask"]

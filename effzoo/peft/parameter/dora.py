@@ -1,0 +1,68 @@
+"""DoRA: a weight is split into length and direction, and the direction changes by a low rank (Liu et al. 2024, arXiv:2402.09353)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from effzoo.peft.method import Layers, Method, Targets
+from effzoo.peft.parameter.lora import by_role, check_rank, scaling
+from effzoo.registry import peft
+from effzoo.sites import Linear, PeftModule, Site
+
+
+class Directed(PeftModule):
+    """W' = m V / ||V||, with V = W + s B A, the norm taken along each row and no gradient through it (section 4.3)."""
+
+    delta_rank = None  # scaling the rows changes all of W
+
+    def __init__(self, weight: Tensor, rank: int, scale: float):
+        super().__init__()
+        self.scale = scale
+        self.A = nn.Parameter(torch.empty(rank, weight.shape[1]))
+        self.B = nn.Parameter(torch.zeros(weight.shape[0], rank))
+        self.magnitude = nn.Parameter(weight.detach().norm(dim=1))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def weight(self, weight: Tensor) -> Tensor:
+        direction = weight + self.scale * (self.B.to(weight) @ self.A.to(weight))
+        length = direction.detach().norm(dim=1).clamp(min=torch.finfo(weight.dtype).tiny)  # a row of zeros stays one, instead of NaN
+        return (self.magnitude.to(weight) / length)[:, None] * direction
+
+
+@peft.register("dora")
+class DoRA(Method):
+    """W' = m (W + s B A) / ||W + s B A||, row by row: LoRA for the directions of the rows, and a trained length m for each, ||W|| at first.
+
+    rank, alpha, rslora: as in lora. The norm counts as a constant in the backward pass, as the paper advises to save memory. The weight is
+    composed at the parameter door, so a matrix of its size is made per site and step, and there is no dropout on the low-rank
+    branch: the norm would have to know it.
+
+    The paper's m holds the norms of columns of W [in, out], which are the rows here, where W is [out, in].
+    """
+
+    paper = "Liu et al. 2024, DoRA: Weight-decomposed low-rank adaptation, arXiv:2402.09353, eq. 5, 11"
+    accepts = (Linear,)
+    default_targets = ("attn.q*", "attn.v*")
+    learning_rate = 1e-3
+
+    def __init__(
+        self,
+        *,
+        rank: int | Mapping[str, int] = 8,
+        alpha: float | Mapping[str, float] | None = None,
+        rslora: bool = False,
+        targets: Targets = None,
+        layers: Layers = None,
+    ):
+        check_rank(self.name, rank)
+        super().__init__(targets=tuple(rank) if isinstance(rank, Mapping) and targets is None else targets, layers=layers)
+        self.rank, self.alpha, self.rslora = rank, alpha, rslora
+
+    def make(self, site: Site) -> PeftModule:
+        assert isinstance(site, Linear)
+        rank = by_role(self.name, "rank", self.rank, site.role)
+        return Directed(site.weight, rank, scaling(self.name, rank, self.alpha, self.rslora, site.role))

@@ -1,0 +1,136 @@
+"""KronA: the change of a weight is a Kronecker product (Edalati et al. 2022, arXiv:2212.10650)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from effzoo.errors import OptionError
+from effzoo.peft.method import Layers, Method, Targets
+from effzoo.registry import peft
+from effzoo.sites import Branch, Linear, PeftModule, Site
+
+
+def kronecker(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """(A kron B) x for x [..., a2 b2] without the product: with X = x as a matrix [a2, b2], it is A X B^T [a1, b1], flattened.
+
+    A [a1, a2], B [b1, b2] -> [..., a1 b1]. The cheaper of the two orders is taken.
+    """
+    (a1, a2), (b1, b2) = A.shape, B.shape
+    X = rearrange(x, "... (a b) -> ... a b", a=a2)
+    Y = A @ (X @ B.T) if b1 * a2 * (b2 + a1) <= b2 * a1 * (a2 + b1) else (A @ X) @ B.T
+    return rearrange(Y, "... a b -> ... (a b)")
+
+
+def balanced(size: int) -> int:
+    """The largest divisor of a size that is at most its root: 24 for 768 = 24 * 32."""
+    return next(divisor for divisor in range(math.isqrt(size), 0, -1) if size % divisor == 0)
+
+
+def factors(method: str, outputs: int, inputs: int, shape: Sequence[int] | None, role: str) -> tuple[Tensor, Tensor]:
+    """A [a1, a2] of zeros and B [out / a1, in / a2], uniform as in a linear layer, so that A kron B starts at 0."""
+    a1, a2 = (balanced(outputs), balanced(inputs)) if shape is None else shape
+    if outputs % a1 or inputs % a2:
+        raise OptionError(
+            f"{method}: A of shape ({a1}, {a2}) does not divide {role!r}, which is {outputs} x {inputs}; give a shape of divisors, "
+            f"({balanced(outputs)}, {balanced(inputs)}) say, or none for that one"
+        )
+    B = torch.empty(outputs // a1, inputs // a2)
+    nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+    return torch.zeros(a1, a2), B
+
+
+def check_shape(method: str, shape: Sequence[int] | None) -> None:
+    """OptionError unless the shape is that of a matrix."""
+    if shape is not None and (len(shape) != 2 or min(shape) < 1):
+        raise OptionError(f"{method}: shape is that of A, two numbers from 1 up, got {tuple(shape)}")
+
+
+class Kronecker(PeftModule):
+    """y' = y + s (A kron B) x; the change of the weight is s A kron B, whose rank is rank A * rank B."""
+
+    def __init__(self, A: Tensor, B: Tensor, scale: float):
+        super().__init__()
+        self.scale, self.delta_rank = scale, min(A.shape) * min(B.shape)
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + kronecker(x, self.scale * self.A, self.B)
+
+    def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.scale * torch.kron(self.A.to(weight), self.B.to(weight)), None
+
+
+class Parallel(PeftModule):
+    """y' = y + s (A kron B) x beside the feed-forward, where x is its input and y its output; with `residual`, + s_res x."""
+
+    def __init__(self, A: Tensor, B: Tensor, scale: float, residual: bool):
+        super().__init__()
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.scale = scale
+        self.residual = nn.Parameter(torch.zeros(())) if residual else None
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        y = y + kronecker(x, self.scale * self.A, self.B)
+        return y if self.residual is None else y + self.residual * x
+
+
+@peft.register("krona")
+class KronA(Method):
+    """W' = W + s A kron B, with A [a1, a2] and B [out / a1, in / a2]: a1 a2 + (out / a1) (in / a2) numbers, of full rank when A and B are.
+
+    shape: (a1, a2) of A, which must divide (out, in); None takes the divisors nearest below the roots, which makes both factors as square,
+    and the number of parameters as small, as can be (768: 24 and 32). scale: s. The product is never formed in training.
+    """
+
+    paper = "Edalati et al. 2022, KronA: Parameter-efficient tuning with Kronecker adapter, arXiv:2212.10650, section 3"
+    accepts = (Linear,)
+    default_targets = ("attn.q*", "attn.v*")
+    learning_rate = 2e-3
+
+    def __init__(self, *, shape: Sequence[int] | None = None, scale: float = 1.0, targets: Targets = None, layers: Layers = None):
+        super().__init__(targets=targets, layers=layers)
+        check_shape(self.name, shape)
+        self.shape, self.scale = shape, scale
+
+    def make(self, site: Site) -> PeftModule:
+        assert isinstance(site, Linear)
+        return Kronecker(*factors(self.name, site.out_features, site.in_features, self.shape, site.role), self.scale)
+
+
+@peft.register("krona_b")
+class KronAB(Method):
+    """y = FFN(x) + s (A kron B) x: a Kronecker product beside the feed-forward, the form of a parallel adapter without an activation.
+
+    shape: (a1, a2) of A; None for factors as square as can be. scale: s. No change of a weight, so it cannot be merged.
+    """
+
+    paper = "Edalati et al. 2022, KronA, arXiv:2212.10650, section 3 (KronA^B)"
+    accepts = (Branch,)
+    default_targets = ("mlp.branch",)
+    learning_rate = 2e-3
+    residual = False
+
+    def __init__(self, *, shape: Sequence[int] | None = None, scale: float = 1.0, targets: Targets = None, layers: Layers = None):
+        super().__init__(targets=targets, layers=layers)
+        check_shape(self.name, shape)
+        self.shape, self.scale = shape, scale
+
+    def make(self, site: Site) -> PeftModule:
+        assert isinstance(site, Branch)
+        return Parallel(*factors(self.name, site.dim, site.dim, self.shape, site.role), self.scale, self.residual)
+
+
+@peft.register("krona_res", "krona_b_res")
+class KronABRes(KronAB):
+    """y = FFN(x) + s (A kron B) x + s_res x: KronA^B with a trained scale s_res of the module's input, which starts at 0.
+
+    shape, scale: as in krona_b.
+    """
+
+    paper = "Edalati et al. 2022, KronA, arXiv:2212.10650, section 3 (KronA^B_res)"
+    residual = True
