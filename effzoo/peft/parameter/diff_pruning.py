@@ -1,0 +1,149 @@
+"""Diff pruning: a change of the parameters that is pruned by learned gates (Guo et al. 2021, arXiv:2012.07463)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from effzoo.errors import OptionError
+from effzoo.peft.method import Layers, Method, Modules, Stage, Targets
+from effzoo.peft.parameter.lt_sft import dense_changes, keep_all
+from effzoo.peft.parameter.masks import (
+    KEY_BIAS,
+    NETWORK,
+    Selection,
+    Spans,
+    SparseDelta,
+    check_share,
+    count,
+    drawn_gate,
+    numbered,
+    open_probability,
+    selection_of,
+    still_gate,
+    top,
+)  # fmt: skip
+from effzoo.registry import peft
+from effzoo.sites import PeftModule, Site
+
+LOW, HIGH, TEMPERATURE = -1.5, 1.5, 1.0
+
+
+class Gated(SparseDelta):
+    """theta' = theta + z * w, z = z_entry z_group with hard-concrete gates; later the chosen entries alone."""
+
+    def __init__(self, chosen: Selection, spans: Spans, owner: bool, base: Mapping[str, Tensor], alpha: float, structured: bool):
+        super().__init__(chosen, spans, owner)
+        for key, tensor in base.items():
+            self.register_parameter(f"w_{key}", nn.Parameter(torch.zeros_like(tensor)))
+            self.register_parameter(f"alpha_{key}", nn.Parameter(torch.full_like(tensor, alpha)))
+            self.register_parameter(f"group_{key}", nn.Parameter(tensor.new_full((1,), alpha)) if structured else None)
+
+    def alphas(self, key: str) -> list[Tensor]:
+        """Of each entry, and of the tensor when it is a group."""
+        return [alpha for alpha in (getattr(self, f"alpha_{key}"), getattr(self, f"group_{key}")) if alpha is not None]
+
+    def dense(self, key: str) -> Tensor | None:
+        change: Tensor = getattr(self, f"w_{key}")
+        for alpha in self.alphas(key):
+            change = change * (drawn_gate(alpha, LOW, HIGH, TEMPERATURE) if self.training else still_gate(alpha, LOW, HIGH))
+        return change
+
+    def expected(self) -> Tensor:
+        """E ||z||_0 of the site: both gates of an entry must be open, and they are drawn independently."""
+        numbers = []
+        for key in self.spans:
+            entry, *group = (open_probability(alpha, LOW, HIGH, TEMPERATURE) for alpha in self.alphas(key))
+            numbers.append(entry.sum() * (group[0].sum() if group else 1))
+        return torch.stack(numbers).sum()
+
+    def drop(self) -> None:
+        """Let go of the dense change and its gates."""
+        for key in self.spans:
+            for name in ("w", "alpha", "group"):
+                setattr(self, f"{name}_{key}", None)
+
+
+@peft.register("diff", "diff_pruning")
+class DiffPruning(Method):
+    """theta' = theta + z * w, with w starting at 0 and z a hard-concrete gate per entry; the loss grows by penalty * E ||z||_0.
+
+    s = sigma(logit u + alpha), z = clip(s (r - l) + l, 0, 1) with (l, r) = (-1.5, 1.5); in evaluation s = sigma(alpha). Stage `gates` trains w and
+    alpha. Then the K entries with the largest |z w|, over all tensors together, are chosen, and stage `fixmask` goes on training them from z w.
+
+    keep: K as a share of the targets' parameters. penalty: lambda. alpha: where the gates start; at 5 they are open. structured: a
+    second gate for each tensor, z = z_entry z_tensor. gates: share of all steps in the first stage.
+
+    2 D parameters are trained in the first stage (and one per tensor), K in the second. Weight decay acts on w: it pulls towards theta. The
+    penalty is the exact expectation of the product of both gates. Training by hand without `begin` stays in the first stage, and `finish`
+    then keeps every entry whose z w is not 0.
+    """
+
+    paper = "Guo, Rush & Kim 2021, Parameter-efficient transfer learning with diff pruning, arXiv:2012.07463, section 3"
+    default_targets = NETWORK
+    zero_gradient = {"*.k*.w_bias": KEY_BIAS}
+    learning_rate = 1e-3  # of the K entries
+    rates = {"w_*": 0.05, "alpha_*": 100.0, "group_*": 100.0}  # 5e-5 and 0.1
+
+    def __init__(
+        self,
+        *,
+        keep: float = 0.005,
+        penalty: float = 1.25e-7,
+        alpha: float = 5.0,
+        structured: bool = True,
+        gates: float = 0.5,
+        targets: Targets = None,
+        layers: Layers = None,
+    ):
+        super().__init__(targets=targets, layers=layers)
+        self.keep = check_share("diff", "keep", keep)
+        if penalty < 0:
+            raise OptionError(f"diff: penalty is not negative, got {penalty}")
+        if not 0 < gates < 1:
+            raise OptionError(f"diff: gates is the share of the first of two stages, in (0, 1), got {gates}")
+        self.weight, self.alpha, self.structured = penalty, alpha, structured
+        self.stages = (Stage("gates", gates), Stage("fixmask", 1 - gates))
+
+    def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
+        spans, total = numbered(found)
+        self.spans = {id(found[path]): own for path, own in spans.items() if own}
+        self.selection = Selection(total)
+
+    def make(self, site: Site) -> PeftModule | None:
+        if id(site) not in self.spans:
+            return None
+        return Gated(self.selection, self.spans[id(site)], id(site) == next(iter(self.spans)), site.base(), self.alpha, self.structured)
+
+    def penalty(self, modules: Modules) -> Tensor | None:
+        if selection_of(modules).indices is not None:
+            return None
+        return self.weight * torch.stack([module.expected() for module in modules.values() if isinstance(module, Gated)]).sum()
+
+    def begin(self, stage: str, modules: Modules) -> None:
+        chosen = selection_of(modules)
+        if stage == "fixmask" and chosen.indices is None:
+            changes = _still(modules)
+            numbers = top([change.abs() for change in changes], count(self.keep, chosen.total))
+            chosen.choose(numbers, torch.cat([change.flatten() for change in changes])[numbers])
+            _drop(modules)
+
+    def finish(self, modules: Modules) -> None:
+        _still(modules)
+        keep_all(modules)
+        _drop(modules)
+
+
+def _still(modules: Modules) -> list[Tensor]:
+    """The changes with the gates of evaluation, which the modules then go on using."""
+    for module in modules.values():
+        module.eval()
+    return [] if selection_of(modules).indices is not None else [change.detach() for change in dense_changes(modules)]
+
+
+def _drop(modules: Modules) -> None:
+    for module in modules.values():
+        assert isinstance(module, Gated)
+        module.drop()

@@ -1,0 +1,131 @@
+"""FAR: training few hidden units of the feed-forward, split off from the rest (Vucetic et al. 2022, arXiv:2205.03481)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effzoo.errors import OptionError
+from effzoo.peft.method import Layers, Method, Modules, Stage, Targets
+from effzoo.peft.parameter.masks import check_share, count, top
+from effzoo.registry import peft
+from effzoo.sites import Linear, PeftModule, Site
+
+
+class Learners(PeftModule):
+    """The change of the learner units' slices: rows of W_up (and of the gate) with their biases, or columns of W_down.
+
+    y' = y + W_phi x at the learner units, or y' = y + W_phi h[learner units]: the frozen part keeps no input for a weight's gradient, the learners
+    keep theirs. units int32[r]; weight [r, in] or [out, r].
+    """
+
+    def __init__(self, site: Linear, columns: bool):
+        super().__init__()
+        self.columns, self.size, self.full = columns, site.weight.shape[1 if columns else 0], site.weight.shape
+        self.units: Tensor
+        self.register_buffer("units", torch.arange(self.size, dtype=torch.int32, device=site.weight.device))
+        self.own_weight = nn.Parameter(torch.zeros_like(site.weight))
+        self.own_bias = nn.Parameter(torch.zeros_like(site.bias)) if site.bias is not None and not columns else None
+
+    @property
+    def delta_rank(self) -> int:
+        return len(self.units)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.columns:
+            return y + F.linear(x.index_select(-1, self.units), self.own_weight)
+        return y.index_add(-1, self.units, F.linear(x, self.own_weight, self.own_bias).to(y))
+
+    def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        change = torch.zeros_like(weight).index_copy(1 if self.columns else 0, self.units.long(), self.own_weight.to(weight))
+        return change, None if self.own_bias is None or bias is None else torch.zeros_like(bias).index_copy(
+            0, self.units.long(), self.own_bias.to(bias)
+        )
+
+    def movement(self) -> Tensor:
+        """The L1 norm of each unit's change, [units]."""
+        change = self.own_weight.detach().abs().sum(dim=0 if self.columns else 1)
+        return change if self.own_bias is None else change + self.own_bias.detach().abs()
+
+    def keep(self, chosen: Tensor) -> None:
+        """Keep these of the learner units, by their place; the others are frozen again, at theta."""
+        self.units = self.units[chosen]
+        self.own_weight = nn.Parameter(self.own_weight.detach().index_select(1 if self.columns else 0, chosen).clone())
+        if self.own_bias is not None:
+            self.own_bias = nn.Parameter(self.own_bias.detach()[chosen].clone())
+
+    def changed(self, weight: Tensor | None, bias: Tensor | None) -> int:
+        """How many entries of the site merging may change: those of the learner units."""
+        return self.own_weight.numel() + (0 if self.own_bias is None else self.own_bias.numel())
+
+    def packed(self) -> dict[str, Tensor]:
+        tensors = {"units": self.units, "own_weight": self.own_weight}
+        return tensors if self.own_bias is None else {**tensors, "own_bias": self.own_bias}
+
+    def unpack(self, tensors: dict[str, Tensor]) -> None:
+        units = tensors["units"].to(self.units)
+        r = len(units)
+        shape = (self.full[0], r) if self.columns else (r, self.full[1])
+        if tensors["own_weight"].shape != shape or (self.own_bias is not None and tensors["own_bias"].shape != (r,)):
+            raise ValueError(f"{r} learner units have a weight of shape {shape}, got {tuple(tensors['own_weight'].shape)}")
+        if r and (int(units.min()) < 0 or int(units.max()) >= self.size):
+            raise ValueError(f"units are numbers below {self.size}, got {int(units.min())} to {int(units.max())}")
+        if r != len(self.units):
+            self.keep(torch.arange(r, device=self.units.device) % max(1, len(self.units)))  # of the right shape, filled below
+        self.units.copy_(units)
+        self.own_weight.data.copy_(tensors["own_weight"])
+        if self.own_bias is not None:
+            self.own_bias.data.copy_(tensors["own_bias"])
+
+
+@peft.register("far", "freeze_and_reconfigure")
+class FAR(Method):
+    """FFN(x) = W_down[:, f] act(W_up[f] x) + W_down[:, l] act(W_up[l] x), f the frozen hidden units and l the learners, which alone are trained.
+
+    Stage `prime` trains all units; then the units that have moved most are the learners, by the L1 change of all their weights (row of W_up
+    and of the gate, bias, column of W_down), and stage `learn` goes on training these, while the others return to where they were.
+
+    keep: share of the hidden units that learn, in each feed-forward. prime: share of all steps in the first stage.
+
+    A module holds the learners' slices, as a change of theta, so that gradients, optimizer state and stored inputs are as small; weight
+    decay acts on the change and pulls towards theta. The output bias stays frozen. That the frozen units return is our reading: the
+    priming run is there for the choice. Training by hand without `begin` stays in the first stage, with all units.
+    """
+
+    paper = "Vucetic et al. 2022, Efficient fine-tuning of BERT models on the edge, arXiv:2205.03481, section 3"
+    accepts = (Linear,)
+    default_targets = ("mlp.up", "mlp.gate", "mlp.down", "cross.mlp.up", "cross.mlp.gate", "cross.mlp.down")
+    learning_rate = 1e-4
+
+    def __init__(self, *, keep: float = 0.1, prime: float = 0.1, targets: Targets = None, layers: Layers = None):
+        super().__init__(targets=targets, layers=layers)
+        self.keep = check_share("far", "keep", keep)
+        if not 0 < prime < 1:
+            raise OptionError(f"far: prime is the share of the first of two stages, in (0, 1), got {prime}")
+        self.stages = (Stage("prime", prime), Stage("learn", 1 - prime))
+
+    def make(self, site: Site) -> PeftModule:
+        assert isinstance(site, Linear)
+        return Learners(site, columns=site.role.endswith("down"))
+
+    def begin(self, stage: str, modules: Modules) -> None:
+        if stage != "learn":
+            return
+        for parts in _by_layer(cast("Mapping[str, Learners]", modules)).values():
+            if len(parts[0].units) == parts[0].size:
+                score = torch.stack([part.movement() for part in parts]).sum(dim=0)
+                chosen = top([score], count(self.keep, len(score)))
+                for part in parts:
+                    part.keep(chosen)
+
+
+def _by_layer(modules: Mapping[str, Learners]) -> dict[str, list[Learners]]:
+    """The modules of each feed-forward, by its path."""
+    found: dict[str, list[Learners]] = {}
+    for path, module in modules.items():
+        found.setdefault(path.rpartition(".")[0], []).append(module)
+    return found

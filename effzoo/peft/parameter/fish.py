@@ -1,0 +1,116 @@
+"""FISH mask: training the entries with the largest Fisher information (Sung et al. 2021, arXiv:2111.09839)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effzoo.errors import IncompatiblePeft, OptionError
+from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
+from effzoo.peft.parameter.masks import NETWORK, Selection, SparseDelta, check_choice, check_share, count, numbered, selection_of, top
+from effzoo.registry import peft
+from effzoo.sites import PeftModule, Site, sites
+
+
+@peft.register("fish", "fish_mask")
+class Fish(Method):
+    """theta' = theta + phi on the K entries with the largest Fisher information F, chosen once before training; the rest is frozen.
+
+    F = 1/N sum_i (d log p(y_i | x_i) / d theta)^2                        fisher = label
+    F = 1/N sum_i sum_c p(c | x_i) (d log p(c | x_i) / d theta)^2         fisher = expected
+
+    keep: K as a share of the targets' parameters, over all tensors together. fisher: as above. samples: N, how many labelled examples are
+    looked at, one backward pass each (C for `expected`), since the square of a batch's gradient is another thing.
+
+    log p(y | x) is minus the loss of the one example: in tasks with many labels the mean over them. `expected` needs one label per
+    example. Before `calibrate` the K entries are drawn at random. The paper counts the classifier in K; here it is trained beside them, as
+    in every method. Weight decay pulls towards theta. Only phi [K] is trained, but the backward pass makes the dense gradient of one
+    weight at a time, and the changed weights are held until then.
+    """
+
+    paper = "Sung et al. 2021, Training neural networks with fixed sparse masks, arXiv:2111.09839, section 3"
+    default_targets = NETWORK
+    learning_rate = 1e-3
+
+    def __init__(self, *, keep: float = 0.005, fisher: str = "label", samples: int = 1024, targets: Targets = None, layers: Layers = None):
+        super().__init__(targets=targets, layers=layers)
+        self.keep = check_share("fish", "keep", keep)
+        self.fisher = check_choice("fish", "fisher", fisher, ("label", "expected"))
+        if samples < 1:
+            raise OptionError(f"fish: samples is at least 1, got {samples}")
+        self.samples = samples
+
+    def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
+        spans, total = numbered(found)
+        self.spans = {id(found[path]): own for path, own in spans.items() if own}
+        self.selection: Selection | None = Selection(total)
+        if total:
+            k = count(self.keep, total)
+            like = next(p for site in found.values() for p in site.base().values())
+            self.selection.choose(drawn(total, k).to(like.device), torch.zeros(k, device=like.device, dtype=like.dtype))
+
+    def make(self, site: Site) -> PeftModule | None:
+        if id(site) not in self.spans:
+            return None
+        assert self.selection is not None
+        return SparseDelta(self.selection, self.spans[id(site)], owner=id(site) == next(iter(self.spans)))
+
+    def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
+        chosen, known = selection_of(modules), dict(sites(model))
+        tensors = [tensor for path in modules for tensor in known[path].base().values()]
+        information = [torch.zeros_like(tensor) for tensor in tensors]
+        before = [tensor.requires_grad for tensor in tensors]
+        try:
+            for tensor in tensors:
+                tensor.requires_grad_(True)
+            for done, example in enumerate(examples(batches)):
+                if done == self.samples:
+                    break
+                for share, log_likelihood in self._likelihoods(model, example):
+                    gradients = torch.autograd.grad(log_likelihood, tensors, allow_unused=True)
+                    for total, gradient in zip(information, gradients, strict=True):
+                        if gradient is not None:
+                            total.addcmul_(gradient, gradient, value=share)
+        finally:
+            for tensor, flag in zip(tensors, before, strict=True):
+                tensor.requires_grad_(flag)
+        assert chosen.values is not None
+        k = chosen.values.numel()
+        chosen.choose(top(information, k), chosen.values.new_zeros(k))
+
+    def _likelihoods(self, model: nn.Module, example: Mapping[str, Any]) -> Iterator[tuple[float, Tensor]]:
+        """Log-likelihoods of one example, each with its weight in the sum of squares."""
+        if self.fisher == "label":
+            yield 1.0, -model(**example).loss
+            return
+        with torch.no_grad():
+            logits = model(**example).logits
+        if logits.ndim != 2 or logits.shape[-1] < 2:
+            raise IncompatiblePeft(
+                "fish[fisher=expected]", f"logits of shape {tuple(logits.shape)}", "the expectation runs over the labels of a whole example",
+                "take fisher=label, or a classification task",
+            )  # fmt: skip
+        for label, p in enumerate(logits[0].softmax(dim=-1).tolist()):
+            yield p, model(**example).logits[0].log_softmax(dim=-1)[label]
+
+
+def examples(batches: Batches) -> Iterator[dict[str, Any]]:
+    """The examples of batches, one by one, each as a batch of one."""
+    for batch in batches:
+        size = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.ndim)
+        for i in range(size):
+            whole = {key: isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size for key, value in batch.items()}
+            yield {key: value[i : i + 1] if whole[key] else value for key, value in batch.items()}
+
+
+def drawn(total: int, k: int) -> Tensor:
+    """k different numbers below total at random, ascending, without a permutation of all of them where k is small."""
+    if k * 4 > total:
+        return torch.randperm(total)[:k].sort().values
+    found: set[int] = set()
+    while len(found) < k:
+        found.update(torch.randint(total, (k - len(found),)).tolist())
+    return torch.tensor(sorted(found))

@@ -1,0 +1,125 @@
+"""Lottery ticket sparse fine-tuning, whose changes add up (Ansell et al. 2022, arXiv:2110.07560)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from effzoo.errors import OptionError
+from effzoo.peft.method import Layers, Method, Modules, Stage, Targets
+from effzoo.peft.parameter.masks import KEY_BIAS, NETWORK, Selection, Spans, SparseDelta, check_share, count, numbered, selection_of, top
+from effzoo.registry import peft
+from effzoo.sites import PeftModule, Site
+
+
+class Ticket(SparseDelta):
+    """theta' = theta + phi; phi is dense at first, and has the chosen entries alone later."""
+
+    def __init__(self, chosen: Selection, spans: Spans, owner: bool, base: Mapping[str, Tensor]):
+        super().__init__(chosen, spans, owner)
+        for key, tensor in base.items():
+            self.register_parameter(f"full_{key}", nn.Parameter(torch.zeros_like(tensor)))
+
+    def dense(self, key: str) -> Tensor | None:
+        change: Tensor | None = getattr(self, f"full_{key}")
+        return change
+
+    def drop(self) -> None:
+        """Let go of the dense change."""
+        for key in self.spans:
+            setattr(self, f"full_{key}", None)
+
+
+@peft.register("lt_sft", "sft", "lottery_ticket_sft")
+class LTSFT(Method):
+    """theta' = theta + phi with K entries: those that full fine-tuning moves most, trained once more from theta.
+
+    Stage `full` trains a dense phi. Then the K entries with the largest |phi|, over all tensors together, are chosen (exactly K; of equal ones the
+    first), phi goes back to 0, and stage `sparse` trains the K entries. Adapters add up: `activate(model, "a", "b")` is theta + phi_a + phi_b.
+
+    keep: K as a share of the targets' parameters. full: share of all steps in the first stage. l1: lambda of the penalty
+    lambda / N sum |phi| in both stages, N the number of trained entries.
+
+    The paper's loop over several selections is not here (it reports one). Weight decay acts on phi, so it pulls towards
+    theta; the reference decays theta itself, and needs decay 0 to keep the frozen entries. Training by hand without `begin` stays in the
+    first stage, and `finish` then keeps every entry that has changed.
+    """
+
+    paper = "Ansell et al. 2022, Composable sparse fine-tuning for cross-lingual transfer, arXiv:2110.07560, section 3"
+    default_targets = NETWORK
+    zero_gradient = {"*.k*.full_bias": KEY_BIAS}
+    learning_rate = 1e-3  # of the K entries
+    rates = {"full_*": 0.05}  # 5e-5, as full fine-tuning
+
+    def __init__(self, *, keep: float = 0.01, full: float = 0.5, l1: float = 0.0, targets: Targets = None, layers: Layers = None):
+        super().__init__(targets=targets, layers=layers)
+        self.keep = check_share("lt_sft", "keep", keep)
+        if not 0 < full < 1:
+            raise OptionError(f"lt_sft: full is the share of the first of two stages, in (0, 1), got {full}")
+        if l1 < 0:
+            raise OptionError(f"lt_sft: l1 is not negative, got {l1}")
+        self.l1 = l1
+        self.stages = (Stage("full", full), Stage("sparse", 1 - full))
+
+    def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
+        spans, total = numbered(found)
+        self.spans = {id(found[path]): own for path, own in spans.items() if own}
+        self.selection = Selection(total)
+
+    def make(self, site: Site) -> PeftModule | None:
+        if id(site) not in self.spans:
+            return None
+        return Ticket(self.selection, self.spans[id(site)], id(site) == next(iter(self.spans)), site.base())
+
+    def begin(self, stage: str, modules: Modules) -> None:
+        chosen = selection_of(modules)
+        if stage == "sparse" and chosen.indices is None:
+            changes = dense_changes(modules)
+            numbers = top([change.abs() for change in changes], count(self.keep, chosen.total))
+            chosen.choose(numbers, changes[0].new_zeros(len(numbers)))
+            _drop(modules)
+
+    def penalty(self, modules: Modules) -> Tensor | None:
+        if not self.l1:
+            return None
+        chosen = selection_of(modules)
+        if chosen.values is not None:
+            return self.l1 * chosen.values.abs().mean()
+        return self.l1 / chosen.total * torch.stack([change.abs().sum() for change in dense_changes(modules)]).sum()
+
+    def finish(self, modules: Modules) -> None:
+        keep_all(modules)
+        _drop(modules)
+
+
+def dense_changes(modules: Modules) -> list[Tensor]:
+    """The dense changes of all sites, in the order of their numbers."""
+    changes = []
+    for module in modules.values():
+        assert isinstance(module, SparseDelta)
+        for key in module.spans:
+            change = module.dense(key)
+            assert change is not None
+            changes.append(change)
+    return changes
+
+
+def keep_all(modules: Modules) -> None:
+    """Choose every entry that has changed, where none are chosen yet: what is computed stays what it was."""
+    chosen = selection_of(modules)
+    if chosen.indices is None:
+        changes = dense_changes(modules)
+        first, numbers = 0, []
+        for change in changes:
+            numbers.append(change.detach().flatten().nonzero().flatten() + first)
+            first += change.numel()
+        values = torch.cat([change.detach().flatten()[change.detach().flatten() != 0] for change in changes])
+        chosen.choose(torch.cat(numbers), values)
+
+
+def _drop(modules: Modules) -> None:
+    for module in modules.values():
+        assert isinstance(module, Ticket)
+        module.drop()

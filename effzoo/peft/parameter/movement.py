@@ -1,0 +1,120 @@
+"""Movement pruning: weights are kept that training moves away from 0 (Sanh et al. 2020, arXiv:2005.07683)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from effzoo.errors import OptionError
+from effzoo.peft.method import Layers, Method, Modules, Targets
+from effzoo.peft.parameter.magnitude import Pruned
+from effzoo.peft.parameter.masks import (
+    MATRICES,
+    check_choice,
+    check_share,
+    check_window,
+    count,
+    cubic,
+    straight_through,
+    through,
+    top_mask,
+    top_masks,
+)
+from effzoo.registry import peft
+from effzoo.sites import Linear, PeftModule, Site
+
+
+class Scored(Pruned):
+    """W' = M * phi; the gradient of the scores is dL/dW' * phi, as if M were the scores (straight-through)."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__(weight)
+        self.scores: nn.Parameter | None = nn.Parameter(torch.zeros_like(weight))
+
+    def weight(self, weight: Tensor) -> Tensor:
+        if self.scores is None or not torch.is_grad_enabled():
+            return super().weight(weight)
+        return straight_through(self.mask, self.scores) * self.own
+
+    def finish(self) -> None:
+        super().finish()
+        self.scores = None
+
+
+@peft.register("movement", "movement_pruning")
+class Movement(Method):
+    """W' = M(S) * phi: phi starts as a copy of W, the scores S at 0, both are trained; dL/dS = dL/dW' * phi.
+
+    mode: `hard`, M keeps the largest scores, and the share that is kept falls as keep + (1 - keep) (1 - t)^3 while t goes through [begin, end] of
+    the training; `soft`, M = 1[sigma(S) > tau] with tau rising in the same way from 0 to `threshold`, and the loss grows by
+    penalty * mean sigma(S). keep: the share of `hard`; `soft` keeps at least 0.5 % of each matrix. scope: of `hard`, the share of each `tensor` or of
+    all together (`global`). threshold, penalty: of `soft`.
+
+    The mask is chosen anew before every step, so a pruned weight can come back. Targets are matrices. Finished, a file holds one bit a
+    weight and the kept values.
+    """
+
+    paper = "Sanh, Wolf & Rush 2020, Movement pruning: adaptive sparsity by fine-tuning, arXiv:2005.07683, sections 3-4"
+    default_targets = MATRICES
+    learning_rate = 1e-4
+    rates = {"scores": 100.0}  # 1e-2, as in the paper
+
+    def __init__(
+        self,
+        *,
+        mode: str = "hard",
+        keep: float = 0.5,
+        scope: str = "tensor",
+        begin: float = 0.0,
+        end: float = 0.6,
+        threshold: float = 0.1,
+        penalty: float = 400.0,
+        targets: Targets = None,
+        layers: Layers = None,
+    ):
+        super().__init__(targets=targets, layers=layers)
+        self.mode = check_choice("movement", "mode", mode, ("hard", "soft"))
+        self.keep = check_share("movement", "keep", keep)
+        self.scope = check_choice("movement", "scope", scope, ("tensor", "global"))
+        self.window = check_window("movement", begin, end)
+        if not 0 < threshold < 1 or penalty < 0:
+            raise OptionError(f"movement: threshold is in (0, 1) and penalty not negative, got threshold={threshold}, penalty={penalty}")
+        self.threshold, self.weight = threshold, penalty
+
+    def make(self, site: Site) -> PeftModule | None:
+        return Scored(site.weight) if isinstance(site, Linear) else None
+
+    def schedule(self, modules: Modules, progress: float) -> None:
+        scored = [module for module in modules.values() if isinstance(module, Scored)]
+        if self.mode == "hard":
+            keep = cubic(through(progress, *self.window), 1.0, self.keep)
+            masks = top_masks([_scores(module) for module in scored], keep, self.scope)
+        else:
+            tau = cubic(through(progress, *self.window), 0.0, self.threshold)
+            masks = [above(_scores(module), tau) for module in scored]
+        for module, mask in zip(scored, masks, strict=True):
+            module.mask.copy_(mask)
+
+    def penalty(self, modules: Modules) -> Tensor | None:
+        scores = [module.scores for module in modules.values() if isinstance(module, Scored) and module.scores is not None]
+        if self.mode == "hard" or not scores:
+            return None
+        total = sum(score.numel() for score in scores)
+        return self.weight / total * torch.stack([score.sigmoid().sum() for score in scores]).sum()
+
+    def finish(self, modules: Modules) -> None:
+        for module in modules.values():
+            assert isinstance(module, Scored)
+            module.finish()
+
+
+def above(scores: Tensor, tau: float) -> Tensor:
+    """1[sigma(S) > tau], and the largest 0.5 % in any case: a matrix of zeros would have no gradient."""
+    mask = scores.sigmoid() > tau
+    least = count(0.005, scores.numel())
+    return mask if int(mask.sum()) >= least else top_mask(scores, least)
+
+
+def _scores(module: Scored) -> Tensor:
+    assert module.scores is not None
+    return module.scores.detach()

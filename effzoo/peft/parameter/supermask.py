@@ -1,0 +1,86 @@
+"""Supermasks: a binary mask over fixed weights is all that is learned (Mallya et al. 2018, arXiv:1801.06519; Zhao et al. 2020, arXiv:2004.12406)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from effzoo.errors import OptionError
+from effzoo.peft.method import Layers, Method, Modules, Targets
+from effzoo.peft.parameter.masks import MATRICES, check_share, count, pack_bits, straight_through, top_mask, unpack_bits
+from effzoo.registry import peft
+from effzoo.sites import Linear, PeftModule, Site
+
+
+class Masked(PeftModule):
+    """W' = W * M(S), W as it is; finished, the scores are dropped and one bit a weight is left, in memory and in files."""
+
+    delta_rank = None
+
+    def __init__(self, weight: Tensor, init: float, threshold: float, keep: float | None):
+        super().__init__()
+        self.shape, self.threshold, self.keep = weight.shape, threshold, keep
+        start = torch.full_like(weight, init) if keep is None else init * weight.detach().abs() / weight.detach().abs().mean().clamp(min=1e-12)
+        self.scores: nn.Parameter | None = nn.Parameter(start)
+        self.bits: Tensor | None
+        self.register_buffer("bits", None)
+
+    def mask(self) -> Tensor:
+        """bool[out, in]."""
+        if self.scores is None:
+            assert self.bits is not None
+            return unpack_bits(self.bits, self.shape)
+        if self.keep is None:
+            return self.scores.detach() > self.threshold
+        return top_mask(self.scores.detach(), count(self.keep, self.scores.numel()))
+
+    def weight(self, weight: Tensor) -> Tensor:
+        mask = self.mask()
+        if self.scores is None or not torch.is_grad_enabled():
+            return torch.where(mask, weight, torch.zeros_like(weight))
+        return straight_through(mask, self.scores) * weight
+
+    def finish(self) -> None:
+        """One bit a weight."""
+        if self.scores is not None:
+            self.bits, self.scores = pack_bits(self.mask()), None
+
+    def changed(self, weight: Tensor | None, bias: Tensor | None) -> int:
+        """How many entries of the site merging may change: those that the finished mask leaves out, before that any."""
+        return self.shape.numel() - (int(self.mask().sum()) if self.scores is None else 0)
+
+
+@peft.register("supermask", "piggyback", "masking")
+class Supermask(Method):
+    """W' = W * 1[S > threshold] with W fixed and real scores S trained straight through: dL/dS = dL/dW' * W.
+
+    init: of all scores. threshold: of the mask. keep: instead of a threshold, this share of each matrix with the largest scores; these
+    then start as init |W| / mean |W|, so the first mask is that of magnitude pruning.
+
+    With init above the threshold everything is kept at first, so the output is unchanged; with `keep` it is not. Weight decay pulls scores
+    below a positive threshold, that is, it prunes. Embeddings, norms and biases are not masked. As many scores are trained as there are
+    weights, but once finished a mask is one bit a weight: masks of many tasks live side by side on one base, and `activate` switches. Two
+    active masks keep what both keep.
+    """
+
+    paper = "Mallya et al. 2018, Piggyback, arXiv:1801.06519, section 3; on language models: Zhao et al. 2020, arXiv:2004.12406, section 3"
+    default_targets = MATRICES
+    learning_rate = 1e-4
+
+    def __init__(self, *, init: float = 1e-2, threshold: float = 5e-3, keep: float | None = None, targets: Targets = None, layers: Layers = None):
+        super().__init__(targets=targets, layers=layers)
+        if keep is None and init <= threshold:
+            raise OptionError(f"supermask: init must lie above threshold, or nothing is kept at first, got init={init}, threshold={threshold}")
+        if keep is not None and init <= 0:
+            raise OptionError(f"supermask: init is positive, got {init}")
+        self.keep = None if keep is None else check_share("supermask", "keep", keep)
+        self.init, self.threshold = init, threshold
+        self.identity_at_init = keep is None or keep == 1
+
+    def make(self, site: Site) -> PeftModule | None:
+        return Masked(site.weight, self.init, self.threshold, self.keep) if isinstance(site, Linear) else None
+
+    def finish(self, modules: Modules) -> None:
+        for module in modules.values():
+            assert isinstance(module, Masked)
+            module.finish()
