@@ -1,5 +1,33 @@
 """Parameter composition, f(theta + phi): methods that change what a site's weight or bias is."""
 
-from effzoo.peft.parameter import diff_pruning, dora, far, fish, head_pruning, krona, lora, lt_sft, magnitude, movement, selected, supermask
+from effzoo.peft.parameter import (
+    diff_pruning,
+    dora,
+    far,
+    fish,
+    head_pruning,
+    intrinsic,
+    krona,
+    lora,
+    lt_sft,
+    magnitude,
+    movement,
+    selected,
+    supermask,
+)
 
-__all__ = ["diff_pruning", "dora", "far", "fish", "head_pruning", "krona", "lora", "lt_sft", "magnitude", "movement", "selected", "supermask"]
+__all__ = [
+    "diff_pruning",
+    "dora",
+    "far",
+    "fish",
+    "head_pruning",
+    "intrinsic",
+    "krona",
+    "lora",
+    "lt_sft",
+    "magnitude",
+    "movement",
+    "selected",
+    "supermask",
+]

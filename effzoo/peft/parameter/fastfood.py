@@ -1,0 +1,74 @@
+"""Fastfood: a random projection in D log D time and D memory (Le et al. 2013, arXiv:1408.3060), as Li et al. 2018 use it for subspaces."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+FACTOR = 64  # the widest dense Hadamard matrix that is multiplied at once
+
+
+def dense_hadamard(size: int, like: Tensor) -> Tensor:
+    """The Hadamard matrix of Sylvester, [size, size]: H_1 = 1, H_2n = [[H_n, H_n], [H_n, -H_n]]. size is a power of 2."""
+    H = like.new_ones(1, 1)
+    while len(H) < size:
+        H = torch.cat([torch.cat([H, H], dim=1), torch.cat([H, -H], dim=1)])
+    return H
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """H x along the last axis, whose size is a power of 2, without normalisation: H H = size * I.
+
+    H is the Kronecker product of small Hadamard matrices, so they are applied one after the other along axes of their own: n log n numbers
+    are multiplied and added, in products of matrices. H is symmetric, so the gradient of H x is H applied to the gradient, with no factor.
+    """
+    size = x.shape[-1]
+    y, left = x, size
+    while left > 1:
+        factor = min(left, FACTOR)
+        right = size // left
+        y = dense_hadamard(factor, x) @ y.reshape(*x.shape[:-1], left // factor, factor, right)
+        left //= factor
+    return y.reshape(x.shape)
+
+
+class Fastfood(nn.Module):
+    """P theta for one tensor of `rows` numbers: the first `rows` entries of H G Pi H S theta, times `scale` / sqrt(padded sum(G^2)).
+
+    theta [dim] is padded with zeros to the next power of 2 that holds both `rows` and `dim`, so that no entry of theta is ever cut off. S: random
+    signs, Pi: a random permutation, G: normal numbers on the diagonal, H: `hadamard`. A column of H G Pi H S has the squared length
+    padded * sum(G^2), so over all padded rows the columns of the result have the length `scale`, exactly.
+
+    The inner H meets only the first `dim` entries: those fill one block of the next power of 2, `inner`, and the product repeats
+    itself every `inner` entries. So it is computed once at that size, and Pi reads it modulo `inner`.
+
+    Everything random comes from a CPU generator with `seed`, so that no file holds it. 2 padded numbers are held in memory.
+    """
+
+    signs: Tensor
+    source: Tensor
+    gauss: Tensor
+
+    def __init__(self, rows: int, dim: int, scale: float, seed: int):
+        super().__init__()
+        self.rows, self.inner = rows, power_of_two(dim)
+        padded = max(power_of_two(rows), self.inner)
+        draw = torch.Generator().manual_seed(seed)
+        signs = torch.randint(2, (dim,), generator=draw, dtype=torch.float32) * 2 - 1
+        permutation = torch.randperm(padded, generator=draw)
+        gauss = torch.randn(padded, generator=draw)
+        factor = scale / (padded**0.5 * float(gauss.double().norm()))
+        self.register_buffer("signs", signs, persistent=False)
+        self.register_buffer("source", (permutation % self.inner).to(torch.int32), persistent=False)
+        self.register_buffer("gauss", (gauss.double() * factor).float(), persistent=False)
+
+    def forward(self, theta: Tensor) -> Tensor:
+        """theta [dim] -> [rows]."""
+        padded = nn.functional.pad(self.signs.to(theta) * theta, (0, self.inner - len(theta)))
+        mixed = hadamard(padded).index_select(0, self.source)
+        return hadamard(self.gauss.to(theta) * mixed)[: self.rows]
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of 2 that is at least the size."""
+    return 1 << (size - 1).bit_length()

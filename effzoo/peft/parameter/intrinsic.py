@@ -1,0 +1,144 @@
+"""Intrinsic dimension: all weights move in one random subspace of few dimensions (Li et al. 2018, arXiv:1804.08838)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from effzoo.errors import OptionError
+from effzoo.peft.method import Layers, Method, Targets
+from effzoo.peft.parameter.fastfood import Fastfood
+from effzoo.registry import peft
+from effzoo.sites import PeftModule, Site
+
+DENSE_LIMIT = 2**26  # entries of a dense P: 256 MiB in float32
+
+
+class Dense(nn.Module):
+    """P theta for one tensor, with the rows of P that belong to it, [rows, dim]."""
+
+    P: Tensor
+
+    def __init__(self, P: Tensor):
+        super().__init__()
+        self.register_buffer("P", P, persistent=False)
+
+    def forward(self, theta: Tensor) -> Tensor:
+        return self.P.to(theta) @ theta
+
+
+class Subspace(PeftModule):
+    """W' = W + lambda (P theta), and the same for the bias, with P of each tensor's own; theta [dim] is one for all sites.
+
+    factor: lambda, one for all tensors of a layer, or None for 1.
+    """
+
+    delta_rank = None
+
+    def __init__(self, theta: nn.Parameter, factor: nn.Parameter | None, projections: Mapping[str, nn.Module]):
+        super().__init__()
+        self.theta, self.factor = theta, factor
+        self.projections = nn.ModuleDict(projections)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        return self.moved("weight", weight)
+
+    def bias(self, bias: Tensor) -> Tensor:
+        return self.moved("bias", bias)
+
+    def moved(self, name: str, start: Tensor) -> Tensor:
+        step: Tensor = self.projections[f"of_{name}"](self.theta.to(start)).view(start.shape)
+        return start + (step if self.factor is None else self.factor.to(start) * step)
+
+
+@peft.register("intrinsic", "fastfood", "intrinsic_dimension")
+class Intrinsic(Method):
+    """theta_D = theta_0 + P theta_d: `dim` numbers theta_d, 0 at first, move all D numbers of the targets through a fixed random P [D, dim].
+
+    dim: d. projection: "fastfood", H G Pi H S for each tensor, in D log D time and D memory (the paper's section S7); "dense", a normal P whose
+    columns have length 1, for small models: dim * D is at most 2^26. seed: of P, which is drawn again from it whenever the adapter is attached, on
+    the CPU and with a generator of its own, so that a file holds theta_d alone.
+
+    Both are scaled alike: the entries of P have the variance 1 / D over all targets together, so that a step of theta_d moves theta_D by
+    the same length. The targets are the weights and biases of all blocks; the papers also move the embeddings (`targets=*`), which
+    are most of a small model and would take most of the time.
+    """
+
+    paper = "Li et al. 2018, Measuring the intrinsic dimension of objective landscapes, arXiv:1804.08838, section 2 and S7"
+    default_targets = ("attn.*", "mlp.*")
+    learning_rate = 1e-2
+    structured = False
+
+    def __init__(
+        self, *, dim: int = 1000, projection: Literal["fastfood", "dense"] = "fastfood", seed: int = 0, targets: Targets = None, layers: Layers = None
+    ):
+        super().__init__(targets=targets, layers=layers)
+        if dim < 1:
+            raise OptionError(f"{self.name}: dim is at least 1, got {dim}")
+        if not 0 <= seed < 2**31:
+            raise OptionError(f"{self.name}: seed is from 0 to 2^31 - 1, got {seed}")
+        self.dim, self.projection, self.seed = dim, projection, seed
+
+    def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
+        places = [site for site in found.values() if site.base()]
+        self.total = sum(parameter.numel() for site in places for parameter in site.base().values())
+        layers = sorted({-1 if site.layer is None else site.layer for site in places}) if self.structured else []
+        if self.dim <= len(layers):
+            raise OptionError(f"{self.name}: dim={self.dim} must hold one factor for each of {len(layers)} layers and more; give a larger dim")
+        self.theta = nn.Parameter(torch.zeros(self.dim - len(layers)))
+        self.factors = {layer: nn.Parameter(torch.ones(())) for layer in layers}
+        self.numbers = {id(parameter): i for i, parameter in enumerate(p for site in places for p in site.base().values())}
+        if self.projection == "dense":
+            self._check_dense()
+            squares = torch.zeros(len(self.theta), dtype=torch.float64)
+            for site in places:
+                for parameter in site.base().values():
+                    squares += self._drawn(parameter).square().sum(dim=0)
+            self.lengths = squares.sqrt()
+
+    def make(self, site: Site) -> PeftModule | None:
+        base = site.base()
+        if not base:
+            return None
+        factor = self.factors.get(-1 if site.layer is None else site.layer)
+        return Subspace(self.theta, factor, {f"of_{name}": self._projection(parameter) for name, parameter in base.items()})
+
+    def _projection(self, parameter: Tensor) -> nn.Module:
+        if self.projection == "dense":
+            return Dense(self._drawn(parameter) / self.lengths)
+        return Fastfood(parameter.numel(), len(self.theta), self._scale(parameter), self._seed(parameter))
+
+    def _scale(self, parameter: Tensor) -> float:
+        """Length of a column over all padded rows, so that its entries have the variance 1 / D."""
+        rows = max(parameter.numel(), len(self.theta))
+        return math.sqrt((1 << (rows - 1).bit_length()) / self.total)
+
+    def _drawn(self, parameter: Tensor) -> Tensor:
+        """The rows of a dense P that belong to one tensor, before the columns are normalised."""
+        draw = torch.Generator().manual_seed(self._seed(parameter))
+        return torch.randn(parameter.numel(), len(self.theta), generator=draw, dtype=torch.float64)
+
+    def _seed(self, parameter: Tensor) -> int:
+        return (self.seed << 32) + self.numbers[id(parameter)]
+
+    def _check_dense(self) -> None:
+        if self.total * self.dim > DENSE_LIMIT:
+            raise OptionError(
+                f"{self.name}: a dense P for {self.total:,} numbers and dim={self.dim} has {self.total * self.dim:,} entries, the limit is "
+                f"{DENSE_LIMIT:,}; use projection='fastfood', fewer targets, or a smaller dim"
+            )
+
+
+@peft.register("said", "intrinsic_said")
+class SAID(Intrinsic):
+    """theta_D of layer i = theta_0 + lambda_i P theta_(d - m): structure-aware, with a trained factor for each of the m layers, 1 at first.
+
+    dim: d, of which m are the factors. projection, seed: as in intrinsic. Tensors outside the blocks, when they are targets, share one factor.
+    """
+
+    paper = "Aghajanyan et al. 2020, Intrinsic dimensionality explains the effectiveness of language model fine-tuning, arXiv:2012.13255, section 3.2"
+    structured = True
