@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from effzoo.errors import IncompatiblePeft, OptionError
 from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
-from effzoo.peft.parameter.masks import NETWORK, Selection, SparseDelta, check_choice, check_share, count, numbered, selection_of, top
+from effzoo.peft.parameter.masks import NETWORK, Selection, SparseDelta, check_choice, check_share, count, in_order, numbered, selection_of, top
 from effzoo.registry import peft
 from effzoo.sites import PeftModule, Site, sites
 
@@ -60,7 +60,7 @@ class Fish(Method):
 
     def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
         chosen, known = selection_of(modules), dict(sites(model))
-        tensors = [tensor for path in modules for tensor in known[path].base().values()]
+        tensors = [tensor for path in in_order(modules) for tensor in known[path].base().values()]
         information = [torch.zeros_like(tensor) for tensor in tensors]
         before = [tensor.requires_grad for tensor in tensors]
         try:

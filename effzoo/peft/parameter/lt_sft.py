@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from effzoo.errors import OptionError
 from effzoo.peft.method import Layers, Method, Modules, Stage, Targets
-from effzoo.peft.parameter.masks import KEY_BIAS, NETWORK, Selection, Spans, SparseDelta, check_share, count, numbered, selection_of, top
+from effzoo.peft.parameter.masks import KEY_BIAS, NETWORK, Selection, Spans, SparseDelta, check_share, count, in_order, numbered, selection_of, top
 from effzoo.registry import peft
 from effzoo.sites import PeftModule, Site
 
@@ -97,8 +97,7 @@ class LTSFT(Method):
 def dense_changes(modules: Modules) -> list[Tensor]:
     """The dense changes of all sites, in the order of their numbers."""
     changes = []
-    for module in modules.values():
-        assert isinstance(module, SparseDelta)
+    for module in in_order(modules).values():
         for key in module.spans:
             change = module.dense(key)
             assert change is not None

@@ -239,6 +239,12 @@ class SparseDelta(PeftModule):
             chosen.choose(indices.to(chosen.indices.device), values.to(chosen.values))
 
 
+def in_order(modules: Mapping[str, PeftModule]) -> dict[str, SparseDelta]:
+    """The modules by path, in the order of the numbers of their entries."""
+    sparse = {path: module for path, module in modules.items() if isinstance(module, SparseDelta)}
+    return dict(sorted(sparse.items(), key=lambda item: min(first for first, _ in item[1].spans.values())))
+
+
 def selection_of(modules: Mapping[str, PeftModule]) -> Selection:
     """The one selection that the modules of an adapter share."""
     module = next(iter(modules.values()))
