@@ -13,6 +13,7 @@ from effzoo.checks.peft import Subject as Method
 from effzoo.cli import app
 from effzoo.errors import EffzooError, IncompatibleError
 from effzoo.plan import lecture_activations, opt_table, plan
+from effzoo.plan.shadow import Meter, Shadows
 
 SIZES = {"dim": 16, "layers": 2, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 96}
 TRAINED = {"dropout": 0.1, "attention_dropout": 0.1}
@@ -191,6 +192,58 @@ def test_any_module_is_planned_from_its_inputs():
     model, x = Indexed(), torch.randn(9, 8)
     for chosen in (torch.arange(9) < 4, torch.zeros(9, dtype=torch.bool)):
         assert plan(model, inputs={"x": x, "chosen": chosen}).kept == kept(model, x=x, chosen=chosen)
+
+
+class Discards(nn.Module):
+    """Throws a result and its graph away before it returns."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.inner, self.times = nn.Linear(8, 8), times
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.times):
+            self.inner(x).exp().sigmoid()
+        return self.inner(x).exp()
+
+
+def test_what_the_forward_pass_throws_away_is_not_kept():
+    none, some = (plan(Discards(times), inputs={"x": torch.randn(9, 8)}) for times in (0, 3))
+    assert none.kept == some.kept > 0
+
+
+def test_a_tensor_that_loses_its_values_is_metered_once():
+    """Small tensors are real until something without a value is written into them; then a fake one stands for them."""
+    shadows = Shadows()
+    weight = shadows.stand_in(torch.randn(8, 8))
+    shadows.meter = meter = Meter()
+    with shadows:
+        table = torch.zeros(8, 8)
+        table += weight
+        view = table[:4]
+        assert meter.live == meter.peak == table.untyped_storage().nbytes() == 256
+        del table, view
+    assert meter.live == 0
+
+
+class OneOfTwo(nn.Module):
+    """Draws which path it takes, as mixtures of adapters do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paths = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.paths[int(torch.randint(2, ()))](x).exp()
+
+
+def test_a_path_drawn_at_random_is_drawn():
+    model, x = OneOfTwo(), torch.randn(9, 8)
+    before = torch.get_rng_state()
+    assert plan(model, inputs={"x": x}).kept == kept(model, x=x)
+    torch.set_rng_state(before)
+    plan(model, inputs={"x": x})
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 class ByValue(nn.Module):

@@ -149,7 +149,7 @@ def _inputs(model: nn.Module, batch: int, length: int | None, inputs: Mapping[st
     if inputs is not None:
         if length is not None:
             raise OptionError("give length (and batch), or the inputs of a real call, not both")
-        return {name: shadows.stand_in(x) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()}
+        return {name: _given(x, shadows) if isinstance(x, Tensor) else x for name, x in inputs.items()}
     config: Any = getattr(model, "config", None)
     if config is None:
         raise OptionError(f"{type(model).__name__} is no model of the zoo, so its inputs are not known; give them: plan(model, inputs={{...}})")
@@ -165,6 +165,10 @@ def _inputs(model: nn.Module, batch: int, length: int | None, inputs: Mapping[st
     elif task != "features":
         made["labels"] = torch.zeros(batch, length, dtype=torch.long)
     return made
+
+
+def _given(x: Tensor, shadows: Shadows) -> Tensor:
+    return shadows.stand_in(x) if x.is_floating_point() else x.cpu()
 
 
 def _sequence(model: nn.Module, config: Any, batch: int, length: int, shadows: Shadows) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class _Held:
     __slots__ = ("record", "tensor")
 
     def __init__(self, record: Record, tensor: Tensor):
-        self.record, self.tensor = record, tensor
+        self.record, self.tensor = record, tensor.detach()  # a result that knows its graph would keep it alive
         record.hold(tensor)
 
     def __del__(self) -> None:

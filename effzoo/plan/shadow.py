@@ -115,12 +115,12 @@ class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return index.nonzero(as_tuple=True) if selects else (index,)
 
     def _known(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation whose inputs, if any, have values: for real, unless it draws at random or something large comes out."""
+        """Run an operation whose inputs, if any, have values: for real, unless something large comes out."""
         writes = any(map(_writes, func._schema.arguments))
         if not writes and not any(tag in func.tags for tag in _BY_VALUE) and func is not torch.ops.aten.lift_fresh.default:
             with self.fake:
                 shapes = func(*args, **kwargs)
-            if torch.Tag.nondeterministic_seeded in func.tags or not all(map(_small, _tensors(shapes))):
+            if not all(map(_small, _tensors(shapes))):
                 return shapes
         return func(*args, **kwargs)
 
@@ -135,11 +135,13 @@ class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
     def copied(self, model: M, dtype: torch.dtype | None = None, device: str = "cpu") -> M:
-        """A copy of a model whose parameters and floating-point buffers are stand-ins; small integer buffers keep their values."""
+        """A copy of a model whose parameters and floating-point buffers are stand-ins; small integer buffers keep their values, on the CPU."""
         memo: dict[int, Any] = {}
         for tensor in itertools.chain(model.parameters(), model.buffers()):
             if tensor.is_floating_point() or not self._has_value(tensor) or not _small(tensor):
                 memo[id(tensor)] = self.stand_in(tensor, dtype, device)
+            elif tensor.device.type != "cpu":
+                memo[id(tensor)] = tensor.cpu()
         return copy.deepcopy(model, memo)
 
 
