@@ -723,6 +723,30 @@ def test_rows_of_a_batch_take_their_own_sparse_change(tiny):
     assert torch.allclose(mixed[3], outs[0][3], atol=1e-10) and not torch.allclose(outs[0], outs[1], atol=1e-6)
 
 
+def test_another_selection_loaded_into_a_model_that_has_run_is_used(tiny):
+    """Where a site's entries lie is looked up once, and again after the indices were overwritten in place."""
+    one, two = build(tiny, "fish[keep=0.05]"), build(tiny, "fish[keep=0.05]")
+    with torch.no_grad():
+        for model in (one, two):
+            masks.selection_of(modules(model, "fish")).values.normal_()
+    before = logits(two)
+    two.load_state_dict(one.state_dict())
+    assert torch.equal(logits(two), logits(one)) and not torch.equal(logits(two), before)
+
+
+def test_fish_fits_a_budget_and_counts_on_a_model_without_memory(tiny):
+    model = build(tiny)
+    spec = effzoo.peft.within(model, "fish", 100)
+    account = effzoo.account(effzoo.attach(model, spec))
+    assert 95 <= account.trainable - HEAD <= 100
+    with torch.device("meta"):
+        bare = effzoo.build("minilm", task="classification", num_labels=LABELS, pooling="mean", head_dense=False, **tiny)
+        for spec in [*EIGHT, "magnitude[schedule=oneshot]"]:
+            trainable = effzoo.account(effzoo.attach(bare, spec)).trainable
+            effzoo.detach(bare, "default")
+            assert trainable == effzoo.account(build(tiny, spec)).trainable
+
+
 @pytest.mark.parametrize("spec", EIGHT)
 @pytest.mark.parametrize("name", ["reformer", "perceiver-io", "llama"])
 def test_every_method_trains_on_reversible_blocks_on_the_perceiver_and_on_gated_decoders(tiny, name, spec):

@@ -10,7 +10,19 @@ from torch import Tensor, nn
 
 from effzoo.errors import IncompatiblePeft, OptionError
 from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
-from effzoo.peft.parameter.masks import NETWORK, Selection, SparseDelta, check_choice, check_share, count, in_order, numbered, selection_of, top
+from effzoo.peft.parameter.masks import (
+    NETWORK,
+    Selection,
+    SparseDelta,
+    check_choice,
+    check_share,
+    count,
+    has_values,
+    in_order,
+    numbered,
+    selection_of,
+    top,
+)
 from effzoo.registry import peft
 from effzoo.sites import PeftModule, Site, sites
 
@@ -33,6 +45,7 @@ class Fish(Method):
 
     paper = "Sung et al. 2021, Training neural networks with fixed sparse masks, arXiv:2111.09839, section 3"
     default_targets = NETWORK
+    size = "keep"
     learning_rate = 1e-3
 
     def __init__(self, *, keep: float = 0.005, fisher: str = "label", samples: int = 1024, targets: Targets = None, layers: Layers = None):
@@ -50,7 +63,8 @@ class Fish(Method):
         if total:
             k = count(self.keep, total)
             like = next(p for site in found.values() for p in site.base().values())
-            self.selection.choose(drawn(total, k).to(like.device), torch.zeros(k, device=like.device, dtype=like.dtype))
+            numbers = drawn(total, k) if has_values(like) else torch.arange(k, device=like.device)
+            self.selection.choose(numbers.to(like.device), torch.zeros(k, device=like.device, dtype=like.dtype))
 
     def make(self, site: Site) -> PeftModule | None:
         if id(site) not in self.spans:
@@ -109,8 +123,9 @@ def examples(batches: Batches) -> Iterator[dict[str, Any]]:
 def drawn(total: int, k: int) -> Tensor:
     """k different numbers below total at random, ascending, without a permutation of all of them where k is small."""
     if k * 4 > total:
-        return torch.randperm(total)[:k].sort().values
-    found: set[int] = set()
+        return torch.randperm(total, device="cpu")[:k].sort().values
+    found = torch.empty(0, dtype=torch.int64, device="cpu")
     while len(found) < k:
-        found.update(torch.randint(total, (k - len(found),)).tolist())
-    return torch.tensor(sorted(found))
+        found = torch.cat([found, torch.randint(total, (2 * k,), device="cpu")]).sort().values
+        found = found[torch.cat([torch.ones(1, dtype=torch.bool, device="cpu"), found[1:] != found[:-1]])]
+    return found[torch.randperm(len(found), device="cpu")[:k]].sort().values

@@ -9,7 +9,18 @@ from torch import Tensor, nn
 
 from effzoo.errors import OptionError
 from effzoo.peft.method import Layers, Method, Modules, Stage, Targets
-from effzoo.peft.parameter.masks import MATRICES, check_choice, check_share, check_window, cubic, pack_bits, through, top_masks, unpack_bits
+from effzoo.peft.parameter.masks import (
+    MATRICES,
+    check_choice,
+    check_share,
+    check_window,
+    cubic,
+    has_values,
+    pack_bits,
+    through,
+    top_masks,
+    unpack_bits,
+)
 from effzoo.registry import peft
 from effzoo.sites import Linear, PeftModule, Site
 
@@ -121,7 +132,7 @@ class Magnitude(Method):
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         self.masks: dict[int, Tensor] = {}
         if not self.rewind and self.how == "oneshot":
-            matrices = [site for site in found.values() if isinstance(site, Linear)]
+            matrices = [site for site in found.values() if isinstance(site, Linear) and has_values(site.weight)]
             masks = top_masks([site.weight.abs() for site in matrices], self.keep, self.scope) if matrices else []
             self.masks = {id(site): mask for site, mask in zip(matrices, masks, strict=True)}
 

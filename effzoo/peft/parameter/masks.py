@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from effzoo.errors import IncompatibleError, OptionError
 from effzoo.sites import PeftModule, Site
@@ -137,6 +138,11 @@ def numbered(found: Mapping[str, Site]) -> tuple[dict[str, dict[str, tuple[int, 
     return spans, total
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has values, and not a shape alone (on the meta device, or in a plan)."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
 class Selection(nn.Module):
     """Chosen entries of many tensors: their numbers, ascending, and what is added to them. One, shared by all sites; empty until `choose`."""
 
@@ -159,6 +165,8 @@ class Selection(nn.Module):
     def bounds(self, first: int, size: int) -> tuple[int, int]:
         """Which of the chosen entries lie in first ... first + size - 1."""
         assert self.indices is not None
+        if not has_values(self.indices):  # a model without memory, to be counted: the share of this site, were they drawn at random
+            return 0, round(len(self.indices) * size / self.total)
         if self._of[0] is not self.indices or self._of[1] != self.indices._version:  # looked up once for every content: it waits for the device
             self._of, self._bounds = (self.indices, self.indices._version), {}
         if (first, size) not in self._bounds:
@@ -215,6 +223,8 @@ class SparseDelta(PeftModule):
         """How many entries of the site merging may change."""
         if self.chosen.indices is None:
             return sum(size for _, size in self.spans.values())
+        if not has_values(self.chosen.indices):  # where they lie is not known, only how many there are
+            return len(self.chosen.indices) if self.owner else 0
         ends = [self.chosen.bounds(first, size) for first, size in self.spans.values()]
         return sum(high - low for low, high in ends)
 
