@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-FACTOR = 64  # the widest dense Hadamard matrix that is multiplied at once
+FACTOR = 32  # the widest dense Hadamard matrix that is multiplied at once; the fastest on a CPU of 16, 32, 64, 128
 
 
 def dense_hadamard(size: int, like: Tensor) -> Tensor:
@@ -22,12 +22,11 @@ def hadamard(x: Tensor) -> Tensor:
     H is the Kronecker product of small Hadamard matrices, so they are applied one after the other along axes of their own: n log n numbers
     are multiplied and added, in products of matrices. H is symmetric, so the gradient of H x is H applied to the gradient, with no factor.
     """
-    size = x.shape[-1]
-    y, left = x, size
+    y, left = x, x.shape[-1]
     while left > 1:
-        factor = min(left, FACTOR)
-        right = size // left
-        y = dense_hadamard(factor, x) @ y.reshape(*x.shape[:-1], left // factor, factor, right)
+        factor, right = min(left, FACTOR), x.shape[-1] // left
+        H = dense_hadamard(factor, x)
+        y = y.reshape(-1, factor) @ H if right == 1 else torch.einsum("ij,ajr->air", H, y.reshape(-1, factor, right))
         left //= factor
     return y.reshape(x.shape)
 

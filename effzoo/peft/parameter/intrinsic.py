@@ -79,25 +79,26 @@ class Intrinsic(Method):
         super().__init__(targets=targets, layers=layers)
         if dim < 1:
             raise OptionError(f"{self.name}: dim is at least 1, got {dim}")
-        if not 0 <= seed < 2**31:
-            raise OptionError(f"{self.name}: seed is from 0 to 2^31 - 1, got {seed}")
+        if not 0 <= seed < 2**32:  # torch's CPU generator reads 32 bits of a seed and no more
+            raise OptionError(f"{self.name}: seed is from 0 to 2^32 - 1, got {seed}")
         self.dim, self.projection, self.seed = dim, projection, seed
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         places = [site for site in found.values() if site.base()]
-        self.total = sum(parameter.numel() for site in places for parameter in site.base().values())
+        parameters = [parameter for site in places for parameter in site.base().values()]
+        self.total = sum(parameter.numel() for parameter in parameters)
         layers = sorted({-1 if site.layer is None else site.layer for site in places}) if self.structured else []
         if self.dim <= len(layers):
             raise OptionError(f"{self.name}: dim={self.dim} must hold one factor for each of {len(layers)} layers and more; give a larger dim")
         self.theta = nn.Parameter(torch.zeros(self.dim - len(layers)))
         self.factors = {layer: nn.Parameter(torch.ones(())) for layer in layers}
-        self.numbers = {id(parameter): i for i, parameter in enumerate(p for site in places for p in site.base().values())}
+        seeds = torch.randint(2**32, (len(parameters),), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        self.seeds = {id(parameter): seed for parameter, seed in zip(parameters, seeds, strict=True)}
         if self.projection == "dense":
             self._check_dense()
             squares = torch.zeros(len(self.theta), dtype=torch.float64)
-            for site in places:
-                for parameter in site.base().values():
-                    squares += self._drawn(parameter).square().sum(dim=0)
+            for parameter in parameters:
+                squares += self._drawn(parameter).square().sum(dim=0)
             self.lengths = squares.sqrt()
 
     def make(self, site: Site) -> PeftModule | None:
@@ -110,7 +111,7 @@ class Intrinsic(Method):
     def _projection(self, parameter: Tensor) -> nn.Module:
         if self.projection == "dense":
             return Dense(self._drawn(parameter) / self.lengths)
-        return Fastfood(parameter.numel(), len(self.theta), self._scale(parameter), self._seed(parameter))
+        return Fastfood(parameter.numel(), len(self.theta), self._scale(parameter), self.seeds[id(parameter)])
 
     def _scale(self, parameter: Tensor) -> float:
         """Length of a column over all padded rows, so that its entries have the variance 1 / D."""
@@ -119,11 +120,8 @@ class Intrinsic(Method):
 
     def _drawn(self, parameter: Tensor) -> Tensor:
         """The rows of a dense P that belong to one tensor, before the columns are normalised."""
-        draw = torch.Generator().manual_seed(self._seed(parameter))
+        draw = torch.Generator().manual_seed(self.seeds[id(parameter)])
         return torch.randn(parameter.numel(), len(self.theta), generator=draw, dtype=torch.float64)
-
-    def _seed(self, parameter: Tensor) -> int:
-        return (self.seed << 32) + self.numbers[id(parameter)]
 
     def _check_dense(self) -> None:
         if self.total * self.dim > DENSE_LIMIT:
