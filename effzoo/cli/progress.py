@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 
 class Bar(TrainerCallback):
-    """Steps done of all steps with the latest training loss; evaluations stay above it as lines."""
+    """Steps done of all steps with the latest training loss and its stage; evaluations stay above it as lines."""
 
     def __init__(self, console: Console):
         numbers = (TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
@@ -31,15 +31,16 @@ class Bar(TrainerCallback):
         logs = logs or {}
         if not state.is_world_process_zero:
             return
+        stage = f"{logs['stage']}   " if "stage" in logs else ""
         if "loss" in logs:
             self.loss = float(logs["loss"])
-            self.progress.update(self.task, description=f"loss {self.loss:.4g}")
+            self.progress.update(self.task, description=f"{stage}loss {self.loss:.4g}")
         speed = ("_runtime", "_per_second", "_preparation_time")
         shown = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_") and not key.endswith(speed)}
         if shown:
             numbers = [f"validation {name} {value:.4g}" for name, value in shown.items()]
             training = "" if self.loss is None else f"training loss {self.loss:.4g}   "
-            self.progress.console.print(f"step {state.global_step:>6}   {training}{'   '.join(numbers)}", markup=False)
+            self.progress.console.print(f"step {state.global_step:>6}   {stage}{training}{'   '.join(numbers)}", markup=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.stop()

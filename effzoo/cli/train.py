@@ -37,7 +37,8 @@ def finetune(
     max_length: Annotated[int | None, typer.Option(help="Longest sequence in tokens, prompts included; default: the model's, at most 512.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 8,
-    learning_rate: Annotated[float | None, typer.Option(help="Default: 5e-4 for adapters, 5e-5 for all weights.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: each method's own, 5e-5 for all weights.")] = None,
+    calibration_batches: Annotated[int, typer.Option(help="Batches that methods see which choose by looking at data, before the first step.")] = 8,
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")] = False,
     seed: Annotated[int, typer.Option(help="Of the weights that start at random, the split and the order.")] = 0,
@@ -85,7 +86,7 @@ def finetune(
         result = effzoo.finetune(
             built, tokens[0], evaluate=tokens[1], output_dir=output, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
             precision=precision, seed=seed, resume=resume, overwrite=overwrite, gradient_checkpointing=gradient_checkpointing,  # type: ignore[arg-type]
-            progress=False, callbacks=[bar],
+            calibration_batches=calibration_batches, progress=False, callbacks=[bar],
         )  # fmt: skip
     finally:
         bar.close()

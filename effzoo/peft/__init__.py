@@ -10,7 +10,7 @@ from effzoo.peft.budget import within
 from effzoo.peft.files import load_adapter, save_adapter
 from effzoo.peft.merging import MergeReport, delta, merge, unmerge
 from effzoo.peft.method import Method, Stage
-from effzoo.peft.training import begin, calibrate, finish, learning_rates, loss, penalty, schedule, stages
+from effzoo.peft.training import begin, calibrate, finish, learning_rates, loss, penalty, schedule, stages, timetable
 from effzoo.registry import peft as _view
 from effzoo.sites import PeftModule
 
@@ -52,6 +52,7 @@ __all__ = [
     "save_adapter",
     "schedule",
     "stages",
+    "timetable",
     "unmerge",
     "within",
 ]

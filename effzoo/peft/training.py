@@ -1,42 +1,69 @@
 """What methods do during training, for a training loop of one's own; `effzoo.finetune` makes the same calls.
 
-    effzoo.peft.calibrate(model, batches)                      # once, before training
-    for stage in effzoo.peft.stages(model):                    # one unnamed stage for most methods
-        effzoo.peft.begin(model, stage); optimizer = ...       # a fresh optimizer
-        for step in range(steps := round(stage.share * total)):
+    effzoo.peft.calibrate(model, batches)                            # once, before training
+    for stage, steps in effzoo.peft.timetable(model, total):         # one unnamed stage for most methods
+        effzoo.peft.begin(model, stage); optimizer = ...             # a fresh optimizer
+        for step in range(steps):
             effzoo.peft.schedule(model, step / steps)
             effzoo.peft.loss(model, **batch).backward(); optimizer.step(); optimizer.zero_grad()
-    effzoo.peft.finish(model)                                  # drop what only training needed
+    effzoo.peft.finish(model)                                        # drop what only training needed
 
-All of them concern the active adapters, and do nothing for methods without the hook in question.
+All of them concern the active adapters, and do nothing for methods without the hook in question. A finished adapter takes part no more:
+trained again, it has one unnamed stage, and what its methods chose stays chosen.
+
+A run that resumes attaches the adapter anew, calls `begin` for every stage that had begun, and then fills in the stored tensors; so `begin` must
+make the shapes of its stage from an adapter with any content.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from effzoo.errors import IncompatibleError
-from effzoo.peft.attach import active, attached
+from effzoo.errors import IncompatibleError, TrainingError
+from effzoo.peft.attach import Attachment, active, attached
 from effzoo.peft.method import Batches, Method, Modules, Stage
 from effzoo.sites import PeftModule, sites
 
 WHOLE = Stage("", 1.0)
+HOOKS = ("calibrate", "schedule", "penalty", "begin", "finish")
+IGNORED = -100  # a label that does not count, as in torch.nn.functional.cross_entropy
+
+
+def overrides(method: Method, hook: str) -> bool:
+    """Whether a method has this hook."""
+    return getattr(type(method), hook) is not getattr(Method, hook)
 
 
 def hooked(model: nn.Module, hook: str, *names: str) -> Iterator[tuple[Method, Modules]]:
-    """The methods of the named (default: active) adapters that override a hook, each with what it has hung, by path."""
-    known = dict(sites(model))
-    for name in names or active(model):
-        for method, paths in attached(model)[name].methods:
-            if getattr(type(method), hook) is not getattr(Method, hook):
-                modules = {path: known[path].of(name)[method.name] for path in paths}
-                yield method, {path: module for path, module in modules.items() if isinstance(module, PeftModule)}
+    """The methods of the named (default: active) adapters, as far as unfinished, that override a hook, each with what it has hung, by path."""
+    attachments = attached(model)
+    wanted = [
+        (name, method, paths)
+        for name in names or active(model)
+        if not attachments[name].finished
+        for method, paths in attachments[name].methods
+        if overrides(method, hook)
+    ]
+    known = dict(sites(model)) if wanted else {}
+    for name, method, paths in wanted:
+        modules = {path: known[path].of(name)[method.name] for path in paths}
+        yield method, {path: module for path, module in modules.items() if isinstance(module, PeftModule)}
+
+
+def unfinished(model: nn.Module) -> list[Method]:
+    """The methods of the active adapters that still take part in training."""
+    return [method for name in active(model) if not attached(model)[name].finished for method, _ in attached(model)[name].methods]
+
+
+def takes_part(attachment: Attachment) -> bool:
+    """Whether one of an adapter's methods does something in training, so that the adapter is another thing when it is finished."""
+    return any(method.stages or method.consistency or any(overrides(method, hook) for hook in HOOKS) for method, _ in attachment.methods)
 
 
 def calibrate(model: nn.Module, batches: Batches) -> bool:
@@ -44,8 +71,8 @@ def calibrate(model: nn.Module, batches: Batches) -> bool:
     wanted = list(hooked(model, "calibrate"))
     if not wanted:
         return False
-    mode, batches = model.training, list(batches)
-    if not batches:
+    mode, batches = model.training, batches if isinstance(batches, Sized) else list(batches)
+    if isinstance(batches, Sized) and not len(batches):
         raise IncompatibleError(f"{wanted[0][0].name} chooses by looking at data, but there is none; give at least one labelled batch")
     try:
         for method, modules in wanted:
@@ -59,7 +86,7 @@ def calibrate(model: nn.Module, batches: Batches) -> bool:
 
 def stages(model: nn.Module) -> Sequence[Stage]:
     """The stages of the training, their shares adding up to 1; one without a name for methods that have none."""
-    found = {tuple(method.stages) for name in active(model) for method, _ in attached(model)[name].methods if method.stages}
+    found = {tuple(method.stages) for method in unfinished(model) if method.stages}
     if len(found) > 1:
         given_by = "; ".join(sorted(map(_said, found)))
         raise IncompatibleError(f"the active methods train in different stages ({given_by}); train them apart")
@@ -72,6 +99,33 @@ def stages(model: nn.Module) -> Sequence[Stage]:
 
 def _said(given: Sequence[Stage]) -> str:
     return ", ".join(stage.name for stage in given)
+
+
+def timetable(model: nn.Module, total: int) -> list[tuple[Stage, int]]:
+    """The stages with their numbers of optimizer steps, which add up to total: boundaries are rounded, and no stage is empty.
+
+    Raises TrainingError when there are fewer steps than stages.
+    """
+    found = stages(model)
+    if total < len(found):
+        raise TrainingError(f"the active methods train in {len(found)} stages ({_said(found)}), which need a step each, got {total}; train longer")
+    before, share, steps = 0, 0.0, []
+    for left, stage in zip(range(len(found) - 1, -1, -1), found, strict=True):
+        share += stage.share
+        end = min(max(round(share * total), before + 1), total - left)
+        steps.append((stage, end - before))
+        before = end
+    return steps
+
+
+def settled(model: nn.Module, total: int) -> int:
+    """The first step after which the adapter is what its options say: in the last stage, when schedules have come to their end.
+
+    A checkpoint from before that, of a network that is not yet pruned, say, is no result of the run, however good it is.
+    """
+    *earlier, (_, steps) = timetable(model, total)
+    share = max((method.settled for method, _ in hooked(model, "schedule")), default=0.0)
+    return min(total, sum(number for _, number in earlier) + 1 + math.ceil(share * steps))
 
 
 def begin(model: nn.Module, stage: Stage) -> None:
@@ -94,10 +148,13 @@ def penalty(model: nn.Module) -> Tensor | None:
 
 
 def finish(model: nn.Module, *names: str) -> None:
-    """Drop what only training needed (a reparametrisation, all but the mean of several experts), once; the outputs in evaluation mode stay."""
+    """Drop what only training needed (a reparametrisation, all but the mean of several experts), once; the outputs in evaluation mode stay.
+
+    Adapters of methods that do nothing in training have nothing to finish, and stay as they are.
+    """
     for name in names or active(model):
         attachment = attached(model)[name]
-        if not attachment.finished:
+        if not attachment.finished and takes_part(attachment):
             for method, modules in hooked(model, "finish", name):
                 method.finish(modules)
             attachment.finished = True
@@ -119,7 +176,7 @@ def learning_rates(model: nn.Module, given: float | None = None) -> dict[str, fl
 
 def consistency(model: nn.Module) -> float:
     """The weight of the divergence between two forward passes of one batch; 0 when no active method asks for it."""
-    return max((method.consistency for name in active(model) for method, _ in attached(model)[name].methods), default=0.0)
+    return max((method.consistency for method in unfinished(model)), default=0.0)
 
 
 def loss(model: nn.Module, **batch: Any) -> Tensor:
@@ -130,18 +187,35 @@ def loss(model: nn.Module, **batch: Any) -> Tensor:
 
 
 def supervised(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The loss of a labelled batch without penalties; with two forward passes and their divergence where a method asks for it."""
+    """The loss of a labelled batch without penalties; with two forward passes and their divergence where a method asks for it.
+
+    1/2 (L_1 + L_2) + weight / 2 (KL(p_1 | p_2) + KL(p_2 | p_1)), both terms means over the same labels, so that batches average exactly.
+    """
     weight = consistency(model)
     first = model(**batch)
     if not weight:
         value: Tensor = first.loss
         return value
     second = model(**batch)
-    divergence: Tensor = first.loss.new_zeros(())
-    one, other = first.logits.log_softmax(dim=-1), second.logits.log_softmax(dim=-1)
-    divergence = ((one.exp() - other.exp()) * (one - other)).sum(dim=-1)  # KL(p|q) + KL(q|p)
-    labels = batch["labels"]
-    if labels.shape == divergence.shape and not labels.is_floating_point():
-        divergence = divergence[labels != -100]
-    total: Tensor = (first.loss + second.loss) / 2 + weight * divergence.mean() / 2
+    apart = divergence(first.logits, second.logits, batch["labels"], causal=getattr(model, "task", "") == "causal_lm")
+    total: Tensor = (first.loss + second.loss) / 2 + weight / 2 * apart
     return total
+
+
+def divergence(one: Tensor, other: Tensor, labels: Tensor, *, causal: bool = False) -> Tensor:
+    """KL(p | q) + KL(q | p) of what two passes predict, in the mean over the labels that the loss is a mean over.
+
+    For several labels at once p and q are Bernoulli for each, for a single number they are normal with variance 1: (one - other)^2.
+    causal: position t predicts label t + 1.
+    """
+    one, other = (logits.to(torch.promote_types(logits.dtype, torch.float32)) for logits in (one, other))
+    if one.shape[-1] == 1 and labels.shape in (one.shape, one.shape[:1]):
+        return (one - other).square().mean()
+    if labels.is_floating_point():
+        return ((one.sigmoid() - other.sigmoid()) * (one - other)).mean()
+    if causal:
+        one, other, labels = one[:, :-1], other[:, :-1], labels[:, 1:]
+    one, other = one.log_softmax(dim=-1), other.log_softmax(dim=-1)
+    each = ((one.exp() - other.exp()) * (one - other)).sum(dim=-1)
+    counted = labels != IGNORED
+    return each.where(counted, 0.0).sum() / counted.sum().clamp(min=1)

@@ -7,6 +7,7 @@ interrupted, and the global batch does not depend on how many processes share it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from effzoo.architectures.heads import IGNORED
 from effzoo.errors import InputError
+from effzoo.train.randomness import random_state, set_random_state
 
 Row = Mapping[str, Any]
 Batch = dict[str, Tensor]
@@ -134,3 +136,26 @@ def counted(labels: Tensor, task: str, num_labels: int) -> Tensor:
     if labels.is_floating_point() or (task == "classification" and num_labels == 1):
         return torch.tensor(labels.numel())
     return ((labels[:, 1:] if task == "causal_lm" else labels) != IGNORED).sum()
+
+
+class First:
+    """The first batches of the training for `effzoo.peft.calibrate`, the same in every process: those that `order` puts first, on a device.
+
+    They are read when somebody iterates, with every global generator left as it was: a run whose methods do not look draws the same numbers.
+    """
+
+    def __init__(self, data: Any, order: Order, collate: Callable[[list[Any]], Any], count: int, device: torch.device):
+        self.data, self.order, self.collate, self.count, self.device = data, order, collate, min(count, len(order)), device
+        self.batches: list[Batch] = []
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self.batches:
+            state = random_state(self.device)
+            for indices in islice(self.order.global_batches(), self.count):
+                batch = dict(self.collate([self.data[index] for index in indices]))
+                self.batches.append({key: x.to(self.device) if isinstance(x, Tensor) else x for key, x in batch.items()})
+            set_random_state(state, self.device)
+        return iter(self.batches)

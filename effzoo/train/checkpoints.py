@@ -78,12 +78,21 @@ def rotate(directory: Path, keep: int | None, best: Path | None) -> None:
             remove(path)
 
 
-def best_of(directory: Path, history: Sequence[dict[str, Any]], metric: str) -> Path | None:
-    """The checkpoint on disk with the best value of `eval_<metric>`, the earlier one of equals; losses, errors and perplexities are best when low."""
+def best_of(directory: Path, history: Sequence[dict[str, Any]], metric: str, since: int = 0) -> Path | None:
+    """The checkpoint on disk with the best value of `eval_<metric>`, the earlier one of equals; losses, errors and perplexities are best when low.
+
+    since: the first step that counts.
+    """
     sign = 1 if any(word in metric for word in ("loss", "error", "perplexity")) else -1
-    values = {entry["step"]: entry[f"eval_{metric}"] for entry in history if f"eval_{metric}" in entry}
+    values = {entry["step"]: entry[f"eval_{metric}"] for entry in history if f"eval_{metric}" in entry and entry["step"] >= since}
     known = [path for path in whole(directory) if step_of(path) in values]
     return min(known, key=lambda path: sign * values[step_of(path)], default=None)
+
+
+def adapters(model: nn.Module, directory: Path) -> dict[str, Path]:
+    """The folder of each active adapter."""
+    names = active(model)
+    return {name: directory / ADAPTER / (name if len(names) > 1 else "") for name in names}
 
 
 def save_weights(model: nn.Module, directory: Path) -> Path:
@@ -91,10 +100,10 @@ def save_weights(model: nn.Module, directory: Path) -> Path:
 
     Returns the path written. Shared tensors are written once per name.
     """
-    names = active(model)
-    for name in names:
-        save_adapter(model, directory / ADAPTER / (name if len(names) > 1 else ""), name=name)
-    if names:
+    found = adapters(model, directory)
+    for name, folder in found.items():
+        save_adapter(model, folder, name=name)
+    if found:
         return directory / ADAPTER
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
     partial = directory / f"{_PARTIAL}{WEIGHTS}"
@@ -109,10 +118,10 @@ def load_weights(model: nn.Module, directory: Path) -> None:
 
     Raises AdapterError for an adapter with another spec or base, TrainingError for full weights that do not fit.
     """
-    names = active(model)
-    for name in names:
-        restore_adapter(model, directory / ADAPTER / (name if len(names) > 1 else ""), name=name)
-    if names:
+    found = adapters(model, directory)
+    for name, folder in found.items():
+        restore_adapter(model, folder, name=name)
+    if found:
         return
     try:
         missing, unexpected = model.load_state_dict(safetensors.torch.load_file(directory / WEIGHTS), strict=False)

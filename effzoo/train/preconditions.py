@@ -13,6 +13,8 @@ import torch
 from effzoo.architectures import Transformer
 from effzoo.errors import IncompatibleError, OptionError, TrainingError, listing
 from effzoo.peft.attach import active, attached
+from effzoo.peft.files import MANIFEST
+from effzoo.peft.training import finish, overrides
 from effzoo.train import checkpoints
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -109,6 +111,30 @@ def starting_point(directory: Path, run: dict[str, Any], resume: bool, overwrite
         changes = listing(f"{key} was {earlier.get(key)!r} and is now {now[key]!r}" for key in different)
         raise TrainingError(f"{found[-1]} belongs to another run: {changes}. Give the same, or overwrite=True with resume=False.")
     return found[-1]
+
+
+def rejoin(model: Transformer, directory: Path) -> None:
+    """Finish the active adapters, or not, as they were when the run in this directory began: that decides in which stages it trains.
+
+    TrainingError for an adapter that has lost what the run needs.
+    """
+    newest = next(reversed(checkpoints.whole(directory)), None)
+    for name, folder in {} if newest is None else checkpoints.adapters(model, newest).items():
+        attachment = attached(model)[name]
+        try:
+            was_finished = bool(json.loads((folder / MANIFEST).read_text()).get("finished", False))
+        except (OSError, ValueError, AttributeError):
+            continue  # no adapter, or a damaged one: whoever loads it says so
+        if was_finished:
+            finish(model, name)
+        elif attachment.finished:
+            changed = [method.name for method, _ in attachment.methods if method.stages or overrides(method, "finish")]
+            if changed:
+                raise TrainingError(
+                    f"{newest} is in the middle of its training, but the adapter {name!r} of this model is finished: {listing(changed)} dropped what "
+                    "training needs; build the model and attach the adapter anew to resume, or give another output_dir to train what is left"
+                )
+            attachment.finished = False
 
 
 def _global_batch(run: Mapping[str, Any]) -> int:

@@ -16,17 +16,19 @@ import torch
 from effzoo.architectures import Transformer
 from effzoo.errors import OptionError
 from effzoo.peft.attach import active, attached
+from effzoo.peft.training import finish, hooked, learning_rates, settled
 from effzoo.train import checkpoints
-from effzoo.train.batches import Counting, Loader, Order, Pad
+from effzoo.train.batches import Counting, First, Loader, Order, Pad
 from effzoo.train.examples import accepted, check, check_batch, sized
-from effzoo.train.preconditions import SCHEDULES, check_options, check_precision, check_processes, check_trainable, on_cpu, starting_point
+from effzoo.train.parts import parts, used
+from effzoo.train.preconditions import SCHEDULES, check_options, check_precision, check_processes, check_trainable, on_cpu, rejoin, starting_point
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from effzoo.train.trainer import ExactTrainer
 
-_LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+_LOGGED = ("step", "epoch", "stage", "loss", "learning_rate", "grad_norm")
 _SPEED = ("_runtime", "_per_second", "_preparation_time")
 
 
@@ -35,9 +37,10 @@ class Result:
     """What a run gave.
 
     metrics: the last evaluation (the best one's when `best` was given) and train_loss, the mean over all steps. history: one entry per
-    logged step: step, epoch, loss (mean since the entry before), learning_rate, grad_norm, eval_*. seconds: of this call. peak_memory:
-    bytes; what the allocator held on CUDA during the call, elsewhere the resident set of this process since it started. last, best:
-    checkpoints. weights: the adapter's folder (several adapters: a folder that holds one each), or model.safetensors when all
+    logged step: step, epoch, loss (mean since the entry before), learning_rate (the largest), grad_norm, eval_*, and stage, to which the
+    steps since the entry before belong, when the methods train in stages. seconds: of this call. peak_memory: bytes; what the allocator held
+    on CUDA during the call, elsewhere the resident set of this process since it started. last, best: checkpoints. weights: the adapter's
+    folder (several adapters: a folder that holds one each), or model.safetensors when all
     parameters were trained.
     """
 
@@ -73,6 +76,7 @@ def finetune(
     schedule: Literal["linear", "cosine", "constant"] = "linear",
     clip: float | None = 1.0,
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
+    calibration_batches: int = 8,
     seed: int = 0,
     evaluate_every: int | Literal["epoch"] | None = "epoch",
     save_every: int | Literal["epoch"] | None = "epoch",
@@ -96,18 +100,26 @@ def finetune(
     epochs, or max_steps: how long. eval_batch_size: None is batch_size.
     batch_size: examples per process and forward pass. An optimizer step sees batch_size * gradient_accumulation * processes examples;
         its loss is the mean over all their labels, however they are spread.
-    learning_rate: None is 5e-4 for adapters and 5e-5 for all parameters. warmup: steps (int) or a share of all steps (float below 1),
-        then the schedule. clip: the largest norm of the gradient, None for no limit.
+    learning_rate: None is each method's own (`effzoo.peft.learning_rates(model)`), and 5e-5 for all parameters; a given one is multiplied by the
+        factors that a method has for some of its tensors. warmup: steps (int) or a share of all steps (float below 1), then the schedule.
+        clip: the largest norm of the gradient, None for no limit.
+    calibration_batches: how many batches of batch_size training examples methods see that choose by looking at data (FISH masks, ...), before
+        the first step; the same in every process.
     precision: of the forward pass; weights stay as they are.
     evaluate_every, save_every: optimizer steps, "epoch", or None. Both also happen at the end, unless save_every is None.
     keep: how many checkpoints stay (None: all). best: the evaluation metric ("loss", "accuracy", ...) by which a best checkpoint is kept
-        besides, and loaded at the end; each evaluation then writes a checkpoint.
+        besides, and loaded at the end; each evaluation then writes a checkpoint. What training has not brought to its final form (an earlier
+        stage, a network that is not pruned yet) is not among them.
     resume: continue from the newest checkpoint in output_dir, if there is one, to the same losses. overwrite: remove the
         checkpoints of an earlier run.
     group_by_length: batches of similar lengths, to save padding. collator: list of examples -> batch, instead of padding.
     callbacks: of transformers (their `model` holds this one as `.model`).
     metrics: called with `(logits, labels)` of the whole evaluation (a transformers.EvalPrediction), returns numbers by name. Loss, and accuracy
         (classification) or perplexity (language models), are computed in any case; without `metrics` no logits are kept.
+
+    Methods take part as in the loop of `effzoo/peft/training.py`. Stages share all steps, and in each the optimizer, the warmup and the schedule
+    start anew. At the end the adapter is finished: checkpoints hold it as it was before, and are resumed with a freshly attached one. Trained
+    once more, a finished adapter keeps what it has chosen, and what is left is trained in one stage.
 
     Several processes: start the script with `accelerate launch`; without GPUs as
     `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 train.py`, because with `--cpu` accelerate 1.15 starts a single
@@ -120,7 +132,7 @@ def finetune(
     """
     check_trainable(model)
     counts = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "eval_batch_size": eval_batch_size, "log_every": log_every}
-    counts |= {"gradient_accumulation": gradient_accumulation, "keep": keep}
+    counts |= {"gradient_accumulation": gradient_accumulation, "keep": keep, "calibration_batches": calibration_batches}
     check_options(counts, {"evaluate_every": evaluate_every, "save_every": save_every}, schedule, warmup, clip)
     check_precision(model, precision)
     if best is not None and evaluate is None:
@@ -141,19 +153,28 @@ def finetune(
     check_processes(processes)
     steps_per_epoch = math.ceil(len(data) / (batch_size * gradient_accumulation * processes))
     total = max_steps or math.ceil(epochs * steps_per_epoch)
-    rate = learning_rate if learning_rate is not None else 5e-4 if active(model) else 5e-5
+    if resume:
+        rejoin(model, output_dir)
+    if learning_rate is None and not active(model):
+        learning_rate = 5e-5
+    planned = parts(model, total, warmup)
     run = {
         "adapters": {name: attached(model)[name].spec for name in active(model)}, "examples": len(data), "steps": total, "seed": seed,
         "processes": processes, "batch_size": batch_size, "gradient_accumulation": gradient_accumulation, "group_by_length": group_by_length,
-        "learning_rate": rate, "weight_decay": weight_decay, "warmup": warmup, "schedule": schedule, "clip": clip, "precision": precision,
+        **used(model, learning_rate), "weight_decay": weight_decay, "warmup": warmup, "schedule": schedule, "clip": clip, "precision": precision,
     }  # fmt: skip
+    if any(part.stage.name for part in planned):
+        run["stages"] = {part.stage.name: part.steps for part in planned}
+    if any(hooked(model, "calibrate")):
+        run["calibration_batches"] = calibration_batches
+    largest = max(learning_rates(model, learning_rate).values(), default=learning_rate or 0.0)
     start = starting_point(output_dir, run, resume, overwrite)
     save_steps, eval_steps = (steps_per_epoch if every == "epoch" else every for every in (save_every, evaluate_every))
     arguments = TrainingArguments(
         output_dir=str(output_dir), use_cpu=on_cpu(), bf16=precision == "bfloat16", fp16=precision == "float16", seed=seed, max_steps=total,
         per_device_train_batch_size=batch_size, per_device_eval_batch_size=eval_batch_size, gradient_accumulation_steps=gradient_accumulation,
-        learning_rate=rate, weight_decay=weight_decay, lr_scheduler_type=SCHEDULES[schedule], max_grad_norm=clip or 0.0,
-        warmup_steps=warmup if isinstance(warmup, int) else math.ceil(warmup * total), logging_steps=log_every, logging_nan_inf_filter=False,
+        learning_rate=largest, weight_decay=weight_decay, lr_scheduler_type=SCHEDULES[schedule], max_grad_norm=clip or 0.0,
+        warmup_steps=planned[0].warmup, logging_steps=log_every, logging_nan_inf_filter=False,
         eval_strategy="no" if held_out is None else "steps", eval_steps=eval_steps or total, save_strategy="steps" if save_steps else "no",
         save_steps=save_steps or total, disable_tqdm=not progress, report_to="none", ddp_find_unused_parameters=True, label_names=["labels"],
     )  # fmt: skip
@@ -169,8 +190,13 @@ def finetune(
         checkpoints.clean(output_dir)
         for earlier in checkpoints.whole(output_dir) if start is None else ():
             checkpoints.remove(earlier)
-    trainer = ExactTrainer(model, arguments, loaders, metrics=metrics, callbacks=list(callbacks), run=run, keep=keep, best=best, progress=progress)
-    return _train(trainer, model, output_dir, start, gradient_checkpointing)
+    trainer = ExactTrainer(
+        model, arguments, loaders, metrics=metrics, callbacks=list(callbacks), run=run, parts=planned, learning_rate=learning_rate,
+        settled=settled(model, total), keep=keep, best=best, progress=progress,
+    )  # fmt: skip
+    alone = Order(len(data), batch_size, seed=seed, lengths=lengths if group_by_length else None)
+    first = First(data, alone, collate, calibration_batches, arguments.device)
+    return _train(trainer, model, output_dir, start, first, gradient_checkpointing)
 
 
 def _prepare(data: Any, model: Transformer, what: str, collator: Any) -> tuple[Any, list[int] | None]:
@@ -181,8 +207,8 @@ def _prepare(data: Any, model: Transformer, what: str, collator: Any) -> tuple[A
     return data, None
 
 
-def _train(trainer: ExactTrainer, model: Transformer, directory: Path, start: Path | None, gradient_checkpointing: bool) -> Result:
-    """Train from a checkpoint or from the beginning, write the result, and leave the model in the modes that it came in."""
+def _train(trainer: ExactTrainer, model: Transformer, directory: Path, start: Path | None, first: First, gradient_checkpointing: bool) -> Result:
+    """Train from a checkpoint or from the beginning, finish, write the result, and leave the model in the modes that it came in."""
     clock, modes, cuda = time.monotonic(), (model.training, model.checkpointing), trainer.args.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -191,14 +217,17 @@ def _train(trainer: ExactTrainer, model: Transformer, directory: Path, start: Pa
         if start is not None and checkpoints.step_of(start) >= trainer.args.max_steps:  # Trainer would take one step more
             trainer.restore(start)
         else:
+            if start is None:
+                trainer.start(first)
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
     finally:
         model.train(modes[0])
         model.checkpointing = modes[1]
     history = _history(trainer.state.log_history)
-    best = None if trainer.best is None else checkpoints.best_of(directory, history, trainer.best)
+    best = None if trainer.best is None else checkpoints.best_of(directory, history, trainer.best, trainer.settled)
     if best is not None:
         checkpoints.load_weights(model, best)
+    finish(model)
     if trainer.args.should_save:
         checkpoints.save_weights(model, directory)
     trainer.accelerator.wait_for_everyone()
@@ -221,7 +250,7 @@ def _history(logs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     entries: dict[int, dict[str, Any]] = {}
     for log in logs:
         kept = {key: value for key, value in log.items() if key in _LOGGED or (key.startswith("eval_") and not key.endswith(_SPEED))}
-        if len(kept) > 2:  # more than the step and the epoch
+        if kept.keys() - {"step", "epoch", "stage"}:
             entries.setdefault(log["step"], {"step": log["step"]}).update(kept)
     return list(entries.values())
 

@@ -6,13 +6,14 @@ What differs from Trainer, and why:
 - An evaluation loss is the mean over all counted labels; Trainer's is the mean of batch means. Only logits leave the model.
 - Batches come from `batches.Order`; Trainer repeats examples to fill the last batch when several processes share it.
 - Checkpoints are `checkpoints.writing`: without pickle, renamed when whole. Trainer writes under the final name.
+- Methods take part (`effzoo/peft/training.py`): stages with an optimizer, a wrapped model and learning rates of their own, schedules, penalties.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import random
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,23 +22,27 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback, get_scheduler
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from effzoo.architectures import Transformer
 from effzoo.architectures.heads import IGNORED
 from effzoo.errors import TrainingError
+from effzoo.peft import training
 from effzoo.train import checkpoints
 from effzoo.train.batches import COUNTED, Loader
+from effzoo.train.parts import Current, Part, groups
+from effzoo.train.randomness import random_state, set_random_state
 
 _STATE = "trainer_state.json"  # the name that Trainer reads
 
 
 class Supervised(nn.Module):
-    """A model as Trainer sees it: labelled inputs -> the loss in training, (loss, logits) in evaluation.
+    """A model as Trainer sees it: labelled inputs -> (loss,) or (loss, penalty) in training, (loss, logits) in evaluation.
 
-    Trainer and accelerate write to what they are given (`config.use_cache`, `forward` under mixed precision); they get this one.
+    All that has a gradient is computed here, because what several processes wrap is this. Trainer and accelerate write to what they are
+    given (`config.use_cache`, `forward` under mixed precision); they get this one.
     """
 
     accepts_loss_kwargs = True  # the loss is already a share of the global mean, so Trainer must not divide it again
@@ -46,16 +51,23 @@ class Supervised(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, **inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        output = self.model(**inputs)
-        return output.loss if self.training else (output.loss, output.logits)
+    def forward(self, penalised: bool = False, **inputs: Tensor) -> tuple[Tensor, ...]:
+        if not self.training:
+            output = self.model(**inputs)
+            return output.loss, output.logits
+        loss = training.supervised(self.model, inputs)
+        if not penalised:
+            return (loss,)
+        with torch.autocast(loss.device.type, enabled=False):  # of the weights, which stay as they are
+            penalty = training.penalty(self.model)
+        return (loss,) if penalty is None else (loss, penalty)
 
 
 class Rhythm(TrainerCallback):
-    """Log wherever a checkpoint or an evaluation falls, so that a resumed run averages its losses over the same steps."""
+    """Log wherever a checkpoint or an evaluation falls, so that a resumed run averages its losses over the same steps, and where a stage ends."""
 
-    def __init__(self, best: str | None, seed: int):
-        self.best, self.seed = best, seed
+    def __init__(self, best: str | None, seed: int, parts: Sequence[Part]):
+        self.best, self.seed, self.ends = best, seed, {part.end for part in parts if part.stage.name}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.process_index:  # Trainer seeds all processes alike, and dropout would then be the same in each
@@ -63,11 +75,14 @@ class Rhythm(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_save = control.should_save or (control.should_evaluate and self.best is not None)
-        control.should_log = control.should_log or control.should_save or control.should_evaluate
+        control.should_log = control.should_log or control.should_save or control.should_evaluate or state.global_step in self.ends
 
 
 class ExactTrainer(Trainer):
-    """See the module. loaders: of training and evaluation. run: the settings that a checkpoint must share to be resumed."""
+    """See the module. loaders: of training and evaluation. run: the settings that a checkpoint must share to be resumed.
+
+    parts: the stages of the run. learning_rate: None for each method's own. settled: the first step whose checkpoint can be the best one.
+    """
 
     loss_is_scaled_for_ga = True
     model: Any
@@ -83,14 +98,19 @@ class ExactTrainer(Trainer):
         metrics: Any,
         callbacks: list[Any],
         run: dict[str, Any],
+        parts: Sequence[Part],
+        learning_rate: float | None,
+        settled: int,
         keep: int | None,
         best: str | None,
         progress: bool,
     ):
         self.loaders, self.user_metrics, self.run, self.keep, self.best = loaders, metrics, run, keep, best
+        self.parts, self.part, self.learning_rate, self.settled = parts, parts[0], learning_rate, settled
+        self.batches_left = 0  # of the step, the one that runs not counted
         self.resumed_from: str | None = None
         train, *evaluate = (loader.dataset for loader in loaders)
-        callbacks = [*callbacks, Rhythm(best, args.seed)]
+        callbacks = [*callbacks, Rhythm(best, args.seed, parts)]
         super().__init__(Supervised(model), args, train_dataset=train, eval_dataset=evaluate[0] if evaluate else None, callbacks=callbacks)
         self.subject = model
         if not progress:
@@ -102,17 +122,69 @@ class ExactTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Loader:
         return self.loaders[1]
 
+    def start(self, batches: Any) -> None:
+        """Calibrate and begin the first stage. Every process sees the same batches and, up to here, draws the same numbers."""
+        training.calibrate(self.subject, batches)
+        training.begin(self.subject, self.part.stage)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            make, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            decayed = {name.removeprefix("model.") for name in self.get_decay_parameter_names(self.model)}
+            rates = training.learning_rates(self.subject, self.learning_rate)
+            self.optimizer = make(groups(self.subject, decayed, rates, self.args.learning_rate, self.args.weight_decay), **options)
+        optimizer: torch.optim.Optimizer = self.optimizer
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Warmup and decline over the stage."""
+        warmup, steps = self.part.warmup, self.part.steps
+        self.lr_scheduler = get_scheduler(self.args.lr_scheduler_type, self.optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+        return self.lr_scheduler
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        model, loader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[no-untyped-call]
+        self.current = Current(model)
+        return self.current, loader
+
+    def _enter(self, part: Part) -> None:
+        """Begin a stage: its parameters may be others, so they get another optimizer, and another wrapper in several processes."""
+        training.begin(self.subject, part.stage)
+        self.part, self.optimizer = part, None
+        self.model = self.model_wrapped = Supervised(self.subject)
+        self.accelerator.free_memory()  # forget the optimizer and the wrapper of the stage before
+        self.current.inner, _ = super()._prepare_for_training(self.args.max_steps, self.loaders[0], None)  # type: ignore[no-untyped-call]
+
+    def _rejoin(self, checkpoint: Path) -> None:
+        """Bring the adapters to the stage in which a checkpoint was written, and fill them. At a boundary the next stage has not begun yet."""
+        for part in self.parts:
+            if part.start < checkpoints.step_of(checkpoint):
+                training.begin(self.subject, part.stage)
+                self.part = part
+        checkpoints.load_weights(self.subject, checkpoint)
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Tensor]:
         """The batches of one optimizer step on this process, and the number of counted labels of the step over all processes."""
         self._load_rng_state(self.resumed_from)  # before the collator runs, which may draw random numbers (masked language models)
+        step = self.state.global_step
+        if step == self.part.end:
+            self._enter(next(part for part in self.parts if part.start == step))
+        training.schedule(self.subject, (step - self.part.start) / self.part.steps)
         batches = list(islice(epoch_iterator, num_batches))
+        self.batches_left = len(batches)
         count = torch.stack([batch[COUNTED] for batch in batches]).sum()
         return batches, self.accelerator.gather(count.to(device)).sum().clamp(min=1)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """This batch's share of the mean over the step; times the processes, because their gradients and losses are averaged."""
+        """This batch's share of the mean over the step; times the processes, because their gradients and losses are averaged.
+
+        The penalty, which is the same in all processes, comes with the last batch of the step, so that it counts once.
+        """
         count = inputs.pop(COUNTED)
-        return model(**inputs) * (count * self.accelerator.num_processes / num_items_in_batch)
+        self.batches_left -= 1
+        loss, *penalty = model(penalised=self.batches_left == 0, **inputs)
+        share = loss * (count * self.accelerator.num_processes / num_items_in_batch)
+        return share + penalty[0] if penalty else share
 
     def evaluation_loop(
         self, dataloader: Any, description: str, prediction_loss_only: bool | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -144,7 +216,9 @@ class ExactTrainer(Trainer):
         return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=named, num_samples=len(dataloader.dataset))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, and stop at a loss that is no number: every later step would be lost."""
+        """Log, with the stage if it has a name, and stop at a loss that is no number: every later step would be lost."""
+        if self.part.stage.name and any(key == "loss" or key.startswith("eval_") for key in logs):
+            logs["stage"] = self.part.stage.name  # type: ignore[assignment]
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
             raise TrainingError(
@@ -154,11 +228,11 @@ class ExactTrainer(Trainer):
 
     def restore(self, checkpoint: Path) -> None:
         """Take the weights and the history of a run that has taken its last step."""
-        checkpoints.load_weights(self.subject, checkpoint)
+        self._rejoin(checkpoint)
         self.state = TrainerState.load_from_json(str(checkpoint / _STATE))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        random_states = gather_object([_random_state(self.args.device)])
+        random_states = gather_object([random_state(self.args.device)])
         if self.args.should_save:
             directory = Path(str(self.args.output_dir))
             with checkpoints.writing(directory, self.state.global_step) as folder:
@@ -176,12 +250,12 @@ class ExactTrainer(Trainer):
                 )
                 self.state.save_to_json(str(folder / _STATE))
                 (folder / checkpoints.RUN).write_text(json.dumps(self.run, indent=1))
-            best = self.best and checkpoints.best_of(directory, self.state.log_history, self.best)
+            best = self.best and checkpoints.best_of(directory, self.state.log_history, self.best, self.settled)
             checkpoints.rotate(directory, self.keep, best or None)
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        checkpoints.load_weights(self.subject, Path(resume_from_checkpoint))
+        self._rejoin(Path(resume_from_checkpoint))
         self.resumed_from = resume_from_checkpoint
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -205,7 +279,11 @@ class ExactTrainer(Trainer):
         self.resumed_from = None
         states = checkpoints.read_state(Path(checkpoint))["random"]
         if len(states) == self.accelerator.num_processes:  # else the run continues with fresh dropout, as finetune says
-            _set_random_state(states[self.accelerator.process_index], self.args.device)
+            set_random_state(states[self.accelerator.process_index], self.args.device)
+
+    def _get_learning_rate(self) -> float:
+        """For the log: the largest, where tensors have their own."""
+        return max(self.lr_scheduler.get_last_lr())
 
     def _parameter_names(self) -> list[str]:
         names = {id(parameter): name for name, parameter in self.subject.named_parameters()}
@@ -231,18 +309,3 @@ def _stack(arrays: list[Any]) -> Any:
     for row, array in enumerate(arrays):
         stacked[(row, *map(slice, array.shape))] = array
     return stacked
-
-
-def _random_state(device: torch.device) -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    state = {"python": random.getstate(), "numpy": (kind, np.asarray(keys).tolist(), *rest), "torch": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
