@@ -82,6 +82,10 @@ def merge(model: M, name: str = "default", *, undo: bool = True, report: bool = 
     is not finite.
     """
     attachment = _known(model, name)
+    for path, site in sites(model):
+        for module in site.hung(name):
+            if _no_weight(site, module):  # said before `finish`, which cannot be taken back
+                raise _refusal(f"adapter {name!r} ({attachment.spec}) at {path}", module)
     finish(model, name)
     found = {path: (site, list(site.hung(name))) for path, site in sites(model) if name in site.adapters}
     merged: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
@@ -150,7 +154,7 @@ def merged_parameters(site: Site, modules: Sequence[PeftModule], where: str = ""
     own = site.base()
     for module in modules:
         if not mergeable(site, module):
-            raise AdapterError(f"{where or site.role} cannot be merged: {type(module).__name__} is not a change of a weight; keep it attached")
+            raise _refusal(where or site.role, module)
     with torch.no_grad():
         now = {key: value.double() for key, value in own.items()}
         for module in modules:  # the same order as in the site's forward: parameter door, outputs, and then inputs
@@ -169,12 +173,22 @@ def merged_parameters(site: Site, modules: Sequence[PeftModule], where: str = ""
 
 def mergeable(site: Site, module: PeftModule) -> bool:
     """Whether what the module does at the site is a change of the site's weight and bias."""
-    if module.opens("rows", "memory", "remember", "beyond", "beside"):
+    if _no_weight(site, module):
         return False
     if not module.opens("after", "before", "joined"):
         return bool(site.base())
-    weight, bias = getattr(site, "weight", None), getattr(site, "bias", None)
-    return weight is not None and module.delta(weight, bias) is not None
+    return module.delta(site.weight, getattr(site, "bias", None)) is not None  # type: ignore[arg-type]
+
+
+def _no_weight(site: Site, module: PeftModule) -> bool:
+    """Whether there is no weight that the module could be a change of, whatever its numbers are."""
+    if module.opens("rows", "memory", "remember", "beyond", "beside"):
+        return True
+    return module.opens("after", "before", "joined") and getattr(site, "weight", None) is None
+
+
+def _refusal(where: str, module: PeftModule) -> AdapterError:
+    return AdapterError(f"{where} cannot be merged: {type(module).__name__} is not a change of a weight; keep it attached")
 
 
 def _rounding(tensor: str, parameter: Tensor, value: Tensor) -> Rounding:
