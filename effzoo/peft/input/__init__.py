@@ -1,5 +1,6 @@
 """Input composition, f([phi, x]): methods that add rows to the input or keys and values to attention."""
 
-from effzoo.peft.input import prefix, prompt
+from effzoo.peft.input import deep_prompt, ipt, llama_adapter, p_tuning, prefix, prompt
+from effzoo.peft.input.ipt import fit_subspace
 
-__all__ = ["prefix", "prompt"]
+__all__ = ["deep_prompt", "fit_subspace", "ipt", "llama_adapter", "p_tuning", "prefix", "prompt"]

@@ -2,48 +2,141 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Literal
+
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from effzoo.errors import OptionError
-from effzoo.peft.method import Layers, Method, Targets
+from effzoo.peft.input.layer import Starts, layers_of, start_from_activations
+from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
 from effzoo.registry import peft
-from effzoo.sites import Memory, PeftModule, Site
+from effzoo.sites import Memory, PeftModule, Seen, Site
 
 
-class KeysValues(PeftModule):
-    """Trained keys [heads, length, head_dim] and values [heads, length, value_dim]."""
+class Trunk(nn.Module):
+    """tanh(W_1 e + b_1) for trained rows e [length, width], [length, hidden]: what all layers share of the reparametrisation."""
 
-    def __init__(self, site: Memory, length: int, std: float):
+    def __init__(self, length: int, width: int, hidden: int):
         super().__init__()
-        self.keys = nn.Parameter(torch.randn(site.heads, length, site.head_dim) * std)
-        self.values = nn.Parameter(torch.randn(site.heads, length, site.value_dim) * std)
+        self.rows = nn.Parameter(torch.randn(length, width))
+        self.linear = nn.Linear(width, hidden)
+
+    def forward(self) -> Tensor:
+        out: Tensor = self.linear(self.rows).tanh()
+        return out
+
+
+class KeysValues(Starts):
+    """Trained keys [heads, length, head_dim] and values [heads, length, value_dim].
+
+    trunk: with it, keys and values are W_2 trunk() + b_2 until `settle` keeps what they are. gate_heads: with it, they have a softmax of their own,
+    whose result is added times tanh(gate), one gate for each query head.
+    """
+
+    def __init__(self, site: Memory, length: int, std: float, trunk: Trunk | None = None, gate_heads: int = 0):
+        super().__init__()
+        self.trunk: Trunk | None = trunk
+        self.last: nn.Linear | None = None
+        self.heads, self.head_dim, self.value_dim = site.heads, site.head_dim, site.value_dim
+        self.register_parameter("keys", None)
+        self.register_parameter("values", None)
+        if trunk is None:
+            self.keys = nn.Parameter(torch.randn(site.heads, length, site.head_dim) * std)
+            self.values = nn.Parameter(torch.randn(site.heads, length, site.value_dim) * std)
+        else:
+            self.last = nn.Linear(trunk.linear.out_features, site.heads * (site.head_dim + site.value_dim))
+        self.gate = nn.Parameter(torch.zeros(gate_heads)) if gate_heads else None
 
     def memory(self) -> tuple[Tensor, Tensor]:
-        return self.keys, self.values
+        """What is trained, or what the network makes of it."""
+        if self.trunk is None or self.last is None:
+            return self.keys, self.values
+        both = rearrange(self.last(self.trunk()), "n (h d) -> h n d", h=self.heads)
+        return both[..., : self.head_dim].contiguous(), both[..., self.head_dim :].contiguous()
+
+    def remember(self, seen: Seen) -> tuple[Tensor, Tensor] | None:
+        return None if self.looks(seen) or self.gate is not None else self.memory()
+
+    def beyond(self, seen: Seen) -> tuple[Tensor, Tensor, Tensor] | None:
+        return None if self.looking is not None or self.gate is None else (*self.memory(), self.gate.tanh())
+
+    def start(self, rows: Tensor, seen: Seen) -> None:
+        keys, values = seen.keys_values(rows)
+        self.keys.copy_(keys)
+        self.values.copy_(values)
+
+    def settle(self) -> None:
+        """Keep the keys and values, drop the network that made them."""
+        if self.last is None:
+            return
+        trainable = self.last.weight.requires_grad
+        keys, values = (x.detach().clone() for x in self.memory())
+        self.trunk = self.last = None
+        self.keys, self.values = nn.Parameter(keys, requires_grad=trainable), nn.Parameter(values, requires_grad=trainable)
 
 
 @peft.register("prefix", "prefix_tuning")
 class Prefix(Method):
     """head_i = Attn(x W_q, [P_k, x W_k], [P_v, x W_v]): `length` trained keys and values per layer, seen by every query.
 
-    length: of the prefix. std: of the normal distribution that P_k and P_v start from.
+    length: of the prefix. form: "flat", P_k and P_v are trained themselves; "mlp", they are W_2 tanh(W_1 e + b_1) + b_2, with rows e and W_1 shared
+    by all layers and a W_2 for each (section 4.3), and `finish` keeps P_k and P_v alone. hidden: units of that network (the paper: 512 or 800).
+    init: of the flat form; "activations", the keys and values that the layer makes of the first `length` tokens of the training data, by
+    `calibrate`; "normal", with standard deviation std, which is also what stands there until data have been seen.
+    softmax: "joint", one for prefix and tokens; "own", one for the prefix, whose result is added times tanh(g), g = 0 at the start, one for
+    each head: the additive form of He et al., eq. 5, which is the only one here that changes nothing at the start.
 
-    Positions do not shift. A prefix is not a no-op, not even one of zeros: a key of 0 still takes e^0 of the softmax. This is the
-    flat form, without the reparametrisation by an MLP.
+    Positions do not shift: keys of rotary models are not turned. A prefix in the joint softmax is not a no-op, not even one of zeros: a
+    key of 0 still takes e^0 of the softmax. In LSH attention, which normalises keys, only the direction of P_k counts.
     """
 
     paper = "Li & Liang 2021, Prefix-tuning, arXiv:2101.00190, section 4; as a gate: He et al. 2022, arXiv:2110.04366, eq. 5"
     identity_at_init = False
     accepts = (Memory,)
     default_targets = ("attn.memory",)
+    size = "length"
+    learning_rate = 5e-3
 
-    def __init__(self, *, length: int = 16, std: float = 0.02, targets: Targets = None, layers: Layers = None):
+    def __init__(
+        self,
+        *,
+        length: int = 16,
+        form: Literal["flat", "mlp"] = "flat",
+        hidden: int = 512,
+        init: Literal["activations", "normal"] = "normal",
+        std: float = 0.02,
+        softmax: Literal["joint", "own"] = "joint",
+        targets: Targets = None,
+        layers: Layers = None,
+    ):
         super().__init__(targets=targets, layers=layers)
-        if length < 1 or std < 0:
-            raise OptionError(f"prefix: length is at least 1 and std not negative, got length={length}, std={std}")
-        self.length, self.std = length, std
+        if length < 1 or hidden < 1 or std < 0:
+            raise OptionError(f"{self.name}: length and hidden are at least 1 and std not negative, got {length}, {hidden} and {std}")
+        if form == "mlp" and init == "activations":
+            raise OptionError(f"{self.name}: init='activations' sets keys and values, which form='mlp' computes; give form='flat', or init='normal'")
+        self.length, self.form, self.hidden, self.start, self.std, self.softmax = length, form, hidden, init, std, softmax
+        self.identity_at_init = softmax == "own"
+        if form == "mlp":
+            self.learning_rate = 1e-3
 
-    def make(self, site: Site) -> PeftModule:
+    def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
+        first = next(iter(found.values()))
+        assert isinstance(first, Memory)
+        self.trunk = Trunk(self.length, first.heads * first.head_dim, self.hidden) if self.form == "mlp" else None
+        self.heads = {key: layer.heads for key, layer in layers_of(self.name, model, found).items()} if self.softmax == "own" else {}
+
+    def make(self, site: Site) -> KeysValues:
         assert isinstance(site, Memory)
-        return KeysValues(site, self.length, self.std)
+        return KeysValues(site, self.length, self.std, self.trunk, self.heads.get(id(site), 0))
+
+    def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
+        if self.start == "activations":
+            start_from_activations(self.name, model, modules, self.length, batches)
+
+    def finish(self, modules: Mapping[str, PeftModule]) -> None:
+        for module in modules.values():
+            assert isinstance(module, KeysValues)
+            module.settle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -24,6 +25,31 @@ class Rows(PeftModule):
         return self.prompt
 
 
+class Made(PeftModule):
+    """Rows [length, dim] that a network without input makes while it is trained; `settle` keeps the rows and drops the network."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network: nn.Module | None = network
+        self.register_parameter("prompt", None)
+
+    def rows(self) -> Tensor:
+        rows: Tensor = self.prompt if self.network is None else self.network()
+        return rows
+
+    def settle(self) -> None:
+        if self.network is None:
+            return
+        trainable = any(parameter.requires_grad for parameter in self.network.parameters())
+        rows = self.rows().detach().clone()
+        self.network, self.prompt = None, nn.Parameter(rows, requires_grad=trainable)
+
+
+def vocabulary_rows(site: Embedding, length: int) -> Tensor:
+    """The embeddings of tokens drawn at random, [length, dim]."""
+    return site.weight.detach()[torch.randint(site.num_embeddings, (length,), device=site.weight.device)]
+
+
 @peft.register("prompt", "prompt_tuning")
 class Prompt(Method):
     """f([P, x]): `length` trained rows P of shape [length, dim] are put in front of the embedded tokens.
@@ -32,22 +58,36 @@ class Prompt(Method):
     shapes outside do not change. In attention with global tokens the rows are global, or distant tokens could not see them.
 
     length: of the prompt, which counts towards max_length. init: `vocabulary` copies the embeddings of tokens drawn at random
-    (much better than `normal`, section 3.2).
+    (much better than random rows, section 3.2), `text` those of the token ids in `ids`, repeated or cut to the length (a description of
+    the task, or the names of its classes), `normal` draws rows with the standard deviation of the table.
+
+    The paper's learning rate is 0.3, for Adafactor, which scales steps by the size of the parameter; AdamW needs less.
     """
 
     paper = "Lester et al. 2021, The power of scale for parameter-efficient prompt tuning, arXiv:2104.08691, section 3"
     identity_at_init = False
     accepts = (Embedding,)
     default_targets = ("embed.token",)
+    size = "length"
+    learning_rate = 1e-2
 
-    def __init__(self, *, length: int = 20, init: Literal["vocabulary", "normal"] = "vocabulary"):
+    def __init__(self, *, length: int = 20, init: Literal["vocabulary", "text", "normal"] = "vocabulary", ids: Sequence[int] = ()):
         super().__init__()
         if length < 1:
             raise OptionError(f"prompt: length is at least 1, got {length}")
-        self.length, self.init = length, init
+        if (init == "text") != bool(ids):
+            raise OptionError(f"prompt: ids are the tokens of init='text', and needed there; got init={init!r} and {len(ids)} ids")
+        self.length, self.init, self.ids = length, init, tuple(ids)
 
     def make(self, site: Site) -> PeftModule:
         assert isinstance(site, Embedding)
+        if self.init == "vocabulary":
+            return Rows(vocabulary_rows(site, self.length))
         if self.init == "normal":
-            return Rows(torch.randn(self.length, site.embedding_dim))
-        return Rows(site.weight[torch.randint(site.num_embeddings, (self.length,))])
+            return Rows(torch.randn(self.length, site.embedding_dim, device=site.weight.device) * site.weight.detach().std())
+        if not 0 <= min(self.ids) <= max(self.ids) < site.num_embeddings:
+            raise OptionError(
+                f"prompt: ids are in [0, {site.num_embeddings}), got {min(self.ids)} to {max(self.ids)}; is this the model's tokenizer?"
+            )
+        repeated = [self.ids[place % len(self.ids)] for place in range(self.length)]
+        return Rows(site.weight[torch.tensor(repeated, device=site.weight.device)])

@@ -1,0 +1,68 @@
+"""Prompts in every layer, read through the layer's own projections (Liu et al. 2021, P-tuning v2, arXiv:2110.07602)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from effzoo.errors import OptionError
+from effzoo.peft.input.layer import Starts, layers_of, start_from_activations
+from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
+from effzoo.registry import peft
+from effzoo.sites import Memory, PeftModule, Seen, Site
+
+
+class DeepRows(Starts):
+    """Trained rows [length, width] of one layer; what the layer makes of them is its memory."""
+
+    def __init__(self, length: int, width: int, std: float):
+        super().__init__()
+        self.prompt = nn.Parameter(torch.randn(length, width) * std)
+
+    def remember(self, seen: Seen) -> tuple[Tensor, Tensor] | None:
+        return None if self.looks(seen) else seen.keys_values(self.prompt)
+
+    def start(self, rows: Tensor, seen: Seen) -> None:
+        self.prompt.copy_(rows)
+
+
+@peft.register("deep_prompt", "p_tuning_v2")
+class DeepPrompt(Method):
+    """head_i = Attn(x W_q, [p W_k, x W_k], [p W_v, x W_v]): `length` trained rows p per layer, read through the layer's own projections.
+
+    It is what a prompt does whose rows are replaced before each layer. And it is a prefix with (P_k, P_v) = (p W_k, p W_v), biases included, of half
+    as many numbers: keys and values are tied to one row, and lie in what the projections reach. `prefix` trains both freely, which is how the
+    paper's code does it. LoRA on W_k or W_v acts on the rows too. Keys are not turned in rotary models; Longformer uses its local projections, for
+    global queries as well.
+
+    length: rows per layer. init: "activations", the layer's inputs at the first `length` tokens of the training data, by `calibrate`; "normal", with
+    standard deviation std (layer inputs have about 1, after their norm), which also stands there until data have been seen.
+    """
+
+    paper = "Liu et al. 2021, P-tuning v2, arXiv:2110.07602, section 3"
+    identity_at_init = False
+    accepts = (Memory,)
+    default_targets = ("attn.memory",)
+    size = "length"
+    learning_rate = 5e-3
+
+    def __init__(
+        self, *, length: int = 16, init: Literal["activations", "normal"] = "normal", std: float = 1.0, targets: Targets = None, layers: Layers = None
+    ):
+        super().__init__(targets=targets, layers=layers)
+        if length < 1 or std < 0:
+            raise OptionError(f"deep_prompt: length is at least 1 and std not negative, got length={length}, std={std}")
+        self.length, self.start, self.std = length, init, std
+
+    def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
+        self.widths = {key: layer.width for key, layer in layers_of(self.name, model, found).items()}
+
+    def make(self, site: Site) -> PeftModule:
+        return DeepRows(self.length, self.widths[id(site)], self.std)
+
+    def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
+        if self.start == "activations":
+            start_from_activations(self.name, model, modules, self.length, batches)

@@ -1,0 +1,62 @@
+"""LLaMA-Adapter: gated attention to trained rows in the upper layers (Zhang et al. 2023, arXiv:2303.16199)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from effzoo.errors import OptionError
+from effzoo.peft.input.layer import layers_of
+from effzoo.peft.method import Layers, Method, Targets
+from effzoo.registry import peft
+from effzoo.sites import Memory, PeftModule, Seen, Site, sites
+
+
+class GatedRows(PeftModule):
+    """Trained rows p [length, width] and a gate g [heads] of one layer."""
+
+    def __init__(self, length: int, width: int, heads: int, std: float):
+        super().__init__()
+        self.prompt = nn.Parameter(torch.randn(length, width) * std)
+        self.gate = nn.Parameter(torch.zeros(heads))
+
+    def beyond(self, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values = seen.keys_values(self.prompt)
+        return keys, values, self.gate.tanh()
+
+
+@peft.register("llama_adapter")
+class LlamaAdapter(Method):
+    """head_i + tanh(g_i) Attn(x W_q, p W_k, p W_v): rows p with a softmax of their own, added before W_o; the gates g start at 0.
+
+    The layer's own projections make keys and values of the rows, which are not turned in rotary models. Nothing changes at the start,
+    and until a gate has moved, its rows get no gradient (section 3.2, eq. 6 to 8; the gate of a head is that of the released code).
+
+    length: rows per layer. skip: how many of the lowest layers have none, at most all but one (the paper: 2 of 32); `layers` says instead
+    which ones have. std: of the normal distribution that the rows start from.
+    """
+
+    paper = "Zhang et al. 2023, LLaMA-Adapter, arXiv:2303.16199, section 3"
+    accepts = (Memory,)
+    default_targets = ("attn.memory",)
+    size = "length"
+    learning_rate = 5e-3
+
+    def __init__(self, *, length: int = 10, skip: int = 2, std: float = 1.0, targets: Targets = None, layers: Layers = None):
+        super().__init__(targets=targets, layers=layers)
+        if length < 1 or skip < 0 or std < 0:
+            raise OptionError(f"llama_adapter: length is at least 1, skip and std not negative, got length={length}, skip={skip}, std={std}")
+        self.length, self.skip, self.std = length, skip, std
+
+    def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
+        self.found = layers_of(self.name, model, found)
+        depth = 1 + max((site.layer for _, site in sites(model) if site.layer is not None), default=0)
+        self.lowest = min(self.skip, depth - 1) if self.layers is None else 0
+
+    def make(self, site: Site) -> PeftModule | None:
+        if site.layer is not None and site.layer < self.lowest:
+            return None
+        layer = self.found[id(site)]
+        return GatedRows(self.length, layer.width, layer.heads, self.std)
