@@ -12,7 +12,7 @@ import effzoo
 from effzoo.cli import app
 from effzoo.cli.describe import meaning
 
-COMMANDS = ("models", "attention", "peft", "show", "account", "finetune", "check")
+COMMANDS = ("models", "attention", "peft", "show", "account", "plan", "finetune", "check", "matrix")
 
 MINE = '''
 from effzoo.attention import register
@@ -92,10 +92,10 @@ def test_show_gives_every_meaning_of_a_name(run):
 
 def test_show_tells_options_with_type_default_and_meaning(run):
     text = flat(run("show", "lora").output)
-    assert "rank int 8 of the change." in text
-    assert "alpha float or none none scale numerator" in text
+    assert "rslora bool false s = alpha / sqrt(rank)" in text
+    assert "dropout float 0.0 on the input of A" in text
     assert "targets str or a list of str or none none role patterns such as" in text  # from the parent's docstring
-    assert "hangs on attn.q*, attn.v* by default (Linear sites)" in text and "doors after (function)" in text
+    assert "hangs on attn.q*, attn.v* by default (Linear, Embedding, Conv2d sites)" in text and "doors after (function)" in text
     assert "merges yes" in text and "leaves the output unchanged" in text
     assert "also called prefix_tuning" in flat(run("show", "prefix").output)
     assert "memory (input)" in flat(run("show", "prefix_tuning").output)

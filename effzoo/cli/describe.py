@@ -22,7 +22,10 @@ TINY: dict[str, Any] = {"dim": 16, "layers": 2, "heads": 2, "mlp": 32, "vocab": 
 SHOWN = (
     "architecture", "attention", "dim", "layers", "heads", "mlp", "max_length", "vocab", "norm", "activation", "dropout", "layout", "hub", "package",
 )  # fmt: skip
-DOORS = {"weight": "parameter", "bias": "parameter", "rows": "input", "memory": "input", "before": "function", "after": "function"}
+DOORS = {
+    "weight": "parameter", "bias": "parameter", "rows": "input", "memory": "input", "remember": "input", "beyond": "input",
+    "before": "function", "after": "function", "joined": "function", "beside": "a second network",
+}  # fmt: skip
 
 
 def summary(cls: type) -> str:

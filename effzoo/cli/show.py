@@ -147,7 +147,7 @@ def _show_peft(spec: Spec) -> None:
     traits = [
         ("hangs on", f"{', '.join(cls.default_targets)} by default ({accepted} sites)"),
         ("doors", ", ".join(hung.doors)),
-        ("at the start", "leaves the output unchanged" if cls.identity_at_init else "changes the output"),
+        ("at the start", "leaves the output unchanged" if peft.create(spec).identity_at_init else "changes the output"),
         ("merges", "yes, into the weights" if hung.mergeable else "no, it is no change of a weight"),
         ("on BERT base", f"trains {hung.on_bert.trainable:,} of {hung.on_bert.total:,} parameters ({hung.on_bert.percent:.3g} %)"),
     ]
