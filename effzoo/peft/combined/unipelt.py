@@ -1,0 +1,155 @@
+"""UniPELT: a prefix, LoRA and an adapter in every layer, each with a gate that looks at the input (Mao et al. 2022, arXiv:2110.07577)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor, nn
+
+from effzoo.errors import IncompatiblePeft, OptionError
+from effzoo.peft.function.houlsby import Bottleneck
+from effzoo.peft.input.layer import layers_of
+from effzoo.peft.input.prefix import KeysValues, Prefix
+from effzoo.peft.method import Batches, Layers, Method, Modules
+from effzoo.peft.parameter.lora import LowRank
+from effzoo.registry import peft
+from effzoo.sites import Branch, Linear, Memory, PeftModule, Seen, Site
+
+
+class Gate(nn.Module):
+    """g = mean over the tokens of sigmoid(w x + b), [batch, n, dim] -> [batch, 1, 1]; padding is left out."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, 1)
+
+    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        gates: Tensor = self.linear(x).sigmoid()
+        if valid is None:
+            return gates.mean(dim=-2, keepdim=True)
+        tokens = valid.sum(dim=-1).clamp(min=1)[:, None, None]
+        return gates.masked_fill(~valid[..., None], 0.0).sum(dim=-2, keepdim=True) / tokens
+
+
+class Tokens:
+    """Which positions of a layer's present input hold a token: what the memory site is told and linear layers are not.
+
+    Set whenever the layer runs, before its projections do; so also when a checkpoint or a reversible block computes it again.
+    """
+
+    valid: Tensor | None = None
+
+
+class GatedPrefix(PeftModule):
+    """Keys g P_k and values g P_v, [batch, heads, length, head_dim]."""
+
+    def __init__(self, prefix: KeysValues, dim: int, tokens: Tokens):
+        super().__init__()
+        self.prefix, self.gate, self.tokens = prefix, Gate(dim), tokens
+
+    def remember(self, seen: Seen) -> tuple[Tensor, Tensor] | None:
+        self.tokens.valid = seen.valid
+        memory = self.prefix.remember(seen)
+        if memory is None:
+            return None
+        gate = self.gate(seen.x, seen.valid)[..., None]
+        return gate * memory[0], gate * memory[1]
+
+
+class GatedLowRank(LowRank):
+    """y' = y + g B A x; the gate is that of the layer, shared by its LoRA modules, and each computes it from its input."""
+
+    def __init__(self, site: Linear, rank: int, gate: Gate, tokens: Tokens):
+        super().__init__(site.in_features, site.out_features, rank, 1.0, 0.0)
+        self.gate, self.tokens = gate, tokens
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        valid = self.tokens.valid if x.ndim > 2 else None  # rows of no example are trained ones: all of them count
+        return y + self.gate(x, valid) * self.change(x, self.A, self.B)
+
+    def delta(self, weight: Tensor, bias: Tensor | None) -> None:  # type: ignore[override]
+        """None: the change differs by example."""
+        return
+
+
+class GatedBottleneck(Bottleneck):
+    """y' = y + g W_up sigma(W_down y), the gate from the input x of the sub-layer."""
+
+    def __init__(self, dim: int, bottleneck: int, activation: str, std: float):
+        super().__init__(dim, bottleneck, activation, std)
+        self.gate = Gate(dim)
+
+    def joined(self, x: Tensor, y: Tensor, valid: Tensor | None) -> Tensor:
+        return y + self.gate(x, valid) * self.up(self.activation(self.down(y)))
+
+
+@peft.register("unipelt")
+class UniPELT(Method):
+    """[g_P P_k, K], [g_P P_v, V]; W_q + g_L B A and W_v + g_L B' A'; y + g_A W_up relu(W_down y): three gates a layer, in (0, 1) for each example.
+
+    g = mean over the tokens of sigmoid(w x + b), x the input of the attention (prefix and LoRA) or of the feed-forward (adapter). The gate of LoRA
+    stands where alpha / rank does; that of the prefix multiplies keys and values, so at 0 the prefix still takes e^0 of the softmax for each row, and
+    in LSH attention, which normalises keys, it acts on the values alone. Padding is left out of the mean, unlike in the released code, so that an
+    example computes the same in any batch. A causal model sees all of the given text in its gates, which suits a label for it, but not a
+    language model: there it is refused.
+
+    length: of the prefix. form, hidden, init: as in `prefix`. rank: of LoRA on queries and values. bottleneck: of the adapter after the feed-forward
+    (a sixteenth of BERT's 768).
+    """
+
+    paper = "Mao et al. 2022, UniPELT, arXiv:2110.07577, section 3"
+    identity_at_init = False
+    accepts = (Memory, Linear, Branch)
+    default_targets = ("attn.memory", "attn.q*", "attn.v*", "mlp.branch")
+    size = "bottleneck"
+    learning_rate = 1e-3
+    rates = {"prefix.keys": 5.0, "prefix.values": 5.0}
+
+    def __init__(
+        self,
+        *,
+        length: int = 10,
+        form: Literal["flat", "mlp"] = "flat",
+        hidden: int = 512,
+        init: Literal["activations", "normal"] = "normal",
+        rank: int = 8,
+        bottleneck: int = 48,
+        layers: Layers = None,
+    ):
+        super().__init__(layers=layers)
+        if rank < 1 or bottleneck < 1:
+            raise OptionError(f"unipelt: rank and bottleneck are at least 1, got rank={rank}, bottleneck={bottleneck}")
+        self.prefix = Prefix(length=length, form=form, hidden=hidden, init=init)
+        self.rank, self.bottleneck = rank, bottleneck
+
+    def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
+        if getattr(getattr(model, "config", None), "causal", False) and getattr(model, "task", "") == "causal_lm":
+            reason = "its gates are means over the whole text, so a token would be predicted from later ones"
+            raise IncompatiblePeft(self.name, "a causal language model", reason, "use mam, or a union such as 'prefix|lora|houlsby'")
+        memories = {path: site for path, site in found.items() if isinstance(site, Memory)}
+        self.prefix.prepare(model, memories)
+        self.found = layers_of(self.name, model, memories)
+        self.tokens: dict[int | None, Tokens] = {}
+        self.gates: dict[int | None, Gate] = {}
+
+    def make(self, site: Site) -> PeftModule:
+        tokens = self.tokens.setdefault(site.layer, Tokens())
+        if isinstance(site, Memory):
+            return GatedPrefix(self.prefix.make(site), self.found[id(site)].width, tokens)
+        if isinstance(site, Branch):
+            return GatedBottleneck(site.dim, self.bottleneck, "relu", 1e-2)
+        assert isinstance(site, Linear)
+        if site.layer not in self.gates:
+            self.gates[site.layer] = Gate(site.in_features)
+        return GatedLowRank(site, self.rank, self.gates[site.layer], tokens)
+
+    def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
+        self.prefix.calibrate(model, _prefixes(modules), batches)
+
+    def finish(self, modules: Modules) -> None:
+        self.prefix.finish(_prefixes(modules))
+
+
+def _prefixes(modules: Modules) -> dict[str, PeftModule]:
+    return {path: module.prefix for path, module in modules.items() if isinstance(module, GatedPrefix)}
