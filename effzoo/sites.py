@@ -263,8 +263,9 @@ class Linear(nn.Linear, Site):
         for module in modules:
             x = module.before(x)
         y = F.linear(x, self.composed_weight(modules), self.composed_bias(modules))
+        dtype = y.dtype  # under autocast a trained vector in float32 would carry its dtype on, and attention wants one
         for module in modules:
-            y = module.after(x, y)
+            y = module.after(x, y).to(dtype)
         return y
 
 
@@ -409,8 +410,9 @@ class Branch(Site):
 
     def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
         x, y, valid = inputs
+        dtype = y.dtype
         for module in modules:
-            y = module.joined(x, y, valid)
+            y = module.joined(x, y, valid).to(dtype)
         return y
 
 

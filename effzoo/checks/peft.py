@@ -14,14 +14,15 @@ from torch import Tensor
 from effzoo.architectures import Transformer
 from effzoo.checks.declared import check_docstring, check_options, suitable
 from effzoo.checks.models import Case, logits, silent, train
-from effzoo.checks.runner import Check, Failed, close, needs
-from effzoo.errors import AdapterError
-from effzoo.peft import Method, account, activate, attach, attached, detach, load_adapter, merge, save_adapter
+from effzoo.checks.runner import Check, Failed, NotApplicable, close, needs
+from effzoo.errors import AdapterError, IncompatibleError
+from effzoo.peft import Method, account, activate, attach, attached, detach, load_adapter, merge, save_adapter, training
 from effzoo.peft.attach import adapter_tensors, base_tensors
 from effzoo.registry import peft as registry
 from effzoo.spec import Spec, parse_one
 
 WINDOW = "longformer[window=8]"
+REVERSIBLE = Case("bert", "full", choices=(("norm", "pre"), ("residual", "reversible")))
 CASES = (Case("bert", "full"), Case("gpt2", "full"), Case("bert", WINDOW, has_global=True), Case("gpt2", WINDOW, has_global=True))
 
 
@@ -133,6 +134,30 @@ def learns_under_checkpointing(subject: Subject, case: Case) -> None:
     _learns(subject, case, checkpointing=True)
 
 
+@needs("everything_learns")
+def learns_in_reversible_blocks(subject: Subject) -> None:
+    """The same in reversible blocks, which compute their inputs back, above frozen embeddings
+
+    An adapter's tensor must be a parameter of the block that uses it, or its gradient is lost.
+    """
+    _learns(subject, REVERSIBLE, checkpointing=False)
+
+
+@needs("everything_learns")
+def runs_in_half_precision(subject: Subject) -> None:
+    """Under bfloat16 autocast the loss is finite and near that in full precision, and every gradient is finite"""
+    case = CASES[0]
+    model, batch = subject.attached(case).float(), case.batch()
+    exact = float(model(**batch).loss.detach())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model.train()(**batch).loss
+    loss.backward()
+    close("the loss under autocast", loss.detach().double(), torch.tensor(exact).double(), 0.1 * abs(exact), "cast trained vectors to what they meet")
+    broken = [name for name, parameter in model.named_parameters() if parameter.grad is not None and not parameter.grad.isfinite().all()]
+    if broken:
+        raise Failed(f"under autocast the gradient of {broken[0]} is not finite; compute in float32 where numbers are large")
+
+
 def _learns(subject: Subject, case: Case, checkpointing: bool) -> None:
     model = subject.attached(case)
     model.checkpointing = checkpointing
@@ -167,6 +192,42 @@ def saves_and_loads(subject: Subject, case: Case) -> None:
         loaded = load_adapter(case.model(), folder)
     advice = "what is drawn or computed in `make` belongs into a parameter or a persistent buffer"
     close("the output after save and load", logits(loaded, case.batch()), logits(model, case.batch()), 0.0, advice)
+
+
+@needs("saves_and_loads")
+@on_every_model
+def finishes(subject: Subject, case: Case) -> None:
+    """Finished after training, the output is the same, and a file of it loads into a fresh copy of the base"""
+    model = subject.trained(case)
+    before = logits(model, case.batch())
+    training.finish(model)
+    advice = "`finish` may drop what only training needed; what evaluation computes stays"
+    close("the output after finish", logits(model, case.batch()), before, 1e-10, advice)
+    finished = logits(model, case.batch())
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, folder)
+        torch.manual_seed(1234)
+        loaded = load_adapter(case.model(), folder)
+    advice = "shapes after `finish` must follow from the options alone, or `unpack` must bring them"
+    close("the output of a finished adapter after save and load", logits(loaded, case.batch()), finished, 0.0, advice)
+
+
+@needs("adapters_are_independent")
+@on_every_model
+def serves_rows(subject: Subject, case: Case) -> None:
+    """Chosen by row, two adapters give each row what they give it alone, or the method refuses"""
+    model = attach(case.model(), subject.spec, name="first")
+    train(model, case.batch())
+    attach(model, subject.spec, name="second")
+    train(model, case.batch(), steps=2)
+    alone = {name: logits(activate(model, name), case.batch()) for name in ("first", "second")}
+    rows = ["second", "first", "second"]
+    try:
+        got = logits(activate(model, rows=rows), case.batch())
+    except IncompatibleError as refusal:
+        raise NotApplicable(f"refused: {refusal}") from None
+    expected = torch.stack([alone[name][row] for row, name in enumerate(rows)])
+    close("a row's output", got, expected, 1e-10, "doors must treat each example by itself, and hold everything trained in parameters or buffers")
 
 
 @needs("attaches")
@@ -246,6 +307,6 @@ def copies(subject: Subject, case: Case) -> None:
 
 
 CHECKS: tuple[Check, ...] = (
-    declares_itself, attaches, starts_as_identity, base_is_frozen, everything_learns, learns_under_checkpointing, keys_are_kept,
-    saves_and_loads, detaches, merges, adapters_are_independent, copies,
+    declares_itself, attaches, starts_as_identity, base_is_frozen, everything_learns, learns_under_checkpointing, learns_in_reversible_blocks,
+    runs_in_half_precision, keys_are_kept, saves_and_loads, finishes, detaches, merges, adapters_are_independent, serves_rows, copies,
 )  # fmt: skip
