@@ -503,7 +503,7 @@ def explicit(rows, dim, scale, seed):
     """The matrix H G Pi H S, of the definition and the same draws, without knowing what the class makes of them."""
     padded = max(power_of_two(rows), power_of_two(dim))
     draw = torch.Generator().manual_seed(seed)
-    signs = torch.randint(2, (dim,), generator=draw, dtype=torch.float32).double() * 2 - 1
+    signs = torch.randint(2, (dim,), generator=draw).double() * 2 - 1
     permutation, gauss = torch.randperm(padded, generator=draw), torch.randn(padded, generator=draw).double()
     H, Pi = kronecker_hadamard(padded), torch.eye(padded, dtype=torch.float64)[permutation]
     S = F.pad(signs.diag(), (0, 0, 0, padded - dim))  # [padded, dim]: signs, then zeros below

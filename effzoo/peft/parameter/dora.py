@@ -48,6 +48,7 @@ class DoRA(Method):
     accepts = (Linear,)
     default_targets = ("attn.q*", "attn.v*")
     learning_rate = 1e-3
+    size = "rank"
 
     def __init__(
         self,

@@ -41,25 +41,29 @@ class Fastfood(nn.Module):
     The inner H meets only the first `dim` entries: those fill one block of the next power of 2, `inner`, and the product repeats
     itself every `inner` entries. So it is computed once at that size, and Pi reads it modulo `inner`.
 
-    Everything random comes from a CPU generator with `seed`, so that no file holds it. 2 padded numbers are held in memory.
+    Everything random comes from a CPU generator with `seed`, so that no file holds it; without a seed only the shapes are made, on the meta
+    device. 2 padded numbers are held in memory.
     """
 
     signs: Tensor
     source: Tensor
     gauss: Tensor
 
-    def __init__(self, rows: int, dim: int, scale: float, seed: int):
+    def __init__(self, rows: int, dim: int, scale: float, seed: int | None):
         super().__init__()
         self.rows, self.inner = rows, power_of_two(dim)
         padded = max(power_of_two(rows), self.inner)
-        draw = torch.Generator().manual_seed(seed)
-        signs = torch.randint(2, (dim,), generator=draw, dtype=torch.float32) * 2 - 1
-        permutation = torch.randperm(padded, generator=draw)
-        gauss = torch.randn(padded, generator=draw)
-        factor = scale / (padded**0.5 * float(gauss.double().norm()))
-        self.register_buffer("signs", signs, persistent=False)
-        self.register_buffer("source", (permutation % self.inner).to(torch.int32), persistent=False)
-        self.register_buffer("gauss", (gauss.double() * factor).float(), persistent=False)
+        if seed is None:
+            signs, source, gauss = (torch.empty(size, device="meta") for size in (dim, padded, padded))
+        else:
+            draw = torch.Generator().manual_seed(seed)
+            signs = torch.randint(2, (dim,), generator=draw, device="cpu").float() * 2 - 1
+            source = torch.randperm(padded, generator=draw, device="cpu") % self.inner
+            gauss = torch.randn(padded, generator=draw, device="cpu").double()
+            gauss *= scale / (padded**0.5 * float(gauss.norm()))
+        self.register_buffer("signs", signs.float(), persistent=False)
+        self.register_buffer("source", source.to(torch.int32), persistent=False)
+        self.register_buffer("gauss", gauss.float(), persistent=False)
 
     def forward(self, theta: Tensor) -> Tensor:
         """theta [dim] -> [rows]."""

@@ -71,6 +71,7 @@ class Intrinsic(Method):
     paper = "Li et al. 2018, Measuring the intrinsic dimension of objective landscapes, arXiv:1804.08838, section 2 and S7"
     default_targets = ("attn.*", "mlp.*")
     learning_rate = 1e-2
+    size = "dim"
     structured = False
 
     def __init__(
@@ -92,11 +93,11 @@ class Intrinsic(Method):
             raise OptionError(f"{self.name}: dim={self.dim} must hold one factor for each of {len(layers)} layers and more; give a larger dim")
         self.theta = nn.Parameter(torch.zeros(self.dim - len(layers)))
         self.factors = {layer: nn.Parameter(torch.ones(())) for layer in layers}
-        seeds = torch.randint(2**32, (len(parameters),), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        seeds = torch.randint(2**32, (len(parameters),), generator=torch.Generator().manual_seed(self.seed), device="cpu").tolist()
         self.seeds = {id(parameter): seed for parameter, seed in zip(parameters, seeds, strict=True)}
         if self.projection == "dense":
             self._check_dense()
-            squares = torch.zeros(len(self.theta), dtype=torch.float64)
+            squares = torch.zeros(len(self.theta), dtype=torch.float64, device=parameters[0].device)
             for parameter in parameters:
                 squares += self._drawn(parameter).square().sum(dim=0)
             self.lengths = squares.sqrt()
@@ -111,7 +112,8 @@ class Intrinsic(Method):
     def _projection(self, parameter: Tensor) -> nn.Module:
         if self.projection == "dense":
             return Dense(self._drawn(parameter) / self.lengths)
-        return Fastfood(parameter.numel(), len(self.theta), self._scale(parameter), self.seeds[id(parameter)])
+        seed = None if parameter.is_meta else self.seeds[id(parameter)]
+        return Fastfood(parameter.numel(), len(self.theta), self._scale(parameter), seed)
 
     def _scale(self, parameter: Tensor) -> float:
         """Length of a column over all padded rows, so that its entries have the variance 1 / D."""
@@ -119,9 +121,12 @@ class Intrinsic(Method):
         return math.sqrt((1 << (rows - 1).bit_length()) / self.total)
 
     def _drawn(self, parameter: Tensor) -> Tensor:
-        """The rows of a dense P that belong to one tensor, before the columns are normalised."""
+        """The rows of a dense P that belong to one tensor, before the columns are normalised, on the tensor's device."""
+        shape = parameter.numel(), len(self.theta)
+        if parameter.is_meta:
+            return torch.empty(shape, dtype=torch.float64, device="meta")
         draw = torch.Generator().manual_seed(self.seeds[id(parameter)])
-        return torch.randn(parameter.numel(), len(self.theta), generator=draw, dtype=torch.float64)
+        return torch.randn(shape, generator=draw, dtype=torch.float64, device="cpu").to(parameter.device)
 
     def _check_dense(self) -> None:
         if self.total * self.dim > DENSE_LIMIT:
@@ -140,3 +145,4 @@ class SAID(Intrinsic):
 
     paper = "Aghajanyan et al. 2020, Intrinsic dimensionality explains the effectiveness of language model fine-tuning, arXiv:2012.13255, section 3.2"
     structured = True
+    size = ""  # `within` tries small sizes first, and those that cannot hold the factors are refused

@@ -197,6 +197,7 @@ class LoRA(Method):
     accepts = (Linear, Embedding, Conv2d)
     default_targets = ("attn.q*", "attn.v*")
     learning_rate = 1e-3
+    size = "rank"
 
     def __init__(
         self,

@@ -56,9 +56,9 @@ def loftq(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor, Tens
 def levels() -> Tensor:
     """The 16 values of 4-bit NormalFloat: normal quantiles, 8 above zero, 7 below, and zero, the largest being 1 (QLoRA, appendix E)."""
     end = 1 - (1 / 32 + 1 / 30) / 2
-    above = torch.special.ndtri(torch.linspace(end, 0.5, 9, dtype=torch.float64)[:-1])
-    below = -torch.special.ndtri(torch.linspace(end, 0.5, 8, dtype=torch.float64)[:-1])
-    found = torch.cat([below, torch.zeros(1, dtype=torch.float64), above]).sort().values
+    above = torch.special.ndtri(torch.linspace(end, 0.5, 9, dtype=torch.float64, device="cpu")[:-1])
+    below = -torch.special.ndtri(torch.linspace(end, 0.5, 8, dtype=torch.float64, device="cpu")[:-1])
+    found = torch.cat([below, above.new_zeros(1), above]).sort().values
     return found / found.max()
 
 

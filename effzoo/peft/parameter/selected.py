@@ -89,6 +89,7 @@ class Last(_Upper):
     """
 
     paper = "Howard & Ruder 2018, ULMFiT, arXiv:1801.06146, section 3.3 (unfreezing from the last layer on, here without the schedule)"
+    size = "count"
 
     def __init__(self, *, count: int = 2):
         super().__init__()
