@@ -171,7 +171,7 @@ class Transformer(nn.Module):
         if valid is not None:
             valid = nn.functional.pad(valid, (rows + before, 0), value=True)
             is_global = None if is_global is None else is_global & valid[:, -x.shape[1] :]
-        if is_global is not None and not torch.compiler.is_compiling() and not bool(is_global.any()):
+        if is_global is not None and not torch.compiler.is_compiling() and not x.is_meta and not bool(is_global.any()):
             is_global = None
         again = self.config.residual == "reversible" or self.checkpointing
         return Mask(valid, is_global, positions, decisions={} if again and torch.is_grad_enabled() else None)

@@ -145,7 +145,7 @@ class Longformer(AttentionCore):
                 most = min(self.max_globals, is_global.shape[1])
                 torch._assert_async((count <= most).all(), f"more than {most} global tokens in a sequence; raise longformer[max_globals=...]")
             else:
-                most = max(int(count.max()), 1)
+                most = 1 if count.is_meta else max(int(count.max()), 1)
             where = is_global.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
             return where, torch.arange(most, device=where.device) < count[:, None]
 

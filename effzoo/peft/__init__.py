@@ -4,7 +4,7 @@
 """
 
 from effzoo.peft import combined, function, input, parameter
-from effzoo.peft.accounting import Account, account, ranks
+from effzoo.peft.accounting import Account, Flops, account, flops, ranks
 from effzoo.peft.attach import Attachment, activate, attach, attached, detach, roles
 from effzoo.peft.budget import within
 from effzoo.peft.files import load_adapter, save_adapter
@@ -19,6 +19,7 @@ names, get, options, register, create, aliases = (_view.names, _view.get, _view.
 __all__ = [
     "Account",
     "Attachment",
+    "Flops",
     "MergeReport",
     "Method",
     "PeftModule",
@@ -34,6 +35,7 @@ __all__ = [
     "delta",
     "detach",
     "finish",
+    "flops",
     "get",
     "combined",
     "function",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from effzoo.peft.attach import HEAD, active, attached, base_tensors
+from effzoo.peft.attach import HEAD, activate, active, attached, base_tensors
+from effzoo.peft.budget import without_memory
 from effzoo.peft.files import stored_tensors
 from effzoo.peft.merging import delta, mergeable
 from effzoo.sites import PeftModule, Site, sites
@@ -66,6 +69,41 @@ def ranks(model: nn.Module, name: str = "default", tolerance: float | None = Non
         limit = None if tolerance is None else torch.as_tensor(tolerance, dtype=matrix.dtype, device=matrix.device)
         found[key] = int(torch.linalg.matrix_rank(matrix, atol=limit, rtol=None if limit is None else 0.0))
     return found
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one forward pass (matrix products, convolutions and attention; two for a multiplication and an addition)."""
+
+    base: int
+    attached: int
+    merged: int
+
+    @property
+    def extra(self) -> float:
+        """What the adapter adds at inference when it is merged if it can be, in percent of the base."""
+        return 100 * (self.merged / self.base - 1)
+
+
+def flops(model: nn.Module, length: int = 128) -> Flops:
+    """Count one forward pass of a sequence of `length` tokens: the base, with the active adapters, and with them merged where that is possible.
+
+    Nothing is computed: the model runs on shapes alone. Elementwise work is not counted, so (IA)3 or BitFit seem free while attached.
+    """
+    names = active(model)
+    shadow = copy.deepcopy(model, {id(tensor): without_memory(tensor) for tensor in (*model.parameters(), *model.buffers())}).eval()
+    ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+    with_adapters = _flops(shadow, ids)
+    can_merge = bool(names) and _change(shadow, names)[0] is not None
+    activate(shadow)
+    base = _flops(shadow, ids)
+    return Flops(base, with_adapters, base if can_merge else with_adapters)
+
+
+def _flops(model: nn.Module, ids: torch.Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=ids)
+    return int(counter.get_total_flops())
 
 
 def account(model: nn.Module) -> Account:

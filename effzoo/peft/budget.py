@@ -30,7 +30,7 @@ def within(model: nn.Module, method: str | Spec, trainable: int) -> Spec:
     if not cls.size:
         raise OptionError(f"{spec.name} has no size to set; give it as it is")
     option = next(option for option in registry.options(spec.name) if option.name == cls.size)
-    shadow = copy.deepcopy(model, {id(tensor): _without_memory(tensor) for tensor in (*model.parameters(), *model.buffers())})
+    shadow = copy.deepcopy(model, {id(tensor): without_memory(tensor) for tensor in (*model.parameters(), *model.buffers())})
     if isinstance(option.default, float):
         best = _share(lambda size: _trained(shadow, spec, cls.size, size), trainable)
     else:
@@ -80,6 +80,7 @@ def _trained(model: nn.Module, spec: Spec, option: str, size: float) -> int:
             detach(model, NAME)
 
 
-def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
+def without_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the meta device: its shape and dtype alone."""
     empty = torch.empty_like(tensor, device="meta")
     return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
