@@ -1,5 +1,5 @@
 """Function composition, phi(f(x)): methods that transform what a site receives or returns."""
 
-from effzoo.peft.function import houlsby, ia3
+from effzoo.peft.function import houlsby, ia3, parallel, pfeiffer
 
-__all__ = ["houlsby", "ia3"]
+__all__ = ["houlsby", "ia3", "parallel", "pfeiffer"]

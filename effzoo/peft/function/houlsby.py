@@ -28,6 +28,14 @@ class Bottleneck(PeftModule):
         return y + self.up(self.activation(self.down(y)))
 
 
+def check_bottleneck(method: str, bottleneck: int, activation: str) -> None:
+    """OptionError for a width below 1 or an unknown activation."""
+    if bottleneck < 1:
+        raise OptionError(f"{method}: bottleneck is at least 1, got {bottleneck}")
+    if activation not in ACTIVATIONS:
+        raise OptionError(f"{method}: activation is one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
 @peft.register("houlsby", "adapter")
 class Houlsby(Method):
     """y' = y + W_up sigma(W_down y) at the end of each sub-layer, before the residual is added; the norms are trained too.
@@ -41,13 +49,12 @@ class Houlsby(Method):
     identity_at_init = False
     accepts = (Branch, Norm)
     default_targets = ("attn.branch", "mlp.branch", "attn.norm", "mlp.norm")
+    size = "bottleneck"
+    learning_rate = 1e-3
 
     def __init__(self, *, bottleneck: int = 64, activation: str = "gelu", std: float = 1e-2, targets: Targets = None, layers: Layers = None):
         super().__init__(targets=targets, layers=layers)
-        if bottleneck < 1:
-            raise OptionError(f"houlsby: bottleneck is at least 1, got {bottleneck}")
-        if activation not in ACTIVATIONS:
-            raise OptionError(f"houlsby: activation is one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        check_bottleneck("houlsby", bottleneck, activation)
         self.bottleneck, self.activation, self.std = bottleneck, activation, std
 
     def make(self, site: Site) -> PeftModule:

@@ -1,0 +1,90 @@
+"""Parallel adapters: a bottleneck beside a sub-layer, which reads the sub-layer's input (He et al. 2022, arXiv:2110.04366)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from effzoo.errors import OptionError
+from effzoo.peft.function.houlsby import ACTIVATIONS, check_bottleneck
+from effzoo.peft.method import Layers, Method, Targets
+from effzoo.registry import peft
+from effzoo.sites import Branch, PeftModule, Site
+
+
+class ParallelBottleneck(PeftModule):
+    """y' = y + s (W_up sigma(W_down x + b_down) + b_up), with W_down [bottleneck, dim] and W_up [dim, bottleneck], which starts at 0."""
+
+    def __init__(self, dim: int, bottleneck: int, activation: str, scale: float, learned: bool):
+        super().__init__()
+        self.down, self.up = nn.Linear(dim, bottleneck), nn.Linear(bottleneck, dim)
+        self.activation = ACTIVATIONS[activation]()
+        self.scale = nn.Parameter(torch.tensor(float(scale))) if learned else float(scale)
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        for tensor in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(tensor)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.scale * self.up(self.activation(self.down(x)))
+
+
+@peft.register("parallel", "parallel_adapter")
+class Parallel(Method):
+    """y = f(x) + s W_up sigma(W_down x), beside the feed-forward: the adapter sees what the sub-layer sees, not what it returns.
+
+    bottleneck: inner width; 2 bottleneck dim + bottleneck + dim parameters a site. activation: sigma; relu in the paper. scale: s. learned: train s,
+    from there on, one for each site.
+
+    The paper finds this place better than after the sub-layer, and the feed-forward better than attention (`targets=attn.branch`; sections 4.3
+    and 4.4). W_up starts at 0, so the output is unchanged at first.
+    """
+
+    paper = "He et al. 2022, Towards a unified view of parameter-efficient transfer learning, arXiv:2110.04366, section 3.3"
+    accepts = (Branch,)
+    default_targets = ("mlp.branch",)
+    size = "bottleneck"
+    learning_rate = 1e-3
+
+    def __init__(
+        self,
+        *,
+        bottleneck: int = 64,
+        activation: str = "relu",
+        scale: float = 1.0,
+        learned: bool = False,
+        targets: Targets = None,
+        layers: Layers = None,
+    ):
+        super().__init__(targets=targets, layers=layers)
+        check_bottleneck(self.name, bottleneck, activation)
+        if scale == 0:
+            raise OptionError(f"{self.name}: with scale=0 nothing is added and nothing learns; 1 and 4 are usual")
+        self.bottleneck, self.activation, self.scale, self.learned = bottleneck, activation, scale, learned
+
+    def make(self, site: Site) -> PeftModule:
+        assert isinstance(site, Branch)
+        return ParallelBottleneck(site.dim, self.bottleneck, self.activation, self.scale, self.learned)
+
+
+@peft.register("scaled_parallel", "scaled_parallel_adapter")
+class ScaledParallel(Parallel):
+    """y = f(x) + s W_up sigma(W_down x) with s = 4: the form that the paper takes for feed-forward layers.
+
+    bottleneck, activation: as in `parallel`. scale: s, 4 in the paper. learned: train s, from there on.
+    """
+
+    paper = "He et al. 2022, arXiv:2110.04366, section 4.5"
+
+    def __init__(
+        self,
+        *,
+        bottleneck: int = 64,
+        activation: str = "relu",
+        scale: float = 4.0,
+        learned: bool = False,
+        targets: Targets = None,
+        layers: Layers = None,
+    ):
+        super().__init__(bottleneck=bottleneck, activation=activation, scale=scale, learned=learned, targets=targets, layers=layers)
