@@ -166,7 +166,7 @@ class Selection(nn.Module):
         """Which of the chosen entries lie in first ... first + size - 1."""
         assert self.indices is not None
         if not has_values(self.indices):  # a model without memory, to be counted: the share of this site, were they drawn at random
-            return 0, round(len(self.indices) * size / self.total)
+            return round(len(self.indices) * first / self.total), round(len(self.indices) * (first + size) / self.total)
         if self._of[0] is not self.indices or self._of[1] != self.indices._version:  # looked up once for every content: it waits for the device
             self._of, self._bounds = (self.indices, self.indices._version), {}
         if (first, size) not in self._bounds:
@@ -223,8 +223,6 @@ class SparseDelta(PeftModule):
         """How many entries of the site merging may change."""
         if self.chosen.indices is None:
             return sum(size for _, size in self.spans.values())
-        if not has_values(self.chosen.indices):  # where they lie is not known, only how many there are
-            return len(self.chosen.indices) if self.owner else 0
         ends = [self.chosen.bounds(first, size) for first, size in self.spans.values()]
         return sum(high - low for low, high in ends)
 
