@@ -188,7 +188,8 @@ class LoRA(Method):
     right singular vectors of the layer's inputs, seen before training (Paischer et al. 2024, arXiv:2410.07170; every site keeps its rank); "loftq",
     W is replaced by its 4-bit form and B A starts as the rest (Li et al. 2023, arXiv:2310.08659), so the output changes a little at the start.
 
-    The base stays bit-identical under every init (`FromBase` says how). Embeddings and convolutions take part when they are targets. The default
+    The base stays bit-identical under every init (`FromBase` says how). Embeddings and convolutions take part when they are targets; biases of the
+    targets in a union, `lora[targets=attn.q]|bitfit[targets=attn.q]`. The default
     targets are the queries and values as in the paper; on Longformer `attn.q*` also takes the global projections (give `attn.q` for the
     local ones alone, `attn.q_global` for those).
     """
