@@ -1,0 +1,63 @@
+"""MAM: a prefix for attention and a scaled parallel adapter for the feed-forward (He et al. 2022, arXiv:2110.04366)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import nn
+
+from effzoo.peft.function.parallel import ScaledParallel
+from effzoo.peft.input.prefix import KeysValues, Prefix
+from effzoo.peft.method import Batches, Layers, Method, Modules
+from effzoo.registry import peft
+from effzoo.sites import Branch, Memory, PeftModule, Site
+
+
+@peft.register("mam", "mix_and_match")
+class MAM(Method):
+    """Attn(x W_q, [P_k, x W_k], [P_v, x W_v]) and f(x) + s W_up relu(W_down x): the parts that the paper finds best for each sub-layer.
+
+    length, form, hidden, init: of the prefix, as in `prefix`; the paper's 30 rows come from a network with 800 units, of which `finish` leaves
+    keys and values (for a small model `form=flat` trains far less). bottleneck, scale: of the parallel adapter; 512 and 4 in the paper, for a
+    width of 1024.
+    """
+
+    paper = "He et al. 2022, Towards a unified view of parameter-efficient transfer learning, arXiv:2110.04366, section 4.6"
+    identity_at_init = False
+    accepts = (Memory, Branch)
+    default_targets = ("attn.memory", "mlp.branch")
+    size = "bottleneck"
+    learning_rate = 1e-3
+    rates = {"keys": 5.0, "values": 5.0}
+
+    def __init__(
+        self,
+        *,
+        length: int = 30,
+        form: Literal["flat", "mlp"] = "mlp",
+        hidden: int = 800,
+        init: Literal["activations", "normal"] = "normal",
+        bottleneck: int = 512,
+        scale: float = 4.0,
+        layers: Layers = None,
+    ):
+        super().__init__(layers=layers)
+        self.prefix = Prefix(length=length, form=form, hidden=hidden, init=init)
+        self.adapter = ScaledParallel(bottleneck=bottleneck, scale=scale)
+
+    def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
+        self.prefix.prepare(model, {path: site for path, site in found.items() if isinstance(site, Memory)})
+
+    def make(self, site: Site) -> PeftModule:
+        return self.prefix.make(site) if isinstance(site, Memory) else self.adapter.make(site)
+
+    def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
+        self.prefix.calibrate(model, _prefixes(modules), batches)
+
+    def finish(self, modules: Modules) -> None:
+        self.prefix.finish(_prefixes(modules))
+
+
+def _prefixes(modules: Modules) -> dict[str, PeftModule]:
+    return {path: module for path, module in modules.items() if isinstance(module, KeysValues)}
