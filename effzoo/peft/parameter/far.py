@@ -99,7 +99,7 @@ class FAR(Method):
     paper = "Vucetic et al. 2022, Efficient fine-tuning of BERT models on the edge, arXiv:2205.03481, section 3"
     accepts = (Linear,)
     default_targets = ("mlp.up", "mlp.gate", "mlp.down", "cross.mlp.up", "cross.mlp.gate", "cross.mlp.down")
-    learning_rate = 1e-4
+    learning_rate = 5e-4
 
     def __init__(self, *, keep: float = 0.1, prime: float = 0.1, targets: Targets = None, layers: Layers = None):
         super().__init__(targets=targets, layers=layers)
