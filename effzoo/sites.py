@@ -149,10 +149,15 @@ class Site(nn.Module):
         stacked = self.stacked()
         if not stacked:
             return self.compute((), *inputs)  # type: ignore[arg-type]
-        choice = self.choice.to(inputs[0].device)
+        choice = self.choice.to(inputs[0].device)  # wherever the model is now
         own = {f"modules_.{key}": value[choice.clamp(min=0)] for key, value in stacked.items()}
         places = (0, *(None if x is None else 0 for x in inputs))
-        by_row = torch.vmap(lambda tensors, *xs: torch.func.functional_call(row, tensors, xs), in_dims=places, randomness="different")
+
+        def one(tensors: dict[str, Tensor], *xs: Tensor) -> Tensor:
+            found: Tensor = torch.func.functional_call(row, tensors, xs, tie_weights=False)
+            return found
+
+        by_row = torch.vmap(one, in_dims=places, randomness="different")
         y: Tensor = by_row(own, *inputs)
         if int(choice.min()) >= 0:
             return y

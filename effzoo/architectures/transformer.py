@@ -180,7 +180,7 @@ class Transformer(nn.Module):
 def _narrow(config: Config, factor: int) -> tuple[nn.ModuleList, int]:
     """Blocks of the same kind with plain residuals, `factor` times narrower, and their width: a multiple of the heads, even if rotated."""
     unit = config.heads * (2 if config.positions == "rotary" else 1)
-    dim = max(unit, config.dim // factor // unit * unit)
+    dim = max(-(-8 // unit), config.dim // factor // unit) * unit  # at least 8: a norm over fewer leaves nothing to learn
     slim = dataclasses.replace(
         config, dim=dim, head_dim=dim // config.heads, mlp=max(1, config.mlp // factor), residual="plain",
         positions="rotary" if config.positions == "rotary" else "none",

@@ -15,7 +15,7 @@ from effzoo.architectures import Transformer
 from effzoo.checks.declared import check_docstring, check_options, suitable
 from effzoo.checks.models import Case, logits, silent, train
 from effzoo.checks.runner import Check, Failed, NotApplicable, close, needs
-from effzoo.errors import AdapterError, IncompatibleError
+from effzoo.errors import AdapterError, IncompatibleError, IncompatiblePeft
 from effzoo.peft import Method, account, activate, attach, attached, detach, load_adapter, merge, save_adapter, training
 from effzoo.peft.attach import adapter_tensors, base_tensors
 from effzoo.registry import peft as registry
@@ -58,12 +58,17 @@ def on_every_model(check: Callable[[Subject, Case], None]) -> Check:
 
     @functools.wraps(check)
     def run(subject: Subject) -> None:
+        refusals: list[str] = []
         for case in CASES:
             try:
                 check(subject, case)
+            except IncompatiblePeft as refusal:
+                refusals.append(str(refusal))
             except Exception as error:
                 error.add_note(str(case))
                 raise
+        if len(refusals) == len(CASES):
+            raise NotApplicable(refusals[0])
 
     return run
 

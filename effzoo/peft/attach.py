@@ -122,8 +122,7 @@ def activate(model: M, *names: str, combine: Literal["stack", "average"] = "stac
         site.average = combine == "average" and len(names) > 1
         site.choice = None
         if rows is not None and site.active:
-            like = next(iter(site.adapters.parameters()))
-            site.choice = torch.tensor([site.active.index(name) if name in site.active else -1 for name in rows], device=like.device)
+            site.choice = torch.tensor([site.active.index(name) if name in site.active else -1 for name in rows])
         for adapter, modules in site.adapters.items():
             modules.requires_grad_(adapter in names)
     return model

@@ -1,5 +1,19 @@
 """Function composition, phi(f(x)): methods that transform what a site receives or returns."""
 
-from effzoo.peft.function import houlsby, ia3, parallel, pfeiffer
+from effzoo.peft.function import (
+    adamix,
+    compacter,
+    houlsby,
+    ia3,
+    ladder,
+    multihead_parallel,
+    pals,
+    parallel,
+    pfeiffer,
+    residual_adapter,
+    sparse_adapter,
+)
 
-__all__ = ["houlsby", "ia3", "parallel", "pfeiffer"]
+__all__ = [
+    "adamix", "compacter", "houlsby", "ia3", "ladder", "multihead_parallel", "pals", "parallel", "pfeiffer", "residual_adapter", "sparse_adapter",
+]  # fmt: skip

@@ -12,8 +12,8 @@ from effzoo.sites import Branch, PeftModule, Site
 class Pfeiffer(Method):
     """y' = y + W_up sigma(W_down y) after the feed-forward alone: half of Houlsby's adapters, and no norms are trained.
 
-    bottleneck: inner width; 2 bottleneck dim + bottleneck + dim parameters a block. activation: sigma; relu in the paper. std: of the truncated normal
-    that both matrices start from, which makes the adapter nearly, not exactly, the identity.
+    bottleneck: inner width; 2 bottleneck dim + bottleneck + dim parameters a block. activation: sigma; relu in the paper. std: of the truncated
+    normal that both matrices start from, which makes the adapter nearly, not exactly, the identity.
 
     Here the adapter stands before the residual is added, in pre-norm and post-norm models alike; the search in the paper (its figure 3) ends
     with the same place in the block, and with the block's norm once more in front of the adapter, which is left out.

@@ -1,0 +1,99 @@
+"""AdaMix: several adapters, one drawn at random for each pass, averaged at the end (Wang et al. 2022, arXiv:2205.12410)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effzoo.errors import OptionError
+from effzoo.peft.function.houlsby import ACTIVATIONS, check_bottleneck
+from effzoo.peft.method import Layers, Method, Modules, Targets
+from effzoo.registry import peft
+from effzoo.sites import Branch, PeftModule, Site
+
+
+class Projections(nn.Module):
+    """Several linear layers: weights [experts, out, in] and biases [experts, out]; one of them, or their mean."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int, std: float):
+        super().__init__()
+        self.weights = nn.Parameter(torch.empty(experts, outputs, inputs))
+        self.biases = nn.Parameter(torch.zeros(experts, outputs))
+        nn.init.trunc_normal_(self.weights, std=std, a=-2 * std, b=2 * std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and len(self.weights) > 1:
+            drawn = int(torch.randint(len(self.weights), ()))  # on the CPU: replayed where a block is computed once more
+            return F.linear(x, self.weights[drawn], self.biases[drawn])
+        return F.linear(x, self.weights.mean(dim=0), self.biases.mean(dim=0))
+
+    def merge(self) -> None:
+        """Keep the mean alone."""
+        self.weights = nn.Parameter(self.weights.detach().mean(dim=0, keepdim=True))
+        self.biases = nn.Parameter(self.biases.detach().mean(dim=0, keepdim=True))
+
+
+class Mixture(PeftModule):
+    """y' = y + up_j(sigma(down_i(y))), i and j drawn anew in each training pass; in evaluation the mean of the experts' weights."""
+
+    def __init__(self, down: Projections, up: Projections, activation: str):
+        super().__init__()
+        self.down, self.up, self.activation = down, up, ACTIVATIONS[activation]()
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.up(self.activation(self.down(y)))
+
+
+@peft.register("adamix")
+class AdaMix(Method):
+    """y' = y + W_up^(j) sigma(W_down^(i) y) after the feed-forward, i and j drawn uniformly from the experts in each site and pass.
+
+    bottleneck: inner width of an expert. experts: how many pairs. share: "none", "down" or "up", one projection instead of several; the paper
+    shares one of them in its variants. consistency: weight of the symmetric divergence of two passes over each batch, which draw other experts
+    (section 3.3), so that training costs two passes; 0 for a single pass. activation: sigma. std: of the truncated normal that the weights
+    start from.
+
+    Evaluation uses the mean of the experts' weights, as the finished adapter does, which stores and costs what one adapter does (section 3.4).
+    Experts are slices of one tensor: weight decay and Adam's moments act on those that were not drawn, too.
+    """
+
+    paper = "Wang et al. 2022, AdaMix: Mixture-of-adaptations for parameter-efficient model tuning, arXiv:2205.12410, section 3"
+    identity_at_init = False
+    accepts = (Branch,)
+    default_targets = ("mlp.branch",)
+    size = "bottleneck"
+    learning_rate = 1e-3
+
+    def __init__(
+        self,
+        *,
+        bottleneck: int = 16,
+        experts: int = 4,
+        share: str = "none",
+        consistency: float = 1.0,
+        activation: str = "gelu",
+        std: float = 1e-2,
+        targets: Targets = None,
+        layers: Layers = None,
+    ):
+        super().__init__(targets=targets, layers=layers)
+        check_bottleneck("adamix", bottleneck, activation)
+        if experts < 1 or consistency < 0:
+            raise OptionError(f"adamix: experts is at least 1 and consistency not negative, got experts={experts}, consistency={consistency}")
+        if share not in ("none", "down", "up"):
+            raise OptionError(f"adamix: share is none, down or up, got {share!r}")
+        self.bottleneck, self.experts, self.share, self.activation, self.std = bottleneck, experts, share, activation, std
+        self.consistency = consistency
+
+    def make(self, site: Site) -> PeftModule:
+        assert isinstance(site, Branch)
+        down = Projections(1 if self.share == "down" else self.experts, site.dim, self.bottleneck, self.std)
+        up = Projections(1 if self.share == "up" else self.experts, self.bottleneck, site.dim, self.std)
+        return Mixture(down, up, self.activation)
+
+    def finish(self, modules: Modules) -> None:
+        for module in modules.values():
+            assert isinstance(module, Mixture)
+            module.down.merge()
+            module.up.merge()
