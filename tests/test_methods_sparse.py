@@ -259,7 +259,7 @@ def test_movement_scores_get_the_gradient_of_the_masked_weight_times_the_weight(
 
 
 def test_soft_movement_masks_by_the_sigmoid_and_adds_its_mean(tiny):
-    model = build(tiny, "movement[mode=soft, threshold=0.4, penalty=2.0]")
+    model = build(tiny, "movement[mode=soft, threshold=0.4, penalty=2.0, begin=0.0]")
     hung = modules(model, "movement")
     with torch.no_grad():
         for module in hung.values():

@@ -50,6 +50,7 @@ class Movement(Method):
     penalty * mean sigma(S). keep: the share of `hard`; `soft` keeps at least 0.5 % of each matrix. scope: of `hard`, the share of each `tensor` or of
     all together (`global`). threshold, penalty: of `soft`.
 
+    Scores of 0 say nothing yet: the default prunes little and begins late, since a short training that prunes half of a network destroys it.
     The mask is chosen anew before every step, so a pruned weight can come back. Targets are matrices. Finished, a file holds one bit a
     weight and the kept values.
     """
@@ -63,9 +64,9 @@ class Movement(Method):
         self,
         *,
         mode: str = "hard",
-        keep: float = 0.5,
+        keep: float = 0.9,
         scope: str = "tensor",
-        begin: float = 0.0,
+        begin: float = 0.1,
         end: float = 0.6,
         threshold: float = 0.1,
         penalty: float = 400.0,
