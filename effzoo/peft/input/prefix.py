@@ -64,8 +64,8 @@ class KeysValues(Starts):
         return None if self.looking is not None or self.gate is None else (*self.memory(), self.gate.tanh())
 
     def start(self, rows: Tensor, seen: Seen) -> None:
-        keys, values = seen.keys_values(rows)
-        self.keys.copy_(keys)
+        keys, values = seen.keys_values(rows)  # keys that queries share may come from a projection that is not grouped (qk of LSH): their mean
+        self.keys.copy_(rearrange(keys, "(h group) n d -> h group n d", h=self.heads).mean(dim=1))
         self.values.copy_(values)
 
     def settle(self) -> None:
