@@ -70,7 +70,7 @@ class Intrinsic(Method):
 
     paper = "Li et al. 2018, Measuring the intrinsic dimension of objective landscapes, arXiv:1804.08838, section 2 and S7"
     default_targets = ("attn.*", "mlp.*")
-    learning_rate = 1e-2
+    learning_rate = 1e-1  # above the 3e-2 of other code, whose P has unit columns in each tensor: here they are shorter
     size = "dim"
     structured = False
 

@@ -90,7 +90,7 @@ class KronA(Method):
     paper = "Edalati et al. 2022, KronA: Parameter-efficient tuning with Kronecker adapter, arXiv:2212.10650, section 3"
     accepts = (Linear,)
     default_targets = ("attn.q*", "attn.v*")
-    learning_rate = 2e-3
+    learning_rate = 5e-3
 
     def __init__(self, *, shape: Sequence[int] | None = None, scale: float = 1.0, targets: Targets = None, layers: Layers = None):
         super().__init__(targets=targets, layers=layers)

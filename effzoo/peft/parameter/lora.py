@@ -217,8 +217,6 @@ class LoRA(Method):
             raise OptionError(f"{self.name}: dropout is in [0, 1), got {dropout}")
         self.rank, self.alpha, self.rslora, self.dropout, self.start = rank, alpha, rslora, dropout, init
         self.identity_at_init = init != "loftq"
-        if init in ("pissa", "olora"):
-            self.learning_rate = 2e-4  # factors of the size of W: a step of the same length changes the product far more than where B = 0
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         roles = {site.role for site in found.values()}
