@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from effzoo.errors import AdapterError, TargetError, UnknownNameError, did_you_mean, listing
+from effzoo.errors import AdapterError, IncompatiblePeft, TargetError, UnknownNameError, did_you_mean, listing
 from effzoo.peft.method import Method
 from effzoo.registry import peft as registry
 from effzoo.sites import Site, sites
@@ -170,6 +170,10 @@ def targets(model: nn.Module, method: Method) -> dict[str, Site]:
                 f"give layers={tuple(sorted(layers - missing))} to mean that, or another pattern"  # type: ignore[type-var]
             )
         found.update(matched)
+    if not found and not method.targets and not any(isinstance(site, method.accepts) for site in everything.values()):
+        kinds = " or ".join(cls.__name__ for cls in method.accepts)
+        suggestion = "use it on a model that has them, or another method"
+        raise IncompatiblePeft(method.name, "this model", f"it hangs on {kinds} sites, of which there are none", suggestion)
     if not found:
         raise TargetError(f"{method.name}: nothing in this model matches {listing(patterns)}. Roles: {listing(roles(model))}.")
     for path, site in found.items():
