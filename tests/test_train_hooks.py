@@ -50,7 +50,8 @@ class Shift(PeftModule):
         self.passes += self.training
         sign = 1 if self.passes % 2 else -1
         dial = 1.0 if self.dial is None else self.dial
-        return y + self.scale * dial * self.shift() + (sign * self.apart * self.shift().cos() if self.training else 0.0)
+        slope = torch.linspace(-1, 1, y.shape[-1], dtype=y.dtype)  # a constant would vanish in the norm behind
+        return y + self.scale * dial * self.shift() + (sign * self.apart * slope * (self.shift() + 1).exp() if self.training else 0.0)
 
     def narrow(self, noise):
         values, places = self.dense.detach().abs().topk(self.dense.numel() // 2)
@@ -293,6 +294,19 @@ def test_the_divergence_is_the_mean_over_the_labels_that_the_loss_counts(build):
     bernoulli = sum(F.binary_cross_entropy(a, b) - F.binary_cross_entropy(b, b) for a, b in ((p, q), (q, p)))
     assert torch.allclose(training.divergence(one[:, 0], other[:, 0], several.double()), bernoulli, rtol=1e-10)
     assert torch.allclose(training.divergence(one[:, 0, :1], other[:, 0, :1], torch.ones(4)), F.mse_loss(one[:, 0, 0], other[:, 0, 0]))
+
+
+def test_two_passes_count_half_each_and_their_divergence_by_its_weight(build):
+    model = build("toy[consistency=0.7]", dtype=torch.float64).train()
+    batch = Pad("classification", 0, ("input_ids",))(rows())
+    one, other = model(**batch), model(**batch)
+    p, q = (out.logits.softmax(-1) for out in (one, other))
+    apart = ((p * (p / q).log()).sum(-1) + (q * (q / p).log()).sum(-1)).mean()
+    assert apart > 1e-3
+    expected = (one.loss + other.loss) / 2 + 0.7 / 2 * apart
+    assert training.supervised(model, batch).item() == pytest.approx(expected.item(), rel=1e-10)
+    penalty = sum(0.3 * (module.shift() - 0.1).square().sum() for module in shifts(model).values())
+    assert training.loss(model, **batch).item() == pytest.approx((expected + penalty).item(), rel=1e-10)
 
 
 def test_evaluation_has_neither_penalty_nor_second_pass(build, tmp_path):
