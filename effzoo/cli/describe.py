@@ -39,10 +39,11 @@ def first_sentence(cls: type) -> str:
 
 
 def meaning(cls: type, option: str) -> str:
-    """What the docstrings of a class and its parents say after `option:`, up to the next option or paragraph."""
+    """What the docstrings of a class and its parents say after `option:`, or `one, option and another:`, up to the next option or paragraph."""
     for parent in cls.__mro__:
         text = inspect.cleandoc(parent.__dict__.get("__doc__") or "")
-        found = re.search(rf"(?:^|\s){re.escape(option)}: (.*?)(?=(?<=[.;])\s[a-z_]+: |\n\n|\Z)", text, re.DOTALL)
+        more = r"(?:\w+,? (?:and )?)*"
+        found = re.search(rf"(?:^|[\s(]){more}{re.escape(option)}(?:,? (?:and )?\w+)*: (.*?)(?=(?<=[.;])\s[a-z_]+: |\n\n|\Z)", text, re.DOTALL)
         if found:
             return " ".join(found[1].split())
     return ""

@@ -127,11 +127,14 @@ def account(model: nn.Module) -> Account:
 def _rows(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, str, int, int]]:
     known = dict(sites(model))
     rows: dict[tuple[str, str], list[int]] = {}
+    seen: set[int] = set()  # what several modules share counts where it is met first
     for name in names:
         for method, places in attached(model)[name].places.items():
             for path, role in places:
                 module = known[path].adapters[name][method]  # type: ignore[index]
-                rows.setdefault((method, role), []).append(sum(p.numel() for p in module.parameters()))
+                own = {id(p): p.numel() for p in module.parameters() if id(p) not in seen}
+                seen |= own.keys()
+                rows.setdefault((method, role), []).append(sum(own.values()))
     return [(method, role, len(numbers), sum(numbers)) for (method, role), numbers in rows.items()]
 
 

@@ -53,6 +53,7 @@ class Method(abc.ABC):
     learning_rate: float = 5e-4  # of AdamW when the user gives none
     rates: ClassVar[Mapping[str, float]] = {}  # pattern of a tensor's name in the module -> factor on the learning rate
     settled: float = 1.0  # of a `schedule`: from this share of the (last) stage on, the adapter is what the options say
+    idle: Sequence[str] = ()  # hooks below that have nothing to do with the options at hand: no data are asked for in vain
     stages: Sequence[Stage] = ()  # parts of the training, for methods that train differently over time
     consistency: float = 0.0  # weight of the symmetric KL divergence between two forward passes of one batch (AdaMix)
 

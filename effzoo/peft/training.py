@@ -37,7 +37,7 @@ IGNORED = -100  # a label that does not count, as in torch.nn.functional.cross_e
 
 def overrides(method: Method, hook: str) -> bool:
     """Whether a method has this hook."""
-    return getattr(type(method), hook) is not getattr(Method, hook)
+    return getattr(type(method), hook) is not getattr(Method, hook) and hook not in method.idle
 
 
 def hooked(model: nn.Module, hook: str, *names: str) -> Iterator[tuple[Method, Modules]]:

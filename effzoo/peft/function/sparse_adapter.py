@@ -97,6 +97,7 @@ class SparseAdapter(Method):
         if by not in ("snip", "magnitude", "random"):
             raise OptionError(f"sparse_adapter: by is snip, magnitude or random, got {by!r}")
         self.bottleneck, self.sparsity, self.by, self.activation, self.std = bottleneck, sparsity, by, activation, std
+        self.idle = () if by == "snip" else ("calibrate",)
 
     def make(self, site: Site) -> PeftModule:
         assert isinstance(site, Branch)

@@ -80,6 +80,7 @@ class HeadPruning(Method):
     ):
         super().__init__(targets=targets, layers=layers)
         self.mode = check_choice("head_pruning", "mode", mode, ("gates", "importance"))
+        self.idle = ("calibrate",) if mode == "gates" else ()
         if not 0 <= share < 1 or penalty < 0:
             raise OptionError(f"head_pruning: share is in [0, 1) and penalty not negative, got share={share}, penalty={penalty}")
         self.share, self.weight, self.alpha = share, penalty, alpha
@@ -96,8 +97,6 @@ class HeadPruning(Method):
         return self.weight * open_probability(torch.cat([*alphas]), LOW, HIGH, TEMPERATURE).sum()
 
     def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
-        if self.mode == "gates":
-            return
         gated = cast("Mapping[str, HeadGates]", modules)
         scores = importance(model, gated, batches)
         total = sum(len(score) for score in scores)

@@ -217,6 +217,7 @@ class LoRA(Method):
             raise OptionError(f"{self.name}: dropout is in [0, 1), got {dropout}")
         self.rank, self.alpha, self.rslora, self.dropout, self.start = rank, alpha, rslora, dropout, init
         self.identity_at_init = init != "loftq"
+        self.idle = () if init == "eva" else ("calibrate",)
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         roles = {site.role for site in found.values()}
@@ -262,8 +263,6 @@ class LoRA(Method):
         return module
 
     def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
-        if self.start != "eva":
-            return
         ranks = {path: len(module.A) for path, module in modules.items()}  # type: ignore[arg-type]
         found = lora_init.input_factors(model, dict(sites(model)), ranks, batches)
         with torch.no_grad():

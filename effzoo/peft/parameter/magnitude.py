@@ -85,10 +85,10 @@ class Magnitude(Method):
     """W' = M * phi: M keeps the entries with the largest |phi|, phi starts as a copy of W and is trained.
 
     keep: share of the weights that stay. scope: of each `tensor`, or `global`, over all together. schedule: `cubic`, the share that is kept falls as
-    keep + (1 - keep) (1 - t)^3 while t goes through [begin, end] of the training, in 50 steps, and what is pruned stays so; `oneshot`, all
-    at once before training. rewind: the lottery ticket instead: train, prune, set the kept weights back to where they started, train again, in
-    `rounds` rounds that each keep the same share of what is left. rewind_at: set back to where they were at this share of the
-    first round's steps, 0 for the start.
+    keep + (1 - keep) (1 - t)^3, in 50 steps, and what is pruned stays so; `oneshot`, all at once before training. begin, end: the shares of the
+    training between which t goes from 0 to 1. rewind: the lottery ticket instead: train, prune, set the kept weights back to where they started,
+    train again. rounds: of that; each keeps the same share of what is left. rewind_at: set back to where they were at this share of
+    the first round's steps, 0 for the start.
 
     Targets are matrices; embeddings, norms and biases are not pruned. phi is dense while it is trained, since any weight may turn out
     to be kept; finished, a file holds one bit a weight and the kept values.
