@@ -229,7 +229,7 @@ def test_the_network_of_the_prefix_is_dropped_and_the_output_stays_bit_by_bit(ti
 @pytest.mark.parametrize("spec", ["mam[form=flat, init=activations]", "unipelt[init=activations]"])
 def test_the_prefix_of_a_combination_starts_from_activations_too(tiny, spec):
     model = build(tiny)
-    alone = effzoo.attach(copy.deepcopy(model), "prefix[length=10, init=activations]")
+    alone = effzoo.attach(copy.deepcopy(model), "prefix[length=10]")
     effzoo.attach(model, spec.replace("[", "[length=10, "))
     for each in (alone, model):
         effzoo.peft.calibrate(each, [batch()])
@@ -313,7 +313,7 @@ def test_flat_prefixes_of_combinations_learn_faster_than_the_rest(tiny):
         slow = effzoo.peft.get(method).learning_rate
         for name, rate in rates.items():
             if f".{method}." in name:
-                assert rate == slow * (5 if name.endswith((f"{own}keys", f"{own}values")) else 1), name
+                assert rate == slow * (20 if name.endswith((f"{own}keys", f"{own}values")) else 1), name
 
 
 @pytest.mark.parametrize("spec", ["mam[length=0]", "mam[bottleneck=0]", "unipelt[rank=0]", "unipelt[bottleneck=0]", "s4[rank=0]", "s4[length=0]"])

@@ -96,7 +96,7 @@ def test_prompt_rows_start_as_asked_for(tiny):
         ("ipt[dim=0]", "dim, length and hidden"),
         ("ipt[subspace=1.0]", r"in \[0, 1\), got 1.0"),
         ("prefix[length=0]", "length and hidden are at least 1"),
-        ("prefix[form=mlp, init=activations]", "give form='flat', or init='normal'"),
+        ("prefix[form=mlp, init=activations]", "give form='flat', or leave init out"),
         ("deep_prompt[std=-1.0]", "std not negative"),
         ("llama_adapter[skip=-1]", "skip and std not negative"),
     ],

@@ -29,7 +29,7 @@ class MAM(Method):
     default_targets = ("attn.memory", "mlp.branch")
     size = "bottleneck"
     learning_rate = 1e-3
-    rates = {"keys": 5.0, "values": 5.0}
+    rates = {"keys": 20.0, "values": 20.0}
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class MAM(Method):
         length: int = 30,
         form: Literal["flat", "mlp"] = "mlp",
         hidden: int = 800,
-        init: Literal["activations", "normal"] = "normal",
+        init: Literal["activations", "normal"] | None = None,
         bottleneck: int = 512,
         scale: float = 4.0,
         layers: Layers = None,

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from effzoo.errors import OptionError
 from effzoo.peft.function.houlsby import Bottleneck
-from effzoo.peft.input.prefix import Prefix
-from effzoo.peft.method import Layers, Method
+from effzoo.peft.input.prefix import KeysValues, Prefix
+from effzoo.peft.method import Batches, Layers, Method, Modules
 from effzoo.peft.parameter.lora import LowRank
 from effzoo.peft.parameter.selected import Copy
 from effzoo.registry import peft
@@ -50,7 +50,7 @@ class S4(Method):
     Every layer of a group has the same methods, and every layer the same sizes ("uniform"). Adapters stand after both sub-layers, LoRA on queries
     and values, BitFit on all biases of the layer (none in models without). `group_of` says which layers a group has, for any depth.
 
-    bottleneck: of the adapters. rank: of LoRA. length: of the prefix.
+    bottleneck: of the adapters. rank: of LoRA. length: of the prefix, which starts as in `prefix`.
     """
 
     paper = "Chen et al. 2023, Parameter-efficient fine-tuning design spaces, arXiv:2301.01821, section 4 (S4-model of T5-base)"
@@ -58,7 +58,7 @@ class S4(Method):
     default_targets = ("attn.*", "mlp.*")
     size = "bottleneck"
     learning_rate = 1e-3
-    rates = {"keys": 5.0, "values": 5.0}
+    rates = {"keys": 20.0, "values": 20.0}
 
     def __init__(self, *, bottleneck: int = 16, rank: int = 8, length: int = 16, layers: Layers = None):
         super().__init__(layers=layers)
@@ -82,3 +82,6 @@ class S4(Method):
         if isinstance(site, Linear) and "lora" in assigned and any(fnmatchcase(site.role, role) for role in ("attn.q*", "attn.v*")):
             return LowRank(site.in_features, site.out_features, self.rank, 1.0, 0.0) if bias is None else LowRankAndBias(site, self.rank)
         return None if bias is None else Copy(bias=bias)
+
+    def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
+        self.prefix.calibrate(model, {path: module for path, module in modules.items() if isinstance(module, KeysValues)}, batches)

@@ -104,7 +104,7 @@ class UniPELT(Method):
     default_targets = ("attn.memory", "attn.q*", "attn.v*", "mlp.branch")
     size = "bottleneck"
     learning_rate = 1e-3
-    rates = {"prefix.keys": 5.0, "prefix.values": 5.0}
+    rates = {"prefix.keys": 20.0, "prefix.values": 20.0}
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class UniPELT(Method):
         length: int = 10,
         form: Literal["flat", "mlp"] = "flat",
         hidden: int = 512,
-        init: Literal["activations", "normal"] = "normal",
+        init: Literal["activations", "normal"] | None = None,
         rank: int = 8,
         bottleneck: int = 48,
         layers: Layers = None,

@@ -47,7 +47,7 @@ class DeepPrompt(Method):
     accepts = (Memory,)
     default_targets = ("attn.memory",)
     size = "length"
-    learning_rate = 5e-3
+    learning_rate = 2e-2
 
     def __init__(
         self, *, length: int = 16, init: Literal["activations", "normal"] = "normal", std: float = 1.0, targets: Targets = None, layers: Layers = None

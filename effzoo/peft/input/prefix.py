@@ -84,8 +84,8 @@ class Prefix(Method):
 
     length: of the prefix. form: "flat", P_k and P_v are trained themselves; "mlp", they are W_2 tanh(W_1 e + b_1) + b_2, with rows e and W_1 shared
     by all layers and a W_2 for each (section 4.3), and `finish` keeps P_k and P_v alone. hidden: units of that network (the paper: 512 or 800).
-    init: of the flat form; "activations", the keys and values that the layer makes of the first `length` tokens of the training data, by
-    `calibrate`; "normal", with standard deviation std, which is also what stands there until data have been seen.
+    init: of the flat form; "activations" (when None), the keys and values that the layer makes of the first `length` tokens of the training data,
+    by `calibrate`; "normal", with standard deviation std, which is also what stands there until data have been seen, and learns more slowly.
     softmax: "joint", one for prefix and tokens; "own", one for the prefix, whose result is added times tanh(g), g = 0 at the start, one for
     each head: the additive form of He et al., eq. 5, which is the only one here that changes nothing at the start.
 
@@ -98,7 +98,7 @@ class Prefix(Method):
     accepts = (Memory,)
     default_targets = ("attn.memory",)
     size = "length"
-    learning_rate = 5e-3
+    learning_rate = 2e-2
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class Prefix(Method):
         length: int = 16,
         form: Literal["flat", "mlp"] = "flat",
         hidden: int = 512,
-        init: Literal["activations", "normal"] = "normal",
+        init: Literal["activations", "normal"] | None = None,
         std: float = 0.02,
         softmax: Literal["joint", "own"] = "joint",
         targets: Targets = None,
@@ -115,9 +115,10 @@ class Prefix(Method):
         super().__init__(targets=targets, layers=layers)
         if length < 1 or hidden < 1 or std < 0:
             raise OptionError(f"{self.name}: length and hidden are at least 1 and std not negative, got {length}, {hidden} and {std}")
-        if form == "mlp" and init == "activations":
-            raise OptionError(f"{self.name}: init='activations' sets keys and values, which form='mlp' computes; give form='flat', or init='normal'")
-        self.length, self.form, self.hidden, self.start, self.std, self.softmax = length, form, hidden, init, std, softmax
+        if form == "mlp" and init is not None:
+            raise OptionError(f"{self.name}: init={init!r} sets keys and values, which form='mlp' computes; give form='flat', or leave init out")
+        self.length, self.form, self.hidden, self.std, self.softmax = length, form, hidden, std, softmax
+        self.start = init or ("activations" if form == "flat" else None)
         self.identity_at_init = softmax == "own"
         if form == "mlp":
             self.learning_rate = 1e-3
