@@ -202,7 +202,7 @@ def _hang(model: nn.Module, method: Method, attachment: Attachment, found: dict[
         if module is None:
             continue
         parameter = next(iter(site.base().values()), like)
-        site.hang(attachment.name, method.name, module.to(device=parameter.device, dtype=parameter.dtype))
+        site.hang(attachment.name, method.name, module.to(device=parameter.device, dtype=parameter.dtype).train(site.training))
         places.append((path, site.role))
     if not places:
         raise TargetError(
