@@ -113,8 +113,11 @@ class Prefix(Method):
         layers: Layers = None,
     ):
         super().__init__(targets=targets, layers=layers)
-        if length < 1 or hidden < 1 or std < 0:
-            raise OptionError(f"{self.name}: length and hidden are at least 1 and std not negative, got {length}, {hidden} and {std}")
+        for option, given in (("length", length), ("hidden", hidden)):
+            if given < 1:
+                raise OptionError(f"{self.name}: {option} is at least 1, got {given}")
+        if std < 0:
+            raise OptionError(f"{self.name}: std is not negative, got {std}")
         if form == "mlp" and init is not None:
             raise OptionError(f"{self.name}: init={init!r} sets keys and values, which form='mlp' computes; give form='flat', or leave init out")
         self.length, self.form, self.hidden, self.std, self.softmax = length, form, hidden, std, softmax
