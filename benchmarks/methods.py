@@ -1,4 +1,4 @@
-"""Every fine-tuning method on one task: MiniLM with Longformer attention classifies sentences of film reviews, at an equal number of trained parameters.
+"""Every fine-tuning method on one task: MiniLM with Longformer attention on sentences of film reviews, at one budget of trained parameters.
 
     python benchmarks/methods.py --data sentence_polarity.zip        # rows that are there are not computed again
     python benchmarks/methods.py --data sentence_polarity.zip --methods lora prefix --seeds 0
@@ -20,18 +20,25 @@ import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 
 import effzoo
-from effzoo.errors import EffzooError
+from effzoo import data
+from effzoo.spec import parse
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 BUDGET = 147_456  # LoRA of rank 8 on q, v and their global twins
 MAIN = ("head", "full", "bitfit", "lora", "dora", "houlsby", "parallel", "ia3", "prefix", "prompt")  # these with several seeds
-SPECS: dict[str, str] = {}  # options that are not the defaults, and why: see `spec_of`
-SETTINGS = {"train": 2000, "test": 2000, "epochs": 2, "batch": 32, "length": 48, "window": 16}
+SPECS = {  # where the defaults do not suit the budget or the length of a sentence
+    "prompt": "prompt[length=20]", "intrinsic": "intrinsic[dim=1000]", "said": "said[dim=1000]", "last": "last[count=1]",
+    "mam": "mam[form=flat, length=8]", "unipelt": "unipelt[length=4, rank=2]", "s4": "s4", "lt_sft": "lt_sft[keep=0.0058]", "diff": "diff[keep=0.0058]",
+    "union": "prefix[length=16]|lora[rank=4]",
+}  # fmt: skip
+ELSEWHERE = ("residual_adapter",)  # for convolutions
+SETTINGS = {"train": 1200, "test": 1000, "epochs": 2, "batch": 16, "length": 48, "window": 16}
 
 
 def sentences(source: Path) -> tuple[list[str], list[int]]:
@@ -60,9 +67,12 @@ def build(settings: dict[str, int], seed: int) -> effzoo.architectures.Transform
 
 
 def spec_of(method: str, model: torch.nn.Module, budget: int) -> str:
-    """The method's spec within the budget; a method without a size keeps its defaults."""
-    given = SPECS.get(method, method)
-    return str(effzoo.peft.within(model, given, budget)) if effzoo.peft.get(effzoo.spec.parse(given)[0].name).size else given
+    """The method's spec within the budget; a method without a size, or whose size is given, stays as it is."""
+    given = parse(SPECS.get(method, method))
+    size = effzoo.peft.get(given[0].name).size
+    if len(given) > 1 or not size or size in given[0].options or method == "s4":
+        return SPECS.get(method, method)
+    return str(effzoo.peft.within(model, given[0], budget))
 
 
 def batches(rows: list[int], encoded: dict[str, torch.Tensor], labels: torch.Tensor, size: int) -> list[dict[str, torch.Tensor]]:
@@ -80,7 +90,7 @@ def run(method: str, seed: int, settings: dict[str, int], source: Path, budget: 
     texts, names = sentences(source)
     total = settings["train"] + settings["test"]
     model = build(settings, seed)
-    tokenizer = effzoo.data.tokenizer_of(model)
+    tokenizer = data.tokenizer_of(model)
     tokens = tokenizer(texts[:total], truncation=True, max_length=settings["length"], padding="max_length", return_tensors="pt")
     encoded = {key: tokens[key] for key in ("input_ids", "attention_mask")}
     labels = torch.tensor(names[:total])
@@ -98,7 +108,7 @@ def run(method: str, seed: int, settings: dict[str, int], source: Path, budget: 
     hits = 0
     model.eval()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        for batch in batches(test, encoded, labels, 100):
+        for batch in batches(sorted(test, key=encoded["attention_mask"].sum(dim=1).tolist().__getitem__), encoded, labels, 100):
             hits += int((model(**batch).logits.argmax(dim=-1) == batch["labels"]).sum())
     head = sum(parameter.numel() for parameter in model.head.parameters() if not parameter.requires_grad)
     return {
@@ -111,8 +121,11 @@ def run(method: str, seed: int, settings: dict[str, int], source: Path, budget: 
 def fit(model, train, encoded, labels, settings, seed) -> int:
     """AdamW with the rates of the method, warmed up and decayed linearly within each stage; two forward passes where a method wants them."""
     draw = torch.Generator().manual_seed(seed)
-    orders = [torch.randperm(len(train), generator=draw).tolist() for _ in range(settings["epochs"])]
-    stream = itertools.chain.from_iterable(batches([train[i] for i in order], encoded, labels, settings["batch"]) for order in orders)
+    lengths = encoded["attention_mask"].sum(dim=1).tolist()
+    orders = [
+        by_length([train[i] for i in torch.randperm(len(train), generator=draw)], lengths, settings["batch"], draw) for _ in range(settings["epochs"])
+    ]
+    stream = itertools.chain.from_iterable(batches(order, encoded, labels, settings["batch"]) for order in orders)
     total, done = settings["epochs"] * -(-len(train) // settings["batch"]), 0
     effzoo.peft.calibrate(model, batches(train[: 4 * settings["batch"]], encoded, labels, settings["batch"]))
     torch.manual_seed(seed)
@@ -139,6 +152,13 @@ def fit(model, train, encoded, labels, settings, seed) -> int:
             schedule.step()
         done += steps
     return done
+
+
+def by_length(rows: list[int], lengths: list[int], batch: int, draw: torch.Generator) -> list[int]:
+    """Batches of similar lengths in random order: each ten batches are sorted among themselves, then the batches are shuffled."""
+    chunks = [sorted(rows[start : start + 10 * batch], key=lengths.__getitem__) for start in range(0, len(rows), 10 * batch)]
+    whole = [chunk[start : start + batch] for chunk in chunks for start in range(0, len(chunk), batch)]
+    return [row for i in torch.randperm(len(whole), generator=draw) for row in whole[i]]
 
 
 def saved_bytes(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:
@@ -175,7 +195,8 @@ def tracked_table(results: dict) -> str:
         rank = "-" if first["rank"] is None else first["rank"]
         lines.append(
             f"| `{first['spec']}` | {accuracy:.1f}{spread} | {first['trainable']:,} | {first['stored_bytes']:,} | {changed} | {rank} "
-            f"| {statistics.median(row['seconds'] for row in each):.0f} | {statistics.median(row['peak_mib'] for row in each):.0f} | {first['saved_mib']} |"
+            f"| {statistics.median(row['seconds'] for row in each):.0f} | {statistics.median(row['peak_mib'] for row in each):.0f} "
+            f"| {first['saved_mib']} |"
         )
     settings = results["settings"]
     about = ", ".join(f"{name} {value:,}" for name, value in settings.items())
@@ -190,7 +211,8 @@ def main() -> int:
     parser.add_argument("--methods", nargs="*", default=None)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the main methods; the others have the first one")
     parser.add_argument("--budget", type=int, default=BUDGET)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--one", action="store_true", help="run one method and one seed in this process and print the row")
     given = parser.parse_args()
@@ -206,25 +228,29 @@ def main() -> int:
     results = {
         "settings": settings,
         "budget": given.budget,
-        "machine": f"{platform.machine()}, {given.threads} threads, torch {torch.__version__}, bfloat16",
+        "machine": f"{platform.machine()}, {given.jobs} processes at a time with {given.threads} thread(s) each, torch {torch.__version__}, bfloat16",
         "rows": results.get("rows", {}),
         "failed": {},
     }
-    methods = given.methods or [*MAIN, *(name for name in [*SPECS, *effzoo.peft.names()] if name not in MAIN)]
-    for seed_number, seed in enumerate(given.seeds):
-        for method in dict.fromkeys(methods):
-            key = f"{method} seed {seed}"
-            if key in results["rows"] or (seed_number and method not in MAIN):
-                continue
-            command = [sys.executable, __file__, "--one", "--methods", method, "--seeds", str(seed), "--data", str(given.data)]
-            command += [f"--{name}={value}" for name, value in settings.items()] + [f"--budget={given.budget}", f"--threads={given.threads}"]
-            done = subprocess.run(command, capture_output=True, text=True)
+    methods = given.methods or [*MAIN, *(name for name in [*SPECS, *effzoo.peft.names()] if name not in (*MAIN, *ELSEWHERE))]
+    wanted = [
+        (method, seed) for number, seed in enumerate(given.seeds) for method in dict.fromkeys(methods)
+        if f"{method} seed {seed}" not in results["rows"] and (number == 0 or method in MAIN)
+    ]  # fmt: skip
+    options = [f"--{name}={value}" for name, value in settings.items()] + [f"--budget={given.budget}", f"--threads={given.threads}"]
+
+    def start(method: str, seed: int) -> tuple[str, subprocess.CompletedProcess[str]]:
+        command = [sys.executable, __file__, "--one", "--methods", method, "--seeds", str(seed), "--data", str(given.data), *options]
+        return f"{method} seed {seed}", subprocess.run(command, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for future in as_completed([pool.submit(start, *each) for each in wanted]):
+            key, done = future.result()
             if done.returncode:
                 results["failed"][key] = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
-                print(f"{key}: {results['failed'][key]}", file=sys.stderr, flush=True)
             else:
                 results["rows"][key] = json.loads(done.stdout.strip().splitlines()[-1])
-                print(key, results["rows"][key], file=sys.stderr, flush=True)
+            print(key, results["rows"].get(key) or results["failed"][key], file=sys.stderr, flush=True)
             given.results.write_text(json.dumps(results, indent=1) + "\n")
     print(tracked_table(results))
     return 1 if results["failed"] else 0

@@ -17,6 +17,7 @@ from effzoo.sites import sites
 from effzoo.spec import Spec, parse_one
 
 NAME = "within_budget"
+REFUSED = 2**62  # more than any budget
 
 
 def within(model: nn.Module, method: str | Spec, trainable: int) -> Spec:
@@ -36,22 +37,23 @@ def within(model: nn.Module, method: str | Spec, trainable: int) -> Spec:
     else:
         best = _whole(lambda size: _trained(shadow, spec, cls.size, size), trainable)
     if best is None:
-        smallest = _trained(shadow, spec, cls.size, 1e-6 if isinstance(option.default, float) else 1)
-        raise OptionError(f"{spec.name} trains at least {smallest:,} parameters on this model, more than {trainable:,}; give other targets or layers")
+        raise OptionError(f"{spec.name} trains more than {trainable:,} parameters here at any {cls.size}; give other options, targets or layers")
     return Spec(spec.name, {**spec.options, cls.size: best})
 
 
 def _whole(count: Any, budget: int) -> int | None:
-    if count(1) > budget:
+    """The largest multiple of the smallest size that the method takes (1, or a divisor it asks for) within the budget."""
+    unit = next((size for size in range(1, 129) if count(size) < REFUSED), None)
+    if unit is None or count(unit) > budget:
         return None
     low = 1
-    while count(2 * low) <= budget and low < 2**20:
+    while low < 2**20 and count(2 * low * unit) <= budget:
         low *= 2
     high = 2 * low
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) <= budget else (low, middle)
-    return low
+        low, high = (middle, high) if count(middle * unit) <= budget else (low, middle)
+    return low * unit
 
 
 def _share(count: Any, budget: int) -> float | None:
@@ -70,7 +72,7 @@ def _trained(model: nn.Module, spec: Spec, option: str, size: float) -> int:
         with torch.device("meta"):
             attach(model, Spec(spec.name, {**spec.options, option: size}), name=NAME)
     except OptionError:
-        return 2**62
+        return REFUSED
     try:
         heads = {path for path, site in sites(model) if site.role.startswith(HEAD.removesuffix("*"))}
         own = {id(p): p.numel() for path, site in sites(model) if path not in heads and NAME in site.adapters for p in site.of(NAME).parameters()}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.registry import peft
-from effzoo.sites import Linear, PeftModule, Site
+from effzoo.sites import Keys, Linear, PeftModule, Site
 
 
 class ScaleOutput(PeftModule):
@@ -48,16 +48,21 @@ class IA3(Method):
     """softmax(q (l_k * k)^T / sqrt(d)) (l_v * v) and W_2 (l_ff * act(W_1 x)): three vectors per block, starting at 1.
 
     On `mlp.down` the vector multiplies the input, that is the hidden units after the activation, as in the paper; on any
-    other target it multiplies the output.
+    other target it multiplies the output. Where keys are normalised queries (LSH, the role `attn.keys`) it multiplies the normalised keys, beside
+    which queries and buckets stay as they are; that is no change of the one projection of both, so such a vector cannot be merged
+    (`targets=(attn.v*, mlp.down)` leaves it out). Rows of a prefix or a prompt's memory are not scaled: they are no projections.
     """
 
     paper = "Liu et al. 2022, Few-shot parameter-efficient fine-tuning is better and cheaper, arXiv:2205.05638, section 3.3"
-    accepts = (Linear,)
+    accepts = (Linear, Keys)
+    learning_rate = 5e-3  # factors near 1 barely move at the rates of matrices
     default_targets = ("attn.k*", "attn.v*", "mlp.down")
 
     def __init__(self, *, targets: Targets = None, layers: Layers = None):
         super().__init__(targets=targets, layers=layers)
 
     def make(self, site: Site) -> PeftModule:
+        if isinstance(site, Keys):
+            return ScaleOutput(site.dim)
         assert isinstance(site, Linear)
         return ScaleInput(site.in_features) if site.role.endswith("mlp.down") else ScaleOutput(site.out_features)

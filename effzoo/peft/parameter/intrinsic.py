@@ -145,4 +145,4 @@ class SAID(Intrinsic):
 
     paper = "Aghajanyan et al. 2020, Intrinsic dimensionality explains the effectiveness of language model fine-tuning, arXiv:2012.13255, section 3.2"
     structured = True
-    size = ""  # `within` tries small sizes first, and those that cannot hold the factors are refused
+    size = "dim"  # `within` tries small sizes first, and those that cannot hold the factors are refused

@@ -117,6 +117,7 @@ class Magnitude(Method):
         self.scope = check_choice("magnitude", "scope", scope, ("tensor", "global"))
         self.how = check_choice("magnitude", "schedule", schedule, ("cubic", "oneshot"))
         self.window = check_window("magnitude", begin, end)
+        self.settled = 0.0 if schedule == "oneshot" else end
         if not 0 <= rewind_at < 1 or rounds < 1:
             raise OptionError(f"magnitude: rewind_at is in [0, 1) and rounds at least 1, got rewind_at={rewind_at}, rounds={rounds}")
         if not rewind and (rewind_at or rounds > 1):

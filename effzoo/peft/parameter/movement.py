@@ -45,9 +45,10 @@ class Scored(Pruned):
 class Movement(Method):
     """W' = M(S) * phi: phi starts as a copy of W, the scores S at 0, both are trained; dL/dS = dL/dW' * phi.
 
-    mode: `hard`, M keeps the largest scores, and the share that is kept falls as keep + (1 - keep) (1 - t)^3; `soft`, M = 1[sigma(S) > tau] with tau rising in the same way from 0 to `threshold`, and the loss grows by
-    penalty * mean sigma(S). keep: the share of `hard`; `soft` keeps at least 0.5 % of each matrix. scope: of `hard`, the share of each `tensor` or of
-    all together (`global`). begin, end: the shares of the training between which t goes from 0 to 1. threshold, penalty: of `soft`.
+    mode: `hard`, M keeps the largest scores, and the share that is kept falls as keep + (1 - keep) (1 - t)^3; `soft`, M = 1[sigma(S) > tau]
+    with tau rising in the same way from 0 to `threshold`, and the loss grows by penalty * mean sigma(S). keep: the share of `hard`; `soft` keeps at
+    least 0.5 % of each matrix. scope: of `hard`, the share of each `tensor` or of all together (`global`). begin, end: the shares of the
+    training between which t goes from 0 to 1. threshold, penalty: of `soft`.
 
     Scores of 0 say nothing yet: the default prunes little and begins late, since a short training that prunes half of a network destroys it.
     The mask is chosen anew before every step, so a pruned weight can come back. Targets are matrices. Finished, a file holds one bit a
@@ -77,6 +78,7 @@ class Movement(Method):
         self.keep = check_share("movement", "keep", keep)
         self.scope = check_choice("movement", "scope", scope, ("tensor", "global"))
         self.window = check_window("movement", begin, end)
+        self.settled = end
         if not 0 < threshold < 1 or penalty < 0:
             raise OptionError(f"movement: threshold is in (0, 1) and penalty not negative, got threshold={threshold}, penalty={penalty}")
         self.threshold, self.weight = threshold, penalty
