@@ -7,10 +7,13 @@ from effzoo import attention, peft
 from effzoo.build import build
 from effzoo.errors import EffzooError
 from effzoo.peft import account, activate, attach, attached, detach, load_adapter, merge, save_adapter, unmerge
+from effzoo.peft import files as _files
 from effzoo.plan import Plan, plan
 from effzoo.registry import load_file, scope
 from effzoo.swap import swap_attention
 from effzoo.zoo import models
+
+_files.FOREIGN["peft"] = _files.Foreign("adapter_config.json", "effzoo.convert.peft_files")  # imported on first use
 
 if TYPE_CHECKING:
     from effzoo import checks, convert

@@ -8,8 +8,10 @@ one of the tensor file, so that another base, a truncated or an altered file is 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from effzoo.errors import AdapterError, EffzooError
+from effzoo.errors import AdapterError, EffzooError, UnknownNameError
 from effzoo.peft.attach import HEAD, _known, adapter_tensors, attach, base_tensors, detach
 from effzoo.peft.training import finish
 from effzoo.sites import PeftModule, sites
@@ -28,12 +30,36 @@ from effzoo.spec import Spec
 M = TypeVar("M", bound=nn.Module)
 FORMAT = 1
 MANIFEST = "adapter.json"
+OWN = "effzoo"
 
 
-def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "default") -> Path:
-    """Write one adapter (its head included) to a directory and return it; an adapter saved there before is replaced."""
+@dataclass(frozen=True)
+class Foreign:
+    """Files of another library. manifest: the file by which they are recognised. module: imported when they are first used; it has
+    `write(model, directory, name)` and `read(model, directory, name)`."""
+
+    manifest: str
+    module: str
+
+
+FOREIGN: dict[str, Foreign] = {}  # by name; those who know the other library put theirs here
+
+
+def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "default", format: str = OWN) -> Path:
+    """Write one adapter (its head included) to a directory and return it; an adapter of the same format that was saved there is replaced.
+
+    format: "effzoo", or "peft" for files of the `peft` package, which `effzoo.convert.peft_files` describes.
+    """
     attachment = _known(model, name)
     directory = Path(directory)
+    if format != OWN and format not in FOREIGN:
+        raise UnknownNameError("adapter format", format, [OWN, *FOREIGN])
+    for other, recognised in [(OWN, MANIFEST), *((key, foreign.manifest) for key, foreign in FOREIGN.items())]:
+        if other != format and (directory / recognised).is_file():
+            raise AdapterError(f"{directory} holds an adapter in the format of {other} ({recognised}); give this one a directory of its own")
+    if format != OWN:
+        importlib.import_module(FOREIGN[format].module).write(model, directory, name)
+        return directory
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().contiguous().cpu() for key, value in stored_tensors(model, name).items()}
     content = safetensors.torch.save(tensors)
@@ -48,8 +74,8 @@ def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "defaul
         "tensors": f"adapter-{digest[:16]}.safetensors",
         "sha256": digest,
     }
-    _write(directory / str(manifest["tensors"]), content)
-    _write(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
+    replace_file(directory / str(manifest["tensors"]), content)
+    replace_file(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
     for stale in directory.glob("adapter-*.safetensors"):
         if stale.name != manifest["tensors"]:
             stale.unlink(missing_ok=True)
@@ -59,10 +85,19 @@ def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "defaul
 def load_adapter(model: M, directory: str | Path, *, name: str | None = None) -> M:
     """Attach the adapter that `save_adapter` wrote, under its own or another name; return the model.
 
+    Files of the `peft` package are recognised; they have no name ("default" then) and cannot prove that the base is the one they were trained
+    on (`effzoo.convert.peft_files`).
+
     Raises AdapterError that names the first mismatch (another base, a truncated or altered file, missing or extra keys,
     other shapes); the model is then as it was.
     """
     directory = Path(directory)
+    found = [foreign for foreign in FOREIGN.values() if (directory / foreign.manifest).is_file()]
+    if found and (directory / MANIFEST).is_file():
+        raise AdapterError(f"{directory} holds two adapters, {MANIFEST} and {found[0].manifest}; give each a directory of its own")
+    if found:
+        importlib.import_module(found[0].module).read(model, directory, name or "default")
+        return model
     manifest, tensors = _read(directory)
     _check_base(model, manifest, directory)
     name = name or manifest["name"]
@@ -190,7 +225,8 @@ def _fill(model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Pa
                 value.copy_(tensors[key])
 
 
-def _write(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, and rename it into place."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "wb") as file:
         file.write(content)

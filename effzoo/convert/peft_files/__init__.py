@@ -1,0 +1,27 @@
+"""Adapters in the files of the `peft` package, both ways: adapter_config.json and adapter_model.safetensors.
+
+`effzoo.save_adapter(model, folder, name=..., format="peft")` writes what `peft.PeftModel.from_pretrained(twin, folder)` loads, on the model of
+transformers with the same weights (`effzoo.convert.to_transformers` of the model without adapters); `effzoo.load_adapter(model, folder)` reads
+what peft has saved. Both sides then compute the same.
+
+    ours                                            theirs
+    lora (rslora, ranks by role), dora              LORA; starts from factors of the base (pissa, olora) as a LoRA of twice the rank
+    ia3                                             IA3
+    krona                                           LOKR with full factors
+    prompt; p_tuning, prefix (without their networks)   PROMPT_TUNING; P_TUNING, PREFIX_TUNING
+    llama_adapter, gates equal in all heads         ADAPTION_PROMPT
+    the task head, other modules trained as a whole modules_to_save
+    biases beside lora                              bias="lora_only" or "all"
+
+Unlike peft, which loads what fits and warns, reading is strict: a tensor that is missing, too many or of another shape, and an option
+that effzoo has no counterpart for, is an AdapterError, and the model is then as it was. What such files cannot do is prove the base: they hold
+no hash of its weights, and `base_model_name_or_path` is a name that is only logged. Where representing the same function would need something
+that peft lacks, a sentence says so; nothing is approximated.
+
+What was trained with dropout of other kinds than ours continues without it, and optimizer states are not part of either format.
+"""
+
+from effzoo.convert.peft_files.reading import read
+from effzoo.convert.peft_files.writing import write
+
+__all__ = ["read", "write"]

@@ -1,0 +1,198 @@
+"""LoRA and DoRA in the files of peft: `lora_A` [rank, in], `lora_B` [out, rank], `lora_magnitude_vector` [out].
+
+Where their module stacks several of ours (GPT-2's c_attn holds q, k and v), ours become one low rank of theirs whose rank is the sum,
+A = [A_q; A_v] and B = diag(B_q, B_v): exactly the same function, with zeros that peft would train as well. The file's header keeps the
+ranks, so that the way back is exact; without it (a file of peft's) each of our modules gets a copy of A and its rows of B,
+which is the same function, and A is no longer shared if training goes on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from effzoo.convert.keymap import Rule
+from effzoo.convert.peft_files.patterns import number_for
+from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, parts_of, shaped, split, tidy, whole
+from effzoo.errors import AdapterError
+from effzoo.peft import Method
+from effzoo.peft.parameter.dora import Directed, DoRA
+from effzoo.peft.parameter.lora import FromBase, LoRA, LowRank, LowRankRows, LowRankTable
+from effzoo.sites import Embedding, TiedLinear
+
+LowRanks = LowRank | LowRankRows | LowRankTable | Directed
+CLASSES = (LowRank, FromBase, LowRankRows, LowRankTable, Directed)
+MAGNITUDE_TOLERANCE = 1e-5  # relative, between the norms of this base and those of the base that the file was written from
+
+
+def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
+    """An adapter of LoRA or DoRA modules; those that start from factors of the base have twice the rank, [A; A_0] and [B, -B_0]."""
+    dora = any(isinstance(module, Directed) for module in modules.values())
+    if dora and not all(isinstance(module, Directed) for module in modules.values()):
+        raise AdapterError("peft has one use_dora for a whole adapter, this one has sites of both lora and dora; save them as two adapters")
+    dropouts = {method.dropout if isinstance(method, LoRA) else 0.0 for method in methods}
+    if len(dropouts) > 1:
+        raise AdapterError(f"peft has one lora_dropout for a whole adapter, this one has {sorted(dropouts)}; attach it with one dropout")
+    rslora = all(isinstance(method, LoRA | DoRA) and method.rslora for method in methods)
+    out, ranks, alphas = Written(), {}, {}
+    for theirs, paths in whole(modules, twin).items():
+        rule = twin.rule(paths[0])
+        out.targets.append(theirs)
+        if isinstance(twin.sites[paths[0]], Embedding):
+            A, B, scale = _embedding(twin, paths[0], modules[paths[0]])
+            out.tensors |= {f"{theirs}.lora_embedding_A": A, f"{theirs}.lora_embedding_B": B}
+        else:
+            A, B, scale, own = _stacked(twin, rule, modules)
+            out.tensors |= {f"{theirs}.lora_A.weight": A, f"{theirs}.lora_B.weight": B}
+            if len(rule.ours) > 1:
+                out.parts[theirs] = own
+        if dora:
+            out.tensors[f"{theirs}.lora_magnitude_vector"] = torch.cat([_magnitude(twin, path, modules) for path in rule.ours])
+        ranks[theirs], alphas[theirs] = len(A), tidy(scale * (math.sqrt(len(A)) if rslora else len(A)))
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    out.config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {theirs: own for theirs, own in ranks.items() if own != rank},
+        "alpha_pattern": {theirs: own for theirs, own in alphas.items() if own != alpha},
+        "use_rslora": rslora,
+        "use_dora": dora,
+        "lora_dropout": dropouts.pop(),
+        "fan_in_fan_out": any(twin.rules[theirs].transposed for theirs in out.targets),
+        "bias": "none",
+        "target_modules": out.targets,
+        "init_lora_weights": True,
+    }
+    return out
+
+
+def _factors(module: LowRanks) -> tuple[Tensor, Tensor]:
+    if isinstance(module, FromBase):
+        return torch.cat([module.A, module.A0]), torch.cat([module.B, -module.B0], dim=1)
+    return module.A, module.B
+
+
+def _embedding(twin: Twin, path: str, module: object) -> tuple[Tensor, Tensor, float]:
+    assert isinstance(module, LowRankRows | LowRankTable)
+    _check_tied(twin, path)
+    return module.A, module.B, module.scale
+
+
+def _check_tied(twin: Twin, path: str) -> None:
+    """Our change of a tied table reaches the head too, peft's reaches the embedding alone."""
+    if twin.sites[path].role == "embed.token" and any(isinstance(site, TiedLinear) for site in twin.sites.values()):
+        raise AdapterError(
+            f"lora on {path}: the language-model head is tied to this table; in effzoo the change reaches both, in peft the embedding alone, so "
+            "the two cannot say the same; leave embed.token out of the targets"
+        )
+
+
+def _stacked(twin: Twin, rule: Rule, modules: Modules) -> tuple[Tensor, Tensor, float, list[int]]:
+    """One A and B for all of our modules in one of theirs, their common scale, and the rank of each."""
+    pairs, scale = [], 0.0
+    for path in rule.ours:
+        module = modules.get(path)
+        if module is None:
+            weight = twin.weight(path)
+            pairs.append((weight.new_zeros(0, weight.shape[1]), weight.new_zeros(len(weight), 0)))
+            continue
+        assert isinstance(module, LowRank | Directed)
+        scale = scale or module.scale
+        A, B = _factors(module)
+        pairs.append((A, B if module.scale == scale else B * (module.scale / scale)))
+    B = torch.block_diag(*(B for _, B in pairs))  # type: ignore[no-untyped-call]
+    return torch.cat([A for A, _ in pairs]), B, scale, [len(A) for A, _ in pairs]
+
+
+def _magnitude(twin: Twin, path: str, modules: Modules) -> Tensor:
+    module = modules.get(path)
+    return module.magnitude if isinstance(module, Directed) else twin.weight(path).norm(dim=1)
+
+
+def read(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]) -> dict[str, Wanted]:
+    """What each of our sites shall hold; `tensors` are the low-rank ones, by key without prefix."""
+    found: dict[str, Wanted] = {}
+    left = dict(tensors)
+    while left:
+        theirs = next(iter(left)).split(".lora_")[0]
+        if theirs not in twin.rules:
+            raise AdapterError(f"{next(iter(left))}: this model's twin has no module {theirs!r}; its modules begin with {next(iter(twin.rules))!r}")
+        rule = twin.rules[theirs]
+        if isinstance(twin.sites[rule.ours[0]], Embedding):
+            found |= _read_embedding(twin, config, theirs, left)
+        else:
+            found |= _read_linear(twin, config, theirs, left, parts_of(theirs, rule, parts))
+    return found
+
+
+def _take(tensors: dict[str, Tensor], key: str) -> Tensor:
+    if key not in tensors:
+        raise AdapterError(f"{key} is missing in the file; copy the whole adapter")
+    return tensors.pop(key)
+
+
+def _options(config: Config, theirs: str, rank: int, given: int) -> dict[str, object]:
+    """Our options for one module: of rank `rank` within a low rank of `given` of theirs."""
+    stated = number_for(config.get("rank_pattern") or {}, theirs, config.get("r", 8))
+    if stated != given:
+        raise AdapterError(f"{theirs} has rank {given} in the file and {stated} in its config")
+    alpha = number_for(config.get("alpha_pattern") or {}, theirs, config.get("lora_alpha", 8))
+    rslora = bool(config.get("use_rslora", False))
+    own = tidy(alpha * (math.sqrt(rank / given) if rslora else rank / given))
+    options: dict[str, object] = {"rank": rank, "alpha": own, "rslora": rslora}
+    return options if config.get("use_dora") else options | {"dropout": float(config.get("lora_dropout", 0.0))}
+
+
+def _read_embedding(twin: Twin, config: Config, theirs: str, left: dict[str, Tensor]) -> dict[str, Wanted]:
+    path = twin.rules[theirs].ours[0]
+    _check_tied(twin, path)
+    if config.get("use_dora"):
+        raise AdapterError(f"{theirs} is an embedding with use_dora=True; effzoo has DoRA for linear layers only")
+    A, B = _take(left, f"{theirs}.lora_embedding_A"), _take(left, f"{theirs}.lora_embedding_B")
+    rows, dim = twin.weight(path).shape
+    shaped(f"{theirs}.lora_embedding_A", A, len(A), rows)
+    shaped(f"{theirs}.lora_embedding_B", B, dim, len(A))
+    options = _options(config, theirs, len(A), len(A)) | {"dropout": 0.0}  # which peft does not apply to embeddings either
+    return {path: Wanted("lora", options, {"A": A, "B": B})}
+
+
+def _read_linear(twin: Twin, config: Config, theirs: str, left: dict[str, Tensor], ranks: list[int] | None) -> dict[str, Wanted]:
+    rule, dora = twin.rules[theirs], bool(config.get("use_dora", False))
+    A, B = _take(left, f"{theirs}.lora_A.weight"), _take(left, f"{theirs}.lora_B.weight")
+    weights = [twin.weight(path) for path in rule.ours]
+    outputs = sum(len(weight) for weight in weights)
+    shaped(f"{theirs}.lora_A.weight", A, len(A), weights[0].shape[1])
+    shaped(f"{theirs}.lora_B.weight", B, outputs, len(A))
+    sizes = [len(weight) for weight in weights]
+    magnitudes: Sequence[Tensor | None] = [None] * len(sizes)
+    if dora:
+        key = f"{theirs}.lora_magnitude_vector"
+        magnitudes = split(shaped(key, _take(left, key), outputs), sizes)
+    blocks = _blocks(theirs, A, B, sizes, ranks)
+    found = {}
+    for path, weight, block, magnitude in zip(rule.ours, weights, blocks, magnitudes, strict=True):
+        if block is None:
+            if magnitude is not None and not torch.allclose(magnitude.to(weight), weight.norm(dim=1), rtol=MAGNITUDE_TOLERANCE, atol=0):
+                raise AdapterError(f"{theirs}.lora_magnitude_vector: the lengths of {path}, which has no adapter, are those of another base")
+            continue
+        own = {"A": block[0], "B": block[1]} | ({} if magnitude is None else {"magnitude": magnitude})
+        found[path] = Wanted("dora" if dora else "lora", _options(config, theirs, len(block[0]), len(A)), own)
+    return found
+
+
+def _blocks(theirs: str, A: Tensor, B: Tensor, sizes: list[int], ranks: list[int] | None) -> list[tuple[Tensor, Tensor] | None]:
+    """A and B of each of our modules in one of theirs; None for one without an adapter."""
+    rows = split(B, sizes)
+    if ranks is None:
+        return [(A, own) for own in rows]
+    if sum(ranks) != len(A):
+        raise AdapterError(f"{theirs} has rank {len(A)} in the file, whose header gives ranks {ranks}; save the adapter again")
+    columns = [split(own, ranks, 1) for own in rows]
+    if any(block.any() for i, row in enumerate(columns) for j, block in enumerate(row) if i != j):
+        raise AdapterError(f"{theirs}: the file's header says that lora_B is block-diagonal, and it is not; save the adapter again")
+    return [(own, row[i]) if len(own) else None for i, (own, row) in enumerate(zip(split(A, ranks), columns, strict=True))]

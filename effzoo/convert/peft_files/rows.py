@@ -1,0 +1,74 @@
+"""Prompts and P-tuning in the files of peft: one tensor `prompt_embeddings` [rows, dim]; the encoder of P-tuning is dropped there too.
+
+The rows take the first positions in both libraries. Heads that read the first position see the first token in effzoo and the first row of
+the prompt in peft, so such models are refused. In attention with global tokens our rows are global, and peft cannot run there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, shaped
+from effzoo.errors import AdapterError
+from effzoo.peft import Method
+from effzoo.peft.input.p_tuning import PTuning
+from effzoo.peft.input.prompt import Made, Rows
+
+CLASSES = (Rows, Made)
+KEY = "prompt_embeddings"
+
+
+def check_reading(twin: Twin) -> None:
+    """AdapterError where the two libraries compute different things with the same rows."""
+    task, config = twin.model.task, twin.model.config
+    if (task == "classification" and config.pooling != "last") or (task == "features" and config.pooler and not config.causal):
+        raise AdapterError(
+            f"prompts on {config.name} for {task}: the head reads the first token (or the mean of the tokens) in effzoo, and "
+            "in peft the rows of the prompt count as tokens; no file can say the same to both. Use another task, a decoder, or another method"
+        )
+    if twin.layout.name == "longformer":
+        raise AdapterError("peft runs no prompts on Longformer, whose global_attention_mask it does not extend; use lora or ia3")
+
+
+def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
+    check_reading(twin)
+    if len(modules) != 1:
+        raise AdapterError(f"peft has one prompt, this adapter has {len(modules)}")
+    (module,) = modules.values()
+    assert isinstance(module, Rows | Made)
+    rows = module.rows()
+    config: Config = {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"}
+    if isinstance(methods[0], PTuning):
+        config = {"peft_type": "P_TUNING", "encoder_hidden_size": methods[0].hidden, "encoder_reparameterization_type": "MLP"}
+    return Written(config | sizes(twin, len(rows), twin.model.config.dim, twin.model.config.heads), {KEY: rows})
+
+
+def sizes(twin: Twin, rows: int, width: int, heads: int) -> Config:
+    """What peft wants to know of the model."""
+    return {
+        "num_virtual_tokens": rows,
+        "token_dim": width,
+        "num_attention_heads": heads,
+        "num_layers": twin.model.config.layers,
+        "num_transformer_submodules": 1,
+    }
+
+
+def read(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]) -> dict[str, Wanted]:
+    """`prompt`, or `p_tuning` that is finished already."""
+    check_reading(twin)
+    rows, width = only(tensors, KEY), twin.model.config.dim
+    shaped(KEY, rows, int(config.get("num_virtual_tokens") or len(rows)), width)
+    (path,) = (path for path, site in twin.sites.items() if site.role == "embed.token")
+    method = "p_tuning" if config["peft_type"] == "P_TUNING" else "prompt"
+    return {path: Wanted(method, {"length": len(rows)}, {"prompt": rows})}
+
+
+def only(tensors: Mapping[str, Tensor], key: str) -> Tensor:
+    """The tensor of this name, if it is the only one."""
+    for name in (key, *tensors):
+        if name not in tensors or name != key:
+            raise AdapterError(f"{name} is {'missing' if name == key else 'one too many'} in the file, which has {key} alone for this method")
+    return tensors[key]

@@ -1,0 +1,102 @@
+"""What is trained as it is: task heads and other whole modules (`modules_to_save` of peft), and biases (`bias` of its LoRA).
+
+A trained bias without its weight can travel only beside LoRA, the one method that has a `bias` option: `base_layer.bias` in a module that LoRA
+adapts, `bias` in another. Only the trained ones are written, which peft takes; if it trains on, it trains all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from effzoo.convert.peft_files.twin import Modules, Twin, Wanted, Written, parts_of
+from effzoo.errors import AdapterError
+from effzoo.peft.parameter.selected import Copy
+from effzoo.sites import Norm, TiedLinear
+
+PROMPT_LEARNING = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+HEADLESS = ("ADAPTION_PROMPT",)
+CLASSIFIERS = ("classifier", "score")  # the heads that peft saves for a prompt
+
+
+def write(twin: Twin, modules: Modules, out: Written) -> None:
+    """Add the trained copies to what is written."""
+    kind = out.config["peft_type"]
+    saved: dict[str, None] = {}
+    biases = set()
+    for path, module in modules.items():
+        assert isinstance(module, Copy)
+        rule = twin.rule(path)
+        own, base = dict(module.named_parameters()), twin.sites[path].base()
+        if len(own) == len(base) and not isinstance(twin.sites[path], TiedLinear):
+            name = rule.theirs.split(".")[0] if twin.is_head(path) and twin.outside(rule.theirs) else rule.theirs
+            saved[name] = None
+        elif set(own) == {"own_bias"}:
+            biases.add(rule.theirs)
+        else:
+            raise AdapterError(f"{path}: peft trains a whole module or its bias, this adapter trains {', '.join(own)} of {', '.join(base)}")
+    _check(twin, kind, saved, biases, out)
+    for theirs in twin.rules:
+        inside = any(theirs == name or theirs.startswith(f"{name}.") for name in saved)
+        if inside or theirs in biases:
+            clash = theirs in out.targets and inside
+            if clash:
+                raise AdapterError(f"{theirs} is trained as a whole and adapted besides; peft does one of the two")
+            middle = ".base_layer" if theirs in out.targets else ""
+            for parameter in ("weight", "bias") if inside else ("bias",):
+                tensors = _joined(twin, modules, theirs, parameter)
+                if tensors is not None:
+                    out.tensors[f"{theirs}{middle}.{parameter}"] = tensors
+                    if len(twin.rules[theirs].ours) > 1:
+                        out.parts[f"{theirs}.{parameter}"] = [int(path in modules) for path in twin.rules[theirs].ours]
+    if kind not in HEADLESS:
+        out.config["modules_to_save"] = list(saved) or None
+    if biases:
+        out.config["bias"] = "lora_only" if biases == set(out.targets) else "all"
+
+
+def _check(twin: Twin, kind: str, saved: Mapping[str, None], biases: set[str], out: Written) -> None:
+    if biases and kind != "LORA":
+        raise AdapterError(f"biases travel in peft beside LoRA only, not beside {kind}; save them as an adapter with lora")
+    if saved and kind in HEADLESS:
+        raise AdapterError(f"peft does not save the head ({', '.join(saved)}) beside {kind}; use it on a model without a task head")
+    if kind in PROMPT_LEARNING and (others := [name for name in saved if name not in CLASSIFIERS]):
+        raise AdapterError(f"beside {kind} peft saves a head called classifier or score, this adapter also trains {', '.join(others)}")
+
+
+def _joined(twin: Twin, modules: Modules, theirs: str, parameter: str) -> Tensor | None:
+    """A parameter of one of their modules, of trained copies and, where a part has none, of the base."""
+    rule, tensors = twin.rules[theirs], []
+    for path in rule.ours:
+        tensor = getattr(modules.get(path), f"own_{parameter}", twin.sites[path].base().get(parameter))
+        if tensor is None:
+            return None
+        tensors.append(tensor)
+    return rule.join(parameter, tensors)
+
+
+def read(twin: Twin, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]) -> dict[str, Wanted]:
+    """What sites of ours shall hold of whole modules and biases; `tensors` by their key without prefix and without `base_layer`."""
+    found: dict[str, Wanted] = {}
+    for key, tensor in tensors.items():
+        theirs, _, parameter = key.rpartition(".")
+        rule = twin.rules.get(theirs)
+        if rule is None or parameter not in rule.parameters:
+            raise AdapterError(f"{key} is one too many in the file: this model's twin has no such parameter")
+        trained = parts_of(key, rule, parts) or [1] * len(rule.ours)
+        for path, part, hung in zip(rule.ours, rule.split(parameter, tensor), trained, strict=True):
+            base = twin.sites[path].base().get(parameter)
+            if base is None or base.shape != part.shape:
+                needed = "has none" if base is None else f"needs {tuple(base.shape)}"
+                raise AdapterError(f"{key} has shape {tuple(tensor.shape)}, of which {path} would get {tuple(part.shape)}; this model {needed}")
+            if hung:
+                found.setdefault(path, Wanted("", {}, {})).tensors[f"own_{parameter}"] = part
+            elif not torch.equal(part.to(base), base):
+                raise AdapterError(f"{key}: {path}, which was not trained, has other values in this model; the adapter is of another base")
+    for path, wanted in found.items():
+        alone = set(wanted.tensors) == {"own_bias"} and "weight" in twin.sites[path].base()
+        norm = isinstance(twin.sites[path], Norm)
+        wanted.method = "head" if twin.is_head(path) else "bitfit" if alone else "norms" if norm else "full"
+    return found

@@ -1,0 +1,120 @@
+"""Where the modules of a model of ours are in its twin of transformers, which is what the keys of the `peft` package name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effzoo.architectures import Transformer
+from effzoo.convert.keymap import Rule
+from effzoo.convert.layouts import layout_for
+from effzoo.errors import AdapterError
+from effzoo.sites import PeftModule, Site, sites
+
+TASK_TYPES = {"features": "FEATURE_EXTRACTION", "classification": "SEQ_CLS", "token_classification": "TOKEN_CLS", "causal_lm": "CAUSAL_LM"}
+Modules = Mapping[str, PeftModule]  # what one adapter has hung, by the path of the site
+Config = dict[str, Any]
+
+
+@dataclass
+class Written:
+    """What one adapter is in their files.
+
+    config: of adapter_config.json. tensors: by key, without the prefix of the base model. targets: their modules. parts: {their module:
+    a number for each of our modules that it stacks}, the rank that each has of a common low rank, say; 0 for one without adapter.
+    """
+
+    config: Config = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    targets: list[str] = field(default_factory=list)
+    parts: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass
+class Wanted:
+    """What a site of ours shall hold: a method with its options, and the tensors of its module by name."""
+
+    method: str
+    options: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+class Twin:
+    """A model of ours and the module paths of the model of transformers that computes the same.
+
+    Raises AdapterError for a model of another architecture, ConversionError where transformers has no such model.
+    """
+
+    def __init__(self, model: nn.Module):
+        if not isinstance(model, Transformer):
+            raise AdapterError(
+                f"the files of peft name the modules of a model of transformers, and effzoo knows them for its Transformer, not for "
+                f"{type(model).__name__}; save and load with format='effzoo'"
+            )
+        self.model = model
+        self.layout = layout_for(model)
+        self.rules = {rule.theirs: rule for rule in self.layout.rules(model.config.layers, model.task, model.task) if rule.axis is None}
+        self.sites: dict[str, Site] = dict(sites(model))
+        self.theirs = {path: rule for rule in self.rules.values() for path in rule.ours if path in self.sites}
+
+    def rule(self, path: str) -> Rule:
+        """The rule for one of our modules. AdapterError when their model has no such module."""
+        if path not in self.theirs:
+            raise AdapterError(f"{path} has no module of its own in {self.layout.classes[self.model.task]} of transformers, so peft cannot adapt it")
+        return self.theirs[path]
+
+    def weight(self, path: str) -> Tensor:
+        """The base weight of one of our modules."""
+        weight = self.sites[path].weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
+
+    def is_head(self, path: str) -> bool:
+        return self.sites[path].role.startswith("head.")
+
+    def outside(self, theirs: str) -> bool:
+        """Whether one of their modules lies outside the body, in the head of the task."""
+        return bool(self.layout.base(self.model.task)) and not theirs.startswith(self.layout.base(self.model.task))
+
+    @property
+    def task_type(self) -> str | None:
+        return TASK_TYPES.get(self.model.task)
+
+
+def whole(modules: Mapping[str, Any], twin: Twin) -> dict[str, list[str]]:
+    """{their module: our modules in it that have an adapter}, in their order."""
+    found: dict[str, list[str]] = {}
+    for path in modules:
+        found.setdefault(twin.rule(path).theirs, []).append(path)
+    return found
+
+
+def split(tensor: Tensor, sizes: Sequence[int], dim: int = 0) -> list[Tensor]:
+    """Parts of these sizes."""
+    return list(torch.split(tensor, list(sizes), dim))
+
+
+def tidy(number: float) -> float | int:
+    """A whole number as an int, also when rounding has moved it by a few units in the last place."""
+    return round(number) if abs(number - round(number)) <= 1e-12 * max(1.0, abs(number)) else number
+
+
+def shaped(key: str, tensor: Tensor, *shape: int) -> Tensor:
+    """The tensor, if it has this shape; AdapterError otherwise."""
+    if tuple(tensor.shape) != shape:
+        raise AdapterError(f"{key} has shape {tuple(tensor.shape)}, this model needs {shape}")
+    return tensor
+
+
+def parts_of(theirs: str, rule: Rule, parts: Mapping[str, list[int]]) -> list[int] | None:
+    """The numbers that a file of ours gives for the modules stacked in one of theirs, or None. AdapterError when they do not fit."""
+    given = parts.get(theirs)
+    if given is not None and (
+        not isinstance(given, list) or len(given) != len(rule.ours) or not all(isinstance(n, int) and n >= 0 for n in given) or not any(given)
+    ):
+        raise AdapterError(f"the file's header says {given!r} for {theirs}, which stacks {len(rule.ours)} modules; save the adapter again")
+    return given

@@ -1,0 +1,94 @@
+"""From an adapter of ours to the files of peft."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from effzoo.convert.peft_files import selected
+from effzoo.convert.peft_files.kinds import KINDS, Kind
+from effzoo.convert.peft_files.twin import Twin, Written
+from effzoo.errors import AdapterError, listing
+from effzoo.peft import Method, PeftModule, attached
+from effzoo.peft.files import replace_file
+from effzoo.peft.parameter.selected import Copy
+
+CONFIG, WEIGHTS, HEADER = "adapter_config.json", "adapter_model.safetensors", "effzoo"
+
+
+def write(model: nn.Module, directory: Path, name: str) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, which `peft.PeftModel.from_pretrained(twin, directory)` loads.
+
+    twin: the model of transformers with the same weights, as `effzoo.convert.to_transformers` makes it of the model without adapters. The
+    weights are written before the config, so a reader finds no config of weights that are not there. Raises AdapterError, and writes nothing,
+    for what peft has no counterpart for.
+    """
+    twin = Twin(model)
+    hung: dict[str, tuple[Method, PeftModule]] = {}
+    copies: dict[str, PeftModule] = {}
+    for method, paths in attached(model)[name].methods:
+        for path in paths:
+            module = twin.sites[path].of(name)[method.name]
+            assert isinstance(module, PeftModule)
+            if isinstance(module, Copy):
+                if path in copies:
+                    raise AdapterError(f"{path} is trained by two methods of this adapter; peft trains it once")
+                copies[path] = module
+            elif path in hung:
+                raise AdapterError(f"{path} has two methods, {hung[path][0].name} and {method.name}; a peft adapter is of one method")
+            else:
+                hung[path] = method, module
+    kind = _kind(hung, attached(model)[name].spec)
+    methods = list(dict.fromkeys(method for method, _ in hung.values()))
+    with torch.no_grad():
+        out = kind.write(twin, {path: module for path, (_, module) in hung.items()}, methods)
+        selected.write(twin, copies, out)
+    out.config |= {
+        "task_type": None if _adapts_classifier(out) else twin.task_type,
+        "base_model_name_or_path": None,
+        "revision": None,
+        "inference_mode": True,
+    }
+    _files(directory, out)
+
+
+def _adapts_classifier(out: Written) -> bool:
+    """Whether the method hangs on the classifier itself: peft would train it as a whole instead if it knew the task."""
+    return any(set(theirs.split(".")) & set(selected.CLASSIFIERS) for theirs in out.targets)
+
+
+def _kind(hung: dict[str, tuple[Method, PeftModule]], spec: str) -> Kind:
+    """The one kind of all modules."""
+    found: dict[int, Kind] = {}
+    for path, (method, module) in hung.items():
+        kinds = [kind for kind in KINDS if type(module) in kind.classes]
+        if not kinds:
+            raise AdapterError(
+                f"{method.name} on {path} has no counterpart in the format of peft, which takes lora, dora, ia3, krona, prompt, p_tuning, prefix and "
+                "llama_adapter; save it with format='effzoo', or merge it and convert the model"
+            )
+        found[id(kinds[0])] = kinds[0]
+    if len(found) != 1:
+        known = listing(kind.peft_types[0] for kind in found.values())
+        reason = f"this one has {known}" if found else "this one only trains weights that the model has already"
+        raise AdapterError(f"a peft adapter is of exactly one method of its own, and {reason} ({spec}); save it with format='effzoo'")
+    return next(iter(found.values()))
+
+
+def _files(directory: Path, out: Written) -> None:
+    prompt = out.config["peft_type"] in selected.PROMPT_LEARNING
+    tensors = {}
+    for key, value in out.tensors.items():
+        full = key if key in ("prompt_embeddings",) else f"base_model.{key}" if prompt else f"base_model.model.{key}"
+        tensors[full] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    metadata = {"format": "pt"} | ({HEADER: json.dumps({"parts": out.parts})} if out.parts else {})
+    config: dict[str, Any] = dict(sorted(out.config.items()))
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / CONFIG).unlink(missing_ok=True)
+    replace_file(directory / WEIGHTS, safetensors.torch.save(tensors, metadata))
+    replace_file(directory / CONFIG, json.dumps(config, indent=2).encode())
