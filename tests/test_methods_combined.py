@@ -10,7 +10,7 @@ import effzoo
 from effzoo.attention import Mask
 from effzoo.checks.attention import Subject as Kind
 from effzoo.checks.models import Case, logits
-from effzoo.errors import IncompatiblePeft, OptionError
+from effzoo.errors import IncompatibleError, IncompatiblePeft, OptionError
 from effzoo.peft import training
 from effzoo.peft.combined.s4 import group_of
 from effzoo.sites import Seen, sites
@@ -183,6 +183,18 @@ def test_a_causal_language_model_is_refused_and_a_causal_classifier_is_not(tiny)
     effzoo.build("gpt2", task="classification", peft="unipelt", **sizes)
 
 
+def test_gates_can_be_averaged_over_adapters_but_not_chosen_by_row(tiny):
+    model = effzoo.attach(build(tiny, peft=UNIPELT), UNIPELT, name="second").eval()
+    outs = []
+    for names in (("default",), ("second",)):
+        outs.append(effzoo.activate(model, *names)(**batch()).logits)
+    both = effzoo.activate(model, "default", "second", combine="average")(**batch()).logits
+    assert all(not torch.allclose(both, out, atol=1e-6) for out in outs)
+    effzoo.activate(model, rows=["default", "second", "default"])
+    with pytest.raises(IncompatibleError, match="rows that differ by example cannot be chosen by row"):
+        model(**batch())
+
+
 def test_deep_prompts_beside_unipelt_read_through_its_gated_lora(tiny):
     """Rows that belong to no example: their own gate is the mean over all of them."""
     model = build(tiny, peft="unipelt|deep_prompt[length=3]")
@@ -306,14 +318,15 @@ def test_trainable_parameters_are_the_closed_form(tiny, spec, attention, count):
     assert account.trainable == account.stored == count + HEAD and account.changed is None
 
 
-def test_flat_prefixes_of_combinations_learn_faster_than_the_rest(tiny):
-    for spec, own in (("mam[form=flat]", ""), ("unipelt", "prefix."), ("s4", "")):
+def test_every_part_of_a_combination_has_a_rate_that_suits_it(tiny):
+    """Keys and values ten times the rest; the wide adapter of MAM, whose output is scaled by 4, a tenth."""
+    for spec, slow in (("mam[form=flat]", ("down", "up")), ("mam", ("down", "up")), ("unipelt", ()), ("s4", ())):
         model = build(tiny, peft=spec)
         method, rates = spec.partition("[")[0], training.learning_rates(model)
-        slow = effzoo.peft.get(method).learning_rate
-        for name, rate in rates.items():
-            if f".{method}." in name:
-                assert rate == slow * (20 if name.endswith((f"{own}keys", f"{own}values")) else 1), name
+        own = {name.partition(f".{method}.")[2].removeprefix("prefix."): rate for name, rate in rates.items() if f".{method}." in name}
+        for name, rate in own.items():
+            factor = 10 if name in ("keys", "values") else 0.1 if name.startswith(slow or ("none",)) else 1
+            assert rate == pytest.approx(1e-3 * factor), name
 
 
 @pytest.mark.parametrize("spec", ["mam[length=0]", "mam[bottleneck=0]", "unipelt[rank=0]", "unipelt[bottleneck=0]", "s4[rank=0]", "s4[length=0]"])

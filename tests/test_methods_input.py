@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import effzoo
-from effzoo.attention import Mask
+from effzoo.attention import Cache, Mask
 from effzoo.checks.attention import Subject as Kind
 from effzoo.checks.subject import BATCH, HEADS, WIDTH, cut, draw, gradients, live, masks, memory_rows
 from effzoo.errors import IncompatibleError, InputError, OptionError
@@ -259,6 +259,33 @@ def test_activations_are_what_the_base_makes_of_the_first_tokens(tiny, name, len
         for got, linear in ((own.keys, block.attn.k), (own.values, block.attn.v)):
             heads = F.linear(rows, linear.weight, linear.bias).unflatten(-1, (-1, D // 2)).transpose(0, 1)
             assert torch.allclose(got, heads, rtol=0, atol=1e-12)
+
+
+def test_grouped_keys_start_as_the_mean_of_projections_that_are_not_grouped(tiny):
+    """LSH compares with qk, which cannot be grouped; its memory has a key for each group of queries."""
+    kept = {key: tiny[key] for key in ("dim", "layers", "heads", "mlp", "vocab", "max_length")}
+    model = effzoo.build(
+        "llama", attention="lsh[chunk=8]", kv_heads=1, peft="prefix[length=3]", task="classification", num_labels=LABELS, **kept
+    ).double()
+    effzoo.peft.calibrate(model, [batch()])
+    own, attn = module(model, "blocks.0.attn.memory", "prefix"), model.blocks[0].attn
+    x = model.blocks[0].attn_norm(model.embeddings(batch()["input_ids"])[0])[0, :3]
+    assert torch.allclose(own.keys[0], attn.qk(x).unflatten(-1, (2, -1)).mean(dim=1), atol=1e-12) and own.keys.shape == (1, 3, D // 2)
+
+
+@pytest.mark.parametrize("attention", ["full", "longformer[window=6]", "local[chunk=4]", "lsh[chunk=4, stable=true]"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_decoding_with_a_cache_computes_the_same(tiny, name, attention):
+    kept = {key: tiny[key] for key in ("dim", "layers", "heads", "mlp", "vocab", "max_length")}
+    more = {"kv_heads": 2} if name == "llama" else {}
+    spec = "deep_prompt[length=3]|llama_adapter[length=2, skip=0]|prefix[length=2, softmax=own]|ipt[length=2]"
+    model = effzoo.build(name, attention=attention, task="causal_lm", peft=spec, **kept, **more).double().eval()
+    for key, parameter in model.named_parameters():
+        if key.endswith("gate"):
+            torch.nn.init.ones_(parameter)
+    ids, cache = batch(12)["input_ids"], Cache()
+    parts = [model(input_ids=ids[:, start:stop], cache=cache).logits for start, stop in ((0, 5), (5, 6), (6, 10), (10, 12))]
+    assert torch.allclose(torch.cat(parts, dim=1), model(input_ids=ids).logits, rtol=0, atol=1e-10)
 
 
 def test_activations_need_data_and_leave_the_module_as_before_when_the_model_fails(tiny):

@@ -29,7 +29,7 @@ class MAM(Method):
     default_targets = ("attn.memory", "mlp.branch")
     size = "bottleneck"
     learning_rate = 1e-3
-    rates = {"keys": 20.0, "values": 20.0}
+    rates = {"down.*": 0.1, "up.*": 0.1, "keys": 10.0, "values": 10.0}  # one step moves the adapter's output by about its width times s
 
     def __init__(
         self,

@@ -58,7 +58,7 @@ class S4(Method):
     default_targets = ("attn.*", "mlp.*")
     size = "bottleneck"
     learning_rate = 1e-3
-    rates = {"keys": 20.0, "values": 20.0}
+    rates = {"keys": 10.0, "values": 10.0}
 
     def __init__(self, *, bottleneck: int = 16, rank: int = 8, length: int = 16, layers: Layers = None):
         super().__init__(layers=layers)

@@ -104,7 +104,7 @@ class UniPELT(Method):
     default_targets = ("attn.memory", "attn.q*", "attn.v*", "mlp.branch")
     size = "bottleneck"
     learning_rate = 1e-3
-    rates = {"prefix.keys": 20.0, "prefix.values": 20.0}
+    rates = {"prefix.keys": 10.0, "prefix.values": 10.0}
 
     def __init__(
         self,
