@@ -1,8 +1,8 @@
 """Sites: the places of a model where a PEFT module can be hung.
 
 Everything with a weight is a site (Linear, LayerNorm, RMSNorm, Embedding, TiedLinear); two weightless Branch sites per block see what a
-sub-layer adds to the residual stream, and one Memory site per attention layer holds extra keys and values. A site is a
-thin subclass that owns an empty ModuleDict, so hanging a module on it renames no base key: new keys contain
+sub-layer adds to the residual stream, and one Memory site per attention layer holds extra keys and values (where keys are normalised, a Keys
+site sees them afterwards). A site is a thin subclass that owns an empty ModuleDict, so hanging a module on it renames no base key: new keys contain
 `.adapters.<adapter name>.<method name>.`.
 
 A module enters a site through a door, by overriding its method (unified view: He et al. 2022, arXiv:2110.04366):
@@ -418,6 +418,28 @@ class Branch(Site):
         dtype = y.dtype
         for module in modules:
             y = module.joined(x, y, valid).to(dtype)
+        return y
+
+
+class Keys(Site):
+    """The keys of an attention that normalises them, [batch, n, dim], heads side by side: what a vector that scales keys must be applied to.
+
+    Before the normalisation its length would cancel, and where queries are keys it would change the queries too.
+    """
+
+    def __init__(self, dim: int, *, role: str, layer: int | None = None):
+        super().__init__()
+        self._open(role, layer)
+        self.dim = dim
+
+    def forward(self, keys: Tensor) -> Tensor:
+        return self.combined(keys) if self.active else keys
+
+    def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
+        (keys,) = inputs
+        dtype, y = keys.dtype, keys
+        for module in modules:
+            y = module.after(keys, y).to(dtype)
         return y
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,6 +15,7 @@ from effzoo.attention.hashing import Sorted, Standing, automatic, buckets_of, dr
 from effzoo.attention.kernel import Part, bias_of
 from effzoo.errors import InputError, OptionError
 from effzoo.registry import attention
+from effzoo.sites import Keys
 
 
 @attention.register("lsh", "reformer")
@@ -41,6 +43,7 @@ class LSH(AttentionCore):
     smaller buckets, so the value of a causal output may change when the sequence grows, though its gradient with respect to later inputs is
     exactly 0. Decoding with a cache equals the forward pass in the newest rows, always; in all rows, and so through several layers, when stable.
 
+    The normalised keys pass a site with the role `attn.keys`, so that a method can scale keys and leave queries, and buckets, as they are.
     Memory keys are normalised as all keys are, and every query sees them in every round (once, when pairs count once). Padding sees them alone.
     Copied from another kind, the shared projection starts as that of the queries, since they decide what is looked for.
     """
@@ -85,6 +88,7 @@ class LSH(AttentionCore):
         self.within_buckets, self.count_once, self.circular, self.stable = within_buckets or stable, count_once, circular, stable
         if not stable:
             self.later_values_matter = "a chunk border depends on how many later tokens have smaller buckets; lsh[stable=true] has no borders"
+        self.keys = Keys(context.heads * context.head_dim, role="attn.keys", layer=context.layer)
         self._seed: int | None = seed
         self.register_buffer("rotations", self._draw(range(0)), persistent=False)
         self.rounds = rounds
@@ -132,7 +136,7 @@ class LSH(AttentionCore):
         return 1 if self.count_once else self._rounds
 
     def forward(self, qk: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:  # type: ignore[override]
-        n, k = qk.shape[2], _normalised(qk)
+        n, k = qk.shape[2], self._keys(qk)
         if n <= self.chunk and not (self.within_buckets or self.circular):  # every round would see everything once
             parts, seen = self._one_chunk(qk, k, v, mask)
             out = self.attend(*parts, _memory_part(qk, memory, 1))
@@ -144,6 +148,11 @@ class LSH(AttentionCore):
         alone = (~seen if mask.valid is None else ~seen & mask.valid[:, None, :]).expand(v.shape[:3])
         weight = F.dropout(alone.to(v.dtype), self.dropout)  # of their own value: all there is, and `out` is 0 there
         return out + weight.unsqueeze(-1) * v
+
+    def _keys(self, qk: Tensor) -> Tensor:
+        """k, [batch, heads, n, head_dim]: normalised, and then what is hung on their site."""
+        k = _normalised(qk)
+        return rearrange(self.keys(rearrange(k, "b h n d -> b n (h d)")), "b n (h d) -> b h n d", h=k.shape[1]) if self.keys.active else k
 
     def _one_chunk(self, qk: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[list[Part], Tensor]:
         """Full attention without the diagonal, and which queries saw a key, bool[batch or 1, 1, n]."""
@@ -251,7 +260,7 @@ class LSH(AttentionCore):
         buckets = self._padding_last(state["buckets"].transpose(0, 1), mask)
         counts = self._counts(buckets, sort(buckets)[1], past["qk"].shape[2], mask, memory is not None)
         bias = counts.to(torch.promote_types(qk.dtype, torch.float32)).log().to(qk.dtype)
-        return self.attend(Part(qk, _normalised(state["qk"]), state["v"], bias, scale=1.0), _memory_part(qk, memory, self._times)), state
+        return self.attend(Part(qk, self._keys(state["qk"]), state["v"], bias, scale=1.0), _memory_part(qk, memory, self._times)), state
 
     def _counts(self, buckets: Tensor, place: Tensor, start: int, mask: Mask, remembers: bool) -> Tensor:
         """The definition: how often query i >= start sees key j, int[batch, heads, n - start, n].
@@ -284,7 +293,7 @@ class LSH(AttentionCore):
         position = torch.arange(n, device=qk.device)
         mine, other = buckets[..., :, None], buckets[..., None, :]
         place = ((other < mine) | ((other == mine) & (position < position[:, None]))).sum(dim=-1)  # how many stand before
-        logits = (qk @ _normalised(qk).transpose(-1, -2)) + self._counts(buckets, place, 0, mask, memory is not None).to(qk.dtype).log()
+        logits = (qk @ self._keys(qk).transpose(-1, -2)) + self._counts(buckets, place, 0, mask, memory is not None).to(qk.dtype).log()
         if memory is not None:
             keys, values = (x.expand(qk.shape[0], *x.shape[-3:]) for x in memory)
             logits = torch.cat([qk @ _normalised(keys).transpose(-1, -2) + math.log(self._times), logits], dim=-1)
