@@ -29,7 +29,6 @@ class MAM(Method):
     default_targets = ("attn.memory", "mlp.branch")
     size = "bottleneck"
     learning_rate = 1e-3
-    rates = {"down.*": 0.1, "up.*": 0.1, "keys": 10.0, "values": 10.0}  # one step moves the adapter's output by about its width times s
 
     def __init__(
         self,
@@ -45,6 +44,8 @@ class MAM(Method):
         super().__init__(layers=layers)
         self.prefix = Prefix(length=length, form=form, hidden=hidden, init=init)
         self.adapter = ScaledParallel(bottleneck=bottleneck, scale=scale)
+        narrow = min(1.0, 256 / abs(bottleneck * scale))  # a step moves the adapter's output by about the rate times bottleneck times s
+        self.rates = {"down.*": narrow, "up.*": narrow, "keys": 10.0, "values": 10.0}  # type: ignore[misc]
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         self.prefix.prepare(model, {path: site for path, site in found.items() if isinstance(site, Memory)})
