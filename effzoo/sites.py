@@ -158,7 +158,7 @@ class Site(nn.Module):
             return found
 
         by_row = torch.vmap(one, in_dims=places, randomness="different")
-        y: Tensor = by_row(own, *inputs)
+        y: Tensor = by_row(own, *inputs)  # type: ignore[arg-type]
         if int(choice.min()) >= 0:
             return y
         without = (choice < 0).view(-1, *[1] * (y.ndim - 1))
@@ -474,11 +474,11 @@ class Memory(Site):
 class Side(Site):
     """The one place for a second network beside the blocks (ladder side-tuning).
 
-    width: of the states between the blocks. depth: how many blocks there are. narrow: factor -> as many blocks, `factor` times narrower, with
-    the model's own attention, and their width.
+    width: of the states between the blocks. depth: how many blocks there are. narrow: factor, layers -> blocks `factor` times narrower with the
+    attention of these layers, and their width; what the blocks share is in the first that uses it.
     """
 
-    def __init__(self, width: int, depth: int, narrow: Callable[[int], tuple[nn.ModuleList, int]], *, role: str = "side"):
+    def __init__(self, width: int, depth: int, narrow: Callable[[int, Sequence[int]], tuple[nn.ModuleList, int]], *, role: str = "side"):
         super().__init__()
         self._open(role, None)
         self.width, self.depth, self.narrow = width, depth, narrow

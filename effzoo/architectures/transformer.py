@@ -177,8 +177,9 @@ class Transformer(nn.Module):
         return Mask(valid, is_global, positions, decisions={} if again and torch.is_grad_enabled() else None)
 
 
-def _narrow(config: Config, factor: int) -> tuple[nn.ModuleList, int]:
-    """Blocks of the same kind with plain residuals, `factor` times narrower, and their width: a multiple of the heads, even if rotated."""
+def _narrow(config: Config, factor: int, layers: Sequence[int]) -> tuple[nn.ModuleList, int]:
+    """Blocks like those of the given layers with plain residuals, `factor` times narrower, and their width: a multiple of the heads, even if
+    rotated."""
     unit = config.heads * (2 if config.positions == "rotary" else 1)
     dim = max(-(-8 // unit), config.dim // factor // unit) * unit  # at least 8: a norm over fewer leaves nothing to learn
     slim = dataclasses.replace(
@@ -186,7 +187,8 @@ def _narrow(config: Config, factor: int) -> tuple[nn.ModuleList, int]:
         positions="rotary" if config.positions == "rotary" else "none",
     )  # fmt: skip
     shared: dict[str, Any] = {}
-    blocks = nn.ModuleList(Transformer._block(slim, layer, spec, shared) for layer, spec in enumerate(attention_specs(slim)))
+    specs = attention_specs(slim)
+    blocks = nn.ModuleList(Transformer._block(slim, layer, specs[layer], shared) for layer in layers)
     blocks.apply(Transformer._initialise)
     for block in blocks:
         block.attn.core.initialise()  # type: ignore[union-attr, operator]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from effzoo.errors import OptionError
+from effzoo.peft.function.slices import slice_blocks
 from effzoo.peft.method import Method
 from effzoo.registry import peft
-from effzoo.sites import PeftModule, Side, Site
+from effzoo.sites import Branch, PeftModule, Side, Site, sites
 
 TEMPERATURE = 0.1
 
@@ -23,11 +24,10 @@ class Ladder(PeftModule):
     The output is s_L + U norm(h), or U norm(h) alone.
     """
 
-    def __init__(self, site: Side, reduction: int, every: int, skip: bool):
+    def __init__(self, site: Side, reduction: int, every: int, skip: bool, backbone: Sequence[nn.Module] | None):
         super().__init__()
-        blocks, dim = site.narrow(reduction)
         self.places = list(range(every - 1, site.depth, every))
-        self.blocks = nn.ModuleList(blocks[place] for place in self.places)
+        self.blocks, dim = site.narrow(reduction, self.places)
         self.first = nn.Linear(site.width, dim)
         self.downs = nn.ModuleList(nn.Linear(site.width, dim) for _ in self.places)
         self.alpha = nn.Parameter(torch.zeros(len(self.places)))
@@ -38,6 +38,20 @@ class Ladder(PeftModule):
         if skip:
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
+        if backbone is not None:
+            self.prune(backbone)
+
+    @torch.no_grad()
+    def prune(self, backbone: Sequence[nn.Module]) -> None:
+        """Start as a slice of the backbone: of its most important channels, which the projections of the states pick."""
+        kept = slice_blocks(list(self.blocks), backbone, self.places)
+        width = next(site.dim for _, site in sites(backbone[0]) if isinstance(site, Branch))
+        streams = self.first.in_features // width  # two in a reversible backbone: their mean
+        rows = torch.arange(len(kept), device=kept.device)
+        for linear in (self.first, *self.downs):
+            weight = cast(nn.Linear, linear).weight.zero_()
+            for stream in range(streams):
+                weight[rows, stream * width + kept] = 1 / streams
 
     def beside(self, states: Sequence[Tensor], mask: Any) -> Tensor:
         mask = dataclasses.replace(mask, decisions=None)  # discrete choices are remembered by layer, and these are other layers
@@ -55,9 +69,12 @@ class LadderSideTuning(Method):
 
     reduction: how many times narrower. every: a side block beside each so many blocks (the paper drops a quarter of them). skip: add the result to
     the backbone's last state, from 0 on, so that attaching changes nothing and little data is enough; `false` is the paper's form, in which
-    the side network alone makes the output and starts from a pruned copy of the backbone, here from random weights.
+    the side network alone makes the output. init: "random"; "pruned", the side blocks start as slices of the backbone's blocks, of the channels
+    whose weights have the largest squares (section 3.3; the paper ranks them by Fisher information, too), and the projections of the states
+    start by picking just these channels (the paper: at random).
 
-    Nothing of the backbone is stored for the backward pass: memory is that of the narrow blocks and one state per block.
+    Nothing of the backbone is stored for the backward pass: memory is that of the narrow blocks and one state per block. There is no cache for
+    decoding. Models without a `side` site (the Perceiver, whose blocks do not stand in one row) refuse it.
     """
 
     paper = "Sung et al. 2022, LST: Ladder side-tuning for parameter and memory efficient transfer learning, arXiv:2206.06522, section 3"
@@ -66,14 +83,18 @@ class LadderSideTuning(Method):
     zero_gradient = {"*.attn.k*.bias": "softmax does not change when one number is added to all scores of a query, so key biases have none"}
     learning_rate = 1e-3
 
-    def __init__(self, *, reduction: int = 8, every: int = 1, skip: bool = True):
+    def __init__(self, *, reduction: int = 8, every: int = 1, skip: bool = True, init: Literal["random", "pruned"] = "pruned"):
         super().__init__()
         if reduction < 1 or every < 1:
             raise OptionError(f"ladder: reduction and every are at least 1, got reduction={reduction}, every={every}")
-        self.reduction, self.every, self.skip, self.identity_at_init = reduction, every, skip, skip
+        self.reduction, self.every, self.skip, self.init, self.identity_at_init = reduction, every, skip, init, skip
+
+    def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
+        self.backbone = list(cast(nn.ModuleList, model.get_submodule("blocks"))) if self.init == "pruned" else None
 
     def make(self, site: Site) -> PeftModule:
         assert isinstance(site, Side)
         if self.every > site.depth:
             raise OptionError(f"ladder: every={self.every} leaves no side block beside {site.depth} blocks; give at most {site.depth}")
-        return Ladder(site, self.reduction, self.every, self.skip)
+        backbone, self.backbone = self.backbone, None  # looked at once, and not held
+        return Ladder(site, self.reduction, self.every, self.skip, backbone)
