@@ -9,10 +9,12 @@ import typer
 from rich.text import Text
 
 from effzoo import plots, zoo
+from effzoo.architectures import Transformer
 from effzoo.cli import describe
 from effzoo.cli.terminal import app, console, heading, pairs, say, table
 from effzoo.errors import OptionError, UnknownNameError
 from effzoo.peft import account as account_of
+from effzoo.peft.survey import survey as survey_of
 from effzoo.registry import View, attention, peft
 from effzoo.sites import Site
 from effzoo.spec import Spec, parse_one
@@ -105,15 +107,51 @@ def account(
     peft: Peft = None,
     attention: Attention = None,
     num_labels: Annotated[int | None, typer.Option(help="With a classification head of so many labels, which every adapter trains.")] = None,
+    survey: Annotated[bool, typer.Option("--survey", help="Count the 22 methods of a published survey instead, beside its numbers.")] = False,
 ) -> None:
     """Count what a method trains, stores and changes on a model, without loading any weights.
 
     Example:  effzoo account longformer --peft "lora\\[rank=8]|prefix\\[length=16]"
     """
+    if survey:
+        if peft is not None:
+            raise OptionError("--survey counts methods of its own; leave --peft out")
+        _survey(describe.on_meta(model, attention=attention))
+        return
     head: dict[str, Any] = {} if num_labels is None else {"task": "classification", "num_labels": num_labels}
     built = describe.on_meta(model, attention=attention, peft=peft, **head)
     used = built.config.attention if isinstance(built.config.attention, str) else describe.kinds(built.config.attention)
     say(heading(f"{built.config.name} with {used} attention, {peft or 'no adapter'}"), str(account_of(built)))
+
+
+def _survey(model: Transformer) -> None:
+    rows = table(
+        "method", "trained %", "survey", "changed %", "survey", "rank", "stored bytes", "FLOPs +%", right=("trained %", "changed %", "FLOPs +%")
+    )
+    refused = []
+    for row in survey_of(model):
+        if row.account is None or row.flops is None:
+            refused.append(f"{row.published.name}: {row.refused}")
+            continue
+        of, published = row.account, row.published
+        changed = "-" if of.changed is None else f"{100 * of.changed / of.total:.3g}"
+        rank = "-" if of.rank is None else str(of.rank)
+        cells = (
+            published.spec,
+            f"{of.percent:.3g}",
+            published.trained,
+            changed,
+            published.changed,
+            rank,
+            f"{of.stored_bytes:,}",
+            f"{row.flops.extra:.2g}",
+        )
+        rows.add_row(*map(Text, cells))
+    say(heading(f"{model.config.name}, {sum(p.numel() for p in model.parameters()):,} parameters"), rows)
+    say("\nsurvey: Lialin et al. 2023, arXiv:2303.15647v1, over many models. changed: entries of the base after merging, - where nothing merges;")
+    say("rank: bound on the change of a matrix; stored: before training ends; FLOPs: at inference, merged where that is possible, 128 tokens.")
+    for refusal in refused:
+        say(f"refused: {refusal}")
 
 
 def _show_model(spec: Spec) -> None:

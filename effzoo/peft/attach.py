@@ -245,12 +245,12 @@ def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     """The tensors of one adapter, by their key in the model; what several modules share appears once."""
     _known(model, name)
+    own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    identity = {key: id(tensor) for key, tensor in own}
     tensors: dict[str, torch.Tensor] = {}
-    seen: set[tuple[Any, ...]] = set()
+    seen: set[int] = set()
     for key, value in model.state_dict().items():
-        if f".adapters.{name}." in f".{key}":
-            place = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() and not value.is_meta else (key,)
-            if place not in seen:
-                seen.add(place)
-                tensors[key] = value
+        if f".adapters.{name}." in f".{key}" and identity[key] not in seen:
+            seen.add(identity[key])
+            tensors[key] = value
     return tensors

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from effzoo.errors import EffzooError
@@ -73,7 +74,8 @@ def survey(model: nn.Module, length: int = 128) -> list[Surveyed]:
     rows = []
     for published in SURVEY:
         try:
-            attach(model, published.spec, name=NAME)
+            with torch.device(next(model.parameters()).device):
+                attach(model, published.spec, name=NAME)
         except EffzooError as refusal:
             rows.append(Surveyed(published, refused=str(refusal)))
             continue
