@@ -82,6 +82,8 @@ MODELS = {
     "gpt2-tokens": lambda: gpt2(transformers.GPT2ForTokenClassification),
     "llama": of_llama,
     "llama-cls": lambda: of_llama(transformers.LlamaForSequenceClassification),
+    "qwen3": lambda: of_llama(transformers.Qwen3ForCausalLM, head_dim=8),
+    "roberta-tokens": lambda: of_bert(transformers.RobertaForTokenClassification, pad_token_id=1),
     "llama-heads": lambda: of_llama(kv_heads=2),
     "mistral": lambda: of_llama(transformers.MistralForCausalLM, sliding_window=4),
 }
@@ -259,6 +261,8 @@ INPUT = [
     ("bert-tokens", "prompt[length=3]", peft.PromptTuningConfig(task_type="TOKEN_CLS", num_virtual_tokens=3)),
     ("llama", "p_tuning[length=2, encoder=lstm]", peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=5)),
     ("llama-cls", "prompt[length=2]", peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)),
+    ("roberta-tokens", "prompt[length=3]", peft.PromptTuningConfig(task_type="TOKEN_CLS", num_virtual_tokens=3)),
+    ("qwen3", "prefix[length=3]", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
     ("gpt2", "prefix[length=4]", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
     (
         "gpt2-cls",
@@ -303,7 +307,7 @@ def test_rows_from_here_give_the_same_logits_in_peft_and_read_again_here(name, s
     close(logits(theirs, batch, cut(name, spec)), expected, tolerance(name))
     assert (logits(base, batch) - expected).abs().max() > 1e-3, "the adapter changes nothing"
     again = effzoo.load_adapter(convert.from_transformers(base), tmp_path, name="again")
-    exact = not (name.startswith("llama") and "prefix" in spec)  # there the keys were turned, and turned back
+    exact = not (name.startswith(("llama", "qwen3")) and "prefix" in spec)  # there the keys were turned, and turned back
     close(logits(again, batch, **shifted(name, spec)), expected, EXACT if exact else SINGLE)
     before, after = adapter_tensors(ours, "default"), adapter_tensors(again, "again")
     for key, value in before.items():
@@ -447,7 +451,11 @@ REFUSED = [
     ("bert-lm", "lora[targets=embed.token]", "the language-model head is tied to this table"),
     ("bert", "prompt", "the head reads the first token .* in effzoo, and in peft the rows of the prompt count"),
     ("bert", "prefix", "hands a prefix over as a cache, which bert has none of"),
-    ("longformer", "p_tuning", "the head reads the first token"),
+    ("longformer", "p_tuning", "on attention 'longformer': in effzoo every query sees the rows"),
+    ("mistral", "prompt", "ordinary positions that fall out of a window"),
+    ("mistral", "prefix", "ordinary positions that fall out of a window"),
+    ("bert-lm", "prompt", "peft leaves prompts and prefixes out when a model is run for masked_lm"),
+    ("gpt2", "lora|full[targets=embed.token]", "the language-model head is tied to this table"),
     ("gpt2", "prefix[layers=(0, 1)]", "one in every layer, this adapter has none in blocks.2"),
     ("gpt2", "prefix[softmax=own]", "shares the softmax"),
     ("gpt2", "llama_adapter", "llama and mistral only, not for gpt2 .there peft adds"),
@@ -576,3 +584,32 @@ def test_models_without_a_twin_are_refused(tmp_path):
 def test_importing_effzoo_imports_neither_library(tmp_path):
     code = "import sys, effzoo; print(sorted({'peft', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("spec", ["p_tuning[length=3]", "ipt[length=3]", "prefix[length=2, form=mlp]"])
+def test_rows_that_a_network_still_makes_are_written_as_they_are(spec, tmp_path):
+    base = MODELS["gpt2"]()
+    ours, batch = attached(base, spec), inputs("gpt2")
+    effzoo.save_adapter(ours, tmp_path, format="peft")
+    again = effzoo.load_adapter(fresh(base), tmp_path)
+    close(logits(again, batch), logits(ours, batch))
+    loaded_by_peft(base, tmp_path)
+
+
+def test_peft_leaves_learned_positions_behind_a_prefix_and_a_warning_says_so(tmp_path, caplog):
+    base, ours = saved("gpt2", "prefix[length=4]", tmp_path)
+    assert "give position_ids that begin there" in caplog.text
+    batch = inputs("gpt2")
+    assert (logits(loaded_by_peft(base, tmp_path), batch) - logits(ours, batch)).abs().max() > 1e-3
+
+
+def test_one_of_several_adapters_is_saved_and_loaded_beside_others(tmp_path):
+    base, batch = MODELS["bert"](), inputs("bert")
+    ours = attached(base, "lora")
+    expected = logits(ours, batch)
+    effzoo.attach(ours, "houlsby", name="other")
+    effzoo.save_adapter(ours, tmp_path, name="default", format="peft")
+    close(logits(loaded_by_peft(base, tmp_path), batch), expected)
+    effzoo.load_adapter(ours, tmp_path, name="third")
+    effzoo.activate(ours, "third")
+    close(logits(ours, batch), expected)

@@ -22,7 +22,7 @@ from effzoo.errors import AdapterError
 from effzoo.peft import Method
 from effzoo.peft.parameter.dora import Directed, DoRA
 from effzoo.peft.parameter.lora import FromBase, LoRA, LowRank, LowRankRows, LowRankTable
-from effzoo.sites import Embedding, TiedLinear
+from effzoo.sites import Embedding
 
 LowRanks = LowRank | LowRankRows | LowRankTable | Directed
 CLASSES = (LowRank, FromBase, LowRankRows, LowRankTable, Directed)
@@ -79,17 +79,8 @@ def _factors(module: LowRanks) -> tuple[Tensor, Tensor]:
 
 def _embedding(twin: Twin, path: str, module: object) -> tuple[Tensor, Tensor, float]:
     assert isinstance(module, LowRankRows | LowRankTable)
-    _check_tied(twin, path)
+    twin.check_tied(path)
     return module.A, module.B, module.scale
-
-
-def _check_tied(twin: Twin, path: str) -> None:
-    """Our change of a tied table reaches the head too, peft's reaches the embedding alone."""
-    if twin.sites[path].role == "embed.token" and any(isinstance(site, TiedLinear) for site in twin.sites.values()):
-        raise AdapterError(
-            f"lora on {path}: the language-model head is tied to this table; in effzoo the change reaches both, in peft the embedding alone, so "
-            "the two cannot say the same; leave embed.token out of the targets"
-        )
 
 
 def _stacked(twin: Twin, rule: Rule, modules: Modules) -> tuple[Tensor, Tensor, float, list[int]]:
@@ -150,7 +141,7 @@ def _options(config: Config, theirs: str, rank: int, given: int) -> dict[str, ob
 
 def _read_embedding(twin: Twin, config: Config, theirs: str, left: dict[str, Tensor]) -> dict[str, Wanted]:
     path = twin.rules[theirs].ours[0]
-    _check_tied(twin, path)
+    twin.check_tied(path)
     if config.get("use_dora"):
         raise AdapterError(f"{theirs} is an embedding with use_dora=True; effzoo has DoRA for linear layers only")
     A, B = _take(left, f"{theirs}.lora_embedding_A"), _take(left, f"{theirs}.lora_embedding_B")

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor
 
 from effzoo.blocks.positions import Rotary, rotate
-from effzoo.convert.peft_files.rows import KEY, only, sizes
+from effzoo.convert.peft_files.rows import KEY, check_attention, only, sizes
 from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, shaped
 from effzoo.errors import AdapterError
 from effzoo.peft import Method
@@ -53,9 +53,10 @@ def turned(keys: Tensor, rotary: Rotary | None, positions: int) -> Tensor:
 
 
 def check_decoder(twin: Twin) -> None:
-    """AdapterError for models that peft gives no prefix; a warning where positions differ."""
+    """AdapterError for models that peft gives no prefix, or another one; a warning where positions differ."""
     if not twin.model.config.causal:
         raise AdapterError(f"peft hands a prefix over as a cache, which {twin.model.config.name} has none of, being an encoder; use lora or ia3")
+    check_attention(twin)
     if twin.model.config.positions not in ("rotary", "none"):
         log.warning(
             "%s: in peft the tokens behind a prefix begin at position `length`; for the same results here give position_ids that begin there",

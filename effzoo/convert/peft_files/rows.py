@@ -1,35 +1,52 @@
 """Prompts and P-tuning in the files of peft: one tensor `prompt_embeddings` [rows, dim]; the encoder of P-tuning is dropped there too.
 
 The rows take the first positions in both libraries. Heads that read the first position see the first token in effzoo and the first row of
-the prompt in peft, so such models are refused. In attention with global tokens our rows are global, and peft cannot run there.
+the prompt in peft, so such models are refused; and so is attention with windows, where our rows are global.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, shaped
+from effzoo.convert.peft_files.twin import TASK_TYPES, Config, Modules, Twin, Wanted, Written, shaped
 from effzoo.errors import AdapterError
 from effzoo.peft import Method
 from effzoo.peft.input.p_tuning import PTuning
 from effzoo.peft.input.prompt import Made, Rows
 
+log = logging.getLogger("effzoo.convert")
 CLASSES = (Rows, Made)
 KEY = "prompt_embeddings"
+
+
+def check_attention(twin: Twin) -> None:
+    """AdapterError for attention in which rows are seen by other queries here and there, and for tasks in which peft leaves them out."""
+    kinds = sorted({core.name for core in twin.model.cores()} - {"full"})
+    if kinds:
+        raise AdapterError(
+            f"prompts and prefixes on attention {kinds[0]!r}: in effzoo every query sees the rows, in peft they are ordinary positions that "
+            "fall out of a window; use lora or ia3"
+        )
+    if twin.task_type is None:
+        raise AdapterError(f"peft leaves prompts and prefixes out when a model is run for {twin.model.task}; it knows {', '.join(TASK_TYPES)}")
 
 
 def check_reading(twin: Twin) -> None:
     """AdapterError where the two libraries compute different things with the same rows."""
     task, config = twin.model.task, twin.model.config
+    check_attention(twin)
     if (task == "classification" and config.pooling != "last") or (task == "features" and config.pooler and not config.causal):
         raise AdapterError(
             f"prompts on {config.name} for {task}: the head reads the first token (or the mean of the tokens) in effzoo, and "
             "in peft the rows of the prompt count as tokens; no file can say the same to both. Use another task, a decoder, or another method"
         )
-    if twin.layout.name == "longformer":
-        raise AdapterError("peft runs no prompts on Longformer, whose global_attention_mask it does not extend; use lora or ia3")
+    if task == "classification":
+        log.warning(
+            "%s for classification: behind a prompt, transformers reads the last position, padding or not; pad on the left there", config.name
+        )
 
 
 def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:

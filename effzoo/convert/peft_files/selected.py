@@ -29,6 +29,7 @@ def write(twin: Twin, modules: Modules, out: Written) -> None:
     for path, module in modules.items():
         assert isinstance(module, Copy)
         rule = twin.rule(path)
+        twin.check_tied(path)
         own, base = dict(module.named_parameters()), twin.sites[path].base()
         if len(own) == len(base) and not isinstance(twin.sites[path], TiedLinear):
             name = rule.theirs.split(".")[0] if twin.is_head(path) and twin.outside(rule.theirs) else rule.theirs
@@ -97,6 +98,7 @@ def read(twin: Twin, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int
                 raise AdapterError(f"{key}: {path}, which was not trained, has other values in this model; the adapter is of another base")
     for path, wanted in found.items():
         alone = set(wanted.tensors) == {"own_bias"} and "weight" in twin.sites[path].base()
+        twin.check_tied(path)
         norm = isinstance(twin.sites[path], Norm)
         wanted.method = "head" if twin.is_head(path) else "bitfit" if alone else "norms" if norm else "full"
     return found

@@ -13,7 +13,7 @@ from effzoo.architectures import Transformer
 from effzoo.convert.keymap import Rule
 from effzoo.convert.layouts import layout_for
 from effzoo.errors import AdapterError
-from effzoo.sites import PeftModule, Site, sites
+from effzoo.sites import PeftModule, Site, TiedLinear, sites
 
 TASK_TYPES = {"features": "FEATURE_EXTRACTION", "classification": "SEQ_CLS", "token_classification": "TOKEN_CLS", "causal_lm": "CAUSAL_LM"}
 Modules = Mapping[str, PeftModule]  # what one adapter has hung, by the path of the site
@@ -72,6 +72,14 @@ class Twin:
         weight = self.sites[path].weight
         assert isinstance(weight, Tensor)
         return weight.detach()
+
+    def check_tied(self, path: str) -> None:
+        """AdapterError for a table that the language-model head reads too: ours changes for both, peft changes it for the embedding alone."""
+        if self.sites[path].role == "embed.token" and any(isinstance(site, TiedLinear) for site in self.sites.values()):
+            raise AdapterError(
+                f"{path}: the language-model head is tied to this table; in effzoo a change of it reaches both, in peft the embedding alone, so "
+                "no file can say the same to both; leave embed.token out of the targets"
+            )
 
     def is_head(self, path: str) -> bool:
         return self.sites[path].role.startswith("head.")
