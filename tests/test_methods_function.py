@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import effzoo
-from effzoo.errors import IncompatiblePeft, OptionError, TargetError
+from effzoo.errors import AdapterError, IncompatibleError, IncompatiblePeft, OptionError, TargetError
 from effzoo.peft.function.adamix import Projections
 from effzoo.peft.function.compacter import PHM, LowRankPHM
 from effzoo.sites import Conv2d, Linear, sites
@@ -150,6 +150,34 @@ def test_two_passes_of_adamix_are_pulled_together_by_the_symmetric_divergence(ti
     assert torch.allclose(loss, (one.loss + other.loss) / 2 + divergence, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("share", ["none", "down", "up"])
+def test_a_training_pass_of_adamix_is_one_of_its_pairs_of_experts(tiny, share):
+    model = build(tiny, f"adamix[bottleneck=3, experts=3, share={share}]")
+    one, y = module(model, "blocks.0.mlp_branch", "adamix").train(), tokens(2, 5, D)
+    pairs = [
+        y + F.linear(F.gelu(F.linear(y, one.down.weights[i], one.down.biases[i])), one.up.weights[j], one.up.biases[j])
+        for i in range(1 if share == "down" else 3)
+        for j in range(1 if share == "up" else 3)
+    ]
+    drawn = []
+    for _ in range(60):
+        out = one.after(y, y)
+        drawn += [k for k, pair in enumerate(pairs) if torch.allclose(out, pair, rtol=0, atol=1e-13)]
+    assert len(drawn) == 60 and {*drawn} == {*range(len(pairs))}
+
+
+def test_adamix_draws_experts_for_each_row_where_adapters_are_chosen_by_row(tiny):
+    model = effzoo.build("minilm", task="classification", num_labels=LABELS, **tiny)
+    for name in ("one", "other"):
+        effzoo.attach(model, "adamix[bottleneck=3]", name=name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    effzoo.activate(model, rows=["one", "other", "one", "one", "one", "one"]).train()
+    out = model(input_ids=torch.arange(2, 9).expand(6, -1)).logits
+    assert not torch.allclose(out[0], out[1]) and len({tuple(row.tolist()) for row in out[[0, 2, 3, 4, 5]].detach()}) > 1
+
+
 @pytest.mark.parametrize("by", ["snip", "magnitude", "random"])
 def test_pruned_entries_of_a_sparse_adapter_stay_zero(tiny, by):
     model = effzoo.build("minilm", task="classification", num_labels=LABELS, **tiny).double()
@@ -166,6 +194,19 @@ def test_pruned_entries_of_a_sparse_adapter_stay_zero(tiny, by):
     for layer, start in zip(layers, before, strict=True):
         now = layer.matrix().detach()
         assert int((start != 0).sum()) == round(0.2 * D * 10) and torch.equal(now != 0, start != 0) and not torch.equal(now, start)
+
+
+def test_a_sparse_adapter_is_stored_as_places_and_values(tiny, tmp_path):
+    model = effzoo.build("minilm", task="classification", num_labels=LABELS, **tiny)
+    base = copy.deepcopy(model)
+    effzoo.attach(model, "sparse_adapter[bottleneck=40, sparsity=0.9]")
+    batch = {"input_ids": torch.randint(2, 53, (4, 7)), "labels": torch.tensor([0, 1, 2, 0])}
+    effzoo.peft.calibrate(model, [batch])
+    dense = 2 * LAYERS * 2 * 40 * D
+    assert effzoo.account(model).stored == 2 * dense // 10 + 2 * LAYERS * (40 + D) + HEAD
+    expected = model.eval()(**batch).logits
+    effzoo.save_adapter(model, tmp_path)
+    assert torch.equal(effzoo.load_adapter(base, tmp_path).eval()(**batch).logits, expected)
 
 
 def test_snip_keeps_the_entries_whose_loss_is_most_sensitive(tiny):
@@ -191,24 +232,21 @@ def test_snip_keeps_the_entries_whose_loss_is_most_sensitive(tiny):
 
 
 @pytest.mark.parametrize("skip", [True, False])
-@pytest.mark.parametrize("attention", ["full", "longformer[window=4]", "lsh[chunk=4]"])
-def test_the_ladder_reads_the_states_of_the_backbone(tiny, skip, attention):
+@pytest.mark.parametrize("attention", ["full", "longformer[window=4]", "lsh[chunk=4]", "linformer[k=4]"])
+def test_the_ladder_is_narrow_blocks_that_read_the_states_of_the_backbone(tiny, skip, attention):
     model = build(tiny, f"ladder[reduction=2, skip={skip}]", attention)
     ladder, ids = module(model, "side", "ladder"), torch.randint(2, 53, (2, 9))
-    got = model(input_ids=ids).last_hidden_state
-    effzoo.activate(model)
-    states, x = [], model.embeddings(ids)[0]
-    with torch.no_grad():
-        for block in model.blocks:
-            states.append(x)
-            x = block(x, effzoo.attention.Mask(is_global=model_globals(model, ids)))
-        states.append(x)
-    h = ladder.first(states[0])
+    bare = effzoo.activate(copy.deepcopy(model))
+    mask = effzoo.attention.Mask(is_global=model_globals(model, ids))
+    states = [bare.embeddings(ids)[0]]
+    for block in bare.blocks:
+        states.append(block(states[-1], mask))
+    h, states = ladder.first(states[0].detach()), [state.detach() for state in states]
     for i, block in enumerate(ladder.blocks):
         mu = torch.sigmoid(ladder.alpha[i] / 0.1)
         h = block(mu * h + (1 - mu) * ladder.downs[i](states[i + 1]), effzoo.attention.Mask(is_global=model_globals(model, ids)))
     expected = ladder.up(ladder.norm(h)) + (states[-1] if skip else 0)
-    assert torch.allclose(got, expected, rtol=0, atol=1e-12)
+    same(model(input_ids=ids).last_hidden_state, expected, *ladder.parameters())
 
 
 def model_globals(model, ids):
@@ -242,6 +280,105 @@ def test_nothing_of_the_backbone_is_stored_or_gets_a_gradient_under_the_ladder(t
     assert stored[1] - stored[0] <= widening + 64
 
 
+def stored_activations(model):
+    """Storages that the backward pass keeps, with their bytes; those that sub-modules of the backbone made, and its states among them."""
+    made, states, kept, alive = set(), set(), {}, []
+
+    def look(layer, inputs, output):
+        if output is not None:
+            alive.append(output)  # or another tensor would take the place
+            (states if layer in model.blocks else made).add(output.untyped_storage().data_ptr())
+
+    for block in model.blocks:
+        for layer in block.modules():
+            layer.register_forward_hook(look)
+
+    def pack(tensor):
+        alive.append(tensor)
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(input_ids=torch.arange(2, 42).view(2, 20), labels=torch.tensor([0, 1])).loss
+    loss.backward()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return {place: size for place, size in kept.items() if place not in weights}, made, states
+
+
+def test_of_the_backbone_the_ladder_stores_states_alone_and_lora_what_lies_between_them(tiny):
+    kept = {}
+    for spec in ("ladder[reduction=8]", "lora"):
+        model = effzoo.build("minilm", peft=spec, task="classification", num_labels=LABELS, **{**tiny, "dim": 64, "mlp": 256, "layers": 3})
+        kept[spec], made, states = stored_activations(model)
+        inside = kept[spec].keys() & (made - states)
+        assert bool(inside) == (spec == "lora")
+    assert 2 * sum(kept["ladder[reduction=8]"].values()) < sum(kept["lora"].values())
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "more"),
+    [
+        ("bert", "full", {}),
+        ("bert", "longformer[window=4]", {}),
+        ("bert", "lsh[chunk=4]", {}),
+        ("bert", "linformer[k=4]", {}),
+        ("bert", "perceiver[latents=4]", {}),
+        ("llama", "full", {"kv_heads": 1}),
+        ("qwen3", "full", {"kv_heads": 1}),
+        ("modernbert", ("full", "longformer[window=4]"), {}),
+    ],
+)
+def test_side_blocks_of_the_backbones_width_start_as_its_blocks(tiny, name, attention, more):
+    model = effzoo.build(name, attention=attention, **{**tiny, "head_dim": 8, **more})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    ladder = module(effzoo.attach(model, "ladder[reduction=1]"), "side", "ladder")
+    copied, own = ladder.blocks.state_dict(), model.blocks.state_dict()
+    assert {*copied} <= {*own} and all(torch.equal(value, own[key]) for key, value in copied.items())
+    x = torch.randn(2, D)
+    assert torch.equal(ladder.first(x), x) and torch.equal(ladder.downs[1](x), x)
+
+
+def test_narrow_side_blocks_start_from_the_channels_with_the_largest_weights(tiny):
+    model = effzoo.build("bert", **tiny)
+    ladder = module(effzoo.attach(model, "ladder[reduction=2, every=2]"), "side", "ladder")
+    block, side = model.blocks[1], ladder.blocks[0]
+    reads = [getattr(block.attn, name).weight for name in "qkv"] + [block.mlp.up.weight]
+    writes = [block.attn.o.weight, block.mlp.down.weight]
+    stream = sum(W.square().sum(0) for W in reads) + sum(W.square().sum(1) for W in writes)
+    kept = stream.topk(D // 2).indices.sort().values
+    hidden = (block.mlp.up.weight.square().sum(1) + block.mlp.down.weight.square().sum(0)).topk(MLP // 2).indices.sort().values
+    q, k, v = (getattr(block.attn, name).weight.view(HEADS, 8, D) for name in "qkv")
+    compared = (q.square().sum((0, 2)) + k.square().sum((0, 2))).topk(4).indices.sort().values
+    o = block.attn.o.weight.view(D, HEADS, 8)
+    values = (v.square().sum((0, 2)) + o.square().sum((0, 1))).topk(4).indices.sort().values
+    for name, W, dims in (("q", q, compared), ("k", k, compared), ("v", v, values)):
+        assert torch.equal(getattr(side.attn, name).weight, W[:, dims][..., kept].reshape(8, 8))
+    assert torch.equal(side.attn.o.weight, o[kept][:, :, values].reshape(8, 8))
+    assert torch.equal(side.mlp.up.weight, block.mlp.up.weight[hidden][:, kept])
+    assert torch.equal(side.mlp.down.weight, block.mlp.down.weight[kept][:, hidden])
+    x = torch.randn(2, D)
+    assert torch.equal(ladder.downs[0](x), x[:, kept])
+
+
+def test_a_ladder_on_every_other_block_holds_what_linformer_shares_between_layers(tiny):
+    model = effzoo.build("bert", attention="linformer[k=4, sharing=layerwise]", peft="ladder[every=2]", **tiny)
+    ladder = module(model, "side", "ladder")
+    own = {p for _, site in sites(ladder.blocks[0]) for p in site.parameters()}
+    model(input_ids=torch.arange(2, 12)[None]).last_hidden_state.sum().backward()
+    shared = ladder.blocks[0].attn.core._sites("k")[0].weight
+    assert shared in own and shared in {*model.parameters()}
+
+
+def test_a_ladder_decodes_without_a_cache_alone(tiny):
+    model = effzoo.build("gpt2", task="causal_lm", peft="ladder[reduction=2]", **tiny).eval()
+    ids = torch.randint(2, 53, (1, 5))
+    with pytest.raises(IncompatibleError, match="use_cache=False"):
+        effzoo.generate(model, ids, max_new_tokens=2)
+    assert effzoo.generate(model, ids, max_new_tokens=2, use_cache=False).shape == (1, 7)
+
+
 def test_a_perceiver_has_no_blocks_beside_which_a_ladder_could_stand(tiny):
     with pytest.raises(IncompatiblePeft, match="ladder does not work with this model: it hangs on Side sites"):
         effzoo.build("perceiver-io", peft="ladder", **{**tiny, "channels": 12, "latents": 4})
@@ -264,8 +401,10 @@ def test_pals_are_attention_between_two_shared_projections(tiny, padded):
     same(model.blocks[0].mlp_branch(x, y, valid), expected, x, y, pal.qkv.weight, pal.encode.weight)
 
 
-def test_pals_do_not_see_padding(tiny):
-    model = build(tiny, "pals[width=6, heads=2]")
+@pytest.mark.parametrize("attention", ["full", "longformer[window=4]", "lsh[chunk=4]"])
+@pytest.mark.parametrize("spec", ["pals[width=6, heads=2]", "ladder[reduction=2]", "multihead_parallel", "ia3"])
+def test_methods_that_mix_tokens_do_not_see_padding(tiny, spec, attention):
+    model = build(tiny, spec, attention)
     ids, mask = torch.randint(2, 53, (2, 9)), torch.ones(2, 9)
     mask[1, 5:] = 0
     other = ids.clone()
@@ -283,6 +422,64 @@ def test_multi_head_parallel_adapters_stand_beside_each_head(tiny, attention):
     bare = effzoo.activate(copy.deepcopy(model)).blocks[0].attn(x, effzoo.attention.Mask())
     heads = [F.relu(x @ one.down[h].T) @ one.up[h].T for h in range(HEADS)]
     same(got, bare + 2 * torch.cat(heads, dim=-1) @ attn.o.weight.T, x, one.down, one.up)
+
+
+def test_ia3_scales_the_normalised_keys_of_lsh_and_neither_its_queries_nor_its_buckets(tiny):
+    """One chunk: softmax over all others of x_i . (l_k * x_j / |x_j|), times l_v * v_j."""
+    model = build(tiny, "ia3", "lsh[chunk=16]")
+    attn, x = model.blocks[0].attn, tokens(2, 7, D)
+    l_k, l_v = (module(model, f"blocks.0.attn.{path}", "ia3").scale for path in ("core.keys", "v"))
+
+    def heads(flat):
+        return flat.unflatten(-1, (HEADS, D // HEADS)).transpose(1, 2)
+
+    queries = heads(F.linear(x, attn.qk.weight, attn.qk.bias))
+    keys = queries / (queries.square().mean(-1, keepdim=True) + 1e-6).sqrt() / (D // HEADS) ** 0.5
+    scores = queries @ (l_k.view(HEADS, 1, -1) * keys).transpose(-1, -2)
+    weights = scores.masked_fill(torch.eye(7).bool(), -torch.inf).softmax(-1)
+    out = weights @ heads(l_v * F.linear(x, attn.v.weight, attn.v.bias))
+    expected = F.linear(out.transpose(1, 2).flatten(2), attn.o.weight, attn.o.bias)
+    same(attn(x, effzoo.attention.Mask()), expected, x, l_k, l_v)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_ia3_on_lsh_in_rounds_of_chunks_is_the_dense_definition_with_scaled_keys(tiny, causal):
+    """The scale can as well stand at the queries, x_i . (l * k_j) = (l * x_i) . k_j, as long as they hash as they are."""
+    model = build(tiny, "ia3", "lsh[chunk=4, rounds=3]", name="gpt2" if causal else "minilm")
+    core, v = model.blocks[0].attn.core, tokens(2, HEADS, 19, D // HEADS)
+    qk, mask = tokens(2, HEADS, 19, D // HEADS), effzoo.attention.Mask(valid=torch.arange(19) < torch.tensor([[19], [13]]))
+    scale = core.keys.of("default")["ia3"].scale
+    buckets = core._buckets(qk, mask)
+    mine, other = buckets[..., :, None], buckets[..., None, :]
+    place = ((other < mine) | ((other == mine) & torch.ones(19, 19).tril(-1).bool())).sum(dim=-1)  # how many stand before
+    counts = core._counts(buckets, place, 0, mask, False)
+    keys = qk / (qk.square().mean(-1, keepdim=True) + 1e-6).sqrt() / (D // HEADS) ** 0.5
+    logits = (scale.view(HEADS, 1, -1) * qk) @ keys.transpose(-1, -2) + counts.double().log()
+    real = mask.valid[:, None, :, None]
+    expected = torch.where(real, logits, 0.0).softmax(-1).masked_fill(~real, 0.0) @ v
+    same(core(qk, v, mask=mask), expected, qk, v, scale)
+
+
+def test_ia3_on_lsh_decodes_as_it_is_trained(tiny):
+    model = build(tiny, "ia3", "lsh[chunk=4, stable=true]", name="gpt2", task="causal_lm")
+    ids, cache = torch.randint(2, 53, (2, 11)), effzoo.attention.Cache()
+    steps = [model(input_ids=part, cache=cache).logits for part in (ids[:, :6], ids[:, 6:7], ids[:, 7:])]
+    assert torch.allclose(torch.cat(steps, dim=1), model(input_ids=ids).logits, rtol=0, atol=1e-10)
+
+
+def test_ia3_merges_where_keys_have_a_projection_of_their_own_alone(tiny):
+    for attention in ("full", "longformer[window=4]", "linformer[k=4]", "lsh[chunk=4]"):
+        model, ids = build(tiny, "ia3", attention), torch.randint(2, 53, (2, 9))
+        before = model(input_ids=ids).logits
+        if attention.startswith("lsh"):
+            with pytest.raises(AdapterError, match="not a change of a weight"):
+                effzoo.merge(model)
+            continue
+        effzoo.merge(model)
+        assert torch.allclose(model(input_ids=ids).logits, before, rtol=0, atol=1e-10)
+    model = build(tiny, "ia3[targets=(attn.v*, mlp.down)]", "lsh[chunk=4]")
+    before = model(input_ids=ids).logits
+    assert torch.allclose(effzoo.merge(model)(input_ids=ids).logits, before, rtol=0, atol=1e-10)
 
 
 class ConvNet(nn.Module):
@@ -345,8 +542,8 @@ def test_residual_adapters_need_a_convolution(tiny):
         ("compacter[n=3, bottleneck=9]", "does not divide the width 16"),
         ("compacter[rank=0]", "rank is at least 1"),
         ("sparse_adapter[sparsity=1.0]", r"in \[0, 1\)"),
-        ("sparse_adapter[by=luck]", "snip, magnitude or random"),
-        ("adamix[share=both]", "none, down or up"),
+        ("sparse_adapter[by=luck]", "takes .snip. or .magnitude. or .random."),
+        ("adamix[share=both]", "takes .down. or .up. or none"),
         ("adamix[experts=0]", "at least 1"),
         ("pals[width=5, heads=2]", "divides width"),
         ("ladder[every=9]", "at most 2"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,8 +26,8 @@ class Projections(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and len(self.weights) > 1:
-            drawn = int(torch.randint(len(self.weights), ()))  # on the CPU: replayed where a block is computed once more
-            return F.linear(x, self.weights[drawn], self.biases[drawn])
+            drawn = torch.randint(len(self.weights), (1,), device="cpu").to(x.device)  # of the CPU, replayed where a block is computed once more
+            return F.linear(x, self.weights.index_select(0, drawn)[0], self.biases.index_select(0, drawn)[0])
         return F.linear(x, self.weights.mean(dim=0), self.biases.mean(dim=0))
 
     def merge(self) -> None:
@@ -49,13 +51,14 @@ class Mixture(PeftModule):
 class AdaMix(Method):
     """y' = y + W_up^(j) sigma(W_down^(i) y) after the feed-forward, i and j drawn uniformly from the experts in each site and pass.
 
-    bottleneck: inner width of an expert. experts: how many pairs. share: "none", "down" or "up", one projection instead of several; the paper
+    bottleneck: inner width of an expert. experts: how many pairs. share: "down" or "up", one such projection instead of several, or none; the paper
     shares one of them in its variants. consistency: weight of the symmetric divergence of two passes over each batch, which draw other experts
     (section 3.3), so that training costs two passes; 0 for a single pass. activation: sigma. std: of the truncated normal that the weights
     start from.
 
     Evaluation uses the mean of the experts' weights, as the finished adapter does, which stores and costs what one adapter does (section 3.4).
-    Experts are slices of one tensor: weight decay and Adam's moments act on those that were not drawn, too.
+    Where adapters are chosen by row, each row draws its own experts. Experts are slices of one tensor: weight decay and Adam's moments
+    act on those that were not drawn, too.
     """
 
     paper = "Wang et al. 2022, AdaMix: Mixture-of-adaptations for parameter-efficient model tuning, arXiv:2205.12410, section 3"
@@ -70,7 +73,7 @@ class AdaMix(Method):
         *,
         bottleneck: int = 16,
         experts: int = 4,
-        share: str = "none",
+        share: Literal["down", "up"] | None = None,
         consistency: float = 1.0,
         activation: str = "gelu",
         std: float = 1e-2,
@@ -81,8 +84,6 @@ class AdaMix(Method):
         check_bottleneck("adamix", bottleneck, activation)
         if experts < 1 or consistency < 0:
             raise OptionError(f"adamix: experts is at least 1 and consistency not negative, got experts={experts}, consistency={consistency}")
-        if share not in ("none", "down", "up"):
-            raise OptionError(f"adamix: share is none, down or up, got {share!r}")
         self.bottleneck, self.experts, self.share, self.activation, self.std = bottleneck, experts, share, activation, std
         self.consistency = consistency
 

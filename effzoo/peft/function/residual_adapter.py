@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -63,10 +65,8 @@ class ResidualAdapter(Method):
     default_targets = ("conv*",)
     learning_rate = 1e-3
 
-    def __init__(self, *, form: str = "series", targets: Targets = None, layers: Layers = None):
+    def __init__(self, *, form: Literal["series", "parallel"] = "series", targets: Targets = None, layers: Layers = None):
         super().__init__(targets=targets, layers=layers)
-        if form not in ("series", "parallel"):
-            raise OptionError(f"residual_adapter: form is series or parallel, got {form!r}")
         self.form = form
 
     def make(self, site: Site) -> PeftModule:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -84,7 +86,7 @@ class SparseAdapter(Method):
         *,
         bottleneck: int = 64,
         sparsity: float = 0.8,
-        by: str = "snip",
+        by: Literal["snip", "magnitude", "random"] = "snip",
         activation: str = "gelu",
         std: float = 1e-2,
         targets: Targets = None,
@@ -94,8 +96,6 @@ class SparseAdapter(Method):
         check_bottleneck("sparse_adapter", bottleneck, activation)
         if not 0 <= sparsity < 1:
             raise OptionError(f"sparse_adapter: sparsity is a share in [0, 1), got {sparsity}")
-        if by not in ("snip", "magnitude", "random"):
-            raise OptionError(f"sparse_adapter: by is snip, magnitude or random, got {by!r}")
         self.bottleneck, self.sparsity, self.by, self.activation, self.std = bottleneck, sparsity, by, activation, std
         self.idle = () if by == "snip" else ("calibrate",)
 
@@ -130,3 +130,8 @@ class SparseAdapter(Method):
         for layer, start, total in zip(layers, starts, saliency, strict=True):
             layer.keep((start * total).abs())
             layer.start = None
+
+    def finish(self, modules: Modules) -> None:
+        for module in modules.values():
+            assert isinstance(module, SparseBottleneck)
+            module.down.start = module.up.start = None
