@@ -613,3 +613,51 @@ def test_one_of_several_adapters_is_saved_and_loaded_beside_others(tmp_path):
     effzoo.load_adapter(ours, tmp_path, name="third")
     effzoo.activate(ours, "third")
     close(logits(ours, batch), expected)
+
+
+def bare_bert():
+    return of_bert(transformers.BertModel)
+
+
+def led():
+    return drawn(
+        transformers.LEDModel(
+            transformers.LEDConfig(
+                vocab_size=VOCAB, d_model=DIM, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=MLP, decoder_layers=1,
+                decoder_attention_heads=2, decoder_ffn_dim=MLP, max_encoder_position_embeddings=24, attention_window=4,
+            )
+        )
+    ).encoder  # fmt: skip
+
+
+def reformer():
+    return drawn(
+        transformers.ReformerModel(
+            transformers.ReformerConfig(
+                vocab_size=VOCAB, hidden_size=DIM, attention_head_size=6, num_attention_heads=2, feed_forward_size=MLP, attn_layers=["local", "lsh"],
+                axial_pos_embds=False, max_position_embeddings=32, local_attn_chunk_length=4, lsh_attn_chunk_length=4, num_buckets=2, num_hashes=1,
+                is_decoder=False, hash_seed=1, lsh_attention_probs_dropout_prob=0.0, local_attention_probs_dropout_prob=0.0,
+            )
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "make, spec",
+    [
+        (bare_bert, "lora[rank=2, targets=(attn.q, mlp.up, pooler)]"),
+        (bare_bert, "ia3"),
+        (led, "lora[rank=2, targets=(attn.q*, attn.o)]|bitfit[group=strong]"),
+        (reformer, "lora[rank=2, targets=(attn.v, attn.o, mlp.up)]"),
+    ],
+    ids=["bert-lora", "bert-ia3", "led-lora", "reformer-lora"],
+)
+def test_bodies_without_a_task_take_adapters_too(make, spec, tmp_path):
+    base = make()
+    ids = torch.randint(5, VOCAB, (2, 8))
+    ours = attached(base, spec)
+    effzoo.save_adapter(ours, tmp_path, format="peft")
+    with torch.no_grad():
+        expected = ours(ids).last_hidden_state
+        close(loaded_by_peft(base, tmp_path)(input_ids=ids).last_hidden_state, expected, EXACT if make is bare_bert else SINGLE)
+        close(effzoo.load_adapter(fresh(base), tmp_path)(ids).last_hidden_state, expected)
