@@ -661,3 +661,11 @@ def test_bodies_without_a_task_take_adapters_too(make, spec, tmp_path):
         expected = ours(ids).last_hidden_state
         close(loaded_by_peft(base, tmp_path)(input_ids=ids).last_hidden_state, expected, EXACT if make is bare_bert else SINGLE)
         close(effzoo.load_adapter(fresh(base), tmp_path)(ids).last_hidden_state, expected)
+
+
+def test_transformers_reads_the_last_position_behind_a_prompt_and_a_warning_says_so(tmp_path, caplog):
+    base, ours = saved("gpt2-cls", "prompt[length=2]", tmp_path)
+    assert "reads the last position, padding or not" in caplog.text
+    batch = inputs("gpt2")  # the first row is whole, the others are padded
+    apart = (logits(loaded_by_peft(base, tmp_path), batch) - logits(ours, batch)).abs().amax(dim=1)
+    assert apart[0] < EXACT and apart[1:].min() > 1e-3

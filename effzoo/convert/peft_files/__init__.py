@@ -18,6 +18,9 @@ that effzoo has no counterpart for, is an AdapterError, and the model is then as
 no hash of its weights, and `base_model_name_or_path` is a name that is only logged. Where representing the same function would need something
 that peft lacks, a sentence says so; nothing is approximated.
 
+Two differences are in peft's models and not in the files, and a warning of the logger "effzoo.convert" tells of them: behind a prefix learned
+positions go on (`memory`), and behind a prompt classifying decoders read the last position even if it is padding.
+
 What was trained with dropout of other kinds than ours continues without it, and optimizer states are not part of either format.
 """
 
