@@ -56,7 +56,8 @@ class IPT(Method):
     accepts = (Embedding,)
     default_targets = ("embed.token",)
     size = "hidden"
-    learning_rate = 1e-2
+    learning_rate = 1e-3  # of the decoder, which at 1e-2 learns nothing
+    rates = {"network.z": 10.0}
 
     def __init__(self, *, dim: int = 100, length: int = 20, hidden: int = 64, subspace: float = 0.5):
         super().__init__()
