@@ -73,6 +73,19 @@ def on_every_model(check: Callable[[Subject, Case], None]) -> Check:
     return run
 
 
+def unless_refused(check: Callable[[Subject], None]) -> Check:
+    """Run a check on its one model; a method that refuses the model need not have the property."""
+
+    @functools.wraps(check)
+    def run(subject: Subject) -> None:
+        try:
+            check(subject)
+        except IncompatiblePeft as refusal:
+            raise NotApplicable(str(refusal)) from None
+
+    return run
+
+
 def same(what: str, found: dict[str, Tensor], expected: dict[str, Tensor], advice: str) -> None:
     """Fail unless two sets of tensors have the same names and are bit-identical."""
     for name in [*expected, *(name for name in found if name not in expected)]:
@@ -140,6 +153,7 @@ def learns_under_checkpointing(subject: Subject, case: Case) -> None:
 
 
 @needs("everything_learns")
+@unless_refused
 def learns_in_reversible_blocks(subject: Subject) -> None:
     """The same in reversible blocks, which compute their inputs back, above frozen embeddings
 
@@ -149,6 +163,7 @@ def learns_in_reversible_blocks(subject: Subject) -> None:
 
 
 @needs("everything_learns")
+@unless_refused
 def runs_in_half_precision(subject: Subject) -> None:
     """Under bfloat16 autocast the loss is finite and near that in full precision, and every gradient is finite"""
     case = CASES[0]
