@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from effzoo.architectures import Transformer
 from effzoo.attention.core import Cache
 from effzoo.errors import IncompatibleError, InputError, OptionError
+from effzoo.sites import prompt_rows
 
 
 def generate(
@@ -49,7 +50,7 @@ def generate(
     unknown = [name for name in options if not hasattr(_defaults, name) and name not in _CALL_OPTIONS]
     if unknown:
         raise OptionError(f"generate has no option {unknown[0]!r}; options are those of transformers.GenerationConfig")
-    room = model.config.max_length - input_ids.shape[1] - _prompt_rows(model)
+    room = model.config.max_length - input_ids.shape[1] - prompt_rows(model)
     wanted = options.get("max_new_tokens", (options.get("max_length") or 20 + input_ids.shape[1]) - input_ids.shape[1])
     if wanted > room:
         raise InputError(
@@ -70,11 +71,6 @@ def generate(
 
 _defaults = GenerationConfig()  # type: ignore[no-untyped-call]
 _CALL_OPTIONS = ("logits_processor", "stopping_criteria", "streamer", "prefix_allowed_tokens_fn")
-
-
-def _prompt_rows(model: Transformer) -> int:
-    prompt = model.embeddings.prompt()
-    return 0 if prompt is None else prompt.shape[-2]
 
 
 def _check_prompt(model: Transformer, input_ids: Tensor, attention_mask: Tensor | None) -> None:

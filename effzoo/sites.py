@@ -500,6 +500,12 @@ def _given(values: Iterable[T | None]) -> list[T]:
     return [value for value in values if value is not None]
 
 
+def prompt_rows(model: nn.Module) -> int:
+    """How many rows the active adapters put in front of every input of a model; they count towards its length."""
+    prompt = model.embeddings.prompt()  # type: ignore[union-attr, operator]
+    return 0 if prompt is None else int(prompt.shape[-2])
+
+
 def _joined(memories: Sequence[KeysValues]) -> KeysValues:
     """Several memories as one; those that differ by example spread the others over the batch."""
     batch = {len(keys) for keys, _ in memories if keys.ndim == 4}

@@ -12,6 +12,7 @@ from rich.logging import RichHandler
 from effzoo.cli.show import Attention
 from effzoo.cli.terminal import app, console, heading, pairs, say
 from effzoo.errors import DataError, OptionError
+from effzoo.sites import prompt_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,7 +77,7 @@ def finetune(
     )
     if pretrained is None:
         say("note: no --pretrained, so the weights start at random")
-    limit = built.config.max_length - _prompt_rows(built)
+    limit = built.config.max_length - prompt_rows(built)
     tokens = [texts.tokenise(part, words, limit, task=task, seed=seed) for part in (train, held_out)]
     say(heading(f"{model} with {peft} on {data}"), _sizes(train, held_out, labels, limit))
     from effzoo.cli.progress import Bar
@@ -108,11 +109,6 @@ def _parts(table: Dataset, evaluation: str | None, holdout: float, seed: int, te
         strange = sorted(set(found or ()) - set(known or ()))
         raise DataError(f"the labels of {evaluation} are not those of the training data: {', '.join(strange) or 'one of the two has none'}")
     return table, other.align_labels_with_mapping({name: number for number, name in enumerate(known)}, "label")
-
-
-def _prompt_rows(model: Transformer) -> int:
-    prompt = model.embeddings.prompt()
-    return 0 if prompt is None else prompt.shape[-2]
 
 
 def _sizes(train: Dataset, held_out: Dataset, labels: list[str] | None, limit: int) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from effzoo.architectures import Transformer
 from effzoo.architectures.heads import IGNORED
 from effzoo.errors import InputError, did_you_mean, listing
+from effzoo.sites import prompt_rows
 from effzoo.train.batches import LABEL_NAMES
 
 _UNUSED = {  # numbers that tokenizers and data sets carry beside what a model reads
@@ -34,7 +35,7 @@ def check(data: Any, model: Transformer, what: str) -> tuple[Any, list[int] | No
     sized(data, what)
     names = list(data.column_names) if _is_arrow(data) else list(data[0])
     label = _check_columns(names, {name: data[0][name] for name in names}, accepted(model), what)
-    limit = model.config.max_length - _prompt_rows(model)
+    limit = model.config.max_length - prompt_rows(model)
     tokens = "input_ids" if "input_ids" in names else "inputs_embeds"
     if _is_arrow(data):
         unused = [name for name in names if name not in accepted(model) and name not in LABEL_NAMES]
@@ -129,8 +130,3 @@ def _columns_of_arrow(data: Any, tokens: str, label: str) -> tuple[list[int], li
 
 def _is_arrow(data: Any) -> bool:
     return hasattr(data, "column_names") and hasattr(data, "with_format")
-
-
-def _prompt_rows(model: Transformer) -> int:
-    prompt = model.embeddings.prompt()
-    return 0 if prompt is None else prompt.shape[-2]

@@ -42,7 +42,7 @@ class LlamaAdapter(Method):
     accepts = (Memory,)
     default_targets = ("attn.memory",)
     size = "length"
-    learning_rate = 5e-3
+    learning_rate = 2e-2
 
     def __init__(self, *, length: int = 10, skip: int = 2, std: float = 1.0, targets: Targets = None, layers: Layers = None):
         super().__init__(targets=targets, layers=layers)

@@ -50,7 +50,8 @@ class Movement(Method):
     least 0.5 % of each matrix. scope: of `hard`, the share of each `tensor` or of all together (`global`). begin, end: the shares of the
     training between which t goes from 0 to 1. threshold, penalty: of `soft`.
 
-    Scores of 0 say nothing yet: the default prunes little and begins late, since a short training that prunes half of a network destroys it.
+    A short training bears little: in 50 steps on MiniLM, 3 % pruned cost nothing and 10 % left it at chance, so the default is 3 %; the paper
+    prunes 85 to 97 % over many epochs. Scores of 0 say nothing yet, so pruning begins late.
     The mask is chosen anew before every step, so a pruned weight can come back. Targets are matrices. Finished, a file holds one bit a
     weight and the kept values.
     """
@@ -64,7 +65,7 @@ class Movement(Method):
         self,
         *,
         mode: str = "hard",
-        keep: float = 0.9,
+        keep: float = 0.97,
         scope: str = "tensor",
         begin: float = 0.1,
         end: float = 0.6,
