@@ -38,9 +38,31 @@ def demo_table(results: dict) -> str:
     )
 
 
+def matrix_table(cells: list[dict]) -> str:
+    """Methods x attention kinds, a mark for each architecture, and the refusals by reason."""
+    marks = {"works": "+", "refused": "-", "fails": "X"}
+    methods, kinds, architectures = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("method", "attention", "architecture"))
+    found = {(cell["method"], cell["attention"], cell["architecture"]): cell["status"] for cell in cells}
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for method in methods:
+        row = tuple("".join(marks[found[method, kind, each]] for each in architectures) for kind in kinds)
+        rows.setdefault(row, []).append(f"`{method}`")
+    lines = [f"| method | {' | '.join(f'`{kind}`' for kind in kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+    for row, names in sorted(rows.items(), key=lambda item: -len(item[1])):
+        lines.append(f"| {', '.join(names)} | {' | '.join(row)} |")
+    reasons: dict[str, list[dict]] = {}
+    for cell in cells:
+        if cell["status"] == "refused":
+            reasons.setdefault(cell["reason"], []).append(cell)
+    refused = [f"- {len(group)}: {reason}" for reason, group in sorted(reasons.items(), key=lambda item: -len(item[1]))]
+    tried = f"{len(cells):,} combinations; + works, - is refused, X fails. The refusals:"
+    return "\n".join([*lines, "", tried, "", *refused])
+
+
 def rendered(readme: str) -> str:
     """The README with its figures written anew."""
     results = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
+    readme = _between(readme, "matrix", matrix_table(json.loads((ROOT / "benchmarks/results/matrix.json").read_text())))
     return _between(readme, "demo", demo_table(results))
 
 

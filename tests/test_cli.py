@@ -110,6 +110,50 @@ def test_every_entry_can_be_shown_and_gives_every_option_a_meaning(run, name):
     assert "paper" in text
 
 
+TINY_MODEL = """
+layout = "bert"
+architecture = "encoder"
+vocab = 53
+dim = 64
+layers = 2
+heads = 4
+mlp = 128
+max_length = 256
+types = 2
+"""
+
+
+def test_the_survey_counts_its_methods_on_a_model(run, tmp_path):
+    (tmp_path / "mine.toml").write_text(TINY_MODEL)
+    result = run("account", str(tmp_path / "mine.toml"), "--survey")
+    text = flat(result.output)
+    assert result.exit_code == 0 and "arXiv:2303.15647v1" in text
+    lora = 2 * 2 * 2 * 64 * 8 * 2 / 2  # two layers, q and v, A and B of rank 8
+    total = sum(p.numel() for p in effzoo.build(str(tmp_path / "mine.toml")).parameters())
+    assert f"lora {100 * lora / total:.3g} 0.01-0.5" in text
+    assert "leave --peft out" in run("account", "bert", "--survey", "--peft", "lora").output
+
+
+def test_the_matrix_marks_what_works_and_says_why_something_is_refused(run, tmp_path):
+    result = run("matrix", "--method", "lora", "--method", "pals", "--attention", "full", "--save", str(tmp_path / "cells.json"))
+    text = flat(result.output)
+    assert result.exit_code == 0 and "lora ++++" in text and "pals +-++" in text and "need a cache of its own" in text
+    cells = json.loads((tmp_path / "cells.json").read_text())
+    assert len(cells) == 8 and {cell["status"] for cell in cells} == {"works", "refused"}
+    assert "did you mean 'lora'" in run("matrix", "--method", "lorra").output
+
+
+def test_the_matrix_fails_with_a_broken_method(run, tmp_path):
+    (tmp_path / "broken.py").write_text(
+        "import torch\nfrom effzoo.peft import Method, PeftModule, register\nfrom effzoo.sites import Linear\n"
+        "class Silent(PeftModule):\n    def __init__(self):\n        super().__init__()\n        self.unused = torch.nn.Parameter(torch.zeros(3))\n"
+        "@register('silent')\nclass SilentMethod(Method):\n    'Does nothing.'\n    accepts, default_targets = (Linear,), ('attn.q*',)\n"
+        "    def make(self, site):\n        return Silent()\n"
+    )
+    result = run("matrix", "--method", "silent", "--attention", "full", "--file", str(tmp_path / "broken.py"))
+    assert result.exit_code == 1 and "FAILS: silent on full, encoder" in result.output and "no gradient (None)" in flat(result.output)
+
+
 def test_show_draws_the_pattern_and_saves_it(run, tmp_path):
     text = run("show", "longformer[window=8]", "--n", "32", "--causal", "--save", str(tmp_path / "p.png")).output
     assert effzoo.plots.pattern_text("longformer[window=8]", 32, is_global=(0,), causal=True).splitlines()[5].rstrip() in text
