@@ -669,3 +669,24 @@ def test_transformers_reads_the_last_position_behind_a_prompt_and_a_warning_says
     batch = inputs("gpt2")  # the first row is whole, the others are padded
     apart = (logits(loaded_by_peft(base, tmp_path), batch) - logits(ours, batch)).abs().amax(dim=1)
     assert apart[0] < EXACT and apart[1:].min() > 1e-3
+
+
+@pytest.mark.parametrize("spec", ["lora[rank=8, alpha=8]", "krona[scale=1.0]"])
+def test_what_a_config_leaves_out_stands_at_the_defaults_of_peft(spec, tmp_path):
+    base, ours = saved("bert", spec, tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    kept = ("peft_type", "target_modules", "task_type", "modules_to_save")
+    (tmp_path / CONFIG).write_text(json.dumps({key: config[key] for key in kept}))
+    batch = inputs("bert")
+    close(logits(loaded_by_peft(base, tmp_path), batch), logits(ours, batch))
+    close(logits(effzoo.load_adapter(fresh(base), tmp_path), batch), logits(ours, batch))
+
+
+def test_a_module_of_which_a_parameter_is_missing_is_refused_and_nothing_stays_attached(tmp_path):
+    base, _ = saved("bert", "lora|norms", tmp_path)
+    edited(tmp_path, lambda stored: stored.pop("base_model.model.bert.encoder.layer.1.output.LayerNorm.bias"), modules_to_save=None)
+    model = fresh(base)
+    keys = set(model.state_dict())
+    with pytest.raises(AdapterError, match="blocks.1.mlp_norm: own_bias of norms is missing in the file"):
+        effzoo.load_adapter(model, tmp_path)
+    assert not effzoo.attached(model) and set(model.state_dict()) == keys
