@@ -66,7 +66,7 @@ class AdaMix(Method):
     accepts = (Branch,)
     default_targets = ("mlp.branch",)
     size = "bottleneck"
-    learning_rate = 1e-3
+    learning_rate = 3e-3  # an expert takes part in one of `experts` passes
 
     def __init__(
         self,

@@ -127,7 +127,8 @@ class Compacter(PHMAdapter):
     """PHM adapters with rules A shared by all adapters of the model, and B_i = s_i t_i^T of rank 1; the norms are trained too.
 
     bottleneck: inner width, a multiple of n (the paper: a 32nd of the model's width). n: products in a sum, and the size of the square A_i.
-    rank: of B_i. activation: sigma. std: of the normal distribution that A starts from.
+    rank: of B_i. activation: sigma. std: of the normal distribution that A starts from; shared rules start smaller than those of `phm`, as in the
+    code of the paper.
 
     The A of all layers together have n^3 parameters, an adapter about n (width + bottleneck) / n * 2 rank.
     """
@@ -142,7 +143,7 @@ class Compacter(PHMAdapter):
         n: int = 4,
         rank: int = 1,
         activation: str = "gelu",
-        std: float = 0.01,
+        std: float = 1e-4,
         targets: Targets = None,
         layers: Layers = None,
     ):

@@ -79,7 +79,7 @@ class SparseAdapter(Method):
     accepts = (Branch,)
     default_targets = ("attn.branch", "mlp.branch")
     size = "bottleneck"
-    learning_rate = 1e-3
+    learning_rate = 3e-3
 
     def __init__(
         self,
