@@ -131,7 +131,7 @@ def test_the_survey_counts_its_methods_on_a_model(run, tmp_path):
     lora = 2 * 2 * 2 * 64 * 8 * 2 / 2  # two layers, q and v, A and B of rank 8
     total = sum(p.numel() for p in effzoo.build(str(tmp_path / "mine.toml")).parameters())
     assert f"lora {100 * lora / total:.3g} 0.01-0.5" in text
-    assert "leave --peft out" in run("account", "bert", "--survey", "--peft", "lora").output
+    assert "leave --peft out" in run("account", "bert", "--survey", "--peft", "lora", code=2).stderr
 
 
 def test_the_matrix_marks_what_works_and_says_why_something_is_refused(run, tmp_path):
@@ -140,7 +140,7 @@ def test_the_matrix_marks_what_works_and_says_why_something_is_refused(run, tmp_
     assert result.exit_code == 0 and "lora ++++" in text and "pals +-++" in text and "need a cache of its own" in text
     cells = json.loads((tmp_path / "cells.json").read_text())
     assert len(cells) == 8 and {cell["status"] for cell in cells} == {"works", "refused"}
-    assert "did you mean 'lora'" in run("matrix", "--method", "lorra").output
+    assert "did you mean 'lora'" in run("matrix", "--method", "lorra", code=2).stderr
 
 
 def test_the_matrix_fails_with_a_broken_method(run, tmp_path):
@@ -150,8 +150,8 @@ def test_the_matrix_fails_with_a_broken_method(run, tmp_path):
         "@register('silent')\nclass SilentMethod(Method):\n    'Does nothing.'\n    accepts, default_targets = (Linear,), ('attn.q*',)\n"
         "    def make(self, site):\n        return Silent()\n"
     )
-    result = run("matrix", "--method", "silent", "--attention", "full", "--file", str(tmp_path / "broken.py"))
-    assert result.exit_code == 1 and "FAILS: silent on full, encoder" in result.output and "no gradient (None)" in flat(result.output)
+    result = run("matrix", "--method", "silent", "--attention", "full", "--file", str(tmp_path / "broken.py"), code=1)
+    assert "FAILS: silent on full, encoder" in result.output and "no gradient (None)" in flat(result.output)
 
 
 def test_show_draws_the_pattern_and_saves_it(run, tmp_path):

@@ -203,7 +203,7 @@ def test_the_integration_cases_of_transformers_give_the_same_whole_layer(case, n
     their_y2 = second + layer.feed_forward(their_y1)
     assert torch.equal(whole.attn_output, their_y1) and torch.equal(whole.hidden_states, their_y2)
     y1 = first + block.attend(block.attn_norm(second), Mask(valid))
-    y2 = second + block.feed(block.mlp_norm(y1))
+    y2 = second + block.feed(block.mlp_norm(y1), Mask(valid))
     agree(y1, their_y1, [first, second], valid)
     agree(y2, their_y2, [first, second], valid)
 

@@ -11,7 +11,7 @@ import torch
 
 from effzoo import build, zoo
 from effzoo.architectures import Transformer
-from effzoo.errors import EffzooError, TargetError
+from effzoo.errors import EffzooError, IncompatiblePeft, TargetError
 from effzoo.peft import Account, account
 from effzoo.peft.merging import merged_parameters
 from effzoo.registry import View, describe
@@ -81,11 +81,13 @@ class Hung:
     on_bert: Account
 
 
-def hung(spec: Spec) -> Hung:
-    """Attach a method to a tiny encoder and look, and count it on the meta device on BERT base."""
+def hung(spec: Spec) -> Hung | None:
+    """Attach a method to a tiny encoder and look, and count it on the meta device on BERT base; None where a transformer has no such sites."""
     head: dict[str, Any] = {}
     try:
         model = build("bert", peft=spec, **TINY)
+    except IncompatiblePeft:
+        return None
     except TargetError:  # nothing to hang on without a task head
         head = {"task": "classification"}
         model = build("bert", peft=spec, **head, **TINY)

@@ -61,7 +61,8 @@ def peft_() -> None:
     rows = table("method", "trained", "of BERT", "merges", "what it computes", right=("trained", "of BERT"))
     for name in peft.names():
         hung = describe.hung(Spec(name))
-        row = (name, f"{hung.on_bert.trainable:,}", f"{hung.on_bert.percent:.3g} %", _yes(hung.mergeable), describe.first_sentence(peft.get(name)))
+        counted = ("-", "-", "-") if hung is None else (f"{hung.on_bert.trainable:,}", f"{hung.on_bert.percent:.3g} %", _yes(hung.mergeable))
+        row = (name, *counted, describe.first_sentence(peft.get(name)))
         rows.add_row(*map(Text, row))
     say(rows, "\ntrained: parameters on BERT base with default options; without a task head, except for `head`. effzoo show NAME tells more.")
 
@@ -184,11 +185,14 @@ def _show_peft(spec: Spec) -> None:
     accepted = "any" if Site in cls.accepts else ", ".join(site.__name__ for site in cls.accepts)
     traits = [
         ("hangs on", f"{', '.join(cls.default_targets)} by default ({accepted} sites)"),
-        ("doors", ", ".join(hung.doors)),
+        *([] if hung is None else [("doors", ", ".join(hung.doors))]),
         ("at the start", "leaves the output unchanged" if peft.create(spec).identity_at_init else "changes the output"),
-        ("merges", "yes, into the weights" if hung.mergeable else "no, it is no change of a weight"),
-        ("on BERT base", f"trains {hung.on_bert.trainable:,} of {hung.on_bert.total:,} parameters ({hung.on_bert.percent:.3g} %)"),
     ]
+    if hung is not None:
+        traits += [
+            ("merges", "yes, into the weights" if hung.mergeable else "no, it is no change of a weight"),
+            ("on BERT base", f"trains {hung.on_bert.trainable:,} of {hung.on_bert.total:,} parameters ({hung.on_bert.percent:.3g} %)"),
+        ]
     _head(peft, spec, "a fine-tuning method", traits)
 
 

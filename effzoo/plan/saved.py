@@ -43,14 +43,15 @@ class Saved:
 class _Held:
     """What the graph keeps in place of a tensor: when the graph lets go of it, the record hears of it."""
 
-    __slots__ = ("record", "tensor")
+    __slots__ = ("record", "storage", "tensor")
 
     def __init__(self, record: Record, tensor: Tensor):
         self.record, self.tensor = record, tensor.detach()  # a result that knows its graph would keep it alive
+        self.storage = tensor.untyped_storage()  # of a tensor that lost its values, `detach` is another one; its own must not be given away
         record.hold(tensor)
 
     def __del__(self) -> None:
-        self.record.release(self.tensor)
+        self.record.release(int(self.storage._cdata))
 
 
 class Record(TorchFunctionMode):
@@ -96,12 +97,12 @@ class Record(TorchFunctionMode):
         saved.holders += 1
         saved.causes[HALF_COPIES if name in self.half_copies else self._cause(place)] = None
 
-    def release(self, tensor: Tensor) -> None:
-        saved = self.held.get(key(tensor))
+    def release(self, name: int) -> None:
+        saved = self.held.get(name)
         if saved is not None:
             saved.holders -= 1
             if not saved.holders:
-                del self.held[key(tensor)]
+                del self.held[name]
 
     def _cause(self, place: str) -> str:
         if _DROPOUTS.intersection(self.operations):

@@ -39,7 +39,7 @@ class DeepPrompt(Method):
     global queries as well.
 
     length: rows per layer. init: "activations", the layer's inputs at the first `length` tokens of the training data, by `calibrate`; "normal", with
-    standard deviation std (layer inputs have about 1, after their norm), which also stands there until data have been seen.
+    standard deviation std (layer inputs have about 1, after their norm), which also stands there until data have been seen. std: of that.
     """
 
     paper = "Liu et al. 2021, P-tuning v2, arXiv:2110.07602, section 3"

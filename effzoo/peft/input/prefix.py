@@ -85,7 +85,7 @@ class Prefix(Method):
     length: of the prefix. form: "flat", P_k and P_v are trained themselves; "mlp", they are W_2 tanh(W_1 e + b_1) + b_2, with rows e and W_1 shared
     by all layers and a W_2 for each (section 4.3), and `finish` keeps P_k and P_v alone. hidden: units of that network (the paper: 512 or 800).
     init: of the flat form; "activations" (when None), the keys and values that the layer makes of the first `length` tokens of the training data,
-    by `calibrate`; "normal", with standard deviation std, which is also what stands there until data have been seen, and learns more slowly.
+    by `calibrate`; "normal", which is also what stands there until data have been seen, and learns more slowly. std: of the normal distribution.
     softmax: "joint", one for prefix and tokens; "own", one for the prefix, whose result is added times tanh(g), g = 0 at the start, one for
     each head: the additive form of He et al., eq. 5, which is the only one here that changes nothing at the start.
 

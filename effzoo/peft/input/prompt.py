@@ -58,8 +58,8 @@ class Prompt(Method):
     shapes outside do not change. In attention with global tokens the rows are global, or distant tokens could not see them.
 
     length: of the prompt, which counts towards max_length. init: `vocabulary` copies the embeddings of tokens drawn at random
-    (much better than random rows, section 3.2), `text` those of the token ids in `ids`, repeated or cut to the length (a description of
-    the task, or the names of its classes), `normal` draws rows with the standard deviation of the table.
+    (much better than random rows, section 3.2), `text` those of given tokens, `normal` draws rows with the standard
+    deviation of the table. ids: the tokens of `text`, repeated or cut to the length (a description of the task, or the names of its classes).
 
     The paper's learning rate is 0.3, for Adafactor, which scales steps by the size of the parameter; AdamW needs less.
     """
