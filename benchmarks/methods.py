@@ -203,7 +203,9 @@ def tracked_table(results: dict) -> str:
         )
     settings = results["settings"]
     about = ", ".join(f"{name} {value:,}" for name, value in settings.items())
-    return "\n".join([*lines, "", f"{about}; ± is the standard deviation over {max(map(len, rows.values()))} seeds; {results['machine']}"])
+    seeds = max(map(len, rows.values()))
+    spread_of = f"± is the standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    return "\n".join([*lines, "", f"{about}; {spread_of}; {results['machine']}"])
 
 
 def main() -> int:

@@ -68,7 +68,7 @@ def rendered(readme: str) -> str:
 
 def rendered_benchmarks(readme: str) -> str:
     """The README of the benchmarks with the tables that the scripts make of their results."""
-    for name in ("long_sequences", "duplication", "listops"):
+    for name in ("methods", "long_sequences", "duplication", "listops"):
         spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
         script = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(script)
