@@ -87,16 +87,21 @@ def batches(rows: list[int], encoded: dict[str, torch.Tensor], labels: torch.Ten
     return made
 
 
-def run(method: str, seed: int, settings: dict[str, int], source: Path, budget: int) -> dict[str, object]:
-    """Train and test one method from one seed."""
+def parts(count: int, settings: dict[str, int], validate: bool) -> tuple[list[int], list[int]]:
+    """The sentences to train on and those to count on: the first ones, and the last ones; for choosing defaults, those before the last ones."""
+    end = count - settings["test"] * validate
+    return list(range(settings["train"])), list(range(end - settings["test"], end))
+
+
+def run(method: str, seed: int, settings: dict[str, int], source: Path, budget: int, validate: bool) -> dict[str, object]:
+    """Train one method from one seed, and count its hits."""
     texts, names = sentences(source)
-    total = settings["train"] + settings["test"]
+    train, test = parts(len(texts), settings, validate)
     model = build(settings, seed)
     tokenizer = data.tokenizer_of(model)
-    tokens = tokenizer(texts[:total], truncation=True, max_length=settings["length"], padding="max_length", return_tensors="pt")
+    tokens = tokenizer(texts, truncation=True, max_length=settings["length"], padding="max_length", return_tensors="pt")
     encoded = {key: tokens[key] for key in ("input_ids", "attention_mask")}
-    labels = torch.tensor(names[:total])
-    train, test = list(range(settings["train"])), list(range(settings["train"], total))
+    labels = torch.tensor(names)
     spec = spec_of(method, model, budget)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     effzoo.attach(model, spec)
@@ -219,12 +224,15 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--validate", action="store_true", help="count on other sentences than those of the table; defaults are chosen on these")
     parser.add_argument("--one", action="store_true", help="run one method and one seed in this process and print the row")
     given = parser.parse_args()
+    if given.validate and given.results == RESULTS:
+        parser.error("--validate is for choosing, and its rows do not belong into the table; give --results another name")
     torch.set_num_threads(given.threads)
     settings = {name: getattr(given, name) for name in SETTINGS}
     if given.one:
-        print(json.dumps(run(given.methods[0], given.seeds[0], settings, given.data, given.budget)))
+        print(json.dumps(run(given.methods[0], given.seeds[0], settings, given.data, given.budget, given.validate)))
         return 0
     results = json.loads(given.results.read_text()) if given.results.exists() else {}
     if results.get("settings") not in (None, settings):
@@ -243,6 +251,7 @@ def main() -> int:
         if f"{method} seed {seed}" not in results["rows"] and (number == 0 or method in MAIN)
     ]  # fmt: skip
     options = [f"--{name}={value}" for name, value in settings.items()] + [f"--budget={given.budget}", f"--threads={given.threads}"]
+    options += ["--validate"] * given.validate
 
     def start(method: str, seed: int) -> tuple[str, subprocess.CompletedProcess[str]]:
         command = [sys.executable, __file__, "--one", "--methods", method, "--seeds", str(seed), "--data", str(given.data), *options]

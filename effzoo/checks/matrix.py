@@ -16,7 +16,7 @@ import torch
 from effzoo.checks.attention import Subject as Kind
 from effzoo.checks.models import Case, logits, silent, train
 from effzoo.checks.peft import Subject as Tuned
-from effzoo.checks.peft import copied
+from effzoo.checks.peft.subject import copied
 from effzoo.checks.runner import Failed
 from effzoo.errors import AdapterError, IncompatibleError, TargetError
 from effzoo.peft import account, attach, detach, load_adapter, merge, save_adapter

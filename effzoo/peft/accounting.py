@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from effzoo.peft.attach import HEAD, activate, active, attached, base_tensors
+from effzoo.peft.attach import activate, active, attached, base_tensors
 from effzoo.peft.budget import without_memory
 from effzoo.peft.files import stored_tensors
 from effzoo.peft.merging import delta, mergeable
+from effzoo.peft.method import HEAD
 from effzoo.sites import PeftModule, Site, sites
 
 

@@ -16,13 +16,12 @@ import torch
 from torch import nn
 
 from effzoo.errors import AdapterError, IncompatiblePeft, TargetError, UnknownNameError, did_you_mean, listing
-from effzoo.peft.method import Method
+from effzoo.peft.method import HEAD, Method
 from effzoo.registry import peft as registry
 from effzoo.sites import Site, sites
 from effzoo.spec import Spec, parse
 
 M = TypeVar("M", bound=nn.Module)
-HEAD = "head.*"
 
 
 @dataclass

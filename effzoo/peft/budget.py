@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from effzoo.errors import OptionError
-from effzoo.peft.attach import HEAD, attach, attached, detach
-from effzoo.peft.method import Method
+from effzoo.peft.attach import attach, attached, detach
+from effzoo.peft.method import HEAD, Method
 from effzoo.registry import peft as registry
 from effzoo.sites import sites
 from effzoo.spec import Spec, parse_one

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.errors import AdapterError, EffzooError, UnknownNameError
-from effzoo.peft.attach import HEAD, _known, adapter_tensors, attach, base_tensors, detach
+from effzoo.peft.attach import _known, adapter_tensors, attach, base_tensors, detach
+from effzoo.peft.method import HEAD
 from effzoo.peft.training import finish
 from effzoo.sites import PeftModule, sites
 from effzoo.spec import Spec

@@ -1,7 +1,7 @@
 """The contract of a PEFT method: where it hangs, and what it hangs there.
 
 A method is a class whose options are the keyword-only parameters of its constructor. `make(site)` returns the PeftModule to hang on
-one site; which doors that module opens (parameter, input, function: `effzoo/sites.py`) is the whole method. `attach`
+one site; which doors that module opens (parameter, input, function: `effzoo/sites`) is the whole method. `attach`
 does the rest: targets by role, freezing, names, files, merging. Methods that take part in training override hooks as well;
 `effzoo/peft/training.py` calls them, for `finetune` and for a loop of one's own.
 """
@@ -21,6 +21,7 @@ from effzoo.sites import PeftModule, Site
 Targets = str | Sequence[str] | None
 Layers = int | Sequence[int] | None
 Modules = Mapping[str, PeftModule]  # what a method has hung, by the path of the site
+HEAD = "head.*"  # roles of the task head, which an adapter trains whatever its methods are
 Batches = Iterable[Mapping[str, Any]]
 
 

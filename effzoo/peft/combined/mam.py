@@ -43,6 +43,7 @@ class MAM(Method):
     ):
         super().__init__(layers=layers)
         self.prefix = Prefix(length=length, form=form, hidden=hidden, init=init)
+        self.idle = self.prefix.idle
         self.adapter = ScaledParallel(bottleneck=bottleneck, scale=scale)
         narrow = min(1.0, 256 / abs(bottleneck * scale))  # a step moves the adapter's output by about the rate times bottleneck times s
         self.rates = {"down.*": narrow, "up.*": narrow, "keys": 10.0, "values": 10.0}  # type: ignore[misc]

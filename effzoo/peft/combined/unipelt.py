@@ -121,6 +121,7 @@ class UniPELT(Method):
         if rank < 1 or bottleneck < 1:
             raise OptionError(f"unipelt: rank and bottleneck are at least 1, got rank={rank}, bottleneck={bottleneck}")
         self.prefix = Prefix(length=length, form=form, hidden=hidden, init=init)
+        self.idle = self.prefix.idle
         self.rank, self.bottleneck = rank, bottleneck
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:

@@ -121,7 +121,7 @@ class Prefix(Method):
         if form == "mlp" and init is not None:
             raise OptionError(f"{self.name}: init={init!r} sets keys and values, which form='mlp' computes; give form='flat', or leave init out")
         self.length, self.form, self.hidden, self.std, self.softmax = length, form, hidden, std, softmax
-        self.start = init or ("activations" if form == "flat" else None)
+        self.idle = ("calibrate",) if form == "mlp" or init == "normal" else ()
         self.identity_at_init = softmax == "own"
         if form == "mlp":
             self.learning_rate = 1e-3
@@ -137,8 +137,7 @@ class Prefix(Method):
         return KeysValues(site, self.length, self.std, self.trunk, self.heads.get(id(site), 0))
 
     def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
-        if self.start == "activations":
-            start_from_activations(self.name, model, modules, self.length, batches)
+        start_from_activations(self.name, model, modules, self.length, batches)
 
     def finish(self, modules: Mapping[str, PeftModule]) -> None:
         for module in modules.values():

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from effzoo.errors import OptionError, TargetError, listing
-from effzoo.peft.method import Layers, Method, Targets
+from effzoo.peft.method import HEAD, Layers, Method, Targets
 from effzoo.registry import peft
 from effzoo.sites import Norm, PeftModule, Site, sites
 
@@ -42,6 +42,7 @@ class Full(Method):
     """Full fine-tuning: every parameter of the targets is trained (on copies; the base stays as it was).
 
     With targets or layers it trains any group by role or by block: `full[targets=(attn.E, attn.F)]`, `full[targets=mlp.*, layers=(-2, -1)]`.
+    The task head, which is new, learns at the rate of `head`, unless it is given as a target.
     """
 
     paper = "the baseline of every comparison: Devlin et al. 2019, BERT, arXiv:1810.04805, section 3.2"
@@ -54,31 +55,42 @@ class Full(Method):
 
     def make(self, site: Site) -> PeftModule | None:
         base = site.base()
-        return Copy(**base) if base else None
+        return None if not base or (self.targets is None and fnmatchcase(site.role, HEAD)) else Copy(**base)
 
 
 class _Upper(Method):
-    """The blocks from number `self.lowest` on, and what lies behind the last one; what lies before the first stays frozen, the blocks below too."""
+    """The blocks from some number on, and what lies behind the last one; what lies before the first stays frozen, the blocks below too.
+
+    The task head is left to `head`, whose rate suits what is new.
+    """
 
     zero_gradient = KEY_BIAS
     learning_rate = 5e-5
     default_targets = ("*",)
     below = ("embed.*", "latents", "cross.*")  # roles outside the blocks that lie before them
-    lowest: int
+    trained: set[int]  # ids of the sites
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         depth = 1 + max((site.layer for _, site in sites(model) if site.layer is not None), default=-1)
         if depth == 0:
             raise TargetError(f"{self.name}: this model has no blocks; use full with targets")
-        self.lowest = self.first_trained(depth)
+        lowest = self.first_trained(depth)
+        above = [site for site in found.values() if site.base() and self.lies_above(site, lowest)]
+        body = [site for site in above if not fnmatchcase(site.role, HEAD)]
+        self.trained = {id(site) for site in body or above}
+        if not body:  # every block is frozen: what is left is the head
+            self.learning_rate = Head.learning_rate
 
     def first_trained(self, depth: int) -> int:
         """The number of the lowest block that is trained, of `depth` blocks; `depth` for none."""
         raise NotImplementedError
 
+    def lies_above(self, site: Site, lowest: int) -> bool:
+        """Whether a site is in block number `lowest` or behind it."""
+        return site.layer >= lowest if site.layer is not None else not any(fnmatchcase(site.role, role) for role in self.below)
+
     def make(self, site: Site) -> PeftModule | None:
-        frozen = site.layer < self.lowest if site.layer is not None else any(fnmatchcase(site.role, role) for role in self.below)
-        return None if frozen or not site.base() else Copy(**site.base())
+        return Copy(**site.base()) if id(site) in self.trained else None
 
 
 @peft.register("last", "last_layers")
@@ -133,7 +145,7 @@ class Head(Method):
     paper = "the baseline called feature extraction in Peters et al. 2019, arXiv:1903.05987"
     zero_gradient = KEY_BIAS
     learning_rate = 1e-3
-    default_targets = ("head.*",)
+    default_targets = (HEAD,)
 
     def __init__(self, *, targets: Targets = None):
         super().__init__(targets=targets)

@@ -1,0 +1,28 @@
+"""What every PEFT method must hold, the specific before the general: the first red line is then the one that explains most."""
+
+from __future__ import annotations
+
+from effzoo.checks.peft import laws, learning
+from effzoo.checks.peft.subject import Subject
+from effzoo.checks.runner import Check
+
+CHECKS: tuple[Check, ...] = (
+    learning.declares_itself,
+    learning.attaches,
+    learning.starts_as_identity,
+    learning.base_is_frozen,
+    learning.everything_learns,
+    learning.learns_under_checkpointing,
+    learning.learns_in_reversible_blocks,
+    learning.runs_in_half_precision,
+    laws.keys_are_kept,
+    laws.saves_and_loads,
+    laws.finishes,
+    laws.detaches,
+    laws.merges,
+    laws.adapters_are_independent,
+    laws.serves_rows,
+    laws.copies,
+)
+
+__all__ = ["CHECKS", "Subject"]

@@ -1,0 +1,153 @@
+"""What can be done to a trained adapter: keys, files, the end of training, detaching, merging, other adapters beside it, copies."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+
+import torch
+
+from effzoo.checks.models import Case, logits, silent, train
+from effzoo.checks.peft.subject import Subject, copied, on_every_model, same
+from effzoo.checks.runner import Failed, NotApplicable, close, needs
+from effzoo.errors import AdapterError, IncompatibleError
+from effzoo.peft import account, activate, attach, attached, detach, load_adapter, merge, save_adapter, training
+from effzoo.peft.attach import adapter_tensors
+
+
+@needs("attaches")
+@on_every_model
+def keys_are_kept(subject: Subject, case: Case) -> None:
+    """The base's state-dict keys are unchanged, and every new key contains .adapters.<name>."""
+    before, after = set(case.model().state_dict()), set(subject.attached(case, "mine").state_dict())
+    if missing := sorted(before - after):
+        raise Failed(f"{len(missing)} keys of the base are gone, the first is {missing[0]}; hang a module on the site instead of replacing it")
+    if strangers := sorted(key for key in after - before if ".adapters.mine." not in key):
+        raise Failed(f"new key {strangers[0]} lies outside .adapters.mine.; keep every tensor inside the PeftModule")
+    if after == before:
+        raise Failed("attaching added no tensor; return a PeftModule with parameters from `make`")
+
+
+@needs("attaches")
+@on_every_model
+def saves_and_loads(subject: Subject, case: Case) -> None:
+    """Saved and loaded into a fresh copy of the base, the output is bit-identical"""
+    model = subject.trained(case)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, folder)
+        torch.manual_seed(1234)  # whatever was drawn at the start must be in the file
+        loaded = load_adapter(case.model(), folder)
+    advice = "what is drawn or computed in `make` belongs into a parameter or a persistent buffer"
+    close("the output after save and load", logits(loaded, case.batch()), logits(model, case.batch()), 0.0, advice)
+
+
+@needs("saves_and_loads")
+@on_every_model
+def finishes(subject: Subject, case: Case) -> None:
+    """Finished after training, the output is the same, and a file of it loads into a fresh copy of the base"""
+    model = subject.trained(case)
+    before = logits(model, case.batch())
+    training.finish(model)
+    advice = "`finish` may drop what only training needed; what evaluation computes stays"
+    close("the output after finish", logits(model, case.batch()), before, 1e-10, advice)
+    finished = logits(model, case.batch())
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, folder)
+        torch.manual_seed(1234)
+        loaded = load_adapter(case.model(), folder)
+    advice = "shapes after `finish` must follow from the options alone, or `unpack` must bring them"
+    close("the output of a finished adapter after save and load", logits(loaded, case.batch()), finished, 0.0, advice)
+
+
+@needs("attaches")
+@on_every_model
+def detaches(subject: Subject, case: Case) -> None:
+    """Detaching restores the output, the keys and the requires_grad flags exactly"""
+    base = case.model()
+    base.embeddings.token.weight.requires_grad_(False)
+    flags, before, tensors = ({n: p.requires_grad for n, p in base.named_parameters()}, logits(base, case.batch()), copied(base.state_dict()))
+    model = attach(base, subject.spec)
+    train(model, case.batch())
+    detach(model, "default")
+    same("the model after detach", model.state_dict(), tensors, "keep every tensor and every change inside the PeftModule")
+    close("the output after detach", logits(model, case.batch()), before, 0.0, "leave hooks and attributes of the site alone")
+    changed = [name for name, parameter in model.named_parameters() if flags[name] != parameter.requires_grad]
+    if changed:
+        raise Failed(f"requires_grad of {changed[0]} is {not flags[changed[0]]} after detach, it was {flags[changed[0]]}; let attach do the freezing")
+
+
+@needs("attaches")
+@on_every_model
+def merges(subject: Subject, case: Case) -> None:
+    """Merging gives the attached output to 1e-10 and leaves no adapter, or refuses with AdapterError"""
+    model = subject.trained(case)
+    before, tensors, mergeable = (logits(model, case.batch()), copied(model.state_dict()), account(model).changed is not None)
+    try:
+        merge(model)
+    except AdapterError as refusal:
+        if mergeable:
+            raise Failed(f"the account says that merging changes {account(model).changed} entries, but merge refuses: {refusal}") from None
+        same("the model after merge refused", model.state_dict(), tensors, "merge must change nothing when it cannot finish")
+        return
+    if not mergeable:
+        raise Failed("merged, although some module is no change of a weight; what it did is lost")
+    if attached(model) or any(".adapters." in key for key in model.state_dict()):
+        raise Failed("the adapter is still there after merge")
+    advice = "`delta` must be exactly what the function door adds to the weight and bias"
+    close("the merged output", logits(model, case.batch()), before, 1e-10, advice)
+
+
+@needs("attaches")
+@on_every_model
+def adapters_are_independent(subject: Subject, case: Case) -> None:
+    """Two adapters side by side do not influence each other"""
+    model = attach(case.model(), subject.spec, name="first")
+    train(model, case.batch())
+    before, tensors = logits(model, case.batch()), copied(adapter_tensors(model, "first"))
+    attach(model, subject.spec, name="second")
+    train(model, case.batch(), steps=2)
+    advice = "keep all state in the module; nothing on the class, the method or the site"
+    same("the first adapter after the second was trained", adapter_tensors(model, "first"), tensors, advice)
+    activate(model, "first")
+    close("the first adapter's output after the second was trained", logits(model, case.batch()), before, 0.0, advice)
+    activate(model, "second")
+    if torch.equal(logits(model, case.batch()), before):
+        raise Failed(f"the second adapter gives the first one's output; {advice}")
+    detach(model, "second")
+    activate(model, "first")
+    close("the first adapter's output after the second was detached", logits(model, case.batch()), before, 0.0, advice)
+
+
+@needs("adapters_are_independent")
+@on_every_model
+def serves_rows(subject: Subject, case: Case) -> None:
+    """Chosen by row, two adapters give each row what they give it alone, or the method refuses"""
+    model = attach(case.model(), subject.spec, name="first")
+    train(model, case.batch())
+    attach(model, subject.spec, name="second")
+    train(model, case.batch(), steps=2)
+    alone = {name: logits(activate(model, name), case.batch()) for name in ("first", "second")}
+    rows = ["second", "first", "second"]
+    try:
+        got = logits(activate(model, rows=rows), case.batch())
+    except IncompatibleError as refusal:
+        raise NotApplicable(f"refused: {refusal}") from None
+    expected = torch.stack([alone[name][row] for row, name in enumerate(rows)])
+    close("a row's output", got, expected, 1e-10, "doors must treat each example by itself, and hold everything trained in parameters or buffers")
+
+
+@needs("attaches")
+@on_every_model
+def copies(subject: Subject, case: Case) -> None:
+    """A deep copy and a state-dict round trip give the same output, and a copy shares nothing"""
+    model = subject.trained(case)
+    before, twin = logits(model, case.batch()), copy.deepcopy(model)
+    close("a deep copy's output", logits(twin, case.batch()), before, 0.0, "hold no reference to tensors outside the module")
+    if wrong := silent(twin, train(twin, case.batch())):
+        raise Failed(f"in a deep copy {wrong}; hold no reference to tensors outside the module, closures included")
+    close("the output after a deep copy was trained", logits(model, case.batch()), before, 0.0, "hold no reference to tensors outside the module")
+    torch.manual_seed(4321)
+    other = subject.attached(case)
+    other.load_state_dict(model.state_dict())
+    advice = "make what is drawn a parameter or a persistent buffer"
+    close("the output after a state-dict round trip", logits(other, case.batch()), before, 0.0, advice)

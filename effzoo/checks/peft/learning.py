@@ -1,0 +1,100 @@
+"""What a method is when it is new, and that everything it trains learns, wherever it hangs."""
+
+from __future__ import annotations
+
+import torch
+
+from effzoo.checks.declared import check_docstring, check_options
+from effzoo.checks.models import Case, logits, silent, train
+from effzoo.checks.peft.subject import CASES, REVERSIBLE, Subject, copied, on_every_model, same, unless_refused
+from effzoo.checks.runner import Failed, close, needs
+from effzoo.peft.attach import adapter_tensors, base_tensors
+from effzoo.registry import peft as registry
+
+
+def declares_itself(subject: Subject) -> None:
+    """Options are keyword-only with a type and a default, and a docstring says what is computed"""
+    check_options(registry, subject.cls, leading=0)
+    check_docstring(subject.cls)
+
+
+@on_every_model
+def attaches(subject: Subject, case: Case) -> None:
+    """Attaches to an encoder and a decoder, with full and with windowed attention, and runs"""
+    model = subject.attached(case)
+    out = logits(model, case.batch())
+    close("the output", out, out, 0.0, "start the new tensors from finite values")
+
+
+@needs("attaches")
+@on_every_model
+def starts_as_identity(subject: Subject, case: Case) -> None:
+    """Right after attaching the output is unchanged, or the method says that it is not"""
+    before, after = logits(case.model(), case.batch()), logits(subject.attached(case), case.batch())
+    if subject.identity_at_init:
+        close("the output right after attaching", after, before, 1e-10, "start from a change of 0, or declare identity_at_init = False")
+    elif torch.equal(before, after):
+        raise Failed("identity_at_init is False, yet the output is bit-identical to the base's; declare it True, or find out why nothing acts")
+
+
+@needs("attaches")
+@on_every_model
+def base_is_frozen(subject: Subject, case: Case) -> None:
+    """After three AdamW steps with weight decay every tensor of the base is bit-identical"""
+    model = subject.attached(case)
+    before = copied(base_tensors(model))
+    thawed = [name for name, parameter in model.named_parameters() if parameter.requires_grad and ".adapters." not in name]
+    if thawed:
+        raise Failed(f"{thawed[0]} of the base is trainable after attaching ({len(thawed)} tensors); `make` must not touch requires_grad of the site")
+    train(model, case.batch())
+    same("the base after training", base_tensors(model), before, "train tensors of your own module; return changed weights, never write into them")
+
+
+@needs("attaches")
+@on_every_model
+def everything_learns(subject: Subject, case: Case) -> None:
+    """Every trainable tensor gets a finite gradient that is not 0 within three steps"""
+    _learns(subject, case, checkpointing=False)
+
+
+@needs("everything_learns")
+@on_every_model
+def learns_under_checkpointing(subject: Subject, case: Case) -> None:
+    """The same under gradient checkpointing"""
+    _learns(subject, case, checkpointing=True)
+
+
+@needs("everything_learns")
+@unless_refused
+def learns_in_reversible_blocks(subject: Subject) -> None:
+    """The same in reversible blocks, which compute their inputs back, above frozen embeddings
+
+    An adapter's tensor must be a parameter of the block that uses it, or its gradient is lost.
+    """
+    _learns(subject, REVERSIBLE, checkpointing=False)
+
+
+def _learns(subject: Subject, case: Case, checkpointing: bool) -> None:
+    model = subject.attached(case)
+    model.checkpointing = checkpointing
+    start = copied(adapter_tensors(model, "default"))
+    if wrong := silent(model, train(model, case.batch())):
+        raise Failed(f"{wrong}; remove what is not used, or say in zero_gradient why it vanishes")
+    if all(torch.equal(start[name], tensor) for name, tensor in adapter_tensors(model, "default").items()):
+        raise Failed("no tensor of the adapter moved in three steps")
+
+
+@needs("everything_learns")
+@unless_refused
+def runs_in_half_precision(subject: Subject) -> None:
+    """Under bfloat16 autocast the loss is finite and near that in full precision, and every gradient is finite"""
+    case = CASES[0]
+    model, batch = subject.attached(case).float(), case.batch()
+    exact = float(model(**batch).loss.detach())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model.train()(**batch).loss
+    loss.backward()
+    close("the loss under autocast", loss.detach().double(), torch.tensor(exact).double(), 0.1 * abs(exact), "cast trained vectors to what they meet")
+    broken = [name for name, parameter in model.named_parameters() if parameter.grad is not None and not parameter.grad.isfinite().all()]
+    if broken:
+        raise Failed(f"under autocast the gradient of {broken[0]} is not finite; compute in float32 where numbers are large")

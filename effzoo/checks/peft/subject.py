@@ -1,0 +1,97 @@
+"""A PEFT method under check, and the models on which it is checked: an encoder and a decoder, with full and with windowed attention."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from effzoo.architectures import Transformer
+from effzoo.checks.declared import suitable
+from effzoo.checks.models import Case, train
+from effzoo.checks.runner import Check, Failed, NotApplicable
+from effzoo.errors import IncompatiblePeft
+from effzoo.peft import Method, attach
+from effzoo.registry import peft as registry
+from effzoo.spec import Spec, parse_one
+
+WINDOW = "longformer[window=8]"
+REVERSIBLE = Case("bert", "full", choices=(("norm", "pre"), ("residual", "reversible")))
+CASES = (Case("bert", "full"), Case("gpt2", "full"), Case("bert", WINDOW, has_global=True), Case("gpt2", WINDOW, has_global=True))
+
+
+@dataclass
+class Subject:
+    """One PEFT method under check: its class and the small options it is attached with."""
+
+    spec: Spec
+    cls: type[Method]
+
+    @classmethod
+    def of(cls, given: str) -> Subject:
+        method = registry.get(parse_one(given).name)
+        return cls(suitable(registry, given, lambda spec: cls(spec, method).attached(CASES[0])), method)
+
+    @property
+    def identity_at_init(self) -> bool:
+        """Whether the method says that attaching leaves the output as it is."""
+        return bool(registry.create(self.spec).identity_at_init)
+
+    def attached(self, case: Case, name: str = "default") -> Transformer:
+        return attach(case.model(), self.spec, name=name)
+
+    def trained(self, case: Case) -> Transformer:
+        """A model with the method attached and moved away from its start by three steps."""
+        model = self.attached(case)
+        train(model, case.batch())
+        return model
+
+
+def on_every_model(check: Callable[[Subject, Case], None]) -> Check:
+    """Run a check on each of the `CASES`; what goes wrong is told with the model's name."""
+
+    @functools.wraps(check)
+    def run(subject: Subject) -> None:
+        refusals: list[str] = []
+        for case in CASES:
+            try:
+                check(subject, case)
+            except IncompatiblePeft as refusal:
+                refusals.append(str(refusal))
+            except Exception as error:
+                error.add_note(str(case))
+                raise
+        if len(refusals) == len(CASES):
+            raise NotApplicable(refusals[0])
+
+    return run
+
+
+def unless_refused(check: Callable[[Subject], None]) -> Check:
+    """Run a check on its one model; a method that refuses the model need not have the property."""
+
+    @functools.wraps(check)
+    def run(subject: Subject) -> None:
+        try:
+            check(subject)
+        except IncompatiblePeft as refusal:
+            raise NotApplicable(str(refusal)) from None
+
+    return run
+
+
+def same(what: str, found: dict[str, Tensor], expected: dict[str, Tensor], advice: str) -> None:
+    """Fail unless two sets of tensors have the same names and are bit-identical."""
+    for name in [*expected, *(name for name in found if name not in expected)]:
+        if name not in found or name not in expected:
+            raise Failed(f"{what}: {name} is {'missing' if name in expected else 'new'}; {advice}")
+        if not torch.equal(found[name], expected[name]):
+            different = int((found[name] != expected[name]).sum()) if found[name].shape == expected[name].shape else found[name].numel()
+            raise Failed(f"{what}: {name} differs in {different} of {found[name].numel()} entries; {advice}")
+
+
+def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}

@@ -1,0 +1,88 @@
+"""The doors: what a PeftModule may do at the site where it hangs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an attention layer shows to the modules of its memory site.
+
+    x [batch, n, dim]: the layer's input. valid bool[batch, n]: tokens, or None when there is no padding. keys_values: rows [..., r, source_dim] ->
+    the keys [..., heads, r, head_dim] and values that this layer's own projections make of them (not rotated, with the bias).
+    """
+
+    x: Tensor
+    valid: Tensor | None
+    keys_values: Callable[[Tensor], KeysValues]
+
+
+class PeftModule(nn.Module):
+    """What is hung on a site; every door is open and does nothing until it is overridden."""
+
+    def weight(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def bias(self, bias: Tensor) -> Tensor:
+        return bias
+
+    def before(self, x: Tensor) -> Tensor:
+        return x
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+    def joined(self, x: Tensor, y: Tensor, valid: Tensor | None) -> Tensor:
+        """`after` on a Branch, for modules that must know which positions hold a token (bool[batch, n], or None for all)."""
+        return self.after(x, y)
+
+    def rows(self) -> Tensor | None:
+        """Embedding rows put in front of every input, [rows, dim]."""
+        return None
+
+    def memory(self) -> KeysValues | None:
+        """Keys and values that every query of the layer also sees, each [heads, rows, head_dim]."""
+        return None
+
+    def remember(self, seen: Seen) -> KeysValues | None:
+        """`memory` for modules that make it of what the layer sees; it may then differ by example, [batch, heads, rows, head_dim]."""
+        return self.memory()
+
+    def beyond(self, seen: Seen) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Keys, values and a gate [heads]: gate * Attn(q, keys, values), with a softmax of its own, is added to each head's output."""
+        return None
+
+    def beside(self, states: Sequence[Tensor], mask: Any) -> Tensor:
+        """What replaces the output of the last block, of the states [batch, n, width] before, between and after the blocks (without gradient)."""
+        raise NotImplementedError
+
+    def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """What merging adds to the site's weight and bias so that the function door is no longer needed.
+
+        None when no such change exists. Computed in the dtype of `weight`, which `merge` makes float64. Modules that
+        enter through the parameter door need not override it: the door itself says what the merged tensors are.
+        """
+        return None
+
+    def changed(self, weight: Tensor | None, bias: Tensor | None) -> int | None:
+        """How many entries of the site's weight and bias merging may change; None for every entry of the tensors that it touches."""
+        return None
+
+    def packed(self) -> dict[str, Tensor] | None:
+        """What a file needs to hold, where that is less than the state dict (indices and values, bits); None for the state dict itself."""
+        return None
+
+    def unpack(self, tensors: dict[str, Tensor]) -> None:
+        """Take what `packed` gave. Raises KeyError or ValueError for tensors that do not fit."""
+        raise NotImplementedError
+
+    def opens(self, *doors: str) -> bool:
+        """Whether this module overrides one of the named doors."""
+        return any(getattr(type(self), door) is not getattr(PeftModule, door) for door in doors)

@@ -1,0 +1,204 @@
+"""The layers of a model as sites: those with a weight, and the ends of the sub-layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effzoo.sites.doors import PeftModule
+from effzoo.sites.site import Site, given
+
+
+class Linear(nn.Linear, Site):
+    """y = x W^T + b, [..., in] -> [..., out]. heads: into how many heads the output (of `attn.o`: the input) divides; 1 elsewhere."""
+
+    heads = 1
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, role: str, layer: int | None = None):
+        super().__init__(in_features, out_features, bias)
+        self._open(role, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.combined(x) if self.active else F.linear(x, self.weight, self.bias)
+
+    def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        for module in modules:
+            x = module.before(x)
+        y = F.linear(x, self.composed_weight(modules), self.composed_bias(modules))
+        dtype = y.dtype  # under autocast a trained vector in float32 would carry its dtype on, and attention wants one
+        for module in modules:
+            y = module.after(x, y).to(dtype)
+        return y
+
+
+class Conv2d(nn.Conv2d, Site):
+    """A convolution over two axes, [batch, in, height, width] -> [batch, out, height', width']: sites are not only for transformers."""
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = True,
+        role: str,
+        layer: int | None = None,
+    ):
+        super().__init__(channels, out_channels, kernel, stride=stride, padding=padding, bias=bias)
+        self._open(role, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.combined(x) if self.active else F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+    def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        batched = x if x.ndim == 4 else x[None]
+        for module in modules:
+            batched = module.before(batched)
+        y = F.conv2d(batched, self.composed_weight(modules), self.composed_bias(modules), self.stride, self.padding)
+        for module in modules:
+            y = module.after(batched, y)
+        return y if x.ndim == 4 else y[0]
+
+
+class TiedLinear(Site):
+    """y = x W^T + b with a weight that another site owns (a language-model head tied to the embedding)."""
+
+    def __init__(self, out_features: int, bias: bool, *, role: str, layer: int | None = None):
+        super().__init__()
+        self._open(role, layer)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        if not self.active:
+            return F.linear(x, weight, self.bias)
+        self.tied = weight
+        try:
+            return self.combined(x)
+        finally:
+            del self.tied
+
+    def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        y = F.linear(x, self.tied, self.composed_bias(modules))
+        for module in modules:
+            y = module.after(x, y)
+        return y
+
+
+class Norm(Site):
+    """What LayerNorm and RMSNorm have in common: they normalise the last axis and scale it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.combined(x) if self.active else self.compute((), x)
+
+    def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        y = self.normalise(x, self.composed_weight(modules), self.composed_bias(modules))
+        for module in modules:
+            y = module.after(x, y)
+        return y
+
+    def normalise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+class LayerNorm(Norm, nn.LayerNorm):
+    """(x - mean) / sqrt(var + eps) * w + b over the last axis (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def __init__(self, dim: int, eps: float, *, bias: bool = True, role: str, layer: int | None = None):
+        nn.LayerNorm.__init__(self, dim, eps, bias=bias)
+        self._open(role, layer)
+
+    def normalise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(Norm, nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * w over the last axis, the mean in float32 or better (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    bias = None
+
+    def __init__(self, dim: int, eps: float, *, role: str, layer: int | None = None):
+        nn.RMSNorm.__init__(self, dim, eps)
+        self._open(role, layer)
+
+    def normalise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(exact, self.normalized_shape, None, self.eps).to(x.dtype) * weight
+
+
+class Embedding(nn.Embedding, Site):
+    """Rows of a table, [...] integers -> [..., dim]."""
+
+    def __init__(self, rows: int, dim: int, *, role: str, layer: int | None = None):
+        super().__init__(rows, dim)
+        self._open(role, layer)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.combined(ids) if self.active else F.embedding(ids, self.weight)
+
+    def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
+        (ids,) = inputs
+        y = F.embedding(ids, self.composed_weight(modules))
+        for module in modules:
+            y = module.after(ids, y)
+        return y
+
+    def prompt(self) -> Tensor | None:
+        """The rows that active modules put in front of every input, [rows, dim], or None; [batch, rows, dim] where adapters are chosen by row."""
+        each = [given(module.rows() for module in self.hung(name)) for name in self.active]
+        if not self.mixed:
+            put_in = [rows for of_adapter in each for rows in of_adapter]
+            return torch.cat(put_in) if put_in else None
+        prompts = [torch.cat(rows) for rows in each if rows]
+        if not prompts:
+            return None
+        return self._mix(prompts)
+
+
+class Branch(Site):
+    """The end of a sub-layer, before it joins the residual: x is the sub-layer's input, y its output, both [..., dim]."""
+
+    def __init__(self, dim: int, *, role: str, layer: int | None = None):
+        super().__init__()
+        self._open(role, layer)
+        self.dim = dim
+
+    def forward(self, x: Tensor, y: Tensor, valid: Tensor | None = None) -> Tensor:
+        return self.combined(x, y, valid) if self.active else y
+
+    def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
+        x, y, valid = inputs
+        dtype = y.dtype
+        for module in modules:
+            y = module.joined(x, y, valid).to(dtype)
+        return y
+
+
+class Keys(Site):
+    """The keys of an attention that normalises them, [batch, n, dim], heads side by side: what a vector that scales keys must be applied to.
+
+    Before the normalisation its length would cancel, and where queries are keys it would change the queries too.
+    """
+
+    def __init__(self, dim: int, *, role: str, layer: int | None = None):
+        super().__init__()
+        self._open(role, layer)
+        self.dim = dim
+
+    def forward(self, keys: Tensor) -> Tensor:
+        return self.combined(keys) if self.active else keys
+
+    def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
+        (keys,) = inputs
+        dtype, y = keys.dtype, keys
+        for module in modules:
+            y = module.after(keys, y).to(dtype)
+        return y
