@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support import module
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,10 +26,6 @@ def build(tiny, peft, attention="full", name="minilm", **more):
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
-
-
-def module(model, path, method):
-    return dict(sites(model))[path].of("default")[method]
 
 
 def tokens(*shape):

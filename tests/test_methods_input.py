@@ -7,6 +7,8 @@ import math
 import pytest
 import safetensors.torch
 import torch
+from support import labelled as batch
+from support import module, small
 from torch.nn import functional as F
 
 import effzoo
@@ -32,22 +34,6 @@ def build(tiny, attention="full", peft=None, name="minilm", **more):
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return (effzoo.attach(model, peft) if peft else model).eval()
-
-
-def module(model, path, method):
-    return dict(sites(model))[path].adapters["default"][method]
-
-
-def batch(n=9):
-    draw = torch.Generator().manual_seed(1)
-    ids = torch.randint(2, VOCAB, (3, n), generator=draw)
-    mask = torch.ones_like(ids)
-    mask[1, 5:] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.randint(LABELS, (3,), generator=draw)}
-
-
-def small(kind):
-    return str(Kind.of(kind).spec)
 
 
 def train(model, steps=3, stage=None):

@@ -11,7 +11,7 @@ from effzoo.errors import AdapterError, IncompatibleError, IncompatiblePeft, Opt
 from effzoo.peft import training
 from effzoo.peft.attach import base_tensors
 from effzoo.peft.files import restore_adapter, stored_tensors
-from effzoo.peft.parameter import masks
+from effzoo.peft.parameter import masks, selection
 from effzoo.peft.parameter.head_pruning import importance
 from effzoo.sites import Linear, sites
 
@@ -392,11 +392,11 @@ def test_fish_is_not_the_square_of_the_gradient_of_a_batch(tiny):
 
 def test_fish_looks_at_as_many_samples_as_asked_and_is_random_before(tiny):
     one, two = build(tiny, "fish[keep=0.03, samples=2]"), build(tiny, "fish[keep=0.03]")
-    assert not torch.equal(masks.selection_of(modules(one, "fish")).indices, masks.selection_of(modules(two, "fish")).indices)
+    assert not torch.equal(selection.selection_of(modules(one, "fish")).indices, selection.selection_of(modules(two, "fish")).indices)
     first = {key: value[:2] for key, value in batch().items()}
     training.calibrate(one, [batch()])
     training.calibrate(two, [first])
-    assert torch.equal(masks.selection_of(modules(one, "fish")).indices, masks.selection_of(modules(two, "fish")).indices)
+    assert torch.equal(selection.selection_of(modules(one, "fish")).indices, selection.selection_of(modules(two, "fish")).indices)
 
 
 def test_fish_refuses_the_expectation_over_the_labels_of_every_token(tiny):
@@ -416,7 +416,7 @@ def test_lt_sft_chooses_what_moved_most_and_starts_again_from_theta(tiny):
                 getattr(module, f"full_{key}").normal_()
     changes = torch.cat([getattr(m, f"full_{key}").detach().flatten() for m in modules(model, "lt_sft").values() for key in m.spans])
     training.begin(model, sparse)
-    chosen = masks.selection_of(modules(model, "lt_sft"))
+    chosen = selection.selection_of(modules(model, "lt_sft"))
     k = round(0.02 * NETWORK)
     assert chosen.indices.tolist() == sorted(sorted(range(len(changes)), key=lambda i: (-abs(float(changes[i])), i))[:k])
     assert torch.equal(logits(model), logits_of_base(model)) and not chosen.values.any()
@@ -466,8 +466,8 @@ def test_the_l1_penalty_is_the_mean_size_of_the_change(tiny, stage):
                 p.data.normal_()
         phi = torch.cat([p.flatten() for name, p in model.named_parameters() if "full_" in name])
     else:
-        masks.selection_of(modules(model, "lt_sft")).values.data.normal_()
-        phi = masks.selection_of(modules(model, "lt_sft")).values
+        selection.selection_of(modules(model, "lt_sft")).values.data.normal_()
+        phi = selection.selection_of(modules(model, "lt_sft")).values
     assert torch.allclose(training.penalty(model), 3.0 * phi.abs().mean(), atol=1e-12)
 
 
@@ -491,7 +491,7 @@ def test_diff_pruning_adds_the_gated_change_and_fixes_the_largest_of_it(tiny, st
             assert torch.allclose(effective(model)[path][key], dict(sites(model))[path].base()[key] + z[path, key], rtol=0, atol=1e-12)
     flat = torch.cat([value.flatten() for value in z.values()])
     training.begin(model.train(), training.stages(model)[1])  # in training mode, as a loop does; the gates of evaluation count
-    chosen, k = masks.selection_of(hung), round(0.02 * NETWORK)
+    chosen, k = selection.selection_of(hung), round(0.02 * NETWORK)
     assert len(chosen.indices) == k and torch.equal(chosen.indices.long(), flat.abs().topk(k).indices.sort().values)
     assert torch.allclose(chosen.values, flat[chosen.indices.long()], rtol=0, atol=1e-12) and training.penalty(model) is None
 
@@ -728,7 +728,7 @@ def test_another_selection_loaded_into_a_model_that_has_run_is_used(tiny):
     one, two = build(tiny, "fish[keep=0.05]"), build(tiny, "fish[keep=0.05]")
     with torch.no_grad():
         for model in (one, two):
-            masks.selection_of(modules(model, "fish")).values.normal_()
+            selection.selection_of(modules(model, "fish")).values.normal_()
     before = logits(two)
     two.load_state_dict(one.state_dict())
     assert torch.equal(logits(two), logits(one)) and not torch.equal(logits(two), before)

@@ -8,25 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.errors import OptionError
-from effzoo.peft.method import Layers, Method, Modules, Stage, Targets
+from effzoo.peft.method import Layers, Modules, Stage, Targets
 from effzoo.peft.parameter.lt_sft import dense_changes, keep_all
-from effzoo.peft.parameter.masks import (
-    KEY_BIAS,
-    NETWORK,
-    Selection,
-    Spans,
-    SparseDelta,
-    check_share,
-    count,
-    drawn_gate,
-    numbered,
-    open_probability,
-    selection_of,
-    still_gate,
-    top,
-)  # fmt: skip
+from effzoo.peft.parameter.masks import KEY_BIAS, NETWORK, check_share, count, drawn_gate, open_probability, still_gate, top
+from effzoo.peft.parameter.selection import Selecting, Selection, Spans, SparseDelta, selection_of
 from effzoo.registry import peft
-from effzoo.sites import PeftModule, Site
+from effzoo.sites import Site
 
 LOW, HIGH, TEMPERATURE = -1.5, 1.5, 1.0
 
@@ -67,7 +54,7 @@ class Gated(SparseDelta):
 
 
 @peft.register("diff", "diff_pruning")
-class DiffPruning(Method):
+class DiffPruning(Selecting):
     """theta' = theta + z * w, with w starting at 0 and z a hard-concrete gate per entry; the loss grows by penalty * E ||z||_0.
 
     s = sigma(logit u + alpha), z = clip(s (r - l) + l, 0, 1) with (l, r) = (-1.5, 1.5); in evaluation s = sigma(alpha). Stage `gates` trains w and
@@ -107,15 +94,8 @@ class DiffPruning(Method):
         self.weight, self.alpha, self.structured = penalty, alpha, structured
         self.stages = (Stage("gates", gates), Stage("fixmask", 1 - gates))
 
-    def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
-        spans, total = numbered(found)
-        self.spans = {id(found[path]): own for path, own in spans.items() if own}
-        self.selection = Selection(total)
-
-    def make(self, site: Site) -> PeftModule | None:
-        if id(site) not in self.spans:
-            return None
-        return Gated(self.selection, self.spans[id(site)], id(site) == next(iter(self.spans)), site.base(), self.alpha, self.structured)
+    def sparse(self, site: Site, spans: Spans, owner: bool) -> SparseDelta:
+        return Gated(self.selection, spans, owner, site.base(), self.alpha, self.structured)
 
     def penalty(self, modules: Modules) -> Tensor | None:
         if selection_of(modules).indices is not None:

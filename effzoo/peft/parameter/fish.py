@@ -9,26 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.errors import IncompatiblePeft, OptionError
-from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
-from effzoo.peft.parameter.masks import (
-    NETWORK,
-    Selection,
-    SparseDelta,
-    check_choice,
-    check_share,
-    count,
-    has_values,
-    in_order,
-    numbered,
-    selection_of,
-    top,
-)
+from effzoo.peft.method import Batches, Layers, Modules, Targets
+from effzoo.peft.parameter.masks import NETWORK, check_choice, check_share, count, has_values, top
+from effzoo.peft.parameter.selection import Selecting, in_order, selection_of
 from effzoo.registry import peft
-from effzoo.sites import PeftModule, Site, sites
+from effzoo.sites import Site, sites
 
 
 @peft.register("fish", "fish_mask")
-class Fish(Method):
+class Fish(Selecting):
     """theta' = theta + phi on the K entries with the largest Fisher information F, chosen once before training; the rest is frozen.
 
     F = 1/N sum_i (d log p(y_i | x_i) / d theta)^2                        fisher = label
@@ -57,20 +46,13 @@ class Fish(Method):
         self.samples = samples
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
-        spans, total = numbered(found)
-        self.spans = {id(found[path]): own for path, own in spans.items() if own}
-        self.selection: Selection | None = Selection(total)
+        super().prepare(model, found)
+        total = self.selection.total
         if total:
             k = count(self.keep, total)
             like = next(p for site in found.values() for p in site.base().values())
             numbers = drawn(total, k) if has_values(like) else torch.arange(k, device=like.device)
             self.selection.choose(numbers.to(like.device), torch.zeros(k, device=like.device, dtype=like.dtype))
-
-    def make(self, site: Site) -> PeftModule | None:
-        if id(site) not in self.spans:
-            return None
-        assert self.selection is not None
-        return SparseDelta(self.selection, self.spans[id(site)], owner=id(site) == next(iter(self.spans)))
 
     def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
         chosen, known = selection_of(modules), dict(sites(model))

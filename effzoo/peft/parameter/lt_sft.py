@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.errors import OptionError
-from effzoo.peft.method import Layers, Method, Modules, Stage, Targets
-from effzoo.peft.parameter.masks import KEY_BIAS, NETWORK, Selection, Spans, SparseDelta, check_share, count, in_order, numbered, selection_of, top
+from effzoo.peft.method import Layers, Modules, Stage, Targets
+from effzoo.peft.parameter.masks import KEY_BIAS, NETWORK, check_share, count, top
+from effzoo.peft.parameter.selection import Selecting, Selection, Spans, SparseDelta, in_order, selection_of
 from effzoo.registry import peft
-from effzoo.sites import PeftModule, Site
+from effzoo.sites import Site
 
 
 class Ticket(SparseDelta):
@@ -33,7 +34,7 @@ class Ticket(SparseDelta):
 
 
 @peft.register("lt_sft", "sft", "lottery_ticket_sft")
-class LTSFT(Method):
+class LTSFT(Selecting):
     """theta' = theta + phi with K entries: those that full fine-tuning moves most, trained once more from theta.
 
     Stage `full` trains a dense phi. Then the K entries with the largest |phi|, over all tensors together, are chosen (exactly K; of equal ones the
@@ -63,15 +64,8 @@ class LTSFT(Method):
         self.l1 = l1
         self.stages = (Stage("full", full), Stage("sparse", 1 - full))
 
-    def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
-        spans, total = numbered(found)
-        self.spans = {id(found[path]): own for path, own in spans.items() if own}
-        self.selection = Selection(total)
-
-    def make(self, site: Site) -> PeftModule | None:
-        if id(site) not in self.spans:
-            return None
-        return Ticket(self.selection, self.spans[id(site)], id(site) == next(iter(self.spans)), site.base())
+    def sparse(self, site: Site, spans: Spans, owner: bool) -> SparseDelta:
+        return Ticket(self.selection, spans, owner, site.base())
 
     def begin(self, stage: str, modules: Modules) -> None:
         chosen = selection_of(modules)

@@ -1,0 +1,25 @@
+"""What the tests of several method families use."""
+
+import torch
+
+from effzoo.checks.attention import Subject as Kind
+from effzoo.sites import sites
+
+
+def module(model, path, method):
+    """What a method has hung on the site at a path."""
+    return dict(sites(model))[path].of("default")[method]
+
+
+def labelled(n=9, rows=3, vocab=53, labels=3):
+    """The same batch each time, whose second row has five tokens."""
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, vocab, (rows, n), generator=draw)
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.randint(labels, (rows,), generator=draw)}
+
+
+def small(kind):
+    """An attention kind with options small enough for tiny inputs."""
+    return str(Kind.of(kind).spec)
