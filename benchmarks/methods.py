@@ -122,7 +122,14 @@ def run(method: str, seed: int, settings: dict[str, int], source: Path, budget: 
         "spec": spec, "accuracy": round(100 * hits / len(test), 2), "trainable": account.trainable - head, "stored_bytes": final.stored_bytes,
         "changed": final.changed, "rank": final.rank, "total": account.total, "steps": steps, "seconds": round(seconds, 1),
         "peak_mib": round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024), "saved_mib": round(saved / 2**20, 1),
+        "commit": commit(),
     }  # fmt: skip
+
+
+def commit() -> str:
+    """The commit whose code runs here, with `-dirty` where files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def fit(model, train, encoded, labels, settings, seed) -> int:
@@ -209,8 +216,9 @@ def tracked_table(results: dict) -> str:
     settings = results["settings"]
     about = ", ".join(f"{name} {value:,}" for name, value in settings.items())
     seeds = max(map(len, rows.values()))
+    commits = ", ".join(sorted({row["commit"] for row in results["rows"].values()}))
     spread_of = f"± is the standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-    return "\n".join([*lines, "", f"{about}; {spread_of}; {results['machine']}"])
+    return "\n".join([*lines, "", f"{about}; {spread_of}; {results['machine']}; commit {commits}"])
 
 
 def main() -> int:

@@ -56,10 +56,10 @@ class IPT(Method):
     accepts = (Embedding,)
     default_targets = ("embed.token",)
     size = "hidden"
-    learning_rate = 1e-3  # of the decoder, which at 1e-2 learns nothing
-    rates = {"network.z": 10.0}
+    learning_rate = 3e-3  # of the decoder, which at 1e-2 learns nothing
+    rates = {"network.z": 100.0}  # 0.3
 
-    def __init__(self, *, dim: int = 100, length: int = 20, hidden: int = 64, subspace: float = 0.5):
+    def __init__(self, *, dim: int = 100, length: int = 20, hidden: int = 64, subspace: float = 0.8):
         super().__init__()
         if dim < 1 or length < 1 or hidden < 1:
             raise OptionError(f"ipt: dim, length and hidden are at least 1, got dim={dim}, length={length}, hidden={hidden}")

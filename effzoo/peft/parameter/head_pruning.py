@@ -73,10 +73,10 @@ class HeadPruning(Method):
     )
     accepts = (Linear,)
     default_targets = ("attn.o", "cross.o")
-    learning_rate = 5e-2  # of alpha, which has far to go
+    learning_rate = 2e-1  # of alpha, which has far to go: at 5e-2 no gate closes in a hundred steps
 
     def __init__(
-        self, *, mode: str = "gates", share: float = 0.3, penalty: float = 0.01, alpha: float = 3.0, targets: Targets = None, layers: Layers = None
+        self, *, mode: str = "gates", share: float = 0.3, penalty: float = 0.003, alpha: float = 3.0, targets: Targets = None, layers: Layers = None
     ):
         super().__init__(targets=targets, layers=layers)
         self.mode = check_choice("head_pruning", "mode", mode, ("gates", "importance"))
