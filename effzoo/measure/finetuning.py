@@ -1,0 +1,137 @@
+"""The suite `finetune`: what one training step costs under every attention kind and fine-tuning method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import effzoo.peft
+from effzoo.build import build
+from effzoo.errors import EffzooError, OptionError
+from effzoo.measure import rows as files
+from effzoo.measure.memory import peak
+from effzoo.measure.rows import Row
+from effzoo.measure.scaling import KINDS, timed
+from effzoo.measure.timing import interleaved
+from effzoo.plan import plan
+
+METHODS = ("full", "lora", "bitfit", "ia3", "houlsby", "parallel", "prefix", "prompt", "dora", "ladder")
+SIZES = {"layers": 6, "dim": 384, "heads": 12, "mlp": 1536, "vocab": 1000}
+REFERENCE = "full"  # the method that the others are compared with, in the same rounds
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step of a classifier: forward, backward and AdamW. precision: "float32", or "bfloat16" by autocast."""
+
+    attention: str
+    peft: str
+    length: int = 512
+    batch: int = 4
+    model: str = "bert"
+    dropout: float = 0.0
+    precision: str = "float32"
+    device: str = "cpu"
+    sizes: dict[str, int] = field(default_factory=lambda: dict(SIZES))
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("float32", "bfloat16"):
+            raise OptionError(f"precision is float32 or bfloat16, got {self.precision!r}")
+
+    def choices(self) -> dict[str, Any]:
+        """What `build` is given."""
+        dropout = {"dropout": self.dropout, "attention_dropout": self.dropout}
+        return {"attention": self.attention, "task": "classification", "num_labels": 2, "max_length": self.length, **dropout, **self.sizes}
+
+    def trained(self) -> torch.nn.Module:
+        """The model with the method attached, from seed 0."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return build(self.model, peft=self.peft, **self.choices()).to(self.device).train()
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Token ids and labels, drawn from seed 1."""
+        draw = torch.Generator().manual_seed(1)
+        ids = torch.randint(5, self.sizes["vocab"], (self.batch, self.length), generator=draw)
+        return {"input_ids": ids.to(self.device), "labels": torch.randint(2, (self.batch,), generator=draw).to(self.device)}
+
+    def runner(self) -> Callable[[], object]:
+        """What is timed: one call is one step."""
+        model, inputs = self.trained(), self.inputs()
+        optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+
+        def step() -> None:
+            autocast = torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16)
+            with autocast if self.precision == "bfloat16" else nullcontext():
+                loss = effzoo.peft.loss(model, **inputs)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+        return step
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """Settings of the suite. seconds: for the rounds of one attention kind."""
+
+    kinds: Sequence[str] = KINDS
+    methods: Sequence[str] = METHODS
+    length: int = 512
+    batch: int = 4
+    dropout: float = 0.0
+    precision: str = "float32"
+    device: str = "cpu"
+    seconds: float = 60.0
+
+    def step(self, kind: str, method: str) -> Step:
+        return Step(kind, method, self.length, self.batch, dropout=self.dropout, precision=self.precision, device=self.device)
+
+    def run(self, path: Path, tell: Callable[[str, int, int], None] = lambda said, done, total: None) -> list[Row]:
+        """Measure what the file does not hold yet, one attention kind at a time, and append it. tell: called with what comes, done and total."""
+        known = files.read(path)
+        for done, kind in enumerate(self.kinds):
+            tell(kind, done, len(self.kinds))
+            have = [{key: row.get(key) for key in asdict(self.step(kind, ""))} for row in known]
+            steps = [step for method in self.methods if asdict(step := self.step(kind, method)) not in have]
+            if not steps:
+                continue
+            if REFERENCE in self.methods and steps[0].peft != REFERENCE:
+                steps.insert(0, self.step(kind, REFERENCE))
+            found = [files.made(row, self.device) for row in self._group(steps)]
+            files.append(path, found)
+            known += found
+        tell("done", len(self.kinds), len(self.kinds))
+        return known
+
+    def _group(self, steps: list[Step]) -> list[Row]:
+        results: dict[str, Row] = {}
+        ready: dict[str, Callable[[], object]] = {}
+        for step in steps:
+            row = results[step.peft] = {"suite": "finetune", **asdict(step)}
+            try:
+                model = step.trained()
+            except EffzooError as refusal:
+                row["failed"] = f"refused: {refusal}"
+                continue
+            row["trainable"] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+            precision = "autocast" if step.precision == "bfloat16" else "plain"
+            planned = plan(step.model, step.peft, batch=step.batch, length=step.length, precision=precision, **step.choices())
+            row["saved"] = dict(planned.activations)
+            found = peak(step)
+            row["peak_bytes"] = found.bytes
+            if found.failed:
+                row["failed"] = found.failed
+            else:
+                ready[step.peft] = step.runner()
+        times = interleaved(ready, seconds=self.seconds, device=self.device) if ready else {}
+        for name, each in times.items():
+            results[name] |= timed(each, times.get(REFERENCE))
+            results[name]["tokens_per_second"] = self.batch * self.length / each.median
+        return list(results.values())

@@ -1,0 +1,141 @@
+"""One attention layer with its projections, as something that can be run, checked and timed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from effzoo.attention import Cache, Context, Mask
+from effzoo.blocks.attention import Attention
+from effzoo.errors import OptionError
+from effzoo.spec import parse_one
+
+Mode = Literal["forward", "train", "decode"]
+MODES: tuple[str, ...] = get_args(Mode)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}  # of the error's norm, in parts of the value's
+LONGEST_CHECK = 1024  # the definition takes n^2 memory
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: an attention kind (a spec), how it is used, and its sizes.
+
+    mode: "forward", without gradients; "train", forward and backward; "decode", the next token of a causal layer that has seen n - 1.
+    """
+
+    attention: str
+    mode: Mode
+    n: int
+    dim: int = 512
+    heads: int = 8
+    batch: int = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES or self.dtype not in DTYPES:
+            raise OptionError(f"mode is one of {', '.join(MODES)} and dtype one of {', '.join(DTYPES)}, got {self.mode!r} and {self.dtype!r}")
+        if min(self.n, self.dim, self.heads, self.batch) < 1 or self.dim % self.heads:
+            raise OptionError(f"sizes are at least 1, and heads divide dim; got n={self.n}, dim={self.dim}, heads={self.heads}, batch={self.batch}")
+
+    @property
+    def causal(self) -> bool:
+        return self.mode == "decode"
+
+    def layer(self) -> Attention:
+        """The layer, with weights drawn from seed 0."""
+        context = Context(heads=self.heads, head_dim=self.dim // self.heads, causal=self.causal, max_length=max(self.n, 16))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            layer = Attention(self.dim, parse_one(self.attention), context)
+            layer.core.initialise()
+        return layer.to(device=self.device, dtype=DTYPES[self.dtype]).train(self.mode == "train")
+
+    def input(self, n: int | None = None) -> Tensor:
+        """x [batch, n, dim], drawn from seed 1."""
+        x = torch.randn(self.batch, n or self.n, self.dim, generator=torch.Generator().manual_seed(1))
+        return x.to(device=self.device, dtype=DTYPES[self.dtype])
+
+    def runner(self) -> Callable[[], object]:
+        """What is timed: one call is one pass."""
+        layer = self.layer()
+        if self.mode == "forward":
+            x, mask = self.input(), Mask()
+
+            @torch.no_grad()
+            def forward() -> Tensor:
+                out: Tensor = layer(x, mask)
+                return out
+
+            return forward
+        if self.mode == "decode":
+            return _decoder(layer, self)
+        x, upstream = self.input().requires_grad_(), self.input()
+
+        def train() -> None:
+            layer.zero_grad(set_to_none=True)
+            x.grad = None
+            layer(x, Mask()).backward(upstream)
+
+        return train
+
+
+def supported(case: Case) -> str:
+    """Why the kind cannot do this, or nothing."""
+    from effzoo.registry import attention
+
+    core = attention.get(parse_one(case.attention).name)
+    if case.mode == "decode" and not (core.supports_causal and core.supports_cache):
+        return "keeps no cache for decoding" if core.supports_causal else f"cannot be causal: {core.not_causal}"
+    return ""
+
+
+@torch.no_grad()
+def _decoder(layer: Attention, case: Case) -> Callable[[], object]:
+    """The next token; the cache of the others is filled once, and each call begins with it."""
+    before = Cache()
+    x = case.input()
+    layer(x[:, :-1], Mask(), cache=before)
+    before.length = case.n - 1
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        cache = copy.copy(before)
+        cache.states = dict(before.states)
+        out: Tensor = layer(x[:, -1:], Mask(), cache=cache)
+        return out
+
+    return step
+
+
+def wrong(case: Case) -> str:
+    """What differs from the definition, or nothing: output and gradient of the input against `core.dense` in float64.
+
+    Up to `LONGEST_CHECK` positions. The definition runs first, and its discrete choices (hash buckets) are used again.
+    """
+    n = min(case.n, LONGEST_CHECK)
+    layer = case.layer()
+    exact = copy.deepcopy(layer).double()
+    x, upstream = case.input(n), case.input(n)
+    mask = Mask(decisions={})
+    exact.core.forward = exact.core.dense  # type: ignore[method-assign]
+    exact.core.project = lambda name, x, linear, mask: linear(x)  # type: ignore[method-assign]
+    wanted = _through(exact, x.double(), upstream.double(), mask)
+    got = _through(layer, x, upstream, mask)
+    for what, mine, theirs in zip(("output", "gradient of the input"), got, wanted, strict=True):
+        error = float((mine.double() - theirs).norm() / theirs.norm())
+        if not error <= TOLERANCE[case.dtype]:
+            return f"the {what} differs from the definition by {error:.1e} of its norm, more than {TOLERANCE[case.dtype]:.0e} (n = {n}, {case.dtype})"
+    return ""
+
+
+def _through(layer: Attention, x: Tensor, upstream: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+    x = x.detach().requires_grad_()
+    out = layer(x, mask)
+    return out.detach(), torch.autograd.grad(out, x, upstream)[0]

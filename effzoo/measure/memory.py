@@ -1,0 +1,67 @@
+"""Peak memory of one pass: from the allocator on CUDA; on a CPU the largest resident size of a process that does nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+OUT_OF_MEMORY = "out of memory"
+
+
+class Measurable(Protocol):
+    """A dataclass of plain values that says what is run, and where."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def device(self) -> str: ...
+
+    def runner(self) -> Callable[[], object]:
+        """What is timed: one call is one pass."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """bytes: above what the process, or the device, held before the layer was made; its weights and inputs count. seconds: of the first pass,
+    None on CUDA. failed: why there are no bytes."""
+
+    bytes: int | None
+    seconds: float | None = None
+    failed: str = ""
+
+
+def peak(case: Measurable, limit: float | None = None) -> Peak:
+    """Peak memory of a case. limit: seconds after which a pass on the CPU is given up."""
+    if torch.device(case.device).type == "cuda":
+        return _on_cuda(case)
+    given = {"module": type(case).__module__, "class": type(case).__qualname__, "case": asdict(case), "threads": torch.get_num_threads()}
+    command = [sys.executable, "-m", "effzoo.measure.worker", json.dumps(given)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return Peak(None, None, f"longer than {limit:.0f} s")
+    if done.returncode == -9:  # the system's answer when memory runs out
+        return Peak(None, None, OUT_OF_MEMORY)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return Peak(None, None, OUT_OF_MEMORY if "not enough memory" in last or "can't allocate memory" in last else last)
+    return Peak(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _on_cuda(case: Measurable) -> Peak:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(case.device)
+    torch.cuda.reset_peak_memory_stats(case.device)
+    try:
+        run: Callable[[], object] = case.runner()
+        run()
+        torch.cuda.synchronize(case.device)
+    except torch.OutOfMemoryError:
+        return Peak(None, None, OUT_OF_MEMORY)
+    return Peak(torch.cuda.max_memory_allocated(case.device) - before)

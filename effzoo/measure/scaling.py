@@ -1,0 +1,123 @@
+"""The suite `scaling`: time and memory of one attention layer of each kind against the length of the sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effzoo.measure import rows as files
+from effzoo.measure.layer import Case, supported, wrong
+from effzoo.measure.memory import peak
+from effzoo.measure.rows import Row
+from effzoo.measure.timing import Times, interleaved, ratio
+
+KINDS = (
+    "full", "blockwise", "blockwise[blocks=8]", "longformer[window=512]", "local[chunk=64]", "lsh[rounds=4, chunk=64]", "linformer[k=256]",
+    "perceiver[latents=256]",
+)  # fmt: skip
+REFERENCE = "full"  # what the others are compared with, in the same rounds
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Settings of the suite. longest: seconds that one pass may take; a kind that takes more is not tried at greater lengths. seconds: for the
+    rounds of one length and mode."""
+
+    kinds: Sequence[str] = KINDS
+    lengths: Sequence[int] = (512, 1024, 2048, 4096, 8192, 16384)
+    modes: Sequence[str] = ("forward", "train", "decode")
+    dim: int = 512
+    heads: int = 8
+    batch: int = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+    longest: float = 20.0
+    seconds: float = 20.0
+
+    def case(self, kind: str, mode: str, n: int) -> Case:
+        return Case(kind, mode, n, self.dim, self.heads, self.batch, self.dtype, self.device)  # type: ignore[arg-type]
+
+    def run(self, path: Path, tell: Callable[[str, int, int], None] = lambda said, done, total: None) -> list[Row]:
+        """Measure what the file does not hold yet, a length and mode at a time, and append it. tell: called with what comes, done and total."""
+        known = files.read(path)
+        groups = [(mode, n) for mode in self.modes for n in sorted(self.lengths)]
+        for done, (mode, n) in enumerate(groups):
+            tell(f"{mode}, n = {n:,}", done, len(groups))
+            have = {_identity(row) for row in known}
+            cases = [case for kind in self.kinds if _identity(asdict(case := self.case(kind, mode, n))) not in have]
+            if not cases:
+                continue
+            if REFERENCE in self.kinds and cases[0].attention != REFERENCE:  # a ratio needs its other side in the same rounds
+                cases.insert(0, self.case(REFERENCE, mode, n))
+            found = [files.made(row, self.device) for row in self._group(cases, known)]
+            files.append(path, found)
+            known += found
+        tell("done", len(groups), len(groups))
+        return known
+
+    def _group(self, cases: list[Case], known: list[Row]) -> list[Row]:
+        """The rows of cases of one length and mode."""
+        results: dict[str, Row] = {}
+        ready: dict[str, Case] = {}
+        for case in cases:
+            row = results[case.attention] = {"suite": "scaling", **asdict(case)}
+            failed = supported(case) or self._hopeless(case, known) or wrong(case)
+            if not failed and case.mode != "decode":
+                found = peak(case, 3 * self.longest)
+                row["peak_bytes"], failed = found.bytes, found.failed
+                if not failed and found.seconds is not None and found.seconds > self.longest:
+                    failed = f"longer than {self.longest:.0f} s"
+            if failed:
+                row["failed"] = failed
+            else:
+                ready[case.attention] = case
+        try:
+            times = interleaved({name: case.runner() for name, case in ready.items()}, seconds=self.seconds, device=self.device) if ready else {}
+        except torch.OutOfMemoryError:  # each fits alone, all together do not
+            times = {name: interleaved({name: case.runner()}, seconds=self.seconds, device=self.device)[name] for name, case in ready.items()}
+            for name in times:
+                results[name]["alone"] = True
+        for name, each in times.items():
+            results[name] |= timed(each, times.get(REFERENCE))
+        return list(results.values())
+
+    def _hopeless(self, case: Case, known: list[Row]) -> str:
+        """Why a kind is not tried: a shorter sequence took too long, or too much memory."""
+        for row in known:
+            same = all(row.get(key) == value for key, value in asdict(case).items() if key != "n")
+            if same and row["n"] < case.n and row.get("failed", "").startswith(("longer than", "out of memory")):
+                return f"{row['failed']} at n = {row['n']:,}"
+        return ""
+
+
+def timed(own: Times, reference: Times | None) -> Row:
+    """The figures of one case, and its ratio to the reference where both have as many rounds."""
+    row: dict[str, Any] = {"seconds": own.median, "quartiles": own.spread, "rounds": len(own.seconds)}
+    if reference is not None and len(reference.seconds) == len(own.seconds):
+        found = ratio(own, reference)
+        row |= {"ratio": found.median, "ratio_quartiles": found.spread}
+    return row
+
+
+def _identity(row: Row) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("attention", "mode", "n", "dim", "heads", "batch", "dtype", "device"))
+
+
+def crossovers(rows: list[Row]) -> dict[tuple[str, str], int | None]:
+    """{(kind, mode): the shortest measured length from which on the kind is faster than full attention at every measured length}; None: nowhere."""
+    found: dict[tuple[str, str], int | None] = {}
+    by: dict[tuple[str, str], dict[int, float]] = {}
+    for row in rows:
+        if row["attention"] != REFERENCE and "ratio" in row:
+            by.setdefault((row["attention"], row["mode"]), {})[row["n"]] = row["ratio"]
+    for key, ratios in by.items():
+        found[key] = None
+        for n in sorted(ratios, reverse=True):
+            if ratios[n] >= 1:
+                break
+            found[key] = n
+    return found
