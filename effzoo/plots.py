@@ -27,7 +27,7 @@ NOT, ATTENDED, GLOBAL = 0, 1, 2
 LABELS = {ATTENDED: "attended", GLOBAL: "through a global token", NOT: "not attended"}
 COLOURS = {NOT: "#eeeeee", ATTENDED: "#0072b2", GLOBAL: "#e69f00"}
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MARKERS = "osD^vPX"
+MARKERS = "sD^vPX*o"
 _MOST_PROBED = 1024
 
 Kind = AttentionCore | str | Mapping[str, Any] | Spec

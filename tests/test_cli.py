@@ -12,7 +12,7 @@ import effzoo
 from effzoo.cli import app
 from effzoo.cli.describe import meaning
 
-COMMANDS = ("models", "attention", "peft", "show", "account", "plan", "finetune", "check", "matrix")
+COMMANDS = ("models", "attention", "peft", "show", "account", "plan", "finetune", "check", "matrix", "bench")
 
 MINE = '''
 from effzoo.attention import register

@@ -277,6 +277,25 @@ def test_nothing_of_the_backbone_is_stored_or_gets_a_gradient_under_the_ladder(t
     assert stored[1] - stored[0] <= widening + 64
 
 
+@pytest.mark.parametrize("beside", ["lora[rank=2]", "prompt[length=2]", "prefix[length=2]"])
+@pytest.mark.parametrize("more", [{}, {"norm": "pre", "residual": "reversible"}])
+def test_what_is_trained_inside_the_backbone_learns_through_the_ladder(tiny, beside, more):
+    """The derivative in a direction, against the difference quotient."""
+    model = build(tiny, f"ladder[reduction=2]|{beside}", **more)
+    inputs = {"input_ids": torch.arange(2, 20).view(2, 9), "labels": torch.tensor([0, 1])}
+    inside = [p for name, p in model.named_parameters() if p.requires_grad and ".ladder." not in name and "head" not in name]
+    gradients = torch.autograd.grad(model(**inputs).loss, inside)
+    directions = [torch.randn_like(p) for p in inside]
+    losses = []
+    for step in (1e-5, -2e-5):
+        with torch.no_grad():
+            for p, direction in zip(inside, directions, strict=True):
+                p.add_(step * direction)
+            losses.append(model(**inputs).loss)
+    slope = sum((g * direction).sum() for g, direction in zip(gradients, directions, strict=True))
+    assert abs(slope) > 1e-6 and torch.allclose((losses[0] - losses[1]) / 2e-5, slope, rtol=1e-6)
+
+
 def stored_activations(model):
     """Storages that the backward pass keeps, with their bytes; those that sub-modules of the backbone made, and its states among them."""
     made, states, kept, alive = set(), set(), {}, []

@@ -126,9 +126,8 @@ class Transformer(nn.Module):
             x = checkpoint(block, x, mask, use_reentrant=False) if again else block(x, mask, cache)
         return x
 
-    @torch.no_grad()
     def _states(self, x: Tensor, mask: Mask) -> list[Tensor]:
-        """What stands before, between and after the blocks, computed without gradients."""
+        """What stands before, between and after the blocks; autograd keeps nothing of them unless something in them is trained as well."""
         blocks = cast("Sequence[Block]", self.blocks)
         if self.config.residual == "reversible":
             return states(blocks, x, mask)

@@ -34,9 +34,11 @@ def against_length(rows: Sequence[Row], mode: str, what: str = "seconds") -> Fig
     series = _series([row for row in rows if row["mode"] == mode], what)
     if not series:
         raise InputError(f"no row of mode {mode!r} has {what!r}")
-    figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
+    styles = _styles(list(dict.fromkeys(row["attention"] for row in rows)))
+    figure = Figure(figsize=(7.4, 4.4), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for (kind, points), colour, marker in zip(series.items(), itertools.cycle(LINES), itertools.cycle(MARKERS), strict=False):
+    for kind, points in series.items():
+        colour, marker = styles[kind]
         if what == "ratio" and kind == REFERENCE:
             continue
         values = [factor * row[what] for row in points]
@@ -90,6 +92,12 @@ def _value(row: Mapping[str, Any], what: str) -> float | None:
     return float(sum(row["saved"].values()) / 2**20) if what == "saved" else 1000.0 * float(row["seconds"])
 
 
+def _styles(kinds: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a marker for each kind, the same in every figure of the rows; full attention is black."""
+    colours, markers = itertools.cycle(LINES[:-1]), itertools.cycle(MARKERS)
+    return {kind: (LINES[-1], "o") if kind == REFERENCE else (next(colours), next(markers)) for kind in kinds}
+
+
 def _series(rows: Sequence[Row], what: str) -> dict[str, list[Row]]:
     """The rows that have the value, by kind, in the order of the lengths."""
     found: dict[str, list[Row]] = {}
@@ -103,7 +111,7 @@ def _series(rows: Sequence[Row], what: str) -> dict[str, list[Row]]:
 def _slopes(axes: Axes, series: Mapping[str, list[Row]], what: str, factor: float) -> None:
     """A grey line of slope 1 and one of slope 2 through the last point of the dearest kind of each cost, for the eye."""
     for slope in (1, 2):
-        ends = [points[-1] for kind, points in series.items() if _exponent(kind) == slope and len(points) > 1]
+        ends = [points[-1] for kind, points in series.items() if _exponent(kind) == slope and len(points) > 2]
         if not ends or (what == "peak_bytes" and slope == 2):  # flash attention keeps no scores
             continue
         end = max(ends, key=lambda row: row[what] / row["n"] ** slope)
@@ -119,13 +127,16 @@ def _exponent(kind: str) -> int:
 
 
 def _length_axes(axes: Axes, lengths: Sequence[int]) -> None:
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(list(lengths), [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("length n")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(color="#dddddd", linewidth=0.6, which="major")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -96,10 +96,10 @@ class Scaling:
 
 def timed(own: Times, reference: Times | None) -> Row:
     """The figures of one case, and its ratio to the reference where both have as many rounds."""
-    row: dict[str, Any] = {"seconds": own.median, "quartiles": own.spread, "rounds": len(own.seconds)}
+    row: dict[str, Any] = {"seconds": own.median, "quartiles": list(own.spread), "rounds": len(own.seconds)}
     if reference is not None and len(reference.seconds) == len(own.seconds):
         found = ratio(own, reference)
-        row |= {"ratio": found.median, "ratio_quartiles": found.spread}
+        row |= {"ratio": found.median, "ratio_quartiles": list(found.spread)}
     return row
 
 

@@ -60,7 +60,7 @@ class PeftModule(nn.Module):
         return None
 
     def beside(self, states: Sequence[Tensor], mask: Any) -> Tensor:
-        """What replaces the output of the last block, of the states [batch, n, width] before, between and after the blocks (without gradient)."""
+        """What replaces the output of the last block, of the states [batch, n, width] before, between and after the blocks."""
         raise NotImplementedError
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:

@@ -65,7 +65,7 @@ class Ladder(PeftModule):
 
 @peft.register("ladder", "lst", "ladder_side_tuning")
 class LadderSideTuning(Method):
-    """A side network of narrow blocks with the model's own attention reads the states of the frozen one, which runs without gradients.
+    """A side network of narrow blocks with the model's own attention reads the states of the frozen one, which needs no gradients.
 
     reduction: how many times narrower. every: a side block beside each so many blocks (the paper drops a quarter of them). skip: add the result to
     the backbone's last state, from 0 on, so that attaching changes nothing and little data is enough; `false` is the paper's form, in which
@@ -73,7 +73,8 @@ class LadderSideTuning(Method):
     whose weights have the largest squares (section 3.3; the paper ranks them by Fisher information, too), and the projections of the states
     start by picking just these channels (the paper: at random).
 
-    Nothing of the backbone is stored for the backward pass: memory is that of the narrow blocks and one state per block. There is no cache for
+    Nothing of the backbone is stored for the backward pass: memory is that of the narrow blocks and one state per block. In a union with a
+    method inside the backbone (`ladder|lora`) both are trained, and the backbone is stored as for that method. There is no cache for
     decoding. Models without a `side` site (the Perceiver, whose blocks do not stand in one row) refuse it.
     """
 

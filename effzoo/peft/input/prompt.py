@@ -69,7 +69,7 @@ class Prompt(Method):
     accepts = (Embedding,)
     default_targets = ("embed.token",)
     size = "length"
-    learning_rate = 1e-2
+    learning_rate = 3e-2
 
     def __init__(self, *, length: int = 20, init: Literal["vocabulary", "text", "normal"] = "vocabulary", ids: Sequence[int] = ()):
         super().__init__()
