@@ -34,7 +34,8 @@ RESULTS = Path(__file__).parent / "results" / "methods.json"
 BUDGET = 147_456  # LoRA of rank 8 on q, v and their global twins
 MAIN = ("head", "full", "bitfit", "lora", "dora", "houlsby", "parallel", "ia3", "prefix", "prompt")  # these with several seeds
 SPECS = {  # where the defaults do not suit the budget or the length of a sentence
-    "prompt": "prompt[length=20]", "deep_prompt": "deep_prompt[length=32]", "intrinsic": "intrinsic[dim=1000]", "said": "said[dim=1000]", "last": "last[count=1]",
+    "prompt": "prompt[length=20]", "deep_prompt": "deep_prompt[length=32]",
+    "intrinsic": "intrinsic[dim=1000]", "said": "said[dim=1000]", "last": "last[count=1]",
     "mam": "mam[form=flat, length=8]", "unipelt": "unipelt[length=4, rank=2]",
     "s4": "s4", "lt_sft": "lt_sft[keep=0.0058]", "diff": "diff[keep=0.0058]",
     "union": "prefix[length=16]|lora[rank=4]",
