@@ -10,6 +10,7 @@ FLOORS = [  # a package may import from those before it, and from itself
     {"errors"},
     {"spec"},
     {"registry"},
+    {"recompute"},
     {"sites"},
     {"attention", "peft"},
     {"blocks"},

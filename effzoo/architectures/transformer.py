@@ -20,6 +20,7 @@ from effzoo.attention.core import AttentionCore, Cache, Context, Mask
 from effzoo.blocks.block import Block
 from effzoo.blocks.reversible import reversible, states, two_streams
 from effzoo.errors import IncompatibleError, OptionError
+from effzoo.recompute import recompute
 from effzoo.sites import Linear, Side
 from effzoo.spec import Spec, parse_one
 
@@ -41,6 +42,7 @@ class Transformer(nn.Module):
         self.side = Side(config.width, config.layers, partial(_narrow, config))
         self.head = head(config, task, num_labels)
         self.checkpointing = False
+        self.recompute = False  # in training, what follows cheaply from something else that is kept
         self.apply(self._initialise)
         for core in self.cores():
             core.initialise()
@@ -122,8 +124,9 @@ class Transformer(nn.Module):
         if self.config.residual == "reversible":
             return reversible(blocks, x, mask) if cache is None else two_streams(blocks, x, mask, cache)
         again = self.checkpointing and self.training and cache is None
-        for block in blocks:
-            x = checkpoint(block, x, mask, use_reentrant=False) if again else block(x, mask, cache)
+        with recompute(self.recompute and self.training and cache is None):
+            for block in blocks:
+                x = checkpoint(block, x, mask, use_reentrant=False) if again else block(x, mask, cache)
         return x
 
     def _states(self, x: Tensor, mask: Mask) -> list[Tensor]:

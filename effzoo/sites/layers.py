@@ -8,27 +8,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effzoo.recompute import follows
 from effzoo.sites.doors import PeftModule
 from effzoo.sites.site import Site, given
 
 
 class Linear(nn.Linear, Site):
-    """y = x W^T + b, [..., in] -> [..., out]. heads: into how many heads the output (of `attn.o`: the input) divides; 1 elsewhere."""
+    """y = x W^T + b, [..., in] -> [..., out]. heads: into how many heads the output (of `attn.o`: the input) divides; 1 elsewhere.
+
+    again: whether the product is made again for the backward pass rather than kept, while its weight is not trained.
+    """
 
     heads = 1
+    again = False
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, role: str, layer: int | None = None):
         super().__init__(in_features, out_features, bias)
         self._open(role, layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.combined(x) if self.active else F.linear(x, self.weight, self.bias)
+        return self.combined(x) if self.active else self.product(x, self.weight, self.bias)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + b."""
+        y = F.linear(x, weight, bias)
+        return follows(y, F.linear, x, weight, bias) if self.again and not weight.requires_grad else y
 
     def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
         (x,) = inputs
         for module in modules:
             x = module.before(x)
-        y = F.linear(x, self.composed_weight(modules), self.composed_bias(modules))
+        y = self.product(x, self.composed_weight(modules), self.composed_bias(modules))
         dtype = y.dtype  # under autocast a trained vector in float32 would carry its dtype on, and attention wants one
         for module in modules:
             y = module.after(x, y).to(dtype)
@@ -100,7 +110,8 @@ class Norm(Site):
 
     def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
         (x,) = inputs
-        y = self.normalise(x, self.composed_weight(modules), self.composed_bias(modules))
+        weight, bias = self.composed_weight(modules), self.composed_bias(modules)
+        y = follows(self.normalise(x, weight, bias), self.normalise, x, weight, bias)
         for module in modules:
             y = module.after(x, y)
         return y

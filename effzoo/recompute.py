@@ -1,0 +1,126 @@
+"""Making tensors again instead of keeping them: what the backward pass needs and what follows from something that is kept anyway.
+
+A layer that has computed `out = function(*sources)` says so with `follows(out, function, *sources)`. While `Recompute` is in force, autograd then
+keeps in place of `out`, or of any view of it, a note of how it was made; the backward pass makes it again, to the same bits. So a norm's output
+follows from its input, which the norm keeps anyway; the hidden units of a feed-forward follow from that output; and a method that hangs on
+a site in between keeps nothing more, without knowing of it (Chen et al. 2016, arXiv:1604.06174, with the choice made by tensor, not by layer).
+
+Only functions without randomness may be told. Other hooks on saved tensors stay in force: they are given the tensors that are really kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+Function = Callable[..., Tensor]
+_in_force: ContextVar[Recompute | None] = ContextVar("_in_force", default=None)
+
+
+class Note:
+    """How a tensor was made. Sources are held once the tensor is asked for; parameters by reference, with the version that they had."""
+
+    def __init__(self, out: Tensor, function: Function, sources: tuple[Tensor | None, ...]):
+        self.storage, self.version = StorageWeakRef(out.untyped_storage()), out._version  # type: ignore[no-untyped-call]
+        self.function, self.sources = function, sources
+        self.held: list[Any] | None = None
+        self.uses = 0
+        self.value: Tensor | None = None
+        kind = out.device.type
+        self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+
+    def hold(self, pack: Callable[[Tensor], Any]) -> None:
+        """One more place in the graph needs the tensor."""
+        if self.held is None:
+            self.held = [x if x is None else (x, x._version) if isinstance(x, nn.Parameter) else pack(x) for x in self.sources]
+            self.sources = ()
+        self.uses += 1
+
+    def make(self, unpack: Callable[[Any], Tensor]) -> Tensor:
+        """The tensor, kept while others need it too."""
+        value = self.value
+        if value is None:
+            assert self.held is not None
+            sources = [x if x is None else _unchanged(*x) if isinstance(x, tuple) else unpack(x) for x in self.held]
+            kind, dtype, enabled = self.autocast
+            with torch.no_grad(), torch.autocast(kind, dtype, enabled):
+                value = self.function(*sources).contiguous()
+        self.uses -= 1
+        self.value = value if self.uses > 0 else None
+        return value
+
+
+class View:
+    """What autograd keeps in place of a tensor that has a note: which part of it."""
+
+    __slots__ = ("note", "offset", "size", "stride")
+
+    def __init__(self, note: Note, tensor: Tensor):
+        self.note, self.size, self.stride, self.offset = note, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+
+class Recompute:
+    """While it is in force, tensors of which something is told are not kept for the backward pass."""
+
+    def __init__(self) -> None:
+        self.notes: dict[int, Note] = {}
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)  # of torch's hooks only the innermost are called: they are passed on to
+        self.outer_pack, self.outer_unpack = outer if outer is not None else (None, None)
+
+    def told(self, out: Tensor, function: Function, sources: tuple[Tensor | None, ...]) -> None:
+        for name in [name for name, note in self.notes.items() if note.storage.expired()]:  # type: ignore[no-untyped-call]
+            del self.notes[name]  # and with it what it was made of
+        whole = out.untyped_storage().nbytes() == out.numel() * out.itemsize and out.is_contiguous()
+        if whole and not torch._C._functorch.is_functorch_wrapped_tensor(out):
+            self.notes[out.untyped_storage()._cdata] = Note(out, function, sources)
+
+    def pack(self, tensor: Tensor) -> Any:
+        note = self.notes.get(tensor.untyped_storage()._cdata)
+        if note is not None and note.version == tensor._version and not isinstance(tensor, nn.Parameter):
+            note.hold(self.pack)
+            return View(note, tensor)
+        return tensor if self.outer_pack is None else self.outer_pack(tensor)
+
+    def unpack(self, kept: Any) -> Tensor:
+        if isinstance(kept, View):
+            return kept.note.make(self.unpack).as_strided(kept.size, kept.stride, kept.offset)
+        found: Tensor = kept if self.outer_unpack is None else self.outer_unpack(kept)
+        return found
+
+
+@contextmanager
+def recompute(wanted: bool = True) -> Iterator[None]:
+    """Put `Recompute` in force, if it is wanted and a graph is recorded."""
+    if not wanted or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        yield
+        return
+    running = Recompute()
+    token = _in_force.set(running)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(running.pack, running.unpack):
+            yield
+    finally:
+        _in_force.reset(token)
+
+
+def follows(out: Tensor, function: Function, *sources: Tensor | None) -> Tensor:
+    """Tell that out = function(*sources), without randomness, bit for bit; out itself."""
+    running = None if torch.compiler.is_compiling() else _in_force.get()
+    if running is not None and torch.is_grad_enabled() and out.requires_grad:
+        running.told(out, function, sources)
+    return out
+
+
+def _unchanged(parameter: Tensor, version: int) -> Tensor:
+    if parameter._version != version:
+        raise RuntimeError(
+            f"a parameter of shape {tuple(parameter.shape)} was modified between the forward and the backward pass that needs it to compute "
+            "activations again; step the optimizer after backward, or build the model with recompute='nothing'"
+        )
+    return parameter

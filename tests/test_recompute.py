@@ -1,0 +1,146 @@
+"""What is made again for the backward pass is the same to the last bit, and less is kept."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import effzoo
+from effzoo.recompute import follows, recompute
+
+SPECS = (
+    "full",
+    "lora",
+    "lora[targets=(attn.q, mlp.up, mlp.down), dropout=0.3]",
+    "bitfit",
+    "ia3",
+    "houlsby",
+    "prefix[length=2]",
+    "dora",
+    "adamix",
+    "ladder",
+    "norms",
+)
+SHAPES = {"post": {}, "pre": {"norm": "pre"}, "gated": {"norm": "pre", "norm_kind": "rms", "gated": True}, "chunked": {"mlp_chunk": 4}}
+BATCH = {"input_ids": torch.arange(5, 31).view(2, 13), "labels": torch.tensor([0, 1])}
+
+
+def kept(run):
+    """The result, and bytes that autograd keeps of it, each storage once."""
+    seen = {}
+
+    def pack(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()
+    return out, sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+
+
+def gradients(model, again, autocast=False):
+    model.recompute = again
+    own = sum(p.untyped_storage().nbytes() for p in model.parameters())
+    torch.manual_seed(5)  # dropout
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss, size = kept(lambda: model(**BATCH).loss)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return loss, torch.autograd.grad(loss, trained, allow_unused=True), size - own
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_gradients_are_bit_identical_and_less_is_kept(tiny, spec, shape, autocast):
+    sizes = {**tiny, **SHAPES[shape], "mlp": 64, "dropout": 0.1}
+    model = effzoo.build("bert", peft=spec, task="classification", num_labels=2, **sizes).train()
+    loss, plain, whole = gradients(model, False, autocast)
+    other, again, less = gradients(model, True, autocast)
+    assert torch.equal(loss, other)
+    for one, two in zip(plain, again, strict=True):
+        assert one is two is None or torch.equal(one, two)
+    assert less < whole or spec == "ladder" or "dropout" in spec  # of its own inputs
+
+
+def test_hidden_units_are_not_kept(tiny):
+    """Of the feed-forward nothing as wide as its hidden units stays."""
+    model = effzoo.build("bert", peft="lora", task="classification", num_labels=2, **{**tiny, "mlp": 160, "layers": 3}).train()
+    model.recompute = True
+    shapes = []
+
+    def pack(tensor):
+        shapes.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**BATCH)
+    assert shapes and not any(160 in shape and 13 in shape for shape in shapes)
+
+
+def test_a_second_backward_pass_and_a_deep_copy_work(tiny):
+    model = effzoo.build("bert", peft="lora", task="classification", num_labels=2, **tiny).train()
+    model.recompute = True
+    trained = [p for p in model.parameters() if p.requires_grad]
+    loss = model(**BATCH).loss
+    first = torch.autograd.grad(loss, trained, retain_graph=True)
+    for one, two in zip(first, torch.autograd.grad(loss, trained), strict=True):
+        assert torch.equal(one, two)
+    copy.deepcopy(model)(**BATCH).loss.backward()
+
+
+def test_a_parameter_that_was_stepped_before_the_backward_pass_is_told(tiny):
+    model = effzoo.build("bert", peft="bitfit", task="classification", num_labels=2, **tiny).train()
+    model.recompute = True
+    loss = model(**BATCH).loss
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(1.0)
+    with pytest.raises(RuntimeError, match="was modified between the forward and the backward pass|modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_tensor_that_was_changed_in_place_is_kept_as_it_is():
+    x, w = torch.randn(3, 4, requires_grad=True), torch.randn(4, requires_grad=True)
+    with recompute():
+        y = follows(x.exp(), torch.exp, x)
+        y.mul_(2)
+        out = (y * w).sum()
+    out.backward()
+    assert torch.allclose(w.grad, 2 * x.exp().sum(dim=0))
+
+
+def test_views_of_what_is_made_again_are_the_same_views():
+    x, w = torch.randn(4, 6, requires_grad=True), torch.randn(6, 6)
+    with recompute():
+        y = follows(F.linear(x, w), F.linear, x, w)
+        parts = y.view(4, 2, 3).transpose(0, 1)
+        loss = (parts[1] * parts[0].exp()).sum()
+    expected = F.linear(x, w).view(4, 2, 3).transpose(0, 1)
+    (wanted,) = torch.autograd.grad((expected[1] * expected[0].exp()).sum(), x)
+    assert torch.equal(torch.autograd.grad(loss, x)[0], wanted)
+
+
+def test_nothing_is_held_when_no_one_needs_it():
+    """What a tensor was made of is let go with it."""
+    import weakref
+
+    with recompute():
+        x = torch.randn(5, requires_grad=True).clone()
+        y = follows(x.neg(), torch.neg, x)
+        gone = weakref.ref(x)
+        del x, y
+        follows(*(lambda z: (z.neg(), torch.neg, z))(torch.randn(2, requires_grad=True)))
+        assert gone() is None
+
+
+def test_hooks_outside_are_given_what_is_really_kept():
+    x = torch.randn(7, requires_grad=True)
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.shape) or t, lambda t: t), recompute():
+        y = follows(x.exp(), torch.exp, x)
+        z = (y * torch.randn(3, 7)).sum()
+    assert torch.Size([3, 7]) in seen
+    z.backward()
+    assert x.grad is not None
