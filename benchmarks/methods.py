@@ -209,8 +209,9 @@ def tracked_table(results: dict) -> str:
         first = each[0]
         changed = "-" if first["changed"] is None else f"{100 * first['changed'] / first['total']:.2f} %"
         rank = "-" if first["rank"] is None else first["rank"]
+        spec = first["spec"].replace("|", "\\|")  # a bar would end the cell
         lines.append(
-            f"| `{first['spec']}` | {accuracy:.1f}{spread} | {first['trainable']:,} | {first['stored_bytes']:,} | {changed} | {rank} "
+            f"| `{spec}` | {accuracy:.1f}{spread} | {first['trainable']:,} | {first['stored_bytes']:,} | {changed} | {rank} "
             f"| {statistics.median(row['seconds'] for row in each):.0f} | {statistics.median(row['peak_mib'] for row in each):.0f} "
             f"| {first['saved_mib']} |"
         )

@@ -32,7 +32,7 @@ class Features(nn.Module):
     def forward(self, hidden: Tensor, valid: Tensor | None, labels: Tensor | None, embedding: Embedding) -> Output:
         if labels is not None:
             raise InputError("task 'features' has no loss, so labels mean nothing; build the model with another task")
-        pooled = None if self.pooler is None else self.pooler(hidden[:, 0]).tanh()
+        pooled = None if self.pooler is None else self.pooler(hidden[:, 0].clone()).tanh()
         return Output.of(last_hidden_state=hidden, pooler_output=pooled)
 
 
@@ -142,7 +142,7 @@ def transformed(x: Tensor, dense: Linear | None, activation: Callable[[Tensor], 
 def pool(hidden: Tensor, valid: Tensor | None, how: str) -> Tensor:
     """[batch, n, dim] -> [batch, dim]: the first position, the mean over tokens, or the last token; padding is left out."""
     if how == "first":
-        return hidden[:, 0]
+        return hidden[:, 0].clone()  # a view would keep all positions for the backward pass
     if valid is None:
         return hidden.mean(dim=1) if how == "mean" else hidden[:, -1]
     if how == "mean":
