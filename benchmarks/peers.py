@@ -26,15 +26,21 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass
 class Pair:
-    """Ours and theirs: functions from an input to an output, their parameters, and how far outputs and gradients may differ (of their norm)."""
+    """Ours and theirs: functions from an input to an output, the modules in them, and how far outputs and gradients may differ (of their norm)."""
 
     ours: Forward
     theirs: Forward
     input: Tensor  # floats, with a gradient, or token ids
-    our_parameters: list[nn.Parameter]
-    their_parameters: list[nn.Parameter]
+    modules: tuple[nn.Module, nn.Module]
     tolerance: float | None = 1e-4  # None: not comparable, because both draw
     compared: list[tuple[nn.Parameter, nn.Parameter]] | None = None  # parameters whose gradients are compared, when the input has none
+
+    def to(self, device: str) -> Pair:
+        """The pair on a device; modules keep their parameters when they move."""
+        for module in self.modules:
+            module.to(device)
+        self.input = self.input.detach().to(device).requires_grad_(self.input.requires_grad)
+        return self
 
 
 def layer(spec: str, n: int, *, causal: bool = False, out: bool = True, bias: bool = True) -> Attention:
@@ -59,7 +65,7 @@ def copied(pairs: list[tuple[nn.Module, nn.Module]]) -> None:
 
 
 def pair(ours: nn.Module, call: Forward, theirs: nn.Module, their_call: Forward, x: Tensor, **more: Any) -> Pair:
-    return Pair(call, their_call, x, list(ours.parameters()), list(theirs.parameters()), **more)
+    return Pair(call, their_call, x, (ours, theirs), **more)
 
 
 def hf_longformer(n: int) -> Pair:
@@ -73,10 +79,9 @@ def hf_longformer(n: int) -> Pair:
     torch.manual_seed(0)
     theirs, ours = LongformerSelfAttention(config, 0), layer("longformer[window=512]", n, out=False)
     copied([(ours.q, theirs.query), (ours.k, theirs.key), (ours.v, theirs.value)])
-    zeros = torch.zeros(1, n)
-    nowhere = torch.zeros(1, n, dtype=torch.bool)
 
     def their(x: Tensor) -> Tensor:
+        zeros, nowhere = x.new_zeros(1, n), torch.zeros(1, n, dtype=torch.bool, device=x.device)
         return theirs(x, attention_mask=zeros, is_index_masked=nowhere, is_index_global_attn=nowhere, is_global_attn=False)[0]
 
     return pair(ours, lambda x: ours(x, Mask()), theirs, their, given(n))
@@ -242,7 +247,6 @@ PEERS: dict[str, Callable[[int], Pair]] = {
     "peft (IA)3 on HF BERT, 4 x n": peft_bert("ia3", 0.0),
     "full fine-tuning of HF BERT, 4 x n": peft_bert("full", 0.0),
 }
-LENGTHS = {name: (512,) if "4 x n" in name else (1024, 4096, 8192) for name in PEERS}
 
 
 def step(forward: Forward, x: Tensor, parameters: list[nn.Parameter]) -> Callable[[], object]:
@@ -265,7 +269,7 @@ def differs(pair: Pair) -> str:
     for forward, side in ((pair.ours, 0), (pair.theirs, 1)):
         out = forward(pair.input)
         leaves = [couple[side] for couple in pair.compared or ()] or [pair.input]
-        direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+        direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.device)
         gradients.append([g.flatten() for g in torch.autograd.grad(out, leaves, direction)])
         outs.append(out.detach())
     for what, mine, theirs in [("output", *outs), *(("gradient", a, b) for a, b in zip(*gradients, strict=True))]:
@@ -294,16 +298,18 @@ def saved(forward: Forward, x: Tensor, parameters: list[nn.Parameter]) -> int:
     return sum(kept.values())
 
 
-def measure(name: str, n: int, seconds: float) -> dict[str, Any]:
+def measure(name: str, n: int, seconds: float, device: str = "cpu") -> dict[str, Any]:
     """One row: times of both, their ratio, and what each keeps."""
-    made = PEERS[name](n)
-    row: dict[str, Any] = {"suite": "peers", "peer": name, "n": n}
+    made = PEERS[name](n).to(device)
+    row: dict[str, Any] = {"suite": "peers", "peer": name, "n": n, "device": device}
     if found := differs(made):
         return row | {"failed": found}
-    sides = {"ours": (made.ours, made.our_parameters), "theirs": (made.theirs, made.their_parameters)}
+    sides = {side: (f, list(m.parameters())) for side, f, m in zip(("ours", "theirs"), (made.ours, made.theirs), made.modules, strict=True)}
     for side, (forward, parameters) in sides.items():
         row[f"{side}_saved"] = saved(forward, made.input, parameters)
-    times: dict[str, Times] = interleaved({side: step(f, made.input, parameters) for side, (f, parameters) in sides.items()}, seconds=seconds)
+    times: dict[str, Times] = interleaved(
+        {side: step(f, made.input, parameters) for side, (f, parameters) in sides.items()}, seconds=seconds, device=device
+    )
     of: Ratio = ratio(times["ours"], times["theirs"])
     return row | {
         "ours_seconds": times["ours"].median, "theirs_seconds": times["theirs"].median, "rounds": len(times["ours"].seconds), "ratio": of.median,

@@ -59,12 +59,13 @@ def test_help_lists_the_commands_in_the_order_in_which_a_newcomer_needs_them(run
     assert "effzoo models" in text and '"longformer[window=256]"' in text
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", (*COMMANDS, "bench scaling", "bench finetune"))
 def test_the_help_of_every_command_has_an_example_and_explains_every_option(run, command):
-    text = flat(run(command, "--help").output)
+    shown = run(*command.split(), "--help").output
+    text = flat(shown)
     assert f"Example: effzoo {command}" in text
     assert "\\[" not in text
-    assert all(len(line) <= 100 for line in run(command, "--help").output.splitlines())
+    assert all(len(line) <= 100 for line in shown.splitlines())
 
 
 def test_models_lists_every_model_with_its_size(run):

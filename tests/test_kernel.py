@@ -121,7 +121,7 @@ def test_the_choice_of_a_backend_is_explained():
     q = draw(0, 1, 1, 3, 4)
     assert choose((Part(q, q, q),), 0.0) == ("sdpa", "fused flash attention on cpu")
     name, reason = choose((Part(q, q, q),), 0.1)
-    assert name == "reference" and "attention_dropout=0" in reason
+    assert name == "blocks" and "attention_dropout=0" in reason
     with pytest.raises(OptionError, match="'sdpa' cannot run here: attention dropout"):
         choose((Part(q, q, q),), 0.1, "sdpa")
     with pytest.raises(OptionError, match="'flash3' is not one of auto, reference, sdpa"):
@@ -134,4 +134,4 @@ def test_torch_sdpa_agrees_on_one_masked_part():
     allowed |= torch.eye(11, dtype=torch.bool)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
     assert torch.allclose(attend(Part(q, k, v, bias_of(allowed, torch.float64))), expected, rtol=0, atol=1e-12)
-    assert kernel.BACKENDS == ("auto", "reference", "sdpa")
+    assert kernel.BACKENDS == ("auto", "reference", "sdpa", "blocks")

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import effzoo
 from effzoo.attention import Context, Mask
+from effzoo.attention.dropped import Weights
 from effzoo.blocks import Attention
 from effzoo.errors import IncompatibleError, OptionError
 from effzoo.sites import sites
@@ -135,7 +136,9 @@ def test_dropout_acts_on_both_softmaxes_in_training_only(monkeypatch):
     tensors, plain, dropping = [draw(i, 2, 2, 11, 4).detach() for i in range(3)], core(), core(dropout=0.5)
     assert torch.allclose(dropping.eval()(*tensors, mask=Mask()), plain(*tensors, mask=Mask()), rtol=0, atol=1e-12)
     seen = []
-    original = torch.nn.functional.dropout
-    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p: seen.append((tuple(x.shape), p)) or original(x, p))
+    original = Weights.forward
+    monkeypatch.setattr(
+        Weights, "forward", lambda self, q, k, *rest: seen.append((*q.shape[:3], k.shape[2], self.dropout)) or original(self, q, k, *rest)
+    )
     dropping.train()(*tensors, mask=Mask())
-    assert seen == [((2, 2, 5, 11), 0.5), ((2, 2, 11, 5), 0.5)]
+    assert seen == [(2, 2, 5, 11, 0.5), (2, 2, 11, 5, 0.5)]

@@ -334,9 +334,10 @@ def test_a_broken_rule_is_seen(monkeypatch, broken, name, replacement):
 def test_every_byte_has_a_cause():
     found = plan("bert", "lora[dropout=0.1]|prefix", batch=2, length=37, task="token_classification", **SIZES, **TRAINED)
     assert sum(found.activations.values()) == found.kept == sum(saved.bytes for saved in found.saved)
-    expected = {"adapter lora", "adapter lora dropout masks", "attn core dropout masks", "dropout masks", "mlp activation", "attn.norm", "loss"}
+    expected = {"adapter lora", "adapter lora dropout masks", "dropout masks", "mlp activation", "attn.norm", "loss"}
     assert expected <= {part for cause in found.activations for part in cause.split(" + ")}
     assert all(saved.path.startswith("blocks.") for saved in found.saved if saved.cause == "mlp activation")
+    assert not any("attn core dropout" in cause for cause in found.activations), "which weights are dropped is drawn again"
 
 
 def test_frozen_layers_below_the_first_trained_one_keep_nothing():

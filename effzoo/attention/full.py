@@ -17,9 +17,8 @@ from effzoo.registry import attention
 class Full(AttentionCore):
     """Every query sees every key: softmax(q k^T / sqrt(d)) v, the baseline of every comparison.
 
-    chunk: queries computed at a time, 0 for all. The fused kernel needs O(n) memory as it is; where weights must be written out (attention
-    dropout, backend="reference"), chunks need O(chunk n) instead of O(n^2), and compute each chunk again in the backward pass
-    (Rabe & Staats 2021, arXiv:2112.05682).
+    chunk: queries computed at a time, 0 for all. The fused kernel and attention dropout need O(n) memory as they are; with backend="reference",
+    chunks need O(chunk n) instead of O(n^2), and compute each chunk again in the backward pass (Rabe & Staats 2021, arXiv:2112.05682).
     """
 
     paper = "Vaswani et al. 2017, Attention is all you need, arXiv:1706.03762, section 3.2"

@@ -21,12 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from effzoo.attention.dropped import Weights
 from effzoo.errors import OptionError
 
-BACKENDS = ("auto", "reference", "sdpa")
+BACKENDS = ("auto", "reference", "sdpa", "blocks")
 _aten_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _aten_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -69,10 +71,10 @@ def attend(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> Tensor:
     backend, _ = choose(parts, dropout, backend)
     if backend == "reference":
         return _plain(parts, dropout)
-    if parts[0].q.device.type == "cpu":
+    if backend == "blocks" or parts[0].q.device.type == "cpu":
         width = parts[0].v.shape[-1]
-        same = [_prepared(part) for part in parts]
-        layouts = [(p.causal, p.scale, p.fold, p.unfold) for p in same]
+        same = [part if backend == "blocks" else _prepared(part) for part in parts]
+        layouts = [(p.causal, p.scale, p.fold, p.unfold, _weights(p, dropout) if backend == "blocks" else None) for p in same]
         # parts may share their queries, but compiled code takes each tensor once
         queries = [p.q.view_as(p.q) if any(p.q is other.q for other in same[:i]) else p.q for i, p in enumerate(same)]
         tensors = (x for q, p in zip(queries, same, strict=True) for x in (q, p.k, p.v, p.bias))
@@ -80,6 +82,13 @@ def attend(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> Tensor:
         return out[..., :width]
     part = parts[0]
     return part.unfold(F.scaled_dot_product_attention(part.q, part.k, part.v, is_causal=part.causal, scale=part.scale))
+
+
+def _weights(part: Part, dropout: float) -> Weights:
+    """How the weights of a part are made, with a seed from torch's generator: drawn again when a checkpoint restores its state."""
+    seed = torch.randint(2**62, (1,), device="cpu")
+    drawn = 0 if isinstance(seed, FakeTensor) else int(seed)
+    return Weights(dropout, drawn, part.causal, 1 / math.sqrt(part.q.shape[-1]) if part.scale is None else part.scale)
 
 
 def _prepared(part: Part) -> Part:
@@ -104,6 +113,9 @@ def choose(parts: tuple[Part, ...], dropout: float, backend: str = "auto") -> tu
         return "reference", "asked for"
     device = parts[0].q.device.type
     obstacle = ""
+    if backend == "blocks" or (dropout > 0 and backend == "auto" and not torch.compiler.is_compiling()):
+        needed = f"attention dropout {dropout} needs the weights themselves (attention_dropout=0 allows the fused kernel)"
+        return "blocks", f"{'asked for' if backend == 'blocks' else needed}: some at a time, and again in the backward pass"
     if dropout > 0:
         obstacle = f"attention dropout {dropout} needs the weights themselves; set attention_dropout=0 for the fused kernel"
     elif device != "cpu" and (len(parts) > 1 or parts[0].bias is not None):
@@ -113,7 +125,7 @@ def choose(parts: tuple[Part, ...], dropout: float, backend: str = "auto") -> tu
     if not obstacle:
         return "sdpa", f"fused flash attention on {device}"
     if backend == "sdpa":
-        raise OptionError(f"backend 'sdpa' cannot run here: {obstacle}; use backend='auto' or 'reference'")
+        raise OptionError(f"backend 'sdpa' cannot run here: {obstacle}; use backend='auto', 'blocks' or 'reference'")
     return "reference", obstacle
 
 
@@ -195,10 +207,10 @@ class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layouts, *tensors):  # type: ignore[no-untyped-def]
         results = []
-        for (causal, scale, _, unfold), (q, k, v, bias) in zip(layouts, _quadruples(tensors), strict=True):
-            out, lse = _flash(q, k, v, bias, causal, scale)
+        for (causal, scale, _, unfold, weights), (q, k, v, bias) in zip(layouts, _quadruples(tensors), strict=True):
+            out, lse = _flash(q, k, v, bias, causal, scale) if weights is None else weights.forward(q, k, v, bias)
             lse = lse.unsqueeze(-1)
-            if bias is not None and len(layouts) > 1:  # the kernel reports 0 for a row without keys
+            if weights is None and bias is not None and len(layouts) > 1:  # the kernel reports 0 for a row without keys
                 lse = lse.masked_fill(_dead_rows(bias, causal), -math.inf)
             results.append((unfold(out), unfold(lse)))
         out, lse = merge(*results)
@@ -211,9 +223,12 @@ class _Merged(torch.autograd.Function):
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         out, lse, *tensors = ctx.saved_tensors
         grads: list[Tensor | None] = []
-        for (causal, scale, fold, _), (q, k, v, bias) in zip(ctx.layouts, _quadruples(tensors), strict=True):
+        for (causal, scale, fold, _, weights), (q, k, v, bias) in zip(ctx.layouts, _quadruples(tensors), strict=True):
             part_lse = fold(lse).squeeze(-1).to(torch.promote_types(lse.dtype, torch.float32))
-            grads += _flash_backward(fold(grad_out), q, k, v, fold(out), part_lse, bias, causal, scale)
+            if weights is None:
+                grads += _flash_backward(fold(grad_out), q, k, v, fold(out), part_lse, bias, causal, scale)
+            else:
+                grads += weights.backward(fold(grad_out), q, k, v, fold(out), part_lse, bias)
             grads.append(None)
         return None, *grads
 

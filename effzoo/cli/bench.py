@@ -18,7 +18,11 @@ from effzoo.measure.rows import Row
 from effzoo.measure.scaling import KINDS, Scaling
 from effzoo.registry import load_file, scope
 
-bench = typer.Typer(no_args_is_help=True, help="Measure time and memory on this machine, and draw them.")
+ABOUT = """Measure time and memory on this machine, and draw them.
+
+Example:  effzoo bench scaling --mode train
+"""
+bench = typer.Typer(no_args_is_help=True, help=ABOUT)
 app.add_typer(bench, name="bench")
 
 Out = Annotated[Path, typer.Option(help="Folder for the rows, the figures and the page; rows that are there are not measured again.")]

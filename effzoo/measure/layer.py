@@ -19,7 +19,7 @@ Mode = Literal["forward", "train", "decode"]
 MODES: tuple[str, ...] = get_args(Mode)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}  # of the error's norm, in parts of the value's
-LONGEST_CHECK = 1024  # the definition takes n^2 memory
+LONGEST_CHECK = 512  # the definition takes n^2 memory
 
 
 @dataclass(frozen=True)
