@@ -6,6 +6,12 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from types import ModuleType
+
+from effzoo.measure import rows
+from effzoo.measure.figures import against_length
+from effzoo.measure.page import markdown, scaling_table
+from effzoo.plots import png_bytes
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,9 +65,50 @@ def matrix_table(cells: list[dict]) -> str:
     return "\n".join([*lines, "", tried, "", *refused])
 
 
+def speed_tables(device: str) -> str:
+    """Milliseconds of a layer of each kind in training against the length, and the same computation by others."""
+    scaling = rows.read(ROOT / f"benchmarks/results/scaling-{device}.jsonl")
+    peers = rows.read(ROOT / f"benchmarks/results/peers-{device}.jsonl")
+    made = sorted({f"{row['machine']}, torch {row['versions']['torch']}, commit {row['commit']}" for row in [*scaling, *peers]})
+    return "\n".join(
+        [
+            f"One layer, forward and backward, d = {scaling[0]['dim']}, {scaling[0]['heads']} heads, batch {scaling[0]['batch']}, "
+            f"{scaling[0]['dtype']}: milliseconds (in times of full attention, the median over rounds in turns).",
+            "",
+            markdown(scaling_table(scaling, "train")),
+            "",
+            "| time | peak memory |\n|---|---|",
+            f"| ![time against length](benchmarks/results/scaling-{device}-time.png) | ![memory](benchmarks/results/scaling-{device}-memory.png) |",
+            "",
+            "The same computation by others, forward and backward, from the same weights, in turns (median and quartiles of the ratio):",
+            "",
+            markdown(load("run").peers_table(peers)),
+            "",
+            "; ".join(made),
+        ]
+    )
+
+
+def figures(device: str) -> None:
+    """The two figures of the README."""
+    scaling = rows.read(ROOT / f"benchmarks/results/scaling-{device}.jsonl")
+    for name, what in (("time", "seconds"), ("memory", "peak_bytes")):
+        (ROOT / f"benchmarks/results/scaling-{device}-{name}.png").write_bytes(png_bytes(against_length(scaling, "train", what)))
+
+
+def load(name: str) -> ModuleType:
+    """A script of the benchmarks."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
 def rendered(readme: str) -> str:
     """The README with its figures written anew."""
     results = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
+    readme = _between(readme, "speed", speed_tables("cpu"))
     readme = _between(readme, "matrix", matrix_table(json.loads((ROOT / "benchmarks/results/matrix.json").read_text())))
     return _between(readme, "demo", demo_table(results))
 
@@ -69,10 +116,7 @@ def rendered(readme: str) -> str:
 def rendered_benchmarks(readme: str) -> str:
     """The README of the benchmarks with the tables that the scripts make of their results."""
     for name in ("methods", "methods_longer", "long_sequences", "duplication", "listops"):
-        path = ROOT / f"benchmarks/{name.removesuffix('_longer')}.py"
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        script = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(script)
+        script = load(name.removesuffix("_longer"))
         readme = _between(readme, name, script.tracked_table(json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())))
     return readme
 
@@ -82,5 +126,6 @@ def _between(text: str, name: str, table: str) -> str:
 
 
 if __name__ == "__main__":
+    figures("cpu")
     for path, render in ((ROOT / "README.md", rendered), (ROOT / "benchmarks/README.md", rendered_benchmarks)):
         path.write_text(render(path.read_text()))

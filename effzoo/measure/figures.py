@@ -94,7 +94,7 @@ def _value(row: Mapping[str, Any], what: str) -> float | None:
 
 def _styles(kinds: Sequence[str]) -> dict[str, tuple[str, str]]:
     """A colour and a marker for each kind, the same in every figure of the rows; full attention is black."""
-    colours, markers = itertools.cycle(LINES[:-1]), itertools.cycle(MARKERS)
+    colours, markers = itertools.cycle((*LINES[:-1], "#888888")), itertools.cycle(MARKERS)
     return {kind: (LINES[-1], "o") if kind == REFERENCE else (next(colours), next(markers)) for kind in kinds}
 
 
