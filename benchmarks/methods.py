@@ -28,6 +28,7 @@ import torch
 
 import effzoo
 from effzoo import data
+from effzoo.measure.rows import commit
 from effzoo.spec import parse
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
@@ -125,12 +126,6 @@ def run(method: str, seed: int, settings: dict[str, int], source: Path, budget: 
         "peak_mib": round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024), "saved_mib": round(saved / 2**20, 1),
         "commit": commit(),
     }  # fmt: skip
-
-
-def commit() -> str:
-    """The commit whose code runs here, with `-dirty` where files differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def fit(model, train, encoded, labels, settings, seed) -> int:
