@@ -121,6 +121,6 @@ def _unchanged(parameter: Tensor, version: int) -> Tensor:
     if parameter._version != version:
         raise RuntimeError(
             f"a parameter of shape {tuple(parameter.shape)} was modified between the forward and the backward pass that needs it to compute "
-            "activations again; step the optimizer after backward, or build the model with recompute='nothing'"
+            "activations again; step the optimizer after backward, or set model.recompute = False"
         )
     return parameter
