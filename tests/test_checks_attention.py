@@ -36,6 +36,14 @@ class Patternless(AttentionCore):
         return self.attend(Part(q, k, v, mask.key_bias(q.dtype), causal=self.context.causal), memory_part(q, memory))
 
 
+@caught_by("some_rows_alone")
+class OtherRows(Full):
+    """Its rows see themselves no more than the padding."""
+
+    def rows(self, where, q, k, v, *, mask, memory=None):
+        return super().rows(where - 1, q, k, v, mask=Mask(), memory=memory)
+
+
 @caught_by("declares_itself")
 class SwallowsKeywords(Full):
     """Takes any keyword."""

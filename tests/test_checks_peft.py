@@ -192,6 +192,22 @@ class CountsCalls(Scaling):
     module = EveryOther
 
 
+class MovesFromNeighbours(Scale):
+    """Adds a little of the mean over all positions."""
+
+    def after(self, x, y):
+        return (y + y.mean(dim=1, keepdim=True)) * self.scale if y.ndim > 2 else y * self.scale
+
+
+@caught_by("positions_stand_alone")
+class LooksAround(Scaling):
+    """Looks at other positions and does not say so."""
+
+    default_targets = ("attn.o",)
+    identity_at_init = False
+    module = MovesFromNeighbours
+
+
 @caught_by("keys_are_kept")
 class HangsOutside(Scaling):
     """Puts its tensor on the site instead of in a module."""

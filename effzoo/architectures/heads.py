@@ -52,6 +52,14 @@ class Classification(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.out = Linear(config.dim if config.head_dense else config.width, num_labels, bias=config.head_bias, role="head.out")
 
+    def reads(self, x: Tensor, valid: Tensor | None) -> Tensor | None:
+        """The one position of x [batch, n, dim] that counts, [batch, 1], or None when all do."""
+        if self.pooling == "first":
+            return torch.zeros(len(x), 1, dtype=torch.long, device=x.device)
+        if self.pooling == "last":
+            return torch.full((len(x), 1), x.shape[1] - 1, device=x.device) if valid is None else _last(valid)[:, None]
+        return None
+
     def forward(self, hidden: Tensor, valid: Tensor | None, labels: Tensor | None, embedding: Embedding) -> Output:
         x = transformed(pool(hidden, valid, self.pooling), self.dense, self.activation, self.norm)
         logits = self.out(self.dropout(x))
@@ -148,8 +156,12 @@ def pool(hidden: Tensor, valid: Tensor | None, how: str) -> Tensor:
     if how == "mean":
         weight = valid.to(hidden.dtype).unsqueeze(-1)
         return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
-    last = (valid * torch.arange(valid.shape[1], device=valid.device)).argmax(dim=1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+    return hidden[torch.arange(len(hidden), device=hidden.device), _last(valid)]
+
+
+def _last(valid: Tensor) -> Tensor:
+    """The last token of each example, [batch]."""
+    return (valid * torch.arange(valid.shape[1], device=valid.device)).argmax(dim=1)
 
 
 def _activation(config: Config) -> Callable[[Tensor], Tensor]:

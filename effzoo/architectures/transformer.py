@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from effzoo.architectures.config import Config
 from effzoo.architectures.embeddings import Embeddings, check_inputs
-from effzoo.architectures.heads import head
+from effzoo.architectures.heads import Classification, head
 from effzoo.architectures.output import Output
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask
 from effzoo.blocks.block import Block
@@ -43,6 +43,7 @@ class Transformer(nn.Module):
         self.head = head(config, task, num_labels)
         self.checkpointing = False
         self.recompute = False  # in training, what follows cheaply from something else that is kept
+        self.only_what_is_read = False  # of the last block, the positions that a classification head reads; then no last_hidden_state
         self.apply(self._initialise)
         for core in self.cores():
             core.initialise()
@@ -104,17 +105,31 @@ class Transformer(nn.Module):
         position_ids = None if position_ids is None else position_ids + before
         x, positions = self.embeddings(input_ids, inputs_embeds, position_ids, token_type_ids, prompt, start)
         mask = self._mask(valid, global_attention_mask, x, rows, before, positions)
-        x = self._run(x, mask, cache)
+        if valid is not None:
+            valid = valid[:, -(x.shape[1] - rows) :]
+        read = self._read(x[:, rows:], valid, rows) if cache is None else None
+        x = self._run(x, mask, cache, read)
         if cache is not None:
             cache.length, cache.rows = start + x.shape[1], rows + before
         if self.final_norm is not None:
             x = self.final_norm(x)
-        if valid is not None:
-            valid = valid[:, -(x.shape[1] - rows) :]
-        output: Output = self.head(x[:, rows:], valid, labels, self.embeddings.token)
+        if read is None:
+            whole: Output = self.head(x[:, rows:], valid, labels, self.embeddings.token)
+            return whole
+        output: Output = self.head(x, None, labels, self.embeddings.token)
+        del output["last_hidden_state"]
         return output
 
-    def _run(self, x: Tensor, mask: Mask, cache: Cache | None) -> Tensor:
+    def _read(self, x: Tensor, valid: Tensor | None, before: int) -> Tensor | None:
+        """The positions that the head reads, with `before` prompt rows in front of them, or None where the last block computes all."""
+        last = cast(Block, self.blocks[-1])
+        plain = self.config.residual != "reversible" and not (self.side.active and self.side.replaces)
+        if not (self.only_what_is_read and isinstance(self.head, Classification) and plain and last.by_position):
+            return None
+        where = self.head.reads(x, valid)
+        return None if where is None else where + before
+
+    def _run(self, x: Tensor, mask: Mask, cache: Cache | None, read: Tensor | None = None) -> Tensor:
         """The blocks, with the residual and the memory of the config; gradient checkpointing is what reversible blocks do anyway."""
         blocks = cast("Sequence[Block]", self.blocks)
         if self.side.active and self.side.replaces:
@@ -125,8 +140,9 @@ class Transformer(nn.Module):
             return reversible(blocks, x, mask) if cache is None else two_streams(blocks, x, mask, cache)
         again = self.checkpointing and self.training and cache is None
         with recompute(self.recompute and self.training and cache is None):
-            for block in blocks:
-                x = checkpoint(block, x, mask, use_reentrant=False) if again else block(x, mask, cache)
+            for i, block in enumerate(blocks):
+                rows = read if i == len(blocks) - 1 else None
+                x = checkpoint(block, x, mask, None, rows, use_reentrant=False) if again else block(x, mask, cache, rows)
         return x
 
     def _states(self, x: Tensor, mask: Mask) -> list[Tensor]:

@@ -106,6 +106,7 @@ class AttentionCore(nn.Module, abc.ABC):
     paper: ClassVar[str] = ""
     projections: tuple[str, ...] = ("q", "k", "v")
     key_side: ClassVar[tuple[str, ...]] = ("k", "v")
+    row_side: ClassVar[tuple[str, ...]] = ()  # projections of the queries alone: with `rows`, what is needed of them are those rows
     copied_from: ClassVar[Mapping[str, str]] = {}  # projections that start as copies when another kind's weights are loaded
     cost: ClassVar[str] = "n^2"
     supports_causal: ClassVar[bool] = True
@@ -122,6 +123,11 @@ class AttentionCore(nn.Module, abc.ABC):
         if context.causal and not self.supports_causal:
             raise IncompatibleError(f"attention {self.name!r} cannot be causal: {self.not_causal}; use it in an encoder")
 
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        if "forward" in vars(cls) and "rows" not in vars(cls):
+            cls.row_side = ()  # inherited `rows` would compute something else
+
     def initialise(self) -> None:
         """Draw the kind's own parameters; called after the model has initialised the rest."""
 
@@ -133,6 +139,11 @@ class AttentionCore(nn.Module, abc.ABC):
         examples have memories of their own.
         Kinds with `supports_cross` take a key side of another length than the queries; `mask` then speaks of the keys.
         """
+
+    def rows(self, where: Tensor, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
+        """The rows `where` [batch, r] of `forward`, [batch, heads, r, head_dim], for kinds with a `row_side`: its projections are given for
+        these rows alone, the others for all."""
+        raise IncompatibleError(f"attention {self.name!r} computes all rows together")
 
     def step(self, *projected: Tensor, mask: Mask, past: State | None, memory: KeysValues | None = None) -> tuple[Tensor, State]:
         """Causal decoding: the rows of the newest m positions, and the state with which the next call goes on.
@@ -162,7 +173,7 @@ class AttentionCore(nn.Module, abc.ABC):
         """The projections that this batch needs; the layer passes None for the others."""
         return self.projections
 
-    def alone(self, *projected: Tensor, mask: Mask, memory: KeysValues) -> Tensor:
+    def alone(self, *projected: Tensor, mask: Mask, memory: KeysValues, where: Tensor | None = None) -> Tensor:
         """Attention of every query to the memory and to nothing else, [batch, heads, n, head_dim]."""
         return self.attend(memory_part(projected[0], memory))
 
@@ -180,6 +191,13 @@ class AttentionCore(nn.Module, abc.ABC):
         """Softmax over the union of the parts' keys; absent parts are None."""
         present = [part for part in parts if part is not None]
         return kernel.attend(*present, dropout=self.dropout, backend=self.context.backend)
+
+
+def rows_of(x: Tensor, where: Tensor) -> Tensor:
+    """Rows `where` [batch, r] of x [batch, ..., n, d] -> [batch, ..., r, d]."""
+    between = x.ndim - 3
+    index = where.view(where.shape[0], *[1] * between, where.shape[1], 1)
+    return x.gather(-2, index.expand(-1, *x.shape[1:-2], -1, x.shape[-1]))
 
 
 def memory_part(q: Tensor, memory: KeysValues | None) -> kernel.Part | None:

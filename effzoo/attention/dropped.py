@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -44,6 +44,10 @@ class Weights:
     seed: int
     causal: bool
     scale: float
+
+    def of_tile(self, index: int) -> Weights:
+        """The same of another tile, which draws what it drops by itself."""
+        return replace(self, seed=self.seed + index)
 
     @property
     def kept(self) -> float:

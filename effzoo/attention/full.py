@@ -23,6 +23,7 @@ class Full(AttentionCore):
 
     paper = "Vaswani et al. 2017, Attention is all you need, arXiv:1706.03762, section 3.2"
     cost = "n^2"
+    row_side = ("q",)
     supports_cross = True
     supports_cache = True
 
@@ -41,6 +42,13 @@ class Full(AttentionCore):
             inputs = (q[:, :, start : start + self.chunk], k, v, bias, memory, start)
             rows.append(checkpoint(self._rows, *inputs, use_reentrant=False) if torch.is_grad_enabled() else self._rows(*inputs))
         return torch.cat(rows, dim=2)
+
+    def rows(self, where: Tensor, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:  # type: ignore[override]
+        bias = mask.key_bias(q.dtype)
+        if self.context.causal:
+            past = torch.arange(k.shape[2], device=q.device) <= where[:, None, :, None]
+            bias = bias_of(past, q.dtype) if bias is None else bias + bias_of(past, q.dtype)
+        return self.attend(Part(q, k, v, bias), memory_part(q, memory))
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, past: State | None, memory: KeysValues | None = None) -> tuple[Tensor, State]:  # type: ignore[override]
         if past is None:

@@ -14,10 +14,11 @@ The private operators of torch stay in this file; `_plain` is their readable twi
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from effzoo.attention.band import Band
 from effzoo.attention.dropped import Weights
 from effzoo.errors import OptionError
 
@@ -45,16 +47,68 @@ class Part:
     attend, without gradient. scale multiplies q k^T, 1 / sqrt(d) when None. All parts of one softmax have the same e.
     A core may fold the sequence into the group axis g; `fold` takes a tensor from [batch, heads, n, x] to the layout of
     q and `unfold` takes it back, so that parts with different layouts can be merged.
+    band: q, k and v [batch, heads, n, x] are not folded yet, and `bias` is a list: the band cuts tiles, and nothing of them is kept.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    bias: Tensor | None = None
+    bias: Tensor | Sequence[Tensor | None] | None = None
     causal: bool = False
     scale: float | None = None
     fold: Callable[[Tensor], Tensor] = _same
     unfold: Callable[[Tensor], Tensor] = _same
+    band: Band | None = None
+
+    @property
+    def biases(self) -> list[Tensor | None]:
+        """The bias of every tile."""
+        return list(self.bias) if self.bias is not None and not isinstance(self.bias, Tensor) else [self.bias]
+
+    @property
+    def layout(self) -> Layout:
+        return _Folded(self.fold, self.unfold) if self.band is None else self.band
+
+
+class Layout(Protocol):
+    """How the rows and keys of a part lie in tiles, each of which is one attention [g, heads, rows, keys]."""
+
+    def tiles(self, q: Tensor, k: Tensor, v: Tensor, biases: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """Queries, keys, values and bias of every tile."""
+
+    def rows(self, x: Tensor) -> list[Tensor]:
+        """What belongs to the queries, [batch, heads, n, x], by tile."""
+
+    def join(self, tiles: Sequence[Tensor]) -> Tensor:
+        """The way back."""
+
+    def of_queries(self, tiles: Sequence[Tensor]) -> Tensor:
+        """Gradients of the queries of every tile -> that of the part's q."""
+
+    def of_keys(self, tiles: Sequence[Tensor]) -> Tensor:
+        """Gradients of the keys of every tile -> that of the part's k."""
+
+
+@dataclass(frozen=True)
+class _Folded:
+    """One tile, folded by its core."""
+
+    fold: Callable[[Tensor], Tensor]
+    unfold: Callable[[Tensor], Tensor]
+
+    def tiles(self, q: Tensor, k: Tensor, v: Tensor, biases: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        return [(q, k, v, biases[0])]
+
+    def rows(self, x: Tensor) -> list[Tensor]:
+        return [self.fold(x)]
+
+    def join(self, tiles: Sequence[Tensor]) -> Tensor:
+        return self.unfold(tiles[0])
+
+    def of_queries(self, tiles: Sequence[Tensor]) -> Tensor:
+        return tiles[0]
+
+    of_keys = of_queries
 
 
 def bias_of(allowed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -74,11 +128,11 @@ def attend(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> Tensor:
     if backend == "blocks" or parts[0].q.device.type == "cpu":
         width = parts[0].v.shape[-1]
         same = [part if backend == "blocks" else _prepared(part) for part in parts]
-        layouts = [(p.causal, p.scale, p.fold, p.unfold, _weights(p, dropout) if backend == "blocks" else None) for p in same]
+        plans = [(p.layout, _weights(p, dropout) if backend == "blocks" else _Flash(p.causal, p.scale)) for p in same]
         # parts may share their queries, but compiled code takes each tensor once
         queries = [p.q.view_as(p.q) if any(p.q is other.q for other in same[:i]) else p.q for i, p in enumerate(same)]
-        tensors = (x for q, p in zip(queries, same, strict=True) for x in (q, p.k, p.v, p.bias))
-        out: Tensor = _Merged.apply(layouts, *tensors)  # type: ignore[no-untyped-call]
+        tensors = [(q, p.k, p.v, *p.biases) for q, p in zip(queries, same, strict=True)]
+        out: Tensor = _Merged.apply(plans, [len(each) for each in tensors], *(x for each in tensors for x in each))  # type: ignore[no-untyped-call]
         return out[..., :width]
     part = parts[0]
     return part.unfold(F.scaled_dot_product_attention(part.q, part.k, part.v, is_causal=part.causal, scale=part.scale))
@@ -201,40 +255,67 @@ def _flash_backward(
     return _aten_flash_backward(grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
 
 
+@dataclass(frozen=True)
+class _Flash:
+    """One tile by the flash operators."""
+
+    causal: bool
+    scale: float | None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp, with the tile's own softmax."""
+        out, lse = _flash(q, k, v, bias, self.causal, self.scale)
+        if bias is not None:  # the operator reports 0 for a row without keys
+            lse = lse.masked_fill(_dead_rows(bias, self.causal).squeeze(-1), -math.inf)
+        return out, lse
+
+    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v, given that of the output, and the output and log-sum-exp of all parts together."""
+        return _flash_backward(grad, q, k, v, out, lse, bias, self.causal, self.scale)
+
+    def of_tile(self, index: int) -> _Flash:
+        return self
+
+
 class _Merged(torch.autograd.Function):
-    """`attend` by the flash operators: parts forward, `merge`, parts backward with the merged out and log-sum-exp."""
+    """`attend` by the flash operators or by blocks: tiles forward, `merge`, tiles backward with the merged out and log-sum-exp."""
 
     @staticmethod
-    def forward(ctx, layouts, *tensors):  # type: ignore[no-untyped-def]
+    def forward(ctx, plans, counts, *tensors):  # type: ignore[no-untyped-def]
         results = []
-        for (causal, scale, _, unfold, weights), (q, k, v, bias) in zip(layouts, _quadruples(tensors), strict=True):
-            out, lse = _flash(q, k, v, bias, causal, scale) if weights is None else weights.forward(q, k, v, bias)
-            lse = lse.unsqueeze(-1)
-            if weights is None and bias is not None and len(layouts) > 1:  # the kernel reports 0 for a row without keys
-                lse = lse.masked_fill(_dead_rows(bias, causal), -math.inf)
-            results.append((unfold(out), unfold(lse)))
+        for (layout, operator), (q, k, v, *biases) in zip(plans, _by_part(counts, tensors), strict=True):
+            outs, lses = [], []
+            for index, tile in enumerate(layout.tiles(q, k, v, biases)):
+                out, lse = operator.of_tile(index).forward(*tile)
+                outs.append(out)
+                lses.append(lse.unsqueeze(-1))
+            results.append((layout.join(outs), layout.join(lses)))
         out, lse = merge(*results)
-        ctx.layouts = layouts
+        ctx.plans, ctx.counts = plans, counts
         ctx.save_for_backward(out, lse.masked_fill(lse == -math.inf, 0.0), *tensors)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         out, lse, *tensors = ctx.saved_tensors
+        lse = lse.to(torch.promote_types(lse.dtype, torch.float32))
         grads: list[Tensor | None] = []
-        for (causal, scale, fold, _, weights), (q, k, v, bias) in zip(ctx.layouts, _quadruples(tensors), strict=True):
-            part_lse = fold(lse).squeeze(-1).to(torch.promote_types(lse.dtype, torch.float32))
-            if weights is None:
-                grads += _flash_backward(fold(grad_out), q, k, v, fold(out), part_lse, bias, causal, scale)
-            else:
-                grads += weights.backward(fold(grad_out), q, k, v, fold(out), part_lse, bias)
-            grads.append(None)
-        return None, *grads
+        for (layout, operator), (q, k, v, *biases) in zip(ctx.plans, _by_part(ctx.counts, tensors), strict=True):
+            rows = zip(layout.rows(grad), layout.rows(out), layout.rows(lse), layout.tiles(q, k, v, biases), strict=True)
+            found = [
+                operator.of_tile(index).backward(of_rows, *tile[:3], out_rows, lse_rows.squeeze(-1), tile[3])
+                for index, (of_rows, out_rows, lse_rows, tile) in enumerate(rows)
+            ]
+            of_q, of_k, of_v = zip(*found, strict=True)
+            grads += [layout.of_queries(of_q), layout.of_keys(of_k), layout.of_keys(of_v), *(None for _ in biases)]
+        return None, None, *grads
 
 
-def _quadruples(tensors: Sequence[Any]) -> list[Sequence[Any]]:
-    return [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
+def _by_part(counts: Sequence[int], tensors: Sequence[Any]) -> list[Sequence[Any]]:
+    """q, k, v and the biases of every part."""
+    ends = list(itertools.accumulate(counts))
+    return [tensors[end - count : end] for count, end in zip(counts, ends, strict=True)]
 
 
 def _dead_rows(bias: Tensor, causal: bool) -> Tensor:
@@ -246,23 +327,28 @@ def _dead_rows(bias: Tensor, causal: bool) -> Tensor:
 
 def _plain(parts: tuple[Part, ...], dropout: float) -> Tensor:
     """`attend` with the scores written out, in float32 or better; O(m s) memory, differentiable by autograd alone."""
-    scores = []
-    for part in parts:
-        exact = torch.promote_types(part.q.dtype, torch.float32)
-        scale = part.scale if part.scale is not None else 1 / math.sqrt(part.q.shape[-1])
-        score = part.q.to(exact) @ part.k.to(exact).transpose(-1, -2) * scale
-        if part.bias is not None:
-            score = score + part.bias.to(exact)
-        if part.causal:
-            score = score.masked_fill(torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).triu(1), -math.inf)
-        scores.append(score)
-    lse = torch.stack([part.unfold(_lse(score)) for part, score in zip(parts, scores, strict=True)])
+    scores = [[_score(part, *tile) for tile in part.layout.tiles(part.q, part.k, part.v, part.biases)] for part in parts]
+    lse = torch.stack([part.layout.join([_lse(score) for score in own]) for part, own in zip(parts, scores, strict=True)])
     lse = _lse(lse.movedim(0, -1)).squeeze(-1)
     out: Tensor | int = 0
-    for part, score in zip(parts, scores, strict=True):
-        weights = F.dropout((score - part.fold(lse.clamp(min=torch.finfo(lse.dtype).min))).exp(), dropout)
-        out = out + part.unfold(weights.to(part.v.dtype) @ part.v)
+    for part, own in zip(parts, scores, strict=True):
+        rows = part.layout.rows(lse.clamp(min=torch.finfo(lse.dtype).min))
+        values = [v for _, _, v, _ in part.layout.tiles(part.q, part.k, part.v, part.biases)]
+        weights = [F.dropout((score - of_rows).exp(), dropout) for score, of_rows in zip(own, rows, strict=True)]
+        out = out + part.layout.join([weight.to(v.dtype) @ v for weight, v in zip(weights, values, strict=True)])
     return out  # type: ignore[return-value]
+
+
+def _score(part: Part, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """scale q k^T + bias of a tile."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    scale = part.scale if part.scale is not None else 1 / math.sqrt(q.shape[-1])
+    score = q.to(exact) @ k.to(exact).transpose(-1, -2) * scale
+    if bias is not None:
+        score = score + bias.to(exact)
+    if part.causal:
+        score = score.masked_fill(torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).triu(1), -math.inf)
+    return score
 
 
 def _lse(score: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class Linformer(AttentionCore):
     paper = "Wang et al. 2020, Linformer: Self-attention with linear complexity, arXiv:2006.04768, section 4"
     cost = "n * k"
     supports_causal = False
+    row_side = ("q",)
     supports_cross = True
     not_causal = "it mixes past and future when it projects the sequence"
 
@@ -115,6 +116,9 @@ class Linformer(AttentionCore):
         # `project` leaves a note in the mask when it has compressed: the shape alone does not tell in cross-attention
         keys, values = (self._compress(name, x, mask) if mask._memo.pop(_note(name), None) is None else x for name, x in (("k", k), ("v", v)))
         return self.attend(Part(q, keys, values, self._bias(mask, q.dtype)), memory_part(q, memory))
+
+    def rows(self, where: Tensor, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
+        return self(*projected, mask=mask, memory=memory)  # which row a query stands in does not matter
 
     def project(self, name: str, x: Tensor, linear: Callable[[Tensor], Tensor], mask: Mask) -> Tensor:
         if name not in self.key_side or not self._compresses_first(name, x.shape[1], linear):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
 from effzoo.attention import reference
+from effzoo.attention.band import Band
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, memory_part, of_heads
 from effzoo.attention.kernel import Part, bias_of
 from effzoo.errors import InputError, OptionError
@@ -38,6 +37,7 @@ class Longformer(AttentionCore):
     paper = "Beltagy et al. 2020, Longformer, arXiv:2004.05150, sections 3.1 and 3.2"
     projections: tuple[str, ...] = ("q", "k", "v", "q_global", "k_global", "v_global")
     key_side = ("k", "v", "k_global", "v_global")
+    row_side = ("q", "q_global")
     copied_from = {"q_global": "q", "k_global": "k", "v_global": "v"}
     cost = "n * window"
     supports_global = True
@@ -106,9 +106,16 @@ class Longformer(AttentionCore):
         return torch.stack([row for row in rows if row is not None], dim=1)
 
     def _window(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, dilation: int) -> Part:
-        tiles = _Tiles.of(q.shape[0], q.shape[2], self.reach, dilation, self.context.causal)
-        bias = mask.memo(("window", tiles, q.dtype), lambda: bias_of(tiles.allowed(mask, q.device), q.dtype))
-        return Part(tiles.fold(q), tiles.fold_keys(k), tiles.fold_keys(v), bias, fold=tiles.fold, unfold=tiles.unfold)
+        """Local keys that are tokens; the global ones are a part of their own."""
+        band = Band.of(q.shape[2], self.reach, 0 if self.context.causal else self.reach, dilation)
+        held = mask.valid
+        if mask.is_global is not None:
+            held = ~mask.is_global if held is None else held & ~mask.is_global
+
+        def biases() -> list[Tensor | None]:
+            return [None if allowed is None else bias_of(allowed, q.dtype) for allowed in band.allowed(held, q.shape[0], q.device)]
+
+        return Part(q, k, v, mask.memo(("window", band, q.shape[0], q.dtype), biases), band=band)
 
     def _global_columns(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Part | None:
         """Every query sees the global keys, gathered to the front of [batch, globals] and padded with a bias."""
@@ -152,10 +159,40 @@ class Longformer(AttentionCore):
         found: tuple[Tensor, Tensor] = mask.memo("gathered", make)
         return found
 
-    def alone(self, *projected: Tensor, mask: Mask, memory: KeysValues) -> Tensor:
+    def rows(  # type: ignore[override]
+        self,
+        where: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_global: Tensor | None = None,
+        k_global: Tensor | None = None,
+        v_global: Tensor | None = None,
+        *,
+        mask: Mask,
+        memory: KeysValues | None = None,
+    ) -> Tensor:
+        gap = (where[:, :, None] - torch.arange(k.shape[2], device=q.device))[:, None]
+        seen = gap >= 0 if self.context.causal else torch.ones_like(gap, dtype=torch.bool)
+        if mask.valid is not None:
+            seen = seen & mask.valid[:, None, None, :]
+        dilation = torch.tensor(self.dilations, device=q.device)[:, None, None]
+        near = (gap.abs() <= self.reach * dilation) & (gap % dilation == 0)
+        if mask.is_global is not None:
+            near = near | mask.is_global[:, None, None, :]
+        out = self.attend(Part(q, k, v, bias_of(seen & near, q.dtype)), memory_part(q, memory))
+        if mask.is_global is None:
+            return out
+        if q_global is None or k_global is None or v_global is None:
+            q_global, k_global, v_global = q, k, v
+        whole = self.attend(Part(q_global, k_global, v_global, bias_of(seen, q.dtype)), memory_part(q_global, memory))
+        return torch.where(mask.is_global.gather(1, where)[:, None, :, None], whole, out)
+
+    def alone(self, *projected: Tensor, mask: Mask, memory: KeysValues, where: Tensor | None = None) -> Tensor:
         q, q_global = projected[0], projected[3] if len(projected) > 3 else None
         if q_global is not None and mask.is_global is not None:
-            q = torch.where(mask.is_global[:, None, :, None], q_global, q)
+            is_global = mask.is_global if where is None else mask.is_global.gather(1, where)
+            q = torch.where(is_global[:, None, :, None], q_global, q)
         return self.attend(memory_part(q, memory))
 
     def step(  # type: ignore[override]
@@ -228,64 +265,3 @@ class Longformer(AttentionCore):
 def _at(x: Tensor, where: Tensor) -> Tensor:
     """Rows `where` [batch, g] of x [batch, heads, n, d] -> [batch, heads, g, d]."""
     return x.gather(2, where[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-
-@dataclass(frozen=True)
-class _Tiles:
-    """How a window is cut into dense tiles, all folded into the batch.
-
-    Tokens with the same remainder by `dilation` form a sequence of their own, in which the window is dense: nothing is computed for the
-    holes. Each is cut into chunks of queries, with their own keys and `left` more before (and `right` after) them.
-    """
-
-    batch: int
-    n: int
-    dilation: int
-    left: int
-    right: int
-    chunk: int
-    chunks: int
-
-    @classmethod
-    def of(cls, batch: int, n: int, reach: int, dilation: int, causal: bool) -> _Tiles:
-        rows = -(-n // dilation)
-        left = max(1, min(reach, rows - 1))  # a window wider than the sequence would only add padding
-        chunk = max(min(2 * left, rows), left)  # smaller tiles are slow, larger ones compute more masked pairs
-        return cls(batch, n, dilation, left, 0 if causal else left, chunk, -(-rows // chunk))
-
-    def fold(self, x: Tensor) -> Tensor:
-        """[batch, heads, n, d] -> [tiles, heads, chunk, d]."""
-        x = F.pad(x, (0, 0, 0, self.chunks * self.chunk * self.dilation - self.n))
-        return rearrange(x, "b h (chunks c r) d -> (b r chunks) h c d", c=self.chunk, r=self.dilation)
-
-    def unfold(self, x: Tensor) -> Tensor:
-        """The way back."""
-        return rearrange(x, "(b r chunks) h c d -> b h (chunks c r) d", b=self.batch, r=self.dilation)[:, :, : self.n]
-
-    def fold_keys(self, x: Tensor) -> Tensor:
-        """[batch, heads, n, d] -> [tiles, heads, left + chunk + right, d]."""
-        rows = self.chunks * self.chunk
-        x = F.pad(x, (0, 0, self.left * self.dilation, (rows + self.right) * self.dilation - self.n))
-        x = rearrange(x, "b h (m r) d -> b r h m d", r=self.dilation)
-
-        def cut(part: Tensor) -> Tensor:
-            return rearrange(part, "b r h (chunks c) d -> (b r chunks) h c d", c=self.chunk)
-
-        own, before = cut(x[..., self.left : self.left + rows, :]), cut(x[..., :rows, :])[:, :, : self.left]
-        if not self.right:
-            return torch.cat([before, own], dim=2)
-        after = cut(x[..., self.left + self.right :, :])[:, :, self.chunk - self.right :]
-        return torch.cat([before, own, after], dim=2)
-
-    def allowed(self, mask: Mask, device: torch.device) -> Tensor:
-        """bool[tiles, 1, chunk, left + chunk + right]: in reach, inside the sequence, a token, and not global."""
-        query = torch.arange(self.chunk, device=device)[:, None]
-        offset = torch.arange(-self.left, self.chunk + self.right, device=device)[None, :]  # of the key, from the chunk's first query
-        in_reach = (query - offset <= self.left) & (offset - query <= self.right)
-        here = torch.ones(self.batch, self.n, dtype=torch.bool, device=device) if mask.valid is None else mask.valid
-        if mask.is_global is not None:
-            here = here & ~mask.is_global
-        rows = self.chunks * self.chunk
-        here = F.pad(here, (self.left * self.dilation, (rows + self.right) * self.dilation - self.n))
-        here = rearrange(here, "b (m r) -> b r m", r=self.dilation).unfold(2, self.left + self.chunk + self.right, self.chunk)
-        return rearrange(here, "b r chunks keys -> (b r chunks) 1 1 keys") & in_reach

@@ -246,7 +246,7 @@ class LSH(AttentionCore):
     def _padding_last(self, buckets: Tensor, mask: Mask) -> Tensor:
         return buckets if mask.valid is None else buckets.masked_fill(~mask.valid[:, None, :], math.prod(self.factors))
 
-    def alone(self, *projected: Tensor, mask: Mask, memory: KeysValues) -> Tensor:
+    def alone(self, *projected: Tensor, mask: Mask, memory: KeysValues, where: Tensor | None = None) -> Tensor:
         return self.attend(_memory_part(projected[0], memory, 1))
 
     def step(self, qk: Tensor, v: Tensor, *, mask: Mask, past: State | None, memory: KeysValues | None = None) -> tuple[Tensor, State]:  # type: ignore[override]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from effzoo.attention.core import AttentionCore, Cache, Context, KeysValues, Mask
+from effzoo.attention.core import AttentionCore, Cache, Context, KeysValues, Mask, rows_of
 from effzoo.blocks.positions import Rotary, rotate
 from effzoo.errors import IncompatibleError
 from effzoo.registry import attention as registry
@@ -62,21 +62,31 @@ class Attention(nn.Module):
             self.o.heads = context.heads
         self.memory = Memory(self.kv_heads, context.head_dim, value_dim=value_dim, role="attn.memory", layer=context.layer)
 
-    def forward(self, x: Tensor, mask: Mask, *, source: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """source [batch, s, source_dim]: what is attended in cross-attention; mask then speaks of it. cache: of a causal model that decodes."""
+    def forward(self, x: Tensor, mask: Mask, *, source: Tensor | None = None, cache: Cache | None = None, rows: Tensor | None = None) -> Tensor:
+        """source [batch, s, source_dim]: what is attended in cross-attention; mask then speaks of it. cache: of a causal model that decodes.
+        rows [batch, r]: the positions whose output is wanted, [batch, r, dim]; None for all."""
         if source is not None and not self.core.supports_cross:
             raise IncompatibleError(f"attention {self.core.name!r} attends within one sequence only; use 'full' for cross-attention")
         seen = Seen(x, None if mask.valid is None or source is not None else mask.valid[:, -x.shape[1] :], self.keys_values)
         memory, used = self.remembered(seen), self.core.uses(mask)
         inputs = {name: x if source is None or name not in self.core.key_side else source for name in used}
-        projected = [self.project(name, inputs[name], mask) if name in used else None for name in self.core.projections]
-        if cache is None:
+        where = rows if self.core.row_side else None
+        if where is not None:
+            inputs |= {name: rows_of(x, where) for name in used if name in self.core.row_side}
+        places = {name: where if name in self.core.row_side else None for name in used}
+        projected = [self.project(name, inputs[name], mask, places[name]) if name in used else None for name in self.core.projections]
+        if where is not None:
+            heads = self.core.rows(where, *projected, mask=mask, memory=memory)  # type: ignore[arg-type]
+        elif cache is None:
             heads = self.core(*projected, mask=mask, memory=memory)
         else:
             layer = self.core.context.layer
             heads, cache.states[layer] = self.core.step(*projected, mask=mask, past=cache.states.get(layer), memory=memory)  # type: ignore[arg-type]
         for keys, values, gate in self.memory.extras(seen):
-            heads = heads + gate[:, None, None] * self.core.alone(*projected, mask=mask, memory=(self._grouped(keys), self._grouped(values)))  # type: ignore[arg-type]
+            own = self._grouped(keys), self._grouped(values)
+            heads = heads + gate[:, None, None] * self.core.alone(*projected, mask=mask, memory=own, where=where)  # type: ignore[arg-type]
+        if rows is not None and where is None:
+            heads = rows_of(heads, rows)
         merged = rearrange(heads, "b h n d -> b n (h d)")
         return merged if self.o is None else self.o(merged)
 
@@ -84,8 +94,9 @@ class Attention(nn.Module):
         """How many heads a projection has: those of the key side may be grouped."""
         return self.kv_heads if name in self.core.key_side else self.core.context.heads
 
-    def project(self, name: str, x: Tensor, mask: Mask) -> Tensor:
-        """One projection, [batch, heads, n, head_dim]: normalised and turned where it is compared, repeated where its heads are grouped."""
+    def project(self, name: str, x: Tensor, mask: Mask, rows: Tensor | None = None) -> Tensor:
+        """One projection, [batch, heads, n, head_dim]: normalised and turned where it is compared, repeated where its heads are grouped.
+        rows [batch, n]: where the rows of x stand, if they are not all."""
         turned = not name.startswith("v") and (self.rotary is not None or name in self.norms)
         linear = getattr(self, name)
         flat = linear(x) if turned else self.core.project(name, x, linear, mask)
@@ -96,7 +107,8 @@ class Attention(nn.Module):
             rotary, positions = self.rotary, mask.positions
             if positions is None:
                 raise IncompatibleError("rotary positions need mask.positions; call the model rather than the block, or give them")
-            heads = rotate(heads, *mask.memo(rotary, lambda: rotary.angles(positions)))
+            angles = mask.memo(rotary, lambda: rotary.angles(positions))
+            heads = rotate(heads, *(angles if rows is None else (rows_of(x.expand(len(rows), -1, -1, -1), rows) for x in angles)))
         return self._grouped(heads)
 
     def keys_values(self, rows: Tensor) -> KeysValues:

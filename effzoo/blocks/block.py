@@ -7,11 +7,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from effzoo.attention.core import Cache, Context, Mask
+from effzoo.attention.core import Cache, Context, Mask, rows_of
 from effzoo.blocks.attention import Attention
 from effzoo.blocks.feedforward import FeedForward
 from effzoo.blocks.positions import Rotary
-from effzoo.sites import Branch, LayerNorm, Norm, RMSNorm
+from effzoo.sites import Branch, LayerNorm, Norm, RMSNorm, Site
 from effzoo.spec import Spec
 
 
@@ -71,23 +71,34 @@ class Block(nn.Module):
         self.mlp_norm = slots.make_norm(dim, "mlp.norm", layer)
         self.dropout = nn.Dropout(slots.dropout)
 
-    def forward(self, x: Tensor, mask: Mask, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask, cache: Cache | None = None, rows: Tensor | None = None) -> Tensor:
+        """rows [batch, r]: the positions whose output is wanted, [batch, r, dim]; None for all."""
+        kept = x if rows is None else rows_of(x, rows)
         if self.norm == "post":
             assert self.attn_norm is not None
-            x = self.attn_norm(x + self.attend(x, mask, cache))
-            return self.mlp_norm(x + self.feed(x, mask))
-        x = x + self.attend(x if self.attn_norm is None else self.attn_norm(x), mask, cache)
-        return x + self.feed(self.mlp_norm(x), mask)
+            x = self.attn_norm(kept + self.attend(x, mask, cache, rows))
+            return self.mlp_norm(x + self.feed(x, mask, rows))
+        x = kept + self.attend(x if self.attn_norm is None else self.attn_norm(x), mask, cache, rows)
+        return x + self.feed(self.mlp_norm(x), mask, rows)
 
-    def attend(self, x: Tensor, mask: Mask, cache: Cache | None = None) -> Tensor:
-        """What attention adds to the residual stream."""
-        return self.attn_branch(x, self.dropout(self.attn(x, mask, cache=cache)), _tokens(x, mask))
+    def attend(self, x: Tensor, mask: Mask, cache: Cache | None = None, rows: Tensor | None = None) -> Tensor:
+        """What attention adds to the residual stream, in these rows."""
+        added = self.dropout(self.attn(x, mask, cache=cache, rows=rows))
+        return self.attn_branch(x if rows is None else rows_of(x, rows), added, _tokens(x, mask, rows))
 
-    def feed(self, x: Tensor, mask: Mask) -> Tensor:
-        """What the feed-forward adds to the residual stream."""
-        return self.mlp_branch(x, self.dropout(self.mlp(x)), _tokens(x, mask))
+    def feed(self, x: Tensor, mask: Mask, rows: Tensor | None = None) -> Tensor:
+        """What the feed-forward adds to the residual stream; rows: where the rows of x stand, if they are not all."""
+        return self.mlp_branch(x, self.dropout(self.mlp(x)), _tokens(x, mask, rows))
+
+    @property
+    def by_position(self) -> bool:
+        """Whether what is hung here computes each position by itself, so that some can be left out."""
+        sites = (module for module in self.modules() if isinstance(module, Site))
+        return all(module.by_position for site in sites for module in site.hung())
 
 
-def _tokens(x: Tensor, mask: Mask) -> Tensor | None:
+def _tokens(x: Tensor, mask: Mask, rows: Tensor | None) -> Tensor | None:
     """Which rows of x hold a token; with a cache, mask.valid covers the past too."""
-    return None if mask.valid is None else mask.valid[:, -x.shape[1] :]
+    if mask.valid is None:
+        return None
+    return mask.valid[:, -x.shape[1] :] if rows is None else mask.valid.gather(1, rows)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from effzoo.checks.models import Case, silent, train
+from effzoo.checks.models import Case, of_rows, silent, train
 from effzoo.checks.runner import Check, Failed, NotApplicable, close, needs
 from effzoo.checks.subject import Subject
 from effzoo.peft import attach
@@ -70,4 +70,17 @@ def checkpointing_is_exact(subject: Subject) -> None:
             close(f"{case}: the gradient of {name}", again, grad, 1e-12, "a forward pass that runs twice must compute the same: keep no state in it")
 
 
-CHECKS: tuple[Check, ...] = (*(_trains(method, spec) for method, spec in METHODS.items()), checkpointing_is_exact)
+@needs("every_length")
+def some_rows_alone(subject: Subject) -> None:
+    """Computed for some rows alone, they are the same rows
+
+    The last block leaves out what a classification head does not read; print `rows` beside `forward` for one query.
+    """
+    for case in cases(subject):
+        alone, among = of_rows(case.model(), case.batch())
+        close(
+            f"{case}: rows computed alone", alone, among, 1e-10, "`rows` is `forward` at the positions `where`; without `row_side` it is not needed"
+        )
+
+
+CHECKS: tuple[Check, ...] = (*(_trains(method, spec) for method, spec in METHODS.items()), checkpointing_is_exact, some_rows_alone)

@@ -7,13 +7,15 @@ import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from effzoo import zoo
 from effzoo.architectures import Transformer
+from effzoo.attention.core import Mask, rows_of
+from effzoo.blocks.block import Block
 from effzoo.peft import training
 from effzoo.peft.attach import attached
 from effzoo.registry import peft as methods
@@ -75,6 +77,17 @@ def _built(architecture: str, attention: str, dropout: float, choices: tuple[tup
 def forget() -> None:
     """Drop the built models: names may mean other classes after a registry scope ends."""
     _built.cache_clear()
+
+
+@torch.no_grad()
+def of_rows(model: Transformer, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The last block at two positions of each example: computed for them alone, and taken from what it computes for all."""
+    block = cast(Block, model.eval().blocks[-1])
+    valid, is_global = batch["attention_mask"].bool(), batch.get("global_attention_mask")
+    x = torch.randn(*valid.shape, model.config.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    mask = Mask(valid, None if is_global is None else is_global.bool(), torch.arange(x.shape[1])[None])
+    rows = torch.stack([torch.zeros(len(x), dtype=torch.long), valid.sum(dim=1) - 2], dim=1)
+    return block(x, mask, None, rows), rows_of(block(x, mask), rows)
 
 
 @torch.no_grad()

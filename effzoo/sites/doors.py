@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -25,7 +25,13 @@ class Seen:
 
 
 class PeftModule(nn.Module):
-    """What is hung on a site; every door is open and does nothing until it is overridden."""
+    """What is hung on a site; every door is open and does nothing until it is overridden.
+
+    by_position: whether what it computes for a position follows from that position alone (a memory may be made of all). The last block
+    then leaves out what no head reads.
+    """
+
+    by_position: ClassVar[bool] = True
 
     def weight(self, weight: Tensor) -> Tensor:
         return weight

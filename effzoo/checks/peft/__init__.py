@@ -15,6 +15,7 @@ CHECKS: tuple[Check, ...] = (
     learning.learns_under_checkpointing,
     learning.learns_in_reversible_blocks,
     learning.runs_in_half_precision,
+    laws.positions_stand_alone,
     laws.keys_are_kept,
     laws.saves_and_loads,
     laws.finishes,

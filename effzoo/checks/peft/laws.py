@@ -7,7 +7,7 @@ import tempfile
 
 import torch
 
-from effzoo.checks.models import Case, logits, silent, train
+from effzoo.checks.models import Case, logits, of_rows, silent, train
 from effzoo.checks.peft.subject import Subject, copied, on_every_model, same
 from effzoo.checks.runner import Failed, NotApplicable, close, needs
 from effzoo.errors import AdapterError, IncompatibleError
@@ -26,6 +26,18 @@ def keys_are_kept(subject: Subject, case: Case) -> None:
         raise Failed(f"new key {strangers[0]} lies outside .adapters.mine.; keep every tensor inside the PeftModule")
     if after == before:
         raise Failed("attaching added no tensor; return a PeftModule with parameters from `make`")
+
+
+@needs("attaches")
+@on_every_model
+def positions_stand_alone(subject: Subject, case: Case) -> None:
+    """Where only some positions are computed, they are the same, unless by_position is False"""
+    model = subject.trained(case)
+    if not model.blocks[-1].by_position:
+        return
+    alone, among = of_rows(model, case.batch())
+    advice = "what looks at other positions says so: set by_position = False on its PeftModule"
+    close("positions of the last block computed alone", alone, among, 1e-10, advice)
 
 
 @needs("attaches")

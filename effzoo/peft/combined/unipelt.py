@@ -60,6 +60,8 @@ class GatedPrefix(PeftModule):
 class GatedLowRank(LowRank):
     """y' = y + g B A x; the gate is that of the layer, shared by its LoRA modules, and each computes it from its input."""
 
+    by_position = False
+
     def __init__(self, site: Linear, rank: int, gate: Gate, tokens: Tokens):
         super().__init__(site.in_features, site.out_features, rank, 1.0, 0.0)
         self.gate, self.tokens = gate, tokens
@@ -75,6 +77,8 @@ class GatedLowRank(LowRank):
 
 class GatedBottleneck(Bottleneck):
     """y' = y + g W_up sigma(W_down y), the gate from the input x of the sub-layer."""
+
+    by_position = False
 
     def __init__(self, dim: int, bottleneck: int, activation: str, std: float):
         super().__init__(dim, bottleneck, activation, std)

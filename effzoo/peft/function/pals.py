@@ -18,6 +18,8 @@ from effzoo.sites import Branch, PeftModule, Site
 class PAL(PeftModule):
     """y' = y + V_D MHA(V_E x), with V_E [width, dim] and V_D [dim, width], and MHA the softmax attention of all tokens without an output matrix."""
 
+    by_position = False
+
     def __init__(self, encode: nn.Linear, decode: nn.Linear, heads: int):
         super().__init__()
         self.encode, self.decode, self.heads = encode, decode, heads

@@ -1,0 +1,129 @@
+"""Windows without copies: which keys every chunk of queries sees, and the masks of the chunks at the ends alone.
+
+A band lets query i see key j where -right <= i - j <= left. Queries are cut into chunks; a chunk sees `left` keys before its first query and
+`right` after its last, as far as the sequence goes. Chunks that look alike form a run, which attention takes as one batch: in the middle of a
+sequence their keys are overlapping views of one tensor, and they share one small mask.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+SMALLEST, LARGEST = 32, 256  # chunks: smaller tiles are slow, larger ones compute more masked pairs
+TOGETHER = 1024  # queries of a run: the gradients of its keys, before they are added up, are then memory that is soon used again
+
+
+class Run(NamedTuple):
+    """Chunks that look alike: how many, the first query and the queries of a chunk, the first key and the keys of a chunk."""
+
+    chunks: int
+    query: int
+    queries: int
+    key: int
+    keys: int
+
+
+@dataclass(frozen=True)
+class Band:
+    """n positions; with a dilation r, those with the same remainder by r form sequences of their own, in which the band is dense.
+
+    Everything here takes and gives [batch, heads, n, x], or lists with one tensor [batch of the run, heads, queries or keys, x] for every run.
+    """
+
+    n: int
+    left: int
+    right: int
+    dilation: int
+    runs: tuple[Run, ...]
+
+    @classmethod
+    def of(cls, n: int, left: int, right: int, dilation: int = 1) -> Band:
+        rows = -(-n // dilation)
+        size = min(rows, max(SMALLEST, min((left + right) // 2, LARGEST)))
+        runs: list[Run] = []
+        for query in range(0, rows, size):
+            queries, key = min(size, rows - query), max(0, query - left)
+            keys = min(rows, query + queries + right) - key
+            before = runs[-1] if runs else None
+            alike = before is not None and (before.queries, before.query - before.key, before.keys) == (queries, query - key, keys)
+            if before is not None and alike and (before.chunks + 1) * size <= TOGETHER:
+                runs[-1] = Run(before.chunks + 1, *before[1:])
+            else:
+                runs.append(Run(1, query, queries, key, keys))
+        return cls(n, left, right, dilation, tuple(runs))
+
+    def tiles(self, q: Tensor, k: Tensor, v: Tensor, biases: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """Queries, keys, values and bias of every run."""
+        return list(zip(self.rows(q), self._keys(k), self._keys(v), biases, strict=True))
+
+    def rows(self, x: Tensor) -> list[Tensor]:
+        """Queries, or what belongs to them, by run."""
+        x = self._dense(x)
+        return [
+            rearrange(x[:, :, run.query : run.query + run.chunks * run.queries], "b h (chunks c) d -> (b chunks) h c d", c=run.queries)
+            for run in self.runs
+        ]
+
+    def join(self, tiles: Sequence[Tensor]) -> Tensor:
+        """The way back."""
+        found = [rearrange(tile, "(b chunks) h c d -> b (chunks c) h d", chunks=run.chunks) for tile, run in zip(tiles, self.runs, strict=True)]
+        return self._back((found[0] if len(found) == 1 else torch.cat(found, dim=1)).transpose(1, 2))
+
+    of_queries = join
+
+    def of_keys(self, tiles: Sequence[Tensor]) -> Tensor:
+        """Gradients of the keys that every run has seen, added up."""
+        batch, heads, d = tiles[0].shape[0] // self.runs[0].chunks, tiles[0].shape[1], tiles[0].shape[3]
+        total = tiles[0].new_zeros(batch, -(-self.n // self.dilation), heads, d).transpose(1, 2)
+        for tile, run in zip(tiles, self.runs, strict=True):
+            of_chunks = rearrange(tile, "(b chunks) h s d -> b h chunks s d", chunks=run.chunks)
+            for start in range(0, run.keys, run.queries):  # slices as long as the step from chunk to chunk do not overlap
+                width = min(run.queries, run.keys - start)
+                there = self._windows(total[:, :, start:], run._replace(keys=width))
+                there += of_chunks[..., start : start + width, :]
+        return self._back(total)
+
+    def allowed(self, held: Tensor | None, batch: int, device: torch.device) -> list[Tensor | None]:
+        """bool[1 or batch of the run, 1, queries, keys] by run: in the band, and held [batch, n] (a token, say); None where all are."""
+        if held is None and self.n % self.dilation:  # what fills up the sequences
+            held = torch.ones(batch, self.n, dtype=torch.bool, device=device)
+        keys = itertools.repeat(None) if held is None else self._keys(held[:, None, :, None])
+        found: list[Tensor | None] = []
+        for run, seen in zip(self.runs, keys, strict=False):
+            gap = torch.arange(run.query, run.query + run.queries)[:, None] - torch.arange(run.key, run.key + run.keys)
+            band = (gap <= self.left) & (gap >= -self.right)
+            everything = bool(band.all())
+            band = band[None, None].to(device)
+            if seen is not None:
+                found.append(seen.transpose(2, 3) & band)
+            else:
+                found.append(None if everything else band)
+        return found
+
+    def _keys(self, x: Tensor) -> list[Tensor]:
+        """Keys, or what belongs to them, by run: views where the batch allows it."""
+        x = self._dense(x)
+        return [rearrange(self._windows(x, run), "b h chunks s d -> (b chunks) h s d") for run in self.runs]
+
+    @staticmethod
+    def _windows(x: Tensor, run: Run) -> Tensor:
+        """[batch, heads, n, d] -> the keys of each chunk of a run, a view [batch, heads, chunks, keys, d]."""
+        until = run.key + (run.chunks - 1) * run.queries + run.keys
+        return x[:, :, run.key : until].unfold(2, run.keys, run.queries).transpose(3, 4)
+
+    def _dense(self, x: Tensor) -> Tensor:
+        """[batch, heads, n, d] -> [batch dilation, heads, n / dilation, d]."""
+        if self.dilation == 1:
+            return x
+        return rearrange(F.pad(x, (0, 0, 0, -self.n % self.dilation)), "b h (n r) d -> (b r) h n d", r=self.dilation)
+
+    def _back(self, x: Tensor) -> Tensor:
+        return x if self.dilation == 1 else rearrange(x, "(b r) h n d -> b h (n r) d", r=self.dilation)[:, :, : self.n]

@@ -1,0 +1,94 @@
+"""The band of a sliding window: its tiles against the definition, and the gradients of overlapping keys against the law of adjoints."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from effzoo.attention import band as module
+from effzoo.attention import reference
+from effzoo.attention.band import Band
+from effzoo.attention.kernel import Part, attend, bias_of
+
+SHAPES = st.fixed_dictionaries(
+    {"n": st.integers(1, 300), "left": st.integers(0, 90), "right": st.integers(0, 90), "dilation": st.integers(1, 3), "batch": st.integers(1, 3)}
+)
+
+
+def built(n: int, left: int, right: int, dilation: int) -> Band:
+    return Band.of(n, max(left, 1), right, dilation)
+
+
+def definition(band: Band) -> torch.Tensor:
+    gap = reference.distance(band.n, torch.device("cpu"))
+    return (gap <= band.left * band.dilation) & (gap >= -band.right * band.dilation) & (gap % band.dilation == 0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SHAPES, st.integers(0, 3))
+def test_tiles_hold_the_pairs_of_the_definition(shape, seed):
+    batch = shape.pop("batch")
+    band = built(**shape)
+    held = torch.rand(batch, band.n, generator=torch.Generator().manual_seed(seed)) < 0.7 if seed else None
+    wanted = definition(band).expand(batch, band.n, band.n) & (torch.ones(batch, 1, band.n, dtype=torch.bool) if held is None else held[:, None, :])
+    place = torch.arange(1, band.n + 1).expand(batch, 1, band.n).unsqueeze(-1)  # 0 stands for what fills up
+    found = torch.zeros(batch, band.n + 1, band.n + 1, dtype=torch.int)
+    tiles = band.tiles(place, place, place, band.allowed(held, batch, place.device))
+    for (query, key, _, allowed), run in zip(tiles, band.runs, strict=True):
+        of = torch.arange(batch).repeat_interleave(len(query) // batch)[:, None, None]
+        seen = torch.ones(query.shape[0], query.shape[2], key.shape[2], dtype=torch.int)
+        found[of, query[:, 0], key[:, 0].transpose(1, 2)] += seen if allowed is None else seen * allowed[:, 0]
+        assert query.shape[2] == run.queries and key.shape[2] == run.keys
+    assert torch.equal(found[:, 1:, 1:], wanted.int())
+    if band.n % band.dilation == 0 or held is not None:
+        assert not found[:, 1:, 0].any()
+
+
+@settings(deadline=None, max_examples=60)
+@given(SHAPES)
+def test_rows_go_there_and_back_and_gradients_of_keys_are_the_adjoint(shape):
+    batch = shape.pop("batch")
+    band = built(**shape)
+    x = torch.randn(batch, 2, band.n, 3, dtype=torch.float64)
+    assert torch.equal(band.join(band.rows(x)), x)
+    keys = band._keys(x)
+    gradients = [torch.randn_like(key) for key in keys]
+    there = sum((key * y).sum() for key, y in zip(keys, gradients, strict=True))
+    torch.testing.assert_close(there, (x * band.of_keys(gradients)).sum(), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "blocks", "reference"])
+@pytest.mark.parametrize("together", [64, 1024])
+@pytest.mark.parametrize("shape", [(257, 40, 40, 1), (200, 33, 0, 1), (250, 20, 20, 3), (31, 200, 200, 1), (700, 300, 5, 1)])
+def test_attention_over_a_band_is_its_definition_forward_and_backward(backend, together, shape, monkeypatch):
+    monkeypatch.setattr(module, "TOGETHER", together)
+    band = built(*shape)
+    q, k, v, direction = (torch.randn(2, 3, band.n, 4, dtype=torch.float64) for _ in range(4))
+    held = torch.rand(2, band.n) < 0.8
+    for of_keys in (None, held):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        biases = [allowed if allowed is None else bias_of(allowed, q.dtype) for allowed in band.allowed(of_keys, 2, q.device)]
+        out = attend(Part(*leaves, biases, band=band), backend=backend)
+        allowed = definition(band)[None, None] if of_keys is None else definition(band) & of_keys[:, None, None, :]
+        twins = [x.clone().requires_grad_() for x in (q, k, v)]
+        wanted = reference.dense(*twins, allowed)
+        torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-10)
+        for mine, theirs in zip(torch.autograd.grad(out, leaves, direction), torch.autograd.grad(wanted, twins, direction), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_nothing_of_the_tiles_is_kept():
+    band, kept = Band.of(512, 64, 64), {}
+    q, k, v = (torch.randn(1, 2, 512, 8, requires_grad=True) for _ in range(3))
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    biases = [allowed if allowed is None else bias_of(allowed, q.dtype) for allowed in band.allowed(None, 1, q.device)]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        attend(Part(q, k, v, biases, band=band))
+    masks = {bias.untyped_storage().data_ptr(): bias.untyped_storage().nbytes() for bias in biases if bias is not None}
+    of_size_n = 4 * q.numel() * 4 + q.numel() // 8 * 4  # q, k, v, out and log-sum-exp, of 4 bytes
+    assert sum(kept.values()) == of_size_n + sum(masks.values())
+    assert all(size <= 4 * 64 * 192 for size in masks.values()) and len(band.runs) == 3
