@@ -5,6 +5,9 @@ keeps in place of `out`, or of any view of it, a note of how it was made; the ba
 follows from its input, which the norm keeps anyway; the hidden units of a feed-forward follow from that output; and a method that hangs on
 a site in between keeps nothing more, without knowing of it (Chen et al. 2016, arXiv:1604.06174, with the choice made by tensor, not by layer).
 
+How much is told: "hidden", the outputs of norms and activations and the hidden units of feed-forwards (an eighth more arithmetic at most);
+"projections", also those of frozen projections, so that a block keeps little more than its two residual sums and what attention gave.
+
 Only functions without randomness may be told. Other hooks on saved tensors stay in force: they are given the tensors that are really kept.
 """
 
@@ -13,13 +16,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from effzoo.errors import UnknownNameError
+
 Function = Callable[..., Tensor]
+Level = Literal["nothing", "hidden", "projections"]
+LEVELS: tuple[str, ...] = get_args(Level)
 _in_force: ContextVar[Recompute | None] = ContextVar("_in_force", default=None)
 
 
@@ -68,7 +75,8 @@ class View:
 class Recompute:
     """While it is in force, tensors of which something is told are not kept for the backward pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, level: Level) -> None:
+        self.level = level
         self.notes: dict[int, Note] = {}
         outer = torch._C._autograd._top_saved_tensors_default_hooks(True)  # of torch's hooks only the innermost are called: they are passed on to
         self.outer_pack, self.outer_unpack = outer if outer is not None else (None, None)
@@ -80,9 +88,14 @@ class Recompute:
         if whole and not torch._C._functorch.is_functorch_wrapped_tensor(out):
             self.notes[out.untyped_storage()._cdata] = Note(out, function, sources)
 
-    def pack(self, tensor: Tensor) -> Any:
+    def note(self, tensor: Tensor) -> Note | None:
+        """What has been told of a tensor, or of what it is a view of."""
         note = self.notes.get(tensor.untyped_storage()._cdata)
-        if note is not None and note.version == tensor._version and not isinstance(tensor, nn.Parameter):
+        return note if note is not None and note.version == tensor._version and not isinstance(tensor, nn.Parameter) else None
+
+    def pack(self, tensor: Tensor) -> Any:
+        note = self.note(tensor)
+        if note is not None:
             note.hold(self.pack)
             return View(note, tensor)
         return tensor if self.outer_pack is None else self.outer_pack(tensor)
@@ -95,12 +108,14 @@ class Recompute:
 
 
 @contextmanager
-def recompute(wanted: bool = True) -> Iterator[None]:
-    """Put `Recompute` in force, if it is wanted and a graph is recorded."""
-    if not wanted or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+def recompute(level: Level = "hidden") -> Iterator[None]:
+    """Put `Recompute` in force, if something is to be recomputed and a graph is recorded."""
+    if level not in LEVELS:
+        raise UnknownNameError("recompute", level, LEVELS)
+    if level == "nothing" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         yield
         return
-    running = Recompute()
+    running = Recompute(level)
     token = _in_force.set(running)
     try:
         with torch.autograd.graph.saved_tensors_hooks(running.pack, running.unpack):
@@ -109,10 +124,15 @@ def recompute(wanted: bool = True) -> Iterator[None]:
         _in_force.reset(token)
 
 
-def follows(out: Tensor, function: Function, *sources: Tensor | None) -> Tensor:
-    """Tell that out = function(*sources), without randomness, bit for bit; out itself."""
+def follows(out: Tensor, function: Function, *sources: Tensor | None, level: Level = "hidden", of: Tensor | None = None) -> Tensor:
+    """Tell that out = function(*sources), without randomness, bit for bit; out itself.
+
+    level: from which on it is worth it. of: a source that must itself be told: else nothing would be saved by making `out` again.
+    """
     running = None if torch.compiler.is_compiling() else _in_force.get()
-    if running is not None and torch.is_grad_enabled() and out.requires_grad:
+    if running is None or not torch.is_grad_enabled():
+        return out
+    if LEVELS.index(running.level) >= LEVELS.index(level) and (of is None or running.note(of) is not None):
         running.told(out, function, sources)
     return out
 
@@ -121,6 +141,6 @@ def _unchanged(parameter: Tensor, version: int) -> Tensor:
     if parameter._version != version:
         raise RuntimeError(
             f"a parameter of shape {tuple(parameter.shape)} was modified between the forward and the backward pass that needs it to compute "
-            "activations again; step the optimizer after backward, or set model.recompute = False"
+            "activations again; step the optimizer after backward, or set model.recompute = 'nothing'"
         )
     return parameter

@@ -164,7 +164,7 @@ def test_the_finetune_suite_counts_saved_bytes_by_cause_and_writes_refusals_down
     monkeypatch.setattr("effzoo.measure.finetuning.SIZES", SIZES)
     suite = Finetuning(("full",), ("full", "lora[rank=2]", "residual_adapter"), length=16, batch=2, seconds=0.0)
     full, lora, refused = suite.run(tmp_path / "rows.jsonl")
-    planned = effzoo.plan("bert", "lora[rank=2]", batch=2, length=16, **Step("full", "lora[rank=2]", 16, 2).choices())
+    planned = effzoo.plan("bert", "lora[rank=2]", batch=2, length=16, recompute="hidden", **Step("full", "lora[rank=2]", 16, 2).choices())
     assert lora["saved"] == dict(planned.activations) and sum(lora["saved"].values()) < sum(full["saved"].values())
     assert lora["trainable"] == planned.trainable and lora["tokens_per_second"] == 32 / lora["seconds"] and full["ratio"] == 1.0
     assert "Conv2d" in refused["failed"] and "seconds" not in refused

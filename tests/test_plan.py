@@ -95,6 +95,16 @@ def test_what_is_computed_again_is_not_kept(attention, residual, method):
         assert found.kept == kept(model, **call(model, 2, 37))
 
 
+@pytest.mark.parametrize("level", ["nothing", "hidden", "projections"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("method", [None, "lora", "ia3", "houlsby"])
+def test_what_finetune_recomputes_is_not_kept(kinds, method, dropout, level):
+    for model in built(kinds["full"], dropout=dropout, method=method):
+        found = plan(model, batch=2, length=37, recompute=level)
+        model.recompute, model.only_what_is_read = level, True
+        assert found.kept == kept(model, **call(model, 2, 37))
+
+
 @pytest.mark.parametrize("method", [None, "lora", "houlsby"])
 @pytest.mark.parametrize("precision", ["plain", "autocast", "master"])
 @pytest.mark.parametrize("attention_dropout", [0.0, 0.1])

@@ -49,14 +49,14 @@ def gradients(model, again, autocast=False):
     return loss, torch.autograd.grad(loss, trained, allow_unused=True), size - own
 
 
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("level", "autocast"), [("hidden", False), ("hidden", True), ("projections", False), ("projections", True)])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("spec", SPECS)
-def test_gradients_are_bit_identical_and_less_is_kept(tiny, spec, shape, autocast):
+def test_gradients_are_bit_identical_and_less_is_kept(tiny, spec, shape, level, autocast):
     sizes = {**tiny, **SHAPES[shape], "mlp": 64, "dropout": 0.1}
     model = effzoo.build("bert", peft=spec, task="classification", num_labels=2, **sizes).train()
-    loss, plain, whole = gradients(model, False, autocast)
-    other, again, less = gradients(model, True, autocast)
+    loss, plain, whole = gradients(model, "nothing", autocast)
+    other, again, less = gradients(model, level, autocast)
     assert torch.equal(loss, other)
     for one, two in zip(plain, again, strict=True):
         assert one is two is None or torch.equal(one, two)
@@ -66,7 +66,7 @@ def test_gradients_are_bit_identical_and_less_is_kept(tiny, spec, shape, autocas
 def test_hidden_units_are_not_kept(tiny):
     """Of the feed-forward nothing as wide as its hidden units stays."""
     model = effzoo.build("bert", peft="lora", task="classification", num_labels=2, **{**tiny, "mlp": 160, "layers": 3}).train()
-    model.recompute = True
+    model.recompute = "hidden"
     shapes = []
 
     def pack(tensor):
@@ -80,7 +80,7 @@ def test_hidden_units_are_not_kept(tiny):
 
 def test_a_second_backward_pass_and_a_deep_copy_work(tiny):
     model = effzoo.build("bert", peft="lora", task="classification", num_labels=2, **tiny).train()
-    model.recompute = True
+    model.recompute = "hidden"
     trained = [p for p in model.parameters() if p.requires_grad]
     loss = model(**BATCH).loss
     first = torch.autograd.grad(loss, trained, retain_graph=True)
@@ -91,7 +91,7 @@ def test_a_second_backward_pass_and_a_deep_copy_work(tiny):
 
 def test_a_parameter_that_was_stepped_before_the_backward_pass_is_told(tiny):
     model = effzoo.build("bert", peft="bitfit", task="classification", num_labels=2, **tiny).train()
-    model.recompute = True
+    model.recompute = "hidden"
     loss = model(**BATCH).loss
     with torch.no_grad():
         for p in model.parameters():

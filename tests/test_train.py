@@ -1,5 +1,6 @@
 """`finetune` against a plain PyTorch loop, and its promises: what stays frozen, what is measured, what is written, what is refused."""
 
+import copy
 import itertools
 import json
 import math
@@ -166,15 +167,19 @@ def test_an_encoder_learns_to_classify_and_a_decoder_to_continue(build, tmp_path
     assert decoder.metrics["eval_perplexity"] < 1.5 and decoder.history[0]["loss"] > 2
 
 
-def test_checkpointing_changes_no_loss_even_with_dropout(build, tmp_path):
-    losses = [
-        effzoo.finetune(
-            build(peft="lora", dropout=0.3), rows(), output_dir=tmp_path, max_steps=5, log_every=1, learning_rate=1e-2, save_every=None,
-            progress=False, gradient_checkpointing=checkpointing,
-        ).history
-        for checkpointing in (False, True)
-    ]  # fmt: skip
-    assert [e["loss"] for e in losses[0]] == pytest.approx([e["loss"] for e in losses[1]], rel=1e-6)
+def test_checkpointing_and_recomputing_change_no_loss_even_with_dropout(build, tmp_path):
+    model = build(peft="lora", dropout=0.3)
+    start, losses = copy.deepcopy(model.state_dict()), []
+    for choice in ({}, {"gradient_checkpointing": True}, {"recompute": "nothing"}, {"recompute": "projections"}):
+        model.load_state_dict(start)
+        result = effzoo.finetune(
+            model, rows(), output_dir=tmp_path, max_steps=5, log_every=1, learning_rate=1e-2, save_every=None, progress=False, **choice
+        )
+        losses.append([entry["loss"] for entry in result.history])
+        assert (model.checkpointing, model.recompute, model.only_what_is_read) == (False, "nothing", False), "as it came"
+    assert losses[0] == losses[2] == losses[3] and losses[1] == pytest.approx(losses[0], rel=1e-6)
+    with pytest.raises(effzoo.errors.UnknownNameError, match="recompute"):
+        effzoo.finetune(model, rows(), output_dir=tmp_path, recompute="everything")
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_the_weights(build, tmp_path):

@@ -27,6 +27,7 @@ from effzoo.architectures.transformer import attention_specs
 from effzoo.attention.core import AttentionCore, Context, Mask
 from effzoo.blocks import Attention, Block
 from effzoo.errors import InputError
+from effzoo.recompute import Level, recompute
 from effzoo.sites import Embedding, Linear
 
 
@@ -53,6 +54,7 @@ class Perceiver(nn.Module):
         sizes = dataclasses.replace(config.inputs(), dim=config.query_dim) if per_token else config.latent_transformer()
         self.head = head(sizes, task, num_labels)
         self.checkpointing = False
+        self.recompute: Level = "nothing"  # in training: what is computed again for the backward pass instead of kept (`effzoo.recompute`)
         self.apply(self._initialise)
         for core in self.cores():
             core.initialise()
@@ -94,7 +96,8 @@ class Perceiver(nn.Module):
             own = None if valid is None else valid[:, -z.shape[1] :]
         else:
             z, own = self.latents(torch.arange(self.config.latents, device=x.device)).to(x.dtype).expand(len(x), -1, -1), None
-        z = self._run(z, x, Mask(valid), own)
+        with recompute(self.recompute if self.training else "nothing"):
+            z = self._run(z, x, Mask(valid), own)
         if self.final_norm is not None:
             z = self.final_norm(z)
         hidden = z

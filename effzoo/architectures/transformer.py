@@ -20,7 +20,7 @@ from effzoo.attention.core import AttentionCore, Cache, Context, Mask
 from effzoo.blocks.block import Block
 from effzoo.blocks.reversible import reversible, states, two_streams
 from effzoo.errors import IncompatibleError, OptionError
-from effzoo.recompute import recompute
+from effzoo.recompute import Level, recompute
 from effzoo.sites import Linear, Side
 from effzoo.spec import Spec, parse_one
 
@@ -42,7 +42,7 @@ class Transformer(nn.Module):
         self.side = Side(config.width, config.layers, partial(_narrow, config))
         self.head = head(config, task, num_labels)
         self.checkpointing = False
-        self.recompute = False  # in training, what follows cheaply from something else that is kept
+        self.recompute: Level = "nothing"  # in training: what is computed again for the backward pass instead of kept (`effzoo.recompute`)
         self.only_what_is_read = False  # of the last block, the positions that a classification head reads; then no last_hidden_state
         self.apply(self._initialise)
         for core in self.cores():
@@ -139,7 +139,7 @@ class Transformer(nn.Module):
         if self.config.residual == "reversible":
             return reversible(blocks, x, mask) if cache is None else two_streams(blocks, x, mask, cache)
         again = self.checkpointing and self.training and cache is None
-        with recompute(self.recompute and self.training and cache is None):
+        with recompute(self.recompute if self.training and cache is None else "nothing"):
             for i, block in enumerate(blocks):
                 rows = read if i == len(blocks) - 1 else None
                 x = checkpoint(block, x, mask, None, rows, use_reentrant=False) if again else block(x, mask, cache, rows)

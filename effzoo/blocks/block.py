@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from effzoo.attention.core import Cache, Context, Mask, rows_of
 from effzoo.blocks.attention import Attention
 from effzoo.blocks.feedforward import FeedForward
 from effzoo.blocks.positions import Rotary
+from effzoo.recompute import follows
 from effzoo.sites import Branch, LayerNorm, Norm, RMSNorm, Site
 from effzoo.spec import Spec
 
@@ -76,9 +78,9 @@ class Block(nn.Module):
         kept = x if rows is None else rows_of(x, rows)
         if self.norm == "post":
             assert self.attn_norm is not None
-            x = self.attn_norm(kept + self.attend(x, mask, cache, rows))
+            x = self.attn_norm(_sum(kept, self.attend(x, mask, cache, rows)))
             return self.mlp_norm(x + self.feed(x, mask, rows))
-        x = kept + self.attend(x if self.attn_norm is None else self.attn_norm(x), mask, cache, rows)
+        x = _sum(kept, self.attend(x if self.attn_norm is None else self.attn_norm(x), mask, cache, rows))
         return x + self.feed(self.mlp_norm(x), mask, rows)
 
     def attend(self, x: Tensor, mask: Mask, cache: Cache | None = None, rows: Tensor | None = None) -> Tensor:
@@ -95,6 +97,11 @@ class Block(nn.Module):
         """Whether what is hung here computes each position by itself, so that some can be left out."""
         sites = (module for module in self.modules() if isinstance(module, Site))
         return all(module.by_position for site in sites for module in site.hung())
+
+
+def _sum(x: Tensor, added: Tensor) -> Tensor:
+    """x + added, for the backward pass the same again where what attention gave is."""
+    return follows(x + added, torch.add, x, added, of=added)
 
 
 def _tokens(x: Tensor, mask: Mask, rows: Tensor | None) -> Tensor | None:

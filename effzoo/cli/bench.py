@@ -74,6 +74,7 @@ def finetune(
     dropout: Annotated[float, typer.Option(help="Dropout everywhere, attention included.")] = 0.0,
     precision: Annotated[str, typer.Option(help="float32, or bfloat16 by autocast.")] = "float32",
     device: Device = "cpu",
+    recompute: Annotated[str, typer.Option(help="Computed again for the backward pass: nothing, hidden, or projections (least memory).")] = "hidden",
     seconds: Annotated[float, typer.Option(help="For the rounds of one attention kind.")] = 60.0,
     file: File = None,
 ) -> None:
@@ -84,7 +85,8 @@ def finetune(
     with scope():
         if file is not None:
             load_file(file)
-        rows = _run(Finetuning(attention or KINDS, peft or METHODS, length, batch, dropout, precision, device, seconds).run, out)
+        given = Finetuning(attention or KINDS, peft or METHODS, length, batch, dropout, precision, device, recompute, seconds)  # type: ignore[arg-type]
+        rows = _run(given.run, out)
         _show("one training step", finetune_table(rows))
         _leave(rows, out)
 

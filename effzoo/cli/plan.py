@@ -24,6 +24,7 @@ def plan_(
     precision: Annotated[str, typer.Option(help="plain, autocast, or master (half weights with a float32 copy of trained ones).")] = "plain",
     optimizer: Annotated[str, typer.Option(help="adamw, adam, momentum, sgd or adafactor.")] = "adamw",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Keep only the inputs of blocks and compute the rest again.")] = False,
+    recompute: Annotated[str | None, typer.Option(help="As effzoo finetune does: nothing, hidden or projections; default: keep all.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Positions that the model is built for, where the entry's own are too few.")] = None,
     task: Annotated[str | None, typer.Option(help="The model's task; classification, and causal_lm for decoders, when left out.")] = None,
 ) -> None:
@@ -34,8 +35,9 @@ def plan_(
     given = {"attention": attention, "task": task, "max_length": max_length}
     choices: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     found = plan_of(
-        model, peft, batch=batch, length=length, dtype=dtype, precision=precision, optimizer=optimizer, checkpointing=checkpointing or None, **choices
-    )
+        model, peft, batch=batch, length=length, dtype=dtype, precision=precision, optimizer=optimizer, checkpointing=checkpointing or None,
+        recompute=recompute, **choices,  # type: ignore[arg-type]
+    )  # fmt: skip
     rows = table("part", "MiB", "%", right=("MiB", "%"))
     for name, nbytes in found.rows():
         rows.add_row(*map(Text, (name, f"{nbytes / MIB:,.2f}", f"{100 * nbytes / max(found.total, 1):.1f}")))

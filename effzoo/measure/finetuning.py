@@ -20,6 +20,7 @@ from effzoo.measure.rows import Row
 from effzoo.measure.scaling import KINDS, timed
 from effzoo.measure.timing import interleaved
 from effzoo.plan import plan
+from effzoo.recompute import Level
 
 METHODS = ("full", "lora", "bitfit", "ia3", "houlsby", "parallel", "prefix", "prompt", "dora", "ladder")
 SIZES = {"layers": 6, "dim": 384, "heads": 12, "mlp": 1536, "vocab": 1000}
@@ -28,7 +29,7 @@ REFERENCE = "full"  # the method that the others are compared with, in the same 
 
 @dataclass(frozen=True)
 class Step:
-    """One training step of a classifier: forward, backward and AdamW. precision: "float32", or "bfloat16" by autocast."""
+    """One training step of a classifier as `finetune` takes it: forward, backward and AdamW. precision: "float32", or "bfloat16" by autocast."""
 
     attention: str
     peft: str
@@ -38,6 +39,7 @@ class Step:
     dropout: float = 0.0
     precision: str = "float32"
     device: str = "cpu"
+    recompute: Level = "hidden"
     sizes: dict[str, int] = field(default_factory=lambda: dict(SIZES))
 
     def __post_init__(self) -> None:
@@ -53,7 +55,9 @@ class Step:
         """The model with the method attached, from seed 0."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return build(self.model, peft=self.peft, **self.choices()).to(self.device).train()
+            model = build(self.model, peft=self.peft, **self.choices()).to(self.device).train()
+        model.recompute, model.only_what_is_read = self.recompute, True
+        return model
 
     def inputs(self) -> dict[str, Tensor]:
         """Token ids and labels, drawn from seed 1."""
@@ -88,10 +92,13 @@ class Finetuning:
     dropout: float = 0.0
     precision: str = "float32"
     device: str = "cpu"
+    recompute: Level = "hidden"
     seconds: float = 60.0
 
     def step(self, kind: str, method: str) -> Step:
-        return Step(kind, method, self.length, self.batch, dropout=self.dropout, precision=self.precision, device=self.device)
+        return Step(
+            kind, method, self.length, self.batch, dropout=self.dropout, precision=self.precision, device=self.device, recompute=self.recompute
+        )
 
     def run(self, path: Path, tell: Callable[[str, int, int], None] = lambda said, done, total: None) -> list[Row]:
         """Measure what the file does not hold yet, one attention kind at a time, and append it. tell: called with what comes, done and total."""
@@ -122,7 +129,9 @@ class Finetuning:
                 continue
             row["trainable"] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
             precision = "autocast" if step.precision == "bfloat16" else "plain"
-            planned = plan(step.model, step.peft, batch=step.batch, length=step.length, precision=precision, **step.choices())
+            planned = plan(
+                step.model, step.peft, batch=step.batch, length=step.length, precision=precision, recompute=step.recompute, **step.choices()
+            )
             row["saved"] = dict(planned.activations)
             found = peak(step)
             row["peak_bytes"] = found.bytes

@@ -19,6 +19,7 @@ from effzoo.plan.optimizers import STATES
 from effzoo.plan.report import Plan
 from effzoo.plan.shadow import Shadows, key, size
 from effzoo.plan.step import step
+from effzoo.recompute import LEVELS, Level
 
 PRECISIONS = ("plain", "autocast", "master")
 _HALF = (torch.bfloat16, torch.float16)
@@ -34,6 +35,7 @@ def plan(
     precision: str = "plain",
     optimizer: str = "adamw",
     checkpointing: bool | None = None,
+    recompute: Level | None = None,
     inputs: Mapping[str, Tensor] | None = None,
     **choices: Any,
 ) -> Plan:
@@ -45,6 +47,8 @@ def plan(
     a name's parameters, or a model's own adapters. batch, length: of the inputs, every position a token; inputs: instead of these two, the
     keywords of a real call, whose integers count (padding, global tokens, labels). dtype: of weights and activations, the
     model's own when None. checkpointing: keep only the inputs of blocks; None leaves the model as it is.
+    recompute: what else is computed again, as in `finetune`, which also leaves out of the last block what no head reads; None leaves the model as
+    it is.
 
     precision: what half dtypes mean.
         plain      everything in dtype: weights, gradients, optimizer states, activations.
@@ -74,6 +78,8 @@ def plan(
         copied = _stand_in(model, peft, choices, shadows, weights_dtype)
         if checkpointing is not None:
             _set_checkpointing(copied, checkpointing)
+        if recompute is not None:
+            _set_recompute(copied, recompute)
         given = _inputs(copied, batch, length, inputs, shadows)
         kept, peak = step(copied, given, shadows, chosen if precision == "autocast" else None)
     trained = [p for p in copied.parameters() if p.requires_grad]
@@ -142,6 +148,16 @@ def _set_checkpointing(model: nn.Module, wanted: bool) -> None:
     if switch is None:
         raise OptionError(f"{type(model).__name__} has no gradient checkpointing; leave checkpointing out")
     switch()
+
+
+def _set_recompute(model: nn.Module, level: Level) -> None:
+    if not hasattr(model, "recompute"):
+        raise OptionError(f"{type(model).__name__} has nothing to recompute; leave recompute out")
+    if level not in LEVELS:
+        raise UnknownNameError("recompute", level, LEVELS)
+    model.recompute = level  # type: ignore[assignment]
+    if hasattr(model, "only_what_is_read"):
+        model.only_what_is_read = True  # type: ignore[assignment]
 
 
 def _inputs(model: nn.Module, batch: int, length: int | None, inputs: Mapping[str, Tensor] | None, shadows: Shadows) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from effzoo.sites.site import Site, given
 class Linear(nn.Linear, Site):
     """y = x W^T + b, [..., in] -> [..., out]. heads: into how many heads the output (of `attn.o`: the input) divides; 1 elsewhere.
 
-    again: whether the product is made again for the backward pass rather than kept, while its weight is not trained.
+    again: from which level of `effzoo.recompute` on the product is made again, while the weight is not trained: "hidden", else "projections".
     """
 
     heads = 1
@@ -32,7 +32,7 @@ class Linear(nn.Linear, Site):
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + b."""
         y = F.linear(x, weight, bias)
-        return follows(y, F.linear, x, weight, bias) if self.again and not weight.requires_grad else y
+        return y if weight.requires_grad else follows(y, F.linear, x, weight, bias, level="hidden" if self.again else "projections")
 
     def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
         (x,) = inputs

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from effzoo.architectures import Transformer
-from effzoo.errors import OptionError
+from effzoo.errors import OptionError, UnknownNameError
 from effzoo.peft.attach import active, attached
 from effzoo.peft.training import finish, hooked, learning_rates, settled
+from effzoo.recompute import LEVELS, Level
 from effzoo.train import checkpoints
 from effzoo.train.batches import Counting, First, Loader, Order, Pad
 from effzoo.train.examples import accepted, check, check_batch, sized
@@ -87,6 +88,7 @@ def finetune(
     overwrite: bool = False,
     progress: bool = True,
     gradient_checkpointing: bool = False,
+    recompute: Level = "hidden",
     group_by_length: bool = False,
     num_workers: int = 0,
     collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
@@ -112,6 +114,9 @@ def finetune(
         stage, a network that is not pruned yet) is not among them.
     resume: continue from the newest checkpoint in output_dir, if there is one, to the same losses. overwrite: remove the
         checkpoints of an earlier run.
+    gradient_checkpointing: keep the inputs of blocks alone. recompute: what else is computed again for the backward pass instead of kept, to the
+        same bits: "nothing", "hidden" (outputs of norms and activations, hidden units of frozen feed-forwards), "projections" (those of all frozen
+        projections besides; with adapters a block then keeps a fifth). Of the last block, only the positions are computed that the head reads.
     group_by_length: batches of similar lengths, to save padding. collator: list of examples -> batch, instead of padding.
     callbacks: of transformers (their `model` holds this one as `.model`).
     metrics: called with `(logits, labels)` of the whole evaluation (a transformers.EvalPrediction), returns numbers by name. Loss, and accuracy
@@ -135,6 +140,8 @@ def finetune(
     counts |= {"gradient_accumulation": gradient_accumulation, "keep": keep, "calibration_batches": calibration_batches}
     check_options(counts, {"evaluate_every": evaluate_every, "save_every": save_every}, schedule, warmup, clip)
     check_precision(model, precision)
+    if recompute not in LEVELS:
+        raise UnknownNameError("recompute", recompute, LEVELS)
     if best is not None and evaluate is None:
         raise OptionError(f"best={best!r} needs evaluations to choose by; give evaluate")
     output_dir, eval_batch_size = Path(output_dir), eval_batch_size or batch_size
@@ -196,7 +203,14 @@ def finetune(
     )  # fmt: skip
     alone = Order(len(data), batch_size, seed=seed, lengths=lengths if group_by_length else None)
     first = First(data, alone, collate, calibration_batches, arguments.device)
-    return _train(trainer, model, output_dir, start, first, gradient_checkpointing)
+    return _train(
+        trainer,
+        model,
+        output_dir,
+        start,
+        first,
+        {"recompute": recompute, "only_what_is_read": True, "checkpointing": gradient_checkpointing or model.checkpointing},
+    )
 
 
 def _prepare(data: Any, model: Transformer, what: str, collator: Any) -> tuple[Any, list[int] | None]:
@@ -207,22 +221,25 @@ def _prepare(data: Any, model: Transformer, what: str, collator: Any) -> tuple[A
     return data, None
 
 
-def _train(trainer: ExactTrainer, model: Transformer, directory: Path, start: Path | None, first: First, gradient_checkpointing: bool) -> Result:
+def _train(trainer: ExactTrainer, model: Transformer, directory: Path, start: Path | None, first: First, switches: dict[str, Any]) -> Result:
     """Train from a checkpoint or from the beginning, finish, write the result, and leave the model in the modes that it came in."""
-    clock, modes, cuda = time.monotonic(), (model.training, model.checkpointing), trainer.args.device.type == "cuda"
+    clock, training, cuda = time.monotonic(), model.training, trainer.args.device.type == "cuda"
+    before = {name: getattr(model, name) for name in switches if hasattr(model, name)}  # a Perceiver's head reads all latents
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    model.checkpointing = gradient_checkpointing or model.checkpointing
     try:
         if start is not None and checkpoints.step_of(start) >= trainer.args.max_steps:  # Trainer would take one step more
             trainer.restore(start)
         else:
             if start is None:
                 trainer.start(first)
+            for name in before:
+                setattr(model, name, switches[name])
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
     finally:
-        model.train(modes[0])
-        model.checkpointing = modes[1]
+        model.train(training)
+        for name, value in before.items():
+            setattr(model, name, value)
     history = _history(trainer.state.log_history)
     best = None if trainer.best is None else checkpoints.best_of(directory, history, trainer.best, trainer.settled)
     if best is not None:

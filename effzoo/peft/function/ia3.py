@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.peft.method import Layers, Method, Targets
+from effzoo.recompute import follows
 from effzoo.registry import peft
 from effzoo.sites import Keys, Linear, PeftModule, Site
 
@@ -20,7 +21,7 @@ class ScaleOutput(PeftModule):
         self.scale = nn.Parameter(torch.ones(size))
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return y * self.scale
+        return follows(y * self.scale, torch.mul, y, self.scale)  # y is kept for the gradient of the scale
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         change = self.scale.to(weight) - 1

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from effzoo.errors import OptionError, TargetError, listing
 from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
 from effzoo.peft.parameter import lora_init
+from effzoo.recompute import follows
 from effzoo.registry import peft
 from effzoo.sites import Conv2d, Embedding, Linear, PeftModule, Site, TiedLinear, sites
 
@@ -35,14 +36,16 @@ class LowRank(PeftModule):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.change(self.dropped(x), self.A, self.B)
+        change = self.change(self.dropped(x), self.A, self.B)
+        return follows(y + change, torch.add, y, change, of=y)
 
     def dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
     def change(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """s B A x; the scale meets the narrow product."""
-        return F.linear(self.scale * F.linear(x, A), B)
+        narrow = self.scale * F.linear(x, A)
+        return follows(F.linear(narrow, B), F.linear, narrow, B)
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.scale * self.B.to(weight) @ self.A.to(weight), None
