@@ -6,7 +6,10 @@ its rotations anew in every call, so it is not compared here (tests/test_parity_
 
 from __future__ import annotations
 
+import copy
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +21,7 @@ import effzoo
 from effzoo.attention import Context, Mask
 from effzoo.blocks import Attention
 from effzoo.measure import Ratio, Times, interleaved, ratio
+from effzoo.recompute import Level
 from effzoo.spec import parse_one
 
 DIM, HEADS = 512, 8
@@ -169,8 +173,9 @@ def perceiver_pytorch(n: int) -> Pair:
     return pair(ours, lambda x: ours(inputs_embeds=x).logits, theirs, theirs, x, tolerance=None)
 
 
-def peft_bert(method: str, dropout: float) -> Callable[[int], Pair]:
-    """A step of a 6 x 384 BERT, batch 4, fine-tuned by `peft` on transformers and by us; with dropout both draw, so they are compared without."""
+def peft_bert(method: str, dropout: float, recompute: Level = "hidden") -> Callable[[int], Pair]:
+    """A step of a 6 x 384 BERT, batch 4, fine-tuned by `peft` on transformers and by us as `finetune` does it; with dropout both draw, so they are
+    compared without."""
 
     def made(n: int) -> Pair:
         import peft
@@ -201,13 +206,26 @@ def peft_bert(method: str, dropout: float) -> Callable[[int], Pair]:
             theirs = peft.get_peft_model(base, configs[method])
         compared = _same_start(method, ours, theirs)
         ids = torch.randint(5, 1000, (4, n), generator=torch.Generator().manual_seed(1))
-        mode = True
-        ours.train(mode), theirs.train(mode)
+        ours.train(), theirs.train()
+        ours.recompute, ours.only_what_is_read = recompute, True
         found = pair(ours, lambda x: ours(x).logits, theirs, lambda x: theirs(input_ids=x).logits, ids, tolerance=None if dropout else 1e-5)
         found.compared = compared
         return found
 
     return made
+
+
+def merged(n: int) -> Pair:
+    """A step of all weights of a 6 x 384 BERT into which LoRA has been merged, against the model that never had it."""
+    sizes = {"layers": 6, "dim": 384, "heads": 12, "mlp": 1536, "vocab": 1000, "dropout": 0.0, "attention_dropout": 0.0}
+    torch.manual_seed(0)
+    theirs = effzoo.build("bert", task="classification", num_labels=2, max_length=n, **sizes).train()
+    ours = effzoo.merge(effzoo.attach(copy.deepcopy(theirs), "lora[rank=8]")).train()
+    ours.requires_grad_(True)
+    ids = torch.randint(5, 1000, (4, n), generator=torch.Generator().manual_seed(1))
+    found = pair(ours, lambda x: ours(x).logits, theirs, lambda x: theirs(x).logits, ids)
+    found.compared = [(ours.blocks[0].attn.q.weight, theirs.blocks[0].attn.q.weight)]
+    return found
 
 
 def _same_start(method: str, ours: nn.Module, theirs: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -234,6 +252,7 @@ def _same_start(method: str, ours: nn.Module, theirs: nn.Module) -> list[tuple[n
     return found
 
 
+IMPORT = "import torch, against import effzoo"
 PEERS: dict[str, Callable[[int], Pair]] = {
     "HF Longformer, window 512": hf_longformer,
     "HF Reformer, 4 rounds, chunk 64": hf_reformer,
@@ -242,9 +261,11 @@ PEERS: dict[str, Callable[[int], Pair]] = {
     "HF Perceiver, 256 latents": hf_perceiver,
     "perceiver-pytorch, 256 latents": perceiver_pytorch,
     "peft LoRA on HF BERT, 4 x n": peft_bert("lora", 0.0),
+    "peft LoRA on HF BERT, recompute=projections, 4 x n": peft_bert("lora", 0.0, "projections"),
     "peft LoRA on HF BERT, dropout 0.1, 4 x n": peft_bert("lora", 0.1),
     "BitFit on HF BERT, 4 x n": peft_bert("bitfit", 0.0),
     "peft (IA)3 on HF BERT, 4 x n": peft_bert("ia3", 0.0),
+    "effzoo before LoRA was merged, 4 x n": merged,
     "full fine-tuning of HF BERT, 4 x n": peft_bert("full", 0.0),
 }
 
@@ -298,8 +319,28 @@ def saved(forward: Forward, x: Tensor, parameters: list[nn.Parameter]) -> int:
     return sum(kept.values())
 
 
+def importing(seconds: float) -> dict[str, Any]:
+    """`import effzoo` against `import torch`, each in a process of its own."""
+
+    def process(code: str) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, "-c", code], check=True)
+
+    times = interleaved({"ours": process("import effzoo"), "theirs": process("import torch")}, seconds=seconds)
+    return _compared({"suite": "peers", "peer": IMPORT, "n": 0, "device": "cpu"}, times)
+
+
+def _compared(row: dict[str, Any], times: dict[str, Times]) -> dict[str, Any]:
+    of: Ratio = ratio(times["ours"], times["theirs"])
+    return row | {
+        "ours_seconds": times["ours"].median, "theirs_seconds": times["theirs"].median, "rounds": len(times["ours"].seconds), "ratio": of.median,
+        "ratio_quartiles": list(of.spread),
+    }  # fmt: skip
+
+
 def measure(name: str, n: int, seconds: float, device: str = "cpu") -> dict[str, Any]:
     """One row: times of both, their ratio, and what each keeps."""
+    if name == IMPORT:
+        return importing(seconds)
     made = PEERS[name](n).to(device)
     row: dict[str, Any] = {"suite": "peers", "peer": name, "n": n, "device": device}
     if found := differs(made):
@@ -310,8 +351,4 @@ def measure(name: str, n: int, seconds: float, device: str = "cpu") -> dict[str,
     times: dict[str, Times] = interleaved(
         {side: step(f, made.input, parameters) for side, (f, parameters) in sides.items()}, seconds=seconds, device=device
     )
-    of: Ratio = ratio(times["ours"], times["theirs"])
-    return row | {
-        "ours_seconds": times["ours"].median, "theirs_seconds": times["theirs"].median, "rounds": len(times["ours"].seconds), "ratio": of.median,
-        "ratio_quartiles": list(of.spread),
-    }  # fmt: skip
+    return _compared(row, times)

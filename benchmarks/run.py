@@ -1,4 +1,4 @@
-"""Run a benchmark suite: python benchmarks/run.py scaling | finetune | peers  [--device cuda]
+"""Run a benchmark suite: python benchmarks/run.py scaling | finetune | peers | bound  [--device cuda]
 
 Settings are in `cases.toml`; rows go to `results/SUITE-DEVICE.jsonl`, a JSON line each with machine, versions and commit, and rows that are
 there are not measured again. Figures and a page go to `--report`, default `runs/bench-SUITE-DEVICE`. Packages for the peers: the extra `bench`.
@@ -22,15 +22,16 @@ from effzoo.measure.page import Table, finetune_table, markdown, scaling_table
 from effzoo.measure.rows import Row
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # the suites beside this file
 
 
 def peers_suite(settings: dict[str, Any], device: str, path: Path, tell: Callable[[str, int, int], None]) -> list[Row]:
     """The rows of `peers.py` that the file does not hold yet."""
-    sys.path.insert(0, str(HERE))
     import peers
 
     known = files.read(path)
     cases = [(name, n) for name in peers.PEERS for n in ([settings["fine_tuning_length"]] if "4 x n" in name else settings["lengths"])]
+    cases.append((peers.IMPORT, 0))
     for done, (name, n) in enumerate(cases):
         tell(f"{name}, n = {n:,}", done, len(cases))
         if not any((row["peer"], row["n"]) == (name, n) for row in known):
@@ -38,6 +39,29 @@ def peers_suite(settings: dict[str, Any], device: str, path: Path, tell: Callabl
             files.append(path, [row])
             known.append(row)
     return known
+
+
+def bound_suite(settings: dict[str, Any], device: str, path: Path, tell: Callable[[str, int, int], None]) -> list[Row]:
+    """The rows of `bound.py`, all from the same rounds."""
+    import bound
+
+    known = files.read(path)
+    tell(f"n = {settings['n']:,}", 0, 1)
+    if {row["attention"] for row in known} != set(settings["kinds"]):
+        known = [files.made(row, device) for row in bound.measure(**settings, device=device)]
+        path.unlink(missing_ok=True)
+        files.append(path, known)
+    return known
+
+
+def bound_table(rows: list[Row]) -> Table:
+    """The share of the bound, and what it is made of."""
+    table = [["attention", "n", "pairs, share of n^2", "ms", "full, ms", "share of the bound"]]
+    for row in rows:
+        low, high = row["share_quartiles"]
+        times = (f"{1000 * row[key]:,.0f}" for key in ("seconds", "full_seconds"))
+        table.append([f"`{row['attention']}`", f"{row['n']:,}", f"{row['pairs']:.3f}", *times, f"{row['share']:.2f} ({low:.2f} to {high:.2f})"])
+    return table
 
 
 def peers_table(rows: list[Row]) -> Table:
@@ -48,10 +72,11 @@ def peers_table(rows: list[Row]) -> Table:
             table.append([row["peer"], f"{row['n']:,}", row["failed"], "", "", "", "", ""])
             continue
         low, high = row["ratio_quartiles"]
-        theirs, ours = row["theirs_saved"], row["ours_saved"]
+        kept = [row.get(f"{side}_saved") for side in ("theirs", "ours")]
+        sizes = ["", "", ""] if None in kept else [*(f"{x / 2**20:,.1f}" for x in kept), f"{kept[1] / kept[0]:.2f}"]
         table.append([
-            row["peer"], f"{row['n']:,}", f"{1000 * row['theirs_seconds']:,.0f}", f"{1000 * row['ours_seconds']:,.0f}",
-            f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})", f"{theirs / 2**20:,.1f}", f"{ours / 2**20:,.1f}", f"{ours / theirs:.2f}",
+            row["peer"], f"{row['n']:,}" if row["n"] else "", f"{1000 * row['theirs_seconds']:,.0f}", f"{1000 * row['ours_seconds']:,.0f}",
+            f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})", *sizes,
         ])  # fmt: skip
     return table
 
@@ -60,12 +85,12 @@ def tables(suite: str, rows: list[Row]) -> list[Table]:
     """The tables of a suite."""
     if suite == "scaling":
         return [scaling_table(rows, mode) for mode in dict.fromkeys(row["mode"] for row in rows)]
-    return [finetune_table(rows) if suite == "finetune" else peers_table(rows)]
+    return [{"finetune": finetune_table, "peers": peers_table, "bound": bound_table}[suite](rows)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=["scaling", "finetune", "peers"])
+    parser.add_argument("suite", choices=["scaling", "finetune", "peers", "bound"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--cases", type=Path, default=HERE / "cases.toml")
     parser.add_argument("--results", type=Path, default=HERE / "results")
@@ -79,14 +104,14 @@ def main() -> int:
         def tell(said: str, done: int, total: int) -> None:
             bar.update(task, description=said, completed=done, total=total)
 
-        if given.suite == "peers":
-            rows = peers_suite(settings, given.device, path, tell)
+        if given.suite in ("peers", "bound"):
+            rows = (peers_suite if given.suite == "peers" else bound_suite)(settings, given.device, path, tell)
         else:
             suite = (Scaling if given.suite == "scaling" else Finetuning)(**settings, device=given.device)
             rows = suite.run(path, tell)
     for table in tables(given.suite, rows):
         print(markdown(table), end="\n\n")
-    if given.suite != "peers":
+    if given.suite in ("scaling", "finetune"):
         print("wrote", report.write(rows, given.report or Path(f"runs/bench-{given.suite}-{given.device}")), "and", path)
     return 0
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from effzoo.attention import band as module
 from effzoo.attention import reference
 from effzoo.attention.band import Band
-from effzoo.attention.kernel import Part, attend, bias_of
+from effzoo.attention.kernel import attend
+from effzoo.attention.part import Part
 
 SHAPES = st.fixed_dictionaries(
     {"n": st.integers(1, 300), "left": st.integers(0, 90), "right": st.integers(0, 90), "dilation": st.integers(1, 3), "batch": st.integers(1, 3)}
@@ -33,11 +34,12 @@ def test_tiles_hold_the_pairs_of_the_definition(shape, seed):
     wanted = definition(band).expand(batch, band.n, band.n) & (torch.ones(batch, 1, band.n, dtype=torch.bool) if held is None else held[:, None, :])
     place = torch.arange(1, band.n + 1).expand(batch, 1, band.n).unsqueeze(-1)  # 0 stands for what fills up
     found = torch.zeros(batch, band.n + 1, band.n + 1, dtype=torch.int)
-    tiles = band.tiles(place, place, place, band.allowed(held, batch, place.device))
-    for (query, key, _, allowed), run in zip(tiles, band.runs, strict=True):
+    places = place.float()
+    tiles = band.tiles(places, places, places, band.given(held, places))
+    for (query, key, _, bias), run in zip(tiles, band.runs, strict=True):
         of = torch.arange(batch).repeat_interleave(len(query) // batch)[:, None, None]
         seen = torch.ones(query.shape[0], query.shape[2], key.shape[2], dtype=torch.int)
-        found[of, query[:, 0], key[:, 0].transpose(1, 2)] += seen if allowed is None else seen * allowed[:, 0]
+        found[of, query[:, 0].long(), key[:, 0].long().transpose(1, 2)] += seen if bias is None else seen * (bias[:, 0] == 0)
         assert query.shape[2] == run.queries and key.shape[2] == run.keys
     assert torch.equal(found[:, 1:, 1:], wanted.int())
     if band.n % band.dilation == 0 or held is not None:
@@ -67,8 +69,7 @@ def test_attention_over_a_band_is_its_definition_forward_and_backward(backend, t
     held = torch.rand(2, band.n) < 0.8
     for of_keys in (None, held):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        biases = [allowed if allowed is None else bias_of(allowed, q.dtype) for allowed in band.allowed(of_keys, 2, q.device)]
-        out = attend(Part(*leaves, biases, band=band), backend=backend)
+        out = attend(Part(*leaves, band.given(of_keys, q), band=band), backend=backend)
         allowed = definition(band)[None, None] if of_keys is None else definition(band) & of_keys[:, None, None, :]
         twins = [x.clone().requires_grad_() for x in (q, k, v)]
         wanted = reference.dense(*twins, allowed)
@@ -85,10 +86,10 @@ def test_nothing_of_the_tiles_is_kept():
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    biases = [allowed if allowed is None else bias_of(allowed, q.dtype) for allowed in band.allowed(None, 1, q.device)]
+    given = band.given(None, q)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        attend(Part(q, k, v, biases, band=band))
-    masks = {bias.untyped_storage().data_ptr(): bias.untyped_storage().nbytes() for bias in biases if bias is not None}
+        attend(Part(q, k, v, given, band=band))
+    masks = {bias.untyped_storage().data_ptr(): bias.untyped_storage().nbytes() for bias in given if bias is not None}
     of_size_n = 4 * q.numel() * 4 + q.numel() // 8 * 4  # q, k, v, out and log-sum-exp, of 4 bytes
     assert sum(kept.values()) == of_size_n + sum(masks.values())
     assert all(size <= 4 * 64 * 192 for size in masks.values()) and len(band.runs) == 3

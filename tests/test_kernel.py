@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from effzoo.attention import kernel
-from effzoo.attention.kernel import Part, attend, bias_of, choose, merge
+from effzoo.attention.kernel import attend, choose, merge
+from effzoo.attention.part import Part, bias_of
 from effzoo.errors import OptionError
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import effzoo
 from effzoo.architectures import transformer
 from effzoo.attention import Context, Mask
+from effzoo.attention import rounds as few_heads
 from effzoo.attention.hashing import automatic, buckets_of
 from effzoo.attention.reference import dense
 from effzoo.blocks.reversible import two_streams
@@ -230,6 +231,38 @@ def test_rounds_in_a_ring_equal_plain_python(seed, once):
     expected = expected_of(made, qk, v, valid)
     same(made(qk, v, mask=Mask(valid)), expected, [qk, v])
     same(made.dense(qk, v, mask=Mask(valid)), expected, [qk, v])
+
+
+@pytest.mark.parametrize("together", [1, 3 * 37 * WIDTH, 2**19])
+@pytest.mark.parametrize(
+    "spec", ["lsh[rounds=3,chunk=8]", "lsh[rounds=2,chunk=5,circular=true]", "lsh[rounds=2,chunk=8,stable=true,count_once=true]"]
+)
+def test_a_few_heads_at_a_time_are_all_rounds_side_by_side(spec, together, monkeypatch):
+    """The fast path against its twin, forward and backward, in blocks of one head, of all heads of an example, and of the whole batch."""
+    monkeypatch.setattr(few_heads, "TOGETHER", together)
+    valid = torch.arange(37) < torch.tensor([37, 20, 1, 0])[:, None]
+    for causal in (False, True):
+        for mask in (Mask(decisions={}), Mask(valid, decisions={})):
+            fast, twin, blocks = (core(spec, causal, heads=3, backend=backend) for backend in ("sdpa", "reference", "blocks"))
+            leaves = inputs_of(fast, 37, batch=4)
+            expected = twin(*leaves, mask=mask)
+            for one in (fast, blocks):
+                same(one(*leaves, mask=mask), expected, leaves)
+
+
+def test_nothing_of_the_rounds_is_kept():
+    """But what goes in and out, and the buckets."""
+    made, kept = core("lsh[rounds=4,chunk=8]", heads=2, max_length=256), {}
+    leaves = inputs_of(made, 256)
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        made(*leaves, mask=Mask())
+    numbers = leaves[0].numel()
+    assert sum(kept.values()) < 8 * (5 * numbers + 8 * numbers // WIDTH)  # qk, v, keys, out and their lengths, of 8 bytes
 
 
 def test_a_token_alone_gives_its_own_value_in_every_dtype():

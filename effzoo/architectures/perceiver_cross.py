@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from effzoo.attention import reference
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, memory_part
-from effzoo.attention.kernel import Part
+from effzoo.attention.part import Part
 from effzoo.blocks import Attention, FeedForward, Slots
 from effzoo.sites import Branch, sites
 from effzoo.spec import Spec

@@ -5,7 +5,8 @@
 
 from effzoo.attention import blockwise, full, linformer, local, longformer, lsh, perceiver
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask, memory_part
-from effzoo.attention.kernel import Part, attend, bias_of
+from effzoo.attention.kernel import attend
+from effzoo.attention.part import Part, bias_of
 from effzoo.registry import attention as _view
 
 names, get, options, register, create, aliases = (_view.names, _view.get, _view.options, _view.register, _view.create, _view.aliases)

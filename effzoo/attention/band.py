@@ -8,7 +8,8 @@ sequence their keys are overlapping views of one tensor, and they share one smal
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +30,11 @@ class Run(NamedTuple):
     queries: int
     key: int
     keys: int
+
+    @property
+    def looks(self) -> tuple[int, int, int]:
+        """What its chunks have in common."""
+        return self.queries, self.query - self.key, self.keys
 
 
 @dataclass(frozen=True)
@@ -53,16 +59,39 @@ class Band:
             queries, key = min(size, rows - query), max(0, query - left)
             keys = min(rows, query + queries + right) - key
             before = runs[-1] if runs else None
-            alike = before is not None and (before.queries, before.query - before.key, before.keys) == (queries, query - key, keys)
-            if before is not None and alike and (before.chunks + 1) * size <= TOGETHER:
+            run = Run(1, query, queries, key, keys)
+            if before is not None and before.looks == run.looks and (before.chunks + 1) * size <= TOGETHER:
                 runs[-1] = Run(before.chunks + 1, *before[1:])
             else:
-                runs.append(Run(1, query, queries, key, keys))
+                runs.append(run)
         return cls(n, left, right, dilation, tuple(runs))
 
-    def tiles(self, q: Tensor, k: Tensor, v: Tensor, biases: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-        """Queries, keys, values and bias of every run."""
-        return list(zip(self.rows(q), self._keys(k), self._keys(v), biases, strict=True))
+    def tiles(self, q: Tensor, k: Tensor, v: Tensor, given: Sequence[Tensor | None]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """Queries, keys, values and bias of every run; given: what `given` made."""
+        held, *biases = given
+        keys = itertools.repeat(None) if held is None else self._keys(held[:, None, :, None])
+        for of_q, of_k, of_v, bias, seen in zip(self.rows(q), self._keys(k), self._keys(v), biases, keys, strict=False):
+            if seen is None:
+                yield of_q, of_k, of_v, bias
+            else:
+                band = q.new_zeros(1, 1, of_q.shape[2], of_k.shape[2]) if bias is None else bias
+                yield of_q, of_k, of_v, band.masked_fill(~seen.transpose(2, 3), -math.inf)
+
+    def given(self, held: Tensor | None, q: Tensor) -> list[Tensor | None]:
+        """What attention over the band needs besides q, k and v: which keys are held, bool[batch, n] (tokens, say; None for all), and the bias of
+        every run, 0 in the band and -inf outside; None where all pairs are in it."""
+        if held is None and self.n % self.dilation:  # what fills up the sequences is not
+            held = torch.ones(q.shape[0], self.n, dtype=torch.bool, device=q.device)
+        made: dict[tuple[int, int, int], Tensor | None] = {}
+        for run in self.runs:
+            if run.looks in made:
+                continue
+            made[run.looks] = None
+            if run.query + run.queries - 1 - run.key > self.left or run.key + run.keys - 1 - run.query > self.right:
+                gap = torch.arange(run.query, run.query + run.queries)[:, None] - torch.arange(run.key, run.key + run.keys)
+                outside = (gap > self.left) | (gap < -self.right)
+                made[run.looks] = torch.zeros(1, 1, *gap.shape, dtype=q.dtype).masked_fill_(outside, -math.inf).to(q.device)
+        return [held, *(made[run.looks] for run in self.runs)]
 
     def rows(self, x: Tensor) -> list[Tensor]:
         """Queries, or what belongs to them, by run."""
@@ -90,23 +119,6 @@ class Band:
                 there = self._windows(total[:, :, start:], run._replace(keys=width))
                 there += of_chunks[..., start : start + width, :]
         return self._back(total)
-
-    def allowed(self, held: Tensor | None, batch: int, device: torch.device) -> list[Tensor | None]:
-        """bool[1 or batch of the run, 1, queries, keys] by run: in the band, and held [batch, n] (a token, say); None where all are."""
-        if held is None and self.n % self.dilation:  # what fills up the sequences
-            held = torch.ones(batch, self.n, dtype=torch.bool, device=device)
-        keys = itertools.repeat(None) if held is None else self._keys(held[:, None, :, None])
-        found: list[Tensor | None] = []
-        for run, seen in zip(self.runs, keys, strict=False):
-            gap = torch.arange(run.query, run.query + run.queries)[:, None] - torch.arange(run.key, run.key + run.keys)
-            band = (gap <= self.left) & (gap >= -self.right)
-            everything = bool(band.all())
-            band = band[None, None].to(device)
-            if seen is not None:
-                found.append(seen.transpose(2, 3) & band)
-            else:
-                found.append(None if everything else band)
-        return found
 
     def _keys(self, x: Tensor) -> list[Tensor]:
         """Keys, or what belongs to them, by run: views where the batch allows it."""

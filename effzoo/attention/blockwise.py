@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from effzoo.attention import reference
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, memory_part, of_heads
-from effzoo.attention.kernel import Part, bias_of
+from effzoo.attention.part import Part, bias_of
 from effzoo.errors import InputError, OptionError
 from effzoo.registry import attention
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.attention import kernel, reference
+from effzoo.attention.part import Part, bias_of
 from effzoo.errors import IncompatibleError, InputError
 
 KeysValues = tuple[Tensor, Tensor]
@@ -74,7 +75,7 @@ class Mask:
         if self.valid is None:
             return None
         valid = self.valid
-        return self.memo(("key_bias", dtype), lambda: kernel.bias_of(valid[:, None, None, :], dtype))
+        return self.memo(("key_bias", dtype), lambda: bias_of(valid[:, None, None, :], dtype))
 
 
 State = dict[str, Tensor]  # what one layer keeps of the positions it has seen; every tensor starts with the batch axis
@@ -187,10 +188,14 @@ class AttentionCore(nn.Module, abc.ABC):
         """The dropout probability of the attention weights now: 0 in evaluation."""
         return self.context.dropout if self.training else 0.0
 
-    def attend(self, *parts: kernel.Part | None) -> Tensor:
+    def attend(self, *parts: Part | None) -> Tensor:
         """Softmax over the union of the parts' keys; absent parts are None."""
+        return self.attended(*parts)[0]
+
+    def attended(self, *parts: Part | None) -> tuple[Tensor, Tensor | None]:
+        """`attend`, and the log-sum-exp [batch, heads, n, 1], -inf for a query that attended to nothing."""
         present = [part for part in parts if part is not None]
-        return kernel.attend(*present, dropout=self.dropout, backend=self.context.backend)
+        return kernel.attended(*present, dropout=self.dropout, backend=self.context.backend)
 
 
 def rows_of(x: Tensor, where: Tensor) -> Tensor:
@@ -200,12 +205,12 @@ def rows_of(x: Tensor, where: Tensor) -> Tensor:
     return x.gather(-2, index.expand(-1, *x.shape[1:-2], -1, x.shape[-1]))
 
 
-def memory_part(q: Tensor, memory: KeysValues | None) -> kernel.Part | None:
+def memory_part(q: Tensor, memory: KeysValues | None) -> Part | None:
     """The part in which every query, [batch, heads, n, head_dim], sees the memory; None without memory."""
     if memory is None:
         return None
     keys, values = (x.to(q.dtype).expand(q.shape[0], *x.shape[-3:]) for x in memory)
-    return kernel.Part(q, keys, values)
+    return Part(q, keys, values)
 
 
 def of_heads(memory: KeysValues | None, heads: Any) -> KeysValues | None:

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from effzoo.attention import reference
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, memory_part
-from effzoo.attention.kernel import Part, bias_of
+from effzoo.attention.part import Part, bias_of
 from effzoo.errors import OptionError
 from effzoo.registry import attention
 

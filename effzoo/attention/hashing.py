@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -54,8 +55,9 @@ def buckets_of(x: Tensor, rotations: Tensor, factors: Sequence[int]) -> Tensor:
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         for factor in factors:
             half = factor // 2
-            if half:
-                turned = x.to(exact) @ rotations[:, None, :, :, start : start + half].to(exact)
+            if half:  # the rounds side by side: to multiply by each would make a copy of x for it
+                side_by_side = rotations[..., start : start + half].to(exact).movedim(0, 2).flatten(2)
+                turned = rearrange(x.to(exact) @ side_by_side, "b h n (rounds half) -> rounds b h n half", half=half)
                 place = turned.abs().argmax(dim=-1, keepdim=True)
                 found += product * (place + half * (turned.gather(-1, place) < 0)).squeeze(-1)
             start, product = start + half, product * factor
@@ -125,6 +127,20 @@ class Sorted:
         rows = _gather(x, self._key_rows, None if self.circular else self._key_back)
         return tuple(windows(one, self.width, self.chunk) for one in rows.unbind(0))
 
+    def keys_of(self, x: Tensor, index: int) -> Tensor:
+        """Rows [groups n, d] -> what the chunks of one round see, [groups, chunks, width, d], a view of the sorted rows."""
+        rows = x.index_select(0, self._key_rows[index].flatten()).view(*self._key_rows[index].shape, -1)
+        return rows.unfold(1, self.width, self.chunk).transpose(-1, -2)
+
+    def keys_back(self, grad: Tensor, index: int) -> Tensor:
+        """The gradient of what `keys_of` gave -> that of the rows, [batch, heads, n, d]."""
+        total = _summed(grad, self._key_rows.shape[-1], self.chunk).flatten(0, 1)
+        if self.circular:
+            of_rows = total.new_zeros(self.batch * self.heads * self.n, total.shape[-1]).index_add_(0, self._key_rows[index].flatten(), total)
+        else:
+            of_rows = total.index_select(0, (self._key_back[index] - index * len(total)).flatten())
+        return of_rows.view(self.batch, self.heads, self.n, -1)
+
     def of_queries(self, x: Tensor) -> Tensor:
         """What holds of positions, [rounds or 1, groups, n], at the slots of the queries: [rounds, groups, chunks, chunk]."""
         return self._slots(self._sorted(x), -1).view(self.rounds, -1, self.chunks, self.chunk)
@@ -182,12 +198,18 @@ class _Windows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        rows, width, step = ctx.sizes
-        count = grad.shape[1]
-        total = grad.new_zeros(grad.shape[0], rows, grad.shape[-1])
-        for offset in range(0, width, step):  # the chunks of a window: of all windows at once
-            total[:, offset : offset + count * step] += grad[:, :, offset : offset + step].flatten(1, 2)
-        return total, None, None
+        rows, _, step = ctx.sizes
+        return _summed(grad, rows, step), None, None
+
+
+def _summed(grad: Tensor, rows: int, step: int) -> Tensor:
+    """Windows [groups, count, width, d], one every `step` rows, added up: [groups, rows, d]."""
+    count, width = grad.shape[1:3]
+    total = grad.new_zeros(grad.shape[0], rows, grad.shape[-1])
+    for offset in range(0, width, step):  # the chunks of a window: of all windows at once
+        there = rearrange(total[:, offset : offset + count * step], "g (count step) d -> g count step d", step=step)
+        there += grad[:, :, offset : offset + step]
+    return total
 
 
 def _gather(x: Tensor, rows: Tensor, back: Tensor | None) -> Tensor:

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,94 +26,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from effzoo.attention.band import Band
 from effzoo.attention.dropped import Weights
+from effzoo.attention.part import Part
 from effzoo.errors import OptionError
 
 BACKENDS = ("auto", "reference", "sdpa", "blocks")
 _aten_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _aten_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some keys for some queries.
-
-    q [g, h, m, d], k [g, h, s, d], v [g, h, s, e]; bias is additive, broadcastable to [g, h, m, s], -inf where a query may not
-    attend, without gradient. scale multiplies q k^T, 1 / sqrt(d) when None. All parts of one softmax have the same e.
-    A core may fold the sequence into the group axis g; `fold` takes a tensor from [batch, heads, n, x] to the layout of
-    q and `unfold` takes it back, so that parts with different layouts can be merged.
-    band: q, k and v [batch, heads, n, x] are not folded yet, and `bias` is a list: the band cuts tiles, and nothing of them is kept.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    bias: Tensor | Sequence[Tensor | None] | None = None
-    causal: bool = False
-    scale: float | None = None
-    fold: Callable[[Tensor], Tensor] = _same
-    unfold: Callable[[Tensor], Tensor] = _same
-    band: Band | None = None
-
-    @property
-    def biases(self) -> list[Tensor | None]:
-        """The bias of every tile."""
-        return list(self.bias) if self.bias is not None and not isinstance(self.bias, Tensor) else [self.bias]
-
-    @property
-    def layout(self) -> Layout:
-        return _Folded(self.fold, self.unfold) if self.band is None else self.band
-
-
-class Layout(Protocol):
-    """How the rows and keys of a part lie in tiles, each of which is one attention [g, heads, rows, keys]."""
-
-    def tiles(self, q: Tensor, k: Tensor, v: Tensor, biases: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-        """Queries, keys, values and bias of every tile."""
-
-    def rows(self, x: Tensor) -> list[Tensor]:
-        """What belongs to the queries, [batch, heads, n, x], by tile."""
-
-    def join(self, tiles: Sequence[Tensor]) -> Tensor:
-        """The way back."""
-
-    def of_queries(self, tiles: Sequence[Tensor]) -> Tensor:
-        """Gradients of the queries of every tile -> that of the part's q."""
-
-    def of_keys(self, tiles: Sequence[Tensor]) -> Tensor:
-        """Gradients of the keys of every tile -> that of the part's k."""
-
-
-@dataclass(frozen=True)
-class _Folded:
-    """One tile, folded by its core."""
-
-    fold: Callable[[Tensor], Tensor]
-    unfold: Callable[[Tensor], Tensor]
-
-    def tiles(self, q: Tensor, k: Tensor, v: Tensor, biases: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-        return [(q, k, v, biases[0])]
-
-    def rows(self, x: Tensor) -> list[Tensor]:
-        return [self.fold(x)]
-
-    def join(self, tiles: Sequence[Tensor]) -> Tensor:
-        return self.unfold(tiles[0])
-
-    def of_queries(self, tiles: Sequence[Tensor]) -> Tensor:
-        return tiles[0]
-
-    of_keys = of_queries
-
-
-def bias_of(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask (True = may attend) as an additive bias: 0 where allowed, -inf elsewhere."""
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -math.inf)
 
 
 def attend(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> Tensor:
@@ -122,20 +41,28 @@ def attend(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> Tensor:
     A query that may attend to nothing returns 0. `dropout` is the probability of dropping an attention weight.
     `choose` says which backend "auto" is; a named backend that cannot run here raises OptionError.
     """
+    return attended(*parts, dropout=dropout, backend=backend)[0]
+
+
+def attended(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> tuple[Tensor, Tensor | None]:
+    """`attend`, and the log-sum-exp [batch, heads, n, 1] without gradient, -inf for a query that attended to nothing (None from a fused kernel
+    that does not tell)."""
     backend, _ = choose(parts, dropout, backend)
+    if backend == "reference" or torch.compiler.is_compiling():
+        parts = tuple(one for part in parts for one in ([part] if part.rounds is None else part.rounds.parts(part)))
     if backend == "reference":
         return _plain(parts, dropout)
     if backend == "blocks" or parts[0].q.device.type == "cpu":
         width = parts[0].v.shape[-1]
         same = [part if backend == "blocks" else _prepared(part) for part in parts]
-        plans = [(p.layout, _weights(p, dropout) if backend == "blocks" else _Flash(p.causal, p.scale)) for p in same]
+        operators = [p.operator(_weights(p, dropout) if backend == "blocks" else _Flash(p.causal, p.scale)) for p in same]
         # parts may share their queries, but compiled code takes each tensor once
         queries = [p.q.view_as(p.q) if any(p.q is other.q for other in same[:i]) else p.q for i, p in enumerate(same)]
-        tensors = [(q, p.k, p.v, *p.biases) for q, p in zip(queries, same, strict=True)]
-        out: Tensor = _Merged.apply(plans, [len(each) for each in tensors], *(x for each in tensors for x in each))  # type: ignore[no-untyped-call]
-        return out[..., :width]
+        tensors = [(q, p.k, p.v, *p.given) for q, p in zip(queries, same, strict=True)]
+        out, lse = _Merged.apply(operators, [len(each) for each in tensors], *(x for each in tensors for x in each))  # type: ignore[no-untyped-call]
+        return out[..., :width], lse
     part = parts[0]
-    return part.unfold(F.scaled_dot_product_attention(part.q, part.k, part.v, is_causal=part.causal, scale=part.scale))
+    return part.unfold(F.scaled_dot_product_attention(part.q, part.k, part.v, is_causal=part.causal, scale=part.scale)), None
 
 
 def _weights(part: Part, dropout: float) -> Weights:
@@ -172,7 +99,7 @@ def choose(parts: tuple[Part, ...], dropout: float, backend: str = "auto") -> tu
         return "blocks", f"{'asked for' if backend == 'blocks' else needed}: some at a time, and again in the backward pass"
     if dropout > 0:
         obstacle = f"attention dropout {dropout} needs the weights themselves; set attention_dropout=0 for the fused kernel"
-    elif device != "cpu" and (len(parts) > 1 or parts[0].bias is not None):
+    elif device != "cpu" and (len(parts) > 1 or parts[0].bias is not None or parts[0].band is not None):
         obstacle = f"merging parts or masks on {device} runs in plain PyTorch"
     elif device == "cpu" and parts[0].q.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         obstacle = f"the flash kernel has no {parts[0].q.dtype}"
@@ -195,8 +122,11 @@ def merge(*results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 def _merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     lse = torch.stack(lses).logsumexp(dim=0)
     finite = lse.masked_fill(lse == -math.inf, 0.0)
-    out = sum((part_lse - finite).exp().to(part_out.dtype) * part_out for part_out, part_lse in zip(outs, lses, strict=True))
-    return out, lse  # type: ignore[return-value]
+    weights = [(part - finite).exp().to(outs[0].dtype) for part in lses]
+    out = outs[0] * weights[0]
+    for part, weight in zip(outs[1:], weights[1:], strict=True):
+        out.addcmul_(part, weight)
+    return out, lse
 
 
 @torch.library.custom_op("effzoo::merge", mutates_args=())
@@ -278,37 +208,24 @@ class _Flash:
 
 
 class _Merged(torch.autograd.Function):
-    """`attend` by the flash operators or by blocks: tiles forward, `merge`, tiles backward with the merged out and log-sum-exp."""
+    """`attended` by the flash operators or by blocks: parts forward, `merge`, parts backward with the merged out and log-sum-exp."""
 
     @staticmethod
-    def forward(ctx, plans, counts, *tensors):  # type: ignore[no-untyped-def]
-        results = []
-        for (layout, operator), (q, k, v, *biases) in zip(plans, _by_part(counts, tensors), strict=True):
-            outs, lses = [], []
-            for index, tile in enumerate(layout.tiles(q, k, v, biases)):
-                out, lse = operator.of_tile(index).forward(*tile)
-                outs.append(out)
-                lses.append(lse.unsqueeze(-1))
-            results.append((layout.join(outs), layout.join(lses)))
-        out, lse = merge(*results)
-        ctx.plans, ctx.counts = plans, counts
+    def forward(ctx, operators, counts, *tensors):  # type: ignore[no-untyped-def]
+        out, lse = merge(*(operator.forward(*own) for operator, own in zip(operators, _by_part(counts, tensors), strict=True)))
+        ctx.operators, ctx.counts = operators, counts
         ctx.save_for_backward(out, lse.masked_fill(lse == -math.inf, 0.0), *tensors)
-        return out
+        ctx.mark_non_differentiable(lse)
+        return out, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
         out, lse, *tensors = ctx.saved_tensors
         lse = lse.to(torch.promote_types(lse.dtype, torch.float32))
         grads: list[Tensor | None] = []
-        for (layout, operator), (q, k, v, *biases) in zip(ctx.plans, _by_part(ctx.counts, tensors), strict=True):
-            rows = zip(layout.rows(grad), layout.rows(out), layout.rows(lse), layout.tiles(q, k, v, biases), strict=True)
-            found = [
-                operator.of_tile(index).backward(of_rows, *tile[:3], out_rows, lse_rows.squeeze(-1), tile[3])
-                for index, (of_rows, out_rows, lse_rows, tile) in enumerate(rows)
-            ]
-            of_q, of_k, of_v = zip(*found, strict=True)
-            grads += [layout.of_queries(of_q), layout.of_keys(of_k), layout.of_keys(of_v), *(None for _ in biases)]
+        for operator, (q, k, v, *given) in zip(ctx.operators, _by_part(ctx.counts, tensors), strict=True):
+            grads += [*operator.backward(grad, q, k, v, out, lse, *given), *(None for _ in given)]
         return None, None, *grads
 
 
@@ -325,18 +242,18 @@ def _dead_rows(bias: Tensor, causal: bool) -> Tensor:
     return bias.amax(dim=-1, keepdim=True) == -math.inf
 
 
-def _plain(parts: tuple[Part, ...], dropout: float) -> Tensor:
-    """`attend` with the scores written out, in float32 or better; O(m s) memory, differentiable by autograd alone."""
-    scores = [[_score(part, *tile) for tile in part.layout.tiles(part.q, part.k, part.v, part.biases)] for part in parts]
+def _plain(parts: tuple[Part, ...], dropout: float) -> tuple[Tensor, Tensor]:
+    """`attended` with the scores written out, in float32 or better; O(m s) memory, differentiable by autograd alone."""
+    scores = [[_score(part, *tile) for tile in part.layout.tiles(part.q, part.k, part.v, part.given)] for part in parts]
     lse = torch.stack([part.layout.join([_lse(score) for score in own]) for part, own in zip(parts, scores, strict=True)])
     lse = _lse(lse.movedim(0, -1)).squeeze(-1)
     out: Tensor | int = 0
     for part, own in zip(parts, scores, strict=True):
         rows = part.layout.rows(lse.clamp(min=torch.finfo(lse.dtype).min))
-        values = [v for _, _, v, _ in part.layout.tiles(part.q, part.k, part.v, part.biases)]
+        values = [v for _, _, v, _ in part.layout.tiles(part.q, part.k, part.v, part.given)]
         weights = [F.dropout((score - of_rows).exp(), dropout) for score, of_rows in zip(own, rows, strict=True)]
         out = out + part.layout.join([weight.to(v.dtype) @ v for weight, v in zip(weights, values, strict=True)])
-    return out  # type: ignore[return-value]
+    return out, lse.detach()  # type: ignore[return-value]
 
 
 def _score(part: Part, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from effzoo.attention import reference
 from effzoo.attention.band import Band
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, memory_part, of_heads
-from effzoo.attention.kernel import Part, bias_of
+from effzoo.attention.part import Part, bias_of
 from effzoo.errors import InputError, OptionError
 from effzoo.registry import attention
 
@@ -108,14 +108,13 @@ class Longformer(AttentionCore):
     def _window(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, dilation: int) -> Part:
         """Local keys that are tokens; the global ones are a part of their own."""
         band = Band.of(q.shape[2], self.reach, 0 if self.context.causal else self.reach, dilation)
-        held = mask.valid
-        if mask.is_global is not None:
-            held = ~mask.is_global if held is None else held & ~mask.is_global
 
-        def biases() -> list[Tensor | None]:
-            return [None if allowed is None else bias_of(allowed, q.dtype) for allowed in band.allowed(held, q.shape[0], q.device)]
+        def given() -> list[Tensor | None]:
+            if mask.is_global is None:
+                return band.given(mask.valid, q)
+            return band.given(~mask.is_global if mask.valid is None else mask.valid & ~mask.is_global, q)
 
-        return Part(q, k, v, mask.memo(("window", band, q.shape[0], q.dtype), biases), band=band)
+        return Part(q, k, v, mask.memo(("window", band, q.dtype), given), band=band)
 
     def _global_columns(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Part | None:
         """Every query sees the global keys, gathered to the front of [batch, globals] and padded with a bias."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from einops import rearrange
@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, memory_part
 from effzoo.attention.hashing import Sorted, Standing, automatic, buckets_of, draw_rotations, sort
-from effzoo.attention.kernel import Part, bias_of
+from effzoo.attention.part import Part, bias_of
+from effzoo.attention.rounds import HashingRounds
 from effzoo.errors import InputError, OptionError
 from effzoo.registry import attention
 from effzoo.sites import Keys
@@ -138,14 +139,16 @@ class LSH(AttentionCore):
     def forward(self, qk: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:  # type: ignore[override]
         n, k = qk.shape[2], self._keys(qk)
         if n <= self.chunk and not (self.within_buckets or self.circular):  # every round would see everything once
-            parts, seen = self._one_chunk(qk, k, v, mask)
-            out = self.attend(*parts, _memory_part(qk, memory, 1))
+            part, times = self._one_chunk(qk, k, v, mask), 1
         else:
-            parts, seen = self._rounds_of(qk, k, v, mask)
-            out = self.attend(*parts, _memory_part(qk, memory, self._times))
+            part, times = self._in_rounds(qk, k, v, mask), self._times
+        out, lse = self.attended(part, _memory_part(qk, memory, times))
         if memory is not None:
             return out
-        alone = (~seen if mask.valid is None else ~seen & mask.valid[:, None, :]).expand(v.shape[:3])
+        assert lse is not None
+        alone = lse.squeeze(-1) == -math.inf
+        if mask.valid is not None:
+            alone = alone & mask.valid[:, None, :]
         weight = F.dropout(alone.to(v.dtype), self.dropout)  # of their own value: all there is, and `out` is 0 there
         return out + weight.unsqueeze(-1) * v
 
@@ -154,36 +157,34 @@ class LSH(AttentionCore):
         k = _normalised(qk)
         return rearrange(self.keys(rearrange(k, "b h n d -> b n (h d)")), "b n (h d) -> b h n d", h=k.shape[1]) if self.keys.active else k
 
-    def _one_chunk(self, qk: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[list[Part], Tensor]:
-        """Full attention without the diagonal, and which queries saw a key, bool[batch or 1, 1, n]."""
+    def _one_chunk(self, qk: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Part:
+        """Full attention without the diagonal."""
 
-        def make() -> tuple[Tensor, Tensor]:
+        def make() -> Tensor:
             place = torch.arange(qk.shape[2], device=qk.device)
             allowed = (place < place[:, None] if self.context.causal else place != place[:, None])[None, None]
             if mask.valid is not None:
                 allowed = allowed & mask.valid[:, None, None, :] & mask.valid[:, None, :, None]
-            return bias_of(allowed, qk.dtype), allowed.any(dim=-1)
+            return bias_of(allowed, qk.dtype)
 
-        bias, seen = mask.memo(("lsh", qk.shape[2], self.context.causal, qk.dtype), make)
-        return [Part(qk, k, v, bias, scale=1.0)], seen
+        return Part(qk, k, v, mask.memo(("lsh", qk.shape[2], self.context.causal, qk.dtype), make), scale=1.0)
 
-    def _rounds_of(self, qk: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[list[Part], Tensor]:
-        """One part per round, and which queries saw a key in any, bool[batch, heads, n]."""
-        buckets = self._buckets(qk, mask)
+    def _in_rounds(self, qk: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Part:
+        """What is seen in all rounds."""
         lengths = torch.full(qk.shape[:1], qk.shape[2], device=qk.device) if mask.valid is None else mask.valid.sum(dim=1)
-        tiles = Sorted(buckets, lengths, chunk=self.chunk, before=self.before, after=self.after, circular=self._ring)
-        met = self._met(tiles, buckets.flatten(1, 2))
-        seen = torch.zeros(qk.shape[:3], dtype=torch.bool, device=qk.device)
-        parts = []
-        for index, (queries, keys, values) in enumerate(zip(tiles.queries(qk), tiles.keys(k), tiles.keys(v), strict=True)):
-            fold, unfold = tiles.folds(index)
-            allowed = self._allowed(tiles, met, index)
-            seen = seen | unfold(allowed.any(dim=-1, keepdim=True)).squeeze(-1)
-            bias = bias_of(allowed, qk.dtype)
-            if self.count_once:
-                bias -= self._meetings(met, index, tiles.chunks).clamp(min=1).to(bias.dtype).log()
-            parts.append(Part(queries, keys, values, bias, scale=1.0, fold=fold, unfold=unfold))
-        return parts, seen
+
+        def cut(buckets: Tensor, lengths: Tensor) -> Sorted:
+            return Sorted(buckets, lengths, chunk=self.chunk, before=self.before, after=self.after, circular=self._ring)
+
+        def biases(tiles: Sorted, buckets: Tensor) -> Iterator[Tensor]:
+            met = self._met(tiles, buckets.flatten(1, 2))
+            for index in range(tiles.rounds):
+                bias = bias_of(self._allowed(tiles, met, index), qk.dtype)
+                if self.count_once:
+                    bias -= self._meetings(met, index, tiles.chunks).clamp(min=1).to(bias.dtype).log()
+                yield bias
+
+        return Part(qk, k, v, self._buckets(qk, mask), scale=1.0, rounds=HashingRounds(cut, biases, lengths))
 
     def _met(self, tiles: Sorted, buckets: Tensor) -> list[Standing]:
         """Where the tokens in the tiles of all rounds stand in each round; nothing when no option asks."""
@@ -305,7 +306,8 @@ class LSH(AttentionCore):
 def _normalised(x: Tensor) -> Tensor:
     """x / |x| over the last axis; a row of zeros stays one."""
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (exact * (exact.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt() / math.sqrt(x.shape[-1])).to(x.dtype)
+    mean_square = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square() / x.shape[-1]
+    return (exact * ((mean_square + 1e-6).rsqrt() / math.sqrt(x.shape[-1]))).to(x.dtype)
 
 
 def _memory_part(qk: Tensor, memory: KeysValues | None, times: int) -> Part | None:

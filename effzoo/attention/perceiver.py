@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from effzoo.attention import reference
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, memory_part
-from effzoo.attention.kernel import Part
+from effzoo.attention.part import Part
 from effzoo.errors import OptionError
 from effzoo.registry import attention
 from effzoo.sites import Embedding
