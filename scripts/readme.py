@@ -10,7 +10,7 @@ from types import ModuleType
 
 from effzoo.measure import rows
 from effzoo.measure.figures import against_length
-from effzoo.measure.page import markdown, scaling_table
+from effzoo.measure.page import finetune_table, markdown, scaling_table
 from effzoo.plots import png_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +69,6 @@ def speed_tables(device: str) -> str:
     """Milliseconds of a layer of each kind in training against the length, and the same computation by others."""
     scaling = rows.read(ROOT / f"benchmarks/results/scaling-{device}.jsonl")
     peers = rows.read(ROOT / f"benchmarks/results/peers-{device}.jsonl")
-    made = sorted({f"{row['machine']}, torch {row['versions']['torch']}, commit {row['commit']}" for row in [*scaling, *peers]})
     return "\n".join(
         [
             f"One layer, forward and backward, d = {scaling[0]['dim']}, {scaling[0]['heads']} heads, batch {scaling[0]['batch']}, "
@@ -84,9 +83,41 @@ def speed_tables(device: str) -> str:
             "",
             markdown(load("run").peers_table(peers)),
             "",
-            "; ".join(made),
+            _made([*scaling, *peers]),
         ]
     )
+
+
+def more_speed_tables(device: str) -> str:
+    """Forward passes and decoding, the share of the bound, and training steps of every method."""
+    scaling, bound, steps = (rows.read(ROOT / f"benchmarks/results/{suite}-{device}.jsonl") for suite in ("scaling", "bound", "finetune"))
+    sizes = steps[0]["sizes"]
+    return "\n".join(
+        [
+            "`scaling`, a forward pass, milliseconds (in times of full attention):",
+            "",
+            markdown(scaling_table(scaling, "forward")),
+            "",
+            "`scaling`, the next token of a causal layer with a cache:",
+            "",
+            markdown(scaling_table(scaling, "decode")),
+            "",
+            "`bound`, attention alone, forward and backward: share = time of full attention x share of pairs / time of the kind (median and quartiles).",
+            "",
+            markdown(load("run").bound_table(bound)),
+            "",
+            f"`finetune`, a step of a BERT of {sizes['layers']} layers, {sizes['dim']} wide, on {steps[0]['batch']} x {steps[0]['length']} tokens:",
+            "",
+            markdown(finetune_table(steps)),
+            "",
+            _made([*scaling, *bound, *steps]),
+        ]
+    )
+
+
+def _made(found: list[rows.Row]) -> str:
+    """On what, and from which commits."""
+    return "; ".join(sorted({f"{row['machine']}, torch {row['versions']['torch']}, commit {row['commit']}" for row in found}))
 
 
 def figures(device: str) -> None:
@@ -118,7 +149,7 @@ def rendered_benchmarks(readme: str) -> str:
     for name in ("methods", "methods_longer", "long_sequences", "duplication", "listops"):
         script = load(name.removesuffix("_longer"))
         readme = _between(readme, name, script.tracked_table(json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())))
-    return readme
+    return _between(readme, "speed", more_speed_tables("cpu"))
 
 
 def _between(text: str, name: str, table: str) -> str:

@@ -32,6 +32,7 @@ class Perceiver(AttentionCore):
 
     paper = "Jaegle et al. 2021, Perceiver: General perception with iterative attention, arXiv:2103.03206, section 3.1"
     cost = "n * latents"
+    row_side = ("q",)
     supports_causal = False
     supports_cross = True
     not_causal = "its latents summarise past and future together"
@@ -51,6 +52,9 @@ class Perceiver(AttentionCore):
         summary = self.attend(Part(z, k, torch.cat([k, v], dim=-1), bias=mask.key_bias(q.dtype)))
         keys, values = summary[..., : k.shape[-1]], summary[..., k.shape[-1] :]
         return self.attend(Part(q, keys, values), memory_part(q, memory))
+
+    def rows(self, where: Tensor, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
+        return self(*projected, mask=mask, memory=memory)  # which row a query stands in does not matter
 
     def _latents(self) -> Tensor:
         """[heads, latents, d], with what is hung on the site."""
