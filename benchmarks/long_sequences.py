@@ -1,4 +1,4 @@
-"""How far each kind goes on one machine: one attention layer with its projections at n = 262,144 and 1,048,576 forward and 65,536 forward and backward.
+"""How far each kind goes on one machine: one attention layer at n = 262,144 and 1,048,576 forward, and at 65,536 forward and backward.
 
     python benchmarks/long_sequences.py            # every case below, each in a process of its own; results/long_sequences.json
     python benchmarks/long_sequences.py --only lsh --forward 65536 --train 16384

@@ -102,7 +102,7 @@ def more_speed_tables(device: str) -> str:
             "",
             markdown(scaling_table(scaling, "decode")),
             "",
-            "`bound`, attention alone, forward and backward: share = time of full attention x share of pairs / time of the kind (median and quartiles).",
+            "`bound`, attention alone, forward and backward: share of the bound = time of full attention x share of pairs / own time.",
             "",
             markdown(load("run").bound_table(bound)),
             "",

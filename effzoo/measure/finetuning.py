@@ -24,6 +24,7 @@ from effzoo.recompute import Level
 
 METHODS = ("full", "lora", "bitfit", "ia3", "houlsby", "parallel", "prefix", "prompt", "dora", "ladder")
 SIZES = {"layers": 6, "dim": 384, "heads": 12, "mlp": 1536, "vocab": 1000}
+PROMPT = 64  # positions that are left for rows in front of the input
 REFERENCE = "full"  # the method that the others are compared with, in the same rounds
 
 
@@ -49,7 +50,7 @@ class Step:
     def choices(self) -> dict[str, Any]:
         """What `build` is given."""
         dropout = {"dropout": self.dropout, "attention_dropout": self.dropout}
-        return {"attention": self.attention, "task": "classification", "num_labels": 2, "max_length": self.length, **dropout, **self.sizes}
+        return {"attention": self.attention, "task": "classification", "num_labels": 2, "max_length": self.length + PROMPT, **dropout, **self.sizes}
 
     def trained(self) -> torch.nn.Module:
         """The model with the method attached, from seed 0."""
