@@ -1,17 +1,24 @@
 """effzoo: one transformer; its attention and its fine-tuning method are plugs; every plug fits every other plug."""
 
+import gc
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from effzoo import attention, peft
-from effzoo.build import build
-from effzoo.errors import EffzooError
-from effzoo.peft import account, activate, attach, attached, detach, load_adapter, merge, save_adapter, unmerge
-from effzoo.peft import files as _files
-from effzoo.plan import Plan, plan
-from effzoo.registry import load_file, scope
-from effzoo.swap import swap_attention
-from effzoo.zoo import models
+_collects = gc.isenabled()
+gc.disable()  # imports make what lives on: a collection in between would walk over all of torch, which takes as long as importing the rest
+try:
+    from effzoo import attention, peft
+    from effzoo.build import build
+    from effzoo.errors import EffzooError
+    from effzoo.peft import account, activate, attach, attached, combine, detach, load_adapter, merge, save_adapter, unmerge
+    from effzoo.peft import files as _files
+    from effzoo.plan import Plan, plan
+    from effzoo.registry import load_file, scope
+    from effzoo.swap import swap_attention
+    from effzoo.zoo import models
+finally:
+    if _collects:
+        gc.enable()
 
 _files.FOREIGN["peft"] = _files.Foreign("adapter_config.json", "effzoo.convert.peft_files")  # imported on first use
 
@@ -33,6 +40,7 @@ __all__ = [
     "build",
     "check",
     "checks",
+    "combine",
     "convert",
     "detach",
     "finetune",

@@ -5,6 +5,7 @@
 
 from effzoo.peft import combined, function, input, parameter
 from effzoo.peft.accounting import Account, Flops, account, flops, ranks
+from effzoo.peft.aggregation import Combined, combine
 from effzoo.peft.attach import Attachment, activate, attach, attached, detach, roles
 from effzoo.peft.budget import within
 from effzoo.peft.files import load_adapter, save_adapter
@@ -19,6 +20,7 @@ names, get, options, register, create, aliases = (_view.names, _view.get, _view.
 __all__ = [
     "Account",
     "Attachment",
+    "Combined",
     "Flops",
     "MergeReport",
     "Method",
@@ -31,6 +33,7 @@ __all__ = [
     "attached",
     "begin",
     "calibrate",
+    "combine",
     "create",
     "delta",
     "detach",

@@ -136,6 +136,7 @@ def unmerge(model: M, name: str = "default") -> M:
     return activate(model, *dict.fromkeys((*active(model), name)))
 
 
+@torch.no_grad()
 def delta(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """What merging the adapter would add to each tensor of the base, by its key, in float64. Raises AdapterError where `merge` does."""
     attachment = _known(model, name)

@@ -1,0 +1,191 @@
+"""Adapters as one: sums of what they change, by task arithmetic, TIES or DARE, across methods, because every change is a change of weights.
+
+Everything is computed on the changes themselves, in float64. Combining the factors of low-rank changes instead, (w_1 A_1 + w_2 A_2) and
+(w_1 B_1 + w_2 B_2), would bring in the products B_1 A_2 and B_2 A_1, which no adapter has learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from effzoo.errors import AdapterError, OptionError, UnknownNameError
+from effzoo.peft.attach import _known, activate, active, attach, detach
+from effzoo.peft.merging import delta
+from effzoo.peft.method import HEAD
+from effzoo.sites import Linear, Site, sites
+
+How = Literal["sum", "ties", "dare"]
+HOWS: tuple[str, ...] = get_args(How)
+Changes = dict[str, Tensor]  # what an adapter adds to tensors of the base, by their key
+
+
+@dataclass(frozen=True)
+class Combined:
+    """A combined adapter: its name, its spec, and what holding it in `rank` costs, the norm of what was cut off by the norm of the change."""
+
+    name: str
+    spec: str
+    truncation: dict[str, float]
+
+    @property
+    def worst(self) -> float:
+        """The largest relative truncation error of a tensor."""
+        return max(self.truncation.values(), default=0.0)
+
+
+def combine(
+    model: nn.Module,
+    weights: Mapping[str, float],
+    *,
+    name: str,
+    how: How = "sum",
+    keep: float = 0.2,
+    drop: float = 0.9,
+    seed: int = 0,
+    rank: int | None = None,
+    head: str | None = None,
+) -> Combined:
+    """Attach a new adapter `name`, active, whose change of the base is a combination of those of attached adapters, which stay.
+
+    weights: {adapter: w}. With d_a what merging adapter a adds to the base,
+        sum   sum_a w_a d_a: task arithmetic (Ilharco et al. 2023, arXiv:2212.04089, section 2; a negative weight forgets), averages (weights that
+              sum to 1), sums of sparse changes (LT-SFT, Ansell et al. 2022, arXiv:2110.07560, section 3.3).
+        ties  of each w_a d_a the entries largest in magnitude are kept, a share `keep` of all its tensors together; each entry then takes the sign
+              of their sum, and is the mean of those kept that have this sign (Yadav et al. 2023, arXiv:2306.01708, section 4).
+        dare  entries are dropped with probability `drop`, others divided by 1 - drop, and summed (Yu et al. 2024, arXiv:2311.03099, section 3);
+              drawn from `seed`, for each adapter anew.
+    A single adapter interferes with none: it is only multiplied by its weight. rank: hold the changes of matrices as a LoRA of this rank, the best
+    one by the singular value decomposition; exact where it is at least the sum of the adapters' ranks. None holds whole tensors. head: the adapter
+    whose task head is taken, needed where the model has one.
+
+    Raises AdapterError (an adapter that is no change of weights, heads that are not chosen), OptionError; the model is then unchanged.
+    """
+    _check(model, weights, how, keep, drop, rank, head)
+    changes = {adapter: _body(model, delta(model, adapter)) for adapter in weights}
+    scaled = [{key: weight * changes[adapter][key] for key in changes[adapter]} for adapter, weight in weights.items()]
+    if how == "ties" and len(scaled) > 1:
+        total = ties(scaled, keep)
+    else:
+        total = add([dropped(each, drop, seed + i) for i, each in enumerate(scaled)] if how == "dare" and len(scaled) > 1 else scaled)
+    everything = dict(sites(model))
+    changed = {key.rpartition(".")[0]: everything[key.rpartition(".")[0]] for key in total}
+    if not changed:
+        raise AdapterError(f"{' and '.join(weights)} change nothing but task heads, so there is nothing to combine")
+    before = active(model)
+    attach(model, _spec(changed, total, rank), name=name)
+    try:
+        truncation = _write(model, name, total, rank)
+        if head is not None:
+            _take_head(model, head, name)
+    except Exception:
+        detach(model, name)
+        activate(model, *before)
+        raise
+    return Combined(name, _known(model, name).spec, truncation)
+
+
+def add(changes: list[Changes]) -> Changes:
+    """The sum of changes; a tensor that one of them leaves alone is 0 there."""
+    total: Changes = {}
+    for each in changes:
+        for key, change in each.items():
+            total[key] = total[key] + change if key in total else change.clone()
+    return total
+
+
+def ties(changes: list[Changes], keep: float) -> Changes:
+    """Trim, elect signs, and average what agrees: of each change the largest share `keep` in magnitude is kept, over all its tensors together."""
+    trimmed = [_trimmed(each, keep) for each in changes]
+    elected = {key: total.sign() for key, total in add(trimmed).items()}
+    found: Changes = {}
+    for key, sign in elected.items():
+        kept = torch.stack([each[key] for each in trimmed if key in each])
+        agrees = (kept.sign() == sign) & (kept != 0)
+        found[key] = (kept * agrees).sum(dim=0) / agrees.sum(dim=0).clamp(min=1)
+    return found
+
+
+def dropped(change: Changes, drop: float, seed: int) -> Changes:
+    """Each entry is 0 with probability `drop` and divided by 1 - drop otherwise, so that the mean stays."""
+    draw = torch.Generator().manual_seed(seed)
+    kept = {key: (torch.rand(x.shape, generator=draw, dtype=torch.float64) >= drop).to(x) for key, x in change.items()}
+    return {key: x * kept[key] / (1 - drop) for key, x in change.items()}
+
+
+def _trimmed(change: Changes, keep: float) -> Changes:
+    magnitudes = torch.cat([x.abs().flatten() for x in change.values()])
+    least = magnitudes.topk(max(1, round(keep * len(magnitudes)))).values[-1]
+    return {key: x * (x.abs() >= least) for key, x in change.items()}
+
+
+def _check(model: nn.Module, weights: Mapping[str, float], how: str, keep: float, drop: float, rank: int | None, head: str | None) -> None:
+    if how not in HOWS:
+        raise UnknownNameError("combination", how, HOWS)
+    if not weights:
+        raise OptionError("combine takes {adapter: weight}, with at least one adapter")
+    if not 0 < keep <= 1 or not 0 <= drop < 1:
+        raise OptionError(f"keep is in (0, 1] and drop in [0, 1), got keep={keep} and drop={drop}")
+    if rank is not None and rank < 1:
+        raise OptionError(f"rank is at least 1, or None for whole tensors, got {rank}")
+    for adapter in (*weights, *([] if head is None else [head])):
+        _known(model, adapter)
+    if head is None and any(fnmatchcase(site.role, HEAD) and site.base() for _, site in sites(model)):
+        raise AdapterError(f"each adapter has a task head of its own; say whose the combined one takes: head={next(iter(weights))!r}")
+
+
+def _body(model: nn.Module, change: Changes) -> Changes:
+    """Without task heads, which belong to one task, and without tensors that do not change."""
+    heads = {path for path, site in sites(model) if fnmatchcase(site.role, HEAD)}
+    return {key: x for key, x in change.items() if key.rpartition(".")[0] not in heads and bool(x.any())}
+
+
+def _spec(changed: Mapping[str, Site], total: Changes, rank: int | None) -> dict[str, object]:
+    """The adapter that holds the changes: LoRA, or copies of whole tensors."""
+    layers = {site.layer for site in changed.values()}
+    where: dict[str, object] = {"targets": tuple(sorted({site.role for site in changed.values()}))}
+    if None not in layers:
+        where["layers"] = tuple(sorted(layers))  # type: ignore[type-var]
+    if rank is None:
+        return {"name": "full", **where}
+    misfits = [key for key in total if not (isinstance(changed[key.rpartition(".")[0]], Linear) and key.endswith(".weight"))]
+    if misfits:
+        raise AdapterError(f"a rank holds changes of the weights of linear layers, and {misfits[0]} changes too; leave rank out")
+    return {"name": "lora", "rank": rank, "alpha": float(rank), **where}
+
+
+@torch.no_grad()
+def _write(model: nn.Module, name: str, total: Changes, rank: int | None) -> dict[str, float]:
+    truncation = {}
+    for path, site in sites(model):
+        for module in site.hung(name) if not fnmatchcase(site.role, HEAD) else ():
+            if rank is None:
+                for key, base in site.base().items():
+                    change = total.get(f"{path}.{key}")
+                    getattr(module, f"own_{key}").copy_(base if change is None else base.double() + change)
+                continue
+            change = total.get(f"{path}.weight")
+            A, B = cast(Tensor, module.A), cast(Tensor, module.B)
+            if change is None:
+                nn.init.zeros_(B)
+                continue
+            U, S, V = torch.linalg.svd(change, full_matrices=False)
+            kept = min(rank, len(S))
+            root = S[:kept].sqrt()
+            nn.init.zeros_(A), nn.init.zeros_(B)
+            A[:kept].copy_(root[:, None] * V[:kept])
+            B[:, :kept].copy_(U[:, :kept] * root)
+            truncation[f"{path}.weight"] = float(S[kept:].norm() / S.norm())
+    return truncation
+
+
+@torch.no_grad()
+def _take_head(model: nn.Module, source: str, name: str) -> None:
+    for _, site in sites(model):
+        if fnmatchcase(site.role, HEAD) and source in site.adapters and name in site.adapters:
+            site.adapters[name].load_state_dict(site.of(source).state_dict())
