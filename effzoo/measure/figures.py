@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from effzoo.attention import get
 from effzoo.errors import InputError
+from effzoo.measure.page import short
 from effzoo.measure.rows import Row
 from effzoo.measure.scaling import REFERENCE
 from effzoo.plots import LINES, MARKERS
@@ -135,7 +136,7 @@ def _length_axes(axes: Axes, lengths: Sequence[int]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("length n")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(color="#dddddd", linewidth=0.6, which="major")
     axes.set_axisbelow(True)

@@ -38,7 +38,12 @@ def _cell(row: Row | None) -> str:
     if "seconds" not in row:
         return str(row.get("failed", ""))
     ratio = f" ({row['ratio']:.2f})" if "ratio" in row and row["attention"] != "full" else ""
-    return f"{1000 * row['seconds']:,.4g}{ratio}"
+    return f"{short(1000 * row['seconds'])}{ratio}"
+
+
+def short(value: float) -> str:
+    """Four digits at most, or a whole number."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def finetune_table(rows: Sequence[Row]) -> Table:
