@@ -78,6 +78,23 @@ def test_attention_over_a_band_is_its_definition_forward_and_backward(backend, t
             torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("shape", [(250, 8, 8, 2), (257, 40, 40, 1), (200, 33, 0, 1), (250, 20, 20, 3)])
+def test_traced_it_is_the_same(shape, monkeypatch):
+    """Also where a chunk's keys are no multiple of the step from chunk to chunk."""
+    monkeypatch.setattr(module, "TOGETHER", 64)
+    band = built(*shape)
+    leaves = [torch.randn(2, 3, band.n, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    direction, held = torch.randn(2, 3, band.n, 4, dtype=torch.float64), torch.rand(2, band.n) < 0.8
+
+    def run(q, k, v):
+        return attend(Part(q, k, v, band.given(held, q), band=band))
+
+    torch._dynamo.reset()
+    found = torch.autograd.grad(torch.compile(run, backend="aot_eager")(*leaves), leaves, direction)
+    for mine, theirs in zip(found, torch.autograd.grad(run(*leaves), leaves, direction), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
 def test_nothing_of_the_tiles_is_kept():
     band, kept = Band.of(512, 64, 64), {}
     q, k, v = (torch.randn(1, 2, 512, 8, requires_grad=True) for _ in range(3))

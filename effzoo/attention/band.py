@@ -111,14 +111,16 @@ class Band:
     def of_keys(self, tiles: Sequence[Tensor]) -> Tensor:
         """Gradients of the keys that every run has seen, added up."""
         batch, heads, d = tiles[0].shape[0] // self.runs[0].chunks, tiles[0].shape[1], tiles[0].shape[3]
-        total = tiles[0].new_zeros(batch, -(-self.n // self.dilation), heads, d).transpose(1, 2)
+        n = -(-self.n // self.dilation)
+        # room behind the last key, so that each slice is a plain view: traced by torch 2.13, writing into one of `unfold` clears what lies between
+        total = tiles[0].new_zeros(batch, n + max(run.queries for run in self.runs), heads, d).transpose(1, 2)
         for tile, run in zip(tiles, self.runs, strict=True):
             of_chunks = rearrange(tile, "(b chunks) h s d -> b h chunks s d", chunks=run.chunks)
             for start in range(0, run.keys, run.queries):  # slices as long as the step from chunk to chunk do not overlap
-                width = min(run.queries, run.keys - start)
-                there = self._windows(total[:, :, start:], run._replace(keys=width))
-                there += of_chunks[..., start : start + width, :]
-        return self._back(total)
+                width, first = min(run.queries, run.keys - start), run.key + start
+                rows = total[:, :, first : first + run.chunks * run.queries].view(batch, heads, run.chunks, run.queries, d)
+                rows[..., :width, :] += of_chunks[..., start : start + width, :]
+        return self._back(total[:, :, :n])
 
     def _keys(self, x: Tensor) -> list[Tensor]:
         """Keys, or what belongs to them, by run: views where the batch allows it."""

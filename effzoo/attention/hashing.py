@@ -207,8 +207,7 @@ def _summed(grad: Tensor, rows: int, step: int) -> Tensor:
     count, width = grad.shape[1:3]
     total = grad.new_zeros(grad.shape[0], rows, grad.shape[-1])
     for offset in range(0, width, step):  # the chunks of a window: of all windows at once
-        there = rearrange(total[:, offset : offset + count * step], "g (count step) d -> g count step d", step=step)
-        there += grad[:, :, offset : offset + step]
+        total[:, offset : offset + count * step].view(-1, count, step, total.shape[-1]).add_(grad[:, :, offset : offset + step])
     return total
 
 
