@@ -21,7 +21,7 @@ import effzoo
 from effzoo.attention import Context, Mask
 from effzoo.blocks import Attention
 from effzoo.measure import Ratio, Times, interleaved, ratio
-from effzoo.recompute import Level
+from effzoo.recompute import Level, spare
 from effzoo.spec import parse_one
 
 DIM, HEADS = 512, 8
@@ -207,7 +207,7 @@ def peft_bert(method: str, dropout: float, recompute: Level = "hidden") -> Calla
         compared = _same_start(method, ours, theirs)
         ids = torch.randint(5, 1000, (4, n), generator=torch.Generator().manual_seed(1))
         ours.train(), theirs.train()
-        ours.recompute, ours.only_what_is_read = recompute, True
+        spare(ours, recompute)
         found = pair(ours, lambda x: ours(x).logits, theirs, lambda x: theirs(input_ids=x).logits, ids, tolerance=None if dropout else 1e-5)
         found.compared = compared
         return found

@@ -107,11 +107,26 @@ class Recompute:
         return found
 
 
+def check_level(level: str) -> None:
+    """Raise UnknownNameError for what is no level."""
+    if level not in LEVELS:
+        raise UnknownNameError("recompute", level, LEVELS)
+
+
+def spare(model: nn.Module, level: Level) -> dict[str, Any]:
+    """Set what `finetune` sets, the level and that the last block computes only what the head reads; what was set before, by attribute."""
+    check_level(level)
+    wanted = {"recompute": level, "only_what_is_read": True}
+    before = {name: getattr(model, name) for name in wanted if hasattr(model, name)}  # the head of a Perceiver reads all latents
+    for name in before:
+        setattr(model, name, wanted[name])
+    return before
+
+
 @contextmanager
 def recompute(level: Level = "hidden") -> Iterator[None]:
     """Put `Recompute` in force, if something is to be recomputed and a graph is recorded."""
-    if level not in LEVELS:
-        raise UnknownNameError("recompute", level, LEVELS)
+    check_level(level)
     if level == "nothing" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         yield
         return

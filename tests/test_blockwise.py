@@ -23,7 +23,7 @@ def gradients(out, leaves, direction):
     return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
 
 
-def same(out, expected, leaves, tolerance=1e-10):
+def assert_same(out, expected, leaves, tolerance=1e-10):
     assert out.shape == expected.shape and out.isfinite().all() and (out - expected).abs().max() < tolerance
     direction = draw(17, *out.shape).detach()
     for found, wanted in zip(gradients(out, leaves, direction), gradients(expected, leaves, direction), strict=True):
@@ -67,7 +67,7 @@ def test_equals_its_dense_definition(case):
     memory = (draw(seed + 3, heads, rows, 4), draw(seed + 4, heads, rows, 4)) if rows else None
     mask = Mask(None if kept == 1 else torch.rand(batch, n, generator=torch.Generator().manual_seed(seed)) < kept)
     out, expected = (f(*leaves, mask=mask, memory=memory) for f in (made, made.dense))
-    same(out, expected, [*leaves, *(memory or ())])
+    assert_same(out, expected, [*leaves, *(memory or ())])
 
 
 @pytest.mark.parametrize("permutations", [((1, 2), (2, 1)), ((1, 2, 3), (2, 3, 1), (3, 1, 2)), ((3, 1, 2), (1, 3, 2)), ((4, 3, 1, 2),)])
@@ -98,7 +98,7 @@ def test_seven_tokens_in_three_blocks_leave_a_last_block_of_one_and_causal_rows_
 def test_one_block_is_full_attention(n, causal):
     leaves = [draw(i, 2, 2, n, 4) for i in range(3)]
     full = effzoo.attention.create("full", Context(2, 4, causal))
-    same(core(causal=causal, blocks=1)(*leaves, mask=Mask()), full(*leaves, mask=Mask()), leaves)
+    assert_same(core(causal=causal, blocks=1)(*leaves, mask=Mask()), full(*leaves, mask=Mask()), leaves)
 
 
 def test_identity_makes_blocks_independent_and_each_is_full_attention():
@@ -106,7 +106,7 @@ def test_identity_makes_blocks_independent_and_each_is_full_attention():
     out = made(*leaves, mask=Mask())
     for start in range(0, 21, 6):
         part = [x[:, :, start : start + 6] for x in leaves]
-        same(out[:, :, start : start + 6], dense(*part, torch.ones(1, dtype=torch.bool)), leaves)
+        assert_same(out[:, :, start : start + 6], dense(*part, torch.ones(1, dtype=torch.bool)), leaves)
 
 
 def test_shifts_over_layers_reach_every_block():
@@ -178,7 +178,7 @@ def test_a_batch_of_ragged_rows_equals_each_alone(causal):
     leaves = [draw(i, len(lengths), 3, 20, 4) for i in range(3)]
     together = made(*leaves, mask=Mask(torch.arange(20) < torch.tensor(lengths)[:, None]))
     for row, n in enumerate(lengths):
-        same(together[row : row + 1, :, :n], made(*(x[row : row + 1, :, :n] for x in leaves), mask=Mask()), leaves)
+        assert_same(together[row : row + 1, :, :n], made(*(x[row : row + 1, :, :n] for x in leaves), mask=Mask()), leaves)
 
 
 def test_a_causal_output_stays_when_the_sequence_grows():
@@ -203,7 +203,7 @@ def test_whole_blocks_without_padding_are_one_call_without_a_mask(monkeypatch):
 def test_values_may_be_wider_than_keys_and_strided(causal):
     leaves = [draw(0, 2, 13, 3, 4), draw(1, 2, 13, 3, 4), draw(2, 2, 13, 3, 7)]
     made, projected = core(3, causal=causal, blocks=3), [x.transpose(1, 2) for x in leaves]
-    same(made(*projected, mask=Mask()), made.dense(*projected, mask=Mask()), leaves)
+    assert_same(made(*projected, mask=Mask()), made.dense(*projected, mask=Mask()), leaves)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -212,7 +212,7 @@ def test_it_compiles_whole(causal, padded):
     made, leaves = core(3, 20, causal, blocks=4), [draw(i, 2, 3, 17, 4) for i in range(3)]
     valid = torch.arange(17) < torch.tensor([17, 6])[:, None] if padded else None
     compiled = torch.compile(lambda *x: made(*x, mask=Mask(valid)), fullgraph=True, backend="aot_eager")
-    same(compiled(*leaves), made(*leaves, mask=Mask(valid)), leaves)
+    assert_same(compiled(*leaves), made(*leaves, mask=Mask(valid)), leaves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -332,7 +332,7 @@ def test_roberta_with_longformer_attention_is_a_longformer_of_transformers(tiny)
     assert equal(full, roberta)
 
 
-def agrees_with_full_attention(source, ids, mask):
+def assert_equals_full_attention(source, ids, mask):
     """A window over everything is full attention, for global tokens too while their projections are copies."""
     full = convert.from_transformers(source, attention="full").eval()
     windowed = convert.from_transformers(source, attention=f"longformer[window={2 * ids.shape[1]}]").eval()
@@ -351,14 +351,14 @@ def test_a_window_over_everything_equals_full_attention(family):
     ids = torch.randint(5, 41, (2, 17))
     mask = torch.ones_like(ids)
     mask[1, 12:] = 0
-    agrees_with_full_attention(theirs(family), ids, mask)
+    assert_equals_full_attention(theirs(family), ids, mask)
 
 
 def test_minilm_with_a_window_over_everything_equals_full_attention():
     ids = torch.randint(1000, 20000, (2, 33))
     mask = torch.ones_like(ids)
     mask[1, 20:] = 0
-    agrees_with_full_attention(convert.source_of(effzoo.zoo.config("minilm")), ids, mask)
+    assert_equals_full_attention(convert.source_of(effzoo.zoo.config("minilm")), ids, mask)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "longformer", "gpt2", "led"])

@@ -126,7 +126,7 @@ class AttentionCore(nn.Module, abc.ABC):
 
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)
-        if "forward" in vars(cls) and "rows" not in vars(cls):
+        if "forward" in vars(cls) and not {"rows", "row_side"} & vars(cls).keys():
             cls.row_side = ()  # inherited `rows` would compute something else
 
     def initialise(self) -> None:
@@ -143,8 +143,8 @@ class AttentionCore(nn.Module, abc.ABC):
 
     def rows(self, where: Tensor, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         """The rows `where` [batch, r] of `forward`, [batch, heads, r, head_dim], for kinds with a `row_side`: its projections are given for
-        these rows alone, the others for all."""
-        raise IncompatibleError(f"attention {self.name!r} computes all rows together")
+        these rows alone, the others for all. As it is: for kinds to which it does not matter in which row a query stands."""
+        return self(*projected, mask=mask, memory=memory)
 
     def step(self, *projected: Tensor, mask: Mask, past: State | None, memory: KeysValues | None = None) -> tuple[Tensor, State]:
         """Causal decoding: the rows of the newest m positions, and the state with which the next call goes on.

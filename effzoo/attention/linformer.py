@@ -117,9 +117,6 @@ class Linformer(AttentionCore):
         keys, values = (self._compress(name, x, mask) if mask._memo.pop(_note(name), None) is None else x for name, x in (("k", k), ("v", v)))
         return self.attend(Part(q, keys, values, self._bias(mask, q.dtype)), memory_part(q, memory))
 
-    def rows(self, where: Tensor, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
-        return self(*projected, mask=mask, memory=memory)  # which row a query stands in does not matter
-
     def project(self, name: str, x: Tensor, linear: Callable[[Tensor], Tensor], mask: Mask) -> Tensor:
         if name not in self.key_side or not self._compresses_first(name, x.shape[1], linear):
             return linear(x)

@@ -158,19 +158,8 @@ class Longformer(AttentionCore):
         found: tuple[Tensor, Tensor] = mask.memo("gathered", make)
         return found
 
-    def rows(  # type: ignore[override]
-        self,
-        where: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        q_global: Tensor | None = None,
-        k_global: Tensor | None = None,
-        v_global: Tensor | None = None,
-        *,
-        mask: Mask,
-        memory: KeysValues | None = None,
-    ) -> Tensor:
+    def rows(self, where: Tensor, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
+        q, k, v, *of_global = projected
         gap = (where[:, :, None] - torch.arange(k.shape[2], device=q.device))[:, None]
         seen = gap >= 0 if self.context.causal else torch.ones_like(gap, dtype=torch.bool)
         if mask.valid is not None:
@@ -182,9 +171,8 @@ class Longformer(AttentionCore):
         out = self.attend(Part(q, k, v, bias_of(seen & near, q.dtype)), memory_part(q, memory))
         if mask.is_global is None:
             return out
-        if q_global is None or k_global is None or v_global is None:
-            q_global, k_global, v_global = q, k, v
-        whole = self.attend(Part(q_global, k_global, v_global, bias_of(seen, q.dtype)), memory_part(q_global, memory))
+        q, k, v = of_global or (q, k, v)
+        whole = self.attend(Part(q, k, v, bias_of(seen, q.dtype)), memory_part(q, memory))
         return torch.where(mask.is_global.gather(1, where)[:, None, :, None], whole, out)
 
     def alone(self, *projected: Tensor, mask: Mask, memory: KeysValues, where: Tensor | None = None) -> Tensor:

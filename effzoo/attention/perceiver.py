@@ -53,9 +53,6 @@ class Perceiver(AttentionCore):
         keys, values = summary[..., : k.shape[-1]], summary[..., k.shape[-1] :]
         return self.attend(Part(q, keys, values), memory_part(q, memory))
 
-    def rows(self, where: Tensor, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
-        return self(*projected, mask=mask, memory=memory)  # which row a query stands in does not matter
-
     def _latents(self) -> Tensor:
         """[heads, latents, d], with what is hung on the site."""
         rows = self.latents(torch.arange(self.latents.num_embeddings, device=self.latents.weight.device))

@@ -20,7 +20,7 @@ from effzoo.measure.rows import Row
 from effzoo.measure.scaling import KINDS, timed
 from effzoo.measure.timing import interleaved
 from effzoo.plan import plan
-from effzoo.recompute import Level
+from effzoo.recompute import Level, spare
 
 METHODS = ("full", "lora", "bitfit", "ia3", "houlsby", "parallel", "prefix", "prompt", "dora", "ladder")
 SIZES = {"layers": 6, "dim": 384, "heads": 12, "mlp": 1536, "vocab": 1000}
@@ -57,7 +57,7 @@ class Step:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = build(self.model, peft=self.peft, **self.choices()).to(self.device).train()
-        model.recompute, model.only_what_is_read = self.recompute, True
+        spare(model, self.recompute)
         return model
 
     def inputs(self) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from effzoo.plan.optimizers import STATES
 from effzoo.plan.report import Plan
 from effzoo.plan.shadow import Shadows, key, size
 from effzoo.plan.step import step
-from effzoo.recompute import LEVELS, Level
+from effzoo.recompute import Level, spare
 
 PRECISIONS = ("plain", "autocast", "master")
 _HALF = (torch.bfloat16, torch.float16)
@@ -153,11 +153,7 @@ def _set_checkpointing(model: nn.Module, wanted: bool) -> None:
 def _set_recompute(model: nn.Module, level: Level) -> None:
     if not hasattr(model, "recompute"):
         raise OptionError(f"{type(model).__name__} has nothing to recompute; leave recompute out")
-    if level not in LEVELS:
-        raise UnknownNameError("recompute", level, LEVELS)
-    model.recompute = level  # type: ignore[assignment]
-    if hasattr(model, "only_what_is_read"):
-        model.only_what_is_read = True  # type: ignore[assignment]
+    spare(model, level)
 
 
 def _inputs(model: nn.Module, batch: int, length: int | None, inputs: Mapping[str, Tensor] | None, shadows: Shadows) -> dict[str, Any]:

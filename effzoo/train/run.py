@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from effzoo.architectures import Transformer
-from effzoo.errors import OptionError, UnknownNameError
+from effzoo.errors import OptionError
 from effzoo.peft.attach import active, attached
 from effzoo.peft.training import finish, hooked, learning_rates, settled
-from effzoo.recompute import LEVELS, Level
+from effzoo.recompute import Level, check_level, spare
 from effzoo.train import checkpoints
 from effzoo.train.batches import Counting, First, Loader, Order, Pad
 from effzoo.train.examples import accepted, check, check_batch, sized
@@ -140,8 +140,7 @@ def finetune(
     counts |= {"gradient_accumulation": gradient_accumulation, "keep": keep, "calibration_batches": calibration_batches}
     check_options(counts, {"evaluate_every": evaluate_every, "save_every": save_every}, schedule, warmup, clip)
     check_precision(model, precision)
-    if recompute not in LEVELS:
-        raise UnknownNameError("recompute", recompute, LEVELS)
+    check_level(recompute)
     if best is not None and evaluate is None:
         raise OptionError(f"best={best!r} needs evaluations to choose by; give evaluate")
     output_dir, eval_batch_size = Path(output_dir), eval_batch_size or batch_size
@@ -203,14 +202,7 @@ def finetune(
     )  # fmt: skip
     alone = Order(len(data), batch_size, seed=seed, lengths=lengths if group_by_length else None)
     first = First(data, alone, collate, calibration_batches, arguments.device)
-    return _train(
-        trainer,
-        model,
-        output_dir,
-        start,
-        first,
-        {"recompute": recompute, "only_what_is_read": True, "checkpointing": gradient_checkpointing or model.checkpointing},
-    )
+    return _train(trainer, model, output_dir, start, first, gradient_checkpointing, recompute)
 
 
 def _prepare(data: Any, model: Transformer, what: str, collator: Any) -> tuple[Any, list[int] | None]:
@@ -221,20 +213,20 @@ def _prepare(data: Any, model: Transformer, what: str, collator: Any) -> tuple[A
     return data, None
 
 
-def _train(trainer: ExactTrainer, model: Transformer, directory: Path, start: Path | None, first: First, switches: dict[str, Any]) -> Result:
+def _train(trainer: ExactTrainer, model: Transformer, directory: Path, start: Path | None, first: First, checkpointing: bool, level: Level) -> Result:
     """Train from a checkpoint or from the beginning, finish, write the result, and leave the model in the modes that it came in."""
     clock, training, cuda = time.monotonic(), model.training, trainer.args.device.type == "cuda"
-    before = {name: getattr(model, name) for name in switches if hasattr(model, name)}  # a Perceiver's head reads all latents
+    before: dict[str, Any] = {"checkpointing": model.checkpointing}
     if cuda:
         torch.cuda.reset_peak_memory_stats()
+    model.checkpointing = checkpointing or model.checkpointing
     try:
         if start is not None and checkpoints.step_of(start) >= trainer.args.max_steps:  # Trainer would take one step more
             trainer.restore(start)
         else:
             if start is None:
                 trainer.start(first)
-            for name in before:
-                setattr(model, name, switches[name])
+            before |= spare(model, level)  # not before: methods that look at the data see all positions
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
     finally:
         model.train(training)
