@@ -1,4 +1,4 @@
-"""One table, (kind, name) -> class, seen through a typed view per kind: `attention` and `peft`.
+"""One table, (kind, name) -> class, seen through a typed view per kind: `attention`, `peft` and `router`.
 
 The options of an entry are the keyword-only parameters of its constructor: nothing else has to be declared.
 """
@@ -103,6 +103,7 @@ class View(Generic[T]):
 
 attention: View[Any] = View("attention")
 peft: View[Any] = View("peft")
+router: View[Any] = View("router")
 
 
 def load_file(path: str | Path) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ from effzoo.cli.show import Attention
 from effzoo.cli.terminal import app, console, heading, pairs, say
 from effzoo.errors import DataError, OptionError
 from effzoo.sites import prompt_rows
+from effzoo.spec import parse_one
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,6 +40,9 @@ def finetune(
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 8,
     learning_rate: Annotated[float | None, typer.Option(help="Default: each method's own, 5e-5 for all weights.")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="Learn beside the labels from a model of an earlier run: its --output folder.")] = None,
+    teacher_attention: Annotated[str | None, typer.Option(help="With which --attention the teacher was trained; default: the model's own.")] = None,
+    distillation: Annotated[str, typer.Option(help='Weights of the parts: "logits=0.5, labels=0.5, hidden=1, attention=1, temperature=2".')] = "",
     calibration_batches: Annotated[int, typer.Option(help="Batches that methods see which choose by looking at data, before the first step.")] = 8,
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")] = False,
@@ -66,16 +70,19 @@ def finetune(
     train, held_out = _parts(table, evaluation, holdout, seed, text, label)
     settings = effzoo.zoo.config(model)
     words = texts.tokenizer_of(tokenizer or (pretrained if pretrained not in (None, "own") else settings))
+    same: dict[str, Any] = {
+        "task": task, "num_labels": 2 if task != "classification" else 1 if labels is None else len(labels),
+        "pretrained": True if pretrained == "own" else pretrained, "max_length": max_length or min(settings.max_length, 512),
+    }  # fmt: skip
     torch.manual_seed(seed)
-    built = effzoo.build(
-        model,
-        attention=attention,
-        peft=None if peft == "none" else peft,
-        task=task,
-        num_labels=2 if task != "classification" else 1 if labels is None else len(labels),
-        pretrained=True if pretrained == "own" else pretrained,
-        max_length=max_length or min(settings.max_length, 512),
-    )
+    built = effzoo.build(model, attention=attention, peft=None if peft == "none" else peft, **same)
+    if teacher is None and (distillation or teacher_attention):
+        raise OptionError("--distillation and --teacher-attention are about a teacher; give --teacher, the --output folder of an earlier run")
+    taught: dict[str, Any] = {}
+    if teacher is not None:
+        torch.manual_seed(seed)
+        taught["teacher"] = _trained(effzoo.build(model, attention=teacher_attention, **same), teacher)
+        taught["distillation"] = parse_one(f"distillation[{distillation}]").options
     if pretrained is None:
         say("note: no --pretrained, so the weights start at random")
     limit = built.config.max_length - prompt_rows(built)
@@ -88,11 +95,26 @@ def finetune(
         result = effzoo.finetune(
             built, tokens[0], evaluate=tokens[1], output_dir=output, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
             precision=precision, seed=seed, resume=resume, overwrite=overwrite, gradient_checkpointing=gradient_checkpointing,  # type: ignore[arg-type]
-            calibration_batches=calibration_batches, recompute=recompute, progress=False, callbacks=[bar],  # type: ignore[arg-type]
+            calibration_batches=calibration_batches, recompute=recompute, progress=False, callbacks=[bar], **taught,  # type: ignore[arg-type]
         )  # fmt: skip
     finally:
         bar.close()
     _report(result, built, output)
+
+
+def _trained(model: Transformer, folder: Path) -> Transformer:
+    """A model as an earlier `effzoo finetune` left it in its --output folder."""
+    import effzoo
+    from effzoo.train import checkpoints
+
+    if (folder / checkpoints.ADAPTER).is_dir():
+        return effzoo.load_adapter(model, folder / checkpoints.ADAPTER)
+    if not (folder / checkpoints.WEIGHTS).is_file():
+        raise OptionError(
+            f"--teacher {folder} holds neither {checkpoints.ADAPTER} nor {checkpoints.WEIGHTS}; give the --output folder of a finished run"
+        )
+    checkpoints.load_weights(model, folder)
+    return model
 
 
 def _parts(table: Dataset, evaluation: str | None, holdout: float, seed: int, text: str | None, label: str | None) -> tuple[Dataset, Dataset]:

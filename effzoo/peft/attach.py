@@ -122,8 +122,9 @@ def activate(model: M, *names: str, combine: Literal["stack", "average"] = "stac
         site.choice = None
         if rows is not None and site.active:
             site.choice = torch.tensor([site.active.index(name) if name in site.active else -1 for name in rows])
-        for adapter, modules in site.adapters.items():
-            modules.requires_grad_(adapter in names)
+        for adapter in site.adapters:
+            for module in site.hung(adapter):
+                module.learn(adapter in names)
     return model
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -92,3 +92,40 @@ class PeftModule(nn.Module):
     def opens(self, *doors: str) -> bool:
         """Whether this module overrides one of the named doors."""
         return any(getattr(type(self), door) is not getattr(PeftModule, door) for door in doors)
+
+    def learn(self, on: bool) -> None:
+        """Make what is trained here trainable, or not."""
+        self.requires_grad_(on)
+
+    def apart(self, seen: Seen) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """What is `beyond`, as often as there is something; a gate [batch, heads] differs by example."""
+        found = self.beyond(seen)
+        return [] if found is None else [found]
+
+
+class Mixture(PeftModule):
+    """Several experts at one site, each of them modules; the site computes with each, and `mix` makes one output of theirs.
+
+    experts: the modules of each expert at this site, by method; an expert may have none here, and then leaves the output as it is.
+    """
+
+    def __init__(self, experts: Sequence[nn.ModuleDict]):
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+
+    def at_hand(self) -> list[tuple[PeftModule, ...]]:
+        """The modules of each expert."""
+        return [tuple(cast("Iterable[PeftModule]", expert.values())) for expert in self.experts]  # type: ignore[operator]
+
+    @staticmethod
+    def at_the_output(modules: Sequence[PeftModule]) -> bool:
+        """Whether these change the output alone, so that the product need not be computed again."""
+        return not any(module.opens("weight", "bias", "before") for module in modules)
+
+    def mix(self, site: nn.Module, x: Tensor, plain: Tensor, outs: Sequence[Tensor]) -> Tensor:
+        """One output of the experts' `outs`; plain: the output without any. x: the site's input."""
+        raise NotImplementedError
+
+    def opens(self, *doors: str) -> bool:
+        """An output is mixed here, and what the experts open is open."""
+        return "after" in doors or any(module.opens(*doors) for own in self.at_hand() for module in own)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from effzoo.recompute import follows
 from effzoo.sites.doors import PeftModule
-from effzoo.sites.site import Site, given
+from effzoo.sites.site import Inputs, Site, given
 
 
 class Linear(nn.Linear, Site):
@@ -34,15 +34,11 @@ class Linear(nn.Linear, Site):
         y = F.linear(x, weight, bias)
         return y if weight.requires_grad else follows(y, F.linear, x, weight, bias, level="hidden" if self.again else "projections")
 
-    def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
+    def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         (x,) = inputs
         for module in modules:
             x = module.before(x)
-        y = self.product(x, self.composed_weight(modules), self.composed_bias(modules))
-        dtype = y.dtype  # under autocast a trained vector in float32 would carry its dtype on, and attention wants one
-        for module in modules:
-            y = module.after(x, y).to(dtype)
-        return y
+        return (x,), self.product(x, self.composed_weight(modules), self.composed_bias(modules))
 
 
 class Conv2d(nn.Conv2d, Site):
@@ -66,15 +62,16 @@ class Conv2d(nn.Conv2d, Site):
     def forward(self, x: Tensor) -> Tensor:
         return self.combined(x) if self.active else F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
-    def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
+    def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         (x,) = inputs
         batched = x if x.ndim == 4 else x[None]
         for module in modules:
             batched = module.before(batched)
-        y = F.conv2d(batched, self.composed_weight(modules), self.composed_bias(modules), self.stride, self.padding)
-        for module in modules:
-            y = module.after(batched, y)
-        return y if x.ndim == 4 else y[0]
+        return (batched,), F.conv2d(batched, self.composed_weight(modules), self.composed_bias(modules), self.stride, self.padding)
+
+    def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
+        y = super().compute(modules, *inputs)
+        return y if inputs[0].ndim == 4 else y[0]
 
 
 class TiedLinear(Site):
@@ -94,12 +91,9 @@ class TiedLinear(Site):
         finally:
             del self.tied
 
-    def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
+    def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         (x,) = inputs
-        y = F.linear(x, self.tied, self.composed_bias(modules))
-        for module in modules:
-            y = module.after(x, y)
-        return y
+        return (x,), F.linear(x, self.tied, self.composed_bias(modules))
 
 
 class Norm(Site):
@@ -108,13 +102,10 @@ class Norm(Site):
     def forward(self, x: Tensor) -> Tensor:
         return self.combined(x) if self.active else self.compute((), x)
 
-    def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
+    def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         (x,) = inputs
         weight, bias = self.composed_weight(modules), self.composed_bias(modules)
-        y = follows(self.normalise(x, weight, bias), self.normalise, x, weight, bias)
-        for module in modules:
-            y = module.after(x, y)
-        return y
+        return (x,), follows(self.normalise(x, weight, bias), self.normalise, x, weight, bias)
 
     def normalise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -155,12 +146,9 @@ class Embedding(nn.Embedding, Site):
     def forward(self, ids: Tensor) -> Tensor:
         return self.combined(ids) if self.active else F.embedding(ids, self.weight)
 
-    def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
+    def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         (ids,) = inputs
-        y = F.embedding(ids, self.composed_weight(modules))
-        for module in modules:
-            y = module.after(ids, y)
-        return y
+        return (ids,), F.embedding(ids, self.composed_weight(modules))
 
     def prompt(self) -> Tensor | None:
         """The rows that active modules put in front of every input, [rows, dim], or None; [batch, rows, dim] where adapters are chosen by row."""
@@ -185,8 +173,11 @@ class Branch(Site):
     def forward(self, x: Tensor, y: Tensor, valid: Tensor | None = None) -> Tensor:
         return self.combined(x, y, valid) if self.active else y
 
-    def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
-        x, y, valid = inputs
+    def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
+        return inputs, inputs[1]
+
+    def leave(self, modules: Sequence[PeftModule], inputs: Inputs, y: Tensor) -> Tensor:
+        x, _, valid = inputs
         dtype = y.dtype
         for module in modules:
             y = module.joined(x, y, valid).to(dtype)
@@ -207,9 +198,5 @@ class Keys(Site):
     def forward(self, keys: Tensor) -> Tensor:
         return self.combined(keys) if self.active else keys
 
-    def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
-        (keys,) = inputs
-        dtype, y = keys.dtype, keys
-        for module in modules:
-            y = module.after(keys, y).to(dtype)
-        return y
+    def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
+        return inputs, inputs[0]

@@ -35,7 +35,7 @@ class Memory(Site):
 
     def extras(self, seen: Seen) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Keys, values and gates that have a softmax of their own."""
-        found = given(module.beyond(seen) for module in self.hung())
+        found = [each for module in self.hung() for each in module.apart(seen)]
         if found and self.mixed:
             raise IncompatibleError(f"{self.role}: gated attention to trained rows can neither be averaged nor chosen by row; activate one adapter")
         return found

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.errors import IncompatibleError, OptionError
-from effzoo.sites.doors import PeftModule
+from effzoo.sites.doors import Mixture, PeftModule
 
 T = TypeVar("T")
+Inputs = tuple[Tensor, ...]
 
 
 class Site(nn.Module):
@@ -31,7 +32,28 @@ class Site(nn.Module):
 
     def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
         """What the site computes with these modules."""
+        place = next((i for i, module in enumerate(modules) if isinstance(module, Mixture)), None)
+        if place is None:
+            return self.leave(modules, *self.enter(modules, *inputs))
+        mixture, first, rest = cast(Mixture, modules[place]), modules[:place], modules[place + 1 :]
+        entered, plain = self.enter((*first, *rest), *inputs)
+        plain = self.leave(first, entered, plain)
+        outs = []
+        for own in mixture.at_hand():
+            at, y = (entered, None) if mixture.at_the_output(own) else self.enter((*first, *own, *rest), *inputs)
+            outs.append(self.leave(own, at, plain if y is None else self.leave(first, at, y)))
+        return self.leave(rest, entered, mixture.mix(self, inputs[0], plain, outs))
+
+    def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
+        """The inputs as `before` leaves them, and what the site makes of them with its weight as it passes through the parameter door."""
         raise NotImplementedError
+
+    def leave(self, modules: Sequence[PeftModule], inputs: Inputs, y: Tensor) -> Tensor:
+        """The output as it passes through the function door of the modules."""
+        dtype = y.dtype  # under autocast a trained vector in float32 would carry its dtype on, and attention wants one
+        for module in modules:
+            y = module.after(inputs[0], y).to(dtype)
+        return y
 
     def combined(self, *inputs: Tensor | None) -> Tensor:
         """`compute` with the active adapters: one after the other, averaged, or another one for each row of the batch."""
@@ -44,6 +66,8 @@ class Site(nn.Module):
     def _by_row(self, *inputs: Tensor | None) -> Tensor:
         """One gathered, batched product: the adapters' tensors are stacked, each row takes its own, and `compute` is mapped over the rows."""
         assert self.choice is not None
+        if any(isinstance(module, Mixture) for module in self.hung()):
+            raise IncompatibleError(f"{self.role}: a mixture routes by itself, so it cannot be chosen by row; run the rows apart")
         if inputs[0] is None or inputs[0].ndim < 2 or inputs[0].shape[0] != len(self.choice):
             given = None if inputs[0] is None else tuple(inputs[0].shape)
             raise IncompatibleError(

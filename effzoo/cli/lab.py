@@ -1,0 +1,60 @@
+"""`effzoo lab`: the experiments of the lectures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from effzoo.cli.terminal import app, heading, say, table
+
+
+@app.command()
+def lab(
+    name: Annotated[str | None, typer.Argument(help="An experiment; leave it out for the list, 'all' for every one in turn.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Sizes for at most three minutes on two cores, instead of full ones.")] = False,
+    data: Annotated[Path | None, typer.Option(help="A file or folder in place of the default data.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="A seed; may be repeated. Default: 0, 1, 2.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder in which each experiment makes one: result.json, table.md, figure.png.")] = Path("runs/lab"),
+) -> None:
+    """List the experiments, or run one: a table with the published numbers, a figure, and the numbers as JSON.
+
+    Example:  effzoo lab spectrum --quick
+    """
+    from effzoo.lab import DECKS, Run, experiments, get, perform
+
+    if name is None:
+        for deck, title in DECKS.items():
+            found = [one for one in experiments().values() if one.decks[0] == deck]
+            if not found:
+                continue
+            made = table("experiment", "question", "source")
+            for one in found:
+                made.add_row(Text(one.name, style="bold"), Text(one.about), Text(one.source))
+            say(heading(f"Deck {deck}: {title}"), made, "")
+        say("Run one with:  effzoo lab NAME --quick")
+        return
+    chosen = list(experiments().values()) if name == "all" else [get(name)]
+    run = Run(quick=quick, seeds=tuple(seed or (0, 1, 2)), data=data, say=lambda said: say(Text(f"  {said}", style="dim")))
+    for one in chosen:
+        say(heading(one.name), one.about)
+        result = perform(one, run, out / one.name)
+        _show(result)
+        say(f"wrote {out / one.name}: result.json, table.md, figure.png   {result['seconds']:.0f} s", "")
+
+
+def _show(result: dict) -> None:  # type: ignore[type-arg]
+    from effzoo.lab import Claim
+
+    for title, (head, *body) in result["tables"].items():
+        made = table(*head, right=tuple(head[1:]))
+        for row in body:
+            made.add_row(*(Text(cell.strip("`")) for cell in row))
+        say(Text(title, style="bold"), made, "")
+    for claim in result["claims"]:
+        held = all(claim["held"])
+        say(Text(str(Claim(claim["text"], tuple(claim["held"]))), style="green" if held else "yellow"))
+    for note in result["notes"]:
+        say(Text(note, style="dim"))

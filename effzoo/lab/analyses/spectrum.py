@@ -1,0 +1,49 @@
+"""How much of an attention matrix its largest singular values hold (Wang et al. 2020, Linformer, arXiv:2006.04768, section 3 and figure 1)."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from effzoo.architectures import Transformer
+from effzoo.blocks import Attention
+from effzoo.errors import IncompatibleError
+
+
+@torch.no_grad()
+def attention_matrices(model: Transformer, input_ids: Tensor) -> list[Tensor]:
+    """P = softmax(Q K^T / sqrt(d)) of every layer, each [batch, heads, n, n], for sequences without padding.
+
+    The matrices are those that the layers multiply with the values: the projections of each layer are taken where it computes them. Raises
+    IncompatibleError for a model whose attention is not full, or causal.
+    """
+    if any(core.name != "full" or core.context.causal for core in model.cores()):
+        raise IncompatibleError("attention matrices are read from full, bidirectional attention; swap it: effzoo.swap_attention(model, 'full')")
+    found: list[Tensor] = []
+
+    def read(core: nn.Module, projected: tuple[Tensor, ...]) -> None:
+        q, k = projected[:2]
+        found.append((q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1))
+
+    hooks = [core.register_forward_pre_hook(read) for core in model.cores()]
+    mode = model.training
+    try:
+        model.eval()(input_ids=input_ids)
+    finally:
+        model.train(mode)
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def cumulative(matrices: Tensor) -> Tensor:
+    """Normalised cumulative singular values, [..., n, m] -> [..., min(n, m)]: entry i is (s_0 + ... + s_i) / (s_0 + s_1 + ...)."""
+    values = torch.linalg.svdvals(matrices.double())  # in float32 the smallest entries are denormal, and this takes forty times as long
+    return values.cumsum(dim=-1) / values.sum(dim=-1, keepdim=True)
+
+
+def heads_of(model: Transformer) -> int:
+    """The number of heads of a layer."""
+    return cast(Attention, model.blocks[0].attn).core.context.heads

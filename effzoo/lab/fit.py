@@ -1,0 +1,145 @@
+"""Training in the lab: examples as tensors, a loop with everything that methods do in training, and accuracy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effzoo import peft
+from effzoo.errors import TrainingError
+from effzoo.peft.attach import active
+from effzoo.peft.training import WHOLE
+
+Batch = dict[str, Tensor]
+_CALIBRATION = 4  # batches that methods see which choose by data
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labelled examples: `inputs` are what the model takes, by name, each with a first axis of examples; labels stand beside them."""
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def at(self, rows: Any) -> Examples:
+        """Some of them: a slice, indices or a mask."""
+        return Examples({name: x[rows] for name, x in self.inputs.items()}, self.labels[rows])
+
+    def batch(self, rows: Any) -> Batch:
+        """A batch for the model, cut to its longest example where there is an attention_mask."""
+        batch = {name: x[rows] for name, x in self.inputs.items()}
+        if "attention_mask" in batch:
+            longest = int(batch["attention_mask"].sum(dim=1).max())
+            batch = {name: x[:, :longest] for name, x in batch.items()}
+        return {**batch, "labels": self.labels[rows]}
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All of them once, in order."""
+        for start in range(0, len(self), size):
+            yield self.batch(slice(start, start + size))
+
+    def stream(self, size: int, seed: int) -> Iterator[Batch]:
+        """Without end, in a new order in each epoch; the last examples of an epoch that fill no batch are left out of it."""
+        draw, size = torch.Generator().manual_seed(seed), min(size, len(self))
+        while True:
+            order = torch.randperm(len(self), generator=draw)
+            for start in range(0, len(self) - size + 1, size):
+                yield self.batch(order[start : start + size])
+
+
+def fit(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    steps: int,
+    *,
+    learning_rate: float | None = None,
+    weight_decay: float = 0.01,
+    warmup: float = 0.1,
+    clip: float | None = 1.0,
+    bfloat16: bool | None = None,
+    after: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Train what is trainable for some optimizer steps with AdamW, warmed up and decayed linearly within each stage; return the losses.
+
+    Active adapters have the learning rates of their methods (times `learning_rate` in place of the method's own, where given) and all their hooks,
+    as in `effzoo/peft/training.py`; without adapters all parameters have `learning_rate`. At the end adapters are finished. bfloat16: forward
+    passes under autocast; None where that is faster here and the weights are float32. after: called with the step and its loss.
+    `effzoo.finetune` is for long runs; this one writes nothing. Raises TrainingError for a loss that is not a number.
+    """
+    adapters = bool(active(model))
+    if adapters:
+        peft.calibrate(model, [next(batches) for _ in range(_CALIBRATION)])
+    if bfloat16 is None:
+        bfloat16 = next(model.parameters()).dtype == torch.float32 and bfloat16_is_faster()
+    losses: list[float] = []
+    model.train()
+    for stage, number in peft.timetable(model, steps) if adapters else [(WHOLE, steps)]:
+        if adapters:
+            peft.begin(model, stage)
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        rates = peft.learning_rates(model, learning_rate) if adapters else dict.fromkeys(named, 5e-5 if learning_rate is None else learning_rate)
+        optimizer = torch.optim.AdamW([{"params": [named[name]], "lr": rate} for name, rate in rates.items()], weight_decay=weight_decay)
+        warm = max(1, round(warmup * number))
+        timetable = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step, warm=warm, number=number: min((step + 1) / warm, max(0.0, (number - step) / max(1, number - warm)), 1.0)
+        )
+        for step in range(number):
+            peft.schedule(model, step / number)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+                loss = peft.loss(model, **next(batches)) if adapters else model(**next(batches)).loss
+            losses.append(float(loss.detach()))
+            if losses[-1] != losses[-1]:
+                raise TrainingError(f"the loss is not a number at step {len(losses)}; try a smaller learning rate")
+            optimizer.zero_grad()
+            loss.backward()
+            if clip is not None:
+                nn.utils.clip_grad_norm_(list(named.values()), clip)
+            optimizer.step()
+            timetable.step()
+            if after is not None:
+                after(len(losses), losses[-1])
+    if adapters:
+        peft.finish(model)
+    model.eval()
+    return losses
+
+
+@torch.no_grad()
+def logits(model: nn.Module, examples: Examples, size: int = 64) -> Tensor:
+    """What the model says of each example, in order, float32; the model is left in the mode it was in."""
+    mode = model.training
+    model.eval()
+    try:
+        found = [model(**{name: x for name, x in batch.items() if name != "labels"}).logits.float() for batch in examples.batches(size)]
+    finally:
+        model.train(mode)
+    return torch.cat(found)
+
+
+def accuracy(model: nn.Module, examples: Examples, size: int = 64) -> float:
+    """The share of examples whose label has the largest logit."""
+    return float((logits(model, examples, size).argmax(dim=-1) == examples.labels).float().mean())
+
+
+@cache
+def bfloat16_is_faster() -> bool:
+    """Whether matrix products in bfloat16 take less than 0.7 of float32's time on this processor, measured now."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(2048, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = sorted(times)[3]
+    return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]

@@ -1,0 +1,61 @@
+"""Routing by the number of the task: fixed, or learned as a table of which task uses which skill (Ponti et al. 2022)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from effzoo.errors import InputError, OptionError
+from effzoo.registry import router
+from effzoo.routing.mixtures import hard
+from effzoo.routing.router import Router, Routing, positive
+
+
+@router.register("fixed")
+class Fixed(Router):
+    """Task t goes to expert t: nothing to learn (one adapter per language or task, section 3 of the lecture's survey).
+
+    Raises InputError for a task that no expert has.
+    """
+
+    paper = "Pfeiffer et al. 2023, Modular deep learning, arXiv:2302.11529, section 4.1"
+    reads = "tasks"
+
+    def forward(self, x: Tensor) -> Routing:
+        check_tasks(x, self.experts, "experts")
+        sent = self.one_hot(x)
+        weights = sent.to(torch.get_default_dtype())
+        return Routing(weights, sent, weights)
+
+
+@router.register("skills")
+class Skills(Router):
+    """A learned table Z [tasks, experts]: which skills a task uses, as a soft or hard choice, divided by their number.
+
+    tasks: rows of the table. form "soft": weights sigmoid(Z_t) / sum, with the relaxed Bernoulli's noise in training; "hard": each skill on or off with
+    the gradient of its relaxation. temperature: of the relaxation. The table starts near 0, so that all tasks share all skills.
+    """
+
+    paper = "Ponti et al. 2022, Combining modular skills in multitask learning, arXiv:2202.13914, section 3"
+    reads = "tasks"
+
+    def __init__(self, dim: int, experts: int, *, tasks: int, form: str = "soft", temperature: float = 1.0):
+        super().__init__(dim, experts)
+        positive(self.name, tasks=tasks, temperature=temperature)
+        if form not in ("soft", "hard"):
+            raise OptionError(f"{self.name}: form is 'soft' or 'hard', got {form!r}")
+        self.form, self.temperature, self.dense = form, temperature, form == "soft"
+        self.table = nn.Parameter(torch.empty(tasks, experts).uniform_(-1e-3, 1e-3))
+
+    def forward(self, x: Tensor) -> Routing:
+        check_tasks(x, len(self.table), "rows of the table")
+        found = hard(self.table[x], "sigmoid", self.temperature, self.training)
+        if self.form == "hard":
+            return found
+        return Routing(found.probabilities, torch.ones_like(found.sent), found.probabilities)
+
+
+def check_tasks(x: Tensor, known: int, what: str) -> None:
+    """InputError for numbers of tasks that do not exist."""
+    if x.is_floating_point() or bool(((x < 0) | (x >= known)).any()):
+        raise InputError(f"task_ids are integers from 0 to {known - 1}, one for each of the {known} {what}, got {x.unique().tolist()[:8]}")

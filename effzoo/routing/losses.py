@@ -1,0 +1,47 @@
+"""Losses that spread tokens over experts; each is a scalar without its weight."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def importance_loss(weights: Tensor) -> Tensor:
+    """CV(I)^2 of the importance I_i = sum over tokens of the weights [tokens, experts] (Shazeer et al. 2017, arXiv:1701.06538, equations 6 and 7)."""
+    return squared_variation(weights.sum(dim=0))
+
+
+def load_loss(clean: Tensor, noisy: Tensor, deviation: Tensor, k: int) -> Tensor:
+    """CV(L)^2 of the smooth load L_i, the expected number of tokens that expert i gets if the noise on it is drawn again (appendix A there).
+
+        P(x, i) = Phi((clean_i - kth(noisy without i, k)) / deviation_i),   L_i = sum over tokens of P(x, i)
+
+    clean, noisy, deviation [tokens, experts]: scores without and with noise, and the noise's standard deviation. k: how many are kept, fewer than
+    there are experts.
+    """
+    top = noisy.topk(k + 1, dim=-1).values
+    inside = noisy >= top[:, k - 1 : k]
+    threshold = torch.where(inside, top[:, k : k + 1], top[:, k - 1 : k])  # the k-th largest of the others
+    kept = 0.5 * (1 + torch.erf((clean - threshold) / (deviation * math.sqrt(2))))
+    return squared_variation(kept.sum(dim=0))
+
+
+def squared_variation(values: Tensor) -> Tensor:
+    """The squared coefficient of variation, var / mean^2, with the variance over all of them; 0 for a single one."""
+    return values.var(unbiased=False) / values.mean().square().clamp(min=torch.finfo(values.dtype).tiny)
+
+
+def switch_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
+    """N sum_i f_i P_i: f_i the share of tokens whose choice is i, P_i the mean probability of i (Fedus et al. 2021, arXiv:2101.03961, equation 4).
+
+    1 where both are uniform, its least value for f = P; up to N where one expert has all. chosen bool[tokens, experts] has no gradient.
+    """
+    experts = probabilities.shape[-1]
+    return experts * (chosen.to(probabilities).mean(dim=0) * probabilities.mean(dim=0)).sum()
+
+
+def z_loss(scores: Tensor) -> Tensor:
+    """The mean over tokens of logsumexp(scores)^2, which keeps scores small (Zoph et al. 2022, ST-MoE, arXiv:2202.08906, equation 5)."""
+    return scores.logsumexp(dim=-1).square().mean()

@@ -1,0 +1,82 @@
+"""Sparse routing by scores: the best k experts of each token (Shazeer et al. 2017), or the best one with a capacity (Fedus et al. 2021)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from effzoo.errors import OptionError
+from effzoo.registry import router
+from effzoo.routing.losses import importance_loss, load_loss, switch_loss, z_loss
+from effzoo.routing.router import Router, Routing, Scores, not_negative, positive
+
+
+@router.register("top_k")
+class TopK(Router):
+    """weights softmax over the k largest of h = x W^T + N(0, 1) softplus(x W_n^T), 0 elsewhere; the noise in training alone.
+
+    k: experts of a token. noise: whether there is W_n. importance, load: weights of the losses that balance the experts, in training; the load of an
+    expert is only smooth with noise. Both matrices start at 0 in the paper; here W is drawn, so that experts differ from the first step.
+    """
+
+    paper = "Shazeer et al. 2017, Outrageously large neural networks, arXiv:1701.06538, equations 3 to 5"
+
+    def __init__(self, dim: int, experts: int, *, k: int = 2, noise: bool = True, importance: float = 0.1, load: float = 0.1):
+        super().__init__(dim, experts)
+        if not 1 <= k <= experts:
+            raise OptionError(f"{self.name}: k is between 1 and the number of experts, {experts}, got {k}")
+        not_negative(self.name, importance=importance, load=load)
+        self.k, self.importance, self.load = k, importance, load
+        self.scores, self.noise = Scores(dim, experts), Scores(dim, experts) if noise else None
+        if self.noise is not None:
+            torch.nn.init.zeros_(self.noise.weight)
+        self.weighted = experts > 1 and (importance > 0 or (load > 0 and noise and k < experts))
+
+    def forward(self, x: Tensor) -> Routing:
+        clean = self.scores(x)
+        deviation = F.softplus(self.noise(x)) if self.noise is not None and self.training else None
+        h = clean if deviation is None else clean + torch.randn_like(clean) * deviation
+        best = h.topk(self.k, dim=-1).indices
+        sent = torch.zeros_like(h, dtype=torch.bool).scatter(-1, best, True)
+        weights = h.masked_fill(~sent, float("-inf")).softmax(dim=-1)
+        loss = None
+        if self.training and self.weighted and len(x):
+            loss = self.importance * importance_loss(weights)
+            if deviation is not None and self.load and self.k < self.experts:
+                loss = loss + self.load * load_loss(clean, h, deviation, self.k)
+        return Routing(weights, sent, clean.softmax(dim=-1), loss)
+
+
+@router.register("switch")
+class Switch(Router):
+    """The expert with the largest p = softmax(x W^T), with weight p; an expert takes at most ceil(capacity tokens / experts), the first that come.
+
+    capacity: the factor above an equal share, in training; a token that finds its expert full is dropped: no expert sees it, its weights are 0. In
+    evaluation mode nothing is dropped, so that a token's result depends on no other token. balance: weight of N sum_i f_i P_i; 0 lets the router
+    collapse. z: weight of the z-loss.
+    """
+
+    paper = "Fedus et al. 2021, Switch transformers, arXiv:2101.03961, section 2"
+
+    def __init__(self, dim: int, experts: int, *, capacity: float = 1.25, balance: float = 1e-2, z: float = 0.0):
+        super().__init__(dim, experts)
+        positive(self.name, capacity=capacity)
+        not_negative(self.name, balance=balance, z=z)
+        self.capacity, self.balance, self.z, self.scores = capacity, balance, z, Scores(dim, experts)
+        self.weighted = balance > 0 or z > 0
+
+    def forward(self, x: Tensor) -> Routing:
+        scores = self.scores(x)
+        p = scores.softmax(dim=-1)
+        chosen = self.one_hot(p.argmax(dim=-1))
+        sent = chosen
+        if self.training:
+            place = chosen.long().cumsum(dim=0)  # the how manieth of its expert a token is
+            sent = chosen & (place <= math.ceil(self.capacity * len(x) / self.experts))
+        loss = None
+        if self.training and self.weighted and len(x):
+            loss = self.balance * switch_loss(p, chosen) + (self.z * z_loss(scores) if self.z else 0.0)
+        return Routing(p * sent, sent, p, loss)
