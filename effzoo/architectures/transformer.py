@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -18,6 +19,8 @@ from effzoo.architectures.heads import Classification, head
 from effzoo.architectures.output import Output
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask
 from effzoo.blocks.block import Block
+from effzoo.blocks.experts import Experts, balancing
+from effzoo.blocks.feedforward import FeedForward
 from effzoo.blocks.reversible import reversible, states, two_streams
 from effzoo.errors import IncompatibleError, OptionError
 from effzoo.recompute import Level, recompute
@@ -43,12 +46,14 @@ class Transformer(nn.Module):
         self.head = head(config, task, num_labels)
         self.checkpointing = False
         self.recompute: Level = "nothing"  # in training: what is computed again for the backward pass instead of kept (`effzoo.recompute`)
+        self.told: list[Any] = []  # of adapters that route outside the blocks, as in `Block`
         self.only_what_is_read = False  # of the last block, the positions that a classification head reads; then no last_hidden_state
         self.apply(self._initialise)
         for core in self.cores():
             core.initialise()
         for block in self.blocks if config.causal else ():
-            for linear in (block.attn.o, block.mlp.down):  # type: ignore[union-attr]
+            ends = [part.down for part in block.mlp.modules() if isinstance(part, FeedForward)]  # type: ignore[union-attr]
+            for linear in (block.attn.o, *ends):  # type: ignore[union-attr]
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.layers))  # type: ignore[union-attr, arg-type]
 
     @staticmethod
@@ -64,7 +69,13 @@ class Transformer(nn.Module):
             backend=config.backend,
             shared=shared,
         )
-        return Block(config.slots(layer), spec, context)
+        block = Block(config.slots(layer), spec, context)
+        if config.residual == "reversible" and isinstance(block.mlp, Experts) and block.mlp.router.weighted:
+            raise IncompatibleError(
+                f"router {config.router!r} adds a loss, and a reversible residual keeps no graph that would lead back from it; use residual='plain', "
+                "or a router without a loss ('base', 'soft', 'gumbel', or 'switch[balance=0]')"
+            )
+        return block
 
     @staticmethod
     def _initialise(module: nn.Module) -> None:
@@ -83,12 +94,14 @@ class Transformer(nn.Module):
         global_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         cache: Cache | None = None,
+        task_ids: Tensor | None = None,
     ) -> Output:
         """Token ids [batch, n], or embeddings [batch, n, dim], -> loss, logits, last_hidden_state [batch, n, dim].
 
         attention_mask [batch, n]: 1 for tokens, 0 for padding. global_attention_mask [batch, n]: 1 for tokens with
         global attention; by default the first token of an encoder with a classification head whose attention has projections for global tokens.
         cache: of a causal model that decodes; the input is what follows the positions in it, and attention_mask covers both.
+        task_ids [batch]: the number of each example's task, for adapters that are routed by it.
         Raises InputError for shapes, dtypes, lengths and ids that do not fit.
         """
         if cache is not None and not self.config.causal:
@@ -103,22 +116,26 @@ class Transformer(nn.Module):
         )  # fmt: skip
         valid = self._valid(attention_mask)
         position_ids = None if position_ids is None else position_ids + before
+        for told in self.told:
+            told.mask = Mask(None if valid is None else nn.functional.pad(valid, (rows, 0), value=True), tasks=task_ids)
         x, positions = self.embeddings(input_ids, inputs_embeds, position_ids, token_type_ids, prompt, start)
-        mask = self._mask(valid, global_attention_mask, x, rows, before, positions)
+        mask = self._mask(valid, global_attention_mask, x, rows, before, positions, task_ids)
         if valid is not None:
             valid = valid[:, -(x.shape[1] - rows) :]
         read = self._read(x[:, rows:], valid, rows) if cache is None else None
-        x = self._run(x, mask, cache, read)
+        losses: list[Tensor] = []
+        with balancing(losses) if self.config.experts else nullcontext():
+            x = self._run(x, mask, cache, read)
         if cache is not None:
             cache.length, cache.rows = start + x.shape[1], rows + before
         if self.final_norm is not None:
             x = self.final_norm(x)
         if read is None:
             whole: Output = self.head(x[:, rows:], valid, labels, self.embeddings.token)
-            return whole
+            return _balanced(whole, losses)
         output: Output = self.head(x, None, labels, self.embeddings.token)
         del output["last_hidden_state"]
-        return output
+        return _balanced(output, losses)
 
     def _read(self, x: Tensor, valid: Tensor | None, before: int) -> Tensor | None:
         """The positions that the head reads, with `before` prompt rows in front of them, or None where the last block computes all."""
@@ -173,7 +190,9 @@ class Transformer(nn.Module):
         valid = attention_mask.bool()
         return None if not torch.compiler.is_compiling() and bool(valid.all()) else valid
 
-    def _mask(self, valid: Tensor | None, is_global: Tensor | None, x: Tensor, rows: int, before: int, positions: Tensor) -> Mask:
+    def _mask(
+        self, valid: Tensor | None, is_global: Tensor | None, x: Tensor, rows: int, before: int, positions: Tensor, tasks: Tensor | None
+    ) -> Mask:
         """The mask of the blocks. Prompt rows are tokens, and global where attention knows global tokens: else only near tokens saw them."""
         batch, n = x.shape[0], x.shape[1] - rows
         knows_global = any(core.supports_global for core in self.cores())
@@ -192,7 +211,16 @@ class Transformer(nn.Module):
         if is_global is not None and not torch.compiler.is_compiling() and not x.is_meta and not bool(is_global.any()):
             is_global = None
         again = self.config.residual == "reversible" or self.checkpointing
-        return Mask(valid, is_global, positions, decisions={} if again and torch.is_grad_enabled() else None)
+        return Mask(valid, is_global, positions, tasks, x, decisions={} if again and torch.is_grad_enabled() else None)
+
+
+def _balanced(output: Output, losses: Sequence[Tensor]) -> Output:
+    """The output with the losses that balance experts, if there are any."""
+    if losses:
+        output["balance_loss"] = torch.stack(list(losses)).sum()
+        if output.loss is not None:
+            output["loss"] = output.loss + output.balance_loss
+    return output
 
 
 def _narrow(config: Config, factor: int, layers: Sequence[int]) -> tuple[nn.ModuleList, int]:
@@ -202,6 +230,7 @@ def _narrow(config: Config, factor: int, layers: Sequence[int]) -> tuple[nn.Modu
     dim = max(-(-8 // unit), config.dim // factor // unit) * unit  # at least 8: a norm over fewer leaves nothing to learn
     slim = dataclasses.replace(
         config, dim=dim, head_dim=dim // config.heads, mlp=max(1, config.mlp // factor), residual="plain",
+        experts=0, router="switch", expert_every=1,
         positions="rotary" if config.positions == "rotary" else "none",
     )  # fmt: skip
     shared: dict[str, Any] = {}

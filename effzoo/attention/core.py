@@ -44,12 +44,15 @@ class Mask:
     decoding of the past and the new positions together.
     is_global [batch, n]: True where a token has global attention; None when none has.
     positions [batch or 1, n]: position ids, for blocks with rotary positions.
+    tasks [batch]: the number of each example's task, and start [batch, n, dim], the embeddings: for routers that read them.
     decisions: where choices that must not change when a block is computed again are kept (see `decide`); None keeps nothing.
     """
 
     valid: Tensor | None = None
     is_global: Tensor | None = None
     positions: Tensor | None = None
+    tasks: Tensor | None = None
+    start: Tensor | None = field(default=None, repr=False)
     decisions: dict[Any, Any] | None = field(default=None, repr=False)
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from effzoo.attention.core import Cache, Context, Mask, rows_of
 from effzoo.blocks.attention import Attention
+from effzoo.blocks.experts import Experts
 from effzoo.blocks.feedforward import FeedForward
 from effzoo.blocks.positions import Rotary
 from effzoo.recompute import follows
@@ -37,6 +38,8 @@ class Slots:
     qk_norm: bool = False
     rotary: Rotary | None = None
     mlp_chunk: int = 0
+    experts: int = 0  # feed-forwards among which the router chooses; 0: one, for every token
+    router: str = "switch"
     dropout: float = 0.0
 
     def make_norm(self, dim: int, role: str, layer: int | None = None) -> Norm:
@@ -54,6 +57,15 @@ def attention_layer(slots: Slots, attention: Spec, context: Context) -> Attentio
     )  # fmt: skip
 
 
+def feed_forward(slots: Slots, context: Context) -> FeedForward | Experts:
+    """The feed-forward that these slots ask for, or several of them behind a router."""
+    made = [
+        FeedForward(slots.dim, slots.mlp, slots.activation, context.layer, gated=slots.gated, bias=slots.mlp_bias, chunk=slots.mlp_chunk)
+        for _ in range(max(1, slots.experts))
+    ]
+    return Experts(made, slots.dim, slots.router, context.layer, causal=context.causal) if slots.experts else made[0]
+
+
 class Block(nn.Module):
     """x <- x + attn(x); x <- x + mlp(x), with the norm after the sum (BERT, "post") or before the sub-layer (GPT-2, "pre").
 
@@ -68,13 +80,20 @@ class Block(nn.Module):
         self.attn = attention_layer(slots, attention, context)
         self.attn_branch = Branch(dim, role="attn.branch", layer=layer)
         self.attn_norm = slots.make_norm(dim, "attn.norm", layer) if slots.first_norm or layer > 0 else None
-        self.mlp = FeedForward(dim, slots.mlp, slots.activation, layer, gated=slots.gated, bias=slots.mlp_bias, chunk=slots.mlp_chunk)
+        self.mlp = feed_forward(slots, context)
         self.mlp_branch = Branch(dim, role="mlp.branch", layer=layer)
         self.mlp_norm = slots.make_norm(dim, "mlp.norm", layer)
         self.dropout = nn.Dropout(slots.dropout)
+        self.told: list[Any] = []  # of adapters that route: each gets the mask of the batch at hand
+
+    def tell(self, mask: Mask) -> None:
+        """Show the mask to those who asked for it."""
+        for told in self.told:
+            told.mask = mask
 
     def forward(self, x: Tensor, mask: Mask, cache: Cache | None = None, rows: Tensor | None = None) -> Tensor:
         """rows [batch, r]: the positions whose output is wanted, [batch, r, dim]; None for all."""
+        self.tell(mask)
         kept = x if rows is None else rows_of(x, rows)
         if self.norm == "post":
             assert self.attn_norm is not None
@@ -90,11 +109,15 @@ class Block(nn.Module):
 
     def feed(self, x: Tensor, mask: Mask, rows: Tensor | None = None) -> Tensor:
         """What the feed-forward adds to the residual stream; rows: where the rows of x stand, if they are not all."""
-        return self.mlp_branch(x, self.dropout(self.mlp(x)), _tokens(x, mask, rows))
+        tokens = _tokens(x, mask, rows)
+        added = self.mlp(x, tokens, mask) if isinstance(self.mlp, Experts) else self.mlp(x)
+        return self.mlp_branch(x, self.dropout(added), tokens)
 
     @property
     def by_position(self) -> bool:
-        """Whether what is hung here computes each position by itself, so that some can be left out."""
+        """Whether what is hung here, and the router of experts, computes each position by itself, so that some can be left out."""
+        if isinstance(self.mlp, Experts) and not self.mlp.by_position:
+            return False
         sites = (module for module in self.modules() if isinstance(module, Site))
         return all(module.by_position for site in sites for module in site.hung())
 

@@ -3,7 +3,7 @@
 `names()`, `get(name)`, `options(name)` and `register(name)` are the registry's view of this kind.
 """
 
-from effzoo.peft import combined, function, input, parameter
+from effzoo.peft import combined, function, input, modular, parameter
 from effzoo.peft.accounting import Account, Flops, account, flops, ranks
 from effzoo.peft.aggregation import Combined, combine
 from effzoo.peft.attach import Attachment, activate, attach, attached, detach, roles
@@ -11,6 +11,7 @@ from effzoo.peft.budget import within
 from effzoo.peft.files import load_adapter, save_adapter
 from effzoo.peft.merging import MergeReport, delta, merge, unmerge
 from effzoo.peft.method import Method, Stage
+from effzoo.peft.modular import extract, gather
 from effzoo.peft.training import begin, calibrate, finish, learning_rates, loss, penalty, schedule, stages, timetable
 from effzoo.registry import peft as _view
 from effzoo.sites import PeftModule
@@ -37,8 +38,10 @@ __all__ = [
     "create",
     "delta",
     "detach",
+    "extract",
     "finish",
     "flops",
+    "gather",
     "get",
     "combined",
     "function",
@@ -47,6 +50,7 @@ __all__ = [
     "input",
     "loss",
     "merge",
+    "modular",
     "names",
     "options",
     "penalty",

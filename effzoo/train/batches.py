@@ -85,8 +85,8 @@ class Loader(DataLoader[Any]):
 class Pad:
     """Rows of token lists -> tensors padded on the right to the longest row, [batch, n].
 
-    input_ids are padded with the model's pad token (0 when it has none), masks and types with 0, labels per token with -100; attention_mask is added
-    when rows differ in length. Raises InputError for rows with other columns than the first, or columns of unequal length.
+    input_ids are padded with the model's pad token (0 when it has none), masks and types with 0, labels per token with -100; task_ids, one number an example,
+    are stacked; attention_mask is added when rows differ in length. Raises InputError for rows with other columns than the first, or columns of unequal length.
     """
 
     def __init__(self, task: str, pad_token: int | None, accepted: Sequence[str]):
@@ -106,6 +106,9 @@ class Pad:
             entry = "labels" if name in LABEL_NAMES else name
             if entry == "labels" and self.task not in TOKEN_TASKS:
                 batch[entry] = torch.stack([v.to(torch.get_default_dtype()) if v.is_floating_point() else v.long() for v in values])
+                continue
+            if entry == "task_ids":
+                batch[entry] = torch.stack([value.long() for value in values])
                 continue
             for value, length in zip(values, lengths, strict=True):
                 if value.ndim == 0 or len(value) != length:

@@ -1,0 +1,86 @@
+"""AdapterFusion: attention over what several adapters do (Pfeiffer et al. 2021, arXiv:2005.00247)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effzoo.errors import IncompatiblePeft, OptionError
+from effzoo.peft.method import Layers, Modules
+from effzoo.peft.modular.mixture import Among, MixtureMethod
+from effzoo.registry import peft
+from effzoo.sites import Memory, PeftModule, Site
+
+
+class Fused(Among):
+    """y' = y + sum_i s_i V a_i, with a_i = y_i - y what expert i adds, and s = softmax_i((Q y) . (K a_i)) at every position.
+
+    Q and K are drawn, V starts as the identity: a single expert is then itself.
+    """
+
+    def __init__(self, experts: Sequence[nn.ModuleDict], dim: int, frozen: bool, std: float):
+        super().__init__(experts, frozen)
+        self.query, self.key = nn.Parameter(torch.randn(dim, dim) * std), nn.Parameter(torch.randn(dim, dim) * std)
+        self.value = nn.Parameter(torch.eye(dim))
+
+    def mixed(self, site: nn.Module, x: Tensor, plain: Tensor, outs: Sequence[Tensor]) -> Tensor:
+        added = torch.stack([out - plain for out in outs], dim=-2)
+        scores = torch.einsum("...d,...ed->...e", F.linear(plain, self.query), F.linear(added, self.key))
+        share = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(added)
+        return plain + F.linear(torch.einsum("...e,...ed->...d", share, added), self.value).to(plain)
+
+    def regularisation(self) -> Tensor:
+        """|V - I|_F^2."""
+        return (self.value - torch.eye(len(self.value)).to(self.value)).square().sum()
+
+
+@peft.register("fusion", "adapter_fusion")
+class Fusion(MixtureMethod):
+    """y' = y + sum_i softmax_i((Q y) . (K a_i)) V a_i: learned attention over adapters, which stay as they are.
+
+    of: the specs of the adapters (or one, `experts` times); `effzoo.peft.gather` fills in trained ones. frozen: whether they stay as they are;
+    finished: whether they come as training leaves them. regularisation: weight of |V - I|_F^2, summed over the sites (0.01 in the released code).
+    std: of the normal that Q and K are drawn from.
+
+    Works at every site where an expert changes an output: branches for bottleneck adapters as in the paper, projections for LoRA. In the paper the
+    values are the adapters' outputs; here they are what adapters add, so that expert and fusion are the same where there is one expert.
+    """
+
+    paper = "Pfeiffer et al. 2021, AdapterFusion, arXiv:2005.00247, section 3.2"
+    learning_rate = 5e-4
+
+    def __init__(
+        self,
+        *,
+        of: str | Sequence[str] = "pfeiffer[bottleneck=16]",
+        experts: int = 2,
+        frozen: bool = True,
+        finished: bool = False,
+        regularisation: float = 0.01,
+        std: float = 0.02,
+        layers: Layers = None,
+    ):
+        super().__init__(of, experts, frozen, finished, layers=layers)
+        if regularisation < 0 or std <= 0:
+            raise OptionError(f"{self.name}: regularisation is 0 or more and std above 0, got {regularisation} and {std}")
+        self.regularisation, self.std = regularisation, std
+        if regularisation:
+            self.idle = tuple(hook for hook in self.idle if hook != "penalty")
+
+    def make(self, site: Site) -> PeftModule | None:
+        experts = self.experts_at(site)
+        if experts is None:
+            return None
+        width = getattr(site, "out_features", None) or getattr(site, "dim", None)
+        if isinstance(site, Memory) or width is None:
+            raise IncompatiblePeft(self.name, f"experts at {site.role!r}", "it attends over outputs, and there is none", "use routed")
+        return Fused(experts, int(width), self.frozen, self.std)
+
+    def penalty(self, modules: Modules) -> Tensor | None:
+        found = [] if (own := super().penalty(modules)) is None else [own]
+        if self.regularisation:
+            found += [self.regularisation * m.regularisation() for m in modules.values() if isinstance(m, Fused)]
+        return torch.stack(found).sum() if found else None

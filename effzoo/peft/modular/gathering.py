@@ -1,0 +1,81 @@
+"""Attached adapters as the experts of a mixture, and an expert as an adapter of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from effzoo.errors import AdapterError, UnknownNameError
+from effzoo.peft.attach import _known, activate, active, attach, detach
+from effzoo.peft.modular.mixture import Among, MixtureMethod
+from effzoo.peft.training import finish
+from effzoo.sites import Site, sites
+from effzoo.spec import Spec, parse_one
+
+
+def gather(model: nn.Module, adapters: Sequence[str], *, name: str, how: str = "fusion", head: str | None = None) -> None:
+    """Attach a mixture `name`, active, whose experts are copies of attached adapters, which stay.
+
+    how: the mixture with its options but `of` ("fusion", "routed[router=top_k]", "routed[router='fixed', frozen=true]"). Adapters that take part in
+    training are finished first, once and for all. head: the adapter whose task head is copied; the mixture's own is fresh without it.
+    Raises AdapterError (a mixture among the adapters, an adapter given twice), TargetError; the model is then as it was.
+    """
+    if not adapters or len(set(adapters)) < len(adapters):
+        raise AdapterError(f"a mixture is made of adapters, each once, got {list(adapters)}")
+    found = [_known(model, adapter) for adapter in adapters]
+    for attachment in found:
+        if any(isinstance(method, MixtureMethod) for method, _ in attachment.methods):
+            raise AdapterError(f"adapter {attachment.name!r} is a mixture itself; extract its experts first (effzoo.peft.extract)")
+    spec = parse_one(how)
+    before = active(model)
+    if head is not None:
+        _known(model, head)
+    finish(model, *adapters)
+    attach(model, Spec(spec.name, {**spec.options, "of": tuple(attachment.spec for attachment in found), "finished": True}), name=name)
+    try:
+        with torch.no_grad():
+            for _, site in sites(model):
+                for number, adapter in enumerate(adapters):
+                    if (mixture := mixture_at(site, name)) is not None and adapter in site.adapters:
+                        _copy({k: m for k, m in site.of(adapter).items() if k != "head"}, mixture.experts[number])
+                if head is not None and name in site.adapters and "head" in site.of(name):
+                    site.of(name)["head"].load_state_dict(site.of(head)["head"].state_dict())
+    except Exception:
+        detach(model, name)
+        activate(model, *before)
+        raise
+
+
+def extract(model: nn.Module, mixture: str, expert: int, *, name: str) -> None:
+    """Attach expert number `expert` of a mixture as an adapter of its own, active, with a copy of the mixture's task head.
+
+    Raises AdapterError for an adapter that is no mixture, UnknownNameError for an expert that it does not have.
+    """
+    method = next((m for m, _ in _known(model, mixture).methods if isinstance(m, MixtureMethod)), None)
+    if method is None:
+        raise AdapterError(f"adapter {mixture!r} ({_known(model, mixture).spec}) has no experts; give one that is 'routed' or 'fusion'")
+    if not 0 <= expert < len(method.of):
+        raise UnknownNameError("expert", expert, map(str, range(len(method.of))))
+    attach(model, method.of[expert], name=name)
+    if method.finished or _known(model, mixture).finished:
+        finish(model, name)
+    with torch.no_grad():
+        for _, site in sites(model):
+            if name not in site.adapters:
+                continue
+            if (found := mixture_at(site, mixture)) is not None:
+                _copy(dict(found.experts[expert].items()), site.of(name))  # type: ignore[operator]
+            if "head" in site.of(name):
+                site.of(name)["head"].load_state_dict(site.of(mixture)["head"].state_dict())
+
+
+def mixture_at(site: Site, name: str) -> Among | None:
+    """The mixture that an adapter has hung on a site."""
+    return next((m for m in site.of(name).values() if isinstance(m, Among)), None) if name in site.adapters else None
+
+
+def _copy(given: dict[str, nn.Module], expert: nn.Module) -> None:
+    for method, module in given.items():
+        expert[method].load_state_dict(module.state_dict())  # type: ignore[index]

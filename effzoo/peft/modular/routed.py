@@ -1,0 +1,260 @@
+"""Experts that are PEFT modules, and a router that says which of them act on a token, an example or a task."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from effzoo.errors import IncompatibleError, IncompatiblePeft, InputError, OptionError
+from effzoo.peft.input.layer import layers_of
+from effzoo.peft.method import Layers, Modules
+from effzoo.peft.modular.mixture import Among, MixtureMethod, Told
+from effzoo.registry import peft
+from effzoo.registry import router as routers
+from effzoo.routing import Router, Routing
+from effzoo.sites import Branch, Embedding, Keys, KeysValues, Linear, Memory, Norm, PeftModule, Seen, Site, sites
+
+Level = Literal["token", "example"]
+
+
+class Pending:
+    """The loss of a router's last pass until the penalty takes it. A copy of the model has none: a graph belongs to its own tensors."""
+
+    loss: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pending:
+        return Pending()
+
+
+class Listening(Among):
+    """Experts that only look at what the layer sees, for a part of theirs elsewhere."""
+
+    def remember(self, seen: Seen) -> KeysValues | None:
+        for module in (module for own in self.at_hand() for module in own):
+            module.remember(seen)
+        return None
+
+
+class Routed(Among):
+    """y' = y + sum_i w_i (y_i - y), with y_i the site's output with expert i and y that without any.
+
+    Where the weights add up to 1 this is sum_i w_i y_i; a token that no expert takes keeps y. A memory is seen by all tokens of an example, so it is
+    mixed by example: keys sum_i w_i K_i, values likewise.
+    """
+
+    def __init__(self, experts: Sequence[nn.ModuleDict], router: Router, told: Told, level: str, shared: bool, places: int, frozen: bool):
+        super().__init__(experts, frozen)
+        self.router, self.told, self.level, self.shared, self.places = router, told, level, shared, places
+        self.pending = Pending()
+
+    def mixed(self, site: nn.Module, x: Tensor, plain: Tensor, outs: Sequence[Tensor]) -> Tensor:
+        y = plain
+        for out, weight in zip(outs, self.weights(plain if isinstance(site, Embedding) else x), strict=True):
+            y = y + (weight * (out - plain)).to(plain.dtype)
+        return y
+
+    def weights(self, x: Tensor) -> Tensor:
+        """What each expert counts at the site's input x [..., dim]: [experts, ..., 1], with axes of length 1 where it does not differ.
+
+        Rows that belong to no example, as a head's pooled states and trained rows that a projection reads, are tokens each.
+        """
+        valid = None if self.told.mask is None else self.told.mask.valid
+        if x.ndim < 3 and (self.router.reads == "tasks" or self.shared):
+            raise IncompatibleError(f"rows of shape {tuple(x.shape)} belong to no example, so router {self.router.name!r} cannot place them")
+        if x.ndim < 3 or (self.level == "token" and self.router.reads == "tokens"):
+            return self._by_token(x, valid)
+        found = self._by_example(x, valid)
+        return found.T.reshape(found.shape[1], found.shape[0], *[1] * (x.ndim - 1))
+
+    def _by_token(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """Every position by itself, padding left out: it goes to no expert."""
+        tokens = x.reshape(-1, x.shape[-1])
+        real = _real(x, valid)
+        routing = self._routed(tokens if real is None else tokens[real])
+        weights = routing.weights
+        if real is not None:
+            weights = weights.new_zeros(len(tokens), weights.shape[1]).masked_scatter(real[:, None], weights)
+        return weights.T.reshape(-1, *x.shape[:-1], 1)
+
+    def _by_example(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """[batch, experts]: by the number of the task, or by the mean over the tokens of the example."""
+        if self.router.reads == "tasks":
+            tasks = None if self.told.mask is None else self.told.mask.tasks
+            if tasks is None:
+                raise InputError(f"router {self.router.name!r} reads the number of each example's task; call model(..., task_ids=...)")
+            return self._routed(tasks).weights
+        if self.shared:
+            return self._of_model()
+        return self._routed(_mean(x, valid)).weights
+
+    def _of_model(self) -> Tensor:
+        """One router for the model: it reads the mean of the embeddings; its noise is the same at every site of a pass."""
+        mask = self.told.mask
+        if mask is None or mask.start is None:
+            raise IncompatibleError("a router of the whole model reads the embeddings, which this site does not see; use scope='site'")
+        seed = mask.decide if mask.decisions is not None else mask.memo
+        number = seed(("routed", id(self.router)), lambda: int(torch.randint(2**31, (1,))))
+        with torch.random.fork_rng(devices=[mask.start.device] if mask.start.is_cuda else []):
+            torch.manual_seed(number)
+            return self._routed(_mean(mask.start.detach(), mask.valid)).weights
+
+    def _routed(self, x: Tensor) -> Routing:
+        routing: Routing = self.router(x)
+        if routing.loss is not None and torch.is_grad_enabled():
+            self.pending.loss = routing.loss / self.places
+        return routing
+
+    def remember(self, seen: Seen) -> KeysValues | None:
+        each = [[found for module in own if (found := module.remember(seen)) is not None] for own in self.at_hand()]
+        if self.only is not None:
+            return each[self.only][0] if each[self.only] else None
+        if not any(each):
+            return None
+        shapes = {tuple(tuple(x.shape[-3:]) for x in found) for own in each for found in own}
+        if len(shapes) > 1 or any(len(own) != 1 for own in each):
+            raise IncompatibleError("routed memories are mixed row by row: every expert needs one of the same length; give such experts")
+        weights = self._by_example(seen.x, seen.valid)
+        keys, values = (_blend([own[0][part] for own in each], weights) for part in (0, 1))
+        return keys, values
+
+    def apart(self, seen: Seen) -> list[tuple[Tensor, Tensor, Tensor]]:
+        each = [(number, module.apart(seen)) for number, own in enumerate(self.at_hand()) for module in own]
+        if not any(found for _, found in each):
+            return []
+        if self.only is not None:
+            return [part for number, found in each if number == self.only for part in found]
+        weights = self._by_example(seen.x, seen.valid)
+        return [(keys, values, weights[:, number, None].to(gate) * gate) for number, found in each for keys, values, gate in found]
+
+    def extra_repr(self) -> str:
+        return f"router={self.router.name}, experts={len(self.experts)}, level={self.level}"
+
+
+def _blend(each: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """sum_i w_i x_i for x_i [(batch,) heads, rows, d] and weights [batch, experts] -> [batch, heads, rows, d]."""
+    total = torch.zeros((), dtype=each[0].dtype, device=each[0].device)
+    for x, weight in zip(each, weights.T, strict=True):
+        total = total + weight.to(x)[:, None, None, None] * x
+    return total
+
+
+def _real(x: Tensor, valid: Tensor | None) -> Tensor | None:
+    """bool[tokens] of the positions of x [batch, (heads,) n, dim] that hold a token; None when all do, or when x is not the sequence."""
+    if valid is None or x.ndim < 3 or valid.shape[0] != x.shape[0] or valid.shape[1] < x.shape[-2]:
+        return None
+    now = valid[:, -x.shape[-2] :]  # with a cache, valid covers the past too
+    return (now if x.ndim == 3 else now[:, None].expand(x.shape[:-1])).reshape(-1)
+
+
+def _mean(x: Tensor, valid: Tensor | None) -> Tensor:
+    """The mean of x [batch, (heads,) n, dim] over the positions that hold a token, [batch, dim]."""
+    real = _real(x, valid)
+    if real is None:
+        return x.flatten(1, -2).mean(dim=1)
+    kept = real.view(x.shape[:-1]).flatten(1)
+    total = x.flatten(1, -2).masked_fill(~kept[..., None], 0.0).sum(dim=1)
+    return total / kept.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+@peft.register("routed", "mixture")
+class RoutedMethod(MixtureMethod):
+    """y' = y + sum_i w_i (y_i - y): several adapters side by side, weighted by a router for each token, example or task.
+
+    of: the spec of an expert, any method or union of methods (`of='lora[rank=4]|ia3'`), or a list with one spec for each. experts: how many, for one
+    spec. router: a router with its options (`effzoo.routing.names()`): 'soft', 'top_k[k=1]', 'switch[capacity=1]', 'gumbel', 'base', 'expert_choice',
+    'uniform'; 'fixed' and 'skills' read `model(..., task_ids=)`. level: "token", or "example", the mean over its tokens; memories (prefixes) are
+    always routed by example. scope: "site", a router at every site, or "model", one that reads the mean of the embeddings. frozen: train the router
+    alone. finished: experts come as training leaves them, from `effzoo.peft.gather`.
+
+    Losses of the router are added as a penalty, in the mean over its sites. All experts are computed for all tokens: what routing saves here is none
+    of the base's work, and little of the experts' (feed-forwards as experts are dispatched: `effzoo.build(..., experts=8)`).
+    """
+
+    paper = "Ponti et al. 2022, arXiv:2202.13914; Wang et al. 2022, AdaMix, arXiv:2205.12410; Shazeer et al. 2017, arXiv:1701.06538"
+
+    def __init__(
+        self,
+        *,
+        of: str | Sequence[str] = "lora[rank=4]",
+        experts: int = 4,
+        router: str = "soft",
+        level: Level = "token",
+        scope: Literal["site", "model"] = "site",
+        frozen: bool = False,
+        finished: bool = False,
+        layers: Layers = None,
+    ):
+        super().__init__(of, experts, frozen, finished, layers=layers)
+        if scope == "model" and level == "token":
+            raise OptionError(f"{self.name}: a router of the whole model reads the mean of an example; give level='example' with scope='model'")
+        probe: Router = routers.create(router, 1, len(self.of))
+        self.router, self.level, self.scope = router, level, scope
+        self.reads, self.alone = probe.reads, probe.alone
+        self.weighted = probe.weighted
+        if self.weighted:
+            self.idle = tuple(hook for hook in self.idle if hook != "penalty")
+
+    def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
+        config: Any = getattr(model, "config", None)
+        takes = inspect.signature(model.forward).parameters
+        if self.weighted and getattr(config, "residual", "plain") == "reversible":
+            reason = f"the losses of router {self.router!r} need the graph of the forward pass, which reversible blocks do not keep"
+            raise IncompatiblePeft(self.name, "a reversible model", reason, "give its losses weight 0, or use 'soft', 'gumbel' or 'base'")
+        if "task_ids" not in takes and (self.reads == "tasks" or self.scope == "model"):
+            raise IncompatiblePeft(self.name, "this model", "it takes no task_ids and shows no embeddings to routers", "route by tokens at each site")
+        causal = getattr(config, "causal", False)
+        if causal and getattr(model, "task", "") == "causal_lm" and self.reads == "tokens" and (self.level == "example" or not self.alone):
+            reason = "a token's experts would be chosen by later tokens"
+            raise IncompatiblePeft(self.name, "a causal language model", reason, "route by token, with 'soft', 'top_k', 'switch', 'gumbel' or 'base'")
+        super().prepare(model, found)
+        self.causal = causal and getattr(model, "task", "") == "causal_lm"
+        self.widths = layers_of(self.name, model, {path: site for path, site in found.items() if isinstance(site, Memory) and self._wants(site)})
+        self.one = routers.create(self.router, config.dim, len(self.of)) if self.scope == "model" else None
+        wanted = {id(site) for _, site in sites(model) if self._wants(site)}
+        self.count = max(1, len(wanted))
+
+    def _wants(self, site: Site) -> bool:
+        return any(id(site) in wanted for places in self.places for _, wanted in places)
+
+    def make(self, site: Site) -> PeftModule | None:
+        experts = self.experts_at(site)
+        if experts is None:
+            return None
+        if isinstance(site, Memory) and not any(True for own in experts for _ in own.parameters()):
+            return Listening(experts, self.frozen)
+        if isinstance(site, Memory) and self.causal and self.reads == "tokens":
+            reason = "a memory is routed by the mean of the whole text, so a token would be predicted from later ones"
+            raise IncompatiblePeft(self.name, "a causal language model", reason, "use experts that hang on weights, such as lora")
+        told = self.told.get(id(site))
+        if told is None and (self.level == "example" or self.reads == "tasks"):
+            reason = "outside the blocks of this model nothing says which positions belong to the example"
+            raise IncompatiblePeft(self.name, f"experts at {site.role!r}", reason, "give the experts targets inside the blocks, or route by token")
+        router = routers.create(self.router, self._width(site), len(self.of)) if self.one is None else self.one
+        told = Told() if told is None else told
+        return Routed(experts, router, told, self.level, self.one is not None, self.count, self.frozen)
+
+    def _width(self, site: Site) -> int:
+        """Of what the router reads."""
+        if isinstance(site, Memory):
+            return self.widths[id(site)].width
+        if isinstance(site, (Branch, Keys)):
+            return site.dim
+        if isinstance(site, Linear):
+            return site.in_features
+        if isinstance(site, Embedding):
+            return site.embedding_dim
+        if isinstance(site, Norm):
+            return int(site.weight.shape[-1])  # type: ignore[index]
+        raise IncompatiblePeft(self.name, f"experts at {site.role!r}", "there is no sequence of tokens to route", "use targets inside the blocks")
+
+    def penalty(self, modules: Modules) -> Tensor | None:
+        found = [] if (own := super().penalty(modules)) is None else [own]
+        for module in modules.values():
+            if isinstance(module, Routed) and module.pending.loss is not None:
+                found.append(module.pending.loss)
+                module.pending.loss = None
+        return torch.stack([value.to(found[0]) for value in found]).sum() if found else None
