@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -19,9 +20,11 @@ from effzoo.checks.peft import Subject as Tuned
 from effzoo.checks.peft.subject import copied
 from effzoo.checks.runner import Failed
 from effzoo.errors import AdapterError, IncompatibleError, TargetError
-from effzoo.peft import account, attach, detach, load_adapter, merge, save_adapter
+from effzoo.peft import account, activate, attach, combine, delta, detach, load_adapter, merge, save_adapter
 from effzoo.peft.attach import adapter_tensors, base_tensors
+from effzoo.peft.method import HEAD
 from effzoo.registry import attention, peft
+from effzoo.sites import sites
 from effzoo.spec import Spec
 
 Status = Literal["works", "refused", "fails"]
@@ -74,18 +77,27 @@ def matrix(
     methods: Sequence[str] | None = None,
     kinds: Sequence[str] | None = None,
     architectures: Iterable[str] = tuple(ARCHITECTURES),
+    experts: bool = False,
     each: Callable[[Cell], None] = lambda cell: None,
 ) -> Matrix:
-    """Try every combination (default: of everything registered); `each` is told about a cell as soon as it is known."""
+    """Try every combination (default: of everything registered); `each` is told about a cell as soon as it is known.
+
+    experts: each method as two experts of a routed adapter.
+    """
     found = Matrix()
-    tuned = {name: Tuned.of(name) for name in methods or peft.names()}
+    tuned = {name: Tuned.of(as_expert(name) if experts else name) for name in methods or peft.names()}
     subjects = {name: Kind.of(name) for name in kinds or attention.names()}
-    for method in tuned.values():
+    for name, method in tuned.items():
         for kind in subjects.values():
             for architecture in architectures:
-                found.cells.append(cell(method, kind, architecture))
+                found.cells.append(replace(cell(method, kind, architecture), method=name))
                 each(found.cells[-1])
     return found
+
+
+def as_expert(method: str) -> str:
+    """The spec of a routed adapter with two experts of a method."""
+    return f"routed[of='{method}', experts=2]"
 
 
 def case(kind: Kind, architecture: str) -> Case:
@@ -119,7 +131,7 @@ def cell(method: Tuned, kind: Kind, architecture: str) -> Cell:
 
 
 def laws(method: Tuned, one: Case) -> None:
-    """Attach, train, save, load, merge or refuse to, detach; raise Failed for the first law that does not hold."""
+    """Attach, train, save, load, combine and merge or refuse to, detach; raise Failed for the first law that does not hold."""
     model, batch = one.model(), one.batch()
     before, frozen = logits(model, batch), copied(base_tensors(model))
     attach(model, method.spec)
@@ -145,6 +157,8 @@ def laws(method: Tuned, one: Case) -> None:
     if not torch.equal(logits(other, batch), trained):
         raise Failed(f"saved and loaded, the output is off by {float((logits(other, batch) - trained).abs().max()):.2g}")
     mergeable = account(other).changed is not None
+    if mergeable:
+        aggregated(other, batch, trained)
     try:
         merge(other)
     except AdapterError as refusal:
@@ -156,3 +170,15 @@ def laws(method: Tuned, one: Case) -> None:
     detach(model, "default")
     if not torch.equal(logits(model, batch), before) or {*model.state_dict()} != {*frozen}:
         raise Failed("detaching does not restore the model")
+
+
+def aggregated(model: torch.nn.Module, batch: dict[str, torch.Tensor], trained: torch.Tensor) -> None:
+    """The sum of one adapter with weight 1 is the adapter; afterwards it alone is active again."""
+    heads = {path for path, site in sites(model) if fnmatchcase(site.role, HEAD)}
+    if not any(bool(change.any()) and key.rpartition(".")[0] not in heads for key, change in delta(model, "default").items()):
+        return  # nothing of the network has changed: gates that are all open, or a head alone
+    combine(model, {"default": 1.0}, name="combined", head="default")
+    if (worst := float((logits(model, batch) - trained).abs().max())) > 1e-10:
+        raise Failed(f"combined alone with weight 1, the output is off by {worst:.2g}")
+    detach(model, "combined")
+    activate(model, "default")

@@ -18,7 +18,6 @@ from effzoo.attention.core import Mask, rows_of
 from effzoo.blocks.block import Block
 from effzoo.peft import training
 from effzoo.peft.attach import attached
-from effzoo.registry import peft as methods
 from effzoo.sites import sites
 
 SIZES = {"dim": 16, "layers": 2, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 64}
@@ -141,10 +140,11 @@ def silent(model: nn.Module, seen: dict[str, float | None]) -> str:
 def _excused(model: nn.Module) -> set[str]:
     """The parameters whose method says that their gradient vanishes by mathematics."""
     excused = set()
-    for path, site in sites(model):
-        for adapter in attached(model):
-            for method, module in dict(site.adapters[adapter].named_children() if adapter in site.adapters else ()).items():
-                for pattern in methods.get(method).zero_gradient:
-                    names = [name for name, _ in module.named_parameters() if fnmatchcase(f"{site.role}.{name}", pattern)]
-                    excused |= {f"{path}.adapters.{adapter}.{method}.{name}" for name in names}
+    known = dict(sites(model))
+    for adapter, attachment in attached(model).items():
+        for method, paths in attachment.methods:
+            for path in paths:
+                own = [name for name, _ in known[path].of(adapter)[method.name].named_parameters()]
+                found = [name for name in own if any(fnmatchcase(f"{known[path].role}.{name}", pattern) for pattern in method.zero_gradient)]
+                excused |= {f"{path}.adapters.{adapter}.{method.name}.{name}" for name in found}
     return excused

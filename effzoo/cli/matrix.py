@@ -26,9 +26,10 @@ def matrix(
     method: Annotated[list[str] | None, typer.Option(help="A fine-tuning method; may be repeated. Default: all.")] = None,
     kind: Annotated[list[str] | None, typer.Option("--attention", help="An attention kind; may be repeated. Default: all.")] = None,
     file: Annotated[Path | None, typer.Option(help="A Python file whose attention kinds and methods take part.")] = None,
+    experts: Annotated[bool, typer.Option("--experts", help="Try every method as an expert: routed[of=METHOD, experts=2].")] = False,
     save: Annotated[Path | None, typer.Option(help="Also write every cell to this JSON file.")] = None,
 ) -> None:
-    """Try every fine-tuning method on every attention kind: attach, train, save, load, merge, detach, on tiny models.
+    """Try every fine-tuning method on every attention kind: attach, train, save, load, combine, merge, detach, on tiny models.
 
     Each cell has four marks, for an encoder, a decoder, a reversible model and a Perceiver: + works, - is refused with a reason
     (listed below the table), X fails. The exit code is 1 when something fails.
@@ -41,7 +42,9 @@ def matrix(
         methods, kinds = _chosen(peft, method), _chosen(attention, kind)
         with Progress(BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), console=console(), transient=True) as bar:
             task = bar.add_task("", total=len(methods) * len(kinds) * len(ARCHITECTURES))
-            found = tried(methods, kinds, each=lambda cell: bar.update(task, advance=1, description=f"{cell.method} on {cell.attention}"))
+            found = tried(
+                methods, kinds, experts=experts, each=lambda cell: bar.update(task, advance=1, description=f"{cell.method} on {cell.attention}")
+            )
     say(_table(found, methods, kinds), f"\nmarks: {', '.join(ARCHITECTURES)};  + works, - refused, X fails")
     for reason, cells in found.refusals().items():
         say("", Text(f"refused ({len(cells)}): {_where(cells)}", style="yellow"), Text(reason, style="dim"))

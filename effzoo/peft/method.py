@@ -49,7 +49,8 @@ class Method(abc.ABC):
     identity_at_init: bool = True  # whether the model's output is unchanged right after attaching; an option may change it
     default_targets: ClassVar[tuple[str, ...]] = ()  # those that a model lacks are passed over, unlike given ones
     accepts: ClassVar[tuple[type[Site], ...]] = (Site,)  # site types on which the method can hang
-    zero_gradient: ClassVar[Mapping[str, str]] = {}  # pattern of role.tensor -> why its gradient vanishes by mathematics
+    zero_gradient: Mapping[str, str] = {}  # pattern of role.tensor -> why its gradient vanishes by mathematics
+    alike: ClassVar[str] = ""  # why two modules of this method may do the same at a site, so that a router over them learns nothing there
     size: ClassVar[str] = ""  # the option that sets how much is trained (rank, bottleneck, length, share); see `effzoo.peft.within`
     learning_rate: float = 5e-4  # of AdamW when the user gives none
     rates: ClassVar[Mapping[str, float]] = {}  # pattern of a tensor's name in the module -> factor on the learning rate

@@ -80,6 +80,9 @@ class MixtureMethod(Method):
         self.stages = () if done or not stages else stages.pop()
         self.consistency = 0.0 if done else max(method.consistency for method in methods)
         self.settled = max(method.settled for method in methods)
+        self.zero_gradient = {pattern: why for method in methods for pattern, why in method.zero_gradient.items()}
+        if alike := {f"{method.name}: {method.alike}" for method in methods if method.alike}:
+            self.zero_gradient["*.router.*"] = "; ".join(sorted(alike))
         self.identity_at_init = all(method.identity_at_init for method in methods)
         self.learning_rate = methods[0].learning_rate
         self.rates = self._rates()  # type: ignore[misc]

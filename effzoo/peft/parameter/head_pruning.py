@@ -73,6 +73,7 @@ class HeadPruning(Method):
     )
     accepts = (Linear,)
     default_targets = ("attn.o", "cross.o")
+    alike = "the gates of a layer start at the same value"
     learning_rate = 2e-1  # of alpha, which has far to go: at 5e-2 no gate closes in a hundred steps
 
     def __init__(
