@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 _collects = gc.isenabled()
 gc.disable()  # imports make what lives on: a collection in between would walk over all of torch, which takes as long as importing the rest
 try:
-    from effzoo import attention, peft
+    from effzoo import attention, peft, routing
     from effzoo.build import build
     from effzoo.errors import EffzooError
     from effzoo.peft import account, activate, attach, attached, combine, detach, load_adapter, merge, save_adapter, unmerge
     from effzoo.peft import files as _files
     from effzoo.plan import Plan, plan
+    from effzoo.quantise import dequantise, quantise
     from effzoo.registry import load_file, scope
     from effzoo.swap import swap_attention
     from effzoo.zoo import models
@@ -42,6 +43,7 @@ __all__ = [
     "checks",
     "combine",
     "convert",
+    "dequantise",
     "detach",
     "finetune",
     "generate",
@@ -52,6 +54,8 @@ __all__ = [
     "peft",
     "plan",
     "predict",
+    "quantise",
+    "routing",
     "save_adapter",
     "scope",
     "swap_attention",

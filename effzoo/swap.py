@@ -18,6 +18,7 @@ from effzoo.blocks.attention import Attention
 from effzoo.blocks.block import attention_layer
 from effzoo.errors import AdapterError, IncompatibleError, listing
 from effzoo.peft import attached
+from effzoo.sites import sites
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,16 @@ def swap_attention(model: Transformer, attention: Any) -> Swap:
         raise IncompatibleError(f"swap_attention changes a Transformer of effzoo, got {type(model).__name__}")
     if names := attached(model):
         raise AdapterError(f"adapters are attached ({listing(names)}) to the old attention; merge or detach them, and attach anew after the swap")
+    if any(getattr(site, "bits", None) for _, site in sites(model)):
+        raise IncompatibleError("projections are quantised, and cannot be copied for another attention; swap first, and quantise then")
     config = dataclasses.replace(model.config, attention=attention)
     shared: dict[str, Any] = {}
     layers = []
-    for layer, (block, spec) in enumerate(zip(model.blocks, attention_specs(config), strict=True)):
+    specs = attention_specs(config)
+    for layer, block in zip(config.first_layers, model.blocks, strict=True):
         assert isinstance(block, Block)
         context: Context = dataclasses.replace(block.attn.core.context, shared=shared)
-        layers.append(attention_layer(config.slots(layer), spec, context))
+        layers.append(attention_layer(config.slots(layer), specs[layer], context))
     before = {key: value for key, value in model.state_dict(keep_vars=True).items() if ".attn." in key}
     copied: dict[str, str] = {}
     for layer, (block, new) in enumerate(zip(model.blocks, layers, strict=True)):

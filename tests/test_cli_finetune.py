@@ -92,3 +92,15 @@ def test_evaluation_texts_take_the_labels_of_the_training_texts(place):
     (place / "other.jsonl").write_text('{"text": "rain", "label": "weather"}\n{"text": "goal", "label": "sport"}')
     with pytest.raises(DataError, match="weather"):
         _parts(load_text(place / "news.jsonl"), str(place / "other.jsonl"), 0.1, 0, None, None)
+
+
+def test_a_full_model_teaches_one_with_efficient_attention(place):
+    done = CliRunner().invoke(app, arguments(place, "full", "--epochs", "1"))
+    assert done.exit_code == 0, done.output
+    line = arguments(place, "local", "--epochs", "1", "--attention", "local[chunk=8]", "--teacher", str(place / "full"))
+    done = CliRunner().invoke(app, [*line, "--distillation", "logits=1, hidden=1, temperature=4"])
+    assert done.exit_code == 0, done.output
+    lonely = CliRunner().invoke(app, arguments(place, "alone", "--distillation", "hidden=1"))
+    assert lonely.exit_code == 2 and "give --teacher" in " ".join(lonely.output.split())
+    empty = CliRunner().invoke(app, arguments(place, "alone", "--teacher", str(place / "words")))
+    assert empty.exit_code == 2 and "finished run" in " ".join(empty.output.split())

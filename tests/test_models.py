@@ -17,10 +17,10 @@ def model(tiny):
 
 
 PUBLISHED = {
-    "bert": 109_482_240, "roberta": 124_645_632, "gpt2": 124_439_808, "longformer": 148_659_456, "longformer-large": 434_600_960,
-    "minilm": 22_713_216, "llama": 1_235_814_400, "mistral": 7_110_660_096, "qwen3": 596_049_920, "modernbert": 149_014_272, "led": 104_345_856,
-    "blockbert": 109_482_240, "linformer": 124_645_632 + 256 * 512, "perceiver": 44_912_254 - 1_025_000, "perceiver-io": 196_249_088,
-    "reformer": 2_584_064, "reformer-enwik8": 148_654_080,
+    "bert": 109_482_240, "albert": 11_683_584, "roberta": 124_645_632, "gpt2": 124_439_808, "longformer": 148_659_456,
+    "longformer-large": 434_600_960, "minilm": 22_713_216, "llama": 1_235_814_400, "mistral": 7_110_660_096, "qwen3": 596_049_920,
+    "modernbert": 149_014_272, "led": 104_345_856, "blockbert": 109_482_240, "linformer": 124_645_632 + 256 * 512,
+    "perceiver": 44_912_254 - 1_025_000, "perceiver-io": 196_249_088, "reformer": 2_584_064, "reformer-enwik8": 148_654_080,
 }  # fmt: skip
 WITH_LM_HEAD = {"llama": 1_235_814_400, "mistral": 7_241_732_096, "qwen3": 596_049_920, "modernbert": 149_655_232}
 
@@ -55,7 +55,7 @@ def test_the_line_the_project_exists_for():
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [
-        (("longfromer",), UnknownNameError, r"unknown model 'longfromer'; did you mean 'longformer'\? Known: bert, blockbert"),
+        (("longfromer",), UnknownNameError, r"unknown model 'longfromer'; did you mean 'longformer'\? Known: albert, bert, blockbert"),
         (("bert", {"dims": 8}), OptionError, r"model 'bert' has no size 'dims'; did you mean 'dim'\?"),
         (("bert", {"layers": "six"}), OptionError, "size 'layers' of model 'bert' takes int, got 'six'"),
         (("bert", {"heads": 5}), OptionError, "dim 768 does not divide into 5 heads; try heads="),

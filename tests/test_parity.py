@@ -1,6 +1,6 @@
 """Every family and every head agrees with transformers: outputs, losses, and gradients with respect to the embedded tokens.
 
-Tiny models of BERT, RoBERTa and GPT-2 run in float64 and agree to 1e-10. The others run in float32 and agree to 1e-5: whatever the dtype is,
+Tiny models of BERT, ALBERT, RoBERTa and GPT-2 run in float64 and agree to 1e-10. The others run in float32 and agree to 1e-5: whatever the dtype is,
 transformers computes the softmax of Longformer and LED in float32 (in float64 its mask value, cast to float32, becomes -inf and the
 gradients NaN), the mean of an RMSNorm (Llama, Mistral, Qwen3), and rotations (ModernBERT). All their
 parameters are drawn at random, biases and norms included, so that no two tensors can be swapped unnoticed. Only positions
@@ -18,15 +18,15 @@ from effzoo import convert
 from effzoo.convert.layouts import LAYOUTS
 
 VOCAB, LABELS, LENGTH, BATCH = 37, 3, 13, 3
-EXACT = ("bert", "roberta", "gpt2")
+EXACT = ("bert", "albert", "roberta", "gpt2")
 CAUSAL = ("gpt2", "llama", "mistral", "qwen3")
-FAMILY_NAMES = ("bert", "roberta", "longformer", "gpt2", "llama", "mistral", "qwen3", "modernbert", "led")
+FAMILY_NAMES = ("bert", "albert", "roberta", "longformer", "gpt2", "llama", "mistral", "qwen3", "modernbert", "led")
 CLASSES = [(family, task, name) for family in FAMILY_NAMES for task, name in LAYOUTS[family].classes.items()]
 HEADS = pytest.mark.parametrize(("family", "task", "name"), CLASSES, ids=[name for _, _, name in CLASSES])
 FAMILIES = pytest.mark.parametrize("family", FAMILY_NAMES)
 CONFIGS = {
-    "bert": "BertConfig", "roberta": "RobertaConfig", "longformer": "LongformerConfig", "gpt2": "GPT2Config", "llama": "LlamaConfig",
-    "mistral": "MistralConfig", "qwen3": "Qwen3Config", "modernbert": "ModernBertConfig", "led": "LEDConfig",
+    "bert": "BertConfig", "albert": "AlbertConfig", "roberta": "RobertaConfig", "longformer": "LongformerConfig", "gpt2": "GPT2Config",
+    "llama": "LlamaConfig", "mistral": "MistralConfig", "qwen3": "Qwen3Config", "modernbert": "ModernBertConfig", "led": "LEDConfig",
 }  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def draw_config(family, name, seed):
             activation_function=draw.choice(("gelu", "relu")), dropout=0.0, attention_window=[draw.choice((4, 8, 32)) for _ in range(layers)],
         )  # fmt: skip
     else:
-        lm_of_roberta = family != "bert" and name.endswith("MaskedLM")  # its head uses gelu whatever the config says
+        lm_of_roberta = family not in ("bert", "albert") and name.endswith("MaskedLM")  # its head uses gelu whatever the config says
         sizes = {
             "vocab_size": VOCAB, "hidden_size": dim, "num_hidden_layers": layers, "num_attention_heads": heads,
             "intermediate_size": draw.choice((12, 20)), "max_position_embeddings": LENGTH + 5,
@@ -110,6 +110,9 @@ def draw_config(family, name, seed):
             # it numbers the positions of its own padding as well when it is given inputs_embeds, so there have to be 32
             sizes["max_position_embeddings"] = 34
             sizes["attention_window"] = [draw.choice((4, 8, 32)) for _ in range(layers)]
+        if family == "albert":
+            groups = draw.choice((1, 2, 4))
+            sizes |= {"num_hidden_layers": 4, "num_hidden_groups": groups, "embedding_size": draw.choice((6, dim)), "classifier_dropout_prob": 0.0}
         config = getattr(transformers, CONFIGS[family])(**sizes)
     config._attn_implementation = "eager"
     return config
@@ -246,7 +249,7 @@ def test_inputs_embeds_and_position_ids_equal_transformers(family):
     ours = convert.from_transformers(theirs)
     inputs = batch(family, theirs.config.pad_token_id)
     del inputs["input_ids"]
-    embeds = torch.randn(BATCH, LENGTH, ours.config.dim, dtype=next(theirs.parameters()).dtype)
+    embeds = torch.randn(BATCH, LENGTH, ours.config.embed_dim, dtype=next(theirs.parameters()).dtype)
     tokens = inputs["attention_mask"].bool()
     for positions in (None,) if family == "led" else (None, torch.randperm(LENGTH)[None].expand(BATCH, -1)):  # LED has no position_ids
         results = []
@@ -329,6 +332,7 @@ def test_losses_of_float_labels_equal_transformers(name, num_labels, labels):
 
 _DECODER = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 2048}
 BASE = {
+    "albert": {"classifier_dropout_prob": 0.0},
     "longformer": {"attention_window": 32},
     "llama": _DECODER,
     "mistral": _DECODER | {"sliding_window": 16},

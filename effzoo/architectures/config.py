@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from effzoo.blocks import ACTIVATIONS, Rotary, Slots
-from effzoo.errors import IncompatibleError, OptionError
+from effzoo.errors import IncompatibleError, OptionError, listing
 
 TASKS = ("features", "classification", "token_classification", "masked_lm", "causal_lm")
 
@@ -16,10 +16,14 @@ TASKS = ("features", "classification", "token_classification", "masked_lm", "cau
 class Config:
     """Sizes and slots of one transformer.
 
+    share_layers: how many blocks there are for all layers, each shared by layers / share_layers of them in a row (1: all layers share one; Lan et al.
+    2020, ALBERT, arXiv:1909.11942, section 3.1); 0 for a block per layer. What is said per layer (window=(32, 64), layers= of methods) is then
+    said per block. embedding_dim: width of the embeddings, which a linear layer brings to dim (ALBERT, section 3.1); 0 for embeddings as wide as dim.
     mlp: inner width of the feed-forward. max_length: positions, prompts included. attention: a spec, or one per layer.
     head_dim: width of a head, dim / heads when 0. kv_heads: heads of keys and values (grouped queries), all when 0. qk_norm: an RMSNorm
     over each head of queries and keys. attn_bias, attn_out_bias, mlp_bias: which linear layers have one. gated: a gated
-    feed-forward. mlp_chunk: positions that it computes at a time, 0 for all.
+    feed-forward. mlp_chunk: positions that it computes at a time, 0 for all. experts: feed-forwards of which a router chooses for each token, 0 for
+    one without a router; router: a spec of `effzoo.routing`; expert_every: every how manieth layer has them (2: layers 1, 3, 5, ...).
     norm, norm_kind, norm_bias, first_norm: where the norms stand, which they are, whether they have a bias, and whether block 0 of a pre-norm
     model has one before its attention. residual: "reversible" has two streams, which end side by side (Gomez et al. 2017).
     positions: learned, sinusoidal, axial (`axial_shape` rows per axis, `axial_dims` their widths; Kitaev et al. 2020, section 4), rotary
@@ -43,6 +47,8 @@ class Config:
     mlp: int
     max_length: int
     attention: str | dict[str, Any] | tuple[Any, ...] = "full"
+    share_layers: int = 0
+    embedding_dim: int = 0
     head_dim: int = 0
     kv_heads: int = 0
     qk_norm: bool = False
@@ -51,6 +57,9 @@ class Config:
     mlp_bias: bool = True
     gated: bool = False
     mlp_chunk: int = 0
+    experts: int = 0
+    router: str = "switch"
+    expert_every: int = 1
     norm: Literal["pre", "post"] = "post"
     norm_kind: Literal["layer", "rms"] = "layer"
     norm_bias: bool = True
@@ -122,14 +131,42 @@ class Config:
         if not self.first_norm and self.norm != "pre":
             raise OptionError("first_norm=False drops a norm before attention; build it with norm='pre'")
         self._check_positions()
+        self._check_experts()
+        self._check_sharing()
+
+    def _check_sharing(self) -> None:
+        if self.embedding_dim < 0 or self.share_layers < 0:
+            raise OptionError(f"embedding_dim and share_layers are 0 or more, got {self.embedding_dim} and {self.share_layers}")
+        if not self.share_layers:
+            return
+        if self.layers % self.share_layers:
+            near = _nearest_divisor(self.layers, self.share_layers)
+            raise OptionError(f"share_layers {self.share_layers} does not divide the {self.layers} layers; try share_layers={near}")
+        if not self.first_norm and self.share_layers < self.layers:
+            raise OptionError("first_norm=False makes layer 0 another one, which can share no block; build it with first_norm=True or share_layers=0")
+        for layer, slots in enumerate(map(self.slots, range(self.layers))):
+            first = layer - layer % (self.layers // self.share_layers)
+            if slots != self.slots(first):
+                different = listing(f.name for f in fields(Slots) if getattr(slots, f.name) != getattr(self.slots(first), f.name))
+                raise OptionError(
+                    f"layers {first} and {layer} share a block, but differ in {different}; make them alike, or share among fewer layers"
+                )
+
+    def _check_experts(self) -> None:
+        if self.experts < 0 or not 1 <= self.expert_every <= self.layers:
+            raise OptionError(
+                f"experts is 0 or more and expert_every from 1 to the number of layers, {self.layers}, got {self.experts} and {self.expert_every}"
+            )
+        if not self.experts and (self.router != "switch" or self.expert_every != 1):
+            raise OptionError(f"router={self.router!r} and expert_every={self.expert_every} mean nothing without experts; give experts=8, say")
 
     def _check_positions(self) -> None:
         if self.positions == "axial":
             rows, width = math.prod(self.axial_shape), sum(self.axial_dims)
-            if len(self.axial_shape) != len(self.axial_dims) or rows < self.max_length or width != self.dim:
+            if len(self.axial_shape) != len(self.axial_dims) or rows < self.max_length or width != self.embed_dim:
                 raise OptionError(
                     f"axial positions need axial_shape with a product of at least max_length {self.max_length} and axial_dims that add up to "
-                    f"dim {self.dim}, got {self.axial_shape} and {self.axial_dims}"
+                    f"{'embedding_dim' if self.embedding_dim else 'dim'} {self.embed_dim}, got {self.axial_shape} and {self.axial_dims}"
                 )
         if isinstance(self.rotary_theta, tuple) and len(self.rotary_theta) != self.layers:
             raise OptionError(f"{len(self.rotary_theta)} values of rotary_theta for {self.layers} layers; give one, or one per layer")
@@ -141,12 +178,28 @@ class Config:
         """Width of the hidden states at the end: the two streams of a reversible model stand side by side."""
         return 2 * self.dim if self.residual == "reversible" else self.dim
 
+    @property
+    def embed_dim(self) -> int:
+        """Width of the embeddings."""
+        return self.embedding_dim or self.dim
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return self.share_layers or self.layers
+
+    @property
+    def first_layers(self) -> range:
+        """The first layer of each block: every layer, unless some share one."""
+        return range(0, self.layers, self.layers // self.blocks)
+
     def slots(self, layer: int = 0) -> Slots:
         """What fills the slots of one block."""
         theta = self.rotary_theta[layer] if isinstance(self.rotary_theta, tuple) else self.rotary_theta
         rotary = Rotary.of(self.head_dim or self.dim // self.heads, theta, self.rotary_scaling or {}) if self.positions == "rotary" else None
         same = {f.name: getattr(self, f.name) for f in fields(Slots) if f.name in {mine.name for mine in fields(self)}}
-        return Slots(**same | {"rotary": rotary, "kv_heads": self.kv_heads or None})
+        experts = 0 if (layer + 1) % self.expert_every else self.experts
+        return Slots(**same | {"rotary": rotary, "kv_heads": self.kv_heads or None, "experts": experts})
 
     @property
     def causal(self) -> bool:

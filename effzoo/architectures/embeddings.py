@@ -10,24 +10,26 @@ from torch import Tensor, nn
 
 from effzoo.architectures.config import Config
 from effzoo.errors import InputError
-from effzoo.sites import Embedding
+from effzoo.sites import Embedding, Linear
 
 
 class Embeddings(nn.Module):
     """norm(token + position + type), [batch, n] ids -> [batch, rows + n, dim], with `rows` prompt rows in front.
 
+    Embeddings that are narrower than the blocks go through a linear layer at the end, prompt rows too (ALBERT, section 3.1).
     The table of positions is learned, sinusoidal or axial, or there is none (rotary positions act in attention).
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.token = Embedding(config.vocab, config.dim, role="embed.token")
+        self.token = Embedding(config.vocab, config.embed_dim, role="embed.token")
         self.position = _table(config)
-        self.token_type = Embedding(config.types, config.dim, role="embed.type") if config.types else None
+        self.token_type = Embedding(config.types, config.embed_dim, role="embed.type") if config.types else None
         with_norm = config.norm == "post" if config.embed_norm is None else config.embed_norm
-        self.norm = config.slots().make_norm(config.dim, "embed.norm") if with_norm else None
+        self.norm = config.slots().make_norm(config.embed_dim, "embed.norm") if with_norm else None
         self.dropout = nn.Dropout(config.dropout)
+        self.project = Linear(config.embed_dim, config.dim, role="embed.project") if config.embedding_dim else None
 
     def prompt(self) -> Tensor | None:
         """The rows that active adapters put in front of every input, [rows, dim] (or [batch, rows, dim]), or None."""
@@ -57,7 +59,8 @@ class Embeddings(nn.Module):
             x = x + self.position(positions).to(x.dtype)
         if self.token_type is not None:
             x = x + self.token_type(types)
-        return self.dropout(x if self.norm is None else self.norm(x)), positions
+        x = self.dropout(x if self.norm is None else self.norm(x))
+        return x if self.project is None else self.project(x), positions
 
     def positions(self, ids: Tensor | None, batch: int, n: int, device: torch.device) -> Tensor:
         """0, 1, 2, ...; with an offset, padding tokens are not counted and keep the id before the offset (as in RoBERTa)."""
@@ -78,10 +81,10 @@ def _table(config: Config) -> nn.Module | None:
     """The module that turns position ids into rows, or None."""
     rows = config.max_length + config.position_offset
     if config.positions == "learned":
-        return Embedding(rows, config.dim, role="embed.position")
+        return Embedding(rows, config.embed_dim, role="embed.position")
     if config.positions == "axial":
         return AxialPositions(config.axial_shape, config.axial_dims)
-    return SinusoidalPositions(config.dim) if config.positions == "sinusoidal" else None
+    return SinusoidalPositions(config.embed_dim) if config.positions == "sinusoidal" else None
 
 
 class AxialPositions(nn.Module):
@@ -126,8 +129,8 @@ def check_inputs(config: Config, rows: int, past: int, ids: Tensor | None, embed
     if ids is not None:
         if ids.ndim != 2 or ids.dtype not in (torch.long, torch.int):
             raise InputError(f"input_ids is an integer tensor [batch, n], got {ids.dtype} of shape {tuple(ids.shape)}")
-    elif embeds is not None and (embeds.ndim != 3 or embeds.shape[2] != config.dim or not embeds.is_floating_point()):
-        raise InputError(f"inputs_embeds is a float tensor [batch, n, {config.dim}], got {embeds.dtype} of shape {tuple(embeds.shape)}")
+    elif embeds is not None and (embeds.ndim != 3 or embeds.shape[2] != config.embed_dim or not embeds.is_floating_point()):
+        raise InputError(f"inputs_embeds is a float tensor [batch, n, {config.embed_dim}], got {embeds.dtype} of shape {tuple(embeds.shape)}")
     batch, n = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]
     if n == 0:
         raise InputError("the sequence is empty: n = 0")

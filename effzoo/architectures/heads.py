@@ -101,22 +101,23 @@ class TokenClassification(nn.Module):
 class LanguageModel(nn.Module):
     """Logits over the vocabulary, [batch, n, vocab]: W norm(act(dense(x))) + b, the transform and the bias where the config says so.
 
-    W is the token embedding (tied), or a matrix of its own. Causal (decoder): labels are shifted here, logits at t are compared
-    with the label at t + 1. Labels [batch, n], -100 where none counts.
+    W is the token embedding (tied; the transform then ends as wide as that), or a matrix of its own. Causal (decoder): labels are shifted
+    here, logits at t are compared with the label at t + 1. Labels [batch, n], -100 where none counts.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.causal = config.causal
         transform = config.lm_transform and not config.causal
-        self.dense = Linear(config.width, config.dim, bias=config.transform_bias, role="lm.dense") if transform else None
-        self.norm = config.slots().make_norm(config.dim, "lm.norm") if transform else None
+        inner = config.embed_dim if config.tied else config.dim
+        self.dense = Linear(config.width, inner, bias=config.transform_bias, role="lm.dense") if transform else None
+        self.norm = config.slots().make_norm(inner, "lm.norm") if transform else None
         self.activation = ACTIVATIONS[config.activation]
         bias = not config.causal if config.lm_bias is None else config.lm_bias
-        width = config.dim if transform else config.width
-        if config.tied and width != config.dim:
+        width = inner if transform else config.width
+        if config.tied and width != config.embed_dim:
             raise IncompatibleError(
-                f"a tied language-model head needs hidden states as wide as the embedding, {config.dim}, not {width}; use tied=False"
+                f"a tied language-model head needs hidden states as wide as the embedding, {config.embed_dim}, not {width}; use tied=False"
             )
         self.out = TiedLinear(config.vocab, bias, role="lm.out") if config.tied else Linear(width, config.vocab, bias, role="lm.out")
 

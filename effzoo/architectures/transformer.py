@@ -17,12 +17,13 @@ from effzoo.architectures.config import Config
 from effzoo.architectures.embeddings import Embeddings, check_inputs
 from effzoo.architectures.heads import Classification, head
 from effzoo.architectures.output import Output
+from effzoo.architectures.sharing import turns
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask
 from effzoo.blocks.block import Block
 from effzoo.blocks.experts import Experts, balancing
 from effzoo.blocks.feedforward import FeedForward
 from effzoo.blocks.reversible import reversible, states, two_streams
-from effzoo.errors import IncompatibleError, OptionError
+from effzoo.errors import IncompatibleError, IncompatiblePeft, OptionError
 from effzoo.recompute import Level, recompute
 from effzoo.sites import Linear, Side
 from effzoo.spec import Spec, parse_one
@@ -40,7 +41,8 @@ class Transformer(nn.Module):
         self.config, self.task, self.num_labels = config, task, num_labels
         self.embeddings = Embeddings(config)
         shared: dict[str, Any] = {}
-        self.blocks = nn.ModuleList(self._block(config, layer, spec, shared) for layer, spec in enumerate(attention_specs(config)))
+        specs = attention_specs(config)
+        self.blocks = nn.ModuleList(self._block(config, number, specs[layer], shared) for number, layer in enumerate(config.first_layers))
         self.final_norm = config.slots().make_norm(config.width, "final.norm") if config.norm == "pre" else None
         self.side = Side(config.width, config.layers, partial(_narrow, config))
         self.head = head(config, task, num_labels)
@@ -57,19 +59,19 @@ class Transformer(nn.Module):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.layers))  # type: ignore[union-attr, arg-type]
 
     @staticmethod
-    def _block(config: Config, layer: int, spec: Spec, shared: dict[str, Any]) -> Block:
+    def _block(config: Config, number: int, spec: Spec, shared: dict[str, Any]) -> Block:
         context = Context(
             heads=config.heads,
             head_dim=config.head_dim or config.dim // config.heads,
             causal=config.causal,
             dropout=config.attention_dropout,
-            layer=layer,
-            layers=config.layers,
+            layer=number,
+            layers=config.blocks,
             max_length=config.max_length,
             backend=config.backend,
             shared=shared,
         )
-        block = Block(config.slots(layer), spec, context)
+        block = Block(config.slots(config.first_layers[number]), spec, context)
         if config.residual == "reversible" and isinstance(block.mlp, Experts) and block.mlp.router.weighted:
             raise IncompatibleError(
                 f"router {config.router!r} adds a loss, and a reversible residual keeps no graph that would lead back from it; use residual='plain', "
@@ -148,7 +150,7 @@ class Transformer(nn.Module):
 
     def _run(self, x: Tensor, mask: Mask, cache: Cache | None, read: Tensor | None = None) -> Tensor:
         """The blocks, with the residual and the memory of the config; gradient checkpointing is what reversible blocks do anyway."""
-        blocks = cast("Sequence[Block]", self.blocks)
+        blocks = self.by_layer()
         if self.side.active and self.side.replaces:
             if cache is not None:
                 raise IncompatibleError("a side network keeps no cache for decoding; generate without one (use_cache=False)")
@@ -164,13 +166,18 @@ class Transformer(nn.Module):
 
     def _states(self, x: Tensor, mask: Mask) -> list[Tensor]:
         """What stands before, between and after the blocks; autograd keeps nothing of them unless something in them is trained as well."""
-        blocks = cast("Sequence[Block]", self.blocks)
+        blocks = self.by_layer()
         if self.config.residual == "reversible":
             return states(blocks, x, mask)
         found = [x]
         for block in blocks:
             found.append(block(found[-1], mask))
         return found
+
+    def by_layer(self) -> Sequence[Block]:
+        """The block of each layer; where layers share one, turns of it."""
+        blocks = cast("Sequence[Block]", self.blocks)
+        return blocks if len(blocks) == self.config.layers else cast("Sequence[Block]", turns(blocks, self.config.layers))
 
     def cores(self) -> Iterable[AttentionCore]:
         """The attention core of each block."""
@@ -226,11 +233,14 @@ def _balanced(output: Output, losses: Sequence[Tensor]) -> Output:
 def _narrow(config: Config, factor: int, layers: Sequence[int]) -> tuple[nn.ModuleList, int]:
     """Blocks like those of the given layers with plain residuals, `factor` times narrower, and their width: a multiple of the heads, even if
     rotated."""
+    if config.share_layers:
+        reason = "a side network has a block beside each layer, cut out of that layer's own"
+        raise IncompatiblePeft("ladder", "a model whose layers share blocks", reason, "use another method, or build with share_layers=0")
     unit = config.heads * (2 if config.positions == "rotary" else 1)
     dim = max(-(-8 // unit), config.dim // factor // unit) * unit  # at least 8: a norm over fewer leaves nothing to learn
     slim = dataclasses.replace(
         config, dim=dim, head_dim=dim // config.heads, mlp=max(1, config.mlp // factor), residual="plain",
-        experts=0, router="switch", expert_every=1,
+        experts=0, router="switch", expert_every=1, embedding_dim=0,
         positions="rotary" if config.positions == "rotary" else "none",
     )  # fmt: skip
     shared: dict[str, Any] = {}
@@ -248,5 +258,13 @@ def attention_specs(config: Config) -> list[Spec]:
     if isinstance(given, (tuple, list)):
         if len(given) != config.layers:
             raise OptionError(f"{len(given)} attention specs for {config.layers} layers; give one, or one per layer")
-        return [parse_one(spec) for spec in given]
+        specs = [parse_one(spec) for spec in given]
+        for layer, spec in enumerate(specs):
+            first = config.first_layers[layer * config.blocks // config.layers]
+            if spec != specs[first]:
+                raise OptionError(
+                    f"layers {first} and {layer} share a block, but have the attentions {specs[first]} and {spec}; give both the same, or share "
+                    "among fewer layers"
+                )
+        return specs
     return [parse_one(given)] * config.layers

@@ -2,7 +2,8 @@
 
 from effzoo.blocks.attention import Attention
 from effzoo.blocks.block import Block, Slots
+from effzoo.blocks.experts import Experts
 from effzoo.blocks.feedforward import ACTIVATIONS, FeedForward
 from effzoo.blocks.positions import Rotary
 
-__all__ = ["ACTIVATIONS", "Attention", "Block", "FeedForward", "Rotary", "Slots"]
+__all__ = ["ACTIVATIONS", "Attention", "Block", "Experts", "FeedForward", "Rotary", "Slots"]

@@ -63,7 +63,7 @@ def feed_forward(slots: Slots, context: Context) -> FeedForward | Experts:
         FeedForward(slots.dim, slots.mlp, slots.activation, context.layer, gated=slots.gated, bias=slots.mlp_bias, chunk=slots.mlp_chunk)
         for _ in range(max(1, slots.experts))
     ]
-    return Experts(made, slots.dim, slots.router, context.layer, causal=context.causal) if slots.experts else made[0]
+    return Experts(made, slots.dim, slots.router, causal=context.causal) if slots.experts else made[0]
 
 
 class Block(nn.Module):

@@ -14,7 +14,7 @@ from rich.text import Text
 from effzoo import checks
 from effzoo.checks import Report, Result
 from effzoo.cli.terminal import app, heading, pairs, say
-from effzoo.errors import OptionError, UnknownNameError
+from effzoo.errors import OptionError, UnknownNameError, listing
 from effzoo.registry import View, attention, load_file, peft, scope
 from effzoo.spec import parse_one
 
@@ -65,7 +65,11 @@ def _entries(target: str) -> list[tuple[str, str]]:
         found = load_file(path)
         if not found:
             raise OptionError(f"{target} registers nothing, so there is nothing to check. Put a decorator before your class:\n\n{FIX}\n")
-        return list(dict.fromkeys((kind, VIEWS[kind].get(name).name) for kind, name in found if kind in VIEWS))
+        entries = list(dict.fromkeys((kind, VIEWS[kind].get(name).name) for kind, name in found if kind in VIEWS))
+        if not entries:
+            registered = listing(f"{kind} {name!r}" for kind, name in found)
+            raise OptionError(f"{target} registers {registered}; there are checks for {listing(VIEWS)}, and none for what is registered here")
+        return entries
     name = parse_one(target).name
     kinds = [kind for kind, view in VIEWS.items() if name in _names(view)]
     if not kinds:

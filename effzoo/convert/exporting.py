@@ -12,6 +12,13 @@ from effzoo.convert.layouts import layout_for
 from effzoo.convert.perceiver_transfer import to_perceiver
 from effzoo.errors import ConversionError, listing
 from effzoo.peft import attached
+from effzoo.sites import sites
+
+
+def check_dense(model: Any) -> None:
+    """ConversionError for a model whose weights are held as codes."""
+    if found := [path for path, site in sites(model) if getattr(site, "bits", None)]:
+        raise ConversionError(f"{len(found)} weights are quantised ({found[0]}, ...); call effzoo.dequantise(model) first")
 
 
 def to_transformers(model: Transformer | Perceiver) -> Any:
@@ -21,11 +28,13 @@ def to_transformers(model: Transformer | Perceiver) -> Any:
     attention or pooling, say, or attached adapters.
     """
     if isinstance(model, Perceiver):
+        check_dense(model)
         return to_perceiver(model)
     if not isinstance(model, Transformer):
         raise ConversionError(f"only a Transformer of effzoo can be converted, got {type(model).__name__}")
     if adapters := attached(model):
         raise ConversionError(f"adapters are attached ({listing(adapters)}); merge or detach them first")
+    check_dense(model)
     layout, config, task = layout_for(model), model.config, model.task
     if config.pad_token is not None and config.pad_token >= config.vocab:
         raise ConversionError(f"pad_token {config.pad_token} is no row of a vocabulary of {config.vocab}; build the model with another pad_token")
@@ -37,7 +46,7 @@ def to_transformers(model: Transformer | Perceiver) -> Any:
     with torch.random.fork_rng(devices=[]):  # their random initialisation is overwritten, so it should leave no trace
         theirs = cls(cls.config_class(**special | fields), **without_pooler)
     ours = model.state_dict()
-    state = to_theirs(layout.rules(config.layers, task, task), ours)
+    state = to_theirs(layout.rules(config.blocks, task, task), ours)
     state |= {key: state[other] for key, other in layout.ties(config, task).items() if key in theirs.state_dict()}
     if missing := sorted(set(theirs.state_dict()) - set(state)):
         raise ConversionError(f"{cls.__name__} needs {missing[0]}, which this model does not have (types={config.types}, pooler={config.pooler})")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from effzoo.architectures import Config, Perceiver, Transformer
+from effzoo.convert.exporting import check_dense
 from effzoo.convert.perceiver_transfer import from_perceiver, load_perceiver, recognises
 from effzoo.convert.source import Source, open_source
 from effzoo.convert.transfer import transfer
@@ -63,13 +64,16 @@ def load_pretrained(model: Any, source: Any) -> Any:
     Raises ConversionError, and changes nothing, for the first mismatch in a number.
     """
     if isinstance(model, Perceiver):
+        check_dense(model)
         return load_perceiver(model, source)
     if not isinstance(model, Transformer):
         raise ConversionError(f"weights can be loaded into a Transformer of effzoo, got {type(model).__name__}")
+    check_dense(model)
     with torch.no_grad():
         transfer(model, open_source(source, model.task))
     return model
 
 
 def _has_pooler(found: Source) -> bool:
-    return f"{found.layout.base(found.task)}pooler.dense.weight" in found.state
+    base = found.layout.base(found.task)
+    return any(f"{base}{pooler}.weight" in found.state for pooler in ("pooler.dense", "pooler"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from effzoo.architectures import Config, Transformer
+from effzoo.convert.albert import ALBERT
 from effzoo.convert.bert import BERT
 from effzoo.convert.gpt2 import GPT2
 from effzoo.convert.layout import Layout
@@ -14,9 +15,10 @@ from effzoo.convert.reformer import REFORMER
 from effzoo.convert.roberta import ROBERTA
 from effzoo.errors import ConversionError, listing
 
-LAYOUTS = {layout.name: layout for layout in (BERT, ROBERTA, LONGFORMER, GPT2, LLAMA, MISTRAL, QWEN3, MODERNBERT, LED, REFORMER)}
+LAYOUTS = {layout.name: layout for layout in (BERT, ALBERT, ROBERTA, LONGFORMER, GPT2, LLAMA, MISTRAL, QWEN3, MODERNBERT, LED, REFORMER)}
 _BY_ATTENTION = {
     ("bert", "full"): BERT,
+    ("albert", "full"): ALBERT,
     ("roberta", "full"): ROBERTA,
     ("roberta", "longformer"): LONGFORMER,
     ("longformer", "full"): ROBERTA,  # the two layouts differ in their attention alone
@@ -60,6 +62,8 @@ def family(config: Config) -> str:
 
 def layout_for(model: Transformer) -> Layout:
     """The layout that computes what this model computes; ConversionError when there is none."""
+    if model.config.experts:
+        raise ConversionError(f"a model with {model.config.experts} experts has no counterpart in transformers that we know; save its state_dict")
     kinds = sorted({core.name for core in model.cores()})
     found = [_BY_ATTENTION.get((model.config.layout, kind)) for kind in kinds]
     layout = found[0] if all(other is found[0] for other in found) else None

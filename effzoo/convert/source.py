@@ -116,11 +116,11 @@ def _checked(label: str, model: Any, layout: Layout, task: str, required: tuple[
         tied = state.pop(key, None)
         if tied is not None and other in state and tied is not state[other] and not tied.equal(state[other]):
             raise ConversionError(f"{label}: {key} differs from {other}; effzoo ties the two, so an untied head has no counterpart")
-    for rule in expand(required, config.layers, layout.base(task)):
+    for rule in expand(required, config.blocks, layout.base(task)):
         inside_pooler = "pooler" in rule.theirs and task == "features"  # models exist with and without
         if not inside_pooler and not rule.optional and not any(rule.key(parameter) in present for parameter in rule.parameters):
             raise ConversionError(f"{label} has no tensor for {rule.theirs}; the weights are incomplete, or adapters or quantisation changed them")
-    known = {rule.key(parameter) for rule in layout.known(config.layers, task) for parameter in rule.parameters}
+    known = {rule.key(parameter) for rule in layout.known(config.blocks, task) for parameter in rule.parameters}
     for key, value in state.items():
         if key not in known:
             raise ConversionError(f"{label} has the tensor {key}, which {layout.classes[task]} does not have; merge or remove what was added")

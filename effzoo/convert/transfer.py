@@ -1,7 +1,8 @@
 """Copying the weights of a source into a model of ours, which may have another attention, length or task.
 
 Longer models repeat the pretrained positions, and projections that only the new attention has start as copies of those they stand
-beside: how Longformer was made from RoBERTa (Beltagy et al. 2020, arXiv:2004.05150, section 5).
+beside: how Longformer was made from RoBERTa (Beltagy et al. 2020, arXiv:2004.05150, section 5). Experts start as copies of the one
+feed-forward, and their router anew: sparse upcycling (Komatsuzaki et al. 2022, arXiv:2212.05055, section 2).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _FIRST = ("architecture", "dim", "layers", "heads", "mlp", "vocab", "types", "po
 _MAY_DIFFER = {
     "name", "layout", "paper", "hub", "package", "backend", "attention", "max_length", "dropout", "attention_dropout", "pad_token",
     "pooling", "head_dense", "head_bias", "pooler", "lm_transform", "mlp_chunk",
+    "experts", "router", "expert_every",
 }  # fmt: skip
 
 
@@ -34,7 +36,7 @@ def transfer(model: Transformer, source: Source) -> None:
     Raises ConversionError for the first number in which the two do not fit.
     """
     _check_fit(model, source)
-    given = to_ours(source.layout.rules(model.config.layers, source.task, model.task), source.state)
+    given = to_ours(source.layout.rules(model.config.blocks, source.task, model.task), source.state)
     if "head.out.weight" in given:
         _check_head(model, source)
     wanted = {key: value for key, value in model.state_dict(keep_vars=True).items() if ".adapters." not in f".{key}"}
@@ -50,7 +52,7 @@ def transfer(model: Transformer, source: Source) -> None:
             chosen[key] = tensor
             if origin != key:
                 repeated[key] = origin
-        elif re.match(r"head\.|blocks\.\d+\.attn\.", key):
+        elif re.match(r"head\.|blocks\.\d+\.(attn|mlp\.router)\.", key):
             new.append(key)
         else:
             raise ConversionError(f"{source.label} has no tensor for {key}; build the model without it")
@@ -69,7 +71,9 @@ def extended(table: Tensor, rows: int, offset: int) -> Tensor:
 
 
 def _stands_beside(model: Transformer, key: str) -> str:
-    """The key that a projection of a new attention, or the norm of its heads, starts from, or ""."""
+    """The key that an expert, a projection of a new attention, or the norm of its heads, starts from, or ""."""
+    if expert := re.fullmatch(r"(blocks\.\d+\.mlp)\.experts\.\d+(\..+)", key):
+        return expert[1] + expert[2]
     match = re.fullmatch(r"blocks\.(\d+)\.attn\.(norms\.)?(\w+)\.(weight|bias)", key)
     if match is None:
         return ""
@@ -110,7 +114,7 @@ def _report(model: Transformer, source: Source, chosen: dict[str, Tensor], repea
         log.info("%s: positions %s from %d to %d", source.label, "repeated" if now > before else "cut", before, now)
     used = {*chosen, *repeated.values()}
     places = {}
-    for rule in source.layout.rules(model.config.layers, source.task, model.task):
+    for rule in source.layout.rules(model.config.blocks, source.task, model.task):
         places.update({rule.key(parameter): [f"{path}.{parameter}" for path in rule.ours] for parameter in rule.parameters})
     unused = [key for key in source.state if not used.intersection(places.get(key, ()))]
     _say(source, "copied beside", [f"{key} <- {origin}" for key, origin in repeated.items()])

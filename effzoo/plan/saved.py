@@ -19,6 +19,7 @@ from effzoo.sites import PeftModule, Site, sites
 HALF_COPIES = "half copies of weights"
 _PLACES = {  # modules that are no site, by what their own operations save
     "Attention": "attn heads", "Block": "residual", "Embeddings": "embeddings", "FeedForward": "mlp activation", "Features": "head",
+    "Experts": "routing",
     "Classification": "head", "TokenClassification": "head", "LanguageModel": "head", "Transformer": "streams", "Perceiver": "latents",
 }  # fmt: skip
 _LOSSES = {"cross_entropy", "mse_loss", "binary_cross_entropy_with_logits", "nll_loss", "log_softmax"}

@@ -9,6 +9,7 @@ is over at an expert is moved to those that have room along the cheapest chains 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def _evened(scores: Tensor, room: Tensor, price: Tensor) -> Tensor:
         start = max(range(len(over)), key=over.__getitem__)
         path = _cheapest(loss, prices, start, over)
         moves = []
-        for source, target in zip(path, path[1:], strict=False):
+        for source, target in pairwise(path):
             there = (owner == source).nonzero()[:, 0]
             lost = scores[there, source] - scores[there, target]
             moves.append((there[lost == lost.min()], target))  # equal tokens go together

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from effzoo.registry import router
 from effzoo.routing.assignment import assign
-from effzoo.routing.router import Router, Routing, Scores, positive
+from effzoo.routing.router import Router, Routing, Scores, places, positive
 
 
 @router.register("expert_choice")
@@ -30,7 +28,7 @@ class ExpertChoice(Router):
 
     def forward(self, x: Tensor) -> Routing:
         p = self.scores(x).softmax(dim=-1)
-        count = min(len(x), math.ceil(self.capacity * len(x) / self.experts))
+        count = min(len(x), places(self.capacity, len(x), self.experts))
         taken = p.topk(count, dim=0).indices
         sent = torch.zeros_like(p, dtype=torch.bool).scatter(0, taken, True)
         return Routing(p * sent, sent, p)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
-from effzoo.errors import InputError, OptionError
+from effzoo.errors import InputError
 from effzoo.registry import router
 from effzoo.routing.mixtures import hard
-from effzoo.routing.router import Router, Routing, positive
+from effzoo.routing.router import Router, Routing, one_of, positive
 
 
 @router.register("fixed")
@@ -32,19 +34,19 @@ class Fixed(Router):
 class Skills(Router):
     """A learned table Z [tasks, experts]: which skills a task uses, as a soft or hard choice, divided by their number.
 
-    tasks: rows of the table. form "soft": weights sigmoid(Z_t) / sum, with the relaxed Bernoulli's noise in training; "hard": each skill on or off with
-    the gradient of its relaxation. temperature: of the relaxation. The table starts near 0, so that all tasks share all skills.
+    tasks: rows of the table. form "soft": weights sigmoid(Z_t) / sum, with the relaxed Bernoulli's noise in training; "hard": each skill on or off
+    with the gradient of its relaxation. temperature: of the relaxation. The table starts near 0, so that all tasks share all skills.
     """
 
     paper = "Ponti et al. 2022, Combining modular skills in multitask learning, arXiv:2202.13914, section 3"
     reads = "tasks"
 
-    def __init__(self, dim: int, experts: int, *, tasks: int, form: str = "soft", temperature: float = 1.0):
+    def __init__(self, dim: int, experts: int, *, tasks: int, form: Literal["soft", "hard"] = "soft", temperature: float = 1.0):
         super().__init__(dim, experts)
+        one_of(self.name, "form", form, ("soft", "hard"))
         positive(self.name, tasks=tasks, temperature=temperature)
-        if form not in ("soft", "hard"):
-            raise OptionError(f"{self.name}: form is 'soft' or 'hard', got {form!r}")
-        self.form, self.temperature, self.dense = form, temperature, form == "soft"
+        self.form, self.temperature = form, temperature
+        self.dense, self.straight_through = form == "soft", form == "hard"
         self.table = nn.Parameter(torch.empty(tasks, experts).uniform_(-1e-3, 1e-3))
 
     def forward(self, x: Tensor) -> Routing:
@@ -58,4 +60,5 @@ class Skills(Router):
 def check_tasks(x: Tensor, known: int, what: str) -> None:
     """InputError for numbers of tasks that do not exist."""
     if x.is_floating_point() or bool(((x < 0) | (x >= known)).any()):
-        raise InputError(f"task_ids are integers from 0 to {known - 1}, one for each of the {known} {what}, got {x.unique().tolist()[:8]}")
+        given = sorted(set(x.tolist()))[:8]
+        raise InputError(f"task_ids are integers from 0 to {known - 1}, one for each of the {known} {what}, got {given}")

@@ -19,12 +19,13 @@ def load_loss(clean: Tensor, noisy: Tensor, deviation: Tensor, k: int) -> Tensor
         P(x, i) = Phi((clean_i - kth(noisy without i, k)) / deviation_i),   L_i = sum over tokens of P(x, i)
 
     clean, noisy, deviation [tokens, experts]: scores without and with noise, and the noise's standard deviation. k: how many are kept, fewer than
-    there are experts.
+    there are experts. A deviation below the epsilon of its dtype counts as that, so that gradients stay finite.
     """
     top = noisy.topk(k + 1, dim=-1).values
     inside = noisy >= top[:, k - 1 : k]
     threshold = torch.where(inside, top[:, k : k + 1], top[:, k - 1 : k])  # the k-th largest of the others
-    kept = 0.5 * (1 + torch.erf((clean - threshold) / (deviation * math.sqrt(2))))
+    scale = deviation.clamp(min=torch.finfo(deviation.dtype).eps) * math.sqrt(2)
+    kept = 0.5 * (1 + torch.erf((clean - threshold) / scale))
     return squared_variation(kept.sum(dim=0))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from effzoo.registry import router
-from effzoo.routing.router import Router, Routing, Scores, positive
+from effzoo.routing.router import Router, Routing, Scores, one_hot, one_of, positive
 
 
 @router.register("uniform")
@@ -53,9 +53,11 @@ class Gumbel(Router):
     """
 
     paper = "Jang et al. 2017, Categorical reparameterization with Gumbel-softmax, arXiv:1611.01144, section 2.2"
+    straight_through = True
 
     def __init__(self, dim: int, experts: int, *, form: Literal["softmax", "sigmoid"] = "softmax", temperature: float = 1.0):
         super().__init__(dim, experts)
+        one_of(self.name, "form", form, ("softmax", "sigmoid"))
         positive(self.name, temperature=temperature)
         self.form, self.temperature, self.scores = form, temperature, Scores(dim, experts)
 
@@ -69,12 +71,12 @@ def hard(scores: Tensor, form: str, temperature: float, noisy: bool) -> Routing:
     if form == "softmax":
         noise = -torch.empty_like(scores).exponential_().clamp(min=tiny).log() if noisy else 0.0
         p = ((scores + noise) / temperature).softmax(dim=-1)
-        sent = torch.nn.functional.one_hot(p.argmax(dim=-1), p.shape[-1]).bool()
+        sent = one_hot(p.argmax(dim=-1), p.shape[-1])
     else:
         drawn = torch.rand_like(scores).clamp(tiny, 1 - torch.finfo(scores.dtype).eps) if noisy else None
         noise = 0.0 if drawn is None else drawn.log() - (-drawn).log1p()
         p = ((scores + noise) / temperature).sigmoid()
-        sent = (p > 0.5) | torch.nn.functional.one_hot(p.argmax(dim=-1), p.shape[-1]).bool()
-    share = sent / sent.sum(dim=-1, keepdim=True)
+        sent = (p > 0.5) | one_hot(p.argmax(dim=-1), p.shape[-1])
+    share = sent.to(p) / sent.sum(dim=-1, keepdim=True)
     relaxed = p / p.sum(dim=-1, keepdim=True)
-    return Routing(share + relaxed - relaxed.detach(), sent, relaxed)
+    return Routing(share + (relaxed - relaxed.detach()), sent, relaxed)  # in this order the forward pass has the choice to the bit

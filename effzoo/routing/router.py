@@ -1,12 +1,14 @@
 """The contract of a router: which experts see a token, and how much each counts.
 
-A router takes tokens [tokens, dim], or the number of the task of each [tokens], and gives a Routing. What a token is, is up to who asks: a position of
-a text, or an example in the mean over its positions. Options are keyword-only parameters of the constructor, as everywhere.
+A router takes tokens [tokens, dim], or the number of the task of each [tokens], and gives a Routing. What a token is, is up to who asks: a
+position of a text, or an example in the mean over its positions. Options are keyword-only parameters of the constructor, as everywhere.
 """
 
 from __future__ import annotations
 
 import abc
+import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,7 +42,8 @@ class Router(nn.Module, abc.ABC):
     """One way to choose experts.
 
     reads: "tokens" or "tasks". dense: whether every expert sees every token. alone: whether the choice for a token depends, in evaluation mode, on no
-    other token, as a causal model needs. balanced: whether there is a loss, or a rule, that spreads tokens over experts.
+    other token, as a causal model needs. straight_through: whether weights that are 0 have a gradient, so that every expert must compute every token
+    for as long as there is one to learn. weighted: whether a loss is added in training.
     """
 
     name: ClassVar[str]
@@ -48,7 +51,8 @@ class Router(nn.Module, abc.ABC):
     reads: ClassVar[str] = "tokens"
     dense: bool = False
     alone: ClassVar[bool] = True
-    weighted: bool = False  # whether a loss is added in training
+    straight_through: bool = False
+    weighted: bool = False
 
     def __init__(self, dim: int, experts: int):
         super().__init__()
@@ -62,7 +66,7 @@ class Router(nn.Module, abc.ABC):
 
     def one_hot(self, chosen: Tensor) -> Tensor:
         """bool[tokens, experts] of the experts chosen [tokens]."""
-        return F.one_hot(chosen, self.experts).bool()
+        return one_hot(chosen, self.experts)
 
 
 class Scores(nn.Module):
@@ -77,9 +81,26 @@ class Scores(nn.Module):
         nn.init.normal_(self.weight, std=dim**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             exact = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
             return F.linear(x.to(exact), self.weight.to(exact))
+
+
+def one_hot(chosen: Tensor, experts: int) -> Tensor:
+    """bool[tokens, experts] of integers [tokens]."""
+    return chosen[:, None] == torch.arange(experts, device=chosen.device)
+
+
+def places(capacity: float, tokens: int, experts: int) -> int:
+    """How many tokens an expert takes at most: capacity times an equal share, rounded up (of 1.1 * 50 / 5 = 11.000000000000002 the 11)."""
+    return math.ceil(capacity * tokens / experts - 1e-9)
+
+
+def one_of(name: str, option: str, value: str, known: tuple[str, ...]) -> None:
+    """OptionError for a word that the option does not know."""
+    if value not in known:
+        raise OptionError(f"{name}: {option} is {' or '.join(map(repr, known))}, got {value!r}")
 
 
 def positive(name: str, **values: float) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,15 +9,16 @@ from torch.nn import functional as F
 from effzoo.errors import OptionError
 from effzoo.registry import router
 from effzoo.routing.losses import importance_loss, load_loss, switch_loss, z_loss
-from effzoo.routing.router import Router, Routing, Scores, not_negative, positive
+from effzoo.routing.router import Router, Routing, Scores, not_negative, places, positive
 
 
 @router.register("top_k")
 class TopK(Router):
     """weights softmax over the k largest of h = x W^T + N(0, 1) softplus(x W_n^T), 0 elsewhere; the noise in training alone.
 
-    k: experts of a token. noise: whether there is W_n. importance, load: weights of the losses that balance the experts, in training; the load of an
-    expert is only smooth with noise. Both matrices start at 0 in the paper; here W is drawn, so that experts differ from the first step.
+    k: experts of a token; with k=1 its weight is 1, and the scores learn from the losses alone. noise: whether there is W_n. importance, load:
+    weights of the losses that balance the experts, in training; the load of an expert is only smooth with noise. Both matrices start at 0 in the
+    paper; here W is drawn, so that experts differ from the first step.
     """
 
     paper = "Shazeer et al. 2017, Outrageously large neural networks, arXiv:1701.06538, equations 3 to 5"
@@ -75,7 +74,7 @@ class Switch(Router):
         sent = chosen
         if self.training:
             place = chosen.long().cumsum(dim=0)  # the how manieth of its expert a token is
-            sent = chosen & (place <= math.ceil(self.capacity * len(x) / self.experts))
+            sent = chosen & (place <= places(self.capacity, len(x), self.experts))
         loss = None
         if self.training and self.weighted and len(x):
             loss = self.balance * switch_loss(p, chosen) + (self.z * z_loss(scores) if self.z else 0.0)

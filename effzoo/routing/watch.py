@@ -78,14 +78,17 @@ def _entropy(p: Tensor) -> Tensor:
 
 @contextmanager
 def watch(model: nn.Module) -> Iterator[Watch]:
-    """Record the usage of every router of a model while the `with` block lasts; passes without tokens are left out."""
+    """Record the usage of every router of a model while the `with` block lasts.
+
+    Left out: passes without tokens, and those in which the backward pass computes something again (gradient checkpointing).
+    """
     found = Watch()
     hooks = []
     for path, module in model.named_modules():
         if isinstance(module, Router):
 
             def record(_: nn.Module, __: tuple[Tensor, ...], routing: Routing, path: str = path) -> None:
-                if len(routing.weights):
+                if len(routing.weights) and torch._C._current_graph_task_id() < 0:
                     found.passes.append(usage(routing, path))
 
             hooks.append(module.register_forward_hook(record))

@@ -1,6 +1,8 @@
-"""Training: `finetune` (`run`), `predict`, the Trainer under it (`trainer`), batches (`batches`), data checks (`examples`), files (`checkpoints`)."""
+"""Training: `finetune` (`run`), `predict`, the Trainer under it (`trainer`), batches (`batches`), data checks
+(`examples`), files (`checkpoints`), and learning from a teacher (`distillation`, `teaching`)."""
 
+from effzoo.train.distillation import Distillation
 from effzoo.train.predict import predict
 from effzoo.train.run import Result, finetune
 
-__all__ = ["Result", "finetune", "predict"]
+__all__ = ["Distillation", "Result", "finetune", "predict"]

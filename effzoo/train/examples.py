@@ -53,6 +53,16 @@ def check(data: Any, model: Transformer, what: str) -> tuple[Any, list[int] | No
     return data, lengths if len(lengths) == len(data) else None
 
 
+def fits_teacher(lengths: Sequence[int], teacher: Transformer) -> None:
+    """Raise InputError when a teacher cannot read the longest examples of its student."""
+    limit = teacher.config.max_length - prompt_rows(teacher)
+    if max(lengths) > limit:
+        raise InputError(
+            f"the longest example has {max(lengths)} tokens, the teacher reads {limit}; truncate them to {limit}, or build the teacher with a larger "
+            "max_length"
+        )
+
+
 def sized(data: Any, what: str) -> None:
     """Raise InputError for what is no map-style data set with at least one example."""
     if isinstance(data, Mapping):

@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,16 +20,18 @@ from effzoo.peft.training import finish, hooked, learning_rates, settled
 from effzoo.recompute import Level, check_level, spare
 from effzoo.train import checkpoints
 from effzoo.train.batches import Counting, First, Loader, Order, Pad
-from effzoo.train.examples import accepted, check, check_batch, sized
+from effzoo.train.distillation import PARTS, Distillation
+from effzoo.train.examples import accepted, check, check_batch, fits_teacher, sized
 from effzoo.train.parts import parts, used
 from effzoo.train.preconditions import SCHEDULES, check_options, check_precision, check_processes, check_trainable, on_cpu, rejoin, starting_point
+from effzoo.train.teaching import Teaching, fingerprint
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from effzoo.train.trainer import ExactTrainer
 
-_LOGGED = ("step", "epoch", "stage", "loss", "learning_rate", "grad_norm")
+_LOGGED = ("step", "epoch", "stage", "loss", *(f"loss_{part}" for part in PARTS), "learning_rate", "grad_norm")
 _SPEED = ("_runtime", "_per_second", "_preparation_time")
 
 
@@ -39,7 +41,8 @@ class Result:
 
     metrics: the last evaluation (the best one's when `best` was given) and train_loss, the mean over all steps. history: one entry per
     logged step: step, epoch, loss (mean since the entry before), learning_rate (the largest), grad_norm, eval_*, and stage, to which the
-    steps since the entry before belong, when the methods train in stages. seconds: of this call. peak_memory: bytes; what the allocator held
+    steps since the entry before belong, when the methods train in stages; with a teacher also the parts of the loss without their
+    weights, loss_labels, loss_logits, .... seconds: of this call. peak_memory: bytes; what the allocator held
     on CUDA during the call, elsewhere the resident set of this process since it started. last, best: checkpoints. weights: the adapter's
     folder (several adapters: a folder that holds one each), or model.safetensors when all
     parameters were trained.
@@ -72,6 +75,8 @@ def finetune(
     eval_batch_size: int | None = None,
     gradient_accumulation: int = 1,
     learning_rate: float | None = None,
+    teacher: Transformer | None = None,
+    distillation: Distillation | Mapping[str, Any] | None = None,
     weight_decay: float = 0.01,
     warmup: float | int = 0.06,
     schedule: Literal["linear", "cosine", "constant"] = "linear",
@@ -105,6 +110,9 @@ def finetune(
     learning_rate: None is each method's own (`effzoo.peft.learning_rates(model)`), and 5e-5 for all parameters; a given one is multiplied by the
         factors that a method has for some of its tensors. warmup: steps (int) or a share of all steps (float below 1), then the schedule.
         clip: the largest norm of the gradient, None for no limit.
+    teacher: a trained model with the same task, labels and vocabulary, from which the model learns beside its labels. distillation: how
+        (`effzoo.train.Distillation`, or a mapping such as `{"logits": 0.9, "labels": 0.1, "temperature": 2.0}`). The teacher is put in
+        evaluation mode on the device of the training, and is neither trained nor saved. Evaluations measure the labels' loss alone.
     calibration_batches: how many batches of batch_size training examples methods see that choose by looking at data (FISH masks, ...), before
         the first step; the same in every process.
     precision: of the forward pass; weights stay as they are.
@@ -144,7 +152,12 @@ def finetune(
     if best is not None and evaluate is None:
         raise OptionError(f"best={best!r} needs evaluations to choose by; give evaluate")
     output_dir, eval_batch_size = Path(output_dir), eval_batch_size or batch_size
+    if distillation is not None and teacher is None:
+        raise OptionError("distillation says how a model learns from a teacher, and there is none; give teacher")
+    teaching = None if teacher is None else Teaching(model, teacher, Distillation.of(distillation))
     data, lengths = _prepare(train, model, "train", collator)
+    if teacher is not None and lengths is not None:
+        fits_teacher(lengths, teacher)
     held_out, held_out_lengths = (None, None) if evaluate is None else _prepare(evaluate, model, "evaluate", collator)
     if group_by_length and lengths is None:
         raise OptionError("group_by_length needs the length of every example; give a list or a datasets.Dataset, and no collator")
@@ -168,6 +181,7 @@ def finetune(
         "adapters": {name: attached(model)[name].spec for name in active(model)}, "examples": len(data), "steps": total, "seed": seed,
         "processes": processes, "batch_size": batch_size, "gradient_accumulation": gradient_accumulation, "group_by_length": group_by_length,
         **used(model, learning_rate), "weight_decay": weight_decay, "warmup": warmup, "schedule": schedule, "clip": clip, "precision": precision,
+        "distillation": None if teaching is None else {**asdict(teaching.settings), "teacher": fingerprint(teaching.teacher)},
     }  # fmt: skip
     if any(part.stage.name for part in planned):
         run["stages"] = {part.stage.name: part.steps for part in planned}
@@ -196,9 +210,11 @@ def finetune(
         checkpoints.clean(output_dir)
         for earlier in checkpoints.whole(output_dir) if start is None else ():
             checkpoints.remove(earlier)
+    if teaching is not None:
+        teaching.teacher.to(arguments.device)
     trainer = ExactTrainer(
         model, arguments, loaders, metrics=metrics, callbacks=list(callbacks), run=run, parts=planned, learning_rate=learning_rate,
-        settled=settled(model, total), keep=keep, best=best, progress=progress,
+        settled=settled(model, total), keep=keep, best=best, progress=progress, teaching=teaching,
     )  # fmt: skip
     alone = Order(len(data), batch_size, seed=seed, lengths=lengths if group_by_length else None)
     first = First(data, alone, collate, calibration_batches, arguments.device)
@@ -227,6 +243,8 @@ def _train(trainer: ExactTrainer, model: Transformer, directory: Path, start: Pa
             if start is None:
                 trainer.start(first)
             before |= spare(model, level)  # not before: methods that look at the data see all positions
+            if trainer.teaching is not None and trainer.teaching.settings.inside:
+                model.only_what_is_read = False  # the teacher looks at all positions of the last block as well
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
     finally:
         model.train(training)

@@ -7,6 +7,7 @@ What differs from Trainer, and why:
 - Batches come from `batches.Order`; Trainer repeats examples to fill the last batch when several processes share it.
 - Checkpoints are `checkpoints.writing`: without pickle, renamed when whole. Trainer writes under the final name.
 - Methods take part (`effzoo/peft/training.py`): stages with an optimizer, a wrapped model and learning rates of their own, schedules, penalties.
+- A teacher may take part (`teaching`): it adds to the loss of the labels, and the parts are logged.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from effzoo.train import checkpoints
 from effzoo.train.batches import COUNTED, Loader
 from effzoo.train.parts import Current, Part, groups
 from effzoo.train.randomness import random_state, set_random_state
+from effzoo.train.teaching import Teaching
 
 _STATE = "trainer_state.json"  # the name that Trainer reads
 
@@ -41,21 +43,21 @@ _STATE = "trainer_state.json"  # the name that Trainer reads
 class Supervised(nn.Module):
     """A model as Trainer sees it: labelled inputs -> (loss,) or (loss, penalty) in training, (loss, logits) in evaluation.
 
-    All that has a gradient is computed here, because what several processes wrap is this. Trainer and accelerate write to what they are
-    given (`config.use_cache`, `forward` under mixed precision); they get this one.
+    All that has a gradient is computed here, because what several processes wrap is this; a teacher is no part of it. Trainer and accelerate
+    write to what they are given (`config.use_cache`, `forward` under mixed precision); they get this one.
     """
 
     accepts_loss_kwargs = True  # the loss is already a share of the global mean, so Trainer must not divide it again
 
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Transformer, teaching: Teaching | None = None):
         super().__init__()
-        self.model = model
+        self.model, self.teaching = model, teaching
 
     def forward(self, penalised: bool = False, **inputs: Tensor) -> tuple[Tensor, ...]:
         if not self.training:
             output = self.model(**inputs)
             return output.loss, output.logits
-        loss = training.supervised(self.model, inputs)
+        loss = training.supervised(self.model, inputs) if self.teaching is None else self.teaching(self.model, inputs)
         if not penalised:
             return (loss,)
         with torch.autocast(loss.device.type, enabled=False):  # of the weights, which stay as they are
@@ -64,10 +66,13 @@ class Supervised(nn.Module):
 
 
 class Rhythm(TrainerCallback):
-    """Log wherever a checkpoint or an evaluation falls, so that a resumed run averages its losses over the same steps, and where a stage ends."""
+    """Log wherever a checkpoint or an evaluation falls, so that a resumed run averages its losses over the same steps, and where a stage ends.
 
-    def __init__(self, best: str | None, seed: int, parts: Sequence[Part]):
-        self.best, self.seed, self.ends = best, seed, {part.end for part in parts if part.stage.name}
+    taught: the step after which a teacher has said what it has to say, 0 without one.
+    """
+
+    def __init__(self, best: str | None, seed: int, parts: Sequence[Part], taught: int):
+        self.best, self.seed, self.ends = best, seed, {taught, *(part.end for part in parts if part.stage.name)}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.process_index:  # Trainer seeds all processes alike, and dropout would then be the same in each
@@ -82,6 +87,7 @@ class ExactTrainer(Trainer):
     """See the module. loaders: of training and evaluation. run: the settings that a checkpoint must share to be resumed.
 
     parts: the stages of the run. learning_rate: None for each method's own. settled: the first step whose checkpoint can be the best one.
+    teaching: from whom the model learns beside its labels.
     """
 
     loss_is_scaled_for_ga = True
@@ -104,14 +110,16 @@ class ExactTrainer(Trainer):
         keep: int | None,
         best: str | None,
         progress: bool,
+        teaching: Teaching | None = None,
     ):
         self.loaders, self.user_metrics, self.run, self.keep, self.best = loaders, metrics, run, keep, best
         self.parts, self.part, self.learning_rate, self.settled = parts, parts[0], learning_rate, settled
         self.batches_left = 0  # of the step, the one that runs not counted
         self.resumed_from: str | None = None
+        self.teaching, self.taught, self.steps_taught = teaching, dict[str, Tensor](), 0  # the parts of the loss since the last log
         train, *evaluate = (loader.dataset for loader in loaders)
-        callbacks = [*callbacks, Rhythm(best, args.seed, parts)]
-        super().__init__(Supervised(model), args, train_dataset=train, eval_dataset=evaluate[0] if evaluate else None, callbacks=callbacks)
+        callbacks = [*callbacks, Rhythm(best, args.seed, parts, 0 if teaching is None else teaching.until(args.max_steps))]
+        super().__init__(Supervised(model, teaching), args, train_dataset=train, eval_dataset=evaluate[0] if evaluate else None, callbacks=callbacks)
         self.subject = model
         if not progress:
             self.remove_callback(PrinterCallback)
@@ -151,7 +159,7 @@ class ExactTrainer(Trainer):
         """Begin a stage: its parameters may be others, so they get another optimizer, and another wrapper in several processes."""
         training.begin(self.subject, part.stage)
         self.part, self.optimizer = part, None
-        self.model = self.model_wrapped = Supervised(self.subject)
+        self.model = self.model_wrapped = Supervised(self.subject, self.teaching)
         self.accelerator.free_memory()  # forget the optimizer and the wrapper of the stage before
         self.current.inner, _ = super()._prepare_for_training(self.args.max_steps, self.loaders[0], None)  # type: ignore[no-untyped-call]
 
@@ -170,6 +178,9 @@ class ExactTrainer(Trainer):
         if step == self.part.end:
             self._enter(next(part for part in self.parts if part.start == step))
         training.schedule(self.subject, (step - self.part.start) / self.part.steps)
+        if self.teaching is not None:
+            self.teaching.acts = step < self.teaching.until(self.args.max_steps)
+            self.steps_taught += 1
         batches = list(islice(epoch_iterator, num_batches))
         self.batches_left = len(batches)
         count = torch.stack([batch[COUNTED] for batch in batches]).sum()
@@ -183,7 +194,10 @@ class ExactTrainer(Trainer):
         count = inputs.pop(COUNTED)
         self.batches_left -= 1
         loss, *penalty = model(penalised=self.batches_left == 0, **inputs)
-        share = loss * (count * self.accelerator.num_processes / num_items_in_batch)
+        part_of_mean = count * self.accelerator.num_processes / num_items_in_batch
+        for name, value in {} if self.teaching is None else self.teaching.parts.items():
+            self.taught[name] = self.taught.get(name, 0.0) + value * part_of_mean
+        share = loss * part_of_mean
         return share + penalty[0] if penalty else share
 
     def evaluation_loop(
@@ -219,6 +233,10 @@ class ExactTrainer(Trainer):
         """Log, with the stage if it has a name, and stop at a loss that is no number: every later step would be lost."""
         if self.part.stage.name and any(key == "loss" or key.startswith("eval_") for key in logs):
             logs["stage"] = self.part.stage.name  # type: ignore[assignment]
+        if "loss" in logs and self.teaching is not None:
+            means = {name: self.accelerator.gather(value.reshape(1)).mean().item() / self.steps_taught for name, value in self.taught.items()}
+            logs |= {f"loss_{name}": value for name, value in means.items()}
+            self.taught, self.steps_taught = {}, 0
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
             raise TrainingError(

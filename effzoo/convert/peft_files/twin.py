@@ -57,7 +57,7 @@ class Twin:
             )
         self.model = model
         self.layout = layout_for(model)
-        self.rules = {rule.theirs: rule for rule in self.layout.rules(model.config.layers, model.task, model.task) if rule.axis is None}
+        self.rules = {rule.theirs: rule for rule in self.layout.rules(model.config.blocks, model.task, model.task) if rule.axis is None}
         self.sites: dict[str, Site] = dict(sites(model))
         self.theirs = {path: rule for rule in self.rules.values() for path in rule.ours if path in self.sites}
 

@@ -1,0 +1,52 @@
+"""The codes of a matrix, and the matrix that they stand for.
+
+    8 bits   w = s_i c,      c an integer in [-127, 127], s_i = max_j |w_ij| / 127       one scale per row
+    4 bits   w = s_b q[c],   q the 16 values of NormalFloat, s_b = max |w|               one scale per block of 64 entries
+
+Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, section 2.1 (vector-wise absmax, here of the weight alone: what is multiplied stays floating);
+Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3 (NF4), without quantising the scales once more.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from effzoo.errors import OptionError
+from effzoo.peft.parameter import lora_init
+
+BITS = (8, 4)
+_LARGEST = 127
+_LEVELS = lora_init.levels().tolist()
+_PAIRS = [(_LEVELS[byte % 16], _LEVELS[byte // 16]) for byte in range(256)]  # the two values that a byte stands for
+
+
+def check_bits(bits: int) -> None:
+    """OptionError for another number of bits than there are codes for."""
+    if bits not in BITS:
+        raise OptionError(f"bits is 8 (integers, a scale per row) or 4 (NormalFloat, a scale per block of {lora_init.BLOCK}), got {bits!r}")
+
+
+@torch.no_grad()
+def coded(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The codes and scales of a matrix [out, in]: int8[out, in] and [out], or uint8[entries / 2] and [blocks]; scales in the dtype of the weight.
+
+    In 8 bits every entry is at most half a scale away from its code's value, in 4 bits half of the gap between two neighbours.
+    """
+    weight = weight.detach()
+    if bits == 4:
+        return lora_init.quantise(weight)
+    scales = weight.abs().amax(dim=1) / _LARGEST
+    steps = weight / scales.clamp(min=torch.finfo(weight.dtype).tiny)[:, None]
+    return steps.round().clamp(-_LARGEST, _LARGEST).to(torch.int8), scales
+
+
+def decoded(codes: Tensor, scales: Tensor, shape: torch.Size, bits: int) -> Tensor:
+    """The matrix [out, in], in the dtype of the scales."""
+    if bits == 8:
+        return codes.to(scales.dtype) * scales[:, None]
+    pairs = torch.tensor(_PAIRS, dtype=scales.dtype, device=scales.device)
+    values = pairs.index_select(0, codes.int())
+    return (values.view(len(scales), -1) * scales[:, None]).flatten()[: math.prod(shape)].view(shape)

@@ -1,0 +1,103 @@
+"""Quantising a model: which of its sites, and what that saves and costs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from effzoo.errors import IncompatibleError, TargetError, did_you_mean, listing
+from effzoo.peft.attach import roles
+from effzoo.quantise.codes import check_bits
+from effzoo.quantise.linear import QuantisedLinear
+from effzoo.sites import Linear, sites
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What quantising gave. matrices: how many. before, after: bytes of the whole model, parameters and buffers. dense, codes: bytes of these
+    matrices alone, as they were and as they are, scales included. error: the largest ||W - Q|| / ||W|| of a matrix."""
+
+    bits: int
+    matrices: int
+    before: int
+    after: int
+    dense: int
+    codes: int
+    error: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.matrices} matrices in {self.bits} bits\n"
+            f"  matrices  {self.codes:,} bytes instead of {self.dense:,} ({self.dense / self.codes:.2f} times less)\n"
+            f"  model     {self.after:,} bytes instead of {self.before:,}\n"
+            f"  error     at most {self.error:.2%} of a matrix's norm"
+        )
+
+
+@torch.no_grad()
+def quantise(model: nn.Module, bits: int = 8, *, targets: Sequence[str] | str | None = None) -> Footprint:
+    """Hold the weights of linear sites as codes of 8 or 4 bits, in place; adapters train on top, gradients flow through (QLoRA's base).
+
+    bits: 8, integers with a scale per row; 4, NormalFloat with a scale per 64 entries (`effzoo/quantise/codes.py`). targets: patterns of roles; None
+    is every projection and feed-forward matrix of the blocks. Embeddings, norms, biases, the head and what belongs to an attention kind itself
+    (Linformer's E and F) stay as they are, and so does what is attached. What is quantised cannot be trained or merged into any more; `dequantise`
+    gives dense weights back, those of the codes. Codes and scales are in the state dict in place of the weight, so an adapter that was
+    trained on this base loads on this base alone.
+
+    This saves memory, not time: each product first makes its weight (on one CPU core, 768 wide, forward and backward take 6 % longer with 8 bits and
+    17 % with 4 at 512 positions, 1 % and 4 % at 2,048), and what is computed is as wide as before.
+
+    Raises OptionError (bits), TargetError for targets that match no linear site, IncompatibleError when everything is quantised already.
+    """
+    check_bits(bits)
+    patterns = (targets,) if isinstance(targets, str) else targets
+    linear = {path: site for path, site in sites(model) if isinstance(site, Linear) and ".core." not in f".{path}."}
+    for pattern in patterns or ():
+        if not any(fnmatchcase(site.role, pattern) for site in linear.values()):
+            known = {role for role in roles(model) if any(site.role == role for site in linear.values())}
+            raise TargetError(f"quantise: target {pattern!r} matches no linear site{did_you_mean(pattern, known)} Roles: {listing(sorted(known))}.")
+    wanted = {
+        path: site
+        for path, site in linear.items()
+        if (site.layer is not None if patterns is None else any(fnmatchcase(site.role, pattern) for pattern in patterns))
+    }
+    dense = {path: site for path, site in wanted.items() if not isinstance(site, QuantisedLinear)}
+    if not dense:
+        reason = "has no linear sites in blocks" if not wanted else f"is quantised already ({len(wanted)} matrices)"
+        raise IncompatibleError(f"{type(model).__name__} {reason}; nothing was changed")
+    before, matrices, error = size(model), sum(_bytes(site.weight) for site in dense.values()), 0.0
+    codes = 0
+    for site in dense.values():
+        weight = site.weight.detach()
+        found = QuantisedLinear.made_of(site, bits)
+        norm = weight.double().norm().item()
+        error = max(error, (weight.double() - found.numbers().double()).norm().item() / norm if norm else 0.0)
+        codes += _bytes(found.codes) + _bytes(found.scales)
+    return Footprint(bits, len(dense), before, size(model), matrices, codes, error)
+
+
+@torch.no_grad()
+def dequantise(model: nn.Module) -> int:
+    """Give every quantised site a dense, frozen weight again, that of its codes, in place; how many there were.
+
+    The outputs stay; the weights from before `quantise` are not known any more.
+    """
+    found = [site for _, site in sites(model) if isinstance(site, QuantisedLinear)]
+    for site in found:
+        site.dense()
+    return len(found)
+
+
+def size(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers of a model; what is shared counts once."""
+    held = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in itertools.chain(model.parameters(), model.buffers())}
+    return sum(held.values())
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

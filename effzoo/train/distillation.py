@@ -1,0 +1,137 @@
+"""Distillation: what a student learns from a teacher beside its labels, as settings and as formulas.
+
+    L = labels L_labels + logits L_logits + hidden L_hidden + attention L_attention
+
+A full-attention teacher and a student with efficient attention speak of the same tokens, so they can be compared position by position.
+Every part is a mean over the counted labels of a batch, as the loss of the labels is: batches, accumulated or spread over processes, average exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from effzoo.architectures.heads import IGNORED
+from effzoo.errors import IncompatibleError, OptionError, did_you_mean, listing
+from effzoo.registry import describe, fits
+
+PARTS = ("labels", "logits", "hidden", "attention")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How much each part of the loss weighs.
+
+    labels: the loss of the student's own labels. logits: `softened`, with this temperature (Hinton et al. 2015, arXiv:1503.02531, section 2).
+    hidden: `apart` of the states after each block. attention: `apart` of what each attention layer gives, output projection included
+    (Jiao et al. 2020, TinyBERT, arXiv:1909.10351, equations 7 and 8; their attention part compares n x n weights, which efficient attention
+    never builds). Both are means over the layers, so their weight does not depend on the depth.
+    layers: for each block of the student, the teacher's block that it is compared with; None: the same block, or, where the teacher is k times
+    as deep, the last of every k (TinyBERT's uniform map). share: of the steps, the first so many distil and the others train on the labels alone.
+    """
+
+    labels: float = 0.5
+    logits: float = 0.5
+    hidden: float = 0.0
+    attention: float = 0.0
+    temperature: float = 2.0
+    layers: tuple[int, ...] | None = None
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in PARTS:
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise OptionError(f"distillation: {name} is the weight of a part of the loss, 0 or more, got {getattr(self, name)!r}")
+        if not any(getattr(self, name) for name in PARTS[1:]):
+            raise OptionError("distillation: the teacher counts for nothing, as logits, hidden and attention weigh 0; give one of them a weight")
+        if not 0 < self.temperature < float("inf"):
+            raise OptionError(f"distillation: temperature is above 0 (1 leaves the probabilities as they are), got {self.temperature!r}")
+        if not 0 < self.share <= 1:
+            raise OptionError(f"distillation: share is that of the steps which distil, above 0 and at most 1, got {self.share!r}")
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
+
+    @classmethod
+    def of(cls, given: Distillation | Mapping[str, Any] | None) -> Distillation:
+        """Settings from what a user gives: themselves, a mapping of some of them, or None for all defaults."""
+        if isinstance(given, Distillation):
+            return given
+        known = [field.name for field in fields(cls)]
+        for name in given or {}:
+            if name not in known:
+                raise OptionError(f"distillation has no option {name!r}{did_you_mean(name, known)} Options: {listing(known)}.")
+            wanted = get_type_hints(cls)[name]
+            if not fits(given[name], wanted):  # type: ignore[index]
+                raise OptionError(f"distillation: {name} takes {describe(wanted)}, got {given[name]!r}")  # type: ignore[index]
+        return cls(**(given or {}))
+
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """The parts that compare what stands between the input and the logits."""
+        return tuple(name for name in ("hidden", "attention") if getattr(self, name))
+
+    def pairs(self, student: int, teacher: int) -> tuple[int, ...]:
+        """The teacher's block for each of the student's, given both depths. Raises OptionError, IncompatibleError."""
+        if self.layers is not None:
+            outside = [layer for layer in self.layers if not 0 <= layer < teacher]
+            if len(self.layers) != student or outside:
+                problem = f"{len(self.layers)} are given" if len(self.layers) != student else f"there is no block {outside[0]}"
+                raise OptionError(
+                    f"distillation: layers names a block of the teacher (0 to {teacher - 1}) for each of the student's {student}, but {problem}"
+                )
+            return self.layers
+        if teacher % student:
+            raise IncompatibleError(
+                f"the teacher's {teacher} blocks do not divide among the student's {student}; say which is compared with which, "
+                f"layers={tuple(round((i + 1) * teacher / student) - 1 for i in range(student))} for example"
+            )
+        return tuple((i + 1) * teacher // student - 1 for i in range(student))
+
+
+def softened(student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float = 1.0, causal: bool = False) -> Tensor:
+    """T^2 KL(p_teacher | p_student) with p = softmax(logits / T), in the mean over the labels that count.
+
+    T^2 keeps the size of the gradient the same for every T (Hinton et al. 2015, section 2). Where several labels may hold at once, p is
+    Bernoulli for each; a single number has no temperature, and (student - teacher)^2 takes its place. causal: position t predicts label t + 1.
+    Both logits [..., labels] in float32 or better.
+    """
+    student, teacher = _exact(student), _exact(teacher)
+    if student.shape[-1] == 1 and labels.shape in (student.shape, student.shape[:1]):
+        return (student - teacher).square().mean()
+    if labels.is_floating_point():
+        ours, theirs = student / temperature, teacher / temperature
+        each = theirs.sigmoid() * (F.logsigmoid(theirs) - F.logsigmoid(ours)) + (-theirs).sigmoid() * (F.logsigmoid(-theirs) - F.logsigmoid(-ours))
+        return temperature**2 * each.mean()
+    if causal:
+        student, teacher, labels = student[:, :-1], teacher[:, :-1], labels[:, 1:]
+    counted = labels != IGNORED
+    ours, theirs = ((x[counted] / temperature).log_softmax(dim=-1) for x in (student, teacher))
+    return temperature**2 * (theirs.exp() * (theirs - ours)).sum() / counted.sum().clamp(min=1)
+
+
+def apart(student: Tensor, teacher: Tensor, numbers: Tensor, valid: Tensor | None = None) -> Tensor:
+    """mean (student - teacher)^2 of states [batch, n, dim]: over the width, over the tokens of an example, and over the examples.
+
+    numbers [batch]: how many labels of an example count, which is how much it counts here. valid bool[batch, n]: where there is a token.
+    """
+    each = (_exact(student) - _exact(teacher)).square().mean(dim=-1)
+    of_example = each.mean(dim=1) if valid is None else each.where(valid, 0.0).sum(dim=1) / valid.sum(dim=1).clamp(min=1)
+    return (of_example * numbers).sum() / numbers.sum().clamp(min=1)
+
+
+def labels_of_each(labels: Tensor, task: str, num_labels: int) -> Tensor:
+    """How many labels of each example count, [batch]; they add up to what `batches.counted` says of the batch."""
+    rows = labels.flatten(1) if labels.ndim > 1 else labels[:, None]
+    if labels.is_floating_point() or (task == "classification" and num_labels == 1):
+        return torch.full((len(rows),), rows.shape[1], device=labels.device)
+    return ((rows[:, 1:] if task == "causal_lm" else rows) != IGNORED).sum(dim=1)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """In float32, or in float64 when that is given."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
