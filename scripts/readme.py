@@ -5,15 +5,25 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
+from effzoo.lab import DECKS, Claim, experiments
 from effzoo.measure import rows
 from effzoo.measure.figures import against_length
 from effzoo.measure.page import finetune_table, markdown, scaling_table
 from effzoo.plots import png_bytes
 
 ROOT = Path(__file__).parent.parent
+GALLERY = [
+    ("patterns", "which query sees which key, drawn from the code that runs"),
+    ("spectrum", "attention matrices are low in rank"),
+    ("lora_subspaces", "what two ranks of LoRA have in common"),
+    ("adapter_spans", "adapters removed from spans of layers"),
+    ("routing", "routers with and without balance"),
+    ("comparison", "accuracy, share trained, memory"),
+]
 
 
 def demo_table(results: dict) -> str:
@@ -141,6 +151,7 @@ def rendered(readme: str) -> str:
     results = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
     readme = _between(readme, "speed", speed_tables("cpu"))
     readme = _between(readme, "matrix", matrix_table(json.loads((ROOT / "benchmarks/results/matrix.json").read_text())))
+    readme = _between(readme, "gallery", gallery())
     return _between(readme, "demo", demo_table(results))
 
 
@@ -149,7 +160,72 @@ def rendered_benchmarks(readme: str) -> str:
     for name in ("methods", "methods_longer", "long_sequences", "duplication", "listops"):
         script = load(name.removesuffix("_longer"))
         readme = _between(readme, name, script.tracked_table(json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())))
+    readme = _between(readme, "lab", lab_table(lab_results()))
     return _between(readme, "speed", more_speed_tables("cpu"))
+
+
+def lab_results() -> dict[str, dict]:
+    """The tracked quick runs of the lab, by name, in the order of `effzoo lab`."""
+    found = {name: ROOT / f"benchmarks/results/lab/{name}/result.json" for name in experiments()}
+    return {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
+
+
+def lab_table(results: dict[str, dict]) -> str:
+    """Every quick run in one table, with what was seen of what papers say."""
+    lines = ["| experiment | deck | question | CPU seconds | claims seen, of seeds |", "|---|---|---|---|---|"]
+    for name, result in results.items():
+        claims = "<br>".join(f"{sum(claim['held'])}/{len(claim['held'])} {claim['text']}" for claim in result["claims"])
+        decks = ", ".join(map(str, result["decks"]))
+        lines.append(f"| [`{name}`](results/lab/{name}/table.md) | {decks} | {result['about']} | {result['cpu_seconds']:.0f} | {claims} |")
+    held = [all(claim["held"]) for result in results.values() for claim in result["claims"]]
+    never = [not any(claim["held"]) for result in results.values() for claim in result["claims"]]
+    first = next(iter(results.values()))
+    commits = ", ".join(sorted({result["commit"] for result in results.values()}))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Of {len(held)} claims {sum(held)} were seen with every seed, {sum(never)} with none, {len(held) - sum(held) - sum(never)} with some. "
+            f"Quick sizes; {first['machine']}, torch {first['versions']['torch']}, commits {commits}.",
+        ]
+    )
+
+
+def gallery() -> str:
+    """Six figures of the lab, three in a row."""
+    rows = [GALLERY[:3], GALLERY[3:]]
+    lines = []
+    for number, row in enumerate(rows):
+        lines.append("| " + " | ".join(f"[`effzoo lab {name}`](benchmarks/results/lab/{name}/table.md): {said}" for name, said in row) + " |")
+        if number == 0:
+            lines.append("|---" * 3 + "|")
+        lines.append("| " + " | ".join(f"![{name}](benchmarks/results/lab/{name}/figure.png)" for name, _ in row) + " |")
+    return "\n".join(lines)
+
+
+def lecture_page(deck: dict, results: dict[str, dict]) -> str:
+    """What the slides of a deck show and where it is, then the deck's experiments with what was seen."""
+    number = deck["number"]
+    lines = [f"# Deck {number}: {DECKS[number]}", "", "| on the slides | run | read |", "|---|---|---|"]
+    for slide in deck["slide"]:
+        commands = "<br>".join(f"`{command}`" for command in slide["run"])
+        lines.append(f"| {slide['topic']} | {commands} | [`{slide['code']}`](../../{slide['code']}) |")
+    for name, result in results.items():
+        if number in result["decks"]:
+            lines += ["", f"## {name}", "", result["about"], "", f"![{name}](../results/lab/{name}/figure.png)", ""]
+            lines += [f"- {Claim(claim['text'], tuple(claim['held']))}" for claim in result["claims"]]
+            lines += [
+                "",
+                f"[Tables and notes](../results/lab/{name}/table.md), [numbers](../results/lab/{name}/result.json). Source: {result['source']}.",
+            ]
+    return "\n".join([*lines, "", "The other decks: " + ", ".join(f"[{n}](deck-{n}.md)" for n in DECKS if n != number) + "."]) + "\n"
+
+
+def lecture_pages() -> dict[str, str]:
+    """The page of every deck, by the name of its file."""
+    decks = tomllib.loads((ROOT / "benchmarks/lectures.toml").read_text())["deck"]
+    results = lab_results()
+    return {f"deck-{deck['number']}.md": lecture_page(deck, results) for deck in decks}
 
 
 def _between(text: str, name: str, table: str) -> str:
@@ -160,3 +236,6 @@ if __name__ == "__main__":
     figures("cpu")
     for path, render in ((ROOT / "README.md", rendered), (ROOT / "benchmarks/README.md", rendered_benchmarks)):
         path.write_text(render(path.read_text()))
+    for name, text in lecture_pages().items():
+        (ROOT / "benchmarks/lectures" / name).parent.mkdir(exist_ok=True)
+        (ROOT / "benchmarks/lectures" / name).write_text(text)

@@ -468,3 +468,10 @@ def test_a_router_of_a_file_routes_feed_forwards(tiny, tmp_path):
         with routing.watch(model) as seen:
             model(**labelled()).loss.backward()
     assert [u.share for u in seen.passes] == [(1.0, 0.0, 0.0, 0.0)] * 2 and seen.passes[0].collapsed
+
+
+def test_a_ladder_cannot_start_from_slices_of_experts(tiny):
+    model = effzoo.build("bert", **tiny, experts=2)
+    with pytest.raises(OptionError, match="use init='random'"):
+        effzoo.attach(model, "ladder[init=pruned, reduction=2]")
+    effzoo.attach(model, "ladder[init=random, reduction=2]")

@@ -36,11 +36,8 @@ def built(tiny, spec, task="classification", name="default", kind="bert", **opti
 
 def mixtures(model, name="default"):
     """The mixtures of an adapter with their sites, by path."""
-    found = {}
-    for path, site in sites(model):
-        if name in site.adapters:
-            found |= {path: (site, site.of(name)[method]) for method in MIXTURES if method in site.of(name)}
-    return found
+    hung = {path: (site, site.of(name)) for path, site in sites(model) if name in site.adapters}
+    return {path: (site, next(iter(own.values()))) for path, (site, own) in hung.items() if {*own} & {*MIXTURES}}
 
 
 def inputs_of(model, path, batch):

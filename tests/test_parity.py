@@ -332,7 +332,7 @@ def test_losses_of_float_labels_equal_transformers(name, num_labels, labels):
 
 _DECODER = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 2048}
 BASE = {
-    "albert": {"classifier_dropout_prob": 0.0},
+    "albert": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "classifier_dropout_prob": 0.0},
     "longformer": {"attention_window": 32},
     "llama": _DECODER,
     "mistral": _DECODER | {"sliding_window": 16},

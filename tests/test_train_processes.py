@@ -14,6 +14,8 @@ ENVIRONMENT = {
     "PYTHONPATH": str(Path(__file__).parent.parent),
 }  # fmt: skip
 
+TAUGHT = ("loss_labels", "loss_logits", "loss_hidden", "loss_attention")
+
 SHARED = '''
 import json, os, random, sys
 from pathlib import Path
@@ -73,6 +75,10 @@ def cases(directory, processes):
     data = [{**row, "global_attention_mask": [int(index == 0)] + [0] * (len(row["input_ids"]) - 1)} for index, row in enumerate(rows("tokens"))]
     result = effzoo.finetune(model, data, output_dir=directory / "globals", **SETTINGS, batch_size=8 // processes)
     found["global tokens in one row only"] = result.history
+    student, teacher = build("roberta", task="masked_lm", peft="lora[rank=2]"), build("roberta", task="masked_lm", attention="local[chunk=4]")
+    result = effzoo.finetune(student, rows("masked_lm"), output_dir=directory / "taught", **SETTINGS, batch_size=8 // processes, teacher=teacher,
+                             distillation={"hidden": 1.0, "attention": 1.0, "share": 0.75})
+    found["with a teacher"] = result.history
     return found
 
 def order_of_labels(prediction):
@@ -133,7 +139,7 @@ def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(two, tmp_
         assert [entry["step"] for entry in history] == [entry["step"] for entry in other] == list(range(1, 9))
         for one, many in zip(history, other, strict=True):
             assert one.keys() == many.keys()
-            for key in one.keys() & {"loss", "eval_loss", "eval_accuracy", "eval_perplexity", "eval_order", "eval_size"}:
+            for key in one.keys() & {"loss", "eval_loss", "eval_accuracy", "eval_perplexity", "eval_order", "eval_size", *TAUGHT}:
                 assert many[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), f"{case}: {key} at step {one['step']}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -89,9 +89,7 @@ def fit(
         rates = peft.learning_rates(model, learning_rate) if adapters else dict.fromkeys(named, 5e-5 if learning_rate is None else learning_rate)
         optimizer = torch.optim.AdamW([{"params": [named[name]], "lr": rate} for name, rate in rates.items()], weight_decay=weight_decay)
         warm = max(1, round(warmup * number))
-        timetable = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step, warm=warm, number=number: min((step + 1) / warm, max(0.0, (number - step) / max(1, number - warm)), 1.0)
-        )
+        timetable = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, warm=warm, steps=number))
         for step in range(number):
             peft.schedule(model, step / number)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
@@ -111,6 +109,11 @@ def fit(
         peft.finish(model)
     model.eval()
     return losses
+
+
+def _rate(step: int, *, warm: int, steps: int) -> float:
+    """Up linearly for `warm` steps, then down to 0."""
+    return min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)), 1.0)
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ def texts(run: Run, *, length: int, train: int, test: int) -> Texts:
     once), else BBC News.
     """
     source = news() if run.data is None else run.data
-    everything = data.load_text(source, encoding=("utf-8", "latin-1"))
+    everything = data.load_text(source, encoding=("utf-8", "latin-1") if source.is_dir() else "utf-8")
     names = data.names(everything)
     if names is None:
         raise DataError(f"{source} has no labels; this experiment classifies texts")

@@ -85,8 +85,9 @@ class Loader(DataLoader[Any]):
 class Pad:
     """Rows of token lists -> tensors padded on the right to the longest row, [batch, n].
 
-    input_ids are padded with the model's pad token (0 when it has none), masks and types with 0, labels per token with -100; task_ids, one number an example,
-    are stacked; attention_mask is added when rows differ in length. Raises InputError for rows with other columns than the first, or columns of unequal length.
+    input_ids are padded with the model's pad token (0 when it has none), masks and types with 0, labels per token with -100; task_ids, one number an
+    example, are stacked; attention_mask is added when rows differ in length. Raises InputError for rows with other columns than the first, or
+    columns of unequal length.
     """
 
     def __init__(self, task: str, pad_token: int | None, accepted: Sequence[str]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from statistics import mean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ def routing(run: Run) -> Findings:
     )  # fmt: skip
 
 
-def _model(depth: int, **options: object) -> Transformer:
+def _model(depth: int, **options: Any) -> Transformer:
     model: Transformer = effzoo.build(
         "bert", task="token_classification", num_labels=SYMBOLS, layers=depth, dim=64, heads=4, vocab=1 + DOMAINS + SYMBOLS, max_length=LENGTH + 1,
         dropout=0.0, attention_dropout=0.0, norm="pre", types=0, **options,

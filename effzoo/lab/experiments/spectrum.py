@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from effzoo.lab.analyses.spectrum import attention_matrices, cumulative, heads_of
-from effzoo.lab.draw import heat, panels
+from effzoo.architectures import Transformer
+from effzoo.lab.analyses.spectrum import attention_matrices, cumulative
+from effzoo.lab.draw import LINES, heat, panels
 from effzoo.lab.experiment import Claim, Findings, Run, experiment
 from effzoo.lab.texts import DATA, minilm, texts
 
 N = 512
+STYLES = ("-", "--")
 
 
 @experiment("spectrum", deck=4, source="Wang et al. 2020, Linformer, arXiv:2006.04768, figure 1", data=DATA)
@@ -28,19 +31,25 @@ def spectrum(run: Run) -> Findings:
     mean = torch.stack(by_seed).mean(dim=0)
     at = mean[..., N // 4 - 1]
     layers, heads = at.shape
-    random = float(cumulative(torch.rand(1, N, N, generator=torch.Generator().manual_seed(0)).softmax(dim=-1))[0, N // 4 - 1])
+    drawn = torch.randn(N, N, generator=torch.Generator().manual_seed(0))
+    random = float(cumulative(drawn.softmax(dim=-1))[N // 4 - 1])
 
     figure, (left, right) = panels(2)
-    for layer in range(layers):
-        left.plot(range(1, N + 1), mean[layer].mean(dim=0).tolist(), label=f"layer {layer}", linewidth=1.6, color=_shade(layer, layers))
-    left.axvline(N // 4, color="#888888", linewidth=0.8, linestyle=":")
-    left.set(xlabel="singular values", ylabel="share of their sum", title="mean over heads", ylim=(0, 1.02))
-    left.legend(frameon=False, fontsize=8)
-    heat(right, at.tolist(), [f"{i}" for i in range(layers)], [f"{i}" for i in range(heads)], form="{:.2f}", vmin=0.5, vmax=1)
+    for layer, curve in enumerate(mean.mean(dim=1).tolist()):
+        left.plot(
+            range(1, N + 1), curve, label=f"layer {layer}", linewidth=1.6, color=LINES[layer % len(LINES)], linestyle=STYLES[layer % len(STYLES)]
+        )
+    left.plot([1, N], [1 / N, 1], color="#888888", linewidth=1.0, linestyle=":", label="all alike")
+    left.axvline(N // 4, color="#888888", linewidth=0.8)
+    left.set(xlabel=f"largest singular values counted, of {N}", ylabel="share of their sum", title="mean over heads", ylim=(0, 1.02))
+    left.legend(frameon=False, fontsize=8, loc="lower right")
+    numbers = [[f"{i}" for i in range(size)] for size in (layers, heads)]
+    heat(right, at.tolist(), *numbers, form="{:.2f}", vmin=0.25, vmax=1)
     right.set(xlabel="head", ylabel="layer", title=f"share at {N // 4} of {N}")
 
     table = [["layer", f"share at {N // 4} of {N}", "lowest head", "highest head", "published"]]
-    table += [[f"{layer}", f"{row.mean():.3f}", f"{row.min():.3f}", f"{row.max():.3f}", "no number" if layer else ""] for layer, row in enumerate(at)]
+    table += [[f"{layer}", f"{row.mean():.3f}", f"{row.min():.3f}", f"{row.max():.3f}", "no number"] for layer, row in enumerate(at)]
+    table += [["softmax of standard normal numbers", f"{random:.3f}", "", "", ""], ["singular values all alike", "0.250", "", "", ""]]
     upper = tuple(float(c[layers // 2 :, :, N // 4 - 1].mean()) > float(c[: layers // 2, :, N // 4 - 1].mean()) for c in by_seed)
     tail = tuple(bool((c[..., N // 4 - 1].mean(dim=1) > 0.5).all()) for c in by_seed)
     return Findings(
@@ -50,7 +59,10 @@ def spectrum(run: Run) -> Findings:
             Claim(f"in every layer the first {N // 4} of {N} singular values hold most of their sum", tail),
             Claim("the upper half of the layers is lower in rank than the lower half", upper),
         ],
-        values={"share": {str(seed): c[..., N // 4 - 1].tolist() for seed, c in zip(run.seeds, by_seed, strict=True)}, "random matrix": random},
+        values={
+            "share": {str(seed): c[..., N // 4 - 1].tolist() for seed, c in zip(run.seeds, by_seed, strict=True)},
+            "softmax of standard normal numbers": random,
+        },
         settings={"model": "minilm", "n": N, "texts": count},
         notes=[
             "Published: RoBERTa on WikiText-103 and IMDb; a figure without numbers, in which the spectra have a long tail and higher layers are "
@@ -59,11 +71,6 @@ def spectrum(run: Run) -> Findings:
     )  # fmt: skip
 
 
-def _curves(model, ids):  # type: ignore[no-untyped-def]
+def _curves(model: Transformer, ids: Tensor) -> Tensor:
     """[layers, heads, n] of one text."""
-    return torch.stack([cumulative(matrices[0]) for matrices in attention_matrices(model, ids)]).view(-1, heads_of(model), ids.shape[1])
-
-
-def _shade(layer: int, layers: int) -> tuple[float, float, float]:
-    share = layer / max(1, layers - 1)
-    return (0.1 + 0.75 * share, 0.35, 0.75 - 0.6 * share)
+    return torch.stack([cumulative(matrices[0]) for matrices in attention_matrices(model, ids)])

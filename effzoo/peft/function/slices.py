@@ -34,6 +34,11 @@ def slice_blocks(narrow: Sequence[nn.Module], wide: Sequence[nn.Module], places:
         kept_stream = kept[STREAM]
         origin = anywhere | dict(sites(wide[place]))
         for path, site in sites(slim):
+            if path not in origin:
+                raise OptionError(
+                    f"ladder: init='pruned' takes slices of the same matrices of the base, and {path} is not in its blocks (are feed-forwards "
+                    "experts?); use init='random'"
+                )
             _copy(path, site, origin[path], kept)
     assert kept_stream is not None
     return kept_stream

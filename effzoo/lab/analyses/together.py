@@ -1,0 +1,46 @@
+"""Two adapters of different tasks at work together (composition of modules: Pfeiffer et al. 2023, Modular deep learning, arXiv:2302.11529)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from effzoo import peft
+from effzoo.errors import DataError
+from effzoo.lab.fit import Examples
+from effzoo.peft.attach import active
+from effzoo.peft.method import HEAD
+from effzoo.sites import sites
+
+
+@contextmanager
+def averaged(model: nn.Module, names: Sequence[str], head: str) -> Iterator[None]:
+    """Inside the block the mean of what the named adapters make counts at every site of the body, and the task head is that of one of them.
+
+    The mean of the outputs of every site; for a change of weights that is half of each change, for trained rows, keys and values their mean.
+    """
+    before = active(model)
+    peft.activate(model, *names, combine="average")
+    try:
+        for _, site in sites(model):
+            if fnmatchcase(site.role, HEAD) and head in site.adapters:
+                site.active, site.average = (head,), False
+        yield
+    finally:
+        peft.activate(model, *before)
+
+
+def divided(examples: Examples, groups: Sequence[Sequence[int]]) -> list[Examples]:
+    """One set of examples for each group of labels, which are numbered anew within it. Raises DataError for a group without two labels."""
+    found = []
+    for group in groups:
+        if len(group) < 2:
+            raise DataError(f"a task has two labels or more, got {list(group)}; this needs data with four labels at least")
+        own = examples.at(torch.isin(examples.labels, torch.tensor(group)))
+        numbers = {label: number for number, label in enumerate(group)}
+        found.append(Examples(own.inputs, torch.tensor([numbers[int(label)] for label in own.labels])))
+    return found

@@ -1,0 +1,142 @@
+"""Which biases matter: groups of them trained alone, their gradients, and how far they move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from effzoo import peft
+from effzoo.lab.analyses.biases import ByPlace, bias_changes, bias_gradients, mean_of
+from effzoo.lab.analyses.seeds import judged, mean, percent
+from effzoo.lab.analyses.tuning import body_parameters, tune
+from effzoo.lab.draw import LINES, heat, panels
+from effzoo.lab.experiment import Claim, Findings, Run, experiment
+from effzoo.lab.fit import logits
+from effzoo.lab.texts import DATA, minilm, texts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RATE = 5e-3  # five times what the method takes on its own: training is short
+GROUPS = {
+    "all biases": "bitfit",
+    "query and middle": "bitfit[group=strong]",
+    "middle": "bitfit[group=intermediate]",
+    "query": "bitfit[group=query]",
+    "key": "bitfit[group=key]",
+    "value": "bitfit[group=value]",
+    "output": "bitfit[group=output]",
+    "norms": "bitfit[group=norms]",
+    "none: the head alone": "head",
+}
+PUBLISHED = {
+    "all biases": "GLUE test 80.9 against 81.8 of full fine-tuning (about)",
+    "query and middle": "a small loss against all",
+    "key": "unchanged by training",
+}
+ROLES = {
+    "attn.q": "query", "attn.k": "key", "attn.v": "value", "attn.o": "attention output", "attn.norm": "attention norm", "mlp.up": "middle",
+    "mlp.down": "feed-forward output", "mlp.norm": "feed-forward norm",
+}  # fmt: skip
+WITHIN = 0.02 + 1e-6  # of rounding
+
+
+@experiment("biases", deck=(3, 0), source="Ben Zaken et al. 2022, BitFit, arXiv:2106.10199, section 4 and figure 1", data=DATA)
+def biases(run: Run) -> Findings:
+    """Which biases matter: how good is each group of them alone, and how far does each move?"""
+    length, steps, tests = run.choose((24, 24, 200), (128, 300, 1000))
+    data = texts(run, length=length, train=run.choose(384, 1100), test=tests)
+    found: dict[str, dict[str, float]] = {name: {} for name in GROUPS}
+    counts: dict[str, int] = {}
+    same: dict[str, float] = {}
+    moved: dict[str, ByPlace] = {}
+    gradients: dict[str, ByPlace] = {}
+    for seed in run.seeds:
+        key = str(seed)
+        model = minilm(len(data.names), seed=seed)
+        said = {}
+        for name, spec in GROUPS.items():
+            # float32: under bfloat16 AdamW would turn the rounding of gradients that are 0 into steps of full length
+            tune(model, spec, data.train, name="tried", steps=steps, seed=seed, rate=RATE, head_rate=RATE, bfloat16=False)
+            counts[name] = body_parameters(model)
+            said[name] = logits(model, data.test).argmax(dim=-1)
+            found[name][key] = float((said[name] == data.test.labels).float().mean())
+            if name == "all biases":
+                moved[key] = bias_changes(model, "tried")
+            peft.detach(model, "tried")
+        same[key] = float((said["key"] == said["none: the head alone"]).float().mean())
+        gradients[key] = bias_gradients(model.double(), data.train.batch(torch.arange(8) + 8 * seed % (len(data.train) - 8)))
+        run.say(f"seed {seed}: " + ", ".join(f"{name} {100 * by_seed[key]:.1f}" for name, by_seed in found.items()))
+    seeds = [str(seed) for seed in run.seeds]
+
+    table = [["trained biases", "spec", "parameters", "accuracy", "published"]]
+    for name, spec in GROUPS.items():
+        table.append([name, f"`{spec}`", f"{counts[name]:,}", percent(list(found[name].values())), PUBLISHED.get(name, "no number")])
+    second = [["bias", "mean change", "largest gradient, float64", "published"]]
+    for role, name in ROLES.items():
+        change = mean(mean_of(moved[s], role) for s in seeds)
+        largest = max(max(gradients[s][role].values()) for s in seeds)
+        second.append(
+            [name, f"{change:.4f}", f"{largest:.1e}", {"attn.k": "0", "attn.q": "most, with middle", "mlp.up": "most, with query"}.get(role, "")]
+        )
+
+    order = {s: sorted(ROLES, key=lambda role, s=s: mean_of(moved[s], role)) for s in seeds}  # type: ignore[misc]
+    whole, strong, head = (found[name] for name in ("all biases", "query and middle", "none: the head alone"))
+    return Findings(
+        tables={"accuracy": table, "all biases trained: how far each moves": second},
+        figure=_figure(found, counts, moved, seeds),
+        claims=[
+            Claim(
+                "the gradient of key biases is 0 (float64: below 1e-10 of the queries')",
+                judged(seeds, lambda s: max(gradients[s]["attn.k"].values()) < 1e-10 * max(gradients[s]["attn.q"].values())),
+            ),
+            Claim("key biases alone say what the head alone says, on at least 99 % of the texts", judged(seeds, lambda s: same[s] >= 0.99)),
+            Claim("of all biases, those of keys move least", judged(seeds, lambda s: order[s][0] == "attn.k")),
+            Claim(
+                "and those of queries and of the middle of the feed-forward most", judged(seeds, lambda s: set(order[s][-2:]) == {"attn.q", "mlp.up"})
+            ),
+            Claim("these two alone are within 2 points of all biases", judged(seeds, lambda s: strong[s] >= whole[s] - WITHIN)),
+            Claim("all biases are better than the head alone", judged(seeds, lambda s: whole[s] > head[s])),
+        ],
+        values={
+            "accuracy": found,
+            "parameters": counts,
+            "key says what the head alone says": same,
+            "change": {s: {role: {str(layer): value for layer, value in by.items()} for role, by in moved[s].items()} for s in seeds},
+            "largest gradient": {s: {role: {str(layer): value for layer, value in by.items()} for role, by in gradients[s].items()} for s in seeds},
+        },
+        settings={
+            "model": "minilm",
+            "length": length,
+            "steps": steps,
+            "batch": 16,
+            "train texts": len(data.train),
+            "test texts": len(data.test),
+            "rate": RATE,
+        },
+        notes=[
+            "Published: BERT base and large on GLUE; change is that of the paper's figure, ||b_0 - b_F||_1 / dim(b), there on RTE. Trained in "
+            "float32, because AdamW divides a gradient by its own size: what is 0 but for rounding would move too. A seed draws the head and the "
+            "order of the texts."
+        ],
+    )
+
+
+def _figure(found: dict[str, dict[str, float]], counts: dict[str, int], moved: dict[str, ByPlace], seeds: Sequence[str]) -> Figure:
+    """Left: the accuracy of each group, a point for each seed and their mean. Right: how far each bias moves, by role and layer."""
+    figure, (left, right) = panels(2, width=5.2)
+    for place, (name, by_seed) in enumerate(found.items()):
+        values = [100 * by_seed[s] for s in seeds]
+        colour = LINES[1] if name == "key" else "#888888" if not counts[name] else LINES[0]
+        left.plot(values, [place] * len(values), marker="o", markersize=4, linestyle="", color=colour, alpha=0.5)
+        left.plot([mean(values)], [place], marker="|", markersize=10, markeredgewidth=2.5, color=colour)
+        left.text(mean(values), place - 0.42, f"{mean(values):.1f}", ha="center", va="center", fontsize=7, color=colour)
+    left.set_yticks(range(len(found)), [f"{name} ({counts[name]:,})" for name in found])
+    left.set(xlabel="accuracy, %", ylim=(len(found) - 0.5, -0.8), title="one group trained, with the head")
+    layers = sorted(layer for layer in moved[seeds[0]]["attn.q"] if layer is not None)
+    cells = [[1000 * mean(moved[s][role][layer] for s in seeds) for layer in layers] for role in ROLES]
+    heat(right, cells, list(ROLES.values()), [f"{layer}" for layer in layers], form="{:.1f}", vmin=0)
+    right.set(xlabel="layer", title="mean change, thousandths")
+    return figure

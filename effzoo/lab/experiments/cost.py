@@ -1,0 +1,144 @@
+"""The cost model of a transformer: projections O(n d^2), scaled dot product O(n^2 d), feed-forward O(n d d_h); and the memory of OPT-1.3B."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from effzoo.lab.analyses.layer_cost import ATTENTION, FEED_FORWARD, PARTS, PROJECTIONS, WHOLE, counted, layer, operations, seconds, shares
+from effzoo.lab.draw import LINES, MARKERS, panels
+from effzoo.lab.experiment import Claim, Findings, Run, Table, experiment
+from effzoo.plan import plan
+from effzoo.plan.lectures import OPT_1_3B, lecture_activations
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+HEAD, USUAL = 64, 512  # width of a head; the length that BERT is trained on
+GIB = 2**30
+LORA = "lora[rank=8]"
+
+
+@experiment("cost", deck=(0, 4), source="Vaswani et al. 2017, arXiv:1706.03762, table 1; Zhang et al. 2022, OPT, arXiv:2205.01068, table 1")
+def cost(run: Run) -> Findings:
+    """Where do the operations, the time and the memory of a transformer go?"""
+    dims = run.choose((128, 384), (128, 384, 768))
+    lengths = run.choose((128, 512, 2048, 4096), (128, 512, 2048, 4096, 8192))
+    rows: list[dict[str, Any]] = []
+    for dim in dims:
+        block = layer(dim, dim // HEAD, longest=max(lengths))
+        for n in lengths:
+            x = torch.randn(1, n, dim, generator=torch.Generator().manual_seed(0))
+            taken = seconds(block, x, limit=run.choose(2.0, 30.0))
+            by_formula = operations(n, dim)
+            with torch.device("meta"):
+                exact = counted(layer(dim, dim // HEAD, longest=n), x.to("meta")) == by_formula
+            rows.append({"n": n, "dim": dim, "operations": by_formula, "counted alike": exact, "seconds": taken})
+            run.say(f"d {dim}, n {n}: {1e3 * taken[WHOLE]:.1f} ms")
+    predicted, measured = ([shares(row[what]) for row in rows] for what in ("operations", "seconds"))
+    memory = opt_memory()
+
+    table = [["d", "n", *(f"{part}, % of operations: time" for part in PARTS), "layer, ms", "published"]]
+    for row, wanted, found in zip(rows, predicted, measured, strict=True):
+        cells = [f"{100 * wanted[part]:.0f}: {100 * found[part]:.0f}" for part in PARTS]
+        said = "about half is feed-forward (lecture)" if row["n"] == USUAL else "no number"
+        table.append([f"{row['dim']}", f"{row['n']}", *cells, f"{1e3 * row['seconds'][WHOLE]:.1f}", said])
+
+    attended = [[found[ATTENTION] for row, found in zip(rows, measured, strict=True) if row["dim"] == dim] for dim in dims]
+    grows = all(a < b for each in attended for a, b in itertools.pairwise(each))
+    half = [found[FEED_FORWARD] for row, found in zip(rows, measured, strict=True) if row["n"] == USUAL]
+    away = max(abs(wanted[part] - found[part]) for wanted, found in zip(predicted, measured, strict=True) for part in PARTS)
+    figure, (left, middle, right) = panels(3, width=4.4, height=3.8)
+    _shares(left, rows, measured)
+    _seconds(middle, rows, dims[-1])
+    _memory(right, memory)
+    return Findings(
+        tables={"Shares of a layer": table, "Memory of OPT-1.3B, 1 x 2048, float16 with float32 copies, AdamW, GiB": _memory_table(memory)},
+        figure=figure,
+        claims=[
+            Claim("the formulas are the operations that the layer runs, as torch counts them", (all(row["counted alike"] for row in rows),)),
+            Claim(f"at n = {USUAL} the feed-forward is about half of the time (40 to 60 %), at every width", (all(0.4 <= x <= 0.6 for x in half),)),
+            Claim("the share of attention in the time grows with n at every width", (grows,)),
+            Claim("every part's share of the time is within 10 points of its share of the operations", (away <= 0.1,)),
+        ],
+        values={"layers": rows, "largest distance of a share": away, "memory": memory},
+        settings={"d": list(dims), "n": list(lengths), "d_h": "4 d", "head": HEAD, "dtype": "float32", "threads": torch.get_num_threads()},
+        notes=[
+            "Shares of operations depend on n / d alone: feed-forward 16 / (24 + 4 n / d), two thirds for short sequences and half at n = 2 d; "
+            "attention is as large as the projections there, as large as the feed-forward at n = 4 d, and more than all the rest above n = 6 d.",
+            "Time is that of a forward pass with the fused attention kernel, on this machine now; other work on it disturbs the shortest times most.",
+            "Hidden states of OPT-1.3B stand there by the lectures' formula in numbers of 2 bytes, as it is and with the weights of all heads, and "
+            "as planned from the real model on shapes: with the fused kernel, and with attention weights written out.",
+        ],
+    )  # fmt: skip
+
+
+def opt_memory(*, length: int = 2048, **sizes: int) -> dict[str, dict[str, int]]:
+    """Bytes by part, of full fine-tuning and of LoRA: weights, gradients, optimizer states, float32 copies, hidden states four times.
+
+    sizes: in place of those of OPT-1.3B (layers=..., dim=...).
+    """
+    model = {**OPT_1_3B, **sizes}
+    formula = {"layers": model["layers"], "dim": model["dim"], "length": length}
+    found = {}
+    for name, spec in (("full", None), ("LoRA, rank 8", LORA)):
+        choices: dict[str, Any] = {"batch": 1, "length": length, "dtype": "float16", "precision": "master", "task": "causal_lm", **model}
+        fused = plan("gpt2", spec, **choices)
+        written_out = plan("gpt2", spec, **choices, backend="reference")
+        found[name] = {
+            "weights": fused.weights,
+            "gradients": fused.gradients,
+            "optimizer states": fused.optimizer,
+            "float32 copy": fused.master,
+            "hidden states: L (20 h s + 3 s^2)": 2 * lecture_activations(**formula),
+            "hidden states: with all heads": 2 * lecture_activations(**formula, heads=model["heads"]),
+            "hidden states: planned, fused": fused.kept,
+            "hidden states: planned, written out": written_out.kept,
+        }
+    return found
+
+
+def _memory_table(memory: dict[str, dict[str, int]]) -> Table:
+    parts = next(iter(memory.values()))
+    return [["part", *memory, "published"], *([part, *(f"{each[part] / GIB:.2f}" for each in memory.values()), "no number"] for part in parts)]
+
+
+def _shares(axes: Axes, rows: list[dict[str, Any]], measured: list[dict[str, float]]) -> None:
+    ratios = [2 ** (k / 8) for k in range(-20, 53)]
+    curves = [[shares({PROJECTIONS: 8, ATTENTION: 4 * r, FEED_FORWARD: 16})[part] for r in ratios] for part in PARTS]
+    for part, curve, colour in zip(PARTS, curves, LINES, strict=False):
+        axes.plot(ratios, curve, color=colour, linewidth=1.6, label=part)
+    for number, dim in enumerate(dict.fromkeys(row["dim"] for row in rows)):
+        own = [(row["n"] / dim, found) for row, found in zip(rows, measured, strict=True) if row["dim"] == dim]
+        for part, colour in zip(PARTS, LINES, strict=False):
+            axes.plot([r for r, _ in own], [x[part] for _, x in own], linestyle="", color=colour, marker=MARKERS[number], markersize=5)
+        axes.plot([], [], linestyle="", color="#666666", marker=MARKERS[number], markersize=5, label=f"time, d = {dim}")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([2.0**k for k in range(-2, 7, 2)], ["1/4", "1", "4", "16", "64"])
+    axes.set(xlabel="n / d", ylabel="share of the layer", title="lines: operations, marks: time", ylim=(0, 1.02))
+    axes.figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=6, loc="outside lower center")
+
+
+def _seconds(axes: Axes, rows: list[dict[str, Any]], dim: int) -> None:
+    own = [row for row in rows if row["dim"] == dim]
+    for number, part in enumerate(PARTS):
+        times = [1e3 * row["seconds"][part] for row in own]
+        axes.plot([row["n"] for row in own], times, color=LINES[number], marker=MARKERS[number], markersize=5, linewidth=1.6)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks([row["n"] for row in own], [f"{row['n']}" for row in own])
+    axes.set(xlabel="n", ylabel="milliseconds", title=f"time of the parts, d = {dim}")
+
+
+def _memory(axes: Axes, memory: dict[str, dict[str, int]]) -> None:
+    stacked = ("weights", "gradients", "optimizer states", "float32 copy", "hidden states: planned, fused")
+    bottom = [0.0] * len(memory)
+    for part, colour in zip(stacked, LINES, strict=False):
+        heights = [each[part] / GIB for each in memory.values()]
+        axes.bar(list(memory), heights, bottom=bottom, color=colour, width=0.55, label=part)
+        bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+    axes.set(ylabel="GiB", title="OPT-1.3B, 1 x 2048", ylim=(0, 1.05 * max(bottom)))
+    axes.grid(visible=False, axis="x")
+    axes.legend(*(list(reversed(each)) for each in axes.get_legend_handles_labels()), frameon=False, fontsize=8, loc="upper right")

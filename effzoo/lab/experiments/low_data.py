@@ -1,0 +1,74 @@
+"""Few examples: prefix tuning against full fine-tuning."""
+
+from __future__ import annotations
+
+import torch
+
+from effzoo import peft
+from effzoo.lab.analyses.tuning import body_parameters, fast_accuracy, tune
+from effzoo.lab.draw import band, panels
+from effzoo.lab.experiment import Claim, Findings, Run, experiment
+from effzoo.lab.texts import DATA, minilm, texts
+
+COUNTS = (16, 64, 256)
+PUBLISHED = {16: "prefix better by about 2.9 BLEU (mean over 50 to 500)", 64: "", 256: "the gap narrows with more"}
+METHODS = {"prefix": "prefix[length=8]", "full": "full"}
+
+
+@experiment("low_data", deck=1, source="Li & Liang 2021, Prefix-tuning, arXiv:2101.00190, section 6.3 and figure 3", data=DATA)
+def low_data(run: Run) -> Findings:
+    """With few training examples, is a prefix better than full fine-tuning?"""
+    length, steps, batch = run.choose(32, 64), run.choose(32, 200), 8
+    data = texts(run, length=length, train=run.choose(400, 1000), test=run.choose(200, 1000))
+    accuracy: dict[str, dict[int, list[float]]] = {name: {count: [] for count in COUNTS} for name in METHODS}
+    trained = {}
+    for seed in run.seeds:
+        model = minilm(len(data.names), seed=seed)
+        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
+        for count in COUNTS:
+            for name, spec in METHODS.items():
+                torch.manual_seed(seed)
+                tune(model, spec, data.train.at(order[:count]), name="task", steps=steps, batch=batch, seed=seed)
+                trained[name] = 100 * body_parameters(model) / peft.account(model).total
+                accuracy[name][count].append(100 * fast_accuracy(model, data.test))
+                peft.detach(model, "task")
+        run.say(
+            f"seed {seed}: " + "; ".join(f"{name} {' '.join(f'{each[-1]:.1f}' for each in found.values())} %" for name, found in accuracy.items())
+        )
+
+    gain = {count: [a - b for a, b in zip(accuracy["prefix"][count], accuracy["full"][count], strict=True)] for count in COUNTS}
+    figure, (left, right) = panels(2)
+    for number, (name, found) in enumerate(accuracy.items()):
+        band(left, COUNTS, [list(each) for each in zip(*found.values(), strict=True)], f"{name} ({trained[name]:.1f} % trained)", number)
+    band(right, COUNTS, [list(each) for each in zip(*gain.values(), strict=True)], "prefix - full", 2)
+    right.axhline(0, color="#888888", linewidth=0.8)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(COUNTS, [f"{count}" for count in COUNTS])
+        axes.set_xlabel("training texts")
+    left.set(ylabel="accuracy, %", title="mean and range over seeds")
+    left.legend(frameon=False, fontsize=8, loc="lower right")
+    right.set(ylabel="points", title="gain of the prefix over full fine-tuning")
+
+    table = [["training texts", "prefix, 8 long", "full", "prefix - full, by seed", "published"]]
+    for count in COUNTS:
+        means = [f"{sum(accuracy[name][count]) / len(run.seeds):.1f} %" for name in METHODS]
+        table.append([f"{count}", *means, ", ".join(f"{each:+.1f}" for each in gain[count]), PUBLISHED[count]])
+    few, *_, many = COUNTS
+    return Findings(
+        tables={"Accuracy by the number of training texts": table},
+        figure=figure,
+        claims=[
+            Claim(f"with {few} texts the prefix is better than full fine-tuning", tuple(each > 0 for each in gain[few])),
+            Claim(f"the prefix is better in the mean over {few} to {many} texts", tuple(sum(each) > 0 for each in zip(*gain.values(), strict=True))),
+            Claim(f"its gain is smaller with {many} texts than with {few}", tuple(b < a for a, b in zip(gain[few], gain[many], strict=True))),
+        ],
+        values={
+            "accuracy": {name: {f"{count}": each for count, each in found.items()} for name, found in accuracy.items()}, "trained percent": trained,
+        },
+        settings={"model": "minilm", "tokens": length, "test texts": len(data.test), "steps": steps, "batch": batch},
+        notes=[
+            "As many steps for each number of texts, at each method's own learning rate (full: 5e-5, the new head faster). A seed draws the texts "
+            "and the head. Published: GPT-2 medium and BART, table-to-text and summarisation; the mean gain is quoted from memory."
+        ],
+    )  # fmt: skip
