@@ -316,3 +316,10 @@ def test_a_perceiver_and_a_decoder_that_decodes_are_quantised_too(build):
     perceiver = build("perceiver-io", channels=16, latents=6, cross_heads=2, cross_mlp=16, decoder_heads=2, decoder_mlp=16)
     assert effzoo.quantise(perceiver, 8).matrices > 0
     assert torch.isfinite(perceiver.eval()(input_ids=ids).logits).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_account_counts_the_numbers_that_codes_stand_for(tiny, bits):
+    dense, coded = (effzoo.build("bert", task="classification", peft="lora[rank=2]", **tiny) for _ in range(2))
+    effzoo.quantise(coded, bits)
+    assert effzoo.account(coded).total == effzoo.account(dense).total

@@ -110,7 +110,7 @@ def _flops(model: nn.Module, ids: torch.Tensor) -> int:
 
 def account(model: nn.Module) -> Account:
     """Count the active adapters of a model; without any, the model as it is."""
-    total = sum(tensor.numel() for tensor in base_tensors(model).values())
+    total = _total(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     names = active(model)
     tensors = [t for name in names for t in stored_tensors(model, name).values()]
@@ -124,6 +124,14 @@ def account(model: nn.Module) -> Account:
         rank=rank,
         rows=_rows(model, names),
     )
+
+
+def _total(model: nn.Module) -> int:
+    """The numbers of the base; codes of a quantised weight stand for as many as the weight has."""
+    coded = {path: site for path, site in sites(model) if getattr(site, "bits", None)}
+    held = {f"{path}.{name}" for path in coded for name in ("codes", "scales")}
+    dense = sum(tensor.numel() for key, tensor in base_tensors(model).items() if key not in held)
+    return dense + sum(site.base()["weight"].numel() for site in coded.values())
 
 
 def _rows(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, str, int, int]]:
