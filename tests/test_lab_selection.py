@@ -20,7 +20,7 @@ from effzoo.lab.analyses.seeds import judged, mean, percent
 from effzoo.lab.analyses.sums import cosine, shared, support
 from effzoo.lab.analyses.supermasks import TASKS, large_final, large_final_same_sign, overlap, signed_constant, task
 from effzoo.lab.analyses.tuning import body_parameters, fast_accuracy, tune
-from effzoo.lab.fit import Examples, accuracy
+from effzoo.lab.fit import Examples, accuracy, logits
 from effzoo.sites import sites
 
 
@@ -237,15 +237,21 @@ class TestHeads:
         assert not peft.attached(bert)
 
     def test_a_head_without_its_gate_is_a_head_whose_columns_are_zero(self, bert):
-        data = texts(rows=30)
-        order = torch.tensor([3, 0, 2, 1])
-        found = without_heads(bert, order, (0, 2), data)
-        assert found[0] == fast_accuracy(bert, data) == accuracy(bert, data)
+        """The labels are what the model says with the columns of two heads at 0, so without these heads it is always right, else not."""
+        data = texts(rows=60)
         layers = [site for _, site in sites(bert) if site.role == "attn.o"]
         with torch.no_grad():
+            for site in layers:
+                site.weight *= 300  # so that heads decide
+            before = [site.weight.clone() for site in layers]
             layers[1].weight[:, 8:] = 0  # head 3 is the second of layer 1, head 0 the first of layer 0
             layers[0].weight[:, :8] = 0
-        assert found[1] == accuracy(bert, data)
+            data = Examples(data.inputs, logits(bert, data).argmax(dim=-1))
+            for site, weight in zip(layers, before, strict=True):
+                site.weight.copy_(weight)
+        whole, without, none = without_heads(bert, torch.tensor([3, 0, 2, 1]), (0, 2, 4), data)
+        assert without == 1 and whole == accuracy(bert, data) == fast_accuracy(bert, data) < 1 and none < 1
+        assert without_heads(bert, torch.tensor([2, 1, 3, 0]), (2,), data)[0] < 1
 
     def test_orders_and_counts_that_do_not_fit_are_refused(self, bert):
         for order, counts in (([0, 1, 2], [0]), ([0, 0, 1, 2], [0]), ([0, 1, 2, 3], [5])):

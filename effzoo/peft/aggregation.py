@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from effzoo.errors import AdapterError, OptionError, UnknownNameError
 from effzoo.peft.attach import _known, activate, active, attach, detach
-from effzoo.peft.merging import delta
+from effzoo.peft.merging import delta, merged_parameters
 from effzoo.peft.method import HEAD
+from effzoo.peft.parameter.selected import Copy
 from effzoo.sites import Linear, Site, sites
 
 How = Literal["sum", "ties", "dare"]
@@ -82,7 +83,7 @@ def combine(
     try:
         truncation = _write(model, name, total, rank)
         if head is not None:
-            _take_head(model, head, name)
+            take_head(model, head, name)
     except Exception:
         detach(model, name)
         activate(model, *before)
@@ -185,7 +186,11 @@ def _write(model: nn.Module, name: str, total: Changes, rank: int | None) -> dic
 
 
 @torch.no_grad()
-def _take_head(model: nn.Module, source: str, name: str) -> None:
+def take_head(model: nn.Module, source: str, name: str) -> None:
+    """Fill the task head of adapter `name` with what that of `source` computes, whatever methods have made it."""
     for _, site in sites(model):
-        if fnmatchcase(site.role, HEAD) and source in site.adapters and name in site.adapters:
-            site.adapters[name].load_state_dict(site.of(source).state_dict())
+        if not (fnmatchcase(site.role, HEAD) and source in site.adapters and name in site.adapters):
+            continue
+        copies = [module for module in site.hung(name) if isinstance(module, Copy)]
+        for key, value in merged_parameters(site, list(site.hung(source))).items() if copies else ():
+            getattr(copies[0], f"own_{key}").copy_(value)

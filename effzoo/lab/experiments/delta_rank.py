@@ -119,7 +119,8 @@ def delta_rank(run: Run) -> Findings:
             "New task: are the words of a text in their order, or shuffled. Old task: its topic, from the mean of the last hidden states by a linear "
             "map that is fitted before training. Published: Llama-2-7B on code and mathematics, forgetting measured on "
             "HellaSwag, ARC-challenge and WinoGrande. Intruders (Shuttleworth et al. 2024, arXiv:2410.21228): of the first 10 left singular vectors "
-            "of W + dW those with no cosine of 0.5 or more to one of W, of the first seed. The learning rates are not tuned, and matter."
+            "of W + dW those with no cosine of 0.5 or more to one of W, of the first seed. Learning rates matter: "
+            "with three times as high ones full fine-tuning and LoRA r = 16 both lost the topics altogether (two seeds: 0.23 to 0.26, 0.20 to 0.22)."
         ],
     )  # fmt: skip
 
@@ -169,13 +170,19 @@ def _afterwards(
 def _draw_spectra(axes: Any, base: dict[str, Tensor], changes: dict[str, dict[str, Tensor]]) -> None:
     """Share of the squares that the first singular values hold, of the query matrix of the middle layer."""
     key = sorted(key for key in changes["full"] if key.endswith("attn.q.weight"))[3]
-    for number, (name, matrix) in enumerate([("W", base[key]), *((f"dW, {name}", found[key]) for name, found in changes.items())]):
+    for number, (name, matrix) in enumerate([("W", base[key]), *((name, found[key]) for name, found in changes.items())]):
         energy = torch.linalg.svdvals(matrix).square()
         share = (energy.cumsum(dim=0) / energy.sum()).tolist()
         axes.plot(range(1, len(share) + 1), share, label=name, linewidth=1.6, color="#000000" if name == "W" else LINES[number - 1])
     axes.axhline(SHARE, color="#888888", linewidth=1, linestyle=":")
-    axes.set(xlabel="singular values", ylabel="share of the sum of squares", xscale="log", ylim=(0, 1.02), title=key.removesuffix(".weight"))
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.set(
+        xlabel="singular values",
+        ylabel="share of the sum of squares",
+        xscale="log",
+        ylim=(0, 1.02),
+        title=f"W and its change, {key.removesuffix('.weight')}",
+    )
+    axes.legend(frameon=False, fontsize=7.5, loc="lower right")
 
 
 def _mean_rank(counts: dict[str, int]) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from effzoo.errors import AdapterError, UnknownNameError
+from effzoo.peft.aggregation import take_head
 from effzoo.peft.attach import _known, activate, active, attach, detach
 from effzoo.peft.modular.mixture import Among, MixtureMethod
 from effzoo.peft.training import finish
@@ -40,8 +41,8 @@ def gather(model: nn.Module, adapters: Sequence[str], *, name: str, how: str = "
                 for number, adapter in enumerate(adapters):
                     if (mixture := mixture_at(site, name)) is not None and adapter in site.adapters:
                         _copy({k: m for k, m in site.of(adapter).items() if k != "head"}, mixture.experts[number])
-                if head is not None and name in site.adapters and "head" in site.of(name):
-                    site.of(name)["head"].load_state_dict(site.of(head)["head"].state_dict())
+        if head is not None:
+            take_head(model, head, name)
     except Exception:
         detach(model, name)
         activate(model, *before)
@@ -67,8 +68,7 @@ def extract(model: nn.Module, mixture: str, expert: int, *, name: str) -> None:
                 continue
             if (found := mixture_at(site, mixture)) is not None:
                 _copy(dict(found.experts[expert].items()), site.of(name))  # type: ignore[operator]
-            if "head" in site.of(name):
-                site.of(name)["head"].load_state_dict(site.of(mixture)["head"].state_dict())
+    take_head(model, mixture, name)
 
 
 def mixture_at(site: Site, name: str) -> Among | None:
