@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 
 from effzoo import peft
-from effzoo.lab.fit import Examples, accuracy, bfloat16_is_faster, fit
+from effzoo.lab.fit import Examples, fit
+from effzoo.lab.score import score
 from effzoo.peft.method import HEAD
 
 
@@ -45,8 +45,6 @@ def body_parameters(model: nn.Module) -> int:
     return sum(numbers for _, role, _, numbers in peft.account(model).rows if not fnmatchcase(role, HEAD))
 
 
-def fast_accuracy(model: nn.Module, examples: Examples, size: int = 64) -> float:
+def fast_accuracy(model: nn.Module, examples: Examples) -> float:
     """`accuracy` with products in bfloat16 where that is faster here and the weights are float32, as `fit` trains."""
-    single = next(model.parameters()).dtype == torch.float32
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=single and bfloat16_is_faster()):
-        return accuracy(model, examples, size)
+    return score(model, examples).accuracy
