@@ -75,6 +75,17 @@ def matrix_table(cells: list[dict]) -> str:
     return "\n".join([*lines, "", tried, "", *refused])
 
 
+def experts_line(cells: list[dict]) -> str:
+    """How the same looks with each method as an expert of a routed adapter."""
+    count = {status: sum(cell["status"] == status for cell in cells) for status in ("works", "refused", "fails")}
+    before = sorted({cell["method"] for cell in cells if cell["status"] == "refused" and cell["reason"].startswith("routed does not")})
+    return (
+        f"Each method as an expert, `effzoo matrix --experts` (`routed[of=METHOD, experts=2]`): {len(cells):,} combinations, {count['works']:,} work, "
+        f"{count['fails']} fail, {count['refused']} are refused: what is refused above, and {', '.join(f'`{name}`' for name in before)}, whose rows or "
+        "network are there for all tokens."
+    )
+
+
 def speed_tables(device: str) -> str:
     """Milliseconds of a layer of each kind in training against the length, and the same computation by others."""
     scaling = rows.read(ROOT / f"benchmarks/results/scaling-{device}.jsonl")
@@ -150,7 +161,8 @@ def rendered(readme: str) -> str:
     """The README with its figures written anew."""
     results = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
     readme = _between(readme, "speed", speed_tables("cpu"))
-    readme = _between(readme, "matrix", matrix_table(json.loads((ROOT / "benchmarks/results/matrix.json").read_text())))
+    tried, experts = (json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("matrix", "matrix-experts"))
+    readme = _between(readme, "matrix", f"{matrix_table(tried)}\n\n{experts_line(experts)}")
     readme = _between(readme, "gallery", gallery())
     return _between(readme, "demo", demo_table(results))
 

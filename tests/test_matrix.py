@@ -11,7 +11,7 @@ import pytest
 
 import effzoo
 from effzoo.checks.attention import Subject as Kind
-from effzoo.checks.matrix import ARCHITECTURES, cell
+from effzoo.checks.matrix import ARCHITECTURES, as_expert, candidates, cell
 from effzoo.checks.peft import Subject as Method
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +21,10 @@ TRACKED = {
 }
 KINDS = functools.cache(Kind.of)
 METHODS = functools.cache(Method.of)
+EXPERTS = {
+    (cell["method"], cell["attention"], cell["architecture"]): cell["status"]
+    for cell in json.loads((ROOT / "benchmarks/results/matrix-experts.json").read_text())
+}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -31,6 +35,20 @@ def test_every_method_keeps_the_laws_on_every_kind(method, attention, architectu
     assert found.status != "fails", found.reason
     assert (found.status == "refused") == refused(method, attention, architecture), found.reason
     assert TRACKED[method, attention, architecture] == found.status, "run effzoo matrix --save benchmarks/results/matrix.json"
+
+
+def test_the_tracked_matrix_of_experts_is_whole_and_nothing_in_it_fails():
+    """Its cells are tried by `effzoo matrix --experts`, some of them in test_modular: all would take as long as the matrix itself."""
+    assert {*EXPERTS} == {(m, a, each) for m in candidates(experts=True) for a in effzoo.attention.names() for each in ARCHITECTURES}
+    assert "fails" not in EXPERTS.values()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("attention", ["longformer", "lsh"])
+@pytest.mark.parametrize("method", ["lora", "prefix", "houlsby", "bitfit", "unipelt", "prompt"])
+def test_experts_keep_the_laws(method, attention, architecture):
+    found = cell(METHODS(as_expert(method)), KINDS(attention), architecture)
+    assert found.status == EXPERTS[method, attention, architecture], found.reason
 
 
 def refused(method, attention, architecture):

@@ -23,6 +23,7 @@ from effzoo.errors import AdapterError, IncompatibleError, TargetError
 from effzoo.peft import account, activate, attach, combine, delta, detach, load_adapter, merge, save_adapter
 from effzoo.peft.attach import adapter_tensors, base_tensors
 from effzoo.peft.method import HEAD
+from effzoo.peft.modular.mixture import MixtureMethod
 from effzoo.registry import attention, peft
 from effzoo.sites import sites
 from effzoo.spec import Spec
@@ -85,7 +86,7 @@ def matrix(
     experts: each method as two experts of a routed adapter.
     """
     found = Matrix()
-    tuned = {name: Tuned.of(as_expert(name) if experts else name) for name in methods or peft.names()}
+    tuned = {name: Tuned.of(as_expert(name) if experts else name) for name in methods or candidates(experts)}
     subjects = {name: Kind.of(name) for name in kinds or attention.names()}
     for name, method in tuned.items():
         for kind in subjects.values():
@@ -93,6 +94,11 @@ def matrix(
                 found.cells.append(replace(cell(method, kind, architecture), method=name))
                 each(found.cells[-1])
     return found
+
+
+def candidates(experts: bool = False) -> list[str]:
+    """Every method; for experts those that are no mixture themselves."""
+    return [name for name in peft.names() if not (experts and issubclass(peft.get(name), MixtureMethod))]
 
 
 def as_expert(method: str) -> str:

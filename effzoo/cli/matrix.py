@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from effzoo.checks.matrix import ARCHITECTURES, Cell, Matrix
+from effzoo.checks.matrix import ARCHITECTURES, Cell, Matrix, candidates
 from effzoo.checks.matrix import matrix as tried
 from effzoo.cli.terminal import app, console, say, table
 from effzoo.errors import UnknownNameError
@@ -39,7 +39,7 @@ def matrix(
     with scope():
         if file is not None:
             load_file(file)
-        methods, kinds = _chosen(peft, method), _chosen(attention, kind)
+        methods, kinds = _chosen(peft, method) if method else candidates(experts), _chosen(attention, kind)
         with Progress(BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), console=console(), transient=True) as bar:
             task = bar.add_task("", total=len(methods) * len(kinds) * len(ARCHITECTURES))
             found = tried(

@@ -31,7 +31,10 @@ class Pending:
 
 
 class Listening(Among):
-    """Experts that only look at what the layer sees, for a part of theirs elsewhere."""
+    """Experts without parameters: alike, so that there is nothing to route; they may look at what the layer sees, for a part of theirs elsewhere."""
+
+    def mixed(self, site: nn.Module, x: Tensor, plain: Tensor, outs: Sequence[Tensor]) -> Tensor:
+        return outs[0]
 
     def remember(self, seen: Seen) -> KeysValues | None:
         for module in (module for own in self.at_hand() for module in own):
@@ -224,7 +227,7 @@ class RoutedMethod(MixtureMethod):
         experts = self.experts_at(site)
         if experts is None:
             return None
-        if isinstance(site, Memory) and not any(True for own in experts for _ in own.parameters()):
+        if not any(True for own in experts for _ in own.parameters()):
             return Listening(experts, self.frozen)
         if isinstance(site, Memory) and self.causal and self.reads == "tokens":
             reason = "a memory is routed by the mean of the whole text, so a token would be predicted from later ones"
