@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 GALLERY = [
     ("patterns", "which query sees which key, drawn from the code that runs"),
     ("spectrum", "attention matrices are low in rank"),
-    ("lora_subspaces", "what two ranks of LoRA have in common"),
+    ("unified", "one function of a row computes six methods"),
     ("adapter_spans", "adapters removed from spans of layers"),
     ("routing", "routers with and without balance"),
     ("comparison", "accuracy, share trained, memory"),
@@ -79,10 +79,11 @@ def experts_line(cells: list[dict]) -> str:
     """How the same looks with each method as an expert of a routed adapter."""
     count = {status: sum(cell["status"] == status for cell in cells) for status in ("works", "refused", "fails")}
     before = sorted({cell["method"] for cell in cells if cell["status"] == "refused" and cell["reason"].startswith("routed does not")})
+    named = ", ".join(f"`{name}`" for name in before)
     return (
-        f"Each method as an expert, `effzoo matrix --experts` (`routed[of=METHOD, experts=2]`): {len(cells):,} combinations, {count['works']:,} work, "
-        f"{count['fails']} fail, {count['refused']} are refused: what is refused above, and {', '.join(f'`{name}`' for name in before)}, whose rows or "
-        "network are there for all tokens."
+        f"Each method as an expert, `effzoo matrix --experts` (`routed[of=METHOD, experts=2]`): {len(cells):,} combinations, {count['works']:,} "
+        f"work, {count['fails']} fail, {count['refused']} are refused: what is refused above, and {named}, whose rows or network are there for "
+        "all tokens."
     )
 
 

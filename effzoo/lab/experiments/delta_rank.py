@@ -175,13 +175,8 @@ def _draw_spectra(axes: Any, base: dict[str, Tensor], changes: dict[str, dict[st
         share = (energy.cumsum(dim=0) / energy.sum()).tolist()
         axes.plot(range(1, len(share) + 1), share, label=name, linewidth=1.6, color="#000000" if name == "W" else LINES[number - 1])
     axes.axhline(SHARE, color="#888888", linewidth=1, linestyle=":")
-    axes.set(
-        xlabel="singular values",
-        ylabel="share of the sum of squares",
-        xscale="log",
-        ylim=(0, 1.02),
-        title=f"W and its change, {key.removesuffix('.weight')}",
-    )
+    title = f"W and its change, {key.removesuffix('.weight')}"
+    axes.set(xlabel="singular values", ylabel="share of the sum of squares", xscale="log", ylim=(0, 1.02), title=title)
     axes.legend(frameon=False, fontsize=7.5, loc="lower right")
 
 

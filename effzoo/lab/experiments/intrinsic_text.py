@@ -16,7 +16,7 @@ from effzoo.lab.texts import DATA, Texts, minilm, texts
 
 TARGETS = ("attn.*", "mlp.*", "head.*")  # the head too: trained beside the subspace, it would tell topics apart at any d
 METHODS = {"SAID": "said", "DID": "intrinsic"}
-RATE, BASE_RATE = 0.3, 3e-4
+RATE, BASE_RATE = 0.3, 1e-3
 PUBLISHED = [
     ["BERT-base", "1608 / 1861", "8030 / 9295"],
     ["BERT-large", "1037 / 2493", "1200 / 1389"],

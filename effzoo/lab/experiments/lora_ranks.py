@@ -58,7 +58,7 @@ def lora_ranks(run: Run) -> Findings:
         axes.set(xlabel="rank", ylabel=label, xscale="log")
         axes.set_xticks(list(ranks), [f"{r}" for r in ranks])
         axes.minorticks_off()
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.05))
     seeds = range(len(run.seeds))
     qv, small = found["q, v"], [r for r in ranks if r > 1]
     return Findings(
