@@ -306,3 +306,12 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_routers_are_listed_and_shown():
+    listed = CliRunner().invoke(app, ["routers"])
+    assert listed.exit_code == 0 and all(name in listed.output for name in effzoo.routing.names())
+    shown = CliRunner().invoke(app, ["show", "switch"])
+    assert shown.exit_code == 0 and "a router" in shown.output and "capacity" in shown.output and "2101.03961" in shown.output
+    together = CliRunner().invoke(app, ["show", "expert_choice"])
+    assert "not in a causal language model" in " ".join(together.output.split())

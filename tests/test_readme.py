@@ -4,12 +4,16 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 import effzoo
+from effzoo.cli import app
+from effzoo.lab import DECKS, experiments
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -55,11 +59,48 @@ def test_its_paths_exist():
 
 
 def test_its_figures_are_those_of_the_tracked_results():
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "scripts/readme.py")
-    readme = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme)
+    readme = loaded()
     assert readme.rendered(README) == README, "run python scripts/readme.py"
     assert "| test accuracy |" in README
     benchmarks = (ROOT / "benchmarks/README.md").read_text()
     assert readme.rendered_benchmarks(benchmarks) == benchmarks, "run python scripts/readme.py"
     assert "262,144" in benchmarks and "| 4 | " in benchmarks and "| linformer |" in benchmarks
+
+
+def test_the_pages_of_the_decks_are_those_of_the_tracked_results():
+    pages = loaded().lecture_pages()
+    assert {*pages} == {path.name for path in (ROOT / "benchmarks/lectures").iterdir()} == {f"deck-{number}.md" for number in DECKS}
+    for name, text in pages.items():
+        assert (ROOT / "benchmarks/lectures" / name).read_text() == text, "run python scripts/readme.py"
+        for path in re.findall(r"\]\(([\w/.-]+)\)", text):
+            assert (ROOT / "benchmarks/lectures" / path).resolve().is_file(), path
+
+
+def test_every_experiment_was_run_quickly_and_is_on_a_page():
+    results = loaded().lab_results()
+    assert {*results} == {*experiments()}, "run effzoo lab NAME --quick --out benchmarks/results/lab"
+    for name, result in results.items():
+        assert result["quick"] and len(result["seeds"]) == 3 and result["claims"] and (ROOT / f"benchmarks/results/lab/{name}/figure.png").is_file()
+        for deck in experiments()[name].decks:
+            assert f"## {name}\n" in (ROOT / f"benchmarks/lectures/deck-{deck}.md").read_text()
+
+
+def test_the_commands_of_the_slides_exist():
+    commands = {command.name: command for command in typer.main.get_group(app).commands.values()}
+    known = {*effzoo.models(), *effzoo.attention.names(), *effzoo.peft.names(), *effzoo.routing.names()}
+    for deck in tomllib.loads((ROOT / "benchmarks/lectures.toml").read_text())["deck"]:
+        for run in (run for slide in deck["slide"] for run in slide["run"]):
+            program, command, *rest = run.split()
+            assert program == "effzoo" and command in commands, run
+            assert command != "lab" or rest[0] in experiments(), run
+            assert command != "show" or rest[0] in known, run
+        for slide in deck["slide"]:
+            assert (ROOT / slide["code"]).is_file(), slide["code"]
+
+
+def loaded():
+    """scripts/readme.py."""
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "scripts/readme.py")
+    readme = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(readme)
+    return readme

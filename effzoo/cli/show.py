@@ -1,4 +1,4 @@
-"""`effzoo models`, `attention`, `peft`, `show` and `account`: what there is, and what it costs."""
+"""`effzoo models`, `attention`, `peft`, `routers`, `show` and `account`: what there is, and what it costs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from effzoo.errors import OptionError, UnknownNameError
 from effzoo.peft import account as account_of
 from effzoo.peft.survey import survey as survey_of
 from effzoo.registry import View, attention, peft
+from effzoo.registry import router as routing
+from effzoo.routing import Router
 from effzoo.sites import Site
 from effzoo.spec import Spec, parse_one
 
+LOSSES = ("importance", "load", "balance", "z")
 Attention = Annotated[str | None, typer.Option(help='Attention kind instead of the model\'s own, such as "longformer\\[window=256]".')]
 Peft = Annotated[str | None, typer.Option(help='Fine-tuning method, such as "lora\\[rank=4]"; several are joined by "|".')]
 
@@ -68,8 +71,22 @@ def peft_() -> None:
 
 
 @app.command()
+def routers() -> None:
+    """List the routers: which experts see a token, for `peft="routed[router=...]"` and `effzoo.build(..., experts=8, router=...)`.
+
+    Example:  effzoo routers
+    """
+    rows = table("router", "reads", "losses", "what it computes")
+    for name in routing.names():
+        cls = routing.get(name)
+        losses = [option.name for option in routing.options(name) if option.name in LOSSES]
+        rows.add_row(*map(Text, (name, cls.reads, ", ".join(losses) or "-", describe.first_sentence(cls))))
+    say(rows, "\neffzoo show NAME tells more.")
+
+
+@app.command()
 def show(
-    name: Annotated[str, typer.Argument(help='A model, an attention kind or a method, options allowed: "longformer\\[window=8]".')],
+    name: Annotated[str, typer.Argument(help='A model, an attention kind, a method or a router, options allowed: "longformer\\[window=8]".')],
     n: Annotated[int | None, typer.Option("--n", help="Positions in the picture of an attention pattern.")] = None,
     causal: Annotated[bool, typer.Option("--causal", help="Draw the pattern as a decoder uses it.")] = False,
     save: Annotated[Path | None, typer.Option(help="Also write the picture to this PNG file.")] = None,
@@ -83,7 +100,7 @@ def show(
     if save is not None and save.suffix.lower() != ".png":
         raise OptionError(f"--save writes a PNG file, got {save}; give a name that ends in .png")
     spec = Spec(name) if name.endswith(".toml") else parse_one(name)
-    known = {"model": _models(spec.name), "attention": _names(attention), "peft": _names(peft)}
+    known = {"model": _models(spec.name), "attention": _names(attention), "peft": _names(peft), "router": _names(routing)}
     kinds = [kind for kind, names in known.items() if spec.name in names and not (kind == "model" and spec.options)]
     if not kinds:
         if spec.name in known["model"]:
@@ -98,8 +115,10 @@ def show(
             _show_model(spec)
         elif kind == "attention":
             _show_attention(spec, n, causal, save)
-        else:
+        elif kind == "peft":
             _show_peft(spec)
+        else:
+            _head(routing, spec, "a router", _router_traits(routing.get(spec.name)))
 
 
 @app.command()
@@ -194,6 +213,11 @@ def _show_peft(spec: Spec) -> None:
             ("on BERT base", f"trains {hung.on_bert.trainable:,} of {hung.on_bert.total:,} parameters ({hung.on_bert.percent:.3g} %)"),
         ]
     _head(peft, spec, "a fine-tuning method", traits)
+
+
+def _router_traits(cls: type[Router]) -> list[tuple[str, str]]:
+    alone = "from that token alone" if cls.alone else "from all tokens together, so not in a causal language model"
+    return [("reads", "the token" if cls.reads == "tokens" else "the number of the task"), ("in evaluation", f"a token's experts follow {alone}")]
 
 
 def _head(view: View[Any], spec: Spec, what: str, traits: list[tuple[str, str]]) -> None:

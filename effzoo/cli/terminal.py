@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from effzoo.errors import EffzooError
 
-ORDER = ("models", "attention", "peft", "show", "account", "plan", "finetune", "check", "matrix", "bench", "lab")
+ORDER = ("models", "attention", "peft", "routers", "show", "account", "plan", "finetune", "check", "matrix", "bench", "lab")
 MISTAKE, BUG, INTERRUPTED = 2, 3, 130
 
 

@@ -36,7 +36,7 @@ class ExpertChoice(Router):
 
 @router.register("base")
 class Base(Router):
-    """One expert for each token, the same number of tokens for each expert, so that the sum of x . w_i is largest; weight sigmoid(x . w_i).
+    """One expert for each token, the same number of tokens for each expert, so that the sum of w_i^T x is largest; weight sigmoid(w_i^T x).
 
     In evaluation mode every token goes to its best expert, as it then should: nothing else has to be learned for balance (section 3.1). Where the
     tokens do not divide by the experts, the first experts take one more.

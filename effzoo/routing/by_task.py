@@ -15,7 +15,7 @@ from effzoo.routing.router import Router, Routing, one_of, positive
 
 @router.register("fixed")
 class Fixed(Router):
-    """Task t goes to expert t: nothing to learn (one adapter per language or task, section 3 of the lecture's survey).
+    """Task t goes to expert t: nothing to learn, as with one adapter for each language.
 
     Raises InputError for a task that no expert has.
     """

@@ -28,7 +28,7 @@ PUBLISHED = [
 @experiment("intrinsic_text", deck=2, source="Aghajanyan et al. 2020, Intrinsic dimensionality, arXiv:2012.13255, table 1 and figure 1", data=DATA)
 def intrinsic_text(run: Run) -> Findings:
     """In how many directions must a pretrained transformer be fine-tuned, with one factor for each layer and without?"""
-    depths, dims = run.choose((1, 2), (1, 3, 6)), run.choose((64, 256, 1024, 4096), (16, 32, 64, 128, 256, 512, 1024, 2048, 4096))
+    depths, dims = run.choose((1, 2), (1, 3, 6)), run.choose((256, 1024, 4096), (16, 32, 64, 128, 256, 512, 1024, 2048, 4096))
     steps = run.choose(30, 300)
     data = texts(run, length=run.choose(24, 64), train=run.choose(800, 1400), test=run.choose(200, 600))
     ways = [(depth, name) for depth in depths for name in (METHODS if depth == depths[0] or not run.quick else ("SAID",))]
