@@ -12,7 +12,7 @@ import effzoo
 from effzoo.architectures import transformer
 from effzoo.attention.core import Cache
 from effzoo.blocks.reversible import two_streams
-from effzoo.errors import AdapterError, ConversionError, IncompatiblePeft, OptionError, TargetError
+from effzoo.errors import AdapterError, ConversionError, IncompatibleError, IncompatiblePeft, OptionError, TargetError
 from effzoo.sites import sites
 
 CACHED = [kind for kind in effzoo.attention.names() if effzoo.attention.get(kind).supports_cache]
@@ -224,3 +224,10 @@ def test_albert_goes_there_and_back(build, tmp_path):
     same = {name: getattr(model.config, name) for name in ("dim", "layers", "heads", "mlp", "vocab", "share_layers", "embedding_dim")}
     long = effzoo.build("albert", pretrained=tmp_path, attention="longformer[window=4]", task="classification", max_length=100, peft="lora", **same)
     assert torch.equal(long.blocks[1].mlp.up.weight, model.blocks[1].mlp.up.weight) and long(input_ids=torch.full((1, 90), 5)).logits.shape == (1, 2)
+
+
+def test_blocks_that_were_cut_away_are_not_replaced_by_others(tiny):
+    model = effzoo.build("bert", **tiny)
+    model.blocks = model.blocks[:1]
+    with pytest.raises(IncompatibleError, match="build one with layers=1"):
+        model(torch.zeros(1, 4, dtype=torch.long))

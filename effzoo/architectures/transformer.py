@@ -177,6 +177,10 @@ class Transformer(nn.Module):
     def by_layer(self) -> Sequence[Block]:
         """The block of each layer; where layers share one, turns of it."""
         blocks = cast("Sequence[Block]", self.blocks)
+        if len(blocks) != self.config.blocks:
+            raise IncompatibleError(
+                f"the model has {len(blocks)} blocks and its config {self.config.blocks}; build one with layers={len(blocks)} and load the weights"
+            )
         return blocks if len(blocks) == self.config.layers else cast("Sequence[Block]", turns(blocks, self.config.layers))
 
     def cores(self) -> Iterable[AttentionCore]:
