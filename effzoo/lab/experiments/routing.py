@@ -164,7 +164,7 @@ def _figure(series: dict[str, list[Watch]], right: dict[str, list[float]], steps
         shown = range(0, min(map(len, runs)), every)
         band(left, list(shown), [[curve[i] for i in shown] for curve in runs], name, number, markevery=5)
     left.set(xlabel="optimizer step", ylabel="entropy of use (1 = even)", title="feed-forwards as experts", ylim=(None, 1.02))
-    left.legend(frameon=False, fontsize=7.5, loc="lower left")
+    left.legend(frameon=False, fontsize=7.5, loc="lower right")
     names = list(LEVELS)
     for place, name in enumerate(names):
         bars.barh(place, 100 * mean(right[name]), color=LINES[0] if "task" not in name else LINES[2], alpha=0.75)
