@@ -26,7 +26,7 @@ def measured(run):
     band(axes, [1, 2], [[0.5, 1.0], [0.25, 0.75]], "runs", 0)
     run.say("half way")
     return Findings(
-        tables={"numbers": [["a", "published"], ["1.5", "1.6"]]}, figure=figure, values={"a": 1.5},
+        tables={"numbers": [["a[k=1]", "published"], ["1.5", "1.6"]]}, figure=figure, values={"a": 1.5},
         claims=[Claim("it grows", (True, False)), Claim("it is there", (True,))], settings={"steps": run.choose(2, 20)}, notes=["Read it so."],
     )  # fmt: skip
 
@@ -99,7 +99,13 @@ def test_the_command_lists_the_experiments_and_runs_one(tmp_path, monkeypatch):
         assert name in listed.output
     monkeypatch.setitem(sys.modules["effzoo.lab.experiment"]._EXPERIMENTS, "tried", TRIED)
     ran = CliRunner().invoke(app, ["lab", "tried", "--quick", "--seed", "5", "--out", str(tmp_path)])
-    assert ran.exit_code == 0 and "half way" in ran.output and "it grows" in ran.output and (tmp_path / "tried/result.json").exists()
+    assert (
+        ran.exit_code == 0
+        and "half way" in ran.output
+        and "it grows" in ran.output
+        and "a[k=1]" in ran.output
+        and (tmp_path / "tried/result.json").exists()
+    )
     assert CliRunner().invoke(app, ["lab", "unheard-of"]).exit_code != 0
 
 

@@ -86,7 +86,7 @@ def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
     """An empty table without frame lines."""
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        made.add_column(Text(column), justify="right" if column in right else "left", overflow="fold")
     return made
 
 

@@ -76,8 +76,8 @@ def low_data(run: Run) -> Findings:
         settings={"model": "minilm", "tokens": length, "test texts": len(data.test), "steps": steps, "batch": batch,
                   "learning rate of the head": HEAD_RATE},
         notes=[
-            "As many steps for each number of texts, at each method's own learning rate (full: 5e-5). The last row has the head, which is new in both, "
-            "at its usual rate. A seed draws the texts and the head. Published: GPT-2 medium and BART, table-to-text and summarisation; the mean gain "
-            "is quoted from memory."
+            "As many steps for each number of texts, at each method's own learning rate (full: 5e-5). The last row has the head, which is new in "
+            "both, at its usual rate. A seed draws the texts and the head. Published: GPT-2 medium and BART, table-to-text and summarisation; the "
+            "mean gain is quoted from memory."
         ],
     )  # fmt: skip
