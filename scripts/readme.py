@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 from types import ModuleType
 
-from effzoo.lab import DECKS, Claim, experiments
+from effzoo.lab import DECKS, Claim, catalogue
 from effzoo.measure import rows
 from effzoo.measure.figures import against_length
 from effzoo.measure.page import finetune_table, markdown, scaling_table
@@ -179,7 +179,7 @@ def rendered_benchmarks(readme: str) -> str:
 
 def lab_results() -> dict[str, dict]:
     """The tracked quick runs of the lab, by name, in the order of `effzoo lab`."""
-    found = {name: ROOT / f"benchmarks/results/lab/{name}/result.json" for name in experiments()}
+    found = {name: ROOT / f"benchmarks/results/lab/{name}/result.json" for name in catalogue()}
     return {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import effzoo
 from effzoo.cli import app
 from effzoo.errors import DataError, InputError, OptionError, TrainingError, UnknownNameError
-from effzoo.lab import DECKS, Claim, Experiment, Findings, Run, experiments, get, perform
+from effzoo.lab import DECKS, Claim, Experiment, Findings, Run, catalogue, get, perform
 from effzoo.lab.draw import band, heat, panels
 from effzoo.lab.fit import Examples, accuracy, fit, logits
 from effzoo.lab.images import images
@@ -84,8 +84,8 @@ def test_a_run_refuses_what_it_cannot_do(tmp_path):
 
 
 def test_every_experiment_says_what_it_asks_and_where_it_comes_from():
-    assert len(experiments()) >= 20
-    for name, one in experiments().items():
+    assert len(catalogue()) >= 20
+    for name, one in catalogue().items():
         assert name.replace("_", "").isalnum() and one.about.endswith("?"), name
         assert one.source and set(one.decks) <= set(DECKS), name
 
@@ -95,7 +95,7 @@ def test_the_command_lists_the_experiments_and_runs_one(tmp_path, monkeypatch):
     assert listed.exit_code == 0
     for name, title in DECKS.items():
         assert f"Deck {name}: {title}" in listed.output
-    for name in experiments():
+    for name in catalogue():
         assert name in listed.output
     monkeypatch.setitem(sys.modules["effzoo.lab.experiment"]._EXPERIMENTS, "tried", TRIED)
     ran = CliRunner().invoke(app, ["lab", "tried", "--quick", "--seed", "5", "--out", str(tmp_path)])

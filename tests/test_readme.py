@@ -13,7 +13,7 @@ import typer
 
 import effzoo
 from effzoo.cli import app
-from effzoo.lab import DECKS, experiments
+from effzoo.lab import DECKS, catalogue
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -78,10 +78,10 @@ def test_the_pages_of_the_decks_are_those_of_the_tracked_results():
 
 def test_every_experiment_was_run_quickly_and_is_on_a_page():
     results = loaded().lab_results()
-    assert {*results} == {*experiments()}, "run effzoo lab NAME --quick --out benchmarks/results/lab"
+    assert {*results} == {*catalogue()}, "run effzoo lab NAME --quick --out benchmarks/results/lab"
     for name, result in results.items():
         assert result["quick"] and len(result["seeds"]) == 3 and result["claims"] and (ROOT / f"benchmarks/results/lab/{name}/figure.png").is_file()
-        for deck in experiments()[name].decks:
+        for deck in catalogue()[name].decks:
             assert f"## {name}\n" in (ROOT / f"benchmarks/lectures/deck-{deck}.md").read_text()
 
 
@@ -92,7 +92,7 @@ def test_the_commands_of_the_slides_exist():
         for run in (run for slide in deck["slide"] for run in slide["run"]):
             program, command, *rest = run.split()
             assert program == "effzoo" and command in commands, run
-            assert command != "lab" or rest[0] in experiments(), run
+            assert command != "lab" or rest[0] in catalogue(), run
             assert command != "show" or rest[0] in known, run
         for slide in deck["slide"]:
             assert (ROOT / slide["code"]).is_file(), slide["code"]

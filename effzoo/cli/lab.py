@@ -23,11 +23,11 @@ def lab(
 
     Example:  effzoo lab spectrum --quick
     """
-    from effzoo.lab import DECKS, Run, experiments, get, perform
+    from effzoo.lab import DECKS, Run, catalogue, get, perform
 
     if name is None:
         for deck, title in DECKS.items():
-            found = [one for one in experiments().values() if one.decks[0] == deck]
+            found = [one for one in catalogue().values() if one.decks[0] == deck]
             if not found:
                 continue
             made = table("experiment", "question", "source")
@@ -36,7 +36,7 @@ def lab(
             say(heading(f"Deck {deck}: {title}"), made, "")
         say("Run one with:  effzoo lab NAME --quick")
         return
-    chosen = list(experiments().values()) if name == "all" else [get(name)]
+    chosen = list(catalogue().values()) if name == "all" else [get(name)]
     run = Run(quick=quick, seeds=tuple(seed or (0, 1, 2)), data=data, say=lambda said: say(Text(f"  {said}", style="dim")))
     for one in chosen:
         say(heading(one.name), one.about)

@@ -4,7 +4,7 @@
 `images.py` bring the data, `fit.py` trains.
 """
 
-from effzoo.lab.experiment import DECKS, Claim, Experiment, Findings, Run, Table, experiment, experiments, get
+from effzoo.lab.experiment import DECKS, Claim, Experiment, Findings, Run, Table, catalogue, experiment, get
 from effzoo.lab.report import perform
 
-__all__ = ["DECKS", "Claim", "Experiment", "Findings", "Run", "Table", "experiment", "experiments", "get", "perform"]
+__all__ = ["DECKS", "Claim", "Experiment", "Findings", "Run", "Table", "catalogue", "experiment", "get", "perform"]

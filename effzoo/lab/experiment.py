@@ -116,7 +116,7 @@ def experiment(
     return entered
 
 
-def experiments() -> dict[str, Experiment]:
+def catalogue() -> dict[str, Experiment]:
     """All experiments by name, in order of their first deck."""
     import effzoo.lab.experiments  # noqa: F401
 
@@ -125,7 +125,7 @@ def experiments() -> dict[str, Experiment]:
 
 def get(name: str) -> Experiment:
     """One experiment. Raises UnknownNameError."""
-    found = experiments()
+    found = catalogue()
     if name not in found:
         raise UnknownNameError("experiment", name, found)
     return found[name]
