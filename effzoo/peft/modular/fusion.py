@@ -42,8 +42,8 @@ class Fusion(MixtureMethod):
     """y' = y + sum_i softmax_i((Q y) . (K a_i)) V a_i: learned attention over adapters, which stay as they are.
 
     of: the spec of an adapter, or a list with one spec for each; `effzoo.peft.gather` fills in trained ones. experts: how many, for one spec.
-    frozen: whether they stay as they are; finished: whether they come as training leaves them. regularisation: weight of |V - I|_F^2, summed over the sites (0.01 in the released code).
-    std: of the normal that Q and K are drawn from.
+    frozen: whether they stay as they are. finished: whether they come as training leaves them. regularisation: weight of |V - I|_F^2, summed over
+    the sites (0.01 in the released code). std: of the normal that Q and K are drawn from.
 
     Works at every site where an expert changes an output: branches for bottleneck adapters as in the paper, projections for LoRA. In the paper the
     values are the adapters' outputs; here they are what adapters add, so that expert and fusion are the same where there is one expert.
