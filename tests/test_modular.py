@@ -270,6 +270,8 @@ def test_what_does_not_fit_is_told(tiny):
     base = effzoo.build("bert", task="classification", num_labels=3, **tiny).double()
     with pytest.raises(OptionError, match="no mixture itself"):
         effzoo.attach(base, "routed[of=routed]")
+    with pytest.raises(OptionError, match="two 'lora' modules on 'attn.q'"):
+        effzoo.attach(base, "routed[of='lora[targets=attn.q]|lora[targets=(attn.q, attn.v)]']")
     with pytest.raises(OptionError, match="give level='example'"):
         effzoo.attach(base, "routed[scope=model]")
     with pytest.raises(UnknownNameError, match=r"router 'softt'"):

@@ -121,6 +121,10 @@ class MixtureMethod(Method):
             made: dict[str, PeftModule] = {}
             for method, wanted in places:
                 if id(site) in wanted and (module := method.make(site)) is not None:
+                    if method.name in made:
+                        raise OptionError(
+                            f"{self.name}: an expert would hang two {method.name!r} modules on {site.role!r}; give them disjoint targets"
+                        )
                     made[method.name] = module
                     if self.finished:
                         method.finish({site.role: module})
