@@ -42,7 +42,7 @@ def gradients(out, *tensors):
     return torch.autograd.grad(out, tensors, torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape), allow_unused=True)
 
 
-def close(found, expected):
+def assert_close(found, expected):
     for mine, theirs in zip(found, expected, strict=True):
         if mine is None or theirs is None:
             assert mine is theirs
@@ -63,8 +63,8 @@ def test_sorted_tokens_equal_the_dense_sum_over_experts(router, training, option
     torch.manual_seed(1)
     dense = own.dense(x)
     parameters = [x, *own.parameters()]
-    close([out], [dense])
-    close(gradients(out, *parameters), gradients(dense, *parameters))
+    assert_close([out], [dense])
+    assert_close(gradients(out, *parameters), gradients(dense, *parameters))
 
 
 def test_the_dense_sum_is_the_definition_token_by_token():
@@ -100,7 +100,7 @@ def test_padding_is_not_routed_and_takes_no_place(router):
         out = own(x, valid)
     torch.manual_seed(1)
     alone = own(x[valid][None])
-    close([out[valid]], [alone[0]])
+    assert_close([out[valid]], [alone[0]])
     assert [u.tokens for u in seen.passes] == [int(valid.sum())]
     assert not bool(out[~valid].abs().sum()) and gradients(out, x)[0][~valid].abs().sum() == 0
 
@@ -140,7 +140,7 @@ def test_choices_that_rounding_would_turn_stay_when_a_batch_is_computed_again():
         assert bool(flipped.any())
         again = own(x, None, mask)
     same = ~flipped.any(dim=-1).view(2, 11)
-    close([again[~same]], [out[~same]])  # with the weights of before
+    assert_close([again[~same]], [out[~same]])  # with the weights of before
     assert not torch.equal(again[same], out[same])  # the others have those of now
 
 
@@ -246,7 +246,7 @@ def test_checkpointing_and_recomputation_change_no_gradient_and_count_the_loss_o
     model.gradient_checkpointing_enable()
     out, found = learned(model, batch)
     assert torch.equal(out.loss, plain.loss)
-    close(found, expected)
+    assert_close(found, expected)
     model.gradient_checkpointing_disable()
     for level in ("hidden", "projections"):
         model.recompute = level
@@ -262,7 +262,7 @@ def test_what_no_head_reads_is_left_out_where_that_changes_nothing(tiny, router,
     model.only_what_is_read = True
     with routing.watch(model) as seen:
         out, found = learned(model, batch)
-    close(
+    assert_close(
         [out.loss, *(g if g is not None else torch.zeros(()) for g in found)],
         [plain.loss, *(g if g is not None else torch.zeros(()) for g in expected)],
     )

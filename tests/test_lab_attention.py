@@ -13,6 +13,7 @@ from effzoo.attention.hashing import buckets_of
 from effzoo.errors import IncompatibleError, OptionError
 from effzoo.lab.analyses import layer_cost, patterns, repetition, spectrum
 from effzoo.lab.analyses.threads import one_thread
+from effzoo.plan import opt_table
 from effzoo.plots import pattern
 from effzoo.registry import attention as registry
 
@@ -117,17 +118,15 @@ def test_every_part_and_the_whole_layer_take_time():
 
 def test_the_memory_of_opt_is_that_of_its_parameters():
     """Full, float16 with float32 copies: 2 bytes of weight, 2 of gradient, 8 of states, 4 of copy for each of P parameters."""
-    from effzoo.lab.experiments.cost import opt_memory
-
-    memory = opt_memory(length=16, layers=2, dim=32, heads=4, mlp=64, vocab=50, max_length=16)
+    memory = opt_table(length=16, layers=2, dim=32, heads=4, mlp=64, vocab=50, max_length=16).columns
     full, lora = memory.values()
     parameters = 50 * 32 + 18 * 32 + 2 * (4 * (32 * 32 + 32) + 2 * 32 * 64 + 32 + 64 + 4 * 32) + 2 * 32  # embeddings, blocks, last norm
     assert full["weights"] == 2 * parameters
-    assert full["gradients"] == 2 * parameters
+    assert full["gradients of trainable parameters"] == 2 * parameters
     assert full["float32 copy"] == 4 * parameters
-    assert full["hidden states: L (20 h s + 3 s^2)"] == 2 * 2 * (20 * 32 * 16 + 3 * 16**2)
+    assert full["hidden states, L (20 h s + 3 s^2)"] == 2 * 2 * (20 * 32 * 16 + 3 * 16**2)
     assert lora["optimizer states"] < full["optimizer states"] / 2
-    assert full["hidden states: planned, written out"] > full["hidden states: planned, fused"]
+    assert full["hidden states, planned, weights written out"] > full["hidden states, planned, fused attention"]
 
 
 # patterns

@@ -27,7 +27,7 @@ def gradients(out, leaves, direction):
     return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
 
 
-def same(out, expected, leaves, tolerance=1e-10):
+def assert_same(out, expected, leaves, tolerance=1e-10):
     assert out.shape == expected.shape and out.isfinite().all() and (out - expected).abs().max() < tolerance
     direction = draw(17, *out.shape).detach()
     for found, wanted in zip(gradients(out, leaves, direction), gradients(expected, leaves, direction), strict=True):
@@ -66,7 +66,7 @@ def test_equals_its_dense_definition_also_across_two_sequences(case):
     valid = torch.rand(batch, source, generator=torch.Generator().manual_seed(seed)) < kept
     memory = (draw(3, 3, rows, 4), draw(4, 3, rows, 4)) if rows else None
     out, expected = (f(*leaves, mask=Mask(None if kept == 1 else valid), memory=memory) for f in (made, made.dense))
-    same(out, expected, [*leaves, *made.parameters(), *(memory or ())])
+    assert_same(out, expected, [*leaves, *made.parameters(), *(memory or ())])
     if not rows:
         assert (out[~valid.any(dim=1)] == 0).all() or kept == 1
 
@@ -77,7 +77,7 @@ def test_with_e_and_f_the_identity_it_is_full_attention(sharing):
     made = core({"name": "linformer", "k": 24, "sharing": sharing}, noise=0.0)
     leaves = [draw(i, 2, 3, 24, 4) for i in range(3)]
     full = effzoo.attention.create("full", Context(heads=3, head_dim=4))
-    same(made(*leaves, mask=Mask()), full(*leaves, mask=Mask()), leaves)
+    assert_same(made(*leaves, mask=Mask()), full(*leaves, mask=Mask()), leaves)
 
 
 @pytest.mark.parametrize(("max_length", "k"), [(24, 8), (24, 24), (10, 4), (7, 3)])
@@ -92,7 +92,7 @@ def test_a_linear_projection_starts_as_the_mean_over_segments_of_max_length(max_
         leaves = [draw(i, 2, 3, max_length, 4) for i in range(3)]
         for projection in ("mean", "conv"):
             other = core(f"linformer[k={k}, projection={projection}]", max_length, noise=0.0)
-            same(other(*leaves, mask=Mask()), made(*leaves, mask=Mask()), leaves)
+            assert_same(other(*leaves, mask=Mask()), made(*leaves, mask=Mask()), leaves)
 
 
 def test_the_start_survives_the_models_own_initialisation(tiny):
@@ -175,7 +175,7 @@ def test_both_orders_of_projecting_are_one_function(monkeypatch, spec, n, padded
     monkeypatch.setattr(type(made.core), "_compresses_first", lambda *_: False)
     last = made(x, mask)
     assert seen == [n, n]
-    same(first, last, leaves)
+    assert_same(first, last, leaves)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -247,7 +247,7 @@ def test_grouped_heads_of_the_key_side_are_repeated_after_they_are_compressed(sh
     q, k, v = (getattr(made, name)(x).unflatten(-1, (-1, 4)).transpose(1, 2) for name in "qkv")
     k, v = (y.repeat_interleave(2, dim=1) for y in (k, v))
     expected = made.o(made.core.dense(q, k, v, mask=mask).transpose(1, 2).flatten(2))
-    same(made(x, mask), expected, [x, *made.parameters()])
+    assert_same(made(x, mask), expected, [x, *made.parameters()])
 
 
 def test_cross_attention_with_as_many_source_positions_as_rows_is_still_compressed():
@@ -342,7 +342,7 @@ def test_projecting_and_attending_compile_whole(spec, padded):
         projected = [made.core.project(name, x, getattr(made, name), mask).unflatten(-1, (3, 4)).transpose(1, 2) for name in "qkv"]
         return made.core(*projected, mask=mask)
 
-    same(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x), [x, *made.core.parameters(), *made.k.parameters()])
+    assert_same(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x), [x, *made.core.parameters(), *made.k.parameters()])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

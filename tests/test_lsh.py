@@ -39,7 +39,7 @@ def gradients(out, leaves):
     return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
 
 
-def same(out, expected, leaves, tolerance=1e-10):
+def assert_same(out, expected, leaves, tolerance=1e-10):
     assert out.shape == expected.shape and out.isfinite().all() and (out - expected).abs().max() < tolerance
     for found, wanted in zip(gradients(out, leaves), gradients(expected, leaves), strict=True):
         assert found.isfinite().all() and (found - wanted).abs().max() < tolerance
@@ -149,8 +149,8 @@ def test_lsh_equals_its_definition_and_that_equals_plain_python(case, backend):
     memory = (random(3, HEADS, rows, WIDTH), random(4, HEADS, rows, WIDTH)) if rows else None
     expected = expected_of(made, qk, v, valid, memory)
     leaves = [qk, v, *(memory or ())]
-    same(made.dense(qk, v, mask=mask, memory=memory), expected, leaves)
-    same(made(qk, v, mask=mask, memory=memory), expected, leaves)
+    assert_same(made.dense(qk, v, mask=mask, memory=memory), expected, leaves)
+    assert_same(made(qk, v, mask=mask, memory=memory), expected, leaves)
 
 
 @settings(max_examples=150, deadline=None)
@@ -172,14 +172,14 @@ def test_local_equals_its_pattern_and_that_equals_plain_python(chunk, before, af
             sight = {c % chunks for c in sight} if circular else set(sight)
             assert pattern[b, 0, i].tolist() == [bool(valid[b, j]) and j // chunk in sight and not (causal and j > i) for j in range(n)]
     out, expected = (f(*leaves, mask=mask, memory=memory) for f in (made, made.dense))
-    same(out, expected, [*leaves, *(memory or ())])
+    assert_same(out, expected, [*leaves, *(memory or ())])
 
 
 @pytest.mark.parametrize("n", [7, 8, 11, 16, 20])
 def test_a_key_that_the_local_ring_meets_twice_is_seen_once(n):
     made = core("local[chunk=4,look_back=2,look_forward=2,circular=true]")
     leaves = inputs_of(made, n)
-    same(made(*leaves, mask=Mask()), dense(*leaves, torch.ones(n, n, dtype=torch.bool)), leaves)  # five chunks at most: all of them
+    assert_same(made(*leaves, mask=Mask()), dense(*leaves, torch.ones(n, n, dtype=torch.bool)), leaves)  # five chunks at most: all of them
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -191,9 +191,9 @@ def test_one_chunk_is_full_attention_with_shared_queries_and_keys(spec, causal):
     place = torch.arange(23)
     allowed = place < place[:, None] if causal else place != place[:, None]
     memory = (random(3, HEADS, 3, WIDTH), random(4, HEADS, 3, WIDTH))
-    same(made(qk, v, mask=Mask(), memory=memory), shared(qk, v, allowed, memory), [qk, v, *memory])
+    assert_same(made(qk, v, mask=Mask(), memory=memory), shared(qk, v, allowed, memory), [qk, v, *memory])
     allowed[0, 0] = causal
-    same(made(qk, v, mask=Mask()), shared(qk, v, allowed), [qk, v])
+    assert_same(made(qk, v, mask=Mask()), shared(qk, v, allowed), [qk, v])
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -203,7 +203,7 @@ def test_one_bucket_is_local_attention_in_chunks(causal):
     qk, v = inputs_of(made, 23)
     allowed = local.pattern(23, Mask())[0, 0] & ~torch.eye(23, dtype=torch.bool)
     allowed[0, 0] = causal
-    same(made(qk, v, mask=Mask()), shared(qk, v, allowed), [qk, v])
+    assert_same(made(qk, v, mask=Mask()), shared(qk, v, allowed), [qk, v])
 
 
 @pytest.mark.parametrize("within", ["false", "true"])
@@ -218,7 +218,7 @@ def test_counted_once_it_is_dense_attention_on_the_union_of_the_rounds(causal, w
         twice += times > 1
     assert twice > 20  # the correction has something to correct
     union |= ~union.any(-1, keepdim=True) & torch.eye(31, dtype=torch.bool)
-    same(made(qk, v, mask=Mask()), shared(qk, v, union), [qk, v])
+    assert_same(made(qk, v, mask=Mask()), shared(qk, v, union), [qk, v])
 
 
 @pytest.mark.parametrize("once", ["false", "true"])
@@ -229,8 +229,8 @@ def test_rounds_in_a_ring_equal_plain_python(seed, once):
     qk, v = inputs_of(made, 22, seed)
     valid = torch.arange(22) != 7 * torch.tensor([1, 9])[:, None]
     expected = expected_of(made, qk, v, valid)
-    same(made(qk, v, mask=Mask(valid)), expected, [qk, v])
-    same(made.dense(qk, v, mask=Mask(valid)), expected, [qk, v])
+    assert_same(made(qk, v, mask=Mask(valid)), expected, [qk, v])
+    assert_same(made.dense(qk, v, mask=Mask(valid)), expected, [qk, v])
 
 
 @pytest.mark.parametrize("together", [1, 3 * 37 * WIDTH, 2**19])
@@ -247,7 +247,7 @@ def test_a_few_heads_at_a_time_are_all_rounds_side_by_side(spec, together, monke
             leaves = inputs_of(fast, 37, batch=4)
             expected = twin(*leaves, mask=mask)
             for one in (fast, blocks):
-                same(one(*leaves, mask=mask), expected, leaves)
+                assert_same(one(*leaves, mask=mask), expected, leaves)
 
 
 def test_nothing_of_the_rounds_is_kept():
@@ -503,7 +503,7 @@ def test_compiles_whole_and_computes_the_same(spec, causal, n):
     leaves, valid = inputs_of(made, n), torch.arange(n) < torch.tensor([n, n // 2])[:, None]
     torch._dynamo.reset()
     compiled = torch.compile(lambda *x: made(*x, mask=Mask(valid)), fullgraph=True, backend="aot_eager")
-    same(compiled(*leaves), made(*leaves, mask=Mask(valid)), leaves, 1e-12)
+    assert_same(compiled(*leaves), made(*leaves, mask=Mask(valid)), leaves, 1e-12)
 
 
 @pytest.mark.parametrize("spec", ["lsh[chunk=8]", "lsh[chunk=8,count_once=true,within_buckets=true]", "local[chunk=8]"])

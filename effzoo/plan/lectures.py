@@ -46,28 +46,31 @@ class OptTable:
         return "\n".join(lines)
 
 
-def opt_table(*, batch: int = 1, length: int = 2048, peft: str = "lora[rank=8]", dtype: str = "float16") -> OptTable:
+def opt_table(*, batch: int = 1, length: int = 2048, peft: str = "lora[rank=8]", dtype: str = "float16", **sizes: Any) -> OptTable:
     """The lectures' memory table of OPT-1.3B: full fine-tuning beside a PEFT method, in half precision with float32 copies and AdamW.
 
     For each trained parameter: 2 bytes of gradient, 8 of optimizer states, 4 of float32 copy; for each parameter: 2 bytes of weight. Hidden states
     stand there four times: by the formula of the lectures, by the same with all heads, and as planned, which is exact and the only
     one that knows the method: with the fused attention kernel as OPT runs here, and with attention weights written out, as the formula has them.
+
+    sizes: in place of those of OPT-1.3B (layers=..., dim=...).
     """
     plans: dict[str, Plan] = {}
     columns: dict[str, dict[str, int]] = {}
     choices: dict[str, Any] = {"batch": batch, "length": length, "dtype": dtype, "precision": "master", "task": "causal_lm"}
-    sizes = {"layers": OPT_1_3B["layers"], "dim": OPT_1_3B["dim"], "length": length, "batch": batch}
+    model = {**OPT_1_3B, **sizes}
+    formula = {"layers": model["layers"], "dim": model["dim"], "length": length, "batch": batch}
     for name, spec in (("full", None), (peft, peft)):
-        fused = plan("gpt2", spec, **choices, **OPT_1_3B)
-        written_out = plan("gpt2", spec, **choices, **OPT_1_3B, backend="reference")
+        fused = plan("gpt2", spec, **choices, **model)
+        written_out = plan("gpt2", spec, **choices, **model, backend="reference")
         plans[name] = fused
         columns[name] = {
             "weights": fused.weights,
             "gradients of trainable parameters": fused.gradients,
             "optimizer states": fused.optimizer,
             "float32 copy": fused.master,
-            "hidden states, L (20 h s + 3 s^2)": 2 * lecture_activations(**sizes),
-            "hidden states, the same with every head": 2 * lecture_activations(**sizes, heads=OPT_1_3B["heads"]),
+            "hidden states, L (20 h s + 3 s^2)": 2 * lecture_activations(**formula),
+            "hidden states, the same with every head": 2 * lecture_activations(**formula, heads=model["heads"]),
             "hidden states, planned, fused attention": fused.kept,
             "hidden states, planned, weights written out": written_out.kept,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,8 +11,7 @@ import torch
 from effzoo.lab.analyses.layer_cost import ATTENTION, FEED_FORWARD, PARTS, PROJECTIONS, WHOLE, counted, layer, operations, seconds, shares
 from effzoo.lab.draw import LINES, MARKERS, panels
 from effzoo.lab.experiment import Claim, Findings, Run, Table, experiment
-from effzoo.plan import plan
-from effzoo.plan.lectures import OPT_1_3B, lecture_activations
+from effzoo.plan import opt_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ def cost(run: Run) -> Findings:
             rows.append({"n": n, "dim": dim, "operations": by_formula, "counted alike": exact, "seconds": taken})
             run.say(f"d {dim}, n {n}: {1e3 * taken[WHOLE]:.1f} ms")
     predicted, measured = ([shares(row[what]) for row in rows] for what in ("operations", "seconds"))
-    memory = opt_memory()
+    memory = opt_table(peft=LORA).columns
 
     table = [["d", "n", *(f"{part}, % of operations: time" for part in PARTS), "layer, ms", "published"]]
     for row, wanted, found in zip(rows, predicted, measured, strict=True):
@@ -63,7 +63,7 @@ def cost(run: Run) -> Findings:
             Claim("the share of attention in the time grows with n at every width", (grows,)),
             Claim("every part's share of the time is within 10 points of its share of the operations", (away <= 0.1,)),
         ],
-        values={"layers": rows, "largest distance of a share": away, "memory": memory},
+        values={"layers": rows, "largest distance of a share": away, "memory": {name: dict(column) for name, column in memory.items()}},
         settings={"d": list(dims), "n": list(lengths), "d_h": "4 d", "head": HEAD, "dtype": "float32", "threads": torch.get_num_threads()},
         notes=[
             "Shares of operations depend on n / d alone: feed-forward 16 / (24 + 4 n / d), two thirds for short sequences and half at n = 2 d; "
@@ -75,32 +75,7 @@ def cost(run: Run) -> Findings:
     )  # fmt: skip
 
 
-def opt_memory(*, length: int = 2048, **sizes: int) -> dict[str, dict[str, int]]:
-    """Bytes by part, of full fine-tuning and of LoRA: weights, gradients, optimizer states, float32 copies, hidden states four times.
-
-    sizes: in place of those of OPT-1.3B (layers=..., dim=...).
-    """
-    model = {**OPT_1_3B, **sizes}
-    formula = {"layers": model["layers"], "dim": model["dim"], "length": length}
-    found = {}
-    for name, spec in (("full", None), ("LoRA, rank 8", LORA)):
-        choices: dict[str, Any] = {"batch": 1, "length": length, "dtype": "float16", "precision": "master", "task": "causal_lm", **model}
-        fused = plan("gpt2", spec, **choices)
-        written_out = plan("gpt2", spec, **choices, backend="reference")
-        found[name] = {
-            "weights": fused.weights,
-            "gradients": fused.gradients,
-            "optimizer states": fused.optimizer,
-            "float32 copy": fused.master,
-            "hidden states: L (20 h s + 3 s^2)": 2 * lecture_activations(**formula),
-            "hidden states: with all heads": 2 * lecture_activations(**formula, heads=model["heads"]),
-            "hidden states: planned, fused": fused.kept,
-            "hidden states: planned, written out": written_out.kept,
-        }
-    return found
-
-
-def _memory_table(memory: dict[str, dict[str, int]]) -> Table:
+def _memory_table(memory: Mapping[str, Mapping[str, int]]) -> Table:
     parts = next(iter(memory.values()))
     return [["part", *memory, "published"], *([part, *(f"{each[part] / GIB:.2f}" for each in memory.values()), "no number"] for part in parts)]
 
@@ -132,8 +107,8 @@ def _seconds(axes: Axes, rows: list[dict[str, Any]], dim: int) -> None:
     axes.set(xlabel="n", ylabel="milliseconds", title=f"time of the parts, d = {dim}")
 
 
-def _memory(axes: Axes, memory: dict[str, dict[str, int]]) -> None:
-    stacked = ("weights", "gradients", "optimizer states", "float32 copy", "hidden states: planned, fused")
+def _memory(axes: Axes, memory: Mapping[str, Mapping[str, int]]) -> None:
+    stacked = ("weights", "gradients of trainable parameters", "optimizer states", "float32 copy", "hidden states, planned, fused attention")
     bottom = [0.0] * len(memory)
     for part, colour in zip(stacked, LINES, strict=False):
         heights = [each[part] / GIB for each in memory.values()]
