@@ -112,7 +112,7 @@ def _memory(axes: Axes, memory: Mapping[str, Mapping[str, int]]) -> None:
     bottom = [0.0] * len(memory)
     for part, colour in zip(stacked, LINES, strict=False):
         heights = [each[part] / GIB for each in memory.values()]
-        axes.bar(list(memory), heights, bottom=bottom, color=colour, width=0.55, label=part)
+        axes.bar(list(memory), heights, bottom=bottom, color=colour, width=0.55, label=part.partition(" of ")[0].partition(",")[0])
         bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
     axes.set(ylabel="GiB", title="OPT-1.3B, 1 x 2048", ylim=(0, 1.05 * max(bottom)))
     axes.grid(visible=False, axis="x")
