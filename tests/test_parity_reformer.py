@@ -10,6 +10,8 @@ import transformers
 
 import effzoo
 from effzoo import convert
+from effzoo.architectures.transformer import attention_specs
+from effzoo.convert.reformer import REFORMER
 from effzoo.errors import ConversionError
 
 BASE = {
@@ -40,7 +42,7 @@ def theirs(name, case, **more):
         causal["is_decoder"] = True
     model = getattr(transformers, name)(transformers.ReformerConfig(**BASE | causal)).double().eval()
     for key, parameter in model.named_parameters():
-        if key == "lm_head.bias":  # transformers 5 keeps this bias but does not add it; see the test below
+        if key == "lm_head.bias":  # transformers keeps this bias but does not add it; see the test below
             torch.nn.init.zeros_(parameter)
         else:
             is_norm = "layer_norm.weight" in key
@@ -85,7 +87,7 @@ def test_gradients_equal_those_of_transformers_in_training(case):
     gradients = convert.to_transformers(ours).state_dict()
     checked = 0
     for key, parameter in names.items():
-        if parameter.grad is not None and key != "lm_head.bias":
+        if parameter.grad is not None and key not in ("lm_head.bias", "lm_head.decoder.bias"):  # ours adds what 5.23 does not
             assert (gradients[key] - parameter.grad).abs().max() < 1e-9, key
             checked += 1
     assert checked >= 20
@@ -106,12 +108,89 @@ def test_conversion_is_bit_exact_both_ways_and_from_a_folder(task, tmp_path):
 
 
 def test_the_bias_of_the_language_model_head_is_added_here():
-    """Transformers 5 keeps `lm_head.bias`, with which the published weights were trained, and leaves it out of the logits."""
+    """Transformers keeps `lm_head.bias`, with which the published weights were trained, and leaves it out of the logits; from 5.24 on it adds the
+    bias of the decoder instead, which then is ours."""
     hf = theirs("ReformerModelWithLMHead", "local")
     torch.nn.init.normal_(hf.lm_head.bias)
     ids, _ = batch()
+    of_decoder = hf.lm_head.decoder.bias
     with torch.no_grad():
-        assert torch.allclose(convert.from_transformers(hf)(ids).logits, hf(ids).logits + hf.lm_head.bias, rtol=0, atol=1e-10)
+        expected = hf(ids).logits + (hf.lm_head.bias if of_decoder is None else 0)
+        assert torch.allclose(convert.from_transformers(hf)(ids).logits, expected, rtol=0, atol=1e-10)
+
+
+def test_a_language_model_saved_before_its_decoder_had_a_bias_keeps_its_own(tmp_path):
+    """A file without `lm_head.decoder.bias` holds the trained bias under `lm_head.bias`, whatever the version that reads it."""
+    import safetensors.torch
+
+    hf = theirs("ReformerModelWithLMHead", "local").float()
+    torch.nn.init.normal_(hf.lm_head.bias)
+    hf.save_pretrained(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    tensors.pop("lm_head.decoder.bias", None)
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ours = convert.from_transformers(tmp_path)
+    assert ours.head.out.bias.equal(hf.lm_head.bias)
+    state = convert.to_transformers(ours).state_dict()
+    assert all(value.equal(hf.lm_head.bias) for key, value in state.items() if key in ("lm_head.bias", "lm_head.decoder.bias"))
+
+
+# what the config.json of the two published models say
+PUBLISHED = {
+    "reformer": {
+        "attention_head_size": 64, "attn_layers": ["local", "lsh"] * 3, "axial_pos_embds_dim": [64, 192], "axial_pos_shape": [512, 1024],
+        "feed_forward_size": 512, "hidden_dropout_prob": 0.05, "hidden_size": 256, "local_attention_probs_dropout_prob": 0.05,
+        "lsh_attention_probs_dropout_prob": 0.0, "local_attn_chunk_length": 64, "lsh_attn_chunk_length": 64, "max_position_embeddings": 524288,
+        "num_attention_heads": 2, "num_buckets": [64, 128], "num_hashes": 1, "vocab_size": 320,
+    },
+    "reformer-enwik8": {
+        "attention_head_size": 128, "attn_layers": ["local", "local", "lsh", "local"] * 3, "axial_pos_embds_dim": [256, 768],
+        "axial_pos_shape": [128, 512], "feed_forward_size": 4096, "hidden_dropout_prob": 0.2, "hidden_size": 1024,
+        "local_attention_probs_dropout_prob": 0.2, "lsh_attention_probs_dropout_prob": 0.1, "local_attn_chunk_length": 128,
+        "lsh_attn_chunk_length": 256, "max_position_embeddings": 65536, "num_attention_heads": 8, "num_buckets": 512, "num_hashes": 4,
+        "vocab_size": 258,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_zoo_entries_say_what_the_published_configurations_say(name):
+    theirs = transformers.ReformerConfig(is_decoder=True, hidden_act="relu", pad_token_id=0, axial_pos_embds=True, **PUBLISHED[name])
+    read, ours = REFORMER.config(theirs, "causal_lm"), effzoo.zoo.config(name)
+    kept = [key for key in vars(ours) if key not in ("name", "hub", "paper", "attention", "pooling", "head_dense")]
+    assert {key: getattr(read, key) for key in kept} == {key: getattr(ours, key) for key in kept}
+    for one, other in zip(attention_specs(read), attention_specs(ours), strict=True):
+        defaults = {option.name: option.default for option in effzoo.registry.attention.options(one.name)} | {"circular": True}
+        assert (one.name, defaults | one.options) == (other.name, defaults | other.options)
+
+
+def test_the_published_reformer_is_filled_with_weights_of_its_layout():
+    """With other sizes, but the two dropouts that differ."""
+    sizes = {"attn_layers": ["local", "lsh"], "lsh_attention_probs_dropout_prob": 0.0, "local_attention_probs_dropout_prob": 0.05}
+    hf = theirs("ReformerModelWithLMHead", "local", **sizes)
+    tiny = {"dim": 16, "heads": 2, "head_dim": 8, "layers": 2, "mlp": 32, "vocab": 50, "max_length": 32, "axial_shape": (4, 8), "axial_dims": (6, 10)}
+    for more in ({}, {"attention_dropout": 0.0}):
+        model = effzoo.build("reformer", task="causal_lm", pretrained=hf, **tiny, **more)
+        assert model.embeddings.token.weight.equal(hf.reformer.embeddings.word_embeddings.weight.float())
+        wanted = [0.0, 0.0] if more else [0.05, 0.0]
+        assert [core.dropout for core in model.train().cores()] == wanted
+
+
+def test_each_attention_has_its_own_dropout_both_ways():
+    dropouts = {"lsh_attention_probs_dropout_prob": 0.1, "local_attention_probs_dropout_prob": 0.3}
+    ours = convert.from_transformers(theirs("ReformerModel", "mixed", **dropouts)).train()
+    assert ours.config.attention_dropout == (0.3, 0.1, 0.3, 0.1) and [core.dropout for core in ours.cores()] == [0.3, 0.1, 0.3, 0.1]
+    there = convert.to_transformers(ours)
+    assert {key: getattr(there.config, key) for key in dropouts} == dropouts
+    assert [layer.attention.self_attention.dropout for layer in there.encoder.layers] == [0.3, 0.1, 0.3, 0.1]
+    one = convert.from_transformers(theirs("ReformerModel", "lsh", **dropouts))
+    assert one.config.attention_dropout == 0.1
+    other = effzoo.build(
+        "reformer", dim=16, heads=2, layers=2, mlp=32, vocab=50, max_length=32, axial_shape=(4, 8), axial_dims=(6, 10), head_dim=8,
+        attention="lsh[chunk=4,circular=true]", attention_dropout=(0.1, 0.2),
+    )  # fmt: skip
+    with pytest.raises(ConversionError, match=r"same options and attention_dropout in all layers of one kind.*attention_dropout=0\.2"):
+        convert.to_transformers(other)
 
 
 def test_zoo_reformers_load_published_layouts_and_take_peft(tmp_path):
@@ -143,8 +222,6 @@ def test_zoo_reformers_load_published_layouts_and_take_peft(tmp_path):
 
 
 def test_what_has_no_counterpart_says_so():
-    with pytest.raises(ConversionError, match="effzoo has one attention_dropout"):
-        convert.from_transformers(theirs("ReformerModel", "mixed", lsh_attention_probs_dropout_prob=0.1))
     model = convert.from_transformers(theirs("ReformerModel", "lsh"), attention="lsh[circular=true,within_buckets=true]")
     with pytest.raises(ConversionError, match="no counterpart for within_buckets=True"):
         convert.to_transformers(model)

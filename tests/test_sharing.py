@@ -231,3 +231,20 @@ def test_blocks_that_were_cut_away_are_not_replaced_by_others(tiny):
     model.blocks = model.blocks[:1]
     with pytest.raises(IncompatibleError, match="build one with layers=1"):
         model(torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_layers_have_a_dropout_of_attention_weights_each_unless_they_share_a_block(tiny):
+    sizes = {**tiny, "layers": 3, "attention_dropout": (0.5, 0.0, 0.25)}
+    model = effzoo.build("bert", **sizes).train()
+    assert [core.dropout for core in model.cores()] == [0.5, 0.0, 0.25]
+    assert effzoo.build("bert", **{**sizes, "attention_dropout": (0.5, 0.5, 0.5)}).config.attention_dropout == 0.5
+    effzoo.swap_attention(model, "linformer[k=4]")
+    assert [core.dropout for core in model.cores()] == [0.5, 0.0, 0.25]
+    with pytest.raises(OptionError, match="layers 0 and 1 share a block, but differ in attention_dropout"):
+        effzoo.build("bert", **sizes, share_layers=1)
+    with pytest.raises(OptionError, match="2 values of attention_dropout for 3 layers"):
+        effzoo.build("bert", **{**sizes, "attention_dropout": (0.5, 0.0)})
+    with pytest.raises(OptionError, match=r"attention_dropout is in \[0, 1\)"):
+        effzoo.build("bert", **{**sizes, "attention_dropout": (0.5, 0.0, 1.0)})
+    with pytest.raises(ConversionError, match=r"bert of transformers has one attention_dropout for all layers, got \(0\.5, 0\.0, 0\.25\)"):
+        effzoo.convert.to_transformers(effzoo.build("bert", **sizes))

@@ -33,7 +33,8 @@ class Config:
     tied: the language-model head uses the token embedding. lm_bias: it adds a bias; None means when masked. lm_transform: dense, activation
     and norm before it. pooling: how a classification head reads the sequence (the first token, the mean, or the last token).
     head_dense, head_activation, head_norm, head_bias: through dense, activation and norm, or directly; token_dense: whether the head that
-    labels tokens goes through them as well. transform_bias: of the dense layer in any head. pooler: a features model ends in a dense tanh
+    labels tokens goes through them as well. dropout: of embeddings, sub-layers and heads; attention_dropout: of the attention weights, one or one
+    per layer. transform_bias: of the dense layer in any head. pooler: a features model ends in a dense tanh
     layer on the first token.
     """
 
@@ -68,7 +69,7 @@ class Config:
     eps: float = 1e-12
     activation: str = "gelu"
     dropout: float = 0.1
-    attention_dropout: float = 0.1
+    attention_dropout: float | tuple[float, ...] = 0.1
     positions: Literal["learned", "sinusoidal", "axial", "rotary", "none"] = "learned"
     axial_shape: tuple[int, ...] = ()
     axial_dims: tuple[int, ...] = ()
@@ -95,7 +96,7 @@ class Config:
     package: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("axial_shape", "axial_dims", "rotary_theta"):
+        for name in ("axial_shape", "axial_dims", "rotary_theta", "attention_dropout"):
             if isinstance(getattr(self, name), list):  # TOML and JSON have no tuples
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for size in ("vocab", "dim", "layers", "heads", "mlp", "max_length"):
@@ -106,8 +107,9 @@ class Config:
         if self.dim % self.heads and not self.head_dim:
             raise OptionError(f"dim {self.dim} does not divide into {self.heads} heads; try heads={_nearest_divisor(self.dim, self.heads)}")
         for probability in ("dropout", "attention_dropout"):
-            if not 0 <= getattr(self, probability) < 1:
-                raise OptionError(f"{probability} is in [0, 1), got {getattr(self, probability)}")
+            given = getattr(self, probability)
+            if not all(0 <= value < 1 for value in (given if isinstance(given, tuple) else (given,))):
+                raise OptionError(f"{probability} is in [0, 1), got {given}")
         if self.kv_heads and self.heads % self.kv_heads:
             raise OptionError(
                 f"kv_heads {self.kv_heads} does not divide the {self.heads} heads; try kv_heads={_nearest_divisor(self.heads, self.kv_heads)}"
@@ -130,6 +132,7 @@ class Config:
             raise OptionError("a reversible residual stands around a norm that comes first; build it with norm='pre'")
         if not self.first_norm and self.norm != "pre":
             raise OptionError("first_norm=False drops a norm before attention; build it with norm='pre'")
+        self._check_layers()
         self._check_positions()
         self._check_experts()
         self._check_sharing()
@@ -146,10 +149,11 @@ class Config:
             raise OptionError("first_norm=False makes layer 0 another one, which can share no block; build it with first_norm=True or share_layers=0")
         for layer, slots in enumerate(map(self.slots, range(self.layers))):
             first = layer - layer % (self.layers // self.share_layers)
-            if slots != self.slots(first):
-                different = listing(f.name for f in fields(Slots) if getattr(slots, f.name) != getattr(self.slots(first), f.name))
+            different = [f.name for f in fields(Slots) if getattr(slots, f.name) != getattr(self.slots(first), f.name)]
+            different += ["attention_dropout"] if self.dropped_weights(layer) != self.dropped_weights(first) else []
+            if different:
                 raise OptionError(
-                    f"layers {first} and {layer} share a block, but differ in {different}; make them alike, or share among fewer layers"
+                    f"layers {first} and {layer} share a block, but differ in {listing(different)}; make them alike, or share among fewer layers"
                 )
 
     def _check_experts(self) -> None:
@@ -168,10 +172,15 @@ class Config:
                     f"axial positions need axial_shape with a product of at least max_length {self.max_length} and axial_dims that add up to "
                     f"{'embedding_dim' if self.embedding_dim else 'dim'} {self.embed_dim}, got {self.axial_shape} and {self.axial_dims}"
                 )
-        if isinstance(self.rotary_theta, tuple) and len(self.rotary_theta) != self.layers:
-            raise OptionError(f"{len(self.rotary_theta)} values of rotary_theta for {self.layers} layers; give one, or one per layer")
-        if isinstance(self.rotary_theta, tuple) and len(set(self.rotary_theta)) == 1:
-            object.__setattr__(self, "rotary_theta", self.rotary_theta[0])
+
+    def _check_layers(self) -> None:
+        """What is said per layer is said for each, and once where all agree."""
+        for name in ("rotary_theta", "attention_dropout"):
+            given = getattr(self, name)
+            if isinstance(given, tuple) and len(given) != self.layers:
+                raise OptionError(f"{len(given)} values of {name} for {self.layers} layers; give one, or one per layer")
+            if isinstance(given, tuple) and len(set(given)) == 1:
+                object.__setattr__(self, name, given[0])
 
     @property
     def width(self) -> int:
@@ -192,6 +201,10 @@ class Config:
     def first_layers(self) -> range:
         """The first layer of each block: every layer, unless some share one."""
         return range(0, self.layers, self.layers // self.blocks)
+
+    def dropped_weights(self, layer: int) -> float:
+        """The dropout probability of the attention weights of one layer."""
+        return self.attention_dropout[layer] if isinstance(self.attention_dropout, tuple) else self.attention_dropout
 
     def slots(self, layer: int = 0) -> Slots:
         """What fills the slots of one block."""

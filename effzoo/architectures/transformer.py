@@ -64,7 +64,7 @@ class Transformer(nn.Module):
             heads=config.heads,
             head_dim=config.head_dim or config.dim // config.heads,
             causal=config.causal,
-            dropout=config.attention_dropout,
+            dropout=config.dropped_weights(config.first_layers[number]),
             layer=number,
             layers=config.blocks,
             max_length=config.max_length,

@@ -46,9 +46,13 @@ def to_transformers(model: Transformer | Perceiver) -> Any:
     with torch.random.fork_rng(devices=[]):  # their random initialisation is overwritten, so it should leave no trace
         theirs = cls(cls.config_class(**special | fields), **without_pooler)
     ours = model.state_dict()
-    state = to_theirs(layout.rules(config.blocks, task, task), ours)
+    rules = layout.rules(config.blocks, task, task)
+    optional = {rule.key(parameter) for rule in rules for parameter in rule.parameters if rule.optional}
+    state = to_theirs(rules, ours)
     state |= {key: state[other] for key, other in layout.ties(config, task).items() if key in theirs.state_dict()}
-    if missing := sorted(set(theirs.state_dict()) - set(state)):
+    wanted = set(theirs.state_dict())
+    state = {key: value for key, value in state.items() if key in wanted or key not in optional}
+    if missing := sorted(wanted - set(state)):
         raise ConversionError(f"{cls.__name__} needs {missing[0]}, which this model does not have (types={config.types}, pooler={config.pooler})")
     like = ours["embeddings.token.weight"]
     theirs.to(device=like.device, dtype=like.dtype).load_state_dict(state)

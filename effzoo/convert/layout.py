@@ -118,6 +118,8 @@ class Layout:
         slots["position_offset"] = (config.pad_token or 0) + 1 if self.counts_from_pad else 0
         if self.lm_activation and task == "masked_lm":
             slots["activation"] = self.lm_activation
+        if isinstance(config.attention_dropout, tuple) and "attention_dropout" not in self.translated:
+            raise ConversionError(f"{self.name} of transformers has one attention_dropout for all layers, got {config.attention_dropout}")
         for name, value in slots.items():
             said = name == "pooler" or name in self.fields or name in self.translated or task not in _ONLY_FOR.get(name, (task,))
             if not said and getattr(config, name) != value:

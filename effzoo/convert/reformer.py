@@ -4,7 +4,8 @@ What differs on the other side, and what was done about it:
 - Its chunks look around a ring (`circular`), which the specs of a converted model say.
 - Its rotations come from `hash_seed`, the same in every layer; a converted model hashes with these. Without a seed it draws others at every
   call, and ours come from the seed of the spec.
-- Its language-model head holds a bias that transformers 5 does not add (4 did, and the published weights were trained with it): ours adds it.
+- Its language-model head holds a bias that transformers does not add before 5.24 (4 did, and the published weights were trained with it): ours
+  adds it. From 5.24 on there are two, of which the decoder's is added and the other does nothing: ours is the decoder's, and both are written.
 - While training, it also drops out the hidden units of the feed-forward, rows of the axial positions and the input of the classification head.
 """
 
@@ -52,17 +53,18 @@ BODY = (
     Rule(("blocks.{i}.attn.q",), f"{_LAYER}.attention.self_attention.query", optional=True),
     Rule(("blocks.{i}.attn.k",), f"{_LAYER}.attention.self_attention.key", optional=True),
 )
-LM_HEAD = (Rule(("head.out",), "lm_head.decoder", parameters=("weight",)), Rule(("head.out",), "lm_head", parameters=("bias",)))
+LM_HEAD = (  # the decoder's bias, where there is one, comes last and counts
+    Rule(("head.out",), "lm_head.decoder", parameters=("weight",)),
+    Rule(("head.out",), "lm_head", parameters=("bias",)),
+    Rule(("head.out",), "lm_head.decoder", parameters=("bias",), optional=True),
+)
 _LSH = {"rounds": "num_hashes", "chunk": "lsh_attn_chunk_length", "look_back": "lsh_num_chunks_before", "look_forward": "lsh_num_chunks_after"}
+_DROPOUT = {"lsh": "lsh_attention_probs_dropout_prob", "local": "local_attention_probs_dropout_prob"}
 _LOCAL = {"chunk": "local_attn_chunk_length", "look_back": "local_num_chunks_before", "look_forward": "local_num_chunks_after"}
 
 
 def read(theirs: Any) -> dict[str, Any]:
     """The attention of each layer, the positions, and whether it is a decoder."""
-    if theirs.local_attention_probs_dropout_prob != theirs.lsh_attention_probs_dropout_prob:
-        raise ConversionError(
-            "local_attention_probs_dropout_prob and lsh_attention_probs_dropout_prob differ: effzoo has one attention_dropout; set both alike"
-        )
     buckets = tuple(theirs.num_buckets) if isinstance(theirs.num_buckets, (list, tuple)) else theirs.num_buckets
     lsh = {name: getattr(theirs, key) for name, key in _LSH.items()} | ({"buckets": buckets} if buckets is not None else {})
     local = {name: getattr(theirs, key) for name, key in _LOCAL.items()}
@@ -73,6 +75,7 @@ def read(theirs: Any) -> dict[str, Any]:
         "attention": chosen[0] if len(set(chosen)) == 1 else chosen,
         "layers": len(theirs.attn_layers),
         "mlp_chunk": theirs.chunk_size_feed_forward,
+        "attention_dropout": tuple(getattr(theirs, _DROPOUT[kind]) for kind in theirs.attn_layers),
     }
     if not theirs.axial_pos_embds:
         return found
@@ -86,20 +89,20 @@ def read(theirs: Any) -> dict[str, Any]:
 def write(config: Config) -> dict[str, Any]:
     """The same the other way; options that transformers does not have must stand at what it does."""
     fields: dict[str, Any] = {"is_decoder": config.causal, "attn_layers": [], "chunk_size_feed_forward": config.mlp_chunk}
-    fields["local_attention_probs_dropout_prob"] = config.attention_dropout
-    for spec in attention_specs(config):
+    for layer, spec in enumerate(attention_specs(config)):
         kind = registry.get(spec.name).name
         names = _LSH if kind == "lsh" else _LOCAL
         options = {option.name: option.default for option in registry.options(kind)} | spec.options
         for name, value in {"circular": True, "within_buckets": False, "count_once": False, "stable": False}.items():
             if options.get(name, value) != value:
                 raise ConversionError(f"transformers' Reformer has no counterpart for {name}={options[name]!r} of attention {spec}: it has {value!r}")
-        given = {key: options[name] for name, key in names.items()}
+        given = {key: options[name] for name, key in names.items()} | {_DROPOUT[kind]: config.dropped_weights(layer)}
         if kind == "lsh":
             given["num_buckets"] = list(options["buckets"]) if isinstance(options["buckets"], (list, tuple)) else options["buckets"]
         if any(fields.get(key, value) != value for key, value in given.items()):
             raise ConversionError(
-                f"transformers' Reformer has the same options in all layers of one kind, and attention {spec} differs from one before"
+                f"transformers' Reformer has the same options and attention_dropout in all layers of one kind, and layer {layer}, with attention "
+                f"{spec} and attention_dropout={config.dropped_weights(layer)}, differs from one before"
             )
         fields |= given
         fields["attn_layers"].append(kind)
@@ -150,7 +153,6 @@ REFORMER = Layout(
         "mlp": "feed_forward_size",
         "eps": "layer_norm_eps",
         "dropout": "hidden_dropout_prob",
-        "attention_dropout": "lsh_attention_probs_dropout_prob",
         "pad_token": "pad_token_id",
     },
     positions="max_position_embeddings",
@@ -163,7 +165,7 @@ REFORMER = Layout(
     dropouts=dropouts,
     read=read,
     write=write,
-    translated=frozenset({"architecture", "attention", "layers", "mlp_chunk", "positions", "axial_shape", "axial_dims"}),
+    translated=frozenset({"architecture", "attention", "attention_dropout", "layers", "mlp_chunk", "positions", "axial_shape", "axial_dims"}),
     mixed=True,
     finish=finish,
 )  # fmt: skip
