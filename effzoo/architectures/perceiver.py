@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from effzoo.architectures.function import function_of
 from effzoo.architectures.heads import head
 from effzoo.architectures.output import Output
 from effzoo.architectures.perceiver_config import PER_TOKEN, PerceiverConfig
@@ -65,6 +66,10 @@ class Perceiver(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+    def computes(self) -> dict[str, Any]:
+        """What decides the evaluated function besides the tensors, by name (`effzoo.architectures.function`)."""
+        return function_of(self.config, self.task, self.num_labels)
 
     def forward(
         self,

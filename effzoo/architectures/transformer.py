@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from effzoo.architectures.config import Config
 from effzoo.architectures.embeddings import Embeddings, check_inputs
+from effzoo.architectures.function import function_of
 from effzoo.architectures.heads import Classification, head
 from effzoo.architectures.output import Output
 from effzoo.architectures.sharing import turns
@@ -85,6 +86,10 @@ class Transformer(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+    def computes(self) -> dict[str, Any]:
+        """What decides the evaluated function besides the tensors, by name (`effzoo.architectures.function`)."""
+        return function_of(self.config, self.task, self.num_labels)
 
     def forward(
         self,

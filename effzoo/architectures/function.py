@@ -1,0 +1,103 @@
+"""What of a configuration changes what is computed in evaluation, and what only names things or acts in training.
+
+Every field has to be decided here; one that is not counts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+from effzoo.architectures.config import Config
+from effzoo.architectures.perceiver_config import PerceiverConfig
+from effzoo.registry import attention, router
+from effzoo.spec import Spec, parse_one
+
+WITHOUT_EFFECT = {
+    "name": "a label", "paper": "a label", "hub": "where weights come from", "package": "what registers the parts, which are named themselves",
+    "layout": "the names of transformers", "dropout": "in training only", "attention_dropout": "in training only",
+    "backend": "the same result by another way", "mlp_chunk": "the same result, fewer positions at a time",
+}  # fmt: skip
+SEPARATE = ("attention", "router")  # specs: with all their options, see `function_of`
+COUNTS = (
+    "architecture", "vocab", "dim", "layers", "heads", "mlp", "max_length", "share_layers", "embedding_dim", "head_dim", "kv_heads", "qk_norm",
+    "attn_bias", "attn_out_bias", "mlp_bias", "gated", "experts", "expert_every", "norm", "norm_kind", "norm_bias", "first_norm", "residual", "eps",
+    "activation", "positions", "axial_shape", "axial_dims", "rotary_theta", "rotary_scaling", "types", "position_offset", "pad_token", "embed_norm",
+    "tied", "lm_bias", "pooling", "head_dense", "head_norm", "head_activation", "head_bias", "token_dense", "pooler", "lm_transform", "transform_bias",
+    "channels", "latents", "value_dim", "cross_attends", "blocks_per_cross", "share_cross", "share_blocks", "cross_heads", "cross_head_dim",
+    "cross_value_dim", "cross_mlp", "cross_residual", "grid", "position_dim", "bands", "query_dim", "decoder_heads", "decoder_head_dim",
+    "decoder_value_dim", "decoder_mlp", "decoder_residual", "causal", "final_norm",
+)  # fmt: skip
+MEANT: dict[str, Callable[[Any], Any]] = {  # what a default stands for, so that it is equal to the same given in words
+    "head_dim": lambda config: config.head_dim or config.dim // config.heads,
+    "kv_heads": lambda config: config.kv_heads or config.heads,
+    "share_layers": lambda config: config.blocks,
+    "embedding_dim": lambda config: config.embedding_dim or config.dim,
+    "embed_norm": lambda config: config.norm == "post" if config.embed_norm is None else config.embed_norm,
+    "lm_bias": lambda config: not config.causal if config.lm_bias is None else config.lm_bias,
+}
+READ_IF: dict[str, Callable[[Config, str], bool]] = {  # fields that mean nothing in other models
+    "expert_every": lambda config, task: bool(config.experts),
+    "axial_shape": lambda config, task: config.positions == "axial",
+    "axial_dims": lambda config, task: config.positions == "axial",
+    "rotary_theta": lambda config, task: config.positions == "rotary",
+    "rotary_scaling": lambda config, task: config.positions == "rotary",
+    "pad_token": lambda config, task: bool(config.position_offset),
+    "max_length": lambda config, task: config.positions in ("learned", "axial") or not _any_length(config),
+    "tied": lambda config, task: task.endswith("_lm"),
+    "lm_bias": lambda config, task: task.endswith("_lm"),
+    "lm_transform": lambda config, task: task == "masked_lm",
+    "pooler": lambda config, task: task == "features" and not config.causal,
+    "pooling": lambda config, task: task == "classification",
+    "head_dense": lambda config, task: task == "classification",
+    "head_bias": lambda config, task: task == "classification",
+    "token_dense": lambda config, task: task == "token_classification",
+    "head_norm": lambda config, task: task.endswith("classification"),
+    "head_activation": lambda config, task: task.endswith("classification"),
+    "transform_bias": lambda config, task: task != "features",
+}
+SAME_RESULT = {"full": ("chunk",), "longformer": ("max_globals",)}  # options that say how much is held at a time, or how much is allowed
+ANY_LENGTH = ("full", "local", "longformer")  # kinds for which max_length is a limit and nothing else; others may derive sizes from it
+
+
+def function_of(config: Config | PerceiverConfig, task: str, num_labels: int) -> dict[str, Any]:
+    """Name -> value of everything outside the tensors that decides what a model of this configuration computes."""
+    found: dict[str, Any] = {"task": task}
+    if task.endswith("classification"):
+        found["num_labels"] = num_labels
+    transformer = isinstance(config, Config)
+    for name in (field.name for field in fields(config)):
+        if name in WITHOUT_EFFECT or name in SEPARATE or (isinstance(config, Config) and not READ_IF.get(name, _always)(config, task)):
+            continue
+        found[name] = MEANT[name](config) if name in MEANT and (transformer or name == "lm_bias") else getattr(config, name)
+    for layer, spec in enumerate(_specs(config)):
+        found |= _options(f"attention of layer {layer}", attention, spec)
+    if isinstance(config, Config) and config.experts:
+        found |= _options("router", router, parse_one(config.router))
+    return found
+
+
+def _always(config: Config, task: str) -> bool:
+    return True
+
+
+def _any_length(config: Config) -> bool:
+    return all(attention.get(spec.name).name in ANY_LENGTH for spec in _specs(config))
+
+
+def _specs(config: Config | PerceiverConfig) -> Sequence[Spec]:
+    """One attention spec per layer with weights of its own."""
+    config = config if isinstance(config, Config) else config.latent_transformer()
+    given = config.attention
+    return [parse_one(spec) for spec in given] if isinstance(given, (tuple, list)) else [parse_one(given)] * config.layers
+
+
+def _options(what: str, view: Any, spec: Spec) -> dict[str, Any]:
+    """A spec with all its options, those that were not given too."""
+    kind = view.get(spec.name).name
+    options = {option.name: spec.options.get(option.name, option.default) for option in view.options(kind)}
+    return {what: kind} | {
+        f"{what}, {name}": value for name, value in options.items() if value is not inspect.Parameter.empty and name not in SAME_RESULT.get(kind, ())
+    }

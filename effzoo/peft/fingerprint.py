@@ -1,0 +1,150 @@
+"""What a model computes, in words and hashes: two models with equal fingerprints give equal outputs in evaluation.
+
+Tensors alone do not say it: the same weights with other heads, another epsilon, activation, attention or hash seed are another function. So a fingerprint
+has facts, which an error can name with both values, and a hash of every tensor, buffers that no state dict holds included.
+What acts in training only (dropout, recomputing) and what only names things is not part of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effzoo.errors import AdapterError
+
+NOT_THE_FUNCTION = {  # parameters of modules' constructors, and why they do not count
+    "config": "the model itself says what of it counts (`computes`)",
+    "role": "a name", "layer": "a number for targets; what depends on it (hash rotations) is a tensor",
+    "backend": "the same result by another way", "max_length": "what depends on it is an option of the attention, or a tensor",
+    "device": "where, not what", "dtype": "of the tensors, which say it themselves",
+    "FeedForward.chunk": "the same result, fewer positions at a time", "Full.chunk": "the same result, fewer queries at a time",
+    "Longformer.max_globals": "a limit: more global tokens are an error", "Side.narrow": "for networks of adapters",
+}  # fmt: skip
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Dropout)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a model computes.
+
+    facts: name -> a value that JSON can hold. tensors: key -> dtype, shape and hash, as in "float32[16, 16] 0123456789abcdef".
+    """
+
+    facts: dict[str, Any]
+    tensors: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """One hash of all of it."""
+        return hashlib.sha256(json.dumps([self.facts, self.tensors], sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> Fingerprint:
+    """The fingerprint of a model without its adapters.
+
+    model: any module; those that have a method `computes` (Transformer, Perceiver) give facts of their own.
+    without: keys of tensors to leave out.
+
+    Raises AdapterError for what is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"expected a model (torch.nn.Module), got {type(model).__name__}: {model!r:.80}")
+    own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    tensors = {key: described(value) for key, value in own if not _of_adapter(key) and key not in without}
+    return Fingerprint(facts(model), tensors)
+
+
+def facts(model: nn.Module) -> dict[str, Any]:
+    """The facts of a fingerprint: what the model says of itself, then the class of every module and what it was constructed with."""
+    found: dict[str, Any] = {"class": type(model).__name__}
+    if callable(getattr(model, "computes", None)):
+        found |= {name: _plain(value) for name, value in model.computes().items()}  # type: ignore[operator]
+    for path, module in model.named_modules():
+        if path and not _of_adapter(f"{path}.") and not isinstance(module, CONTAINERS):
+            found[path] = type(module).__name__
+            found |= {f"{path}.{name}": value for name, value in _constructed_with(module).items()}
+    return found
+
+
+def difference(theirs: Fingerprint, ours: Fingerprint) -> str | None:
+    """The first thing in which a stored fingerprint and that of the model at hand differ, in words with both values; None when they are equal."""
+    for them, us in ((theirs.facts, ours.facts), (theirs.tensors, ours.tensors)):
+        for name in [*them, *(name for name in us if name not in them)]:
+            if name not in us:
+                return f"{name}: {_shown(them[name])} in the file, nothing of that name in this model"
+            if name not in them:
+                return f"{name}: nothing of that name in the file, {_shown(us[name])} in this model"
+            if them[name] != us[name]:
+                return f"{name}: {_shown(them[name])} in the file, {_shown(us[name])} in this model"
+    return None
+
+
+def described(tensor: Tensor) -> str:
+    """Dtype, shape and hash of a tensor."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} {content_hash(tensor)}"
+
+
+def content_hash(tensor: Tensor) -> str:
+    """16 digits of the hash of a tensor's dtype, shape and bytes."""
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + content.tobytes()).hexdigest()[:16]
+
+
+def _of_adapter(key: str) -> bool:
+    return ".adapters." in f".{key}"
+
+
+def _constructed_with(module: nn.Module) -> dict[str, Any]:
+    """The arguments of a module's constructor, as far as it keeps them under their names and they are no tensors or modules."""
+    try:
+        names = list(inspect.signature(type(module).__init__).parameters)[1:]
+    except ValueError:  # written in C
+        return {}
+    found: dict[str, Any] = {}
+    for name in names:
+        value = getattr(module, name, None)
+        if "dropout" in name or {name, f"{type(module).__name__}.{name}"} & NOT_THE_FUNCTION.keys():
+            continue
+        if value is None or isinstance(value, (Tensor, nn.Module)):
+            continue
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = [field.name for field in dataclasses.fields(value) if field.compare]
+            value = {field: getattr(value, field) for field in fields if "dropout" not in field and field not in NOT_THE_FUNCTION}
+        found[name] = _plain(value)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON gives it back; what JSON cannot hold is named."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, Tensor):
+        return described(value)
+    if isinstance(value, functools.partial):
+        return {"function": _plain(value.func), **{key: _plain(entry) for key, entry in value.keywords.items()}}
+    if isinstance(value, (torch.dtype, torch.device)):
+        return str(value)
+    return getattr(value, "__name__", type(value).__name__)
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
