@@ -1,8 +1,8 @@
 """What a model computes, in words and hashes: two models with equal fingerprints give equal outputs in evaluation.
 
-Tensors alone do not say it: the same weights with other heads, another epsilon, activation, attention or hash seed are another function. So a fingerprint
-has facts, which an error can name with both values, and a hash of every tensor, buffers that no state dict holds included.
-What acts in training only (dropout, recomputing) and what only names things is not part of it.
+Tensors alone do not say it: the same weights with other heads, another epsilon, activation, attention or hash seed are
+another function. So a fingerprint has facts, which an error can name with both values, and a hash of every tensor, buffers
+that no state dict holds included. What acts in training only (dropout, recomputing), and what only names things, is left out.
 """
 
 from __future__ import annotations
