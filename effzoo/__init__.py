@@ -16,6 +16,7 @@ try:
     from effzoo.quantise import dequantise, quantise
     from effzoo.registry import load_file, scope
     from effzoo.swap import swap_attention
+    from effzoo.vocabulary import resize_vocabulary
     from effzoo.zoo import models
 finally:
     if _collects:
@@ -55,6 +56,7 @@ __all__ = [
     "plan",
     "predict",
     "quantise",
+    "resize_vocabulary",
     "routing",
     "save_adapter",
     "scope",

@@ -17,7 +17,7 @@ FLOORS = [  # a package may import from those before it, and from itself
     {"architectures"},
     {"zoo"},
     {"convert", "plots"},
-    {"build", "data", "generation", "quantise", "swap", "tasks"},
+    {"build", "data", "generation", "quantise", "swap", "tasks", "vocabulary"},
     {"checks", "plan", "train"},
     {"measure"},
     {"lab"},

@@ -136,6 +136,11 @@ def unmerge(model: M, name: str = "default") -> M:
     return activate(model, *dict.fromkeys((*active(model), name)))
 
 
+def merged_tensors(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The merged adapters that can be taken out again, each with the keys of the tensors that `unmerge` would put back."""
+    return {merged.name: tuple(f"{path}.{key}" for path, key in merged.originals) for merged in _state(model).merged}
+
+
 @torch.no_grad()
 def delta(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """What merging the adapter would add to each tensor of the base, by its key, in float64. Raises AdapterError where `merge` does."""

@@ -22,14 +22,14 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from effzoo.sites.doors import KeysValues, Mixture, PeftModule, Seen
+from effzoo.sites.doors import KeysValues, Mixture, PeftModule, Seen, longer
 from effzoo.sites.layers import Branch, Conv2d, Embedding, Keys, LayerNorm, Linear, Norm, RMSNorm, TiedLinear
 from effzoo.sites.memory import Memory, Side
 from effzoo.sites.site import Site
 
 __all__ = [
     "Branch", "Conv2d", "Embedding", "Keys", "KeysValues", "LayerNorm", "Linear", "Memory", "Mixture", "Norm", "PeftModule", "RMSNorm", "Seen",
-    "Side", "Site", "TiedLinear", "prompt_rows", "sites",
+    "Side", "Site", "TiedLinear", "longer", "prompt_rows", "sites",
 ]  # fmt: skip
 
 

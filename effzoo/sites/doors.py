@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 KeysValues = tuple[Tensor, Tensor]
@@ -28,10 +29,11 @@ class PeftModule(nn.Module):
     """What is hung on a site; every door is open and does nothing until it is overridden.
 
     by_position: whether what it computes for a position follows from that position alone (a memory may be made of all). The last block
-    then leaves out what no head reads.
+    then leaves out what no head reads. grows: whether `grow` can follow a site whose weight gets more rows (`effzoo.resize_vocabulary`).
     """
 
     by_position: ClassVar[bool] = True
+    grows: ClassVar[bool] = False
 
     def weight(self, weight: Tensor) -> Tensor:
         return weight
@@ -89,6 +91,10 @@ class PeftModule(nn.Module):
         """Take what `packed` gave. Raises KeyError or ValueError for tensors that do not fit."""
         raise NotImplementedError
 
+    def grow(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        """The site's weight and bias got these rows at their ends; take as many more, so that nothing changes there yet."""
+        raise NotImplementedError
+
     def opens(self, *doors: str) -> bool:
         """Whether this module overrides one of the named doors."""
         return any(getattr(type(self), door) is not getattr(PeftModule, door) for door in doors)
@@ -101,6 +107,11 @@ class PeftModule(nn.Module):
         """What is `beyond`, as often as there is something; a gate [batch, heads] differs by example."""
         found = self.beyond(seen)
         return [] if found is None else [found]
+
+
+def longer(parameter: nn.Parameter, rows: Tensor, dim: int = 0) -> nn.Parameter:
+    """A parameter with rows (or columns, dim=1) added at its end."""
+    return nn.Parameter(torch.cat([parameter.detach(), rows.to(parameter)], dim=dim), requires_grad=parameter.requires_grad)
 
 
 class Mixture(PeftModule):

@@ -137,7 +137,9 @@ class RMSNorm(Norm, nn.RMSNorm):
 
 
 class Embedding(nn.Embedding, Site):
-    """Rows of a table, [...] integers -> [..., dim]."""
+    """Rows of a table, [...] integers -> [..., dim]. added: how many of the last rows `effzoo.resize_vocabulary` has added."""
+
+    added = 0
 
     def __init__(self, rows: int, dim: int, *, role: str, layer: int | None = None):
         super().__init__(rows, dim)

@@ -16,7 +16,7 @@ from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
 from effzoo.peft.parameter import lora_init
 from effzoo.recompute import follows
 from effzoo.registry import peft
-from effzoo.sites import Conv2d, Embedding, Linear, PeftModule, Site, TiedLinear, sites
+from effzoo.sites import Conv2d, Embedding, Linear, PeftModule, Site, TiedLinear, longer, sites
 
 T = TypeVar("T", int, float)
 Start = Literal["default", "gaussian", "pissa", "olora", "eva", "loftq"]
@@ -27,6 +27,8 @@ class LowRank(PeftModule):
 
     For the backward pass x and s A x are stored; x once, unless dropout makes another one of it.
     """
+
+    grows = True
 
     def __init__(self, inputs: int, outputs: int, rank: int, scale: float, dropout: float):
         super().__init__()
@@ -49,6 +51,10 @@ class LowRank(PeftModule):
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.scale * self.B.to(weight) @ self.A.to(weight), None
+
+    def grow(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        assert weight is not None
+        self.B = longer(self.B, self.B.new_zeros(len(weight), self.B.shape[1]))
 
 
 class FromBase(LowRank):
@@ -77,6 +83,10 @@ class FromBase(LowRank):
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.scale * (self.B.to(weight) @ self.A.to(weight) - self.B0.to(weight) @ self.A0.to(weight)), None
 
+    def grow(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        super().grow(weight, bias)
+        self.B0 = torch.cat([self.B0, self.B[len(self.B0) :].detach()])
+
 
 class Quantised(LowRank):
     """y' = Q x + s B A dropout(x): the weight is replaced by its 4-bit form Q, and B A starts as the residual W - Q (LoftQ).
@@ -85,6 +95,7 @@ class Quantised(LowRank):
     this saves is the size of the merged model, not memory in training.
     """
 
+    grows = False  # codes have no place for more rows
     codes: Tensor
     scales: Tensor
     delta_rank: int | None  # type: ignore[assignment]
@@ -107,6 +118,8 @@ class LowRankRows(PeftModule):
     A starts at 0 and B normal, so that rows which never occur in training stay exactly as they are.
     """
 
+    grows = True
+
     def __init__(self, rows: int, dim: int, rank: int, scale: float):
         super().__init__()
         self.scale, self.delta_rank = scale, min(rank, rows, dim)
@@ -119,9 +132,15 @@ class LowRankRows(PeftModule):
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.scale * (self.B.to(weight) @ self.A.to(weight)).T, None
 
+    def grow(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        assert weight is not None
+        self.A = longer(self.A, self.A.new_zeros(len(self.A), len(weight)), dim=1)
+
 
 class LowRankTable(PeftModule):
     """The same change where a language-model head reads the whole table too: W' = W + s (B A)^T, through the parameter door, which both see."""
+
+    grows = True
 
     def __init__(self, rows: int, dim: int, rank: int, scale: float):
         super().__init__()
@@ -131,6 +150,10 @@ class LowRankTable(PeftModule):
 
     def weight(self, weight: Tensor) -> Tensor:
         return weight + self.scale * self.A.to(weight).T @ self.B.to(weight).T
+
+    def grow(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        assert weight is not None
+        self.A = longer(self.A, self.A.new_zeros(len(self.A), len(weight)), dim=1)
 
 
 class LowRankConv(PeftModule):

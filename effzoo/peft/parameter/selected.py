@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from effzoo.errors import OptionError, TargetError, listing
 from effzoo.peft.method import HEAD, Layers, Method, Targets
 from effzoo.registry import peft
-from effzoo.sites import Norm, PeftModule, Site, sites
+from effzoo.sites import Norm, PeftModule, Site, longer, sites
 
 KEY_BIAS = {"*.k*.own_bias": "softmax does not change when one number is added to all scores of a query, so key biases have none"}
 
@@ -24,6 +24,7 @@ class Copy(PeftModule):
     """theta' = phi, with phi starting as a copy of theta: weight decay acts as it would on the parameter itself."""
 
     delta_rank = None  # of the change to a matrix: anything up to full
+    grows = True
 
     def __init__(self, **parameters: Tensor):
         super().__init__()
@@ -35,6 +36,11 @@ class Copy(PeftModule):
 
     def bias(self, bias: Tensor) -> Tensor:
         return getattr(self, "own_bias", bias)
+
+    def grow(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        for name, rows in (("own_weight", weight), ("own_bias", bias)):
+            if rows is not None and hasattr(self, name):
+                setattr(self, name, longer(getattr(self, name), rows))
 
 
 @peft.register("full", "select")

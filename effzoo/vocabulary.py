@@ -1,0 +1,176 @@
+"""More tokens, or fewer, for a model that has weights: the token embedding and the language-model head get rows, or lose some."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from effzoo.architectures import Perceiver, Transformer
+from effzoo.errors import AdapterError, IncompatibleError, OptionError, did_you_mean
+from effzoo.peft.merging import merged_tensors
+from effzoo.sites import Embedding, Linear, PeftModule, Site, TiedLinear, sites
+
+M = TypeVar("M", bound=nn.Module)
+Init = Literal["mean", "normal"]
+ROLES = ("embed.token", "lm.out")  # the sites with a row for each token
+SPREAD = 1e-9  # of the covariance, and of a bias's standard deviation, as in transformers
+
+
+@torch.no_grad()
+def resize_vocabulary(model: M, n: int, *, init: Init = "mean", multiple_of: int = 1, shrink: bool = False, seed: int = 0) -> M:
+    """Give the token embedding, and the language-model head, `n` rows, in place; return the model.
+
+    n: tokens afterwards; rows are added, or taken, at the end. init: of added rows. "mean", a normal distribution with the mean of the rows that
+    were there and 1e-9 times their covariance, so that a new token is about as likely as an average one and old probabilities hardly move
+    (Hewitt 2021, Initializing new word embeddings for pretrained language models, nlp.stanford.edu/~johnhew/vocab-expansion.html; what
+    `resize_token_embeddings` of transformers does); the mean alone where the covariance is not positive definite, as with fewer rows than columns.
+    "normal", mean 0 and standard deviation 0.02, as in a model that is built anew. Added biases of a tied head are 0, of one with a weight of its own
+    they begin at the mean of its biases (0 for "normal"). multiple_of: n is rounded up to a multiple of this. shrink: whether n may be smaller than
+    before; the last rows are then lost. seed: of the draw, which leaves torch's own random state alone: copies of a model get the same rows.
+
+    Old rows, dtype, device and requires_grad stay; a tied head reads the resized table, one of its own is resized likewise, with the mean of its own
+    rows. The parameters are new objects: make the optimizer afterwards. Adapters stay attached; what hangs on a resized site grows along, and the
+    added rows begin there without a change. An adapter that was saved before does not load any more, since the base is another.
+
+    Raises OptionError for numbers that are none or too large for this machine, IncompatibleError for a model without tokens, a quantised head, or an
+    adapter that cannot follow, AdapterError for one that is merged into these rows; the model is then unchanged.
+    """
+    token = _token(model)
+    old = token.num_embeddings
+    n = _checked(n, multiple_of, init, seed, old, shrink)
+    if n == old:
+        return model
+    found = {path: site for path, site in sites(model) if site.role in ROLES}
+    _check_sites(model, found, n, old)
+    draw = torch.Generator().manual_seed(seed)
+    new = {path: _resized(site, n, init, draw) for path, site in found.items()}
+    grown = [(module, new[path]) for path, site in found.items() for module in _hung(site)]
+    for path, site in found.items():
+        for name, tensor in new[path].items():
+            parameter = getattr(site, name)
+            setattr(site, name, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+        if isinstance(site, Embedding):
+            site.num_embeddings = n
+        elif isinstance(site, Linear):
+            site.out_features = n
+    for module, tensors in grown:
+        added = {name: tensor[old:] for name, tensor in tensors.items()}
+        module.grow(added.get("weight"), added.get("bias"))
+    token.added = max(0, token.added + n - old)
+    assert isinstance(model, Transformer | Perceiver)
+    model.config = model.embeddings.config = dataclasses.replace(model.config, vocab=n)
+    if isinstance(model, Perceiver):
+        model.embeddings.sizes = model.config.inputs()
+    return model
+
+
+def _token(model: nn.Module) -> Embedding:
+    """The token embedding."""
+    if not isinstance(model, Transformer | Perceiver):
+        raise IncompatibleError(f"resize_vocabulary changes a Transformer or Perceiver of effzoo, got {type(model).__name__}")
+    token = model.embeddings.token
+    if token is None:
+        raise IncompatibleError(f"{model.config.name} reads arrays of numbers, so it has no vocabulary; build it with vocab=... to read tokens")
+    return token
+
+
+def _checked(n: int, multiple_of: int, init: str, seed: int, old: int, shrink: bool) -> int:
+    """The number of rows afterwards. OptionError for a number that is none, or a smaller one that was not asked for."""
+    for name, value, least in (("n", n, 1), ("multiple_of", multiple_of, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise OptionError(f"resize_vocabulary: {name} is a whole number of at least {least}, got {value!r}")
+    if seed >= 2**63:
+        raise OptionError(f"resize_vocabulary: seed is below 2^63, got {seed}")
+    if init not in get_args(Init):
+        raise OptionError(f"resize_vocabulary: init is 'mean' or 'normal', got {init!r}{did_you_mean(init, get_args(Init))}")
+    n = -(-n // multiple_of) * multiple_of
+    if n < old and not shrink:
+        raise OptionError(f"resize_vocabulary: {n} rows are fewer than the {old} there are, and the last {old - n} would be lost; give shrink=True")
+    return n
+
+
+def _check_sites(model: nn.Module, found: dict[str, Site], n: int, old: int) -> None:
+    """Raise for what cannot be resized, before anything is allocated."""
+    pad = getattr(model.config, "pad_token", None)
+    if pad is not None and n < old and pad >= n:
+        raise OptionError(f"resize_vocabulary: pad_token {pad} is no row of a vocabulary of {n}; keep at least {pad + 1}")
+    for path, site in found.items():
+        if getattr(site, "bits", None):
+            raise IncompatibleError(
+                f"{path} is quantised, and rows cannot be added to codes; resize first and quantise then, or call effzoo.dequantise"
+            )
+        for module in _hung(site):
+            if not module.grows or n < old:
+                what = f"{type(module).__name__} on {path}"
+                reason = "cannot lose rows" if module.grows else "numbers or mixes the rows that are there, so it cannot follow"
+                raise IncompatibleError(f"resize_vocabulary: the adapter's {what} {reason}; detach or merge the adapter first, and attach it anew")
+    for name, keys in merged_tensors(model).items():
+        if touched := [key for key in keys if key.rpartition(".")[0] in found]:
+            raise AdapterError(
+                f"adapter {name!r} is merged into {touched[0]}, and unmerge would put {old} rows back; unmerge it first, or merge it with undo=False"
+            )
+    like = next(iter(found.values()))
+    needed = sum(n * p.numel() // len(p) * p.element_size() for site in found.values() for p in site.base().values())
+    limit = _memory(next(iter(like.base().values())).device)
+    if needed > limit:
+        raise OptionError(
+            f"resize_vocabulary: {n:,} rows take {needed / 2**30:,.1f} GiB, this machine has {limit / 2**30:,.1f} GiB; the model has {old:,} rows now"
+        )
+
+
+def _memory(device: torch.device) -> float:
+    """Bytes of memory that the device has; without end for tensors without memory."""
+    if device.type == "meta":
+        return float("inf")
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _hung(site: Site) -> list[PeftModule]:
+    """What is hung on a site and has to do with its rows; those of a prompt are its own."""
+    return [module for adapter in site.adapters for module in site.hung(adapter) if not module.opens("rows")]
+
+
+def _resized(site: Site, n: int, init: Init, draw: torch.Generator) -> dict[str, Tensor]:
+    """Weight and bias of a site with n rows."""
+    found = {}
+    for name, tensor in site.base().items():
+        added = n - len(tensor)
+        kept = tensor.detach()[:n]
+        if added <= 0:
+            found[name] = kept.clone()
+            continue
+        mean = "normal" if isinstance(site, TiedLinear) else init  # transformers gives the biases of a tied head 0
+        rows = _drawn(kept, added, init, draw) if name == "weight" else _biases(kept, added, mean, draw)
+        found[name] = torch.cat([kept, rows.to(kept)])
+    return found
+
+
+def _drawn(rows: Tensor, added: int, init: Init, draw: torch.Generator) -> Tensor:
+    """Added rows, [added, dim] in float32 or wider."""
+    dim = rows.shape[1]
+    noise = torch.randn(added, dim, generator=draw)
+    if rows.is_meta:
+        return rows.new_empty(added, dim)
+    if init == "normal":
+        return 0.02 * noise
+    exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    mean = exact.mean(dim=0)
+    centred = exact - mean
+    root, failed = torch.linalg.cholesky_ex(SPREAD * (centred.T @ centred / len(exact)))
+    return mean.expand(added, dim) if int(failed) else mean + noise.to(root) @ root.T
+
+
+def _biases(biases: Tensor, added: int, init: Init, draw: torch.Generator) -> Tensor:
+    """Added entries of the head's bias."""
+    noise = torch.randn(added, generator=draw)
+    if biases.is_meta or init == "normal":
+        return biases.new_zeros(added)
+    exact = biases.to(torch.promote_types(biases.dtype, torch.float32))
+    spread = exact.std() if len(exact) > 1 else exact.new_zeros(())
+    return exact.mean() + SPREAD * spread * noise.to(exact)
