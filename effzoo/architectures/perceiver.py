@@ -26,7 +26,7 @@ from effzoo.architectures.perceiver_cross import Cross
 from effzoo.architectures.perceiver_inputs import Inputs
 from effzoo.architectures.transformer import attention_specs
 from effzoo.attention.core import AttentionCore, Context, Mask
-from effzoo.blocks import Attention, Block
+from effzoo.blocks import Block
 from effzoo.errors import InputError
 from effzoo.recompute import Level, recompute
 from effzoo.sites import Embedding, Linear
@@ -234,8 +234,4 @@ def _latent_blocks(config: PerceiverConfig) -> Iterable[Block]:
             _context(config, config.heads, config.head_dim, config.causal), layer=layer, layers=sizes.layers,
             max_length=config.latents, shared=shared,
         )  # fmt: skip
-        slots = sizes.slots(layer)
-        block = Block(slots, spec, context)
-        if config.value_dim != config.head_dim:
-            block.attn = Attention(config.dim, spec, context, bias=slots.attn_bias, out_bias=slots.attn_out_bias, value_dim=config.value_dim)
-        yield block
+        yield Block(dataclasses.replace(sizes.slots(layer), value_dim=config.value_dim), spec, context)

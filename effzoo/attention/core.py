@@ -33,7 +33,7 @@ class Context:
     layers: int = 1
     max_length: int = 512
     backend: str = "auto"
-    shared: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # one dict for all layers of a model
+    shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # one dict for all layers of a model
 
 
 @dataclass(frozen=True, eq=False)

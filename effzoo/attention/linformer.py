@@ -84,8 +84,10 @@ class Linformer(AttentionCore):
         return Linear(inputs, outputs, bias=False, role=role, layer=layer)
 
     def _share(self) -> None:
-        """One site for all layers, found through `context.shared`: a module of the layer that is built first, so its weight is stored once."""
-        if self._key not in self.context.shared:
+        """One site for all layers, found through `context.shared`: a module of the layer that is built first, so its weight is stored once. A layer
+        that is built again, in place of the one that holds the site, holds another from then on, which all use."""
+        owner = self.context.shared.setdefault(("layer of", self._key), self.context.layer)
+        if owner == self.context.layer:
             self.E = self.context.shared[self._key] = self._make("attn.E", None)
 
     @property
@@ -107,7 +109,7 @@ class Linformer(AttentionCore):
         """The sites that project keys ("k") or values ("v"): one for all heads, one per head, or none."""
         if self.projection == "mean":
             return []
-        if self.sharing == "layerwise":
+        if self.sharing == "layerwise" and self.E is None:
             return [self.context.shared[self._key]]
         module = self.F if name == "v" and self.F is not None else self.E
         return [*cast("Iterable[Linear]", module)] if self.sharing == "none" else [cast(Linear, module)]

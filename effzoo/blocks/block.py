@@ -36,6 +36,7 @@ class Slots:
     mlp_bias: bool = True
     kv_heads: int | None = None
     qk_norm: bool = False
+    value_dim: int = 0  # width of a value head where it is not that of a head
     rotary: Rotary | None = None
     mlp_chunk: int = 0
     experts: int = 0  # feed-forwards among which the router chooses; 0: one, for every token
@@ -53,7 +54,7 @@ def attention_layer(slots: Slots, attention: Spec, context: Context) -> Attentio
     """The attention layer that these slots ask for."""
     return Attention(
         slots.dim, attention, context, bias=slots.attn_bias, out_bias=slots.attn_out_bias, kv_heads=slots.kv_heads, rotary=slots.rotary,
-        qk_norm=slots.eps if slots.qk_norm else None,
+        qk_norm=slots.eps if slots.qk_norm else None, value_dim=slots.value_dim or None,
     )  # fmt: skip
 
 
