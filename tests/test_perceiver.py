@@ -377,7 +377,15 @@ def test_every_method_trains_on_the_latent_blocks_and_leaves_the_base(tiny, meth
     batch = {"inputs_embeds": torch.randn(3, 6, 5, 3).double()} if kind == "pixels" else {"input_ids": ids(3, 9)}
     batch["labels"] = torch.tensor([0, 1, 2])
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    refused = {"prompt": "pixels", "p_tuning": "pixels", "ipt": "pixels", "ladder": kind, "residual_adapter": kind, "pals": "causal"}
+    refused = {
+        "prompt": "pixels",
+        "tokens": "pixels",
+        "p_tuning": "pixels",
+        "ipt": "pixels",
+        "ladder": kind,
+        "residual_adapter": kind,
+        "pals": "causal",
+    }
     if refused.get(method) == kind:
         with pytest.raises((TargetError, IncompatiblePeft), match="nothing in this model matches embed.token|does not work with"):
             effzoo.attach(model, method)

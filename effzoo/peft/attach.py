@@ -60,12 +60,13 @@ def attach(model: M, peft: Any, *, name: str = "default") -> M:
         raise AdapterError(f"an adapter name is a Python identifier that torch does not use itself, got {name!r}; try 'task_a'")
     if name in state.attachments or any(name == merged.name for merged in state.merged):
         raise AdapterError(f"an adapter named {name!r} is attached already (or merged); detach it first or choose another name")
-    attachment = Attachment(name, parse(peft))
+    attachment, settled = Attachment(name, parse(peft)), []
     try:
         for spec in attachment.specs:
             method = registry.create(spec)
             found = targets(model, method)
             method.prepare(model, found)
+            settled.append(Spec(spec.name, {**spec.options, **method.settled_options}))
             _hang(model, method, attachment, found)
         heads = {path: site for path, site in sites(model) if fnmatchcase(site.role, HEAD) and name not in site.adapters and site.base()}
         if heads:
@@ -79,6 +80,7 @@ def attach(model: M, peft: Any, *, name: str = "default") -> M:
         if parameter.requires_grad and ".adapters." not in f".{parameter_name}":
             parameter.requires_grad_(False)
             state.frozen.add(parameter_name)
+    attachment.specs = tuple(settled)
     state.attachments[name] = attachment
     activate(model, name)
     return model

@@ -14,6 +14,7 @@ from effzoo.peft.parameter import (
     movement,
     selected,
     supermask,
+    tokens,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "movement",
     "selected",
     "supermask",
+    "tokens",
 ]

@@ -1,0 +1,167 @@
+"""Training chosen rows of the token table: those of new tokens, say, while every other row stays as it is, bit by bit."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effzoo.errors import OptionError, TargetError, listing
+from effzoo.peft.method import Method, Targets
+from effzoo.registry import peft
+from effzoo.sites import Embedding, Linear, PeftModule, Site, TiedLinear, sites
+
+NEW = "new"
+ROLES = ("embed.token", "lm.out")
+Ids = int | str | Sequence[int | str] | None
+
+
+class TokenTable(PeftModule):
+    """W' = W except W'[ids] = rows, through the parameter door: for a table that a tied language-model head reads too, and for a head's own.
+
+    Each pass makes W' anew, and the backward pass a gradient as large, of which the rows' part is kept.
+    """
+
+    ids: Tensor
+    grows = True
+
+    def __init__(self, ids: Tensor, weight: Tensor):
+        super().__init__()
+        self.register_buffer("ids", ids)
+        self.trained = nn.Parameter(weight.detach()[ids].clone())
+        self.delta_rank = min(self.trained.shape)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        return weight.index_copy(0, self.ids, self.trained.to(weight))
+
+    def changed(self, weight: Tensor | None, bias: Tensor | None) -> int:
+        return self.trained.numel()
+
+    def packed(self) -> dict[str, Tensor]:
+        return {"ids": self.ids, "rows": self.trained}
+
+    def unpack(self, tensors: dict[str, Tensor]) -> None:
+        ids, rows = tensors["ids"], tensors["rows"]
+        if len(tensors) != 2 or ids.dtype != torch.long or ids.shape != self.ids.shape or rows.shape != self.trained.shape:
+            raise ValueError(f"{tuple(ids.shape)} ids and rows of shape {tuple(rows.shape)}, where {len(self.ids)} rows are trained")
+        if not torch.equal(ids, self.ids.to(ids.device)):
+            raise ValueError(f"rows of the tokens {spans(ids.tolist())}, where the spec says {spans(self.ids.tolist())}")
+        self.trained.copy_(rows)
+
+    def grow(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        """The rows are numbered as before."""
+
+
+class TokenRows(TokenTable):
+    """The same for a table that nothing but the embedding reads: only rows that occur are looked up, and no table is made."""
+
+    def weight(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        at = torch.searchsorted(self.ids, x).clamp(max=len(self.ids) - 1)
+        return torch.where((self.ids[at] == x)[..., None], F.embedding(at, self.trained).to(y), y)
+
+    def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return torch.zeros_like(weight).index_copy(0, self.ids, self.trained.to(weight) - weight[self.ids]), None
+
+
+@peft.register("tokens", "trainable_tokens")
+class Tokens(Method):
+    """W' = W except W'[ids] = phi: of the token embedding only these rows are trained, and only they are stored.
+
+    ids: a token, several (5, 6, 9), ranges "100-140" or "5-7+9", "new" for the rows that `effzoo.resize_vocabulary` has added, or none for every
+    token. targets: embed.token, the default; (embed.token, lm.out) to train these rows of a language-model head with a weight of its own
+    as well, or lm.out alone. A head that is tied reads the trained rows anyway.
+
+    Together with any other method: `lora|tokens[ids=new]`. A row begins as it is in the base, and takes the place of what methods before it in the
+    union make of that row.
+    """
+
+    paper = "TrainableTokens of the package peft; how new rows should begin: Hewitt 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html"
+    accepts = (Embedding, Linear, TiedLinear)
+    default_targets = ("embed.token",)
+    learning_rate = 1e-3
+
+    def __init__(self, *, ids: Ids = None, targets: Targets = None):
+        super().__init__(targets=targets)
+        given = [] if ids is None else list(ids) if isinstance(ids, Sequence) and not isinstance(ids, str) else [ids]
+        if ids is not None and not given:
+            raise OptionError(f"{self.name}: ids is empty; give at least one token, or none for every token")
+        self.given = [span for one in given for span in _read(one)]
+
+    def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
+        tied = any(isinstance(site, TiedLinear) for _, site in sites(model))
+        for site in found.values():
+            if site.role not in ROLES:
+                raise TargetError(f"{self.name}: {site.role!r} has no row for each token; targets are {listing(ROLES)}")
+            if isinstance(site, TiedLinear):
+                raise TargetError(f"{self.name}: {site.role!r} is tied to embed.token, whose trained rows it reads anyway; leave it out of targets")
+        token = next((site for _, site in sites(model) if isinstance(site, Embedding) and site.role == "embed.token"), None)
+        rows = min(len(site.base()["weight"]) for site in found.values())
+        added = 0 if token is None else token.added
+        self.ids = torch.tensor(self._numbers(rows, added), dtype=torch.long)
+        self.settled_options = {"ids": spans(self.ids.tolist())} if self.given else {}
+        self.tied = tied
+
+    def _numbers(self, rows: int, added: int) -> list[int]:
+        """The rows, ascending, in a table of so many, the last `added` of which are new."""
+        if not self.given:
+            return list(range(rows))
+        numbers: list[int] = []
+        for first, last in self.given:
+            if last < 0:  # new
+                if not added:
+                    raise OptionError(
+                        f"{self.name}: ids=new are the rows that effzoo.resize_vocabulary(model, n) has added, and this model has none; "
+                        f"call it first, or give numbers in [0, {rows})"
+                    )
+                first, last = rows - added, rows - 1
+            if last >= rows:
+                raise OptionError(f"{self.name}: ids are in [0, {rows}), got {last}; effzoo.resize_vocabulary(model, {last + 1}) adds rows")
+            numbers += range(first, last + 1)
+            if len(numbers) > rows:
+                break
+        numbers.sort()
+        if twice := [one for one, after in itertools.pairwise(numbers) if one == after]:
+            raise OptionError(f"{self.name}: token {twice[0]} is given twice; give each once")
+        return numbers
+
+    def make(self, site: Site) -> PeftModule:
+        cls = TokenRows if isinstance(site, Embedding) and not self.tied else TokenTable
+        weight = site.base()["weight"]
+        return cls(self.ids.to(weight.device, copy=True), weight)
+
+
+def spans(ids: Sequence[int]) -> str:
+    """Ascending numbers as `5-7+9`."""
+    return "+".join(str(first) if first == last else f"{first}-{last}" for first, last in _spans(ids))
+
+
+def _spans(ids: Sequence[int]) -> Iterator[tuple[int, int]]:
+    first = last = None
+    for one in ids:
+        if last is not None and one == last + 1:
+            last = one
+            continue
+        if first is not None and last is not None:
+            yield first, last
+        first = last = one
+    if first is not None and last is not None:
+        yield first, last
+
+
+def _read(given: int | str) -> Iterator[tuple[int, int]]:
+    """Ranges (first, last) of what was given for ids; (-1, -1) for the new rows."""
+    if given == NEW:
+        yield -1, -1
+        return
+    for part in str(given).split("+"):
+        first, dash, last = part.strip().partition("-")
+        fits = first.isascii() and first.isdigit() and (not dash or (last.isascii() and last.isdigit()))
+        if not fits or max(len(first), len(last)) > 18 or int(last or first) < int(first):
+            raise OptionError(f"tokens: {part!r} is no token and no range of tokens; write 7, '100-140', '5-7+9' or new")
+        yield int(first), int(last or first)
