@@ -147,6 +147,8 @@ def _report(result: Result, model: Transformer, output: Path) -> None:
     rows: list[tuple[str, Any]] = [(name.removeprefix("eval_"), f"{value:.4g}") for name, value in result.metrics.items()]
     rows += [("steps", f"{result.steps:,}"), ("seconds", f"{result.seconds:.1f}"), ("peak memory", f"{result.peak_memory / 2**20:,.0f} MiB")]
     say("", heading("result"), pairs(rows), "", heading("account"), str(effzoo.account(model)), "")
+    if result.untouched:
+        say(f"note: {result.untouched}", "")
     if result.history:
         (output / "curves.png").write_bytes(plots.png_bytes(plots.learning_curves(result.history)))
         say(f"curves   {output / 'curves.png'}")

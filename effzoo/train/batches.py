@@ -95,7 +95,7 @@ class Pad:
         self.fill = {"input_ids": pad_token or 0, "labels": IGNORED}
 
     def __call__(self, rows: list[Row]) -> Batch:
-        names = [name for name in rows[0] if name in self.accepted or name in LABEL_NAMES]
+        names = dict.fromkeys(name for row in rows for name in row if name in self.accepted or name in LABEL_NAMES)
         tokens = "input_ids" if "input_ids" in names else "inputs_embeds"
         lengths = [len(row[tokens]) for row in rows]
         batch: Batch = {}

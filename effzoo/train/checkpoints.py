@@ -8,6 +8,7 @@ renamed first. So whatever is killed when, a directory under its real name is co
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -84,7 +85,8 @@ def best_of(directory: Path, history: Sequence[dict[str, Any]], metric: str, sin
     since: the first step that counts.
     """
     sign = 1 if any(word in metric for word in ("loss", "error", "perplexity")) else -1
-    values = {entry["step"]: entry[f"eval_{metric}"] for entry in history if f"eval_{metric}" in entry and entry["step"] >= since}
+    values = {entry["step"]: entry.get(f"eval_{metric}", math.nan) for entry in history if entry["step"] >= since}
+    values = {step: value for step, value in values.items() if not math.isnan(value)}  # a metric may be undefined, as a correlation of equals
     known = [path for path in whole(directory) if step_of(path) in values]
     return min(known, key=lambda path: sign * values[step_of(path)], default=None)
 

@@ -44,6 +44,9 @@ class Distillation:
     share: float = 1.0
 
     def __post_init__(self) -> None:
+        for name, wanted in get_type_hints(type(self)).items():
+            if not fits(getattr(self, name), wanted):
+                raise OptionError(f"distillation: {name} takes {describe(wanted)}, got {getattr(self, name)!r}")
         for name in PARTS:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise OptionError(f"distillation: {name} is the weight of a part of the loss, 0 or more, got {getattr(self, name)!r}")

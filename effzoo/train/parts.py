@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from effzoo.errors import OptionError
 from effzoo.peft.attach import active, attached
 from effzoo.peft.method import Stage
 from effzoo.peft.training import timetable
@@ -30,11 +31,20 @@ class Part:
 
 
 def parts(model: nn.Module, total: int, warmup: float | int) -> list[Part]:
-    """The parts of a run of `total` steps. warmup: steps in each stage, or a share (float) of each. TrainingError for more stages than steps."""
+    """The parts of a run of `total` steps. warmup: steps in each stage, or a share (float) of each, which never takes all of them.
+
+    Raises TrainingError for more stages than steps, OptionError for a warmup at whose end no step is left: nothing would learn at its rate.
+    """
     found: list[Part] = []
     for stage, steps in timetable(model, total):
         start = found[-1].end if found else 0
-        found.append(Part(stage, start, steps, warmup if isinstance(warmup, int) else math.ceil(warmup * steps)))
+        rising = warmup if isinstance(warmup, int) else min(math.ceil(warmup * steps), steps - 1)
+        if rising >= steps:
+            of = f" of the stage {stage.name!r}" if stage.name else ""
+            raise OptionError(
+                f"warmup of {rising} steps takes all {steps} steps{of}; give fewer steps of warmup, or a share of the steps (a float below 1)"
+            )
+        found.append(Part(stage, start, steps, rising))
     return found
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from effzoo.architectures import Transformer
+from effzoo.architectures import Perceiver, Transformer
 from effzoo.errors import IncompatibleError, OptionError, TrainingError, listing
 from effzoo.peft.attach import active, attached
 from effzoo.peft.files import MANIFEST
 from effzoo.peft.training import finish, overrides
 from effzoo.train import checkpoints
+from effzoo.train.settings import one_of
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
@@ -29,6 +30,7 @@ def on_cpu() -> bool:
 
 def check_trainable(model: Transformer) -> None:
     """TrainingError for a task without a loss, and when no parameter, or one that no file would keep, is trainable."""
+    check_model(model)
     if model.task == "features":
         raise TrainingError("a model with task='features' has no loss to train; build it with task='classification' or another task")
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -44,28 +46,15 @@ def check_trainable(model: Transformer) -> None:
         )
 
 
-def check_options(
-    numbers: Mapping[str, float | None], every: Mapping[str, int | str | None], schedule: str, warmup: float, clip: float | None
-) -> None:
-    """OptionError for a number out of range or an unknown name."""
-    for name, number in numbers.items():
-        if number is not None and not (isinstance(number, (int, float)) and number > 0 and (name == "epochs" or isinstance(number, int))):
-            raise OptionError(f"{name} is {'a positive number' if name == 'epochs' else 'an integer of at least 1'}, got {number!r}")
-    for name, value in every.items():
-        if value not in ("epoch", None) and not (isinstance(value, int) and value > 0):
-            raise OptionError(f"{name} is a number of steps (at least 1), 'epoch' or None, got {value!r}")
-    if schedule not in SCHEDULES:
-        raise OptionError(f"schedule is one of {listing(SCHEDULES)}, got {schedule!r}")
-    if warmup < 0 or (isinstance(warmup, float) and warmup >= 1):
-        raise OptionError(f"warmup is a number of steps (an integer) or a share of all steps (a float below 1), got {warmup!r}")
-    if clip is not None and not clip > 0:
-        raise OptionError(f"clip is the largest norm of the gradient, above 0, or None, got {clip!r}")
+def check_model(model: Any, what: str = "model") -> None:
+    """OptionError for what `effzoo.build` did not make."""
+    if not isinstance(model, (Transformer, Perceiver)):
+        raise OptionError(f"{what} is what effzoo.build returns, got {model if isinstance(model, str) else type(model).__name__!r}")
 
 
 def check_precision(model: torch.nn.Module, precision: str) -> None:
     """OptionError for an unknown precision, IncompatibleError for one that cannot run here or that accelerate was launched without."""
-    if precision not in PRECISIONS:
-        raise OptionError(f"precision is one of {listing(PRECISIONS)}, got {precision!r}")
+    one_of("precision", precision, PRECISIONS)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no" and launched != PRECISIONS[precision]:
         named = {value: key for key, value in PRECISIONS.items()}.get(launched, launched)

@@ -11,8 +11,10 @@ from effzoo.architectures import Perceiver, Transformer
 from effzoo.architectures.heads import pool
 from effzoo.errors import InputError
 from effzoo.train.batches import Pad
-from effzoo.train.examples import accepted, sized
-from effzoo.train.preconditions import check_precision
+from effzoo.train.examples import accepted
+from effzoo.train.examples import examples as checked
+from effzoo.train.preconditions import check_model, check_precision
+from effzoo.train.settings import flag, whole
 
 
 @torch.no_grad()
@@ -29,28 +31,30 @@ def predict(
     examples: tokenised, as for `finetune`; labels may be missing. They run in evaluation mode on the model's device, in batches of like
     lengths, and come back on the CPU in float32, in the order given. Raises InputError, IncompatibleError.
     """
+    check_model(model)
     if model.task not in ("classification", "features"):
         raise InputError(f"predict gives one row per example, for task 'classification' or 'features', not {model.task!r}; call the model itself")
     check_precision(model, precision)
-    sized(examples, "examples")
+    batch_size, progress = whole("batch_size", batch_size, least=1), flag("progress", progress)
+    rows = checked(examples, model, "examples", labelled=False)
     from tqdm.auto import tqdm  # comes with transformers, and takes a while to import
 
-    device, known, collate = (next(model.parameters()).device, accepted(model), Pad(model.task, model.config.pad_token, accepted(model)))
-    inputs = [{name: value for name, value in examples[i].items() if name in known} for i in range(len(examples))]
+    device, collate = next(model.parameters()).device, Pad(model.task, model.config.pad_token, accepted(model))
+    inputs = [rows[i] for i in range(len(rows))]
     order = sorted(range(len(inputs)), key=lambda i: len(inputs[i].get("input_ids", ())))
     was_training, found = model.training, torch.empty(0)
     model.eval()
     try:
         for at in tqdm(range(0, len(order), batch_size), desc="Predicting", disable=not progress):
-            rows = order[at : at + batch_size]
-            batch = {name: x.to(device) for name, x in collate([inputs[i] for i in rows]).items()}
+            chosen = order[at : at + batch_size]
+            batch = {name: x.to(device) for name, x in collate([inputs[i] for i in chosen]).items()}
             with torch.autocast(device.type, dtype=getattr(torch, precision), enabled=precision != "float32"):
                 out = model(**batch)
             mask = None if isinstance(model, Perceiver) and not model.config.causal else batch.get("attention_mask")  # latents have no padding
             values = pool(out.last_hidden_state.float(), None if mask is None else mask.bool(), "mean") if out.logits is None else out.logits
             if not len(found):
                 found = torch.empty(len(order), values.shape[1])
-            found[rows] = values.float().cpu()
+            found[chosen] = values.float().cpu()
     finally:
         model.train(was_training)
     return found

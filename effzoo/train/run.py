@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,9 +22,12 @@ from effzoo.recompute import Level, check_level, spare
 from effzoo.train import checkpoints
 from effzoo.train.batches import Counting, First, Loader, Order, Pad
 from effzoo.train.distillation import PARTS, Distillation
-from effzoo.train.examples import accepted, check, check_batch, fits_teacher, sized
+from effzoo.train.examples import Collated, Examples, Raw, accepted, examples, fits_teacher, sized
+from effzoo.train.gradients import Untouched, check_finite
 from effzoo.train.parts import parts, used
-from effzoo.train.preconditions import SCHEDULES, check_options, check_precision, check_processes, check_trainable, on_cpu, rejoin, starting_point
+from effzoo.train.preconditions import SCHEDULES, check_model, check_precision, check_processes, check_trainable, on_cpu, rejoin, starting_point
+from effzoo.train.settings import LARGEST, callbacks_of, called, flag, folder, number, number_or_none, one_of, warmup_of, whole, whole_or_none
+from effzoo.train.settings import steps as steps_of
 from effzoo.train.teaching import Teaching, fingerprint
 
 if TYPE_CHECKING:
@@ -32,7 +36,7 @@ if TYPE_CHECKING:
     from effzoo.train.trainer import ExactTrainer
 
 _LOGGED = ("step", "epoch", "stage", "loss", *(f"loss_{part}" for part in PARTS), "learning_rate", "grad_norm")
-_SPEED = ("_runtime", "_per_second", "_preparation_time")
+_SPEED = ("_runtime", "_per_second", "_preparation_time")  # ends of the names of Trainer's own measurements
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class Result:
     weights, loss_labels, loss_logits, .... seconds: of this call. peak_memory: bytes; what the allocator held
     on CUDA during the call, elsewhere the resident set of this process since it started. last, best: checkpoints. weights: the adapter's
     folder (several adapters: a folder that holds one each), or model.safetensors when all
-    parameters were trained.
+    parameters were trained. untouched: the trained tensors that got no gradient in this call, or only zeros; false when there is none, and
+    as text a sentence with their share.
     """
 
     metrics: dict[str, float]
@@ -56,6 +61,7 @@ class Result:
     last: Path | None
     best: Path | None
     weights: Path
+    untouched: Untouched = field(default_factory=Untouched)
 
     @property
     def adapter(self) -> Path | None:
@@ -140,25 +146,46 @@ def finetune(
     leaves the model on the device where it was trained. With another number of processes a run resumes with the same batches, but other
     dropout masks.
 
+    A trained tensor that the loss does not reach is named, after the first step and at the end, with its share of what is trained.
+
     Raises InputError (data that the model cannot read or would read wrongly), OptionError, IncompatibleError (a precision that cannot run here),
-    TrainingError (nothing to train, a checkpoint of another run, a loss that is not a number), AdapterError.
+    TrainingError (nothing to train, nothing that is trained has a gradient, a checkpoint of another run, a loss or a weight that is
+    not a number), AdapterError.
     """
     check_trainable(model)
-    counts = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "eval_batch_size": eval_batch_size, "log_every": log_every}
-    counts |= {"gradient_accumulation": gradient_accumulation, "keep": keep, "calibration_batches": calibration_batches}
-    check_options(counts, {"evaluate_every": evaluate_every, "save_every": save_every}, schedule, warmup, clip)
+    epochs = number("epochs", epochs, "a positive number", lambda x: x > 0)
+    max_steps, keep = whole_or_none("max_steps", max_steps, least=1), whole_or_none("keep", keep, least=1)
+    batch_size = whole("batch_size", batch_size, least=1)
+    eval_batch_size = whole_or_none("eval_batch_size", eval_batch_size, least=1) or batch_size
+    gradient_accumulation = whole("gradient_accumulation", gradient_accumulation, least=1)
+    calibration_batches, log_every = whole("calibration_batches", calibration_batches, least=1), whole("log_every", log_every, least=1)
+    num_workers, seed = whole("num_workers", num_workers, least=0, most=1024), whole("seed", seed, least=0, most=2**32 - 1)
+    learning_rate = number_or_none("learning_rate", learning_rate, "a number above 0, or None for each method's own", lambda x: x > 0)
+    weight_decay = number("weight_decay", weight_decay, "a number of at least 0", lambda x: x >= 0)
+    clip = number_or_none("clip", clip, "the largest norm of the gradient, above 0, or None for no limit", lambda x: x > 0)
+    warmup, schedule = warmup_of(warmup), one_of("schedule", schedule, SCHEDULES)  # type: ignore[assignment]
+    evaluate_every, save_every = steps_of("evaluate_every", evaluate_every), steps_of("save_every", save_every)  # type: ignore[assignment]
+    for name, given in (("resume", resume), ("overwrite", overwrite), ("progress", progress), ("group_by_length", group_by_length)):
+        flag(name, given)
+    flag("gradient_checkpointing", gradient_checkpointing)
+    collator, metrics, callbacks = called("collator", collator), called("metrics", metrics), callbacks_of(callbacks)
+    output_dir = folder("output_dir", output_dir)
     check_precision(model, precision)
-    check_level(recompute)
+    check_level(recompute if isinstance(recompute, str) else repr(recompute))
+    if best is not None and not isinstance(best, str):
+        raise OptionError(f"best is the name of a metric, such as 'loss', or None, got {best!r}")
     if best is not None and evaluate is None:
         raise OptionError(f"best={best!r} needs evaluations to choose by; give evaluate")
-    output_dir, eval_batch_size = Path(output_dir), eval_batch_size or batch_size
     if distillation is not None and teacher is None:
         raise OptionError("distillation says how a model learns from a teacher, and there is none; give teacher")
+    if teacher is not None:
+        check_model(teacher, "teacher")
     teaching = None if teacher is None else Teaching(model, teacher, Distillation.of(distillation))
-    data, lengths = _prepare(train, model, "train", collator)
+    data = _prepare(train, model, "train", collator)
+    lengths = data.lengths
     if teacher is not None and lengths is not None:
         fits_teacher(lengths, teacher)
-    held_out, held_out_lengths = (None, None) if evaluate is None else _prepare(evaluate, model, "evaluate", collator)
+    held_out = None if evaluate is None else _prepare(evaluate, model, "evaluate", collator)
     if group_by_length and lengths is None:
         raise OptionError("group_by_length needs the length of every example; give a list or a datasets.Dataset, and no collator")
 
@@ -172,6 +199,8 @@ def finetune(
     check_processes(processes)
     steps_per_epoch = math.ceil(len(data) / (batch_size * gradient_accumulation * processes))
     total = max_steps or math.ceil(epochs * steps_per_epoch)
+    if total > LARGEST:
+        raise OptionError(f"epochs={epochs!r} of {steps_per_epoch:,} steps are more than {LARGEST:,} steps; train shorter")
     if resume:
         rejoin(model, output_dir)
     if learning_rate is None and not active(model):
@@ -188,6 +217,10 @@ def finetune(
     if any(hooked(model, "calibrate")):
         run["calibration_batches"] = calibration_batches
     largest = max(learning_rates(model, learning_rate).values(), default=learning_rate or 0.0)
+    if weight_decay >= 1 and largest * weight_decay >= 1:
+        raise OptionError(
+            f"weight_decay={weight_decay:g} at learning rate {largest:g} takes all of every weight in one step; give less than {1 / largest:g}"
+        )
     start = starting_point(output_dir, run, resume, overwrite)
     save_steps, eval_steps = (steps_per_epoch if every == "epoch" else every for every in (save_every, evaluate_every))
     arguments = TrainingArguments(
@@ -200,11 +233,11 @@ def finetune(
     )  # fmt: skip
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for several processes; Trainer would else use DataParallel
     pin_memory = arguments.device.type == "cuda"
-    collate = collator or Pad(model.task, model.config.pad_token, accepted(model))
+    collate = Pad(model.task, model.config.pad_token, accepted(model)) if collator is None else Collated(collator, accepted(model), "train")
     order = Order(len(data), batch_size, process=index, processes=processes, seed=seed, lengths=lengths if group_by_length else None)
     loaders = [Loader(data, order, Counting(collate, model.task, model.num_labels, data[0]), num_workers, pin_memory)]
     if held_out is not None:
-        order = Order(len(held_out), eval_batch_size, process=index, processes=processes, lengths=held_out_lengths)
+        order = Order(len(held_out), eval_batch_size, process=index, processes=processes, lengths=held_out.lengths)
         loaders.append(Loader(held_out, order, Counting(collate, model.task, model.num_labels, held_out[0]), num_workers, pin_memory))
     if arguments.should_save:
         checkpoints.clean(output_dir)
@@ -213,7 +246,7 @@ def finetune(
     if teaching is not None:
         teaching.teacher.to(arguments.device)
     trainer = ExactTrainer(
-        model, arguments, loaders, metrics=metrics, callbacks=list(callbacks), run=run, parts=planned, learning_rate=learning_rate,
+        model, arguments, loaders, metrics=metrics, callbacks=callbacks, run=run, parts=planned, learning_rate=learning_rate,
         settled=settled(model, total), keep=keep, best=best, progress=progress, teaching=teaching,
     )  # fmt: skip
     alone = Order(len(data), batch_size, seed=seed, lengths=lengths if group_by_length else None)
@@ -221,12 +254,12 @@ def finetune(
     return _train(trainer, model, output_dir, start, first, gradient_checkpointing, recompute)
 
 
-def _prepare(data: Any, model: Transformer, what: str, collator: Any) -> tuple[Any, list[int] | None]:
+def _prepare(data: Any, model: Transformer, what: str, collator: Any) -> Examples | Raw:
     if collator is None:
-        return check(data, model, what)
+        return examples(data, model, what)
     sized(data, what)
-    check_batch(collator([data[0]]), model, what)
-    return data, None
+    Collated(collator, accepted(model), what)([data[0]])
+    return Raw(data)
 
 
 def _train(trainer: ExactTrainer, model: Transformer, directory: Path, start: Path | None, first: First, checkpointing: bool, level: Level) -> Result:
@@ -250,10 +283,15 @@ def _train(trainer: ExactTrainer, model: Transformer, directory: Path, start: Pa
         model.train(training)
         for name, value in before.items():
             setattr(model, name, value)
+    trainer.gradients.check_moved()
+    untouched = trainer.gradients.untouched()
+    if untouched and trainer.args.should_save:
+        logging.getLogger("effzoo").warning("in %d steps, %s", trainer.gradients.steps, untouched)
     history = _history(trainer.state.log_history)
     best = None if trainer.best is None else checkpoints.best_of(directory, history, trainer.best, trainer.settled)
     if best is not None:
         checkpoints.load_weights(model, best)
+    check_finite(model, trainer.state.global_step, trainer.advice())
     finish(model)
     if trainer.args.should_save:
         checkpoints.save_weights(model, directory)
@@ -269,6 +307,7 @@ def _train(trainer: ExactTrainer, model: Transformer, directory: Path, start: Pa
         last=next(reversed(checkpoints.whole(directory)), None),
         best=best,
         weights=directory / (checkpoints.ADAPTER if active(model) else checkpoints.WEIGHTS),
+        untouched=untouched,
     )
 
 

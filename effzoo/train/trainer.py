@@ -8,13 +8,16 @@ What differs from Trainer, and why:
 - Checkpoints are `checkpoints.writing`: without pickle, renamed when whole. Trainer writes under the final name.
 - Methods take part (`effzoo/peft/training.py`): stages with an optimizer, a wrapped model and learning rates of their own, schedules, penalties.
 - A teacher may take part (`teaching`): it adds to the loss of the labels, and the parts are logged.
+- Every step is looked at: which trained tensors get a gradient (`gradients`), and whether losses and weights are numbers.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,10 +32,11 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from effzoo.architectures import Transformer
 from effzoo.architectures.heads import IGNORED
-from effzoo.errors import TrainingError
+from effzoo.errors import TrainingError, did_you_mean, listing
 from effzoo.peft import training
 from effzoo.train import checkpoints
 from effzoo.train.batches import COUNTED, Loader
+from effzoo.train.gradients import Gradients, check_finite, nothing_reached
 from effzoo.train.parts import Current, Part, groups
 from effzoo.train.randomness import random_state, set_random_state
 from effzoo.train.teaching import Teaching
@@ -68,15 +72,22 @@ class Supervised(nn.Module):
 class Rhythm(TrainerCallback):
     """Log wherever a checkpoint or an evaluation falls, so that a resumed run averages its losses over the same steps, and where a stage ends.
 
-    taught: the step after which a teacher has said what it has to say, 0 without one.
+    gradients: looks at those of each step. taught: the step after which a teacher has said what it has to say, 0 without one.
     """
 
-    def __init__(self, best: str | None, seed: int, parts: Sequence[Part], taught: int):
-        self.best, self.seed, self.ends = best, seed, {taught, *(part.end for part in parts if part.stage.name)}
+    def __init__(self, best: str | None, seed: int, parts: Sequence[Part], taught: int, gradients: Gradients):
+        self.best, self.seed, self.ends = best, seed, {taught, parts[-1].end, *(part.end for part in parts if part.stage.name)}
+        self.gradients = gradients
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.process_index:  # Trainer seeds all processes alike, and dropout would then be the same in each
             torch.manual_seed(self.seed + args.process_index)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.gradients.look()
+        untouched = self.gradients.untouched().none
+        if self.gradients.steps == 1 and untouched and not args.process_index:
+            logging.getLogger("effzoo").warning("after the first step, %s", replace(self.gradients.untouched(), zero={}))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_save = control.should_save or (control.should_evaluate and self.best is not None)
@@ -118,7 +129,8 @@ class ExactTrainer(Trainer):
         self.resumed_from: str | None = None
         self.teaching, self.taught, self.steps_taught = teaching, dict[str, Tensor](), 0  # the parts of the loss since the last log
         train, *evaluate = (loader.dataset for loader in loaders)
-        callbacks = [*callbacks, Rhythm(best, args.seed, parts, 0 if teaching is None else teaching.until(args.max_steps))]
+        self.gradients = Gradients()
+        callbacks = [*callbacks, Rhythm(best, args.seed, parts, 0 if teaching is None else teaching.until(args.max_steps), self.gradients)]
         super().__init__(Supervised(model, teaching), args, train_dataset=train, eval_dataset=evaluate[0] if evaluate else None, callbacks=callbacks)
         self.subject = model
         if not progress:
@@ -152,6 +164,7 @@ class ExactTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[no-untyped-call]
+        self.gradients.begin(self.subject)
         self.current = Current(model)
         return self.current, loader
 
@@ -162,6 +175,7 @@ class ExactTrainer(Trainer):
         self.model = self.model_wrapped = Supervised(self.subject, self.teaching)
         self.accelerator.free_memory()  # forget the optimizer and the wrapper of the stage before
         self.current.inner, _ = super()._prepare_for_training(self.args.max_steps, self.loaders[0], None)  # type: ignore[no-untyped-call]
+        self.gradients.begin(self.subject)
 
     def _rejoin(self, checkpoint: Path) -> None:
         """Bring the adapters to the stage in which a checkpoint was written, and fill them. At a boundary the next stage has not begun yet."""
@@ -198,6 +212,8 @@ class ExactTrainer(Trainer):
         for name, value in {} if self.teaching is None else self.teaching.parts.items():
             self.taught[name] = self.taught.get(name, 0.0) + value * part_of_mean
         share = loss * part_of_mean
+        if not share.requires_grad and not penalty:
+            raise TrainingError(nothing_reached(name for name, parameter in self.subject.named_parameters() if parameter.requires_grad))
         return share + penalty[0] if penalty else share
 
     def evaluation_loop(
@@ -238,11 +254,19 @@ class ExactTrainer(Trainer):
             logs |= {f"loss_{name}": value for name, value in means.items()}
             self.taught, self.steps_taught = {}, 0
         super().log(logs, start_time)
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise TrainingError(
-                f"the loss is {logs['loss']} at step {self.state.global_step} with learning rate {logs.get('learning_rate', 0.0):.2g}; "
-                "try a lower learning rate, a longer warmup, or precision='float32'"
-            )
+        for key, what in (("loss", "loss"), ("eval_loss", "loss of the evaluation")):
+            if not math.isfinite(logs.get(key, 0.0)):
+                rate = f" with learning rate {logs['learning_rate']:.2g}" if "learning_rate" in logs else ""
+                raise TrainingError(f"the {what} is {logs[key]} at step {self.state.global_step}{rate}; {self.advice()}")
+        if "eval_loss" in logs and self.best is not None and f"eval_{self.best}" not in logs:
+            known = [key.removeprefix("eval_") for key in logs if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second"))]
+            raise TrainingError(f"best={self.best!r} is no metric of the evaluation{did_you_mean(self.best, known)} Metrics: {listing(known)}.")
+
+    def advice(self) -> str:
+        """What to do when numbers are none any more, and from where the run can go on."""
+        saved = checkpoints.whole(Path(str(self.args.output_dir)))
+        kept = f"; {saved[-1].name} holds what was learned before" if saved else ""
+        return f"try a lower learning rate, a longer warmup, or precision='float32'{kept}"
 
     def restore(self, checkpoint: Path) -> None:
         """Take the weights and the history of a run that has taken its last step."""
@@ -250,6 +274,7 @@ class ExactTrainer(Trainer):
         self.state = TrainerState.load_from_json(str(checkpoint / _STATE))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        check_finite(self.subject, self.state.global_step, self.advice())
         random_states = gather_object([random_state(self.args.device)])
         if self.args.should_save:
             directory = Path(str(self.args.output_dir))

@@ -1,0 +1,101 @@
+"""Which trained tensors the loss reaches: one without a gradient never moves, however long a run is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from effzoo.errors import TrainingError
+
+_SHOWN = 6  # patterns of names in a sentence
+
+
+@dataclass(frozen=True)
+class Untouched:
+    """The trained tensors that a run did not reach: their sizes by name.
+
+    none: that got no gradient, as nothing that the loss depends on reads them. zero: whose gradient was zero throughout. of: all that were trained.
+    """
+
+    none: Mapping[str, int] = field(default_factory=dict)
+    zero: Mapping[str, int] = field(default_factory=dict)
+    of: Mapping[str, int] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.none or self.zero)
+
+    def __str__(self) -> str:
+        parts = [(self.none, "got no gradient"), (self.zero, "got a gradient of zero in every step")]
+        return "; ".join(f"{self._share(found)} {what}: {patterns(found)}" for found, what in parts if found) or "every trained tensor got a gradient"
+
+    def _share(self, found: Mapping[str, int]) -> str:
+        numbers, total = sum(found.values()), sum(self.of.values())
+        return f"{len(found)} of {len(self.of)} trained tensors ({numbers:,} of {total:,} numbers, {100 * numbers / max(total, 1):.3g} %)"
+
+
+class Gradients:
+    """Looks at the gradients of each step, before the optimizer uses them, until every trained tensor has had one.
+
+    A gradient of zero is told apart from none: the first factor of LoRA has a gradient of zero as long as the second one is zero.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.trained: dict[str, int] = {}
+        self._left: dict[str, nn.Parameter] = {}
+        self._had: set[str] = set()  # of those left, the ones with a gradient of zero
+
+    def begin(self, model: nn.Module) -> None:
+        """A stage begins, in which other parameters may be trained."""
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name not in self.trained:
+                self._left[name] = parameter
+                self.trained[name] = parameter.numel()
+
+    def look(self) -> None:
+        """Take note of the gradients of one step. Raises TrainingError when nothing has one."""
+        self.steps += 1
+        for name, parameter in list(self._left.items()):
+            if parameter.grad is not None and bool(torch.count_nonzero(parameter.grad)):
+                del self._left[name]
+                self._had.discard(name)
+            elif parameter.grad is not None:
+                self._had.add(name)
+        if self.trained and len(self._left) == len(self.trained) and not self._had:
+            raise TrainingError(
+                f"{nothing_reached(self.trained)}; train something that the loss depends on, with other targets or another attention kind"
+            )
+
+    def untouched(self) -> Untouched:
+        """What had no gradient up to now; nothing before the first step."""
+        if not self.steps:
+            return Untouched()
+        none = {name: self.trained[name] for name in self._left if name not in self._had}
+        return Untouched(none, {name: self.trained[name] for name in self._left if name in self._had}, dict(self.trained))
+
+    def check_moved(self) -> None:
+        """Raise TrainingError when nothing had a gradient other than zero: the run has learned nothing."""
+        if self.steps and len(self._left) == len(self.trained):
+            raise TrainingError(f"{self.untouched()}; nothing was learned in {self.steps} steps")
+
+
+def nothing_reached(names: Iterable[str]) -> str:
+    """That nothing trained has a gradient, in words."""
+    return f"the loss depends on nothing that is trained: {patterns(names)} got no gradient; choose other targets or another attention kind"
+
+
+def patterns(names: Iterable[str]) -> str:
+    """Names without the adapter's part and with `*` for numbers of blocks, each pattern once, the first few."""
+    found = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", re.sub(r"\.adapters\.[^.]+", "", name)) for name in names))
+    return ", ".join(found[:_SHOWN]) + (f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
+
+
+def check_finite(model: nn.Module, step: int, hint: str) -> None:
+    """Raise TrainingError when a trained tensor holds a number that is none."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise TrainingError(f"{name} is not finite after step {step}, so nothing is saved of it; {hint}")
