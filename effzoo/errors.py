@@ -15,7 +15,7 @@ class UnknownNameError(EffzooError, LookupError):
 
     def __init__(self, what: str, given: object, known: Iterable[str]):
         self.what, self.given, self.known = what, given, sorted(known)
-        super().__init__(f"unknown {what} {given!r}{did_you_mean(given, self.known)} Known: {listing(self.known)}.")
+        super().__init__(f"unknown {what} {shown(given)}{did_you_mean(given, self.known)} Known: {listing(self.known)}.")
 
 
 class SpecError(EffzooError, ValueError):
@@ -64,10 +64,23 @@ class TrainingError(EffzooError, RuntimeError):
 
 def did_you_mean(given: object, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest known name, or just a full stop."""
-    close = difflib.get_close_matches(str(given), list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(given)[:80], list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def listing(names: Iterable[str]) -> str:
     """The names in a sentence; `(none)` when there are none."""
     return ", ".join(names) or "(none)"
+
+
+def shown(value: object, longest: int = 80) -> str:
+    """The value in a sentence of an error: cut where it is long."""
+    if isinstance(value, (str, bytes)) and len(value) > longest:
+        return f"{value[:longest]!r}... ({len(value):,} characters)"
+    if isinstance(value, int) and value.bit_length() > 400:  # Python refuses to write still longer ones out
+        return f"a whole number of {value.bit_length():,} bits"
+    try:
+        text = repr(value)
+    except Exception:  # a foreign object, or a huge number inside a list
+        return f"a {type(value).__name__}"
+    return text if len(text) <= longest else f"{text[:longest]}..."
