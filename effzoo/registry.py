@@ -5,14 +5,14 @@ The options of an entry are the keyword-only parameters of its constructor: noth
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import inspect
 import logging
 import sys
 import traceback
-import types
-import typing
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from effzoo.errors import EffzooError, OptionError, UnknownNameError, did_you_mean, listing
+from effzoo.annotations import describe, plain, problem
+from effzoo.errors import EffzooError, OptionError, UnknownNameError, did_you_mean, listing, shown
 from effzoo.spec import Spec, parse, parse_one
 
 T = TypeVar("T")
 _table: dict[tuple[str, str], type] = {}
+_declared: weakref.WeakKeyDictionary[type, list[Option]] = weakref.WeakKeyDictionary()  # reading annotations takes long
 _entry_points_loaded = False
 ENTRY_POINT_GROUP = "effzoo.plugins"
 
@@ -59,6 +61,7 @@ class View(Generic[T]):
         def enter(cls: type[T]) -> type[T]:
             _require_keyword_only(self.kind, names[0], cls)
             cls.name = names[0]  # type: ignore[attr-defined]
+            _check_when_made(self.kind, cls)
             for name in names:
                 _table[self.kind, name] = cls
             return cls
@@ -87,13 +90,13 @@ class View(Generic[T]):
 
     def options(self, name: str) -> list[Option]:
         """The keyword-only parameters of the entry's constructor."""
-        return _options(self.get(name))
+        return list(_options(self.get(name)))
 
     def create(self, given: str | Mapping[str, Any] | Spec, *arguments: Any) -> T:
-        """Build one entry from a spec; unknown options and values of the wrong type raise OptionError."""
+        """Build one entry from a spec; unknown options, and values of another type or outside their range, raise OptionError."""
         spec = parse_one(given)
         cls = self.get(spec.name)
-        _check_options(self.kind, spec, _options(cls))
+        _check_names(self.kind, spec, _options(cls))
         return cls(*arguments, **spec.options)
 
     def create_union(self, given: Any) -> list[T]:
@@ -158,8 +161,10 @@ def _constructor(cls: type) -> Callable[..., None]:
 
 
 def _options(cls: type) -> list[Option]:
-    signature = inspect.signature(_constructor(cls), eval_str=True)
-    return [Option(p.name, p.annotation, p.default) for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if cls not in _declared:
+        signature = inspect.signature(_constructor(cls), eval_str=True)
+        _declared[cls] = [Option(p.name, p.annotation, p.default) for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return _declared[cls]
 
 
 def _require_keyword_only(kind: str, name: str, cls: type) -> None:
@@ -172,53 +177,32 @@ def _require_keyword_only(kind: str, name: str, cls: type) -> None:
             )
 
 
-def _check_options(kind: str, spec: Spec, options: Sequence[Option]) -> None:
+def _check_when_made(kind: str, cls: type) -> None:
+    """Let the constructor check the values of its options, whether they come from a spec, a mapping or a call."""
+    made = _constructor(cls)
+    if made is object.__init__ or hasattr(made, "checks_options"):
+        return
+
+    @functools.wraps(made)
+    def checked(self: Any, *arguments: Any, **options: Any) -> None:
+        declared = {option.name: option for option in _options(type(self)) if option.name in options}
+        for key, option in declared.items():
+            options[key] = plain(options[key])
+            wrong = problem(options[key], option.annotation)
+            if wrong is not None:
+                typed = wrong.startswith("takes")
+                raise OptionError(f"option {key!r} of {kind} {self.name!r} {wrong}" if typed else f"{self.name}: {key} {wrong}")
+        made(self, *arguments, **options)
+
+    checked.checks_options = True  # type: ignore[attr-defined]
+    cls.__init__ = checked  # type: ignore[misc]
+
+
+def _check_names(kind: str, spec: Spec, options: Sequence[Option]) -> None:
     known = {option.name: option for option in options}
-    for key, value in spec.options.items():
+    for key in spec.options:
         if key not in known:
-            raise OptionError(f"{kind} {spec.name!r} has no option {key!r}{did_you_mean(key, known)} Options: {listing(known)}.")
-        if not fits(value, known[key].annotation):
-            raise OptionError(
-                f"option {key!r} of {kind} {spec.name!r} takes {describe(known[key].annotation)}, got {value!r} ({type(value).__name__})"
-            )
+            raise OptionError(f"{kind} {spec.name!r} has no option {shown(key)}{did_you_mean(key, known)} Options: {listing(known)}.")
     for option in options:
         if option.required and option.name not in spec.options:
             raise OptionError(f"{kind} {spec.name!r} needs the option {option.name!r} ({describe(option.annotation)})")
-
-
-def fits(value: Any, annotation: Any) -> bool:
-    """Whether a value has the annotated type; ints pass for floats, lists for tuples."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation in (Any, inspect.Parameter.empty):
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(value, argument) for argument in arguments)
-    if origin is typing.Literal:
-        return value in arguments
-    if annotation is None or annotation is type(None):
-        return value is None
-    if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Sequence):
-        return isinstance(value, Sequence) and not isinstance(value, str) and all(fits(item, arguments[0]) for item in value)
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
-        return isinstance(value, Mapping) and all(fits(key, arguments[0]) and fits(item, arguments[1]) for key, item in value.items())
-    return not isinstance(annotation, type) or isinstance(value, annotation)
-
-
-def describe(annotation: Any) -> str:
-    """The annotation as a reader would say it."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe(argument) for argument in arguments)
-    if origin is typing.Literal:
-        return " or ".join(map(repr, arguments))
-    if annotation in (None, type(None)):
-        return "none"
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Sequence):
-        return f"a list of {describe(arguments[0])}"
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
-        return f"a map from {describe(arguments[0])} to {describe(arguments[1])}"
-    return getattr(annotation, "__name__", str(annotation))

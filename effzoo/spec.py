@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NoReturn
 
+from effzoo.annotations import plain
 from effzoo.errors import SpecError, shown
 
 MAX_CHARACTERS = 100_000  # of a spec string; longer lists are given as a mapping {"name": ..., option: values}
@@ -101,17 +102,6 @@ def parse_one(given: str | Mapping[str, Any] | Spec) -> Spec:
     if len(specs) != 1:
         raise SpecError(f"expected one spec, got {len(specs)}: {shown(given)}")
     return specs[0]
-
-
-def plain(value: Any) -> Any:
-    """A number of numpy as the number of Python that it is, also inside lists and maps; everything else as it is."""
-    if type(value).__module__ == "numpy" and not getattr(value, "shape", (0,)):  # a scalar; numpy itself is not imported for this
-        return value.item()
-    if type(value) in (tuple, list):
-        return type(value)(map(plain, value))
-    if type(value) is dict:
-        return {key: plain(item) for key, item in value.items()}
-    return value
 
 
 class _Reader:

@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from effzoo.annotations import describe, fits
 from effzoo.architectures import Config, Perceiver, PerceiverConfig, Transformer
 from effzoo.errors import OptionError, UnknownNameError, did_you_mean, listing
-from effzoo.registry import describe, fits
 
 _HERE = Path(__file__).parent
 _FOLDERS = (_HERE / "_models", _HERE.parent / "models")  # installed, and in a checkout

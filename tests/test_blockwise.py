@@ -149,7 +149,7 @@ def test_the_spec_string_writes_permutations_as_the_lecture_does_and_reads_them_
     ("options", "message"),
     [
         ({"blocks": 0}, "blocks is at least 1, got 0"),
-        ({"block": 0}, "block, the length of a block, is at least 1, got 0"),
+        ({"block": 0}, "block is at least 1, got 0"),
         ({"permutations": ((1, 2), (2, 2))}, "a permutation of 2 blocks holds each of \\(1, 2\\) once, got \\(2, 2\\); try \\(2, 1\\), or blocks=2"),
         ({"permutations": ((1, 2, 3),)}, "each of \\(1, 2\\) once, got \\(1, 2, 3\\).*or blocks=3"),
         ({"permutations": ((0, 1),)}, "each of \\(1, 2\\) once, got \\(0, 1\\)"),

@@ -313,7 +313,7 @@ def test_layers_differ_in_k():
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
-        ("linformer[k=0]", OptionError, "k is at least 1, one number or one per layer \\(2 layers\\), got 0"),
+        ("linformer[k=0]", OptionError, "k is at least 1, got 0"),
         ("linformer[k=(4, 4, 4)]", OptionError, "one per layer \\(2 layers\\), got \\(4, 4, 4\\)"),
         ("linformer[k=(4, 8), sharing=layerwise]", OptionError, "layers that share one matrix have one k.*sharing='key_value'"),
         ("linformer[sharing=heads]", OptionError, "'none' or 'headwise' or 'key_value' or 'layerwise'"),

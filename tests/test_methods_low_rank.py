@@ -374,7 +374,7 @@ def test_lora_on_a_convolution_is_a_narrow_convolution_and_a_change_of_low_rank(
     ("spec", "error", "said"),
     [
         ("lora[rank=0]", OptionError, "rank is at least 1, got 0"),
-        ("lora[rank={attn.q: 0}]", OptionError, "rank is at least 1, got 0"),
+        ("lora[rank={attn.q: 0}]", OptionError, "each at least 1, got"),
         ("lora[rank={}]", OptionError, "got an empty map"),
         ("lora[rank={attn.q: 2}, targets=(attn.q, attn.v)]", OptionError, "no pattern of rank .attn.q. matches 'attn.v'"),
         ("lora[rank={attn.q: 2, mlp.up: 4}, targets=attn.q]", TargetError, "rank for 'mlp.up' matches none of its targets"),
@@ -389,7 +389,7 @@ def test_lora_on_a_convolution_is_a_narrow_convolution_and_a_change_of_low_rank(
         ("krona[shape=(4, 4, 4)]", OptionError, "shape is that of A, two numbers"),
         ("krona_b[shape=(5, 1)]", OptionError, "does not divide 'mlp.branch'"),
         ("intrinsic[dim=0]", OptionError, "dim is at least 1"),
-        ("intrinsic[seed=-1]", OptionError, "seed is from 0"),
+        ("intrinsic[seed=-1]", OptionError, "seed is 0 or more"),
         ("intrinsic[dim=100000, projection=dense]", OptionError, "the limit is 67,108,864; use projection='fastfood'"),
         ("said[dim=2]", OptionError, "dim=2 must hold one factor for each of 2 layers and more"),
     ],

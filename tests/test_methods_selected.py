@@ -148,7 +148,7 @@ def test_bitfit_stores_no_input_of_a_linear_layer(tiny, name, attention):
         ("last[count=5]", OptionError, "count=5 blocks, but this model has 4"),
         ("last[count=0]", OptionError, "count is at least 1"),
         ("freeze[first=5]", OptionError, "first=5 blocks, but this model has 4"),
-        ("freeze[first=1.5]", OptionError, "a number of blocks .* or a share"),
+        ("freeze[first=1.5]", OptionError, "first is in \\[0, 1\\), got 1.5"),
         ("freeze[first=-1]", OptionError, "got -1"),
         ("bitfit[group=keys]", OptionError, "group is one or several of all, strong, query"),
         ("bitfit[group=query, targets=attn.k]", OptionError, "not both"),

@@ -276,7 +276,7 @@ def test_what_does_not_fit_is_told(tiny):
         effzoo.attach(base, "routed[scope=model]")
     with pytest.raises(UnknownNameError, match=r"router 'softt'"):
         effzoo.attach(base, "routed[router=softt]")
-    with pytest.raises(OptionError, match="from 1 to 256 experts"):
+    with pytest.raises(OptionError, match="experts is at least 1"):
         effzoo.attach(base, "routed[experts=0]")
     model = effzoo.attach(copy.deepcopy(base), "routed[router=fixed]")
     with pytest.raises(InputError, match="task_ids="):

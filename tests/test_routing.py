@@ -116,14 +116,14 @@ def test_unknown_names_and_options_say_what_is_accepted():
         ("switch[capasity=1]", "did you mean 'capacity'"), ("switch[capacity=0]", "capacity is above 0, got 0"),
         ("switch[balance=-1]", "0 or more"), ("top_k[k=6]", "k is between 1 and the number of experts, 5, got 6"), ("top_k[k=0]", "got 0"),
         ("gumbel[form=hard]", "'softmax' or 'sigmoid'"), ("gumbel[temperature=0]", "above 0"), ("skills", "needs the option 'tasks'"),
-        ("skills[tasks=0]", "above 0"),
+        ("skills[tasks=0]", "at least 1"),
         ("skills[tasks=2, form=firm]", "'soft' or 'hard'"), ("expert_choice[capacity=-1]", "above 0"), ("soft[temperature=-1]", "above 0"),
     ]:  # fmt: skip
         with pytest.raises(OptionError, match=said):
             routing.create(spec, DIM, EXPERTS)
     with pytest.raises(OptionError, match="at least one expert, got 0"):
         routing.create("switch", DIM, 0)
-    with pytest.raises(OptionError, match="form is 'softmax' or 'sigmoid', got 'hard'"):  # without the registry too
+    with pytest.raises(OptionError, match="takes 'softmax' or 'sigmoid', got 'hard'"):  # without the registry too
         routing.mixtures.Gumbel(DIM, EXPERTS, form="hard")
 
 

@@ -124,9 +124,14 @@ def test_a_hostile_string_is_refused_at_once(text, said):
 def test_lists_in_lists_endless_lists_and_foreign_numbers():
     endless: list = []
     endless.append(endless)
-    for given, said in ((endless, "lists in lists"), (itertools.repeat("lora"), "at most 1,000"), (b"lora", "got bytes"), ({"name": "x", 3: 4}, "names, got 3")):
+    for wrong, said in (
+        (endless, "lists in lists"),
+        (itertools.repeat("lora"), "at most 1,000"),
+        (b"lora", "got bytes"),
+        ({"name": "x", 3: 4}, "names, got 3"),
+    ):
         with pytest.raises(SpecError, match=said):
-            parse(given)
+            parse(wrong)
     (spec,) = parse({"name": "lora", "rank": np.int64(4), "alpha": {"attn.q": np.float32(0.5)}, "layers": [np.int32(1)]})
     assert json.dumps(spec.options) == '{"rank": 4, "alpha": {"attn.q": 0.5}, "layers": [1]}'  # which files hold
 

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from effzoo.annotations import Count, Few
 from effzoo.attention import reference
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, memory_part, of_heads
 from effzoo.attention.part import Part, bias_of
@@ -58,16 +59,12 @@ class Blockwise(AttentionCore):
         self,
         context: Context,
         *,
-        blocks: int = 2,
+        blocks: Few = 2,
         permutations: Sequence[Sequence[int]] | None = None,
         groups: Sequence[int] | None = None,
-        block: int | None = None,
+        block: Count | None = None,
     ):
         super().__init__(context)
-        if blocks < 1:
-            raise OptionError(f"blockwise: blocks is at least 1, got {blocks}")
-        if block is not None and block < 1:
-            raise OptionError(f"blockwise: block, the length of a block, is at least 1, got {block}")
         chosen = _shifts(blocks, context.heads) if permutations is None else _checked(permutations, blocks)
         sizes = _emphasis(len(chosen), context.heads) if groups is None else tuple(groups)
         if len(sizes) != len(chosen) or min(sizes) < 1 or sum(sizes) != context.heads:

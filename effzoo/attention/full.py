@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from effzoo.annotations import Whole
 from effzoo.attention import reference
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, memory_part
 from effzoo.attention.part import Part, bias_of
-from effzoo.errors import OptionError
 from effzoo.registry import attention
 
 
@@ -27,10 +27,8 @@ class Full(AttentionCore):
     supports_cross = True
     supports_cache = True
 
-    def __init__(self, context: Context, *, chunk: int = 0):
+    def __init__(self, context: Context, *, chunk: Whole = 0):
         super().__init__(context)
-        if chunk < 0:
-            raise OptionError(f"full: chunk is 0 (all queries at once) or more, got {chunk}")
         self.chunk = chunk
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:  # type: ignore[override]

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effzoo.annotations import Count
 from effzoo.attention import reference
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, memory_part
 from effzoo.attention.part import Part, bias_of
@@ -53,7 +54,7 @@ class Linformer(AttentionCore):
         self,
         context: Context,
         *,
-        k: int | Sequence[int] = 256,
+        k: Count | Sequence[Count] = 256,
         sharing: Sharing | None = "headwise",
         projection: Literal["linear", "mean", "conv"] = "linear",
     ):

@@ -7,10 +7,11 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from effzoo.annotations import Count, Whole
 from effzoo.attention import reference
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, memory_part
 from effzoo.attention.part import Part, bias_of
-from effzoo.errors import IncompatibleError, OptionError
+from effzoo.errors import IncompatibleError
 from effzoo.registry import attention
 
 
@@ -31,12 +32,8 @@ class Local(AttentionCore):
     cost = "n * chunk"
     supports_cache = True
 
-    def __init__(self, context: Context, *, chunk: int = 64, look_back: int = 1, look_forward: int = 0, circular: bool = False):
+    def __init__(self, context: Context, *, chunk: Count = 64, look_back: Whole = 1, look_forward: Whole = 0, circular: bool = False):
         super().__init__(context)
-        if chunk < 1:
-            raise OptionError(f"local: chunk, the length of a chunk, is at least 1, got {chunk}")
-        if look_back < 0 or look_forward < 0:
-            raise OptionError(f"local: look_back and look_forward are numbers of chunks, at least 0, got {look_back} and {look_forward}")
         self.chunk, self.before, self.after, self.circular = chunk, look_back, look_forward, circular
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:  # type: ignore[override]

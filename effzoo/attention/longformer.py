@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from effzoo.annotations import Count
 from effzoo.attention import reference
 from effzoo.attention.band import Band
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, memory_part, of_heads
@@ -47,10 +48,10 @@ class Longformer(AttentionCore):
         self,
         context: Context,
         *,
-        window: int | Sequence[int] = 512,
-        dilation: int | Sequence[int] = 1,
+        window: Count | Sequence[Count] = 512,
+        dilation: Count | Sequence[Count] = 1,
         global_projections: bool = True,
-        max_globals: int = 16,
+        max_globals: Count = 16,
     ):
         super().__init__(context)
         windows = [window] * context.layers if isinstance(window, int) else list(window)
@@ -61,8 +62,6 @@ class Longformer(AttentionCore):
             raise OptionError(f"longformer windows are even and positive (the whole width), got {window}; try {max(2, 2 * (max(windows) // 2))}")
         if len(dilations) != context.heads or min(dilations) < 1:
             raise OptionError(f"longformer dilation is 1 (none) or more, one number or one for each of {context.heads} heads, got {dilation}")
-        if max_globals < 1:
-            raise OptionError(f"longformer max_globals is at least 1, got {max_globals}")
         self.reach, self.dilations, self.max_globals = windows[context.layer] // 2, tuple(dilations), max_globals
         if not global_projections:
             self.projections = self.projections[:3]

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from effzoo.annotations import Count, Few, Seed, Whole
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, memory_part
 from effzoo.attention.hashing import Sorted, Standing, automatic, buckets_of, draw_rotations, sort
 from effzoo.attention.part import Part, bias_of
@@ -61,24 +62,18 @@ class LSH(AttentionCore):
         self,
         context: Context,
         *,
-        rounds: int = 4,
-        chunk: int = 64,
-        buckets: int | Sequence[int] | None = None,
-        look_back: int = 1,
-        look_forward: int = 0,
+        rounds: Few = 4,
+        chunk: Count = 64,
+        buckets: Count | Sequence[Count] | None = None,
+        look_back: Whole = 1,
+        look_forward: Whole = 0,
         within_buckets: bool = False,
         count_once: bool = False,
         circular: bool = False,
         stable: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ):
         super().__init__(context)
-        if chunk < 1:
-            raise OptionError(f"lsh: chunk, the length of a chunk, is at least 1, got {chunk}")
-        if look_back < 0 or look_forward < 0:
-            raise OptionError(f"lsh: look_back and look_forward are numbers of chunks, at least 0, got {look_back} and {look_forward}")
-        if seed < 0:
-            raise OptionError(f"lsh: seed is at least 0, got {seed}")
         if stable and (look_back < 1 or circular):
             raise OptionError("lsh: stable needs look_back of at least 1, and has no borders that could be circular; leave one of the two out")
         given = (buckets,) if isinstance(buckets, int) else buckets

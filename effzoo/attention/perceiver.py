@@ -8,10 +8,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from effzoo.annotations import Count
 from effzoo.attention import reference
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, memory_part
 from effzoo.attention.part import Part
-from effzoo.errors import OptionError
 from effzoo.registry import attention
 from effzoo.sites import Embedding
 
@@ -37,10 +37,8 @@ class Perceiver(AttentionCore):
     supports_cross = True
     not_causal = "its latents summarise past and future together"
 
-    def __init__(self, context: Context, *, latents: int = 128):
+    def __init__(self, context: Context, *, latents: Count = 128):
         super().__init__(context)
-        if latents < 1:
-            raise OptionError(f"perceiver: latents is at least 1, got {latents}")
         self.latents = Embedding(latents, context.heads * context.head_dim, role="attn.latents", layer=context.layer)
         self.initialise()
 

@@ -6,9 +6,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from effzoo.annotations import describe, fits
 from effzoo.checks.runner import Failed
 from effzoo.errors import OptionError
-from effzoo.registry import View, describe, fits
+from effzoo.registry import View
 from effzoo.spec import Spec, parse_one
 
 SMALL = 8  # the size that checks use where an entry's default is larger: a window of 512 is everything in a sequence of 31

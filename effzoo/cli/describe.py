@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from effzoo import build, zoo
+from effzoo.annotations import describe
 from effzoo.architectures import Transformer
 from effzoo.errors import EffzooError, IncompatiblePeft, TargetError
 from effzoo.peft import Account, account
 from effzoo.peft.merging import merged_parameters
-from effzoo.registry import View, describe
+from effzoo.registry import View
 from effzoo.sites import PeftModule, sites
 from effzoo.spec import Spec, parse
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from effzoo.annotations import describe, fits
 from effzoo.architectures import Config, Perceiver, Transformer
 from effzoo.convert.exporting import check_dense
 from effzoo.convert.perceiver_transfer import from_perceiver, load_perceiver, recognises
 from effzoo.convert.source import Source, open_source
 from effzoo.convert.transfer import transfer
 from effzoo.errors import ConversionError, OptionError, did_you_mean, listing
-from effzoo.registry import describe, fits
 
 _NOT_OVERRIDDEN = ("name", "layout", "paper", "hub", "package")
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effzoo.annotations import describe, fits
 from effzoo.architectures import Perceiver, PerceiverConfig
 from effzoo.architectures.perceiver_config import PER_TOKEN
 from effzoo.convert.layout import _check_problem
@@ -21,7 +22,6 @@ from effzoo.convert.source import _explained, _local_or_hub, _quiet
 from effzoo.convert.transfer import _say, _stands_beside, extended
 from effzoo.errors import ConversionError, OptionError, did_you_mean, listing
 from effzoo.peft import attached
-from effzoo.registry import describe, fits
 
 log = logging.getLogger("effzoo.convert")
 _THEIRS = "transformers.models.perceiver.modeling_perceiver"

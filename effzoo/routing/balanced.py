@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from effzoo.annotations import Positive
 from effzoo.registry import router
 from effzoo.routing.assignment import assign
-from effzoo.routing.router import Router, Routing, Scores, places, positive
+from effzoo.routing.router import Router, Routing, Scores, places
 
 
 @router.register("expert_choice")
@@ -21,9 +22,8 @@ class ExpertChoice(Router):
     paper = "Zhou et al. 2022, Mixture-of-experts with expert choice routing, arXiv:2202.09368, section 3.2"
     alone = False
 
-    def __init__(self, dim: int, experts: int, *, capacity: float = 2.0):
+    def __init__(self, dim: int, experts: int, *, capacity: Positive = 2.0):
         super().__init__(dim, experts)
-        positive(self.name, capacity=capacity)
         self.capacity, self.scores = capacity, Scores(dim, experts)
 
     def forward(self, x: Tensor) -> Routing:

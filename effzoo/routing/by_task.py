@@ -7,10 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from effzoo.annotations import Count, Positive
 from effzoo.errors import InputError
 from effzoo.registry import router
 from effzoo.routing.mixtures import hard
-from effzoo.routing.router import Router, Routing, one_of, positive
+from effzoo.routing.router import Router, Routing
 
 
 @router.register("fixed")
@@ -41,10 +42,8 @@ class Skills(Router):
     paper = "Ponti et al. 2022, Combining modular skills in multitask learning, arXiv:2202.13914, section 3"
     reads = "tasks"
 
-    def __init__(self, dim: int, experts: int, *, tasks: int, form: Literal["soft", "hard"] = "soft", temperature: float = 1.0):
+    def __init__(self, dim: int, experts: int, *, tasks: Count, form: Literal["soft", "hard"] = "soft", temperature: Positive = 1.0):
         super().__init__(dim, experts)
-        one_of(self.name, "form", form, ("soft", "hard"))
-        positive(self.name, tasks=tasks, temperature=temperature)
         self.form, self.temperature = form, temperature
         self.dense, self.straight_through = form == "soft", form == "hard"
         self.table = nn.Parameter(torch.empty(tasks, experts).uniform_(-1e-3, 1e-3))

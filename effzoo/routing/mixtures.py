@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from effzoo.annotations import Positive
 from effzoo.registry import router
-from effzoo.routing.router import Router, Routing, Scores, one_hot, one_of, positive
+from effzoo.routing.router import Router, Routing, Scores, one_hot
 
 
 @router.register("uniform")
@@ -32,9 +33,8 @@ class Soft(Router):
     paper = "Jacobs et al. 1991, Adaptive mixtures of local experts, equation 1"
     dense = True
 
-    def __init__(self, dim: int, experts: int, *, temperature: float = 1.0):
+    def __init__(self, dim: int, experts: int, *, temperature: Positive = 1.0):
         super().__init__(dim, experts)
-        positive(self.name, temperature=temperature)
         self.temperature, self.scores = temperature, Scores(dim, experts)
 
     def forward(self, x: Tensor) -> Routing:
@@ -55,10 +55,8 @@ class Gumbel(Router):
     paper = "Jang et al. 2017, Categorical reparameterization with Gumbel-softmax, arXiv:1611.01144, section 2.2"
     straight_through = True
 
-    def __init__(self, dim: int, experts: int, *, form: Literal["softmax", "sigmoid"] = "softmax", temperature: float = 1.0):
+    def __init__(self, dim: int, experts: int, *, form: Literal["softmax", "sigmoid"] = "softmax", temperature: Positive = 1.0):
         super().__init__(dim, experts)
-        one_of(self.name, "form", form, ("softmax", "sigmoid"))
-        positive(self.name, temperature=temperature)
         self.form, self.temperature, self.scores = form, temperature, Scores(dim, experts)
 
     def forward(self, x: Tensor) -> Routing:

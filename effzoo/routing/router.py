@@ -95,23 +95,3 @@ def one_hot(chosen: Tensor, experts: int) -> Tensor:
 def places(capacity: float, tokens: int, experts: int) -> int:
     """How many tokens an expert takes at most: capacity times an equal share, rounded up (of 1.1 * 50 / 5 = 11.000000000000002 the 11)."""
     return math.ceil(capacity * tokens / experts - 1e-9)
-
-
-def one_of(name: str, option: str, value: str, known: tuple[str, ...]) -> None:
-    """OptionError for a word that the option does not know."""
-    if value not in known:
-        raise OptionError(f"{name}: {option} is {' or '.join(map(repr, known))}, got {value!r}")
-
-
-def positive(name: str, **values: float) -> None:
-    """OptionError for options that are not above 0."""
-    for option, value in values.items():
-        if value <= 0:
-            raise OptionError(f"{name}: {option} is above 0, got {value}")
-
-
-def not_negative(name: str, **values: float) -> None:
-    """OptionError for options below 0."""
-    for option, value in values.items():
-        if value < 0:
-            raise OptionError(f"{name}: {option} is 0 or more, got {value}")

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from effzoo.annotations import Count, NotNegative, Positive
 from effzoo.errors import OptionError
 from effzoo.registry import router
 from effzoo.routing.losses import importance_loss, load_loss, switch_loss, z_loss
-from effzoo.routing.router import Router, Routing, Scores, not_negative, places, positive
+from effzoo.routing.router import Router, Routing, Scores, places
 
 
 @router.register("top_k")
@@ -23,11 +24,10 @@ class TopK(Router):
 
     paper = "Shazeer et al. 2017, Outrageously large neural networks, arXiv:1701.06538, equations 3 to 5"
 
-    def __init__(self, dim: int, experts: int, *, k: int = 2, noise: bool = True, importance: float = 0.1, load: float = 0.1):
+    def __init__(self, dim: int, experts: int, *, k: Count = 2, noise: bool = True, importance: NotNegative = 0.1, load: NotNegative = 0.1):
         super().__init__(dim, experts)
         if not 1 <= k <= experts:
             raise OptionError(f"{self.name}: k is between 1 and the number of experts, {experts}, got {k}")
-        not_negative(self.name, importance=importance, load=load)
         self.k, self.importance, self.load = k, importance, load
         self.scores, self.noise = Scores(dim, experts), Scores(dim, experts) if noise else None
         if self.noise is not None:
@@ -60,10 +60,8 @@ class Switch(Router):
 
     paper = "Fedus et al. 2021, Switch transformers, arXiv:2101.03961, section 2"
 
-    def __init__(self, dim: int, experts: int, *, capacity: float = 1.25, balance: float = 1e-2, z: float = 0.0):
+    def __init__(self, dim: int, experts: int, *, capacity: Positive = 1.25, balance: NotNegative = 1e-2, z: NotNegative = 0.0):
         super().__init__(dim, experts)
-        positive(self.name, capacity=capacity)
-        not_negative(self.name, balance=balance, z=z)
         self.capacity, self.balance, self.z, self.scores = capacity, balance, z, Scores(dim, experts)
         self.weighted = balance > 0 or z > 0
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from effzoo.annotations import describe, fits
 from effzoo.architectures.heads import IGNORED
 from effzoo.errors import IncompatibleError, OptionError, did_you_mean, listing
-from effzoo.registry import describe, fits
 
 PARTS = ("labels", "logits", "hidden", "attention")
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import nn
 
+from effzoo.annotations import Count, NonZero
 from effzoo.peft.function.parallel import ScaledParallel
 from effzoo.peft.input.prefix import KeysValues, Prefix
 from effzoo.peft.method import Batches, Layers, Method, Modules
@@ -33,12 +34,12 @@ class MAM(Method):
     def __init__(
         self,
         *,
-        length: int = 30,
+        length: Count = 30,
         form: Literal["flat", "mlp"] = "mlp",
-        hidden: int = 800,
+        hidden: Count = 800,
         init: Literal["activations", "normal"] | None = None,
-        bottleneck: int = 512,
-        scale: float = 4.0,
+        bottleneck: Count = 512,
+        scale: NonZero = 4.0,
         layers: Layers = None,
     ):
         super().__init__(layers=layers)

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from effzoo.errors import OptionError
+from effzoo.annotations import Count
 from effzoo.peft.function.houlsby import Bottleneck
 from effzoo.peft.input.prefix import KeysValues, Prefix
 from effzoo.peft.method import Batches, Layers, Method, Modules
@@ -60,10 +60,8 @@ class S4(Method):
     learning_rate = 1e-3
     rates = {"keys": 10.0, "values": 10.0}
 
-    def __init__(self, *, bottleneck: int = 16, rank: int = 8, length: int = 16, layers: Layers = None):
+    def __init__(self, *, bottleneck: Count = 16, rank: Count = 8, length: Count = 16, layers: Layers = None):
         super().__init__(layers=layers)
-        if bottleneck < 1 or rank < 1:
-            raise OptionError(f"s4: bottleneck and rank are at least 1, got bottleneck={bottleneck}, rank={rank}")
         self.bottleneck, self.rank, self.prefix = bottleneck, rank, Prefix(length=length)
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:

@@ -7,7 +7,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from effzoo.errors import IncompatiblePeft, OptionError
+from effzoo.annotations import Count
+from effzoo.errors import IncompatiblePeft
 from effzoo.peft.function.houlsby import Bottleneck
 from effzoo.peft.input.layer import layers_of
 from effzoo.peft.input.prefix import KeysValues, Prefix
@@ -113,17 +114,15 @@ class UniPELT(Method):
     def __init__(
         self,
         *,
-        length: int = 10,
+        length: Count = 10,
         form: Literal["flat", "mlp"] = "flat",
-        hidden: int = 512,
+        hidden: Count = 512,
         init: Literal["activations", "normal"] | None = None,
-        rank: int = 8,
-        bottleneck: int = 48,
+        rank: Count = 8,
+        bottleneck: Count = 48,
         layers: Layers = None,
     ):
         super().__init__(layers=layers)
-        if rank < 1 or bottleneck < 1:
-            raise OptionError(f"unipelt: rank and bottleneck are at least 1, got rank={rank}, bottleneck={bottleneck}")
         self.prefix = Prefix(length=length, form=form, hidden=hidden, init=init)
         self.idle = self.prefix.idle
         self.rank, self.bottleneck = rank, bottleneck

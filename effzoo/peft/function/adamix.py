@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effzoo.errors import OptionError
+from effzoo.annotations import Count, Few, NotNegative, Positive
 from effzoo.peft.function.houlsby import ACTIVATIONS, check_bottleneck
 from effzoo.peft.method import Layers, Method, Modules, Targets
 from effzoo.registry import peft
@@ -71,19 +71,17 @@ class AdaMix(Method):
     def __init__(
         self,
         *,
-        bottleneck: int = 16,
-        experts: int = 4,
+        bottleneck: Count = 16,
+        experts: Few = 4,
         share: Literal["down", "up"] | None = None,
-        consistency: float = 1.0,
+        consistency: NotNegative = 1.0,
         activation: str = "gelu",
-        std: float = 1e-2,
+        std: Positive = 1e-2,
         targets: Targets = None,
         layers: Layers = None,
     ):
         super().__init__(targets=targets, layers=layers)
         check_bottleneck("adamix", bottleneck, activation)
-        if experts < 1 or consistency < 0:
-            raise OptionError(f"adamix: experts is at least 1 and consistency not negative, got experts={experts}, consistency={consistency}")
         self.bottleneck, self.experts, self.share, self.activation, self.std = bottleneck, experts, share, activation, std
         self.consistency = consistency
 

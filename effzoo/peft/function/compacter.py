@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effzoo.annotations import Count, Positive
 from effzoo.errors import OptionError
 from effzoo.peft.function.houlsby import ACTIVATIONS, check_bottleneck
 from effzoo.peft.method import Layers, Method, Targets
@@ -95,15 +96,13 @@ class PHMAdapter(Method):
     learning_rate = 3e-3
 
     def __init__(
-        self, *, bottleneck: int = 24, n: int = 4, activation: str = "gelu", std: float = 0.01, targets: Targets = None, layers: Layers = None
+        self, *, bottleneck: Count = 24, n: Count = 4, activation: str = "gelu", std: Positive = 0.01, targets: Targets = None, layers: Layers = None
     ):
         super().__init__(targets=targets, layers=layers)
         check_bottleneck(self.name, bottleneck, activation)
-        if n < 1 or bottleneck % n:
-            wider = -(-bottleneck // max(n, 1)) * max(n, 1)
-            raise OptionError(f"{self.name}: n is at least 1 and divides bottleneck, got n={n}, bottleneck={bottleneck}; try bottleneck={wider}")
-        if std <= 0:
-            raise OptionError(f"{self.name}: std is above 0, got {std}: rules of 0 would never learn")
+        if bottleneck % n:
+            wider = -(-bottleneck // n) * n
+            raise OptionError(f"{self.name}: n divides bottleneck, got n={n}, bottleneck={bottleneck}; try bottleneck={wider}")
         self.bottleneck, self.n, self.activation, self.std = bottleneck, n, activation, std
 
     def make(self, site: Site) -> PeftModule:
@@ -139,17 +138,15 @@ class Compacter(PHMAdapter):
     def __init__(
         self,
         *,
-        bottleneck: int = 24,
-        n: int = 4,
-        rank: int = 1,
+        bottleneck: Count = 24,
+        n: Count = 4,
+        rank: Count = 1,
         activation: str = "gelu",
-        std: float = 1e-4,
+        std: Positive = 1e-4,
         targets: Targets = None,
         layers: Layers = None,
     ):
         super().__init__(bottleneck=bottleneck, n=n, activation=activation, std=std, targets=targets, layers=layers)
-        if rank < 1:
-            raise OptionError(f"{self.name}: rank is at least 1, got {rank}")
         self.rank = rank
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from effzoo.annotations import Count, Positive
 from effzoo.errors import OptionError
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.peft.parameter.selected import Copy
@@ -52,7 +53,7 @@ class Houlsby(Method):
     size = "bottleneck"
     learning_rate = 1e-3
 
-    def __init__(self, *, bottleneck: int = 64, activation: str = "gelu", std: float = 1e-2, targets: Targets = None, layers: Layers = None):
+    def __init__(self, *, bottleneck: Count = 64, activation: str = "gelu", std: Positive = 1e-2, targets: Targets = None, layers: Layers = None):
         super().__init__(targets=targets, layers=layers)
         check_bottleneck("houlsby", bottleneck, activation)
         self.bottleneck, self.activation, self.std = bottleneck, activation, std

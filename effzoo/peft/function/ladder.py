@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from effzoo.annotations import Count
 from effzoo.errors import OptionError
 from effzoo.peft.function.slices import slice_blocks
 from effzoo.peft.method import Method
@@ -84,10 +85,8 @@ class LadderSideTuning(Method):
     zero_gradient = {"*.attn.k*.bias": "softmax does not change when one number is added to all scores of a query, so key biases have none"}
     learning_rate = 1e-3
 
-    def __init__(self, *, reduction: int = 8, every: int = 1, skip: bool = True, init: Literal["random", "pruned"] = "pruned"):
+    def __init__(self, *, reduction: Count = 8, every: Count = 1, skip: bool = True, init: Literal["random", "pruned"] = "pruned"):
         super().__init__()
-        if reduction < 1 or every < 1:
-            raise OptionError(f"ladder: reduction and every are at least 1, got reduction={reduction}, every={every}")
         self.reduction, self.every, self.skip, self.init, self.identity_at_init = reduction, every, skip, init, skip
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:

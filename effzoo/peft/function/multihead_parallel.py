@@ -9,7 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from effzoo.errors import IncompatibleError, OptionError
+from effzoo.annotations import Count, NonZero
+from effzoo.errors import IncompatibleError
 from effzoo.peft.function.houlsby import ACTIVATIONS, check_bottleneck
 from effzoo.peft.input.layer import layers_of
 from effzoo.peft.method import Layers, Method
@@ -70,11 +71,9 @@ class MultiHeadParallel(Method):
     size = "bottleneck"
     learning_rate = 1e-3
 
-    def __init__(self, *, bottleneck: int = 4, activation: str = "relu", scale: float = 1.0, layers: Layers = None):
+    def __init__(self, *, bottleneck: Count = 4, activation: str = "relu", scale: NonZero = 1.0, layers: Layers = None):
         super().__init__(layers=layers)
         check_bottleneck("multihead_parallel", bottleneck, activation)
-        if scale == 0:
-            raise OptionError("multihead_parallel: with scale=0 nothing is added and nothing learns; 1 and 4 are usual")
         self.bottleneck, self.activation, self.scale = bottleneck, activation, scale
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effzoo.annotations import Count
 from effzoo.errors import IncompatiblePeft, OptionError
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.registry import peft
@@ -55,10 +56,10 @@ class PALs(Method):
     size = "width"
     learning_rate = 1e-3
 
-    def __init__(self, *, width: int = 48, heads: int = 4, targets: Targets = None, layers: Layers = None):
+    def __init__(self, *, width: Count = 48, heads: Count = 4, targets: Targets = None, layers: Layers = None):
         super().__init__(targets=targets, layers=layers)
-        if heads < 1 or width < heads or width % heads:
-            raise OptionError(f"pals: heads is at least 1 and divides width, got width={width}, heads={heads}")
+        if width % heads:
+            raise OptionError(f"pals: heads divides width, got width={width}, heads={heads}")
         self.width, self.heads = width, heads
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from effzoo.errors import OptionError
+from effzoo.annotations import Count, NonZero
 from effzoo.peft.function.houlsby import ACTIVATIONS, check_bottleneck
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.registry import peft
@@ -50,17 +50,15 @@ class Parallel(Method):
     def __init__(
         self,
         *,
-        bottleneck: int = 64,
+        bottleneck: Count = 64,
         activation: str = "relu",
-        scale: float = 1.0,
+        scale: NonZero = 1.0,
         learned: bool = False,
         targets: Targets = None,
         layers: Layers = None,
     ):
         super().__init__(targets=targets, layers=layers)
         check_bottleneck(self.name, bottleneck, activation)
-        if scale == 0:
-            raise OptionError(f"{self.name}: with scale=0 nothing is added and nothing learns; 1 and 4 are usual")
         self.bottleneck, self.activation, self.scale, self.learned = bottleneck, activation, scale, learned
 
     def make(self, site: Site) -> PeftModule:
@@ -80,9 +78,9 @@ class ScaledParallel(Parallel):
     def __init__(
         self,
         *,
-        bottleneck: int = 64,
+        bottleneck: Count = 64,
         activation: str = "relu",
-        scale: float = 4.0,
+        scale: NonZero = 4.0,
         learned: bool = False,
         targets: Targets = None,
         layers: Layers = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from effzoo.annotations import Count, Positive
 from effzoo.peft.function.houlsby import Bottleneck, check_bottleneck
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.registry import peft
@@ -26,7 +27,7 @@ class Pfeiffer(Method):
     size = "bottleneck"
     learning_rate = 1e-3
 
-    def __init__(self, *, bottleneck: int = 64, activation: str = "relu", std: float = 1e-2, targets: Targets = None, layers: Layers = None):
+    def __init__(self, *, bottleneck: Count = 64, activation: str = "relu", std: Positive = 1e-2, targets: Targets = None, layers: Layers = None):
         super().__init__(targets=targets, layers=layers)
         check_bottleneck("pfeiffer", bottleneck, activation)
         self.bottleneck, self.activation, self.std = bottleneck, activation, std

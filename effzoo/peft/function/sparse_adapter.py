@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effzoo.errors import OptionError
+from effzoo.annotations import Count, Positive, Probability
 from effzoo.peft.function.houlsby import ACTIVATIONS, check_bottleneck
 from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
 from effzoo.registry import peft
@@ -84,18 +84,16 @@ class SparseAdapter(Method):
     def __init__(
         self,
         *,
-        bottleneck: int = 64,
-        sparsity: float = 0.8,
+        bottleneck: Count = 64,
+        sparsity: Probability = 0.8,
         by: Literal["snip", "magnitude", "random"] = "snip",
         activation: str = "gelu",
-        std: float = 1e-2,
+        std: Positive = 1e-2,
         targets: Targets = None,
         layers: Layers = None,
     ):
         super().__init__(targets=targets, layers=layers)
         check_bottleneck("sparse_adapter", bottleneck, activation)
-        if not 0 <= sparsity < 1:
-            raise OptionError(f"sparse_adapter: sparsity is a share in [0, 1), got {sparsity}")
         self.bottleneck, self.sparsity, self.by, self.activation, self.std = bottleneck, sparsity, by, activation, std
         self.idle = () if by == "snip" else ("calibrate",)
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from effzoo.errors import OptionError
+from effzoo.annotations import Count, NotNegative
 from effzoo.peft.input.layer import Starts, layers_of, start_from_activations
 from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
 from effzoo.registry import peft
@@ -53,15 +53,13 @@ class DeepPrompt(Method):
     def __init__(
         self,
         *,
-        length: int = 16,
+        length: Count = 16,
         init: Literal["activations", "normal"] = "activations",
-        std: float = 0.3,
+        std: NotNegative = 0.3,
         targets: Targets = None,
         layers: Layers = None,
     ):
         super().__init__(targets=targets, layers=layers)
-        if length < 1 or std < 0:
-            raise OptionError(f"deep_prompt: length is at least 1 and std not negative, got length={length}, std={std}")
         self.length, self.std = length, std
         self.idle = () if init == "activations" else ("calibrate",)
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from effzoo.errors import InputError, OptionError
+from effzoo.annotations import Count, Probability
+from effzoo.errors import InputError
 from effzoo.peft.input.prompt import Made, vocabulary_rows
 from effzoo.peft.method import Method, Modules, Stage
 from effzoo.registry import peft
@@ -59,12 +60,8 @@ class IPT(Method):
     learning_rate = 3e-3  # of the decoder, which at 1e-2 learns nothing
     rates = {"network.z": 100.0}  # 0.3
 
-    def __init__(self, *, dim: int = 100, length: int = 20, hidden: int = 64, subspace: float = 0.8):
+    def __init__(self, *, dim: Count = 100, length: Count = 20, hidden: Count = 64, subspace: Probability = 0.8):
         super().__init__()
-        if dim < 1 or length < 1 or hidden < 1:
-            raise OptionError(f"ipt: dim, length and hidden are at least 1, got dim={dim}, length={length}, hidden={hidden}")
-        if not 0 <= subspace < 1:
-            raise OptionError(f"ipt: subspace is the share of the first stage, in [0, 1), got {subspace}")
         self.dim, self.length, self.hidden = dim, length, hidden
         self.stages = (Stage("subspace", subspace), Stage("intrinsic", 1 - subspace)) if subspace else (Stage("intrinsic", 1.0),)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from effzoo.errors import OptionError
+from effzoo.annotations import Count, NotNegative, Whole
 from effzoo.peft.input.layer import layers_of
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.registry import peft
@@ -44,10 +44,8 @@ class LlamaAdapter(Method):
     size = "length"
     learning_rate = 2e-2
 
-    def __init__(self, *, length: int = 10, skip: int = 2, std: float = 1.0, targets: Targets = None, layers: Layers = None):
+    def __init__(self, *, length: Count = 10, skip: Whole = 2, std: NotNegative = 1.0, targets: Targets = None, layers: Layers = None):
         super().__init__(targets=targets, layers=layers)
-        if length < 1 or skip < 0 or std < 0:
-            raise OptionError(f"llama_adapter: length is at least 1, skip and std not negative, got length={length}, skip={skip}, std={std}")
         self.length, self.skip, self.std = length, skip, std
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:

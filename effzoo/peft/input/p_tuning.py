@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from effzoo.errors import OptionError
+from effzoo.annotations import Count
 from effzoo.peft.input.prompt import Made
 from effzoo.peft.method import Method, Modules
 from effzoo.registry import peft
@@ -59,10 +59,8 @@ class PTuning(Method):
     size = "hidden"
     learning_rate = 1e-3
 
-    def __init__(self, *, length: int = 20, encoder: Literal["mlp", "lstm"] = "mlp", hidden: int = 128):
+    def __init__(self, *, length: Count = 20, encoder: Literal["mlp", "lstm"] = "mlp", hidden: Count = 128):
         super().__init__()
-        if length < 1 or hidden < 1:
-            raise OptionError(f"p_tuning: length and hidden are at least 1, got length={length}, hidden={hidden}")
         self.length, self.hidden = length, hidden
         self.encoder: type[Perceptron | Recurrent] = Perceptron if encoder == "mlp" else Recurrent
 

@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from effzoo.annotations import Count, NotNegative
 from effzoo.errors import OptionError
 from effzoo.peft.input.layer import Starts, layers_of, start_from_activations
 from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
@@ -103,21 +104,16 @@ class Prefix(Method):
     def __init__(
         self,
         *,
-        length: int = 16,
+        length: Count = 16,
         form: Literal["flat", "mlp"] = "flat",
-        hidden: int = 512,
+        hidden: Count = 512,
         init: Literal["activations", "normal"] | None = None,
-        std: float = 0.02,
+        std: NotNegative = 0.02,
         softmax: Literal["joint", "own"] = "joint",
         targets: Targets = None,
         layers: Layers = None,
     ):
         super().__init__(targets=targets, layers=layers)
-        for option, given in (("length", length), ("hidden", hidden)):
-            if given < 1:
-                raise OptionError(f"{self.name}: {option} is at least 1, got {given}")
-        if std < 0:
-            raise OptionError(f"{self.name}: std is not negative, got {std}")
         if form == "mlp" and init is not None:
             raise OptionError(f"{self.name}: init={init!r} sets keys and values, which form='mlp' computes; give form='flat', or leave init out")
         self.length, self.form, self.hidden, self.std, self.softmax = length, form, hidden, std, softmax

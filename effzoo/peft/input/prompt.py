@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from effzoo.annotations import Count, Whole
 from effzoo.errors import OptionError
 from effzoo.peft.method import Method
 from effzoo.registry import peft
@@ -71,10 +72,8 @@ class Prompt(Method):
     size = "length"
     learning_rate = 3e-2
 
-    def __init__(self, *, length: int = 20, init: Literal["vocabulary", "text", "normal"] = "vocabulary", ids: Sequence[int] = ()):
+    def __init__(self, *, length: Count = 20, init: Literal["vocabulary", "text", "normal"] = "vocabulary", ids: Sequence[Whole] = ()):
         super().__init__()
-        if length < 1:
-            raise OptionError(f"prompt: length is at least 1, got {length}")
         if (init == "text") != bool(ids):
             raise OptionError(f"prompt: ids are the tokens of init='text', and needed there; got init={init!r} and {len(ids)} ids")
         self.length, self.init, self.ids = length, init, tuple(ids)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effzoo.errors import IncompatiblePeft, OptionError
+from effzoo.annotations import Few, NotNegative, Positive
+from effzoo.errors import IncompatiblePeft
 from effzoo.peft.method import Layers, Modules
 from effzoo.peft.modular.mixture import Among, MixtureMethod
 from effzoo.registry import peft
@@ -56,16 +57,14 @@ class Fusion(MixtureMethod):
         self,
         *,
         of: str | Sequence[str] = "pfeiffer[bottleneck=16]",
-        experts: int = 2,
+        experts: Few = 2,
         frozen: bool = True,
         finished: bool = False,
-        regularisation: float = 0.01,
-        std: float = 0.02,
+        regularisation: NotNegative = 0.01,
+        std: Positive = 0.02,
         layers: Layers = None,
     ):
         super().__init__(of, experts, frozen, finished, layers=layers)
-        if regularisation < 0 or std <= 0:
-            raise OptionError(f"{self.name}: regularisation is 0 or more and std above 0, got {regularisation} and {std}")
         self.regularisation, self.std = regularisation, std
         if regularisation:
             self.idle = tuple(hook for hook in self.idle if hook != "penalty")

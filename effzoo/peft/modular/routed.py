@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from effzoo.annotations import Few
 from effzoo.errors import IncompatibleError, IncompatiblePeft, InputError, OptionError
 from effzoo.peft.input.layer import layers_of
 from effzoo.peft.method import Layers, Modules
@@ -183,7 +184,7 @@ class RoutedMethod(MixtureMethod):
         self,
         *,
         of: str | Sequence[str] = "lora[rank=4]",
-        experts: int = 4,
+        experts: Few = 4,
         router: str = "soft",
         level: Level = "token",
         scope: Literal["site", "model"] = "site",

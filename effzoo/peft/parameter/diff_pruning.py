@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from effzoo.errors import OptionError
+from effzoo.annotations import NotNegative, Number, Part, Share
 from effzoo.peft.method import Layers, Modules, Stage, Targets
 from effzoo.peft.parameter.lt_sft import dense_changes, keep_all
-from effzoo.peft.parameter.masks import KEY_BIAS, NETWORK, check_share, count, drawn_gate, open_probability, still_gate, top
+from effzoo.peft.parameter.masks import KEY_BIAS, NETWORK, count, drawn_gate, open_probability, still_gate, top
 from effzoo.peft.parameter.selection import Selecting, Selection, Spans, SparseDelta, selection_of
 from effzoo.registry import peft
 from effzoo.sites import Site
@@ -77,20 +77,16 @@ class DiffPruning(Selecting):
     def __init__(
         self,
         *,
-        keep: float = 0.005,
-        penalty: float = 1.25e-7,
-        alpha: float = 5.0,
+        keep: Share = 0.005,
+        penalty: NotNegative = 1.25e-7,
+        alpha: Number = 5.0,
         structured: bool = True,
-        gates: float = 0.5,
+        gates: Part = 0.5,
         targets: Targets = None,
         layers: Layers = None,
     ):
         super().__init__(targets=targets, layers=layers)
-        self.keep = check_share("diff", "keep", keep)
-        if penalty < 0:
-            raise OptionError(f"diff: penalty is not negative, got {penalty}")
-        if not 0 < gates < 1:
-            raise OptionError(f"diff: gates is the share of the first of two stages, in (0, 1), got {gates}")
+        self.keep = keep
         self.weight, self.alpha, self.structured = penalty, alpha, structured
         self.stages = (Stage("gates", gates), Stage("fixmask", 1 - gates))
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from effzoo.annotations import Count, Positive
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.peft.parameter.lora import by_role, check_rank, scaling
 from effzoo.registry import peft
@@ -53,8 +54,8 @@ class DoRA(Method):
     def __init__(
         self,
         *,
-        rank: int | Mapping[str, int] = 8,
-        alpha: float | Mapping[str, float] | None = None,
+        rank: Count | Mapping[str, Count] = 8,
+        alpha: Positive | Mapping[str, Positive] | None = None,
         rslora: bool = False,
         targets: Targets = None,
         layers: Layers = None,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effzoo.errors import OptionError
+from effzoo.annotations import Part, Share
 from effzoo.peft.method import Layers, Method, Modules, Stage, Targets
-from effzoo.peft.parameter.masks import check_share, count, top
+from effzoo.peft.parameter.masks import count, top
 from effzoo.registry import peft
 from effzoo.sites import Linear, PeftModule, Site
 
@@ -101,11 +101,9 @@ class FAR(Method):
     default_targets = ("mlp.up", "mlp.gate", "mlp.down", "cross.mlp.up", "cross.mlp.gate", "cross.mlp.down")
     learning_rate = 5e-4
 
-    def __init__(self, *, keep: float = 0.1, prime: float = 0.1, targets: Targets = None, layers: Layers = None):
+    def __init__(self, *, keep: Share = 0.1, prime: Part = 0.1, targets: Targets = None, layers: Layers = None):
         super().__init__(targets=targets, layers=layers)
-        self.keep = check_share("far", "keep", keep)
-        if not 0 < prime < 1:
-            raise OptionError(f"far: prime is the share of the first of two stages, in (0, 1), got {prime}")
+        self.keep = keep
         self.stages = (Stage("prime", prime), Stage("learn", 1 - prime))
 
     def make(self, site: Site) -> PeftModule:

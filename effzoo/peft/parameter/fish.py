@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effzoo.errors import IncompatiblePeft, OptionError
+from effzoo.annotations import Count, Share
+from effzoo.errors import IncompatiblePeft
 from effzoo.peft.method import Batches, Layers, Modules, Targets
-from effzoo.peft.parameter.masks import NETWORK, check_choice, check_share, count, has_values, top
+from effzoo.peft.parameter.masks import NETWORK, check_choice, count, has_values, top
 from effzoo.peft.parameter.selection import Selecting, in_order, selection_of
 from effzoo.registry import peft
 from effzoo.sites import Site, sites
@@ -38,12 +39,10 @@ class Fish(Selecting):
     alike = "the entries that are trained may all lie at other sites"
     learning_rate = 1e-3
 
-    def __init__(self, *, keep: float = 0.005, fisher: str = "label", samples: int = 1024, targets: Targets = None, layers: Layers = None):
+    def __init__(self, *, keep: Share = 0.005, fisher: str = "label", samples: Count = 1024, targets: Targets = None, layers: Layers = None):
         super().__init__(targets=targets, layers=layers)
-        self.keep = check_share("fish", "keep", keep)
+        self.keep = keep
         self.fisher = check_choice("fish", "fisher", fisher, ("label", "expected"))
-        if samples < 1:
-            raise OptionError(f"fish: samples is at least 1, got {samples}")
         self.samples = samples
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from effzoo.errors import OptionError
+from effzoo.annotations import NotNegative, Number, Probability
 from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
 from effzoo.peft.parameter.fish import examples
 from effzoo.peft.parameter.masks import check_choice, drawn_gate, open_probability, still_gate, top
@@ -77,13 +77,18 @@ class HeadPruning(Method):
     learning_rate = 2e-1  # of alpha, which has far to go: at 5e-2 no gate closes in a hundred steps
 
     def __init__(
-        self, *, mode: str = "gates", share: float = 0.3, penalty: float = 0.003, alpha: float = 3.0, targets: Targets = None, layers: Layers = None
+        self,
+        *,
+        mode: str = "gates",
+        share: Probability = 0.3,
+        penalty: NotNegative = 0.003,
+        alpha: Number = 3.0,
+        targets: Targets = None,
+        layers: Layers = None,
     ):
         super().__init__(targets=targets, layers=layers)
         self.mode = check_choice("head_pruning", "mode", mode, ("gates", "importance"))
         self.idle = ("calibrate",) if mode == "gates" else ()
-        if not 0 <= share < 1 or penalty < 0:
-            raise OptionError(f"head_pruning: share is in [0, 1) and penalty not negative, got share={share}, penalty={penalty}")
         self.share, self.weight, self.alpha = share, penalty, alpha
         self.identity_at_init = mode == "importance" or alpha >= 2.4
 

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from effzoo.annotations import Count, Seed
 from effzoo.errors import OptionError
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.peft.parameter.fastfood import Fastfood
@@ -75,13 +76,15 @@ class Intrinsic(Method):
     structured = False
 
     def __init__(
-        self, *, dim: int = 1000, projection: Literal["fastfood", "dense"] = "fastfood", seed: int = 0, targets: Targets = None, layers: Layers = None
+        self,
+        *,
+        dim: Count = 1000,
+        projection: Literal["fastfood", "dense"] = "fastfood",
+        seed: Seed = 0,
+        targets: Targets = None,
+        layers: Layers = None,
     ):
         super().__init__(targets=targets, layers=layers)
-        if dim < 1:
-            raise OptionError(f"{self.name}: dim is at least 1, got {dim}")
-        if not 0 <= seed < 2**32:  # torch's CPU generator reads 32 bits of a seed and no more
-            raise OptionError(f"{self.name}: seed is from 0 to 2^32 - 1, got {seed}")
         self.dim, self.projection, self.seed = dim, projection, seed
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:

@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from effzoo.annotations import Count, NonZero
 from effzoo.errors import OptionError
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.registry import peft
@@ -46,7 +47,7 @@ def factors(method: str, outputs: int, inputs: int, shape: Sequence[int] | None,
 
 def check_shape(method: str, shape: Sequence[int] | None) -> None:
     """OptionError unless the shape is that of a matrix."""
-    if shape is not None and (len(shape) != 2 or min(shape) < 1):
+    if shape is not None and (len(shape) != 2):
         raise OptionError(f"{method}: shape is that of A, two numbers from 1 up, got {tuple(shape)}")
 
 
@@ -92,7 +93,7 @@ class KronA(Method):
     default_targets = ("attn.q*", "attn.v*")
     learning_rate = 5e-3
 
-    def __init__(self, *, shape: Sequence[int] | None = None, scale: float = 1.0, targets: Targets = None, layers: Layers = None):
+    def __init__(self, *, shape: Sequence[Count] | None = None, scale: NonZero = 1.0, targets: Targets = None, layers: Layers = None):
         super().__init__(targets=targets, layers=layers)
         check_shape(self.name, shape)
         self.shape, self.scale = shape, scale
@@ -115,7 +116,7 @@ class KronAB(Method):
     learning_rate = 2e-3
     residual = False
 
-    def __init__(self, *, shape: Sequence[int] | None = None, scale: float = 1.0, targets: Targets = None, layers: Layers = None):
+    def __init__(self, *, shape: Sequence[Count] | None = None, scale: NonZero = 1.0, targets: Targets = None, layers: Layers = None):
         super().__init__(targets=targets, layers=layers)
         check_shape(self.name, shape)
         self.shape, self.scale = shape, scale

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effzoo.annotations import Count, Positive, Probability
 from effzoo.errors import OptionError, TargetError, listing
 from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
 from effzoo.peft.parameter import lora_init
@@ -189,10 +190,7 @@ def by_role(method: str, option: str, value: T | Mapping[str, T], role: str) -> 
 
 
 def check_rank(method: str, rank: int | Mapping[str, int]) -> None:
-    """OptionError unless every rank is at least 1."""
-    for number in rank.values() if isinstance(rank, Mapping) else (rank,):
-        if number < 1:
-            raise OptionError(f"{method}: rank is at least 1, got {number}")
+    """OptionError for an empty map."""
     if rank == {}:
         raise OptionError(f"{method}: rank is a number or a map from role patterns to numbers, got an empty map")
 
@@ -229,18 +227,16 @@ class LoRA(Method):
     def __init__(
         self,
         *,
-        rank: int | Mapping[str, int] = 8,
-        alpha: float | Mapping[str, float] | None = None,
+        rank: Count | Mapping[str, Count] = 8,
+        alpha: Positive | Mapping[str, Positive] | None = None,
         rslora: bool = False,
-        dropout: float = 0.0,
+        dropout: Probability = 0.0,
         init: Start = "default",
         targets: Targets = None,
         layers: Layers = None,
     ):
         check_rank(self.name, rank)
         super().__init__(targets=tuple(rank) if isinstance(rank, Mapping) and targets is None else targets, layers=layers)
-        if not 0 <= dropout < 1:
-            raise OptionError(f"{self.name}: dropout is in [0, 1), got {dropout}")
         self.rank, self.alpha, self.rslora, self.dropout, self.start = rank, alpha, rslora, dropout, init
         self.identity_at_init = init != "loftq"
         self.idle = () if init == "eva" else ("calibrate",)

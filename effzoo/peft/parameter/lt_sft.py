@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from effzoo.errors import OptionError
+from effzoo.annotations import NotNegative, Part, Share
 from effzoo.peft.method import Layers, Modules, Stage, Targets
-from effzoo.peft.parameter.masks import KEY_BIAS, NETWORK, check_share, count, top
+from effzoo.peft.parameter.masks import KEY_BIAS, NETWORK, count, top
 from effzoo.peft.parameter.selection import Selecting, Selection, Spans, SparseDelta, in_order, selection_of
 from effzoo.registry import peft
 from effzoo.sites import Site
@@ -54,13 +54,9 @@ class LTSFT(Selecting):
     learning_rate = 1e-3  # of the K entries
     rates = {"full_*": 0.05}  # 5e-5, as full fine-tuning
 
-    def __init__(self, *, keep: float = 0.01, full: float = 0.5, l1: float = 0.0, targets: Targets = None, layers: Layers = None):
+    def __init__(self, *, keep: Share = 0.01, full: Part = 0.5, l1: NotNegative = 0.0, targets: Targets = None, layers: Layers = None):
         super().__init__(targets=targets, layers=layers)
-        self.keep = check_share("lt_sft", "keep", keep)
-        if not 0 < full < 1:
-            raise OptionError(f"lt_sft: full is the share of the first of two stages, in (0, 1), got {full}")
-        if l1 < 0:
-            raise OptionError(f"lt_sft: l1 is not negative, got {l1}")
+        self.keep = keep
         self.l1 = l1
         self.stages = (Stage("full", full), Stage("sparse", 1 - full))
 

@@ -7,20 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from effzoo.annotations import Few, Fraction, Probability, Share
 from effzoo.errors import OptionError
 from effzoo.peft.method import Layers, Method, Modules, Stage, Targets
-from effzoo.peft.parameter.masks import (
-    MATRICES,
-    check_choice,
-    check_share,
-    check_window,
-    cubic,
-    has_values,
-    pack_bits,
-    through,
-    top_masks,
-    unpack_bits,
-)
+from effzoo.peft.parameter.masks import MATRICES, check_choice, check_window, cubic, has_values, pack_bits, through, top_masks, unpack_bits
 from effzoo.registry import peft
 from effzoo.sites import Linear, PeftModule, Site
 
@@ -101,25 +91,23 @@ class Magnitude(Method):
     def __init__(
         self,
         *,
-        keep: float = 0.5,
+        keep: Share = 0.5,
         scope: str = "tensor",
         schedule: str = "cubic",
-        begin: float = 0.0,
-        end: float = 0.6,
+        begin: Fraction = 0.0,
+        end: Fraction = 0.6,
         rewind: bool = False,
-        rewind_at: float = 0.0,
-        rounds: int = 1,
+        rewind_at: Probability = 0.0,
+        rounds: Few = 1,
         targets: Targets = None,
         layers: Layers = None,
     ):
         super().__init__(targets=targets, layers=layers)
-        self.keep = check_share("magnitude", "keep", keep)
+        self.keep = keep
         self.scope = check_choice("magnitude", "scope", scope, ("tensor", "global"))
         self.how = check_choice("magnitude", "schedule", schedule, ("cubic", "oneshot"))
         self.window = check_window("magnitude", begin, end)
         self.settled = 0.0 if schedule == "oneshot" else end
-        if not 0 <= rewind_at < 1 or rounds < 1:
-            raise OptionError(f"magnitude: rewind_at is in [0, 1) and rounds at least 1, got rewind_at={rewind_at}, rounds={rounds}")
         if not rewind and (rewind_at or rounds > 1):
             raise OptionError(f"magnitude: rewind_at={rewind_at} and rounds={rounds} belong to rewind=true; give it, or leave them out")
         if rewind and schedule != "cubic":

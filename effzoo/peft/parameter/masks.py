@@ -16,13 +16,6 @@ MATRICES = ("attn.*", "mlp.*", "cross.*")  # of these the matrices are pruned: e
 KEY_BIAS = "softmax does not change when one number is added to all scores of a query, so key biases have none"
 
 
-def check_share(method: str, name: str, value: float) -> float:
-    """A share in (0, 1]."""
-    if not 0 < value <= 1:
-        raise OptionError(f"{method}: {name} is a share in (0, 1], got {value}; {name}=0.1 means one entry in ten")
-    return value
-
-
 def check_choice(method: str, name: str, value: str, choices: Sequence[str]) -> str:
     """One of the choices."""
     if value not in choices:

@@ -5,21 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from effzoo.errors import OptionError
+from effzoo.annotations import Fraction, NotNegative, Part, Share
 from effzoo.peft.method import Layers, Method, Modules, Targets
 from effzoo.peft.parameter.magnitude import Pruned
-from effzoo.peft.parameter.masks import (
-    MATRICES,
-    check_choice,
-    check_share,
-    check_window,
-    count,
-    cubic,
-    straight_through,
-    through,
-    top_mask,
-    top_masks,
-)
+from effzoo.peft.parameter.masks import MATRICES, check_choice, check_window, count, cubic, straight_through, through, top_mask, top_masks
 from effzoo.registry import peft
 from effzoo.sites import Linear, PeftModule, Site
 
@@ -65,23 +54,21 @@ class Movement(Method):
         self,
         *,
         mode: str = "hard",
-        keep: float = 0.97,
+        keep: Share = 0.97,
         scope: str = "tensor",
-        begin: float = 0.1,
-        end: float = 0.6,
-        threshold: float = 0.1,
-        penalty: float = 400.0,
+        begin: Fraction = 0.1,
+        end: Fraction = 0.6,
+        threshold: Part = 0.1,
+        penalty: NotNegative = 400.0,
         targets: Targets = None,
         layers: Layers = None,
     ):
         super().__init__(targets=targets, layers=layers)
         self.mode = check_choice("movement", "mode", mode, ("hard", "soft"))
-        self.keep = check_share("movement", "keep", keep)
+        self.keep = keep
         self.scope = check_choice("movement", "scope", scope, ("tensor", "global"))
         self.window = check_window("movement", begin, end)
         self.settled = end
-        if not 0 < threshold < 1 or penalty < 0:
-            raise OptionError(f"movement: threshold is in (0, 1) and penalty not negative, got threshold={threshold}, penalty={penalty}")
         self.threshold, self.weight = threshold, penalty
 
     def make(self, site: Site) -> PeftModule | None:

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from effzoo.annotations import Count, Probability, Whole
 from effzoo.errors import OptionError, TargetError, listing
 from effzoo.peft.method import HEAD, Layers, Method, Targets
 from effzoo.registry import peft
@@ -109,10 +110,8 @@ class Last(_Upper):
     paper = "Howard & Ruder 2018, ULMFiT, arXiv:1801.06146, section 3.3 (unfreezing from the last layer on, here without the schedule)"
     size = "count"
 
-    def __init__(self, *, count: int = 2):
+    def __init__(self, *, count: Count = 2):
         super().__init__()
-        if count < 1:
-            raise OptionError(f"{self.name}: count is at least 1, got {count}; use head to train no block at all")
         self.count = count
 
     def first_trained(self, depth: int) -> int:
@@ -131,10 +130,8 @@ class Freeze(_Upper):
 
     paper = "Lee et al. 2019, What would Elsa do? Freezing layers during transformer fine-tuning, arXiv:1911.03090"
 
-    def __init__(self, *, first: int | float = 0.75):
+    def __init__(self, *, first: Whole | Probability = 0.75):
         super().__init__()
-        if first < 0 or (isinstance(first, float) and first >= 1):
-            raise OptionError(f"{self.name}: first is a number of blocks (0 or more) or a share of them (below 1), got {first}")
         self.first = first
 
     def first_trained(self, depth: int) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from effzoo.annotations import Number, Share
 from effzoo.errors import OptionError
 from effzoo.peft.method import Layers, Method, Modules, Targets
-from effzoo.peft.parameter.masks import MATRICES, check_share, count, pack_bits, straight_through, top_mask, unpack_bits
+from effzoo.peft.parameter.masks import MATRICES, count, pack_bits, straight_through, top_mask, unpack_bits
 from effzoo.registry import peft
 from effzoo.sites import Linear, PeftModule, Site
 
@@ -67,13 +68,13 @@ class Supermask(Method):
     default_targets = MATRICES
     learning_rate = 5e-4  # scores start 5e-3 above the threshold: at 1e-4 none crosses it in a hundred steps
 
-    def __init__(self, *, init: float = 1e-2, threshold: float = 5e-3, keep: float | None = None, targets: Targets = None, layers: Layers = None):
+    def __init__(self, *, init: Number = 1e-2, threshold: Number = 5e-3, keep: Share | None = None, targets: Targets = None, layers: Layers = None):
         super().__init__(targets=targets, layers=layers)
         if keep is None and init <= threshold:
             raise OptionError(f"supermask: init must lie above threshold, or nothing is kept at first, got init={init}, threshold={threshold}")
         if keep is not None and init <= 0:
             raise OptionError(f"supermask: init is positive, got {init}")
-        self.keep = None if keep is None else check_share("supermask", "keep", keep)
+        self.keep = keep
         self.init, self.threshold = init, threshold
         self.identity_at_init = keep is None or keep == 1
 

@@ -1,0 +1,177 @@
+"""What an annotation says about a value: its type and, for numbers, the range that it lies in.
+
+Options of methods, kinds and routers, fields of configs and arguments of public functions declare both in one place, their annotation
+(`rank: Count`, `dropout: Probability`), and are checked by one function, `problem`. Numbers are finite, whatever else is said.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from effzoo.errors import shown
+
+LARGEST = 2**63 - 1  # whole numbers that torch takes
+WIDEST = 1e6  # of floats that set a scale or a deviation: beyond it products leave float32 and float16
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`; `above` and `below` leave out the end itself, `nonzero` leaves out 0."""
+
+    low: float = -WIDEST
+    high: float = WIDEST
+    above: bool = False
+    below: bool = False
+    nonzero: bool = False
+
+    def holds(self, number: float) -> bool:
+        after = number > self.low if self.above else number >= self.low
+        before = number < self.high if self.below else number <= self.high
+        return after and before and not (self.nonzero and number == 0)
+
+    def broken_by(self, number: float) -> str:
+        """The end of the range that a number lies beyond, in words."""
+        if self.nonzero and number == 0:
+            return "not 0, with which nothing is added and nothing learns"
+        if isinstance(self.high, float) and self.high <= 1:
+            return str(self)
+        if number <= self.low:
+            return "above 0" if self.above and self.low == 0 else "0 or more" if self.low == 0 else f"at least {_written(self.low)}"
+        return f"at most {_written(self.high)}"
+
+    def __str__(self) -> str:
+        if self.nonzero:
+            return f"not 0, and from {_written(self.low)} to {_written(self.high)}"
+        if isinstance(self.high, int) and self.high == LARGEST:
+            return "0 or more" if self.low == 0 else f"at least {_written(self.low)}"
+        if self.above and self.high == WIDEST:
+            return f"above {_written(self.low)} and at most {_written(self.high)}"
+        if isinstance(self.high, float) and self.high <= 1:
+            return f"in {'(' if self.above else '['}{_written(self.low)}, {_written(self.high)}{')' if self.below else ']'}"
+        return f"from {_written(self.low)} to {_written(self.high)}"
+
+
+Count = Annotated[int, Range(1, LARGEST)]
+Whole = Annotated[int, Range(0, LARGEST)]
+Few = Annotated[int, Range(1, 10_000)]  # of what is made one by one: layers, experts
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # torch's CPU generator reads 32 bits of a seed and no more
+Number = Annotated[float, Range()]
+NonZero = Annotated[float, Range(nonzero=True)]
+Positive = Annotated[float, Range(0.0, above=True)]
+NotNegative = Annotated[float, Range(0.0)]
+Share = Annotated[float, Range(0.0, 1.0, above=True)]  # 0 < share <= 1
+Part = Annotated[float, Range(0.0, 1.0, above=True, below=True)]  # 0 < part < 1
+Fraction = Annotated[float, Range(0.0, 1.0)]  # 0 <= fraction <= 1
+Probability = Annotated[float, Range(0.0, 1.0, below=True)]  # 0 <= p < 1
+
+
+def plain(value: Any) -> Any:
+    """A number of numpy as the number of Python that it is, also inside lists and maps; everything else as it is."""
+    if type(value).__module__ == "numpy" and not getattr(value, "shape", (0,)):  # a scalar; numpy itself is not imported for this
+        return value.item()
+    if type(value) in (tuple, list):
+        return type(value)(map(plain, value))
+    if type(value) is dict:
+        return {key: plain(item) for key, item in value.items()}
+    return value
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is what the annotation says; ints pass for floats, lists for tuples, numbers of numpy for those of Python."""
+    return problem(value, annotation) is None
+
+
+def problem(value: Any, annotation: Any) -> str | None:
+    """What is wrong with a value, as the end of a sentence that begins with its name, or None."""
+    if _has_type(value, annotation, ranges=True):
+        return None
+    if _has_type(value, annotation, ranges=False):
+        return f"is {_broken(plain(value), annotation)}, got {shown(value)}"
+    return f"takes {describe(annotation)}, got {shown(value)} ({type(value).__name__})"
+
+
+def _has_type(value: Any, annotation: Any, ranges: bool) -> bool:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation in (Any, object, inspect.Parameter.empty) or isinstance(annotation, (str, typing.TypeVar)):
+        return True
+    if origin is Annotated:
+        inside = not ranges or not _has_type(value, arguments[0], False) or all(r.holds(value) for r in arguments[1:] if isinstance(r, Range))
+        return inside and _has_type(value, arguments[0], ranges)
+    if origin in (typing.Union, types.UnionType):
+        return any(_has_type(value, argument, ranges) for argument in arguments)
+    if origin is typing.Literal:
+        return any(type(value) is type(argument) and value == argument for argument in arguments)
+    if annotation is None or annotation is type(None):
+        return value is None
+    if annotation in (int, float):
+        return _is_number(value, annotation, ranges)
+    if annotation is bool:
+        return isinstance(plain(value), bool)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(
+            _has_type(key, arguments[0], ranges) and _has_type(item, arguments[1], ranges) for key, item in value.items()
+        )
+    if isinstance(origin, type) and issubclass(origin, tuple) and arguments[-1:] != (Ellipsis,):
+        return isinstance(value, Sequence) and len(value) == len(arguments) and all(map(lambda v, a: _has_type(v, a, ranges), value, arguments))
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and all(_has_type(item, arguments[0], ranges) for item in value)
+    if isinstance(origin, type) and origin is not type:
+        return isinstance(value, origin)
+    return not isinstance(annotation, type) or isinstance(value, annotation)
+
+
+def _is_number(value: Any, annotation: type, ranges: bool) -> bool:
+    value = plain(value)
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, int):
+        return not ranges or -LARGEST <= value <= LARGEST
+    return annotation is float and isinstance(value, float) and (not ranges or math.isfinite(value))
+
+
+def _broken(value: Any, annotation: Any) -> str:
+    """What the first number in a value that is not in its range should be, in words."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        annotation = next(argument for argument in arguments if _has_type(value, argument, ranges=False))
+        return _broken(value, annotation)
+    if origin is Annotated and _has_type(value, arguments[0], ranges=True):
+        return next(limit for limit in arguments[1:] if isinstance(limit, Range) and not limit.holds(value)).broken_by(value)
+    if origin is Annotated:
+        return _broken(value, arguments[0])
+    if annotation in (int, float):
+        return "a finite number" if isinstance(value, float) else "a number of at most 63 bits"
+    items, kind = (value.values(), arguments[1]) if isinstance(value, Mapping) else (value, arguments[0])
+    return f"made of numbers, each {_broken(next(item for item in items if not _has_type(item, kind, ranges=True)), kind)}"
+
+
+def describe(annotation: Any) -> str:
+    """The annotation as a reader would say it."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        limits = [str(limit) for limit in arguments[1:] if isinstance(limit, Range)]
+        return f"{describe(arguments[0])} ({', '.join(limits)})" if limits else describe(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(argument) for argument in arguments)
+    if origin is typing.Literal:
+        return " or ".join(map(repr, arguments))
+    if annotation in (None, type(None)):
+        return "none"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"a map from {describe(arguments[0])} to {describe(arguments[1])}"
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return f"a list of {describe(arguments[0])}"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _written(number: float) -> str:
+    exact = int(number)
+    if exact == number and exact > 2**20 and exact + 1 & exact == 0:
+        return f"2^{exact.bit_length()} - 1"
+    return f"{exact:,}" if exact == number else f"{number:g}"
