@@ -62,6 +62,10 @@ class TrainingError(EffzooError, RuntimeError):
     """A run that cannot start, continue or resume."""
 
 
+class FileError(EffzooError, OSError):
+    """A file that cannot be written; what was there before is as it was."""
+
+
 def did_you_mean(given: object, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest known name, or just a full stop."""
     close = difflib.get_close_matches(str(given)[:80], list(known), n=1, cutoff=0.5)

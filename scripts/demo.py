@@ -28,6 +28,7 @@ import effzoo
 from effzoo import data, plots
 from effzoo.lab.fit import bfloat16_is_faster
 from effzoo.lab.texts import news as bbc_news
+from effzoo.writing import replace_file
 
 SHORT, LONG, WINDOW = 128, 1024, 256
 PEFT = "lora[rank=8]"
@@ -124,9 +125,8 @@ def main(
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}",
     }
     for path in (output / "results.json", *([record] if record else [])):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
-    (output / "report.html").write_text(report(results, rows, histories, attention))
+        replace_file(path, (json.dumps(results, indent=1) + "\n").encode())
+    replace_file(output / "report.html", report(results, rows, histories, attention).encode())
     show(results, rows)
     console.print(f"\nreport: {output / 'report.html'}   results: {output / 'results.json'}   adapter: {folder}")
 

@@ -14,6 +14,7 @@ from effzoo.measure import rows
 from effzoo.measure.figures import against_length
 from effzoo.measure.page import finetune_table, markdown, scaling_table
 from effzoo.plots import png_bytes
+from effzoo.writing import replace_file
 
 ROOT = Path(__file__).parent.parent
 GALLERY = [
@@ -146,7 +147,7 @@ def figures(device: str) -> None:
     """The two figures of the README."""
     scaling = rows.read(ROOT / f"benchmarks/results/scaling-{device}.jsonl")
     for name, what in (("time", "seconds"), ("memory", "peak_bytes")):
-        (ROOT / f"benchmarks/results/scaling-{device}-{name}.png").write_bytes(png_bytes(against_length(scaling, "train", what)))
+        replace_file(ROOT / f"benchmarks/results/scaling-{device}-{name}.png", png_bytes(against_length(scaling, "train", what)))
 
 
 def load(name: str) -> ModuleType:
@@ -248,7 +249,6 @@ def _between(text: str, name: str, table: str) -> str:
 if __name__ == "__main__":
     figures("cpu")
     for path, render in ((ROOT / "README.md", rendered), (ROOT / "benchmarks/README.md", rendered_benchmarks)):
-        path.write_text(render(path.read_text()))
+        replace_file(path, render(path.read_text()).encode())
     for name, text in lecture_pages().items():
-        (ROOT / "benchmarks/lectures" / name).parent.mkdir(exist_ok=True)
-        (ROOT / "benchmarks/lectures" / name).write_text(text)
+        replace_file(ROOT / "benchmarks/lectures" / name, text.encode())

@@ -17,6 +17,7 @@ from effzoo.checks.matrix import matrix as tried
 from effzoo.cli.terminal import app, console, say, table
 from effzoo.errors import UnknownNameError
 from effzoo.registry import View, attention, load_file, peft, scope
+from effzoo.writing import replace_file
 
 MARKS = {"works": "+", "refused": "-", "fails": "X"}
 
@@ -52,7 +53,7 @@ def matrix(
     for cell in failing:
         say("", Text(f"FAILS: {cell.method} on {cell.attention}, {cell.architecture}", style="bold red"), cell.reason)
     if save is not None:
-        save.write_text(json.dumps([asdict(cell) for cell in found.cells], indent=0) + "\n")
+        replace_file(save, (json.dumps([asdict(cell) for cell in found.cells], indent=0) + "\n").encode())
         say(f"\nwrote {save}")
     if failing:
         raise typer.Exit(1)

@@ -20,6 +20,7 @@ from effzoo.registry import router as routing
 from effzoo.routing import Router
 from effzoo.sites import Site
 from effzoo.spec import Spec, parse_one
+from effzoo.writing import replace_file
 
 LOSSES = ("importance", "load", "balance", "z")
 Attention = Annotated[str | None, typer.Option(help='Attention kind instead of the model\'s own, such as "longformer\\[window=256]".')]
@@ -195,7 +196,7 @@ def _show_attention(spec: Spec, n: int | None, causal: bool, save: Path | None) 
     if is_global:
         say("Position 0 is drawn as a global token.")
     if save is not None:
-        save.write_bytes(plots.png_bytes(plots.pattern_figure(_spec(spec), n, is_global=is_global, causal=causal)))
+        replace_file(save, plots.png_bytes(plots.pattern_figure(_spec(spec), n, is_global=is_global, causal=causal)))
         say(f"wrote {save}")
 
 

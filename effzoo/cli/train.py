@@ -14,6 +14,7 @@ from effzoo.cli.terminal import app, console, heading, pairs, say
 from effzoo.errors import DataError, OptionError
 from effzoo.sites import prompt_rows
 from effzoo.spec import parse_one
+from effzoo.writing import replace_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -150,6 +151,6 @@ def _report(result: Result, model: Transformer, output: Path) -> None:
     if result.untouched:
         say(f"note: {result.untouched}", "")
     if result.history:
-        (output / "curves.png").write_bytes(plots.png_bytes(plots.learning_curves(result.history)))
+        replace_file(output / "curves.png", plots.png_bytes(plots.learning_curves(result.history)))
         say(f"curves   {output / 'curves.png'}")
     say(f"weights  {result.weights}")

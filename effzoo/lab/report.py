@@ -13,6 +13,7 @@ from effzoo.lab.experiment import Claim, Experiment, Run
 from effzoo.measure.page import markdown
 from effzoo.measure.rows import commit, machine, versions
 from effzoo.plots import png_bytes
+from effzoo.writing import replace_files
 
 RESULT, TABLE, FIGURE = "result.json", "table.md", "figure.png"
 
@@ -30,11 +31,7 @@ def perform(experiment: Experiment, run: Run, folder: Path) -> dict[str, Any]:
         "values": dict(findings.values),
     }  # fmt: skip
     text = json.dumps(result, indent=1, allow_nan=False, default=_refuse) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in ((FIGURE, png_bytes(findings.figure)), (TABLE, page(result).encode()), (RESULT, text.encode())):
-        temporary = folder / f".{name}"
-        temporary.write_bytes(content)
-        temporary.replace(folder / name)
+    replace_files(folder, {FIGURE: png_bytes(findings.figure), TABLE: page(result).encode(), RESULT: text.encode()})
     return result
 
 

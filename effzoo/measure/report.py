@@ -11,6 +11,7 @@ from effzoo.measure import figures
 from effzoo.measure.page import Table, finetune_table, page, scaling_table
 from effzoo.measure.rows import Row
 from effzoo.plots import png_bytes
+from effzoo.writing import replace_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,14 +24,11 @@ def write(rows: Sequence[Row], folder: Path) -> Path:
         raise InputError(f"a report shows one suite, and needs rows with times; got {', '.join(sorted(suites)) or 'none'}")
     suite = suites.pop()
     parts = _scaling(rows) if suite == "scaling" else _finetune(rows)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, part in parts.items():
-        if not isinstance(part, list):
-            (folder / f"{name.replace(', ', '_').replace(' ', '_')}.png").write_bytes(png_bytes(part))
+    figures = {name: part for name, part in parts.items() if not isinstance(part, list)}
+    files = {f"{name.replace(', ', '_').replace(' ', '_')}.png": png_bytes(figure) for name, figure in figures.items()}
     made = sorted({f"{row['machine']}, torch {row['versions']['torch']}, commit {row['commit'] or 'unknown'}" for row in rows})
-    path = folder / "index.html"
-    path.write_text(page(f"effzoo bench {suite}", "; ".join(made), parts))
-    return path
+    replace_files(folder, files | {"index.html": page(f"effzoo bench {suite}", "; ".join(made), parts).encode()})
+    return folder / "index.html"
 
 
 def _scaling(rows: Sequence[Row]) -> dict[str, Table | Figure]:

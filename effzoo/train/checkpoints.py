@@ -1,6 +1,6 @@
 """Checkpoints on disk: whole at every moment, without pickle.
 
-A checkpoint is a directory `checkpoint-<step>`. It is written as `.partial-<step>`, forced to disk, and renamed; one that is removed is
+A checkpoint is a directory `checkpoint-<step>`. It is written as `.partial-<step>-...`, forced to disk, and renamed; one that is removed is
 renamed first. So whatever is killed when, a directory under its real name is complete. It holds the active adapters (or, without any,
 `model.safetensors`), and the state of the run as `state.json` with its tensors in `state.safetensors`.
 """
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +21,10 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from effzoo.errors import TrainingError
+from effzoo.errors import FileError, TrainingError
 from effzoo.peft.attach import active
 from effzoo.peft.files import restore_adapter, save_adapter
+from effzoo.writing import force_to_disk, replace_file, told
 
 WEIGHTS = "model.safetensors"
 ADAPTER = "adapter"
@@ -52,23 +53,27 @@ def clean(directory: Path) -> None:
 @contextmanager
 def writing(directory: Path, step: int) -> Iterator[Path]:
     """A directory to write a checkpoint in; it gets its real name when the `with` block ends without an error."""
-    partial, final = directory / f"{_PARTIAL}{step}", directory / f"{_PREFIX}{step}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    for path in [*partial.rglob("*"), partial]:
-        _force_to_disk(path)
-    if final.exists():
-        remove(final)
-    partial.rename(final)
-    _force_to_disk(directory)
+    final = directory / f"{_PREFIX}{step}"
+    with told(final):
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{step}-", dir=directory))
+        try:
+            yield partial
+            for path in [*partial.rglob("*"), partial]:
+                force_to_disk(path)
+            if final.exists():
+                remove(final)
+            partial.rename(final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        force_to_disk(directory)
 
 
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint; its name is gone before its first file."""
-    doomed = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    checkpoint.rename(doomed)
+    doomed = Path(tempfile.mkdtemp(prefix=f"{_REMOVED}{checkpoint.name}-", dir=checkpoint.parent))
+    checkpoint.rename(doomed)  # onto the empty folder
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -108,10 +113,7 @@ def save_weights(model: nn.Module, directory: Path) -> Path:
     if found:
         return directory / ADAPTER
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
-    partial = directory / f"{_PARTIAL}{WEIGHTS}"
-    safetensors.torch.save_file(tensors, partial)
-    _force_to_disk(partial)
-    partial.rename(directory / WEIGHTS)
+    replace_file(directory / WEIGHTS, lambda path: _save_tensors(tensors, path))
     return directory / WEIGHTS
 
 
@@ -138,7 +140,7 @@ def write_state(directory: Path, state: Any) -> None:
     """Write a nest of dicts, lists, tuples, numbers, strings and tensors."""
     tensors: dict[str, Tensor] = {}
     content = json.dumps(_pack(state, tensors))
-    safetensors.torch.save_file(tensors, directory / "state.safetensors")
+    _save_tensors(tensors, directory / "state.safetensors")
     (directory / "state.json").write_text(content)
 
 
@@ -176,9 +178,8 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     return tuple(entries) if kind == "tuple" else entries
 
 
-def _force_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        safetensors.torch.save_file(tensors, path)
+    except safetensors.SafetensorError as error:
+        raise FileError(f"cannot write {path}: {error}") from error

@@ -15,8 +15,8 @@ from effzoo.convert.peft_files.kinds import KINDS, Kind
 from effzoo.convert.peft_files.twin import Twin, Written
 from effzoo.errors import AdapterError, listing
 from effzoo.peft import Method, PeftModule, attached
-from effzoo.peft.files import replace_file
 from effzoo.peft.parameter.selected import Copy
+from effzoo.writing import replace_files
 
 CONFIG, WEIGHTS, HEADER = "adapter_config.json", "adapter_model.safetensors", "effzoo"
 
@@ -88,7 +88,4 @@ def _files(directory: Path, out: Written) -> None:
         tensors[full] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     metadata = {"format": "pt"} | ({HEADER: json.dumps({"parts": out.parts})} if out.parts else {})
     config: dict[str, Any] = dict(sorted(out.config.items()))
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / CONFIG).unlink(missing_ok=True)
-    replace_file(directory / WEIGHTS, safetensors.torch.save(tensors, metadata))
-    replace_file(directory / CONFIG, json.dumps(config, indent=2).encode())
+    replace_files(directory, {WEIGHTS: safetensors.torch.save(tensors, metadata), CONFIG: json.dumps(config, indent=2).encode()})
