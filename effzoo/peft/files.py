@@ -1,16 +1,23 @@
 """Adapters on disk: one JSON manifest and one safetensors file, whole at every moment.
 
-The tensors are written under a name that carries their hash, then the manifest is renamed into place, then older tensor files are removed:
-a reader sees the old adapter or the new one, never a mixture. The manifest holds the spec, a hash per tensor of the base and
-one of the tensor file, so that another base, a truncated or an altered file is refused by the first mismatch.
+The tensors are written under a name that carries their hash, then the manifest is renamed into place, then the older tensor
+file is removed: a reader sees the old adapter or the new one, never a mixture (`effzoo.writing`). The manifest
+(`effzoo.peft.manifest`) holds the spec, the fingerprint of the base and hashes of everything, itself included. So another
+base, and a truncated or altered file, are refused by the first difference, and so is a spec that asks for other tensors than
+the file holds; the model is touched when all that has been compared.
+
+A task head (roles `head.*`) is the adapter's own where the adapter replaces its tensors, which it does unless its methods hang
+there: then they change a head that is the base's, and the fingerprint holds it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
-import json
+import logging
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,17 +28,21 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from effzoo.errors import AdapterError, EffzooError, UnknownNameError
-from effzoo.peft.attach import _known, adapter_tensors, attach, base_tensors, detach
+from effzoo.errors import AdapterError, UnknownNameError
+from effzoo.peft.attach import _known, adapter_tensors, attach, attached, detach
+from effzoo.peft.fingerprint import Fingerprint, content_hash, difference, fingerprint
+from effzoo.peft.manifest import MANIFEST, TENSORS, UNPROVED, Manifest, read_manifest
 from effzoo.peft.method import HEAD
+from effzoo.peft.parameter.selected import Copy
+from effzoo.peft.rehearsal import rehearse
 from effzoo.peft.training import finish
 from effzoo.sites import PeftModule, sites
-from effzoo.spec import Spec
+from effzoo.writing import replace_files
 
 M = TypeVar("M", bound=nn.Module)
-FORMAT = 1
-MANIFEST = "adapter.json"
 OWN = "effzoo"
+TRIES = 100  # a reader whose tensors a writer has just replaced begins anew
+log = logging.getLogger("effzoo")
 
 
 @dataclass(frozen=True)
@@ -49,10 +60,15 @@ FOREIGN: dict[str, Foreign] = {}  # by name; those who know the other library pu
 def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "default", format: str = OWN) -> Path:
     """Write one adapter (its head included) to a directory and return it; an adapter of the same format that was saved there is replaced.
 
+    model: what the adapter is attached to.
+    directory: where to; it is made if there is none. Files that are not the adapter's stay.
+    name: of the adapter.
     format: "effzoo", or "peft" for files of the `peft` package, which `effzoo.convert.peft_files` describes.
+
+    Raises FileError for what cannot be written (what was there is then as it was), UnknownNameError, AdapterError.
     """
-    attachment = _known(model, name)
-    directory = Path(directory)
+    directory = folder_of(directory)
+    attachment = _known(model, _name(name))
     if format != OWN and format not in FOREIGN:
         raise UnknownNameError("adapter format", format, [OWN, *FOREIGN])
     for other, recognised in [(OWN, MANIFEST), *((key, foreign.manifest) for key, foreign in FOREIGN.items())]:
@@ -61,38 +77,38 @@ def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "defaul
     if format != OWN:
         importlib.import_module(FOREIGN[format].module).write(model, directory, name)
         return directory
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.detach().contiguous().cpu() for key, value in stored_tensors(model, name).items()}
-    content = safetensors.torch.save(tensors)
+    content = safetensors.torch.save({key: value.detach().contiguous().cpu() for key, value in stored_tensors(model, name).items()})
     digest = hashlib.sha256(content).hexdigest()
-    manifest = {
-        "format": FORMAT,
-        "name": name,
-        "peft": [{"name": spec.name, **spec.options} for spec in attachment.specs],
-        "finished": attachment.finished,
-        "base": getattr(getattr(model, "config", None), "name", type(model).__name__),
-        "base_hashes": base_hashes(model),
-        "tensors": f"adapter-{digest[:16]}.safetensors",
-        "sha256": digest,
-    }
-    replace_file(directory / str(manifest["tensors"]), content)
-    replace_file(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
-    for stale in directory.glob("adapter-*.safetensors"):
-        if stale.name != manifest["tensors"]:
-            stale.unlink(missing_ok=True)
+    manifest = Manifest(
+        name=name,
+        specs=attachment.specs,
+        finished=attachment.finished,
+        base=str(getattr(getattr(model, "config", None), "name", type(model).__name__)),
+        fingerprint=fingerprint(model, without=replaced(model, name)),
+        tensors=f"adapter-{digest[:16]}.safetensors",
+        sha256=digest,
+        size=len(content),
+    )
+    files = {manifest.tensors: content, MANIFEST: manifest.written()}
+    replace_files(directory, files, afterwards=lambda: _remove_older(directory, manifest.tensors))
     return directory
 
 
-def load_adapter(model: M, directory: str | Path, *, name: str | None = None) -> M:
+def load_adapter(model: M, directory: str | Path, *, name: str | None = None, trust_base: bool = False) -> M:
     """Attach the adapter that `save_adapter` wrote, under its own or another name; return the model.
 
-    Files of the `peft` package are recognised; they have no name ("default" then) and cannot prove that the base is the one they were trained
-    on (`effzoo.convert.peft_files`).
+    model: the base that the adapter was trained on, or one that computes the same.
+    directory: the folder. Files of the `peft` package are recognised; they have no name ("default" then) and cannot prove that
+    the base is the one they were trained on (`effzoo.convert.peft_files`).
+    name: for the adapter in this model; None for the name that it was saved under.
+    trust_base: take files of format 1 (effzoo before 0.2), which know the base's tensors and not what it computes; without it they are refused.
 
     Raises AdapterError that names the first mismatch (another base, a truncated or altered file, missing or extra keys,
     other shapes); the model is then as it was.
     """
-    directory = Path(directory)
+    directory = folder_of(directory)
+    attached(model)
+    name = None if name is None else _name(name)
     found = [foreign for foreign in FOREIGN.values() if (directory / foreign.manifest).is_file()]
     if found and (directory / MANIFEST).is_file():
         raise AdapterError(f"{directory} holds two adapters, {MANIFEST} and {found[0].manifest}; give each a directory of its own")
@@ -100,14 +116,18 @@ def load_adapter(model: M, directory: str | Path, *, name: str | None = None) ->
         importlib.import_module(found[0].module).read(model, directory, name or "default")
         return model
     manifest, tensors = _read(directory)
-    _check_base(model, manifest, directory)
-    name = name or manifest["name"]
-    attach(model, [Spec(entry["name"], {k: v for k, v in entry.items() if k != "name"}) for entry in manifest["peft"]], name=name)
+    base = _check_base(model, manifest, directory, trust_base)
+    name = name or manifest.name
+    most = 1000 + 100 * (len(base.tensors) + len(tensors))
+    shapes, unknown = rehearse(model, manifest.specs, name, finished=manifest.finished, most=most)
+    _check_head(shapes, name, base, manifest, directory)
+    _check_fits(shapes, name, tensors, directory, tuple(unknown))
+    attach(model, manifest.specs, name=name)
     try:
-        if manifest["finished"]:
+        if manifest.finished:
             finish(model, name)
         _fill(model, name, tensors, directory)
-    except EffzooError:
+    except BaseException:
         detach(model, name)
         raise
     return model
@@ -118,18 +138,32 @@ def restore_adapter(model: M, directory: str | Path, *, name: str = "default") -
 
     The parameters stay the same objects, as an optimizer needs. Raises AdapterError as `load_adapter` does, and for another spec.
     """
-    attachment, directory = _known(model, name), Path(directory)
+    directory, attachment = folder_of(directory), _known(model, _name(name))
     manifest, tensors = _read(directory)
-    _check_base(model, manifest, directory)
-    saved = "|".join(str(Spec(entry["name"], {k: v for k, v in entry.items() if k != "name"})) for entry in manifest["peft"])
+    base = _check_base(model, manifest, directory, trust_base=False)
+    saved = "|".join(map(str, manifest.specs))
     if saved != attachment.spec:
         raise AdapterError(f"the adapter in {directory} is {saved!r}, the adapter {name!r} of this model is {attachment.spec!r}; attach the same")
-    if manifest["finished"] and not attachment.finished:
-        finish(model, name)
-    if attachment.finished and not manifest["finished"]:
+    if attachment.finished and not manifest.finished:
         raise AdapterError(f"the adapter in {directory} is in the middle of its training, the adapter {name!r} of this model is finished")
+    _check_head(model, name, base, manifest, directory)
+    if manifest.finished and not attachment.finished:
+        finish(model, name)
     _fill(model, name, tensors, directory)
     return model
+
+
+def folder_of(given: Any) -> Path:
+    """The path that was given. Raises AdapterError for what is none."""
+    if not isinstance(given, (str, os.PathLike)) or isinstance(os.fspath(given), bytes) or not str(given) or "\0" in str(given):
+        raise AdapterError(f"directory is a path (str or pathlib.Path), got {type(given).__name__}: {given!r:.80}")
+    return Path(given)
+
+
+def _name(given: Any) -> str:
+    if not isinstance(given, str):
+        raise AdapterError(f"name is a string, got {type(given).__name__}: {given!r:.80}")
+    return given
 
 
 def stored_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -145,92 +179,152 @@ def stored_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def base_hashes(model: nn.Module) -> dict[str, str]:
-    """A hash of each base tensor; the task head is left out, since an adapter brings its own."""
-    hashes = {}
-    heads = {path for path, site in sites(model) if fnmatchcase(site.role, HEAD)}
-    for key, value in base_tensors(model).items():
-        if key.rpartition(".")[0] not in heads:
-            content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            hashes[key] = hashlib.sha256(f"{value.dtype}{tuple(value.shape)}".encode() + content.tobytes()).hexdigest()[:16]
-    return hashes
+def replaced(model: nn.Module, name: str) -> set[str]:
+    """The keys of the base's tensors that an adapter puts its own in the place of: of the task head, which belongs to the adapter's task."""
+    return {
+        f"{path}.{parameter}"
+        for path, site in sites(model)
+        if fnmatchcase(site.role, HEAD) and name in site.adapters
+        for parameter in site.base()
+        if any(isinstance(module, Copy) and hasattr(module, f"own_{parameter}") for module in site.hung(name))
+    }
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    path = directory / MANIFEST
-    if not path.is_file():
-        raise AdapterError(f"no adapter in {directory}: {MANIFEST} is missing; give the directory that save_adapter wrote")
+def _read(directory: Path) -> tuple[Manifest, dict[str, Tensor]]:
+    """What a folder holds, old or new while somebody writes to it."""
+    manifest = read_manifest(directory)
+    for _ in range(TRIES):
+        try:
+            content = _content(directory / manifest.tensors, manifest)
+            break
+        except FileNotFoundError:
+            again = read_manifest(directory)
+            if again == manifest:
+                raise AdapterError(f"{directory / MANIFEST} names {manifest.tensors}, which is missing; copy the whole directory") from None
+            manifest = again
+        except (OSError, MemoryError) as error:
+            raise AdapterError(f"{directory / manifest.tensors} cannot be read: {error}; copy the folder again") from None
+    else:
+        raise AdapterError(f"{directory} was written {TRIES} times while it was read; load it when nobody saves there")
     try:
-        manifest = json.loads(path.read_text())
-        wanted = {key: manifest[key] for key in ("format", "name", "peft", "base", "base_hashes", "tensors", "sha256")}
-        wanted["finished"] = bool(manifest.get("finished", False))
-    except (ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{path} is not a manifest that save_adapter wrote ({type(error).__name__}: {error}); save the adapter again") from None
-    if wanted["format"] != FORMAT:
-        raise AdapterError(f"{path} has format {wanted['format']}, this version of effzoo reads {FORMAT}")
-    file = directory / wanted["tensors"]
+        return manifest, safetensors.torch.load(content)
+    except Exception as error:  # of a kind that is safetensors' own affair: a header that is none, a dtype that torch lacks
+        raise AdapterError(f"{directory / manifest.tensors} is not a safetensors file: {type(error).__name__}: {error}") from None
+
+
+def _content(file: Path, manifest: Manifest) -> bytes:
+    """The bytes of the tensors' file, which are those that the manifest knows. Raises AdapterError, OSError."""
+    size = file.stat().st_size
     if not file.is_file():
-        raise AdapterError(f"{path} names {wanted['tensors']}, which is missing; copy the whole directory")
+        raise AdapterError(f"{file} is no file; copy the whole directory")
+    if manifest.size not in (None, size):
+        raise AdapterError(f"{file} is truncated or altered: {size} bytes, the manifest says {manifest.size}")
     content = file.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
-    if digest != wanted["sha256"]:
+    if digest != manifest.sha256:
         raise AdapterError(
-            f"{file} is truncated or altered: {len(content)} bytes with sha256 {digest[:16]}..., the manifest says {wanted['sha256'][:16]}..."
+            f"{file} is truncated or altered: {len(content)} bytes with sha256 {digest[:16]}..., the manifest says {manifest.sha256[:16]}..."
         )
-    try:
-        return wanted, safetensors.torch.load(content)
-    except safetensors.SafetensorError as error:
-        raise AdapterError(f"{file} is not a safetensors file: {error}") from None
+    return content
 
 
-def _check_base(model: nn.Module, manifest: dict[str, Any], directory: Path) -> None:
-    ours, theirs = base_hashes(model), manifest["base_hashes"]
-    for key in [*theirs, *(key for key in ours if key not in theirs)]:
-        if ours.get(key) != theirs.get(key):
-            problem = (
-                "is missing in this model"
-                if key not in ours
-                else "is new in this model"
-                if key not in theirs
-                else "has other values or another shape"
-            )
+def _remove_older(directory: Path, current: str) -> None:
+    """Remove the tensor files that earlier saves left: those whose name is the hash of their content."""
+    for path in directory.glob("adapter-*.safetensors"):
+        if path.name != current and TENSORS.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if path.name == f"adapter-{digest[:16]}.safetensors":
+                path.unlink(missing_ok=True)
+
+
+def _check_base(model: nn.Module, manifest: Manifest, directory: Path, trust_base: bool) -> Fingerprint:
+    """The fingerprint of the model, heads included, which is that of the manifest but for what the adapter brings itself."""
+    ours, theirs = fingerprint(model), manifest.fingerprint
+    if manifest.format == 1:
+        if not trust_base:
             raise AdapterError(
-                f"the adapter in {directory} was trained on another base ({manifest['base']!r}): {key} {problem}; "
-                "build the model with the same name, sizes, attention and pretrained weights"
+                f"the adapter in {directory} has format 1, which cannot prove the base's {UNPROVED}; when this is the model it was trained on, load "
+                "it with trust_base=True, and save it again"
             )
+        log.warning("%s has format 1: the base's tensors are compared, and nothing proves its %s", directory, UNPROVED)
+        values = dict(model.state_dict())
+        ours = Fingerprint({}, {key: content_hash(values[key]) for key in ours.tensors if key in values})
+    heads = {path for path, site in sites(model) if fnmatchcase(site.role, HEAD)}
+    without = {key for key in ours.tensors if key.rpartition(".")[0] in heads and key not in theirs.tensors}
+    seen = Fingerprint(ours.facts, {key: value for key, value in ours.tensors.items() if key not in without})
+    if found := difference(theirs, seen):
+        advice = "build the model with the same name, sizes, attention and pretrained weights"
+        if found.split(": ")[0].rpartition(".")[0] in heads:
+            advice = "its methods change this head and bring none, so give the model the head it had then, or target what is no head"
+        raise AdapterError(f"the adapter in {directory} was trained on another base ({manifest.base!r}): {found}; {advice}")
+    return ours
 
 
-def _fill(model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Path) -> None:
+def _check_head(shapes: nn.Module, name: str, base: Fingerprint, manifest: Manifest, directory: Path) -> None:
+    """Refuse a file without the hash of a head that the adapter changes and does not bring."""
+    lacking = base.tensors.keys() - manifest.fingerprint.tensors.keys() - replaced(shapes, name)
+    if lacking and manifest.format == 1:
+        log.warning("%s: nothing proves the base's %s, which the adapter changes", directory, min(lacking))
+    elif lacking:
+        raise AdapterError(f"the adapter in {directory} changes {min(lacking)}, of which its manifest has no hash; save the adapter again")
+
+
+def _check_fits(model: nn.Module, name: str, tensors: Mapping[str, Tensor], directory: Path, unknown: tuple[str, ...] = ()) -> None:
+    """Refuse tensors that are not those of the attached adapter, by key, shape and dtype. unknown: what begins so may have another shape."""
     own = stored_tensors(model, name)
-    packed: dict[str, tuple[PeftModule, dict[str, Tensor]]] = {}
-    for path, site in sites(model):
-        for method, module in site.of(name).items() if name in site.adapters else ():
-            if isinstance(module, PeftModule) and module.packed() is not None:
-                prefix = f"{path}.adapters.{method}."
-                packed[prefix] = (module, {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)})
+    free = (*_packed(model, name), *unknown)
     for key in [*own, *(key for key in tensors if key not in own)]:
         if key not in tensors or key not in own:
             raise AdapterError(
                 f"the adapter in {directory} does not fit its own spec: {key} is {'missing' if key in own else 'one too many'} in the file"
             )
-        if own[key].shape != tensors[key].shape and not key.startswith(tuple(packed)):
-            raise AdapterError(f"{key} has shape {tuple(tensors[key].shape)} in {directory}, this model needs {tuple(own[key].shape)}")
-    with torch.no_grad():
-        for prefix, (module, found) in packed.items():
-            try:
-                module.unpack(found)
-            except (KeyError, ValueError, IndexError, RuntimeError) as error:
-                raise AdapterError(f"what {directory} holds for {prefix}* does not fit this model: {error}") from error
-        for key, value in own.items():
-            if not key.startswith(tuple(packed)):
-                value.copy_(tensors[key])
+        mine, given = own[key], tensors[key]
+        if mine.shape != given.shape and not key.startswith(free):
+            raise AdapterError(f"{key} has shape {tuple(given.shape)} in {directory}, this model needs {tuple(mine.shape)}")
+        exact = mine.dtype == given.dtype or (
+            mine.is_floating_point() and given.is_floating_point() and torch.promote_types(mine.dtype, given.dtype) == mine.dtype
+        )
+        if not exact:
+            raise AdapterError(f"{key} is {given.dtype} in {directory}, this model needs {mine.dtype}, which cannot hold the same numbers")
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, and rename it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _packed(model: nn.Module, name: str) -> dict[str, PeftModule]:
+    """The modules that a file holds packed, by the beginning of their keys there."""
+    return {
+        f"{path}.adapters.{method}.": module
+        for path, site in sites(model)
+        if name in site.adapters
+        for method, module in site.of(name).items()
+        if isinstance(module, PeftModule) and module.packed() is not None
+    }
+
+
+def _fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], directory: Path) -> None:
+    """Put the tensors of a file into an adapter; when they do not fit, it keeps its own."""
+    _check_fits(model, name, tensors, directory)
+    with _as_before_on_error(model, name):
+        _put(model, name, tensors, directory)
+
+
+@contextmanager
+def _as_before_on_error(model: nn.Module, name: str) -> Iterator[None]:
+    before = {key: value.detach().clone() for key, value in stored_tensors(model, name).items()}
+    try:
+        yield
+    except BaseException:
+        _put(model, name, before, Path())
+        raise
+
+
+@torch.no_grad()
+def _put(model: nn.Module, name: str, tensors: Mapping[str, Tensor], directory: Path) -> None:
+    packed = _packed(model, name)
+    for prefix, module in packed.items():
+        try:
+            module.unpack({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)})
+        except Exception as error:  # whatever the module finds wrong with content of any origin
+            raise AdapterError(f"what {directory} holds for {prefix}* does not fit this model: {error}") from error
+    for key, value in stored_tensors(model, name).items():
+        if not key.startswith(tuple(packed)):
+            value.copy_(tensors[key])

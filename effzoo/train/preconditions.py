@@ -13,7 +13,7 @@ import torch
 from effzoo.architectures import Perceiver, Transformer
 from effzoo.errors import IncompatibleError, OptionError, TrainingError, listing
 from effzoo.peft.attach import active, attached
-from effzoo.peft.files import MANIFEST
+from effzoo.peft.manifest import MANIFEST
 from effzoo.peft.training import finish, overrides
 from effzoo.train import checkpoints
 from effzoo.train.settings import one_of

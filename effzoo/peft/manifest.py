@@ -1,0 +1,155 @@
+"""adapter.json: what it says of an adapter, written with a hash of itself, and read as something that anybody may have written.
+
+Format 2 holds the spec, the fingerprint of the base (`effzoo.peft.fingerprint`), name, size and hash of the file with the tensors, and a hash of
+all that. Format 1 had hashes of the base's tensors and of the file alone: what cannot be proved from it is said in `UNPROVED`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from effzoo.errors import AdapterError
+from effzoo.peft.fingerprint import Fingerprint
+from effzoo.spec import Spec
+
+MANIFEST = "adapter.json"
+FORMAT = 2
+TENSORS = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")  # the digits are the hash of the content
+LARGEST = 32 * 2**20  # bytes of a manifest; that of a base with 30,000 tensors has 4 million
+UNPROVED = "heads, activation, eps, attention and its options, seeds, and the weights of a head that the adapter does not bring"
+OLD = ("name", "peft", "base", "base_hashes", "tensors", "sha256")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder says of the adapter in it.
+
+    base: a label of the base. fingerprint: of the base without the tensors that the adapter replaces; one of format 1 has no facts, and hashes alone.
+    tensors, sha256, size: name, hash and bytes of the other file (size None in format 1).
+    """
+
+    name: str
+    specs: tuple[Spec, ...]
+    finished: bool
+    base: str
+    fingerprint: Fingerprint
+    tensors: str
+    sha256: str
+    size: int | None
+    format: int = FORMAT
+
+    def written(self) -> bytes:
+        """The content of adapter.json."""
+        content = {
+            "format": self.format,
+            "name": self.name,
+            "peft": [{"name": spec.name, **spec.options} for spec in self.specs],
+            "finished": self.finished,
+            "base": self.base,
+            "base_fingerprint": asdict(self.fingerprint),
+            "tensors": self.tensors,
+            "sha256": self.sha256,
+            "size": self.size,
+        }
+        found = json.dumps(content | {"manifest_sha256": _hash(json.loads(json.dumps(content)))}, indent=1).encode()
+        if len(found) > LARGEST:
+            raise AdapterError(f"the manifest would have {len(found):,} bytes, and {LARGEST:,} are the most that are read; adapt a smaller model")
+        return found
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a folder. Raises AdapterError for what save_adapter did not write so."""
+    path = directory / MANIFEST
+    content = read_json(path, "save_adapter")
+    version = content.get("format")
+    if type(version) is int and version not in (1, FORMAT):
+        raise AdapterError(f"{path} has format {version}, this version of effzoo reads 1 and {FORMAT}; load it with the version that wrote it")
+    try:
+        if type(version) is not int:
+            raise TypeError(f"format is a number, got {version!r:.40}")
+        if version == FORMAT and content.pop("manifest_sha256") != _hash(content):
+            raise AdapterError(f"{path} is truncated or altered: its own hash does not fit what it says; copy the folder again, or save again")
+        return _checked(content, version)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(f"{path} is not a manifest that save_adapter wrote ({type(error).__name__}: {error}); save the adapter again") from None
+
+
+def read_json(path: Path, writer: str) -> dict[str, Any]:
+    """A JSON object from a file of any origin: of bounded size, every key once, numbers finite. Raises AdapterError."""
+    if not path.is_file():
+        raise AdapterError(f"no adapter in {path.parent}: {path.name} is missing; give the directory that save_adapter wrote")
+    try:
+        size = path.stat().st_size
+        if size > LARGEST:
+            raise ValueError(f"it has {size:,} bytes, and {LARGEST:,} are the most that are read")
+        content = json.loads(path.read_bytes(), object_pairs_hook=_once, parse_constant=_finite, parse_float=_number)
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}, not an object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise AdapterError(f"{path} is not a manifest that {writer} wrote ({type(error).__name__}: {error}); save the adapter again") from None
+    return content
+
+
+def _checked(content: dict[str, Any], version: int) -> Manifest:
+    """The manifest, every entry of which has the type that it should have."""
+    base, specs = content["base_fingerprint" if version == FORMAT else "base_hashes"], content["peft"]
+    if not isinstance(specs, list) or not specs or not all(isinstance(spec, dict) and isinstance(spec.get("name"), str) for spec in specs):
+        raise TypeError("peft is a list of specs with names")
+    if version == FORMAT:
+        found = Fingerprint(facts=_typed(base["facts"], dict, "facts"), tensors=_typed(base["tensors"], dict, "tensors"))
+        size = _typed(content["size"], int, "size")
+    else:
+        found, size = Fingerprint({}, _typed(base, dict, "base_hashes")), None
+    if not all(isinstance(value, str) for value in found.tensors.values()):
+        raise TypeError("the hashes of the base's tensors are strings")
+    tensors = _typed(content["tensors"], str, "tensors")
+    if not TENSORS.fullmatch(tensors):
+        raise ValueError(f"tensors names a file of this folder, adapter-(16 digits).safetensors, got {tensors!r:.80}")
+    return Manifest(
+        name=_typed(content["name"], str, "name"),
+        specs=tuple(Spec(spec["name"], {key: value for key, value in spec.items() if key != "name"}) for spec in specs),
+        finished=_typed(content.get("finished", False), bool, "finished"),
+        base=_typed(content["base"], str, "base"),
+        fingerprint=found,
+        tensors=tensors,
+        sha256=_typed(content["sha256"], str, "sha256"),
+        size=size,
+        format=version,
+    )
+
+
+def _typed(value: Any, wanted: type, name: str) -> Any:
+    if type(value) is not wanted:
+        raise TypeError(f"{name} is of type {wanted.__name__}, got {value!r:.40}")
+    return value
+
+
+def _hash(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"the key {twice!r:.80} appears twice")
+    return found
+
+
+def _finite(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(f"{text:.40} is too large a number")
+    return number

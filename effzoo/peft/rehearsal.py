@@ -1,0 +1,79 @@
+"""Attaching an adapter to a model of shapes: which tensors it would have, before any of them is there."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from effzoo.errors import AdapterError, EffzooError
+from effzoo.peft.attach import attach, attached
+from effzoo.peft.training import hooked
+from effzoo.spec import Spec
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def rehearse(model: M, specs: tuple[Spec, ...], name: str, *, finished: bool, most: int) -> tuple[M, set[str]]:
+    """A copy of the model on the meta device with the adapter attached, and the sites whose finished shapes only the data know.
+
+    most: operations on tensors that it may take; what needs more is refused.
+
+    Raises what `attach` raises, and AdapterError for anything else that goes wrong. Nothing as large as a tensor is allocated.
+    """
+    try:
+        with torch.device("meta"), _AtMost(most):
+            shapes = attach(skeleton(model), specs, name=name)
+            unknown: set[str] = set()
+            for method, modules in hooked(shapes, "finish", name) if finished else ():
+                try:
+                    method.finish(modules)
+                except NotImplementedError:  # what it keeps depends on values (`nonzero`); never more than it had before
+                    unknown |= {f"{path}.adapters.{method.name}." for path in modules}
+    except EffzooError:
+        raise
+    except Exception as error:
+        spec = "|".join(map(str, specs))
+        raise AdapterError(f"the spec {spec:.200} cannot be attached ({type(error).__name__}: {error!s:.200}); save the adapter again") from error
+    attached(shapes)[name].finished = finished
+    return shapes, unknown
+
+
+def skeleton(model: M) -> M:
+    """A copy of a model whose tensors have shapes and no content."""
+    own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    with _Shapes():
+        return copy.deepcopy(model, {id(tensor): _shape(tensor) for _, tensor in own})
+
+
+def _shape(tensor: Tensor) -> Tensor:
+    shape = tensor.detach().to("meta")
+    return nn.Parameter(shape, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape
+
+
+class _Shapes(TorchFunctionMode):
+    """`copy.deepcopy` of any other tensor (what a module remembers of its last batch) gives its shape."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not Tensor.__deepcopy__:
+            return function(*args, **(kwargs or {}))
+        tensor, memo = args
+        return memo.setdefault(id(tensor), _shape(tensor))
+
+
+class _AtMost(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses to go on after so many operations: a spec that asks for a million modules."""
+
+    def __init__(self, most: int):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = most
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.most -= 1
+        if self.most < 0:
+            raise AdapterError("the spec asks for far more tensors than the file holds; save the adapter again")
+        return function(*args, **(kwargs or {}))
