@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from effzoo.convert.peft_files.patterns import number_for
 from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, shaped, tidy
 from effzoo.errors import AdapterError
 from effzoo.peft import Method
@@ -88,8 +87,8 @@ def read(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mappi
         if A.ndim != 2 or outputs % len(A) or inputs % A.shape[1]:
             raise AdapterError(f"{theirs}.lokr_w1 has shape {tuple(A.shape)}, which does not divide {rule.ours[0]}, {outputs} x {inputs}")
         shaped(f"{theirs}.lokr_w2", B, outputs // len(A), inputs // A.shape[1])
-        rank = number_for(config.get("rank_pattern") or {}, theirs, config.get("r", 8))
-        alpha = number_for(config.get("alpha_pattern") or {}, theirs, config.get("alpha", 8))
+        rank = config["rank_pattern"].of(theirs, config.get("r", 8))
+        alpha = config["alpha_pattern"].of(theirs, config.get("alpha", 8))
         found[rule.ours[0]] = Wanted("krona", {"shape": tuple(A.shape), "scale": float(alpha / rank)}, {"A": A, "B": B})
     return found
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from effzoo.convert.keymap import Rule
-from effzoo.convert.peft_files.patterns import number_for
 from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, parts_of, shaped, split, tidy, whole
 from effzoo.errors import AdapterError
 from effzoo.peft import Method
@@ -129,10 +128,10 @@ def _take(tensors: dict[str, Tensor], key: str) -> Tensor:
 
 def _options(config: Config, theirs: str, rank: int, given: int) -> dict[str, object]:
     """Our options for one module: of rank `rank` within a low rank of `given` of theirs."""
-    stated = number_for(config.get("rank_pattern") or {}, theirs, config.get("r", 8))
+    stated = config["rank_pattern"].of(theirs, config.get("r", 8))
     if stated != given:
         raise AdapterError(f"{theirs} has rank {given} in the file and {stated} in its config")
-    alpha = number_for(config.get("alpha_pattern") or {}, theirs, config.get("lora_alpha", 8))
+    alpha = config["alpha_pattern"].of(theirs, config.get("lora_alpha", 8))
     rslora = bool(config.get("use_rslora", False))
     own = tidy(alpha * (math.sqrt(rank / given) if rslora else rank / given))
     options: dict[str, object] = {"rank": rank, "alpha": own, "rslora": rslora}

@@ -33,6 +33,7 @@ def read(model: nn.Module, directory: Path, name: str) -> None:
     kind = _kind(config, directory)
     twin = Twin(model)
     _check_config(config, kind, directory)
+    config = patterns.compiled(config)
     own, others = _sorted_out(twin, config, kind, tensors)
     found = kind.read(twin, config, own, parts)
     kept = selected.read(twin, others, parts)
@@ -145,6 +146,11 @@ def _check_whole(twin: Twin, config: Config, own: Mapping[str, Tensor]) -> None:
         raise AdapterError(f"the config names {lacking[0]} (target_modules), and the file has no tensor for it; copy the whole adapter")
     if not own:
         raise AdapterError("the file has no tensor of its method")
+    if not isinstance(config.get("target_modules"), str | list) or config["target_modules"] == "all-linear":
+        return  # peft's own choice
+    tied = twin.tied_head if config.get("ensure_weight_tying") else None
+    if unnamed := sorted(have - named - {tied}):
+        raise AdapterError(f"the file has tensors for {unnamed[0]}, which its config does not name (target_modules), so peft would leave them out")
 
 
 def specs(twin: Twin, wanted: Mapping[str, Wanted]) -> list[Spec]:

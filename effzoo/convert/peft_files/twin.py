@@ -60,6 +60,10 @@ class Twin:
         self.rules = {rule.theirs: rule for rule in self.layout.rules(model.config.blocks, model.task, model.task) if rule.axis is None}
         self.sites: dict[str, Site] = dict(sites(model))
         self.theirs = {path: rule for rule in self.rules.values() for path in rule.ours if path in self.sites}
+        (self.token,) = (path for path, site in self.sites.items() if site.role == "embed.token")
+        table = f"{self.theirs[self.token].theirs}.weight"
+        tied = [key for key, other in self.layout.ties(model.config, model.task).items() if other == table and model.task.endswith("_lm")]
+        self.tied_head = tied[0].removesuffix(".weight") if tied else None  # their module that multiplies by the table
 
     def rule(self, path: str) -> Rule:
         """The rule for one of our modules. AdapterError when their model has no such module."""
