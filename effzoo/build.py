@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from effzoo import zoo
 from effzoo.architectures import Transformer
 from effzoo.peft import attach
@@ -20,14 +22,15 @@ def build(
     num_labels: int = 2,
     pretrained: bool | str | Path | None = None,
     adapter: str = "default",
+    adapter_dtype: torch.dtype | str | None = None,
     **sizes: Any,
 ) -> Transformer:
     """Build a model of the zoo, with any attention kind and any PEFT method.
 
     name: of the zoo (`effzoo.models()`). attention: a spec such as `"longformer[window=256]"` instead of the entry's own. peft: a spec such
-    as `"prefix[length=16]|lora[rank=4]"`, attached under the name `adapter`. task: features, classification, token_classification,
-    masked_lm or causal_lm. pretrained: a local folder or hub id in a layout of transformers, or True for the
-    entry's own weights. sizes: `dim, layers, heads, mlp, vocab, max_length, dropout, ...`.
+    as `"prefix[length=16]|lora[rank=4]"`, attached under the name `adapter`, its tensors in `adapter_dtype` (None: float32 or better).
+    task: features, classification, token_classification, masked_lm or causal_lm. pretrained: a local folder or hub id
+    in a layout of transformers, or True for the entry's own weights. sizes: `dim, layers, heads, mlp, vocab, max_length, dropout, ...`.
 
     With `pretrained`, longer `max_length` extends the positions by copying them, and projections that only the new
     attention has start as copies of those they stand beside (Beltagy et al. 2020, section 5).
@@ -41,4 +44,4 @@ def build(
         from effzoo import convert  # imports transformers, which `import effzoo` must not
 
         convert.load_pretrained(model, convert.source_of(model.config) if pretrained is True else pretrained)
-    return model if peft is None else attach(model, peft, name=adapter)
+    return model if peft is None else attach(model, peft, name=adapter, dtype=adapter_dtype)

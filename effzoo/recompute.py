@@ -13,9 +13,10 @@ Only functions without randomness may be told. Other hooks on saved tensors stay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -139,17 +140,29 @@ def recompute(level: Level = "hidden") -> Iterator[None]:
         _in_force.reset(token)
 
 
-def follows(out: Tensor, function: Function, *sources: Tensor | None, level: Level = "hidden", of: Tensor | None = None) -> Tensor:
+def follows(out: Tensor, function: Function, *sources: Tensor | None, level: Level = "hidden", of: Tensor | Sequence[Tensor] = ()) -> Tensor:
     """Tell that out = function(*sources), without randomness, bit for bit; out itself.
 
-    level: from which on it is worth it. of: a source that must itself be told: else nothing would be saved by making `out` again.
+    level: from which on it is worth it. of: what must itself be told: else nothing would be saved by making `out` again.
     """
     running = None if torch.compiler.is_compiling() else _in_force.get()
     if running is None or not torch.is_grad_enabled():
         return out
-    if LEVELS.index(running.level) >= LEVELS.index(level) and (of is None or running.note(of) is not None):
+    needed = (of,) if isinstance(of, Tensor) else of
+    if LEVELS.index(running.level) >= LEVELS.index(level) and all(running.note(source) is not None for source in needed):
         running.told(out, function, sources)
     return out
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype, of: Tensor | None = None) -> Tensor:
+    """x in another dtype. What is kept for the backward pass is x, where that is the narrower of both or a parameter; or, with `of`, what x follows
+    from, where both are told."""
+    if x.dtype == dtype:
+        return x
+    out = x.to(dtype)
+    if of is None and out.element_size() < x.element_size() and not isinstance(x, nn.Parameter):
+        return out
+    return follows(out, partial(Tensor.to, dtype=dtype), x, of=() if of is None else (x, of))
 
 
 def _unchanged(parameter: Tensor, version: int) -> Tensor:

@@ -84,7 +84,8 @@ class Attention(nn.Module):
             heads, cache.states[layer] = self.core.step(*projected, mask=mask, past=cache.states.get(layer), memory=memory)  # type: ignore[arg-type]
         for keys, values, gate in self.memory.extras(seen):
             own = self._grouped(keys), self._grouped(values)
-            heads = heads + gate[..., None, None] * self.core.alone(*projected, mask=mask, memory=own, where=where)  # type: ignore[arg-type]
+            added = gate[..., None, None] * self.core.alone(*projected, mask=mask, memory=own, where=where)  # type: ignore[arg-type]
+            heads = heads + added.to(heads.dtype)
         if rows is not None and where is None:
             heads = rows_of(heads, rows)
         merged = rearrange(heads, "b h n d -> b n (h d)")

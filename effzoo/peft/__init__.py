@@ -6,7 +6,7 @@
 from effzoo.peft import combined, function, input, modular, parameter
 from effzoo.peft.accounting import Account, Flops, account, flops, ranks
 from effzoo.peft.aggregation import Combined, combine
-from effzoo.peft.attach import Attachment, activate, attach, attached, detach, roles
+from effzoo.peft.attach import Attachment, activate, attach, attached, detach, recast, roles
 from effzoo.peft.budget import within
 from effzoo.peft.files import load_adapter, save_adapter
 from effzoo.peft.merging import MergeReport, delta, merge, unmerge
@@ -56,6 +56,7 @@ __all__ = [
     "penalty",
     "parameter",
     "ranks",
+    "recast",
     "register",
     "roles",
     "save_adapter",

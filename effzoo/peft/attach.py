@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from effzoo.errors import AdapterError, IncompatiblePeft, TargetError, UnknownNameError, did_you_mean, listing
+from effzoo.errors import AdapterError, IncompatiblePeft, OptionError, TargetError, UnknownNameError, did_you_mean, listing
 from effzoo.peft.method import HEAD, Method
 from effzoo.registry import peft as registry
 from effzoo.sites import Site, sites
@@ -28,7 +28,8 @@ M = TypeVar("M", bound=nn.Module)
 class Attachment:
     """One adapter of a model: its spec, and where each of its methods hangs, {method: [(path, role)]}.
 
-    methods: each method with the paths where it hangs. finished: whether `effzoo.peft.finish` has dropped what only training needed.
+    methods: each method with the paths where it hangs. finished: whether `effzoo.peft.finish` has dropped what only training needed. dtype: in which
+    it was asked to be held; None for float32, or float64 where the base is.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Attachment:
     places: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     methods: list[tuple[Method, list[str]]] = field(default_factory=list)
     finished: bool = False
+    dtype: torch.dtype | None = None
 
     @property
     def spec(self) -> str:
@@ -49,18 +51,21 @@ class _State:
     frozen: set[str] = field(default_factory=set)  # the base parameters that attaching froze
 
 
-def attach(model: M, peft: Any, *, name: str = "default") -> M:
+def attach(model: M, peft: Any, *, name: str = "default", dtype: torch.dtype | str | None = None) -> M:
     """Hang the methods of a spec (`"lora[rank=4]|ia3"`) on a model under a name, make it the active adapter, return the model.
 
     The base is frozen; only the new adapter's parameters are trainable. Adapters attached before stay, inactive;
-    `activate(model, "a", "b")` stacks several. Raises TargetError, AdapterError, OptionError; the model is then unchanged.
+    `activate(model, "a", "b")` stacks several. dtype: of the adapter's tensors; None is float32 whatever the base is (float64 on a float64 base),
+    since in half precision small updates are lost. It computes in that dtype, and what it gives back to the model is rounded once.
+
+    Raises TargetError, AdapterError, OptionError; the model is then unchanged.
     """
     state = _state(model)
     if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
         raise AdapterError(f"an adapter name is a Python identifier that torch does not use itself, got {name!r}; try 'task_a'")
     if name in state.attachments or any(name == merged.name for merged in state.merged):
         raise AdapterError(f"an adapter named {name!r} is attached already (or merged); detach it first or choose another name")
-    attachment, settled = Attachment(name, parse(peft)), []
+    attachment, settled = Attachment(name, parse(peft), dtype=_dtype(dtype)), []
     try:
         for spec in attachment.specs:
             method = registry.create(spec)
@@ -204,7 +209,8 @@ def _hang(model: nn.Module, method: Method, attachment: Attachment, found: dict[
         if module is None:
             continue
         parameter = next(iter(site.base().values()), like)
-        site.hang(attachment.name, method.name, module.to(device=parameter.device, dtype=parameter.dtype).train(site.training))
+        module = module.to(device=parameter.device, dtype=held_in(parameter.dtype, attachment.dtype))
+        site.hang(attachment.name, method.name, module.train(site.training))
         places.append((path, site.role))
     if not places:
         raise TargetError(
@@ -212,6 +218,37 @@ def _hang(model: nn.Module, method: Method, attachment: Attachment, found: dict[
         )
     attachment.places.setdefault(method.name, []).extend(places)
     attachment.methods.append((method, [path for path, _ in places]))
+
+
+def held_in(base: torch.dtype, asked: torch.dtype | None = None) -> torch.dtype:
+    """The dtype of an adapter's tensors: the one that was asked for, else float32, or the base's where that is wider."""
+    return torch.promote_types(base, torch.float32) if asked is None else asked
+
+
+def recast(model: M, *names: str, dtype: torch.dtype | str | None = None) -> M:
+    """Hold the tensors of the named adapters (all, when none is named) in another dtype, the base left as it is; return the model.
+
+    dtype: None is what `attach` gives: float32, or float64 on a float64 base. For an adapter that `model.to(torch.bfloat16)` has cast with the base;
+    what that has rounded stays rounded. Raises UnknownNameError, OptionError.
+    """
+    wanted = _dtype(dtype)
+    for name in names:
+        _known(model, name)
+    like = next(tensor for tensor in base_tensors(model).values() if tensor.is_floating_point())
+    for name in names or tuple(_state(model).attachments):
+        for _, site in sites(model):
+            if name in site.adapters:
+                parameter = next(iter(site.base().values()), like)
+                site.of(name).to(dtype=held_in(parameter.dtype, wanted))
+        _state(model).attachments[name].dtype = wanted
+    return model
+
+
+def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    found = getattr(torch, given, None) if isinstance(given, str) else given
+    if given is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise OptionError(f"dtype is a floating-point type such as torch.bfloat16 or 'float32', or None for float32 or better, got {given!r}")
+    return found
 
 
 def _remove(model: nn.Module, name: str) -> None:

@@ -14,12 +14,13 @@ from effzoo.architectures import PerceiverConfig
 from effzoo.build import build
 from effzoo.errors import EffzooError, IncompatibleError, InputError, OptionError, UnknownNameError
 from effzoo.peft import attach, attached
-from effzoo.peft.attach import active
+from effzoo.peft.attach import active, held_in
 from effzoo.plan.optimizers import STATES
 from effzoo.plan.report import Plan
 from effzoo.plan.shadow import Shadows, key, size
 from effzoo.plan.step import step
 from effzoo.recompute import Level, spare
+from effzoo.sites import sites
 
 PRECISIONS = ("plain", "autocast", "master")
 _HALF = (torch.bfloat16, torch.float16)
@@ -50,11 +51,11 @@ def plan(
     recompute: what else is computed again, as in `finetune`, which also leaves out of the last block what no head reads; None leaves the model as
     it is.
 
-    precision: what half dtypes mean.
+    precision: what half dtypes mean. Adapters are held in float32 (`attach`), with their gradients and states, in all of them.
         plain      everything in dtype: weights, gradients, optimizer states, activations.
         autocast   torch.autocast: weights, gradients and states stay float32, operations run in dtype (bfloat16 when None), and
                    the half copies of weights that they are given are kept for the backward pass like activations.
-        master     weights, gradients and activations in dtype (bfloat16 when None), a float32 copy of every trainable weight, float32 states.
+        master     weights, gradients and activations in dtype (bfloat16 when None), a float32 copy of every trainable half weight, float32 states.
 
     optimizer: adamw, adam (2 numbers per trained parameter), momentum (1), sgd (0), adafactor (a row and a column of each matrix). Scalars such as
     step counters do not count.
@@ -85,7 +86,7 @@ def plan(
     trained = [p for p in copied.parameters() if p.requires_grad]
     state = 4 if precision == "master" else None
     states = sum(STATES[optimizer](p.shape) * (state or p.element_size()) for p in trained)
-    master = 4 * sum(p.numel() for p in trained) if precision == "master" else 0
+    master = 4 * sum(p.numel() for p in trained if p.element_size() < 4) if precision == "master" else 0
     weights = _stored([*copied.parameters(), *copied.buffers()])
     activations: dict[str, int] = {}
     for saved in kept:
@@ -140,7 +141,17 @@ def _stand_in(model: nn.Module | str, peft: Any, choices: dict[str, Any], shadow
             "make it for real and plan that"
         ) from error
     with shadows:
-        return shadows.copied(model, dtype).train()
+        return shadows.copied(model, dtype, kinds={} if dtype is None else _kinds(model, dtype)).train()
+
+
+def _kinds(model: nn.Module, dtype: torch.dtype) -> dict[int, torch.dtype]:
+    """The dtypes of what adapters hold on a base of this dtype, by the tensor's id: those that `attach` gives."""
+    found: dict[int, torch.dtype] = {}
+    for _, site in sites(model):
+        for name, modules in site.adapters.named_children():
+            own = held_in(dtype, attached(model)[name].dtype)
+            found |= {id(tensor): own for tensor in (*modules.parameters(), *modules.buffers())}
+    return found
 
 
 def _set_checkpointing(model: nn.Module, wanted: bool) -> None:

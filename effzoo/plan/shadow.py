@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -83,7 +84,7 @@ class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in _tensors(out) if self.meter is not None else ():
             if key(tensor) not in self._twins:
                 self.meter.see(tensor)  # type: ignore[union-attr]
-        if func is torch.ops.aten._to_copy.default and key(given[0]) in self.weights:
+        if func is torch.ops.aten._to_copy.default and key(given[0]) in self.weights and out.element_size() < given[0].element_size():
             _remember(out, self.half_copies)
         return out
 
@@ -134,12 +135,15 @@ class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
             made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device=device)
         return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
-    def copied(self, model: M, dtype: torch.dtype | None = None, device: str = "cpu") -> M:
-        """A copy of a model whose parameters and floating-point buffers are stand-ins; small integer buffers keep their values, on the CPU."""
+    def copied(self, model: M, dtype: torch.dtype | None = None, device: str = "cpu", kinds: Mapping[int, torch.dtype] = MappingProxyType({})) -> M:
+        """A copy of a model whose parameters and floating-point buffers are stand-ins; small integer buffers keep their values, on the CPU.
+
+        dtype: of the floating-point ones, but for those that `kinds` names by their id.
+        """
         memo: dict[int, Any] = {}
         for tensor in itertools.chain(model.parameters(), model.buffers()):
             if tensor.is_floating_point() or not self._has_value(tensor) or not _small(tensor):
-                memo[id(tensor)] = self.stand_in(tensor, dtype, device)
+                memo[id(tensor)] = self.stand_in(tensor, kinds.get(id(tensor), dtype), device)
             elif tensor.device.type != "cpu":
                 memo[id(tensor)] = tensor.cpu()
         return copy.deepcopy(model, memo)

@@ -67,9 +67,7 @@ class QuantisedLinear(Linear):
 
     def composed_weight(self, modules: Sequence[PeftModule] | None = None) -> Tensor:
         weight = self.numbers()
-        for module in self.hung() if modules is None else modules:
-            weight = module.weight(weight)
-        return weight
+        return self.passed("weight", weight, modules).to(weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.combined(x) if self.active else self.multiplied(x, self.bias)
@@ -77,9 +75,7 @@ class QuantisedLinear(Linear):
     def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         if any(module.opens("weight") for module in modules):
             return super().enter(modules, *inputs)
-        (x,) = inputs
-        for module in modules:
-            x = module.before(x)
+        x = self.entered(modules, *inputs)
         return (x,), self.multiplied(x, self.composed_bias(modules))
 
     def multiplied(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar, cast
 
 import torch
@@ -34,6 +35,11 @@ class PeftModule(nn.Module):
 
     by_position: ClassVar[bool] = True
     grows: ClassVar[bool] = False
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """In which its numbers are held, and in which the site lets it compute; None where it has no numbers."""
+        return next((tensor.dtype for tensor in chain(self.parameters(), self.buffers()) if tensor.is_floating_point()), None)
 
     def weight(self, weight: Tensor) -> Tensor:
         return weight

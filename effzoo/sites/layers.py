@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from effzoo.recompute import follows
 from effzoo.sites.doors import PeftModule
-from effzoo.sites.site import Inputs, Site, given
+from effzoo.sites.site import Inputs, Site, autocasts, given, suited
 
 
 class Linear(nn.Linear, Site):
@@ -35,9 +36,7 @@ class Linear(nn.Linear, Site):
         return y if weight.requires_grad else follows(y, F.linear, x, weight, bias, level="hidden" if self.again else "projections")
 
     def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
-        (x,) = inputs
-        for module in modules:
-            x = module.before(x)
+        x = self.entered(modules, *inputs)
         return (x,), self.product(x, self.composed_weight(modules), self.composed_bias(modules))
 
 
@@ -64,9 +63,7 @@ class Conv2d(nn.Conv2d, Site):
 
     def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         (x,) = inputs
-        batched = x if x.ndim == 4 else x[None]
-        for module in modules:
-            batched = module.before(batched)
+        batched = self.entered(modules, x if x.ndim == 4 else x[None])
         return (batched,), F.conv2d(batched, self.composed_weight(modules), self.composed_bias(modules), self.stride, self.padding)
 
     def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
@@ -104,7 +101,8 @@ class Norm(Site):
 
     def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         (x,) = inputs
-        weight, bias = self.composed_weight(modules), self.composed_bias(modules)
+        weight = self.passed("weight", cast(Tensor, self.weight), modules)  # as exact as they are: a norm is computed in float32 or better
+        bias = None if self.bias is None else self.passed("bias", cast(Tensor, self.bias), modules)
         return (x,), follows(self.normalise(x, weight, bias), self.normalise, x, weight, bias)
 
     def normalise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -119,7 +117,9 @@ class LayerNorm(Norm, nn.LayerNorm):
         self._open(role, layer)
 
     def normalise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        exact = x if autocasts(x) else x.to(torch.promote_types(x.dtype, weight.dtype))
+        y = F.layer_norm(exact, self.normalized_shape, weight.to(exact), None if bias is None else bias.to(exact), self.eps)
+        return y if autocasts(x) else y.to(x.dtype)
 
 
 class RMSNorm(Norm, nn.RMSNorm):
@@ -133,7 +133,10 @@ class RMSNorm(Norm, nn.RMSNorm):
 
     def normalise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(exact, self.normalized_shape, None, self.eps).to(x.dtype) * weight
+        normed = F.rms_norm(exact, self.normalized_shape, None, self.eps)
+        if autocasts(x):
+            return normed.to(x.dtype) * weight
+        return (normed.to(torch.promote_types(x.dtype, weight.dtype)) * weight).to(x.dtype)
 
 
 class Embedding(nn.Embedding, Site):
@@ -150,7 +153,8 @@ class Embedding(nn.Embedding, Site):
 
     def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         (ids,) = inputs
-        return (ids,), F.embedding(ids, self.composed_weight(modules))
+        table = self.passed("weight", self.weight, modules)
+        return (ids,), F.embedding(ids, table).to(self.weight.dtype)  # the rows are rounded, not the whole table
 
     def prompt(self) -> Tensor | None:
         """The rows that active modules put in front of every input, [rows, dim], or None; [batch, rows, dim] where adapters are chosen by row."""
@@ -182,8 +186,10 @@ class Branch(Site):
         x, _, valid = inputs
         dtype = y.dtype
         for module in modules:
-            y = module.joined(x, y, valid).to(dtype)
-        return y
+            if module.opens("after", "joined"):
+                own_x, own_y = suited(module, x, y)
+                y = module.joined(own_x, own_y, valid)
+        return y.to(dtype) if autocasts(y) else y
 
 
 class Keys(Site):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.errors import IncompatibleError
-from effzoo.sites.doors import KeysValues, Seen
-from effzoo.sites.site import Site, given
+from effzoo.sites.doors import KeysValues, PeftModule, Seen
+from effzoo.sites.site import Site, given, suited
 
 
 class Memory(Site):
@@ -24,7 +24,7 @@ class Memory(Site):
     def forward(self, seen: Seen) -> KeysValues | None:
         """Keys [heads, rows, head_dim] and values [heads, rows, value_dim], or None when nothing is hung here; with an axis of the batch in front
         where they differ by example."""
-        each = [given(module.remember(seen) for module in self.hung(name)) for name in self.active]
+        each = [given(module.remember(_shown(module, seen)) for module in self.hung(name)) for name in self.active]
         if not self.mixed:
             put_in = [found for of_adapter in each for found in of_adapter]
             return _joined(put_in) if put_in else None
@@ -35,7 +35,7 @@ class Memory(Site):
 
     def extras(self, seen: Seen) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Keys, values and gates that have a softmax of their own."""
-        found = [each for module in self.hung() for each in module.apart(seen)]
+        found = [each for module in self.hung() for each in module.apart(_shown(module, seen))]
         if found and self.mixed:
             raise IncompatibleError(f"{self.role}: gated attention to trained rows can neither be averaged nor chosen by row; activate one adapter")
         return found
@@ -62,8 +62,14 @@ class Side(Site):
         """The mean of what the active networks make of the states."""
         if self.choice is not None:
             raise IncompatibleError("a side network cannot be chosen by row; run the rows apart")
-        outs = [module.beside(states, mask) for module in self.hung() if module.opens("beside")]
-        return torch.stack(outs).mean(dim=0)
+        outs = [module.beside(suited(module, *states), mask) for module in self.hung() if module.opens("beside")]
+        return torch.stack(outs).mean(dim=0).to(states[-1].dtype)
+
+
+def _shown(module: PeftModule, seen: Seen) -> Seen:
+    """What the layer shows, in the dtype that the module computes in; rows that it gives meet the projections in that of the layer's input."""
+    (x,) = suited(module, seen.x)
+    return seen if x is seen.x else Seen(x, seen.valid, lambda rows: seen.keys_values(rows.to(seen.x.dtype)))
 
 
 def _joined(memories: Sequence[KeysValues]) -> KeysValues:

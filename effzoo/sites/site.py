@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from effzoo.errors import IncompatibleError, OptionError
+from effzoo.recompute import in_dtype
 from effzoo.sites.doors import Mixture, PeftModule
 
 T = TypeVar("T")
@@ -34,26 +35,36 @@ class Site(nn.Module):
         """What the site computes with these modules."""
         place = next((i for i, module in enumerate(modules) if isinstance(module, Mixture)), None)
         if place is None:
-            return self.leave(modules, *self.enter(modules, *inputs))
+            entered, alone = self.enter(modules, *inputs)
+            return in_dtype(self.leave(modules, entered, alone), alone.dtype, of=alone)
         mixture, first, rest = cast(Mixture, modules[place]), modules[:place], modules[place + 1 :]
-        entered, plain = self.enter((*first, *rest), *inputs)
-        plain = self.leave(first, entered, plain)
+        entered, alone = self.enter((*first, *rest), *inputs)
+        plain = self.leave(first, entered, alone)
         outs = []
         for own in mixture.at_hand():
             at, y = (entered, None) if mixture.at_the_output(own) else self.enter((*first, *own, *rest), *inputs)
             outs.append(self.leave(own, at, plain if y is None else self.leave(first, at, y)))
-        return self.leave(rest, entered, mixture.mix(self, inputs[0], plain, outs))
+        x, plain, *outs = suited(mixture, inputs[0], plain, *outs)
+        return self.leave(rest, entered, mixture.mix(self, x, plain, outs)).to(alone.dtype)
 
     def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         """The inputs as `before` leaves them, and what the site makes of them with its weight as it passes through the parameter door."""
         raise NotImplementedError
 
-    def leave(self, modules: Sequence[PeftModule], inputs: Inputs, y: Tensor) -> Tensor:
-        """The output as it passes through the function door of the modules."""
-        dtype = y.dtype  # under autocast a trained vector in float32 would carry its dtype on, and attention wants one
+    def entered(self, modules: Sequence[PeftModule], x: Tensor) -> Tensor:
+        """The input as `before` of the modules leaves it, in its own dtype."""
         for module in modules:
-            y = module.after(inputs[0], y).to(dtype)
-        return y
+            if module.opens("before"):
+                x = in_dtype(module.before(*suited(module, x)), x.dtype)
+        return x
+
+    def leave(self, modules: Sequence[PeftModule], inputs: Inputs, y: Tensor) -> Tensor:
+        """The output as it passes through the function door of the modules, in their dtype: what they add is rounded once, after the last one."""
+        dtype = y.dtype
+        for module in modules:
+            if module.opens("after"):
+                y = module.after(*suited(module, inputs[0], y))
+        return y.to(dtype) if autocasts(y) else y
 
     def combined(self, *inputs: Tensor | None) -> Tensor:
         """`compute` with the active adapters: one after the other, averaged, or another one for each row of the batch."""
@@ -147,20 +158,21 @@ class Site(nn.Module):
         return dict(self.named_parameters(recurse=False))
 
     def composed_weight(self, modules: Sequence[PeftModule] | None = None) -> Tensor:
-        """The site's weight as it passes through the parameter door of the modules (default: the active ones)."""
+        """The site's weight as it passes through the parameter door of the modules (default: the active ones), rounded once to its dtype."""
         weight = cast(Tensor, self.weight)
-        for module in self.hung() if modules is None else modules:
-            weight = module.weight(weight)
-        return weight
+        return in_dtype(self.passed("weight", weight, modules), weight.dtype)
 
     def composed_bias(self, modules: Sequence[PeftModule] | None = None) -> Tensor | None:
         """The site's bias, likewise; None when it has none."""
         bias = cast("Tensor | None", self.bias)
-        if bias is None:
-            return None
+        return None if bias is None else in_dtype(self.passed("bias", bias, modules), bias.dtype)
+
+    def passed(self, door: Literal["weight", "bias"], tensor: Tensor, modules: Sequence[PeftModule] | None = None) -> Tensor:
+        """The weight or bias as it passes through the parameter door of the modules, in the widest of their dtypes and its own."""
         for module in self.hung() if modules is None else modules:
-            bias = module.bias(bias)
-        return bias
+            if module.opens(door) and not isinstance(module, Mixture):
+                tensor = getattr(module, door)(in_dtype(tensor, torch.promote_types(tensor.dtype, module.dtype or tensor.dtype)))
+        return tensor
 
     @property
     def mixed(self) -> bool:
@@ -178,6 +190,18 @@ class _Row(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.site[0].compute(tuple(cast("Iterator[PeftModule]", iter(self.modules_))), *inputs)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast decides in which dtype x is computed with."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def suited(module: PeftModule, *tensors: Any) -> tuple[Any, ...]:
+    """The tensors in the dtype that a module computes in: its own, which is wider than that of a base in half precision. Integers, and everything
+    under autocast, stay as they are."""
+    dtype = module.dtype
+    return tuple(x if dtype is None or x is None or not x.is_floating_point() or autocasts(x) else in_dtype(x, dtype) for x in tensors)
 
 
 def given(values: Iterable[T | None]) -> list[T]:

@@ -63,9 +63,27 @@ def check_precision(model: torch.nn.Module, precision: str) -> None:
         raise IncompatibleError("precision='float16' scales its loss on a CUDA device, and there is none here; try precision='bfloat16'")
     if precision == "bfloat16" and not on_cpu() and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise IncompatibleError(f"{torch.cuda.get_device_name()} does not compute in bfloat16; try precision='float16' or 'float32'")
-    half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
-    if half:
-        raise IncompatibleError(f"{half[0]} is stored in float16, where small updates vanish; call model.float() and give precision='float16'")
+
+
+def check_dtypes(model: torch.nn.Module) -> None:
+    """IncompatibleError for trained tensors in half precision, where small updates are rounded away (in bfloat16 those below a 512th of a weight).
+
+    An adapter that was attached with dtype=torch.bfloat16 is meant to be so; nothing can be trained in float16.
+    """
+    meant = [f".adapters.{name}." for name, attachment in attached(model).items() if attachment.dtype == torch.bfloat16]
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or parameter.dtype not in (torch.bfloat16, torch.float16):
+            continue
+        kind = str(parameter.dtype).removeprefix("torch.")
+        if ".adapters." not in f".{name}":
+            advice = f"call model.float() and give precision={kind!r}, or attach an adapter, which is float32"
+        elif kind == "float16":
+            advice = "call effzoo.peft.recast(model), which makes adapters float32"
+        elif any(adapter in f".{name}" for adapter in meant):
+            continue
+        else:
+            advice = "call effzoo.peft.recast(model), which makes adapters float32, or attach with dtype='bfloat16' if that is meant"
+        raise IncompatibleError(f"{name} is trained in {kind}, where small updates vanish; {advice}")
 
 
 def check_processes(found: int) -> None:

@@ -25,7 +25,17 @@ from effzoo.train.distillation import PARTS, Distillation
 from effzoo.train.examples import Collated, Examples, Raw, accepted, examples, fits_teacher, sized
 from effzoo.train.gradients import Untouched, check_finite
 from effzoo.train.parts import parts, used
-from effzoo.train.preconditions import SCHEDULES, check_model, check_precision, check_processes, check_trainable, on_cpu, rejoin, starting_point
+from effzoo.train.preconditions import (
+    SCHEDULES,
+    check_dtypes,
+    check_model,
+    check_precision,
+    check_processes,
+    check_trainable,
+    on_cpu,
+    rejoin,
+    starting_point,
+)
 from effzoo.train.settings import LARGEST, callbacks_of, called, flag, folder, number, number_or_none, one_of, warmup_of, whole, whole_or_none
 from effzoo.train.settings import steps as steps_of
 from effzoo.train.teaching import Teaching, fingerprint
@@ -171,6 +181,7 @@ def finetune(
     collator, metrics, callbacks = called("collator", collator), called("metrics", metrics), callbacks_of(callbacks)
     output_dir = folder("output_dir", output_dir)
     check_precision(model, precision)
+    check_dtypes(model)
     check_level(recompute if isinstance(recompute, str) else repr(recompute))
     if best is not None and not isinstance(best, str):
         raise OptionError(f"best is the name of a metric, such as 'loss', or None, got {best!r}")

@@ -51,7 +51,7 @@ class HeadBottlenecks(PeftModule):
         layer_input, self.held.x = self.held.x, None
         if layer_input is None or layer_input.ndim != x.ndim:
             raise IncompatibleError("multihead_parallel sees its layer's input for whole batches only; run rows with other adapters apart")
-        narrow = self.activation(torch.einsum("bnd,hrd->bnhr", layer_input, self.down))
+        narrow = self.activation(torch.einsum("bnd,hrd->bnhr", layer_input.to(x), self.down))
         added = torch.einsum("bnhr,hdr->bnhd", narrow, self.up)
         return x + self.scale * rearrange(added, "b n h d -> b n (h d)")
 
