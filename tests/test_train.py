@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import json
 import math
 import random
 
@@ -313,12 +312,10 @@ def test_a_checkpoint_of_another_base_or_a_damaged_one_is_refused(build, tmp_pat
         other.embeddings.token.weight[0] += 1
     with pytest.raises(AdapterError, match=r"another base.*embeddings.token.weight"):
         effzoo.finetune(other, rows(), resume=True, **settings)
-    manifest = json.loads((tmp_path / "checkpoint-2" / "run.json").read_text())
-    (tmp_path / "checkpoint-2" / "run.json").write_text(json.dumps({**manifest, "steps": 4}))
     with open(tmp_path / "checkpoint-2" / "state.safetensors", "r+b") as file:
         file.truncate(64)
-    with pytest.raises(TrainingError, match="is not a whole checkpoint"):
-        effzoo.finetune(build(peft="lora"), rows(), resume=True, **{**settings, "max_steps": 4})
+    with pytest.raises(TrainingError, match="is not a whole checkpoint: state.safetensors has changed"):
+        effzoo.finetune(build(peft="lora"), rows(), resume=True, **settings)
 
 
 def test_a_masked_language_model_collator_and_workers(build, tmp_path):

@@ -2,11 +2,13 @@
 
 A checkpoint is a directory `checkpoint-<step>`. It is written as `.partial-<step>-...`, forced to disk, and renamed; one that is removed is
 renamed first. So whatever is killed when, a directory under its real name is complete. It holds the active adapters (or, without any,
-`model.safetensors`), and the state of the run as `state.json` with its tensors in `state.safetensors`.
+`model.safetensors`), and the state of the run as `state.json` with its tensors in `state.safetensors`. `sums.json` holds the hash of every
+file, so that what was damaged later is found before anything is read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -29,6 +31,7 @@ from effzoo.writing import force_to_disk, replace_file, told
 WEIGHTS = "model.safetensors"
 ADAPTER = "adapter"
 RUN = "run.json"
+SUMS = "sums.json"
 _PREFIX, _PARTIAL, _REMOVED = "checkpoint-", ".partial-", ".removed-"
 
 
@@ -59,6 +62,7 @@ def writing(directory: Path, step: int) -> Iterator[Path]:
         partial = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{step}-", dir=directory))
         try:
             yield partial
+            _write_sums(partial, step)
             for path in [*partial.rglob("*"), partial]:
                 force_to_disk(path)
             if final.exists():
@@ -68,6 +72,40 @@ def writing(directory: Path, step: int) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         force_to_disk(directory)
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Raise TrainingError for a checkpoint whose files are not those that were written, with what is damaged and where else to go on."""
+    earlier = [path.name for path in whole(checkpoint.parent) if step_of(path) < step_of(checkpoint)]
+    instead = f"remove it to resume from {earlier[-1]}" if earlier else "there is no earlier one; overwrite=True with resume=False begins anew"
+    try:
+        content = json.loads((checkpoint / SUMS).read_text())
+        sums = dict(content["files"])
+        if content["sum"] != _sum_of(content["step"], sums) or content["step"] != step_of(checkpoint):
+            raise ValueError("it does not belong to these files")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        problem = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({type(error).__name__}: {error!s:.80})"
+        raise TrainingError(f"{checkpoint} is not a whole checkpoint: {SUMS} {problem}; {instead}") from None
+    for name, expected in sums.items():
+        file = checkpoint / name
+        if not file.is_file() or _hash_of(file) != expected:
+            problem = "has changed since it was written" if file.is_file() else "is missing"
+            raise TrainingError(f"{checkpoint} is not a whole checkpoint: {name} {problem}; {instead}")
+
+
+def _write_sums(folder: Path, step: int) -> None:
+    sums = {path.relative_to(folder).as_posix(): _hash_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    (folder / SUMS).write_text(json.dumps({"step": step, "files": sums, "sum": _sum_of(step, sums)}, indent=1))
+
+
+def _sum_of(step: int, sums: dict[str, str]) -> str:
+    """The hash of the hashes, because the file that holds them may be damaged as well."""
+    return hashlib.sha256(json.dumps([step, sums], sort_keys=True).encode()).hexdigest()
+
+
+def _hash_of(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def remove(checkpoint: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from effzoo.peft.attach import active, attached
 from effzoo.peft.manifest import MANIFEST
 from effzoo.peft.training import finish, overrides
 from effzoo.train import checkpoints
+from effzoo.train.record import differences
 from effzoo.train.settings import one_of
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
-_ELASTIC = ("processes", "batch_size", "gradient_accumulation")  # these may change on resuming while their product stays
 
 
 def on_cpu() -> bool:
@@ -106,26 +106,28 @@ def starting_point(directory: Path, run: dict[str, Any], resume: bool, overwrite
             f"{directory} holds {len(found)} checkpoints of an earlier run (the newest is {found[-1].name}); "
             "resume=True continues it, overwrite=True removes them, or give another output_dir"
         )
-    try:
-        earlier = json.loads((found[-1] / checkpoints.RUN).read_text())
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"{found[-1]} was not written by effzoo ({type(error).__name__}: {error}); give another output_dir") from None
-    now = json.loads(json.dumps(run))
-    different = [key for key in now if key not in _ELASTIC and earlier.get(key) != now[key]]
-    if _global_batch(earlier) != _global_batch(now):
-        different += [key for key in _ELASTIC if earlier.get(key) != now[key]]
+    checkpoints.check_whole(found[-1])
+    earlier = json.loads((found[-1] / checkpoints.RUN).read_text())
+    different = differences(earlier, json.loads(json.dumps(run)))
     if different:
-        changes = listing(f"{key} was {earlier.get(key)!r} and is now {now[key]!r}" for key in different)
-        raise TrainingError(f"{found[-1]} belongs to another run: {changes}. Give the same, or overwrite=True with resume=False.")
+        more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+        raise TrainingError(f"{found[-1]} belongs to another run: {different[0]}{more}. Give the same, or overwrite=True with resume=False.")
+    if run["data"] is None:
+        logging.getLogger("effzoo").warning(
+            "the rows of train are read when they are asked for, so whether they are those of the earlier run is not known; give the data set an "
+            "attribute `fingerprint`, a text that changes with its rows"
+        )
     return found[-1]
 
 
 def rejoin(model: Transformer, directory: Path) -> None:
     """Finish the active adapters, or not, as they were when the run in this directory began: that decides in which stages it trains.
 
-    TrainingError for an adapter that has lost what the run needs.
+    TrainingError for a damaged checkpoint, and for an adapter that has lost what the run needs.
     """
     newest = next(reversed(checkpoints.whole(directory)), None)
+    if newest is not None:
+        checkpoints.check_whole(newest)
     for name, folder in {} if newest is None else checkpoints.adapters(model, newest).items():
         attachment = attached(model)[name]
         try:
@@ -142,10 +144,3 @@ def rejoin(model: Transformer, directory: Path) -> None:
                     "training needs; build the model and attach the adapter anew to resume, or give another output_dir to train what is left"
                 )
             attachment.finished = False
-
-
-def _global_batch(run: Mapping[str, Any]) -> int:
-    size = 1
-    for key in _ELASTIC:
-        size *= run.get(key, 0)
-    return size

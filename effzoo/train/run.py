@@ -36,6 +36,7 @@ from effzoo.train.preconditions import (
     rejoin,
     starting_point,
 )
+from effzoo.train.record import name_of, of_model
 from effzoo.train.settings import LARGEST, callbacks_of, called, flag, folder, number, number_or_none, one_of, warmup_of, whole, whole_or_none
 from effzoo.train.settings import steps as steps_of
 from effzoo.train.teaching import Teaching, fingerprint
@@ -136,8 +137,12 @@ def finetune(
     keep: how many checkpoints stay (None: all). best: the evaluation metric ("loss", "accuracy", ...) by which a best checkpoint is kept
         besides, and loaded at the end; each evaluation then writes a checkpoint. What training has not brought to its final form (an earlier
         stage, a network that is not pruned yet) is not among them.
-    resume: continue from the newest checkpoint in output_dir, if there is one, to the same losses. overwrite: remove the
-        checkpoints of an earlier run.
+    resume: continue from the newest checkpoint in output_dir, if there is one, to the same losses. The model's function with its dropouts, the
+        rows of train and every setting that changes a number must be those of that run, its steps too (the schedule spans them all). Free
+        are progress, keep, save_every, evaluate_every, log_every, eval_batch_size, num_workers, gradient_checkpointing, recompute, callbacks
+        and, without `best`, whether there is an evaluation; output_dir may be moved. Of data whose rows are read only when asked for, its
+        length and an attribute `fingerprint` are compared; of a collator, its name.
+    overwrite: remove the checkpoints of an earlier run.
     gradient_checkpointing: keep the inputs of blocks alone. recompute: what else is computed again for the backward pass instead of kept, to the
         same bits: "nothing", "hidden" (outputs of norms and activations, hidden units of frozen feed-forwards), "projections" (those of all frozen
         projections besides; with adapters a block then keeps a fifth). Of the last block, only the positions are computed that the head reads.
@@ -221,6 +226,8 @@ def finetune(
         "adapters": {name: attached(model)[name].spec for name in active(model)}, "examples": len(data), "steps": total, "seed": seed,
         "processes": processes, "batch_size": batch_size, "gradient_accumulation": gradient_accumulation, "group_by_length": group_by_length,
         **used(model, learning_rate), "weight_decay": weight_decay, "warmup": warmup, "schedule": schedule, "clip": clip, "precision": precision,
+        "collator": name_of(collator), "data": data.digest, "evaluation": None if held_out is None else held_out.digest, "best": best,
+        "model": of_model(model),
         "distillation": None if teaching is None else {**asdict(teaching.settings), "teacher": fingerprint(teaching.teacher)},
     }  # fmt: skip
     if any(part.stage.name for part in planned):
@@ -301,6 +308,7 @@ def _train(trainer: ExactTrainer, model: Transformer, directory: Path, start: Pa
     history = _history(trainer.state.log_history)
     best = None if trainer.best is None else checkpoints.best_of(directory, history, trainer.best, trainer.settled)
     if best is not None:
+        checkpoints.check_whole(best)
         checkpoints.load_weights(model, best)
     check_finite(model, trainer.state.global_step, trainer.advice())
     finish(model)

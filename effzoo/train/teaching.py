@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from effzoo.architectures import Transformer
 from effzoo.errors import IncompatibleError, InputError, OptionError
 from effzoo.peft import training
 from effzoo.peft.attach import active
+from effzoo.peft.fingerprint import facts
 from effzoo.sites import prompt_rows
 from effzoo.train.distillation import Distillation, apart, labels_of_each, softened
 from effzoo.train.examples import accepted
@@ -121,8 +123,8 @@ def observed(model: nn.Module, inside: Sequence[str] = ()) -> Iterator[list[Seen
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of every tensor of a model, and of the names of its active adapters."""
-    found = hashlib.sha256(",".join(active(model)).encode())
+    """A hash of every tensor of a model, of its function, and of the names of its active adapters."""
+    found = hashlib.sha256(json.dumps([active(model), facts(model)], sort_keys=True).encode())
     for key, value in sorted(model.state_dict().items()):
         content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         found.update(f"{key}{value.dtype}{tuple(value.shape)}".encode() + content.tobytes())
