@@ -1,7 +1,7 @@
 """Text from causal models: greedy, sampling and beam search by transformers' `generate`, over our models and caches.
 
-transformers is the only place where decoding strategies are kept well, so our models are shown to it through a thin face; the models
-themselves know nothing of it.
+transformers is the only place where decoding strategies are kept well. It is asked to decode without a cache, so that all it needs of a model is
+its logits after rows of token ids; which rows continue which, and what is kept of them, stays here and does not change with its versions.
 """
 
 from __future__ import annotations
@@ -10,13 +10,43 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from effzoo.architectures import Transformer
 from effzoo.attention.core import Cache
-from effzoo.errors import IncompatibleError, InputError, OptionError
+from effzoo.errors import EffzooError, IncompatibleError, InputError, OptionError, did_you_mean
 from effzoo.sites import prompt_rows
+
+OPTIONS = {  # of GenerationConfig
+    "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "eos_token_id", "epsilon_cutoff", "eta_cutoff",
+    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length",
+    "max_new_tokens", "max_time", "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size", "num_beams",
+    "num_return_sequences", "output_logits", "output_scores", "pad_token_id", "remove_invalid_values",
+    "renormalize_logits", "repetition_penalty", "return_dict_in_generate", "sequence_bias", "stop_strings",
+    "suppress_tokens", "temperature", "top_h", "top_k", "top_p", "typical_p", "watermarking_config",
+}  # fmt: skip
+_CALL_OPTIONS = ("logits_processor", "stopping_criteria", "streamer", "prefix_allowed_tokens_fn", "tokenizer")
+_DRAFTS = "it drafts tokens ahead, which changes the speed and not the text; leave it out"
+_CACHES = "effzoo keeps a cache of its own; choose use_cache=True or False"
+_RECIPES = "transformers fetches this strategy from the hub as code; use sampling or num_beams"
+_INSIDE = "attention here never forms its weights, and what a layer computes is not kept; call the model on the result for last_hidden_state"
+_TWICE = "it runs the model on a second prompt at every step; leave it out"
+_REFUSED = {
+    **dict.fromkeys(("assistant_model", "prompt_lookup_num_tokens", "use_mtp", "assistant_early_exit"), _DRAFTS),
+    **dict.fromkeys(("cache_implementation", "cache_config", "prefill_chunk_size", "past_key_values", "cache", "max_cache_len"), _CACHES),
+    **dict.fromkeys(("penalty_alpha", "dola_layers", "num_beam_groups", "diversity_penalty", "constraints", "force_words_ids"), _RECIPES),
+    **dict.fromkeys(("custom_generate", "trust_remote_code"), _RECIPES),
+    **dict.fromkeys(("output_attentions", "output_hidden_states"), _INSIDE),
+    **dict.fromkeys(("guidance_scale", "negative_prompt_ids", "negative_prompt_attention_mask"), _TWICE),
+    "synced_gpus": "rows are decoded in one process; leave it out",
+    "generation_config": "give its options themselves, such as temperature=0.7; those of a converted model are in model.config",
+    "inputs_embeds": "text is continued from token ids; for trained rows in front of a prompt attach 'prompt'",
+    "decoder_start_token_id": "a decoder starts with its prompt; put the token there",
+}
+_NEUTRAL = {"num_beam_groups": 1, "guidance_scale": 1.0}
 
 
 def generate(
@@ -30,12 +60,16 @@ def generate(
 ) -> Any:
     """Continue token ids [batch, n]; the result is what transformers' `generate` gives: ids [batch, n + new], the prompt in front.
 
-    attention_mask: 0 at padding, which stands at the front (left) in a batch of prompts of different length. global_attention_mask: of the
-    prompt, for kinds with global tokens. use_cache: keep keys and values; the kind must have a cache (`full`, `longformer`, `lsh`). options: of
-    transformers' GenerationConfig, such as `max_new_tokens=20, do_sample=True, top_p=0.9, num_beams=4, eos_token_id=2`. Active adapters act.
+    attention_mask: 0 at padding, which stands at the front (left) in a batch of prompts of different length; a row gives the text and the logits that
+    it gives alone. global_attention_mask: of the prompt, for kinds with global tokens. use_cache: keep keys and values; the kind must have a cache
+    (`full`, `longformer`, `local`, `lsh`). options: of transformers' GenerationConfig, such as `max_new_tokens=20, do_sample=True, top_p=0.9,
+    num_beams=4, eos_token_id=2`, and `logits_processor`, `stopping_criteria`, `streamer`, `prefix_allowed_tokens_fn`, `tokenizer` (for
+    `stop_strings`). Active adapters act.
+
+    Attention that counts places from the front (`local`, `blockwise`, a circular `lsh`) computes rows of one length at a time.
 
     Raises IncompatibleError for an encoder, another task, or a kind without a cache; OptionError for options that transformers does
-    not know; InputError for prompts that do not fit.
+    not know, refuses, or that have no meaning here; InputError for prompts that do not fit.
     """
     if not isinstance(model, Transformer) or model.task != "causal_lm":
         what = f"task {model.task!r}" if isinstance(model, Transformer) else type(model).__name__
@@ -44,38 +78,25 @@ def generate(
     if use_cache and without:
         raise IncompatibleError(f"attention {without!r} keeps no cache for decoding; generate with use_cache=False")
     _check_prompt(model, input_ids, attention_mask)
-    pad = options.pop("pad_token_id", model.config.pad_token)
-    eos = options.get("eos_token_id")
-    options["pad_token_id"] = pad if pad is not None else (eos[0] if isinstance(eos, (list, tuple)) else eos if eos is not None else 0)
-    unknown = [name for name in options if not hasattr(_defaults, name) and name not in _CALL_OPTIONS]
-    if unknown:
-        raise OptionError(f"generate has no option {unknown[0]!r}; options are those of transformers.GenerationConfig")
-    room = model.config.max_length - input_ids.shape[1] - prompt_rows(model)
-    wanted = options.get("max_new_tokens", (options.get("max_length") or 20 + input_ids.shape[1]) - input_ids.shape[1])
-    if wanted > room:
-        raise InputError(
-            f"{wanted} new tokens do not fit: {room} positions are left of max_length {model.config.max_length}; set max_new_tokens={room}"
-        )
-    called = {name: options.pop(name) for name in _CALL_OPTIONS if name in options}
-    config = GenerationConfig(use_cache=use_cache, **options)  # type: ignore[no-untyped-call]
-    face = _Face(model, global_attention_mask)
+    called = {name: options.pop(name) for name in _CALL_OPTIONS if options.get(name) is not None}
+    config = _settings(model, input_ids, options)
+    rows = Rows(model, input_ids, attention_mask, global_attention_mask, use_cache)
     was_training = model.training
     try:
         model.eval()
-        kept = {"past_key_values": _Kept()} if use_cache else {}
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return cast(Any, face).generate(input_ids, attention_mask=mask, generation_config=config, **kept, **called)
+        return cast(Any, _Face(model, rows)).generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config, **called)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, EffzooError) or called:
+            raise
+        raise OptionError(f"generate cannot decode with {_listed(options)}: {error}") from error
     finally:
         model.train(was_training)
 
 
-_defaults = GenerationConfig()  # type: ignore[no-untyped-call]
-_CALL_OPTIONS = ("logits_processor", "stopping_criteria", "streamer", "prefix_allowed_tokens_fn")
-
-
 def _check_prompt(model: Transformer, input_ids: Tensor, attention_mask: Tensor | None) -> None:
-    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-        raise InputError(f"input_ids is an integer tensor [batch, n] with n at least 1, got shape {tuple(input_ids.shape)}")
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        given = f"shape {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise InputError(f"input_ids is an integer tensor [batch, n] with n at least 1, got {given}")
     if attention_mask is None:
         return
     if attention_mask.shape != input_ids.shape:
@@ -84,19 +105,119 @@ def _check_prompt(model: Transformer, input_ids: Tensor, attention_mask: Tensor 
         raise InputError("a prompt ends in padding, so what follows would stand after it; pad prompts at the front (padding_side='left')")
 
 
-class _Kept:
-    """Our cache as transformers handles one."""
+def _settings(model: Transformer, input_ids: Tensor, options: dict[str, Any]) -> GenerationConfig:
+    """The options as transformers takes them, each known, and the length such that it fits."""
+    for name, value in options.items():
+        if name in OPTIONS or value is None or value is False or value == _NEUTRAL.get(name):
+            continue
+        if name in _REFUSED or hasattr(_known, name):
+            reason = _REFUSED.get(name, "it says how transformers runs its own models; leave it out")
+            raise OptionError(f"generate takes no {name}={value!r}: {reason}"[:600])
+        raise OptionError(
+            f"generate has no option {name!r}{did_you_mean(name, OPTIONS)} Options are those of transformers.GenerationConfig, {_and(_CALL_OPTIONS)}"
+        )
+    options = {name: value for name, value in options.items() if name in OPTIONS and value is not None}
+    eos = options.get("eos_token_id")
+    pad = options.get("pad_token_id", model.config.pad_token)
+    options["pad_token_id"] = pad if pad is not None else (eos[0] if isinstance(eos, (list, tuple)) else eos if eos is not None else 0)
+    room = model.config.max_length - input_ids.shape[1] - prompt_rows(model)
+    if "max_length" not in options:
+        options.setdefault("max_new_tokens", 20)
+    wanted = options.get("max_new_tokens", options.get("max_length", 0) - input_ids.shape[1])
+    if wanted > room:
+        raise InputError(
+            f"{wanted} new tokens do not fit: {room} positions are left of max_length {model.config.max_length}; set max_new_tokens={room}"
+        )
+    try:
+        return GenerationConfig(use_cache=False, **options)  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError) as error:
+        raise OptionError(f"generate cannot decode with {_listed(options)}: {error}") from error
 
-    is_compileable = False
 
-    def __init__(self) -> None:
-        self.cache = Cache()
+def _listed(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())[:400] or "the default options"
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.cache.length - self.cache.rows
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.cache.reorder(beam_idx)
+def _and(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+_known = GenerationConfig()  # type: ignore[no-untyped-call]
+
+
+class _Group:
+    """Rows that are computed together: their numbers, the columns of padding that are cut off in front, and what is kept of them."""
+
+    def __init__(self, numbers: Tensor, cut: int, mask: Tensor, is_global: Tensor | None):
+        self.numbers, self.cut, self.mask, self.cache = numbers, cut, mask[numbers, cut:], Cache()
+        self.is_global = None if is_global is None else is_global[numbers, cut:]
+
+
+class Rows:
+    """The logits after each row of a batch that grows, as they are where the row stands alone.
+
+    Where the attention counts places from the front, rows with as much padding make a group, and the padding is cut off; otherwise padding
+    in front changes nothing, and all rows are one group. Without a cache each call computes its rows from their start; with one, rows that continue
+    rows of the call before (of the same prompt: samples and beams stand together) go on from what is kept of those.
+    """
+
+    def __init__(self, model: Transformer, prompt: Tensor, mask: Tensor | None, is_global: Tensor | None, use_cache: bool):
+        mask = torch.ones_like(prompt) if mask is None else mask.to(prompt.device)
+        self.model, self.use_cache, self.prompts, self.before = model, use_cache, len(prompt), prompt[:, :0]
+        invariant = all(core.shift_invariant for core in model.cores())
+        cuts = mask.bool().int().argmax(dim=1) * (not invariant)
+        self.groups = [_Group((cuts == cut).nonzero()[:, 0], cut, mask, is_global) for cut in sorted(set(cuts.tolist()))]
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """The logits of what follows, [rows, vocab], for ids [rows, n]: as many rows for each prompt, in the order of the prompts."""
+        times, out = len(ids) // self.prompts, None
+        origin = self._origin(ids, times) if self.use_cache else None
+        for group in self.groups:
+            numbers = (group.numbers[:, None] * times + torch.arange(times, device=ids.device)).flatten()
+            kept = None if origin is None else torch.searchsorted(numbers, origin[numbers])
+            found = self._of_group(group, ids[numbers, group.cut :], times, kept)
+            out = found.new_empty(len(ids), found.shape[1]) if out is None else out
+            out[numbers] = found
+        self.before = ids
+        assert out is not None
+        return out
+
+    def _of_group(self, group: _Group, ids: Tensor, times: int, kept: Tensor | None) -> Tensor:
+        n, prompt = ids.shape[1], group.mask.shape[1]
+        mask = F.pad(group.mask.repeat_interleave(times, dim=0), (0, n - prompt), value=1)
+        positions = self._positions(ids, mask.bool())
+        start, is_global = 0, None
+        if kept is None:
+            group.cache = Cache()
+            if group.is_global is not None:
+                is_global = F.pad(group.is_global.repeat_interleave(times, dim=0), (0, n - prompt))
+        else:
+            start = n - 1
+            if not torch.equal(kept, torch.arange(len(kept), device=kept.device)):
+                group.cache.reorder(kept)
+        given = {"attention_mask": mask, "position_ids": positions[:, start:], "global_attention_mask": is_global}
+        cache = group.cache if self.use_cache else None
+        return cast(Tensor, self.model(ids[:, start:], cache=cache, **given).logits[:, -1])
+
+    def _positions(self, ids: Tensor, present: Tensor) -> Tensor:
+        """Tokens are counted from 0, or from the offset of models that count from their padding, which is then not counted by its id either."""
+        offset, pad = self.model.config.position_offset, self.model.config.pad_token
+        if offset and pad is not None:
+            present = present & (ids != pad)
+        return torch.where(present, present.long().cumsum(dim=1) + offset - 1, max(offset - 1, 0))
+
+    def _origin(self, ids: Tensor, times: int) -> Tensor | None:
+        """For each row the row of the call before that it continues by one token, [rows]; None when one continues none."""
+        if self.before.shape != (len(ids), ids.shape[1] - 1):
+            return None
+        order = torch.arange(len(ids), device=ids.device)
+        if torch.equal(ids[:, :-1], self.before):
+            return order
+        now, before = (x.view(self.prompts, times, -1) for x in (ids[:, :-1], self.before))
+        same = (now[:, :, None] == before[:, None]).all(dim=-1)
+        if not bool(same.any(dim=-1).all()):
+            return None
+        return (same.int().argmax(dim=-1) + order.view(self.prompts, times)[:, :1]).flatten()
 
 
 class _Face(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
@@ -105,12 +226,12 @@ class _Face(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     config_class = PreTrainedConfig
     main_input_name = "input_ids"
 
-    def __init__(self, model: Transformer, is_global: Tensor | None):
+    def __init__(self, model: Transformer, rows: Rows):
         parameter = next(model.parameters())
         super().__init__(PreTrainedConfig.from_dict({"vocab_size": model.config.vocab, "is_encoder_decoder": False}))
-        self.inner, self.is_global = [model], is_global  # in a list: the face owns no weights
+        self.rows = rows
         self._place = (parameter.device, parameter.dtype)
-        self.generation_config = _defaults
+        self.generation_config = _known
 
     @property
     def device(self) -> torch.device:
@@ -124,29 +245,5 @@ class _Face(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     def can_generate(cls) -> bool:
         return True
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: _Kept | None = None,
-        use_cache: bool | None = None,
-        return_dict: bool = True,
-    ) -> CausalLMOutputWithPast:
-        first = past_key_values is None or past_key_values.get_seq_length() == 0
-        is_global = self.is_global if first else None
-        if is_global is not None:
-            is_global = is_global.repeat_interleave(len(input_ids) // len(is_global), dim=0)  # beams of one prompt stand together
-            is_global = torch.nn.functional.pad(is_global, (0, input_ids.shape[1] - is_global.shape[1]))
-        out = self.inner[0](
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            global_attention_mask=is_global,
-            cache=None if past_key_values is None else past_key_values.cache,
-        )
-        return CausalLMOutputWithPast(logits=out.logits, past_key_values=past_key_values)  # type: ignore[arg-type]
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **given: Any) -> CausalLMOutputWithPast:
+        return CausalLMOutputWithPast(logits=self.rows.logits(input_ids)[:, None])

@@ -118,6 +118,7 @@ class AttentionCore(nn.Module, abc.ABC):
     supports_global: ClassVar[bool] = False
     supports_cross: ClassVar[bool] = False
     supports_cache: ClassVar[bool] = False
+    shift_invariant: bool = False  # whether tokens that all stand later give the same, so that padding in front of them changes nothing
     not_causal: ClassVar[str] = "it mixes past and future"  # why, when it cannot be causal
     later_values_matter: str = ""  # why later tokens may change the value of a causal output, though never through its gradient; an option may say
 

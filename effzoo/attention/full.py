@@ -26,6 +26,7 @@ class Full(AttentionCore):
     row_side = ("q",)
     supports_cross = True
     supports_cache = True
+    shift_invariant = True
 
     def __init__(self, context: Context, *, chunk: Whole = 0):
         super().__init__(context)

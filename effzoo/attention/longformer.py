@@ -43,6 +43,7 @@ class Longformer(AttentionCore):
     cost = "n * window"
     supports_global = True
     supports_cache = True
+    shift_invariant = True
 
     def __init__(
         self,

@@ -82,6 +82,7 @@ class LSH(AttentionCore):
             raise OptionError(f"lsh: buckets is 1, an even number or even factors such as (8, 16), got {buckets}")
         self.chunk, self.factors, self.before, self.after = chunk, factors, look_back, look_forward
         self.within_buckets, self.count_once, self.circular, self.stable = within_buckets or stable, count_once, circular, stable
+        self.shift_invariant = not circular
         if not stable:
             self.later_values_matter = "a chunk border depends on how many later tokens have smaller buckets; lsh[stable=true] has no borders"
         self.keys = Keys(context.heads * context.head_dim, role="attn.keys", layer=context.layer)
