@@ -38,7 +38,8 @@ def replace_files(folder: Path, contents: Mapping[str, Content], *, afterwards: 
 
     contents: name -> content, as in `replace_file`. All are on disk under temporary names before the first gets its own, so
     what does not fit changes nothing.
-    afterwards: called last, while no other writer is in the folder; not called where the file system has no locks.
+    afterwards: called last, while no other writer is in the folder. Where the file system has no locks it is not called, and
+    nothing that others left is removed.
 
     Raises FileError in one sentence (no space, no permission, a folder in the place of a file).
     """
@@ -59,8 +60,12 @@ def replace_files(folder: Path, contents: Mapping[str, Content], *, afterwards: 
                     with suppress(OSError):  # the first error is the one to tell of
                         written.unlink(missing_ok=True)
                 raise
-            if locked and afterwards is not None:
-                afterwards()
+            if locked:
+                for left in folder.iterdir():
+                    if PARTIAL.fullmatch(left.name):
+                        left.unlink(missing_ok=True)
+                if afterwards is not None:
+                    afterwards()
 
 
 @contextmanager
@@ -97,7 +102,7 @@ def _write_new(path: Path, content: Content) -> None:
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[bool]:
-    """Keep other writers out of a folder, and remove what a killed one left; False where the file system has no locks (then nothing is removed)."""
+    """Keep other writers out of a folder; False where the file system has no locks."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
@@ -105,9 +110,6 @@ def _alone_in(folder: Path) -> Iterator[bool]:
         except OSError:
             yield False
             return
-        for path in folder.iterdir():
-            if PARTIAL.fullmatch(path.name):
-                path.unlink(missing_ok=True)
         yield True
     finally:
         os.close(descriptor)

@@ -344,9 +344,11 @@ def fresh(base):
 
 
 def edited(folder, tensors=None, header=None, **config):
-    """Change the files of an adapter: tensors by a function, the header, fields of the config."""
+    """Change the files of an adapter, and leave no hash: tensors by a function, the header, fields of the config."""
     with safetensors.safe_open(folder / WEIGHTS, framework="pt") as content:
         metadata = content.metadata()
+    if "effzoo" in metadata:
+        metadata["effzoo"] = json.dumps({"parts": json.loads(metadata["effzoo"])["parts"]})
     stored = safetensors.torch.load_file(folder / WEIGHTS)
     if tensors is not None:
         tensors(stored)

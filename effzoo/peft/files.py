@@ -28,7 +28,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from effzoo.errors import AdapterError, UnknownNameError
+from effzoo.errors import AdapterError, EffzooError, UnknownNameError
 from effzoo.peft.attach import _known, adapter_tensors, attach, attached, detach
 from effzoo.peft.fingerprint import Fingerprint, content_hash, difference, fingerprint
 from effzoo.peft.manifest import MANIFEST, TENSORS, UNPROVED, Manifest, read_manifest
@@ -113,7 +113,12 @@ def load_adapter(model: M, directory: str | Path, *, name: str | None = None, tr
     if found and (directory / MANIFEST).is_file():
         raise AdapterError(f"{directory} holds two adapters, {MANIFEST} and {found[0].manifest}; give each a directory of its own")
     if found:
-        importlib.import_module(found[0].module).read(model, directory, name or "default")
+        try:
+            importlib.import_module(found[0].module).read(model, directory, name or "default")
+        except EffzooError:
+            raise
+        except Exception as error:  # files of any origin, with any value in any place
+            raise AdapterError(f"{directory} holds an adapter that cannot be read ({type(error).__name__}: {error!s:.200}); save it again") from error
         return model
     manifest, tensors = _read(directory)
     base = _check_base(model, manifest, directory, trust_base)

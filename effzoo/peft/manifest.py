@@ -66,7 +66,7 @@ class Manifest:
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a folder. Raises AdapterError for what save_adapter did not write so."""
     path = directory / MANIFEST
-    content = read_json(path, "save_adapter")
+    content = read_json(path, "a manifest that save_adapter wrote")
     version = content.get("format")
     if type(version) is int and version not in (1, FORMAT):
         raise AdapterError(f"{path} has format {version}, this version of effzoo reads 1 and {FORMAT}; load it with the version that wrote it")
@@ -82,7 +82,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise AdapterError(f"{path} is not a manifest that save_adapter wrote ({type(error).__name__}: {error}); save the adapter again") from None
 
 
-def read_json(path: Path, writer: str) -> dict[str, Any]:
+def read_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON object from a file of any origin: of bounded size, every key once, numbers finite. Raises AdapterError."""
     if not path.is_file():
         raise AdapterError(f"no adapter in {path.parent}: {path.name} is missing; give the directory that save_adapter wrote")
@@ -94,7 +94,7 @@ def read_json(path: Path, writer: str) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise TypeError(f"it holds a {type(content).__name__}, not an object")
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise AdapterError(f"{path} is not a manifest that {writer} wrote ({type(error).__name__}: {error}); save the adapter again") from None
+        raise AdapterError(f"{path} is not {what} ({type(error).__name__}: {error}); save the adapter again") from None
     return content
 
 

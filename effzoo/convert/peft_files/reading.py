@@ -13,12 +13,13 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from effzoo.convert.peft_files import patterns, selected
+from effzoo.convert.peft_files import patterns, seal, selected
 from effzoo.convert.peft_files.kinds import EVERYWHERE, KINDS, SELECTION, Kind
 from effzoo.convert.peft_files.twin import Config, Twin, Wanted
 from effzoo.convert.peft_files.writing import CONFIG, HEADER, WEIGHTS
 from effzoo.errors import AdapterError, EffzooError, listing
 from effzoo.peft import attach, attached, detach, finish
+from effzoo.peft.manifest import read_json
 from effzoo.sites import Embedding
 from effzoo.spec import Spec
 
@@ -52,12 +53,9 @@ def read(model: nn.Module, directory: Path, name: str) -> None:
 
 
 def _open(directory: Path) -> tuple[Config, dict[str, Tensor], dict[str, list[int]]]:
-    try:
-        config = json.loads((directory / CONFIG).read_text())
-        if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-            raise ValueError("it has no peft_type")
-    except ValueError as error:
-        raise AdapterError(f"{directory / CONFIG} is not a config that peft wrote ({error}); save the adapter again") from None
+    config = read_json(directory / CONFIG, "a config that peft wrote")
+    if not isinstance(config.get("peft_type"), str):
+        raise AdapterError(f"{directory / CONFIG} is not a config that peft wrote (it has no peft_type); save the adapter again")
     file = directory / WEIGHTS
     if not file.is_file():
         reason = "adapter_model.bin is a pickle, which effzoo does not open; save it in peft with safe_serialization=True"
@@ -66,10 +64,10 @@ def _open(directory: Path) -> tuple[Config, dict[str, Tensor], dict[str, list[in
         with safetensors.safe_open(file, framework="pt") as content:
             tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118, not a mapping
             header = json.loads((content.metadata() or {}).get(HEADER, "{}"))
-    except (safetensors.SafetensorError, ValueError) as error:
+    except (safetensors.SafetensorError, ValueError, OSError, RecursionError) as error:
         raise AdapterError(f"{file} is no whole safetensors file: {error}; copy it again") from None
-    parts = header.get("parts", {}) if isinstance(header, dict) else {}
-    return config, tensors, parts if isinstance(parts, dict) else {}
+    config, parts = seal.opened(config, tensors, header, directory / CONFIG)
+    return config, tensors, parts
 
 
 def _kind(config: Config, directory: Path) -> Kind:

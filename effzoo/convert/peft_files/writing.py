@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from effzoo.convert.peft_files import selected
+from effzoo.convert.peft_files import seal, selected
 from effzoo.convert.peft_files.kinds import KINDS, Kind
 from effzoo.convert.peft_files.twin import Twin, Written
 from effzoo.errors import AdapterError, listing
@@ -25,8 +25,9 @@ def write(model: nn.Module, directory: Path, name: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors, which `peft.PeftModel.from_pretrained(twin, directory)` loads.
 
     twin: the model of transformers with the same weights, as `effzoo.convert.to_transformers` makes it of the model without adapters. The
-    weights are written before the config, so a reader finds no config of weights that are not there. Raises AdapterError, and writes nothing,
-    for what peft has no counterpart for.
+    weights get their name before the config, and hold the config themselves: who reads them here gets the old adapter or the new one at every
+    moment (`seal`); peft itself, in the moment between the two, the new weights with the old config. Raises AdapterError, and writes nothing, for
+    what peft has no counterpart for.
     """
     twin = Twin(model)
     hung: dict[str, tuple[Method, PeftModule]] = {}
@@ -86,6 +87,6 @@ def _files(directory: Path, out: Written) -> None:
     for key, value in out.tensors.items():
         full = key if key in ("prompt_embeddings",) else f"base_model.{key}" if prompt else f"base_model.model.{key}"
         tensors[full] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    metadata = {"format": "pt"} | ({HEADER: json.dumps({"parts": out.parts})} if out.parts else {})
     config: dict[str, Any] = dict(sorted(out.config.items()))
+    metadata = {"format": "pt", HEADER: seal.header(config, tensors, out.parts)}
     replace_files(directory, {WEIGHTS: safetensors.torch.save(tensors, metadata), CONFIG: json.dumps(config, indent=2).encode()})
