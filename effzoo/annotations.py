@@ -10,6 +10,7 @@ import inspect
 import math
 import types
 import typing
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -82,6 +83,16 @@ def plain(value: Any) -> Any:
     return value
 
 
+_hints: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def annotations_of(of: Any) -> dict[str, Any]:
+    """The annotations of a class or a function, with their ranges; reading them takes long, so it is done once."""
+    if of not in _hints:
+        _hints[of] = typing.get_type_hints(of, include_extras=True)
+    return _hints[of]
+
+
 def fits(value: Any, annotation: Any) -> bool:
     """Whether a value is what the annotation says; ints pass for floats, lists for tuples, numbers of numpy for those of Python."""
     return problem(value, annotation) is None
@@ -148,7 +159,7 @@ def _broken(value: Any, annotation: Any) -> str:
     if annotation in (int, float):
         return "a finite number" if isinstance(value, float) else "a number of at most 63 bits"
     items, kind = (value.values(), arguments[1]) if isinstance(value, Mapping) else (value, arguments[0])
-    return f"made of numbers, each {_broken(next(item for item in items if not _has_type(item, kind, ranges=True)), kind)}"
+    return _broken(next(item for item in items if not _has_type(item, kind, ranges=True)), kind)
 
 
 def describe(annotation: Any) -> str:

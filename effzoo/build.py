@@ -14,7 +14,7 @@ from effzoo.peft import attach
 
 
 def build(
-    name: str,
+    name: str | Path,
     *,
     attention: str | Mapping[str, Any] | None = None,
     peft: Any = None,
@@ -27,8 +27,8 @@ def build(
 ) -> Transformer:
     """Build a model of the zoo, with any attention kind and any PEFT method.
 
-    name: of the zoo (`effzoo.models()`). attention: a spec such as `"longformer[window=256]"` instead of the entry's own. peft: a spec such
-    as `"prefix[length=16]|lora[rank=4]"`, attached under the name `adapter`, its tensors in `adapter_dtype` (None: float32 or better).
+    name: of the zoo (`effzoo.models()`), or a TOML file. attention: a spec such as `"longformer[window=256]"` instead of the entry's own. peft: a
+    spec such as `"prefix[length=16]|lora[rank=4]"`, attached under the name `adapter`, its tensors in `adapter_dtype` (None: float32 or better).
     task: features, classification, token_classification, masked_lm or causal_lm. pretrained: a local folder or hub id
     in a layout of transformers, or True for the entry's own weights. sizes: `dim, layers, heads, mlp, vocab, max_length, dropout, ...`.
 

@@ -144,7 +144,7 @@ def tokenizer_of(source: str | Path | Config | Transformer) -> PreTrainedTokeniz
         )
     place = convert.source_of(config) if isinstance(config, Config) else str(config)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # of many kinds: no such folder, no network, no such repository, a broken file
         raise DataError(f"no tokenizer at {place!r}: {_first_line(error)}; give a folder with tokenizer.json, or a hub id") from error
     if isinstance(config, Config) and len(tokenizer) > config.vocab:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-import typing
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from effzoo.annotations import describe, fits
+from effzoo.annotations import annotations_of, problem
 from effzoo.architectures import Config, Perceiver, PerceiverConfig, Transformer
-from effzoo.errors import OptionError, UnknownNameError, did_you_mean, listing
+from effzoo.errors import OptionError, UnknownNameError, did_you_mean, listing, shown
 
 _HERE = Path(__file__).parent
 _FOLDERS = (_HERE / "_models", _HERE.parent / "models")  # installed, and in a checkout
 _ARCHITECTURES = {"perceiver": PerceiverConfig}  # whose config is another than Config
 _NOT_SIZES = ("name", "layout", "paper", "hub", "package")
+_MOST_BYTES = 1_000_000  # of a TOML file: a model is numbers and names
 
 
 def models() -> list[str]:
@@ -24,61 +23,90 @@ def models() -> list[str]:
     return sorted(_files())
 
 
-def config(name: str, **sizes: Any) -> Any:
-    """The config of a zoo entry, or of a TOML file of your own, with sizes overridden by keyword (`layers=2, dim=64`)."""
-    path = _files().get(name, Path(name) if name.endswith(".toml") else None)
-    if path is None:
-        raise UnknownNameError("model", name, _files())
-    name, entry = path.stem, _read(path)
-    entry = entry | {key: _repeated(values, sizes.get("layers", entry["layers"])) for key, values in entry.get("repeat", {}).items()}
-    entry.pop("repeat", None)
-    cls = _ARCHITECTURES.get(entry["architecture"], Config)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    annotations = typing.get_type_hints(cls)
+def config(name: str | Path, **sizes: Any) -> Any:
+    """The config of a zoo entry, or of a TOML file of your own, with sizes overridden by keyword (`layers=2, dim=64`).
+
+    The file is read each time. What it says is checked as the keywords are: names, types and ranges.
+    """
+    path = _path(name)
+    entry = _read(path)
+    cls = _class(entry)
+    fields, annotations = {f.name: f for f in dataclasses.fields(cls)}, annotations_of(cls)
     for key, value in sizes.items():
         if key not in fields or key in _NOT_SIZES:
             known = sorted(set(fields) - set(_NOT_SIZES))
-            raise OptionError(f"model {name!r} has no size {key!r}{did_you_mean(key, known)} Sizes: {listing(known)}.")
-        if not fits(value, annotations[key]):
-            raise OptionError(f"size {key!r} of model {name!r} takes {describe(annotations[key])}, got {value!r} ({type(value).__name__})")
-    return cls(**{"name": name, **entry, **sizes})
+            raise OptionError(f"model {path.stem!r} has no size {shown(key)}{did_you_mean(key, known)} Sizes: {listing(known)}.")
+        if wrong := problem(value, annotations[key]):
+            raise OptionError(f"size {key!r} of model {path.stem!r} {wrong}" if wrong.startswith("takes") else f"{key} {wrong}")
+    layers = sizes.get("layers", entry["layers"])
+    entry = entry | {key: _repeated(values, layers) for key, values in entry.get("repeat", {}).items()}
+    entry.pop("repeat", None)
+    return cls(**{"name": path.stem, **entry, **sizes})
 
 
-def _repeated(values: list[Any], layers: Any) -> tuple[Any, ...]:
+def _path(name: str | Path) -> Path:
+    """Where an entry is written."""
+    if isinstance(name, Path) or (isinstance(name, str) and name.endswith(".toml")):
+        path = Path(name)
+        if path.suffix != ".toml":
+            known = f"; the zoo's own model is effzoo.build({path.name!r})" if path.name in _files() else ""
+            raise OptionError(f"a path to a model names a TOML file, which ends in .toml, got {shown(str(path))}{known}")
+        return path
+    if not isinstance(name, str):
+        raise OptionError(f"a model is a name of the zoo or a TOML file, got {shown(name)} ({type(name).__name__})")
+    files = _files()
+    if name not in files:
+        raise UnknownNameError("model", name, files)
+    return files[name]
+
+
+def _class(entry: dict[str, Any]) -> Any:
+    named = entry.get("architecture")
+    return _ARCHITECTURES.get(named, Config) if isinstance(named, str) else Config
+
+
+def _repeated(values: list[Any], layers: int) -> tuple[Any, ...]:
     """The values of a table [repeat] of an entry, one for each layer, over and over."""
-    return tuple(values[layer % len(values)] for layer in range(layers if isinstance(layers, int) else 0))
+    return tuple(values[layer % len(values)] for layer in range(layers))
 
 
-def _known(path: Path, entry: dict[str, Any]) -> None:
-    """Refuse unknown and missing keys; `repeat` holds lists of values of other keys, which are given to the layers in turn."""
-    fields = {f.name: f for f in dataclasses.fields(_ARCHITECTURES.get(entry.get("architecture", ""), Config))}
+def _check(path: Path, entry: dict[str, Any]) -> None:
+    """Refuse unknown and missing keys and wrong values; `repeat` holds lists of values of other keys, which are given to the layers in turn."""
+    cls = _class(entry)
+    fields, annotations = {f.name: f for f in dataclasses.fields(cls)}, annotations_of(cls)
     repeat = entry.get("repeat", {})
     if not isinstance(repeat, dict) or not all(isinstance(values, list) and values for values in repeat.values()):
-        raise OptionError(f"{path}: [repeat] is a table of lists, as in attention = ['full', 'longformer[window=128]'], got {repeat!r}")
+        raise OptionError(f"{path}: [repeat] is a table of lists, as in attention = ['full', 'longformer[window=128]'], got {shown(repeat)}")
     unknown = [key for key in (*entry, *repeat) if key not in fields and key != "repeat"]
     missing = [key for key, f in fields.items() if f.default is dataclasses.MISSING and key not in entry and key != "name"]
     if unknown or missing:
-        problem = f"has an unknown key {unknown[0]!r}{did_you_mean(unknown[0], fields)}" if unknown else f"lacks {listing(missing)}."
-        raise OptionError(f"{path} {problem} Keys: {listing(fields)}.")
+        what = f"has an unknown key {shown(unknown[0])}{did_you_mean(unknown[0], fields)}" if unknown else f"lacks {listing(missing)}."
+        raise OptionError(f"{path} {what} Keys: {listing(fields)}.")
+    for key, value in (*entry.items(), *repeat.items()):
+        if key != "repeat" and (wrong := problem(value, annotations[key])):
+            raise OptionError(f"{path}: {key} {wrong}")
 
 
-def create(name: str, *, task: str = "features", num_labels: int = 2, **sizes: Any) -> Any:
+def create(name: str | Path, *, task: str = "features", num_labels: int = 2, **sizes: Any) -> Any:
     """A freshly initialised model of the zoo: a Transformer, or a Perceiver."""
     sized = config(name, **sizes)
     return Perceiver(sized, task, num_labels) if isinstance(sized, PerceiverConfig) else Transformer(sized, task, num_labels)
 
 
-@cache
 def _files() -> dict[str, Path]:
     return {path.stem: path for folder in _FOLDERS for path in folder.glob("*.toml")}
 
 
-@cache
 def _read(path: Path) -> dict[str, Any]:
     try:
-        with open(path, "rb") as file:
-            entry = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise OptionError(f"{path} cannot be read as TOML: {error}") from None
-    _known(path, entry)
+        if not path.is_file():
+            raise OptionError(f"{path} cannot be read as TOML: {'it is no file' if path.exists() else 'there is no such file'}")
+        if path.stat().st_size > _MOST_BYTES:
+            raise OptionError(f"{path} has {path.stat().st_size:,} bytes; a model file of numbers and names has at most {_MOST_BYTES:,}")
+        entry = tomllib.loads(path.read_bytes().decode())
+    except (OSError, ValueError, RecursionError) as error:  # a null byte in the path, bytes that are no UTF-8, TOML errors, lists in lists in lists
+        if isinstance(error, OptionError):
+            raise
+        raise OptionError(f"{path} cannot be read as TOML: {str(error) or type(error).__name__}") from None
+    _check(path, entry)
     return entry

@@ -422,7 +422,7 @@ def test_experts_start_as_copies_of_the_dense_feed_forward(tiny, router):
         ("bert", {"router": "top_k[k=5]"}, OptionError, "k is between 1 and the number of experts, 4, got 5"),
         ("bert", {"experts": -1}, OptionError, "experts is 0 or more"),
         ("bert", {"expert_every": 3}, OptionError, "expert_every from 1 to the number of layers, 2"),
-        ("bert", {"expert_every": 0, "share_layers": 1}, OptionError, "expert_every from 1 to the number of layers, 2"),
+        ("bert", {"expert_every": 0, "share_layers": 1}, OptionError, "expert_every is at least 1, got 0"),
         ("bert", {"expert_every": 2, "share_layers": 1}, OptionError, "differ in experts"),
         ("bert", {"experts": 0, "router": "top_k"}, OptionError, "mean nothing without experts"),
         ("bert", {"router": 3}, OptionError, "size 'router' of model 'bert' takes str"),

@@ -374,7 +374,7 @@ def test_lora_on_a_convolution_is_a_narrow_convolution_and_a_change_of_low_rank(
     ("spec", "error", "said"),
     [
         ("lora[rank=0]", OptionError, "rank is at least 1, got 0"),
-        ("lora[rank={attn.q: 0}]", OptionError, "each at least 1, got"),
+        ("lora[rank={attn.q: 0}]", OptionError, "rank is at least 1, got"),
         ("lora[rank={}]", OptionError, "got an empty map"),
         ("lora[rank={attn.q: 2}, targets=(attn.q, attn.v)]", OptionError, "no pattern of rank .attn.q. matches 'attn.v'"),
         ("lora[rank={attn.q: 2, mlp.up: 4}, targets=attn.q]", TargetError, "rank for 'mlp.up' matches none of its targets"),

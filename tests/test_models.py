@@ -57,7 +57,7 @@ def test_the_line_the_project_exists_for():
     [
         (("longfromer",), UnknownNameError, r"unknown model 'longfromer'; did you mean 'longformer'\? Known: albert, bert, blockbert"),
         (("bert", {"dims": 8}), OptionError, r"model 'bert' has no size 'dims'; did you mean 'dim'\?"),
-        (("bert", {"layers": "six"}), OptionError, "size 'layers' of model 'bert' takes int, got 'six'"),
+        (("bert", {"layers": "six"}), OptionError, r"size 'layers' of model 'bert' takes int \(from 1 to 10,000\), got 'six'"),
         (("bert", {"heads": 5}), OptionError, "dim 768 does not divide into 5 heads; try heads="),
         (("bert", {"layers": 0}), OptionError, "layers is at least 1"),
         (("bert", {"dropout": 1.5}), OptionError, r"dropout is in \[0, 1\)"),

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from effzoo.annotations import Count, Few, Probability, Range, Whole, annotations_of, plain, problem
+from effzoo.attention.kernel import BACKENDS
 from effzoo.blocks import ACTIVATIONS, Rotary, Slots
 from effzoo.errors import IncompatibleError, OptionError, listing
 
+Epsilon = Annotated[float, Range(0.0, 1.0, above=True)]
+Theta = Annotated[float, Range(0.0, 1e12, above=True)]
+MOST_EXPERTS = 10_000
 TASKS = ("features", "classification", "token_classification", "masked_lm", "causal_lm")
+
+
+def check_fields(config: Any) -> None:
+    """Refuse a field of another type or outside the range that its annotation says; lists become tuples, numbers of numpy those of Python.
+
+    Here and nowhere else: the keywords of `build`, TOML files, configs read from transformers and `dataclasses.replace` all pass.
+    """
+    for key, annotation in annotations_of(type(config)).items():
+        value = getattr(config, key)
+        if wrong := problem(value, annotation):
+            raise OptionError(f"{key} {wrong}")
+        value = plain(value)
+        object.__setattr__(config, key, tuple(value) if isinstance(value, list) else value)  # TOML and JSON have no tuples
 
 
 @dataclass(frozen=True)
@@ -41,43 +59,43 @@ class Config:
     name: str
     architecture: Literal["encoder", "decoder"]
     layout: str
-    vocab: int
-    dim: int
-    layers: int
-    heads: int
-    mlp: int
-    max_length: int
+    vocab: Count
+    dim: Count
+    layers: Few
+    heads: Count
+    mlp: Count
+    max_length: Count
     attention: str | dict[str, Any] | tuple[Any, ...] = "full"
-    share_layers: int = 0
-    embedding_dim: int = 0
-    head_dim: int = 0
-    kv_heads: int = 0
+    share_layers: Whole = 0
+    embedding_dim: Whole = 0
+    head_dim: Whole = 0
+    kv_heads: Whole = 0
     qk_norm: bool = False
     attn_bias: bool = True
     attn_out_bias: bool = True
     mlp_bias: bool = True
     gated: bool = False
-    mlp_chunk: int = 0
-    experts: int = 0
+    mlp_chunk: Whole = 0
+    experts: Whole = 0
     router: str = "switch"
-    expert_every: int = 1
+    expert_every: Count = 1
     norm: Literal["pre", "post"] = "post"
     norm_kind: Literal["layer", "rms"] = "layer"
     norm_bias: bool = True
     first_norm: bool = True
     residual: Literal["plain", "reversible"] = "plain"
-    eps: float = 1e-12
+    eps: Epsilon = 1e-12
     activation: str = "gelu"
-    dropout: float = 0.1
-    attention_dropout: float | tuple[float, ...] = 0.1
+    dropout: Probability = 0.1
+    attention_dropout: Probability | tuple[Probability, ...] = 0.1
     positions: Literal["learned", "sinusoidal", "axial", "rotary", "none"] = "learned"
-    axial_shape: tuple[int, ...] = ()
-    axial_dims: tuple[int, ...] = ()
-    rotary_theta: float | tuple[float, ...] = 10_000.0
+    axial_shape: tuple[Count, ...] = ()
+    axial_dims: tuple[Count, ...] = ()
+    rotary_theta: Theta | tuple[Theta, ...] = 10_000.0
     rotary_scaling: dict[str, Any] | None = None
-    types: int = 0
-    position_offset: int = 0
-    pad_token: int | None = None
+    types: Whole = 0
+    position_offset: Whole = 0
+    pad_token: Whole | None = None
     embed_norm: bool | None = None
     tied: bool = True
     lm_bias: bool | None = None
@@ -96,34 +114,14 @@ class Config:
     package: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("axial_shape", "axial_dims", "rotary_theta", "attention_dropout"):
-            if isinstance(getattr(self, name), list):  # TOML and JSON have no tuples
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        for size in ("vocab", "dim", "layers", "heads", "mlp", "max_length"):
-            if getattr(self, size) < 1:
-                raise OptionError(f"{size} is at least 1, got {getattr(self, size)}")
-        if self.head_dim < 0 or self.mlp_chunk < 0:
-            raise OptionError(f"head_dim and mlp_chunk are 0 or more, got {self.head_dim} and {self.mlp_chunk}")
+        check_fields(self)
         if self.dim % self.heads and not self.head_dim:
             raise OptionError(f"dim {self.dim} does not divide into {self.heads} heads; try heads={_nearest_divisor(self.dim, self.heads)}")
-        for probability in ("dropout", "attention_dropout"):
-            given = getattr(self, probability)
-            if not all(0 <= value < 1 for value in (given if isinstance(given, tuple) else (given,))):
-                raise OptionError(f"{probability} is in [0, 1), got {given}")
         if self.kv_heads and self.heads % self.kv_heads:
             raise OptionError(
                 f"kv_heads {self.kv_heads} does not divide the {self.heads} heads; try kv_heads={_nearest_divisor(self.heads, self.kv_heads)}"
             )
-        choices = {
-            "architecture": ("encoder", "decoder"),
-            "norm": ("pre", "post"),
-            "pooling": ("first", "mean", "last"),
-            "activation": tuple(ACTIVATIONS),
-            "head_activation": ("tanh", *ACTIVATIONS),
-            "norm_kind": ("layer", "rms"),
-            "residual": ("plain", "reversible"),
-            "positions": ("learned", "sinusoidal", "axial", "rotary", "none"),
-        }
+        choices = {"activation": tuple(ACTIVATIONS), "head_activation": ("tanh", *ACTIVATIONS), "backend": BACKENDS}
         for key, known in choices.items():
             if getattr(self, key) not in known:
                 raise OptionError(f"{key} is one of {', '.join(known)}, got {getattr(self, key)!r}")
@@ -138,8 +136,6 @@ class Config:
         self._check_sharing()
 
     def _check_sharing(self) -> None:
-        if self.embedding_dim < 0 or self.share_layers < 0:
-            raise OptionError(f"embedding_dim and share_layers are 0 or more, got {self.embedding_dim} and {self.share_layers}")
         if not self.share_layers:
             return
         if self.layers % self.share_layers:
@@ -157,9 +153,10 @@ class Config:
                 )
 
     def _check_experts(self) -> None:
-        if self.experts < 0 or not 1 <= self.expert_every <= self.layers:
+        if self.experts > MOST_EXPERTS or self.expert_every > self.layers:
             raise OptionError(
-                f"experts is 0 or more and expert_every from 1 to the number of layers, {self.layers}, got {self.experts} and {self.expert_every}"
+                f"experts is at most {MOST_EXPERTS:,} and expert_every from 1 to the number of layers, {self.layers}, "
+                f"got {self.experts} and {self.expert_every}"
             )
         if not self.experts and (self.router != "switch" or self.expert_every != 1):
             raise OptionError(f"router={self.router!r} and expert_every={self.expert_every} mean nothing without experts; give experts=8, say")

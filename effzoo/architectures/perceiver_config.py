@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from effzoo.architectures.config import TASKS, Config
+from effzoo.annotations import Count, Few, Probability, Whole
+from effzoo.architectures.config import TASKS, Config, Epsilon, check_fields
 from effzoo.errors import IncompatibleError, OptionError
 
 Share = Literal["none", "all_but_first", "all"]
@@ -36,36 +37,36 @@ class PerceiverConfig:
     name: str
     architecture: Literal["perceiver"]
     layout: str
-    channels: int
-    latents: int
-    dim: int
-    layers: int
-    heads: int
-    mlp: int
-    max_length: int = 0
-    vocab: int = 0
+    channels: Count
+    latents: Count
+    dim: Count
+    layers: Few
+    heads: Count
+    mlp: Count
+    max_length: Whole = 0
+    vocab: Whole = 0
     attention: str | dict[str, Any] | tuple[Any, ...] = "full"
-    head_dim: int = 0
-    value_dim: int = 0
-    cross_attends: int = 1
-    blocks_per_cross: int = 1
+    head_dim: Whole = 0
+    value_dim: Whole = 0
+    cross_attends: Few = 1
+    blocks_per_cross: Few = 1
     share_cross: Share = "all_but_first"
     share_blocks: Share = "all"
-    cross_heads: int = 1
-    cross_head_dim: int = 0
-    cross_value_dim: int = 0
-    cross_mlp: int = 0
+    cross_heads: Count = 1
+    cross_head_dim: Whole = 0
+    cross_value_dim: Whole = 0
+    cross_mlp: Whole = 0
     cross_residual: bool = True
-    grid: tuple[int, ...] = ()
+    grid: tuple[Count, ...] = ()
     positions: Literal["learned", "fourier", "none"] = "learned"
-    position_dim: int = 0
-    bands: int = 0
+    position_dim: Whole = 0
+    bands: Whole = 0
     pooling: Literal["mean", "last", "query"] = "mean"
-    query_dim: int = 0
-    decoder_heads: int = 8
-    decoder_head_dim: int = 0
-    decoder_value_dim: int = 0
-    decoder_mlp: int = 0
+    query_dim: Whole = 0
+    decoder_heads: Count = 8
+    decoder_head_dim: Whole = 0
+    decoder_value_dim: Whole = 0
+    decoder_mlp: Whole = 0
     decoder_residual: bool = False
     causal: bool = False
     final_norm: bool = False
@@ -74,35 +75,20 @@ class PerceiverConfig:
     attn_bias: bool = True
     attn_out_bias: bool = True
     mlp_bias: bool = True
-    eps: float = 1e-5
+    eps: Epsilon = 1e-5
     activation: str = "gelu"
-    dropout: float = 0.0
-    attention_dropout: float = 0.1
+    dropout: Probability = 0.0
+    attention_dropout: Probability = 0.1
     tied: bool = True
     lm_bias: bool | None = None
-    pad_token: int | None = None
+    pad_token: Whole | None = None
     backend: str = "auto"
     paper: str = ""
     hub: str = ""
     package: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", tuple(self.grid))  # TOML and JSON have no tuples
-        for size in ("channels", "latents", "layers", "cross_attends", "blocks_per_cross", "cross_heads", "decoder_heads"):
-            if getattr(self, size) < 1:
-                raise OptionError(f"{size} is at least 1, got {getattr(self, size)}")
-        for size in ("vocab", "position_dim", "bands", "max_length"):
-            if getattr(self, size) < 0:
-                raise OptionError(f"{size} is 0 or more, got {getattr(self, size)}")
-        choices = {
-            "share_cross": ("none", "all_but_first", "all"),
-            "share_blocks": ("none", "all_but_first", "all"),
-            "positions": ("learned", "fourier", "none"),
-            "pooling": ("mean", "last", "query"),
-        }
-        for key, known in choices.items():
-            if getattr(self, key) not in known:
-                raise OptionError(f"{key} is one of {', '.join(known)}, got {getattr(self, key)!r}")
+        check_fields(self)
         self._check_input()
         if self.width % self.cross_heads and not self.cross_head_dim:
             raise OptionError(f"an input {self.width} wide does not divide into {self.cross_heads} cross_heads; give cross_head_dim")
@@ -121,8 +107,6 @@ class PerceiverConfig:
             "query_dim": query_dim, "decoder_head_dim": decoder_head_dim, "decoder_value_dim": decoder_head_dim, "decoder_mlp": query_dim,
         }  # fmt: skip
         for name, value in found.items():
-            if getattr(self, name) < 0:
-                raise OptionError(f"{name} is 0 or more, got {getattr(self, name)}")
             object.__setattr__(self, name, getattr(self, name) or value)
 
     def _check_input(self) -> None:
@@ -130,7 +114,7 @@ class PerceiverConfig:
             raise OptionError("give max_length, the most positions of an input, or grid, the most along each of its axes")
         if not self.grid:
             object.__setattr__(self, "grid", (self.max_length,))
-        if min(self.grid) < 1 or self.max_length not in (0, math.prod(self.grid)):
+        if self.max_length not in (0, math.prod(self.grid)):
             raise OptionError(f"grid {self.grid} has {math.prod(self.grid)} positions, max_length is {self.max_length}; give one of the two")
         object.__setattr__(self, "max_length", math.prod(self.grid))
         if (self.vocab or self.causal) and len(self.grid) > 1:

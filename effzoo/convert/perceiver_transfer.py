@@ -126,7 +126,7 @@ def _their_config(source: str | Path) -> Any:
 
     label = _local_or_hub(source)
     with _explained(label, source), _quiet():
-        return transformers.AutoConfig.from_pretrained(label)
+        return transformers.AutoConfig.from_pretrained(label, trust_remote_code=False)
 
 
 def _checked(label: str, model: Any, name: str, missing: frozenset[str]) -> Source:

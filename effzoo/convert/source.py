@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from effzoo.architectures import Config
 from effzoo.convert.keymap import Rule, expand
 from effzoo.convert.layout import Layout
 from effzoo.convert.layouts import LAYOUTS, class_of, classes
-from effzoo.errors import ConversionError
+from effzoo.errors import ConversionError, shown
 
 log = logging.getLogger("effzoo.convert")
 
@@ -37,19 +37,33 @@ class Source:
 def source_of(config: Config) -> str:
     """Where the own weights of a zoo entry are: `package`, a folder in an installed package, or else `hub`.
 
-    package reads "<import name>/<folder>"; the package is found without importing it. Raises ConversionError when neither is there.
+    package reads "<import name>/<folder>": a top-level name, found without importing it, and a folder inside of it that holds no link out of it.
+    Raises ConversionError when neither is there.
     """
     if config.package:
         name, _, inside = config.package.partition("/")
-        found = importlib.util.find_spec(name)
-        for root in (found.submodule_search_locations or ()) if found else ():
-            if (Path(root) / inside / "config.json").is_file():
+        if not name.isidentifier():  # of a dotted name the parents would be imported, which runs their code
+            raise ConversionError(f"{config.name}: package reads '<import name>/<folder>' with a top-level name, got {shown(config.package)}")
+        for root in _folders_of(name):
+            folder = (Path(root) / inside).resolve()
+            if not folder.is_relative_to(Path(root).resolve()):
+                raise ConversionError(f"{config.name}: the package {shown(config.package)} leads out of {root}; name a folder inside of it")
+            if (folder / "config.json").is_file():
                 log.info("%s: weights from the installed package %s", config.name, config.package)
                 return str(Path(root) / inside)
     if config.hub:
         log.info("%s: weights from the hub, %s%s", config.name, config.hub, f" ({config.package} is not installed)" if config.package else "")
         return config.hub
     raise ConversionError(f"{config.name} names no weights of its own; give pretrained= a local folder or a hub id")
+
+
+def _folders_of(name: str) -> Sequence[str]:
+    """The folders of an installed package; none of its code runs."""
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # half imported, or `__main__`
+        return ()
+    return (found.submodule_search_locations or ()) if found else ()
 
 
 def open_source(source: Any, task: str | None) -> Source:
@@ -72,7 +86,7 @@ def _from_pretrained(source: str | Path, task: str | None) -> Source:
 
     label = _local_or_hub(source)
     with _explained(label, source), _quiet():
-        config = transformers.AutoConfig.from_pretrained(label)
+        config = transformers.AutoConfig.from_pretrained(label, trust_remote_code=False)
     if config.model_type not in LAYOUTS:
         raise ConversionError(f"{label} is of type {config.model_type!r}, which has no counterpart in effzoo; give one of {', '.join(LAYOUTS)}")
     layout = LAYOUTS[config.model_type]
