@@ -10,7 +10,7 @@ try:
     from effzoo import attention, peft, routing
     from effzoo.build import build
     from effzoo.errors import EffzooError
-    from effzoo.peft import account, activate, attach, attached, combine, detach, load_adapter, merge, save_adapter, unmerge
+    from effzoo.peft import account, activate, active, attach, attached, combine, detach, disabled, load_adapter, merge, save_adapter, status, unmerge
     from effzoo.peft import files as _files
     from effzoo.plan import Plan, plan
     from effzoo.quantise import dequantise, quantise
@@ -36,6 +36,7 @@ __all__ = [
     "Plan",
     "account",
     "activate",
+    "active",
     "attach",
     "attached",
     "attention",
@@ -46,6 +47,7 @@ __all__ = [
     "convert",
     "dequantise",
     "detach",
+    "disabled",
     "finetune",
     "generate",
     "load_adapter",
@@ -60,6 +62,7 @@ __all__ = [
     "routing",
     "save_adapter",
     "scope",
+    "status",
     "swap_attention",
     "unmerge",
 ]

@@ -18,7 +18,9 @@ from effzoo.blocks.attention import Attention
 from effzoo.blocks.block import attention_layer
 from effzoo.errors import AdapterError, IncompatibleError, listing
 from effzoo.peft import attached
-from effzoo.sites import sites
+from effzoo.peft.merging import check_nothing_merged
+from effzoo.peft.state import transition
+from effzoo.sites import sites, unwrap
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,21 @@ def swap_attention(model: Transformer, attention: Any) -> Swap:
     how near it is to the old one depends on the kind, so measure, and fine-tune.
 
     Raises UnknownNameError, OptionError, IncompatibleError (a kind that cannot be causal, in a decoder) and AdapterError when adapters are
-    attached; the model is then unchanged.
+    attached, or merged into the attention and still to be taken out again; the model is then unchanged.
     """
+    model = unwrap(model)
     if not isinstance(model, Transformer):
         raise IncompatibleError(f"swap_attention changes a Transformer of effzoo, got {type(model).__name__}")
     if names := attached(model):
         raise AdapterError(f"adapters are attached ({listing(names)}) to the old attention; merge or detach them, and attach anew after the swap")
     if any(getattr(site, "bits", None) for _, site in sites(model)):
         raise IncompatibleError("projections are quantised, and cannot be copied for another attention; swap first, and quantise then")
+    check_nothing_merged(model, "another attention", lambda path: ".attn." in f".{path}.")
+    with transition(model):
+        return _swapped(model, attention)
+
+
+def _swapped(model: Transformer, attention: Any) -> Swap:
     config = dataclasses.replace(model.config, attention=attention)
     shared: dict[str, Any] = {}
     layers = []

@@ -59,6 +59,58 @@ def test_each_row_gets_what_its_adapter_gives_it_alone(tiny, attention, spec):
     assert gradients.keys() == alone.keys() and all(torch.allclose(gradients[key], alone[key], rtol=0, atol=1e-9) for key in alone)
 
 
+OTHERS = {"a": "lora[rank=3, alpha=12]", "b": "lora[rank=3, rslora=true]", "c": "lora[rank=2]|houlsby[bottleneck=3]", "d": "ia3|norms", "e": "dora"}
+
+
+@pytest.mark.parametrize("level", ["nothing", "hidden", "projections"])
+@pytest.mark.parametrize(("name", "task"), [("minilm", "token_classification"), ("gpt2", "causal_lm"), ("llama", "causal_lm")])
+def test_each_row_has_its_own_options_and_methods_whatever_is_recomputed(tiny, name, task, level):
+    """Equal shapes with another alpha, other ranks, other methods, and rows without any; one row's order is not the order of the adapters."""
+    torch.manual_seed(1)
+    model = effzoo.build(name, task=task, **tiny, **({"kv_heads": 1} if name == "llama" else {})).double().train()
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    inputs = batch(7)
+    bare = model(**inputs).logits
+    for adapter, spec in OTHERS.items():
+        drawn(model, adapter, spec=spec)
+    rows = ["c", "a", None, "b", "d", "a", "e"]
+    alone = {adapter: effzoo.activate(model, adapter)(**inputs).logits for adapter in OTHERS}
+    effzoo.activate(model, rows=rows)
+    model.recompute = level
+    got = model(**inputs).logits
+    expected = torch.stack([bare[i] if row is None else alone[row][i] for i, row in enumerate(rows)])
+    assert torch.allclose(got, expected, rtol=0, atol=1e-10) and not torch.allclose(alone["a"], alone["b"], atol=1e-3)
+    got.square().sum().backward()
+    gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(), expected.square().sum().backward()
+    wanted = {key: p.grad for key, p in model.named_parameters() if p.grad is not None and key in gradients}
+    assert len(gradients) > 20 and wanted.keys() == gradients.keys()
+    assert all(torch.allclose(gradients[key], wanted[key], rtol=0, atol=1e-8) for key in gradients)
+
+
+@pytest.mark.parametrize("spec", ["full", "lora[targets=embed.token]", "bitfit[targets=embed.norm]|full[targets=(embed.token, lm.out)]"])
+def test_a_tied_head_reads_the_table_of_each_row_and_of_each_averaged_adapter(tiny, spec):
+    """One row, or one summand of the mean, is x W_a^T + b_a with the table and the bias of its own adapter."""
+    name = "minilm" if "lm.out" in spec else "gpt2"
+    model = effzoo.build(name, task="masked_lm" if name == "minilm" else "causal_lm", **tiny).double().eval()
+    assert type(model.head.out).__name__ == "TiedLinear"
+    bare = model(**batch()).logits
+    drawn(model, "a", "b", spec=spec)
+    alone = {adapter: effzoo.activate(model, adapter)(**batch()).logits for adapter in "ab"}
+    got = effzoo.activate(model, rows=["b", "a", None, "b"])(**batch()).logits
+    expected = torch.stack([alone["b"][0], alone["a"][1], bare[2], alone["b"][3]])
+    assert torch.allclose(got, expected, rtol=0, atol=1e-10)
+    x = torch.randn(2, 3, 16, dtype=torch.float64)
+    table, out, outs = model.embeddings.token, model.head.out, []
+    for adapter in "ab":
+        effzoo.activate(model, adapter)
+        outs.append(torch.nn.functional.linear(x, table.composed_weight(), out.composed_bias()))
+    effzoo.activate(model, "a", "b", combine="average")
+    assert torch.allclose(out(x, table), (outs[0] + outs[1]) / 2, rtol=0, atol=1e-12) and not torch.allclose(outs[0], outs[1])
+
+
 def test_a_row_without_adapter_is_the_bare_base(tiny):
     model = build(tiny)
     bare = model(**batch()).logits
@@ -70,8 +122,9 @@ def test_a_row_without_adapter_is_the_bare_base(tiny):
 @pytest.mark.parametrize(
     ("specs", "rows", "problem"),
     [
-        (("lora", "lora[rank=4]"), ["a", "b", "a", "b"], "attach both with the same spec"),
-        (("lora", "ia3"), ["a", "b", "a", "b"], "attach both with the same spec"),
+        (("prompt[length=2]", "prompt[length=3]"), ["a", "b", "a", "b"], "as many rows each"),
+        (("routed", "lora"), ["a", "b", "a", "b"], "a mixture routes by itself"),
+        (("prefix", "prefix"), ["a", "b"], "as many choices as the batch has rows"),
         (("lora", "lora"), ["a", "b"], "as many choices as the batch has rows"),
         (("prompt", "prompt"), ["a", "b", None, "a"], "a row without adapter"),
     ],

@@ -91,7 +91,7 @@ def test_prompt_equals_the_rows_written_into_the_input(tiny, name):
     model.embeddings.token_type = None  # the types of prompt rows are those of the first token; without types nothing is left to choose
     prompted = effzoo.attach(copy.deepcopy(model), "prompt[length=4]")
     rows = site(prompted, "embeddings.token").adapters["default"]["prompt"].prompt
-    prompted.head.out.active = ()  # the same head as the bare model
+    prompted.head.out.roster = None  # the same head as the bare model
     inputs = batch()
     embeds = torch.cat([rows.expand(3, -1, -1), model.embeddings.token(inputs["input_ids"])], dim=1)
     mask = F.pad(inputs["attention_mask"], (4, 0), value=1)

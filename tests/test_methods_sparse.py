@@ -10,7 +10,7 @@ import effzoo
 from effzoo.errors import AdapterError, IncompatibleError, IncompatiblePeft, OptionError
 from effzoo.peft import training
 from effzoo.peft.attach import base_tensors
-from effzoo.peft.files import restore_adapter, stored_tensors
+from effzoo.peft.files import stored_tensors, swap_weights
 from effzoo.peft.parameter import masks, selection
 from effzoo.peft.parameter.head_pruning import importance
 from effzoo.sites import Linear, sites
@@ -428,7 +428,7 @@ def logits_of_base(model):
     twin = copy.deepcopy(model)
     for path, site in sites(twin):
         if not path.startswith("head"):
-            site.active = ()
+            site.roster = None
     return logits(twin)
 
 
@@ -667,7 +667,7 @@ def test_every_method_trains_by_hand_finishes_and_loads(tiny, tmp_path, spec, fi
         loaded = effzoo.attach(fresh, spec)
         for stage in stages:
             training.begin(loaded, stage)
-        restore_adapter(loaded, tmp_path)
+        swap_weights(loaded, tmp_path)
     assert torch.equal(logits(loaded.eval()), before)
     twin = copy.deepcopy(loaded)
     assert torch.equal(logits(twin), before)

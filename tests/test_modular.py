@@ -41,12 +41,20 @@ def mixtures(model, name="default"):
 
 
 def inputs_of(model, path, batch):
-    """What a site gets and gives in a forward pass."""
-    seen = []
-    hook = dict(sites(model))[path].register_forward_hook(lambda _, x, y: seen.append((*x, y)))
+    """What a site gets and gives in a forward pass; its mixture goes on hearing the mask of this pass, so that it can be called alone."""
+    seen, site = [], dict(sites(model))[path]
+
+    def see(_, x, y):
+        seen.append(((*x, y), [module.told.mask for module in site.hung() if hasattr(module, "told")]))
+
+    hook = site.register_forward_hook(see)
     model(**batch)
     hook.remove()
-    return seen[0]
+    found, masks = seen[0]
+    for module, mask in zip((module for module in site.hung() if hasattr(module, "told")), masks, strict=True):
+        assert module.told.mask is None, "a batch is held longer than it is computed with"
+        module.told.mask = mask
+    return found
 
 
 @pytest.mark.parametrize(

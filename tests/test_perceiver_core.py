@@ -10,7 +10,7 @@ from effzoo.attention import Context, Mask
 from effzoo.attention.dropped import Weights
 from effzoo.blocks import Attention
 from effzoo.errors import IncompatibleError, OptionError
-from effzoo.sites import sites
+from effzoo.sites import Activity, Roster, sites
 from effzoo.spec import parse_one
 
 
@@ -101,10 +101,10 @@ def test_latents_are_a_place_where_methods_hang():
     module = effzoo.sites.PeftModule()
     module.weight = lambda weight: weight + 1
     made.core.latents.hang("mine", "shift", module)
-    made.core.latents.active = ("mine",)
+    made.core.latents.roster = Roster(Activity(("mine",), (1.0,)))
     changed = made(x, Mask())
     assert (changed - before).abs().max() > 1e-3
-    made.core.latents.active = ()
+    made.core.latents.roster = None
     made.core.latents.weight.data += 1
     assert torch.allclose(made(x, Mask()), changed, rtol=0, atol=1e-12)
 

@@ -20,7 +20,6 @@ from transformers import TrainerCallback
 import effzoo
 from effzoo.errors import IncompatibleError, OptionError, TrainingError
 from effzoo.peft import Method, PeftModule, Stage, training  # noqa: F401 - for the toy
-from effzoo.peft.attach import active
 from effzoo.sites import sites
 from effzoo.train import checkpoints
 from effzoo.train.batches import Order, Pad
@@ -459,7 +458,7 @@ def test_checkpoints_hold_the_unfinished_adapter_and_the_result_the_finished_one
     CALLS.clear()
     with pytest.raises(effzoo.errors.AdapterError, match="dense is missing"):  # its stage is not known to a file
         effzoo.load_adapter(fresh, result.last / "adapter")
-    assert active(fresh) == () and not CALLS
+    assert acting(fresh) == () and not CALLS
 
 
 def test_what_is_stored_finished_loads(build, tmp_path):

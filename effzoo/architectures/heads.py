@@ -123,7 +123,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, hidden: Tensor, valid: Tensor | None, labels: Tensor | None, embedding: Embedding) -> Output:
         x = transformed(hidden, self.dense, self.activation, self.norm)
-        logits = self.out(x, embedding.composed_weight()) if isinstance(self.out, TiedLinear) else self.out(x)
+        logits = self.out(x, embedding) if isinstance(self.out, TiedLinear) else self.out(x)
         loss = None
         if labels is not None:
             loss = _cross_entropy(logits[:, :-1], labels[:, 1:]) if self.causal else _cross_entropy(logits, labels)

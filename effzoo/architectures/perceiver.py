@@ -29,10 +29,10 @@ from effzoo.attention.core import AttentionCore, Context, Mask
 from effzoo.blocks import Block
 from effzoo.errors import InputError
 from effzoo.recompute import Level, recompute
-from effzoo.sites import Embedding, Linear
+from effzoo.sites import Embedding, Linear, Model
 
 
-class Perceiver(nn.Module):
+class Perceiver(Model):
     """A Perceiver with the head of a task; everything in `config` is data.
 
     Roles of the sites: `attn.*` and `mlp.*` are those of the latent blocks, so that PEFT methods hang there by default; `cross.*` the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
@@ -30,8 +31,8 @@ class Turn:
     def feed(self, x: Tensor, mask: Mask, rows: Tensor | None = None) -> Tensor:
         return self.block.feed(x, self._own(mask), rows)
 
-    def tell(self, mask: Mask) -> None:
-        self.block.tell(self._own(mask))
+    def telling(self, mask: Mask) -> AbstractContextManager[None]:
+        return self.block.telling(self._own(mask))
 
     @property
     def attn_norm(self) -> nn.Module | None:

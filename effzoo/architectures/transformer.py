@@ -26,11 +26,11 @@ from effzoo.blocks.feedforward import FeedForward
 from effzoo.blocks.reversible import reversible, states, two_streams
 from effzoo.errors import IncompatibleError, IncompatiblePeft, OptionError
 from effzoo.recompute import Level, recompute
-from effzoo.sites import Linear, Side
+from effzoo.sites import Linear, Model, Side
 from effzoo.spec import Spec, parse_one
 
 
-class Transformer(nn.Module):
+class Transformer(Model):
     """An encoder (bidirectional) or a decoder (causal) with the head of a task; everything in `config` is data.
 
     Weights start as in BERT and GPT-2: normal with standard deviation 0.02, biases 0; decoders scale the projections that
@@ -137,11 +137,11 @@ class Transformer(nn.Module):
             cache.length, cache.rows = start + x.shape[1], rows + before
         if self.final_norm is not None:
             x = self.final_norm(x)
-        if read is None:
-            whole: Output = self.head(x[:, rows:], valid, labels, self.embeddings.token)
-            return _balanced(whole, losses)
-        output: Output = self.head(x, None, labels, self.embeddings.token)
-        del output["last_hidden_state"]
+        output: Output = self.head(x[:, rows:] if read is None else x, valid if read is None else None, labels, self.embeddings.token)
+        if read is not None:
+            del output["last_hidden_state"]
+        for told in self.told:
+            told.mask = None
         return _balanced(output, losses)
 
     def _read(self, x: Tensor, valid: Tensor | None, before: int) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -87,14 +89,25 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(slots.dropout)
         self.told: list[Any] = []  # of adapters that route: each gets the mask of the batch at hand
 
-    def tell(self, mask: Mask) -> None:
-        """Show the mask to those who asked for it."""
+    @contextmanager
+    def telling(self, mask: Mask) -> Iterator[None]:
+        """Show the mask to those who asked for it, while the block computes: it belongs to one batch, and holds it."""
         for told in self.told:
             told.mask = mask
+        try:
+            yield
+        finally:
+            for told in self.told:
+                told.mask = None
 
     def forward(self, x: Tensor, mask: Mask, cache: Cache | None = None, rows: Tensor | None = None) -> Tensor:
         """rows [batch, r]: the positions whose output is wanted, [batch, r, dim]; None for all."""
-        self.tell(mask)
+        if self.told:
+            with self.telling(mask):
+                return self._computed(x, mask, cache, rows)
+        return self._computed(x, mask, cache, rows)
+
+    def _computed(self, x: Tensor, mask: Mask, cache: Cache | None, rows: Tensor | None) -> Tensor:
         kept = x if rows is None else rows_of(x, rows)
         if self.norm == "post":
             assert self.attn_norm is not None

@@ -67,12 +67,12 @@ def _sublayers(blocks: Sequence[Block], mask: Mask, cache: Cache | None) -> Iter
     for block in blocks:
 
         def attend(x: Tensor, block: Block = block) -> Tensor:
-            block.tell(mask)
-            return block.attend(x if block.attn_norm is None else block.attn_norm(x), mask, cache)
+            with block.telling(mask):
+                return block.attend(x if block.attn_norm is None else block.attn_norm(x), mask, cache)
 
         def feed(x: Tensor, block: Block = block) -> Tensor:
-            block.tell(mask)
-            return block.feed(block.mlp_norm(x), mask)
+            with block.telling(mask):
+                return block.feed(block.mlp_norm(x), mask)
 
         yield attend, feed
 

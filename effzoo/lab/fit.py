@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from effzoo import peft
 from effzoo.errors import TrainingError
-from effzoo.peft.attach import active
+from effzoo.peft.attach import acting
 from effzoo.peft.training import WHOLE
 
 Batch = dict[str, Tensor]
@@ -75,7 +75,7 @@ def fit(
     passes under autocast; None where that is faster here and the weights are float32. after: called with the step and its loss.
     `effzoo.finetune` is for long runs; this one writes nothing. Raises TrainingError for a loss that is not a number.
     """
-    adapters = bool(active(model))
+    adapters = bool(acting(model))
     if adapters:
         peft.calibrate(model, [next(batches) for _ in range(_CALIBRATION)])
     if bfloat16 is None:

@@ -6,12 +6,14 @@
 from effzoo.peft import combined, function, input, modular, parameter
 from effzoo.peft.accounting import Account, Flops, account, flops, ranks
 from effzoo.peft.aggregation import Combined, combine
-from effzoo.peft.attach import Attachment, activate, attach, attached, detach, recast, roles
+from effzoo.peft.attach import activate, active, attach, attached, detach, disabled, recast, roles
 from effzoo.peft.budget import within
-from effzoo.peft.files import load_adapter, save_adapter
+from effzoo.peft.files import load_adapter, save_adapter, swap_weights
 from effzoo.peft.merging import MergeReport, delta, merge, unmerge
 from effzoo.peft.method import Method, Stage
 from effzoo.peft.modular import extract, gather
+from effzoo.peft.state import Attachment
+from effzoo.peft.status import Status, status
 from effzoo.peft.training import begin, calibrate, finish, learning_rates, loss, penalty, schedule, stages, timetable
 from effzoo.registry import peft as _view
 from effzoo.sites import PeftModule
@@ -27,8 +29,10 @@ __all__ = [
     "Method",
     "PeftModule",
     "Stage",
+    "Status",
     "account",
     "activate",
+    "active",
     "aliases",
     "attach",
     "attached",
@@ -38,6 +42,7 @@ __all__ = [
     "create",
     "delta",
     "detach",
+    "disabled",
     "extract",
     "finish",
     "flops",
@@ -62,6 +67,8 @@ __all__ = [
     "save_adapter",
     "schedule",
     "stages",
+    "status",
+    "swap_weights",
     "timetable",
     "unmerge",
     "within",

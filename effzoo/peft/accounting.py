@@ -9,12 +9,12 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from effzoo.peft.attach import activate, active, attached, base_tensors
+from effzoo.peft.attach import acting, activate, attached, base_tensors
 from effzoo.peft.budget import without_memory
 from effzoo.peft.files import stored_tensors
 from effzoo.peft.merging import delta, mergeable
 from effzoo.peft.method import HEAD
-from effzoo.sites import PeftModule, Site, sites
+from effzoo.sites import PeftModule, Site, sites, unwrap
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def flops(model: nn.Module, length: int = 128) -> Flops:
 
     Nothing is computed: the model runs on shapes alone. Elementwise work is not counted, so (IA)3 or BitFit seem free while attached.
     """
-    names = active(model)
+    model = unwrap(model)
+    names = acting(model)
     shadow = copy.deepcopy(model, {id(tensor): without_memory(tensor) for tensor in (*model.parameters(), *model.buffers())}).eval()
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
     with_adapters = _flops(shadow, ids)
@@ -110,9 +111,10 @@ def _flops(model: nn.Module, ids: torch.Tensor) -> int:
 
 def account(model: nn.Module) -> Account:
     """Count the active adapters of a model; without any, the model as it is."""
+    model = unwrap(model)
     total = _total(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    names = active(model)
+    names = acting(model)
     tensors = [t for name in names for t in stored_tensors(model, name).values()]
     changed, rank = _change(model, names) if names else (trainable, "full" if trainable else 0)
     return Account(

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.errors import AdapterError, OptionError, UnknownNameError
-from effzoo.peft.attach import _known, activate, active, attach, detach
+from effzoo.peft.attach import _known, attach
 from effzoo.peft.merging import delta, merged_parameters
 from effzoo.peft.method import HEAD
 from effzoo.peft.parameter.selected import Copy
+from effzoo.peft.state import transition
 from effzoo.sites import Linear, Site, sites
 
 How = Literal["sum", "ties", "dare"]
@@ -78,16 +79,11 @@ def combine(
     changed = {key.rpartition(".")[0]: everything[key.rpartition(".")[0]] for key in total}
     if not changed:
         raise AdapterError(f"{' and '.join(weights)} change nothing but task heads, so there is nothing to combine")
-    before = active(model)
-    attach(model, _spec(changed, total, rank), name=name)
-    try:
+    with transition(model):
+        attach(model, _spec(changed, total, rank), name=name)
         truncation = _write(model, name, total, rank)
         if head is not None:
             take_head(model, head, name)
-    except Exception:
-        detach(model, name)
-        activate(model, *before)
-        raise
     return Combined(name, _known(model, name).spec, truncation)
 
 

@@ -7,48 +7,24 @@ base is as trainable as it was before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
-from effzoo.errors import AdapterError, IncompatiblePeft, OptionError, TargetError, UnknownNameError, did_you_mean, listing
-from effzoo.peft.method import HEAD, Method
+from effzoo.errors import AdapterError, IncompatiblePeft, OptionError, TargetError, did_you_mean, listing
+from effzoo.peft.method import ALL_LINEAR, HEAD, Method
+from effzoo.peft.state import Adapters, Attachment, act, adapters_of, transition
 from effzoo.registry import peft as registry
-from effzoo.sites import Site, sites
+from effzoo.sites import WITHOUT_SCALE, Activity, Linear, PeftModule, Site, sites, unwrap
 from effzoo.spec import Spec, parse
 
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass
-class Attachment:
-    """One adapter of a model: its spec, and where each of its methods hangs, {method: [(path, role)]}.
-
-    methods: each method with the paths where it hangs. finished: whether `effzoo.peft.finish` has dropped what only training needed. dtype: in which
-    it was asked to be held; None for float32, or float64 where the base is.
-    """
-
-    name: str
-    specs: tuple[Spec, ...]
-    places: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    methods: list[tuple[Method, list[str]]] = field(default_factory=list)
-    finished: bool = False
-    dtype: torch.dtype | None = None
-
-    @property
-    def spec(self) -> str:
-        return "|".join(map(str, self.specs))
-
-
-@dataclass
-class _State:
-    attachments: dict[str, Attachment] = field(default_factory=dict)
-    merged: list[Any] = field(default_factory=list)  # what `unmerge` puts back, the last one first
-    frozen: set[str] = field(default_factory=set)  # the base parameters that attaching froze
+Scale = float | Mapping[str, float]
+Trained = str | Collection[str] | None
 
 
 def attach(model: M, peft: Any, *, name: str = "default", dtype: torch.dtype | str | None = None) -> M:
@@ -60,92 +36,159 @@ def attach(model: M, peft: Any, *, name: str = "default", dtype: torch.dtype | s
 
     Raises TargetError, AdapterError, OptionError; the model is then unchanged.
     """
-    state = _state(model)
-    if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
-        raise AdapterError(f"an adapter name is a Python identifier that torch does not use itself, got {name!r}; try 'task_a'")
-    if name in state.attachments or any(name == merged.name for merged in state.merged):
-        raise AdapterError(f"an adapter named {name!r} is attached already (or merged); detach it first or choose another name")
-    attachment, settled = Attachment(name, parse(peft), dtype=_dtype(dtype)), []
-    try:
+    with transition(model) as state:
+        inside = unwrap(model)
+        if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict(), name):
+            raise AdapterError(f"an adapter name is a Python identifier that torch does not use itself, got {name!r}; try 'task_a'")
+        if name in state.attachments or any(name == merged.name for merged in state.merged):
+            raise AdapterError(f"an adapter named {name!r} is attached already (or merged); detach it first or choose another name")
+        attachment, settled = Attachment(name, parse(peft), dtype=_dtype(dtype)), []
         for spec in attachment.specs:
             method = registry.create(spec)
-            found = targets(model, method)
-            method.prepare(model, found)
+            found = targets(inside, method)
+            method.prepare(inside, found)
             settled.append(Spec(spec.name, {**spec.options, **method.settled_options}))
-            _hang(model, method, attachment, found)
-        heads = {path: site for path, site in sites(model) if fnmatchcase(site.role, HEAD) and name not in site.adapters and site.base()}
+            _hang(inside, method, attachment, found)
+        heads = {path: site for path, site in sites(inside) if fnmatchcase(site.role, HEAD) and name not in site.adapters and site.base()}
         if heads:
-            _hang(model, registry.create("head"), attachment, heads)
-        if not any(p.requires_grad for key, p in model.named_parameters() if f".adapters.{name}." in f".{key}"):
+            _hang(inside, registry.create("head"), attachment, heads)
+        if not any(p.requires_grad for key, p in inside.named_parameters() if f".adapters.{name}." in f".{key}"):
             raise AdapterError(f"{attachment.spec} has nothing to train on this model; choose other targets")
-    except Exception:
-        _remove(model, name)
-        raise
-    for parameter_name, parameter in model.named_parameters():
-        if parameter.requires_grad and ".adapters." not in f".{parameter_name}":
-            parameter.requires_grad_(False)
-            state.frozen.add(parameter_name)
-    attachment.specs = tuple(settled)
-    state.attachments[name] = attachment
-    activate(model, name)
+        freeze_base(inside, state)
+        attachment.specs = tuple(settled)
+        state.attachments[name] = attachment
+        act(inside, state, Activity((name,), (1.0,), trained=frozenset({name})))
     return model
 
 
 def detach(model: M, name: str) -> M:
-    """Take an adapter off; what is left is bit-identical to a model that never had it."""
-    _known(model, name)
-    state = _state(model)
-    was_active = active(model)
-    _remove(model, name)
-    del state.attachments[name]
-    if state.attachments:
-        activate(model, *(other for other in was_active if other != name))
-    else:
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name in state.frozen:
-                parameter.requires_grad_(True)
-        state.frozen.clear()
+    """Take an adapter off; what is left is bit-identical to a model that never had it, and acts as before: in its order, scales and combination."""
+    with transition(model) as state:
+        state.known(name)
+        take_off(unwrap(model), state, name)
     return model
 
 
-def activate(model: M, *names: str, combine: Literal["stack", "average"] = "stack", rows: Sequence[str | None] | None = None) -> M:
-    """Make exactly these adapters active and trainable; none means the bare base model.
+def activate(
+    model: M,
+    *names: str,
+    combine: Literal["stack", "average"] = "stack",
+    rows: Sequence[str | None] | None = None,
+    scale: Scale = 1.0,
+    train: Trained = None,
+) -> M:
+    """Make exactly these adapters active; none means the bare base model.
 
     combine: "stack", each acts on what the one before has made of its site, in the given order; "average", side by side, and the mean of
-    their outputs counts, at every site. rows: instead of names, the adapter of each row of the batch (None: the bare base);
-    adapters of one spec, which act in one gathered product. Then every batch must have as many rows.
+    their outputs counts, at every site. rows: instead of names, the adapter of each row of the batch (None: the bare base), whatever its
+    methods and options; then every batch must have as many rows.
+    scale: s, or one by name; s times what an adapter adds acts, at every door of a module: for a change of a weight s times the change, for a
+    bottleneck s times its output, for attention with a gate s times the gate. Task heads count in full, as they replace a head and add nothing.
+    Trained rows, keys and values (prompt, prefix) add nothing that could be multiplied: another scale than 1 is refused for them.
+    train: which of them are trainable, the others act as they are (frozen); None is all, () none.
+
+    Raises UnknownNameError, AdapterError, OptionError; the model is then unchanged.
     """
+    with transition(model) as state:
+        act(unwrap(model), state, _chosen(unwrap(model), state, names, combine, rows, scale, train))
+    return model
+
+
+@contextmanager
+def active(
+    model: M,
+    *names: str,
+    combine: Literal["stack", "average"] = "stack",
+    rows: Sequence[str | None] | None = None,
+    scale: Scale = 1.0,
+    train: Trained = None,
+) -> Iterator[M]:
+    """`activate` inside a `with` block; behind it, also after an error, what acts and what is trainable is as before.
+
+    An adapter that was detached meanwhile is left out, one that was attached meanwhile is inactive then.
+    """
+    before, flags = adapters_of(model).roster.now, [(p, p.requires_grad) for p in unwrap(model).parameters()]
+    activate(model, *names, combine=combine, rows=rows, scale=scale, train=train)
+    try:
+        yield model
+    finally:
+        _restore(model, before)
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+@contextmanager
+def disabled(model: M) -> Iterator[M]:
+    """Inside the block no adapter acts: the bare base model, with its own task head. What is trainable stays so, and behind the block, also after an
+    error, what acts is as before."""
+    with transition(model) as state:
+        before, state.roster.now = state.roster.now, Activity(trained=state.roster.now.trained)
+    try:
+        yield model
+    finally:
+        _restore(model, before)
+
+
+def _restore(model: nn.Module, before: Activity) -> None:
+    state = adapters_of(model)
+    for name in {*before.names, *before.trained} - state.attachments.keys():
+        before = before.without(name)
+    state.roster.now = before
+
+
+def _chosen(
+    model: nn.Module, state: Adapters, names: tuple[str, ...], combine: str, rows: Sequence[str | None] | None, scale: Scale, train: Trained
+) -> Activity:
+    """What `activate` was asked for. Raises what it raises."""
     if rows is not None:
         if names:
             raise AdapterError("give either adapter names or rows, not both")
+        if isinstance(rows, str) or not len(rows):
+            raise AdapterError(f"rows is a list with the name of an adapter, or None, for each row of the batch, got {rows!r}")
+        if combine != "stack":
+            raise AdapterError(f"give either combine={combine!r} or rows, not both: each row has one adapter")
         names = tuple(dict.fromkeys(name for name in rows if name is not None))
     if combine not in ("stack", "average"):
         raise AdapterError(f"combine is 'stack' or 'average', got {combine!r}")
     for name in names:
-        _known(model, name)
-    for _, site in sites(model):
-        site.active = tuple(name for name in names if name in site.adapters)
-        site.average = combine == "average" and len(names) > 1
-        site.choice = None
-        if rows is not None and site.active:
-            site.choice = torch.tensor([site.active.index(name) if name in site.active else -1 for name in rows])
-        for adapter in site.adapters:
-            for module in site.hung(adapter):
-                module.learn(adapter in names)
-    return model
+        state.known(name)
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise AdapterError(f"adapter {twice[0]!r} is named twice; name each once (scale={{{twice[0]!r}: 2.0}} doubles what it adds)")
+    given = scale if isinstance(scale, Mapping) else dict.fromkeys(names, scale)
+    for name, number in given.items():
+        if name not in names:
+            raise AdapterError(f"a scale is given for {name!r}, which is not among the adapters to activate ({listing(names)})")
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < float("inf"):
+            raise OptionError(f"the scale of {name!r} is a finite number, got {number!r}")
+        _check_scale(model, state, name, float(number))
+    trained = names if train is None else (train,) if isinstance(train, str) else tuple(train)
+    for name in trained:
+        state.known(name)
+        if name not in names:
+            raise AdapterError(f"train names {name!r}, which is not among the adapters to activate ({listing(names)})")
+    numbers = None if rows is None or not names else tuple(-1 if name is None else names.index(name) for name in rows)
+    scales = tuple(float(given.get(name, 1.0)) for name in names)
+    return Activity(names, scales, combine == "average" and len(names) > 1, numbers, frozenset(trained))
+
+
+def _check_scale(model: nn.Module, state: Adapters, name: str, scale: float) -> None:
+    for path, site in sites(model) if scale != 1 else ():
+        for module in site.hung(name):
+            if module.opens(*WITHOUT_SCALE):
+                raise AdapterError(
+                    f"adapter {name!r} ({state.attachments[name].spec}) has no scale of {scale:g}: what {type(module).__name__} puts in at {path} is "
+                    "there or not, and adds nothing that could be multiplied; use scale 1"
+                )
 
 
 def attached(model: nn.Module) -> dict[str, Attachment]:
     """The adapters of a model by name, in the order in which they were attached."""
-    return dict(_state(model).attachments)
+    return dict(adapters_of(model).attachments)
 
 
-def active(model: nn.Module) -> tuple[str, ...]:
-    """The active adapters."""
-    names: dict[str, None] = {}
-    for _, site in sites(model):
-        names.update(dict.fromkeys(site.active))
-    return tuple(names)
+def acting(model: nn.Module) -> tuple[str, ...]:
+    """The active adapters, in their order."""
+    return adapters_of(model).roster.now.names
 
 
 def roles(model: nn.Module) -> dict[str, int]:
@@ -165,7 +208,7 @@ def targets(model: nn.Module, method: Method) -> dict[str, Site]:
     patterns = method.targets or method.default_targets
     found: dict[str, Site] = {}
     for pattern in patterns:
-        matched = {path: site for path, site in everything.items() if fnmatchcase(site.role, pattern)}
+        matched = {path: site for path, site in everything.items() if _matches(site, pattern)}
         if not matched and method.targets:
             known = roles(model)
             raise TargetError(f"{method.name}: target {pattern!r} matches no role{did_you_mean(pattern, known)} Roles: {listing(known)}.")
@@ -190,6 +233,13 @@ def targets(model: nn.Module, method: Method) -> dict[str, Site]:
     return found
 
 
+def _matches(site: Site, pattern: str) -> bool:
+    """Whether a site is meant by a pattern of roles, or by "all-linear"."""
+    if pattern == ALL_LINEAR:
+        return isinstance(site, Linear) and site.layer is not None
+    return fnmatchcase(site.role, pattern)
+
+
 def _layers(method: Method, everything: dict[str, Site]) -> set[int | None]:
     present = {site.layer for site in everything.values() if site.layer is not None}
     if method.layers is None:
@@ -202,15 +252,12 @@ def _layers(method: Method, everything: dict[str, Site]) -> set[int | None]:
 
 
 def _hang(model: nn.Module, method: Method, attachment: Attachment, found: dict[str, Site]) -> None:
-    like = next(p for p in model.parameters() if p.is_floating_point())
     places = []
     for path, site in found.items():
         module = method.make(site)
         if module is None:
             continue
-        parameter = next(iter(site.base().values()), like)
-        module = module.to(device=parameter.device, dtype=held_in(parameter.dtype, attachment.dtype))
-        site.hang(attachment.name, method.name, module.train(site.training))
+        site.hang(attachment.name, method.name, fitted(model, site, module, attachment.dtype))
         places.append((path, site.role))
     if not places:
         raise TargetError(
@@ -232,15 +279,14 @@ def recast(model: M, *names: str, dtype: torch.dtype | str | None = None) -> M:
     what that has rounded stays rounded. Raises UnknownNameError, OptionError.
     """
     wanted = _dtype(dtype)
-    for name in names:
-        _known(model, name)
-    like = next(tensor for tensor in base_tensors(model).values() if tensor.is_floating_point())
-    for name in names or tuple(_state(model).attachments):
-        for _, site in sites(model):
-            if name in site.adapters:
-                parameter = next(iter(site.base().values()), like)
-                site.of(name).to(dtype=held_in(parameter.dtype, wanted))
-        _state(model).attachments[name].dtype = wanted
+    with transition(model) as state:
+        for name in names:
+            state.known(name)
+        for name in names or tuple(state.attachments):
+            for _, site in sites(model):
+                for module in site.hung(name):
+                    fitted(unwrap(model), site, module, wanted)
+            state.attachments[name].dtype = wanted
     return model
 
 
@@ -251,39 +297,52 @@ def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def _remove(model: nn.Module, name: str) -> None:
+def fitted(model: nn.Module, site: Site, module: PeftModule, dtype: torch.dtype | None = None) -> PeftModule:
+    """A module on the device and in the mode of the site where it is to hang, in the dtype that was asked for, else as `held_in` says."""
+    like = next(iter(site.base().values()), None)
+    if like is None:
+        like = next(p for p in model.parameters() if p.is_floating_point())
+    return module.to(device=like.device, dtype=held_in(like.dtype, dtype)).train(site.training)
+
+
+def freeze_base(model: nn.Module, state: Adapters) -> None:
+    """Freeze what is trainable of the base, and remember it."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".adapters." not in f".{name}":
+            parameter.requires_grad_(False)
+            state.frozen.add(name)
+
+
+def take_off(model: nn.Module, state: Adapters, name: str) -> frozenset[str]:
+    """Take an adapter off inside a transition; the base parameters that are trainable again, because it was the last one."""
     for _, site in sites(model):
         if name in site.adapters:
             del site.adapters[name]
-        site.active = tuple(other for other in site.active if other != name)
-        if not site.active:
-            site.average, site.choice = False, None
+    del state.attachments[name]
+    state.roster.now = state.roster.now.without(name)
+    if state.attachments:
+        return frozenset()
+    thawed = frozenset(state.frozen)
+    for key, parameter in model.named_parameters():
+        if key in thawed:
+            parameter.requires_grad_(True)
+    state.frozen.clear()
+    return thawed
 
 
 def _known(model: nn.Module, name: str) -> Attachment:
-    state = _state(model)
-    if name not in state.attachments:
-        raise UnknownNameError("adapter", name, state.attachments)
-    return state.attachments[name]
-
-
-def _state(model: nn.Module) -> _State:
-    if not isinstance(model, nn.Module):
-        raise AdapterError(f"expected a model (torch.nn.Module), got {type(model).__name__}")
-    if "_effzoo_adapters" not in model.__dict__:
-        model.__dict__["_effzoo_adapters"] = _State()
-    state: _State = model.__dict__["_effzoo_adapters"]
-    return state
+    return adapters_of(model).known(name)
 
 
 def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The model's own weights: its state dict without what adapters added."""
-    return {key: value for key, value in model.state_dict().items() if ".adapters." not in f".{key}"}
+    return {key: value for key, value in unwrap(model).state_dict().items() if ".adapters." not in f".{key}"}
 
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     """The tensors of one adapter, by their key in the model; what several modules share appears once."""
     _known(model, name)
+    model = unwrap(model)
     own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     identity = {key: id(tensor) for key, tensor in own}
     tensors: dict[str, torch.Tensor] = {}

@@ -29,12 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.errors import AdapterError, EffzooError, UnknownNameError
-from effzoo.peft.attach import _known, adapter_tensors, attach, attached, detach
+from effzoo.peft.attach import _known, adapter_tensors, attach, attached
 from effzoo.peft.fingerprint import Fingerprint, content_hash, difference, fingerprint
 from effzoo.peft.manifest import MANIFEST, TENSORS, UNPROVED, Manifest, read_manifest
 from effzoo.peft.method import HEAD
 from effzoo.peft.parameter.selected import Copy
 from effzoo.peft.rehearsal import rehearse
+from effzoo.peft.state import transition
 from effzoo.peft.training import finish
 from effzoo.sites import PeftModule, sites
 from effzoo.writing import replace_files
@@ -114,7 +115,8 @@ def load_adapter(model: M, directory: str | Path, *, name: str | None = None, tr
         raise AdapterError(f"{directory} holds two adapters, {MANIFEST} and {found[0].manifest}; give each a directory of its own")
     if found:
         try:
-            importlib.import_module(found[0].module).read(model, directory, name or "default")
+            with transition(model):
+                importlib.import_module(found[0].module).read(model, directory, name or "default")
         except EffzooError:
             raise
         except Exception as error:  # files of any origin, with any value in any place
@@ -127,21 +129,19 @@ def load_adapter(model: M, directory: str | Path, *, name: str | None = None, tr
     shapes, unknown = rehearse(model, manifest.specs, name, finished=manifest.finished, most=most)
     _check_head(shapes, name, base, manifest, directory)
     _check_fits(shapes, name, tensors, directory, tuple(unknown))
-    attach(model, manifest.specs, name=name)
-    try:
+    with transition(model):
+        attach(model, manifest.specs, name=name)
         if manifest.finished:
             finish(model, name)
         _fill(model, name, tensors, directory)
-    except BaseException:
-        detach(model, name)
-        raise
     return model
 
 
-def restore_adapter(model: M, directory: str | Path, *, name: str = "default") -> M:
+def swap_weights(model: M, directory: str | Path, *, name: str = "default") -> M:
     """Copy the tensors that `save_adapter` wrote into an adapter that is attached already, with the same spec; return the model.
 
-    The parameters stay the same objects, as an optimizer needs. Raises AdapterError as `load_adapter` does, and for another spec.
+    The parameters stay the same objects, as an optimizer needs, and as a compiled model needs to go on without compiling anew. Raises AdapterError
+    as `load_adapter` does, and for another spec; the adapter is then as it was.
     """
     directory, attachment = folder_of(directory), _known(model, _name(name))
     manifest, tensors = _read(directory)
@@ -152,9 +152,10 @@ def restore_adapter(model: M, directory: str | Path, *, name: str = "default") -
     if attachment.finished and not manifest.finished:
         raise AdapterError(f"the adapter in {directory} is in the middle of its training, the adapter {name!r} of this model is finished")
     _check_head(model, name, base, manifest, directory)
-    if manifest.finished and not attachment.finished:
-        finish(model, name)
-    _fill(model, name, tensors, directory)
+    with transition(model, name):
+        if manifest.finished:
+            finish(model, name)
+        _fill(model, name, tensors, directory)
     return model
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, overload
+from typing import Literal, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from effzoo.errors import AdapterError
-from effzoo.peft.attach import Attachment, _known, _state, activate, active, detach
+from effzoo.peft.attach import _known, fitted, freeze_base, take_off
+from effzoo.peft.state import Merged, Rewriting, act, adapters_of, checksum, transition
 from effzoo.peft.training import finish
-from effzoo.sites import PeftModule, Site, sites
+from effzoo.sites import Activity, Acts, PeftModule, Scaled, Site, sites, unwrap
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -56,17 +57,6 @@ class MergeReport:
         return "\n".join(lines)
 
 
-@dataclass
-class _Merged:
-    """What `unmerge` needs: the adapter, and the tensors as they were."""
-
-    name: str
-    attachment: Attachment
-    modules: dict[str, nn.Module]
-    originals: dict[tuple[str, str], Tensor]
-    before: tuple[str, ...]
-
-
 @overload
 def merge(model: M, name: str = "default", *, undo: bool = True, report: Literal[False] = False) -> M: ...
 @overload
@@ -77,73 +67,166 @@ def merge(model: M, name: str = "default", *, undo: bool = True, report: bool = 
     """theta <- theta + delta for every site of the adapter, then take the adapter off; return the model, or the report when asked for.
 
     Computed in float64 and rounded once to the weight's dtype; `report` says what that rounding costs, layer by layer (in bfloat16 most
-    of a small change can be lost). undo: keep what was overwritten, so that `unmerge` restores it bit by bit. Raises AdapterError, and
-    changes nothing, when a module has no delta (prompt, prefix, bottleneck adapters: they are no change of a weight) or when a merged weight
-    is not finite.
+    of a small change can be lost). undo: keep what was overwritten, so that `unmerge` restores it bit by bit; undo=False for an adapter that is
+    merged already gives that up.
+
+    What is merged is part of the base, for every row and before whatever else acts, which goes on as it was. An active adapter is merged at its
+    scale, an inactive one at 1. Raises AdapterError, and changes nothing, when a module has no delta (prompt, prefix, bottleneck adapters: they are
+    no change of a weight), when a merged weight is not finite, and when merging would change what an active adapter does: one of an average, one
+    chosen by row, or one of a stack in which the order counts and another comes first.
     """
-    attachment = _known(model, name)
-    for path, site in sites(model):
-        for module in site.hung(name):
-            if _no_weight(site, module):  # said before `finish`, which cannot be taken back
-                raise _refusal(f"adapter {name!r} ({attachment.spec}) at {path}", module)
-    finish(model, name)
-    found = {path: (site, list(site.hung(name))) for path, site in sites(model) if name in site.adapters}
-    merged: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
-    for path, (site, modules) in found.items():
-        for parameter_name, value in merged_parameters(site, modules, f"adapter {name!r} ({attachment.spec}) at {path}").items() if modules else ():
-            if not torch.isfinite(value).all():
-                raise AdapterError(
-                    f"merging adapter {name!r} would write NaN or infinity into {path}.{parameter_name} "
-                    f"({int((~torch.isfinite(value)).sum())} of {value.numel()} entries); the model is unchanged"
-                )
-            merged[path, parameter_name] = (getattr(site, parameter_name), value)
-    rows = tuple(_rounding(f"{path}.{key}", parameter, value) for (path, key), (parameter, value) in merged.items()) if report else ()
-    kept = _Merged(name, attachment, {path: site.of(name) for path, (site, _) in found.items()}, {}, active(model))
-    with torch.no_grad():
-        for place, (parameter, value) in merged.items():
+    with transition(model, *([name] if name in adapters_of(model).attachments else [])) as state:
+        inside = unwrap(model)
+        if not undo and not report and (again := next((record for record in state.merged if record.name == name), None)) is not None:
+            state.merged.remove(again)
+            return model
+        attachment, now = state.known(name), state.roster.now
+        if name in now.names and now.combine != "stack":
+            how = "on some rows" if now.combine == "rows" else "in an average"
+            raise AdapterError(
+                f"adapter {name!r} acts {how}, and a merged one acts in full on every row; activate it alone first "
+                f"(effzoo.activate(model, {name!r})), "
+                "or merge what effzoo.combine makes of several"
+            )
+        for path, site in sites(inside):
+            for module in site.hung(name):
+                if _no_weight(site, module):  # said first, before anything is computed
+                    raise _refusal(f"adapter {name!r} ({attachment.spec}) at {path}", module)
+        finish(model, name)
+        found = {path: site for path, site in sites(inside) if name in site.adapters}
+        values: dict[tuple[str, str], Tensor] = {}
+        for path, site in found.items():
+            where = f"adapter {name!r} ({attachment.spec}) at {path}"
+            for key, value in merged_parameters(site, list(site.acting(name)), where).items() if len(site.of(name)) else ():
+                if not torch.isfinite(value).all():
+                    raise AdapterError(
+                        f"merging adapter {name!r} would write NaN or infinity into {path}.{key} "
+                        f"({int((~torch.isfinite(value)).sum())} of {value.numel()} entries); the model is unchanged"
+                    )
+                values[path, key] = value
+            _check_order(site, path, name)
+        tensors = {(path, key): getattr(found[path], key) for path, key in values}
+        rows = tuple(_rounding(f"{path}.{key}", tensors[path, key], value) for (path, key), value in values.items()) if report else ()
+        place, modules = list(state.attachments).index(name), {path: site.of(name) for path, site in found.items()}
+        thawed, rewriting = take_off(inside, state, name), Rewriting()
+        try:
+            for at, value in values.items():
+                rewriting.write(at, tensors[at], value)
             if undo:
-                kept.originals[place] = parameter.detach().clone()
-            parameter.copy_(value)
-    detach(model, name)
-    if undo:
-        _state(model).merged.append(kept)
+                originals = {at: original for at, (_, original) in rewriting.originals.items()}
+                written = {at: checksum(tensors[at]) for at in values}
+                state.merged.append(Merged(attachment, place, modules, originals, written, now, state.roster.now, thawed))
+        except BaseException:
+            rewriting.restore()
+            raise
     return MergeReport(rows) if report else model
 
 
 def unmerge(model: M, name: str = "default") -> M:
     """Put back, bit by bit, the weights that `merge` overwrote, and attach the adapter again as it was; return the model.
 
-    The adapters merged last come first. Raises AdapterError for a name that was not merged, or merged with undo=False.
+    What acts, its order, combination and scales, and what is trainable are again as before merging, if nothing was activated since. If something
+    was, that goes on: an adapter that acted when it was merged then comes first in the stack, where it has acted since; in an average or by row it
+    comes back inactive. The adapter takes the mode, dtype and device that the model has now.
+
+    The adapters merged last come first. Raises AdapterError for a name that was not merged, or merged with undo=False, and when merged
+    weights were changed since (trained, loaded, quantised), which would be lost; what `unmerge` needs is then kept.
     """
-    state = _state(model)
-    names = [merged.name for merged in state.merged]
-    if name not in names:
-        raise AdapterError(f"no merged adapter {name!r} can be taken out again; merged with undo: {', '.join(names) or '(none)'}")
-    if names[-1] != name:
-        raise AdapterError(f"{names[-1]!r} was merged after {name!r}; unmerge it first")
-    kept: _Merged = state.merged.pop()
-    known = dict(sites(model))
-    with torch.no_grad():
-        for (path, key), original in kept.originals.items():
-            getattr(known[path], key).copy_(original)
-    for path, modules in kept.modules.items():
-        known[path].adapters[name] = modules
-    for parameter_name, parameter in model.named_parameters():
-        if parameter.requires_grad and ".adapters." not in f".{parameter_name}":
-            parameter.requires_grad_(False)
-            state.frozen.add(parameter_name)
-    state.attachments[name] = kept.attachment
-    return activate(model, *dict.fromkeys((*active(model), name)))
+    with transition(model) as state:
+        inside, names = unwrap(model), [merged.name for merged in state.merged]
+        if name not in names:
+            raise AdapterError(f"no merged adapter {name!r} can be taken out again; merged with undo: {', '.join(names) or '(none)'}")
+        if names[-1] != name:
+            raise AdapterError(f"{names[-1]!r} was merged after {name!r}; unmerge it first")
+        record, known = state.merged.pop(), dict(sites(inside))
+        for (path, key), original in record.originals.items():
+            _check_untouched(f"{path}.{key}", name, getattr(known.get(path), key, None), original, record.written[path, key])
+        for path, hung in record.modules.items():
+            for module in hung.values():
+                fitted(inside, known[path], cast(PeftModule, module), record.attachment.dtype)
+            known[path].adapters[name] = hung.train(known[path].training)
+        attachments = list(state.attachments.items())
+        attachments.insert(record.place, (name, record.attachment))
+        state.attachments.clear()
+        state.attachments.update(attachments)
+        if record.thawed:
+            freeze_base(inside, state)
+        since, before = state.roster.now, record.before
+        if since == record.after:
+            state.roster.now = before
+        elif name in before.names and since.combine == "stack":
+            trained = since.trained | (before.trained & {name})
+            state.roster.now = Activity((name, *since.names), (before.scale(name), *since.scales), trained=trained)
+        if since != record.after or record.thawed:
+            act(inside, state, state.roster.now)
+        rewriting = Rewriting()
+        try:
+            for (path, key), original in record.originals.items():
+                rewriting.write((path, key), getattr(known[path], key), original)
+        except BaseException:
+            rewriting.restore()
+            raise
+    return model
+
+
+def check_nothing_merged(model: nn.Module, change: str, touches: Callable[[str], bool]) -> None:
+    """AdapterError where a change of the model would make it impossible to take a merged adapter out again.
+
+    touches: whether the change concerns the site at a path.
+    """
+    for record in adapters_of(model).merged:
+        if any(touches(path) for path in record.modules):
+            raise AdapterError(
+                f"{change} would make it impossible to take the merged adapter {record.name!r} out again; unmerge it first "
+                f"(effzoo.unmerge(model, {record.name!r})), or give that up (effzoo.merge(model, {record.name!r}, undo=False))"
+            )
+
+
+def _check_untouched(key: str, name: str, tensor: Tensor | None, original: Tensor, written: int) -> None:
+    """AdapterError unless a tensor is what merging has written; in another dtype that cannot be told, so then only its shape counts."""
+    if tensor is None or tensor.shape != original.shape:
+        now = "is gone" if tensor is None else f"has shape {tuple(tensor.shape)} instead of {tuple(original.shape)}"
+        raise AdapterError(f"adapter {name!r} cannot be taken out again: {key} {now}; what unmerging needs is kept")
+    if type(tensor) is not torch.nn.Parameter:
+        raise AdapterError(f"adapter {name!r} cannot be taken out again: {key} is quantised; call effzoo.dequantise(model) and load the weights")
+    if tensor.dtype == original.dtype and checksum(tensor) != written:
+        raise AdapterError(
+            f"adapter {name!r} cannot be taken out again: {key} was changed after merging, by training or loading, and unmerging would lose that; "
+            "put the merged weights back first, or keep them (effzoo.merge(model, undo=False))"
+        )
+
+
+def _check_order(site: Site, path: str, name: str) -> None:
+    """AdapterError where an active adapter acts at a site with others in such a way that it cannot be the first."""
+    order = site.active
+    others = [other for other in order if other != name]
+    if name not in order or not others:
+        return
+    own = list(site.acting(name))
+    if all(mergeable(site, module) for module in site.acting(*order)):
+        now = merged_parameters(site, list(site.acting(*order)))
+        then = merged_parameters(site, list(site.acting(*others)), start=merged_parameters(site, own))
+        same = all(torch.allclose(now[key], then[key], rtol=0, atol=1e-10 * (1 + float(now[key].abs().max()))) for key in now)
+    else:
+        fixed = [other for other in others if not all(mergeable(site, module) for module in site.acting(other))]
+        first = all(order.index(name) < order.index(other) for other in fixed)
+        doors = any(module.opens("before") for module in own) or any(m.opens("weight", "bias") for m in site.acting(*fixed))
+        same = first and not doors
+    if not same:
+        raise AdapterError(
+            f"merging {name!r} would change what the model computes: at {path} it acts in the stack {', '.join(order)}, whose order counts, and a "
+            f"merged adapter comes first; activate it alone to say that it is to come first, or merge what effzoo.combine makes of all"
+        )
 
 
 def merged_tensors(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """The merged adapters that can be taken out again, each with the keys of the tensors that `unmerge` would put back."""
-    return {merged.name: tuple(f"{path}.{key}" for path, key in merged.originals) for merged in _state(model).merged}
+    return {merged.name: tuple(f"{path}.{key}" for path, key in merged.originals) for merged in adapters_of(model).merged}
 
 
 @torch.no_grad()
 def delta(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """What merging the adapter would add to each tensor of the base, by its key, in float64. Raises AdapterError where `merge` does."""
+    """What merging the adapter at scale 1 would add to each tensor of the base, by its key, in float64. Raises AdapterError for what is no change."""
     attachment = _known(model, name)
     changes: dict[str, Tensor] = {}
     for path, site in sites(model):
@@ -155,9 +238,12 @@ def delta(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     return changes
 
 
-def merged_parameters(site: Site, modules: Sequence[PeftModule], where: str = "") -> dict[str, Tensor]:
-    """The weight and bias, in float64, that make the site alone compute what it computes with the modules."""
-    own = site.base()
+def merged_parameters(site: Site, modules: Sequence[Acts], where: str = "", start: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The weight and bias, in float64, that make the site alone compute what it computes with the modules.
+
+    start: weight and bias to begin with, instead of the site's own.
+    """
+    own: Mapping[str, Tensor] = site.base() if start is None else start
     for module in modules:
         if not mergeable(site, module):
             raise _refusal(where or site.role, module)
@@ -177,7 +263,7 @@ def merged_parameters(site: Site, modules: Sequence[PeftModule], where: str = ""
     return now
 
 
-def mergeable(site: Site, module: PeftModule) -> bool:
+def mergeable(site: Site, module: Acts) -> bool:
     """Whether what the module does at the site is a change of the site's weight and bias."""
     if _no_weight(site, module):
         return False
@@ -186,15 +272,16 @@ def mergeable(site: Site, module: PeftModule) -> bool:
     return module.delta(site.weight, getattr(site, "bias", None)) is not None  # type: ignore[arg-type]
 
 
-def _no_weight(site: Site, module: PeftModule) -> bool:
+def _no_weight(site: Site, module: Acts) -> bool:
     """Whether there is no weight that the module could be a change of, whatever its numbers are."""
     if module.opens("rows", "memory", "remember", "beyond", "beside"):
         return True
     return module.opens("after", "before", "joined") and getattr(site, "weight", None) is None
 
 
-def _refusal(where: str, module: PeftModule) -> AdapterError:
-    return AdapterError(f"{where} cannot be merged: {type(module).__name__} is not a change of a weight; keep it attached")
+def _refusal(where: str, module: Acts) -> AdapterError:
+    kind = type(module.module if isinstance(module, Scaled) else module).__name__
+    return AdapterError(f"{where} cannot be merged: {kind} is not a change of a weight; keep it attached")
 
 
 def _rounding(tensor: str, parameter: Tensor, value: Tensor) -> Rounding:

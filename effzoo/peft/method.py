@@ -21,6 +21,7 @@ from effzoo.sites import PeftModule, Site
 Targets = str | Sequence[str] | None
 Layers = int | Sequence[int] | None
 Modules = Mapping[str, PeftModule]  # what a method has hung, by the path of the site
+ALL_LINEAR = "all-linear"  # as a target: every linear layer of the blocks
 HEAD = "head.*"  # roles of the task head, which an adapter trains whatever its methods are
 Batches = Iterable[Mapping[str, Any]]
 
@@ -36,7 +37,10 @@ class Stage:
 class Method(abc.ABC):
     """One PEFT method. Options that most methods share:
 
-    targets: role patterns such as `attn.q` or `attn.*` (`effzoo.peft.roles(model)` lists them); None means `default_targets`.
+    targets: role patterns such as `attn.q` or `attn.*` (`effzoo.peft.roles(model)` lists them); None means `default_targets`. A pattern matches a
+    whole role, `*` any characters in it, dots too, `?` one, `[qv]` one of these; upper and lower case differ. It takes in what a model has:
+    `attn.q` the queries alone, `attn.q*` the global ones too. `all-linear` is every linear layer of the blocks, whatever its role and also those
+    that an attention kind or an architecture adds, but nothing outside the blocks: no head, no embedding.
     layers: block indices, negative ones from the end; None means every block. A given pattern that matches nothing, or
     only in some of the layers, is an error.
 

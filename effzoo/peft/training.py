@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.errors import IncompatibleError, TrainingError
-from effzoo.peft.attach import Attachment, active, attached
+from effzoo.peft.attach import acting, attached
 from effzoo.peft.method import Batches, Method, Modules, Stage
-from effzoo.sites import PeftModule, sites
+from effzoo.peft.state import Attachment, transition
+from effzoo.sites import PeftModule, sites, unwrap
 
 WHOLE = Stage("", 1.0)
 HOOKS = ("calibrate", "schedule", "penalty", "begin", "finish")
@@ -45,7 +46,7 @@ def hooked(model: nn.Module, hook: str, *names: str) -> Iterator[tuple[Method, M
     attachments = attached(model)
     wanted = [
         (name, method, paths)
-        for name in names or active(model)
+        for name in names or acting(model)
         if not attachments[name].finished
         for method, paths in attachments[name].methods
         if overrides(method, hook)
@@ -58,7 +59,7 @@ def hooked(model: nn.Module, hook: str, *names: str) -> Iterator[tuple[Method, M
 
 def unfinished(model: nn.Module) -> list[Method]:
     """The methods of the active adapters that still take part in training."""
-    return [method for name in active(model) if not attached(model)[name].finished for method, _ in attached(model)[name].methods]
+    return [method for name in acting(model) if not attached(model)[name].finished for method, _ in attached(model)[name].methods]
 
 
 def takes_part(attachment: Attachment) -> bool:
@@ -71,6 +72,7 @@ def calibrate(model: nn.Module, batches: Batches) -> bool:
     wanted = list(hooked(model, "calibrate"))
     if not wanted:
         return False
+    model = unwrap(model)
     mode, batches = model.training, batches if isinstance(batches, Sized) else list(batches)
     if isinstance(batches, Sized) and not len(batches):
         raise IncompatibleError(f"{wanted[0][0].name} chooses by looking at data, but there is none; give at least one labelled batch")
@@ -152,19 +154,21 @@ def finish(model: nn.Module, *names: str) -> None:
 
     Adapters of methods that do nothing in training have nothing to finish, and stay as they are.
     """
-    for name in names or active(model):
-        attachment = attached(model)[name]
-        if not attachment.finished and takes_part(attachment):
-            for method, modules in hooked(model, "finish", name):
-                method.finish(modules)
-            attachment.finished = True
+    names = names or acting(model)
+    with transition(model, *(name for name in names if name in attached(model))) as state:
+        for name in names:
+            attachment = state.known(name)
+            if not attachment.finished and takes_part(attachment):
+                for method, modules in hooked(model, "finish", name):
+                    method.finish(modules)
+                attachment.finished = True
 
 
 def learning_rates(model: nn.Module, given: float | None = None) -> dict[str, float]:
     """The learning rate of each trainable parameter of the active adapters, by name: the given one, or its method's own, times `rates`."""
     found: dict[str, float] = {}
-    owners = {(name, method.name): method for name in active(model) for method, _ in attached(model)[name].methods}
-    for key, parameter in model.named_parameters():
+    owners = {(name, method.name): method for name in acting(model) for method, _ in attached(model)[name].methods}
+    for key, parameter in unwrap(model).named_parameters():
         if not parameter.requires_grad or ".adapters." not in f".{key}":
             continue
         adapter, method_name, *rest = f".{key}".split(".adapters.", 1)[1].split(".")
@@ -197,7 +201,7 @@ def supervised(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         value: Tensor = first.loss
         return value
     second = model(**batch)
-    apart = divergence(first.logits, second.logits, batch["labels"], causal=getattr(model, "task", "") == "causal_lm")
+    apart = divergence(first.logits, second.logits, batch["labels"], causal=getattr(unwrap(model), "task", "") == "causal_lm")
     total: Tensor = (first.loss + second.loss) / 2 + weight / 2 * apart
     return total
 

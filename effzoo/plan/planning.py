@@ -14,7 +14,7 @@ from effzoo.architectures import PerceiverConfig
 from effzoo.build import build
 from effzoo.errors import EffzooError, IncompatibleError, InputError, OptionError, UnknownNameError
 from effzoo.peft import attach, attached
-from effzoo.peft.attach import active, held_in
+from effzoo.peft.attach import acting, held_in
 from effzoo.plan.optimizers import STATES
 from effzoo.plan.report import Plan
 from effzoo.plan.shadow import Shadows, key, size
@@ -214,7 +214,7 @@ def _stored(tensors: Iterable[Tensor]) -> int:
 
 def _title(model: nn.Module, given: Any, inputs: Mapping[str, Any], dtype: torch.dtype | None, precision: str, optimizer: str) -> str:
     name = given if isinstance(given, str) else getattr(getattr(model, "config", None), "name", type(model).__name__)
-    adapters = " | ".join(attached(model)[name].spec for name in active(model)) or "no adapter"
+    adapters = " | ".join(attached(model)[name].spec for name in acting(model)) or "no adapter"
     shape = next((x.shape for x in inputs.values() if isinstance(x, Tensor)), ())
     kind = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     half = "" if precision == "plain" else f" ({precision})"

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from effzoo.quantise.codes import coded, decoded
 from effzoo.quantise.view import Decoded
 from effzoo.recompute import follows
-from effzoo.sites import Linear, PeftModule
+from effzoo.sites import Acts, Linear
 from effzoo.sites.site import Inputs
 
 
@@ -65,14 +65,14 @@ class QuantisedLinear(Linear):
         """The weight, to be read and copied, and the bias."""
         return {"weight": self.weight, **super().base()}
 
-    def composed_weight(self, modules: Sequence[PeftModule] | None = None) -> Tensor:
+    def composed_weight(self, modules: Sequence[Acts] | None = None) -> Tensor:
         weight = self.numbers()
         return self.passed("weight", weight, modules).to(weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.combined(x) if self.active else self.multiplied(x, self.bias)
 
-    def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
+    def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         if any(module.opens("weight") for module in modules):
             return super().enter(modules, *inputs)
         x = self.entered(modules, *inputs)

@@ -18,24 +18,28 @@ layer's input), and `beside`, the one escape hatch, for a second network beside 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import nn
 
+from effzoo.sites.activity import WITHOUT_SCALE, Activity, Acts, Roster, Scaled
 from effzoo.sites.doors import KeysValues, Mixture, PeftModule, Seen, longer
 from effzoo.sites.layers import Branch, Conv2d, Embedding, Keys, LayerNorm, Linear, Norm, RMSNorm, TiedLinear
 from effzoo.sites.memory import Memory, Side
 from effzoo.sites.site import Site
+from effzoo.sites.wrappers import Model, unwrap
 
 __all__ = [
-    "Branch", "Conv2d", "Embedding", "Keys", "KeysValues", "LayerNorm", "Linear", "Memory", "Mixture", "Norm", "PeftModule", "RMSNorm", "Seen",
-    "Side", "Site", "TiedLinear", "longer", "prompt_rows", "sites",
+    "WITHOUT_SCALE", "Activity", "Acts", "Branch", "Conv2d", "Embedding", "Keys", "KeysValues", "LayerNorm", "Linear", "Memory", "Mixture", "Model",
+    "Norm", "PeftModule", "RMSNorm", "Roster", "Scaled", "Seen", "Side", "Site", "TiedLinear", "longer", "overruled", "prompt_rows", "sites",
+    "unwrap",
 ]  # fmt: skip
 
 
 def sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
-    """Every site of a model with its dotted path; what is hung on a site is not looked into."""
-    yield from _sites(model, "", set())
+    """Every site of a model with its dotted path; what is hung on a site is not looked into, and `torch.compile` and the like are seen through."""
+    yield from _sites(unwrap(model), "", set())
 
 
 def _sites(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, Site]]:
@@ -49,7 +53,20 @@ def _sites(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple
             yield from _sites(child, f"{path}.{name}" if path else name, seen)
 
 
+@contextmanager
+def overruled(activities: Mapping[Site, Activity]) -> Iterator[None]:
+    """Inside the block other adapters act at these sites than the model says."""
+    before = {site: site.roster for site in activities}
+    try:
+        for site, activity in activities.items():
+            site.roster = Roster(activity)
+        yield
+    finally:
+        for site, roster in before.items():
+            site.roster = roster
+
+
 def prompt_rows(model: nn.Module) -> int:
     """How many rows the active adapters put in front of every input of a model; they count towards its length."""
-    prompt = model.embeddings.prompt()  # type: ignore[union-attr, operator]
+    prompt = unwrap(model).embeddings.prompt()  # type: ignore[union-attr, operator]
     return 0 if prompt is None else int(prompt.shape[-2])

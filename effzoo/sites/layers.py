@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effzoo.recompute import follows
-from effzoo.sites.doors import PeftModule
+from effzoo.sites.activity import Acts
 from effzoo.sites.site import Inputs, Site, autocasts, given, suited
 
 
@@ -35,7 +35,7 @@ class Linear(nn.Linear, Site):
         y = F.linear(x, weight, bias)
         return y if weight.requires_grad else follows(y, F.linear, x, weight, bias, level="hidden" if self.again else "projections")
 
-    def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
+    def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         x = self.entered(modules, *inputs)
         return (x,), self.product(x, self.composed_weight(modules), self.composed_bias(modules))
 
@@ -61,36 +61,48 @@ class Conv2d(nn.Conv2d, Site):
     def forward(self, x: Tensor) -> Tensor:
         return self.combined(x) if self.active else F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
-    def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
+    def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         (x,) = inputs
         batched = self.entered(modules, x if x.ndim == 4 else x[None])
         return (batched,), F.conv2d(batched, self.composed_weight(modules), self.composed_bias(modules), self.stride, self.padding)
 
-    def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
+    def compute(self, modules: Sequence[Acts], *inputs: Tensor) -> Tensor:
         y = super().compute(modules, *inputs)
         return y if inputs[0].ndim == 4 else y[0]
 
 
 class TiedLinear(Site):
-    """y = x W^T + b with a weight that another site owns (a language-model head tied to the embedding)."""
+    """y = x W^T + b with a weight that another site owns (a language-model head tied to the embedding).
+
+    What acts on that site acts here too, and in the same way: each adapter of an average, or of a row, has a table of its own.
+    """
 
     def __init__(self, out_features: int, bias: bool, *, role: str, layer: int | None = None):
         super().__init__()
         self._open(role, layer)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.table: tuple[Site, ...] = ()  # the site whose weight is read, while it is; a tuple hides it from the parameters
 
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        if not self.active:
-            return F.linear(x, weight, self.bias)
-        self.tied = weight
+    @property
+    def active(self) -> tuple[str, ...]:
+        own, tables = super().active, [name for table in self.table for name in table.active]
+        return tuple(name for name in self.now.names if name in own or name in tables) if tables else own
+
+    def forward(self, x: Tensor, table: Site) -> Tensor:
+        self.table = (table,)
         try:
-            return self.combined(x)
+            return self.combined(x) if self.active else F.linear(x, table.weight, self.bias)  # type: ignore[arg-type]
         finally:
-            del self.tied
+            self.table = ()
 
-    def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
-        (x,) = inputs
-        return (x,), F.linear(x, self.tied, self.composed_bias(modules))
+    def made_by(self, names: Sequence[str], *inputs: Tensor | None) -> Tensor:
+        (table,) = self.table
+        weight = table.composed_weight(tuple(table.acting(*names)) if names else ())
+        return self.compute(tuple(self.acting(*names)) if names else (), *inputs, weight)  # type: ignore[arg-type]
+
+    def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
+        x, weight = inputs
+        return (x,), F.linear(x, weight, self.composed_bias(modules))
 
 
 class Norm(Site):
@@ -99,7 +111,7 @@ class Norm(Site):
     def forward(self, x: Tensor) -> Tensor:
         return self.combined(x) if self.active else self.compute((), x)
 
-    def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
+    def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         (x,) = inputs
         weight = self.passed("weight", cast(Tensor, self.weight), modules)  # as exact as they are: a norm is computed in float32 or better
         bias = None if self.bias is None else self.passed("bias", cast(Tensor, self.bias), modules)
@@ -151,21 +163,21 @@ class Embedding(nn.Embedding, Site):
     def forward(self, ids: Tensor) -> Tensor:
         return self.combined(ids) if self.active else F.embedding(ids, self.weight)
 
-    def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
+    def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         (ids,) = inputs
         table = self.passed("weight", self.weight, modules)
         return (ids,), F.embedding(ids, table).to(self.weight.dtype)  # the rows are rounded, not the whole table
 
     def prompt(self) -> Tensor | None:
         """The rows that active modules put in front of every input, [rows, dim], or None; [batch, rows, dim] where adapters are chosen by row."""
-        each = [given(module.rows() for module in self.hung(name)) for name in self.active]
+        each = [given(module.rows() for module in self.acting(name)) for name in self.active]
         if not self.mixed:
             put_in = [rows for of_adapter in each for rows in of_adapter]
             return torch.cat(put_in) if put_in else None
         prompts = [torch.cat(rows) for rows in each if rows]
         if not prompts:
             return None
-        return self._mix(prompts)
+        return self.mix(prompts)
 
 
 class Branch(Site):
@@ -179,10 +191,10 @@ class Branch(Site):
     def forward(self, x: Tensor, y: Tensor, valid: Tensor | None = None) -> Tensor:
         return self.combined(x, y, valid) if self.active else y
 
-    def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
+    def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         return inputs, inputs[1]
 
-    def leave(self, modules: Sequence[PeftModule], inputs: Inputs, y: Tensor) -> Tensor:
+    def leave(self, modules: Sequence[Acts], inputs: Inputs, y: Tensor) -> Tensor:
         x, _, valid = inputs
         dtype = y.dtype
         for module in modules:
@@ -206,5 +218,5 @@ class Keys(Site):
     def forward(self, keys: Tensor) -> Tensor:
         return self.combined(keys) if self.active else keys
 
-    def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
+    def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         return inputs, inputs[0]

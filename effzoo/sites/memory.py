@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.errors import IncompatibleError
-from effzoo.sites.doors import KeysValues, PeftModule, Seen
+from effzoo.sites.activity import Acts
+from effzoo.sites.doors import KeysValues, Seen
 from effzoo.sites.site import Site, given, suited
 
 
@@ -24,18 +25,19 @@ class Memory(Site):
     def forward(self, seen: Seen) -> KeysValues | None:
         """Keys [heads, rows, head_dim] and values [heads, rows, value_dim], or None when nothing is hung here; with an axis of the batch in front
         where they differ by example."""
-        each = [given(module.remember(_shown(module, seen)) for module in self.hung(name)) for name in self.active]
+        each = [given(module.remember(_shown(module, seen)) for module in self.acting(name)) for name in self.active]
         if not self.mixed:
             put_in = [found for of_adapter in each for found in of_adapter]
             return _joined(put_in) if put_in else None
         memories = [_joined(found) for found in each if found]
         if not memories:
             return None
-        return self._mix([keys for keys, _ in memories]), self._mix([values for _, values in memories])
+        self.now.check_batch(seen.x.shape[0], self.role, seen.x.shape)
+        return self.mix([keys for keys, _ in memories]), self.mix([values for _, values in memories])
 
     def extras(self, seen: Seen) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Keys, values and gates that have a softmax of their own."""
-        found = [each for module in self.hung() for each in module.apart(_shown(module, seen))]
+        found = [each for module in self.acting() for each in module.apart(_shown(module, seen))]
         if found and self.mixed:
             raise IncompatibleError(f"{self.role}: gated attention to trained rows can neither be averaged nor chosen by row; activate one adapter")
         return found
@@ -60,13 +62,13 @@ class Side(Site):
 
     def forward(self, states: Sequence[Tensor], mask: Any) -> Tensor:
         """The mean of what the active networks make of the states."""
-        if self.choice is not None:
+        if self.now.rows is not None:
             raise IncompatibleError("a side network cannot be chosen by row; run the rows apart")
         outs = [module.beside(suited(module, *states), mask) for module in self.hung() if module.opens("beside")]
         return torch.stack(outs).mean(dim=0).to(states[-1].dtype)
 
 
-def _shown(module: PeftModule, seen: Seen) -> Seen:
+def _shown(module: Acts, seen: Seen) -> Seen:
     """What the layer shows, in the dtype that the module computes in; rows that it gives meet the projections in that of the layer's input."""
     (x,) = suited(module, seen.x)
     return seen if x is seen.x else Seen(x, seen.valid, lambda rows: seen.keys_values(rows.to(seen.x.dtype)))

@@ -10,30 +10,51 @@ from torch import Tensor, nn
 
 from effzoo.errors import IncompatibleError, OptionError
 from effzoo.recompute import in_dtype
+from effzoo.sites.activity import Activity, Acts, Roster, Scaled, is_mixture
 from effzoo.sites.doors import Mixture, PeftModule
 
 T = TypeVar("T")
 Inputs = tuple[Tensor, ...]
+NOTHING = Activity()
 
 
 class Site(nn.Module):
-    """Mixin: a role in the model (`attn.q`), the block it belongs to (None outside the blocks), and the modules hung here."""
+    """Mixin: a role in the model (`attn.q`), the block it belongs to (None outside the blocks), and the modules hung here.
+
+    Which of them act is not known here: it is read from the roster that all sites of a model share, so that no site can be of another opinion.
+    """
 
     role: str
     layer: int | None
     adapters: nn.ModuleDict
-    active: tuple[str, ...]
-    average: bool  # whether active adapters act side by side, and the mean of their outputs counts
-    choice: Tensor | None  # the active adapter, by number, that acts on each row of the batch; -1 for none
+    roster: Roster | None = None  # of the model, from the first attach on
 
     def _open(self, role: str, layer: int | None) -> None:
         self.role, self.layer = role, layer
-        self.active, self.average, self.choice = (), False, None
         self.adapters = nn.ModuleDict()
 
-    def compute(self, modules: Sequence[PeftModule], *inputs: Tensor) -> Tensor:
+    @property
+    def now(self) -> Activity:
+        """Which adapters act in the model."""
+        return NOTHING if self.roster is None else self.roster.now
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The adapters that act and have something here, in their order."""
+        roster = self.roster
+        if roster is None or not roster.now.names:
+            return ()
+        here = self._modules["adapters"]._modules  # type: ignore[union-attr]
+        return tuple([name for name in roster.now.names if name in here]) if here else ()
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the active adapters are averaged or chosen by row, so that there is no one composed weight."""
+        return (self.now.average or self.now.rows is not None) and bool(self.active)
+
+    def compute(self, modules: Sequence[Acts], *inputs: Tensor) -> Tensor:
         """What the site computes with these modules."""
-        place = next((i for i, module in enumerate(modules) if isinstance(module, Mixture)), None)
+        place = next((i for i, module in enumerate(modules) if is_mixture(module)), None)
         if place is None:
             entered, alone = self.enter(modules, *inputs)
             return in_dtype(self.leave(modules, entered, alone), alone.dtype, of=alone)
@@ -42,23 +63,23 @@ class Site(nn.Module):
         plain = self.leave(first, entered, alone)
         outs = []
         for own in mixture.at_hand():
-            at, y = (entered, None) if mixture.at_the_output(own) else self.enter((*first, *own, *rest), *inputs)
+            at, y = (entered, None) if Mixture.at_the_output(own) else self.enter((*first, *own, *rest), *inputs)
             outs.append(self.leave(own, at, plain if y is None else self.leave(first, at, y)))
         x, plain, *outs = suited(mixture, inputs[0], plain, *outs)
         return self.leave(rest, entered, mixture.mix(self, x, plain, outs)).to(alone.dtype)
 
-    def enter(self, modules: Sequence[PeftModule], *inputs: Tensor) -> tuple[Inputs, Tensor]:
+    def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         """The inputs as `before` leaves them, and what the site makes of them with its weight as it passes through the parameter door."""
         raise NotImplementedError
 
-    def entered(self, modules: Sequence[PeftModule], x: Tensor) -> Tensor:
+    def entered(self, modules: Sequence[Acts], x: Tensor) -> Tensor:
         """The input as `before` of the modules leaves it, in its own dtype."""
         for module in modules:
             if module.opens("before"):
                 x = in_dtype(module.before(*suited(module, x)), x.dtype)
         return x
 
-    def leave(self, modules: Sequence[PeftModule], inputs: Inputs, y: Tensor) -> Tensor:
+    def leave(self, modules: Sequence[Acts], inputs: Inputs, y: Tensor) -> Tensor:
         """The output as it passes through the function door of the modules, in their dtype: what they add is rounded once, after the last one."""
         dtype = y.dtype
         for module in modules:
@@ -67,75 +88,53 @@ class Site(nn.Module):
         return y.to(dtype) if autocasts(y) else y
 
     def combined(self, *inputs: Tensor | None) -> Tensor:
-        """`compute` with the active adapters: one after the other, averaged, or another one for each row of the batch."""
-        if self.choice is not None:
-            return self._by_row(*inputs)
-        if self.average:
-            return torch.stack([self.compute(tuple(self.hung(name)), *inputs) for name in self.active]).mean(dim=0)  # type: ignore[arg-type]
-        return self.compute(tuple(self.hung()), *inputs)  # type: ignore[arg-type]
+        """`made_by` the active adapters: one after the other, averaged, or another one for each row of the batch."""
+        if self.now.rows is not None:
+            return self._by_row(self.now.rows, *inputs)
+        if self.now.average:
+            return torch.stack([self.made_by((name,), *inputs) for name in self.active]).mean(dim=0)
+        return self.made_by(self.active, *inputs)
 
-    def _by_row(self, *inputs: Tensor | None) -> Tensor:
-        """One gathered, batched product: the adapters' tensors are stacked, each row takes its own, and `compute` is mapped over the rows."""
-        assert self.choice is not None
-        if any(isinstance(module, Mixture) for module in self.hung()):
+    def made_by(self, names: Sequence[str], *inputs: Tensor | None) -> Tensor:
+        """What the site computes with these adapters, one after the other."""
+        return self.compute(tuple(self.acting(*names)) if names else (), *inputs)  # type: ignore[arg-type]
+
+    def _by_row(self, rows: Sequence[int], *inputs: Tensor | None) -> Tensor:
+        """The rows of each adapter are computed together, with its own modules, and put back where they were."""
+        x, active = inputs[0], self.active
+        if any(is_mixture(module) for module in self.hung()):
             raise IncompatibleError(f"{self.role}: a mixture routes by itself, so it cannot be chosen by row; run the rows apart")
-        if inputs[0] is None or inputs[0].ndim < 2 or inputs[0].shape[0] != len(self.choice):
-            given = None if inputs[0] is None else tuple(inputs[0].shape)
-            raise IncompatibleError(
-                f"{self.role}: adapters were chosen for {len(self.choice)} rows, but what comes here has shape {given}, whose first axis is not "
-                "the batch; give as many choices as the batch has rows, and leave this role out of such adapters"
-            )
-        row = _Row(self, nn.ModuleList(self.hung(self.active[0])))
-        stacked = self.stacked()
-        if not stacked:
-            return self.compute((), *inputs)  # type: ignore[arg-type]
-        choice = self.choice.to(inputs[0].device)  # wherever the model is now
-        own = {f"modules_.{key}": value[choice.clamp(min=0)] for key, value in stacked.items()}
-        places = (0, *(None if x is None else 0 for x in inputs))
-
-        def one(tensors: dict[str, Tensor], *xs: Tensor) -> Tensor:
-            found: Tensor = torch.func.functional_call(row, tensors, xs, tie_weights=False)
-            return found
-
-        by_row = torch.vmap(one, in_dims=places, randomness="different")
-        y: Tensor = by_row(own, *inputs)  # type: ignore[arg-type]
-        if int(choice.min()) >= 0:
+        batch = None if x is None or x.ndim < 2 else x.shape[0]
+        self.now.check_batch(batch, self.role, None if x is None else x.shape)
+        assert x is not None
+        outs: list[Tensor] = []
+        order: list[int] = []
+        for names, own in _grouped(rows, self.now.names, active).items():
+            outs.append(self.made_by(names, *(None if each is None else _taken(each, own) for each in inputs)))
+            order += own
+        y = outs[0] if len(outs) == 1 else torch.cat(outs)
+        if order == sorted(order):
             return y
-        without = (choice < 0).view(-1, *[1] * (y.ndim - 1))
-        return torch.where(without, self.compute((), *inputs), y)  # type: ignore[arg-type]
+        return y.index_select(0, torch.tensor([order.index(row) for row in range(len(rows))], device=y.device))
 
-    def stacked(self) -> dict[str, Tensor]:
-        """The tensors of all active adapters at this site, each with a first axis of adapters. They must have the same spec."""
-        each = [nn.ModuleList(self.hung(name)) for name in self.active]
-        if not any(len(modules) for modules in each):
-            return {}
-        states = [{**dict(m.named_parameters(remove_duplicate=False)), **dict(m.named_buffers(remove_duplicate=False))} for m in each]
-        shapes = [{key: value.shape for key, value in state.items()} for state in states]
-        kinds = [[type(module) for module in modules] for modules in each]
-        for name, shape, kind in zip(self.active, shapes, kinds, strict=True):
-            if shape != shapes[0] or kind != kinds[0]:
-                raise IncompatibleError(
-                    f"{self.role}: adapters {self.active[0]!r} and {name!r} differ in methods or shapes, so they cannot act on rows of one batch; "
-                    "attach both with the same spec, or run the rows apart"
-                )
-        return {key: torch.stack([state[key] for state in states]) for key in states[0]}
-
-    def _mix(self, each: list[Tensor]) -> Tensor:
+    def mix(self, each: list[Tensor]) -> Tensor:
         """One tensor per active adapter -> their mean, or the chosen one for each row of the batch."""
-        if len(each) != len(self.active) or any(x.shape != each[0].shape for x in each):
+        rows, active = self.now.rows, self.active
+        if len(each) != len(active) or any(x.shape != each[0].shape for x in each):
             raise IncompatibleError(f"{self.role}: the active adapters must put in as many rows each, got shapes {[tuple(x.shape) for x in each]}")
-        if self.choice is None:
+        if rows is None:
             return torch.stack(each).mean(dim=0)
-        if int(self.choice.min()) < 0:
+        chosen = [self.now.names[number] if number >= 0 else None for number in rows]
+        if any(name not in active for name in chosen):
             raise IncompatibleError(f"{self.role}: a row without adapter beside rows with trained input rows; run the rows apart")
         if each[0].ndim == 4:
             raise IncompatibleError(f"{self.role}: rows that differ by example cannot be chosen by row; run the rows apart")
-        return torch.stack(each)[self.choice.to(each[0].device)]
+        return torch.stack([each[active.index(name)] for name in chosen])
 
     def hang(self, adapter: str, method: str, module: PeftModule) -> None:
         """Hang a module under an adapter's name; the adapter is not made active here."""
         if adapter not in self.adapters:
-            self.adapters[adapter] = nn.ModuleDict()
+            self.adapters[adapter] = nn.ModuleDict().train(self.training)
         modules = self.of(adapter)
         if method in modules:
             raise OptionError(
@@ -153,43 +152,49 @@ class Site(nn.Module):
             if adapter in self.adapters:
                 yield from cast("Iterator[PeftModule]", self.of(adapter).values())
 
+    def acting(self, *adapters: str) -> Iterator[Acts]:
+        """`hung`, each module at the scale of its adapter; a task head is not added to anything, and counts in full."""
+        now, full = self.now, self.role.startswith("head.")
+        for adapter in adapters or self.active:
+            scale = 1.0 if full else now.scale(adapter)
+            for module in self.hung(adapter):
+                yield module if scale == 1 else Scaled(module, scale)
+
     def base(self) -> dict[str, nn.Parameter]:
         """The site's own parameters, without what is hung on it."""
         return dict(self.named_parameters(recurse=False))
 
-    def composed_weight(self, modules: Sequence[PeftModule] | None = None) -> Tensor:
+    def composed_weight(self, modules: Sequence[Acts] | None = None) -> Tensor:
         """The site's weight as it passes through the parameter door of the modules (default: the active ones), rounded once to its dtype."""
         weight = cast(Tensor, self.weight)
         return in_dtype(self.passed("weight", weight, modules), weight.dtype)
 
-    def composed_bias(self, modules: Sequence[PeftModule] | None = None) -> Tensor | None:
+    def composed_bias(self, modules: Sequence[Acts] | None = None) -> Tensor | None:
         """The site's bias, likewise; None when it has none."""
         bias = cast("Tensor | None", self.bias)
         return None if bias is None else in_dtype(self.passed("bias", bias, modules), bias.dtype)
 
-    def passed(self, door: Literal["weight", "bias"], tensor: Tensor, modules: Sequence[PeftModule] | None = None) -> Tensor:
+    def passed(self, door: Literal["weight", "bias"], tensor: Tensor, modules: Sequence[Acts] | None = None) -> Tensor:
         """The weight or bias as it passes through the parameter door of the modules, in the widest of their dtypes and its own."""
-        for module in self.hung() if modules is None else modules:
-            if module.opens(door) and not isinstance(module, Mixture):
+        for module in self.acting() if modules is None else modules:
+            if module.opens(door) and not is_mixture(module):
                 tensor = getattr(module, door)(in_dtype(tensor, torch.promote_types(tensor.dtype, module.dtype or tensor.dtype)))
         return tensor
 
-    @property
-    def mixed(self) -> bool:
-        """Whether the active adapters are averaged or chosen by row, so that there is no one composed weight."""
-        return bool(self.active) and (self.average or self.choice is not None)
+
+def _grouped(rows: Sequence[int], names: Sequence[str], active: Sequence[str]) -> dict[tuple[str, ...], list[int]]:
+    """The rows by what acts on them here: an adapter, or nothing."""
+    found: dict[tuple[str, ...], list[int]] = {}
+    for row, number in enumerate(rows):
+        found.setdefault((names[number],) if number >= 0 and names[number] in active else (), []).append(row)
+    return found
 
 
-class _Row(nn.Module):
-    """A site with the modules of one adapter, as a function of their tensors."""
-
-    def __init__(self, site: Site, modules: nn.ModuleList):
-        super().__init__()
-        self.modules_ = modules
-        self.site = (site,)  # a tuple hides the site from the parameters
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.site[0].compute(tuple(cast("Iterator[PeftModule]", iter(self.modules_))), *inputs)
+def _taken(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """These rows of x; a view where they lie side by side."""
+    if rows[-1] - rows[0] + 1 == len(rows):
+        return x if len(rows) == x.shape[0] else x[rows[0] : rows[-1] + 1]
+    return x.index_select(0, torch.tensor(rows, device=x.device))
 
 
 def autocasts(x: Tensor) -> bool:
@@ -197,7 +202,7 @@ def autocasts(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def suited(module: PeftModule, *tensors: Any) -> tuple[Any, ...]:
+def suited(module: Acts, *tensors: Any) -> tuple[Any, ...]:
     """The tensors in the dtype that a module computes in: its own, which is wider than that of a base in half precision. Integers, and everything
     under autocast, stay as they are."""
     dtype = module.dtype

@@ -24,8 +24,8 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from effzoo.errors import FileError, TrainingError
-from effzoo.peft.attach import active
-from effzoo.peft.files import restore_adapter, save_adapter
+from effzoo.peft.attach import acting
+from effzoo.peft.files import save_adapter, swap_weights
 from effzoo.writing import force_to_disk, replace_file, told
 
 WEIGHTS = "model.safetensors"
@@ -136,7 +136,7 @@ def best_of(directory: Path, history: Sequence[dict[str, Any]], metric: str, sin
 
 def adapters(model: nn.Module, directory: Path) -> dict[str, Path]:
     """The folder of each active adapter."""
-    names = active(model)
+    names = acting(model)
     return {name: directory / ADAPTER / (name if len(names) > 1 else "") for name in names}
 
 
@@ -162,7 +162,7 @@ def load_weights(model: nn.Module, directory: Path) -> None:
     """
     found = adapters(model, directory)
     for name, folder in found.items():
-        restore_adapter(model, folder, name=name)
+        swap_weights(model, folder, name=name)
     if found:
         return
     try:

@@ -12,7 +12,7 @@ import torch
 
 from effzoo.architectures import Perceiver, Transformer
 from effzoo.errors import IncompatibleError, OptionError, TrainingError, listing
-from effzoo.peft.attach import active, attached
+from effzoo.peft.attach import acting, attached
 from effzoo.peft.manifest import MANIFEST
 from effzoo.peft.training import finish, overrides
 from effzoo.train import checkpoints
@@ -39,7 +39,7 @@ def check_trainable(model: Transformer) -> None:
         hint = f"effzoo.activate(model, {', '.join(map(repr, names))})" if names else "effzoo.attach(model, 'lora'), or model.requires_grad_(True)"
         raise TrainingError(f"nothing to train: no parameter of the model requires a gradient; try {hint}")
     outside = [name for name in trainable if ".adapters." not in f".{name}"]
-    if active(model) and outside:
+    if acting(model) and outside:
         raise TrainingError(
             f"{len(outside)} parameters outside the active adapters are trainable ({outside[0]}, ...), but only adapters are saved; "
             "freeze them, or name them in the spec with the methods 'full' or 'bitfit'"

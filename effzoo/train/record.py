@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from effzoo.peft.attach import active
+from effzoo.peft.attach import acting
 from effzoo.peft.fingerprint import facts, fingerprint
 
 ELASTIC = ("processes", "batch_size", "gradient_accumulation")  # these may change on resuming while their product stays
@@ -26,7 +26,7 @@ def of_model(model: nn.Module) -> dict[str, Any]:
     trained = {key: parameter for key, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained.values()})
     found = {**facts(model), **dropouts(model), "dtypes of what is trained": dtypes}
-    return found if active(model) else found | fingerprint(model, without=trained).tensors
+    return found if acting(model) else found | fingerprint(model, without=trained).tensors
 
 
 def dropouts(model: nn.Module) -> dict[str, float]:

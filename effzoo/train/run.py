@@ -16,7 +16,7 @@ import torch
 
 from effzoo.architectures import Transformer
 from effzoo.errors import OptionError
-from effzoo.peft.attach import active, attached
+from effzoo.peft.attach import acting, attached
 from effzoo.peft.training import finish, hooked, learning_rates, settled
 from effzoo.recompute import Level, check_level, spare
 from effzoo.train import checkpoints
@@ -219,11 +219,11 @@ def finetune(
         raise OptionError(f"epochs={epochs!r} of {steps_per_epoch:,} steps are more than {LARGEST:,} steps; train shorter")
     if resume:
         rejoin(model, output_dir)
-    if learning_rate is None and not active(model):
+    if learning_rate is None and not acting(model):
         learning_rate = 5e-5
     planned = parts(model, total, warmup)
     run = {
-        "adapters": {name: attached(model)[name].spec for name in active(model)}, "examples": len(data), "steps": total, "seed": seed,
+        "adapters": {name: attached(model)[name].spec for name in acting(model)}, "examples": len(data), "steps": total, "seed": seed,
         "processes": processes, "batch_size": batch_size, "gradient_accumulation": gradient_accumulation, "group_by_length": group_by_length,
         **used(model, learning_rate), "weight_decay": weight_decay, "warmup": warmup, "schedule": schedule, "clip": clip, "precision": precision,
         "collator": name_of(collator), "data": data.digest, "evaluation": None if held_out is None else held_out.digest, "best": best,
@@ -325,7 +325,7 @@ def _train(trainer: ExactTrainer, model: Transformer, directory: Path, start: Pa
         peak_memory=torch.cuda.max_memory_allocated() if cuda else resident,
         last=next(reversed(checkpoints.whole(directory)), None),
         best=best,
-        weights=directory / (checkpoints.ADAPTER if active(model) else checkpoints.WEIGHTS),
+        weights=directory / (checkpoints.ADAPTER if acting(model) else checkpoints.WEIGHTS),
         untouched=untouched,
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from effzoo.architectures import Transformer
 from effzoo.errors import IncompatibleError, InputError, OptionError
 from effzoo.peft import training
-from effzoo.peft.attach import active
+from effzoo.peft.attach import acting
 from effzoo.peft.fingerprint import facts
 from effzoo.sites import prompt_rows
 from effzoo.train.distillation import Distillation, apart, labels_of_each, softened
@@ -124,7 +124,7 @@ def observed(model: nn.Module, inside: Sequence[str] = ()) -> Iterator[list[Seen
 
 def fingerprint(model: nn.Module) -> str:
     """A hash of every tensor of a model, of its function, and of the names of its active adapters."""
-    found = hashlib.sha256(json.dumps([active(model), facts(model)], sort_keys=True).encode())
+    found = hashlib.sha256(json.dumps([acting(model), facts(model)], sort_keys=True).encode())
     for key, value in sorted(model.state_dict().items()):
         content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         found.update(f"{key}{value.dtype}{tuple(value.shape)}".encode() + content.tobytes())

@@ -9,7 +9,7 @@ from torch import nn
 
 from effzoo.errors import AdapterError, OptionError
 from effzoo.peft import attached
-from effzoo.sites import sites
+from effzoo.sites import overruled, sites
 
 Span = tuple[int, int]  # the first and the last layer, both among them
 
@@ -34,14 +34,8 @@ def without(model: nn.Module, layers: Collection[int], name: str = "default") ->
     missing = [layer for layer in layers if layer not in touched]
     if missing:
         raise OptionError(f"adapter {name!r} has nothing in layers {missing}; it acts in {sorted(layer for layer in touched if layer is not None)}")
-    taken = [(site, site.active) for _, site in sites(model) if site.layer in layers and name in site.active]
-    try:
-        for site, active in taken:
-            site.active = tuple(other for other in active if other != name)
+    with overruled({site: site.now.without(name) for _, site in sites(model) if site.layer in layers and name in site.active}):
         yield
-    finally:
-        for site, active in taken:
-            site.active = active
 
 
 def ablated(model: nn.Module, measure: Callable[[], float], layers: int, name: str = "default") -> dict[Span, float]:

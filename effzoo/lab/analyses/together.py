@@ -12,9 +12,8 @@ from torch import nn
 from effzoo import peft
 from effzoo.errors import DataError
 from effzoo.lab.fit import Examples
-from effzoo.peft.attach import active
 from effzoo.peft.method import HEAD
-from effzoo.sites import sites
+from effzoo.sites import Activity, overruled, sites
 
 
 @contextmanager
@@ -23,15 +22,10 @@ def averaged(model: nn.Module, names: Sequence[str], head: str) -> Iterator[None
 
     The mean of the outputs of every site; for a change of weights that is half of each change, for trained rows, keys and values their mean.
     """
-    before = active(model)
-    peft.activate(model, *names, combine="average")
-    try:
-        for _, site in sites(model):
-            if fnmatchcase(site.role, HEAD) and head in site.adapters:
-                site.active, site.average = (head,), False
-        yield
-    finally:
-        peft.activate(model, *before)
+    with peft.active(model, *names, combine="average"):
+        heads = [site for _, site in sites(model) if fnmatchcase(site.role, HEAD) and head in site.adapters]
+        with overruled(dict.fromkeys(heads, Activity((head,), (1.0,)))):
+            yield
 
 
 def divided(examples: Examples, groups: Sequence[Sequence[int]]) -> list[Examples]:

@@ -9,8 +9,9 @@ from torch import nn
 
 from effzoo.errors import AdapterError, UnknownNameError
 from effzoo.peft.aggregation import take_head
-from effzoo.peft.attach import _known, activate, active, attach, detach
+from effzoo.peft.attach import _known, attach
 from effzoo.peft.modular.mixture import Among, MixtureMethod
+from effzoo.peft.state import transition
 from effzoo.peft.training import finish
 from effzoo.sites import Site, sites
 from effzoo.spec import Spec, parse_one
@@ -30,23 +31,17 @@ def gather(model: nn.Module, adapters: Sequence[str], *, name: str, how: str = "
         if any(isinstance(method, MixtureMethod) for method, _ in attachment.methods):
             raise AdapterError(f"adapter {attachment.name!r} is a mixture itself; extract its experts first (effzoo.peft.extract)")
     spec = parse_one(how)
-    before = active(model)
     if head is not None:
         _known(model, head)
-    finish(model, *adapters)
-    attach(model, Spec(spec.name, {**spec.options, "of": tuple(attachment.spec for attachment in found), "finished": True}), name=name)
-    try:
-        with torch.no_grad():
-            for _, site in sites(model):
-                for number, adapter in enumerate(adapters):
-                    if (mixture := mixture_at(site, name)) is not None and adapter in site.adapters:
-                        _copy({k: m for k, m in site.of(adapter).items() if k != "head"}, mixture.experts[number])
+    with transition(model, *adapters), torch.no_grad():
+        finish(model, *adapters)
+        attach(model, Spec(spec.name, {**spec.options, "of": tuple(attachment.spec for attachment in found), "finished": True}), name=name)
+        for _, site in sites(model):
+            for number, adapter in enumerate(adapters):
+                if (mixture := mixture_at(site, name)) is not None and adapter in site.adapters:
+                    _copy({k: m for k, m in site.of(adapter).items() if k != "head"}, mixture.experts[number])
         if head is not None:
             take_head(model, head, name)
-    except Exception:
-        detach(model, name)
-        activate(model, *before)
-        raise
 
 
 def extract(model: nn.Module, mixture: str, expert: int, *, name: str) -> None:
@@ -59,16 +54,14 @@ def extract(model: nn.Module, mixture: str, expert: int, *, name: str) -> None:
         raise AdapterError(f"adapter {mixture!r} ({_known(model, mixture).spec}) has no experts; give one that is 'routed' or 'fusion'")
     if not 0 <= expert < len(method.of):
         raise UnknownNameError("expert", expert, map(str, range(len(method.of))))
-    attach(model, method.of[expert], name=name)
-    if method.finished or _known(model, mixture).finished:
-        finish(model, name)
-    with torch.no_grad():
+    with transition(model), torch.no_grad():
+        attach(model, method.of[expert], name=name)
+        if method.finished or _known(model, mixture).finished:
+            finish(model, name)
         for _, site in sites(model):
-            if name not in site.adapters:
-                continue
-            if (found := mixture_at(site, mixture)) is not None:
+            if name in site.adapters and (found := mixture_at(site, mixture)) is not None:
                 _copy(dict(found.experts[expert].items()), site.of(name))  # type: ignore[operator]
-    take_head(model, mixture, name)
+        take_head(model, mixture, name)
 
 
 def mixture_at(site: Site, name: str) -> Among | None:

@@ -1,0 +1,233 @@
+"""The adapters of a model as one object, and transitions of it, which happen whole or leave everything as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effzoo.errors import AdapterError, UnknownNameError
+from effzoo.peft.method import Method
+from effzoo.sites import Activity, Roster, sites, unwrap
+from effzoo.spec import Spec
+
+HERE = "_effzoo_adapters"  # where a model holds its own; copied, pickled and saved with it
+
+
+@dataclass
+class Attachment:
+    """One adapter of a model: its spec, and where each of its methods hangs, {method: [(path, role)]}.
+
+    methods: each method with the paths where it hangs. finished: whether `effzoo.peft.finish` has dropped what only training needed. dtype: in which
+    it was asked to be held; None for float32, or float64 where the base is.
+    """
+
+    name: str
+    specs: tuple[Spec, ...]
+    places: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    methods: list[tuple[Method, list[str]]] = field(default_factory=list)
+    finished: bool = False
+    dtype: torch.dtype | None = None
+
+    @property
+    def spec(self) -> str:
+        return "|".join(map(str, self.specs))
+
+
+@dataclass
+class Merged:
+    """An adapter that was merged, and what `unmerge` needs: its modules by path and the tensors as they were, by path and name.
+
+    place: its number among the attached. before, after: what acted before and after merging. written: a checksum of each tensor as it was merged,
+    so that what was trained or loaded since is not overwritten. thawed: the base parameters that became trainable, as it was the last one.
+    """
+
+    attachment: Attachment
+    place: int
+    modules: dict[str, nn.ModuleDict]
+    originals: dict[tuple[str, str], Tensor]
+    written: dict[tuple[str, str], int]
+    before: Activity
+    after: Activity
+    thawed: frozenset[str]
+
+    @property
+    def name(self) -> str:
+        return self.attachment.name
+
+
+@dataclass
+class Adapters:
+    """Which adapters a model has: attached, in this order; what acts and learns (`roster`, which the sites read); merged, the last one last; and the
+    base parameters that attaching froze."""
+
+    roster: Roster = field(default_factory=Roster)
+    attachments: dict[str, Attachment] = field(default_factory=dict)
+    merged: list[Merged] = field(default_factory=list)
+    frozen: set[str] = field(default_factory=set)
+
+    def known(self, name: str) -> Attachment:
+        """The adapter of this name. Raises UnknownNameError."""
+        if not isinstance(name, str) or name not in self.attachments:
+            raise UnknownNameError("adapter", name, self.attachments)
+        return self.attachments[name]
+
+
+def adapters_of(model: nn.Module) -> Adapters:
+    """The adapters of a model, also through a wrapper of torch. Raises AdapterError as `unwrap` does."""
+    if HERE in vars(model) if isinstance(model, nn.Module) else False:
+        found: Adapters = vars(model)[HERE]
+        return found
+    model = unwrap(model)
+    found = vars(model).get(HERE) or Adapters()
+    return found
+
+
+@contextmanager
+def transition(model: nn.Module, *rewritten: str) -> Iterator[Adapters]:
+    """Inside the block a model and its adapters may be changed; an error puts back everything as it was: what is attached, merged, active and
+    trained, modules and their modes, tensors, listeners and the state of torch's random generators.
+
+    rewritten: adapters whose tensors may be written to, which are copied for this. Tensors of the base are not: who writes to them comes last, and
+    uses `Rewriting`. Raises AdapterError where a part of the model carries adapters of another model.
+    """
+    outer, model = model, unwrap(model)
+    state = adapters_of(model)
+    before = _Snapshot(model, state, rewritten)
+    try:
+        vars(model)[HERE] = state
+        _adopt(model, state)
+        yield state
+        _adopt(model, state)
+        _forget_listeners(model)
+        _check_synchronised(outer, before.flags)
+    except BaseException:
+        before.restore()
+        raise
+
+
+def act(model: nn.Module, state: Adapters, activity: Activity) -> None:
+    """Let exactly these adapters act and learn."""
+    state.roster.now = activity
+    for _, site in sites(model):
+        for adapter in site.adapters:
+            for module in site.hung(adapter):
+                module.learn(adapter in activity.trained)
+
+
+class Rewriting:
+    """Tensors of the base that are overwritten, with what they were: `restore` writes it back."""
+
+    def __init__(self) -> None:
+        self.originals: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def write(self, place: tuple[str, str], tensor: Tensor, value: Tensor) -> None:
+        self.originals[place] = tensor, tensor.detach().clone()
+        tensor.copy_(value)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for tensor, original in self.originals.values():
+            tensor.copy_(original)
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> int:
+    """A number that changes when a tensor does: the sum of its entries as integers, each times a number of its place, modulo 2^64."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    total = 0
+    for part in tensor.detach().reshape(-1).view(whole).split(1 << 22):  # type: ignore[no-untyped-call]
+        total += int((part.long() * (torch.arange(len(part), device=part.device) * 2_654_435_761 + 1)).sum()) + 3 * total
+    return total
+
+
+class _Snapshot:
+    """Everything that a transition may change, and how to put it back."""
+
+    def __init__(self, model: nn.Module, state: Adapters, rewritten: tuple[str, ...]):
+        self.model, self.state = model, state
+        aside = [module for record in state.merged for hung in record.modules.values() for module in hung.modules()]
+        modules = [*model.modules(), *aside]
+        self.owners = [(owner, type(owner), _held(owner)) for owner in (*modules, state, state.roster, *state.attachments.values())]
+        tensors = {id(p): p for module in modules for p in module.parameters(recurse=False)}.values()
+        self.flags = {id(p): (p, p.requires_grad) for p in tensors}
+        self.data = [(p, p.data) for p in tensors]
+        written = [part for _, site in sites(model) for name in rewritten if name in site.adapters for part in site.of(name).modules()]
+        own = {id(x): x for part in written for x in (*part.parameters(recurse=False), *part.buffers(recurse=False))}.values()
+        self.content = [(x, x.detach().clone()) for x in own]
+        self.random = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for owner, kind, held in self.owners:
+            if type(owner) is not kind:
+                owner.__class__ = kind
+            _put_back(owner, held)
+        for p, flag in self.flags.values():
+            p.requires_grad_(flag)
+        for p, data in self.data:
+            if p.data_ptr() != data.data_ptr() or p.dtype != data.dtype:
+                p.data = data
+        for x, content in self.content:
+            if not torch.equal(x, content):
+                x.copy_(content)
+        torch.set_rng_state(self.random[0])
+        if self.random[1]:
+            torch.cuda.set_rng_state_all(self.random[1])
+
+
+def _held(owner: object) -> dict[str, tuple[Any, Any]]:
+    """The attributes of an object, and of those that are containers the content."""
+    return {key: (value, copy.copy(value) if isinstance(value, (dict, list, set)) else None) for key, value in vars(owner).items()}
+
+
+def _put_back(owner: object, held: dict[str, tuple[Any, Any]]) -> None:
+    own = vars(owner)
+    for key in [key for key in own if key not in held]:
+        del own[key]
+    for key, (value, content) in held.items():
+        own[key] = value
+        if isinstance(value, list):
+            value[:] = content
+        elif isinstance(value, (dict, set)) and value is not content:
+            value.clear()
+            value.update(content)
+
+
+def _adopt(model: nn.Module, state: Adapters) -> None:
+    """Let every site read from the model's roster, also those that have come since."""
+    for path, site in sites(model):
+        if site.roster is not state.roster:
+            if len(site.adapters):
+                raise AdapterError(
+                    f"{path or site.role} carries adapters of another model ({', '.join(site.adapters)}); give that model, or detach them there"
+                )
+            site.roster = state.roster
+
+
+def _forget_listeners(model: nn.Module) -> None:
+    """Let no block speak to modules that are not there any more."""
+    speaking = [own for part in model.modules() if isinstance(own := vars(part).get("told"), list)]
+    if any(speaking):
+        heard = {id(vars(module).get("told")) for module in model.modules()}
+        for own in speaking:
+            own[:] = [told for told in own if id(told) in heard]
+
+
+def _check_synchronised(outer: nn.Module | None, before: Mapping[int, tuple[Tensor, bool]]) -> None:
+    """AdapterError where DistributedDataParallel would not synchronise what now learns: it knows what learned when it was made."""
+    while outer is not None and not isinstance(outer, nn.parallel.DistributedDataParallel):
+        outer = vars(outer)["_modules"].get("_orig_mod")
+    if outer is None or outer.process_group.size() == 1:
+        return
+    if any(p.requires_grad and not before.get(id(p), (p, False))[1] for p in unwrap(outer).parameters()):
+        raise AdapterError(
+            "DistributedDataParallel synchronises what was trainable when it was made, and this would make more trainable: processes would drift "
+            "apart; change the model first, and wrap it then"
+        )

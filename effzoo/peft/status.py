@@ -1,0 +1,104 @@
+"""What a model has on it at the moment, in one object that prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from effzoo.peft.state import adapters_of
+from effzoo.sites import sites, unwrap
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors of one owner at sites of one role: how many, of how many numbers, and how many of both are trainable; in which dtypes."""
+
+    owner: str
+    role: str
+    tensors: int
+    numbers: int
+    trainable_tensors: int
+    trainable_numbers: int
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Status:
+    """Which adapters a model has, and what they do.
+
+    attached: {name: spec}, in the order in which they were attached. active: in the order in which they act. combine: "stack", "average" or "rows".
+    rows: the adapter of each row, where they are chosen by row. scales: of the active ones. trainable: the adapters of which some tensor is.
+    merged: the last one last; they can be taken out in the reverse order. finished: without what only training needed. frozen: how many base
+    parameters attaching froze. tensors: by owner ("base", or the adapter) and role, what several share where it is met first.
+    untouched: {tensor: why}, trainable tensors that got no gradient, where training has looked; None where nothing has.
+    """
+
+    attached: Mapping[str, str]
+    active: tuple[str, ...]
+    combine: str
+    rows: tuple[str | None, ...] | None
+    scales: Mapping[str, float]
+    trainable: tuple[str, ...]
+    merged: tuple[str, ...]
+    finished: tuple[str, ...]
+    frozen: int
+    tensors: tuple[Tensors, ...]
+    untouched: Mapping[str, str] | None = None
+
+    def __str__(self) -> str:
+        lines = [f"attached   {', '.join(f'{name} ({spec})' for name, spec in self.attached.items()) or '(none)'}"]
+        acts = [name if self.scales[name] == 1 else f"{self.scales[name]:g} {name}" for name in self.active]
+        joined = {"stack": " then ", "average": " and ", "rows": ", "}[self.combine].join(acts) or "(none: the bare base)"
+        how = {"stack": "", "average": ", the mean of them", "rows": f", by row: {', '.join(name or '-' for name in self.rows or ())}"}[self.combine]
+        lines.append(f"active     {joined}{how}")
+        lines.append(f"trainable  {', '.join(self.trainable) or '(none)'}")
+        if self.merged:
+            lines.append(f"merged     {', '.join(self.merged)}")
+        if self.finished:
+            lines.append(f"finished   {', '.join(self.finished)}")
+        width = max((len(f"{row.owner} {row.role}") for row in self.tensors), default=0)
+        for row in self.tensors:
+            trained = f", {row.trainable_tensors} of them and {row.trainable_numbers:,} trainable" if row.trainable_tensors else ""
+            lines.append(
+                f"  {f'{row.owner} {row.role}':{width}}  {row.tensors:4} tensors {row.numbers:>13,} numbers, {' '.join(row.dtypes)}{trained}"
+            )
+        if self.untouched is not None:
+            lines.append(f"untouched  {len(self.untouched)} trainable tensors got no gradient" if self.untouched else "untouched  (none)")
+            lines += [f"  {tensor}: {why}" for tensor, why in self.untouched.items()]
+        return "\n".join(lines)
+
+
+def status(model: nn.Module) -> Status:
+    """Which adapters are attached, active (in which order, how combined, at which scale), trainable and merged, and all tensors by owner and role.
+
+    Nothing is changed; wrappers of torch are seen through. Raises AdapterError for what is no model.
+    """
+    model, state = unwrap(model), adapters_of(model)
+    now = state.roster.now
+    role_of = {path: site.role for path, site in sites(model)}
+    rows: dict[tuple[str, str], list[nn.Parameter]] = {}
+    for key, parameter in model.named_parameters():
+        path, _, own = key.partition(".adapters.") if ".adapters." in key else (key.rpartition(".")[0], "", "")
+        rows.setdefault((own.partition(".")[0] or "base", role_of.get(path, "(elsewhere)")), []).append(parameter)
+    order = ["base", *state.attachments]
+    tensors = tuple(
+        Tensors(
+            owner, role, len(own), sum(p.numel() for p in own), sum(p.requires_grad for p in own), sum(p.numel() for p in own if p.requires_grad),
+            tuple(dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in own)),
+        )
+        for (owner, role), own in sorted(rows.items(), key=lambda item: order.index(item[0][0]))
+    )  # fmt: skip
+    return Status(
+        attached={name: attachment.spec for name, attachment in state.attachments.items()},
+        active=now.names,
+        combine=now.combine,
+        rows=now.by_row(),
+        scales=dict(zip(now.names, now.scales, strict=True)),
+        trainable=tuple(name for name in state.attachments if any(row.owner == name and row.trainable_tensors for row in tensors)),
+        merged=tuple(record.name for record in state.merged),
+        finished=tuple(name for name, attachment in state.attachments.items() if attachment.finished),
+        frozen=len(state.frozen),
+        tensors=tensors,
+    )

@@ -1,0 +1,42 @@
+"""Models inside wrappers: those of torch are seen through, so that names and keys are those of the model."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from effzoo.errors import AdapterError
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Model(nn.Module):
+    """A whole model, as against a part of one or a wrapper around one: what adapters are attached to."""
+
+
+def unwrap(model: M) -> M:
+    """The model inside `torch.compile`, DistributedDataParallel and DataParallel, however deep; any other module is itself.
+
+    Raises AdapterError for what is no module, and for another module around a model (nn.Sequential, a trainer's module, peft's own model): what it
+    does besides calling the model is not known.
+    """
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"expected a model (torch.nn.Module), got {type(model).__name__}")
+    inside: nn.Module = model
+    while (found := _inside(inside)) is not None:
+        inside = found
+    if not isinstance(inside, Model):
+        for path, part in inside.named_modules():
+            if part is not inside and isinstance(part, Model):
+                raise AdapterError(f"{type(inside).__name__} is a module around a model; give the model itself, its {path!r} ({type(part).__name__})")
+    return inside  # type: ignore[return-value]
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    """What a wrapper of torch wraps; None for any other module."""
+    if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return module.module
+    if type(module).__name__ == "OptimizedModule" and type(module).__module__.startswith("torch."):  # importing it costs a second
+        return module._orig_mod  # type: ignore[return-value]
+    return None
