@@ -196,6 +196,7 @@ def _check_untouched(key: str, name: str, tensor: Tensor | None, original: Tenso
         )
 
 
+@torch.no_grad()
 def _check_order(site: Site, path: str, name: str) -> None:
     """AdapterError where an active adapter acts at a site with others in such a way that it cannot be the first."""
     order = site.active
