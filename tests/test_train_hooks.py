@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 import effzoo
 from effzoo.errors import IncompatibleError, OptionError, TrainingError
 from effzoo.peft import Method, PeftModule, Stage, training  # noqa: F401 - for the toy
+from effzoo.peft.attach import acting
 from effzoo.sites import sites
 from effzoo.train import checkpoints
 from effzoo.train.batches import Order, Pad
