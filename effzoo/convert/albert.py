@@ -58,4 +58,6 @@ ALBERT = dataclasses.replace(
     required={**REQUIRED, "inner_group_num": 1},
     dropouts=dropouts,
     write=_write,
+    reads=frozenset({"classifier_dropout_prob", "tie_word_embeddings"}),
+    inert=frozenset({"down_scale_factor", "gap_size", "net_structure_type", "num_memory_blocks"}),
 )

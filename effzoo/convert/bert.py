@@ -73,4 +73,8 @@ BERT = Layout(
     slots=SLOTS,
     required=REQUIRED,
     dropouts=dropouts,
+    reads=frozenset({"classifier_dropout", "tie_word_embeddings"}),  # an untied head is found by its tensors
+    inert=frozenset(
+        {"directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type"}
+    ),
 )

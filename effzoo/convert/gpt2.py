@@ -10,6 +10,7 @@ from typing import Any
 from effzoo.architectures import Config
 from effzoo.convert.keymap import Rule, same
 from effzoo.convert.layout import Layout
+from effzoo.convert.llama import causal
 
 BODY = (
     *same(
@@ -31,11 +32,11 @@ HEADS = {"features": (), "classification": same({"head.out": "score"}), "token_c
 
 def read(theirs: Any) -> dict[str, Any]:
     """The inner width is four times the width where it is not given."""
-    return {"mlp": theirs.n_inner or 4 * theirs.n_embd}
+    return {"mlp": theirs.n_inner or 4 * theirs.n_embd, "architecture": "decoder" if causal(theirs) else "encoder"}
 
 
 def write(config: Config) -> dict[str, Any]:
-    return {"embd_pdrop": config.dropout, "classifier_dropout": config.dropout}
+    return {"embd_pdrop": config.dropout, "classifier_dropout": config.dropout} | ({} if config.causal else {"is_causal": False})
 
 
 def dropouts(theirs: Any, task: str) -> dict[str, float | None]:
@@ -74,11 +75,14 @@ GPT2 = Layout(
     positions="n_positions",
     activation="activation_function",
     slots={
-        "architecture": "decoder", "norm": "pre", "types": 0, "pooling": "last", "head_dense": False, "head_bias": False, "pooler": False,
+        "norm": "pre", "types": 0, "pooling": "last", "head_dense": False, "head_bias": False, "pooler": False,
         "lm_transform": False,
     },
     required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False, "add_cross_attention": False},
     dropouts=dropouts,
+    translated=frozenset({"architecture"}),
     read=read,
     write=write,
+    reads=frozenset({"classifier_dropout", "embd_pdrop", "hidden_dropout", "is_causal", "tie_word_embeddings"}),
+    inert=frozenset({"n_ctx", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"}),
 )  # fmt: skip

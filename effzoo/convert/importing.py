@@ -11,6 +11,7 @@ import torch
 from effzoo.annotations import describe, fits
 from effzoo.architectures import Config, Perceiver, Transformer
 from effzoo.convert.exporting import check_dense
+from effzoo.convert.genuine import bare
 from effzoo.convert.perceiver_transfer import from_perceiver, load_perceiver, recognises
 from effzoo.convert.source import Source, open_source
 from effzoo.convert.transfer import transfer
@@ -29,6 +30,7 @@ def from_transformers(source: Any, *, task: str | None = None, num_labels: int |
 
     Raises ConversionError for a feature that we do not have, a mismatch, or weights that cannot be loaded.
     """
+    source = bare(source)
     if recognises(source):
         return from_perceiver(source, task, num_labels, overrides)
     found = open_source(source, task)
@@ -36,6 +38,11 @@ def from_transformers(source: Any, *, task: str | None = None, num_labels: int |
     known = [field.name for field in dataclasses.fields(Config) if field.name not in _NOT_OVERRIDDEN]
     annotations = typing.get_type_hints(Config)
     config = found.config
+    if task == "causal_lm" and not config.causal:
+        raise ConversionError(
+            f"{found.label} sees later positions (is_causal=False or is_decoder=False), so a head that predicts the next token has seen it; take the "
+            "body with task='features', 'classification', 'token_classification' or 'masked_lm'"
+        )
     if "dropout" not in overrides:
         found.layout.check_dropouts(found.model.config, task)
     if task == "features" and not config.causal and not _has_pooler(found):
@@ -65,12 +72,12 @@ def load_pretrained(model: Any, source: Any) -> Any:
     """
     if isinstance(model, Perceiver):
         check_dense(model)
-        return load_perceiver(model, source)
+        return load_perceiver(model, bare(source))
     if not isinstance(model, Transformer):
         raise ConversionError(f"weights can be loaded into a Transformer of effzoo, got {type(model).__name__}")
     check_dense(model)
     with torch.no_grad():
-        transfer(model, open_source(source, model.task))
+        transfer(model, open_source(bare(source), model.task))
     return model
 
 

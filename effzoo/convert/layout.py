@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from effzoo.architectures import Config, Transformer
+from effzoo.convert.fields import check_fields
 from effzoo.convert.keymap import Rule, expand
-from effzoo.errors import ConversionError, listing
+from effzoo.errors import ConversionError, OptionError, listing
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
 THEIR_ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}
@@ -39,7 +40,8 @@ class Layout:
     further dropout probabilities in a task, which must equal our one. shared: their modules outside the body that several heads
     have. mixed: layers may have different attention kinds. module: where the classes are. parts: larger classes of theirs
     that hold a model of this layout, with its path in them; only that part is taken. finish: what a model of ours takes over from their
-    config beside weights and sizes.
+    config beside weights and sizes. reads: their fields that `read`, `dropouts` and `finish` look at; inert: those that change nothing that is
+    computed. Every other field must have its default (`fields.py`).
     """
 
     name: str
@@ -64,6 +66,8 @@ class Layout:
     module: str = "transformers"
     parts: Mapping[str, str] = field(default_factory=dict)
     finish: Callable[[Transformer, Any], None] | None = None
+    reads: frozenset[str] = frozenset()
+    inert: frozenset[str] = frozenset()
 
     def cls(self, task: str) -> Any:
         """The class for a task."""
@@ -94,6 +98,8 @@ class Layout:
             given = getattr(theirs, name, value)
             if given != value:
                 raise ConversionError(f"{self.name} with {name}={given!r} has no counterpart in effzoo, which has {name}={value!r} only")
+        known = {*self.fields.values(), *self.required, *self.reads, self.positions, self.activation}
+        check_fields(theirs, self.cls(task).config_class, self.name, known, self.inert)
         activation = getattr(theirs, self.activation)
         if activation not in ACTIVATIONS:
             raise ConversionError(f"activation {activation!r} has no counterpart in effzoo; it has {listing(ACTIVATIONS)}")
@@ -101,12 +107,15 @@ class Layout:
         if self.counts_from_pad and values["pad_token"] is None:
             raise ConversionError(f"{self.name} counts positions from pad_token_id + 1, but pad_token_id is None; set it in the config")
         offset = values["pad_token"] + 1 if self.counts_from_pad else 0
-        config = Config(
-            **{"name": self.name, "layout": self.name, **self.slots, **values},
-            activation=ACTIVATIONS[activation],
-            position_offset=offset,
-            max_length=getattr(theirs, self.positions) - offset,
-        )
+        try:
+            config = Config(
+                **{"name": self.name, "layout": self.name, **self.slots, **values},
+                activation=ACTIVATIONS[activation],
+                position_offset=offset,
+                max_length=getattr(theirs, self.positions) - offset,
+            )
+        except OptionError as error:
+            raise ConversionError(f"the configuration of this {self.name} of transformers has no counterpart in effzoo: {error}") from error
         self.check(config, task)
         _check_problem(theirs, task)
         return config

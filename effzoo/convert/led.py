@@ -33,6 +33,11 @@ BODY = same(
     }
 )
 
+DECODER = (  # fields of the part that is left out
+    "classif_dropout", "classifier_dropout", "decoder_attention_heads", "decoder_ffn_dim", "decoder_layerdrop", "decoder_layers", "init_std",
+    "max_decoder_position_embeddings", "tie_word_embeddings",
+)  # fmt: skip
+
 
 def write(config: Config) -> dict[str, Any]:
     """Windows, and sizes of the decoder that their config wants but an encoder does not use."""
@@ -67,6 +72,8 @@ LED = Layout(
     dropouts=dropouts,
     read=read,
     write=write,
+    reads=frozenset({"attention_window"}),
+    inert=frozenset(DECODER),
     module="transformers.models.led.modeling_led",
     parts={"LEDModel": "encoder", "LEDForConditionalGeneration": "led.encoder"},
 )

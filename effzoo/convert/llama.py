@@ -2,7 +2,8 @@
 
 Llama: Touvron et al. 2023, arXiv:2302.13971; Mistral: Jiang et al. 2023, arXiv:2310.06825; Qwen3: Yang et al. 2025, arXiv:2505.09388.
 Theirs has no dropout but that of the attention weights, so ours has to be 0, and the token classifier's has to be as well.
-A window of W in theirs shows query i the keys i - W < j <= i; ours of width w shows i - w / 2 <= j <= i, so w = 2 (W - 1).
+A window of W in theirs shows query i the keys i - W < j <= i; ours of width w shows i - w / 2 <= j <= i, so w = 2 (W - 1). With
+`is_causal=False` theirs shows |i - j| <= W, as ours does with w = 2 W, and the model is an encoder.
 """
 
 from __future__ import annotations
@@ -51,11 +52,12 @@ SIZES = {
     "tied": "tie_word_embeddings",
 }
 SLOTS = {
-    "architecture": "decoder", "norm": "pre", "norm_kind": "rms", "gated": True, "positions": "rotary", "types": 0, "dropout": 0.0,
+    "norm": "pre", "norm_kind": "rms", "gated": True, "positions": "rotary", "types": 0, "dropout": 0.0,
     "pooling": "last", "head_dense": False, "head_bias": False, "pooler": False, "lm_transform": False,
 }  # fmt: skip
 NO_BIAS = {"attn_bias": False, "attn_out_bias": False, "mlp_bias": False}
-TRANSLATED = frozenset({"kv_heads", "head_dim", "rotary_theta", "rotary_scaling"})
+READS = frozenset({"classifier_dropout", "head_dim", "hidden_dropout", "is_causal", "num_key_value_heads", "rope_parameters"})
+TRANSLATED = frozenset({"architecture", "kv_heads", "head_dim", "rotary_theta", "rotary_scaling"})
 
 
 def read(theirs: Any) -> dict[str, Any]:
@@ -63,11 +65,20 @@ def read(theirs: Any) -> dict[str, Any]:
     theta, scaling = rotary.read(theirs.rope_parameters, theirs.model_type)
     heads, head_dim = theirs.num_attention_heads, theirs.head_dim
     return {
+        "architecture": "decoder" if causal(theirs) else "encoder",
         "head_dim": 0 if head_dim * heads == theirs.hidden_size else head_dim,
         "kv_heads": 0 if theirs.num_key_value_heads == heads else theirs.num_key_value_heads,
         "rotary_theta": theta,
         "rotary_scaling": scaling,
     }
+
+
+def causal(theirs: Any) -> bool:
+    """Whether positions see earlier ones alone: `is_causal=False` makes an encoder of the same weights, as models of embeddings do."""
+    given = getattr(theirs, "is_causal", True)
+    if not isinstance(given, bool):
+        raise ConversionError(f"is_causal is true or false, got {given!r}")
+    return given
 
 
 def write(config: Config) -> dict[str, Any]:
@@ -78,6 +89,7 @@ def write(config: Config) -> dict[str, Any]:
         "num_key_value_heads": config.kv_heads or config.heads,
         "rope_parameters": rotary.write(config.rotary_theta, config.rotary_scaling),
         "classifier_dropout": config.dropout,
+        **({} if config.causal else {"is_causal": False}),
         "bos_token_id": None,  # which the tokenizer knows, and our config does not
         "eos_token_id": None,
     }
@@ -105,28 +117,36 @@ def write_biases(config: Config) -> dict[str, Any]:
     return {"attention_bias": config.attn_bias}
 
 
-def reach(window: int | None, whose: str) -> int | None:
-    """Their window as our width."""
-    if window is not None and window < 2:
-        raise ConversionError(f"{whose} with sliding_window={window} shows each position itself alone; effzoo's windows start at 2")
-    return None if window is None else 2 * (window - 1)
+def reach(window: int | None, theirs: Any) -> int | None:
+    """Their window as our width: W positions that end with the query, or, where it is not causal, the W before it and the W after it."""
+    if window is None:
+        return None
+    one_side = window - 1 if causal(theirs) else window
+    if one_side < 1:
+        raise ConversionError(f"{theirs.model_type} with sliding_window={window} shows each position itself alone; effzoo's windows start at 2")
+    return 2 * one_side
+
+
+def window_of(width: int | None, config: Config) -> int | None:
+    """Our width as their window."""
+    return None if width is None else width // 2 + config.causal
 
 
 def read_mistral(theirs: Any) -> dict[str, Any]:
     """One window for all layers, or none."""
-    return read(theirs) | {"attention": attention_of([reach(theirs.sliding_window, "mistral")] * theirs.num_hidden_layers)}
+    return read(theirs) | {"attention": attention_of([reach(theirs.sliding_window, theirs)] * theirs.num_hidden_layers)}
 
 
 def write_mistral(config: Config) -> dict[str, Any]:
     widths = windows_of(config, "Mistral", global_projections=False)
     if len(set(widths)) > 1:
         raise ConversionError(f"transformers' Mistral has one sliding window for all layers, got widths {widths}")
-    return write(config) | {"sliding_window": None if widths[0] is None else widths[0] // 2 + 1}
+    return write(config) | {"sliding_window": window_of(widths[0], config)}
 
 
 def read_qwen3(theirs: Any) -> dict[str, Any]:
     """A window in the layers that `layer_types` names."""
-    width = reach(theirs.sliding_window, "qwen3")
+    width = reach(theirs.sliding_window, theirs)
     attention = attention_of([width if kind == "sliding_attention" else None for kind in theirs.layer_types])
     return read(theirs) | biases(theirs) | {"attention": attention}
 
@@ -139,7 +159,7 @@ def write_qwen3(config: Config) -> dict[str, Any]:
     return write(config) | write_biases(config) | {
         "layer_types": ["full_attention" if width is None else "sliding_attention" for width in widths],
         "use_sliding_window": bool(used),
-        "sliding_window": used.pop() // 2 + 1 if used else None,
+        "sliding_window": window_of(used.pop() if used else None, config),
     }  # fmt: skip
 
 
@@ -164,6 +184,8 @@ LLAMA = Layout(
     read=lambda theirs: read(theirs) | biases(theirs),
     write=lambda config: write(config) | write_biases(config),
     translated=TRANSLATED | {"attn_out_bias"},
+    reads=READS,
+    inert=frozenset({"pretraining_tp"}),
 )
 MISTRAL = dataclasses.replace(
     LLAMA,
@@ -173,6 +195,7 @@ MISTRAL = dataclasses.replace(
     slots=SLOTS | NO_BIAS,
     read=read_mistral,
     write=write_mistral,
+    reads=READS | {"sliding_window"},
     translated=TRANSLATED,
 )
 QWEN3 = dataclasses.replace(
@@ -184,5 +207,6 @@ QWEN3 = dataclasses.replace(
     slots=SLOTS | {"qk_norm": True, "mlp_bias": False},
     read=read_qwen3,
     write=write_qwen3,
+    reads=READS | {"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"},
     mixed=True,
 )

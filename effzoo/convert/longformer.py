@@ -9,6 +9,7 @@ from effzoo.architectures import Config
 from effzoo.convert.keymap import same
 from effzoo.convert.roberta import ROBERTA
 from effzoo.convert.windows import windows_of
+from effzoo.errors import ConversionError
 from effzoo.spec import Spec
 
 GLOBAL = same(
@@ -22,6 +23,8 @@ GLOBAL = same(
 
 def read(theirs: Any) -> dict[str, Any]:
     """`attention_window`, one number or one per layer, as an attention spec."""
+    if any(dilation != 1 for dilation in getattr(theirs, "attention_dilation", ())):  # of the files of its authors; transformers has none
+        raise ConversionError(f"longformer of transformers computes without dilation, and attention_dilation is {theirs.attention_dilation}")
     windows = theirs.attention_window
     same_everywhere = isinstance(windows, int) or len(set(windows)) == 1
     window = windows if isinstance(windows, int) else windows[0] if same_everywhere else tuple(windows)
@@ -41,4 +44,6 @@ LONGFORMER = dataclasses.replace(
     body=ROBERTA.body + GLOBAL,
     read=read,
     write=write,
+    reads=ROBERTA.reads | {"attention_window", "attention_dilation"},
+    required={**ROBERTA.required, "attention_mode": "longformer", "autoregressive": False, "ignore_attention_mask": False},
 )

@@ -146,5 +146,13 @@ MODERNBERT = Layout(
     write=write,
     translated=frozenset({"rotary_theta", "rotary_scaling", "attn_out_bias", "lm_bias", "pooling", "head_activation"}),
     shared=frozenset(HEAD.values()),
+    reads=frozenset({
+        "classifier_activation", "classifier_dropout", "classifier_pooling", "decoder_bias", "layer_types", "local_attention", "mlp_dropout",
+        "rope_parameters",
+    }),
+    inert=frozenset({
+        "deterministic_flash_attn", "global_attn_every_n_layers", "initializer_cutoff_factor", "layer_norm_eps", "reference_compile",
+        "repad_logits_with_grad", "sparse_pred_ignore_index",
+    }),
     mixed=True,
 )  # fmt: skip

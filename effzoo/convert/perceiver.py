@@ -30,6 +30,16 @@ _FIELDS = {
     "blocks_per_cross": "num_blocks", "cross_heads": "num_cross_attention_heads", "cross_residual": "use_query_residual", "vocab": "vocab_size",
     "max_length": "max_position_embeddings", "attention_dropout": "attention_probs_dropout_prob",
 }  # fmt: skip
+READS = frozenset(
+    {"hidden_act", "self_attention_widening_factor", "cross_attention_widening_factor", "pad_token_id", "qk_channels", "v_channels",
+     "cross_attention_shape_for_attention", *_FIELDS.values()}
+)  # fmt: skip
+INERT = frozenset(  # of images, sound and video, for which other classes stand; the norms have the eps of torch
+    {
+        "audio_samples_per_frame", "image_size", "layer_norm_eps", "num_frames", "output_num_channels", "output_shape", "samples_per_patch",
+        "tie_word_embeddings", "train_size",
+    }
+)  # fmt: skip
 _FIXED: dict[str, Any] = {
     "attention": "full", "cross_attends": 1, "position_dim": 0, "causal": False, "final_norm": False, "head_norm": False, "gated": False,
     "attn_bias": True, "attn_out_bias": True, "mlp_bias": True, "eps": 1e-5, "dropout": 0.0,

@@ -16,8 +16,10 @@ from torch import Tensor
 from effzoo.annotations import describe, fits
 from effzoo.architectures import Perceiver, PerceiverConfig
 from effzoo.architectures.perceiver_config import PER_TOKEN
+from effzoo.convert.fields import check_code, check_fields
+from effzoo.convert.genuine import check_class, check_genuine, check_ties
 from effzoo.convert.layout import _check_problem
-from effzoo.convert.perceiver import CLASSES, names, read, write
+from effzoo.convert.perceiver import CLASSES, INERT, READS, names, read, write
 from effzoo.convert.source import _explained, _local_or_hub, _quiet
 from effzoo.convert.transfer import _say, _stands_beside, extended
 from effzoo.errors import ConversionError, OptionError, did_you_mean, listing
@@ -94,8 +96,7 @@ def to_perceiver(model: Perceiver) -> Any:
     special = {"bos_token_id": None, "eos_token_id": None}
     with torch.random.fork_rng(devices=[]):  # their random initialisation is overwritten, so it should leave no trace
         config = theirs_module.PerceiverConfig(**fields, **special, num_labels=model.num_labels)
-        text = {"input_preprocessor": theirs_module.PerceiverTextPreprocessor(config)} if name == "PerceiverModel" and model.config.vocab else {}
-        theirs = getattr(theirs_module, name)(config, **text)
+        theirs = make(name, config, text=name == "PerceiverModel" and bool(model.config.vocab))
     ours = model.state_dict()
     like = ours["latents.weight"]
     state = {there: ours[here] for here, there in names(model.config, model.task).items()}
@@ -106,8 +107,10 @@ def to_perceiver(model: Perceiver) -> Any:
 def _open(source: Any) -> Source:
     if not isinstance(source, (str, Path)):
         name = next(cls.__name__ for cls in type(source).__mro__ if cls.__name__ in CLASSES)
+        check_class(source, getattr(importlib.import_module(_THEIRS), name))
         return _checked(type(source).__name__, source, name, frozenset())
     config = _their_config(source)
+    check_code(getattr(config, "auto_map", None), str(source))
     name = (config.architectures or ["PerceiverModel"])[0]
     if name not in CLASSES:
         raise ConversionError(f"{source} was saved from {name}, which has no counterpart in effzoo; it has {listing(CLASSES)}")
@@ -119,6 +122,12 @@ def _open(source: Any) -> Source:
         if any(key.startswith("input_preprocessor.") for key in info["missing_keys"]):  # it was saved without one
             model, info = cls.from_pretrained(label, output_loading_info=True)
     return _checked(label, model, name, frozenset(info["missing_keys"]))
+
+
+def make(name: str, theirs: Any, text: bool) -> Any:
+    """A model of this class; text: with the preprocessor of text, which classes with a head bring along."""
+    module = importlib.import_module(_THEIRS)
+    return getattr(module, name)(theirs, **{"input_preprocessor": module.PerceiverTextPreprocessor(theirs)} if text else {})
 
 
 def _their_config(source: str | Path) -> Any:
@@ -137,6 +146,9 @@ def _checked(label: str, model: Any, name: str, missing: frozenset[str]) -> Sour
         if parts not in ([], ["PerceiverTextPreprocessor"]):
             raise ConversionError(f"{label} has {listing(parts)}; a PerceiverModel is read alone, or with a PerceiverTextPreprocessor")
         kind = "tokens" if parts else "array"
+    check_genuine(label, model, lambda theirs: make(name, theirs, text="tokens" in kind and name == "PerceiverModel"))
+    check_ties(label, model, {})
+    check_fields(model.config, type(model).config_class, "perceiver", READS, INERT)
     config = read(model.config, kind)
     _check_problem(model.config, task)
     state = {key: value for key, value in model.state_dict().items() if key not in missing}

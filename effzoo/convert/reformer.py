@@ -168,4 +168,7 @@ REFORMER = Layout(
     translated=frozenset({"architecture", "attention", "attention_dropout", "layers", "mlp_chunk", "positions", "axial_shape", "axial_dims"}),
     mixed=True,
     finish=finish,
+    reads=frozenset({"attn_layers", "axial_pos_embds", "axial_pos_embds_dim", "axial_pos_shape", "chunk_size_feed_forward", "classifier_dropout",
+                     "hash_seed", "is_decoder", "num_buckets", "num_hidden_layers", *_DROPOUT.values(), *_LSH.values(), *_LOCAL.values()}),
+    inert=frozenset({"axial_norm_std", "chunk_size_lm_head", "intermediate_size"}),
 )  # fmt: skip

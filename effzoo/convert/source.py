@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from effzoo.architectures import Config
+from effzoo.convert.fields import check_code
+from effzoo.convert.genuine import check_class, check_genuine, check_origin, check_ties
 from effzoo.convert.keymap import Rule, expand
 from effzoo.convert.layout import Layout
 from effzoo.convert.layouts import LAYOUTS, class_of, classes
@@ -73,9 +75,12 @@ def open_source(source: Any, task: str | None) -> Source:
     """
     if isinstance(source, (str, Path)):
         return _from_pretrained(source, task)
+    if type(source).__module__.startswith("peft."):
+        check_origin("the model", source)
     for cls in type(source).__mro__:
         if (found := class_of(cls.__name__)) and hasattr(source, "base_model_prefix"):
             layout, its_task = found
+            check_class(source, getattr(importlib.import_module(layout.module), cls.__name__))
             model = source.get_submodule(layout.parts.get(cls.__name__, ""))
             return _checked(type(source).__name__, model, layout, its_task, (*layout.body, *layout.heads[its_task]))
     raise ConversionError(f"{type(source).__name__} has no counterpart in effzoo; give a folder, a hub id, or one of {classes()}")
@@ -87,13 +92,21 @@ def _from_pretrained(source: str | Path, task: str | None) -> Source:
     label = _local_or_hub(source)
     with _explained(label, source), _quiet():
         config = transformers.AutoConfig.from_pretrained(label, trust_remote_code=False)
+    check_code(getattr(config, "auto_map", None), label)
     if config.model_type not in LAYOUTS:
         raise ConversionError(f"{label} is of type {config.model_type!r}, which has no counterpart in effzoo; give one of {', '.join(LAYOUTS)}")
     layout = LAYOUTS[config.model_type]
     name = (config.architectures or ["a class that its config does not name"])[0]
     found = class_of(name)
+    if config.architectures and found is None and not hasattr(transformers, name):
+        raise ConversionError(
+            f"{label} was saved from {name}, which transformers does not have, so what it computes is not known; if a class of transformers computes "
+            "the same, name that one in architectures of its config.json"
+        )
     if found is None and task is None:
         raise ConversionError(f"{label} was saved from {name}, which has no counterpart in effzoo; give task=... to take what it needs")
+    if found is not None and found[0] is not layout:
+        raise ConversionError(f"{label} was saved from {name}, but its config.json says model_type={config.model_type!r}; set the one that is true")
     its_task = found[1] if found else str(task)
     if its_task not in layout.classes:
         raise ConversionError(f"{layout.name} of transformers has no model for task {its_task!r}; it has {', '.join(layout.classes)}")
@@ -123,19 +136,25 @@ def _local_or_hub(source: str | Path) -> str:
 
 def _checked(label: str, model: Any, layout: Layout, task: str, required: tuple[Rule, ...], missing: frozenset[str] = frozenset()) -> Source:
     """A source whose config we can express and whose tensors are complete, tied where we tie, finite, and all known."""
+    check_genuine(label, model, type(model))
     config = layout.config(model.config, task)
+    check_ties(label, model, layout.ties(config, task))
     state = {key: value for key, value in model.state_dict().items() if key not in missing}
     present = set(state)
     for key, other in layout.ties(config, task).items():
         tied = state.pop(key, None)
         if tied is not None and other in state and tied is not state[other] and not tied.equal(state[other]):
-            raise ConversionError(f"{label}: {key} differs from {other}; effzoo ties the two, so an untied head has no counterpart")
+            raise ConversionError(
+                f"{label}: {key} differs from {other}; effzoo ties the two (tie_word_embeddings=True), so an untied head has no counterpart"
+            )
     for rule in expand(required, config.blocks, layout.base(task)):
         inside_pooler = "pooler" in rule.theirs and task == "features"  # models exist with and without
         if not inside_pooler and not rule.optional and not any(rule.key(parameter) in present for parameter in rule.parameters):
             raise ConversionError(f"{label} has no tensor for {rule.theirs}; the weights are incomplete, or adapters or quantisation changed them")
     known = {rule.key(parameter) for rule in layout.known(config.blocks, task) for parameter in rule.parameters}
     for key, value in state.items():
+        if value.is_meta:
+            raise ConversionError(f"{label}: {key} is on the device meta and holds no numbers; load the model onto a device first")
         if key not in known:
             raise ConversionError(f"{label} has the tensor {key}, which {layout.classes[task]} does not have; merge or remove what was added")
         if not bool(value.isfinite().all()):

@@ -1,0 +1,174 @@
+"""Whether a live model computes what its class and its configuration say: no other code acts in it, and no part was replaced.
+
+A model of transformers is read by its tensors and its configuration. Subclasses, replaced modules, adapters, quantised layers, hooks, methods put on
+an instance and attention functions of one's own change what it computes and leave both as they are, so each of them is looked for and refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from effzoo.errors import ConversionError
+
+log = logging.getLogger("effzoo.convert")
+_THEIRS = ("torch", "transformers")
+_HOOKS = ("transformers", "accelerate")  # whose hooks move, count or record, and change no value
+_QUANTISERS = ("bitsandbytes", "torchao", "auto_gptq", "gptqmodel", "awq", "optimum", "hqq", "eetq", "aqlm", "compressed_tensors")
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
+_SKIPPED = ("training", "gradient_checkpointing")
+_SIMPLE = (bool, int, float, str, type(None))
+
+
+def bare(source: Any) -> Any:
+    """The model inside the wrappers of torch (`torch.compile`, data parallel), which compute the same."""
+    while type(source).__module__.startswith("torch.") and type(source).__name__ in _WRAPPERS:
+        source = getattr(source, _WRAPPERS[type(source).__name__])
+    return source
+
+
+def check_class(source: Any, cls: type) -> None:
+    """Refuse a subclass: what it computes is its own affair."""
+    if type(source) is not cls:
+        own = type(source)
+        raise ConversionError(
+            f"{own.__name__} of {own.__module__} is a subclass of {cls.__name__} and may compute something else; if it computes the same, give a "
+            f"{cls.__name__} with its weights: {cls.__name__}(model.config), then load_state_dict(model.state_dict())"
+        )
+
+
+def check_origin(path: str, module: nn.Module) -> None:
+    """Refuse a module whose class is neither of torch nor of transformers."""
+    own = type(module)
+    package = own.__module__.partition(".")[0]
+    if package == "peft":
+        raise ConversionError(
+            f"{path} is a {own.__name__} of peft: adapters are attached; merge them (merge_and_unload()), or give the base, save the adapter with "
+            "save_pretrained and load it with effzoo.load_adapter"
+        )
+    if package in _QUANTISERS:
+        raise ConversionError(
+            f"{path} is a {own.__name__} of {package}: its weights are quantised; load the model in its own dtype, or call dequantize()"
+        )
+    if package not in _THEIRS:
+        raise ConversionError(
+            f"{path} is a {own.__name__} of {own.__module__}, and what that computes is not known; give the model with its own parts"
+        )
+
+
+def check_genuine(label: str, model: Any, fresh: Callable[[Any], Any]) -> None:
+    """Refuse a model in which anything but its class and its configuration says what is computed.
+
+    label: names it in messages. fresh: makes another model from a configuration. Raises ConversionError with the place, and what to do.
+    """
+    if getattr(model.config, "is_heterogeneous", False):
+        raise ConversionError(f"{label} with per_layer_config has no counterpart in effzoo, which has one configuration for all layers")
+    _check_attention(label, model)
+    for path, module in model.named_modules():
+        check_origin(f"{label}: {path or 'the model'}", module)
+        _check_code(f"{label}: {path or 'the model'}", module)
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            made = dict(fresh(copy.deepcopy(model.config)).named_modules())
+    except Exception as error:
+        raise ConversionError(
+            f"{label}: its configuration makes no model any more ({type(error).__name__}: {error}); it was changed by hand"
+        ) from error
+    _check_frequencies(label, model)
+    dropped: dict[str, tuple[Any, Any]] = {}
+    for path, module in model.named_modules():
+        where = f"{label}: {path or 'the model'}"
+        if path not in made or type(module) is not type(made[path]):
+            wanted = f"its configuration makes a {type(made[path]).__name__}" if path in made else "its configuration makes no such module"
+            raise ConversionError(f"{where} is a {type(module).__name__} where {wanted}; give the model with its own parts")
+        if getattr(module, "config", model.config) is not model.config and module.config.to_dict() != model.config.to_dict():
+            raise ConversionError(f"{where} has a configuration of its own that differs from the model's; give the model with its own parts")
+        for name, value in vars(made[path]).items():
+            mine = getattr(module, name, None)
+            if name.startswith("_") or name in _SKIPPED or _alike(mine, value):
+                continue
+            if "dropout" in name or isinstance(module, nn.Dropout):
+                dropped[f"{path}.{name}"] = mine, value
+                continue
+            raise ConversionError(
+                f"{where} has {name}={_told(mine)} where its configuration makes {_told(value)}; change the configuration and make the model anew"
+            )
+    if dropped:
+        place, (mine, value) = next(iter(dropped.items()))
+        log.warning("%s: %s is %s and %s in its configuration, which is taken (%d such places)", label, place, mine, value, len(dropped))
+
+
+def _check_attention(label: str, model: Any) -> None:
+    """Refuse attention functions that were registered by others, under a name of their own or one of transformers'."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = getattr(model.config, "_attn_implementation", None)
+    found = ALL_ATTENTION_FUNCTIONS.get(name) if name in ALL_ATTENTION_FUNCTIONS else None
+    if (found is None and name not in (None, "eager")) or (found is not None and not _from(found, ("transformers",))):
+        raise ConversionError(
+            f"{label} has attn_implementation={name!r}, a function of {getattr(found, '__module__', None)} that may compute something else; "
+            "if it computes the same, call model.set_attn_implementation('sdpa') first"
+        )
+
+
+def _check_frequencies(label: str, model: Any) -> None:
+    """Refuse rotary positions that turn by other angles than the configuration says; no file holds these buffers."""
+    for path, module in model.named_modules():
+        held = {name: buffer for name, buffer in module.named_buffers(recurse=False) if name.endswith("inv_freq") and not buffer.is_meta}
+        expected = dict(type(module)(model.config).named_buffers(recurse=False)) if held else {}
+        for name, buffer in held.items():
+            if not torch.allclose(buffer.detach().double().cpu(), expected[name].double(), rtol=1e-2, atol=0):  # it may be held in bfloat16
+                raise ConversionError(f"{label}: {path}.{name} was changed; say in the configuration how positions turn, and make the model anew")
+
+
+def check_ties(label: str, model: Any, ties: Mapping[str, str]) -> None:
+    """Refuse parameters that are one tensor under several names, but for those that are tied: {a name: another with the same tensor}."""
+    seen: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = seen.setdefault(id(parameter), name)
+        if first not in (name, ties.get(name)) and name != ties.get(first):
+            raise ConversionError(
+                f"{label}: {name} and {first} are one tensor, and would be two here; give each its own (a clone), or say it in the configuration "
+                "(tie_word_embeddings=True)"
+            )
+
+
+def _check_code(where: str, module: nn.Module) -> None:
+    """Refuse hooks, methods on the instance and a `forward` of the class that others have put there."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    for hook in hooks:
+        if not _from(hook, _HOOKS):
+            raise ConversionError(f"{where} has the forward hook {_told(hook)}, which may change what is computed; remove it (handle.remove())")
+    if not _from(type(module).forward, (*_THEIRS, "accelerate")):
+        raise ConversionError(f"{where}: {type(module).__name__}.forward was replaced by one of {type(module).forward.__module__}; undo that")
+    for name, value in vars(module).items():
+        if callable(value) and callable(getattr(type(module), name, None)) and not _from(value, _HOOKS) and not hasattr(module, "_hf_hook"):
+            raise ConversionError(
+                f"{where} has a method {name} of its own, {_told(value)}, which may compute something else; delete it (del module.{name})"
+            )
+
+
+def _from(code: Any, packages: tuple[str, ...]) -> bool:
+    """Whether a function, or what a partial or bound method holds, comes from these packages."""
+    code = getattr(code, "func", getattr(code, "__func__", code))
+    return str(getattr(code, "__module__", None) or type(code).__module__).partition(".")[0] in packages
+
+
+def _alike(mine: Any, value: Any) -> bool:
+    """Whether two attributes say the same; what is neither simple nor code is looked at elsewhere."""
+    if isinstance(value, (list, tuple)):
+        return not isinstance(mine, (list, tuple)) or (len(mine) == len(value) and all(map(_alike, mine, value)))
+    if isinstance(value, _SIMPLE):
+        return bool(mine == value)
+    if callable(value) and not isinstance(value, nn.Module):
+        return mine is value or getattr(mine, "__qualname__", type(mine)) == getattr(value, "__qualname__", type(value))
+    return True
+
+
+def _told(value: Any) -> str:
+    return str(getattr(value, "__qualname__", None) or repr(value))[:100]
