@@ -48,14 +48,15 @@ def resize_vocabulary(model: M, n: int, *, init: Init = "mean", multiple_of: int
     _check_sites(model, found, n, old)
     draw = torch.Generator().manual_seed(seed)
     new = {path: _resized(site, n, init, draw) for path, site in found.items()}
-    grown = [(module, new[path]) for path, site in found.items() for module in _hung(site)]
+    table = next(tensors for path, tensors in new.items() if found[path] is token)  # which a tied head reads
+    grown = [(module, table | new[path]) for path, site in found.items() for module in _hung(site)]
     for path, site in found.items():
         for name, tensor in new[path].items():
             parameter = getattr(site, name)
             setattr(site, name, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
         if isinstance(site, Embedding):
             site.num_embeddings = n
-        elif isinstance(site, Linear):
+        elif isinstance(site, Linear | TiedLinear):
             site.out_features = n
     for module, tensors in grown:
         added = {name: tensor[old:] for name, tensor in tensors.items()}

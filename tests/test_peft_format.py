@@ -81,6 +81,7 @@ MODELS = {
     "gpt2-cls": lambda: gpt2(transformers.GPT2ForSequenceClassification),
     "gpt2-tokens": lambda: gpt2(transformers.GPT2ForTokenClassification),
     "llama": of_llama,
+    "tied": lambda: of_llama(tie_word_embeddings=True),
     "llama-cls": lambda: of_llama(transformers.LlamaForSequenceClassification),
     "qwen3": lambda: of_llama(transformers.Qwen3ForCausalLM, head_dim=8),
     "roberta-tokens": lambda: of_bert(transformers.RobertaForTokenClassification, pad_token_id=1),
@@ -183,6 +184,27 @@ LORA = [
     ("gpt2-tokens", "ia3"),
     ("longformer", "ia3"),
     ("llama", "ia3[targets=(attn.k, mlp.down), layers=(1, 2)]"),
+    ("gpt2", "lora[targets=(attn.q, lm.out), rank=3, alpha=5]"),  # the head alone, the table it is tied to stays
+    ("gpt2", "lora[targets=(attn.v, embed.token), rank=3, alpha=5]"),  # both, as with ensure_weight_tying
+    ("gpt2", "lora[targets=(attn.v, embed.token, lm.out), rank=3, tied=false]"),  # each its own
+    ("bert-lm", "lora[targets=(attn.v, embed.token, lm.out), rank=2, rslora=true, tied=false]"),
+    ("tied", "lora[rank={attn.q: 2, embed.token: 3}, alpha={attn.q: 1, embed.token: 5}]"),
+    ("tied", "lora[targets=(attn.q, lm.out)]|norms"),
+    ("tied", "lora|full[targets=embed.token]"),
+    ("gpt2", "lora|full[targets=embed.token]"),
+    ("llama", "lora|full[targets=(embed.token, lm.out)]"),
+    ("tied", "lora|tokens[ids=3-5+9]"),
+    ("gpt2", "lora|tokens[ids=3-5+9]"),
+    ("bert", "lora|tokens[ids=7-40]"),
+    ("llama", "lora|tokens[ids=7-40]"),
+    ("llama", "lora|tokens[ids=7-40]|tokens[ids=1-20, targets=lm.out]"),
+    ("tied", "tokens[ids=3-5+9]"),
+    ("gpt2", "tokens[ids=3-30]"),
+    ("llama", "tokens[ids=3-30]"),
+    ("llama", "tokens[ids=3-30, targets=(embed.token, lm.out)]"),
+    ("bert", "norms"),
+    ("llama", "norms"),
+    ("gpt2-cls", "norms[targets=(attn.norm, final.norm)]"),
     ("bert", "krona"),
     ("llama", "krona[shape=(2, 2), scale=0.7, targets=(attn.q, mlp.up)]"),
 ]  # fmt: skip
@@ -234,6 +256,28 @@ PEFT = [
     ("gpt2-cls", peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, use_dora=True, bias="all")),
     ("llama", peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj", "lm_head", "embed_tokens"])),
     ("llama-cls", peft.LoraConfig(task_type="SEQ_CLS", r=3, init_lora_weights="gaussian", target_modules="all-linear")),
+    ("tied", peft.LoraConfig(r=3, target_modules=["q_proj", "lm_head"])),
+    ("tied", peft.LoraConfig(r=3, target_modules=["q_proj", "embed_tokens"])),
+    ("tied", peft.LoraConfig(r=3, target_modules=["q_proj", "embed_tokens", "lm_head"], rank_pattern={"lm_head": 2})),
+    ("tied", peft.LoraConfig(r=3, target_modules=["q_proj", "lm_head"], ensure_weight_tying=True)),
+    ("tied", peft.LoraConfig(r=3, lora_alpha=5, target_modules=["embed_tokens"], ensure_weight_tying=True, use_rslora=True)),
+    ("tied", peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+    ("gpt2", peft.LoraConfig(r=3, target_modules=["lm_head", "wte"], fan_in_fan_out=True)),
+    ("bert-lm", peft.LoraConfig(r=3, target_modules=["query", "decoder", "word_embeddings"])),
+    ("llama", peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])),
+    ("tied", peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=[9, 3, 30])),
+    ("tied", peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [9, 3], "lm_head": [9, 3]})),
+    ("llama", peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [9, 3, 12], "lm_head": [30, 8]})),
+    ("gpt2", peft.LoraConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True, trainable_token_indices=[9, 3, 30])),
+    ("bert", peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["query"], trainable_token_indices=[9, 3, 30])),
+    ("tied", peft.TrainableTokensConfig(token_indices=[9, 3, 12])),
+    ("gpt2", peft.TrainableTokensConfig(token_indices=[9, 3, 12])),
+    ("llama", peft.TrainableTokensConfig(token_indices=[9, 3, 12])),
+    ("llama", peft.TrainableTokensConfig(token_indices=[9, 3, 12], target_modules=["embed_tokens", "lm_head"])),
+    ("llama", peft.TrainableTokensConfig(token_indices=[9, 3, 12], target_modules=["lm_head"])),
+    ("llama", peft.LNTuningConfig(task_type="CAUSAL_LM")),
+    ("bert", peft.LNTuningConfig(task_type="SEQ_CLS", target_modules=["LayerNorm"])),
+    ("gpt2-cls", peft.LNTuningConfig(task_type="SEQ_CLS", target_modules=r".*\.ln_[12]")),
     ("bert", peft.IA3Config(task_type="SEQ_CLS", target_modules=rf".*\.self\.(key|value)|{FEEDFORWARD}", feedforward_modules=FEEDFORWARD)),
     ("bert", peft.IA3Config(task_type="SEQ_CLS")),  # by default `output.dense` also hits the output of attention
     ("gpt2-tokens", peft.IA3Config(task_type="TOKEN_CLS", fan_in_fan_out=True)),
@@ -252,6 +296,48 @@ def test_an_adapter_from_peft_gives_the_same_logits_here_and_in_peft_again(name,
     assert (logits(base, batch) - expected).abs().max() > 1e-3, "the adapter changes nothing"
     effzoo.save_adapter(ours, tmp_path / "back", format="peft")
     close(logits(loaded_by_peft(base, tmp_path / "back"), batch), expected, tolerance(name))
+
+
+TABLE = "embeddings.token.adapters.default"
+GRADIENTS = [  # of our tensors, and of theirs
+    (
+        "tied", peft.LoraConfig(r=3, target_modules=["lm_head"]),
+        {"head.out.adapters.default.lora.A": "lm_head.lora_A.default.weight", "head.out.adapters.default.lora.B": "lm_head.lora_B.default.weight"},
+    ),
+    ("tied", peft.LoraConfig(r=3, target_modules=["embed_tokens"]), {f"{TABLE}.lora.A": "embed_tokens.lora_embedding_A.default"}),
+    (
+        "tied", peft.LoraConfig(r=3, target_modules=["embed_tokens"], ensure_weight_tying=True),
+        {
+            f"{TABLE}.lora.A": "embed_tokens.lora_embedding_A.default lm_head.lora_B.default.weight",
+            f"{TABLE}.lora.B": "embed_tokens.lora_embedding_B.default lm_head.lora_A.default.weight",
+        },
+    ),
+    (
+        "tied", peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=[3, 9, 30]),
+        {f"{TABLE}.tokens.trained": "embed_tokens.token_adapter.trainable_tokens_delta.default"},
+    ),
+    ("llama", peft.TrainableTokensConfig(token_indices=[*range(5, 25)]), {f"{TABLE}.tokens.trained": "embed_tokens.trainable_tokens_delta.default"}),
+    ("gpt2", peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["ln_f"]), {
+        "final_norm.adapters.default.norms.own_weight": "ln_f.ln_tuning_layers.default.weight",
+        "final_norm.adapters.default.norms.own_bias": "ln_f.ln_tuning_layers.default.bias",
+    }),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, config, pairs", GRADIENTS, ids=range(len(GRADIENTS)))
+def test_what_is_trained_here_gets_the_gradients_that_it_gets_in_peft(name, config, pairs, tmp_path):
+    base = MODELS[name]()
+    theirs = of_peft(base, copy.deepcopy(config), tmp_path)
+    theirs.requires_grad_(True)
+    ours, batch = effzoo.load_adapter(convert.from_transformers(base), tmp_path), inputs(name)
+    for model in (ours, theirs):
+        model(**batch).logits[batch["attention_mask"].bool()].square().sum().backward()
+    of_theirs = {key: parameter.grad for key, parameter in theirs.named_parameters()}
+    for mine, other in pairs.items():
+        found = [grad for key, grad in of_theirs.items() if key.endswith(tuple(other.split()))]
+        assert len(found) == len(other.split())
+        like = ours.get_parameter(mine)  # a tied head's factors are those of the table, transposed
+        close(like.grad, sum(grad if grad.shape == like.shape else grad.T for grad in found), tolerance(name))
 
 
 INPUT = [
@@ -457,7 +543,15 @@ REFUSED = [
     ("mistral", "prompt", "ordinary positions that fall out of a window"),
     ("mistral", "prefix", "ordinary positions that fall out of a window"),
     ("bert-lm", "prompt", "peft leaves prompts and prefixes out when a model is run for masked_lm"),
-    ("gpt2", "lora|full[targets=embed.token]", "the language-model head is tied to this table"),
+    ("bert-lm", "lora|full[targets=embed.token]", "the language-model head is tied to this table"),
+    ("gpt2", "lora[targets=(embed.token, lm.out)]", "changes the table and the tied head, and the head is adapted besides"),
+    ("gpt2", "lora[targets=lm.out]|full[targets=embed.token]", "trained as a whole, and the head that is tied to it adapted besides"),
+    ("gpt2", "ia3|full[targets=embed.token]", "peft ties trained modules beside LoRA only, not beside IA3"),
+    ("gpt2", "ia3|tokens[ids=5]", "trained tokens travel in peft beside LoRA, or alone, not beside IA3"),
+    ("bert", "tokens[ids=5]", "peft does not save the head .bert.pooler.dense, classifier. beside TRAINABLE_TOKENS"),
+    ("bert-lm", "lora|tokens[ids=7]", "head.out multiplies by, and peft then leaves out that head's bias"),
+    ("bert-lm", "tokens[ids=7]", "head.out multiplies by, and peft then leaves out that head's bias"),
+    ("bert", "norms|bitfit[targets=mlp.up]", "only trains weights that the model has already"),
     ("gpt2", "prefix[layers=(0, 1)]", "one in every layer, this adapter has none in blocks.2"),
     ("gpt2", "prefix[softmax=own]", "shares the softmax"),
     ("gpt2", "llama_adapter", "llama and mistral only, not for gpt2 .there peft adds"),

@@ -180,6 +180,7 @@ def test_models_without_tokens_and_quantised_heads_are_refused():
 
 
 ADAPTERS = [
+    ("bert", "lora[targets=(embed.token, lm.out), tied=false]"),
     ("gpt2", "lora"), ("gpt2", "lora[targets=embed.token]"), ("gpt2", "full"), ("gpt2", "prompt[length=2]"), ("gpt2", "p_tuning[length=2]"),
     ("llama", "lora[targets=(embed.token, lm.out)]"), ("llama", "lora[targets=lm.out, init=olora, rank=2]"), ("llama", "full"),
     ("bert", "bitfit[targets=lm.out]"), ("albert", "lora[targets=(embed.token, embed.project)]"),

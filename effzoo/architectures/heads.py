@@ -119,7 +119,7 @@ class LanguageModel(nn.Module):
             raise IncompatibleError(
                 f"a tied language-model head needs hidden states as wide as the embedding, {config.embed_dim}, not {width}; use tied=False"
             )
-        self.out = TiedLinear(config.vocab, bias, role="lm.out") if config.tied else Linear(width, config.vocab, bias, role="lm.out")
+        self.out = TiedLinear(width, config.vocab, bias, role="lm.out") if config.tied else Linear(width, config.vocab, bias, role="lm.out")
 
     def forward(self, hidden: Tensor, valid: Tensor | None, labels: Tensor | None, embedding: Embedding) -> Output:
         x = transformed(hidden, self.dense, self.activation, self.norm)

@@ -72,14 +72,15 @@ class Conv2d(nn.Conv2d, Site):
 
 
 class TiedLinear(Site):
-    """y = x W^T + b with a weight that another site owns (a language-model head tied to the embedding).
+    """y = x W^T + b, [..., in] -> [..., out], with a weight that another site owns (a language-model head tied to the embedding).
 
     What acts on that site acts here too, and in the same way: each adapter of an average, or of a row, has a table of its own.
     """
 
-    def __init__(self, out_features: int, bias: bool, *, role: str, layer: int | None = None):
+    def __init__(self, in_features: int, out_features: int, bias: bool, *, role: str, layer: int | None = None):
         super().__init__()
         self._open(role, layer)
+        self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.table: tuple[Site, ...] = ()  # the site whose weight is read, while it is; a tuple hides it from the parameters
 

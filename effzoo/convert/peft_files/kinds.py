@@ -4,29 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch import Tensor
 
-from effzoo.convert.peft_files import kronecker, low_rank, memory, rows, vectors
+from effzoo.annotations import Count, Probability
+from effzoo.convert.peft_files import kronecker, low_rank, memory, rows, selected, tokens, vectors
 from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written
 from effzoo.peft import Method, PeftModule
 
-SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-SIZES = ("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers")
-EVERYWHERE = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "modules_to_save")
+Names = str | Sequence[str] | None
+Fields = Mapping[str, Any]  # fields of a config: which type each has; Any where no value means anything once the training is over
+
+SELECTION: Fields = {
+    "target_modules": Names, "exclude_modules": Names, "layers_to_transform": int | Sequence[int] | None, "layers_pattern": Names,
+}  # fmt: skip
+SIZES: Fields = {"num_virtual_tokens": Count, "token_dim": Count, "num_attention_heads": Count, "num_layers": Count}
+EVERYWHERE: Fields = {
+    "peft_type": str, "modules_to_save": Names, "task_type": Any, "auto_mapping": Any, "peft_version": Any, "base_model_name_or_path": Any,
+    "revision": Any, "inference_mode": Any,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Kind:
-    """peft_types: theirs. classes: our modules. marks: what the last part of a tensor's key begins with. options: of the config that are read,
+    """peft_types: theirs. classes: our modules. marks: what the last part of a tensor's key begins with. fields: of the config that are read,
     or that concern only how they begin, or drop out, in training; any other that asks for something is refused."""
 
     peft_types: tuple[str, ...]
     classes: tuple[type[PeftModule], ...]
     marks: tuple[str, ...]
-    options: tuple[str, ...]
+    fields: Fields
     write: Callable[[Twin, Modules, Sequence[Method]], Written]
     read: Callable[[Twin, Config, Mapping[str, Tensor], Mapping[str, list[int]]], dict[str, Wanted]]
+
+
+def _norms(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
+    return selected.write_norms(twin, modules)
 
 
 KINDS = (
@@ -34,22 +48,28 @@ KINDS = (
         ("LORA",),
         low_rank.CLASSES,
         ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
-        (
-            *SELECTION, "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout", "fan_in_fan_out", "bias",
-            "init_lora_weights", "megatron_core", "qalora_group_size", "eva_config", "loftq_config",
-        ),
+        {
+            **SELECTION, "r": Count, "lora_alpha": float, "rank_pattern": Mapping[str, Count], "alpha_pattern": Mapping[str, float],
+            "use_rslora": bool, "use_dora": bool, "lora_dropout": Probability, "fan_in_fan_out": bool, "bias": Literal["none", "all", "lora_only"],
+            "trainable_token_indices": Sequence[int] | Mapping[str, Sequence[int]], "ensure_weight_tying": bool, "init_lora_weights": bool | str,
+            "megatron_core": Any, "qalora_group_size": Any, "eva_config": Any, "loftq_config": Any,
+        },
         low_rank.write,
         low_rank.read,
     ),
     Kind(
-        ("IA3",), vectors.CLASSES, ("ia3_l",), (*SELECTION, "feedforward_modules", "fan_in_fan_out", "init_ia3_weights"),
+        ("IA3",), vectors.CLASSES, ("ia3_l",),
+        {**SELECTION, "feedforward_modules": Names, "fan_in_fan_out": bool, "init_ia3_weights": Any},
         vectors.write, vectors.read,
     ),
     Kind(
         ("LOKR",),
         kronecker.CLASSES,
         ("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
-        (*SELECTION, "r", "alpha", "rank_pattern", "alpha_pattern", "decompose_both", "decompose_factor", "init_weights", "use_effective_conv2d"),
+        {
+            **SELECTION, "r": Count, "alpha": float, "rank_pattern": Mapping[str, Count], "alpha_pattern": Mapping[str, float], "decompose_both": Any,
+            "decompose_factor": Any, "init_weights": Any, "use_effective_conv2d": Any,
+        },
         kronecker.write,
         kronecker.read,
     ),
@@ -57,19 +77,26 @@ KINDS = (
         ("PROMPT_TUNING", "P_TUNING"),
         rows.CLASSES,
         (rows.KEY,),
-        (
-            *SIZES, "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "encoder_hidden_size",
-            "encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout",
-        ),
+        {
+            **SIZES, "prompt_tuning_init": Any, "prompt_tuning_init_text": Any, "tokenizer_name_or_path": Any, "tokenizer_kwargs": Any,
+            "encoder_hidden_size": Any, "encoder_reparameterization_type": Any, "encoder_num_layers": Any, "encoder_dropout": Any,
+        },
         rows.write,
         rows.read,
     ),
     Kind(
-        ("PREFIX_TUNING",), memory.PREFIX_CLASSES, (rows.KEY,), (*SIZES, "encoder_hidden_size", "prefix_projection", "init_weights"),
+        ("PREFIX_TUNING",), memory.PREFIX_CLASSES, (rows.KEY,), {**SIZES, "encoder_hidden_size": Any, "prefix_projection": Any, "init_weights": Any},
         memory.write_prefix, memory.read_prefix,
     ),
     Kind(
-        ("ADAPTION_PROMPT",), memory.GATED_CLASSES, ("adaption_prompt", "adaption_gate"), ("target_modules", "adapter_len", "adapter_layers"),
-        memory.write_gated, memory.read_gated,
+        ("ADAPTION_PROMPT",), memory.GATED_CLASSES, ("adaption_prompt", "adaption_gate"),
+        {"target_modules": str, "adapter_len": Count, "adapter_layers": Count}, memory.write_gated, memory.read_gated,
+    ),
+    Kind(
+        ("TRAINABLE_TOKENS",), tokens.CLASSES, (tokens.KEY,), {"target_modules": Names, "token_indices": Sequence[int], "init_weights": Any},
+        tokens.write, tokens.read,
+    ),
+    Kind(
+        ("LN_TUNING",), (), ("ln_tuning_layers",), {"target_modules": Names, "exclude_modules": Names}, _norms, selected.read_norms,
     ),
 )  # fmt: skip

@@ -4,6 +4,9 @@ Where their module stacks several of ours (GPT-2's c_attn holds q, k and v), our
 A = [A_q; A_v] and B = diag(B_q, B_v): exactly the same function, with zeros that peft would train as well. The file's header keeps the
 ranks, so that the way back is exact; without it (a file of peft's) each of our modules gets a copy of A and its rows of B,
 which is the same function, and A is no longer shared if training goes on.
+
+Where a language-model head is tied to the table, a LoRA of ours on the table changes both, which peft does with `ensure_weight_tying`: its head then
+has the same factors, transposed. Without, peft changes lookups alone, our `lora[tied=false]`, or the head alone, our LoRA on `lm.out`.
 """
 
 from __future__ import annotations
@@ -16,15 +19,15 @@ import torch
 from torch import Tensor
 
 from effzoo.convert.keymap import Rule
-from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, parts_of, shaped, split, tidy, whole
+from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, first_axis, parts_of, shaped, split, tidy, whole
 from effzoo.errors import AdapterError
 from effzoo.peft import Method
 from effzoo.peft.parameter.dora import Directed, DoRA
-from effzoo.peft.parameter.lora import FromBase, LoRA, LowRank, LowRankRows, LowRankTable
-from effzoo.sites import Embedding
+from effzoo.peft.parameter.lora import FromBase, LookedUp, LoRA, LowRank, LowRankRows, LowRankTable
+from effzoo.sites import Embedding, TiedLinear
 
 LowRanks = LowRank | LowRankRows | LowRankTable | Directed
-CLASSES = (LowRank, FromBase, LowRankRows, LowRankTable, Directed)
+CLASSES = (LowRank, FromBase, LowRankRows, LookedUp, LowRankTable, Directed)
 MAGNITUDE_TOLERANCE = 1e-5  # relative, between the norms of this base and those of the base that the file was written from
 
 
@@ -39,10 +42,10 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
     rslora = all(isinstance(method, LoRA | DoRA) and method.rslora for method in methods)
     out, ranks, alphas = Written(), {}, {}
     for theirs, paths in whole(modules, twin).items():
-        rule = twin.rule(paths[0])
+        rule = twin.adapted(paths[0])
         out.targets.append(theirs)
         if isinstance(twin.sites[paths[0]], Embedding):
-            A, B, scale = _embedding(twin, paths[0], modules[paths[0]])
+            A, B, scale = _embedding(modules[paths[0]])
             out.tensors |= {f"{theirs}.lora_embedding_A": A, f"{theirs}.lora_embedding_B": B}
         else:
             A, B, scale, own = _stacked(twin, rule, modules)
@@ -52,6 +55,9 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
         if dora:
             out.tensors[f"{theirs}.lora_magnitude_vector"] = torch.cat([_magnitude(twin, path, modules) for path in rule.ours])
         ranks[theirs], alphas[theirs] = len(A), tidy(scale * (math.sqrt(len(A)) if rslora else len(A)))
+    tied = [path for path, module in modules.items() if isinstance(module, LowRankTable)]
+    if tied:
+        _tie(twin, tied[0], out, ranks, alphas)
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     out.config = {
         "peft_type": "LORA",
@@ -66,8 +72,21 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
         "bias": "none",
         "target_modules": out.targets,
         "init_lora_weights": True,
+        "ensure_weight_tying": bool(tied),
     }
     return out
+
+
+def _tie(twin: Twin, path: str, out: Written, ranks: dict[str, int], alphas: dict[str, float]) -> None:
+    """Write for the tied head what peft makes of the table's factors."""
+    table, head = twin.theirs[path].theirs, twin.tied_head
+    assert head is not None
+    if head in out.targets:
+        raise AdapterError(f"{path} changes the table and the tied head, and the head is adapted besides; in peft its factors are those of the table")
+    out.targets[out.targets.index(table)] = twin.ties_with_peft(path)
+    out.tensors[f"{head}.lora_A.weight"] = out.tensors[f"{table}.lora_embedding_B"].T
+    out.tensors[f"{head}.lora_B.weight"] = out.tensors[f"{table}.lora_embedding_A"].T
+    ranks[head], alphas[head] = ranks[table], alphas[table]
 
 
 def _factors(module: LowRanks) -> tuple[Tensor, Tensor]:
@@ -76,9 +95,8 @@ def _factors(module: LowRanks) -> tuple[Tensor, Tensor]:
     return module.A, module.B
 
 
-def _embedding(twin: Twin, path: str, module: object) -> tuple[Tensor, Tensor, float]:
+def _embedding(module: object) -> tuple[Tensor, Tensor, float]:
     assert isinstance(module, LowRankRows | LowRankTable)
-    twin.check_tied(path)
     return module.A, module.B, module.scale
 
 
@@ -107,7 +125,7 @@ def _magnitude(twin: Twin, path: str, modules: Modules) -> Tensor:
 def read(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]) -> dict[str, Wanted]:
     """What each of our sites shall hold; `tensors` are the low-rank ones, by key without prefix."""
     found: dict[str, Wanted] = {}
-    left = dict(tensors)
+    left = dict(sorted(tensors.items(), key=lambda item: ".lora_embedding_" not in item[0]))  # tables first: a tied head's factors may be theirs
     while left:
         theirs = next(iter(left)).split(".lora_")[0]
         if theirs not in twin.rules:
@@ -140,20 +158,33 @@ def _options(config: Config, theirs: str, rank: int, given: int) -> dict[str, ob
 
 def _read_embedding(twin: Twin, config: Config, theirs: str, left: dict[str, Tensor]) -> dict[str, Wanted]:
     path = twin.rules[theirs].ours[0]
-    twin.check_tied(path)
     if config.get("use_dora"):
         raise AdapterError(f"{theirs} is an embedding with use_dora=True; effzoo has DoRA for linear layers only")
     A, B = _take(left, f"{theirs}.lora_embedding_A"), _take(left, f"{theirs}.lora_embedding_B")
     rows, dim = twin.weight(path).shape
-    shaped(f"{theirs}.lora_embedding_A", A, len(A), rows)
-    shaped(f"{theirs}.lora_embedding_B", B, dim, len(A))
-    options = _options(config, theirs, len(A), len(A)) | {"dropout": 0.0}  # which peft does not apply to embeddings either
+    rank = first_axis(f"{theirs}.lora_embedding_A", A)
+    shaped(f"{theirs}.lora_embedding_A", A, rank, rows)
+    shaped(f"{theirs}.lora_embedding_B", B, dim, rank)
+    options = _options(config, theirs, rank, rank) | {"dropout": 0.0}  # which peft does not apply to embeddings either
+    if path != twin.token or twin.tied_head is None:
+        return {path: Wanted("lora", options, {"A": A, "B": B})}
+    if not config.get("ensure_weight_tying"):
+        return {path: Wanted("lora", options | {"tied": False}, {"A": A, "B": B})}
+    head = twin.tied_head
+    for key, same in ((f"{head}.lora_A.weight", B.T), (f"{head}.lora_B.weight", A.T)):
+        if key in left and not torch.equal(left.pop(key), same):
+            raise AdapterError(f"{key}: the config says ensure_weight_tying, and these are not the factors of {theirs}; save the adapter again")
+    if _options(config, head, rank, rank) | {"dropout": 0.0} != options:
+        raise AdapterError(f"{head} is tied to {theirs}, and has another rank or alpha in the config; effzoo has one change for both")
     return {path: Wanted("lora", options, {"A": A, "B": B})}
 
 
 def _read_linear(twin: Twin, config: Config, theirs: str, left: dict[str, Tensor], ranks: list[int] | None) -> dict[str, Wanted]:
     rule, dora = twin.rules[theirs], bool(config.get("use_dora", False))
     A, B = _take(left, f"{theirs}.lora_A.weight"), _take(left, f"{theirs}.lora_B.weight")
+    first_axis(f"{theirs}.lora_A.weight", A)
+    if dora and isinstance(twin.sites[rule.ours[0]], TiedLinear):
+        raise AdapterError(f"{theirs} is tied to the table, with use_dora=True; effzoo has DoRA for layers with a weight of their own")
     weights = [twin.weight(path) for path in rule.ours]
     outputs = sum(len(weight) for weight in weights)
     shaped(f"{theirs}.lora_A.weight", A, len(A), weights[0].shape[1])

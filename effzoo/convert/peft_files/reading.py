@@ -13,7 +13,8 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from effzoo.convert.peft_files import patterns, seal, selected
+from effzoo.annotations import problem
+from effzoo.convert.peft_files import patterns, seal, selected, tokens
 from effzoo.convert.peft_files.kinds import EVERYWHERE, KINDS, SELECTION, Kind
 from effzoo.convert.peft_files.twin import Config, Twin, Wanted
 from effzoo.convert.peft_files.writing import CONFIG, HEADER, WEIGHTS
@@ -35,18 +36,24 @@ def read(model: nn.Module, directory: Path, name: str) -> None:
     twin = Twin(model)
     _check_config(config, kind, directory)
     config = patterns.compiled(config)
-    own, others = _sorted_out(twin, config, kind, tensors)
+    own, others, beside = _sorted_out(twin, kind, tensors)
     found = kind.read(twin, config, own, parts)
-    kept = selected.read(twin, others, parts)
+    rows = tokens.read(twin, config, beside, parts) if kind.peft_types == ("LORA",) else {}
+    kept = selected.read(twin, config, others, parts)
     _check_whole(twin, config, own)
+    whole = {path for path, wanted in kept.items() if wanted.method in ("full", "tokens")}
+    if clash := [*(rows.keys() & (found.keys() | whole)), *(whole & found.keys())]:
+        raise AdapterError(f"the file holds two things for {clash[0]}; peft has written one of them for another module")
+    if kind.peft_types == ("LN_TUNING",):
+        found, kept = {}, found | kept
     log.info("%s: a peft adapter for base %r, which its files cannot prove", directory, config.get("base_model_name_or_path"))
     heads = {path: wanted for path, wanted in kept.items() if twin.is_head(path)}
     rest = {path: wanted for path, wanted in kept.items() if not twin.is_head(path)}
-    attach(model, [*specs(twin, found), *specs(twin, rest)], name=name)
+    attach(model, [*specs(twin, found), *specs(twin, rows), *specs(twin, rest)], name=name)
     try:
         if config["peft_type"] == "P_TUNING":
             finish(model, name)
-        _fill(model, twin, name, [found, rest, heads])
+        _fill(model, twin, name, [found, rows, rest, heads])
     except EffzooError:
         detach(model, name)
         raise
@@ -82,7 +89,11 @@ def _check_config(config: Config, kind: Kind, directory: Path) -> None:
     given = {key: value for key, value in config.items() if key not in TRAINING_ONLY}
     if given.get("num_transformer_submodules") in (None, 1):
         given.pop("num_transformer_submodules", None)
-    patterns.neutral(given, (*EVERYWHERE, *kind.options), str(directory))
+    fields = {**EVERYWHERE, **kind.fields}
+    patterns.neutral(given, fields, str(directory))
+    for field, value in given.items():
+        if field in fields and value is not None and (said := problem(value, fields[field])):
+            raise AdapterError(f"{directory}: {field} of the config {said}")
     start = config.get("init_lora_weights", True)
     if start not in OWN_START:
         raise AdapterError(
@@ -94,26 +105,40 @@ def _check_config(config: Config, kind: Kind, directory: Path) -> None:
         log.warning("%s: %s acts in training only, and effzoo's training does not have it", directory, ", ".join(dropped))
 
 
-def _sorted_out(twin: Twin, config: Config, kind: Kind, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The method's own tensors and the others (heads, biases), by key without prefix."""
+def _sorted_out(twin: Twin, kind: Kind, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """The method's own tensors, the others (heads, biases), and trained tokens beside LoRA, by key without prefix."""
     own: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
+    beside: dict[str, Tensor] = {}
     ties = twin.layout.ties(twin.model.config, twin.model.task)
     for full, tensor in tensors.items():
         key = full.removeprefix("base_model.model.") if full.startswith("base_model.model.") else full.removeprefix("base_model.")
         if any(part.startswith(kind.marks) for part in key.split(".")):
             own[key] = tensor
             continue
+        if key.endswith(f".{tokens.BESIDE}{tokens.KEY}"):
+            beside[key] = tensor
+            continue
         if ".original_module." in key or (".modules_to_save." in key and key.replace(".modules_to_save.", ".") in key_set(tensors)):
             continue  # peft writes the biases of a saved module thrice
         adapted = ".base_layer." in key
         key = key.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
-        if key in ties and ties[key] in key_set(tensors):
+        if key in ties and (other := _tensor(tensors, ties[key])) is not None:
+            if other.shape != tensor.shape or not torch.equal(other, tensor):
+                raise AdapterError(
+                    f"the file trains {key} and {ties[key]} apart, which are one tensor in this model; load it into a model with tied=False, "
+                    "or train it in peft with ensure_weight_tying=True"
+                )
             continue
         if _is_base(twin, key, tensor, adapted):
             continue
         others[key] = tensor
-    return own, others
+    return own, others, beside
+
+
+def _tensor(tensors: Mapping[str, Tensor], key: str) -> Tensor | None:
+    """The tensor of a module that is saved as it is, by its key without prefix."""
+    return next((tensors[full] for full in (f"base_model.model.{key}", f"base_model.{key}", key) if full in tensors), None)
 
 
 def key_set(tensors: Iterable[str]) -> set[str]:
@@ -128,26 +153,36 @@ def _is_base(twin: Twin, key: str, tensor: Tensor, adapted: bool) -> bool:
     if not path or parameter != "weight" or not (adapted or isinstance(twin.sites[path], Embedding)):
         return False
     base = twin.weight(path)
-    return base.shape == tensor.shape and torch.equal(base, tensor.to(base))
+    if base.shape == tensor.shape and torch.equal(base, tensor.to(base)):
+        return True
+    if adapted:
+        said = (
+            f"the file's has shape {tuple(tensor.shape)}, this model's {tuple(base.shape)}" if base.shape != tensor.shape else "it has other values"
+        )
+        resize = f"; call effzoo.resize_vocabulary(model, {len(tensor)}) first" if base.shape[1:] == tensor.shape[1:] != tensor.shape else ""
+        raise AdapterError(f"{key}: the adapter was trained on another base, of which the file holds this weight: {said}{resize}")
+    return False
 
 
 def _check_whole(twin: Twin, config: Config, own: Mapping[str, Tensor]) -> None:
     """AdapterError for a module that the config names and the file has no tensors for; peft would leave it as it starts, and warn."""
-    if config["peft_type"] not in ("LORA", "IA3", "LOKR"):
+    if config["peft_type"] not in ("LORA", "IA3", "LOKR", "LN_TUNING", "TRAINABLE_TOKENS"):
         return
-    have = {re.split(r"\.(?:lora|ia3|lokr)_", key)[0] for key in own}
-    saved = tuple(config.get("modules_to_save") or ())
+    have = {re.split(r"\.(?:lora_|ia3_|lokr_|ln_tuning_layers\.|trainable_tokens_)", key)[0].removesuffix(".base_layer") for key in own}
+    saved = selected.names_of(config.get("modules_to_save"))
     known = [theirs for theirs in twin.rules if not any(theirs == name or theirs.endswith(f".{name}") for name in saved)]
     named = patterns.matched({key: config.get(key) for key in SELECTION}, known)
     lacking = [theirs for theirs in known if theirs in named - have and twin.sites[twin.rules[theirs].ours[0]].base()]
+    tied = (
+        {twin.tied_head, twin.theirs[twin.token].theirs} if config.get("ensure_weight_tying") or config["peft_type"] == "TRAINABLE_TOKENS" else set()
+    )
     if lacking:
         raise AdapterError(f"the config names {lacking[0]} (target_modules), and the file has no tensor for it; copy the whole adapter")
     if not own:
         raise AdapterError("the file has no tensor of its method")
     if not isinstance(config.get("target_modules"), str | list) or config["target_modules"] == "all-linear":
         return  # peft's own choice
-    tied = twin.tied_head if config.get("ensure_weight_tying") else None
-    if unnamed := sorted(have - named - {tied}):
+    if unnamed := sorted(have - named - tied):
         raise AdapterError(f"the file has tensors for {unnamed[0]}, which its config does not name (target_modules), so peft would leave them out")
 
 

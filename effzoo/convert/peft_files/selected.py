@@ -1,7 +1,10 @@
-"""What is trained as it is: task heads and other whole modules (`modules_to_save` of peft), and biases (`bias` of its LoRA).
+"""What is trained as it is: task heads and other whole modules (`modules_to_save` of peft), norms (its LN_TUNING), and biases (`bias` of its LoRA).
 
 A trained bias without its weight can travel only beside LoRA, the one method that has a `bias` option: `base_layer.bias` in a module that LoRA
 adapts, `bias` in another. Only the trained ones are written, which peft takes; if it trains on, it trains all.
+
+A trained token table reaches a tied language-model head in effzoo, and in peft with `ensure_weight_tying`. A table that peft has saved without saying
+that it was trained holds the rows of new tokens: of it the rows that differ from the base are read, as trained tokens.
 """
 
 from __future__ import annotations
@@ -11,13 +14,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from effzoo.convert.peft_files.twin import Modules, Twin, Wanted, Written, parts_of
+from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, parts_of
 from effzoo.errors import AdapterError
 from effzoo.peft.parameter.selected import Copy
+from effzoo.peft.parameter.tokens import ROLES, spans
 from effzoo.sites import Norm, TiedLinear
 
 PROMPT_LEARNING = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
-HEADLESS = ("ADAPTION_PROMPT",)
+HEADLESS = ("ADAPTION_PROMPT", "TRAINABLE_TOKENS")
+NORM = "ln_tuning_layers."
 CLASSIFIERS = ("classifier", "score")  # the heads that peft saves for a prompt
 
 
@@ -25,15 +30,15 @@ def write(twin: Twin, modules: Modules, out: Written) -> None:
     """Add the trained copies to what is written."""
     kind = out.config["peft_type"]
     saved: dict[str, None] = {}
-    biases = set()
+    biases, tied = set(), False
     for path, module in modules.items():
         assert isinstance(module, Copy)
         rule = twin.rule(path)
-        twin.check_tied(path)
         own, base = dict(module.named_parameters()), twin.sites[path].base()
         if len(own) == len(base) and not isinstance(twin.sites[path], TiedLinear):
             name = rule.theirs.split(".")[0] if twin.is_head(path) and twin.outside(rule.theirs) else rule.theirs
             saved[name] = None
+            tied |= path == twin.token and twin.tied_head is not None
         elif set(own) == {"own_bias"}:
             biases.add(rule.theirs)
         else:
@@ -52,10 +57,41 @@ def write(twin: Twin, modules: Modules, out: Written) -> None:
                     out.tensors[f"{theirs}{middle}.{parameter}"] = tensors
                     if len(twin.rules[theirs].ours) > 1:
                         out.parts[f"{theirs}.{parameter}"] = [int(path in modules) for path in twin.rules[theirs].ours]
+    if tied:
+        _tie(twin, kind, saved, out)
     if kind not in HEADLESS:
         out.config["modules_to_save"] = list(saved) or None
     if biases:
         out.config["bias"] = "lora_only" if biases == set(out.targets) else "all"
+
+
+def _tie(twin: Twin, kind: str, saved: dict[str, None], out: Written) -> None:
+    """Let the tied head have the table's values in peft as well."""
+    if kind != "LORA":
+        raise AdapterError(f"{twin.token} is trained, and the tied head with it; peft ties trained modules beside LoRA only, not beside {kind}")
+    if any(".lora_embedding_" in key or key.startswith(f"{twin.tied_head}.lora_") for key in out.tensors):
+        raise AdapterError(f"{twin.token} is trained as a whole, and the head that is tied to it adapted besides; peft does one of the two")
+    table = twin.theirs[twin.token].theirs
+    del saved[table]
+    saved[twin.ties_with_peft(twin.token)] = None
+    out.tensors[f"{twin.tied_head}.weight"] = out.tensors[f"{table}.weight"]
+    out.config["ensure_weight_tying"] = True
+
+
+def write_norms(twin: Twin, modules: Modules) -> Written:
+    """An adapter that trains norms alone: LN_TUNING."""
+    out = Written()
+    for path, module in modules.items():
+        theirs = twin.rule(path).theirs
+        out.targets.append(theirs)
+        out.tensors |= {f"{theirs}.{NORM}{name.removeprefix('own_')}": value for name, value in module.named_parameters()}
+    out.config = {"peft_type": "LN_TUNING", "target_modules": list(out.targets)}
+    return out
+
+
+def read_norms(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]) -> dict[str, Wanted]:
+    """What peft's LN_TUNING has trained."""
+    return read(twin, config, {key.replace(f".{NORM}", "."): tensor for key, tensor in tensors.items()}, parts)
 
 
 def _check(twin: Twin, kind: str, saved: Mapping[str, None], biases: set[str], out: Written) -> None:
@@ -78,9 +114,10 @@ def _joined(twin: Twin, modules: Modules, theirs: str, parameter: str) -> Tensor
     return rule.join(parameter, tensors)
 
 
-def read(twin: Twin, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]) -> dict[str, Wanted]:
+def read(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]) -> dict[str, Wanted]:
     """What sites of ours shall hold of whole modules and biases; `tensors` by their key without prefix and without `base_layer`."""
     found: dict[str, Wanted] = {}
+    saved = names_of(config.get("modules_to_save"))
     for key, tensor in tensors.items():
         theirs, _, parameter = key.rpartition(".")
         rule = twin.rules.get(theirs)
@@ -88,17 +125,47 @@ def read(twin: Twin, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int
             raise AdapterError(f"{key} is one too many in the file: this model's twin has no such parameter")
         trained = parts_of(key, rule, parts) or [1] * len(rule.ours)
         for path, part, hung in zip(rule.ours, rule.split(parameter, tensor), trained, strict=True):
-            base = twin.sites[path].base().get(parameter)
+            site = twin.sites[path]
+            if isinstance(site, TiedLinear) and parameter == "weight":
+                raise AdapterError(
+                    f"{key} is a weight of its own in the file, and this model's head is tied to the token table; load it into a model with "
+                    "tied=False, or train it in peft with ensure_weight_tying=True"
+                )
+            base = site.base().get(parameter)
+            if base is not None and site.role in ROLES and base.shape[1:] == part.shape[1:] and len(base) != len(part):
+                raise AdapterError(
+                    f"{key} has {len(part)} tokens in the file, this model has {len(base)}; call effzoo.resize_vocabulary(model, {len(part)}) first"
+                )
             if base is None or base.shape != part.shape:
                 needed = "has none" if base is None else f"needs {tuple(base.shape)}"
                 raise AdapterError(f"{key} has shape {tuple(tensor.shape)}, of which {path} would get {tuple(part.shape)}; this model {needed}")
-            if hung:
+            with_head = path == twin.token and bool(config.get("ensure_weight_tying")) and _named(str(twin.tied_head), saved)
+            if parameter == "weight" and site.role in ROLES and not (with_head or _named(theirs, saved)):
+                if changed := (part.to(base) != base).any(dim=1).nonzero().flatten().tolist():
+                    found[path] = Wanted("tokens", {"ids": spans(changed)}, {"ids": torch.tensor(changed), "trained": part[changed]})
+            elif hung:
                 found.setdefault(path, Wanted("", {}, {})).tensors[f"own_{parameter}"] = part
             elif not torch.equal(part.to(base), base):
                 raise AdapterError(f"{key}: {path}, which was not trained, has other values in this model; the adapter is of another base")
     for path, wanted in found.items():
+        if wanted.method:
+            continue
+        if path == twin.token and twin.tied_head is not None and not config.get("ensure_weight_tying"):
+            raise AdapterError(
+                f"the file trains {twin.theirs[path].theirs} for lookups alone, and this model's language-model head is tied to that table; "
+                "load it into a model with tied=False, or train it in peft with ensure_weight_tying=True"
+            )
         alone = set(wanted.tensors) == {"own_bias"} and "weight" in twin.sites[path].base()
-        twin.check_tied(path)
         norm = isinstance(twin.sites[path], Norm)
         wanted.method = "head" if twin.is_head(path) else "bitfit" if alone else "norms" if norm else "full"
     return found
+
+
+def names_of(given: object) -> tuple[str, ...]:
+    """`modules_to_save` as a tuple."""
+    return (given,) if isinstance(given, str) else tuple(given) if isinstance(given, list) else ()
+
+
+def _named(theirs: str, saved: tuple[str, ...]) -> bool:
+    """Whether `modules_to_save` names this module, or one that it is in."""
+    return any(f".{name}." in f".{theirs}." for name in saved)

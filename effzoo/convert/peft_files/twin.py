@@ -15,6 +15,7 @@ from effzoo.convert.layouts import layout_for
 from effzoo.errors import AdapterError
 from effzoo.sites import PeftModule, Site, TiedLinear, sites
 
+KNOWN_TABLES = ("embed_tokens", "lm_head")  # the names of peft's EMBEDDING_LAYER_NAMES
 TASK_TYPES = {"features": "FEATURE_EXTRACTION", "classification": "SEQ_CLS", "token_classification": "TOKEN_CLS", "causal_lm": "CAUSAL_LM"}
 Modules = Mapping[str, PeftModule]  # what one adapter has hung, by the path of the site
 Config = dict[str, Any]
@@ -64,6 +65,8 @@ class Twin:
         table = f"{self.theirs[self.token].theirs}.weight"
         tied = [key for key, other in self.layout.ties(model.config, model.task).items() if other == table and model.task.endswith("_lm")]
         self.tied_head = tied[0].removesuffix(".weight") if tied else None  # their module that multiplies by the table
+        if self.tied_head is not None:
+            self.rules.setdefault(self.tied_head, Rule(("head.out",), self.tied_head, parameters=("weight",)))
 
     def rule(self, path: str) -> Rule:
         """The rule for one of our modules. AdapterError when their model has no such module."""
@@ -71,19 +74,32 @@ class Twin:
             raise AdapterError(f"{path} has no module of its own in {self.layout.classes[self.model.task]} of transformers, so peft cannot adapt it")
         return self.theirs[path]
 
+    def adapted(self, path: str) -> Rule:
+        """The rule for the module that theirs multiplies by the weight in: a tied head has its bias elsewhere in some models."""
+        if isinstance(self.sites[path], TiedLinear) and self.tied_head is not None:
+            return self.rules[self.tied_head]
+        return self.rule(path)
+
     def weight(self, path: str) -> Tensor:
-        """The base weight of one of our modules."""
-        weight = self.sites[path].weight
+        """The base weight of one of our modules; of a tied head the table."""
+        weight = self.sites[self.token if isinstance(self.sites[path], TiedLinear) else path].weight
         assert isinstance(weight, Tensor)
         return weight.detach()
 
-    def check_tied(self, path: str) -> None:
-        """AdapterError for a table that the language-model head reads too: ours changes for both, peft changes it for the embedding alone."""
-        if self.sites[path].role == "embed.token" and any(isinstance(site, TiedLinear) for site in self.sites.values()):
+    def ties_with_peft(self, tied: str) -> str:
+        """What to name in a config with ensure_weight_tying, so that peft ties the head to the table when it loads the file.
+
+        It knows both by two names alone. AdapterError where the model has neither.
+        """
+        table = self.theirs[self.token].theirs
+        found = [name for name in (table, self.tied_head) if name is not None and name.rpartition(".")[2] in KNOWN_TABLES]
+        if not found:
             raise AdapterError(
-                f"{path}: the language-model head is tied to this table; in effzoo a change of it reaches both, in peft the embedding alone, so "
-                "no file can say the same to both; leave embed.token out of the targets"
+                f"{tied}: the language-model head is tied to this table, so in effzoo a change of it reaches both; peft ties modules called "
+                f"{' or '.join(KNOWN_TABLES)} (ensure_weight_tying), and here they are {table} and {self.tied_head}; "
+                "leave embed.token out of the targets"
             )
+        return found[0]
 
     def is_head(self, path: str) -> bool:
         return self.sites[path].role.startswith("head.")
@@ -101,7 +117,7 @@ def whole(modules: Mapping[str, Any], twin: Twin) -> dict[str, list[str]]:
     """{their module: our modules in it that have an adapter}, in their order."""
     found: dict[str, list[str]] = {}
     for path in modules:
-        found.setdefault(twin.rule(path).theirs, []).append(path)
+        found.setdefault(twin.adapted(path).theirs, []).append(path)
     return found
 
 
@@ -120,6 +136,13 @@ def shaped(key: str, tensor: Tensor, *shape: int) -> Tensor:
     if tuple(tensor.shape) != shape:
         raise AdapterError(f"{key} has shape {tuple(tensor.shape)}, this model needs {shape}")
     return tensor
+
+
+def first_axis(key: str, tensor: Tensor, axes: int = 2) -> int:
+    """The length of the first of so many axes; AdapterError for another number of them, and for no entry."""
+    if tensor.ndim != axes or not tensor.numel():
+        raise AdapterError(f"{key} has shape {tuple(tensor.shape)}, a tensor with {axes} axes and at least one entry is needed")
+    return len(tensor)
 
 
 def parts_of(theirs: str, rule: Rule, parts: Mapping[str, list[int]]) -> list[int] | None:

@@ -10,12 +10,13 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from effzoo.convert.peft_files import seal, selected
+from effzoo.convert.peft_files import seal, selected, tokens
 from effzoo.convert.peft_files.kinds import KINDS, Kind
 from effzoo.convert.peft_files.twin import Twin, Written
 from effzoo.errors import AdapterError, listing
 from effzoo.peft import Method, PeftModule, attached
 from effzoo.peft.parameter.selected import Copy
+from effzoo.sites import Norm
 from effzoo.writing import replace_files
 
 CONFIG, WEIGHTS, HEADER = "adapter_config.json", "adapter_model.safetensors", "effzoo"
@@ -44,11 +45,21 @@ def write(model: nn.Module, directory: Path, name: str) -> None:
                 raise AdapterError(f"{path} has two methods, {hung[path][0].name} and {method.name}; a peft adapter is of one method")
             else:
                 hung[path] = method, module
-    kind = _kind(hung, attached(model)[name].spec)
-    methods = list(dict.fromkeys(method for method, _ in hung.values()))
+    beside = {path: module for path, (_, module) in hung.items() if isinstance(module, tokens.CLASSES)}
+    if len(beside) < len(hung):
+        hung = {path: found for path, found in hung.items() if path not in beside}
+    else:
+        beside = {}
+    norms = _norms(twin, copies) if not hung else {}
     with torch.no_grad():
-        out = kind.write(twin, {path: module for path, (_, module) in hung.items()}, methods)
-        selected.write(twin, copies, out)
+        if norms:
+            out = selected.write_norms(twin, norms)
+        else:
+            kind = _kind(hung, attached(model)[name].spec)
+            methods = list(dict.fromkeys(method for method, _ in hung.values()))
+            out = kind.write(twin, {path: module for path, (_, module) in hung.items()}, methods)
+        tokens.add(twin, beside, out)
+        selected.write(twin, {path: module for path, module in copies.items() if path not in norms}, out)
     out.config |= {
         "task_type": None if _adapts_classifier(out) else twin.task_type,
         "base_model_name_or_path": None,
@@ -63,6 +74,15 @@ def _adapts_classifier(out: Written) -> bool:
     return any(set(theirs.split(".")) & set(selected.CLASSIFIERS) for theirs in out.targets)
 
 
+def _norms(twin: Twin, copies: dict[str, PeftModule]) -> dict[str, PeftModule]:
+    """The trained norms, if all that is trained outside the head is whole norms."""
+    body = {path: module for path, module in copies.items() if not twin.is_head(path)}
+    whole = all(
+        isinstance(twin.sites[path], Norm) and len(list(module.parameters())) == len(twin.sites[path].base()) for path, module in body.items()
+    )
+    return body if whole else {}
+
+
 def _kind(hung: dict[str, tuple[Method, PeftModule]], spec: str) -> Kind:
     """The one kind of all modules."""
     found: dict[int, Kind] = {}
@@ -70,8 +90,8 @@ def _kind(hung: dict[str, tuple[Method, PeftModule]], spec: str) -> Kind:
         kinds = [kind for kind in KINDS if type(module) in kind.classes]
         if not kinds:
             raise AdapterError(
-                f"{method.name} on {path} has no counterpart in the format of peft, which takes lora, dora, ia3, krona, prompt, p_tuning, prefix and "
-                "llama_adapter; save it with format='effzoo', or merge it and convert the model"
+                f"{method.name} on {path} has no counterpart in the format of peft, which takes lora, dora, ia3, krona, prompt, p_tuning, prefix, "
+                "llama_adapter, tokens and norms; save it with format='effzoo', or merge it and convert the model"
             )
         found[id(kinds[0])] = kinds[0]
     if len(found) != 1:

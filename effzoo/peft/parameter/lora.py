@@ -138,6 +138,15 @@ class LowRankRows(PeftModule):
         self.A = longer(self.A, self.A.new_zeros(len(self.A), len(weight)), dim=1)
 
 
+class LookedUp(LowRankRows):
+    """The same for lookups alone where a language-model head reads the table too, without the change: no change of the one table does that."""
+
+    grows = True
+
+    def delta(self, weight: Tensor, bias: Tensor | None) -> None:  # type: ignore[override]
+        return None
+
+
 class LowRankTable(PeftModule):
     """The same change where a language-model head reads the whole table too: W' = W + s (B A)^T, through the parameter door, which both see."""
 
@@ -212,6 +221,8 @@ class LoRA(Method):
     right singular vectors of the layer's inputs, seen before training (Paischer et al. 2024, arXiv:2410.07170; every site keeps its rank); "loftq",
     W is replaced by its 4-bit form and B A starts as the rest (Li et al. 2023, arXiv:2310.08659), so the output changes a little at the start.
 
+    tied: whether a change of the token embedding reaches the language-model head that is tied to it, or lookups alone, which then cannot be merged.
+
     The base stays bit-identical under every init (`FromBase` says how). Embeddings and convolutions take part when they are targets; biases of the
     targets in a union, `lora[targets=attn.q]|bitfit[targets=attn.q]`. The default
     targets are the queries and values as in the paper; on Longformer `attn.q*` also takes the global projections (give `attn.q` for the
@@ -219,7 +230,7 @@ class LoRA(Method):
     """
 
     paper = "Hu et al. 2021, LoRA, arXiv:2106.09685, section 4.1"
-    accepts = (Linear, Embedding, Conv2d)
+    accepts = (Linear, Embedding, Conv2d, TiedLinear)
     default_targets = ("attn.q*", "attn.v*")
     learning_rate = 1e-3
     size = "rank"
@@ -232,12 +243,13 @@ class LoRA(Method):
         rslora: bool = False,
         dropout: Probability = 0.0,
         init: Start = "default",
+        tied: bool = True,
         targets: Targets = None,
         layers: Layers = None,
     ):
         check_rank(self.name, rank)
         super().__init__(targets=tuple(rank) if isinstance(rank, Mapping) and targets is None else targets, layers=layers)
-        self.rank, self.alpha, self.rslora, self.dropout, self.start = rank, alpha, rslora, dropout, init
+        self.rank, self.alpha, self.rslora, self.dropout, self.start, self.tied = rank, alpha, rslora, dropout, init, tied
         self.identity_at_init = init != "loftq"
         self.idle = () if init == "eva" else ("calibrate",)
 
@@ -260,8 +272,12 @@ class LoRA(Method):
             raise OptionError(
                 f"{self.name}: init={self.start!r} is for linear layers, and {site.role!r} is {type(site).__name__}; use 'default' there"
             )
+        if isinstance(site, TiedLinear):  # the head alone changes, not the embedding
+            return self._started(LowRank(site.in_features, site.out_features, rank, scale, self.dropout), rank)
         if isinstance(site, Embedding):
-            return (LowRankTable if self.has_tied_head else LowRankRows)(site.num_embeddings, site.embedding_dim, rank, scale)
+            of_tied = LowRankTable if self.tied else LookedUp
+            read_twice = self.has_tied_head and site.role == "embed.token"
+            return (of_tied if read_twice else LowRankRows)(site.num_embeddings, site.embedding_dim, rank, scale)
         assert isinstance(site, Conv2d)
         return self._started(LowRankConv(site, rank, scale), rank)
 
