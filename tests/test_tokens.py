@@ -1,15 +1,18 @@
 """`tokens` trains chosen rows of the token table and nothing else: held to the dense table with these rows replaced, forward and backward."""
 
 import copy
+import dataclasses
+import hashlib
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save
 
 import effzoo
 from effzoo.errors import AdapterError, OptionError, TargetError
 from effzoo.peft import attached, delta
 from effzoo.peft.attach import base_tensors
+from effzoo.peft.manifest import read_manifest
 
 SIZES = {"layers": 1, "dim": 16, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 32, "dropout": 0.0, "attention_dropout": 0.0}
 CHOSEN = [0, 5, 6, 7, 40]
@@ -170,19 +173,15 @@ def test_other_sites_have_no_tokens():
 
 
 def test_a_file_of_other_tokens_is_refused(tmp_path):
-    import hashlib
-    import json
-
-    from safetensors.torch import load, save
-
     base = built()
     effzoo.save_adapter(moved(effzoo.attach(copy.deepcopy(base), "tokens[ids=5-7]")), tmp_path)
     (file,) = tmp_path.glob("*.safetensors")
+    manifest = read_manifest(tmp_path)
     for ids in ([5, 6, 60], [7, 6, 5], [-1, 5, 6]):
-        tensors = {key: torch.tensor(ids) if key.endswith(".ids") else x for key, x in load(file.read_bytes()).items()}
-        file.write_bytes(save(tensors))
-        manifest = json.loads((tmp_path / "adapter.json").read_text())
-        (tmp_path / "adapter.json").write_text(json.dumps(manifest | {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}))
+        content = save({key: torch.tensor(ids) if key.endswith(".ids") else x for key, x in load(file.read_bytes()).items()})
+        file.write_bytes(content)
+        forged = dataclasses.replace(manifest, sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+        (tmp_path / "adapter.json").write_bytes(forged.written())
         with pytest.raises(AdapterError, match="the spec says 5-7"):
             effzoo.load_adapter(copy.deepcopy(base), tmp_path)
 

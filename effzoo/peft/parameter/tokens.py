@@ -103,7 +103,7 @@ class Tokens(Method):
         token = next((site for _, site in sites(model) if isinstance(site, Embedding) and site.role == "embed.token"), None)
         rows = min(len(site.base()["weight"]) for site in found.values())
         added = 0 if token is None else token.added
-        self.ids = torch.tensor(self._numbers(rows, added), dtype=torch.long)
+        self.ids = torch.tensor(self._numbers(rows, added), dtype=torch.long, device="cpu")
         self.settled_options = {"ids": spans(self.ids.tolist())} if self.given else {}
         self.tied = tied
 
