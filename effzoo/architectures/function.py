@@ -46,7 +46,7 @@ READ_IF: dict[str, Callable[[Config, str], bool]] = {  # fields that mean nothin
     "axial_dims": lambda config, task: config.positions == "axial",
     "rotary_theta": lambda config, task: config.positions == "rotary",
     "rotary_scaling": lambda config, task: config.positions == "rotary",
-    "pad_token": lambda config, task: bool(config.position_offset),
+    "pad_token": lambda config, task: bool(config.position_offset) or (task == "classification" and config.causal and config.pooling == "last"),
     "max_length": lambda config, task: config.positions in ("learned", "axial") or not _any_length(config),
     "tied": lambda config, task: task.endswith("_lm"),
     "lm_bias": lambda config, task: task.endswith("_lm"),

@@ -109,6 +109,10 @@ class Transformer(Model):
         global attention; by default the first token of an encoder with a classification head whose attention has projections for global tokens.
         cache: of a causal model that decodes; the input is what follows the positions in it, and attention_mask covers both.
         task_ids [batch]: the number of each example's task, for adapters that are routed by it.
+
+        A classifier with pooling="last" reads the last token of the mask; in a decoder with a `pad_token`, the last one whose id is another.
+        Padding at the front takes positions and places: give position_ids, and use it with kinds that are `shift_invariant` (full, longformer, lsh),
+        or pad at the end. `effzoo.generate` gives each row what it gives alone with every kind.
         Raises InputError for shapes, dtypes, lengths and ids that do not fit.
         """
         if cache is not None and not self.config.causal:
@@ -129,6 +133,7 @@ class Transformer(Model):
         mask = self._mask(valid, global_attention_mask, x, rows, before, positions, task_ids)
         if valid is not None:
             valid = valid[:, -(x.shape[1] - rows) :]
+        valid = self._text(valid, input_ids)
         read = self._read(x[:, rows:], valid, rows) if cache is None else None
         losses: list[Tensor] = []
         with balancing(losses) if self.config.experts else nullcontext():
@@ -143,6 +148,14 @@ class Transformer(Model):
         for told in self.told:
             told.mask = None
         return _balanced(output, losses)
+
+    def _text(self, valid: Tensor | None, ids: Tensor | None) -> Tensor | None:
+        """The positions that the head may read, bool[batch, n], or None for all. A decoder's classifier that reads the last token reads the last
+        whose id is not `pad_token`, with a mask or not, as in transformers: a text that ends in eos is read before it where it is the padding."""
+        pad = self.config.pad_token
+        if not (isinstance(self.head, Classification) and self.config.pooling == "last" and self.config.causal) or ids is None or pad is None:
+            return valid
+        return ids != pad if valid is None else valid & (ids != pad)
 
     def _read(self, x: Tensor, valid: Tensor | None, before: int) -> Tensor | None:
         """The positions that the head reads, with `before` prompt rows in front of them, or None where the last block computes all."""
