@@ -640,7 +640,7 @@ def test_another_number_of_labels_is_refused_unless_the_body_alone_is_given(tiny
     ("llama", {"rotary_theta": (10.0, 20.0)}, "one rotary_theta for all layers"),
     ("llama", {"attn_out_bias": True}, "biases in all projections or in none, got attn_bias=False and attn_out_bias=True"),
     ("llama", {"attention": ("full", "longformer[window=4]")}, "layout 'llama' with attention full, longformer has no counterpart"),
-    ("mistral", {"attention": "longformer[window=4]"}, "Mistral has no counterpart for global_projections=True .* it has False"),
+    ("mistral", {"attention": "longformer[window=4, global_projections=True]"}, "Mistral has no counterpart for global_projections=True .* False"),
     ("mistral", {"attention": "longformer[window=(4, 8), global_projections=False]"}, r"one sliding window for all layers, got widths \[4, 8\]"),
     ("mistral", {"attention": "longformer[window=4, dilation=2, global_projections=False]"}, "no counterpart for dilation=2"),
     ("mistral", {"attn_bias": True, "attn_out_bias": True}, "MistralModel .* no counterpart for attn_bias=True: it has False"),

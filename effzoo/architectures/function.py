@@ -76,6 +76,8 @@ def function_of(config: Config | PerceiverConfig, task: str, num_labels: int) ->
         found[name] = MEANT[name](config) if name in MEANT and (transformer or name == "lm_bias") else getattr(config, name)
     for layer, spec in enumerate(_specs(config)):
         found |= _options(f"attention of layer {layer}", attention, spec)
+        if found.get(name := f"attention of layer {layer}, global_projections", False) is None:
+            found[name] = transformer and not config.causal  # where global tokens are, see Longformer
     if isinstance(config, Config) and config.experts:
         found |= _options("router", router, parse_one(config.router))
     return found

@@ -221,8 +221,9 @@ def _decoder(config: PerceiverConfig, task: str) -> Decoder | None:
 
 def _context(config: PerceiverConfig, heads: int, head_dim: int, causal: bool = False) -> Context:
     return Context(
-        heads=heads, head_dim=head_dim, causal=causal, dropout=config.attention_dropout, max_length=config.max_length, backend=config.backend
-    )
+        heads=heads, head_dim=head_dim, causal=causal, dropout=config.attention_dropout, max_length=config.max_length, backend=config.backend,
+        global_tokens=False,
+    )  # fmt: skip
 
 
 def _latent_blocks(config: PerceiverConfig) -> Iterable[Block]:

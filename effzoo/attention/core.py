@@ -33,6 +33,7 @@ class Context:
     layers: int = 1
     max_length: int = 512
     backend: str = "auto"
+    global_tokens: bool = True  # whether a batch can mark some: the latents of a Perceiver have no places to be marked
     shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # one dict for all layers of a model
 
 

@@ -29,7 +29,8 @@ class Longformer(AttentionCore):
     window: even, positive; the whole width, as in HF Longformer (the paper's and allenai's one-sided width is half of it). One
     number, or one per layer: the paper goes from small windows in low layers to large ones in high layers. dilation: 1 for none; one number,
     or one per head (2 on two heads of the upper layers in the paper; give a spec per layer for that). global_projections: whether
-    global rows have projections of their own (without: section 5's ablation; Mistral, ModernBERT). max_globals: room for global tokens
+    global rows have projections of their own (without: section 5's ablation; Mistral, ModernBERT); None: in encoders, as decoders mark no
+    token unless asked to, and what no batch reaches would be counted and trained for nothing. max_globals: room for global tokens
     per sequence under torch.compile, where shapes must be known; more raise an error. Without compilation there is no limit.
 
     Decoding keeps the last dilation window / 2 keys and the global ones; tokens that follow the prompt cannot be global.
@@ -51,7 +52,7 @@ class Longformer(AttentionCore):
         *,
         window: Count | Sequence[Count] = 512,
         dilation: Count | Sequence[Count] = 1,
-        global_projections: bool = True,
+        global_projections: bool | None = None,
         max_globals: Count = 16,
     ):
         super().__init__(context)
@@ -64,7 +65,7 @@ class Longformer(AttentionCore):
         if len(dilations) != context.heads or min(dilations) < 1:
             raise OptionError(f"longformer dilation is 1 (none) or more, one number or one for each of {context.heads} heads, got {dilation}")
         self.reach, self.dilations, self.max_globals = windows[context.layer] // 2, tuple(dilations), max_globals
-        if not global_projections:
+        if not (context.global_tokens and not context.causal if global_projections is None else global_projections):
             self.projections = self.projections[:3]
 
     def uses(self, mask: Mask) -> tuple[str, ...]:

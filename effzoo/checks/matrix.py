@@ -26,7 +26,6 @@ from effzoo.peft.method import HEAD
 from effzoo.peft.modular.mixture import MixtureMethod
 from effzoo.registry import attention, peft
 from effzoo.sites import sites
-from effzoo.spec import Spec
 
 Status = Literal["works", "refused", "fails"]
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -109,10 +108,7 @@ def as_expert(method: str) -> str:
 def case(kind: Kind, architecture: str) -> Case:
     """The tiny model of an architecture with an attention kind."""
     name, choices = ARCHITECTURES[architecture]
-    spec, has_global = kind.spec, kind.cls.supports_global and architecture != "perceiver"
-    if architecture == "perceiver" and "global_projections" in (option.name for option in attention.options(spec.name)):
-        spec = Spec(spec.name, {**spec.options, "global_projections": False})  # no latent is global, so nothing would train them
-    return Case(name, str(spec), has_global, tuple(choices.items()))
+    return Case(name, str(kind.spec), kind.cls.supports_global and architecture != "perceiver", tuple(choices.items()))
 
 
 def cell(method: Tuned, kind: Kind, architecture: str) -> Cell:

@@ -31,6 +31,9 @@ def windows_of(config: Config, whose: str, **fixed: Any) -> list[int | None]:
         options = {option.name: option.default for option in registry.options(spec.name)}
         wanted = options | fixed
         options |= spec.options
+        for given in (options, wanted):
+            if given.get("global_projections", False) is None:
+                given["global_projections"] = not config.causal
         for name, value in options.items():
             if name not in ("window", "max_globals") and value != wanted[name]:
                 raise ConversionError(f"transformers' {whose} has no counterpart for {name}={value!r} of attention {spec}: it has {wanted[name]!r}")
