@@ -15,7 +15,8 @@ TOKENS = [{"input_ids": (ids := [2 + i, 3, 4, 5, 6]), "labels": ids} for i in ra
 
 
 def run(tiny, folder, name, task, attention, rows, peft="lora", **given):
-    model = effzoo.build(name, **{**tiny, "task": task, "num_labels": 3, "attention": attention, "peft": peft})
+    sizes = {**tiny, **({"kv_heads": 1} if name == "llama" else {})}
+    model = effzoo.build(name, **{**sizes, "task": task, "num_labels": 3, "attention": attention, "peft": peft})
     return model, effzoo.finetune(
         model, rows, output_dir=folder, progress=False, save_every=None, **{"max_steps": 3, "learning_rate": 1e-2, "warmup": 0, **given}
     )
@@ -27,7 +28,7 @@ def moved(model, before):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-@pytest.mark.parametrize("peft", ["lora", "ia3", "bitfit", "prefix"])
+@pytest.mark.parametrize("peft", ["lora", "ia3", "norms", "prefix"])
 def test_a_decoder_without_global_tokens_has_nothing_that_waits_for_them(tiny, tmp_path, name, peft):
     model, result = run(tiny, tmp_path, name, "causal_lm", "longformer[window=4]", TOKENS, peft)
     assert not [key for key, _ in model.named_parameters() if "_global" in key]
@@ -47,13 +48,20 @@ def test_global_projections_that_were_asked_for_and_get_nothing_are_named(tiny, 
     assert {key.split(".")[3] for key in result.untouched.none} == {"q_global", "v_global"} and len(result.untouched.none) == 8
     numbers = sum(p.numel() for key, p in model.named_parameters() if "_global" in key and p.requires_grad)
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    said = (
-        f"8 of 16 trained tensors ({numbers} of {total} numbers, 50 %) got no gradient: blocks.*.attn.q_global.lora.A, blocks.*.attn.q_global.lora.B"
-    )
+    share = f"8 of 16 trained tensors ({numbers} of {total} numbers, 50 %)"
+    said = f"{share} got no gradient: blocks.*.attn.q_global.lora.A, blocks.*.attn.q_global.lora.B, blocks.*.attn.v_global"
     assert str(result.untouched).startswith(said) and not result.untouched.zero
     assert [record.getMessage() for record in caplog.records if said in record.getMessage()] == [
         f"after the first step, {result.untouched}", f"in 3 steps, {result.untouched}",
     ]  # fmt: skip
+
+
+def test_status_shows_what_the_last_training_did_not_reach(tiny, tmp_path):
+    model, result = run(tiny, tmp_path, "gpt2", "causal_lm", "longformer[window=4, global_projections=true]", TOKENS)
+    assert effzoo.status(model).untouched == dict.fromkeys(result.untouched.none, "no gradient")
+    assert "untouched  8 trainable tensors got no gradient" in str(effzoo.status(model))
+    effzoo.detach(model, "default")
+    assert effzoo.status(model).untouched == {}
 
 
 def test_with_global_tokens_the_same_model_leaves_nothing_out(tiny, tmp_path):
@@ -68,14 +76,15 @@ def test_the_last_local_projections_of_a_classifier_that_reads_a_global_token_ar
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
     result = effzoo.finetune(model, CLASSES, output_dir=tmp_path, progress=False, save_every=None, max_steps=3, weight_decay=0.0, learning_rate=1e-2)
     trained = {key for key, value in model.named_parameters() if value.requires_grad}
-    assert set(result.untouched.none) == trained - moved(model, before), "those named are those that have not moved"
-    assert {key.split(".adapters")[0] for key in result.untouched.none} == {"blocks.1.attn.q", "blocks.1.attn.v"}
+    named = {**result.untouched.none, **result.untouched.zero}
+    assert named.keys() == trained - moved(model, before), "those named are those that have not moved"
+    assert {key.split(".adapters")[0] for key in named} == {"blocks.1.attn.q", "blocks.1.attn.v"}
 
 
 def test_the_first_factor_of_lora_with_a_gradient_of_zero_at_first_is_no_fault(tiny, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="effzoo"):
-        _, result = run(tiny, tmp_path, "bert", "classification", "full", CLASSES)
-    assert not result.untouched and "gradient" not in caplog.text
+        model, result = run(tiny, tmp_path, "bert", "classification", "full", CLASSES)
+    assert not result.untouched and "gradient" not in caplog.text and effzoo.status(model).untouched == {}
 
 
 def test_a_gradient_of_zero_throughout_is_told_apart_from_none(tiny, tmp_path):

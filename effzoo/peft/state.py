@@ -64,12 +64,13 @@ class Merged:
 @dataclass
 class Adapters:
     """Which adapters a model has: attached, in this order; what acts and learns (`roster`, which the sites read); merged, the last one last; and the
-    base parameters that attaching froze."""
+    base parameters that attaching froze. untouched: {tensor: why} of the last training, see `Status`."""
 
     roster: Roster = field(default_factory=Roster)
     attachments: dict[str, Attachment] = field(default_factory=dict)
     merged: list[Merged] = field(default_factory=list)
     frozen: set[str] = field(default_factory=set)
+    untouched: dict[str, str] | None = None
 
     def known(self, name: str) -> Attachment:
         """The adapter of this name. Raises UnknownNameError."""
@@ -86,6 +87,14 @@ def adapters_of(model: nn.Module) -> Adapters:
     model = unwrap(model)
     found = vars(model).get(HERE) or Adapters()
     return found
+
+
+def noted(model: nn.Module, untouched: dict[str, str]) -> None:
+    """Keep what a training has not reached, for `effzoo.status`."""
+    model = unwrap(model)
+    state = adapters_of(model)
+    state.untouched = untouched
+    vars(model)[HERE] = state
 
 
 @contextmanager

@@ -79,6 +79,7 @@ def status(model: nn.Module) -> Status:
     now = state.roster.now
     role_of = {path: site.role for path, site in sites(model)}
     rows: dict[tuple[str, str], list[nn.Parameter]] = {}
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     for key, parameter in model.named_parameters():
         path, _, own = key.partition(".adapters.") if ".adapters." in key else (key.rpartition(".")[0], "", "")
         rows.setdefault((own.partition(".")[0] or "base", role_of.get(path, "(elsewhere)")), []).append(parameter)
@@ -101,4 +102,5 @@ def status(model: nn.Module) -> Status:
         finished=tuple(name for name, attachment in state.attachments.items() if attachment.finished),
         frozen=len(state.frozen),
         tensors=tensors,
+        untouched=None if state.untouched is None else {key: why for key, why in state.untouched.items() if key in trained},
     )

@@ -32,6 +32,10 @@ class Untouched:
         parts = [(self.none, "got no gradient"), (self.zero, "got a gradient of zero in every step")]
         return "; ".join(f"{self._share(found)} {what}: {patterns(found)}" for found, what in parts if found) or "every trained tensor got a gradient"
 
+    def reasons(self) -> dict[str, str]:
+        """The names with what became of each."""
+        return {**dict.fromkeys(self.none, "no gradient"), **dict.fromkeys(self.zero, "a gradient of zero in every step")}
+
     def _share(self, found: Mapping[str, int]) -> str:
         numbers, total = sum(found.values()), sum(self.of.values())
         return f"{len(found)} of {len(self.of)} trained tensors ({numbers:,} of {total:,} numbers, {100 * numbers / max(total, 1):.3g} %)"

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from effzoo.peft.attach import acting
+from effzoo.peft.attach import acting, attached
 from effzoo.peft.fingerprint import facts, fingerprint
+from effzoo.peft.state import adapters_of
 
 ELASTIC = ("processes", "batch_size", "gradient_accumulation")  # these may change on resuming while their product stays
 HINTS = {
@@ -16,6 +17,15 @@ HINTS = {
     "data": "the hash of all rows of train",
     "evaluation": "the hash of all rows of evaluate",
 }
+
+
+def adapters(model: nn.Module) -> dict[str, Any]:
+    """The active adapters with their specs; and how they are combined, their scales and which of them learn, where that is not the usual."""
+    now = adapters_of(model).roster.now
+    found: dict[str, Any] = {name: attached(model)[name].spec for name in now.names}
+    if now.combine != "stack" or set(now.scales) - {1.0} or now.trained != frozenset(now.names):
+        found["acting"] = [now.combine, now.by_row(), list(now.scales), sorted(now.trained)]
+    return found
 
 
 def of_model(model: nn.Module) -> dict[str, Any]:

@@ -16,7 +16,8 @@ import torch
 
 from effzoo.architectures import Transformer
 from effzoo.errors import OptionError
-from effzoo.peft.attach import acting, attached
+from effzoo.peft.attach import acting
+from effzoo.peft.state import noted
 from effzoo.peft.training import finish, hooked, learning_rates, settled
 from effzoo.recompute import Level, check_level, spare
 from effzoo.train import checkpoints
@@ -36,7 +37,7 @@ from effzoo.train.preconditions import (
     rejoin,
     starting_point,
 )
-from effzoo.train.record import name_of, of_model
+from effzoo.train.record import adapters, name_of, of_model
 from effzoo.train.settings import LARGEST, callbacks_of, called, flag, folder, number, number_or_none, one_of, warmup_of, whole, whole_or_none
 from effzoo.train.settings import steps as steps_of
 from effzoo.train.teaching import Teaching, fingerprint
@@ -223,7 +224,7 @@ def finetune(
         learning_rate = 5e-5
     planned = parts(model, total, warmup)
     run = {
-        "adapters": {name: attached(model)[name].spec for name in acting(model)}, "examples": len(data), "steps": total, "seed": seed,
+        "adapters": adapters(model), "examples": len(data), "steps": total, "seed": seed,
         "processes": processes, "batch_size": batch_size, "gradient_accumulation": gradient_accumulation, "group_by_length": group_by_length,
         **used(model, learning_rate), "weight_decay": weight_decay, "warmup": warmup, "schedule": schedule, "clip": clip, "precision": precision,
         "collator": name_of(collator), "data": data.digest, "evaluation": None if held_out is None else held_out.digest, "best": best,
@@ -303,6 +304,8 @@ def _train(trainer: ExactTrainer, model: Transformer, directory: Path, start: Pa
             setattr(model, name, value)
     trainer.gradients.check_moved()
     untouched = trainer.gradients.untouched()
+    if trainer.gradients.steps:
+        noted(model, untouched.reasons())
     if untouched and trainer.args.should_save:
         logging.getLogger("effzoo").warning("in %d steps, %s", trainer.gradients.steps, untouched)
     history = _history(trainer.state.log_history)
