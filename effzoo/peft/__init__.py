@@ -8,7 +8,7 @@ from effzoo.peft.accounting import Account, Flops, account, flops, ranks
 from effzoo.peft.aggregation import Combined, combine
 from effzoo.peft.attach import activate, active, attach, attached, detach, disabled, recast, roles
 from effzoo.peft.budget import within
-from effzoo.peft.files import load_adapter, save_adapter, swap_weights
+from effzoo.peft.files import base_rounding, load_adapter, save_adapter, swap_weights
 from effzoo.peft.merging import MergeReport, delta, merge, unmerge
 from effzoo.peft.method import Method, Stage
 from effzoo.peft.modular import extract, gather
@@ -36,6 +36,7 @@ __all__ = [
     "aliases",
     "attach",
     "attached",
+    "base_rounding",
     "begin",
     "calibrate",
     "combine",

@@ -35,6 +35,7 @@ from effzoo.peft.manifest import MANIFEST, TENSORS, UNPROVED, Manifest, read_man
 from effzoo.peft.method import HEAD
 from effzoo.peft.parameter.selected import Copy
 from effzoo.peft.rehearsal import rehearse
+from effzoo.peft.rounded import BaseRounding, compare, differing_kind, kept_of
 from effzoo.peft.state import transition
 from effzoo.peft.training import finish
 from effzoo.sites import PeftModule, sites
@@ -89,13 +90,15 @@ def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "defaul
         tensors=f"adapter-{digest[:16]}.safetensors",
         sha256=digest,
         size=len(content),
+        kept=kept_of(model, without=replaced(model, name)),
+        dtype=None if attachment.dtype is None else str(attachment.dtype).removeprefix("torch."),
     )
     files = {manifest.tensors: content, MANIFEST: manifest.written()}
     replace_files(directory, files, afterwards=lambda: _remove_older(directory, manifest.tensors))
     return directory
 
 
-def load_adapter(model: M, directory: str | Path, *, name: str | None = None, trust_base: bool = False) -> M:
+def load_adapter(model: M, directory: str | Path, *, name: str | None = None, trust_base: bool = False, rounded_base: bool = False) -> M:
     """Attach the adapter that `save_adapter` wrote, under its own or another name; return the model.
 
     model: the base that the adapter was trained on, or one that computes the same.
@@ -103,6 +106,8 @@ def load_adapter(model: M, directory: str | Path, *, name: str | None = None, tr
     the base is the one they were trained on (`effzoo.convert.peft_files`).
     name: for the adapter in this model; None for the name that it was saved under.
     trust_base: take files of format 1 (effzoo before 0.2), which know the base's tensors and not what it computes; without it they are refused.
+    rounded_base: take a base that holds the same weights in another dtype, or quantised, or no more quantised. That they are the same is proved
+    (`effzoo.peft.rounded`), and what the rounding costs is told, by `attached(model)[name].rounding` too. The adapter keeps its own dtype.
 
     Raises AdapterError that names the first mismatch (another base, a truncated or altered file, missing or extra keys,
     other shapes); the model is then as it was.
@@ -123,29 +128,30 @@ def load_adapter(model: M, directory: str | Path, *, name: str | None = None, tr
             raise AdapterError(f"{directory} holds an adapter that cannot be read ({type(error).__name__}: {error!s:.200}); save it again") from error
         return model
     manifest, tensors = _read(directory)
-    base = _check_base(model, manifest, directory, trust_base)
-    name = name or manifest.name
+    base, rounding = _check_base(model, manifest, directory, trust_base, rounded_base)
+    name, dtype = name or manifest.name, _dtype_of(manifest, tensors, directory)
     most = 1000 + 100 * (len(base.tensors) + len(tensors))
-    shapes, unknown = rehearse(model, manifest.specs, name, finished=manifest.finished, most=most)
+    shapes, unknown = rehearse(model, manifest.specs, name, finished=manifest.finished, most=most, dtype=dtype)
     _check_head(shapes, name, base, manifest, directory)
     _check_fits(shapes, name, tensors, directory, tuple(unknown))
     with transition(model):
-        attach(model, manifest.specs, name=name)
+        attach(model, manifest.specs, name=name, dtype=dtype)
+        attached(model)[name].rounding = rounding
         if manifest.finished:
             finish(model, name)
         _fill(model, name, tensors, directory)
     return model
 
 
-def swap_weights(model: M, directory: str | Path, *, name: str = "default") -> M:
+def swap_weights(model: M, directory: str | Path, *, name: str = "default", rounded_base: bool = False) -> M:
     """Copy the tensors that `save_adapter` wrote into an adapter that is attached already, with the same spec; return the model.
 
-    The parameters stay the same objects, as an optimizer needs, and as a compiled model needs to go on without compiling anew. Raises AdapterError
-    as `load_adapter` does, and for another spec; the adapter is then as it was.
+    The parameters stay the same objects, as an optimizer needs, and as a compiled model needs to go on without compiling anew. rounded_base: as in
+    `load_adapter`. Raises AdapterError as `load_adapter` does, and for another spec; the adapter is then as it was.
     """
     directory, attachment = folder_of(directory), _known(model, _name(name))
     manifest, tensors = _read(directory)
-    base = _check_base(model, manifest, directory, trust_base=False)
+    base, rounding = _check_base(model, manifest, directory, rounded_base=rounded_base)
     saved = "|".join(map(str, manifest.specs))
     if saved != attachment.spec:
         raise AdapterError(f"the adapter in {directory} is {saved!r}, the adapter {name!r} of this model is {attachment.spec!r}; attach the same")
@@ -156,6 +162,7 @@ def swap_weights(model: M, directory: str | Path, *, name: str = "default") -> M
         if manifest.finished:
             finish(model, name)
         _fill(model, name, tensors, directory)
+        attachment.rounding = rounding
     return model
 
 
@@ -244,8 +251,34 @@ def _remove_older(directory: Path, current: str) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _check_base(model: nn.Module, manifest: Manifest, directory: Path, trust_base: bool) -> Fingerprint:
-    """The fingerprint of the model, heads included, which is that of the manifest but for what the adapter brings itself."""
+def base_rounding(model: nn.Module, directory: str | Path) -> BaseRounding:
+    """What lies between the base of a saved adapter and this model, which holds the same weights in another dtype or quantised: what rounding costs.
+
+    model: that `load_adapter(model, directory, rounded_base=True)` would take. directory: the folder that save_adapter wrote.
+
+    Raises AdapterError where load_adapter does.
+    """
+    attached(model)
+    directory = folder_of(directory)
+    _, rounding = _check_base(model, read_manifest(directory), directory, rounded_base=True)
+    return rounding or BaseRounding(())
+
+
+def _dtype_of(manifest: Manifest, tensors: Mapping[str, Tensor], directory: Path) -> torch.dtype | None:
+    """The dtype to attach in: the one that was asked for, or one that holds what the file holds exactly."""
+    if manifest.dtype is not None:
+        found = getattr(torch, manifest.dtype, None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise AdapterError(f"{directory / MANIFEST} names the dtype {manifest.dtype!r:.40}, which is none of torch; save the adapter again")
+        return found
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors.values()) else None
+
+
+def _check_base(
+    model: nn.Module, manifest: Manifest, directory: Path, trust_base: bool = False, rounded_base: bool = False
+) -> tuple[Fingerprint, BaseRounding | None]:
+    """The fingerprint of the model, heads included, which is that of the manifest but for what the adapter brings itself; and what lies between the
+    bases, where rounding may."""
     ours, theirs = fingerprint(model), manifest.fingerprint
     if manifest.format == 1:
         if not trust_base:
@@ -259,12 +292,28 @@ def _check_base(model: nn.Module, manifest: Manifest, directory: Path, trust_bas
     heads = {path for path, site in sites(model) if fnmatchcase(site.role, HEAD)}
     without = {key for key in ours.tensors if key.rpartition(".")[0] in heads and key not in theirs.tensors}
     seen = Fingerprint(ours.facts, {key: value for key, value in ours.tensors.items() if key not in without})
-    if found := difference(theirs, seen):
+    found = difference(theirs, seen)
+    if found and manifest.format > 1 and (kinds := differing_kind(theirs, seen)):
+        if rounded_base and manifest.kept:
+            try:
+                rounding = compare(theirs, manifest.kept, seen, model)
+            except AdapterError as error:
+                raise AdapterError(f"the adapter in {directory} was trained on another base ({manifest.base!r}), rounded or not: {error}") from None
+            log.warning("%s: the base is not the one of the file but the same weights, rounded: %s", directory, str(rounding).partition("\n")[0])
+            heads_alone = {key: value for key, value in ours.tensors.items() if key in without or key in theirs.tensors}
+            return Fingerprint(ours.facts, heads_alone), rounding
+        advice = (
+            "it was saved before files could tell rounded weights: save it again on its own base"
+            if rounded_base
+            else ("load_adapter(..., rounded_base=True) takes a base that holds the same weights rounded, proves it, and says what that costs")
+        )
+        raise AdapterError(f"the adapter in {directory} was trained on another base ({manifest.base!r}): {kinds}; {advice}")
+    if found:
         advice = "build the model with the same name, sizes, attention and pretrained weights"
         if found.split(": ")[0].rpartition(".")[0] in heads:
             advice = "its methods change this head and bring none, so give the model the head it had then, or target what is no head"
         raise AdapterError(f"the adapter in {directory} was trained on another base ({manifest.base!r}): {found}; {advice}")
-    return ours
+    return ours, None
 
 
 def _check_head(shapes: nn.Module, name: str, base: Fingerprint, manifest: Manifest, directory: Path) -> None:

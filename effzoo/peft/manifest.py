@@ -10,12 +10,13 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from effzoo.errors import AdapterError
 from effzoo.peft.fingerprint import Fingerprint
+from effzoo.peft.rounded import Kept
 from effzoo.spec import Spec
 
 MANIFEST = "adapter.json"
@@ -32,6 +33,8 @@ class Manifest:
 
     base: a label of the base. fingerprint: of the base without the tensors that the adapter replaces; one of format 1 has no facts, and hashes alone.
     tensors, sha256, size: name, hash and bytes of the other file (size None in format 1).
+    kept: what tells a base that holds the same weights in another dtype (`effzoo.peft.rounded`); empty in older files.
+    dtype: in which `attach` was asked to hold the adapter's tensors; None for float32 or better.
     """
 
     name: str
@@ -43,6 +46,8 @@ class Manifest:
     sha256: str
     size: int | None
     format: int = FORMAT
+    kept: dict[str, Kept] = field(default_factory=dict, compare=False)
+    dtype: str | None = None
 
     def written(self) -> bytes:
         """The content of adapter.json."""
@@ -53,6 +58,8 @@ class Manifest:
             "finished": self.finished,
             "base": self.base,
             "base_fingerprint": asdict(self.fingerprint),
+            "base_kept": {key: kept.plain() for key, kept in self.kept.items()},
+            "dtype": self.dtype,
             "tensors": self.tensors,
             "sha256": self.sha256,
             "size": self.size,
@@ -123,6 +130,8 @@ def _checked(content: dict[str, Any], version: int) -> Manifest:
         sha256=_typed(content["sha256"], str, "sha256"),
         size=size,
         format=version,
+        kept={key: Kept.read(kept) for key, kept in _typed(content.get("base_kept", {}), dict, "base_kept").items()},
+        dtype=None if content.get("dtype") is None else _typed(content["dtype"], str, "dtype"),
     )
 
 

@@ -18,16 +18,16 @@ from effzoo.spec import Spec
 M = TypeVar("M", bound=nn.Module)
 
 
-def rehearse(model: M, specs: tuple[Spec, ...], name: str, *, finished: bool, most: int) -> tuple[M, set[str]]:
+def rehearse(model: M, specs: tuple[Spec, ...], name: str, *, finished: bool, most: int, dtype: torch.dtype | None = None) -> tuple[M, set[str]]:
     """A copy of the model on the meta device with the adapter attached, and the sites whose finished shapes only the data know.
 
-    most: operations on tensors that it may take; what needs more is refused.
+    most: operations on tensors that it may take; what needs more is refused. dtype: as in `attach`.
 
     Raises what `attach` raises, and AdapterError for anything else that goes wrong. Nothing as large as a tensor is allocated.
     """
     try:
         with torch.device("meta"), _AtMost(most):
-            shapes = attach(skeleton(model), specs, name=name)
+            shapes = attach(skeleton(model), specs, name=name, dtype=dtype)
             unknown: set[str] = set()
             for method, modules in hooked(shapes, "finish", name) if finished else ():
                 try:

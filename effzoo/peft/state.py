@@ -24,7 +24,8 @@ class Attachment:
     """One adapter of a model: its spec, and where each of its methods hangs, {method: [(path, role)]}.
 
     methods: each method with the paths where it hangs. finished: whether `effzoo.peft.finish` has dropped what only training needed. dtype: in which
-    it was asked to be held; None for float32, or float64 where the base is.
+    it was asked to be held; None for float32, or float64 where the base is. rounding: what lies between this base and the one of its file
+    (`effzoo.peft.rounded`), None where that is nothing.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Attachment:
     methods: list[tuple[Method, list[str]]] = field(default_factory=list)
     finished: bool = False
     dtype: torch.dtype | None = None
+    rounding: Any = None
 
     @property
     def spec(self) -> str:

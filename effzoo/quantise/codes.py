@@ -50,3 +50,15 @@ def decoded(codes: Tensor, scales: Tensor, shape: torch.Size, bits: int) -> Tens
     pairs = torch.tensor(_PAIRS, dtype=scales.dtype, device=scales.device)
     values = pairs.index_select(0, codes.int())
     return (values.view(len(scales), -1) * scales[:, None]).flatten()[: math.prod(shape)].view(shape)
+
+
+def margins(codes: Tensor, scales: Tensor, shape: torch.Size, bits: int) -> Tensor:
+    """How far each entry of the matrix [out, in] may be from the one that was coded: half of the larger gap beside its code, and some rounding."""
+    if bits == 8:
+        gaps = (scales[:, None] / 2).expand(shape)
+    else:
+        steps = torch.tensor(_LEVELS, dtype=torch.float64).diff() / 2
+        widest = torch.maximum(torch.cat([steps[:1], steps]), torch.cat([steps, steps[-1:]])).to(scales)
+        both = torch.stack([codes % 16, codes // 16], dim=-1).flatten().int()
+        gaps = (widest.index_select(0, both).view(len(scales), -1) * scales[:, None]).flatten()[: math.prod(shape)].view(shape)
+    return gaps + 4 * torch.finfo(scales.dtype).eps * decoded(codes, scales, shape, bits).abs()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effzoo.quantise.codes import coded, decoded
+from effzoo.quantise.codes import coded, decoded, margins
 from effzoo.quantise.view import Decoded
 from effzoo.recompute import follows
 from effzoo.sites import Acts, Linear
@@ -55,6 +55,10 @@ class QuantisedLinear(Linear):
     def numbers(self) -> Tensor:
         """The weight [out, in], made of the codes."""
         return decoded(self.codes, self.scales, torch.Size((self.out_features, self.in_features)), self.bits)
+
+    def margins(self) -> Tensor:
+        """How far each entry of the weight may be from the one that was quantised, [out, in]."""
+        return margins(self.codes, self.scales, torch.Size((self.out_features, self.in_features)), self.bits)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
