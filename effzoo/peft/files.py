@@ -16,8 +16,7 @@ import hashlib
 import importlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -38,7 +37,7 @@ from effzoo.peft.rehearsal import rehearse
 from effzoo.peft.rounded import BaseRounding, compare, differing_kind, kept_of
 from effzoo.peft.state import transition
 from effzoo.peft.training import finish
-from effzoo.sites import PeftModule, sites
+from effzoo.sites import PeftModule, sites, unwrap
 from effzoo.writing import replace_files
 
 M = TypeVar("M", bound=nn.Module)
@@ -69,9 +68,9 @@ def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "defaul
 
     Raises FileError for what cannot be written (what was there is then as it was), UnknownNameError, AdapterError.
     """
-    directory = folder_of(directory)
+    model, directory = unwrap(model), folder_of(directory)
     attachment = _known(model, _name(name))
-    if format != OWN and format not in FOREIGN:
+    if format not in (OWN, *FOREIGN):
         raise UnknownNameError("adapter format", format, [OWN, *FOREIGN])
     for other, recognised in [(OWN, MANIFEST), *((key, foreign.manifest) for key, foreign in FOREIGN.items())]:
         if other != format and (directory / recognised).is_file():
@@ -121,7 +120,7 @@ def load_adapter(model: M, directory: str | Path, *, name: str | None = None, tr
     if found:
         try:
             with transition(model):
-                importlib.import_module(found[0].module).read(model, directory, name or "default")
+                importlib.import_module(found[0].module).read(model, directory, "default" if name is None else name)
         except EffzooError:
             raise
         except Exception as error:  # files of any origin, with any value in any place
@@ -129,9 +128,9 @@ def load_adapter(model: M, directory: str | Path, *, name: str | None = None, tr
         return model
     manifest, tensors = _read(directory)
     base, rounding = _check_base(model, manifest, directory, trust_base, rounded_base)
-    name, dtype = name or manifest.name, _dtype_of(manifest, tensors, directory)
+    name, dtype = manifest.name if name is None else name, _dtype_of(manifest, tensors, directory)
     most = 1000 + 100 * (len(base.tensors) + len(tensors))
-    shapes, unknown = rehearse(model, manifest.specs, name, finished=manifest.finished, most=most, dtype=dtype)
+    shapes, unknown = rehearse(unwrap(model), manifest.specs, name, finished=manifest.finished, most=most, dtype=dtype)
     _check_head(shapes, name, base, manifest, directory)
     _check_fits(shapes, name, tensors, directory, tuple(unknown))
     with transition(model):
@@ -279,6 +278,7 @@ def _check_base(
 ) -> tuple[Fingerprint, BaseRounding | None]:
     """The fingerprint of the model, heads included, which is that of the manifest but for what the adapter brings itself; and what lies between the
     bases, where rounding may."""
+    model = unwrap(model)
     ours, theirs = fingerprint(model), manifest.fingerprint
     if manifest.format == 1:
         if not trust_base:
@@ -355,25 +355,10 @@ def _packed(model: nn.Module, name: str) -> dict[str, PeftModule]:
     }
 
 
-def _fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], directory: Path) -> None:
-    """Put the tensors of a file into an adapter; when they do not fit, it keeps its own."""
-    _check_fits(model, name, tensors, directory)
-    with _as_before_on_error(model, name):
-        _put(model, name, tensors, directory)
-
-
-@contextmanager
-def _as_before_on_error(model: nn.Module, name: str) -> Iterator[None]:
-    before = {key: value.detach().clone() for key, value in stored_tensors(model, name).items()}
-    try:
-        yield
-    except BaseException:
-        _put(model, name, before, Path())
-        raise
-
-
 @torch.no_grad()
-def _put(model: nn.Module, name: str, tensors: Mapping[str, Tensor], directory: Path) -> None:
+def _fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], directory: Path) -> None:
+    """Put the tensors of a file into an adapter. Raises AdapterError when they do not fit, perhaps half way."""
+    _check_fits(model, name, tensors, directory)
     packed = _packed(model, name)
     for prefix, module in packed.items():
         try:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effzoo.errors import AdapterError
+from effzoo.sites import unwrap
 
 NOT_THE_FUNCTION = {  # parameters of modules' constructors, and why they do not count
     "config": "the model itself says what of it counts (`computes`)",
@@ -55,10 +55,9 @@ def fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> Fingerpri
     model: any module; those that have a method `computes` (Transformer, Perceiver) give facts of their own.
     without: keys of tensors to leave out.
 
-    Raises AdapterError for what is no module.
+    Raises AdapterError for what is no model.
     """
-    if not isinstance(model, nn.Module):
-        raise AdapterError(f"expected a model (torch.nn.Module), got {type(model).__name__}: {model!r:.80}")
+    model = unwrap(model)
     own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     tensors = {key: described(value) for key, value in own if not _of_adapter(key) and key not in without}
     return Fingerprint(facts(model), tensors)

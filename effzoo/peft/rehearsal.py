@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from effzoo.errors import AdapterError, EffzooError
 from effzoo.peft.attach import attach, attached
@@ -21,13 +20,14 @@ M = TypeVar("M", bound=nn.Module)
 def rehearse(model: M, specs: tuple[Spec, ...], name: str, *, finished: bool, most: int, dtype: torch.dtype | None = None) -> tuple[M, set[str]]:
     """A copy of the model on the meta device with the adapter attached, and the sites whose finished shapes only the data know.
 
-    most: operations on tensors that it may take; what needs more is refused. dtype: as in `attach`.
+    most: calls of torch that it may take; what needs more is refused. dtype: as in `attach`.
 
     Raises what `attach` raises, and AdapterError for anything else that goes wrong. Nothing as large as a tensor is allocated.
     """
     try:
+        shapes = skeleton(model)
         with torch.device("meta"), _AtMost(most):
-            shapes = attach(skeleton(model), specs, name=name, dtype=dtype)
+            attach(shapes, specs, name=name, dtype=dtype)
             unknown: set[str] = set()
             for method, modules in hooked(shapes, "finish", name) if finished else ():
                 try:
@@ -65,14 +65,14 @@ class _Shapes(TorchFunctionMode):
         return memo.setdefault(id(tensor), _shape(tensor))
 
 
-class _AtMost(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses to go on after so many operations: a spec that asks for a million modules."""
+class _AtMost(TorchFunctionMode):
+    """Refuses to go on after so many calls of torch: a spec that asks for a million modules."""
 
     def __init__(self, most: int):
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.most = most
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.most -= 1
         if self.most < 0:
             raise AdapterError("the spec asks for far more tensors than the file holds; save the adapter again")

@@ -26,6 +26,7 @@ from effzoo.spec import Spec
 
 log = logging.getLogger("effzoo.convert")
 OWN_START = (True, False, None, "gaussian", "eva", "orthogonal")  # starts of peft's LoRA that leave the base as it is
+TRIES = 100
 TRAINING_ONLY = ("rank_dropout", "module_dropout", "rank_dropout_scale")
 
 
@@ -60,6 +61,24 @@ def read(model: nn.Module, directory: Path, name: str) -> None:
 
 
 def _open(directory: Path) -> tuple[Config, dict[str, Tensor], dict[str, list[int]]]:
+    """What the two files hold, of one adapter also while others are written there."""
+    for _ in range(TRIES):
+        seen = _state(directory)
+        try:
+            return _opened(directory)
+        except AdapterError:
+            if seen == _state(directory):
+                raise
+    raise AdapterError(f"{directory} was written {TRIES} times while it was read; load it when nobody saves there")
+
+
+def _state(directory: Path) -> list[tuple[int, int] | None]:
+    """What changes when the files are written again."""
+    found = [directory / name for name in (CONFIG, WEIGHTS)]
+    return [(path.stat().st_ino, path.stat().st_mtime_ns) if path.is_file() else None for path in found]
+
+
+def _opened(directory: Path) -> tuple[Config, dict[str, Tensor], dict[str, list[int]]]:
     config = read_json(directory / CONFIG, "a config that peft wrote")
     if not isinstance(config.get("peft_type"), str):
         raise AdapterError(f"{directory / CONFIG} is not a config that peft wrote (it has no peft_type); save the adapter again")
