@@ -8,6 +8,7 @@ _collects = gc.isenabled()
 gc.disable()  # imports make what lives on: a collection in between would walk over all of torch, which takes as long as importing the rest
 try:
     from effzoo import attention, peft, routing
+    from effzoo.annotations import check_arguments
     from effzoo.build import build
     from effzoo.errors import EffzooError
     from effzoo.peft import account, activate, active, attach, attached, combine, detach, disabled, load_adapter, merge, save_adapter, status, unmerge
@@ -66,6 +67,8 @@ __all__ = [
     "swap_attention",
     "unmerge",
 ]
+
+check_arguments(globals())
 
 _LAZY = {
     "check": "effzoo.checks",

@@ -6,16 +6,21 @@ Options of methods, kinds and routers, fields of configs and arguments of public
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import types
 import typing
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from effzoo.errors import shown
+import torch
+
+from effzoo.errors import ArgumentError, OptionError, shown
+
+R = TypeVar("R")
 
 LARGEST = 2**63 - 1  # whole numbers that torch takes
 WIDEST = 1e6  # of floats that set a scale or a deviation: beyond it products leave float32 and float16
@@ -109,8 +114,10 @@ def problem(value: Any, annotation: Any) -> str | None:
 
 def _has_type(value: Any, annotation: Any, ranges: bool) -> bool:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation in (Any, object, inspect.Parameter.empty) or isinstance(annotation, (str, typing.TypeVar)):
+    if annotation in (Any, object, inspect.Parameter.empty) or isinstance(annotation, (str, typing.ForwardRef)):
         return True
+    if isinstance(annotation, TypeVar):
+        return annotation.__bound__ is None or _has_type(value, annotation.__bound__, ranges)
     if origin is Annotated:
         inside = not ranges or not _has_type(value, arguments[0], False) or all(r.holds(value) for r in arguments[1:] if isinstance(r, Range))
         return inside and _has_type(value, arguments[0], ranges)
@@ -130,10 +137,13 @@ def _has_type(value: Any, annotation: Any, ranges: bool) -> bool:
         )
     if isinstance(origin, type) and issubclass(origin, tuple) and arguments[-1:] != (Ellipsis,):
         return isinstance(value, Sequence) and len(value) == len(arguments) and all(map(lambda v, a: _has_type(v, a, ranges), value, arguments))
-    if isinstance(origin, type) and issubclass(origin, Sequence):
-        return isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and all(_has_type(item, arguments[0], ranges) for item in value)
+    if isinstance(origin, type) and issubclass(origin, Collection):
+        kind = Sequence if issubclass(origin, (list, tuple)) else origin
+        return isinstance(value, kind) and not isinstance(value, (str, bytes)) and all(_has_type(item, arguments[0], ranges) for item in value)
     if isinstance(origin, type) and origin is not type:
         return isinstance(value, origin)
+    if isinstance(annotation, type) and issubclass(annotation, torch.nn.Module):
+        annotation = torch.nn.Module  # which may be a compiled model, or one that runs on several devices: the function looks into it
     return not isinstance(annotation, type) or isinstance(value, annotation)
 
 
@@ -144,6 +154,53 @@ def _is_number(value: Any, annotation: type, ranges: bool) -> bool:
     if isinstance(value, int):
         return not ranges or -LARGEST <= value <= LARGEST
     return annotation is float and isinstance(value, float) and (not ranges or math.isfinite(value))
+
+
+def check_arguments(namespace: dict[str, Any]) -> None:
+    """Make every function that a module names in `__all__` refuse arguments that are not what its annotations say.
+
+    The last line of a public module is `check_arguments(globals())`; what it exports later is covered by itself. Modules that call each other
+    import from where a function is written, and pay nothing.
+    """
+    for name in namespace["__all__"]:
+        if inspect.isroutine(namespace.get(name)):
+            namespace[name] = checked(namespace[name])
+
+
+def checked(function: Callable[..., R]) -> Callable[..., R]:
+    """The function, which first compares its arguments with its annotations: ArgumentError for another type, OptionError beyond a range."""
+    if hasattr(function, "checks_arguments"):
+        return function
+    parameters = inspect.signature(function).parameters
+    in_order = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    rest = next((name for name, p in parameters.items() if p.kind is p.VAR_POSITIONAL), None)
+    annotations: dict[str, Any] = {}
+
+    @functools.wraps(function)
+    def checks(*arguments: Any, **keywords: Any) -> R:
+        if not torch.compiler.is_compiling():
+            if not annotations:
+                annotations.update({name: _meaning(function, p.annotation) for name, p in parameters.items()})
+            names = [*in_order[: len(arguments)], *[rest] * (len(arguments) - len(in_order))]
+            for name, value in (*zip(names, arguments, strict=False), *keywords.items()):
+                if name in annotations and value is not parameters[name].default:
+                    wrong = problem(value, annotations[name])
+                    if wrong is not None:
+                        raise (ArgumentError if wrong.startswith("takes") else OptionError)(f"{function.__name__}: {name} {wrong}")
+        return function(*arguments, **keywords)
+
+    checks.checks_arguments = True  # type: ignore[attr-defined]
+    return checks
+
+
+def _meaning(function: Any, annotation: Any) -> Any:
+    """An annotation that is still text, evaluated where the function was written; Any for names that only type checkers import."""
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        return eval(annotation, inspect.unwrap(getattr(function, "__func__", function)).__globals__)
+    except NameError:
+        return Any
 
 
 def _broken(value: Any, annotation: Any) -> str:
@@ -176,7 +233,7 @@ def describe(annotation: Any) -> str:
         return "none"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return f"a map from {describe(arguments[0])} to {describe(arguments[1])}"
-    if isinstance(origin, type) and issubclass(origin, Sequence):
+    if isinstance(origin, type) and issubclass(origin, Collection):
         return f"a list of {describe(arguments[0])}"
     return getattr(annotation, "__name__", str(annotation))
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from effzoo import zoo
+from effzoo.annotations import Count
 from effzoo.architectures import Transformer
 from effzoo.peft import attach
 
@@ -19,7 +20,7 @@ def build(
     attention: str | Mapping[str, Any] | None = None,
     peft: Any = None,
     task: str = "features",
-    num_labels: int = 2,
+    num_labels: Count = 2,
     pretrained: bool | str | Path | None = None,
     adapter: str = "default",
     adapter_dtype: torch.dtype | str | None = None,

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from effzoo.annotations import Count, Part, Seed, check_arguments
 from effzoo.architectures import Config, Perceiver, PerceiverConfig, Transformer
 from effzoo.architectures.heads import IGNORED
-from effzoo.errors import DataError, did_you_mean, listing
+from effzoo.errors import DataError, did_you_mean, listing, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,6 +52,8 @@ def load_text(
     table = _by_folder(path, encodings) if _is_folder_of_folders(path) else _one_part(_read(source, path, subset, encodings), part, source)
     first, second = _text_columns(table, text, text_pair)
     target = _pick(table, label, LABELS, "label", required=False)
+    if target in (first, second):
+        raise DataError(f"column {target!r} is read as text and named as the label; choose another with label= or text=")
     columns = {first: "text", second: "text_pair", target: "label"}
     table = table.select_columns([name for name in columns if name]).rename_columns({k: v for k, v in columns.items() if k and k != v})
     for name in ("text", "text_pair") if second else ("text",):
@@ -60,17 +63,19 @@ def load_text(
 
 def names(data: Dataset) -> list[str] | None:
     """The names of the labels, by number; None for a table without labels or with numbers to regress."""
+    _check_table(data)
     feature = data.features.get("label", data.features.get("labels"))
     found: list[str] | None = getattr(feature, "names", None)
     return found
 
 
-def split(data: Dataset, parts: Mapping[str, float | int] | Sequence[float | int] = (0.8, 0.1, 0.1), *, seed: int = 0) -> dict[str, Dataset]:
+def split(data: Dataset, parts: Mapping[str, float | int] | Sequence[float | int] = (0.8, 0.1, 0.1), *, seed: Seed = 0) -> dict[str, Dataset]:
     """Divide a table at random, with the same share of each label in every part, up to one example.
 
     parts: fractions (floats, at most 1 together) or counts (integers) by name; a sequence of two is train and test, one of three is train,
     validation and test. What they leave over is in no part. The same data and seed give the same parts. Raises DataError.
     """
+    _check_table(data)
     if not isinstance(parts, Mapping):
         known: dict[int, tuple[str, ...]] = {2: ("train", "test"), 3: ("train", "validation", "test")}
         if len(parts) not in known:
@@ -90,7 +95,7 @@ def split(data: Dataset, parts: Mapping[str, float | int] | Sequence[float | int
 
 
 def tokenise(
-    data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, task: str = "classification", mask_share: float = 0.15, seed: int = 0
+    data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: Count, *, task: str = "classification", mask_share: Part = 0.15, seed: Seed = 0
 ) -> Dataset:
     """`text` (and `text_pair`) -> input_ids, attention_mask, token_type_ids if the tokenizer knows them, and labels, ready for `effzoo.finetune`.
 
@@ -101,6 +106,9 @@ def tokenise(
     """
     import pyarrow.compute
 
+    _check_table(data)
+    if not callable(tokenizer) or not hasattr(tokenizer, "mask_token_id"):
+        raise DataError(f"a tokenizer is one of transformers, as tokenizer_of gives, got {shown(tokenizer)} ({type(tokenizer).__name__})")
     if task not in TASKS:
         raise DataError(f"task is one of {listing(TASKS)}, got {task!r}{did_you_mean(task, TASKS)}")
     if "text" not in data.column_names or (task == "classification" and "label" not in data.column_names):
@@ -150,6 +158,13 @@ def tokenizer_of(source: str | Path | Config | Transformer) -> PreTrainedTokeniz
     if isinstance(config, Config) and len(tokenizer) > config.vocab:
         raise DataError(f"the tokenizer at {place!r} has {len(tokenizer)} tokens, the model {config.name} a vocabulary of {config.vocab}")
     return tokenizer
+
+
+def _check_table(data: object) -> None:
+    from datasets import Dataset
+
+    if not isinstance(data, Dataset):
+        raise DataError(f"data are a datasets.Dataset, as load_text gives, got {shown(data)} ({type(data).__name__})")
 
 
 def _is_folder_of_folders(path: Path) -> bool:
@@ -301,3 +316,8 @@ def _mask(ids: list[int], tokenizer: PreTrainedTokenizerBase, share: float, rand
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+
+
+__all__ = ["load_text", "names", "split", "tokenise", "tokenizer_of"]
+
+check_arguments(globals())

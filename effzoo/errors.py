@@ -26,6 +26,10 @@ class OptionError(EffzooError, ValueError):
     """An option with an unknown name, or a value outside what the option accepts."""
 
 
+class ArgumentError(EffzooError, TypeError):
+    """An argument of a public function that is of another type than its annotation says."""
+
+
 class InputError(EffzooError, ValueError):
     """A tensor of the wrong shape, dtype or range given to a model or a core."""
 

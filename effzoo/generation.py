@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from effzoo.annotations import checked
 from effzoo.architectures import Transformer
 from effzoo.attention.core import Cache
 from effzoo.errors import EffzooError, IncompatibleError, InputError, OptionError, did_you_mean
@@ -49,6 +50,7 @@ _REFUSED = {
 _NEUTRAL = {"num_beam_groups": 1, "guidance_scale": 1.0}
 
 
+@checked
 def generate(
     model: Transformer,
     input_ids: Tensor,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from effzoo.annotations import describe, plain, problem
-from effzoo.errors import EffzooError, OptionError, UnknownNameError, did_you_mean, listing, shown
+from effzoo.errors import ArgumentError, EffzooError, OptionError, UnknownNameError, did_you_mean, listing, shown
 from effzoo.spec import Spec, parse, parse_one
 
 T = TypeVar("T")
@@ -97,6 +97,10 @@ class View(Generic[T]):
         spec = parse_one(given)
         cls = self.get(spec.name)
         _check_names(self.kind, spec, _options(cls))
+        try:
+            inspect.signature(cls).bind(*arguments, **spec.options)
+        except TypeError as error:
+            raise ArgumentError(f"{self.kind} {spec.name!r} cannot be made of {len(arguments)} arguments beside its options: {error}") from None
         return cls(*arguments, **spec.options)
 
     def create_union(self, given: Any) -> list[T]:

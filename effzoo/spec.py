@@ -61,7 +61,10 @@ def parse(given: str | Mapping[str, Any] | Spec | Iterable[Any]) -> tuple[Spec, 
 
     Raises SpecError, for a string with a caret under the first character that does not fit. The time is linear in the length of the string.
     """
-    return tuple(_parsed(given, 0))
+    specs = tuple(_parsed(given, 0))
+    if not specs:
+        raise SpecError(f"an empty list names nothing; give a spec such as 'lora[rank=4]', got {shown(given)}")
+    return specs
 
 
 def _parsed(given: Any, depth: int) -> list[Spec]:
@@ -77,7 +80,7 @@ def _parsed(given: Any, depth: int) -> list[Spec]:
         if given and all(isinstance(key, str) and key[:1].isdigit() for key in given):  # {"0-1": "adapter|lora", "2-3": "prefix"}
             return [_on_layers(spec, layers) for layers, union in given.items() for spec in _parsed(union, depth + 1)]
         raise SpecError(f"a spec mapping has the key 'name' with a string, or layers as keys ({{'0-3': 'lora'}}), got {shown(dict(given))}")
-    if not isinstance(given, Iterable) or isinstance(given, (bytes, bytearray)):
+    if not isinstance(given, Iterable) or isinstance(given, (bytes, bytearray)) or hasattr(given, "__array__"):
         raise SpecError(f"a spec is a string, a mapping or a list of them, got {type(given).__name__}: {shown(given)}")
     if depth > MAX_DEPTH:
         raise SpecError(f"a list of specs holds specs, not lists in lists {MAX_DEPTH} deep")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from effzoo.annotations import checked
 from effzoo.architectures import Transformer
 from effzoo.architectures.transformer import attention_specs
 from effzoo.attention.core import Context
@@ -46,6 +47,7 @@ class Swap:
 
 
 @torch.no_grad()
+@checked
 def swap_attention(model: Transformer, attention: Any) -> Swap:
     """Replace the attention of every block, in place, and say what became of each tensor.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.architectures.config import Config
-from effzoo.errors import InputError
+from effzoo.errors import InputError, shown
 from effzoo.sites import Embedding, Linear
 
 
@@ -122,8 +122,16 @@ class SinusoidalPositions(nn.Module):
         return table.to(torch.get_default_dtype())
 
 
+def check_tensors(**given: object) -> None:
+    """Refuse what is neither a tensor nor None."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise InputError(f"{name} is a tensor, got {shown(value)} ({type(value).__name__}); torch.tensor(...) makes one of a list")
+
+
 def check_inputs(config: Config, rows: int, past: int, ids: Tensor | None, embeds: Tensor | None, **others: Tensor | None) -> None:
     """Refuse wrong shapes, dtypes, lengths and ids; `rows` prompt rows and `past` tokens in a cache count towards the length."""
+    check_tensors(input_ids=ids, inputs_embeds=embeds, **others)
     if (ids is None) == (embeds is None):
         raise InputError("give either input_ids or inputs_embeds" + (", not both" if ids is not None else ""))
     if ids is not None:
@@ -132,8 +140,8 @@ def check_inputs(config: Config, rows: int, past: int, ids: Tensor | None, embed
     elif embeds is not None and (embeds.ndim != 3 or embeds.shape[2] != config.embed_dim or not embeds.is_floating_point()):
         raise InputError(f"inputs_embeds is a float tensor [batch, n, {config.embed_dim}], got {embeds.dtype} of shape {tuple(embeds.shape)}")
     batch, n = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]
-    if n == 0:
-        raise InputError("the sequence is empty: n = 0")
+    if n == 0 or batch == 0:
+        raise InputError(f"there is nothing to compute with: {'the sequence is empty, n = 0' if n == 0 else 'a batch of 0'}")
     if n + rows + past > config.max_length:
         more = f" and {rows} prompt rows" * bool(rows) + f" after {past} in the cache" * bool(past)
         raise InputError(

@@ -6,6 +6,7 @@ pretrained language-model head have roles `lm.*` and stay frozen unless targeted
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import cast
 
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from effzoo.architectures.config import Config
 from effzoo.architectures.output import Output
 from effzoo.blocks.feedforward import ACTIVATIONS
-from effzoo.errors import IncompatibleError, InputError
+from effzoo.errors import IncompatibleError, InputError, shown
 from effzoo.sites import Embedding, Linear, Norm, TiedLinear
 
 IGNORED = -100  # the label of positions that do not count, as in transformers
@@ -66,9 +67,12 @@ class Classification(nn.Module):
         return Output.of(loss=None if labels is None else self.loss(logits, labels), logits=logits, last_hidden_state=hidden)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        _check_labels(logits, labels)
         if self.num_labels == 1 and labels.shape in (logits.shape, logits.shape[:1]):
+            _check_numbers(labels, -math.inf, math.inf)
             return F.mse_loss(_exact(logits).flatten(), labels.to(_exact(logits)).flatten())
         if labels.is_floating_point() and labels.shape == logits.shape:
+            _check_numbers(labels, 0, 1)
             return F.binary_cross_entropy_with_logits(_exact(logits), labels.to(_exact(logits)))
         if labels.is_floating_point() or labels.shape != logits.shape[:1]:
             raise InputError(
@@ -126,6 +130,9 @@ class LanguageModel(nn.Module):
         logits = self.out(x, embedding) if isinstance(self.out, TiedLinear) else self.out(x)
         loss = None
         if labels is not None:
+            _check_labels(logits, labels)
+            if labels.shape != logits.shape[:2]:
+                raise InputError(f"labels are integers of shape {tuple(logits.shape[:2])}, one per token, got shape {tuple(labels.shape)}")
             loss = _cross_entropy(logits[:, :-1], labels[:, 1:]) if self.causal else _cross_entropy(logits, labels)
         return Output.of(loss=loss, logits=logits, last_hidden_state=hidden)
 
@@ -171,6 +178,7 @@ def _activation(config: Config) -> Callable[[Tensor], Tensor]:
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over the labels that count; 0 when none does."""
+    _check_labels(logits, labels)
     if labels.is_floating_point() or labels.shape != logits.shape[:-1]:
         raise InputError(f"labels are integers of shape {tuple(logits.shape[:-1])}, got {labels.dtype} of shape {tuple(labels.shape)}")
     counted = labels[labels != IGNORED]
@@ -178,6 +186,23 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         raise InputError(f"labels are in [0, {logits.shape[-1]}) or {IGNORED}, got {int(counted.min())} to {int(counted.max())}; check num_labels")
     total = F.cross_entropy(_exact(logits).flatten(0, -2), labels.long().flatten(), ignore_index=IGNORED, reduction="sum")
     return total / max(len(counted), 1)
+
+
+def _check_labels(logits: Tensor, labels: Tensor) -> None:
+    if not isinstance(labels, Tensor):
+        raise InputError(f"labels are a tensor, got {shown(labels)} ({type(labels).__name__}); torch.tensor(...) makes one of a list")
+    if labels.is_complex() or labels.device != logits.device:
+        raise InputError(f"labels are integers or floats on {logits.device}, where the model is, got {labels.dtype} on {labels.device}")
+
+
+def _check_numbers(labels: Tensor, low: float, high: float) -> None:
+    """Refuse labels that are NaN, infinite or beyond what the loss is defined for; on other devices looking would wait for them."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.is_floating_point():
+        return
+    wrong = labels[~(labels.isfinite() & (labels >= low) & (labels <= high))]
+    if len(wrong):
+        wanted = "finite numbers" if high == math.inf else f"in [{low}, {high}], the share to which each of several holds"
+        raise InputError(f"labels are {wanted}, got {wrong[0].item()} ({len(wrong)} of {labels.numel()} do not fit)")
 
 
 def _exact(x: Tensor) -> Tensor:

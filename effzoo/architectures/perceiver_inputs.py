@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from effzoo.architectures.embeddings import check_inputs
+from effzoo.architectures.embeddings import check_inputs, check_tensors
 from effzoo.architectures.perceiver_config import PerceiverConfig
 from effzoo.errors import InputError
 from effzoo.sites import Embedding
@@ -54,6 +54,7 @@ class Inputs(nn.Module):
     def check(self, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None, position_ids: Tensor | None, rows: int) -> None:
         """Raise InputError for what does not fit."""
         config = self.config
+        check_tensors(input_ids=ids, inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids)
         if ids is not None and self.token is None:
             raise InputError(
                 f"{config.name} reads arrays of numbers: give inputs_embeds [batch, {_axes(config.grid)}, {config.channels}], not input_ids"
@@ -72,6 +73,8 @@ class Inputs(nn.Module):
                 f"got {embeds.dtype} of shape {tuple(embeds.shape)}"
             )
         axes = tuple(embeds.shape[1:-1])
+        if len(embeds) == 0:
+            raise InputError("there is nothing to compute with: a batch of 0")
         if 0 in axes or any(size > most for size, most in zip(axes, config.grid, strict=True)):
             raise InputError(f"an input of {_axes(axes)} does not fit into the grid of {_axes(config.grid)}; build the model with grid={axes}")
         shapes = (embeds.shape[:-1], (len(embeds), math.prod(axes)))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from effzoo.architectures.config import Config
-from effzoo.architectures.embeddings import Embeddings, check_inputs
+from effzoo.architectures.embeddings import Embeddings, check_inputs, check_tensors
 from effzoo.architectures.function import function_of
 from effzoo.architectures.heads import Classification, head
 from effzoo.architectures.output import Output
@@ -24,7 +24,7 @@ from effzoo.blocks.block import Block
 from effzoo.blocks.experts import Experts, balancing
 from effzoo.blocks.feedforward import FeedForward
 from effzoo.blocks.reversible import reversible, states, two_streams
-from effzoo.errors import IncompatibleError, IncompatiblePeft, OptionError
+from effzoo.errors import IncompatibleError, IncompatiblePeft, InputError, OptionError
 from effzoo.recompute import Level, recompute
 from effzoo.sites import Linear, Model, Side
 from effzoo.spec import Spec, parse_one
@@ -125,6 +125,9 @@ class Transformer(Model):
             self.config, rows + before, start - before, input_ids, inputs_embeds, attention_mask=attention_mask, token_type_ids=token_type_ids,
             position_ids=position_ids, global_attention_mask=global_attention_mask,
         )  # fmt: skip
+        check_tensors(labels=labels, task_ids=task_ids)
+        if cache is not None and not isinstance(cache, Cache):
+            raise InputError(f"cache is an effzoo.attention.Cache, got {type(cache).__name__}")
         valid = self._valid(attention_mask)
         position_ids = None if position_ids is None else position_ids + before
         for told in self.told:

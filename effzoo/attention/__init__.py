@@ -3,6 +3,7 @@
 `names()`, `get(name)`, `options(name)` and `register(name)` are the registry's view of this kind.
 """
 
+from effzoo.annotations import check_arguments
 from effzoo.attention import blockwise, full, linformer, local, longformer, lsh, perceiver
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask, memory_part
 from effzoo.attention.kernel import attend
@@ -34,3 +35,5 @@ __all__ = [
     "perceiver",
     "register",
 ]
+
+check_arguments(globals())

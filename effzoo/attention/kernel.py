@@ -144,7 +144,7 @@ def _(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("effzoo::flash", mutates_args=())
 def _opaque_flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
     """The flash operator as compiled graphs take it: with dense results, whatever strides the compiler believes in."""
-    out, lse = _aten_flash(q.contiguous(), k.contiguous(), v.contiguous(), 0.0, causal, attn_mask=bias, scale=scale)
+    out, lse = _honest_flash(q.contiguous(), k.contiguous(), v.contiguous(), bias, causal, scale)
     return out.contiguous(), lse.contiguous()
 
 
@@ -173,7 +173,20 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, s
     """Flash attention of one part: output [g, h, m, d] and log-sum-exp [g, h, m]."""
     if torch.compiler.is_compiling():
         return _opaque_flash(q, k, v, bias, causal, scale)
-    return _aten_flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    return _honest_flash(q, k, v, bias, causal, scale)
+
+
+def _honest_flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
+    """The flash operator, with NaN where the definition has NaN: without a bias it makes 0 of a row whose scores are NaN, and 0 of its log-sum-exp.
+
+    Looking for that 0 costs one pass over the log-sum-exps, which have one number for each row of q.
+    """
+    out, lse = _aten_flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    if bias is not None or isinstance(lse, FakeTensor) or lse.is_meta or bool(lse.all()):
+        return out, lse
+    largest = k.abs().amax(dim=(-1, -2), keepdim=True).to(lse.dtype)[..., 0] * q.abs().amax(dim=-1).to(lse.dtype) * q.shape[-1]
+    lost = (lse == 0) & ~largest.isfinite()  # NaN, or products that overflow with both signs
+    return out.masked_fill(lost[..., None], math.nan), lse.masked_fill(lost, math.nan)
 
 
 def _flash_backward(

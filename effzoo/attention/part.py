@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from effzoo.attention.band import Band
+from effzoo.errors import InputError
 
 
 def _same(x: Tensor) -> Tensor:
@@ -154,5 +155,7 @@ class Tiled:
 
 def bias_of(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """A boolean mask (True = may attend) as an additive bias: 0 where allowed, -inf elsewhere."""
+    if allowed.dtype != torch.bool:
+        raise InputError(f"what is allowed is a boolean tensor (True = may attend), got {allowed.dtype}")
     yes, no = (torch.full((), value, dtype=dtype, device=allowed.device) for value in (0.0, -math.inf))
     return torch.where(allowed, yes, no)

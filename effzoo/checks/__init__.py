@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from effzoo.annotations import check_arguments
 from effzoo.checks import attention, in_model, models, peft
 from effzoo.checks.runner import Check, Report, Result, run, source_of
 from effzoo.errors import UnknownNameError
@@ -44,3 +45,5 @@ def check(kind: str, name: str, *, only: Collection[str] | None = None, on_resul
 
 
 __all__ = ["KINDS", "Report", "Result", "check"]
+
+check_arguments(globals())

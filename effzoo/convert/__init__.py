@@ -4,8 +4,11 @@ One file per layout (`bert`, `roberta`, `longformer`, `gpt2`) holds a reversible
 reads adapters in the files of the `peft` package, for the model of transformers that the key map leads to.
 """
 
+from effzoo.annotations import check_arguments
 from effzoo.convert.exporting import to_transformers
 from effzoo.convert.importing import from_transformers, load_pretrained
 from effzoo.convert.source import source_of
 
 __all__ = ["from_transformers", "load_pretrained", "source_of", "to_transformers"]
+
+check_arguments(globals())

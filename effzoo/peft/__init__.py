@@ -3,6 +3,7 @@
 `names()`, `get(name)`, `options(name)` and `register(name)` are the registry's view of this kind.
 """
 
+from effzoo.annotations import check_arguments
 from effzoo.peft import combined, function, input, modular, parameter
 from effzoo.peft.accounting import Account, Flops, account, flops, ranks
 from effzoo.peft.aggregation import Combined, combine
@@ -74,3 +75,5 @@ __all__ = [
     "unmerge",
     "within",
 ]
+
+check_arguments(globals())

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from effzoo.annotations import Count, NotNegative
 from effzoo.peft.attach import acting, activate, attached, base_tensors
 from effzoo.peft.budget import without_memory
 from effzoo.peft.files import stored_tensors
@@ -57,7 +58,7 @@ class Account:
         return "\n".join(lines)
 
 
-def ranks(model: nn.Module, name: str = "default", tolerance: float | None = None) -> dict[str, int]:
+def ranks(model: nn.Module, name: str = "default", tolerance: NotNegative | None = None) -> dict[str, int]:
     """The numerical rank of the change of every matrix that merging the adapter would change, by its key: by SVD in float64.
 
     tolerance: singular values up to it count as 0; None is torch's, the largest one times max(shape) times the float64 epsilon.
@@ -85,7 +86,7 @@ class Flops:
         return 100 * (self.merged / self.base - 1)
 
 
-def flops(model: nn.Module, length: int = 128) -> Flops:
+def flops(model: nn.Module, length: Count = 128) -> Flops:
     """Count one forward pass of a sequence of `length` tokens: the base, with the active adapters, and with them merged where that is possible.
 
     Nothing is computed: the model runs on shapes alone. Elementwise work is not counted, so (IA)3 or BitFit seem free while attached.

@@ -14,6 +14,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from effzoo.annotations import Count, Number, Probability, Seed, Share
 from effzoo.errors import AdapterError, OptionError, UnknownNameError
 from effzoo.peft.attach import _known, attach
 from effzoo.peft.merging import delta, merged_parameters
@@ -43,14 +44,14 @@ class Combined:
 
 def combine(
     model: nn.Module,
-    weights: Mapping[str, float],
+    weights: Mapping[str, Number],
     *,
     name: str,
     how: How = "sum",
-    keep: float = 0.2,
-    drop: float = 0.9,
-    seed: int = 0,
-    rank: int | None = None,
+    keep: Share = 0.2,
+    drop: Probability = 0.9,
+    seed: Seed = 0,
+    rank: Count | None = None,
     head: str | None = None,
 ) -> Combined:
     """Attach a new adapter `name`, active, whose change of the base is a combination of those of attached adapters, which stay.
@@ -76,6 +77,8 @@ def combine(
     else:
         total = add([dropped(each, drop, seed + i) for i, each in enumerate(scaled)] if how == "dare" and len(scaled) > 1 else scaled)
     everything = dict(sites(model))
+    if any(not bool(x.isfinite().all()) for x in total.values()):
+        raise AdapterError(f"the combination of {' and '.join(weights)} holds NaN or infinity; look for it in their tensors, or give smaller weights")
     changed = {key.rpartition(".")[0]: everything[key.rpartition(".")[0]] for key in total}
     if not changed:
         raise AdapterError(f"{' and '.join(weights)} change nothing but task heads, so there is nothing to combine")
@@ -116,6 +119,8 @@ def dropped(change: Changes, drop: float, seed: int) -> Changes:
 
 
 def _trimmed(change: Changes, keep: float) -> Changes:
+    if not change:  # of an adapter that has learned nothing yet
+        return {}
     magnitudes = torch.cat([x.abs().flatten() for x in change.values()])
     least = magnitudes.topk(max(1, round(keep * len(magnitudes)))).values[-1]
     return {key: x * (x.abs() >= least) for key, x in change.items()}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from effzoo.annotations import Count
 from effzoo.errors import OptionError
 from effzoo.peft.attach import attach, attached, detach
 from effzoo.peft.method import HEAD, Method
@@ -17,10 +18,11 @@ from effzoo.sites import sites
 from effzoo.spec import Spec, parse_one
 
 NAME = "within_budget"
+MOST = 2**20  # the largest size that is tried
 REFUSED = 2**62  # more than any budget
 
 
-def within(model: nn.Module, method: str | Spec, trainable: int) -> Spec:
+def within(model: nn.Module, method: str | Spec, trainable: Count) -> Spec:
     """The spec with its size option (`Method.size`) as large as `trainable` parameters allow, the task head not counted.
 
     Whole-number sizes are searched by doubling and halving, shares (float options) by bisection; the count must grow with the size. The model
@@ -36,6 +38,8 @@ def within(model: nn.Module, method: str | Spec, trainable: int) -> Spec:
         best = _share(lambda size: _trained(shadow, spec, cls.size, size), trainable)
     else:
         best = _whole(lambda size: _trained(shadow, spec, cls.size, size), trainable)
+    if best is not None and isinstance(best, int) and best >= MOST:
+        raise OptionError(f"{spec.name} trains fewer than {trainable:,} parameters here at every {cls.size} up to {MOST:,}; give a smaller budget")
     if best is None:
         raise OptionError(f"{spec.name} trains more than {trainable:,} parameters here at any {cls.size}; give other options, targets or layers")
     return Spec(spec.name, {**spec.options, cls.size: best})
@@ -47,7 +51,7 @@ def _whole(count: Any, budget: int) -> int | None:
     if unit is None or count(unit) > budget:
         return None
     low = 1
-    while low < 2**20 and count(2 * low * unit) <= budget:
+    while low < MOST and count(2 * low * unit) <= budget:
         low *= 2
     high = 2 * low
     while high - low > 1:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effzoo.annotations import Count, Fraction, Positive
 from effzoo.errors import IncompatibleError, TrainingError
 from effzoo.peft.attach import acting, attached
 from effzoo.peft.method import Batches, Method, Modules, Stage
@@ -103,7 +104,7 @@ def _said(given: Sequence[Stage]) -> str:
     return ", ".join(stage.name for stage in given)
 
 
-def timetable(model: nn.Module, total: int) -> list[tuple[Stage, int]]:
+def timetable(model: nn.Module, total: Count) -> list[tuple[Stage, int]]:
     """The stages with their numbers of optimizer steps, which add up to total: boundaries are rounded, and no stage is empty.
 
     Raises TrainingError when there are fewer steps than stages.
@@ -120,7 +121,7 @@ def timetable(model: nn.Module, total: int) -> list[tuple[Stage, int]]:
     return steps
 
 
-def settled(model: nn.Module, total: int) -> int:
+def settled(model: nn.Module, total: Count) -> int:
     """The first step after which the adapter is what its options say: in the last stage, when schedules have come to their end.
 
     A checkpoint from before that, of a network that is not yet pruned, say, is no result of the run, however good it is.
@@ -137,7 +138,7 @@ def begin(model: nn.Module, stage: Stage) -> None:
             method.begin(stage.name, modules)
 
 
-def schedule(model: nn.Module, progress: float) -> None:
+def schedule(model: nn.Module, progress: Fraction) -> None:
     """Tell methods how much of the stage is done, in [0, 1), before an optimizer step."""
     for method, modules in hooked(model, "schedule"):
         method.schedule(modules, progress)
@@ -164,7 +165,7 @@ def finish(model: nn.Module, *names: str) -> None:
                 attachment.finished = True
 
 
-def learning_rates(model: nn.Module, given: float | None = None) -> dict[str, float]:
+def learning_rates(model: nn.Module, given: Positive | None = None) -> dict[str, float]:
     """The learning rate of each trainable parameter of the active adapters, by name: the given one, or its method's own, times `rates`."""
     found: dict[str, float] = {}
     owners = {(name, method.name): method for name in acting(model) for method, _ in attached(model)[name].methods}

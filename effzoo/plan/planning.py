@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from effzoo import zoo
+from effzoo.annotations import Count
 from effzoo.architectures import PerceiverConfig
 from effzoo.build import build
 from effzoo.errors import EffzooError, IncompatibleError, InputError, OptionError, UnknownNameError
@@ -30,8 +31,8 @@ def plan(
     model: nn.Module | str,
     peft: Any = None,
     *,
-    batch: int = 1,
-    length: int | None = None,
+    batch: Count = 1,
+    length: Count | None = None,
     dtype: torch.dtype | str | None = None,
     precision: str = "plain",
     optimizer: str = "adamw",

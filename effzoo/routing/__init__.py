@@ -3,6 +3,7 @@
 `router.py` is the contract, the others are on the registry: `effzoo.routing.names()`. `losses.py` balances, `watch.py` shows how experts are used.
 """
 
+from effzoo.annotations import check_arguments
 from effzoo.registry import router as _view
 from effzoo.routing import balanced, by_task, mixtures, top_k
 from effzoo.routing.assignment import assign
@@ -36,3 +37,5 @@ __all__ = [
     "watch",
     "z_loss",
 ]
+
+check_arguments(globals())

@@ -27,6 +27,8 @@ def assign(scores: Tensor) -> Tensor:
     The sum of the scores is the largest possible one, up to the rounding of float64. Computed on the CPU. Raises InputError for scores that are not
     finite.
     """
+    if scores.ndim != 2 or scores.is_complex():
+        raise InputError(f"scores are real numbers [tokens, experts], got {scores.dtype} of shape {tuple(scores.shape)}")
     tokens, experts = scores.shape
     exact = scores.double().cpu()
     if not bool(exact.isfinite().all()):

@@ -7,13 +7,16 @@ import math
 import torch
 from torch import Tensor
 
+from effzoo.annotations import Count
+from effzoo.errors import InputError
+
 
 def importance_loss(weights: Tensor) -> Tensor:
     """CV(I)^2 of the importance I_i = sum over tokens of the weights [tokens, experts] (Shazeer et al. 2017, arXiv:1701.06538, equations 6 and 7)."""
     return squared_variation(weights.sum(dim=0))
 
 
-def load_loss(clean: Tensor, noisy: Tensor, deviation: Tensor, k: int) -> Tensor:
+def load_loss(clean: Tensor, noisy: Tensor, deviation: Tensor, k: Count) -> Tensor:
     """CV(L)^2 of the smooth load L_i, the expected number of tokens that expert i gets if the noise on it is drawn again (appendix A there).
 
         P(x, i) = Phi((clean_i - kth(noisy without i, k)) / deviation_i),   L_i = sum over tokens of P(x, i)
@@ -21,12 +24,22 @@ def load_loss(clean: Tensor, noisy: Tensor, deviation: Tensor, k: int) -> Tensor
     clean, noisy, deviation [tokens, experts]: scores without and with noise, and the noise's standard deviation. k: how many are kept, fewer than
     there are experts. A deviation below the epsilon of its dtype counts as that, so that gradients stay finite.
     """
+    _check_alike(clean=clean, noisy=noisy, deviation=deviation)
+    if k >= noisy.shape[-1]:
+        raise InputError(f"k is below the number of experts, {noisy.shape[-1]}, got {k}; with all experts kept their load is even")
     top = noisy.topk(k + 1, dim=-1).values
     inside = noisy >= top[:, k - 1 : k]
     threshold = torch.where(inside, top[:, k : k + 1], top[:, k - 1 : k])  # the k-th largest of the others
     scale = deviation.clamp(min=torch.finfo(deviation.dtype).eps) * math.sqrt(2)
     kept = 0.5 * (1 + torch.erf((clean - threshold) / scale))
     return squared_variation(kept.sum(dim=0))
+
+
+def _check_alike(**given: Tensor) -> None:
+    """Refuse tensors that are not [tokens, experts] of one shape."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
+    if len(set(shapes.values())) > 1 or any(len(shape) != 2 for shape in shapes.values()):
+        raise InputError(f"{' and '.join(shapes)} are [tokens, experts] of one shape, got {shapes}")
 
 
 def squared_variation(values: Tensor) -> Tensor:
@@ -39,6 +52,7 @@ def switch_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
 
     1 where both are uniform, its least value for f = P; up to N where one expert has all. chosen bool[tokens, experts] has no gradient.
     """
+    _check_alike(probabilities=probabilities, chosen=chosen)
     experts = probabilities.shape[-1]
     return experts * (chosen.to(probabilities).mean(dim=0) * probabilities.mean(dim=0)).sum()
 

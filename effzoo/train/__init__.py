@@ -1,8 +1,11 @@
 """Training: `finetune` (`run`), `predict`, the Trainer under it (`trainer`), batches (`batches`), data checks
 (`examples`), files (`checkpoints`), and learning from a teacher (`distillation`, `teaching`)."""
 
+from effzoo.annotations import check_arguments
 from effzoo.train.distillation import Distillation
 from effzoo.train.predict import predict
 from effzoo.train.run import Result, finetune
 
 __all__ = ["Distillation", "Result", "finetune", "predict"]
+
+check_arguments(globals())

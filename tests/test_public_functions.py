@@ -1,0 +1,131 @@
+"""Every public function refuses what its annotations do not say, with a sentence; a new one is walked by itself."""
+
+import copy
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+import effzoo
+from effzoo.annotations import check_arguments, checked
+from effzoo.errors import ArgumentError, EffzooError, InputError, OptionError
+
+MODULES = ("effzoo", "effzoo.peft", "effzoo.attention", "effzoo.routing", "effzoo.convert", "effzoo.data", "effzoo.checks", "effzoo.train")
+FUNCTIONS = {
+    f"{path}.{name}": getattr(module, name)
+    for path, module in ((path, importlib.import_module(path)) for path in MODULES)
+    for name in module.__all__
+    if inspect.isroutine(getattr(module, name))
+}
+WRONG = (None, 3, -1, 2.5, float("nan"), "x", b"", object(), [], {}, (None,), Path("nowhere"), torch.zeros(2))
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    """Something that fits, by the name of the parameter."""
+    sizes = {"layers": 1, "dim": 16, "heads": 2, "mlp": 32, "vocab": 50, "max_length": 32}
+    model = effzoo.build("bert", peft="lora[rank=2]", task="classification", **sizes)
+    x = torch.rand(4, 4)
+    return {
+        "model": model, "peft": "ia3", "name": "default", "names": "lora", "directory": tmp_path_factory.mktemp("out"),
+        "weights": {"default": 1.0},
+        "kind": "attention", "only": (), "path": "nowhere.py", "output_dir": tmp_path_factory.mktemp("run"), "train": [],
+        "examples": [],
+        "attention": "local", "n": 60, "input_ids": torch.ones(1, 3, dtype=torch.long), "stage": effzoo.peft.Stage("x", 1.0), "batches": [],
+        "given": "lora", "mixture": "default", "expert": 0, "adapters": ["default"], "progress": 0.5, "total": 10, "method": "lora",
+        "trainable": 10**4,
+        "allowed": x > 0.5, "dtype": torch.float32, "q": torch.rand(1, 2, 3, 4), "memory": None, "scores": x, "clean": x, "noisy": x,
+        "deviation": x,
+        "k": 1, "probabilities": x, "chosen": x > 0.5, "routing": None, "source": "nowhere/at/all", "config": model.config, "data": [],
+        "tokenizer": None,
+        "max_length": 8, "parts": (0.5, 0.5), "task": "classification",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FUNCTIONS)
+def test_a_wrong_argument_is_refused_with_a_sentence(path, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    function = FUNCTIONS[path]
+    assert hasattr(function, "checks_arguments"), f"end the module of {path} with check_arguments(globals())"
+    parameters = inspect.signature(function).parameters.values()
+    for asked in parameters:
+        if asked.kind is asked.VAR_KEYWORD:
+            continue
+        for wrong in WRONG:
+            given = {p.name: arguments[p.name] for p in parameters if p.default is p.empty and p.name in arguments and p is not asked}
+            given = {key: copy.deepcopy(value) if key == "model" else value for key, value in given.items()}
+            by_place = [*(given.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name in given)]
+            if asked.kind is asked.VAR_POSITIONAL:
+                by_place = [*by_place, wrong]
+            elif asked.default is asked.empty and asked.kind is asked.POSITIONAL_OR_KEYWORD:
+                by_place = []
+                given = {**{p.name: arguments.get(p.name) for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}, **given}
+                given[asked.name] = wrong
+            else:
+                given[asked.name] = wrong
+            given.pop("names", None)
+            try:
+                result = function(*by_place, **given)
+                if inspect.isgenerator(result):
+                    next(result, None)
+            except EffzooError as error:
+                assert len(str(error).split()) > 2
+            except Exception as error:
+                raise AssertionError(f"{path}({asked.name}={wrong!r}) raised {type(error).__name__}: {error}") from error
+
+
+def test_a_function_that_is_exported_later_is_checked_too():
+    def made(model: torch.nn.Module, size: "int | None" = None, *names: str) -> str:
+        return f"{size} {names}"
+
+    module = {"made": made, "__all__": ["made"]}
+    check_arguments(module)
+    check_arguments(module)  # twice is once
+    assert module["made"](torch.nn.ReLU(), 3, "a") == "3 ('a',)" and checked(module["made"]) is module["made"]
+    for given in (("x",), (torch.nn.ReLU(), "3"), (torch.nn.ReLU(), True), (torch.nn.ReLU(), 3, "a", 4)):
+        with pytest.raises(ArgumentError, match="made: (model|size|names) takes"):
+            module["made"](*given)
+    with pytest.raises(OptionError, match="made: size is a number of at most 63 bits, got 9"):
+        module["made"](torch.nn.ReLU(), size=9 * 10**30)
+
+
+SIZES = {"layers": 1, "dim": 16, "heads": 2, "mlp": 32, "vocab": 50, "max_length": 32}
+IDS = torch.ones(2, 4, dtype=torch.long)
+INPUTS = [
+    {"input_ids": [[1, 2]]}, {"input_ids": IDS.float()}, {"input_ids": -IDS}, {"input_ids": IDS + 49}, {"input_ids": IDS[0]}, {"input_ids": IDS[:0]},
+    {"input_ids": IDS[:, :0]}, {"input_ids": IDS[None]}, {"input_ids": "x"}, {"input_ids": None}, {"input_ids": IDS.repeat(1, 9)},
+    {"input_ids": IDS.bool()},
+    {"attention_mask": [[1, 1]]}, {"attention_mask": IDS[:1]}, {"attention_mask": 2 * IDS}, {"attention_mask": IDS * float("nan")},
+    {"position_ids": IDS.float()}, {"position_ids": -IDS}, {"inputs_embeds": torch.zeros(2, 4, 16)}, {"input_ids": None, "inputs_embeds": [1.0]},
+    {"input_ids": None, "inputs_embeds": torch.zeros(2, 4, 15)}, {"input_ids": None, "inputs_embeds": torch.zeros(0, 4, 16)},
+]  # fmt: skip
+LABELS = {
+    "classification": [torch.tensor([0, 5]), torch.tensor([-1, 0]), torch.zeros(2, 2, 2), torch.tensor([[float("nan"), 1.0]] * 2), [0, 1], IDS,
+                       torch.tensor([[-3.0, 7.0]] * 2), torch.tensor([[float("inf"), 0.0]] * 2), torch.zeros(2).cfloat(), torch.zeros(3).long()],
+    "causal_lm": [torch.zeros(2).long(), IDS.float(), IDS + 49, IDS[:1], IDS[:, :3], torch.zeros(2, 4, 50), torch.tensor(0), "x", IDS.to("meta")],
+    "token_classification": [torch.zeros(2).long(), IDS.float(), IDS + 1, IDS[:, :3], 3],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "perceiver-io"])
+def test_inputs_that_do_not_fit_are_refused_with_a_sentence(name):
+    more = {"channels": 16, "latents": 4, "decoder_head_dim": 8, "head_dim": 8, "cross_head_dim": 8, "value_dim": 8, "cross_value_dim": 8}
+    more |= {"cross_heads": 2, "decoder_value_dim": 8, "query_dim": 16}
+    model = effzoo.build(name, **SIZES, **(more if name == "perceiver-io" else {}))
+    for given in INPUTS:
+        with pytest.raises(InputError):
+            model(**{"input_ids": IDS, **given})
+
+
+@pytest.mark.parametrize("task", LABELS)
+def test_labels_that_do_not_fit_are_refused_with_a_sentence(task):
+    model = effzoo.build("gpt2" if task == "causal_lm" else "bert", **SIZES, task=task)
+    for labels in LABELS[task]:
+        with pytest.raises(InputError, match="labels"):
+            model(input_ids=IDS, labels=labels)
+    single = effzoo.build("bert", **SIZES, task="classification", num_labels=1)
+    with pytest.raises(InputError, match="finite numbers, got nan"):
+        single(input_ids=IDS, labels=torch.tensor([0.5, float("nan")]))
+    assert single(input_ids=IDS, labels=torch.tensor([-3.0, 7.0])).loss.isfinite()
