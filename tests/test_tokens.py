@@ -142,6 +142,39 @@ def test_new_rows_are_those_that_were_added_and_the_file_names_them(tmp_path):
     assert torch.allclose(grown(**batch(vocab=60)).logits[..., :60], model(**batch(vocab=60)).logits, atol=1e-9)
 
 
+def test_an_adapter_with_the_new_rows_loads_on_the_base_whatever_its_new_rows_are(tmp_path):
+    """Its file holds them; those of the base, which are drawn, do not count. Every other row does."""
+    base = built(task="causal_lm")
+    model = moved(effzoo.attach(effzoo.resize_vocabulary(copy.deepcopy(base), 60, seed=3), "lora|tokens[ids=new]"))
+    effzoo.save_adapter(model, tmp_path)
+    with pytest.raises(
+        AdapterError, match=r"vocab: 60 in the file, 53 in this model; give the model its tokens first: effzoo.resize_vocabulary\(model, 60\)"
+    ):
+        effzoo.load_adapter(copy.deepcopy(base), tmp_path)
+    again = effzoo.load_adapter(effzoo.resize_vocabulary(copy.deepcopy(base), 60, init="normal"), tmp_path)
+    x = batch(vocab=60)["input_ids"]
+    assert torch.equal(again(x).logits, model(x).logits)
+    effzoo.peft.files.swap_weights(again, tmp_path)
+    with torch.no_grad():
+        other = effzoo.resize_vocabulary(copy.deepcopy(base), 60)
+        other.embeddings.token.weight[52] += 1
+    with pytest.raises(AdapterError, match=r"embeddings.token.weight: .* without rows 53-59 in the file"):
+        effzoo.load_adapter(other, tmp_path)
+    manifest = read_manifest(tmp_path)
+    tensors = effzoo.peft.files.fingerprint(other, rows={"embeddings.token.weight": "52-59"}).tensors
+    forged = dataclasses.replace(manifest, fingerprint=dataclasses.replace(manifest.fingerprint, tensors=tensors))
+    (tmp_path / "adapter.json").write_bytes(forged.written())
+    with pytest.raises(AdapterError, match="brings rows 53-59 of embeddings.token.weight, and its manifest has no hash of 52-59"):
+        effzoo.load_adapter(other, tmp_path)
+
+
+def test_an_adapter_of_before_refuses_a_resized_base_with_advice(tmp_path):
+    base = built()
+    effzoo.save_adapter(effzoo.attach(copy.deepcopy(base), "lora"), tmp_path)
+    with pytest.raises(AdapterError, match="vocab: 53 in the file, 60 in this model; load it into the model that it was trained on, and call"):
+        effzoo.load_adapter(effzoo.resize_vocabulary(base, 60), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("ids", "numbers"),
     [(5, [5]), ((7, 5), [5, 7]), ("5-7", [5, 6, 7]), ("5-7+9", [5, 6, 7, 9]), (["9", "5-6"], [5, 6, 9]), (None, list(range(53))), ("52", [52])],

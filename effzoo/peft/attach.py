@@ -19,7 +19,7 @@ from effzoo.errors import AdapterError, IncompatiblePeft, OptionError, TargetErr
 from effzoo.peft.method import ALL_LINEAR, HEAD, Method
 from effzoo.peft.state import Adapters, Attachment, act, adapters_of, transition
 from effzoo.registry import peft as registry
-from effzoo.sites import WITHOUT_SCALE, Activity, Linear, PeftModule, Site, sites, unwrap
+from effzoo.sites import WITHOUT_SCALE, Activity, Linear, PeftModule, Site, TiedLinear, sites, unwrap
 from effzoo.spec import Spec, parse
 
 M = TypeVar("M", bound=nn.Module)
@@ -221,14 +221,14 @@ def targets(model: nn.Module, method: Method) -> dict[str, Site]:
             )
         found.update(matched)
     if not found and not method.targets and not any(isinstance(site, method.accepts) for site in everything.values()):
-        kinds = " or ".join(cls.__name__ for cls in method.accepts)
+        kinds = _kinds(method)
         suggestion = "use it on a model that has them, or another method"
         raise IncompatiblePeft(method.name, "this model", f"it hangs on {kinds} sites, of which there are none", suggestion)
     if not found:
         raise TargetError(f"{method.name}: nothing in this model matches {listing(patterns)}. Roles: {listing(roles(model))}.")
     for path, site in found.items():
         if not isinstance(site, method.accepts):
-            accepted = " or ".join(cls.__name__ for cls in method.accepts)
+            accepted = _kinds(method)
             raise TargetError(f"{method.name} hangs on {accepted} sites; {site.role!r} ({path}) is {type(site).__name__}")
     return found
 
@@ -238,6 +238,11 @@ def _matches(site: Site, pattern: str) -> bool:
     if pattern == ALL_LINEAR:
         return isinstance(site, Linear) and site.layer is not None
     return fnmatchcase(site.role, pattern)
+
+
+def _kinds(method: Method) -> str:
+    """The kinds of sites that a method hangs on, in words; a tied head is a linear layer to whoever names sites."""
+    return " or ".join(dict.fromkeys("Linear" if cls is TiedLinear else cls.__name__ for cls in method.accepts))
 
 
 def _layers(method: Method, everything: dict[str, Site]) -> set[int | None]:

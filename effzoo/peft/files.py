@@ -29,10 +29,11 @@ from torch import Tensor, nn
 
 from effzoo.errors import AdapterError, EffzooError, UnknownNameError
 from effzoo.peft.attach import _known, adapter_tensors, attach, attached
-from effzoo.peft.fingerprint import Fingerprint, content_hash, difference, fingerprint
+from effzoo.peft.fingerprint import Fingerprint, content_hash, difference, fingerprint, rows_left_out
 from effzoo.peft.manifest import MANIFEST, TENSORS, UNPROVED, Manifest, read_manifest
 from effzoo.peft.method import HEAD
 from effzoo.peft.parameter.selected import Copy
+from effzoo.peft.parameter.tokens import spans
 from effzoo.peft.rehearsal import rehearse
 from effzoo.peft.rounded import BaseRounding, compare, differing_kind, kept_of
 from effzoo.peft.state import transition
@@ -85,7 +86,7 @@ def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "defaul
         specs=attachment.specs,
         finished=attachment.finished,
         base=str(getattr(getattr(model, "config", None), "name", type(model).__name__)),
-        fingerprint=fingerprint(model, without=replaced(model, name)),
+        fingerprint=fingerprint(model, without=replaced(model, name), rows=replaced_rows(model, name)),
         tensors=f"adapter-{digest[:16]}.safetensors",
         sha256=digest,
         size=len(content),
@@ -202,6 +203,12 @@ def replaced(model: nn.Module, name: str) -> set[str]:
     }
 
 
+def replaced_rows(model: nn.Module, name: str) -> dict[str, str]:
+    """By key of a tensor of the base, the rows of it, as in "5-7+9", that an adapter puts its own in the place of (`tokens`)."""
+    found = {path: {row for module in site.hung(name) for row in module.replaces()} for path, site in sites(model) if name in site.adapters}
+    return {f"{path}.weight": spans(sorted(rows)) for path, rows in found.items() if rows}
+
+
 def _read(directory: Path) -> tuple[Manifest, dict[str, Tensor]]:
     """What a folder holds, old or new while somebody writes to it."""
     manifest = read_manifest(directory)
@@ -278,8 +285,8 @@ def _check_base(
 ) -> tuple[Fingerprint, BaseRounding | None]:
     """The fingerprint of the model, heads included, which is that of the manifest but for what the adapter brings itself; and what lies between the
     bases, where rounding may."""
-    model = unwrap(model)
-    ours, theirs = fingerprint(model), manifest.fingerprint
+    model, theirs = unwrap(model), manifest.fingerprint
+    ours = fingerprint(model, rows=rows_left_out(theirs))
     if manifest.format == 1:
         if not trust_base:
             raise AdapterError(
@@ -312,12 +319,28 @@ def _check_base(
         advice = "build the model with the same name, sizes, attention and pretrained weights"
         if found.split(": ")[0].rpartition(".")[0] in heads:
             advice = "its methods change this head and bring none, so give the model the head it had then, or target what is no head"
+        if found.startswith("vocab: "):
+            advice = _resize(theirs.facts.get("vocab"), ours.facts.get("vocab"))
         raise AdapterError(f"the adapter in {directory} was trained on another base ({manifest.base!r}): {found}; {advice}")
     return ours, None
 
 
+def _resize(theirs: Any, ours: Any) -> str:
+    """What to do about another number of tokens."""
+    if isinstance(theirs, int) and isinstance(ours, int) and theirs > ours:
+        return f"give the model its tokens first: effzoo.resize_vocabulary(model, {theirs})"
+    return "load it into the model that it was trained on, and call effzoo.resize_vocabulary with the adapter attached, which keeps it"
+
+
 def _check_head(shapes: nn.Module, name: str, base: Fingerprint, manifest: Manifest, directory: Path) -> None:
-    """Refuse a file without the hash of a head that the adapter changes and does not bring."""
+    """Refuse a file without the hash of a head, or of rows, that the adapter changes and does not bring."""
+    left_out = rows_left_out(manifest.fingerprint)
+    if unproved := [key for key, rows in left_out.items() if replaced_rows(shapes, name).get(key) != rows]:
+        key = unproved[0]
+        brought = replaced_rows(shapes, name).get(key, "none")
+        raise AdapterError(
+            f"the adapter in {directory} brings rows {brought} of {key}, and its manifest has no hash of {left_out[key]}; save it again"
+        )
     lacking = base.tensors.keys() - manifest.fingerprint.tensors.keys() - replaced(shapes, name)
     if lacking and manifest.format == 1:
         log.warning("%s: nothing proves the base's %s, which the adapter changes", directory, min(lacking))

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effzoo.errors import OptionError
+from effzoo.peft.parameter.tokens import numbers_of
 from effzoo.sites import unwrap
 
 NOT_THE_FUNCTION = {  # parameters of modules' constructors, and why they do not count
@@ -30,6 +32,7 @@ NOT_THE_FUNCTION = {  # parameters of modules' constructors, and why they do not
     "FeedForward.chunk": "the same result, fewer positions at a time", "Full.chunk": "the same result, fewer queries at a time",
     "Longformer.max_globals": "a limit: more global tokens are an error", "Side.narrow": "for networks of adapters",
 }  # fmt: skip
+WITHOUT = " without rows "
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Dropout)
 
 
@@ -49,18 +52,38 @@ class Fingerprint:
         return hashlib.sha256(json.dumps([self.facts, self.tensors], sort_keys=True).encode()).hexdigest()
 
 
-def fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> Fingerprint:
+def fingerprint(model: nn.Module, *, without: Collection[str] = (), rows: Mapping[str, str] | None = None) -> Fingerprint:
     """The fingerprint of a model without its adapters.
 
     model: any module; those that have a method `computes` (Transformer, Perceiver) give facts of their own.
     without: keys of tensors to leave out.
+    rows: by key of a tensor, rows of it to leave out, as in "5-7+9".
 
     Raises AdapterError for what is no model.
     """
     model = unwrap(model)
     own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    tensors = {key: described(value) for key, value in own if not _of_adapter(key) and key not in without}
+    tensors = {key: described(value) for key, value in own if not _of_adapter(key) and key not in without and key not in (rows or {})}
+    for key, value in own:
+        if rows is not None and key in rows:
+            tensors[key] = f"{described(_without(value, rows[key]))}{WITHOUT}{rows[key]}"
     return Fingerprint(facts(model), tensors)
+
+
+def rows_left_out(found: Fingerprint) -> dict[str, str]:
+    """`rows` of the call that gave a fingerprint."""
+    return {key: value.partition(WITHOUT)[2] for key, value in found.tensors.items() if WITHOUT in value}
+
+
+def _without(tensor: Tensor, rows: str) -> Tensor:
+    """The rows that are not named; the tensor itself for names of no rows of it."""
+    try:
+        named = numbers_of(rows, len(tensor))
+    except OptionError:
+        return tensor
+    kept = torch.ones(len(tensor), dtype=torch.bool, device=tensor.device)
+    kept[named] = False
+    return tensor.detach()[kept]
 
 
 def facts(model: nn.Module) -> dict[str, Any]:

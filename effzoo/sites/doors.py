@@ -101,6 +101,10 @@ class PeftModule(nn.Module):
         """The site's weight and bias got these rows at their ends; take as many more, so that nothing changes there yet."""
         raise NotImplementedError
 
+    def replaces(self) -> Sequence[int]:
+        """Rows of the site's weight that it puts rows of its own in the place of, whatever they are."""
+        return ()
+
     def opens(self, *doors: str) -> bool:
         """Whether this module overrides one of the named doors."""
         return any(getattr(type(self), door) is not getattr(PeftModule, door) for door in doors)

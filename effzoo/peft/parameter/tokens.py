@@ -28,14 +28,19 @@ class TokenTable(PeftModule):
     ids: Tensor
     grows = True
 
-    def __init__(self, ids: Tensor, weight: Tensor):
+    def __init__(self, numbers: Sequence[int], weight: Tensor):
         super().__init__()
+        self.numbers = tuple(numbers)
+        ids = torch.tensor(self.numbers, dtype=torch.long, device=weight.device)
         self.register_buffer("ids", ids)
         self.trained = nn.Parameter(weight.detach()[ids].clone())
         self.delta_rank = min(self.trained.shape)
 
     def weight(self, weight: Tensor) -> Tensor:
         return weight.index_copy(0, self.ids, self.trained.to(weight))
+
+    def replaces(self) -> Sequence[int]:
+        return self.numbers
 
     def changed(self, weight: Tensor | None, bias: Tensor | None) -> int:
         return self.trained.numel()
@@ -47,8 +52,8 @@ class TokenTable(PeftModule):
         ids, rows = tensors["ids"], tensors["rows"]
         if len(tensors) != 2 or ids.dtype != torch.long or ids.shape != self.ids.shape or rows.shape != self.trained.shape:
             raise ValueError(f"{tuple(ids.shape)} ids and rows of shape {tuple(rows.shape)}, where {len(self.ids)} rows are trained")
-        if not torch.equal(ids, self.ids.to(ids.device)):
-            raise ValueError(f"rows of the tokens {spans(ids.tolist())}, where the spec says {spans(self.ids.tolist())}")
+        if tuple(ids.tolist()) != self.numbers:
+            raise ValueError(f"rows of the tokens {spans(ids.tolist())}, where the spec says {spans(self.numbers)}")
         self.trained.copy_(rows)
 
     def grow(self, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -103,8 +108,8 @@ class Tokens(Method):
         token = next((site for _, site in sites(model) if isinstance(site, Embedding) and site.role == "embed.token"), None)
         rows = min(len(site.base()["weight"]) for site in found.values())
         added = 0 if token is None else token.added
-        self.ids = torch.tensor(self._numbers(rows, added), dtype=torch.long, device="cpu")
-        self.settled_options = {"ids": spans(self.ids.tolist())} if self.given else {}
+        self.numbers = self._numbers(rows, added)
+        self.settled_options = {"ids": spans(self.numbers)} if self.given else {}
         self.tied = tied
 
     def _numbers(self, rows: int, added: int) -> list[int]:
@@ -132,13 +137,22 @@ class Tokens(Method):
 
     def make(self, site: Site) -> PeftModule:
         cls = TokenRows if isinstance(site, Embedding) and not self.tied else TokenTable
-        weight = site.base()["weight"]
-        return cls(self.ids.to(weight.device, copy=True), weight)
+        return cls(self.numbers, site.base()["weight"])
 
 
 def spans(ids: Sequence[int]) -> str:
     """Ascending numbers as `5-7+9`."""
     return "+".join(str(first) if first == last else f"{first}-{last}" for first, last in _spans(ids))
+
+
+def numbers_of(text: str, below: int) -> list[int]:
+    """What `spans` wrote, or another text of its form, of numbers below a limit. Raises OptionError for anything else."""
+    found: list[int] = []
+    for first, last in _read(text):
+        if last >= below or first <= (found[-1] if found else -1):
+            raise OptionError(f"tokens: {text[:80]!r} does not name ascending tokens in [0, {below})")
+        found += range(first, last + 1)
+    return found
 
 
 def _spans(ids: Sequence[int]) -> Iterator[tuple[int, int]]:
