@@ -10,6 +10,7 @@ from effzoo.convert import from_transformers, to_transformers
 from effzoo.errors import AdapterError, IncompatibleError, OptionError
 from effzoo.peft.attach import attached, base_tensors
 from effzoo.sites import sites
+from effzoo.vocabulary import resize_vocabulary
 
 SIZES = {"layers": 1, "dim": 16, "heads": 2, "mlp": 32, "max_length": 32, "dropout": 0.0, "attention_dropout": 0.0}
 NARROW = {"channels": 12, "latents": 4, "head_dim": 4, "value_dim": 8, "cross_heads": 1, "cross_head_dim": 8, "cross_value_dim": 16}
@@ -152,22 +153,26 @@ def test_multiples_shrinking_and_the_same_size():
 def test_a_number_that_is_none_changes_nothing(n):
     model = built("bert")
     before = snapshot(model)
-    with pytest.raises(OptionError, match="resize_vocabulary"):
+    with pytest.raises(effzoo.EffzooError, match="resize_vocabulary"):
         effzoo.resize_vocabulary(model, n)
+    with pytest.raises(OptionError, match="resize_vocabulary"):
+        resize_vocabulary(model, n)
     same(before, snapshot(model))
 
 
 @pytest.mark.parametrize("wrong", [{"multiple_of": 0}, {"multiple_of": 1.5}, {"seed": -1}, {"seed": True}, {"init": "zeros"}, {"init": 3}])
 def test_other_wrong_options_are_refused(wrong):
-    with pytest.raises(OptionError, match=next(iter(wrong))):
+    with pytest.raises(effzoo.EffzooError, match=next(iter(wrong))):
         effzoo.resize_vocabulary(built("bert"), 60, **wrong)
+    with pytest.raises(OptionError, match=next(iter(wrong))):
+        resize_vocabulary(built("bert"), 60, **wrong)
 
 
 def test_models_without_tokens_and_quantised_heads_are_refused():
     with pytest.raises(IncompatibleError, match="arrays of numbers"):
         effzoo.resize_vocabulary(effzoo.build("perceiver", latents=4, dim=16, layers=1, heads=2, mlp=16, grid=(4, 4), channels=3), 60)
     with pytest.raises(IncompatibleError, match="Linear"):
-        effzoo.resize_vocabulary(torch.nn.Linear(2, 2), 60)
+        resize_vocabulary(torch.nn.Linear(2, 2), 60)
     model = built("llama")
     effzoo.quantise(model, 8, targets="lm.out")
     with pytest.raises(IncompatibleError, match="quantised"):
