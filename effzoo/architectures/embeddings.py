@@ -58,7 +58,7 @@ class Embeddings(nn.Module):
         if self.position is not None:
             x = x + self.position(positions).to(x.dtype)
         if self.token_type is not None:
-            x = x + self.token_type(types)
+            x = x + self.token_type(types).to(x.dtype)
         x = self.dropout(x if self.norm is None else self.norm(x))
         return x if self.project is None else self.project(x), positions
 

@@ -17,6 +17,7 @@ from effzoo.attention.part import Part, bias_of
 from effzoo.errors import InputError, OptionError
 from effzoo.registry import attention
 from effzoo.sites import Linear
+from effzoo.sites.dtypes import linear as product
 
 Sharing = Literal["none", "headwise", "key_value", "layerwise"]
 
@@ -127,7 +128,7 @@ class Linformer(AttentionCore):
         again = name == "v" and of_keys[0] is x and self._sites("k") == self._sites("v")
         compressed = of_keys[1] if again else self._compress(name, x, mask)  # E x serves keys and values when F = E
         mask._memo[_note(name)] = (x, compressed)
-        y = F.linear(compressed, site.composed_weight())
+        y = product(compressed, site.composed_weight())
         bias = site.composed_bias()
         if bias is None:
             return y
@@ -162,7 +163,7 @@ class Linformer(AttentionCore):
         if len(sites) == 1:
             return self._through(sites[0], x)
         if self.projection == "linear" and not any(site.active for site in sites):
-            return torch.stack([site.weight[:, :n] for site in sites]) @ x  # one product for all heads
+            return torch.stack([site.weight[:, :n] for site in sites]).to(x) @ x  # one product for all heads
         return torch.stack([self._through(site, head) for site, head in zip(sites, x.unbind(dim=1), strict=True)], dim=1)
 
     def _through(self, site: Linear, x: Tensor) -> Tensor:
@@ -171,7 +172,7 @@ class Linformer(AttentionCore):
             return site(self._segments(x)).squeeze(-1)
         columns = x.transpose(-1, -2)
         n = columns.shape[-1]
-        rows = site(F.pad(columns, (0, self.length - n))) if site.active else F.linear(columns, site.weight[:, :n])
+        rows = site(F.pad(columns, (0, self.length - n))) if site.active else product(columns, site.weight[:, :n])
         return rows.transpose(-1, -2).contiguous()  # the flash kernel wants the last axis dense
 
     def _segments(self, x: Tensor) -> Tensor:

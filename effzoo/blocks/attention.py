@@ -10,6 +10,7 @@ from effzoo.blocks.positions import Rotary, rotate
 from effzoo.errors import IncompatibleError
 from effzoo.registry import attention as registry
 from effzoo.sites import Linear, Memory, RMSNorm, Seen
+from effzoo.sites.dtypes import autocasts
 from effzoo.spec import Spec
 
 
@@ -69,6 +70,8 @@ class Attention(nn.Module):
             raise IncompatibleError(f"attention {self.core.name!r} attends within one sequence only; use 'full' for cross-attention")
         seen = Seen(x, None if mask.valid is None or source is not None else mask.valid[:, -x.shape[1] :], self.keys_values)
         memory, used = self.remembered(seen), self.core.uses(mask)
+        if source is not None and not autocasts(x):
+            source = source.to(x.dtype)
         inputs = {name: x if source is None or name not in self.core.key_side else source for name in used}
         where = rows if self.core.row_side else None
         if where is not None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from effzoo.architectures import Perceiver, Transformer
+from effzoo.convert.dtypes import load_state
 from effzoo.convert.keymap import to_theirs
 from effzoo.convert.layouts import layout_for
 from effzoo.convert.perceiver_transfer import to_perceiver
@@ -24,7 +25,8 @@ def check_dense(model: Any) -> None:
 def to_transformers(model: Transformer | Perceiver) -> Any:
     """The model of transformers (a `PreTrainedModel`) that computes the same, with a copy of the weights.
 
-    Its dtype, device and training mode are the model's. Raises ConversionError for what transformers has no counterpart for: another
+    Its dtype (tensor by tensor), device and training mode are the model's.
+    Raises ConversionError for what transformers has no counterpart for: another
     attention or pooling, say, or attached adapters.
     """
     if isinstance(model, Perceiver):
@@ -55,5 +57,5 @@ def to_transformers(model: Transformer | Perceiver) -> Any:
     if missing := sorted(wanted - set(state)):
         raise ConversionError(f"{cls.__name__} needs {missing[0]}, which this model does not have (types={config.types}, pooler={config.pooler})")
     like = ours["embeddings.token.weight"]
-    theirs.to(device=like.device, dtype=like.dtype).load_state_dict(state)
+    load_state(theirs.to(device=like.device, dtype=like.dtype), state)
     return theirs.train(model.training)

@@ -25,8 +25,8 @@ def from_transformers(source: Any, *, task: str | None = None, num_labels: int |
 
     source: a live model, a local folder, or a hub id; BERT, RoBERTa, Longformer, ModernBERT, GPT-2, Llama, Mistral or Qwen3 with any head that we
     have, the encoder of LED, or a Perceiver. task: another than the source's, with a new head. overrides: fields of the config, such as
-    `attention="longformer[window=256]"`, `max_length=4096`, `dropout=0.0`. The result has the source's dtype, device and training mode;
-    names of labels are not kept.
+    `attention="longformer[window=256]"`, `max_length=4096`, `dropout=0.0`. The result has the source's dtype (tensor by tensor, where they
+    differ; of a folder those of its files), device and training mode; names of labels are not kept.
 
     Raises ConversionError for a feature that we do not have, a mismatch, or weights that cannot be loaded.
     """
@@ -56,7 +56,7 @@ def from_transformers(source: Any, *, task: str | None = None, num_labels: int |
     model = Transformer(config, task, found.model.config.num_labels if num_labels is None else num_labels)
     like = next(tensor for tensor in found.state.values())
     model.to(device=like.device, dtype=like.dtype)
-    transfer(model, found)
+    transfer(model, found, dtypes=True)
     return model.train(found.model.training)
 
 

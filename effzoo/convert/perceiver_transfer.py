@@ -16,6 +16,7 @@ from torch import Tensor
 from effzoo.annotations import describe, fits
 from effzoo.architectures import Perceiver, PerceiverConfig
 from effzoo.architectures.perceiver_config import PER_TOKEN
+from effzoo.convert.dtypes import copy_into, from_pretrained, load_state
 from effzoo.convert.fields import check_code, check_fields
 from effzoo.convert.genuine import check_class, check_genuine, check_ties
 from effzoo.convert.layout import _check_problem
@@ -71,7 +72,7 @@ def from_perceiver(source: Any, task: str | None, num_labels: int | None, overri
     config = dataclasses.replace(found.config, **overrides)
     model = Perceiver(config, task or found.task, found.model.config.num_labels if num_labels is None else num_labels)
     like = found.state["latents.weight"]
-    _transfer(model.to(device=like.device, dtype=like.dtype), found)
+    _transfer(model.to(device=like.device, dtype=like.dtype), found, dtypes=True)
     return model.train(found.model.training)
 
 
@@ -100,7 +101,7 @@ def to_perceiver(model: Perceiver) -> Any:
     ours = model.state_dict()
     like = ours["latents.weight"]
     state = {there: ours[here] for here, there in names(model.config, model.task).items()}
-    theirs.to(device=like.device, dtype=like.dtype).load_state_dict(state)
+    load_state(theirs.to(device=like.device, dtype=like.dtype), state)
     return theirs.train(model.training)
 
 
@@ -118,9 +119,9 @@ def _open(source: Any) -> Source:
     cls = getattr(theirs, name)
     with _explained(label, source), _quiet():
         text = {"input_preprocessor": theirs.PerceiverTextPreprocessor(config)} if name == "PerceiverModel" else {}
-        model, info = cls.from_pretrained(label, output_loading_info=True, **text)
+        model, info = from_pretrained(cls, label, **text)
         if any(key.startswith("input_preprocessor.") for key in info["missing_keys"]):  # it was saved without one
-            model, info = cls.from_pretrained(label, output_loading_info=True)
+            model, info = from_pretrained(cls, label)
     return _checked(label, model, name, frozenset(info["missing_keys"]))
 
 
@@ -167,8 +168,9 @@ def _checked(label: str, model: Any, name: str, missing: frozenset[str]) -> Sour
     return Source(label, model, task, config, {here: state[there] for here, there in wanted.items()})
 
 
-def _transfer(model: Perceiver, source: Source) -> None:
-    """Write the source's tensors into the model, all or none; the decoder and the head only where the model's task has the same."""
+def _transfer(model: Perceiver, source: Source, *, dtypes: bool = False) -> None:
+    """Write the source's tensors into the model, all or none, in their dtypes when asked; the decoder and the head only where the model's task has
+    the same."""
     decoder = source.task == model.task or {source.task, model.task} <= {*PER_TOKEN}
     _check_fit(model, source, decoder)
     given = {
@@ -194,9 +196,7 @@ def _transfer(model: Perceiver, source: Source) -> None:
             new.append(key)
         else:
             raise ConversionError(f"{source.label} has no tensor for {key}; build the model without it")
-    with torch.no_grad():
-        for key, tensor in chosen.items():
-            wanted[key].copy_(tensor)
+    copy_into(wanted, chosen, dtypes)
     log.info("%s: %d tensors loaded, %d parameters", source.label, len(chosen), sum(tensor.numel() for tensor in chosen.values()))
     before, now = source.config.max_length, model.config.max_length
     if now != before and _TABLES[0] in chosen:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from effzoo.architectures import Config
+from effzoo.convert.dtypes import from_pretrained
 from effzoo.convert.fields import check_code
 from effzoo.convert.genuine import check_class, check_genuine, check_origin, check_ties
 from effzoo.convert.keymap import Rule, expand
@@ -112,7 +113,7 @@ def _from_pretrained(source: str | Path, task: str | None) -> Source:
         raise ConversionError(f"{layout.name} of transformers has no model for task {its_task!r}; it has {', '.join(layout.classes)}")
     with _explained(label, source), _quiet():
         cls = getattr(transformers, name) if name in layout.parts else layout.cls(its_task)
-        model, info = cls.from_pretrained(label, output_loading_info=True)
+        model, info = from_pretrained(cls, label)
     required = (*layout.body, *layout.heads[its_task]) if found else layout.body
     part = layout.parts.get(name, "")
     missing = frozenset(key.removeprefix(f"{part}.") for key in info["missing_keys"])

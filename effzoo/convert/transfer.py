@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from effzoo.architectures import Config, Transformer
+from effzoo.convert.dtypes import copy_into
 from effzoo.convert.keymap import to_ours
 from effzoo.convert.layouts import family
 from effzoo.convert.source import Source
@@ -30,8 +31,10 @@ _MAY_DIFFER = {
 }  # fmt: skip
 
 
-def transfer(model: Transformer, source: Source) -> None:
+def transfer(model: Transformer, source: Source, *, dtypes: bool = False) -> None:
     """Write the source's weights into the model, all or none; INFO records say what was copied, repeated, new and unused.
+
+    dtypes: whether each tensor of the model takes the dtype of its source's, or keeps its own.
 
     Raises ConversionError for the first number in which the two do not fit.
     """
@@ -56,9 +59,7 @@ def transfer(model: Transformer, source: Source) -> None:
             new.append(key)
         else:
             raise ConversionError(f"{source.label} has no tensor for {key}; build the model without it")
-    with torch.no_grad():
-        for key, tensor in chosen.items():
-            wanted[key].copy_(tensor)
+    copy_into(wanted, chosen, dtypes)
     if source.layout.finish is not None:
         source.layout.finish(model, source.model.config)
     _report(model, source, chosen, repeated, new)

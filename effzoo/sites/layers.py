@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from effzoo.recompute import follows
 from effzoo.sites.activity import Acts
-from effzoo.sites.site import Inputs, Site, autocasts, given, suited
+from effzoo.sites.dtypes import autocasts, linear
+from effzoo.sites.site import Inputs, Site, given, suited
 
 
 class Linear(nn.Linear, Site):
@@ -32,8 +33,8 @@ class Linear(nn.Linear, Site):
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + b."""
-        y = F.linear(x, weight, bias)
-        return y if weight.requires_grad else follows(y, F.linear, x, weight, bias, level="hidden" if self.again else "projections")
+        y = linear(x, weight, bias)
+        return y if weight.requires_grad else follows(y, linear, x, weight, bias, level="hidden" if self.again else "projections")
 
     def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         x = self.entered(modules, *inputs)
@@ -59,12 +60,19 @@ class Conv2d(nn.Conv2d, Site):
         self._open(role, layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.combined(x) if self.active else F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        return self.combined(x) if self.active else self.convolved(x, self.weight, self.bias)
+
+    def convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution, in the dtype of x; computed in the weight's where that is wider."""
+        if autocasts(x):
+            return F.conv2d(x, weight, bias, self.stride, self.padding)
+        widest = torch.promote_types(x.dtype, weight.dtype)
+        return F.conv2d(x.to(widest), weight.to(widest), None if bias is None else bias.to(widest), self.stride, self.padding).to(x.dtype)
 
     def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         (x,) = inputs
         batched = self.entered(modules, x if x.ndim == 4 else x[None])
-        return (batched,), F.conv2d(batched, self.composed_weight(modules), self.composed_bias(modules), self.stride, self.padding)
+        return (batched,), self.convolved(batched, self.composed_weight(modules), self.composed_bias(modules))
 
     def compute(self, modules: Sequence[Acts], *inputs: Tensor) -> Tensor:
         y = super().compute(modules, *inputs)
@@ -92,7 +100,7 @@ class TiedLinear(Site):
     def forward(self, x: Tensor, table: Site) -> Tensor:
         self.table = (table,)
         try:
-            return self.combined(x) if self.active else F.linear(x, table.weight, self.bias)  # type: ignore[arg-type]
+            return self.combined(x) if self.active else linear(x, table.weight, self.bias)  # type: ignore[arg-type]
         finally:
             self.table = ()
 
@@ -103,7 +111,7 @@ class TiedLinear(Site):
 
     def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         x, weight = inputs
-        return (x,), F.linear(x, weight, self.composed_bias(modules))
+        return (x,), linear(x, weight, self.composed_bias(modules))
 
 
 class Norm(Site):

@@ -12,6 +12,7 @@ from effzoo.errors import IncompatibleError, OptionError
 from effzoo.recompute import in_dtype
 from effzoo.sites.activity import Activity, Acts, Roster, Scaled, is_mixture
 from effzoo.sites.doors import Mixture, PeftModule
+from effzoo.sites.dtypes import autocasts
 
 T = TypeVar("T")
 Inputs = tuple[Tensor, ...]
@@ -195,11 +196,6 @@ def _taken(x: Tensor, rows: Sequence[int]) -> Tensor:
     if rows[-1] - rows[0] + 1 == len(rows):
         return x if len(rows) == x.shape[0] else x[rows[0] : rows[-1] + 1]
     return x.index_select(0, torch.tensor(rows, device=x.device))
-
-
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast decides in which dtype x is computed with."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def suited(module: Acts, *tensors: Any) -> tuple[Any, ...]:
