@@ -18,7 +18,7 @@ from effzoo.annotations import checked
 from effzoo.architectures import Transformer
 from effzoo.attention.core import Cache
 from effzoo.errors import EffzooError, IncompatibleError, InputError, OptionError, did_you_mean
-from effzoo.sites import prompt_rows
+from effzoo.sites import prompt_rows, unwrap
 
 OPTIONS = {  # of GenerationConfig
     "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "do_sample", "early_stopping",
@@ -73,6 +73,7 @@ def generate(
     Raises IncompatibleError for an encoder, another task, or a kind without a cache; OptionError for options that transformers does
     not know, refuses, or that have no meaning here; InputError for prompts that do not fit.
     """
+    model = unwrap(model)
     if not isinstance(model, Transformer) or model.task != "causal_lm":
         what = f"task {model.task!r}" if isinstance(model, Transformer) else type(model).__name__
         raise IncompatibleError(f"generate needs a decoder with a language-model head, got {what}; build it with task='causal_lm'")

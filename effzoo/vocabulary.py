@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from effzoo.architectures import Perceiver, Transformer
 from effzoo.errors import AdapterError, IncompatibleError, OptionError, did_you_mean
 from effzoo.peft.merging import merged_tensors
-from effzoo.sites import Embedding, Linear, PeftModule, Site, TiedLinear, sites
+from effzoo.sites import Embedding, Linear, PeftModule, Site, TiedLinear, sites, unwrap
 
 M = TypeVar("M", bound=nn.Module)
 Init = Literal["mean", "normal"]
@@ -39,11 +39,12 @@ def resize_vocabulary(model: M, n: int, *, init: Init = "mean", multiple_of: int
     Raises OptionError for numbers that are none or too large for this machine, IncompatibleError for a model without tokens, a quantised head, or an
     adapter that cannot follow, AdapterError for one that is merged into these rows; the model is then unchanged.
     """
+    outer, model = model, unwrap(model)
     token = _token(model)
     old = token.num_embeddings
     n = _checked(n, multiple_of, init, seed, old, shrink)
     if n == old:
-        return model
+        return outer
     found = {path: site for path, site in sites(model) if site.role in ROLES}
     _check_sites(model, found, n, old)
     draw = torch.Generator().manual_seed(seed)
@@ -66,7 +67,7 @@ def resize_vocabulary(model: M, n: int, *, init: Init = "mean", multiple_of: int
     model.config = model.embeddings.config = dataclasses.replace(model.config, vocab=n)
     if isinstance(model, Perceiver):
         model.embeddings.sizes = model.config.inputs()
-    return model
+    return outer
 
 
 def _token(model: nn.Module) -> Embedding:

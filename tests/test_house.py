@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent / "effzoo"
 FLOORS = [  # a package may import from those before it, and from itself
     {"errors"},
     {"annotations"},
-    {"spec", "writing"},
+    {"spec", "wrappers", "writing"},
     {"registry"},
     {"recompute", "routing"},
     {"sites"},

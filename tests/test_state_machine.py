@@ -30,7 +30,8 @@ STEPS = int(os.environ.get("EFFZOO_STEPS", "250"))
 LONG = min(50, STEPS)
 SPECS = [
     "lora[rank=2, dropout=0.3]", "ia3", "prefix[length=2]", "prompt[length=2]", "houlsby[bottleneck=2]", "bitfit", "dora[rank=1]", "head",
-    "full[targets=mlp.*]", "adamix[bottleneck=2]", "lora[targets=all-linear, rank=1]|norms", "routed[of='lora[rank=1]', experts=2]", "diff[targets=attn.q]",
+    "full[targets=mlp.*]", "adamix[bottleneck=2]", "lora[targets=all-linear, rank=1]|norms", "routed[of='lora[rank=1]', experts=2]",
+    "diff[targets=attn.q]",
     "llama_adapter[length=2]", "fusion[of='pfeiffer[bottleneck=2]', experts=2]",
 ]  # fmt: skip
 BROKEN = [

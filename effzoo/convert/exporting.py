@@ -13,7 +13,7 @@ from effzoo.convert.layouts import layout_for
 from effzoo.convert.perceiver_transfer import to_perceiver
 from effzoo.errors import ConversionError, listing
 from effzoo.peft import attached
-from effzoo.sites import sites
+from effzoo.sites import sites, unwrap
 
 
 def check_dense(model: Any) -> None:
@@ -29,6 +29,7 @@ def to_transformers(model: Transformer | Perceiver) -> Any:
     Raises ConversionError for what transformers has no counterpart for: another
     attention or pooling, say, or attached adapters.
     """
+    model = unwrap(model)
     if isinstance(model, Perceiver):
         check_dense(model)
         return to_perceiver(model)

@@ -16,6 +16,7 @@ from effzoo.convert.perceiver_transfer import from_perceiver, load_perceiver, re
 from effzoo.convert.source import Source, open_source
 from effzoo.convert.transfer import transfer
 from effzoo.errors import ConversionError, OptionError, did_you_mean, listing
+from effzoo.sites import unwrap
 
 _NOT_OVERRIDDEN = ("name", "layout", "paper", "hub", "package")
 
@@ -70,15 +71,17 @@ def load_pretrained(model: Any, source: Any) -> Any:
 
     Raises ConversionError, and changes nothing, for the first mismatch in a number.
     """
+    outer, model = model, unwrap(model)
     if isinstance(model, Perceiver):
         check_dense(model)
-        return load_perceiver(model, bare(source))
+        load_perceiver(model, bare(source))
+        return outer
     if not isinstance(model, Transformer):
         raise ConversionError(f"weights can be loaded into a Transformer of effzoo, got {type(model).__name__}")
     check_dense(model)
     with torch.no_grad():
         transfer(model, open_source(bare(source), model.task))
-    return model
+    return outer
 
 
 def _has_pooler(found: Source) -> bool:

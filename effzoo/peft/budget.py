@@ -14,7 +14,7 @@ from effzoo.errors import OptionError
 from effzoo.peft.attach import attach, attached, detach
 from effzoo.peft.method import HEAD, Method
 from effzoo.registry import peft as registry
-from effzoo.sites import sites
+from effzoo.sites import sites, unwrap
 from effzoo.spec import Spec, parse_one
 
 NAME = "within_budget"
@@ -28,7 +28,7 @@ def within(model: nn.Module, method: str | Spec, trainable: Count) -> Spec:
     Whole-number sizes are searched by doubling and halving, shares (float options) by bisection; the count must grow with the size. The model
     is left as it is. Raises OptionError for a method without a size, or when even the smallest size trains more.
     """
-    spec = parse_one(method)
+    model, spec = unwrap(model), parse_one(method)
     cls: type[Method] = registry.get(spec.name)
     if not cls.size:
         raise OptionError(f"{spec.name} has no size to set; give it as it is")

@@ -113,20 +113,20 @@ def load_adapter(model: M, directory: str | Path, *, name: str | None = None, tr
     other shapes); the model is then as it was.
     """
     directory = folder_of(directory)
-    attached(model)
+    outer, model = model, unwrap(model)
     name = None if name is None else _name(name)
     found = [foreign for foreign in FOREIGN.values() if (directory / foreign.manifest).is_file()]
     if found and (directory / MANIFEST).is_file():
         raise AdapterError(f"{directory} holds two adapters, {MANIFEST} and {found[0].manifest}; give each a directory of its own")
     if found:
         try:
-            with transition(model):
+            with transition(outer):
                 importlib.import_module(found[0].module).read(model, directory, "default" if name is None else name)
         except EffzooError:
             raise
         except Exception as error:  # files of any origin, with any value in any place
             raise AdapterError(f"{directory} holds an adapter that cannot be read ({type(error).__name__}: {error!s:.200}); save it again") from error
-        return model
+        return outer
     manifest, tensors = _read(directory)
     base, rounding = _check_base(model, manifest, directory, trust_base, rounded_base)
     name, dtype = manifest.name if name is None else name, _dtype_of(manifest, tensors, directory)
@@ -134,13 +134,13 @@ def load_adapter(model: M, directory: str | Path, *, name: str | None = None, tr
     shapes, unknown = rehearse(unwrap(model), manifest.specs, name, finished=manifest.finished, most=most, dtype=dtype)
     _check_head(shapes, name, base, manifest, directory)
     _check_fits(shapes, name, tensors, directory, tuple(unknown))
-    with transition(model):
+    with transition(outer):
         attach(model, manifest.specs, name=name, dtype=dtype)
         attached(model)[name].rounding = rounding
         if manifest.finished:
             finish(model, name)
         _fill(model, name, tensors, directory)
-    return model
+    return outer
 
 
 def swap_weights(model: M, directory: str | Path, *, name: str = "default", rounded_base: bool = False) -> M:
@@ -149,6 +149,7 @@ def swap_weights(model: M, directory: str | Path, *, name: str = "default", roun
     The parameters stay the same objects, as an optimizer needs, and as a compiled model needs to go on without compiling anew. rounded_base: as in
     `load_adapter`. Raises AdapterError as `load_adapter` does, and for another spec; the adapter is then as it was.
     """
+    outer, model = model, unwrap(model)
     directory, attachment = folder_of(directory), _known(model, _name(name))
     manifest, tensors = _read(directory)
     base, rounding = _check_base(model, manifest, directory, rounded_base=rounded_base)
@@ -158,12 +159,12 @@ def swap_weights(model: M, directory: str | Path, *, name: str = "default", roun
     if attachment.finished and not manifest.finished:
         raise AdapterError(f"the adapter in {directory} is in the middle of its training, the adapter {name!r} of this model is finished")
     _check_head(model, name, base, manifest, directory)
-    with transition(model, name):
+    with transition(outer, name):
         if manifest.finished:
             finish(model, name)
         _fill(model, name, tensors, directory)
         attachment.rounding = rounding
-    return model
+    return outer
 
 
 def folder_of(given: Any) -> Path:

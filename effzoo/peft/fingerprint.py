@@ -88,6 +88,7 @@ def _without(tensor: Tensor, rows: str) -> Tensor:
 
 def facts(model: nn.Module) -> dict[str, Any]:
     """The facts of a fingerprint: what the model says of itself, then the class of every module and what it was constructed with."""
+    model = unwrap(model)
     found: dict[str, Any] = {"class": type(model).__name__}
     if callable(getattr(model, "computes", None)):
         found |= {name: _plain(value) for name, value in model.computes().items()}  # type: ignore[operator]

@@ -15,7 +15,7 @@ from torch import nn
 from effzoo.errors import EffzooError
 from effzoo.peft.accounting import Account, Flops, account, flops
 from effzoo.peft.attach import attach, attached, detach
-from effzoo.sites import sites
+from effzoo.sites import sites, unwrap
 
 NAME = "survey"
 
@@ -71,7 +71,7 @@ def survey(model: nn.Module, length: int = 128) -> list[Surveyed]:
 
     On a model built on the meta device nothing is allocated.
     """
-    rows = []
+    model, rows = unwrap(model), []
     for published in SURVEY:
         try:
             with torch.device(next(model.parameters()).device):

@@ -21,7 +21,7 @@ from effzoo.plan.report import Plan
 from effzoo.plan.shadow import Shadows, key, size
 from effzoo.plan.step import step
 from effzoo.recompute import Level, spare
-from effzoo.sites import sites
+from effzoo.sites import sites, unwrap
 
 PRECISIONS = ("plain", "autocast", "master")
 _HALF = (torch.bfloat16, torch.float16)
@@ -73,6 +73,7 @@ def plan(
         raise UnknownNameError("optimizer", optimizer, STATES)
     if precision not in PRECISIONS:
         raise UnknownNameError("precision", precision, PRECISIONS)
+    model = model if isinstance(model, str) else unwrap(model)
     chosen = _dtype(dtype, precision)
     weights_dtype = torch.float32 if precision == "autocast" else chosen
     shadows = Shadows()

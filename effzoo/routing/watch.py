@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.routing.router import Router, Routing
+from effzoo.wrappers import unwrap
 
 _UNUSED = 0.1  # of an equal share
 
@@ -84,7 +85,7 @@ def watch(model: nn.Module) -> Iterator[Watch]:
     """
     found = Watch()
     hooks = []
-    for path, module in model.named_modules():
+    for path, module in unwrap(model).named_modules():
         if isinstance(module, Router):
 
             def record(_: nn.Module, __: tuple[Tensor, ...], routing: Routing, path: str = path) -> None:

@@ -28,7 +28,7 @@ from effzoo.sites.doors import KeysValues, Mixture, PeftModule, Seen, longer
 from effzoo.sites.layers import Branch, Conv2d, Embedding, Keys, LayerNorm, Linear, Norm, RMSNorm, TiedLinear
 from effzoo.sites.memory import Memory, Side
 from effzoo.sites.site import Site
-from effzoo.sites.wrappers import Model, unwrap
+from effzoo.wrappers import Model, unwrap
 
 __all__ = [
     "WITHOUT_SCALE", "Activity", "Acts", "Branch", "Conv2d", "Embedding", "Keys", "KeysValues", "LayerNorm", "Linear", "Memory", "Mixture", "Model",

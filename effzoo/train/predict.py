@@ -10,6 +10,7 @@ from torch import Tensor
 from effzoo.architectures import Perceiver, Transformer
 from effzoo.architectures.heads import pool
 from effzoo.errors import InputError
+from effzoo.sites import unwrap
 from effzoo.train.batches import Pad
 from effzoo.train.examples import accepted
 from effzoo.train.examples import examples as checked
@@ -31,6 +32,7 @@ def predict(
     examples: tokenised, as for `finetune`; labels may be missing. They run in evaluation mode on the model's device, in batches of like
     lengths, and come back on the CPU in float32, in the order given. Raises InputError, IncompatibleError.
     """
+    model = unwrap(model)
     check_model(model)
     if model.task not in ("classification", "features"):
         raise InputError(f"predict gives one row per example, for task 'classification' or 'features', not {model.task!r}; call the model itself")

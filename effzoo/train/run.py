@@ -20,6 +20,7 @@ from effzoo.peft.attach import acting
 from effzoo.peft.state import noted
 from effzoo.peft.training import finish, hooked, learning_rates, settled
 from effzoo.recompute import Level, check_level, spare
+from effzoo.sites import unwrap
 from effzoo.train import checkpoints
 from effzoo.train.batches import Counting, First, Loader, Order, Pad
 from effzoo.train.distillation import PARTS, Distillation
@@ -168,6 +169,7 @@ def finetune(
     TrainingError (nothing to train, nothing that is trained has a gradient, a checkpoint of another run, a loss or a weight that is
     not a number), AdapterError.
     """
+    model = unwrap(model)
     check_trainable(model)
     epochs = number("epochs", epochs, "a positive number", lambda x: x > 0)
     max_steps, keep = whole_or_none("max_steps", max_steps, least=1), whole_or_none("keep", keep, least=1)
