@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -70,16 +69,18 @@ def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "defaul
     Raises FileError for what cannot be written (what was there is then as it was), UnknownNameError, AdapterError.
     """
     model, directory = unwrap(model), folder_of(directory)
-    attachment = _known(model, _name(name))
+    attachment = _known(model, name)
     if format not in (OWN, *FOREIGN):
         raise UnknownNameError("adapter format", format, [OWN, *FOREIGN])
     for other, recognised in [(OWN, MANIFEST), *((key, foreign.manifest) for key, foreign in FOREIGN.items())]:
         if other != format and (directory / recognised).is_file():
             raise AdapterError(f"{directory} holds an adapter in the format of {other} ({recognised}); give this one a directory of its own")
+    tensors = {key: value.detach().contiguous().cpu() for key, value in stored_tensors(model, name).items()}
+    _check_finite(tensors, f"the adapter {name!r}", "nothing is written; train it anew with a lower learning rate")
     if format != OWN:
         importlib.import_module(FOREIGN[format].module).write(model, directory, name)
         return directory
-    content = safetensors.torch.save({key: value.detach().contiguous().cpu() for key, value in stored_tensors(model, name).items()})
+    content = safetensors.torch.save(tensors)
     digest = hashlib.sha256(content).hexdigest()
     manifest = Manifest(
         name=name,
@@ -94,6 +95,9 @@ def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "defaul
         dtype=None if attachment.dtype is None else str(attachment.dtype).removeprefix("torch."),
     )
     files = {manifest.tensors: content, MANIFEST: manifest.written()}
+    for path, site in sites(model):
+        if fnmatchcase(site.role, HEAD) and name in site.adapters and any(f"{path}.{key}" in manifest.fingerprint.tensors for key in site.base()):
+            log.warning("%s: the adapter changes %s and does not hold it; keep the model's head too, no other will do", directory, path)
     replace_files(directory, files, afterwards=lambda: _remove_older(directory, manifest.tensors))
     return directory
 
@@ -114,7 +118,6 @@ def load_adapter(model: M, directory: str | Path, *, name: str | None = None, tr
     """
     directory = folder_of(directory)
     outer, model = model, unwrap(model)
-    name = None if name is None else _name(name)
     found = [foreign for foreign in FOREIGN.values() if (directory / foreign.manifest).is_file()]
     if found and (directory / MANIFEST).is_file():
         raise AdapterError(f"{directory} holds two adapters, {MANIFEST} and {found[0].manifest}; give each a directory of its own")
@@ -150,7 +153,7 @@ def swap_weights(model: M, directory: str | Path, *, name: str = "default", roun
     `load_adapter`. Raises AdapterError as `load_adapter` does, and for another spec; the adapter is then as it was.
     """
     outer, model = model, unwrap(model)
-    directory, attachment = folder_of(directory), _known(model, _name(name))
+    directory, attachment = folder_of(directory), _known(model, name)
     manifest, tensors = _read(directory)
     base, rounding = _check_base(model, manifest, directory, rounded_base=rounded_base)
     saved = "|".join(map(str, manifest.specs))
@@ -167,17 +170,11 @@ def swap_weights(model: M, directory: str | Path, *, name: str = "default", roun
     return outer
 
 
-def folder_of(given: Any) -> Path:
-    """The path that was given. Raises AdapterError for what is none."""
-    if not isinstance(given, (str, os.PathLike)) or isinstance(os.fspath(given), bytes) or not str(given) or "\0" in str(given):
-        raise AdapterError(f"directory is a path (str or pathlib.Path), got {type(given).__name__}: {given!r:.80}")
+def folder_of(given: str | Path) -> Path:
+    """The path that was given. Raises AdapterError for one that no file system has."""
+    if not str(given) or "\0" in str(given):
+        raise AdapterError(f"directory is a path with at least one character and no NUL, got {given!r:.80}; give a folder such as 'out/adapter'")
     return Path(given)
-
-
-def _name(given: Any) -> str:
-    if not isinstance(given, str):
-        raise AdapterError(f"name is a string, got {type(given).__name__}: {given!r:.80}")
-    return given
 
 
 def stored_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -227,9 +224,17 @@ def _read(directory: Path) -> tuple[Manifest, dict[str, Tensor]]:
     else:
         raise AdapterError(f"{directory} was written {TRIES} times while it was read; load it when nobody saves there")
     try:
-        return manifest, safetensors.torch.load(content)
+        tensors = safetensors.torch.load(content)
     except Exception as error:  # of a kind that is safetensors' own affair: a header that is none, a dtype that torch lacks
         raise AdapterError(f"{directory / manifest.tensors} is not a safetensors file: {type(error).__name__}: {error}") from None
+    _check_finite(tensors, str(directory), "save an adapter whose training went well")
+    return manifest, tensors
+
+
+def _check_finite(tensors: Mapping[str, Tensor], where: str, advice: str) -> None:
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"{where}: {key} has NaN or infinity in it; {advice}")
 
 
 def _content(file: Path, manifest: Manifest) -> bytes:
