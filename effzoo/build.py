@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from effzoo.peft import attach
 def build(
     name: str | Path,
     *,
-    attention: str | Mapping[str, Any] | None = None,
+    attention: str | Mapping[str, Any] | Sequence[Any] | None = None,
     peft: Any = None,
     task: str = "features",
     num_labels: Count = 2,
