@@ -162,8 +162,9 @@ def pool(hidden: Tensor, valid: Tensor | None, how: str) -> Tensor:
     if valid is None:
         return hidden.mean(dim=1) if how == "mean" else hidden[:, -1]
     if how == "mean":
-        weight = valid.to(hidden.dtype).unsqueeze(-1)
-        return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+        exact = torch.promote_types(hidden.dtype, torch.float32)  # a sum over thousands of positions overflows in float16
+        total = (hidden * valid.unsqueeze(-1)).sum(dim=1, dtype=exact)
+        return (total / valid.sum(dim=1, keepdim=True).clamp(min=1)).to(hidden.dtype)
     return hidden[torch.arange(len(hidden), device=hidden.device), _last(valid)]
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,7 +52,9 @@ def attended(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> tuple
     if backend == "reference" or torch.compiler.is_compiling():
         parts = tuple(one for part in parts for one in ([part] if part.rounds is None else part.rounds.parts(part)))
     if backend == "reference":
-        return _plain(parts, dropout)
+        device = parts[0].q.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():  # which would round the scores
+            return _plain(parts, dropout)
     if backend == "blocks" or parts[0].q.device.type == "cpu":
         width = parts[0].v.shape[-1]
         same = [part if backend == "blocks" else _prepared(part) for part in parts]

@@ -138,9 +138,13 @@ class LayerNorm(Norm, nn.LayerNorm):
         self._open(role, layer)
 
     def normalise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        exact = x if autocasts(x) else x.to(torch.promote_types(x.dtype, weight.dtype))
-        y = F.layer_norm(exact, self.normalized_shape, weight.to(exact), None if bias is None else bias.to(exact), self.eps)
-        return y if autocasts(x) else y.to(x.dtype)
+        if autocasts(x):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        widest = torch.promote_types(x.dtype, weight.dtype)
+        widest = widest if bias is None else torch.promote_types(widest, bias.dtype)
+        kernel_widens = x.device.type == "cpu" and widest == torch.float32  # of a half x, which then is kept as it is
+        exact, weight, bias = x if kernel_widens else x.to(widest), weight.to(widest), None if bias is None else bias.to(widest)
+        return F.layer_norm(exact, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 class RMSNorm(Norm, nn.RMSNorm):

@@ -25,7 +25,7 @@ class Directed(PeftModule):
         self.scale = scale
         self.A = nn.Parameter(torch.empty(rank, weight.shape[1]))
         self.B = nn.Parameter(torch.zeros(weight.shape[0], rank))
-        self.magnitude = nn.Parameter(weight.detach().norm(dim=1))
+        self.magnitude = nn.Parameter(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).norm(dim=1))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def weight(self, weight: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class Fish(Selecting):
     def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
         chosen, known = selection_of(modules), dict(sites(model))
         tensors = [tensor for path in in_order(modules) for tensor in known[path].base().values()]
-        information = [torch.zeros_like(tensor) for tensor in tensors]
+        information = [torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
         before = [tensor.requires_grad for tensor in tensors]
         try:
             for tensor in tensors:
@@ -69,7 +69,7 @@ class Fish(Selecting):
                     gradients = torch.autograd.grad(log_likelihood, tensors, allow_unused=True)
                     for total, gradient in zip(information, gradients, strict=True):
                         if gradient is not None:
-                            total.addcmul_(gradient, gradient, value=share)
+                            total.addcmul_(gradient.to(total), gradient.to(total), value=share)
         finally:
             for tensor, flag in zip(tensors, before, strict=True):
                 tensor.requires_grad_(flag)

@@ -1,6 +1,6 @@
 """Where LoRA starts: factors of the weight (PiSSA, OLoRA), of its quantisation error (LoftQ), of what the layer sees (EVA).
 
-A factor pair is A [rank, in] and B [out, rank], computed in float64 and given in the weight's dtype.
+A factor pair is A [rank, in] and B [out, rank], computed in float64 and given in the dtype of an adapter on such a weight: float32 or better.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def pissa(weight: Tensor, rank: int, scale: float) -> Factors:
     """A = sqrt(S_r / s) V_r^T and B = U_r sqrt(S_r / s), so that s B A is the best approximation of W = U S V^T (Meng et al. 2024, eq. 2-3)."""
     U, S, Vt = torch.linalg.svd(weight.detach().double(), full_matrices=False)
     root = (S[:rank] / scale).sqrt()
-    return (root[:, None] * Vt[:rank]).to(weight), (U[:, :rank] * root).to(weight)
+    return _given(root[:, None] * Vt[:rank], weight), _given(U[:, :rank] * root, weight)
 
 
 @torch.no_grad()
 def olora(weight: Tensor, rank: int) -> Factors:
     """A = the first rows of R and B = the first columns of Q, of W = Q R (Buyukakyuz 2024, section 3)."""
     Q, R = torch.linalg.qr(weight.detach().double())
-    return R[:rank].to(weight), Q[:, :rank].to(weight)
+    return _given(R[:rank], weight), _given(Q[:, :rank], weight)
 
 
 @torch.no_grad()
@@ -44,12 +44,17 @@ def loftq(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor, Tens
 
     Returns the codes and scales of the last Q, and its factors A, B.
     """
-    dtype, weight = weight.dtype, weight.detach().double()
+    like, weight = weight, weight.detach().double()
     A, B = weight.new_zeros(rank, weight.shape[1]), weight.new_zeros(weight.shape[0], rank)
     for _ in range(ALTERNATIONS):
         codes, scales = quantise(weight - scale * B @ A)
         A, B = pissa(weight - dequantise(codes, scales, weight.shape), rank, scale)
-    return codes, scales.to(dtype), A.to(dtype), B.to(dtype)
+    return codes, _given(scales, like), _given(A, like), _given(B, like)
+
+
+def _given(exact: Tensor, weight: Tensor) -> Tensor:
+    """A result in float64 in float32, or as it is for a weight in float64."""
+    return exact.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 @cache
