@@ -98,8 +98,47 @@ def test_a_suite_goes_on_where_it_stopped(tmp_path):
     assert [row["attention"] for row in again[3:]] == ["full", "longformer[window=8]"]  # with the reference, for the ratio
     assert all(row["machine"] and row["versions"]["torch"] == torch.__version__ for row in again)
     path.write_text(text + '{"half a')
-    with pytest.raises(InputError, match=r"line 5 is no JSON"):
-        files.read(path)
+    assert [row["attention"] for row in files.read(path, "scaling")] == [row["attention"] for row in first]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 9, 40, 200])
+def test_a_row_that_was_half_written_is_told_and_measured_again(tmp_path, caplog, cut):
+    """A killed writer leaves a part of a line, or a whole one without its end; the next row begins a line of its own."""
+    path = tmp_path / "rows.jsonl"
+    first = quick().run(path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3]) + lines[3][:cut])
+    again = quick().run(path)
+    assert [(row["attention"], row["n"]) for row in again[:3]] == [(row["attention"], row["n"]) for row in first[:3]]
+    assert {(row["attention"], row["n"]) for row in again} == {(row["attention"], row["n"]) for row in first}
+    assert "line 4 was half written and is left out; its case is measured again" in caplog.text
+    caplog.clear()
+    assert files.read(path, "scaling") == again and not caplog.text, "the file is whole again"
+
+
+def test_a_whole_row_without_its_end_is_a_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    first = quick().run(path)
+    path.write_text(path.read_text().rstrip())
+    files.append(path, [first[0]])
+    assert files.read(path, "scaling") == [*first, first[0]]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a,b,c", "line 1 is no JSON .*delete the line"),
+        ("[1, 2]", "line 1 is no row of a suite"),
+        ("null", "line 1 is no row of a suite"),
+        ('{"suite": "mine"}', "line 1 is no row of a suite"),
+        ('{"suite": "finetune", "attention": "full"}', "is of the suite 'finetune', not 'scaling'; give each suite a folder of its own"),
+        ('{"suite": "scaling", "attention": "full"}', "lacks 'mode', which every row of the suite 'scaling' has"),
+    ],
+)
+def test_a_line_that_is_no_row_is_named(tmp_path, line, message):
+    (tmp_path / "rows.jsonl").write_text(line + "\n")
+    with pytest.raises(InputError, match=message):
+        quick().run(tmp_path / "rows.jsonl")
 
 
 def test_a_kind_that_took_too_long_is_not_tried_at_greater_lengths(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +17,7 @@ from effzoo.measure.page import Table, finetune_table, scaling_table
 from effzoo.measure.rows import Row
 from effzoo.measure.scaling import KINDS, Scaling
 from effzoo.registry import load_file, scope
+from effzoo.train.settings import number, whole
 
 ABOUT = """Measure time and memory on this machine, and draw them.
 
@@ -55,6 +56,11 @@ def scaling(
     with scope():
         if file is not None:
             load_file(file)
+        for name, value in (("--dim", dim), ("--heads", heads), ("--batch", batch)):
+            whole(name, value, least=1, most=2**16)
+        for n in length or ():
+            whole("--length", n, least=1)
+        _seconds({"--longest": longest, "--seconds": seconds})
         given = Scaling(
             attention or KINDS, tuple(length or Scaling.lengths), tuple(mode or Scaling.modes), dim, heads, batch, dtype, device, longest, seconds
         )
@@ -85,10 +91,19 @@ def finetune(
     with scope():
         if file is not None:
             load_file(file)
+        whole("--length", length, least=1, most=2**20)
+        whole("--batch", batch, least=1, most=2**16)
+        number("--dropout", dropout, "a share from 0 to less than 1", lambda x: 0 <= x < 1)
+        _seconds({"--seconds": seconds})
         given = Finetuning(attention or KINDS, peft or METHODS, length, batch, dropout, precision, device, recompute, seconds)  # type: ignore[arg-type]
         rows = _run(given.run, out)
         _show("one training step", finetune_table(rows))
         _leave(rows, out)
+
+
+def _seconds(given: Mapping[str, float]) -> None:
+    for name, value in given.items():
+        number(name, value, "a number of seconds above 0", lambda x: x > 0)
 
 
 def _run(suite: Callable[[Path, Callable[[str, int, int], None]], list[Row]], out: Path) -> list[Row]:

@@ -24,6 +24,7 @@ def lab(
     Example:  effzoo lab spectrum --quick
     """
     from effzoo.lab import DECKS, Run, catalogue, get, perform
+    from effzoo.train.settings import whole
 
     if name is None:
         for deck, title in DECKS.items():
@@ -37,12 +38,14 @@ def lab(
         say("Run one with:  effzoo lab NAME --quick")
         return
     chosen = list(catalogue().values()) if name == "all" else [get(name)]
+    for number in seed or ():
+        whole("--seed", number, least=0, most=2**32 - 1)
     run = Run(quick=quick, seeds=tuple(seed or (0, 1, 2)), data=data, say=lambda said: say(Text(f"  {said}", style="dim")))
-    for one in chosen:
-        say(heading(one.name), one.about)
-        result = perform(one, run, out / one.name)
+    for experiment in chosen:
+        say(heading(experiment.name), experiment.about)
+        result = perform(experiment, run, out / experiment.name)
         _show(result)
-        say(f"wrote {out / one.name}: result.json, table.md, figure.png   {result['seconds']:.0f} s", "")
+        say(f"wrote {out / experiment.name}: result.json, table.md, figure.png   {result['seconds']:.0f} s", "")
 
 
 def _show(result: dict) -> None:  # type: ignore[type-arg]

@@ -11,6 +11,7 @@ from effzoo.cli.show import Attention, Peft
 from effzoo.cli.terminal import app, heading, say, table
 from effzoo.plan import plan as plan_of
 from effzoo.plan.report import MIB
+from effzoo.train.settings import whole_or_none
 
 
 @app.command("plan")
@@ -32,6 +33,8 @@ def plan_(
 
     Example:  effzoo plan longformer --peft lora --batch 2 --length 4096 --precision autocast
     """
+    for name, value in (("--length", length), ("--batch", batch), ("--max-length", max_length)):
+        whole_or_none(name, value, least=1)
     given = {"attention": attention, "task": task, "max_length": max_length}
     choices: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     found = plan_of(

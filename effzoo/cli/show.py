@@ -20,6 +20,7 @@ from effzoo.registry import router as routing
 from effzoo.routing import Router
 from effzoo.sites import Site
 from effzoo.spec import Spec, parse_one
+from effzoo.train.settings import whole
 from effzoo.writing import replace_file
 
 LOSSES = ("importance", "load", "balance", "z")
@@ -98,6 +99,8 @@ def show(
 
     Example:  effzoo show "longformer\\[window=8]" --n 32 --save pattern.png
     """
+    if n is not None:
+        whole("--n", n, least=1, most=4096)
     if save is not None and save.suffix.lower() != ".png":
         raise OptionError(f"--save writes a PNG file, got {save}; give a name that ends in .png")
     spec = Spec(name) if name.endswith(".toml") else parse_one(name)
@@ -139,6 +142,8 @@ def account(
             raise OptionError("--survey counts methods of its own; leave --peft out")
         _survey(describe.on_meta(model, attention=attention))
         return
+    if num_labels is not None:
+        whole("--num-labels", num_labels, least=1)
     head: dict[str, Any] = {} if num_labels is None else {"task": "classification", "num_labels": num_labels}
     built = describe.on_meta(model, attention=attention, peft=peft, **head)
     used = built.config.attention if isinstance(built.config.attention, str) else describe.kinds(built.config.attention)
@@ -182,7 +187,7 @@ def _show_model(spec: Spec) -> None:
 def _show_attention(spec: Spec, n: int | None, causal: bool, save: Path | None) -> None:
     cls, out = attention.get(spec.name), console()
     is_global = (0,) if cls.supports_global else ()
-    n = n or _picture_size(spec)
+    n = _picture_size(spec) if n is None else n
     picture = plots.pattern_text(_spec(spec), n, is_global=is_global, causal=causal, width=48, colour=out.is_terminal)
     traits = [
         ("cost", cls.cost),

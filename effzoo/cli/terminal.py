@@ -15,6 +15,11 @@ from effzoo.errors import EffzooError
 
 ORDER = ("models", "attention", "peft", "routers", "show", "account", "plan", "finetune", "check", "matrix", "bench", "lab")
 MISTAKE, BUG, INTERRUPTED = 2, 3, 130
+KEPT = {  # what is true of each command after Ctrl-C; nothing was written by the others
+    "finetune": "with --resume, the same command goes on from the newest checkpoint in --output, if there is one already",
+    "bench": "what was measured is in rows.jsonl in --out, and the same command measures the rest",
+    "lab": "experiments that were done are in --out; the one that ran is not, and begins anew",
+}
 
 
 class Commands(TyperGroup):
@@ -36,7 +41,7 @@ class Commands(TyperGroup):
         except OSError as error:
             self._tell(ctx, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", MISTAKE)
         except KeyboardInterrupt:
-            self._tell(ctx, "interrupted; finetune continues from its newest checkpoint with --resume", INTERRUPTED)
+            self._tell(ctx, f"interrupted; {KEPT.get(ctx.invoked_subcommand, 'nothing was written')}", INTERRUPTED)
         except Exception as error:
             if _is_control_flow(error):
                 raise

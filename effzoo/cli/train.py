@@ -14,6 +14,7 @@ from effzoo.cli.terminal import app, console, heading, pairs, say
 from effzoo.errors import DataError, OptionError
 from effzoo.sites import prompt_rows
 from effzoo.spec import parse_one
+from effzoo.train.settings import number, number_or_none, whole, whole_or_none
 from effzoo.writing import replace_file
 
 if TYPE_CHECKING:
@@ -64,8 +65,12 @@ def finetune(
     import effzoo
     from effzoo import data as texts
 
-    if not 0 < holdout < 1:
-        raise OptionError(f"--holdout is a share between 0 and 1, got {holdout}")
+    number("--holdout", holdout, "a share between 0 and 1", lambda x: 0 < x < 1)
+    number("--epochs", epochs, "a positive number", lambda x: x > 0)
+    number_or_none("--learning-rate", learning_rate, "a number above 0", lambda x: x > 0)
+    whole("--seed", seed, least=0, most=2**32 - 1)
+    for name, value in (("--batch-size", batch_size), ("--calibration-batches", calibration_batches), ("--max-length", max_length)):
+        whole_or_none(name, value, least=1)
     table = texts.load_text(data, text=text, label=label)
     labels = texts.names(table)
     train, held_out = _parts(table, evaluation, holdout, seed, text, label)

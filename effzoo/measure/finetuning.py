@@ -103,7 +103,7 @@ class Finetuning:
 
     def run(self, path: Path, tell: Callable[[str, int, int], None] = lambda said, done, total: None) -> list[Row]:
         """Measure what the file does not hold yet, one attention kind at a time, and append it. tell: called with what comes, done and total."""
-        known = files.read(path)
+        known = files.read(path, "finetune")
         for done, kind in enumerate(self.kinds):
             tell(kind, done, len(self.kinds))
             have = [{key: row.get(key) for key in asdict(self.step(kind, ""))} for row in known]

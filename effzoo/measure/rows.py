@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -13,8 +14,13 @@ from typing import Any
 import torch
 
 from effzoo.errors import InputError
+from effzoo.writing import replace_file
 
 Row = dict[str, Any]
+SUITES = {  # what every row of a suite has
+    "scaling": ("attention", "mode", "n", "dim", "heads", "batch", "dtype", "device"),
+    "finetune": ("attention", "peft", "length", "batch"),
+}
 NOT_IDENTITY = ("machine", "versions", "commit")  # of a row: how it was made, not what it is
 
 
@@ -52,22 +58,52 @@ def made(row: Mapping[str, Any], device: str) -> Row:
     return {**row, "machine": machine(device), "versions": versions(), "commit": commit()}
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a file, none when there is no file. Raises InputError for a line that is no JSON object."""
-    return list(_lines(path)) if path.exists() else []
+def read(path: Path, suite: str) -> list[Row]:
+    """The rows of a suite in a file, none when there is no file. A line that was half written, as its writer was killed, is left out and told.
+
+    Raises InputError for a line that is no row, and for rows of another suite.
+    """
+    return list(_lines(path, suite)) if path.exists() else []
 
 
-def _lines(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+def _lines(path: Path, suite: str) -> Iterator[Row]:
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number} is no JSON ({error}); delete the line, and its case is measured again") from None
+        except (ValueError, RecursionError) as error:
+            begun = line.strip(b"\0 ")  # a disk that was cut off may leave zeros
+            if begun and not begun.startswith(b"{"):
+                raise InputError(f"{where} is no JSON ({error}); delete the line, and its case is measured again") from None
+            logging.getLogger("effzoo").warning("%s was half written and is left out; its case is measured again", where)
+            continue
+        if not isinstance(row, dict) or row.get("suite") not in SUITES:
+            raise InputError(f"{where} is no row of a suite ({', '.join(SUITES)}); delete the line, or give another folder")
+        if row["suite"] != suite:
+            raise InputError(f"{where} is of the suite {row['suite']!r}, not {suite!r}; give each suite a folder of its own")
+        missing = [name for name in SUITES[suite] if name not in row]
+        if missing:
+            raise InputError(
+                f"{where} lacks {missing[0]!r}, which every row of the suite {suite!r} has; delete the line, and its case is measured again"
+            )
         yield row
 
 
 def append(path: Path, rows: list[Row]) -> None:
-    """Add rows at the end of a file, in one write."""
+    """Add rows at the end of a file, in one write. A last line that was half written is taken off, so that the first row begins a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    content = path.read_bytes() if path.exists() else b""
+    if content and not content.endswith(b"\n"):
+        replace_file(path, _whole_lines(content))
     with path.open("a") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _whole_lines(content: bytes) -> bytes:
+    """Without a last line that is no JSON; with an end of line after one that is."""
+    *_, last = content.splitlines()
+    try:
+        json.loads(last)
+    except (ValueError, RecursionError):
+        return content[: len(content) - len(last)]
+    return content + b"\n"

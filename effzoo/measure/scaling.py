@@ -43,7 +43,7 @@ class Scaling:
 
     def run(self, path: Path, tell: Callable[[str, int, int], None] = lambda said, done, total: None) -> list[Row]:
         """Measure what the file does not hold yet, a length and mode at a time, and append it. tell: called with what comes, done and total."""
-        known = files.read(path)
+        known = files.read(path, "scaling")
         groups = [(mode, n) for mode in self.modes for n in sorted(self.lengths)]
         for done, (mode, n) in enumerate(groups):
             tell(f"{mode}, n = {n:,}", done, len(groups))
