@@ -10,11 +10,17 @@ what peft has saved. Both sides then compute the same.
     krona                                           LOKR with full factors
     prompt; p_tuning, prefix (without their networks)   PROMPT_TUNING; P_TUNING, PREFIX_TUNING
     llama_adapter, gates equal in all heads         ADAPTION_PROMPT
+    tokens, alone or beside lora                    TRAINABLE_TOKENS, or trainable_token_indices beside LORA
+    norms alone                                     LN_TUNING
     the task head, other modules trained as a whole modules_to_save
     biases beside lora                              bias="lora_only" or "all"
 
+A language-model head that is tied to the token table: a LoRA of ours on the table changes both, which is `ensure_weight_tying` there; without it peft
+changes lookups alone (`lora[tied=false]`), or the head alone (a LoRA on `lm.out`).
+
 Unlike peft, which loads what fits and warns, reading is strict: a tensor that is missing, too many or of another shape, and an option
-that effzoo has no counterpart for, is an AdapterError, and the model is then as it was. What such files cannot do is prove the base: they hold
+that effzoo has no counterpart for, is an AdapterError, and the model is then as it was. Regular expressions are
+matched in bounded time. What such files cannot do is prove the base: they hold
 no hash of its weights, and `base_model_name_or_path` is a name that is only logged. Where representing the same function would need something
 that peft lacks, a sentence says so; nothing is approximated.
 

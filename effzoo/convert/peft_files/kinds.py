@@ -16,9 +16,8 @@ from effzoo.peft import Method, PeftModule
 Names = str | Sequence[str] | None
 Fields = Mapping[str, Any]  # fields of a config: which type each has; Any where no value means anything once the training is over
 
-SELECTION: Fields = {
-    "target_modules": Names, "exclude_modules": Names, "layers_to_transform": int | Sequence[int] | None, "layers_pattern": Names,
-}  # fmt: skip
+NAMED: Fields = {"target_modules": Names, "exclude_modules": Names}
+SELECTION: Fields = {**NAMED, "layers_to_transform": int | Sequence[int] | None, "layers_pattern": Names}
 SIZES: Fields = {"num_virtual_tokens": Count, "token_dim": Count, "num_attention_heads": Count, "num_layers": Count}
 EVERYWHERE: Fields = {
     "peft_type": str, "modules_to_save": Names, "task_type": Any, "auto_mapping": Any, "peft_version": Any, "base_model_name_or_path": Any,
@@ -59,7 +58,7 @@ KINDS = (
     ),
     Kind(
         ("IA3",), vectors.CLASSES, ("ia3_l",),
-        {**SELECTION, "feedforward_modules": Names, "fan_in_fan_out": bool, "init_ia3_weights": Any},
+        {**NAMED, "feedforward_modules": Names, "fan_in_fan_out": bool, "init_ia3_weights": Any},
         vectors.write, vectors.read,
     ),
     Kind(
@@ -97,6 +96,6 @@ KINDS = (
         tokens.write, tokens.read,
     ),
     Kind(
-        ("LN_TUNING",), (), ("ln_tuning_layers",), {"target_modules": Names, "exclude_modules": Names}, _norms, selected.read_norms,
+        ("LN_TUNING",), (), ("ln_tuning_layers",), NAMED, _norms, selected.read_norms,
     ),
 )  # fmt: skip

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, shaped, tidy
+from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, first_axis, shaped, tidy
 from effzoo.errors import AdapterError
 from effzoo.peft import Method
 from effzoo.peft.parameter.krona import Kronecker
@@ -84,7 +84,8 @@ def read(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mappi
         if any(other.startswith(f"{theirs}.lokr_") for other in left):
             raise AdapterError(f"{key}: unknown or doubled tensor {rest!r} of LoKr")
         outputs, inputs = twin.weight(rule.ours[0]).shape
-        if A.ndim != 2 or outputs % len(A) or inputs % A.shape[1]:
+        first_axis(f"{theirs}.lokr_w1", A)
+        if outputs % len(A) or inputs % A.shape[1]:
             raise AdapterError(f"{theirs}.lokr_w1 has shape {tuple(A.shape)}, which does not divide {rule.ours[0]}, {outputs} x {inputs}")
         shaped(f"{theirs}.lokr_w2", B, outputs // len(A), inputs // A.shape[1])
         rank = config["rank_pattern"].of(theirs, config.get("r", 8))
@@ -101,5 +102,7 @@ def _factor(left: dict[str, Tensor], theirs: str, name: str) -> Tensor:
     pair = [left.pop(f"{key}_{half}", None) for half in "ab"]
     if pair[0] is None or pair[1] is None:
         raise AdapterError(f"{key} is missing in the file, or one half of it; copy the whole adapter")
+    if first_axis(f"{key}_b", pair[1]) != pair[0].shape[-1] or not first_axis(f"{key}_a", pair[0]):
+        raise AdapterError(f"{key}_a and {key}_b have shapes {tuple(pair[0].shape)} and {tuple(pair[1].shape)}, which have no product")
     product: Tensor = pair[0] @ pair[1]
     return product

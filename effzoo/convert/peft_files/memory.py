@@ -20,8 +20,8 @@ from einops import rearrange
 from torch import Tensor
 
 from effzoo.blocks.positions import Rotary, rotate
-from effzoo.convert.peft_files.rows import KEY, check_attention, only, sizes
-from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, shaped
+from effzoo.convert.peft_files.rows import KEY, check_attention, check_sizes, only, sizes
+from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, first_axis, shaped
 from effzoo.errors import AdapterError
 from effzoo.peft import Method
 from effzoo.peft.input.llama_adapter import GatedRows
@@ -90,7 +90,8 @@ def read_prefix(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts
     layers, table = _layers(twin), only(tensors, KEY)
     site = twin.sites[layers[0]]
     assert isinstance(site, Memory)
-    shaped(KEY, table, int(config.get("num_virtual_tokens") or len(table)), len(layers) * 2 * site.heads * site.head_dim)
+    check_sizes(config, sizes(twin, first_axis(KEY, table), site.heads * site.head_dim, site.heads))
+    shaped(KEY, table, len(table), len(layers) * 2 * site.heads * site.head_dim)
     each = rearrange(table, "n (l two h d) -> l two h n d", two=2, h=site.heads, l=len(layers))
     return {
         path: Wanted("prefix", {"length": len(table)}, {"keys": turned(keys, _rotary(twin, path), -len(table)), "values": values})
@@ -141,6 +142,9 @@ def _attention(twin: Twin, path: str) -> str:
 def read_gated(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]) -> dict[str, Wanted]:
     check_gated(twin)
     left, found = dict(tensors), {}
+    name = _attention(twin, _layers(twin)[0]).rpartition(".")[2]
+    if config.get("target_modules") not in (None, name):
+        raise AdapterError(f"target_modules is {config['target_modules']!r} in the config of the file; the attention of this model is {name!r}")
     for path in _layers(twin)[-int(config.get("adapter_layers") or 0) :]:
         theirs = _attention(twin, path)
         keys = f"{theirs}.adaption_prompt", f"{theirs}.adaption_gate"
@@ -148,6 +152,7 @@ def read_gated(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts:
             if key not in left:
                 raise AdapterError(f"{key} is missing in the file, whose config says {config.get('adapter_layers')} layers; copy the whole adapter")
         prompt, gate = (left.pop(key) for key in keys)
+        first_axis(keys[0], prompt, axes=3)
         shaped(keys[0], prompt, 1, int(config.get("adapter_len") or prompt.shape[1]), twin.model.config.dim)
         shaped(keys[1], gate, 1)
         if gate.abs() >= 1:

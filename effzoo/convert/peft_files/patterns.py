@@ -64,6 +64,14 @@ class _Names:
         return any(theirs == name or theirs.endswith(f".{name}") for name in self.names)
 
 
+def ends_with(given: str | Iterable[str], known: Iterable[str]) -> set[str]:
+    """The known modules that a regular expression is, or that end as a list says: how (IA)3 of peft names its feed-forward modules."""
+    if isinstance(given, str):
+        expression = Expression(given, Steps())
+        return {theirs for theirs in known if expression.matches(theirs)}
+    return {theirs for theirs in known if theirs.endswith(tuple(given))}
+
+
 def _layer(expressions: list[Expression], theirs: str) -> int | None:
     """The first number in the path, or the one after `layers_pattern`."""
     if not expressions:

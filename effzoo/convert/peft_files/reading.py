@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from effzoo.annotations import problem
 from effzoo.convert.peft_files import patterns, seal, selected, tokens
 from effzoo.convert.peft_files.kinds import EVERYWHERE, KINDS, SELECTION, Kind
-from effzoo.convert.peft_files.twin import Config, Twin, Wanted
+from effzoo.convert.peft_files.twin import Config, Twin, Wanted, more_tokens
 from effzoo.convert.peft_files.writing import CONFIG, HEADER, WEIGHTS
 from effzoo.errors import AdapterError, EffzooError, listing
 from effzoo.peft import attach, attached, detach, finish
@@ -27,6 +27,7 @@ from effzoo.spec import Spec
 log = logging.getLogger("effzoo.convert")
 OWN_START = (True, False, None, "gaussian", "eva", "orthogonal")  # starts of peft's LoRA that leave the base as it is
 TRIES = 100
+NUMBERS = ("r", "lora_alpha", "alpha", "lora_dropout")  # of which null is none; null elsewhere says that nothing was chosen
 TRAINING_ONLY = ("rank_dropout", "module_dropout", "rank_dropout_scale")
 
 
@@ -42,6 +43,7 @@ def read(model: nn.Module, directory: Path, name: str) -> None:
     rows = tokens.read(twin, config, beside, parts) if kind.peft_types == ("LORA",) else {}
     kept = selected.read(twin, config, others, parts)
     _check_whole(twin, config, own)
+    _check_saved(twin, config, tensors)
     whole = {path for path, wanted in kept.items() if wanted.method in ("full", "tokens")}
     if clash := [*(rows.keys() & (found.keys() | whole)), *(whole & found.keys())]:
         raise AdapterError(f"the file holds two things for {clash[0]}; peft has written one of them for another module")
@@ -111,7 +113,7 @@ def _check_config(config: Config, kind: Kind, directory: Path) -> None:
     fields = {**EVERYWHERE, **kind.fields}
     patterns.neutral(given, fields, str(directory))
     for field, value in given.items():
-        if field in fields and value is not None and (said := problem(value, fields[field])):
+        if field in fields and (value is not None or field in NUMBERS) and (said := problem(value, fields[field])):
             raise AdapterError(f"{directory}: {field} of the config {said}")
     start = config.get("init_lora_weights", True)
     if start not in OWN_START:
@@ -178,8 +180,7 @@ def _is_base(twin: Twin, key: str, tensor: Tensor, adapted: bool) -> bool:
         said = (
             f"the file's has shape {tuple(tensor.shape)}, this model's {tuple(base.shape)}" if base.shape != tensor.shape else "it has other values"
         )
-        resize = f"; call effzoo.resize_vocabulary(model, {len(tensor)}) first" if base.shape[1:] == tensor.shape[1:] != tensor.shape else ""
-        raise AdapterError(f"{key}: the adapter was trained on another base, of which the file holds this weight: {said}{resize}")
+        raise AdapterError(f"{key}: the adapter was trained on another base, of which the file holds this weight: {said}{more_tokens(tensor, base)}")
     return False
 
 
@@ -203,6 +204,19 @@ def _check_whole(twin: Twin, config: Config, own: Mapping[str, Tensor]) -> None:
         return  # peft's own choice
     if unnamed := sorted(have - named - tied):
         raise AdapterError(f"the file has tensors for {unnamed[0]}, which its config does not name (target_modules), so peft would leave them out")
+
+
+def _check_saved(twin: Twin, config: Config, tensors: Mapping[str, Tensor]) -> None:
+    """AdapterError for a module, or for biases, that the config says are saved, and the file has no tensors for."""
+    keys = key_set(tensors) | {key.removeprefix("base_model.") for key in tensors}
+    for theirs in twin.rules if selected.names_of(config.get("modules_to_save")) else ():
+        named = selected.named(theirs, selected.names_of(config.get("modules_to_save")))
+        site = twin.sites.get(twin.rules[theirs].ours[0])
+        if named and site is not None and site.base() and not any(key.startswith(f"{theirs}.") for key in keys):
+            raise AdapterError(f"the config says that {theirs} is saved (modules_to_save), and the file has no tensor of it; copy the whole adapter")
+    lacking = config.get("bias", "none") not in (None, "none") and not any(key.endswith(".bias") for key in keys)
+    if lacking and any("bias" in site.base() for site in twin.sites.values()):
+        raise AdapterError(f"the config says bias={config['bias']!r}, and the file has no bias; copy the whole adapter")
 
 
 def specs(twin: Twin, wanted: Mapping[str, Wanted]) -> list[Spec]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from effzoo.convert.peft_files.twin import TASK_TYPES, Config, Modules, Twin, Wanted, Written, shaped
+from effzoo.convert.peft_files.twin import TASK_TYPES, Config, Modules, Twin, Wanted, Written, first_axis, shaped
 from effzoo.errors import AdapterError
 from effzoo.peft import Method
 from effzoo.peft.input.p_tuning import PTuning
@@ -73,11 +73,19 @@ def sizes(twin: Twin, rows: int, width: int, heads: int) -> Config:
     }
 
 
+def check_sizes(config: Config, expected: Config) -> None:
+    """AdapterError for a size in the file's config that is not this model's: the rows would be read as others."""
+    for name, value in expected.items():
+        if config.get(name) not in (None, value):
+            raise AdapterError(f"{name} is {config[name]} in the config of the file and {value} in this model; it was trained on another base")
+
+
 def read(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]) -> dict[str, Wanted]:
     """`prompt`, or `p_tuning` that is finished already."""
     check_reading(twin)
     rows, width = only(tensors, KEY), twin.model.config.dim
-    shaped(KEY, rows, int(config.get("num_virtual_tokens") or len(rows)), width)
+    check_sizes(config, sizes(twin, first_axis(KEY, rows), width, twin.model.config.heads))
+    shaped(KEY, rows, len(rows), width)
     (path,) = (path for path, site in twin.sites.items() if site.role == "embed.token")
     method = "p_tuning" if config["peft_type"] == "P_TUNING" else "prompt"
     return {path: Wanted(method, {"length": len(rows)}, {"prompt": rows})}

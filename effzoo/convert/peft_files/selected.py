@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, parts_of
+from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, more_tokens, parts_of
 from effzoo.errors import AdapterError
 from effzoo.peft.parameter.selected import Copy
 from effzoo.peft.parameter.tokens import ROLES, spans
@@ -123,6 +123,8 @@ def read(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mappi
         rule = twin.rules.get(theirs)
         if rule is None or parameter not in rule.parameters:
             raise AdapterError(f"{key} is one too many in the file: this model's twin has no such parameter")
+        if not tensor.ndim:
+            raise AdapterError(f"{key} has shape (), and a weight or bias has at least one axis; copy the whole adapter")
         trained = parts_of(key, rule, parts) or [1] * len(rule.ours)
         for path, part, hung in zip(rule.ours, rule.split(parameter, tensor), trained, strict=True):
             site = twin.sites[path]
@@ -133,14 +135,12 @@ def read(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mappi
                 )
             base = site.base().get(parameter)
             if base is not None and site.role in ROLES and base.shape[1:] == part.shape[1:] and len(base) != len(part):
-                raise AdapterError(
-                    f"{key} has {len(part)} tokens in the file, this model has {len(base)}; call effzoo.resize_vocabulary(model, {len(part)}) first"
-                )
+                raise AdapterError(f"{key} has {len(part)} tokens in the file, this model has {len(base)}{more_tokens(part, base)}")
             if base is None or base.shape != part.shape:
                 needed = "has none" if base is None else f"needs {tuple(base.shape)}"
                 raise AdapterError(f"{key} has shape {tuple(tensor.shape)}, of which {path} would get {tuple(part.shape)}; this model {needed}")
-            with_head = path == twin.token and bool(config.get("ensure_weight_tying")) and _named(str(twin.tied_head), saved)
-            if parameter == "weight" and site.role in ROLES and not (with_head or _named(theirs, saved)):
+            with_head = path == twin.token and bool(config.get("ensure_weight_tying")) and named(str(twin.tied_head), saved)
+            if parameter == "weight" and site.role in ROLES and not (with_head or named(theirs, saved)):
                 if changed := (part.to(base) != base).any(dim=1).nonzero().flatten().tolist():
                     found[path] = Wanted("tokens", {"ids": spans(changed)}, {"ids": torch.tensor(changed), "trained": part[changed]})
             elif hung:
@@ -166,6 +166,6 @@ def names_of(given: object) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given) if isinstance(given, list) else ()
 
 
-def _named(theirs: str, saved: tuple[str, ...]) -> bool:
+def named(theirs: str, saved: tuple[str, ...]) -> bool:
     """Whether `modules_to_save` names this module, or one that it is in."""
     return any(f".{name}." in f".{theirs}." for name in saved)

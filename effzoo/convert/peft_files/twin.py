@@ -138,6 +138,12 @@ def shaped(key: str, tensor: Tensor, *shape: int) -> Tensor:
     return tensor
 
 
+def more_tokens(theirs: Tensor, ours: Tensor) -> str:
+    """The end of a sentence about a table with other rows than ours: what to do when it has more."""
+    larger = theirs.shape[1:] == ours.shape[1:] and len(theirs) > len(ours)
+    return f"; call effzoo.resize_vocabulary(model, {len(theirs)}) first" if larger else ""
+
+
 def first_axis(key: str, tensor: Tensor, axes: int = 2) -> int:
     """The length of the first of so many axes; AdapterError for another number of them, and for no entry."""
     if tensor.ndim != axes or not tensor.numel():

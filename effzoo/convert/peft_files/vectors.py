@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from effzoo.convert.peft_files.patterns import ends_with
 from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, parts_of, shaped, split, whole
 from effzoo.errors import AdapterError
 from effzoo.peft import Method
@@ -50,6 +51,7 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
 
 
 def read(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]) -> dict[str, Wanted]:
+    _check_inputs(config, tensors)
     found: dict[str, Wanted] = {}
     to_values: dict[str, Tensor] = {}
     for key, vector in tensors.items():
@@ -83,6 +85,19 @@ def read(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mappi
     for path, scale in to_values.items():
         _into_values(twin, path, scale, found)
     return found
+
+
+def _check_inputs(config: Config, tensors: Mapping[str, Tensor]) -> None:
+    """AdapterError where the config and the shape of a vector do not agree on whether it scales the input."""
+    given = config.get("feedforward_modules")
+    if given is None:
+        return  # peft's own choice
+    shapes = {key.rpartition(".")[0]: vector.shape for key, vector in tensors.items() if vector.ndim == 2 and vector.numel() > 1}
+    named = ends_with(given, shapes)
+    for theirs, shape in shapes.items():
+        if (shape[0] == 1) != (theirs in named):
+            said = "names it" if theirs in named else "does not name it"
+            raise AdapterError(f"{theirs}.ia3_l has shape {tuple(shape)}, and feedforward_modules of the config {said}; save the adapter again")
 
 
 def _into_values(twin: Twin, path: str, scale: Tensor, found: dict[str, Wanted]) -> None:
