@@ -125,6 +125,11 @@ def test_swapped_quantised_and_altered_models_are_others():
     altered = made()
     altered.blocks[0].mlp.activation = torch.relu
     assert difference(plain, fingerprint(altered)) == "blocks.0.mlp.activation: gelu in the file, relu in this model"
+    narrower, pooled = made(attention="longformer[window=8]"), made(task="classification")
+    narrower.blocks[0].attn.core.reach, pooled.head.pooling = 1, "mean"  # what was made of an option, and what was taken from a config
+    found = difference(fingerprint(made(attention="longformer[window=8]")), fingerprint(narrower))
+    assert found == "blocks.0.attn.core.reach: 4 in the file, 1 in this model"
+    assert difference(fingerprint(made(task="classification")), fingerprint(pooled)) == "head.pooling: first in the file, mean in this model"
     hashed = made(attention="lsh[chunk=4]")
     before = fingerprint(hashed)
     hashed.blocks[1].attn.core.resample(7)  # the rotations are in no state dict
@@ -144,6 +149,19 @@ def test_a_model_of_ones_own_is_known_by_its_modules():
     assert difference(fingerprint(own()), fingerprint(own(eps=0.1))) == "2.eps: 1e-05 in the file, 0.1 in this model"
     assert difference(fingerprint(own()), fingerprint(own(act=nn.ReLU()))) == "1: GELU in the file, ReLU in this model"
     assert "approximate: none in the file, tanh" in difference(fingerprint(own()), fingerprint(own(act=nn.GELU("tanh"))))
+
+
+@pytest.mark.parametrize("attention", ["full", "lsh[chunk=4]", "longformer[window=8]", "linformer[k=8]", "blockwise", "local[chunk=4]"])
+def test_running_learning_and_merging_leave_the_fingerprint_alone(attention):
+    model, ids = made(attention=attention, task="classification", experts=2, router="top_k"), torch.arange(1, 33)[None]
+    before = fingerprint(model)
+    model.train()(input_ids=ids, labels=torch.tensor([1])).loss.backward()
+    model.eval()(input_ids=ids[:, :17])
+    effzoo.attach(model, "lora")
+    effzoo.merge(model, "default")
+    effzoo.unmerge(model)
+    effzoo.detach(model, "default")
+    assert difference(before, fingerprint(model)) is None
 
 
 def test_adapters_and_trainers_leave_the_fingerprint_alone():

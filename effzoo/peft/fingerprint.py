@@ -24,15 +24,18 @@ from effzoo.errors import OptionError
 from effzoo.peft.parameter.tokens import numbers_of
 from effzoo.sites import unwrap
 
-NOT_THE_FUNCTION = {  # parameters of modules' constructors, and why they do not count
+NOT_THE_FUNCTION = {  # attributes of modules, and why they do not count
     "config": "the model itself says what of it counts (`computes`)",
     "role": "a name", "layer": "a number for targets; what depends on it (hash rotations) is a tensor",
     "backend": "the same result by another way", "max_length": "what depends on it is an option of the attention, or a tensor",
     "device": "where, not what", "dtype": "of the tensors, which say it themselves",
     "FeedForward.chunk": "the same result, fewer positions at a time", "Full.chunk": "the same result, fewer queries at a time",
     "Longformer.max_globals": "a limit: more global tokens are an error", "Side.narrow": "for networks of adapters",
+    "sizes": "as `config`", "roster": "of adapters", "told": "of adapters", "again": "computed twice, to the same bits", "weighted": "of the loss",
+    "later_values_matter": "an explanation",
 }  # fmt: skip
 WITHOUT = " without rows "
+_OF_ANY_MODULE = vars(nn.Module())
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Dropout)
 
 
@@ -87,7 +90,7 @@ def _without(tensor: Tensor, rows: str) -> Tensor:
 
 
 def facts(model: nn.Module) -> dict[str, Any]:
-    """The facts of a fingerprint: what the model says of itself, then the class of every module and what it was constructed with."""
+    """The facts of a fingerprint: what the model says of itself, then the class of every module inside and what it keeps."""
     model = unwrap(model)
     found: dict[str, Any] = {"class": type(model).__name__}
     if callable(getattr(model, "computes", None)):
@@ -95,7 +98,7 @@ def facts(model: nn.Module) -> dict[str, Any]:
     for path, module in model.named_modules():
         if path and not _of_adapter(f"{path}.") and not isinstance(module, CONTAINERS):
             found[path] = type(module).__name__
-            found |= {f"{path}.{name}": value for name, value in _constructed_with(module).items()}
+            found |= {f"{path}.{name}": value for name, value in _attributes(module).items()}
     return found
 
 
@@ -127,12 +130,14 @@ def _of_adapter(key: str) -> bool:
     return ".adapters." in f".{key}"
 
 
-def _constructed_with(module: nn.Module) -> dict[str, Any]:
-    """The arguments of a module's constructor, as far as it keeps them under their names and they are no tensors or modules."""
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module keeps of its constructor's arguments, and its other public attributes unless it is torch's; without tensors and modules."""
     try:
-        names = list(inspect.signature(type(module).__init__).parameters)[1:]
+        names = dict.fromkeys(list(inspect.signature(type(module).__init__).parameters)[1:])
     except ValueError:  # written in C
-        return {}
+        names = {}
+    if not type(module).__module__.startswith("torch."):
+        names |= dict.fromkeys(name for name in vars(module) if not name.startswith("_") and name not in _OF_ANY_MODULE)
     found: dict[str, Any] = {}
     for name in names:
         value = getattr(module, name, None)
