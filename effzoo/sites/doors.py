@@ -39,6 +39,9 @@ class PeftModule(nn.Module):
     @property
     def dtype(self) -> torch.dtype | None:
         """In which its numbers are held, and in which the site lets it compute; None where it has no numbers."""
+        for own in self._parameters.values():  # most have some of their own: this is asked at every door of every pass
+            if own is not None and own.is_floating_point():
+                return own.dtype
         return next((tensor.dtype for tensor in chain(self.parameters(), self.buffers()) if tensor.is_floating_point()), None)
 
     def weight(self, weight: Tensor) -> Tensor:

@@ -149,17 +149,18 @@ class Site(nn.Module):
 
     def hung(self, *adapters: str) -> Iterator[PeftModule]:
         """The modules of the named adapters (default: the active ones), in the order in which they act."""
+        here = self._modules["adapters"]._modules  # type: ignore[union-attr]  # an attribute takes long, and this is asked at every pass
         for adapter in adapters or self.active:
-            if adapter in self.adapters:
-                yield from cast("Iterator[PeftModule]", self.of(adapter).values())
+            if adapter in here:
+                yield from cast("Iterator[PeftModule]", here[adapter]._modules.values())  # type: ignore[union-attr]
 
     def acting(self, *adapters: str) -> Iterator[Acts]:
         """`hung`, each module at the scale of its adapter; a task head is not added to anything, and counts in full."""
         now, full = self.now, self.role.startswith("head.")
         for adapter in adapters or self.active:
             scale = 1.0 if full else now.scale(adapter)
-            for module in self.hung(adapter):
-                yield module if scale == 1 else Scaled(module, scale)
+            modules = self.hung(adapter)
+            yield from modules if scale == 1 else (Scaled(module, scale) for module in modules)
 
     def base(self) -> dict[str, nn.Parameter]:
         """The site's own parameters, without what is hung on it."""
