@@ -5,6 +5,8 @@ sub-layer adds to the residual stream, and one Memory site per attention layer h
 site sees them afterwards). A site is a thin subclass that owns an empty ModuleDict, so hanging a module on it renames no base key: new keys contain
 `.adapters.<adapter name>.<method name>.`.
 
+Which of them act, in which order and how, is no matter of a site: all sites of a model read it from one `Roster`, which `effzoo/peft/state.py` keeps.
+
 A module enters a site through a door, by overriding its method (unified view: He et al. 2022, arXiv:2110.04366):
 
     door        method                          composition
