@@ -33,6 +33,12 @@ def unwrap(model: M) -> M:
     return inside  # type: ignore[return-value]
 
 
+def refuse_compiled(part: nn.Module, path: str) -> None:
+    """AdapterError for a part of a model that stands in a wrapper of `torch.compile`, which would change the names of all that is in it."""
+    if type(part).__name__ == "OptimizedModule":
+        raise AdapterError(f"{path} is compiled as a module of its own, which renames what is in it; compile it in place, by {path}.compile()")
+
+
 def _inside(module: nn.Module) -> nn.Module | None:
     """What a wrapper of torch wraps; None for any other module."""
     if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):

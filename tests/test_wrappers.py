@@ -143,6 +143,24 @@ def test_other_modules_around_a_model_are_refused_and_nothing_is_lost(tiny, arou
     assert list(effzoo.attached(model)) == ([] if empty else ["default"])
 
 
+@pytest.mark.parametrize("path", ["blocks.0", "blocks.0.attn.q"])
+def test_a_part_that_is_compiled_on_its_own_is_to_be_compiled_in_place(tiny, path, tmp_path):
+    model = build(tiny, layers=1)
+    parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+    inner = getattr(parent, name)
+    setattr(parent, name, torch.compile(inner, backend="eager"))
+    for operation in (lambda: effzoo.attach(model, "lora"), lambda: effzoo.status(model), lambda: effzoo.quantise(model)):
+        with pytest.raises(AdapterError, match=f"{path} is compiled as a module of its own"):
+            operation()
+    setattr(parent, name, inner)
+    inner.compile(backend="eager")
+    before = model(input_ids=IDS).logits
+    shake(effzoo.attach(model, "lora"), "default")
+    assert not any("_orig_mod" in key for key in model.state_dict()) and not torch.allclose(model(input_ids=IDS).logits, before)
+    effzoo.detach(model, "default")
+    assert torch.allclose(model(input_ids=IDS).logits, before, atol=1e-12)
+
+
 def test_ddp_refuses_to_train_what_it_would_not_synchronise(tiny, group, monkeypatch):
     model = shake(effzoo.attach(effzoo.attach(build(tiny), "lora", name="a"), "lora", name="b"), "a", "b")
     outer = nn.parallel.DistributedDataParallel(model)

@@ -189,7 +189,7 @@ def _check_untouched(key: str, name: str, tensor: Tensor | None, original: Tenso
         raise AdapterError(f"adapter {name!r} cannot be taken out again: {key} {now}; what unmerging needs is kept")
     if type(tensor) is not torch.nn.Parameter:
         raise AdapterError(f"adapter {name!r} cannot be taken out again: {key} is quantised; call effzoo.dequantise(model) and load the weights")
-    if tensor.dtype == original.dtype and checksum(tensor) != written:
+    if tensor.dtype == original.dtype and not tensor.is_meta and checksum(tensor) != written:
         raise AdapterError(
             f"adapter {name!r} cannot be taken out again: {key} was changed after merging, by training or loading, and unmerging would lose that; "
             "put the merged weights back first, or keep them (effzoo.merge(model, undo=False))"

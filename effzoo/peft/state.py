@@ -150,9 +150,12 @@ class Rewriting:
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> int:
-    """A number that changes when a tensor does: the sum of its entries as integers, each times a number of its place, modulo 2^64."""
+    """A number that changes when a tensor does: the sum of its entries as integers, each times a number of its place, modulo 2^64; 0 on the meta
+    device, where there is no content."""
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     total = 0
+    if tensor.is_meta:
+        return total
     for part in tensor.detach().reshape(-1).view(whole).split(1 << 22):  # type: ignore[no-untyped-call]
         total += int((part.long() * (torch.arange(len(part), device=part.device) * 2_654_435_761 + 1)).sum()) + 3 * total
     return total

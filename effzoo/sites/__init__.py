@@ -30,7 +30,7 @@ from effzoo.sites.doors import KeysValues, Mixture, PeftModule, Seen, longer
 from effzoo.sites.layers import Branch, Conv2d, Embedding, Keys, LayerNorm, Linear, Norm, RMSNorm, TiedLinear
 from effzoo.sites.memory import Memory, Side
 from effzoo.sites.site import Site
-from effzoo.wrappers import Model, unwrap
+from effzoo.wrappers import Model, refuse_compiled, unwrap
 
 __all__ = [
     "WITHOUT_SCALE", "Activity", "Acts", "Branch", "Conv2d", "Embedding", "Keys", "KeysValues", "LayerNorm", "Linear", "Memory", "Mixture", "Model",
@@ -48,6 +48,7 @@ def _sites(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple
     if module in seen:
         return
     seen.add(module)
+    refuse_compiled(module, path)
     if isinstance(module, Site):
         yield path, module
     for name, child in module.named_children():
