@@ -5,6 +5,8 @@ The tables are `datasets.Dataset`, which is imported when a function runs: `impo
 
 from __future__ import annotations
 
+import csv
+import io
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -204,7 +206,9 @@ def _read(source: str | Path, path: Path, subset: str | None, encodings: Sequenc
         parts = {file.stem: str(file) for file in files} if len(files) > 1 else {"train": str(files[0])}
         if len(encodings) > 1 and kinds != [".parquet"]:
             raise DataError(f"several encodings are for folders of text files, {path} has one; got {listing(encodings)}")
-        arguments = {"data_files": parts, **({"sep": "\t"} if kinds == [".tsv"] else {})}
+        arguments = {"data_files": parts}
+        if kinds == [".tsv"]:
+            arguments |= {"sep": "\t", **({} if _quoted(files, encodings[0]) else {"quoting": csv.QUOTE_NONE})}
         arguments |= {"encoding": encodings[0]} if kinds != [".parquet"] else {}
     elif path.suffix in FORMATS or path.is_absolute() or str(source).startswith("."):
         raise DataError(f"no such file or folder: {path}")
@@ -213,6 +217,37 @@ def _read(source: str | Path, path: Path, subset: str | None, encodings: Sequenc
     except Exception as error:  # of many kinds: no such data set, no network, a broken file
         where = f"{path} cannot be read" if arguments else f"{str(source)!r} is no file here, and no data set on the hub that can be read now"
         raise DataError(f"{where}: {_first_line(error)}") from error
+
+
+def _quoted(files: Sequence[Path], encoding: str) -> bool:
+    """Whether quotation marks in tab-separated files stand around fields, as spreadsheets write them, or are text, as GLUE has them.
+
+    The reading is taken in which all rows have the same number of fields. Where both do: text if the other would lose lines, else around fields.
+    Raises DataError where neither does, and for files that need different readings.
+    """
+    found: dict[bool, Path] = {}
+    for file in files:
+        text = _decoded(file, (encoding,))
+        if not any(line.startswith('"') or '\t"' in line for line in text.splitlines()):
+            continue
+        as_text = [line.split("\t") for line in text.splitlines() if line]
+        try:
+            as_quotes = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True) if row]
+        except csv.Error:
+            as_quotes = []
+        fits = {False: len({len(row) for row in as_text}) == 1, True: len({len(row) for row in as_quotes}) == 1}
+        if not any(fits.values()):
+            wrong = next(number for number, row in enumerate(as_text, 1) if len(row) != len(as_text[0]))
+            raise DataError(
+                f"{file}: row {wrong} has {len(as_text[wrong - 1])} fields, the head has {len(as_text[0])}; quotation marks may be unpaired"
+            )
+        quoted = fits[True] and not (fits[False] and len(as_quotes) < len(as_text))
+        found[quoted] = file
+        how = "stand around fields and are taken off" if quoted else "are text"
+        logging.getLogger("effzoo").info("%s: quotation marks %s", file, how)
+    if len(found) == 2:
+        raise DataError(f"quotation marks stand around fields in {found[True]} and are text in {found[False]}; read them one by one")
+    return True in found
 
 
 def _one_part(parts: Any, wanted: str | None, source: str | Path) -> Dataset:

@@ -1,5 +1,6 @@
 """Reading, dividing and tokenising text: tables written by hand, and laws of the split."""
 
+import csv
 import json
 from collections import Counter
 
@@ -216,3 +217,30 @@ def test_from_file_to_finetuned_model(tmp_path, tokenizer, tiny):
     settings = {"output_dir": tmp_path / "run", "epochs": 25, "learning_rate": 2e-2, "progress": False}
     result = effzoo.finetune(model, parts["train"], evaluate=parts["test"], **settings)
     assert result.metrics["eval_accuracy"] == 1.0
+
+
+GLUE = [("he left .", 1), ('" why ? asked Ann .', 0), ("it rained .", 1), ('stop it , " he said .', 1), ('" no .', 0), ("go .", 1), ('never ! "', 0)]
+
+
+@pytest.mark.parametrize("chosen", [GLUE, [GLUE[0], GLUE[4], GLUE[5], GLUE[6]], [GLUE[1], GLUE[6]], [('"', 0), ("a", 1)], [("a", 0), ('b "c" d', 1)]])
+def test_quotation_marks_of_a_file_without_quoting_are_text_and_lose_no_row(tmp_path, chosen):
+    file = tmp_path / "q.tsv"
+    file.write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in chosen))
+    table = load_text(file)
+    assert list(zip(table["text"], table["label"], strict=True)) == chosen
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
+def test_a_quoted_file_reads_as_what_was_written(tmp_path, quoting):
+    chosen = [("tab\tin it", 0), ('says "no"', 1), ("two\nlines", 0), ("plain", 1)]
+    file = tmp_path / "q.tsv"
+    with file.open("w", newline="") as out:
+        csv.writer(out, delimiter="\t", quoting=quoting, lineterminator="\n").writerows([("text", "label"), *chosen])
+    table = load_text(file)
+    assert list(zip(table["text"], table["label"], strict=True)) == chosen
+
+
+def test_quotation_marks_that_fit_neither_way_are_named_by_row(tmp_path):
+    (tmp_path / "q.tsv").write_text('text\tlabel\n"a\tb\tc\t0\n"d" e\t1\n')
+    with pytest.raises(DataError, match="row 2 has 4 fields, the head has 2; quotation marks may be unpaired"):
+        load_text(tmp_path / "q.tsv")
