@@ -54,7 +54,7 @@ def load_text(
     table = _by_folder(path, encodings) if _is_folder_of_folders(path) else _one_part(_read(source, path, subset, encodings), part, source)
     first, second = _text_columns(table, text, text_pair)
     target = _pick(table, label, LABELS, "label", required=False)
-    if target in (first, second):
+    if target is not None and target in (first, second):
         raise DataError(f"column {target!r} is read as text and named as the label; choose another with label= or text=")
     columns = {first: "text", second: "text_pair", target: "label"}
     table = table.select_columns([name for name in columns if name]).rename_columns({k: v for k, v in columns.items() if k and k != v})
