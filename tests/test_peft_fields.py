@@ -227,3 +227,20 @@ def test_the_table_of_a_resized_base_brings_its_new_rows(tmp_path):
     assert "|tokens[ids=41-44" in effzoo.attached(ours)["default"].spec
     x = torch.arange(33, 45)[None]
     assert torch.allclose(ours.eval()(x).logits, theirs.eval()(x).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_what_peft_trains_apart_is_refused_on_a_tied_head_and_read_on_one_of_its_own(saved, tmp_path):
+    torch.manual_seed(0)
+    base = llama().eval()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved))
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="tied=False"):
+        effzoo.load_adapter(convert.from_transformers(base), tmp_path)
+    ours = convert.from_transformers(base, tied=False)
+    x = torch.arange(3, 15)[None]
+    assert torch.equal(ours.eval()(x).logits, convert.from_transformers(base)(x).logits)
+    assert torch.allclose(effzoo.load_adapter(ours, tmp_path)(x).logits, theirs.eval()(x).logits, atol=1e-5)

@@ -168,6 +168,29 @@ def test_an_adapter_with_the_new_rows_loads_on_the_base_whatever_its_new_rows_ar
         effzoo.load_adapter(other, tmp_path)
 
 
+def test_an_adapter_with_new_rows_loads_on_a_wider_base_of_the_same_weights(tmp_path):
+    base = effzoo.resize_vocabulary(built().to(torch.bfloat16), 60)
+    model = moved(effzoo.attach(copy.deepcopy(base), "tokens[ids=new]"))
+    assert model.embeddings.token.adapters["default"]["tokens"].trained.dtype == torch.float32
+    effzoo.save_adapter(model, tmp_path)
+    wide = copy.deepcopy(base).float()
+    x = batch(vocab=60)["input_ids"]
+    loaded = effzoo.load_adapter(copy.deepcopy(wide), tmp_path, rounded_base=True)
+    assert torch.allclose(loaded(x).logits, model(x).logits.float(), atol=0.05, rtol=0.05)
+    wide.embeddings.token.weight.data[52] += 1
+    with pytest.raises(AdapterError, match="embeddings.token.weight"):
+        effzoo.load_adapter(wide, tmp_path, rounded_base=True)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_scale_takes_part_of_the_way_to_the_trained_rows(tied):
+    model = moved(effzoo.attach(built("llama", tied=tied, kv_heads=1), "tokens[ids=5-7]"))
+    table, trained = model.embeddings.token.weight, model.embeddings.token.adapters["default"]["tokens"].trained
+    effzoo.activate(model, "default", scale=0.25)
+    found = model.embeddings.token(torch.tensor([5, 6, 7, 9]))
+    assert torch.allclose(found[:3], table[5:8] + 0.25 * (trained - table[5:8]), atol=1e-12) and torch.equal(found[3], table[9])
+
+
 def test_an_adapter_of_before_refuses_a_resized_base_with_advice(tmp_path):
     base = built()
     effzoo.save_adapter(effzoo.attach(copy.deepcopy(base), "lora"), tmp_path)

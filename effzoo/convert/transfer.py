@@ -22,7 +22,7 @@ from effzoo.convert.source import Source
 from effzoo.errors import ConversionError
 
 log = logging.getLogger("effzoo.convert")
-POSITIONS = "embeddings.position.weight"
+POSITIONS, TOKENS = "embeddings.position.weight", "embeddings.token.weight"
 _FIRST = ("architecture", "dim", "layers", "heads", "mlp", "vocab", "types", "position_offset", "norm", "eps", "activation")
 _MAY_DIFFER = {
     "name", "layout", "paper", "hub", "package", "backend", "attention", "max_length", "dropout", "attention_dropout", "pad_token",
@@ -40,6 +40,8 @@ def transfer(model: Transformer, source: Source, *, dtypes: bool = False) -> Non
     """
     _check_fit(model, source)
     given = to_ours(source.layout.rules(model.config.blocks, source.task, model.task), source.state)
+    if _given_a_head(model, source):
+        given["head.out.weight"] = given[TOKENS]
     if "head.out.weight" in given:
         _check_head(model, source)
     wanted = {key: value for key, value in model.state_dict(keep_vars=True).items() if ".adapters." not in f".{key}"}
@@ -89,11 +91,16 @@ def _check_fit(model: Transformer, source: Source) -> None:
         raise ConversionError(f"the model has layout {ours.layout!r}, {source.label} has {theirs.layout!r}; build a model with that layout")
     others = [f.name for f in dataclasses.fields(Config) if f.name not in _MAY_DIFFER and f.name not in _FIRST]
     for name in (*_FIRST, *others, *(("pad_token",) if ours.position_offset else ())):
-        if getattr(ours, name) != getattr(theirs, name):
+        if getattr(ours, name) != getattr(theirs, name) and not (name == "tied" and _given_a_head(model, source)):
             raise ConversionError(
                 f"{name} is {getattr(ours, name)!r} in the model and {getattr(theirs, name)!r} in {source.label}; "
                 f"build the model with {name}={getattr(theirs, name)!r}"
             )
+
+
+def _given_a_head(model: Transformer, source: Source) -> bool:
+    """Whether the model's language-model head has a weight of its own, which starts as a copy of the table that the source's is tied to."""
+    return source.config.tied and not model.config.tied and model.task == source.task and model.task.endswith("_lm")
 
 
 def _check_head(model: Transformer, source: Source) -> None:

@@ -67,15 +67,18 @@ def fingerprint(model: nn.Module, *, without: Collection[str] = (), rows: Mappin
     model = unwrap(model)
     own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     tensors = {key: described(value) for key, value in own if not _of_adapter(key) and key not in without and key not in (rows or {})}
-    for key, value in own:
-        if rows is not None and key in rows:
-            tensors[key] = f"{described(_without(value, rows[key]))}{WITHOUT}{rows[key]}"
+    tensors |= {key: described_without(value, rows[key]) for key, value in own if rows is not None and key in rows}
     return Fingerprint(facts(model), tensors)
 
 
 def rows_left_out(found: Fingerprint) -> dict[str, str]:
     """`rows` of the call that gave a fingerprint."""
     return {key: value.partition(WITHOUT)[2] for key, value in found.tensors.items() if WITHOUT in value}
+
+
+def described_without(tensor: Tensor, rows: str | None) -> str:
+    """`described`, of all rows but these."""
+    return described(tensor) if rows is None else f"{described(_without(tensor, rows))}{WITHOUT}{rows}"
 
 
 def _without(tensor: Tensor, rows: str) -> Tensor:
