@@ -542,6 +542,9 @@ def test_a_wrong_type_is_a_sentence(act, tmp_path):
     for directory in (None, 3, b"bytes", []):
         with pytest.raises(EffzooError, match=f"directory takes str or Path, got .*{type(directory).__name__}"):
             call(subject, directory)
+    for directory in ("x" * 300, "x/" * 3000):
+        with pytest.raises(AdapterError, match="cannot be a folder of an adapter: File name too long"):
+            call(subject, directory)
     for directory in ("", "a\0b"):
         with pytest.raises(AdapterError, match="directory is a path with at least one character and no NUL"):
             call(subject, directory)

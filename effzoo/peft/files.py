@@ -171,10 +171,17 @@ def swap_weights(model: M, directory: str | Path, *, name: str = "default", roun
 
 
 def folder_of(given: str | Path) -> Path:
-    """The path that was given. Raises AdapterError for one that no file system has."""
+    """The path that was given. Raises AdapterError for one that no file system has, or into which nobody may look."""
     if not str(given) or "\0" in str(given):
         raise AdapterError(f"directory is a path with at least one character and no NUL, got {given!r:.80}; give a folder such as 'out/adapter'")
-    return Path(given)
+    folder = Path(given)
+    try:
+        (folder / MANIFEST).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise AdapterError(f"{str(folder)[:80]!r} cannot be a folder of an adapter: {error.strerror}; give one such as 'out/adapter'") from None
+    return folder
 
 
 def stored_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
