@@ -22,7 +22,8 @@ from effzoo.errors import ArgumentError, OptionError, shown
 
 R = TypeVar("R")
 
-LARGEST = 2**63 - 1  # whole numbers that torch takes
+LARGEST = 2**40  # of sizes and counts: products of a few of them stay below the 2^63 that torch takes
+SMALLEST = 1e-12  # of floats that divide
 WIDEST = 1e6  # of floats that set a scale or a deviation: beyond it products leave float32 and float16
 
 
@@ -47,6 +48,8 @@ class Range:
             return "not 0, with which nothing is added and nothing learns"
         if isinstance(self.high, float) and self.high <= 1:
             return str(self)
+        if self.low == SMALLEST and number <= 0:
+            return "above 0"
         if number <= self.low:
             return "above 0" if self.above and self.low == 0 else "0 or more" if self.low == 0 else f"at least {_written(self.low)}"
         return f"at most {_written(self.high)}"
@@ -56,8 +59,8 @@ class Range:
             return f"not 0, and from {_written(self.low)} to {_written(self.high)}"
         if isinstance(self.high, int) and self.high == LARGEST:
             return "0 or more" if self.low == 0 else f"at least {_written(self.low)}"
-        if self.above and self.high == WIDEST:
-            return f"above {_written(self.low)} and at most {_written(self.high)}"
+        if self.low == SMALLEST:
+            return f"above 0 and at most {_written(self.high)}"
         if isinstance(self.high, float) and self.high <= 1:
             return f"in {'(' if self.above else '['}{_written(self.low)}, {_written(self.high)}{')' if self.below else ']'}"
         return f"from {_written(self.low)} to {_written(self.high)}"
@@ -69,7 +72,7 @@ Few = Annotated[int, Range(1, 10_000)]  # of what is made one by one: layers, ex
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # torch's CPU generator reads 32 bits of a seed and no more
 Number = Annotated[float, Range()]
 NonZero = Annotated[float, Range(nonzero=True)]
-Positive = Annotated[float, Range(0.0, above=True)]
+Positive = Annotated[float, Range(SMALLEST)]
 NotNegative = Annotated[float, Range(0.0)]
 Share = Annotated[float, Range(0.0, 1.0, above=True)]  # 0 < share <= 1
 Part = Annotated[float, Range(0.0, 1.0, above=True, below=True)]  # 0 < part < 1
@@ -152,7 +155,7 @@ def _is_number(value: Any, annotation: type, ranges: bool) -> bool:
     if isinstance(value, bool):
         return False
     if isinstance(value, int):
-        return not ranges or -LARGEST <= value <= LARGEST
+        return not ranges or -(2**63) <= value < 2**63
     return annotation is float and isinstance(value, float) and (not ranges or math.isfinite(value))
 
 

@@ -34,6 +34,10 @@ class InputError(EffzooError, ValueError):
     """A tensor of the wrong shape, dtype or range given to a model or a core."""
 
 
+class TooLargeError(EffzooError, MemoryError):
+    """A size above what the machine can hold: how many bytes it needs, and how many are free."""
+
+
 class TargetError(EffzooError, ValueError):
     """PEFT targets that match nothing, match only partly, or that a method cannot hang on."""
 

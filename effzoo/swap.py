@@ -18,6 +18,7 @@ from effzoo.blocks import Block
 from effzoo.blocks.attention import Attention
 from effzoo.blocks.block import attention_layer
 from effzoo.errors import AdapterError, IncompatibleError, listing
+from effzoo.memory import room
 from effzoo.peft import attached
 from effzoo.peft.merging import check_nothing_merged
 from effzoo.peft.state import transition
@@ -68,7 +69,7 @@ def swap_attention(model: Transformer, attention: Any) -> Swap:
     if any(getattr(site, "bits", None) for _, site in sites(model)):
         raise IncompatibleError("projections are quantised, and cannot be copied for another attention; swap first, and quantise then")
     check_nothing_merged(model, "another attention", lambda path: ".attn." in f".{path}.")
-    with transition(model):
+    with transition(model), room(attention):
         return _swapped(model, attention)
 
 

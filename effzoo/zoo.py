@@ -10,11 +10,13 @@ from typing import Any
 from effzoo.annotations import annotations_of, problem
 from effzoo.architectures import Config, Perceiver, PerceiverConfig, Transformer
 from effzoo.errors import OptionError, UnknownNameError, did_you_mean, listing, shown
+from effzoo.memory import room
 
 _HERE = Path(__file__).parent
 _FOLDERS = (_HERE / "_models", _HERE.parent / "models")  # installed, and in a checkout
 _ARCHITECTURES = {"perceiver": PerceiverConfig}  # whose config is another than Config
 _NOT_SIZES = ("name", "layout", "paper", "hub", "package")
+_LARGE = 2**20  # with a size above it, or 2**30 weights, each new tensor is compared with the free memory
 _MOST_BYTES = 1_000_000  # of a TOML file: a model is numbers and names
 
 
@@ -90,7 +92,9 @@ def _check(path: Path, entry: dict[str, Any]) -> None:
 def create(name: str | Path, *, task: str = "features", num_labels: int = 2, **sizes: Any) -> Any:
     """A freshly initialised model of the zoo: a Transformer, or a Perceiver."""
     sized = config(name, **sizes)
-    return Perceiver(sized, task, num_labels) if isinstance(sized, PerceiverConfig) else Transformer(sized, task, num_labels)
+    weights = (sized.vocab + max(sized.max_length, num_labels) + sized.layers * (sized.dim + sized.mlp)) * sized.dim
+    with room(weights // 2**10, num_labels, dataclasses.asdict(sized), large=_LARGE):
+        return Perceiver(sized, task, num_labels) if isinstance(sized, PerceiverConfig) else Transformer(sized, task, num_labels)
 
 
 def _files() -> dict[str, Path]:

@@ -25,7 +25,7 @@ SIZES = {"layers": 1, "dim": 16, "heads": 2, "mlp": 32, "vocab": 50, "max_length
     [
         (
             Count,
-            [1, 2**62, np.int64(3), np.uint8(1)],
+            [1, 2**40, np.int64(3), np.uint8(1)],
             [0, -1, 2**63, True, np.True_, 1.0, np.float64(1), "1", "16", 1j, None, Fraction(2), Decimal(2)],
         ),
         (Whole, [0, 5], [-1, False, 10**400]),

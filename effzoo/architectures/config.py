@@ -11,7 +11,7 @@ from effzoo.attention.kernel import BACKENDS
 from effzoo.blocks import ACTIVATIONS, Rotary, Slots
 from effzoo.errors import IncompatibleError, OptionError, listing
 
-Epsilon = Annotated[float, Range(0.0, 1.0, above=True)]
+Epsilon = Annotated[float, Range(1e-20, 1.0)]  # a smaller one is 0 beside the variance of any dtype
 Theta = Annotated[float, Range(0.0, 1e12, above=True)]
 MOST_EXPERTS = 10_000
 TASKS = ("features", "classification", "token_classification", "masked_lm", "causal_lm")

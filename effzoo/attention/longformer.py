@@ -64,6 +64,8 @@ class Longformer(AttentionCore):
             raise OptionError(f"longformer windows are even and positive (the whole width), got {window}; try {max(2, 2 * (max(windows) // 2))}")
         if len(dilations) != context.heads or min(dilations) < 1:
             raise OptionError(f"longformer dilation is 1 (none) or more, one number or one for each of {context.heads} heads, got {dilation}")
+        if max(dilations) > max(2, context.max_length):
+            raise OptionError(f"longformer dilation is at most max_length, {context.max_length}, got {dilation}; beyond it a token sees itself alone")
         self.reach, self.dilations, self.max_globals = windows[context.layer] // 2, tuple(dilations), max_globals
         if not (context.global_tokens and not context.causal if global_projections is None else global_projections):
             self.projections = self.projections[:3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -120,6 +121,18 @@ def _from_pretrained(source: str | Path, task: str | None) -> Source:
     return _checked(label, model.get_submodule(part), layout, its_task, required, missing)
 
 
+def _check_shards(folder: Path) -> None:
+    """Refuse an index that names files outside of its folder: transformers would open them."""
+    for index in folder.glob("*.index.json"):
+        try:
+            files = set(json.loads(index.read_text())["weight_map"].values())
+            wrong = [name for name in files if not isinstance(name, str) or Path(name).name != name or "\\" in name]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ConversionError(f"{index} is no index of shards ({type(error).__name__}); save the model again") from error
+        if wrong:
+            raise ConversionError(f"{index} leads out of its folder, to {shown(wrong[0])}; shards lie beside their index")
+
+
 def _local_or_hub(source: str | Path) -> str:
     """The source as transformers takes it; what looks like a path has to exist."""
     text = os.path.expanduser(str(source))
@@ -127,6 +140,7 @@ def _local_or_hub(source: str | Path) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConversionError(f"{text} has no config.json; give a folder that save_pretrained wrote")
+        _check_shards(path)
         return text
     if path.is_file():
         raise ConversionError(f"{text} is a file; give the folder that save_pretrained wrote, with config.json and the weights")

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from effzoo.errors import AdapterError, IncompatiblePeft, OptionError, TargetError, did_you_mean, listing
+from effzoo.memory import room
 from effzoo.peft.method import ALL_LINEAR, HEAD, Method
 from effzoo.peft.state import Adapters, Attachment, act, adapters_of, transition
 from effzoo.registry import peft as registry
@@ -44,11 +45,12 @@ def attach(model: M, peft: Any, *, name: str = "default", dtype: torch.dtype | s
             raise AdapterError(f"an adapter named {name!r} is attached already (or merged); detach it first or choose another name")
         attachment, settled = Attachment(name, parse(peft), dtype=_dtype(dtype)), []
         for spec in attachment.specs:
-            method = registry.create(spec)
-            found = targets(inside, method)
-            method.prepare(inside, found)
-            settled.append(Spec(spec.name, {**spec.options, **method.settled_options}))
-            _hang(inside, method, attachment, found)
+            with room(spec.options):
+                method = registry.create(spec)
+                found = targets(inside, method)
+                method.prepare(inside, found)
+                settled.append(Spec(spec.name, {**spec.options, **method.settled_options}))
+                _hang(inside, method, attachment, found)
         heads = {path: site for path, site in sites(inside) if fnmatchcase(site.role, HEAD) and name not in site.adapters and site.base()}
         if heads:
             _hang(inside, registry.create("head"), attachment, heads)

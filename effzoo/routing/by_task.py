@@ -58,6 +58,6 @@ class Skills(Router):
 
 def check_tasks(x: Tensor, known: int, what: str) -> None:
     """InputError for numbers of tasks that do not exist."""
-    if x.is_floating_point() or bool(((x < 0) | (x >= known)).any()):
-        given = sorted(set(x.tolist()))[:8]
+    if x.is_floating_point() or x.ndim != 1 or bool(((x < 0) | (x >= known)).any()):
+        given = sorted(set(x.flatten().tolist()))[:8]
         raise InputError(f"task_ids are integers from 0 to {known - 1}, one for each of the {known} {what}, got {given}")
