@@ -102,7 +102,7 @@ def check_refused(view, kind, name, option, value, what):
     """By a mapping, a constructor and, where it can be written, a spec string."""
     options = {**({"tasks": 2} if name == "skills" else {}), option: value}
     ways = [lambda: view.create({"name": name, **options}, *leading(kind)), lambda: view.get(name)(*leading(kind), **options)]
-    if type(value) in (int, float, bool) and math.isfinite(value if abs(value) < 1e300 else 0):
+    if type(value) in (int, bool) or (type(value) is float and math.isfinite(value)):  # a string says nan by a word
         ways.append(lambda: view.create(f"{name}[{', '.join(f'{key}={given}' for key, given in options.items())}]", *leading(kind)))
     for way in ways:
         try:
