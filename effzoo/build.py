@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from effzoo.annotations import Count
 from effzoo.architectures import Transformer
 from effzoo.peft import attach
 
+_OF_TEXTS = ("pad_token", "bos_token", "eos_token", "generation")  # which weights bring along, unless they are given
+
 
 def build(
     name: str | Path,
@@ -21,7 +24,7 @@ def build(
     peft: Any = None,
     task: str = "features",
     num_labels: Count = 2,
-    pretrained: bool | str | Path | None = None,
+    pretrained: Any = None,
     adapter: str = "default",
     adapter_dtype: torch.dtype | str | None = None,
     **sizes: Any,
@@ -30,8 +33,8 @@ def build(
 
     name: of the zoo (`effzoo.models()`), or a TOML file. attention: a spec such as `"longformer[window=256]"` instead of the entry's own. peft: a
     spec such as `"prefix[length=16]|lora[rank=4]"`, attached under the name `adapter`, its tensors in `adapter_dtype` (None: float32 or better).
-    task: features, classification, token_classification, masked_lm or causal_lm. pretrained: a local folder or hub id
-    in a layout of transformers, or True for the entry's own weights. sizes: `dim, layers, heads, mlp, vocab, max_length, dropout, ...`.
+    task: features, classification, token_classification, masked_lm or causal_lm. pretrained: a local folder, hub id
+    or live model in a layout of transformers, or True for the entry's own weights. sizes: `dim, layers, heads, mlp, vocab, max_length, dropout, ...`.
 
     With `pretrained`, longer `max_length` extends the positions by copying them, and projections that only the new
     attention has start as copies of those they stand beside (Beltagy et al. 2020, section 5).
@@ -45,4 +48,5 @@ def build(
         from effzoo import convert  # imports transformers, which `import effzoo` must not
 
         convert.load_pretrained(model, convert.source_of(model.config) if pretrained is True else pretrained)
+        model.config = dataclasses.replace(model.config, **{name: sizes[name] for name in _OF_TEXTS if name in sizes})
     return model if peft is None else attach(model, peft, name=adapter, dtype=adapter_dtype)

@@ -6,6 +6,7 @@ its logits after rows of token ids; which rows continue which, and what is kept 
 
 from __future__ import annotations
 
+import logging
 from typing import Any, cast
 
 import torch
@@ -17,9 +18,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from effzoo.annotations import checked
 from effzoo.architectures import Transformer
 from effzoo.attention.core import Cache
-from effzoo.errors import EffzooError, IncompatibleError, InputError, OptionError, did_you_mean
+from effzoo.errors import EffzooError, IncompatibleError, InputError, OptionError, did_you_mean, shown
 from effzoo.sites import prompt_rows, unwrap
 
+log = logging.getLogger("effzoo.generate")
 OPTIONS = {  # of GenerationConfig
     "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "do_sample", "early_stopping",
     "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "eos_token_id", "epsilon_cutoff", "eta_cutoff",
@@ -66,7 +68,8 @@ def generate(
     it gives alone. global_attention_mask: of the prompt, for kinds with global tokens. use_cache: keep keys and values; the kind must have a cache
     (`full`, `longformer`, `local`, `lsh`). options: of transformers' GenerationConfig, such as `max_new_tokens=20, do_sample=True, top_p=0.9,
     num_beams=4, eos_token_id=2`, and `logits_processor`, `stopping_criteria`, `streamer`, `prefix_allowed_tokens_fn`, `tokenizer` (for
-    `stop_strings`). Active adapters act.
+    `stop_strings`). Options that are not given stand as the model's config says (`eos_token`, `bos_token`, `pad_token`, and `generation`: of a
+    converted model those of its `generation_config`), which an INFO record names; None takes one away. Active adapters act.
 
     Attention that counts places from the front (`local`, `blockwise`, a circular `lsh`) computes rows of one length at a time.
 
@@ -109,21 +112,19 @@ def _check_prompt(model: Transformer, input_ids: Tensor, attention_mask: Tensor 
 
 
 def _settings(model: Transformer, input_ids: Tensor, options: dict[str, Any]) -> GenerationConfig:
-    """The options as transformers takes them, each known, and the length such that it fits."""
+    """The options as transformers takes them, those of the model's config first, each known, and the length such that it fits."""
     for name, value in options.items():
         if name in OPTIONS or value is None or value is False or value == _NEUTRAL.get(name):
             continue
         if name in _REFUSED or hasattr(_known, name):
-            reason = _REFUSED.get(name, "it says how transformers runs its own models; leave it out")
-            raise OptionError(f"generate takes no {name}={value!r}: {reason}"[:600])
+            raise OptionError(f"generate takes no {name}={shown(value)}: {_reason(name)}")
         raise OptionError(
             f"generate has no option {name!r}{did_you_mean(name, OPTIONS)} Options are those of transformers.GenerationConfig, {_and(_CALL_OPTIONS)}"
         )
-    options = {name: value for name, value in options.items() if name in OPTIONS and value is not None}
-    eos = options.get("eos_token_id")
-    pad = options.get("pad_token_id", model.config.pad_token)
-    options["pad_token_id"] = pad if pad is not None else (eos[0] if isinstance(eos, (list, tuple)) else eos if eos is not None else 0)
     room = model.config.max_length - input_ids.shape[1] - prompt_rows(model)
+    options = {name: value for name, value in (_own(model, room + input_ids.shape[1], options) | options).items() if value is not None}
+    eos = options.get("eos_token_id")
+    options.setdefault("pad_token_id", eos[0] if isinstance(eos, (list, tuple)) else eos if eos is not None else 0)
     if "max_length" not in options:
         options.setdefault("max_new_tokens", 20)
     wanted = options.get("max_new_tokens", options.get("max_length", 0) - input_ids.shape[1])
@@ -132,9 +133,35 @@ def _settings(model: Transformer, input_ids: Tensor, options: dict[str, Any]) ->
             f"{wanted} new tokens do not fit: {room} positions are left of max_length {model.config.max_length}; set max_new_tokens={room}"
         )
     try:
-        return GenerationConfig(use_cache=False, **options)  # type: ignore[no-untyped-call]
+        return GenerationConfig(use_cache=False, **{name: value for name, value in options.items() if name in OPTIONS})  # type: ignore[no-untyped-call]
     except (ValueError, TypeError) as error:
         raise OptionError(f"generate cannot decode with {_listed(options)}: {error}") from error
+
+
+def _own(model: Transformer, longest: int, given: dict[str, Any]) -> dict[str, Any]:
+    """What the model's config says of texts and of generation, without what is given in its place; an INFO record names what acts."""
+    config = model.config
+    ended = (config.eos_token,) if isinstance(config.eos_token, int) else config.eos_token or ()
+    own = {"pad_token_id": config.pad_token, "bos_token_id": config.bos_token, "eos_token_id": list(ended)} | dict(config.generation or {})
+    ends = own["eos_token_id"] if isinstance(own["eos_token_id"], (list, tuple)) else [own["eos_token_id"]]
+    own["eos_token_id"] = [token for token in ends if token is not None and token < config.vocab] or None  # others cannot come
+    own["bos_token_id"] = own["bos_token_id"] if own["bos_token_id"] in range(config.vocab) else None
+    if given.get("max_new_tokens") is not None or given.get("max_length") is not None:
+        own |= {"max_length": None, "max_new_tokens": None}
+    elif own.get("max_length") is not None:
+        own["max_length"] = min(own["max_length"], longest)
+    for name in [name for name in own if name not in OPTIONS]:
+        value = own.pop(name)
+        if name not in given and _REFUSED.get(name) in (_RECIPES, _TWICE) and value not in (False, _NEUTRAL.get(name)):
+            raise OptionError(f"the model's generation settings have {name}={shown(value)}: {_reason(name)}; {name}=None goes on without")
+    acting = {name: value for name, value in own.items() if name in (config.generation or {}) and name not in given and value is not None}
+    if acting:
+        log.info("generate: %s, from the generation settings of %s", _listed(acting), config.name)
+    return own
+
+
+def _reason(name: str) -> str:
+    return _REFUSED.get(name, "it says how transformers runs its own models; leave it out")
 
 
 def _listed(options: dict[str, Any]) -> str:

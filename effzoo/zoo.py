@@ -43,6 +43,9 @@ def config(name: str | Path, **sizes: Any) -> Any:
     layers = sizes.get("layers", entry["layers"])
     entry = entry | {key: _repeated(values, layers) for key, values in entry.get("repeat", {}).items()}
     entry.pop("repeat", None)
+    for key in ("bos_token", "eos_token"):  # a smaller vocabulary than the entry's does not have its tokens
+        if key in entry and not isinstance(entry[key], list) and entry[key] >= sizes.get("vocab", entry["vocab"]):
+            entry[key] = None
     return cls(**{"name": path.stem, **entry, **sizes})
 
 

@@ -264,6 +264,7 @@ def test_zoo_entries_load_weights_in_their_layout_from_a_folder(name, tmp_path, 
 _DECODER = {"num_key_value_heads": 8, "hidden_act": "silu"}
 PUBLISHED = {  # the config.json of the hub id, as written by transformers 4: rotary positions have other names there
     "llama": _DECODER | {
+        "bos_token_id": 128000, "eos_token_id": 128001,
         "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64,
         "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 500000.0,
         "rope_scaling": {
@@ -275,6 +276,7 @@ PUBLISHED = {  # the config.json of the hub id, as written by transformers 4: ro
         "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "rope_theta": 10000.0, "sliding_window": 4096,
     },
     "qwen3": _DECODER | {
+        "bos_token_id": 151643, "eos_token_id": 151645,
         "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "head_dim": 128,
         "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "rope_theta": 1000000, "rope_scaling": None,
         "use_sliding_window": False, "sliding_window": None, "max_window_layers": 28,

@@ -47,6 +47,7 @@ class Config:
     positions: learned, sinusoidal, axial (`axial_shape` rows per axis, `axial_dims` their widths; Kitaev et al. 2020, section 4), rotary
     (`rotary_theta`, one or one per layer, `rotary_scaling`) or none. position_offset: first position id (RoBERTa counts from
     pad_token + 1; padding then keeps the id pad_token). types: rows of the token-type table, 0 for none.
+    bos_token, eos_token: the token that begins a text, and the one or those that end it; generation: the options that `effzoo.generate` starts from.
     embed_norm: a norm after the embeddings; None means in post-norm models.
     tied: the language-model head uses the token embedding. lm_bias: it adds a bias; None means when masked. lm_transform: dense, activation
     and norm before it. pooling: how a classification head reads the sequence (the first token, the mean, or the last token).
@@ -96,6 +97,9 @@ class Config:
     types: Whole = 0
     position_offset: Whole = 0
     pad_token: Whole | None = None
+    bos_token: Whole | None = None
+    eos_token: Whole | tuple[Whole, ...] | None = None
+    generation: dict[str, Any] | None = None
     embed_norm: bool | None = None
     tied: bool = True
     lm_bias: bool | None = None

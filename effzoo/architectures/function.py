@@ -18,6 +18,7 @@ from effzoo.spec import Spec, parse_one
 WITHOUT_EFFECT = {
     "name": "a label", "paper": "a label", "hub": "where weights come from", "package": "what registers the parts, which are named themselves",
     "layout": "the names of transformers", "dropout": "in training only", "attention_dropout": "in training only",
+    "bos_token": "for generate", "eos_token": "for generate", "generation": "for generate",
     "backend": "the same result by another way", "mlp_chunk": "the same result, fewer positions at a time",
 }  # fmt: skip
 SEPARATE = ("attention", "router")  # specs: with all their options, see `function_of`

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from effzoo.architectures import Perceiver, Transformer
+from effzoo.convert import texts
 from effzoo.convert.dtypes import load_state
 from effzoo.convert.keymap import to_theirs
 from effzoo.convert.layouts import layout_for
@@ -42,8 +43,8 @@ def to_transformers(model: Transformer | Perceiver) -> Any:
     if config.pad_token is not None and config.pad_token >= config.vocab:
         raise ConversionError(f"pad_token {config.pad_token} is no row of a vocabulary of {config.vocab}; build the model with another pad_token")
     cls = layout.cls(task)
-    fields = layout.their_fields(config, task) | {"num_labels": model.num_labels}
-    named = {name: getattr(cls.config_class(), name, None) for name in ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")}
+    fields = layout.their_fields(config, task) | texts.tokens(config) | {"num_labels": model.num_labels}
+    named = {name: getattr(cls.config_class(), name, None) for name in ("cls_token_id", "sep_token_id")}
     special = {name: None for name, value in named.items() if value is not None and value not in range(config.vocab)}
     without_pooler = {"add_pooling_layer": False} if task == "features" and layout.heads[task] and not config.pooler else {}
     with torch.random.fork_rng(devices=[]):  # their random initialisation is overwritten, so it should leave no trace
@@ -58,5 +59,6 @@ def to_transformers(model: Transformer | Perceiver) -> Any:
     if missing := sorted(wanted - set(state)):
         raise ConversionError(f"{cls.__name__} needs {missing[0]}, which this model does not have (types={config.types}, pooler={config.pooler})")
     like = ours["embeddings.token.weight"]
+    texts.write(theirs, config)
     load_state(theirs.to(device=like.device, dtype=like.dtype), state)
     return theirs.train(model.training)

@@ -10,6 +10,7 @@ import torch
 
 from effzoo.annotations import describe, fits
 from effzoo.architectures import Config, Perceiver, Transformer
+from effzoo.convert import texts
 from effzoo.convert.exporting import check_dense
 from effzoo.convert.genuine import bare
 from effzoo.convert.perceiver_transfer import from_perceiver, load_perceiver, recognises
@@ -80,8 +81,17 @@ def load_pretrained(model: Any, source: Any) -> Any:
         raise ConversionError(f"weights can be loaded into a Transformer of effzoo, got {type(model).__name__}")
     check_dense(model)
     with torch.no_grad():
-        transfer(model, open_source(bare(source), model.task))
+        found = open_source(bare(source), model.task)
+        transfer(model, found)
+    model.config = _with_texts(model.config, found.config)
     return outer
+
+
+def _with_texts(ours: Config, theirs: Config) -> Config:
+    """Our config with what the weights' own says of where texts begin and end, of padding where ours does not, and of generation."""
+    taken = {name: getattr(theirs, name) for name in texts.FIELDS if getattr(theirs, name) is not None}
+    pad = theirs.pad_token if ours.pad_token is None else ours.pad_token
+    return dataclasses.replace(ours, pad_token=pad, **taken)
 
 
 def _has_pooler(found: Source) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from effzoo.architectures import Config, Transformer
+from effzoo.convert import texts
 from effzoo.convert.fields import check_fields
 from effzoo.convert.keymap import Rule, expand
 from effzoo.errors import ConversionError, OptionError, listing
@@ -21,7 +22,10 @@ _ONLY_FOR = {
     "head_activation": ("classification", "token_classification"), "token_dense": ("token_classification",), "lm_transform": ("masked_lm",),
     "lm_bias": _LM, "tied": _LM, "transform_bias": ("classification", "token_classification", "masked_lm"),
 }  # fmt: skip
-_FREE = {"name", "layout", "paper", "hub", "package", "backend", "attention", "max_length", "activation", "position_offset", "pooler", "mlp_chunk"}
+_FREE = {
+    "name", "layout", "paper", "hub", "package", "backend", "attention", "max_length", "activation", "position_offset", "pooler", "mlp_chunk",
+    *texts.FIELDS,
+}  # fmt: skip
 
 
 def no_fields(_: Any) -> dict[str, Any]:
@@ -103,7 +107,7 @@ class Layout:
         activation = getattr(theirs, self.activation)
         if activation not in ACTIVATIONS:
             raise ConversionError(f"activation {activation!r} has no counterpart in effzoo; it has {listing(ACTIVATIONS)}")
-        values = {ours: getattr(theirs, name) for ours, name in self.fields.items()} | self.read(theirs)
+        values = {ours: getattr(theirs, name) for ours, name in self.fields.items()} | texts.tokens_of(theirs) | self.read(theirs)
         if self.counts_from_pad and values["pad_token"] is None:
             raise ConversionError(f"{self.name} counts positions from pad_token_id + 1, but pad_token_id is None; set it in the config")
         offset = values["pad_token"] + 1 if self.counts_from_pad else 0

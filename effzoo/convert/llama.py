@@ -90,8 +90,6 @@ def write(config: Config) -> dict[str, Any]:
         "rope_parameters": rotary.write(config.rotary_theta, config.rotary_scaling),
         "classifier_dropout": config.dropout,
         **({} if config.causal else {"is_causal": False}),
-        "bos_token_id": None,  # which the tokenizer knows, and our config does not
-        "eos_token_id": None,
     }
 
 

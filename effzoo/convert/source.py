@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -15,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from effzoo.architectures import Config
+from effzoo.convert import texts
 from effzoo.convert.dtypes import from_pretrained
 from effzoo.convert.fields import check_code
 from effzoo.convert.genuine import check_class, check_genuine, check_origin, check_ties
@@ -152,7 +154,7 @@ def _local_or_hub(source: str | Path) -> str:
 def _checked(label: str, model: Any, layout: Layout, task: str, required: tuple[Rule, ...], missing: frozenset[str] = frozenset()) -> Source:
     """A source whose config we can express and whose tensors are complete, tied where we tie, finite, and all known."""
     check_genuine(label, model, type(model))
-    config = layout.config(model.config, task)
+    config = dataclasses.replace(layout.config(model.config, task), generation=texts.settings_of(model))
     check_ties(label, model, layout.ties(config, task))
     state = {key: value for key, value in model.state_dict().items() if key not in missing}
     present = set(state)

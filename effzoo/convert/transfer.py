@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from effzoo.architectures import Config, Transformer
+from effzoo.convert import texts
 from effzoo.convert.dtypes import copy_into
 from effzoo.convert.keymap import to_ours
 from effzoo.convert.layouts import family
@@ -27,7 +28,7 @@ _FIRST = ("architecture", "dim", "layers", "heads", "mlp", "vocab", "types", "po
 _MAY_DIFFER = {
     "name", "layout", "paper", "hub", "package", "backend", "attention", "max_length", "dropout", "attention_dropout", "pad_token",
     "pooling", "head_dense", "head_bias", "pooler", "lm_transform", "mlp_chunk",
-    "experts", "router", "expert_every",
+    "experts", "router", "expert_every", *texts.FIELDS,
 }  # fmt: skip
 
 
