@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import effzoo
+from effzoo.attention import checked
+from effzoo.errors import InputError
 
 CASES = [("bert", kind) for kind in effzoo.attention.names()] + [("gpt2", "longformer"), ("llama", "full"), ("modernbert", None)]
 
@@ -53,3 +55,87 @@ def test_generated_code_computes_the_model(tiny):
     assert (logits - expected).abs().max() < 1e-10
     for key, grad in wanted.items():
         assert (grads[key] - grad).abs().max() < 1e-10, key
+
+
+# --- values of inputs: refused in compiled code as they are without it; each model is compiled once, and values alone differ from case to case
+
+
+def inputs(**wrong):
+    """Everything that a model takes, with some values out of range in the last row."""
+    ids = torch.arange(24).view(2, 12)
+    right = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids % 2, "position_ids": torch.arange(12)[None].repeat(2, 1),
+        "global_attention_mask": (ids % 12 == 0).long(), "labels": torch.where(ids % 5 == 0, -100, ids % 3),
+    }  # fmt: skip
+    for name, value in wrong.items():
+        right[name][1, 7:] = value
+    return right
+
+
+WRONG = [
+    ("attention_mask", -10000, "attention_mask holds 0 and 1 .* from -10000 to 1"),
+    ("attention_mask", 2, "attention_mask holds 0 and 1 .* from 1 to 2"),
+    ("global_attention_mask", 3, "global_attention_mask holds 0 and 1"), ("position_ids", 64, r"position_ids are in \[0, 63\], got 0 to 64"),
+    ("position_ids", -1, r"position_ids are in \[0, 63\], got -1"), ("token_type_ids", 2, r"token_type_ids are in \[0, 2\), got 0 to 2"),
+    ("input_ids", 53, r"input_ids are in \[0, 53\), got 0 to 53; is this the model's tokenizer"),
+    ("labels", 3, r"labels are in \[0, 3\) or -100, got 0 to 3; check num_labels"), ("labels", -1, "labels are in .* got -1 to 2"),
+]  # fmt: skip
+
+
+def test_values_out_of_range_are_refused_compiled_or_not(tiny):
+    """Checks are not left out as having no effect, and break no graph, also where a gradient is wanted."""
+    model = effzoo.build("bert", attention="longformer[window=4]", task="token_classification", num_labels=3, **{**tiny, "layers": 1}).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    out, expected = compiled(**inputs()), model(**inputs())
+    assert torch.allclose(out.loss, expected.loss, rtol=0, atol=1e-6)
+    out.loss.backward()
+    for run in (model, compiled):
+        for name, value, said in WRONG:
+            with pytest.raises(InputError, match=said):
+                run(**inputs(**{name: value}))
+    torch._dynamo.reset()
+
+
+def test_a_compiled_perceiver_refuses_the_same(tiny):
+    sizes = {"channels": 8, "latents": 8, "head_dim": 8, "value_dim": 8, "cross_heads": 1}
+    model = effzoo.build("perceiver-io", task="token_classification", num_labels=3, **{**tiny, "layers": 1}, **sizes)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+
+    def given(**wrong):
+        return {key: value for key, value in inputs(**wrong).items() if key not in ("token_type_ids", "global_attention_mask")}
+
+    assert torch.allclose(compiled(**given()).loss, model(**given()).loss, rtol=0, atol=1e-6)
+    for run in (model, compiled):
+        for name, value, said in WRONG:
+            if name in given():
+                with pytest.raises(InputError, match=said):
+                    run(**given(**{name: value}))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("mask", "said"), [
+    (torch.tensor([[0.0, 0.0, -1e4]]), "mask holds 0 and 1"),
+    (torch.tensor([[0.0, 0.0, -torch.inf]], dtype=torch.bfloat16), "mask holds 0 and 1"),
+    (torch.zeros(2, 3), "attention_mask is torch.float32 and 0 everywhere, which marks no token"),
+    (torch.tensor([[1.0, torch.nan]]), "mask holds 0 and 1"),
+    (torch.tensor([[1.0, 0.5]]), "mask holds 0 and 1"),
+    (torch.tensor([[1, 255]], dtype=torch.uint8), "mask holds 0 and 1"),
+])  # fmt: skip
+def test_masks_that_are_added_to_scores_are_not_taken_for_marks(mask, said):
+    def seen(mask):
+        return checked.marks(mask, "attention_mask") & True
+
+    for run in (seen, torch.compile(seen, fullgraph=True, backend="eager")):
+        with pytest.raises(InputError, match=said):
+            run(mask)
+        for dtype in (torch.bool, mask.dtype):
+            right = (torch.arange(mask.numel()).view(mask.shape) % 2 == 0).to(dtype)
+            assert run(right).equal(right.bool())
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 12, 12), (2, 12, 12), (2, 1), (12,)])
+def test_masks_of_pairs_are_refused(shape, tiny):
+    model = effzoo.build("bert", **tiny)
+    with pytest.raises(InputError, match=r"attention_mask has shape .*, the input needs \(2, 12\)"):
+        model(torch.arange(24).view(2, 12), attention_mask=torch.ones(shape))

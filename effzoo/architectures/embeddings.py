@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.architectures.config import Config
+from effzoo.attention.checked import within
 from effzoo.errors import InputError, shown
 from effzoo.sites import Embedding, Linear
 
@@ -130,7 +131,7 @@ def check_tensors(**given: object) -> None:
 
 
 def check_inputs(config: Config, rows: int, past: int, ids: Tensor | None, embeds: Tensor | None, **others: Tensor | None) -> None:
-    """Refuse wrong shapes, dtypes, lengths and ids; `rows` prompt rows and `past` tokens in a cache count towards the length."""
+    """Refuse wrong shapes, dtypes and lengths; `rows` prompt rows and `past` tokens in a cache count towards the length."""
     check_tensors(input_ids=ids, inputs_embeds=embeds, **others)
     if (ids is None) == (embeds is None):
         raise InputError("give either input_ids or inputs_embeds" + (", not both" if ids is not None else ""))
@@ -157,21 +158,14 @@ def check_inputs(config: Config, rows: int, past: int, ids: Tensor | None, embed
             raise InputError(f"{name} has shape {tuple(tensor.shape)}, the input needs {shapes[0]}")
         if name.endswith("_ids") and tensor.dtype not in (torch.long, torch.int):
             raise InputError(f"{name} is an integer tensor, got {tensor.dtype}")
-    if not torch.compiler.is_compiling():
-        _check_values(config, rows, ids, others)
 
 
-def _check_values(config: Config, rows: int, ids: Tensor | None, others: dict[str, Tensor | None]) -> None:
-    if ids is not None and ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab:
-        raise InputError(f"input_ids are in [0, {config.vocab}), got {int(ids.min())} to {int(ids.max())}; is this the model's tokenizer?")
-    positions = others.get("position_ids")
-    last = config.max_length + config.position_offset - 1
-    if positions is not None and positions.device.type == "cpu" and not 0 <= int(positions.min()) <= int(positions.max()) + rows <= last:
-        raise InputError(f"position_ids are in [0, {last - rows}], got {int(positions.min())} to {int(positions.max())}")
-    types = others.get("token_type_ids")
-    if types is not None and types.device.type == "cpu" and not 0 <= int(types.min()) <= int(types.max()) < max(config.types, 1):
-        raise InputError(f"token_type_ids are in [0, {max(config.types, 1)}), got {int(types.min())} to {int(types.max())}")
-    for name in ("attention_mask", "global_attention_mask"):
-        tensor = others.get(name)
-        if tensor is not None and tensor.device.type == "cpu" and not bool(((tensor == 0) | (tensor == 1)).all()):
-            raise InputError(f"{name} holds 0 and 1 (or booleans), got values from {tensor.min().item()} to {tensor.max().item()}")
+def checked(config: Config, rows: int, name: str, ids: Tensor | None) -> Tensor | None:
+    """Integers of the input, of which none is out of range; `rows` prompt rows come before positions."""
+    if ids is None:
+        return None
+    if name == "position_ids":
+        last = config.max_length + config.position_offset - 1 - rows
+        return within(ids, last, name, f"[0, {last}]")
+    most = config.vocab if name == "input_ids" else max(config.types, 1)
+    return within(ids, most - 1, name, f"[0, {most})", "; is this the model's tokenizer?" if name == "input_ids" else "")

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from effzoo.architectures.config import Config
 from effzoo.architectures.output import Output
+from effzoo.attention.checked import within
 from effzoo.blocks.feedforward import ACTIVATIONS
 from effzoo.errors import IncompatibleError, InputError, shown
 from effzoo.sites import Embedding, Linear, Norm, TiedLinear
@@ -182,11 +183,10 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     _check_labels(logits, labels)
     if labels.is_floating_point() or labels.shape != logits.shape[:-1]:
         raise InputError(f"labels are integers of shape {tuple(logits.shape[:-1])}, got {labels.dtype} of shape {tuple(labels.shape)}")
-    counted = labels[labels != IGNORED]
-    if labels.device.type == "cpu" and len(counted) and not 0 <= int(counted.min()) <= int(counted.max()) < logits.shape[-1]:
-        raise InputError(f"labels are in [0, {logits.shape[-1]}) or {IGNORED}, got {int(counted.min())} to {int(counted.max())}; check num_labels")
+    classes = logits.shape[-1]
+    labels = within(labels, classes - 1, "labels", f"[0, {classes}) or {IGNORED}", "; check num_labels", ignored=IGNORED)
     total = F.cross_entropy(_exact(logits).flatten(0, -2), labels.long().flatten(), ignore_index=IGNORED, reduction="sum")
-    return total / max(len(counted), 1)
+    return total / (labels != IGNORED).sum().clamp(min=1)
 
 
 def _check_labels(logits: Tensor, labels: Tensor) -> None:

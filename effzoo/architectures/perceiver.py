@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from effzoo.architectures.embeddings import checked
 from effzoo.architectures.function import function_of
 from effzoo.architectures.heads import head
 from effzoo.architectures.output import Output
@@ -25,6 +26,7 @@ from effzoo.architectures.perceiver_config import PER_TOKEN, PerceiverConfig
 from effzoo.architectures.perceiver_cross import Cross
 from effzoo.architectures.perceiver_inputs import Inputs
 from effzoo.architectures.transformer import attention_specs
+from effzoo.attention.checked import marks, within
 from effzoo.attention.core import AttentionCore, Context, Mask
 from effzoo.blocks import Block
 from effzoo.errors import InputError
@@ -93,8 +95,11 @@ class Perceiver(Model):
         prompt = self.embeddings.prompt()
         rows = 0 if prompt is None else prompt.shape[-2]
         self.embeddings.check(input_ids, inputs_embeds, attention_mask, position_ids, rows)
+        input_ids, position_ids = (
+            checked(self.embeddings.sizes, rows, name, ids) for name, ids in (("input_ids", input_ids), ("position_ids", position_ids))
+        )
         x, positions = self.embeddings(input_ids, inputs_embeds, position_ids, prompt)
-        self._check_queries(len(x), rows, output_positions, output_queries)
+        output_positions = self._check_queries(len(x), rows, output_positions, output_queries)
         valid = self._valid(attention_mask, rows)
         if self.latents is None:
             z = x[:, -min(self.config.latents, x.shape[1] - rows) :]
@@ -134,10 +139,10 @@ class Perceiver(Model):
         out: Tensor = checkpoint(module, *inputs, use_reentrant=False) if self.checkpointing and self.training else module(*inputs)
         return out
 
-    def _check_queries(self, batch: int, rows: int, positions: Tensor | None, queries: Tensor | None) -> None:
-        """Raise InputError for output queries that do not fit."""
+    def _check_queries(self, batch: int, rows: int, positions: Tensor | None, queries: Tensor | None) -> Tensor | None:
+        """The positions; InputError for output queries that do not fit."""
         if positions is None and queries is None:
-            return
+            return None
         if self.decoder is None or self.task not in PER_TOKEN:
             raise InputError("output queries are for a Perceiver with a label per token that is not causal: masked_lm or token_classification")
         if positions is not None and queries is not None:
@@ -151,9 +156,7 @@ class Perceiver(Model):
         if len(given) not in (1, batch):
             raise InputError(f"{name} has {len(given)} rows, the input {batch}; give one for each, or one for all")
         last = self.config.max_length - 1 - rows
-        readable = positions is not None and positions.device.type == "cpu" and not torch.compiler.is_compiling()
-        if readable and not 0 <= int(given.min()) <= int(given.max()) <= last:
-            raise InputError(f"output_positions are in [0, {last}], got {int(given.min())} to {int(given.max())}")
+        return None if positions is None else within(positions, last, "output_positions", f"[0, {last}]")
 
     def cores(self) -> Iterable[AttentionCore]:
         """The attention core of each latent block that has weights of its own."""
@@ -170,7 +173,7 @@ class Perceiver(Model):
         """bool[batch, rows + n], or None when nothing is padding."""
         if attention_mask is None:
             return None
-        valid = attention_mask.bool().flatten(1)
+        valid = marks(attention_mask, "attention_mask").flatten(1)
         if not torch.compiler.is_compiling() and bool(valid.all()):
             return None
         return nn.functional.pad(valid, (rows, 0), value=True)

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from effzoo.architectures.config import Config
-from effzoo.architectures.embeddings import Embeddings, check_inputs, check_tensors
+from effzoo.architectures.embeddings import Embeddings, check_inputs, check_tensors, checked
 from effzoo.architectures.function import function_of
 from effzoo.architectures.heads import Classification, head
 from effzoo.architectures.output import Output
+from effzoo.architectures.packing import check_packed, packed
 from effzoo.architectures.sharing import turns
+from effzoo.attention.checked import marks
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask
 from effzoo.blocks.block import Block
 from effzoo.blocks.experts import Experts, balancing
@@ -108,6 +110,7 @@ class Transformer(Model):
         attention_mask [batch, n]: 1 for tokens, 0 for padding. global_attention_mask [batch, n]: 1 for tokens with
         global attention; by default the first token of an encoder with a classification head whose attention has projections for global tokens.
         cache: of a causal model that decodes; the input is what follows the positions in it, and attention_mask covers both.
+        position_ids [batch or 1, n]: where they do not go on by 1 in a decoder, another document starts, which is computed as it is alone.
         task_ids [batch]: the number of each example's task, for adapters that are routed by it.
 
         A classifier with pooling="last" reads the last token of the mask; in a decoder with a `pad_token`, the last one whose id is another.
@@ -128,7 +131,17 @@ class Transformer(Model):
         check_tensors(labels=labels, task_ids=task_ids)
         if cache is not None and not isinstance(cache, Cache):
             raise InputError(f"cache is an effzoo.attention.Cache, got {type(cache).__name__}")
+        input_ids, token_type_ids, position_ids = (
+            checked(self.config, rows + before, name, ids)
+            for name, ids in (("input_ids", input_ids), ("token_type_ids", token_type_ids), ("position_ids", position_ids))
+        )
         valid = self._valid(attention_mask)
+        documents = None
+        if position_ids is not None and self.config.causal:
+            batch, n = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # type: ignore[union-attr]
+            position_ids, documents = packed(position_ids, None if valid is None else valid[:, -n:], batch)
+            if documents is not None:
+                check_packed(self.cores(), self.task, rows, cache is not None)
         position_ids = None if position_ids is None else position_ids + before
         for told in self.told:
             told.mask = Mask(None if valid is None else nn.functional.pad(valid, (rows, 0), value=True), tasks=task_ids)
@@ -140,7 +153,10 @@ class Transformer(Model):
         read = self._read(x[:, rows:], valid, rows) if cache is None else None
         losses: list[Tensor] = []
         with balancing(losses) if self.config.experts else nullcontext():
-            x = self._run(x, mask, cache, read)
+            if documents is None:
+                x = self._run(x, mask, cache, read)
+            else:
+                x = documents.together(self._run(documents.apart(x), documents.mask(mask), None))
         if cache is not None:
             cache.length, cache.rows = start + x.shape[1], rows + before
         if self.final_norm is not None:
@@ -219,7 +235,7 @@ class Transformer(Model):
         """bool[batch, n], or None when every position holds a token, which lets attention run without a mask."""
         if attention_mask is None:
             return None
-        valid = attention_mask.bool()
+        valid = marks(attention_mask, "attention_mask")
         return None if not torch.compiler.is_compiling() and bool(valid.all()) else valid
 
     def _mask(
@@ -236,7 +252,7 @@ class Transformer(Model):
         if is_global is None and knows_global and rows:
             is_global = torch.zeros(batch, n, device=x.device)
         if is_global is not None:
-            is_global = nn.functional.pad(is_global.bool(), (rows, 0), value=True)
+            is_global = nn.functional.pad(marks(is_global, "global_attention_mask"), (rows, 0), value=True)
         if valid is not None:
             valid = nn.functional.pad(valid, (rows + before, 0), value=True)
             is_global = None if is_global is None else is_global & valid[:, -x.shape[1] :]

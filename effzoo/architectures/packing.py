@@ -1,0 +1,99 @@
+"""Documents that share the rows of a batch: taken apart for the blocks of a decoder, and put back after them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from effzoo.attention.checked import known
+from effzoo.attention.core import AttentionCore, Mask
+from effzoo.errors import IncompatibleError, InputError
+
+_INSTEAD = "give each document a row of its own"
+
+
+class Packed:
+    """A document starts where a position id does not follow that of the token before it, as in transformers. Each becomes a row of its own, so
+    every kind of attention computes it as it does when it stands alone.
+
+    starts bool[batch, n]: True at the first position of each document.
+    """
+
+    def __init__(self, starts: Tensor):
+        self.batch, n = starts.shape
+        starts = starts.clone()
+        starts[:, 0] = True
+        flat = torch.arange(starts.numel(), device=starts.device)
+        self.document = starts.flatten().cumsum(0) - 1
+        first = flat[starts.flatten()]
+        self.place = flat - first[self.document]
+        lengths = self.document.bincount()
+        offset = torch.arange(int(lengths.max()), device=starts.device)
+        self.held = offset < lengths[:, None]  # [documents, longest]
+        self.index = torch.where(self.held, first[:, None] + offset, 0)
+        self.row = first // n
+
+    def apart(self, x: Tensor) -> Tensor:
+        """[batch, n, ...] -> [documents, longest, ...]."""
+        return x.flatten(0, 1)[self.index]
+
+    def together(self, x: Tensor) -> Tensor:
+        """The inverse, without what fills up shorter documents."""
+        return x[self.document, self.place].view(self.batch, -1, *x.shape[2:])
+
+    def mask(self, mask: Mask) -> Mask:
+        """The mask of the documents."""
+        n = len(self.document) // self.batch
+        valid = self.held if mask.valid is None else self.held & self.apart(mask.valid)
+        return dataclasses.replace(
+            mask,
+            valid=valid,
+            is_global=None if mask.is_global is None else valid & self.apart(mask.is_global),
+            positions=None if mask.positions is None else self.apart(mask.positions.expand(self.batch, n)),
+            tasks=None if mask.tasks is None else mask.tasks[self.row],
+            start=None if mask.start is None else self.apart(mask.start),
+            _memo={},
+        )
+
+
+def packed(positions: Tensor, valid: Tensor | None, batch: int) -> tuple[Tensor, Packed | None]:
+    """The position ids that were given, [batch or 1, n], and the documents in a batch by them; None where each row is one document.
+
+    valid: which positions hold a token; those that do not belong to the document before them, and their ids do not matter. Ids that jump by as many
+    places as hold no token go on.
+    """
+    starts = _starts(positions.expand(batch, -1), valid)
+    if torch.compiler.is_compiling():
+        return known(positions, ~starts.any(), f"position_ids start again, and compiled code has no rows for several documents; {_INSTEAD}"), None
+    return positions, Packed(starts) if bool(starts.any()) else None
+
+
+def _starts(positions: Tensor, valid: Tensor | None) -> Tensor:
+    place = torch.arange(positions.shape[1], device=positions.device)
+    if valid is None:
+        before = (place - 1).clamp(min=0).expand_as(positions)
+        follows = place > 0
+    else:
+        held = torch.where(valid, place, -1).cummax(dim=1).values  # the last token up to here
+        before = torch.nn.functional.pad(held[:, :-1], (1, 0), value=-1)
+        follows = valid & (before >= 0)
+        before = before.clamp(min=0)
+    step = positions - positions.gather(1, before)
+    return follows & (step != 1) & (step != place - before)
+
+
+def check_packed(cores: Iterable[AttentionCore], task: str, rows: int, cached: bool) -> None:
+    """Refuse what has no meaning for several documents in a row."""
+    what = "position_ids start again, so the row holds several documents"
+    if task == "classification":
+        raise InputError(f"{what}, and a classification head labels whole rows; {_INSTEAD}")
+    if cached or rows:
+        raise InputError(
+            f"{what}, but {'a cache holds one for each row' if cached else f'{rows} prompt rows stand before the first alone'}; {_INSTEAD}"
+        )
+    ring = next((core.name for core in cores if getattr(core, "circular", False)), None)
+    if ring:
+        raise IncompatibleError(f"{what}, and attention {ring!r} with circular=true computes a short one otherwise beside a longer one; {_INSTEAD}")
