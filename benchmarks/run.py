@@ -29,7 +29,7 @@ def peers_suite(settings: dict[str, Any], device: str, path: Path, tell: Callabl
     """The rows of `peers.py` that the file does not hold yet."""
     import peers
 
-    known = files.read(path)
+    known = files.read(path, "peers")
     cases = [(name, n) for name in peers.PEERS for n in ([settings["fine_tuning_length"]] if "4 x n" in name else settings["lengths"])]
     cases.append((peers.IMPORT, 0))
     for done, (name, n) in enumerate(cases):
@@ -45,7 +45,7 @@ def bound_suite(settings: dict[str, Any], device: str, path: Path, tell: Callabl
     """The rows of `bound.py`, all from the same rounds."""
     import bound
 
-    known = files.read(path)
+    known = files.read(path, "bound")
     tell(f"n = {settings['n']:,}", 0, 1)
     if {row["attention"] for row in known} != set(settings["kinds"]):
         known = [files.made(row, device) for row in bound.measure(**settings, device=device)]

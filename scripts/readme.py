@@ -90,8 +90,8 @@ def experts_line(cells: list[dict]) -> str:
 
 def speed_tables(device: str) -> str:
     """Milliseconds of a layer of each kind in training against the length, and the same computation by others."""
-    scaling = rows.read(ROOT / f"benchmarks/results/scaling-{device}.jsonl")
-    peers = rows.read(ROOT / f"benchmarks/results/peers-{device}.jsonl")
+    scaling = rows.read(ROOT / f"benchmarks/results/scaling-{device}.jsonl", "scaling")
+    peers = rows.read(ROOT / f"benchmarks/results/peers-{device}.jsonl", "peers")
     return "\n".join(
         [
             f"One layer, forward and backward, d = {scaling[0]['dim']}, {scaling[0]['heads']} heads, batch {scaling[0]['batch']}, "
@@ -113,7 +113,7 @@ def speed_tables(device: str) -> str:
 
 def more_speed_tables(device: str) -> str:
     """Forward passes and decoding, the share of the bound, and training steps of every method."""
-    scaling, bound, steps = (rows.read(ROOT / f"benchmarks/results/{suite}-{device}.jsonl") for suite in ("scaling", "bound", "finetune"))
+    scaling, bound, steps = (rows.read(ROOT / f"benchmarks/results/{suite}-{device}.jsonl", suite) for suite in ("scaling", "bound", "finetune"))
     sizes = steps[0]["sizes"]
     return "\n".join(
         [
@@ -145,7 +145,7 @@ def _made(found: list[rows.Row]) -> str:
 
 def figures(device: str) -> None:
     """The two figures of the README."""
-    scaling = rows.read(ROOT / f"benchmarks/results/scaling-{device}.jsonl")
+    scaling = rows.read(ROOT / f"benchmarks/results/scaling-{device}.jsonl", "scaling")
     for name, what in (("time", "seconds"), ("memory", "peak_bytes")):
         replace_file(ROOT / f"benchmarks/results/scaling-{device}-{name}.png", png_bytes(against_length(scaling, "train", what)))
 

@@ -20,6 +20,8 @@ Row = dict[str, Any]
 SUITES = {  # what every row of a suite has
     "scaling": ("attention", "mode", "n", "dim", "heads", "batch", "dtype", "device"),
     "finetune": ("attention", "peft", "length", "batch"),
+    "peers": ("peer", "n", "device"),  # these two of `benchmarks/run.py`
+    "bound": ("attention", "n", "device"),
 }
 NOT_IDENTITY = ("machine", "versions", "commit")  # of a row: how it was made, not what it is
 
