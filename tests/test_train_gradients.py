@@ -8,6 +8,7 @@ from torch import nn
 
 import effzoo
 from effzoo.errors import TrainingError
+from effzoo.peft.unread import trained_unread
 from effzoo.train.gradients import Gradients, Untouched, patterns
 
 CLASSES = [{"input_ids": [2 + i, 3, 4, 5, 6], "labels": i % 3} for i in range(6)]
@@ -141,3 +142,31 @@ def test_the_watch_forgets_a_tensor_once_it_has_a_gradient_and_takes_in_those_of
 def test_names_are_shown_as_patterns():
     names = [f"blocks.{i}.attn.{p}.adapters.default.lora.A" for i in range(3) for p in "qkvo"] + [f"x{i}" for i in range(4)]
     assert patterns(names) == "blocks.*.attn.q.lora.A, blocks.*.attn.k.lora.A, blocks.*.attn.v.lora.A, blocks.*.attn.o.lora.A, x0, x1 and 2 more"
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "attention", "peft"),
+    [
+        ("longformer", "classification", "longformer[window=4]", "lora"),
+        ("longformer", "masked_lm", "longformer[window=4]", "lora"),
+        ("longformer", "masked_lm", "longformer[window=4, global_projections=false]", "lora"),
+        ("longformer", "masked_lm", "longformer[window=4]", "prompt[length=2]|lora"),
+        ("bert", "token_classification", "longformer[window=4]", "ia3"),
+        ("gpt2", "causal_lm", "longformer[window=4, global_projections=true]", "lora"),
+        ("gpt2", "causal_lm", "longformer[window=4]", "lora"),
+        ("bert", "classification", "full", "lora"),
+        ("bert", "classification", ("longformer[window=4]", "full"), "lora"),
+        ("longformer", "classification", "longformer[window=4]", None),
+    ],
+)
+def test_account_and_attach_say_before_what_a_training_finds(tiny, tmp_path, name, task, attention, peft, caplog):
+    rows = CLASSES if task == "classification" else [{**row, "labels": [label % 3 for label in row["labels"]]} for row in TOKENS]
+    with caplog.at_level(logging.INFO, logger="effzoo"):
+        model, result = run(tiny, tmp_path, name, task, attention, rows, peft, max_steps=2)
+    told = effzoo.account(model).unread
+    missed = {key for key in {**result.untouched.none, **result.untouched.zero} if ".attn." in key and not key.endswith("k.bias")}
+    before = trained_unread(model)
+    assert {key for key in before if not key.endswith("k.bias")} == missed and len(told) <= 1, "a key's bias has no gradient by mathematics"
+    assert list(told.values()) == [(len(before), sum(numbers for _, numbers in before.values()))][: len(told)]
+    assert ("attach: some of what" in caplog.text) == bool(missed and peft)
+    assert ("unread " in str(effzoo.account(model))) == bool(missed)

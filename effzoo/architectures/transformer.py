@@ -246,7 +246,7 @@ class Transformer(Model):
         knows_global = any(core.supports_global for core in self.cores())
         if is_global is not None and not knows_global:
             next(iter(self.cores())).check(Mask(is_global=is_global))
-        prepared = any(len(core.projections) > len(core.uses(Mask())) for core in self.cores())  # for global tokens
+        prepared = any(core.for_globals() for core in self.cores())
         if is_global is None and knows_global and prepared and self.task == "classification" and not self.config.causal:
             is_global = (torch.arange(n, device=x.device) == 0).expand(batch, n)
         if is_global is None and knows_global and rows:

@@ -179,6 +179,11 @@ class AttentionCore(nn.Module, abc.ABC):
         """The projections that this batch needs; the layer passes None for the others."""
         return self.projections
 
+    def for_globals(self) -> tuple[str, ...]:
+        """The projections that only batches with global tokens need."""
+        local = self.uses(Mask())
+        return tuple(name for name in self.projections if name not in local)
+
     def alone(self, *projected: Tensor, mask: Mask, memory: KeysValues, where: Tensor | None = None) -> Tensor:
         """Attention of every query to the memory and to nothing else, [batch, heads, n, head_dim]."""
         return self.attend(memory_part(projected[0], memory))

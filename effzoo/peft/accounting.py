@@ -15,6 +15,7 @@ from effzoo.peft.budget import without_memory
 from effzoo.peft.files import stored_tensors
 from effzoo.peft.merging import delta, mergeable
 from effzoo.peft.method import HEAD
+from effzoo.peft.unread import trained_unread
 from effzoo.sites import PeftModule, Site, sites, unwrap
 
 
@@ -26,7 +27,8 @@ class Account:
     merging may change; None when some module cannot be merged, as it is no change of a weight. rank: the
     largest rank that the change of a matrix of the network (not of the task head) can have; `full` when nothing bounds it, 0 when only
     vectors change.
-    rows: (method, role, sites, parameters) of the active adapters.
+    rows: (method, role, sites, parameters) of the active adapters. unread: {why: (tensors, parameters)}, trainable ones that get no gradient
+    from usual batches, as far as the structure tells; `finetune` says which got none.
     """
 
     trainable: int
@@ -36,6 +38,7 @@ class Account:
     changed: int | None
     rank: int | str | None
     rows: list[tuple[str, str, int, int]] = field(default_factory=list)
+    unread: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def percent(self) -> float:
@@ -50,6 +53,7 @@ class Account:
             f"changed   {changed}",
             f"rank      {'-' if self.rank is None else self.rank}",
         ]
+        lines += [f"unread    {numbers:,} numbers in {tensors} tensors: {why}" for why, (tensors, numbers) in self.unread.items()]
         width = max((len(f"{method} {role}") for method, role, _, _ in self.rows), default=0)
         lines += [
             f"  {f'{method} {role}':{width}}  {count:3} site{'s' if count != 1 else ' '}  {numbers:>12,}"
@@ -126,7 +130,16 @@ def account(model: nn.Module) -> Account:
         changed=changed,
         rank=rank,
         rows=_rows(model, names),
+        unread=_unread(model),
     )
+
+
+def _unread(model: nn.Module) -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = {}
+    for why, numbers in trained_unread(model).values():
+        tensors, total = found.get(why, (0, 0))
+        found[why] = tensors + 1, total + numbers
+    return found
 
 
 def _total(model: nn.Module) -> int:

@@ -7,6 +7,7 @@ base is as trainable as it was before.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -19,6 +20,7 @@ from effzoo.errors import AdapterError, IncompatiblePeft, OptionError, TargetErr
 from effzoo.memory import room
 from effzoo.peft.method import ALL_LINEAR, HEAD, Method
 from effzoo.peft.state import Adapters, Attachment, act, adapters_of, transition
+from effzoo.peft.unread import trained_unread
 from effzoo.registry import peft as registry
 from effzoo.sites import WITHOUT_SCALE, Activity, Linear, PeftModule, Site, TiedLinear, sites, unwrap
 from effzoo.spec import Spec, parse
@@ -60,6 +62,8 @@ def attach(model: M, peft: Any, *, name: str = "default", dtype: torch.dtype | s
         attachment.specs = tuple(settled)
         state.attachments[name] = attachment
         act(inside, state, Activity((name,), (1.0,), trained=frozenset({name})))
+    for why in dict.fromkeys(why for why, _ in trained_unread(inside).values()):
+        logging.getLogger("effzoo").info("attach: some of what %s trains is %s; effzoo.account counts it", attachment.spec, why)
     return model
 
 
