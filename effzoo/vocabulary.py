@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from effzoo.architectures import Perceiver, Transformer
-from effzoo.errors import AdapterError, IncompatibleError, OptionError, did_you_mean
+from effzoo.errors import AdapterError, IncompatibleError, OptionError, TooLargeError, did_you_mean
+from effzoo.memory import free
 from effzoo.peft.merging import merged_tensors
 from effzoo.sites import Embedding, Linear, PeftModule, Site, TiedLinear, sites, unwrap
 
@@ -36,8 +36,8 @@ def resize_vocabulary(model: M, n: int, *, init: Init = "mean", multiple_of: int
     rows. The parameters are new objects: make the optimizer afterwards. Adapters stay attached; what hangs on a resized site grows along, and the
     added rows begin there without a change. An adapter that was saved before does not load any more, since the base is another.
 
-    Raises OptionError for numbers that are none or too large for this machine, IncompatibleError for a model without tokens, a quantised head, or an
-    adapter that cannot follow, AdapterError for one that is merged into these rows; the model is then unchanged.
+    Raises OptionError for numbers that are none, TooLargeError for more rows than memory has room for, IncompatibleError for a model without
+    tokens, a quantised head, or an adapter that cannot follow, AdapterError for one that is merged into these rows; the model is then unchanged.
     """
     outer, model = model, unwrap(model)
     token = _token(model)
@@ -117,20 +117,10 @@ def _check_sites(model: nn.Module, found: dict[str, Site], n: int, old: int) -> 
             )
     like = next(iter(found.values()))
     needed = sum(n * p.numel() // len(p) * p.element_size() for site in found.values() for p in site.base().values())
-    limit = _memory(next(iter(like.base().values())).device)
-    if needed > limit:
-        raise OptionError(
-            f"resize_vocabulary: {n:,} rows take {needed / 2**30:,.1f} GiB, this machine has {limit / 2**30:,.1f} GiB; the model has {old:,} rows now"
+    if needed > (have := free(next(iter(like.base().values())).device)):
+        raise TooLargeError(
+            f"resize_vocabulary: {n:,} rows need {needed:,} bytes, and {max(0, int(have)):,} are free; the model has {old:,} rows now"
         )
-
-
-def _memory(device: torch.device) -> float:
-    """Bytes of memory that the device has; without end for tensors without memory."""
-    if device.type == "meta":
-        return float("inf")
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _hung(site: Site) -> list[PeftModule]:
