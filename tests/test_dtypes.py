@@ -218,3 +218,49 @@ def test_finetune_trains_adapters_of_a_half_base(tiny, tmp_path):
         effzoo.attach(model, "lora", dtype=dtype)
         effzoo.finetune(model, rows, output_dir=tmp_path / name, max_steps=2, batch_size=3)
         assert {p.dtype for p in trained(model).values()} == {dtype or torch.float32}
+
+
+@pytest.mark.parametrize("method", ["lora|ia3|dora[targets=attn.k]", "mam|norms"])
+def test_a_half_base_with_float32_adapters_is_one_graph(tiny, method):
+    """`torch.compile(fullgraph=True)`, traced, gives the same numbers and gradients."""
+    model = effzoo.build("bert", task="classification", num_labels=3, **{**tiny, "layers": 1}).to(torch.bfloat16)
+    effzoo.attach(model, method)
+    batch = {key: value for key, value in labelled().items() if key != "labels"}
+    found = {}
+    for name, run in (("plain", model), ("traced", torch.compile(model, backend="eager", fullgraph=True))):
+        model.zero_grad()
+        run(**batch).logits.float().square().mean().backward()
+        found[name] = [p.grad.clone() for p in trained(model).values() if p.grad is not None]
+    torch._dynamo.reset()
+    assert found["plain"] and all(torch.equal(one, other) for one, other in zip(found["plain"], found["traced"], strict=True))
+
+
+@pytest.mark.parametrize("together", ["rows", "average", "stack"])
+def test_several_float32_adapters_on_a_half_base(tiny, together):
+    """By row, averaged and stacked: to the rounding of the outputs what the float32 base gives on the same weights."""
+    half = effzoo.build("bert", task="classification", num_labels=3, **tiny).to(torch.bfloat16)
+    effzoo.attach(half, "lora|ia3", name="a")
+    effzoo.attach(half, "houlsby", name="b")
+    with torch.no_grad():
+        for name, parameter in half.named_parameters():
+            if ".adapters." in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    logits = []
+    for model in (half, copy.deepcopy(half).float()):
+        if together == "rows":
+            effzoo.activate(model, rows=["a", None, "b"])
+        else:
+            effzoo.activate(model, "a", "b", combine=together)
+        out = model.eval()(**labelled())
+        logits.append(out.logits)
+        out.loss.backward()
+        assert {p.grad.dtype for p in trained(model).values() if p.grad is not None} == {torch.float32}
+    assert logits[0].dtype == torch.bfloat16 and (logits[0].float() - logits[1]).norm() < 0.05 * logits[1].norm()
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix[length=3]", "prompt[length=2]", "houlsby", "full"])
+def test_decoding_with_a_cache_on_a_half_base(tiny, method):
+    model = effzoo.attach(effzoo.build("gpt2", task="causal_lm", **tiny).to(torch.bfloat16), method).eval()
+    ids = labelled()["input_ids"]
+    found = [effzoo.generate(model, ids, max_new_tokens=4, do_sample=False, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*found)

@@ -126,6 +126,16 @@ def test_half_precision_is_planned_as_it_runs(attention_dropout, precision, meth
     assert found.kept == kept(model, torch.bfloat16 if precision == "autocast" else None, **call(model, 2, 37))
 
 
+@pytest.mark.parametrize("level", ["nothing", "hidden", "projections"])
+@pytest.mark.parametrize("method", ["lora", "ia3", "houlsby", "full", "prefix", "dora", "fish", "mam", "routed", "far", "ladder"])
+def test_float32_adapters_of_a_half_base_are_planned_as_they_run(method, level):
+    model = effzoo.build("bert", task="classification", **SIZES | {"dropout": 0.1}).bfloat16()
+    effzoo.attach(model, method)
+    found = plan(model, batch=2, length=37, recompute=level)
+    model.recompute, model.only_what_is_read = level, True
+    assert found.kept == kept(model, **call(model, 2, 37))
+
+
 SMALL = {
     "perceiver": {"dim": 16, "layers": 2, "latents": 5, "heads": 2, "mlp": 16, "grid": (6, 6), "bands": 2, "cross_attends": 2},
     "perceiver-io": {"dim": 16, "layers": 2, "latents": 5, "heads": 2, "mlp": 16, "vocab": 53, "max_length": 96, "head_dim": 8, "value_dim": 8},

@@ -102,7 +102,10 @@ class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
                         _remember(tensor, self._overwritten)
         args, kwargs = pytree.tree_map_only(Tensor, self._twin, (args, kwargs))
         with self.fake:
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            if func is torch.ops.aten.native_layer_norm.default and args[2] is not None and args[2].dtype != args[0].dtype:
+                out = (out[0], *(statistic.to(args[2].dtype) for statistic in out[1:]))  # as the kernel gives them; torch's shapes say the input's
+            return out
 
     def _twin(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor) or key(tensor) not in self._overwritten:
