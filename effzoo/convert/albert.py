@@ -43,7 +43,11 @@ def dropouts(theirs: Any, task: str) -> dict[str, float | None]:
 
 
 def _write(config: Any) -> dict[str, Any]:
-    return {"classifier_dropout_prob": config.dropout}
+    return {
+        "classifier_dropout_prob": config.dropout,
+        "num_hidden_groups": config.blocks,  # a block per layer is a group per layer
+        "embedding_size": config.embed_dim,
+    }
 
 
 ALBERT = dataclasses.replace(

@@ -48,7 +48,11 @@ def to_transformers(model: Transformer | Perceiver) -> Any:
     special = {name: None for name, value in named.items() if value is not None and value not in range(config.vocab)}
     without_pooler = {"add_pooling_layer": False} if task == "features" and layout.heads[task] and not config.pooler else {}
     with torch.random.fork_rng(devices=[]):  # their random initialisation is overwritten, so it should leave no trace
-        theirs = cls(cls.config_class(**special | fields), **without_pooler)
+        try:
+            theirs = cls(cls.config_class(**special | fields), **without_pooler)
+        except Exception as error:
+            reason = (str(error).strip() or "no message").splitlines()[0]
+            raise ConversionError(f"transformers makes no {cls.__name__} of this configuration: {type(error).__name__}: {reason}") from error
     ours = model.state_dict()
     rules = layout.rules(config.blocks, task, task)
     optional = {rule.key(parameter) for rule in rules for parameter in rule.parameters if rule.optional}
@@ -58,6 +62,10 @@ def to_transformers(model: Transformer | Perceiver) -> Any:
     state = {key: value for key, value in state.items() if key in wanted or key not in optional}
     if missing := sorted(wanted - set(state)):
         raise ConversionError(f"{cls.__name__} needs {missing[0]}, which this model does not have (types={config.types}, pooler={config.pooler})")
+    for key, value in state.items():
+        if key not in wanted or value.shape != theirs.state_dict()[key].shape:
+            has = f"of shape {tuple(theirs.state_dict()[key].shape)}" if key in wanted else "not at all"
+            raise ConversionError(f"{cls.__name__} has {key} {has}, and this model {tuple(value.shape)}: it has no counterpart in transformers")
     like = ours["embeddings.token.weight"]
     texts.write(theirs, config)
     load_state(theirs.to(device=like.device, dtype=like.dtype), state)

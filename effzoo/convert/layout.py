@@ -145,6 +145,10 @@ class Layout:
         self.check(config, task)
         fields = {name: getattr(config, ours) for ours, name in self.fields.items()}
         fields[self.positions] = config.max_length + config.position_offset
+        if config.activation not in THEIR_ACTIVATION:
+            raise ConversionError(
+                f"{self.name} of transformers has no counterpart for activation={config.activation!r}; it has {listing(THEIR_ACTIVATION)}"
+            )
         fields[self.activation] = THEIR_ACTIVATION[config.activation]
         return fields | self.write(config)
 

@@ -88,7 +88,12 @@ def read(theirs: Any) -> dict[str, Any]:
 
 def write(config: Config) -> dict[str, Any]:
     """The same the other way; options that transformers does not have must stand at what it does."""
-    fields: dict[str, Any] = {"is_decoder": config.causal, "attn_layers": [], "chunk_size_feed_forward": config.mlp_chunk}
+    fields: dict[str, Any] = {
+        "attention_head_size": config.head_dim or config.dim // config.heads,
+        "is_decoder": config.causal,
+        "attn_layers": [],
+        "chunk_size_feed_forward": config.mlp_chunk,
+    }
     for layer, spec in enumerate(attention_specs(config)):
         kind = registry.get(spec.name).name
         names = _LSH if kind == "lsh" else _LOCAL
