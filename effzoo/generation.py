@@ -7,6 +7,7 @@ its logits after rows of token ids; which rows continue which, and what is kept 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from effzoo.annotations import checked
+from effzoo.annotations import Count, Few, Fraction, Number, Positive, Whole, checked, problem
 from effzoo.architectures import Transformer
 from effzoo.attention.core import Cache
 from effzoo.errors import EffzooError, IncompatibleError, InputError, OptionError, did_you_mean, shown
@@ -49,6 +50,12 @@ _REFUSED = {
     "inputs_embeds": "text is continued from token ids; for trained rows in front of a prompt attach 'prompt'",
     "decoder_start_token_id": "a decoder starts with its prompt; put the token there",
 }
+_NUMBERS: dict[str, Any] = {  # which transformers takes unseen, or fails on in the middle
+    "max_new_tokens": Count, "max_length": Count, "min_new_tokens": Whole, "min_length": Whole, "num_beams": Few, "num_return_sequences": Few,
+    "no_repeat_ngram_size": Whole, "top_k": Whole, "top_p": Fraction, "min_p": Fraction, "typical_p": Fraction, "epsilon_cutoff": Fraction,
+    "eta_cutoff": Fraction, "repetition_penalty": Positive, "length_penalty": Number, "eos_token_id": Whole | Sequence[Whole] | Tensor,
+    "pad_token_id": Whole, "do_sample": bool,
+}  # fmt: skip
 _NEUTRAL = {"num_beam_groups": 1, "guidance_scale": 1.0}
 
 
@@ -121,6 +128,9 @@ def _settings(model: Transformer, input_ids: Tensor, options: dict[str, Any]) ->
         raise OptionError(
             f"generate has no option {name!r}{did_you_mean(name, OPTIONS)} Options are those of transformers.GenerationConfig, {_and(_CALL_OPTIONS)}"
         )
+    for name in _NUMBERS.keys() & options.keys():
+        if options[name] is not None and (wrong := problem(options[name], _NUMBERS[name])):
+            raise OptionError(f"generate: {name} {wrong}")
     room = model.config.max_length - input_ids.shape[1] - prompt_rows(model)
     options = {name: value for name, value in (_own(model, room + input_ids.shape[1], options) | options).items() if value is not None}
     eos = options.get("eos_token_id")

@@ -165,3 +165,28 @@ def test_text_and_label_are_two_columns(tmp_path):
     file.write_text("text,label\na,b\nc,d\n")
     with pytest.raises(DataError, match="is read as text and named as the label"):
         effzoo.data.load_text(file, label="text")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_new_tokens": 2.5}, {"max_new_tokens": True}, {"max_new_tokens": 0}, {"top_p": NAN, "do_sample": True}, {"num_beams": 0},
+     {"num_beams": 2.0},
+     {"eos_token_id": NAN}, {"eos_token_id": [1, "x"]}, {"length_penalty": NAN, "num_beams": 2}, {"repetition_penalty": INF}, {"min_new_tokens": -1},
+     {"top_k": 1.5, "do_sample": True}, {"num_return_sequences": -1}, {"temperature": NAN, "do_sample": True}, {"do_sample": "yes"}],
+    ids=str,
+)  # fmt: skip
+def test_generate_refuses_numbers_that_are_none(options):
+    model = effzoo.build("gpt2", **SIZES, task="causal_lm")
+    with pytest.raises(OptionError, match=next(iter(options))):
+        effzoo.generate(model, torch.ones(1, 3, dtype=torch.long), **{"max_new_tokens": 2, **options})
+
+
+@pytest.mark.parametrize("value", [NAN, INF, 0, -2, "x", True, 10**400], ids=lambda value: str(value)[:5])
+def test_seeds_rounds_and_scalings_are_checked_where_they_are_set(value):
+    core = next(effzoo.build("bert", **SIZES, attention="lsh[chunk=8]").cores())
+    for change in (lambda: core.resample(value), lambda: setattr(core, "rounds", value)):
+        if value != 0 or change.__code__.co_names[0] != "resample":  # 0 is a seed
+            with pytest.raises(OptionError, match="lsh: (seed|rounds)"):
+                change()
+    with pytest.raises(OptionError, match="factor"):
+        effzoo.build("bert", **SIZES, positions="rotary", rotary_scaling={"type": "linear", "factor": value})

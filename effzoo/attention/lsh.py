@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from effzoo.annotations import Count, Few, Seed, Whole
+from effzoo.annotations import Count, Few, Seed, Whole, problem
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, memory_part
 from effzoo.attention.hashing import Sorted, Standing, automatic, buckets_of, draw_rotations, sort
 from effzoo.attention.part import Part, bias_of
@@ -97,8 +97,8 @@ class LSH(AttentionCore):
 
     @rounds.setter
     def rounds(self, rounds: int) -> None:
-        if rounds < 1:
-            raise OptionError(f"lsh: rounds is at least 1, got {rounds}")
+        if wrong := problem(rounds, Few):
+            raise OptionError(f"lsh: rounds {wrong}")
         have = self.rotations.shape[0]
         if rounds > have:
             if self._seed is None:
@@ -108,6 +108,8 @@ class LSH(AttentionCore):
 
     def resample(self, seed: int) -> None:
         """Draw other rotations."""
+        if wrong := problem(seed, Seed):
+            raise OptionError(f"lsh: seed {wrong}")
         self._seed = seed
         self.rotations = self._draw(range(self._rounds)).to(self.rotations)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from effzoo.annotations import SMALLEST, Range, problem
 from effzoo.errors import OptionError
 
+Scaling = Annotated[float, Range(SMALLEST, 1e9)]
 _SCALING = {"linear": {"factor"}, "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}}
 
 
@@ -34,9 +36,14 @@ class Rotary:
         given = dict(self.scaling)
         if given:
             kind = given.pop("type", None)
-            if kind not in _SCALING or set(given) != _SCALING[kind]:
+            if not isinstance(kind, str) or kind not in _SCALING or set(given) != _SCALING[kind]:
                 known = "; ".join(f"type={name!r} with {', '.join(sorted(keys))}" for name, keys in _SCALING.items())
                 raise OptionError(f"rotary scaling is {known}; got type={kind!r} with {', '.join(sorted(given)) or 'nothing'}")
+            for name, value in given.items():
+                if wrong := problem(value, Scaling):
+                    raise OptionError(f"rotary scaling: {name} {wrong}")
+            if kind == "llama3" and given["low_freq_factor"] == given["high_freq_factor"]:
+                raise OptionError("rotary scaling: low_freq_factor and high_freq_factor differ, between them the frequencies pass smoothly")
 
     @classmethod
     def of(cls, head_dim: int, theta: float, scaling: Mapping[str, Any]) -> Rotary:
