@@ -22,6 +22,7 @@ from typing import Any, Generic, TypeVar
 
 from effzoo.annotations import describe, plain, problem
 from effzoo.errors import ArgumentError, EffzooError, OptionError, UnknownNameError, did_you_mean, listing, shown
+from effzoo.memory import room
 from effzoo.spec import Spec, parse, parse_one
 
 T = TypeVar("T")
@@ -196,7 +197,8 @@ def _check_when_made(kind: str, cls: type) -> None:
             if wrong is not None:
                 typed = wrong.startswith("takes")
                 raise OptionError(f"option {key!r} of {kind} {self.name!r} {wrong}" if typed else f"{self.name}: {key} {wrong}")
-        made(self, *arguments, **options)
+        with room(options):
+            made(self, *arguments, **options)
 
     checked.checks_options = True  # type: ignore[attr-defined]
     cls.__init__ = checked  # type: ignore[misc]
