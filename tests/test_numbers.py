@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import effzoo
+import effzoo.data
 from effzoo.annotations import Count, Number, Positive, Probability, Range, Share, Whole, describe, problem
 from effzoo.attention import Part, attend
 from effzoo.attention.kernel import _plain
