@@ -32,7 +32,7 @@ NOT_THE_FUNCTION = {  # attributes of modules, and why they do not count
     "FeedForward.chunk": "the same result, fewer positions at a time", "Full.chunk": "the same result, fewer queries at a time",
     "Longformer.max_globals": "a limit: more global tokens are an error", "Side.narrow": "for networks of adapters",
     "sizes": "as `config`", "roster": "of adapters", "told": "of adapters", "again": "computed twice, to the same bits", "weighted": "of the loss",
-    "later_values_matter": "an explanation", "Embedding.added": "which rows are called new",
+    "later_values_matter": "an explanation", "bits": "of the codes, which say it themselves", "Embedding.added": "which rows are called new",
 }  # fmt: skip
 WITHOUT = " without rows "
 _OF_ANY_MODULE = vars(nn.Module())
