@@ -94,7 +94,7 @@ class TiedLinear(Site):
 
     @property
     def active(self) -> tuple[str, ...]:
-        own, tables = super().active, [name for table in self.table for name in table.active]
+        own, tables = self.hanging, [name for table in self.table for name in table.active]
         return tuple(name for name in self.now.names if name in own or name in tables) if tables else own
 
     def forward(self, x: Tensor, table: Site) -> Tensor:

@@ -42,6 +42,11 @@ class Site(nn.Module):
     @property
     def active(self) -> tuple[str, ...]:
         """The adapters that act and have something here, in their order."""
+        return self.hanging
+
+    @property
+    def hanging(self) -> tuple[str, ...]:
+        """`active` of the site itself: a name of its own, since a property of the parent class cannot be traced by torch.compile."""
         roster = self.roster
         if roster is None or not roster.now.names:
             return ()
