@@ -190,7 +190,7 @@ def test_adapters_of_peft_are_refused_with_what_to_do():
     with pytest.raises(ConversionError, match=said):
         convert.from_transformers(peft.get_peft_model(llama(), config))
     model = llama()
-    model.add_adapter(config)
+    peft.inject_adapter_in_model(config, model)  # what add_adapter does
     with pytest.raises(ConversionError, match=r"layers\.0\.self_attn\.q_proj " + said):
         convert.from_transformers(model)
     learned = peft.get_peft_model(llama(transformers.LlamaForCausalLM), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
