@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from effzoo.annotations import NotNegative, Part, Share
 from effzoo.peft.method import Layers, Modules, Stage, Targets
-from effzoo.peft.parameter.masks import KEY_BIAS, NETWORK, count, top
+from effzoo.peft.parameter.masks import KEY_BIAS, NETWORK, count, has_values, top
 from effzoo.peft.parameter.selection import Selecting, Selection, Spans, SparseDelta, in_order, selection_of
 from effzoo.registry import peft
 from effzoo.sites import Site
@@ -100,6 +100,9 @@ def keep_all(modules: Modules) -> None:
     chosen = selection_of(modules)
     if chosen.indices is None:
         changes = dense_changes(modules)
+        if not has_values(changes[0]):  # a model without memory: it may be all of them
+            chosen.choose(torch.arange(chosen.total, device=changes[0].device), torch.cat([change.flatten() for change in changes]))
+            return
         first, numbers = 0, []
         for change in changes:
             numbers.append(change.detach().flatten().nonzero().flatten() + first)

@@ -46,7 +46,10 @@ class Pruned(PeftModule):
         return self.own.numel()
 
     def packed(self) -> dict[str, Tensor] | None:
-        return {"bits": pack_bits(self.mask), "values": self.own[self.mask]} if self.finished else None
+        if not self.finished:
+            return None
+        kept = self.own[self.mask] if has_values(self.mask) else self.own.flatten()  # in a model without memory nobody knows how many
+        return {"bits": pack_bits(self.mask), "values": kept}
 
     def unpack(self, tensors: dict[str, Tensor]) -> None:
         mask, values = unpack_bits(tensors["bits"].to(self.mask.device), self.mask.shape), tensors["values"]

@@ -31,6 +31,8 @@ def count(share: float, total: int) -> int:
 def top_mask(scores: Tensor, k: int) -> Tensor:
     """Which are the k largest scores, as a mask of their shape; of equal scores the first count, so that there are exactly k."""
     flat = scores.detach().flatten()
+    if not has_values(flat):
+        return torch.ones_like(scores, dtype=torch.bool)  # a model without memory: which ones is not known
     if bool(flat.isnan().any()):
         raise IncompatibleError("scores by which entries are chosen hold NaN: the training before has diverged; lower the learning rate")
     threshold = flat.kthvalue(flat.numel() - k + 1).values
@@ -41,7 +43,8 @@ def top_mask(scores: Tensor, k: int) -> Tensor:
 
 def top(scores: Sequence[Tensor], k: int) -> Tensor:
     """The numbers int64[k], ascending, of the k largest scores over all tensors."""
-    return top_mask(torch.cat([part.detach().flatten() for part in scores]), k).nonzero().flatten()
+    together = torch.cat([part.detach().flatten() for part in scores])
+    return top_mask(together, k).nonzero().flatten() if has_values(together) else torch.arange(k, device=together.device)
 
 
 def top_masks(scores: Sequence[Tensor], share: float, scope: str) -> list[Tensor]:
