@@ -60,10 +60,15 @@ class Site(nn.Module):
 
     def compute(self, modules: Sequence[Acts], *inputs: Tensor) -> Tensor:
         """What the site computes with these modules."""
-        place = next((i for i, module in enumerate(modules) if is_mixture(module)), None)
+        place = None
+        for number, module in enumerate(modules):
+            if is_mixture(module):
+                place = number
+                break
         if place is None:
             entered, alone = self.enter(modules, *inputs)
-            return in_dtype(self.leave(modules, entered, alone), alone.dtype, of=alone)
+            made = self.leave(modules, entered, alone)
+            return made if made.dtype == alone.dtype else in_dtype(made, alone.dtype, of=alone)
         mixture, first, rest = cast(Mixture, modules[place]), modules[:place], modules[place + 1 :]
         entered, alone = self.enter((*first, *rest), *inputs)
         plain = self.leave(first, entered, alone)
@@ -91,13 +96,14 @@ class Site(nn.Module):
         for module in modules:
             if module.opens("after"):
                 y = module.after(*suited(module, inputs[0], y))
-        return y.to(dtype) if autocasts(y) else y
+        return y.to(dtype) if y.dtype != dtype and autocasts(y) else y
 
     def combined(self, *inputs: Tensor | None) -> Tensor:
         """`made_by` the active adapters: one after the other, averaged, or another one for each row of the batch."""
-        if self.now.rows is not None:
-            return self._by_row(self.now.rows, *inputs)
-        if self.now.average:
+        now = self.now
+        if now.rows is not None:
+            return self._by_row(now.rows, *inputs)
+        if now.average:
             return torch.stack([self.made_by((name,), *inputs) for name in self.active]).mean(dim=0)
         return self.made_by(self.active, *inputs)
 
@@ -157,15 +163,15 @@ class Site(nn.Module):
         here = self._modules["adapters"]._modules  # type: ignore[union-attr]  # an attribute takes long, and this is asked at every pass
         for adapter in adapters or self.active:
             if adapter in here:
-                yield from cast("Iterator[PeftModule]", here[adapter]._modules.values())  # type: ignore[union-attr]
+                yield from here[adapter]._modules.values()  # type: ignore[union-attr, misc]
 
     def acting(self, *adapters: str) -> Iterator[Acts]:
         """`hung`, each module at the scale of its adapter; a task head is not added to anything, and counts in full."""
         now, full = self.now, self.role.startswith("head.")
         for adapter in adapters or self.active:
             scale = 1.0 if full else now.scale(adapter)
-            modules = self.hung(adapter)
-            yield from modules if scale == 1 else (Scaled(module, scale) for module in modules)
+            for module in self.hung(adapter):
+                yield module if scale == 1 else Scaled(module, scale)
 
     def base(self) -> dict[str, nn.Parameter]:
         """The site's own parameters, without what is hung on it."""
@@ -208,7 +214,10 @@ def suited(module: Acts, *tensors: Any) -> tuple[Any, ...]:
     """The tensors in the dtype that a module computes in: its own, which is wider than that of a base in half precision. Integers, and everything
     under autocast, stay as they are."""
     dtype = module.dtype
-    return tuple(x if dtype is None or x is None or not x.is_floating_point() or autocasts(x) else in_dtype(x, dtype) for x in tensors)
+    for x in tensors:
+        if dtype is not None and x is not None and x.dtype != dtype:
+            return tuple([x if x is None or not x.is_floating_point() or autocasts(x) else in_dtype(x, dtype) for x in tensors])
+    return tensors  # as they are, which is the ordinary case: this is asked at every door of every pass
 
 
 def given(values: Iterable[T | None]) -> list[T]:
