@@ -16,7 +16,7 @@ from torch import nn
 
 import effzoo
 from effzoo.errors import AdapterError, EffzooError, FileError, UnknownNameError
-from effzoo.peft import files
+from effzoo.peft import files, training
 from effzoo.peft.files import stored_tensors
 from effzoo.writing import replace_file, replace_files
 
@@ -127,6 +127,22 @@ def test_the_decoder_of_a_perceiver_is_the_adapters_own_where_it_classifies_and_
         else:
             with pytest.raises(AdapterError, match="decoder.queries.weight: float32"):
                 effzoo.load_adapter(other, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["far", "lt_sft", "diff", "magnitude", "supermask"])
+def test_experts_that_choose_are_stored_as_what_they_chose(method, tmp_path):
+    targets = "" if method == "far" else "[targets=attn.*]"
+    spec = f"routed[of='{method}{targets}', experts=2]"
+    model = trained(made(), spec)
+    for stage, _ in training.timetable(model, 4):
+        training.begin(model, stage)
+        training.schedule(model, 0.9)
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            nn.init.normal_(parameter, std=0.5)
+    training.finish(model.eval())
+    effzoo.save_adapter(model, tmp_path)
+    loaded = effzoo.load_adapter(made(), tmp_path).eval()
+    assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
 # the function of the base

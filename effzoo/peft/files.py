@@ -186,15 +186,10 @@ def folder_of(given: str | Path) -> Path:
 
 def stored_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """What a file holds of an adapter, by the tensor's key without the adapter's name: packed where a module can, what is shared once."""
-    tensors: dict[str, Tensor] = {}
-    whole = adapter_tensors(model, name)
-    for path, site in sites(model):
-        for method, module in site.of(name).items() if name in site.adapters else ():
-            prefix, own = f"{path}.adapters.{name}.{method}.", module.packed() if isinstance(module, PeftModule) else None
-            if own is None:
-                own = {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
-            tensors |= {f"{path}.adapters.{method}.{key}": value for key, value in own.items()}
-    return tensors
+    packed, before = _packed(model, name), f".adapters.{name}."
+    whole = {key.replace(before, ".adapters.", 1): value for key, value in adapter_tensors(model, name).items()}
+    tensors = {key: value for key, value in whole.items() if not key.startswith(tuple(packed))}
+    return tensors | {f"{prefix}{key}": value for prefix, module in packed.items() for key, value in (module.packed() or {}).items()}
 
 
 def replaced(model: nn.Module, name: str) -> set[str]:
@@ -381,14 +376,16 @@ def _check_fits(model: nn.Module, name: str, tensors: Mapping[str, Tensor], dire
 
 
 def _packed(model: nn.Module, name: str) -> dict[str, PeftModule]:
-    """The modules that a file holds packed, by the beginning of their keys there."""
-    return {
-        f"{path}.adapters.{method}.": module
-        for path, site in sites(model)
-        if name in site.adapters
-        for method, module in site.of(name).items()
-        if isinstance(module, PeftModule) and module.packed() is not None
-    }
+    """The modules that a file holds packed, experts of a mixture too, by the beginning of their keys there."""
+    hung = {f"{path}.adapters.{method}.": module for path, site in sites(model) if name in site.adapters for method, module in site.of(name).items()}
+    return {prefix: packing for start, module in hung.items() for prefix, packing in _packing(start, module).items()}
+
+
+def _packing(start: str, module: nn.Module) -> dict[str, PeftModule]:
+    """The module itself where it packs, else what packs inside it."""
+    if isinstance(module, PeftModule) and module.packed() is not None:
+        return {start: module}
+    return {prefix: packing for key, part in module.named_children() for prefix, packing in _packing(f"{start}{key}.", part).items()}
 
 
 @torch.no_grad()
