@@ -215,6 +215,42 @@ def test_fields_of_old_files_are_taken_where_they_mean_nothing(tmp_path):
     convert.from_transformers(model("gpt2", n_ctx=1024))
 
 
+# leftovers in config.json of published checkpoints, as they are on the hub
+PUBLISHED = {
+    "reformer": {"attention_probs_dropout_prob": 0.1, "intermediate_size": 3072, "num_chunks_after": 0, "num_chunks_before": 1, "output_past": True,
+                 "sinusoidal_pos_embds": False},
+    "modernbert": {"position_embedding_type": "absolute", "deterministic_flash_attn": False, "gradient_checkpointing": False,
+                   "sparse_prediction": False, "sparse_pred_ignore_index": -100, "reference_compile": None, "repad_logits_with_grad": False},
+    "led": {"scale_embedding": False, "normalize_before": False, "normalize_embedding": True, "extra_pos_embeddings": 2, "classif_dropout": 0.0,
+            "static_position_embeddings": False, "add_bias_logits": False, "force_bos_token_to_be_generated": False, "prefix": " "},
+    "gpt2": {"predict_special_tokens": True, "n_ctx": 1024, "summary_type": "cls_index", "num_labels": 1, "finetuning_task": None},
+    "llama": {"pad_token_id": -1, "max_sequence_length": 2048, "rope_interleaved": False, "is_llama_config": True, "unsloth_fixed": True,
+              "unsloth_version": "2025.1", "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}},
+    "bert": {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity", "sentence_transformers": {"version": "4.0.1"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_what_published_files_say_beside_the_model_is_no_reason_to_refuse_it(family):
+    plain, said = model(family), model(family, **PUBLISHED[family])
+    said.load_state_dict(plain.state_dict())
+    ids = torch.arange(1, 9)[None]
+    ours = convert.from_transformers(said)
+    torch.manual_seed(0)
+    found = ours(ids).last_hidden_state
+    torch.manual_seed(0)
+    assert torch.equal(found, convert.from_transformers(plain)(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize(("family", "field"), [
+    ("led", {"scale_embedding": True}), ("llama", {"rope_interleaved": True}), ("modernbert", {"position_embedding_type": "relative_key"}),
+    ("reformer", {"sinusoidal_pos_embds": True}),
+])  # fmt: skip
+def test_what_published_files_say_is_not_done_is_refused_where_it_is(family, field):
+    with pytest.raises(ConversionError, match=f"{next(iter(field))}=.* has no counterpart"):
+        convert.from_transformers(model(family, **field))
+
+
 @pytest.mark.parametrize(("family", "more", "said"), [
     ("bert", {"pruned_heads": {0: [1]}}, r"pruned_heads=\{0: \[1\]\} has no counterpart"),
     ("bert", {"is_causal": True}, "is_causal=True: effzoo does not know"),

@@ -18,12 +18,19 @@ _INERT = frozenset(
         "tokenizer_class", "unk_token_id", "use_cache",
         # how memory is spent, and how weights start
         "chunk_size_feed_forward", "gradient_checkpointing", "initializer_range",
+        # what other programs write into published files: who wrote them, how long a tokenizer's texts are, and what is done with the outputs
+        "is_llama_config", "max_sequence_length", "model_max_length", "sbert_ce_default_activation_function", "sentence_transformers",
+        "tokenizer_model_max_length", "transformers.js_config", "unsloth_fixed", "unsloth_version",
     }
 )  # fmt: skip
 # of configurations that older versions wrote: present in files, without a field today
 _ONLY: dict[str, Any] = {
     "add_cross_attention": False, "cross_attention_hidden_size": None, "is_decoder": False, "is_encoder_decoder": False, "pruned_heads": {},
     "tie_encoder_decoder": False, "torchscript": False, "use_bfloat16": False,
+    # names of what other families or programs may do: published files say that it is not done
+    "add_bias_logits": False, "add_final_layer_norm": False, "alibi": False, "extra_pos_embeddings": 2, "normalize_before": False,
+    "normalize_embedding": True, "position_embedding_type": "absolute", "rope_interleaved": False, "scale_embedding": False,
+    "sinusoidal_pos_embds": False, "sparse_prediction": False, "static_position_embeddings": False, "use_mrope": False,
 }  # fmt: skip
 
 

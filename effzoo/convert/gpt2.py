@@ -84,5 +84,6 @@ GPT2 = Layout(
     read=read,
     write=write,
     reads=frozenset({"classifier_dropout", "embd_pdrop", "hidden_dropout", "is_causal", "tie_word_embeddings"}),
-    inert=frozenset({"n_ctx", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"}),
+    inert=frozenset({"n_ctx", "predict_special_tokens", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
+                     "summary_use_proj"}),
 )  # fmt: skip

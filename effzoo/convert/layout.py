@@ -108,6 +108,8 @@ class Layout:
         if activation not in ACTIVATIONS:
             raise ConversionError(f"activation {activation!r} has no counterpart in effzoo; it has {listing(ACTIVATIONS)}")
         values = {ours: getattr(theirs, name) for ours, name in self.fields.items()} | texts.tokens_of(theirs) | self.read(theirs)
+        if not self.counts_from_pad and (values.get("pad_token") or 0) < 0:
+            values["pad_token"] = None  # some configs write -1 for none
         if self.counts_from_pad and values["pad_token"] is None:
             raise ConversionError(f"{self.name} counts positions from pad_token_id + 1, but pad_token_id is None; set it in the config")
         offset = values["pad_token"] + 1 if self.counts_from_pad else 0

@@ -73,7 +73,7 @@ LED = Layout(
     read=read,
     write=write,
     reads=frozenset({"attention_window"}),
-    inert=frozenset(DECODER),
+    inert=frozenset({*DECODER, "force_bos_token_to_be_generated"}),
     module="transformers.models.led.modeling_led",
     parts={"LEDModel": "encoder", "LEDForConditionalGeneration": "led.encoder"},
 )

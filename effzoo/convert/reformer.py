@@ -175,5 +175,7 @@ REFORMER = Layout(
     finish=finish,
     reads=frozenset({"attn_layers", "axial_pos_embds", "axial_pos_embds_dim", "axial_pos_shape", "chunk_size_feed_forward", "classifier_dropout",
                      "hash_seed", "is_decoder", "num_buckets", "num_hidden_layers", *_DROPOUT.values(), *_LSH.values(), *_LOCAL.values()}),
-    inert=frozenset({"axial_norm_std", "chunk_size_lm_head", "intermediate_size"}),
+    inert=frozenset({"axial_norm_std", "chunk_size_lm_head", "intermediate_size",
+                     # the published file has them from before local and lsh attention had their own
+                     "attention_probs_dropout_prob", "num_chunks_after", "num_chunks_before"}),
 )  # fmt: skip
