@@ -166,8 +166,10 @@ def check_arguments(namespace: dict[str, Any]) -> None:
     import from where a function is written, and pay nothing.
     """
     for name in namespace["__all__"]:
-        if inspect.isroutine(namespace.get(name)):
-            namespace[name] = checked(namespace[name])
+        function = namespace.get(name)
+        if inspect.isroutine(function) and not hasattr(function, "checks_arguments"):
+            namespace[name] = checked(function)
+            namespace[name].__module__, namespace[name].__qualname__ = namespace.get("__name__"), name  # where pickle looks for it
 
 
 def checked(function: Callable[..., R]) -> Callable[..., R]:
@@ -185,12 +187,18 @@ def checked(function: Callable[..., R]) -> Callable[..., R]:
             if not annotations:
                 annotations.update({name: _meaning(function, p.annotation) for name, p in parameters.items()})
             names = [*in_order[: len(arguments)], *[rest] * (len(arguments) - len(in_order))]
-            for name, value in (*zip(names, arguments, strict=False), *keywords.items()):
-                if name in annotations and value is not parameters[name].default:
-                    wrong = problem(value, annotations[name])
-                    if wrong is not None:
-                        raise (ArgumentError if wrong.startswith("takes") else OptionError)(f"{function.__name__}: {name} {wrong}")
+            arguments = (*map(held, names, arguments), *arguments[len(names) :])
+            keywords = {name: held(name, value) for name, value in keywords.items()}
         return function(*arguments, **keywords)
+
+    def held(name: str | None, value: Any) -> Any:
+        """The value, numbers of numpy in it as those of Python; refused where it is not what the annotation says."""
+        if name not in annotations or annotations[name] is Any or value is parameters[name].default:
+            return value
+        wrong = problem(value, annotations[name])
+        if wrong is not None:
+            raise (ArgumentError if wrong.startswith("takes") else OptionError)(f"{function.__name__}: {name} {wrong}")
+        return plain(value)
 
     checks.checks_arguments = True  # type: ignore[attr-defined]
     return checks
@@ -234,6 +242,10 @@ def describe(annotation: Any) -> str:
         return " or ".join(map(repr, arguments))
     if annotation in (None, type(None)):
         return "none"
+    if isinstance(annotation, TypeVar):
+        return describe(annotation.__bound__ or Any)
+    if annotation is torch.nn.Module:
+        return "a model"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return f"a map from {describe(arguments[0])} to {describe(arguments[1])}"
     if isinstance(origin, type) and issubclass(origin, Collection):

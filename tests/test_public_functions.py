@@ -3,8 +3,10 @@
 import copy
 import importlib
 import inspect
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -129,3 +131,23 @@ def test_labels_that_do_not_fit_are_refused_with_a_sentence(task):
     with pytest.raises(InputError, match="finite numbers, got nan"):
         single(input_ids=IDS, labels=torch.tensor([0.5, float("nan")]))
     assert single(input_ids=IDS, labels=torch.tensor([-3.0, 7.0])).loss.isfinite()
+
+
+@pytest.mark.parametrize("path", [path for path in FUNCTIONS if not inspect.ismethod(inspect.unwrap(FUNCTIONS[path]))])
+def test_a_public_function_is_pickled_so_that_other_processes_can_call_it(path):
+    assert pickle.loads(pickle.dumps(FUNCTIONS[path])) is FUNCTIONS[path]
+
+
+def test_numbers_of_numpy_are_those_of_python_wherever_they_are_given():
+    model = effzoo.build("bert", peft="lora", layers=1, dim=16, heads=2, mlp=32, vocab=50, max_length=32)
+    for scale in (np.float32(0.5), {"default": np.float16(0.5)}):
+        effzoo.activate(model, "default", scale=scale)
+        assert effzoo.status(model).scales == {"default": 0.5}
+    with effzoo.active(model, "default", scale=np.float32(0.25)):
+        assert effzoo.status(model).scales == {"default": 0.25}
+
+
+@pytest.mark.parametrize("function", [effzoo.attach, effzoo.account, effzoo.merge])
+def test_a_model_is_called_a_model(function):
+    with pytest.raises(ArgumentError, match="model takes a model, got 'bert' \\(str\\)"):
+        function("bert", "lora") if function is not effzoo.account else function("bert")
