@@ -543,3 +543,47 @@ def test_all_linear_is_every_linear_layer_of_the_blocks(tiny, name, attention):
         effzoo.attach(model, "lora[targets=all-linear]|lora[targets=attn.o]", name="b")
     effzoo.attach(model, "lora[targets=(all-linear, embed.token)]", name="b")
     assert "embed.token" in {role for _, role in effzoo.attached(model)["b"].places["lora"]}
+
+
+def made_for_modes():
+    torch.manual_seed(0)
+    return effzoo.build("bert", task="classification", layers=1, dim=16, heads=2, mlp=32, vocab=30, max_length=24).eval()
+
+
+def test_a_model_made_in_inference_mode_is_refused_outside_and_serves_inside(tmp_path):
+    with torch.inference_mode():
+        model = made_for_modes()
+    for act in (lambda: effzoo.attach(model, "lora"), lambda: effzoo.attach(model, "prompt")):
+        with pytest.raises(AdapterError, match=r"made inside torch.inference_mode"):
+            act()
+        assert not effzoo.attached(model)
+    effzoo.save_adapter(effzoo.attach(made_for_modes(), "lora"), tmp_path)
+    with torch.inference_mode():
+        effzoo.load_adapter(model, tmp_path)
+        effzoo.unmerge(effzoo.merge(model))
+        effzoo.detach(model, "default")
+
+
+@pytest.mark.parametrize("spec", ["lora", "dora", "prompt[length=4]", "full[targets=mlp.*]", "houlsby"])
+def test_an_adapter_that_is_attached_or_loaded_in_inference_mode_learns_later(spec, tmp_path):
+    effzoo.save_adapter(effzoo.attach(made_for_modes(), spec), tmp_path)
+    attached, loaded = made_for_modes(), made_for_modes()
+    with torch.inference_mode():
+        effzoo.attach(attached, spec)
+        effzoo.load_adapter(loaded, tmp_path)
+    for model in (attached, loaded):
+        model(input_ids=torch.arange(6)[None], labels=torch.tensor([1])).loss.backward()
+        assert any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+
+
+def test_on_the_meta_device_what_needs_content_is_a_sentence(tmp_path):
+    effzoo.save_adapter(effzoo.attach(made_for_modes(), "lora"), tmp_path)
+    model = effzoo.attach(made_for_modes().to("meta"), "lora")
+    for act in (
+        lambda: effzoo.merge(model),
+        lambda: effzoo.save_adapter(model, tmp_path / "other"),
+        lambda: effzoo.load_adapter(model, tmp_path, name="second"),
+    ):
+        with pytest.raises(AdapterError, match="meta device, which holds shapes alone"):
+            act()
+    assert list(effzoo.attached(model)) == ["default"]

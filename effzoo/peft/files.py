@@ -75,7 +75,10 @@ def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "defaul
     for other, recognised in [(OWN, MANIFEST), *((key, foreign.manifest) for key, foreign in FOREIGN.items())]:
         if other != format and (directory / recognised).is_file():
             raise AdapterError(f"{directory} holds an adapter in the format of {other} ({recognised}); give this one a directory of its own")
-    tensors = {key: value.detach().contiguous().cpu() for key, value in stored_tensors(model, name).items()}
+    stored = stored_tensors(model, name)
+    if empty := [key for key, value in stored.items() if value.is_meta]:
+        raise AdapterError(f"{empty[0]} of the adapter {name!r} is on the meta device, which holds shapes alone; give the model its weights first")
+    tensors = {key: value.detach().contiguous().cpu() for key, value in stored.items()}
     _check_finite(tensors, f"the adapter {name!r}", "nothing is written; train it anew with a lower learning rate")
     if format != OWN:
         importlib.import_module(FOREIGN[format].module).write(model, directory, name)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effzoo.errors import OptionError
+from effzoo.errors import AdapterError, OptionError
 from effzoo.peft.parameter.tokens import numbers_of
 from effzoo.sites import unwrap
 
@@ -124,7 +124,11 @@ def described(tensor: Tensor) -> str:
 
 
 def content_hash(tensor: Tensor) -> str:
-    """16 digits of the hash of a tensor's dtype, shape and bytes."""
+    """16 digits of the hash of a tensor's dtype, shape and bytes. Raises AdapterError for one on the meta device."""
+    if tensor.is_meta:
+        raise AdapterError(
+            f"a tensor of shape {tuple(tensor.shape)} is on the meta device, which holds shapes alone; give the model its weights first"
+        )
     content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + content.tobytes()).hexdigest()[:16]
 

@@ -98,6 +98,10 @@ def merge(model: M, name: str = "default", *, undo: bool = True, report: bool = 
         for path, site in found.items():
             where = f"adapter {name!r} ({attachment.spec}) at {path}"
             for key, value in merged_parameters(site, list(site.acting(name)), where).items() if len(site.of(name)) else ():
+                if value.is_meta:
+                    raise AdapterError(
+                        f"{where} cannot be merged: it is on the meta device, which holds shapes alone; give the model its weights first"
+                    )
                 if not torch.isfinite(value).all():
                     raise AdapterError(
                         f"merging adapter {name!r} would write NaN or infinity into {path}.{key} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -105,15 +106,26 @@ def transition(model: nn.Module, *rewritten: str) -> Iterator[Adapters]:
     trained, modules and their modes, tensors, listeners and the state of torch's random generators.
 
     rewritten: adapters whose tensors may be written to, which are copied for this. Tensors of the base are not: who writes to them comes last, and
-    uses `Rewriting`. Raises AdapterError where a part of the model carries adapters of another model.
+    uses `Rewriting`. Raises AdapterError where a part of the model carries adapters of another model, and outside of `torch.inference_mode` for a
+    model that was made inside, which cannot learn; inside, an adapter of any other model can learn later.
     """
     outer, model = model, unwrap(model)
     state = adapters_of(model)
+    made_inside = next((key for key, p in model.named_parameters() if p.is_inference()), None)
+    if made_inside is not None and not torch.is_inference_mode_enabled():
+        raise AdapterError(
+            f"{made_inside} was made inside torch.inference_mode and cannot take part in training; build the model outside, or under torch.no_grad "
+            "(or change its adapters inside torch.inference_mode too, to infer alone)"
+        )
     before = _Snapshot(model, state, rewritten)
     try:
         vars(model)[HERE] = state
         _adopt(model, state)
-        yield state
+        with contextlib.ExitStack() as modes:
+            if made_inside is None and torch.is_inference_mode_enabled():
+                modes.enter_context(torch.inference_mode(False))
+                modes.enter_context(torch.no_grad())
+            yield state
         _adopt(model, state)
         _forget_listeners(model)
         _check_synchronised(outer, before.flags)
@@ -189,7 +201,7 @@ class _Snapshot:
             if p.data_ptr() != data.data_ptr() or p.dtype != data.dtype:
                 p.data = data
         for x, content in self.content:
-            if not torch.equal(x, content):
+            if not x.is_meta and not torch.equal(x, content):
                 x.copy_(content)
         torch.set_rng_state(self.random[0])
         if self.random[1]:
