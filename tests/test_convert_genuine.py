@@ -280,3 +280,15 @@ def test_converting_leaves_the_source_alone():
     config, before = model.config.to_dict(), {key: value.clone() for key, value in model.state_dict().items()}
     convert.from_transformers(model, attention="linformer[k=4]")
     assert model.config.to_dict() == config and all(value.equal(before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_reformer_that_was_trained_is_converted():
+    config = transformers.ReformerConfig(
+        vocab_size=41, hidden_size=8, num_attention_heads=2, attention_head_size=4, feed_forward_size=12, axial_pos_shape=[4, 8],
+        axial_pos_embds_dim=[2, 6], max_position_embeddings=32, lsh_attn_chunk_length=4, local_attn_chunk_length=4, num_buckets=4, hash_seed=0,
+        attn_layers=["local", "lsh"], is_decoder=True,
+    )  # fmt: skip
+    model = transformers.ReformerModelWithLMHead(config).train()
+    model(torch.arange(32)[None]).logits.sum().backward()
+    assert model.reformer.encoder.layers[0].attention_seed is not None
+    torch.testing.assert_close(convert.from_transformers(model).embeddings.token.weight, model.reformer.embeddings.word_embeddings.weight)

@@ -21,7 +21,8 @@ _THEIRS = ("torch", "transformers")
 _HOOKS = ("transformers", "accelerate")  # whose hooks move, count or record, and change no value
 _QUANTISERS = ("bitsandbytes", "torchao", "auto_gptq", "gptqmodel", "awq", "optimum", "hqq", "eetq", "aqlm", "compressed_tensors")
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
-_SKIPPED = ("training", "gradient_checkpointing", "vocab_size")  # the last, which nothing computes with, stays behind in `resize_token_embeddings`
+# what a forward pass draws and keeps for its backward pass, and a size that `resize_token_embeddings` leaves behind and nothing computes with
+_SKIPPED = ("training", "gradient_checkpointing", "attention_seed", "feed_forward_seed", "vocab_size")
 _SIMPLE = (bool, int, float, str, type(None))
 
 
