@@ -190,7 +190,7 @@ def _check_when_made(kind: str, cls: type) -> None:
 
     @functools.wraps(made)
     def checked(self: Any, *arguments: Any, **options: Any) -> None:
-        declared = {option.name: option for option in _options(type(self)) if option.name in options}
+        declared = {option.name: option for option in _options(cls) if option.name in options}
         for key, option in declared.items():
             options[key] = plain(options[key])
             wrong = problem(options[key], option.annotation)

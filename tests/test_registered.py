@@ -110,3 +110,18 @@ def test_a_layer_that_is_built_again_holds_the_shared_matrix(tiny):
     assert_registered(model)
     model.double()(torch.randint(53, (2, 20)), labels=torch.randint(3, (2, 20))).loss.backward()
     assert model.blocks[0].attn.core.E.weight.grad.abs().max() > 0
+
+
+def test_what_a_subclass_passes_on_is_checked_by_the_class_that_gets_it():
+    with effzoo.scope():
+
+        @effzoo.peft.register("own_lora")
+        class Own(effzoo.registry.peft.get("lora")):
+            """LoRA whose rank is declared without its range."""
+
+            def __init__(self, *, rank: int = 4):
+                super().__init__(rank=rank)
+
+        assert effzoo.registry.peft.create("own_lora[rank=2]").rank == 2
+        with pytest.raises(effzoo.errors.OptionError, match="own_lora: rank is at least 1, got 0"):
+            effzoo.registry.peft.create("own_lora[rank=0]")
