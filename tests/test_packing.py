@@ -62,17 +62,28 @@ def test_documents_stay_apart_whatever_the_residual_the_sharing_and_the_method(m
     assert torch.allclose(model(ids, position_ids=positions).last_hidden_state, alone(model, ids), rtol=0, atol=1e-10)
 
 
-def test_a_document_does_not_see_another_and_padding_belongs_to_none(tiny):
+def test_a_document_does_not_see_another(tiny):
     model = build("llama", "full", tiny)
     ids, positions = packed()
-    mask = torch.ones_like(ids)
-    mask[0, 22:] = 0
     other = ids.clone()
     other[0, :10] = 7
-    other[0, 22:] = 9
-    one, two = (model(tokens, mask, position_ids=positions).last_hidden_state for tokens in (ids, other))
-    assert one[0, 10:22].equal(two[0, 10:22]) and not torch.allclose(one[0, :10], two[0, :10])
-    assert torch.allclose(one[0, 13:22], model(ids[:1, 13:22]).last_hidden_state[0], rtol=0, atol=1e-11)
+    one, two = (model(tokens, position_ids=positions).last_hidden_state for tokens in (ids, other))
+    assert one[0, 10:].equal(two[0, 10:]) and not torch.allclose(one[0, :10], two[0, :10])
+
+
+def test_beside_a_mask_position_ids_are_positions_only_as_in_transformers_and_it_is_said(caplog):
+    hf = theirs("Llama")
+    torch.nn.init.normal_(hf.get_input_embeddings().weight)
+    model, (ids, positions) = convert.from_transformers(hf).eval(), packed()
+    mask = torch.ones_like(ids)
+    for again in (True, False):
+        caplog.clear()
+        given = positions if again else positions + 1
+        with torch.no_grad():
+            expected = hf(ids, attention_mask=mask, position_ids=given, use_cache=False).last_hidden_state
+            found = model(ids, mask, position_ids=given).last_hidden_state
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+        assert ("leave attention_mask out to keep them apart" in caplog.text) == again
 
 
 def test_a_padded_row_is_one_document_wherever_its_padding_stands(tiny):

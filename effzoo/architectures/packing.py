@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from effzoo.attention.checked import known
 from effzoo.attention.core import AttentionCore, Mask
 from effzoo.errors import IncompatibleError, InputError
 
+log = logging.getLogger("effzoo")
 _INSTEAD = "give each document a row of its own"
 
 
@@ -59,30 +62,26 @@ class Packed:
         )
 
 
-def packed(positions: Tensor, valid: Tensor | None, batch: int) -> tuple[Tensor, Packed | None]:
-    """The position ids that were given, [batch or 1, n], and the documents in a batch by them; None where each row is one document.
-
-    valid: which positions hold a token; those that do not belong to the document before them, and their ids do not matter. Ids that jump by as many
-    places as hold no token go on.
-    """
-    starts = _starts(positions.expand(batch, -1), valid)
+def packed(positions: Tensor, batch: int) -> tuple[Tensor, Packed | None]:
+    """The position ids that were given, [batch or 1, n], and the documents in a batch by them; None where each row is one document."""
+    positions_of_rows = positions.expand(batch, -1)
+    starts = F.pad(positions_of_rows.diff(dim=1) != 1, (1, 0))
     if torch.compiler.is_compiling():
         return known(positions, ~starts.any(), f"position_ids start again, and compiled code has no rows for several documents; {_INSTEAD}"), None
     return positions, Packed(starts) if bool(starts.any()) else None
 
 
-def _starts(positions: Tensor, valid: Tensor | None) -> Tensor:
-    place = torch.arange(positions.shape[1], device=positions.device)
-    if valid is None:
-        before = (place - 1).clamp(min=0).expand_as(positions)
-        follows = place > 0
-    else:
-        held = torch.where(valid, place, -1).cummax(dim=1).values  # the last token up to here
-        before = torch.nn.functional.pad(held[:, :-1], (1, 0), value=-1)
-        follows = valid & (before >= 0)
-        before = before.clamp(min=0)
-    step = positions - positions.gather(1, before)
-    return follows & (step != 1) & (step != place - before)
+def warn_of_documents(positions: Tensor, valid: Tensor) -> None:
+    """Say that documents are not kept apart where an attention mask stands beside position ids that start again at 0."""
+    if torch.compiler.is_compiling():
+        return
+    again = (positions[:, 1:] == 0) & valid[:, 1:] & valid[:, :-1]
+    if bool(again.any()):
+        log.warning(
+            "position_ids start again at 0 beside an attention_mask, which alone says what is seen, as in transformers: the documents see each "
+            "other; leave attention_mask out to keep them apart, or %s",
+            _INSTEAD,
+        )
 
 
 def check_packed(cores: Iterable[AttentionCore], task: str, rows: int, cached: bool) -> None:

@@ -18,7 +18,7 @@ from effzoo.architectures.embeddings import Embeddings, check_inputs, check_tens
 from effzoo.architectures.function import function_of
 from effzoo.architectures.heads import Classification, head
 from effzoo.architectures.output import Output
-from effzoo.architectures.packing import check_packed, packed
+from effzoo.architectures.packing import check_packed, packed, warn_of_documents
 from effzoo.architectures.sharing import turns
 from effzoo.attention.checked import marks
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask
@@ -110,7 +110,8 @@ class Transformer(Model):
         attention_mask [batch, n]: 1 for tokens, 0 for padding. global_attention_mask [batch, n]: 1 for tokens with
         global attention; by default the first token of an encoder with a classification head whose attention has projections for global tokens.
         cache: of a causal model that decodes; the input is what follows the positions in it, and attention_mask covers both.
-        position_ids [batch or 1, n]: where they do not go on by 1 in a decoder, another document starts, which is computed as it is alone.
+        position_ids [batch or 1, n]: where they do not go on by 1 in a decoder, another document starts, which is computed as it is alone;
+        beside an attention_mask they are positions only, as in transformers.
         task_ids [batch]: the number of each example's task, for adapters that are routed by it.
 
         A classifier with pooling="last" reads the last token of the mask; in a decoder with a `pad_token`, the last one whose id is another.
@@ -137,9 +138,10 @@ class Transformer(Model):
         )
         valid = self._valid(attention_mask)
         documents = None
-        if position_ids is not None and self.config.causal:
-            batch, n = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # type: ignore[union-attr]
-            position_ids, documents = packed(position_ids, None if valid is None else valid[:, -n:], batch)
+        if position_ids is not None and self.config.causal and attention_mask is not None:
+            warn_of_documents(position_ids, attention_mask[:, -position_ids.shape[1] :].bool())
+        elif position_ids is not None and self.config.causal:
+            position_ids, documents = packed(position_ids, len(inputs_embeds if input_ids is None else input_ids))  # type: ignore[arg-type]
             if documents is not None:
                 check_packed(self.cores(), self.task, rows, cache is not None)
         position_ids = None if position_ids is None else position_ids + before
