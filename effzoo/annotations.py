@@ -112,6 +112,8 @@ def problem(value: Any, annotation: Any) -> str | None:
         return None
     if _has_type(value, annotation, ranges=False):
         return f"is {_broken(plain(value), annotation)}, got {shown(value)}"
+    if typing.get_origin(annotation) is typing.Literal and type(value) in map(type, typing.get_args(annotation)):
+        return f"is {describe(annotation)}, got {shown(value)}"
     return f"takes {describe(annotation)}, got {shown(value)} ({type(value).__name__})"
 
 

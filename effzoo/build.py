@@ -12,6 +12,7 @@ import torch
 from effzoo import zoo
 from effzoo.annotations import Count
 from effzoo.architectures import Transformer
+from effzoo.errors import OptionError
 from effzoo.peft import attach
 
 _OF_TEXTS = ("pad_token", "bos_token", "eos_token", "generation")  # which weights bring along, unless they are given
@@ -41,6 +42,8 @@ def build(
 
     Raises UnknownNameError, OptionError, SpecError, IncompatibleError, TargetError, ConversionError.
     """
+    if adapter_dtype is not None and peft is None:
+        raise OptionError(f"adapter_dtype={adapter_dtype!r} is the dtype of an adapter, and peft names none; give peft, or leave adapter_dtype out")
     if attention is not None:
         sizes["attention"] = attention
     model = zoo.create(name, task=task, num_labels=num_labels, **sizes)

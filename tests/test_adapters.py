@@ -11,6 +11,7 @@ import torch
 import effzoo
 from effzoo.errors import AdapterError, OptionError, TargetError, UnknownNameError
 from effzoo.peft import roles
+from effzoo.sites import PeftModule, sites
 
 
 @pytest.fixture
@@ -249,3 +250,20 @@ def test_damaged_files_are_refused_and_the_model_stays_as_it_was(saved, kind, sa
     with pytest.raises(AdapterError, match=said):
         effzoo.load_adapter(base, folder)
     assert list(base.state_dict()) == before and all(p.requires_grad for p in base.parameters())
+
+
+def test_a_hook_that_is_set_later_on_an_object_or_its_class_acts(model, ids):
+    class Late(PeftModule):
+        pass
+
+    effzoo.attach(model, "lora")
+    site = next(site for _, site in sites(model) if site.role == "attn.q")
+    module = Late()
+    site.hang("default", "late", module)
+    outs = [model(ids).last_hidden_state]
+    module.after = lambda x, y: y + 1
+    outs.append(model(ids).last_hidden_state)
+    del module.after
+    Late.after = lambda self, x, y: 2 * y
+    outs.append(model(ids).last_hidden_state)
+    assert not torch.allclose(outs[0], outs[1]) and not torch.allclose(outs[0], outs[2]) and not torch.allclose(outs[1], outs[2])

@@ -167,7 +167,7 @@ def test_the_head_is_that_of_the_adapter_that_is_named(tiny, tmp_path):
     [
         ({}, {}, OptionError, "at least one adapter"),
         ({"z": 1.0}, {}, UnknownNameError, "adapter"),
-        ({"a": 1.0}, {"how": "slerp"}, UnknownNameError, "combination"),
+        ({"a": 1.0}, {"how": "slerp"}, OptionError, "how is 'sum' or 'ties' or 'dare', got 'slerp'"),
         ({"a": 1.0, "b": 1.0}, {}, AdapterError, "cannot be merged"),
         ({"a": 1.0}, {"rank": 0}, OptionError, "rank is at least 1"),
         ({"a": 1.0}, {"keep": 0.0}, OptionError, "keep is in"),

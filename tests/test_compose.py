@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import effzoo
-from effzoo.errors import AdapterError, IncompatibleError
+from effzoo.errors import AdapterError, IncompatibleError, OptionError
 from effzoo.peft.attach import adapter_tensors
 from effzoo.sites import Conv2d, sites
 
@@ -305,5 +305,5 @@ def test_activation_says_what_it_accepts(tiny):
     model = effzoo.attach(build(tiny), "lora", name="a")
     with pytest.raises(AdapterError, match="either adapter names or rows"):
         effzoo.activate(model, "a", rows=["a"])
-    with pytest.raises(AdapterError, match="'stack' or 'average'"):
+    with pytest.raises(OptionError, match="combine is 'stack' or 'average', got 'sum'"):
         effzoo.activate(model, "a", combine="sum")

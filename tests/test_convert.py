@@ -241,7 +241,7 @@ def test_every_bias_of_modernbert_is_there_or_not_on_both_sides(switch, present)
 
 def test_a_new_attention_copies_the_norms_of_heads_beside_its_projections():
     source = theirs("qwen3")
-    model = convert.from_transformers(source, attention="longformer[window=4]")
+    model = convert.from_transformers(source, attention="longformer[window=4, global_projections=true]")
     for block, layer in zip(model.blocks, source.layers, strict=True):
         assert block.attn.norms["q_global"].weight.equal(layer.self_attn.q_norm.weight)
         assert block.attn.norms["k_global"].weight.equal(layer.self_attn.k_norm.weight)

@@ -163,7 +163,7 @@ def test_a_training_pass_of_adamix_is_one_of_its_pairs_of_experts(tiny, share):
     assert len(drawn) == 60 and {*drawn} == {*range(len(pairs))}
 
 
-def test_adamix_draws_experts_for_each_row_where_adapters_are_chosen_by_row(tiny):
+def test_rows_of_one_adapter_draw_their_experts_together(tiny):
     model = effzoo.build("minilm", task="classification", num_labels=LABELS, **tiny)
     for name in ("one", "other"):
         effzoo.attach(model, "adamix[bottleneck=3]", name=name)
@@ -172,7 +172,7 @@ def test_adamix_draws_experts_for_each_row_where_adapters_are_chosen_by_row(tiny
             parameter.add_(0.1 * torch.randn_like(parameter))
     effzoo.activate(model, rows=["one", "other", "one", "one", "one", "one"]).train()
     out = model(input_ids=torch.arange(2, 9).expand(6, -1)).logits
-    assert not torch.allclose(out[0], out[1]) and len({tuple(row.tolist()) for row in out[[0, 2, 3, 4, 5]].detach()}) > 1
+    assert not torch.allclose(out[0], out[1]) and torch.allclose(out[[0, 2, 3, 4, 5]], out[0].expand(5, -1), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("by", ["snip", "magnitude", "random"])
@@ -558,7 +558,7 @@ def test_residual_adapters_need_a_convolution(tiny):
         ("compacter[n=3, bottleneck=9]", "does not divide the width 16"),
         ("compacter[rank=0]", "rank is at least 1"),
         ("sparse_adapter[sparsity=1.0]", r"in \[0, 1\)"),
-        ("sparse_adapter[by=luck]", "takes .snip. or .magnitude. or .random."),
+        ("sparse_adapter[by=luck]", "by is .snip. or .magnitude. or .random., got .luck."),
         ("adamix[share=both]", "takes .down. or .up. or none"),
         ("adamix[experts=0]", "at least 1"),
         ("pals[width=5, heads=2]", "divides width"),

@@ -380,7 +380,7 @@ def test_lora_on_a_convolution_is_a_narrow_convolution_and_a_change_of_low_rank(
         ("lora[rank={attn.q: 2, mlp.up: 4}, targets=attn.q]", TargetError, "rank for 'mlp.up' matches none of its targets"),
         ("lora[rank={attn.q: 2, attn.nope: 4}]", TargetError, "target 'attn.nope' matches no role"),
         ("lora[alpha={attn.v: 2}]", OptionError, "no pattern of alpha"),
-        ("lora[init=nope]", OptionError, "option 'init' of peft 'lora' takes 'default' or 'gaussian'"),
+        ("lora[init=nope]", OptionError, "lora: init is 'default' or 'gaussian'"),
         ("lora[rank=17, init=pissa]", OptionError, "takes 17 vectors of 'attn.q', whose weight .16, 16. has 16"),
         ("lora[init=eva, targets=embed.token]", OptionError, "init='eva' is for linear layers, and 'embed.token' is Embedding"),
         ("lora[targets=attn.norm]", TargetError, "lora hangs on Linear or Embedding or Conv2d sites"),

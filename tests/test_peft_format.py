@@ -5,6 +5,7 @@ in float64 the two agree to 1e-10. `there` also proves that peft has found every
 """
 
 import copy
+import inspect
 import json
 import re
 import shutil
@@ -360,6 +361,9 @@ INPUT = [
     ("llama", "llama_adapter[length=3, skip=1]", peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=2)),
     ("mistral", "llama_adapter[length=2, skip=0]", peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=3)),
 ]  # fmt: skip
+if "past_key_values" not in inspect.signature(transformers.GPT2ForSequenceClassification.forward).parameters:
+    # from 5.24 on peft 0.21 takes this class for one without a cache, and refuses every prefix on it
+    INPUT = [(name, spec, config) for name, spec, config in INPUT if (name, type(config)) != ("gpt2-cls", peft.PrefixTuningConfig)]
 METHODS = [f"{name}-{spec}" for name, spec, _ in INPUT]
 
 

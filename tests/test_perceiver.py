@@ -497,7 +497,7 @@ def test_finetune_labels_tokens_and_bytes(tiny, tmp_path):
         ("perceiver-io", {"causal": True, "pooling": "mean"}, OptionError, "channels 768 and dim 1280 have to be equal"),
         ("perceiver-io", {"bands": 3}, OptionError, "bands are for positions='fourier'"),
         ("perceiver-io", {"task": "causal_lm"}, IncompatibleError, "perceiver-io is an encoder, so task='causal_lm' makes no sense"),
-        ("perceiver-io", {"share_blocks": "some"}, OptionError, "'share_blocks' of model 'perceiver-io' takes 'none' or 'all_but_first' or 'all'"),
+        ("perceiver-io", {"share_blocks": "some"}, OptionError, "share_blocks is 'none' or 'all_but_first' or 'all'"),
         ("perceiver", {"max_length": 64}, OptionError, r"grid \(224, 224\) has 50176 positions, max_length is 64"),
         ("perceiver", {"task": "masked_lm"}, IncompatibleError, "reads arrays of numbers, so task='masked_lm' has no vocabulary"),
         ("perceiver", {"task": "token_classification"}, OptionError, "query_dim 3 does not divide into 8 decoder_heads"),

@@ -11,7 +11,7 @@ import effzoo
 from effzoo.checks.attention import Subject as Kind
 from effzoo.checks.peft import Subject as Method
 from effzoo.cli import app
-from effzoo.errors import EffzooError, IncompatibleError
+from effzoo.errors import EffzooError, IncompatibleError, OptionError
 from effzoo.plan import lecture_activations, opt_table, plan
 from effzoo.plan.shadow import Meter, Shadows
 
@@ -396,7 +396,7 @@ def test_the_table_reads_as_it_is():
         (("bert",), {"length": 9, "precision": "master", "dtype": "float32"}, "precision 'master' is for bfloat16 and float16, got torch.float32"),
         (("bert",), {"length": 9, "dtype": "int8"}, "dtype is a floating-point type such as torch.bfloat16 or 'float32', got 'int8'"),
         (("bert",), {}, "plan needs the length of the sequences, such as length=512"),
-        (("bert",), {"length": 0}, "batch and length are at least 1, got 1 and 0"),
+        (("bert",), {"length": 0}, "length is at least 1, got 0"),
         (("bert",), {"length": 97, **SIZES}, "97 tokens do not fit into max_length 96; truncate to 96, or build the model with max_length=97"),
         (("bert", "prompt[length=10]"), {"length": 90, **SIZES}, "90 tokens and 10 prompt rows do not fit into max_length 96"),
         (("bert",), {"length": 9, "inputs": {}}, "give length"),
@@ -404,7 +404,7 @@ def test_the_table_reads_as_it_is():
         ((nn.Linear(2, 2),), {"length": 9}, "Linear is no model of the zoo, so its inputs are not known"),
         ((nn.Linear(2, 2),), {"inputs": {}, "layers": 3}, "a built model has its sizes already, so layers mean nothing"),
         ((nn.Linear(2, 2),), {"inputs": {}, "checkpointing": True}, "Linear has no gradient checkpointing"),
-        ((3,), {"length": 9}, "plan takes a model or the name of one, got int"),
+        ((3,), {"length": 9}, "model takes a model or str, got 3"),
         (("bret",), {"length": 9}, "did you mean 'bert'"),
         (("bert", "lroa"), {"length": 9}, "did you mean 'lora'"),
     ],
@@ -440,6 +440,14 @@ def test_the_table_of_opt():
     assert lora["hidden states, planned, fused attention"] < full["hidden states, planned, fused attention"]
     assert full["hidden states, planned, fused attention"] < full["hidden states, planned, weights written out"]
     assert all(name in str(table) for name in (*names, "OPT-1.3B, 1 x 64, float16"))
+
+
+def test_a_plan_has_the_dtype_of_adapters_that_is_asked_for(tiny):
+    half, full = (plan("bert", "lora", batch=2, length=8, dtype="float16", **held, **tiny) for held in ({"adapter_dtype": "float16"}, {}))
+    assert 2 * half.gradients == full.gradients and half.trainable == full.trainable
+    for make in (effzoo.build, lambda name, **sizes: plan(name, batch=2, length=8, **sizes)):
+        with pytest.raises(OptionError, match="adapter_dtype='float16' is the dtype of an adapter, and peft names none"):
+            make("bert", adapter_dtype="float16", **tiny)
 
 
 def test_the_formula_of_the_lectures():

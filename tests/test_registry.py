@@ -28,10 +28,15 @@ def test_unknown_option_gives_the_closest_and_the_known():
         effzoo.peft.create("lora[rnak=4]")
 
 
-@pytest.mark.parametrize("spec", ["lora[rank=big]", "lora[rank=2.5]", "lora[rank=true]", "lora[layers=(a, b)]", "prompt[init=zero]"])
+@pytest.mark.parametrize("spec", ["lora[rank=big]", "lora[rank=2.5]", "lora[rank=true]", "lora[layers=(a, b)]"])
 def test_value_of_the_wrong_type_says_what_is_taken(spec):
     with pytest.raises(OptionError, match=r"option '\w+' of peft '\w+' takes .+, got"):
         effzoo.peft.create(spec)
+
+
+def test_a_word_that_is_none_of_the_choices_says_the_choices():
+    with pytest.raises(OptionError, match="prompt: init is 'vocabulary' or 'text' or 'normal', got 'zero'"):
+        effzoo.peft.create("prompt[init=zero]")
 
 
 @pytest.mark.parametrize(

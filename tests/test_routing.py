@@ -123,7 +123,7 @@ def test_unknown_names_and_options_say_what_is_accepted():
             routing.create(spec, DIM, EXPERTS)
     with pytest.raises(OptionError, match="at least one expert, got 0"):
         routing.create("switch", DIM, 0)
-    with pytest.raises(OptionError, match="takes 'softmax' or 'sigmoid', got 'hard'"):  # without the registry too
+    with pytest.raises(OptionError, match="is 'softmax' or 'sigmoid', got 'hard'"):  # without the registry too
         routing.mixtures.Gumbel(DIM, EXPERTS, form="hard")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import effzoo
-from effzoo.errors import ConversionError, OptionError, UnknownNameError
+from effzoo.errors import ArgumentError, ConversionError, OptionError, UnknownNameError
 
 SIZES = {"layout": '"bert"', "architecture": '"encoder"', "vocab": 50, "dim": 16, "layers": 2, "heads": 2, "mlp": 32, "max_length": 64}
 NUMBERS = {key: value for key, value in SIZES.items() if isinstance(value, int)}
@@ -102,7 +102,7 @@ def test_what_is_no_file_is_refused_with_a_sentence(tmp_path):
         effzoo.build("a\0.toml")
     with pytest.raises(UnknownNameError, match="unknown model 'brt'; did you mean"):
         effzoo.build("brt")
-    with pytest.raises(OptionError, match="got 3"):
+    with pytest.raises(ArgumentError, match="name takes str or Path, got 3"):
         effzoo.build(3)
 
 

@@ -103,7 +103,7 @@ def finetune(
 
 def _seconds(given: Mapping[str, float]) -> None:
     for name, value in given.items():
-        number(name, value, "a number of seconds above 0", lambda x: x > 0)
+        number(name, value, "a number of seconds, 0 or more", lambda x: x >= 0)
 
 
 def _run(suite: Callable[[Path, Callable[[str, int, int], None]], list[Row]], out: Path) -> list[Row]:

@@ -49,9 +49,10 @@ class OptTable:
 def opt_table(*, batch: int = 1, length: int = 2048, peft: str = "lora[rank=8]", dtype: str = "float16", **sizes: Any) -> OptTable:
     """The lectures' memory table of OPT-1.3B: full fine-tuning beside a PEFT method, in half precision with float32 copies and AdamW.
 
-    For each trained parameter: 2 bytes of gradient, 8 of optimizer states, 4 of float32 copy; for each parameter: 2 bytes of weight. Hidden states
-    stand there four times: by the formula of the lectures, by the same with all heads, and as planned, which is exact and the only
-    one that knows the method: with the fused attention kernel as OPT runs here, and with attention weights written out, as the formula has them.
+    Adapters are in half precision too, as the lectures have them. For each trained parameter: 2 bytes of gradient, 8 of optimizer states, 4 of
+    float32 copy; for each parameter: 2 bytes of weight. Hidden states stand there four times: by the formula of the lectures, by the same
+    with all heads, and as planned, which is exact and the only one that knows the method: with the fused attention kernel as OPT runs here,
+    and with attention weights written out, as the formula has them.
 
     sizes: in place of those of OPT-1.3B (layers=..., dim=...).
     """
@@ -61,8 +62,9 @@ def opt_table(*, batch: int = 1, length: int = 2048, peft: str = "lora[rank=8]",
     model = {**OPT_1_3B, **sizes}
     formula = {"layers": model["layers"], "dim": model["dim"], "length": length, "batch": batch}
     for name, spec in (("full", None), (peft, peft)):
-        fused = plan("gpt2", spec, **choices, **model)
-        written_out = plan("gpt2", spec, **choices, **model, backend="reference")
+        held: dict[str, Any] = {} if spec is None else {"adapter_dtype": dtype}
+        fused = plan("gpt2", spec, **choices, **held, **model)
+        written_out = plan("gpt2", spec, **choices, **held, **model, backend="reference")
         plans[name] = fused
         columns[name] = {
             "weights": fused.weights,

@@ -126,6 +126,9 @@ def _stand_in(model: nn.Module | str, peft: Any, choices: dict[str, Any], shadow
         raise OptionError(
             f"a built model has its sizes already, so {', '.join(sorted(choices))} mean nothing; give the model's name, or leave them out"
         )
+    adapter_dtype = None
+    if peft is not None:  # attached below, so `build` has no use for its dtype
+        adapter_dtype, choices = choices.get("adapter_dtype"), {key: value for key, value in choices.items() if key != "adapter_dtype"}
     try:
         with torch.device("meta"):
             if isinstance(model, str):
@@ -134,7 +137,7 @@ def _stand_in(model: nn.Module | str, peft: Any, choices: dict[str, Any], shadow
             elif peft is not None:
                 model = shadows.copied(model, device="meta")
             if peft is not None:
-                attach(model, peft, name="planned")
+                attach(model, peft, name="planned", dtype=adapter_dtype)
     except EffzooError:
         raise
     except (NotImplementedError, RuntimeError) as error:  # what torch raises when a value is asked of the meta device

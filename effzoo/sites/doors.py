@@ -31,16 +31,10 @@ class PeftModule(nn.Module):
 
     by_position: whether what it computes for a position follows from that position alone (a memory may be made of all). The last block
     then leaves out what no head reads. grows: whether `grow` can follow a site whose weight gets more rows (`effzoo.resize_vocabulary`).
-    overridden: what a class does in another way than this one.
     """
 
     by_position: ClassVar[bool] = True
     grows: ClassVar[bool] = False
-    overridden: ClassVar[frozenset[str]] = frozenset()
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        cls.overridden = frozenset(door for door in vars(PeftModule) if getattr(cls, door) is not getattr(PeftModule, door))
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -115,8 +109,9 @@ class PeftModule(nn.Module):
         return ()
 
     def opens(self, *doors: str) -> bool:
-        """Whether this module overrides one of the named doors."""
-        return not self.overridden.isdisjoint(doors)  # found once for the class: this is asked at every door of every pass
+        """Whether this module, or its class, overrides one of the named doors."""
+        kind, own = type(self), vars(self)  # either may have been changed since
+        return any(door in own or getattr(kind, door) is not getattr(PeftModule, door) for door in doors)
 
     def learn(self, on: bool) -> None:
         """Make what is trained here trainable, or not."""

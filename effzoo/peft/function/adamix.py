@@ -57,7 +57,7 @@ class AdaMix(Method):
     start from.
 
     Evaluation uses the mean of the experts' weights, as the finished adapter does, which stores and costs what one adapter does (section 3.4).
-    Where adapters are chosen by row, each row draws its own experts. Experts are slices of one tensor: weight decay and Adam's moments
+    Where adapters are chosen by row, the rows of one adapter draw together. Experts are slices of one tensor: weight decay and Adam's moments
     act on those that were not drawn, too.
     """
 

@@ -49,7 +49,7 @@ class HeadBottlenecks(PeftModule):
 
     def before(self, x: Tensor) -> Tensor:
         layer_input, self.held.x = self.held.x, None
-        if layer_input is None or layer_input.ndim != x.ndim:
+        if layer_input is None or layer_input.shape[:-1] != x.shape[:-1]:
             raise IncompatibleError("multihead_parallel sees its layer's input for whole batches only; run rows with other adapters apart")
         narrow = self.activation(torch.einsum("bnd,hrd->bnhr", layer_input.to(x), self.down))
         added = torch.einsum("bnhr,hdr->bnhd", narrow, self.up)
