@@ -242,6 +242,14 @@ def test_what_published_files_say_beside_the_model_is_no_reason_to_refuse_it(fam
     assert torch.equal(found, convert.from_transformers(plain)(ids).last_hidden_state)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_a_decoder_with_a_tied_head_is_converted_whatever_its_config_says_of_devices(family):
+    theirs = made(classes(family)[-1], config(family, tie_word_embeddings=True)).eval()
+    ids = torch.arange(1, 9)[None]
+    found = convert.from_transformers(theirs)(ids)
+    torch.testing.assert_close(getattr(found, "logits", found.last_hidden_state), theirs(ids)[0])
+
+
 @pytest.mark.parametrize(("family", "field"), [
     ("led", {"scale_embedding": True}), ("llama", {"rope_interleaved": True}), ("modernbert", {"position_embedding_type": "relative_key"}),
     ("reformer", {"sinusoidal_pos_embds": True}),

@@ -110,6 +110,10 @@ CHANGES = {
     "a configuration that was changed": (
         llama, attribute("", "config", transformers.LlamaConfig(**LLAMA | {"rms_norm_eps": 0.1})), "a configuration of its own"),
     "a field that was changed": (bert, lambda model: setattr(model.config, "hidden_act", "relu"), "intermediate"),
+    "an extra tensor": (
+        functools.partial(llama, transformers.LlamaForCausalLM), replace("lm_head", lambda _: nn.Linear(8, 41)), "lm_head has a tensor bias where"),
+    "other positions": (bert, lambda model: model.embeddings.position_ids.copy_(torch.arange(31, -1, -1)), r"position_ids was changed"),
+    "other segments": (bert, lambda model: model.embeddings.token_type_ids.fill_(1), r"token_type_ids was changed"),
     "an extra module": (bert, lambda model: model.encoder.layer[0].add_module("extra", nn.Dropout(0.1)), "makes no such module"),
     "a hook": (llama, lambda model: model.layers[1].register_forward_hook(doubled), r"layers\.1 has the forward hook doubled, .* remove it"),
     "a hook before": (bert, lambda model: model.encoder.register_forward_pre_hook(louder), "encoder has the forward hook louder"),

@@ -81,6 +81,7 @@ def check_genuine(label: str, model: Any, fresh: Callable[[Any], Any]) -> None:
             f"{label}: its configuration makes no model any more ({type(error).__name__}: {error}); it was changed by hand"
         ) from error
     _check_frequencies(label, model)
+    _check_numbers_of_places(label, model)
     dropped: dict[str, tuple[Any, Any]] = {}
     for path, module in model.named_modules():
         where = f"{label}: {path or 'the model'}"
@@ -89,6 +90,9 @@ def check_genuine(label: str, model: Any, fresh: Callable[[Any], Any]) -> None:
             raise ConversionError(f"{where} is a {type(module).__name__} where {wanted}; give the model with its own parts")
         if getattr(module, "config", model.config) is not model.config and module.config.to_dict() != model.config.to_dict():
             raise ConversionError(f"{where} has a configuration of its own that differs from the model's; give the model with its own parts")
+        extra = sorted(_tensors(module) - _tensors(made[path]))
+        if extra:
+            raise ConversionError(f"{where} has a tensor {extra[0]} where its configuration makes none; give the model with its own parts")
         for name, value in vars(made[path]).items():
             mine = getattr(module, name, None)
             if name.startswith("_") or name in _SKIPPED or _alike(mine, value):
@@ -125,6 +129,22 @@ def _check_frequencies(label: str, model: Any) -> None:
         for name, buffer in held.items():
             if not torch.allclose(buffer.detach().double().cpu(), expected[name].double(), rtol=1e-2, atol=0):  # it may be held in bfloat16
                 raise ConversionError(f"{label}: {path}.{name} was changed; say in the configuration how positions turn, and make the model anew")
+
+
+def _check_numbers_of_places(label: str, model: Any) -> None:
+    """Refuse positions and segments, for inputs without any, that are others than those that every model of theirs starts with."""
+    for path, buffer in model.named_buffers():
+        name, n = path.rpartition(".")[2], buffer.shape[-1] if buffer.ndim else 0
+        if name not in ("position_ids", "token_type_ids") or buffer.is_meta:
+            continue
+        expected = torch.arange(n, device=buffer.device) if name == "position_ids" else torch.zeros(n, device=buffer.device)
+        if not bool((buffer == expected).all()):
+            raise ConversionError(f"{label}: {path} was changed, and inputs without {name} would get others here; make the model anew")
+
+
+def _tensors(module: nn.Module) -> set[str]:
+    """The names of the parameters and buffers that are a module's own."""
+    return {name for held in (module._parameters, module._buffers) for name, tensor in held.items() if tensor is not None}
 
 
 def check_ties(label: str, model: Any, ties: Mapping[str, str]) -> None:
