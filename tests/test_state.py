@@ -587,3 +587,25 @@ def test_on_the_meta_device_what_needs_content_is_a_sentence(tmp_path):
         with pytest.raises(AdapterError, match="meta device, which holds shapes alone"):
             act()
     assert list(effzoo.attached(model)) == ["default"]
+
+
+def test_the_base_is_frozen_again_when_the_last_adapter_went_between_merge_and_unmerge():
+    model = effzoo.build("bert", layers=1, dim=16, heads=2, mlp=32, vocab=50, max_length=32)
+    for name in "ab":
+        effzoo.attach(model, "lora[rank=2]", name=name)
+    effzoo.merge(model, "a")
+    effzoo.detach(model, "b")
+    effzoo.unmerge(model, "a")
+    assert not [key for key, p in model.named_parameters() if p.requires_grad and ".adapters." not in key]
+    effzoo.detach(model, "a")
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("spec", ["diff[targets=attn.q]", "adamix", "lt_sft"])
+def test_finishing_an_adapter_that_does_not_learn_lets_nothing_learn(spec):
+    model = effzoo.build("bert", layers=1, dim=16, heads=2, mlp=32, vocab=50, max_length=32)
+    effzoo.attach(model, spec, name="a")
+    effzoo.attach(model, "lora[rank=2]", name="b")
+    effzoo.peft.finish(model, "a")
+    assert effzoo.status(model).trainable == ("b",)
+    assert not [key for key, p in model.named_parameters() if p.requires_grad and ".adapters.a." in key]

@@ -153,7 +153,7 @@ def unmerge(model: M, name: str = "default") -> M:
         attachments.insert(record.place, (name, record.attachment))
         state.attachments.clear()
         state.attachments.update(attachments)
-        if record.thawed:
+        if len(state.attachments) == 1:  # the base was thawed when the last one went, be it this one or another since
             freeze_base(inside, state)
         since, before = state.roster.now, record.before
         if since == record.after:

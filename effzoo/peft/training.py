@@ -163,6 +163,9 @@ def finish(model: nn.Module, *names: str) -> None:
                 for method, modules in hooked(model, "finish", name):
                     method.finish(modules)
                 attachment.finished = True
+                for _, site in sites(model):
+                    for module in site.hung(name):  # which may hold new parameters
+                        module.learn(name in state.roster.now.trained)
 
 
 def learning_rates(model: nn.Module, given: Positive | None = None) -> dict[str, float]:
