@@ -156,6 +156,23 @@ def test_an_expert_taken_out_is_what_was_put_in(tiny):
     torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("method", ["diff[targets=attn.q]", "lt_sft[targets=attn.q]", "magnitude[targets=attn.q]", "supermask[targets=attn.q]"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_adapter_that_chose_entries_is_gathered_and_extracted_as_it_is(tiny, method, finished):
+    model = effzoo.attach(effzoo.attach(effzoo.build("bert", **tiny).eval(), method, name="a"), "lora[rank=2]", name="b")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    if finished:
+        effzoo.peft.finish(model, "a")
+    x = torch.randint(2, 53, (2, 7))
+    effzoo.peft.gather(model, ["a", "b"], name="both", how="routed")
+    effzoo.peft.extract(model, "both", 0, name="again")
+    again = model(x).last_hidden_state
+    expected = effzoo.activate(model, "a")(x).last_hidden_state
+    assert torch.equal(again, expected) and not torch.equal(expected, effzoo.activate(model)(x).last_hidden_state)
+
+
 def test_gathered_experts_are_stored_and_loaded(tiny, tmp_path):
     spec = "adamix[bottleneck=3]|prefix[length=3, form=mlp, hidden=4]"
     model, batch = built(tiny, spec, name="a"), labelled()

@@ -110,6 +110,13 @@ class Acts:
         return Acts(left, how, rows, self.trained - {name})
 
 
+class Own(Activity):
+    """What the account tells a fresh model, which so reads no scale but those of the account."""
+
+    def scale(self, name):
+        return dict(zip(self.names, self.scales, strict=True)).get(name, 1.0)
+
+
 def alone(name, scale=1.0):
     return Acts(((name, scale),), trained=frozenset({name}))
 
@@ -185,7 +192,7 @@ class Adapters(RuleBasedStateMachine):
                     by_path[path].adapters[name] = part
                 for path, heard in speakers.items():
                     everything[path].told.extend(heard)
-            roster = Roster(Activity(acts.names, tuple(scale for _, scale in acts.scales), acts.how == "average", numbers))
+            roster = Roster(Own(acts.names, tuple(scale for _, scale in acts.scales), acts.how == "average", numbers))
             for site in by_path.values():
                 site.roster = roster
             self.outputs[key] = logits(model, acts.rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from effzoo.peft.attach import _known, attach
 from effzoo.peft.modular.mixture import Among, MixtureMethod
 from effzoo.peft.state import transition
 from effzoo.peft.training import finish
-from effzoo.sites import Site, sites
+from effzoo.sites import PeftModule, Site, sites
 from effzoo.spec import Spec, parse_one
 
 
@@ -71,4 +72,9 @@ def mixture_at(site: Site, name: str) -> Among | None:
 
 def _copy(given: dict[str, nn.Module], expert: nn.Module) -> None:
     for method, module in given.items():
-        expert[method].load_state_dict(module.state_dict())  # type: ignore[index]
+        to = cast(PeftModule, expert[method])  # type: ignore[index]
+        packed = cast(PeftModule, module).packed()
+        if packed is None:
+            to.load_state_dict(module.state_dict())
+        else:  # what a module has chosen decides the shapes that it holds
+            to.unpack({key: value.clone() for key, value in packed.items()})
