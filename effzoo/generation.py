@@ -139,9 +139,8 @@ def _settings(model: Transformer, input_ids: Tensor, options: dict[str, Any]) ->
         options.setdefault("max_new_tokens", 20)
     wanted = options.get("max_new_tokens", options.get("max_length", 0) - input_ids.shape[1])
     if wanted > room:
-        raise InputError(
-            f"{wanted} new tokens do not fit: {room} positions are left of max_length {model.config.max_length}; set max_new_tokens={room}"
-        )
+        advice = f"set max_new_tokens={room}" if room > 0 else f"shorten the prompt of {input_ids.shape[1]}, or build with a larger max_length"
+        raise InputError(f"{wanted} new tokens do not fit: {max(room, 0)} positions are left of max_length {model.config.max_length}; {advice}")
     try:
         return GenerationConfig(use_cache=False, **{name: value for name, value in options.items() if name in OPTIONS})  # type: ignore[no-untyped-call]
     except (ValueError, TypeError) as error:

@@ -182,6 +182,8 @@ def test_what_cannot_be_generated_says_so(tiny):
     model = build(tiny)
     with pytest.raises(InputError, match="pad prompts at the front"):
         effzoo.generate(model, ids, mask.flip(1))
+    with pytest.raises(InputError, match="0 positions are left of max_length 64; shorten the prompt of 64, or build with a larger max_length"):
+        effzoo.generate(model, torch.full((1, 64), 5), max_new_tokens=1)
     with pytest.raises(InputError, match="55 positions are left of max_length 64; set max_new_tokens=55"):
         effzoo.generate(model, ids, mask, max_new_tokens=100)
     with pytest.raises(OptionError, match="no option 'temprature'"):
