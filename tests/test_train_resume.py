@@ -112,7 +112,7 @@ def changed(index, **columns):
     ],
 )  # fmt: skip
 def test_other_data_is_refused(tiny, interrupted, rows):
-    with pytest.raises(TrainingError, match=r"data was '\w+' and is now '\w+' \(the hash of all rows of train\)"):
+    with pytest.raises(TrainingError, match=r"data was '\w+' and is now '\w+' \(hashes of all rows: the rows of train are not those of that run\)"):
         resume(classifier(tiny), interrupted(), rows)
 
 

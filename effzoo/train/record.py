@@ -14,8 +14,8 @@ from effzoo.peft.state import adapters_of
 ELASTIC = ("processes", "batch_size", "gradient_accumulation")  # these may change on resuming while their product stays
 HINTS = {
     "steps": "the schedule spans all steps; to train longer, finetune the result once more into another output_dir",
-    "data": "the hash of all rows of train",
-    "evaluation": "the hash of all rows of evaluate",
+    "data": "hashes of all rows: the rows of train are not those of that run",
+    "evaluation": "hashes of all rows: those of evaluate are not those of that run",
 }
 
 

@@ -160,8 +160,8 @@ def finetune(
     Several processes: start the script with `accelerate launch`; without GPUs as
     `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 train.py`, because with `--cpu` accelerate 1.15 starts a single
     process whatever --num_processes says. They need one file system. Sets the global random seed, and
-    leaves the model on the device where it was trained. With another number of processes a run resumes with the same batches, but other
-    dropout masks.
+    leaves the model on the device where it was trained. With another number of processes, batch_size or gradient_accumulation, while
+    their product stays, a run resumes with the same batches, but other dropout masks.
 
     A trained tensor that the loss does not reach is named, after the first step and at the end, with its share of what is trained.
 
