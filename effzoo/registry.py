@@ -167,7 +167,13 @@ def _constructor(cls: type) -> Callable[..., None]:
 
 def _options(cls: type) -> list[Option]:
     if cls not in _declared:
-        signature = inspect.signature(_constructor(cls), eval_str=True)
+        try:
+            signature = inspect.signature(_constructor(cls), eval_str=True)
+        except NameError as error:
+            raise OptionError(
+                f"an annotation in the constructor of {cls.__qualname__} names {error.name!r}, which its module does not have; import it there, "
+                "or annotate the option with a type such as int, float or str"
+            ) from None
         _declared[cls] = [Option(p.name, p.annotation, p.default) for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
     return _declared[cls]
 
@@ -179,6 +185,11 @@ def _require_keyword_only(kind: str, name: str, cls: type) -> None:
             raise OptionError(
                 f"{kind} {name!r}: the constructor of {cls.__qualname__} takes {'*' * stars}{parameter.name}, which hides its options; "
                 "write each option as a keyword-only parameter with a default"
+            )
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is not parameter.empty:
+            raise OptionError(
+                f"{kind} {name!r}: the constructor of {cls.__qualname__} takes {parameter.name} by position, and options are keyword-only; "
+                f"write a '*' before it: def __init__(self, ..., *, {parameter.name}={parameter.default!r})"
             )
 
 

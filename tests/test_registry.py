@@ -119,3 +119,48 @@ def test_importing_effzoo_imports_no_heavy_library():
     heavy = ("transformers", "datasets", "accelerate", "xformers", "matplotlib", "typer", "peft")
     code = f"import sys, effzoo; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_an_option_by_position_is_refused_when_it_is_registered():
+    with effzoo.scope(), pytest.raises(OptionError, match=r"takes k by position, and options are keyword-only; write a '\*' before it"):
+
+        @effzoo.peft.register("by_position")
+        class ByPosition(effzoo.peft.Method):
+            def __init__(self, k=1.0):
+                super().__init__()
+
+            def make(self, site):
+                return None
+
+
+def test_an_annotation_that_names_nothing_is_a_sentence():
+    with effzoo.scope():
+
+        @effzoo.peft.register("names_nothing")
+        class NamesNothing(effzoo.peft.Method):
+            def __init__(self, *, k: "Nope" = 1):  # noqa: F821
+                super().__init__()
+
+            def make(self, site):
+                return None
+
+        for use in (lambda: effzoo.peft.create("names_nothing"), lambda: effzoo.peft.options("names_nothing"), lambda: NamesNothing(k=2)):
+            with pytest.raises(OptionError, match="NamesNothing names 'Nope', which its module does not have"):
+                use()
+
+
+def test_a_method_whose_constructor_calls_no_parent_has_the_default_targets(tiny):
+    with effzoo.scope():
+
+        @effzoo.peft.register("plain_shift")
+        class PlainShift(effzoo.peft.Method):
+            default_targets = ("attn.q",)
+
+            def __init__(self, *, k: float = 1.0):
+                self.k = k
+
+            def make(self, site):
+                return effzoo.peft.create("lora").make(site)
+
+        model = effzoo.build("bert", peft="plain_shift[k=2]", **tiny)
+        assert {role for _, role in effzoo.attached(model)["default"].places["plain_shift"]} == {"attn.q"}

@@ -62,6 +62,8 @@ class Method(abc.ABC):
     idle: Sequence[str] = ()  # hooks below that have nothing to do with the options at hand: no data are asked for in vain
     stages: Sequence[Stage] = ()  # parts of the training, for methods that train differently over time
     settled_options: Mapping[str, Any] = {}  # options whose meaning `prepare` has found in the model, as files and reports shall name them
+    targets: tuple[str, ...] | None = None  # what the user gave, of a method whose constructor passes it on
+    layers: tuple[int, ...] | None = None
     consistency: float = 0.0  # weight of the symmetric KL divergence between two forward passes of one batch (AdaMix)
 
     def __init__(self, *, targets: Targets = None, layers: Layers = None):
