@@ -186,11 +186,6 @@ def _require_keyword_only(kind: str, name: str, cls: type) -> None:
                 f"{kind} {name!r}: the constructor of {cls.__qualname__} takes {'*' * stars}{parameter.name}, which hides its options; "
                 "write each option as a keyword-only parameter with a default"
             )
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is not parameter.empty:
-            raise OptionError(
-                f"{kind} {name!r}: the constructor of {cls.__qualname__} takes {parameter.name} by position, and options are keyword-only; "
-                f"write a '*' before it: def __init__(self, ..., *, {parameter.name}={parameter.default!r})"
-            )
 
 
 def _check_when_made(kind: str, cls: type) -> None:

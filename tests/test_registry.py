@@ -121,18 +121,6 @@ def test_importing_effzoo_imports_no_heavy_library():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-def test_an_option_by_position_is_refused_when_it_is_registered():
-    with effzoo.scope(), pytest.raises(OptionError, match=r"takes k by position, and options are keyword-only; write a '\*' before it"):
-
-        @effzoo.peft.register("by_position")
-        class ByPosition(effzoo.peft.Method):
-            def __init__(self, k=1.0):
-                super().__init__()
-
-            def make(self, site):
-                return None
-
-
 def test_an_annotation_that_names_nothing_is_a_sentence():
     with effzoo.scope():
 
