@@ -609,3 +609,20 @@ def test_finishing_an_adapter_that_does_not_learn_lets_nothing_learn(spec):
     effzoo.peft.finish(model, "a")
     assert effzoo.status(model).trainable == ("b",)
     assert not [key for key, p in model.named_parameters() if p.requires_grad and ".adapters.a." in key]
+
+
+def test_an_order_that_counts_is_seen_beside_what_cannot_be_merged():
+    torch.manual_seed(0)
+    model = made_for_modes().double()
+    for name, spec in (("a", "ia3"), ("b", "lora[rank=2]"), ("d", "routed[of='lora[rank=1]', experts=2]")):
+        effzoo.attach(model, spec, name=name)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if ".adapters." in key:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    x = torch.arange(12).view(2, 6)
+    effzoo.activate(model, "a", "b", "d")
+    with pytest.raises(AdapterError, match="whose order counts"):
+        effzoo.merge(model, "b")
+    before = model(x).logits
+    assert torch.allclose(effzoo.merge(model, "a")(x).logits, before, rtol=0, atol=1e-10)

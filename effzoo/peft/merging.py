@@ -208,15 +208,16 @@ def _check_order(site: Site, path: str, name: str) -> None:
     if name not in order or not others:
         return
     own = list(site.acting(name))
-    if all(mergeable(site, module) for module in site.acting(*order)):
-        now = merged_parameters(site, list(site.acting(*order)))
-        then = merged_parameters(site, list(site.acting(*others)), start=merged_parameters(site, own))
-        same = all(torch.allclose(now[key], then[key], rtol=0, atol=1e-10 * (1 + float(now[key].abs().max()))) for key in now)
-    else:
-        fixed = [other for other in others if not all(mergeable(site, module) for module in site.acting(other))]
+    fixed = [other for other in others if not all(mergeable(site, module) for module in site.acting(other))]
+    changes = [other for other in order if other not in fixed]
+    now = merged_parameters(site, list(site.acting(*changes)))
+    behind = [module for other in changes if other != name for module in site.acting(other)]
+    then = merged_parameters(site, behind, start=merged_parameters(site, own))
+    same = all(torch.allclose(now[key], then[key], rtol=0, atol=1e-10 * (1 + float(now[key].abs().max()))) for key in now)
+    if fixed:  # what is no change of the weight has to come behind it, and must not see the weight
         first = all(order.index(name) < order.index(other) for other in fixed)
         doors = any(module.opens("before") for module in own) or any(m.opens("weight", "bias") for m in site.acting(*fixed))
-        same = first and not doors
+        same = same and first and not doors
     if not same:
         raise AdapterError(
             f"merging {name!r} would change what the model computes: at {path} it acts in the stack {', '.join(order)}, whose order counts, and a "
