@@ -107,16 +107,19 @@ class Transformer(Model):
     ) -> Output:
         """Token ids [batch, n], or embeddings [batch, n, dim], -> loss, logits, last_hidden_state [batch, n, dim].
 
-        attention_mask [batch, n]: 1 for tokens, 0 for padding. global_attention_mask [batch, n]: 1 for tokens with
-        global attention; by default the first token of an encoder with a classification head whose attention has projections for global tokens.
-        cache: of a causal model that decodes; the input is what follows the positions in it, and attention_mask covers both.
-        position_ids [batch or 1, n]: where they do not go on by 1 in a decoder, another document starts, which is computed as it is alone;
-        beside an attention_mask they are positions only, as in transformers.
+        attention_mask [batch, n]: 1 for tokens, 0 for padding; with a cache it covers the positions in it too.
+        position_ids [batch or 1, n]: where they do not go on by 1 in a decoder, another document starts, which is computed as it
+            is alone. Beside an attention_mask they are positions only, as in transformers.
+        global_attention_mask [batch, n]: 1 for tokens with global attention. By default the first token of an encoder with a
+            classification head, where attention has projections for global tokens.
+        cache: of a causal model that decodes; the input is what follows the positions in it.
         task_ids [batch]: the number of each example's task, for adapters that are routed by it.
 
         A classifier with pooling="last" reads the last token of the mask; in a decoder with a `pad_token`, the last one whose id is another.
-        Padding at the front takes positions and places: give position_ids, and use it with kinds that are `shift_invariant` (full, longformer, lsh),
-        or pad at the end. `effzoo.generate` gives each row what it gives alone with every kind.
+
+        Padding at the front takes positions and places: give position_ids, and use it with kinds that are `shift_invariant` (full,
+        longformer, lsh), or pad at the end. `effzoo.generate` gives each row what it gives alone with every kind.
+
         Raises InputError for shapes, dtypes, lengths and ids that do not fit.
         """
         if cache is not None and not self.config.causal:
