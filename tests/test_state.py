@@ -428,6 +428,40 @@ def test_contexts_nest_and_outlive_what_is_attached_and_detached_inside(tiny):
     assert said.active == ("a",) and set(said.attached) == {"a", "new"}
 
 
+@pytest.mark.parametrize("entered", [effzoo.disabled, lambda m: effzoo.active(m, "b")], ids=["disabled", "active"])
+@pytest.mark.parametrize("inside", ["attach", "activate", "unmerge", "finish", "detach", "change all"])
+def test_behind_a_context_learns_what_learned_before_whatever_was_done_inside(tiny, entered, inside):
+    model = build(tiny, "diff[targets=attn.q]", "ia3", "lora", layers=1)
+    effzoo.merge(model, "c")
+    effzoo.activate(model, "a", "b", train="a")
+    done = {
+        "attach": lambda: effzoo.attach(model, "bitfit", name="new"),
+        "activate": lambda: effzoo.activate(model, "b"),
+        "unmerge": lambda: effzoo.unmerge(model, "c"),
+        "finish": lambda: effzoo.peft.finish(model, "a"),
+        "detach": lambda: effzoo.detach(model, "a"),
+        "change all": lambda: (effzoo.detach(model, "a"), effzoo.detach(model, "b"), effzoo.attach(model, "bitfit", name="new")),
+    }
+    with entered(model):
+        done[inside]()
+    said, learning = effzoo.status(model), {key.split(".adapters.")[1][0] for key, p in model.named_parameters() if p.requires_grad}
+    left = tuple(name for name in ("a", "b") if name in said.attached)
+    assert said.active == left and said.trainable == tuple(sorted(learning)) == left[: left.count("a")]
+    assert vars(model)[HERE].roster.now.trained == learning
+
+
+@pytest.mark.parametrize("entered", [effzoo.disabled, effzoo.active])
+def test_the_base_is_frozen_behind_a_context_just_when_something_is_attached(tiny, entered):
+    model = build(tiny, layers=1)
+    flags = [p.requires_grad for p in model.parameters()]
+    with entered(model):
+        effzoo.attach(model, "lora", name="a")
+    assert not any(p.requires_grad for p in model.parameters())
+    with entered(model):
+        effzoo.detach(model, "a")
+    assert [p.requires_grad for p in model.parameters()] == flags and all(flags)
+
+
 def test_disabled_is_the_bare_base_and_leaves_alone_what_is_trained(tiny):
     bare = build(tiny, "lora", "prefix")
     model = copy.deepcopy(bare)

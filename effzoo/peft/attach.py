@@ -8,7 +8,7 @@ base is as trainable as it was before.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar
@@ -111,35 +111,44 @@ def active(
 ) -> Iterator[M]:
     """`activate` inside a `with` block; behind it, also after an error, what acts and what is trainable is as before.
 
-    An adapter that was detached meanwhile is left out, one that was attached meanwhile is inactive then.
+    An adapter that was detached meanwhile is left out; one that was attached, or taken out of the base, meanwhile is inactive and frozen then.
     """
-    before, flags = adapters_of(model).roster.now, [(p, p.requires_grad) for p in unwrap(model).parameters()]
-    activate(model, *names, combine=combine, rows=rows, scale=scale, train=train)
-    try:
+    with _as_before(model, lambda: activate(model, *names, combine=combine, rows=rows, scale=scale, train=train)):
         yield model
-    finally:
-        _restore(model, before)
-        for p, flag in flags:
-            p.requires_grad_(flag)
 
 
 @contextmanager
 def disabled(model: M) -> Iterator[M]:
-    """Inside the block no adapter acts: the bare base model, with its own task head. What is trainable stays so, and behind the block, also after an
-    error, what acts is as before."""
-    with transition(model) as state:
-        before, state.roster.now = state.roster.now, Activity(trained=state.roster.now.trained)
-    try:
+    """Inside the block no adapter acts: the bare base model, with its own task head, and what is trainable stays so. Behind the block, also after an
+    error, what acts and what is trainable is as before, as after `active`."""
+
+    def bare() -> None:
+        with transition(model) as state:
+            state.roster.now = Activity(trained=state.roster.now.trained)
+
+    with _as_before(model, bare):
         yield model
+
+
+@contextmanager
+def _as_before(model: nn.Module, enter: Callable[[], object]) -> Iterator[None]:
+    """Behind the block what acts and learns is as before, of what is still there; what has come since does neither. The base is frozen as long as
+    adapters are attached: where the first one has come inside, or the last one has gone, its flags are not put back."""
+    inside, state = unwrap(model), adapters_of(model)
+    before, held, flags = state.roster.now, bool(state.attachments), [(p, p.requires_grad) for p in inside.parameters()]
+    enter()
+    try:
+        yield
     finally:
-        _restore(model, before)
-
-
-def _restore(model: nn.Module, before: Activity) -> None:
-    state = adapters_of(model)
-    for name in {*before.names, *before.trained} - state.attachments.keys():
-        before = before.without(name)
-    state.roster.now = before
+        state = adapters_of(model)
+        for name in {*before.names, *before.trained} - state.attachments.keys():
+            before = before.without(name)
+        act(inside, state, before)
+        changed = held != bool(state.attachments)
+        base = {id(p) for key, p in inside.named_parameters() if ".adapters." not in f".{key}"} if changed else set()
+        for p, flag in flags:
+            if id(p) not in base:
+                p.requires_grad_(flag)
 
 
 def _chosen(
