@@ -6,13 +6,14 @@ Options of methods, kinds and routers, fields of configs and arguments of public
 
 from __future__ import annotations
 
+import enum
 import functools
 import inspect
 import math
 import types
 import typing
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -114,10 +115,87 @@ def problem(value: Any, annotation: Any) -> str | None:
         return f"is {_broken(plain(value), annotation)}, got {shown(value)}"
     if typing.get_origin(annotation) is typing.Literal and type(value) in map(type, typing.get_args(annotation)):
         return f"is {describe(annotation)}, got {shown(value)}"
-    return f"takes {describe(annotation)}, got {shown(value)} ({type(value).__name__})"
+    return f"takes {describe(annotation)}, got {shown(value)} ({type(value).__name__}){_part(value, annotation)}"
+
+
+def _part(value: Any, annotation: Any) -> str:
+    """The key or item that is of another type than the annotation says, or how to make a list of what is none, as the end of a sentence."""
+    for _, origin, arguments in map(_read, _alternatives(annotation)):
+        if issubclass(origin, Mapping) and isinstance(value, Mapping):
+            for key, item in value.items():
+                if not _has_type(key, arguments[0], ranges=False):
+                    return f"; its key {shown(key)} is of type {type(key).__name__}"
+                if not _has_type(item, arguments[1], ranges=False):
+                    return f"; its {shown(key)} is {shown(item)} ({type(item).__name__})"
+        elif issubclass(origin, Collection) and not issubclass(origin, Mapping) and isinstance(value, (list, tuple)):
+            each = arguments[: len(value)] if _counted(origin, arguments) else arguments[:1] * len(value)
+            for place, (item, wanted) in enumerate(zip(value, each, strict=False)):
+                if not _has_type(item, wanted, ranges=False):
+                    return f"; item {place} is {shown(item)} ({type(item).__name__})"
+        elif issubclass(origin, Sequence) and hasattr(value, "tolist"):
+            return "; .tolist() makes a list of it"
+        elif issubclass(origin, Sequence) and isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+            return "; list(...) makes one of it"
+    return ""
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """What a value may be, one by one."""
+    return typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
+
+
+def _read(annotation: Any) -> tuple[Any, type, tuple[Any, ...]]:
+    """The annotation, its class and what it holds: a bare list or map is one of anything, and what is no class is `object`."""
+    origin, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if isinstance(origin, type) and not arguments:
+        if issubclass(origin, Mapping):
+            return Mapping[Any, Any], origin, (Any, Any)
+        if origin in (list, tuple, Sequence):
+            return Sequence[Any], origin, (Any, ...)
+    return annotation, origin if isinstance(origin, type) else object, arguments
+
+
+def _counted(origin: type, arguments: tuple[Any, ...]) -> bool:
+    """Whether an annotation is of a tuple with a type for each of its items."""
+    return issubclass(origin, tuple) and arguments[-1:] != (Ellipsis,)
+
+
+def unreadable(annotation: Any) -> Any | None:
+    """The part of an annotation of an option that no spec and no adapter file can hold, or that says nothing of a value; None when there is none."""
+    if any(annotation is known for known in (Any, object, inspect.Parameter.empty, None, types.NoneType, bool, int, float, str)):
+        return None
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        ranged = any(isinstance(limit, Range) for limit in arguments[1:])
+        return annotation if ranged and arguments[0] not in (int, float) else unreadable(arguments[0])
+    if origin is typing.Literal:
+        return None if all(value is None or type(value) in (bool, int, str) for value in arguments) else annotation
+    if origin in (typing.Union, types.UnionType):
+        return next((part for part in map(unreadable, arguments) if part is not None), None)
+    holds = annotation if origin is None else origin
+    if any(holds is known for known in (dict, Mapping)) and arguments and arguments[0] not in (str, Any):
+        return annotation
+    if any(holds is known for known in (list, tuple, Sequence, dict, Mapping)):
+        return next((part for part in map(unreadable, (a for a in arguments if a is not Ellipsis)) if part is not None), None)
+    return annotation
+
+
+def unwritable(value: Any) -> str | None:
+    """The part of a value of an option that no spec and no adapter file can hold, in words; None when there is none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"the number {value}"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return f"{shown(value)} ({type(value).__name__})" if isinstance(value, enum.Enum) else None
+    if isinstance(value, Mapping):
+        odd = [f"the key {shown(key)} ({type(key).__name__})" for key in value if not isinstance(key, str)]
+        return odd[0] if odd else unwritable(tuple(value.values()))
+    if isinstance(value, (list, tuple)):
+        return next((part for part in map(unwritable, value) if part is not None), None)
+    return f"{shown(value)} ({type(value).__name__})"
 
 
 def _has_type(value: Any, annotation: Any, ranges: bool) -> bool:
+    annotation = _read(annotation)[0]
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation in (Any, object, inspect.Parameter.empty) or isinstance(annotation, (str, typing.ForwardRef)):
         return True
@@ -140,7 +218,7 @@ def _has_type(value: Any, annotation: Any, ranges: bool) -> bool:
         return isinstance(value, Mapping) and all(
             _has_type(key, arguments[0], ranges) and _has_type(item, arguments[1], ranges) for key, item in value.items()
         )
-    if isinstance(origin, type) and issubclass(origin, tuple) and arguments[-1:] != (Ellipsis,):
+    if isinstance(origin, type) and _counted(origin, arguments):
         return isinstance(value, Sequence) and len(value) == len(arguments) and all(map(lambda v, a: _has_type(v, a, ranges), value, arguments))
     if isinstance(origin, type) and issubclass(origin, Collection):
         kind = Sequence if issubclass(origin, (list, tuple)) else origin
@@ -234,12 +312,13 @@ def _broken(value: Any, annotation: Any) -> str:
 
 def describe(annotation: Any) -> str:
     """The annotation as a reader would say it."""
+    annotation = _read(annotation)[0]
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         limits = [str(limit) for limit in arguments[1:] if isinstance(limit, Range)]
         return f"{describe(arguments[0])} ({', '.join(limits)})" if limits else describe(arguments[0])
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe(argument) for argument in arguments)
+        return " or ".join(dict.fromkeys(map(describe, arguments)))
     if origin is typing.Literal:
         return " or ".join(map(repr, arguments))
     if annotation in (None, type(None)):
@@ -249,10 +328,17 @@ def describe(annotation: Any) -> str:
     if annotation is torch.nn.Module:
         return "a model"
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return f"a map from {describe(arguments[0])} to {describe(arguments[1])}"
+        return "a map" if arguments == (Any, Any) else f"a map from {_inside(arguments[0])} to {_inside(arguments[1])}"
+    if isinstance(origin, type) and _counted(origin, arguments):
+        return f"a list of {len(arguments)} ({', '.join(map(describe, arguments))})"
     if isinstance(origin, type) and issubclass(origin, Collection):
-        return f"a list of {describe(arguments[0])}"
+        return "a list" if arguments[0] is Any else f"a list of {_inside(arguments[0])}"
     return getattr(annotation, "__name__", str(annotation))
+
+
+def _inside(annotation: Any) -> str:
+    """`describe`, in brackets where it offers a choice."""
+    return f"({describe(annotation)})" if len(_alternatives(annotation)) > 1 else describe(annotation)
 
 
 def _written(number: float) -> str:

@@ -21,7 +21,7 @@ _OF_TEXTS = ("pad_token", "bos_token", "eos_token", "generation")  # which weigh
 def build(
     name: str | Path,
     *,
-    attention: str | Mapping[str, Any] | Sequence[Any] | None = None,
+    attention: str | Mapping[Any, Any] | Sequence[Any] | None = None,
     peft: Any = None,
     task: str = "features",
     num_labels: Count = 2,

@@ -15,12 +15,12 @@ import traceback
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from effzoo.annotations import describe, plain, problem
+from effzoo.annotations import describe, plain, problem, unreadable, unwritable
 from effzoo.errors import ArgumentError, EffzooError, OptionError, UnknownNameError, did_you_mean, listing, shown
 from effzoo.memory import room
 from effzoo.spec import Spec, parse, parse_one
@@ -61,6 +61,9 @@ class View(Generic[T]):
 
         def enter(cls: type[T]) -> type[T]:
             _require_keyword_only(self.kind, names[0], cls)
+            if not cls.__module__.startswith("effzoo."):  # those are read in a test: reading annotations takes long
+                with suppress(NameError):  # of a name that the module may have later; said when the options are asked for
+                    check_declared(self.kind, names[0], cls)
             cls.name = names[0]  # type: ignore[attr-defined]
             _check_when_made(self.kind, cls)
             for name in names:
@@ -166,13 +169,26 @@ def _constructor(cls: type) -> Callable[..., None]:
 
 
 def _options(cls: type) -> list[Option]:
+    try:
+        return _read_options(cls)
+    except NameError as error:
+        raise OptionError(
+            f"an annotation in the constructor of {cls.__qualname__} names {error.name!r}, which its module does not have; import it there, "
+            "or annotate the option with a type such as int, float or str"
+        ) from None
+
+
+def _read_options(cls: type) -> list[Option]:
+    """NameError for an annotation that names what its module does not have, or not yet."""
     if cls not in _declared:
         try:
             signature = inspect.signature(_constructor(cls), eval_str=True)
-        except NameError as error:
+        except NameError:
+            raise
+        except Exception as error:  # an annotation may be any expression
             raise OptionError(
-                f"an annotation in the constructor of {cls.__qualname__} names {error.name!r}, which its module does not have; import it there, "
-                "or annotate the option with a type such as int, float or str"
+                f"an annotation in the constructor of {cls.__qualname__} cannot be read ({type(error).__name__}: {error}); annotate the option "
+                "with a type such as int, float or str"
             ) from None
         _declared[cls] = [Option(p.name, p.annotation, p.default) for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
     return _declared[cls]
@@ -185,6 +201,18 @@ def _require_keyword_only(kind: str, name: str, cls: type) -> None:
             raise OptionError(
                 f"{kind} {name!r}: the constructor of {cls.__qualname__} takes {'*' * stars}{parameter.name}, which hides its options; "
                 "write each option as a keyword-only parameter with a default"
+            )
+
+
+def check_declared(kind: str, name: str, cls: type) -> None:
+    """Refuse an option whose annotation says what no spec or adapter file can hold."""
+    for option in _read_options(cls):
+        odd = unreadable(option.annotation)
+        if odd is not None:
+            raise OptionError(
+                f"{kind} {name!r}: option {option.name!r} is annotated {inspect.formatannotation(odd)}, which specs and adapter files cannot hold; "
+                "annotate bool, int, float, str, None, a Literal of these, a list, tuple, Sequence, dict or Mapping, or a union of such, and make "
+                "other things of them in the constructor"
             )
 
 
@@ -203,6 +231,12 @@ def _check_when_made(kind: str, cls: type) -> None:
             if wrong is not None:
                 typed = wrong.startswith("takes")
                 raise OptionError(f"option {key!r} of {kind} {self.name!r} {wrong}" if typed else f"{self.name}: {key} {wrong}")
+            odd = unwritable(options[key])
+            if odd is not None:
+                raise OptionError(
+                    f"option {key!r} of {kind} {self.name!r} holds {odd}, which no spec and no adapter file can hold; give finite numbers, texts, "
+                    "true or false, none, and lists of them and maps from text to them"
+                )
         with room(options):
             made(self, *arguments, **options)
 
@@ -214,7 +248,8 @@ def _check_names(kind: str, spec: Spec, options: Sequence[Option]) -> None:
     known = {option.name: option for option in options}
     for key in spec.options:
         if key not in known:
-            raise OptionError(f"{kind} {spec.name!r} has no option {shown(key)}{did_you_mean(key, known)} Options: {listing(known)}.")
+            hint = " Several kinds of attention are a list with one spec for each layer." if (kind, key) == ("attention", "layers") else ""
+            raise OptionError(f"{kind} {spec.name!r} has no option {shown(key)}{did_you_mean(key, known)} Options: {listing(known)}.{hint}")
     for option in options:
         if option.required and option.name not in spec.options:
             raise OptionError(f"{kind} {spec.name!r} needs the option {option.name!r} ({describe(option.annotation)})")

@@ -75,10 +75,13 @@ def _parsed(given: Any, depth: int) -> list[Spec]:
     if isinstance(given, Mapping):
         if isinstance(given.get("name"), str):
             if odd := [key for key in given if not isinstance(key, str)]:
-                raise SpecError(f"the options of {shown(given['name'])} have names, got {shown(odd[0])}")
+                raise SpecError(f"the options of {shown(given['name'])} have names, got the key {shown(odd[0])} ({type(odd[0]).__name__})")
             return [Spec(given["name"], {key: value for key, value in given.items() if key != "name"})]
         if given and all(isinstance(key, str) and key[:1].isdigit() for key in given):  # {"0-1": "adapter|lora", "2-3": "prefix"}
             return [_on_layers(spec, layers) for layers, union in given.items() for spec in _parsed(union, depth + 1)]
+        if odd := [key for key in given if not isinstance(key, str)]:
+            wrong = f"{shown(odd[0])} ({type(odd[0]).__name__})"
+            raise SpecError(f"the keys of a spec mapping are texts, 'name' and options, or layers ({{'0-3': 'lora'}}), got the key {wrong}")
         raise SpecError(f"a spec mapping has the key 'name' with a string, or layers as keys ({{'0-3': 'lora'}}), got {shown(dict(given))}")
     if not isinstance(given, Iterable) or isinstance(given, (bytes, bytearray)) or hasattr(given, "__array__"):
         raise SpecError(f"a spec is a string, a mapping or a list of them, got {type(given).__name__}: {shown(given)}")
@@ -103,7 +106,7 @@ def parse_one(given: str | Mapping[str, Any] | Spec) -> Spec:
     """Read exactly one spec; a union is an error."""
     specs = parse(given)
     if len(specs) != 1:
-        raise SpecError(f"expected one spec, got {len(specs)}: {shown(given)}")
+        raise SpecError(f"expected one spec, got {len(specs)}: {shown(given)}; several kinds of attention are a list with one spec for each layer")
     return specs[0]
 
 

@@ -128,7 +128,7 @@ def test_lists_in_lists_endless_lists_and_foreign_numbers():
         (endless, "lists in lists"),
         (itertools.repeat("lora"), "at most 1,000"),
         (b"lora", "got bytes"),
-        ({"name": "x", 3: 4}, "names, got 3"),
+        ({"name": "x", 3: 4}, "names, got the key 3"),
     ):
         with pytest.raises(SpecError, match=said):
             parse(wrong)

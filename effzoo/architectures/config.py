@@ -66,7 +66,7 @@ class Config:
     heads: Count
     mlp: Count
     max_length: Count
-    attention: str | dict[str, Any] | tuple[Any, ...] = "full"
+    attention: str | dict[Any, Any] | tuple[Any, ...] = "full"
     share_layers: Whole = 0
     embedding_dim: Whole = 0
     head_dim: Whole = 0

@@ -45,7 +45,7 @@ class PerceiverConfig:
     mlp: Count
     max_length: Whole = 0
     vocab: Whole = 0
-    attention: str | dict[str, Any] | tuple[Any, ...] = "full"
+    attention: str | dict[Any, Any] | tuple[Any, ...] = "full"
     head_dim: Whole = 0
     value_dim: Whole = 0
     cross_attends: Few = 1

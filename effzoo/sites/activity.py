@@ -50,9 +50,10 @@ class Activity:
     def check_batch(self, batch: int | None, role: str, shape: Sequence[int] | None) -> None:
         """IncompatibleError unless what comes to a site has as many rows as adapters were chosen for."""
         if self.rows is not None and batch != len(self.rows):
+            found = "no rows" if batch is None else f"{batch} rows" if shape is None else f"{batch} rows, shape {tuple(shape)}"
             raise IncompatibleError(
-                f"{role}: adapters were chosen for {len(self.rows)} rows, but what comes here has shape {None if shape is None else tuple(shape)}, "
-                "whose first axis is not the batch; give as many choices as the batch has rows, and leave this role out of such adapters"
+                f"{role}: adapters were chosen for {len(self.rows)} rows, but what comes here has {found}; choose one for each row of the batch, "
+                "and where the first axis is not the batch, leave this role out of such adapters"
             )
 
 
