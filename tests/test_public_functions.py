@@ -151,3 +151,115 @@ def test_numbers_of_numpy_are_those_of_python_wherever_they_are_given():
 def test_a_model_is_called_a_model(function):
     with pytest.raises(ArgumentError, match="model takes a model, got 'bert' \\(str\\)"):
         function("bert", "lora") if function is not effzoo.account else function("bert")
+
+
+ODD_DTYPES = (
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.bool,
+    torch.float32,
+    torch.float16,
+    torch.complex64,
+)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "longformer"])
+@pytest.mark.parametrize("dtype", ODD_DTYPES, ids=str)
+def test_ids_of_another_dtype_than_torch_looks_rows_up_with_are_refused(name, dtype):
+    model = effzoo.build(name, **SIZES)
+    model.eval()
+    assert torch.equal(model(input_ids=IDS.int()).last_hidden_state, model(input_ids=IDS).last_hidden_state)
+    for given in ({"input_ids": IDS}, {"position_ids": 0 * IDS}, {"token_type_ids": 0 * IDS}, {"task_ids": IDS[:, 0]}):
+        ((key, ids),) = given.items()
+        with pytest.raises(InputError, match=rf"{key} is an integer tensor of int64 or int32, got {dtype} of shape .+; .long\(\)"):
+            model(**{"input_ids": IDS, key: ids.to(dtype)})
+
+
+@pytest.mark.parametrize("dtype", [*ODD_DTYPES, torch.float8_e4m3fn, torch.int32, torch.bfloat16], ids=str)
+def test_a_mask_of_any_dtype_is_the_same_mask_or_refused(dtype):
+    model = effzoo.build("longformer", **SIZES).eval()
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    for key in ("attention_mask", "global_attention_mask"):
+        if dtype in (torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.float8_e4m3fn):
+            for given in (mask, 2 * mask):
+                with pytest.raises(InputError, match=f"{key} holds 0 and 1 as booleans, integers or floats, got {dtype}; .bool"):
+                    model(input_ids=IDS, **{key: given.to(dtype)})
+        else:
+            right = model(input_ids=IDS, **{key: mask}).last_hidden_state
+            assert torch.equal(model(input_ids=IDS, **{key: mask.to(dtype)}).last_hidden_state, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("task", ["classification", "token_classification", "causal_lm", "masked_lm"])
+def test_small_integers_are_labels_as_they_are(dtype, task):
+    """156 in uint8 is no -100, and 300 classes are more than int8 counts to."""
+    torch.manual_seed(0)
+    model = effzoo.build("gpt2" if task == "causal_lm" else "bert", **{**SIZES, "vocab": 300}, task=task, num_labels=300).eval()
+    labels = torch.tensor([[3, 100, 127, 5], [0, 99, 1, 2]])
+    labels = labels if dtype != torch.uint8 else torch.tensor([[156, 200, 156, 5], [0, 255, 1, 156]])
+    labels = labels[:, 0] if task == "classification" else labels
+    outputs = {kind: model(input_ids=IDS, labels=labels.to(kind)) for kind in (torch.int64, dtype)}
+    assert torch.equal(outputs[dtype].loss, outputs[torch.int64].loss)
+    logits = outputs[dtype].logits.double()
+    logits, wanted = (logits[:, :-1], labels[:, 1:]) if task == "causal_lm" else (logits, labels)
+    torch.testing.assert_close(outputs[dtype].loss.double(), -logits.log_softmax(-1).gather(-1, wanted[..., None]).mean(), atol=1e-6, rtol=1e-6)
+
+
+def test_labels_beyond_the_classes_are_told_in_every_dtype():
+    model = effzoo.build("bert", **SIZES, task="classification", num_labels=3)
+    with pytest.raises(InputError, match=r"labels are in \[0, 3\) or -100, got 1 to 156"):
+        model(input_ids=IDS, labels=torch.tensor([156, 1], dtype=torch.uint8))
+    for dtype in (torch.uint16, torch.uint64, torch.complex64):
+        with pytest.raises(InputError, match=f"labels are integers .+ got {dtype}"):
+            model(input_ids=IDS, labels=torch.tensor([2, 1]).to(dtype))
+    assert torch.equal(*(model.eval()(input_ids=IDS, labels=labels).loss for labels in (torch.tensor([True, False]), torch.tensor([1, 0]))))
+
+
+@pytest.mark.parametrize("key", ["input_ids", "attention_mask", "labels"])
+def test_tensors_that_are_not_dense_or_on_another_device_are_refused_with_a_sentence(key):
+    model = effzoo.build("gpt2", **SIZES, task="causal_lm")
+    for odd, said in ((IDS.to_sparse(), "got a sparse_coo one"), (torch.nested.nested_tensor([IDS[0], IDS[0, :2]]), "got a nested one")):
+        with pytest.raises(InputError, match=f"{key} is a dense tensor, {said}"):
+            model(**{"input_ids": IDS, key: odd})
+    with pytest.raises(InputError, match="on meta"):
+        model(**{"input_ids": IDS, "attention_mask": IDS, key: IDS.to("meta"), **({} if key == "labels" else {"labels": IDS})})
+    with pytest.raises(InputError, match="cache is an effzoo.attention.Cache, got list"):
+        model(input_ids=IDS, cache=[])
+
+
+def test_what_is_wrong_inside_a_map_or_list_is_named():
+    model = effzoo.build("bert", peft="lora", **SIZES)
+    for call, said in (
+        (lambda: effzoo.combine(model, {0: 1.0}, name="c"), "its key 0 is of type int"),
+        (lambda: effzoo.combine(model, {"default": True}, name="c"), r"its 'default' is True \(bool\)"),
+        (lambda: effzoo.activate(model, "default", scale={None: 1.0}), "its key None is of type NoneType"),
+        (lambda: effzoo.activate(model, rows=["default", 1]), r"item 1 is 1 \(int\)"),
+        (lambda: effzoo.activate(model, rows=np.array(["default"])), r"a list of \(str or none\) or none, .+; .tolist\(\) makes a list of it"),
+        (lambda: effzoo.activate(model, rows=torch.tensor([0])), r"\(Tensor\); .tolist\(\) makes a list of it"),
+        (lambda: effzoo.activate(model, rows=(name for name in ["default"])), r"\(generator\); list\(...\) makes one of it"),
+    ):
+        with pytest.raises(ArgumentError, match=said):
+            call()
+    effzoo.activate(model, rows=("default", None, "default"))
+    with pytest.raises(
+        EffzooError, match=r"adapters were chosen for 3 rows, but what comes here has 2 rows, shape \(2, 4, 16\); choose one for each"
+    ):
+        model(input_ids=IDS)
+
+
+@pytest.mark.parametrize("build", [effzoo.build, lambda name, **sizes: effzoo.plan(name, batch=1, length=4, **sizes)], ids=["build", "plan"])
+def test_a_spec_by_layers_says_how_layers_are_written(build):
+    for given, said in (
+        ({"attention": {0: "full"}}, r"the keys of a spec mapping are texts.+got the key 0 \(int\)"),
+        ({"attention": {"0": "full", "1": "local"}}, "got 2: .+ a list with one spec for each layer"),
+        ({"attention": {"0": "full"}}, "has no option 'layers'.+ a list with one spec for each layer"),
+        ({"peft": {0: "lora"}}, r"the keys of a spec mapping are texts.+layers \(\{'0-3': 'lora'\}\), got the key 0 \(int\)"),
+        ({"peft": {"name": "lora", None: 3}}, r"got the key None \(NoneType\)"),
+        ({"peft": {"name": "lora", "rank": {0: 1}}}, "its key 0 is of type int"),
+    ):
+        with pytest.raises(EffzooError, match=said):
+            build("bert", **SIZES, **given)

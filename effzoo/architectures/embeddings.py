@@ -13,6 +13,11 @@ from effzoo.attention.checked import within
 from effzoo.errors import InputError, shown
 from effzoo.sites import Embedding, Linear
 
+INDEX_DTYPES = (torch.int64, torch.int32)  # torch reads uint8 as a mask, and cuts a bound to the size of the integers that it is compared with
+MASK_DTYPES = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
+)  # fmt: skip
+
 
 class Embeddings(nn.Module):
     """norm(token + position + type), [batch, n] ids -> [batch, rows + n, dim], with `rows` prompt rows in front.
@@ -124,10 +129,25 @@ class SinusoidalPositions(nn.Module):
 
 
 def check_tensors(**given: object) -> None:
-    """Refuse what is neither a tensor nor None."""
+    """Refuse what is neither a dense tensor nor None, masks and ids of another dtype than is read, and tensors on several devices."""
+    first = None
     for name, value in given.items():
-        if value is not None and not isinstance(value, Tensor):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
             raise InputError(f"{name} is a tensor, got {shown(value)} ({type(value).__name__}); torch.tensor(...) makes one of a list")
+        if value.is_nested or value.layout is not torch.strided:
+            kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+            raise InputError(f"{name} is a dense tensor, got a {kind} one; .to_dense() makes one of a sparse tensor, and padding of a nested one")
+        if name.endswith("_ids") and value.dtype not in INDEX_DTYPES:
+            raise InputError(
+                f"{name} is an integer tensor of int64 or int32, got {value.dtype} of shape {tuple(value.shape)}; .long() makes it int64"
+            )
+        if name.endswith("_mask") and value.dtype not in MASK_DTYPES:
+            raise InputError(f"{name} holds 0 and 1 as booleans, integers or floats, got {value.dtype}; .bool() makes such a mask")
+        first = (name, value.device) if first is None else first
+        if value.device != first[1]:
+            raise InputError(f"{first[0]} is on {first[1]} and {name} on {value.device}; bring both to the device of the model")
 
 
 def check_inputs(config: Config, rows: int, past: int, ids: Tensor | None, embeds: Tensor | None, **others: Tensor | None) -> None:
@@ -136,7 +156,7 @@ def check_inputs(config: Config, rows: int, past: int, ids: Tensor | None, embed
     if (ids is None) == (embeds is None):
         raise InputError("give either input_ids or inputs_embeds" + (", not both" if ids is not None else ""))
     if ids is not None:
-        if ids.ndim != 2 or ids.dtype not in (torch.long, torch.int):
+        if ids.ndim != 2:
             raise InputError(f"input_ids is an integer tensor [batch, n], got {ids.dtype} of shape {tuple(ids.shape)}")
     elif embeds is not None and (embeds.ndim != 3 or embeds.shape[2] != config.embed_dim or not embeds.is_floating_point()):
         raise InputError(f"inputs_embeds is a float tensor [batch, n, {config.embed_dim}], got {embeds.dtype} of shape {tuple(embeds.shape)}")
@@ -156,8 +176,6 @@ def check_inputs(config: Config, rows: int, past: int, ids: Tensor | None, embed
         shapes += [(1, n)] if name == "position_ids" else []
         if tuple(tensor.shape) not in shapes:
             raise InputError(f"{name} has shape {tuple(tensor.shape)}, the input needs {shapes[0]}")
-        if name.endswith("_ids") and tensor.dtype not in (torch.long, torch.int):
-            raise InputError(f"{name} is an integer tensor, got {tensor.dtype}")
 
 
 def checked(config: Config, rows: int, name: str, ids: Tensor | None) -> Tensor | None:

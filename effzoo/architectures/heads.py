@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effzoo.architectures.config import Config
+from effzoo.architectures.embeddings import check_tensors
 from effzoo.architectures.output import Output
 from effzoo.attention.checked import within
 from effzoo.blocks.feedforward import ACTIVATIONS
-from effzoo.errors import IncompatibleError, InputError, shown
+from effzoo.errors import IncompatibleError, InputError
 from effzoo.sites import Embedding, Linear, Norm, TiedLinear
 
 IGNORED = -100  # the label of positions that do not count, as in transformers
+LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
 class Features(nn.Module):
@@ -68,7 +70,7 @@ class Classification(nn.Module):
         return Output.of(loss=None if labels is None else self.loss(logits, labels), logits=logits, last_hidden_state=hidden)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        _check_labels(logits, labels)
+        labels = _labels(logits, labels)
         if self.num_labels == 1 and labels.shape in (logits.shape, logits.shape[:1]):
             _check_numbers(labels, -math.inf, math.inf)
             return F.mse_loss(_exact(logits).flatten(), labels.to(_exact(logits)).flatten())
@@ -131,7 +133,7 @@ class LanguageModel(nn.Module):
         logits = self.out(x, embedding) if isinstance(self.out, TiedLinear) else self.out(x)
         loss = None
         if labels is not None:
-            _check_labels(logits, labels)
+            labels = _labels(logits, labels)
             if labels.shape != logits.shape[:2]:
                 raise InputError(f"labels are integers of shape {tuple(logits.shape[:2])}, one per token, got shape {tuple(labels.shape)}")
             loss = _cross_entropy(logits[:, :-1], labels[:, 1:]) if self.causal else _cross_entropy(logits, labels)
@@ -180,20 +182,24 @@ def _activation(config: Config) -> Callable[[Tensor], Tensor]:
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over the labels that count; 0 when none does."""
-    _check_labels(logits, labels)
+    labels = _labels(logits, labels)
     if labels.is_floating_point() or labels.shape != logits.shape[:-1]:
         raise InputError(f"labels are integers of shape {tuple(logits.shape[:-1])}, got {labels.dtype} of shape {tuple(labels.shape)}")
     classes = logits.shape[-1]
     labels = within(labels, classes - 1, "labels", f"[0, {classes}) or {IGNORED}", "; check num_labels", ignored=IGNORED)
-    total = F.cross_entropy(_exact(logits).flatten(0, -2), labels.long().flatten(), ignore_index=IGNORED, reduction="sum")
+    total = F.cross_entropy(_exact(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 
-def _check_labels(logits: Tensor, labels: Tensor) -> None:
-    if not isinstance(labels, Tensor):
-        raise InputError(f"labels are a tensor, got {shown(labels)} ({type(labels).__name__}); torch.tensor(...) makes one of a list")
-    if labels.is_complex() or labels.device != logits.device:
-        raise InputError(f"labels are integers or floats on {logits.device}, where the model is, got {labels.dtype} on {labels.device}")
+def _labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """Labels as int64 or floats. Compared as they come, 156 in uint8 would be -100, and 200 beyond what int8 is compared with."""
+    check_tensors(labels=labels)
+    if labels.device != logits.device or not (labels.is_floating_point() or labels.dtype in LABEL_DTYPES):
+        raise InputError(
+            f"labels are integers (of at most 64 bits, with a sign or uint8) or floats on {logits.device}, where the model is, "
+            f"got {labels.dtype} on {labels.device}"
+        )
+    return labels if labels.is_floating_point() else labels.long()
 
 
 def _check_numbers(labels: Tensor, low: float, high: float) -> None:

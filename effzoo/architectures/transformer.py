@@ -124,6 +124,8 @@ class Transformer(Model):
         """
         if cache is not None and not self.config.causal:
             raise IncompatibleError(f"{self.config.name} is an encoder: every position sees the later ones, so there is nothing to cache")
+        if cache is not None and not isinstance(cache, Cache):
+            raise InputError(f"cache is an effzoo.attention.Cache, got {type(cache).__name__}")
         start = 0 if cache is None else cache.length
         prompt = self.embeddings.prompt() if start == 0 else None
         rows = 0 if prompt is None else prompt.shape[-2]
@@ -133,8 +135,6 @@ class Transformer(Model):
             position_ids=position_ids, global_attention_mask=global_attention_mask,
         )  # fmt: skip
         check_tensors(labels=labels, task_ids=task_ids)
-        if cache is not None and not isinstance(cache, Cache):
-            raise InputError(f"cache is an effzoo.attention.Cache, got {type(cache).__name__}")
         input_ids, token_type_ids, position_ids = (
             checked(self.config, rows + before, name, ids)
             for name, ids in (("input_ids", input_ids), ("token_type_ids", token_type_ids), ("position_ids", position_ids))
