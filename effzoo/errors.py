@@ -80,9 +80,9 @@ def did_you_mean(given: object, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else "."
 
 
-def listing(names: Iterable[str]) -> str:
+def listing(names: Iterable[object]) -> str:
     """The names in a sentence; `(none)` when there are none."""
-    return ", ".join(names) or "(none)"
+    return ", ".join(map(str, names)) or "(none)"
 
 
 def shown(value: object, longest: int = 80) -> str:

@@ -3,6 +3,7 @@
 import copy
 import random
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -275,7 +276,7 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(build, tmp_path):
         effzoo.finetune(student, rows(), teacher=build(), distillation={"temprature": 1.0}, **go)
     with pytest.raises(IncompatibleError, match="no attention state of the student depends on what is trained"):
         effzoo.finetune(build(peft="head"), rows(), teacher=build(seed=1), distillation={"attention": 1.0}, **go)
-    with pytest.raises(OptionError, match="logits takes float, got 'much'"):
+    with pytest.raises(OptionError, match="logits takes float .+, got 'much'"):
         Distillation.of({"logits": "much"})
     for wrong in ({"logits": 0.0}, {"logits": -1.0}, {"temperature": 0.0}, {"share": 0.0}):
         with pytest.raises(OptionError, match="distillation"):
@@ -287,3 +288,20 @@ def test_a_teacher_without_global_tokens_is_not_given_their_mask(build):
     marked = {**batch(), "global_attention_mask": torch.eye(9, dtype=torch.long)[:3]}
     taught = Teaching(student, teacher, Distillation())
     assert torch.equal(taught.teach(marked).logits, taught.teach(batch()).logits)
+
+
+@pytest.mark.parametrize("key", ["labels", "logits", "hidden", "attention", "temperature", "share"])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -1, "1", True, None, 1e300, 10**400, 1j, [0.5], torch.tensor(0.5)])
+def test_a_weight_that_is_no_number_in_its_range_is_refused_by_its_name(key, wrong):
+    for made in (lambda: Distillation(**{key: wrong}), lambda: Distillation.of({key: wrong})):
+        with pytest.raises(OptionError, match=f"distillation: {key} (takes|is) .+ got "):
+            made()
+
+
+def test_numbers_of_numpy_are_weights_and_any_temperature_that_is_taken_has_a_finite_loss():
+    assert Distillation.of({"logits": np.float32(0.25), "layers": [np.int64(0)]}) == Distillation(logits=0.25, layers=(0,))
+    with pytest.raises(OptionError, match="distillation: layers takes a list of int .+; item 1 is 'a'"):
+        Distillation(layers=[0, "a"])
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
+    for temperature in (1e-6, 1e6):
+        assert softened(logits, logits.flip(0), labels, temperature=Distillation(temperature=temperature).temperature).isfinite()

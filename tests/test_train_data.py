@@ -142,6 +142,8 @@ def test_a_column_that_is_none_throughout_is_no_column(tiny):
         (None, "got None"),
         (7, "got 7"),
         (list, "got <class 'list'>"),
+        (torch.utils.data.DataLoader([LABELLED]), "train is a DataLoader, which gives batches; give its examples"),
+        (torch.utils.data.TensorDataset(torch.ones(2, 3).long()), "example 0 is a tuple, not a mapping of columns such as"),
     ],
 )
 def test_what_holds_no_examples_is_told_how_to_become_some(tiny, tmp_path, data, message):
@@ -239,3 +241,58 @@ def test_texts_in_some_rows_alone_are_left_out(tiny, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="effzoo"):
         effzoo.finetune(model_of(tiny, peft="lora"), rows, output_dir=tmp_path, max_steps=1, progress=False, save_every=None)
     assert "the columns text, idx are not read" in caplog.text
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.uint32, np.uint64])
+def test_integers_of_any_size_are_the_same_example(tiny, holder, dtype):
+    model = model_of(tiny).eval()
+    small = [{"input_ids": np.array([5, 6, 7, 8], dtype), "labels": dtype(1)}, {"input_ids": np.array([9], dtype), "labels": dtype(2)}]
+    plain = [{"input_ids": [5, 6, 7, 8], "labels": 1}, {"input_ids": [9], "labels": 2}]
+    data = examples(HOLDERS[holder](small), model, "train")
+    for mine, theirs in ((data[0], plain[0]), (data[1], plain[1])):
+        assert mine["input_ids"].dtype == mine["labels"].dtype == torch.int64
+        assert mine["input_ids"].tolist() == theirs["input_ids"] and mine["labels"].item() == theirs["labels"]
+    assert torch.equal(*(effzoo.predict(model, rows, progress=False) for rows in (HOLDERS[holder](small), plain)))
+
+
+def test_a_number_beyond_63_bits_is_no_negative_one(tiny, tmp_path):
+    for row in (
+        {"input_ids": np.array([2**63 + 1], np.uint64), "labels": 1},
+        {"input_ids": [5], "labels": np.uint64(2**64 - 100)},  # as int64 it would be -100, the label that does not count
+    ):
+        with pytest.raises(InputError, match="example 1: (input_ids|labels) is .+, with a number that does not fit into 63 bits"):
+            effzoo.finetune(model_of(tiny), [LABELLED, row], output_dir=tmp_path, max_steps=1)
+
+
+def test_columns_that_have_no_names_are_told(tiny, tmp_path):
+    for rows, said in (
+        ([{0: [5], 1: 0}], "train has no labels.+Columns: 0, 1"),
+        ([{**LABELLED, 5: 3}], "train has the column 5"),
+        ([LABELLED, {**LABELLED, 5: 3, "x": [1]}], "has the column 5"),
+    ):
+        with pytest.raises(InputError, match=said):
+            effzoo.finetune(model_of(tiny), rows, output_dir=tmp_path, max_steps=1)
+
+
+@pytest.mark.parametrize("task", ["classification", "token_classification"])
+def test_labels_of_a_collator_in_uint8_count_as_the_same_numbers(tiny, tmp_path, task):
+    """156 in uint8 compares as -100: a batch would be counted short."""
+
+    def collated(dtype):
+        def collate(rows):
+            batch = {"input_ids": torch.tensor([row["input_ids"] for row in rows]), "labels": torch.tensor([row["labels"] for row in rows])}
+            return {**batch, "labels": batch["labels"].to(dtype)}
+
+        return collate
+
+    rows = [{"input_ids": [5, 6], "labels": label if task == "classification" else [label, 3]} for label in (156, 2, 200, 156)]
+    losses = []
+    for dtype in (torch.int64, torch.uint8):
+        torch.manual_seed(0)
+        model = model_of(tiny, task, num_labels=256, peft="lora", dropout=0.0, attention_dropout=0.0)
+        result = effzoo.finetune(
+            model, rows, output_dir=tmp_path / str(dtype), max_steps=2, batch_size=2, collator=collated(dtype), log_every=1, progress=False
+        )
+        losses.append([entry["loss"] for entry in result.history if "loss" in entry])
+    assert losses[0] == losses[1] and len(losses[0]) == 2

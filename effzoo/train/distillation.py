@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effzoo.annotations import describe, fits
+from effzoo.annotations import NotNegative, Range, Share, Whole, annotations_of, plain, problem
 from effzoo.architectures.heads import IGNORED
-from effzoo.errors import IncompatibleError, OptionError, did_you_mean, listing
+from effzoo.errors import IncompatibleError, OptionError, did_you_mean, listing, shown
 
+Temperature = Annotated[float, Range(1e-6, 1e6)]  # its square, and logits divided by it, stay within float32
 PARTS = ("labels", "logits", "hidden", "attention")
 
 
@@ -35,27 +36,21 @@ class Distillation:
     as deep, the last of every k (TinyBERT's uniform map). share: of the steps, the first so many distil and the others train on the labels alone.
     """
 
-    labels: float = 0.5
-    logits: float = 0.5
-    hidden: float = 0.0
-    attention: float = 0.0
-    temperature: float = 2.0
-    layers: tuple[int, ...] | None = None
-    share: float = 1.0
+    labels: NotNegative = 0.5
+    logits: NotNegative = 0.5
+    hidden: NotNegative = 0.0
+    attention: NotNegative = 0.0
+    temperature: Temperature = 2.0
+    layers: tuple[Whole, ...] | None = None
+    share: Share = 1.0
 
     def __post_init__(self) -> None:
-        for name, wanted in get_type_hints(type(self)).items():
-            if not fits(getattr(self, name), wanted):
-                raise OptionError(f"distillation: {name} takes {describe(wanted)}, got {getattr(self, name)!r}")
-        for name in PARTS:
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise OptionError(f"distillation: {name} is the weight of a part of the loss, 0 or more, got {getattr(self, name)!r}")
+        for name, wanted in annotations_of(type(self)).items():
+            object.__setattr__(self, name, plain(getattr(self, name)))
+            if wrong := problem(getattr(self, name), wanted):
+                raise OptionError(f"distillation: {name} {wrong}")
         if not any(getattr(self, name) for name in PARTS[1:]):
             raise OptionError("distillation: the teacher counts for nothing, as logits, hidden and attention weigh 0; give one of them a weight")
-        if not 0 < self.temperature < float("inf"):
-            raise OptionError(f"distillation: temperature is above 0 (1 leaves the probabilities as they are), got {self.temperature!r}")
-        if not 0 < self.share <= 1:
-            raise OptionError(f"distillation: share is that of the steps which distil, above 0 and at most 1, got {self.share!r}")
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
 
@@ -67,10 +62,7 @@ class Distillation:
         known = [field.name for field in fields(cls)]
         for name in given or {}:
             if name not in known:
-                raise OptionError(f"distillation has no option {name!r}{did_you_mean(name, known)} Options: {listing(known)}.")
-            wanted = get_type_hints(cls)[name]
-            if not fits(given[name], wanted):  # type: ignore[index]
-                raise OptionError(f"distillation: {name} takes {describe(wanted)}, got {given[name]!r}")  # type: ignore[index]
+                raise OptionError(f"distillation has no option {shown(name)}{did_you_mean(name, known)} Options: {listing(known)}.")
         return cls(**(given or {}))
 
     @property

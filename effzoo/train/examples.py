@@ -12,10 +12,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from effzoo.architectures import Transformer
-from effzoo.architectures.heads import IGNORED
+from effzoo.architectures.heads import IGNORED, LABEL_DTYPES
 from effzoo.errors import InputError, did_you_mean, listing
 from effzoo.sites import prompt_rows
 from effzoo.train.batches import LABEL_NAMES, TOKEN_TASKS
@@ -53,7 +53,8 @@ class Form:
         """The columns that are read of one example, as tensors; labels are named so. Raises InputError with its number."""
         present = self._present(index, row)
         if set(present) != set(self.columns):
-            missing, strange = (sorted(one - other) for one, other in ((set(self.columns), present.keys()), (present.keys(), set(self.columns))))
+            wanted, there = set(self.columns), present.keys()
+            missing, strange = sorted(wanted - there, key=str), sorted(there - wanted, key=str)
             if missing and missing[0] in LABEL_NAMES:
                 raise InputError(f"{self.what}: example {index} has no label; every example needs one")
             self._check_known(index, strange, row)
@@ -71,7 +72,9 @@ class Form:
     def _present(self, index: int, row: Any) -> dict[str, Any]:
         """What an example has of the columns that count: all but None, texts and the numbers that tokenizers add."""
         if not isinstance(row, Mapping):
-            raise InputError(f"{self.what}: example {index} is a {type(row).__name__}, not a mapping of columns such as {{'input_ids': [...]}}")
+            raise InputError(
+                f"{self.what}: example {index} is a {type(row).__name__}, not a mapping of columns such as {{'input_ids': [...], 'labels': 0}}"
+            )
         names = [name for name, value in row.items() if value is not None]
         wanted = {*self.read, *(LABEL_NAMES if self.label is not None or not self.columns else ())}
         return {name: row[name] for name in names if name in wanted or not (name in LABEL_NAMES or isinstance(row[name], str) or name in _UNUSED)}
@@ -88,12 +91,15 @@ class Form:
         if isinstance(value, str) and name in LABEL_NAMES:
             raise InputError(f"{self.what}: example {index} has the label {value!r}; labels are integers, effzoo.data.load_text maps names to them")
         try:
-            found = torch.as_tensor(np.asarray(value) if isinstance(value, (list, tuple)) and value and isinstance(value[0], np.ndarray) else value)
+            numpy = isinstance(value[0] if isinstance(value, (list, tuple)) and value else value, (np.ndarray, np.generic))
+            found = torch.as_tensor(np.asarray(value) if numpy else value)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise InputError(f"{self.what}: example {index}: {name} is {_short(value)}, which is no array of numbers ({error})") from None
         if found.is_complex():
             raise InputError(f"{self.what}: example {index}: {name} is {_short(value)}, complex numbers, which no model reads")
-        return found.long() if found.dtype in (torch.uint16, torch.uint32, torch.uint64) else found
+        if found.dtype == torch.uint64 and bool((found.view(torch.int64) < 0).any()):
+            raise InputError(f"{self.what}: example {index}: {name} is {_short(value)}, with a number that does not fit into 63 bits")
+        return found if found.is_floating_point() or found.dtype == torch.bool else found.long()
 
     def _check_tokens(self, index: int, found: Mapping[str, Tensor]) -> None:
         tokens = "input_ids" if "input_ids" in found else "inputs_embeds"
@@ -226,6 +232,8 @@ def sized(data: Any, what: str) -> None:
             f"{what} is a {type(data).__name__}, which gives columns, not examples; "
             "give datasets.Dataset.from_pandas(...) or .to_dict('records') of it"
         )
+    if isinstance(data, DataLoader):
+        raise InputError(f"{what} is a DataLoader, which gives batches; give its examples (loader.dataset), and batch_size= beside them")
     rows = hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, (type, IterableDataset))
     if not rows or (isinstance(data, Tensor) and not data.ndim):
         raise InputError(
@@ -267,7 +275,8 @@ class Collated:
         for name, value in batch.items():
             if not isinstance(value, Tensor):
                 raise InputError(f"the collator returns a {type(value).__name__} as {name!r} for {self.what}; a tensor is needed")
-        return batch
+        labels = batch["labels"]  # counted before the model reads them, where only int64 holds -100 beside every class
+        return {**batch, "labels": labels.long() if labels.dtype in LABEL_DTYPES else labels}
 
 
 def _form(data: Any, model: nn.Module, what: str, labelled: bool) -> Form:
