@@ -36,7 +36,7 @@ from effzoo.peft.parameter.tokens import spans
 from effzoo.peft.rehearsal import rehearse
 from effzoo.peft.rounded import BaseRounding, compare, differing_kind, kept_of
 from effzoo.peft.state import transition
-from effzoo.peft.training import finish
+from effzoo.peft.training import enter, finish, said
 from effzoo.sites import PeftModule, sites, unwrap
 from effzoo.writing import replace_files
 
@@ -89,6 +89,7 @@ def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "defaul
         name=name,
         specs=attachment.specs,
         finished=attachment.finished,
+        begun=attachment.begun,
         base=str(getattr(getattr(model, "config", None), "name", type(model).__name__)),
         fingerprint=fingerprint(model, without=replaced(model, name), rows=replaced_rows(model, name)),
         tensors=f"adapter-{digest[:16]}.safetensors",
@@ -116,6 +117,8 @@ def load_adapter(model: M, directory: str | Path, *, name: str | None = None, tr
     rounded_base: take a base that holds the same weights in another dtype, or quantised, or no more quantised. That they are the same is proved
     (`effzoo.peft.rounded`), and what the rounding costs is told, by `attached(model)[name].rounding` too. The adapter keeps its own dtype.
 
+    An adapter that was saved in the middle of its training is loaded in the stage that it was in, and goes on from there.
+
     Raises AdapterError that names the first mismatch (another base, a truncated or altered file, missing or extra keys,
     other shapes); the model is then as it was.
     """
@@ -137,12 +140,14 @@ def load_adapter(model: M, directory: str | Path, *, name: str | None = None, tr
     base, rounding = _check_base(model, manifest, directory, trust_base, rounded_base)
     name, dtype = manifest.name if name is None else name, _dtype_of(manifest, tensors, directory)
     most = 1000 + 100 * (len(base.tensors) + len(tensors))
-    shapes, unknown = rehearse(unwrap(model), manifest.specs, name, finished=manifest.finished, most=most, dtype=dtype)
+    begun = manifest.begun or {}
+    shapes, unknown = rehearse(unwrap(model), manifest.specs, name, begun=begun, finished=manifest.finished, most=most, dtype=dtype)
     _check_head(shapes, name, base, manifest, directory)
     _check_fits(shapes, name, tensors, directory, tuple(unknown))
     with transition(outer):
         attach(model, manifest.specs, name=name, dtype=dtype)
         attached(model)[name].rounding = rounding
+        enter(model, name, begun)
         if manifest.finished:
             finish(model, name)
         _fill(model, name, tensors, directory)
@@ -153,7 +158,7 @@ def swap_weights(model: M, directory: str | Path, *, name: str = "default", roun
     """Copy the tensors that `save_adapter` wrote into an adapter that is attached already, with the same spec; return the model.
 
     The parameters stay the same objects, as an optimizer needs, and as a compiled model needs to go on without compiling anew. rounded_base: as in
-    `load_adapter`. Raises AdapterError as `load_adapter` does, and for another spec; the adapter is then as it was.
+    `load_adapter`. Raises AdapterError as `load_adapter` does, for another spec and for another stage of the training; the adapter is then as it was.
     """
     outer, model = model, unwrap(model)
     directory, attachment = folder_of(directory), _known(model, name)
@@ -164,6 +169,12 @@ def swap_weights(model: M, directory: str | Path, *, name: str = "default", roun
         raise AdapterError(f"the adapter in {directory} is {saved!r}, the adapter {name!r} of this model is {attachment.spec!r}; attach the same")
     if attachment.finished and not manifest.finished:
         raise AdapterError(f"the adapter in {directory} is in the middle of its training, the adapter {name!r} of this model is finished")
+    if not manifest.finished and manifest.begun is not None and manifest.begun != attachment.begun:
+        theirs, ours = said(manifest.begun), said(attachment.begun)
+        raise AdapterError(
+            f"the adapter in {directory} is in {theirs} of its training, the adapter {name!r} of this model in {ours}, which trains other tensors; "
+            "load it with load_adapter, under another name or after effzoo.detach"
+        )
     _check_head(model, name, base, manifest, directory)
     with transition(outer, name):
         if manifest.finished:

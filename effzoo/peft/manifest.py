@@ -35,6 +35,7 @@ class Manifest:
     tensors, sha256, size: name, hash and bytes of the other file (size None in format 1).
     kept: what tells a base that holds the same weights in another dtype (`effzoo.peft.rounded`); empty in older files.
     dtype: in which `attach` was asked to hold the adapter's tensors; None for float32 or better.
+    begun: {method: stage} of an adapter in the middle of its training; None in older files, which do not say.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Manifest:
     format: int = FORMAT
     kept: dict[str, Kept] = field(default_factory=dict, compare=False)
     dtype: str | None = None
+    begun: dict[str, str] | None = None
 
     def written(self) -> bytes:
         """The content of adapter.json."""
@@ -56,6 +58,7 @@ class Manifest:
             "name": self.name,
             "peft": [{"name": spec.name, **spec.options} for spec in self.specs],
             "finished": self.finished,
+            "begun": self.begun,
             "base": self.base,
             "base_fingerprint": asdict(self.fingerprint),
             "base_kept": {key: kept.plain() for key, kept in self.kept.items()},
@@ -117,13 +120,18 @@ def _checked(content: dict[str, Any], version: int) -> Manifest:
         found, size = Fingerprint({}, _typed(base, dict, "base_hashes")), None
     if not all(isinstance(value, str) for value in found.tensors.values()):
         raise TypeError("the hashes of the base's tensors are strings")
+    begun, finished = content.get("begun"), _typed(content.get("finished", False), bool, "finished")
+    if begun is not None and not all(isinstance(stage, str) for stage in _typed(begun, dict, "begun").values()):
+        raise TypeError(f"begun is the name of a stage for each method, got {begun!r:.80}")
+    if begun and finished:
+        raise ValueError(f"a finished adapter is in no stage of its training, got {begun!r:.80}")
     tensors = _typed(content["tensors"], str, "tensors")
     if not TENSORS.fullmatch(tensors):
         raise ValueError(f"tensors names a file of this folder, adapter-(16 digits).safetensors, got {tensors!r:.80}")
     return Manifest(
         name=_typed(content["name"], str, "name"),
         specs=tuple(Spec(spec["name"], {key: value for key, value in spec.items() if key != "name"}) for spec in specs),
-        finished=_typed(content.get("finished", False), bool, "finished"),
+        finished=finished,
         base=_typed(content["base"], str, "base"),
         fingerprint=found,
         tensors=tensors,
@@ -132,6 +140,7 @@ def _checked(content: dict[str, Any], version: int) -> Manifest:
         format=version,
         kept={key: Kept.read(kept) for key, kept in _typed(content.get("base_kept", {}), dict, "base_kept").items()},
         dtype=None if content.get("dtype") is None else _typed(content["dtype"], str, "dtype"),
+        begun=begun,
     )
 
 

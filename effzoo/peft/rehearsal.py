@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -11,16 +12,18 @@ from torch.overrides import TorchFunctionMode
 
 from effzoo.errors import AdapterError, EffzooError
 from effzoo.peft.attach import attach, attached
-from effzoo.peft.training import hooked
+from effzoo.peft.training import enter, hooked
 from effzoo.spec import Spec
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def rehearse(model: M, specs: tuple[Spec, ...], name: str, *, finished: bool, most: int, dtype: torch.dtype | None = None) -> tuple[M, set[str]]:
+def rehearse(
+    model: M, specs: tuple[Spec, ...], name: str, *, begun: Mapping[str, str], finished: bool, most: int, dtype: torch.dtype | None = None
+) -> tuple[M, set[str]]:
     """A copy of the model on the meta device with the adapter attached, and the sites whose finished shapes only the data know.
 
-    most: calls of torch that it may take; what needs more is refused. dtype: as in `attach`.
+    begun: {method: stage} in which the adapter is. most: calls of torch that it may take; what needs more is refused. dtype: as in `attach`.
 
     Raises what `attach` raises, and AdapterError for anything else that goes wrong. Nothing as large as a tensor is allocated.
     """
@@ -28,6 +31,7 @@ def rehearse(model: M, specs: tuple[Spec, ...], name: str, *, finished: bool, mo
         shapes = skeleton(model)
         with torch.device("meta"), _AtMost(most):
             attach(shapes, specs, name=name, dtype=dtype)
+            enter(shapes, name, begun)
             unknown: set[str] = set()
             for method, modules in hooked(shapes, "finish", name) if finished else ():
                 try:

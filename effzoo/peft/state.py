@@ -23,15 +23,17 @@ HERE = "_effzoo_adapters"  # where a model holds its own; copied, pickled and sa
 class Attachment:
     """One adapter of a model: its spec, and where each of its methods hangs, {method: [(path, role)]}.
 
-    methods: each method with the paths where it hangs. finished: whether `effzoo.peft.finish` has dropped what only training needed. dtype: in which
-    it was asked to be held; None for float32, or float64 where the base is. rounding: what lies between this base and the one of its file
-    (`effzoo.peft.rounded`), None where that is nothing.
+    methods: each method with the paths where it hangs. begun: {method: stage}, the stage of the training that it is in, for those that have stages
+    and have begun one. finished: whether `effzoo.peft.finish` has dropped what only training needed. dtype: in which it was asked to be held; None
+    for float32, or float64 where the base is. rounding: what lies between this base and the one of its file (`effzoo.peft.rounded`), None where
+    that is nothing.
     """
 
     name: str
     specs: tuple[Spec, ...]
     places: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     methods: list[tuple[Method, list[str]]] = field(default_factory=list)
+    begun: dict[str, str] = field(default_factory=dict)
     finished: bool = False
     dtype: torch.dtype | None = None
     rounding: Any = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from effzoo.peft.state import adapters_of
+from effzoo.peft.training import said
 from effzoo.sites import sites, unwrap
 
 
@@ -30,8 +31,9 @@ class Status:
 
     attached: {name: spec}, in the order in which they were attached. active: in the order in which they act. combine: "stack", "average" or "rows".
     rows: the adapter of each row, where they are chosen by row. scales: of the active ones. trainable: the adapters of which some tensor is.
-    merged: the last one last; they can be taken out in the reverse order. finished: without what only training needed. frozen: how many base
-    parameters attaching froze. tensors: by owner ("base", or the adapter) and role, what several share where it is met first.
+    merged: the last one last; they can be taken out in the reverse order. finished: without what only training needed. stages: {adapter: {method:
+    stage}} of those in the middle of a training in stages. frozen: how many base parameters attaching froze. tensors: by owner ("base", or the
+    adapter) and role, what several share where it is met first.
     untouched: {tensor: why}, trainable tensors that got no gradient, where training has looked; None where nothing has.
     """
 
@@ -46,6 +48,7 @@ class Status:
     frozen: int
     tensors: tuple[Tensors, ...]
     untouched: Mapping[str, str] | None = None
+    stages: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"attached   {', '.join(f'{name} ({spec})' for name, spec in self.attached.items()) or '(none)'}"]
@@ -58,6 +61,8 @@ class Status:
             lines.append(f"merged     {', '.join(self.merged)}")
         if self.finished:
             lines.append(f"finished   {', '.join(self.finished)}")
+        if self.stages:
+            lines.append(f"stages     {', '.join(f'{name} in {said(begun)}' for name, begun in self.stages.items())}")
         width = max((len(f"{row.owner} {row.role}") for row in self.tensors), default=0)
         for row in self.tensors:
             trained = f", {row.trainable_tensors} of them and {row.trainable_numbers:,} trainable" if row.trainable_tensors else ""
@@ -100,6 +105,7 @@ def status(model: nn.Module) -> Status:
         trainable=tuple(name for name in state.attachments if any(row.owner == name and row.trainable_tensors for row in tensors)),
         merged=tuple(record.name for record in state.merged),
         finished=tuple(name for name, attachment in state.attachments.items() if attachment.finished),
+        stages={name: dict(attachment.begun) for name, attachment in state.attachments.items() if attachment.begun},
         frozen=len(state.frozen),
         tensors=tensors,
         untouched=None if state.untouched is None else {key: why for key, why in state.untouched.items() if key in trained},

@@ -8,17 +8,18 @@
             effzoo.peft.loss(model, **batch).backward(); optimizer.step(); optimizer.zero_grad()
     effzoo.peft.finish(model)                                        # drop what only training needed
 
-All of them concern the active adapters, and do nothing for methods without the hook in question. A finished adapter takes part no more:
-trained again, it has one unnamed stage, and what its methods chose stays chosen.
+All of them concern the active adapters that are trained, and do nothing for methods without the hook in question (`finish`: all active ones, or
+those named). A finished adapter takes part no more: trained again, it has one unnamed stage, and what its methods chose stays chosen.
 
-A run that resumes attaches the adapter anew, calls `begin` for every stage that had begun, and then fills in the stored tensors; so `begin` must
-make the shapes of its stage from an adapter with any content.
+An adapter is in one stage of each of its methods, and files hold which: loaded, it goes on there, and `timetable` has what is left. To be in a
+stage it is attached anew, `begin` is called for every stage up to it, and then the stored tensors are filled in; so `begin` must make the shapes
+of its stage from an adapter with any content.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Set, Sized
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -26,10 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.annotations import Count, Fraction, Positive
-from effzoo.errors import IncompatibleError, TrainingError
+from effzoo.errors import AdapterError, IncompatibleError, TrainingError, listing
 from effzoo.peft.attach import acting, attached
 from effzoo.peft.method import Batches, Method, Modules, Stage
-from effzoo.peft.state import Attachment, transition
+from effzoo.peft.state import Attachment, adapters_of, transition
 from effzoo.sites import PeftModule, sites, unwrap
 
 WHOLE = Stage("", 1.0)
@@ -43,11 +44,12 @@ def overrides(method: Method, hook: str) -> bool:
 
 
 def hooked(model: nn.Module, hook: str, *names: str) -> Iterator[tuple[Method, Modules]]:
-    """The methods of the named (default: active) adapters, as far as unfinished, that override a hook, each with what it has hung, by path."""
+    """The methods of the named (default: active and trained) adapters, as far as unfinished, that override a hook, each with what it has hung, by
+    path."""
     attachments = attached(model)
     wanted = [
         (name, method, paths)
-        for name in names or acting(model)
+        for name in names or learning(model)
         if not attachments[name].finished
         for method, paths in attachments[name].methods
         if overrides(method, hook)
@@ -58,9 +60,15 @@ def hooked(model: nn.Module, hook: str, *names: str) -> Iterator[tuple[Method, M
         yield method, {path: module for path, module in modules.items() if isinstance(module, PeftModule)}
 
 
+def learning(model: nn.Module) -> list[str]:
+    """The active adapters that are trained; the others act as they are, whatever happens to these."""
+    now = adapters_of(model).roster.now
+    return [name for name in now.names if name in now.trained]
+
+
 def unfinished(model: nn.Module) -> list[Method]:
-    """The methods of the active adapters that still take part in training."""
-    return [method for name in acting(model) if not attached(model)[name].finished for method, _ in attached(model)[name].methods]
+    """The methods of the trained adapters that still take part in training."""
+    return [method for name in learning(model) if not attached(model)[name].finished for method, _ in attached(model)[name].methods]
 
 
 def takes_part(attachment: Attachment) -> bool:
@@ -88,11 +96,18 @@ def calibrate(model: nn.Module, batches: Batches) -> bool:
 
 
 def stages(model: nn.Module) -> Sequence[Stage]:
-    """The stages of the training, their shares adding up to 1; one without a name for methods that have none."""
-    found = {tuple(method.stages) for method in unfinished(model) if method.stages}
+    """The stages of the training, their shares adding up to 1; one without a name for methods that have none. Of a training that has begun, those
+    that are left, with the one that runs."""
+    attachments = [attachment for name in learning(model) if not (attachment := attached(model)[name]).finished]
+    found = {
+        tuple(method.stages[max(0, _number(method, attachment.begun.get(method.name, ""))) :])
+        for attachment in attachments
+        for method, _ in attachment.methods
+        if method.stages
+    }
     if len(found) > 1:
         given_by = "; ".join(sorted(map(_said, found)))
-        raise IncompatibleError(f"the active methods train in different stages ({given_by}); train them apart")
+        raise IncompatibleError(f"the trained methods have different stages before them ({given_by}); train them apart")
     if not found:
         return (WHOLE,)
     given = found.pop()
@@ -132,10 +147,83 @@ def settled(model: nn.Module, total: Count) -> int:
 
 
 def begin(model: nn.Module, stage: Stage) -> None:
-    """Begin a stage."""
-    for method, modules in hooked(model, "begin"):
-        if stage.name in [own.name for own in method.stages]:
-            method.begin(stage.name, modules)
+    """Begin a stage: all trained adapters that have it are in it then. One that is in it already stays as it is.
+
+    Raises TrainingError for an adapter that is in a later stage, and has dropped what this one trains; the model is then unchanged.
+    """
+    wanted: dict[str, set[str]] = {}  # {adapter: its methods that are not in this stage}
+    for name in learning(model):
+        attachment = attached(model)[name]
+        for method, _ in () if attachment.finished else attachment.methods:
+            now, number = attachment.begun.get(method.name, ""), _number(method, stage.name)
+            if 0 <= number < _number(method, now):
+                raise TrainingError(
+                    f"the adapter {name!r} is in stage {now!r} of {method.name}, and {stage.name!r} comes before it; attach it anew to begin there, "
+                    "or go on with what `effzoo.peft.timetable(model, steps)` gives"
+                )
+            if number >= 0 and now != stage.name:
+                wanted.setdefault(name, set()).add(method.name)
+    if wanted:
+        with transition(model, *wanted):
+            for name, methods in wanted.items():
+                _begin(model, name, methods, stage.name)
+
+
+def restart(model: nn.Module, first: str) -> None:
+    """Bring the trained adapters to the stage with which a run began that is to be resumed. One in a later stage has the tensors of that, which those
+    of a checkpoint replace, and is taken to have just begun."""
+    for name in learning(model):
+        attachment = attached(model)[name]
+        for method, _ in attachment.methods:
+            if 0 <= _number(method, first) < _number(method, attachment.begun.get(method.name, "")):
+                attachment.begun[method.name] = first
+            if _number(method, first) > 0:
+                begin(model, Stage(first, 1.0))
+
+
+def later(attachment: Attachment, begun: Mapping[str, str]) -> dict[str, str]:
+    """The stages of an adapter that come after those in which it is said to be."""
+    methods = {method.name: method for method, _ in attachment.methods}
+    return {
+        key: stage for key, stage in attachment.begun.items() if key in begun and _number(methods[key], stage) > _number(methods[key], begun[key])
+    }
+
+
+def enter(model: nn.Module, name: str, begun: Mapping[str, str]) -> None:
+    """Bring a freshly attached adapter to the stage of each method, through those before it. Raises AdapterError for a stage that there is not."""
+    attachment = adapters_of(model).known(name)
+    methods = {method.name: method for method, _ in attachment.methods if method.stages}
+    for key, stage in begun.items():
+        if key not in methods or _number(methods[key], stage) < 0:
+            known = {f"{stage.name!r} of {method.name}" for method in methods.values() for stage in method.stages}
+            raise AdapterError(
+                f"the file says that an adapter {attachment.spec} is in stage {stage!r:.80} of {key!r:.80}, and its stages are "
+                f"{listing(sorted(known)) or 'none'}; save it again"
+            )
+        for earlier in methods[key].stages[: _number(methods[key], stage) + 1]:
+            _begin(model, name, {key}, earlier.name)
+
+
+def _begin(model: nn.Module, name: str, methods: Set[str], stage: str) -> None:
+    """Begin a stage of some methods of an adapter, and take note of it; inside a transition."""
+    for method, modules in hooked(model, "begin", name):
+        if method.name in methods:
+            method.begin(stage, modules)
+    adapters_of(model).known(name).begun |= dict.fromkeys(methods, stage)
+    for _, site in sites(model):
+        for module in site.hung(name):
+            module.train(site.training)
+
+
+def _number(method: Method, stage: str) -> int:
+    """Which of its stages this is; -1 for none."""
+    names = [own.name for own in method.stages]
+    return names.index(stage) if stage in names else -1
+
+
+def said(begun: Mapping[str, str]) -> str:
+    """Stages that were begun, in words."""
+    return " and ".join(f"stage {stage!r} of {method}" for method, stage in begun.items()) or "no stage"
 
 
 def schedule(model: nn.Module, progress: Fraction) -> None:
@@ -162,7 +250,7 @@ def finish(model: nn.Module, *names: str) -> None:
             if not attachment.finished and takes_part(attachment):
                 for method, modules in hooked(model, "finish", name):
                     method.finish(modules)
-                attachment.finished = True
+                attachment.finished, attachment.begun = True, {}
                 for _, site in sites(model):
                     for module in site.hung(name):  # which may hold new parameters
                         module.learn(name in state.roster.now.trained)

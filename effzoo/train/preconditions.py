@@ -14,7 +14,7 @@ from effzoo.architectures import Perceiver, Transformer
 from effzoo.errors import IncompatibleError, OptionError, TrainingError, listing
 from effzoo.peft.attach import acting, attached
 from effzoo.peft.manifest import MANIFEST
-from effzoo.peft.training import finish, overrides
+from effzoo.peft.training import finish, later, overrides, restart, said
 from effzoo.train import checkpoints
 from effzoo.train.record import differences
 from effzoo.train.settings import one_of
@@ -121,7 +121,8 @@ def starting_point(directory: Path, run: dict[str, Any], resume: bool, overwrite
 
 
 def rejoin(model: Transformer, directory: Path) -> None:
-    """Finish the active adapters, or not, as they were when the run in this directory began: that decides in which stages it trains.
+    """Finish the active adapters, or not, and bring them to the stage in which they were when the run in this directory began: that decides in which
+    stages it trains.
 
     TrainingError for a damaged checkpoint, and for an adapter that has lost what the run needs.
     """
@@ -131,9 +132,15 @@ def rejoin(model: Transformer, directory: Path) -> None:
     for name, folder in {} if newest is None else checkpoints.adapters(model, newest).items():
         attachment = attached(model)[name]
         try:
-            was_finished = bool(json.loads((folder / MANIFEST).read_text()).get("finished", False))
+            content = json.loads((folder / MANIFEST).read_text())
+            was_finished, begun = bool(content.get("finished", False)), dict(content.get("begun") or {})
         except (OSError, ValueError, AttributeError):
             continue  # no adapter, or a damaged one: whoever loads it says so
+        if ahead := later(attachment, begun):
+            raise TrainingError(
+                f"{newest} is in {said(begun)}, but the adapter {name!r} of this model is in {said(ahead)} already, and has dropped what the run "
+                "needs; build the model and attach the adapter anew to resume, or give another output_dir to train what is left"
+            )
         if was_finished:
             finish(model, name)
         elif attachment.finished:
@@ -144,3 +151,6 @@ def rejoin(model: Transformer, directory: Path) -> None:
                     "training needs; build the model and attach the adapter anew to resume, or give another output_dir to train what is left"
                 )
             attachment.finished = False
+    first = None if newest is None else next(iter(json.loads((newest / checkpoints.RUN).read_text()).get("stages", ())), None)
+    if first is not None:
+        restart(model, first)

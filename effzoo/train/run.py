@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,8 +18,8 @@ import torch
 from effzoo.architectures import Transformer
 from effzoo.errors import OptionError
 from effzoo.peft.attach import acting
-from effzoo.peft.state import noted
-from effzoo.peft.training import finish, hooked, learning_rates, settled
+from effzoo.peft.state import noted, transition
+from effzoo.peft.training import finish, hooked, learning, learning_rates, settled
 from effzoo.recompute import Level, check_level, spare
 from effzoo.sites import unwrap
 from effzoo.train import checkpoints
@@ -154,8 +155,9 @@ def finetune(
         (classification) or perplexity (language models), are computed in any case; without `metrics` no logits are kept.
 
     Methods take part as in the loop of `effzoo/peft/training.py`. Stages share all steps, and in each the optimizer, the warmup and the schedule
-    start anew. At the end the adapter is finished: checkpoints hold it as it was before, and are resumed with a freshly attached one. Trained
-    once more, a finished adapter keeps what it has chosen, and what is left is trained in one stage.
+    start anew; an adapter that is in one already, as `load_adapter` gave it, goes on there. At the end the adapter is finished: checkpoints hold it
+    as it was before, and are resumed with a freshly attached one, or with the one that was given then. Trained once more, a finished adapter keeps
+    what it has chosen, and what is left is trained in one stage.
 
     Several processes: start the script with `accelerate launch`; without GPUs as
     `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 train.py`, because with `--cpu` accelerate 1.15 starts a single
@@ -220,29 +222,30 @@ def finetune(
     total = max_steps or math.ceil(epochs * steps_per_epoch)
     if total > LARGEST:
         raise OptionError(f"epochs={epochs!r} of {steps_per_epoch:,} steps are more than {LARGEST:,} steps; train shorter")
-    if resume:
-        rejoin(model, output_dir)
-    if learning_rate is None and not acting(model):
-        learning_rate = 5e-5
-    planned = parts(model, total, warmup)
-    run = {
-        "adapters": adapters(model), "examples": len(data), "steps": total, "seed": seed,
-        "processes": processes, "batch_size": batch_size, "gradient_accumulation": gradient_accumulation, "group_by_length": group_by_length,
-        **used(model, learning_rate), "weight_decay": weight_decay, "warmup": warmup, "schedule": schedule, "clip": clip, "precision": precision,
-        "collator": name_of(collator), "data": data.digest, "evaluation": None if held_out is None else held_out.digest, "best": best,
-        "model": of_model(model),
-        "distillation": None if teaching is None else {**asdict(teaching.settings), "teacher": fingerprint(teaching.teacher)},
-    }  # fmt: skip
-    if any(part.stage.name for part in planned):
-        run["stages"] = {part.stage.name: part.steps for part in planned}
-    if any(hooked(model, "calibrate")):
-        run["calibration_batches"] = calibration_batches
-    largest = max(learning_rates(model, learning_rate).values(), default=learning_rate or 0.0)
-    if weight_decay >= 1 and largest * weight_decay >= 1:
-        raise OptionError(
-            f"weight_decay={weight_decay:g} at learning rate {largest:g} takes all of every weight in one step; give less than {1 / largest:g}"
-        )
-    start = starting_point(output_dir, run, resume, overwrite)
+    with transition(model, *acting(model)) if resume else nullcontext():  # a refused run leaves the adapters in the stage that they were in
+        if resume:
+            rejoin(model, output_dir)
+        if learning_rate is None and not acting(model):
+            learning_rate = 5e-5
+        planned = parts(model, total, warmup)
+        run = {
+            "adapters": adapters(model), "examples": len(data), "steps": total, "seed": seed,
+            "processes": processes, "batch_size": batch_size, "gradient_accumulation": gradient_accumulation, "group_by_length": group_by_length,
+            **used(model, learning_rate), "weight_decay": weight_decay, "warmup": warmup, "schedule": schedule, "clip": clip, "precision": precision,
+            "collator": name_of(collator), "data": data.digest, "evaluation": None if held_out is None else held_out.digest, "best": best,
+            "model": of_model(model),
+            "distillation": None if teaching is None else {**asdict(teaching.settings), "teacher": fingerprint(teaching.teacher)},
+        }  # fmt: skip
+        if any(part.stage.name for part in planned):
+            run["stages"] = {part.stage.name: part.steps for part in planned}
+        if any(hooked(model, "calibrate")):
+            run["calibration_batches"] = calibration_batches
+        largest = max(learning_rates(model, learning_rate).values(), default=learning_rate or 0.0)
+        if weight_decay >= 1 and largest * weight_decay >= 1:
+            raise OptionError(
+                f"weight_decay={weight_decay:g} at learning rate {largest:g} takes all of every weight in one step; give less than {1 / largest:g}"
+            )
+        start = starting_point(output_dir, run, resume, overwrite)
     save_steps, eval_steps = (steps_per_epoch if every == "epoch" else every for every in (save_every, evaluate_every))
     arguments = TrainingArguments(
         output_dir=str(output_dir), use_cpu=on_cpu(), bf16=precision == "bfloat16", fp16=precision == "float16", seed=seed, max_steps=total,
@@ -316,7 +319,8 @@ def _train(trainer: ExactTrainer, model: Transformer, directory: Path, start: Pa
         checkpoints.check_whole(best)
         checkpoints.load_weights(model, best)
     check_finite(model, trainer.state.global_step, trainer.advice())
-    finish(model)
+    if trained := learning(model):  # an adapter that acts beside them as it is stays so
+        finish(model, *trained)
     if trainer.args.should_save:
         checkpoints.save_weights(model, directory)
     trainer.accelerator.wait_for_everyone()

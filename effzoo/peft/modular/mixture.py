@@ -174,7 +174,8 @@ class MixtureMethod(Method):
 
     def begin(self, stage: str, modules: Modules) -> None:
         for _, method, own in self._each(modules, "begin"):
-            method.begin(stage, own)
+            if stage in [part.name for part in method.stages]:
+                method.begin(stage, own)
 
     def finish(self, modules: Modules) -> None:
         for _, method, own in self._each(modules, "finish"):
