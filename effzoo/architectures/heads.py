@@ -44,7 +44,8 @@ class Classification(nn.Module):
     """One label per sequence: out(dropout(norm(tanh(dense(pooled))))), or out(dropout(pooled)) without the dense layer.
 
     The loss is the cross-entropy for integer labels [batch], the binary cross-entropy for float labels [batch, num_labels] (several labels may
-    hold), and the squared error for num_labels = 1.
+    hold), and the squared error for one label. How many labels there are is read from the logits: the head of an adapter may have more or fewer
+    than `num_labels`, which is the model's own number.
     """
 
     def __init__(self, config: Config, num_labels: int):
@@ -71,7 +72,7 @@ class Classification(nn.Module):
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         labels = _labels(logits, labels)
-        if self.num_labels == 1 and labels.shape in (logits.shape, logits.shape[:1]):
+        if logits.shape[-1] == 1 and labels.shape in (logits.shape, logits.shape[:1]):
             _check_numbers(labels, -math.inf, math.inf)
             return F.mse_loss(_exact(logits).flatten(), labels.to(_exact(logits)).flatten())
         if labels.is_floating_point() and labels.shape == logits.shape:
@@ -150,6 +151,11 @@ def head(config: Config, task: str, num_labels: int) -> nn.Module:
     if task == "token_classification":
         return TokenClassification(config, num_labels)
     return Features(config) if task == "features" else LanguageModel(config)
+
+
+def labels_of(head: nn.Module, otherwise: int) -> int:
+    """The number of labels of the task head that acts, the model's own or an adapter's; `otherwise` for a head without labels."""
+    return head.out.outputs_now() if isinstance(head, Classification | TokenClassification) else otherwise
 
 
 def transformed(x: Tensor, dense: Linear | None, activation: Callable[[Tensor], Tensor], norm: Norm | None) -> Tensor:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from effzoo.architectures.embeddings import checked
 from effzoo.architectures.function import function_of
-from effzoo.architectures.heads import head
+from effzoo.architectures.heads import head, labels_of
 from effzoo.architectures.output import Output
 from effzoo.architectures.perceiver_config import PER_TOKEN, PerceiverConfig
 from effzoo.architectures.perceiver_cross import Cross
@@ -46,7 +46,7 @@ class Perceiver(Model):
     def __init__(self, config: PerceiverConfig, task: str = "features", num_labels: int = 2):
         super().__init__()
         config.check_task(task)
-        self.config, self.task, self.num_labels = config, task, num_labels
+        self.config, self.task, self.own_labels = config, task, num_labels
         self.embeddings = Inputs(config)
         self.latents = None if config.causal else Embedding(config.latents, config.dim, role="latents")
         self.cross = nn.ModuleList(_reading(config) for _ in set(config.cross_schedule()))
@@ -71,7 +71,12 @@ class Perceiver(Model):
 
     def computes(self) -> dict[str, Any]:
         """What decides the evaluated function besides the tensors, by name (`effzoo.architectures.function`)."""
-        return function_of(self.config, self.task, self.num_labels)
+        return function_of(self.config, self.task, self.own_labels)
+
+    @property
+    def num_labels(self) -> int:
+        """How many labels the head that acts tells apart: `own_labels`, or those of the active adapter's head."""
+        return labels_of(self.head, self.own_labels)
 
     def forward(
         self,

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from effzoo.architectures.config import Config
 from effzoo.architectures.embeddings import Embeddings, check_inputs, check_tensors, checked
 from effzoo.architectures.function import function_of
-from effzoo.architectures.heads import Classification, head
+from effzoo.architectures.heads import Classification, head, labels_of
 from effzoo.architectures.output import Output
 from effzoo.architectures.packing import check_packed, packed, warn_of_documents
 from effzoo.architectures.sharing import turns
@@ -41,7 +41,7 @@ class Transformer(Model):
 
     def __init__(self, config: Config, task: str = "features", num_labels: int = 2):
         super().__init__()
-        self.config, self.task, self.num_labels = config, task, num_labels
+        self.config, self.task, self.own_labels = config, task, num_labels
         self.embeddings = Embeddings(config)
         shared: dict[str, Any] = {}
         specs = attention_specs(config)
@@ -91,7 +91,12 @@ class Transformer(Model):
 
     def computes(self) -> dict[str, Any]:
         """What decides the evaluated function besides the tensors, by name (`effzoo.architectures.function`)."""
-        return function_of(self.config, self.task, self.num_labels)
+        return function_of(self.config, self.task, self.own_labels)
+
+    @property
+    def num_labels(self) -> int:
+        """How many labels the head that acts tells apart: `own_labels`, or those of the active adapter's head."""
+        return labels_of(self.head, self.own_labels)
 
     def forward(
         self,

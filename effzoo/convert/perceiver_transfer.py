@@ -96,7 +96,7 @@ def to_perceiver(model: Perceiver) -> Any:
     theirs_module = importlib.import_module(_THEIRS)
     special = {"bos_token_id": None, "eos_token_id": None}
     with torch.random.fork_rng(devices=[]):  # their random initialisation is overwritten, so it should leave no trace
-        config = theirs_module.PerceiverConfig(**fields, **special, num_labels=model.num_labels)
+        config = theirs_module.PerceiverConfig(**fields, **special, num_labels=model.own_labels)
         theirs = make(name, config, text=name == "PerceiverModel" and bool(model.config.vocab))
     ours = model.state_dict()
     like = ours["latents.weight"]
@@ -217,6 +217,6 @@ def _check_fit(model: Perceiver, source: Source, decoder: bool) -> None:
                 f"build the model with {name}={getattr(theirs, name)!r}"
             )
     if source.task == model.task == "classification":
-        for name, own, other in (("num_labels", model.num_labels, source.model.config.num_labels), ("pooling", ours.pooling, theirs.pooling)):
+        for name, own, other in (("num_labels", model.own_labels, source.model.config.num_labels), ("pooling", ours.pooling, theirs.pooling)):
             if own != other:
                 raise ConversionError(f"{name} is {own!r} in the model and {other!r} in {source.label}; build the model with {name}={other!r}")

@@ -108,7 +108,7 @@ def _check_head(model: Transformer, source: Source) -> None:
     ours, theirs = model.config, source.config
     fields = ("head_dense", "head_bias", "pooling") if model.task == "classification" else ()
     pairs = [(name, getattr(ours, name), getattr(theirs, name)) for name in fields]
-    for name, own, other in [("num_labels", model.num_labels, source.model.config.num_labels), *pairs]:
+    for name, own, other in [("num_labels", model.own_labels, source.model.config.num_labels), *pairs]:
         if own != other:
             raise ConversionError(
                 f"{name} is {own!r} in the model and {other!r} in {source.label}; build the model with {name}={other!r}, or, for a new head, "

@@ -15,6 +15,7 @@ from effzoo.peft.budget import without_memory
 from effzoo.peft.files import stored_tensors
 from effzoo.peft.merging import delta, mergeable
 from effzoo.peft.method import HEAD
+from effzoo.peft.state import label_layers
 from effzoo.peft.unread import trained_unread
 from effzoo.sites import PeftModule, Site, sites, unwrap
 
@@ -67,7 +68,8 @@ def ranks(model: nn.Module, name: str = "default", tolerance: NotNegative | None
 
     tolerance: singular values up to it count as 0; None is torch's, the largest one times max(shape) times the float64 epsilon.
     """
-    changes = {key: change for key, change in delta(model, name).items() if change.ndim >= 2 and bool((change != 0).any())}
+    same = all(site.outputs(name) == site.out_features for site in label_layers(model).values())  # else the head is another one, and no change
+    changes = {key: change for key, change in delta(model, name, heads=same).items() if change.ndim >= 2 and bool((change != 0).any())}
     found = {}
     for key, change in changes.items():
         matrix = change.flatten(1)
@@ -100,7 +102,8 @@ def flops(model: nn.Module, length: Count = 128) -> Flops:
     shadow = copy.deepcopy(model, {id(tensor): without_memory(tensor) for tensor in (*model.parameters(), *model.buffers())}).eval()
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
     with_adapters = _flops(shadow, ids)
-    can_merge = bool(names) and _change(shadow, names)[0] is not None
+    same_head = all(site.outputs_now() == site.out_features for site in label_layers(shadow).values())
+    can_merge = bool(names) and same_head and _change(shadow, names)[0] is not None
     activate(shadow)
     base = _flops(shadow, ids)
     return Flops(base, with_adapters, base if can_merge else with_adapters)
@@ -184,6 +187,7 @@ def _changed_entries(site: Site, modules: list[PeftModule]) -> int | None:
     """At most how many entries of the site the modules change together; None when one of them is no change of a weight."""
     weight, bias = getattr(site, "weight", None), getattr(site, "bias", None)
     numbers, whole = 0, dict.fromkeys(site.base(), False)
+    entries = {key: parameter.numel() for key, parameter in site.base().items()}
     for module in modules:
         if not mergeable(site, module):
             return None
@@ -197,9 +201,10 @@ def _changed_entries(site: Site, modules: list[PeftModule]) -> int | None:
                 change = None if weight is None else module.delta(weight, bias)
                 whole[key] |= change is not None and change[0 if door == "weight" else 1] is not None
             else:
-                whole[key] |= getattr(module, door)(parameter) is not parameter
-    everything = sum(parameter.numel() for parameter in site.base().values())
-    return min(everything, numbers + sum(parameter.numel() for key, parameter in site.base().items() if whole[key]))
+                passed = getattr(module, door)(parameter)
+                whole[key] |= passed is not parameter
+                entries[key] = passed.numel()  # a task head for another number of labels has another size
+    return min(sum(entries.values()), numbers + sum(entries[key] for key in entries if whole[key]))
 
 
 def _changes_matrix(site: Site, module: PeftModule) -> bool:

@@ -20,7 +20,7 @@ from effzoo.peft.attach import _known, attach
 from effzoo.peft.merging import delta, merged_parameters
 from effzoo.peft.method import HEAD
 from effzoo.peft.parameter.selected import Copy
-from effzoo.peft.state import transition
+from effzoo.peft.state import label_layers, transition
 from effzoo.sites import Linear, Site, sites
 
 How = Literal["sum", "ties", "dare"]
@@ -70,7 +70,7 @@ def combine(
     Raises AdapterError (an adapter that is no change of weights, heads that are not chosen), OptionError; the model is then unchanged.
     """
     _check(model, weights, how, keep, drop, rank, head)
-    changes = {adapter: _body(model, delta(model, adapter)) for adapter in weights}
+    changes = {adapter: _changing(delta(model, adapter, heads=False)) for adapter in weights}
     scaled = [{key: weight * changes[adapter][key] for key in changes[adapter]} for adapter, weight in weights.items()]
     if how == "ties" and len(scaled) > 1:
         total = ties(scaled, keep)
@@ -83,7 +83,7 @@ def combine(
     if not changed:
         raise AdapterError(f"{' and '.join(weights)} change nothing but task heads, so there is nothing to combine")
     with transition(model):
-        attach(model, _spec(changed, total, rank), name=name)
+        attach(model, _spec(changed, total, rank), name=name, num_labels=None if head is None else labels(model, head))
         truncation = _write(model, name, total, rank)
         if head is not None:
             take_head(model, head, name)
@@ -141,10 +141,9 @@ def _check(model: nn.Module, weights: Mapping[str, float], how: str, keep: float
         raise AdapterError(f"each adapter has a task head of its own; say whose the combined one takes: head={next(iter(weights))!r}")
 
 
-def _body(model: nn.Module, change: Changes) -> Changes:
-    """Without task heads, which belong to one task, and without tensors that do not change."""
-    heads = {path for path, site in sites(model) if fnmatchcase(site.role, HEAD)}
-    return {key: x for key, x in change.items() if key.rpartition(".")[0] not in heads and bool(x.any())}
+def _changing(change: Changes) -> Changes:
+    """Without tensors that do not change."""
+    return {key: x for key, x in change.items() if bool(x.any())}
 
 
 def _spec(changed: Mapping[str, Site], total: Changes, rank: int | None) -> dict[str, object]:
@@ -184,6 +183,11 @@ def _write(model: nn.Module, name: str, total: Changes, rank: int | None) -> dic
             B[:, :kept].copy_(U[:, :kept] * root)
             truncation[f"{path}.weight"] = float(S[kept:].norm() / S.norm())
     return truncation
+
+
+def labels(model: nn.Module, name: str) -> int | None:
+    """For how many labels the task head of an adapter is; None for a model without labels."""
+    return next((site.outputs(name) for site in label_layers(model).values()), None)
 
 
 @torch.no_grad()

@@ -16,10 +16,11 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
+from effzoo.annotations import Count
 from effzoo.errors import AdapterError, IncompatiblePeft, OptionError, TargetError, did_you_mean, listing
 from effzoo.memory import room
 from effzoo.peft.method import ALL_LINEAR, HEAD, Method
-from effzoo.peft.state import Adapters, Attachment, act, adapters_of, transition
+from effzoo.peft.state import Adapters, Attachment, act, adapters_of, label_layers, transition
 from effzoo.peft.unread import trained_unread
 from effzoo.registry import peft as registry
 from effzoo.sites import WITHOUT_SCALE, Activity, Linear, PeftModule, Site, TiedLinear, sites, unwrap
@@ -30,12 +31,14 @@ Scale = float | Mapping[str, float]
 Trained = str | Collection[str] | None
 
 
-def attach(model: M, peft: Any, *, name: str = "default", dtype: torch.dtype | str | None = None) -> M:
+def attach(model: M, peft: Any, *, name: str = "default", dtype: torch.dtype | str | None = None, num_labels: Count | None = None) -> M:
     """Hang the methods of a spec (`"lora[rank=4]|ia3"`) on a model under a name, make it the active adapter, return the model.
 
     The base is frozen; only the new adapter's parameters are trainable. Adapters attached before stay, inactive;
     `activate(model, "a", "b")` stacks several. dtype: of the adapter's tensors; None is float32 whatever the base is (float64 on a float64 base),
     since in half precision small updates are lost. It computes in that dtype, and what it gives back to the model is rounded once.
+    num_labels: of the adapter's own task head, which is fresh where this is another number than the model's; None for the model's. While the adapter
+    is active, `model.num_labels`, logits and losses are those of its head (1 is regression, as in a model).
 
     Raises TargetError, AdapterError, OptionError; the model is then unchanged.
     """
@@ -56,6 +59,8 @@ def attach(model: M, peft: Any, *, name: str = "default", dtype: torch.dtype | s
         heads = {path: site for path, site in sites(inside) if fnmatchcase(site.role, HEAD) and name not in site.adapters and site.base()}
         if heads:
             _hang(inside, registry.create("head"), attachment, heads)
+        if num_labels is not None:
+            _renew_head(inside, attachment, num_labels)
         if not any(p.requires_grad for key, p in inside.named_parameters() if f".adapters.{name}." in f".{key}"):
             raise AdapterError(f"{attachment.spec} has nothing to train on this model; choose other targets")
         freeze_base(inside, state)
@@ -65,6 +70,26 @@ def attach(model: M, peft: Any, *, name: str = "default", dtype: torch.dtype | s
     for why in dict.fromkeys(why for why, _ in trained_unread(inside).values()):
         logging.getLogger("effzoo").info("attach: some of what %s trains is %s; effzoo.account counts it", attachment.spec, why)
     return model
+
+
+def _renew_head(model: nn.Module, attachment: Attachment, labels: int) -> None:
+    """Give an adapter a head of its own for so many labels, where the model's has another number. Raises AdapterError."""
+    found = label_layers(model)
+    if not found:
+        raise AdapterError(
+            f"num_labels={labels}: this model has no classification head; build it with task='classification' or 'token_classification'"
+        )
+    for path, site in found.items():
+        modules = list(site.hung(attachment.name))
+        if labels == site.out_features:
+            continue
+        if len(modules) != 1 or modules[0].own_outputs is None or set(modules[0].state_dict()) != {f"own_{key}" for key in site.base()}:
+            raise AdapterError(
+                f"{attachment.spec} changes the model's own head for {site.out_features} labels ({path}), so the adapter cannot have one for "
+                f"{labels}; leave {site.role!r} out of its targets, or build the model with num_labels={labels}"
+            )
+        with room(labels):
+            modules[0].renew(labels)
 
 
 def detach(model: M, name: str) -> M:
@@ -93,7 +118,9 @@ def activate(
     Trained rows, keys and values (prompt, prefix) add nothing that could be multiplied: another scale than 1 is refused for them.
     train: which of them are trainable, the others act as they are (frozen); None is all, () none.
 
-    Raises UnknownNameError, AdapterError, OptionError; the model is then unchanged.
+    Task heads may be for different numbers of labels: in a stack the last one's counts; in an average and by row they have to agree.
+
+    Raises UnknownNameError, AdapterError, OptionError, IncompatibleError (heads); the model is then unchanged.
     """
     with transition(model) as state:
         act(unwrap(model), state, _chosen(unwrap(model), state, names, combine, rows, scale, train))

@@ -7,7 +7,8 @@ base, and a truncated or altered file, are refused by the first difference, and 
 the file holds; the model is touched when all that has been compared.
 
 A task head (roles `head.*`) is the adapter's own where the adapter replaces its tensors, which it does unless its methods hang
-there: then they change a head that is the base's, and the fingerprint holds it.
+there: then they change a head that is the base's, and the fingerprint holds it. A head of its own comes in the file's size: the base may have
+another number of labels.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import hashlib
 import importlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +36,7 @@ from effzoo.peft.parameter.selected import Copy
 from effzoo.peft.parameter.tokens import spans
 from effzoo.peft.rehearsal import rehearse
 from effzoo.peft.rounded import BaseRounding, compare, differing_kind, kept_of
-from effzoo.peft.state import transition
+from effzoo.peft.state import label_layers, transition
 from effzoo.peft.training import enter, finish, said
 from effzoo.sites import PeftModule, sites, unwrap
 from effzoo.writing import replace_files
@@ -43,6 +44,7 @@ from effzoo.writing import replace_files
 M = TypeVar("M", bound=nn.Module)
 OWN = "effzoo"
 TRIES = 100  # a reader whose tensors a writer has just replaced begins anew
+CHANGES = "its methods change this head and bring none, so give the model the head it had then, or target what is no head"
 log = logging.getLogger("effzoo")
 
 
@@ -140,12 +142,14 @@ def load_adapter(model: M, directory: str | Path, *, name: str | None = None, tr
     base, rounding = _check_base(model, manifest, directory, trust_base, rounded_base)
     name, dtype = manifest.name if name is None else name, _dtype_of(manifest, tensors, directory)
     most = 1000 + 100 * (len(base.tensors) + len(tensors))
-    begun = manifest.begun or {}
-    shapes, unknown = rehearse(unwrap(model), manifest.specs, name, begun=begun, finished=manifest.finished, most=most, dtype=dtype)
+    begun, labels = manifest.begun or {}, _labels_in(model, tensors)
+    shapes, unknown = rehearse(
+        unwrap(model), manifest.specs, name, begun=begun, finished=manifest.finished, most=most, dtype=dtype, num_labels=labels
+    )
     _check_head(shapes, name, base, manifest, directory)
     _check_fits(shapes, name, tensors, directory, tuple(unknown))
     with transition(outer):
-        attach(model, manifest.specs, name=name, dtype=dtype)
+        attach(model, manifest.specs, name=name, dtype=dtype, num_labels=labels)
         attached(model)[name].rounding = rounding
         enter(model, name, begun)
         if manifest.finished:
@@ -321,6 +325,7 @@ def _check_base(
     heads = {path for path, site in sites(model) if fnmatchcase(site.role, HEAD)}
     without = {key for key in ours.tensors if key.rpartition(".")[0] in heads and key not in theirs.tensors}
     seen = Fingerprint(ours.facts, {key: value for key, value in ours.tensors.items() if key not in without})
+    theirs, seen = _of_any_labels(model, theirs, seen)
     found = difference(theirs, seen)
     if found and manifest.format > 1 and (kinds := differing_kind(theirs, seen)):
         if rounded_base and manifest.kept:
@@ -340,11 +345,32 @@ def _check_base(
     if found:
         advice = "build the model with the same name, sizes, attention and pretrained weights"
         if found.split(": ")[0].rpartition(".")[0] in heads:
-            advice = "its methods change this head and bring none, so give the model the head it had then, or target what is no head"
+            advice = CHANGES
+        if found.startswith("num_labels: "):
+            advice = f"{CHANGES}: an adapter that brings its whole head loads whatever the model's number of labels"
         if found.startswith("vocab: "):
             advice = _resize(theirs.facts.get("vocab"), ours.facts.get("vocab"))
         raise AdapterError(f"the adapter in {directory} was trained on another base ({manifest.base!r}): {found}; {advice}")
     return ours, None
+
+
+def _of_any_labels(model: nn.Module, theirs: Fingerprint, ours: Fingerprint) -> tuple[Fingerprint, Fingerprint]:
+    """Both without the number of labels, where the file holds no hash of a layer that has an output for each: the adapter brings its own."""
+    layers = label_layers(model)
+    if not layers or any(f"{path}.{key}" in theirs.tensors for path, site in layers.items() for key in site.base()):
+        return theirs, ours
+    told = {"num_labels"}.union(*({f"{path}.out_features", f"{path.rpartition('.')[0]}.num_labels"} for path in layers))
+    without = (replace(each, facts={name: value for name, value in each.facts.items() if name not in told}) for each in (theirs, ours))
+    return next(without), next(without)
+
+
+def _labels_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> int | None:
+    """For how many labels the head is that a file holds whole; None where it holds none."""
+    for path in label_layers(model):
+        for key, tensor in tensors.items():
+            if key.startswith(f"{path}.adapters.") and key.endswith(".own_weight") and tensor.ndim == 2 and len(tensor):
+                return len(tensor)
+    return None
 
 
 def _resize(theirs: Any, ours: Any) -> str:
@@ -381,7 +407,9 @@ def _check_fits(model: nn.Module, name: str, tensors: Mapping[str, Tensor], dire
             )
         mine, given = own[key], tensors[key]
         if mine.shape != given.shape and not key.startswith(free):
-            raise AdapterError(f"{key} has shape {tuple(given.shape)} in {directory}, this model needs {tuple(mine.shape)}")
+            said = f"{key} has shape {tuple(given.shape)} in {directory}, this model needs {tuple(mine.shape)}"
+            head = key.partition(".adapters.")[0] in label_layers(model) and key.endswith(".own_weight")
+            raise AdapterError(said + (": heads for other numbers of labels; load_adapter attaches one in the file's size" if head else ""))
         exact = mine.dtype == given.dtype or (
             mine.is_floating_point() and given.is_floating_point() and torch.promote_types(mine.dtype, given.dtype) == mine.dtype
         )

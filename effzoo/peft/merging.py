@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal, TypeVar, cast, overload
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from effzoo.errors import AdapterError
 from effzoo.peft.attach import _known, fitted, freeze_base, take_off
+from effzoo.peft.method import HEAD
 from effzoo.peft.state import Merged, Rewriting, act, adapters_of, checksum, transition
 from effzoo.peft.training import finish
-from effzoo.sites import Activity, Acts, PeftModule, Scaled, Site, sites, unwrap
+from effzoo.sites import Activity, Acts, Linear, PeftModule, Scaled, Site, sites, unwrap
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -97,6 +99,7 @@ def merge(model: M, name: str = "default", *, undo: bool = True, report: bool = 
         values: dict[tuple[str, str], Tensor] = {}
         for path, site in found.items():
             where = f"adapter {name!r} ({attachment.spec}) at {path}"
+            _check_outputs(site, name, path)
             for key, value in merged_parameters(site, list(site.acting(name)), where).items() if len(site.of(name)) else ():
                 if value.is_meta:
                     raise AdapterError(
@@ -200,6 +203,15 @@ def _check_untouched(key: str, name: str, tensor: Tensor | None, original: Tenso
         )
 
 
+def _check_outputs(site: Site, name: str, path: str) -> None:
+    """AdapterError for an adapter whose task head is for another number of labels than the model's."""
+    if isinstance(site, Linear) and (outputs := site.outputs(name)) != site.out_features:
+        raise AdapterError(
+            f"adapter {name!r} has a task head for {outputs} labels, and the model's own ({path}) is for {site.out_features}: there is nothing "
+            f"that it could be merged into; load it into a model that was built with num_labels={outputs} and merge it there, or keep it attached"
+        )
+
+
 @torch.no_grad()
 def _check_order(site: Site, path: str, name: str) -> None:
     """AdapterError where an active adapter acts at a site with others in such a way that it cannot be the first."""
@@ -210,10 +222,15 @@ def _check_order(site: Site, path: str, name: str) -> None:
     own = list(site.acting(name))
     fixed = [other for other in others if not all(mergeable(site, module) for module in site.acting(other))]
     changes = [other for other in order if other not in fixed]
+    if isinstance(site, Linear) and site.outputs(*order) != site.out_features:
+        return  # the task head of another one, for other labels, takes the place of whatever is merged
     now = merged_parameters(site, list(site.acting(*changes)))
     behind = [module for other in changes if other != name for module in site.acting(other)]
     then = merged_parameters(site, behind, start=merged_parameters(site, own))
-    same = all(torch.allclose(now[key], then[key], rtol=0, atol=1e-10 * (1 + float(now[key].abs().max()))) for key in now)
+    same = all(
+        now[key].shape == then[key].shape and torch.allclose(now[key], then[key], rtol=0, atol=1e-10 * (1 + float(now[key].abs().max())))
+        for key in now
+    )
     if fixed:  # what is no change of the weight has to come behind it, and must not see the weight
         first = all(order.index(name) < order.index(other) for other in fixed)
         doors = any(module.opens("before") for module in own) or any(m.opens("weight", "bias") for m in site.acting(*fixed))
@@ -231,13 +248,17 @@ def merged_tensors(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 @torch.no_grad()
-def delta(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """What merging the adapter at scale 1 would add to each tensor of the base, by its key, in float64. Raises AdapterError for what is no change."""
+def delta(model: nn.Module, name: str = "default", *, heads: bool = True) -> dict[str, Tensor]:
+    """What merging the adapter at scale 1 would add to each tensor of the base, by its key, in float64.
+
+    heads: with the task head's. Raises AdapterError for what is no change, as a task head for another number of labels.
+    """
     attachment = _known(model, name)
     changes: dict[str, Tensor] = {}
     for path, site in sites(model):
         modules = list(site.hung(name))
-        if modules:
+        if modules and (heads or not fnmatchcase(site.role, HEAD)):
+            _check_outputs(site, name, path)
             own = {key: value.detach().double() for key, value in site.base().items()}
             merged = merged_parameters(site, modules, f"adapter {name!r} ({attachment.spec}) at {path}")
             changes |= {f"{path}.{key}": merged[key] - own[key] for key in own}

@@ -23,6 +23,7 @@ Layers = int | Sequence[int] | None
 Modules = Mapping[str, PeftModule]  # what a method has hung, by the path of the site
 ALL_LINEAR = "all-linear"  # as a target: every linear layer of the blocks
 HEAD = "head.*"  # roles of the task head, which an adapter trains whatever its methods are
+LABELS = "head.out"  # the layer of it that has an output for each label
 Batches = Iterable[Mapping[str, Any]]
 
 

@@ -19,18 +19,27 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def rehearse(
-    model: M, specs: tuple[Spec, ...], name: str, *, begun: Mapping[str, str], finished: bool, most: int, dtype: torch.dtype | None = None
+    model: M,
+    specs: tuple[Spec, ...],
+    name: str,
+    *,
+    begun: Mapping[str, str],
+    finished: bool,
+    most: int,
+    dtype: torch.dtype | None = None,
+    num_labels: int | None = None,
 ) -> tuple[M, set[str]]:
     """A copy of the model on the meta device with the adapter attached, and the sites whose finished shapes only the data know.
 
-    begun: {method: stage} in which the adapter is. most: calls of torch that it may take; what needs more is refused. dtype: as in `attach`.
+    begun: {method: stage} in which the adapter is. most: calls of torch that it may take; what needs more is refused. dtype, num_labels: as in
+    `attach`.
 
     Raises what `attach` raises, and AdapterError for anything else that goes wrong. Nothing as large as a tensor is allocated.
     """
     try:
         shapes = skeleton(model)
         with torch.device("meta"), _AtMost(most):
-            attach(shapes, specs, name=name, dtype=dtype)
+            attach(shapes, specs, name=name, dtype=dtype, num_labels=num_labels)
             enter(shapes, name, begun)
             unknown: set[str] = set()
             for method, modules in hooked(shapes, "finish", name) if finished else ():

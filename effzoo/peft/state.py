@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.errors import AdapterError, UnknownNameError
-from effzoo.peft.method import Method
-from effzoo.sites import Activity, Roster, sites, unwrap
+from effzoo.peft.method import LABELS, Method
+from effzoo.sites import Activity, Linear, Roster, sites, unwrap
 from effzoo.spec import Spec
 
 HERE = "_effzoo_adapters"  # where a model holds its own; copied, pickled and saved with it
@@ -128,6 +128,8 @@ def transition(model: nn.Module, *rewritten: str) -> Iterator[Adapters]:
                 modes.enter_context(torch.no_grad())
             yield state
         _adopt(model, state)
+        for site in label_layers(model).values():
+            site.outputs_now()  # refuses heads of unequal sizes that cannot act together
         _forget_listeners(model)
         _check_synchronised(outer, before.flags)
     except BaseException:
@@ -142,6 +144,11 @@ def act(model: nn.Module, state: Adapters, activity: Activity) -> None:
         for adapter in site.adapters:
             for module in site.hung(adapter):
                 module.learn(adapter in activity.trained)
+
+
+def label_layers(model: nn.Module) -> dict[str, Linear]:
+    """The layers of the task head that have an output for each label, by path."""
+    return {path: site for path, site in sites(model) if site.role == LABELS and isinstance(site, Linear)}
 
 
 class Rewriting:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from effzoo.peft.state import adapters_of
+from effzoo.peft.state import adapters_of, label_layers
 from effzoo.peft.training import said
 from effzoo.sites import sites, unwrap
 
@@ -34,6 +34,8 @@ class Status:
     merged: the last one last; they can be taken out in the reverse order. finished: without what only training needed. stages: {adapter: {method:
     stage}} of those in the middle of a training in stages. frozen: how many base parameters attaching froze. tensors: by owner ("base", or the
     adapter) and role, what several share where it is met first.
+    labels: how many the task head that acts tells apart; None for a task without. heads: what the head of the base and of each adapter is for, as in
+    "3 labels" or "regression" (a number).
     untouched: {tensor: why}, trainable tensors that got no gradient, where training has looked; None where nothing has.
     """
 
@@ -49,6 +51,8 @@ class Status:
     tensors: tuple[Tensors, ...]
     untouched: Mapping[str, str] | None = None
     stages: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    labels: int | None = None
+    heads: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"attached   {', '.join(f'{name} ({spec})' for name, spec in self.attached.items()) or '(none)'}"]
@@ -57,6 +61,8 @@ class Status:
         how = {"stack": "", "average": ", the mean of them", "rows": f", by row: {', '.join(name or '-' for name in self.rows or ())}"}[self.combine]
         lines.append(f"active     {joined}{how}")
         lines.append(f"trainable  {', '.join(self.trainable) or '(none)'}")
+        if len(set(self.heads.values())) > 1:
+            lines.append(f"heads      {', '.join(f'{name}: {what}' for name, what in self.heads.items())}; now {self.labels}")
         if self.merged:
             lines.append(f"merged     {', '.join(self.merged)}")
         if self.finished:
@@ -108,5 +114,11 @@ def status(model: nn.Module) -> Status:
         stages={name: dict(attachment.begun) for name, attachment in state.attachments.items() if attachment.begun},
         frozen=len(state.frozen),
         tensors=tensors,
+        labels=next((site.outputs_now() for site in label_layers(model).values()), None),
+        heads={
+            name: "regression" if outputs == 1 and getattr(model, "task", "") == "classification" else f"{outputs} label{'s' * (outputs != 1)}"
+            for site in label_layers(model).values()
+            for name, outputs in [("base", site.out_features), *((name, site.outputs(name)) for name in state.attachments)]
+        },
         untouched=None if state.untouched is None else {key: why for key, why in state.untouched.items() if key in trained},
     )

@@ -108,6 +108,15 @@ class PeftModule(nn.Module):
         """Rows of the site's weight that it puts rows of its own in the place of, whatever they are."""
         return ()
 
+    @property
+    def own_outputs(self) -> int | None:
+        """Of how many outputs the weight is that it puts in the place of the site's, whatever that is; None where it changes the site's own."""
+        return None
+
+    def renew(self, outputs: int) -> None:
+        """Start anew with a weight of so many outputs. Only for what has `own_outputs`."""
+        raise NotImplementedError
+
     def opens(self, *doors: str) -> bool:
         """Whether this module, or its class, overrides one of the named doors."""
         kind, own = type(self), vars(self)  # either may have been changed since

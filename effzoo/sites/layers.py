@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effzoo.errors import IncompatibleError
 from effzoo.recompute import follows
 from effzoo.sites.activity import Acts
 from effzoo.sites.dtypes import autocasts, linear
@@ -35,6 +36,36 @@ class Linear(nn.Linear, Site):
         """x W^T + b."""
         y = linear(x, weight, bias)
         return y if weight.requires_grad else follows(y, linear, x, weight, bias, level="hidden" if self.again else "projections")
+
+    def outputs(self, *names: str) -> int:
+        """How many numbers come out with these adapters, one after the other: as many as the last weight of their own has, else the site's.
+
+        Raises IncompatibleError where one of them changes the site's own weight and another one has put a weight of another size in its place.
+        """
+        modules = [(name, module) for name in names for module in self.hung(name)]
+        own = {name: module.own_outputs for name, module in modules if module.own_outputs is not None}
+        other = next((name for name, outputs in own.items() if outputs != self.out_features), None)
+        changing = next((name for name, module in modules if module.own_outputs is None), None)
+        if other is not None and changing is not None:
+            raise IncompatibleError(
+                f"{self.role}: adapter {changing!r} changes the model's own head, which has {self.out_features} outputs, and {other!r} brings "
+                f"one with {own[other]}; activate only one of them"
+            )
+        return list(own.values())[-1] if own else self.out_features
+
+    def outputs_now(self) -> int:
+        """`outputs` of the active adapters; where they are averaged, or chosen by row, all have to agree. Raises IncompatibleError."""
+        now, here = self.now, self.adapters
+        if not (now.average or now.rows is not None):
+            return self.outputs(*now.names)
+        each = {name: self.outputs(name) for name in now.names if name in here or not now.average}
+        if now.rows is not None and -1 in now.rows:
+            each["the bare base"] = self.out_features
+        if len(set(each.values())) > 1:
+            how = "averaged" if now.average else "computed by row in one batch"
+            said = ", ".join(f"{outputs} ({name})" for name, outputs in each.items())
+            raise IncompatibleError(f"{self.role}: heads with {said} outputs cannot be {how}; activate one adapter at a time, or those of equal size")
+        return next(iter(each.values()), self.out_features)
 
     def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         x = self.entered(modules, *inputs)

@@ -9,7 +9,7 @@ from torch import nn
 
 from effzoo.peft.attach import acting, attached
 from effzoo.peft.fingerprint import facts, fingerprint
-from effzoo.peft.state import adapters_of
+from effzoo.peft.state import adapters_of, label_layers
 
 ELASTIC = ("processes", "batch_size", "gradient_accumulation")  # these may change on resuming while their product stays
 HINTS = {
@@ -23,6 +23,9 @@ def adapters(model: nn.Module) -> dict[str, Any]:
     """The active adapters with their specs; and how they are combined, their scales and which of them learn, where that is not the usual."""
     now = adapters_of(model).roster.now
     found: dict[str, Any] = {name: attached(model)[name].spec for name in now.names}
+    for path, site in label_layers(model).items():
+        if other := {name: site.outputs(name) for name in now.names if site.outputs(name) != site.out_features}:
+            found[f"outputs of {path}"] = other
     if now.combine != "stack" or set(now.scales) - {1.0} or now.trained != frozenset(now.names):
         found["acting"] = [now.combine, now.by_row(), list(now.scales), sorted(now.trained)]
     return found

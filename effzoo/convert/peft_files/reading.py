@@ -21,6 +21,7 @@ from effzoo.convert.peft_files.writing import CONFIG, HEADER, WEIGHTS
 from effzoo.errors import AdapterError, EffzooError, listing
 from effzoo.peft import attach, attached, detach, finish
 from effzoo.peft.manifest import read_json
+from effzoo.peft.method import LABELS
 from effzoo.sites import Embedding
 from effzoo.spec import Spec
 
@@ -52,7 +53,7 @@ def read(model: nn.Module, directory: Path, name: str) -> None:
     log.info("%s: a peft adapter for base %r, which its files cannot prove", directory, config.get("base_model_name_or_path"))
     heads = {path: wanted for path, wanted in kept.items() if twin.is_head(path)}
     rest = {path: wanted for path, wanted in kept.items() if not twin.is_head(path)}
-    attach(model, [*specs(twin, found), *specs(twin, rows), *specs(twin, rest)], name=name)
+    attach(model, [*specs(twin, found), *specs(twin, rows), *specs(twin, rest)], name=name, num_labels=_labels(twin, heads))
     try:
         if config["peft_type"] == "P_TUNING":
             finish(model, name)
@@ -60,6 +61,23 @@ def read(model: nn.Module, directory: Path, name: str) -> None:
     except EffzooError:
         detach(model, name)
         raise
+
+
+def _labels(twin: Twin, heads: Mapping[str, Wanted]) -> int | None:
+    """For how many labels the head of the file is. Raises AdapterError for one of another size than the model's that is not whole."""
+    for path, wanted in heads.items():
+        if twin.sites[path].role != LABELS or not (sizes := {len(tensor) for tensor in wanted.tensors.values()}):
+            continue
+        base = twin.sites[path].base()
+        ours = len(base["weight"])
+        other = sizes != {ours}
+        if other and (len(sizes) > 1 or set(wanted.tensors) != {f"own_{key}" for key in base}):
+            raise AdapterError(
+                f"{path}: the file's head has {listing(map(str, sorted(sizes)))} outputs, this model's {ours}; one of another size comes whole, "
+                "weight and bias alike; copy the whole adapter"
+            )
+        return sizes.pop()
+    return None
 
 
 def _open(directory: Path) -> tuple[Config, dict[str, Tensor], dict[str, list[int]]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, more_tokens, parts_of
 from effzoo.errors import AdapterError
+from effzoo.peft.method import LABELS
 from effzoo.peft.parameter.selected import Copy
 from effzoo.peft.parameter.tokens import ROLES, spans
 from effzoo.sites import Norm, TiedLinear
@@ -136,7 +137,8 @@ def read(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mappi
             base = site.base().get(parameter)
             if base is not None and site.role in ROLES and base.shape[1:] == part.shape[1:] and len(base) != len(part):
                 raise AdapterError(f"{key} has {len(part)} tokens in the file, this model has {len(base)}{more_tokens(part, base)}")
-            if base is None or base.shape != part.shape:
+            labelled = site.role == LABELS and base is not None and base.shape[1:] == part.shape[1:] and len(part) > 0  # of any number of labels
+            if base is None or (base.shape != part.shape and not labelled):
                 needed = "has none" if base is None else f"needs {tuple(base.shape)}"
                 raise AdapterError(f"{key} has shape {tuple(tensor.shape)}, of which {path} would get {tuple(part.shape)}; this model {needed}")
             with_head = path == twin.token and bool(config.get("ensure_weight_tying")) and named(str(twin.tied_head), saved)

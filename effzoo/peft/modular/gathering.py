@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from effzoo.errors import AdapterError, UnknownNameError
-from effzoo.peft.aggregation import take_head
+from effzoo.peft.aggregation import labels, take_head
 from effzoo.peft.attach import _known, attach
 from effzoo.peft.modular.mixture import Among, MixtureMethod
 from effzoo.peft.state import transition
@@ -36,7 +36,12 @@ def gather(model: nn.Module, adapters: Sequence[str], *, name: str, how: str = "
         _known(model, head)
     with transition(model, *adapters), torch.no_grad():
         finish(model, *adapters)
-        attach(model, Spec(spec.name, {**spec.options, "of": tuple(attachment.spec for attachment in found), "finished": True}), name=name)
+        attach(
+            model,
+            Spec(spec.name, {**spec.options, "of": tuple(attachment.spec for attachment in found), "finished": True}),
+            name=name,
+            num_labels=None if head is None else labels(model, head),
+        )
         for _, site in sites(model):
             for number, adapter in enumerate(adapters):
                 if (mixture := mixture_at(site, name)) is not None and adapter in site.adapters:
@@ -56,7 +61,7 @@ def extract(model: nn.Module, mixture: str, expert: int, *, name: str) -> None:
     if not 0 <= expert < len(method.of):
         raise UnknownNameError("expert", expert, map(str, range(len(method.of))))
     with transition(model), torch.no_grad():
-        attach(model, method.of[expert], name=name)
+        attach(model, method.of[expert], name=name, num_labels=labels(model, mixture))
         if method.finished or _known(model, mixture).finished:
             finish(model, name)
         for _, site in sites(model):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 
 from effzoo.annotations import Count, Probability, Whole
@@ -37,6 +38,19 @@ class Copy(PeftModule):
 
     def bias(self, bias: Tensor) -> Tensor:
         return getattr(self, "own_bias", bias)
+
+    @property
+    def own_outputs(self) -> int | None:
+        weight = self._parameters.get("own_weight")
+        return None if weight is None else len(weight)
+
+    @torch.no_grad()
+    def renew(self, outputs: int) -> None:
+        """A fresh head, as a model starts with: drawn with a standard deviation of 0.02, biases 0."""
+        for name, old in list(self._parameters.items()):
+            assert old is not None
+            new = nn.Parameter(old.new_zeros(outputs, *old.shape[1:]), requires_grad=old.requires_grad)
+            setattr(self, name, nn.init.normal_(new, std=0.02) if name == "own_weight" else new)
 
     def grow(self, weight: Tensor | None, bias: Tensor | None) -> None:
         for name, rows in (("own_weight", weight), ("own_bias", bias)):
