@@ -73,7 +73,7 @@ def _labels(twin: Twin, heads: Mapping[str, Wanted]) -> int | None:
         other = sizes != {ours}
         if other and (len(sizes) > 1 or set(wanted.tensors) != {f"own_{key}" for key in base}):
             raise AdapterError(
-                f"{path}: the file's head has {listing(map(str, sorted(sizes)))} outputs, this model's {ours}; one of another size comes whole, "
+                f"{path}: the file's head has {' and '.join(map(str, sorted(sizes)))} outputs, this model's {ours}; one of another size comes whole, "
                 "weight and bias alike; copy the whole adapter"
             )
         return sizes.pop()
