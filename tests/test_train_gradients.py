@@ -88,6 +88,40 @@ def test_the_first_factor_of_lora_with_a_gradient_of_zero_at_first_is_no_fault(t
     assert not result.untouched and "gradient" not in caplog.text and effzoo.status(model).untouched == {}
 
 
+@pytest.mark.parametrize("peft", ["lora", "pfeiffer", "krona", "llama_adapter", "dora", "parallel"])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_what_waits_for_the_first_update_of_another_is_not_said_to_be_untouched(tiny, tmp_path, caplog, peft, steps):
+    """The rate is 0 in the first of two steps, so in both the second factor is zero; what the run was too short for moves in a longer one."""
+    with caplog.at_level(logging.WARNING, logger="effzoo"):
+        model, result = run(tiny, tmp_path / "short", "bert", "classification", "full", CLASSES, peft, max_steps=steps, warmup=min(1, steps - 1))
+    assert not result.untouched and effzoo.status(model).untouched == {} and "gradient" not in caplog.text
+    _, longer = run(tiny, tmp_path / "long", "bert", "classification", "full", CLASSES, peft, max_steps=5, warmup=1)
+    assert not longer.untouched and not longer.untouched.untold
+    if peft == "lora":
+        assert {key.rpartition(".")[2] for key in result.untouched.untold} == ({"A"} if steps < 3 else set())
+        assert ("4 of 12 trained tensors" in str(result.untouched)) == ("too short to tell" in str(result.untouched)) == (steps < 3)
+
+
+def test_what_waits_for_two_others_in_a_row_is_judged_when_both_have_moved():
+    """y = a (b (c x)) with a gate each: c waits for b, b waits for a, and d for nobody."""
+    a, b, c, d = (nn.Parameter(torch.full((1,), value)) for value in (0.0, 0.0, 2.0, 3.0))
+    model = nn.ParameterDict({"a": a, "b": b, "c": c, "d": d})
+    gradients = Gradients()
+    gradients.begin(model)
+    told = []
+    for rate in (0.0, 1.0, 0.0, 1.0, 1.0):
+        model.zero_grad()
+        loss = (1 + a) * 0 + a + (a * b) + (a * b * c) + 0 * d
+        loss.backward()
+        gradients.look()
+        told.append((set(gradients.untouched().zero), set(gradients.untouched().untold)))
+        with torch.no_grad():
+            for p in (a, b, c, d):
+                p.sub_(rate * p.grad)
+    waiting = [{"b", "c", "d"}, {"b", "c", "d"}, {"c", "d"}, {"c", "d"}]
+    assert told == [*((set(), names) for names in waiting), ({"d"}, set())]
+
+
 def test_a_gradient_of_zero_throughout_is_told_apart_from_none(tiny, tmp_path):
     """Token 52 never comes: its row has a gradient of zero. Types are never looked at: they have one."""
     model = effzoo.build("bert", **{**tiny, "task": "classification", "num_labels": 3})
@@ -96,7 +130,7 @@ def test_a_gradient_of_zero_throughout_is_told_apart_from_none(tiny, tmp_path):
     model.blocks[1].mlp.up.requires_grad_(True)
     with torch.no_grad():
         model.blocks[1].mlp.down.weight.zero_()
-    result = effzoo.finetune(model, CLASSES, output_dir=tmp_path, progress=False, save_every=None, max_steps=2)
+    result = effzoo.finetune(model, CLASSES, output_dir=tmp_path, progress=False, save_every=None, max_steps=3)
     assert set(result.untouched.zero) == {"blocks.1.mlp.up.weight", "blocks.1.mlp.up.bias"} and not result.untouched.none
     assert "got a gradient of zero in every step: blocks.*.mlp.up.weight, blocks.*.mlp.up.bias" in str(result.untouched)
 

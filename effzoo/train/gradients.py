@@ -19,17 +19,20 @@ class Untouched:
     """The trained tensors that a run did not reach: their sizes by name.
 
     none: that got no gradient, as nothing that the loss depends on reads them. zero: whose gradient was zero throughout. of: all that were trained.
+    untold: whose gradient was zero while another tensor was still all zeros and about to move, in a run too short to tell; no fault yet.
     """
 
     none: Mapping[str, int] = field(default_factory=dict)
     zero: Mapping[str, int] = field(default_factory=dict)
     of: Mapping[str, int] = field(default_factory=dict)
+    untold: Mapping[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.none or self.zero)
 
     def __str__(self) -> str:
-        parts = [(self.none, "got no gradient"), (self.zero, "got a gradient of zero in every step")]
+        short = "had a gradient of zero while other tensors were still zero, and the run was too short to tell whether it stays so"
+        parts = [(self.none, "got no gradient"), (self.zero, "got a gradient of zero in every step"), (self.untold, short)]
         return "; ".join(f"{self._share(found)} {what}: {patterns(found)}" for found, what in parts if found) or "every trained tensor got a gradient"
 
     def reasons(self) -> dict[str, str]:
@@ -44,7 +47,8 @@ class Untouched:
 class Gradients:
     """Looks at the gradients of each step, before the optimizer uses them, until every trained tensor has had one.
 
-    A gradient of zero is told apart from none: the first factor of LoRA has a gradient of zero as long as the second one is zero.
+    A gradient of zero is told apart from none: the first factor of LoRA has a gradient of zero as long as the second one is zero, and that is so for
+    as long as the learning rate is. So a zero is judged by a step in which no trained tensor with a gradient is still all zeros itself.
     """
 
     def __init__(self) -> None:
@@ -52,6 +56,8 @@ class Gradients:
         self.trained: dict[str, int] = {}
         self._left: dict[str, nn.Parameter] = {}
         self._had: set[str] = set()  # of those left, the ones with a gradient of zero
+        self._judged: set[str] = set()  # of these, the ones that had it when nothing stood before them any more
+        self._unmoved: list[nn.Parameter] = []  # all zeros, though they have a gradient: what they are multiplied with has none yet
 
     def begin(self, model: nn.Module) -> None:
         """A stage begins, in which other parameters may be trained."""
@@ -63,12 +69,18 @@ class Gradients:
     def look(self) -> None:
         """Take note of the gradients of one step. Raises TrainingError when nothing has one."""
         self.steps += 1
+        self._unmoved = [parameter for parameter in self._unmoved if parameter.requires_grad and not bool(torch.count_nonzero(parameter))]
         for name, parameter in list(self._left.items()):
             if parameter.grad is not None and bool(torch.count_nonzero(parameter.grad)):
                 del self._left[name]
                 self._had.discard(name)
+                self._judged.discard(name)
+                if not bool(torch.count_nonzero(parameter)):
+                    self._unmoved.append(parameter)
             elif parameter.grad is not None:
                 self._had.add(name)
+        if not self._unmoved:
+            self._judged |= self._had
         if self.trained and len(self._left) == len(self.trained) and not self._had:
             raise TrainingError(
                 f"{nothing_reached(self.trained)}; train something that the loss depends on, with other targets or another attention kind"
@@ -79,7 +91,9 @@ class Gradients:
         if not self.steps:
             return Untouched()
         none = {name: self.trained[name] for name in self._left if name not in self._had}
-        return Untouched(none, {name: self.trained[name] for name in self._left if name in self._had}, dict(self.trained))
+        zero = {name: self.trained[name] for name in self._left if name in self._judged}
+        untold = {name: self.trained[name] for name in self._left if name in self._had - self._judged}
+        return Untouched(none, zero, dict(self.trained), untold)
 
     def check_moved(self) -> None:
         """Raise TrainingError when nothing had a gradient other than zero: the run has learned nothing."""

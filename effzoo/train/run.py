@@ -64,7 +64,7 @@ class Result:
     on CUDA during the call, elsewhere the resident set of this process since it started. last, best: checkpoints. weights: the adapter's
     folder (several adapters: a folder that holds one each), or model.safetensors when all
     parameters were trained. untouched: the trained tensors that got no gradient in this call, or only zeros; false when there is none, and
-    as text a sentence with their share.
+    as text a sentence with their share, and with what the run was too short to tell.
     """
 
     metrics: dict[str, float]

@@ -87,7 +87,7 @@ class Rhythm(TrainerCallback):
         self.gradients.look()
         untouched = self.gradients.untouched().none
         if self.gradients.steps == 1 and untouched and not args.process_index:
-            logging.getLogger("effzoo").warning("after the first step, %s", replace(self.gradients.untouched(), zero={}))
+            logging.getLogger("effzoo").warning("after the first step, %s", replace(self.gradients.untouched(), zero={}, untold={}))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_save = control.should_save or (control.should_evaluate and self.best is not None)
