@@ -15,6 +15,7 @@ from effzoo.errors import IncompatibleError, OptionError, TrainingError, listing
 from effzoo.peft.attach import acting, attached
 from effzoo.peft.manifest import MANIFEST
 from effzoo.peft.training import finish, later, overrides, restart, said
+from effzoo.sites import sites
 from effzoo.train import checkpoints
 from effzoo.train.record import differences
 from effzoo.train.settings import one_of
@@ -47,9 +48,22 @@ def check_trainable(model: Transformer) -> None:
 
 
 def check_model(model: Any, what: str = "model") -> None:
-    """OptionError for what `effzoo.build` did not make."""
-    if not isinstance(model, (Transformer, Perceiver)):
-        raise OptionError(f"{what} is what effzoo.build returns, got {model if isinstance(model, str) else type(model).__name__!r}")
+    """OptionError for what `effzoo.build` did not make: its task, its inputs and its loss are not known here."""
+    if isinstance(model, (Transformer, Perceiver)):
+        return
+    accepted = f"{what} is a Transformer or Perceiver, as effzoo.build or effzoo.convert.from_transformers returns it"
+    if not isinstance(model, torch.nn.Module):
+        raise OptionError(f"{accepted}, got {model!r:.80} ({type(model).__name__}); try effzoo.build('bert', task='classification')")
+    count = len(list(sites(model)))
+    if count:
+        advice = (
+            "train it in a loop of your own, in which effzoo.peft.begin, schedule, penalty and finish do the methods' part (effzoo/peft/training.py)"
+        )
+    else:
+        advice = "convert it, if transformers has it, or build one and train that"
+    raise OptionError(
+        f"{accepted}, got {type(model).__name__!r}, a module with {count} of effzoo's sites, whose task and inputs are not known; {advice}"
+    )
 
 
 def check_precision(model: torch.nn.Module, precision: str) -> None:
