@@ -12,6 +12,7 @@ from effzoo.architectures import Perceiver, Transformer
 from effzoo.errors import AdapterError, IncompatibleError, OptionError, TooLargeError, did_you_mean
 from effzoo.memory import free
 from effzoo.peft.merging import merged_tensors
+from effzoo.peft.state import transition
 from effzoo.sites import Embedding, Linear, PeftModule, Site, TiedLinear, sites, unwrap
 
 M = TypeVar("M", bound=nn.Module)
@@ -47,26 +48,27 @@ def resize_vocabulary(model: M, n: int, *, init: Init = "mean", multiple_of: int
         return outer
     found = {path: site for path, site in sites(model) if site.role in ROLES}
     _check_sites(model, found, n, old)
-    draw = torch.Generator().manual_seed(seed)
-    new = {path: _resized(site, n, init, draw) for path, site in found.items()}
-    table = next(tensors for path, tensors in new.items() if found[path] is token)  # which a tied head reads
-    grown = [(module, table | new[path]) for path, site in found.items() for module in _hung(site)]
-    for path, site in found.items():
-        for name, tensor in new[path].items():
-            parameter = getattr(site, name)
-            setattr(site, name, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
-        if isinstance(site, Embedding):
-            site.num_embeddings = n
-        elif isinstance(site, Linear | TiedLinear):
-            site.out_features = n
-    for module, tensors in grown:
-        added = {name: tensor[old:] for name, tensor in tensors.items()}
-        module.grow(added.get("weight"), added.get("bias"))
-    token.added = max(0, token.added + n - old)
-    assert isinstance(model, Transformer | Perceiver)
-    model.config = model.embeddings.config = dataclasses.replace(model.config, vocab=n)
-    if isinstance(model, Perceiver):
-        model.embeddings.sizes = model.config.inputs()
+    with transition(outer):
+        draw = torch.Generator().manual_seed(seed)
+        new = {path: _resized(site, n, init, draw) for path, site in found.items()}
+        table = next(tensors for path, tensors in new.items() if found[path] is token)  # which a tied head reads
+        grown = [(module, table | new[path]) for path, site in found.items() for module in _hung(site)]
+        for path, site in found.items():
+            for name, tensor in new[path].items():
+                parameter = getattr(site, name)
+                setattr(site, name, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+            if isinstance(site, Embedding):
+                site.num_embeddings = n
+            elif isinstance(site, Linear | TiedLinear):
+                site.out_features = n
+        for module, tensors in grown:
+            added = {name: tensor[old:] for name, tensor in tensors.items()}
+            module.grow(added.get("weight"), added.get("bias"))
+        token.added = max(0, token.added + n - old)
+        assert isinstance(model, Transformer | Perceiver)
+        model.config = model.embeddings.config = dataclasses.replace(model.config, vocab=n)
+        if isinstance(model, Perceiver):
+            model.embeddings.sizes = model.config.inputs()
     return outer
 
 

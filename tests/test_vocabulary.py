@@ -242,6 +242,21 @@ def test_what_is_merged_into_the_rows_must_be_taken_out_first():
     assert all(torch.equal(tensor[: len(weights[key])], weights[key]) for key, tensor in other.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_model_resized_inside_inference_mode_can_learn_afterwards(name):
+    model, same = built(name), built(name)
+    same.load_state_dict(model.state_dict())
+    effzoo.attach(model, "lora[targets=embed.token, rank=2]")
+    with torch.inference_mode():
+        resize_vocabulary(model, 57)
+    assert not any(x.is_inference() for x in model.state_dict(keep_vars=True).values())
+    model(input_ids=ids(57), labels=ids(57)).loss.backward()
+    assert sum(p.grad is not None for p in model.parameters()) >= 2
+    effzoo.detach(model, "default")
+    expected = resize_vocabulary(same, 57).state_dict()
+    assert all(torch.equal(x, expected[key]) for key, x in model.state_dict().items())
+
+
 def test_generation_goes_on_and_gives_new_tokens():
     model = built("gpt2")
     before = effzoo.generate(model, ids(n=4), max_new_tokens=5)
