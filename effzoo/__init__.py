@@ -74,6 +74,7 @@ _LAZY = {
     "check": "effzoo.checks",
     "checks": "",
     "convert": "",
+    "data": "",
     "finetune": "effzoo.train",
     "generate": "effzoo.generation",
     "predict": "effzoo.train",

@@ -132,7 +132,7 @@ def _part(value: Any, annotation: Any) -> str:
             for place, (item, wanted) in enumerate(zip(value, each, strict=False)):
                 if not _has_type(item, wanted, ranges=False):
                     return f"; item {place} is {shown(item)} ({type(item).__name__})"
-        elif issubclass(origin, Sequence) and hasattr(value, "tolist"):
+        elif issubclass(origin, Collection) and not issubclass(origin, Mapping) and hasattr(value, "tolist"):
             return "; .tolist() makes a list of it"
         elif issubclass(origin, Sequence) and isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
             return "; list(...) makes one of it"
@@ -222,7 +222,9 @@ def _has_type(value: Any, annotation: Any, ranges: bool) -> bool:
         return isinstance(value, Sequence) and len(value) == len(arguments) and all(map(lambda v, a: _has_type(v, a, ranges), value, arguments))
     if isinstance(origin, type) and issubclass(origin, Collection):
         kind = Sequence if issubclass(origin, (list, tuple)) else origin
-        return isinstance(value, kind) and not isinstance(value, (str, bytes)) and all(_has_type(item, arguments[0], ranges) for item in value)
+        if isinstance(value, (str, bytes)) or hasattr(value, "__array__"):  # an array without an axis cannot be gone through
+            return False
+        return isinstance(value, kind) and all(_has_type(item, arguments[0], ranges) for item in value)
     if isinstance(origin, type) and origin is not type:
         return isinstance(value, origin)
     if isinstance(annotation, type) and issubclass(annotation, torch.nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,14 +171,18 @@ def _check_table(data: object) -> None:
 
 
 def _is_folder_of_folders(path: Path) -> bool:
-    return path.is_dir() and any(inner.is_dir() and any(inner.glob("*.txt")) for inner in path.iterdir())
+    return os.path.isdir(path) and any(inner.is_dir() and _texts(inner) for inner in path.iterdir())
+
+
+def _texts(folder: Path) -> list[Path]:
+    return [file for file in folder.glob("*.txt") if file.is_file()]
 
 
 def _by_folder(path: Path, encodings: Sequence[str]) -> Dataset:
     """One row per .txt file, in the order of the names; the folder's name is the label."""
     from datasets import Dataset
 
-    files = sorted(file for inner in path.iterdir() if inner.is_dir() for file in inner.glob("*.txt"))
+    files = sorted(file for inner in path.iterdir() if inner.is_dir() for file in _texts(inner))
     return Dataset.from_dict({"text": [_decoded(file, encodings) for file in files], "label": [file.parent.name for file in files]})
 
 
@@ -197,8 +202,8 @@ def _read(source: str | Path, path: Path, subset: str | None, encodings: Sequenc
     from datasets import load_dataset
 
     arguments: dict[str, Any] = {}
-    if path.exists():
-        files = sorted(file for file in path.iterdir() if file.suffix in FORMATS) if path.is_dir() else [path]
+    if os.path.exists(path):
+        files = sorted(file for file in path.iterdir() if file.suffix in FORMATS and file.is_file()) if path.is_dir() else [path]
         kinds = sorted({file.suffix for file in files})
         if len(kinds) != 1 or kinds[0] not in FORMATS:
             problem = f"has files of several kinds ({listing(kinds)})" if len(kinds) > 1 else f"is of no kind that can be read ({listing(kinds)})"

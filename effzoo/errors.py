@@ -5,9 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 4_000  # characters of a message; what was given may be longer
+
 
 class EffzooError(Exception):
-    """Parent of every error that effzoo raises on purpose."""
+    """Parent of every error that effzoo raises on purpose. The middle of a message is left out where it is long."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        left_out = len(text) - LONGEST
+        return text if left_out <= 0 else f"{text[: LONGEST // 2]} ... ({left_out:,} characters) ... {text[-LONGEST // 2 :]}"
 
 
 class UnknownNameError(EffzooError, LookupError):

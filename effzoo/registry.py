@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import logging
+import os
 import sys
 import traceback
 import weakref
@@ -120,8 +121,8 @@ router: View[Any] = View("router")
 def load_file(path: str | Path) -> list[tuple[str, str]]:
     """Run a Python file and return the (kind, name) pairs that it registered."""
     path = Path(path)
-    if not path.is_file():
-        raise OptionError(f"no such file: {path}")
+    if not os.path.isfile(path):
+        raise OptionError(f"no such file: {shown(str(path))}; give a Python file that registers kinds or methods")
     before = set(_table)
     name = f"effzoo_file_{path.stem}_{zlib.crc32(str(path.absolute()).encode()):08x}"  # two files may have one name
     spec = importlib.util.spec_from_file_location(name, path)

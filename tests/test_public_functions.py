@@ -246,7 +246,7 @@ def test_what_is_wrong_inside_a_map_or_list_is_named():
             call()
     effzoo.activate(model, rows=("default", None, "default"))
     with pytest.raises(
-        EffzooError, match=r"adapters were chosen for 3 rows, but what comes here has 2 rows, shape \(2, 4, 16\); choose one for each"
+        EffzooError, match=r"adapters were chosen for 3 rows, but what comes here has 2 rows, shape \(2, 4, 16\); give as many choices"
     ):
         model(input_ids=IDS)
 

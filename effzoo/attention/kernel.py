@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from effzoo.attention.dropped import Weights
 from effzoo.attention.part import Part
-from effzoo.errors import OptionError
+from effzoo.errors import InputError, OptionError
 
 BACKENDS = ("auto", "reference", "sdpa", "blocks")
 _aten_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -48,6 +48,8 @@ def attend(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> Tensor:
 def attended(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> tuple[Tensor, Tensor | None]:
     """`attend`, and the log-sum-exp [batch, heads, n, 1] without gradient, -inf for a query that attended to nothing (None from a fused kernel
     that does not tell)."""
+    if not parts:
+        raise InputError("attention is over the keys of at least one part; give attend a Part")
     backend, _ = choose(parts, dropout, backend)
     if backend == "reference" or torch.compiler.is_compiling():
         parts = tuple(one for part in parts for one in ([part] if part.rounds is None else part.rounds.parts(part)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def _files(label: str) -> list[Path]:
 
 
 def _file(label: str, name: str) -> Path | None:
-    if Path(label).is_dir():
+    if os.path.isdir(label):
         path = Path(label) / name
         return path if path.is_file() else None
     from huggingface_hub import try_to_load_from_cache

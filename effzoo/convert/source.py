@@ -139,12 +139,12 @@ def _local_or_hub(source: str | Path) -> str:
     """The source as transformers takes it; what looks like a path has to exist."""
     text = os.path.expanduser(str(source))
     path = Path(text)
-    if path.is_dir():
+    if os.path.isdir(path):
         if not (path / "config.json").is_file():
             raise ConversionError(f"{text} has no config.json; give a folder that save_pretrained wrote")
         _check_shards(path)
         return text
-    if path.is_file():
+    if os.path.isfile(path):
         raise ConversionError(f"{text} is a file; give the folder that save_pretrained wrote, with config.json and the weights")
     if isinstance(source, Path) or text.startswith((".", os.sep)) or "\\" in text or text.count("/") > 1:
         raise ConversionError(f"{text} looks like a local folder, but there is none; give a folder that save_pretrained wrote, or a hub id")
@@ -186,10 +186,10 @@ def _explained(label: str, source: Any) -> Iterator[None]:
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-        if Path(label).is_dir():
+        if os.path.isdir(label):
             raise ConversionError(f"{label} could not be loaded ({reason}); it should hold what save_pretrained wrote") from error
         raise ConversionError(
-            f"{source!r} is no local folder, and as a hub id it could not be fetched ({reason}); "
+            f"{shown(str(source))} is no local folder, and as a hub id it could not be fetched ({reason}); "
             "give a local folder that save_pretrained wrote, or check the name and the network"
         ) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from effzoo.annotations import Count, NotNegative
+from effzoo.errors import InputError
 from effzoo.peft.attach import acting, activate, attached, base_tensors
 from effzoo.peft.budget import without_memory
 from effzoo.peft.files import stored_tensors
@@ -98,6 +100,8 @@ def flops(model: nn.Module, length: Count = 128) -> Flops:
     Nothing is computed: the model runs on shapes alone. Elementwise work is not counted, so (IA)3 or BitFit seem free while attached.
     """
     model = unwrap(model)
+    if "input_ids" not in inspect.signature(model.forward).parameters:
+        raise InputError(f"flops counts a pass over token ids, which {type(model).__name__} does not read; give a model that effzoo built")
     names = acting(model)
     shadow = copy.deepcopy(model, {id(tensor): without_memory(tensor) for tensor in (*model.parameters(), *model.buffers())}).eval()
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")

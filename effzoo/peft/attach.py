@@ -8,6 +8,7 @@ base is as trainable as it was before.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -16,8 +17,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from effzoo.annotations import Count
-from effzoo.errors import AdapterError, IncompatiblePeft, OptionError, TargetError, did_you_mean, listing
+from effzoo.annotations import Count, Number
+from effzoo.errors import AdapterError, IncompatiblePeft, OptionError, TargetError, did_you_mean, listing, shown
 from effzoo.memory import room
 from effzoo.peft.method import ALL_LINEAR, HEAD, Method
 from effzoo.peft.state import Adapters, Attachment, act, adapters_of, label_layers, transition
@@ -27,7 +28,9 @@ from effzoo.sites import WITHOUT_SCALE, Activity, Linear, PeftModule, Site, Tied
 from effzoo.spec import Spec, parse
 
 M = TypeVar("M", bound=nn.Module)
-Scale = float | Mapping[str, float]
+Scale = Number | Mapping[str, Number]
+LONGEST_NAME = 100  # of an adapter: its name is part of the names of files, which hold 255 bytes
+_OF_DEVICES = re.compile("con|prn|aux|nul|(com|lpt)[0-9]", re.IGNORECASE)  # no file of Windows has such a name
 Trained = str | Collection[str] | None
 
 
@@ -45,7 +48,12 @@ def attach(model: M, peft: Any, *, name: str = "default", dtype: torch.dtype | s
     with transition(model) as state:
         inside = unwrap(model)
         if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict(), name):
-            raise AdapterError(f"an adapter name is a Python identifier that torch does not use itself, got {name!r}; try 'task_a'")
+            raise AdapterError(f"an adapter name is a Python identifier that torch does not use itself, got {shown(name)}; try 'task_a'")
+        if len(name.encode()) > LONGEST_NAME or _OF_DEVICES.fullmatch(name):
+            raise AdapterError(
+                f"an adapter name is also that of a folder: at most {LONGEST_NAME} bytes, and none that Windows keeps for devices, "
+                f"got {shown(name)}; try 'task_a'"
+            )
         if name in state.attachments or any(name == merged.name for merged in state.merged):
             raise AdapterError(f"an adapter named {name!r} is attached already (or merged); detach it first or choose another name")
         attachment, settled = Attachment(name, parse(peft), dtype=_dtype(dtype)), []

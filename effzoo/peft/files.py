@@ -197,8 +197,9 @@ def folder_of(given: str | Path) -> Path:
         (folder / MANIFEST).lstat()
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except OSError as error:
-        raise AdapterError(f"{str(folder)[:80]!r} cannot be a folder of an adapter: {error.strerror}; give one such as 'out/adapter'") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "its name cannot be written in the encoding of the file system"
+        raise AdapterError(f"{str(folder)[:80]!r} cannot be a folder of an adapter: {reason}; give one such as 'out/adapter'") from None
     return folder
 
 

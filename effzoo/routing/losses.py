@@ -13,6 +13,7 @@ from effzoo.errors import InputError
 
 def importance_loss(weights: Tensor) -> Tensor:
     """CV(I)^2 of the importance I_i = sum over tokens of the weights [tokens, experts] (Shazeer et al. 2017, arXiv:1701.06538, equations 6 and 7)."""
+    _check_alike(weights=weights)
     return squared_variation(weights.sum(dim=0))
 
 
@@ -40,6 +41,9 @@ def _check_alike(**given: Tensor) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
     if len(set(shapes.values())) > 1 or any(len(shape) != 2 for shape in shapes.values()):
         raise InputError(f"{' and '.join(shapes)} are [tokens, experts] of one shape, got {shapes}")
+    for name, tensor in given.items():
+        if not tensor.is_floating_point() and name != "chosen":
+            raise InputError(f"{name} are floats, got {tensor.dtype}; .float() makes them of integers")
 
 
 def squared_variation(values: Tensor) -> Tensor:

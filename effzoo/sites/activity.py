@@ -52,8 +52,8 @@ class Activity:
         if self.rows is not None and batch != len(self.rows):
             found = "no rows" if batch is None else f"{batch} rows" if shape is None else f"{batch} rows, shape {tuple(shape)}"
             raise IncompatibleError(
-                f"{role}: adapters were chosen for {len(self.rows)} rows, but what comes here has {found}; choose one for each row of the batch, "
-                "and where the first axis is not the batch, leave this role out of such adapters"
+                f"{role}: adapters were chosen for {len(self.rows)} rows, but what comes here has {found}; give as many choices as the batch "
+                "has rows, and where the first axis is not the batch, leave this role out of such adapters"
             )
 
 

@@ -235,7 +235,7 @@ def sized(data: Any, what: str) -> None:
     if isinstance(data, DataLoader):
         raise InputError(f"{what} is a DataLoader, which gives batches; give its examples (loader.dataset), and batch_size= beside them")
     rows = hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, (type, IterableDataset))
-    if not rows or (isinstance(data, Tensor) and not data.ndim):
+    if not rows or getattr(data, "ndim", 1) == 0:
         raise InputError(
             f"{what} needs a length and access by index, as a list or a datasets.Dataset has; got {_short(data)}. "
             "What can be iterated becomes a list by list(...)."
