@@ -126,6 +126,35 @@ def test_a_detach_that_leaves_rows_of_two_sizes_is_refused_and_changes_nothing(t
     assert torch.equal(model(IDS).logits, before) and list(effzoo.attached(model)) == ["a", "b"]
 
 
+@pytest.mark.parametrize("block", [effzoo.disabled, effzoo.active])
+def test_behind_a_block_rows_of_two_sizes_are_refused_and_the_bare_base_is_left(block, tmp_path):
+    model, *_ = two(tmp_path, 5, 5, base=3)
+    effzoo.activate(model, rows=["a", "b", "a"])
+    with pytest.raises(IncompatibleError, match=r"5 \(b\), 3 \(the bare base\) outputs cannot be computed by row"), block(model):
+        effzoo.detach(model, "a")
+    assert effzoo.status(model).active == () and model.num_labels == 3 and model(IDS).logits.shape == (3, 3)
+
+
+@pytest.mark.parametrize("how", ["fusion", "routed[router='fixed', frozen=true]"])
+def test_a_mixture_and_its_experts_take_the_named_head_in_its_size(how, tmp_path):
+    model, _, b = two(tmp_path)
+    effzoo.activate(model, "b")
+    effzoo.peft.gather(model, ["a", "b"], name="m", how=how, head="b")
+    mine, theirs = (dict(sites(model))["head.out"].of(name)["head"] for name in ("m", "b"))
+    assert model.num_labels == 5 and torch.equal(mine.own_weight, theirs.own_weight) and torch.equal(mine.own_bias, theirs.own_bias)
+    effzoo.peft.extract(model, "m", 1, name="e")
+    assert model.num_labels == 5 and torch.equal(model(IDS).logits, b(IDS).logits)
+
+
+def test_a_compiled_model_follows_the_head_that_acts(tmp_path):
+    model, a, b = two(tmp_path)
+    compiled = torch.compile(model, backend="eager")
+    for own, name, labels in ((a, "a", 3), (b, "b", 5), (a, "a", 3)):
+        effzoo.activate(compiled, name)
+        found = compiled(IDS, labels=of(labels))
+        assert torch.equal(found.logits, own(IDS).logits) and compiled.num_labels == labels
+
+
 def test_in_a_stack_the_last_head_counts(tmp_path):
     model, *_ = two(tmp_path)
     for order, labels in ((("a", "b"), 5), (("b", "a"), 3)):

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from effzoo.annotations import Count, Number
-from effzoo.errors import AdapterError, IncompatiblePeft, OptionError, TargetError, did_you_mean, listing, shown
+from effzoo.errors import AdapterError, IncompatibleError, IncompatiblePeft, OptionError, TargetError, did_you_mean, listing, shown
 from effzoo.memory import room
 from effzoo.peft.method import ALL_LINEAR, HEAD, Method
-from effzoo.peft.state import Adapters, Attachment, act, adapters_of, label_layers, transition
+from effzoo.peft.state import Adapters, Attachment, act, adapters_of, check_heads, label_layers, transition
 from effzoo.peft.unread import trained_unread
 from effzoo.registry import peft as registry
 from effzoo.sites import WITHOUT_SCALE, Activity, Linear, PeftModule, Site, TiedLinear, sites, unwrap
@@ -147,6 +147,7 @@ def active(
     """`activate` inside a `with` block; behind it, also after an error, what acts and what is trainable is as before.
 
     An adapter that was detached meanwhile is left out; one that was attached, or taken out of the base, meanwhile is inactive and frozen then.
+    IncompatibleError, and the bare base, where the heads of those that are left cannot act together by row.
     """
     with _as_before(model, lambda: activate(model, *names, combine=combine, rows=rows, scale=scale, train=train)):
         yield model
@@ -184,6 +185,11 @@ def _as_before(model: nn.Module, enter: Callable[[], object]) -> Iterator[None]:
         for p, flag in flags:
             if id(p) not in base:
                 p.requires_grad_(flag)
+        try:
+            check_heads(inside)
+        except IncompatibleError:  # by row, where the rows of an adapter that was detached would now have the model's own head, of another size
+            state.roster.now = Activity(trained=before.trained)
+            raise
 
 
 def _chosen(

@@ -128,8 +128,7 @@ def transition(model: nn.Module, *rewritten: str) -> Iterator[Adapters]:
                 modes.enter_context(torch.no_grad())
             yield state
         _adopt(model, state)
-        for site in label_layers(model).values():
-            site.outputs_now()  # refuses heads of unequal sizes that cannot act together
+        check_heads(model)
         _forget_listeners(model)
         _check_synchronised(outer, before.flags)
     except BaseException:
@@ -149,6 +148,12 @@ def act(model: nn.Module, state: Adapters, activity: Activity) -> None:
 def label_layers(model: nn.Module) -> dict[str, Linear]:
     """The layers of the task head that have an output for each label, by path."""
     return {path: site for path, site in sites(model) if site.role == LABELS and isinstance(site, Linear)}
+
+
+def check_heads(model: nn.Module) -> None:
+    """IncompatibleError where task heads of unequal sizes would have to act together."""
+    for site in label_layers(model).values():
+        site.outputs_now()
 
 
 class Rewriting:
