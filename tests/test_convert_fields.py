@@ -340,3 +340,24 @@ def test_weights_of_an_encoder_do_not_go_into_a_decoder_of_the_same_sizes():
     decoder = convert.from_transformers(model("llama"))
     with pytest.raises(ConversionError, match="architecture is 'decoder' in the model and 'encoder' in LlamaModel"):
         convert.load_pretrained(decoder, source)
+
+
+# --- files that lack a tensor
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_a_file_that_lacks_one_tensor_is_refused_whichever_it_is(family, tmp_path):
+    """transformers draws it anew, and nothing shows it."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    source = made(classes(family)[-1], config(family, **({"is_decoder": True} if family == "reformer" else {})))
+    source.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = safetensors.load_file(file)
+    convert.from_transformers(tmp_path)
+    block = [key for key in whole if ".0." in key or not any(part.isdigit() for part in key.split("."))]
+    for key in block:
+        if family == "reformer" and key in ("lm_head.bias", "lm_head.decoder.bias"):  # resizing loses one, and versions have one or both
+            continue
+        safetensors.save_file({name: value for name, value in whole.items() if name != key}, file, {"format": "pt"})
+        with pytest.raises(ConversionError, match=r"has no tensor|no tensor for"):
+            convert.from_transformers(tmp_path)

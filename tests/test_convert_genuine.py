@@ -98,6 +98,17 @@ def hidden_method(model):
     model.get_input_embeddings = lambda: None
 
 
+class Doubling(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, kinds, given=(), named=None):
+        out = super().__torch_function__(function, kinds, given, named or {})
+        return 2 * out if function is nn.functional.linear else out
+
+
+def held_as(change):
+    return lambda model: setattr(model.pooler.dense, "weight", nn.Parameter(change(model.pooler.dense.weight.data), requires_grad=False))
+
+
 CHANGES = {
     "another module": (llama, replace("layers.0.mlp", Other), r"layers\.0\.mlp is a Other of test_convert_genuine, and what that computes"),
     "a subclass of a layer": (bert, replace("embeddings.LayerNorm", lambda _: OtherNorm(8)), r"embeddings\.LayerNorm is a OtherNorm"),
@@ -118,6 +129,21 @@ CHANGES = {
     "a hook": (llama, lambda model: model.layers[1].register_forward_hook(doubled), r"layers\.1 has the forward hook doubled, .* remove it"),
     "a hook before": (bert, lambda model: model.encoder.register_forward_pre_hook(louder), "encoder has the forward hook louder"),
     "a hook on a perceiver": (perceiver, lambda model: model.perceiver.encoder.register_forward_hook(doubled), "forward hook doubled"),
+    "a hook on gradients": (
+        llama, lambda model: model.layers[1].mlp.register_full_backward_hook(print), r"layers\.1\.mlp has the hook print on its .* remove"),
+    "a hook before gradients": (bert, lambda model: model.pooler.register_full_backward_pre_hook(print), "pooler has the hook .* on its gradients"),
+    "a hook on a tensor": (llama, lambda model: model.norm.weight.register_hook(print), r"norm\.weight has the hook print on its gradients"),
+    "a hook after accumulation": (
+        perceiver, lambda model: model.perceiver.embeddings.latents.register_post_accumulate_grad_hook(print), r"latents has the hook print on its"),
+    "a lost bias": (bert, attribute("encoder.layer.0.attention.self.query", "bias", None), r"self\.query has no tensor bias where"),
+    "a quantised tensor": (
+        llama, lambda model: setattr(model.norm, "weight", nn.Parameter(model.norm.weight.data.as_subclass(Doubling))),
+        r"norm\.weight is a Doubling of test_convert_genuine, a tensor that may compute in its own way"),
+    "a tensor in float8": (bert, held_as(lambda data: data.to(torch.float8_e4m3fn)), r"dense\.weight is held in torch\.float8_e4m3fn"),
+    "a tensor in int8": (bert, held_as(lambda data: data.to(torch.int8)), r"pooler\.dense\.weight is held in torch\.int8"),
+    "a complex tensor": (bert, held_as(lambda data: data.to(torch.complex64)), r"pooler\.dense\.weight is held in torch\.complex64"),
+    "a sparse tensor": (bert, held_as(lambda data: data.to_sparse()), r"pooler\.dense\.weight is held in torch\.float32 \(torch\.sparse_coo\)"),
+    "one part in another mode": (bert, lambda model: model.embeddings.dropout.train(), r"dropout is in train mode and the model in eval"),
     "a method": (llama, method, r"layers\.0\.mlp has a method forward of its own"),
     "a partial": (bert, wrapped, r"layer\.1\.output has a method forward of its own"),
     "a method of the model": (bert, hidden_method, r"the model has a method get_input_embeddings of its own"),
@@ -166,6 +192,40 @@ def test_a_forward_that_was_put_on_a_class_is_found(monkeypatch):
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: 2 * before(self, x))
     with pytest.raises(ConversionError, match=r"layers\.0\.mlp: LlamaMLP\.forward was replaced by one of test_convert_genuine; undo that"):
         convert.from_transformers(llama())
+
+
+@pytest.mark.parametrize("where", ["a function of its file", "another method"])
+def test_other_code_that_was_put_into_the_place_of_theirs_is_found(where, monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    def mine(*given, **more):
+        raise AssertionError
+
+    if where == "another method":
+        monkeypatch.setattr(modeling_llama.LlamaModel, "get_input_embeddings", mine)
+    else:
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", mine)
+    with pytest.raises(ConversionError, match=r"\w+ was replaced by one of test_convert_genuine; undo that"):
+        convert.from_transformers(llama())
+
+
+def test_a_hook_on_all_modules_is_found_before_a_model_is_taken():
+    handle = nn.modules.module.register_module_forward_hook(doubled)
+    try:
+        with pytest.raises(ConversionError, match="the hook doubled is on every module of this process; remove it"):
+            convert.from_transformers(llama())
+    finally:
+        handle.remove()
+    convert.from_transformers(llama())
+
+
+@pytest.mark.parametrize("make", [llama, bert, perceiver])
+def test_tensors_are_read_past_hooks_on_state_dicts(make):
+    """They change what is saved, not what is computed."""
+    source = make()
+    expected = {key: tensor.clone() for key, tensor in convert.from_transformers(source).state_dict().items()}
+    source._register_state_dict_hook(lambda module, state, prefix, local: {key: 2 * value for key, value in state.items()})
+    assert all(tensor.equal(expected[key]) for key, tensor in convert.from_transformers(source).state_dict().items())
 
 
 def test_attention_functions_of_ones_own_are_refused_by_name():
@@ -286,13 +346,41 @@ def test_converting_leaves_the_source_alone():
     assert model.config.to_dict() == config and all(value.equal(before[key]) for key, value in model.state_dict().items())
 
 
-def test_a_reformer_that_was_trained_is_converted():
+def reformer(cls, **more):
     config = transformers.ReformerConfig(
         vocab_size=41, hidden_size=8, num_attention_heads=2, attention_head_size=4, feed_forward_size=12, axial_pos_shape=[4, 8],
         axial_pos_embds_dim=[2, 6], max_position_embeddings=32, lsh_attn_chunk_length=4, local_attn_chunk_length=4, num_buckets=4, hash_seed=0,
-        attn_layers=["local", "lsh"], is_decoder=True,
+        attn_layers=["local", "lsh"], **more,
     )  # fmt: skip
-    model = transformers.ReformerModelWithLMHead(config).train()
+    return cls(config)
+
+
+@pytest.mark.parametrize("n", [50, 33])
+@pytest.mark.parametrize("task", ["causal_lm", "masked_lm"])
+def test_a_reformer_whose_vocabulary_was_resized_computes_the_same_here(task, n, caplog, tmp_path):
+    """Its resizing loses the bias of the head, or makes it and the decoder's one; neither is a reason to refuse it."""
+    name = {"causal_lm": "ReformerModelWithLMHead", "masked_lm": "ReformerForMaskedLM"}[task]
+    source = reformer(getattr(transformers, name), is_decoder=task == "causal_lm").double().eval()
+    if source.lm_head.decoder.bias is not None:
+        nn.init.normal_(source.lm_head.decoder.bias)
+    source.resize_token_embeddings(n, mean_resizing=False)
+    lost = source.lm_head.bias is None
+    ids = torch.randint(1, 33, (2, 32))
+    with torch.no_grad():
+        expected = source(ids).logits
+        sources = [source]
+        if lost:  # the other version cannot save it
+            source.save_pretrained(tmp_path)
+            sources.append(tmp_path)
+        for given in sources:
+            ours = convert.from_transformers(given).eval()
+            torch.testing.assert_close(ours(ids).logits, expected)
+            assert len(ours.head.out.bias) == n
+    assert sum("lm_head.bias is gone" in message for message in caplog.messages) == (2 if lost else 0)
+
+
+def test_a_reformer_that_was_trained_is_converted():
+    model = reformer(transformers.ReformerModelWithLMHead, is_decoder=True).train()
     model(torch.arange(32)[None]).logits.sum().backward()
     assert model.reformer.encoder.layers[0].attention_seed is not None
     torch.testing.assert_close(convert.from_transformers(model).embeddings.token.weight, model.reformer.embeddings.word_embeddings.weight)

@@ -1,28 +1,35 @@
 """Whether a live model computes what its class and its configuration say: no other code acts in it, and no part was replaced.
 
 A model of transformers is read by its tensors and its configuration. Subclasses, replaced modules, adapters, quantised layers, hooks, methods put on
-an instance and attention functions of one's own change what it computes and leave both as they are, so each of them is looked for and refused.
+an instance or a class, and functions of one's own change what it computes and leave both as they are, so each of them is looked for and refused. So
+are hooks on gradients, which change what is learned. Hooks on state dicts change neither, and the tensors are read past them.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+import sys
+import types
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules import module as of_torch
 
+from effzoo.convert.dtypes import NAMES
 from effzoo.errors import ConversionError
 
 log = logging.getLogger("effzoo.convert")
 _THEIRS = ("torch", "transformers")
+_LIBRARIES = ("accelerate", "huggingface_hub", "numpy", "safetensors", *sys.stdlib_module_names)  # whose functions transformers imports
 _HOOKS = ("transformers", "accelerate")  # whose hooks move, count or record, and change no value
 _QUANTISERS = ("bitsandbytes", "torchao", "auto_gptq", "gptqmodel", "awq", "optimum", "hqq", "eetq", "aqlm", "compressed_tensors")
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 # what a forward pass draws and keeps for its backward pass, and a size that `resize_token_embeddings` leaves behind and nothing computes with
 _SKIPPED = ("training", "gradient_checkpointing", "attention_seed", "feed_forward_seed", "vocab_size")
+_START = ("__init__", "_init_weights", "init_weights", "reset_parameters")  # how weights start, which is past
 _SIMPLE = (bool, int, float, str, type(None))
 
 
@@ -62,17 +69,21 @@ def check_origin(path: str, module: nn.Module) -> None:
         )
 
 
-def check_genuine(label: str, model: Any, fresh: Callable[[Any], Any]) -> None:
-    """Refuse a model in which anything but its class and its configuration says what is computed.
+def check_genuine(label: str, model: Any, fresh: Callable[[Any], Any], lost_by_resizing: Iterable[str] = ()) -> None:
+    """Refuse a model in which anything but its class and its configuration says what is computed or what is learned.
 
-    label: names it in messages. fresh: makes another model from a configuration. Raises ConversionError with the place, and what to do.
+    label: names it in messages. fresh: makes another model from a configuration. lost_by_resizing: keys of tensors that may be gone.
+    Raises ConversionError with the place, and what to do.
     """
     if getattr(model.config, "is_heterogeneous", False):
         raise ConversionError(f"{label} with per_layer_config has no counterpart in effzoo, which has one configuration for all layers")
     _check_attention(label, model)
+    _check_hooks_of_all(label)
     for path, module in model.named_modules():
         check_origin(f"{label}: {path or 'the model'}", module)
         _check_code(f"{label}: {path or 'the model'}", module)
+    for cls in {type(module) for module in model.modules()}:
+        _check_class_code(label, cls)
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             made = dict(fresh(copy.deepcopy(model.config)).named_modules())
@@ -90,9 +101,10 @@ def check_genuine(label: str, model: Any, fresh: Callable[[Any], Any]) -> None:
             raise ConversionError(f"{where} is a {type(module).__name__} where {wanted}; give the model with its own parts")
         if getattr(module, "config", model.config) is not model.config and module.config.to_dict() != model.config.to_dict():
             raise ConversionError(f"{where} has a configuration of its own that differs from the model's; give the model with its own parts")
-        extra = sorted(_tensors(module) - _tensors(made[path]))
-        if extra:
+        if extra := sorted(_tensors(module) - _tensors(made[path])):
             raise ConversionError(f"{where} has a tensor {extra[0]} where its configuration makes none; give the model with its own parts")
+        if lost := sorted(_tensors(made[path]) - _tensors(module) - {key.rpartition(".")[2] for key in lost_by_resizing if _inside(key, path)}):
+            raise ConversionError(f"{where} has no tensor {lost[0]} where its configuration makes one; give it (zeros add nothing, if it is a bias)")
         for name, value in vars(made[path]).items():
             mine = getattr(module, name, None)
             if name.startswith("_") or name in _SKIPPED or _alike(mine, value):
@@ -103,6 +115,7 @@ def check_genuine(label: str, model: Any, fresh: Callable[[Any], Any]) -> None:
             raise ConversionError(
                 f"{where} has {name}={_told(mine)} where its configuration makes {_told(value)}; change the configuration and make the model anew"
             )
+    _check_modes(label, model)
     if dropped:
         place, (mine, value) = next(iter(dropped.items()))
         log.warning("%s: %s is %s and %s in its configuration, which is taken (%d such places)", label, place, mine, value, len(dropped))
@@ -147,11 +160,55 @@ def _tensors(module: nn.Module) -> set[str]:
     return {name for held in (module._parameters, module._buffers) for name, tensor in held.items() if tensor is not None}
 
 
-def check_ties(label: str, model: Any, ties: Mapping[str, str]) -> None:
-    """Refuse parameters that are one tensor under several names, but for those that are tied: {a name: another with the same tensor}."""
+def _inside(key: str, path: str) -> bool:
+    return key.rpartition(".")[0] == path
+
+
+def tensors_of(label: str, model: Any, missing: frozenset[str] = frozenset()) -> dict[str, Tensor]:
+    """What its state dict holds, read past the hooks on it: {key: tensor}, each a plain dense tensor of finite numbers.
+
+    missing: keys that no file gave, which may hold anything.
+    Raises ConversionError for a tensor of another class, layout, device or dtype, and for NaN and infinity.
+    """
+    kept = {
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in {*module._parameters, *module._buffers} - module._non_persistent_buffers_set
+    }
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    found = {key: tensor for key, tensor in named if key in kept}
+    for key, tensor in found.items():
+        if key in missing:
+            continue
+        if type(tensor) not in (Tensor, nn.Parameter):
+            own = type(tensor)
+            raise ConversionError(
+                f"{label}: {key} is a {own.__name__} of {own.__module__}, a tensor that may compute in its own way (quantised or sharded tensors "
+                "do); give plain tensors, as in module.weight = nn.Parameter(...) of its numbers"
+            )
+        if tensor.is_meta:
+            raise ConversionError(f"{label}: {key} is on the device meta and holds no numbers; load the model onto a device first")
+        if tensor.dtype not in NAMES.values() or tensor.layout is not torch.strided:
+            raise ConversionError(
+                f"{label}: {key} is held in {tensor.dtype} ({tensor.layout}), and effzoo holds weights dense, in {', '.join(NAMES)}; "
+                "convert it first, as in model.float()"
+            )
+        if not bool(tensor.isfinite().all()):
+            raise ConversionError(f"{label} has NaN or infinity in {key} ({int((~tensor.isfinite()).sum())} of {tensor.numel()} entries)")
+    return {key: tensor.detach() for key, tensor in found.items()}
+
+
+def check_ties(label: str, model: Any, ties: Mapping[str, str], same: Mapping[str, object] | None = None) -> None:
+    """Refuse parameters that are one tensor under several names, but for those that are tied: {a name: another with the same tensor}.
+
+    same: what names hold in our model; those that hold the same there may be one.
+    """
     seen: dict[int, str] = {}
+    ours = same or {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = seen.setdefault(id(parameter), name)
+        if first in ours and ours[first] == ours.get(name):
+            continue
         if first not in (name, ties.get(name)) and name != ties.get(first):
             raise ConversionError(
                 f"{label}: {name} and {first} are one tensor, and would be two here; give each its own (a clone), or say it in the configuration "
@@ -165,12 +222,64 @@ def _check_code(where: str, module: nn.Module) -> None:
     for hook in hooks:
         if not _from(hook, _HOOKS):
             raise ConversionError(f"{where} has the forward hook {_told(hook)}, which may change what is computed; remove it (handle.remove())")
+    on_gradients = {"": (*module._backward_hooks.values(), *module._backward_pre_hooks.values())}
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            held = (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None))
+            on_gradients[f".{name}"] = tuple(hook for hooks in held for hook in (hooks or {}).values())
+    for name, registered in on_gradients.items():
+        for hook in registered:
+            if not _from(hook, _HOOKS):
+                raise ConversionError(
+                    f"{where}{name} has the hook {_told(hook)} on its gradients, which may change what is learned and would be lost; remove it "
+                    "(handle.remove()), and put it on the converted model if it is wanted"
+                )
     if not _from(type(module).forward, (*_THEIRS, "accelerate")):
         raise ConversionError(f"{where}: {type(module).__name__}.forward was replaced by one of {type(module).forward.__module__}; undo that")
     for name, value in vars(module).items():
         if callable(value) and callable(getattr(type(module), name, None)) and not _from(value, _HOOKS) and not hasattr(module, "_hf_hook"):
             raise ConversionError(
                 f"{where} has a method {name} of its own, {_told(value)}, which may compute something else; delete it (del module.{name})"
+            )
+
+
+def _check_hooks_of_all(label: str) -> None:
+    """Refuse hooks that were put on all modules of the process: they act at the borders of modules, which are others here."""
+    for held in (
+        of_torch._global_forward_hooks, of_torch._global_forward_pre_hooks, of_torch._global_backward_hooks, of_torch._global_backward_pre_hooks,
+    ):  # fmt: skip
+        for hook in held.values():
+            if not _from(hook, (*_HOOKS, "torch")):
+                raise ConversionError(
+                    f"{label}: the hook {_told(hook)} is on every module of this process; remove it (handle.remove()) before converting"
+                )
+
+
+def _check_class_code(label: str, cls: type) -> None:
+    """Refuse methods of a class, and functions in the file of a class of transformers, that others have put there: libraries of faster kernels do."""
+    known = (*_THEIRS, *_LIBRARIES)
+    for owner in cls.__mro__:
+        for name, value in vars(owner).items():
+            if name in _START:
+                continue
+            code = getattr(value, "__func__", value)
+            if isinstance(code, types.FunctionType) and not _from(code, known):
+                raise ConversionError(f"{label}: {owner.__name__}.{name} was replaced by one of {code.__module__}; undo that")
+    if cls.__module__.partition(".")[0] == "transformers":
+        for name, value in vars(sys.modules[cls.__module__]).items():
+            if isinstance(value, types.FunctionType) and not _from(value, known):
+                raise ConversionError(f"{label}: {cls.__module__}.{name} was replaced by one of {value.__module__}; undo that")
+
+
+def _check_modes(label: str, model: nn.Module) -> None:
+    """Refuse parts that drop out while the rest does not, or the reverse: the converted model has one mode."""
+    for path, module in model.named_modules():
+        indifferent = type(module).__module__.startswith("torch.") and not isinstance(module, nn.modules.dropout._DropoutNd)
+        if module.training != model.training and not indifferent:
+            mode = {True: "train", False: "eval"}
+            raise ConversionError(
+                f"{label}: {path} is in {mode[module.training]} mode and the model in {mode[model.training]} mode; a converted model is in one, so "
+                "call model.train() or model.eval() first"
             )
 
 

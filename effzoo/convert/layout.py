@@ -45,7 +45,8 @@ class Layout:
     have. mixed: layers may have different attention kinds. module: where the classes are. parts: larger classes of theirs
     that hold a model of this layout, with its path in them; only that part is taken. finish: what a model of ours takes over from their
     config beside weights and sizes. reads: their fields that `read`, `dropouts` and `finish` look at; inert: those that change nothing that is
-    computed. Every other field must have its default (`fields.py`).
+    computed. Every other field must have its default (`fields.py`). lost: tensors that resizing their vocabulary loses and their forward pass does
+    not add, each with one that has as many rows.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Layout:
     finish: Callable[[Transformer, Any], None] | None = None
     reads: frozenset[str] = frozenset()
     inert: frozenset[str] = frozenset()
+    lost: Mapping[str, str] = field(default_factory=dict)
 
     def cls(self, task: str) -> Any:
         """The class for a task."""

@@ -6,6 +6,7 @@ What differs on the other side, and what was done about it:
   call, and ours come from the seed of the spec.
 - Its language-model head holds a bias that transformers does not add before 5.24 (4 did, and the published weights were trained with it): ours
   adds it. From 5.24 on there are two, of which the decoder's is added and the other does nothing: ours is the decoder's, and both are written.
+  `resize_token_embeddings` makes the two one, and before 5.24 loses the only one: ours is then zero, which is what theirs computes.
 - While training, it also drops out the hidden units of the feed-forward, rows of the axial positions and the input of the classification head.
 """
 
@@ -173,6 +174,7 @@ REFORMER = Layout(
     translated=frozenset({"architecture", "attention", "attention_dropout", "layers", "mlp_chunk", "positions", "axial_shape", "axial_dims"}),
     mixed=True,
     finish=finish,
+    lost={"lm_head.bias": "lm_head.decoder.weight"},
     reads=frozenset({"attn_layers", "axial_pos_embds", "axial_pos_embds_dim", "axial_pos_shape", "chunk_size_feed_forward", "classifier_dropout",
                      "hash_seed", "is_decoder", "num_buckets", "num_hidden_layers", *_DROPOUT.values(), *_LSH.values(), *_LOCAL.values()}),
     inert=frozenset({"axial_norm_std", "chunk_size_lm_head", "intermediate_size",

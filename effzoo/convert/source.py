@@ -19,7 +19,7 @@ from effzoo.architectures import Config
 from effzoo.convert import texts
 from effzoo.convert.dtypes import from_pretrained
 from effzoo.convert.fields import check_code
-from effzoo.convert.genuine import check_class, check_genuine, check_origin, check_ties
+from effzoo.convert.genuine import check_class, check_genuine, check_origin, check_ties, tensors_of
 from effzoo.convert.keymap import Rule, expand
 from effzoo.convert.layout import Layout
 from effzoo.convert.layouts import LAYOUTS, class_of, classes
@@ -153,10 +153,19 @@ def _local_or_hub(source: str | Path) -> str:
 
 def _checked(label: str, model: Any, layout: Layout, task: str, required: tuple[Rule, ...], missing: frozenset[str] = frozenset()) -> Source:
     """A source whose config we can express and whose tensors are complete, tied where we tie, finite, and all known."""
-    check_genuine(label, model, type(model))
+    check_genuine(label, model, type(model), layout.lost)
     config = dataclasses.replace(layout.config(model.config, task), generation=texts.settings_of(model))
-    check_ties(label, model, layout.ties(config, task))
-    state = {key: value for key, value in model.state_dict().items() if key not in missing}
+    rules = list(layout.known(config.blocks, task))
+    ours = {rule.key(parameter): (rule.ours, parameter) for rule in rules for parameter in rule.parameters}
+    check_ties(label, model, layout.ties(config, task), ours)
+    own = tensors_of(label, model, missing)
+    state = {key: value for key, value in own.items() if key not in missing}
+    given = {ours[key] for key in state if key in ours}
+    for key, beside in layout.lost.items():
+        if beside in own and ours[key] not in given:
+            log.warning("%s: %s is gone (resizing the vocabulary loses it) and adds nothing there: zeros are taken", label, key)
+            state[key] = own[beside].new_zeros(len(own[beside]))
+            given.add(ours[key])
     present = set(state)
     for key, other in layout.ties(config, task).items():
         tied = state.pop(key, None)
@@ -165,17 +174,17 @@ def _checked(label: str, model: Any, layout: Layout, task: str, required: tuple[
                 f"{label}: {key} differs from {other}; effzoo ties the two (tie_word_embeddings=True), so an untied head has no counterpart"
             )
     for rule in expand(required, config.blocks, layout.base(task)):
-        inside_pooler = "pooler" in rule.theirs and task == "features"  # models exist with and without
-        if not inside_pooler and not rule.optional and not any(rule.key(parameter) in present for parameter in rule.parameters):
+        keys = [rule.key(parameter) for parameter in rule.parameters]
+        if "pooler" in rule.theirs and task == "features" and not present.intersection(keys):  # models exist with and without
+            continue
+        if not rule.optional and not present.intersection(keys):
             raise ConversionError(f"{label} has no tensor for {rule.theirs}; the weights are incomplete, or adapters or quantisation changed them")
-    known = {rule.key(parameter) for rule in layout.known(config.blocks, task) for parameter in rule.parameters}
-    for key, value in state.items():
-        if value.is_meta:
-            raise ConversionError(f"{label}: {key} is on the device meta and holds no numbers; load the model onto a device first")
-        if key not in known:
+        for key in keys:
+            if key in own and key not in present and ours[key] not in given:  # transformers drew it anew
+                raise ConversionError(f"{label} has no tensor {key}; the weights are incomplete, so give the whole of what save_pretrained wrote")
+    for key in state:
+        if key not in ours:
             raise ConversionError(f"{label} has the tensor {key}, which {layout.classes[task]} does not have; merge or remove what was added")
-        if not bool(value.isfinite().all()):
-            raise ConversionError(f"{label} has NaN or infinity in {key} ({int((~value.isfinite()).sum())} of {value.numel()} entries)")
     return Source(label, model, layout, task, config, state)
 
 
