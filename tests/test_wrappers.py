@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 import effzoo
 from effzoo.errors import AdapterError
 from effzoo.peft.attach import adapter_tensors
+from effzoo.peft.state import adapters_of
 from effzoo.wrappers import unwrap
 
 IDS = torch.randint(2, 53, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -176,6 +177,22 @@ def test_ddp_refuses_to_train_what_it_would_not_synchronise(tiny, group, monkeyp
         assert list(effzoo.attached(model)) == ["a", "b"] and effzoo.status(model).active == ("b",) == effzoo.status(model).trainable
     effzoo.activate(outer, "a", "b", train="b")  # frozen beside what it knows
     assert effzoo.status(model).active == ("a", "b")
+
+
+@pytest.mark.parametrize("operation", [effzoo.merge, effzoo.unmerge])
+def test_a_merge_or_unmerge_that_ddp_refuses_leaves_the_weights_as_they_were(tiny, group, monkeypatch, operation):
+    model = shake(effzoo.attach(build(tiny), "lora", name="a"), "a")
+    if operation is effzoo.unmerge:
+        effzoo.merge(model, "a")
+        for hung in adapters_of(model).merged[0].modules.values():
+            hung.requires_grad_(False)
+    outer = nn.parallel.DistributedDataParallel(model)
+    monkeypatch.setattr(type(outer.process_group), "size", lambda self: 2)
+    before, output = {key: x.clone() for key, x in model.state_dict().items()}, model(input_ids=IDS).logits
+    with pytest.raises(AdapterError, match="change the model first, and wrap it then"):
+        operation(outer, "a")  # the base would learn again, or the adapter
+    assert before.keys() == model.state_dict().keys() and all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
+    assert torch.equal(model(input_ids=IDS).logits, output)
 
 
 # compiled models see what changes

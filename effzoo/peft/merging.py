@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from effzoo.errors import AdapterError
 from effzoo.peft.attach import _known, fitted, freeze_base, take_off
 from effzoo.peft.method import HEAD
-from effzoo.peft.state import Merged, Rewriting, act, adapters_of, checksum, transition
+from effzoo.peft.state import Merged, act, adapters_of, checksum, transition
 from effzoo.peft.training import finish
 from effzoo.sites import Activity, Acts, Linear, PeftModule, Scaled, Site, sites, unwrap
 
@@ -115,17 +115,12 @@ def merge(model: M, name: str = "default", *, undo: bool = True, report: bool = 
         tensors = {(path, key): getattr(found[path], key) for path, key in values}
         rows = tuple(_rounding(f"{path}.{key}", tensors[path, key], value) for (path, key), value in values.items()) if report else ()
         place, modules = list(state.attachments).index(name), {path: site.of(name) for path, site in found.items()}
-        thawed, rewriting = take_off(inside, state, name), Rewriting()
-        try:
-            for at, value in values.items():
-                rewriting.write(at, tensors[at], value)
-            if undo:
-                originals = {at: original for at, (_, original) in rewriting.originals.items()}
-                written = {at: checksum(tensors[at]) for at in values}
-                state.merged.append(Merged(attachment, place, modules, originals, written, now, state.roster.now, thawed))
-        except BaseException:
-            rewriting.restore()
-            raise
+        thawed = take_off(inside, state, name)
+        assert state.rewriting is not None
+        originals = {at: state.rewriting.write(tensors[at], value) for at, value in values.items()}
+        if undo:
+            written = {at: checksum(tensors[at]) for at in values}
+            state.merged.append(Merged(attachment, place, modules, originals, written, now, state.roster.now, thawed))
     return MergeReport(rows) if report else model
 
 
@@ -166,13 +161,9 @@ def unmerge(model: M, name: str = "default") -> M:
             state.roster.now = Activity((name, *since.names), (before.scale(name), *since.scales), trained=trained)
         if since != record.after or record.thawed:
             act(inside, state, state.roster.now)
-        rewriting = Rewriting()
-        try:
-            for (path, key), original in record.originals.items():
-                rewriting.write((path, key), getattr(known[path], key), original)
-        except BaseException:
-            rewriting.restore()
-            raise
+        assert state.rewriting is not None
+        for (path, key), original in record.originals.items():
+            state.rewriting.write(getattr(known[path], key), original)
     return model
 
 

@@ -68,13 +68,15 @@ class Merged:
 @dataclass
 class Adapters:
     """Which adapters a model has: attached, in this order; what acts and learns (`roster`, which the sites read); merged, the last one last; and the
-    base parameters that attaching froze. untouched: {tensor: why} of the last training, see `Status`."""
+    base parameters that attaching froze. untouched: {tensor: why} of the last training, see `Status`. rewriting: inside a
+    transition, what it overwrites."""
 
     roster: Roster = field(default_factory=Roster)
     attachments: dict[str, Attachment] = field(default_factory=dict)
     merged: list[Merged] = field(default_factory=list)
     frozen: set[str] = field(default_factory=set)
     untouched: dict[str, str] | None = None
+    rewriting: Rewriting | None = None
 
     def known(self, name: str) -> Attachment:
         """The adapter of this name. Raises UnknownNameError."""
@@ -106,9 +108,9 @@ def transition(model: nn.Module, *rewritten: str) -> Iterator[Adapters]:
     """Inside the block a model and its adapters may be changed; an error puts back everything as it was: what is attached, merged, active and
     trained, modules and their modes, tensors, listeners and the state of torch's random generators.
 
-    rewritten: adapters whose tensors may be written to, which are copied for this. Tensors of the base are not: who writes to them comes last, and
-    uses `Rewriting`. Raises AdapterError where a part of the model carries adapters of another model, and outside of `torch.inference_mode` for a
-    model that was made inside, which cannot learn; inside, an adapter of any other model can learn later.
+    rewritten: adapters whose tensors may be written to, which are copied for this. Tensors of the base are not: who writes to them uses
+    `state.rewriting`, which keeps what it overwrites. Raises AdapterError where a part of the model carries adapters of another model, and outside
+    of `torch.inference_mode` for a model that was made inside, which cannot learn; inside, an adapter of any other model can learn later.
     """
     outer, model = model, unwrap(model)
     state = adapters_of(model)
@@ -118,7 +120,9 @@ def transition(model: nn.Module, *rewritten: str) -> Iterator[Adapters]:
             f"{made_inside} was made inside torch.inference_mode and cannot take part in training; build the model outside, or under torch.no_grad "
             "(or change its adapters inside torch.inference_mode too, to infer alone)"
         )
-    before = _Snapshot(model, state, rewritten)
+    before, outermost = _Snapshot(model, state, rewritten), state.rewriting is None
+    rewriting = state.rewriting = state.rewriting or Rewriting()
+    begun = len(rewriting.done)
     try:
         vars(model)[HERE] = state
         _adopt(model, state)
@@ -132,8 +136,12 @@ def transition(model: nn.Module, *rewritten: str) -> Iterator[Adapters]:
         _forget_listeners(model)
         _check_synchronised(outer, before.flags)
     except BaseException:
+        rewriting.restore(begun)
         before.restore()
         raise
+    finally:
+        if outermost:
+            state.rewriting = None
 
 
 def act(model: nn.Module, state: Adapters, activity: Activity) -> None:
@@ -157,20 +165,24 @@ def check_heads(model: nn.Module) -> None:
 
 
 class Rewriting:
-    """Tensors of the base that are overwritten, with what they were: `restore` writes it back."""
+    """Tensors of the base that a transition overwrites, with what they were: `restore` writes it back, as far as it was done since `begun`."""
 
     def __init__(self) -> None:
-        self.originals: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        self.done: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
-    def write(self, place: tuple[str, str], tensor: Tensor, value: Tensor) -> None:
-        self.originals[place] = tensor, tensor.detach().clone()
+    def write(self, tensor: Tensor, value: Tensor) -> Tensor:
+        """Overwrite a tensor; what it held."""
+        original = tensor.detach().clone()
+        self.done.append((tensor, original))
         tensor.copy_(value)
+        return original
 
     @torch.no_grad()
-    def restore(self) -> None:
-        for tensor, original in self.originals.values():
+    def restore(self, begun: int = 0) -> None:
+        for tensor, original in reversed(self.done[begun:]):
             tensor.copy_(original)
+        del self.done[begun:]
 
 
 @torch.no_grad()
