@@ -225,7 +225,8 @@ PUBLISHED = {
     "gpt2": {"predict_special_tokens": True, "n_ctx": 1024, "summary_type": "cls_index", "num_labels": 1, "finetuning_task": None},
     "llama": {"pad_token_id": -1, "max_sequence_length": 2048, "rope_interleaved": False, "is_llama_config": True, "unsloth_fixed": True,
               "unsloth_version": "2025.1", "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}},
-    "bert": {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity", "sentence_transformers": {"version": "4.0.1"}},
+    "bert": {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity", "sentence_transformers": {"version": "4.0.1"},
+             "xla_device": True},
 }  # fmt: skip
 
 

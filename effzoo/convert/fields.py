@@ -22,7 +22,7 @@ _INERT = frozenset(
         "base_model_ep_plan", "base_model_pp_plan", "base_model_tp_plan",
         # what other programs write into published files: who wrote them, how long a tokenizer's texts are, and what is done with the outputs
         "is_llama_config", "max_sequence_length", "model_max_length", "sbert_ce_default_activation_function", "sentence_transformers",
-        "tokenizer_model_max_length", "transformers.js_config", "unsloth_fixed", "unsloth_version",
+        "tokenizer_model_max_length", "transformers.js_config", "unsloth_fixed", "unsloth_version", "xla_device",
     }
 )  # fmt: skip
 # of configurations that older versions wrote: present in files, without a field today
