@@ -39,6 +39,7 @@ class Range:
     nonzero: bool = False
 
     def holds(self, number: float) -> bool:
+        number = plain(number)  # in float16 the ends themselves would be 0 and infinite
         after = number > self.low if self.above else number >= self.low
         before = number < self.high if self.below else number <= self.high
         return after and before and not (self.nonzero and number == 0)

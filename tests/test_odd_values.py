@@ -9,6 +9,7 @@ import torch
 
 import effzoo
 import effzoo.data
+from effzoo.annotations import Number, Positive, Probability, fits
 from effzoo.errors import LONGEST, AdapterError, ArgumentError, EffzooError, InputError, OptionError
 
 SIZES = {"layers": 1, "dim": 16, "heads": 2, "mlp": 32, "vocab": 50, "max_length": 32}
@@ -117,3 +118,11 @@ def test_functions_of_tensors_and_models_say_what_they_read():
         effzoo.routing.importance_loss(torch.ones(4, 2).long())
     with pytest.raises(InputError, match=r"weights are \[tokens, experts\]"):
         effzoo.routing.importance_loss(torch.tensor(2.0))
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, float])
+def test_a_range_has_the_same_ends_for_numbers_of_every_width(kind):
+    for annotation, inside, outside in ((Positive, 0.5, 0.0), (Positive, 6e-8, -6e-8), (Number, -2.0, float("inf")), (Probability, 0.5, 1.0)):
+        assert fits(kind(inside), annotation) and not fits(kind(outside), annotation)
+    with pytest.raises(OptionError, match="alpha is above 0, got"):
+        effzoo.build("bert", peft={"name": "lora", "alpha": kind(0)}, **SIZES)
