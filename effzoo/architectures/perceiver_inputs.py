@@ -54,13 +54,13 @@ class Inputs(nn.Module):
     def check(self, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None, position_ids: Tensor | None, rows: int) -> None:
         """Raise InputError for what does not fit."""
         config = self.config
+        if position_ids is not None and config.positions != "learned":
+            raise InputError(f"position_ids choose rows of learned positions; {config.name} has positions={config.positions!r}")
         check_tensors(input_ids=ids, inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids)
         if ids is not None and self.token is None:
             raise InputError(
                 f"{config.name} reads arrays of numbers: give inputs_embeds [batch, {_axes(config.grid)}, {config.channels}], not input_ids"
             )
-        if position_ids is not None and config.positions != "learned":
-            raise InputError(f"position_ids choose rows of learned positions; {config.name} has positions={config.positions!r}")
         if len(config.grid) == 1:
             return check_inputs(self.sizes, rows, 0, ids, embeds, attention_mask=mask, position_ids=position_ids)
         if position_ids is not None:
