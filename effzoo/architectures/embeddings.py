@@ -141,7 +141,7 @@ def check_tensors(**given: object) -> None:
             raise InputError(f"{name} is a dense tensor, got a {kind} one; .to_dense() makes one of a sparse tensor, and padding of a nested one")
         if name.endswith("_ids") and value.dtype not in INDEX_DTYPES:
             raise InputError(
-                f"{name} is an integer tensor of int64 or int32, got {value.dtype} of shape {tuple(value.shape)}; .long() makes it int64"
+                f"{name} is an integer tensor, got {value.dtype} of shape {tuple(value.shape)}; int64 and int32 are read, as .long() makes them"
             )
         if name.endswith("_mask") and value.dtype not in MASK_DTYPES:
             raise InputError(f"{name} holds 0 and 1 as booleans, integers or floats, got {value.dtype}; .bool() makes such a mask")
