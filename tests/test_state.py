@@ -450,6 +450,16 @@ def test_behind_a_context_learns_what_learned_before_whatever_was_done_inside(ti
     assert vars(model)[HERE].roster.now.trained == learning
 
 
+def test_what_was_merged_in_a_context_comes_back_learning_where_it_acts_again(tiny):
+    model = build(tiny, "lora", "ia3", layers=1)
+    with effzoo.active(model, "a"):
+        effzoo.merge(model, "a")
+    effzoo.detach(model, "b")
+    effzoo.unmerge(model, "a")
+    said = effzoo.status(model)
+    assert said.active == said.trainable == ("a",) and vars(model)[HERE].roster.now.trained == {"a"}
+
+
 @pytest.mark.parametrize("entered", [effzoo.disabled, effzoo.active])
 def test_the_base_is_frozen_behind_a_context_just_when_something_is_attached(tiny, entered):
     model = build(tiny, layers=1)
@@ -608,6 +618,24 @@ def test_an_adapter_that_is_attached_or_loaded_in_inference_mode_learns_later(sp
     for model in (attached, loaded):
         model(input_ids=torch.arange(6)[None], labels=torch.tensor([1])).loss.backward()
         assert any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_packed_adapter_that_is_loaded_in_inference_mode_works_outside(finished, tmp_path):
+    saved = effzoo.attach(made_for_modes(), "diff[targets=attn.q]")
+    with torch.no_grad():
+        for tensor in adapter_tensors(saved, "default").values():
+            tensor.add_(torch.randn_like(tensor))
+    if finished:
+        effzoo.peft.finish(saved)
+    effzoo.save_adapter(saved, tmp_path)
+    loaded = made_for_modes()
+    with torch.inference_mode():
+        effzoo.load_adapter(loaded, tmp_path)
+    ids = torch.arange(6)[None]
+    assert torch.equal(loaded.eval()(input_ids=ids).logits, saved.eval()(input_ids=ids).logits)
+    loaded(input_ids=ids, labels=torch.tensor([1])).loss.backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in loaded.parameters())
 
 
 def test_on_the_meta_device_what_needs_content_is_a_sentence(tmp_path):

@@ -181,9 +181,9 @@ def _as_before(model: nn.Module, enter: Callable[[], object]) -> Iterator[None]:
             before = before.without(name)
         act(inside, state, before)
         changed = held != bool(state.attachments)
-        base = {id(p) for key, p in inside.named_parameters() if ".adapters." not in f".{key}"} if changed else set()
+        there = {id(p) for key, p in inside.named_parameters() if not changed or ".adapters." in f".{key}"}
         for p, flag in flags:
-            if id(p) not in base:
+            if id(p) in there:  # a merged adapter keeps those with which it comes back
                 p.requires_grad_(flag)
         try:
             check_heads(inside)

@@ -438,7 +438,8 @@ def _fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], directory:
     packed = _packed(model, name)
     for prefix, module in packed.items():
         try:
-            module.unpack({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)})
+            # cloned here, where torch.inference_mode is off: what was read inside it could never take part in training
+            module.unpack({key.removeprefix(prefix): value.clone() for key, value in tensors.items() if key.startswith(prefix)})
         except Exception as error:  # whatever the module finds wrong with content of any origin
             raise AdapterError(f"what {directory} holds for {prefix}* does not fit this model: {error}") from error
     for key, value in stored_tensors(model, name).items():
