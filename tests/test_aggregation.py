@@ -79,6 +79,18 @@ def test_one_adapter_at_weight_one_is_itself_and_minus_itself_is_nothing(how, me
     assert max(float(x.detach().abs().max()) for x in delta(model, "nothing").values()) < 1e-15
 
 
+@pytest.mark.parametrize("method", ["diff[targets=attn.q]", "diff|ia3", "head_pruning", "lora[dropout=0.5]"])
+def test_what_an_adapter_changes_is_what_merging_adds_and_no_draw_of_training(method, tiny):
+    model = built({"a": method}, tiny)
+    expected, random = delta(model, "a"), torch.get_rng_state()
+    found, modes = delta(model.train(), "a"), [module.training for module in model.modules()]
+    assert all(modes) and torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(x, expected[key]) for key, x in found.items())
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    effzoo.merge(model, "a")
+    assert all(torch.allclose(x - before[key], expected.get(key, torch.zeros_like(x)), **EXACT) for key, x in model.state_dict().items())
+
+
 def test_no_products_of_the_factors_of_different_adapters(tiny):
     model = built({"a": "lora[rank=2]", "b": "lora[rank=2]"}, tiny)
     result = combine(model, {"a": 0.7, "b": 0.3}, name="both", rank=4)

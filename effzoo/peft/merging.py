@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, TypeVar, cast, overload
@@ -257,15 +258,16 @@ def delta(model: nn.Module, name: str = "default", *, heads: bool = True) -> dic
 
 
 def merged_parameters(site: Site, modules: Sequence[Acts], where: str = "", start: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The weight and bias, in float64, that make the site alone compute what it computes with the modules.
+    """The weight and bias, in float64, that make the site alone compute what it computes with the modules in evaluation mode.
 
+    In training mode some of them draw; what is merged, combined or compared must not depend on that.
     start: weight and bias to begin with, instead of the site's own.
     """
     own: Mapping[str, Tensor] = site.base() if start is None else start
     for module in modules:
         if not mergeable(site, module):
             raise _refusal(where or site.role, module)
-    with torch.no_grad():
+    with torch.no_grad(), _evaluating(module.module if isinstance(module, Scaled) else module for module in modules):
         now = {key: value.double() for key, value in own.items()}
         for module in modules:  # the same order as in the site's forward: parameter door, outputs, and then inputs
             if "weight" in now:
@@ -279,6 +281,19 @@ def merged_parameters(site: Site, modules: Sequence[Acts], where: str = "", star
             if change[1] is not None:
                 now["bias"] = now["bias"] + change[1]
     return now
+
+
+@contextmanager
+def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the block these are in evaluation mode."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for part, _ in modes:
+            part.training = False
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def mergeable(site: Site, module: Acts) -> bool:
