@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from effzoo.attention import band as module
 from effzoo.attention import reference
-from effzoo.attention.band import Band
+from effzoo.attention.band import Band, Sees, Window, _runs
 from effzoo.attention.kernel import attend
 from effzoo.attention.part import Part
 
@@ -16,27 +16,43 @@ SHAPES = st.fixed_dictionaries(
 )
 
 
-def built(n: int, left: int, right: int, dilation: int) -> Band:
-    return Band.of(n, max(left, 1), right, dilation)
+def built(n: int, left: int, right: int, dilation: int) -> tuple[Band, Sees]:
+    """The tiles of a window, also of one that sees everything, and its predicate."""
+
+    def sees(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        gap = query - key
+        return (gap <= max(left, 1) * dilation) & (gap >= -right * dilation) & (gap % dilation == 0)
+
+    band = Window(max(left, 1), right, dilation).cut(n, False)
+    return band or Band(n, 1, _runs(n, min(n, 32), lambda query, queries: (query - n, query + 2 * n))), sees
 
 
-def definition(band: Band) -> torch.Tensor:
-    gap = reference.distance(band.n, torch.device("cpu"))
-    return (gap <= band.left * band.dilation) & (gap >= -band.right * band.dilation) & (gap % band.dilation == 0)
+def definition(band: Band, sees: Sees) -> torch.Tensor:
+    place = torch.arange(band.n)
+    return sees(place[:, None], place[None])
+
+
+def added(band: Band, x: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
+    total = band.no_keys(x)
+    for index, grad in enumerate(gradients):
+        band.add_keys(total, index, grad)
+    return band.of_keys(total, x)
 
 
 @settings(deadline=None, max_examples=60)
 @given(SHAPES, st.integers(0, 3))
 def test_tiles_hold_the_pairs_of_the_definition(shape, seed):
     batch = shape.pop("batch")
-    band = built(**shape)
+    band, sees = built(**shape)
     held = torch.rand(batch, band.n, generator=torch.Generator().manual_seed(seed)) < 0.7 if seed else None
-    wanted = definition(band).expand(batch, band.n, band.n) & (torch.ones(batch, 1, band.n, dtype=torch.bool) if held is None else held[:, None, :])
+    wanted = definition(band, sees).expand(batch, band.n, band.n) & (
+        torch.ones(batch, 1, band.n, dtype=torch.bool) if held is None else held[:, None, :]
+    )
     place = torch.arange(1, band.n + 1).expand(batch, 1, band.n).unsqueeze(-1)  # 0 stands for what fills up
     found = torch.zeros(batch, band.n + 1, band.n + 1, dtype=torch.int)
     places = place.float()
-    tiles = band.tiles(places, places, places, band.given(held, places))
-    for (query, key, _, bias), run in zip(tiles, band.runs, strict=True):
+    tiles = band.tiles(places, places, places, band.given(sees, held, places))
+    for (query, key, _, bias, _), run in zip(tiles, band.runs, strict=True):
         of = torch.arange(batch).repeat_interleave(len(query) // batch)[:, None, None]
         seen = torch.ones(query.shape[0], query.shape[2], key.shape[2], dtype=torch.int)
         found[of, query[:, 0].long(), key[:, 0].long().transpose(1, 2)] += seen if bias is None else seen * (bias[:, 0] == 0)
@@ -50,13 +66,13 @@ def test_tiles_hold_the_pairs_of_the_definition(shape, seed):
 @given(SHAPES)
 def test_rows_go_there_and_back_and_gradients_of_keys_are_the_adjoint(shape):
     batch = shape.pop("batch")
-    band = built(**shape)
+    band, _ = built(**shape)
     x = torch.randn(batch, 2, band.n, 3, dtype=torch.float64)
     assert torch.equal(band.join(band.rows(x)), x)
     keys = band._keys(x)
     gradients = [torch.randn_like(key) for key in keys]
     there = sum((key * y).sum() for key, y in zip(keys, gradients, strict=True))
-    torch.testing.assert_close(there, (x * band.of_keys(gradients)).sum(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(there, (x * added(band, x, gradients)).sum(), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "blocks", "reference"])
@@ -64,13 +80,13 @@ def test_rows_go_there_and_back_and_gradients_of_keys_are_the_adjoint(shape):
 @pytest.mark.parametrize("shape", [(257, 40, 40, 1), (200, 33, 0, 1), (250, 20, 20, 3), (31, 200, 200, 1), (700, 300, 5, 1)])
 def test_attention_over_a_band_is_its_definition_forward_and_backward(backend, together, shape, monkeypatch):
     monkeypatch.setattr(module, "TOGETHER", together)
-    band = built(*shape)
+    band, sees = built(*shape)
     q, k, v, direction = (torch.randn(2, 3, band.n, 4, dtype=torch.float64) for _ in range(4))
     held = torch.rand(2, band.n) < 0.8
     for of_keys in (None, held):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = attend(Part(*leaves, band.given(of_keys, q), band=band), backend=backend)
-        allowed = definition(band)[None, None] if of_keys is None else definition(band) & of_keys[:, None, None, :]
+        out = attend(Part(*leaves, layout=band, given=band.given(sees, of_keys, q)), backend=backend)
+        allowed = definition(band, sees)[None, None] if of_keys is None else definition(band, sees) & of_keys[:, None, None, :]
         twins = [x.clone().requires_grad_() for x in (q, k, v)]
         wanted = reference.dense(*twins, allowed)
         torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-10)
@@ -78,34 +94,17 @@ def test_attention_over_a_band_is_its_definition_forward_and_backward(backend, t
             torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("shape", [(250, 8, 8, 2), (257, 40, 40, 1), (200, 33, 0, 1), (250, 20, 20, 3)])
-def test_traced_it_is_the_same(shape, monkeypatch):
-    """Also where a chunk's keys are no multiple of the step from chunk to chunk."""
-    monkeypatch.setattr(module, "TOGETHER", 64)
-    band = built(*shape)
-    leaves = [torch.randn(2, 3, band.n, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    direction, held = torch.randn(2, 3, band.n, 4, dtype=torch.float64), torch.rand(2, band.n) < 0.8
-
-    def run(q, k, v):
-        return attend(Part(q, k, v, band.given(held, q), band=band))
-
-    torch._dynamo.reset()
-    found = torch.autograd.grad(torch.compile(run, backend="aot_eager")(*leaves), leaves, direction)
-    for mine, theirs in zip(found, torch.autograd.grad(run(*leaves), leaves, direction), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
-
-
 def test_nothing_of_the_tiles_is_kept():
-    band, kept = Band.of(512, 64, 64), {}
+    (band, sees), kept = built(512, 64, 64, 1), {}
     q, k, v = (torch.randn(1, 2, 512, 8, requires_grad=True) for _ in range(3))
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    given = band.given(None, q)
+    given = band.given(sees, None, q)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        attend(Part(q, k, v, given, band=band))
+        attend(Part(q, k, v, layout=band, given=given))
     masks = {bias.untyped_storage().data_ptr(): bias.untyped_storage().nbytes() for bias in given if bias is not None}
     of_size_n = 4 * q.numel() * 4 + q.numel() // 8 * 4  # q, k, v, out and log-sum-exp, of 4 bytes
     assert sum(kept.values()) == of_size_n + sum(masks.values())

@@ -1,6 +1,7 @@
 """Blockwise attention: the dense definition over drawn permutations, the lecture's tables, heads per permutation, short and ragged inputs."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import effzoo
-from effzoo.attention import Context, Mask, blockwise
+from effzoo.attention import Context, Mask
 from effzoo.attention.reference import dense
 from effzoo.errors import InputError, OptionError
 from effzoo.spec import parse_one
@@ -39,15 +40,17 @@ def cases(draw_):
     """(core, batch, n, kept, rows of memory, seed)"""
     blocks, heads = draw_(st.integers(1, 6)), draw_(st.integers(1, 4))
     permutations = draw_(st.lists(st.permutations(range(1, blocks + 1)), min_size=1, max_size=heads))
+    block = draw_(st.none() | st.integers(1, 12))
     made = core(
         heads,
         draw_(st.integers(1, 40)),
         draw_(st.booleans()),
         draw_(st.sampled_from(["auto", "reference"])),
         blocks=blocks,
+        block=block,
         permutations=permutations,
     )
-    n = draw_(st.integers(1, min(40, made.block * blocks)))
+    n = draw_(st.integers(1, min(40, 40 if made.block is None else made.block * blocks)))
     return (
         made,
         draw_(st.integers(1, 3)),
@@ -166,9 +169,48 @@ def test_options_that_cannot_be_are_refused_with_what_can(options, message):
         core(4, **options)
 
 
-def test_an_input_longer_than_its_blocks_is_refused():
+@pytest.mark.parametrize(("causal", "options"), [(True, {}), (False, {"block": 12})])
+def test_an_input_longer_than_its_blocks_is_refused_where_blocks_are_places(causal, options):
     with pytest.raises(InputError, match="2 blocks of 12 positions, 24 in all, got 25; build the model with max_length=25, or with block=13"):
-        core()(*(draw(i, 1, 2, 25, 4) for i in range(3)), mask=Mask())
+        core(causal=causal, **options)(*(draw(i, 1, 2, 25, 4) for i in range(3)), mask=Mask())
+
+
+@pytest.mark.parametrize("lengths", [(25, 25), (24, 7), (1, 5), (26, 13)])
+def test_blocks_are_shares_of_each_row_however_long_the_model_may_read(lengths):
+    """Three blocks of a row of n tokens hold ceil(n / 3) each: written out token by token."""
+    made, n = core(2, 8, blocks=3, permutations=((1, 2, 3), (3, 1, 2))), max(lengths)
+    leaves = [draw(i, 2, 2, n, 4) for i in range(3)]
+    allowed = torch.zeros(2, 2, n, n, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        size = -(-length // 3)
+        for head, permutation in enumerate(((0, 1, 2), (2, 0, 1))):
+            for i in range(length):
+                for j in range(length):
+                    allowed[row, head, i, j] = j // size == permutation[i // size]
+    valid = torch.arange(n) < torch.tensor(lengths)[:, None]
+    rows = valid[:, None, :, None]
+    assert_same(made(*leaves, mask=Mask(valid)) * rows, dense(*leaves, allowed) * rows, leaves)
+
+
+def test_heads_that_see_nothing_are_named_once():
+    """Four blocks of 6 places in a causal model, and 6 tokens: the head with a shift looks at the blocks after the first."""
+    made = core(2, 24, True, blocks=4)
+    with pytest.warns(UserWarning, match=r"heads \[1\] of layer 0 see nothing in an input of 1 of 4 blocks"):
+        made(*(draw(i, 1, 2, 6, 4) for i in range(3)), mask=Mask())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made(*(draw(i, 1, 2, 6, 4) for i in range(3)), mask=Mask())
+        core(2, 24, blocks=4)(*(draw(i, 1, 2, 6, 4) for i in range(3)), mask=Mask())  # shares of 6 tokens: every head sees some
+
+
+@pytest.mark.parametrize("block", [None, 6])
+def test_decoding_with_blocks_of_places_equals_the_forward_pass(block):
+    made, leaves = core(2, 24, True, blocks=4, block=block), [draw(i, 2, 2, 24, 4) for i in range(3)]
+    whole, state, found = made(*leaves, mask=Mask()), None, []
+    for start, end in ((0, 5), (5, 6), (6, 13), (13, 24)):
+        out, state = made.step(*(x[:, :, start:end] for x in leaves), mask=Mask(), past=state)
+        found.append(out)
+    assert_same(torch.cat(found, dim=2), whole, leaves)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -188,15 +230,18 @@ def test_a_causal_output_stays_when_the_sequence_grows():
         assert torch.allclose(made(*(x[:, :, :n] for x in leaves), mask=Mask()), whole[:, :, :n], rtol=0, atol=1e-12)
 
 
-def test_whole_blocks_without_padding_are_one_call_without_a_mask(monkeypatch):
-    calls = []
-    attend = blockwise.Blockwise.attend
-    monkeypatch.setattr(blockwise.Blockwise, "attend", lambda self, *parts: calls.append(parts) or attend(self, *parts))
-    core(4, 24, blocks=3)(*(draw(i, 2, 4, 24, 4) for i in range(3)), mask=Mask())
-    assert len(calls) == 1 and calls[0][0].bias is None and calls[0][0].q.shape == (2, 12, 8, 4)
-    calls.clear()
-    core(4, 24, causal=True, blocks=3)(*(draw(i, 2, 4, 23, 4) for i in range(3)), mask=Mask())
-    assert calls and all(part is None or part.bias is None for parts in calls for part in parts)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("n", [24, 23])
+def test_blocks_without_padding_need_no_mask(causal, n):
+    """And each permutation is computed by itself, its blocks together."""
+    made = core(4, 24, causal=causal, blocks=3)
+    found = made.layouts(n, Mask(), torch.device("cpu"))
+    assert [heads for heads, _ in found] == [[0, 1], [2], [3]]
+    for heads, layout in found:
+        assert all(group.allowed is None for group in layout.groups)
+        pairs = sum(group.queries.numel() * group.keys.shape[1] / (1 + group.causal) for group in layout.groups)
+        seen = int(made.pattern(n, Mask())[0, heads[0]].sum())
+        assert pairs <= seen
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -9,7 +9,7 @@ import effzoo
 from effzoo.attention import Context, Mask
 from effzoo.errors import IncompatibleError, InputError
 
-KINDS = ["full", "full[chunk=3]", "longformer[window=6]", "longformer[window=4,dilation=(1,3)]", "longformer[window=4,global_projections=false]"]
+KINDS = ["full", "longformer[window=6]", "longformer[window=4,dilation=(1,3)]", "longformer[window=4,global_projections=false]"]
 
 
 @settings(max_examples=120, deadline=None)

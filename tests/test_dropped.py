@@ -78,9 +78,9 @@ def test_which_weights_are_dropped_and_what_the_others_are():
 
 @pytest.mark.parametrize("dropout", [1e-9, 0.1, 0.5, 0.999999])
 def test_the_probability_is_rounded_to_steps_and_the_mean_is_kept(dropout):
-    weights = Weights(dropout, 0, False, 1.0)
+    weights = Weights(dropout, 0, 1.0)
     assert abs(weights.kept - (1 - dropout)) <= 1 / dropped.STEPS and weights.kept > 0
-    masks = [mask for _, _, mask in weights._blocks(torch.empty(64, 1, 128, 1), torch.empty(64, 1, 128, 1))]
+    masks = [mask for _, _, mask in weights._blocks(torch.empty(64, 1, 128, 1), torch.empty(64, 1, 128, 1), 0)]
     share = float(torch.cat([mask.flatten() for mask in masks]).double().mean())
     assert abs(share - weights.kept) <= 5 * math.sqrt(weights.kept * (1 - weights.kept) / 2**20)
 

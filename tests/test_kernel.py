@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from effzoo.attention import kernel
 from effzoo.attention.kernel import attend, choose, merge
-from effzoo.attention.part import Part, bias_of
+from effzoo.attention.part import Folded, Part, bias_of
 from effzoo.errors import OptionError
 
 
@@ -80,7 +80,7 @@ def test_folded_layout_is_invisible():
     block = torch.block_diag(*[torch.ones(2, 2)] * 4).bool()
     expected = attend(Part(q, k, v, bias_of(block, torch.float64)), Part(q, mk, mv))
     for backend in ("reference", "sdpa"):
-        out = attend(Part(fold(q), fold(k), fold(v), fold=fold, unfold=unfold), Part(q, mk, mv), backend=backend)
+        out = attend(Part(fold(q), fold(k), fold(v), layout=Folded(fold=fold, unfold=unfold)), Part(q, mk, mv), backend=backend)
         assert torch.allclose(out, expected, rtol=0, atol=1e-12)
         got, want = (torch.autograd.grad(x.square().sum(), [q, k, mk], retain_graph=True) for x in (out, expected))
         assert all(torch.allclose(g, w, rtol=0, atol=1e-12) for g, w in zip(got, want, strict=True))

@@ -61,7 +61,7 @@ READ_IF: dict[str, Callable[[Config, str], bool]] = {  # fields that mean nothin
     "head_activation": lambda config, task: task.endswith("classification"),
     "transform_bias": lambda config, task: task != "features",
 }
-SAME_RESULT = {"full": ("chunk",), "longformer": ("max_globals",)}  # options that say how much is held at a time, or how much is allowed
+SAME_RESULT = {"longformer": ("max_globals",)}  # options that say how much is allowed
 ANY_LENGTH = ("full", "local", "longformer")  # kinds for which max_length is a limit and nothing else; others may derive sizes from it
 
 

@@ -61,7 +61,7 @@ class LastPositions(AttentionCore):
     paper = "Hawthorne et al. 2022, General-purpose, long-context autoregressive modeling with Perceiver AR, arXiv:2202.07765, section 2.2"
     supports_cross = True
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         before = k.shape[2] - q.shape[2]
         bias = mask.key_bias(q.dtype)
         earlier, own = (None, None) if bias is None else (bias[..., :before], bias[..., before:])

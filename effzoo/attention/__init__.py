@@ -8,6 +8,7 @@ from effzoo.attention import blockwise, full, linformer, local, longformer, lsh,
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask, memory_part
 from effzoo.attention.kernel import attend
 from effzoo.attention.part import Part, bias_of
+from effzoo.attention.predicate import PredicateAttention
 from effzoo.registry import attention as _view
 
 names, get, options, register, create, aliases = (_view.names, _view.get, _view.options, _view.register, _view.create, _view.aliases)
@@ -18,6 +19,7 @@ __all__ = [
     "Context",
     "Mask",
     "Part",
+    "PredicateAttention",
     "aliases",
     "attend",
     "bias_of",

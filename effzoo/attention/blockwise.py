@@ -2,54 +2,39 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
-from torch.nn import functional as F
 
 from effzoo.annotations import Count, Few
-from effzoo.attention import reference
-from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, memory_part, of_heads
-from effzoo.attention.part import Part, bias_of
+from effzoo.attention import tile_map
+from effzoo.attention.core import Context, Mask
+from effzoo.attention.part import Layout
+from effzoo.attention.predicate import PredicateAttention, lengths
+from effzoo.attention.tile_map import Group, Groups
 from effzoo.errors import InputError, OptionError
 from effzoo.registry import attention
 
 Permutation = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """Query blocks, the key blocks they see, and their heads, each [pairs]; blocks are places in an axis (heads blocks).
-
-    width: how many keys of the key block exist. causal: query and key block are the same one, under the causal triangle.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    heads: Tensor
-    width: int
-    causal: bool
-
-
 @attention.register("blockwise", "blockbert")
-class Blockwise(AttentionCore):
+class Blockwise(PredicateAttention):
     """Query block i of a head with permutation p sees exactly key block p(i): softmax over {j : block(j) = p(block(i))} of q_i . k_j / sqrt(d).
 
     The identity makes a head local, a cyclic shift makes it look far. Cost O(n^2 / blocks), without any mask unless there is padding.
 
-    blocks: how many. block: length of a block, ceil(max_length / blocks) when None. Blocks are places, not shares of a sequence: position i is
-    in block i // block whatever the length of the input, as in BlockBERT, whose inputs are always max_length long. So a sequence gives the same
-    alone and in a batch, and a causal output does not change when the sequence grows. The last block may be shorter or empty; inputs
-    end at blocks * block positions.
+    blocks: how many. A row of n tokens has blocks of ceil(n / blocks), whatever stands beside it in the batch. block: the length of a block instead;
+    blocks are then places, position i is in block i // block whatever the length of the input, and inputs end at blocks * block positions. Causal
+    models take places, block = ceil(max_length / blocks) when None, so that an output does not change when the sequence grows.
     permutations: of the blocks, counted from 1 as in the lecture: ((1, 2, 3), (2, 3, 1)); by default the identity and as many cyclic
     shifts as there are blocks and heads. groups: heads per permutation, in order, such as (10, 2); by default (10:2 and 8:2:2 of
     12 heads), a sixth of the heads (at least one) for each permutation but the first, which has the rest.
 
     A row whose key block holds no key gives 0, as every row without keys: key blocks after the end of a short sequence, and, when
-    causal (j <= i), key blocks after the query's own. Give `block` when most inputs are much shorter than max_length.
+    causal (j <= i), key blocks after the query's own. Heads that see nothing of a whole input are named in a warning.
     """
 
     paper = "Qiu et al. 2020, Blockwise self-attention for long document understanding (BlockBERT), arXiv:1911.02972, section 3"
@@ -73,83 +58,85 @@ class Blockwise(AttentionCore):
                 f"blockwise: groups are heads per permutation, {len(chosen)} numbers of at least 1 that sum to the {context.heads} heads, "
                 f"got {sizes}; try {fitting}"
             )
-        self.blocks, self.block = blocks, block or -(-context.max_length // blocks)
+        self.blocks, self.block = blocks, block or (-(-context.max_length // blocks) if context.causal else None)
+        self._said = False
         self.permutations = tuple(p for p, size in zip(chosen, sizes, strict=True) for _ in range(size))  # one per head, from 0
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:  # type: ignore[override]
-        n = q.shape[2]
-        block = min(self.block, n)
-        used = self._used(n, block)
-        plan, order = mask.memo(("blockwise", self.permutations, self.context.causal, block, n), lambda: self._plan(n, block, q.device))
-        blocks = tuple(rearrange(_filled(x, used * block - n), "b h (blocks c) d -> b (h blocks) c d", c=block) for x in (q, k, v))
-        outs = [self._attend(pairs, blocks, bias, memory) for pairs, bias in zip(plan, self._biases(plan, block, mask, q.dtype), strict=True)]
-        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1).index_select(1, order)
-        return rearrange(out, "b (h blocks) c d -> b h (blocks c) d", h=self.context.heads)[:, :, :n]
+    def visible(self, query: Tensor, key: Tensor, *, head: Tensor, length: Tensor) -> Tensor:
+        block = self._block(length)
+        seen = torch.tensor(self.permutations, device=query.device)[head, (query // block).clamp(max=self.blocks - 1)]
+        return (seen == key // block) & (query < self.blocks * block)
 
-    def _attend(self, pairs: _Pairs, projected: tuple[Tensor, ...], bias: Tensor | None, memory: KeysValues | None) -> Tensor:
-        """Attention of some pairs of blocks, [b, (h blocks), c, d] -> [b, pairs, c, d]; the pairs take the place of the heads."""
-        q, k, v = projected
-        queries = q if len(pairs.queries) == q.shape[1] else q.index_select(1, pairs.queries)  # all of them stand in order
-        remembered = memory_part(queries, of_heads(memory, pairs.heads))
-        if pairs.width == 0:
-            if remembered is not None:
-                return self.attend(remembered)
-            return v.index_select(1, pairs.queries).masked_fill(torch.ones((), dtype=torch.bool, device=v.device), 0.0)  # 0, and a gradient of 0
-        keys, values = (x[:, :, : pairs.width].index_select(1, pairs.keys) for x in (k, v))
-        return self.attend(Part(queries, keys, values, bias, causal=pairs.causal), remembered)
+    @property
+    def by_length(self) -> bool:
+        return self.block is None
 
-    def _biases(self, plan: list[_Pairs], block: int, mask: Mask, dtype: torch.dtype) -> list[Tensor | None]:
-        """Padding of the key blocks of each call, [b, pairs, 1, width]; None when there is none."""
-        if mask.valid is None:
-            return [None] * len(plan)
-        valid, heads = mask.valid, self.context.heads
+    def _block(self, length: Tensor) -> Tensor:
+        """Positions of a block in rows of these lengths."""
+        return ((length + self.blocks - 1) // self.blocks).clamp(min=1) if self.block is None else torch.full_like(length, self.block)
 
-        def make() -> list[Tensor | None]:
-            whole = F.pad(valid, (0, -valid.shape[1] % block), value=False)
-            blocks = rearrange(whole, "b (blocks c) -> b blocks c", c=block).repeat(1, heads, 1)
-            return [bias_of(blocks[:, pairs.keys, None, : pairs.width], dtype) for pairs in plan]
-
-        return mask.memo(("blockwise padding", self.permutations, self.context.causal, block, dtype), make)
-
-    def _plan(self, n: int, block: int, device: torch.device) -> tuple[list[_Pairs], Tensor]:
-        """The pairs sorted into few calls that need no mask, and where each pair (head, block) stands in their concatenation."""
-        used = self._used(n, block)
-        last = n - (used - 1) * block  # keys in the last block
-        calls: dict[tuple[int, bool], list[tuple[int, int, int]]] = {}
-        for head, permutation in enumerate(self.permutations):
-            for query in range(used):
-                key = permutation[query]
-                diagonal = self.context.causal and key == query  # its padding stands after every real query
-                width = block if key < used - 1 or diagonal else last
-                if key >= used or (self.context.causal and key > query):
-                    key, width, diagonal = query, 0, False
-                calls.setdefault((width, diagonal), []).append((head * used + query, head * used + key, head))
-        plan = []
-        for (width, diagonal), pairs in calls.items():
-            queries, keys, heads = (torch.tensor(column, device=device) for column in zip(*pairs, strict=True))
-            plan.append(_Pairs(queries, keys, heads, width, diagonal))
-        return plan, torch.cat([pairs.queries for pairs in plan]).argsort()
-
-    def _used(self, n: int, block: int) -> int:
-        """How many blocks hold a position."""
-        if n > self.blocks * self.block:
+    def layouts(self, n: int, mask: Mask, device: torch.device) -> list[tuple[list[int], Layout | None]]:
+        if self.block is not None and n > self.blocks * self.block:
             raise InputError(
                 f"blockwise has {self.blocks} blocks of {self.block} positions, {self.blocks * self.block} in all, got {n}; "
                 f"build the model with max_length={n}, or with block={-(-n // self.blocks)}"
             )
-        return -(-n // block)
+        size = -(-n // self.blocks) if self.block is None else min(self.block, n)
+        self._say_blind(-(-n // size))
+        if self.by_length and mask.valid is not None:
+            valid = mask.valid
+            return mask.memo(("blockwise", self.permutations, n), lambda: self._of_rows(lengths(valid), n, size))
+        make = lambda: [(heads, self._of_places(permutation, n, size)) for permutation, heads in self._alike().items()]  # noqa: E731
+        return tile_map.remembered(("blockwise", self.permutations, self.context.causal, size, n), make, device)
 
-    def pattern(self, n: int, mask: Mask) -> Tensor:
-        allowed = reference.padding(n, mask.valid)
-        block_of = torch.arange(n, device=allowed.device) // self.block
-        seen = torch.tensor(self.permutations, device=allowed.device)[:, block_of]  # the key block of each query, [heads, n]
-        allowed = allowed & (seen[:, :, None] == block_of)
-        return allowed & (reference.distance(n, allowed.device) >= 0) if self.context.causal else allowed
+    def _alike(self) -> dict[Permutation, list[int]]:
+        """Heads by permutation."""
+        return {one: [head for head, own in enumerate(self.permutations) if own == one] for one in self.permutations}
 
+    def _of_places(self, permutation: Permutation, n: int, size: int) -> Groups:
+        """Blocks of `size` places, those that look alike together."""
+        blocks = [torch.arange(start, min(start + size, n), device="cpu") for start in range(0, n, size)]
+        alike: dict[tuple[int, int, bool], list[tuple[Tensor, Tensor]]] = {}
+        for query, key in enumerate(permutation[: len(blocks)]):
+            if key < len(blocks) and not (self.context.causal and key > query):
+                looks = (len(blocks[query]), len(blocks[key]), self.context.causal and key == query)
+                alike.setdefault(looks, []).append((blocks[query], blocks[key]))
+        groups = []
+        for (_, _, diagonal), pairs in alike.items():
+            queries, keys = (torch.stack(side) for side in zip(*pairs, strict=True))
+            groups.append(Group(queries, keys, None, diagonal))
+        return tile_map.laid_out(n, groups)
 
-def _filled(x: Tensor, more: int) -> Tensor:
-    """The sequence with `more` rows of zeros at its end, [b, h, n, d]; a pad by nothing would copy."""
-    return F.pad(x, (0, 0, 0, more)) if more else x
+    def _of_rows(self, lengths: Tensor, n: int, size: int) -> list[tuple[list[int], Groups]]:
+        """Blocks of a share of the length of each row, filled up to `size`: every query block and its key block."""
+        own = self._block(lengths)[:, None, None]
+        slot = torch.arange(size, device=lengths.device)
+        place = torch.arange(self.blocks, device=lengths.device)[:, None] * own + slot  # [batch, blocks, size]
+        there = ((slot < own) & (place < n)).expand_as(place)
+        place = place.clamp(max=n - 1)
+        position = torch.arange(n, device=lengths.device)
+        share = own[..., 0]
+        back = torch.where(position < self.blocks * share, position // share * size + position % share, self.blocks * size)
+        found = []
+        for permutation, heads in self._alike().items():
+            order = list(permutation)
+            allowed = there[:, order].flatten(0, 1)[:, None]
+            group = Group(place, place[:, order], allowed, False, there.flatten(0, 1)[:, None, :, None])
+            found.append((heads, Groups(n, (group,), back)))
+        return found
+
+    def _say_blind(self, used: int) -> None:
+        """Warn, once, of heads whose queries see no key in an input with so many blocks."""
+        if used == self.blocks or self._said:
+            return
+        blind = [head for head, p in enumerate(self.permutations) if all(p[i] >= used or (self.context.causal and p[i] > i) for i in range(used))]
+        if blind:
+            self._said = True
+            warnings.warn(
+                f"blockwise: heads {blind} of layer {self.context.layer} see nothing in an input of {used} of {self.blocks} blocks and give 0; "
+                "build the model for shorter inputs (max_length=, block=), or with fewer blocks",
+                stacklevel=2,
+            )
 
 
 def _shifts(blocks: int, heads: int) -> list[Permutation]:

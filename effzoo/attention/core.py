@@ -138,11 +138,11 @@ class AttentionCore(nn.Module, abc.ABC):
         """Draw the kind's own parameters; called after the model has initialised the rest."""
 
     @abc.abstractmethod
-    def forward(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
-        """Projections, each [batch, heads, n, head_dim] -> [batch, heads, n, head_dim].
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """forward(*projected, mask=, memory=None): projections, each [batch, heads, n, head_dim] -> [batch, heads, n, head_dim].
 
-        memory: keys and values [heads, rows, head_dim] that every query sees as well (prefix tuning); with an axis of the batch in front, the
-        examples have memories of their own.
+        mask: of the batch. memory: keys and values [heads, rows, head_dim] that every query sees as well (prefix tuning); with an axis of the
+        batch in front, the examples have memories of their own.
         Kinds with `supports_cross` take a key side of another length than the queries; `mask` then speaks of the keys.
         """
 
@@ -151,8 +151,8 @@ class AttentionCore(nn.Module, abc.ABC):
         these rows alone, the others for all. As it is: for kinds to which it does not matter in which row a query stands."""
         return self(*projected, mask=mask, memory=memory)
 
-    def step(self, *projected: Tensor, mask: Mask, past: State | None, memory: KeysValues | None = None) -> tuple[Tensor, State]:
-        """Causal decoding: the rows of the newest m positions, and the state with which the next call goes on.
+    def step(self, *args: Any, **kwargs: Any) -> tuple[Tensor, State]:
+        """step(*projected, mask=, past=, memory=None), causal decoding: the rows of the newest m positions, and the state for the next call.
 
         projected: of the new positions alone. past: what the call before returned, None at first. mask.valid covers the past and
         the new positions; mask.is_global the new ones, and only in the first call.

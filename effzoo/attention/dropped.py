@@ -14,11 +14,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from effzoo.attention.part import Tile
 
 BLOCK = 2**19  # weights at a time
 STEPS = 2**16  # in which probabilities are drawn: four from each random number of 64 bits
@@ -29,25 +31,23 @@ def _without_autocast(method: Callable[..., Result]) -> Callable[..., Result]:
     """Scores and sums stay in float32 where autocast would halve them."""
 
     @functools.wraps(method)
-    def run(self: Weights, q: Tensor, *tensors: Tensor | None) -> Result:
-        with torch.autocast(q.device.type, enabled=False):
-            return method(self, q, *tensors)
+    def run(self: Weights, tile: Tile, *given: Any) -> Result:
+        with torch.autocast(tile.q.device.type, enabled=False):
+            return method(self, tile, *given)
 
     return run
 
 
 @dataclass(frozen=True)
 class Weights:
-    """How the weights of one part are made: which are dropped, drawn from the seed; the causal triangle; the factor on q k^T."""
+    """How the weights of one part are made: which are dropped, drawn from the seed and the number of the tile; the factor on q k^T.
+
+    In compiled code the seed is a tensor [1], and a tile is one operator.
+    """
 
     dropout: float
-    seed: int
-    causal: bool
+    seed: int | Tensor
     scale: float
-
-    def of_tile(self, index: int) -> Weights:
-        """The same of another tile, which draws what it drops by itself."""
-        return replace(self, seed=self.seed + index)
 
     @property
     def kept(self) -> float:
@@ -55,13 +55,17 @@ class Weights:
         return max(1, round((1 - self.dropout) * STEPS)) / STEPS
 
     @_without_autocast
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Output [g, h, m, e], with the part's own softmax, and its log-sum-exp [g, h, m]."""
+    def forward(self, tile: Tile, index: int) -> tuple[Tensor, Tensor]:
+        q, k, v, _, _ = tile
+        if torch.compiler.is_compiling():
+            assert isinstance(self.seed, Tensor)
+            traced: tuple[Tensor, Tensor] = _forward(*tile, self.dropout, self.seed, self.scale, index)
+            return traced
         out, lse = v.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=_exact(q.dtype))
         flat_q, flat_k, flat_v = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
         flat_out, flat_lse = out.view(-1, *out.shape[-2:]), lse.view(-1, lse.shape[-1])
-        for heads, rows, mask in self._blocks(q, k):
-            scores = self._scores(flat_q[heads, rows], flat_k[heads], bias, q.shape, heads, rows)
+        for heads, rows, mask in self._blocks(q, k, index):
+            scores = self._scores(flat_q[heads, rows], flat_k[heads], tile, heads, rows)
             top = scores.amax(dim=-1, keepdim=True)
             weights = scores.sub_(top.masked_fill_(top == -math.inf, 0.0)).exp_()
             total = weights.sum(dim=-1, keepdim=True)
@@ -71,16 +75,20 @@ class Weights:
         return out, lse
 
     @_without_autocast
-    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v, given that of the output, and the output and log-sum-exp of all parts together."""
+    def backward(self, tile: Tile, index: int, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, _, _ = tile
+        if torch.compiler.is_compiling():
+            assert isinstance(self.seed, Tensor)
+            traced: tuple[Tensor, Tensor, Tensor] = _backward(*tile, grad, out, lse, self.dropout, self.seed, self.scale, index)
+            return traced
         exact = _exact(q.dtype)
         gradients = of_q, of_k, of_v = tuple(torch.zeros(x.shape, dtype=exact, device=x.device).reshape(-1, *x.shape[-2:]) for x in (q, k, v))
         flat_q, flat_k, flat_v, flat_grad = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v, grad))
         delta = (grad.to(exact) * out.to(exact)).sum(dim=-1).reshape(-1, q.shape[2], 1)
         flat_lse = lse.reshape(-1, q.shape[2], 1)
-        for heads, rows, mask in self._blocks(q, k):
+        for heads, rows, mask in self._blocks(q, k, index):
             own_q, own_k, own_v, own_grad = (x.to(exact) for x in (flat_q[heads, rows], flat_k[heads], flat_v[heads], flat_grad[heads, rows]))
-            weights = self._scores(own_q, own_k, bias, q.shape, heads, rows).sub_(flat_lse[heads, rows]).exp_()
+            weights = self._scores(own_q, own_k, tile, heads, rows).sub_(flat_lse[heads, rows]).exp_()
             of_weights = torch.bmm(own_grad, own_v.mT).div_(self.kept).mul_(mask)
             of_scores = of_weights.sub_(delta[heads, rows]).mul_(weights).mul_(self.scale)
             of_q[heads, rows] = torch.bmm(of_scores, own_k)
@@ -88,12 +96,12 @@ class Weights:
             of_v[heads].baddbmm_(weights.mul_(mask).mT, own_grad, alpha=1 / self.kept)
         return tuple(x.view(like.shape).to(like.dtype) for x, like in zip(gradients, (q, k, v), strict=True))  # type: ignore[return-value]
 
-    def _blocks(self, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    def _blocks(self, q: Tensor, k: Tensor, index: int) -> Iterator[tuple[slice, slice, Tensor]]:
         """Heads, rows and the mask (1 where a weight is kept) of one block after the other, always in the same order."""
         heads, m, s = q.shape[:2].numel(), q.shape[2], k.shape[2]
         of_rows = min(m, max(1, BLOCK // max(1, s)))
         of_heads = min(heads, max(1, BLOCK // max(1, m * s))) if of_rows == m else 1
-        draw = torch.Generator(device=q.device).manual_seed(self.seed)
+        draw = torch.Generator(device=q.device).manual_seed(int(self.seed) + index)
         for head in range(0, heads, of_heads):
             for row in range(0, m, of_rows):
                 size = (min(of_heads, heads - head), min(of_rows, m - row), s)
@@ -102,16 +110,17 @@ class Weights:
                 kept = steps <= round(self.kept * STEPS) - STEPS // 2 - 1
                 yield slice(head, head + of_heads), slice(row, row + of_rows), kept.to(_exact(q.dtype))
 
-    def _scores(self, q: Tensor, k: Tensor, bias: Tensor | None, shape: torch.Size, heads: slice, rows: slice) -> Tensor:
+    def _scores(self, q: Tensor, k: Tensor, tile: Tile, heads: slice, rows: slice) -> Tensor:
         """scale q k^T + bias of a block, in float32 or better, with -inf above the causal diagonal."""
         exact = _exact(q.dtype)
         scores = torch.bmm(q.to(exact), k.to(exact).mT).mul_(self.scale)
-        if bias is not None:
-            whole = bias.expand(*shape[:2], -1, -1)
+        if tile.bias is not None:
+            shape = tile.q.shape
+            whole = tile.bias.expand(*shape[:2], -1, -1)
             index = torch.arange(heads.start, heads.start + len(q), device=q.device)
             of_heads = whole[index // shape[1], index % shape[1]]
             scores += of_heads[:, rows] if of_heads.shape[1] > 1 else of_heads
-        if self.causal:
+        if tile.causal:
             row = torch.arange(rows.start, rows.start + q.shape[1], device=q.device)
             scores.masked_fill_(torch.arange(k.shape[1], device=q.device) > row[:, None], -math.inf)
         return scores
@@ -119,3 +128,33 @@ class Weights:
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+@torch.library.custom_op("effzoo::dropped", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, dropout: float, seed: Tensor, scale: float, index: int
+) -> tuple[Tensor, Tensor]:
+    return Weights(dropout, seed, scale).forward(Tile(q, k, v, bias, causal), index)
+
+
+@_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, dropout: float, seed: Tensor, scale: float, index: int
+) -> tuple[Tensor, Tensor]:
+    return v.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=_exact(q.dtype))
+
+
+@torch.library.custom_op("effzoo::dropped_backward", mutates_args=())
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool,
+    grad: Tensor, out: Tensor, lse: Tensor, dropout: float, seed: Tensor, scale: float, index: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return Weights(dropout, seed, scale).backward(Tile(q, k, v, bias, causal), index, grad, out, lse)
+
+
+@_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool,
+    grad: Tensor, out: Tensor, lse: Tensor, dropout: float, seed: Tensor, scale: float, index: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

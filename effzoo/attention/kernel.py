@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from effzoo.attention.dropped import Weights
-from effzoo.attention.part import Part
+from effzoo.attention.part import Cut, Kernel, Layout, Part, Tile
 from effzoo.errors import InputError, OptionError
 
 BACKENDS = ("auto", "reference", "sdpa", "blocks")
@@ -52,7 +52,7 @@ def attended(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> tuple
         raise InputError("attention is over the keys of at least one part; give attend a Part")
     backend, _ = choose(parts, dropout, backend)
     if backend == "reference" or torch.compiler.is_compiling():
-        parts = tuple(one for part in parts for one in ([part] if part.rounds is None else part.rounds.parts(part)))
+        parts = tuple(one for part in parts for one in part.way.plain(part))
     if backend == "reference":
         device = parts[0].q.device.type
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():  # which would round the scores
@@ -60,21 +60,51 @@ def attended(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> tuple
     if backend == "blocks" or parts[0].q.device.type == "cpu":
         width = parts[0].v.shape[-1]
         same = [part if backend == "blocks" else _prepared(part) for part in parts]
-        operators = [p.operator(_weights(p, dropout) if backend == "blocks" else _Flash(p.causal, p.scale)) for p in same]
+        kernels = [_weights(p, dropout) if backend == "blocks" else Flash(p.scale) for p in same]
         # parts may share their queries, but compiled code takes each tensor once
         queries = [p.q.view_as(p.q) if any(p.q is other.q for other in same[:i]) else p.q for i, p in enumerate(same)]
-        tensors = [(q, p.k, p.v, *p.given) for q, p in zip(queries, same, strict=True)]
-        out, lse = _Merged.apply(operators, [len(each) for each in tensors], *(x for each in tensors for x in each))  # type: ignore[no-untyped-call]
+        tensors = [(q, p.k, p.v, *p.brought) for q, p in zip(queries, same, strict=True)]
+        ways = [(p.way, kernel) for p, kernel in zip(same, kernels, strict=True)]
+        if torch.compiler.is_compiling() and backend == "blocks":
+            ways = [(Seeded(p.way), kernel) for p, kernel in zip(same, kernels, strict=True)]
+            tensors = [(q, k, v, _seed(), *given) for q, k, v, *given in tensors]
+        out, lse = _Merged.apply(ways, [len(each) for each in tensors], *(x for each in tensors for x in each))  # type: ignore[no-untyped-call]
         return out[..., :width], lse
     part = parts[0]
-    return part.unfold(F.scaled_dot_product_attention(part.q, part.k, part.v, is_causal=part.causal, scale=part.scale)), None
+    return F.scaled_dot_product_attention(part.q, part.k, part.v, is_causal=part.causal, scale=part.scale), None
+
+
+def _seed() -> Tensor:
+    return torch.randint(2**62, (1,), device="cpu")
+
+
+@dataclass(frozen=True)
+class Seeded(Layout):
+    """A layout in compiled code with dropout, whose part brings the seed in front of the rest."""
+
+    way: Layout
+
+    def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert isinstance(kernel, Weights) and given[0] is not None
+        return self.way.forward(replace(kernel, seed=given[0]), q, k, v, *given[1:])
+
+    def backward(
+        self, kernel: Kernel, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *given: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert isinstance(kernel, Weights) and given[0] is not None
+        return self.way.backward(replace(kernel, seed=given[0]), grad, q, k, v, out, lse, *given[1:])
+
+    def plain(self, part: Part) -> list[Part]:
+        return self.way.plain(part)
 
 
 def _weights(part: Part, dropout: float) -> Weights:
     """How the weights of a part are made, with a seed from torch's generator: drawn again when a checkpoint restores its state."""
-    seed = torch.randint(2**62, (1,), device="cpu")
-    drawn = 0 if isinstance(seed, FakeTensor) else int(seed)
-    return Weights(dropout, drawn, part.causal, 1 / math.sqrt(part.q.shape[-1]) if part.scale is None else part.scale)
+    drawn = 0
+    if not torch.compiler.is_compiling():
+        seed = _seed()
+        drawn = 0 if isinstance(seed, FakeTensor) else int(seed)
+    return Weights(dropout, drawn, 1 / math.sqrt(part.q.shape[-1]) if part.scale is None else part.scale)
 
 
 def _prepared(part: Part) -> Part:
@@ -99,12 +129,12 @@ def choose(parts: tuple[Part, ...], dropout: float, backend: str = "auto") -> tu
         return "reference", "asked for"
     device = parts[0].q.device.type
     obstacle = ""
-    if backend == "blocks" or (dropout > 0 and backend == "auto" and not torch.compiler.is_compiling()):
+    if backend == "blocks" or (dropout > 0 and backend == "auto"):
         needed = f"attention dropout {dropout} needs the weights themselves (attention_dropout=0 allows the fused kernel)"
         return "blocks", f"{'asked for' if backend == 'blocks' else needed}: some at a time, and again in the backward pass"
     if dropout > 0:
         obstacle = f"attention dropout {dropout} needs the weights themselves; set attention_dropout=0 for the fused kernel"
-    elif device != "cpu" and (len(parts) > 1 or parts[0].bias is not None or parts[0].band is not None):
+    elif device != "cpu" and (len(parts) > 1 or parts[0].bias is not None or parts[0].layout is not None):
         obstacle = f"merging parts or masks on {device} runs in plain PyTorch"
     elif device == "cpu" and parts[0].q.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         obstacle = f"the flash kernel has no {parts[0].q.dtype}"
@@ -204,34 +234,28 @@ def _flash_backward(
 
 
 @dataclass(frozen=True)
-class _Flash:
-    """One tile by the flash operators."""
+class Flash:
+    """A tile by the flash operators."""
 
-    causal: bool
     scale: float | None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp, with the tile's own softmax."""
-        out, lse = _flash(q, k, v, bias, self.causal, self.scale)
-        if bias is not None:  # the operator reports 0 for a row without keys
-            lse = lse.masked_fill(_dead_rows(bias, self.causal).squeeze(-1), -math.inf)
+    def forward(self, tile: Tile, index: int) -> tuple[Tensor, Tensor]:
+        out, lse = _flash(*tile, self.scale)
+        if tile.bias is not None:  # the operator reports 0 for a row without keys
+            lse = lse.masked_fill(_dead_rows(tile.bias, tile.causal).squeeze(-1), -math.inf)
         return out, lse
 
-    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v, given that of the output, and the output and log-sum-exp of all parts together."""
-        return _flash_backward(grad, q, k, v, out, lse, bias, self.causal, self.scale)
-
-    def of_tile(self, index: int) -> _Flash:
-        return self
+    def backward(self, tile: Tile, index: int, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _flash_backward(grad, tile.q, tile.k, tile.v, out, lse, tile.bias, tile.causal, self.scale)
 
 
 class _Merged(torch.autograd.Function):
-    """`attended` by the flash operators or by blocks: parts forward, `merge`, parts backward with the merged out and log-sum-exp."""
+    """`attended` tile by tile: parts forward, `merge`, parts backward with the merged out and log-sum-exp."""
 
     @staticmethod
-    def forward(ctx, operators, counts, *tensors):  # type: ignore[no-untyped-def]
-        out, lse = merge(*(operator.forward(*own) for operator, own in zip(operators, _by_part(counts, tensors), strict=True)))
-        ctx.operators, ctx.counts = operators, counts
+    def forward(ctx, ways, counts, *tensors):  # type: ignore[no-untyped-def]
+        out, lse = merge(*(layout.forward(kernel, *own) for (layout, kernel), own in zip(ways, _by_part(counts, tensors), strict=True)))
+        ctx.ways, ctx.counts = ways, counts
         ctx.save_for_backward(out, lse.masked_fill(lse == -math.inf, 0.0), *tensors)
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -242,8 +266,8 @@ class _Merged(torch.autograd.Function):
         out, lse, *tensors = ctx.saved_tensors
         lse = lse.to(torch.promote_types(lse.dtype, torch.float32))
         grads: list[Tensor | None] = []
-        for operator, (q, k, v, *given) in zip(ctx.operators, _by_part(ctx.counts, tensors), strict=True):
-            grads += [*operator.backward(grad, q, k, v, out, lse, *given), *(None for _ in given)]
+        for (layout, kernel), (q, k, v, *given) in zip(ctx.ways, _by_part(ctx.counts, tensors), strict=True):
+            grads += [*layout.backward(kernel, grad, q, k, v, out, lse, *given), *(None for _ in given)]
         return None, None, *grads
 
 
@@ -262,26 +286,26 @@ def _dead_rows(bias: Tensor, causal: bool) -> Tensor:
 
 def _plain(parts: tuple[Part, ...], dropout: float) -> tuple[Tensor, Tensor]:
     """`attended` with the scores written out, in float32 or better; O(m s) memory, differentiable by autograd alone."""
-    scores = [[_score(part, *tile) for tile in part.layout.tiles(part.q, part.k, part.v, part.given)] for part in parts]
-    lse = torch.stack([part.layout.join([_lse(score) for score in own]) for part, own in zip(parts, scores, strict=True)])
+    cuts = [cast(Cut, part.way) for part in parts]
+    tiles = [list(cut.tiles(part.q, part.k, part.v, part.brought)) for part, cut in zip(parts, cuts, strict=True)]
+    scores = [[_score(tile, part.scale) for tile in own] for part, own in zip(parts, tiles, strict=True)]
+    lse = torch.stack([cut.join([_lse(score) for score in own], -math.inf) for cut, own in zip(cuts, scores, strict=True)])
     lse = _lse(lse.movedim(0, -1)).squeeze(-1)
     out: Tensor | int = 0
-    for part, own in zip(parts, scores, strict=True):
-        rows = part.layout.rows(lse.clamp(min=torch.finfo(lse.dtype).min))
-        values = [v for _, _, v, _ in part.layout.tiles(part.q, part.k, part.v, part.given)]
+    for cut, of_part, own in zip(cuts, tiles, scores, strict=True):
+        rows = cut.rows(lse.clamp(min=torch.finfo(lse.dtype).min))
         weights = [F.dropout((score - of_rows).exp(), dropout) for score, of_rows in zip(own, rows, strict=True)]
-        out = out + part.layout.join([weight.to(v.dtype) @ v for weight, v in zip(weights, values, strict=True)])
+        out = out + cut.join([weight.to(tile.v.dtype) @ tile.v for weight, tile in zip(weights, of_part, strict=True)])
     return out, lse.detach()  # type: ignore[return-value]
 
 
-def _score(part: Part, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def _score(tile: Tile, scale: float | None) -> Tensor:
     """scale q k^T + bias of a tile."""
-    exact = torch.promote_types(q.dtype, torch.float32)
-    scale = part.scale if part.scale is not None else 1 / math.sqrt(q.shape[-1])
-    score = q.to(exact) @ k.to(exact).transpose(-1, -2) * scale
-    if bias is not None:
-        score = score + bias.to(exact)
-    if part.causal:
+    exact = torch.promote_types(tile.q.dtype, torch.float32)
+    score = tile.q.to(exact) @ tile.k.to(exact).mT * (1 / math.sqrt(tile.q.shape[-1]) if scale is None else scale)
+    if tile.bias is not None:
+        score = score + tile.bias.to(exact)
+    if tile.causal:
         score = score.masked_fill(torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).triu(1), -math.inf)
     return score
 

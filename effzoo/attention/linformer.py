@@ -116,7 +116,7 @@ class Linformer(AttentionCore):
         module = self.F if name == "v" and self.F is not None else self.E
         return [*cast("Iterable[Linear]", module)] if self.sharing == "none" else [cast(Linear, module)]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         # `project` leaves a note in the mask when it has compressed: the shape alone does not tell in cross-attention
         keys, values = (self._compress(name, x, mask) if mask._memo.pop(_note(name), None) is None else x for name, x in (("k", k), ("v", v)))
         return self.attend(Part(q, keys, values, self._bias(mask, q.dtype)), memory_part(q, memory))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -15,6 +16,7 @@ from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, Stat
 from effzoo.attention.hashing import Sorted, Standing, automatic, buckets_of, draw_rotations, sort
 from effzoo.attention.part import Part, bias_of
 from effzoo.attention.rounds import HashingRounds
+from effzoo.attention.traced import Traced, number_of
 from effzoo.errors import InputError, OptionError
 from effzoo.registry import attention
 from effzoo.sites import Keys
@@ -87,8 +89,13 @@ class LSH(AttentionCore):
             self.later_values_matter = "a chunk border depends on how many later tokens have smaller buckets; lsh[stable=true] has no borders"
         self.keys = Keys(context.heads * context.head_dim, role="attn.keys", layer=context.layer)
         self._seed: int | None = seed
+        self._number = number_of(self)
         self.register_buffer("rotations", self._draw(range(0)), persistent=False)
         self.rounds = rounds
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._number = number_of(self)
 
     @property
     def rounds(self) -> int:
@@ -134,7 +141,7 @@ class LSH(AttentionCore):
         """How often a query sees what it sees in every round."""
         return 1 if self.count_once else self._rounds
 
-    def forward(self, qk: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, qk: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         n, k = qk.shape[2], self._keys(qk)
         if n <= self.chunk and not (self.within_buckets or self.circular):  # every round would see everything once
             part, times = self._one_chunk(qk, k, v, mask), 1
@@ -170,6 +177,16 @@ class LSH(AttentionCore):
     def _in_rounds(self, qk: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Part:
         """What is seen in all rounds."""
         lengths = torch.full(qk.shape[:1], qk.shape[2], device=qk.device) if mask.valid is None else mask.valid.sum(dim=1)
+        buckets = self._buckets(qk, mask)
+        if torch.compiler.is_compiling():
+            return Part(qk, k, v, scale=1.0, layout=Traced(self._number), given=[buckets, lengths])
+        ((_, part),) = self.parts(qk, k, v, buckets, lengths)
+        return part
+
+    def parts(self, q: Tensor, k: Tensor, v: Tensor, *given: Tensor | None) -> list[tuple[list[int], Part]]:
+        """All heads, given their buckets and how many tokens there are."""
+        found, lengths = given
+        assert found is not None and lengths is not None
 
         def cut(buckets: Tensor, lengths: Tensor) -> Sorted:
             return Sorted(buckets, lengths, chunk=self.chunk, before=self.before, after=self.after, circular=self._ring)
@@ -177,12 +194,12 @@ class LSH(AttentionCore):
         def biases(tiles: Sorted, buckets: Tensor) -> Iterator[Tensor]:
             met = self._met(tiles, buckets.flatten(1, 2))
             for index in range(tiles.rounds):
-                bias = bias_of(self._allowed(tiles, met, index), qk.dtype)
+                bias = bias_of(self._allowed(tiles, met, index), q.dtype)
                 if self.count_once:
                     bias -= self._meetings(met, index, tiles.chunks).clamp(min=1).to(bias.dtype).log()
                 yield bias
 
-        return Part(qk, k, v, self._buckets(qk, mask), scale=1.0, rounds=HashingRounds(cut, biases, lengths))
+        return [(list(range(q.shape[1])), Part(q, k, v, scale=1.0, layout=HashingRounds(cut, biases, lengths), given=[found]))]
 
     def _met(self, tiles: Sorted, buckets: Tensor) -> list[Standing]:
         """Where the tokens in the tiles of all rounds stand in each round; nothing when no option asks."""
@@ -248,7 +265,7 @@ class LSH(AttentionCore):
     def alone(self, *projected: Tensor, mask: Mask, memory: KeysValues, where: Tensor | None = None) -> Tensor:
         return self.attend(_memory_part(projected[0], memory, 1))
 
-    def step(self, qk: Tensor, v: Tensor, *, mask: Mask, past: State | None, memory: KeysValues | None = None) -> tuple[Tensor, State]:  # type: ignore[override]
+    def step(self, qk: Tensor, v: Tensor, *, mask: Mask, past: State | None, memory: KeysValues | None = None) -> tuple[Tensor, State]:
         hashed = buckets_of(qk, self.rotations[: self._rounds], self.factors).transpose(0, 1)
         if past is None:
             return self(qk, v, mask=mask, memory=memory), {"qk": qk, "v": v, "buckets": hashed}

@@ -45,7 +45,7 @@ class Perceiver(AttentionCore):
     def initialise(self) -> None:
         nn.init.normal_(self.latents.weight)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         z = self._latents().to(q.dtype).expand(q.shape[0], -1, -1, -1)
         summary = self.attend(Part(z, k, torch.cat([k, v], dim=-1), bias=mask.key_bias(q.dtype)))
         keys, values = summary[..., : k.shape[-1]], summary[..., k.shape[-1] :]

@@ -84,7 +84,7 @@ class Attention(nn.Module):
             heads = self.core(*projected, mask=mask, memory=memory)
         else:
             layer = self.core.context.layer
-            heads, cache.states[layer] = self.core.step(*projected, mask=mask, past=cache.states.get(layer), memory=memory)  # type: ignore[arg-type]
+            heads, cache.states[layer] = self.core.step(*projected, mask=mask, past=cache.states.get(layer), memory=memory)
         for keys, values, gate in self.memory.extras(seen):
             own = self._grouped(keys), self._grouped(values)
             added = gate[..., None, None] * self.core.alone(*projected, mask=mask, memory=own, where=where)  # type: ignore[arg-type]

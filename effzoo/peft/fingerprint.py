@@ -29,8 +29,8 @@ NOT_THE_FUNCTION = {  # attributes of modules, and why they do not count
     "role": "a name", "layer": "a number for targets; what depends on it (hash rotations) is a tensor",
     "backend": "the same result by another way", "max_length": "what depends on it is an option of the attention, or a tensor",
     "device": "where, not what", "dtype": "of the tensors, which say it themselves",
-    "FeedForward.chunk": "the same result, fewer positions at a time", "Full.chunk": "the same result, fewer queries at a time",
-    "Longformer.max_globals": "a limit: more global tokens are an error", "Side.narrow": "for networks of adapters",
+    "FeedForward.chunk": "the same result, fewer positions at a time",
+    "max_globals": "a limit: more global tokens are an error", "Side.narrow": "for networks of adapters",
     "sizes": "as `config`", "roster": "of adapters", "told": "of adapters", "again": "computed twice, to the same bits", "weighted": "of the loss",
     "later_values_matter": "an explanation", "bits": "of the codes, which say it themselves", "Embedding.added": "which rows are called new",
 }  # fmt: skip

@@ -1,0 +1,343 @@
+"""Kinds that are a predicate: `visible(query, key)` says which keys a query sees, and everything else follows from it.
+
+    out_i = sum over j of p_ij v_j,    p_i = softmax over {j : visible(i, j), j holds a token, j <= i if causal} of q_i . k_j / sqrt(d).
+
+From the predicate come the definition (`pattern`, `dense`), single rows (`rows`), decoding (`step`) and the tiles that are computed (`layouts`):
+pairs in tiles that no query sees are never computed. A kind that declares how far its queries look (`sight`) has its tiles in closed form;
+for others they are found once for a length.
+"""
+
+from __future__ import annotations
+
+import abc
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from effzoo.attention import reference, tile_map
+from effzoo.attention.band import Band, Chunks, Sees, Window
+from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, memory_part, of_heads
+from effzoo.attention.part import Layout, Part, bias_of
+from effzoo.attention.traced import Traced, number_of
+from effzoo.errors import IncompatibleError, InputError, OptionError
+
+FACTS = {
+    "head": "the number of the head",
+    "length": "the length of the row, up to its last token",
+    "places": "how many positions the batch has, padding included",
+    "query_global": "whether the query has global attention",
+    "key_global": "whether the key has global attention",
+}
+
+
+class PredicateAttention(AttentionCore):
+    """A kind whose queries see the keys for which `visible` is true. Its options are the keyword-only parameters of its constructor."""
+
+    row_side: ClassVar[tuple[str, ...]] = ("q",)
+    supports_cache = True
+    cost = "n^2"
+    max_globals = 16  # room for global tokens in a sequence under torch.compile
+
+    def __init__(self, context: Context):
+        super().__init__(context)
+        self._reads = _named_facts(type(self))
+        self._number = number_of(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._number = number_of(self)
+
+    @abc.abstractmethod
+    def visible(self, query: Tensor, key: Tensor, *args: Any, **facts: Any) -> Tensor:
+        """True where a query sees a key; integer tensors of positions that broadcast against each other.
+
+        Padding and the causal triangle are cut off by the base class. A kind that needs more names it as a keyword-only parameter, a tensor that
+        broadcasts too: `head` (the number of the head), `length` (of the row, up to its last token), `places` (of the batch, padding included),
+        `query_global` and `key_global` (whether they are global).
+        """
+
+    def sight(self, head: int) -> Window | Chunks | None:
+        """How far the queries of a head look, if a closed form says all of `visible` but global tokens; None: the tiles are found."""
+        return None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The facts that the predicate asks for."""
+        return self._reads
+
+    @property
+    def by_length(self) -> bool:
+        """Whether what a query sees depends on the length of its row."""
+        return "length" in self.reads
+
+    @property
+    def has_globals(self) -> bool:
+        """Whether the predicate knows global tokens."""
+        return "key_global" in self.reads
+
+    def forward(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
+        q, k, v = projected[:3]
+        if self.by_length and mask.valid is not None and type(self).layouts is PredicateAttention.layouts:
+            return self.rows(torch.arange(q.shape[2], device=q.device)[None], *projected, mask=mask, memory=memory)
+        out = self._over_tiles(q, k, v, mask, memory)
+        if not self._marked(mask):
+            return out
+        where, _ = gathered(mask, self.max_globals)
+        q, k, v = self.of_globals(*projected)
+        rows = self._rows(where, at(q, where), k, v, mask, memory, _yes(q))
+        assert mask.is_global is not None  # a scatter would be as short, but compiled code then reads what it has overwritten (torch 2.13)
+        slot = (mask.is_global.cumsum(dim=1) - 1).clamp(min=0)
+        return torch.where(mask.is_global[:, None, :, None], at(rows, slot), out)
+
+    def _over_tiles(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, memory: KeysValues | None) -> Tensor:
+        """The rows of queries that are not global."""
+        columns = self._global_columns(q, k, v, mask)
+        if torch.compiler.is_compiling():
+            traced = Part(q, k, v, layout=Traced(self._number), given=[self._held(mask)])
+            return self.attend(traced, columns, memory_part(q, memory))
+        found: list[tuple[list[int], Tensor]] = []
+        for heads, layout in self.layouts(q.shape[2], mask, q.device):
+            every = len(heads) == q.shape[1]
+            of_q, of_k, of_v = (x if every else x[:, heads] for x in (q, k, v))
+            part = self.part(of_q, of_k, of_v, layout, heads[0], mask)
+            of_heads_alone = columns if every or columns is None else replace(columns, q=of_q, k=columns.k[:, heads], v=columns.v[:, heads])
+            out = self.attend(part, of_heads_alone, memory_part(of_q, memory if every else of_heads(memory, heads)))
+            if every:
+                return out
+            found.append((heads, out))
+        rows = {head: out[:, place] for heads, out in found for place, head in enumerate(heads)}
+        return torch.stack([rows[head] for head in range(q.shape[1])], dim=1)
+
+    def parts(self, q: Tensor, k: Tensor, v: Tensor, *given: Tensor | None) -> Iterator[tuple[list[int], Part]]:
+        """Heads that see alike, and their part; given: which keys are held. For compiled code."""
+        mask = Mask(given[0])
+        for heads, layout in self.layouts(q.shape[2], mask, q.device):
+            yield heads, self.part(q[:, heads], k[:, heads], v[:, heads], layout, heads[0], mask)
+
+    def part(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, head: int, mask: Mask) -> Part:
+        """Keys that are tokens, without the global ones: those are a part of their own."""
+        held = self._held(mask)
+        if layout is None:
+            bias = None if held is None else mask.memo(("held", self.has_globals, q.dtype), lambda: bias_of(held[:, None, None, :], q.dtype))
+            return Part(q, k, v, bias, causal=self.context.causal)
+        given = [held]
+        if isinstance(layout, Band):
+            given = mask.memo(("band", layout, self.key, head, q.dtype), lambda: layout.given(self.sees(head, q.shape[2]), held, q))
+        return Part(q, k, v, layout=layout, given=given)
+
+    def _held(self, mask: Mask) -> Tensor | None:
+        """Keys that are seen through tiles, bool[batch, n]; None for all."""
+        if not self._marked(mask):
+            return mask.valid
+        assert mask.is_global is not None
+        return ~mask.is_global if mask.valid is None else mask.valid & ~mask.is_global
+
+    def _marked(self, mask: Mask) -> bool:
+        """Whether this batch has global tokens."""
+        return self.has_globals and mask.is_global is not None
+
+    def layouts(self, n: int, mask: Mask, device: torch.device) -> list[tuple[list[int], Layout | None]]:
+        """Heads that see alike, and the tiles in which they are computed; None: every key (before the query, when causal)."""
+        declared = [self.sight(head) for head in range(self.context.heads)]
+        if any(sight is None for sight in declared):
+            return tile_map.layouts(self, n, device)
+        alike = {sight: [head for head, own in enumerate(declared) if own == sight] for sight in declared}
+        return [(heads, sight.cut(n, self.context.causal)) for sight, heads in alike.items() if sight is not None]
+
+    def sees(self, head: int, length: int, *, causal: bool | None = None) -> Sees:
+        """`visible` of one head in a row of so many tokens, with the causal triangle unless told otherwise, and without global tokens."""
+        given: dict[str, Any] = {"head": head, "length": length, "places": length, "query_global": False, "key_global": False}
+        cut = self.context.causal if causal is None else causal
+
+        def sees(query: Tensor, key: Tensor) -> Tensor:
+            facts = {name: torch.tensor(given[name], device=query.device) for name in self.reads}
+            seen = _boolean(self.visible(query, key, **facts), self)
+            return seen & (key <= query) if cut else seen
+
+        def real(query: Tensor, key: Tensor) -> Tensor:
+            with _disable_current_modes():  # the tiles of a shape are no part of what is traced
+                return sees(query, key)
+
+        return real
+
+    def allowed(self, query: Tensor, key: Tensor, mask: Mask, *, places: int | Tensor, query_global: Tensor | None = None) -> Tensor:
+        """Which of these keys [batch or 1, 1, 1, s] these queries [batch or 1, 1, m, 1] see, broadcastable to [batch, heads, m, s].
+
+        Padding is not cut off. places: how many positions there are.
+        """
+        given: dict[str, Callable[[], Tensor]] = {
+            "head": lambda: torch.arange(self.context.heads, device=query.device)[:, None, None],
+            "length": lambda: torch.as_tensor(places, device=query.device) if mask.valid is None else lengths(mask.valid)[:, None, None, None],
+            "places": lambda: torch.as_tensor(places, device=query.device),
+            "query_global": lambda: _no(query) if query_global is None else query_global,
+            "key_global": lambda: _no(query) if mask.is_global is None else mask.is_global[:, None, None, :],
+        }
+        seen = _boolean(self.visible(query, key, **{name: given[name]() for name in self.reads}), self)
+        return seen & (key <= query) if self.context.causal else seen
+
+    def pattern(self, n: int, mask: Mask) -> Tensor:
+        valid = reference.padding(n, mask.valid)
+        place = torch.arange(n, device=valid.device)
+        of_queries = None if mask.is_global is None else mask.is_global[:, None, :, None]
+        seen = self.allowed(place[None, None, :, None], place[None, None, None, :], mask, places=n, query_global=of_queries)
+        return (valid & seen).expand(-1, -1, n, n)
+
+    def dense(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
+        allowed = self.pattern(projected[0].shape[2], mask)
+        q, k, v = projected[:3]
+        local = reference.dense(q, k, v, allowed, memory)
+        if not self._marked(mask):
+            return local
+        assert mask.is_global is not None
+        return torch.where(mask.is_global[:, None, :, None], reference.dense(*self.of_globals(*projected), allowed, memory), local)
+
+    def rows(self, where: Tensor, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
+        q, k, v = projected[:3]
+        out = self._rows(where, q, k, v, mask, memory, None)
+        if not self._marked(mask):
+            return out
+        assert mask.is_global is not None
+        whole = self._rows(where, *self.of_globals(*projected), mask, memory, _yes(q))
+        return torch.where(mask.is_global.gather(1, where)[:, None, :, None], whole, out)
+
+    def _rows(self, where: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask, memory: KeysValues | None, query_global: Tensor | None) -> Tensor:
+        """The queries at `where` [batch or 1, r], of which q is given, among all keys."""
+        n = k.shape[2]
+        key = torch.arange(n, device=q.device)[None, None, None, :]
+        seen = self.allowed(where[:, None, :, None], key, mask, places=n, query_global=query_global) & reference.padding(n, mask.valid, q.device)
+        return self.attend(Part(q, k, v, bias_of(seen, q.dtype)), memory_part(q, memory))
+
+    def of_globals(self, *projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries, keys and values of rows of global tokens."""
+        return projected[0], projected[1], projected[2]
+
+    def alone(self, *projected: Tensor, mask: Mask, memory: KeysValues, where: Tensor | None = None) -> Tensor:
+        q = projected[0]
+        if self._marked(mask):
+            assert mask.is_global is not None
+            is_global = mask.is_global if where is None else mask.is_global.gather(1, where)
+            q = torch.where(is_global[:, None, :, None], self.of_globals(*projected)[0], q)
+        return self.attend(memory_part(q, memory))
+
+    def step(self, *projected: Tensor, mask: Mask, past: State | None, memory: KeysValues | None = None) -> tuple[Tensor, State]:
+        if self.by_length:
+            raise IncompatibleError(f"attention {self.name!r}: what a query sees depends on the length, which grows; generate with use_cache=False")
+        q, k, v = projected[:3]
+        if past is None:
+            return self(*projected, mask=mask, memory=memory), self._state(k, v, mask)
+        if mask.is_global is not None:
+            raise InputError(
+                "tokens that follow the prompt cannot be global: keys that they would need are not in the cache; mark them in the prompt"
+            )
+        new = q.shape[2]
+        k, v = torch.cat([past["k"], k], dim=2), torch.cat([past["v"], v], dim=2)
+        last = past["position"][:, -1:] + 1 + torch.arange(new, device=q.device)
+        position = torch.cat([past["position"], last], dim=1)
+        seen = self.allowed(last[:, None, :, None], position[:, None, None, :], Mask(mask.valid), places=last[:, None, None, -1:] + 1)
+        if mask.valid is not None:
+            seen = seen & mask.valid[:, None, None, -k.shape[2] :]
+        state, columns = past, None
+        if "is_global" in past:
+            is_global = torch.nn.functional.pad(past["is_global"], (0, new))
+            seen = seen & ~is_global[:, None, None, :]
+            state = {**past, "is_global": self._kept(is_global, 1)}
+            columns = Part(q, past["k_global"], past["v_global"], bias_of(past["held"][:, None, None, :], q.dtype))
+        out = self.attend(Part(q, k, v, bias_of(seen, q.dtype)), columns, memory_part(q, memory))
+        return out, {**state, "k": self._kept(k, 2), "v": self._kept(v, 2), "position": self._kept(position, 1)}
+
+    def _state(self, k: Tensor, v: Tensor, mask: Mask) -> State:
+        """What decoding needs of a prompt: the keys and values that later queries can see, and those of the global tokens."""
+        position = torch.arange(k.shape[2], device=k.device).expand(k.shape[0], -1)
+        state = {"k": self._kept(k, 2), "v": self._kept(v, 2), "position": self._kept(position, 1)}
+        if mask.is_global is not None:
+            where, held = gathered(mask, self.max_globals)
+            state |= {"is_global": self._kept(mask.is_global, 1), "k_global": at(k, where), "v_global": at(v, where), "held": held}
+        return state
+
+    def _kept(self, x: Tensor, dim: int) -> Tensor:
+        """The last places of x that a later query can see."""
+        sights = [self.sight(head) for head in range(self.context.heads)]
+        kept = [None if sight is None else sight.kept for sight in sights]
+        most = x.shape[dim] if None in kept else min(x.shape[dim], max(one for one in kept if one is not None))
+        return x.narrow(dim, x.shape[dim] - most, most)
+
+    def _global_columns(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Part | None:
+        """Every query sees the global keys, gathered to the front of [batch, globals] and padded with a bias."""
+        if not self._marked(mask):
+            return None
+        where, held = gathered(mask, self.max_globals)
+        seen = held[:, None, None, :]
+        if self.context.causal:
+            seen = seen & (where[:, None, None, :] <= torch.arange(q.shape[2], device=q.device)[:, None])
+        return Part(q, at(k, where), at(v, where), mask.memo(("global columns", q.dtype), lambda: bias_of(seen, q.dtype)))
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What the tiles depend on: the kind, its options, and the tensors that its predicate may read."""
+        plain = (int, float, str, bool, tuple, type(None))
+        options = tuple((name, value) for name, value in sorted(vars(self).items()) if not name.startswith("_") and isinstance(value, plain))
+        tensors = tuple((id(x), x._version) for x in (*self.parameters(), *self.buffers()))
+        return (type(self), self.context.causal, self.context.heads, options, tensors)
+
+
+def lengths(valid: Tensor) -> Tensor:
+    """The length of each row of valid [batch, n], up to its last token, [batch]."""
+    return (valid * torch.arange(1, valid.shape[1] + 1, device=valid.device)).amax(dim=1)
+
+
+def gathered(mask: Mask, room: int) -> tuple[Tensor, Tensor]:
+    """Positions of the global tokens of each example, [batch, most globals], and which of these slots hold one.
+
+    room: how many slots there are under torch.compile, where shapes must be known.
+    """
+    is_global = mask.is_global
+    assert is_global is not None
+
+    def make() -> tuple[Tensor, Tensor]:
+        count = is_global.sum(dim=1)
+        if torch.compiler.is_compiling():
+            most = min(room, is_global.shape[1])
+            torch._assert_async((count <= most).all(), f"more than {most} global tokens in a sequence; raise longformer[max_globals=...]")
+        else:
+            most = 1 if count.is_meta else max(int(count.max()), 1)
+        where = is_global.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+        return where, torch.arange(most, device=where.device) < count[:, None]
+
+    found: tuple[Tensor, Tensor] = mask.memo("gathered", make)
+    return found
+
+
+def at(x: Tensor, where: Tensor) -> Tensor:
+    """Rows `where` [batch, g] of x [batch, heads, n, d] -> [batch, heads, g, d]."""
+    return x.gather(2, where[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def _named_facts(cls: type[PredicateAttention]) -> tuple[str, ...]:
+    """The facts that the predicate of a kind asks for."""
+    parameters = list(inspect.signature(cls.visible).parameters.values())[3:]
+    names = tuple(parameter.name for parameter in parameters)
+    if unknown := [name for name in names if name not in FACTS]:
+        raise OptionError(
+            f"attention {cls.name!r}: visible(query, key) may name the facts {', '.join(FACTS)} as further parameters, got {', '.join(unknown)}"
+        )
+    return names
+
+
+def _boolean(seen: Any, core: PredicateAttention) -> Tensor:
+    if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
+        got = f"a tensor of {seen.dtype}" if isinstance(seen, Tensor) else repr(seen)
+        raise InputError(f"attention {core.name!r}: visible(query, key) is a boolean tensor (True = the query sees the key), got {got}")
+    return seen
+
+
+def _no(x: Tensor) -> Tensor:
+    return torch.zeros((), dtype=torch.bool, device=x.device)
+
+
+def _yes(x: Tensor) -> Tensor:
+    return torch.ones((), dtype=torch.bool, device=x.device)
