@@ -22,7 +22,7 @@ class Local(PredicateAttention):
     chunk: length of a chunk. look_back: how many chunks before its own a query sees. look_forward: how many after.
     circular: the first chunks see the last ones, and the last the first, as in HF and Trax: in an encoder the end of a sequence is then
     seen from its beginning, and padding matters for it; only for equality with those. A key is seen once, also when the look
-    around the ring meets it twice. Decoding keeps (look_back + 1) chunk keys at most, or all in a ring.
+    around the ring meets it twice. Decoding keeps (look_back + 1) chunk keys at most.
     """
 
     paper = "Kitaev et al. 2020, Reformer: the efficient transformer, arXiv:2001.04451; local layers of its released code (Trax)"
@@ -48,4 +48,5 @@ class Local(PredicateAttention):
         return super().step(*projected, mask=mask, past=past, memory=memory)
 
     def sight(self, head: int) -> Chunks | None:
-        return None if self.circular else Chunks(self.chunk, self.before, self.after)
+        hidden = self.context.causal and not self.after  # looking back alone, the causal triangle hides the ring
+        return Chunks(self.chunk, self.before, self.after) if hidden or not self.circular else None

@@ -15,7 +15,11 @@ class Mutant(Blockwise):
     def __init__(self, context, *, blocks: int = 8):
         super().__init__(context, blocks=blocks)
 
-    def _attend(self, pairs, projected, bias, memory):
-        q, k, v = projected
-        stays = torch.arange(k.shape[1], device=k.device).index_copy(0, pairs.keys, pairs.queries)
-        return super()._attend(pairs, (q, k.index_select(1, stays), v), bias, memory)
+    def part(self, q, k, v, layout, head, mask):
+        size, permutation = -(-q.shape[2] // self.blocks), self.permutations[head]
+        place = torch.arange(q.shape[2], device=q.device)
+        moved = [one for one in range(self.blocks) if (one + 1) * size <= q.shape[2] and (permutation[one] + 1) * size <= q.shape[2]]
+        for block in moved:
+            own, seen = (slice(one * size, (one + 1) * size) for one in (block, permutation[block]))
+            place[seen] = torch.arange(q.shape[2], device=q.device)[own]
+        return super().part(q, k[:, :, place], v, layout, head, mask)
