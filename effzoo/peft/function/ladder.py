@@ -45,7 +45,7 @@ class Ladder(PeftModule):
     @torch.no_grad()
     def prune(self, backbone: Sequence[nn.Module]) -> None:
         """Start as a slice of the backbone: of its most important channels, which the projections of the states pick."""
-        kept = slice_blocks(list(self.blocks), backbone, self.places)
+        kept = slice_blocks(list(self.blocks), backbone, self.places).to(self.first.weight.device)
         width = next(site.dim for _, site in sites(backbone[0]) if isinstance(site, Branch))
         streams = self.first.in_features // width  # two in a reversible backbone: their mean
         rows = torch.arange(len(kept), device=kept.device)

@@ -70,7 +70,7 @@ class IPT(Method):
         decoder = Decoder(self.dim, self.hidden, self.length, site.embedding_dim)
         with torch.no_grad():
             decoder.outer.bias.copy_(vocabulary_rows(site, self.length).flatten())
-            decoder.outer.weight.normal_(std=1 / self.hidden**0.5).mul_(site.weight.std())
+            decoder.outer.weight.normal_(std=1 / self.hidden**0.5).mul_(site.weight.std().to(decoder.outer.weight.device))
         return Made(Intrinsic(decoder, self.dim))
 
     def begin(self, stage: str, modules: Modules) -> None:
