@@ -138,7 +138,7 @@ def test_dropout_acts_on_both_softmaxes_in_training_only(monkeypatch):
     seen = []
     original = Weights.forward
     monkeypatch.setattr(
-        Weights, "forward", lambda self, q, k, *rest: seen.append((*q.shape[:3], k.shape[2], self.dropout)) or original(self, q, k, *rest)
+        Weights, "forward", lambda self, tile, index: seen.append((*tile.q.shape[:3], tile.k.shape[2], self.dropout)) or original(self, tile, index)
     )
     dropping.train()(*tensors, mask=Mask())
     assert seen == [(2, 2, 5, 11, 0.5), (2, 2, 11, 5, 0.5)]
