@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import effzoo
-from effzoo.attention import checked
+from effzoo import checked
 from effzoo.errors import InputError
 
 CASES = [("bert", kind) for kind in effzoo.attention.names()] + [("gpt2", "longformer"), ("llama", "full"), ("modernbert", None)]
@@ -55,6 +55,12 @@ def test_generated_code_computes_the_model(tiny):
     assert (logits - expected).abs().max() < 1e-10
     for key, grad in wanted.items():
         assert (grads[key] - grad).abs().max() < 1e-10, key
+
+
+def test_prompt_rows_and_the_first_token_need_no_room_among_the_global_tokens_of_a_batch(tiny):
+    model = effzoo.build("longformer", attention="longformer[window=8, max_globals=2]", peft="prompt[length=5]", task="classification", **tiny)
+    (logits, grads), (expected, wanted) = both(model.double(), {"input_ids": torch.arange(24).view(2, 12)}, "aot_eager")
+    assert (logits - expected).abs().max() < 1e-10 and grads.keys() == wanted.keys()
 
 
 # --- values of inputs: refused in compiled code as they are without it; each model is compiled once, and values alone differ from case to case

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "effzoo"
 FLOORS = [  # a package may import from those before it, and from itself
     {"errors"},
-    {"annotations", "memory"},
+    {"annotations", "checked", "devices", "memory"},
     {"spec", "wrappers", "writing"},
     {"registry"},
     {"recompute", "routing"},

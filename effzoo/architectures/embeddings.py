@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.architectures.config import Config
-from effzoo.attention.checked import within
+from effzoo.checked import within
 from effzoo.errors import InputError, shown
 from effzoo.sites import Embedding, Linear
 

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from effzoo.architectures.config import Config
 from effzoo.architectures.embeddings import check_tensors
 from effzoo.architectures.output import Output
-from effzoo.attention.checked import within
 from effzoo.blocks.feedforward import ACTIVATIONS
+from effzoo.checked import known, within
+from effzoo.devices import at_hand
 from effzoo.errors import IncompatibleError, InputError
 from effzoo.sites import Embedding, Linear, Norm, TiedLinear
 
@@ -73,10 +74,10 @@ class Classification(nn.Module):
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         labels = _labels(logits, labels)
         if logits.shape[-1] == 1 and labels.shape in (logits.shape, logits.shape[:1]):
-            _check_numbers(labels, -math.inf, math.inf)
+            labels = _check_numbers(labels, -math.inf, math.inf)
             return F.mse_loss(_exact(logits).flatten(), labels.to(_exact(logits)).flatten())
         if labels.is_floating_point() and labels.shape == logits.shape:
-            _check_numbers(labels, 0, 1)
+            labels = _check_numbers(labels, 0, 1)
             return F.binary_cross_entropy_with_logits(_exact(logits), labels.to(_exact(logits)))
         if labels.is_floating_point() or labels.shape != logits.shape[:1]:
             raise InputError(
@@ -208,14 +209,15 @@ def _labels(logits: Tensor, labels: Tensor) -> Tensor:
     return labels if labels.is_floating_point() else labels.long()
 
 
-def _check_numbers(labels: Tensor, low: float, high: float) -> None:
-    """Refuse labels that are NaN, infinite or beyond what the loss is defined for; on other devices looking would wait for them."""
-    if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.is_floating_point():
-        return
-    wrong = labels[~(labels.isfinite() & (labels >= low) & (labels <= high))]
-    if len(wrong):
-        wanted = "finite numbers" if high == math.inf else f"in [{low}, {high}], the share to which each of several holds"
+def _check_numbers(labels: Tensor, low: float, high: float) -> Tensor:
+    """Refuse labels that are NaN, infinite or beyond what the loss is defined for."""
+    if not labels.is_floating_point():
+        return labels
+    wanted = "finite numbers" if high == math.inf else f"in [{low}, {high}], the share to which each of several holds"
+    fine = labels.isfinite() & (labels >= low) & (labels <= high)
+    if at_hand(labels) and len(wrong := labels[~fine]):
         raise InputError(f"labels are {wanted}, got {wrong[0].item()} ({len(wrong)} of {labels.numel()} do not fit)")
+    return known(labels, fine.all(), f"labels are {wanted}, and some are not")
 
 
 def _exact(x: Tensor) -> Tensor:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effzoo.attention.checked import known
 from effzoo.attention.core import AttentionCore, Mask
+from effzoo.checked import known
+from effzoo.devices import at_hand
 from effzoo.errors import IncompatibleError, InputError
 
 log = logging.getLogger("effzoo")
 _INSTEAD = "give each document a row of its own"
+_looked_at: set[torch.device] = set()  # where a batch has been
 
 
 class Packed:
@@ -72,9 +74,11 @@ def packed(positions: Tensor, batch: int) -> tuple[Tensor, Packed | None]:
 
 
 def warn_of_documents(positions: Tensor, valid: Tensor) -> None:
-    """Say that documents are not kept apart where an attention mask stands beside position ids that start again at 0."""
-    if torch.compiler.is_compiling():
+    """Say that documents are not kept apart where an attention mask stands beside position ids that start again at 0. On an accelerator, which would
+    be waited for, the first batch alone is looked at."""
+    if torch.compiler.is_compiling() or (positions.device in _looked_at and not at_hand(positions)):
         return
+    _looked_at.add(positions.device)
     again = (positions[:, 1:] == 0) & valid[:, 1:] & valid[:, :-1]
     if bool(again.any()):
         log.warning(

@@ -26,9 +26,10 @@ from effzoo.architectures.perceiver_config import PER_TOKEN, PerceiverConfig
 from effzoo.architectures.perceiver_cross import Cross
 from effzoo.architectures.perceiver_inputs import Inputs
 from effzoo.architectures.transformer import attention_specs
-from effzoo.attention.checked import marks, within
 from effzoo.attention.core import AttentionCore, Context, Mask
 from effzoo.blocks import Block
+from effzoo.checked import marks, within
+from effzoo.devices import at_hand
 from effzoo.errors import InputError
 from effzoo.recompute import Level, recompute
 from effzoo.sites import Embedding, Linear, Model
@@ -179,7 +180,7 @@ class Perceiver(Model):
         if attention_mask is None:
             return None
         valid = marks(attention_mask, "attention_mask").flatten(1)
-        if not torch.compiler.is_compiling() and bool(valid.all()):
+        if at_hand(valid) and bool(valid.all()):
             return None
         return nn.functional.pad(valid, (rows, 0), value=True)
 

@@ -20,12 +20,14 @@ from effzoo.architectures.heads import Classification, head, labels_of
 from effzoo.architectures.output import Output
 from effzoo.architectures.packing import check_packed, packed, warn_of_documents
 from effzoo.architectures.sharing import turns
-from effzoo.attention.checked import marks
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask
+from effzoo.attention.predicate import PredicateAttention
 from effzoo.blocks.block import Block
 from effzoo.blocks.experts import Experts, balancing
 from effzoo.blocks.feedforward import FeedForward
 from effzoo.blocks.reversible import reversible, states, two_streams
+from effzoo.checked import marks
+from effzoo.devices import at_hand
 from effzoo.errors import IncompatibleError, IncompatiblePeft, InputError, OptionError
 from effzoo.recompute import Level, recompute
 from effzoo.sites import Linear, Model, Side
@@ -246,7 +248,7 @@ class Transformer(Model):
         if attention_mask is None:
             return None
         valid = marks(attention_mask, "attention_mask")
-        return None if not torch.compiler.is_compiling() and bool(valid.all()) else valid
+        return None if at_hand(valid) and bool(valid.all()) else valid
 
     def _mask(
         self, valid: Tensor | None, is_global: Tensor | None, x: Tensor, rows: int, before: int, positions: Tensor, tasks: Tensor | None
@@ -257,19 +259,24 @@ class Transformer(Model):
         if is_global is not None and not knows_global:
             next(iter(self.cores())).check(Mask(is_global=is_global))
         prepared = any(core.for_globals() for core in self.cores())
-        if is_global is None and knows_global and prepared and self.task == "classification" and not self.config.causal:
-            is_global = (torch.arange(n, device=x.device) == 0).expand(batch, n)
-        if is_global is None and knows_global and rows:
+        given, marked = is_global is not None, 0  # marked: how many tokens of a row, at most
+        if given:
+            marked = max([0, *(core.max_globals for core in self.cores() if isinstance(core, PredicateAttention))])
+        elif knows_global and prepared and self.task == "classification" and not self.config.causal:
+            is_global, marked = (torch.arange(n, device=x.device) == 0).expand(batch, n), 1
+        elif knows_global and rows:
             is_global = torch.zeros(batch, n, device=x.device)
+        most = None if given and at_hand(x) else rows + marked
         if is_global is not None:
             is_global = nn.functional.pad(marks(is_global, "global_attention_mask"), (rows, 0), value=True)
         if valid is not None:
             valid = nn.functional.pad(valid, (rows + before, 0), value=True)
             is_global = None if is_global is None else is_global & valid[:, -x.shape[1] :]
-        if is_global is not None and not torch.compiler.is_compiling() and not x.is_meta and not bool(is_global.any()):
+        if is_global is not None and at_hand(is_global) and not bool(is_global.any()):
             is_global = None
         again = self.config.residual == "reversible" or self.checkpointing
-        return Mask(valid, is_global, positions, tasks, x, decisions={} if again and torch.is_grad_enabled() else None)
+        decisions: dict[Any, Any] | None = {} if again and torch.is_grad_enabled() else None
+        return Mask(valid, is_global, positions, tasks, x, decisions, most_globals=most)
 
 
 def _balanced(output: Output, losses: Sequence[Tensor]) -> Output:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effzoo.attention.part import Tile, Tiled, bias_of
+from effzoo.devices import sent
 
 SMALLEST, LARGEST = 32, 256  # chunks: smaller tiles are slow, larger ones compute more masked pairs
 TOGETHER = 1024  # queries of a run: the gradients of its keys, before they are added up, are then memory that is soon used again
@@ -133,7 +134,7 @@ class Band(Tiled):
             if run.looks not in made:
                 query, key = (torch.arange(first, first + count) * self.dilation for first, count in ((run.query, run.queries), (run.key, run.keys)))
                 seen = sees(query[:, None], key[None]).expand(run.queries, run.keys)
-                made[run.looks] = None if bool(seen.all()) else bias_of(seen[None, None], q.dtype).to(q.device)
+                made[run.looks] = None if bool(seen.all()) else sent(bias_of(seen[None, None], q.dtype), q.device)
         return [held, *(made[run.looks] for run in self.runs)]
 
     def rows(self, x: Tensor) -> list[Tensor]:

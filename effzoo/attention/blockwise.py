@@ -14,6 +14,7 @@ from effzoo.attention.core import Context, Mask
 from effzoo.attention.part import Layout
 from effzoo.attention.predicate import PredicateAttention, lengths
 from effzoo.attention.tile_map import Group, Groups
+from effzoo.devices import table
 from effzoo.errors import InputError, OptionError
 from effzoo.registry import attention
 
@@ -64,7 +65,7 @@ class Blockwise(PredicateAttention):
 
     def visible(self, query: Tensor, key: Tensor, *, head: Tensor, length: Tensor) -> Tensor:
         block = self._block(length)
-        seen = torch.tensor(self.permutations, device=query.device)[head, (query // block).clamp(max=self.blocks - 1)]
+        seen = table(self.permutations, query.device)[head, (query // block).clamp(max=self.blocks - 1)]
         return (seen == key // block) & (query < self.blocks * block)
 
     @property
@@ -119,9 +120,8 @@ class Blockwise(PredicateAttention):
         back = torch.where(position < self.blocks * share, position // share * size + position % share, self.blocks * size)
         found = []
         for permutation, heads in self._alike().items():
-            order = list(permutation)
-            allowed = there[:, order].flatten(0, 1)[:, None]
-            group = Group(place, place[:, order], allowed, False, there.flatten(0, 1)[:, None, :, None])
+            keys, allowed = (torch.stack([x[:, block] for block in permutation], dim=1) for x in (place, there))
+            group = Group(place, keys, allowed.flatten(0, 1)[:, None], False, there.flatten(0, 1)[:, None, :, None])
             found.append((heads, Groups(n, (group,), back)))
         return found
 

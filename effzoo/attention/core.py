@@ -7,7 +7,7 @@ A kind is a class with `projections` (the tensors it eats; the layer builds them
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from effzoo.attention import kernel, reference
 from effzoo.attention.part import Part, bias_of
+from effzoo.devices import chosen
 from effzoo.errors import IncompatibleError, InputError
 
 KeysValues = tuple[Tensor, Tensor]
@@ -43,7 +44,8 @@ class Mask:
 
     valid [batch, n]: True where there is a token; None when every position holds one. In cross-attention it speaks of the keys, in
     decoding of the past and the new positions together.
-    is_global [batch, n]: True where a token has global attention; None when none has.
+    is_global [batch, n]: True where a token has global attention; None when none has. most_globals: how many a row has at most, where that is known
+    without looking: to look, code would wait for an accelerator.
     positions [batch or 1, n]: position ids, for blocks with rotary positions.
     tasks [batch]: the number of each example's task, and start [batch, n, dim], the embeddings: for routers that read them.
     decisions: where choices that must not change when a block is computed again are kept (see `decide`); None keeps nothing.
@@ -51,6 +53,7 @@ class Mask:
 
     valid: Tensor | None = None
     is_global: Tensor | None = None
+    most_globals: int | None = field(default=None, kw_only=True)
     positions: Tensor | None = None
     tasks: Tensor | None = None
     start: Tensor | None = field(default=None, repr=False)
@@ -223,6 +226,6 @@ def memory_part(q: Tensor, memory: KeysValues | None) -> Part | None:
     return Part(q, keys, values)
 
 
-def of_heads(memory: KeysValues | None, heads: Any) -> KeysValues | None:
+def of_heads(memory: KeysValues | None, heads: Sequence[int]) -> KeysValues | None:
     """The memory of some heads."""
-    return None if memory is None else (memory[0][..., heads, :, :], memory[1][..., heads, :, :])
+    return None if memory is None else (chosen(memory[0], heads, -3), chosen(memory[1], heads, -3))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from effzoo.annotations import Count
 from effzoo.attention.band import Window
 from effzoo.attention.core import Context, Mask
 from effzoo.attention.predicate import PredicateAttention
+from effzoo.devices import table
 from effzoo.errors import OptionError
 from effzoo.registry import attention
 
@@ -28,8 +28,9 @@ class Longformer(PredicateAttention):
     number, or one per layer: the paper goes from small windows in low layers to large ones in high layers. dilation: 1 for none; one number,
     or one per head (2 on two heads of the upper layers in the paper; give a spec per layer for that). global_projections: whether
     global rows have projections of their own (without: section 5's ablation; Mistral, ModernBERT); None: in encoders, as decoders mark no
-    token unless asked to, and what no batch reaches would be counted and trained for nothing. max_globals: room for global tokens
-    per sequence under torch.compile, where shapes must be known; more raise an error. Without compilation there is no limit.
+    token unless asked to, and what no batch reaches would be counted and trained for nothing. max_globals: room for the global tokens that a
+    batch marks in a sequence, under torch.compile, where shapes must be known, and on an accelerator, where to count them would be to wait; more are
+    an error there. In eager code on the CPU there is no limit.
 
     Decoding keeps the last dilation window / 2 keys and the global ones; tokens that follow the prompt cannot be global.
     """
@@ -71,7 +72,7 @@ class Longformer(PredicateAttention):
         return self.projections if mask.is_global is not None else self.projections[:3]
 
     def visible(self, query: Tensor, key: Tensor, *, head: Tensor, query_global: Tensor, key_global: Tensor) -> Tensor:
-        dilation = self.dilations[0] if len(set(self.dilations)) == 1 else torch.tensor(self.dilations, device=query.device)[head]
+        dilation = self.dilations[0] if len(set(self.dilations)) == 1 else table(self.dilations, query.device)[head]
         gap = query - key
         return ((gap.abs() <= self.reach * dilation) & (gap % dilation == 0)) | query_global | key_global
 

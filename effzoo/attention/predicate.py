@@ -24,6 +24,7 @@ from effzoo.attention.band import Band, Chunks, Sees, Window
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, memory_part, of_heads
 from effzoo.attention.part import Layout, Part, bias_of
 from effzoo.attention.traced import Traced, number_of
+from effzoo.devices import at_hand, chosen
 from effzoo.errors import IncompatibleError, InputError, OptionError
 
 FACTS = {
@@ -41,7 +42,7 @@ class PredicateAttention(AttentionCore):
     row_side: ClassVar[tuple[str, ...]] = ("q",)
     supports_cache = True
     cost = "n^2"
-    max_globals = 16  # room for global tokens in a sequence under torch.compile
+    max_globals = 16  # room for global tokens in a sequence where they are not counted
 
     def __init__(self, context: Context):
         super().__init__(context)
@@ -102,12 +103,11 @@ class PredicateAttention(AttentionCore):
             return self.attend(traced, columns, memory_part(q, memory))
         found: list[tuple[list[int], Tensor]] = []
         for heads, layout in self.layouts(q.shape[2], mask, q.device):
-            every = len(heads) == q.shape[1]
-            of_q, of_k, of_v = (x if every else x[:, heads] for x in (q, k, v))
+            of_q, of_k, of_v = (chosen(x, heads, 1) for x in (q, k, v))
             part = self.part(of_q, of_k, of_v, layout, heads[0], mask)
-            of_heads_alone = columns if every or columns is None else replace(columns, q=of_q, k=columns.k[:, heads], v=columns.v[:, heads])
-            out = self.attend(part, of_heads_alone, memory_part(of_q, memory if every else of_heads(memory, heads)))
-            if every:
+            shared = None if columns is None else replace(columns, q=of_q, k=chosen(columns.k, heads, 1), v=chosen(columns.v, heads, 1))
+            out = self.attend(part, shared, memory_part(of_q, of_heads(memory, heads)))
+            if len(heads) == q.shape[1]:
                 return out
             found.append((heads, out))
         rows = {head: out[:, place] for heads, out in found for place, head in enumerate(heads)}
@@ -117,7 +117,7 @@ class PredicateAttention(AttentionCore):
         """Heads that see alike, and their part; given: which keys are held. For compiled code."""
         mask = Mask(given[0])
         for heads, layout in self.layouts(q.shape[2], mask, q.device):
-            yield heads, self.part(q[:, heads], k[:, heads], v[:, heads], layout, heads[0], mask)
+            yield heads, self.part(chosen(q, heads, 1), chosen(k, heads, 1), chosen(v, heads, 1), layout, heads[0], mask)
 
     def part(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, head: int, mask: Mask) -> Part:
         """Keys that are tokens, without the global ones: those are a part of their own."""
@@ -170,10 +170,11 @@ class PredicateAttention(AttentionCore):
 
         Padding is not cut off. places: how many positions there are.
         """
+        of_batch = places if isinstance(places, Tensor) else torch.full((), places, device=query.device)
         given: dict[str, Callable[[], Tensor]] = {
             "head": lambda: torch.arange(self.context.heads, device=query.device)[:, None, None],
-            "length": lambda: torch.as_tensor(places, device=query.device) if mask.valid is None else lengths(mask.valid)[:, None, None, None],
-            "places": lambda: torch.as_tensor(places, device=query.device),
+            "length": lambda: of_batch if mask.valid is None else lengths(mask.valid)[:, None, None, None],
+            "places": lambda: of_batch,
             "query_global": lambda: _no(query) if query_global is None else query_global,
             "key_global": lambda: _no(query) if mask.is_global is None else mask.is_global[:, None, None, :],
         }
@@ -293,18 +294,19 @@ def lengths(valid: Tensor) -> Tensor:
 def gathered(mask: Mask, room: int) -> tuple[Tensor, Tensor]:
     """Positions of the global tokens of each example, [batch, most globals], and which of these slots hold one.
 
-    room: how many slots there are under torch.compile, where shapes must be known.
+    room: how many slots there are where nobody has said how many globals a row has at most, and to count them would be to wait for an accelerator, or
+    to make a shape that compiled code does not know.
     """
     is_global = mask.is_global
     assert is_global is not None
 
     def make() -> tuple[Tensor, Tensor]:
-        count = is_global.sum(dim=1)
-        if torch.compiler.is_compiling():
-            most = min(room, is_global.shape[1])
-            torch._assert_async((count <= most).all(), f"more than {most} global tokens in a sequence; raise longformer[max_globals=...]")
+        count, most = is_global.sum(dim=1), mask.most_globals
+        if most is None and at_hand(count):
+            most = max(int(count.max()), 1)
         else:
-            most = 1 if count.is_meta else max(int(count.max()), 1)
+            most = min(room if most is None else most, is_global.shape[1])
+            torch._assert_async((count <= most).all(), f"more than {most} global tokens in a sequence; raise longformer[max_globals=...]")
         where = is_global.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
         return where, torch.arange(most, device=where.device) < count[:, None]
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from effzoo.attention.band import Sees
 from effzoo.attention.part import Layout, Tile, Tiled, bias_of
+from effzoo.devices import sent
 
 if TYPE_CHECKING:
     from effzoo.attention.predicate import PredicateAttention
@@ -46,8 +47,8 @@ class Group:
     held: Tensor | None = None
 
     def to(self, device: torch.device) -> Group:
-        allowed, held = (None if x is None else x.to(device) for x in (self.allowed, self.held))
-        return Group(self.queries.to(device), self.keys.to(device), allowed, self.causal, held)
+        allowed, held = (None if x is None else sent(x, device) for x in (self.allowed, self.held))
+        return Group(sent(self.queries, device), sent(self.keys, device), allowed, self.causal, held)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,7 @@ class Groups(Tiled):
     def to(self, device: torch.device) -> Groups:
         if self.place.device == device:
             return self
-        return Groups(self.n, tuple(group.to(device) for group in self.groups), self.place.to(device))
+        return Groups(self.n, tuple(group.to(device) for group in self.groups), sent(self.place, device))
 
     def tiles(self, q: Tensor, k: Tensor, v: Tensor, given: Sequence[Tensor | None]) -> Iterator[Tile]:
         """given: which keys are held, bool[batch, n], or None for all."""

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from effzoo.devices import table
 from effzoo.errors import OptionError
 from effzoo.peft.parameter import lora_init
 
@@ -47,7 +48,7 @@ def decoded(codes: Tensor, scales: Tensor, shape: torch.Size, bits: int) -> Tens
     """The matrix [out, in], in the dtype of the scales."""
     if bits == 8:
         return codes.to(scales.dtype) * scales[:, None]
-    pairs = torch.tensor(_PAIRS, dtype=scales.dtype, device=scales.device)
+    pairs = table(_PAIRS, scales.device, scales.dtype)
     values = pairs.index_select(0, codes.int())
     return (values.view(len(scales), -1) * scales[:, None]).flatten()[: math.prod(shape)].view(shape)
 

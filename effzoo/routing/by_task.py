@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.annotations import Count, Positive
+from effzoo.checked import known
+from effzoo.devices import at_hand
 from effzoo.errors import InputError
 from effzoo.registry import router
 from effzoo.routing.mixtures import hard
@@ -25,7 +27,7 @@ class Fixed(Router):
     reads = "tasks"
 
     def forward(self, x: Tensor) -> Routing:
-        check_tasks(x, self.experts, "experts")
+        x = checked_tasks(x, self.experts, "experts")
         sent = self.one_hot(x)
         weights = sent.to(torch.get_default_dtype())
         return Routing(weights, sent, weights)
@@ -49,15 +51,16 @@ class Skills(Router):
         self.table = nn.Parameter(torch.empty(tasks, experts).uniform_(-1e-3, 1e-3))
 
     def forward(self, x: Tensor) -> Routing:
-        check_tasks(x, len(self.table), "rows of the table")
+        x = checked_tasks(x, len(self.table), "rows of the table")
         found = hard(self.table[x], "sigmoid", self.temperature, self.training)
         if self.form == "hard":
             return found
         return Routing(found.probabilities, torch.ones_like(found.sent), found.probabilities)
 
 
-def check_tasks(x: Tensor, known: int, what: str) -> None:
-    """InputError for numbers of tasks that do not exist."""
-    if x.is_floating_point() or x.ndim != 1 or bool(((x < 0) | (x >= known)).any()):
-        given = sorted(set(x.flatten().tolist()))[:8]
-        raise InputError(f"task_ids are integers from 0 to {known - 1}, one for each of the {known} {what}, got {given}")
+def checked_tasks(x: Tensor, tasks: int, what: str) -> Tensor:
+    """Numbers of tasks that exist; InputError for others."""
+    wanted, fine = f"task_ids are integers from 0 to {tasks - 1}, one for each of the {tasks} {what}", ((x >= 0) & (x < tasks)).all()
+    if x.is_floating_point() or x.ndim != 1 or (at_hand(x) and not bool(fine)):
+        raise InputError(f"{wanted}, got {sorted(set(x.flatten().tolist()))[:8]}")
+    return known(x, fine, wanted)

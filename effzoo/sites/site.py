@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from effzoo.devices import chosen, table
 from effzoo.errors import IncompatibleError, OptionError
 from effzoo.recompute import in_dtype
 from effzoo.sites.activity import Activity, Acts, Roster, Scaled, is_mixture
@@ -122,12 +123,12 @@ class Site(nn.Module):
         outs: list[Tensor] = []
         order: list[int] = []
         for names, own in _grouped(rows, self.now.names, active).items():
-            outs.append(self.made_by(names, *(None if each is None else _taken(each, own) for each in inputs)))
+            outs.append(self.made_by(names, *(None if each is None else chosen(each, own) for each in inputs)))
             order += own
         y = outs[0] if len(outs) == 1 else torch.cat(outs)
         if order == sorted(order):
             return y
-        return y.index_select(0, torch.tensor([order.index(row) for row in range(len(rows))], device=y.device))
+        return y.index_select(0, table([order.index(row) for row in range(len(rows))], y.device))
 
     def mix(self, each: list[Tensor]) -> Tensor:
         """One tensor per active adapter -> their mean, or the chosen one for each row of the batch."""
@@ -201,13 +202,6 @@ def _grouped(rows: Sequence[int], names: Sequence[str], active: Sequence[str]) -
     for row, number in enumerate(rows):
         found.setdefault((names[number],) if number >= 0 and names[number] in active else (), []).append(row)
     return found
-
-
-def _taken(x: Tensor, rows: Sequence[int]) -> Tensor:
-    """These rows of x; a view where they lie side by side."""
-    if rows[-1] - rows[0] + 1 == len(rows):
-        return x if len(rows) == x.shape[0] else x[rows[0] : rows[-1] + 1]
-    return x.index_select(0, torch.tensor(rows, device=x.device))
 
 
 def suited(module: Acts, *tensors: Any) -> tuple[Any, ...]:

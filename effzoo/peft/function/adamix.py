@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effzoo.annotations import Count, Few, NotNegative, Positive
+from effzoo.devices import sent
 from effzoo.peft.function.houlsby import ACTIVATIONS, check_bottleneck
 from effzoo.peft.method import Layers, Method, Modules, Targets
 from effzoo.registry import peft
@@ -26,7 +27,8 @@ class Projections(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and len(self.weights) > 1:
-            drawn = torch.randint(len(self.weights), (1,), device="cpu").to(x.device)  # of the CPU, replayed where a block is computed once more
+            drawn = torch.randint(len(self.weights), (1,), device="cpu")  # of the CPU, replayed where a block is computed once more
+            drawn = sent(drawn, x.device)
             return F.linear(x, self.weights.index_select(0, drawn)[0], self.biases.index_select(0, drawn)[0])
         return F.linear(x, self.weights.mean(dim=0), self.biases.mean(dim=0))
 

@@ -35,7 +35,7 @@ class Fused(Among):
 
     def regularisation(self) -> Tensor:
         """|V - I|_F^2."""
-        return (self.value - torch.eye(len(self.value)).to(self.value)).square().sum()
+        return (self.value - torch.eye(len(self.value), dtype=self.value.dtype, device=self.value.device)).square().sum()
 
 
 @peft.register("fusion", "adapter_fusion")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from effzoo.checked import known
+from effzoo.devices import at_hand
 from effzoo.errors import IncompatibleError, OptionError
 
 NETWORK = ("embed.*", "latents", "attn.*", "mlp.*", "cross.*", "final.*")  # everything but the heads, which every adapter trains whole
@@ -33,12 +35,13 @@ def top_mask(scores: Tensor, k: int) -> Tensor:
     flat = scores.detach().flatten()
     if not has_values(flat):
         return torch.ones_like(scores, dtype=torch.bool)  # a model without memory: which ones is not known
-    if bool(flat.isnan().any()):
-        raise IncompatibleError("scores by which entries are chosen hold NaN: the training before has diverged; lower the learning rate")
+    diverged = "scores by which entries are chosen hold NaN: the training before has diverged; lower the learning rate"
+    if at_hand(flat) and bool(flat.isnan().any()):
+        raise IncompatibleError(diverged)
+    flat = known(flat, ~flat.isnan().any(), diverged)
     threshold = flat.kthvalue(flat.numel() - k + 1).values
-    mask = flat > threshold
-    mask[(flat == threshold).nonzero().flatten()[: k - int(mask.sum())]] = True
-    return mask.view_as(scores)
+    mask, equal = flat > threshold, flat == threshold
+    return (mask | (equal & (equal.cumsum(0) <= k - mask.sum()))).view_as(scores)
 
 
 def top(scores: Sequence[Tensor], k: int) -> Tensor:

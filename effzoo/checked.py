@@ -30,35 +30,37 @@ def known(x: Tensor, fine: Tensor, message: str) -> Tensor:
 
 
 def _known(x: Tensor, fine: Tensor, message: str) -> Tensor:
-    _require(fine, lambda: message, message)
+    _require(fine, message)
     return x
 
 
 def _marks(mask: Tensor, name: str) -> Tensor:
     held = (mask == 0) | (mask == 1)
-    _require(held.all(), lambda: f"{name} holds 0 and 1 (or booleans), got values from {mask.min().item()} to {mask.max().item()}", name)
+    wanted = f"{name} holds 0 and 1 (or booleans)"
+    _require(held.all(), wanted, lambda: f", got values from {mask.min().item()} to {mask.max().item()}")
     if mask.is_floating_point() and name == "attention_mask":
         message = f"{name} is {mask.dtype} and 0 everywhere, which marks no token: 1 is for tokens (masks that are added to scores have 0 there)"
-        _require(mask.any(), lambda: message, name)
+        _require(mask.any(), message)
     return mask.bool() if mask.dtype != torch.bool else mask.clone()
 
 
 def _within(ids: Tensor, most: int, name: str, told: str, hint: str, ignored: int) -> Tensor:
-    def say() -> str:
+    def found() -> str:
         counted = ids[ids != ignored] if ignored < 0 else ids
-        return f"{name} are in {told}, got {int(counted.min())} to {int(counted.max())}{hint}"
+        return f", got {int(counted.min())} to {int(counted.max())}{hint}"
 
-    _require((((ids >= 0) & (ids <= most)) | (ids == ignored)).all(), say, name)
+    _require((((ids >= 0) & (ids <= most)) | (ids == ignored)).all(), f"{name} are in {told}", found)
     return ids
 
 
-def _require(fine: Tensor, told: Callable[[], str], name: str) -> None:
+def _require(fine: Tensor, wanted: str, found: Callable[[], str] = str) -> None:
+    """wanted: what is said on either device; found: the rest, for which the host looks at the values."""
     if fine.is_meta:
         return
     if fine.device.type == "cuda":
-        torch._assert_async(fine, f"{name}: out of range")
+        torch._assert_async(fine, wanted)
     elif not bool(fine):
-        raise InputError(told())
+        raise InputError(wanted + found())
 
 
 @torch.library.custom_op("effzoo::marks", mutates_args=())

@@ -1,0 +1,35 @@
+"""The host and an accelerator, which works through what it is told later on: whatever the host has to know of that makes it wait."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def at_hand(x: Tensor) -> bool:
+    """Whether code may branch on the values of x: in eager mode, on the CPU. An accelerator would have to be waited for."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on this device. A copy to CUDA starts from pinned memory, so that the host goes on before it is made."""
+    waits = device.type == "cuda" and x.device.type == "cpu" and not (isinstance(x, FakeTensor) or torch.compiler.is_compiling())
+    return x.pin_memory().to(device, non_blocking=True) if waits else x.to(device)
+
+
+def table(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+    """Numbers, or sequences of them, as a tensor on this device."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    return sent(torch.tensor(numbers, dtype=dtype, device="cpu"), device)
+
+
+def chosen(x: Tensor, places: Sequence[int], dim: int = 0) -> Tensor:
+    """These places of x, ascending, along one axis; a view where they lie side by side."""
+    if places[-1] - places[0] + 1 == len(places):
+        return x if len(places) == x.shape[dim] else x.narrow(dim, places[0], len(places))
+    return x.index_select(dim, table(places, x.device))
