@@ -1,0 +1,213 @@
+"""What the tests of simulated CUDA run in a process of its own: `python run.py cells`. The last line that is printed is the result, as JSON."""
+
+import copy
+import functools
+import itertools
+import json
+import os
+import sys
+import warnings
+
+import device  # before torch
+import torch
+
+import effzoo
+from effzoo.checks.matrix import ARCHITECTURES
+from effzoo.checks.models import Case
+from effzoo.checks.peft import Subject
+from effzoo.errors import EffzooError
+from effzoo.peft import training
+from effzoo.peft.attach import adapter_tensors
+
+KINDS = (
+    "full", "blockwise[blocks=2]", "blockwise[block=8, blocks=8]", "longformer[window=8]", "longformer[window=4, dilation=(1, 2)]",
+    "longformer[window=8, global_projections=false]", "local[chunk=4]", "local[chunk=4, circular=true]", "lsh[chunk=4, rounds=2]",
+    "lsh[chunk=4, rounds=2, stable=true, count_once=true]", "lsh[chunk=4, rounds=2, circular=true, count_once=true]", "linformer[k=8]",
+    "linformer[k=8, sharing=none]", "linformer[k=8, sharing=layerwise]", "linformer[k=8, projection=mean]", "linformer[k=8, projection=conv]",
+    "perceiver[latents=4]",
+)  # fmt: skip
+MODELS = {**ARCHITECTURES, "llama": ("llama", {"kv_heads": 1}), "modernbert": ("modernbert", {}), "reformer": ("reformer", {})}
+
+
+def spec(method):
+    return str(Subject.of(method).spec)
+
+
+def case(architecture, kind):
+    name, choices = MODELS[architecture]
+    return Case(name, kind, kind.startswith("longformer") and architecture != "perceiver", tuple(choices.items()))
+
+
+def training_step(model, batch):
+    """The loss of one step, every gradient, and the logits after it in evaluation mode."""
+    torch.manual_seed(5)
+    model.train()
+    training.schedule(model, 0.3)
+    loss = training.loss(model, **batch)
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        logits = model.eval()(**batch).logits
+    return loss.detach(), gradients, logits
+
+
+def apart(one, other):
+    """How far two results are from each other, compared with the largest entry."""
+    if one is None or other is None:
+        return 0.0 if one is other else float("inf")
+    one, other = device.on_cpu(one), device.on_cpu(other)
+    return float((one - other).abs().max() / one.abs().max().clamp(min=1e-6))  # some gradients are 0 but for rounding
+
+
+def cells():
+    """Every kind in every architecture, each with the next method that it does not refuse: how far the device is from the CPU, and what waits."""
+    methods, found = itertools.cycle([None, *effzoo.peft.names()]), []
+    for architecture, kind in itertools.product(MODELS, KINDS):
+        one = case(architecture, kind)
+        try:
+            one.model()
+        except EffzooError:
+            continue
+        for method in itertools.islice(methods, 4):
+            try:
+                model = one.model() if method is None else effzoo.attach(one.model(), spec(method))
+            except EffzooError:
+                continue
+            found.append([f"{one} with {method}", *compared(model, one.batch())])
+            break
+    return found
+
+
+def compared(model, batch):
+    """The largest difference of loss, gradients and logits, and the waits of the step."""
+    training.calibrate(model, [batch])
+    moved = copy.deepcopy(model)
+    loss, gradients, logits = training_step(model, batch)
+    with device.Machine():
+        moved = moved.to("cuda")
+        there = {name: x.to("cuda") for name, x in batch.items()}
+        device.WAITS.clear()
+        loss_there, gradients_there, logits_there = training_step(moved, there)
+        waits = dict(device.WAITS)
+    assert loss_there.is_cuda and logits_there.is_cuda and gradients.keys() == gradients_there.keys()
+    each = [apart(loss, loss_there), apart(logits, logits_there), *(apart(x, gradients_there[name]) for name, x in gradients.items())]
+    return max(each), waits
+
+
+def attached():
+    """Every method attached to a model that is on the device: what is left on the CPU, and how far its tensors are from those attached before."""
+    found = []
+    for architecture, kind in (("encoder", "longformer[window=8]"), ("perceiver", "full")):
+        one = case(architecture, kind)
+        for method in effzoo.peft.names():
+            try:
+                torch.manual_seed(3)
+                before = effzoo.attach(one.model(), spec(method))
+            except EffzooError:
+                continue
+            with device.Machine():
+                model = one.model().to("cuda")
+                torch.manual_seed(3)
+                effzoo.attach(model, spec(method))
+                left = [name for name, x in [*model.named_parameters(), *model.named_buffers()] if not x.is_cuda]
+                there = adapter_tensors(model, "default")
+            here = adapter_tensors(before, "default")
+            found.append([f"{one} with {method}", left, max(apart(x, there[name]) for name, x in here.items() if x.is_floating_point())])
+    return found
+
+
+def steps():
+    """What waits in a step with dropout, a ragged batch and an optimizer: of the kinds with three methods, and of what else a model may be."""
+    found = []
+    wanted = [*itertools.product(["encoder"], KINDS, ["lora", "prefix", "houlsby"]), *itertools.product(["decoder"], KINDS, ["lora|prefix"])]
+    for architecture, kind, method in wanted:
+        one = case(architecture, kind)
+        try:
+            model = effzoo.attach(one.model(dropout=0.1), method)
+        except EffzooError:
+            continue
+        found.append([f"{one} with {method}", waits_of(model, one.batch())])
+    for name, model, batch in others():
+        found.append([name, waits_of(model, batch)])
+    return found
+
+
+def waits_of(model, batch):
+    """The waits of a step and of an evaluation."""
+    with device.Machine():
+        model = model.to("cuda").train()
+        batch = {name: x.to("cuda") for name, x in batch.items()}
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        device.WAITS.clear()
+        training.loss(model, **batch).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.eval()(**batch)
+        return dict(device.WAITS)
+
+
+def refused():
+    """What the device says of wrong values, which it looks at when it comes to them."""
+    tasks = effzoo.build("bert", peft="routed[router=fixed, experts=2]", task="classification", num_labels=2, **SIZES)
+    numbers = effzoo.build("bert", task="classification", num_labels=1, **SIZES)
+    model = effzoo.build("longformer", attention="longformer[window=4, max_globals=2]", task="classification", num_labels=2, **SIZES)
+    ids, found = torch.ones(2, 8, dtype=torch.long), {}
+    wrong = {
+        "an id": (model, {"input_ids": ids * 53}),
+        "a mask": (model, {"input_ids": ids, "attention_mask": ids * 2}),
+        "a mask that is added": (model, {"input_ids": ids, "attention_mask": torch.zeros(2, 8)}),
+        "a label": (model, {"input_ids": ids, "labels": torch.tensor([0, 2])}),
+        "a number": (numbers, {"input_ids": ids, "labels": torch.tensor([0.0, float("nan")])}),
+        "global tokens": (model, {"input_ids": ids, "global_attention_mask": ids}),
+        "a task": (tasks, {"input_ids": ids, "task_ids": torch.tensor([0, 2])}),
+    }
+    for what, (one, batch) in wrong.items():
+        with device.Machine():
+            try:
+                copy.deepcopy(one).to("cuda")(**{name: x.to("cuda") for name, x in batch.items()})
+            except RuntimeError as assertion:
+                found[what] = str(assertion)
+    return found
+
+
+SIZES = {"layers": 2, "dim": 16, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 64}
+
+
+def others():
+    """Names, models and batches."""
+    ids, mask = torch.randint(53, (3, 12)), (torch.arange(12) < torch.tensor([12, 9, 4])[:, None]).long()
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 1])}
+    build = functools.partial(effzoo.build, task="classification", num_labels=2, **SIZES)
+    yield "BERT", build("bert"), batch
+    yield "a Longformer", build("longformer", attention="longformer[window=4]"), batch
+    yield "a decoder that reads the last token", build("gpt2", pooling="last"), batch
+    yield "a regression", effzoo.build("bert", task="classification", num_labels=1, **SIZES), {**batch, "labels": torch.rand(3)}
+    yield "several labels", build("bert"), {**batch, "labels": torch.rand(3, 2)}
+    yield "masked words", effzoo.build("roberta", task="masked_lm", **SIZES), {**batch, "labels": ids}
+    yield "the next word", effzoo.build("gpt2", task="causal_lm", **SIZES), {**batch, "labels": ids}
+    yield "a Reformer", build("reformer", pooling="mean", positions="learned", attention="lsh[chunk=4]"), batch
+    yield "packed documents", effzoo.build("gpt2", task="causal_lm", **SIZES), {
+        "input_ids": ids, "labels": ids, "position_ids": torch.tensor([[*range(5), *range(7)]])
+    }  # fmt: skip
+    yield "experts", build("bert", experts=2), batch
+    yield "experts in equal shares", build("bert", experts=2, router="base"), batch
+    yield "experts by task", build("bert", peft="routed[router=fixed, experts=2]"), {**batch, "task_ids": torch.tensor([0, 1, 1])}
+    yield "experts by token", build("bert", peft="routed[experts=2]"), batch
+    yield "the same, computed back", build("bert", peft="routed[experts=2]", norm="pre", residual="reversible"), batch
+    chosen = build("bert", peft="fish")
+    training.calibrate(chosen, [batch])
+    yield "chosen entries", chosen, batch
+    by_row = build("bert", peft="lora")
+    effzoo.attach(by_row, "houlsby", name="other")
+    yield "adapters by row", effzoo.activate(by_row, rows=["default", "other", "default"]), batch
+    quantised = build("bert")
+    effzoo.quantise(quantised, bits=4)
+    yield "a quantised base", effzoo.attach(quantised, "lora"), batch
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    print(json.dumps({"cells": cells, "attached": attached, "steps": steps, "refused": refused}[sys.argv[1]]()))
+    sys.stdout.flush()
+    os._exit(0)  # what torch does at its end, it would do with the device that is none

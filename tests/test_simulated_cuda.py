@@ -1,0 +1,88 @@
+"""On a device: the same numbers as on the CPU, no tensor left behind, and no wait of the host that is not named here.
+
+The device is simulated (`simulated_cuda/device.py`): no GPU is needed, but a C++ compiler and a build of torch without CUDA.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from simulated_cuda.library import compiler, library
+
+import effzoo
+
+WAITS = {  # what is left: the function that makes the host wait, and why
+    "peft/parameter/selection.py: Selection.bounds": "slices are as long as there are chosen entries in a tensor: looked up once for every content",
+    "peft/modular/routed.py: Routed._by_token": "a router reads the tokens alone, and how many rows those are decides a shape",
+    "elsewhere": "the backward pass of that choice of rows",
+    "blocks/reversible.py: _again": "the same, computed back",
+    "blocks/experts.py: Experts.forward": "experts read the tokens alone, and how many rows those are decides a shape",
+    "blocks/experts.py: Experts._sent": "an expert computes the tokens that are sent to it, and their number decides a shape",
+    "routing/assignment.py: assign": "the exact assignment is found on the CPU",
+    "architectures/packing.py: packed": "position ids without an attention_mask say whether there are documents, which become rows",
+    "architectures/packing.py: Packed.__init__": "how many documents there are, and the longest one, decide shapes",
+}
+
+
+@functools.cache
+def ran(part):
+    """The result of one part of simulated_cuda/run.py."""
+    reason = None if compiler() else "simulated CUDA needs a C++ compiler: none of g++, clang++ and c++ is here, and CXX names none"
+    if torch.version.cuda is not None:
+        reason = f"this build of torch, {torch.__version__}, has CUDA of its own, beside which none can be simulated"
+    if reason is not None:
+        (pytest.fail if os.environ.get("SIMULATED_CUDA") == "required" else pytest.skip)(reason)
+    library()
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(here / "simulated_cuda/run.py"), part]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_step_on_the_device_is_the_step_on_the_cpu():
+    cells = ran("cells")
+    assert len(cells) > 80
+    tried = {name.rpartition(" with ")[2] for name, _, _ in cells}
+    assert {*effzoo.peft.names(), "None"} - tried == {"residual_adapter"}  # for convolutions
+    assert [(name, far) for name, far, _ in cells if not far < 1e-9] == []
+    unnamed = {wait for _, _, waits in cells for wait in waits if wait.rpartition(": ")[0] not in WAITS}
+    assert unnamed == set()
+
+
+def test_a_method_attached_on_the_device_is_on_it_and_starts_alike():
+    found = ran("attached")
+    assert len(found) > 85
+    assert [(name, left) for name, left, _ in found if left] == []
+    assert [(name, far) for name, _, far in found if not far < 1e-12] == []
+
+
+def test_the_host_waits_for_the_device_nowhere_but_where_it_must():
+    steps = dict(ran("steps"))
+    kinds = {name for name in steps if name.endswith((" with lora", " with prefix", " with houlsby", " with lora|prefix"))}
+    assert len(kinds) > 55
+    assert {name: waits for name, waits in steps.items() if waits and name in kinds} == {}
+    waiting = {"packed documents", "experts", "experts in equal shares", "experts by token", "the same, computed back", "chosen entries"}
+    assert {name for name in steps if steps[name]} == waiting
+    found = {wait.rpartition(": ")[0] for waits in steps.values() for wait in waits}
+    assert found == WAITS.keys()
+
+
+def test_the_device_says_what_is_wrong_with_values_that_the_host_does_not_look_at():
+    said = ran("refused")
+    assert said == {
+        "an id": "input_ids are in [0, 53)",
+        "a mask": "attention_mask holds 0 and 1 (or booleans)",
+        "a mask that is added": "attention_mask is torch.float32 and 0 everywhere, which marks no token: 1 is for tokens (masks that are added to "
+        "scores have 0 there)",
+        "a label": "labels are in [0, 2) or -100",
+        "a number": "labels are finite numbers, and some are not",
+        "global tokens": "more than 2 global tokens in a sequence; raise longformer[max_globals=...]",
+        "a task": "task_ids are integers from 0 to 1, one for each of the 2 experts",
+    }
