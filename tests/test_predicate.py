@@ -227,5 +227,6 @@ def test_a_model_decodes_with_a_kind_of_ones_own(tiny):
     ids = torch.randint(1, 50, (2, 11))
     cache = Cache()
     with torch.no_grad():
-        found = [model(input_ids=ids[:, :6], cache=cache).logits, *(model(input_ids=ids[:, i : i + 1], cache=cache).logits for i in range(6, 11))]
+        pieces = [slice(0, 6), *(slice(place, place + 1) for place in range(6, 11))]
+        found = [model(input_ids=ids[:, piece], cache=cache).logits for piece in pieces]
         torch.testing.assert_close(torch.cat(found, dim=1), model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
