@@ -300,3 +300,13 @@ def test_memory_grows_linearly_with_the_sequence_at_a_fixed_block():
             with Largest() as largest:
                 made(*leaves, mask=Mask(torch.ones(1, n, dtype=torch.bool))).sum().backward()
             assert largest.size <= 2 * leaves[0].numel(), (causal, n)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_tiles_that_were_found_in_inference_mode_serve_training(backend):
+    made, tensors = core(blocks=3, backend=backend, max_length=30), [draw(i, 2, 2, 29, 4) for i in range(3)]
+    with torch.inference_mode():
+        expected = made(*tensors, mask=Mask())
+    out = made(*tensors, mask=Mask())
+    out.sum().backward()
+    assert torch.equal(out, expected) and all(x.grad is not None and x.grad.abs().max() > 0 for x in tensors[2:])

@@ -131,6 +131,7 @@ def layouts(core: PredicateAttention, n: int, device: torch.device) -> list[tupl
     return remembered((core.key, n), lambda: [(heads, _groups(core, heads[0], n)) for heads in _alike(core, n)], device)
 
 
+@torch.inference_mode(False)  # what is remembered serves training too
 def remembered(key: Any, make: Callable[[], list[tuple[list[int], Groups]]], device: torch.device) -> list[tuple[list[int], Layout | None]]:
     """Tiles, made once on the CPU, and once copied to each CUDA device."""
     if key not in _found:
