@@ -9,6 +9,7 @@ import effzoo
 from effzoo.attention import Context, Mask
 from effzoo.attention.reference import dense
 from effzoo.errors import InputError
+from tests.doubles import on
 
 
 def gradients(out, leaves, direction):
@@ -32,7 +33,7 @@ def cases(draw_):
     global_share = draw_(st.sampled_from([0.0, 0.1, 0.5, 1.0])) if kind == "longformer" else 0.0
     return (
         spec, draw_(st.integers(1, 3)), draw_(st.integers(1, 40) | st.integers(100, 150)), draw_(st.booleans()),
-        draw_(st.sampled_from(["auto", "reference"])),
+        draw_(st.sampled_from(["auto", "reference", "efficient"])),
         draw_(st.sampled_from([0.0, 0.5, 0.9, 1.0])), global_share, draw_(st.sampled_from([0, 0, 3])), draw_(st.integers(0, 10**6)),
     )  # fmt: skip
 
@@ -41,19 +42,20 @@ def cases(draw_):
 @given(cases())
 def test_equals_its_dense_definition(case):
     spec, batch, n, causal, backend, kept, global_share, rows, seed = case
-    generator = torch.Generator().manual_seed(seed)
-    core = effzoo.attention.create(spec, Context(heads=2, head_dim=4, causal=causal, backend=backend))
-    valid = torch.rand(batch, n, generator=generator) < kept
-    is_global = (torch.rand(batch, n, generator=generator) < global_share) & valid
-    mask = Mask(None if kept == 1 else valid, is_global if is_global.any() else None)
-    leaves = [draw(generator, batch, 2, n, 4) for _ in core.projections]
-    memory = (draw(generator, 2, rows, 4), draw(generator, 2, rows, 4)) if rows else None
-    out, expected = core(*leaves, mask=mask, memory=memory), core.dense(*leaves, mask=mask, memory=memory)
-    assert out.isfinite().all() and (out - expected).abs().max() < 1e-10
-    leaves += memory or ()
-    direction = draw(generator, *out.shape).detach()
-    for got, want in zip(gradients(out, leaves, direction), gradients(expected, leaves, direction), strict=True):
-        assert got.isfinite().all() and (got - want).abs().max() < 1e-10
+    with on(backend) as name:
+        generator = torch.Generator().manual_seed(seed)
+        core = effzoo.attention.create(spec, Context(heads=2, head_dim=4, causal=causal, backend=name))
+        valid = torch.rand(batch, n, generator=generator) < kept
+        is_global = (torch.rand(batch, n, generator=generator) < global_share) & valid
+        mask = Mask(None if kept == 1 else valid, is_global if is_global.any() else None)
+        leaves = [draw(generator, batch, 2, n, 4) for _ in core.projections]
+        memory = (draw(generator, 2, rows, 4), draw(generator, 2, rows, 4)) if rows else None
+        out, expected = core(*leaves, mask=mask, memory=memory), core.dense(*leaves, mask=mask, memory=memory)
+        assert out.isfinite().all() and (out - expected).abs().max() < 1e-10
+        leaves += memory or ()
+        direction = draw(generator, *out.shape).detach()
+        for got, want in zip(gradients(out, leaves, direction), gradients(expected, leaves, direction), strict=True):
+            assert got.isfinite().all() and (got - want).abs().max() < 1e-10
 
 
 def test_longformer_definition_counts_by_hand():

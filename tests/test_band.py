@@ -10,6 +10,7 @@ from effzoo.attention import reference
 from effzoo.attention.band import Band, Sees, Window, _runs
 from effzoo.attention.kernel import attend
 from effzoo.attention.part import Part
+from tests.doubles import calls, on
 
 SHAPES = st.fixed_dictionaries(
     {"n": st.integers(1, 300), "left": st.integers(0, 90), "right": st.integers(0, 90), "dilation": st.integers(1, 3), "batch": st.integers(1, 3)}
@@ -75,7 +76,7 @@ def test_rows_go_there_and_back_and_gradients_of_keys_are_the_adjoint(shape):
     torch.testing.assert_close(there, (x * added(band, x, gradients)).sum(), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "blocks", "reference"])
+@pytest.mark.parametrize("backend", ["flash", "blocks", "reference", "efficient"])
 @pytest.mark.parametrize("together", [64, 1024])
 @pytest.mark.parametrize("shape", [(257, 40, 40, 1), (200, 33, 0, 1), (250, 20, 20, 3), (31, 200, 200, 1), (700, 300, 5, 1)])
 def test_attention_over_a_band_is_its_definition_forward_and_backward(backend, together, shape, monkeypatch):
@@ -83,15 +84,16 @@ def test_attention_over_a_band_is_its_definition_forward_and_backward(backend, t
     band, sees = built(*shape)
     q, k, v, direction = (torch.randn(2, 3, band.n, 4, dtype=torch.float64) for _ in range(4))
     held = torch.rand(2, band.n) < 0.8
-    for of_keys in (None, held):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = attend(Part(*leaves, layout=band, given=band.given(sees, of_keys, q)), backend=backend)
-        allowed = definition(band, sees)[None, None] if of_keys is None else definition(band, sees) & of_keys[:, None, None, :]
-        twins = [x.clone().requires_grad_() for x in (q, k, v)]
-        wanted = reference.dense(*twins, allowed)
-        torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-10)
-        for mine, theirs in zip(torch.autograd.grad(out, leaves, direction), torch.autograd.grad(wanted, twins, direction), strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    with on(backend) as name:
+        for of_keys in (None, held):
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            out = attend(Part(*leaves, layout=band, given=band.given(sees, of_keys, q)), backend=name)
+            allowed = definition(band, sees)[None, None] if of_keys is None else definition(band, sees) & of_keys[:, None, None, :]
+            twins = [x.clone().requires_grad_() for x in (q, k, v)]
+            wanted = reference.dense(*twins, allowed)
+            torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-10)
+            for mine, theirs in zip(torch.autograd.grad(out, leaves, direction), torch.autograd.grad(wanted, twins, direction), strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
 def test_nothing_of_the_tiles_is_kept():
@@ -109,3 +111,20 @@ def test_nothing_of_the_tiles_is_kept():
     of_size_n = 4 * q.numel() * 4 + q.numel() // 8 * 4  # q, k, v, out and log-sum-exp, of 4 bytes
     assert sum(kept.values()) == of_size_n + sum(masks.values())
     assert all(size <= 4 * 64 * 192 for size in masks.values()) and len(band.runs) == 3
+
+
+@pytest.mark.parametrize("shape", [(257, 40, 40, 1), (200, 33, 0, 1), (90, 5, 60, 1)])
+def test_the_flash_operators_take_a_window_as_one_tile(shape):
+    band, sees = built(*shape)
+    leaves = [torch.randn(2, 3, band.n, 4, dtype=torch.float64, requires_grad=True) for _ in range(5)]
+    wide = torch.ones(band.n, 7, dtype=torch.bool)
+    q, k, v, more_k, more_v = leaves
+    memory = more_k[:, :, :7], more_v[:, :, :7]
+    wanted = reference.dense(q, torch.cat([k, memory[0]], 2), torch.cat([v, memory[1]], 2), torch.cat([definition(band, sees), wide], 1))
+    with on("flash on CUDA") as name:
+        out = attend(Part(q, k, v, layout=band, given=band.given(sees, None, q)), Part(q, *memory), backend=name)
+        torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-10)
+        direction = torch.randn_like(out)
+        for mine, theirs in zip(torch.autograd.grad(out, leaves, direction), torch.autograd.grad(wanted, leaves, direction), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    assert calls == ["flash forward with a window", "flash forward", "flash backward", "flash backward"]

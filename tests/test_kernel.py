@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from effzoo.attention import kernel
 from effzoo.attention.kernel import attend, choose, merge
 from effzoo.attention.part import Folded, Part, bias_of
 from effzoo.errors import OptionError
+from tests.doubles import on
 
 
 def draw(seed, *shape, dtype=torch.float64):
@@ -25,7 +25,7 @@ def concatenated(q, keys, values, biases):
     return scores.masked_fill(~some, 0).softmax(-1).masked_fill(~some, 0) @ torch.cat(values, dim=-2)
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "flash", "efficient"])
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -39,16 +39,17 @@ def test_parts_equal_concatenated_keys(backend, seed, rows, sizes, keep):
     values = [draw(seed + 101 + i, 2, 3, s, 4) for i, s in enumerate(sizes)]
     generator = torch.Generator().manual_seed(seed)
     biases = [bias_of(torch.rand(2, 1, rows, s, generator=generator) < keep, torch.float64) for s in sizes]
-    out = attend(*(Part(q, k, v, b) for k, v, b in zip(keys, values, biases, strict=True)), backend=backend)
     expected = concatenated(q, keys, values, biases)
-    assert out.isfinite().all() and torch.allclose(out, expected, rtol=0, atol=1e-12)
-    direction = draw(seed + 7, *out.shape).detach()
-    leaves = [q, *keys, *values]
-    for got, want in zip(torch.autograd.grad(out, leaves, direction), torch.autograd.grad(expected, leaves, direction), strict=True):
-        assert torch.allclose(got, want, rtol=0, atol=1e-12)
+    with on(backend) as name:
+        out = attend(*(Part(q, k, v, b) for k, v, b in zip(keys, values, biases, strict=True)), backend=name)
+        assert out.isfinite().all() and torch.allclose(out, expected, rtol=0, atol=1e-12)
+        direction = draw(seed + 7, *out.shape).detach()
+        leaves = [q, *keys, *values]
+        for got, want in zip(torch.autograd.grad(out, leaves, direction), torch.autograd.grad(expected, leaves, direction), strict=True):
+            assert torch.allclose(got, want, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "flash", "efficient"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_causal_part_with_left_padding_and_memory(backend, padded):
     n = 7
@@ -61,9 +62,10 @@ def test_causal_part_with_left_padding_and_memory(backend, padded):
         ([Part(q, k, v, bias, causal=True)], concatenated(q, [k], [v], [triangle])),
         ([Part(q, k, v, bias, causal=True), Part(q, mk, mv)], concatenated(q, [k, mk], [v, mv], [triangle, torch.zeros(1, 1, n, 3)])),
     ]:
-        out = attend(*parts, backend=backend)
-        assert torch.allclose(out, expected, rtol=0, atol=1e-12)
-        got, want = (torch.autograd.grad(x.square().sum(), [q, k, v]) for x in (out, expected))
+        with on(backend) as name:
+            out = attend(*parts, backend=name)
+            assert torch.allclose(out, expected, rtol=0, atol=1e-12)
+            got, want = (torch.autograd.grad(x.square().sum(), [q, k, v]) for x in (out, expected))
         assert all(torch.allclose(g, w, rtol=0, atol=1e-12) for g, w in zip(got, want, strict=True))
 
 
@@ -79,10 +81,11 @@ def test_folded_layout_is_invisible():
 
     block = torch.block_diag(*[torch.ones(2, 2)] * 4).bool()
     expected = attend(Part(q, k, v, bias_of(block, torch.float64)), Part(q, mk, mv))
-    for backend in ("reference", "sdpa"):
-        out = attend(Part(fold(q), fold(k), fold(v), layout=Folded(fold=fold, unfold=unfold)), Part(q, mk, mv), backend=backend)
-        assert torch.allclose(out, expected, rtol=0, atol=1e-12)
-        got, want = (torch.autograd.grad(x.square().sum(), [q, k, mk], retain_graph=True) for x in (out, expected))
+    for backend in ("reference", "flash", "efficient", "flash on CUDA"):
+        with on(backend) as name:
+            out = attend(Part(fold(q), fold(k), fold(v), layout=Folded(fold=fold, unfold=unfold)), Part(q, mk, mv), backend=name)
+            assert torch.allclose(out, expected, rtol=0, atol=1e-12)
+            got, want = (torch.autograd.grad(x.square().sum(), [q, k, mk], retain_graph=True) for x in (out, expected))
         assert all(torch.allclose(g, w, rtol=0, atol=1e-12) for g, w in zip(got, want, strict=True))
 
 
@@ -103,7 +106,7 @@ def test_low_precision_agrees_with_float64_to_its_rounding(dtype, tolerance):
     exact = [draw(i, 2, 2, 33, 8).detach() for i in range(5)]
     rounded = [x.to(dtype) for x in exact]
     expected = attend(Part(*exact[:3]), Part(exact[0], *exact[3:]))
-    for backend in ("reference", "sdpa"):
+    for backend in ("reference", "flash"):
         out = attend(Part(*rounded[:3]), Part(rounded[0], *rounded[3:]), backend=backend)
         assert out.dtype == dtype and (out.double() - expected).abs().max() < tolerance * expected.abs().max()
 
@@ -120,13 +123,19 @@ def test_dropout_drops_weights_of_the_union_and_keeps_the_mean():
 
 def test_the_choice_of_a_backend_is_explained():
     q = draw(0, 1, 1, 3, 4)
-    assert choose((Part(q, q, q),), 0.0) == ("sdpa", "fused flash attention on cpu")
+    assert choose((Part(q, q, q),), 0.0) == ("flash", "fused flash attention on cpu")
     name, reason = choose((Part(q, q, q),), 0.1)
     assert name == "blocks" and "attention_dropout=0" in reason
-    with pytest.raises(OptionError, match="'sdpa' cannot run here: attention dropout"):
-        choose((Part(q, q, q),), 0.1, "sdpa")
-    with pytest.raises(OptionError, match="'flash3' is not one of auto, reference, sdpa"):
+    with pytest.raises(OptionError, match="'flash' cannot run here: attention dropout"):
+        choose((Part(q, q, q),), 0.1, "flash")
+    with pytest.raises(OptionError, match="'flash3' is not one of auto, reference, flash"):
         attend(Part(q, q, q), backend="flash3")
+    with pytest.raises(OptionError, match="'sdpa' is called 'flash' now"):
+        attend(Part(q, q, q), backend="sdpa")
+    with pytest.raises(
+        OptionError, match="'efficient' cannot run here: it runs on cuda, the tensors are on cpu; use backend='auto', which is 'flash' here"
+    ):
+        attend(Part(q, q, q), backend="efficient")
 
 
 def test_torch_sdpa_agrees_on_one_masked_part():
@@ -135,4 +144,3 @@ def test_torch_sdpa_agrees_on_one_masked_part():
     allowed |= torch.eye(11, dtype=torch.bool)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
     assert torch.allclose(attend(Part(q, k, v, bias_of(allowed, torch.float64))), expected, rtol=0, atol=1e-12)
-    assert kernel.BACKENDS == ("auto", "reference", "sdpa", "blocks")

@@ -14,6 +14,7 @@ from effzoo.blocks import Attention
 from effzoo.errors import IncompatibleError, InputError, OptionError
 from effzoo.sites import sites
 from effzoo.spec import parse_one
+from tests.doubles import on
 
 SHARINGS, PROJECTIONS = ("none", "headwise", "key_value", "layerwise"), ("linear", "mean", "conv")
 
@@ -53,7 +54,7 @@ def cases(draw_):
         "projection": draw_(st.sampled_from(PROJECTIONS)),
     }
     kept, rows = draw_(st.sampled_from([0.0, 0.5, 0.9, 1.0])), draw_(st.sampled_from([0, 3]))
-    backend = draw_(st.sampled_from(["auto", "reference"]))
+    backend = draw_(st.sampled_from(["auto", "reference", "efficient"]))
     return spec, draw_(st.integers(1, 3)), draw_(st.integers(1, 24)), draw_(st.integers(1, 24)), kept, rows, backend, draw_(st.integers(0, 999))
 
 
@@ -61,14 +62,15 @@ def cases(draw_):
 @given(cases())
 def test_equals_its_dense_definition_also_across_two_sequences(case):
     spec, batch, n, source, kept, rows, backend, seed = case
-    made = core(spec, backend=backend)
-    leaves = [draw(seed, batch, 3, n, 4), draw(seed + 1, batch, 3, source, 4), draw(seed + 2, batch, 3, source, 4)]
-    valid = torch.rand(batch, source, generator=torch.Generator().manual_seed(seed)) < kept
-    memory = (draw(3, 3, rows, 4), draw(4, 3, rows, 4)) if rows else None
-    out, expected = (f(*leaves, mask=Mask(None if kept == 1 else valid), memory=memory) for f in (made, made.dense))
-    assert_same(out, expected, [*leaves, *made.parameters(), *(memory or ())])
-    if not rows:
-        assert (out[~valid.any(dim=1)] == 0).all() or kept == 1
+    with on(backend) as name:
+        made = core(spec, backend=name)
+        leaves = [draw(seed, batch, 3, n, 4), draw(seed + 1, batch, 3, source, 4), draw(seed + 2, batch, 3, source, 4)]
+        valid = torch.rand(batch, source, generator=torch.Generator().manual_seed(seed)) < kept
+        memory = (draw(3, 3, rows, 4), draw(4, 3, rows, 4)) if rows else None
+        out, expected = (f(*leaves, mask=Mask(None if kept == 1 else valid), memory=memory) for f in (made, made.dense))
+        assert_same(out, expected, [*leaves, *made.parameters(), *(memory or ())])
+        if not rows:
+            assert (out[~valid.any(dim=1)] == 0).all() or kept == 1
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)

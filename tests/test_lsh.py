@@ -17,6 +17,7 @@ from effzoo.attention.hashing import automatic, buckets_of
 from effzoo.attention.reference import dense
 from effzoo.blocks.reversible import two_streams
 from effzoo.errors import IncompatibleError, InputError, OptionError
+from tests.doubles import on
 
 HEADS, WIDTH = 2, 4
 
@@ -139,40 +140,42 @@ def lsh_cases(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(lsh_cases(), st.sampled_from(["auto", "reference"]))
+@given(lsh_cases(), st.sampled_from(["auto", "reference", "efficient"]))
 def test_lsh_equals_its_definition_and_that_equals_plain_python(case, backend):
-    spec, causal, n, kept, rows, seed = case
-    made = core(spec, causal, backend=backend)
-    qk, v = inputs_of(made, n, seed)
-    valid = torch.rand(2, n, generator=torch.Generator().manual_seed(seed)) < kept if kept < 1 else torch.ones(2, n, dtype=torch.bool)
-    mask = Mask(None if kept == 1 else valid)
-    memory = (random(3, HEADS, rows, WIDTH), random(4, HEADS, rows, WIDTH)) if rows else None
-    expected = expected_of(made, qk, v, valid, memory)
-    leaves = [qk, v, *(memory or ())]
-    assert_same(made.dense(qk, v, mask=mask, memory=memory), expected, leaves)
-    assert_same(made(qk, v, mask=mask, memory=memory), expected, leaves)
+    with on(backend) as name:
+        spec, causal, n, kept, rows, seed = case
+        made = core(spec, causal, backend=name)
+        qk, v = inputs_of(made, n, seed)
+        valid = torch.rand(2, n, generator=torch.Generator().manual_seed(seed)) < kept if kept < 1 else torch.ones(2, n, dtype=torch.bool)
+        mask = Mask(None if kept == 1 else valid)
+        memory = (random(3, HEADS, rows, WIDTH), random(4, HEADS, rows, WIDTH)) if rows else None
+        expected = expected_of(made, qk, v, valid, memory)
+        leaves = [qk, v, *(memory or ())]
+        assert_same(made.dense(qk, v, mask=mask, memory=memory), expected, leaves)
+        assert_same(made(qk, v, mask=mask, memory=memory), expected, leaves)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
     st.integers(1, 9), st.integers(0, 2), st.integers(0, 2), st.booleans(), st.booleans(), st.integers(1, 40),
-    st.sampled_from([0.0, 0.6, 1.0]), st.sampled_from([0, 3]), st.sampled_from(["auto", "reference"]),
+    st.sampled_from([0.0, 0.6, 1.0]), st.sampled_from([0, 3]), st.sampled_from(["auto", "reference", "efficient"]),
 )  # fmt: skip
 def test_local_equals_its_pattern_and_that_equals_plain_python(chunk, before, after, circular, causal, n, kept, rows, backend):
-    made = core({"name": "local", "chunk": chunk, "look_back": before, "look_forward": after, "circular": circular}, causal, backend=backend)
-    leaves = inputs_of(made, n)
-    valid = torch.rand(2, n, generator=torch.Generator().manual_seed(n)) < kept if kept < 1 else torch.ones(2, n, dtype=torch.bool)
-    memory = (random(3, HEADS, rows, WIDTH), random(4, HEADS, rows, WIDTH)) if rows else None
-    mask = Mask(None if kept == 1 else valid)
-    chunks = -(-n // chunk)
-    pattern = made.pattern(n, mask).expand(2, 1, n, n)
-    for b in range(2):
-        for i in range(n):
-            sight = [i // chunk + offset for offset in range(-before, after + 1)]
-            sight = {c % chunks for c in sight} if circular else set(sight)
-            assert pattern[b, 0, i].tolist() == [bool(valid[b, j]) and j // chunk in sight and not (causal and j > i) for j in range(n)]
-    out, expected = (f(*leaves, mask=mask, memory=memory) for f in (made, made.dense))
-    assert_same(out, expected, [*leaves, *(memory or ())])
+    with on(backend) as name:
+        made = core({"name": "local", "chunk": chunk, "look_back": before, "look_forward": after, "circular": circular}, causal, backend=name)
+        leaves = inputs_of(made, n)
+        valid = torch.rand(2, n, generator=torch.Generator().manual_seed(n)) < kept if kept < 1 else torch.ones(2, n, dtype=torch.bool)
+        memory = (random(3, HEADS, rows, WIDTH), random(4, HEADS, rows, WIDTH)) if rows else None
+        mask = Mask(None if kept == 1 else valid)
+        chunks = -(-n // chunk)
+        pattern = made.pattern(n, mask).expand(2, 1, n, n)
+        for b in range(2):
+            for i in range(n):
+                sight = [i // chunk + offset for offset in range(-before, after + 1)]
+                sight = {c % chunks for c in sight} if circular else set(sight)
+                assert pattern[b, 0, i].tolist() == [bool(valid[b, j]) and j // chunk in sight and not (causal and j > i) for j in range(n)]
+        out, expected = (f(*leaves, mask=mask, memory=memory) for f in (made, made.dense))
+        assert_same(out, expected, [*leaves, *(memory or ())])
 
 
 @pytest.mark.parametrize("n", [7, 8, 11, 16, 20])
@@ -243,7 +246,7 @@ def test_a_few_heads_at_a_time_are_all_rounds_side_by_side(spec, together, monke
     valid = torch.arange(37) < torch.tensor([37, 20, 1, 0])[:, None]
     for causal in (False, True):
         for mask in (Mask(decisions={}), Mask(valid, decisions={})):
-            fast, twin, blocks = (core(spec, causal, heads=3, backend=backend) for backend in ("sdpa", "reference", "blocks"))
+            fast, twin, blocks = (core(spec, causal, heads=3, backend=backend) for backend in ("flash", "reference", "blocks"))
             leaves = inputs_of(fast, 37, batch=4)
             expected = twin(*leaves, mask=mask)
             for one in (fast, blocks):

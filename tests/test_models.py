@@ -193,12 +193,12 @@ def test_checkpointed_activations_give_the_same_gradients_with_frozen_embeddings
 
 
 def test_the_backend_is_chosen_by_name(tiny):
-    fused, plain = (effzoo.build("bert", backend=backend, **tiny).eval() for backend in ("sdpa", "reference"))
+    fused, plain = (effzoo.build("bert", backend=backend, **tiny).eval() for backend in ("flash", "reference"))
     plain.load_state_dict(fused.state_dict())
     tokens = ids(2, 9)
     assert torch.allclose(fused(tokens).last_hidden_state, plain(tokens).last_hidden_state, atol=1e-5)
-    with pytest.raises(OptionError, match="'sdpa' cannot run here: attention dropout 0.1"):
-        effzoo.build("bert", **{**tiny, "backend": "sdpa", "attention_dropout": 0.1}).train()(tokens)
+    with pytest.raises(OptionError, match="'flash' cannot run here: attention dropout 0.1"):
+        effzoo.build("bert", **{**tiny, "backend": "flash", "attention_dropout": 0.1}).train()(tokens)
 
 
 def test_output_reads_as_dict_and_by_attribute(model):

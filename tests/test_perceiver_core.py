@@ -12,6 +12,7 @@ from effzoo.blocks import Attention
 from effzoo.errors import IncompatibleError, OptionError
 from effzoo.sites import Activity, Roster, sites
 from effzoo.spec import parse_one
+from tests.doubles import on
 
 
 def draw(seed, *shape):
@@ -39,17 +40,18 @@ def core(latents=5, heads=2, head_dim=4, **context):
 @settings(max_examples=150, deadline=None)
 @given(
     st.integers(1, 9), st.integers(1, 3), st.integers(1, 20), st.integers(1, 20), st.sampled_from([0.0, 0.5, 0.9, 1.0]), st.sampled_from([0, 3]),
-    st.sampled_from(["auto", "reference"]), st.sampled_from([4, 7]), st.integers(0, 999),
+    st.sampled_from(["auto", "reference", "efficient"]), st.sampled_from([4, 7]), st.integers(0, 999),
 )  # fmt: skip
 def test_equals_its_dense_definition_also_across_two_sequences(latents, batch, n, source, kept, rows, backend, width, seed):
-    made = core(latents, backend=backend)
-    leaves = [draw(seed, batch, 2, n, 4), draw(seed + 1, batch, 2, source, 4), draw(seed + 2, batch, 2, source, width)]
-    memory = (draw(3, 2, rows, 4), draw(4, 2, rows, width)) if rows else None
-    valid = torch.rand(batch, source, generator=torch.Generator().manual_seed(seed)) < kept
-    out, expected = (f(*leaves, mask=Mask(None if kept == 1 else valid), memory=memory) for f in (made, made.dense))
-    same(out, expected, [*leaves, *made.parameters(), *(memory or ())])
-    if not rows and kept < 1:
-        assert (out[~valid.any(dim=1)] == 0).all()
+    with on(backend) as name:
+        made = core(latents, backend=name)
+        leaves = [draw(seed, batch, 2, n, 4), draw(seed + 1, batch, 2, source, 4), draw(seed + 2, batch, 2, source, width)]
+        memory = (draw(3, 2, rows, 4), draw(4, 2, rows, width)) if rows else None
+        valid = torch.rand(batch, source, generator=torch.Generator().manual_seed(seed)) < kept
+        out, expected = (f(*leaves, mask=Mask(None if kept == 1 else valid), memory=memory) for f in (made, made.dense))
+        same(out, expected, [*leaves, *made.parameters(), *(memory or ())])
+        if not rows and kept < 1:
+            assert (out[~valid.any(dim=1)] == 0).all()
 
 
 def test_the_definition_by_hand():

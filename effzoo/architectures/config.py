@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from effzoo.annotations import Count, Few, Probability, Range, Whole, annotations_of, plain, problem
-from effzoo.attention.kernel import BACKENDS
+from effzoo.attention import backends
 from effzoo.blocks import ACTIVATIONS, Rotary, Slots
 from effzoo.errors import IncompatibleError, OptionError, listing
 
@@ -54,7 +54,7 @@ class Config:
     head_dense, head_activation, head_norm, head_bias: through dense, activation and norm, or directly; token_dense: whether the head that
     labels tokens goes through them as well. dropout: of embeddings, sub-layers and heads; attention_dropout: of the attention weights, one or one
     per layer. transform_bias: of the dense layer in any head. pooler: a features model ends in a dense tanh
-    layer on the first token.
+    layer on the first token. backend: what computes attention ("auto", or a name of `effzoo.attention.backends`).
     """
 
     name: str
@@ -125,11 +125,11 @@ class Config:
             raise OptionError(
                 f"kv_heads {self.kv_heads} does not divide the {self.heads} heads; try kv_heads={_nearest_divisor(self.heads, self.kv_heads)}"
             )
-        choices = {"activation": tuple(ACTIVATIONS), "head_activation": ("tanh", *ACTIVATIONS), "backend": BACKENDS}
+        choices = {"activation": tuple(ACTIVATIONS), "head_activation": ("tanh", *ACTIVATIONS)}
         for key, known in choices.items():
             if getattr(self, key) not in known:
                 raise OptionError(f"{key} is one of {', '.join(known)}, got {getattr(self, key)!r}")
-
+        backends.known(self.backend)
         if self.residual == "reversible" and self.norm != "pre":
             raise OptionError("a reversible residual stands around a norm that comes first; build it with norm='pre'")
         if not self.first_norm and self.norm != "pre":

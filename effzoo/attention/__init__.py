@@ -6,7 +6,7 @@
 from effzoo.annotations import check_arguments
 from effzoo.attention import blockwise, full, linformer, local, longformer, lsh, perceiver
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask, memory_part
-from effzoo.attention.kernel import attend
+from effzoo.attention.kernel import attend, choose
 from effzoo.attention.part import Part, bias_of
 from effzoo.attention.predicate import PredicateAttention
 from effzoo.registry import attention as _view
@@ -24,6 +24,7 @@ __all__ = [
     "attend",
     "bias_of",
     "blockwise",
+    "choose",
     "create",
     "full",
     "get",

@@ -60,7 +60,8 @@ class Window:
             return None
         right = 0 if causal else right
         size = min(rows, max(SMALLEST, min((left + right) // 2, LARGEST)))
-        return Band(n, self.dilation, _runs(rows, size, lambda query, queries: (query - left, query + queries + right)))
+        runs = _runs(rows, size, lambda query, queries: (query - left, query + queries + right))
+        return Band(n, self.dilation, runs, (left, right) if self.dilation == 1 else None)
 
     @property
     def kept(self) -> int | None:
@@ -113,6 +114,10 @@ class Band(Tiled):
     n: int
     dilation: int
     runs: tuple[Run, ...]
+    window: tuple[int, int] | None = None  # keys before and after a query, where that says it all
+
+    def bare(self, given: Sequence[Tensor | None]) -> bool:
+        return given[0] is None and (self.window is not None or all(bias is None for bias in given))
 
     def tiles(self, q: Tensor, k: Tensor, v: Tensor, given: Sequence[Tensor | None]) -> Iterator[Tile]:
         """The tile of every run; given: what `given` made."""

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from effzoo.attention.part import Tile
+from effzoo.attention.part import Tile, factor
 
 BLOCK = 2**19  # weights at a time
 STEPS = 2**16  # in which probabilities are drawn: four from each random number of 64 bits
@@ -40,14 +40,11 @@ def _without_autocast(method: Callable[..., Result]) -> Callable[..., Result]:
 
 @dataclass(frozen=True)
 class Weights:
-    """How the weights of one part are made: which are dropped, drawn from the seed and the number of the tile; the factor on q k^T.
-
-    In compiled code the seed is a tensor [1], and a tile is one operator.
-    """
+    """How the weights of one part are made: which are dropped, drawn from the seed and the number of the tile; the scale of its scores."""
 
     dropout: float
-    seed: int | Tensor
-    scale: float
+    seed: int
+    scale: float | None
 
     @property
     def kept(self) -> float:
@@ -57,10 +54,6 @@ class Weights:
     @_without_autocast
     def forward(self, tile: Tile, index: int) -> tuple[Tensor, Tensor]:
         q, k, v, _, _ = tile
-        if torch.compiler.is_compiling():
-            assert isinstance(self.seed, Tensor)
-            traced: tuple[Tensor, Tensor] = _forward(*tile, self.dropout, self.seed, self.scale, index)
-            return traced
         out, lse = v.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=_exact(q.dtype))
         flat_q, flat_k, flat_v = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
         flat_out, flat_lse = out.view(-1, *out.shape[-2:]), lse.view(-1, lse.shape[-1])
@@ -77,10 +70,6 @@ class Weights:
     @_without_autocast
     def backward(self, tile: Tile, index: int, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, _, _ = tile
-        if torch.compiler.is_compiling():
-            assert isinstance(self.seed, Tensor)
-            traced: tuple[Tensor, Tensor, Tensor] = _backward(*tile, grad, out, lse, self.dropout, self.seed, self.scale, index)
-            return traced
         exact = _exact(q.dtype)
         gradients = of_q, of_k, of_v = tuple(torch.zeros(x.shape, dtype=exact, device=x.device).reshape(-1, *x.shape[-2:]) for x in (q, k, v))
         flat_q, flat_k, flat_v, flat_grad = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v, grad))
@@ -90,7 +79,7 @@ class Weights:
             own_q, own_k, own_v, own_grad = (x.to(exact) for x in (flat_q[heads, rows], flat_k[heads], flat_v[heads], flat_grad[heads, rows]))
             weights = self._scores(own_q, own_k, tile, heads, rows).sub_(flat_lse[heads, rows]).exp_()
             of_weights = torch.bmm(own_grad, own_v.mT).div_(self.kept).mul_(mask)
-            of_scores = of_weights.sub_(delta[heads, rows]).mul_(weights).mul_(self.scale)
+            of_scores = of_weights.sub_(delta[heads, rows]).mul_(weights).mul_(factor(self.scale, tile.q))
             of_q[heads, rows] = torch.bmm(of_scores, own_k)
             of_k[heads].baddbmm_(of_scores.mT, own_q)
             of_v[heads].baddbmm_(weights.mul_(mask).mT, own_grad, alpha=1 / self.kept)
@@ -101,7 +90,7 @@ class Weights:
         heads, m, s = q.shape[:2].numel(), q.shape[2], k.shape[2]
         of_rows = min(m, max(1, BLOCK // max(1, s)))
         of_heads = min(heads, max(1, BLOCK // max(1, m * s))) if of_rows == m else 1
-        draw = torch.Generator(device=q.device).manual_seed(int(self.seed) + index)
+        draw = torch.Generator(device=q.device).manual_seed(self.seed + index)
         for head in range(0, heads, of_heads):
             for row in range(0, m, of_rows):
                 size = (min(of_heads, heads - head), min(of_rows, m - row), s)
@@ -113,7 +102,7 @@ class Weights:
     def _scores(self, q: Tensor, k: Tensor, tile: Tile, heads: slice, rows: slice) -> Tensor:
         """scale q k^T + bias of a block, in float32 or better, with -inf above the causal diagonal."""
         exact = _exact(q.dtype)
-        scores = torch.bmm(q.to(exact), k.to(exact).mT).mul_(self.scale)
+        scores = torch.bmm(q.to(exact), k.to(exact).mT).mul_(factor(self.scale, tile.q))
         if tile.bias is not None:
             shape = tile.q.shape
             whole = tile.bias.expand(*shape[:2], -1, -1)
@@ -128,33 +117,3 @@ class Weights:
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-@torch.library.custom_op("effzoo::dropped", mutates_args=())
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, dropout: float, seed: Tensor, scale: float, index: int
-) -> tuple[Tensor, Tensor]:
-    return Weights(dropout, seed, scale).forward(Tile(q, k, v, bias, causal), index)
-
-
-@_forward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, dropout: float, seed: Tensor, scale: float, index: int
-) -> tuple[Tensor, Tensor]:
-    return v.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=_exact(q.dtype))
-
-
-@torch.library.custom_op("effzoo::dropped_backward", mutates_args=())
-def _backward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool,
-    grad: Tensor, out: Tensor, lse: Tensor, dropout: float, seed: Tensor, scale: float, index: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return Weights(dropout, seed, scale).backward(Tile(q, k, v, bias, causal), index, grad, out, lse)
-
-
-@_backward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool,
-    grad: Tensor, out: Tensor, lse: Tensor, dropout: float, seed: Tensor, scale: float, index: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

@@ -47,9 +47,13 @@ class Layout(abc.ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v, given that of the output, and the output and log-sum-exp of all parts together."""
 
-    @abc.abstractmethod
+    def bare(self, given: Sequence[Tensor | None]) -> bool:
+        """Whether no tile has a bias, as far as is known before they are cut."""
+        return False
+
     def plain(self, part: Part) -> list[Part]:
         """The part as parts that are `Cut`, which autograd can follow by itself."""
+        return [part]
 
 
 class Cut(Layout):
@@ -66,9 +70,6 @@ class Cut(Layout):
     @abc.abstractmethod
     def join(self, tiles: Sequence[Tensor], fill: float = 0.0) -> Tensor:
         """The way back; `fill` where no tile has the query."""
-
-    def plain(self, part: Part) -> list[Part]:
-        return [part]
 
 
 class Tiled(Cut):
@@ -119,6 +120,9 @@ class Folded(Cut):
     fold: Callable[[Tensor], Tensor] = _same
     unfold: Callable[[Tensor], Tensor] = _same
 
+    def bare(self, given: Sequence[Tensor | None]) -> bool:
+        return given[0] is None
+
     def tiles(self, q: Tensor, k: Tensor, v: Tensor, given: Sequence[Tensor | None]) -> list[Tile]:
         return [Tile(q, k, v, given[0], self.causal)]
 
@@ -166,6 +170,20 @@ class Part:
     def brought(self) -> list[Tensor | None]:
         """The tensors of the part beside q, k and v."""
         return list(self.given) or [self.bias]
+
+
+def factor(scale: float | None, q: Tensor) -> float:
+    """What multiplies q k^T: 1 / sqrt(d) if no scale is given."""
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+
+
+def lse_of(tile: Tile, lse: Tensor) -> Tensor:
+    """The log-sum-exp of a tile, given that of an operator of torch, which reports 0 for a row without keys."""
+    if tile.bias is None:
+        return lse
+    # a key bias [g, 1, 1, s] under the causal triangle: nothing allowed at or before the row
+    most = tile.bias.cummax(dim=-1).values.squeeze(-2) if tile.causal else tile.bias.amax(dim=-1)
+    return lse.masked_fill(most == -math.inf, -math.inf)
 
 
 def bias_of(allowed: Tensor, dtype: torch.dtype) -> Tensor:

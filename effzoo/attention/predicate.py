@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from effzoo.attention import reference, tile_map
+from effzoo.attention import flex, reference, tile_map
 from effzoo.attention.band import Band, Chunks, Sees, Window
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, memory_part, of_heads
 from effzoo.attention.part import Layout, Part, bias_of
@@ -83,9 +83,15 @@ class PredicateAttention(AttentionCore):
 
     def forward(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         q, k, v = projected[:3]
-        if self.by_length and mask.valid is not None and type(self).layouts is PredicateAttention.layouts:
+        if self.context.backend == "flex":
+            if type(self).layouts is not PredicateAttention.layouts:
+                self.layouts(q.shape[2], mask, q.device)  # which refuses lengths that the kind does not take
+            under = flex.seen(self, q, k, mask, None if mask.valid is None else lengths(mask.valid))
+            out = self.attend(Part(q, k, v, layout=under), memory_part(q, memory))
+        elif self.by_length and mask.valid is not None and type(self).layouts is PredicateAttention.layouts:
             return self.rows(torch.arange(q.shape[2], device=q.device)[None], *projected, mask=mask, memory=memory)
-        out = self._over_tiles(q, k, v, mask, memory)
+        else:
+            out = self._over_tiles(q, k, v, mask, memory)
         if not self._marked(mask):
             return out
         where, _ = gathered(mask, self.max_globals)

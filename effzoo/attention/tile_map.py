@@ -67,6 +67,9 @@ class Groups(Tiled):
             return self
         return Groups(self.n, tuple(group.to(device) for group in self.groups), sent(self.place, device))
 
+    def bare(self, given: Sequence[Tensor | None]) -> bool:
+        return given[0] is None and all(group.allowed is None for group in self.groups)
+
     def tiles(self, q: Tensor, k: Tensor, v: Tensor, given: Sequence[Tensor | None]) -> Iterator[Tile]:
         """given: which keys are held, bool[batch, n], or None for all."""
         (held,) = given

@@ -12,12 +12,14 @@ import device  # before torch
 import torch
 
 import effzoo
+from effzoo.attention import backends
 from effzoo.checks.matrix import ARCHITECTURES
 from effzoo.checks.models import Case
 from effzoo.checks.peft import Subject
 from effzoo.errors import EffzooError
 from effzoo.peft import training
 from effzoo.peft.attach import adapter_tensors
+from tests import doubles
 
 KINDS = (
     "full", "blockwise[blocks=2]", "blockwise[block=8, blocks=8]", "longformer[window=8]", "longformer[window=4, dilation=(1, 2)]",
@@ -86,9 +88,10 @@ def compared(model, batch):
     with device.Machine():
         moved = moved.to("cuda")
         there = {name: x.to("cuda") for name, x in batch.items()}
-        device.WAITS.clear()
+        device.WAITS.clear(), doubles.calls.clear()
         loss_there, gradients_there, logits_there = training_step(moved, there)
         waits = dict(device.WAITS)
+    assert "efficient forward" in doubles.calls
     assert loss_there.is_cuda and logits_there.is_cuda and gradients.keys() == gradients_there.keys()
     each = [apart(loss, loss_there), apart(logits, logits_there), *(apart(x, gradients_there[name]) for name, x in gradients.items())]
     return max(each), waits
@@ -207,6 +210,8 @@ def others():
 
 
 if __name__ == "__main__":
+    doubles.registered()  # attention there is that of CUDA, in float64 as well
+    backends.TAKES["efficient", "cuda"] = backends.ALL
     warnings.simplefilter("ignore")
     print(json.dumps({"cells": cells, "attached": attached, "steps": steps, "refused": refused}[sys.argv[1]]()))
     sys.stdout.flush()

@@ -1,0 +1,132 @@
+"""Tiles by torch's own operators for CUDA: memory-efficient attention, which takes biases and dropout, and flash attention, which takes neither.
+
+Backward both compute exp(S - lse) and rowsum(dO * out) from the lse and the out that they are given, so with the merged ones they give
+the gradients of a part of one softmax (see `kernel.py`). What they ask of memory is met here: rows of a multiple of 8 numbers, rows of a bias of
+a multiple of 16, and backward an `out` that is dense as [g, rows, heads, d] and a log-sum-exp of a multiple of 32 rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from effzoo.attention.part import Tile, factor, lse_of
+
+NUMBERS, BIASES, ROWS = 8, 16, 32
+_efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+_efficient_backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+_flash = torch.ops.aten._flash_attention_forward
+_flash_backward = torch.ops.aten._flash_attention_backward
+
+
+@dataclass(frozen=True, eq=False)
+class Efficient:
+    """A tile by the memory-efficient operators.
+
+    The operator draws which weights are dropped from the generator of the device; `drawn` keeps seed and offset of every tile, from which the
+    backward pass draws the same. seed: what the generator is set to before (in compiled code, where the two passes share nothing else).
+    """
+
+    scale: float | None
+    dropout: float = 0.0
+    seed: int | None = None
+    drawn: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def forward(self, tile: Tile, index: int) -> tuple[Tensor, Tensor]:
+        q, k, v = (_rows(x) for x in tile[:3])
+        with _from(None if self.seed is None else self.seed + index, q.device):
+            out, lse, *drawn = _efficient(q, k, v, _bias(tile), True, self.dropout, tile.causal, scale=factor(self.scale, tile.q))
+        if self.dropout:
+            self.drawn[index] = drawn
+        return out[..., : tile.v.shape[-1]], lse_of(tile, lse[..., : q.shape[2]])
+
+    def backward(self, tile: Tile, index: int, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grad, q, k, v = (_rows(x) for x in (grad, *tile[:3]))
+        out = _rows(out).transpose(1, 2).contiguous().transpose(1, 2)  # of which the operator does not look at all strides
+        lse = F.pad(lse, (0, -lse.shape[-1] % ROWS), value=math.inf).contiguous()
+        drawn = self.drawn[index] if self.dropout and self.seed is None else [torch.tensor((self.seed or 0) + index), torch.tensor(0)]
+        wanted = [True, True, True, False]
+        found = _efficient_backward(grad, q, k, v, _bias(tile), out, lse, *drawn, self.dropout, wanted, tile.causal, scale=factor(self.scale, tile.q))
+        return _gradients(tile, found)
+
+
+@dataclass(frozen=True)
+class FlashCuda:
+    """A tile without bias by the flash operators. window: how many keys before it and after it a query sees; None: all."""
+
+    scale: float | None
+    window: tuple[int, int] | None = None
+
+    def forward(self, tile: Tile, index: int) -> tuple[Tensor, Tensor]:
+        q, k, v = (_rows(x, _width(tile)).transpose(1, 2) for x in tile[:3])
+        out, lse, *_ = _flash(q, k, v, None, None, *self._told(tile), False, **self._options(tile))
+        return out.transpose(1, 2)[..., : tile.v.shape[-1]], lse
+
+    def backward(self, tile: Tile, index: int, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grad, q, k, v, out = (_rows(x, _width(tile)).transpose(1, 2) for x in (grad, *tile[:3], out))
+        drawn = [torch.zeros(shape, dtype=torch.uint64, device=q.device) for shape in ((2,), ())]  # nothing is dropped
+        found = _flash_backward(grad, q, k, v, out, lse.contiguous(), None, None, *self._told(tile), *drawn, **self._options(tile))
+        return _gradients(tile, [x.transpose(1, 2) for x in found])
+
+    def _told(self, tile: Tile) -> tuple[int, int, float, bool]:
+        """Rows, keys, dropout, and whether it is causal."""
+        return tile.q.shape[2], tile.k.shape[2], 0.0, tile.causal
+
+    def _options(self, tile: Tile) -> dict[str, Any]:
+        left, right = self.window or (None, None)
+        return {"scale": factor(self.scale, tile.q), "window_size_left": left, "window_size_right": right}
+
+
+def _width(tile: Tile) -> int:
+    """One width for q, k and v."""
+    widest = max(tile.q.shape[-1], tile.v.shape[-1])
+    return widest + -widest % NUMBERS
+
+
+def _rows(x: Tensor, width: int | None = None) -> Tensor:
+    """[g, heads, rows, d] -> [g, heads, rows, width], with zeros up to the width (that of x and what it lacks to a multiple, if None)."""
+    d = x.shape[-1]
+    lacking = -d % NUMBERS if width is None else width - d
+    if lacking:
+        return F.pad(x, (0, lacking))
+    if x.stride(-1) != 1 or x.storage_offset() % NUMBERS or any(stride % NUMBERS for stride in x.stride()[:-1]):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
+def _bias(tile: Tile) -> Tensor | None:
+    """The bias of the tile, expanded to [g, heads, rows, keys] by strides of 0."""
+    q, k, bias = tile.q, tile.k, tile.bias
+    if bias is None:
+        return None
+    keys = k.shape[2]
+    step = bias.stride()[:-1]
+    if bias.dtype != q.dtype or bias.stride(-1) != 1 or bias.shape[-1] != keys or bias.storage_offset() % BIASES or any(one % BIASES for one in step):
+        room = torch.zeros(*bias.shape[:-1], keys + -keys % BIASES, dtype=q.dtype, device=q.device)
+        bias = room[..., :keys].copy_(bias)
+    return bias.expand(*q.shape[:3], keys)
+
+
+def _gradients(tile: Tile, found: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    of_q, of_k, of_v = (grad[..., : x.shape[-1]] for grad, x in zip(found, tile[:3], strict=False))
+    return of_q, of_k, of_v
+
+
+@contextlib.contextmanager
+def _from(seed: int | None, device: torch.device) -> Iterator[None]:
+    """The generator of the device set to the seed, and then back; left alone without one."""
+    if seed is None:
+        yield
+        return
+    generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    yield
+    generator.set_state(state)

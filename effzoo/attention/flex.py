@@ -1,0 +1,102 @@
+"""FlexAttention of torch: a predicate is its `mask_mod`, and blocks of pairs that no query sees are not computed."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from effzoo.attention.part import Folded, Part
+
+if TYPE_CHECKING:
+    from effzoo.attention.core import Mask
+    from effzoo.attention.predicate import PredicateAttention
+
+REMEMBERED = 64  # block masks
+_found: OrderedDict[Any, Seen] = OrderedDict()
+
+
+@dataclass(frozen=True, eq=False)
+class Seen(Folded):
+    """The queries and keys as they are, under a block mask of torch."""
+
+    blocks: Any = None
+
+
+def seen(core: PredicateAttention, q: Tensor, k: Tensor, mask: Mask, length: Tensor | None) -> Seen:
+    """What queries see by the predicate of their kind, padding and global tokens included; length: of each row, None where there is no padding."""
+    size = q.shape[2], k.shape[2]
+    if mask.valid is not None or (core.has_globals and mask.is_global is not None):
+        found: Seen = mask.memo(("flex", core.key, size), lambda: _made(core, q, k, mask, length))
+        return found
+    key = (core.key, size, str(q.device))
+    if key not in _found:
+        _found[key] = _made(core, q, k, mask, None)
+    _found.move_to_end(key)
+    while len(_found) > REMEMBERED:
+        _found.popitem(last=False)
+    return _found[key]
+
+
+def _made(core: PredicateAttention, q: Tensor, k: Tensor, mask: Mask, length: Tensor | None) -> Seen:
+    from torch.nn.attention.flex_attention import create_block_mask  # takes a while to import
+
+    valid, is_global, causal = mask.valid, mask.is_global if core.has_globals else None, core.context.causal
+    places, no = torch.tensor(k.shape[2], device=q.device), torch.zeros((), dtype=torch.bool, device=q.device)
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        facts = {
+            "head": head, "places": places, "length": places if length is None else length[batch],
+            "query_global": no if is_global is None else is_global[batch, query], "key_global": no if is_global is None else is_global[batch, key],
+        }  # fmt: skip
+        found = core.visible(query, key, **{name: facts[name] for name in core.reads})
+        found = found & (key <= query) if causal else found
+        return found if valid is None else found & valid[batch, key]
+
+    rows = None if valid is None and is_global is None else q.shape[0]
+    heads = q.shape[1] if "head" in core.reads else None
+    return Seen(blocks=create_block_mask(visible, rows, heads, q.shape[2], k.shape[2], q.device, _compile=q.is_cuda))
+
+
+def obstacle(parts: Any) -> str:
+    """Why it cannot compute these parts; empty if it can."""
+    if any(part.layout is not None and not isinstance(part.layout, Seen) for part in parts):
+        return "it takes kinds that are a predicate, without tiles of their own"
+    trained = torch.is_grad_enabled() and any(x.requires_grad for part in parts for x in (part.q, part.k, part.v))
+    return "it has no backward pass on the CPU (under torch.no_grad() it runs there)" if trained and not parts[0].q.is_cuda else ""
+
+
+def attention(part: Part) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp [g, heads, rows, 1] of a part, differentiable by autograd."""
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    blocks = part.layout.blocks if isinstance(part.layout, Seen) else None
+    q, k, v = (x if torch.is_grad_enabled() else x.detach() for x in (part.q, part.k, part.v))  # it refuses leaves even where no gradient is wanted
+    out, aux = _run(q.is_cuda)(q, k, v, _scores(part), blocks, part.scale, return_aux=AuxRequest(lse=True))
+    return out, aux.lse.unsqueeze(-1)
+
+
+@functools.cache
+def _run(compiled: bool) -> Callable[..., Any]:
+    from torch.nn.attention import flex_attention
+
+    run: Any = flex_attention.flex_attention
+    return torch.compile(run) if compiled else run
+
+
+def _scores(part: Part) -> Callable[..., Tensor] | None:
+    """What is added to the scores of a part that is not under a block mask."""
+    bias = None if part.bias is None else part.bias.expand(*part.q.shape[:3], part.k.shape[2])
+    if bias is None and not part.causal:
+        return None
+
+    def score(x: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        x = x if bias is None else x + bias[batch, head, query, key]
+        return torch.where(key <= query, x, -torch.inf) if part.causal else x
+
+    return score

@@ -1,0 +1,254 @@
+"""Backends for CUDA without CUDA: shapes on tensors without values, and values by doubles of the operators with their demands (tests/doubles.py)."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import effzoo
+from effzoo.attention import Context, Mask, backends, choose, flex
+from effzoo.attention.cuda import Efficient, FlashCuda
+from effzoo.attention.kernel import attend
+from effzoo.attention.part import Part, Tile, bias_of
+from effzoo.errors import OptionError
+from tests.doubles import calls, on
+
+KINDS = [
+    "full", "longformer[window=6]", "longformer[window=4,dilation=(1,3)]", "local[chunk=4]", "blockwise[blocks=3]", "lsh[rounds=2,chunk=4]",
+    "lsh[rounds=2,chunk=4,stable=true,count_once=true]", "linformer[k=4]", "perceiver[latents=3]",
+]  # fmt: skip
+CAUSAL = KINDS[:-2]
+
+
+def built(kind, **context):
+    return effzoo.attention.create(kind, Context(heads=2, head_dim=6, max_length=21, **context)).double()
+
+
+def inputs(core, mask, n=21):
+    used = core.uses(mask)
+    return [torch.randn(2, 2, n, 6, dtype=torch.float64, requires_grad=True) if name in used else None for name in core.projections]
+
+
+def gradients(out, leaves, direction):
+    return [
+        torch.zeros_like(x) if g is None else g for x, g in zip(leaves, torch.autograd.grad(out, leaves, direction, allow_unused=True), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_its_definition_by_memory_efficient_attention(kind, causal):
+    """With padding, a prefix and global tokens; no plain path is taken."""
+    if causal and kind not in CAUSAL:
+        return
+    with on("efficient") as name:
+        core = built(kind, causal=causal, backend=name)
+        valid = torch.arange(21) < torch.tensor([21, 13])[:, None]
+        is_global = (torch.arange(21) == 3).expand(2, 21) if core.supports_global else None
+        memory = tuple(torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        for mask in (Mask(decisions={}), Mask(valid, is_global, decisions={})):
+            given = inputs(core, mask)
+            leaves = [x for x in (*given, *memory) if x is not None]
+            out, wanted = (run(*given, mask=mask, memory=memory) for run in (core, core.dense))
+            assert (out - wanted).abs().max() < 1e-10
+            direction = torch.randn_like(out)
+            for mine, theirs in zip(gradients(out, leaves, direction), gradients(wanted, leaves, direction), strict=True):
+                assert (mine - theirs).abs().max() < 1e-10
+        assert {"efficient forward", "efficient backward"} == set(calls)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_backward_pass_drops_the_same_weights(kind):
+    with on("efficient") as name:
+        core = built(kind, dropout=0.3, backend=name).train()
+        mask = Mask(torch.arange(21) < torch.tensor([21, 13])[:, None], decisions={})
+        given = inputs(core, mask)
+        leaves = [x for x in given if x is not None]
+
+        def run(*leaves):
+            torch.manual_seed(5)
+            left = iter(leaves)
+            return core(*(None if x is None else next(left) for x in given), mask=mask)
+
+        assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+        assert not torch.allclose(run(*leaves), core.eval()(*given, mask=mask))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CAUSAL if "blockwise" not in kind])
+def test_decoding_by_memory_efficient_attention(kind):
+    with on("efficient") as name:
+        core = built(kind, causal=True, backend=name).eval()
+        given = [None if x is None else x.detach() for x in inputs(core, Mask())]
+        _, past = core.step(*(None if x is None else x[:, :, :20] for x in given), mask=Mask(), past=None)
+        calls.clear()
+        last, _ = core.step(*(None if x is None else x[:, :, 20:] for x in given), mask=Mask(), past=past)
+        assert (last - core(*given, mask=Mask())[:, :, 20:]).abs().max() < 1e-10 and calls[0] == "efficient forward"
+
+
+@pytest.mark.parametrize(
+    ("kind", "fits"), [("full", True), ("longformer[window=6]", True), ("local[chunk=4]", True), ("longformer[window=4,dilation=(1,3)]", False)]
+)
+def test_the_flash_operators_take_what_has_no_bias(kind, fits):
+    """Also a window, which they know; the rest goes to the memory-efficient ones, and is refused when flash is asked for."""
+    with on("flash on CUDA") as name:
+        core = built(kind, backend=name)
+        given = inputs(core, Mask())
+        leaves = [x for x in given if x is not None]
+        if not fits:
+            with pytest.raises(OptionError, match="'flash' cannot run here: it takes no bias, which padding"):
+                core(*given, mask=Mask())
+            return
+        out, wanted = (run(*given, mask=Mask()) for run in (core, core.dense))
+        direction = torch.randn_like(out)
+        for mine, theirs in zip((out, *gradients(out, leaves, direction)), (wanted, *gradients(wanted, leaves, direction)), strict=True):
+            assert (mine - theirs).abs().max() < 1e-10
+        assert all(call.startswith("flash") for call in calls)
+        with pytest.raises(OptionError, match="'flash' cannot run here: it takes no bias"):
+            core(*given, mask=Mask(torch.arange(21).expand(2, 21) < 13))
+
+
+class Strided(effzoo.attention.PredicateAttention):
+    """What a user writes."""
+
+    name = "strided"
+
+    def visible(self, query, key, *, head, length):
+        return ((query - key) % (2 + head) == 0) & (key < length - 1)
+
+
+@pytest.mark.parametrize("gradients_too", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", [*KINDS[:5], "local[chunk=4,circular=true]", "strided"])
+def test_flex_attention_is_the_definition_of_a_predicate(kind, causal, gradients_too):
+    """With padding, global tokens and a prefix; a row without keys is 0."""
+    context = Context(heads=2, head_dim=6, max_length=21, causal=causal, backend="flex")
+    core = Strided(context) if kind == "strided" else effzoo.attention.create(kind, context)
+    valid = torch.arange(21) < torch.tensor([21, 13])[:, None]
+    is_global = (torch.arange(21) == 3).expand(2, 21) if core.supports_global else None
+    prefix = tuple(torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    for mask, memory in ((Mask(), None), (Mask(valid, is_global), None), (Mask(valid, is_global), prefix)):
+        given = inputs(core, mask)
+        leaves = [x for x in (*given, *(memory or ())) if x is not None]
+        wanted = core.dense(*given, mask=mask, memory=memory)
+        if not gradients_too:
+            with pytest.raises(OptionError, match="'flex' cannot run here: it has no backward pass on the CPU"):
+                core(*given, mask=mask, memory=memory)
+            with torch.no_grad():
+                assert (core(*given, mask=mask, memory=memory) - wanted).abs().max() < 1e-10
+            continue
+        with on("flex with gradients"):
+            out = core(*given, mask=mask, memory=memory)
+            direction = torch.randn_like(out)
+            for mine, theirs in zip((out, *gradients(out, leaves, direction)), (wanted, *gradients(wanted, leaves, direction)), strict=True):
+                assert (mine - theirs).abs().max() < 1e-10
+
+
+def test_what_flex_attention_refuses():
+    given = [torch.randn(2, 2, 21, 6) for _ in range(3)]
+    with pytest.raises(OptionError, match="'flex' cannot run here: attention dropout 0.1"):
+        effzoo.attention.create("full", Context(heads=2, head_dim=6, dropout=0.1, backend="flex")).train()(*given, mask=Mask())
+    with pytest.raises(OptionError, match="'flex' cannot run here: it takes kinds that are a predicate"):
+        effzoo.attention.create("lsh[chunk=4]", Context(heads=2, head_dim=6, backend="flex"))(*given[:2], mask=Mask())
+
+
+def test_block_masks_that_read_nothing_of_the_batch_are_made_once():
+    flex._found.clear()
+    given = [torch.randn(2, 2, 21, 6) for _ in range(3)]
+    for _ in range(2):
+        for layer in range(2):
+            effzoo.attention.create("local[chunk=4]", Context(heads=2, head_dim=6, layer=layer, layers=2, backend="flex"))(*given, mask=Mask())
+    assert len(flex._found) == 1
+
+
+def test_nothing_as_large_as_the_scores_is_kept():
+    with on("efficient") as name:
+        core, sizes = built("longformer[window=6]", dropout=0.1, backend=name).train(), []
+        mask = Mask(torch.arange(21) < torch.tensor([21, 13])[:, None])
+        given = inputs(core, mask)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.untyped_storage().nbytes()) or x, lambda x: x):
+            core(*given, mask=mask)
+    assert max(sizes) <= 2 * 2 * 21 * 8 * 8  # out, whose rows are of 8 numbers
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("kind", "backend"), [("full", "efficient"), ("linformer[k=4]", "efficient"), *((one, "reference") for one in KINDS[1:5:2])])
+def test_compiled_it_is_the_same(kind, backend, dropout):
+    with on(backend) as name:
+        core = built(kind, dropout=dropout, backend=name).train()
+        mask = Mask(torch.arange(21) < torch.tensor([21, 13])[:, None])
+        given = inputs(core, mask)
+        leaves = [x for x in given if x is not None]
+        compiled = torch.compile(lambda *x: core(*x, mask=Mask(mask.valid)), fullgraph=True, backend="aot_eager")
+
+        def run(*leaves):
+            torch.manual_seed(5)
+            left = iter(leaves)
+            return compiled(*(None if x is None else next(left) for x in given))
+
+        if dropout:
+            assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+            return
+        out, wanted = run(*leaves), core(*given, mask=mask)
+        direction = torch.randn_like(out)
+        for mine, theirs in zip((out, *gradients(out, leaves, direction)), (wanted, *gradients(wanted, leaves, direction)), strict=True):
+            assert (mine - theirs).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("rows", "keys", "d", "e"), [(100, 100, 64, 64), (1, 37, 20, 12), (33, 5, 8, 3)])
+def test_shapes_and_dtypes_of_torchs_operators_for_cuda(dtype, rows, keys, d, e):
+    q, k, v = (torch.empty(2, 3, size, width, dtype=dtype, device="meta") for size, width in ((rows, d), (keys, d), (keys, e)))
+    biases = [None, *(torch.empty(shape, dtype=dtype, device="meta") for shape in ((2, 1, 1, keys), (1, 3, rows, keys)))]
+    tried = [(Efficient(None, 0.1), bias) for bias in biases] + ([(FlashCuda(None), None)] if dtype != torch.float32 else [])
+    for kernel, bias in tried:
+        tile = Tile(q, k, v, bias, False)
+        out, lse = kernel.forward(tile, 0)
+        assert (out.shape, out.dtype, lse.shape, lse.dtype) == ((2, 3, rows, e), dtype, (2, 3, rows), torch.float32)
+        found = kernel.backward(tile, 0, torch.empty_like(out), out, lse)
+        assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in (q, k, v)]
+
+
+def fake(*shape, dtype):
+    return torch.empty(*shape, dtype=dtype, device="cuda")
+
+
+def test_what_is_chosen_on_cuda_and_why(monkeypatch):
+    with FakeTensorMode():
+        half, single, double = (fake(1, 2, 9, 8, dtype=dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64))
+        plain, padded = Part(half, half, half), Part(half, half, half, fake(1, 1, 1, 9, dtype=torch.bfloat16))
+        assert choose([plain], 0.0)[0] == "efficient" and "this build of torch has none for CUDA" in choose([plain], 0.0)[1]
+        monkeypatch.setattr(backends, "has_no_flash", lambda device: "")
+        assert choose([plain], 0.0) == ("flash", "fused flash attention on cuda")
+        assert choose([plain, padded], 0.0) == (
+            "efficient", "fused memory-efficient attention on cuda; not 'flash': it takes no bias, which padding and the tiles of some kinds need",
+        )  # fmt: skip
+        assert choose([plain], 0.1)[0] == choose([Part(single, single, single)], 0.0)[0] == "efficient"
+        name, reason = choose([Part(double, double, double)], 0.0)
+        assert name == "reference" and "'efficient': on cuda it takes bfloat16, float16, float32, got float64" in reason
+        wide = fake(1, 1, 4, 264, dtype=torch.bfloat16)
+        assert "at most 256 numbers, got 264" in choose([Part(wide, wide, wide)], 0.0)[1]
+        for backend, part, dropout, told in [
+            ("flash", padded, 0.0, "it takes no bias"), ("flash", plain, 0.1, "attention dropout 0.1"),
+            ("efficient", Part(double, double, double), 0.0, "float64"),
+        ]:  # fmt: skip
+            with pytest.raises(OptionError, match=f"backend '{backend}' cannot run here: .*{told}.*; use backend='auto', which is '.*' here"):
+                choose([part], dropout, backend)
+
+
+def test_old_names_are_refused_with_the_new_one(tiny):
+    with pytest.raises(OptionError, match="backend 'sdpa' is called 'flash' now"):
+        effzoo.build("bert", **tiny, backend="sdpa")
+
+
+@pytest.mark.parametrize("backend", ["efficient", "flash"])
+def test_expanded_and_strided_tensors_are_read_right(backend):
+    """Views with odd strides and offsets, a bias of every broadcast shape, gradients that are one number expanded."""
+    q = torch.randn(2, 3, 9, 17, dtype=torch.float64)[..., 1::2].requires_grad_()
+    k, v = torch.randn(1, 1, 11, 8, dtype=torch.float64).expand(2, 3, 11, 8).requires_grad_(), torch.randn(2, 3, 8, 11, dtype=torch.float64).mT
+    v.requires_grad_()
+    for shape in ((1, 1, 1, 11), (2, 1, 9, 11), (1, 3, 1, 11), (1, 1, 9, 1)):
+        bias = bias_of(torch.rand(shape) < 0.7, torch.float64)
+        wanted = torch.autograd.grad(attend(Part(q, k, v, bias), backend="reference").sum(), [q, k, v])
+        with on(backend) as name:
+            found = torch.autograd.grad(attend(Part(q, k, v, bias), backend=name).sum(), [q, k, v])
+        for mine, theirs in zip(found, wanted, strict=True):
+            assert (mine - theirs).abs().max() < 1e-12
