@@ -21,6 +21,7 @@ from effzoo.architectures import Transformer
 from effzoo.attention.core import Cache
 from effzoo.errors import EffzooError, IncompatibleError, InputError, OptionError, did_you_mean, shown
 from effzoo.sites import prompt_rows, unwrap
+from effzoo.sites.dtypes import decoding
 
 log = logging.getLogger("effzoo.generate")
 OPTIONS = {  # of GenerationConfig
@@ -189,6 +190,7 @@ class _Group:
 
     def __init__(self, numbers: Tensor, cut: int, mask: Tensor, is_global: Tensor | None):
         self.numbers, self.cut, self.mask, self.cache = numbers, cut, mask[numbers, cut:], Cache()
+        self.padded = not bool(self.mask.all())
         self.is_global = None if is_global is None else is_global[numbers, cut:]
 
 
@@ -211,6 +213,10 @@ class Rows:
         """The logits of what follows, [rows, vocab], for ids [rows, n]: as many rows for each prompt, in the order of the prompts."""
         times, out = len(ids) // self.prompts, None
         origin = self._origin(ids, times) if self.use_cache else None
+        if len(self.groups) == 1:  # of all rows, in their order
+            found = self._of_group(self.groups[0], ids[:, self.groups[0].cut :], times, origin)
+            self.before = ids
+            return found
         for group in self.groups:
             numbers = (group.numbers[:, None] * times + torch.arange(times, device=ids.device)).flatten()
             kept = None if origin is None else torch.searchsorted(numbers, origin[numbers])
@@ -223,9 +229,10 @@ class Rows:
 
     def _of_group(self, group: _Group, ids: Tensor, times: int, kept: Tensor | None) -> Tensor:
         n, prompt = ids.shape[1], group.mask.shape[1]
-        mask = F.pad(group.mask.repeat_interleave(times, dim=0), (0, n - prompt), value=1)
-        positions = self._positions(ids, mask.bool())
-        start, is_global = 0, None
+        start, is_global, mask, positions = 0, None, None, None
+        if group.padded or self.model.config.position_offset:
+            mask = F.pad(group.mask.repeat_interleave(times, dim=0), (0, n - prompt), value=1)
+            positions = self._positions(ids, mask.bool())
         if kept is None:
             group.cache = Cache()
             if group.is_global is not None:
@@ -234,9 +241,11 @@ class Rows:
             start = n - 1
             if not torch.equal(kept, torch.arange(len(kept), device=kept.device)):
                 group.cache.reorder(kept)
-        given = {"attention_mask": mask, "position_ids": positions[:, start:], "global_attention_mask": is_global}
+        positions = None if positions is None else positions[:, start:]
         cache = group.cache if self.use_cache else None
-        return cast(Tensor, self.model(ids[:, start:], cache=cache, **given).logits[:, -1])
+        with decoding():
+            out = self.model(ids[:, start:], mask, position_ids=positions, global_attention_mask=is_global, cache=cache)
+        return cast(Tensor, out.logits[:, -1])
 
     def _positions(self, ids: Tensor, present: Tensor) -> Tensor:
         """Tokens are counted from 0, or from the offset of models that count from their padding, which is then not counted by its id either."""

@@ -1,5 +1,7 @@
 """Decoding with a cache: the rows of new positions equal those of a forward pass over everything, layer by layer and through whole models."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -83,3 +85,43 @@ def test_what_cannot_be_decoded_says_so(tiny):
         decoder(torch.ones(1, 1, dtype=torch.long), global_attention_mask=torch.ones(1, 1), cache=cache)
     with pytest.raises(InputError, match="5 tokens after 60 in the cache do not fit into max_length 64"):
         decoder(torch.ones(1, 5, dtype=torch.long), cache=cache)
+
+
+@pytest.mark.parametrize("spec", ["full", "longformer[window=16]", "lsh[rounds=2,buckets=4]"])
+def test_decoding_copies_the_cache_seldom_and_never_what_was_given(spec):
+    """Keys lie where they lay at the token before, but for a few times when room is made; a second text that goes on from a state has its own."""
+    core = effzoo.attention.create(spec, Context(heads=2, head_dim=4, causal=True, max_length=512))
+    name = core.projections[-1]
+    draw = torch.Generator().manual_seed(0)
+
+    def inputs(n):
+        return [torch.randn(1, 2, n, 4, dtype=torch.float64, generator=draw) for _ in core.projections[:3]]
+
+    with torch.no_grad():
+        _, state = core.step(*inputs(40), mask=Mask(), past=None)
+        starts, kept = [], None
+        for number in range(200):
+            now = inputs(1)
+            if number == 100:
+                kept, before, again = {key: x.clone() for key, x in state.items()}, state, now
+            out, state = core.step(*now, mask=Mask(), past=state)
+            if number == 100:
+                first = out
+            starts.append(state[name].untyped_storage().data_ptr())
+        assert sum(one != other for one, other in itertools.pairwise(starts)) <= 4
+        assert all(torch.equal(before[key], kept[key]) for key in kept)
+        twice, other = core.step(*again, mask=Mask(), past=before)
+        assert torch.equal(twice, first) and other[name].untyped_storage().data_ptr() != before[name].untyped_storage().data_ptr()
+
+
+def test_gradients_flow_through_what_a_cache_holds():
+    core = effzoo.attention.create("full", Context(heads=2, head_dim=4, causal=True))
+    whole = [torch.randn(1, 2, 7, 4, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    expected = torch.autograd.grad(core(*whole, mask=Mask())[:, :, 5:].square().sum(), whole)
+    _, state = core.step(*(x[:, :, :5] for x in whole), mask=Mask(), past=None)
+    rows = []
+    for place in (5, 6):
+        out, state = core.step(*(x[:, :, place : place + 1] for x in whole), mask=Mask(), past=state)
+        rows.append(out)
+    found = torch.autograd.grad(torch.cat(rows, dim=2).square().sum(), whole)
+    assert all(torch.allclose(one, other, rtol=0, atol=1e-12) for one, other in zip(found, expected, strict=True))

@@ -10,6 +10,7 @@ import effzoo
 from effzoo.errors import EffzooError, IncompatibleError, OptionError
 from effzoo.peft.merging import merged_parameters
 from effzoo.sites import sites
+from effzoo.sites.dtypes import decoding, linear
 
 LATENTS = {"dim": 16, "layers": 2, "latents": 5, "heads": 2, "mlp": 16, "vocab": 53, "max_length": 64, "head_dim": 8, "value_dim": 8}
 HALVES = (torch.bfloat16, torch.float16)
@@ -264,3 +265,14 @@ def test_decoding_with_a_cache_on_a_half_base(tiny, method):
     ids = labelled()["input_ids"]
     found = [effzoo.generate(model, ids, max_new_tokens=4, do_sample=False, use_cache=cached) for cached in (True, False)]
     assert torch.equal(*found)
+
+
+def test_decoding_takes_a_weight_and_a_bias_of_any_strides():
+    """oneDNN reads a bias that is not dense as if it were."""
+    draw = torch.Generator().manual_seed(0)
+    x, wide = torch.randn(2, 3, 4, generator=draw), torch.randn(12, 8, generator=draw)
+    with torch.no_grad(), decoding():
+        for weight in (wide[:6, :4], wide[:6, :4].contiguous(), wide[:8].t()[:, :4]):
+            for bias in (None, torch.randn(len(weight), generator=draw), torch.randn(2 * len(weight), generator=draw)[::2]):
+                exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+                assert (linear(x, weight, bias) - exact).abs().max() < 1e-5

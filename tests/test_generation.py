@@ -201,3 +201,13 @@ def test_every_option_that_transformers_knows_is_taken_or_refused_by_name(tiny):
             effzoo.generate(model, ids, **{name: 3})
         assert effzoo.generate(model, ids, max_new_tokens=1, **{name: None}).shape == (1, 5)
     assert known >= generation.OPTIONS
+
+
+def test_text_in_float32_is_that_of_the_forward_pass_to_rounding(tiny):
+    """A decoder reads its weights another way than a forward pass (effzoo.sites.dtypes.decoding): the scores differ by rounding alone."""
+    model, (ids, _) = effzoo.build("gpt2", task="causal_lm", peft="lora[rank=2]", **tiny).eval(), prompts()
+    out = effzoo.generate(model, ids, max_new_tokens=8, output_logits=True, return_dict_in_generate=True, eos_token_id=None)
+    with torch.no_grad():
+        expected = model(out.sequences[:, :-1]).logits[:, ids.shape[1] - 1 :]
+        exact = model.double()(out.sequences[:, :-1]).logits[:, ids.shape[1] - 1 :]
+    assert (torch.stack(out.logits, dim=1) - exact).abs().max() <= 4 * (expected - exact).abs().max()

@@ -258,11 +258,11 @@ class Transformer(Model):
         knows_global = any(core.supports_global for core in self.cores())
         if is_global is not None and not knows_global:
             next(iter(self.cores())).check(Mask(is_global=is_global))
-        prepared = any(core.for_globals() for core in self.cores())
         given, marked = is_global is not None, 0  # marked: how many tokens of a row, at most
+        first = not given and knows_global and self.task == "classification" and not self.config.causal
         if given:
             marked = max([0, *(core.max_globals for core in self.cores() if isinstance(core, PredicateAttention))])
-        elif knows_global and prepared and self.task == "classification" and not self.config.causal:
+        elif first and any(core.for_globals() for core in self.cores()):
             is_global, marked = (torch.arange(n, device=x.device) == 0).expand(batch, n), 1
         elif knows_global and rows:
             is_global = torch.zeros(batch, n, device=x.device)

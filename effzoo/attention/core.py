@@ -7,12 +7,13 @@ A kind is a class with `projections` (the tensors it eats; the layer builds them
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from effzoo.attention import kernel, reference
 from effzoo.attention.part import Part, bias_of
@@ -100,6 +101,53 @@ class Cache:
         """Take the rows `index` of the batch (beam search; an index may repeat)."""
         for state in self.states.values():
             state.update({name: tensor.index_select(0, index) for name, tensor in state.items()})
+
+
+@dataclass(eq=False)
+class _Room:
+    """A tensor that is longer than what is written in it, and up to where that is."""
+
+    whole: Tensor
+    filled: int
+
+
+_rooms: MutableMapping[Tensor, tuple[_Room, int]] = WeakTensorKeyDictionary()  # where what `longer` gave lies, and where it ends
+
+
+def longer(past: Tensor, new: Tensor, dim: int) -> Tensor:
+    """torch.cat([past, new], dim) in a decoder, without a copy of `past` for each token: `new` is written behind it, where `longer` has made room.
+
+    What has been given stays as it was: only one can go on from it in its room, a second one takes a room of its own. With gradients it is a copy.
+    """
+    alike = past.dtype == new.dtype and past.shape[:dim] == new.shape[:dim] and past.shape[dim + 1 :] == new.shape[dim + 1 :]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not alike:
+        return torch.cat([past, new], dim)
+    length, more = past.shape[dim], new.shape[dim]
+    room, end = _rooms.get(past, (None, 0))
+    stale = room is not None and room.whole.is_inference() and not torch.is_inference_mode_enabled()
+    if room is None or room.filled != end or room.whole.shape[dim] < end + more or stale:
+        size = list(past.shape)
+        size[dim] = length + max(more, length // 2, 64)
+        room, end = _Room(past.new_empty(size), length), length
+        room.whole.narrow(dim, 0, length).copy_(past)
+    room.whole.narrow(dim, end, more).copy_(new)
+    room.filled = end + more
+    return _in(room, room.filled, length + more, dim)
+
+
+def latest(x: Tensor, most: int | None, dim: int) -> Tensor:
+    """The last places of x, so many at most, behind which `longer` goes on as it does behind x; None: all."""
+    if most is None or x.shape[dim] <= most:
+        return x
+    room, end = _rooms.get(x, (None, 0))
+    return x.narrow(dim, x.shape[dim] - most, most) if room is None else _in(room, end, most, dim)
+
+
+def _in(room: _Room, end: int, length: int, dim: int) -> Tensor:
+    """The places of a room before `end`."""
+    found = room.whole.narrow(dim, end - length, length)
+    _rooms[found] = room, end
+    return found
 
 
 class AttentionCore(nn.Module, abc.ABC):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effzoo.annotations import Count, Few, Seed, Whole, problem
-from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, memory_part
+from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, longer, memory_part
 from effzoo.attention.hashing import Sorted, Standing, automatic, buckets_of, draw_rotations, sort
 from effzoo.attention.part import Part, bias_of
 from effzoo.attention.rounds import HashingRounds
@@ -271,8 +271,8 @@ class LSH(AttentionCore):
             return self(qk, v, mask=mask, memory=memory), {"qk": qk, "v": v, "buckets": hashed}
         if past["buckets"].shape[1] != self._rounds:
             raise InputError(f"lsh: the cache was filled with {past['buckets'].shape[1]} rounds, now there are {self._rounds}; start a new one")
-        state = {name: torch.cat([past[name], new], dim=2) for name, new in (("qk", qk), ("v", v))}
-        state["buckets"] = torch.cat([past["buckets"], hashed], dim=3)  # [batch, rounds, heads, n]
+        state = {name: longer(past[name], new, 2) for name, new in (("qk", qk), ("v", v))}
+        state["buckets"] = longer(past["buckets"], hashed, 3)  # [batch, rounds, heads, n]
         buckets = self._padding_last(state["buckets"].transpose(0, 1), mask)
         counts = self._counts(buckets, sort(buckets)[1], past["qk"].shape[2], mask, memory is not None)
         bias = counts.to(torch.promote_types(qk.dtype, torch.float32)).log().to(qk.dtype)

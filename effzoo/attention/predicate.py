@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from effzoo.attention import flex, reference, tile_map
 from effzoo.attention.band import Band, Chunks, Sees, Window
-from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, memory_part, of_heads
+from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, latest, longer, memory_part, of_heads
 from effzoo.attention.part import Layout, Part, bias_of
 from effzoo.attention.traced import Traced, number_of
 from effzoo.devices import at_hand, chosen
@@ -241,37 +241,48 @@ class PredicateAttention(AttentionCore):
             raise InputError(
                 "tokens that follow the prompt cannot be global: keys that they would need are not in the cache; mark them in the prompt"
             )
-        new = q.shape[2]
-        k, v = torch.cat([past["k"], k], dim=2), torch.cat([past["v"], v], dim=2)
-        last = past["position"][:, -1:] + 1 + torch.arange(new, device=q.device)
-        position = torch.cat([past["position"], last], dim=1)
-        seen = self.allowed(last[:, None, :, None], position[:, None, None, :], Mask(mask.valid), places=last[:, None, None, -1:] + 1)
-        if mask.valid is not None:
-            seen = seen & mask.valid[:, None, None, -k.shape[2] :]
-        state, columns = past, None
+        new, sights, most = q.shape[2], self._sights, self._most
+        k, v = longer(past["k"], k, 2), longer(past["v"], v, 2)
+        bias: Tensor | None
+        state, columns, last = past, None, past["position"] + new
         if "is_global" in past:
-            is_global = torch.nn.functional.pad(past["is_global"], (0, new))
-            seen = seen & ~is_global[:, None, None, :]
-            state = {**past, "is_global": self._kept(is_global, 1)}
+            is_global = longer(past["is_global"], past["is_global"].new_zeros(len(q), new), 1)
+            state = {**past, "is_global": latest(is_global, most, 1)}
             columns = Part(q, past["k_global"], past["v_global"], bias_of(past["held"][:, None, None, :], q.dtype))
-        out = self.attend(Part(q, k, v, bias_of(seen, q.dtype)), columns, memory_part(q, memory))
-        return out, {**state, "k": self._kept(k, 2), "v": self._kept(v, 2), "position": self._kept(position, 1)}
+            bias = bias_of(self._newest(last, new, k.shape[2], mask) & ~is_global[:, None, None, :], q.dtype)
+        elif new == 1 and len(sights) == 1 and all(isinstance(sight, Window) and sight.dilation == 1 for sight in sights):  # sees all that is kept
+            valid = mask.valid
+            bias = None if valid is None else mask.memo(("kept", k.shape[2], q.dtype), lambda: bias_of(valid[:, None, None, -k.shape[2] :], q.dtype))
+        else:
+            bias = bias_of(self._newest(last, new, k.shape[2], mask), q.dtype)
+        out = self.attend(Part(q, k, v, bias), columns, memory_part(q, memory))
+        return out, {**state, "k": latest(k, most, 2), "v": latest(v, most, 2), "position": last}
+
+    @property
+    def _sights(self) -> set[Window | Chunks | None]:
+        """How far queries look, of all heads."""
+        return {self.sight(head) for head in range(self.context.heads)}
+
+    def _newest(self, last: Tensor, new: int, keys: int, mask: Mask) -> Tensor:
+        """Which of so many keys, of which the newest stands at `last` [batch, 1], the newest queries see."""
+        key = last + torch.arange(1 - keys, 1, device=last.device)
+        seen = self.allowed(key[:, None, -new:, None], key[:, None, None, :], Mask(mask.valid), places=last[:, None, None, :] + 1)
+        return seen if mask.valid is None else seen & mask.valid[:, None, None, -keys:]
 
     def _state(self, k: Tensor, v: Tensor, mask: Mask) -> State:
         """What decoding needs of a prompt: the keys and values that later queries can see, and those of the global tokens."""
-        position = torch.arange(k.shape[2], device=k.device).expand(k.shape[0], -1)
-        state = {"k": self._kept(k, 2), "v": self._kept(v, 2), "position": self._kept(position, 1)}
+        most = self._most
+        state = {"k": latest(k, most, 2), "v": latest(v, most, 2), "position": torch.full((len(k), 1), k.shape[2] - 1, device=k.device)}
         if mask.is_global is not None:
             where, held = gathered(mask, self.max_globals)
-            state |= {"is_global": self._kept(mask.is_global, 1), "k_global": at(k, where), "v_global": at(v, where), "held": held}
+            state |= {"is_global": latest(mask.is_global, most, 1), "k_global": at(k, where), "v_global": at(v, where), "held": held}
         return state
 
-    def _kept(self, x: Tensor, dim: int) -> Tensor:
-        """The last places of x that a later query can see."""
-        sights = [self.sight(head) for head in range(self.context.heads)]
-        kept = [None if sight is None else sight.kept for sight in sights]
-        most = x.shape[dim] if None in kept else min(x.shape[dim], max(one for one in kept if one is not None))
-        return x.narrow(dim, x.shape[dim] - most, most)
+    @property
+    def _most(self) -> int | None:
+        """How many keys before it a later query can see; None: all."""
+        kept = [None if sight is None else sight.kept for sight in self._sights]
+        return None if None in kept else max(one for one in kept if one is not None)
 
     def _global_columns(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Part | None:
         """Every query sees the global keys, gathered to the front of [batch, globals] and padded with a bias."""

@@ -69,29 +69,31 @@ class Attention(nn.Module):
         if source is not None and not self.core.supports_cross:
             raise IncompatibleError(f"attention {self.core.name!r} attends within one sequence only; use 'full' for cross-attention")
         seen = Seen(x, None if mask.valid is None or source is not None else mask.valid[:, -x.shape[1] :], self.keys_values)
-        memory, used = self.remembered(seen), self.core.uses(mask)
+        core, memory = self.core, self.remembered(seen)
+        used = core.uses(mask)
         if source is not None and not autocasts(x):
             source = source.to(x.dtype)
-        inputs = {name: x if source is None or name not in self.core.key_side else source for name in used}
-        where = rows if self.core.row_side else None
+        inputs = {name: x if source is None or name not in core.key_side else source for name in used}
+        where = rows if core.row_side else None
+        places: dict[str, Tensor] = {}
         if where is not None:
-            inputs |= {name: rows_of(x, where) for name in used if name in self.core.row_side}
-        places = {name: where if name in self.core.row_side else None for name in used}
-        projected = [self.project(name, inputs[name], mask, places[name]) if name in used else None for name in self.core.projections]
+            places = {name: where for name in used if name in core.row_side}
+            inputs |= {name: rows_of(x, where) for name in places}
+        projected = [self.project(name, inputs[name], mask, places.get(name)) if name in used else None for name in core.projections]
         if where is not None:
-            heads = self.core.rows(where, *projected, mask=mask, memory=memory)  # type: ignore[arg-type]
+            heads = core.rows(where, *projected, mask=mask, memory=memory)  # type: ignore[arg-type]
         elif cache is None:
-            heads = self.core(*projected, mask=mask, memory=memory)
+            heads = core(*projected, mask=mask, memory=memory)
         else:
-            layer = self.core.context.layer
-            heads, cache.states[layer] = self.core.step(*projected, mask=mask, past=cache.states.get(layer), memory=memory)
+            layer = core.context.layer
+            heads, cache.states[layer] = core.step(*projected, mask=mask, past=cache.states.get(layer), memory=memory)
         for keys, values, gate in self.memory.extras(seen):
             own = self._grouped(keys), self._grouped(values)
             added = gate[..., None, None] * self.core.alone(*projected, mask=mask, memory=own, where=where)  # type: ignore[arg-type]
             heads = heads + added.to(heads.dtype)
         if rows is not None and where is None:
             heads = rows_of(heads, rows)
-        merged = rearrange(heads, "b h n d -> b n (h d)")
+        merged = heads.transpose(1, 2).flatten(2)
         return merged if self.o is None else self.o(merged)
 
     def heads(self, name: str) -> int:
@@ -104,7 +106,8 @@ class Attention(nn.Module):
         turned = not name.startswith("v") and (self.rotary is not None or name in self.norms)
         linear = getattr(self, name)
         flat = linear(x) if turned else self.core.project(name, x, linear, mask)
-        heads = rearrange(flat, "b n (h d) -> b h n d", h=self.heads(name))
+        count = self.heads(name)
+        heads = flat.unflatten(-1, (count, flat.shape[-1] // count)).transpose(1, 2)
         if name in self.norms:
             heads = self.norms[name](heads)
         if turned and self.rotary is not None:

@@ -149,7 +149,10 @@ class Norm(Site):
     """What LayerNorm and RMSNorm have in common: they normalise the last axis and scale it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.combined(x) if self.active else self.compute((), x)
+        if self.active:
+            return self.combined(x)
+        weight, bias = self.weight, self.bias
+        return follows(self.normalise(x, weight, bias), self.normalise, x, weight, bias)  # type: ignore[arg-type]
 
     def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         (x,) = inputs
