@@ -177,8 +177,8 @@ def test_what_cannot_be_generated_says_so(tiny):
     ids, mask = prompts()
     with pytest.raises(IncompatibleError, match="build it with task='causal_lm'"):
         effzoo.generate(effzoo.build("bert", **tiny), ids)
-    with pytest.raises(IncompatibleError, match="'blockwise' keeps no cache for decoding; generate with use_cache=False"):
-        effzoo.generate(build(tiny, "blockwise"), ids)
+    with pytest.raises(IncompatibleError, match="decode with circular=false, or without a cache"):
+        effzoo.generate(build(tiny, "local[chunk=4,circular=true,look_forward=1]"), ids)
     model = build(tiny)
     with pytest.raises(InputError, match="pad prompts at the front"):
         effzoo.generate(model, ids, mask.flip(1))
