@@ -1,0 +1,308 @@
+"""Our Triton kernels in Triton's interpreter, against the definition in float64. `test_triton.py` runs this in a process of its own."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from effzoo.attention import Context, Mask, create, kernel, triton_launch
+from effzoo.attention.band import Chunks, Window
+from effzoo.attention.part import Folded
+from effzoo.attention.triton_launch import Hashed, OnePass, Tiling, TritonTile
+from effzoo.errors import OptionError
+
+SMALL = Tiling(16, 16, 4, 1)
+# float32 in kernels against float64: sums of some 50 products of numbers up to 4
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def drawn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def qkvg(batch, heads, m, s, d, e):
+    q = drawn(batch, m, heads, d).transpose(1, 2)  # heads side by side, as projections leave them
+    return q, drawn(batch, heads, s, d, seed=1), drawn(batch, heads, s, e, seed=2), drawn(batch, heads, m, e, seed=3)
+
+
+def seen_by(one, m, s, held=None, columns=None, batch=1):
+    """bool[batch, m, s]: the words of `OnePass`, pair by pair."""
+    seen = torch.zeros(batch, m, s, dtype=torch.bool)
+    for b in range(batch):
+        column = set() if columns is None else set(columns[b].tolist())
+        for i in range(m):
+            for j in range(s):
+                near = True
+                if isinstance(one.sight, Window):
+                    step, gap = one.sight.dilation, i - j
+                    near = gap % step == 0 and (one.sight.left is None or gap <= one.sight.left * step)
+                    near = near and (one.sight.right is None or -gap <= one.sight.right * step)
+                elif one.sight is not None:
+                    near = -one.sight.after <= i // one.sight.size - j // one.sight.size <= one.sight.before
+                ours = j in column or (near and (held is None or bool(held[b, j])))
+                seen[b, i, j] = ours and (j <= i or not one.causal)
+    return seen[:, None]
+
+
+def defined(q, k, v, g, bias, scale=None, kept=None):
+    """Output, log-sum-exp and gradients in float64; kept: M / the probability of keeping."""
+    q, k, v = (x.double().detach().requires_grad_() for x in (q, k, v))
+    score = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale) + bias.double()
+    some = (score > -math.inf).any(-1, keepdim=True)
+    weights = torch.where(some, score, 0.0).softmax(-1) * some
+    out = (weights if kept is None else weights * kept) @ v
+    return out.detach(), score.logsumexp(-1).detach(), torch.autograd.grad(out, (q, k, v), g.double())
+
+
+def additive(seen):
+    return torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -math.inf)
+
+
+def equal(found, wanted, close=CLOSE):
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), theirs.double(), **close)
+
+
+def check(one, q, k, v, g, wanted, close=CLOSE, kept=None, **given):
+    """The pass, given what stands last, against the definition with the additive bias `wanted`."""
+    out, lse = one.forward(q, k, v, **given)
+    found = one.backward(g, q, k, v, out, lse, **given)
+    of_out, of_lse, gradients = defined(q, k, v, g, wanted, one.scale, kept)
+    assert out.dtype == v.dtype and lse.dtype == torch.float32
+    equal((out, lse, *found), (of_out, of_lse, *gradients), close)
+    return out, lse
+
+
+SIGHTS = {
+    "all": {},
+    "causal": {"causal": True},
+    "window": {"sight": Window(5, 2)},
+    "backward window, causal": {"sight": Window(20, 20), "causal": True},
+    "dilated": {"sight": Window(2, 3, 3)},
+    "strided, causal": {"sight": Window(None, None, 4), "causal": True},
+    "chunks": {"sight": Chunks(8, 1, 1)},
+    "chunks, causal": {"sight": Chunks(7, 2, 0), "causal": True},
+}
+
+
+@pytest.mark.parametrize("name", SIGHTS)
+@pytest.mark.parametrize("marked", ["plain", "padded", "columns"])
+def test_sights(name, marked):
+    batch, n = 2, 37
+    one = OnePass(**SIGHTS[name], tiles=SMALL)
+    held = columns = None
+    if marked != "plain":
+        held = torch.ones(batch, n, dtype=torch.bool)
+        held[0, :9], held[1, 30:] = False, False  # holes in front: queries without a key
+    if marked == "columns":
+        columns = torch.tensor([[0, 33, 12], [20, n, n]])
+    q, k, v, g = qkvg(batch, 1, n, n, 20, 12)
+    if held is not None:  # what lies at padding is not read
+        nothing = ~held if columns is None else ~held & ~torch.zeros(batch, n + 1, dtype=torch.bool).scatter_(1, columns, True)[:, :n]
+        k, v = (x.masked_fill(nothing[:, None, :, None], math.nan) for x in (k, v))
+    bias = additive(seen_by(one, n, n, held, columns, batch))
+    clean = [x.nan_to_num(0.0) for x in (k, v)]
+    out, lse = one.forward(q, k, v, held=held, columns=columns)
+    found = one.backward(g, q, k, v, out, lse, held=held, columns=columns)
+    of_out, of_lse, gradients = defined(q, *clean, g, bias)
+    dead = of_lse == -math.inf
+    assert bool(dead.any()) == (marked == "padded" and name != "all" and name != "chunks")
+    assert not out[dead].any() and not found[0][dead].any()
+    equal((out, lse, *found), (of_out, of_lse, *gradients))
+
+
+@pytest.mark.parametrize("m, s", [(1, 33), (33, 1), (17, 40)])
+def test_other_numbers_of_keys_than_of_queries(m, s):
+    q, k, v, g = qkvg(1, 2, m, s, 8, 8)
+    for one in (OnePass(scale=0.3, tiles=SMALL), OnePass(True, Window(4, 4), tiles=SMALL)):
+        check(one, q, k, v, g, additive(seen_by(one, m, s)))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 21), (1, 1, 19, 21), (2, 2, 19, 21), (1, 1, 1, 1)])
+def test_a_bias(shape):
+    q, k, v, g = qkvg(2, 2, 19, 21, 16, 16)
+    bias = drawn(*shape, seed=5)
+    if shape[-1] > 1:
+        bias[..., 3:9] = -math.inf
+    check(OnePass(tiles=SMALL), q, k, v, g, bias, bias=bias)
+
+
+def widened(x):
+    return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+def test_half_precision_sums_in_float32(dtype, close, monkeypatch):
+    multiply = InterpreterBuilder.create_dot  # it keeps bfloat16 as whole numbers of 16 bits, and would multiply these
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: multiply(self, widened(a), widened(b), *rest))
+    q, k, v, g = (x.to(dtype) for x in qkvg(1, 1, 70, 70, 64, 64))
+    one = OnePass(True, Window(30, 0), tiles=Tiling(32, 16, 4, 1))
+    _, lse = check(one, q, k, v, g, additive(seen_by(one, 70, 70)), {"rtol": close, "atol": close})
+    equal([lse], [defined(q, k, v, g, additive(seen_by(one, 70, 70)))[1]])
+
+
+@pytest.mark.parametrize("d, e", [(1, 1), (33, 5), (128, 128), (5, 128)])
+def test_widths(d, e):
+    check(OnePass(tiles=SMALL), *qkvg(1, 1, 18, 18, d, e), torch.zeros(1, 1, 18, 18))
+
+
+def philox(first, second, key):
+    """Philox 2x32 with 7 rounds, in whole numbers of Python: Salmon et al. 2011."""
+    for _ in range(7):
+        product = first * 0xD256D193
+        first, second = (product >> 32) ^ key ^ second, product & 0xFFFFFFFF
+        key = (key + 0x9E3779B9) & 0xFFFFFFFF
+    return first
+
+
+def test_philox_is_the_published_one():
+    # known answers of Random123 for philox2x32 with 7 rounds
+    assert philox(0, 0, 0) == 0x257A3673 and philox(0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF) == 0xAB302C4D
+
+
+def drawn_mask(one, batch, heads, m, s):
+    keep = min(round((1 - one.dropout) * 2**31), 2**31 - 1)
+    kept = torch.zeros(batch, heads, m, s, dtype=torch.float64)
+    for row in range(batch * heads):
+        of_head = philox(one.seed % 2**31, row, one.seed // 2**31)
+        for i in range(m):
+            for j in range(s):
+                kept[row // heads, row % heads, i, j] = (philox(i, j, of_head) >> 1) < keep
+    return kept * 2**31 / keep
+
+
+@pytest.mark.parametrize("name", ["all", "dilated", "chunks, causal"])
+def test_dropout_drops_the_same_weights_backward(name):
+    n, columns = 35, torch.tensor([[4, 30], [35, 0]])
+    one = OnePass(**SIGHTS[name], dropout=0.3, seed=2**40 + 3, tiles=SMALL)
+    bias, kept = additive(seen_by(one, n, n, None, columns, 2)), drawn_mask(one, 2, 2, n, n)
+    assert abs(float((kept > 0).double().mean()) - 0.7) < 0.03
+    q, k, v, g = qkvg(2, 2, n, n, 8, 8)
+    check(one, q, k, v, g, bias, kept=kept, columns=columns)
+
+
+def test_dropout_does_not_depend_on_the_tiles():
+    q, k, v, _ = qkvg(1, 2, 40, 40, 8, 8)
+    outs = [OnePass(dropout=0.5, seed=seed, tiles=tiles).forward(q, k, v)[0] for seed, tiles in ((1, SMALL), (1, Tiling(32, 64, 4, 1)), (2, SMALL))]
+    torch.testing.assert_close(outs[0], outs[1])
+    assert (outs[0] - outs[2]).abs().max() > 0.1
+
+
+def test_parts_merge():
+    """A window, and a memory that all queries see: each backward with the output and log-sum-exp of both."""
+    q, k, v, g = qkvg(1, 2, 30, 30, 16, 16)
+    memory = drawn(1, 2, 5, 16, seed=7), drawn(1, 2, 5, 16, seed=8)
+    near, far = OnePass(sight=Window(3, 3), tiles=SMALL), OnePass(tiles=SMALL)
+    held = torch.ones(1, 30, dtype=torch.bool)
+    held[:, 20:] = False
+    (one_out, one_lse), (two_out, two_lse) = near.forward(q, k, v, held=held), far.forward(q, *memory)
+    out, lse = kernel.merge((one_out, one_lse[..., None]), (two_out, two_lse[..., None]))
+    one, two = near.backward(g, q, k, v, out, lse[..., 0], held=held), far.backward(g, q, *memory, out, lse[..., 0])
+    keys, values = torch.cat([k, memory[0]], dim=2), torch.cat([v, memory[1]], dim=2)
+    bias = torch.cat([additive(seen_by(near, 30, 30, held)), torch.zeros(1, 1, 30, 5)], dim=-1)
+    of_out, of_lse, (of_q, of_k, of_v) = defined(q, keys, values, g, bias)
+    equal((out, lse[..., 0], one[0] + two[0]), (of_out, of_lse, of_q))
+    equal((*one[1:], *two[1:]), (of_k[:, :, :30], of_v[:, :, :30], of_k[:, :, 30:], of_v[:, :, 30:]))
+
+
+def test_the_gradient_of_a_column_is_added_up_in_parts(monkeypatch):
+    monkeypatch.setattr(triton_launch, "SPAN", 16)
+    one, columns = OnePass(True, Window(2, 0, 2), tiles=SMALL), torch.tensor([[0, 21, 50], [50, 7, 3]])
+    check(one, *qkvg(2, 2, 50, 50, 8, 8), additive(seen_by(one, 50, 50, None, columns, 2)), columns=columns)
+
+
+def test_a_kernel_of_tiles():
+    q, k, v, g = qkvg(1, 2, 20, 20, 8, 8)
+    bias = additive(torch.arange(20) % 3 > 0)[None, None, None].float()
+    layout, own = Folded(True), TritonTile()
+    out, lse = layout.forward(own, q, k, v, bias)
+    found = layout.backward(own, g, q, k, v, out, lse, bias)
+    of_out, of_lse, gradients = defined(q, k, v, g, additive(torch.ones(20, 20, dtype=torch.bool).tril()) + bias)
+    equal((out, lse[..., 0], *found), (of_out, of_lse, *gradients))
+
+
+def test_nothing_to_see_and_nobody_to_look():
+    for m, s in ((3, 0), (0, 3)):
+        q, k, v, g = qkvg(1, 1, m, s, 8, 8)
+        out, lse = OnePass(tiles=SMALL).forward(q, k, v)
+        found = OnePass(tiles=SMALL).backward(g, q, k, v, out, lse)
+        assert not out.any() and (lse == -math.inf).all() and not any(x.any() for x in found)
+
+
+def test_what_is_refused():
+    wide, double = drawn(1, 1, 4, 200), drawn(1, 1, 4, 8, dtype=torch.float64)
+    with pytest.raises(OptionError, match="heads of at most 128 numbers, not 200"):
+        OnePass().forward(wide, wide, wide)
+    with pytest.raises(OptionError, match=r"no torch\.float64"):
+        OnePass().forward(double, double, double)
+    with pytest.raises(OptionError, match=r"below 1, got 1\.0"):
+        OnePass(dropout=1.0).forward(*(drawn(1, 1, 4, 8),) * 3)
+
+
+OPTIONS = [
+    "",
+    "within_buckets=true",
+    "count_once=true, look_back=0",
+    "within_buckets=true, count_once=true, look_forward=1",
+    "stable=true, count_once=true",
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_rounds_of_hashing(options, causal):
+    """Against the kind's own plain rounds: gathered, masked by a bias, merged."""
+    n, length = 27, 20
+    spec = ", ".join(filter(None, ("rounds=2, chunk=6, buckets=4", options)))
+    core = create(f"lsh[{spec}]", Context(heads=1, head_dim=8, causal=causal, max_length=32)).double()
+    valid = torch.arange(n) < torch.tensor([n, length])[:, None]
+    qk, v, g = (drawn(2, 1, n, 8, seed=seed) for seed in range(3))
+    k, buckets = core._keys(qk.double()).float(), core._buckets(qk.double(), Mask(valid))
+    one = Hashed(core.chunk, core.before, core.after, core.within_buckets, core.count_once, core.stable, causal, scale=1.0, tiles=SMALL)
+    out, lse = one.forward(qk, k, v, buckets, valid)
+    found = one.backward(g, qk, k, v, out, lse, buckets, valid)
+    leaves = [x.double().requires_grad_() for x in (qk, k, v)]
+    ((_, part),) = core.parts(*leaves, buckets, valid.sum(dim=1))
+    of_out, of_lse = kernel.attended(part, backend="reference")
+    equal((out, lse, *found), (of_out.detach(), of_lse[..., 0], *torch.autograd.grad(of_out, leaves, g.double())))
+
+
+def test_rounds_of_hashing_with_a_memory_and_dropout():
+    """The derivative along a direction equals the difference of two forward passes that drop the same weights; memory is a part of its own."""
+    n, buckets = 20, torch.randint(3, (3, 1, 2, 20), generator=torch.Generator().manual_seed(0))
+    q, k, v, g = qkvg(1, 2, n, n, 8, 8)
+    one = Hashed(4, within=True, dropout=0.25, seed=11, tiles=SMALL)
+    memory = drawn(1, 2, 3, 8, seed=7), drawn(1, 2, 3, 8, seed=8)
+
+    def whole(q, k, v):
+        (near, near_lse), (far, far_lse) = one.forward(q, k, v, buckets), OnePass(tiles=SMALL).forward(q, *memory)
+        return kernel.merge((near, near_lse[..., None]), (far, far_lse[..., None]))
+
+    out, lse = whole(q, k, v)
+    of_q, of_k, of_v = one.backward(g, q, k, v, out, lse[..., 0], buckets)
+    for place, gradient in ((1, of_k), (2, of_v)):
+        direction, step = drawn(1, 2, n, 8, seed=9), 1e-2
+        moved = [[x + sign * step * direction if index == place else x for index, x in enumerate((q, k, v))] for sign in (1, -1)]
+        slope = sum(sign * float((whole(*x)[0].double() * g).sum()) for sign, x in zip((1, -1), moved, strict=True)) / (2 * step)
+        assert slope == pytest.approx(float((gradient * direction).sum()), rel=2e-3, abs=2e-3)
+    assert (
+        of_q.isfinite().all()
+        and (one.forward(q, k, v, buckets)[0] - Hashed(4, within=True, tiles=SMALL).forward(q, k, v, buckets)[0]).abs().max() > 0.1
+    )
+
+
+def test_parts_of_the_one_softmax_are_what_kinds_make():
+    """Longformer's own rows in one pass: its window and its global columns, against the kind itself."""
+    n, heads = 40, 2
+    core = create("longformer[window=6, global_projections=false]", Context(heads=heads, head_dim=8, causal=True, max_length=64)).double()
+    valid, is_global = torch.arange(n)[None] < 33, (torch.arange(n) % 17 == 3)[None]
+    q, k, v, _ = qkvg(1, heads, n, n, 8, 8)
+    one = OnePass(True, core.sight(0), tiles=SMALL)
+    out, _ = one.forward(q, k, v, held=valid, columns=torch.tensor([[3, 20, n]]))
+    mask = Mask(valid, is_global & valid)
+    whole = core.dense(q.double(), k.double(), v.double(), mask=mask)
+    rows = ~is_global[0] & valid[0]
+    equal([out[:, :, rows]], [whole[:, :, rows]])
