@@ -63,6 +63,13 @@ def test_a_method_attached_on_the_device_is_on_it_and_starts_alike():
     assert [(name, far) for name, _, far in found if not far < 1e-12] == []
 
 
+def test_a_method_trained_saved_and_loaded_on_the_device_is_what_it_is_on_the_cpu():
+    found = ran("lives")
+    assert len(found) == 6
+    assert [(name, left) for name, left, _, _ in found if left] == []
+    assert [(name, *far) for name, _, *far in found if not max(far) < 1e-9] == []
+
+
 def test_the_host_waits_for_the_device_nowhere_but_where_it_must():
     steps = dict(ran("steps"))
     kinds = {name for name in steps if name.endswith((" with lora", " with prefix", " with houlsby", " with lora|prefix"))}

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import sys
+import tempfile
 import warnings
 
 import device  # before torch
@@ -119,6 +120,43 @@ def attached():
     return found
 
 
+def lives():
+    """Methods attached, trained in all their stages, finished, saved, loaded and taken off on the device: what is left on the CPU then, how far the
+    loaded model is from the saved one, and how far that is from such a life on the CPU."""
+    found = []
+    for method in ("ipt", "ladder", "lt_sft", "diff", "adamix", "prefix"):
+        here, _, _ = lived(method, "cpu")
+        with device.Machine():
+            there, loaded, left = lived(method, "cuda")
+        found.append([method, left, apart(there, loaded), apart(here, there)])
+    return found
+
+
+def lived(method, where):
+    """The logits of a trained model and of a fresh one that has loaded its adapter, and what is not where it should be."""
+    one = case("encoder", "longformer[window=8]")
+    model, batch = one.model().to(where), {name: x.to(where) for name, x in one.batch().items()}
+    torch.manual_seed(3)
+    effzoo.attach(model, spec(method))
+    training.calibrate(model, [batch])
+    for stage, number in training.timetable(model, 2):
+        training.begin(model, stage)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for step in range(number):
+            training.schedule(model, step / number)
+            training.loss(model.train(), **batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    training.finish(model)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        effzoo.save_adapter(model, folder)
+        other = effzoo.load_adapter(one.model().to(where), folder)
+        logits = [each.eval()(**batch).logits for each in (model, other)]
+    effzoo.detach(other, "default")
+    left = [name for each in (model, other) for name, x in [*each.named_parameters(), *each.named_buffers()] if x.device.type != where]
+    return *logits, left
+
+
 def steps():
     """What waits in a step with dropout, a ragged batch and an optimizer: of the kinds with three methods, and of what else a model may be."""
     found = []
@@ -213,6 +251,6 @@ if __name__ == "__main__":
     doubles.registered()  # attention there is that of CUDA, in float64 as well
     backends.TAKES["efficient", "cuda"] = backends.ALL
     warnings.simplefilter("ignore")
-    print(json.dumps({"cells": cells, "attached": attached, "steps": steps, "refused": refused}[sys.argv[1]]()))
+    print(json.dumps({"cells": cells, "attached": attached, "lives": lives, "steps": steps, "refused": refused}[sys.argv[1]]()))
     sys.stdout.flush()
     os._exit(0)  # what torch does at its end, it would do with the device that is none
