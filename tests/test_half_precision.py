@@ -91,7 +91,7 @@ def test_autocast_leaves_the_scores_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         under = kernel.attend(Part(q, k, v), backend="reference")
     assert torch.equal(under, kernel.attend(Part(q, k, v), backend="reference"))
-    assert (under.double() - wanted).norm() < 3e-3 * wanted.norm()
+    assert (under.double() - wanted).norm() < 1.8e-3 * wanted.norm()  # that of rounding the output alone
 
 
 @pytest.mark.parametrize("half", HALVES, ids=str)

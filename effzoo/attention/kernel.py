@@ -143,8 +143,8 @@ def _plain(parts: tuple[Part, ...], dropout: float) -> tuple[Tensor, Tensor]:
     for cut, of_part, own in zip(cuts, tiles, scores, strict=True):
         rows = cut.rows(lse.clamp(min=torch.finfo(lse.dtype).min))
         weights = [F.dropout((score - of_rows).exp(), dropout) for score, of_rows in zip(own, rows, strict=True)]
-        out = out + cut.join([weight.to(tile.v.dtype) @ tile.v for weight, tile in zip(weights, of_part, strict=True)])
-    return out, lse.detach()  # type: ignore[return-value]
+        out = out + cut.join([weight @ tile.v.to(weight.dtype) for weight, tile in zip(weights, of_part, strict=True)])
+    return cast(Tensor, out).to(parts[0].v.dtype), lse.detach()
 
 
 def _score(tile: Tile, scale: float | None) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -81,6 +81,9 @@ class Traced(Layout):
     """All heads of the core with this number, whose `parts` cuts the tiles from q, k, v and what the part is given, as one operator."""
 
     number: int
+
+    def bare(self, given: Sequence[Tensor | None]) -> bool:
+        return True  # as far as is known: the operator asks again
 
     def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor]:
         assert isinstance(kernel, Opaque)
