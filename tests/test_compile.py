@@ -63,6 +63,15 @@ def test_prompt_rows_and_the_first_token_need_no_room_among_the_global_tokens_of
     assert (logits - expected).abs().max() < 1e-10 and grads.keys() == wanted.keys()
 
 
+def test_more_global_tokens_than_there_is_room_for_are_refused_in_compiled_code(tiny):
+    model = torch.compile(effzoo.build("longformer", attention="longformer[window=8, max_globals=2]", **tiny), fullgraph=True, backend="eager")
+    ids, marked = torch.arange(24).view(2, 12), torch.zeros(2, 12, dtype=torch.long)
+    marked[0, :2] = 1
+    model(input_ids=ids, global_attention_mask=marked)
+    with pytest.raises(InputError, match="more than 2 global tokens"):
+        model(input_ids=ids, global_attention_mask=marked | (ids == 5))
+
+
 # --- values of inputs: refused in compiled code as they are without it; each model is compiled once, and values alone differ from case to case
 
 

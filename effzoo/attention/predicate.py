@@ -24,6 +24,7 @@ from effzoo.attention.band import Band, Chunks, Sees, Window
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, latest, longer, memory_part, of_heads
 from effzoo.attention.part import Layout, Part, bias_of
 from effzoo.attention.traced import Traced, number_of
+from effzoo.checked import known
 from effzoo.devices import at_hand, chosen
 from effzoo.errors import IncompatibleError, InputError, OptionError
 
@@ -323,7 +324,8 @@ def gathered(mask: Mask, room: int) -> tuple[Tensor, Tensor]:
             most = max(int(count.max()), 1)
         else:
             most = min(room if most is None else most, is_global.shape[1])
-            torch._assert_async((count <= most).all(), f"more than {most} global tokens in a sequence; raise longformer[max_globals=...]")
+            told = f"more than {most} global tokens in a sequence; raise longformer[max_globals=...]"
+            count = known(count, (count <= most).all(), told)
         where = is_global.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
         return where, torch.arange(most, device=where.device) < count[:, None]
 
