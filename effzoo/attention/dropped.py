@@ -70,19 +70,20 @@ class Weights:
     @_without_autocast
     def backward(self, tile: Tile, index: int, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, _, _ = tile
-        exact = _exact(q.dtype)
+        exact, scale = _exact(q.dtype), factor(self.scale, q)
         gradients = of_q, of_k, of_v = tuple(torch.zeros(x.shape, dtype=exact, device=x.device).reshape(-1, *x.shape[-2:]) for x in (q, k, v))
         flat_q, flat_k, flat_v, flat_grad = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v, grad))
         delta = (grad.to(exact) * out.to(exact)).sum(dim=-1).reshape(-1, q.shape[2], 1)
         flat_lse = lse.reshape(-1, q.shape[2], 1)
         for heads, rows, mask in self._blocks(q, k, index):
             own_q, own_k, own_v, own_grad = (x.to(exact) for x in (flat_q[heads, rows], flat_k[heads], flat_v[heads], flat_grad[heads, rows]))
+            own_grad = own_grad / self.kept  # factors act on what is narrow
             weights = self._scores(own_q, own_k, tile, heads, rows).sub_(flat_lse[heads, rows]).exp_()
-            of_weights = torch.bmm(own_grad, own_v.mT).div_(self.kept).mul_(mask)
-            of_scores = of_weights.sub_(delta[heads, rows]).mul_(weights).mul_(factor(self.scale, tile.q))
-            of_q[heads, rows] = torch.bmm(of_scores, own_k)
-            of_k[heads].baddbmm_(of_scores.mT, own_q)
-            of_v[heads].baddbmm_(weights.mul_(mask).mT, own_grad, alpha=1 / self.kept)
+            of_weights = torch.bmm(own_grad, own_v.mT).mul_(mask)
+            of_scores = of_weights.sub_(delta[heads, rows]).mul_(weights)
+            of_q[heads, rows] = torch.bmm(of_scores, own_k).mul_(scale)
+            of_k[heads].baddbmm_(of_scores.mT, own_q, alpha=scale)
+            of_v[heads].baddbmm_(weights.mul_(mask).mT, own_grad)
         return tuple(x.view(like.shape).to(like.dtype) for x, like in zip(gradients, (q, k, v), strict=True))  # type: ignore[return-value]
 
     def _blocks(self, q: Tensor, k: Tensor, index: int) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -102,13 +103,18 @@ class Weights:
     def _scores(self, q: Tensor, k: Tensor, tile: Tile, heads: slice, rows: slice) -> Tensor:
         """scale q k^T + bias of a block, in float32 or better, with -inf above the causal diagonal."""
         exact = _exact(q.dtype)
-        scores = torch.bmm(q.to(exact), k.to(exact).mT).mul_(factor(self.scale, tile.q))
-        if tile.bias is not None:
+        q, k, scale = q.to(exact), k.to(exact), factor(self.scale, tile.q)
+        if tile.bias is None:
+            scores = torch.bmm(q, k.mT).mul_(scale)
+        else:
             shape = tile.q.shape
-            whole = tile.bias.expand(*shape[:2], -1, -1)
-            index = torch.arange(heads.start, heads.start + len(q), device=q.device)
-            of_heads = whole[index // shape[1], index % shape[1]]
-            scores += of_heads[:, rows] if of_heads.shape[1] > 1 else of_heads
+            if tile.bias.shape[:-2].numel() == 1:  # of all heads
+                of_heads = tile.bias.expand(1, 1, -1, -1)[0]
+            else:
+                index = torch.arange(heads.start, heads.start + len(q), device=q.device)
+                of_heads = tile.bias.expand(*shape[:2], -1, -1)[index // shape[1], index % shape[1]]
+            of_rows = of_heads[:, rows] if of_heads.shape[1] > 1 else of_heads
+            scores = torch.baddbmm(of_rows.to(exact), q, k.mT, alpha=scale)
         if tile.causal:
             row = torch.arange(rows.start, rows.start + q.shape[1], device=q.device)
             scores.masked_fill_(torch.arange(k.shape[1], device=q.device) > row[:, None], -math.inf)
