@@ -181,7 +181,7 @@ def test_account_counts_without_weights(run):
         (("account", "bert", "--peft", "lora[rank=4"), "expected ',' or ']'"),
         (("account", "bert", "--peft", "lora[targets=attn.x]"), "matches no role"),
         (("account", "none.toml"), "cannot be read"),
-        (("check", "nothing.py"), "no such file: nothing.py"),
+        (("check", "nothing.py"), "no such file: 'nothing.py'; give a Python file"),
         (("check", "lorra"), "did you mean 'lora'?"),
         (("check", "full", "--only", "padding"), "unknown check 'padding'"),
         (("finetune", "bert", "--data", "none.csv", "--output", "out"), "no such file"),
