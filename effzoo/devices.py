@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +22,26 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if waits else x.to(device)
 
 
+_kept: dict[Any, Tensor] = {}
+_keeping: list[bool] = []
+
+
+@contextlib.contextmanager
+def keeping() -> Iterator[None]:
+    """Tables that are made here are those of compiled code later on: for functions in which the compiler makes no tensor."""
+    _keeping.append(True)
+    yield
+    _keeping.pop()
+
+
 def table(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
     """Numbers, or sequences of them, as a tensor on this device."""
+    if isinstance(numbers, tuple) and (torch.compiler.is_compiling() or _keeping):
+        key = (numbers, str(device), dtype)
+        if key in _kept:
+            return _kept[key]
+        if _keeping:
+            return _kept.setdefault(key, torch.tensor(numbers, dtype=dtype, device=device))
     if device.type != "cuda" or torch.compiler.is_compiling():
         return torch.tensor(numbers, dtype=dtype, device=device)
     return sent(torch.tensor(numbers, dtype=dtype, device="cpu"), device)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.flex_attention import AuxOutput, flex_attention
 
 import effzoo
 from effzoo.attention import Context, Mask, backends, choose, flex
@@ -255,3 +256,17 @@ def test_expanded_and_strided_tensors_are_read_right(backend):
             found = torch.autograd.grad(attend(Part(q, k, v, bias), backend=name).sum(), [q, k, v])
         for mine, theirs in zip(found, wanted, strict=True):
             assert (mine - theirs).abs().max() < 1e-12
+
+
+def test_the_predicates_of_heads_that_differ_compile(monkeypatch):
+    """Compiled FlexAttention makes no tensor of an option; on the CPU it has no log-sum-exp either."""
+    compiled = torch.compile(flex_attention)
+
+    def run(q, k, v, score, blocks, scale, return_aux):
+        return compiled(q, k, v, score, blocks, scale), AuxOutput(lse=torch.zeros(q.shape[:-1]))
+
+    monkeypatch.setattr(flex, "_run", lambda on_cuda: run)
+    core = effzoo.attention.create("blockwise[blocks=3]", Context(heads=2, head_dim=16, backend="flex"))
+    given, mask = [torch.randn(2, 2, 40, 16) for _ in range(3)], Mask(torch.arange(40) < torch.tensor([40, 25])[:, None])
+    with torch.no_grad():
+        assert (core(*given, mask=mask) - core.dense(*given, mask=mask)).abs().max() < 1e-5

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from effzoo.attention.part import Folded, Part
+from effzoo.devices import keeping
 
 if TYPE_CHECKING:
     from effzoo.attention.core import Mask
@@ -34,6 +36,8 @@ def seen(core: PredicateAttention, q: Tensor, k: Tensor, mask: Mask, length: Ten
     if mask.valid is not None or (core.has_globals and mask.is_global is not None):
         found: Seen = mask.memo(("flex", core.key, size), lambda: _made(core, q, k, mask, length))
         return found
+    if isinstance(q, FakeTensor):
+        return _made(core, q, k, mask, None)
     key = (core.key, size, str(q.device))
     if key not in _found:
         _found[key] = _made(core, q, k, mask, None)
@@ -58,6 +62,9 @@ def _made(core: PredicateAttention, q: Tensor, k: Tensor, mask: Mask, length: Te
         found = found & (key <= query) if causal else found
         return found if valid is None else found & valid[batch, key]
 
+    if not (isinstance(q, FakeTensor) or torch.compiler.is_compiling()):
+        with keeping(), torch.inference_mode(False):
+            visible(*torch.zeros(4, dtype=torch.long, device=q.device))
     rows = None if valid is None and is_global is None else q.shape[0]
     heads = q.shape[1] if "head" in core.reads else None
     return Seen(blocks=create_block_mask(visible, rows, heads, q.shape[2], k.shape[2], q.device, _compile=q.is_cuda))
