@@ -238,6 +238,8 @@ def test_what_is_refused():
         OnePass().forward(wide, wide, wide)
     with pytest.raises(OptionError, match=r"no torch\.float64"):
         OnePass().forward(double, double, double)
+    with pytest.raises(OptionError, match=r"of one dtype, got torch\.float32, torch\.float16 and torch\.float32"):
+        OnePass().forward(wide[..., :8], wide[..., :8].half(), wide[..., :8])
     with pytest.raises(OptionError, match=r"below 1, got 1\.0"):
         OnePass(dropout=1.0).forward(*(drawn(1, 1, 4, 8),) * 3)
 

@@ -220,6 +220,8 @@ class _Call:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, dropout: float, seed: int, tiles: Tiling | None):
         if wrong := obstacle(q, v):
             raise OptionError(wrong)
+        if not q.dtype == k.dtype == v.dtype:
+            raise OptionError(f"the Triton kernels take queries, keys and values of one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
         if not 0 <= dropout < 1:
             raise OptionError(f"the probability of dropping a weight is at least 0 and below 1, got {dropout}")
         self.q, self.k, self.v, self.tiles = *(_dense(x) for x in (q, k, v)), tiles
@@ -228,7 +230,7 @@ class _Call:
         for name, x in (("q", self.q), ("k", self.k), ("v", self.v)):
             self.given |= {name.upper(): x, f"{name}_batch": x.stride(0), f"{name}_head": x.stride(1), f"{name}_row": x.stride(2)}
         self.given |= dict.fromkeys(("bias_batch", "bias_head", "bias_query", "bias_key", "slots", "rounds", "turn", "left", "right"), 0)
-        self.given |= {"scale": 1 / math.sqrt(d) if scale is None else scale, "heads": heads, "m": m, "s": k.shape[2], "batches": batch}
+        self.given |= {"scale": 1 / math.sqrt(d) if scale is None else float(scale), "heads": heads, "m": m, "s": k.shape[2], "batches": batch}
         self.given |= {"dilation": 1, "chunk": 1, "keep": min(round((1 - dropout) * STEPS), STEPS - 1), "DROPOUT": dropout > 0}
         self.given |= {"CAUSAL": causal, "ITSELF": True, "WINDOW": False, "BIAS_ROWS": False}
         self.given |= {"D": d, "BD": _padded(d), "E": v.shape[-1], "BE": _padded(v.shape[-1])}
