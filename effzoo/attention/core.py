@@ -274,6 +274,6 @@ def memory_part(q: Tensor, memory: KeysValues | None) -> Part | None:
     return Part(q, keys, values)
 
 
-def of_heads(memory: KeysValues | None, heads: Sequence[int]) -> KeysValues | None:
+def memory_of(memory: KeysValues | None, heads: Sequence[int]) -> KeysValues | None:
     """The memory of some heads."""
     return None if memory is None else (chosen(memory[0], heads, -3), chosen(memory[1], heads, -3))

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from effzoo.attention import flex, reference, tile_map
 from effzoo.attention.band import Band, Chunks, Sees, Window
-from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, latest, longer, memory_part, of_heads
+from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, latest, longer, memory_of, memory_part
 from effzoo.attention.part import Layout, Part, bias_of
 from effzoo.attention.traced import Traced, number_of
 from effzoo.checked import known
@@ -108,17 +108,16 @@ class PredicateAttention(AttentionCore):
         if torch.compiler.is_compiling():
             traced = Part(q, k, v, layout=Traced(self._number), given=[self._held(mask)])
             return self.attend(traced, columns, memory_part(q, memory))
-        found: list[tuple[list[int], Tensor]] = []
-        for heads, layout in self.layouts(q.shape[2], mask, q.device):
-            of_q, of_k, of_v = (chosen(x, heads, 1) for x in (q, k, v))
-            part = self.part(of_q, of_k, of_v, layout, heads[0], mask)
-            shared = None if columns is None else replace(columns, q=of_q, k=chosen(columns.k, heads, 1), v=chosen(columns.v, heads, 1))
-            out = self.attend(part, shared, memory_part(of_q, of_heads(memory, heads)))
-            if len(heads) == q.shape[1]:
-                return out
-            found.append((heads, out))
-        rows = {head: out[:, place] for heads, out in found for place, head in enumerate(heads)}
-        return torch.stack([rows[head] for head in range(q.shape[1])], dim=1)
+        layouts = self.layouts(q.shape[2], mask, q.device)
+        order, sizes = [head for heads, _ in layouts for head in heads], [len(heads) for heads, _ in layouts]
+        outs = []
+        # one split for all heads: slices would each have a gradient of the size of the whole
+        for (heads, layout), *of_heads in zip(layouts, *(torch.split(chosen(x, order, 1), sizes, dim=1) for x in (q, k, v)), strict=True):
+            part = self.part(of_heads[0], of_heads[1], of_heads[2], layout, heads[0], mask)
+            shared = None if columns is None else replace(columns, q=part.q, k=chosen(columns.k, heads, 1), v=chosen(columns.v, heads, 1))
+            outs.append(self.attend(part, shared, memory_part(part.q, memory_of(memory, heads))))
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return outs[0] if len(outs) == 1 else chosen(torch.cat(outs, dim=1), back, 1)
 
     def parts(self, q: Tensor, k: Tensor, v: Tensor, *given: Tensor | None) -> Iterator[tuple[list[int], Part]]:
         """Heads that see alike, and their part; given: which keys are held. For compiled code."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,27 +45,29 @@ class Group:
     allowed: Tensor | None
     causal: bool
     held: Tensor | None = None
+    first: tuple[int | None, int | None] = (None, None)  # the first query and the first key, where they stand in order: a slice is then enough
 
     def to(self, device: torch.device) -> Group:
         allowed, held = (None if x is None else sent(x, device) for x in (self.allowed, self.held))
-        return Group(sent(self.queries, device), sent(self.keys, device), allowed, self.causal, held)
+        return Group(sent(self.queries, device), sent(self.keys, device), allowed, self.causal, held, self.first)
 
 
 @dataclass(frozen=True, eq=False)
 class Groups(Tiled):
     """Gathered tiles: [batch, heads, n, x] -> [batch groups, heads, m or s, x] for every entry of `groups`.
 
-    place [n] or [batch, n]: where each query stands when the queries of all tiles follow each other; one behind the last for a query without keys.
+    place [n] or [batch, n]: where each query stands when the queries of all tiles follow each other; one behind the last for a query without keys;
+    None: in order, as they are.
     """
 
     n: int
     groups: tuple[Group, ...]
-    place: Tensor
+    place: Tensor | None
 
     def to(self, device: torch.device) -> Groups:
-        if self.place.device == device:
+        if self.groups[0].queries.device == device:
             return self
-        return Groups(self.n, tuple(group.to(device) for group in self.groups), sent(self.place, device))
+        return Groups(self.n, tuple(group.to(device) for group in self.groups), None if self.place is None else sent(self.place, device))
 
     def bare(self, given: Sequence[Tensor | None]) -> bool:
         return given[0] is None and all(group.allowed is None for group in self.groups)
@@ -78,20 +80,21 @@ class Groups(Tiled):
             if seen is not None and len(seen) > 1 and group.queries.ndim == 2:
                 seen = seen.repeat(q.shape[0], 1, 1, 1)
             if held is not None:
-                of_keys = _take(held[:, None, :, None], group.keys).mT
+                of_keys = _take(held[:, None, :, None], group.keys, group.first[1]).mT
                 seen = of_keys if seen is None else of_keys & seen
-            yield Tile(
-                _take(q, group.queries), _take(k, group.keys), _take(v, group.keys), None if seen is None else bias_of(seen, q.dtype), group.causal
-            )
+            of_q, of_k, of_v = _take(q, group.queries, group.first[0]), *(_take(x, group.keys, group.first[1]) for x in (k, v))
+            yield Tile(of_q, of_k, of_v, None if seen is None else bias_of(seen, q.dtype), group.causal)
 
     def rows(self, x: Tensor) -> Iterator[Tensor]:
-        taken = ((_take(x, group.queries), group.held) for group in self.groups)
+        taken = ((_take(x, group.queries, group.first[0]), group.held) for group in self.groups)
         return (rows if held is None else rows * held for rows, held in taken)
 
     def join(self, tiles: Sequence[Tensor], fill: float = 0.0) -> Tensor:
         heads, d = tiles[0].shape[1], tiles[0].shape[3]
         batch = len(tiles[0]) // self.groups[0].queries.shape[-2]
         flat = [tile.transpose(1, 2).reshape(batch, -1, heads, d) for tile in tiles]
+        if self.place is None:
+            return (flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)).transpose(1, 2)
         behind = flat[0].new_full((batch, 1, heads, d), fill)
         return _select(torch.cat([*flat, behind], dim=1), self.place).transpose(1, 2)
 
@@ -100,8 +103,11 @@ class Groups(Tiled):
 
     def add_keys(self, total: Tensor, index: int, grad: Tensor) -> None:
         batch, _, heads, d = total.shape
-        keys, of_rows = self.groups[index].keys, grad.transpose(1, 2).reshape(batch, -1, heads, d).to(total.dtype)
-        if keys.ndim == 2:
+        group, of_rows = self.groups[index], grad.transpose(1, 2).reshape(batch, -1, heads, d).to(total.dtype)
+        keys, first = group.keys, group.first[1]
+        if first is not None:
+            total[:, first : first + of_rows.shape[1]] += of_rows
+        elif keys.ndim == 2:
             total.index_add_(1, keys.flatten(), of_rows)
         else:
             total.view(-1, heads, d).index_add_(0, _flat(keys.flatten(1), total.shape[1]), of_rows.flatten(0, 1))
@@ -110,10 +116,11 @@ class Groups(Tiled):
         return total.transpose(1, 2).to(k.dtype)
 
 
-def _take(x: Tensor, where: Tensor) -> Tensor:
-    """Rows `where` [groups, m] of x [batch, heads, n, d] -> [batch groups, heads, m, d]."""
+def _take(x: Tensor, where: Tensor, first: int | None) -> Tensor:
+    """Rows `where` [groups, m] of x [batch, heads, n, d] -> [batch groups, heads, m, d]; first: the first of them if they stand in order."""
     batch, heads, _, d = x.shape
-    taken = _select(x.transpose(1, 2), where.flatten(-2))
+    rows = x.transpose(1, 2)
+    taken = _select(rows, where.flatten(-2)) if first is None else rows[:, first : first + where.numel()]
     return taken.reshape(batch * where.shape[-2], where.shape[-1], heads, d).transpose(1, 2)
 
 
@@ -190,10 +197,19 @@ def laid_out(n: int, groups: list[Group]) -> Groups:
     if not groups:  # nobody sees anything
         none = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
         groups = [Group(none, none, torch.zeros(1, 1, 1, dtype=torch.bool, device="cpu"), False)]
+    groups = [replace(group, first=(_first(group.queries), _first(group.keys))) for group in groups]
     order = torch.cat([group.queries.flatten() for group in groups])
+    if len(order) == n and _first(order) == 0:
+        return Groups(n, tuple(groups), None)
     place = torch.full((n,), len(order), dtype=torch.int64, device="cpu")
     place[order] = torch.arange(len(order), device="cpu")
     return Groups(n, tuple(groups), place)
+
+
+def _first(where: Tensor) -> int | None:
+    """The first of some positions, if they follow each other."""
+    first = int(where.flatten()[0])
+    return first if torch.equal(where.flatten(), torch.arange(first, first + where.numel(), device="cpu")) else None
 
 
 def _pairs(groups: list[Group]) -> int:
