@@ -48,7 +48,7 @@ def table(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype = tor
 
 
 def chosen(x: Tensor, places: Sequence[int], dim: int = 0) -> Tensor:
-    """These places of x, ascending, along one axis; a view where they lie side by side."""
-    if places[-1] - places[0] + 1 == len(places):
+    """These places of x along one axis, in the order given; a view where they follow each other."""
+    if all(place == places[0] + index for index, place in enumerate(places)):
         return x if len(places) == x.shape[dim] else x.narrow(dim, places[0], len(places))
     return x.index_select(dim, table(places, x.device))
