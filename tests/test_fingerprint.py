@@ -91,7 +91,7 @@ def test_perceivers_are_told_apart(name, other, words):
     "other",
     [
         {"dropout": 0.5, "attention_dropout": 0.3}, {"backend": "reference"}, {"mlp_chunk": 3}, {"head_dim": 8}, {"kv_heads": 2}, {"share_layers": 2},
-        {"embed_norm": True}, {"attention": ["full", "full"]}, {"attention": {"name": "full", "chunk": 5}}, {"head_activation": "relu"},
+        {"embed_norm": True}, {"attention": ["full", "full"]}, {"head_activation": "relu"},
     ],
     ids=str,
 )  # fmt: skip

@@ -188,15 +188,19 @@ class PredicateAttention(AttentionCore):
         return seen & (key <= query) if self.context.causal else seen
 
     def pattern(self, n: int, mask: Mask) -> Tensor:
-        valid = reference.padding(n, mask.valid)
-        place = torch.arange(n, device=valid.device)
+        return self._seen(n, n, mask)
+
+    def _seen(self, n: int, s: int, mask: Mask) -> Tensor:
+        """The definition for n queries and s keys, bool[batch or 1, heads or 1, n, s]."""
+        valid = reference.padding(s, mask.valid)
+        query, key = (torch.arange(count, device=valid.device) for count in (n, s))
         of_queries = None if mask.is_global is None else mask.is_global[:, None, :, None]
-        seen = self.allowed(place[None, None, :, None], place[None, None, None, :], mask, places=n, query_global=of_queries)
-        return (valid & seen).expand(-1, -1, n, n)
+        seen = self.allowed(query[None, None, :, None], key[None, None, None, :], mask, places=s, query_global=of_queries)
+        return (valid & seen).expand(-1, -1, n, s)
 
     def dense(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
-        allowed = self.pattern(projected[0].shape[2], mask)
         q, k, v = projected[:3]
+        allowed = self._seen(q.shape[2], k.shape[2], mask)
         local = reference.dense(q, k, v, allowed, memory)
         if not self._marked(mask):
             return local

