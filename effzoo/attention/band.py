@@ -1,9 +1,9 @@
 """Windows without copies: which keys every chunk of queries sees, and the masks of the chunks at the ends alone.
 
-A kind that says how far its queries look declares it: a `Window` (query i sees key j where -right <= i - j <= left) or `Chunks`. Queries are cut
-into chunks; a chunk takes the keys that its queries may see, as far as the sequence goes.
-Chunks that look alike form a run, which attention takes as one batch: in the middle of a
-sequence their keys are overlapping views of one tensor, and they share one small mask.
+A kind declares how far its queries look: by a `Window` (query i sees key j where -right <= i - j <= left) or by `Chunks`.
+
+Queries are cut into chunks; a chunk takes the keys that its queries may see, as far as the sequence goes. Chunks that look alike form a run, which
+attention takes as one batch: in the middle of a sequence their keys are overlapping views of one tensor, and they share one small mask.
 """
 
 from __future__ import annotations

@@ -27,12 +27,13 @@ class Blockwise(PredicateAttention):
 
     The identity makes a head local, a cyclic shift makes it look far. Cost O(n^2 / blocks), without any mask unless there is padding.
 
-    blocks: how many. A row of n tokens has blocks of ceil(n / blocks), whatever stands beside it in the batch. block: the length of a block instead;
-    blocks are then places, position i is in block i // block whatever the length of the input, and inputs end at blocks * block positions. Causal
-    models take places, block = ceil(max_length / blocks) when None, so that an output does not change when the sequence grows.
-    permutations: of the blocks, counted from 1 as in the lecture: ((1, 2, 3), (2, 3, 1)); by default the identity and as many cyclic
-    shifts as there are blocks and heads. groups: heads per permutation, in order, such as (10, 2); by default (10:2 and 8:2:2 of
-    12 heads), a sixth of the heads (at least one) for each permutation but the first, which has the rest.
+    blocks: how many; a row of n tokens has blocks of ceil(n / blocks), whatever stands beside it in the batch.
+    block: the length of a block instead. Blocks are then places: position i is in block i // block however long the input is, and inputs end
+    at blocks * block positions. Causal models always take places, ceil(max_length / blocks) when None, so that an output does not change as the
+    sequence grows.
+    permutations: of the blocks, counted from 1 as in the lecture: ((1, 2, 3), (2, 3, 1)). By default the identity and cyclic shifts.
+    groups: heads per permutation, in order, such as (10, 2). By default a sixth of the heads, at least one, for each permutation but the
+    first, which has the rest: 10:2 and 8:2:2 of 12 heads.
 
     A row whose key block holds no key gives 0, as every row without keys: key blocks after the end of a short sequence, and, when
     causal (j <= i), key blocks after the query's own. Heads that see nothing of a whole input are named in a warning.
