@@ -1,4 +1,5 @@
-"""Dtypes tensor by tensor: a norm or a head that is float32 in a model in bfloat16 stays float32, both ways and through folders.
+"""Dtypes tensor by tensor: a norm or a head that is float32 in a model in bfloat16 stays float32, both ways and through folders. And so whether a
+tensor learns, both ways; folders do not say it.
 
 transformers loads a folder in one dtype. Where its files hold several, the folder is loaded in the widest of them, which changes no number, and
 each tensor then goes back to its own.
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 NAMES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -28,21 +29,32 @@ def hold_in(tensor: Tensor, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def copy_into(wanted: Mapping[str, Tensor], chosen: Mapping[str, Tensor], dtypes: bool) -> None:
-    """Write the chosen values into the wanted tensors of the same names. dtypes: whether these take the values' dtypes, or keep their own."""
+def copy_into(wanted: Mapping[str, Tensor], chosen: Mapping[str, Tensor], dtypes: bool, learns: Mapping[str, bool]) -> None:
+    """Write the chosen values into the wanted tensors of the same names. dtypes: whether these take the values' dtypes, or keep their own.
+    learns: of those whose `requires_grad` is to be set, what to."""
     for key, tensor in chosen.items():
         if dtypes:
             hold_in(wanted[key], tensor.dtype)
         wanted[key].copy_(tensor)
+    let_learn(wanted, learns)
 
 
-def load_state(theirs: Any, state: dict[str, Tensor]) -> None:
-    """Load a state dict into a model of transformers, every tensor in its own dtype; what their model ties stays tied."""
+def let_learn(tensors: Mapping[str, Tensor], learns: Mapping[str, bool]) -> None:
+    """Set `requires_grad` of the parameters that are named."""
+    for key, flag in learns.items():
+        if isinstance(tensors[key], nn.Parameter) and tensors[key].requires_grad != flag:
+            tensors[key].requires_grad_(flag)
+
+
+def load_state(theirs: Any, state: dict[str, Tensor], learns: Mapping[str, bool]) -> None:
+    """Load a state dict into a model of transformers, every tensor in its own dtype and as trainable as `learns` says; what their model ties stays
+    tied."""
     own = {**dict(theirs.named_parameters(remove_duplicate=False)), **dict(theirs.named_buffers(remove_duplicate=False))}
     for key, tensor in state.items():
         if key in own:
             hold_in(own[key], tensor.dtype)
     theirs.load_state_dict(state)
+    let_learn(own, {key: flag for key, flag in learns.items() if key in own})
 
 
 def from_pretrained(cls: Any, label: str, **more: Any) -> tuple[Any, Any]:

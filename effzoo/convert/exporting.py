@@ -9,7 +9,7 @@ import torch
 from effzoo.architectures import Perceiver, Transformer
 from effzoo.convert import texts
 from effzoo.convert.dtypes import load_state
-from effzoo.convert.keymap import to_theirs
+from effzoo.convert.keymap import to_theirs, trained, trained_in_theirs
 from effzoo.convert.layouts import layout_for
 from effzoo.convert.perceiver_transfer import to_perceiver
 from effzoo.errors import ConversionError, listing
@@ -26,9 +26,9 @@ def check_dense(model: Any) -> None:
 def to_transformers(model: Transformer | Perceiver) -> Any:
     """The model of transformers (a `PreTrainedModel`) that computes the same, with a copy of the weights.
 
-    Its dtype (tensor by tensor), device and training mode are the model's.
-    Raises ConversionError for what transformers has no counterpart for: another
-    attention or pooling, say, or attached adapters.
+    Its dtype and what is trainable (tensor by tensor), device and training mode are the model's.
+    Raises ConversionError for what transformers has no counterpart for: another attention or pooling, say, attached adapters, or a tensor of theirs
+    of which one part is frozen and another is not.
     """
     model = unwrap(model)
     if isinstance(model, Perceiver):
@@ -57,6 +57,7 @@ def to_transformers(model: Transformer | Perceiver) -> Any:
     rules = layout.rules(config.blocks, task, task)
     optional = {rule.key(parameter) for rule in rules for parameter in rule.parameters if rule.optional}
     state = to_theirs(rules, ours)
+    learns = trained_in_theirs(rules, trained(model))
     state |= {key: state[other] for key, other in layout.ties(config, task).items() if key in theirs.state_dict()}
     wanted = set(theirs.state_dict())
     state = {key: value for key, value in state.items() if key in wanted or key not in optional}
@@ -68,5 +69,5 @@ def to_transformers(model: Transformer | Perceiver) -> Any:
             raise ConversionError(f"{cls.__name__} has {key} {has}, and this model {tuple(value.shape)}: it has no counterpart in transformers")
     like = ours["embeddings.token.weight"]
     texts.write(theirs, config)
-    load_state(theirs.to(device=like.device, dtype=like.dtype), state)
+    load_state(theirs.to(device=like.device, dtype=like.dtype), state, learns)
     return theirs.train(model.training)

@@ -28,7 +28,9 @@ def from_transformers(source: Any, *, task: str | None = None, num_labels: int |
     source: a live model, a local folder, or a hub id; BERT, RoBERTa, Longformer, ModernBERT, GPT-2, Llama, Mistral or Qwen3 with any head that we
     have, the encoder of LED, or a Perceiver. task: another than the source's, with a new head. overrides: fields of the config, such as
     `attention="longformer[window=256]"`, `max_length=4096`, `dropout=0.0`. The result has the source's dtype (tensor by tensor, where they
-    differ; of a folder those of its files), device and training mode; names of labels are not kept.
+    differ; of a folder those of its files), device and training mode; names of labels are not kept. A tensor is trainable (requires_grad) where the
+    one of the source is that it is made from, as are parts of one (GPT-2's q, k and v) and copies (an attention's new projections); what is new is
+    trainable.
 
     Raises ConversionError for a feature that we do not have, a mismatch, or weights that cannot be loaded.
     """
@@ -63,7 +65,7 @@ def from_transformers(source: Any, *, task: str | None = None, num_labels: int |
 
 
 def load_pretrained(model: Any, source: Any) -> Any:
-    """Copy the weights of a source into a model, and return the model; its dtype, device and training mode stay.
+    """Copy the weights of a source into a model, and return the model; its dtype, device, training mode and what is trainable stay.
 
     source: a live model of transformers, a local folder or a hub id, of the same architecture and sizes. The model may have another
     attention (new projections start as `copied_from` says, other new tensors stay as they are), another max_length

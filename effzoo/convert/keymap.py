@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from effzoo.errors import ConversionError
 
 PARAMETERS = ("weight", "bias")
 
@@ -81,4 +83,37 @@ def to_theirs(rules: Iterable[Rule], ours: Mapping[str, Tensor]) -> dict[str, Te
             tensors = [ours[key] for path in rule.ours if (key := f"{path}.{parameter}") in ours]
             if len(tensors) == len(rule.ours):
                 theirs[rule.key(parameter)] = rule.join(parameter, tensors)
+    return theirs
+
+
+def trained(model: nn.Module) -> dict[str, bool]:
+    """Whether each parameter learns, under all of its names."""
+    return {key: parameter.requires_grad for key, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def trained_in_ours(rules: Iterable[Rule], theirs: Mapping[str, bool]) -> dict[str, bool]:
+    """What `trained` says of their parameters, under our keys: parts of one tensor learn as the whole does."""
+    ours: dict[str, bool] = {}
+    for rule in rules:
+        for parameter in rule.parameters:
+            if (flag := theirs.get(rule.key(parameter))) is not None:
+                ours.update({f"{path}.{parameter}": flag for path in rule.ours})
+    return ours
+
+
+def trained_in_theirs(rules: Iterable[Rule], ours: Mapping[str, bool]) -> dict[str, bool]:
+    """What `trained` says of our parameters, under their keys. Raises ConversionError where some parts of one tensor of theirs learn and others do
+    not."""
+    theirs: dict[str, bool] = {}
+    for rule in rules:
+        for parameter in rule.parameters:
+            parts = {key: ours[key] for path in rule.ours if (key := f"{path}.{parameter}") in ours}
+            if len(set(parts.values())) > 1:
+                frozen, learning = (", ".join(key for key, flag in parts.items() if flag is wanted) for wanted in (False, True))
+                raise ConversionError(
+                    f"{rule.key(parameter)} of transformers holds several tensors of ours, of which {frozen} is frozen (requires_grad=False) and "
+                    f"{learning} is not: freeze all of them, or none"
+                )
+            if parts:
+                theirs[rule.key(parameter)] = all(parts.values())
     return theirs

@@ -19,6 +19,7 @@ from effzoo.architectures.perceiver_config import PER_TOKEN
 from effzoo.convert.dtypes import copy_into, from_pretrained, load_state
 from effzoo.convert.fields import check_code, check_fields
 from effzoo.convert.genuine import check_class, check_genuine, check_ties, tensors_of
+from effzoo.convert.keymap import trained
 from effzoo.convert.layout import _check_problem
 from effzoo.convert.perceiver import CLASSES, INERT, READS, names, read, write
 from effzoo.convert.source import _explained, _local_or_hub, _quiet
@@ -100,8 +101,9 @@ def to_perceiver(model: Perceiver) -> Any:
         theirs = make(name, config, text=name == "PerceiverModel" and bool(model.config.vocab))
     ours = model.state_dict()
     like = ours["latents.weight"]
-    state = {there: ours[here] for here, there in names(model.config, model.task).items()}
-    load_state(theirs.to(device=like.device, dtype=like.dtype), state)
+    known, learns = names(model.config, model.task), trained(model)
+    state = {there: ours[here] for here, there in known.items()}
+    load_state(theirs.to(device=like.device, dtype=like.dtype), state, {there: learns[here] for here, there in known.items()})
     return theirs.train(model.training)
 
 
@@ -166,8 +168,8 @@ def _checked(label: str, model: Any, name: str, missing: frozenset[str]) -> Sour
 
 
 def _transfer(model: Perceiver, source: Source, *, dtypes: bool = False) -> None:
-    """Write the source's tensors into the model, all or none, in their dtypes when asked; the decoder and the head only where the model's task has
-    the same."""
+    """Write the source's tensors into the model, all or none, in their dtypes and as trainable as they are when asked; the decoder and the head only
+    where the model's task has the same."""
     decoder = source.task == model.task or {source.task, model.task} <= {*PER_TOKEN}
     _check_fit(model, source, decoder)
     given = {
@@ -193,7 +195,9 @@ def _transfer(model: Perceiver, source: Source, *, dtypes: bool = False) -> None
             new.append(key)
         else:
             raise ConversionError(f"{source.label} has no tensor for {key}; build the model without it")
-    copy_into(wanted, chosen, dtypes)
+    theirs, there = trained(source.model), names(source.config, source.task)
+    learns = {key: theirs[there[repeated.get(key, key)]] for key in chosen} if dtypes else {}
+    copy_into(wanted, chosen, dtypes, learns)
     log.info("%s: %d tensors loaded, %d parameters", source.label, len(chosen), sum(tensor.numel() for tensor in chosen.values()))
     before, now = source.config.max_length, model.config.max_length
     if now != before and _TABLES[0] in chosen:

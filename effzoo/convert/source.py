@@ -20,7 +20,7 @@ from effzoo.convert import texts
 from effzoo.convert.dtypes import from_pretrained
 from effzoo.convert.fields import check_code
 from effzoo.convert.genuine import check_class, check_genuine, check_origin, check_ties, tensors_of
-from effzoo.convert.keymap import Rule, expand
+from effzoo.convert.keymap import Rule, expand, trained
 from effzoo.convert.layout import Layout
 from effzoo.convert.layouts import LAYOUTS, class_of, classes
 from effzoo.errors import ConversionError, shown
@@ -167,11 +167,17 @@ def _checked(label: str, model: Any, layout: Layout, task: str, required: tuple[
             state[key] = own[beside].new_zeros(len(own[beside]))
             given.add(ours[key])
     present = set(state)
+    learns = trained(model)
     for key, other in layout.ties(config, task).items():
         tied = state.pop(key, None)
         if tied is not None and other in state and tied is not state[other] and not tied.equal(state[other]):
             raise ConversionError(
                 f"{label}: {key} differs from {other}; effzoo ties the two (tie_word_embeddings=True), so an untied head has no counterpart"
+            )
+        if tied is not None and learns.get(key) != learns.get(other):
+            raise ConversionError(
+                f"{label}: of {key} and {other}, which hold the same, one is frozen (requires_grad=False) and the other is not; "
+                "in effzoo they are one tensor, so freeze both, or none"
             )
     for rule in expand(required, config.blocks, layout.base(task)):
         keys = [rule.key(parameter) for parameter in rule.parameters]

@@ -17,7 +17,7 @@ from torch import Tensor
 from effzoo.architectures import Config, Transformer
 from effzoo.convert import texts
 from effzoo.convert.dtypes import copy_into
-from effzoo.convert.keymap import to_ours
+from effzoo.convert.keymap import to_ours, trained, trained_in_ours
 from effzoo.convert.layouts import family
 from effzoo.convert.source import Source
 from effzoo.errors import ConversionError
@@ -35,14 +35,15 @@ _MAY_DIFFER = {
 def transfer(model: Transformer, source: Source, *, dtypes: bool = False) -> None:
     """Write the source's weights into the model, all or none; INFO records say what was copied, repeated, new and unused.
 
-    dtypes: whether each tensor of the model takes the dtype of its source's, or keeps its own.
+    dtypes: whether each tensor of the model takes the dtype of its source's and learns where that does, or keeps its own.
 
     Raises ConversionError for the first number in which the two do not fit.
     """
     _check_fit(model, source)
-    given = to_ours(source.layout.rules(model.config.blocks, source.task, model.task), source.state)
+    rules = source.layout.rules(model.config.blocks, source.task, model.task)
+    given, learns = to_ours(rules, source.state), trained_in_ours(rules, trained(source.model))
     if _given_a_head(model, source):
-        given["head.out.weight"] = given[TOKENS]
+        given["head.out.weight"], learns["head.out.weight"] = given[TOKENS], learns[TOKENS]
     if "head.out.weight" in given:
         _check_head(model, source)
     wanted = {key: value for key, value in model.state_dict(keep_vars=True).items() if ".adapters." not in f".{key}"}
@@ -62,7 +63,8 @@ def transfer(model: Transformer, source: Source, *, dtypes: bool = False) -> Non
             new.append(key)
         else:
             raise ConversionError(f"{source.label} has no tensor for {key}; build the model without it")
-    copy_into(wanted, chosen, dtypes)
+    origins = {key: repeated.get(key, key) for key in chosen}
+    copy_into(wanted, chosen, dtypes, {key: learns[origin] for key, origin in origins.items() if origin in learns} if dtypes else {})
     if source.layout.finish is not None:
         source.layout.finish(model, source.model.config)
     _report(model, source, chosen, repeated, new)
