@@ -18,19 +18,24 @@ class Model(nn.Module):
 def unwrap(model: M) -> M:
     """The model inside `torch.compile`, DistributedDataParallel and DataParallel, however deep; any other module is itself.
 
+    Give the wrapper, not what is in it, to whatever changes which parameters learn: only then is it seen that DistributedDataParallel does not
+    synchronise one that it did not know, or that was frozen, when it was made.
+
     Raises AdapterError for what is no module, and for another module around a model (nn.Sequential, a trainer's module, peft's own model): what it
     does besides calling the model is not known.
     """
     if not isinstance(model, nn.Module):
         raise AdapterError(f"expected a model (torch.nn.Module), got {type(model).__name__}")
-    inside: nn.Module = model
-    while (found := _inside(inside)) is not None:
-        inside = found
-    if not isinstance(inside, Model):
-        for path, part in inside.named_modules():
-            if part is not inside and isinstance(part, Model):
-                raise AdapterError(f"{type(inside).__name__} is a module around a model; give the model itself, its {path!r} ({type(part).__name__})")
-    return inside  # type: ignore[return-value]
+    innermost: nn.Module = model
+    while (found := inside(innermost)) is not None:
+        innermost = found
+    if not isinstance(innermost, Model):
+        for path, part in innermost.named_modules():
+            if part is not innermost and isinstance(part, Model):
+                raise AdapterError(
+                    f"{type(innermost).__name__} is a module around a model; give the model itself, its {path!r} ({type(part).__name__})"
+                )
+    return innermost  # type: ignore[return-value]
 
 
 def refuse_compiled(part: nn.Module, path: str) -> None:
@@ -39,7 +44,7 @@ def refuse_compiled(part: nn.Module, path: str) -> None:
         raise AdapterError(f"{path} is compiled as a module of its own, which renames what is in it; compile it in place, by {path}.compile()")
 
 
-def _inside(module: nn.Module) -> nn.Module | None:
+def inside(module: nn.Module) -> nn.Module | None:
     """What a wrapper of torch wraps; None for any other module."""
     if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return module.module

@@ -10,7 +10,6 @@ from torch._dynamo.testing import CompileCounter
 import effzoo
 from effzoo.errors import AdapterError
 from effzoo.peft.attach import adapter_tensors
-from effzoo.peft.state import adapters_of
 from effzoo.wrappers import unwrap
 
 IDS = torch.randint(2, 53, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -179,13 +178,37 @@ def test_ddp_refuses_to_train_what_it_would_not_synchronise(tiny, group, monkeyp
     assert effzoo.status(model).active == ("a", "b")
 
 
+def test_ddp_refuses_what_it_never_saw_and_takes_what_it_knows(tiny, group, monkeypatch):
+    """An adapter that was merged when the wrapper was made is unknown to it, though its tensors were trainable all the time; one that was merged
+    since, or was frozen for a while, is known."""
+    model = shake(effzoo.attach(effzoo.attach(build(tiny), "lora", name="a"), "ia3", name="b"), "a", "b")
+    effzoo.activate(model, "a", "b")
+    effzoo.merge(model, "a")
+    outer = nn.parallel.DistributedDataParallel(model)
+    monkeypatch.setattr(type(outer.process_group), "size", lambda self: 2)
+    around = torch.compile(outer, backend="eager")
+    weights, output = copy.deepcopy(model.state_dict()), model(input_ids=IDS).logits
+    for wrapper in (outer, around, nn.DataParallel(outer)):
+        with pytest.raises(AdapterError, match=r"would make blocks.*\.adapters\.a\.lora\..* trainable.*wrapper\.module.*wrap it then"):
+            effzoo.unmerge(wrapper, "a")
+    assert list(effzoo.status(model).merged) == ["a"] and all(torch.equal(x, weights[key]) for key, x in model.state_dict().items())
+    assert torch.equal(model(input_ids=IDS).logits, output)
+    effzoo.activate(around)
+    assert effzoo.status(model).trainable == ()
+    effzoo.activate(around, "b")  # known, and trained again
+    effzoo.unmerge(unwrap(around), "a")
+    effzoo.activate(model, "a", "b")
+    again = nn.parallel.DistributedDataParallel(model)
+    effzoo.merge(again, "a")
+    effzoo.unmerge(again, "a")  # this one knows it
+    assert effzoo.status(model).trainable == ("a", "b")
+
+
 @pytest.mark.parametrize("operation", [effzoo.merge, effzoo.unmerge])
 def test_a_merge_or_unmerge_that_ddp_refuses_leaves_the_weights_as_they_were(tiny, group, monkeypatch, operation):
     model = shake(effzoo.attach(build(tiny), "lora", name="a"), "a")
     if operation is effzoo.unmerge:
         effzoo.merge(model, "a")
-        for hung in adapters_of(model).merged[0].modules.values():
-            hung.requires_grad_(False)
     outer = nn.parallel.DistributedDataParallel(model)
     monkeypatch.setattr(type(outer.process_group), "size", lambda self: 2)
     before, output = {key: x.clone() for key, x in model.state_dict().items()}, model(input_ids=IDS).logits

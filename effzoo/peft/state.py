@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from effzoo.errors import AdapterError, UnknownNameError
 from effzoo.peft.method import LABELS, Method
 from effzoo.sites import Activity, Linear, Roster, sites, unwrap
 from effzoo.spec import Spec
+from effzoo.wrappers import inside
 
 HERE = "_effzoo_adapters"  # where a model holds its own; copied, pickled and saved with it
 
@@ -134,7 +135,7 @@ def transition(model: nn.Module, *rewritten: str) -> Iterator[Adapters]:
         _adopt(model, state)
         check_heads(model)
         _forget_listeners(model)
-        _check_synchronised(outer, before.flags)
+        _check_synchronised(outer, before.learning)
     except BaseException:
         rewriting.restore(begun)
         before.restore()
@@ -208,6 +209,7 @@ class _Snapshot:
         self.owners = [(owner, type(owner), _held(owner)) for owner in (*modules, state, state.roster, *state.attachments.values())]
         tensors = {id(p): p for module in modules for p in module.parameters(recurse=False)}.values()
         self.flags = {id(p): (p, p.requires_grad) for p in tensors}
+        self.learning = {id(p) for p in model.parameters() if p.requires_grad}
         self.data = [(p, p.data) for p in tensors]
         written = [part for _, site in sites(model) for name in rewritten if name in site.adapters for part in site.of(name).modules()]
         own = {id(x): x for part in written for x in (*part.parameters(recurse=False), *part.buffers(recurse=False))}.values()
@@ -279,14 +281,20 @@ def _forget_listeners(model: nn.Module) -> None:
             own[:] = [told for told in own if id(told) in heard]
 
 
-def _check_synchronised(outer: nn.Module | None, before: Mapping[int, tuple[Tensor, bool]]) -> None:
-    """AdapterError where DistributedDataParallel would not synchronise what now learns: it knows what learned when it was made."""
+def _check_synchronised(outer: nn.Module | None, learning: Set[int]) -> None:
+    """AdapterError where DistributedDataParallel would not synchronise what now learns: it knows what learned when it was made.
+
+    learning: the ids of the parameters that the model had and trained before; what was merged is none of them.
+    """
     while outer is not None and not isinstance(outer, nn.parallel.DistributedDataParallel):
-        outer = vars(outer)["_modules"].get("_orig_mod")
+        outer = inside(outer)
     if outer is None or outer.process_group.size() == 1:
         return
-    if any(p.requires_grad and not before.get(id(p), (p, False))[1] for p in unwrap(outer).parameters()):
-        raise AdapterError(
-            "DistributedDataParallel synchronises what was trainable when it was made, and this would make more trainable: processes would drift "
-            "apart; change the model first, and wrap it then"
-        )
+    if new := {id(p): key for key, p in unwrap(outer).named_parameters() if p.requires_grad and id(p) not in learning}:
+        known = {id(p) for bucket in outer.reducer._get_zeros_like_grad_buckets() for p in bucket.parameters()}
+        if unknown := [key for at, key in new.items() if at not in known]:
+            raise AdapterError(
+                f"DistributedDataParallel synchronises what was trainable when it was made, and this would make {unknown[0]} trainable too "
+                f"({len(unknown)} such tensors): processes would drift apart. Take the model out of it (wrapper.module), change the model first, and "
+                "wrap it then"
+            )
