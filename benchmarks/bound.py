@@ -15,13 +15,7 @@ from effzoo.attention.core import AttentionCore
 from effzoo.attention.lsh import LSH
 from effzoo.measure import interleaved, ratio
 from effzoo.measure.layer import DTYPES
-
-
-def pairs(core: AttentionCore, n: int) -> int:
-    """Query-key pairs of one head: those of the pattern; of LSH, the slots that a chunk sees in every round."""
-    if isinstance(core, LSH):
-        return core.rounds * n * (core.before + 1 + core.after) * core.chunk
-    return int(core.pattern(n, Mask()).expand(1, core.context.heads, n, n)[0, 0].sum())
+from effzoo.measure.pairs import pairs
 
 
 def training(core: AttentionCore, n: int, dtype: str, device: str) -> Callable[[], object]:
@@ -45,7 +39,7 @@ def measure(kinds: list[str], n: int, heads: int, head_dim: int, dtype: str, sec
     times = interleaved({kind: training(core, n, dtype, device) for kind, core in cores.items()}, seconds=seconds, device=device)
     rows = []
     for kind in kinds:
-        found, allowed = ratio(times["full"], times[kind]), pairs(cores[kind], n) / n**2
+        found, allowed = ratio(times["full"], times[kind]), pairs(cores[kind], n, device=device) / n**2
         rows.append({
             "suite": "bound", "attention": kind, "n": n, "heads": heads, "head_dim": head_dim, "dtype": dtype, "device": device, "pairs": allowed,
             "seconds": times[kind].median, "full_seconds": times["full"].median, "rounds": len(times[kind].seconds), "share": found.median * allowed,

@@ -1,7 +1,8 @@
 """Run a benchmark suite: python benchmarks/run.py scaling | finetune | peers | bound  [--device cuda]
 
-Settings are in `cases.toml`; rows go to `results/SUITE-DEVICE.jsonl`, a JSON line each with machine, versions and commit, and rows that are
-there are not measured again. Figures and a page go to `--report`, default `runs/bench-SUITE-DEVICE`. Packages for the peers: the extra `bench`.
+Settings are in `cases.toml`; rows go to `results/SUITE-DEVICE.jsonl` (DEVICE is cpu, or the name of the GPU), a JSON line each with machine, versions
+and commit, and rows that are there are not measured again. Figures and a page go to `--report`, default `runs/bench-SUITE-DEVICE`. Packages for the
+peers: the extra `bench`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from effzoo.measure import Scaling, report
+from effzoo.errors import OptionError
+from effzoo.measure import Scaling, cards, report
 from effzoo.measure import rows as files
 from effzoo.measure.finetuning import Finetuning
 from effzoo.measure.page import Table, finetune_table, markdown, scaling_table
@@ -29,7 +31,7 @@ def peers_suite(settings: dict[str, Any], device: str, path: Path, tell: Callabl
     """The rows of `peers.py` that the file does not hold yet."""
     import peers
 
-    known = files.read(path, "peers")
+    known = files.read(path, "peers", device)
     cases = [(name, n) for name in peers.PEERS for n in ([settings["fine_tuning_length"]] if "4 x n" in name else settings["lengths"])]
     cases.append((peers.IMPORT, 0))
     for done, (name, n) in enumerate(cases):
@@ -45,7 +47,7 @@ def bound_suite(settings: dict[str, Any], device: str, path: Path, tell: Callabl
     """The rows of `bound.py`, all from the same rounds."""
     import bound
 
-    known = files.read(path, "bound")
+    known = files.read(path, "bound", device)
     tell(f"n = {settings['n']:,}", 0, 1)
     if {row["attention"] for row in known} != set(settings["kinds"]):
         known = [files.made(row, device) for row in bound.measure(**settings, device=device)]
@@ -96,8 +98,13 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--report", type=Path)
     given = parser.parse_args()
+    try:
+        cards.need(given.device)
+    except OptionError as error:
+        parser.error(str(error))
     settings = tomllib.loads(given.cases.read_text())[given.suite][given.device]
-    path = given.results / f"{given.suite}-{given.device}.jsonl"
+    name = cards.file_name(given.device)
+    path = given.results / f"{given.suite}-{name}.jsonl"
     with Progress(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"), transient=True) as bar:
         task = bar.add_task("")
 
@@ -112,7 +119,7 @@ def main() -> int:
     for table in tables(given.suite, rows):
         print(markdown(table), end="\n\n")
     if given.suite in ("scaling", "finetune"):
-        print("wrote", report.write(rows, given.report or Path(f"runs/bench-{given.suite}-{given.device}")), "and", path)
+        print("wrote", report.write(rows, given.report or Path(f"runs/bench-{given.suite}-{name}")), "and", path)
     return 0
 
 

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from effzoo.cli.terminal import app, console, say, table
-from effzoo.measure import report
+from effzoo.measure import cards, report
 from effzoo.measure.finetuning import METHODS, Finetuning
 from effzoo.measure.page import Table, finetune_table, scaling_table
 from effzoo.measure.rows import Row
@@ -26,15 +26,16 @@ Example:  effzoo bench scaling --mode train
 bench = typer.Typer(no_args_is_help=True, help=ABOUT)
 app.add_typer(bench, name="bench")
 
-Out = Annotated[Path, typer.Option(help="Folder for the rows, the figures and the page; rows that are there are not measured again.")]
+OUT = "Folder for the rows, the figures and the page; rows that are there are not measured again. Default: runs/bench-SUITE-DEVICE, where DEVICE is cpu or the GPU's name."
+Out = Annotated[Path | None, typer.Option(help=OUT)]
 Kinds = Annotated[list[str] | None, typer.Option("--attention", help="An attention kind with its options; may be repeated.")]
 File = Annotated[Path | None, typer.Option(help="A Python file whose attention kinds and methods take part.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
 
 
 @bench.command()
 def scaling(
-    out: Out = Path("runs/bench-scaling"),
+    out: Out = None,
     attention: Kinds = None,
     length: Annotated[list[int] | None, typer.Option(help="A length; may be repeated. Default: 512 to 16,384.")] = None,
     mode: Annotated[list[str] | None, typer.Option(help="forward, train or decode; may be repeated. Default: all.")] = None,
@@ -64,15 +65,16 @@ def scaling(
         given = Scaling(
             attention or KINDS, tuple(length or Scaling.lengths), tuple(mode or Scaling.modes), dim, heads, batch, dtype, device, longest, seconds
         )
-        rows = _run(given.run, out)
+        folder = _folder(out, "scaling", device)
+        rows = _run(given.run, folder)
         for one in given.modes:
             _show(f"{one}: milliseconds (in times of full attention)", scaling_table(rows, one))
-        _leave(rows, out)
+        _leave(rows, folder)
 
 
 @bench.command()
 def finetune(
-    out: Out = Path("runs/bench-finetune"),
+    out: Out = None,
     attention: Kinds = None,
     peft: Annotated[list[str] | None, typer.Option(help="A fine-tuning method with its options; may be repeated.")] = None,
     length: Annotated[int, typer.Option(help="Positions of a sequence.")] = 512,
@@ -96,9 +98,16 @@ def finetune(
         number("--dropout", dropout, "a share from 0 to less than 1", lambda x: 0 <= x < 1)
         _seconds({"--seconds": seconds})
         given = Finetuning(attention or KINDS, peft or METHODS, length, batch, dropout, precision, device, recompute, seconds)  # type: ignore[arg-type]
-        rows = _run(given.run, out)
+        folder = _folder(out, "finetune", device)
+        rows = _run(given.run, folder)
         _show("one training step", finetune_table(rows))
-        _leave(rows, out)
+        _leave(rows, folder)
+
+
+def _folder(given: Path | None, suite: str, device: str) -> Path:
+    """Where a suite leaves its rows."""
+    cards.need(device)
+    return Path(f"runs/bench-{suite}-{cards.file_name(device)}") if given is None else given
 
 
 def _seconds(given: Mapping[str, float]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from torch import Tensor
 import effzoo.peft
 from effzoo.build import build
 from effzoo.errors import EffzooError, OptionError
+from effzoo.measure import cards
 from effzoo.measure import rows as files
-from effzoo.measure.memory import peak
+from effzoo.measure.kept import kept
+from effzoo.measure.memory import OUT_OF_MEMORY, peak, told
 from effzoo.measure.rows import Row
 from effzoo.measure.scaling import KINDS, timed
-from effzoo.measure.timing import interleaved
-from effzoo.plan import plan
+from effzoo.measure.timing import Maker, fitting, release
 from effzoo.recompute import Level, spare
 
 METHODS = ("full", "lora", "bitfit", "ia3", "houlsby", "parallel", "prefix", "prompt", "dora", "ladder")
@@ -53,12 +54,26 @@ class Step:
         return {"attention": self.attention, "task": "classification", "num_labels": 2, "max_length": self.length + PROMPT, **dropout, **self.sizes}
 
     def trained(self) -> torch.nn.Module:
-        """The model with the method attached, from seed 0."""
-        with torch.random.fork_rng(devices=[]):
+        """The model with the method attached, from seed 0, made where it is used."""
+        with torch.random.fork_rng(devices=[]), torch.device(self.device):
             torch.manual_seed(0)
             model = build(self.model, peft=self.peft, **self.choices()).to(self.device).train()
         spare(model, self.recompute)
         return model
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """In which precision the forward pass runs."""
+        return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16) if self.precision == "bfloat16" else nullcontext()
+
+    def kept(self) -> dict[str, int]:
+        """What autograd keeps of the forward pass, as it runs on this device: bytes by cause, as in `plan`."""
+        model, inputs = self.trained(), self.inputs()
+
+        def forward() -> Tensor:
+            with self.autocast():
+                return effzoo.peft.loss(model, **inputs)
+
+        return kept(model, inputs, forward)
 
     def inputs(self) -> dict[str, Tensor]:
         """Token ids and labels, drawn from seed 1."""
@@ -72,8 +87,7 @@ class Step:
         optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
 
         def step() -> None:
-            autocast = torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16)
-            with autocast if self.precision == "bfloat16" else nullcontext():
+            with self.autocast():
                 loss = effzoo.peft.loss(model, **inputs)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -103,7 +117,8 @@ class Finetuning:
 
     def run(self, path: Path, tell: Callable[[str, int, int], None] = lambda said, done, total: None) -> list[Row]:
         """Measure what the file does not hold yet, one attention kind at a time, and append it. tell: called with what comes, done and total."""
-        known = files.read(path, "finetune")
+        cards.need(self.device)
+        known = files.read(path, "finetune", self.device)
         for done, kind in enumerate(self.kinds):
             tell(kind, done, len(self.kinds))
             have = [{key: row.get(key) for key in asdict(self.step(kind, ""))} for row in known]
@@ -120,7 +135,7 @@ class Finetuning:
 
     def _group(self, steps: list[Step]) -> list[Row]:
         results: dict[str, Row] = {}
-        ready: dict[str, Callable[[], object]] = {}
+        ready: dict[str, Maker] = {}
         for step in steps:
             row = results[step.peft] = {"suite": "finetune", **asdict(step)}
             try:
@@ -129,18 +144,24 @@ class Finetuning:
                 row["failed"] = f"refused: {refusal}"
                 continue
             row["trainable"] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-            precision = "autocast" if step.precision == "bfloat16" else "plain"
-            planned = plan(
-                step.model, step.peft, batch=step.batch, length=step.length, precision=precision, recompute=step.recompute, **step.choices()
-            )
-            row["saved"] = dict(planned.activations)
+            del model
             found = peak(step)
-            row["peak_bytes"] = found.bytes
-            if found.failed:
-                row["failed"] = found.failed
+            row["peak_bytes"], failed = found.bytes, found.failed
+            if not failed:
+                try:
+                    row["saved"] = step.kept()
+                except (RuntimeError, MemoryError) as error:
+                    failed = told(error)
+                release(step.device)
+            if failed:
+                row["failed"] = failed
             else:
-                ready[step.peft] = step.runner()
-        times = interleaved(ready, seconds=self.seconds, device=self.device) if ready else {}
+                ready[step.peft] = step.runner
+        times, alone = fitting(ready, seconds=self.seconds, device=self.device)
+        for name in ready:
+            results[name] |= {"alone": True} if alone else {}
+            if name not in times:
+                results[name]["failed"] = OUT_OF_MEMORY
         for name, each in times.items():
             results[name] |= timed(each, times.get(REFERENCE))
             results[name]["tokens_per_second"] = self.batch * self.length / each.median

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -114,9 +114,9 @@ def _decoder(layer: Attention, case: Case) -> Callable[[], object]:
 def wrong(case: Case) -> str:
     """What differs from the definition, or nothing: output and gradient of the input against `core.dense` in float64.
 
-    Up to `LONGEST_CHECK` positions. The definition runs first, and its discrete choices (hash buckets) are used again.
+    Up to `LONGEST_CHECK` positions and two sequences. The definition runs first, and its discrete choices (hash buckets) are used again.
     """
-    n = min(case.n, LONGEST_CHECK)
+    n, case = min(case.n, LONGEST_CHECK), replace(case, batch=min(case.batch, 2))
     layer = case.layer()
     exact = copy.deepcopy(layer).double()
     x, upstream = case.input(n), case.input(n)

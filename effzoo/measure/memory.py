@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from effzoo.measure.timing import once, out_of_memory, release
+
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -28,8 +30,8 @@ class Measurable(Protocol):
 
 @dataclass(frozen=True)
 class Peak:
-    """bytes: above what the process, or the device, held before the layer was made; its weights and inputs count. seconds: of the first pass,
-    None on CUDA. failed: why there are no bytes."""
+    """bytes: above what the process, or the device, held before the layer was made; its weights and inputs count. seconds: of the first pass;
+    on CUDA of the second one, as the first compiles kernels. failed: why there are no bytes."""
 
     bytes: int | None
     seconds: float | None = None
@@ -37,9 +39,11 @@ class Peak:
 
 
 def peak(case: Measurable, limit: float | None = None) -> Peak:
-    """Peak memory of a case. limit: seconds after which a pass on the CPU is given up."""
+    """Peak memory of a case. limit: seconds after which a pass on the CPU is given up, and no second one is begun on CUDA."""
     if torch.device(case.device).type == "cuda":
-        return _on_cuda(case)
+        found = _on_cuda(case, limit)
+        release(case.device)
+        return found
     given = {"module": type(case).__module__, "class": type(case).__qualname__, "case": asdict(case), "threads": torch.get_num_threads()}
     command = [sys.executable, "-m", "effzoo.measure.worker", json.dumps(given)]
     try:
@@ -50,18 +54,24 @@ def peak(case: Measurable, limit: float | None = None) -> Peak:
         return Peak(None, None, OUT_OF_MEMORY)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return Peak(None, None, OUT_OF_MEMORY if "not enough memory" in last or "can't allocate memory" in last else last)
+        return Peak(None, None, OUT_OF_MEMORY if out_of_memory(RuntimeError(last)) else last)
     return Peak(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _on_cuda(case: Measurable) -> Peak:
-    torch.cuda.empty_cache()
+def _on_cuda(case: Measurable, limit: float | None) -> Peak:
+    release(case.device)
     before = torch.cuda.memory_allocated(case.device)
     torch.cuda.reset_peak_memory_stats(case.device)
     try:
         run: Callable[[], object] = case.runner()
-        run()
-        torch.cuda.synchronize(case.device)
-    except torch.OutOfMemoryError:
-        return Peak(None, None, OUT_OF_MEMORY)
-    return Peak(torch.cuda.max_memory_allocated(case.device) - before)
+        seconds = once(run, case.device)
+        if limit is None or seconds <= limit:
+            seconds = once(run, case.device)
+    except Exception as error:  # as on the CPU, where it ends a process of its own
+        return Peak(None, None, told(error))
+    return Peak(torch.cuda.max_memory_allocated(case.device) - before, seconds)
+
+
+def told(error: BaseException) -> str:
+    """An error as a row has it."""
+    return OUT_OF_MEMORY if out_of_memory(error) else f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

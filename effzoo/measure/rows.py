@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import platform
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 import torch
 
-from effzoo.errors import InputError
+from effzoo.errors import InputError, OptionError
+from effzoo.measure import cards
 from effzoo.writing import replace_file
 
 Row = dict[str, Any]
@@ -23,26 +23,7 @@ SUITES = {  # what every row of a suite has
     "peers": ("peer", "n", "device"),  # these two of `benchmarks/run.py`
     "bound": ("attention", "n", "device"),
 }
-NOT_IDENTITY = ("machine", "versions", "commit")  # of a row: how it was made, not what it is
-
-
-@functools.cache
-def machine(device: str = "cpu") -> str:
-    """The processor or the GPU, in words."""
-    if torch.device(device).type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = {line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")}
-        name = ", ".join(sorted(models)) or name
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Of Python and torch."""
-    return {"python": platform.python_version(), "torch": torch.__version__}
+TIMES = {"seconds", "quartiles", "ratio", "ratio_quartiles", "tokens_per_second", "ours_seconds", "theirs_seconds", "full_seconds", "share"}
 
 
 @functools.cache
@@ -56,16 +37,23 @@ def commit() -> str:
 
 
 def made(row: Mapping[str, Any], device: str) -> Row:
-    """The row with how it was made."""
-    return {**row, "machine": machine(device), "versions": versions(), "commit": commit()}
+    """The row with how it was made. Raises OptionError for times of a device that is simulated."""
+    if not cards.real(device) and (timed := TIMES & row.keys()):
+        raise OptionError(f"this CUDA is simulated on the CPU, so its times mean nothing: {', '.join(sorted(timed))} are not written")
+    return {**row, "machine": cards.machine(device), "versions": cards.versions(device), "commit": commit()}
 
 
-def read(path: Path, suite: str) -> list[Row]:
+def read(path: Path, suite: str, device: str = "cpu") -> list[Row]:
     """The rows of a suite in a file, none when there is no file. A line that was half written, as its writer was killed, is left out and told.
 
-    Raises InputError for a line that is no row, and for rows of another suite.
+    Raises InputError for a line that is no row, for rows of another suite, and when this device is a GPU, for rows of another one.
     """
-    return list(_lines(path, suite)) if path.exists() else []
+    found = list(_lines(path, suite)) if path.exists() else []
+    if torch.device(device).type == "cuda":
+        others = sorted({row.get("machine", "an unknown device") for row in found} - {cards.machine(device)})
+        if others:
+            raise InputError(f"{path} has rows of {', '.join(others)}, and this is {cards.machine(device)}; give each card a file of its own")
+    return found
 
 
 def _lines(path: Path, suite: str) -> Iterator[Row]:

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from effzoo.errors import EffzooError
+from effzoo.measure import cards
 from effzoo.measure import rows as files
 from effzoo.measure.layer import Case, supported, wrong
-from effzoo.measure.memory import peak
+from effzoo.measure.memory import OUT_OF_MEMORY, peak, told
 from effzoo.measure.rows import Row
-from effzoo.measure.timing import Times, interleaved, ratio
+from effzoo.measure.timing import Times, fitting, ratio
 
 KINDS = (
     "full", "blockwise", "blockwise[blocks=8]", "longformer[window=512]", "local[chunk=64]", "lsh[rounds=4, chunk=64]", "linformer[k=256]",
@@ -24,8 +26,11 @@ REFERENCE = "full"  # what the others are compared with, in the same rounds
 
 @dataclass(frozen=True)
 class Scaling:
-    """Settings of the suite. longest: seconds that one pass may take; a kind that takes more is not tried at greater lengths. seconds: for the
-    rounds of one length and mode."""
+    """Settings of the suite.
+
+    batch: sequences; tokens: instead of it, how many tokens a batch has at every length (at least one sequence), so that it fills a GPU.
+    longest: seconds that one pass may take; a kind that takes more is not tried at greater lengths. seconds: for the rounds of one length and mode.
+    """
 
     kinds: Sequence[str] = KINDS
     lengths: Sequence[int] = (512, 1024, 2048, 4096, 8192, 16384)
@@ -37,13 +42,16 @@ class Scaling:
     device: str = "cpu"
     longest: float = 20.0
     seconds: float = 20.0
+    tokens: int | None = None
 
     def case(self, kind: str, mode: str, n: int) -> Case:
-        return Case(kind, mode, n, self.dim, self.heads, self.batch, self.dtype, self.device)  # type: ignore[arg-type]
+        batch = self.batch if self.tokens is None else max(1, self.tokens // n)
+        return Case(kind, mode, n, self.dim, self.heads, batch, self.dtype, self.device)  # type: ignore[arg-type]
 
     def run(self, path: Path, tell: Callable[[str, int, int], None] = lambda said, done, total: None) -> list[Row]:
         """Measure what the file does not hold yet, a length and mode at a time, and append it. tell: called with what comes, done and total."""
-        known = files.read(path, "scaling")
+        cards.need(self.device)
+        known = files.read(path, "scaling", self.device)
         groups = [(mode, n) for mode in self.modes for n in sorted(self.lengths)]
         for done, (mode, n) in enumerate(groups):
             tell(f"{mode}, n = {n:,}", done, len(groups))
@@ -65,8 +73,8 @@ class Scaling:
         ready: dict[str, Case] = {}
         for case in cases:
             row = results[case.attention] = {"suite": "scaling", **asdict(case)}
-            failed = supported(case) or self._hopeless(case, known) or wrong(case)
-            if not failed and case.mode != "decode":
+            failed = supported(case) or self._hopeless(case, known) or _unlike(case)
+            if not failed and (case.mode != "decode" or torch.device(case.device).type == "cuda"):
                 found = peak(case, 3 * self.longest)
                 row["peak_bytes"], failed = found.bytes, found.failed
                 if not failed and found.seconds is not None and found.seconds > self.longest:
@@ -75,12 +83,11 @@ class Scaling:
                 row["failed"] = failed
             else:
                 ready[case.attention] = case
-        try:
-            times = interleaved({name: case.runner() for name, case in ready.items()}, seconds=self.seconds, device=self.device) if ready else {}
-        except torch.OutOfMemoryError:  # each fits alone, all together do not
-            times = {name: interleaved({name: case.runner()}, seconds=self.seconds, device=self.device)[name] for name, case in ready.items()}
-            for name in times:
-                results[name]["alone"] = True
+        times, alone = fitting({name: case.runner for name, case in ready.items()}, seconds=self.seconds, device=self.device)
+        for name in ready:
+            results[name] |= {"alone": True} if alone else {}
+            if name not in times:
+                results[name]["failed"] = OUT_OF_MEMORY
         for name, each in times.items():
             results[name] |= timed(each, times.get(REFERENCE))
         return list(results.values())
@@ -88,10 +95,22 @@ class Scaling:
     def _hopeless(self, case: Case, known: list[Row]) -> str:
         """Why a kind is not tried: a shorter sequence took too long, or too much memory."""
         for row in known:
-            same = all(row.get(key) == value for key, value in asdict(case).items() if key != "n")
+            same = all(row.get(key) == value for key, value in asdict(case).items() if key not in ("n", "batch"))
             if same and row["n"] < case.n and row.get("failed", "").startswith(("longer than", "out of memory")):
                 return f"{row['failed']} at n = {row['n']:,}"
         return ""
+
+
+def _unlike(case: Case) -> str:
+    """What differs from the definition, or why that cannot be told."""
+    try:
+        return wrong(case)
+    except EffzooError:
+        raise
+    except Exception as error:
+        if torch.device(case.device).type == "cpu":
+            raise
+        return told(error)
 
 
 def timed(own: Times, reference: Times | None) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -64,6 +65,47 @@ def interleaved(
         for name, run in cases.items():
             found[name].append(once(run, device))
     return {name: Times(tuple(each)) for name, each in found.items()}
+
+
+Maker = Callable[[], Callable[[], object]]
+
+
+def fitting(makers: Mapping[str, Maker], *, seconds: float, device: str = "cpu") -> tuple[dict[str, Times], bool]:
+    """`interleaved` of what is made, and True if it had to run alone: one after the other, because all together did not fit into memory.
+
+    What does not fit alone either is left out. Nothing of what failed is alive when the next is tried.
+    """
+    together = _tried(makers, seconds, device) if makers else {}
+    if together is not None:
+        return together, False
+    found: dict[str, Times] = {}
+    for name, make in makers.items() if len(makers) > 1 else ():
+        found |= _tried({name: make}, seconds, device) or {}
+    return found, True
+
+
+def _tried(makers: Mapping[str, Maker], seconds: float, device: str) -> dict[str, Times] | None:
+    """None: out of memory."""
+    try:
+        return interleaved({name: make() for name, make in makers.items()}, seconds=seconds, device=device)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+    release(device)  # the error, and with it every frame that holds a tensor, is gone here
+    return None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out, on a GPU or on the CPU."""
+    told = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in told or "can't allocate memory" in told
+
+
+def release(device: str | torch.device) -> None:
+    """Give what nothing holds any more back to the device."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def once(run: Callable[[], object], device: str | torch.device = "cpu") -> float:
