@@ -1,7 +1,10 @@
 """The same computation by effzoo and by what people use, in one process and in turns: time, and what autograd keeps.
 
-Each pair starts from the same weights and is compared first, output and gradients; a pair that differs is not timed. reformer-pytorch draws
-its rotations anew in every call, so it is not compared here (tests/test_parity_lsh.py does, with its rotations fixed).
+Each pair starts from the same weights and is compared first, output and gradients, in float32; a pair that differs is not timed. reformer-pytorch
+draws its rotations anew in every call, so it is not compared here (tests/test_parity_lsh.py does, with its rotations fixed).
+
+Like is compared with like: where transformers has fused attention (SDPA, FlexAttention) it runs with that. Rivals that have none are in UNFUSED;
+beside these, ours is timed a second time in plain PyTorch (`backend="reference"`), so that one sees what is the fused kernel's.
 """
 
 from __future__ import annotations
@@ -11,16 +14,17 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import effzoo
-from effzoo.attention import Context, Mask
+from effzoo.attention import AttentionCore, Context, Mask
 from effzoo.blocks import Attention
 from effzoo.measure import Ratio, Times, interleaved, ratio
+from effzoo.measure.layer import DTYPES
 from effzoo.recompute import Level, spare
 from effzoo.spec import parse_one
 
@@ -39,11 +43,12 @@ class Pair:
     tolerance: float | None = 1e-4  # None: not comparable, because both draw
     compared: list[tuple[nn.Parameter, nn.Parameter]] | None = None  # parameters whose gradients are compared, when the input has none
 
-    def to(self, device: str) -> Pair:
+    def to(self, device: str, dtype: str = "float32") -> Pair:
         """The pair on a device; modules keep their parameters when they move."""
         for module in self.modules:
-            module.to(device)
-        self.input = self.input.detach().to(device).requires_grad_(self.input.requires_grad)
+            module.to(device, DTYPES[dtype])
+        kind = DTYPES[dtype] if self.input.is_floating_point() else self.input.dtype
+        self.input = self.input.detach().to(device, kind).requires_grad_(self.input.requires_grad)
         return self
 
 
@@ -72,7 +77,7 @@ def pair(ours: nn.Module, call: Forward, theirs: nn.Module, their_call: Forward,
     return Pair(call, their_call, x, (ours, theirs), **more)
 
 
-def hf_longformer(n: int) -> Pair:
+def hf_longformer(n: int, batch: int = 1) -> Pair:
     """Self-attention with a window of 512 and no global token, without the output projection."""
     from transformers import LongformerConfig
     from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
@@ -85,13 +90,13 @@ def hf_longformer(n: int) -> Pair:
     copied([(ours.q, theirs.query), (ours.k, theirs.key), (ours.v, theirs.value)])
 
     def their(x: Tensor) -> Tensor:
-        zeros, nowhere = x.new_zeros(1, n), torch.zeros(1, n, dtype=torch.bool, device=x.device)
+        zeros, nowhere = x.new_zeros(batch, n), torch.zeros(batch, n, dtype=torch.bool, device=x.device)
         return theirs(x, attention_mask=zeros, is_index_masked=nowhere, is_index_global_attn=nowhere, is_global_attn=False)[0]
 
-    return pair(ours, lambda x: ours(x, Mask()), theirs, their, given(n))
+    return pair(ours, lambda x: ours(x, Mask()), theirs, their, given(n, batch))
 
 
-def hf_reformer(n: int) -> Pair:
+def hf_reformer(n: int, batch: int = 1) -> Pair:
     """LSH self-attention with 4 rounds and chunks of 64, the same rotations, without the output projection."""
     from transformers import ReformerConfig
     from transformers.models.reformer.modeling_reformer import LSHSelfAttention
@@ -112,20 +117,20 @@ def hf_reformer(n: int) -> Pair:
         torch.manual_seed(5)
         drawn = torch.randn(HEADS, DIM // HEADS, 4, sum(factors if isinstance(factors, list) else [factors]) // 2)
     ours.core.rotate_by(drawn.permute(2, 0, 1, 3))
-    return pair(ours, lambda x: ours(x, Mask()), theirs, lambda x: theirs(x, num_hashes=4).hidden_states, given(n))
+    return pair(ours, lambda x: ours(x, Mask()), theirs, lambda x: theirs(x, num_hashes=4).hidden_states, given(n, batch))
 
 
-def reformer_pytorch(n: int) -> Pair:
+def reformer_pytorch(n: int, batch: int = 1) -> Pair:
     """LSH self-attention with 4 rounds and buckets of 64."""
     from reformer_pytorch import LSHSelfAttention
 
     torch.manual_seed(0)
     theirs = LSHSelfAttention(DIM, heads=HEADS, bucket_size=64, n_hashes=4, causal=False)
     ours = layer("lsh[rounds=4, chunk=64]", n, bias=False)
-    return pair(ours, lambda x: ours(x, Mask()), theirs, theirs, given(n), tolerance=None)
+    return pair(ours, lambda x: ours(x, Mask()), theirs, theirs, given(n, batch), tolerance=None)
 
 
-def linformer(n: int) -> Pair:
+def linformer(n: int, batch: int = 1) -> Pair:
     """Headwise shared projections to 256 rows, keys and values apart."""
     from linformer.linformer import LinformerSelfAttention
 
@@ -135,10 +140,10 @@ def linformer(n: int) -> Pair:
     with torch.no_grad():
         ours.core.E.weight.copy_(theirs.proj_k.T)
         ours.core.F.weight.copy_(theirs.proj_v.T)
-    return pair(ours, lambda x: ours(x, Mask()), theirs, theirs, given(n))
+    return pair(ours, lambda x: ours(x, Mask()), theirs, theirs, given(n, batch))
 
 
-def hf_perceiver(n: int) -> Pair:
+def hf_perceiver(n: int, batch: int = 1) -> Pair:
     """The text Perceiver: n bytes, 256 latents of 512, one cross-attention, 4 blocks."""
     import transformers
 
@@ -149,13 +154,13 @@ def hf_perceiver(n: int) -> Pair:
     torch.manual_seed(0)
     theirs = transformers.PerceiverForSequenceClassification(config).train()
     ours = effzoo.convert.from_transformers(theirs).train()
-    ids = torch.randint(10, 200, (1, n), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(10, 200, (batch, n), generator=torch.Generator().manual_seed(1))
     found = pair(ours, lambda x: ours(x).logits, theirs, lambda x: theirs(inputs=x).logits, ids)
     found.compared = [(ours.latents.weight, next(p for name, p in theirs.named_parameters() if name.endswith("latents")))]
     return found
 
 
-def perceiver_pytorch(n: int) -> Pair:
+def perceiver_pytorch(n: int, batch: int = 1) -> Pair:
     """n inputs of 64 channels, 256 latents of 512, one cross-attention with one head, 4 blocks; weights are not copied (the tests do that)."""
     from perceiver_pytorch import Perceiver
 
@@ -169,15 +174,52 @@ def perceiver_pytorch(n: int) -> Pair:
         heads=HEADS, head_dim=64, mlp=4 * DIM, cross_attends=1, cross_heads=1, cross_head_dim=64, gated=True, attn_bias=False, head_norm=True,
         attention_dropout=0.0, dropout=0.0,
     ).train()  # fmt: skip
-    x = torch.randn(1, n, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    x = torch.randn(batch, n, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     return pair(ours, lambda x: ours(inputs_embeds=x).logits, theirs, theirs, x, tolerance=None)
 
 
-def peft_bert(method: str, dropout: float, recompute: Level = "hidden") -> Callable[[int], Pair]:
-    """A step of a 6 x 384 BERT, batch 4, fine-tuned by `peft` on transformers and by us as `finetune` does it; with dropout both draw, so they are
-    compared without."""
+class Fused(nn.Module):
+    """Projections around a fused attention of others, which takes [batch, n, heads, d]."""
 
-    def made(n: int) -> Pair:
+    def __init__(self, attention: Callable[[Tensor, Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.attention = attention
+        self.q, self.k, self.v, self.o = (nn.Linear(DIM, DIM) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (linear(x).unflatten(-1, (HEADS, DIM // HEADS)) for linear in (self.q, self.k, self.v))
+        return self.o(self.attention(q, k, v).flatten(2))
+
+
+def fused(attention: Callable[[Tensor, Tensor, Tensor], Tensor], n: int, batch: int) -> Pair:
+    """Full attention."""
+    torch.manual_seed(0)
+    theirs, ours = Fused(attention), layer("full", n)
+    copied([(ours.q, theirs.q), (ours.k, theirs.k), (ours.v, theirs.v), (ours.o, theirs.o)])
+    return pair(ours, lambda x: ours(x, Mask()), theirs, theirs, given(n, batch))
+
+
+def sdpa(n: int, batch: int = 1) -> Pair:
+    """Full attention by torch's scaled_dot_product_attention."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+    return fused(attention, n, batch)
+
+
+def xformers(n: int, batch: int = 1) -> Pair:
+    """Full attention by xformers' memory_efficient_attention."""
+    from xformers.ops import memory_efficient_attention
+
+    return fused(memory_efficient_attention, n, batch)
+
+
+def peft_bert(method: str, dropout: float, recompute: Level = "hidden", attention: str = "sdpa") -> Callable[..., Pair]:
+    """A step of a 6 x 384 BERT, batch 4 unless told otherwise, fine-tuned by `peft` on transformers and by us as `finetune` does it; with dropout
+    both draw, so they are compared without. attention: that of transformers."""
+
+    def made(n: int, batch: int = 4) -> Pair:
         import peft
         import transformers
 
@@ -186,7 +228,7 @@ def peft_bert(method: str, dropout: float, recompute: Level = "hidden") -> Calla
             hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, num_labels=2,
         )  # fmt: skip
         torch.manual_seed(0)
-        base = transformers.BertForSequenceClassification(config)
+        base = transformers.BertForSequenceClassification._from_config(config, attn_implementation=attention)
         ours = effzoo.convert.from_transformers(base)
         feedforward = r".*\.layer\.\d+\.output\.dense"
         configs = {
@@ -205,7 +247,7 @@ def peft_bert(method: str, dropout: float, recompute: Level = "hidden") -> Calla
         else:
             theirs = peft.get_peft_model(base, configs[method])
         compared = _same_start(method, ours, theirs)
-        ids = torch.randint(5, 1000, (4, n), generator=torch.Generator().manual_seed(1))
+        ids = torch.randint(5, 1000, (batch, n), generator=torch.Generator().manual_seed(1))
         ours.train(), theirs.train()
         spare(ours, recompute)
         found = pair(ours, lambda x: ours(x).logits, theirs, lambda x: theirs(input_ids=x).logits, ids, tolerance=None if dropout else 1e-5)
@@ -215,14 +257,14 @@ def peft_bert(method: str, dropout: float, recompute: Level = "hidden") -> Calla
     return made
 
 
-def merged(n: int) -> Pair:
+def merged(n: int, batch: int = 4) -> Pair:
     """A step of all weights of a 6 x 384 BERT into which LoRA has been merged, against the model that never had it."""
     sizes = {"layers": 6, "dim": 384, "heads": 12, "mlp": 1536, "vocab": 1000, "dropout": 0.0, "attention_dropout": 0.0}
     torch.manual_seed(0)
     theirs = effzoo.build("bert", task="classification", num_labels=2, max_length=n, **sizes).train()
     ours = effzoo.merge(effzoo.attach(copy.deepcopy(theirs), "lora[rank=8]")).train()
     ours.requires_grad_(True)
-    ids = torch.randint(5, 1000, (4, n), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(5, 1000, (batch, n), generator=torch.Generator().manual_seed(1))
     found = pair(ours, lambda x: ours(x).logits, theirs, lambda x: theirs(x).logits, ids)
     found.compared = [(ours.blocks[0].attn.q.weight, theirs.blocks[0].attn.q.weight)]
     return found
@@ -253,7 +295,8 @@ def _same_start(method: str, ours: nn.Module, theirs: nn.Module) -> list[tuple[n
 
 
 IMPORT = "import torch, against import effzoo"
-PEERS: dict[str, Callable[[int], Pair]] = {
+PEERS: dict[str, Callable[..., Pair]] = {
+    "torch SDPA, full attention": sdpa,
     "HF Longformer, window 512": hf_longformer,
     "HF Reformer, 4 rounds, chunk 64": hf_reformer,
     "reformer-pytorch, 4 rounds, bucket 64": reformer_pytorch,
@@ -268,6 +311,22 @@ PEERS: dict[str, Callable[[int], Pair]] = {
     "effzoo before LoRA was merged, 4 x n": merged,
     "full fine-tuning of HF BERT, 4 x n": peft_bert("full", 0.0),
 }
+FUSED = {  # what needs a GPU: FlexAttention has no backward pass on the CPU, xformers no kernels
+    "xformers, full attention": xformers,
+    "HF BERT with FlexAttention, full fine-tuning": peft_bert("full", 0.0, attention="flex_attention"),
+    "peft LoRA on HF BERT with FlexAttention": peft_bert("lora", 0.0, attention="flex_attention"),
+}
+UNFUSED = {name for name in PEERS if name.startswith(("HF ", "reformer-pytorch", "linformer", "perceiver-pytorch"))}  # they write the scores out
+
+
+def of_device(device: str) -> dict[str, Callable[..., Pair]]:
+    """The peers that can run on a device; on a GPU those that take minutes to say the same are left to the CPU."""
+    return PEERS if torch.device(device).type == "cpu" else {**PEERS, **FUSED}
+
+
+def steps_of_models(name: str) -> bool:
+    """Whether the peer is a training step of a whole model, which is measured at one length."""
+    return "BERT" in name or "merged" in name
 
 
 def step(forward: Forward, x: Tensor, parameters: list[nn.Parameter]) -> Callable[[], object]:
@@ -337,18 +396,47 @@ def _compared(row: dict[str, Any], times: dict[str, Times]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(name: str, n: int, seconds: float, device: str = "cpu") -> dict[str, Any]:
-    """One row: times of both, their ratio, and what each keeps."""
+def plainly(module: nn.Module, run: Callable[[], object]) -> Callable[[], object]:
+    """The same in plain PyTorch: the cores of the module compute with the backend "reference" meanwhile."""
+    cores = [core for core in module.modules() if isinstance(core, AttentionCore)]
+
+    def plain() -> None:
+        contexts = [core.context for core in cores]
+        for core in cores:
+            core.context = replace(core.context, backend="reference")
+        try:
+            run()
+        finally:
+            for core, context in zip(cores, contexts, strict=True):
+                core.context = context
+
+    return plain
+
+
+def measure(name: str, n: int, seconds: float, device: str = "cpu", dtype: str = "float32", batch: int | None = None) -> dict[str, Any]:
+    """One row: times of both, their ratio, and what each keeps; for an unfused rival also our time in plain PyTorch.
+
+    batch: None is that of the pair.
+    """
     if name == IMPORT:
         return importing(seconds)
-    made = PEERS[name](n).to(device)
-    row: dict[str, Any] = {"suite": "peers", "peer": name, "n": n, "device": device}
+    row: dict[str, Any] = {"suite": "peers", "peer": name, "n": n, "device": device, "dtype": dtype}
+    try:
+        made = (PEERS | FUSED)[name](n, *([] if batch is None else [batch])).to(device)
+    except ImportError as error:
+        return row | {"failed": f"{error.name} is not installed"}
+    row["batch"] = len(made.input)
     if found := differs(made):
         return row | {"failed": found}
+    made = made.to(device, dtype)
     sides = {side: (f, list(m.parameters())) for side, f, m in zip(("ours", "theirs"), (made.ours, made.theirs), made.modules, strict=True)}
     for side, (forward, parameters) in sides.items():
         row[f"{side}_saved"] = saved(forward, made.input, parameters)
-    times: dict[str, Times] = interleaved(
-        {side: step(f, made.input, parameters) for side, (f, parameters) in sides.items()}, seconds=seconds, device=device
-    )
-    return _compared(row, times)
+    runs = {side: step(f, made.input, parameters) for side, (f, parameters) in sides.items()}
+    if name in UNFUSED:
+        runs["ours_plain"] = plainly(made.modules[0], runs["ours"])
+    times: dict[str, Times] = interleaved(runs, seconds=seconds, device=device)
+    row = _compared(row, times)
+    if "ours_plain" in times:
+        row["plain_ratio"] = ratio(times["ours_plain"], times["theirs"]).median
+    return row

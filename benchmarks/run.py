@@ -32,12 +32,14 @@ def peers_suite(settings: dict[str, Any], device: str, path: Path, tell: Callabl
     import peers
 
     known = files.read(path, "peers", device)
-    cases = [(name, n) for name in peers.PEERS for n in ([settings["fine_tuning_length"]] if "4 x n" in name else settings["lengths"])]
+    names = peers.of_device(device)
+    cases = [(name, n) for name in names for n in ([settings["fine_tuning_length"]] if peers.steps_of_models(name) else settings["lengths"])]
     cases.append((peers.IMPORT, 0))
     for done, (name, n) in enumerate(cases):
         tell(f"{name}, n = {n:,}", done, len(cases))
         if not any((row["peer"], row["n"]) == (name, n) for row in known):
-            row = files.made(peers.measure(name, n, settings["seconds"], device), device)
+            batch = max(1, settings["tokens"] // n) if "tokens" in settings and n else None
+            row = files.made(peers.measure(name, n, settings["seconds"], device, settings.get("dtype", "float32"), batch), device)
             files.append(path, [row])
             known.append(row)
     return known
@@ -67,19 +69,21 @@ def bound_table(rows: list[Row]) -> Table:
 
 
 def peers_table(rows: list[Row]) -> Table:
-    """Times of both, their ratio, and the ratio of what autograd keeps."""
-    table = [["peer", "n", "theirs, ms", "ours, ms", "time, ours / theirs", "kept by theirs, MiB", "by ours", "ours / theirs"]]
+    """Times of both, their ratio, that of ours in plain PyTorch beside rivals without fused attention, and the ratio of what autograd keeps."""
+    plain = any("plain_ratio" in row for row in rows)
+    head = ["peer", "n", "theirs, ms", "ours, ms", "time, ours / theirs", *(["ours unfused / theirs"] if plain else [])]
+    table = [[*head, "kept by theirs, MiB", "by ours", "ours / theirs"]]
     for row in rows:
+        cells = [row["peer"], f"{row['n']:,}" if row["n"] else ""]
         if "failed" in row:
-            table.append([row["peer"], f"{row['n']:,}", row["failed"], "", "", "", "", ""])
-            continue
-        low, high = row["ratio_quartiles"]
-        kept = [row.get(f"{side}_saved") for side in ("theirs", "ours")]
-        sizes = ["", "", ""] if None in kept else [*(f"{x / 2**20:,.1f}" for x in kept), f"{kept[1] / kept[0]:.2f}"]
-        table.append([
-            row["peer"], f"{row['n']:,}" if row["n"] else "", f"{1000 * row['theirs_seconds']:,.0f}", f"{1000 * row['ours_seconds']:,.0f}",
-            f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})", *sizes,
-        ])  # fmt: skip
+            cells.append(row["failed"])
+        else:
+            low, high = row["ratio_quartiles"]
+            kept = [row.get(f"{side}_saved") for side in ("theirs", "ours")]
+            cells += [f"{1000 * row[f'{side}_seconds']:,.0f}" for side in ("theirs", "ours")] + [f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"]
+            cells += [f"{row['plain_ratio']:.2f}" if "plain_ratio" in row else ""] if plain else []
+            cells += [] if None in kept else [*(f"{x / 2**20:,.1f}" for x in kept), f"{kept[1] / kept[0]:.2f}"]
+        table.append(cells + [""] * (len(table[0]) - len(cells)))
     return table
 
 

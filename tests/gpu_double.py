@@ -24,7 +24,8 @@ class Event:
 PROPERTIES = SimpleNamespace(name=NAME, major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132)
 CUDA = {
     "is_available": lambda: True, "device_count": lambda: 1, "get_device_name": lambda device=None: NAME, "Event": Event,
-    "get_device_properties": lambda device=None: PROPERTIES, "get_device_capability": lambda device=None: (9, 0), "synchronize": lambda device=None: None,
+    "get_device_properties": lambda device=None: PROPERTIES,
+    "get_device_capability": lambda device=None: (9, 0), "synchronize": lambda device=None: None,
     "empty_cache": lambda: None, "memory_allocated": lambda device=None: 0, "max_memory_allocated": lambda device=None: 1,
     "reset_peak_memory_stats": lambda device=None: None, "mem_get_info": lambda device=None: (80 * 2**30, 80 * 2**30),
 }  # fmt: skip
@@ -34,4 +35,4 @@ def pretend(setattr=setattr, built="13.0"):
     """Put the double in its place. built: the version of CUDA that torch says it is built for."""
     for name, said in CUDA.items():
         setattr(torch.cuda, name, said)
-    setattr(torch.version, "cuda", built)  # noqa: B010 (a monkeypatch's, when it is given)
+    setattr(torch.version, "cuda", built)

@@ -102,7 +102,9 @@ def test_suites_write_down_what_does_not_fit_and_go_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("kind", "method"), [("full", "full"), ("longformer[window=8]", "lora"), ("lsh[chunk=8]", "prefix"), ("linformer[k=4]", "ladder")])
+@pytest.mark.parametrize(
+    ("kind", "method"), [("full", "full"), ("longformer[window=8]", "lora"), ("lsh[chunk=8]", "prefix"), ("linformer[k=4]", "ladder")]
+)
 def test_what_a_step_keeps_is_counted_and_equals_what_is_planned(kind, method, precision):
     step = Step(kind, method, 32, 2, sizes={**SIZES, "layers": 2}, precision=precision)
     how = {"precision": "autocast" if precision == "bfloat16" else "plain", "recompute": "hidden"}
@@ -175,6 +177,28 @@ def test_a_script_says_it_too(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run.main()
     assert "built without CUDA" in capsys.readouterr().err
+
+
+def test_a_peer_is_compared_in_float32_timed_in_another_dtype_and_named_where_it_is_missing(monkeypatch):
+    peers = effzoo_script("peers")
+    row = peers.measure("torch SDPA, full attention", 24, 0.0, dtype="bfloat16", batch=2)
+    assert row["dtype"] == "bfloat16" and row["batch"] == 2 and row["ratio"] > 0 and "plain_ratio" not in row
+    monkeypatch.setattr(peers, "differs", lambda pair: f"seen in {pair.input.dtype}")
+    assert peers.measure("torch SDPA, full attention", 24, 0.0, dtype="bfloat16")["failed"] == "seen in torch.float32"
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    assert "is not installed" in peers.measure("xformers, full attention", 24, 0.0)["failed"]
+    assert peers.FUSED.keys() <= peers.of_device("cuda").keys() and peers.of_device("cpu") == peers.PEERS
+    assert "flex" not in repr(peers.UNFUSED).lower() and "HF Longformer, window 512" in peers.UNFUSED
+    table = effzoo_script("run").peers_table([row, {"peer": "x", "n": 8, "failed": "no"}])
+    assert len({len(line) for line in table}) == 1 and len(table[0]) == 8
+    assert len(effzoo_script("run").peers_table([row | {"plain_ratio": 0.5}])[0]) == 9
+
+
+def test_beside_an_unfused_rival_ours_runs_in_plain_pytorch_too():
+    peers = effzoo_script("peers")
+    module, seen = peers.layer("full", 8), []
+    peers.plainly(module, lambda: seen.append(module.core.context.backend))()
+    assert seen == ["reference"] and module.core.context.backend == "auto"
 
 
 def effzoo_script(name):

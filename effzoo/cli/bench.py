@@ -26,7 +26,7 @@ Example:  effzoo bench scaling --mode train
 bench = typer.Typer(no_args_is_help=True, help=ABOUT)
 app.add_typer(bench, name="bench")
 
-OUT = "Folder for the rows, the figures and the page; rows that are there are not measured again. Default: runs/bench-SUITE-DEVICE, where DEVICE is cpu or the GPU's name."
+OUT = "Folder for rows, figures and page; rows that are there are not measured again. Default: runs/bench-SUITE- and cpu, or the GPU's name."
 Out = Annotated[Path | None, typer.Option(help=OUT)]
 Kinds = Annotated[list[str] | None, typer.Option("--attention", help="An attention kind with its options; may be repeated.")]
 File = Annotated[Path | None, typer.Option(help="A Python file whose attention kinds and methods take part.")]

@@ -10,8 +10,8 @@ from typing import Any
 
 from effzoo.errors import InputError
 from effzoo.lab.experiment import Claim, Experiment, Run
-from effzoo.measure.page import markdown
 from effzoo.measure.cards import machine, versions
+from effzoo.measure.page import markdown
 from effzoo.measure.rows import commit
 from effzoo.plots import png_bytes
 from effzoo.writing import replace_files

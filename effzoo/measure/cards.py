@@ -61,8 +61,8 @@ def need(device: str) -> None:
         raise OptionError(f"device {device!r}: this torch, {torch.__version__}, is built without CUDA; install a build of torch for CUDA, {instead}")
     if not torch.cuda.is_available():
         raise OptionError(
-            f"device {device!r}: torch {torch.__version__} is built for CUDA {torch.version.cuda}, and sees no GPU; look at nvidia-smi (is there a driver, "
-            f"and a card?) and at the variable CUDA_VISIBLE_DEVICES, {instead}"
+            f"device {device!r}: torch {torch.__version__} is built for CUDA {torch.version.cuda}, and sees no GPU; look at nvidia-smi (is there a "
+            f"driver, and a card?) and at the variable CUDA_VISIBLE_DEVICES, {instead}"
         )
     if (wanted.index or 0) >= torch.cuda.device_count():
         raise OptionError(f"device {device!r}: there are {torch.cuda.device_count()} GPUs, the last one is cuda:{torch.cuda.device_count() - 1}")

@@ -17,7 +17,8 @@ from effzoo.plan.shadow import key
 def kept(model: nn.Module, inputs: Mapping[str, Tensor], run: Callable[[], object]) -> dict[str, int]:
     """Bytes of the storages that autograd holds after `run`, by cause as in `effzoo.plan`: without parameters, buffers and inputs.
 
-    run: a forward pass of the model on these inputs; its result is kept alive meanwhile. The model is spent afterwards: its modules tell who saves what.
+    run: a forward pass of the model on these inputs; its result is kept alive meanwhile. The model is spent afterwards: its
+    modules tell who saves what.
     """
     casts = _Casts(model.parameters())
     record = Record([*model.parameters(), *model.buffers(), *inputs.values()], casts.found)

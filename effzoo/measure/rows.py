@@ -23,7 +23,9 @@ SUITES = {  # what every row of a suite has
     "peers": ("peer", "n", "device"),  # these two of `benchmarks/run.py`
     "bound": ("attention", "n", "device"),
 }
-TIMES = {"seconds", "quartiles", "ratio", "ratio_quartiles", "tokens_per_second", "ours_seconds", "theirs_seconds", "full_seconds", "share"}
+TIMES = {
+    "seconds", "quartiles", "ratio", "ratio_quartiles", "tokens_per_second", "ours_seconds", "theirs_seconds", "full_seconds", "share", "plain_ratio",
+}  # fmt: skip
 
 
 @functools.cache
