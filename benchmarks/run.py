@@ -1,13 +1,14 @@
-"""Run a benchmark suite: python benchmarks/run.py scaling | finetune | peers | bound  [--device cuda]
+"""Run a benchmark suite: python benchmarks/run.py scaling | finetune | peers | bound  [--device cuda], or gpu (see gpu.py), or predict
 
 Settings are in `cases.toml`; rows go to `results/SUITE-DEVICE.jsonl` (DEVICE is cpu, or the name of the GPU), a JSON line each with machine, versions
 and commit, and rows that are there are not measured again. Figures and a page go to `--report`, default `runs/bench-SUITE-DEVICE`. Packages for the
-peers: the extra `bench`.
+peers: the extra `bench`. `predict` computes what cards should take (effzoo/measure/prediction.py) and needs none of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tomllib
 from collections.abc import Callable
@@ -16,12 +17,14 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from effzoo.errors import OptionError
+from effzoo.errors import EffzooError
 from effzoo.measure import Scaling, cards, report
 from effzoo.measure import rows as files
 from effzoo.measure.finetuning import Finetuning
-from effzoo.measure.page import Table, finetune_table, markdown, scaling_table
+from effzoo.measure.page import Table, crossover_table, finetune_table, markdown, scaling_table
+from effzoo.measure.prediction import against_full
 from effzoo.measure.rows import Row
+from effzoo.writing import replace_file
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # the suites beside this file
@@ -94,18 +97,54 @@ def tables(suite: str, rows: list[Row]) -> list[Table]:
     return [{"finetune": finetune_table, "peers": peers_table, "bound": bound_table}[suite](rows)]
 
 
+PREDICTED = {"modes": ("forward", "train", "decode"), "lengths": tuple(2**power for power in range(8, 18))}
+KINDS = (
+    "full", "blockwise", "longformer[window=512]", "local[chunk=64]", "lsh[rounds=4, chunk=64]", "linformer[k=256]", "perceiver[latents=256]",
+)  # fmt: skip
+
+
+def predict(card: cards.Card, results: Path) -> int:
+    """Predict the layer of the GPU suite on a card, write the rows, print from which length on each kind is faster than full attention."""
+    settings = tomllib.loads((HERE / "cases.toml").read_text())["scaling"]["cuda"]
+    suite = Scaling(dim=settings["dim"], heads=settings["heads"], tokens=settings["tokens"], dtype=settings["dtype"], device="cuda")
+    rows = against_full(KINDS, PREDICTED["modes"], PREDICTED["lengths"], suite.case, card)
+    path = results / f"predicted-{card.name.lower()}.jsonl"
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    print(markdown(crossover_table(rows)), f"\n\npredicted, not measured; wrote {path}")
+    return 0
+
+
+def gpu_suite(results: Path, device: str, tiny: bool, seconds: float) -> int:
+    """Everything on the GPU, within a budget of seconds; what failed and what did not fit is printed. Code 1 when parity is wrong."""
+    import gpu
+
+    folder = Path("runs/gpu-tiny") if tiny else results / "gpu" / cards.file_name(device)
+    found = gpu.run(folder, device, tiny, seconds)
+    print(gpu.words(found), f"\nrows in {folder}")
+    return 1 if found["wrong"] else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=["scaling", "finetune", "peers", "bound"])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("suite", choices=["scaling", "finetune", "peers", "bound", "gpu", "predict"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cpu; of gpu: cuda")
+    parser.add_argument("--tiny", action="store_true", help="gpu: the same code at sizes that a CPU does in a minute")
+    parser.add_argument("--seconds", type=float, default=570.0, help="gpu: the budget")
+    parser.add_argument("--card", default="H100", help=f"predict: one of {', '.join(cards.CARDS)}")
     parser.add_argument("--cases", type=Path, default=HERE / "cases.toml")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--report", type=Path)
     given = parser.parse_args()
+    given.device = given.device or ("cuda" if given.suite == "gpu" else "cpu")
     try:
+        card = cards.card(given.card)
         cards.need(given.device)
-    except OptionError as error:
+    except EffzooError as error:
         parser.error(str(error))
+    if given.suite == "predict":
+        return predict(card, given.results)
+    if given.suite == "gpu":
+        return gpu_suite(given.results, given.device, given.tiny, given.seconds)
     settings = tomllib.loads(given.cases.read_text())[given.suite][given.device]
     name = cards.file_name(given.device)
     path = given.results / f"{given.suite}-{name}.jsonl"

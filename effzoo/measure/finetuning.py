@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 import effzoo.peft
+from effzoo import zoo
 from effzoo.build import build
 from effzoo.errors import EffzooError, OptionError
 from effzoo.measure import cards
 from effzoo.measure import rows as files
 from effzoo.measure.kept import kept
+from effzoo.measure.layer import Case
 from effzoo.measure.memory import OUT_OF_MEMORY, peak, told
+from effzoo.measure.prediction import of_device, predict_step
 from effzoo.measure.rows import Row
 from effzoo.measure.scaling import KINDS, timed
 from effzoo.measure.timing import Maker, fitting, release
@@ -109,11 +112,14 @@ class Finetuning:
     device: str = "cpu"
     recompute: Level = "hidden"
     seconds: float = 60.0
+    model: str = "bert"
+    sizes: dict[str, int] | None = None
 
     def step(self, kind: str, method: str) -> Step:
         return Step(
-            kind, method, self.length, self.batch, dropout=self.dropout, precision=self.precision, device=self.device, recompute=self.recompute
-        )
+            kind, method, self.length, self.batch, self.model, self.dropout, self.precision, self.device, self.recompute,
+            dict(SIZES) if self.sizes is None else self.sizes,
+        )  # fmt: skip
 
     def run(self, path: Path, tell: Callable[[str, int, int], None] = lambda said, done, total: None) -> list[Row]:
         """Measure what the file does not hold yet, one attention kind at a time, and append it. tell: called with what comes, done and total."""
@@ -136,6 +142,7 @@ class Finetuning:
     def _group(self, steps: list[Step]) -> list[Row]:
         results: dict[str, Row] = {}
         ready: dict[str, Maker] = {}
+        made: dict[str, tuple[Step, int, int]] = {}
         for step in steps:
             row = results[step.peft] = {"suite": "finetune", **asdict(step)}
             try:
@@ -144,6 +151,8 @@ class Finetuning:
                 row["failed"] = f"refused: {refusal}"
                 continue
             row["trainable"] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+            multiplied = [weight for weight in model.parameters() if weight.ndim == 2 and weight.shape[0] != step.sizes["vocab"]]
+            made[step.peft] = step, sum(w.numel() for w in multiplied), sum(w.numel() for w in multiplied if w.requires_grad)
             del model
             found = peak(step)
             row["peak_bytes"], failed = found.bytes, found.failed
@@ -165,4 +174,16 @@ class Finetuning:
         for name, each in times.items():
             results[name] |= timed(each, times.get(REFERENCE))
             results[name]["tokens_per_second"] = self.batch * self.length / each.median
+            results[name] |= _predicted(*made[name], results[name])
         return list(results.values())
+
+
+def _predicted(step: Step, matrices: int, trained: int, row: Row) -> Row:
+    """The prediction for a step, and its share of the time; nothing for kinds that are not known. matrices: numbers in them; trained: of these."""
+    sizes, dtype = step.sizes, step.precision
+    layer = Case(step.attention, "train", step.length, sizes["dim"], sizes["heads"], step.batch, dtype, step.device)
+    made = predict_step(
+        layer, of_device(step.device), layers=sizes["layers"], causal=zoo.config(step.model).causal, matrices=matrices, trained=trained,
+        trainable=row["trainable"], saved=sum(row["saved"].values()),
+    )  # fmt: skip
+    return {} if made is None else {"predicted": made.row(), "roofline": made.device / row["seconds"]}

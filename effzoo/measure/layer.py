@@ -117,19 +117,24 @@ def wrong(case: Case) -> str:
     Up to `LONGEST_CHECK` positions and two sequences. The definition runs first, and its discrete choices (hash buckets) are used again.
     """
     n, case = min(case.n, LONGEST_CHECK), replace(case, batch=min(case.batch, 2))
-    layer = case.layer()
+    for what, error in apart(case.layer(), case.input(n), case.input(n), Mask(decisions={})).items():
+        if not error <= TOLERANCE[case.dtype]:
+            return f"the {what} differs from the definition by {error:.1e} of its norm, more than {TOLERANCE[case.dtype]:.0e} (n = {n}, {case.dtype})"
+    return ""
+
+
+def apart(layer: Attention, x: Tensor, upstream: Tensor, mask: Mask) -> dict[str, float]:
+    """How far a layer is from its definition in float64, of the norm: its output, and the gradient of the input x given that of the output.
+
+    mask: with `decisions`, so that the definition, which runs first, makes the discrete choices for both. Rows of padding count as the others.
+    """
     exact = copy.deepcopy(layer).double()
-    x, upstream = case.input(n), case.input(n)
-    mask = Mask(decisions={})
     exact.core.forward = exact.core.dense  # type: ignore[method-assign]
     exact.core.project = lambda name, x, linear, mask: linear(x)  # type: ignore[method-assign]
     wanted = _through(exact, x.double(), upstream.double(), mask)
     got = _through(layer, x, upstream, mask)
-    for what, mine, theirs in zip(("output", "gradient of the input"), got, wanted, strict=True):
-        error = float((mine.double() - theirs).norm() / theirs.norm())
-        if not error <= TOLERANCE[case.dtype]:
-            return f"the {what} differs from the definition by {error:.1e} of its norm, more than {TOLERANCE[case.dtype]:.0e} (n = {n}, {case.dtype})"
-    return ""
+    names = ("output", "gradient of the input")
+    return {what: float((mine.double() - theirs).norm() / theirs.norm()) for what, mine, theirs in zip(names, got, wanted, strict=True)}
 
 
 def _through(layer: Attention, x: Tensor, upstream: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from effzoo.measure.prediction import crossover
 from effzoo.measure.rows import Row
 from effzoo.measure.scaling import crossovers
 from effzoo.plots import png_bytes
@@ -58,6 +59,19 @@ def finetune_table(rows: Sequence[Row]) -> Table:
             f"{row['tokens_per_second']:,.0f}", f"{row['peak_bytes'] / 2**20:,.0f}", f"{sum(row['saved'].values()) / 2**20:,.1f}",
             f"{row['trainable']:,}",
         ])  # fmt: skip
+    return table
+
+
+def crossover_table(rows: Sequence[Row]) -> Table:
+    """Of predicted rows: from which length on each kind is faster than full attention, and by how much at the longest."""
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    longest = max(row["n"] for row in rows)
+    table = [["attention", *(f"{mode}, faster from" for mode in modes), *(f"{mode}, of full at {longest:,}" for mode in modes)]]
+    for kind in dict.fromkeys(row["attention"] for row in rows if row["attention"] != "full"):
+        by = {row["mode"]: row for row in rows if row["attention"] == kind and row["n"] == longest}
+        found = {mode: crossover(rows, kind, mode) for mode in modes if mode in by}
+        cells = ["cannot" if mode not in by else "nowhere" if found[mode] is None else f"{found[mode]:,}" for mode in modes]
+        table.append([f"`{kind}`", *cells, *(f"{by[mode]['ratio']:.3f}" if mode in by else "" for mode in modes)])
     return table
 
 

@@ -22,6 +22,8 @@ SUITES = {  # what every row of a suite has
     "finetune": ("attention", "peft", "length", "batch"),
     "peers": ("peer", "n", "device"),  # these two of `benchmarks/run.py`
     "bound": ("attention", "n", "device"),
+    "parity": ("attention", "backend", "dtype", "n", "device"),  # and these of `benchmarks/gpu.py`
+    "rates": ("half", "single", "bandwidth", "launch"),
 }
 TIMES = {
     "seconds", "quartiles", "ratio", "ratio_quartiles", "tokens_per_second", "ours_seconds", "theirs_seconds", "full_seconds", "share", "plain_ratio",

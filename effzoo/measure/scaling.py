@@ -14,6 +14,7 @@ from effzoo.measure import cards
 from effzoo.measure import rows as files
 from effzoo.measure.layer import Case, supported, wrong
 from effzoo.measure.memory import OUT_OF_MEMORY, peak, told
+from effzoo.measure.prediction import beside
 from effzoo.measure.rows import Row
 from effzoo.measure.timing import Times, fitting, ratio
 
@@ -90,6 +91,7 @@ class Scaling:
                 results[name]["failed"] = OUT_OF_MEMORY
         for name, each in times.items():
             results[name] |= timed(each, times.get(REFERENCE))
+            results[name] |= beside(ready[name], each.median)
         return list(results.values())
 
     def _hopeless(self, case: Case, known: list[Row]) -> str:
