@@ -12,7 +12,7 @@ from types import ModuleType
 from effzoo.lab import DECKS, Claim, catalogue
 from effzoo.measure import rows
 from effzoo.measure.figures import against_length
-from effzoo.measure.page import finetune_table, markdown, scaling_table
+from effzoo.measure.page import crossover_table, finetune_table, markdown, scaling_table
 from effzoo.plots import png_bytes
 from effzoo.writing import replace_file
 
@@ -138,6 +138,12 @@ def more_speed_tables(device: str) -> str:
     )
 
 
+def predicted_table(card: str) -> str:
+    """Crossovers that a card is predicted to have."""
+    lines = (ROOT / f"benchmarks/results/predicted-{card}.jsonl").read_text().splitlines()
+    return markdown(crossover_table([json.loads(line) for line in lines]))
+
+
 def _made(found: list[rows.Row]) -> str:
     """On what, and from which commits."""
     return "; ".join(sorted({f"{row['machine']}, torch {row['versions']['torch']}, commit {row['commit']}" for row in found}))
@@ -175,6 +181,7 @@ def rendered_benchmarks(readme: str) -> str:
         script = load(name.removesuffix("_longer"))
         readme = _between(readme, name, script.tracked_table(json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())))
     readme = _between(readme, "lab", lab_table(lab_results()))
+    readme = _between(readme, "predicted", predicted_table("h100"))
     return _between(readme, "speed", more_speed_tables("cpu"))
 
 

@@ -186,4 +186,4 @@ def _predicted(step: Step, matrices: int, trained: int, row: Row) -> Row:
         layer, of_device(step.device), layers=sizes["layers"], causal=zoo.config(step.model).causal, matrices=matrices, trained=trained,
         trainable=row["trainable"], saved=sum(row["saved"].values()),
     )  # fmt: skip
-    return {} if made is None else {"predicted": made.row(), "roofline": made.device / row["seconds"]}
+    return {} if made is None else {"predicted": made.row(), "roofline": made.device_seconds / row["seconds"]}

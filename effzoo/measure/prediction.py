@@ -51,12 +51,12 @@ class Predicted:
     operations: float
     bytes: float
     launches: int
-    device: float
-    host: float
+    device_seconds: float
+    host_seconds: float
 
     @property
     def seconds(self) -> float:
-        return max(self.device, self.host)
+        return max(self.device_seconds, self.host_seconds)
 
     def row(self) -> dict[str, Any]:
         """As a part of a row of results."""
@@ -222,7 +222,7 @@ def against_full(
 def calibrated(device: str = "cpu") -> Card:
     """The rates that a device reaches in large products, in copies and in tiny operators: a second or two."""
     cuda = torch.device(device).type == "cuda"
-    width, room = (8192, 2**28) if cuda else (1024, 2**24)
+    width, room = (8192, 2**28) if cuda else (512, 2**22)
 
     def product(dtype: torch.dtype) -> float:
         a = torch.randn(width, width, device=device).to(dtype)
@@ -262,7 +262,7 @@ def beside(case: Case, seconds: float) -> dict[str, Any]:
     """What stands beside a measured time: the prediction, and its share of the time. On a GPU launches are counted, in a pass of their own."""
     count = launched(case.runner()) if torch.device(case.device).type == "cuda" else 0
     made = predict(case, of_device(case.device), count)
-    return {} if made is None else {"predicted": made.row(), "roofline": made.device / seconds}
+    return {} if made is None else {"predicted": made.row(), "roofline": made.device_seconds / seconds}
 
 
 def crossover(rows: Sequence[Mapping[str, Any]], kind: str, mode: str) -> int | None:

@@ -1,13 +1,16 @@
 """What the tests of simulated CUDA run in a process of its own: `python run.py cells`. The last line that is printed is the result, as JSON."""
 
 import copy
+import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import sys
 import tempfile
 import warnings
+from pathlib import Path
 
 import device  # before torch
 import torch
@@ -18,9 +21,11 @@ from effzoo.checks.matrix import ARCHITECTURES
 from effzoo.checks.models import Case
 from effzoo.checks.peft import Subject
 from effzoo.errors import EffzooError
+from effzoo.measure import cards
+from effzoo.measure import rows as files
 from effzoo.peft import training
 from effzoo.peft.attach import adapter_tensors
-from tests import doubles
+from tests import doubles, gpu_double
 
 KINDS = (
     "full", "blockwise[blocks=2]", "blockwise[block=8, blocks=8]", "longformer[window=8]", "longformer[window=4, dilation=(1, 2)]",
@@ -212,6 +217,33 @@ def refused():
     return found
 
 
+def suite():
+    """The GPU suite at tiny sizes, on a double of a card: the last event of every cell, and the rows, of which times are refused."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    import gpu
+
+    gpu_double.pretend(built=None)
+    cards.need = lambda device: None
+    made, refused = files.made, []
+
+    def untimed(row, where):
+        if files.TIMES & row.keys():
+            try:
+                made(row, where)
+            except EffzooError:
+                refused.append(row["suite"])
+        return made({name: value for name, value in row.items() if name not in files.TIMES}, where)
+
+    files.made = untimed
+    sizes = dataclasses.replace(gpu.TINY, checked=("longformer[window=8]", "perceiver[latents=4]"), lengths=(16,))
+    with tempfile.TemporaryDirectory() as folder, device.Machine():
+        for section in gpu.SHARES:
+            gpu.perform(section, Path(folder), sizes, "cuda", math.inf)
+        events = [[line["section"], line["cell"], line["event"], line.get("why", "")] for line in gpu.events(Path(folder)).values()]
+        found = [json.loads(line) for path in Path(folder).glob("*.jsonl") if path.stem in gpu.SHARES for line in path.read_text().splitlines()]
+    return {"events": events, "rows": found, "refused": sorted(set(refused))}
+
+
 SIZES = {"layers": 2, "dim": 16, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 64}
 
 
@@ -251,6 +283,6 @@ if __name__ == "__main__":
     doubles.registered()  # attention there is that of CUDA, in float64 as well
     backends.TAKES["efficient", "cuda"] = backends.ALL
     warnings.simplefilter("ignore")
-    print(json.dumps({"cells": cells, "attached": attached, "lives": lives, "steps": steps, "refused": refused}[sys.argv[1]]()))
+    print(json.dumps({"cells": cells, "attached": attached, "lives": lives, "steps": steps, "refused": refused, "suite": suite}[sys.argv[1]]()))
     sys.stdout.flush()
     os._exit(0)  # what torch does at its end, it would do with the device that is none
