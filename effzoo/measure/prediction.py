@@ -31,6 +31,7 @@ from effzoo.measure.timing import once
 
 ROWS = 64  # queries on which pairs are counted
 BACKWARD = 2.5  # operations of attention backward, in times of forward: five products for two
+PROBES = {"cuda": (8192, 2**28), "cpu": (512, 2**22)}  # width of the products and numbers of the copies that `calibrated` times
 COUNTED = 2048  # up to this length launches are counted; beyond it the line through the last two counts goes on
 
 
@@ -221,8 +222,7 @@ def against_full(
 
 def calibrated(device: str = "cpu") -> Card:
     """The rates that a device reaches in large products, in copies and in tiny operators: a second or two."""
-    cuda = torch.device(device).type == "cuda"
-    width, room = (8192, 2**28) if cuda else (512, 2**22)
+    width, room = PROBES[torch.device(device).type]
 
     def product(dtype: torch.dtype) -> float:
         a = torch.randn(width, width, device=device).to(dtype)

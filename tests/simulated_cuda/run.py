@@ -21,7 +21,7 @@ from effzoo.checks.matrix import ARCHITECTURES
 from effzoo.checks.models import Case
 from effzoo.checks.peft import Subject
 from effzoo.errors import EffzooError
-from effzoo.measure import cards
+from effzoo.measure import cards, prediction
 from effzoo.measure import rows as files
 from effzoo.peft import training
 from effzoo.peft.attach import adapter_tensors
@@ -224,6 +224,7 @@ def suite():
 
     gpu_double.pretend(built=None)
     cards.need = lambda device: None
+    prediction.PROBES["cuda"] = (64, 2**10)
     made, refused = files.made, []
 
     def untimed(row, where):
