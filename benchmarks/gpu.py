@@ -49,9 +49,13 @@ LLAMA = {"layers": 16, "dim": 2048, "heads": 32, "kv_heads": 8, "mlp": 8192, "vo
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is. parity: n of the check; lengths, dim, heads, tokens: of scaling; models: what is fine-tuned, by name and sizes."""
+    """How large everything is.
+
+    parity, dtypes: length and dtypes of the check; lengths, dim, heads, tokens: of scaling; models: what is fine-tuned, by name and sizes.
+    """
 
     parity: int = 421
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     lengths: tuple[int, ...] = (131072, 4096, 32768, 512, 16384, 1024, 2048, 8192, 65536)  # the most telling first
     dim: int = 2048
     heads: int = 16
@@ -72,7 +76,7 @@ class Sizes:
 
 _SMALL = {"layers": 1, "dim": 32, "heads": 2, "mlp": 32, "vocab": 50}
 TINY = Sizes(
-    parity=37, lengths=(32, 16), dim=16, heads=2, tokens=32, kinds=("full", "longformer[window=8]", "linformer[k=4]"),
+    parity=37, dtypes=("float32", "bfloat16"), lengths=(32, 16), dim=16, heads=2, tokens=32, kinds=("full", "longformer[window=8]", "linformer[k=4]"),
     checked=("full", "longformer[window=8]", "lsh[rounds=2, chunk=8]", "perceiver[latents=4]"), methods=("full", "lora"),
     models=(("bert", _SMALL), ("llama", {**_SMALL, "kv_heads": 1})), tuned=(16,), tuned_tokens=32,
     peers=("torch SDPA, full attention", "xformers, full attention"), peer_lengths=(16,), bound=64, seconds=0.0,
@@ -102,8 +106,6 @@ def _rates(sizes: Sizes, device: str) -> list[Cell]:
 
 
 def _parity(sizes: Sizes, device: str) -> list[Cell]:
-    dtypes = ("float32", "bfloat16", "float16") if sizes.parity > 100 else ("float32", "bfloat16")
-
     def cell(backend: str, dtype: str) -> Cell:
         def run(path: Path) -> None:
             for kind in sizes.checked:
@@ -115,7 +117,7 @@ def _parity(sizes: Sizes, device: str) -> list[Cell]:
 
         return Cell("parity", f"{backend}, {dtype}", run)
 
-    return [cell(backend, dtype) for dtype in dtypes for backend in ("auto", *(name for name in BACKENDS if name != "auto"))]
+    return [cell(backend, dtype) for dtype in sizes.dtypes for backend in ("auto", *(name for name in BACKENDS if name != "auto"))]
 
 
 def compared(kind: str, backend: str, dtype: str, n: int, device: str, causal: bool, padded: bool) -> dict[str, Any] | None:

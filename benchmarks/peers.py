@@ -25,6 +25,7 @@ from effzoo.attention import AttentionCore, Context, Mask
 from effzoo.blocks import Attention
 from effzoo.measure import Ratio, Times, interleaved, ratio
 from effzoo.measure.layer import DTYPES
+from effzoo.plan.shadow import key
 from effzoo.recompute import Level, spare
 from effzoo.spec import parse_one
 
@@ -361,14 +362,13 @@ def differs(pair: Pair) -> str:
 
 def saved(forward: Forward, x: Tensor, parameters: list[nn.Parameter]) -> int:
     """Bytes that autograd keeps of one forward pass, without the parameters and the input; each storage once."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*parameters, x]}
+    own = {key(tensor) for tensor in [*parameters, x]}
     kept: dict[int, int] = {}
     alive = []
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if key(tensor) not in own:
+            kept[key(tensor)] = tensor.untyped_storage().nbytes()
             alive.append(tensor)
         return tensor
 

@@ -131,7 +131,8 @@ def apart(layer: Attention, x: Tensor, upstream: Tensor, mask: Mask) -> dict[str
     exact = copy.deepcopy(layer).double()
     exact.core.forward = exact.core.dense  # type: ignore[method-assign]
     exact.core.project = lambda name, x, linear, mask: linear(x)  # type: ignore[method-assign]
-    wanted = _through(exact, x.double(), upstream.double(), mask)
+    valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask.valid is None else mask.valid  # says on which device the definition is
+    wanted = _through(exact, x.double(), upstream.double(), Mask(valid, decisions=mask.decisions))
     got = _through(layer, x, upstream, mask)
     names = ("output", "gradient of the input")
     return {what: float((mine.double() - theirs).norm() / theirs.norm()) for what, mine, theirs in zip(names, got, wanted, strict=True)}
