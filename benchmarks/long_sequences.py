@@ -53,7 +53,7 @@ def measure(name: str, n: int, train: bool) -> dict[str, object]:
         valid = torch.ones(1, n, dtype=torch.bool)
         valid[0, n - 7 :] = False
         is_global = None
-        if layer.core.supports_global:
+        if layer.core.knows_globals():
             is_global = torch.zeros(1, n, dtype=torch.bool)
             is_global[0, :4] = True
         x = torch.randn(1, n, 64, requires_grad=train)

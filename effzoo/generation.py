@@ -88,7 +88,7 @@ def generate(
     if not isinstance(model, Transformer) or model.task != "causal_lm":
         what = f"task {model.task!r}" if isinstance(model, Transformer) else type(model).__name__
         raise IncompatibleError(f"generate needs a decoder with a language-model head, got {what}; build it with task='causal_lm'")
-    without = next((core.name for core in model.cores() if not core.supports_cache), None)
+    without = next((core.name for core in model.cores() if not core.decodes()), None)
     if use_cache and without:
         raise IncompatibleError(f"attention {without!r} keeps no cache for decoding; generate with use_cache=False")
     _check_prompt(model, input_ids, attention_mask)

@@ -171,7 +171,8 @@ def _probe(core: AttentionCore, n: int, mask: Mask) -> Tensor:
     drawn = {name: torch.randn(1, heads, n, width, generator=draw).to(dtype) for name in core.projections}
     columns = []
     for chunk in torch.split(torch.nn.functional.pad(eye, (0, -n % width)), width, dim=1):
-        inputs = [(chunk.expand(1, heads, n, width) if name.startswith("v") else x) if name in used else None for name, x in drawn.items()]
+        values = {name: chunk.expand(1, heads, n, width) for name, side in core.projections.items() if side == "value"}
+        inputs = [x if name in used else None for name, x in (drawn | values).items()]
         columns.append(core(*inputs, mask=mask)[0, 0])
     weights = torch.cat(columns, dim=1)[:, :n]
     return weights.abs() > 1e-6 * weights.abs().amax()

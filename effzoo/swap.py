@@ -53,7 +53,7 @@ def swap_attention(model: Transformer, attention: Any) -> Swap:
     """Replace the attention of every block, in place, and say what became of each tensor.
 
     attention: a spec such as "linformer[k=128]", or one per layer. Projections that both kinds have stay the very same modules. Projections
-    that only the new kind has start as a copy of the one they stand in for (`copied_from`: Longformer's global projections
+    that only the new kind has start as a copy of the one they stand in for (its queries of the queries, as in Longformer's global projections
     from the local ones, the shared queries and keys of LSH from the queries); what has no such origin is drawn as the kind
     says (Linformer's E and F start as the mean over segments). With the same weights the new kind computes another function:
     how near it is to the old one depends on the kind, so measure, and fine-tune.
@@ -122,10 +122,8 @@ def _fill(new: Attention, old: Attention, path: str, copied: dict[str, str]) -> 
 
 
 def _origin(name: str, new: Attention, old: Attention) -> str | None:
-    """The projection of the old layer that `name` takes over or starts from, following `copied_from`; None when it has no such."""
-    wanted: str | None = name
-    while wanted is not None and wanted not in old.core.projections:
-        wanted = new.core.copied_from.get(wanted) or {"q": "qk", "k": "qk"}.get(wanted)
+    """The projection of the old layer that `name` takes over or starts from; None when it has no such."""
+    wanted = next((one for one in (name, *new.core.starts_from(name)) if one in old.core.projections), None)
     if wanted is None or old.get_submodule(wanted).weight.shape != new.get_submodule(name).weight.shape:
         return None
     return wanted

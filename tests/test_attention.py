@@ -6,9 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import effzoo
-from effzoo.attention import Context, Mask
+from effzoo.attention import AttentionCore, Context, Mask, Part
+from effzoo.attention.core import FORMER
+from effzoo.attention.full import Full
 from effzoo.attention.reference import dense
-from effzoo.errors import InputError
+from effzoo.blocks import Attention
+from effzoo.blocks.positions import Rotary
+from effzoo.errors import IncompatibleError, InputError, OptionError
+from effzoo.spec import Spec
 from tests.doubles import on
 
 
@@ -74,7 +79,7 @@ def test_causal_output_does_not_depend_on_the_future(spec):
     generator = torch.Generator().manual_seed(0)
     leaves = [draw(generator, 2, 2, 13, 4) for _ in core.projections]
     is_global = None
-    if core.supports_global:
+    if core.knows_globals():
         is_global = torch.zeros(2, 13, dtype=torch.bool)
         is_global[0, [0, 6]] = is_global[1, 12] = True
     out = core(*leaves, mask=Mask(is_global=is_global))
@@ -116,7 +121,7 @@ def test_longformer_dilation_is_a_sliding_window_over_each_residue_class():
 
 def test_longformer_without_global_projections_has_three():
     core = effzoo.attention.create("longformer[window=2,global_projections=false]", Context(heads=1, head_dim=2))
-    assert core.projections == ("q", "k", "v")
+    assert core.projections == {"q": "query", "k": "key", "v": "value"}
     model = effzoo.build("longformer", attention="longformer[window=2,global_projections=false]", dim=16, layers=1, heads=2, mlp=16, vocab=20)
     assert not [name for name, _ in model.named_parameters() if "_global" in name]
 
@@ -147,6 +152,71 @@ def test_rows_of_a_batch_do_not_touch_each_other():
 def test_windows_differ_by_layer():
     cores = [effzoo.attention.create("longformer[window=(2, 8)]", Context(heads=1, head_dim=2, layer=layer, layers=2)) for layer in range(2)]
     assert [int(core.pattern(20, Mask())[0, 0, 10].sum()) for core in cores] == [3, 9]
+
+
+class Plain(AttentionCore):
+    """Full attention, as someone else may write it."""
+
+    name = "plain"
+
+    def forward(self, q, k, v, *, mask):
+        return self.attend(Part(q, k, v, mask.key_bias(q.dtype), causal=self.context.causal))
+
+
+@pytest.mark.parametrize("name", FORMER)
+def test_what_kinds_once_said_otherwise_is_refused_with_what_is_said_now(name):
+    kind = type("Former", (Plain,), {name: False})
+    with pytest.raises(OptionError, match=f"attention 'plain' says `{name}`, which is no longer read: .*{FORMER[name][-20:]}"):
+        kind(Context(heads=2, head_dim=4))
+
+
+@pytest.mark.parametrize("given", [("q", "k", "v"), {"q": "query", "k": "key", "v": "values"}])
+def test_projections_say_what_they_are(given):
+    kind = type("Tuple", (Plain,), {"projections": given})
+    with pytest.raises(OptionError, match="projections say what each is, 'query', 'key', 'value' or 'query and key', as in .*got"):
+        kind(Context(heads=2, head_dim=4))
+
+
+def test_values_are_known_by_what_is_said_of_them_and_not_by_their_names():
+    """Another name for q, k and v: the same output in a layer with rotary positions, norms of heads, values of another width and one key head."""
+
+    class Renamed(Plain):
+        name = "renamed"
+        projections = {"value_of_interest": "query", "asked": "key", "told": "value"}
+
+        def forward(self, value_of_interest, asked, told, *, mask):
+            return super().forward(value_of_interest, asked, told, mask=mask)
+
+    context, x = Context(heads=2, head_dim=4), torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(0)).double()
+    layers = []
+    for kind in (Plain, Renamed):
+        with effzoo.scope():
+            effzoo.attention.register("mine")(kind)
+            torch.manual_seed(0)
+            rotary = Rotary(4)
+            layers.append(Attention(8, Spec("mine"), context, kv_heads=1, rotary=rotary, qk_norm=1e-6, value_dim=6).double())
+    mask = Mask(positions=torch.arange(7)[None])
+    outs = [layer(x, mask) for layer in layers]
+    assert outs[0].abs().max() > 1e-3 and torch.equal(*outs)
+
+
+def test_a_kind_without_memory_is_refused_a_prefix_and_computes_without_one():
+    with effzoo.scope():
+        effzoo.attention.register("mine")(Plain)
+        model = effzoo.build("bert", attention="mine", dim=16, layers=1, heads=2, mlp=16, vocab=20)
+        ids = torch.ones(1, 4, dtype=torch.long)
+        model(ids)
+        with pytest.raises(IncompatibleError, match="takes no memory, as its forward has no parameter `memory`"):
+            effzoo.attach(model, "prefix[length=2]")(ids)
+
+
+def test_a_kind_has_the_rows_and_steps_that_belong_to_its_forward():
+    class Twice(Full):
+        def forward(self, q, k, v, *, mask, memory=None):
+            return 2 * super().forward(q, k, v, mask=mask, memory=memory)
+
+    assert Full.decodes() and effzoo.attention.create("full", Context(heads=1, head_dim=2)).gives_rows
+    assert not Twice.decodes() and not Twice(Context(heads=1, head_dim=2)).gives_rows
 
 
 def test_full_attention_refuses_global_tokens():

@@ -44,7 +44,7 @@ def test_every_kind_is_its_definition_by_memory_efficient_attention(kind, causal
     with on("efficient") as name:
         core = built(kind, causal=causal, backend=name)
         valid = torch.arange(21) < torch.tensor([21, 13])[:, None]
-        is_global = (torch.arange(21) == 3).expand(2, 21) if core.supports_global else None
+        is_global = (torch.arange(21) == 3).expand(2, 21) if core.knows_globals() else None
         memory = tuple(torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
         for mask in (Mask(decisions={}), Mask(valid, is_global, decisions={})):
             given = inputs(core, mask)
@@ -124,7 +124,7 @@ def test_flex_attention_is_the_definition_of_a_predicate(kind, causal, gradients
     context = Context(heads=2, head_dim=6, max_length=21, causal=causal, backend="flex")
     core = Strided(context) if kind == "strided" else effzoo.attention.create(kind, context)
     valid = torch.arange(21) < torch.tensor([21, 13])[:, None]
-    is_global = (torch.arange(21) == 3).expand(2, 21) if core.supports_global else None
+    is_global = (torch.arange(21) == 3).expand(2, 21) if core.knows_globals() else None
     prefix = tuple(torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
     for mask, memory in ((Mask(), None), (Mask(valid, is_global), None), (Mask(valid, is_global), prefix)):
         given = inputs(core, mask)

@@ -24,7 +24,7 @@ def test_steps_of_any_size_equal_the_forward_pass(spec, sizes, remembers, global
     memory = tuple(torch.randn(2, 3, 4, dtype=torch.float64, generator=generator) for _ in range(2)) if remembers else None
     valid = torch.arange(n) >= torch.tensor([0, min(2, sizes[0] - 1)])[:, None]
     is_global = (torch.rand(2, n, generator=generator) < global_share) & valid & (torch.arange(n) < sizes[0])
-    has_global = core.supports_global and bool(is_global.any())
+    has_global = core.knows_globals() and bool(is_global.any())
     expected = core(*inputs, mask=Mask(valid, is_global if has_global else None), memory=memory)
     rows, state, start = [], None, 0
     for size in sizes:

@@ -205,7 +205,7 @@ class LeaksOneStep(Patternless):
 class SaysItCannotButDoes(Patternless):
     """Declares that it cannot be causal without the constructor that refuses."""
 
-    supports_causal = False
+    not_causal = "it says so"
 
     def __init__(self, context):
         torch.nn.Module.__init__(self)
@@ -224,10 +224,11 @@ class IgnoresMemory(Patternless):
 class IgnoresMemoryAndSaysSo(Patternless):
     """Says that it takes no memory, but does not refuse it."""
 
-    supports_memory = False
-
-    def forward(self, q, k, v, *, mask, memory=None):
+    def forward(self, q, k, v, *, mask):
         return super().forward(q, k, v, mask=mask)
+
+    def check_memory(self):
+        pass
 
 
 @caught_by("memory_is_attended")

@@ -35,7 +35,7 @@ def case(name, attention, tiny, **more):
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.3)
     inputs = {"input_ids": torch.randint(53, (2, 33)), "attention_mask": (torch.arange(33) < torch.tensor([33, 20])[:, None]).long()}
-    if any(core.supports_global for core in model.cores()):
+    if any(core.knows_globals() for core in model.cores()):
         inputs["global_attention_mask"] = torch.zeros(2, 33, dtype=torch.long)
         inputs["global_attention_mask"][[0, 0, 1], [0, 5, 3]] = 1
     return model.double(), inputs

@@ -141,7 +141,7 @@ def test_a_row_gives_what_it_gives_alone_whatever_stands_in_front(attention, mod
     """The same tokens, and the logits of the forward pass without padding to 1e-10."""
     model, (ids, mask) = build(tiny, attention, **MODELS[model]), prompts()
     ids = torch.where(mask.bool(), ids, torch.randint_like(ids, 2, 53))  # whatever the padding is
-    for cache in (True, False) if next(iter(model.cores())).supports_cache else (False,):
+    for cache in (True, False) if next(iter(model.cores())).decodes() else (False,):
         options = {"max_new_tokens": 6, "use_cache": cache, "output_logits": True, "return_dict_in_generate": True}
         together, beams = effzoo.generate(model, ids, mask, **options), effzoo.generate(model, ids, mask, num_beams=2, **options)
         for row in range(len(ids)):

@@ -248,7 +248,7 @@ def test_the_ladder_is_narrow_blocks_that_read_the_states_of_the_backbone(tiny, 
 
 def model_globals(model, ids):
     """The default global token of a classifier whose attention has projections for it."""
-    if not any(core.supports_global for core in model.cores()):
+    if not any(core.knows_globals() for core in model.cores()):
         return None
     return (torch.arange(ids.shape[1]) == 0).expand(ids.shape)
 

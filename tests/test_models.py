@@ -221,9 +221,9 @@ KINDS = {  # options that fit tiny sizes, for the kinds whose defaults do not
 def combinations():
     for base, causal in (("llama", True), ("modernbert", False)):
         for kind in effzoo.attention.names():
-            if not causal or effzoo.attention.get(kind).supports_causal:
+            if not causal or not effzoo.attention.get(kind).not_causal:
                 for method in METHODS:
-                    if not method.startswith("prefix") or effzoo.attention.get(kind).supports_memory:
+                    if not method.startswith("prefix") or effzoo.attention.get(kind).takes_memory():
                         yield base, KINDS.get(kind, kind), method
 
 

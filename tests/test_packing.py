@@ -9,7 +9,7 @@ import effzoo
 from effzoo import convert
 from effzoo.errors import EffzooError, IncompatibleError, InputError
 
-CAUSAL = [small(kind) for kind in effzoo.attention.names() if effzoo.attention.get(kind).supports_causal] + ["lsh[chunk=4, stable=true]"]
+CAUSAL = [small(kind) for kind in effzoo.attention.names() if not effzoo.attention.get(kind).not_causal] + ["lsh[chunk=4, stable=true]"]
 LENGTHS = ((10, 3, 11), (24,))
 
 

@@ -354,7 +354,7 @@ def test_every_attention_kind_works_among_the_latents(tiny, name, causal):
         "task": "causal_lm" if causal else "masked_lm",
         "attention": name,
     }
-    if causal and not cls.supports_causal:
+    if causal and cls.not_causal:
         with pytest.raises(IncompatibleError, match="cannot be causal"):
             text(tiny, **changes)
         return

@@ -51,7 +51,7 @@ def kinds():
 
 def built(kind: Kind, dropout: float, method: str | None):
     """An encoder, and a decoder where the kind can be causal and the method takes one."""
-    for name, task in (("bert", "classification"), ("gpt2", "token_classification"))[: 1 + kind.cls.supports_causal]:
+    for name, task in (("bert", "classification"), ("gpt2", "token_classification"))[: 1 + (not kind.cls.not_causal)]:
         model = effzoo.build(name, attention=str(kind.spec), task=task, dropout=dropout, attention_dropout=dropout, **SIZES)
         if method is not None and not (method == "pals" and name == "gpt2"):
             effzoo.attach(model, Method.of(method).spec)

@@ -71,7 +71,6 @@ class Marked(PredicateAttention):
     """A user's own global tokens."""
 
     name = "marked"
-    supports_global = True
 
     def visible(self, query, key, *, query_global, key_global):
         return (query == key) | query_global | key_global

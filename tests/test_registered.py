@@ -15,7 +15,7 @@ PERCEIVER = {
     "channels": 12, "latents": 10, "head_dim": 4, "value_dim": 8, "cross_heads": 1, "cross_head_dim": 8, "cross_value_dim": 16,
     "decoder_head_dim": 4, "decoder_value_dim": 4,
 }  # fmt: skip
-CAUSAL = [kind for kind in effzoo.attention.names() if effzoo.attention.get(kind).supports_causal]
+CAUSAL = [kind for kind in effzoo.attention.names() if not effzoo.attention.get(kind).not_causal]
 KINDS = [small(kind) for kind in effzoo.attention.names()] + [
     "linformer[k=8, sharing=layerwise]",
     "linformer[k=8, sharing=layerwise, projection=conv]",

@@ -15,7 +15,7 @@ from effzoo.blocks.reversible import two_streams
 from effzoo.errors import AdapterError, ConversionError, IncompatibleError, IncompatiblePeft, OptionError, TargetError
 from effzoo.sites import sites
 
-CACHED = [kind for kind in effzoo.attention.names() if effzoo.attention.get(kind).supports_cache]
+CACHED = [kind for kind in effzoo.attention.names() if effzoo.attention.get(kind).decodes()]
 
 
 @pytest.fixture

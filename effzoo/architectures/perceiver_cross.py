@@ -59,7 +59,10 @@ class LastPositions(AttentionCore):
 
     name = "last_positions"
     paper = "Hawthorne et al. 2022, General-purpose, long-context autoregressive modeling with Perceiver AR, arXiv:2202.07765, section 2.2"
-    supports_cross = True
+
+    @property
+    def crosses(self) -> bool:
+        return True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         before = k.shape[2] - q.shape[2]

@@ -255,7 +255,7 @@ class Transformer(Model):
     ) -> Mask:
         """The mask of the blocks. Prompt rows are tokens, and global where attention knows global tokens: else only near tokens saw them."""
         batch, n = x.shape[0], x.shape[1] - rows
-        knows_global = any(core.supports_global for core in self.cores())
+        knows_global = any(core.knows_globals() for core in self.cores())
         if is_global is not None and not knows_global:
             next(iter(self.cores())).check(Mask(is_global=is_global))
         given, marked = is_global is not None, 0  # marked: how many tokens of a row, at most

@@ -1,15 +1,17 @@
 """The contract of an attention kind: a plan over the one softmax of `kernel.py`.
 
-A kind is a class with `projections` (the tensors it eats; the layer builds them), `forward(*projections, mask=, memory=)` and
-`pattern(n, mask)`, the definition it must equal. Its options are the keyword-only parameters of its constructor.
+A kind says at most six things: its `projections` (the tensors it eats; the layer builds them), `forward`, the definition that must equal (`pattern`,
+or `dense`), why it is `not_causal`, and, where it pays, `rows` and `step`. What it can do follows from that: it decodes if it has a `step`, it takes
+memory if `forward` does. Its options are the keyword-only parameters of its constructor.
 """
 
 from __future__ import annotations
 
 import abc
+import inspect
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +20,21 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from effzoo.attention import kernel, reference
 from effzoo.attention.part import Part, bias_of
 from effzoo.devices import chosen
-from effzoo.errors import IncompatibleError, InputError
+from effzoo.errors import IncompatibleError, InputError, OptionError
 
 KeysValues = tuple[Tensor, Tensor]
+Side = Literal["query", "key", "value", "query and key"]
+QKV: dict[str, Side] = {"q": "query", "k": "key", "v": "value"}
+FORMER = {  # what kinds said before, and how it is said now
+    "supports_causal": "`not_causal` is the reason why a kind cannot be causal; without one it can",
+    "supports_memory": "a kind takes memory if its forward has the parameter `memory`",
+    "supports_global": "a kind knows global tokens if its `visible` asks for `key_global`",
+    "supports_cross": "a kind takes keys of another sequence if its queries see every key, or read fewer rows made of all",
+    "supports_cache": "a kind decodes if the class that has its `forward`, or one below it, has a `step`",
+    "key_side": "`projections` says of each name whether it is of the query, the key or the value",
+    "row_side": "a kind computes single rows if the class that has its `forward`, or one below it, has `rows`",
+    "copied_from": "a projection starts as the query, key or value of the other kind, as `projections` says what it is",
+}
 
 
 @dataclass(frozen=True)
@@ -151,56 +165,40 @@ def _in(room: _Room, end: int, length: int, dim: int) -> Tensor:
 
 
 class AttentionCore(nn.Module, abc.ABC):
-    """One attention kind. Subclasses say what they eat, what they cost, and compute.
+    """One attention kind.
 
-    projections: the tensors that `forward` takes, in order; an option may change them per instance. Those whose names begin with `v` are
-    values; the others are compared with each other, and rotary positions turn them. key_side: the projections of the
-    positions that are attended: in cross-attention they come from the source, and grouped queries share them.
+    projections: the tensors that `forward` takes, in order, and what each is: queries, keys or values, or queries that are keys as well. What is no
+    value is compared, and turned by rotary positions; keys and values come from the source in cross-attention, and grouped queries share them.
+    not_causal: why the kind cannot be causal; empty if it can. An option may change both per instance.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
-    projections: tuple[str, ...] = ("q", "k", "v")
-    key_side: ClassVar[tuple[str, ...]] = ("k", "v")
-    row_side: ClassVar[tuple[str, ...]] = ()  # projections of the queries alone: with `rows`, what is needed of them are those rows
-    copied_from: ClassVar[Mapping[str, str]] = {}  # projections that start as copies when another kind's weights are loaded
     cost: ClassVar[str] = "n^2"
-    supports_causal: ClassVar[bool] = True
-    supports_memory: ClassVar[bool] = True
-    supports_global: ClassVar[bool] = False
-    supports_cross: ClassVar[bool] = False
-    supports_cache: ClassVar[bool] = False
-    shift_invariant: bool = False  # whether tokens that all stand later give the same, so that padding in front of them changes nothing
-    not_causal: ClassVar[str] = "it mixes past and future"  # why, when it cannot be causal
+    projections: Mapping[str, Side] = QKV
+    not_causal: str = ""
     later_values_matter: str = ""  # why later tokens may change the value of a causal output, though never through its gradient; an option may say
+    shift_invariant: bool = False  # whether tokens that all stand later give the same, so that padding in front of them changes nothing
 
     def __init__(self, context: Context):
         super().__init__()
         self.context = context
-        if context.causal and not self.supports_causal:
+        self._gives_rows, self._takes_memory = self._own("rows"), self.takes_memory()
+        self._check_declared()
+        if context.causal and self.not_causal:
             raise IncompatibleError(f"attention {self.name!r} cannot be causal: {self.not_causal}; use it in an encoder")
-
-    def __init_subclass__(cls, **given: Any) -> None:
-        super().__init_subclass__(**given)
-        if "forward" in vars(cls) and not {"rows", "row_side"} & vars(cls).keys():
-            cls.row_side = ()  # inherited `rows` would compute something else
-
-    def initialise(self) -> None:
-        """Draw the kind's own parameters; called after the model has initialised the rest."""
 
     @abc.abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """forward(*projected, mask=, memory=None): projections, each [batch, heads, n, head_dim] -> [batch, heads, n, head_dim].
 
         mask: of the batch. memory: keys and values [heads, rows, head_dim] that every query sees as well (prefix tuning); with an axis of the
-        batch in front, the examples have memories of their own.
-        Kinds with `supports_cross` take a key side of another length than the queries; `mask` then speaks of the keys.
+        batch in front, the examples have memories of their own. In cross-attention `mask` speaks of the keys.
         """
 
     def rows(self, where: Tensor, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
-        """The rows `where` [batch, r] of `forward`, [batch, heads, r, head_dim], for kinds with a `row_side`: its projections are given for
-        these rows alone, the others for all. As it is: for kinds to which it does not matter in which row a query stands."""
-        return self(*projected, mask=mask, memory=memory)
+        """The rows `where` [batch, r] of `forward`, [batch, heads, r, head_dim], given the queries of these rows alone and all keys and values."""
+        raise IncompatibleError(f"attention {self.name!r} computes all rows together")
 
     def step(self, *args: Any, **kwargs: Any) -> tuple[Tensor, State]:
         """step(*projected, mask=, past=, memory=None), causal decoding: the rows of the newest m positions, and the state for the next call.
@@ -209,10 +207,6 @@ class AttentionCore(nn.Module, abc.ABC):
         the new positions; mask.is_global the new ones, and only in the first call.
         """
         raise IncompatibleError(f"attention {self.name!r} keeps no cache for decoding; generate without one (use_cache=False)")
-
-    def project(self, name: str, x: Tensor, linear: Callable[[Tensor], Tensor], mask: Mask) -> Tensor:
-        """The projection `name` of x [batch, n, dim] by its layer's `linear` site; a kind may compress x first if that is the same function."""
-        return linear(x)
 
     def pattern(self, n: int, mask: Mask) -> Tensor:
         """The definition: True where query i may attend key j, broadcastable to bool[batch, heads, n, n].
@@ -226,9 +220,67 @@ class AttentionCore(nn.Module, abc.ABC):
         q, k, v = projected
         return reference.dense(q, k, v, self.pattern(q.shape[2], mask), memory)
 
+    # what follows
+
+    @classmethod
+    def takes_memory(cls) -> bool:
+        """Whether every query can see a memory beside the keys."""
+        return "memory" in inspect.signature(cls.forward).parameters
+
+    @classmethod
+    def decodes(cls) -> bool:
+        """Whether it keeps a cache for decoding."""
+        return cls._own("step") and not cls.not_causal
+
+    @classmethod
+    def knows_globals(cls) -> bool:
+        """Whether tokens can be global."""
+        return False
+
+    def starts_from(self, name: str) -> list[str]:
+        """Projections of another kind that `name` can start as a copy of: what it is there (shared queries and keys decide what is looked for)."""
+        alike = {"query": ["q", "qk"], "key": ["k", "qk"], "value": ["v"], "query and key": ["q"]}
+        return [one for one in alike.get(self.projections.get(name, ""), []) if one != name]
+
+    @property
+    def crosses(self) -> bool:
+        """Whether keys may come from another sequence, of another length."""
+        return False
+
+    @property
+    def gives_rows(self) -> bool:
+        """Whether it computes single rows."""
+        return self._gives_rows
+
+    @classmethod
+    def _own(cls, method: str) -> bool:
+        """Whether a method belongs to `forward`: what a class above that of `forward` says would compute something else."""
+        of_method, of_forward = (next(parent for parent in cls.__mro__ if name in vars(parent)) for name in (method, "forward"))
+        return of_method is not AttentionCore and issubclass(of_method, of_forward)
+
+    def _check_declared(self) -> None:
+        """Refuse what kinds once said otherwise, rather than ignore it."""
+        for name, now in FORMER.items():
+            if hasattr(type(self), name):
+                raise OptionError(f"attention {self.name!r} says `{name}`, which is no longer read: {now}")
+        if not isinstance(self.projections, Mapping) or (wrong := [x for x in self.projections.values() if x not in get_args(Side)]):
+            got = self.projections if not isinstance(self.projections, Mapping) else wrong[0]
+            raise OptionError(
+                f"attention {self.name!r}: projections say what each is, 'query', 'key', 'value' or 'query and key', as in {QKV}, got {got!r}"
+            )
+
+    # what seldom needs to be said
+
+    def initialise(self) -> None:
+        """Draw the kind's own parameters; called after the model has initialised the rest."""
+
+    def project(self, name: str, x: Tensor, linear: Callable[[Tensor], Tensor], mask: Mask) -> Tensor:
+        """The projection `name` of x [batch, n, dim] by its layer's `linear` site; a kind may compress x first if that is the same function."""
+        return linear(x)
+
     def uses(self, mask: Mask) -> tuple[str, ...]:
         """The projections that this batch needs; the layer passes None for the others."""
-        return self.projections
+        return tuple(self.projections)
 
     def for_globals(self) -> tuple[str, ...]:
         """The projections that only batches with global tokens need."""
@@ -241,8 +293,13 @@ class AttentionCore(nn.Module, abc.ABC):
 
     def check(self, mask: Mask) -> None:
         """Refuse what this kind cannot honour, rather than ignore it."""
-        if mask.is_global is not None and not self.supports_global:
+        if mask.is_global is not None and not self.knows_globals():
             raise InputError(f"attention {self.name!r} has no global tokens; leave global_attention_mask out, or use 'longformer'")
+
+    def check_memory(self) -> None:
+        """Refuse a memory that this kind does not take."""
+        if not self._takes_memory:
+            raise IncompatibleError(f"attention {self.name!r} takes no memory, as its forward has no parameter `memory`: nothing would see the rows")
 
     @property
     def dropout(self) -> float:
@@ -257,6 +314,31 @@ class AttentionCore(nn.Module, abc.ABC):
         """`attend`, and the log-sum-exp [batch, heads, n, 1], -inf for a query that attended to nothing."""
         present = [part for part in parts if part is not None]
         return kernel.attended(*present, dropout=self.dropout, backend=self.context.backend)
+
+
+class CompressedAttention(AttentionCore):
+    """Kinds that make fewer rows of keys and values, which every query then reads, wherever it stands: of any source, and never causal."""
+
+    not_causal = "it mixes past and future"
+
+    @abc.abstractmethod
+    def compressed(self, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values of fewer rows, [batch, heads, rows, head_dim], and an additive bias for them or None."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:
+        return self.attend(Part(q, *self.compressed(k, v, mask)), memory_part(q, memory))
+
+    def rows(self, where: Tensor, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
+        return self(*projected, mask=mask, memory=memory)
+
+    def starts_from(self, name: str) -> list[str]:
+        """Projections of another kind that `name` can start as a copy of: what it is there (shared queries and keys decide what is looked for)."""
+        alike = {"query": ["q", "qk"], "key": ["k", "qk"], "value": ["v"], "query and key": ["q"]}
+        return [one for one in alike.get(self.projections.get(name, ""), []) if one != name]
+
+    @property
+    def crosses(self) -> bool:
+        return True
 
 
 def rows_of(x: Tensor, where: Tensor) -> Tensor:

@@ -16,8 +16,6 @@ class Full(PredicateAttention):
 
     paper = "Vaswani et al. 2017, Attention is all you need, arXiv:1706.03762, section 3.2"
     cost = "n^2"
-    supports_cross = True
-    shift_invariant = True
 
     def visible(self, query: Tensor, key: Tensor) -> Tensor:
         return torch.ones_like(query + key, dtype=torch.bool)

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from effzoo.annotations import Count
 from effzoo.attention import reference
-from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, memory_part
-from effzoo.attention.part import Part, bias_of
+from effzoo.attention.core import CompressedAttention, Context, KeysValues, Mask
+from effzoo.attention.part import bias_of
 from effzoo.errors import InputError, OptionError
 from effzoo.registry import attention
 from effzoo.sites import Linear
@@ -23,7 +23,7 @@ Sharing = Literal["none", "headwise", "key_value", "layerwise"]
 
 
 @attention.register("linformer")
-class Linformer(AttentionCore):
+class Linformer(CompressedAttention):
     """softmax(q (E k)^T / sqrt(d)) F v, where E and F [k, n] project keys and values along the sequence. Cost O(n k).
 
     k: rows after the projection, at most max_length; one number, or one per layer.
@@ -46,9 +46,6 @@ class Linformer(AttentionCore):
 
     paper = "Wang et al. 2020, Linformer: Self-attention with linear complexity, arXiv:2006.04768, section 4"
     cost = "n * k"
-    supports_causal = False
-    row_side = ("q",)
-    supports_cross = True
     not_causal = "it mixes past and future when it projects the sequence"
 
     def __init__(
@@ -116,13 +113,13 @@ class Linformer(AttentionCore):
         module = self.F if name == "v" and self.F is not None else self.E
         return [*cast("Iterable[Linear]", module)] if self.sharing == "none" else [cast(Linear, module)]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:
+    def compressed(self, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Tensor | None]:
         # `project` leaves a note in the mask when it has compressed: the shape alone does not tell in cross-attention
         keys, values = (self._compress(name, x, mask) if mask._memo.pop(_note(name), None) is None else x for name, x in (("k", k), ("v", v)))
-        return self.attend(Part(q, keys, values, self._bias(mask, q.dtype)), memory_part(q, memory))
+        return keys, values, self._bias(mask, k.dtype)
 
     def project(self, name: str, x: Tensor, linear: Callable[[Tensor], Tensor], mask: Mask) -> Tensor:
-        if name not in self.key_side or not self._compresses_first(name, x.shape[1], linear):
+        if self.projections[name] == "query" or not self._compresses_first(name, x.shape[1], linear):
             return linear(x)
         site, of_keys = cast(Linear, linear), mask._memo.get(_note("k"), (None, None))
         again = name == "v" and of_keys[0] is x and self._sites("k") == self._sites("v")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from effzoo.annotations import Count
 from effzoo.attention.band import Window
-from effzoo.attention.core import Context, Mask
+from effzoo.attention.core import QKV, Context, Mask, Side
 from effzoo.attention.predicate import PredicateAttention
 from effzoo.devices import table
 from effzoo.errors import OptionError
@@ -36,13 +36,8 @@ class Longformer(PredicateAttention):
     """
 
     paper = "Beltagy et al. 2020, Longformer, arXiv:2004.05150, sections 3.1 and 3.2"
-    projections: tuple[str, ...] = ("q", "k", "v", "q_global", "k_global", "v_global")
-    key_side = ("k", "v", "k_global", "v_global")
-    row_side = ("q", "q_global")
-    copied_from = {"q_global": "q", "k_global": "k", "v_global": "v"}
+    projections: Mapping[str, Side] = {**QKV, "q_global": "query", "k_global": "key", "v_global": "value"}
     cost = "n * window"
-    supports_global = True
-    shift_invariant = True
 
     def __init__(
         self,
@@ -66,10 +61,10 @@ class Longformer(PredicateAttention):
             raise OptionError(f"longformer dilation is at most max_length, {context.max_length}, got {dilation}; beyond it a token sees itself alone")
         self.reach, self.dilations, self.max_globals = windows[context.layer] // 2, tuple(dilations), max_globals
         if not (context.global_tokens and not context.causal if global_projections is None else global_projections):
-            self.projections = self.projections[:3]
+            self.projections = QKV
 
     def uses(self, mask: Mask) -> tuple[str, ...]:
-        return self.projections if mask.is_global is not None else self.projections[:3]
+        return tuple(self.projections if mask.is_global is not None else QKV)
 
     def visible(self, query: Tensor, key: Tensor, *, head: Tensor, query_global: Tensor, key_global: Tensor) -> Tensor:
         dilation = self.dilations[0] if len(set(self.dilations)) == 1 else table(self.dilations, query.device)[head]

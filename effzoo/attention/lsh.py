@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effzoo.annotations import Count, Few, Seed, Whole, problem
-from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, longer, memory_part
+from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, Side, State, longer, memory_part
 from effzoo.attention.hashing import Sorted, Standing, automatic, buckets_of, draw_rotations, sort
 from effzoo.attention.part import Part, bias_of
 from effzoo.attention.rounds import HashingRounds
@@ -53,11 +53,8 @@ class LSH(AttentionCore):
     """
 
     paper = "Kitaev et al. 2020, Reformer: the efficient transformer, arXiv:2001.04451, section 2 and appendix A"
-    projections: tuple[str, ...] = ("qk", "v")
-    key_side = ("v",)  # qk is on both sides: it cannot be grouped, nor come from another sequence
-    copied_from = {"qk": "q"}
+    projections: Mapping[str, Side] = {"qk": "query and key", "v": "value"}
     cost = "n * rounds * chunk"
-    supports_cache = True
     rotations: Tensor
 
     def __init__(

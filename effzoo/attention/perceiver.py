@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from effzoo.annotations import Count
 from effzoo.attention import reference
-from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, memory_part
+from effzoo.attention.core import CompressedAttention, Context, KeysValues, Mask
 from effzoo.attention.part import Part
 from effzoo.registry import attention
 from effzoo.sites import Embedding
 
 
 @attention.register("perceiver")
-class Perceiver(AttentionCore):
+class Perceiver(CompressedAttention):
     """S = softmax(z k^T / sqrt(d)), softmax(q (S k)^T / sqrt(d)) S v: m latents z read the sequence, every query reads what they kept.
 
     The Perceiver's asymmetric cross-attention, turned into an attention kind for any encoder block: the latents of a head, [latents, d], attend the
@@ -32,9 +32,6 @@ class Perceiver(AttentionCore):
 
     paper = "Jaegle et al. 2021, Perceiver: General perception with iterative attention, arXiv:2103.03206, section 3.1"
     cost = "n * latents"
-    row_side = ("q",)
-    supports_causal = False
-    supports_cross = True
     not_causal = "its latents summarise past and future together"
 
     def __init__(self, context: Context, *, latents: Count = 128):
@@ -45,11 +42,10 @@ class Perceiver(AttentionCore):
     def initialise(self) -> None:
         nn.init.normal_(self.latents.weight)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:
-        z = self._latents().to(q.dtype).expand(q.shape[0], -1, -1, -1)
-        summary = self.attend(Part(z, k, torch.cat([k, v], dim=-1), bias=mask.key_bias(q.dtype)))
-        keys, values = summary[..., : k.shape[-1]], summary[..., k.shape[-1] :]
-        return self.attend(Part(q, keys, values), memory_part(q, memory))
+    def compressed(self, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Tensor | None]:
+        z = self._latents().to(k.dtype).expand(k.shape[0], -1, -1, -1)
+        summary = self.attend(Part(z, k, torch.cat([k, v], dim=-1), bias=mask.key_bias(k.dtype)))
+        return summary[..., : k.shape[-1]], summary[..., k.shape[-1] :], None
 
     def _latents(self) -> Tensor:
         """[heads, latents, d], with what is hung on the site."""

@@ -13,7 +13,7 @@ import abc
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,8 +40,6 @@ FACTS = {
 class PredicateAttention(AttentionCore):
     """A kind whose queries see the keys for which `visible` is true. Its options are the keyword-only parameters of its constructor."""
 
-    row_side: ClassVar[tuple[str, ...]] = ("q",)
-    supports_cache = True
     cost = "n^2"
     max_globals = 16  # room for global tokens in a sequence where they are not counted
 
@@ -77,10 +75,22 @@ class PredicateAttention(AttentionCore):
         """Whether what a query sees depends on the length of its row."""
         return "length" in self.reads
 
+    @classmethod
+    def knows_globals(cls) -> bool:
+        return "key_global" in _named_facts(cls)
+
     @property
     def has_globals(self) -> bool:
         """Whether the predicate knows global tokens."""
         return "key_global" in self.reads
+
+    @property
+    def crosses(self) -> bool:
+        return self._sights == {Window(None, None)}  # else positions are compared, which say nothing across two sequences
+
+    @property
+    def shift_invariant(self) -> bool:  # type: ignore[override]
+        return all(isinstance(sight, Window) for sight in self._sights)
 
     def forward(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         q, k, v = projected[:3]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
@@ -12,6 +14,8 @@ from effzoo.registry import attention as registry
 from effzoo.sites import Linear, Memory, RMSNorm, Seen
 from effzoo.sites.dtypes import autocasts
 from effzoo.spec import Spec
+
+KEY_SIDE = ("key", "value")  # of what is attended alone, which may come from another sequence and have fewer heads
 
 
 class Attention(nn.Module):
@@ -44,17 +48,17 @@ class Attention(nn.Module):
         super().__init__()
         self.core: AttentionCore = registry.create(spec, context)
         self.rotary, self.kv_heads = rotary, kv_heads or context.heads
-        if source_dim is not None and not self.core.supports_cross:
-            raise IncompatibleError(f"attention {self.core.name!r} attends within one sequence only; use 'full' for cross-attention")
+        if source_dim is not None:
+            self._check_crosses()
         value_dim = value_dim or context.head_dim
         self.norms = nn.ModuleDict()
-        for name in self.core.projections:
-            width = self.heads(name) * (value_dim if name.startswith("v") else context.head_dim)
-            inputs = dim if source_dim is None or name not in self.core.key_side else source_dim
+        for name, side in self.core.projections.items():
+            width = self.heads(name) * (value_dim if side == "value" else context.head_dim)
+            inputs = source_dim if source_dim is not None and side in KEY_SIDE else dim
             linear = Linear(inputs, width, bias=bias, role=f"attn.{name}", layer=context.layer)
             linear.heads = self.heads(name)
             self.add_module(name, linear)
-            if qk_norm is not None and not name.startswith("v"):
+            if qk_norm is not None and side != "value":
                 self.norms[name] = RMSNorm(context.head_dim, qk_norm, role=f"attn.norm.{name}", layer=context.layer)
         inner = context.heads * value_dim
         self.o = None
@@ -66,27 +70,28 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: Mask, *, source: Tensor | None = None, cache: Cache | None = None, rows: Tensor | None = None) -> Tensor:
         """source [batch, s, source_dim]: what is attended in cross-attention; mask then speaks of it. cache: of a causal model that decodes.
         rows [batch, r]: the positions whose output is wanted, [batch, r, dim]; None for all."""
-        if source is not None and not self.core.supports_cross:
-            raise IncompatibleError(f"attention {self.core.name!r} attends within one sequence only; use 'full' for cross-attention")
+        if source is not None:
+            self._check_crosses()
         seen = Seen(x, None if mask.valid is None or source is not None else mask.valid[:, -x.shape[1] :], self.keys_values)
         core, memory = self.core, self.remembered(seen)
         used = core.uses(mask)
         if source is not None and not autocasts(x):
             source = source.to(x.dtype)
-        inputs = {name: x if source is None or name not in core.key_side else source for name in used}
-        where = rows if core.row_side else None
+        inputs = {name: source if source is not None and self.on_key_side(name) else x for name in used}
+        where = rows if core.gives_rows else None
         places: dict[str, Tensor] = {}
         if where is not None:
-            places = {name: where for name in used if name in core.row_side}
+            places = {name: where for name in used if core.projections[name] == "query"}
             inputs |= {name: rows_of(x, where) for name in places}
         projected = [self.project(name, inputs[name], mask, places.get(name)) if name in used else None for name in core.projections]
+        given: dict[str, Any] = {"mask": mask} if memory is None else {"mask": mask, "memory": memory}
         if where is not None:
-            heads = core.rows(where, *projected, mask=mask, memory=memory)  # type: ignore[arg-type]
+            heads = core.rows(where, *projected, **given)  # type: ignore[arg-type]
         elif cache is None:
-            heads = core(*projected, mask=mask, memory=memory)
+            heads = core(*projected, **given)
         else:
             layer = core.context.layer
-            heads, cache.states[layer] = core.step(*projected, mask=mask, past=cache.states.get(layer), memory=memory)
+            heads, cache.states[layer] = core.step(*projected, past=cache.states.get(layer), **given)
         for keys, values, gate in self.memory.extras(seen):
             own = self._grouped(keys), self._grouped(values)
             added = gate[..., None, None] * self.core.alone(*projected, mask=mask, memory=own, where=where)  # type: ignore[arg-type]
@@ -98,12 +103,20 @@ class Attention(nn.Module):
 
     def heads(self, name: str) -> int:
         """How many heads a projection has: those of the key side may be grouped."""
-        return self.kv_heads if name in self.core.key_side else self.core.context.heads
+        return self.kv_heads if self.on_key_side(name) else self.core.context.heads
+
+    def on_key_side(self, name: str) -> bool:
+        """Whether a projection is of what is attended, and of that alone."""
+        return self.core.projections[name] in KEY_SIDE
+
+    def _check_crosses(self) -> None:
+        if not self.core.crosses:
+            raise IncompatibleError(f"attention {self.core.name!r} attends within one sequence only; use 'full' for cross-attention")
 
     def project(self, name: str, x: Tensor, mask: Mask, rows: Tensor | None = None) -> Tensor:
         """One projection, [batch, heads, n, head_dim]: normalised and turned where it is compared, repeated where its heads are grouped.
         rows [batch, n]: where the rows of x stand, if they are not all."""
-        turned = not name.startswith("v") and (self.rotary is not None or name in self.norms)
+        turned = self.core.projections[name] != "value" and (self.rotary is not None or name in self.norms)
         linear = getattr(self, name)
         flat = linear(x) if turned else self.core.project(name, x, linear, mask)
         count = self.heads(name)
@@ -120,15 +133,17 @@ class Attention(nn.Module):
 
     def keys_values(self, rows: Tensor) -> KeysValues:
         """What this layer's projections make of rows [..., r, source_dim]: keys [..., kv_heads, r, head_dim] and values, not rotated."""
-        of_keys = [name for name in self.core.projections if name in self.core.key_side and not name.startswith("v")]
-        names = [of_keys[0] if of_keys else self.core.projections[0], next(name for name in self.core.projections if name.startswith("v"))]
+        names = [next(name for name, side in self.core.projections.items() if what in side) for what in ("key", "value")]
         found = [rearrange(getattr(self, name)(rows), "... r (h d) -> ... h r d", h=self.heads(name)) for name in names]
         return self.norms[names[0]](found[0]) if names[0] in self.norms else found[0], found[1]
 
     def remembered(self, seen: Seen) -> KeysValues | None:
         """Keys and values of the memory site, one for each query head."""
         memory = self.memory(seen)
-        return None if memory is None else (self._grouped(memory[0]), self._grouped(memory[1]))
+        if memory is None:
+            return None
+        self.core.check_memory()
+        return self._grouped(memory[0]), self._grouped(memory[1])
 
     def _grouped(self, heads: Tensor) -> Tensor:
         """[..., kv_heads, rows, d] -> [..., heads, rows, d]; what has all heads stays."""

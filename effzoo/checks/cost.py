@@ -81,7 +81,7 @@ def measure(subject: Subject, n: int, *, causal: bool = False, dropout: float = 
     """One forward and backward pass in float32 over n positions, with padding and a few global tokens, in a core built for this length."""
     core = subject.core(causal=causal, dropout=dropout, max_length=n).float().train(dropout > 0)
     place = torch.arange(n)[None]
-    mask = Mask(place < n - 3, (place == 0) | (place == n // 2) if core.supports_global else None)
+    mask = Mask(place < n - 3, (place == 0) | (place == n // 2) if core.knows_globals() else None)
     inputs = draw(core, n, mask, batch=1, dtype=torch.float32)
     meter = Meter()
 
@@ -110,7 +110,7 @@ def cost_grows_as_declared(subject: Subject) -> None:
     for where, causal, dropout in (
         ("bidirectional", False, 0.0),
         ("bidirectional in training with dropout", False, 0.1),
-        *([("causal", True, 0.0)] if subject.cls.supports_causal else []),
+        *([] if subject.cls.not_causal else [("causal", True, 0.0)]),
     ):
         small, large = (measure(subject, n, causal=causal, dropout=dropout) for n in (short, long))
         if declared == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,25 +36,22 @@ def projections_match(subject: Subject) -> None:
     Compare `core.projections` with `inspect.signature(type(core).forward)`.
     """
     for _, core in subject.cores():
-        declared = core.projections
+        declared = list(core.projections)
         for method in ("forward", "dense", "step"):
             _match(subject.cls, method, declared)
-        for mask in (Mask(), Mask(is_global=some_global(7))) if subject.cls.supports_global else (Mask(),):
+        for mask in (Mask(), Mask(is_global=some_global(7))) if subject.cls.knows_globals() else (Mask(),):
             used = core.uses(mask)
             if tuple(name for name in declared if name in used) != tuple(used):
                 raise Failed(f"uses(mask) names {list(used)}; return some of the declared {list(declared)}, in the same order")
-    for what, names in (("key_side", subject.cls.key_side), ("copied_from", subject.cls.copied_from)):
-        strangers = [name for name in names if name not in subject.cls.projections and name not in declared]
-        if strangers:
-            raise Failed(f"{what} names {strangers[0]!r}, which is no projection; the projections are {list(subject.cls.projections)}")
 
 
-def _match(cls: type[AttentionCore], method: str, declared: tuple[str, ...]) -> None:
+def _match(cls: type[AttentionCore], method: str, declared: Sequence[str]) -> None:
     """Fail unless a method takes these projections first; it may take more, with defaults."""
     if getattr(cls, method) is getattr(AttentionCore, method):
         return
     parameters = list(inspect.signature(getattr(cls, method)).parameters.values())[1:]
-    missing = [name for name in ("mask", "memory") if name not in (p.name for p in parameters)]
+    wanted = ("mask", "memory") if cls.takes_memory() else ("mask",)
+    missing = [name for name in wanted if name not in (p.name for p in parameters)]
     if missing:
         raise Failed(f"{method} takes no {missing[0]!r}; its keywords are mask and memory (past as well in step)")
     places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in ("mask", "memory", "past")]

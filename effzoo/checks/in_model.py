@@ -23,15 +23,15 @@ METHODS = {
 
 def cases(subject: Subject) -> Iterator[Case]:
     """The kind in an encoder and, where it can be causal, in a decoder."""
-    for architecture in ("bert", "gpt2") if subject.cls.supports_causal else ("bert",):
-        yield Case(architecture, str(subject.spec), subject.cls.supports_global)
+    for architecture in ("bert",) if subject.cls.not_causal else ("bert", "gpt2"):
+        yield Case(architecture, str(subject.spec), subject.cls.knows_globals())
 
 
 def _trains(method: str, spec: str) -> Check:
     @needs("every_length")
     def check(subject: Subject) -> None:
-        if method == "prefix" and not subject.cls.supports_memory:
-            raise NotApplicable("the kind says that it takes no memory")
+        if method == "prefix" and not subject.cls.takes_memory():
+            raise NotApplicable("the kind takes no memory")
         for case in cases(subject):
             for checkpointing in (False, True):
                 model = attach(case.model(), spec)
@@ -78,9 +78,7 @@ def some_rows_alone(subject: Subject) -> None:
     """
     for case in cases(subject):
         alone, among = of_rows(case.model(), case.batch())
-        close(
-            f"{case}: rows computed alone", alone, among, 1e-10, "`rows` is `forward` at the positions `where`; without `row_side` it is not needed"
-        )
+        close(f"{case}: rows computed alone", alone, among, 1e-10, "`rows` is `forward` at the positions `where`; without `rows` all are computed")
 
 
 CHECKS: tuple[Check, ...] = (*(_trains(method, spec) for method, spec in METHODS.items()), checkpointing_is_exact, some_rows_alone)

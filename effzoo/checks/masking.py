@@ -63,7 +63,7 @@ def ragged_equals_alone(subject: Subject) -> None:
     valid = torch.arange(n) < torch.tensor(lengths)[:, None]
     advice = "blocks, scales and positions must not depend on the padded length; take them from mask.valid, max_length or an option"
     for where, core in subject.cores():
-        for what, is_global in (("", None), (", with global tokens", some_global(n) & valid))[: 1 + core.supports_global]:
+        for what, is_global in (("", None), (", with global tokens", some_global(n) & valid))[: 1 + core.knows_globals()]:
             inputs = draw(core, n, Mask(valid, is_global))
             out = core(*inputs, mask=Mask(valid, is_global))
             for row, length in enumerate(lengths):
@@ -97,12 +97,12 @@ def future_is_unseen(subject: Subject) -> None:
 
     `torch.autograd.grad(out[:, :, t].sum(), v)[0].abs().amax((0, 1, 3))` is the row of positions that output t depends on.
     """
-    if not subject.cls.supports_causal:
+    if subject.cls.not_causal:
         try:
             subject.core(causal=True)
         except EffzooError:
             raise NotApplicable("the kind says that it cannot be causal, and refuses it") from None
-        raise Failed("supports_causal is False, yet it was built in a causal context; call super().__init__(context), which refuses")
+        raise Failed("not_causal gives a reason, yet it was built in a causal context; call super().__init__(context), which refuses")
     core, n = subject.core(causal=True), 31
     for what, given in masks(core, n):
         inputs = draw(core, n, Mask(**given))
@@ -122,7 +122,7 @@ def future_changes_nothing(subject: Subject) -> None:
     Compare `core(x)[:, :, :t + 1]` with `core(x[:, :, :t + 1])`: what depends on the length, or on an order of all positions, shows here
     though no gradient does.
     """
-    if not subject.cls.supports_causal:
+    if subject.cls.not_causal:
         raise NotApplicable("the kind cannot be causal")
     core, n = subject.core(causal=True), 31
     if core.later_values_matter:
@@ -147,12 +147,12 @@ def global_tokens(subject: Subject) -> None:
     Compare `core.pattern(n, mask)[row]` with the keys that forward shows; a global key stands in the window and among the global columns,
     and must be counted once.
     """
-    if not subject.cls.supports_global:
+    if not subject.cls.knows_globals():
         try:
             subject.core().check(Mask(is_global=some_global(16)))
         except EffzooError:
             raise NotApplicable("the kind says that it has no global tokens, and refuses them") from None
-        raise Failed("supports_global is False, yet check(mask) let global tokens pass; leave AttentionCore.check as it is")
+        raise Failed("no `visible` asks for key_global, yet check(mask) let global tokens pass; leave AttentionCore.check as it is")
     subject.needs_definition()
     advice = "each example has its own global tokens, given by mask.is_global; a global key in the window counts once"
     for where, core in subject.cores():

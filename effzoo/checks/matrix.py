@@ -108,7 +108,7 @@ def as_expert(method: str) -> str:
 def case(kind: Kind, architecture: str) -> Case:
     """The tiny model of an architecture with an attention kind."""
     name, choices = ARCHITECTURES[architecture]
-    return Case(name, str(kind.spec), kind.cls.supports_global and architecture != "perceiver", tuple(choices.items()))
+    return Case(name, str(kind.spec), kind.cls.knows_globals() and architecture != "perceiver", tuple(choices.items()))
 
 
 def cell(method: Tuned, kind: Kind, architecture: str) -> Cell:

@@ -11,7 +11,21 @@ from effzoo.attention import reference
 from effzoo.attention.core import AttentionCore, Mask, State
 from effzoo.blocks import Attention
 from effzoo.checks.runner import Failed, NotApplicable, close, needs
-from effzoo.checks.subject import BATCH, HEADS, WIDTH, Subject, cut, draw, gradients, memory_rows, padding, same_as, same_as_definition, some_global
+from effzoo.checks.subject import (
+    BATCH,
+    HEADS,
+    WIDTH,
+    Subject,
+    cut,
+    draw,
+    given,
+    gradients,
+    memory_rows,
+    padding,
+    same_as,
+    same_as_definition,
+    some_global,
+)
 from effzoo.errors import EffzooError
 
 
@@ -22,13 +36,12 @@ def memory_is_attended(subject: Subject) -> None:
     Give memory values of 1e3: every output row must move. Compare with `core.dense(..., memory=memory)`, one softmax over both.
     """
     valid, memory = padding(16), memory_rows()
-    if not subject.cls.supports_memory:
-        core = subject.core()
+    if not subject.cls.takes_memory():
         try:
-            core(*draw(core, 16, Mask(valid)), mask=Mask(valid), memory=memory)
+            subject.core().check_memory()
         except EffzooError:
-            raise NotApplicable("the kind says that it takes no memory, and refuses it") from None
-        raise Failed("supports_memory is False, yet memory was taken without a word; raise IncompatibleError, or prefix tuning learns nothing")
+            raise NotApplicable("the kind takes no memory: its forward has no such parameter, and it refuses one") from None
+        raise Failed("forward has no parameter `memory`, yet check_memory let a memory pass; leave AttentionCore.check_memory as it is")
     for where, core in subject.cores():
         inputs = draw(core, 16, Mask(valid))
         without, out = core(*inputs, mask=Mask(valid)), core(*inputs, mask=Mask(valid), memory=memory)
@@ -42,7 +55,7 @@ def memory_is_attended(subject: Subject) -> None:
             continue
         for n in (7, 31):
             same_as_definition(core, n, f"{where} with memory", advice, memory, valid=padding(n))
-        if subject.cls.supports_global:
+        if subject.cls.knows_globals():
             same_as_definition(core, 31, f"{where} with memory and global tokens", advice, memory, is_global=some_global(31))
 
 
@@ -52,9 +65,9 @@ def crosses_to_a_source(subject: Subject) -> None:
 
     `core(q, k[:, :, :7], v[:, :, :7], mask=Mask(valid_of_the_keys))`: look for a length or a mask that is taken from q where k is meant.
     """
-    if not subject.cls.supports_cross:
+    if not subject.core().crosses:
         raise NotApplicable("the kind attends within one sequence only")
-    core, memory = subject.core(), memory_rows()
+    core, memory = subject.core(), memory_rows() if subject.cls.takes_memory() else None
     own = subject.cls.dense is not AttentionCore.dense
 
     def dense(*projected: Tensor, mask: Mask, memory: Any) -> Tensor:
@@ -67,7 +80,7 @@ def crosses_to_a_source(subject: Subject) -> None:
     for n, keys in ((7, 31), (31, 7), (1, 16), (16, 1)):
         for what, valid in (("", None), (" with padding", padding(keys))):
             inputs = draw(core, n, Mask(valid), keys=keys)
-            out = core(*inputs, mask=Mask(valid), memory=memory)
+            out = core(*inputs, **given(Mask(valid), memory))
             expected = dense(*inputs, mask=Mask(valid), memory=memory)
             same_as(out, expected, core, inputs, f"{n} queries and {keys} keys{what}", advice, memory)
 
@@ -78,33 +91,27 @@ def cache_equals_forward(subject: Subject) -> None:
 
     Print the keys that the state holds after each step; the newest position must see itself, and padding in front must stay unseen.
     """
-    if not subject.cls.supports_cache:
-        core = subject.core()
-        try:
-            core.step(*draw(core, 3, Mask()), mask=Mask(), past=None)
-        except EffzooError:
-            raise NotApplicable("the kind says that it keeps no cache, and refuses to step") from None
-        raise Failed("supports_cache is False, yet step worked; declare supports_cache = True, or leave step as it is")
-    if not subject.cls.supports_causal:
-        raise Failed("supports_cache is True for a kind that cannot be causal; only causal kinds decode")
+    if not subject.cls.decodes():
+        raise NotApplicable("the kind cannot be causal" if subject.cls.not_causal else "the kind has no `step` beside its `forward`")
     core, sizes = subject.core(causal=True), (12, 1, 1, 5, 1, 11)
     n, advice = sum(sizes), "keep every key that a later query can see, and count positions and mask.valid from the first one on"
     front = torch.arange(n) >= torch.tensor([0, 3, 9])[:, None]
+    marked = some_global(n) & front & (torch.arange(n) < sizes[0])
     for what, valid, memory, is_global in (
         ("", None, None, None),
         (" with padding in front", front, None, None),
-        (" with padding in front and memory", front, memory_rows(), None),
-        (" with global tokens in the prompt", front, None, some_global(n) & front & (torch.arange(n) < sizes[0])),
-    )[: 3 + subject.cls.supports_global]:
+        *([(" with padding in front and memory", front, memory_rows(), None)] if subject.cls.takes_memory() else []),
+        *([(" with global tokens in the prompt", front, None, marked)] if subject.cls.knows_globals() else []),
+    ):
         inputs, state, end = draw(core, n, Mask(valid, is_global)), None, 0
         for size in sizes:
             start, end = end, end + size
             of_keys = None if valid is None else valid[:, :end]
             prompt = is_global[:, :end] if is_global is not None and start == 0 else None
             now = _only(cut(inputs, places=slice(start, end)), core, Mask(of_keys, prompt))
-            out, state = core.step(*now, mask=Mask(of_keys, prompt), past=state, memory=memory)
+            out, state = core.step(*now, past=state, **given(Mask(of_keys, prompt), memory))
             every = Mask(of_keys, None if is_global is None else is_global[:, :end])
-            expected = core(*cut(inputs, places=slice(end)), mask=every, memory=memory)[:, :, start:]
+            expected = core(*cut(inputs, places=slice(end)), **given(every, memory))[:, :, start:]
             here = torch.ones(BATCH, size, dtype=torch.bool) if valid is None else valid[:, start:end]
             here = here[:, None, :, None]
             step = f"the step over {size} positions after {start}{what}: its rows"

@@ -94,7 +94,7 @@ def dropout_only_in_training(subject: Subject) -> None:
 
     `core.train()` and `core.eval()` with dropout 0.5 in the context; `self.dropout` is the probability that holds now.
     """
-    for causal in (False, True) if subject.cls.supports_causal else (False,):
+    for causal in (False, True) if not subject.cls.not_causal else (False,):
         plain, dropping = subject.core(causal=causal), subject.core(causal=causal, dropout=0.5)
         inputs = draw(plain, 31, Mask())
         expected = plain(*inputs, mask=Mask())
@@ -111,7 +111,7 @@ def dropout_keeps_the_mean(subject: Subject) -> None:
 
     With `v = torch.eye(8)` and 8 positions the output is the attention weights: in training each is 0 or weight / (1 - p).
     """
-    for causal in (False, True) if subject.cls.supports_causal else (False,):
+    for causal in (False, True) if not subject.cls.not_causal else (False,):
         core = subject.core(causal=causal, dropout=DROPOUT)
         where = "causal" if causal else "bidirectional"
         _mean(core, where)
@@ -142,7 +142,7 @@ def _weights(core: AttentionCore, where: str, rows: int = 200) -> None:
     inputs = [x.detach().expand(rows, -1, -1, -1).contiguous() for x in live(draw(core, WIDTH, Mask(), batch=1))]
     names = core.uses(Mask())
     eye = torch.eye(WIDTH, dtype=torch.float64).expand(rows, HEADS, -1, -1)
-    values = [eye if name.startswith("v") else x for name, x in zip(names, inputs, strict=True)]
+    values = [eye if core.projections[name] == "value" else x for name, x in zip(names, inputs, strict=True)]
     filled = [dict(zip(names, values, strict=True)).get(name) for name in core.projections]
     weights, dropped = core.eval()(*filled, mask=Mask()).detach(), core.train()(*filled, mask=Mask()).detach()
     core.eval()
@@ -245,7 +245,7 @@ def devices(subject: Subject) -> None:
         n, valid = 31, padding(31)
         for device in names:
             # on meta no kind can know how many global tokens there are
-            is_global = some_global(n) & valid if subject.cls.supports_global and device != "meta" else None
+            is_global = some_global(n) & valid if subject.cls.knows_globals() and device != "meta" else None
             mask = Mask(valid.to(device), None if is_global is None else is_global.to(device))
             inputs = [None if x is None else x.detach().to(device).requires_grad_() for x in draw(core, n, Mask(valid, is_global))]
             try:

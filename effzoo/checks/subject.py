@@ -46,7 +46,7 @@ class Subject:
     def cores(self, **options: Any) -> Iterator[tuple[str, AttentionCore]]:
         """Bidirectional and, where the kind can be, causal."""
         yield "bidirectional", self.core(**options)
-        if self.cls.supports_causal:
+        if not self.cls.not_causal:
             yield "causal", self.core(causal=True, **options)
 
     @property
@@ -67,7 +67,7 @@ def draw(core: AttentionCore, n: int, mask: Mask, batch: int = BATCH, dtype: tor
     """The projections that the core uses with this mask, [batch, heads, n, head_dim] each, and None for the others; keys: another length for them."""
     source, used = torch.Generator().manual_seed(n + 1000 * seed), core.uses(mask)
     heads, width = core.context.heads, core.context.head_dim
-    lengths = [keys if keys and name in core.key_side else n for name in core.projections]
+    lengths = [keys if keys and side in ("key", "value") else n for side in core.projections.values()]
     drawn = [torch.randn(batch, heads, length, width, dtype=torch.float64, generator=source) for length in lengths]
     return [x.to(dtype).requires_grad_() if name in used else None for name, x in zip(core.projections, drawn, strict=True)]
 
@@ -76,6 +76,11 @@ def memory_rows(rows: int = 3) -> KeysValues:
     source = torch.Generator().manual_seed(99)
     keys, values = torch.randn(2, HEADS, rows, WIDTH, dtype=torch.float64, generator=source)
     return keys.requires_grad_(), values.requires_grad_()
+
+
+def given(mask: Mask, memory: KeysValues | None) -> dict[str, Any]:
+    """What a core is called with beside its projections, as in its layer: kinds that take no memory do not name it."""
+    return {"mask": mask} if memory is None else {"mask": mask, "memory": memory}
 
 
 def padding(n: int) -> Tensor:
@@ -95,7 +100,7 @@ def masks(core: AttentionCore, n: int) -> Iterator[tuple[str, dict[str, Any]]]:
     valid = padding(n)
     yield "", {}
     yield " with padding", {"valid": valid}
-    if core.supports_global:
+    if core.knows_globals():
         yield " with global tokens", {"is_global": some_global(n)}
         yield " with global tokens and padding", {"valid": valid, "is_global": some_global(n) & valid}
 
@@ -124,7 +129,7 @@ def gradients(out: Tensor, inputs: list[Tensor], rows: Tensor | None = None, *, 
 def same_as_definition(core: AttentionCore, n: int, where: str, advice: str, memory: KeysValues | None = None, **mask: Any) -> None:
     """Forward and all gradients of a core against its dense definition."""
     inputs = draw(core, n, Mask(**mask))
-    out = core(*inputs, mask=Mask(**mask), memory=memory)
+    out = core(*inputs, **given(Mask(**mask), memory))
     expected = core.dense(*inputs, mask=Mask(**mask), memory=memory)
     same_as(out, expected, core, inputs, f"{where}, n = {n}", advice, memory)
 

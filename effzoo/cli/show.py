@@ -52,7 +52,7 @@ def attention_() -> None:
     rows = table("attention", "cost", "causal", "globals", "what it computes")
     for name in attention.names():
         cls = attention.get(name)
-        row = (name, cls.cost, _yes(cls.supports_causal), _yes(cls.supports_global), describe.first_sentence(cls))
+        row = (name, cls.cost, _yes(not cls.not_causal), _yes(cls.knows_globals()), describe.first_sentence(cls))
         rows.add_row(*map(Text, row))
     say(rows, "\neffzoo show NAME draws which query sees which key.")
 
@@ -186,15 +186,15 @@ def _show_model(spec: Spec) -> None:
 
 def _show_attention(spec: Spec, n: int | None, causal: bool, save: Path | None) -> None:
     cls, out = attention.get(spec.name), console()
-    is_global = (0,) if cls.supports_global else ()
+    is_global = (0,) if cls.knows_globals() else ()
     n = _picture_size(spec) if n is None else n
     picture = plots.pattern_text(_spec(spec), n, is_global=is_global, causal=causal, width=48, colour=out.is_terminal)
     traits = [
         ("cost", cls.cost),
         ("projections", ", ".join(cls.projections)),
-        ("causal", _yes(cls.supports_causal)),
-        ("memory", f"{_yes(cls.supports_memory)} (prefix tuning)"),
-        ("global tokens", _yes(cls.supports_global)),
+        ("causal", f"no: {cls.not_causal}" if cls.not_causal else "yes"),
+        ("memory", f"{_yes(cls.takes_memory())} (prefix tuning)"),
+        ("global tokens", _yes(cls.knows_globals())),
     ]
     _head(attention, spec, "an attention kind", traits)
     say("", Text.from_ansi(picture))

@@ -68,7 +68,7 @@ def load_pretrained(model: Any, source: Any) -> Any:
     """Copy the weights of a source into a model, and return the model; its dtype, device, training mode and what is trainable stay.
 
     source: a live model of transformers, a local folder or a hub id, of the same architecture and sizes. The model may have another
-    attention (new projections start as `copied_from` says, other new tensors stay as they are), another max_length
+    attention (new projections start as those that are queries, keys or values there, other new tensors stay as they are), another max_length
     (positions are repeated, or cut) and another task (its head stays as it is; BERT's pooler is part of the
     classification head). INFO records of the logger "effzoo.convert" list what was copied, new and unused.
 

@@ -84,7 +84,7 @@ def _stands_beside(model: Transformer, key: str) -> str:
     if match is None:
         return ""
     layer, norms, projection, parameter = match.groups(default="")
-    origin = list(model.cores())[int(layer)].copied_from.get(projection)
+    origin, *_ = list(model.cores())[int(layer)].starts_from(projection) or [""]
     return f"blocks.{layer}.attn.{norms}{origin}.{parameter}" if origin else ""
 
 

@@ -91,8 +91,8 @@ def supported(case: Case) -> str:
     from effzoo.registry import attention
 
     core = attention.get(parse_one(case.attention).name)
-    if case.mode == "decode" and not (core.supports_causal and core.supports_cache):
-        return "keeps no cache for decoding" if core.supports_causal else f"cannot be causal: {core.not_causal}"
+    if case.mode == "decode" and not core.decodes():
+        return f"cannot be causal: {core.not_causal}" if core.not_causal else "keeps no cache for decoding"
     return ""
 
 

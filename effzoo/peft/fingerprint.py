@@ -32,7 +32,8 @@ NOT_THE_FUNCTION = {  # attributes of modules, and why they do not count
     "FeedForward.chunk": "the same result, fewer positions at a time",
     "max_globals": "a limit: more global tokens are an error", "Side.narrow": "for networks of adapters",
     "sizes": "as `config`", "roster": "of adapters", "told": "of adapters", "again": "computed twice, to the same bits", "weighted": "of the loss",
-    "later_values_matter": "an explanation", "bits": "of the codes, which say it themselves", "Embedding.added": "which rows are called new",
+    "later_values_matter": "an explanation", "projections": "they are sites",
+    "bits": "of the codes, which say it themselves", "Embedding.added": "which rows are called new",
 }  # fmt: skip
 WITHOUT = " without rows "
 _OF_ANY_MODULE = vars(nn.Module())
@@ -108,7 +109,7 @@ def facts(model: nn.Module) -> dict[str, Any]:
 def difference(theirs: Fingerprint, ours: Fingerprint) -> str | None:
     """The first thing in which a stored fingerprint and that of the model at hand differ, in words with both values; None when they are equal."""
     for them, us in ((theirs.facts, ours.facts), (theirs.tensors, ours.tensors)):
-        for name in [*them, *(name for name in us if name not in them)]:
+        for name in [name for name in (*them, *(name for name in us if name not in them)) if name.rpartition(".")[2] != "projections"]:
             if name not in us:
                 return f"{name}: {_shown(them[name])} in the file, nothing of that name in this model"
             if name not in them:

@@ -62,7 +62,7 @@ class Teaching:
         """What the teacher makes of the inputs of a batch."""
         known = accepted(self.teacher)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        if not any(getattr(core, "supports_global", False) for core in _cores(self.teacher)):
+        if not any(core.knows_globals() for core in _cores(self.teacher)):
             inputs.pop("global_attention_mask", None)
         for name in inputs:
             if name not in known:

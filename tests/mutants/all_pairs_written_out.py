@@ -10,7 +10,8 @@ KILLED_BY = "cost_grows_as_declared"
 class Mutant(Longformer):
     """Longformer attention as full attention under a mask."""
 
-    supports_global = False
+    def visible(self, query, key):
+        return (query - key).abs() <= self.reach
 
     def forward(self, q, k, v, q_global=None, k_global=None, v_global=None, *, mask, memory=None):
         return self.attend(Part(q, k, v, bias_of(self.pattern(q.shape[2], mask).to(q.device), q.dtype)), memory_part(q, memory))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from einops import reduce
@@ -39,21 +40,22 @@ def slice_blocks(narrow: Sequence[nn.Module], wide: Sequence[nn.Module], places:
                     f"ladder: init='pruned' takes slices of the same matrices of the base, and {path} is not in its blocks (are feed-forwards "
                     "experts?); use init='random'"
                 )
-            _copy(path, site, origin[path], kept)
+            _copy(path, slim, site, origin[path], kept)
     assert kept_stream is not None
     return kept_stream
 
 
-def _spaces(path: str) -> tuple[str, str] | None:
-    """What the rows and the columns of a matrix stand for; None for those that a kind has beside its projections."""
+def _spaces(path: str, block: nn.Module) -> tuple[str, str] | None:
+    """What the rows and the columns of a matrix of the block stand for; None for those that a kind has beside its projections."""
     if path in _SPACES:
         return _SPACES[path]
     kind, _, name = path.partition(".")
-    return None if kind != "attn" or "." in name else (VALUES if name.startswith("v") else COMPARED, STREAM)
+    side = cast(Any, block.get_submodule("attn")).core.projections.get(name) if kind == "attn" else None
+    return None if side is None else (VALUES if side == "value" else COMPARED, STREAM)
 
 
 def _matrices(block: nn.Module) -> list[tuple[str, Linear, tuple[str, str]]]:
-    return [(path, site, spaces) for path, site in sites(block) if isinstance(site, Linear) and (spaces := _spaces(path))]
+    return [(path, site, spaces) for path, site in sites(block) if isinstance(site, Linear) and (spaces := _spaces(path, block))]
 
 
 def _sizes(block: nn.Module) -> dict[str, int]:
@@ -93,9 +95,9 @@ def _largest(space: str, scores: Tensor, size: int, turned: bool) -> Tensor:
     return scores.topk(size).indices.sort().values
 
 
-def _copy(path: str, slim: Site, broad: Site, kept: dict[str, Tensor]) -> None:
+def _copy(path: str, block: nn.Module, slim: Site, broad: Site, kept: dict[str, Tensor]) -> None:
     """Fill one site of the narrow block."""
-    spaces = _spaces(path) if isinstance(slim, Linear) else None
+    spaces = _spaces(path, block) if isinstance(slim, Linear) else None
     for name, parameter in slim.base().items():
         value: Tensor = getattr(broad, name)
         if spaces is not None and isinstance(slim, Linear):
