@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from effzoo.attention import flex
 from effzoo.attention.backends import BACKENDS, choose, drawn_seed, placed
 from effzoo.attention.part import Cut, Part, Tile, factor
-from effzoo.attention.traced import Opaque, Seeded, Traced
+from effzoo.attention.traced import Told, Traced
 from effzoo.errors import InputError
 
 __all__ = ["BACKENDS", "attend", "attended", "choose", "merge"]
@@ -60,13 +60,13 @@ def attended(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> tuple
     # parts may share their queries, but compiled code takes each tensor once
     queries = [p.q.view_as(p.q) if any(p.q is other.q for other in parts[:i]) else p.q for i, p in enumerate(parts)]
     tensors = [(q, p.k, p.v, *p.brought) for q, p in zip(queries, parts, strict=True)]
-    if not torch.compiler.is_compiling():
-        ways = [placed(part, name, dropout) for part in parts]
-    elif dropout == 0:
-        ways = [(part.way, Opaque(backend, part.scale)) for part in parts]
+    if torch.compiler.is_compiling():
+        if any(part.layout is not None and not isinstance(part.layout, Traced) for part in parts):
+            raise InputError("compiled code finds tiles when it runs; give attend parts with a layout of their own in eager code")
+        ways: list[Any] = [(part.layout or Traced(causal=part.causal), Told(backend, part.scale, dropout)) for part in parts]
+        tensors = [(q, k, v, drawn_seed() if dropout else None, *given) for q, k, v, *given in tensors]
     else:
-        ways = [(Seeded(part.way), Opaque(backend, part.scale, dropout)) for part in parts]
-        tensors = [(q, k, v, drawn_seed(), *given) for q, k, v, *given in tensors]
+        ways = [placed(part, name, dropout) for part in parts]
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # as the first line of `_Merged`, without its cost
         return merge(*(way.forward(kernel, *own) for (way, kernel), own in zip(ways, tensors, strict=True)))  # type: ignore[arg-type]
     found: tuple[Tensor, Tensor] = _Merged.apply(ways, [len(each) for each in tensors], *(x for each in tensors for x in each))  # type: ignore[no-untyped-call]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from effzoo.annotations import Count, Few, Seed, Whole, problem
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, Side, State, longer, memory_part
-from effzoo.attention.hashing import Sorted, Standing, automatic, buckets_of, draw_rotations, sort
+from effzoo.attention.hashing import automatic, buckets_of, draw_rotations, sort
 from effzoo.attention.part import Part, bias_of
 from effzoo.attention.rounds import HashingRounds
 from effzoo.attention.traced import Traced, number_of
@@ -129,11 +129,6 @@ class LSH(AttentionCore):
         return draw_rotations(self._seed, self.context.layer, rounds, self.context.heads, self.context.head_dim, self.factors)
 
     @property
-    def _ring(self) -> bool:
-        """Whether chunks of different rounds meet; their buckets are never the same."""
-        return self.circular and (self._rounds == 1 or not self.within_buckets)
-
-    @property
     def _times(self) -> int:
         """How often a query sees what it sees in every round."""
         return 1 if self.count_once else self._rounds
@@ -143,7 +138,8 @@ class LSH(AttentionCore):
         if n <= self.chunk and not (self.within_buckets or self.circular):  # every round would see everything once
             part, times = self._one_chunk(qk, k, v, mask), 1
         else:
-            part, times = self._in_rounds(qk, k, v, mask), self._times
+            layout = Traced(self._number) if torch.compiler.is_compiling() else self._layout
+            part, times = Part(qk, k, v, scale=1.0, layout=layout, given=[self._buckets(qk, mask)]), self._times
         out, lse = self.attended(part, _memory_part(qk, memory, times))
         if memory is not None:
             return out
@@ -171,81 +167,16 @@ class LSH(AttentionCore):
 
         return Part(qk, k, v, mask.memo(("lsh", qk.shape[2], self.context.causal, qk.dtype), make), scale=1.0)
 
-    def _in_rounds(self, qk: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Part:
-        """What is seen in all rounds."""
-        lengths = torch.full(qk.shape[:1], qk.shape[2], device=qk.device) if mask.valid is None else mask.valid.sum(dim=1)
-        buckets = self._buckets(qk, mask)
-        if torch.compiler.is_compiling():
-            return Part(qk, k, v, scale=1.0, layout=Traced(self._number), given=[buckets, lengths])
-        ((_, part),) = self.parts(qk, k, v, buckets, lengths)
-        return part
-
     def parts(self, q: Tensor, k: Tensor, v: Tensor, *given: Tensor | None) -> list[tuple[list[int], Part]]:
-        """All heads, given their buckets and how many tokens there are."""
-        found, lengths = given
-        assert found is not None and lengths is not None
+        """All heads, given their buckets."""
+        return [(list(range(q.shape[1])), Part(q, k, v, scale=1.0, layout=self._layout, given=given))]
 
-        def cut(buckets: Tensor, lengths: Tensor) -> Sorted:
-            return Sorted(buckets, lengths, chunk=self.chunk, before=self.before, after=self.after, circular=self._ring)
-
-        def biases(tiles: Sorted, buckets: Tensor) -> Iterator[Tensor]:
-            met = self._met(tiles, buckets.flatten(1, 2))
-            for index in range(tiles.rounds):
-                bias = bias_of(self._allowed(tiles, met, index), q.dtype)
-                if self.count_once:
-                    bias -= self._meetings(met, index, tiles.chunks).clamp(min=1).to(bias.dtype).log()
-                yield bias
-
-        return [(list(range(q.shape[1])), Part(q, k, v, scale=1.0, layout=HashingRounds(cut, biases, lengths), given=[found]))]
-
-    def _met(self, tiles: Sorted, buckets: Tensor) -> list[Standing]:
-        """Where the tokens in the tiles of all rounds stand in each round; nothing when no option asks."""
-        if not (self.within_buckets or self.count_once):
-            return []
-        where = tiles.place if self.stable else tiles.place // tiles.chunk
-        named = buckets.int() + torch.arange(tiles.rounds, dtype=torch.int32, device=buckets.device)[:, None, None] * (math.prod(self.factors) + 1)
-        every = [slice(one, one + 1) for one in range(tiles.rounds)]
-        return [Standing(*(cut(x[one]) for x in (where, named) for cut in (tiles.of_queries, tiles.of_keys))) for one in every]
-
-    def _allowed(self, tiles: Sorted, met: list[Standing], index: int) -> Tensor:
-        """bool[groups, chunks, chunk, width]: what queries see in a round."""
-        query = tiles.position[index].unsqueeze(-1)
-        key = tiles.key_position[index].unsqueeze(-2)
-        empty = tiles.n  # what stands at slots without a token
-        allowed = key < query.masked_fill(query == empty, -1) if self.context.causal else (key != query) & (key < empty) & (query < empty)
-        if self.within_buckets:
-            allowed = allowed & met[index].same_bucket(index)
-        if self.stable:
-            slot, key_slot = (torch.arange(size, device=query.device) for size in (tiles.chunk, tiles.width))
-            ahead = key_slot - slot[:, None]  # counted from look_back chunk places before the query
-            allowed = allowed & (ahead >= 0) & (ahead <= (self.before + self.after) * self.chunk)
-        return allowed
-
-    def _meetings(self, met: list[Standing], index: int, chunks: int) -> Tensor:
-        """N_ij: how often the query and the key of each pair in the tiles of round `index` meet in all rounds."""
-        total: Tensor | int = 0
-        for one, mine in enumerate(met):
-            for other, theirs in enumerate(met):
-                times = self._meet(one, mine.query[index], other, theirs.key[index], chunks)
-                if times is not None:
-                    total = total + (times * mine.same_bucket(index) if self.within_buckets else times)
-        assert isinstance(total, Tensor)
-        return total
-
-    def _meet(self, one: int, query: Tensor, other: int, key: Tensor, chunks: int) -> Tensor | None:
-        """How often queries that stand at `query` [..., m] in round `one` see keys at `key` [..., s] of round `other`, [..., m, s]; None: never.
-
-        Places are slots when stable, else chunks. A ring of chunks may show a chunk twice.
-        """
-        if one != other and not self._ring:
-            return None
-        gap = query.unsqueeze(-1) - key.unsqueeze(-2)
-        if self.stable:
-            return ((gap >= -self.after * self.chunk) & (gap <= self.before * self.chunk)).to(torch.int16)
-        if not self._ring:
-            return ((gap >= -self.after) & (gap <= self.before)).to(torch.int16)
-        gap = gap + (one - other) * chunks
-        return torch.stack([(gap - offset) % (self._rounds * chunks) == 0 for offset in range(-self.after, self.before + 1)]).sum(0).to(torch.int16)
+    @property
+    def _layout(self) -> HashingRounds:
+        """What is seen in all rounds. Buckets of different rounds are never the same, so within them several rounds make no ring."""
+        options = self.within_buckets, self.count_once, self.stable, self.context.causal
+        ring = self.circular and (self._rounds == 1 or not self.within_buckets)
+        return HashingRounds(self.chunk, self.before, self.after, ring, *options, padding=math.prod(self.factors))
 
     def _buckets(self, qk: Tensor, mask: Mask) -> Tensor:
         """[rounds, batch, heads, n], one more than the largest at padding; decided once for a batch, however often a block is computed."""
@@ -280,15 +211,8 @@ class LSH(AttentionCore):
 
         buckets and place, the rank of a position by (bucket, position), are [rounds, batch, heads, n].
         """
-        rounds, n = range(len(buckets)), buckets.shape[-1]
-        where = place if self.stable else place // self.chunk
-        total = torch.zeros(*buckets.shape[1:3], n - start, n, dtype=torch.int16, device=buckets.device)
-        for one in rounds:
-            for other in rounds:
-                met = self._meet(one, where[one][..., start:], other, where[other], -(-n // self.chunk))
-                if met is not None:
-                    same = buckets[one][..., start:, None] == buckets[other][..., None, :]
-                    total = total + (met * same if self.within_buckets else met)
+        n, stands = buckets.shape[-1], (place if self.stable else place // self.chunk, buckets)
+        total = self._layout.meetings((stands[0][..., start:], buckets[..., start:]), stands, -(-n // self.chunk))
         position = torch.arange(n, device=buckets.device)
         query = position[start:, None]
         valid = torch.ones(1, n, dtype=torch.bool, device=buckets.device) if mask.valid is None else mask.valid

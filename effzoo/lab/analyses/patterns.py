@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effzoo.attention import AttentionCore, Mask
-from effzoo.attention.hashing import Sorted, buckets_of, sort
+from effzoo.attention.hashing import buckets_of, sort
+from effzoo.attention.rounds import HashingRounds, Sorted
 from effzoo.errors import OptionError
 
 
@@ -75,8 +76,7 @@ def in_order_of(pairs: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
 def within_reach(buckets: Tensor, chunk: int, back: int = 1) -> Tensor:
     """bool[rounds, batch, heads, n, n]: whether key j is in the chunk of query i or in `back` chunks before it, once sorted by buckets [..., n]."""
     rounds, batch, heads, n = buckets.shape
-    lengths = torch.full((batch,), n, device=buckets.device)
-    tiles = Sorted(buckets, lengths, chunk=chunk, before=back, after=0, circular=False)
+    tiles = Sorted(HashingRounds(chunk, before=back), buckets)
     query, key = tiles.position.long(), tiles.key_position.long()  # n where a slot is empty
     place = query.unsqueeze(-1) * (n + 1) + key.unsqueeze(-2)
     found = torch.zeros(rounds, batch * heads, (n + 1) ** 2, dtype=torch.bool, device=buckets.device)
