@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from effzoo.attention import band as module
 from effzoo.attention import reference
-from effzoo.attention.band import Band, Sees, Window, _runs
+from effzoo.attention.band import Sees, Window, cut
 from effzoo.attention.kernel import attend
 from effzoo.attention.part import Part
+from effzoo.attention.tiles import Tiles
 from tests.doubles import calls, on
 
 SHAPES = st.fixed_dictionaries(
@@ -17,26 +18,26 @@ SHAPES = st.fixed_dictionaries(
 )
 
 
-def built(n: int, left: int, right: int, dilation: int) -> tuple[Band, Sees]:
+def built(n: int, left: int, right: int, dilation: int) -> tuple[Tiles, Sees]:
     """The tiles of a window, also of one that sees everything, and its predicate."""
 
     def sees(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         gap = query - key
         return (gap <= max(left, 1) * dilation) & (gap >= -right * dilation) & (gap % dilation == 0)
 
-    band = Window(max(left, 1), right, dilation).cut(n, False)
-    return band or Band(n, 1, _runs(n, min(n, 32), lambda query, queries: (query - n, query + 2 * n))), sees
+    band = Window(max(left, 1), right, dilation).cut(n, False, sees)
+    return band or Tiles(n, cut(n, min(n, 32), lambda query, queries: (query - n, query + 2 * n), sees)), sees
 
 
-def definition(band: Band, sees: Sees) -> torch.Tensor:
+def definition(band: Tiles, sees: Sees) -> torch.Tensor:
     place = torch.arange(band.n)
     return sees(place[:, None], place[None])
 
 
-def added(band: Band, x: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
-    total = band.no_keys(x)
+def added(band: Tiles, x: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
+    total = None
     for index, grad in enumerate(gradients):
-        band.add_keys(total, index, grad)
+        total = band.add_keys(total, x, index, grad)
     return band.of_keys(total, x)
 
 
@@ -52,15 +53,14 @@ def test_tiles_hold_the_pairs_of_the_definition(shape, seed):
     place = torch.arange(1, band.n + 1).expand(batch, 1, band.n).unsqueeze(-1)  # 0 stands for what fills up
     found = torch.zeros(batch, band.n + 1, band.n + 1, dtype=torch.int)
     places = place.float()
-    tiles = band.tiles(places, places, places, band.given(sees, held, places))
+    tiles = band.tiles(places, places, places, [held])
     for (query, key, _, bias, _), run in zip(tiles, band.runs, strict=True):
         of = torch.arange(batch).repeat_interleave(len(query) // batch)[:, None, None]
         seen = torch.ones(query.shape[0], query.shape[2], key.shape[2], dtype=torch.int)
         found[of, query[:, 0].long(), key[:, 0].long().transpose(1, 2)] += seen if bias is None else seen * (bias[:, 0] == 0)
-        assert query.shape[2] == run.queries and key.shape[2] == run.keys
+        assert query.shape[2] == run.queries.length and key.shape[2] == run.keys.length
     assert torch.equal(found[:, 1:, 1:], wanted.int())
-    if band.n % band.dilation == 0 or held is not None:
-        assert not found[:, 1:, 0].any()
+    assert not found[:, 1:, 0].any()
 
 
 @settings(deadline=None, max_examples=60)
@@ -69,8 +69,8 @@ def test_rows_go_there_and_back_and_gradients_of_keys_are_the_adjoint(shape):
     batch = shape.pop("batch")
     band, _ = built(**shape)
     x = torch.randn(batch, 2, band.n, 3, dtype=torch.float64)
-    assert torch.equal(band.join(band.rows(x)), x)
-    keys = band._keys(x)
+    assert torch.equal(band.join(list(band.rows(x))), x)
+    keys = [run.keys.take(band._dense(x)) for run in band.runs]
     gradients = [torch.randn_like(key) for key in keys]
     there = sum((key * y).sum() for key, y in zip(keys, gradients, strict=True))
     torch.testing.assert_close(there, (x * added(band, x, gradients)).sum(), rtol=1e-10, atol=1e-10)
@@ -87,7 +87,7 @@ def test_attention_over_a_band_is_its_definition_forward_and_backward(backend, t
     with on(backend) as name:
         for of_keys in (None, held):
             leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-            out = attend(Part(*leaves, layout=band, given=band.given(sees, of_keys, q)), backend=name)
+            out = attend(Part(*leaves, layout=band, given=[of_keys]), backend=name)
             allowed = definition(band, sees)[None, None] if of_keys is None else definition(band, sees) & of_keys[:, None, None, :]
             twins = [x.clone().requires_grad_() for x in (q, k, v)]
             wanted = reference.dense(*twins, allowed)
@@ -97,20 +97,19 @@ def test_attention_over_a_band_is_its_definition_forward_and_backward(backend, t
 
 
 def test_nothing_of_the_tiles_is_kept():
-    (band, sees), kept = built(512, 64, 64, 1), {}
+    (band, _), kept = built(512, 64, 64, 1), {}
     q, k, v = (torch.randn(1, 2, 512, 8, requires_grad=True) for _ in range(3))
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    given = band.given(sees, None, q)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        attend(Part(q, k, v, layout=band, given=given))
-    masks = {bias.untyped_storage().data_ptr(): bias.untyped_storage().nbytes() for bias in given if bias is not None}
+        attend(Part(q, k, v, layout=band, given=[None]))
+    masks = {id(run.allowed): run.allowed.numel() for run in band.runs if run.allowed is not None}
     of_size_n = 4 * q.numel() * 4 + q.numel() // 8 * 4  # q, k, v, out and log-sum-exp, of 4 bytes
-    assert sum(kept.values()) == of_size_n + sum(masks.values())
-    assert all(size <= 4 * 64 * 192 for size in masks.values()) and len(band.runs) == 3
+    assert sum(kept.values()) == of_size_n
+    assert masks and all(size <= 64 * 192 for size in masks.values()) and len(band.runs) == 3
 
 
 @pytest.mark.parametrize("shape", [(257, 40, 40, 1), (200, 33, 0, 1), (90, 5, 60, 1)])
@@ -122,7 +121,7 @@ def test_the_flash_operators_take_a_window_as_one_tile(shape):
     memory = more_k[:, :, :7], more_v[:, :, :7]
     wanted = reference.dense(q, torch.cat([k, memory[0]], 2), torch.cat([v, memory[1]], 2), torch.cat([definition(band, sees), wide], 1))
     with on("flash on CUDA") as name:
-        out = attend(Part(q, k, v, layout=band, given=band.given(sees, None, q)), Part(q, *memory), backend=name)
+        out = attend(Part(q, k, v, layout=band, given=[None]), Part(q, *memory), backend=name)
         torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-10)
         direction = torch.randn_like(out)
         for mine, theirs in zip(torch.autograd.grad(out, leaves, direction), torch.autograd.grad(wanted, leaves, direction), strict=True):

@@ -240,8 +240,8 @@ def test_blocks_without_padding_need_no_mask(causal, n):
     found = made.layouts(n, Mask(), torch.device("cpu"))
     assert [heads for heads, _ in found] == [[0, 1], [2], [3]]
     for heads, layout in found:
-        assert all(group.allowed is None for group in layout.groups)
-        pairs = sum(group.queries.numel() * group.keys.shape[1] / (1 + group.causal) for group in layout.groups)
+        assert all(run.allowed is None for run in layout.runs)
+        pairs = sum(run.queries.count * run.queries.length * run.keys.length / (1 + run.causal) for run in layout.runs)
         seen = int(made.pattern(n, Mask())[0, heads[0]].sum())
         assert pairs <= seen
 

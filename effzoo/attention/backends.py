@@ -19,11 +19,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from effzoo.attention import flex
-from effzoo.attention.band import Band
 from effzoo.attention.cuda import Efficient, FlashCuda
 from effzoo.attention.dropped import Weights
 from effzoo.attention.flash import Flash
 from effzoo.attention.part import Folded, Kernel, Layout, Part
+from effzoo.attention.tiles import Tiles
 from effzoo.errors import OptionError
 
 BACKENDS = ("auto", "reference", "flash", "blocks", "efficient", "flex")
@@ -125,7 +125,7 @@ def placed(part: Part, backend: str, dropout: float, seed: int | None = None) ->
     if backend == "efficient":
         return part.way, Efficient(part.scale, dropout, seed)
     kernel = FLASH[part.q.device.type]
-    if kernel is FlashCuda and isinstance(part.layout, Band) and part.layout.window is not None:  # which it knows itself
+    if kernel is FlashCuda and isinstance(part.layout, Tiles) and part.layout.window is not None:  # which it knows itself
         return Folded(), FlashCuda(part.scale, part.layout.window)
     return part.way, kernel(part.scale)
 

@@ -13,7 +13,7 @@ from effzoo.attention import tile_map
 from effzoo.attention.core import Context, Mask
 from effzoo.attention.part import Layout
 from effzoo.attention.predicate import PredicateAttention, lengths
-from effzoo.attention.tile_map import Group, Groups
+from effzoo.attention.tiles import Run, Slots, Tiles, laid_out
 from effzoo.devices import table
 from effzoo.errors import InputError, OptionError
 from effzoo.registry import attention
@@ -95,7 +95,7 @@ class Blockwise(PredicateAttention):
         """Heads by permutation."""
         return {one: [head for head, own in enumerate(self.permutations) if own == one] for one in self.permutations}
 
-    def _of_places(self, permutation: Permutation, n: int, size: int) -> Groups:
+    def _of_places(self, permutation: Permutation, n: int, size: int) -> Tiles:
         """Blocks of `size` places, those that look alike together."""
         blocks = [torch.arange(start, min(start + size, n), device="cpu") for start in range(0, n, size)]
         alike: dict[tuple[int, int, bool], list[tuple[Tensor, Tensor]]] = {}
@@ -103,13 +103,13 @@ class Blockwise(PredicateAttention):
             if key < len(blocks) and not (self.context.causal and key > query):
                 looks = (len(blocks[query]), len(blocks[key]), self.context.causal and key == query)
                 alike.setdefault(looks, []).append((blocks[query], blocks[key]))
-        groups = []
+        runs = []
         for (_, _, diagonal), pairs in alike.items():
-            queries, keys = (torch.stack(side) for side in zip(*pairs, strict=True))
-            groups.append(Group(queries, keys, None, diagonal))
-        return tile_map.laid_out(n, groups)
+            queries, keys = (Slots.of(torch.stack(side)) for side in zip(*pairs, strict=True))
+            runs.append(Run(queries, keys, causal=diagonal))
+        return laid_out(n, runs)
 
-    def _of_rows(self, lengths: Tensor, n: int, size: int) -> list[tuple[list[int], Groups]]:
+    def _of_rows(self, lengths: Tensor, n: int, size: int) -> list[tuple[list[int], Tiles]]:
         """Blocks of a share of the length of each row, filled up to `size`: every query block and its key block."""
         own = self._block(lengths)[:, None, None]
         slot = torch.arange(size, device=lengths.device)
@@ -122,8 +122,9 @@ class Blockwise(PredicateAttention):
         found = []
         for permutation, heads in self._alike().items():
             keys, allowed = (torch.stack([x[:, block] for block in permutation], dim=1) for x in (place, there))
-            group = Group(place, keys, allowed.flatten(0, 1)[:, None], False, there.flatten(0, 1)[:, None, :, None])
-            found.append((heads, Groups(n, (group,), back)))
+            of_queries, of_keys = (Slots(self.blocks, size, where=where) for where in (place, keys))
+            run = Run(of_queries, of_keys, allowed.flatten(0, 1)[:, None], held=there.flatten(0, 1)[:, None, :, None])
+            found.append((heads, Tiles(n, (run,), back)))
         return found
 
     def _say_blind(self, used: int) -> None:

@@ -68,7 +68,7 @@ def attended(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> tuple
     else:
         ways = [placed(part, name, dropout) for part in parts]
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # as the first line of `_Merged`, without its cost
-        return merge(*(way.forward(kernel, *own) for (way, kernel), own in zip(ways, tensors, strict=True)))  # type: ignore[arg-type]
+        return merge(*(way.forward(kernel, *own) for (way, kernel), own in zip(ways, tensors, strict=True)))
     found: tuple[Tensor, Tensor] = _Merged.apply(ways, [len(each) for each in tensors], *(x for each in tensors for x in each))  # type: ignore[no-untyped-call]
     return found
 

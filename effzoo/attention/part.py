@@ -57,11 +57,11 @@ class Layout(abc.ABC):
 
 
 class Cut(Layout):
-    """Tiles that hold every query at most once; the keys of different tiles may be the same ones."""
+    """Tiles that hold every query at most once, one after the other: what is gathered for one is gone before the next."""
 
     @abc.abstractmethod
     def tiles(self, q: Tensor, k: Tensor, v: Tensor, given: Sequence[Tensor | None]) -> Iterable[Tile]:
-        """The tiles, one after the other: what is gathered for one is gone before the next."""
+        """The tiles; the keys of different ones may be the same."""
 
     @abc.abstractmethod
     def rows(self, x: Tensor) -> Iterable[Tensor]:
@@ -71,21 +71,13 @@ class Cut(Layout):
     def join(self, tiles: Sequence[Tensor], fill: float = 0.0) -> Tensor:
         """The way back; `fill` where no tile has the query."""
 
+    def add_keys(self, total: Tensor | None, k: Tensor, index: int, grad: Tensor) -> Tensor:
+        """The gradient of a tile's keys, or of its values, added to the sum of those before it; k: of the part."""
+        return grad
 
-class Tiled(Cut):
-    """One tile after the other; gradients of keys that several tiles have seen are added up."""
-
-    @abc.abstractmethod
-    def no_keys(self, k: Tensor) -> Tensor:
-        """Zeros to which `add_keys` adds."""
-
-    @abc.abstractmethod
-    def add_keys(self, total: Tensor, index: int, grad: Tensor) -> None:
-        """Add the gradient of a tile's keys, or of its values."""
-
-    @abc.abstractmethod
     def of_keys(self, total: Tensor, k: Tensor) -> Tensor:
         """The sum as the gradient of the part's k."""
+        return total
 
     def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor]:
         found = [kernel.forward(tile, index) for index, tile in enumerate(self.tiles(q, k, v, given))]
@@ -94,13 +86,14 @@ class Tiled(Cut):
     def backward(
         self, kernel: Kernel, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *given: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        of_q, of_k, of_v = [], self.no_keys(k), self.no_keys(v)
+        of_q: list[Tensor] = []
+        of_k = of_v = None
         rows = zip(self.rows(grad), self.rows(out), self.rows(lse), self.tiles(q, k, v, given), strict=True)
         for index, (of_grad, of_out, of_lse, tile) in enumerate(rows):
             one_q, one_k, one_v = kernel.backward(tile, index, of_grad, of_out, of_lse.squeeze(-1))
             of_q.append(one_q)
-            self.add_keys(of_k, index, one_k)
-            self.add_keys(of_v, index, one_v)
+            of_k, of_v = self.add_keys(of_k, k, index, one_k), self.add_keys(of_v, v, index, one_v)
+        assert of_k is not None and of_v is not None
         return self.join(of_q), self.of_keys(of_k, k), self.of_keys(of_v, v)
 
 
@@ -110,7 +103,7 @@ def _same(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Folded(Cut):
-    """One tile, which holds the part as it is, or as its kind has folded it.
+    """One tile, which holds the part as it is, or as its kind has folded it; the part is given its bias.
 
     A kind may fold the sequence into the group axis g; `fold` takes a tensor from [batch, heads, n, x] to the layout of q and `unfold`
     takes it back, so that parts with different layouts can be merged.
@@ -131,16 +124,6 @@ class Folded(Cut):
 
     def join(self, tiles: Sequence[Tensor], fill: float = 0.0) -> Tensor:
         return self.unfold(tiles[0])
-
-    def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, lse = kernel.forward(Tile(q, k, v, given[0], self.causal), 0)
-        return self.unfold(out), self.unfold(lse.unsqueeze(-1))
-
-    def backward(
-        self, kernel: Kernel, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *given: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tile, of_lse = Tile(q, k, v, given[0], self.causal), self.fold(lse).squeeze(-1)
-        return kernel.backward(tile, 0, self.fold(grad), self.fold(out), of_lse)
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from effzoo.attention import flex, reference, tile_map
-from effzoo.attention.band import Band, Chunks, Sees, Window
+from effzoo.attention.band import Chunks, Sees, Window
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, latest, longer, memory_of, memory_part
 from effzoo.attention.part import Layout, Part, bias_of
+from effzoo.attention.tiles import Tiles
 from effzoo.attention.traced import Traced, number_of
 from effzoo.checked import known
 from effzoo.devices import at_hand, chosen
@@ -123,7 +124,7 @@ class PredicateAttention(AttentionCore):
         outs = []
         # one split for all heads: slices would each have a gradient of the size of the whole
         for (heads, layout), *of_heads in zip(layouts, *(torch.split(chosen(x, order, 1), sizes, dim=1) for x in (q, k, v)), strict=True):
-            part = self.part(of_heads[0], of_heads[1], of_heads[2], layout, heads[0], mask)
+            part = self.part(of_heads[0], of_heads[1], of_heads[2], layout, mask)
             shared = None if columns is None else replace(columns, q=part.q, k=chosen(columns.k, heads, 1), v=chosen(columns.v, heads, 1))
             outs.append(self.attend(part, shared, memory_part(part.q, memory_of(memory, heads))))
         back = sorted(range(len(order)), key=order.__getitem__)
@@ -133,18 +134,15 @@ class PredicateAttention(AttentionCore):
         """Heads that see alike, and their part; given: which keys are held. For compiled code."""
         mask = Mask(given[0])
         for heads, layout in self.layouts(q.shape[2], mask, q.device):
-            yield heads, self.part(chosen(q, heads, 1), chosen(k, heads, 1), chosen(v, heads, 1), layout, heads[0], mask)
+            yield heads, self.part(chosen(q, heads, 1), chosen(k, heads, 1), chosen(v, heads, 1), layout, mask)
 
-    def part(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, head: int, mask: Mask) -> Part:
+    def part(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, mask: Mask) -> Part:
         """Keys that are tokens, without the global ones: those are a part of their own."""
         held = self._held(mask)
         if layout is None:
             bias = None if held is None else mask.memo(("held", self.has_globals, q.dtype), lambda: bias_of(held[:, None, None, :], q.dtype))
             return Part(q, k, v, bias, causal=self.context.causal)
-        given = [held]
-        if isinstance(layout, Band):
-            given = mask.memo(("band", layout, self.key, head, q.dtype), lambda: layout.given(self.sees(head, q.shape[2]), held, q))
-        return Part(q, k, v, layout=layout, given=given)
+        return Part(q, k, v, layout=layout, given=[held])
 
     def _held(self, mask: Mask) -> Tensor | None:
         """Keys that are seen through tiles, bool[batch, n]; None for all."""
@@ -163,7 +161,14 @@ class PredicateAttention(AttentionCore):
         if any(sight is None for sight in declared):
             return tile_map.layouts(self, n, device)
         alike = {sight: [head for head, own in enumerate(declared) if own == sight] for sight in declared}
-        return [(heads, sight.cut(n, self.context.causal)) for sight, heads in alike.items() if sight is not None]
+
+        def cut(sight: Window | Chunks, head: int) -> Tiles | None:
+            tiles = sight.cut(n, self.context.causal, self.sees(head, n))
+            return None if tiles is None else tiles.to(device)
+
+        make = lambda: [(heads, cut(sight, heads[0])) for sight, heads in alike.items() if sight is not None]  # noqa: E731
+        found: list[tuple[list[int], Layout | None]] = mask.memo(("sights", self.key, n), make)
+        return found
 
     def sees(self, head: int, length: int, *, causal: bool | None = None) -> Sees:
         """`visible` of one head in a row of so many tokens, with the causal triangle unless told otherwise, and without global tokens."""

@@ -209,7 +209,7 @@ class Sorted:
         """What holds of positions, [..., groups, n], at the slots of queries and keys of one round, [..., groups, chunks, chunk or width]."""
         where = [(rows[index] - self._first_row * self.n).expand(*x.shape[:-1], -1) for rows in (self._query_rows, self._key_rows)]
         of_queries, of_keys = (x.gather(-1, slots) for slots in where)
-        return of_queries.unflatten(-1, (self.chunks, self.sight.chunk)), of_keys.unfold(-1, self.width, self.sight.chunk)
+        return of_queries.view(*x.shape[:-1], self.chunks, self.sight.chunk), of_keys.unfold(-1, self.width, self.sight.chunk)
 
 
 def _buckets(given: Sequence[Tensor | None]) -> Tensor:

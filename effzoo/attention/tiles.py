@@ -1,0 +1,218 @@
+"""Tiles of a sequence with itself: which queries and which keys each takes, as views where they stand in order, else gathered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
+
+from effzoo.attention.part import Cut, Tile, bias_of
+from effzoo.devices import sent
+
+if TYPE_CHECKING:
+    from effzoo.attention.band import Chunks, Window
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """Positions by tile: `count` times `length` of them, each first one `step` after the one before; or those in `where`, int[count, length], or
+    [batch, count, length] where the rows of a batch differ."""
+
+    count: int
+    length: int
+    step: int = 0
+    first: int = 0
+    where: Tensor | None = None
+
+    @classmethod
+    def of(cls, where: Tensor) -> Slots:
+        """Positions [count, length]."""
+        count, length = where.shape[-2:]
+        first = int(where.flatten()[0])
+        ordered = torch.equal(where.flatten(), torch.arange(first, first + where.numel(), device="cpu"))
+        return cls(count, length, length, first) if ordered else cls(count, length, where=where)
+
+    @property
+    def positions(self) -> Tensor:
+        """All of them, one tile after the other, where no two tiles have the same."""
+        return torch.arange(self.first, self.first + self.count * self.length, device="cpu") if self.where is None else self.where.flatten()
+
+    @property
+    def reach(self) -> int:
+        """The place behind the last, in whole steps."""
+        return self.first + (self.count + -(-self.length // self.step) - 1) * self.step if self.where is None else 0
+
+    def to(self, device: torch.device) -> Slots:
+        return self if self.where is None else replace(self, where=sent(self.where, device))
+
+    def take(self, x: Tensor) -> Tensor:
+        """[batch, heads, n, d] -> [batch count, heads, length, d], without a copy where the batch allows it."""
+        batch, heads, _, d = x.shape
+        rows = x.transpose(1, 2)
+        if self.where is not None:
+            rows = select(rows, self.where.flatten(-2))
+        elif self.step == self.length:
+            rows = rows[:, self.first : self.first + self.count * self.length]
+        else:
+            until = self.first + (self.count - 1) * self.step + self.length
+            rows = rows[:, self.first : until].unfold(1, self.length, self.step).permute(0, 1, 4, 2, 3)
+        return rows.reshape(batch * self.count, self.length, heads, d).transpose(1, 2)
+
+    def add(self, total: Tensor, grad: Tensor) -> None:
+        """The gradient of what `take` gave, added to that of the sequence, total [batch, n and room for a step, heads, d]."""
+        batch, n, heads, d = total.shape
+        rows = grad.transpose(1, 2).reshape(batch, self.count, self.length, heads, d)
+        if self.where is None:
+            for start in range(0, self.length, self.step):  # slices as long as the step from tile to tile do not overlap
+                width, first = min(self.step, self.length - start), self.first + start
+                steps = total[:, first : first + self.count * self.step].view(batch, self.count, self.step, heads, d)
+                steps[:, :, :width] += rows[:, :, start : start + width]
+        elif self.where.ndim == 2:
+            total.index_add_(1, self.where.flatten(), rows.flatten(1, 2).to(total.dtype))
+        else:
+            total.view(-1, heads, d).index_add_(0, _flat(self.where.flatten(1), n), rows.flatten(0, 2).to(total.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Tiles that are computed as one batch: queries with keys.
+
+    allowed: bool[tiles or 1, queries or 1, keys], None where all pairs are seen; causal: a triangle says it. held: bool[batch tiles, 1, queries, 1],
+    which slots hold a query, where the rows of a batch differ.
+    """
+
+    queries: Slots
+    keys: Slots
+    allowed: Tensor | None = None
+    causal: bool = False
+    held: Tensor | None = None
+
+    def to(self, device: torch.device) -> Run:
+        allowed, held = (None if x is None else sent(x, device) for x in (self.allowed, self.held))
+        return Run(self.queries.to(device), self.keys.to(device), allowed, self.causal, held)
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles(Cut):
+    """n positions in runs of tiles; the part is given which keys are held, bool[batch, n], such as tokens, or None for all.
+
+    place [n] or [batch, n]: where each query stands when the queries of all tiles follow each other; one behind the last for a query without keys;
+    None: in order, as they are. dilation: positions with the same remainder by it form sequences of their own, in which the runs count.
+    sight, causal: what the runs were cut from, where that says all.
+    """
+
+    n: int
+    runs: tuple[Run, ...]
+    place: Tensor | None = None
+    dilation: int = 1
+    sight: Window | Chunks | None = None
+    causal: bool = False
+    _biases: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
+
+    def to(self, device: torch.device) -> Tiles:
+        if device.type == "cpu":
+            return self
+        place = None if self.place is None else sent(self.place, device)
+        return replace(self, runs=tuple(run.to(device) for run in self.runs), place=place, _biases={})
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """How many keys before a query it sees, and how many after it, where that says it all."""
+        bounds = None if self.sight is None else self.sight.window
+        if bounds is None:
+            return None
+        left, right = (self.n if most is None else most for most in bounds)
+        return left, 0 if self.causal else right
+
+    def bare(self, given: Sequence[Tensor | None]) -> bool:
+        seen = self.window is not None or (self.n % self.dilation == 0 and all(run.allowed is None for run in self.runs))
+        return given[0] is None and seen
+
+    def tiles(self, q: Tensor, k: Tensor, v: Tensor, given: Sequence[Tensor | None]) -> Iterator[Tile]:
+        (held,) = given
+        if held is None and self.n % self.dilation:  # what fills up the sequences is not
+            held = torch.ones(q.shape[0], self.n, dtype=torch.bool, device=q.device)
+        q, k, v = self._dense(q), self._dense(k), self._dense(v)
+        of_keys = None if held is None else self._dense(held[:, None, :, None])
+        for run in self.runs:
+            bias = self._bias(run, q)
+            if of_keys is not None:
+                seen = run.keys.take(of_keys).mT
+                bias = bias_of(seen, q.dtype) if bias is None else bias.masked_fill(~seen, -math.inf)
+            yield Tile(run.queries.take(q), run.keys.take(k), run.keys.take(v), bias, run.causal)
+
+    def _bias(self, run: Run, q: Tensor) -> Tensor | None:
+        """[batch tiles or 1, 1, queries or 1, keys]; those of a declared sight are few, and made once."""
+        allowed, key = run.allowed, (id(run.allowed), q.dtype)
+        if allowed is None or key in self._biases:
+            return self._biases.get(key)
+        of_tiles = len(allowed) > 1 and (run.queries.where is None or run.queries.where.ndim == 2)  # else of those of each row
+        bias = bias_of(allowed[:, None].repeat(len(q) if of_tiles else 1, 1, 1, 1), q.dtype)
+        if self.sight is not None and not isinstance(bias, FakeTensor):
+            self._biases[key] = bias
+        return bias
+
+    def rows(self, x: Tensor) -> Iterator[Tensor]:
+        x = self._dense(x)
+        taken = ((run.queries.take(x), run.held) for run in self.runs)
+        return (rows if held is None else rows * held for rows, held in taken)
+
+    def join(self, tiles: Sequence[Tensor], fill: float = 0.0) -> Tensor:
+        heads, d = tiles[0].shape[1], tiles[0].shape[3]
+        batch = len(tiles[0]) // self.runs[0].queries.count
+        flat = [tile.transpose(1, 2).reshape(batch, -1, heads, d) for tile in tiles]
+        if self.place is not None:
+            return select(torch.cat([*flat, flat[0].new_full((batch, 1, heads, d), fill)], dim=1), self.place).transpose(1, 2)
+        return self._back((flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)).transpose(1, 2))
+
+    def add_keys(self, total: Tensor | None, k: Tensor, index: int, grad: Tensor) -> Tensor:
+        if total is None:
+            batch, heads, _, d = k.shape
+            room = max(-(-self.n // self.dilation), *(run.keys.reach for run in self.runs))
+            total = k.new_zeros(batch * self.dilation, room, heads, d, dtype=torch.promote_types(k.dtype, torch.float32))
+        self.runs[index].keys.add(total, grad)
+        return total
+
+    def of_keys(self, total: Tensor, k: Tensor) -> Tensor:
+        return self._back(total[:, : -(-self.n // self.dilation)].transpose(1, 2)).to(k.dtype)
+
+    def _dense(self, x: Tensor) -> Tensor:
+        """[batch, heads, n, d] -> [batch dilation, heads, n / dilation, d]."""
+        if self.dilation == 1:
+            return x
+        return rearrange(F.pad(x, (0, 0, 0, -self.n % self.dilation)), "b h (n r) d -> (b r) h n d", r=self.dilation)
+
+    def _back(self, x: Tensor) -> Tensor:
+        return x if self.dilation == 1 else rearrange(x, "(b r) h n d -> b h (n r) d", r=self.dilation)[:, :, : self.n]
+
+
+def laid_out(n: int, runs: Sequence[Run]) -> Tiles:
+    """The runs, and where each of n queries stands in them."""
+    if not runs:  # nobody sees anything
+        none = Slots(1, 1, 1)
+        runs = [Run(none, none, torch.zeros(1, 1, 1, dtype=torch.bool, device="cpu"))]
+    order = torch.cat([run.queries.positions for run in runs])
+    if torch.equal(order, torch.arange(n, device="cpu")):
+        return Tiles(n, tuple(runs))
+    place = torch.full((n,), len(order), dtype=torch.int64, device="cpu")
+    place[order] = torch.arange(len(order), device="cpu")
+    return Tiles(n, tuple(runs), place)
+
+
+def select(x: Tensor, where: Tensor) -> Tensor:
+    """Rows `where` [m] or [batch, m] of x [batch, n, heads, d]."""
+    if where.ndim == 1:
+        return x.index_select(1, where)
+    return x.reshape(-1, *x.shape[2:]).index_select(0, _flat(where, x.shape[1])).view(len(where), -1, *x.shape[2:])
+
+
+def _flat(where: Tensor, n: int) -> Tensor:
+    """Rows [batch, m] of sequences of n as rows of all sequences one after the other."""
+    return (where + n * torch.arange(len(where), device=where.device)[:, None]).flatten()
