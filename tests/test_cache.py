@@ -91,11 +91,11 @@ def test_what_cannot_be_decoded_says_so(tiny):
 def test_decoding_copies_the_cache_seldom_and_never_what_was_given(spec):
     """Keys lie where they lay at the token before, but for a few times when room is made; a second text that goes on from a state has its own."""
     core = effzoo.attention.create(spec, Context(heads=2, head_dim=4, causal=True, max_length=512))
-    name = core.projections[-1]
+    name = [*core.projections][-1]
     draw = torch.Generator().manual_seed(0)
 
     def inputs(n):
-        return [torch.randn(1, 2, n, 4, dtype=torch.float64, generator=draw) for _ in core.projections[:3]]
+        return [torch.randn(1, 2, n, 4, dtype=torch.float64, generator=draw) for _ in [*core.projections][:3]]
 
     with torch.no_grad():
         _, state = core.step(*inputs(40), mask=Mask(), past=None)
