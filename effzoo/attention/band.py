@@ -7,7 +7,7 @@ attention takes as one batch: in the middle of a sequence their keys are overlap
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -77,24 +77,25 @@ class Chunks:
 
 def cut(rows: int, size: int, keys: Callable[[int, int], tuple[int, int]], sees: Sees, dilation: int = 1) -> tuple[Run, ...]:
     """Chunks of `size` queries, alike ones together. keys: the first query of a chunk and its queries -> the first key and the one after the last."""
-    runs: list[Run] = []
-    masks: dict[tuple[int, int, int], Tensor | None] = {}
-    before_looks = None
+    found: list[tuple[int, int, int, int, int]] = []  # chunks that look alike: the first query and key, queries and keys of each, how many
     for query in range(0, rows, size):
         queries = min(size, rows - query)
         first, last = keys(query, queries)
         key = max(0, first)
-        looks = queries, query - key, min(rows, last) - key
-        if looks not in masks:
-            places = [torch.arange(at, at + count, device="cpu") * dilation for at, count in ((query, queries), (key, looks[2]))]
-            seen = sees(places[0][:, None], places[1][None])
-            masks[looks] = None if bool(seen.all()) else seen.expand(1, queries, looks[2])
-        before = runs[-1] if runs else None
-        together = before is not None and looks == before_looks and (before.queries.count + 1) * size <= TOGETHER
-        if before is not None and together:
-            of_queries, of_keys = (replace(slots, count=slots.count + 1) for slots in (before.queries, before.keys))
-            runs[-1] = replace(before, queries=of_queries, keys=of_keys)
-        else:
-            runs.append(Run(Slots(1, queries, size, query), Slots(1, looks[2], size, key), masks[looks]))
-        before_looks = looks
+        if found:
+            at, at_key, alike, alike_keys, count = found[-1]
+            looks = (queries, query - key, min(rows, last) - key) == (alike, at - at_key, alike_keys)
+            if looks and (count + 1) * size <= TOGETHER:
+                found[-1] = at, at_key, alike, alike_keys, count + 1
+                continue
+        found.append((query, key, queries, min(rows, last) - key, 1))
+    masks: dict[tuple[int, int, int], Tensor | None] = {}
+    runs = []
+    for query, key, queries, count_keys, count in found:
+        looked = queries, query - key, count_keys
+        if looked not in masks:
+            at_query, at_keys = (torch.arange(at, at + many, device="cpu") * dilation for at, many in ((query, queries), (key, count_keys)))
+            seen = sees(at_query[:, None], at_keys[None])
+            masks[looked] = None if bool(seen.all()) else seen.expand(1, queries, count_keys)
+        runs.append(Run(Slots(count, queries, size, query), Slots(count, count_keys, size, key), masks[looked]))
     return tuple(runs)

@@ -55,15 +55,12 @@ class Slots:
     def take(self, x: Tensor) -> Tensor:
         """[batch, heads, n, d] -> [batch count, heads, length, d], without a copy where the batch allows it."""
         batch, heads, _, d = x.shape
-        rows = x.transpose(1, 2)
         if self.where is not None:
-            rows = select(rows, self.where.flatten(-2))
-        elif self.step == self.length:
-            rows = rows[:, self.first : self.first + self.count * self.length]
-        else:
-            until = self.first + (self.count - 1) * self.step + self.length
-            rows = rows[:, self.first : until].unfold(1, self.length, self.step).permute(0, 1, 4, 2, 3)
-        return rows.reshape(batch * self.count, self.length, heads, d).transpose(1, 2)
+            rows = select(x.transpose(1, 2), self.where.flatten(-2))
+            return rows.reshape(batch * self.count, self.length, heads, d).transpose(1, 2)
+        until = self.first + (self.count - 1) * self.step + self.length
+        windows = x[:, :, self.first : until].unfold(2, self.length, self.step)
+        return windows.permute(0, 2, 1, 4, 3).reshape(batch * self.count, heads, self.length, d)
 
     def add(self, total: Tensor, grad: Tensor) -> None:
         """The gradient of what `take` gave, added to that of the sequence, total [batch, n and room for a step, heads, d]."""
