@@ -16,7 +16,7 @@ import effzoo
 from effzoo.attention import Context, Mask, create
 from effzoo.cli import app
 from effzoo.errors import IncompatibleError, InputError, OptionError, UnknownNameError
-from effzoo.measure import Scaling, cards, peak
+from effzoo.measure import Peak, Scaling, cards, peak
 from effzoo.measure import rows as files
 from effzoo.measure.finetuning import Finetuning, Step
 from effzoo.measure.pairs import TOGETHER, pairs
@@ -91,6 +91,8 @@ def test_suites_write_down_what_does_not_fit_and_go_on(tmp_path, monkeypatch):
         return interleaved(cases, **given)
 
     monkeypatch.setattr("effzoo.measure.timing.interleaved", failing)
+    for module in ("scaling", "finetuning"):
+        monkeypatch.setattr(f"effzoo.measure.{module}.peak", lambda case, limit=None: Peak(1, 0.0))
     suite = Scaling(("full", "local", "blockwise"), (32, 64), ("forward",), dim=16, heads=2, seconds=0.0)
     found = suite.run(tmp_path / "scaling.jsonl")
     assert [(row["attention"], "seconds" in row) for row in found] == 2 * [("full", True), ("local", False), ("blockwise", True)]
