@@ -4,16 +4,41 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+NEWEST = (9, 0)  # what a card is taken to be able to do where there is none
+_taken: ContextVar[str] = ContextVar("_taken", default="cpu")
+
+
+@contextlib.contextmanager
+def taken_to_be(kind: str) -> Iterator[None]:
+    """Tensors on the CPU are taken to be on a device of this kind, "cpu" or "cuda": for `plan`, whose tensors have no memory anywhere."""
+    token = _taken.set(kind)
+    try:
+        yield
+    finally:
+        _taken.reset(token)
+
+
+def kind_of(x: Tensor | torch.device) -> str:
+    """The kind of device that x is on, or is taken to be on."""
+    kind = x.type if isinstance(x, torch.device) else x.device.type
+    return _taken.get() if kind == "cpu" else kind
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """What a card can do, as NVIDIA counts it; without one, nothing runs, but it can be planned."""
+    return torch.cuda.get_device_capability(device if device.type == "cuda" else None) if torch.cuda.is_available() else NEWEST
+
 
 def at_hand(x: Tensor) -> bool:
     """Whether code may branch on the values of x: in eager mode, on the CPU. An accelerator would have to be waited for."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return kind_of(x) == "cpu" and not torch.compiler.is_compiling()
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:

@@ -8,6 +8,8 @@ import contextlib
 import functools
 import math
 import zlib
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,11 +115,13 @@ def flash_forward(
 ):  # fmt: skip
     calls.append("flash forward" if window_size_left is None else "flash forward with a window")
     lie(query, key, value)
-    assert query.shape[3] == key.shape[3] == value.shape[3] and dropout_p == 0 and (not is_causal or max_q == max_k)
+    assert query.shape[3] == key.shape[3] == value.shape[3] and (not is_causal or max_q == max_k)
     window = None if window_size_left is None else (window_size_left, window_size_right)
-    weights, lse = softmax(scores_of(query, key, None, is_causal, scale, window))
-    nothing = torch.zeros(2, dtype=torch.uint64), torch.zeros((), dtype=torch.uint64), query.new_empty(0)
-    return torch.einsum("ghms,gshe->gmhe", weights, value).contiguous(), lse, *nothing
+    scores = scores_of(query, key, None, is_causal, scale, window)
+    weights, lse = softmax(scores)
+    state = torch.stack(drawn()).view(torch.uint64) if dropout_p else torch.zeros(2, dtype=torch.uint64)
+    out = torch.einsum("ghms,gshe->gmhe", weights * kept(scores, dropout_p, *state), value).contiguous()
+    return out, lse, state, torch.zeros((), dtype=torch.uint64), query.new_empty(0)
 
 
 def flash_backward(
@@ -126,10 +130,62 @@ def flash_backward(
 ):  # fmt: skip
     calls.append("flash backward")
     lie(grad_out, query, key, value, out)
-    assert logsumexp.is_contiguous() and rng_state.shape == (2,)
+    assert logsumexp.is_contiguous() and rng_state.shape == (2,) and rng_state.dtype == unused.dtype == torch.uint64
     window = None if window_size_left is None else (window_size_left, window_size_right)
     scores = scores_of(query, key, None, is_causal, scale, window)
-    return gradients(grad_out, query, key, value, out.contiguous(), scores, logsumexp, torch.ones_like(scores), scale)
+    return gradients(grad_out, query, key, value, out.contiguous(), scores, logsumexp, kept(scores, dropout_p, *rng_state), scale)
+
+
+class LowerTriangularMask:
+    """As in `xformers.ops`."""
+
+    bias = None
+
+    def add_bias(self, bias):
+        made = LowerTriangularMask()
+        made.bias = bias
+        return made
+
+
+@dataclass
+class LocalAttentionFromBottomRightMask:
+    """As in `xformers.ops.fmha.attn_bias`."""
+
+    window_left: int
+    window_right: int
+
+
+def xformers_mask(mask):
+    """Bias, triangle and window."""
+    if isinstance(mask, LocalAttentionFromBottomRightMask):
+        return None, False, (mask.window_left, mask.window_right)
+    return (mask.bias, True, None) if isinstance(mask, LowerTriangularMask) else (mask, False, None)
+
+
+def xformers_forward(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None):
+    calls.append("xformers forward")
+    lie(query, key, value)
+    assert p == 0 and op is None and output_dtype is None
+    bias, causal, window = xformers_mask(attn_bias)
+    assert window is None or query.shape[1] == key.shape[1]  # its windows are aligned to the last key
+    weights, lse = softmax(scores_of(query, key, bias, causal, scale, window))
+    return torch.einsum("ghms,gshe->gmhe", weights, value).contiguous(), torch.nn.functional.pad(lse, (0, -query.shape[1] % 32), value=math.inf)
+
+
+def xformers_backward(grad, output, lse, query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None):
+    calls.append("xformers backward")
+    lie(grad, output, query, key, value)
+    assert p == 0 and op is None and lse.shape[:-1] == (query.shape[0], query.shape[2]) and lse.shape[-1] >= query.shape[1]
+    scores = scores_of(query, key, *xformers_mask(attn_bias)[:2], scale, xformers_mask(attn_bias)[2])
+    return gradients(grad, query, key, value, output, scores, lse[..., : query.shape[1]], torch.ones_like(scores), scale)
+
+
+XFORMERS = SimpleNamespace(
+    memory_efficient_attention_forward_requires_grad=xformers_forward,
+    memory_efficient_attention_backward=xformers_backward,
+    LowerTriangularMask=LowerTriangularMask,
+    fmha=SimpleNamespace(attn_bias=SimpleNamespace(LocalAttentionFromBottomRightMask=LocalAttentionFromBottomRightMask)),
+)
 
 
 @functools.cache
@@ -146,13 +202,17 @@ def registered():
 
 @contextlib.contextmanager
 def on(backend):
-    """Where this backend runs: "efficient" and "flash on CUDA" by their doubles, in any dtype. Gives the name that `attend` knows."""
+    """Where this backend runs: "efficient" and "flash on CUDA" and "xformers" by their doubles, in any dtype. Gives the name that `attend` knows."""
     with pytest.MonkeyPatch.context() as patched:
         calls.clear()
         if backend in ("efficient", "flash on CUDA"):
             registered()
         if backend == "efficient":
             patched.setitem(backends.TAKES, ("efficient", "cpu"), backends.ALL)
+        if backend == "xformers":
+            patched.setitem(backends.TAKES, ("xformers", "cpu"), backends.ALL)
+            patched.setattr(backends.xformers, "installed", lambda: True)
+            patched.setattr(backends.xformers, "ops", lambda: XFORMERS)
         if backend == "flash on CUDA":
             patched.setitem(backends.FLASH, "cpu", FlashCuda)
             patched.setattr(backends, "has_no_flash", lambda device: "")

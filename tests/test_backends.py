@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import AuxOutput, flex_attention
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import effzoo
 from effzoo.attention import Context, Mask, backends, choose, flex
@@ -36,12 +38,12 @@ def gradients(out, leaves, direction):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_is_its_definition_by_memory_efficient_attention(kind, causal):
+@pytest.mark.parametrize(("kind", "backend"), [*((kind, "efficient") for kind in KINDS), *((kind, "xformers") for kind in KINDS[:7])])
+def test_every_kind_is_its_definition_by_memory_efficient_attention(kind, backend, causal):
     """With padding, a prefix and global tokens; no plain path is taken."""
     if causal and kind not in CAUSAL:
         return
-    with on("efficient") as name:
+    with on(backend) as name:
         core = built(kind, causal=causal, backend=name)
         valid = torch.arange(21) < torch.tensor([21, 13])[:, None]
         is_global = (torch.arange(21) == 3).expand(2, 21) if core.knows_globals() else None
@@ -54,14 +56,16 @@ def test_every_kind_is_its_definition_by_memory_efficient_attention(kind, causal
             direction = torch.randn_like(out)
             for mine, theirs in zip(gradients(out, leaves, direction), gradients(wanted, leaves, direction), strict=True):
                 assert (mine - theirs).abs().max() < 1e-10
-        assert {"efficient forward", "efficient backward"} == set(calls)
+        assert {f"{name} forward", f"{name} backward"} == set(calls)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_backward_pass_drops_the_same_weights(kind):
-    with on("efficient") as name:
+@pytest.mark.parametrize(
+    ("kind", "backend"), [*((kind, "efficient") for kind in KINDS), *((kind, "flash on CUDA") for kind in (KINDS[0], KINDS[1], KINDS[3], KINDS[7]))]
+)
+def test_the_backward_pass_drops_the_same_weights(kind, backend):
+    with on(backend) as name:
         core = built(kind, dropout=0.3, backend=name).train()
-        mask = Mask(torch.arange(21) < torch.tensor([21, 13])[:, None], decisions={})
+        mask = Mask(torch.arange(21) < torch.tensor([21, 13])[:, None] if name == "efficient" else None, decisions={})
         given = inputs(core, mask)
         leaves = [x for x in given if x is not None]
 
@@ -83,6 +87,35 @@ def test_decoding_by_memory_efficient_attention(kind):
         calls.clear()
         last, _ = core.step(*(None if x is None else x[:, :, 20:] for x in given), mask=Mask(), past=past)
         assert (last - core(*given, mask=Mask())[:, :, 20:]).abs().max() < 1e-10 and calls[0] == "efficient forward"
+
+
+class Made(TorchDispatchMode):
+    """The largest tensor that an operation makes anew."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        had = {x.untyped_storage().data_ptr() for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        new = [x.numel() for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in had]
+        self.largest = max([self.largest, *new])
+        return out
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", ["full", "longformer[window=32]", "local[chunk=16]"])
+@pytest.mark.parametrize("backend", ["efficient", "flash on CUDA"])
+def test_a_token_makes_no_copy_of_the_cache(backend, kind, padded):
+    if padded and backend != "efficient":
+        return
+    with on(backend) as name, torch.no_grad():
+        core = effzoo.attention.create(kind, Context(heads=2, head_dim=8, max_length=64, causal=True, backend=name)).eval()
+        new, past = [torch.randn(2, 2, 60, 8) for _ in core.projections], None
+        for length in (60, 61, 62):
+            valid = torch.arange(length) >= torch.tensor([0, 5])[:, None] if padded else None
+            with Made() as made:
+                out, past = core.step(*(x[:, :, -1:] if past else x for x in new), mask=Mask(valid), past=past)
+        assert out.shape[2] == 1 and made.largest < past["k"].numel() / 2 > 2 * out.numel()
 
 
 @pytest.mark.parametrize(
@@ -143,6 +176,20 @@ def test_flex_attention_is_the_definition_of_a_predicate(kind, causal, gradients
                 assert (mine - theirs).abs().max() < 1e-10
 
 
+def test_xformers_is_taken_when_asked_for_alone():
+    with FakeTensorMode():
+        half = fake(1, 2, 9, 8, dtype=torch.bfloat16)
+        with pytest.raises(OptionError, match=r"'xformers' cannot run here: xformers is not installed; pip install effzoo\[xformers\], on Linux"):
+            choose([Part(half, half, half)], 0.0, "xformers")
+        with on("xformers"):
+            assert choose([Part(half, half, half)], 0.0, "xformers") == ("xformers", "asked for: memory-efficient attention of xformers on cuda")
+            assert choose([Part(half, half, half)], 0.0)[0] != "xformers"
+            with pytest.raises(OptionError, match="'xformers' cannot run here: attention dropout 0.1"):
+                choose([Part(half, half, half)], 0.1, "xformers")
+    with pytest.raises(OptionError, match="'xformers' cannot run here: it runs on cuda, the tensors are on cpu"):
+        effzoo.attention.create("full", Context(heads=2, head_dim=6, backend="xformers"))(*(torch.randn(2, 2, 21, 6) for _ in range(3)), mask=Mask())
+
+
 def test_what_flex_attention_refuses():
     given = [torch.randn(2, 2, 21, 6) for _ in range(3)]
     with pytest.raises(OptionError, match="'flex' cannot run here: attention dropout 0.1"):
@@ -173,7 +220,7 @@ def test_nothing_as_large_as_the_scores_is_kept():
 COMPILED = [("full", "efficient"), ("linformer[k=4]", "efficient"), (KINDS[1], "reference"), (KINDS[3], "reference")]
 
 
-@pytest.mark.parametrize(("kind", "backend", "dropout"), [*((*one, p) for one in COMPILED for p in (0.0, 0.3)), (KINDS[1], "flash on CUDA", 0.0)])
+@pytest.mark.parametrize(("kind", "backend", "dropout"), [*((*one, p) for one in [*COMPILED, (KINDS[1], "flash on CUDA")] for p in (0.0, 0.3))])
 def test_compiled_it_is_the_same(kind, backend, dropout):
     torch.compiler.reset()
     with on(backend) as name:
@@ -202,7 +249,7 @@ def test_compiled_it_is_the_same(kind, backend, dropout):
 def test_shapes_and_dtypes_of_torchs_operators_for_cuda(dtype, rows, keys, d, e):
     q, k, v = (torch.empty(2, 3, size, width, dtype=dtype, device="meta") for size, width in ((rows, d), (keys, d), (keys, e)))
     biases = [None, *(torch.empty(shape, dtype=dtype, device="meta") for shape in ((2, 1, 1, keys), (1, 3, rows, keys)))]
-    tried = [(Efficient(None, 0.1), bias) for bias in biases] + ([(FlashCuda(None), None)] if dtype != torch.float32 else [])
+    tried = [(Efficient(None, 0.1), bias) for bias in biases] + ([(FlashCuda(None, dropout=0.1), None)] if dtype != torch.float32 else [])
     for kernel, bias in tried:
         tile = Tile(q, k, v, bias, False)
         out, lse = kernel.forward(tile, 0)
@@ -223,19 +270,58 @@ def test_what_is_chosen_on_cuda_and_why(monkeypatch):
         monkeypatch.setattr(backends, "has_no_flash", lambda device: "")
         assert choose([plain], 0.0) == ("flash", "fused flash attention on cuda")
         assert choose([plain, padded], 0.0) == (
-            "efficient", "fused memory-efficient attention on cuda; not 'flash': it takes no bias, which padding and the tiles of some kinds need",
+            "efficient", "fused memory-efficient attention on cuda; not 'flash': it takes no bias, which padding and the tiles of some kinds need; "
+            "not 'triton': it is for a band or rounds of hashing in one pass, and there is none",
         )  # fmt: skip
-        assert choose([plain], 0.1)[0] == choose([Part(single, single, single)], 0.0)[0] == "efficient"
+        assert choose([plain], 0.1)[0] == "flash" and choose([padded], 0.1)[0] == choose([Part(single, single, single)], 0.0)[0] == "efficient"
         name, reason = choose([Part(double, double, double)], 0.0)
         assert name == "reference" and "'efficient': on cuda it takes bfloat16, float16, float32, got float64" in reason
         wide = fake(1, 1, 4, 264, dtype=torch.bfloat16)
         assert "at most 256 numbers, got 264" in choose([Part(wide, wide, wide)], 0.0)[1]
         for backend, part, dropout, told in [
-            ("flash", padded, 0.0, "it takes no bias"), ("flash", plain, 0.1, "attention dropout 0.1"),
+            ("flash", padded, 0.0, "it takes no bias"), ("flex", plain, 0.1, "attention dropout 0.1"),
             ("efficient", Part(double, double, double), 0.0, "float64"),
         ]:  # fmt: skip
             with pytest.raises(OptionError, match=f"backend '{backend}' cannot run here: .*{told}.*; use backend='auto', which is '.*' here"):
                 choose([part], dropout, backend)
+
+
+def test_when_our_own_kernels_are_taken(monkeypatch):
+    """Rounds of hashing, and a band that has padding or holes: what torch's flash operators do not compute, in one pass."""
+    monkeypatch.setattr(backends.triton_launch, "_installed", lambda: True)
+    monkeypatch.setattr(backends, "has_no_flash", lambda device: "")
+
+    def chosen(kind, dtype=torch.bfloat16, held=None, dropout=0.0, width=8, backend="auto"):
+        core = effzoo.attention.create(kind, Context(heads=2, head_dim=width))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            q, held = fake(1, 2, 90, width, dtype=dtype), held and fake(1, 90, dtype=torch.bool)
+            if kind.startswith("lsh"):
+                ((_, part),) = core.parts(q, q, q, fake(2, 1, 2, 90, dtype=torch.int16))
+            else:
+                ((_, layout),) = core.layouts(90, Mask(), torch.device("cpu"))
+                part = Part(q, q, q, layout=layout, given=[held])
+            return choose([part], dropout, backend)
+
+    band, dilated, chunks, hashed = "longformer[window=6]", "longformer[window=6,dilation=2]", "local[chunk=8]", "lsh[chunk=8,rounds=2]"
+    assert chosen(band)[0] == chosen(band, dropout=0.1)[0] == "flash"
+    for told in (chosen(band, held=True), chosen(dilated), chosen(chunks, held=True, dropout=0.1), chosen(hashed)):
+        told_why = "; not 'flash': it takes no bias, which padding and the tiles of some kinds need"
+        assert told == ("triton", f"our own Triton kernels, which no card has run yet, on cuda{told_why}")
+    assert chosen(hashed, torch.float32)[0] == "triton"
+    name, reason = chosen(band, torch.float32, held=True)
+    assert name == "efficient" and reason.endswith("not 'triton': in float32 it does without tensor cores")
+    name, reason = chosen("lsh[chunk=8,rounds=2,circular=true]")
+    assert name == "efficient" and reason.endswith("not 'triton': it is for a band or rounds of hashing in one pass, and there is none")
+    name, reason = chosen(hashed, width=200)
+    assert name == "efficient" and reason.endswith("not 'triton': the Triton kernels take heads of at most 128 numbers, not 200")
+    assert chosen("local[chunk=8,circular=true]", backend="triton") == (
+        "triton",
+        "asked for: our own Triton kernels, which no card has run yet, on cuda",
+    )
+    monkeypatch.setattr(backends.triton_launch, "_installed", lambda: False)
+    assert chosen(hashed)[0] == "efficient" and chosen(hashed)[1].endswith("not 'triton': triton is not installed; pip install effzoo[triton]")
+    with pytest.raises(OptionError, match=r"'triton' cannot run here: triton is not installed; pip install effzoo\[triton\]; use backend='auto'"):
+        chosen(hashed, backend="triton")
 
 
 def test_old_names_are_refused_with_the_new_one(tiny):

@@ -1,6 +1,7 @@
 """Our Triton kernels in Triton's interpreter, against the definition in float64. `test_triton.py` runs this in a process of its own."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from effzoo.attention import Context, Mask, create, kernel, triton_launch
+from effzoo.attention import Context, Mask, backends, create, kernel, triton_launch
 from effzoo.attention.band import Chunks, Window
 from effzoo.attention.part import Folded
 from effzoo.attention.triton_launch import Hashed, OnePass, Tiling, TritonTile
@@ -308,3 +309,144 @@ def test_parts_of_the_one_softmax_are_what_kinds_make():
     whole = core.dense(q.double(), k.double(), v.double(), mask=mask)
     rows = ~is_global[0] & valid[0]
     equal([out[:, :, rows]], [whole[:, :, rows]])
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The backend on the CPU; what every launch of a kernel was given."""
+    monkeypatch.setitem(backends.TAKES, ("triton", "cpu"), backends.HALF + backends.SINGLE)
+    calls, start = [], triton_launch.started
+
+    def started(name, programs, device, given):
+        calls.append({"kernel": name, **given})
+        start(name, programs, device, given)
+
+    monkeypatch.setattr(triton_launch, "started", started)
+    return calls
+
+
+KINDS = {  # and what of it the kernels compute in one pass
+    "full": None,
+    "longformer[window=6]": "Columns",
+    "longformer[window=4, dilation=(1, 3)]": "Columns",
+    "longformer[window=6, global_projections=false]": "Columns",
+    "local[chunk=5]": "WINDOW",
+    "local[chunk=4, look_back=0, look_forward=1]": "WINDOW",
+    "local[chunk=4, circular=true, look_forward=1]": None,
+    "blockwise[blocks=3]": None,
+    "blockwise[block=8, blocks=5]": None,
+    "linformer[k=4]": None,
+    "perceiver[latents=3]": None,
+    "lsh[rounds=2, chunk=4]": "Order",
+    "lsh[rounds=1, chunk=4, look_forward=1, buckets=4]": "Order",
+    "lsh[rounds=2, chunk=4, count_once=true]": "Order",
+    "lsh[rounds=2, chunk=4, within_buckets=true, buckets=4]": "Order",
+    "lsh[rounds=2, chunk=4, stable=true, count_once=true, buckets=4]": "Order",
+    "lsh[rounds=2, chunk=4, circular=true]": None,
+}
+CAUSAL = [kind for kind in KINDS if not kind.startswith(("linformer", "perceiver"))]
+
+
+def pair(kind, n=23, **context):
+    """A kind in float32 by the kernels, and in float64."""
+    single, double = (create(kind, Context(heads=2, head_dim=6, max_length=n, **context, **own)) for own in ({"backend": "triton"}, {}))
+    double.load_state_dict(single.state_dict())
+    return single.eval(), double.double().eval()
+
+
+def given_to(core, mask, n=23):
+    used = core.uses(mask)
+    return [drawn(2, n, 2, 6, seed=seed).transpose(1, 2) if name in used else None for seed, name in enumerate(core.projections)]
+
+
+def leaves_of(given, dtype):
+    return [None if x is None else x.detach().to(dtype).requires_grad_() for x in given]
+
+
+@pytest.mark.parametrize(
+    ("kind", "causal"), [*((kind, index % 2 == 1 and kind in CAUSAL) for index, kind in enumerate(KINDS)), *((kind, True) for kind in CAUSAL[::4])]
+)
+def test_whole_kinds_by_the_kernels(kind, causal, launched):
+    """Padding, global tokens and a prefix, forward and backward: the definition in float64."""
+    single, double = pair(kind, causal=causal)
+    is_global = (torch.arange(23) % 11 == 3).expand(2, 23).clone()
+    is_global[1] &= torch.arange(23) < 5
+    mask = Mask(torch.arange(23) < torch.tensor([23, 15])[:, None], is_global if single.supports_global else None, decisions={})
+    prefix, given, results = (drawn(2, 5, 6, seed=20), drawn(2, 5, 6, seed=21)), given_to(single, mask), []
+    for run, dtype in ((single, torch.float32), (double.dense, torch.float64)):
+        leaves, memory = leaves_of(given, dtype), leaves_of(prefix, dtype)
+        out = run(*leaves, mask=mask, memory=tuple(memory))
+        wanted = [x for x in (*leaves, *memory) if x is not None]
+        found = torch.autograd.grad(out, wanted, drawn(*out.shape, seed=30).to(dtype), allow_unused=True)
+        results.append([out, *(torch.zeros_like(x) if g is None else g for g, x in zip(found, wanted, strict=True))])
+    equal(*results)
+    whole = [call for call in launched if call["Order"] is not None or call["Columns"] is not None or call["WINDOW"]]
+    sort = KINDS[kind]
+    assert bool(whole) == (sort is not None) and (sort is None or any(call[sort] is not None and call[sort] is not False for call in whole))
+
+
+@pytest.mark.parametrize("kind", ["full", "longformer[window=4, dilation=(1, 3)]", "local[chunk=5]", "lsh[rounds=2, chunk=4]"])
+def test_decoding_by_the_kernels(kind, launched):
+    single, double = pair(kind, causal=True)
+    given = given_to(single, Mask())
+    _, past = single.step(*(None if x is None else x[:, :, :22] for x in given), mask=Mask(), past=None)
+    last, _ = single.step(*(None if x is None else x[:, :, 22:] for x in given), mask=Mask(), past=past)
+    wanted = double.dense(*(None if x is None else x.double() for x in given), mask=Mask())
+    equal([last], [wanted[:, :, 22:]])
+
+
+@pytest.mark.parametrize("kind", ["full", "longformer[window=4, dilation=(1, 3)]", "local[chunk=5]", "lsh[rounds=2, chunk=4, count_once=true]"])
+def test_whole_kinds_drop_the_same_weights_backward(kind, launched):
+    """The derivative along a direction equals the difference of two forward passes with the same seed."""
+    core, _ = pair(kind, dropout=0.25)
+    core.train()
+    valid, is_global = torch.arange(23) < torch.tensor([23, 15])[:, None], (torch.arange(23) == 3).expand(2, 23)
+    mask = Mask(valid, is_global if core.supports_global else None, decisions={})
+    given, prefix = given_to(core, mask), (drawn(2, 5, 6, seed=20), drawn(2, 5, 6, seed=21))
+
+    def run(*leaves):
+        torch.manual_seed(5)
+        left = iter(leaves)
+        return core(*(None if x is None else next(left) for x in given), mask=mask, memory=prefix)
+
+    leaves = [x for x in leaves_of(given, torch.float32) if x is not None]
+    out, directions = run(*leaves), [drawn(*x.shape, seed=40 + index) for index, x in enumerate(leaves)]
+    g = drawn(*out.shape, seed=30)
+    gradients = torch.autograd.grad(out, leaves, g)
+    assert {"DROPOUT": True}.items() <= launched[0].items() and (out - run(*leaves)).abs().max() == 0
+    assert (out - core.eval()(*given, mask=mask, memory=prefix)).abs().max() > 0.1
+    core.train()
+    with torch.no_grad():
+        moved = [run(*(x + sign * 1e-2 * direction for x, direction in zip(leaves, directions, strict=True))) for sign in (1, -1)]
+    slope = float(((moved[0] - moved[1]).double() * g).sum()) / 2e-2
+    assert slope == pytest.approx(sum(float((x * y).sum()) for x, y in zip(gradients, directions, strict=True)), rel=5e-3)
+
+
+def test_no_dropout_no_bias_and_no_gathered_column_is_kept(launched):
+    """Of a band with padding, global tokens and dropout, the backward pass needs q, k, v, out, the log-sum-exp, which keys are held, and where the
+    columns are."""
+    core, _ = pair("longformer[window=6, global_projections=false]", dropout=0.1)
+    mask = Mask(torch.arange(23) < torch.tensor([23, 15])[:, None], (torch.arange(23) == 3).expand(2, 23), decisions={})
+    q, k, v = leaves_of(given_to(core, mask), torch.float32)
+    held = weakref.WeakSet()
+
+    class Held:
+        def __init__(self, x):
+            self.storage = x.untyped_storage()
+            held.add(self)
+
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda x: x):
+        out = core.train()._over_tiles(q, k, v, mask, None)
+    sizes = {x.storage.data_ptr(): x.storage.nbytes() for x in held}
+    assert out.requires_grad and sum(sizes.values()) == 4 * q.numel() * 4 + 2 * 2 * 23 * 4 + 2 * 23 + 2 * 1 * 8
+
+
+def test_what_a_kind_cannot_have_is_said(launched):
+    core = create("full", Context(heads=1, head_dim=200, backend="triton"))
+    x = drawn(1, 1, 4, 200)
+    with pytest.raises(OptionError, match="backend 'triton' cannot run here: .*heads of at most 128 numbers, not 200; use backend='auto'"):
+        core(x, x, x, mask=Mask())
+    core = create("full", Context(heads=1, head_dim=8, backend="triton"))
+    x = drawn(1, 1, 4, 8, dtype=torch.float64)
+    with pytest.raises(OptionError, match="backend 'triton' cannot run here: on cpu it takes bfloat16, float16, float32, got float64"):
+        core(x, x, x, mask=Mask())

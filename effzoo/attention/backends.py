@@ -3,30 +3,39 @@
 | backend | where | what it takes |
 |---|---|---|
 | reference | everywhere | everything: the plain twin, which keeps the scores |
-| flash | CPU; CUDA in bfloat16 and float16 | torch's flash operators: dropout 0, on CUDA without a bias |
+| flash | CPU; CUDA in bfloat16 and float16 | torch's flash operators: on the CPU dropout 0, on CUDA no bias |
 | blocks | CPU, CUDA | dropout: weights written out a block at a time, and again in the backward pass |
 | efficient | CUDA, all but float64 | torch's memory-efficient operators: biases, dropout |
+| triton | CUDA, all but float64 | our own kernels (`triton_launch.py`): in one pass a band with padding, global columns and dropout, or hashing |
 | flex | CUDA, all but float64; CPU without gradients | torch's FlexAttention: kinds that are a predicate; dropout 0; only when asked for |
+| xformers | CUDA, all but float64 | `xformers`, for who has it: biases, windows; dropout 0; only when asked for |
+
+On CUDA "auto" takes flash where it can; else triton for rounds of hashing, and for bands in bfloat16 and float16; else efficient. That order is what
+is expected of them: no card has run them yet.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from effzoo.attention import flex
+from effzoo.attention import flex, triton_launch, xformers
 from effzoo.attention.cuda import Efficient, FlashCuda
 from effzoo.attention.dropped import Weights
 from effzoo.attention.flash import Flash
 from effzoo.attention.part import Folded, Kernel, Layout, Part
 from effzoo.attention.tiles import Tiles
+from effzoo.attention.triton_launch import OnePass, TritonTile, Whole
+from effzoo.attention.xformers import Xformers
+from effzoo.devices import capability, kind_of
 from effzoo.errors import OptionError
 
-BACKENDS = ("auto", "reference", "flash", "blocks", "efficient", "flex")
+BACKENDS = ("auto", "reference", "flash", "blocks", "efficient", "flex", "triton", "xformers")
 RENAMED = {"sdpa": "flash"}
 HALF, SINGLE, ALL = (torch.bfloat16, torch.float16), (torch.float32,), (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 TAKES = {  # backend, device -> dtypes
@@ -37,6 +46,8 @@ TAKES = {  # backend, device -> dtypes
     ("efficient", "cuda"): HALF + SINGLE,
     ("flex", "cpu"): ALL,
     ("flex", "cuda"): HALF + SINGLE,
+    ("triton", "cuda"): HALF + SINGLE,
+    ("xformers", "cuda"): HALF + SINGLE,
 }
 FLASH: dict[str, type[Flash] | type[FlashCuda]] = {"cpu": Flash, "cuda": FlashCuda}
 DOES = {
@@ -44,8 +55,10 @@ DOES = {
     "blocks": "weights some at a time, and again in the backward pass",
     "efficient": "fused memory-efficient attention",
     "flex": "FlexAttention",
+    "triton": "our own Triton kernels, which no card has run yet,",
+    "xformers": "memory-efficient attention of xformers",
 }
-ORDER = {"cpu": ("flash", "blocks"), "cuda": ("flash", "efficient")}
+ORDER = {"cpu": ("flash", "blocks"), "cuda": ("flash", "triton", "efficient")}
 
 
 def known(backend: str) -> str:
@@ -59,7 +72,7 @@ def known(backend: str) -> str:
 
 def choose(parts: Sequence[Part], dropout: float, backend: str = "auto") -> tuple[str, str]:
     """The backend that `attend` takes for these parts, and the reason. Raises OptionError for a named one that cannot run here."""
-    device = parts[0].q.device.type
+    device = kind_of(parts[0].q)
     if known(backend) == "reference":
         return "reference", "asked for"
     if backend != "auto":
@@ -69,7 +82,7 @@ def choose(parts: Sequence[Part], dropout: float, backend: str = "auto") -> tupl
         return backend, f"asked for: {DOES[backend]} on {device}"
     passed = ""
     for name in ORDER.get(device, ()):
-        why_not = _obstacle(name, parts, dropout)
+        why_not = _obstacle(name, parts, dropout) or (_no_gain(parts) if name == "triton" else "")
         if not why_not:
             return name, f"{DOES[name]} on {device}{passed}"
         passed += f"; not {name!r}: {why_not}"
@@ -79,7 +92,7 @@ def choose(parts: Sequence[Part], dropout: float, backend: str = "auto") -> tupl
 def _obstacle(backend: str, parts: Sequence[Part], dropout: float) -> str:
     """Why a backend cannot compute these parts; empty if it can."""
     q = parts[0].q
-    device = q.device.type
+    device = kind_of(q)
     takes = TAKES.get((backend, device))
     if takes is None:
         return f"it runs on {' and '.join(where for name, where in TAKES if name == backend)}, the tensors are on {device}"
@@ -87,16 +100,26 @@ def _obstacle(backend: str, parts: Sequence[Part], dropout: float) -> str:
         return f"on {device} it takes {', '.join(map(_short, takes))}, got {_short(q.dtype)}"
     if backend in ("blocks", "efficient"):
         return ""
-    if dropout > 0:
+    if backend == "triton":
+        return next(filter(None, (triton_launch.obstacle(part.q, part.v) for part in parts)), "")
+    if backend == "xformers" and not xformers.installed():
+        return xformers.MISSING
+    if dropout > 0 and (backend in ("flex", "xformers") or FLASH[device] is Flash):
         return f"attention dropout {dropout} needs the weights themselves, which it never holds (attention_dropout=0 allows it)"
     if backend == "flex":
         return flex.obstacle(parts)
+    if backend == "xformers":
+        return ""
     return _no_flash(parts) if FLASH[device] is FlashCuda else ""
 
 
 def _no_flash(parts: Sequence[Part]) -> str:
-    """Why torch's flash operators for CUDA cannot compute these parts."""
-    if lacking := has_no_flash(parts[0].q.device.index):
+    """Why torch's flash operators for CUDA cannot compute these parts.
+
+    Padding could be told them without a wait of the host, as keys that are sequences of their own with no query (`cum_seq_q`, `cum_seq_k`). That
+    their backward pass then writes zeros for such keys has not been seen on a card, so padding goes to the other operators.
+    """
+    if lacking := has_no_flash(parts[0].q.device):
         return lacking
     for part in parts:
         widest = max(part.q.shape[-1], part.v.shape[-1])
@@ -110,24 +133,47 @@ def _no_flash(parts: Sequence[Part]) -> str:
 
 
 @functools.cache
-def has_no_flash(device: int | None) -> str:
+def has_no_flash(device: torch.device) -> str:
     """What torch's flash operators lack on a CUDA device."""
     if not torch.backends.cuda.is_flash_attention_available():
         return "this build of torch has none for CUDA"
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability(device)
     return "" if major >= 8 else f"it needs compute capability 8.0, this card has {major}.{minor}"
 
 
+def _no_gain(parts: Sequence[Part]) -> str:
+    """Why "auto" leaves our own kernels out where they can run; empty where they are expected to be the fastest."""
+    ones = [one for one in (part.way.one_pass() for part in parts) if one is not None]
+    if not ones:
+        return "it is for a band or rounds of hashing in one pass, and there is none"
+    if parts[0].q.dtype not in HALF and any(isinstance(one, OnePass) for one in ones):
+        return f"in {_short(parts[0].q.dtype)} it does without tensor cores"
+    return ""
+
+
+def readied(parts: Sequence[Part], backend: str) -> list[Part]:
+    """The parts as a backend takes them."""
+    return triton_launch.whole(parts) if backend == "triton" else list(parts)
+
+
 def placed(part: Part, backend: str, dropout: float, seed: int | None = None) -> tuple[Layout, Kernel]:
-    """How a part lies in tiles, and what computes them; seed: for dropout, drawn if None."""
+    """How a part, which is `readied`, lies in tiles, and what computes them; seed: for dropout, drawn if None."""
+    if backend == "triton":
+        number = 0 if dropout == 0 else _number(drawn_seed()) if seed is None else seed
+        if isinstance(part.layout, Whole):
+            return Whole(replace(part.layout.one, scale=part.scale, dropout=dropout, seed=number)), TritonTile()
+        return part.way, TritonTile(part.scale, dropout, number)
     if backend in ("blocks", "reference"):  # in compiled code the plain twin is not followed by autograd
         return part.way, Weights(dropout, _number(drawn_seed()) if seed is None else seed, part.scale)
     if backend == "efficient":
         return part.way, Efficient(part.scale, dropout, seed)
-    kernel = FLASH[part.q.device.type]
-    if kernel is FlashCuda and isinstance(part.layout, Tiles) and part.layout.window is not None:  # which it knows itself
-        return Folded(), FlashCuda(part.scale, part.layout.window)
-    return part.way, kernel(part.scale)
+    window = part.layout.window if isinstance(part.layout, Tiles) and part.brought[0] is None else None  # which operators know themselves
+    if backend == "xformers":
+        known = window is not None and part.q.dtype not in SINGLE
+        return (Folded(), Xformers(part.scale, window)) if known else (part.way, Xformers(part.scale))
+    if FLASH[kind_of(part.q)] is Flash:
+        return part.way, Flash(part.scale)
+    return part.way if window is None else Folded(), FlashCuda(part.scale, window, dropout, seed)
 
 
 def drawn_seed() -> Tensor:

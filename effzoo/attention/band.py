@@ -46,6 +46,11 @@ class Window:
         return (self.left, self.right) if self.dilation == 1 else None
 
     @property
+    def bounds(self) -> tuple[int | None, int | None, int, int]:
+        """Left, right, dilation and length of a chunk, of which all kernels here are told."""
+        return self.left, self.right, self.dilation, 1
+
+    @property
     def kept(self) -> int | None:
         """How many keys before a later query it can see."""
         return None if self.left is None else self.left * self.dilation
@@ -68,6 +73,11 @@ class Chunks:
     @property
     def window(self) -> None:
         """Chunks are none."""
+
+    @property
+    def bounds(self) -> tuple[int, int, int, int]:
+        """Left, right, dilation and length of a chunk, of which all kernels here are told."""
+        return self.before, self.after, 1, self.size
 
     @property
     def kept(self) -> int:

@@ -1,4 +1,4 @@
-"""Tiles by torch's own operators for CUDA: memory-efficient attention, which takes biases and dropout, and flash attention, which takes neither.
+"""Tiles by torch's own operators for CUDA: memory-efficient attention, which takes biases and dropout, and flash attention, which takes no bias.
 
 Backward both compute exp(S - lse) and rowsum(dO * out) from the lse and the out that they are given, so with the merged ones they give
 the gradients of a part of one softmax (see `kernel.py`). What they ask of memory is met here: rows of a multiple of 8 numbers, rows of a bias of
@@ -40,44 +40,61 @@ class Efficient:
     drawn: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def forward(self, tile: Tile, index: int) -> tuple[Tensor, Tensor]:
-        q, k, v = (_rows(x) for x in tile[:3])
+        q, k, v = (rows_of(x) for x in tile[:3])
         with _from(None if self.seed is None else self.seed + index, q.device):
-            out, lse, *drawn = _efficient(q, k, v, _bias(tile), True, self.dropout, tile.causal, scale=factor(self.scale, tile.q))
+            out, lse, *drawn = _efficient(q, k, v, bias_rows(tile), True, self.dropout, tile.causal, scale=factor(self.scale, tile.q))
         if self.dropout:
             self.drawn[index] = drawn
         return out[..., : tile.v.shape[-1]], lse_of(tile, lse[..., : q.shape[2]])
 
     def backward(self, tile: Tile, index: int, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        grad, q, k, v = (_rows(x) for x in (grad, *tile[:3]))
-        out = _rows(out).transpose(1, 2).contiguous().transpose(1, 2)  # of which the operator does not look at all strides
+        grad, q, k, v = (rows_of(x) for x in (grad, *tile[:3]))
+        out = rows_of(out).transpose(1, 2).contiguous().transpose(1, 2)  # of which the operator does not look at all strides
         lse = F.pad(lse, (0, -lse.shape[-1] % ROWS), value=math.inf).contiguous()
         drawn = self.drawn[index] if self.dropout and self.seed is None else [torch.tensor((self.seed or 0) + index), torch.tensor(0)]
         wanted = [True, True, True, False]
-        found = _efficient_backward(grad, q, k, v, _bias(tile), out, lse, *drawn, self.dropout, wanted, tile.causal, scale=factor(self.scale, tile.q))
-        return _gradients(tile, found)
+        found = _efficient_backward(
+            grad, q, k, v, bias_rows(tile), out, lse, *drawn, self.dropout, wanted, tile.causal, scale=factor(self.scale, tile.q)
+        )
+        return gradients_of(tile, found)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FlashCuda:
-    """A tile without bias by the flash operators. window: how many keys before it and after it a query sees; None: all."""
+    """A tile without bias by the flash operators. window: how many keys before it and after it a query sees; None: all.
+
+    dropout, seed and drawn as for `Efficient`; seed and offset of a tile are one tensor here.
+    """
 
     scale: float | None
     window: tuple[int, int] | None = None
+    dropout: float = 0.0
+    seed: int | None = None
+    drawn: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def forward(self, tile: Tile, index: int) -> tuple[Tensor, Tensor]:
-        q, k, v = (_rows(x, _width(tile)).transpose(1, 2) for x in tile[:3])
-        out, lse, *_ = _flash(q, k, v, None, None, *self._told(tile), False, **self._options(tile))
+        q, k, v = (rows_of(x, _width(tile)).transpose(1, 2) for x in tile[:3])
+        with _from(None if self.seed is None else self.seed + index, q.device):
+            out, lse, *drawn, _ = _flash(q, k, v, None, None, *self._told(tile), False, **self._options(tile))
+        if self.dropout:
+            self.drawn[index] = drawn
         return out.transpose(1, 2)[..., : tile.v.shape[-1]], lse
 
     def backward(self, tile: Tile, index: int, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        grad, q, k, v, out = (_rows(x, _width(tile)).transpose(1, 2) for x in (grad, *tile[:3], out))
-        drawn = [torch.zeros(shape, dtype=torch.uint64, device=q.device) for shape in ((2,), ())]  # nothing is dropped
+        grad, q, k, v, out = (rows_of(x, _width(tile)).transpose(1, 2) for x in (grad, *tile[:3], out))
+        drawn = self.drawn[index] if self.dropout and self.seed is None else self._state(index, q.device)
         found = _flash_backward(grad, q, k, v, out, lse.contiguous(), None, None, *self._told(tile), *drawn, **self._options(tile))
-        return _gradients(tile, [x.transpose(1, 2) for x in found])
+        return gradients_of(tile, [x.transpose(1, 2) for x in found])
 
     def _told(self, tile: Tile) -> tuple[int, int, float, bool]:
         """Rows, keys, dropout, and whether it is causal."""
-        return tile.q.shape[2], tile.k.shape[2], 0.0, tile.causal
+        return tile.q.shape[2], tile.k.shape[2], self.dropout, tile.causal
+
+    def _state(self, index: int, device: torch.device) -> list[Tensor]:
+        """Seed and offset of a generator that was just set to the seed of the tile, and the tensor that the operators do not use."""
+        state = torch.zeros(2, dtype=torch.int64, device=device)
+        state[0] = (self.seed or 0) + index
+        return [state.view(torch.uint64), torch.zeros((), dtype=torch.uint64, device=device)]
 
     def _options(self, tile: Tile) -> dict[str, Any]:
         left, right = self.window or (None, None)
@@ -90,7 +107,7 @@ def _width(tile: Tile) -> int:
     return widest + -widest % NUMBERS
 
 
-def _rows(x: Tensor, width: int | None = None) -> Tensor:
+def rows_of(x: Tensor, width: int | None = None) -> Tensor:
     """[g, heads, rows, d] -> [g, heads, rows, width], with zeros up to the width (that of x and what it lacks to a multiple, if None)."""
     d = x.shape[-1]
     lacking = -d % NUMBERS if width is None else width - d
@@ -101,7 +118,7 @@ def _rows(x: Tensor, width: int | None = None) -> Tensor:
     return x
 
 
-def _bias(tile: Tile) -> Tensor | None:
+def bias_rows(tile: Tile) -> Tensor | None:
     """The bias of the tile, expanded to [g, heads, rows, keys] by strides of 0."""
     q, k, bias = tile.q, tile.k, tile.bias
     if bias is None:
@@ -114,7 +131,7 @@ def _bias(tile: Tile) -> Tensor | None:
     return bias.expand(*q.shape[:3], keys)
 
 
-def _gradients(tile: Tile, found: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def gradients_of(tile: Tile, found: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     of_q, of_k, of_v = (grad[..., : x.shape[-1]] for grad, x in zip(found, tile[:3], strict=False))
     return of_q, of_k, of_v
 

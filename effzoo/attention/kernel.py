@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from effzoo.attention import flex
-from effzoo.attention.backends import BACKENDS, choose, drawn_seed, placed
+from effzoo.attention.backends import BACKENDS, choose, drawn_seed, placed, readied
 from effzoo.attention.part import Cut, Part, Tile, factor
 from effzoo.attention.traced import Told, Traced
 from effzoo.errors import InputError
@@ -57,6 +57,8 @@ def attended(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> tuple
         lse = _lse(torch.cat(lses, dim=-1))
         weights = [(one - lse.clamp(min=torch.finfo(lse.dtype).min)).exp().to(outs[0].dtype) for one in lses]
         return torch.stack([out * weight for out, weight in zip(outs, weights, strict=True)]).sum(dim=0), lse.detach()
+    if not torch.compiler.is_compiling():
+        parts = tuple(readied(parts, name))
     # parts may share their queries, but compiled code takes each tensor once
     queries = [p.q.view_as(p.q) if any(p.q is other.q for other in parts[:i]) else p.q for i, p in enumerate(parts)]
     tensors = [(q, p.k, p.v, *p.brought) for q, p in zip(queries, parts, strict=True)]

@@ -6,12 +6,15 @@ import abc
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from effzoo.errors import InputError
+
+if TYPE_CHECKING:
+    from effzoo.attention.triton_launch import Hashed, OnePass
 
 
 class Tile(NamedTuple):
@@ -50,6 +53,10 @@ class Layout(abc.ABC):
     def bare(self, given: Sequence[Tensor | None]) -> bool:
         """Whether no tile has a bias, as far as is known before they are cut."""
         return False
+
+    def one_pass(self) -> OnePass | Hashed | None:
+        """What computes the part whole, in one pass of our Triton kernels; None where they cannot."""
+        return None
 
     def plain(self, part: Part) -> list[Part]:
         """The part as parts that are `Cut`, which autograd can follow by itself."""
@@ -133,6 +140,7 @@ class Part:
     q [g, h, m, d], k [g, h, s, d], v [g, h, s, e]; bias is additive, broadcastable to [g, h, m, s], -inf where a query may not
     attend, without gradient. scale multiplies q k^T, 1 / sqrt(d) when None. All parts of one softmax have the same e.
     layout: how they lie in tiles; None for one tile, cut by the causal triangle if `causal`. given: what the layout needs beside them.
+    where: int[g, s], where these keys stand among those of the part in front, for what reads them there; its number of keys where there is none.
     """
 
     q: Tensor
@@ -143,6 +151,7 @@ class Part:
     scale: float | None = None
     layout: Layout | None = None
     given: Sequence[Tensor | None] = field(default=())
+    where: Tensor | None = None
 
     @property
     def way(self) -> Layout:

@@ -311,7 +311,9 @@ class PredicateAttention(AttentionCore):
         seen = held[:, None, None, :]
         if self.context.causal:
             seen = seen & (where[:, None, None, :] <= torch.arange(q.shape[2], device=q.device)[:, None])
-        return Part(q, at(k, where), at(v, where), mask.memo(("global columns", q.dtype), lambda: bias_of(seen, q.dtype)))
+        bias = mask.memo(("global columns", q.dtype), lambda: bias_of(seen, q.dtype))
+        places = mask.memo("global places", lambda: where.masked_fill(~held, k.shape[2]))
+        return Part(q, at(k, where), at(v, where), bias, where=places)
 
     @property
     def key(self) -> tuple[Any, ...]:

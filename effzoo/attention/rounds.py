@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from effzoo.attention.hashing import sort
 from effzoo.attention.kernel import merge
 from effzoo.attention.part import Folded, Kernel, Layout, Part, Tile, bias_of
+from effzoo.attention.triton_launch import Hashed
 
 TOGETHER = 2**19  # numbers of a tensor of queries or keys
 Standing = tuple[Tensor, Tensor]  # places in the sorted order (in chunks, unless `stable`) and buckets, [rounds, ..., n]
@@ -40,6 +41,11 @@ class HashingRounds(Layout):
     stable: bool = False
     causal: bool = False
     padding: int = 2**31
+
+    def one_pass(self) -> Hashed | None:
+        """All rounds in one pass of our Triton kernels, which know no ring."""
+        options = self.within, self.once, self.stable, self.causal
+        return None if self.ring else Hashed(self.chunk, self.before, self.after, *options, padding=self.padding)
 
     def plain(self, part: Part) -> list[Part]:
         tiles, found = Sorted(self, _buckets(part.given)), []

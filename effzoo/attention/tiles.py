@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from effzoo.attention.part import Cut, Tile, bias_of
+from effzoo.attention.triton_launch import OnePass
 from effzoo.devices import sent
 
 if TYPE_CHECKING:
@@ -127,6 +128,9 @@ class Tiles(Cut):
             return None
         left, right = (self.n if most is None else most for most in bounds)
         return left, 0 if self.causal else right
+
+    def one_pass(self) -> OnePass | None:
+        return None if self.sight is None else OnePass(self.causal, self.sight)
 
     def bare(self, given: Sequence[Tensor | None]) -> bool:
         seen = self.window is not None or (self.n % self.dilation == 0 and all(run.allowed is None for run in self.runs))

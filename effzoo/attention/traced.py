@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from effzoo.attention.backends import choose, placed
+from effzoo.attention.backends import choose, placed, readied
 from effzoo.attention.part import Kernel, Layout, Part
 
 
@@ -79,6 +79,7 @@ def _parts(
     for index, (heads, part) in enumerate(parts):
         part = replace(part, scale=told.scale)
         name, _ = choose((part,), told.dropout, told.backend)
+        (part,) = readied((part,), name)
         yield heads, part, *placed(part, name, told.dropout, None if seed is None else int(seed) + index * 2**20)
 
 

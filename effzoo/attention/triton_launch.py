@@ -1,8 +1,8 @@
 """Attention in one pass of our own Triton kernels: a window with holes, columns that every query sees, padding and dropout; and rounds of hashing.
 
-`OnePass` and `Hashed` compute the output and the log-sum-exp of one part of the one softmax, and its gradients given the merged ones: what a `Layout`
-does (part.py), whole instead of tile by tile. `TritonTile` is a `Kernel` for a single tile. Nothing of size n^2 is kept. Triton is an optional
-extra: `pip install effzoo[triton]`, on Linux.
+`OnePass` and `Hashed` compute the output and the log-sum-exp of one part of the one softmax, and its gradients given the merged ones; `Whole` is the
+`Layout` (part.py) that takes them instead of tiles. `TritonTile` is a `Kernel` for a single tile. Nothing of size n^2 is kept. Triton is an
+optional extra: `pip install effzoo[triton]`, on Linux.
 """
 
 from __future__ import annotations
@@ -10,17 +10,22 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from effzoo.attention.band import Chunks, Window
 from effzoo.attention.hashing import sort
-from effzoo.attention.part import Tile
+from effzoo.attention.part import Kernel, Layout, Part, Tile
+from effzoo.devices import capability, kind_of
 from effzoo.errors import OptionError
+
+if TYPE_CHECKING:
+    from effzoo.attention.band import Chunks, Window
 
 LARGEST = 128  # width of a head
 STEPS = 2**31  # in which probabilities of keeping a weight are drawn
@@ -70,10 +75,10 @@ def obstacle(q: Tensor, v: Tensor) -> str:
     """Why the kernels cannot compute with these queries and values; empty if they can."""
     if not _installed():
         return "triton is not installed; pip install effzoo[triton]"
-    if q.device.type != "cuda" and not _interpreted():
+    if kind_of(q) != "cuda" and not _interpreted():
         return f"the Triton kernels run on CUDA, not on {q.device.type}"
-    if q.device.type == "cuda" and _capability(q.device) < (8, 0):
-        return f"the Triton kernels run on cards of compute capability 8.0 or more, not {'.'.join(map(str, _capability(q.device)))}"
+    if capability(q.device) < (8, 0):
+        return f"the Triton kernels run on cards of compute capability 8.0 or more, not {'.'.join(map(str, capability(q.device)))}"
     if q.dtype not in DTYPES:
         return f"the Triton kernels have no {q.dtype}"
     if max(q.shape[-1], v.shape[-1]) > LARGEST:
@@ -130,7 +135,8 @@ class OnePass:
     def _call(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, held: Tensor | None, columns: Tensor | None) -> _Call:
         columns = None if columns is None or columns.shape[1] == 0 else columns
         call = _Call(q, k, v, self.scale, self.causal, self.dropout, self.seed, self.tiles)
-        call.see(self.sight)
+        if self.sight is not None:
+            call.see(*self.sight.bounds)
         if bias is not None:
             whole = bias.expand(*q.shape[:3], k.shape[2])
             names = ("bias_batch", "bias_head", "bias_query", "bias_key")
@@ -149,7 +155,8 @@ class Hashed:
     Each round goes on with the softmax of the rounds before it, so all together are one, exactly. buckets int[rounds, batch, heads, n]: that of every
     position; held: bool[batch, n], False at padding, which has the largest bucket and neither sees nor is seen. A query does not see its own key.
     chunk, before, after: length of a chunk, and how many chunks a query sees before and after its own; stable: counted from the query and not from
-    its chunk. within: only keys of the query's own bucket. once: a pair that meets in several rounds counts once. The others are those of `OnePass`.
+    its chunk. within: only keys of the query's own bucket. once: a pair that meets in several rounds counts once. padding: its bucket, by which it is
+    known where `held` is not given. The others are those of `OnePass`.
     """
 
     chunk: int
@@ -163,6 +170,7 @@ class Hashed:
     dropout: float = 0.0
     seed: int = 0
     tiles: Tiling | None = None
+    padding: int | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, held: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp float32[batch, heads, n] over what is seen in all rounds; 0 and -inf for a query that sees nothing."""
@@ -188,11 +196,11 @@ class Hashed:
 
     def _call(self, q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, held: Tensor | None) -> _Call:
         call = _Call(q, k, v, self.scale, self.causal, self.dropout, self.seed, self.tiles)
-        call.see(Window(self.before * self.chunk, self.after * self.chunk) if self.stable else Chunks(self.chunk, self.before, self.after))
+        call.see(*(self.before * self.chunk, self.after * self.chunk, 1, 1) if self.stable else (self.before, self.after, 1, self.chunk))
         order, place = sort(buckets)
         call.given |= {"Order": order.int(), "rounds": len(buckets), "ITSELF": False}
         call.given |= {"Buckets": buckets.contiguous() if self.within else None, "Place": place.int() if self.once else None}
-        call.hold(held)
+        call.hold(buckets[0, :, 0] < self.padding if held is None and self.padding is not None else held)
         return call
 
 
@@ -212,6 +220,43 @@ class TritonTile:
 
     def _pass(self, tile: Tile, index: int) -> OnePass:
         return OnePass(tile.causal, scale=self.scale, dropout=self.dropout, seed=self.seed + index)
+
+
+@dataclass(frozen=True)
+class Whole(Layout):
+    """A part whose kernels find the tiles themselves. It is given what they take beside q, k and v: `held` and `columns` of `OnePass`, `buckets` of
+    `Hashed`."""
+
+    one: OnePass | Hashed
+
+    def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, lse = self.one.forward(q, k, v, **self._named(given))
+        return out, lse.unsqueeze(-1)
+
+    def backward(
+        self, kernel: Kernel, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *given: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.one.backward(grad, q, k, v, out, lse.squeeze(-1), **self._named(given))
+
+    def _named(self, given: Sequence[Tensor | None]) -> dict[str, Any]:
+        return dict(zip(("held", "columns") if isinstance(self.one, OnePass) else ("buckets",), given, strict=True))
+
+
+def whole(parts: Sequence[Part]) -> list[Part]:
+    """Parts with a band or rounds of hashing as parts that are computed in one pass, a band with the columns behind it; the others as they are."""
+    found: list[Part] = []
+    for part in parts:
+        front = found[-1] if found else None
+        one = part.way.one_pass()
+        if isinstance(one, OnePass):
+            found.append(replace(part, layout=Whole(one), given=[part.brought[0], None]))
+        elif one is not None:
+            found.append(replace(part, layout=Whole(one)))
+        elif part.where is not None and front is not None and isinstance(front.layout, Whole):
+            found[-1] = replace(front, given=[front.given[0], part.where])
+        else:
+            found.append(part)
+    return found
 
 
 class _Call:
@@ -242,14 +287,8 @@ class _Call:
         seed = (seed + turn) % 2**62
         self.given |= {"turn": turn, "seed_low": seed % STEPS, "seed_high": seed // STEPS}
 
-    def see(self, sight: Window | Chunks | None) -> None:
+    def see(self, left: int | None, right: int | None, dilation: int, chunk: int) -> None:
         """How far the queries look, in chunks of the indices."""
-        if isinstance(sight, Window):
-            left, right, dilation, chunk = sight.left, sight.right, sight.dilation, 1
-        elif sight is not None:
-            left, right, dilation, chunk = sight.before, sight.after, 1, sight.size
-        else:
-            return
         most = max(self.q.shape[2], self.k.shape[2])
         bounds = {"left": most if left is None else min(left, most), "right": most if right is None else min(right, most)}
         self.given |= {**bounds, "dilation": dilation, "chunk": min(chunk, max(1, most)), "WINDOW": left is not None or right is not None}
@@ -290,23 +329,28 @@ class _Call:
         return of_q, of_k[:, :, :s], of_v[:, :, :s]
 
     def _launch(self, name: str, **own: Any) -> None:
-        from effzoo.attention import triton_kernels
-
         given = self.given | own
         width, columns = max(given["BD"], given["BE"]), name == "of_keys" and given["Columns"] is not None
         size = self.tiles
         if size is None:
             kernel, hashed = "of_columns" if columns else name, given["Order"] is not None
-            size = tiling(kernel, width, self.q.element_size(), _capability(self.q.device), hashed)
+            size = tiling(kernel, width, self.q.element_size(), capability(self.q.device), hashed)
         groups = self.q.shape[0] * self.q.shape[1] * given["dilation"]
         rows, of_tile = (given["m"], size.queries) if name != "of_keys" else (given["s"], size.keys)
         if columns:
             rows, groups = given["slots"], groups * len(own["DK"])
         chosen = {"BM": size.queries, "BN": size.keys, "num_warps": size.warps, "num_stages": size.stages, "maxnreg": REGISTERS}
         programs = math.ceil(math.ceil(rows / given["dilation"]) / of_tile) * groups
-        if programs:
-            with torch.cuda.device(self.q.device) if self.q.is_cuda else nullcontext():
-                getattr(triton_kernels, name)[(programs,)](**given, **chosen)
+        if programs and not isinstance(self.q, FakeTensor):
+            started(name, programs, self.q.device, given | chosen)
+
+
+def started(name: str, programs: int, device: torch.device, given: dict[str, Any]) -> None:
+    """So many programs of a kernel, on the card that its tensors are on."""
+    from effzoo.attention import triton_kernels
+
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        getattr(triton_kernels, name)[(programs,)](**given)
 
 
 def _without(columns: Tensor, held: Tensor | None, k: Tensor) -> Tensor:
@@ -349,8 +393,3 @@ def _interpreted() -> bool:
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
