@@ -190,6 +190,29 @@ def test_adapters_that_are_attached_are_what_is_trained():
     assert plan(model, batch=2, length=11).kept == 0, "nothing is trained, so nothing is kept"
 
 
+@pytest.mark.parametrize("backend", [None, "efficient"])
+def test_on_cuda_no_more_is_kept_than_on_the_cpu(backend):
+    """Padding and attention dropout included: within 1.05 of it, where weights written out would be many times as much."""
+    sizes = {"dim": 64, "heads": 4, "layers": 2, "mlp": 256, "vocab": 53, "max_length": 512, "task": "classification", **TRAINED}
+    bert = effzoo.build("bert", **sizes)
+    longformer = effzoo.build("longformer", attention="longformer[window=64]", peft="lora", **sizes)
+    for model, length, recompute in ((bert, 256, None), (longformer, 512, "hidden")):
+        inputs = call(model, 2, length, padded=True)
+        if model is longformer:
+            inputs["global_attention_mask"] = (torch.arange(length) == 0).long().expand(2, -1).contiguous()
+        cpu = plan(model, inputs=inputs, recompute=recompute)
+        cuda = plan(model, inputs=inputs, recompute=recompute, backend=backend, device="cuda")
+        assert 0 < cuda.kept <= 1.05 * cpu.kept and cuda.title == f"{cpu.title}, cuda"
+    plain = plan(bert, inputs=call(bert, 2, 256, padded=True), backend="reference", device="cuda").kept
+    assert plain > 3 * plan(bert, inputs=call(bert, 2, 256, padded=True), device="cuda").kept
+
+
+def test_fused_dropout_keeps_a_byte_for_each_number():
+    cpu, cuda = (plan("bert", batch=2, length=37, device=device, dropout=0.1, attention_dropout=0.0, **SIZES) for device in ("cpu", "cuda"))
+    cpu_bytes, cuda_bytes = (found.activations["dropout masks"] for found in (cpu, cuda))
+    assert cpu_bytes == 4 * cuda_bytes > 0
+
+
 def test_global_tokens_of_a_real_call_count():
     model = effzoo.build("longformer", attention="longformer[window=8]", task="classification", **SIZES, **TRAINED)
     inputs = call(model, 2, 37, padded=True)
@@ -394,6 +417,10 @@ def test_the_table_reads_as_it_is():
         (("bert",), {"length": 9, "optimizer": "adamv"}, r"unknown optimizer 'adamv'; did you mean '(adamw|adam)'"),
         (("bert",), {"length": 9, "precision": "autocst"}, "unknown precision 'autocst'; did you mean 'autocast'"),
         (("bert",), {"length": 9, "precision": "master", "dtype": "float32"}, "precision 'master' is for bfloat16 and float16, got torch.float32"),
+        (("bert",), {"length": 9, "device": "gpu"}, "plan knows the devices 'cpu' and 'cuda', got 'gpu'"),
+        (("bert",), {"length": 9, "device": "cuda", "precision": "autocast"}, "autocast on CUDA computes other operations in float32"),
+        (("bert",), {"length": 9, "backend": "sdpa"}, "backend 'sdpa' is called 'flash' now"),
+        (("bert",), {"length": 9, "backend": "efficient"}, "backend 'efficient' cannot run here: it runs on cuda, the tensors are on cpu"),
         (("bert",), {"length": 9, "dtype": "int8"}, "dtype is a floating-point type such as torch.bfloat16 or 'float32', got 'int8'"),
         (("bert",), {}, "plan needs the length of the sequences, such as length=512"),
         (("bert",), {"length": 0}, "length is at least 1, got 0"),

@@ -70,6 +70,19 @@ def test_a_method_trained_saved_and_loaded_on_the_device_is_what_it_is_on_the_cp
     assert [(name, *far) for name, _, *far in found if not max(far) < 1e-9] == []
 
 
+def test_a_plan_for_cuda_is_what_is_kept_there():
+    """Byte for byte, with every backend that computes there, with padding, a prefix and global tokens."""
+    found = ran("planned")
+    assert len(found) > 60
+    assert [(name, expected, kept) for name, expected, kept, _ in found if expected != kept or not kept] == []
+    for name, _, _, calls in found:
+        backend = name.partition(" by ")[2].partition(",")[0]
+        if backend == "auto":
+            backend = "triton" if name.startswith("lsh") and "circular" not in name else "efficient"
+        if backend in ("efficient", "triton", "xformers", "flash"):
+            assert {call.partition(" ")[0] for call in calls} == {backend}, name
+
+
 def test_the_host_waits_for_the_device_nowhere_but_where_it_must():
     steps = dict(ran("steps"))
     kinds = {name for name in steps if name.endswith((" with lora", " with prefix", " with houlsby", " with lora|prefix"))}

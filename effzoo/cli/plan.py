@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
+from effzoo.attention.backends import BACKENDS
 from effzoo.cli.show import Attention, Peft
 from effzoo.cli.terminal import app, heading, say, table
 from effzoo.plan import plan as plan_of
@@ -26,6 +27,8 @@ def plan_(
     optimizer: Annotated[str, typer.Option(help="adamw, adam, momentum, sgd or adafactor.")] = "adamw",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Keep only the inputs of blocks and compute the rest again.")] = False,
     recompute: Annotated[str | None, typer.Option(help="As effzoo finetune does: nothing, hidden or projections; default: keep all.")] = None,
+    backend: Annotated[str | None, typer.Option(help="What computes attention: " + ", ".join(BACKENDS) + "; default: the model's.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda; no card is needed.")] = "cpu",
     max_length: Annotated[int | None, typer.Option(help="Positions that the model is built for, where the entry's own are too few.")] = None,
     task: Annotated[str | None, typer.Option(help="The model's task; classification, and causal_lm for decoders, when left out.")] = None,
 ) -> None:
@@ -39,7 +42,7 @@ def plan_(
     choices: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     found = plan_of(
         model, peft, batch=batch, length=length, dtype=dtype, precision=precision, optimizer=optimizer, checkpointing=checkpointing or None,
-        recompute=recompute, **choices,  # type: ignore[arg-type]
+        recompute=recompute, backend=backend, device=device, **choices,  # type: ignore[arg-type]
     )  # fmt: skip
     rows = table("part", "MiB", "%", right=("MiB", "%"))
     for name, nbytes in found.rows():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 from effzoo import zoo
 from effzoo.annotations import Count
 from effzoo.architectures import PerceiverConfig
+from effzoo.attention import backends
+from effzoo.attention.core import AttentionCore
 from effzoo.build import build
+from effzoo.devices import taken_to_be
 from effzoo.errors import EffzooError, IncompatibleError, InputError, OptionError, UnknownNameError
 from effzoo.peft import attach, attached
 from effzoo.peft.attach import acting, held_in
@@ -38,6 +42,8 @@ def plan(
     optimizer: str = "adamw",
     checkpointing: bool | None = None,
     recompute: Level | None = None,
+    backend: str | None = None,
+    device: str | None = None,
     inputs: Mapping[str, Tensor] | None = None,
     **choices: Any,
 ) -> Plan:
@@ -61,9 +67,12 @@ def plan(
     optimizer: adamw, adam (2 numbers per trained parameter), momentum (1), sgd (0), adafactor (a row and a column of each matrix). Scalars such as
     step counters do not count.
 
+    backend: what computes attention, as in `build`; None leaves the model as it is. device: "cpu" or "cuda", for which backends are chosen, fused
+    dropout keeps a mask of 1 byte where the CPU keeps numbers of dtype, and global tokens take the room that there is for them; None: where a
+    built model is, the CPU for a name. No card is needed; without one, it is taken to be of compute capability 9.0.
+
     The activations are those of the code that runs: forward and backward are executed on tensors that have shapes and no memory, in training
-    mode with dropout, with the CPU's operators (on CUDA fused dropout keeps a mask of 1 byte where the CPU keeps numbers of dtype). What is
-    counted: the storages that autograd saves, each once and whole, without parameters, buffers and inputs; that equals what
+    mode with dropout. What is counted: the storages that autograd saves, each once and whole, without parameters, buffers and inputs, which is what
     `torch.autograd.graph.saved_tensors_hooks` sees in a real pass. Under checkpointing and in reversible models these are the tensors that remain;
     `peak` holds what computing again adds.
 
@@ -74,7 +83,7 @@ def plan(
     if precision not in PRECISIONS:
         raise UnknownNameError("precision", precision, PRECISIONS)
     model = model if isinstance(model, str) else unwrap(model)
-    chosen = _dtype(dtype, precision)
+    chosen, where = _dtype(dtype, precision), _device(model, device, precision)
     weights_dtype = torch.float32 if precision == "autocast" else chosen
     shadows = Shadows()
     with torch.random.fork_rng(devices=[]):
@@ -83,8 +92,11 @@ def plan(
             _set_checkpointing(copied, checkpointing)
         if recompute is not None:
             _set_recompute(copied, recompute)
+        if backend is not None:
+            _set_backend(copied, backend)
         given = _inputs(copied, batch, length, inputs, shadows)
-        kept, peak = step(copied, given, shadows, chosen if precision == "autocast" else None)
+        with taken_to_be(where):
+            kept, peak = step(copied, given, shadows, chosen if precision == "autocast" else None)
     trained = [p for p in copied.parameters() if p.requires_grad]
     state = 4 if precision == "master" else None
     states = sum(STATES[optimizer](p.shape) * (state or p.element_size()) for p in trained)
@@ -94,7 +106,7 @@ def plan(
     for saved in kept:
         activations[saved.cause] = activations.get(saved.cause, 0) + saved.bytes
     return Plan(
-        title=_title(copied, model, given, chosen, precision, optimizer),
+        title=_title(copied, model, given, chosen, precision, optimizer) + (f", {where}" if where != "cpu" else ""),
         weights=weights,
         gradients=sum(p.numel() * p.element_size() for p in trained),
         optimizer=states,
@@ -116,6 +128,26 @@ def _dtype(given: torch.dtype | str | None, precision: str) -> torch.dtype | Non
     if found is not None and found not in _HALF:
         raise OptionError(f"precision {precision!r} is for bfloat16 and float16, got {found}; use precision='plain'")
     return torch.bfloat16 if found is None else found
+
+
+def _device(model: nn.Module | str, device: str | None, precision: str) -> str:
+    """The kind of device that is planned for."""
+    if device is None:
+        device = "cpu" if isinstance(model, str) else next((p.device.type for p in model.parameters() if p.device.type == "cuda"), "cpu")
+    if device not in ("cpu", "cuda"):
+        raise OptionError(f"plan knows the devices 'cpu' and 'cuda', got {device!r}")
+    if device == "cuda" and precision == "autocast":
+        raise IncompatibleError(
+            "autocast on CUDA computes other operations in float32 than on the CPU, and a plan has no CUDA operators; plan precision='master' or "
+            "'plain' there, or device='cpu'"
+        )
+    return device
+
+
+def _set_backend(model: nn.Module, backend: str) -> None:
+    for core in model.modules():
+        if isinstance(core, AttentionCore):
+            core.context = dataclasses.replace(core.context, backend=backends.known(backend))
 
 
 def _stand_in(model: nn.Module | str, peft: Any, choices: dict[str, Any], shadows: Shadows, dtype: torch.dtype | None) -> nn.Module:

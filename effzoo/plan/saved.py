@@ -8,11 +8,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from effzoo.attention.core import AttentionCore
+from effzoo.devices import kind_of
 from effzoo.plan.shadow import key, size
 from effzoo.sites import PeftModule, Site, sites
 
@@ -84,7 +87,7 @@ class Record(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         self.operations.append(getattr(func, "__name__", ""))
         try:
-            out = func(*args, **(kwargs or {}))
+            out = _fused(*args, **(kwargs or {})) if func is F.dropout and kind_of(args[0]) == "cuda" else func(*args, **(kwargs or {}))
         finally:
             self.operations.pop()
         return out
@@ -140,6 +143,13 @@ class Record(TorchFunctionMode):
                 return function(*args, **kwargs)
 
         return told
+
+
+def _fused(x: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
+    """Dropout as CUDA computes it."""
+    if inplace or not training or not 0 < p < 1 or not x.numel():
+        return F.dropout(x, p, training, inplace)
+    return torch.native_dropout(x, p, True)[0]
 
 
 def _place(module: nn.Module) -> str:

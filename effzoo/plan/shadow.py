@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from effzoo.devices import kind_of
+
 M = TypeVar("M", bound=nn.Module)
 KNOWN_BYTES = 2**24  # integers and booleans up to this size keep their values,
 KNOWN_FLOATS = 2**20  # and floating-point tensors up to this one
@@ -103,8 +105,9 @@ class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args, kwargs = pytree.tree_map_only(Tensor, self._twin, (args, kwargs))
         with self.fake:
             out = func(*args, **kwargs)
-            if func is torch.ops.aten.native_layer_norm.default and args[2] is not None and args[2].dtype != args[0].dtype:
-                out = (out[0], *(statistic.to(args[2].dtype) for statistic in out[1:]))  # as the kernel gives them; torch's shapes say the input's
+            if func is torch.ops.aten.native_layer_norm.default:  # as the kernels give them; torch's shapes for the CPU say the input's
+                wide = torch.promote_types(args[0].dtype, torch.float32) if kind_of(args[0]) == "cuda" else args[0 if args[2] is None else 2].dtype
+                out = (out[0], *(statistic.to(wide) for statistic in out[1:]))
             return out
 
     def _twin(self, tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effzoo.devices import kind_of
 from effzoo.errors import IncompatibleError
 from effzoo.recompute import follows
 from effzoo.sites.activity import Acts
@@ -176,7 +177,7 @@ class LayerNorm(Norm, nn.LayerNorm):
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
         widest = torch.promote_types(x.dtype, weight.dtype)
         widest = widest if bias is None else torch.promote_types(widest, bias.dtype)
-        kernel_widens = x.device.type == "cpu" and widest == torch.float32  # of a half x, which then is kept as it is
+        kernel_widens = kind_of(x) == "cpu" and widest == torch.float32  # of a half x, which then is kept as it is
         exact, weight, bias = x if kernel_widens else x.to(widest), weight.to(widest), None if bias is None else bias.to(widest)
         return F.layer_norm(exact, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 

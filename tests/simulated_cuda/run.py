@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import math
@@ -10,13 +11,17 @@ import os
 import sys
 import tempfile
 import warnings
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
+os.environ["TRITON_INTERPRET"] = "1"
 import device  # before torch
 import torch
+from torch.utils import _pytree as pytree
 
 import effzoo
-from effzoo.attention import backends
+from effzoo.attention import backends, triton_launch
 from effzoo.checks.matrix import ARCHITECTURES
 from effzoo.checks.models import Case
 from effzoo.checks.peft import Subject
@@ -193,6 +198,70 @@ def waits_of(model, batch):
         return dict(device.WAITS)
 
 
+def started(name, programs, where, given):
+    """A kernel in Triton's interpreter, on the values of the device's tensors."""
+    doubles.calls.append(f"triton {name}")
+    launch(name, programs, torch.device("cpu"), {key: device.on_cpu(x) if isinstance(x, torch.Tensor) else x for key, x in given.items()})
+
+
+def kept(model, batch):
+    """Bytes that autograd holds after a forward pass in training, each storage once, without parameters, buffers and inputs; and what ran."""
+    live = weakref.WeakSet()
+
+    class Held:
+        def __init__(self, x):
+            self.tensor, self.storage = x, device.on_cpu(x).untyped_storage()
+            live.add(self)
+
+    torch.manual_seed(5)
+    doubles.calls.clear()
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+        output = model.train()(**batch)
+    gc.collect()
+    own = {device.on_cpu(x).untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers(), *batch.values())}
+    sizes = {held.storage.data_ptr(): held.storage.nbytes() for held in live}
+    assert output.loss.requires_grad
+    return sum(size for address, size in sizes.items() if address not in own), sorted(set(doubles.calls))
+
+
+PLANNED = (  # kind, backends beside "auto" that take it
+    ("full", ("blocks", "efficient", "flash", "xformers")),
+    ("longformer[window=8]", ("reference", "triton")),
+    ("lsh[chunk=4, rounds=2]", ("efficient",)),
+)
+
+
+def by_xformers(function):
+    """A double of a function of xformers, on the values of the device's tensors."""
+
+    def run(*args):
+        found = function(*pytree.tree_map(device.on_cpu, args))
+        return pytree.tree_map_only(torch.Tensor, device.Cuda, found)
+
+    return run
+
+
+def planned():
+    """What a plan for CUDA predicts, what is kept there, and what ran, with every backend."""
+    found = []
+    for kind, names in PLANNED:
+        for name in ("auto", *names):
+            dropouts = dict.fromkeys(("dropout", "attention_dropout"), 0.0 if name == "xformers" else 0.1)
+            model = effzoo.build("bert", attention=kind, backend=name, task="classification", num_labels=2, **SIZES, **dropouts)
+            effzoo.attach(model, "lora|prefix") if name != "flash" else effzoo.attach(model, "lora")
+            ids, lengths = torch.randint(2, 53, (2, 23)), torch.tensor([23, 15])
+            batch = {"input_ids": ids, "labels": torch.tensor([0, 1])}
+            if name != "flash":
+                batch["attention_mask"] = (torch.arange(23) < lengths[:, None]).long()
+                if kind.startswith("longformer"):
+                    batch["global_attention_mask"] = (torch.arange(23) == 0).long().expand(2, -1).contiguous()
+            expected = effzoo.plan(model, inputs=batch, device="cuda").kept
+            with device.Machine():
+                there = copy.deepcopy(model).to("cuda")
+                found.append([f"{kind} by {name}", expected, *kept(there, {key: x.to("cuda") for key, x in batch.items()})])
+    return found
+
+
 def refused():
     """What the device says of wrong values, which it looks at when it comes to them."""
     tasks = effzoo.build("bert", peft="routed[router=fixed, experts=2]", task="classification", num_labels=2, **SIZES)
@@ -284,7 +353,15 @@ def others():
 if __name__ == "__main__":
     doubles.registered()  # attention there is that of CUDA, in float64 as well
     backends.TAKES["efficient", "cuda"] = backends.ALL
+    triton_launch._installed = lambda: sys.argv[1] == "planned"  # elsewhere its interpreter would take too long
+    if sys.argv[1] == "planned":
+        backends.TAKES |= {("flash", "cuda"): backends.ALL, ("xformers", "cuda"): backends.ALL}
+        backends.has_no_flash = lambda device: ""
+        functions = {name: by_xformers(run) for name, run in vars(doubles.XFORMERS).items() if name.startswith("memory_efficient_attention")}
+        backends.xformers.installed, backends.xformers.ops = lambda: True, lambda: SimpleNamespace(**functions)
+        launch, triton_launch.started = triton_launch.started, started
     warnings.simplefilter("ignore")
-    print(json.dumps({"cells": cells, "attached": attached, "lives": lives, "steps": steps, "refused": refused, "suite": suite}[sys.argv[1]]()))
+    parts = {"cells": cells, "attached": attached, "lives": lives, "steps": steps, "refused": refused, "suite": suite, "planned": planned}
+    print(json.dumps(parts[sys.argv[1]]()))
     sys.stdout.flush()
     os._exit(0)  # what torch does at its end, it would do with the device that is none
