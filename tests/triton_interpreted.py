@@ -371,7 +371,7 @@ def test_whole_kinds_by_the_kernels(kind, causal, launched):
     single, double = pair(kind, causal=causal)
     is_global = (torch.arange(23) % 11 == 3).expand(2, 23).clone()
     is_global[1] &= torch.arange(23) < 5
-    mask = Mask(torch.arange(23) < torch.tensor([23, 15])[:, None], is_global if single.supports_global else None, decisions={})
+    mask = Mask(torch.arange(23) < torch.tensor([23, 15])[:, None], is_global if single.knows_globals() else None, decisions={})
     prefix, given, results = (drawn(2, 5, 6, seed=20), drawn(2, 5, 6, seed=21)), given_to(single, mask), []
     for run, dtype in ((single, torch.float32), (double.dense, torch.float64)):
         leaves, memory = leaves_of(given, dtype), leaves_of(prefix, dtype)
@@ -401,7 +401,7 @@ def test_whole_kinds_drop_the_same_weights_backward(kind, launched):
     core, _ = pair(kind, dropout=0.25)
     core.train()
     valid, is_global = torch.arange(23) < torch.tensor([23, 15])[:, None], (torch.arange(23) == 3).expand(2, 23)
-    mask = Mask(valid, is_global if core.supports_global else None, decisions={})
+    mask = Mask(valid, is_global if core.knows_globals() else None, decisions={})
     given, prefix = given_to(core, mask), (drawn(2, 5, 6, seed=20), drawn(2, 5, 6, seed=21))
 
     def run(*leaves):
