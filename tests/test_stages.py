@@ -324,3 +324,32 @@ def test_a_run_that_cannot_be_resumed_leaves_the_stage(tiny, tmp_path):
         run(model, cut(tmp_path / "whole", tmp_path / "other", 7), resume=True, seed=3)
     assert effzoo.status(model).stages == {"default": {"lt_sft": "sparse"}}
     assert_same(everything(model), before)
+
+
+@pytest.mark.parametrize(("spec", "number"), [(spec, number) for spec, number in BEGUN if not spec.startswith(("ipt", "routed"))])
+def test_merged_it_is_what_it_would_be_finished_and_unmerged_it_is_in_its_stage(tiny, spec, number):
+    model, finished, twin = (trained(made(tiny, spec), number) for _ in range(3))
+    before, stages = everything(model), effzoo.status(model).stages
+    training.finish(finished)
+    for subject in (model, finished):
+        effzoo.merge(subject)
+    assert all(torch.equal(x, finished.state_dict()[key]) for key, x in model.state_dict().items())
+    assert not effzoo.status(model).stages
+    effzoo.unmerge(model)
+    assert effzoo.status(model).stages == stages and stages and not effzoo.status(model).finished
+    assert_same(everything(model), before)
+    for stage in training.stages(twin):
+        for subject in (model, twin):
+            training.begin(subject, stage)
+            steps(subject)
+    assert_same(everything(model), everything(twin))
+
+
+def test_a_merge_that_is_refused_after_finishing_leaves_the_stage(tiny):
+    model = trained(made(tiny, "lt_sft"), 0)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
+    flags = everything(model)[1]
+    with pytest.raises(AdapterError, match="would write NaN"):
+        effzoo.merge(model)
+    assert effzoo.status(model).stages == {"default": {"lt_sft": "full"}} and everything(model)[1] == flags

@@ -486,7 +486,6 @@ class Adapters(RuleBasedStateMachine):
             order = list(self.attached.items())
             order.insert(out.place, (name, out.content))
             self.attached = dict(order)
-            self.finished(name)
             if self.acts == out.after:
                 self.acts = out.before
             elif name in out.before.names and self.acts.how == "stack":

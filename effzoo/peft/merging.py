@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from effzoo.errors import AdapterError
 from effzoo.peft.attach import _known, fitted, freeze_base, take_off
 from effzoo.peft.method import HEAD
-from effzoo.peft.state import Merged, act, adapters_of, checksum, transition
+from effzoo.peft.state import Attachment, Merged, act, adapters_of, checksum, transition, trial
 from effzoo.peft.training import finish
 from effzoo.sites import Activity, Acts, Linear, PeftModule, Scaled, Site, sites, unwrap
 
@@ -74,11 +74,12 @@ def merge(model: M, name: str = "default", *, undo: bool = True, report: bool = 
     merged already gives that up.
 
     What is merged is part of the base, for every row and before whatever else acts, which goes on as it was. An active adapter is merged at its
-    scale, an inactive one at 1. Raises AdapterError, and changes nothing, when a module has no delta (prompt, prefix, bottleneck adapters: they are
+    scale, an inactive one at 1. One that was not finished is merged as it would be finished, and comes back, by `unmerge`, in the stage of its
+    training where it was. Raises AdapterError, and changes nothing, when a module has no delta (prompt, prefix, bottleneck adapters: they are
     no change of a weight), when a merged weight is not finite, and when merging would change what an active adapter does: one of an average, one
     chosen by row, or one of a stack in which the order counts and another comes first.
     """
-    with transition(model, *([name] if name in adapters_of(model).attachments else [])) as state:
+    with transition(model) as state:
         inside = unwrap(model)
         if not undo and not report and (again := next((record for record in state.merged if record.name == name), None)) is not None:
             state.merged.remove(again)
@@ -95,24 +96,10 @@ def merge(model: M, name: str = "default", *, undo: bool = True, report: bool = 
             for module in site.hung(name):
                 if _no_weight(site, module):  # said first, before anything is computed
                     raise _refusal(f"adapter {name!r} ({attachment.spec}) at {path}", module)
-        finish(model, name)
+        with trial(model, name):  # unmerged, it is in the stage of its training where it was
+            finish(model, name)
+            values = _values(inside, attachment)
         found = {path: site for path, site in sites(inside) if name in site.adapters}
-        values: dict[tuple[str, str], Tensor] = {}
-        for path, site in found.items():
-            where = f"adapter {name!r} ({attachment.spec}) at {path}"
-            _check_outputs(site, name, path)
-            for key, value in merged_parameters(site, list(site.acting(name)), where).items() if len(site.of(name)) else ():
-                if value.is_meta:
-                    raise AdapterError(
-                        f"{where} cannot be merged: it is on the meta device, which holds shapes alone; give the model its weights first"
-                    )
-                if not torch.isfinite(value).all():
-                    raise AdapterError(
-                        f"merging adapter {name!r} would write NaN or infinity into {path}.{key} "
-                        f"({int((~torch.isfinite(value)).sum())} of {value.numel()} entries); the model is unchanged"
-                    )
-                values[path, key] = value
-            _check_order(site, path, name)
         tensors = {(path, key): getattr(found[path], key) for path, key in values}
         rows = tuple(_rounding(f"{path}.{key}", tensors[path, key], value) for (path, key), value in values.items()) if report else ()
         place, modules = list(state.attachments).index(name), {path: site.of(name) for path, site in found.items()}
@@ -123,6 +110,27 @@ def merge(model: M, name: str = "default", *, undo: bool = True, report: bool = 
             written = {at: checksum(tensors[at]) for at in values}
             state.merged.append(Merged(attachment, place, modules, originals, written, now, state.roster.now, thawed))
     return MergeReport(rows) if report else model
+
+
+def _values(model: nn.Module, attachment: Attachment) -> dict[tuple[str, str], Tensor]:
+    """What merging an adapter makes of each tensor of the base, by path and name, in float64. Raises what `merge` raises."""
+    name, values = attachment.name, {}
+    for path, site in sites(model):
+        if name not in site.adapters:
+            continue
+        where = f"adapter {name!r} ({attachment.spec}) at {path}"
+        _check_outputs(site, name, path)
+        for key, value in merged_parameters(site, list(site.acting(name)), where).items() if len(site.of(name)) else ():
+            if value.is_meta:
+                raise AdapterError(f"{where} cannot be merged: it is on the meta device, which holds shapes alone; give the model its weights first")
+            if not torch.isfinite(value).all():
+                raise AdapterError(
+                    f"merging adapter {name!r} would write NaN or infinity into {path}.{key} "
+                    f"({int((~torch.isfinite(value)).sum())} of {value.numel()} entries); the model is unchanged"
+                )
+            values[path, key] = value.detach().clone()  # it may be a tensor of the adapter's own
+        _check_order(site, path, name)
+    return values
 
 
 def unmerge(model: M, name: str = "default") -> M:

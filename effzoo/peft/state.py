@@ -145,6 +145,18 @@ def transition(model: nn.Module, *rewritten: str) -> Iterator[Adapters]:
             state.rewriting = None
 
 
+class _Over(Exception):
+    """The end of a trial."""
+
+
+@contextmanager
+def trial(model: nn.Module, *rewritten: str) -> Iterator[None]:
+    """A transition that is taken back: behind the block everything is as it was."""
+    with contextlib.suppress(_Over), transition(model, *rewritten):
+        yield
+        raise _Over
+
+
 def act(model: nn.Module, state: Adapters, activity: Activity) -> None:
     """Let exactly these adapters act and learn."""
     state.roster.now = activity
