@@ -226,3 +226,21 @@ def test_what_has_no_counterpart_says_so():
     model = convert.from_transformers(theirs("ReformerModel", "lsh"), attention="lsh[circular=true,within_buckets=true]")
     with pytest.raises(ConversionError, match="no counterpart for within_buckets=True"):
         convert.to_transformers(model)
+
+
+@pytest.mark.parametrize("case", ["lsh", "mixed"])
+def test_the_seed_of_the_rotations_is_given_back_and_where_there_is_none_it_is_said(case, caplog):
+    ours = convert.from_transformers(theirs("ReformerModelWithLMHead", case, hash_seed=5))
+    ids, mask = batch()
+    back = convert.to_transformers(ours)
+    assert back.config.hash_seed == 5 and not caplog.records
+    with torch.no_grad():
+        expected, found = ours(ids, attention_mask=mask.long()).logits[mask], back(ids, attention_mask=mask).logits[mask]
+    difference = ours.head.out.bias if back.lm_head.decoder.bias is None else 0  # which 5.23 does not add
+    assert (found + difference - expected).abs().max() < 1e-10
+    for change in (lambda model: next(core for core in model.cores() if hasattr(core, "rounds")).resample(5), lambda model: model.float()):
+        model = convert.from_transformers(theirs("ReformerModelWithLMHead", case, hash_seed=5))
+        change(model)
+        caplog.clear()
+        assert convert.to_transformers(model).config.hash_seed is None  # of no seed, and drawn in another dtype
+        assert "no hash_seed of transformers gives the rotations of this model" in caplog.text

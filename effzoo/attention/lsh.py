@@ -56,6 +56,7 @@ class LSH(AttentionCore):
     projections: Mapping[str, Side] = {"qk": "query and key", "v": "value"}
     cost = "n * rounds * chunk"
     rotations: Tensor
+    hash_seed: int | None = None  # of transformers, from which rotations were drawn that `rotate_by` was given
 
     def __init__(
         self,

@@ -43,7 +43,7 @@ def to_transformers(model: Transformer | Perceiver) -> Any:
     if config.pad_token is not None and config.pad_token >= config.vocab:
         raise ConversionError(f"pad_token {config.pad_token} is no row of a vocabulary of {config.vocab}; build the model with another pad_token")
     cls = layout.cls(task)
-    fields = layout.their_fields(config, task) | texts.tokens(config) | {"num_labels": model.own_labels}
+    fields = layout.their_fields(config, task) | texts.tokens(config) | {"num_labels": model.own_labels} | layout.built(model)
     named = {name: getattr(cls.config_class(), name, None) for name in ("cls_token_id", "sep_token_id")}
     special = {name: None for name, value in named.items() if value is not None and value not in range(config.vocab)}
     without_pooler = {"add_pooling_layer": False} if task == "features" and layout.heads[task] and not config.pooler else {}

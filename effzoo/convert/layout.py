@@ -44,9 +44,9 @@ class Layout:
     further dropout probabilities in a task, which must equal our one. shared: their modules outside the body that several heads
     have. mixed: layers may have different attention kinds. module: where the classes are. parts: larger classes of theirs
     that hold a model of this layout, with its path in them; only that part is taken. finish: what a model of ours takes over from their
-    config beside weights and sizes. reads: their fields that `read`, `dropouts` and `finish` look at; inert: those that change nothing that is
-    computed. Every other field must have its default (`fields.py`). lost: tensors that resizing their vocabulary loses and their forward pass does
-    not add, each with one that has as many rows.
+    config beside weights and sizes; built: their fields that only the model says. reads: their fields that `read`, `dropouts` and `finish` look
+    at; inert: those that change nothing that is computed. Every other field must have its default (`fields.py`). lost: tensors that resizing
+    their vocabulary loses and their forward pass does not add, each with one that has as many rows.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Layout:
     module: str = "transformers"
     parts: Mapping[str, str] = field(default_factory=dict)
     finish: Callable[[Transformer, Any], None] | None = None
+    built: Callable[[Transformer], dict[str, Any]] = field(default=no_fields)
     reads: frozenset[str] = frozenset()
     inert: frozenset[str] = frozenset()
     lost: Mapping[str, str] = field(default_factory=dict)

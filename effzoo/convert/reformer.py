@@ -2,8 +2,8 @@
 
 What differs on the other side, and what was done about it:
 - Its chunks look around a ring (`circular`), which the specs of a converted model say.
-- Its rotations come from `hash_seed`, the same in every layer; a converted model hashes with these. Without a seed it draws others at every
-  call, and ours come from the seed of the spec.
+- Its rotations come from `hash_seed`, the same in every layer; a converted model hashes with these, and gives the seed back. Without a seed it
+  draws others at every call, and ours come from the seed of the spec: a model with such rotations is given back without a seed, with a warning.
 - Its language-model head holds a bias that transformers does not add before 5.24 (4 did, and the published weights were trained with it): ours
   adds it. From 5.24 on there are two, of which the decoder's is added and the other does nothing: ours is the decoder's, and both are written.
   `resize_token_embeddings` makes the two one, and before 5.24 loses the only one: ours is then zero, which is what theirs computes.
@@ -12,9 +12,11 @@ What differs on the other side, and what was done about it:
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from effzoo.architectures import Config, Transformer
 from effzoo.architectures.transformer import attention_specs
@@ -25,6 +27,7 @@ from effzoo.errors import ConversionError
 from effzoo.registry import attention as registry
 from effzoo.spec import Spec
 
+log = logging.getLogger("effzoo.convert")
 _LAYER = "{base}encoder.layers.{i}"
 BODY = (
     *same(
@@ -122,11 +125,31 @@ def finish(model: Transformer, theirs: Any) -> None:
         return
     for core in model.cores():
         if isinstance(core, LSH):
-            like = model.embeddings.token.weight
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(theirs.hash_seed)
-                drawn = torch.randn(core.context.heads, core.context.head_dim, core.rounds, core.rotations.shape[-1], dtype=like.dtype)
-            core.rotate_by(drawn.permute(2, 0, 1, 3))
+            core.rotate_by(_rotations(core, theirs.hash_seed, model.embeddings.token.weight.dtype))
+            core.hash_seed = theirs.hash_seed
+
+
+def built(model: Transformer) -> dict[str, Any]:
+    """The seed of which transformers makes the rotations that the model hashes with; None, and a warning, where there is none."""
+    cores = [core for core in model.cores() if isinstance(core, LSH)]
+    dtype = model.embeddings.token.weight.dtype
+    for seed in {core.hash_seed for core in cores}:
+        if seed is not None and all(torch.equal(core.rotations[: core.rounds].to("cpu", dtype), _rotations(core, seed, dtype)) for core in cores):
+            return {"hash_seed": seed}
+    if cores:
+        log.warning(
+            "reformer: no hash_seed of transformers gives the rotations of this model (they are those of the spec's seed, drawn anew, or of another "
+            "dtype): there they are drawn at every call, and outputs differ from here and from call to call"
+        )
+    return {"hash_seed": None}
+
+
+def _rotations(core: LSH, seed: int, dtype: torch.dtype) -> Tensor:
+    """The rotations [rounds, heads, head_dim, sum of the factors / 2] that transformers draws from a seed in this dtype."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        drawn = torch.randn(core.context.heads, core.context.head_dim, core.rounds, core.rotations.shape[-1], dtype=dtype)
+    return drawn.permute(2, 0, 1, 3)
 
 
 def dropouts(theirs: Any, task: str) -> dict[str, float | None]:
@@ -174,6 +197,7 @@ REFORMER = Layout(
     translated=frozenset({"architecture", "attention", "attention_dropout", "layers", "mlp_chunk", "positions", "axial_shape", "axial_dims"}),
     mixed=True,
     finish=finish,
+    built=built,
     lost={"lm_head.bias": "lm_head.decoder.weight"},
     reads=frozenset({"attn_layers", "axial_pos_embds", "axial_pos_embds_dim", "axial_pos_shape", "chunk_size_feed_forward", "classifier_dropout",
                      "hash_seed", "is_decoder", "num_buckets", "num_hidden_layers", *_DROPOUT.values(), *_LSH.values(), *_LOCAL.values()}),
