@@ -4,6 +4,7 @@ Everything runs in float64 and agrees to 1e-10. All parameters are drawn at rand
 swapped unnoticed.
 """
 
+import json
 import random
 
 import pytest
@@ -338,3 +339,19 @@ def test_repeats_and_tying_equal_perceiver_pytorch(tied, repeats, layers, axes, 
         expected, actual = theirs(x, mask=given), ours(inputs_embeds=x, attention_mask=given).logits
         equal(actual, expected)
         equal(gradient(x, actual), gradient(x, expected))
+
+
+def test_a_folder_that_names_no_class_says_so(tmp_path):
+    config = PerceiverConfig(
+        vocab_size=41, d_model=8, d_latents=8, num_latents=4, num_blocks=1, num_self_attends_per_block=1, num_self_attention_heads=2,
+        num_cross_attention_heads=2, max_position_embeddings=16, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    PerceiverForMaskedLM(config).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    written = json.loads(file.read_text())
+    for named in ({}, {"architectures": None}, {"architectures": []}):
+        file.write_text(json.dumps({key: value for key, value in written.items() if key != "architectures"} | named))
+        with pytest.raises(ConversionError, match=r'does not say of which class it was saved; add "architectures".*PerceiverForMaskedLM'):
+            convert.from_transformers(tmp_path)
+    file.write_text(json.dumps(written))
+    assert convert.from_transformers(tmp_path).task == "masked_lm"

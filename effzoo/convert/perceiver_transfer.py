@@ -114,7 +114,12 @@ def _open(source: Any) -> Source:
         return _checked(type(source).__name__, source, name, frozenset())
     config = _their_config(source)
     check_code(getattr(config, "auto_map", None), str(source))
-    name = (config.architectures or ["PerceiverModel"])[0]
+    if not config.architectures:
+        raise ConversionError(
+            f'{source}: its config.json does not say of which class it was saved; add "architectures": [...] to it with the one that is true: '
+            f"{listing(CLASSES)}"
+        )
+    name = config.architectures[0]
     if name not in CLASSES:
         raise ConversionError(f"{source} was saved from {name}, which has no counterpart in effzoo; it has {listing(CLASSES)}")
     label, theirs = _local_or_hub(source), importlib.import_module(_THEIRS)
