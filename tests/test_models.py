@@ -286,3 +286,21 @@ def test_a_table_of_repeated_values_is_checked(tmp_path, repeat, said):
     (tmp_path / "mine.toml").write_text(entry + repeat)
     with pytest.raises(OptionError, match=said):
         effzoo.build(str(tmp_path / "mine.toml"))
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "perceiver-io"])
+def test_inputs_on_another_device_than_the_model_name_both(tiny, name):
+    sizes = {"dim": 8, "layers": 1, "latents": 4, "vocab": 53, "max_length": 16} if name == "perceiver-io" else tiny
+    model, there = effzoo.build(name, **sizes), effzoo.build(name, **sizes).to("meta")
+    ids = torch.ones(2, 5, dtype=torch.long)
+    for subject, given, told in (
+        (model, {"input_ids": ids.to("meta")}, r"input_ids is on meta and the model on cpu; bring it there, as in input_ids\.to\('cpu'\)"),
+        (there, {"input_ids": ids}, "input_ids is on cpu and the model on meta"),
+        (there, {"input_ids": ids, "attention_mask": ids}, "input_ids is on cpu and the model on meta"),
+        (model, {"input_ids": ids, "attention_mask": ids.to("meta")}, "input_ids is on cpu and attention_mask on meta"),
+        (model, {"inputs_embeds": torch.zeros(2, 5, model.config.embed_dim if name != "perceiver-io" else model.config.channels, device="meta")},
+         "inputs_embeds is on meta and the model on cpu"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=told):
+            subject(**given)
+    model(input_ids=ids, attention_mask=ids), there(input_ids=ids.to("meta"))

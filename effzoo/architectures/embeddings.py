@@ -150,6 +150,14 @@ def check_tensors(**given: object) -> None:
             raise InputError(f"{first[0]} is on {first[1]} and {name} on {value.device}; bring both to the device of the model")
 
 
+def check_device(model: nn.Module, **given: Tensor | None) -> None:
+    """InputError for a tensor on another device than the model; nothing waits for either. Hooks of accelerate bring inputs to their weights."""
+    here = next((parameter.device for parameter in model.parameters()), None)
+    for name, value in given.items():
+        if value is not None and here is not None and value.device != here and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+            raise InputError(f"{name} is on {value.device} and the model on {here}; bring it there, as in {name}.to({str(here)!r})")
+
+
 def check_inputs(config: Config, rows: int, past: int, ids: Tensor | None, embeds: Tensor | None, **others: Tensor | None) -> None:
     """Refuse wrong shapes, dtypes and lengths; `rows` prompt rows and `past` tokens in a cache count towards the length."""
     check_tensors(input_ids=ids, inputs_embeds=embeds, **others)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from effzoo.architectures.embeddings import checked
+from effzoo.architectures.embeddings import check_device, checked
 from effzoo.architectures.function import function_of
 from effzoo.architectures.heads import head, labels_of
 from effzoo.architectures.output import Output
@@ -101,11 +101,13 @@ class Perceiver(Model):
         prompt = self.embeddings.prompt()
         rows = 0 if prompt is None else prompt.shape[-2]
         self.embeddings.check(input_ids, inputs_embeds, attention_mask, position_ids, rows)
+        check_device(self, input_ids=input_ids, inputs_embeds=inputs_embeds)
         input_ids, position_ids = (
             checked(self.embeddings.sizes, rows, name, ids) for name, ids in (("input_ids", input_ids), ("position_ids", position_ids))
         )
         x, positions = self.embeddings(input_ids, inputs_embeds, position_ids, prompt)
         output_positions = self._check_queries(len(x), rows, output_positions, output_queries)
+        check_device(self, output_positions=output_positions, output_queries=output_queries)
         valid = self._valid(attention_mask, rows)
         if self.latents is None:
             z = x[:, -min(self.config.latents, x.shape[1] - rows) :]

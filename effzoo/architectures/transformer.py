@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from effzoo.architectures.config import Config
-from effzoo.architectures.embeddings import Embeddings, check_inputs, check_tensors, checked
+from effzoo.architectures.embeddings import Embeddings, check_device, check_inputs, check_tensors, checked
 from effzoo.architectures.function import function_of
 from effzoo.architectures.heads import Classification, head, labels_of
 from effzoo.architectures.output import Output
@@ -142,6 +142,7 @@ class Transformer(Model):
             position_ids=position_ids, global_attention_mask=global_attention_mask,
         )  # fmt: skip
         check_tensors(labels=labels, task_ids=task_ids)
+        check_device(self, input_ids=input_ids, inputs_embeds=inputs_embeds, task_ids=task_ids)
         input_ids, token_type_ids, position_ids = (
             checked(self.config, rows + before, name, ids)
             for name, ids in (("input_ids", input_ids), ("token_type_ids", token_type_ids), ("position_ids", position_ids))
