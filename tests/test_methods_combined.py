@@ -43,8 +43,8 @@ def found(model, **inputs):
     return out.logits.detach(), gradients
 
 
-def same(one, other):
-    assert torch.allclose(one[0], other[0], rtol=0, atol=1e-10) and one[1].keys() == other[1].keys()
+def assert_same(one, other):
+    assert torch.allclose(one[0], other[0], rtol=0, atol=1e-10) and one[1] and one[1].keys() == other[1].keys()
     assert all(torch.allclose(one[1][name], other[1][name], rtol=0, atol=1e-10) for name in one[1])
 
 
@@ -121,7 +121,7 @@ def test_a_checkpoint_computes_with_the_gates_of_its_own_layer_and_batch(tiny, k
         first, second = model(**batch()), model(**other)
         (first.loss + second.loss).backward()
         kept.append((first.logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
-    same(*kept)
+    assert_same(*kept)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,7 +139,7 @@ def test_a_reversible_block_computes_back_with_the_right_gates(kind):
     with pytest.MonkeyPatch.context() as patch:  # the same two streams, by autograd alone
         patch.setattr("effzoo.architectures.transformer.reversible", lambda blocks, x, mask: stored(blocks, x, mask))
         results.append(found(model, **case.batch()))
-    same(*results)
+    assert_same(*results)
 
 
 def test_linformer_projects_before_it_compresses_where_a_gate_looks(tiny):

@@ -32,7 +32,7 @@ def tokens(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-def same(actual, expected, *inputs):
+def assert_same(actual, expected, *inputs):
     """Equal forward and in the gradients of the inputs."""
     assert torch.allclose(actual, expected, rtol=0, atol=1e-12)
     weights = torch.randn_like(expected)
@@ -48,7 +48,7 @@ def test_a_parallel_adapter_reads_what_the_sub_layer_reads(tiny, spec, scale):
     branch, x, y = model.blocks[0].mlp_branch, tokens(2, 5, D), tokens(2, 5, D)
     one = module(model, "blocks.0.mlp_branch", spec.split("[")[0])
     expected = y + scale * F.linear(F.relu(F.linear(x, one.down.weight, one.down.bias)), one.up.weight, one.up.bias)
-    same(branch(x, y), expected, x, y, one.down.weight, one.up.weight)
+    assert_same(branch(x, y), expected, x, y, one.down.weight, one.up.weight)
 
 
 def test_a_learned_scale_is_a_parameter_that_starts_where_it_is_given(tiny):
@@ -62,7 +62,7 @@ def test_pfeiffer_has_one_adapter_per_block_after_the_feed_forward(tiny):
     assert [path for path, site in sites(model) if site.adapters and not site.role.startswith("head")] == [f"blocks.{i}.mlp_branch" for i in range(2)]
     one, x, y = module(model, "blocks.1.mlp_branch", "pfeiffer"), tokens(2, 5, D), tokens(2, 5, D)
     expected = y + F.linear(F.relu(F.linear(y, one.down.weight, one.down.bias)), one.up.weight, one.up.bias)
-    same(model.blocks[1].mlp_branch(x, y), expected, y, one.down.weight)
+    assert_same(model.blocks[1].mlp_branch(x, y), expected, y, one.down.weight)
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "n"), [(12, 8, 4), (8, 12, 2), (6, 9, 3), (5, 7, 1)])
@@ -75,7 +75,7 @@ def test_phm_layers_are_sums_of_kronecker_products(inputs, outputs, n):
         W = sum(torch.kron(A, b) for A, b in zip(rules, B, strict=True))
         x = tokens(2, 3, inputs)
         assert torch.allclose(layer.matrix(), W, rtol=0, atol=1e-12)
-        same(layer(x), F.linear(x, W, layer.bias), x, rules, *layer.parameters())
+        assert_same(layer(x), F.linear(x, W, layer.bias), x, rules, *layer.parameters())
 
 
 def test_compacter_shares_its_rules_and_phm_does_not(tiny):
@@ -115,7 +115,7 @@ def test_a_finished_adamix_is_one_adapter_with_the_mean_of_the_experts(tiny):
     model = build(tiny, "adamix[bottleneck=3, experts=4]")
     one, x, y = module(model, "blocks.0.mlp_branch", "adamix"), tokens(2, 5, D), tokens(2, 5, D)
     down, up = ((p.weights.mean(dim=0), p.biases.mean(dim=0)) for p in (one.down, one.up))
-    same(model.blocks[0].mlp_branch(x, y), y + F.linear(F.gelu(F.linear(y, *down)), *up), y, one.down.weights, one.up.biases)
+    assert_same(model.blocks[0].mlp_branch(x, y), y + F.linear(F.gelu(F.linear(y, *down)), *up), y, one.down.weights, one.up.biases)
     before = model.blocks[0].mlp_branch(x, y)
     effzoo.peft.finish(model)
     assert torch.allclose(model.blocks[0].mlp_branch(x, y), before, rtol=0, atol=1e-14)
@@ -243,7 +243,7 @@ def test_the_ladder_is_narrow_blocks_that_read_the_states_of_the_backbone(tiny, 
         mu = torch.sigmoid(ladder.alpha[i] / 0.1)
         h = block(mu * h + (1 - mu) * ladder.downs[i](states[i + 1]), effzoo.attention.Mask(is_global=model_globals(model, ids)))
     expected = ladder.up(ladder.norm(h)) + (states[-1] if skip else 0)
-    same(model(input_ids=ids).last_hidden_state, expected, *ladder.parameters())
+    assert_same(model(input_ids=ids).last_hidden_state, expected, *ladder.parameters())
 
 
 def model_globals(model, ids):
@@ -414,7 +414,7 @@ def test_pals_are_attention_between_two_shared_projections(tiny, padded):
         scores = q_ @ k_.transpose(1, 2) / 3**0.5
         heads.append((scores if valid is None else scores.masked_fill(~valid[:, None], -torch.inf)).softmax(-1) @ v_)
     expected = y + F.linear(torch.cat(heads, dim=-1), pal.decode.weight, pal.decode.bias)
-    same(model.blocks[0].mlp_branch(x, y, valid), expected, x, y, pal.qkv.weight, pal.encode.weight)
+    assert_same(model.blocks[0].mlp_branch(x, y, valid), expected, x, y, pal.qkv.weight, pal.encode.weight)
 
 
 @pytest.mark.parametrize("attention", ["full", "longformer[window=4]", "lsh[chunk=4]"])
@@ -437,7 +437,7 @@ def test_multi_head_parallel_adapters_stand_beside_each_head(tiny, attention):
     got = attn(x, effzoo.attention.Mask())
     bare = effzoo.activate(copy.deepcopy(model)).blocks[0].attn(x, effzoo.attention.Mask())
     heads = [F.relu(x @ one.down[h].T) @ one.up[h].T for h in range(HEADS)]
-    same(got, bare + 2 * torch.cat(heads, dim=-1) @ attn.o.weight.T, x, one.down, one.up)
+    assert_same(got, bare + 2 * torch.cat(heads, dim=-1) @ attn.o.weight.T, x, one.down, one.up)
 
 
 def test_ia3_scales_the_normalised_keys_of_lsh_and_neither_its_queries_nor_its_buckets(tiny):
@@ -455,7 +455,7 @@ def test_ia3_scales_the_normalised_keys_of_lsh_and_neither_its_queries_nor_its_b
     weights = scores.masked_fill(torch.eye(7).bool(), -torch.inf).softmax(-1)
     out = weights @ heads(l_v * F.linear(x, attn.v.weight, attn.v.bias))
     expected = F.linear(out.transpose(1, 2).flatten(2), attn.o.weight, attn.o.bias)
-    same(attn(x, effzoo.attention.Mask()), expected, x, l_k, l_v)
+    assert_same(attn(x, effzoo.attention.Mask()), expected, x, l_k, l_v)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -473,7 +473,7 @@ def test_ia3_on_lsh_in_rounds_of_chunks_is_the_dense_definition_with_scaled_keys
     logits = (scale.view(HEADS, 1, -1) * qk) @ keys.transpose(-1, -2) + counts.double().log()
     real = mask.valid[:, None, :, None]
     expected = torch.where(real, logits, 0.0).softmax(-1).masked_fill(~real, 0.0) @ v
-    same(core(qk, v, mask=mask), expected, qk, v, scale)
+    assert_same(core(qk, v, mask=mask), expected, qk, v, scale)
 
 
 def test_ia3_on_lsh_decodes_as_it_is_trained(tiny):

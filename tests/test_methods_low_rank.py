@@ -609,7 +609,7 @@ def hf_bert():
     return base
 
 
-def compare(base, config, spec, names):
+def assert_equals_peft(base, config, spec, names):
     """Copy our drawn adapter into theirs; logits and gradients of every adapter tensor agree to 1e-10. names: our tensor -> theirs (a function)."""
     ours = effzoo.attach(effzoo.convert.from_transformers(copy.deepcopy(base)), spec).eval()
     theirs = peft.get_peft_model(base, config).eval()
@@ -651,20 +651,20 @@ LORA = {"A": lambda layer: layer.lora_A["default"].weight, "B": lambda layer: la
     ],
 )
 def test_lora_equals_peft(spec, options):
-    compare(hf_bert(), peft.LoraConfig(target_modules=["query", "value"], lora_dropout=0.0, **options), spec, LORA)
+    assert_equals_peft(hf_bert(), peft.LoraConfig(target_modules=["query", "value"], lora_dropout=0.0, **options), spec, LORA)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_dora_equals_peft(rslora):
     config = peft.LoraConfig(target_modules=["query", "value"], r=3, lora_alpha=6, use_dora=True, use_rslora=rslora)
     names = LORA | {"magnitude": lambda layer: layer.lora_magnitude_vector["default"].weight}
-    compare(hf_bert(), config, f"dora[rank=3, alpha=6, rslora={str(rslora).lower()}, targets=(attn.q, attn.v)]", names)
+    assert_equals_peft(hf_bert(), config, f"dora[rank=3, alpha=6, rslora={str(rslora).lower()}, targets=(attn.q, attn.v)]", names)
 
 
 def test_krona_equals_lokr_of_peft_with_whole_factors():
     config = peft.LoKrConfig(target_modules=["query", "value"], r=64, alpha=32, decompose_factor=3)
     names = {"A": lambda layer: layer.lokr_w1["default"], "B": lambda layer: layer.lokr_w2["default"]}
-    compare(hf_bert(), config, "krona[shape=(3, 3), scale=0.5, targets=(attn.q, attn.v)]", names)
+    assert_equals_peft(hf_bert(), config, "krona[shape=(3, 3), scale=0.5, targets=(attn.q, attn.v)]", names)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
