@@ -533,3 +533,19 @@ def test_the_size_can_be_set_within_a_budget(tiny, name):
     spec = effzoo.peft.within(model, name, 40_000)
     count = sum(p.numel() for p in effzoo.attach(model, spec).parameters() if p.requires_grad) - HEAD
     assert 20_000 < count <= 40_000
+
+
+def test_more_prompt_rows_than_room_for_global_tokens_need_no_more_room_in_eager_code():
+    """Longformer's max_globals is a limit where nobody counts; here are 20 rows, and 16 are room for those that a batch marks."""
+    sizes = {"dim": 16, "layers": 1, "heads": 2, "mlp": 24, "vocab": 53, "max_length": 64, "task": "causal_lm"}
+    ids = torch.randint(2, 53, (2, 9), generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for room in (16, 40):
+        torch.manual_seed(0)
+        model = effzoo.build("gpt2", attention=f"longformer[window=4, max_globals={room}]", **sizes).double().eval()
+        effzoo.attach(model, "ipt[dim=5, length=20, hidden=4]")
+        out = model(input_ids=ids, labels=ids, global_attention_mask=torch.ones_like(ids))
+        out.loss.backward()
+        gradient = next(p.grad for key, p in model.named_parameters() if key.endswith("z"))
+        outputs.append((out.logits.detach(), gradient, effzoo.generate(model, ids, max_new_tokens=3)))
+    assert all(torch.equal(one, other) for one, other in zip(*outputs, strict=True)) and outputs[0][1].abs().max() > 0

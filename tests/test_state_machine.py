@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import os
 import pickle
 import tempfile
@@ -321,6 +322,7 @@ class Adapters(RuleBasedStateMachine):
         for name, spec in zip("abcd", [*specs, other] if four else specs, strict=False):
             effzoo.attach(self.model, spec, name=name)
             self.is_new(name, spec)
+        self.each_leaves_in_turn()
         parts = (
             lambda: self.merge_and_unmerge(merged), lambda: self.detach_one_of_several(left), lambda: self.inside_a_context(context),
             lambda: self.halted_at_the_end(halted), lambda: self.what_is_refused(refused),
@@ -330,8 +332,39 @@ class Adapters(RuleBasedStateMachine):
                 parts[number]()
                 self.all_holds()
 
+    def each_leaves_in_turn(self):
+        """Of copies in which all act by row, averaged and stacked, each time at scales of their own and with the first one frozen."""
+        names = tuple(self.attached)
+        for how, leaving in itertools.product(("rows", "average", "stack"), names):
+            model, rows = copy.deepcopy(self.model), (names[1], None, names[0], names[2]) if how == "rows" else None
+            acting = tuple(dict.fromkeys(row for row in rows if row)) if rows else names
+            scales = {name: (0.5, -2.0, 0.25, 1.0)[number] for number, name in enumerate(acting)}
+            chosen = {"rows": rows} if rows else {"combine": how}
+            effzoo.activate(model, *(() if rows else acting), **chosen, scale=scales, train=acting[1:])
+            effzoo.detach(model, leaving)
+            counts["left in turn"] += 1
+            acts = Acts(tuple(scales.items()), how, rows, frozenset(acting[1:])).without(leaving)
+            said = effzoo.status(model)
+            assert (tuple(said.scales.items()), said.combine, said.rows) == (acts.scales, acts.how, acts.rows), (
+                f"{leaving} left, and {said} is left, not {acts}"
+            )
+            learn = {key.split(".adapters.")[1].split(".")[0] for key, p in model.named_parameters() if p.requires_grad and ".adapters." in key}
+            trained = adapters_of(model).roster.now.trained
+            assert learn == acts.trained == trained == set(said.trainable), (
+                f"{leaving} left, and {learn} learn, {set(trained)} are to, not {set(acts.trained)}"
+            )
+
+    def without_any_one_the_rest_goes_on(self):
+        """What would be left without each of those that act or learn, which is what detaching and merging leave."""
+        now = self.state.roster.now
+        for name in {*self.acts.names, *self.acts.trained}:
+            left, acts = now.without(name), self.acts.without(name)
+            found = (left.names, tuple(zip(left.names, left.scales, strict=True)), left.combine, left.by_row(), left.trained)
+            assert found == (acts.names, acts.scales, acts.how, acts.rows, acts.trained), f"without {name}: {left}, and should be {acts}"
+
     def all_holds(self):
         self.each_holds_what_it_held()
+        self.without_any_one_the_rest_goes_on()
         self.always()
 
     @precondition(lambda self: len(self.attached) < 5)
