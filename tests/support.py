@@ -1,5 +1,8 @@
 """What the tests of several method families use."""
 
+import socket
+import sys
+
 import torch
 
 from effzoo.checks.attention import Subject as Kind
@@ -23,3 +26,12 @@ def labelled(n=9, rows=3, vocab=53, labels=3):
 def small(kind):
     """An attention kind with options small enough for tiny inputs."""
     return str(Kind.of(kind).spec)
+
+
+def launcher(processes):
+    """How `accelerate launch` starts so many processes on the CPU. The port is a free one: older versions do not take 0 for that, and wait."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    line = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
+    return [*line, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]

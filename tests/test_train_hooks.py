@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support import launcher
 from torch import nn  # noqa: F401 - for the toy
 from torch.nn import functional as F
 from transformers import TrainerCallback
@@ -662,10 +663,7 @@ def launched(directory, processes):
         **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(Path(__file__).parent.parent),
     }  # fmt: skip
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
-        start += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    start = launcher(processes) if processes > 1 else [sys.executable]
     line = [*start, str(directory / "script.py"), str(directory), str(directory / "toy.py")]
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]

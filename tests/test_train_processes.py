@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import launcher
 
 ENVIRONMENT = {
     **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1",
@@ -122,9 +123,7 @@ def two(tmp_path_factory):
     directory = tmp_path_factory.mktemp("two")
     script = directory / "cases.py"
     script.write_text(CASES)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # 0: a free one
-    done = subprocess.run([*launch, str(script), str(directory)], env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*launcher(2), str(script), str(directory)], env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     return script, json.loads((directory / "found.json").read_text())
 
