@@ -28,7 +28,7 @@ def taken_to_be(kind: str) -> Iterator[None]:
 def kind_of(x: Tensor | torch.device) -> str:
     """The kind of device that x is on, or is taken to be on."""
     kind = x.type if isinstance(x, torch.device) else x.device.type
-    return _taken.get() if kind == "cpu" else kind
+    return kind if kind != "cpu" or torch.compiler.is_compiling() else _taken.get()  # nothing is planned in compiled code
 
 
 def capability(device: torch.device) -> tuple[int, int]:
