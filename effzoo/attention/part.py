@@ -132,6 +132,12 @@ class Folded(Cut):
     def join(self, tiles: Sequence[Tensor], fill: float = 0.0) -> Tensor:
         return self.unfold(tiles[0])
 
+    def backward(
+        self, kernel: Kernel, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *given: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tile, of_lse = Tile(q, k, v, given[0], self.causal), self.fold(lse).squeeze(-1)
+        return kernel.backward(tile, 0, self.fold(grad), self.fold(out), of_lse)  # of q as it was given: folded
+
 
 @dataclass(frozen=True)
 class Part:

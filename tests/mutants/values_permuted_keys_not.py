@@ -15,11 +15,15 @@ class Mutant(Blockwise):
     def __init__(self, context, *, blocks: int = 8):
         super().__init__(context, blocks=blocks)
 
-    def part(self, q, k, v, layout, head, mask):
-        size, permutation = -(-q.shape[2] // self.blocks), self.permutations[head]
-        place = torch.arange(q.shape[2], device=q.device)
-        moved = [one for one in range(self.blocks) if (one + 1) * size <= q.shape[2] and (permutation[one] + 1) * size <= q.shape[2]]
-        for block in moved:
-            own, seen = (slice(one * size, (one + 1) * size) for one in (block, permutation[block]))
-            place[seen] = torch.arange(q.shape[2], device=q.device)[own]
-        return super().part(q, k[:, :, place], v, layout, head, mask)
+    def forward(self, *projected, mask, memory=None):
+        q, k, v = projected
+        size = -(-q.shape[2] // self.blocks)
+        keys = []
+        for head, permutation in enumerate(self.permutations):
+            place = torch.arange(q.shape[2], device=q.device)
+            moved = [one for one in range(self.blocks) if (one + 1) * size <= q.shape[2] and (permutation[one] + 1) * size <= q.shape[2]]
+            for block in moved:
+                own, seen = (slice(one * size, (one + 1) * size) for one in (block, permutation[block]))
+                place[seen] = torch.arange(q.shape[2], device=q.device)[own]
+            keys.append(k[:, head, place])
+        return super().forward(q, torch.stack(keys, dim=1), v, mask=mask, memory=memory)
