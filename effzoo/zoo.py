@@ -13,7 +13,8 @@ from effzoo.errors import OptionError, UnknownNameError, did_you_mean, listing, 
 from effzoo.memory import room
 
 _HERE = Path(__file__).parent
-_FOLDERS = (_HERE / "_models", _HERE.parent / "models")  # installed, and in a checkout
+_PACKAGED = _HERE / "_models"  # where a wheel has what is in the folder models/ of a checkout
+_FOLDER = _PACKAGED if _PACKAGED.is_dir() else _HERE.parent / "models"
 _ARCHITECTURES = {"perceiver": PerceiverConfig}  # whose config is another than Config
 _NOT_SIZES = ("name", "layout", "paper", "hub", "package")
 _LARGE = 2**20  # with a size above it, or 2**30 weights, each new tensor is compared with the free memory
@@ -101,7 +102,7 @@ def create(name: str | Path, *, task: str = "features", num_labels: int = 2, **s
 
 
 def _files() -> dict[str, Path]:
-    return {path.stem: path for folder in _FOLDERS for path in folder.glob("*.toml")}
+    return {path.stem: path for path in _FOLDER.glob("*.toml")}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -32,8 +32,11 @@ TIMES = {
 
 @functools.cache
 def commit() -> str:
-    """The commit of the code that runs, with `-dirty` where files differ; empty outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    """The commit of the code that runs, with `-dirty` where files differ; empty outside a checkout of effzoo."""
+    root = Path(__file__).parents[2]
+    if not (root / "pyproject.toml").is_file():  # an installed package: the repository around it, if any, is another project's
+        return ""
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (FileNotFoundError, subprocess.CalledProcessError):
