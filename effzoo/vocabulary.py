@@ -13,7 +13,7 @@ from effzoo.errors import AdapterError, IncompatibleError, OptionError, TooLarge
 from effzoo.memory import free
 from effzoo.peft.merging import merged_tensors
 from effzoo.peft.state import transition
-from effzoo.sites import Embedding, Linear, PeftModule, Site, TiedLinear, sites, unwrap
+from effzoo.sites import Embedding, Linear, PeftModule, Site, TiedLinear, opens, sites, unwrap
 
 M = TypeVar("M", bound=nn.Module)
 Init = Literal["mean", "normal"]
@@ -127,7 +127,7 @@ def _check_sites(model: nn.Module, found: dict[str, Site], n: int, old: int) -> 
 
 def _hung(site: Site) -> list[PeftModule]:
     """What is hung on a site and has to do with its rows; those of a prompt are its own."""
-    return [module for adapter in site.adapters for module in site.hung(adapter) if not module.opens("rows")]
+    return [module for adapter in site.adapters for module in site.hung(adapter) if not opens(module, "prompt")]
 
 
 def _resized(site: Site, n: int, init: Init, draw: torch.Generator) -> dict[str, Tensor]:

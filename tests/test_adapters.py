@@ -259,9 +259,9 @@ def test_a_hook_that_is_set_later_on_an_object_or_its_class_acts(model, ids):
     module = Late()
     site.hang("default", "late", module)
     outs = [model(ids).last_hidden_state]
-    module.after = lambda x, y: y + 1
+    module.after = lambda x, y, context: y + 1
     outs.append(model(ids).last_hidden_state)
     del module.after
-    Late.after = lambda self, x, y: 2 * y
+    Late.after = lambda self, x, y, context: 2 * y
     outs.append(model(ids).last_hidden_state)
     assert not torch.allclose(outs[0], outs[1]) and not torch.allclose(outs[0], outs[2]) and not torch.allclose(outs[1], outs[2])

@@ -27,7 +27,7 @@ class Scale(PeftModule):
         super().__init__()
         self.scale = nn.Parameter(torch.full((size,), start))
 
-    def after(self, x, y):
+    def after(self, x, y, context):
         return y * self.scale
 
     def delta(self, weight, bias):
@@ -164,7 +164,7 @@ class RootOfZero(Scale):
     def __init__(self, size):
         super().__init__(size, start=0.0)
 
-    def after(self, x, y):
+    def after(self, x, y, context):
         return y * (1 + self.scale.sqrt() * 0)
 
 
@@ -180,7 +180,7 @@ class EveryOther(Scale):
 
     calls = 0
 
-    def after(self, x, y):
+    def after(self, x, y, context):
         self.calls += self.training
         return y * self.scale if self.calls % 2 else y
 
@@ -195,7 +195,7 @@ class CountsCalls(Scaling):
 class MovesFromNeighbours(Scale):
     """Adds a little of the mean over all positions."""
 
-    def after(self, x, y):
+    def after(self, x, y, context):
         return (y + y.mean(dim=1, keepdim=True)) * self.scale if y.ndim > 2 else y * self.scale
 
 
@@ -234,7 +234,7 @@ class DrawnDirection(Scale):
         super().__init__(size, start=0.0)
         self.register_buffer("direction", torch.randn(size), persistent=False)
 
-    def after(self, x, y):
+    def after(self, x, y, context):
         return y + self.scale * self.direction
 
     def delta(self, weight, bias):
@@ -310,7 +310,7 @@ class AddsToNeighbour(Scale):
 
     last = 0.0
 
-    def after(self, x, y):
+    def after(self, x, y, context):
         if self.training:
             AddsToNeighbour.last = float(self.scale.detach().mean())
         return y * self.scale * (2.0 if AddsToNeighbour.last == 0 else 1 + 0.1 * AddsToNeighbour.last)
@@ -331,7 +331,7 @@ class Closure(Scale):
         scale = self.scale
         self.act = lambda y: y * scale
 
-    def after(self, x, y):
+    def after(self, x, y, context):
         return self.act(y)
 
 

@@ -96,7 +96,7 @@ def test_show_tells_options_with_type_default_and_meaning(run):
     assert "rslora bool false s = alpha / sqrt(rank)" in text
     assert "dropout float (in [0, 1)) 0.0 on the input of A" in text
     assert "targets str or a list of str or none none role patterns such as" in text  # from the parent's docstring
-    assert "hangs on attn.q*, attn.v* by default (Linear, Embedding, Conv2d, TiedLinear sites)" in text and "doors after (function)" in text
+    assert "hangs on attn.q*, attn.v* by default (Linear, Embedding, Conv2d, TiedLinear sites)" in text and "hooks after (function)" in text
     assert "merges yes" in text and "leaves the output unchanged" in text
     assert "also called prefix_tuning" in flat(run("show", "prefix").output)
     assert "memory (input)" in flat(run("show", "prefix_tuning").output)

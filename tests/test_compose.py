@@ -257,7 +257,7 @@ def test_shared_tensors_are_trained_stored_and_counted_once(tiny):
             super().__init__()
             self.shift = shared
 
-        def after(self, x, y):
+        def after(self, x, y, context):
             return y + self.shift
 
     with effzoo.scope():

@@ -127,7 +127,7 @@ def dense_gates(built, batch):
     valid = batch["attention_mask"].bool()
     for block in built.blocks:
         q, k = (linear(x).unflatten(-1, (3, 4)).transpose(1, 2) for linear in (block.attn.q, block.attn.k))
-        keys, _ = next(block.attn.memory.hung()).memory()
+        keys, _ = next(block.attn.memory.hung()).pair()
         keys = torch.cat([keys.expand(len(x), -1, -1, -1), k], dim=2)
         scores = q @ keys.transpose(-1, -2) / 2
         length = keys.shape[2] - x.shape[1]
@@ -212,7 +212,7 @@ def test_the_row_of_a_prefix_is_attention_over_concatenated_keys():
         (place, *_) = attached(built, **inputs())
         block, valid = built.blocks[0], inputs()["attention_mask"].bool()
         q, k, v = (linear(place.x).unflatten(-1, (3, 4)).transpose(1, 2) for linear in (block.attn.q, block.attn.k, block.attn.v))
-        keys, values = next(block.attn.memory.hung()).memory()
+        keys, values = next(block.attn.memory.hung()).pair()
         scores = q @ torch.cat([keys.expand(3, -1, -1, -1), k], dim=2).transpose(-1, -2) / 2
         scores[..., 3:] = scores[..., 3:].masked_fill(~valid[:, None, None], float("-inf"))
         dense = scores.softmax(dim=-1) @ torch.cat([values.expand(3, -1, -1, -1), v], dim=2)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import effzoo
-from effzoo.sites import Seen, sites
+from effzoo.sites import HookContext, sites
 
 D, MLP, LAYERS, LABELS, VOCAB = 16, 32, 2, 3, 53
 HEAD = D * LABELS + LABELS
@@ -77,7 +77,7 @@ def test_prefix_is_the_gated_sum_of_two_attentions(tiny):
     model = build(tiny, peft="prefix[length=3]")
     attn, x = model.blocks[0].attn, torch.randn(1, 5, D, dtype=torch.float64)
     q, k, v = (attn.project(name, x, effzoo.attention.Mask()) for name in "qkv")
-    keys, values = attn.memory(Seen(x, None, attn.keys_values))
+    (keys, values), _ = attn.memory(HookContext(x=x, keys_values=attn.keys_values))
     own, prefix = (q @ keys_.transpose(-1, -2) / (D / 2) ** 0.5 for keys_ in (k, keys[None]))
     gate = prefix.exp().sum(-1, keepdim=True) / (prefix.exp().sum(-1, keepdim=True) + own.exp().sum(-1, keepdim=True))
     expected = (1 - gate) * (own.softmax(-1) @ v) + gate * (prefix.softmax(-1) @ values[None])
@@ -90,7 +90,7 @@ def test_prompt_equals_the_rows_written_into_the_input(tiny, name):
     model = effzoo.build(name, task="token_classification", **tiny).double().eval()
     model.embeddings.token_type = None  # the types of prompt rows are those of the first token; without types nothing is left to choose
     prompted = effzoo.attach(copy.deepcopy(model), "prompt[length=4]")
-    rows = site(prompted, "embeddings.token").adapters["default"]["prompt"].prompt
+    rows = site(prompted, "embeddings.token").adapters["default"]["prompt"].tokens
     prompted.head.out.roster = None  # the same head as the bare model
     inputs = batch()
     embeds = torch.cat([rows.expand(3, -1, -1), model.embeddings.token(inputs["input_ids"])], dim=1)
@@ -105,7 +105,7 @@ def test_prompt_rows_are_global_in_longformer(tiny):
     """With window 2 a distant token sees the prompt only because it is global: its output depends on the prompt in one layer."""
     model = build({**tiny, "layers": 1}, attention="longformer[window=2]", peft="prompt[length=2]", name="minilm")
     model.task = "token_classification"  # no default global token
-    rows = site(model, "embeddings.token").adapters["default"]["prompt"].prompt
+    rows = site(model, "embeddings.token").adapters["default"]["prompt"].tokens
     last = model(**batch()).last_hidden_state[0, -1].sum()
     assert torch.autograd.grad(last, rows)[0].abs().sum() > 1e-6
 

@@ -15,7 +15,7 @@ from effzoo.checks.models import Case, logits
 from effzoo.errors import IncompatibleError, IncompatiblePeft, OptionError
 from effzoo.peft import training
 from effzoo.peft.combined.s4 import group_of
-from effzoo.sites import Seen, sites
+from effzoo.sites import HookContext, sites
 
 D, MLP, LAYERS, LABELS, VOCAB = 16, 32, 2, 3, 53
 HEAD = D * LABELS + LABELS
@@ -146,7 +146,7 @@ def test_linformer_projects_before_it_compresses_where_a_gate_looks(tiny):
     """W (E x) with a gate of E x would be another function: the gate must see the tokens."""
     model = build(tiny, "linformer[k=4]", UNIPELT, max_length=64)
     attn, x = model.blocks[0].attn, torch.randn(2, 9, D, dtype=torch.float64)
-    attn.remembered(Seen(x, None, attn.keys_values))
+    attn.remembered(HookContext(x=x, keys_values=attn.keys_values))
     assert torch.equal(attn.core.project("v", x, attn.v, Mask()), attn.v(x))
 
 
@@ -182,7 +182,7 @@ def test_gates_can_be_averaged_over_adapters_but_not_chosen_by_row(tiny):
 def test_deep_prompts_beside_unipelt_read_through_its_gated_lora(tiny):
     """Rows that belong to no example: their own gate is the mean over all of them."""
     model = build(tiny, peft="unipelt|deep_prompt[length=3]")
-    rows, lora, attn = module(model, "blocks.0.attn.memory", "deep_prompt").prompt, module(model, "blocks.0.attn.v", "unipelt"), model.blocks[0].attn
+    rows, lora, attn = module(model, "blocks.0.attn.memory", "deep_prompt").tokens, module(model, "blocks.0.attn.v", "unipelt"), model.blocks[0].attn
     own = (rows @ lora.gate.linear.weight[0] + lora.gate.linear.bias).sigmoid().mean()
     expected = F.linear(rows, attn.v.weight, attn.v.bias) + own * (rows @ lora.A.T @ lora.B.T)
     assert torch.allclose(attn.keys_values(rows)[1], expected.unflatten(-1, (2, -1)).transpose(0, 1), rtol=0, atol=1e-12)

@@ -12,7 +12,7 @@ import effzoo
 from effzoo.errors import AdapterError, IncompatibleError, IncompatiblePeft, OptionError, TargetError
 from effzoo.peft.function.adamix import Projections
 from effzoo.peft.function.compacter import PHM, LowRankPHM
-from effzoo.sites import Conv2d, Linear, sites
+from effzoo.sites import NOWHERE, Conv2d, Linear, sites
 
 D, MLP, LAYERS, LABELS, HEADS = 16, 32, 2, 3, 2
 HEAD = D * LABELS + LABELS
@@ -158,7 +158,7 @@ def test_a_training_pass_of_adamix_is_one_of_its_pairs_of_experts(tiny, share):
     ]
     drawn = []
     for _ in range(60):
-        out = one.after(y, y)
+        out = one.after(y, y, NOWHERE)
         drawn += [k for k, pair in enumerate(pairs) if torch.allclose(out, pair, rtol=0, atol=1e-13)]
     assert len(drawn) == 60 and {*drawn} == {*range(len(pairs))}
 

@@ -20,7 +20,7 @@ from effzoo.peft import training
 from effzoo.peft.files import stored_tensors
 from effzoo.peft.input import fit_subspace
 from effzoo.peft.input.ipt import Decoder
-from effzoo.sites import Seen, sites
+from effzoo.sites import HookContext, sites
 
 D, LAYERS, LABELS, VOCAB = 16, 2, 3, 53
 HEAD = D * LABELS + LABELS
@@ -66,8 +66,8 @@ def test_a_prompt_of_text_computes_what_these_tokens_in_front_compute(tiny, atte
 def test_prompt_rows_start_as_asked_for(tiny):
     model = build(tiny, peft="prompt[length=6]")
     table = model.embeddings.token.weight
-    assert all((row == table).all(dim=1).any() for row in module(model, "embeddings.token", "prompt").prompt)
-    rows = module(build({**tiny, "dim": 64}, peft="prompt[length=40, init=normal]"), "embeddings.token", "prompt").prompt
+    assert all((row == table).all(dim=1).any() for row in module(model, "embeddings.token", "prompt").tokens)
+    rows = module(build({**tiny, "dim": 64}, peft="prompt[length=40, init=normal]"), "embeddings.token", "prompt").tokens
     assert 0.8 < rows.std() / build({**tiny, "dim": 64}).embeddings.token.weight.std() < 1.25
 
 
@@ -200,7 +200,7 @@ def test_a_fitted_decoder_can_be_loaded_and_used(tiny):
     network.decoder.load_state_dict(decoder.state_dict())
     with torch.no_grad():
         network.z.copy_(codes[3])
-    assert torch.equal(module(model, "embeddings.token", "ipt").rows(), decoder(codes[3]))
+    assert torch.equal(module(model, "embeddings.token", "ipt").prompt(), decoder(codes[3]))
 
 
 # --- keys and values ---
@@ -213,7 +213,7 @@ def test_reparametrised_keys_and_values_are_two_layers_that_share_the_first(tiny
     hidden = torch.tanh(first.trunk.rows @ first.trunk.linear.weight.T + first.trunk.linear.bias)
     for each in (first, second):
         both = (hidden @ each.last.weight.T + each.last.bias).reshape(3, 2, D).transpose(0, 1)  # of each head: keys, then values
-        keys, values = each.memory()
+        keys, values = each.pair()
         assert torch.allclose(keys, both[..., : D // 2], atol=1e-12) and torch.allclose(values, both[..., D // 2 :], atol=1e-12)
 
 
@@ -240,7 +240,7 @@ def test_activations_are_what_the_base_makes_of_the_first_tokens(tiny, name, len
         rows = seen[block.attn][inputs["attention_mask"].bool()][places]
         own = block.attn.memory.adapters["default"][method]
         if method == "deep_prompt":
-            assert torch.allclose(own.prompt, rows, rtol=0, atol=1e-12)
+            assert torch.allclose(own.tokens, rows, rtol=0, atol=1e-12)
             continue
         for got, linear in ((own.keys, block.attn.k), (own.values, block.attn.v)):
             heads = F.linear(rows, linear.weight, linear.bias).unflatten(-1, (-1, D // 2)).transpose(0, 1)
@@ -317,10 +317,10 @@ def test_llama_adapter_is_gated_attention_to_projected_rows(tiny, name, skip):
     effzoo.attach(model, f"llama_adapter[length=3, skip={skip}]")
     assert torch.equal(attn(x, mask), bare)
     own = attn.memory.adapters["default"]["llama_adapter"]
-    assert own.gate.shape == (2,) and own.prompt.shape == (3, D)
+    assert own.gate.shape == (2,) and own.tokens.shape == (3, D)
     torch.nn.init.normal_(own.gate)
     q = attn.project("q", x, mask)
-    keys, values = (F.linear(own.prompt, linear.weight, linear.bias).unflatten(-1, (-1, D // 2)).transpose(0, 1) for linear in (attn.k, attn.v))
+    keys, values = (F.linear(own.tokens, linear.weight, linear.bias).unflatten(-1, (-1, D // 2)).transpose(0, 1) for linear in (attn.k, attn.v))
     added = own.gate.tanh()[:, None, None] * ((q @ keys.transpose(-1, -2) / math.sqrt(D // 2)).softmax(-1) @ values)
     expected = bare + F.linear(added.transpose(1, 2).flatten(2), attn.o.weight)
     assert torch.allclose(attn(x, mask), expected, rtol=0, atol=1e-12)
@@ -339,10 +339,10 @@ def test_a_closed_gate_stops_the_rows_gradient_and_the_gate_opens_it(tiny):
     model = build(tiny, peft="llama_adapter[skip=0]")
     own = module(model, "blocks.0.attn.memory", "llama_adapter")
     model(**batch()).loss.backward()
-    assert own.gate.grad.abs().max() > 0 and own.prompt.grad.abs().max() == 0
+    assert own.gate.grad.abs().max() > 0 and own.tokens.grad.abs().max() == 0
     torch.nn.init.ones_(own.gate)
     model(**batch()).loss.backward()
-    assert own.prompt.grad.abs().max() > 0
+    assert own.tokens.grad.abs().max() > 0
 
 
 CASES = [("minilm", kind) for kind in KINDS] + [("llama", kind) for kind in KINDS if not effzoo.attention.get(kind).not_causal]
@@ -359,7 +359,7 @@ def test_deep_prompts_are_a_prefix_of_the_layers_own_keys_and_values(tiny, kind,
     deep, flat = effzoo.attach(copy.deepcopy(base), "deep_prompt[length=3]"), effzoo.attach(base, "prefix[length=3]")
     pairs = []
     for one, other in zip(deep.blocks, flat.blocks, strict=True):
-        prompt, prefix = one.attn.memory.adapters["default"]["deep_prompt"].prompt, other.attn.memory.adapters["default"]["prefix"]
+        prompt, prefix = one.attn.memory.adapters["default"]["deep_prompt"].tokens, other.attn.memory.adapters["default"]["prefix"]
         linears = (one.attn.qk if kind == "lsh" else one.attn.k, one.attn.v)
         with torch.no_grad():
             for target, linear in zip((prefix.keys, prefix.values), linears, strict=True):
@@ -378,8 +378,8 @@ def test_lora_on_the_projections_acts_on_deep_prompts_too(tiny):
     model = build(tiny, peft="lora[targets=(attn.k, attn.v)]|deep_prompt[length=3]")
     lora = module(model, "blocks.0.attn.k", "lora")
     torch.nn.init.normal_(lora.B)
-    attn, rows = model.blocks[0].attn, module(model, "blocks.0.attn.memory", "deep_prompt").prompt
-    keys, _ = attn.memory(Seen(torch.zeros(1, 1, D, dtype=torch.float64), None, attn.keys_values))
+    attn, rows = model.blocks[0].attn, module(model, "blocks.0.attn.memory", "deep_prompt").tokens
+    (keys, _), _ = attn.memory(HookContext(x=torch.zeros(1, 1, D, dtype=torch.float64), keys_values=attn.keys_values))
     weight = attn.k.weight + lora.scale * lora.B @ lora.A
     assert torch.allclose(keys, F.linear(rows, weight, attn.k.bias).unflatten(-1, (2, -1)).transpose(0, 1), atol=1e-12)
 
@@ -462,7 +462,7 @@ def test_a_prefix_is_the_gated_sum_of_two_attentions_under_every_pattern(kind):
 def test_a_prefix_is_concatenated_keys_and_values_in_full_attention(tiny):
     model = build(tiny, peft="prefix[length=3, std=1.0]")
     attn, x = model.blocks[0].attn, torch.randn(2, 5, D, dtype=torch.float64)
-    keys, values = attn.memory(Seen(x, None, attn.keys_values))
+    (keys, values), _ = attn.memory(HookContext(x=x, keys_values=attn.keys_values))
     q, k, v = (attn.project(name, x, Mask()) for name in "qkv")
     heads = F.scaled_dot_product_attention(q, torch.cat([keys.expand(2, -1, -1, -1), k], 2), torch.cat([values.expand(2, -1, -1, -1), v], 2))
     assert torch.allclose(attn(x, Mask()), attn.o(heads.transpose(1, 2).flatten(2)), rtol=0, atol=1e-12)
@@ -472,7 +472,7 @@ def test_prompts_in_longformer_are_global_and_shift_the_global_tokens(tiny):
     """Equal to the rows written into the input, with global attention there and at the given tokens `length` places on."""
     bare = build(tiny, "longformer[window=2]")
     model = effzoo.attach(copy.deepcopy(bare), "prompt[length=4]")
-    rows, inputs = module(model, "embeddings.token", "prompt").prompt, batch()
+    rows, inputs = module(model, "embeddings.token", "prompt").tokens, batch()
     is_global = torch.zeros(3, 9, dtype=torch.long)
     is_global[0, 6] = is_global[1, 2] = is_global[2, 0] = 1
     embeds = torch.cat([rows.expand(3, -1, -1), bare.embeddings.token(inputs["input_ids"])], dim=1)

@@ -14,7 +14,8 @@ from effzoo.checks.peft import Subject as Tuned
 from effzoo.errors import AdapterError, IncompatibleError, IncompatiblePeft, InputError, OptionError, UnknownNameError
 from effzoo.peft import extract, gather
 from effzoo.peft.training import penalty
-from effzoo.sites import sites
+from effzoo.sites import calling, sites
+from effzoo.sites.hooks import at_hand
 from effzoo.train import finetune
 from tests.support import labelled
 from tests.test_aggregation import moved
@@ -41,20 +42,16 @@ def mixtures(model, name="default"):
 
 
 def inputs_of(model, path, batch):
-    """What a site gets and gives in a forward pass; its mixture goes on hearing the mask of this pass, so that it can be called alone."""
+    """What a site gets and gives in a forward pass, and the context that its hooks are given."""
     seen, site = [], dict(sites(model))[path]
 
     def see(_, x, y):
-        seen.append(((*x, y), [module.told.mask for module in site.hung() if hasattr(module, "told")]))
+        seen.append((*x, y, at_hand()))
 
     hook = site.register_forward_hook(see)
     model(**batch)
     hook.remove()
-    found, masks = seen[0]
-    for module, mask in zip((module for module in site.hung() if hasattr(module, "told")), masks, strict=True):
-        assert module.told.mask is None, "a batch is held longer than it is computed with"
-        module.told.mask = mask
-    return found
+    return seen[0]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +60,7 @@ def inputs_of(model, path, batch):
 def test_a_site_gives_the_weighted_sum_of_what_its_experts_add(tiny, router):
     model, batch = built(tiny, f"routed[of='{ONE}', experts=3, router='{router}']"), labelled()
     path, (site, module) = next(iter(mixtures(model).items()))
-    x, y = inputs_of(model, path, batch)
+    x, y, _ = inputs_of(model, path, batch)
     valid = batch["attention_mask"].bool()
     weights = torch.zeros(*valid.shape, 3, dtype=torch.float64)
     weights[valid] = module.router(x[valid]).weights.double()  # padding is not routed
@@ -79,11 +76,11 @@ def test_experts_of_any_door_are_mixed_alike(tiny, method):
     moved(model, "default", 3)
     batch = labelled()
     for path, (site, module) in mixtures(model).items():
-        *x, y = inputs_of(model, path, batch)
-        with torch.no_grad():
+        *x, y, context = inputs_of(model, path, batch)
+        with torch.no_grad(), calling(context):
             plain = site.compute((), *x)
-            weights = module.weights(plain if path.endswith(("token", "position")) else x[0])
-            expected = plain + sum(w * (site.compute(tuple(own), *x) - plain) for w, own in zip(weights, module.at_hand(), strict=True))
+            weights = module.weights(plain if path.endswith(("token", "position")) else x[0], context)
+            expected = plain + sum(w * (site.compute(tuple(own), *x) - plain) for w, own in zip(weights, module.each(), strict=True))
         torch.testing.assert_close(y, expected, **EXACT)
 
 
@@ -107,9 +104,9 @@ def test_padding_changes_nothing(tiny, method, level):
 def test_by_example_the_router_reads_the_mean_of_the_tokens(tiny):
     model, batch = built(tiny, f"routed[of='{ONE}', experts=3, level=example]"), labelled()
     path, (_, module) = next(iter(mixtures(model).items()))
-    x, _ = inputs_of(model, path, batch)
+    x, _, context = inputs_of(model, path, batch)
     mean = torch.stack([row[keep.bool()].mean(dim=0) for row, keep in zip(x, batch["attention_mask"], strict=True)])
-    weights = module.weights(x)
+    weights = module.weights(x, context)
     torch.testing.assert_close(weights, module.router(mean).weights.double().T.reshape(3, 3, 1, 1), **EXACT)
 
 
@@ -194,23 +191,23 @@ def test_experts_stack_on_a_fixed_adapter(tiny):
     moved(model, "task", 5)
     effzoo.activate(model, "language", "task")
     path = "blocks.0.mlp_branch"
-    x, y, valid, out = inputs_of(model, path, batch)
+    x, y, out, context = inputs_of(model, path, batch)
     site = dict(sites(model))[path]
-    before, module = site.of("language")["houlsby"].joined(x, y, valid), site.of("task")["routed"]
+    before, module = site.of("language")["houlsby"].after(x, y, context), site.of("task")["routed"]
     expected = before
-    for weight, own in zip(module.weights(x), module.at_hand(), strict=True):
-        expected = expected + weight * (own[0].joined(x, before, valid) - before)
+    for weight, own in zip(module.weights(x, context), module.each(), strict=True):
+        expected = expected + weight * (own[0].after(x, before, context) - before)
     torch.testing.assert_close(out, expected, **EXACT)
 
 
 def test_fusion_is_attention_over_what_adapters_add(tiny):
     model, batch = built(tiny, "fusion[of='pfeiffer[bottleneck=3]', experts=3]"), labelled()
     path, (_, module) = next(iter(mixtures(model).items()))
-    x, y, _, out = inputs_of(model, path, batch)
+    x, y, out, context = inputs_of(model, path, batch)
     expected = torch.empty_like(out)
     for b in range(out.shape[0]):
         for t in range(out.shape[1]):
-            added = [own[0].after(x[b, t], y[b, t]) - y[b, t] for own in module.at_hand()]
+            added = [own[0].after(x[b, t], y[b, t], context) - y[b, t] for own in module.each()]
             scores = torch.stack([(module.query @ y[b, t]) @ (module.key @ a) for a in added]).softmax(dim=0)
             expected[b, t] = y[b, t] + sum(s * (module.value @ a) for s, a in zip(scores, added, strict=True))
     torch.testing.assert_close(out, expected, **EXACT)

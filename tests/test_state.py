@@ -12,7 +12,8 @@ from effzoo.errors import AdapterError, EffzooError, IncompatibleError, OptionEr
 from effzoo.peft.attach import adapter_tensors
 from effzoo.peft.state import HERE
 from effzoo.quantise.linear import QuantisedLinear
-from effzoo.sites import Linear, sites
+from effzoo.sites import NOWHERE, Linear, sites
+from effzoo.sites.hooks import at_hand
 
 IDS = torch.randint(2, 53, (3, 9), generator=torch.Generator().manual_seed(1))
 
@@ -45,7 +46,6 @@ def whole(model):
         "flags": {key: p.requires_grad for key, p in model.named_parameters()},
         "modes": {key: module.training for key, module in model.named_modules()},
         "kinds": {key: type(module) for key, module in model.named_modules()},
-        "told": [len(vars(module)["told"]) for module in model.modules() if isinstance(vars(module).get("told"), list)],
         "random": torch.get_rng_state().tolist(),
     }
 
@@ -366,7 +366,7 @@ def test_a_scale_multiplies_what_is_added_to_an_output(tiny, spec):
             expected = y
             for module in modules:
                 if not hasattr(module, "mix"):
-                    expected = expected + 0.25 * (module.joined(x, expected, None) - expected)
+                    expected = expected + 0.25 * (module.after(x, expected, NOWHERE) - expected)
             if not any(hasattr(module, "mix") for module in modules):
                 assert torch.allclose(site(x, y), expected, rtol=0, atol=1e-12)
 
@@ -541,18 +541,17 @@ def test_a_copy_has_a_state_of_its_own(tiny, how, twin_of):
 
 
 def test_no_batch_outlives_its_pass(tiny):
-    """Neither a listener of what was detached or refused, nor the mask of the last batch."""
+    """The context of a call is gone with it, also where an adapter is detached or refused."""
     torch.manual_seed(0)
     fresh = effzoo.build("bert", task="classification", **tiny)
     model = copy.deepcopy(fresh)
     for spec in ("routed[of='lora[rank=2]', experts=2]", "fusion[of='pfeiffer', experts=2]", "routed[of='prefix', experts=2, level=example]"):
         effzoo.attach(model, spec)
         model(IDS, labels=torch.tensor([0, 1, 0])).loss.backward()
-        assert all(told.mask is None for part in (model, *model.blocks) for told in part.told)
+        assert at_hand() is NOWHERE
         effzoo.detach(model, "default")
     with pytest.raises(EffzooError):
         effzoo.attach(model, "routed[of='ipt', experts=2]")
-    assert not model.told and not any(block.told for block in model.blocks)
     assert len(pickle.dumps(model)) < len(pickle.dumps(fresh)) + 10_000
 
 

@@ -124,7 +124,6 @@ def whole(model):
         "tensors": digest(model.state_dict()),
         "flags": [(key, p.requires_grad) for key, p in model.named_parameters()],
         "modes": [(key, module.training, type(module)) for key, module in model.named_modules()],
-        "told": [len(own) for module in model.modules() if isinstance(own := vars(module).get("told"), list)],
         "random": digest({"": torch.get_rng_state()}),
     }
 
@@ -173,9 +172,8 @@ class Out:
 
 
 def hung(model, name):
-    """What hangs under a name, by path, and who in the model speaks to it."""
-    found = {path: site.adapters[name] for path, site in sites(model) if name in site.adapters}
-    return found, {path: list(part.told) for path, part in model.named_modules() if isinstance(vars(part).get("told"), list)}
+    """What hangs under a name, by path."""
+    return {path: site.adapters[name] for path, site in sites(model) if name in site.adapters}
 
 
 def bits_of(parts):
@@ -193,9 +191,6 @@ def stripped(model):
     for _, site in sites(model):
         site.adapters.clear()
         vars(site).pop("roster", None)
-    for part in model.modules():
-        if isinstance(vars(part).get("told"), list):
-            part.told.clear()
     return model
 
 
@@ -242,7 +237,7 @@ class Adapters(RuleBasedStateMachine):
         key = (digest(self.bases[-1].state_dict()), self.epoch, tuple(told), acts.how, numbers, learn, frozen)
         if key not in self.outputs:
             model = self.bases[-1]
-            by_path, everything = dict(sites(model)), dict(model.named_modules())
+            by_path = dict(sites(model))
             roster = Roster(Own(acts.names, tuple(scale for _, scale in acts.scales), acts.how == "average", numbers))
             for site in by_path.values():
                 site.roster = roster
@@ -250,11 +245,8 @@ class Adapters(RuleBasedStateMachine):
             for p, flag in flags:
                 p.requires_grad_(flag and not frozen)
             for name, (content, _), trained in zip(acts.names, told, learn, strict=True):
-                parts, speakers = copy.deepcopy(self.parts[content])
-                for path, part in parts.items():
+                for path, part in copy.deepcopy(self.parts[content]).items():
                     by_path[path].adapters[name] = part.requires_grad_(trained)
-                for path, heard in speakers.items():
-                    everything[path].told.extend(heard)
             self.outputs[key] = logits(model, acts.rows)
             stripped(model)
             for p, flag in flags:
@@ -264,7 +256,7 @@ class Adapters(RuleBasedStateMachine):
     def holds(self, name, how="drawn"):
         """Take down what an adapter holds now, and how it came to it."""
         parts = hung(self.model, name)
-        found = (bits_of(parts[0]), how)
+        found = (bits_of(parts), how)
         if found not in self.parts:
             self.parts[found] = copy.deepcopy(parts)
         self.attached[name] = found
@@ -878,7 +870,7 @@ class Adapters(RuleBasedStateMachine):
         hanging = {key.split(".adapters.")[1].split(".")[0] for key in self.model.state_dict() if ".adapters." in key}
         assert hanging == set(self.attached), f"{hanging} hang, and should: {set(self.attached)}"
         for name, content in self.attached.items():
-            assert bits_of(hung(self.model, name)[0]) == content[0], f"{name} ({self.specs[name]}) holds other tensors than before"
+            assert bits_of(hung(self.model, name)) == content[0], f"{name} ({self.specs[name]}) holds other tensors than before"
         assert digest(base_tensors(self.model)) == digest(base_tensors(self.bases[-1])), "the base is another"
         flags = {key: p.requires_grad for key, p in self.model.named_parameters() if ".adapters." not in key}
         at_first = {key: p.requires_grad for key, p in self.bases[-1].named_parameters()}
@@ -892,7 +884,6 @@ class Adapters(RuleBasedStateMachine):
             effzoo.detach(self.model, name)
         assert digest(base_tensors(self.model)) == digest(self.model.state_dict()) == digest(self.bases[0].state_dict())
         assert [p.requires_grad for p in self.model.parameters()] == [p.requires_grad for p in self.bases[0].parameters()]
-        assert not self.model.told and not any(block.told for block in self.model.blocks)
         counts["machines"] += 1
 
 

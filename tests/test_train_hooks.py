@@ -46,7 +46,7 @@ class Shift(PeftModule):
             return self.dense
         return self.places.new_zeros(self.places.numel() * 2, dtype=self.few.dtype).index_add(0, self.places, self.few)
 
-    def after(self, x, y):
+    def after(self, x, y, context):
         self.passes += self.training
         sign = 1 if self.passes % 2 else -1
         dial = 1.0 if self.dial is None else self.dial

@@ -46,7 +46,7 @@ class Cross(nn.Module):
         read = self.branch(query, self.dropout(self.attn(query, mask, source=self.source_norm(source))))
         x = x + read if self.residual else read
         inner = self.mlp_norm(x)
-        added: Tensor = self.mlp_branch(inner, self.dropout(self.mlp(inner)), None)
+        added: Tensor = self.mlp_branch(inner, self.dropout(self.mlp(inner)))
         return x + added
 
 

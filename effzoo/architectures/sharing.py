@@ -31,8 +31,8 @@ class Turn:
     def feed(self, x: Tensor, mask: Mask, rows: Tensor | None = None) -> Tensor:
         return self.block.feed(x, self._own(mask), rows)
 
-    def telling(self, mask: Mask) -> AbstractContextManager[None]:
-        return self.block.telling(self._own(mask))
+    def calling(self, x: Tensor, mask: Mask) -> AbstractContextManager[None]:
+        return self.block.calling(x, self._own(mask))
 
     @property
     def attn_norm(self) -> nn.Module | None:

@@ -30,7 +30,7 @@ from effzoo.checked import marks
 from effzoo.devices import at_hand
 from effzoo.errors import IncompatibleError, IncompatiblePeft, InputError, OptionError
 from effzoo.recompute import Level, recompute
-from effzoo.sites import Linear, Model, Side
+from effzoo.sites import HookContext, Linear, Model, Side, calling
 from effzoo.spec import Spec, parse_one
 
 
@@ -40,6 +40,8 @@ class Transformer(Model):
     Weights start as in BERT and GPT-2: normal with standard deviation 0.02, biases 0; decoders scale the projections that
     end a residual branch by 1 / sqrt(2 layers) (Radford et al. 2019, section 2.3).
     """
+
+    shows_mask = True  # the hooks at its sites are given the mask of the batch
 
     def __init__(self, config: Config, task: str = "features", num_labels: int = 2):
         super().__init__()
@@ -53,7 +55,6 @@ class Transformer(Model):
         self.head = head(config, task, num_labels)
         self.checkpointing = False
         self.recompute: Level = "nothing"  # in training: what is computed again for the backward pass instead of kept (`effzoo.recompute`)
-        self.told: list[Any] = []  # of adapters that route outside the blocks, as in `Block`
         self.only_what_is_read = False  # of the last block, the positions that a classification head reads; then no last_hidden_state
         self.apply(self._initialise)
         for core in self.cores():
@@ -156,9 +157,10 @@ class Transformer(Model):
             if documents is not None:
                 check_packed(self.cores(), self.task, rows, cache is not None)
         position_ids = None if position_ids is None else position_ids + before
-        for told in self.told:
-            told.mask = Mask(None if valid is None else nn.functional.pad(valid, (rows, 0), value=True), tasks=task_ids)
-        x, positions = self.embeddings(input_ids, inputs_embeds, position_ids, token_type_ids, prompt, start)
+        seen = None if valid is None else nn.functional.pad(valid, (rows, 0), value=True)
+        outside = HookContext(seen, Mask(seen, tasks=task_ids))
+        with calling(outside):
+            x, positions = self.embeddings(input_ids, inputs_embeds, position_ids, token_type_ids, prompt, start)
         mask = self._mask(valid, global_attention_mask, x, rows, before, positions, task_ids)
         if valid is not None:
             valid = valid[:, -(x.shape[1] - rows) :]
@@ -172,13 +174,12 @@ class Transformer(Model):
                 x = documents.together(self._run(documents.apart(x), documents.mask(mask), None))
         if cache is not None:
             cache.length, cache.rows = start + x.shape[1], rows + before
-        if self.final_norm is not None:
-            x = self.final_norm(x)
-        output: Output = self.head(x[:, rows:] if read is None else x, valid if read is None else None, labels, self.embeddings.token)
+        with calling(outside):
+            if self.final_norm is not None:
+                x = self.final_norm(x)
+            output: Output = self.head(x[:, rows:] if read is None else x, valid if read is None else None, labels, self.embeddings.token)
         if read is not None:
             del output["last_hidden_state"]
-        for told in self.told:
-            told.mask = None
         return _balanced(output, losses)
 
     def _text(self, valid: Tensor | None, ids: Tensor | None) -> Tensor | None:

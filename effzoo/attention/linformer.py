@@ -16,7 +16,7 @@ from effzoo.attention.core import CompressedAttention, Context, KeysValues, Mask
 from effzoo.attention.part import bias_of
 from effzoo.errors import InputError, OptionError
 from effzoo.registry import attention
-from effzoo.sites import Linear
+from effzoo.sites import Linear, opens
 from effzoo.sites.dtypes import linear as product
 
 Sharing = Literal["none", "headwise", "key_value", "layerwise"]
@@ -208,4 +208,4 @@ def _note(name: str) -> tuple[str, str]:
 
 def _plain(site: Linear) -> bool:
     """Whether the site is its composed weight and bias: nothing active changes its input or its output, or differs by row."""
-    return not site.mixed and not any(module.opens("before", "after") for module in site.hung())
+    return not site.mixed and not any(opens(module, "before", "after") for module in site.hung())

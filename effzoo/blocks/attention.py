@@ -11,7 +11,7 @@ from effzoo.attention.core import AttentionCore, Cache, Context, KeysValues, Mas
 from effzoo.blocks.positions import Rotary, rotate
 from effzoo.errors import IncompatibleError
 from effzoo.registry import attention as registry
-from effzoo.sites import Linear, Memory, RMSNorm, Seen
+from effzoo.sites import HookContext, Linear, Memory, MemorySite, RMSNorm, calling
 from effzoo.sites.dtypes import autocasts
 from effzoo.spec import Spec
 
@@ -65,15 +65,20 @@ class Attention(nn.Module):
         if out_dim != 0:
             self.o = Linear(inner, out_dim or dim, bias=bias if out_bias is None else out_bias, role="attn.o", layer=context.layer)
             self.o.heads = context.heads
-        self.memory = Memory(self.kv_heads, context.head_dim, value_dim=value_dim, role="attn.memory", layer=context.layer)
+        self.memory = MemorySite(self.kv_heads, context.head_dim, value_dim=value_dim, role="attn.memory", layer=context.layer)
 
     def forward(self, x: Tensor, mask: Mask, *, source: Tensor | None = None, cache: Cache | None = None, rows: Tensor | None = None) -> Tensor:
         """source [batch, s, source_dim]: what is attended in cross-attention; mask then speaks of it. cache: of a causal model that decodes.
         rows [batch, r]: the positions whose output is wanted, [batch, r, dim]; None for all."""
         if source is not None:
             self._check_crosses()
-        seen = Seen(x, None if mask.valid is None or source is not None else mask.valid[:, -x.shape[1] :], self.keys_values)
-        core, memory = self.core, self.remembered(seen)
+        valid = None if mask.valid is None or source is not None else mask.valid[:, -x.shape[1] :]
+        with calling(context := HookContext(valid, mask, x, self.keys_values)):
+            return self._attended(x, mask, source, cache, rows, context)
+
+    def _attended(self, x: Tensor, mask: Mask, source: Tensor | None, cache: Cache | None, rows: Tensor | None, context: HookContext) -> Tensor:
+        core = self.core
+        memory, gated = self.remembered(context)
         used = core.uses(mask)
         if source is not None and not autocasts(x):
             source = source.to(x.dtype)
@@ -92,9 +97,10 @@ class Attention(nn.Module):
         else:
             layer = core.context.layer
             heads, cache.states[layer] = core.step(*projected, past=cache.states.get(layer), **given)
-        for keys, values, gate in self.memory.extras(seen):
-            own = self._grouped(keys), self._grouped(values)
-            added = gate[..., None, None] * self.core.alone(*projected, mask=mask, memory=own, where=where)  # type: ignore[arg-type]
+        for extra in gated:
+            assert extra.gate is not None
+            own = self._grouped(extra.keys), self._grouped(extra.values)
+            added = extra.gate[..., None, None] * self.core.alone(*projected, mask=mask, memory=own, where=where)  # type: ignore[arg-type]
             heads = heads + added.to(heads.dtype)
         if rows is not None and where is None:
             heads = rows_of(heads, rows)
@@ -137,13 +143,13 @@ class Attention(nn.Module):
         found = [rearrange(getattr(self, name)(rows), "... r (h d) -> ... h r d", h=self.heads(name)) for name in names]
         return self.norms[names[0]](found[0]) if names[0] in self.norms else found[0], found[1]
 
-    def remembered(self, seen: Seen) -> KeysValues | None:
-        """Keys and values of the memory site, one for each query head."""
-        memory = self.memory(seen)
+    def remembered(self, context: HookContext) -> tuple[KeysValues | None, list[Memory]]:
+        """Keys and values of the memory site that join the softmax, one for each query head, and those with a softmax of their own."""
+        memory, gated = self.memory(context)
         if memory is None:
-            return None
+            return None, gated
         self.core.check_memory()
-        return self._grouped(memory[0]), self._grouped(memory[1])
+        return (self._grouped(memory[0]), self._grouped(memory[1])), gated
 
     def _grouped(self, heads: Tensor) -> Tensor:
         """[..., kv_heads, rows, d] -> [..., heads, rows, d]; what has all heads stays."""

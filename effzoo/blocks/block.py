@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from effzoo.blocks.experts import Experts
 from effzoo.blocks.feedforward import FeedForward
 from effzoo.blocks.positions import Rotary
 from effzoo.recompute import follows
-from effzoo.sites import Branch, LayerNorm, Norm, RMSNorm, Site
+from effzoo.sites import Branch, HookContext, LayerNorm, Norm, RMSNorm, Site, calling
 from effzoo.spec import Spec
 
 
@@ -76,6 +75,8 @@ class Block(nn.Module):
     sub-layers without their residual, for a residual of another form.
     """
 
+    shows_mask = True  # the hooks at its sites are given the mask of the batch
+
     def __init__(self, slots: Slots, attention: Spec, context: Context):
         super().__init__()
         layer, dim = context.layer, slots.dim
@@ -87,25 +88,15 @@ class Block(nn.Module):
         self.mlp_branch = Branch(dim, role="mlp.branch", layer=layer)
         self.mlp_norm = slots.make_norm(dim, "mlp.norm", layer)
         self.dropout = nn.Dropout(slots.dropout)
-        self.told: list[Any] = []  # of adapters that route: each gets the mask of the batch at hand
 
-    @contextmanager
-    def telling(self, mask: Mask) -> Iterator[None]:
-        """Show the mask to those who asked for it, while the block computes: it belongs to one batch, and holds it."""
-        for told in self.told:
-            told.mask = mask
-        try:
-            yield
-        finally:
-            for told in self.told:
-                told.mask = None
+    def calling(self, x: Tensor, mask: Mask) -> AbstractContextManager[None]:
+        """Inside, the hooks at the block's sites are given what the mask says of x."""
+        return calling(HookContext(_tokens(x, mask, None), mask))
 
     def forward(self, x: Tensor, mask: Mask, cache: Cache | None = None, rows: Tensor | None = None) -> Tensor:
         """rows [batch, r]: the positions whose output is wanted, [batch, r, dim]; None for all."""
-        if self.told:
-            with self.telling(mask):
-                return self._computed(x, mask, cache, rows)
-        return self._computed(x, mask, cache, rows)
+        with self.calling(x, mask):
+            return self._computed(x, mask, cache, rows)
 
     def _computed(self, x: Tensor, mask: Mask, cache: Cache | None, rows: Tensor | None) -> Tensor:
         kept = x if rows is None else rows_of(x, rows)
@@ -119,13 +110,13 @@ class Block(nn.Module):
     def attend(self, x: Tensor, mask: Mask, cache: Cache | None = None, rows: Tensor | None = None) -> Tensor:
         """What attention adds to the residual stream, in these rows."""
         added = self.dropout(self.attn(x, mask, cache=cache, rows=rows))
-        return self.attn_branch(x if rows is None else rows_of(x, rows), added, _tokens(x, mask, rows))
+        return self.attn_branch(x if rows is None else rows_of(x, rows), added)
 
     def feed(self, x: Tensor, mask: Mask, rows: Tensor | None = None) -> Tensor:
         """What the feed-forward adds to the residual stream; rows: where the rows of x stand, if they are not all."""
         tokens = _tokens(x, mask, rows)
         added = self.mlp(x, tokens, mask) if isinstance(self.mlp, Experts) else self.mlp(x)
-        return self.mlp_branch(x, self.dropout(added), tokens)
+        return self.mlp_branch(x, self.dropout(added))
 
     @property
     def by_position(self) -> bool:

@@ -67,11 +67,11 @@ def _sublayers(blocks: Sequence[Block], mask: Mask, cache: Cache | None) -> Iter
     for block in blocks:
 
         def attend(x: Tensor, block: Block = block) -> Tensor:
-            with block.telling(mask):
+            with block.calling(x, mask):
                 return block.attend(x if block.attn_norm is None else block.attn_norm(x), mask, cache)
 
         def feed(x: Tensor, block: Block = block) -> Tensor:
-            with block.telling(mask):
+            with block.calling(x, mask):
                 return block.feed(block.mlp_norm(x), mask)
 
         yield attend, feed

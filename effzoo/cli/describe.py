@@ -1,4 +1,4 @@
-"""What the show command says about an entry: its summary, its options with their meaning, its doors, its size on a model."""
+"""What the show command says about an entry: its summary, its options with their meaning, its hooks, its size on a model."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from effzoo.errors import EffzooError, IncompatiblePeft, TargetError
 from effzoo.peft import Account, account
 from effzoo.peft.merging import merged_parameters
 from effzoo.registry import View
-from effzoo.sites import PeftModule, sites
+from effzoo.sites import PeftModule, SideNetwork, opens, sites
 from effzoo.spec import Spec, parse
 
 TINY: dict[str, Any] = {"dim": 16, "layers": 2, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 64}
 SHOWN = (
     "architecture", "attention", "dim", "layers", "heads", "mlp", "max_length", "vocab", "norm", "activation", "dropout", "layout", "hub", "package",
 )  # fmt: skip
-DOORS = {
-    "weight": "parameter", "bias": "parameter", "rows": "input", "memory": "input", "remember": "input", "beyond": "input",
-    "before": "function", "after": "function", "joined": "function", "beside": "a second network",
+HOOKS = {
+    "weight": "parameter", "bias": "parameter", "prompt": "input", "memory": "input", "before": "function", "after": "function",
 }  # fmt: skip
 
 
@@ -74,9 +73,9 @@ def on_meta(name: str, **choices: Any) -> Transformer:
 
 @dataclass(frozen=True)
 class Hung:
-    """How a PEFT method sits in a model: through which doors, on which roles, and whether it can be merged."""
+    """How a PEFT method sits in a model: through which hooks, on which roles, and whether it can be merged."""
 
-    doors: tuple[str, ...]
+    hooks: tuple[str, ...]
     roles: tuple[str, ...]
     mergeable: bool
     on_bert: Account
@@ -93,9 +92,11 @@ def hung(spec: Spec) -> Hung | None:
         head = {"task": "classification"}
         model = build("bert", peft=spec, **head, **TINY)
     places = [(site, module) for _, site in sites(model) for module in site.hung()]
-    doors = [door for door in DOORS if any(module.opens(door) for _, module in places)]
+    hooks = [f"{hook} ({what})" for hook, what in HOOKS.items() if any(opens(module, hook) for _, module in places)]
+    if any(isinstance(module, SideNetwork) for _, module in places):
+        hooks.append("forward (a second network)")
     return Hung(
-        doors=tuple(f"{door} ({DOORS[door]})" for door in doors),
+        hooks=tuple(hooks),
         roles=tuple(dict.fromkeys(site.role for site, _ in places)),
         mergeable=all(_merges(site, module) for site, module in places),
         on_bert=account(on_meta("bert", peft=spec, **head)),

@@ -210,7 +210,7 @@ def _show_peft(spec: Spec) -> None:
     accepted = "any" if Site in cls.accepts else ", ".join(site.__name__ for site in cls.accepts)
     traits = [
         ("hangs on", f"{', '.join(cls.default_targets)} by default ({accepted} sites)"),
-        *([] if hung is None else [("doors", ", ".join(hung.doors))]),
+        *([] if hung is None else [("hooks", ", ".join(hung.hooks))]),
         ("at the start", "leaves the output unchanged" if peft.create(spec).identity_at_init else "changes the output"),
     ]
     if hung is not None:

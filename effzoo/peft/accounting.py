@@ -19,7 +19,7 @@ from effzoo.peft.merging import delta, mergeable
 from effzoo.peft.method import HEAD
 from effzoo.peft.state import label_layers
 from effzoo.peft.unread import trained_unread
-from effzoo.sites import PeftModule, Site, sites, unwrap
+from effzoo.sites import PeftModule, Site, opens, sites, unwrap
 
 
 @dataclass(frozen=True)
@@ -200,12 +200,12 @@ def _changed_entries(site: Site, modules: list[PeftModule]) -> int | None:
             numbers += said
             continue
         for key, parameter in site.base().items():
-            door = "weight" if key == "weight" else "bias"
-            if module.opens("after", "before", "joined"):
+            hook = "weight" if key == "weight" else "bias"
+            if opens(module, "after", "before"):
                 change = None if weight is None else module.delta(weight, bias)
-                whole[key] |= change is not None and change[0 if door == "weight" else 1] is not None
+                whole[key] |= change is not None and change[0 if hook == "weight" else 1] is not None
             else:
-                passed = getattr(module, door)(parameter)
+                passed = getattr(module, hook)(parameter)
                 whole[key] |= passed is not parameter
                 entries[key] = passed.numel()  # a task head for another number of labels has another size
     return min(sum(entries.values()), numbers + sum(entries[key] for key in entries if whole[key]))
@@ -215,4 +215,4 @@ def _changes_matrix(site: Site, module: PeftModule) -> bool:
     weight = getattr(site, "weight", None)
     if weight is None or weight.ndim < 2:
         return False
-    return module.opens("after", "before", "joined") or module.weight(weight) is not weight
+    return opens(module, "after", "before") or module.weight(weight) is not weight

@@ -24,7 +24,7 @@ from effzoo.peft.method import ALL_LINEAR, HEAD, Method
 from effzoo.peft.state import Adapters, Attachment, act, adapters_of, check_heads, label_layers, transition
 from effzoo.peft.unread import trained_unread
 from effzoo.registry import peft as registry
-from effzoo.sites import WITHOUT_SCALE, Activity, Linear, PeftModule, Site, TiedLinear, sites, unwrap
+from effzoo.sites import Activity, Linear, PeftModule, Site, TiedLinear, has_scale, sites, unwrap
 from effzoo.spec import Spec, parse
 
 M = TypeVar("M", bound=nn.Module)
@@ -230,7 +230,7 @@ def _chosen(
 def _check_scale(model: nn.Module, state: Adapters, name: str, scale: float) -> None:
     for path, site in sites(model) if scale != 1 else ():
         for module in site.hung(name):
-            if module.opens(*WITHOUT_SCALE):
+            if not has_scale(module):
                 raise AdapterError(
                     f"adapter {name!r} ({state.attachments[name].spec}) has no scale of {scale:g}: what {type(module).__name__} puts in at {path} is "
                     "there or not, and adds nothing that could be multiplied; use scale 1"

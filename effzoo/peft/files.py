@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -43,6 +44,7 @@ from effzoo.writing import replace_files
 
 M = TypeVar("M", bound=nn.Module)
 OWN = "effzoo"
+FORMER_KEY = re.compile(r"(\.(?:prompt|p_tuning|ipt|deep_prompt|llama_adapter))\.prompt$")  # prompt tokens, as older files name them
 TRIES = 100  # a reader whose tensors a writer has just replaced begins anew
 CHANGES = "its methods change this head and bring none, so give the model the head it had then, or target what is no head"
 log = logging.getLogger("effzoo")
@@ -249,7 +251,7 @@ def _read(directory: Path) -> tuple[Manifest, dict[str, Tensor]]:
     except Exception as error:  # of a kind that is safetensors' own affair: a header that is none, a dtype that torch lacks
         raise AdapterError(f"{directory / manifest.tensors} is not a safetensors file: {type(error).__name__}: {error}") from None
     _check_finite(tensors, str(directory), "save an adapter whose training went well")
-    return manifest, tensors
+    return manifest, {FORMER_KEY.sub(r"\1.tokens", key): tensor for key, tensor in tensors.items()}
 
 
 def _check_finite(tensors: Mapping[str, Tensor], where: str, advice: str) -> None:

@@ -31,7 +31,7 @@ NOT_THE_FUNCTION = {  # attributes of modules, and why they do not count
     "device": "where, not what", "dtype": "of the tensors, which say it themselves",
     "FeedForward.chunk": "the same result, fewer positions at a time",
     "max_globals": "a limit: more global tokens are an error", "Side.narrow": "for networks of adapters",
-    "sizes": "as `config`", "roster": "of adapters", "told": "of adapters", "again": "computed twice, to the same bits", "weighted": "of the loss",
+    "sizes": "as `config`", "roster": "of adapters", "again": "computed twice, to the same bits", "weighted": "of the loss",
     "later_values_matter": "an explanation", "projections": "they are sites",
     "bits": "of the codes, which say it themselves", "Embedding.added": "which rows are called new",
 }  # fmt: skip

@@ -16,7 +16,7 @@ from effzoo.peft.attach import _known, fitted, freeze_base, take_off
 from effzoo.peft.method import HEAD
 from effzoo.peft.state import Attachment, Merged, act, adapters_of, checksum, transition, trial
 from effzoo.peft.training import finish
-from effzoo.sites import Activity, Acts, Linear, PeftModule, Scaled, Site, sites, unwrap
+from effzoo.sites import Activity, Acts, Linear, PeftModule, Scaled, SideNetwork, Site, opens, sites, unwrap
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -233,7 +233,7 @@ def _check_order(site: Site, path: str, name: str) -> None:
     )
     if fixed:  # what is no change of the weight has to come behind it, and must not see the weight
         first = all(order.index(name) < order.index(other) for other in fixed)
-        doors = any(module.opens("before") for module in own) or any(m.opens("weight", "bias") for m in site.acting(*fixed))
+        doors = any(opens(module, "before") for module in own) or any(opens(m, "weight", "bias") for m in site.acting(*fixed))
         same = same and first and not doors
     if not same:
         raise AdapterError(
@@ -282,7 +282,7 @@ def merged_parameters(site: Site, modules: Sequence[Acts], where: str = "", star
                 now["weight"] = module.weight(now["weight"]).double()
             if "bias" in now:
                 now["bias"] = module.bias(now["bias"]).double()
-        for module in [m for m in modules if m.opens("after", "joined")] + [m for m in reversed(modules) if m.opens("before")]:
+        for module in [m for m in modules if opens(m, "after")] + [m for m in reversed(modules) if opens(m, "before")]:
             change = module.delta(now["weight"], now.get("bias"))
             assert change is not None
             now["weight"] = now["weight"] + change[0]
@@ -308,16 +308,16 @@ def mergeable(site: Site, module: Acts) -> bool:
     """Whether what the module does at the site is a change of the site's weight and bias."""
     if _no_weight(site, module):
         return False
-    if not module.opens("after", "before", "joined"):
+    if not opens(module, "after", "before"):
         return bool(site.base())
     return module.delta(site.weight, getattr(site, "bias", None)) is not None  # type: ignore[arg-type]
 
 
 def _no_weight(site: Site, module: Acts) -> bool:
     """Whether there is no weight that the module could be a change of, whatever its numbers are."""
-    if module.opens("rows", "memory", "remember", "beyond", "beside"):
+    if opens(module, "prompt", "memory") or isinstance(module.module if isinstance(module, Scaled) else module, SideNetwork):
         return True
-    return module.opens("after", "before", "joined") and getattr(site, "weight", None) is None
+    return opens(module, "after", "before") and getattr(site, "weight", None) is None
 
 
 def _refusal(where: str, module: Acts) -> AdapterError:

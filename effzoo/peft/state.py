@@ -134,7 +134,6 @@ def transition(model: nn.Module, *rewritten: str) -> Iterator[Adapters]:
             yield state
         _adopt(model, state)
         check_heads(model)
-        _forget_listeners(model)
         _check_synchronised(outer, before.learning)
     except BaseException:
         rewriting.restore(begun)
@@ -282,15 +281,6 @@ def _adopt(model: nn.Module, state: Adapters) -> None:
                     f"{path or site.role} carries adapters of another model ({', '.join(site.adapters)}); give that model, or detach them there"
                 )
             site.roster = state.roster
-
-
-def _forget_listeners(model: nn.Module) -> None:
-    """Let no block speak to modules that are not there any more."""
-    speaking = [own for part in model.modules() if isinstance(own := vars(part).get("told"), list)]
-    if any(speaking):
-        heard = {id(vars(module).get("told")) for module in model.modules()}
-        for own in speaking:
-            own[:] = [told for told in own if id(told) in heard]
 
 
 def _check_synchronised(outer: nn.Module | None, learning: Set[int]) -> None:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from effzoo.attention.core import AttentionCore
 from effzoo.devices import kind_of
 from effzoo.plan.shadow import key, size
-from effzoo.sites import PeftModule, Site, sites
+from effzoo.sites import Mixture, PeftModule, SideNetwork, Site, opens, sites
 
 HALF_COPIES = "half copies of weights"
 _PLACES = {  # modules that are no site, by what their own operations save
@@ -27,7 +27,7 @@ _PLACES = {  # modules that are no site, by what their own operations save
 }  # fmt: skip
 _LOSSES = {"cross_entropy", "mse_loss", "binary_cross_entropy_with_logits", "nll_loss", "log_softmax"}
 _DROPOUTS = {"dropout", "dropout_", "feature_dropout", "alpha_dropout", "native_dropout"}
-_DOORS = ("weight", "bias", "before", "after", "joined", "rows", "memory", "remember", "beyond", "beside")
+_HOOKS = ("weight", "bias", "before", "after", "prompt", "memory")
 
 
 @dataclass
@@ -125,16 +125,16 @@ class Record(TorchFunctionMode):
             self.places.pop()
 
     def follow(self, model: nn.Module) -> None:
-        """Make every module of a model, and every door of what is hung on its sites, say when it works. The model is a copy of ours."""
+        """Make every module of a model, and every hook of what is hung on its sites, say when it works. The model is a copy of ours."""
         for path, module in model.named_modules():
             if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and ".adapters." not in f".{path}":
                 module.forward = self._told(module.forward, _place(module), path)
         for path, site in sites(model):
             for adapter, methods in site.adapters.items():
                 for method, hung in methods.named_children():
-                    for door in _DOORS:
-                        if isinstance(hung, PeftModule) and hung.opens(door):
-                            setattr(hung, door, self._told(getattr(hung, door), f"adapter {method}", f"{path}.adapters.{adapter}.{method}"))
+                    place = f"adapter {method}", f"{path}.adapters.{adapter}.{method}"
+                    for hook in _hooks(hung):
+                        setattr(hung, hook, self._told(getattr(hung, hook), *place))
 
     def _told(self, function: Callable[..., Any], place: str, path: str) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -143,6 +143,15 @@ class Record(TorchFunctionMode):
                 return function(*args, **kwargs)
 
         return told
+
+
+def _hooks(module: nn.Module) -> list[str]:
+    """The methods of what is hung on a site that compute something."""
+    if isinstance(module, SideNetwork):
+        return ["forward"]
+    if isinstance(module, Mixture):
+        return ["mix", "memories"]
+    return [hook for hook in _HOOKS if isinstance(module, PeftModule) and opens(module, hook)]
 
 
 def _fused(x: Tensor, p: float, training: bool, inplace: bool) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from effzoo.quantise.codes import coded, decoded, margins
 from effzoo.quantise.view import Decoded
 from effzoo.recompute import follows
-from effzoo.sites import Acts, Linear
+from effzoo.sites import Acts, Linear, opens
 from effzoo.sites.site import Inputs
 
 
@@ -77,7 +77,7 @@ class QuantisedLinear(Linear):
         return self.combined(x) if self.active else self.multiplied(x, self.bias)
 
     def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
-        if any(module.opens("weight") for module in modules):
+        if any(opens(module, "weight") for module in modules):
             return super().enter(modules, *inputs)
         x = self.entered(modules, *inputs)
         return (x,), self.multiplied(x, self.composed_bias(modules))

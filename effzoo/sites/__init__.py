@@ -1,21 +1,13 @@
 """Sites: the places of a model where a PEFT module can be hung.
 
 Everything with a weight is a site (Linear, LayerNorm, RMSNorm, Embedding, TiedLinear); two weightless Branch sites per block see what a
-sub-layer adds to the residual stream, and one Memory site per attention layer holds extra keys and values (where keys are normalised, a Keys
+sub-layer adds to the residual stream, and one MemorySite per attention layer holds extra keys and values (where keys are normalised, a Keys
 site sees them afterwards). A site is a thin subclass that owns an empty ModuleDict, so hanging a module on it renames no base key: new keys contain
 `.adapters.<adapter name>.<method name>.`.
 
 Which of them act, in which order and how, is no matter of a site: all sites of a model read it from one `Roster`, which `effzoo/peft/state.py` keeps.
 
-A module enters a site through a door, by overriding its method (unified view: He et al. 2022, arXiv:2110.04366):
-
-    door        method                          composition
-    parameter   weight(w) -> w', bias(b) -> b'  f(theta + phi)
-    input       rows() -> rows, memory() -> k,v f([phi, x])
-    function    before(x) -> x', after(x, y) -> y'   phi(f(x))
-
-Three doors more are for methods that need to see more than their site: `joined` (after, with the padding), `remember` and `beyond` (memory, with the
-layer's input), and `beside`, the one escape hatch, for a second network beside the first.
+A module acts at a site by overriding a hook; `effzoo/sites/hooks.py` has them all.
 """
 
 from __future__ import annotations
@@ -25,17 +17,33 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from effzoo.sites.activity import WITHOUT_SCALE, Activity, Acts, Roster, Scaled
-from effzoo.sites.doors import KeysValues, Mixture, PeftModule, Seen, longer
+from effzoo.sites.activity import Activity, Roster
+from effzoo.sites.hooks import (
+    NOWHERE,
+    Acts,
+    HookContext,
+    KeysValues,
+    Memory,
+    Mixture,
+    PeftModule,
+    Scaled,
+    SideNetwork,
+    calling,
+    has_scale,
+    longer,
+    memories,
+    opens,
+)
 from effzoo.sites.layers import Branch, Conv2d, Embedding, Keys, LayerNorm, Linear, Norm, RMSNorm, TiedLinear
-from effzoo.sites.memory import Memory, Side
+from effzoo.sites.memory import MemorySite, Side
 from effzoo.sites.site import Site
 from effzoo.wrappers import Model, refuse_compiled, unwrap
 
 __all__ = [
-    "WITHOUT_SCALE", "Activity", "Acts", "Branch", "Conv2d", "Embedding", "Keys", "KeysValues", "LayerNorm", "Linear", "Memory", "Mixture", "Model",
-    "Norm", "PeftModule", "RMSNorm", "Roster", "Scaled", "Seen", "Side", "Site", "TiedLinear", "longer", "overruled", "prompt_rows", "sites",
-    "unwrap",
+    "NOWHERE", "Activity", "Acts", "Branch", "Conv2d", "Embedding", "HookContext", "Keys", "KeysValues", "LayerNorm",
+    "Linear", "Memory", "MemorySite", "Mixture", "Model", "Norm", "PeftModule", "RMSNorm", "Roster", "Scaled", "Side",
+    "SideNetwork", "Site", "TiedLinear", "calling", "has_scale", "longer", "memories", "opens", "overruled",
+    "prompt_rows", "sites", "unwrap",
 ]  # fmt: skip
 
 

@@ -1,16 +1,11 @@
-"""Which adapters act: one value per model that all of its sites read, and what a scale makes of a module."""
+"""Which adapters act: one value per model that all of its sites read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
-
-import torch
-from torch import Tensor
 
 from effzoo.errors import IncompatibleError
-from effzoo.sites.doors import KeysValues, Mixture, PeftModule, Seen
 
 
 @dataclass(frozen=True)
@@ -62,71 +57,3 @@ class Roster:
 
     def __init__(self, now: Activity = Activity()):
         self.now = now
-
-
-class Scaled:
-    """A module at a scale s: at each door, s times what it adds there.
-
-        theta + s (theta' - theta),   x + s (x' - x),   y + s (y' - y),   a gate times s
-
-    For a change of weights that is s times the change. Trained rows, keys and values add nothing that could be multiplied: they have no scale.
-    """
-
-    def __init__(self, module: PeftModule, scale: float):
-        self.module, self.scale = module, scale
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        return self.module.dtype
-
-    def between(self, before: Tensor, after: Tensor) -> Tensor:
-        """before + s (after - before)."""
-        return before if after is before else before + self.scale * (after - before)
-
-    def weight(self, weight: Tensor) -> Tensor:
-        return self.between(weight, self.module.weight(weight))
-
-    def bias(self, bias: Tensor) -> Tensor:
-        return self.between(bias, self.module.bias(bias))
-
-    def before(self, x: Tensor) -> Tensor:
-        return self.between(x, self.module.before(x))
-
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.between(y, self.module.after(x, y))
-
-    def joined(self, x: Tensor, y: Tensor, valid: Tensor | None) -> Tensor:
-        return self.between(y, self.module.joined(x, y, valid))
-
-    def rows(self) -> Tensor | None:
-        return self.module.rows()
-
-    def remember(self, seen: Seen) -> KeysValues | None:
-        return self.module.remember(seen)
-
-    def apart(self, seen: Seen) -> list[tuple[Tensor, Tensor, Tensor]]:
-        return [(keys, values, self.scale * gate) for keys, values, gate in self.module.apart(seen)]
-
-    def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
-        change = self.module.delta(weight, bias)
-        if change is None:
-            return None
-        return self.scale * change[0], None if change[1] is None else self.scale * change[1]
-
-    def opens(self, *doors: str) -> bool:
-        return self.module.opens(*doors)
-
-    def at_hand(self) -> list[tuple[PeftModule, ...]]:
-        return cast(Mixture, self.module).at_hand()
-
-    def mix(self, site: object, x: Tensor, plain: Tensor, outs: Sequence[Tensor]) -> Tensor:
-        return self.between(plain, cast(Mixture, self.module).mix(site, x, plain, outs))  # type: ignore[arg-type]
-
-
-Acts = PeftModule | Scaled
-WITHOUT_SCALE = ("rows", "memory", "remember", "beside")  # doors at which nothing is added that a scale could multiply
-
-
-def is_mixture(module: Acts) -> bool:
-    """Whether a module mixes what experts make, at a scale or not."""
-    return isinstance(module.module if isinstance(module, Scaled) else module, Mixture)

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from effzoo.devices import kind_of
 from effzoo.errors import IncompatibleError
 from effzoo.recompute import follows
-from effzoo.sites.activity import Acts
 from effzoo.sites.dtypes import autocasts, linear
-from effzoo.sites.site import Inputs, Site, given, suited
+from effzoo.sites.hooks import Acts
+from effzoo.sites.site import Inputs, Site, given
 
 
 class Linear(nn.Linear, Site):
@@ -218,7 +218,7 @@ class Embedding(nn.Embedding, Site):
 
     def prompt(self) -> Tensor | None:
         """The rows that active modules put in front of every input, [rows, dim], or None; [batch, rows, dim] where adapters are chosen by row."""
-        each = [given(module.rows() for module in self.acting(name)) for name in self.active]
+        each = [given(module.prompt() for module in self.acting(name)) for name in self.active]
         if not self.mixed:
             put_in = [rows for of_adapter in each for rows in of_adapter]
             return torch.cat(put_in) if put_in else None
@@ -236,20 +236,11 @@ class Branch(Site):
         self._open(role, layer)
         self.dim = dim
 
-    def forward(self, x: Tensor, y: Tensor, valid: Tensor | None = None) -> Tensor:
-        return self.combined(x, y, valid) if self.active else y
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.combined(x, y) if self.active else y
 
     def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         return inputs, inputs[1]
-
-    def leave(self, modules: Sequence[Acts], inputs: Inputs, y: Tensor) -> Tensor:
-        x, _, valid = inputs
-        dtype = y.dtype
-        for module in modules:
-            if module.opens("after", "joined"):
-                own_x, own_y = suited(module, x, y)
-                y = module.joined(own_x, own_y, valid)
-        return y.to(dtype) if autocasts(y) else y
 
 
 class Keys(Site):

@@ -1,7 +1,8 @@
-"""Memory and Side: where a module gives an attention layer more to look at, and where a second network stands."""
+"""MemorySite and Side: where a module gives an attention layer more to look at, and where a second network stands."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.errors import IncompatibleError
-from effzoo.sites.activity import Acts
-from effzoo.sites.doors import KeysValues, Seen
-from effzoo.sites.site import Site, given, suited
+from effzoo.sites.hooks import Acts, HookContext, KeysValues, Memory, SideNetwork, memories
+from effzoo.sites.site import Site, suited
 
 
-class Memory(Site):
+class MemorySite(Site):
     """Extra keys and values of one attention layer, seen by every query: what prefix tuning trains."""
 
     def __init__(self, heads: int, head_dim: int, *, value_dim: int | None = None, role: str, layer: int | None = None):
@@ -22,25 +22,27 @@ class Memory(Site):
         self._open(role, layer)
         self.heads, self.head_dim, self.value_dim = heads, head_dim, value_dim or head_dim
 
-    def forward(self, seen: Seen) -> KeysValues | None:
-        """Keys [heads, rows, head_dim] and values [heads, rows, value_dim], or None when nothing is hung here; with an axis of the batch in front
-        where they differ by example."""
-        each = [given(module.remember(_shown(module, seen)) for module in self.acting(name)) for name in self.active]
-        if not self.mixed:
-            put_in = [found for of_adapter in each for found in of_adapter]
-            return _joined(put_in) if put_in else None
-        memories = [_joined(found) for found in each if found]
-        if not memories:
-            return None
-        self.now.check_batch(seen.x.shape[0], self.role, seen.x.shape)
-        return self.mix([keys for keys, _ in memories]), self.mix([values for _, values in memories])
+    def forward(self, context: HookContext) -> tuple[KeysValues | None, list[Memory]]:
+        """What joins the softmax of the layer, keys [heads, r, head_dim] and values [heads, r, value_dim] or None, and memories with a gate.
 
-    def extras(self, seen: Seen) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Keys, values and gates that have a softmax of their own."""
-        found = [each for module in self.acting() for each in module.apart(_shown(module, seen))]
-        if found and self.mixed:
+        With an axis of the batch in front where they differ by example.
+        """
+        if not self.active:
+            return None, []
+        each = [[one for module in self.acting(name) for one in memories(module, _shown(module, context))] for name in self.active]
+        gated = [one for of_adapter in each for one in of_adapter if one.gate is not None]
+        joining = [[one for one in of_adapter if one.gate is None] for of_adapter in each]
+        if not self.mixed:
+            together = [one for of_adapter in joining for one in of_adapter]
+            return _joined(together) if together else None, gated
+        if gated:
             raise IncompatibleError(f"{self.role}: gated attention to trained rows can neither be averaged nor chosen by row; activate one adapter")
-        return found
+        found = [_joined(of_adapter) for of_adapter in joining if of_adapter]
+        if not found:
+            return None, []
+        assert context.x is not None
+        self.now.check_batch(context.x.shape[0], self.role, context.x.shape)
+        return (self.mix([keys for keys, _ in found]), self.mix([values for _, values in found])), []
 
 
 class Side(Site):
@@ -58,25 +60,33 @@ class Side(Site):
     @property
     def replaces(self) -> bool:
         """Whether an active module computes the output in place of the last block."""
-        return any(module.opens("beside") for module in self.hung())
+        return any(isinstance(module, SideNetwork) for module in self.hung())
 
     def forward(self, states: Sequence[Tensor], mask: Any) -> Tensor:
         """The mean of what the active networks make of the states."""
         if self.now.rows is not None:
             raise IncompatibleError("a side network cannot be chosen by row; run the rows apart")
-        outs = [module.beside(suited(module, *states), mask) for module in self.hung() if module.opens("beside")]
+        outs = [module(suited(module, *states), mask) for module in self.hung() if isinstance(module, SideNetwork)]
         return torch.stack(outs).mean(dim=0).to(states[-1].dtype)
 
 
-def _shown(module: Acts, seen: Seen) -> Seen:
-    """What the layer shows, in the dtype that the module computes in; rows that it gives meet the projections in that of the layer's input."""
-    (x,) = suited(module, seen.x)
-    return seen if x is seen.x else Seen(x, seen.valid, lambda rows: seen.keys_values(rows.to(seen.x.dtype)))
+def _shown(module: Acts, context: HookContext) -> HookContext:
+    """The context in the dtype that the module computes in; rows that it gives meet the projections in that of the layer's input."""
+    (x,) = suited(module, context.x)
+    given, layer = context.x, context.keys_values
+    if x is given or given is None or layer is None:
+        return context
+    return dataclasses.replace(context, x=x, keys_values=lambda rows: layer(rows.to(given.dtype)))
 
 
-def _joined(memories: Sequence[KeysValues]) -> KeysValues:
+def _joined(found: Sequence[Memory]) -> KeysValues:
     """Several memories as one; those that differ by example spread the others over the batch."""
-    batch = {len(keys) for keys, _ in memories if keys.ndim == 4}
+    pairs = [(one.keys, one.values) for one in found]
+    batch = {len(keys) for keys, _ in pairs if keys.ndim == 4}
     if batch:
-        memories = [tuple(x if x.ndim == 4 else x.expand(*batch, *x.shape) for x in memory) for memory in memories]  # type: ignore[misc]
-    return torch.cat([keys for keys, _ in memories], dim=-2), torch.cat([values for _, values in memories], dim=-2)
+        pairs = [(_spread(keys, *batch), _spread(values, *batch)) for keys, values in pairs]
+    return torch.cat([keys for keys, _ in pairs], dim=-2), torch.cat([values for _, values in pairs], dim=-2)
+
+
+def _spread(x: Tensor, batch: int) -> Tensor:
+    return x if x.ndim == 4 else x.expand(batch, *x.shape)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from effzoo.devices import chosen, table
 from effzoo.errors import IncompatibleError, OptionError
 from effzoo.recompute import in_dtype
-from effzoo.sites.activity import Activity, Acts, Roster, Scaled, is_mixture
-from effzoo.sites.doors import Mixture, PeftModule
+from effzoo.sites.activity import Activity, Roster
 from effzoo.sites.dtypes import autocasts
+from effzoo.sites.hooks import Acts, Mixture, PeftModule, Scaled, at_hand, calling, is_mixture, opens
 
 T = TypeVar("T")
 Inputs = tuple[Tensor, ...]
@@ -74,29 +74,31 @@ class Site(nn.Module):
         entered, alone = self.enter((*first, *rest), *inputs)
         plain = self.leave(first, entered, alone)
         outs = []
-        for own in mixture.at_hand():
+        for own in mixture.each():
             at, y = (entered, None) if Mixture.at_the_output(own) else self.enter((*first, *own, *rest), *inputs)
             outs.append(self.leave(own, at, plain if y is None else self.leave(first, at, y)))
         x, plain, *outs = suited(mixture, inputs[0], plain, *outs)
-        return self.leave(rest, entered, mixture.mix(self, x, plain, outs)).to(alone.dtype)
+        return self.leave(rest, entered, mixture.mix(self, x, plain, outs, at_hand())).to(alone.dtype)
 
     def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
-        """The inputs as `before` leaves them, and what the site makes of them with its weight as it passes through the parameter door."""
+        """The inputs as `before` leaves them, and what the site makes of them with its weight as `weight` of the modules leaves it."""
         raise NotImplementedError
 
     def entered(self, modules: Sequence[Acts], x: Tensor) -> Tensor:
         """The input as `before` of the modules leaves it, in its own dtype."""
         for module in modules:
-            if module.opens("before"):
-                x = in_dtype(module.before(*suited(module, x)), x.dtype)
+            if opens(module, "before"):
+                (own,) = suited(module, x)
+                x = in_dtype(module.before(own, at_hand()), x.dtype)
         return x
 
     def leave(self, modules: Sequence[Acts], inputs: Inputs, y: Tensor) -> Tensor:
-        """The output as it passes through the function door of the modules, in their dtype: what they add is rounded once, after the last one."""
+        """The output as `after` of the modules leaves it, in their dtype: what they add is rounded once, after the last one."""
         dtype = y.dtype
         for module in modules:
-            if module.opens("after"):
-                y = module.after(*suited(module, inputs[0], y))
+            if opens(module, "after"):
+                x, y = suited(module, inputs[0], y)
+                y = module.after(x, y, at_hand())
         return y.to(dtype) if y.dtype != dtype and autocasts(y) else y
 
     def combined(self, *inputs: Tensor | None) -> Tensor:
@@ -123,7 +125,8 @@ class Site(nn.Module):
         outs: list[Tensor] = []
         order: list[int] = []
         for names, own in _grouped(rows, self.now.names, active).items():
-            outs.append(self.made_by(names, *(None if each is None else chosen(each, own) for each in inputs)))
+            with calling(at_hand().of_rows(own)):
+                outs.append(self.made_by(names, *(None if each is None else chosen(each, own) for each in inputs)))
             order += own
         y = outs[0] if len(outs) == 1 else torch.cat(outs)
         if order == sorted(order):
@@ -179,7 +182,7 @@ class Site(nn.Module):
         return dict(self.named_parameters(recurse=False))
 
     def composed_weight(self, modules: Sequence[Acts] | None = None) -> Tensor:
-        """The site's weight as it passes through the parameter door of the modules (default: the active ones), rounded once to its dtype."""
+        """The site's weight as `weight` of the modules (default: the active ones) leaves it, rounded once to its dtype."""
         weight = cast(Tensor, self.weight)
         return in_dtype(self.passed("weight", weight, modules), weight.dtype)
 
@@ -188,11 +191,11 @@ class Site(nn.Module):
         bias = cast("Tensor | None", self.bias)
         return None if bias is None else in_dtype(self.passed("bias", bias, modules), bias.dtype)
 
-    def passed(self, door: Literal["weight", "bias"], tensor: Tensor, modules: Sequence[Acts] | None = None) -> Tensor:
-        """The weight or bias as it passes through the parameter door of the modules, in the widest of their dtypes and its own."""
+    def passed(self, hook: Literal["weight", "bias"], tensor: Tensor, modules: Sequence[Acts] | None = None) -> Tensor:
+        """The weight or bias as this hook of the modules leaves it, in the widest of their dtypes and its own."""
         for module in self.acting() if modules is None else modules:
-            if module.opens(door) and not is_mixture(module):
-                tensor = getattr(module, door)(in_dtype(tensor, torch.promote_types(tensor.dtype, module.dtype or tensor.dtype)))
+            if opens(module, hook) and not is_mixture(module):
+                tensor = getattr(module, hook)(in_dtype(tensor, torch.promote_types(tensor.dtype, module.dtype or tensor.dtype)))
         return tensor
 
 
@@ -211,7 +214,7 @@ def suited(module: Acts, *tensors: Any) -> tuple[Any, ...]:
     for x in tensors:
         if dtype is not None and x is not None and x.dtype != dtype:
             return tuple([x if x is None or not x.is_floating_point() or autocasts(x) else in_dtype(x, dtype) for x in tensors])
-    return tensors  # as they are, which is the ordinary case: this is asked at every door of every pass
+    return tensors  # as they are, which is the ordinary case: this is asked at every hook of every pass
 
 
 def given(values: Iterable[T | None]) -> list[T]:

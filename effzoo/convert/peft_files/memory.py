@@ -26,7 +26,7 @@ from effzoo.errors import AdapterError
 from effzoo.peft import Method
 from effzoo.peft.input.llama_adapter import GatedRows
 from effzoo.peft.input.prefix import KeysValues
-from effzoo.sites import Memory
+from effzoo.sites import MemorySite
 
 log = logging.getLogger("effzoo.convert")
 PREFIX_CLASSES, GATED_CLASSES = (KeysValues,), (GatedRows,)
@@ -35,7 +35,7 @@ GATED_LAYOUTS = ("llama", "mistral")
 
 def _layers(twin: Twin) -> list[str]:
     """The memory sites, from the lowest layer up."""
-    found = {site.layer: path for path, site in twin.sites.items() if isinstance(site, Memory) and site.layer is not None}
+    found = {site.layer: path for path, site in twin.sites.items() if isinstance(site, MemorySite) and site.layer is not None}
     return [found[layer] for layer in sorted(found)]
 
 
@@ -69,13 +69,13 @@ def write_prefix(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Wri
     layers, both = _layers(twin), []
     for path in layers:
         module, site = modules.get(path), twin.sites[path]
-        if not isinstance(module, KeysValues) or not isinstance(site, Memory):
+        if not isinstance(module, KeysValues) or not isinstance(site, MemorySite):
             raise AdapterError(f"prefix: peft has one in every layer, this adapter has none in {path}; attach it to all layers")
         if module.gate is not None:
             raise AdapterError("prefix[softmax=own]: peft's prefix shares the softmax of the tokens; use softmax='joint'")
         if site.value_dim != site.head_dim:
             raise AdapterError(f"prefix: peft has keys and values of one width, {path} has {site.head_dim} and {site.value_dim}")
-        keys, values = module.memory()
+        keys, values = module.pair()
         both += [turned(keys, _rotary(twin, path), keys.shape[1]), values]
     if len({part.shape for part in both}) > 1:
         raise AdapterError("prefix: peft has one length for all layers, this adapter has several; attach it with one")
@@ -89,7 +89,7 @@ def read_prefix(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts
     check_decoder(twin)
     layers, table = _layers(twin), only(tensors, KEY)
     site = twin.sites[layers[0]]
-    assert isinstance(site, Memory)
+    assert isinstance(site, MemorySite)
     check_sizes(config, sizes(twin, first_axis(KEY, table), site.heads * site.head_dim, site.heads))
     shaped(KEY, table, len(table), len(layers) * 2 * site.heads * site.head_dim)
     each = rearrange(table, "n (l two h d) -> l two h n d", two=2, h=site.heads, l=len(layers))
@@ -124,9 +124,9 @@ def write_gated(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Writ
                 f"llama_adapter: {path} has a gate for each head ({module.gate.min():.3g} to {module.gate.max():.3g}), peft has one for all; "
                 "no file can hold several. Keep effzoo's own format"
             )
-        lengths.add(len(module.prompt))
+        lengths.add(len(module.tokens))
         theirs = _attention(twin, path)
-        out.tensors |= {f"{theirs}.adaption_prompt": module.prompt[None], f"{theirs}.adaption_gate": module.gate[:1].tanh()}
+        out.tensors |= {f"{theirs}.adaption_prompt": module.tokens[None], f"{theirs}.adaption_gate": module.gate[:1].tanh()}
     if len(lengths) > 1:
         raise AdapterError(f"llama_adapter: peft has one length for all layers, this adapter has {sorted(lengths)}")
     name = _attention(twin, hung[0]).rpartition(".")[2]
@@ -160,7 +160,7 @@ def read_gated(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts:
         found[path] = Wanted(
             "llama_adapter",
             {"length": prompt.shape[1], "skip": 0},
-            {"prompt": prompt[0], "gate": gate.double().atanh().expand(twin.model.config.heads)},
+            {"tokens": prompt[0], "gate": gate.double().atanh().expand(twin.model.config.heads)},
         )
     if left:
         raise AdapterError(f"{next(iter(left))} is one too many in the file: it is in none of the uppermost {config.get('adapter_layers')} layers")

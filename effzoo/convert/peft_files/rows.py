@@ -55,7 +55,7 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
         raise AdapterError(f"peft has one prompt, this adapter has {len(modules)}")
     (module,) = modules.values()
     assert isinstance(module, Rows | Made)
-    rows = module.rows()
+    rows = module.prompt()
     config: Config = {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"}
     if isinstance(methods[0], PTuning):
         config = {"peft_type": "P_TUNING", "encoder_hidden_size": methods[0].hidden, "encoder_reparameterization_type": "MLP"}
@@ -88,7 +88,7 @@ def read(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mappi
     shaped(KEY, rows, len(rows), width)
     (path,) = (path for path, site in twin.sites.items() if site.role == "embed.token")
     method = "p_tuning" if config["peft_type"] == "P_TUNING" else "prompt"
-    return {path: Wanted(method, {"length": len(rows)}, {"prompt": rows})}
+    return {path: Wanted(method, {"length": len(rows)}, {"tokens": rows})}
 
 
 def only(tensors: Mapping[str, Tensor], key: str) -> Tensor:

@@ -177,7 +177,7 @@ def _of_heads(path: str, layer: Attention, module: PeftModule, calls: dict[str, 
     valid = named["mask"].valid
     base_lse = (scores if valid is None else scores.masked_fill(~valid[:, None, None], float("-inf"))).logsumexp(dim=-1)
     if isinstance(module, KeysValues):
-        keys, up = module.memory()
+        keys, up = module.pair()
         query = layer.q
         assert isinstance(query, Linear)
         w_q = rearrange(query.weight, "(h d) i -> h i d", h=heads)

@@ -12,7 +12,7 @@ from effzoo.peft.function.parallel import ScaledParallel
 from effzoo.peft.input.prefix import KeysValues, Prefix
 from effzoo.peft.method import Batches, Layers, Method, Modules
 from effzoo.registry import peft
-from effzoo.sites import Branch, Memory, PeftModule, Site
+from effzoo.sites import Branch, MemorySite, PeftModule, Site
 
 
 @peft.register("mam", "mix_and_match")
@@ -26,7 +26,7 @@ class MAM(Method):
 
     paper = "He et al. 2022, Towards a unified view of parameter-efficient transfer learning, arXiv:2110.04366, section 4.6"
     identity_at_init = False
-    accepts = (Memory, Branch)
+    accepts = (MemorySite, Branch)
     default_targets = ("attn.memory", "mlp.branch")
     size = "bottleneck"
     learning_rate = 1e-3
@@ -50,10 +50,10 @@ class MAM(Method):
         self.rates = {"down.*": narrow, "up.*": narrow, "keys": 10.0, "values": 10.0}  # type: ignore[misc]
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
-        self.prefix.prepare(model, {path: site for path, site in found.items() if isinstance(site, Memory)})
+        self.prefix.prepare(model, {path: site for path, site in found.items() if isinstance(site, MemorySite)})
 
     def make(self, site: Site) -> PeftModule:
-        return self.prefix.make(site) if isinstance(site, Memory) else self.adapter.make(site)
+        return self.prefix.make(site) if isinstance(site, MemorySite) else self.adapter.make(site)
 
     def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
         self.prefix.calibrate(model, _prefixes(modules), batches)

@@ -14,7 +14,7 @@ from effzoo.peft.method import Batches, Layers, Method, Modules
 from effzoo.peft.parameter.lora import LowRank
 from effzoo.peft.parameter.selected import Copy
 from effzoo.registry import peft
-from effzoo.sites import Branch, Linear, Memory, PeftModule, Site, sites
+from effzoo.sites import Branch, Linear, MemorySite, PeftModule, Site, sites
 
 ASSIGNED = {1: ("adapter", "lora"), 2: ("adapter", "prefix"), 3: ("adapter", "prefix", "bitfit"), 4: ("prefix", "bitfit", "lora")}
 
@@ -65,14 +65,14 @@ class S4(Method):
         self.bottleneck, self.rank, self.prefix = bottleneck, rank, Prefix(length=length)
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
-        self.prefix.prepare(model, {path: site for path, site in found.items() if isinstance(site, Memory)})
+        self.prefix.prepare(model, {path: site for path, site in found.items() if isinstance(site, MemorySite)})
         self.depth = 1 + max(site.layer for _, site in sites(model) if site.layer is not None)
 
     def make(self, site: Site) -> PeftModule | None:
         if site.layer is None:  # a projection that all layers share belongs to no group
             return None
         assigned = ASSIGNED[group_of(site.layer, self.depth)]
-        if isinstance(site, Memory):
+        if isinstance(site, MemorySite):
             return self.prefix.make(site) if "prefix" in assigned else None
         if isinstance(site, Branch):
             return Bottleneck(site.dim, self.bottleneck, "relu", 1e-2) if "adapter" in assigned else None

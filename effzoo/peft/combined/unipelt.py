@@ -15,7 +15,7 @@ from effzoo.peft.input.prefix import KeysValues, Prefix
 from effzoo.peft.method import Batches, Layers, Method, Modules
 from effzoo.peft.parameter.lora import LowRank
 from effzoo.registry import peft
-from effzoo.sites import Branch, Linear, Memory, PeftModule, Seen, Site
+from effzoo.sites import Branch, HookContext, Linear, Memory, MemorySite, PeftModule, Site
 
 
 class Gate(nn.Module):
@@ -33,29 +33,19 @@ class Gate(nn.Module):
         return gates.masked_fill(~valid[..., None], 0.0).sum(dim=-2, keepdim=True) / tokens
 
 
-class Tokens:
-    """Which positions of a layer's present input hold a token: what the memory site is told and linear layers are not.
-
-    Set whenever the layer runs, before its projections do; so also when a checkpoint or a reversible block computes it again.
-    """
-
-    valid: Tensor | None = None
-
-
 class GatedPrefix(PeftModule):
     """Keys g P_k and values g P_v, [batch, heads, length, head_dim]."""
 
-    def __init__(self, prefix: KeysValues, dim: int, tokens: Tokens):
+    def __init__(self, prefix: KeysValues, dim: int):
         super().__init__()
-        self.prefix, self.gate, self.tokens = prefix, Gate(dim), tokens
+        self.prefix, self.gate = prefix, Gate(dim)
 
-    def remember(self, seen: Seen) -> tuple[Tensor, Tensor] | None:
-        self.tokens.valid = seen.valid
-        memory = self.prefix.remember(seen)
+    def memory(self, context: HookContext) -> Memory | None:
+        memory = self.prefix.memory(context)
         if memory is None:
             return None
-        gate = self.gate(seen.x, seen.valid)[..., None]
-        return gate * memory[0], gate * memory[1]
+        gate = self.gate(context.x, context.valid)[..., None]
+        return Memory(gate * memory.keys, gate * memory.values)
 
 
 class GatedLowRank(LowRank):
@@ -63,12 +53,12 @@ class GatedLowRank(LowRank):
 
     by_position = False
 
-    def __init__(self, site: Linear, rank: int, gate: Gate, tokens: Tokens):
+    def __init__(self, site: Linear, rank: int, gate: Gate):
         super().__init__(site.in_features, site.out_features, rank, 1.0, 0.0)
-        self.gate, self.tokens = gate, tokens
+        self.gate = gate
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        valid = self.tokens.valid if x.ndim > 2 else None  # rows of no example are trained ones: all of them count
+    def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
+        valid = context.valid if x.ndim > 2 else None  # rows of no example are trained ones: all of them count
         return y + self.gate(x, valid) * self.change(x, self.A, self.B)
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> None:  # type: ignore[override]
@@ -85,8 +75,8 @@ class GatedBottleneck(Bottleneck):
         super().__init__(dim, bottleneck, activation, std)
         self.gate = Gate(dim)
 
-    def joined(self, x: Tensor, y: Tensor, valid: Tensor | None) -> Tensor:
-        return y + self.gate(x, valid) * self.up(self.activation(self.down(y)))
+    def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
+        return y + self.gate(x, context.valid) * self.up(self.activation(self.down(y)))
 
 
 @peft.register("unipelt")
@@ -105,7 +95,7 @@ class UniPELT(Method):
 
     paper = "Mao et al. 2022, UniPELT, arXiv:2110.07577, section 3"
     identity_at_init = False
-    accepts = (Memory, Linear, Branch)
+    accepts = (MemorySite, Linear, Branch)
     default_targets = ("attn.memory", "attn.q*", "attn.v*", "mlp.branch")
     size = "bottleneck"
     learning_rate = 1e-3
@@ -131,22 +121,20 @@ class UniPELT(Method):
         if getattr(getattr(model, "config", None), "causal", False) and getattr(model, "task", "") == "causal_lm":
             reason = "its gates are means over the whole text, so a token would be predicted from later ones"
             raise IncompatiblePeft(self.name, "a causal language model", reason, "use mam, or a union such as 'prefix|lora|houlsby'")
-        memories = {path: site for path, site in found.items() if isinstance(site, Memory)}
+        memories = {path: site for path, site in found.items() if isinstance(site, MemorySite)}
         self.prefix.prepare(model, memories)
         self.found = layers_of(self.name, model, memories)
-        self.tokens: dict[int | None, Tokens] = {}
         self.gates: dict[int | None, Gate] = {}
 
     def make(self, site: Site) -> PeftModule:
-        tokens = self.tokens.setdefault(site.layer, Tokens())
-        if isinstance(site, Memory):
-            return GatedPrefix(self.prefix.make(site), self.found[id(site)].width, tokens)
+        if isinstance(site, MemorySite):
+            return GatedPrefix(self.prefix.make(site), self.found[id(site)].width)
         if isinstance(site, Branch):
             return GatedBottleneck(site.dim, self.bottleneck, "relu", 1e-2)
         assert isinstance(site, Linear)
         if site.layer not in self.gates:
             self.gates[site.layer] = Gate(site.in_features)
-        return GatedLowRank(site, self.rank, self.gates[site.layer], tokens)
+        return GatedLowRank(site, self.rank, self.gates[site.layer])
 
     def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
         self.prefix.calibrate(model, _prefixes(modules), batches)

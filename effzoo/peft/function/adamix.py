@@ -13,7 +13,7 @@ from effzoo.devices import sent
 from effzoo.peft.function.houlsby import ACTIVATIONS, check_bottleneck
 from effzoo.peft.method import Layers, Method, Modules, Targets
 from effzoo.registry import peft
-from effzoo.sites import Branch, PeftModule, Site
+from effzoo.sites import Branch, HookContext, PeftModule, Site
 
 
 class Projections(nn.Module):
@@ -45,7 +45,7 @@ class Mixture(PeftModule):
         super().__init__()
         self.down, self.up, self.activation = down, up, ACTIVATIONS[activation]()
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
         return y + self.up(self.activation(self.down(y)))
 
 

@@ -17,7 +17,7 @@ from effzoo.peft.function.houlsby import ACTIVATIONS, check_bottleneck
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.peft.parameter.selected import Copy
 from effzoo.registry import peft
-from effzoo.sites import Branch, Norm, PeftModule, Site
+from effzoo.sites import Branch, HookContext, Norm, PeftModule, Site
 
 
 class PHM(nn.Module):
@@ -76,7 +76,7 @@ class Hypercomplex(PeftModule):
         super().__init__()
         self.down, self.up, self.activation = down, up, ACTIVATIONS[activation]()
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
         return y + self.up(self.activation(self.down(y)))
 
 

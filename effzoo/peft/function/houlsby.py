@@ -9,7 +9,7 @@ from effzoo.errors import OptionError
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.peft.parameter.selected import Copy
 from effzoo.registry import peft
-from effzoo.sites import Branch, Norm, PeftModule, Site
+from effzoo.sites import Branch, HookContext, Norm, PeftModule, Site
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
@@ -25,7 +25,7 @@ class Bottleneck(PeftModule):
             nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
             nn.init.zeros_(linear.bias)
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
         return y + self.up(self.activation(self.down(y)))
 
 

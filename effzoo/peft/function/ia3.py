@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.recompute import follows
 from effzoo.registry import peft
-from effzoo.sites import Keys, Linear, PeftModule, Site
+from effzoo.sites import HookContext, Keys, Linear, PeftModule, Site
 
 
 class ScaleOutput(PeftModule):
@@ -20,7 +20,7 @@ class ScaleOutput(PeftModule):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(size))
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
         return follows(y * self.scale, torch.mul, y, self.scale)  # y is kept for the gradient of the scale
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -37,7 +37,7 @@ class ScaleInput(PeftModule):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(size))
 
-    def before(self, x: Tensor) -> Tensor:
+    def before(self, x: Tensor, context: HookContext) -> Tensor:
         return x * self.scale
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -14,12 +14,12 @@ from effzoo.errors import OptionError
 from effzoo.peft.function.slices import slice_blocks
 from effzoo.peft.method import Method
 from effzoo.registry import peft
-from effzoo.sites import Branch, PeftModule, Side, Site, sites
+from effzoo.sites import Branch, PeftModule, Side, SideNetwork, Site, sites
 
 TEMPERATURE = 0.1
 
 
-class Ladder(PeftModule):
+class Ladder(SideNetwork):
     """h <- mu_i h + (1 - mu_i) D_i s_i, h <- block_i(h) for every block of the side network, s_i the backbone's state, mu_i = sigmoid(alpha_i / T).
 
     The output is s_L + U norm(h), or U norm(h) alone.
@@ -54,7 +54,7 @@ class Ladder(PeftModule):
             for stream in range(streams):
                 weight[rows, stream * width + kept] = 1 / streams
 
-    def beside(self, states: Sequence[Tensor], mask: Any) -> Tensor:
+    def forward(self, states: Sequence[Tensor], mask: Any) -> Tensor:
         mask = dataclasses.replace(mask, decisions=None)  # discrete choices are remembered by layer, and these are other layers
         h: Tensor = self.first(states[0])
         gates = torch.sigmoid(self.alpha / TEMPERATURE)

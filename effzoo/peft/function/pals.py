@@ -13,7 +13,7 @@ from effzoo.annotations import Count
 from effzoo.errors import IncompatiblePeft, OptionError
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.registry import peft
-from effzoo.sites import Branch, PeftModule, Site
+from effzoo.sites import Branch, HookContext, PeftModule, Site
 
 
 class PAL(PeftModule):
@@ -29,8 +29,8 @@ class PAL(PeftModule):
         nn.init.normal_(self.qkv.weight, std=width**-0.5)
         nn.init.zeros_(self.qkv.bias)
 
-    def joined(self, x: Tensor, y: Tensor, valid: Tensor | None) -> Tensor:
-        return y + self.decode(self.attention(self.encode(x), valid))
+    def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
+        return y + self.decode(self.attention(self.encode(x), context.valid))
 
     def attention(self, x: Tensor, valid: Tensor | None) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "... n (three h d) -> three ... h n d", three=3, h=self.heads)

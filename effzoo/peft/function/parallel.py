@@ -11,7 +11,7 @@ from effzoo.annotations import Count, NonZero
 from effzoo.peft.function.houlsby import ACTIVATIONS, check_bottleneck
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.registry import peft
-from effzoo.sites import Branch, PeftModule, Site
+from effzoo.sites import Branch, HookContext, PeftModule, Site
 
 
 class ParallelBottleneck(PeftModule):
@@ -26,7 +26,7 @@ class ParallelBottleneck(PeftModule):
         for tensor in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(tensor)
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
         return y + self.scale * self.up(self.activation(self.down(x)))
 
 

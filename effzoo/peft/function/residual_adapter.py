@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from effzoo.errors import OptionError
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.registry import peft
-from effzoo.sites import Conv2d, PeftModule, Site
+from effzoo.sites import Conv2d, HookContext, PeftModule, Site
 
 
 class Series(PeftModule):
@@ -23,7 +23,7 @@ class Series(PeftModule):
         super().__init__()
         self.M = nn.Parameter(torch.zeros(channels, channels))
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
         return y + F.conv2d(y, self.M[:, :, None, None])
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -41,7 +41,7 @@ class Beside(PeftModule):
         self.stride = site.stride
         self.M = nn.Parameter(torch.zeros(site.out_channels, site.in_channels))
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
         return y + F.conv2d(x, self.M[:, :, None, None], stride=self.stride)
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

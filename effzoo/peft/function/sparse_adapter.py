@@ -12,7 +12,7 @@ from effzoo.annotations import Count, Positive, Probability
 from effzoo.peft.function.houlsby import ACTIVATIONS, check_bottleneck
 from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
 from effzoo.registry import peft
-from effzoo.sites import Branch, PeftModule, Site
+from effzoo.sites import Branch, HookContext, PeftModule, Site
 
 
 class Sparse(nn.Module):
@@ -57,7 +57,7 @@ class SparseBottleneck(PeftModule):
         super().__init__()
         self.down, self.up, self.activation = down, up, ACTIVATIONS[activation]()
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
         return y + self.up(self.activation(self.down(y)))
 
 

@@ -9,24 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.annotations import Count, NotNegative
-from effzoo.peft.input.layer import Starts, layers_of, start_from_activations
+from effzoo.peft.input.layer import Starts, layers_of, read_through, start_from_activations
 from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
 from effzoo.registry import peft
-from effzoo.sites import Memory, PeftModule, Seen, Site
+from effzoo.sites import HookContext, Memory, MemorySite, PeftModule, Site
 
 
 class DeepRows(Starts):
-    """Trained rows [length, width] of one layer; what the layer makes of them is its memory."""
+    """Trained prompt tokens [length, width] of one layer; what the layer makes of them is its memory."""
 
     def __init__(self, length: int, width: int, std: float):
         super().__init__()
-        self.prompt = nn.Parameter(torch.randn(length, width) * std)
+        self.tokens = nn.Parameter(torch.randn(length, width) * std)
 
-    def remember(self, seen: Seen) -> tuple[Tensor, Tensor] | None:
-        return None if self.looks(seen) else seen.keys_values(self.prompt)
+    def memory(self, context: HookContext) -> Memory | None:
+        return None if self.looks(context) else read_through(context, self.tokens)
 
-    def start(self, rows: Tensor, seen: Seen) -> None:
-        self.prompt.copy_(rows)
+    def start(self, rows: Tensor, context: HookContext) -> None:
+        self.tokens.copy_(rows)
 
 
 @peft.register("deep_prompt", "p_tuning_v2")
@@ -45,7 +45,7 @@ class DeepPrompt(Method):
 
     paper = "Liu et al. 2021, P-tuning v2, arXiv:2110.07602, section 3"
     identity_at_init = False
-    accepts = (Memory,)
+    accepts = (MemorySite,)
     default_targets = ("attn.memory",)
     size = "length"
     learning_rate = 2e-2

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from effzoo.errors import IncompatibleError, IncompatiblePeft
 from effzoo.peft.method import Batches, Modules
-from effzoo.sites import Linear, PeftModule, Seen, Site, sites
+from effzoo.sites import HookContext, Linear, Memory, PeftModule, Site, sites
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,20 @@ def layers_of(method: str, model: nn.Module, found: Mapping[str, Site]) -> dict[
     return layers
 
 
+def read_through(context: HookContext, tokens: Tensor, gate: Tensor | None = None) -> Memory:
+    """Prompt tokens [length, width] read through the layer's own projections: keys p W_k and values p W_v."""
+    assert context.keys_values is not None  # they hang on an attention layer's memory
+    keys, values = context.keys_values(tokens)
+    return Memory(keys, values, gate)
+
+
 @dataclass
 class Looking:
-    """The rows [.., width] of tokens that a layer has seen so far, until `missing` is 0, and the last sight of it."""
+    """The rows [.., width] of tokens that a layer has seen so far, until `missing` is 0, and what it was told last."""
 
     missing: int
     rows: list[Tensor]
-    seen: Seen | None = None
+    context: HookContext | None = None
 
 
 class Starts(PeftModule):
@@ -47,18 +54,20 @@ class Starts(PeftModule):
 
     looking: Looking | None = None
 
-    def looks(self, seen: Seen) -> bool:
+    def looks(self, context: HookContext) -> bool:
         """Whether the module only looks now; it then takes the tokens that it still misses."""
         if self.looking is None:
             return False
-        rows = seen.x.flatten(0, 1) if seen.valid is None else seen.x[seen.valid]
+        x, valid = context.x, context.valid
+        assert x is not None
+        rows = x.flatten(0, 1) if valid is None else x[valid]
         rows = rows[: self.looking.missing].detach()
         self.looking.missing -= len(rows)
         self.looking.rows.append(rows)
-        self.looking.seen = seen
+        self.looking.context = context
         return True
 
-    def start(self, rows: Tensor, seen: Seen) -> None:
+    def start(self, rows: Tensor, context: HookContext) -> None:
         """Begin from the layer's inputs [length, width]."""
         raise NotImplementedError
 
@@ -77,10 +86,10 @@ def start_from_activations(method: str, model: nn.Module, modules: Modules, leng
         for path, module in starting.items():
             looking = module.looking
             assert looking is not None
-            if looking.seen is None or looking.missing == length:
+            if looking.context is None or looking.missing == length:
                 raise IncompatibleError(f"{method}: the layer of {path} has seen no token of the batches; give other batches, or another init")
             rows = torch.cat(looking.rows)
-            module.start(rows[torch.arange(length, device=rows.device) % len(rows)], looking.seen)
+            module.start(rows[torch.arange(length, device=rows.device) % len(rows)], looking.context)
     finally:
         for module in starting.values():
             module.looking = None

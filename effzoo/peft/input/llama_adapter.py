@@ -5,26 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from effzoo.annotations import Count, NotNegative, Whole
-from effzoo.peft.input.layer import layers_of
+from effzoo.peft.input.layer import layers_of, read_through
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.registry import peft
-from effzoo.sites import Memory, PeftModule, Seen, Site, sites
+from effzoo.sites import HookContext, Memory, MemorySite, PeftModule, Site, sites
 
 
 class GatedRows(PeftModule):
-    """Trained rows p [length, width] and a gate g [heads] of one layer."""
+    """Trained prompt tokens p [length, width] and a gate g [heads] of one layer."""
 
     def __init__(self, length: int, width: int, heads: int, std: float):
         super().__init__()
-        self.prompt = nn.Parameter(torch.randn(length, width) * std)
+        self.tokens = nn.Parameter(torch.randn(length, width) * std)
         self.gate = nn.Parameter(torch.zeros(heads))
 
-    def beyond(self, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
-        keys, values = seen.keys_values(self.prompt)
-        return keys, values, self.gate.tanh()
+    def memory(self, context: HookContext) -> Memory:
+        return read_through(context, self.tokens, self.gate.tanh())
 
 
 @peft.register("llama_adapter")
@@ -39,7 +38,7 @@ class LlamaAdapter(Method):
     """
 
     paper = "Zhang et al. 2023, LLaMA-Adapter, arXiv:2303.16199, section 3"
-    accepts = (Memory,)
+    accepts = (MemorySite,)
     default_targets = ("attn.memory",)
     size = "length"
     learning_rate = 2e-2

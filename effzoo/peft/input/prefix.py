@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from effzoo.annotations import Count, NotNegative
 from effzoo.errors import OptionError
-from effzoo.peft.input.layer import Starts, layers_of, start_from_activations
+from effzoo.peft.input.layer import Starts, layers_of, read_through, start_from_activations
 from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
 from effzoo.registry import peft
-from effzoo.sites import Memory, PeftModule, Seen, Site
+from effzoo.sites import HookContext, Memory, MemorySite, PeftModule, Site
 
 
 class Trunk(nn.Module):
@@ -37,7 +37,7 @@ class KeysValues(Starts):
     whose result is added times tanh(gate), one gate for each query head.
     """
 
-    def __init__(self, site: Memory, length: int, std: float, trunk: Trunk | None = None, gate_heads: int = 0):
+    def __init__(self, site: MemorySite, length: int, std: float, trunk: Trunk | None = None, gate_heads: int = 0):
         super().__init__()
         self.trunk: Trunk | None = trunk
         self.last: nn.Linear | None = None
@@ -51,21 +51,19 @@ class KeysValues(Starts):
             self.last = nn.Linear(trunk.linear.out_features, site.heads * (site.head_dim + site.value_dim))
         self.gate = nn.Parameter(torch.zeros(gate_heads)) if gate_heads else None
 
-    def memory(self) -> tuple[Tensor, Tensor]:
+    def pair(self) -> tuple[Tensor, Tensor]:
         """What is trained, or what the network makes of it."""
         if self.trunk is None or self.last is None:
             return self.keys, self.values
         both = rearrange(self.last(self.trunk()), "n (h d) -> h n d", h=self.heads)
         return both[..., : self.head_dim].contiguous(), both[..., self.head_dim :].contiguous()
 
-    def remember(self, seen: Seen) -> tuple[Tensor, Tensor] | None:
-        return None if self.looks(seen) or self.gate is not None else self.memory()
+    def memory(self, context: HookContext) -> Memory | None:
+        return None if self.looks(context) else Memory(*self.pair(), None if self.gate is None else self.gate.tanh())
 
-    def beyond(self, seen: Seen) -> tuple[Tensor, Tensor, Tensor] | None:
-        return None if self.looking is not None or self.gate is None else (*self.memory(), self.gate.tanh())
-
-    def start(self, rows: Tensor, seen: Seen) -> None:
-        keys, values = seen.keys_values(rows)  # keys that queries share may come from a projection that is not grouped (qk of LSH): their mean
+    def start(self, rows: Tensor, context: HookContext) -> None:
+        read = read_through(context, rows)
+        keys, values = read.keys, read.values  # keys that queries share may come from a projection that is not grouped (qk of LSH): their mean
         self.keys.copy_(rearrange(keys, "(h group) n d -> h group n d", h=self.heads).mean(dim=1))
         self.values.copy_(values)
 
@@ -74,7 +72,7 @@ class KeysValues(Starts):
         if self.last is None:
             return
         trainable = self.last.weight.requires_grad
-        keys, values = (x.detach().clone() for x in self.memory())
+        keys, values = (x.detach().clone() for x in self.pair())
         self.trunk = self.last = None
         self.keys, self.values = nn.Parameter(keys, requires_grad=trainable), nn.Parameter(values, requires_grad=trainable)
 
@@ -96,7 +94,7 @@ class Prefix(Method):
 
     paper = "Li & Liang 2021, Prefix-tuning, arXiv:2101.00190, section 4; as a gate: He et al. 2022, arXiv:2110.04366, eq. 5"
     identity_at_init = False
-    accepts = (Memory,)
+    accepts = (MemorySite,)
     default_targets = ("attn.memory",)
     size = "length"
     learning_rate = 2e-2
@@ -124,12 +122,12 @@ class Prefix(Method):
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         first = next(iter(found.values()))
-        assert isinstance(first, Memory)
+        assert isinstance(first, MemorySite)
         self.trunk = Trunk(self.length, first.heads * first.head_dim, self.hidden) if self.form == "mlp" else None
         self.heads = {key: layer.heads for key, layer in layers_of(self.name, model, found).items()} if self.softmax == "own" else {}
 
     def make(self, site: Site) -> KeysValues:
-        assert isinstance(site, Memory)
+        assert isinstance(site, MemorySite)
         return KeysValues(site, self.length, self.std, self.trunk, self.heads.get(id(site), 0))
 
     def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:

@@ -16,14 +16,14 @@ from effzoo.sites import Embedding, PeftModule, Site
 
 
 class Rows(PeftModule):
-    """Trained rows [length, dim] that stand before every input."""
+    """Trained prompt tokens [length, dim] that stand before every input."""
 
     def __init__(self, rows: Tensor):
         super().__init__()
-        self.prompt = nn.Parameter(rows.detach().clone())
+        self.tokens = nn.Parameter(rows.detach().clone())
 
-    def rows(self) -> Tensor:
-        return self.prompt
+    def prompt(self) -> Tensor:
+        return self.tokens
 
 
 class Made(PeftModule):
@@ -32,18 +32,18 @@ class Made(PeftModule):
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network: nn.Module | None = network
-        self.register_parameter("prompt", None)
+        self.register_parameter("tokens", None)
 
-    def rows(self) -> Tensor:
-        rows: Tensor = self.prompt if self.network is None else self.network()
-        return rows
+    def prompt(self) -> Tensor:
+        tokens: Tensor = self.tokens if self.network is None else self.network()
+        return tokens
 
     def settle(self) -> None:
         if self.network is None:
             return
         trainable = any(parameter.requires_grad for parameter in self.network.parameters())
-        rows = self.rows().detach().clone()
-        self.network, self.prompt = None, nn.Parameter(rows, requires_grad=trainable)
+        tokens = self.prompt().detach().clone()
+        self.network, self.tokens = None, nn.Parameter(tokens, requires_grad=trainable)
 
 
 def vocabulary_rows(site: Embedding, length: int) -> Tensor:

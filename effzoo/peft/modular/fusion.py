@@ -13,7 +13,7 @@ from effzoo.errors import IncompatiblePeft
 from effzoo.peft.method import Layers, Modules
 from effzoo.peft.modular.mixture import Among, MixtureMethod
 from effzoo.registry import peft
-from effzoo.sites import Memory, PeftModule, Site
+from effzoo.sites import HookContext, MemorySite, PeftModule, Site
 
 
 class Fused(Among):
@@ -27,7 +27,7 @@ class Fused(Among):
         self.query, self.key = nn.Parameter(torch.randn(dim, dim) * std), nn.Parameter(torch.randn(dim, dim) * std)
         self.value = nn.Parameter(torch.eye(dim))
 
-    def mixed(self, site: nn.Module, x: Tensor, plain: Tensor, outs: Sequence[Tensor]) -> Tensor:
+    def mixed(self, site: nn.Module, x: Tensor, plain: Tensor, outs: Sequence[Tensor], context: HookContext) -> Tensor:
         added = torch.stack([out - plain for out in outs], dim=-2)
         scores = torch.einsum("...d,...ed->...e", F.linear(plain, self.query), F.linear(added, self.key))
         share = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(added)
@@ -74,7 +74,7 @@ class Fusion(MixtureMethod):
         if experts is None:
             return None
         width = getattr(site, "out_features", None) or getattr(site, "dim", None)
-        if isinstance(site, Memory) or width is None:
+        if isinstance(site, MemorySite) or width is None:
             raise IncompatiblePeft(self.name, f"experts at {site.role!r}", "it attends over outputs, and there is none", "use routed")
         return Fused(experts, int(width), self.frozen, self.std)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +12,10 @@ from effzoo.peft.attach import targets
 from effzoo.peft.method import Batches, Layers, Method, Modules
 from effzoo.peft.training import HOOKS, overrides
 from effzoo.registry import peft as registry
-from effzoo.sites import Embedding, Mixture, PeftModule, Side, Site, TiedLinear, sites
+from effzoo.sites import Embedding, HookContext, Mixture, PeftModule, Side, SideNetwork, Site, TiedLinear, opens, sites
 from effzoo.spec import parse
 
 MOST = 256  # experts
-
-
-@dataclass
-class Told:
-    """The mask of the block (or model) that computes at present, in whose `told` this stands: it sets it whenever it runs, so also when a checkpoint
-    or a reversible residual runs it again."""
-
-    mask: Any = None
 
 
 class Among(Mixture):
@@ -38,12 +28,12 @@ class Among(Mixture):
         super().__init__(experts)
         self.frozen = frozen
 
-    def mix(self, site: nn.Module, x: Tensor, plain: Tensor, outs: Sequence[Tensor]) -> Tensor:
+    def mix(self, site: nn.Module, x: Tensor, plain: Tensor, outs: Sequence[Tensor], context: HookContext) -> Tensor:
         if self.only is not None:
             return outs[self.only]
-        return self.mixed(site, x, plain, outs)
+        return self.mixed(site, x, plain, outs, context)
 
-    def mixed(self, site: nn.Module, x: Tensor, plain: Tensor, outs: Sequence[Tensor]) -> Tensor:
+    def mixed(self, site: nn.Module, x: Tensor, plain: Tensor, outs: Sequence[Tensor], context: HookContext) -> Tensor:
         """`mix` when no expert is looked at alone."""
         raise NotImplementedError
 
@@ -107,12 +97,8 @@ class MixtureMethod(Method):
                 method.prepare(model, own)
                 self.places[-1].append((method, {id(site) for site in own.values()}))
         self.tied = any(isinstance(site, TiedLinear) for _, site in sites(model))
-        self.told: dict[int, Told] = {}
-        for part in model.modules():  # the model, then its blocks, whose sites hear of their block's mask
-            if isinstance(listening := getattr(part, "told", None), list):
-                told = Told()
-                listening.append(told)
-                self.told |= {id(site): told for _, site in sites(part)}
+        shows = [part for part in model.modules() if getattr(part, "shows_mask", False)]
+        self.shown = {id(site) for part in shows for _, site in sites(part)}
 
     def experts_at(self, site: Site) -> list[nn.ModuleDict] | None:
         """What each expert hangs on a site; None when none hangs anything."""
@@ -132,7 +118,7 @@ class MixtureMethod(Method):
         hung = [module for own in each for module in own.values() if isinstance(module, PeftModule)]
         if not hung:
             return None
-        if isinstance(site, Side) or any(module.opens("rows", "beside") for module in hung):
+        if isinstance(site, Side) or any(isinstance(module, SideNetwork) or opens(module, "prompt") for module in hung):
             reason = "rows in front of the input and a network beside the blocks are there before, or for, all tokens"
             raise IncompatiblePeft(self.name, f"experts at {site.role!r}", reason, "use prefix or deep_prompt")
         if isinstance(site, TiedLinear) or (isinstance(site, Embedding) and self.tied):

@@ -13,11 +13,11 @@ from effzoo.annotations import Few
 from effzoo.errors import IncompatibleError, IncompatiblePeft, InputError, OptionError
 from effzoo.peft.input.layer import layers_of
 from effzoo.peft.method import Layers, Modules
-from effzoo.peft.modular.mixture import Among, MixtureMethod, Told
+from effzoo.peft.modular.mixture import Among, MixtureMethod
 from effzoo.registry import peft
 from effzoo.registry import router as routers
 from effzoo.routing import Router, Routing
-from effzoo.sites import Branch, Embedding, Keys, KeysValues, Linear, Memory, Norm, PeftModule, Seen, Site, sites
+from effzoo.sites import Branch, Embedding, HookContext, Keys, Linear, Memory, MemorySite, Norm, PeftModule, Site, memories, sites
 
 Level = Literal["token", "example"]
 
@@ -31,18 +31,6 @@ class Pending:
         return Pending()
 
 
-class Listening(Among):
-    """Experts without parameters: alike, so that there is nothing to route; they may look at what the layer sees, for a part of theirs elsewhere."""
-
-    def mixed(self, site: nn.Module, x: Tensor, plain: Tensor, outs: Sequence[Tensor]) -> Tensor:
-        return outs[0]
-
-    def remember(self, seen: Seen) -> KeysValues | None:
-        for module in (module for own in self.at_hand() for module in own):
-            module.remember(seen)
-        return None
-
-
 class Routed(Among):
     """y' = y + sum_i w_i (y_i - y), with y_i the site's output with expert i and y that without any.
 
@@ -50,28 +38,27 @@ class Routed(Among):
     mixed by example: keys sum_i w_i K_i, values likewise.
     """
 
-    def __init__(self, experts: Sequence[nn.ModuleDict], router: Router, told: Told, level: str, shared: bool, places: int, frozen: bool):
+    def __init__(self, experts: Sequence[nn.ModuleDict], router: Router, level: str, shared: bool, places: int, frozen: bool):
         super().__init__(experts, frozen)
-        self.router, self.told, self.level, self.shared, self.places = router, told, level, shared, places
+        self.router, self.level, self.shared, self.places = router, level, shared, places
         self.pending = Pending()
 
-    def mixed(self, site: nn.Module, x: Tensor, plain: Tensor, outs: Sequence[Tensor]) -> Tensor:
+    def mixed(self, site: nn.Module, x: Tensor, plain: Tensor, outs: Sequence[Tensor], context: HookContext) -> Tensor:
         y = plain
-        for out, weight in zip(outs, self.weights(plain if isinstance(site, Embedding) else x), strict=True):
+        for out, weight in zip(outs, self.weights(plain if isinstance(site, Embedding) else x, context), strict=True):
             y = y + (weight * (out - plain)).to(plain.dtype)
         return y
 
-    def weights(self, x: Tensor) -> Tensor:
+    def weights(self, x: Tensor, context: HookContext) -> Tensor:
         """What each expert counts at the site's input x [..., dim]: [experts, ..., 1], with axes of length 1 where it does not differ.
 
         Rows that belong to no example, as a head's pooled states and trained rows that a projection reads, are tokens each.
         """
-        valid = None if self.told.mask is None else self.told.mask.valid
         if x.ndim < 3 and (self.router.reads == "tasks" or self.shared):
             raise IncompatibleError(f"rows of shape {tuple(x.shape)} belong to no example, so router {self.router.name!r} cannot place them")
         if x.ndim < 3 or (self.level == "token" and self.router.reads == "tokens"):
-            return self._by_token(x, valid)
-        found = self._by_example(x, valid)
+            return self._by_token(x, context.valid)
+        found = self._by_example(x, context)
         return found.T.reshape(found.shape[1], found.shape[0], *[1] * (x.ndim - 1))
 
     def _by_token(self, x: Tensor, valid: Tensor | None) -> Tensor:
@@ -84,27 +71,26 @@ class Routed(Among):
             weights = weights.new_zeros(len(tokens), weights.shape[1]).masked_scatter(real[:, None], weights)
         return weights.T.reshape(-1, *x.shape[:-1], 1)
 
-    def _by_example(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _by_example(self, x: Tensor, context: HookContext) -> Tensor:
         """[batch, experts]: by the number of the task, or by the mean over the tokens of the example."""
         if self.router.reads == "tasks":
-            tasks = None if self.told.mask is None else self.told.mask.tasks
-            if tasks is None:
+            if context.task_ids is None:
                 raise InputError(f"router {self.router.name!r} reads the number of each example's task; call model(..., task_ids=...)")
-            return self._routed(tasks).weights
+            return self._routed(context.task_ids).weights
         if self.shared:
-            return self._of_model()
-        return self._routed(_mean(x, valid)).weights
+            return self._of_model(context)
+        return self._routed(_mean(x, context.valid)).weights
 
-    def _of_model(self) -> Tensor:
+    def _of_model(self, context: HookContext) -> Tensor:
         """One router for the model: it reads the mean of the embeddings; its noise is the same at every site of a pass."""
-        mask = self.told.mask
-        if mask is None or mask.start is None:
+        mask, start = context.mask, context.start
+        if mask is None or start is None:
             raise IncompatibleError("a router of the whole model reads the embeddings, which this site does not see; use scope='site'")
         seed = mask.decide if mask.decisions is not None else mask.memo
         number = seed(("routed", id(self.router)), lambda: int(torch.randint(2**31, (1,))))
-        with torch.random.fork_rng(devices=[mask.start.device] if mask.start.is_cuda else []):
+        with torch.random.fork_rng(devices=[start.device] if start.is_cuda else []):
             torch.manual_seed(number)
-            return self._routed(_mean(mask.start.detach(), mask.valid)).weights
+            return self._routed(_mean(start.detach(), mask.valid)).weights
 
     def _routed(self, x: Tensor) -> Routing:
         routing: Routing = self.router(x)
@@ -112,30 +98,30 @@ class Routed(Among):
             self.pending.loss = routing.loss / self.places
         return routing
 
-    def remember(self, seen: Seen) -> KeysValues | None:
-        each = [[found for module in own if (found := module.remember(seen)) is not None] for own in self.at_hand()]
+    def memories(self, context: HookContext) -> list[Memory]:
+        each = [[one for module in own for one in memories(module, context)] for own in self.each()]
         if self.only is not None:
-            return each[self.only][0] if each[self.only] else None
-        if not any(each):
-            return None
-        shapes = {tuple(tuple(x.shape[-3:]) for x in found) for own in each for found in own}
+            return each[self.only]
+        found = [one for own in each for one in own]
+        if not found:
+            return []
+        assert context.x is not None
+        weights = self._by_example(context.x, context)
+        if all(one.gate is not None for one in found):
+            return [_weighed(one, weights[:, number, None]) for number, own in enumerate(each) for one in own]
+        shapes = {(one.keys.shape[-3:], one.values.shape[-3:], one.gate is None) for one in found}
         if len(shapes) > 1 or any(len(own) != 1 for own in each):
             raise IncompatibleError("routed memories are mixed row by row: every expert needs one of the same length; give such experts")
-        weights = self._by_example(seen.x, seen.valid)
-        keys, values = (_blend([own[0][part] for own in each], weights) for part in (0, 1))
-        return keys, values
-
-    def apart(self, seen: Seen) -> list[tuple[Tensor, Tensor, Tensor]]:
-        each = [(number, module.apart(seen)) for number, own in enumerate(self.at_hand()) for module in own]
-        if not any(found for _, found in each):
-            return []
-        if self.only is not None:
-            return [part for number, found in each if number == self.only for part in found]
-        weights = self._by_example(seen.x, seen.valid)
-        return [(keys, values, weights[:, number, None].to(gate) * gate) for number, found in each for keys, values, gate in found]
+        return [Memory(_blend([one.keys for one in found], weights), _blend([one.values for one in found], weights))]
 
     def extra_repr(self) -> str:
         return f"router={self.router.name}, experts={len(self.experts)}, level={self.level}"
+
+
+def _weighed(memory: Memory, weight: Tensor) -> Memory:
+    """A memory whose gate counts `weight` [batch, 1]."""
+    assert memory.gate is not None
+    return Memory(memory.keys, memory.values, weight.to(memory.gate) * memory.gate)
 
 
 def _blend(each: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -216,7 +202,7 @@ class RoutedMethod(MixtureMethod):
             raise IncompatiblePeft(self.name, "a causal language model", reason, "route by token, with 'soft', 'top_k', 'switch', 'gumbel' or 'base'")
         super().prepare(model, found)
         self.causal = causal and getattr(model, "task", "") == "causal_lm"
-        self.widths = layers_of(self.name, model, {path: site for path, site in found.items() if isinstance(site, Memory) and self._wants(site)})
+        self.widths = layers_of(self.name, model, {path: site for path, site in found.items() if isinstance(site, MemorySite) and self._wants(site)})
         self.one = routers.create(self.router, config.dim, len(self.of)) if self.scope == "model" else None
         wanted = {id(site) for _, site in sites(model) if self._wants(site)}
         self.count = max(1, len(wanted))
@@ -228,22 +214,18 @@ class RoutedMethod(MixtureMethod):
         experts = self.experts_at(site)
         if experts is None:
             return None
-        if not any(True for own in experts for _ in own.parameters()):
-            return Listening(experts, self.frozen)
-        if isinstance(site, Memory) and self.causal and self.reads == "tokens":
+        if isinstance(site, MemorySite) and self.causal and self.reads == "tokens":
             reason = "a memory is routed by the mean of the whole text, so a token would be predicted from later ones"
             raise IncompatiblePeft(self.name, "a causal language model", reason, "use experts that hang on weights, such as lora")
-        told = self.told.get(id(site))
-        if told is None and (self.level == "example" or self.reads == "tasks"):
+        if id(site) not in self.shown and (self.level == "example" or self.reads == "tasks"):
             reason = "outside the blocks of this model nothing says which positions belong to the example"
             raise IncompatiblePeft(self.name, f"experts at {site.role!r}", reason, "give the experts targets inside the blocks, or route by token")
         router = routers.create(self.router, self._width(site), len(self.of)) if self.one is None else self.one
-        told = Told() if told is None else told
-        return Routed(experts, router, told, self.level, self.one is not None, self.count, self.frozen)
+        return Routed(experts, router, self.level, self.one is not None, self.count, self.frozen)
 
     def _width(self, site: Site) -> int:
         """Of what the router reads."""
-        if isinstance(site, Memory):
+        if isinstance(site, MemorySite):
             return self.widths[id(site)].width
         if isinstance(site, (Branch, Keys)):
             return site.dim

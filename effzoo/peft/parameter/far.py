@@ -13,7 +13,7 @@ from effzoo.annotations import Part, Share
 from effzoo.peft.method import Layers, Method, Modules, Stage, Targets
 from effzoo.peft.parameter.masks import count, top
 from effzoo.registry import peft
-from effzoo.sites import Linear, PeftModule, Site
+from effzoo.sites import HookContext, Linear, PeftModule, Site
 
 
 class Learners(PeftModule):
@@ -35,7 +35,7 @@ class Learners(PeftModule):
     def delta_rank(self) -> int:
         return len(self.units)
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
         if self.columns:
             return y + F.linear(x.index_select(-1, self.units), self.own_weight)
         return y.index_add(-1, self.units, F.linear(x, self.own_weight, self.own_bias).to(y))

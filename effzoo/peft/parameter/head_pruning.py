@@ -13,7 +13,7 @@ from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
 from effzoo.peft.parameter.fish import examples
 from effzoo.peft.parameter.masks import check_choice, drawn_gate, open_probability, still_gate, top
 from effzoo.registry import peft
-from effzoo.sites import Linear, PeftModule, Site
+from effzoo.sites import HookContext, Linear, PeftModule, Site
 
 LOW, HIGH, TEMPERATURE = -0.1, 1.1, 2 / 3
 
@@ -37,7 +37,7 @@ class HeadGates(PeftModule):
             return self.gate
         return drawn_gate(self.alpha, LOW, HIGH, TEMPERATURE) if self.training else still_gate(self.alpha, LOW, HIGH)
 
-    def before(self, x: Tensor) -> Tensor:
+    def before(self, x: Tensor, context: HookContext) -> Tensor:
         return x * self.gates().repeat_interleave(self.width).to(x)
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

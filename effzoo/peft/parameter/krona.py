@@ -13,7 +13,7 @@ from effzoo.annotations import Count, NonZero
 from effzoo.errors import OptionError
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.registry import peft
-from effzoo.sites import Branch, Linear, PeftModule, Site
+from effzoo.sites import Branch, HookContext, Linear, PeftModule, Site
 
 
 def kronecker(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Kronecker(PeftModule):
         self.scale, self.delta_rank = scale, min(A.shape) * min(B.shape)
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
         return y + kronecker(x, self.scale * self.A, self.B)
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -75,7 +75,7 @@ class Parallel(PeftModule):
         self.scale = scale
         self.residual = nn.Parameter(torch.zeros(())) if residual else None
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
         y = y + kronecker(x, self.scale * self.A, self.B)
         return y if self.residual is None else y + self.residual * x
 

@@ -17,7 +17,7 @@ from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
 from effzoo.peft.parameter import lora_init
 from effzoo.recompute import follows
 from effzoo.registry import peft
-from effzoo.sites import Conv2d, Embedding, Linear, PeftModule, Site, TiedLinear, longer, sites
+from effzoo.sites import Conv2d, Embedding, HookContext, Linear, PeftModule, Site, TiedLinear, longer, sites
 
 T = TypeVar("T", int, float)
 Start = Literal["default", "gaussian", "pissa", "olora", "eva", "loftq"]
@@ -38,7 +38,7 @@ class LowRank(PeftModule):
         self.B = nn.Parameter(torch.zeros(outputs, rank))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
         change = self.change(self.dropped(x), self.A, self.B)
         return follows(y + change, torch.add, y, change, of=y)
 
@@ -77,7 +77,7 @@ class FromBase(LowRank):
         self.register_buffer("A0", A)
         self.register_buffer("B0", B)
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
         x = self.dropped(x)
         return y + (self.change(x, self.A, self.B) - self.change(x, self.A0, self.B0))
 
@@ -127,7 +127,7 @@ class LowRankRows(PeftModule):
         self.A = nn.Parameter(torch.zeros(rank, rows))
         self.B = nn.Parameter(torch.randn(dim, rank))
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
         return y + F.linear(self.scale * F.embedding(x, self.A.T), self.B)
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -178,7 +178,7 @@ class LowRankConv(PeftModule):
         self.B = nn.Parameter(torch.zeros(outputs, rank))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
         narrow = self.scale * F.conv2d(x, self.A, None, self.stride, self.padding)
         return y + F.conv2d(narrow, self.B[:, :, None, None])
 

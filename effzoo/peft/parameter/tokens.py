@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from effzoo.errors import OptionError, TargetError, listing
 from effzoo.peft.method import Method, Targets
 from effzoo.registry import peft
-from effzoo.sites import Embedding, Linear, PeftModule, Site, TiedLinear, sites
+from effzoo.sites import Embedding, HookContext, Linear, PeftModule, Site, TiedLinear, sites
 
 NEW = "new"
 ROLES = ("embed.token", "lm.out")
@@ -66,7 +66,7 @@ class TokenRows(TokenTable):
     def weight(self, weight: Tensor) -> Tensor:
         return weight
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
         at = torch.searchsorted(self.ids, x).clamp(max=len(self.ids) - 1)
         return torch.where((self.ids[at] == x)[..., None], F.embedding(at, self.trained).to(y), y)
 

@@ -1,0 +1,355 @@
+"""The hooks of a PEFT module: what it may do at the site where it hangs, and what it is told of the call.
+
+    composition              hook                            at the site
+    parameter, f(theta+phi)  weight(w) -> w', bias(b) -> b'  y = x w'^T + b'
+    function, phi(f(x))      before(x, context) -> x'        y = f(x')
+                             after(x, y, context) -> y'
+    input, f([phi, x])       prompt() -> rows                in front of every input
+                             memory(context) -> Memory       keys and values that every query of the layer also sees
+
+Three compositions: He et al. 2022, Towards a unified view of parameter-efficient transfer learning, arXiv:2110.04366.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from effzoo.devices import chosen
+from effzoo.errors import OptionError
+
+KeysValues = tuple[Tensor, Tensor]
+FORMER = {  # hooks of before, and how it is said now
+    "rows": "rows in front of every input are the hook `prompt(self)`",
+    "joined": "`after(self, x, y, context)` sees the padding: context.valid",
+    "remember": "`memory(self, context)` sees the layer's input, context.x, and its projections, context.keys_values",
+    "beyond": "keys and values with a softmax of their own are a Memory with a gate: `memory(self, context)` returns Memory(keys, values, gate)",
+    "apart": "keys and values with a softmax of their own are a Memory with a gate: `memory(self, context)` returns Memory(keys, values, gate)",
+    "beside": "a second network is a `SideNetwork`, whose `forward(self, states, mask)` replaces the output of the last block",
+}
+TAKES = {"before": "(self, x, context)", "after": "(self, x, y, context)", "memory": "(self, context)"}
+
+
+@dataclass(frozen=True)
+class HookContext:
+    """What the call at hand tells a hook besides the tensors of its site; what is None there is not known where the site stands.
+
+    valid bool[batch, n]: which positions of the layer's input hold a token; None where all do.
+    mask: of the batch (`effzoo.attention.Mask`); in cross-attention it speaks of the keys.
+    x [batch, n, dim]: the input of the attention layer.
+    keys_values: rows [..., r, source_dim] -> the keys [..., heads, r, head_dim] and values that this attention layer's own projections make of
+        them (not rotated, with the bias).
+    """
+
+    valid: Tensor | None = None
+    mask: Any = None
+    x: Tensor | None = None
+    keys_values: Callable[[Tensor], KeysValues] | None = None
+
+    @property
+    def task_ids(self) -> Tensor | None:
+        """The number of each example's task, [batch]."""
+        return None if self.mask is None else self.mask.tasks
+
+    @property
+    def start(self) -> Tensor | None:
+        """The embeddings with which the blocks start, [batch, n, dim]."""
+        return None if self.mask is None else self.mask.start
+
+    def of_rows(self, rows: Sequence[int]) -> HookContext:
+        """What it says of some rows of the batch."""
+
+        def part(x: Tensor | None) -> Tensor | None:
+            return x if x is None or len(x) == 1 else chosen(x, rows)
+
+        mask = self.mask
+        if mask is not None:
+            own = {name: part(getattr(mask, name)) for name in ("valid", "is_global", "positions", "tasks", "start")}
+            mask = dataclasses.replace(mask, **own)
+        return HookContext(part(self.valid), mask, part(self.x), self.keys_values)
+
+
+NOWHERE = HookContext()
+_at_hand: ContextVar[HookContext] = ContextVar("_at_hand", default=NOWHERE)
+
+
+class _Traced:
+    """The context while torch.compile traces, which knows no ContextVar; compiled code reads none."""
+
+    context = NOWHERE
+
+
+@contextmanager
+def calling(context: HookContext) -> Iterator[None]:
+    """Inside the block, hooks are given this context. Nothing is registered: a thread that computes something else does not see it."""
+    if torch.compiler.is_compiling():
+        before, _Traced.context = _Traced.context, context
+        try:
+            yield
+        finally:
+            _Traced.context = before
+        return
+    token = _at_hand.set(context)
+    try:
+        yield
+    finally:
+        _at_hand.reset(token)
+
+
+def at_hand() -> HookContext:
+    """The context of the call at hand."""
+    return _Traced.context if torch.compiler.is_compiling() else _at_hand.get()
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Keys [(batch,) heads, r, head_dim] and values that every query of an attention layer also sees.
+
+    gate None: in the softmax of the layer, head_i = Attn(q, [keys, K], [values, V]).
+    gate [(batch,) heads]: with a softmax of its own, head_i = Attn(q, K, V) + gate_i Attn(q, keys, values).
+    """
+
+    keys: Tensor
+    values: Tensor
+    gate: Tensor | None = None
+
+
+class PeftModule(nn.Module):
+    """What is hung on a site; every hook does nothing until it is overridden.
+
+    by_position: whether what it computes for a position follows from that position alone (a memory may be made of all). The last block
+    then leaves out what no head reads. grows: whether `grow` can follow a site whose weight gets more rows (`effzoo.resize_vocabulary`).
+    """
+
+    by_position: ClassVar[bool] = True
+    grows: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name, now in FORMER.items():
+            if name in vars(cls):
+                raise OptionError(f"{cls.__name__} defines `{name}`, which is no longer called: {now}")
+        for name, takes in TAKES.items():
+            if name in vars(cls) and not _takes(vars(cls)[name], takes.count(",") + 1):
+                raise OptionError(f"{cls.__name__} defines `{name}` with other arguments than it is called with: def {name}{takes}")
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """In which its numbers are held, and in which the site lets it compute; None where it has no numbers."""
+        for own in self._parameters.values():  # most have some of their own: this is asked at every hook of every pass
+            if own is not None and own.is_floating_point():
+                return own.dtype
+        return next((tensor.dtype for tensor in chain(self.parameters(), self.buffers()) if tensor.is_floating_point()), None)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """The site's weight as it acts."""
+        return weight
+
+    def bias(self, bias: Tensor) -> Tensor:
+        """The site's bias as it acts."""
+        return bias
+
+    def before(self, x: Tensor, context: HookContext) -> Tensor:
+        """What the site computes with in place of its input x."""
+        return x
+
+    def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
+        """What takes the place of the site's output y for its input x."""
+        return y
+
+    def prompt(self) -> Tensor | None:
+        """Embedding rows put in front of every input, [rows, dim]."""
+        return None
+
+    def memory(self, context: HookContext) -> Memory | None:
+        """Keys and values that every query of the attention layer also sees; with a batch axis where they differ by example."""
+        return None
+
+    def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """What merging adds to the site's weight and bias so that `before` and `after` are no longer needed.
+
+        None when no such change exists. Computed in the dtype of `weight`, which `merge` makes float64. Modules that override `weight` or
+        `bias` need not override it: these hooks themselves say what the merged tensors are.
+        """
+        return None
+
+    def changed(self, weight: Tensor | None, bias: Tensor | None) -> int | None:
+        """How many entries of the site's weight and bias merging may change; None for every entry of the tensors that it touches."""
+        return None
+
+    def packed(self) -> dict[str, Tensor] | None:
+        """What a file needs to hold, where that is less than the state dict (indices and values, bits); None for the state dict itself."""
+        return None
+
+    def unpack(self, tensors: dict[str, Tensor]) -> None:
+        """Take what `packed` gave. Raises KeyError or ValueError for tensors that do not fit."""
+        raise NotImplementedError
+
+    def grow(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        """The site's weight and bias got these rows at their ends; take as many more, so that nothing changes there yet."""
+        raise NotImplementedError
+
+    def replaces(self) -> Sequence[int]:
+        """Rows of the site's weight that it puts rows of its own in the place of, whatever they are."""
+        return ()
+
+    @property
+    def own_outputs(self) -> int | None:
+        """Of how many outputs the weight is that it puts in the place of the site's, whatever that is; None where it changes the site's own."""
+        return None
+
+    def renew(self, outputs: int) -> None:
+        """Start anew with a weight of so many outputs. Only for what has `own_outputs`."""
+        raise NotImplementedError
+
+    def learn(self, on: bool) -> None:
+        """Make what is trained here trainable, or not."""
+        self.requires_grad_(on)
+
+
+def _takes(function: Any, arguments: int) -> bool:
+    """Whether a hook can be called with so many arguments, `self` among them."""
+    if not inspect.isfunction(function):
+        return True
+    try:
+        inspect.signature(function).bind(*range(arguments))
+    except TypeError:
+        return False
+    return True
+
+
+class SideNetwork(PeftModule):
+    """A second network beside the blocks (ladder side-tuning), which hangs on the site `side`."""
+
+    def forward(self, states: Sequence[Tensor], mask: Any) -> Tensor:
+        """What replaces the output of the last block, of the states [batch, n, width] before, between and after the blocks."""
+        raise NotImplementedError
+
+
+class Mixture(PeftModule):
+    """Several experts at one site, each of them modules; the site computes with each, and `mix` makes one output of theirs.
+
+    experts: the modules of each expert at this site, by method; an expert may have none here, and then leaves the output as it is.
+    """
+
+    def __init__(self, experts: Sequence[nn.ModuleDict]):
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+
+    def each(self) -> list[tuple[PeftModule, ...]]:
+        """The modules of each expert."""
+        return [tuple(cast("Iterable[PeftModule]", expert.values())) for expert in self.experts]  # type: ignore[operator]
+
+    @staticmethod
+    def at_the_output(modules: Sequence[PeftModule]) -> bool:
+        """Whether these change the output alone, so that the product need not be computed again."""
+        return not any(opens(module, "weight", "bias", "before") for module in modules)
+
+    def mix(self, site: nn.Module, x: Tensor, plain: Tensor, outs: Sequence[Tensor], context: HookContext) -> Tensor:
+        """One output of the experts' `outs`; plain: the output without any. x: the site's input."""
+        raise NotImplementedError
+
+    def memories(self, context: HookContext) -> list[Memory]:
+        """What the experts give an attention layer to see."""
+        return []
+
+
+class Scaled:
+    """A module at a scale s: at each hook, s times what it adds there.
+
+        theta + s (theta' - theta),   x + s (x' - x),   y + s (y' - y),   a gate times s
+
+    For a change of weights that is s times the change. Prompts, and keys and values without a gate, add nothing that could be multiplied: they
+    have no scale.
+    """
+
+    def __init__(self, module: PeftModule, scale: float):
+        self.module, self.scale = module, scale
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return self.module.dtype
+
+    def between(self, before: Tensor, after: Tensor) -> Tensor:
+        """before + s (after - before)."""
+        return before if after is before else before + self.scale * (after - before)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        return self.between(weight, self.module.weight(weight))
+
+    def bias(self, bias: Tensor) -> Tensor:
+        return self.between(bias, self.module.bias(bias))
+
+    def before(self, x: Tensor, context: HookContext) -> Tensor:
+        return self.between(x, self.module.before(x, context))
+
+    def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
+        return self.between(y, self.module.after(x, y, context))
+
+    def prompt(self) -> Tensor | None:
+        return self.module.prompt()
+
+    def memories(self, context: HookContext) -> list[Memory]:
+        found = memories(self.module, context)
+        return [dataclasses.replace(one, gate=None if one.gate is None else self.scale * one.gate) for one in found]
+
+    def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        change = self.module.delta(weight, bias)
+        if change is None:
+            return None
+        return self.scale * change[0], None if change[1] is None else self.scale * change[1]
+
+    def each(self) -> list[tuple[PeftModule, ...]]:
+        return cast(Mixture, self.module).each()
+
+    def mix(self, site: nn.Module, x: Tensor, plain: Tensor, outs: Sequence[Tensor], context: HookContext) -> Tensor:
+        return self.between(plain, cast(Mixture, self.module).mix(site, x, plain, outs, context))
+
+
+Acts = PeftModule | Scaled
+
+
+def is_mixture(module: Acts) -> bool:
+    """Whether a module mixes what experts make, at a scale or not."""
+    return isinstance(module.module if isinstance(module, Scaled) else module, Mixture)
+
+
+def memories(module: Acts, context: HookContext) -> list[Memory]:
+    """What a module gives an attention layer to see; experts of a mixture may each have a softmax of their own."""
+    if isinstance(module, (Scaled, Mixture)):
+        return module.memories(context)
+    found = module.memory(context)
+    return [] if found is None else [found]
+
+
+def opens(module: Acts, *hooks: str) -> bool:
+    """Whether a module, its class, or an expert of a mixture overrides one of the named hooks. A mixture mixes outputs, so it has `after`."""
+    if isinstance(module, Scaled):
+        return opens(module.module, *hooks)
+    if isinstance(module, Mixture):
+        return "after" in hooks or any(opens(own, *hooks) for expert in module.each() for own in expert)
+    kind, own = type(module), vars(module)  # either may have been changed since
+    return any(hook in own or getattr(kind, hook) is not getattr(PeftModule, hook) for hook in hooks)
+
+
+def has_scale(module: PeftModule) -> bool:
+    """Whether what a module adds can be multiplied: not a prompt, a side network, or a memory without a gate (a tensor `gate` of its own)."""
+    if isinstance(module, Mixture):
+        return all(has_scale(own) for expert in module.each() for own in expert)
+    if isinstance(module, SideNetwork) or opens(module, "prompt"):
+        return False
+    return not opens(module, "memory") or isinstance(getattr(module, "gate", None), Tensor)
+
+
+def longer(parameter: nn.Parameter, rows: Tensor, dim: int = 0) -> nn.Parameter:
+    """A parameter with rows (or columns, dim=1) added at its end."""
+    return nn.Parameter(torch.cat([parameter.detach(), rows.to(parameter)], dim=dim), requires_grad=parameter.requires_grad)
