@@ -114,40 +114,63 @@ def predict(card: cards.Card, results: Path) -> int:
     return 0
 
 
-def gpu_suite(results: Path, device: str, tiny: bool, seconds: float) -> int:
+def gpu_suite(folder: Path, device: str, tiny: bool, seconds: float) -> int:
     """Everything on the GPU, within a budget of seconds; what failed and what did not fit is printed. Code 1 when parity is wrong."""
     import gpu
 
-    folder = Path("runs/gpu-tiny") if tiny else results / "gpu" / cards.file_name(device)
     found = gpu.run(folder, device, tiny, seconds)
     print(gpu.words(found), f"\nrows in {folder}")
     return 1 if found["wrong"] else 0
 
 
-def main() -> int:
+def _parser() -> argparse.ArgumentParser:
+    """Each suite takes its own options, and refuses those of the others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=["scaling", "finetune", "peers", "bound", "gpu", "predict"])
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cpu; of gpu: cuda")
-    parser.add_argument("--tiny", action="store_true", help="gpu: the same code at sizes that a CPU does in a minute")
-    parser.add_argument("--seconds", type=float, default=570.0, help="gpu: the budget")
-    parser.add_argument("--card", default="H100", help=f"predict: one of {', '.join(cards.CARDS)}")
-    parser.add_argument("--cases", type=Path, default=HERE / "cases.toml")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--report", type=Path)
+    suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
+    what = {
+        "scaling": "one layer of each kind against the length",
+        "finetune": "a training step under each kind and method",
+        "peers": "the same computation by effzoo and by others",
+        "bound": "how close attention comes to what its arithmetic allows",
+        "gpu": "all of it on a GPU, in ten minutes",
+        "predict": "what a card should take; measures nothing",
+    }
+    for name, words in what.items():
+        suite = suites.add_parser(name, help=words, description=words)
+        suite.add_argument(
+            "--results",
+            type=Path,
+            help="folder of the rows; default: results, with --tiny runs/gpu-tiny" if name == "gpu" else "folder of the rows; default: results",
+        )
+        if name == "predict":
+            suite.add_argument("--card", default="H100", help=f"one of {', '.join(cards.CARDS)}; default: H100")
+            continue
+        suite.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if name == "gpu" else "cpu", help="default: %(default)s")
+        if name == "gpu":
+            suite.add_argument("--tiny", action="store_true", help="the same code at sizes that a CPU does in a minute")
+            suite.add_argument("--seconds", type=float, default=570.0, help="the budget; default: %(default)s")
+            continue
+        suite.add_argument("--cases", type=Path, default=HERE / "cases.toml", help="settings; default: cases.toml")
+        if name in ("scaling", "finetune"):
+            suite.add_argument("--report", type=Path, help="folder of the figures and the page; default: runs/bench-SUITE-DEVICE")
+    return parser
+
+
+def main() -> int:
+    parser = _parser()
     given = parser.parse_args()
-    given.device = given.device or ("cuda" if given.suite == "gpu" else "cpu")
     try:
-        card = cards.card(given.card)
+        if given.suite == "predict":
+            return predict(cards.card(given.card), given.results or HERE / "results")
         cards.need(given.device)
     except EffzooError as error:
         parser.error(str(error))
-    if given.suite == "predict":
-        return predict(card, given.results)
     if given.suite == "gpu":
-        return gpu_suite(given.results, given.device, given.tiny, given.seconds)
+        folder = Path("runs/gpu-tiny") if given.tiny else HERE / "results/gpu" / cards.file_name(given.device)
+        return gpu_suite(given.results or folder, given.device, given.tiny, given.seconds)
     settings = tomllib.loads(given.cases.read_text())[given.suite][given.device]
     name = cards.file_name(given.device)
-    path = given.results / f"{given.suite}-{name}.jsonl"
+    path = (given.results or HERE / "results") / f"{given.suite}-{name}.jsonl"
     with Progress(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"), transient=True) as bar:
         task = bar.add_task("")
 

@@ -181,6 +181,15 @@ def test_a_script_says_it_too(monkeypatch, capsys):
     assert "built without CUDA" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("asked", [["scaling", "--tiny"], ["gpu", "--report", "x"], ["peers", "--card", "A100"], ["predict", "--device", "cuda"]])
+def test_an_option_of_another_suite_is_refused(asked, monkeypatch, capsys):
+    run = effzoo_script("run")
+    monkeypatch.setattr(sys, "argv", ["run.py", *asked])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert f"unrecognized arguments: {asked[1]}" in capsys.readouterr().err
+
+
 def test_a_peer_is_compared_in_float32_timed_in_another_dtype_and_named_where_it_is_missing(monkeypatch):
     peers = effzoo_script("peers")
     row = peers.measure("torch SDPA, full attention", 24, 0.0, dtype="bfloat16", batch=2)
