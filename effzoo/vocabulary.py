@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from effzoo.errors import AdapterError, IncompatibleError, OptionError, TooLarge
 from effzoo.memory import free
 from effzoo.peft.merging import merged_tensors
 from effzoo.peft.state import transition
-from effzoo.sites import Embedding, Linear, PeftModule, Site, TiedLinear, opens, sites, unwrap
+from effzoo.sites import Embedding, Growing, Linear, PeftModule, Site, TiedLinear, opens, sites, unwrap
 
 M = TypeVar("M", bound=nn.Module)
 Init = Literal["mean", "normal"]
@@ -63,7 +63,7 @@ def resize_vocabulary(model: M, n: int, *, init: Init = "mean", multiple_of: int
                 site.out_features = n
         for module, tensors in grown:
             added = {name: tensor[old:] for name, tensor in tensors.items()}
-            module.grow(added.get("weight"), added.get("bias"))
+            cast(Growing, module).grow(added.get("weight"), added.get("bias"))
         token.added = max(0, token.added + n - old)
         assert isinstance(model, Transformer | Perceiver)
         model.config = model.embeddings.config = dataclasses.replace(model.config, vocab=n)
@@ -108,9 +108,10 @@ def _check_sites(model: nn.Module, found: dict[str, Site], n: int, old: int) -> 
                 f"{path} is quantised, and rows cannot be added to codes; resize first and quantise then, or call effzoo.dequantise"
             )
         for module in _hung(site):
-            if not module.grows or n < old:
+            grows = isinstance(module, Growing) and module.can_grow
+            if not grows or n < old:
                 what = f"{type(module).__name__} on {path}"
-                reason = "cannot lose rows" if module.grows else "numbers or mixes the rows that are there, so it cannot follow"
+                reason = "cannot lose rows" if grows else "numbers or mixes the rows that are there, so it cannot follow"
                 raise IncompatibleError(f"resize_vocabulary: the adapter's {what} {reason}; detach or merge the adapter first, and attach it anew")
     for name, keys in merged_tensors(model).items():
         if touched := [key for key in keys if key.rpartition(".")[0] in found]:

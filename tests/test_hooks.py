@@ -14,11 +14,11 @@ from torch import nn
 
 import effzoo
 from effzoo.errors import OptionError
-from effzoo.peft import Method, PeftModule, register
+from effzoo.peft import Method, PeftModule, TrainingHooks, method, register
 from effzoo.peft.manifest import MANIFEST
 from effzoo.registry import scope
-from effzoo.sites import Linear, Memory, MemorySite
-from effzoo.sites.hooks import FORMER, NOWHERE, TAKES, at_hand
+from effzoo.sites import Linear, Memory
+from effzoo.sites.hooks import BESIDE, FORMER, NOWHERE, TAKES, at_hand
 from tests.support import labelled
 
 
@@ -34,6 +34,39 @@ def test_a_hook_without_the_context_is_refused(name):
     with pytest.raises(OptionError, match=rf"Old defines `{name}` with other arguments than it is called with: def {name}\(self"):
         type("Old", (PeftModule,), {name: arguments[name]})
     type("New", (PeftModule,), {name: lambda self, *given: given[0]})
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_few_modules_have_is_refused_without_its_class(name):
+    with pytest.raises(OptionError, match=rf"Old defines `{name}`, .*: class Old\({BESIDE[name]}, PeftModule\)"):
+        type("Old", (PeftModule,), {name: lambda self, *given: None})
+
+
+@pytest.mark.parametrize("name", method.FORMER)
+def test_a_former_fact_of_a_method_is_refused_with_the_name_of_today(name):
+    with pytest.raises(OptionError, match=f"Old says `{name}`, which is no longer read: .*"):
+        type("Old", (Method,), {name: ()})
+
+
+@pytest.mark.parametrize("name", method.OF_TRAINING)
+def test_a_hook_of_training_is_refused_where_it_would_not_be_called(name):
+    with pytest.raises(OptionError, match=rf"Old has `{name}`, .*: class Old\(TrainingHooks\)"):
+        type("Old", (Method,), {name: lambda self, *given: None})
+    type("New", (TrainingHooks,), {name: lambda self, *given: None})
+
+
+def test_a_method_accepts_sites():
+    with pytest.raises(OptionError, match="Old: accepts is a tuple of site types, such as Linear or MemorySite, got .*Memory"):
+        type("Old", (Method,), {"accepts": (Memory,)})
+
+
+def test_the_contracts_are_small():
+    """Eight members of the module, six of the method: what a newcomer reads."""
+    hooks = [name for name in vars(PeftModule) if not name.startswith("_")]
+    assert sorted(hooks) == ["after", "before", "bias", "delta", "delta_rank", "memory", "prompt", "weight"]
+    written = [name for name in vars(Method) if not name.startswith("_")]
+    elsewhere = {"name", "paper", "size", "targets", "layers"}  # by `register`, for documents, for `within`, by the user
+    assert sorted({*written} - elsewhere) == ["accepts", "default_targets", "identity_at_init", "learning_rate", "make", "prepare"]
 
 
 class Watch(PeftModule):
@@ -100,10 +133,6 @@ def test_nothing_of_a_call_is_left_behind_by_what_was_detached(tiny):
         gc.collect()
         assert mask[0]() is None
     assert len(pickle.dumps(model)) < fresh + 10_000 and not any("told" in vars(part) for part in model.modules())
-
-
-def test_a_site_accepts_sites_and_a_memory_is_none():
-    assert not isinstance(Memory(torch.zeros(1), torch.zeros(1)), nn.Module) and issubclass(MemorySite, nn.Module)
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_one_product_serves_keys_and_values_where_f_is_e(monkeypatch):
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("projection", ["linear", "conv"])
 def test_low_rank_changes_of_e_are_not_ignored_and_merge_exactly(sharing, projection):
-    """A module at the function door of E acts although E is sliced: LoRA's output equals that of the merged weight, for a short input."""
+    """A module with `after` on E acts although E is sliced: LoRA's output equals that of the merged weight, for a short input."""
     made = layer({"name": "linformer", "k": 5, "sharing": sharing, "projection": projection})
     x, mask = draw(0, 2, 11, 12), Mask(torch.arange(11) < torch.tensor([11, 6])[:, None])
     plain = made(x, mask)

@@ -1,4 +1,4 @@
-"""The methods of the function door compute the formulas of their papers, written out by hand, and train as many parameters as these say."""
+"""The methods of function composition compute the formulas of their papers, written out by hand, and train as many parameters as these say."""
 
 import copy
 

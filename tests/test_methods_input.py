@@ -1,4 +1,4 @@
-"""Methods at the input door compute their paper's formula, and a memory means the same in every attention kind."""
+"""Methods of input composition compute their paper's formula, and a memory means the same in every attention kind."""
 
 import copy
 import json

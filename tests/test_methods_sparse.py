@@ -84,7 +84,7 @@ def logits(model, **more):
 
 
 def effective(model):
-    """The weights and biases that the network computes with, {path: {key: tensor}}, where the parameter door or delta says so."""
+    """The weights and biases that the network computes with, {path: {key: tensor}}, where the parameter hooks or delta says so."""
     found = {}
     for path, site in sites(model):
         if site.base():

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 import effzoo
 from effzoo.errors import IncompatibleError, OptionError, TrainingError
-from effzoo.peft import Method, PeftModule, Stage, training  # noqa: F401 - for the toy
+from effzoo.peft import PeftModule, Stage, TrainingHooks, training  # noqa: F401 - for the toy
 from effzoo.sites import sites
 from effzoo.train import checkpoints
 from effzoo.train.batches import Order, Pad
@@ -60,7 +60,7 @@ class Shift(PeftModule):
         self.dense = None
 
 @effzoo.peft.register("toy")
-class Toy(Method):
+class Toy(TrainingHooks):
     """Every hook. noise: of what `begin` draws at random."""
 
     default_targets = ("mlp.down",)
@@ -71,7 +71,7 @@ class Toy(Method):
         super().__init__()
         self.stages = (Stage("wide", 1), Stage("narrow", 1)) if staged else ()
         self.consistency, self.noise, self.weight = consistency, noise, weight
-        self.settled = 0.5
+        self.schedule_ends = 0.5
 
     def make(self, site):
         return Shift(site.out_features, 0.2 if self.consistency else 0.0)
@@ -106,7 +106,7 @@ class Toy(Method):
                 module.scale, module.dial = module.scale * module.dial, None
 
 @effzoo.peft.register("look")
-class Look(Method):
+class Look(TrainingHooks):
     """Looks at data and changes nothing."""
 
     default_targets = ("mlp.down",)
@@ -580,7 +580,7 @@ from pathlib import Path
 import torch
 from torch import nn  # noqa: F401 - for the toy
 import effzoo
-from effzoo.peft import Method, PeftModule, Stage
+from effzoo.peft import PeftModule, Stage, TrainingHooks
 from effzoo.sites import sites
 from transformers import TrainerCallback
 

@@ -194,7 +194,7 @@ class Transformer(Model):
         """The positions that the head reads, with `before` prompt rows in front of them, or None where the last block computes all."""
         last = cast(Block, self.blocks[-1])
         plain = self.config.residual != "reversible" and not (self.side.active and self.side.replaces)
-        if not (self.only_what_is_read and isinstance(self.head, Classification) and plain and last.by_position):
+        if not (self.only_what_is_read and isinstance(self.head, Classification) and plain and last.positionwise):
             return None
         where = self.head.reads(x, valid)
         return None if where is None else where + before

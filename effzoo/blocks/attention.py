@@ -83,12 +83,11 @@ class Attention(nn.Module):
         if source is not None and not autocasts(x):
             source = source.to(x.dtype)
         inputs = {name: source if source is not None and self.on_key_side(name) else x for name in used}
+        projected = [self.project(name, inputs[name], mask) if name in used else None for name in core.projections]
         where = rows if core.gives_rows else None
-        places: dict[str, Tensor] = {}
         if where is not None:
-            places = {name: where for name in used if core.projections[name] == "query"}
-            inputs |= {name: rows_of(x, where) for name in places}
-        projected = [self.project(name, inputs[name], mask, places.get(name)) if name in used else None for name in core.projections]
+            sides = core.projections.values()
+            projected = [q if q is None or side != "query" else rows_of(q, where) for q, side in zip(projected, sides, strict=True)]
         given: dict[str, Any] = {"mask": mask} if memory is None else {"mask": mask, "memory": memory}
         if where is not None:
             heads = core.rows(where, *projected, **given)  # type: ignore[arg-type]
@@ -119,9 +118,8 @@ class Attention(nn.Module):
         if not self.core.crosses:
             raise IncompatibleError(f"attention {self.core.name!r} attends within one sequence only; use 'full' for cross-attention")
 
-    def project(self, name: str, x: Tensor, mask: Mask, rows: Tensor | None = None) -> Tensor:
-        """One projection, [batch, heads, n, head_dim]: normalised and turned where it is compared, repeated where its heads are grouped.
-        rows [batch, n]: where the rows of x stand, if they are not all."""
+    def project(self, name: str, x: Tensor, mask: Mask) -> Tensor:
+        """One projection, [batch, heads, n, head_dim]: normalised and turned where it is compared, repeated where its heads are grouped."""
         turned = self.core.projections[name] != "value" and (self.rotary is not None or name in self.norms)
         linear = getattr(self, name)
         flat = linear(x) if turned else self.core.project(name, x, linear, mask)
@@ -134,7 +132,7 @@ class Attention(nn.Module):
             if positions is None:
                 raise IncompatibleError("rotary positions need mask.positions; call the model rather than the block, or give them")
             angles = mask.memo(rotary, lambda: rotary.angles(positions))
-            heads = rotate(heads, *(angles if rows is None else (rows_of(x.expand(len(rows), -1, -1, -1), rows) for x in angles)))
+            heads = rotate(heads, *angles)
         return self._grouped(heads)
 
     def keys_values(self, rows: Tensor) -> KeysValues:

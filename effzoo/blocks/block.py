@@ -16,6 +16,7 @@ from effzoo.blocks.feedforward import FeedForward
 from effzoo.blocks.positions import Rotary
 from effzoo.recompute import follows
 from effzoo.sites import Branch, HookContext, LayerNorm, Norm, RMSNorm, Site, calling
+from effzoo.sites.hooks import positionwise
 from effzoo.spec import Spec
 
 
@@ -119,12 +120,12 @@ class Block(nn.Module):
         return self.mlp_branch(x, self.dropout(added))
 
     @property
-    def by_position(self) -> bool:
+    def positionwise(self) -> bool:
         """Whether what is hung here, and the router of experts, computes each position by itself, so that some can be left out."""
-        if isinstance(self.mlp, Experts) and not self.mlp.by_position:
+        if isinstance(self.mlp, Experts) and not self.mlp.positionwise:
             return False
-        sites = (module for module in self.modules() if isinstance(module, Site))
-        return all(module.by_position for site in sites for module in site.hung())
+        hung = [module for part in self.modules() if isinstance(part, Site) for module in part.hung()]
+        return all(map(positionwise, hung))
 
 
 def _sum(x: Tensor, added: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class Experts(nn.Module):
         return torch.stack([weight * expert(x) for weight, expert in zip(weights, self.experts, strict=True)]).sum(dim=0)
 
     @property
-    def by_position(self) -> bool:
+    def positionwise(self) -> bool:
         """Whether what a position becomes, and the loss, follow from that position alone."""
         alone = not self.training or (self.router.dense and not self.router.weighted)  # in training others take places, and losses are means
         return self.router.alone and alone

@@ -1,4 +1,4 @@
-"""What an attention kind must hold inside a model: every door of fine-tuning reaches through it, also under checkpointing."""
+"""What an attention kind must hold inside a model: every hook of fine-tuning reaches through it, also under checkpointing."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from effzoo import zoo
 from effzoo.architectures import Transformer
 from effzoo.attention.core import Mask, rows_of
 from effzoo.blocks.block import Block
+from effzoo.checks.facts import zero_gradient
 from effzoo.peft import training
 from effzoo.peft.attach import attached
 from effzoo.sites import sites
@@ -145,6 +146,6 @@ def _excused(model: nn.Module) -> set[str]:
         for method, paths in attachment.methods:
             for path in paths:
                 own = [name for name, _ in known[path].of(adapter)[method.name].named_parameters()]
-                found = [name for name in own if any(fnmatchcase(f"{known[path].role}.{name}", pattern) for pattern in method.zero_gradient)]
+                found = [name for name in own if any(fnmatchcase(f"{known[path].role}.{name}", pattern) for pattern in zero_gradient(method))]
                 excused |= {f"{path}.adapters.{adapter}.{method.name}.{name}" for name in found}
     return excused

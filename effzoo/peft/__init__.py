@@ -1,4 +1,4 @@
-"""PEFT methods behind three doors, and what can be done with them on any model made of sites.
+"""PEFT methods, each a few hooks, and what can be done with them on any model made of sites.
 
 `names()`, `get(name)`, `options(name)` and `register(name)` are the registry's view of this kind.
 """
@@ -11,13 +11,14 @@ from effzoo.peft.attach import activate, active, attach, attached, detach, disab
 from effzoo.peft.budget import within
 from effzoo.peft.files import base_rounding, load_adapter, save_adapter, swap_weights
 from effzoo.peft.merging import MergeReport, delta, merge, unmerge
-from effzoo.peft.method import Method, Stage
+from effzoo.peft.method import Method
 from effzoo.peft.modular import extract, gather
 from effzoo.peft.state import Attachment
 from effzoo.peft.status import Status, status
 from effzoo.peft.training import begin, calibrate, finish, learning_rates, loss, penalty, schedule, stages, timetable
+from effzoo.peft.training_hooks import Stage, TrainingHooks
 from effzoo.registry import peft as _view
-from effzoo.sites import PeftModule
+from effzoo.sites import HookContext, Memory, PeftModule, SideNetwork
 
 names, get, options, register, create, aliases = (_view.names, _view.get, _view.options, _view.register, _view.create, _view.aliases)
 
@@ -26,11 +27,15 @@ __all__ = [
     "Attachment",
     "Combined",
     "Flops",
+    "HookContext",
+    "Memory",
     "MergeReport",
     "Method",
     "PeftModule",
+    "SideNetwork",
     "Stage",
     "Status",
+    "TrainingHooks",
     "account",
     "activate",
     "active",

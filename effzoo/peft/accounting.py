@@ -19,7 +19,7 @@ from effzoo.peft.merging import delta, mergeable
 from effzoo.peft.method import HEAD
 from effzoo.peft.state import label_layers
 from effzoo.peft.unread import trained_unread
-from effzoo.sites import PeftModule, Site, opens, sites, unwrap
+from effzoo.sites import Counted, PeftModule, Site, opens, sites, unwrap
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _change(model: nn.Module, names: tuple[str, ...]) -> tuple[int | None, int |
             return None, None
         changed += numbers
         if not fnmatchcase(site.role, HEAD):
-            ranks += [getattr(m, "delta_rank", None) for m in modules if _changes_matrix(site, m)]
+            ranks += [m.delta_rank for m in modules if _changes_matrix(site, m)]
     return changed, "full" if None in ranks else max(rank for rank in ranks if rank is not None)
 
 
@@ -195,7 +195,7 @@ def _changed_entries(site: Site, modules: list[PeftModule]) -> int | None:
     for module in modules:
         if not mergeable(site, module):
             return None
-        said = module.changed(weight, bias)
+        said = module.changed(weight, bias) if isinstance(module, Counted) else None
         if said is not None:
             numbers += said
             continue

@@ -24,7 +24,7 @@ from effzoo.peft.method import ALL_LINEAR, HEAD, Method
 from effzoo.peft.state import Adapters, Attachment, act, adapters_of, check_heads, label_layers, transition
 from effzoo.peft.unread import trained_unread
 from effzoo.registry import peft as registry
-from effzoo.sites import Activity, Linear, PeftModule, Site, TiedLinear, has_scale, sites, unwrap
+from effzoo.sites import Activity, Linear, OwnOutputs, PeftModule, Site, TiedLinear, has_scale, sites, unwrap
 from effzoo.spec import Spec, parse
 
 M = TypeVar("M", bound=nn.Module)
@@ -61,8 +61,7 @@ def attach(model: M, peft: Any, *, name: str = "default", dtype: torch.dtype | s
             with room(spec.options):
                 method = registry.create(spec)
                 found = targets(inside, method)
-                method.prepare(inside, found)
-                settled.append(Spec(spec.name, {**spec.options, **method.settled_options}))
+                settled.append(Spec(spec.name, {**spec.options, **(method.prepare(inside, found) or {})}))
                 _hang(inside, method, attachment, found)
         heads = {path: site for path, site in sites(inside) if fnmatchcase(site.role, HEAD) and name not in site.adapters and site.base()}
         if heads:
@@ -91,7 +90,8 @@ def _renew_head(model: nn.Module, attachment: Attachment, labels: int) -> None:
         modules = list(site.hung(attachment.name))
         if labels == site.out_features:
             continue
-        if len(modules) != 1 or modules[0].own_outputs is None or set(modules[0].state_dict()) != {f"own_{key}" for key in site.base()}:
+        whole = len(modules) == 1 and set(modules[0].state_dict()) == {f"own_{key}" for key in site.base()}
+        if not whole or not isinstance(modules[0], OwnOutputs) or modules[0].own_outputs is None:
             raise AdapterError(
                 f"{attachment.spec} changes the model's own head for {site.out_features} labels ({path}), so the adapter cannot have one for "
                 f"{labels}; leave {site.role!r} out of its targets, or build the model with num_labels={labels}"
@@ -121,7 +121,7 @@ def activate(
     combine: "stack", each acts on what the one before has made of its site, in the given order; "average", side by side, and the mean of
     their outputs counts, at every site. rows: instead of names, the adapter of each row of the batch (None: the bare base), whatever its
     methods and options; then every batch must have as many rows.
-    scale: s, or one by name; s times what an adapter adds acts, at every door of a module: for a change of a weight s times the change, for a
+    scale: s, or one by name; s times what an adapter adds acts, at every hook of a module: for a change of a weight s times the change, for a
     bottleneck s times its output, for attention with a gate s times the gate. Task heads count in full, as they replace a head and add nothing.
     Trained rows, keys and values (prompt, prefix) add nothing that could be multiplied: another scale than 1 is refused for them.
     train: which of them are trainable, the others act as they are (frozen); None is all, () none.

@@ -39,7 +39,7 @@ from effzoo.peft.rehearsal import rehearse
 from effzoo.peft.rounded import BaseRounding, compare, differing_kind, kept_of
 from effzoo.peft.state import label_layers, transition
 from effzoo.peft.training import enter, finish, said
-from effzoo.sites import PeftModule, sites, unwrap
+from effzoo.sites import Growing, Packed, sites, unwrap
 from effzoo.writing import replace_files
 
 M = TypeVar("M", bound=nn.Module)
@@ -226,7 +226,11 @@ def replaced(model: nn.Module, name: str) -> set[str]:
 
 def replaced_rows(model: nn.Module, name: str) -> dict[str, str]:
     """By key of a tensor of the base, the rows of it, as in "5-7+9", that an adapter puts its own in the place of (`tokens`)."""
-    found = {path: {row for module in site.hung(name) for row in module.replaces()} for path, site in sites(model) if name in site.adapters}
+    found: dict[str, set[int]] = {}
+    for path, site in sites(model):
+        for module in site.hung(name):
+            if isinstance(module, Growing):
+                found.setdefault(path, set()).update(module.replaces())
     return {f"{path}.weight": spans(sorted(rows)) for path, rows in found.items() if rows}
 
 
@@ -420,15 +424,15 @@ def _check_fits(model: nn.Module, name: str, tensors: Mapping[str, Tensor], dire
             raise AdapterError(f"{key} is {given.dtype} in {directory}, this model needs {mine.dtype}, which cannot hold the same numbers")
 
 
-def _packed(model: nn.Module, name: str) -> dict[str, PeftModule]:
+def _packed(model: nn.Module, name: str) -> dict[str, Packed]:
     """The modules that a file holds packed, experts of a mixture too, by the beginning of their keys there."""
     hung = {f"{path}.adapters.{method}.": module for path, site in sites(model) if name in site.adapters for method, module in site.of(name).items()}
     return {prefix: packing for start, module in hung.items() for prefix, packing in _packing(start, module).items()}
 
 
-def _packing(start: str, module: nn.Module) -> dict[str, PeftModule]:
+def _packing(start: str, module: nn.Module) -> dict[str, Packed]:
     """The module itself where it packs, else what packs inside it."""
-    if isinstance(module, PeftModule) and module.packed() is not None:
+    if isinstance(module, Packed) and module.packed() is not None:
         return {start: module}
     return {prefix: packing for key, part in module.named_children() for prefix, packing in _packing(f"{start}{key}.", part).items()}
 

@@ -233,8 +233,8 @@ def _check_order(site: Site, path: str, name: str) -> None:
     )
     if fixed:  # what is no change of the weight has to come behind it, and must not see the weight
         first = all(order.index(name) < order.index(other) for other in fixed)
-        doors = any(opens(module, "before") for module in own) or any(opens(m, "weight", "bias") for m in site.acting(*fixed))
-        same = same and first and not doors
+        inputs = any(opens(module, "before") for module in own) or any(opens(m, "weight", "bias") for m in site.acting(*fixed))
+        same = same and first and not inputs
     if not same:
         raise AdapterError(
             f"merging {name!r} would change what the model computes: at {path} it acts in the stack {', '.join(order)}, whose order counts, and a "
@@ -277,7 +277,7 @@ def merged_parameters(site: Site, modules: Sequence[Acts], where: str = "", star
             raise _refusal(where or site.role, module)
     with torch.no_grad(), _evaluating(module.module if isinstance(module, Scaled) else module for module in modules):
         now = {key: value.double() for key, value in own.items()}
-        for module in modules:  # the same order as in the site's forward: parameter door, outputs, and then inputs
+        for module in modules:  # the same order as in the site's forward: `weight` and `bias`, outputs, and then inputs
             if "weight" in now:
                 now["weight"] = module.weight(now["weight"]).double()
             if "bias" in now:

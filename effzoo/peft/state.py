@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from effzoo.errors import AdapterError, UnknownNameError
 from effzoo.peft.method import LABELS, Method
-from effzoo.sites import Activity, Linear, Roster, sites, unwrap
+from effzoo.sites import Activity, Linear, Roster, learn, sites, unwrap
 from effzoo.spec import Spec
 from effzoo.wrappers import inside
 
@@ -162,7 +162,7 @@ def act(model: nn.Module, state: Adapters, activity: Activity) -> None:
     for _, site in sites(model):
         for adapter in site.adapters:
             for module in site.hung(adapter):
-                module.learn(adapter in activity.trained)
+                learn(module, adapter in activity.trained)
 
 
 def label_layers(model: nn.Module) -> dict[str, Linear]:

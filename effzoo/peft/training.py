@@ -29,21 +29,16 @@ from torch import Tensor, nn
 from effzoo.annotations import Count, Fraction, Positive
 from effzoo.errors import AdapterError, IncompatibleError, TrainingError, listing
 from effzoo.peft.attach import acting, attached
-from effzoo.peft.method import Batches, Method, Modules, Stage
+from effzoo.peft.method import Batches, Modules
 from effzoo.peft.state import Attachment, adapters_of, transition
-from effzoo.sites import PeftModule, sites, unwrap
+from effzoo.peft.training_hooks import HOOKS, Stage, TrainingHooks, uses
+from effzoo.sites import PeftModule, learn, sites, unwrap
 
 WHOLE = Stage("", 1.0)
-HOOKS = ("calibrate", "schedule", "penalty", "begin", "finish")
 IGNORED = -100  # a label that does not count, as in torch.nn.functional.cross_entropy
 
 
-def overrides(method: Method, hook: str) -> bool:
-    """Whether a method has this hook."""
-    return getattr(type(method), hook) is not getattr(Method, hook) and hook not in method.idle
-
-
-def hooked(model: nn.Module, hook: str, *names: str) -> Iterator[tuple[Method, Modules]]:
+def hooked(model: nn.Module, hook: str, *names: str) -> Iterator[tuple[TrainingHooks, Modules]]:
     """The methods of the named (default: active and trained) adapters, as far as unfinished, that override a hook, each with what it has hung, by
     path."""
     attachments = attached(model)
@@ -52,7 +47,7 @@ def hooked(model: nn.Module, hook: str, *names: str) -> Iterator[tuple[Method, M
         for name in names or learning(model)
         if not attachments[name].finished
         for method, paths in attachments[name].methods
-        if overrides(method, hook)
+        if isinstance(method, TrainingHooks) and uses(method, hook)
     ]
     known = dict(sites(model)) if wanted else {}
     for name, method, paths in wanted:
@@ -66,14 +61,20 @@ def learning(model: nn.Module) -> list[str]:
     return [name for name in now.names if name in now.trained]
 
 
-def unfinished(model: nn.Module) -> list[Method]:
+def of_training(attachment: Attachment) -> list[TrainingHooks]:
+    """The methods of an adapter that may take part in training."""
+    return [method for method, _ in attachment.methods if isinstance(method, TrainingHooks)]
+
+
+def unfinished(model: nn.Module) -> list[TrainingHooks]:
     """The methods of the trained adapters that still take part in training."""
-    return [method for name in learning(model) if not attached(model)[name].finished for method, _ in attached(model)[name].methods]
+    attachments = [attached(model)[name] for name in learning(model)]
+    return [method for attachment in attachments if not attachment.finished for method in of_training(attachment)]
 
 
 def takes_part(attachment: Attachment) -> bool:
     """Whether one of an adapter's methods does something in training, so that the adapter is another thing when it is finished."""
-    return any(method.stages or method.consistency or any(overrides(method, hook) for hook in HOOKS) for method, _ in attachment.methods)
+    return any(method.stages or method.consistency or any(uses(method, hook) for hook in HOOKS) for method in of_training(attachment))
 
 
 def calibrate(model: nn.Module, batches: Batches) -> bool:
@@ -102,7 +103,7 @@ def stages(model: nn.Module) -> Sequence[Stage]:
     found = {
         tuple(method.stages[max(0, _number(method, attachment.begun.get(method.name, ""))) :])
         for attachment in attachments
-        for method, _ in attachment.methods
+        for method in of_training(attachment)
         if method.stages
     }
     if len(found) > 1:
@@ -142,7 +143,7 @@ def settled(model: nn.Module, total: Count) -> int:
     A checkpoint from before that, of a network that is not yet pruned, say, is no result of the run, however good it is.
     """
     *earlier, (_, steps) = timetable(model, total)
-    share = max((method.settled for method, _ in hooked(model, "schedule")), default=0.0)
+    share = max((method.schedule_ends for method, _ in hooked(model, "schedule")), default=0.0)
     return min(total, sum(number for _, number in earlier) + 1 + math.ceil(share * steps))
 
 
@@ -154,7 +155,7 @@ def begin(model: nn.Module, stage: Stage) -> None:
     wanted: dict[str, set[str]] = {}  # {adapter: its methods that are not in this stage}
     for name in learning(model):
         attachment = attached(model)[name]
-        for method, _ in () if attachment.finished else attachment.methods:
+        for method in () if attachment.finished else of_training(attachment):
             now, number = attachment.begun.get(method.name, ""), _number(method, stage.name)
             if 0 <= number < _number(method, now):
                 raise TrainingError(
@@ -174,7 +175,7 @@ def restart(model: nn.Module, first: str) -> None:
     of a checkpoint replace, and is taken to have just begun."""
     for name in learning(model):
         attachment = attached(model)[name]
-        for method, _ in attachment.methods:
+        for method in of_training(attachment):
             if 0 <= _number(method, first) < _number(method, attachment.begun.get(method.name, "")):
                 attachment.begun[method.name] = first
             if _number(method, first) > 0:
@@ -183,7 +184,7 @@ def restart(model: nn.Module, first: str) -> None:
 
 def later(attachment: Attachment, begun: Mapping[str, str]) -> dict[str, str]:
     """The stages of an adapter that come after those in which it is said to be."""
-    methods = {method.name: method for method, _ in attachment.methods}
+    methods = {method.name: method for method in of_training(attachment)}
     return {
         key: stage for key, stage in attachment.begun.items() if key in begun and _number(methods[key], stage) > _number(methods[key], begun[key])
     }
@@ -192,7 +193,7 @@ def later(attachment: Attachment, begun: Mapping[str, str]) -> dict[str, str]:
 def enter(model: nn.Module, name: str, begun: Mapping[str, str]) -> None:
     """Bring a freshly attached adapter to the stage of each method, through those before it. Raises AdapterError for a stage that there is not."""
     attachment = adapters_of(model).known(name)
-    methods = {method.name: method for method, _ in attachment.methods if method.stages}
+    methods = {method.name: method for method in of_training(attachment) if method.stages}
     for key, stage in begun.items():
         if key not in methods or _number(methods[key], stage) < 0:
             known = {f"{stage.name!r} of {method.name}" for method in methods.values() for stage in method.stages}
@@ -215,7 +216,7 @@ def _begin(model: nn.Module, name: str, methods: Set[str], stage: str) -> None:
             module.train(site.training)
 
 
-def _number(method: Method, stage: str) -> int:
+def _number(method: TrainingHooks, stage: str) -> int:
     """Which of its stages this is; -1 for none."""
     names = [own.name for own in method.stages]
     return names.index(stage) if stage in names else -1
@@ -253,7 +254,7 @@ def finish(model: nn.Module, *names: str) -> None:
                 attachment.finished, attachment.begun = True, {}
                 for _, site in sites(model):
                     for module in site.hung(name):  # which may hold new parameters
-                        module.learn(name in state.roster.now.trained)
+                        learn(module, name in state.roster.now.trained)
 
 
 def learning_rates(model: nn.Module, given: Positive | None = None) -> dict[str, float]:
@@ -265,7 +266,8 @@ def learning_rates(model: nn.Module, given: Positive | None = None) -> dict[str,
             continue
         adapter, method_name, *rest = f".{key}".split(".adapters.", 1)[1].split(".")
         method = owners[adapter, method_name]
-        factors = [factor for pattern, factor in method.rates.items() if fnmatchcase(".".join(rest), pattern)]
+        rates = method.rates if isinstance(method, TrainingHooks) else {}
+        factors = [factor for pattern, factor in rates.items() if fnmatchcase(".".join(rest), pattern)]
         found[key] = (method.learning_rate if given is None else given) * math.prod(factors[:1])
     return found
 

@@ -19,7 +19,7 @@ from effzoo.sites.site import Inputs
 class QuantisedLinear(Linear):
     """y = x W^T + b with W = `decoded(codes, scales)`, [..., in] -> [..., out]; nothing of W is trained, and none of its gradients is computed.
 
-    W is dense while one product runs, forward or backward, and is not kept in between. Methods that enter through the parameter door
+    W is dense while one product runs, forward or backward, and is not kept in between. Methods that change the weight
     (DoRA, masks, diff pruning) are given W; what they make of it is dense, and kept for the backward pass as in any other layer.
 
     `QuantisedLinear.made_of(site, bits)` turns a Linear into one in place, so that whoever holds the site goes on holding it.

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from effzoo.sites.activity import Activity, Roster
+from effzoo.sites.extras import Counted, Growing, OwnOutputs, Packed, Positionwise, longer, own_outputs
 from effzoo.sites.hooks import (
     NOWHERE,
     Acts,
@@ -30,7 +31,7 @@ from effzoo.sites.hooks import (
     SideNetwork,
     calling,
     has_scale,
-    longer,
+    learn,
     memories,
     opens,
 )
@@ -40,10 +41,10 @@ from effzoo.sites.site import Site
 from effzoo.wrappers import Model, refuse_compiled, unwrap
 
 __all__ = [
-    "NOWHERE", "Activity", "Acts", "Branch", "Conv2d", "Embedding", "HookContext", "Keys", "KeysValues", "LayerNorm",
-    "Linear", "Memory", "MemorySite", "Mixture", "Model", "Norm", "PeftModule", "RMSNorm", "Roster", "Scaled", "Side",
-    "SideNetwork", "Site", "TiedLinear", "calling", "has_scale", "longer", "memories", "opens", "overruled",
-    "prompt_rows", "sites", "unwrap",
+    "NOWHERE", "Activity", "Acts", "Branch", "Conv2d", "Counted", "Embedding", "Growing", "HookContext", "Keys",
+    "KeysValues", "LayerNorm", "Linear", "Memory", "MemorySite", "Mixture", "Model", "Norm", "OwnOutputs", "Packed",
+    "PeftModule", "Positionwise", "RMSNorm", "Roster", "Scaled", "Side", "SideNetwork", "Site", "TiedLinear", "calling", "has_scale",
+    "learn", "longer", "memories", "opens", "overruled", "own_outputs", "prompt_rows", "sites", "unwrap",
 ]  # fmt: skip
 
 

@@ -19,13 +19,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from effzoo.devices import chosen
 from effzoo.errors import OptionError
+from effzoo.sites.extras import Positionwise
 
 KeysValues = tuple[Tensor, Tensor]
 FORMER = {  # hooks of before, and how it is said now
@@ -34,8 +35,17 @@ FORMER = {  # hooks of before, and how it is said now
     "remember": "`memory(self, context)` sees the layer's input, context.x, and its projections, context.keys_values",
     "beyond": "keys and values with a softmax of their own are a Memory with a gate: `memory(self, context)` returns Memory(keys, values, gate)",
     "apart": "keys and values with a softmax of their own are a Memory with a gate: `memory(self, context)` returns Memory(keys, values, gate)",
+    "by_position": "a module whose hooks compute each position from that position alone derives from Positionwise of effzoo.sites",
+    "grows": "a module whose site may get more rows derives from Growing of effzoo.sites",
+    "learn": "what stays frozen of a module is `requires_grad_(False)` where it is made, or no parameter",
+    "opens": "`effzoo.sites.opens(module, hook)` tells which hooks a module overrides",
+    "dtype": "`effzoo.sites.hooks.dtype_of(module)` tells in which dtype a module computes",
     "beside": "a second network is a `SideNetwork`, whose `forward(self, states, mask)` replaces the output of the last block",
 }
+BESIDE = {  # what few modules need, by the class of `effzoo/sites/extras.py` that has it
+    "packed": "Packed", "unpack": "Packed", "changed": "Counted", "grow": "Growing", "replaces": "Growing", "own_outputs": "OwnOutputs",
+    "renew": "OwnOutputs",
+}  # fmt: skip
 TAKES = {"before": "(self, x, context)", "after": "(self, x, y, context)", "memory": "(self, context)"}
 
 
@@ -126,29 +136,27 @@ class Memory:
 class PeftModule(nn.Module):
     """What is hung on a site; every hook does nothing until it is overridden.
 
-    by_position: whether what it computes for a position follows from that position alone (a memory may be made of all). The last block
-    then leaves out what no head reads. grows: whether `grow` can follow a site whose weight gets more rows (`effzoo.resize_vocabulary`).
+    delta_rank: the largest rank that the change of the site's matrix can have; None where nothing bounds it.
+
+    What few modules need besides is beside it (`effzoo/sites/extras.py`): files that hold less than the state dict, sites that get more rows,
+    heads of another size.
     """
 
-    by_position: ClassVar[bool] = True
-    grows: ClassVar[bool] = False
+    delta_rank: int | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         for name, now in FORMER.items():
             if name in vars(cls):
                 raise OptionError(f"{cls.__name__} defines `{name}`, which is no longer called: {now}")
+        for name, extra in BESIDE.items():
+            if name in vars(cls) and not any(parent.__name__ == extra for parent in cls.__mro__):
+                raise OptionError(
+                    f"{cls.__name__} defines `{name}`, which is read where a module is also {extra}: class {cls.__name__}({extra}, PeftModule)"
+                )
         for name, takes in TAKES.items():
             if name in vars(cls) and not _takes(vars(cls)[name], takes.count(",") + 1):
                 raise OptionError(f"{cls.__name__} defines `{name}` with other arguments than it is called with: def {name}{takes}")
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """In which its numbers are held, and in which the site lets it compute; None where it has no numbers."""
-        for own in self._parameters.values():  # most have some of their own: this is asked at every hook of every pass
-            if own is not None and own.is_floating_point():
-                return own.dtype
-        return next((tensor.dtype for tensor in chain(self.parameters(), self.buffers()) if tensor.is_floating_point()), None)
 
     def weight(self, weight: Tensor) -> Tensor:
         """The site's weight as it acts."""
@@ -182,39 +190,6 @@ class PeftModule(nn.Module):
         """
         return None
 
-    def changed(self, weight: Tensor | None, bias: Tensor | None) -> int | None:
-        """How many entries of the site's weight and bias merging may change; None for every entry of the tensors that it touches."""
-        return None
-
-    def packed(self) -> dict[str, Tensor] | None:
-        """What a file needs to hold, where that is less than the state dict (indices and values, bits); None for the state dict itself."""
-        return None
-
-    def unpack(self, tensors: dict[str, Tensor]) -> None:
-        """Take what `packed` gave. Raises KeyError or ValueError for tensors that do not fit."""
-        raise NotImplementedError
-
-    def grow(self, weight: Tensor | None, bias: Tensor | None) -> None:
-        """The site's weight and bias got these rows at their ends; take as many more, so that nothing changes there yet."""
-        raise NotImplementedError
-
-    def replaces(self) -> Sequence[int]:
-        """Rows of the site's weight that it puts rows of its own in the place of, whatever they are."""
-        return ()
-
-    @property
-    def own_outputs(self) -> int | None:
-        """Of how many outputs the weight is that it puts in the place of the site's, whatever that is; None where it changes the site's own."""
-        return None
-
-    def renew(self, outputs: int) -> None:
-        """Start anew with a weight of so many outputs. Only for what has `own_outputs`."""
-        raise NotImplementedError
-
-    def learn(self, on: bool) -> None:
-        """Make what is trained here trainable, or not."""
-        self.requires_grad_(on)
-
 
 def _takes(function: Any, arguments: int) -> bool:
     """Whether a hook can be called with so many arguments, `self` among them."""
@@ -239,11 +214,12 @@ class Mixture(PeftModule):
     """Several experts at one site, each of them modules; the site computes with each, and `mix` makes one output of theirs.
 
     experts: the modules of each expert at this site, by method; an expert may have none here, and then leaves the output as it is.
+    frozen: whether they stay as they are.
     """
 
-    def __init__(self, experts: Sequence[nn.ModuleDict]):
+    def __init__(self, experts: Sequence[nn.ModuleDict], frozen: bool = False):
         super().__init__()
-        self.experts = nn.ModuleList(experts)
+        self.experts, self.frozen = nn.ModuleList(experts), frozen
 
     def each(self) -> list[tuple[PeftModule, ...]]:
         """The modules of each expert."""
@@ -274,10 +250,6 @@ class Scaled:
 
     def __init__(self, module: PeftModule, scale: float):
         self.module, self.scale = module, scale
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        return self.module.dtype
 
     def between(self, before: Tensor, after: Tensor) -> Tensor:
         """before + s (after - before)."""
@@ -341,6 +313,34 @@ def opens(module: Acts, *hooks: str) -> bool:
     return any(hook in own or getattr(kind, hook) is not getattr(PeftModule, hook) for hook in hooks)
 
 
+def positionwise(module: PeftModule) -> bool:
+    """Whether the classes that define a module's `before` and `after` are `Positionwise`; a mixture routes, and may read a whole example."""
+    if isinstance(module, Mixture):
+        return False
+    for hook in ("before", "after"):
+        if opens(module, hook):
+            owner = next(cls for cls in type(module).__mro__ if hook in vars(cls))
+            if hook in vars(module) or Positionwise not in owner.__bases__:
+                return False
+    return True
+
+
+def dtype_of(module: Acts) -> torch.dtype | None:
+    """In which a module's numbers are held, and in which the site lets it compute; None where it has no numbers."""
+    module = module.module if isinstance(module, Scaled) else module
+    for own in module._parameters.values():  # most have some of their own: this is asked at every hook of every pass
+        if own is not None and own.is_floating_point():
+            return own.dtype
+    return next((tensor.dtype for tensor in chain(module.parameters(), module.buffers()) if tensor.is_floating_point()), None)
+
+
+def learn(module: PeftModule, on: bool) -> None:
+    """Make what is trained in a module trainable, or not."""
+    module.requires_grad_(on)
+    if isinstance(module, Mixture) and module.frozen:
+        module.experts.requires_grad_(False)
+
+
 def has_scale(module: PeftModule) -> bool:
     """Whether what a module adds can be multiplied: not a prompt, a side network, or a memory without a gate (a tensor `gate` of its own)."""
     if isinstance(module, Mixture):
@@ -348,8 +348,3 @@ def has_scale(module: PeftModule) -> bool:
     if isinstance(module, SideNetwork) or opens(module, "prompt"):
         return False
     return not opens(module, "memory") or isinstance(getattr(module, "gate", None), Tensor)
-
-
-def longer(parameter: nn.Parameter, rows: Tensor, dim: int = 0) -> nn.Parameter:
-    """A parameter with rows (or columns, dim=1) added at its end."""
-    return nn.Parameter(torch.cat([parameter.detach(), rows.to(parameter)], dim=dim), requires_grad=parameter.requires_grad)

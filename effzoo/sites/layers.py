@@ -13,6 +13,7 @@ from effzoo.devices import kind_of
 from effzoo.errors import IncompatibleError
 from effzoo.recompute import follows
 from effzoo.sites.dtypes import autocasts, linear
+from effzoo.sites.extras import own_outputs
 from effzoo.sites.hooks import Acts
 from effzoo.sites.site import Inputs, Site, given
 
@@ -44,9 +45,9 @@ class Linear(nn.Linear, Site):
         Raises IncompatibleError where one of them changes the site's own weight and another one has put a weight of another size in its place.
         """
         modules = [(name, module) for name in names for module in self.hung(name)]
-        own = {name: module.own_outputs for name, module in modules if module.own_outputs is not None}
+        own = {name: outputs for name, module in modules if (outputs := own_outputs(module)) is not None}
         other = next((name for name, outputs in own.items() if outputs != self.out_features), None)
-        changing = next((name for name, module in modules if module.own_outputs is None), None)
+        changing = next((name for name, module in modules if own_outputs(module) is None), None)
         if other is not None and changing is not None:
             raise IncompatibleError(
                 f"{self.role}: adapter {changing!r} changes the model's own head, which has {self.out_features} outputs, and {other!r} brings "

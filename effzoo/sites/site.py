@@ -13,7 +13,7 @@ from effzoo.errors import IncompatibleError, OptionError
 from effzoo.recompute import in_dtype
 from effzoo.sites.activity import Activity, Roster
 from effzoo.sites.dtypes import autocasts
-from effzoo.sites.hooks import Acts, Mixture, PeftModule, Scaled, at_hand, calling, is_mixture, opens
+from effzoo.sites.hooks import Acts, Mixture, PeftModule, Scaled, at_hand, calling, dtype_of, is_mixture, opens
 
 T = TypeVar("T")
 Inputs = tuple[Tensor, ...]
@@ -195,7 +195,7 @@ class Site(nn.Module):
         """The weight or bias as this hook of the modules leaves it, in the widest of their dtypes and its own."""
         for module in self.acting() if modules is None else modules:
             if opens(module, hook) and not is_mixture(module):
-                tensor = getattr(module, hook)(in_dtype(tensor, torch.promote_types(tensor.dtype, module.dtype or tensor.dtype)))
+                tensor = getattr(module, hook)(in_dtype(tensor, torch.promote_types(tensor.dtype, dtype_of(module) or tensor.dtype)))
         return tensor
 
 
@@ -210,7 +210,7 @@ def _grouped(rows: Sequence[int], names: Sequence[str], active: Sequence[str]) -
 def suited(module: Acts, *tensors: Any) -> tuple[Any, ...]:
     """The tensors in the dtype that a module computes in: its own, which is wider than that of a base in half precision. Integers, and everything
     under autocast, stay as they are."""
-    dtype = module.dtype
+    dtype = dtype_of(module)
     for x in tensors:
         if dtype is not None and x is not None and x.dtype != dtype:
             return tuple([x if x is None or not x.is_floating_point() or autocasts(x) else in_dtype(x, dtype) for x in tensors])

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from effzoo.errors import OptionError
 from effzoo.peft.attach import acting, attached
-from effzoo.peft.method import Stage
 from effzoo.peft.training import timetable
+from effzoo.peft.training_hooks import Stage, TrainingHooks
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def used(model: nn.Module, given: float | None) -> dict[str, Any]:
     """What the record of a run says of its learning rates: the given one or each method's own, and the factors that methods have for tensors."""
     methods = {f"{name}.{method.name}": method for name in acting(model) for method, _ in attached(model)[name].methods}
     record: dict[str, Any] = {"learning_rate": {name: method.learning_rate for name, method in methods.items()} if given is None else given}
-    factors = {name: dict(method.rates) for name, method in methods.items() if method.rates}
+    factors = {name: dict(method.rates) for name, method in methods.items() if isinstance(method, TrainingHooks) and method.rates}
     return {**record, "rates": factors} if factors else record
 
 

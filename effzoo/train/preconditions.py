@@ -14,7 +14,8 @@ from effzoo.architectures import Perceiver, Transformer
 from effzoo.errors import IncompatibleError, OptionError, TrainingError, listing
 from effzoo.peft.attach import acting, attached
 from effzoo.peft.manifest import MANIFEST
-from effzoo.peft.training import finish, later, overrides, restart, said
+from effzoo.peft.training import finish, later, of_training, restart, said
+from effzoo.peft.training_hooks import uses
 from effzoo.sites import sites
 from effzoo.train import checkpoints
 from effzoo.train.record import differences
@@ -158,7 +159,7 @@ def rejoin(model: Transformer, directory: Path) -> None:
         if was_finished:
             finish(model, name)
         elif attachment.finished:
-            changed = [method.name for method, _ in attachment.methods if method.stages or overrides(method, "finish")]
+            changed = [method.name for method in of_training(attachment) if method.stages or uses(method, "finish")]
             if changed:
                 raise TrainingError(
                     f"{newest} is in the middle of its training, but the adapter {name!r} of this model is finished: {listing(changed)} dropped what "

@@ -31,12 +31,12 @@ def keys_are_kept(subject: Subject, case: Case) -> None:
 @needs("attaches")
 @on_every_model
 def positions_stand_alone(subject: Subject, case: Case) -> None:
-    """Where only some positions are computed, they are the same, unless by_position is False"""
+    """Where only some positions are computed, because all that is hung is Positionwise, they are the same"""
     model = subject.trained(case)
-    if not model.blocks[-1].by_position:
+    if not model.blocks[-1].positionwise:
         return
     alone, among = of_rows(model, case.batch())
-    advice = "what looks at other positions says so: set by_position = False on its PeftModule"
+    advice = "what looks at other positions is not Positionwise"
     close("positions of the last block computed alone", alone, among, 1e-10, advice)
 
 
@@ -105,7 +105,7 @@ def merges(subject: Subject, case: Case) -> None:
         raise Failed("merged, although some module is no change of a weight; what it did is lost")
     if attached(model) or any(".adapters." in key for key in model.state_dict()):
         raise Failed("the adapter is still there after merge")
-    advice = "`delta` must be exactly what the function door adds to the weight and bias"
+    advice = "`delta` must be exactly what `before` and `after` add to the weight and bias"
     close("the merged output", logits(model, case.batch()), before, 1e-10, advice)
 
 
@@ -145,7 +145,7 @@ def serves_rows(subject: Subject, case: Case) -> None:
     except IncompatibleError as refusal:
         raise NotApplicable(f"refused: {refusal}") from None
     expected = torch.stack([alone[name][row] for row, name in enumerate(rows)])
-    close("a row's output", got, expected, 1e-10, "doors must treat each example by itself, and hold everything trained in parameters or buffers")
+    close("a row's output", got, expected, 1e-10, "hooks must treat each example by itself, and hold everything trained in parameters or buffers")
 
 
 @needs("attaches")

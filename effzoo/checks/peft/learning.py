@@ -79,7 +79,7 @@ def _learns(subject: Subject, case: Case, checkpointing: bool) -> None:
     model.checkpointing = checkpointing
     start = copied(adapter_tensors(model, "default"))
     if wrong := silent(model, train(model, case.batch())):
-        raise Failed(f"{wrong}; remove what is not used, or say in zero_gradient why it vanishes")
+        raise Failed(f"{wrong}; remove what is not used, or say in effzoo.checks.facts why it vanishes")
     if all(torch.equal(start[name], tensor) for name, tensor in adapter_tensors(model, "default").items()):
         raise Failed("no tensor of the adapter moved in three steps")
 

@@ -1,4 +1,4 @@
-"""Combinations: methods that hang modules at several doors and tie them together (MAM, UniPELT, S4)."""
+"""Combinations: methods that hang modules at several hooks and tie them together (MAM, UniPELT, S4)."""
 
 from effzoo.peft.combined import mam, s4, unipelt
 

@@ -10,13 +10,14 @@ from torch import nn
 from effzoo.annotations import Count, NonZero
 from effzoo.peft.function.parallel import ScaledParallel
 from effzoo.peft.input.prefix import KeysValues, Prefix
-from effzoo.peft.method import Batches, Layers, Method, Modules
+from effzoo.peft.method import Batches, Layers, Modules
+from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
 from effzoo.sites import Branch, MemorySite, PeftModule, Site
 
 
 @peft.register("mam", "mix_and_match")
-class MAM(Method):
+class MAM(TrainingHooks):
     """Attn(x W_q, [P_k, x W_k], [P_v, x W_v]) and f(x) + s W_up relu(W_down x): the parts that the paper finds best for each sub-layer.
 
     length, form, hidden, init: of the prefix, as in `prefix`; the paper's 30 rows come from a network with 800 units, of which `finish` leaves
@@ -44,10 +45,12 @@ class MAM(Method):
     ):
         super().__init__(layers=layers)
         self.prefix = Prefix(length=length, form=form, hidden=hidden, init=init)
-        self.idle = self.prefix.idle
         self.adapter = ScaledParallel(bottleneck=bottleneck, scale=scale)
         narrow = min(1.0, 256 / abs(bottleneck * scale))  # a step moves the adapter's output by about the rate times bottleneck times s
-        self.rates = {"down.*": narrow, "up.*": narrow, "keys": 10.0, "values": 10.0}  # type: ignore[misc]
+        self.rates = {"down.*": narrow, "up.*": narrow, "keys": 10.0, "values": 10.0}
+
+    def hooks_in_use(self) -> set[str]:
+        return self.prefix.hooks_in_use()
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         self.prefix.prepare(model, {path: site for path, site in found.items() if isinstance(site, MemorySite)})

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from effzoo.annotations import Count
 from effzoo.peft.function.houlsby import Bottleneck
 from effzoo.peft.input.prefix import KeysValues, Prefix
-from effzoo.peft.method import Batches, Layers, Method, Modules
+from effzoo.peft.method import Batches, Layers, Modules
 from effzoo.peft.parameter.lora import LowRank
 from effzoo.peft.parameter.selected import Copy
+from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
-from effzoo.sites import Branch, Linear, MemorySite, PeftModule, Site, sites
+from effzoo.sites import Branch, Counted, Linear, MemorySite, PeftModule, Site, sites
 
 ASSIGNED = {1: ("adapter", "lora"), 2: ("adapter", "prefix"), 3: ("adapter", "prefix", "bitfit"), 4: ("prefix", "bitfit", "lora")}
 
@@ -29,7 +30,7 @@ def group_of(layer: int, depth: int) -> int:
     return 1 if 3 * middle < depth else 2 if middle < depth else 3 if 3 * middle < 5 * depth else 4
 
 
-class LowRankAndBias(LowRank):
+class LowRankAndBias(Counted, LowRank):
     """y' = W x + s B A x + phi, where phi starts as the site's bias and takes its place."""
 
     def __init__(self, site: Linear, rank: int):
@@ -44,7 +45,7 @@ class LowRankAndBias(LowRank):
 
 
 @peft.register("s4")
-class S4(Method):
+class S4(TrainingHooks):
     """Layers in a spindle of four groups: adapter and LoRA; adapter and prefix; adapter, prefix and BitFit; prefix, BitFit and LoRA.
 
     Every layer of a group has the same methods, and every layer the same sizes ("uniform"). Adapters stand after both sub-layers, LoRA on queries

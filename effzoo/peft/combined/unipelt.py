@@ -12,8 +12,9 @@ from effzoo.errors import IncompatiblePeft
 from effzoo.peft.function.houlsby import Bottleneck
 from effzoo.peft.input.layer import layers_of
 from effzoo.peft.input.prefix import KeysValues, Prefix
-from effzoo.peft.method import Batches, Layers, Method, Modules
+from effzoo.peft.method import Batches, Layers, Modules
 from effzoo.peft.parameter.lora import LowRank
+from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
 from effzoo.sites import Branch, HookContext, Linear, Memory, MemorySite, PeftModule, Site
 
@@ -51,8 +52,6 @@ class GatedPrefix(PeftModule):
 class GatedLowRank(LowRank):
     """y' = y + g B A x; the gate is that of the layer, shared by its LoRA modules, and each computes it from its input."""
 
-    by_position = False
-
     def __init__(self, site: Linear, rank: int, gate: Gate):
         super().__init__(site.in_features, site.out_features, rank, 1.0, 0.0)
         self.gate = gate
@@ -69,8 +68,6 @@ class GatedLowRank(LowRank):
 class GatedBottleneck(Bottleneck):
     """y' = y + g W_up sigma(W_down y), the gate from the input x of the sub-layer."""
 
-    by_position = False
-
     def __init__(self, dim: int, bottleneck: int, activation: str, std: float):
         super().__init__(dim, bottleneck, activation, std)
         self.gate = Gate(dim)
@@ -80,7 +77,7 @@ class GatedBottleneck(Bottleneck):
 
 
 @peft.register("unipelt")
-class UniPELT(Method):
+class UniPELT(TrainingHooks):
     """[g_P P_k, K], [g_P P_v, V]; W_q + g_L B A and W_v + g_L B' A'; y + g_A W_up relu(W_down y): three gates a layer, in (0, 1) for each example.
 
     g = mean over the tokens of sigmoid(w x + b), x the input of the attention (prefix and LoRA) or of the feed-forward (adapter). The gate of LoRA
@@ -114,8 +111,10 @@ class UniPELT(Method):
     ):
         super().__init__(layers=layers)
         self.prefix = Prefix(length=length, form=form, hidden=hidden, init=init)
-        self.idle = self.prefix.idle
         self.rank, self.bottleneck = rank, bottleneck
+
+    def hooks_in_use(self) -> set[str]:
+        return self.prefix.hooks_in_use()
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         if getattr(getattr(model, "config", None), "causal", False) and getattr(model, "task", "") == "causal_lm":

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from effzoo.annotations import Count, Few, NotNegative, Positive
 from effzoo.devices import sent
 from effzoo.peft.function.houlsby import ACTIVATIONS, check_bottleneck
-from effzoo.peft.method import Layers, Method, Modules, Targets
+from effzoo.peft.method import Layers, Modules, Targets
+from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
-from effzoo.sites import Branch, HookContext, PeftModule, Site
+from effzoo.sites import Branch, HookContext, PeftModule, Positionwise, Site
 
 
 class Projections(nn.Module):
@@ -38,7 +39,7 @@ class Projections(nn.Module):
         self.biases = nn.Parameter(self.biases.detach().mean(dim=0, keepdim=True))
 
 
-class Mixture(PeftModule):
+class Mixture(Positionwise, PeftModule):
     """y' = y + up_j(sigma(down_i(y))), i and j drawn anew in each training pass; in evaluation the mean of the experts' weights."""
 
     def __init__(self, down: Projections, up: Projections, activation: str):
@@ -50,7 +51,7 @@ class Mixture(PeftModule):
 
 
 @peft.register("adamix")
-class AdaMix(Method):
+class AdaMix(TrainingHooks):
     """y' = y + W_up^(j) sigma(W_down^(i) y) after the feed-forward, i and j drawn uniformly from the experts in each site and pass.
 
     bottleneck: inner width of an expert. experts: how many pairs. share: "down" or "up", one such projection instead of several, or none; the paper

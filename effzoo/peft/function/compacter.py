@@ -17,7 +17,7 @@ from effzoo.peft.function.houlsby import ACTIVATIONS, check_bottleneck
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.peft.parameter.selected import Copy
 from effzoo.registry import peft
-from effzoo.sites import Branch, HookContext, Norm, PeftModule, Site
+from effzoo.sites import Branch, HookContext, Norm, PeftModule, Positionwise, Site
 
 
 class PHM(nn.Module):
@@ -69,7 +69,7 @@ class LowRankPHM(nn.Module):
         return rearrange(out, "... a o -> ... (a o)") + self.bias
 
 
-class Hypercomplex(PeftModule):
+class Hypercomplex(Positionwise, PeftModule):
     """y' = y + up(sigma(down(y))), two PHM layers."""
 
     def __init__(self, down: nn.Module, up: nn.Module, activation: str):

@@ -9,12 +9,12 @@ from effzoo.errors import OptionError
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.peft.parameter.selected import Copy
 from effzoo.registry import peft
-from effzoo.sites import Branch, HookContext, Norm, PeftModule, Site
+from effzoo.sites import Branch, HookContext, Norm, PeftModule, Positionwise, Site
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 
-class Bottleneck(PeftModule):
+class Bottleneck(Positionwise, PeftModule):
     """y' = y + W_up sigma(W_down y + b_down) + b_up, with W_down [bottleneck, dim] and W_up [dim, bottleneck]."""
 
     def __init__(self, dim: int, bottleneck: int, activation: str, std: float):

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.recompute import follows
 from effzoo.registry import peft
-from effzoo.sites import HookContext, Keys, Linear, PeftModule, Site
+from effzoo.sites import HookContext, Keys, Linear, PeftModule, Positionwise, Site
 
 
-class ScaleOutput(PeftModule):
+class ScaleOutput(Positionwise, PeftModule):
     """y' = l * y; merged, the rows of W and the entries of b are multiplied by l."""
 
     delta_rank = None
@@ -28,7 +28,7 @@ class ScaleOutput(PeftModule):
         return change[:, None] * weight, None if bias is None else change * bias
 
 
-class ScaleInput(PeftModule):
+class ScaleInput(Positionwise, PeftModule):
     """y' = W (l * x) + b; merged, the columns of W are multiplied by l."""
 
     delta_rank = None

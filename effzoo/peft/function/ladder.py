@@ -82,7 +82,6 @@ class LadderSideTuning(Method):
     paper = "Sung et al. 2022, LST: Ladder side-tuning for parameter and memory efficient transfer learning, arXiv:2206.06522, section 3"
     accepts = (Side,)
     default_targets = ("side",)
-    zero_gradient = {"*.attn.k*.bias": "softmax does not change when one number is added to all scores of a query, so key biases have none"}
     learning_rate = 1e-3
 
     def __init__(self, *, reduction: Count = 8, every: Count = 1, skip: bool = True, init: Literal["random", "pruned"] = "pruned"):

@@ -20,8 +20,6 @@ from effzoo.sites import HookContext, Linear, PeftModule, Site
 class HeadBottlenecks(PeftModule):
     """head_i' = head_i + s W_up^i sigma(W_down^i x), W_down [heads, bottleneck, dim] and W_up [heads, head_dim, bottleneck], before W_O."""
 
-    by_position = False
-
     def __init__(self, dim: int, heads: int, head_dim: int, bottleneck: int, activation: str, scale: float):
         super().__init__()
         self.scale, self.activation = scale, ACTIVATIONS[activation]()

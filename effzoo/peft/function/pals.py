@@ -19,8 +19,6 @@ from effzoo.sites import Branch, HookContext, PeftModule, Site
 class PAL(PeftModule):
     """y' = y + V_D MHA(V_E x), with V_E [width, dim] and V_D [dim, width], and MHA the softmax attention of all tokens without an output matrix."""
 
-    by_position = False
-
     def __init__(self, encode: nn.Linear, decode: nn.Linear, heads: int):
         super().__init__()
         self.encode, self.decode, self.heads = encode, decode, heads
@@ -52,7 +50,6 @@ class PALs(Method):
     paper = "Stickland & Murray 2019, BERT and PALs: Projected attention layers for efficient adaptation in multi-task learning, arXiv:1902.02671"
     accepts = (Branch,)
     default_targets = ("mlp.branch",)
-    zero_gradient = {"*.qkv.bias": "softmax does not change when one number is added to all scores of a query, so key biases have none"}
     size = "width"
     learning_rate = 1e-3
 

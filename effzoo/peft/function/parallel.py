@@ -11,10 +11,10 @@ from effzoo.annotations import Count, NonZero
 from effzoo.peft.function.houlsby import ACTIVATIONS, check_bottleneck
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.registry import peft
-from effzoo.sites import Branch, HookContext, PeftModule, Site
+from effzoo.sites import Branch, HookContext, PeftModule, Positionwise, Site
 
 
-class ParallelBottleneck(PeftModule):
+class ParallelBottleneck(Positionwise, PeftModule):
     """y' = y + s (W_up sigma(W_down x + b_down) + b_up), with W_down [bottleneck, dim] and W_up [dim, bottleneck], which starts at 0."""
 
     def __init__(self, dim: int, bottleneck: int, activation: str, scale: float, learned: bool):

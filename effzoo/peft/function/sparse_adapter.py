@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from effzoo.annotations import Count, Positive, Probability
 from effzoo.peft.function.houlsby import ACTIVATIONS, check_bottleneck
-from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
+from effzoo.peft.method import Batches, Layers, Modules, Targets
+from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
-from effzoo.sites import Branch, HookContext, PeftModule, Site
+from effzoo.sites import Branch, HookContext, PeftModule, Positionwise, Site
 
 
 class Sparse(nn.Module):
@@ -50,7 +51,7 @@ class Sparse(nn.Module):
         return F.linear(x, self.matrix(), self.bias)
 
 
-class SparseBottleneck(PeftModule):
+class SparseBottleneck(Positionwise, PeftModule):
     """y' = y + W_up sigma(W_down y + b_down) + b_up with sparse W_down and W_up."""
 
     def __init__(self, down: Sparse, up: Sparse, activation: str):
@@ -62,7 +63,7 @@ class SparseBottleneck(PeftModule):
 
 
 @peft.register("sparse_adapter", "sparseadapter")
-class SparseAdapter(Method):
+class SparseAdapter(TrainingHooks):
     """y' = y + W_up sigma(W_down y) after each sub-layer, of whose matrices a share `sparsity` of the entries is 0 from the beginning.
 
     bottleneck: inner width before pruning; wide and sparse beats narrow and dense at equal size (Large-Sparse, section 3.4). sparsity: share of the
@@ -95,7 +96,9 @@ class SparseAdapter(Method):
         super().__init__(targets=targets, layers=layers)
         check_bottleneck("sparse_adapter", bottleneck, activation)
         self.bottleneck, self.sparsity, self.by, self.activation, self.std = bottleneck, sparsity, by, activation, std
-        self.idle = () if by == "snip" else ("calibrate",)
+
+    def hooks_in_use(self) -> set[str]:
+        return super().hooks_in_use() - (set() if self.by == "snip" else {"calibrate"})
 
     def make(self, site: Site) -> PeftModule:
         assert isinstance(site, Branch)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from effzoo.annotations import Count, NotNegative
 from effzoo.peft.input.layer import Starts, layers_of, read_through, start_from_activations
-from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
+from effzoo.peft.method import Batches, Layers, Modules, Targets
+from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
 from effzoo.sites import HookContext, Memory, MemorySite, PeftModule, Site
 
@@ -30,7 +31,7 @@ class DeepRows(Starts):
 
 
 @peft.register("deep_prompt", "p_tuning_v2")
-class DeepPrompt(Method):
+class DeepPrompt(TrainingHooks):
     """head_i = Attn(x W_q, [p W_k, x W_k], [p W_v, x W_v]): `length` trained rows p per layer, read through the layer's own projections.
 
     It is what a prompt does whose rows are replaced before each layer. And it is a prefix with (P_k, P_v) = (p W_k, p W_v), biases included, of half
@@ -60,8 +61,10 @@ class DeepPrompt(Method):
         layers: Layers = None,
     ):
         super().__init__(targets=targets, layers=layers)
-        self.length, self.std = length, std
-        self.idle = () if init == "activations" else ("calibrate",)
+        self.length, self.init, self.std = length, init, std
+
+    def hooks_in_use(self) -> set[str]:
+        return super().hooks_in_use() if self.init == "activations" else set()
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         self.widths = {key: layer.width for key, layer in layers_of(self.name, model, found).items()}

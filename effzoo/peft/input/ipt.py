@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from effzoo.annotations import Count, Probability
 from effzoo.errors import InputError
 from effzoo.peft.input.prompt import Made, vocabulary_rows
-from effzoo.peft.method import Method, Modules, Stage
+from effzoo.peft.method import Modules
+from effzoo.peft.training_hooks import Stage, TrainingHooks
 from effzoo.registry import peft
 from effzoo.sites import Embedding, PeftModule, Site
 
@@ -41,7 +42,7 @@ class Intrinsic(nn.Module):
 
 
 @peft.register("ipt", "intrinsic_prompt")
-class IPT(Method):
+class IPT(TrainingHooks):
     """f([Dec(z), x]): the rows in front of the tokens are decoded from z of `dim` numbers; in the end only z is trained.
 
     Stage `subspace` trains the decoder together with z, stage `intrinsic` z alone: the decoder then gets no gradient. `finish` keeps the rows

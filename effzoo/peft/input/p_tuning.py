@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from effzoo.annotations import Count
 from effzoo.peft.input.prompt import Made
-from effzoo.peft.method import Method, Modules
+from effzoo.peft.method import Modules
+from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
 from effzoo.sites import Embedding, PeftModule, Site
 
@@ -42,7 +43,7 @@ class Recurrent(nn.Module):
 
 
 @peft.register("p_tuning")
-class PTuning(Method):
+class PTuning(TrainingHooks):
     """f([E(e), x]): the rows in front of the embedded tokens come from trained rows e through a small encoder E, so that they depend on each other.
 
     length: of the prompt. encoder: "mlp", three linear layers with ReLU; "lstm", a bidirectional LSTM of two layers and two linear ones

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from effzoo.annotations import Count, NotNegative
 from effzoo.errors import OptionError
 from effzoo.peft.input.layer import Starts, layers_of, read_through, start_from_activations
-from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
+from effzoo.peft.method import Batches, Layers, Modules, Targets
+from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
 from effzoo.sites import HookContext, Memory, MemorySite, PeftModule, Site
 
@@ -78,7 +79,7 @@ class KeysValues(Starts):
 
 
 @peft.register("prefix", "prefix_tuning")
-class Prefix(Method):
+class Prefix(TrainingHooks):
     """head_i = Attn(x W_q, [P_k, x W_k], [P_v, x W_v]): `length` trained keys and values per layer, seen by every query.
 
     length: of the prefix. form: "flat", P_k and P_v are trained themselves; "mlp", they are W_2 tanh(W_1 e + b_1) + b_2, with rows e and W_1 shared
@@ -115,10 +116,13 @@ class Prefix(Method):
         if form == "mlp" and init is not None:
             raise OptionError(f"{self.name}: init={init!r} sets keys and values, which form='mlp' computes; give form='flat', or leave init out")
         self.length, self.form, self.hidden, self.std, self.softmax = length, form, hidden, std, softmax
-        self.idle = ("calibrate",) if form == "mlp" or init == "normal" else ()
+        self.init = init
         self.identity_at_init = softmax == "own"
         if form == "mlp":
             self.learning_rate = 1e-3
+
+    def hooks_in_use(self) -> set[str]:
+        return super().hooks_in_use() - ({"calibrate"} if self.form == "mlp" or self.init == "normal" else set())
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         first = next(iter(found.values()))

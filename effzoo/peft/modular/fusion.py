@@ -66,8 +66,9 @@ class Fusion(MixtureMethod):
     ):
         super().__init__(of, experts, frozen, finished, layers=layers)
         self.regularisation, self.std = regularisation, std
-        if regularisation:
-            self.idle = tuple(hook for hook in self.idle if hook != "penalty")
+
+    def hooks_in_use(self) -> set[str]:
+        return super().hooks_in_use() | ({"penalty"} if self.regularisation else set())
 
     def make(self, site: Site) -> PeftModule | None:
         experts = self.experts_at(site)

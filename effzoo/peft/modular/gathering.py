@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import nn
@@ -14,7 +13,7 @@ from effzoo.peft.attach import _known, attach
 from effzoo.peft.modular.mixture import Among, MixtureMethod
 from effzoo.peft.state import transition
 from effzoo.peft.training import finish
-from effzoo.sites import PeftModule, Site, sites
+from effzoo.sites import Packed, Site, sites
 from effzoo.spec import Spec, parse_one
 
 
@@ -77,8 +76,8 @@ def mixture_at(site: Site, name: str) -> Among | None:
 
 def _copy(given: dict[str, nn.Module], expert: nn.Module) -> None:
     for method, module in given.items():
-        to = cast(PeftModule, expert[method])  # type: ignore[index]
-        packed = cast(PeftModule, module).packed()
+        to = expert[method]  # type: ignore[index]
+        packed = module.packed() if isinstance(module, Packed) else None
         if packed is None:
             to.load_state_dict(module.state_dict())
         else:  # what a module has chosen decides the shapes that it holds

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from effzoo.errors import IncompatiblePeft, OptionError
 from effzoo.peft.attach import targets
 from effzoo.peft.method import Batches, Layers, Method, Modules
-from effzoo.peft.training import HOOKS, overrides
+from effzoo.peft.training_hooks import HOOKS, TrainingHooks, uses
 from effzoo.registry import peft as registry
 from effzoo.sites import Embedding, HookContext, Mixture, PeftModule, Side, SideNetwork, Site, TiedLinear, opens, sites
 from effzoo.spec import parse
@@ -21,12 +21,7 @@ MOST = 256  # experts
 class Among(Mixture):
     """A mixture whose experts may be frozen, and of which one alone can be looked at (`only`)."""
 
-    by_position = False
     only: int | None = None
-
-    def __init__(self, experts: Sequence[nn.ModuleDict], frozen: bool):
-        super().__init__(experts)
-        self.frozen = frozen
 
     def mix(self, site: nn.Module, x: Tensor, plain: Tensor, outs: Sequence[Tensor], context: HookContext) -> Tensor:
         if self.only is not None:
@@ -37,13 +32,8 @@ class Among(Mixture):
         """`mix` when no expert is looked at alone."""
         raise NotImplementedError
 
-    def learn(self, on: bool) -> None:
-        self.requires_grad_(on)
-        if self.frozen:
-            self.experts.requires_grad_(False)
 
-
-class MixtureMethod(Method):
+class MixtureMethod(TrainingHooks):
     """Experts of given specs at the sites where they hang; subclasses say how their outputs become one.
 
     Hooks of the experts (calibrate, schedule, penalty, stages, finish) are called as if each were attached alone. Experts that take part in training
@@ -64,19 +54,21 @@ class MixtureMethod(Method):
         methods = [method for expert in self.inner for method in expert]
         if nested := [method.name for method in methods if isinstance(method, MixtureMethod)]:
             raise OptionError(f"{self.name}: an expert is no mixture itself, got {nested[0]!r}; attach both and activate them together")
-        stages = {tuple(method.stages) for method in methods if method.stages}
+        training = [method for method in methods if isinstance(method, TrainingHooks)]
+        stages = {tuple(method.stages) for method in training if method.stages}
         if len(stages) > 1:
             raise OptionError(f"{self.name}: the experts train in different stages; give experts of one method")
         self.stages = () if done or not stages else stages.pop()
-        self.consistency = 0.0 if done else max(method.consistency for method in methods)
-        self.settled = max(method.settled for method in methods)
-        self.zero_gradient = {pattern: why for method in methods for pattern, why in method.zero_gradient.items()}
-        if alike := {f"{method.name}: {method.alike}" for method in methods if method.alike}:
-            self.zero_gradient["*.router.*"] = "; ".join(sorted(alike))
+        self.consistency = 0.0 if done else max((method.consistency for method in training), default=0.0)
+        self.schedule_ends = max((method.schedule_ends for method in training), default=1.0)
         self.identity_at_init = all(method.identity_at_init for method in methods)
         self.learning_rate = methods[0].learning_rate
-        self.rates = self._rates()  # type: ignore[misc]
-        self.idle = tuple(hook for hook in HOOKS if done or not any(overrides(method, hook) for method in methods))
+        self.rates = self._rates()
+
+    def hooks_in_use(self) -> set[str]:
+        if self.frozen or self.finished:
+            return set()
+        return {hook for hook in HOOKS if any(uses(method, hook) for expert in self.inner for method in expert)}
 
     def _rates(self) -> dict[str, float]:
         """The factors that the experts' methods have for their tensors, and those that make their learning rates of the first one's."""
@@ -84,7 +76,8 @@ class MixtureMethod(Method):
         for number, expert in enumerate(self.inner):
             for method in expert:
                 own = method.learning_rate / self.learning_rate
-                for pattern, factor in {**method.rates, "*": 1.0}.items():
+                rates = method.rates if isinstance(method, TrainingHooks) else {}
+                for pattern, factor in {**rates, "*": 1.0}.items():
                     found[f"experts.{number}.{method.name}.{pattern}"] = own * factor
         return found
 
@@ -112,7 +105,7 @@ class MixtureMethod(Method):
                             f"{self.name}: an expert would hang two {method.name!r} modules on {site.role!r}; give them disjoint targets"
                         )
                     made[method.name] = module
-                    if self.finished:
+                    if self.finished and isinstance(method, TrainingHooks):
                         method.finish({site.role: module})
             each.append(nn.ModuleDict(made))
         hung = [module for own in each for module in own.values() if isinstance(module, PeftModule)]
@@ -126,7 +119,7 @@ class MixtureMethod(Method):
             raise IncompatiblePeft(self.name, f"experts at {site.role!r}", reason, "give the experts targets inside the blocks, 'attn.*' or 'mlp.*'")
         return each
 
-    def _each(self, modules: Modules, hook: str) -> list[tuple[int, Method, dict[str, PeftModule]]]:
+    def _each(self, modules: Modules, hook: str) -> list[tuple[int, TrainingHooks, dict[str, PeftModule]]]:
         """Every expert's methods that have a hook, with what they have hung, by path."""
         if self.frozen or self.finished:
             return []
@@ -136,7 +129,7 @@ class MixtureMethod(Method):
             for method in expert:
                 hung = {path: dict(mixture.experts[number].named_children()) for path, mixture in mixtures.items()}
                 own = {path: m for path, each in hung.items() if isinstance(m := each.get(method.name), PeftModule)}
-                if overrides(method, hook) and own:
+                if isinstance(method, TrainingHooks) and uses(method, hook) and own:
                     found.append((number, method, own))
         return found
 

@@ -185,8 +185,9 @@ class RoutedMethod(MixtureMethod):
         self.router, self.level, self.scope = router, level, scope
         self.reads, self.alone = probe.reads, probe.alone
         self.weighted = probe.weighted
-        if self.weighted:
-            self.idle = tuple(hook for hook in self.idle if hook != "penalty")
+
+    def hooks_in_use(self) -> set[str]:
+        return super().hooks_in_use() | ({"penalty"} if self.weighted else set())
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         config: Any = getattr(model, "config", None)

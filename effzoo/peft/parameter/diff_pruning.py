@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.annotations import NotNegative, Number, Part, Share
-from effzoo.peft.method import Layers, Modules, Stage, Targets
+from effzoo.peft.method import Layers, Modules, Targets
 from effzoo.peft.parameter.lt_sft import dense_changes, keep_all
-from effzoo.peft.parameter.masks import KEY_BIAS, NETWORK, count, drawn_gate, open_probability, still_gate, top
+from effzoo.peft.parameter.masks import NETWORK, count, drawn_gate, open_probability, still_gate, top
 from effzoo.peft.parameter.selection import Selecting, Selection, Spans, SparseDelta, selection_of
+from effzoo.peft.training_hooks import Stage
 from effzoo.registry import peft
 from effzoo.sites import Site
 
@@ -70,7 +71,6 @@ class DiffPruning(Selecting):
 
     paper = "Guo, Rush & Kim 2021, Parameter-efficient transfer learning with diff pruning, arXiv:2012.07463, section 3"
     default_targets = NETWORK
-    zero_gradient = {"*.k*.w_bias": KEY_BIAS}
     learning_rate = 1e-3  # of the K entries
     rates = {"w_*": 0.05, "alpha_*": 100.0, "group_*": 100.0}  # 5e-5 and 0.1
 

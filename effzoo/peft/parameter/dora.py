@@ -39,7 +39,7 @@ class DoRA(Method):
     """W' = m (W + s B A) / ||W + s B A||, row by row: LoRA for the directions of the rows, and a trained length m for each, ||W|| at first.
 
     rank, alpha, rslora: as in lora. The norm counts as a constant in the backward pass, as the paper advises to save memory. The weight is
-    composed at the parameter door, so a matrix of its size is made per site and step, and there is no dropout on the low-rank
+    composed by the hook `weight`, so a matrix of its size is made per site and step, and there is no dropout on the low-rank
     branch: the norm would have to know it.
 
     The paper's m holds the norms of columns of W [in, out], which are the rows here, where W is [out, in].

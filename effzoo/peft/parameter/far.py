@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effzoo.annotations import Part, Share
-from effzoo.peft.method import Layers, Method, Modules, Stage, Targets
+from effzoo.peft.method import Layers, Modules, Targets
 from effzoo.peft.parameter.masks import count, top
+from effzoo.peft.training_hooks import Stage, TrainingHooks
 from effzoo.registry import peft
-from effzoo.sites import HookContext, Linear, PeftModule, Site
+from effzoo.sites import Counted, HookContext, Linear, Packed, PeftModule, Positionwise, Site
 
 
-class Learners(PeftModule):
+class Learners(Positionwise, Packed, Counted, PeftModule):
     """The change of the learner units' slices: rows of W_up (and of the gate) with their biases, or columns of W_down.
 
     y' = y + W_phi x at the learner units, or y' = y + W_phi h[learner units]: the frozen part keeps no input for a weight's gradient, the learners
@@ -28,12 +29,9 @@ class Learners(PeftModule):
         self.columns, self.size, self.full = columns, site.weight.shape[1 if columns else 0], site.weight.shape
         self.units: Tensor
         self.register_buffer("units", torch.arange(self.size, dtype=torch.int32, device=site.weight.device))
+        self.delta_rank = self.size
         self.own_weight = nn.Parameter(torch.zeros_like(site.weight))
         self.own_bias = nn.Parameter(torch.zeros_like(site.bias)) if site.bias is not None and not columns else None
-
-    @property
-    def delta_rank(self) -> int:
-        return len(self.units)
 
     def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
         if self.columns:
@@ -53,7 +51,7 @@ class Learners(PeftModule):
 
     def keep(self, chosen: Tensor) -> None:
         """Keep these of the learner units, by their place; the others are frozen again, at theta."""
-        self.units = self.units[chosen]
+        self.units, self.delta_rank = self.units[chosen], len(chosen)
         self.own_weight = nn.Parameter(self.own_weight.detach().index_select(1 if self.columns else 0, chosen).clone())
         if self.own_bias is not None:
             self.own_bias = nn.Parameter(self.own_bias.detach()[chosen].clone())
@@ -83,7 +81,7 @@ class Learners(PeftModule):
 
 
 @peft.register("far", "freeze_and_reconfigure")
-class FAR(Method):
+class FAR(TrainingHooks):
     """FFN(x) = W_down[:, f] act(W_up[f] x) + W_down[:, l] act(W_up[l] x), f the frozen hidden units and l the learners, which alone are trained.
 
     Stage `prime` trains all units; then the units that have moved most are the learners, by the L1 change of all their weights (row of W_up

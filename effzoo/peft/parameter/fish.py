@@ -36,7 +36,6 @@ class Fish(Selecting):
     paper = "Sung et al. 2021, Training neural networks with fixed sparse masks, arXiv:2111.09839, section 3"
     default_targets = NETWORK
     size = "keep"
-    alike = "the entries that are trained may all lie at other sites"
     learning_rate = 1e-3
 
     def __init__(self, *, keep: Share = 0.005, fisher: str = "label", samples: Count = 1024, targets: Targets = None, layers: Layers = None):

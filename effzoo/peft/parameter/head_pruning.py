@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.annotations import NotNegative, Number, Probability
-from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
+from effzoo.peft.method import Batches, Layers, Modules, Targets
 from effzoo.peft.parameter.fish import examples
 from effzoo.peft.parameter.masks import check_choice, drawn_gate, open_probability, still_gate, top
+from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
-from effzoo.sites import HookContext, Linear, PeftModule, Site
+from effzoo.sites import Counted, HookContext, Linear, PeftModule, Positionwise, Site
 
 LOW, HIGH, TEMPERATURE = -0.1, 1.1, 2 / 3
 
 
-class HeadGates(PeftModule):
+class HeadGates(Positionwise, Counted, PeftModule):
     """o(xi * heads): one gate xi for each head of the input of W_O; merged, the head's columns of W_O are multiplied by xi."""
 
     delta_rank = None
@@ -56,7 +57,7 @@ class HeadGates(PeftModule):
 
 
 @peft.register("head_pruning", "heads")
-class HeadPruning(Method):
+class HeadPruning(TrainingHooks):
     """MultiHead(x) = W_O [xi_1 head_1, ..., xi_h head_h]: a head whose gate xi is 0 is pruned.
 
     mode: `gates`, hard-concrete gates with stretch (-0.1, 1.1) and temperature 2/3 are trained, and the loss grows by
@@ -73,7 +74,6 @@ class HeadPruning(Method):
     )
     accepts = (Linear,)
     default_targets = ("attn.o", "cross.o")
-    alike = "the gates of a layer start at the same value"
     learning_rate = 2e-1  # of alpha, which has far to go: at 5e-2 no gate closes in a hundred steps
 
     def __init__(
@@ -88,9 +88,12 @@ class HeadPruning(Method):
     ):
         super().__init__(targets=targets, layers=layers)
         self.mode = check_choice("head_pruning", "mode", mode, ("gates", "importance"))
-        self.idle = ("calibrate",) if mode == "gates" else ()
+        self.mode = mode
         self.share, self.weight, self.alpha = share, penalty, alpha
         self.identity_at_init = mode == "importance" or alpha >= 2.4
+
+    def hooks_in_use(self) -> set[str]:
+        return super().hooks_in_use() - ({"calibrate"} if self.mode == "gates" else set())
 
     def make(self, site: Site) -> PeftModule:
         assert isinstance(site, Linear)

@@ -13,7 +13,7 @@ from effzoo.annotations import Count, NonZero
 from effzoo.errors import OptionError
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.registry import peft
-from effzoo.sites import Branch, HookContext, Linear, PeftModule, Site
+from effzoo.sites import Branch, HookContext, Linear, PeftModule, Positionwise, Site
 
 
 def kronecker(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def check_shape(method: str, shape: Sequence[int] | None) -> None:
         raise OptionError(f"{method}: shape is that of A, two numbers from 1 up, got {tuple(shape)}")
 
 
-class Kronecker(PeftModule):
+class Kronecker(Positionwise, PeftModule):
     """y' = y + s (A kron B) x; the change of the weight is s A kron B, whose rank is rank A * rank B."""
 
     def __init__(self, A: Tensor, B: Tensor, scale: float):
@@ -66,7 +66,7 @@ class Kronecker(PeftModule):
         return self.scale * torch.kron(self.A.to(weight), self.B.to(weight)), None
 
 
-class Parallel(PeftModule):
+class Parallel(Positionwise, PeftModule):
     """y' = y + s (A kron B) x beside the feed-forward, where x is its input and y its output; with `residual`, + s_res x."""
 
     def __init__(self, A: Tensor, B: Tensor, scale: float, residual: bool):

@@ -13,23 +13,22 @@ from torch.nn import functional as F
 
 from effzoo.annotations import Count, Positive, Probability
 from effzoo.errors import OptionError, TargetError, listing
-from effzoo.peft.method import Batches, Layers, Method, Modules, Targets
+from effzoo.peft.method import Batches, Layers, Modules, Targets
 from effzoo.peft.parameter import lora_init
+from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.recompute import follows
 from effzoo.registry import peft
-from effzoo.sites import Conv2d, Embedding, HookContext, Linear, PeftModule, Site, TiedLinear, longer, sites
+from effzoo.sites import Conv2d, Embedding, Growing, HookContext, Linear, PeftModule, Positionwise, Site, TiedLinear, longer, sites
 
 T = TypeVar("T", int, float)
 Start = Literal["default", "gaussian", "pissa", "olora", "eva", "loftq"]
 
 
-class LowRank(PeftModule):
+class LowRank(Positionwise, Growing, PeftModule):
     """y' = y + s B A dropout(x), with A [rank, in] and B [out, rank]; the change of the weight is s B A.
 
     For the backward pass x and s A x are stored; x once, unless dropout makes another one of it.
     """
-
-    grows = True
 
     def __init__(self, inputs: int, outputs: int, rank: int, scale: float, dropout: float):
         super().__init__()
@@ -58,7 +57,7 @@ class LowRank(PeftModule):
         self.B = longer(self.B, self.B.new_zeros(len(weight), self.B.shape[1]))
 
 
-class FromBase(LowRank):
+class FromBase(LowRank, Positionwise):
     """y' = y + s (B A - B0 A0) dropout(x): starts from factors B0 A0 of the weight (PiSSA, OLoRA) and leaves the base bit-identical.
 
     The papers take s B0 A0 out of the base. Here it stays, and a copy of the factors, kept in buffers, is subtracted through the function
@@ -96,10 +95,9 @@ class Quantised(LowRank):
     this saves is the size of the merged model, not memory in training.
     """
 
-    grows = False  # codes have no place for more rows
+    can_grow = False  # codes have no place for more rows
     codes: Tensor
     scales: Tensor
-    delta_rank: int | None  # type: ignore[assignment]
 
     def __init__(self, weight: Tensor, rank: int, scale: float, dropout: float):
         super().__init__(weight.shape[1], weight.shape[0], rank, scale, dropout)
@@ -113,13 +111,11 @@ class Quantised(LowRank):
         return lora_init.dequantise(self.codes, self.scales.to(weight), weight.shape)
 
 
-class LowRankRows(PeftModule):
+class LowRankRows(Growing, PeftModule):
     """Row i' = row i + s B A[:, i] of an embedding [rows, dim], with A [rank, rows] and B [dim, rank]; only the rows that are read are computed.
 
     A starts at 0 and B normal, so that rows which never occur in training stay exactly as they are.
     """
-
-    grows = True
 
     def __init__(self, rows: int, dim: int, rank: int, scale: float):
         super().__init__()
@@ -141,16 +137,12 @@ class LowRankRows(PeftModule):
 class LookedUp(LowRankRows):
     """The same for lookups alone where a language-model head reads the table too, without the change: no change of the one table does that."""
 
-    grows = True
-
     def delta(self, weight: Tensor, bias: Tensor | None) -> None:  # type: ignore[override]
         return None
 
 
-class LowRankTable(PeftModule):
+class LowRankTable(Growing, PeftModule):
     """The same change where a language-model head reads the whole table too: W' = W + s (B A)^T, through the parameter door, which both see."""
-
-    grows = True
 
     def __init__(self, rows: int, dim: int, rank: int, scale: float):
         super().__init__()
@@ -210,7 +202,7 @@ def scaling(method: str, rank: int, alpha: float | Mapping[str, float] | None, r
 
 
 @peft.register("lora")
-class LoRA(Method):
+class LoRA(TrainingHooks):
     """W' = W + s B A, with s = alpha / rank, A of shape [rank, in] and B of shape [out, rank]; B starts at 0.
 
     rank: of the change; a number, or a map from role patterns to numbers, `rank={attn.q: 8, attn.v*: 4}`, which then is the default of targets.
@@ -251,7 +243,9 @@ class LoRA(Method):
         super().__init__(targets=tuple(rank) if isinstance(rank, Mapping) and targets is None else targets, layers=layers)
         self.rank, self.alpha, self.rslora, self.dropout, self.start, self.tied = rank, alpha, rslora, dropout, init, tied
         self.identity_at_init = init != "loftq"
-        self.idle = () if init == "eva" else ("calibrate",)
+
+    def hooks_in_use(self) -> set[str]:
+        return super().hooks_in_use() if self.start == "eva" else set()
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         roles = {site.role for site in found.values()}

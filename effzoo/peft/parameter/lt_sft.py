@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.annotations import NotNegative, Part, Share
-from effzoo.peft.method import Layers, Modules, Stage, Targets
-from effzoo.peft.parameter.masks import KEY_BIAS, NETWORK, count, has_values, top
+from effzoo.peft.method import Layers, Modules, Targets
+from effzoo.peft.parameter.masks import NETWORK, count, has_values, top
 from effzoo.peft.parameter.selection import Selecting, Selection, Spans, SparseDelta, in_order, selection_of
+from effzoo.peft.training_hooks import Stage
 from effzoo.registry import peft
 from effzoo.sites import Site
 
@@ -50,7 +51,6 @@ class LTSFT(Selecting):
 
     paper = "Ansell et al. 2022, Composable sparse fine-tuning for cross-lingual transfer, arXiv:2110.07560, section 3"
     default_targets = NETWORK
-    zero_gradient = {"*.k*.full_bias": KEY_BIAS}
     learning_rate = 1e-3  # of the K entries
     rates = {"full_*": 0.05}  # 5e-5, as full fine-tuning
 

@@ -9,15 +9,16 @@ from torch import Tensor, nn
 
 from effzoo.annotations import Few, Fraction, Probability, Share
 from effzoo.errors import OptionError
-from effzoo.peft.method import Layers, Method, Modules, Stage, Targets
+from effzoo.peft.method import Layers, Modules, Targets
 from effzoo.peft.parameter.masks import MATRICES, check_choice, check_window, cubic, has_values, pack_bits, through, top_masks, unpack_bits
+from effzoo.peft.training_hooks import Stage, TrainingHooks
 from effzoo.registry import peft
-from effzoo.sites import Linear, PeftModule, Site
+from effzoo.sites import Counted, Linear, Packed, PeftModule, Site
 
 STEPS = 50  # of the schedule: choosing costs a pass over all weights
 
 
-class Pruned(PeftModule):
+class Pruned(Packed, Counted, PeftModule):
     """W' = M * phi: phi starts as a copy of W, and what the mask leaves out is 0, whatever the optimizer does to it.
 
     Stored, once finished, as the bits of the mask and the kept values.
@@ -74,7 +75,7 @@ class Rewound(Pruned):
 
 
 @peft.register("magnitude", "magnitude_pruning", "lottery_ticket")
-class Magnitude(Method):
+class Magnitude(TrainingHooks):
     """W' = M * phi: M keeps the entries with the largest |phi|, phi starts as a copy of W and is trained.
 
     keep: share of the weights that stay. scope: of each `tensor`, or `global`, over all together. schedule: `cubic`, the share that is kept falls as
@@ -110,7 +111,7 @@ class Magnitude(Method):
         self.scope = check_choice("magnitude", "scope", scope, ("tensor", "global"))
         self.how = check_choice("magnitude", "schedule", schedule, ("cubic", "oneshot"))
         self.window = check_window("magnitude", begin, end)
-        self.settled = 0.0 if schedule == "oneshot" else end
+        self.schedule_ends = 0.0 if schedule == "oneshot" else end
         if not rewind and (rewind_at or rounds > 1):
             raise OptionError(f"magnitude: rewind_at={rewind_at} and rounds={rounds} belong to rewind=true; give it, or leave them out")
         if rewind and schedule != "cubic":

@@ -15,7 +15,6 @@ from effzoo.errors import IncompatibleError, OptionError
 
 NETWORK = ("embed.*", "latents", "attn.*", "mlp.*", "cross.*", "final.*")  # everything but the heads, which every adapter trains whole
 MATRICES = ("attn.*", "mlp.*", "cross.*")  # of these the matrices are pruned: embeddings, norms and biases stay
-KEY_BIAS = "softmax does not change when one number is added to all scores of a query, so key biases have none"
 
 
 def check_choice(method: str, name: str, value: str, choices: Sequence[str]) -> str:

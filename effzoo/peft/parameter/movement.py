@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.annotations import Fraction, NotNegative, Part, Share
-from effzoo.peft.method import Layers, Method, Modules, Targets
+from effzoo.peft.method import Layers, Modules, Targets
 from effzoo.peft.parameter.magnitude import Pruned
 from effzoo.peft.parameter.masks import MATRICES, check_choice, check_window, count, cubic, straight_through, through, top_mask, top_masks
+from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
 from effzoo.sites import Linear, PeftModule, Site
 
@@ -31,7 +32,7 @@ class Scored(Pruned):
 
 
 @peft.register("movement", "movement_pruning")
-class Movement(Method):
+class Movement(TrainingHooks):
     """W' = M(S) * phi: phi starts as a copy of W, the scores S at 0, both are trained; dL/dS = dL/dW' * phi.
 
     mode: `hard`, M keeps the largest scores, and the share that is kept falls as keep + (1 - keep) (1 - t)^3; `soft`, M = 1[sigma(S) > tau]
@@ -68,7 +69,7 @@ class Movement(Method):
         self.keep = keep
         self.scope = check_choice("movement", "scope", scope, ("tensor", "global"))
         self.window = check_window("movement", begin, end)
-        self.settled = end
+        self.schedule_ends = end
         self.threshold, self.weight = threshold, penalty
 
     def make(self, site: Site) -> PeftModule | None:

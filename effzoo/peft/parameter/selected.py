@@ -17,16 +17,13 @@ from effzoo.annotations import Count, Probability, Whole
 from effzoo.errors import OptionError, TargetError, listing
 from effzoo.peft.method import HEAD, Layers, Method, Targets
 from effzoo.registry import peft
-from effzoo.sites import Norm, PeftModule, Site, longer, sites
-
-KEY_BIAS = {"*.k*.own_bias": "softmax does not change when one number is added to all scores of a query, so key biases have none"}
+from effzoo.sites import Growing, Norm, OwnOutputs, PeftModule, Site, longer, sites
 
 
-class Copy(PeftModule):
+class Copy(Growing, OwnOutputs, PeftModule):
     """theta' = phi, with phi starting as a copy of theta: weight decay acts as it would on the parameter itself."""
 
     delta_rank = None  # of the change to a matrix: anything up to full
-    grows = True
 
     def __init__(self, **parameters: Tensor):
         super().__init__()
@@ -67,7 +64,6 @@ class Full(Method):
     """
 
     paper = "the baseline of every comparison: Devlin et al. 2019, BERT, arXiv:1810.04805, section 3.2"
-    zero_gradient = KEY_BIAS
     learning_rate = 5e-5
     default_targets = ("*",)
 
@@ -85,7 +81,6 @@ class _Upper(Method):
     The task head is left to `head`, whose rate suits what is new.
     """
 
-    zero_gradient = KEY_BIAS
     learning_rate = 5e-5
     default_targets = ("*",)
     below = ("embed.*", "latents", "cross.*")  # roles outside the blocks that lie before them
@@ -160,7 +155,6 @@ class Head(Method):
     """Only the task head is trained; the network is a fixed feature extractor."""
 
     paper = "the baseline called feature extraction in Peters et al. 2019, arXiv:1903.05987"
-    zero_gradient = KEY_BIAS
     learning_rate = 1e-3
     default_targets = (HEAD,)
 
@@ -211,7 +205,6 @@ class BitFit(Method):
     """
 
     paper = "Ben Zaken et al. 2022, BitFit, arXiv:2106.10199"
-    zero_gradient = KEY_BIAS
     learning_rate = 1e-3
     default_targets = GROUPS["all"]
 

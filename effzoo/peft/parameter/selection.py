@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from effzoo.peft.method import Method
 from effzoo.peft.parameter.masks import has_values
-from effzoo.sites import PeftModule, Site
+from effzoo.peft.training_hooks import TrainingHooks
+from effzoo.sites import Counted, Packed, PeftModule, Site
 
 Spans = Mapping[str, tuple[int, int]]  # of the parameters of a site: number of the first entry, how many
 
@@ -76,7 +76,7 @@ class Selection(nn.Module):
         return flat.index_add(0, self.indices[low:high] - first, self.values[low:high].to(flat)).view_as(tensor)
 
 
-class SparseDelta(PeftModule):
+class SparseDelta(Packed, Counted, PeftModule):
     """theta' = theta + phi, phi the chosen entries that lie in this site; the others are theta, bit by bit.
 
     Weight decay acts on phi: it pulls towards theta, not towards 0. Subclasses have a dense change before the entries are chosen.
@@ -146,7 +146,7 @@ def selection_of(modules: Mapping[str, PeftModule]) -> Selection:
     return module.chosen
 
 
-class Selecting(Method):
+class Selecting(TrainingHooks):
     """A method whose modules share one selection; the sites without parameters have nothing to select."""
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:

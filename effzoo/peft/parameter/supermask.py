@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from effzoo.annotations import Number, Share
 from effzoo.errors import OptionError
-from effzoo.peft.method import Layers, Method, Modules, Targets
+from effzoo.peft.method import Layers, Modules, Targets
 from effzoo.peft.parameter.masks import MATRICES, count, pack_bits, straight_through, top_mask, unpack_bits
+from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
-from effzoo.sites import Linear, PeftModule, Site
+from effzoo.sites import Counted, Linear, PeftModule, Site
 
 
-class Masked(PeftModule):
+class Masked(Counted, PeftModule):
     """W' = W * M(S), W as it is; finished, the scores are dropped and one bit a weight is left, in memory and in files."""
 
     delta_rank = None
@@ -52,7 +53,7 @@ class Masked(PeftModule):
 
 
 @peft.register("supermask", "piggyback", "masking")
-class Supermask(Method):
+class Supermask(TrainingHooks):
     """W' = W * 1[S > threshold] with W fixed and real scores S trained straight through: dL/dS = dL/dW' * W.
 
     init: of all scores. threshold: of the mask. keep: instead of a threshold, this share of each matrix with the largest scores; these

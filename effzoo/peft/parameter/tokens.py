@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +13,20 @@ from torch.nn import functional as F
 from effzoo.errors import OptionError, TargetError, listing
 from effzoo.peft.method import Method, Targets
 from effzoo.registry import peft
-from effzoo.sites import Embedding, HookContext, Linear, PeftModule, Site, TiedLinear, sites
+from effzoo.sites import Counted, Embedding, Growing, HookContext, Linear, Packed, PeftModule, Site, TiedLinear, sites
 
 NEW = "new"
 ROLES = ("embed.token", "lm.out")
 Ids = int | str | Sequence[int | str] | None
 
 
-class TokenTable(PeftModule):
-    """W' = W except W'[ids] = rows, through the parameter door: for a table that a tied language-model head reads too, and for a head's own.
+class TokenTable(Packed, Counted, Growing, PeftModule):
+    """W' = W except W'[ids] = rows, by the hook `weight`: for a table that a tied language-model head reads too, and for a head's own.
 
     Each pass makes W' anew, and the backward pass a gradient as large, of which the rows' part is kept.
     """
 
     ids: Tensor
-    grows = True
 
     def __init__(self, numbers: Sequence[int], weight: Tensor):
         super().__init__()
@@ -90,6 +90,7 @@ class Tokens(Method):
     accepts = (Embedding, Linear, TiedLinear)
     default_targets = ("embed.token",)
     learning_rate = 1e-3
+    tied: bool  # whether a tied head reads the table
 
     def __init__(self, *, ids: Ids = None, targets: Targets = None):
         super().__init__(targets=targets)
@@ -98,7 +99,7 @@ class Tokens(Method):
             raise OptionError(f"{self.name}: ids is empty; give at least one token, or none for every token")
         self.given = [span for one in given for span in _read(one)]
 
-    def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
+    def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> Mapping[str, Any] | None:
         tied = any(isinstance(site, TiedLinear) for _, site in sites(model))
         for site in found.values():
             if site.role not in ROLES:
@@ -109,8 +110,8 @@ class Tokens(Method):
         rows = min(len(site.base()["weight"]) for site in found.values())
         added = 0 if token is None else token.added
         self.numbers = self._numbers(rows, added)
-        self.settled_options = {"ids": spans(self.numbers)} if self.given else {}
         self.tied = tied
+        return {"ids": spans(self.numbers)} if self.given else None
 
     def _numbers(self, rows: int, added: int) -> list[int]:
         """The rows, ascending, in a table of so many, the last `added` of which are new."""

@@ -1,0 +1,39 @@
+"""What the checks have to know of single methods: where mathematics says that nothing is learned. A method of one's own adds an entry:
+
+effzoo.checks.facts.ZERO_GRADIENT["mine"] = {"*.bias": "the softmax behind it takes it out again"}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from effzoo.peft.method import Method
+from effzoo.peft.modular.mixture import MixtureMethod
+
+SOFTMAX = "softmax does not change when one number is added to all scores of a query, so key biases have none"
+_COPIES = {"*.k*.own_bias": SOFTMAX}
+ZERO_GRADIENT: dict[str, Mapping[str, str]] = {  # method -> pattern of role.tensor -> why its gradient vanishes
+    "full": _COPIES,
+    "last": _COPIES,
+    "freeze": _COPIES,
+    "head": _COPIES,
+    "bitfit": _COPIES,
+    "lt_sft": {"*.k*.full_bias": SOFTMAX},
+    "diff": {"*.k*.w_bias": SOFTMAX},
+    "pals": {"*.qkv.bias": SOFTMAX},
+    "ladder": {"*.attn.k*.bias": SOFTMAX},
+}
+ALIKE: dict[str, str] = {  # method -> why two modules of it may do the same at a site, so that a router over them learns nothing there
+    "head_pruning": "the gates of a layer start at the same value",
+    "fish": "the entries that are trained may all lie at other sites",
+}
+
+
+def zero_gradient(method: Method) -> dict[str, str]:
+    """The patterns of role.tensor whose gradient vanishes by mathematics, each with the reason; of a mixture, those of its experts."""
+    if not isinstance(method, MixtureMethod):
+        return dict(ZERO_GRADIENT.get(method.name, {}))
+    experts = [inner for expert in method.inner for inner in expert]
+    found = {pattern: why for inner in experts for pattern, why in zero_gradient(inner).items()}
+    alike = sorted({f"{inner.name}: {ALIKE[inner.name]}" for inner in experts if inner.name in ALIKE})
+    return found | ({"*.router.*": "; ".join(alike)} if alike else {})
