@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 import effzoo
 from effzoo.attention import AttentionCore, Context, Mask, Part
-from effzoo.attention.core import FORMER
 from effzoo.attention.full import Full
 from effzoo.attention.reference import dense
 from effzoo.blocks import Attention
@@ -161,13 +160,6 @@ class Plain(AttentionCore):
 
     def forward(self, q, k, v, *, mask):
         return self.attend(Part(q, k, v, mask.key_bias(q.dtype), causal=self.context.causal))
-
-
-@pytest.mark.parametrize("name", FORMER)
-def test_what_kinds_once_said_otherwise_is_refused_with_what_is_said_now(name):
-    kind = type("Former", (Plain,), {name: False})
-    with pytest.raises(OptionError, match=f"attention 'plain' says `{name}`, which is no longer read: .*{FORMER[name][-20:]}"):
-        kind(Context(heads=2, head_dim=4))
 
 
 @pytest.mark.parametrize("given", [("q", "k", "v"), {"q": "query", "k": "key", "v": "values"}])

@@ -293,13 +293,11 @@ def test_when_our_own_kernels_are_taken(monkeypatch):
 
     def chosen(kind, dtype=torch.bfloat16, held=None, dropout=0.0, width=8, backend="auto"):
         core = effzoo.attention.create(kind, Context(heads=2, head_dim=width))
-        layout = None if kind.startswith("lsh") else core.layouts(90, Mask(), torch.device("cpu"))[0][1]
+        hashed = kind.startswith("lsh")
+        layout = None if hashed else core.layouts(90, Mask(), torch.device("cpu"))[0][1]
         with FakeTensorMode(allow_non_fake_inputs=True):
             q, held = fake(1, 2, 90, width, dtype=dtype), held and fake(1, 90, dtype=torch.bool)
-            if layout is None:
-                ((_, part),) = core.parts(q, q, q, fake(2, 1, 2, 90, dtype=torch.int16))
-            else:
-                part = Part(q, q, q, layout=layout, given=[held])
+            part = core.part(q, q, q, fake(2, 1, 2, 90, dtype=torch.int16)) if hashed else Part(q, q, q, layout=layout, given=[held])
             return choose([part], dropout, backend)
 
     band, dilated, chunks, hashed = "longformer[window=6]", "longformer[window=6,dilation=2]", "local[chunk=8]", "lsh[chunk=8,rounds=2]"
@@ -324,8 +322,8 @@ def test_when_our_own_kernels_are_taken(monkeypatch):
         chosen(hashed, backend="triton")
 
 
-def test_old_names_are_refused_with_the_new_one(tiny):
-    with pytest.raises(OptionError, match="backend 'sdpa' is called 'flash' now"):
+def test_names_of_no_backend_are_refused_with_those_of_all(tiny):
+    with pytest.raises(OptionError, match="backend 'sdpa' is not one of auto, reference, flash, blocks, efficient, flex, triton, xformers"):
         effzoo.build("bert", **tiny, backend="sdpa")
 
 

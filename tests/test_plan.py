@@ -419,7 +419,7 @@ def test_the_table_reads_as_it_is():
         (("bert",), {"length": 9, "precision": "master", "dtype": "float32"}, "precision 'master' is for bfloat16 and float16, got torch.float32"),
         (("bert",), {"length": 9, "device": "gpu"}, "plan knows the devices 'cpu' and 'cuda', got 'gpu'"),
         (("bert",), {"length": 9, "device": "cuda", "precision": "autocast"}, "autocast on CUDA computes other operations in float32"),
-        (("bert",), {"length": 9, "backend": "sdpa"}, "backend 'sdpa' is called 'flash' now"),
+        (("bert",), {"length": 9, "backend": "sdpa"}, "backend 'sdpa' is not one of auto, reference, flash"),
         (("bert",), {"length": 9, "backend": "efficient"}, "backend 'efficient' cannot run here: it runs on cuda, the tensors are on cpu"),
         (("bert",), {"length": 9, "dtype": "int8"}, "dtype is a floating-point type such as torch.bfloat16 or 'float32', got 'int8'"),
         (("bert",), {}, "plan needs the length of the sequences, such as length=512"),

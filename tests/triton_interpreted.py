@@ -11,7 +11,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from effzoo.attention import Context, Mask, backends, create, kernel, triton_launch
 from effzoo.attention.band import Chunks, Window
-from effzoo.attention.part import Folded
+from effzoo.attention.part import Uncut
 from effzoo.attention.triton_launch import Hashed, OnePass, Tiling, TritonTile
 from effzoo.errors import OptionError
 
@@ -218,7 +218,7 @@ def test_the_gradient_of_a_column_is_added_up_in_parts(monkeypatch):
 def test_a_kernel_of_tiles():
     q, k, v, g = qkvg(1, 2, 20, 20, 8, 8)
     bias = additive(torch.arange(20) % 3 > 0)[None, None, None].float()
-    layout, own = Folded(True), TritonTile()
+    layout, own = Uncut(True), TritonTile()
     out, lse = layout.forward(own, q, k, v, bias)
     found = layout.backward(own, g, q, k, v, out, lse, bias)
     of_out, of_lse, gradients = defined(q, k, v, g, additive(torch.ones(20, 20, dtype=torch.bool).tril()) + bias)
@@ -268,7 +268,7 @@ def test_rounds_of_hashing(options, causal):
     out, lse = one.forward(qk, k, v, buckets, valid)
     found = one.backward(g, qk, k, v, out, lse, buckets, valid)
     leaves = [x.double().requires_grad_() for x in (qk, k, v)]
-    ((_, part),) = core.parts(*leaves, buckets)
+    part = core.part(*leaves, buckets)
     of_out, of_lse = kernel.attended(part, backend="reference")
     equal((out, lse, *found), (of_out.detach(), of_lse[..., 0], *torch.autograd.grad(of_out, leaves, g.double())))
 

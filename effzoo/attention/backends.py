@@ -28,7 +28,7 @@ from effzoo.attention import flex, triton_launch, xformers
 from effzoo.attention.cuda import Efficient, FlashCuda
 from effzoo.attention.dropped import Weights
 from effzoo.attention.flash import Flash
-from effzoo.attention.part import Folded, Kernel, Layout, Part
+from effzoo.attention.part import Kernel, Layout, Part, Uncut
 from effzoo.attention.tiles import Tiles
 from effzoo.attention.triton_launch import OnePass, TritonTile, Whole
 from effzoo.attention.xformers import Xformers
@@ -36,7 +36,6 @@ from effzoo.devices import capability, kind_of
 from effzoo.errors import OptionError
 
 BACKENDS = ("auto", "reference", "flash", "blocks", "efficient", "flex", "triton", "xformers")
-RENAMED = {"sdpa": "flash"}
 HALF, SINGLE, ALL = (torch.bfloat16, torch.float16), (torch.float32,), (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 TAKES = {  # backend, device -> dtypes
     ("flash", "cpu"): ALL,
@@ -65,8 +64,6 @@ def known(backend: str) -> str:
     """The backend, or "auto". Raises OptionError for any other name."""
     if backend in BACKENDS:
         return backend
-    if backend in RENAMED:
-        raise OptionError(f"backend {backend!r} is called {RENAMED[backend]!r} now")
     raise OptionError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
 
 
@@ -143,7 +140,7 @@ def has_no_flash(device: torch.device) -> str:
 
 def _no_gain(parts: Sequence[Part]) -> str:
     """Why "auto" leaves our own kernels out where they can run; empty where they are expected to be the fastest."""
-    ones = [one for one in (part.way.one_pass() for part in parts) if one is not None]
+    ones = [one for part in parts for _, one in part.way.one_pass()]
     if not ones:
         return "it is for a band or rounds of hashing in one pass, and there is none"
     if parts[0].q.dtype not in HALF and any(isinstance(one, OnePass) for one in ones):
@@ -161,7 +158,8 @@ def placed(part: Part, backend: str, dropout: float, seed: int | None = None) ->
     if backend == "triton":
         number = 0 if dropout == 0 else _number(drawn_seed()) if seed is None else seed
         if isinstance(part.layout, Whole):
-            return Whole(replace(part.layout.one, scale=part.scale, dropout=dropout, seed=number)), TritonTile()
+            ones = [replace(one, scale=part.scale, dropout=dropout, seed=number + index * 2**20) for index, (_, one) in enumerate(part.layout.ones)]
+            return Whole([(heads, one) for (heads, _), one in zip(part.layout.ones, ones, strict=True)]), TritonTile()
         return part.way, TritonTile(part.scale, dropout, number)
     if backend in ("blocks", "reference"):  # in compiled code the plain twin is not followed by autograd
         return part.way, Weights(dropout, _number(drawn_seed()) if seed is None else seed, part.scale)
@@ -170,10 +168,10 @@ def placed(part: Part, backend: str, dropout: float, seed: int | None = None) ->
     window = part.layout.window if isinstance(part.layout, Tiles) and part.brought[0] is None else None  # which operators know themselves
     if backend == "xformers":
         known = window is not None and part.q.dtype not in SINGLE
-        return (Folded(), Xformers(part.scale, window)) if known else (part.way, Xformers(part.scale))
+        return (Uncut(), Xformers(part.scale, window)) if known else (part.way, Xformers(part.scale))
     if FLASH[kind_of(part.q)] is Flash:
         return part.way, Flash(part.scale)
-    return part.way if window is None else Folded(), FlashCuda(part.scale, window, dropout, seed)
+    return part.way if window is None else Uncut(), FlashCuda(part.scale, window, dropout, seed)
 
 
 def drawn_seed() -> Tensor:

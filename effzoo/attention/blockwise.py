@@ -11,7 +11,6 @@ from torch import Tensor
 from effzoo.annotations import Count, Few
 from effzoo.attention import tile_map
 from effzoo.attention.core import Context, Mask
-from effzoo.attention.part import Layout
 from effzoo.attention.predicate import PredicateAttention, lengths
 from effzoo.attention.tiles import Run, Slots, Tiles, laid_out
 from effzoo.devices import table
@@ -77,7 +76,7 @@ class Blockwise(PredicateAttention):
         """Positions of a block in rows of these lengths."""
         return ((length + self.blocks - 1) // self.blocks).clamp(min=1) if self.block is None else torch.full_like(length, self.block)
 
-    def layouts(self, n: int, mask: Mask, device: torch.device) -> list[tuple[list[int], Layout | None]]:
+    def layouts(self, n: int, mask: Mask, device: torch.device) -> Sequence[tuple[list[int], Tiles | None]]:
         if self.block is not None and n > self.blocks * self.block:
             raise InputError(
                 f"blockwise has {self.blocks} blocks of {self.block} positions, {self.blocks * self.block} in all, got {n}; "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import inspect
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
@@ -17,24 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from effzoo.attention import kernel, reference
+from effzoo.attention import kernel, reference, traced
 from effzoo.attention.part import Part, bias_of
-from effzoo.devices import chosen
 from effzoo.errors import IncompatibleError, InputError, OptionError
 
 KeysValues = tuple[Tensor, Tensor]
 Side = Literal["query", "key", "value", "query and key"]
 QKV: dict[str, Side] = {"q": "query", "k": "key", "v": "value"}
-FORMER = {  # what kinds said before, and how it is said now
-    "supports_causal": "`not_causal` is the reason why a kind cannot be causal; without one it can",
-    "supports_memory": "a kind takes memory if its forward has the parameter `memory`",
-    "supports_global": "a kind knows global tokens if its `visible` asks for `key_global`",
-    "supports_cross": "a kind takes keys of another sequence if its queries see every key, or read fewer rows made of all",
-    "supports_cache": "a kind decodes if the class that has its `forward`, or one below it, has a `step`",
-    "key_side": "`projections` says of each name whether it is of the query, the key or the value",
-    "row_side": "a kind computes single rows if the class that has its `forward`, or one below it, has `rows`",
-    "copied_from": "a projection starts as the query, key or value of the other kind, as `projections` says what it is",
-}
 
 
 @dataclass(frozen=True)
@@ -183,10 +172,19 @@ class AttentionCore(nn.Module, abc.ABC):
     def __init__(self, context: Context):
         super().__init__()
         self.context = context
-        self._gives_rows, self._takes_memory = self._own("rows"), self.takes_memory()
-        self._check_declared()
+        self.gives_rows = self._own("rows")  # whether it computes single rows
+        self._takes_memory = self.takes_memory()
+        self._number = traced.number_of(self)
+        wrong = [self.projections] if not isinstance(self.projections, Mapping) else [x for x in self.projections.values() if x not in get_args(Side)]
+        if wrong:
+            told = f"projections say what each is, 'query', 'key', 'value' or 'query and key', as in {QKV}, got {wrong[0]!r}"
+            raise OptionError(f"attention {self.name!r}: {told}")
         if context.causal and self.not_causal:
             raise IncompatibleError(f"attention {self.name!r} cannot be causal: {self.not_causal}; use it in an encoder")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._number = traced.number_of(self)  # a copy is found by its own
 
     @abc.abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -218,7 +216,7 @@ class AttentionCore(nn.Module, abc.ABC):
     def dense(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         """What `forward` must equal: softmax under `pattern` in O(n^2), in the dtype of the input."""
         q, k, v = projected
-        return reference.dense(q, k, v, self.pattern(q.shape[2], mask), memory)
+        return reference.dense(q, k, v, self.pattern(q.shape[2], mask).to(q.device), memory)
 
     # what follows
 
@@ -247,27 +245,11 @@ class AttentionCore(nn.Module, abc.ABC):
         """Whether keys may come from another sequence, of another length."""
         return False
 
-    @property
-    def gives_rows(self) -> bool:
-        """Whether it computes single rows."""
-        return self._gives_rows
-
     @classmethod
     def _own(cls, method: str) -> bool:
         """Whether a method belongs to `forward`: what a class above that of `forward` says would compute something else."""
         of_method, of_forward = (next(parent for parent in cls.__mro__ if name in vars(parent)) for name in (method, "forward"))
         return of_method is not AttentionCore and issubclass(of_method, of_forward)
-
-    def _check_declared(self) -> None:
-        """Refuse what kinds once said otherwise, rather than ignore it."""
-        for name, now in FORMER.items():
-            if hasattr(type(self), name):
-                raise OptionError(f"attention {self.name!r} says `{name}`, which is no longer read: {now}")
-        if not isinstance(self.projections, Mapping) or (wrong := [x for x in self.projections.values() if x not in get_args(Side)]):
-            got = self.projections if not isinstance(self.projections, Mapping) else wrong[0]
-            raise OptionError(
-                f"attention {self.name!r}: projections say what each is, 'query', 'key', 'value' or 'query and key', as in {QKV}, got {got!r}"
-            )
 
     # what seldom needs to be said
 
@@ -331,11 +313,6 @@ class CompressedAttention(AttentionCore):
     def rows(self, where: Tensor, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         return self(*projected, mask=mask, memory=memory)
 
-    def starts_from(self, name: str) -> list[str]:
-        """Projections of another kind that `name` can start as a copy of: what it is there (shared queries and keys decide what is looked for)."""
-        alike = {"query": ["q", "qk"], "key": ["k", "qk"], "value": ["v"], "query and key": ["q"]}
-        return [one for one in alike.get(self.projections.get(name, ""), []) if one != name]
-
     @property
     def crosses(self) -> bool:
         return True
@@ -354,8 +331,3 @@ def memory_part(q: Tensor, memory: KeysValues | None) -> Part | None:
         return None
     keys, values = (x.to(q.dtype).expand(q.shape[0], *x.shape[-3:]) for x in memory)
     return Part(q, keys, values)
-
-
-def memory_of(memory: KeysValues | None, heads: Sequence[int]) -> KeysValues | None:
-    """The memory of some heads."""
-    return None if memory is None else (chosen(memory[0], heads, -3), chosen(memory[1], heads, -3))

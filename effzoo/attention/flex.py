@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from effzoo.attention.part import Folded, Part
+from effzoo.attention.part import Part, Uncut
 from effzoo.devices import keeping
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _found: OrderedDict[Any, Seen] = OrderedDict()
 
 
 @dataclass(frozen=True, eq=False)
-class Seen(Folded):
+class Seen(Uncut):
     """The queries and keys as they are, under a block mask of torch."""
 
     blocks: Any = None
@@ -33,7 +33,7 @@ class Seen(Folded):
 def seen(core: PredicateAttention, q: Tensor, k: Tensor, mask: Mask, length: Tensor | None) -> Seen:
     """What queries see by the predicate of their kind, padding and global tokens included; length: of each row, None where there is no padding."""
     size = q.shape[2], k.shape[2]
-    if mask.valid is not None or (core.has_globals and mask.is_global is not None):
+    if mask.valid is not None or core._global(mask) is not None:
         found: Seen = mask.memo(("flex", core.key, size), lambda: _made(core, q, k, mask, length))
         return found
     if isinstance(q, FakeTensor):
@@ -50,7 +50,7 @@ def seen(core: PredicateAttention, q: Tensor, k: Tensor, mask: Mask, length: Ten
 def _made(core: PredicateAttention, q: Tensor, k: Tensor, mask: Mask, length: Tensor | None) -> Seen:
     from torch.nn.attention.flex_attention import create_block_mask  # takes a while to import
 
-    valid, is_global, causal = mask.valid, mask.is_global if core.has_globals else None, core.context.causal
+    valid, is_global, causal = mask.valid, mask.is_global if "key_global" in core.reads else None, core.context.causal
     places, no = torch.tensor(k.shape[2], device=q.device), torch.zeros((), dtype=torch.bool, device=q.device)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from einops import rearrange
@@ -16,7 +16,7 @@ from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, Side
 from effzoo.attention.hashing import automatic, buckets_of, draw_rotations, sort
 from effzoo.attention.part import Part, bias_of
 from effzoo.attention.rounds import HashingRounds
-from effzoo.attention.traced import Traced, number_of
+from effzoo.attention.traced import Traced
 from effzoo.errors import InputError, OptionError
 from effzoo.registry import attention
 from effzoo.sites import Keys
@@ -87,13 +87,8 @@ class LSH(AttentionCore):
             self.later_values_matter = "a chunk border depends on how many later tokens have smaller buckets; lsh[stable=true] has no borders"
         self.keys = Keys(context.heads * context.head_dim, role="attn.keys", layer=context.layer)
         self._seed: int | None = seed
-        self._number = number_of(self)
         self.register_buffer("rotations", self._draw(range(0)), persistent=False)
         self.rounds = rounds
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._number = number_of(self)
 
     @property
     def rounds(self) -> int:
@@ -139,8 +134,9 @@ class LSH(AttentionCore):
         if n <= self.chunk and not (self.within_buckets or self.circular):  # every round would see everything once
             part, times = self._one_chunk(qk, k, v, mask), 1
         else:
-            layout = Traced(self._number) if torch.compiler.is_compiling() else self._layout
-            part, times = Part(qk, k, v, scale=1.0, layout=layout, given=[self._buckets(qk, mask)]), self._times
+            part, times = self.part(qk, k, v, self._buckets(qk, mask)), self._times
+            if torch.compiler.is_compiling():
+                part = replace(part, layout=Traced(self._number))
         out, lse = self.attended(part, _memory_part(qk, memory, times))
         if memory is not None:
             return out
@@ -168,9 +164,9 @@ class LSH(AttentionCore):
 
         return Part(qk, k, v, mask.memo(("lsh", qk.shape[2], self.context.causal, qk.dtype), make), scale=1.0)
 
-    def parts(self, q: Tensor, k: Tensor, v: Tensor, *given: Tensor | None) -> list[tuple[list[int], Part]]:
-        """All heads, given their buckets."""
-        return [(list(range(q.shape[1])), Part(q, k, v, scale=1.0, layout=self._layout, given=given))]
+    def part(self, q: Tensor, k: Tensor, v: Tensor, buckets: Tensor | None) -> Part:
+        """What is seen in all rounds, given the buckets."""
+        return Part(q, k, v, scale=1.0, layout=self._layout, given=[buckets])
 
     @property
     def _layout(self) -> HashingRounds:

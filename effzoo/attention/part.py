@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from effzoo.devices import chosen
 from effzoo.errors import InputError
 
 if TYPE_CHECKING:
@@ -54,9 +55,9 @@ class Layout(abc.ABC):
         """Whether no tile has a bias, as far as is known before they are cut."""
         return False
 
-    def one_pass(self) -> OnePass | Hashed | None:
-        """What computes the part whole, in one pass of our Triton kernels; None where they cannot."""
-        return None
+    def one_pass(self) -> list[tuple[list[int], OnePass | Hashed]]:
+        """Heads, and what computes them in one pass of our Triton kernels; none where these cannot."""
+        return []
 
     def plain(self, part: Part) -> list[Part]:
         """The part as parts that are `Cut`, which autograd can follow by itself."""
@@ -65,6 +66,8 @@ class Layout(abc.ABC):
 
 class Cut(Layout):
     """Tiles that hold every query at most once, one after the other: what is gathered for one is gone before the next."""
+
+    first: int = 0  # the number of the first
 
     @abc.abstractmethod
     def tiles(self, q: Tensor, k: Tensor, v: Tensor, given: Sequence[Tensor | None]) -> Iterable[Tile]:
@@ -78,47 +81,35 @@ class Cut(Layout):
     def join(self, tiles: Sequence[Tensor], fill: float = 0.0) -> Tensor:
         """The way back; `fill` where no tile has the query."""
 
-    def add_keys(self, total: Tensor | None, k: Tensor, index: int, grad: Tensor) -> Tensor:
-        """The gradient of a tile's keys, or of its values, added to the sum of those before it; k: of the part."""
-        return grad
-
-    def of_keys(self, total: Tensor, k: Tensor) -> Tensor:
-        """The sum as the gradient of the part's k."""
-        return total
+    def keys_back(self, k: Tensor, v: Tensor, grads: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The gradients of the part's k and v, given those of the tiles' keys and values one after the other."""
+        return next(grads)
 
     def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor]:
-        found = [kernel.forward(tile, index) for index, tile in enumerate(self.tiles(q, k, v, given))]
+        found = [kernel.forward(tile, index) for index, tile in enumerate(self.tiles(q, k, v, given), self.first)]
         return self.join([out for out, _ in found]), self.join([lse.unsqueeze(-1) for _, lse in found], -math.inf)
 
     def backward(
         self, kernel: Kernel, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *given: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         of_q: list[Tensor] = []
-        of_k = of_v = None
-        rows = zip(self.rows(grad), self.rows(out), self.rows(lse), self.tiles(q, k, v, given), strict=True)
-        for index, (of_grad, of_out, of_lse, tile) in enumerate(rows):
-            one_q, one_k, one_v = kernel.backward(tile, index, of_grad, of_out, of_lse.squeeze(-1))
-            of_q.append(one_q)
-            of_k, of_v = self.add_keys(of_k, k, index, one_k), self.add_keys(of_v, v, index, one_v)
-        assert of_k is not None and of_v is not None
-        return self.join(of_q), self.of_keys(of_k, k), self.of_keys(of_v, v)
 
+        def of_tiles() -> Iterator[tuple[Tensor, Tensor]]:
+            rows = zip(self.rows(grad), self.rows(out), self.rows(lse), self.tiles(q, k, v, given), strict=True)
+            for index, (of_grad, of_out, of_lse, tile) in enumerate(rows, self.first):
+                one_q, one_k, one_v = kernel.backward(tile, index, of_grad, of_out, of_lse.squeeze(-1))
+                of_q.append(one_q)
+                yield one_k, one_v
 
-def _same(x: Tensor) -> Tensor:
-    return x
+        of_k, of_v = self.keys_back(k, v, of_tiles())
+        return self.join(of_q), of_k, of_v
 
 
 @dataclass(frozen=True)
-class Folded(Cut):
-    """One tile, which holds the part as it is, or as its kind has folded it; the part is given its bias.
-
-    A kind may fold the sequence into the group axis g; `fold` takes a tensor from [batch, heads, n, x] to the layout of q and `unfold`
-    takes it back, so that parts with different layouts can be merged.
-    """
+class Uncut(Cut):
+    """One tile, which holds the part as it is; the part is given its bias."""
 
     causal: bool = False
-    fold: Callable[[Tensor], Tensor] = _same
-    unfold: Callable[[Tensor], Tensor] = _same
 
     def bare(self, given: Sequence[Tensor | None]) -> bool:
         return given[0] is None
@@ -127,16 +118,10 @@ class Folded(Cut):
         return [Tile(q, k, v, given[0], self.causal)]
 
     def rows(self, x: Tensor) -> list[Tensor]:
-        return [self.fold(x)]
+        return [x]
 
     def join(self, tiles: Sequence[Tensor], fill: float = 0.0) -> Tensor:
-        return self.unfold(tiles[0])
-
-    def backward(
-        self, kernel: Kernel, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *given: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tile, of_lse = Tile(q, k, v, given[0], self.causal), self.fold(lse).squeeze(-1)
-        return kernel.backward(tile, 0, self.fold(grad), self.fold(out), of_lse)  # of q as it was given: folded
+        return tiles[0]
 
 
 @dataclass(frozen=True)
@@ -162,12 +147,20 @@ class Part:
     @property
     def way(self) -> Layout:
         """The layout, that of one tile if none is given."""
-        return Folded(self.causal) if self.layout is None else self.layout
+        return Uncut(self.causal) if self.layout is None else self.layout
 
     @property
     def brought(self) -> list[Tensor | None]:
         """The tensors of the part beside q, k and v."""
         return list(self.given) or [self.bias]
+
+
+def together(groups: Sequence[list[int]], found: Sequence[Tensor]) -> Tensor:
+    """Tensors [batch, heads of a group, n, x] as one of all heads in their order."""
+    if len(found) == 1:
+        return found[0]
+    order = [head for heads in groups for head in heads]
+    return chosen(torch.cat(list(found), dim=1), sorted(range(len(order)), key=order.__getitem__), 1)
 
 
 def factor(scale: float | None, q: Tensor) -> float:

@@ -29,9 +29,3 @@ def dense(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, memory: tuple[Tensor
 def padding(n: int, valid: Tensor | None, device: torch.device | None = None) -> Tensor:
     """Keys that hold a token, bool[batch, 1, 1, n]."""
     return torch.ones(1, 1, 1, n, dtype=torch.bool, device=device) if valid is None else valid[:, None, None, :]
-
-
-def distance(n: int, device: torch.device | None = None) -> Tensor:
-    """i - j for query i and key j, int[n, n]."""
-    position = torch.arange(n, device=device)
-    return position[:, None] - position[None, :]

@@ -5,10 +5,9 @@ What is sorted, gathered and masked for a few heads stays in the processor's cac
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,8 +15,9 @@ from torch.nn import functional as F
 
 from effzoo.attention.hashing import sort
 from effzoo.attention.kernel import merge
-from effzoo.attention.part import Folded, Kernel, Layout, Part, Tile, bias_of
-from effzoo.attention.triton_launch import Hashed
+from effzoo.attention.part import Cut, Kernel, Layout, Part, Tile, bias_of
+from effzoo.attention.tiles import Run, Slots, Tiles
+from effzoo.attention.triton_launch import Hashed, OnePass
 
 TOGETHER = 2**19  # numbers of a tensor of queries or keys
 Standing = tuple[Tensor, Tensor]  # places in the sorted order (in chunks, unless `stable`) and buckets, [rounds, ..., n]
@@ -42,31 +42,21 @@ class HashingRounds(Layout):
     causal: bool = False
     padding: int = 2**31
 
-    def one_pass(self) -> Hashed | None:
+    def one_pass(self) -> list[tuple[list[int], OnePass | Hashed]]:
         """All rounds in one pass of our Triton kernels, which know no ring."""
         options = self.within, self.once, self.stable, self.causal
-        return None if self.ring else Hashed(self.chunk, self.before, self.after, *options, padding=self.padding)
+        return [] if self.ring else [([], Hashed(self.chunk, self.before, self.after, *options, padding=self.padding))]
 
     def plain(self, part: Part) -> list[Part]:
-        tiles, found = Sorted(self, _buckets(part.given)), []
-        q, k, v = (_rows(x) for x in (part.q, part.k, part.v))
-        for index in range(tiles.rounds):
-            layout = Folded(fold=functools.partial(tiles.queries, index=index), unfold=functools.partial(tiles.back, index=index))
-            keys, values, bias = tiles.keys(k, index), tiles.keys(v, index), tiles.bias(index, q.dtype)
-            found.append(Part(tiles.queries(q, index), keys, values, bias, scale=part.scale, layout=layout))
-        return found
+        return [replace(part, layout=one, given=()) for one in Sorted(self, _buckets(part.given)).rounds()]
 
     def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor]:
         batch, heads, n, _ = q.shape
         out = v.new_empty(batch, n, heads, v.shape[-1]).transpose(1, 2)
         lse = q.new_empty(batch, heads, n, 1, dtype=torch.promote_types(q.dtype, torch.float32))
-        for where, tiles, number in self._few(q, given):
-            of_q, of_k, of_v = (_rows(x[where]) for x in (q, k, v))
-            results = []
-            for index in range(tiles.rounds):
-                one_out, one_lse = kernel.forward(tiles.tile(of_q, of_k, of_v, index), number + index)
-                results.append((tiles.back(one_out, index), tiles.back(one_lse.unsqueeze(-1), index)))
-            out[where], lse[where] = merge(*results)
+        for where, rounds in self._few(q, given):
+            own = [x[where].contiguous() for x in (q, k, v)]
+            out[where], lse[where] = merge(*(one.forward(kernel, *own) for one in rounds))
         return out, lse
 
     def backward(
@@ -74,20 +64,17 @@ class HashingRounds(Layout):
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradients = tuple(x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v))
         exact = torch.promote_types(q.dtype, torch.float32)
-        for where, tiles, number in self._few(q, given):
-            of_grad, of_q, of_k, of_v, of_out, of_lse = (_rows(x[where]) for x in (grad, q, k, v, out, lse))
-            sums: list[Tensor] = []
-            for index in range(tiles.rounds):
-                of_queries = tiles.queries(of_grad, index), tiles.queries(of_out, index), tiles.queries(of_lse, index).squeeze(-1)
-                found = kernel.backward(tiles.tile(of_q, of_k, of_v, index), number + index, *of_queries)
-                placed = tiles.back(found[0], index), tiles.keys_back(found[1], index), tiles.keys_back(found[2], index)
-                sums = [x.to(exact) for x in placed] if not sums else [total.add_(x) for total, x in zip(sums, placed, strict=True)]
+        for where, rounds in self._few(q, given):
+            own = [x[where].contiguous() for x in (grad, q, k, v, out, lse)]
+            sums = [x.to(exact) for x in rounds[0].backward(kernel, *own)]
+            for one in rounds[1:]:
+                sums = [total.add_(x) for total, x in zip(sums, one.backward(kernel, *own), strict=True)]
             for whole, total in zip(gradients, sums, strict=True):
                 whole[where] = total
         return gradients  # type: ignore[return-value]
 
-    def _few(self, q: Tensor, given: Sequence[Tensor | None]) -> Iterator[tuple[tuple[slice, slice], Sorted, int]]:
-        """Which examples and heads, their tiles, and the number of the first round among all; always in the same order."""
+    def _few(self, q: Tensor, given: Sequence[Tensor | None]) -> Iterator[tuple[tuple[slice, slice], list[Round]]]:
+        """Which examples and heads, and their rounds; always in the same order."""
         buckets = _buckets(given)
         batch, heads, n, d = q.shape
         together = max(1, TOGETHER // max(1, n * d))
@@ -96,7 +83,7 @@ class HashingRounds(Layout):
         for example in range(0, batch, examples):
             for head in range(0, heads, of_heads):
                 where = slice(example, example + examples), slice(head, head + of_heads)
-                yield where, Sorted(self, buckets[:, where[0], where[1]]), number
+                yield where, Sorted(self, buckets[:, where[0], where[1]]).rounds(number)
                 number += len(buckets)
 
     def meetings(self, queries: Standing, keys: Standing, chunks: int) -> Tensor:
@@ -117,112 +104,117 @@ class HashingRounds(Layout):
 
 
 class Sorted:
-    """The tiles of some heads: every round's sequence sorted by (bucket, position), and cut into chunks.
+    """The slots of some heads: every round's sequence sorted by (bucket, position), and cut into chunks.
 
     Padding stands last in each round, so the chunks of tokens are those of the sequence alone. Chunks do not reach over the ends of a round,
     unless they stand in a ring.
 
-    place: the slot of each position, [rounds, groups, n], with groups = batch heads. position, key_position: the positions at the slots of
-    the queries, [rounds, groups, chunks, chunk], and of the keys, [rounds, groups, chunks, width]; n where a slot holds no token.
-    Tensors by tile are [chunks, groups, chunk or width, d]: the flash operator writes its first axis outermost, and a few heads are then in order
-    without a copy.
+    place: the slot of each position, [rounds, groups, n], with groups = batch heads. query, key: the position at each slot of the queries, and of
+    the keys, [rounds, groups, slots]; n where a slot holds no token. tiles: the chunks, of queries and keys in the order of their slots.
     """
 
     def __init__(self, sight: HashingRounds, buckets: Tensor):
-        rounds, batch, heads, n = buckets.shape
-        groups, chunk = batch * heads, sight.chunk
-        chunks, device = -(-n // chunk), buckets.device
-        self.sight, self.buckets, self.rounds, self.n, self.chunks = sight, buckets.flatten(1, 2), rounds, n, chunks
-        self.batch, self.heads, self.width = batch, heads, (sight.before + 1 + sight.after) * chunk
-        order, place = (x.view(rounds, groups, n) for x in sort(buckets))
+        self.sight, self.buckets, (_, *self.shape) = sight, buckets.flatten(1, 2), buckets.shape
+        batch, heads, n = self.shape
+        chunk, device = sight.chunk, buckets.device
+        order, self.place = (x.flatten(1, 2) for x in sort(buckets))
         lengths = (buckets[0, :, :1] < sight.padding).sum(dim=-1).expand(-1, heads).flatten()
         position = order.masked_fill(torch.arange(n, device=device) >= lengths[:, None], n).int()
-        self.place = place
-        self.position = self._slots(position, n).view(rounds, groups, chunks, chunk)
-        self.key_position = self._key_slots(position, n).unfold(-1, self.width, chunk)
-        self._first_row = torch.arange(groups, device=device)[:, None]
-        self._query_rows = self._first_row * n + self._slots(order, 0)
-        self._key_rows = self._first_row * n + self._key_slots(order, 0)
+        self.query, self.key = self._slots(position, n)
+        self.group = torch.arange(batch * heads, device=device)[:, None]
+        self.query_rows, self.key_rows = (self.group * n + slots for slots in self._slots(order, 0))
+        chunks = -(-n // chunk)
+        run = Run(Slots(chunks, chunk, chunk), Slots(chunks, (sight.before + 1 + sight.after) * chunk, chunk))
+        self.tiles = Tiles(self.key.shape[-1], (run,))
 
-    def _slots(self, x: Tensor, fill: int) -> Tensor:
-        """[rounds, groups, n] in sorted order -> [rounds, groups, chunks chunk]."""
-        return F.pad(x, (0, self.chunks * self.sight.chunk - self.n), value=fill)
+    def rounds(self, number: int = 0) -> list[Round]:
+        """One after the other; number: that of the first one's tile."""
+        return [Round(self, index, number + index) for index in range(len(self.place))]
 
-    def _key_slots(self, x: Tensor, fill: int) -> Tensor:
-        """[rounds, groups, n] in sorted order -> [rounds, groups, (before + chunks + after) chunk]."""
-        x = self._slots(x, fill)
-        before, after, length = self.sight.before * self.sight.chunk, self.sight.after * self.sight.chunk, x.shape[-1]
+    def _slots(self, order: Tensor, fill: int) -> tuple[Tensor, Tensor]:
+        """[rounds, groups, n] in sorted order -> in whole chunks, and with the chunks that stand before them and after them."""
+        before, after = self.sight.before * self.sight.chunk, self.sight.after * self.sight.chunk
+        whole = F.pad(order, (0, -order.shape[-1] % self.sight.chunk), value=fill)
         if not self.sight.ring:
-            return F.pad(x, (before, after), value=fill)
-        ring = x.transpose(0, 1).reshape(x.shape[1], -1)
-        slot = torch.arange(self.rounds, device=x.device)[:, None] * length + torch.arange(-before, length + after, device=x.device)
-        return ring[:, slot % ring.shape[1]].transpose(0, 1)
+            return whole, F.pad(whole, (before, after), value=fill)
+        rounds, groups, length = whole.shape
+        ring = whole.transpose(0, 1).reshape(groups, -1)
+        slot = torch.arange(rounds, device=order.device)[:, None] * length + torch.arange(-before, length + after, device=order.device)
+        return whole, ring[:, slot % ring.shape[1]].transpose(0, 1)
 
-    def tile(self, q: Tensor, k: Tensor, v: Tensor, index: int) -> Tile:
-        """The tiles of one round as one, of rows [groups n, d]."""
-        return Tile(self.queries(q, index), self.keys(k, index), self.keys(v, index), self.bias(index, q.dtype), False)
+    def at(self, of_queries: Tensor, of_keys: Tensor) -> tuple[Tensor, Tensor]:
+        """What holds at slots, [..., groups, slots], by chunk, [..., chunks, groups, chunk, 1] and [..., chunks, groups, 1, width]."""
+        (run,), before = self.tiles.runs, of_queries.shape[:-2]
+        query, key = (x.reshape(-1, *x.shape[-2:], 1) for x in (of_queries, of_keys))
+        query, key = run.queries.take(query), run.keys.take(key).mT
+        return query.reshape(*before, -1, *query.shape[1:]), key.reshape(*before, -1, *key.shape[1:])
 
-    def queries(self, x: Tensor, index: int) -> Tensor:
-        """Rows [groups n, d], or [batch, heads, n, d], by chunk of one round."""
-        taken = x.reshape(-1, x.shape[-1]).index_select(0, self._query_rows[index].flatten())
-        return taken.view(-1, self.chunks, self.sight.chunk, x.shape[-1]).transpose(0, 1)
 
-    def back(self, x: Tensor, index: int) -> Tensor:
-        """The way back, [batch, heads, n, d]."""
-        rows = self._first_row * (self.chunks * self.sight.chunk) + self.place[index]
-        return x.transpose(0, 1).reshape(-1, x.shape[-1]).index_select(0, rows.flatten()).view(self.batch, self.heads, self.n, -1)
+@dataclass(frozen=True, eq=False)
+class Round(Cut):
+    """One round, as one tile [chunks, groups, chunk or width, d]: flash operators write the first axis outermost, which puts a few heads in order."""
 
-    def keys(self, x: Tensor, index: int) -> Tensor:
-        """Rows [groups n, d] -> what the chunks of one round see, a view of the sorted rows."""
-        rows = x.index_select(0, self._key_rows[index].flatten()).view(*self._key_rows[index].shape, -1)
-        return rows.unfold(1, self.width, self.sight.chunk).transpose(-1, -2).transpose(0, 1)
+    slots: Sorted
+    index: int
+    first: int = 0
 
-    def keys_back(self, grad: Tensor, index: int) -> Tensor:
-        """The gradient of what `keys` gave -> that of the rows, [batch, heads, n, d]."""
-        chunk, key_rows = self.sight.chunk, self._key_rows[index]
-        total = grad.new_zeros(*key_rows.shape, grad.shape[-1])
-        for offset in range(0, self.width, chunk):  # the chunks of a window: of all windows at once
-            of_chunk = total[:, offset : offset + self.chunks * chunk].view(-1, self.chunks, chunk, grad.shape[-1])
-            of_chunk.add_(grad[:, :, offset : offset + chunk].transpose(0, 1))
-        total = total.flatten(0, 1)
-        if self.sight.ring:
-            of_rows = total.new_zeros(self.batch * self.heads * self.n, total.shape[-1]).index_add_(0, key_rows.flatten(), total)
+    def tiles(self, q: Tensor, k: Tensor, v: Tensor, given: Sequence[Tensor | None]) -> Iterator[Tile]:
+        rows, key_rows = self.slots.query_rows[self.index], self.slots.key_rows[self.index]
+        for tile in self.slots.tiles.tiles(_sorted(q, rows), _sorted(k, key_rows), _sorted(v, key_rows), [None]):
+            yield tile._replace(bias=self._bias(q.dtype))
+
+    def rows(self, x: Tensor) -> Iterator[Tensor]:
+        return self.slots.tiles.rows(_sorted(x, self.slots.query_rows[self.index]))
+
+    def join(self, tiles: Sequence[Tensor], fill: float = 0.0) -> Tensor:
+        return self._back(self.slots.tiles.join(tiles), self.slots.place[self.index])
+
+    def keys_back(self, k: Tensor, v: Tensor, grads: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        found, sight = self.slots.tiles.keys_back(k.flatten(0, 1)[None], v.flatten(0, 1)[None], grads), self.slots.sight
+        if sight.ring:
+            rows = self.slots.key_rows[self.index].flatten()
+            of_k, of_v = (x.new_zeros(k[..., 0].numel(), x.shape[-1]).index_add_(0, rows, x.flatten(0, 2)).view(*k.shape[:3], -1) for x in found)
         else:  # each row went to one place, where its gradient is found many times faster than it would be scattered
-            back = self._first_row * key_rows.shape[1] + self.sight.before * chunk + self.place[index]
-            of_rows = total.index_select(0, back.flatten())
-        return of_rows.view(self.batch, self.heads, self.n, -1)
+            of_k, of_v = (self._back(x, self.slots.place[self.index] + sight.before * sight.chunk) for x in found)
+        return of_k, of_v
 
-    def bias(self, index: int, dtype: torch.dtype) -> Tensor:
-        """What queries see in one round, as an additive bias."""
-        sight, empty = self.sight, self.n
-        query, key = self.position[index].unsqueeze(-1), self.key_position[index].unsqueeze(-2)
-        allowed = key < query.masked_fill(query == empty, -1) if sight.causal else (key != query) & (key < empty) & (query < empty)
+    def _back(self, x: Tensor, place: Tensor) -> Tensor:
+        """What stands at the slots, [1, groups, slots, d], by position, [batch, heads, n, d]."""
+        groups = x.shape[1]
+        rows = x.transpose(1, 2).reshape(-1, x.shape[-1]).index_select(0, (place * groups + self.slots.group).flatten())
+        return rows.view(*self.slots.shape, x.shape[-1])
+
+    def _bias(self, dtype: torch.dtype) -> Tensor:
+        """What queries see, as an additive bias."""
+        s, sight, n = self.slots, self.slots.sight, self.slots.shape[-1]
+        query, key = s.at(s.query[self.index], s.key[self.index])
+        allowed = key < query.masked_fill(query == n, -1) if sight.causal else (key != query) & (key < n) & (query < n)
         if sight.within:
-            of_queries, of_keys = self._at(self.buckets[index], index)
-            allowed = allowed & (of_queries.unsqueeze(-1) == of_keys.unsqueeze(-2))
+            of_queries, of_keys = self._of_positions(s.buckets[self.index])
+            allowed = allowed & (of_queries == of_keys)
         if sight.stable:
-            slot, key_slot = (torch.arange(size, device=query.device) for size in (sight.chunk, self.width))
+            slot, key_slot = (torch.arange(size, device=query.device) for size in (query.shape[-2], key.shape[-1]))
             ahead = key_slot - slot[:, None]  # counted from look_back chunk places before the query
             allowed = allowed & (ahead >= 0) & (ahead <= (sight.before + sight.after) * sight.chunk)
         bias = bias_of(allowed, dtype)
         if sight.once:
-            places = self.place if sight.stable else self.place // sight.chunk
-            (place, of_key), (bucket, of_bucket) = self._at(places, index), self._at(self.buckets, index)
-            bias -= sight.meetings((place, bucket), (of_key, of_bucket), self.chunks).clamp(min=1).to(dtype).log()
-        return bias.transpose(0, 1)
+            stands = [self._of_positions(x) for x in (s.place if sight.stable else s.place // sight.chunk, s.buckets)]
+            queries, keys = zip(*((query.squeeze(-1), key.squeeze(-2)) for query, key in stands), strict=True)
+            bias -= sight.meetings(queries, keys, len(query)).clamp(min=1).to(dtype).log()
+        return bias
 
-    def _at(self, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """What holds of positions, [..., groups, n], at the slots of queries and keys of one round, [..., groups, chunks, chunk or width]."""
-        where = [(rows[index] - self._first_row * self.n).expand(*x.shape[:-1], -1) for rows in (self._query_rows, self._key_rows)]
-        of_queries, of_keys = (x.gather(-1, slots) for slots in where)
-        return of_queries.view(*x.shape[:-1], self.chunks, self.sight.chunk), of_keys.unfold(-1, self.width, self.sight.chunk)
+    def _of_positions(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What holds of positions, [..., groups, n], by chunk."""
+        s, n = self.slots, self.slots.shape[-1]
+        return s.at(*(x.gather(-1, (rows[self.index] - s.group * n).expand(*x.shape[:-1], -1)) for rows in (s.query_rows, s.key_rows)))
+
+
+def _sorted(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows [groups, slots] of x [batch, heads, n, d] -> [1, groups, slots, d]."""
+    return x.reshape(-1, x.shape[-1]).index_select(0, rows.flatten()).view(1, *rows.shape, x.shape[-1])
 
 
 def _buckets(given: Sequence[Tensor | None]) -> Tensor:
     (buckets,) = given
     assert buckets is not None
     return buckets
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])

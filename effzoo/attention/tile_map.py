@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from effzoo.attention.band import Sees
-from effzoo.attention.part import Layout
 from effzoo.attention.tiles import Run, Slots, Tiles, laid_out
 
 if TYPE_CHECKING:
@@ -28,7 +27,8 @@ TILE = 64  # positions of a tile
 ROWS = 512  # rows of the predicate that are looked at together
 TOGETHER = 1024  # queries of a group whose mask is written out, and of groups that are computed together
 REMEMBERED = 64  # maps
-_found: OrderedDict[Any, list[tuple[list[int], Tiles]]] = OrderedDict()
+Groups = Sequence[tuple[list[int], Tiles | None]]  # heads that see alike, and their tiles; None: every key (before the query, when causal)
+_found: OrderedDict[Any, Groups] = OrderedDict()
 
 
 class Pairs(NamedTuple):
@@ -40,13 +40,13 @@ class Pairs(NamedTuple):
     causal: bool
 
 
-def layouts(core: PredicateAttention, n: int, device: torch.device) -> list[tuple[list[int], Layout | None]]:
+def layouts(core: PredicateAttention, n: int, device: torch.device) -> Groups:
     """Heads that see alike, and their tiles, for n positions without padding."""
     return remembered((core.key, n), lambda: [(heads, _tiles(core, heads[0], n)) for heads in _alike(core, n)], device)
 
 
 @torch.inference_mode(False)  # what is remembered serves training too
-def remembered(key: Any, make: Callable[[], list[tuple[list[int], Tiles]]], device: torch.device) -> list[tuple[list[int], Layout | None]]:
+def remembered(key: Any, make: Callable[[], Groups], device: torch.device) -> Groups:
     """Tiles, made once on the CPU, and once copied to each CUDA device."""
     if key not in _found:
         with _disable_current_modes():  # the tiles of a shape are no part of what is traced
@@ -55,12 +55,12 @@ def remembered(key: Any, make: Callable[[], list[tuple[list[int], Tiles]]], devi
     if device.type == "cuda":
         key = (key, str(device))
         if key not in _found:
-            _found[key] = [(heads, tiles.to(device)) for heads, tiles in found]
+            _found[key] = [(heads, None if tiles is None else tiles.to(device)) for heads, tiles in found]
         found = _found[key]
     _found.move_to_end(key)
     while len(_found) > REMEMBERED:
         _found.popitem(last=False)
-    return [(heads, tiles.to(device)) for heads, tiles in found]
+    return found
 
 
 def _alike(core: PredicateAttention, n: int) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,9 +14,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from effzoo.attention.part import Cut, Tile, bias_of
-from effzoo.attention.triton_launch import OnePass
-from effzoo.devices import sent
+from effzoo.attention.part import Cut, Tile, bias_of, together
+from effzoo.attention.triton_launch import Hashed, OnePass
+from effzoo.devices import chosen, sent
 
 if TYPE_CHECKING:
     from effzoo.attention.band import Chunks, Window
@@ -129,8 +130,8 @@ class Tiles(Cut):
         left, right = (self.n if most is None else most for most in bounds)
         return left, 0 if self.causal else right
 
-    def one_pass(self) -> OnePass | None:
-        return None if self.sight is None else OnePass(self.causal, self.sight)
+    def one_pass(self) -> list[tuple[list[int], OnePass | Hashed]]:
+        return [] if self.sight is None else [([], OnePass(self.causal, self.sight))]
 
     def bare(self, given: Sequence[Tensor | None]) -> bool:
         seen = self.window is not None or (self.n % self.dilation == 0 and all(run.allowed is None for run in self.runs))
@@ -173,16 +174,14 @@ class Tiles(Cut):
             return select(torch.cat([*flat, flat[0].new_full((batch, 1, heads, d), fill)], dim=1), self.place).transpose(1, 2)
         return self._back((flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)).transpose(1, 2))
 
-    def add_keys(self, total: Tensor | None, k: Tensor, index: int, grad: Tensor) -> Tensor:
-        if total is None:
-            batch, heads, _, d = k.shape
-            room = max(-(-self.n // self.dilation), *(run.keys.reach for run in self.runs))
-            total = k.new_zeros(batch * self.dilation, room, heads, d, dtype=torch.promote_types(k.dtype, torch.float32))
-        self.runs[index].keys.add(total, grad)
-        return total
-
-    def of_keys(self, total: Tensor, k: Tensor) -> Tensor:
-        return self._back(total[:, : -(-self.n // self.dilation)].transpose(1, 2)).to(k.dtype)
+    def keys_back(self, k: Tensor, v: Tensor, grads: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        n = -(-self.n // self.dilation)
+        room, batch = max(n, *(run.keys.reach for run in self.runs)), k.shape[0] * self.dilation
+        of_k, of_v = (x.new_zeros(batch, room, x.shape[1], x.shape[3], dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
+        for run, (one_k, one_v) in zip(self.runs, grads, strict=True):
+            run.keys.add(of_k, one_k)
+            run.keys.add(of_v, one_v)
+        return self._back(of_k[:, :n].transpose(1, 2)).to(k.dtype), self._back(of_v[:, :n].transpose(1, 2)).to(v.dtype)
 
     def _dense(self, x: Tensor) -> Tensor:
         """[batch, heads, n, d] -> [batch dilation, heads, n / dilation, d]."""
@@ -192,6 +191,48 @@ class Tiles(Cut):
 
     def _back(self, x: Tensor) -> Tensor:
         return x if self.dilation == 1 else rearrange(x, "(b r) h n d -> b h (n r) d", r=self.dilation)[:, :, : self.n]
+
+
+@dataclass(frozen=True, eq=False)
+class ByHead(Cut):
+    """Heads that see different keys: tiles of some heads, and then of others."""
+
+    groups: Sequence[tuple[list[int], Tiles]]
+
+    def bare(self, given: Sequence[Tensor | None]) -> bool:
+        return all(own.bare(given) for _, own in self.groups)
+
+    def one_pass(self) -> list[tuple[list[int], OnePass | Hashed]]:
+        ones = [(heads, one) for heads, own in self.groups for _, one in own.one_pass()]
+        return ones if len(ones) == len(self.groups) else []
+
+    def tiles(self, q: Tensor, k: Tensor, v: Tensor, given: Sequence[Tensor | None]) -> Iterator[Tile]:
+        for heads, own in self.groups:
+            yield from own.tiles(chosen(q, heads, 1), chosen(k, heads, 1), chosen(v, heads, 1), given)
+
+    def rows(self, x: Tensor) -> Iterator[Tensor]:
+        for heads, own in self.groups:
+            yield from own.rows(chosen(x, heads, 1))
+
+    def join(self, tiles: Sequence[Tensor], fill: float = 0.0) -> Tensor:
+        left = iter(tiles)
+        return self._together([own.join([next(left) for _ in own.runs], fill) for _, own in self.groups])
+
+    def keys_back(self, k: Tensor, v: Tensor, grads: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        found = [own.keys_back(chosen(k, heads, 1), chosen(v, heads, 1), itertools.islice(grads, len(own.runs))) for heads, own in self.groups]
+        return self._together([of_k for of_k, _ in found]), self._together([of_v for _, of_v in found])
+
+    def _together(self, found: Sequence[Tensor]) -> Tensor:
+        return together([heads for heads, _ in self.groups], found)
+
+
+def by_head(groups: Sequence[tuple[list[int], Tiles | None]], n: int, causal: bool) -> Tiles | ByHead | None:
+    """One layout for heads that see alike, group by group; None: every key (before the query, when causal)."""
+    if len(groups) == 1:
+        return groups[0][1]
+    whole = Slots(1, n, n)
+    every = Tiles(n, (Run(whole, whole, causal=causal),), causal=causal)
+    return ByHead([(heads, own or every) for heads, own in groups])
 
 
 def laid_out(n: int, runs: Sequence[Run]) -> Tiles:

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from effzoo.attention.hashing import sort
-from effzoo.attention.part import Kernel, Layout, Part, Tile
-from effzoo.devices import capability, kind_of
+from effzoo.attention.part import Kernel, Layout, Part, Tile, together
+from effzoo.devices import capability, chosen, kind_of
 from effzoo.errors import OptionError
 
 if TYPE_CHECKING:
@@ -227,31 +227,37 @@ class Whole(Layout):
     """A part whose kernels find the tiles themselves. It is given what they take beside q, k and v: `held` and `columns` of `OnePass`, `buckets` of
     `Hashed`."""
 
-    one: OnePass | Hashed
+    ones: Sequence[tuple[list[int], OnePass | Hashed]]  # heads, all of them if there is one, and what computes them
 
     def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, lse = self.one.forward(q, k, v, **self._named(given))
-        return out, lse.unsqueeze(-1)
+        outs, lses = zip(*(one.forward(*self._of(heads, q, k, v), **self._named(given)) for heads, one in self.ones), strict=True)
+        return self._together(outs), self._together([lse.unsqueeze(-1) for lse in lses])
 
     def backward(
         self, kernel: Kernel, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *given: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return self.one.backward(grad, q, k, v, out, lse.squeeze(-1), **self._named(given))
+        named, whole = self._named(given), (grad, q, k, v, out, lse.squeeze(-1))
+        of_q, of_k, of_v = zip(*(one.backward(*self._of(heads, *whole), **named) for heads, one in self.ones), strict=True)
+        return self._together(of_q), self._together(of_k), self._together(of_v)
+
+    def _of(self, heads: list[int], *of_all: Tensor) -> list[Tensor]:
+        return list(of_all) if len(self.ones) == 1 else [chosen(x, heads, 1) for x in of_all]
+
+    def _together(self, found: Sequence[Tensor]) -> Tensor:
+        return together([heads for heads, _ in self.ones], found)
 
     def _named(self, given: Sequence[Tensor | None]) -> dict[str, Any]:
-        return dict(zip(("held", "columns") if isinstance(self.one, OnePass) else ("buckets",), given, strict=True))
+        return dict(zip(("held", "columns") if isinstance(self.ones[0][1], OnePass) else ("buckets",), given, strict=True))
 
 
 def whole(parts: Sequence[Part]) -> list[Part]:
     """Parts with a band or rounds of hashing as parts that are computed in one pass, a band with the columns behind it; the others as they are."""
     found: list[Part] = []
     for part in parts:
-        front = found[-1] if found else None
-        one = part.way.one_pass()
-        if isinstance(one, OnePass):
-            found.append(replace(part, layout=Whole(one), given=[part.brought[0], None]))
-        elif one is not None:
-            found.append(replace(part, layout=Whole(one)))
+        front, ones = found[-1] if found else None, part.way.one_pass()
+        if ones:
+            given = [part.brought[0], None] if isinstance(ones[0][1], OnePass) else part.given
+            found.append(replace(part, layout=Whole(ones), given=given))
         elif part.where is not None and front is not None and isinstance(front.layout, Whole):
             found[-1] = replace(front, given=[front.given[0], part.where])
         else:

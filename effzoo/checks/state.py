@@ -183,7 +183,7 @@ def copies_are_equal(subject: Subject) -> None:
         restored = type(core).__new__(type(core))
         try:
             state = pickle.loads(pickle.dumps(vars(core)))  # the state alone: a class of your file has no address
-            restored.__setstate__(state)  # type: ignore[no-untyped-call]
+            restored.__setstate__(state)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise Failed(f"{where}: pickling failed with {error}; keep lambdas, local functions and generators off self") from error
         close(f"{where}: a pickled core", restored(*inputs, mask=Mask()), expected, 0.0, advice)

@@ -77,8 +77,8 @@ def within_reach(buckets: Tensor, chunk: int, back: int = 1) -> Tensor:
     """bool[rounds, batch, heads, n, n]: whether key j is in the chunk of query i or in `back` chunks before it, once sorted by buckets [..., n]."""
     rounds, batch, heads, n = buckets.shape
     tiles = Sorted(HashingRounds(chunk, before=back), buckets)
-    query, key = tiles.position.long(), tiles.key_position.long()  # n where a slot is empty
-    place = query.unsqueeze(-1) * (n + 1) + key.unsqueeze(-2)
+    query, key = tiles.at(tiles.query.long(), tiles.key.long())  # n where a slot is empty
+    place = (query * (n + 1) + key).transpose(1, 2)
     found = torch.zeros(rounds, batch * heads, (n + 1) ** 2, dtype=torch.bool, device=buckets.device)
     found.scatter_(-1, place.flatten(2), torch.ones_like(place, dtype=torch.bool).flatten(2))
     return found.view(rounds, batch, heads, n + 1, n + 1)[..., :n, :n]
