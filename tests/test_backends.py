@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import effzoo
-from effzoo.attention import Context, Mask, backends, choose, flex
+from effzoo.attention import Context, Mask, backends, choose, flex, tile_map
 from effzoo.attention.cuda import Efficient, FlashCuda
 from effzoo.attention.kernel import attend
 from effzoo.attention.part import Part, Tile, bias_of
@@ -199,12 +199,12 @@ def test_what_flex_attention_refuses():
 
 
 def test_block_masks_that_read_nothing_of_the_batch_are_made_once():
-    flex._found.clear()
+    tile_map._found.clear()
     given = [torch.randn(2, 2, 21, 6) for _ in range(3)]
     for _ in range(2):
         for layer in range(2):
             effzoo.attention.create("local[chunk=4]", Context(heads=2, head_dim=6, layer=layer, layers=2, backend="flex"))(*given, mask=Mask())
-    assert len(flex._found) == 1
+    assert len(tile_map._found) == 1
 
 
 def test_nothing_as_large_as_the_scores_is_kept():

@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from effzoo.attention import Context, Mask, backends, create, kernel, triton_launch
-from effzoo.attention.band import Chunks, Window
+from effzoo.attention.band import Window
 from effzoo.attention.part import Uncut
 from effzoo.attention.triton_launch import Hashed, OnePass, Tiling, TritonTile
 from effzoo.errors import OptionError
@@ -37,12 +37,10 @@ def seen_by(one, m, s, held=None, columns=None, batch=1):
         for i in range(m):
             for j in range(s):
                 near = True
-                if isinstance(one.sight, Window):
-                    step, gap = one.sight.dilation, i - j
+                if one.sight is not None:
+                    step, gap = one.sight.dilation, i // one.sight.chunk - j // one.sight.chunk
                     near = gap % step == 0 and (one.sight.left is None or gap <= one.sight.left * step)
                     near = near and (one.sight.right is None or -gap <= one.sight.right * step)
-                elif one.sight is not None:
-                    near = -one.sight.after <= i // one.sight.size - j // one.sight.size <= one.sight.before
                 ours = j in column or (near and (held is None or bool(held[b, j])))
                 seen[b, i, j] = ours and (j <= i or not one.causal)
     return seen[:, None]
@@ -84,8 +82,8 @@ SIGHTS = {
     "backward window, causal": {"sight": Window(20, 20), "causal": True},
     "dilated": {"sight": Window(2, 3, 3)},
     "strided, causal": {"sight": Window(None, None, 4), "causal": True},
-    "chunks": {"sight": Chunks(8, 1, 1)},
-    "chunks, causal": {"sight": Chunks(7, 2, 0), "causal": True},
+    "chunks": {"sight": Window(1, 1, chunk=8)},
+    "chunks, causal": {"sight": Window(2, 0, chunk=7), "causal": True},
 }
 
 
@@ -436,7 +434,8 @@ def test_no_dropout_no_bias_and_no_gathered_column_is_kept(launched):
             held.add(self)
 
     with torch.autograd.graph.saved_tensors_hooks(Held, lambda x: x):
-        out = core.train()._over_tiles(q, k, v, mask, None)
+        core.train()
+        out = core.attend(core.part(q, k, v, core._held(mask), mask), core._global_columns(q, k, v, mask))
     sizes = {x.storage.data_ptr(): x.storage.nbytes() for x in held}
     assert out.requires_grad and sum(sizes.values()) == 4 * q.numel() * 4 + 2 * 2 * 23 * 4 + 2 * 23 + 2 * 1 * 8
 

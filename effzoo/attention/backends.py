@@ -171,7 +171,7 @@ def placed(part: Part, backend: str, dropout: float, seed: int | None = None) ->
         return (Uncut(), Xformers(part.scale, window)) if known else (part.way, Xformers(part.scale))
     if FLASH[kind_of(part.q)] is Flash:
         return part.way, Flash(part.scale)
-    return part.way if window is None else Uncut(), FlashCuda(part.scale, window, dropout, seed)
+    return part.way if window is None else Uncut(), FlashCuda(part.scale, dropout, seed, window=window)
 
 
 def drawn_seed() -> Tensor:

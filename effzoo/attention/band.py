@@ -1,4 +1,4 @@
-"""Windows without copies: a kind declares how far its queries look, by a `Window` or by `Chunks`, and the tiles follow in closed form.
+"""Windows without copies: a kind declares how far its queries look, by a `Window`, and the tiles follow in closed form.
 
 Queries are cut into chunks; a chunk takes the keys that its queries may see, as far as the sequence goes. Chunks that look alike form a run, which
 attention takes as one batch: in the middle of a sequence their keys are overlapping views of one tensor, and they share one small mask.
@@ -23,66 +23,36 @@ Sees = Callable[[Tensor, Tensor], Tensor]  # which keys a query sees: indices of
 
 @dataclass(frozen=True)
 class Window:
-    """A declared sight: a query sees keys at most `left` places before it and `right` after it, and of these every `dilation`-th; None: no bound."""
+    """A declared sight: a query sees keys at most `left` places before it and `right` after it, and of these every `dilation`-th; None: no bound.
+
+    chunk: the places are chunks of so many positions, of which a query sees whole ones: `left` before its own, its own, and `right` after it.
+    """
 
     left: int | None
     right: int | None
     dilation: int = 1
+    chunk: int = 1
 
     def cut(self, n: int, causal: bool, sees: Sees) -> Tiles | None:
         """The tiles for n positions; None where a query sees all of them, or all before it."""
-        rows = -(-n // self.dilation)
-        left, right = (rows if most is None else most for most in (self.left, self.right))
+        rows, chunk = -(-n // self.dilation), min(self.chunk, n)
+        left, right = (rows if most is None else most * chunk for most in (self.left, self.right))
         if self.dilation == 1 and left >= n - 1 and (causal or right >= n - 1):
             return None
         right = 0 if causal else right
-        size = min(rows, max(SMALLEST, min((left + right) // 2, LARGEST)))
+        size = chunk if self.chunk > 1 else min(rows, max(SMALLEST, min((left + right) // 2, LARGEST)))
         runs = cut(rows, size, lambda query, queries: (query - left, query + queries + right), sees, self.dilation)
         return Tiles(n, runs, dilation=self.dilation, sight=self, causal=causal)
 
     @property
-    def window(self) -> tuple[int | None, int | None] | None:
-        """How many keys before a query it sees and how many after it, where that says it all."""
-        return (self.left, self.right) if self.dilation == 1 else None
-
-    @property
-    def bounds(self) -> tuple[int | None, int | None, int, int]:
-        """Left, right, dilation and length of a chunk, of which all kernels here are told."""
-        return self.left, self.right, self.dilation, 1
+    def plain(self) -> bool:
+        """Whether it is a window without holes or chunks."""
+        return self.dilation == self.chunk == 1
 
     @property
     def kept(self) -> int | None:
         """How many keys before a later query it can see."""
-        return None if self.left is None else self.left * self.dilation
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """A declared sight: a query sees its own chunk of `size` places, `before` chunks before it and `after` chunks after it."""
-
-    size: int
-    before: int
-    after: int
-
-    def cut(self, n: int, causal: bool, sees: Sees) -> Tiles:
-        """The tiles for n positions."""
-        size = min(self.size, n)
-        before, after = self.before * size, 0 if causal else self.after * size
-        return Tiles(n, cut(n, size, lambda query, queries: (query - before, query + size + after), sees), sight=self, causal=causal)
-
-    @property
-    def window(self) -> None:
-        """Chunks are none."""
-
-    @property
-    def bounds(self) -> tuple[int, int, int, int]:
-        """Left, right, dilation and length of a chunk, of which all kernels here are told."""
-        return self.before, self.after, 1, self.size
-
-    @property
-    def kept(self) -> int:
-        """How many keys before a later query it can see."""
-        return (self.before + 1) * self.size
+        return None if self.left is None else self.left * self.dilation * self.chunk + self.chunk - 1
 
 
 def cut(rows: int, size: int, keys: Callable[[int, int], tuple[int, int]], sees: Sees, dilation: int = 1) -> tuple[Run, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,11 +27,11 @@ _flash_backward = torch.ops.aten._flash_attention_backward
 
 
 @dataclass(frozen=True, eq=False)
-class Efficient:
-    """A tile by the memory-efficient operators.
+class _Drawing:
+    """The operators draw which weights are dropped from the generator of the device.
 
-    The operator draws which weights are dropped from the generator of the device; `drawn` keeps seed and offset of every tile, from which the
-    backward pass draws the same. seed: what the generator is set to before (in compiled code, where the two passes share nothing else).
+    `drawn` keeps what every tile is drawn from, seed and offset, and the backward pass draws the same. seed: what the generator is set to before (in
+    compiled code, where the two passes share nothing else).
     """
 
     scale: float | None
@@ -39,12 +39,22 @@ class Efficient:
     seed: int | None = None
     drawn: dict[int, list[Tensor]] = field(default_factory=dict)
 
+    def run(self, index: int, device: torch.device, operator: Callable[..., Any], *given: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp of a tile by an operator."""
+        with _from(None if self.seed is None else self.seed + index, device):
+            out, lse, *drawn = operator(*given, **options)
+        if self.dropout:
+            self.drawn[index] = drawn[:2]
+        return out, lse
+
+
+class Efficient(_Drawing):
+    """A tile by the memory-efficient operators."""
+
     def forward(self, tile: Tile, index: int) -> tuple[Tensor, Tensor]:
         q, k, v = (rows_of(x) for x in tile[:3])
-        with _from(None if self.seed is None else self.seed + index, q.device):
-            out, lse, *drawn = _efficient(q, k, v, bias_rows(tile), True, self.dropout, tile.causal, scale=factor(self.scale, tile.q))
-        if self.dropout:
-            self.drawn[index] = drawn
+        given = q, k, v, bias_rows(tile), True, self.dropout, tile.causal
+        out, lse = self.run(index, q.device, _efficient, *given, scale=factor(self.scale, tile.q))
         return out[..., : tile.v.shape[-1]], lse_of(tile, lse[..., : q.shape[2]])
 
     def backward(self, tile: Tile, index: int, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,24 +70,14 @@ class Efficient:
 
 
 @dataclass(frozen=True, eq=False)
-class FlashCuda:
-    """A tile without bias by the flash operators. window: how many keys before it and after it a query sees; None: all.
+class FlashCuda(_Drawing):
+    """A tile without bias by the flash operators. window: how many keys before it and after it a query sees; None: all."""
 
-    dropout, seed and drawn as for `Efficient`; seed and offset of a tile are one tensor here.
-    """
-
-    scale: float | None
     window: tuple[int, int] | None = None
-    dropout: float = 0.0
-    seed: int | None = None
-    drawn: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def forward(self, tile: Tile, index: int) -> tuple[Tensor, Tensor]:
         q, k, v = (rows_of(x, _width(tile)).transpose(1, 2) for x in tile[:3])
-        with _from(None if self.seed is None else self.seed + index, q.device):
-            out, lse, *drawn, _ = _flash(q, k, v, None, None, *self._told(tile), False, **self._options(tile))
-        if self.dropout:
-            self.drawn[index] = drawn
+        out, lse = self.run(index, q.device, _flash, q, k, v, None, None, *self._told(tile), False, **self._options(tile))
         return out.transpose(1, 2)[..., : tile.v.shape[-1]], lse
 
     def backward(self, tile: Tile, index: int, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,14 +12,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from effzoo.attention.part import Part, Uncut
+from effzoo.attention.tile_map import kept
 from effzoo.devices import keeping
 
 if TYPE_CHECKING:
     from effzoo.attention.core import Mask
     from effzoo.attention.predicate import PredicateAttention
-
-REMEMBERED = 64  # block masks
-_found: OrderedDict[Any, Seen] = OrderedDict()
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,24 +30,19 @@ class Seen(Uncut):
 def seen(core: PredicateAttention, q: Tensor, k: Tensor, mask: Mask, length: Tensor | None) -> Seen:
     """What queries see by the predicate of their kind, padding and global tokens included; length: of each row, None where there is no padding."""
     size = q.shape[2], k.shape[2]
-    if mask.valid is not None or core._global(mask) is not None:
+    if mask.valid is not None or core.is_global(mask) is not None:
         found: Seen = mask.memo(("flex", core.key, size), lambda: _made(core, q, k, mask, length))
         return found
     if isinstance(q, FakeTensor):
         return _made(core, q, k, mask, None)
-    key = (core.key, size, str(q.device))
-    if key not in _found:
-        _found[key] = _made(core, q, k, mask, None)
-    _found.move_to_end(key)
-    while len(_found) > REMEMBERED:
-        _found.popitem(last=False)
-    return _found[key]
+    remembered: Seen = kept(("flex", core.key, size, str(q.device)), lambda: _made(core, q, k, mask, None))
+    return remembered
 
 
 def _made(core: PredicateAttention, q: Tensor, k: Tensor, mask: Mask, length: Tensor | None) -> Seen:
     from torch.nn.attention.flex_attention import create_block_mask  # takes a while to import
 
-    valid, is_global, causal = mask.valid, mask.is_global if "key_global" in core.reads else None, core.context.causal
+    valid, is_global = mask.valid, core.is_global(mask)
     places, no = torch.tensor(k.shape[2], device=q.device), torch.zeros((), dtype=torch.bool, device=q.device)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -58,8 +50,7 @@ def _made(core: PredicateAttention, q: Tensor, k: Tensor, mask: Mask, length: Te
             "head": head, "places": places, "length": places if length is None else length[batch],
             "query_global": no if is_global is None else is_global[batch, query], "key_global": no if is_global is None else is_global[batch, key],
         }  # fmt: skip
-        found = core.visible(query, key, **{name: facts[name] for name in core.reads})
-        found = found & (key <= query) if causal else found
+        found = core.seen(query, key, facts.__getitem__)
         return found if valid is None else found & valid[batch, key]
 
     if not (isinstance(q, FakeTensor) or torch.compiler.is_compiling()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from effzoo.annotations import Count, Whole
-from effzoo.attention.band import Chunks
+from effzoo.attention.band import Window
 from effzoo.attention.core import Context, KeysValues, Mask, State
 from effzoo.attention.predicate import PredicateAttention
 from effzoo.errors import IncompatibleError
@@ -47,6 +47,6 @@ class Local(PredicateAttention):
             )
         return super().step(*projected, mask=mask, past=past, memory=memory)
 
-    def sight(self, head: int) -> Chunks | None:
+    def sight(self, head: int) -> Window | None:
         hidden = self.context.causal and not self.after  # looking back alone, the causal triangle hides the ring
-        return Chunks(self.chunk, self.before, self.after) if hidden or not self.circular else None
+        return Window(self.before, self.after, chunk=self.chunk) if hidden or not self.circular else None

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from effzoo.attention import flex, reference, tile_map
-from effzoo.attention.band import Chunks, Sees, Window
+from effzoo.attention.band import Sees, Window
 from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, latest, longer, memory_part, rows_of
 from effzoo.attention.part import Part, bias_of
 from effzoo.attention.tiles import Tiles, by_head
@@ -57,7 +57,7 @@ class PredicateAttention(AttentionCore):
         `query_global` and `key_global` (whether they are global).
         """
 
-    def sight(self, head: int) -> Window | Chunks | None:
+    def sight(self, head: int) -> Window | None:
         """How far the queries of a head look, if a closed form says all of `visible` but global tokens; None: the tiles are found."""
         return None
 
@@ -76,7 +76,7 @@ class PredicateAttention(AttentionCore):
 
     @property
     def shift_invariant(self) -> bool:  # type: ignore[override]
-        return all(isinstance(sight, Window) for sight in self._sights)
+        return all(sight is not None and sight.chunk == 1 for sight in self._sights)
 
     def forward(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         q, k, v = projected[:3]
@@ -93,7 +93,7 @@ class PredicateAttention(AttentionCore):
             traced = torch.compiler.is_compiling()
             part = Part(q, k, v, layout=Traced(self._number), given=[held]) if traced else self.part(q, k, v, held, mask)
             out = self.attend(part, self._global_columns(q, k, v, mask), memory_part(q, memory))
-        is_global = self._global(mask)
+        is_global = self.is_global(mask)
         if is_global is None:
             return out
         where, _ = gathered(mask, self.max_globals)
@@ -114,12 +114,12 @@ class PredicateAttention(AttentionCore):
 
     def _held(self, mask: Mask) -> Tensor | None:
         """Keys that are seen through tiles, bool[batch, n], as they are tokens and not global; None for all."""
-        is_global = self._global(mask)
+        is_global = self.is_global(mask)
         if is_global is None:
             return mask.valid
         return ~is_global if mask.valid is None else mask.valid & ~is_global
 
-    def _global(self, mask: Mask, where: Tensor | None = None) -> Tensor | None:
+    def is_global(self, mask: Mask, where: Tensor | None = None) -> Tensor | None:
         """Which tokens are global, of all or of those at `where` [batch or 1, r]; None if none is."""
         is_global = mask.is_global if "key_global" in self.reads else None
         return is_global if is_global is None or where is None else is_global.gather(1, where.expand(len(is_global), -1))
@@ -136,15 +136,21 @@ class PredicateAttention(AttentionCore):
 
         return tile_map.remembered((self.key, *declared, n), made, device)
 
+    def seen(self, query: Tensor, key: Tensor, fact: Callable[[str], Tensor], causal: bool | None = None) -> Tensor:
+        """`visible` with the facts that it asks for, and with the causal triangle unless told otherwise."""
+        seen = self.visible(query, key, **{name: fact(name) for name in self.reads})
+        if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
+            got = f"a tensor of {seen.dtype}" if isinstance(seen, Tensor) else repr(seen)
+            raise InputError(f"attention {self.name!r}: visible(query, key) is a boolean tensor (True = the query sees the key), got {got}")
+        return seen & (key <= query) if (self.context.causal if causal is None else causal) else seen
+
     def sees(self, head: int, length: int, *, causal: bool | None = None) -> Sees:
         """`visible` of one head in a row of so many tokens, with the causal triangle unless told otherwise, and without global tokens."""
         given: dict[str, Any] = {"head": head, "length": length, "places": length, "query_global": False, "key_global": False}
-        cut = self.context.causal if causal is None else causal
 
         def sees(query: Tensor, key: Tensor) -> Tensor:
             with _disable_current_modes():  # the tiles of a shape are no part of what is traced
-                seen = self._boolean(self.visible(query, key, **{name: torch.tensor(given[name], device=query.device) for name in self.reads}))
-                return seen & (key <= query) if cut else seen
+                return self.seen(query, key, lambda name: torch.tensor(given[name], device=query.device), causal)
 
         return sees
 
@@ -162,8 +168,7 @@ class PredicateAttention(AttentionCore):
             "query_global": lambda: no if query_global is None else query_global,
             "key_global": lambda: no if mask.is_global is None else mask.is_global[:, None, None, :],
         }
-        seen = self._boolean(self.visible(query, key, **{name: given[name]() for name in self.reads}))
-        return seen & (key <= query) if self.context.causal else seen
+        return self.seen(query, key, lambda name: given[name]())
 
     def pattern(self, n: int, mask: Mask) -> Tensor:
         marked = mask.is_global if mask.valid is None else mask.valid
@@ -171,7 +176,7 @@ class PredicateAttention(AttentionCore):
 
     def _seen(self, where: Tensor, s: int, mask: Mask) -> Tensor:
         """The definition: which of s keys the queries at `where` [batch or 1, r] see, bool[batch or 1, heads or 1, r, s]."""
-        is_global, key = self._global(mask, where), torch.arange(s, device=where.device)[None, None, None, :]
+        is_global, key = self.is_global(mask, where), torch.arange(s, device=where.device)[None, None, None, :]
         of_queries = None if is_global is None else is_global[:, None, :, None]
         seen = self.allowed(where[:, None, :, None], key, mask, places=s, query_global=of_queries)
         return (seen & reference.padding(s, mask.valid, where.device)).expand(-1, -1, where.shape[1], s)
@@ -179,13 +184,13 @@ class PredicateAttention(AttentionCore):
     def dense(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         q, k = projected[:2]
         allowed = self._seen(torch.arange(q.shape[2], device=q.device)[None], k.shape[2], mask)
-        return self._either(self._global(mask), lambda q, k, v: reference.dense(q, k, v, allowed, memory), *projected)
+        return self._either(self.is_global(mask), lambda q, k, v: reference.dense(q, k, v, allowed, memory), *projected)
 
     def rows(self, where: Tensor, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
-        return self._either(self._global(mask, where), self._attend_at(where, projected[1].shape[2], mask, memory), *projected)
+        return self._either(self.is_global(mask, where), self._attend_at(where, projected[1].shape[2], mask, memory), *projected)
 
     def alone(self, *projected: Tensor, mask: Mask, memory: KeysValues, where: Tensor | None = None) -> Tensor:
-        return self._either(self._global(mask, where), lambda q, k, v: self.attend(memory_part(q, memory)), *projected)
+        return self._either(self.is_global(mask, where), lambda q, k, v: self.attend(memory_part(q, memory)), *projected)
 
     def _attend_at(self, where: Tensor, s: int, mask: Mask, memory: KeysValues | None) -> Softmax:
         """Attention of the queries at `where` [batch or 1, r] to what they see of s keys: a function of these queries, and of all keys and values."""
@@ -229,10 +234,10 @@ class PredicateAttention(AttentionCore):
 
     def _sees_all_kept(self, new: int) -> bool:
         """Whether so many new queries see all keys that are kept."""
-        return new == 1 and len(self._sights) == 1 and all(isinstance(sight, Window) and sight.dilation == 1 for sight in self._sights)
+        return new == 1 and len(self._sights) == 1 and all(sight is not None and sight.plain for sight in self._sights)
 
     @property
-    def _sights(self) -> set[Window | Chunks | None]:
+    def _sights(self) -> set[Window | None]:
         """How far queries look, of all heads."""
         return {self.sight(head) for head in range(self.context.heads)}
 
@@ -259,7 +264,7 @@ class PredicateAttention(AttentionCore):
 
     def _global_columns(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Part | None:
         """Every query sees the global keys, gathered to the front of [batch, globals] and padded with a bias."""
-        if self._global(mask) is None:
+        if self.is_global(mask) is None:
             return None
         where, held = gathered(mask, self.max_globals)
         seen = held[:, None, None, :]
@@ -268,12 +273,6 @@ class PredicateAttention(AttentionCore):
         bias = mask.memo(("global columns", q.dtype), lambda: bias_of(seen, q.dtype))
         places = mask.memo("global places", lambda: where.masked_fill(~held, k.shape[2]))
         return Part(q, rows_of(k, where), rows_of(v, where), bias, where=places)
-
-    def _boolean(self, seen: Any) -> Tensor:
-        if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
-            got = f"a tensor of {seen.dtype}" if isinstance(seen, Tensor) else repr(seen)
-            raise InputError(f"attention {self.name!r}: visible(query, key) is a boolean tensor (True = the query sees the key), got {got}")
-        return seen
 
     @property
     def key(self) -> tuple[Any, ...]:

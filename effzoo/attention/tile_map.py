@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 TILE = 64  # positions of a tile
 ROWS = 512  # rows of the predicate that are looked at together
 TOGETHER = 1024  # queries of a group whose mask is written out, and of groups that are computed together
-REMEMBERED = 64  # maps
+REMEMBERED = 64  # maps, and block masks of torch
 Groups = Sequence[tuple[list[int], Tiles | None]]  # heads that see alike, and their tiles; None: every key (before the query, when causal)
-_found: OrderedDict[Any, Groups] = OrderedDict()
+_found: OrderedDict[Any, Any] = OrderedDict()
 
 
 class Pairs(NamedTuple):
@@ -45,21 +45,24 @@ def layouts(core: PredicateAttention, n: int, device: torch.device) -> Groups:
     return remembered((core.key, n), lambda: [(heads, _tiles(core, heads[0], n)) for heads in _alike(core, n)], device)
 
 
-@torch.inference_mode(False)  # what is remembered serves training too
-def remembered(key: Any, make: Callable[[], Groups], device: torch.device) -> Groups:
-    """Tiles, made once on the CPU, and once copied to each CUDA device."""
+def kept(key: Any, make: Callable[[], Any]) -> Any:
+    """`make()` at the first call with this key, then the same again, as long as it is among the latest."""
     if key not in _found:
-        with _disable_current_modes():  # the tiles of a shape are no part of what is traced
-            _found[key] = make()
-    found = _found[key]
-    if device.type == "cuda":
-        key = (key, str(device))
-        if key not in _found:
-            _found[key] = [(heads, None if tiles is None else tiles.to(device)) for heads, tiles in found]
-        found = _found[key]
+        _found[key] = make()
     _found.move_to_end(key)
     while len(_found) > REMEMBERED:
         _found.popitem(last=False)
+    return _found[key]
+
+
+@torch.inference_mode(False)  # what is remembered serves training too
+def remembered(key: Any, make: Callable[[], Groups], device: torch.device) -> Groups:
+    """Tiles, made once on the CPU, and once copied to each CUDA device."""
+    with _disable_current_modes():  # the tiles of a shape are no part of what is traced
+        found: Groups = kept(key, make)
+    if device.type == "cuda":
+        there: Groups = kept((key, str(device)), lambda: [(heads, None if tiles is None else tiles.to(device)) for heads, tiles in found])
+        return there
     return found
 
 

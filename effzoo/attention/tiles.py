@@ -19,7 +19,7 @@ from effzoo.attention.triton_launch import Hashed, OnePass
 from effzoo.devices import chosen, sent
 
 if TYPE_CHECKING:
-    from effzoo.attention.band import Chunks, Window
+    from effzoo.attention.band import Window
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,7 @@ class Tiles(Cut):
     runs: tuple[Run, ...]
     place: Tensor | None = None
     dilation: int = 1
-    sight: Window | Chunks | None = None
+    sight: Window | None = None
     causal: bool = False
     _biases: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
 
@@ -124,10 +124,9 @@ class Tiles(Cut):
     @property
     def window(self) -> tuple[int, int] | None:
         """How many keys before a query it sees, and how many after it, where that says it all."""
-        bounds = None if self.sight is None else self.sight.window
-        if bounds is None:
+        if self.sight is None or not self.sight.plain:
             return None
-        left, right = (self.n if most is None else most for most in bounds)
+        left, right = (self.n if most is None else most for most in (self.sight.left, self.sight.right))
         return left, 0 if self.causal else right
 
     def one_pass(self) -> list[tuple[list[int], OnePass | Hashed]]:

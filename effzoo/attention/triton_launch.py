@@ -12,7 +12,7 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from effzoo.devices import capability, chosen, kind_of
 from effzoo.errors import OptionError
 
 if TYPE_CHECKING:
-    from effzoo.attention.band import Chunks, Window
+    from effzoo.attention.band import Window
 
 LARGEST = 128  # width of a head
 STEPS = 2**31  # in which probabilities of keeping a weight are drawn
@@ -98,7 +98,7 @@ class OnePass:
     """
 
     causal: bool = False
-    sight: Window | Chunks | None = None
+    sight: Window | None = None
     scale: float | None = None
     dropout: float = 0.0
     seed: int = 0
@@ -136,7 +136,7 @@ class OnePass:
         columns = None if columns is None or columns.shape[1] == 0 else columns
         call = _Call(q, k, v, self.scale, self.causal, self.dropout, self.seed, self.tiles)
         if self.sight is not None:
-            call.see(*self.sight.bounds)
+            call.see(*astuple(self.sight))
         if bias is not None:
             whole = bias.expand(*q.shape[:3], k.shape[2])
             names = ("bias_batch", "bias_head", "bias_query", "bias_key")
