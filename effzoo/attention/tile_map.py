@@ -57,10 +57,10 @@ def kept(key: Any, make: Callable[[], Any]) -> Any:
 
 @torch.inference_mode(False)  # what is remembered serves training too
 def remembered(key: Any, make: Callable[[], Groups], device: torch.device) -> Groups:
-    """Tiles, made once on the CPU, and once copied to each CUDA device."""
+    """Tiles, made once on the CPU, and once copied to each other device."""
     with _disable_current_modes():  # the tiles of a shape are no part of what is traced
         found: Groups = kept(key, make)
-    if device.type == "cuda":
+    if device.type != "cpu":
         there: Groups = kept((key, str(device)), lambda: [(heads, None if tiles is None else tiles.to(device)) for heads, tiles in found])
         return there
     return found
