@@ -1,4 +1,4 @@
-"""Write the figures of the READMEs from the tracked results: python scripts/readme.py. A test holds the two in step."""
+"""Write the tables of READMEs and documentation from the tracked results and the code: python scripts/readme.py. A test holds the two in step."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import tomllib
 from pathlib import Path
 from types import ModuleType
 
+from effzoo import attention, peft, zoo
+from effzoo.attention.predicate import FACTS
+from effzoo.cli import describe
 from effzoo.lab import DECKS, Claim, catalogue
 from effzoo.measure import rows
 from effzoo.measure.figures import against_length
 from effzoo.measure.page import crossover_table, finetune_table, markdown, scaling_table
 from effzoo.plots import png_bytes
+from effzoo.registry import attention as kinds
 from effzoo.writing import replace_file
 
 ROOT = Path(__file__).parent.parent
@@ -100,7 +104,7 @@ def speed_tables(device: str) -> str:
             markdown(scaling_table(scaling, "train")),
             "",
             "| time | peak memory |\n|---|---|",
-            f"| ![time against length](benchmarks/results/scaling-{device}-time.png) | ![memory](benchmarks/results/scaling-{device}-memory.png) |",
+            "| " + " | ".join(f"![{what}](../../benchmarks/results/scaling-{device}-{what}.png)" for what in ("time", "memory")) + " |",
             "",
             "The same computation by others, forward and backward, from the same weights, in turns (median and quartiles of the ratio):",
             "",
@@ -167,12 +171,83 @@ def load(name: str) -> ModuleType:
 
 def rendered(readme: str) -> str:
     """The README with its figures written anew."""
-    results = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
-    readme = _between(readme, "speed", speed_tables("cpu"))
+    return _between(readme, "demo", demo_table(json.loads((ROOT / "benchmarks/results/demo.json").read_text())))
+
+
+def kinds_page(page: str) -> str:
+    """Every attention kind with its picture, what it can do and its options."""
+    return _between(page, "kinds", "\n\n".join(map(kind_section, sorted(attention.names(), key=lambda name: name != "full"))))
+
+
+def kind_section(name: str) -> str:
+    """One attention kind."""
+    cls = attention.get(name)
+    causal = f"no: {cls.not_causal}" if cls.not_causal else "yes"
+    facts = {
+        "cost": cls.cost.replace("*", "·").replace("^2", "²"),
+        "causal": causal,
+        "cache for decoding": "yes" if cls.decodes() else "no",
+        "global tokens": "yes" if cls.knows_globals() else "no",
+    }
+    lines = [f"### {name}", "", f"![what {name} sees](../pictures/kind-{name}.png)", "", _escaped(describe.summary(cls)), ""]
+    lines += [f"- {fact}: {what}" for fact, what in facts.items()]
+    lines += ["", f"{cls.paper}."]
+    if options := describe.option_rows(kinds, name):
+        lines += ["", "| option | default | is |", "|---|---|---|"]
+        lines += [f"| `{option}` | `{default}` | {_escaped(meaning)} |" for option, _, default, meaning in options]
+    return "\n".join(lines)
+
+
+def methods_page(page: str) -> str:
+    """Every method by what it composes with, and the matrix of methods and kinds."""
+    for group in ("parameter", "input", "function", "combined", "modular"):
+        page = _between(page, f"methods-{group}", methods_table(group))
     tried, experts = (json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("matrix", "matrix-experts"))
-    readme = _between(readme, "matrix", f"{matrix_table(tried)}\n\n{experts_line(experts)}")
-    readme = _between(readme, "gallery", gallery())
-    return _between(readme, "demo", demo_table(results))
+    return _between(page, "matrix", f"{matrix_table(tried)}\n\n{experts_line(experts)}")
+
+
+def methods_table(group: str) -> str:
+    """The methods of one package: what each computes, and where it is from."""
+    lines = ["| method | computes | paper |", "|---|---|---|"]
+    for name in peft.names():
+        cls = peft.get(name)
+        if cls.__module__.split(".")[2] == group:
+            first = re.split(r"(?<=[^\s.])\.(?= [A-Z`])", describe.summary(cls))[0].removesuffix(".")
+            lines.append(f"| `{name}` | {_escaped(first)} | {_escaped(cls.paper)} |")
+    return "\n".join(lines)
+
+
+def models_page(page: str) -> str:
+    """Every entry of the zoo with its sizes."""
+    lines = ["| model | architecture | attention | layers x width | length | paper |", "|---|---|---|---|---|---|"]
+    for name in zoo.models():
+        config = zoo.config(name)
+        attending = describe.kinds(config.attention)
+        size = f"{config.layers} x {config.dim:,}"
+        lines.append(f"| `{name}` | {config.architecture} | {attending} | {size} | {config.max_length:,} | {_escaped(config.paper)} |")
+    return _between(page, "models", "\n".join(lines))
+
+
+def speed_page(page: str) -> str:
+    """The tables of speed, and the demo."""
+    return _between(rendered(page), "speed", speed_tables("cpu"))
+
+
+def lab_page(page: str) -> str:
+    """The gallery."""
+    return _between(page, "gallery", gallery())
+
+
+def kind_guide(page: str) -> str:
+    """What a predicate may ask for."""
+    rows = [f"| `{name}` | {what} |" for name, what in FACTS.items()]
+    return _between(page, "facts", "\n".join(["| parameter | is |", "|---|---|", *rows]))
+
+
+def _escaped(text: str) -> str:
+    """A sentence for a cell of a table: outside backticks nothing in it is markup."""
+    parts = re.split(r"(`[^`]*`)", text.replace("|", "\\|"))
+    return "".join(part if number % 2 else re.sub(r"([<*_\[\]])", r"\\\1", part) for number, part in enumerate(parts))
 
 
 def rendered_benchmarks(readme: str) -> str:
@@ -217,10 +292,10 @@ def gallery() -> str:
     rows = [GALLERY[:3], GALLERY[3:]]
     lines = []
     for number, row in enumerate(rows):
-        lines.append("| " + " | ".join(f"[`effzoo lab {name}`](benchmarks/results/lab/{name}/table.md): {said}" for name, said in row) + " |")
+        lines.append("| " + " | ".join(f"[`effzoo lab {name}`](../benchmarks/results/lab/{name}/table.md): {said}" for name, said in row) + " |")
         if number == 0:
             lines.append("|---" * 3 + "|")
-        lines.append("| " + " | ".join(f"![{name}](benchmarks/results/lab/{name}/figure.png)" for name, _ in row) + " |")
+        lines.append("| " + " | ".join(f"![{name}](../benchmarks/results/lab/{name}/figure.png)" for name, _ in row) + " |")
     return "\n".join(lines)
 
 
@@ -253,9 +328,20 @@ def _between(text: str, name: str, table: str) -> str:
     return re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _: f"<!-- {name} -->\n{table}\n<!-- /{name} -->", text, flags=re.DOTALL)
 
 
+PAGES = {  # with tables of results or of code, and what writes them
+    "README.md": rendered,
+    "benchmarks/README.md": rendered_benchmarks,
+    "docs/zoo/kinds.md": kinds_page,
+    "docs/zoo/methods.md": methods_page,
+    "docs/zoo/models.md": models_page,
+    "docs/zoo/speed.md": speed_page,
+    "docs/lab.md": lab_page,
+    "docs/howto/write-a-kind.md": kind_guide,
+}
+
 if __name__ == "__main__":
     figures("cpu")
-    for path, render in ((ROOT / "README.md", rendered), (ROOT / "benchmarks/README.md", rendered_benchmarks)):
-        replace_file(path, render(path.read_text()).encode())
+    for path, render in PAGES.items():
+        replace_file(ROOT / path, render((ROOT / path).read_text()).encode())
     for name, text in lecture_pages().items():
         replace_file(ROOT / "benchmarks/lectures" / name, text.encode())

@@ -1,0 +1,177 @@
+"""The documentation is true: every sample runs and prints what is shown below it, every public name has an entry, pictures are those of the code."""
+
+import ast
+import contextlib
+import importlib
+import importlib.util
+import io
+import pkgutil
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import effzoo
+from effzoo.cli import app
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+FENCE = re.compile(r"^( *)```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+CHECK = "effzoo check mine.py"  # which has a test of its own
+ELSEWHERE = ("./scripts/", "accelerate launch", "ACCELERATE_USE_CPU=true accelerate launch")  # what no page runs
+
+
+@dataclass
+class Sample:
+    """A block of a page: its language, the file that it stands for, if any, and its text."""
+
+    language: str
+    title: str
+    text: str
+
+
+def samples(page):
+    return [Sample(language, title or "", text) for _, language, title, text in FENCE.findall((DOCS / page).read_text())]
+
+
+def load(name):
+    """A script of the repository."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if samples(page)])
+def test_samples_run_and_print_what_is_shown(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace, printed = {"__name__": "sample"}, ""
+    with effzoo.scope():
+        for sample in samples(page):
+            if sample.title:
+                Path(sample.title).write_text(sample.text)
+                assert sum(sample.title in other.text for other in samples(page)), f"nothing uses {sample.title}"
+            elif sample.language == "python":
+                out = io.StringIO()
+                with contextlib.redirect_stdout(out):
+                    exec(compile(sample.text, page, "exec"), namespace)
+                printed = out.getvalue()
+            elif sample.language == "text":
+                assert lines(printed) == lines(sample.text)
+            elif sample.language == "bash":
+                for line in sample.text.splitlines():
+                    shell(line.partition("#")[0].strip())
+            else:
+                assert sample.language == "toml", f"a block of {sample.language} is neither run nor a file"
+
+
+def lines(text):
+    return [line.rstrip() for line in text.strip().splitlines()]
+
+
+def shell(line):
+    """Run a line of a console: ours in this process; of others it is looked whether they are there."""
+    if line == CHECK:
+        return
+    if line.startswith("effzoo "):
+        arguments = re.findall(r'"([^"]*)"|(\S+)', line.removeprefix("effzoo "))
+        done = CliRunner().invoke(app, [quoted or plain for quoted, plain in arguments], env={"COLUMNS": "200"})
+        assert done.exit_code == 0, (line, done.output, done.exception)
+    else:
+        assert line.startswith(ELSEWHERE), line
+        for path in re.findall(r"\./scripts/\w+|\w+\.py", line):
+            assert Path(path).exists() or (ROOT / path).exists(), path
+
+
+def test_every_code_block_is_a_sample():
+    """No block escapes the test by another fence or indentation."""
+    for page in PAGES:
+        text = (DOCS / page).read_text()
+        assert text.count("```") == 2 * len(samples(page)), page
+
+
+def test_what_a_script_of_several_processes_says_runs_in_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (script,) = (sample for sample in samples("howto/several-gpus.md") if sample.title == "train.py")
+    exec(compile(script.text, "train.py", "exec"), {})
+    assert Path("runs/several/adapter/adapter.json").is_file()
+
+
+@pytest.mark.parametrize(("page", "kind", "name"), [("howto/write-a-kind.md", "attention", "strided"), ("howto/write-a-method.md", "peft", "shift")])
+def test_what_the_guides_add_is_short_and_passes_every_check(page, kind, name, tmp_path):
+    (mine,) = (sample.text for sample in samples(page) if sample.title == "mine.py")
+    assert len([line for line in mine.splitlines() if line.strip() and not line.startswith(("import", "from"))]) <= 15
+    (tmp_path / "mine.py").write_text(mine)
+    with effzoo.scope():
+        assert effzoo.load_file(tmp_path / "mine.py") == [(kind, name)]
+        report = effzoo.check(kind, name)
+        assert report.ok, str(report)
+
+
+def test_links_lead_somewhere():
+    reference = load("reference").pages()
+    for page in PAGES:
+        for path in re.findall(r"\]\((?!http|#)([^)#\s]+)", FENCE.sub("", (DOCS / page).read_text())):
+            there = (DOCS / page).parent / path
+            made = there.resolve().parent == DOCS / "reference" and there.name in reference
+            assert made or there.resolve().exists(), (page, path)
+
+
+def test_every_page_is_in_the_navigation():
+    text = (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1]
+    for page in PAGES:
+        assert re.search(rf"[ :]{re.escape(page)}$", text, re.MULTILINE), page
+
+
+def public_packages():
+    """Every package or module of effzoo with an `__all__`, but those that are for the inside alone."""
+    inside = {"effzoo.annotations", "effzoo.attention.kernel", "effzoo.checks.attention", "effzoo.checks.peft", "effzoo.cli", "effzoo.lab.draw"}
+    found = {"effzoo", *(module.name for module in pkgutil.walk_packages(effzoo.__path__, "effzoo."))} - inside
+    return {name for name in found if "__all__" in assigned(name)}
+
+
+def assigned(name):
+    source = Path(importlib.util.find_spec(name).origin).read_text()
+    targets = [target for node in ast.parse(source).body if isinstance(node, ast.Assign) for target in node.targets]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def test_every_public_name_has_an_entry():
+    reference = load("reference")
+    assert set(reference.PACKAGES) == public_packages()
+    pages = reference.pages()
+    everything = "\n".join(pages.values())
+    for package in reference.PACKAGES:
+        for name in importlib.import_module(package).__all__:
+            assert f"#{package}.{name} }}" in pages[f"{package}.md"], f"{package}.{name}"
+            path = reference.where(package, name)
+            value = getattr(importlib.import_module(package), name)
+            if not isinstance(value, ModuleType):
+                assert f"::: {path}\n" in everything or path.startswith(f"{reference.VIEW}."), path
+
+
+def test_every_kind_and_method_is_on_its_page():
+    for page, names in (("kinds", effzoo.attention.names()), ("methods", effzoo.peft.names()), ("models", effzoo.models())):
+        text = (DOCS / f"zoo/{page}.md").read_text()
+        for name in names:
+            assert f"`{name}`" in text or f"### {name}\n" in text, name
+
+
+def test_pictures_are_those_that_the_code_draws():
+    script = load("pictures")
+    drawn = script.pictures()
+    assert {path.stem for path in script.FOLDER.iterdir()} == drawn.keys(), "run python scripts/pictures.py"
+    used = "\n".join((DOCS / page).read_text() for page in PAGES)
+    for name, draw in drawn.items():
+        assert f"pictures/{name}.png" in used, f"no page shows {name}"
+        there = Image.open(script.FOLDER / f"{name}.png").convert("L")
+        now = Image.open(io.BytesIO(effzoo.plots.png_bytes(draw()))).convert("L")
+        assert now.size == there.size, f"{name}: run python scripts/pictures.py"
+        difference = numpy.abs(numpy.asarray(now.resize((64, 64)), dtype=float) - numpy.asarray(there.resize((64, 64)), dtype=float))
+        assert difference.max() < 40, f"{name}: run python scripts/pictures.py"  # fonts may differ by a pixel, cells may not
