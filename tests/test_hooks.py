@@ -154,3 +154,9 @@ def test_a_file_with_the_former_names_of_prompt_tokens_is_read(tiny, tmp_path, s
     torch.manual_seed(0)
     other = effzoo.load_adapter(effzoo.build("bert", task="classification", num_labels=3, **tiny).eval(), tmp_path)
     assert torch.equal(other(**labelled()).logits, model(**labelled()).logits)
+
+
+def test_a_hook_that_a_plan_watches_computes_position_by_position_as_before(tiny):
+    model = effzoo.build("bert", attention="longformer[window=4]", peft="lora", task="classification", **tiny)
+    whole, read = (effzoo.plan(model, batch=2, length=32, recompute=level).kept for level in (None, "nothing"))
+    assert read < 0.9 * whole  # of the last block, only the positions that the head reads

@@ -320,7 +320,9 @@ def positionwise(module: PeftModule) -> bool:
     for hook in ("before", "after"):
         if opens(module, hook):
             owner = next(cls for cls in type(module).__mro__ if hook in vars(cls))
-            if hook in vars(module) or Positionwise not in owner.__bases__:
+            own = inspect.unwrap(vars(module)[hook]) if hook in vars(module) else None  # `effzoo.plan` wraps hooks to watch them
+            replaced = own is not None and getattr(own, "__func__", None) is not vars(owner)[hook]
+            if replaced or Positionwise not in owner.__bases__:
                 return False
     return True
 
