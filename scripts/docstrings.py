@@ -12,13 +12,16 @@ import griffe
 
 SHAPE = r"(?: [a-z]*\[[^\]]*\])?"  # as in `x [batch, n, dim]: ...`
 ROW = re.compile(r"^\s+(\S+)\s{2,}(\S.*)$")  # a line of a table: a word, some room, what it means
+CALL = re.compile(r"\w+\(([^)]*)\)[:,]")
 
 
 class Arguments(griffe.Extension):
     """Rewrites every docstring before it is read."""
 
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
-        rewrite(func, {parameter.name.lstrip("*") for parameter in func.parameters})
+        called = CALL.match(func.docstring.value) if func.docstring else None  # where the signature says less, as of `forward`
+        said = set(re.findall(r"[a-z_]+", called[1])) if called else set()
+        rewrite(func, said | {parameter.name.lstrip("*") for parameter in func.parameters})
 
     def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
         made = cls.members.get("__init__")
@@ -47,6 +50,8 @@ def paragraph(block: str, names: set[str]) -> str:
     lines = block.split("\n")
     if lines[0].startswith("    "):
         return block
+    if re.search(r"^\S.*\S {3,}\S", block, re.MULTILINE):  # aligned by hand, as formulas one below the other
+        return "\n".join(f"    {line}" for line in lines)
     joined: list[str] = []
     for line in lines:
         row = ROW.match(line)

@@ -288,15 +288,12 @@ def lab_table(results: dict[str, dict]) -> str:
 
 
 def gallery() -> str:
-    """Six figures of the lab, three in a row."""
-    rows = [GALLERY[:3], GALLERY[3:]]
-    lines = []
-    for number, row in enumerate(rows):
-        lines.append("| " + " | ".join(f"[`effzoo lab {name}`](../benchmarks/results/lab/{name}/table.md): {said}" for name, said in row) + " |")
-        if number == 0:
-            lines.append("|---" * 3 + "|")
-        lines.append("| " + " | ".join(f"![{name}](../benchmarks/results/lab/{name}/figure.png)" for name, _ in row) + " |")
-    return "\n".join(lines)
+    """Six figures of the lab, each with what it shows."""
+    return "\n\n".join(
+        f"## {said[0].upper()}{said[1:]}\n\n[`effzoo lab {name}`](../benchmarks/results/lab/{name}/table.md)\n\n"
+        f"![{said}](../benchmarks/results/lab/{name}/figure.png)"
+        for name, said in GALLERY
+    )
 
 
 def lecture_page(deck: dict, results: dict[str, dict]) -> str:

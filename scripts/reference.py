@@ -47,8 +47,8 @@ def index() -> str:
     """The list of pages."""
     lines = ["# Reference", "", "Every public name, by the package that it is imported from.", "", "| package | names |", "|---|---|"]
     for package, what in PACKAGES.items():
-        names = public(importlib.import_module(package))
-        lines.append(f"| [`{package}`]({package}.md) | {what} {', '.join(f'`{name}`' for name in names)} |")
+        names = ", ".join(f"[`{name}`]({package}.md#{package}.{name})" for name in public(importlib.import_module(package)))
+        lines.append(f"| [`{package}`]({package}.md) | {what} {names} |")
     return "\n".join([*lines, ""])
 
 
@@ -61,23 +61,26 @@ def page(package: str, written: dict[str, str]) -> str:
     """One package. written: where each object has its entry already, by its path in the source; added to."""
     module = importlib.import_module(package)
     lines = [f"# {package}", "", "\n\n".join(paragraph for paragraph in inspect.getdoc(module).split("\n\n")[:1]), ""]
-    others, entries = [], []
+    entries: list[str] = []
+    packages: list[str] = []
+    elsewhere: dict[str, list[str]] = {}  # names that have their entry on another page
     for name in public(module):
         path = where(package, name)
         anchor = f"[](){{ #{package}.{name} }}"
         if isinstance(getattr(module, name), ModuleType):
             if path in PACKAGES:
-                others.append(f"- {anchor}[`{name}`]({path}.md): {PACKAGES[path]}")
+                packages.append(f"- {anchor}[`{name}`]({path}.md): {PACKAGES[path]}")
             else:
                 entries += file_of(path, name, anchor, written, package)
         elif path in written:
-            others.append(f"- {anchor}[`{name}`]({written[path]}#{path}): the same as in `{written[path].removesuffix('.md')}`")
+            elsewhere.setdefault(f"also in `{written[path].removesuffix('.md')}`", []).append(f"{anchor}[`{name}`]({written[path]}#{path})")
         elif path.startswith(f"{VIEW}."):
-            others.append(f"- {anchor}[`{name}`]({VIEW}.md#{path}): of the registry's view")
+            elsewhere.setdefault("of the registry", []).append(f"{anchor}[`{name}`]({VIEW}.md#{path})")
         else:
             written[path] = f"{package}.md"
             entries += [anchor, "", f"::: {path}", "    options:", f'      heading: "{name}"', f'      toc_label: "{name}"', ""]
-    return "\n".join([*lines, *([*others, ""] if others else []), *entries])
+    listed = [*packages, *(f"- {what}: {', '.join(names)}" for what, names in elsewhere.items())]
+    return "\n".join([*lines, *([*listed, ""] if listed else []), *entries])
 
 
 def file_of(path: str, name: str, anchor: str, written: dict[str, str], package: str) -> list[str]:

@@ -65,8 +65,8 @@ def test_samples_run_and_print_what_is_shown(page, tmp_path, monkeypatch):
             elif sample.language == "text":
                 assert lines(printed) == lines(sample.text)
             elif sample.language == "bash":
-                for line in sample.text.splitlines():
-                    shell(line.partition("#")[0].strip())
+                for line in filter(None, (line.partition("#")[0].strip() for line in sample.text.splitlines())):
+                    shell(line)
             else:
                 assert sample.language == "toml", f"a block of {sample.language} is neither run nor a file"
 
