@@ -74,7 +74,7 @@ def generate(
 
     attention_mask: 0 at padding, which stands at the front (left) in a batch of prompts of different length; a row gives the text and the logits that
     it gives alone. global_attention_mask: of the prompt, for kinds with global tokens. use_cache: keep keys and values; the kind must have a cache
-    (`full`, `longformer`, `local`, `lsh`). options: of transformers' GenerationConfig, such as `max_new_tokens=20, do_sample=True, top_p=0.9,
+    (all but `linformer` and `perceiver`). options: of transformers' GenerationConfig, such as `max_new_tokens=20, do_sample=True, top_p=0.9,
     num_beams=4, eos_token_id=2`, and `logits_processor`, `stopping_criteria`, `streamer`, `prefix_allowed_tokens_fn`, `tokenizer` (for
     `stop_strings`). Options that are not given stand as the model's config says (`eos_token`, `bos_token`, `pad_token`, and `generation`: of a
     converted model those of its `generation_config`), which an INFO record names; None takes one away. Active adapters act.
