@@ -305,7 +305,7 @@ PEERS: dict[str, Callable[..., Pair]] = {
     "HF Perceiver, 256 latents": hf_perceiver,
     "perceiver-pytorch, 256 latents": perceiver_pytorch,
     "peft LoRA on HF BERT, 4 x n": peft_bert("lora", 0.0),
-    "peft LoRA on HF BERT, recompute=projections, 4 x n": peft_bert("lora", 0.0, "projections"),
+    "peft LoRA on HF BERT, recompute=blocks, 4 x n": peft_bert("lora", 0.0, "blocks"),
     "peft LoRA on HF BERT, dropout 0.1, 4 x n": peft_bert("lora", 0.1),
     "BitFit on HF BERT, 4 x n": peft_bert("bitfit", 0.0),
     "peft (IA)3 on HF BERT, 4 x n": peft_bert("ia3", 0.0),

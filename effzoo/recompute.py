@@ -1,33 +1,38 @@
 """Making tensors again instead of keeping them: what the backward pass needs and what follows from something that is kept anyway.
 
-A layer that has computed `out = function(*sources)` says so with `follows(out, function, *sources)`. While `Recompute` is in force, autograd then
-keeps in place of `out`, or of any view of it, a note of how it was made; the backward pass makes it again, to the same bits. So a norm's output
-follows from its input, which the norm keeps anyway; the hidden units of a feed-forward follow from that output; and a method that hangs on
-a site in between keeps nothing more, without knowing of it (Chen et al. 2016, arXiv:1604.06174, with the choice made by tensor, not by layer).
+    model.recompute = "nothing"   keep everything: the fastest
+                      "hidden"    make outputs of norms and activations again, and the hidden units of frozen feed-forwards: an eighth more
+                                  arithmetic at most
+                      "blocks"    keep the input of each block alone (Chen et al. 2016, arXiv:1604.06174), which is gradient checkpointing
 
-How much is told: "hidden", the outputs of norms and activations and the hidden units of feed-forwards (an eighth more arithmetic at most);
-"projections", also those of frozen projections, so that a block keeps little more than its two residual sums and what attention gave.
+Layers and methods write their formulas as the papers do. Inside `made_again()` torch says which functions are called (a TorchFunctionMode), and
+autograd keeps, in place of what such a function gave, or of any view of it, a note of how it was made; the backward pass makes it again, to the
+same bits. So a norm's output follows from its input, which the norm keeps anyway; the hidden units of a feed-forward follow from that output; and a
+method that hangs on a site in between keeps nothing more, without knowing of it.
 
-Only functions without randomness may be told. Other hooks on saved tensors stay in force: they are given the tensors that are really kept.
+Only functions without randomness are made again. Other hooks on saved tensors stay in force: they are given the tensors that are really kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-from effzoo.errors import UnknownNameError
+from effzoo.errors import OptionError, UnknownNameError
 
 Function = Callable[..., Tensor]
-Level = Literal["nothing", "hidden", "projections"]
+Level = Literal["nothing", "hidden", "blocks"]
 LEVELS: tuple[str, ...] = get_args(Level)
+ALWAYS = {F.layer_norm, F.rms_norm, F.gelu, F.silu}  # cheap, and of an input that they keep; relu keeps its result
+SUMS, PRODUCTS = {Tensor.add, torch.add}, {Tensor.mul, torch.mul}
 _in_force: ContextVar[Recompute | None] = ContextVar("_in_force", default=None)
 
 
@@ -73,14 +78,53 @@ class View:
         self.note, self.size, self.stride, self.offset = note, tensor.size(), tensor.stride(), tensor.storage_offset()
 
 
-class Recompute:
-    """While it is in force, tensors of which something is told are not kept for the backward pass."""
+class Recompute(TorchFunctionMode):
+    """While it is in force, tensors that are made inside `made_again()` are not kept for the backward pass."""
 
-    def __init__(self, level: Level) -> None:
-        self.level = level
+    def __init__(self) -> None:
+        super().__init__()
         self.notes: dict[int, Note] = {}
+        self.watching, self.products = False, False
         outer = torch._C._autograd._top_saved_tensors_default_hooks(True)  # of torch's hooks only the innermost are called: they are passed on to
         self.outer_pack, self.outer_unpack = outer if outer is not None else (None, None)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and torch.is_grad_enabled() and not any(out is x for x in args) and self.worth(func, args, out):
+            places = [i for i, x in enumerate(args) if isinstance(x, Tensor)]
+            named = [name for name, x in (kwargs or {}).items() if isinstance(x, Tensor)]
+
+            def again(*tensors: Tensor) -> Tensor:
+                given, more = list(args_without), dict(kwargs_without)
+                for place, x in zip(places, tensors, strict=False):
+                    given[place] = x
+                more.update(zip(named, tensors[len(places) :], strict=True))
+                made: Tensor = func(*given, **more)
+                return made
+
+            sources = [*(args[i] for i in places), *((kwargs or {})[name] for name in named)]
+            args_without = [None if isinstance(x, Tensor) else x for x in args]
+            kwargs_without = {name: x for name, x in (kwargs or {}).items() if not isinstance(x, Tensor)}
+            self.told(out, again, tuple(sources))
+        return out
+
+    def worth(self, func: Any, args: Any, out: Tensor) -> bool:
+        """Whether less is kept where the result of a function is made again."""
+        if func in ALWAYS:
+            return True
+        if func in SUMS or func in PRODUCTS:  # of what is made again itself, or is kept anyway: a factor, where the other one has a gradient
+            tensors = [x for x in args if isinstance(x, Tensor)]
+            factors = func in PRODUCTS and len(tensors) == 2
+            kept = [factors and tensors[1 - i].requires_grad for i in range(len(tensors))]
+            return all(own or isinstance(x, nn.Parameter) or self.note(x) is not None for own, x in zip(kept, tensors, strict=True))
+        if func is Tensor.index_select:
+            return self.note(args[0]) is not None
+        if func is Tensor.to:
+            return self.note(args[0]) is not None or isinstance(args[0], nn.Parameter) or args[0].element_size() < out.element_size()
+        if func is F.linear and len(args) > 1 and args[1].ndim == 2:  # B z of a narrow z, and hidden units W x + b of a frozen W
+            outputs, inputs = args[1].shape
+            return 8 * inputs <= outputs or (self.products and not args[1].requires_grad)
+        return False
 
     def told(self, out: Tensor, function: Function, sources: tuple[Tensor | None, ...]) -> None:
         for name in [name for name, note in self.notes.items() if note.storage.expired()]:  # type: ignore[no-untyped-call]
@@ -110,6 +154,8 @@ class Recompute:
 
 def check_level(level: str) -> None:
     """Raise UnknownNameError for what is no level."""
+    if level == "projections":
+        raise OptionError("recompute='projections' is no longer one of its steps; 'blocks' keeps less, and 'hidden' is faster")
     if level not in LEVELS:
         raise UnknownNameError("recompute", level, LEVELS)
 
@@ -124,14 +170,38 @@ def spare(model: nn.Module, level: Level) -> dict[str, Any]:
     return before
 
 
+class Recomputing:
+    """A model with a level of recomputing, which transformers and its Trainer call gradient checkpointing."""
+
+    recompute: Level = "nothing"  # in training: what is computed again for the backward pass instead of kept
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """recompute = "blocks": keep only the input of each block for the backward pass and compute the rest again (Chen et al. 2016)."""
+        self.recompute = "blocks"
+
+    def gradient_checkpointing_disable(self) -> None:
+        """recompute = "nothing", where it was "blocks"."""
+        if self.recompute == "blocks":
+            self.recompute = "nothing"
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether only the inputs of blocks are kept."""
+        return self.recompute == "blocks"
+
+    @checkpointing.setter
+    def checkpointing(self, wanted: bool) -> None:
+        raise OptionError(f"checkpointing is one step of recompute now: model.recompute = {'blocks' if wanted else 'nothing'!r}")
+
+
 @contextmanager
 def recompute(level: Level = "hidden") -> Iterator[None]:
-    """Put `Recompute` in force, if something is to be recomputed and a graph is recorded."""
+    """Put `Recompute` in force, if something inside blocks is to be made again and a graph is recorded."""
     check_level(level)
-    if level == "nothing" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if level != "hidden" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         yield
         return
-    running = Recompute(level)
+    running = Recompute()
     token = _in_force.set(running)
     try:
         with torch.autograd.graph.saved_tensors_hooks(running.pack, running.unpack):
@@ -140,29 +210,31 @@ def recompute(level: Level = "hidden") -> Iterator[None]:
         _in_force.reset(token)
 
 
-def follows(out: Tensor, function: Function, *sources: Tensor | None, level: Level = "hidden", of: Tensor | Sequence[Tensor] = ()) -> Tensor:
-    """Tell that out = function(*sources), without randomness, bit for bit; out itself.
-
-    level: from which on it is worth it. of: what must itself be told: else nothing would be saved by making `out` again.
-    """
+@contextmanager
+def made_again(products: bool = False) -> Iterator[None]:
+    """Inside, cheap functions are watched: what they give is made again. products: those with frozen weights, too, as of hidden units."""
     running = None if torch.compiler.is_compiling() else _in_force.get()
-    if running is None or not torch.is_grad_enabled():
-        return out
-    needed = (of,) if isinstance(of, Tensor) else of
-    if LEVELS.index(running.level) >= LEVELS.index(level) and all(running.note(source) is not None for source in needed):
+    if running is None:
+        yield
+        return
+    before = running.watching, running.products
+    running.watching, running.products = True, products or running.products
+    try:
+        if before[0]:
+            yield
+        else:
+            with running:
+                yield
+    finally:
+        running.watching, running.products = before
+
+
+def follows(out: Tensor, function: Function, *sources: Tensor | None) -> Tensor:
+    """Say that out = function(*sources), without randomness, bit for bit, where torch does not see it: in an autograd.Function. out itself."""
+    running = None if torch.compiler.is_compiling() else _in_force.get()
+    if running is not None and running.products and torch.is_grad_enabled():
         running.told(out, function, sources)
     return out
-
-
-def in_dtype(x: Tensor, dtype: torch.dtype, of: Tensor | None = None) -> Tensor:
-    """x in another dtype. What is kept for the backward pass is x, where that is the narrower of both or a parameter; or, with `of`, what x follows
-    from, where both are told."""
-    if x.dtype == dtype:
-        return x
-    out = x.to(dtype)
-    if of is None and out.element_size() < x.element_size() and not isinstance(x, nn.Parameter):
-        return out
-    return follows(out, partial(Tensor.to, dtype=dtype), x, of=() if of is None else (x, of))
 
 
 def _unchanged(parameter: Tensor, version: int) -> Tensor:

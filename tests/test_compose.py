@@ -62,7 +62,7 @@ def test_each_row_gets_what_its_adapter_gives_it_alone(tiny, attention, spec):
 OTHERS = {"a": "lora[rank=3, alpha=12]", "b": "lora[rank=3, rslora=true]", "c": "lora[rank=2]|houlsby[bottleneck=3]", "d": "ia3|norms", "e": "dora"}
 
 
-@pytest.mark.parametrize("level", ["nothing", "hidden", "projections"])
+@pytest.mark.parametrize("level", ["nothing", "hidden", "blocks"])
 @pytest.mark.parametrize(("name", "task"), [("minilm", "token_classification"), ("gpt2", "causal_lm"), ("llama", "causal_lm")])
 def test_each_row_has_its_own_options_and_methods_whatever_is_recomputed(tiny, name, task, level):
     """Equal shapes with another alpha, other ranks, other methods, and rows without any; one row's order is not the order of the adapters."""

@@ -144,13 +144,13 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(build, atte
 def test_gradients_reach_the_student_alone_and_are_those_of_a_plain_loop(build, checkpointing):
     student, teacher, inputs = build(attention="longformer[window=4]", peft="lora[rank=2]"), build(seed=1), batch()
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
-    student.checkpointing, student.recompute = checkpointing, "projections"
+    student.recompute = "blocks" if checkpointing else "hidden"
     Teaching(student, teacher, Distillation(**ALL))(student.train(), inputs).backward()
     got = {name: p.grad.clone() for name, p in student.named_parameters() if p.requires_grad}
     assert all(torch.isfinite(grad).all() for grad in got.values()) and all(p.grad is None for p in teacher.parameters())
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items()) and not teacher.training
     student.zero_grad()
-    student.checkpointing, student.recompute = False, "nothing"
+    student.recompute = "nothing"
     plain = {name: value for name, value in inputs.items() if name != "labels"}
     with observed(student, ("hidden", "attention")) as passes:
         own = student(**inputs).loss

@@ -248,7 +248,7 @@ def test_checkpointing_and_recomputation_change_no_gradient_and_count_the_loss_o
     assert torch.equal(out.loss, plain.loss)
     assert_close(found, expected)
     model.gradient_checkpointing_disable()
-    for level in ("hidden", "projections"):
+    for level in ("hidden", "blocks"):
         model.recompute = level
         out, found = learned(model, batch)
         assert torch.equal(out.loss, plain.loss) and all(a is b or torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -113,7 +113,7 @@ def test_a_checkpoint_computes_with_the_gates_of_its_own_layer_and_batch(tiny, k
     """The backward of one batch runs after the forward of another, with other padding."""
     plain = build(tiny, small(kind), UNIPELT)
     again = copy.deepcopy(plain)
-    again.checkpointing = True
+    again.recompute = "blocks"
     other = {**batch(), "attention_mask": torch.ones(3, 9, dtype=torch.long)}
     kept = []
     for model in (plain, again):

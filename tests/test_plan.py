@@ -95,7 +95,7 @@ def test_what_is_computed_again_is_not_kept(attention, residual, method):
         assert found.kept == kept(model, **call(model, 2, 37))
 
 
-@pytest.mark.parametrize("level", ["nothing", "hidden", "projections"])
+@pytest.mark.parametrize("level", ["nothing", "hidden", "blocks"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("method", [None, "lora", "ia3", "houlsby"])
 def test_what_finetune_recomputes_is_not_kept(kinds, method, dropout, level):
@@ -126,7 +126,7 @@ def test_half_precision_is_planned_as_it_runs(attention_dropout, precision, meth
     assert found.kept == kept(model, torch.bfloat16 if precision == "autocast" else None, **call(model, 2, 37))
 
 
-@pytest.mark.parametrize("level", ["nothing", "hidden", "projections"])
+@pytest.mark.parametrize("level", ["nothing", "hidden", "blocks"])
 @pytest.mark.parametrize("method", ["lora", "ia3", "houlsby", "full", "prefix", "dora", "fish", "mam", "routed", "far", "ladder"])
 def test_float32_adapters_of_a_half_base_are_planned_as_they_run(method, level):
     model = effzoo.build("bert", task="classification", **SIZES | {"dropout": 0.1}).bfloat16()

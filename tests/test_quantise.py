@@ -151,7 +151,7 @@ def test_codes_keep_their_bits_in_training_and_adapters_come_back_on_the_same_ba
     effzoo.attach(model, "lora[rank=2]")
     before = {key: value.clone() for key, value in model.state_dict().items() if ".adapters." not in key}
     result = effzoo.finetune(
-        model, data, output_dir=tmp_path, max_steps=4, learning_rate=1e-2, weight_decay=0.5, save_every=2, recompute="projections", progress=False,
+        model, data, output_dir=tmp_path, max_steps=4, learning_rate=1e-2, weight_decay=0.5, save_every=2, recompute="blocks", progress=False,
         gradient_checkpointing=True,
     )  # fmt: skip
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items()) and any("codes" in key for key in before)
@@ -177,7 +177,7 @@ def test_recomputing_changes_no_bit(build, reversible):
     model, gradients = build(dropout=0.2, **options), []
     effzoo.quantise(model, 4)
     effzoo.attach(model, "lora")
-    for level in ("nothing", "projections"):
+    for level in ("nothing", "hidden", "blocks"):
         model.zero_grad()
         model.recompute = level
         torch.manual_seed(5)

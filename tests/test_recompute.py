@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 import effzoo
-from effzoo.recompute import follows, recompute
+from effzoo.errors import OptionError
+from effzoo.recompute import check_level, follows, made_again, recompute
 
 SPECS = (
     "full",
@@ -49,7 +50,7 @@ def gradients(model, again, autocast=False):
     return loss, torch.autograd.grad(loss, trained, allow_unused=True), size - own
 
 
-@pytest.mark.parametrize(("level", "autocast"), [("hidden", False), ("hidden", True), ("projections", False), ("projections", True)])
+@pytest.mark.parametrize(("level", "autocast"), [("hidden", False), ("hidden", True), ("blocks", False), ("blocks", True)])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("spec", SPECS)
 def test_gradients_are_bit_identical_and_less_is_kept(tiny, spec, shape, level, autocast):
@@ -104,17 +105,19 @@ def test_a_parameter_that_was_stepped_before_the_backward_pass_is_told(tiny):
 def test_a_tensor_that_was_changed_in_place_is_kept_as_it_is():
     x, w = torch.randn(3, 4, requires_grad=True), torch.randn(4, requires_grad=True)
     with recompute():
-        y = follows(x.exp(), torch.exp, x)
+        with made_again():
+            y = F.silu(x)
         y.mul_(2)
         out = (y * w).sum()
     out.backward()
-    assert torch.allclose(w.grad, 2 * x.exp().sum(dim=0))
+    assert torch.allclose(w.grad, 2 * F.silu(x).sum(dim=0))
 
 
 def test_views_of_what_is_made_again_are_the_same_views():
     x, w = torch.randn(4, 6, requires_grad=True), torch.randn(6, 6)
     with recompute():
-        y = follows(F.linear(x, w), F.linear, x, w)
+        with made_again(products=True):
+            y = F.linear(x, w)
         parts = y.view(4, 2, 3).transpose(0, 1)
         loss = (parts[1] * parts[0].exp()).sum()
     expected = F.linear(x, w).view(4, 2, 3).transpose(0, 1)
@@ -128,10 +131,12 @@ def test_nothing_is_held_when_no_one_needs_it():
 
     with recompute():
         x = torch.randn(5, requires_grad=True).clone()
-        y = follows(x.neg(), torch.neg, x)
+        with made_again(products=True):
+            y = follows(x.neg(), torch.neg, x)
         gone = weakref.ref(x)
         del x, y
-        follows(*(lambda z: (z.neg(), torch.neg, z))(torch.randn(2, requires_grad=True)))
+        with made_again():
+            F.gelu(torch.randn(2, requires_grad=True))
         assert gone() is None
 
 
@@ -139,8 +144,42 @@ def test_hooks_outside_are_given_what_is_really_kept():
     x = torch.randn(7, requires_grad=True)
     seen = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.shape) or t, lambda t: t), recompute():
-        y = follows(x.exp(), torch.exp, x)
+        with made_again():
+            y = F.gelu(x)
         z = (y * torch.randn(3, 7)).sum()
     assert torch.Size([3, 7]) in seen
     z.backward()
     assert x.grad is not None
+
+
+def test_gradient_checkpointing_is_a_level(tiny):
+    """What users of transformers write, and what said the same before."""
+    for name in ("bert", "perceiver-io"):
+        sizes = {key: value for key, value in tiny.items() if name == "bert" or key in ("dim", "heads", "mlp", "vocab", "max_length")}
+        model = effzoo.build(name, task="classification", **sizes)
+        model.recompute = "hidden"
+        model.gradient_checkpointing_disable()
+        assert model.recompute == "hidden" and not model.checkpointing
+        model.gradient_checkpointing_enable()
+        assert model.recompute == "blocks" and model.checkpointing
+        model.gradient_checkpointing_disable()
+        assert model.recompute == "nothing"
+        with pytest.raises(OptionError, match="checkpointing is one step of recompute now: model.recompute = 'blocks'"):
+            model.checkpointing = True
+    with pytest.raises(OptionError, match="'projections' is no longer one of its steps; 'blocks' keeps less"):
+        check_level("projections")
+
+
+def inside(level, run):
+    with recompute(level), made_again():
+        return run()
+
+
+def test_what_is_kept_anyway_is_not_kept_twice():
+    """relu keeps its own result; a product keeps the factor that the gradient of the other one needs, and a slice is less than the whole."""
+    x, w = torch.randn(50, 40, requires_grad=True), torch.randn(50, 40, requires_grad=True)
+    for run in (lambda: F.relu(x * 2).square(), lambda: (x.exp() * w.exp()).square(), lambda: (x * 2).index_select(1, torch.arange(3)).square()):
+        sizes = []
+        for level in ("nothing", "hidden"):
+            sizes.append(kept(lambda run=run, level=level: inside(level, run))[1])
+        assert sizes[1] <= sizes[0]

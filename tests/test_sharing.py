@@ -84,8 +84,7 @@ def test_what_is_computed_again_is_the_same_again(build, kind, how, monkeypatch)
     gradients, batch = [], labelled()
     for again in (False, True):
         model.zero_grad()
-        model.checkpointing = again and how == "checkpointing"
-        model.recompute = "projections" if again and how == "recompute" else "nothing"
+        model.recompute = {"checkpointing": "blocks", "recompute": "hidden"}.get(how, "nothing") if again else "nothing"
         torch.manual_seed(4)
         with monkeypatch.context() as plain:
             if not again:

@@ -31,11 +31,11 @@ from effzoo.blocks import Block
 from effzoo.checked import marks, within
 from effzoo.devices import at_hand
 from effzoo.errors import InputError
-from effzoo.recompute import Level, recompute
+from effzoo.recompute import Recomputing, recompute
 from effzoo.sites import Embedding, Linear, Model
 
 
-class Perceiver(Model):
+class Perceiver(Recomputing, Model):
     """A Perceiver with the head of a task; everything in `config` is data.
 
     Roles of the sites: `attn.*` and `mlp.*` are those of the latent blocks, so that PEFT methods hang there by default; `cross.*` the
@@ -57,8 +57,6 @@ class Perceiver(Model):
         per_token = task in PER_TOKEN and not config.causal
         sizes = dataclasses.replace(config.inputs(), dim=config.query_dim) if per_token else config.latent_transformer()
         self.head = head(sizes, task, num_labels)
-        self.checkpointing = False
-        self.recompute: Level = "nothing"  # in training: what is computed again for the backward pass instead of kept (`effzoo.recompute`)
         self.apply(self._initialise)
         for core in self.cores():
             core.initialise()
@@ -138,13 +136,13 @@ class Perceiver(Model):
             z = self._through(self.cross[which], z, x, mask)
             for block in order[step * per_cross : (step + 1) * per_cross]:
                 # a mask for each: shared weights make choices of their own (hash buckets) every time they are applied
-                latent_mask = Mask(own, decisions={} if self.checkpointing and torch.is_grad_enabled() else None)
+                latent_mask = Mask(own, decisions={} if self.recompute == "blocks" and torch.is_grad_enabled() else None)
                 for layer in blocks[block * depth : (block + 1) * depth]:
                     z = self._through(layer, z, latent_mask)
         return z
 
     def _through(self, module: nn.Module, *inputs: Any) -> Tensor:
-        out: Tensor = checkpoint(module, *inputs, use_reentrant=False) if self.checkpointing and self.training else module(*inputs)
+        out: Tensor = checkpoint(module, *inputs, use_reentrant=False) if self.recompute == "blocks" and self.training else module(*inputs)
         return out
 
     def _check_queries(self, batch: int, rows: int, positions: Tensor | None, queries: Tensor | None) -> Tensor | None:
@@ -169,13 +167,6 @@ class Perceiver(Model):
     def cores(self) -> Iterable[AttentionCore]:
         """The attention core of each latent block that has weights of its own."""
         return (block.attn.core for block in self.blocks)  # type: ignore[union-attr, misc]
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Keep only the input of each layer for the backward pass and compute the rest again (Chen et al. 2016)."""
-        self.checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.checkpointing = False
 
     def _valid(self, attention_mask: Tensor | None, rows: int) -> Tensor | None:
         """bool[batch, rows + n], or None when nothing is padding."""

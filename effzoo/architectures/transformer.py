@@ -29,12 +29,12 @@ from effzoo.blocks.reversible import reversible, states, two_streams
 from effzoo.checked import marks
 from effzoo.devices import at_hand
 from effzoo.errors import IncompatibleError, IncompatiblePeft, InputError, OptionError
-from effzoo.recompute import Level, recompute
+from effzoo.recompute import Recomputing, recompute
 from effzoo.sites import HookContext, Linear, Model, Side, calling
 from effzoo.spec import Spec, parse_one
 
 
-class Transformer(Model):
+class Transformer(Recomputing, Model):
     """An encoder (bidirectional) or a decoder (causal) with the head of a task; everything in `config` is data.
 
     Weights start as in BERT and GPT-2: normal with standard deviation 0.02, biases 0; decoders scale the projections that
@@ -53,8 +53,6 @@ class Transformer(Model):
         self.final_norm = config.slots().make_norm(config.width, "final.norm") if config.norm == "pre" else None
         self.side = Side(config.width, config.layers, partial(_narrow, config))
         self.head = head(config, task, num_labels)
-        self.checkpointing = False
-        self.recompute: Level = "nothing"  # in training: what is computed again for the backward pass instead of kept (`effzoo.recompute`)
         self.only_what_is_read = False  # of the last block, the positions that a classification head reads; then no last_hidden_state
         self.apply(self._initialise)
         for core in self.cores():
@@ -208,11 +206,11 @@ class Transformer(Model):
             return self.side(self._states(x, mask), mask)
         if self.config.residual == "reversible":
             return reversible(blocks, x, mask) if cache is None else two_streams(blocks, x, mask, cache)
-        again = self.checkpointing and self.training and cache is None
-        with recompute(self.recompute if self.training and cache is None else "nothing"):
+        level = self.recompute if self.training and cache is None else "nothing"
+        with recompute(level):
             for i, block in enumerate(blocks):
                 rows = read if i == len(blocks) - 1 else None
-                x = checkpoint(block, x, mask, None, rows, use_reentrant=False) if again else block(x, mask, cache, rows)
+                x = checkpoint(block, x, mask, None, rows, use_reentrant=False) if level == "blocks" else block(x, mask, cache, rows)
         return x
 
     def _states(self, x: Tensor, mask: Mask) -> list[Tensor]:
@@ -237,13 +235,6 @@ class Transformer(Model):
     def cores(self) -> Iterable[AttentionCore]:
         """The attention core of each block."""
         return (block.attn.core for block in self.blocks)  # type: ignore[union-attr, misc]
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Keep only the input of each block for the backward pass and compute the rest again (Chen et al. 2016)."""
-        self.checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.checkpointing = False
 
     def _valid(self, attention_mask: Tensor | None) -> Tensor | None:
         """bool[batch, n], or None when every position holds a token, which lets attention run without a mask."""
@@ -276,7 +267,7 @@ class Transformer(Model):
             is_global = None if is_global is None else is_global & valid[:, -x.shape[1] :]
         if is_global is not None and at_hand(is_global) and not bool(is_global.any()):
             is_global = None
-        again = self.config.residual == "reversible" or self.checkpointing
+        again = self.config.residual == "reversible" or self.recompute == "blocks"
         decisions: dict[Any, Any] | None = {} if again and torch.is_grad_enabled() else None
         return Mask(valid, is_global, positions, tasks, x, decisions, most_globals=most)
 

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from effzoo.attention.core import Cache, Context, Mask, rows_of
@@ -14,7 +13,6 @@ from effzoo.blocks.attention import Attention
 from effzoo.blocks.experts import Experts
 from effzoo.blocks.feedforward import FeedForward
 from effzoo.blocks.positions import Rotary
-from effzoo.recompute import follows
 from effzoo.sites import Branch, HookContext, LayerNorm, Norm, RMSNorm, Site, calling
 from effzoo.sites.hooks import positionwise
 from effzoo.spec import Spec
@@ -103,9 +101,9 @@ class Block(nn.Module):
         kept = x if rows is None else rows_of(x, rows)
         if self.norm == "post":
             assert self.attn_norm is not None
-            x = self.attn_norm(_sum(kept, self.attend(x, mask, cache, rows)))
+            x = self.attn_norm(kept + self.attend(x, mask, cache, rows))
             return self.mlp_norm(x + self.feed(x, mask, rows))
-        x = _sum(kept, self.attend(x if self.attn_norm is None else self.attn_norm(x), mask, cache, rows))
+        x = kept + self.attend(x if self.attn_norm is None else self.attn_norm(x), mask, cache, rows)
         return x + self.feed(self.mlp_norm(x), mask, rows)
 
     def attend(self, x: Tensor, mask: Mask, cache: Cache | None = None, rows: Tensor | None = None) -> Tensor:
@@ -126,11 +124,6 @@ class Block(nn.Module):
             return False
         hung = [module for part in self.modules() if isinstance(part, Site) for module in part.hung()]
         return all(map(positionwise, hung))
-
-
-def _sum(x: Tensor, added: Tensor) -> Tensor:
-    """x + added, for the backward pass the same again where what attention gave is."""
-    return follows(x + added, torch.add, x, added, of=added)
 
 
 def _tokens(x: Tensor, mask: Mask, rows: Tensor | None) -> Tensor | None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from effzoo.attention.core import Mask
 from effzoo.blocks.feedforward import FeedForward
 from effzoo.errors import IncompatibleError
-from effzoo.recompute import follows
+from effzoo.recompute import made_again
 from effzoo.routing import Router, Routing, create
 
 _collected: ContextVar[list[Tensor] | None] = ContextVar("_collected", default=None)
@@ -61,7 +61,8 @@ class Experts(nn.Module):
         routing = self._as_before(self.router(flat if here is None else flat[here]), mask)
         expert, token, counts = self._sent(routing)
         at = token if here is None else here[token]
-        parts = torch.split(follows(_rows(flat, at), _rows, flat, at), counts)
+        with made_again():
+            parts = torch.split(flat.index_select(0, at), counts)
         outs = [each(part[None])[0] for each, part in zip(self.experts, parts, strict=True) if len(part) or torch.is_grad_enabled()]
         if routing.loss is not None and (losses := _collected.get()) is not None:
             losses.append(routing.loss)
@@ -117,10 +118,6 @@ def balancing(losses: list[Tensor]) -> Iterator[None]:
         yield
     finally:
         _collected.reset(token)
-
-
-def _rows(x: Tensor, at: Tensor) -> Tensor:
-    return x.index_select(0, at)
 
 
 def _without_values(x: Tensor) -> bool:

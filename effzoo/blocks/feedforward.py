@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effzoo.recompute import follows
+from effzoo.recompute import made_again
 from effzoo.sites import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -32,9 +32,6 @@ class FeedForward(nn.Module):
         self.gate = Linear(dim, mlp, bias=bias, role="mlp.gate", layer=layer) if gated else None
         self.up = Linear(dim, mlp, bias=bias, role="mlp.up", layer=layer)
         self.down = Linear(mlp, dim, bias=bias, role="mlp.down", layer=layer)
-        for wide in (self.up, self.gate):  # four times as wide as x, from which they are made again
-            if wide is not None:
-                wide.again = True
         self.activation = ACTIVATIONS[activation]
         self.chunk = chunk
 
@@ -45,9 +42,6 @@ class FeedForward(nn.Module):
 
     def whole(self, x: Tensor) -> Tensor:
         """All positions at once."""
-        hidden = self.up(x)
-        if self.gate is None:
-            return self.down(follows(self.activation(hidden), self.activation, hidden))
-        gate = self.gate(x)
-        opened = follows(self.activation(gate), self.activation, gate)
-        return self.down(follows(opened * hidden, torch.mul, opened, hidden))
+        with made_again(products=True):  # hidden units are four times as wide as x, from which they follow
+            hidden = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
+        return self.down(hidden)

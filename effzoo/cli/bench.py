@@ -82,7 +82,7 @@ def finetune(
     dropout: Annotated[float, typer.Option(help="Dropout everywhere, attention included.")] = 0.0,
     precision: Annotated[str, typer.Option(help="float32, or bfloat16 by autocast.")] = "float32",
     device: Device = "cpu",
-    recompute: Annotated[str, typer.Option(help="Computed again for the backward pass: nothing, hidden, or projections (least memory).")] = "hidden",
+    recompute: Annotated[str, typer.Option(help="Computed again for the backward pass: nothing, hidden, or blocks (least memory).")] = "hidden",
     seconds: Annotated[float, typer.Option(help="For the rounds of one attention kind.")] = 60.0,
     file: File = None,
 ) -> None:

@@ -26,7 +26,7 @@ def plan_(
     precision: Annotated[str, typer.Option(help="plain, autocast, or master (half weights with a float32 copy of trained ones).")] = "plain",
     optimizer: Annotated[str, typer.Option(help="adamw, adam, momentum, sgd or adafactor.")] = "adamw",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Keep only the inputs of blocks and compute the rest again.")] = False,
-    recompute: Annotated[str | None, typer.Option(help="As effzoo finetune does: nothing, hidden or projections; default: keep all.")] = None,
+    recompute: Annotated[str | None, typer.Option(help="As effzoo finetune does: nothing, hidden or blocks; default: keep all.")] = None,
     backend: Annotated[str | None, typer.Option(help="What computes attention: " + ", ".join(BACKENDS) + "; default: the model's.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; no card is needed.")] = "cpu",
     max_length: Annotated[int | None, typer.Option(help="Positions that the model is built for, where the entry's own are too few.")] = None,

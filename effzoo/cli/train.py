@@ -48,7 +48,7 @@ def finetune(
     calibration_batches: Annotated[int, typer.Option(help="Batches that methods see which choose by looking at data, before the first step.")] = 8,
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")] = False,
-    recompute: Annotated[str, typer.Option(help="Computed again for the backward pass: nothing, hidden, or projections (least memory).")] = "hidden",
+    recompute: Annotated[str, typer.Option(help="Computed again for the backward pass: nothing, hidden, or blocks (least memory).")] = "hidden",
     seed: Annotated[int, typer.Option(help="Of the weights that start at random, the split and the order.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output from its newest checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the checkpoints of an earlier run in --output.")] = False,

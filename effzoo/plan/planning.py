@@ -54,9 +54,8 @@ def plan(
     "causal_lm" for decoders and "classification" for others unless given. peft: a spec to attach; None trains what is trainable now: all of
     a name's parameters, or a model's own adapters. batch, length: of the inputs, every position a token; inputs: instead of these two, the
     keywords of a real call, whose integers count (padding, global tokens, labels). dtype: of weights and activations, the
-    model's own when None. checkpointing: keep only the inputs of blocks; None leaves the model as it is.
-    recompute: what else is computed again, as in `finetune`, which also leaves out of the last block what no head reads; None leaves the model as
-    it is.
+    model's own when None. recompute: what is computed again for the backward pass, as in `finetune`,
+    which also leaves out of the last block what no head reads; None leaves the model as it is. checkpointing: True is recompute="blocks".
 
     precision: what half dtypes mean. Adapters are held in float32 (`attach`), with their gradients and states, in all of them.
         plain      everything in dtype: weights, gradients, optimizer states, activations.
@@ -88,10 +87,10 @@ def plan(
     shadows = Shadows()
     with torch.random.fork_rng(devices=[]):
         copied = _stand_in(model, peft, choices, shadows, weights_dtype)
-        if checkpointing is not None:
-            _set_checkpointing(copied, checkpointing)
         if recompute is not None:
             _set_recompute(copied, recompute)
+        if checkpointing is not None:
+            _set_checkpointing(copied, checkpointing)
         if backend is not None:
             _set_backend(copied, backend)
         given = _inputs(copied, batch, length, inputs, shadows)

@@ -84,8 +84,7 @@ class QuantisedLinear(Linear):
 
     def multiplied(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + b with the weight that the codes stand for."""
-        y = self.times(x, bias)
-        return follows(y, self.times, x, bias, level="hidden" if self.again else "projections")
+        return follows(self.times(x, bias), self.times, x, bias)
 
     def times(self, x: Tensor, bias: Tensor | None) -> Tensor:
         kind = x.device.type

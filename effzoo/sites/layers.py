@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from effzoo.devices import kind_of
 from effzoo.errors import IncompatibleError
-from effzoo.recompute import follows
+from effzoo.recompute import made_again
 from effzoo.sites.dtypes import autocasts, linear
 from effzoo.sites.extras import own_outputs
 from effzoo.sites.hooks import Acts
@@ -19,13 +19,9 @@ from effzoo.sites.site import Inputs, Site, given
 
 
 class Linear(nn.Linear, Site):
-    """y = x W^T + b, [..., in] -> [..., out]. heads: into how many heads the output (of `attn.o`: the input) divides; 1 elsewhere.
-
-    again: from which level of `effzoo.recompute` on the product is made again, while the weight is not trained: "hidden", else "projections".
-    """
+    """y = x W^T + b, [..., in] -> [..., out]. heads: into how many heads the output (of `attn.o`: the input) divides; 1 elsewhere."""
 
     heads = 1
-    again = False
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, role: str, layer: int | None = None):
         super().__init__(in_features, out_features, bias)
@@ -36,8 +32,7 @@ class Linear(nn.Linear, Site):
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + b."""
-        y = linear(x, weight, bias)
-        return y if weight.requires_grad else follows(y, linear, x, weight, bias, level="hidden" if self.again else "projections")
+        return linear(x, weight, bias)
 
     def outputs(self, *names: str) -> int:
         """How many numbers come out with these adapters, one after the other: as many as the last weight of their own has, else the site's.
@@ -153,14 +148,14 @@ class Norm(Site):
     def forward(self, x: Tensor) -> Tensor:
         if self.active:
             return self.combined(x)
-        weight, bias = self.weight, self.bias
-        return follows(self.normalise(x, weight, bias), self.normalise, x, weight, bias)  # type: ignore[arg-type]
+        with made_again():
+            return self.normalise(x, self.weight, self.bias)  # type: ignore[arg-type]
 
     def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         (x,) = inputs
         weight = self.passed("weight", cast(Tensor, self.weight), modules)  # as exact as they are: a norm is computed in float32 or better
         bias = None if self.bias is None else self.passed("bias", cast(Tensor, self.bias), modules)
-        return (x,), follows(self.normalise(x, weight, bias), self.normalise, x, weight, bias)
+        return (x,), self.normalise(x, weight, bias)
 
     def normalise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from effzoo.devices import chosen, table
 from effzoo.errors import IncompatibleError, OptionError
-from effzoo.recompute import in_dtype
+from effzoo.recompute import made_again
 from effzoo.sites.activity import Activity, Roster
 from effzoo.sites.dtypes import autocasts
 from effzoo.sites.hooks import Acts, Mixture, PeftModule, Scaled, at_hand, calling, dtype_of, is_mixture, opens
@@ -69,7 +69,7 @@ class Site(nn.Module):
         if place is None:
             entered, alone = self.enter(modules, *inputs)
             made = self.leave(modules, entered, alone)
-            return made if made.dtype == alone.dtype else in_dtype(made, alone.dtype, of=alone)
+            return made.to(alone.dtype)
         mixture, first, rest = cast(Mixture, modules[place]), modules[:place], modules[place + 1 :]
         entered, alone = self.enter((*first, *rest), *inputs)
         plain = self.leave(first, entered, alone)
@@ -89,7 +89,7 @@ class Site(nn.Module):
         for module in modules:
             if opens(module, "before"):
                 (own,) = suited(module, x)
-                x = in_dtype(module.before(own, at_hand()), x.dtype)
+                x = module.before(own, at_hand()).to(x.dtype)
         return x
 
     def leave(self, modules: Sequence[Acts], inputs: Inputs, y: Tensor) -> Tensor:
@@ -104,11 +104,12 @@ class Site(nn.Module):
     def combined(self, *inputs: Tensor | None) -> Tensor:
         """`made_by` the active adapters: one after the other, averaged, or another one for each row of the batch."""
         now = self.now
-        if now.rows is not None:
-            return self._by_row(now.rows, *inputs)
-        if now.average:
-            return torch.stack([self.made_by((name,), *inputs) for name in self.active]).mean(dim=0)
-        return self.made_by(self.active, *inputs)
+        with made_again():
+            if now.rows is not None:
+                return self._by_row(now.rows, *inputs)
+            if now.average:
+                return torch.stack([self.made_by((name,), *inputs) for name in self.active]).mean(dim=0)
+            return self.made_by(self.active, *inputs)
 
     def made_by(self, names: Sequence[str], *inputs: Tensor | None) -> Tensor:
         """What the site computes with these adapters, one after the other."""
@@ -184,18 +185,18 @@ class Site(nn.Module):
     def composed_weight(self, modules: Sequence[Acts] | None = None) -> Tensor:
         """The site's weight as `weight` of the modules (default: the active ones) leaves it, rounded once to its dtype."""
         weight = cast(Tensor, self.weight)
-        return in_dtype(self.passed("weight", weight, modules), weight.dtype)
+        return self.passed("weight", weight, modules).to(weight.dtype)
 
     def composed_bias(self, modules: Sequence[Acts] | None = None) -> Tensor | None:
         """The site's bias, likewise; None when it has none."""
         bias = cast("Tensor | None", self.bias)
-        return None if bias is None else in_dtype(self.passed("bias", bias, modules), bias.dtype)
+        return None if bias is None else self.passed("bias", bias, modules).to(bias.dtype)
 
     def passed(self, hook: Literal["weight", "bias"], tensor: Tensor, modules: Sequence[Acts] | None = None) -> Tensor:
         """The weight or bias as this hook of the modules leaves it, in the widest of their dtypes and its own."""
         for module in self.acting() if modules is None else modules:
             if opens(module, hook) and not is_mixture(module):
-                tensor = getattr(module, hook)(in_dtype(tensor, torch.promote_types(tensor.dtype, dtype_of(module) or tensor.dtype)))
+                tensor = getattr(module, hook)(tensor.to(torch.promote_types(tensor.dtype, dtype_of(module) or tensor.dtype)))
         return tensor
 
 
@@ -213,7 +214,7 @@ def suited(module: Acts, *tensors: Any) -> tuple[Any, ...]:
     dtype = dtype_of(module)
     for x in tensors:
         if dtype is not None and x is not None and x.dtype != dtype:
-            return tuple([x if x is None or not x.is_floating_point() or autocasts(x) else in_dtype(x, dtype) for x in tensors])
+            return tuple([x if x is None or not x.is_floating_point() or autocasts(x) else x.to(dtype) for x in tensors])
     return tensors  # as they are, which is the ordinary case: this is asked at every hook of every pass
 
 

@@ -146,9 +146,9 @@ def finetune(
         and, without `best`, whether there is an evaluation; output_dir may be moved. Of data whose rows are read only when asked for, its
         length and an attribute `fingerprint` are compared; of a collator, its name.
     overwrite: remove the checkpoints of an earlier run.
-    gradient_checkpointing: keep the inputs of blocks alone. recompute: what else is computed again for the backward pass instead of kept, to the
-        same bits: "nothing", "hidden" (outputs of norms and activations, hidden units of frozen feed-forwards), "projections" (those of all frozen
-        projections besides; with adapters a block then keeps a fifth). Of the last block, only the positions are computed that the head reads.
+    recompute: what is computed again for the backward pass instead of kept, to the same bits: "nothing"; "hidden", outputs of norms and
+        activations and hidden units of frozen feed-forwards; "blocks", all but the input of each block. gradient_checkpointing=True is
+        "blocks". Of the last block, only the positions are computed that the head reads.
     group_by_length: batches of similar lengths, to save padding. collator: list of examples -> batch, instead of padding.
     callbacks: of transformers (their `model` holds this one as `.model`).
     metrics: called with `(logits, labels)` of the whole evaluation (a transformers.EvalPrediction), returns numbers by name. Loss, and accuracy
@@ -275,7 +275,7 @@ def finetune(
     )  # fmt: skip
     alone = Order(len(data), batch_size, seed=seed, lengths=lengths if group_by_length else None)
     first = First(data, alone, collate, calibration_batches, arguments.device)
-    return _train(trainer, model, output_dir, start, first, gradient_checkpointing, recompute)
+    return _train(trainer, model, output_dir, start, first, "blocks" if gradient_checkpointing else recompute)
 
 
 def _prepare(data: Any, model: Transformer, what: str, collator: Any) -> Examples | Raw:
@@ -286,20 +286,19 @@ def _prepare(data: Any, model: Transformer, what: str, collator: Any) -> Example
     return Raw(data)
 
 
-def _train(trainer: ExactTrainer, model: Transformer, directory: Path, start: Path | None, first: First, checkpointing: bool, level: Level) -> Result:
+def _train(trainer: ExactTrainer, model: Transformer, directory: Path, start: Path | None, first: First, level: Level) -> Result:
     """Train from a checkpoint or from the beginning, finish, write the result, and leave the model in the modes that it came in."""
     clock, training, cuda = time.monotonic(), model.training, trainer.args.device.type == "cuda"
-    before: dict[str, Any] = {"checkpointing": model.checkpointing}
+    before: dict[str, Any] = {}
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    model.checkpointing = checkpointing or model.checkpointing
     try:
         if start is not None and checkpoints.step_of(start) >= trainer.args.max_steps:  # Trainer would take one step more
             trainer.restore(start)
         else:
             if start is None:
                 trainer.start(first)
-            before |= spare(model, level)  # not before: methods that look at the data see all positions
+            before = spare(model, "blocks" if model.recompute == "blocks" else level)  # not before: methods that look at the data see all positions
             if trainer.teaching is not None and trainer.teaching.settings.inside:
                 model.only_what_is_read = False  # the teacher looks at all positions of the last block as well
             trainer.train(resume_from_checkpoint=None if start is None else str(start))

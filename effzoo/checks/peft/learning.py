@@ -76,7 +76,7 @@ def learns_in_reversible_blocks(subject: Subject) -> None:
 
 def _learns(subject: Subject, case: Case, checkpointing: bool) -> None:
     model = subject.attached(case)
-    model.checkpointing = checkpointing
+    model.recompute = "blocks" if checkpointing else "nothing"
     start = copied(adapter_tensors(model, "default"))
     if wrong := silent(model, train(model, case.batch())):
         raise Failed(f"{wrong}; remove what is not used, or say in effzoo.checks.facts why it vanishes")

@@ -16,7 +16,6 @@ from effzoo.errors import OptionError, TargetError, listing
 from effzoo.peft.method import Batches, Layers, Modules, Targets
 from effzoo.peft.parameter import lora_init
 from effzoo.peft.training_hooks import TrainingHooks
-from effzoo.recompute import follows
 from effzoo.registry import peft
 from effzoo.sites import Conv2d, Embedding, Growing, HookContext, Linear, PeftModule, Positionwise, Site, TiedLinear, longer, sites
 
@@ -38,16 +37,14 @@ class LowRank(Positionwise, Growing, PeftModule):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
-        change = self.change(self.dropped(x), self.A, self.B)
-        return follows(y + change, torch.add, y, change, of=y)
+        return y + self.change(self.dropped(x), self.A, self.B)
 
     def dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
     def change(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """s B A x; the scale meets the narrow product."""
-        narrow = self.scale * F.linear(x, A)
-        return follows(F.linear(narrow, B), F.linear, narrow, B)
+        return F.linear(self.scale * F.linear(x, A), B)
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.scale * self.B.to(weight) @ self.A.to(weight), None
