@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from effzoo import checks, convert
     from effzoo.checks import check
     from effzoo.generation import generate
-    from effzoo.train import finetune, predict
+    from effzoo.train.predict import predict
+    from effzoo.train.run import finetune
 
 __version__ = "0.2.0"
 __all__ = [

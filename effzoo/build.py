@@ -13,7 +13,7 @@ from effzoo import zoo
 from effzoo.annotations import Count
 from effzoo.architectures import Transformer
 from effzoo.errors import OptionError
-from effzoo.peft import attach
+from effzoo.peft.attach import attach
 
 _OF_TEXTS = ("pad_token", "bos_token", "eos_token", "generation")  # which weights bring along, unless they are given
 

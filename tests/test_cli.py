@@ -18,7 +18,7 @@ MINE = '''
 from effzoo.attention import register
 from effzoo.attention.full import Full
 from effzoo.peft import register as register_method
-from effzoo.peft.parameter.lora import LoRA
+from effzoo.peft.parameter.lora_everywhere import LoRAEverywhere
 
 
 @register("mine", "also_mine")
@@ -30,7 +30,7 @@ class Mine(Full):
 
 
 @register_method("my_lora")
-class MyLoRA(LoRA):
+class MyLoRA(LoRAEverywhere):
     """LoRA under another name."""
 '''
 

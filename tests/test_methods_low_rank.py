@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import effzoo
+from effzoo import nf4
 from effzoo import sites as places
 from effzoo.checks.models import Case, train
 from effzoo.errors import IncompatibleError, OptionError, TargetError
 from effzoo.peft.accounting import ranks
 from effzoo.peft.merging import delta
-from effzoo.peft.parameter import lora_init
 from effzoo.peft.parameter.fastfood import Fastfood, dense_hadamard, hadamard, power_of_two
 from effzoo.peft.parameter.krona import balanced, kronecker
 from effzoo.sites import sites
@@ -281,17 +281,17 @@ def test_normal_float_levels_are_those_of_the_paper():
         0.7229568362236023,
         1.0,
     ]
-    assert torch.allclose(lora_init.levels(), torch.tensor(printed, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert torch.allclose(nf4.levels(), torch.tensor(printed, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (5, 13), (1, 1)])
 def test_quantising_takes_the_nearest_level_of_each_block(shape):
     weight = torch.randn(shape, dtype=torch.float64)
-    codes, scales = lora_init.quantise(weight)
-    found = lora_init.dequantise(codes, scales, weight.shape)
+    codes, scales = nf4.encode(weight)
+    found = nf4.decode(codes, scales, weight.shape)
     for i, block in enumerate(weight.flatten().split(64)):
-        nearest = (block[:, None] / block.abs().max() - lora_init.levels()).abs().argmin(1)
-        assert torch.allclose(found.flatten()[64 * i : 64 * i + len(block)], lora_init.levels()[nearest] * block.abs().max(), **DELTA)
+        nearest = (block[:, None] / block.abs().max() - nf4.levels()).abs().argmin(1)
+        assert torch.allclose(found.flatten()[64 * i : 64 * i + len(block)], nf4.levels()[nearest] * block.abs().max(), **DELTA)
     assert codes.dtype == torch.uint8 and codes.numel() == 32 * math.ceil(weight.numel() / 64) and scales.numel() == math.ceil(weight.numel() / 64)
 
 
@@ -299,7 +299,7 @@ def test_loftq_brings_the_quantised_weight_nearer_to_the_base_than_quantising_al
     """W' - W = Q + s B A - W is smaller than quantised(W) - W, and B A is the best approximation of W - Q of its rank."""
     model = build(tiny, "lora[rank=3, alpha=6, init=loftq]", drawn=False)
     linear, lora = site(model, "blocks.0.attn.q"), module(model, "blocks.0.attn.q", "lora")
-    alone = lora_init.dequantise(*lora_init.quantise(linear.weight.double()), linear.weight.shape)
+    alone = nf4.decode(*nf4.encode(linear.weight.double()), linear.weight.shape)
     change = delta(model)["blocks.0.attn.q.weight"]
     assert 0 < change.norm() < 0.9 * (alone - linear.weight).norm()
     U, S, Vt = torch.linalg.svd(linear.weight - lora.weight(linear.weight))

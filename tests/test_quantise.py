@@ -7,8 +7,8 @@ import torch
 from support import labelled, small
 
 import effzoo
+from effzoo import nf4
 from effzoo.errors import AdapterError, ConversionError, IncompatibleError, OptionError, TargetError
-from effzoo.peft.parameter import lora_init
 from effzoo.quantise import QuantisedLinear
 from effzoo.quantise.codes import coded, decoded
 from effzoo.quantise.model import size
@@ -57,13 +57,13 @@ def test_four_bits_are_the_nearest_of_sixteen_levels_times_the_scale_of_the_bloc
     weight = torch.randn(shape, dtype=torch.float64)
     codes, scales = coded(weight, 4)
     found = decoded(codes, scales, weight.shape, 4)
-    levels, flat = lora_init.levels(), weight.flatten().tolist()
+    levels, flat = nf4.levels(), weight.flatten().tolist()
     for at, (before, after) in enumerate(zip(flat, found.flatten().tolist(), strict=True)):
         block = flat[at // 64 * 64 : at // 64 * 64 + 64]
         values = levels * max(map(abs, block))
         assert min(abs(values - before)) == pytest.approx(abs(after - before), abs=1e-12)
     assert len(codes) == -(-weight.numel() // 64) * 32 and len(scales) == -(-weight.numel() // 64)
-    assert torch.equal(found, lora_init.dequantise(codes, scales, weight.shape))
+    assert torch.equal(found, nf4.decode(codes, scales, weight.shape))
     assert (decoded(*coded(torch.zeros(2, 3), 4), torch.Size((2, 3)), 4) == 0).all()
 
 

@@ -14,20 +14,17 @@ import math
 import torch
 from torch import Tensor
 
-from effzoo.devices import table
 from effzoo.errors import OptionError
-from effzoo.peft.parameter import lora_init
+from effzoo.nf4 import BLOCK, decode, encode, levels
 
 BITS = (8, 4)
 _LARGEST = 127
-_LEVELS = lora_init.levels().tolist()
-_PAIRS = [(_LEVELS[byte % 16], _LEVELS[byte // 16]) for byte in range(256)]  # the two values that a byte stands for
 
 
 def check_bits(bits: int) -> None:
     """OptionError for another number of bits than there are codes for."""
     if bits not in BITS:
-        raise OptionError(f"bits is 8 (integers, a scale per row) or 4 (NormalFloat, a scale per block of {lora_init.BLOCK}), got {bits!r}")
+        raise OptionError(f"bits is 8 (integers, a scale per row) or 4 (NormalFloat, a scale per block of {BLOCK}), got {bits!r}")
 
 
 @torch.no_grad()
@@ -38,7 +35,7 @@ def coded(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     weight = weight.detach()
     if bits == 4:
-        return lora_init.quantise(weight)
+        return encode(weight)
     scales = weight.abs().amax(dim=1) / _LARGEST
     steps = weight / scales.clamp(min=torch.finfo(weight.dtype).tiny)[:, None]
     return steps.round().clamp(-_LARGEST, _LARGEST).to(torch.int8), scales
@@ -48,9 +45,7 @@ def decoded(codes: Tensor, scales: Tensor, shape: torch.Size, bits: int) -> Tens
     """The matrix [out, in], in the dtype of the scales."""
     if bits == 8:
         return codes.to(scales.dtype) * scales[:, None]
-    pairs = table(_PAIRS, scales.device, scales.dtype)
-    values = pairs.index_select(0, codes.int())
-    return (values.view(len(scales), -1) * scales[:, None]).flatten()[: math.prod(shape)].view(shape)
+    return decode(codes, scales, shape)
 
 
 def margins(codes: Tensor, scales: Tensor, shape: torch.Size, bits: int) -> Tensor:
@@ -58,7 +53,7 @@ def margins(codes: Tensor, scales: Tensor, shape: torch.Size, bits: int) -> Tens
     if bits == 8:
         gaps = (scales[:, None] / 2).expand(shape)
     else:
-        steps = torch.tensor(_LEVELS, dtype=torch.float64).diff() / 2
+        steps = levels().diff() / 2
         widest = torch.maximum(torch.cat([steps[:1], steps]), torch.cat([steps, steps[-1:]])).to(scales)
         both = torch.stack([codes % 16, codes // 16], dim=-1).flatten().int()
         gaps = (widest.index_select(0, both).view(len(scales), -1) * scales[:, None]).flatten()[: math.prod(shape)].view(shape)

@@ -23,7 +23,10 @@ from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Writte
 from effzoo.errors import AdapterError
 from effzoo.peft import Method
 from effzoo.peft.parameter.dora import Directed, DoRA
-from effzoo.peft.parameter.lora import FromBase, LookedUp, LoRA, LowRank, LowRankRows, LowRankTable
+from effzoo.peft.parameter.lora import LowRank
+from effzoo.peft.parameter.lora_everywhere import LoRAEverywhere
+from effzoo.peft.parameter.lora_starts import FromBase
+from effzoo.peft.parameter.lora_tables import LookedUp, LowRankRows, LowRankTable
 from effzoo.sites import Embedding, TiedLinear
 
 LowRanks = LowRank | LowRankRows | LowRankTable | Directed
@@ -36,10 +39,10 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
     dora = any(isinstance(module, Directed) for module in modules.values())
     if dora and not all(isinstance(module, Directed) for module in modules.values()):
         raise AdapterError("peft has one use_dora for a whole adapter, this one has sites of both lora and dora; save them as two adapters")
-    dropouts = {method.dropout if isinstance(method, LoRA) else 0.0 for method in methods}
+    dropouts = {method.dropout if isinstance(method, LoRAEverywhere) else 0.0 for method in methods}
     if len(dropouts) > 1:
         raise AdapterError(f"peft has one lora_dropout for a whole adapter, this one has {sorted(dropouts)}; attach it with one dropout")
-    rslora = all(isinstance(method, LoRA | DoRA) and method.rslora for method in methods)
+    rslora = all(isinstance(method, LoRAEverywhere | DoRA) and method.rslora for method in methods)
     out, ranks, alphas = Written(), {}, {}
     for theirs, paths in whole(modules, twin).items():
         rule = twin.adapted(paths[0])

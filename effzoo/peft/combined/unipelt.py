@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from effzoo.annotations import Count
 from effzoo.errors import IncompatiblePeft
@@ -58,7 +59,7 @@ class GatedLowRank(LowRank):
 
     def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
         valid = context.valid if x.ndim > 2 else None  # rows of no example are trained ones: all of them count
-        return y + self.gate(x, valid) * self.change(x, self.A, self.B)
+        return y + self.gate(x, valid) * F.linear(F.linear(x, self.A), self.B)
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> None:  # type: ignore[override]
         """None: the change differs by example."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from effzoo.annotations import Count, Positive
 from effzoo.peft.method import Layers, Method, Targets
-from effzoo.peft.parameter.lora import by_role, check_rank, scaling
+from effzoo.peft.parameter.lora_everywhere import by_role, check_rank, scaling
 from effzoo.registry import peft
 from effzoo.sites import Linear, PeftModule, Site
 

@@ -1,0 +1,147 @@
+"""LoRA on every kind of site, with ranks by role and other starts: what is registered as `lora`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+
+from effzoo.annotations import Count, Positive, Probability
+from effzoo.errors import OptionError, TargetError, listing
+from effzoo.peft.method import Batches, Layers, Modules, Targets
+from effzoo.peft.parameter import lora_starts
+from effzoo.peft.parameter.lora import LoRA, LowRank
+from effzoo.peft.parameter.lora_conv import LowRankConv
+from effzoo.peft.parameter.lora_tables import LookedUp, LowRankRows, LowRankTable
+from effzoo.peft.training_hooks import TrainingHooks
+from effzoo.registry import peft
+from effzoo.sites import Conv2d, Embedding, Linear, PeftModule, Site, TiedLinear, sites
+
+T = TypeVar("T", int, float)
+Start = Literal["default", "gaussian", "pissa", "olora", "eva", "loftq"]
+
+
+def by_role(method: str, option: str, value: T | Mapping[str, T], role: str) -> T:
+    """An option that is one number, or a map from role patterns to numbers, of which the first that matches counts."""
+    if not isinstance(value, Mapping):
+        return value
+    for pattern, number in value.items():
+        if fnmatchcase(role, pattern):
+            return number
+    raise OptionError(
+        f"{method}: no pattern of {option} ({listing(value)}) matches {role!r}; end the map with '*', or leave this role out of targets"
+    )
+
+
+def check_rank(method: str, rank: int | Mapping[str, int]) -> None:
+    """OptionError for an empty map."""
+    if rank == {}:
+        raise OptionError(f"{method}: rank is a number or a map from role patterns to numbers, got an empty map")
+
+
+def scaling(method: str, rank: int, alpha: float | Mapping[str, float] | None, rslora: bool, role: str) -> float:
+    """alpha / rank, or alpha / sqrt(rank) for rsLoRA; alpha is the rank when none is given."""
+    return (rank if alpha is None else by_role(method, "alpha", alpha, role)) / (math.sqrt(rank) if rslora else rank)
+
+
+@peft.register("lora")
+class LoRAEverywhere(TrainingHooks, LoRA):
+    """W' = W + s B A, with s = alpha / rank, A of shape [rank, in] and B of shape [out, rank]; B starts at 0.
+
+    rank: of the change; a number, or a map from role patterns to numbers, `rank={attn.q: 8, attn.v*: 4}`, which then is the default of targets.
+    alpha: scale numerator, one or by role, default the rank, so that the scale is 1. rslora: s = alpha / sqrt(rank), which keeps outputs of one size
+    as the rank grows (Kalajdzievski 2023, arXiv:2312.03732, section 3). dropout: on the input of A, in linear layers.
+    init: "default", A uniform as in a linear layer; "gaussian", A normal with standard deviation 1 / rank; "pissa", the largest singular
+    vectors of W (Meng et al. 2024, arXiv:2404.02948); "olora", its QR factors (Buyukakyuz 2024, arXiv:2406.01775); "eva", A holds the largest
+    right singular vectors of the layer's inputs, seen before training (Paischer et al. 2024, arXiv:2410.07170; every site keeps its rank); "loftq",
+    W is replaced by its 4-bit form and B A starts as the rest (Li et al. 2023, arXiv:2310.08659), so the output changes a little at the start.
+
+    tied: whether a change of the token embedding reaches the language-model head that is tied to it, or lookups alone, which then cannot be merged.
+
+    The base stays bit-identical under every init (`lora_starts.FromBase` says how). Embeddings and convolutions take part when they are targets;
+    biases of the targets in a union, `lora[targets=attn.q]|bitfit[targets=attn.q]`. The default
+    targets are the queries and values as in the paper; on Longformer `attn.q*` also takes the global projections (give `attn.q` for the
+    local ones alone, `attn.q_global` for those).
+    """
+
+    accepts = (Linear, Embedding, Conv2d, TiedLinear)
+
+    def __init__(
+        self,
+        *,
+        rank: Count | Mapping[str, Count] = 8,
+        alpha: Positive | Mapping[str, Positive] | None = None,
+        rslora: bool = False,
+        dropout: Probability = 0.0,
+        init: Start = "default",
+        tied: bool = True,
+        targets: Targets = None,
+        layers: Layers = None,
+    ):
+        check_rank(self.name, rank)
+        super().__init__(targets=tuple(rank) if isinstance(rank, Mapping) and targets is None else targets, layers=layers)
+        self.rank, self.alpha = rank, alpha  # type: ignore[assignment]  # by role too
+        self.rslora, self.dropout, self.start, self.tied = rslora, dropout, init, tied
+        self.identity_at_init = init != "loftq"
+
+    def hooks_in_use(self) -> set[str]:
+        return super().hooks_in_use() if self.start == "eva" else set()
+
+    def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
+        roles = {site.role for site in found.values()}
+        for option, value in (("rank", self.rank), ("alpha", self.alpha)):
+            given: tuple[str, ...] = tuple(value) if isinstance(value, Mapping) else ()
+            unused = [pattern for pattern in given if not any(fnmatchcase(role, pattern) for role in roles)]
+            if unused:
+                raise TargetError(
+                    f"{self.name}: {option} for {unused[0]!r} matches none of its targets; they have the roles {listing(sorted(roles))}"
+                )
+        self.has_tied_head = any(isinstance(site, TiedLinear) for _, site in sites(model))
+
+    def make(self, site: Site) -> PeftModule:
+        rank = by_role(self.name, "rank", self.rank, site.role)
+        scale = scaling(self.name, rank, self.alpha, self.rslora, site.role)
+        if isinstance(site, Linear):
+            return self._linear(site, rank, scale)
+        if self.start not in ("default", "gaussian"):
+            raise OptionError(
+                f"{self.name}: init={self.start!r} is for linear layers, and {site.role!r} is {type(site).__name__}; use 'default' there"
+            )
+        if isinstance(site, TiedLinear):  # the head alone changes, not the embedding
+            return self._started(LowRank(site.in_features, site.out_features, rank, scale, self.dropout), rank)
+        if isinstance(site, Embedding):
+            of_tied = LowRankTable if self.tied else LookedUp
+            read_twice = self.has_tied_head and site.role == "embed.token"
+            return (of_tied if read_twice else LowRankRows)(site.num_embeddings, site.embedding_dim, rank, scale)
+        assert isinstance(site, Conv2d)
+        return self._started(LowRankConv(site, rank, scale), rank)
+
+    def _linear(self, site: Linear, rank: int, scale: float) -> PeftModule:
+        if self.start in ("pissa", "olora", "loftq", "eva") and rank > min(site.weight.shape):
+            raise OptionError(
+                f"{self.name}: init={self.start!r} takes {rank} vectors of {site.role!r}, whose weight {tuple(site.weight.shape)} has "
+                f"{min(site.weight.shape)}; give a smaller rank"
+            )
+        if self.start == "pissa":
+            return lora_starts.FromBase(*lora_starts.pissa(site.weight, rank, scale), scale, self.dropout)
+        if self.start == "olora":
+            return lora_starts.FromBase(*lora_starts.olora(site.weight, rank), scale, self.dropout)
+        if self.start == "loftq":
+            return lora_starts.Quantised(site.weight, rank, scale, self.dropout)
+        return self._started(LowRank(site.in_features, site.out_features, rank, scale, self.dropout), rank)
+
+    def _started(self, module: LowRank | LowRankConv, rank: int) -> PeftModule:
+        if self.start == "gaussian":
+            nn.init.normal_(module.A, std=1 / rank)
+        return module
+
+    def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
+        ranks = {path: len(module.A) for path, module in modules.items()}  # type: ignore[arg-type]
+        found = lora_starts.input_factors(model, dict(sites(model)), ranks, batches)
+        with torch.no_grad():
+            for path, module in modules.items():
+                module.A.copy_(found[path])  # type: ignore[operator]
