@@ -13,9 +13,9 @@ from torch import nn
 from effzoo.annotations import Count, Positive, Probability
 from effzoo.errors import OptionError, TargetError, listing
 from effzoo.peft.method import Batches, Layers, Modules, Targets
-from effzoo.peft.parameter import lora_starts
 from effzoo.peft.parameter.lora import LoRA, LowRank
 from effzoo.peft.parameter.lora_conv import LowRankConv
+from effzoo.peft.parameter.lora_starts import FromBase, Quantised, input_factors, olora, pissa
 from effzoo.peft.parameter.lora_tables import LookedUp, LowRankRows, LowRankTable
 from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
@@ -127,11 +127,11 @@ class LoRAEverywhere(TrainingHooks, LoRA):
                 f"{min(site.weight.shape)}; give a smaller rank"
             )
         if self.start == "pissa":
-            return lora_starts.FromBase(*lora_starts.pissa(site.weight, rank, scale), scale, self.dropout)
+            return FromBase(*pissa(site.weight, rank, scale), scale, self.dropout)
         if self.start == "olora":
-            return lora_starts.FromBase(*lora_starts.olora(site.weight, rank), scale, self.dropout)
+            return FromBase(*olora(site.weight, rank), scale, self.dropout)
         if self.start == "loftq":
-            return lora_starts.Quantised(site.weight, rank, scale, self.dropout)
+            return Quantised(site.weight, rank, scale, self.dropout)
         return self._started(LowRank(site.in_features, site.out_features, rank, scale, self.dropout), rank)
 
     def _started(self, module: LowRank | LowRankConv, rank: int) -> PeftModule:
@@ -141,7 +141,7 @@ class LoRAEverywhere(TrainingHooks, LoRA):
 
     def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
         ranks = {path: len(module.A) for path, module in modules.items()}  # type: ignore[arg-type]
-        found = lora_starts.input_factors(model, dict(sites(model)), ranks, batches)
+        found = input_factors(model, dict(sites(model)), ranks, batches)
         with torch.no_grad():
             for path, module in modules.items():
                 module.A.copy_(found[path])  # type: ignore[operator]
