@@ -42,7 +42,10 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Links that are right in the repository become right on the site; one to what is no page, as to source code, is its label alone."""
+    """Links that are right in the repository become right on the site; one to what is no page, as to source code, is its label alone.
+
+    A bar in the code of a table's cell needs no backslash here.
+    """
     here, docs = Path(page.file.src_uri).parent, Path(config.docs_dir)
     folder = (docs if (docs / page.file.src_uri).is_file() else ROOT) / here
 
@@ -58,4 +61,5 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return label
         return f"{image}[{label}]({os.path.relpath(inside, here)}{mark}{anchor})"
 
-    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", target, markdown)
+    linked = re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", target, markdown)
+    return re.sub(r"`[^`\n]*`", lambda code: code[0].replace("\\|", "|"), linked)
