@@ -162,6 +162,23 @@ class Plain(AttentionCore):
         return self.attend(Part(q, k, v, mask.key_bias(q.dtype), causal=self.context.causal))
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"supports_causal": False}, "`supports_causal`, which nobody reads; did you mean 'not_causal'\\?"),
+        ({"row_side": ("q",)[0]}, "`row_side`, which nobody reads.*it may declare name, paper"),
+        ({"not_casual": "it sees all"}, "`not_casual`, which nobody reads; did you mean 'not_causal'\\?"),
+        ({"projection": {"q": "query"}}, "`projection`, which nobody reads; did you mean 'projections'\\?"),
+    ],
+)
+def test_a_declaration_that_nobody_reads_is_refused(given, said):
+    """A kind that says in vain that it cannot be causal would be used in decoders."""
+    kind = type("Misspelt", (Plain,), given)
+    with pytest.raises(OptionError, match=f"attention 'plain': it declares {said}"):
+        kind(Context(heads=2, head_dim=4, causal=True))
+    type("Own", (Plain,), {"unit": "words", "twice": True, "Side": str})(Context(heads=2, head_dim=4))  # what is no declaration is the kind's own
+
+
 @pytest.mark.parametrize("given", [("q", "k", "v"), {"q": "query", "k": "key", "v": "values"}])
 def test_projections_say_what_they_are(given):
     kind = type("Tuple", (Plain,), {"projections": given})

@@ -11,6 +11,7 @@ import abc
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -19,11 +20,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from effzoo.attention import kernel, reference, traced
 from effzoo.attention.part import Part, bias_of
-from effzoo.errors import IncompatibleError, InputError, OptionError
+from effzoo.errors import IncompatibleError, InputError, OptionError, did_you_mean
 
 KeysValues = tuple[Tensor, Tensor]
 Side = Literal["query", "key", "value", "query and key"]
 QKV: dict[str, Side] = {"q": "query", "k": "key", "v": "value"}
+DECLARED = ("name", "paper", "cost", "projections", "not_causal", "later_values_matter", "shift_invariant")  # what a class says of a kind
+FORMER = ("key_side", "row_side", "copied_from")  # and `supports_...`: what it said in an earlier contract
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,9 @@ class AttentionCore(nn.Module, abc.ABC):
         self.gives_rows = self._own("rows")  # whether it computes single rows
         self._takes_memory = self.takes_memory()
         self._number = traced.number_of(self)
+        for declared in _unread(type(self)):
+            told = f"it declares `{declared}`, which nobody reads{did_you_mean(declared, DECLARED)} What a kind can do follows from what it has"
+            raise OptionError(f"attention {self.name!r}: {told}; it may declare {', '.join(DECLARED)}")
         wrong = [self.projections] if not isinstance(self.projections, Mapping) else [x for x in self.projections.values() if x not in get_args(Side)]
         if wrong:
             told = f"projections say what each is, 'query', 'key', 'value' or 'query and key', as in {QKV}, got {wrong[0]!r}"
@@ -316,6 +322,13 @@ class CompressedAttention(AttentionCore):
     @property
     def crosses(self) -> bool:
         return True
+
+
+def _unread(cls: type[AttentionCore]) -> list[str]:
+    """Declarations that are misspelt, or of an earlier contract: ignored, they would say what is not so."""
+    given = {name: value for parent in cls.__mro__ if issubclass(parent, AttentionCore) for name, value in vars(parent).items()}
+    plain = [name for name, value in given.items() if name not in DECLARED and isinstance(value, (str, bool, Mapping)) and name[0] != "_"]
+    return [name for name in plain if name.startswith("supports_") or name in FORMER or get_close_matches(name, DECLARED, n=1, cutoff=0.8)]
 
 
 def rows_of(x: Tensor, where: Tensor) -> Tensor:

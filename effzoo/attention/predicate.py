@@ -10,6 +10,7 @@ for others they are found once for a length.
 from __future__ import annotations
 
 import abc
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -216,7 +217,8 @@ class PredicateAttention(AttentionCore):
             raise InputError(
                 "tokens that follow the prompt cannot be global: keys that they would need are not in the cache; mark them in the prompt"
             )
-        new, most, columns = q.shape[2], self._most, None
+        new, sights, columns = q.shape[2], self._sights, None
+        most = _most(sights)
         k, v = longer(past["k"], k, 2), longer(past["v"], v, 2)
         valid, kept, last = mask.valid, k.shape[2], past["position"] + new
         state = {**past, "k": latest(k, most, 2), "v": latest(v, most, 2), "position": last}
@@ -226,15 +228,11 @@ class PredicateAttention(AttentionCore):
             state["is_global"] = latest(is_global, most, 1)
             columns = Part(q, past["k_global"], past["v_global"], bias_of(past["held"][:, None, None, :], q.dtype))
             bias = bias_of(self._newest(last, new, kept, mask) & ~is_global[:, None, None, :], q.dtype)
-        elif not self._sees_all_kept(new):
+        elif new > 1 or len(sights) > 1 or not all(sight is not None and sight.plain for sight in sights):  # else all that is kept is seen
             bias = bias_of(self._newest(last, new, kept, mask), q.dtype)
         elif valid is not None:
             bias = mask.memo(("kept", kept, q.dtype), lambda: bias_of(valid[:, None, None, -kept:], q.dtype))
         return self.attend(Part(q, k, v, bias), columns, memory_part(q, memory)), state
-
-    def _sees_all_kept(self, new: int) -> bool:
-        """Whether so many new queries see all keys that are kept."""
-        return new == 1 and len(self._sights) == 1 and all(sight is not None and sight.plain for sight in self._sights)
 
     @property
     def _sights(self) -> set[Window | None]:
@@ -249,18 +247,12 @@ class PredicateAttention(AttentionCore):
 
     def _state(self, k: Tensor, v: Tensor, mask: Mask) -> State:
         """What decoding needs of a prompt: the keys and values that later queries can see, and those of the global tokens."""
-        most = self._most
+        most = _most(self._sights)
         state = {"k": latest(k, most, 2), "v": latest(v, most, 2), "position": torch.full((len(k), 1), k.shape[2] - 1, device=k.device)}
         if mask.is_global is not None:
             where, held = gathered(mask, self.max_globals)
             state |= {"is_global": latest(mask.is_global, most, 1), "k_global": rows_of(k, where), "v_global": rows_of(v, where), "held": held}
         return state
-
-    @property
-    def _most(self) -> int | None:
-        """How many keys before it a later query can see; None: all."""
-        kept = [None if sight is None else sight.kept for sight in self._sights]
-        return None if None in kept else max(one for one in kept if one is not None)
 
     def _global_columns(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Part | None:
         """Every query sees the global keys, gathered to the front of [batch, globals] and padded with a bias."""
@@ -312,12 +304,22 @@ def gathered(mask: Mask, room: int) -> tuple[Tensor, Tensor]:
     return found
 
 
+def _most(sights: set[Window | None]) -> int | None:
+    """How many keys before it a later query can see; None: all."""
+    kept = [None if sight is None else sight.kept for sight in sights]
+    return None if None in kept else max(one for one in kept if one is not None)
+
+
 def _named_facts(cls: type[PredicateAttention]) -> tuple[str, ...]:
     """The facts that the predicate of a kind asks for."""
-    parameters = list(inspect.signature(cls.visible).parameters.values())[3:]
-    names = tuple(parameter.name for parameter in parameters)
+    return _facts_of(cls.visible, cls.name)
+
+
+@functools.lru_cache(maxsize=256)
+def _facts_of(visible: Callable[..., Tensor], kind: str) -> tuple[str, ...]:
+    names = tuple(inspect.signature(visible).parameters)[3:]
     if unknown := [name for name in names if name not in FACTS]:
         raise OptionError(
-            f"attention {cls.name!r}: visible(query, key) may name the facts {', '.join(FACTS)} as further parameters, got {', '.join(unknown)}"
+            f"attention {kind!r}: visible(query, key) may name the facts {', '.join(FACTS)} as further parameters, got {', '.join(unknown)}"
         )
     return names
