@@ -11,7 +11,7 @@ FLOORS = [  # a package may import from those before it, and from itself
     {"annotations", "checked", "devices", "memory"},
     {"spec", "wrappers", "writing"},
     {"registry"},
-    {"recompute", "routing"},
+    {"nf4", "recompute", "routing"},
     {"sites"},
     {"attention", "peft"},
     {"blocks"},
