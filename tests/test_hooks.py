@@ -26,6 +26,8 @@ from tests.support import labelled
 def test_a_former_hook_is_refused_with_the_name_of_today(name):
     with pytest.raises(OptionError, match=f"Old defines `{name}`, which is no longer .*: .*"):
         type("Old", (PeftModule,), {name: lambda self, *given: None})
+    with pytest.raises(OptionError, match=f"Old defines `{name}`"):  # whoever defines it
+        type("Old", (type("Beside", (), {name: None}), PeftModule), {})
 
 
 @pytest.mark.parametrize("name", TAKES)
@@ -116,6 +118,8 @@ def test_a_hook_is_told_of_the_call_and_of_its_own_rows(watching, tiny):
     context = inner.told[-1]
     assert torch.equal(context.valid, valid[1:]) and context.task_ids.tolist() == [0, 1] and torch.equal(context.mask.valid, valid[1:])
     assert len(context.x) == len(context.start) == 2 and at_hand() is NOWHERE
+    whole, part = inner.told[0].mask.key_bias(torch.float32), context.mask.key_bias(torch.float32)
+    assert torch.equal(part, whole[1:]), "what a mask remembers is of its own rows"
 
 
 def test_nothing_of_a_call_is_left_behind_by_what_was_detached(tiny):

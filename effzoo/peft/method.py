@@ -57,11 +57,11 @@ class Method(abc.ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         for name, now in FORMER.items():
-            if name in vars(cls):
+            if hasattr(cls, name):
                 raise OptionError(f"{cls.__name__} says `{name}`, which is no longer read: {now}")
         training = any(parent.__name__ == "TrainingHooks" for parent in cls.__mro__)
         for name in () if training else OF_TRAINING:
-            if name in vars(cls):
+            if hasattr(cls, name):
                 raise OptionError(
                     f"{cls.__name__} has `{name}`, which is read of methods that take part in training: class {cls.__name__}(TrainingHooks), "
                     "from effzoo.peft"

@@ -49,7 +49,6 @@ BESIDE = {  # what few modules need, by the class of `effzoo/sites/extras.py` th
 TAKES = {"before": "(self, x, context)", "after": "(self, x, y, context)", "memory": "(self, context)"}
 
 
-@dataclass(frozen=True)
 class HookContext:
     """What the call at hand tells a hook besides the tensors of its site; what is None there is not known where the site stands.
 
@@ -58,34 +57,52 @@ class HookContext:
     x [batch, n, dim]: the input of the attention layer.
     keys_values: rows [..., r, source_dim] -> the keys [..., heads, r, head_dim] and values that this attention layer's own projections make of
         them (not rotated, with the bias).
+    rows: of the batch, where adapters are chosen by row; all that it says is then of these.
     """
 
-    valid: Tensor | None = None
-    mask: Any = None
-    x: Tensor | None = None
-    keys_values: Callable[[Tensor], KeysValues] | None = None
+    def __init__(
+        self,
+        valid: Tensor | None = None,
+        mask: Any = None,
+        x: Tensor | None = None,
+        keys_values: Callable[[Tensor], KeysValues] | None = None,
+        rows: Sequence[int] | None = None,
+    ):
+        self._valid, self._mask, self._x, self.keys_values, self.rows = valid, mask, x, keys_values, rows
+
+    def _part(self, x: Tensor | None) -> Tensor | None:
+        return x if x is None or self.rows is None or len(x) == 1 else chosen(x, self.rows)
+
+    @property
+    def valid(self) -> Tensor | None:
+        return self._part(self._valid)
+
+    @property
+    def x(self) -> Tensor | None:
+        return self._part(self._x)
+
+    @property
+    def mask(self) -> Any:
+        mask = self._mask
+        if mask is None or self.rows is None:
+            return mask
+        own = {name: self._part(getattr(mask, name)) for name in ("valid", "is_global", "positions", "tasks", "start")}
+        decisions = None if mask.decisions is None else mask.decisions.setdefault(("rows", tuple(self.rows)), {})
+        return dataclasses.replace(mask, **own, decisions=decisions, _memo={})
 
     @property
     def task_ids(self) -> Tensor | None:
         """The number of each example's task, [batch]."""
-        return None if self.mask is None else self.mask.tasks
+        return None if self._mask is None else self._part(self._mask.tasks)
 
     @property
     def start(self) -> Tensor | None:
         """The embeddings with which the blocks start, [batch, n, dim]."""
-        return None if self.mask is None else self.mask.start
+        return None if self._mask is None else self._part(self._mask.start)
 
     def of_rows(self, rows: Sequence[int]) -> HookContext:
-        """What it says of some rows of the batch."""
-
-        def part(x: Tensor | None) -> Tensor | None:
-            return x if x is None or len(x) == 1 else chosen(x, rows)
-
-        mask = self.mask
-        if mask is not None:
-            own = {name: part(getattr(mask, name)) for name in ("valid", "is_global", "positions", "tasks", "start")}
-            mask = dataclasses.replace(mask, **own)
-        return HookContext(part(self.valid), mask, part(self.x), self.keys_values)
+        """The same, of some rows of the batch; they are taken out where a hook asks for them."""
+        return HookContext(self._valid, self._mask, self._x, self.keys_values, rows)
 
 
 NOWHERE = HookContext()
@@ -147,15 +164,15 @@ class PeftModule(nn.Module):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         for name, now in FORMER.items():
-            if name in vars(cls):
+            if hasattr(cls, name):
                 raise OptionError(f"{cls.__name__} defines `{name}`, which is no longer called: {now}")
         for name, extra in BESIDE.items():
-            if name in vars(cls) and not any(parent.__name__ == extra for parent in cls.__mro__):
+            if hasattr(cls, name) and not any(parent.__name__ == extra for parent in cls.__mro__):
                 raise OptionError(
                     f"{cls.__name__} defines `{name}`, which is read where a module is also {extra}: class {cls.__name__}({extra}, PeftModule)"
                 )
         for name, takes in TAKES.items():
-            if name in vars(cls) and not _takes(vars(cls)[name], takes.count(",") + 1):
+            if not _takes(getattr(cls, name), takes.count(",") + 1):
                 raise OptionError(f"{cls.__name__} defines `{name}` with other arguments than it is called with: def {name}{takes}")
 
     def weight(self, weight: Tensor) -> Tensor:
@@ -179,7 +196,10 @@ class PeftModule(nn.Module):
         return None
 
     def memory(self, context: HookContext) -> Memory | None:
-        """Keys and values that every query of the attention layer also sees; with a batch axis where they differ by example."""
+        """Keys and values that every query of the attention layer also sees; with a batch axis where they differ by example.
+
+        What has a gate can be given a scale (`effzoo.activate`), if the module holds a tensor `gate`.
+        """
         return None
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:

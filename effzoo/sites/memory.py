@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,7 +75,7 @@ def _shown(module: Acts, context: HookContext) -> HookContext:
     given, layer = context.x, context.keys_values
     if x is given or given is None or layer is None:
         return context
-    return dataclasses.replace(context, x=x, keys_values=lambda rows: layer(rows.to(given.dtype)))
+    return HookContext(context.valid, context.mask, x, lambda rows: layer(rows.to(given.dtype)))
 
 
 def _joined(found: Sequence[Memory]) -> KeysValues:
