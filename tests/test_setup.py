@@ -59,7 +59,7 @@ def test_what_is_installed_is_not_installed_again(checkout):
 
 def test_an_index_gives_the_pinned_version_without_its_dependencies(checkout):
     done, asked = setup(checkout, "demo", torch=ADDRESS, version=f"{PINNED}+cpu")
-    assert asked[:2] == ["--quiet uninstall --yes torch", f"install --no-deps -c constraints.txt --index-url {ADDRESS} torch"]
+    assert asked[:2] == ["--quiet --quiet uninstall --yes torch", f"install --no-deps -c constraints.txt --index-url {ADDRESS} torch"]
     assert asked[2:] == ["--quiet install -c constraints.txt -e .[demo]"]
     assert f"torch comes from {ADDRESS}" in done.stdout and "5.7 GB" not in done.stdout
 
@@ -84,7 +84,7 @@ def test_the_choice_is_remembered_until_another_is_made(checkout):
     assert setup(checkout, "demo")[1] == []
     assert setup(checkout, "demo", torch=ADDRESS)[1] == []
     assert f"--index-url {ADDRESS} " in setup(checkout, "test")[1][0]
-    assert setup(checkout, "test", torch="")[1][:2] == ["--quiet uninstall --yes torch", "install -c constraints.txt torch"]
+    assert setup(checkout, "test", torch="")[1][:2] == ["--quiet --quiet uninstall --yes torch", "install -c constraints.txt torch"]
     assert setup(checkout, "test")[1] == []
 
 
