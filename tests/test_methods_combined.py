@@ -156,8 +156,8 @@ def test_a_model_copied_between_two_batches_keeps_nothing_of_the_other(tiny):
     twin = copy.deepcopy(model)
     twin(input_ids=torch.randint(2, VOCAB, (1, 4)))
     assert torch.equal(model(**batch()).logits, out) and torch.equal(twin(**batch()).logits, out)
-    pairs = [(module(m, "blocks.0.attn.memory", "unipelt"), module(m, "blocks.0.attn.q", "unipelt")) for m in (model, twin)]
-    assert pairs[1][0].tokens is pairs[1][1].tokens is not pairs[0][0].tokens
+    pairs = [(module(m, "blocks.0.attn.v", "unipelt"), module(m, "blocks.0.attn.q", "unipelt")) for m in (model, twin)]
+    assert pairs[1][0].gate is pairs[1][1].gate is not pairs[0][0].gate
 
 
 def test_a_causal_language_model_is_refused_and_a_causal_classifier_is_not(tiny):
