@@ -131,18 +131,21 @@ def dense_gates(built, batch):
         keys = torch.cat([keys.expand(len(x), -1, -1, -1), k], dim=2)
         scores = q @ keys.transpose(-1, -2) / 2
         length = keys.shape[2] - x.shape[1]
-        scores[..., length:] = scores[..., length:].masked_fill(~valid[:, None, None], float("-inf"))
+        scores[..., length:] = scores[..., length:].masked_fill(~block.attn.core.pattern(x.shape[1], Mask(valid)), float("-inf"))
         found.append(scores.softmax(dim=-1)[..., :length].sum(dim=-1))
         x = block(x, Mask(valid))
     return found
 
 
+@pytest.mark.parametrize("kind", ["full", "blockwise[blocks=2]", "local[chunk=4]"])
 @pytest.mark.parametrize("length", [1, 5])
 @torch.no_grad()
-def test_gates_are_the_softmax_weights_on_the_prefix(length):
-    built = shaken(model(), f"prefix[length={length}, init=normal]")
+def test_gates_are_the_softmax_weights_on_the_prefix(length, kind):
+    """Also where heads see different keys."""
+    built = shaken(model(kind), f"prefix[length={length}, init=normal]")
+    tokens = inputs()["attention_mask"].bool()
     for gate, dense in zip(prefix_gates(built, **inputs()), dense_gates(built, inputs()), strict=True):
-        torch.testing.assert_close(gate, dense, rtol=0, atol=1e-12)
+        torch.testing.assert_close(gate.transpose(1, 2)[tokens], dense.transpose(1, 2)[tokens], rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
@@ -184,7 +187,8 @@ def test_gates_without_a_prefix_are_refused():
 
 def test_gates_of_attention_in_several_softmaxes_are_refused():
     with pytest.raises(IncompatibleError, match="in one softmax"):
-        prefix_gates(shaken(model("blockwise[blocks=2]"), "prefix[length=3, init=normal]"), **inputs())
+        is_global = torch.zeros(3, 7, dtype=torch.long).index_fill(1, torch.tensor([0]), 1)
+        prefix_gates(shaken(model("longformer[window=4]"), "prefix[length=3, init=normal]"), **inputs(), global_attention_mask=is_global)
 
 
 # unified view

@@ -150,7 +150,7 @@ def test_what_only_training_needs_is_dropped_and_the_output_stays_bit_by_bit(tin
     folder = effzoo.save_adapter(model, tmp_path / "after")
     held = safetensors.torch.load_file(folder / json.loads((folder / "adapter.json").read_text())["tensors"])
     names = {key.rpartition(".")[2] for key in held if ".head." not in f".{key}"}
-    assert names == ({"keys", "values"} if flat else {"prompt"}) and sum(x.numel() for x in held.values()) == numbers + HEAD
+    assert names == ({"keys", "values"} if flat else {"tokens"}) and sum(x.numel() for x in held.values()) == numbers + HEAD
     loaded = effzoo.load_adapter(copy.deepcopy(base), folder)
     assert torch.equal(loaded(**inputs).logits, before)
     train(loaded, steps=1).eval()  # and goes on learning

@@ -46,8 +46,9 @@ def prefix_gates(model: Transformer, **inputs: Tensor) -> list[Tensor]:
 
 
 def _noting(given: list[bool], number: int) -> Any:
-    def noting(site: nn.Module, seen: Any, rows: Any) -> None:
-        given[number] = rows is not None
+    def noting(site: nn.Module, seen: Any, gave: Any) -> None:
+        joining, _ = gave
+        given[number] = joining is not None
 
     return noting
 
