@@ -13,6 +13,8 @@ from torch import Tensor
 
 from effzoo.errors import InputError
 
+IGNORED = -100  # the label of positions that do not count, as in torch.nn.functional.cross_entropy
+
 
 def marks(mask: Tensor, name: str) -> Tensor:
     """A mask of 0 and 1, or of booleans, as booleans."""

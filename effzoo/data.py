@@ -17,7 +17,7 @@ import numpy as np
 
 from effzoo.annotations import Count, Part, Seed, check_arguments
 from effzoo.architectures import Config, Perceiver, PerceiverConfig, Transformer
-from effzoo.architectures.heads import IGNORED
+from effzoo.checked import IGNORED
 from effzoo.errors import DataError, did_you_mean, listing, shown
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from typing import Any, Generic, TypeVar
 from effzoo.annotations import describe, plain, problem, unreadable, unwritable
 from effzoo.errors import ArgumentError, EffzooError, OptionError, UnknownNameError, did_you_mean, listing, shown
 from effzoo.memory import room
-from effzoo.spec import Spec, parse, parse_one
+from effzoo.spec import Spec, parse_one
 
 T = TypeVar("T")
 _table: dict[tuple[str, str], type] = {}
@@ -107,10 +107,6 @@ class View(Generic[T]):
         except TypeError as error:
             raise ArgumentError(f"{self.kind} {spec.name!r} cannot be made of {len(arguments)} arguments beside its options: {error}") from None
         return cls(*arguments, **spec.options)
-
-    def create_union(self, given: Any) -> list[T]:
-        """Build every entry of a union."""
-        return [self.create(spec) for spec in parse(given)]
 
 
 attention: View[Any] = View("attention")

@@ -18,12 +18,11 @@ from effzoo.architectures.config import Config
 from effzoo.architectures.embeddings import check_tensors
 from effzoo.architectures.output import Output
 from effzoo.blocks.feedforward import ACTIVATIONS
-from effzoo.checked import known, within
+from effzoo.checked import IGNORED, known, within
 from effzoo.devices import at_hand
 from effzoo.errors import IncompatibleError, InputError
 from effzoo.sites import Embedding, Linear, Norm, TiedLinear
 
-IGNORED = -100  # the label of positions that do not count, as in transformers
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 

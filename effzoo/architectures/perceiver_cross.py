@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.attention import reference
-from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, memory_part
+from effzoo.attention.core import AttentionCore, Context, Mask, memory_part
 from effzoo.attention.part import Part
 from effzoo.blocks import Attention, FeedForward, Slots
-from effzoo.sites import Branch, sites
+from effzoo.sites import Branch, KeysValues, sites
 from effzoo.spec import Spec
 
 

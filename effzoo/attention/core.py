@@ -21,8 +21,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from effzoo.attention import kernel, reference, traced
 from effzoo.attention.part import Part, bias_of
 from effzoo.errors import IncompatibleError, InputError, OptionError, did_you_mean
+from effzoo.sites import KeysValues
 
-KeysValues = tuple[Tensor, Tensor]
 Side = Literal["query", "key", "value", "query and key"]
 QKV: dict[str, Side] = {"q": "query", "k": "key", "v": "value"}
 DECLARED = ("name", "paper", "cost", "projections", "not_causal", "later_values_matter", "shift_invariant")  # what a class says of a kind

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from effzoo.annotations import Count
 from effzoo.attention import reference
-from effzoo.attention.core import CompressedAttention, Context, KeysValues, Mask
+from effzoo.attention.core import CompressedAttention, Context, Mask
 from effzoo.attention.part import bias_of
 from effzoo.errors import InputError, OptionError
 from effzoo.registry import attention
-from effzoo.sites import Linear, opens
+from effzoo.sites import KeysValues, Linear, opens
 from effzoo.sites.dtypes import linear as product
 
 Sharing = Literal["none", "headwise", "key_value", "layerwise"]

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from effzoo.annotations import Count, Whole
 from effzoo.attention.band import Window
-from effzoo.attention.core import Context, KeysValues, Mask, State
+from effzoo.attention.core import Context, Mask, State
 from effzoo.attention.predicate import PredicateAttention
 from effzoo.errors import IncompatibleError
 from effzoo.registry import attention
+from effzoo.sites import KeysValues
 
 
 @attention.register("local", "chunked")

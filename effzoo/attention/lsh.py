@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effzoo.annotations import Count, Few, Seed, Whole, problem
-from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, Side, State, longer, memory_part
+from effzoo.attention.core import AttentionCore, Context, Mask, Side, State, longer, memory_part
 from effzoo.attention.hashing import automatic, buckets_of, draw_rotations, sort
 from effzoo.attention.part import Part, bias_of
 from effzoo.attention.rounds import HashingRounds
 from effzoo.attention.traced import Traced
 from effzoo.errors import InputError, OptionError
 from effzoo.registry import attention
-from effzoo.sites import Keys
+from effzoo.sites import Keys, KeysValues
 
 
 @attention.register("lsh", "reformer")

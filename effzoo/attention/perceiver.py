@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from effzoo.annotations import Count
 from effzoo.attention import reference
-from effzoo.attention.core import CompressedAttention, Context, KeysValues, Mask
+from effzoo.attention.core import CompressedAttention, Context, Mask
 from effzoo.attention.part import Part
 from effzoo.registry import attention
-from effzoo.sites import Embedding
+from effzoo.sites import Embedding, KeysValues
 
 
 @attention.register("perceiver")

@@ -21,13 +21,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from effzoo.attention import flex, reference, tile_map
 from effzoo.attention.band import Sees, Window
-from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask, State, latest, longer, memory_part, rows_of
+from effzoo.attention.core import AttentionCore, Context, Mask, State, latest, longer, memory_part, rows_of
 from effzoo.attention.part import Part, bias_of
 from effzoo.attention.tiles import Tiles, by_head
 from effzoo.attention.traced import Traced
 from effzoo.checked import known
 from effzoo.devices import at_hand
 from effzoo.errors import IncompatibleError, InputError, OptionError
+from effzoo.sites import KeysValues
 
 Softmax = Callable[[Tensor, Tensor, Tensor], Tensor]
 FACTS = {

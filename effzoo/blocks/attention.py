@@ -7,11 +7,11 @@ from typing import Any
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from effzoo.attention.core import AttentionCore, Cache, Context, KeysValues, Mask, rows_of
+from effzoo.attention.core import AttentionCore, Cache, Context, Mask, rows_of
 from effzoo.blocks.positions import Rotary, rotate
 from effzoo.errors import IncompatibleError
 from effzoo.registry import attention as registry
-from effzoo.sites import HookContext, Linear, Memory, MemorySite, RMSNorm, calling
+from effzoo.sites import HookContext, KeysValues, Linear, Memory, MemorySite, RMSNorm, calling
 from effzoo.sites.dtypes import autocasts
 from effzoo.spec import Spec
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effzoo.attention.core import AttentionCore, Context, KeysValues, Mask
+from effzoo.attention.core import AttentionCore, Context, Mask
 from effzoo.checks.declared import suitable
 from effzoo.checks.runner import NotApplicable, close
 from effzoo.registry import attention as registry
+from effzoo.sites import KeysValues
 from effzoo.spec import Spec, parse_one
 
 BATCH, HEADS, WIDTH, LENGTHS = 3, 2, 8, (1, 2, 7, 16, 31, 64)

@@ -126,7 +126,7 @@ class Layout:
         except OptionError as error:
             raise ConversionError(f"the configuration of this {self.name} of transformers has no counterpart in effzoo: {error}") from error
         self.check(config, task)
-        _check_problem(theirs, task)
+        check_problem(theirs, task)
         return config
 
     def check(self, config: Config, task: str) -> None:
@@ -167,7 +167,7 @@ class Layout:
                 raise ConversionError(f"{name}={value} beside {beside}: effzoo has one dropout for both; choose it, as in dropout={ours}")
 
 
-def _check_problem(theirs: Any, task: str) -> None:
+def check_problem(theirs: Any, task: str) -> None:
     problem = getattr(theirs, "problem_type", None)
     if task != "classification" or problem is None:
         return

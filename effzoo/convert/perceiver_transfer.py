@@ -20,10 +20,10 @@ from effzoo.convert.dtypes import copy_into, from_pretrained, load_state
 from effzoo.convert.fields import check_code, check_fields
 from effzoo.convert.genuine import check_class, check_genuine, check_ties, tensors_of
 from effzoo.convert.keymap import trained
-from effzoo.convert.layout import _check_problem
+from effzoo.convert.layout import check_problem
 from effzoo.convert.perceiver import CLASSES, INERT, READS, names, read, write
-from effzoo.convert.source import _explained, _local_or_hub, _quiet
-from effzoo.convert.transfer import _say, _stands_beside, extended
+from effzoo.convert.source import explained, local_or_hub, quiet
+from effzoo.convert.transfer import extended, say, stands_beside
 from effzoo.errors import ConversionError, OptionError, did_you_mean, listing
 from effzoo.peft import attached
 
@@ -122,9 +122,9 @@ def _open(source: Any) -> Source:
     name = config.architectures[0]
     if name not in CLASSES:
         raise ConversionError(f"{source} was saved from {name}, which has no counterpart in effzoo; it has {listing(CLASSES)}")
-    label, theirs = _local_or_hub(source), importlib.import_module(_THEIRS)
+    label, theirs = local_or_hub(source), importlib.import_module(_THEIRS)
     cls = getattr(theirs, name)
-    with _explained(label, source), _quiet():
+    with explained(label, source), quiet():
         text = {"input_preprocessor": theirs.PerceiverTextPreprocessor(config)} if name == "PerceiverModel" else {}
         model, info = from_pretrained(cls, label, **text)
         if any(key.startswith("input_preprocessor.") for key in info["missing_keys"]):  # it was saved without one
@@ -141,8 +141,8 @@ def make(name: str, theirs: Any, text: bool) -> Any:
 def _their_config(source: str | Path) -> Any:
     import transformers
 
-    label = _local_or_hub(source)
-    with _explained(label, source), _quiet():
+    label = local_or_hub(source)
+    with explained(label, source), quiet():
         return transformers.AutoConfig.from_pretrained(label, trust_remote_code=False)
 
 
@@ -158,7 +158,7 @@ def _checked(label: str, model: Any, name: str, missing: frozenset[str]) -> Sour
     check_ties(label, model, {})
     check_fields(model.config, type(model).config_class, "perceiver", READS, INERT)
     config = read(model.config, kind)
-    _check_problem(model.config, task)
+    check_problem(model.config, task)
     state = {key: value for key, value in tensors_of(label, model, missing).items() if key not in missing}
     wanted = names(config, task)
     for here, there in wanted.items():
@@ -187,7 +187,7 @@ def _transfer(model: Perceiver, source: Source, *, dtypes: bool = False) -> None
     repeated: dict[str, str] = {}
     new: list[str] = []
     for key, value in wanted.items():
-        origin = key if key in given else _stands_beside(model, key)  # type: ignore[arg-type]
+        origin = key if key in given else stands_beside(model, key)  # type: ignore[arg-type]
         if origin in given:
             per_position = key == _TABLES[0] or (key == _TABLES[1] and model.task != "classification")
             tensor = extended(given[origin], len(value), 0) if per_position else given[origin]
@@ -207,9 +207,9 @@ def _transfer(model: Perceiver, source: Source, *, dtypes: bool = False) -> None
     before, now = source.config.max_length, model.config.max_length
     if now != before and _TABLES[0] in chosen:
         log.info("%s: positions %s from %d to %d", source.label, "repeated" if now > before else "cut", before, now)
-    _say(source, "copied beside", [f"{key} <- {origin}" for key, origin in repeated.items()])  # type: ignore[arg-type]
-    _say(source, "newly initialised", new)  # type: ignore[arg-type]
-    _say(source, "unused", [key for key in source.state if key not in {*chosen, *repeated.values()}])  # type: ignore[arg-type]
+    say(source, "copied beside", [f"{key} <- {origin}" for key, origin in repeated.items()])  # type: ignore[arg-type]
+    say(source, "newly initialised", new)  # type: ignore[arg-type]
+    say(source, "unused", [key for key in source.state if key not in {*chosen, *repeated.values()}])  # type: ignore[arg-type]
 
 
 def _check_fit(model: Perceiver, source: Source, decoder: bool) -> None:

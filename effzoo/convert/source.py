@@ -93,8 +93,8 @@ def open_source(source: Any, task: str | None) -> Source:
 def _from_pretrained(source: str | Path, task: str | None) -> Source:
     import transformers
 
-    label = _local_or_hub(source)
-    with _explained(label, source), _quiet():
+    label = local_or_hub(source)
+    with explained(label, source), quiet():
         config = transformers.AutoConfig.from_pretrained(label, trust_remote_code=False)
     check_code(getattr(config, "auto_map", None), label)
     if config.model_type not in LAYOUTS:
@@ -114,7 +114,7 @@ def _from_pretrained(source: str | Path, task: str | None) -> Source:
     its_task = found[1] if found else str(task)
     if its_task not in layout.classes:
         raise ConversionError(f"{layout.name} of transformers has no model for task {its_task!r}; it has {', '.join(layout.classes)}")
-    with _explained(label, source), _quiet():
+    with explained(label, source), quiet():
         cls = getattr(transformers, name) if name in layout.parts else layout.cls(its_task)
         model, info = from_pretrained(cls, label)
     required = (*layout.body, *layout.heads[its_task]) if found else layout.body
@@ -135,7 +135,7 @@ def _check_shards(folder: Path) -> None:
             raise ConversionError(f"{index} leads out of its folder, to {shown(wrong[0])}; shards lie beside their index")
 
 
-def _local_or_hub(source: str | Path) -> str:
+def local_or_hub(source: str | Path) -> str:
     """The source as transformers takes it; what looks like a path has to exist."""
     text = os.path.expanduser(str(source))
     path = Path(text)
@@ -195,7 +195,7 @@ def _checked(label: str, model: Any, layout: Layout, task: str, required: tuple[
 
 
 @contextmanager
-def _explained(label: str, source: Any) -> Iterator[None]:
+def explained(label: str, source: Any) -> Iterator[None]:
     """What transformers raises, as a ConversionError that says what was tried."""
     try:
         yield
@@ -210,7 +210,7 @@ def _explained(label: str, source: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hush the report of transformers about new and unused tensors: `transfer` makes its own."""
     from transformers.utils import logging as theirs
 

@@ -51,7 +51,7 @@ def transfer(model: Transformer, source: Source, *, dtypes: bool = False) -> Non
     repeated: dict[str, str] = {}
     new: list[str] = []
     for key, value in wanted.items():
-        origin = key if key in given else _stands_beside(model, key)
+        origin = key if key in given else stands_beside(model, key)
         if origin in given:
             tensor = extended(given[origin], len(value), model.config.position_offset) if key == POSITIONS else given[origin]
             if tensor.shape != value.shape:
@@ -76,7 +76,7 @@ def extended(table: Tensor, rows: int, offset: int) -> Tensor:
     return table[torch.where(index < offset, index, offset + (index - offset) % (len(table) - offset))]
 
 
-def _stands_beside(model: Transformer, key: str) -> str:
+def stands_beside(model: Transformer, key: str) -> str:
     """The key that an expert, a projection of a new attention, or the norm of its heads, starts from, or ""."""
     if expert := re.fullmatch(r"(blocks\.\d+\.mlp)\.experts\.\d+(\..+)", key):
         return expert[1] + expert[2]
@@ -128,12 +128,12 @@ def _report(model: Transformer, source: Source, chosen: dict[str, Tensor], repea
     for rule in source.layout.rules(model.config.blocks, source.task, model.task):
         places.update({rule.key(parameter): [f"{path}.{parameter}" for path in rule.ours] for parameter in rule.parameters})
     unused = [key for key in source.state if not used.intersection(places.get(key, ()))]
-    _say(source, "copied beside", [f"{key} <- {origin}" for key, origin in repeated.items()])
-    _say(source, "newly initialised", new)
-    _say(source, "unused", unused)
+    say(source, "copied beside", [f"{key} <- {origin}" for key, origin in repeated.items()])
+    say(source, "newly initialised", new)
+    say(source, "unused", unused)
 
 
-def _say(source: Source, what: str, keys: list[str]) -> None:
+def say(source: Source, what: str, keys: list[str]) -> None:
     """One record, with the numbers of blocks folded together."""
     if keys:
         folded = dict.fromkeys(re.sub(r"(blocks|layers?|h)\.\d+\.", r"\1.*.", key) for key in keys)

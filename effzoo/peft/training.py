@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.annotations import Count, Fraction, Positive
+from effzoo.checked import IGNORED
 from effzoo.errors import AdapterError, IncompatibleError, TrainingError, listing
 from effzoo.peft.attach import acting, attached
 from effzoo.peft.method import Batches, Modules
@@ -35,7 +36,6 @@ from effzoo.peft.training_hooks import HOOKS, Stage, TrainingHooks, uses
 from effzoo.sites import PeftModule, learn, sites, unwrap
 
 WHOLE = Stage("", 1.0)
-IGNORED = -100  # a label that does not count, as in torch.nn.functional.cross_entropy
 
 
 def hooked(model: nn.Module, hook: str, *names: str) -> Iterator[tuple[TrainingHooks, Modules]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from effzoo.architectures.heads import IGNORED
+from effzoo.checked import IGNORED
 from effzoo.errors import InputError
 from effzoo.train.randomness import random_state, set_random_state
 

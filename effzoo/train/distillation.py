@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effzoo.annotations import NotNegative, Range, Share, Whole, annotations_of, plain, problem
-from effzoo.architectures.heads import IGNORED
+from effzoo.checked import IGNORED
 from effzoo.errors import IncompatibleError, OptionError, did_you_mean, listing, shown
 
 Temperature = Annotated[float, Range(1e-6, 1e6)]  # its square, and logits divided by it, stay within float32

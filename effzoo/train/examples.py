@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from effzoo.architectures import Transformer
-from effzoo.architectures.heads import IGNORED, LABEL_DTYPES
+from effzoo.architectures.heads import LABEL_DTYPES
+from effzoo.checked import IGNORED
 from effzoo.errors import InputError, did_you_mean, listing
 from effzoo.sites import prompt_rows
 from effzoo.train.batches import LABEL_NAMES, TOKEN_TASKS

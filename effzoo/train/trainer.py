@@ -31,7 +31,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from effzoo.architectures import Transformer
-from effzoo.architectures.heads import IGNORED
+from effzoo.checked import IGNORED
 from effzoo.errors import TrainingError, did_you_mean, listing
 from effzoo.peft import training
 from effzoo.train import checkpoints
