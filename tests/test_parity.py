@@ -190,7 +190,7 @@ def run(model, embedding, inputs, labels):
     return {name: value.detach() for name, value in found.items()}
 
 
-def agree(theirs, ours, inputs, labels, tolerance):
+def assert_agree(theirs, ours, inputs, labels, tolerance):
     """Largest difference over all results, each relative to its largest entry where that is above 1."""
     if labels is not None and ours.task == "causal_lm":
         tolerance = max(tolerance, 1e-6)  # transformers computes this loss in float32 whatever the dtype is
@@ -212,7 +212,7 @@ def test_outputs_losses_and_gradients_equal_those_of_transformers(family, task, 
     theirs = drawn(name, draw_config(family, name, seed))
     ours = convert.from_transformers(theirs)
     inputs = batch(family, theirs.config.pad_token_id, getattr(theirs.config, "type_vocab_size", 1))
-    agree(theirs, ours, inputs, labels_for(task, inputs), tolerance_of(family))
+    assert_agree(theirs, ours, inputs, labels_for(task, inputs), tolerance_of(family))
 
 
 @pytest.mark.parametrize("family", ["roberta", "longformer"])
@@ -222,7 +222,7 @@ def test_padding_that_attention_sees_has_the_position_it_has_in_transformers(fam
     ours = convert.from_transformers(theirs)
     ids = torch.randint(5, VOCAB, (BATCH, LENGTH))
     ids[:, 4:6] = theirs.config.pad_token_id
-    agree(theirs, ours, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, None, tolerance_of(family))
+    assert_agree(theirs, ours, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, None, tolerance_of(family))
 
 
 LEFT = [(*entry, True) for entry in CLASSES if entry[0] in (*CAUSAL, "modernbert")]
@@ -239,7 +239,7 @@ def test_left_padding_equals_transformers(family, task, name, with_positions):
     inputs = batch(family, 0, side="left")
     if not with_positions:
         del inputs["position_ids"]
-    agree(theirs, ours, inputs, labels_for(task, inputs), tolerance_of(family))
+    assert_agree(theirs, ours, inputs, labels_for(task, inputs), tolerance_of(family))
 
 
 @FAMILIES
@@ -284,7 +284,7 @@ def test_longformer_classification_makes_the_first_token_global_as_transformers_
     ours = convert.from_transformers(theirs)
     inputs = batch("longformer", 1)
     del inputs["global_attention_mask"]
-    agree(theirs, ours, inputs, labels_for("classification", inputs), 1e-5)
+    assert_agree(theirs, ours, inputs, labels_for("classification", inputs), 1e-5)
     local = ours(**inputs, global_attention_mask=torch.zeros(BATCH, LENGTH, dtype=torch.long)).logits
     assert (local - ours(**inputs).logits).abs().max() > 1e-3
 
@@ -297,7 +297,7 @@ def test_the_window_of_mistral_equals_transformers_at_any_length(window, length)
     theirs = drawn("MistralModel", config)
     ours = convert.from_transformers(theirs)
     ids = torch.randint(5, VOCAB, (2, length))
-    agree(theirs, ours, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, None, 1e-5)
+    assert_agree(theirs, ours, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, None, 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3"])
@@ -312,7 +312,7 @@ def test_rotary_positions_far_from_the_start_equal_transformers(kind):
     ours = convert.from_transformers(theirs)
     ids = torch.randint(5, VOCAB, (BATCH, LENGTH))
     positions = torch.sort(torch.randint(100_000, (BATCH, LENGTH))).values
-    agree(theirs, ours, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}, None, 1e-5)
+    assert_agree(theirs, ours, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}, None, 1e-5)
 
 
 FLOAT_LABELS = {"regression": (1, torch.tensor([4.0, -3.0, 2.5])), "several labels": (LABELS, torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 1, 1]]))}
@@ -327,7 +327,7 @@ def test_losses_of_float_labels_equal_transformers(name, num_labels, labels):
     theirs = drawn(name, config)
     ours = convert.from_transformers(theirs)
     inputs = batch(family, config.pad_token_id)
-    agree(theirs, ours, inputs, labels.to(next(theirs.parameters()).dtype), tolerance_of(family))
+    assert_agree(theirs, ours, inputs, labels.to(next(theirs.parameters()).dtype), tolerance_of(family))
 
 
 _DECODER = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 2048}
@@ -357,7 +357,7 @@ def test_base_size_equals_transformers(family):
     mask = torch.ones_like(ids)
     mask[1, 60:] = 0
     labels = torch.tensor([0, 2]) if task == "classification" else None
-    agree(theirs, ours, {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}, labels, 1e-5)
+    assert_agree(theirs, ours, {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}, labels, 1e-5)
 
 
 def test_minilm_from_the_wheel_equals_transformers_on_text():
@@ -367,4 +367,4 @@ def test_minilm_from_the_wheel_equals_transformers_on_text():
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = ["A window slides over the text.", "Only a few tokens see everything, and everything sees them."]
     inputs = tokenizer(text, padding=True, return_tensors="pt")
-    agree(theirs, ours, dict(inputs), None, 1e-5)
+    assert_agree(theirs, ours, dict(inputs), None, 1e-5)

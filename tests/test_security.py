@@ -132,7 +132,7 @@ def test_an_adapter_that_names_a_huge_rank_claims_no_memory(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "a.b", "", "..", "a\0b", "/tmp/x", "a b", "C:x"])
+@pytest.mark.parametrize("name", ["../x", "a/b", "a.b", "", "..", "a\0b", "/x", "a b", "C:x"])
 def test_an_adapter_name_is_no_path(tmp_path, name):
     model = effzoo.attach(lora(), "lora")
     for call in (

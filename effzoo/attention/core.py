@@ -49,12 +49,13 @@ class Context:
 class Mask:
     """What is true of the positions of one batch, made once and shared by all layers.
 
-    valid [batch, n]: True where there is a token; None when every position holds one. In cross-attention it speaks of the keys, in
-    decoding of the past and the new positions together.
-    is_global [batch, n]: True where a token has global attention; None when none has. most_globals: how many a row has at most, where that is known
-    without looking: to look, code would wait for an accelerator.
+    valid [batch, n]: True where there is a token; None when every position holds one. In cross-attention it speaks of the keys, in decoding of the
+        past and the new positions together.
+    is_global [batch, n]: True where a token has global attention; None when none has.
+    most_globals: how many global tokens a row has at most, where that is known without looking; to look, code would wait for an accelerator.
     positions [batch or 1, n]: position ids, for blocks with rotary positions.
-    tasks [batch]: the number of each example's task, and start [batch, n, dim], the embeddings: for routers that read them.
+    tasks [batch]: the number of each example's task, for routers that read it.
+    start [batch, n, dim]: the embeddings, for routers that read them.
     decisions: where choices that must not change when a block is computed again are kept (see `decide`); None keeps nothing.
     """
 
