@@ -1,9 +1,11 @@
-"""Reformer's duplication task at small scale: trained with full / 4 / 2 / 1 rounds of hashing, evaluated with full / 8 / 4 / 2 / 1 (table 2).
+"""Reformer's duplication task at small scale: trained with full / 4 / 2 / 1 rounds of hashing, evaluated with full / 8
+/ 4 / 2 / 1 (table 2).
 
     python benchmarks/duplication.py                 # some minutes per row on one core; results/duplication.json
     python benchmarks/duplication.py --word 63 --symbols 63 --batch 32 --steps 1500   # easier: all rows above 95 %
 
-One causal layer with shared queries and keys; hashes are drawn anew at every step of training, so that no model can adapt to one draw.
+One causal layer with shared queries and keys; hashes are drawn anew at every step of training, so that no model can
+adapt to one draw.
 "full" is the same kind with one chunk. Rows that are there with the same settings are not computed again.
 """
 
@@ -36,7 +38,8 @@ def build(rounds: str, settings: dict[str, int]) -> effzoo.architectures.Transfo
     full = f"lsh[rounds=1,chunk={length},buckets=2]"
     hashed = f"lsh[rounds={rounds},chunk={settings['chunk']},buckets={2 * length // settings['chunk']}]"
     return effzoo.build(
-        "gpt2", attention=full if rounds == "full" else hashed, task="causal_lm", layers=1, dim=settings["dim"], heads=settings["heads"],
+        "gpt2", attention=full if rounds == "full" else hashed, task="causal_lm", layers=1, dim=settings["dim"],
+        heads=settings["heads"],
         mlp=settings["dim"], vocab=settings["symbols"] + 1, max_length=length, dropout=0.0, attention_dropout=0.0,
     )  # fmt: skip
 
@@ -51,7 +54,9 @@ def train(rounds: str, settings: dict[str, int], seed: int) -> tuple[dict[str, t
     model, draw = build(rounds, settings).train(), torch.Generator().manual_seed(seed)
     steps, warm = settings["steps"], settings["steps"] // 20
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings["rate"] / 1e4, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warm, (steps - step) / (0.3 * steps) + 0.05))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / warm, (steps - step) / (0.3 * steps) + 0.05)
+    )
     losses = []
     for step in range(steps):
         ids, labels = duplication(settings["batch"], settings["word"], settings["symbols"], draw)
@@ -64,7 +69,11 @@ def train(rounds: str, settings: dict[str, int], seed: int) -> tuple[dict[str, t
         schedule.step()
         losses.append(float(loss.detach()))
         if step % 250 == 0:
-            print(f"  trained with {rounds}, seed {seed}: step {step} of {steps}, loss {losses[-1]:.3f}", file=sys.stderr, flush=True)
+            print(
+                f"  trained with {rounds}, seed {seed}: step {step} of {steps}, loss {losses[-1]:.3f}",
+                file=sys.stderr,
+                flush=True,
+            )
     return model.state_dict(), losses
 
 
@@ -104,7 +113,10 @@ def main() -> int:
             state, losses = train(rounds, settings, seed)
             row = {"trained": rounds, "seed": seed, "settings": settings, "torch": torch.__version__}
             row |= {"accuracy": {other: round(accuracy(state, other, settings), 2) for other in EVALUATED}}
-            row |= {"loss": round(sum(losses[-100:]) / len(losses[-100:]), 4), "seconds": round(time.perf_counter() - started, 1)}
+            row |= {
+                "loss": round(sum(losses[-100:]) / len(losses[-100:]), 4),
+                "seconds": round(time.perf_counter() - started, 1),
+            }
             found.append(row)
             arguments.results.write_text(json.dumps(found, indent=1) + "\n")
             print(row, flush=True)
@@ -118,7 +130,10 @@ def tracked_table(results: list[dict]) -> str:  # type: ignore[type-arg]
     for settings in [json.loads(text) for text in dict.fromkeys(json.dumps(row["settings"]) for row in results)]:
         rows = [row for row in results if row["settings"] == settings]
         said = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "rate")
-        parts.append(f"{said}; {len({row['seed'] for row in rows})} seed(s), learning rate {settings['rate'] / 1e4:g}:\n\n{table(rows, settings)}")
+        parts.append(
+            f"{said}; {len({row['seed'] for row in rows})} seed(s), learning rate "
+            f"{settings['rate'] / 1e4:g}:\n\n{table(rows, settings)}"
+        )
     return "\n\n".join(parts)
 
 
@@ -131,7 +146,13 @@ def table(rows: list[dict], settings: dict[str, int]) -> str:  # type: ignore[ty
             means = [sum(row[other] for row in of_row) / len(of_row) for other in EVALUATED]
             cells = (f"{mean:.1f} ({published})" for mean, published in zip(means, PUBLISHED[rounds], strict=True))
             lines.append(f"| {rounds} | {' | '.join(cells)} |")
-    return "\n".join([*lines, f"\nchance here {100 / settings['symbols']:.1f} %; in brackets Kitaev et al. 2020, table 2 (|w| = 511, chance 0.8 %)"])
+    return "\n".join(
+        [
+            *lines,
+            f"\nchance here {100 / settings['symbols']:.1f} %; in brackets Kitaev et al. 2020, "
+            "table 2 (|w| = 511, chance 0.8 %)",
+        ]
+    )
 
 
 if __name__ == "__main__":

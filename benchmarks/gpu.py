@@ -1,11 +1,13 @@
-"""The GPU suite: parity of every backend first, then scaling, fine-tuning, peers and the share of the bound, within a budget of time.
+"""The GPU suite: parity of every backend first, then scaling, fine-tuning, peers and the share of the bound, within a
+budget of time.
 
     python benchmarks/run.py gpu                     # ten minutes at most, on the GPU; rows in results/gpu/CARD/
-    python benchmarks/run.py gpu --device cpu --tiny # the same code at sizes that a CPU does in a minute, rows in runs/gpu-tiny/
+    python benchmarks/run.py gpu --device cpu --tiny # the same code at sizes that a CPU does in a minute, rows in
+    runs/gpu-tiny/
 
-Each section has a share of the budget, and what it does not use goes to those after it. Sections are processes of their own: a kernel that takes
-the device down takes its cell along and nothing else. Rows are written as they come; a second run goes on where the first one stopped. What did not
-fit is listed at the end, and in summary.json.
+Each section has a share of the budget, and what it does not use goes to those after it. Sections are processes of their
+own: a kernel that takes the device down takes its cell along and nothing else. Rows are written as they come; a second
+run goes on where the first one stopped. What did not fit is listed at the end, and in summary.json.
 """
 
 from __future__ import annotations
@@ -37,11 +39,12 @@ from effzoo.measure.timing import release
 SHARES = {"rates": 0.04, "parity": 0.20, "scaling": 0.30, "finetune": 0.26, "peers": 0.15, "bound": 0.05}
 GRACE = 20.0  # seconds beyond its time in which a cell may end before it is ended
 KINDS = (
-    "full", "blockwise", "longformer[window=512]", "local[chunk=64]", "lsh[rounds=4, chunk=64]", "linformer[k=256]", "perceiver[latents=256]",
+    "full", "blockwise", "longformer[window=512]", "local[chunk=64]", "lsh[rounds=4, chunk=64]", "linformer[k=256]",
+    "perceiver[latents=256]",
 )  # fmt: skip
 CHECKED = (
-    "full", "blockwise[block=128, blocks=8]", "longformer[window=64]", "longformer[window=32, dilation=(1, 2, 1, 2)]", "local[chunk=64]",
-    "lsh[rounds=2, chunk=32]", "linformer[k=64]", "perceiver[latents=64]",
+    "full", "blockwise[block=128, blocks=8]", "longformer[window=64]", "longformer[window=32, dilation=(1, 2, 1, 2)]",
+    "local[chunk=64]", "lsh[rounds=2, chunk=32]", "linformer[k=64]", "perceiver[latents=64]",
 )  # fmt: skip
 BASE = {"layers": 12, "dim": 768, "heads": 12, "mlp": 3072, "vocab": 30522}
 LLAMA = {"layers": 16, "dim": 2048, "heads": 32, "kv_heads": 8, "mlp": 8192, "vocab": 32000}
@@ -51,7 +54,8 @@ LLAMA = {"layers": 16, "dim": 2048, "heads": 32, "kv_heads": 8, "mlp": 8192, "vo
 class Sizes:
     """How large everything is.
 
-    parity, dtypes: length and dtypes of the check; lengths, dim, heads, tokens: of scaling; models: what is fine-tuned, by name and sizes.
+    parity, dtypes: length and dtypes of the check; lengths, dim, heads, tokens: of scaling; models: what is fine-tuned,
+        by name and sizes.
     """
 
     parity: int = 421
@@ -76,8 +80,10 @@ class Sizes:
 
 _SMALL = {"layers": 1, "dim": 32, "heads": 2, "mlp": 32, "vocab": 50}
 TINY = Sizes(
-    parity=37, dtypes=("float32", "bfloat16"), lengths=(32, 16), dim=16, heads=2, tokens=32, kinds=("full", "longformer[window=8]", "linformer[k=4]"),
-    checked=("full", "longformer[window=8]", "lsh[rounds=2, chunk=8]", "perceiver[latents=4]"), methods=("full", "lora"),
+    parity=37, dtypes=("float32", "bfloat16"), lengths=(32, 16), dim=16, heads=2, tokens=32,
+    kinds=("full", "longformer[window=8]", "linformer[k=4]"),
+    checked=("full", "longformer[window=8]", "lsh[rounds=2, chunk=8]", "perceiver[latents=4]"),
+    methods=("full", "lora"),
     models=(("bert", _SMALL), ("llama", {**_SMALL, "kv_heads": 1})), tuned=(16,), tuned_tokens=32,
     peers=("torch SDPA, full attention", "xformers, full attention"), peer_lengths=(16,), bound=64, seconds=0.0,
 )  # fmt: skip
@@ -94,7 +100,14 @@ class Cell:
 
 def cells(section: str, sizes: Sizes, device: str) -> list[Cell]:
     """The cells of a section, those first that say most."""
-    return {"rates": _rates, "parity": _parity, "scaling": _scaling, "finetune": _finetune, "peers": _peers, "bound": _bound}[section](sizes, device)
+    return {
+        "rates": _rates,
+        "parity": _parity,
+        "scaling": _scaling,
+        "finetune": _finetune,
+        "peers": _peers,
+        "bound": _bound,
+    }[section](sizes, device)
 
 
 def _rates(sizes: Sizes, device: str) -> list[Cell]:
@@ -117,17 +130,24 @@ def _parity(sizes: Sizes, device: str) -> list[Cell]:
 
         return Cell("parity", f"{backend}, {dtype}", run)
 
-    return [cell(backend, dtype) for dtype in sizes.dtypes for backend in ("auto", *(name for name in BACKENDS if name != "auto"))]
+    return [
+        cell(backend, dtype)
+        for dtype in sizes.dtypes
+        for backend in ("auto", *(name for name in BACKENDS if name != "auto"))
+    ]
 
 
-def compared(kind: str, backend: str, dtype: str, n: int, device: str, causal: bool, padded: bool) -> dict[str, Any] | None:
-    """One backend on one kind against the definition in float64: errors of output and gradient, of their norm; None where the kind is not causal."""
+def compared(
+    kind: str, backend: str, dtype: str, n: int, device: str, causal: bool, padded: bool
+) -> dict[str, Any] | None:
+    """One backend on one kind against the definition in float64: errors of output and gradient, of their norm; None
+    where the kind is not causal."""
     case = Case(kind, "decode" if causal else "train", n, 256 if n > 100 else 32, 4, 2, dtype, device)
     if causal and supported(case).startswith("cannot be causal"):
         return None
     row = {
-        "suite": "parity", "attention": kind, "backend": backend, "dtype": dtype, "n": n, "causal": causal, "padded": padded, "device": device,
-        "tolerance": TOLERANCE[dtype],
+        "suite": "parity", "attention": kind, "backend": backend, "dtype": dtype, "n": n, "causal": causal,
+        "padded": padded, "device": device, "tolerance": TOLERANCE[dtype],
     }  # fmt: skip
     try:
         layer = case.layer()
@@ -145,7 +165,17 @@ def compared(kind: str, backend: str, dtype: str, n: int, device: str, causal: b
 def _scaling(sizes: Sizes, device: str) -> list[Cell]:
     def cell(mode: str, n: int) -> Cell:
         suite = Scaling(
-            sizes.kinds, (n,), (mode,), sizes.dim, sizes.heads, 1, sizes.dtype, device, longest=3.0, seconds=sizes.seconds, tokens=sizes.tokens
+            sizes.kinds,
+            (n,),
+            (mode,),
+            sizes.dim,
+            sizes.heads,
+            1,
+            sizes.dtype,
+            device,
+            longest=3.0,
+            seconds=sizes.seconds,
+            tokens=sizes.tokens,
         )
         return Cell("scaling", f"{mode}, n = {n:,}", suite.run)
 
@@ -157,14 +187,19 @@ def _finetune(sizes: Sizes, device: str) -> list[Cell]:
 
     def cell(model: str, own: dict[str, int], n: int, kind: str, methods: tuple[str, ...]) -> Cell:
         suite = Finetuning(
-            (kind,), methods, n, max(1, sizes.tuned_tokens // n), precision=sizes.precision, device=device, seconds=sizes.seconds, model=model,
-            sizes=own,
+            (kind,), methods, n, max(1, sizes.tuned_tokens // n), precision=sizes.precision, device=device,
+            seconds=sizes.seconds, model=model, sizes=own,
         )  # fmt: skip
         return Cell("finetune", f"{model}, n = {n:,}, {kind}: {', '.join(methods)}", suite.run)
 
     short = [cell(model, own, n, kind, few) for n in sizes.tuned for model, own in sizes.models for kind in sizes.kinds]
     whole = [cell(model, own, sizes.tuned[0], "full", sizes.methods) for model, own in sizes.models]
-    rest = [cell(model, own, n, kind, sizes.methods) for n in sizes.tuned for model, own in sizes.models for kind in sizes.kinds[1:]]
+    rest = [
+        cell(model, own, n, kind, sizes.methods)
+        for n in sizes.tuned
+        for model, own in sizes.models
+        for kind in sizes.kinds[1:]
+    ]
     return whole + short + rest
 
 
@@ -243,7 +278,11 @@ def run(folder: Path, device: str, tiny: bool, budget: float, said: Callable[[st
         while (left := until - time.monotonic()) > 0 and _open(section, folder, tiny, device):
             said(f"{section}: {left:.0f} s")
             _in_a_process(section, folder, device, tiny, left)
-    found = summary(folder, tiny, device) | {"seconds": round(time.monotonic() - started, 1), "budget": budget, "machine": cards.machine(device)}
+    found = summary(folder, tiny, device) | {
+        "seconds": round(time.monotonic() - started, 1),
+        "budget": budget,
+        "machine": cards.machine(device),
+    }
     (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
 
@@ -293,12 +332,16 @@ def summary(folder: Path, tiny: bool, device: str) -> dict[str, Any]:
         lines = {name: known.get((section, name)) for name in names}
         found[section] = {
             "done": sum(line is not None and line["event"] == "done" for line in lines.values()),
-            "failed": {name: line["why"] for name, line in lines.items() if line is not None and line["event"] == "failed"},
+            "failed": {
+                name: line["why"] for name, line in lines.items() if line is not None and line["event"] == "failed"
+            },
             "left_out": [name for name, line in lines.items() if line is None or line["event"] == "begun"],
         }
     parity = files.read(folder / "parity.jsonl", "parity")
     wrong = [
-        f"{row['backend']}, {row['attention']}, {row['dtype']}: {row.get('failed') or row['errors']}" for row in parity if row.get("right") is False
+        f"{row['backend']}, {row['attention']}, {row['dtype']}: {row.get('failed') or row['errors']}"
+        for row in parity
+        if row.get("right") is False
     ]
     refused = sorted({f"{row['backend']}, {row['dtype']}: {row['refused']}" for row in parity if "refused" in row})
     return {"sections": found, "compared": sum("right" in row for row in parity), "wrong": wrong, "refused": refused}
@@ -307,17 +350,24 @@ def summary(folder: Path, tiny: bool, device: str) -> dict[str, Any]:
 def words(found: dict[str, Any]) -> str:
     """The summary to read."""
     lines = [f"{found['machine']}: {found['seconds']:.0f} s of {found['budget']:.0f} s"]
-    lines.append(f"parity: {found['compared']} compared with float64, {len(found['wrong'])} wrong, {len(found['refused'])} reasons to refuse")
+    lines.append(
+        f"parity: {found['compared']} compared with float64, {len(found['wrong'])} wrong, "
+        f"{len(found['refused'])} reasons to refuse"
+    )
     lines += [f"  wrong: {each}" for each in found["wrong"]]
     for section, each in found["sections"].items():
-        lines.append(f"{section}: {each['done']} done, {len(each['failed'])} failed, {len(each['left_out'])} did not fit")
+        lines.append(
+            f"{section}: {each['done']} done, {len(each['failed'])} failed, {len(each['left_out'])} did not fit"
+        )
         lines += [f"  failed: {name}: {why}" for name, why in each["failed"].items()]
         lines += [f"  did not fit: {name}" for name in each["left_out"]]
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="One section of the GPU suite; python benchmarks/run.py gpu runs them all.")
+    parser = argparse.ArgumentParser(
+        description="One section of the GPU suite; python benchmarks/run.py gpu runs them all."
+    )
     parser.add_argument("section", choices=list(SHARES))
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--device", default="cuda")

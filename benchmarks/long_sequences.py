@@ -1,10 +1,11 @@
-"""How far each kind goes on one machine: one attention layer at n = 262,144 and 1,048,576 forward, and at 65,536 forward and backward.
+"""How far each kind goes on one machine: one attention layer at n = 262,144 and 1,048,576 forward, and at 65,536
+forward and backward.
 
-    python benchmarks/long_sequences.py            # every case below, each in a process of its own; results/long_sequences.json
-    python benchmarks/long_sequences.py --only lsh --forward 65536 --train 16384
+    python benchmarks/long_sequences.py            # every case below, each in a process of its own;
+    results/long_sequences.json python benchmarks/long_sequences.py --only lsh --forward 65536 --train 16384
 
-Peak memory is the largest resident size of the process, torch included (a process that computes nothing is listed first). A kind passes
-below 20 GiB. Results that are there are not computed again (--again does).
+Peak memory is the largest resident size of the process, torch included (a process that computes nothing is listed
+first). A kind passes below 20 GiB. Results that are there are not computed again (--again does).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "long_sequences.json"
 LIMIT_GIB = 20
-CASES = {  # every kind whose cost is below n^2, and blockwise with blocks of fixed length; full attention for comparison
+# every kind whose cost is below n^2, and blockwise with blocks of fixed length; full attention for comparison
+CASES = {
     "nothing": "nothing",
     "longformer": "longformer[window=512]",
     "longformer dilated": "longformer[window=512,dilation=(1,4)]",
@@ -86,13 +88,21 @@ def main() -> int:
     import torch
 
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
-    found["machine"] = {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__, "dim": 64, "heads": 2}
+    found["machine"] = {
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dim": 64,
+        "heads": 2,
+    }
     for name in arguments.only:
         for n, mode in [*((n, "forward") for n in arguments.forward), (arguments.train, "train")]:
             known = [row for row in found["rows"] if (row["case"], row["n"], row["mode"]) == (name, n, mode)]
             if known and not arguments.again:
                 continue
-            run = subprocess.run([sys.executable, __file__, "--case", name, str(n), mode], capture_output=True, text=True)
+            run = subprocess.run(
+                [sys.executable, __file__, "--case", name, str(n), mode], capture_output=True, text=True
+            )
             row = {"case": name, "spec": CASES[name], "n": n, "mode": mode}
             if run.returncode == 0:
                 row |= json.loads(run.stdout.splitlines()[-1])
@@ -108,7 +118,10 @@ def main() -> int:
 def tracked_table(results: dict) -> str:  # type: ignore[type-arg]
     """The table of the tracked results, and the machine."""
     machine = results["machine"]
-    said = f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}; the first rows are a process that computes nothing"
+    said = (
+        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}; the first rows are a "
+        "process that computes nothing"
+    )
     return f"{table(results['rows'])}\n\n{said}. Other work ran beside these: the seconds are an order of magnitude."
 
 
@@ -117,7 +130,9 @@ def table(rows: list[dict[str, object]]) -> str:
     lines = ["| attention | n | | seconds | peak GiB |", "|---|---|---|---|---|"]
     for row in rows:
         figures = f"{row['seconds']} | {row['peak_gib']}" if "error" not in row else f"{row['error']} | "
-        lines.append(f"| {row['spec']}{' causal' * ('causal' in str(row['case']))} | {row['n']:,} | {row['mode']} | {figures} |")
+        lines.append(
+            f"| {row['spec']}{' causal' * ('causal' in str(row['case']))} | {row['n']:,} | {row['mode']} | {figures} |"
+        )
     return "\n".join(lines)
 
 

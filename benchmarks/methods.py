@@ -1,12 +1,13 @@
-"""Every fine-tuning method on one task: MiniLM with Longformer attention on sentences of film reviews, at one budget of trained parameters.
+"""Every fine-tuning method on one task: MiniLM with Longformer attention on sentences of film reviews, at one budget of
+trained parameters.
 
     python benchmarks/methods.py --data sentence_polarity.zip        # rows that are there are not computed again
     python benchmarks/methods.py --data sentence_polarity.zip --methods lora prefix --seeds 0
 
-The data are those of Pang & Lee 2005 (one sentence a line in `rt-polarity.pos` and `rt-polarity.neg`), as a zip file or a folder. Each run is
-a process of its own, so that its peak memory is its own; seconds are those of the processor, which other processes disturb less than the clock.
-Where a method has a size to set, it is set to what trains as many parameters as the budget allows, task head not counted; the learning rate is
-the method's own, the same recipe for all.
+The data are those of Pang & Lee 2005 (one sentence a line in `rt-polarity.pos` and `rt-polarity.neg`), as a zip file or
+a folder. Each run is a process of its own, so that its peak memory is its own; seconds are those of the processor,
+which other processes disturb less than the clock. Where a method has a size to set, it is set to what trains as many
+parameters as the budget allows, task head not counted; the learning rate is the method's own, the same recipe for all.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from effzoo.spec import parse
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 BUDGET = 147_456  # LoRA of rank 8 on q, v and their global twins
-MAIN = ("head", "full", "bitfit", "lora", "dora", "houlsby", "parallel", "ia3", "prefix", "prompt")  # these with several seeds
+# these with several seeds
+MAIN = ("head", "full", "bitfit", "lora", "dora", "houlsby", "parallel", "ia3", "prefix", "prompt")
 SPECS = {  # where the defaults do not suit the budget or the length of a sentence
     "prompt": "prompt[length=20]", "deep_prompt": "deep_prompt[length=32]",
     "intrinsic": "intrinsic[dim=1000]", "said": "said[dim=1000]", "last": "last[count=1]",
@@ -65,8 +67,8 @@ def sentences(source: Path) -> tuple[list[str], list[int]]:
 def build(settings: dict[str, int], seed: int) -> effzoo.architectures.Transformer:
     torch.manual_seed(seed)
     return effzoo.build(
-        "minilm", attention=f"longformer[window={settings['window']}]", task="classification", num_labels=2, pretrained=True, max_length=512,
-        pooling="mean", attention_dropout=0.0,
+        "minilm", attention=f"longformer[window={settings['window']}]", task="classification", num_labels=2,
+        pretrained=True, max_length=512, pooling="mean", attention_dropout=0.0,
     )  # fmt: skip
 
 
@@ -79,7 +81,9 @@ def spec_of(method: str, model: torch.nn.Module, budget: int) -> str:
     return str(effzoo.peft.within(model, given[0], budget))
 
 
-def batches(rows: list[int], encoded: dict[str, torch.Tensor], labels: torch.Tensor, size: int) -> list[dict[str, torch.Tensor]]:
+def batches(
+    rows: list[int], encoded: dict[str, torch.Tensor], labels: torch.Tensor, size: int
+) -> list[dict[str, torch.Tensor]]:
     """Batches cut to their longest sentence."""
     made = []
     for start in range(0, len(rows), size):
@@ -90,12 +94,15 @@ def batches(rows: list[int], encoded: dict[str, torch.Tensor], labels: torch.Ten
 
 
 def parts(count: int, settings: dict[str, int], validate: bool) -> tuple[list[int], list[int]]:
-    """The sentences to train on and those to count on: the first ones, and the last ones; for choosing defaults, those before the last ones."""
+    """The sentences to train on and those to count on: the first ones, and the last ones; for choosing defaults, those
+    before the last ones."""
     end = count - settings["test"] * validate
     return list(range(settings["train"])), list(range(end - settings["test"], end))
 
 
-def run(method: str, seed: int, settings: dict[str, int], source: Path, budget: int, validate: bool) -> dict[str, object]:
+def run(
+    method: str, seed: int, settings: dict[str, int], source: Path, budget: int, validate: bool
+) -> dict[str, object]:
     """Train one method from one seed, and count its hits."""
     texts, names = sentences(source)
     train, test = parts(len(texts), settings, validate)
@@ -117,23 +124,29 @@ def run(method: str, seed: int, settings: dict[str, int], source: Path, budget: 
     hits = 0
     model.eval()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        for batch in batches(sorted(test, key=encoded["attention_mask"].sum(dim=1).tolist().__getitem__), encoded, labels, 100):
+        for batch in batches(
+            sorted(test, key=encoded["attention_mask"].sum(dim=1).tolist().__getitem__), encoded, labels, 100
+        ):
             hits += int((model(**batch).logits.argmax(dim=-1) == batch["labels"]).sum())
     head = sum(parameter.numel() for parameter in model.head.parameters() if not parameter.requires_grad)
     return {
-        "spec": spec, "accuracy": round(100 * hits / len(test), 2), "trainable": account.trainable - head, "stored_bytes": final.stored_bytes,
-        "changed": final.changed, "rank": final.rank, "total": account.total, "steps": steps, "seconds": round(seconds, 1),
-        "peak_mib": round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024), "saved_mib": round(saved / 2**20, 1),
-        "commit": commit(),
+        "spec": spec, "accuracy": round(100 * hits / len(test), 2), "trainable": account.trainable - head,
+        "stored_bytes": final.stored_bytes,
+        "changed": final.changed, "rank": final.rank, "total": account.total, "steps": steps,
+        "seconds": round(seconds, 1),
+        "peak_mib": round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024),
+        "saved_mib": round(saved / 2**20, 1), "commit": commit(),
     }  # fmt: skip
 
 
 def fit(model, train, encoded, labels, settings, seed) -> int:
-    """AdamW with the rates of the method, warmed up and decayed linearly within each stage; two forward passes where a method wants them."""
+    """AdamW with the rates of the method, warmed up and decayed linearly within each stage; two forward passes where a
+    method wants them."""
     draw = torch.Generator().manual_seed(seed)
     lengths = encoded["attention_mask"].sum(dim=1).tolist()
     orders = [
-        by_length([train[i] for i in torch.randperm(len(train), generator=draw)], lengths, settings["batch"], draw) for _ in range(settings["epochs"])
+        by_length([train[i] for i in torch.randperm(len(train), generator=draw)], lengths, settings["batch"], draw)
+        for _ in range(settings["epochs"])
     ]
     stream = itertools.chain.from_iterable(batches(order, encoded, labels, settings["batch"]) for order in orders)
     total, done = settings["epochs"] * -(-len(train) // settings["batch"]), 0
@@ -146,10 +159,13 @@ def fit(model, train, encoded, labels, settings, seed) -> int:
         steps = total - done if number + 1 == len(stages) else round(stage.share * total)
         rates = effzoo.peft.learning_rates(model)
         named = dict(model.named_parameters())
-        optimizer = torch.optim.AdamW([{"params": [named[key]], "lr": rate} for key, rate in rates.items()], weight_decay=0.01)
+        optimizer = torch.optim.AdamW(
+            [{"params": [named[key]], "lr": rate} for key, rate in rates.items()], weight_decay=0.01
+        )
         warm = max(1, round(0.1 * steps))
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step, warm=warm, steps=steps: min(1.0, (step + 1) / warm, (steps - step) / max(1, steps - warm))
+            optimizer,
+            lambda step, warm=warm, steps=steps: min(1.0, (step + 1) / warm, (steps - step) / max(1, steps - warm)),
         )
         for step in range(steps):
             effzoo.peft.schedule(model, step / steps)
@@ -165,8 +181,11 @@ def fit(model, train, encoded, labels, settings, seed) -> int:
 
 
 def by_length(rows: list[int], lengths: list[int], batch: int, draw: torch.Generator) -> list[int]:
-    """Batches of similar lengths in random order: each ten batches are sorted among themselves, then the batches are shuffled."""
-    chunks = [sorted(rows[start : start + 10 * batch], key=lengths.__getitem__) for start in range(0, len(rows), 10 * batch)]
+    """Batches of similar lengths in random order: each ten batches are sorted among themselves, then the batches are
+    shuffled."""
+    chunks = [
+        sorted(rows[start : start + 10 * batch], key=lengths.__getitem__) for start in range(0, len(rows), 10 * batch)
+    ]
     whole = [chunk[start : start + batch] for chunk in chunks for start in range(0, len(chunk), batch)]
     return [row for i in torch.randperm(len(whole), generator=draw) for row in whole[i]]
 
@@ -206,8 +225,10 @@ def tracked_table(results: dict) -> str:
         rank = "-" if first["rank"] is None else first["rank"]
         spec = first["spec"].replace("|", "\\|")  # a bar would end the cell
         lines.append(
-            f"| `{spec}` | {accuracy:.1f}{spread} | {first['trainable']:,} | {first['stored_bytes']:,} | {changed} | {rank} "
-            f"| {statistics.median(row['seconds'] for row in each):.0f} | {statistics.median(row['peak_mib'] for row in each):.0f} "
+            f"| `{spec}` | {accuracy:.1f}{spread} | {first['trainable']:,} | {first['stored_bytes']:,} | {changed} | "
+            f"{rank} "
+            f"| {statistics.median(row['seconds'] for row in each):.0f} | "
+            f"{statistics.median(row['peak_mib'] for row in each):.0f} "
             f"| {first['saved_mib']} |"
         )
     settings = results["settings"]
@@ -224,16 +245,26 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--methods", nargs="*", default=None)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the main methods; the others have the first one")
+    parser.add_argument(
+        "--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the main methods; the others have the first one"
+    )
     parser.add_argument("--budget", type=int, default=BUDGET)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--validate", action="store_true", help="count on other sentences than those of the table; defaults are chosen on these")
-    parser.add_argument("--one", action="store_true", help="run one method and one seed in this process and print the row")
+    parser.add_argument(
+        "--validate",
+        action="store_true",
+        help="count on other sentences than those of the table; defaults are chosen on these",
+    )
+    parser.add_argument(
+        "--one", action="store_true", help="run one method and one seed in this process and print the row"
+    )
     given = parser.parse_args()
     if given.validate and given.results == RESULTS:
-        parser.error("--validate is for choosing, and its rows do not belong into the table; give --results another name")
+        parser.error(
+            "--validate is for choosing, and its rows do not belong into the table; give --results another name"
+        )
     torch.set_num_threads(given.threads)
     settings = {name: getattr(given, name) for name in SETTINGS}
     if given.one:
@@ -246,27 +277,47 @@ def main() -> int:
     results = {
         "settings": settings,
         "budget": given.budget,
-        "machine": f"{platform.machine()}, {given.jobs} processes at a time with {given.threads} thread(s) each, torch {torch.__version__}, bfloat16",
+        "machine": f"{platform.machine()}, {given.jobs} processes at a time with {given.threads} thread(s) each, "
+        f"torch {torch.__version__}, bfloat16",
         "rows": results.get("rows", {}),
         "failed": {},
     }
-    methods = given.methods or [*MAIN, *(name for name in [*SPECS, *effzoo.peft.names()] if name not in (*MAIN, *ELSEWHERE))]
+    methods = given.methods or [
+        *MAIN,
+        *(name for name in [*SPECS, *effzoo.peft.names()] if name not in (*MAIN, *ELSEWHERE)),
+    ]
     wanted = [
         (method, seed) for number, seed in enumerate(given.seeds) for method in dict.fromkeys(methods)
         if f"{method} seed {seed}" not in results["rows"] and (number == 0 or method in MAIN)
     ]  # fmt: skip
-    options = [f"--{name}={value}" for name, value in settings.items()] + [f"--budget={given.budget}", f"--threads={given.threads}"]
+    options = [f"--{name}={value}" for name, value in settings.items()] + [
+        f"--budget={given.budget}",
+        f"--threads={given.threads}",
+    ]
     options += ["--validate"] * given.validate
 
     def start(method: str, seed: int) -> tuple[str, subprocess.CompletedProcess[str]]:
-        command = [sys.executable, __file__, "--one", "--methods", method, "--seeds", str(seed), "--data", str(given.data), *options]
+        command = [
+            sys.executable,
+            __file__,
+            "--one",
+            "--methods",
+            method,
+            "--seeds",
+            str(seed),
+            "--data",
+            str(given.data),
+            *options,
+        ]
         return f"{method} seed {seed}", subprocess.run(command, capture_output=True, text=True)
 
     with ThreadPoolExecutor(given.jobs) as pool:
         for future in as_completed([pool.submit(start, *each) for each in wanted]):
             key, done = future.result()
             if done.returncode:
-                results["failed"][key] = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
+                results["failed"][key] = (
+                    done.stderr.strip().splitlines()[-1] if done.stderr.strip() else (f"exit code {done.returncode}")
+                )
             else:
                 results["rows"][key] = json.loads(done.stdout.strip().splitlines()[-1])
             print(key, results["rows"].get(key) or results["failed"][key], file=sys.stderr, flush=True)

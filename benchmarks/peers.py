@@ -1,10 +1,12 @@
 """The same computation by effzoo and by what people use, in one process and in turns: time, and what autograd keeps.
 
-Each pair starts from the same weights and is compared first, output and gradients, in float32; a pair that differs is not timed. reformer-pytorch
-draws its rotations anew in every call, so it is not compared here (tests/test_parity_lsh.py does, with its rotations fixed).
+Each pair starts from the same weights and is compared first, output and gradients, in float32; a pair that differs is
+not timed. reformer-pytorch draws its rotations anew in every call, so it is not compared here (tests/test_parity_lsh.py
+does, with its rotations fixed).
 
-Like is compared with like: where transformers has fused attention (SDPA, FlexAttention) it runs with that. Rivals that have none are in UNFUSED;
-beside these, ours is timed a second time in plain PyTorch (`backend="reference"`), so that one sees what is the fused kernel's.
+Like is compared with like: where transformers has fused attention (SDPA, FlexAttention) it runs with that. Rivals that
+have none are in UNFUSED; beside these, ours is timed a second time in plain PyTorch (`backend="reference"`), so that
+one sees what is the fused kernel's.
 """
 
 from __future__ import annotations
@@ -35,14 +37,16 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass
 class Pair:
-    """Ours and theirs: functions from an input to an output, the modules in them, and how far outputs and gradients may differ (of their norm)."""
+    """Ours and theirs: functions from an input to an output, the modules in them, and how far outputs and gradients may
+    differ (of their norm)."""
 
     ours: Forward
     theirs: Forward
     input: Tensor  # floats, with a gradient, or token ids
     modules: tuple[nn.Module, nn.Module]
     tolerance: float | None = 1e-4  # None: not comparable, because both draw
-    compared: list[tuple[nn.Parameter, nn.Parameter]] | None = None  # parameters whose gradients are compared, when the input has none
+    # parameters whose gradients are compared, when the input has none
+    compared: list[tuple[nn.Parameter, nn.Parameter]] | None = None
 
     def to(self, device: str, dtype: str = "float32") -> Pair:
         """The pair on a device; modules keep their parameters when they move."""
@@ -84,7 +88,11 @@ def hf_longformer(n: int, batch: int = 1) -> Pair:
     from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
     config = LongformerConfig(
-        hidden_size=DIM, num_attention_heads=HEADS, attention_window=[512], attention_probs_dropout_prob=0.0, num_hidden_layers=1
+        hidden_size=DIM,
+        num_attention_heads=HEADS,
+        attention_window=[512],
+        attention_probs_dropout_prob=0.0,
+        num_hidden_layers=1,
     )
     torch.manual_seed(0)
     theirs, ours = LongformerSelfAttention(config, 0), layer("longformer[window=512]", n, out=False)
@@ -92,7 +100,9 @@ def hf_longformer(n: int, batch: int = 1) -> Pair:
 
     def their(x: Tensor) -> Tensor:
         zeros, nowhere = x.new_zeros(batch, n), torch.zeros(batch, n, dtype=torch.bool, device=x.device)
-        return theirs(x, attention_mask=zeros, is_index_masked=nowhere, is_index_global_attn=nowhere, is_global_attn=False)[0]
+        return theirs(
+            x, attention_mask=zeros, is_index_masked=nowhere, is_index_global_attn=nowhere, is_global_attn=False
+        )[0]
 
     return pair(ours, lambda x: ours(x, Mask()), theirs, their, given(n, batch))
 
@@ -104,9 +114,12 @@ def hf_reformer(n: int, batch: int = 1) -> Pair:
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     buckets = max(2, n // 64 * 2)
-    factors = buckets if buckets < 128 else [2 ** (buckets.bit_length() // 2), buckets // 2 ** (buckets.bit_length() // 2)]
+    factors = (
+        buckets if buckets < 128 else [2 ** (buckets.bit_length() // 2), buckets // 2 ** (buckets.bit_length() // 2)]
+    )
     config = ReformerConfig(
-        hidden_size=DIM, num_attention_heads=HEADS, attention_head_size=DIM // HEADS, num_hashes=4, lsh_attn_chunk_length=64, num_buckets=factors,
+        hidden_size=DIM, num_attention_heads=HEADS, attention_head_size=DIM // HEADS, num_hashes=4,
+        lsh_attn_chunk_length=64, num_buckets=factors,
         lsh_attention_probs_dropout_prob=0.0, is_decoder=False, hash_seed=5, max_position_embeddings=n,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -118,7 +131,9 @@ def hf_reformer(n: int, batch: int = 1) -> Pair:
         torch.manual_seed(5)
         drawn = torch.randn(HEADS, DIM // HEADS, 4, sum(factors if isinstance(factors, list) else [factors]) // 2)
     ours.core.rotate_by(drawn.permute(2, 0, 1, 3))
-    return pair(ours, lambda x: ours(x, Mask()), theirs, lambda x: theirs(x, num_hashes=4).hidden_states, given(n, batch))
+    return pair(
+        ours, lambda x: ours(x, Mask()), theirs, lambda x: theirs(x, num_hashes=4).hidden_states, given(n, batch)
+    )
 
 
 def reformer_pytorch(n: int, batch: int = 1) -> Pair:
@@ -136,7 +151,8 @@ def linformer(n: int, batch: int = 1) -> Pair:
     from linformer.linformer import LinformerSelfAttention
 
     torch.manual_seed(0)
-    theirs, ours = LinformerSelfAttention(DIM, n, k=256, heads=HEADS), layer("linformer[k=256, sharing=headwise]", n, bias=False)
+    theirs = LinformerSelfAttention(DIM, n, k=256, heads=HEADS)
+    ours = layer("linformer[k=256, sharing=headwise]", n, bias=False)
     copied([(ours.q, theirs.to_q), (ours.k, theirs.to_k), (ours.v, theirs.to_v), (ours.o, theirs.to_out)])
     with torch.no_grad():
         ours.core.E.weight.copy_(theirs.proj_k.T)
@@ -149,31 +165,37 @@ def hf_perceiver(n: int, batch: int = 1) -> Pair:
     import transformers
 
     config = transformers.PerceiverConfig(
-        num_latents=256, d_latents=DIM, d_model=DIM, num_blocks=1, num_self_attends_per_block=4, num_self_attention_heads=HEADS,
-        num_cross_attention_heads=HEADS, attention_probs_dropout_prob=0.0, max_position_embeddings=n, vocab_size=262, num_labels=2,
+        num_latents=256, d_latents=DIM, d_model=DIM, num_blocks=1, num_self_attends_per_block=4,
+        num_self_attention_heads=HEADS,
+        num_cross_attention_heads=HEADS, attention_probs_dropout_prob=0.0, max_position_embeddings=n, vocab_size=262,
+        num_labels=2,
     )  # fmt: skip
     torch.manual_seed(0)
     theirs = transformers.PerceiverForSequenceClassification(config).train()
     ours = effzoo.convert.from_transformers(theirs).train()
     ids = torch.randint(10, 200, (batch, n), generator=torch.Generator().manual_seed(1))
     found = pair(ours, lambda x: ours(x).logits, theirs, lambda x: theirs(inputs=x).logits, ids)
-    found.compared = [(ours.latents.weight, next(p for name, p in theirs.named_parameters() if name.endswith("latents")))]
+    found.compared = [
+        (ours.latents.weight, next(p for name, p in theirs.named_parameters() if name.endswith("latents")))
+    ]
     return found
 
 
 def perceiver_pytorch(n: int, batch: int = 1) -> Pair:
-    """n inputs of 64 channels, 256 latents of 512, one cross-attention with one head, 4 blocks; weights are not copied (the tests do that)."""
+    """n inputs of 64 channels, 256 latents of 512, one cross-attention with one head, 4 blocks; weights are not copied
+    (the tests do that)."""
     from perceiver_pytorch import Perceiver
 
     torch.manual_seed(0)
     theirs = Perceiver(
-        num_freq_bands=16, depth=1, max_freq=32.0, input_channels=64, input_axis=1, num_latents=256, latent_dim=DIM, cross_heads=1,
-        latent_heads=HEADS, cross_dim_head=64, latent_dim_head=64, num_classes=2, self_per_cross_attn=4,
+        num_freq_bands=16, depth=1, max_freq=32.0, input_channels=64, input_axis=1, num_latents=256, latent_dim=DIM,
+        cross_heads=1, latent_heads=HEADS, cross_dim_head=64, latent_dim_head=64, num_classes=2, self_per_cross_attn=4,
     )  # fmt: skip
     ours = effzoo.build(
-        "perceiver", task="classification", num_labels=2, channels=64, grid=(n,), positions="fourier", bands=16, latents=256, dim=DIM, layers=4,
-        heads=HEADS, head_dim=64, mlp=4 * DIM, cross_attends=1, cross_heads=1, cross_head_dim=64, gated=True, attn_bias=False, head_norm=True,
-        attention_dropout=0.0, dropout=0.0,
+        "perceiver", task="classification", num_labels=2, channels=64, grid=(n,), positions="fourier", bands=16,
+        latents=256, dim=DIM, layers=4,
+        heads=HEADS, head_dim=64, mlp=4 * DIM, cross_attends=1, cross_heads=1, cross_head_dim=64, gated=True,
+        attn_bias=False, head_norm=True, attention_dropout=0.0, dropout=0.0,
     ).train()  # fmt: skip
     x = torch.randn(batch, n, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     return pair(ours, lambda x: ours(inputs_embeds=x).logits, theirs, theirs, x, tolerance=None)
@@ -204,7 +226,9 @@ def sdpa(n: int, batch: int = 1) -> Pair:
     """Full attention by torch's scaled_dot_product_attention."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        ).transpose(1, 2)
 
     return fused(attention, n, batch)
 
@@ -217,25 +241,29 @@ def xformers(n: int, batch: int = 1) -> Pair:
 
 
 def peft_bert(method: str, dropout: float, recompute: Level = "hidden", attention: str = "sdpa") -> Callable[..., Pair]:
-    """A step of a 6 x 384 BERT, batch 4 unless told otherwise, fine-tuned by `peft` on transformers and by us as `finetune` does it; with dropout
-    both draw, so they are compared without. attention: that of transformers."""
+    """A step of a 6 x 384 BERT, batch 4 unless told otherwise, fine-tuned by `peft` on transformers and by us as
+    `finetune` does it; with dropout both draw, so they are compared without. attention: that of transformers."""
 
     def made(n: int, batch: int = 4) -> Pair:
         import peft
         import transformers
 
         config = transformers.BertConfig(
-            vocab_size=1000, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, max_position_embeddings=n,
-            hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, num_labels=2,
+            vocab_size=1000, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536,
+            max_position_embeddings=n, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, num_labels=2,
         )  # fmt: skip
         torch.manual_seed(0)
         base = transformers.BertForSequenceClassification._from_config(config, attn_implementation=attention)
         ours = effzoo.convert.from_transformers(base)
         feedforward = r".*\.layer\.\d+\.output\.dense"
         configs = {
-            "lora": peft.LoraConfig(r=8, lora_alpha=8, target_modules=["query", "value"], modules_to_save=["classifier"]),
+            "lora": peft.LoraConfig(
+                r=8, lora_alpha=8, target_modules=["query", "value"], modules_to_save=["classifier"]
+            ),
             "ia3": peft.IA3Config(
-                target_modules=rf".*\.self\.(key|value)|{feedforward}", feedforward_modules=feedforward, modules_to_save=["classifier"]
+                target_modules=rf".*\.self\.(key|value)|{feedforward}",
+                feedforward_modules=feedforward,
+                modules_to_save=["classifier"],
             ),
         }
         effzoo.attach(ours, {"lora": "lora[rank=8, alpha=8, targets=(attn.q, attn.v)]"}.get(method, method))
@@ -251,7 +279,14 @@ def peft_bert(method: str, dropout: float, recompute: Level = "hidden", attentio
         ids = torch.randint(5, 1000, (batch, n), generator=torch.Generator().manual_seed(1))
         ours.train(), theirs.train()
         spare(ours, recompute)
-        found = pair(ours, lambda x: ours(x).logits, theirs, lambda x: theirs(input_ids=x).logits, ids, tolerance=None if dropout else 1e-5)
+        found = pair(
+            ours,
+            lambda x: ours(x).logits,
+            theirs,
+            lambda x: theirs(input_ids=x).logits,
+            ids,
+            tolerance=None if dropout else 1e-5,
+        )
         found.compared = compared
         return found
 
@@ -317,7 +352,8 @@ FUSED = {  # what needs a GPU: FlexAttention has no backward pass on the CPU, xf
     "HF BERT with FlexAttention, full fine-tuning": peft_bert("full", 0.0, attention="flex_attention"),
     "peft LoRA on HF BERT with FlexAttention": peft_bert("lora", 0.0, attention="flex_attention"),
 }
-UNFUSED = {name for name in PEERS if name.startswith(("HF ", "reformer-pytorch", "linformer", "perceiver-pytorch"))}  # they write the scores out
+# they write the scores out
+UNFUSED = {name for name in PEERS if name.startswith(("HF ", "reformer-pytorch", "linformer", "perceiver-pytorch"))}
 
 
 def of_device(device: str) -> dict[str, Callable[..., Pair]]:
@@ -391,8 +427,8 @@ def importing(seconds: float) -> dict[str, Any]:
 def _compared(row: dict[str, Any], times: dict[str, Times]) -> dict[str, Any]:
     of: Ratio = ratio(times["ours"], times["theirs"])
     return row | {
-        "ours_seconds": times["ours"].median, "theirs_seconds": times["theirs"].median, "rounds": len(times["ours"].seconds), "ratio": of.median,
-        "ratio_quartiles": list(of.spread),
+        "ours_seconds": times["ours"].median, "theirs_seconds": times["theirs"].median,
+        "rounds": len(times["ours"].seconds), "ratio": of.median, "ratio_quartiles": list(of.spread),
     }  # fmt: skip
 
 
@@ -413,7 +449,9 @@ def plainly(module: nn.Module, run: Callable[[], object]) -> Callable[[], object
     return plain
 
 
-def measure(name: str, n: int, seconds: float, device: str = "cpu", dtype: str = "float32", batch: int | None = None) -> dict[str, Any]:
+def measure(
+    name: str, n: int, seconds: float, device: str = "cpu", dtype: str = "float32", batch: int | None = None
+) -> dict[str, Any]:
     """One row: times of both, their ratio, and what each keeps; for an unfused rival also our time in plain PyTorch.
 
     batch: None is that of the pair.
@@ -429,7 +467,10 @@ def measure(name: str, n: int, seconds: float, device: str = "cpu", dtype: str =
     if found := differs(made):
         return row | {"failed": found}
     made = made.to(device, dtype)
-    sides = {side: (f, list(m.parameters())) for side, f, m in zip(("ours", "theirs"), (made.ours, made.theirs), made.modules, strict=True)}
+    sides = {
+        side: (f, list(m.parameters()))
+        for side, f, m in zip(("ours", "theirs"), (made.ours, made.theirs), made.modules, strict=True)
+    }
     for side, (forward, parameters) in sides.items():
         row[f"{side}_saved"] = saved(forward, made.input, parameters)
     runs = {side: step(f, made.input, parameters) for side, (f, parameters) in sides.items()}

@@ -1,4 +1,5 @@
-"""What the Triton kernels take of a card, without one: compiled ahead of time, registers, spills and shared memory of each are read from the binary.
+"""What the Triton kernels take of a card, without one: compiled ahead of time, registers, spills and shared memory of
+each are read from the binary.
 
     python benchmarks/registers.py            # writes results/registers.json (minutes)
 
@@ -22,7 +23,15 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "registers.json"
 CARDS = (80, 90, 100)
 KERNELS = ("forward", "of_queries", "of_keys", "of_columns")
-POINTERS = {"Held": "*u8", "Columns": "*i32", "Order": "*i32", "Place": "*i32", "Buckets": "*i16", "Lse": "*fp32", "Delta": "*fp32"}
+POINTERS = {
+    "Held": "*u8",
+    "Columns": "*i32",
+    "Order": "*i32",
+    "Place": "*i32",
+    "Buckets": "*i16",
+    "Lse": "*fp32",
+    "Delta": "*fp32",
+}
 CASES: dict[str, dict[str, Any]] = {  # the arguments that are there, the flags that are set, and numbers that are not 1
     "full": {},
     "padded, causal": {"Held": 1, "CAUSAL": True},
@@ -58,7 +67,16 @@ def compiled(kernel: str, case: str, card: int, width: int, dtype: str = "bf16",
         "RESUME": "Order" in given,
         "ADD": "Order" in given,
     }
-    constants = {"D": width, "BD": width, "E": width, "BE": width, "BM": size.queries, "BN": size.keys, "PRECISION": "ieee", "dilation": 1}
+    constants = {
+        "D": width,
+        "BD": width,
+        "E": width,
+        "BE": width,
+        "BM": size.queries,
+        "BN": size.keys,
+        "PRECISION": "ieee",
+        "dilation": 1,
+    }
     constants |= flags | {"chunk": 1} | given
     constants = {name: value for name, value in constants.items() if value is not None}
     fn = triton_kernels.of_keys if kernel == "of_columns" else getattr(triton_kernels, kernel)
@@ -79,8 +97,8 @@ def compiled(kernel: str, case: str, card: int, width: int, dtype: str = "bf16",
     binary = triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
     registers, stack, local = _usage(binary.asm["cubin"], Path(triton.__path__[0]) / "backends/nvidia/bin/cuobjdump")
     return {
-        "card": card, "kernel": kernel, "case": case, "width": width, "dtype": dtype, "tiles": list(size), "registers": registers,
-        "spilled": max(stack, local), "shared": binary.metadata.shared,
+        "card": card, "kernel": kernel, "case": case, "width": width, "dtype": dtype, "tiles": list(size),
+        "registers": registers, "spilled": max(stack, local), "shared": binary.metadata.shared,
     }  # fmt: skip
 
 
@@ -89,7 +107,9 @@ def _usage(cubin: bytes, tool: Path) -> tuple[int, int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        said = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
     if found is None:
         raise RuntimeError(f"cuobjdump says nothing of registers: {said}")

@@ -1,8 +1,11 @@
-"""Run a benchmark suite: python benchmarks/run.py scaling | finetune | peers | bound  [--device cuda], or gpu (see gpu.py), or predict
+"""Run a benchmark suite: python benchmarks/run.py scaling | finetune | peers | bound  [--device cuda], or gpu (see
+gpu.py), or predict
 
-Settings are in `cases.toml`; rows go to `results/SUITE-DEVICE.jsonl` (DEVICE is cpu, or the name of the GPU), a JSON line each with machine, versions
-and commit, and rows that are there are not measured again. Figures and a page go to `--report`, default `runs/bench-SUITE-DEVICE`. Packages for the
-peers: the extra `bench`. `predict` computes what cards should take (effzoo/measure/prediction.py) and needs none of them.
+Settings are in `cases.toml`; rows go to `results/SUITE-DEVICE.jsonl` (DEVICE is cpu, or the name of the GPU), a JSON
+line each with machine, versions and commit, and rows that are there are not measured again. Figures and a page go to
+`--report`, default `runs/bench-SUITE-DEVICE`. Packages for the
+peers: the extra `bench`. `predict` computes what cards should take (effzoo/measure/prediction.py) and needs none of
+    them.
 """
 
 from __future__ import annotations
@@ -36,13 +39,19 @@ def peers_suite(settings: dict[str, Any], device: str, path: Path, tell: Callabl
 
     known = files.read(path, "peers", device)
     names = peers.of_device(device)
-    cases = [(name, n) for name in names for n in ([settings["fine_tuning_length"]] if peers.steps_of_models(name) else settings["lengths"])]
+    cases = [
+        (name, n)
+        for name in names
+        for n in ([settings["fine_tuning_length"]] if peers.steps_of_models(name) else settings["lengths"])
+    ]
     cases.append((peers.IMPORT, 0))
     for done, (name, n) in enumerate(cases):
         tell(f"{name}, n = {n:,}", done, len(cases))
         if not any((row["peer"], row["n"]) == (name, n) for row in known):
             batch = max(1, settings["tokens"] // n) if "tokens" in settings and n else None
-            row = files.made(peers.measure(name, n, settings["seconds"], device, settings.get("dtype", "float32"), batch), device)
+            row = files.made(
+                peers.measure(name, n, settings["seconds"], device, settings.get("dtype", "float32"), batch), device
+            )
             files.append(path, [row])
             known.append(row)
     return known
@@ -67,12 +76,21 @@ def bound_table(rows: list[Row]) -> Table:
     for row in rows:
         low, high = row["share_quartiles"]
         times = (f"{1000 * row[key]:,.0f}" for key in ("seconds", "full_seconds"))
-        table.append([f"`{row['attention']}`", f"{row['n']:,}", f"{row['pairs']:.3f}", *times, f"{row['share']:.2f} ({low:.2f} to {high:.2f})"])
+        table.append(
+            [
+                f"`{row['attention']}`",
+                f"{row['n']:,}",
+                f"{row['pairs']:.3f}",
+                *times,
+                f"{row['share']:.2f} ({low:.2f} to {high:.2f})",
+            ]
+        )
     return table
 
 
 def peers_table(rows: list[Row]) -> Table:
-    """Times of both, their ratio, that of ours in plain PyTorch beside rivals without fused attention, and the ratio of what autograd keeps."""
+    """Times of both, their ratio, that of ours in plain PyTorch beside rivals without fused attention, and the ratio of
+    what autograd keeps."""
     plain = any("plain_ratio" in row for row in rows)
     head = ["peer", "n", "theirs, ms", "ours, ms", "time, ours / theirs", *(["ours unfused / theirs"] if plain else [])]
     table = [[*head, "kept by theirs, MiB", "by ours", "ours / theirs"]]
@@ -83,7 +101,9 @@ def peers_table(rows: list[Row]) -> Table:
         else:
             low, high = row["ratio_quartiles"]
             kept = [row.get(f"{side}_saved") for side in ("theirs", "ours")]
-            cells += [f"{1000 * row[f'{side}_seconds']:,.0f}" for side in ("theirs", "ours")] + [f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"]
+            cells += [f"{1000 * row[f'{side}_seconds']:,.0f}" for side in ("theirs", "ours")] + [
+                f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
+            ]
             cells += [f"{row['plain_ratio']:.2f}" if "plain_ratio" in row else ""] if plain else []
             cells += [] if None in kept else [*(f"{x / 2**20:,.1f}" for x in kept), f"{kept[1] / kept[0]:.2f}"]
         table.append(cells + [""] * (len(table[0]) - len(cells)))
@@ -99,14 +119,18 @@ def tables(suite: str, rows: list[Row]) -> list[Table]:
 
 PREDICTED = {"modes": ("forward", "train", "decode"), "lengths": tuple(2**power for power in range(8, 18))}
 KINDS = (
-    "full", "blockwise", "longformer[window=512]", "local[chunk=64]", "lsh[rounds=4, chunk=64]", "linformer[k=256]", "perceiver[latents=256]",
+    "full", "blockwise", "longformer[window=512]", "local[chunk=64]", "lsh[rounds=4, chunk=64]", "linformer[k=256]",
+    "perceiver[latents=256]",
 )  # fmt: skip
 
 
 def predict(card: cards.Card, results: Path) -> int:
-    """Predict the layer of the GPU suite on a card, write the rows, print from which length on each kind is faster than full attention."""
+    """Predict the layer of the GPU suite on a card, write the rows, print from which length on each kind is faster than
+    full attention."""
     settings = tomllib.loads((HERE / "cases.toml").read_text())["scaling"]["cuda"]
-    suite = Scaling(dim=settings["dim"], heads=settings["heads"], tokens=settings["tokens"], dtype=settings["dtype"], device="cuda")
+    suite = Scaling(
+        dim=settings["dim"], heads=settings["heads"], tokens=settings["tokens"], dtype=settings["dtype"], device="cuda"
+    )
     rows = against_full(KINDS, PREDICTED["modes"], PREDICTED["lengths"], suite.case, card)
     path = results / f"predicted-{card.name.lower()}.jsonl"
     replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -115,7 +139,8 @@ def predict(card: cards.Card, results: Path) -> int:
 
 
 def gpu_suite(folder: Path, device: str, tiny: bool, seconds: float) -> int:
-    """Everything on the GPU, within a budget of seconds; what failed and what did not fit is printed. Code 1 when parity is wrong."""
+    """Everything on the GPU, within a budget of seconds; what failed and what did not fit is printed. Code 1 when
+    parity is wrong."""
     import gpu
 
     found = gpu.run(folder, device, tiny, seconds)
@@ -140,19 +165,25 @@ def _parser() -> argparse.ArgumentParser:
         suite.add_argument(
             "--results",
             type=Path,
-            help="folder of the rows; default: results, with --tiny runs/gpu-tiny" if name == "gpu" else "folder of the rows; default: results",
+            help="folder of the rows; default: results, with --tiny runs/gpu-tiny"
+            if name == "gpu"
+            else "folder of the rows; default: results",
         )
         if name == "predict":
             suite.add_argument("--card", default="H100", help=f"one of {', '.join(cards.CARDS)}; default: H100")
             continue
-        suite.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if name == "gpu" else "cpu", help="default: %(default)s")
+        suite.add_argument(
+            "--device", choices=["cpu", "cuda"], default="cuda" if name == "gpu" else "cpu", help="default: %(default)s"
+        )
         if name == "gpu":
             suite.add_argument("--tiny", action="store_true", help="the same code at sizes that a CPU does in a minute")
             suite.add_argument("--seconds", type=float, default=570.0, help="the budget; default: %(default)s")
             continue
         suite.add_argument("--cases", type=Path, default=HERE / "cases.toml", help="settings; default: cases.toml")
         if name in ("scaling", "finetune"):
-            suite.add_argument("--report", type=Path, help="folder of the figures and the page; default: runs/bench-SUITE-DEVICE")
+            suite.add_argument(
+                "--report", type=Path, help="folder of the figures and the page; default: runs/bench-SUITE-DEVICE"
+            )
     return parser
 
 
@@ -171,7 +202,9 @@ def main() -> int:
     settings = tomllib.loads(given.cases.read_text())[given.suite][given.device]
     name = cards.file_name(given.device)
     path = (given.results or HERE / "results") / f"{given.suite}-{name}.jsonl"
-    with Progress(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"), transient=True) as bar:
+    with Progress(
+        BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"), transient=True
+    ) as bar:
         task = bar.add_task("")
 
         def tell(said: str, done: int, total: int) -> None:

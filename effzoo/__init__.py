@@ -5,13 +5,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _collects = gc.isenabled()
-gc.disable()  # imports make what lives on: a collection in between would walk over all of torch, which takes as long as importing the rest
+# imports make what lives on: a collection in between would walk over all of torch, which takes as long as importing the
+# rest
+gc.disable()
 try:
     from effzoo import attention, peft, routing
     from effzoo.annotations import check_arguments
     from effzoo.build import build
     from effzoo.errors import EffzooError
-    from effzoo.peft import account, activate, active, attach, attached, combine, detach, disabled, load_adapter, merge, save_adapter, status, unmerge
+    from effzoo.peft import (
+        account,
+        activate,
+        active,
+        attach,
+        attached,
+        combine,
+        detach,
+        disabled,
+        load_adapter,
+        merge,
+        save_adapter,
+        status,
+        unmerge,
+    )
     from effzoo.peft import files as _files
     from effzoo.plan import Plan, plan
     from effzoo.quantise import dequantise, quantise
@@ -85,4 +101,8 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'effzoo' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name) if _LAZY[name] else importlib.import_module(f"effzoo.{name}")
+    return (
+        getattr(importlib.import_module(_LAZY[name]), name)
+        if _LAZY[name]
+        else importlib.import_module(f"effzoo.{name}")
+    )

@@ -1,7 +1,8 @@
 """What an annotation says about a value: its type and, for numbers, the range that it lies in.
 
-Options of methods, kinds and routers, fields of configs and arguments of public functions declare both in one place, their annotation
-(`rank: Count`, `dropout: Probability`), and are checked by one function, `problem`. Numbers are finite, whatever else is said.
+Options of methods, kinds and routers, fields of configs and arguments of public functions declare both in one place,
+their annotation (`rank: Count`, `dropout: Probability`), and are checked by one function, `problem`. Numbers are
+finite, whatever else is said.
 """
 
 from __future__ import annotations
@@ -53,7 +54,13 @@ class Range:
         if self.low == SMALLEST and number <= 0:
             return "above 0"
         if number <= self.low:
-            return "above 0" if self.above and self.low == 0 else "0 or more" if self.low == 0 else f"at least {_written(self.low)}"
+            return (
+                "above 0"
+                if self.above and self.low == 0
+                else "0 or more"
+                if self.low == 0
+                else (f"at least {_written(self.low)}")
+            )
         return f"at most {_written(self.high)}"
 
     def __str__(self) -> str:
@@ -64,7 +71,10 @@ class Range:
         if self.low == SMALLEST:
             return f"above 0 and at most {_written(self.high)}"
         if isinstance(self.high, float) and self.high <= 1:
-            return f"in {'(' if self.above else '['}{_written(self.low)}, {_written(self.high)}{')' if self.below else ']'}"
+            return (
+                f"in {'(' if self.above else '['}{_written(self.low)}, "
+                f"{_written(self.high)}{')' if self.below else ']'}"
+            )
         return f"from {_written(self.low)} to {_written(self.high)}"
 
 
@@ -84,7 +94,8 @@ Probability = Annotated[float, Range(0.0, 1.0, below=True)]  # 0 <= p < 1
 
 def plain(value: Any) -> Any:
     """A number of numpy as the number of Python that it is, also inside lists and maps; everything else as it is."""
-    if type(value).__module__ == "numpy" and not getattr(value, "shape", (0,)):  # a scalar; numpy itself is not imported for this
+    # a scalar; numpy itself is not imported for this
+    if type(value).__module__ == "numpy" and not getattr(value, "shape", (0,)):
         return value.item()
     if type(value) in (tuple, list):
         return type(value)(map(plain, value))
@@ -104,7 +115,8 @@ def annotations_of(of: Any) -> dict[str, Any]:
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """Whether a value is what the annotation says; ints pass for floats, lists for tuples, numbers of numpy for those of Python."""
+    """Whether a value is what the annotation says; ints pass for floats, lists for tuples, numbers of numpy for those
+    of Python."""
     return problem(value, annotation) is None
 
 
@@ -120,7 +132,8 @@ def problem(value: Any, annotation: Any) -> str | None:
 
 
 def _part(value: Any, annotation: Any) -> str:
-    """The key or item that is of another type than the annotation says, or how to make a list of what is none, as the end of a sentence."""
+    """The key or item that is of another type than the annotation says, or how to make a list of what is none, as the
+    end of a sentence."""
     for _, origin, arguments in map(_read, _alternatives(annotation)):
         if issubclass(origin, Mapping) and isinstance(value, Mapping):
             for key, item in value.items():
@@ -135,18 +148,27 @@ def _part(value: Any, annotation: Any) -> str:
                     return f"; item {place} is {shown(item)} ({type(item).__name__})"
         elif issubclass(origin, Collection) and not issubclass(origin, Mapping) and hasattr(value, "tolist"):
             return "; .tolist() makes a list of it"
-        elif issubclass(origin, Sequence) and isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+        elif (
+            issubclass(origin, Sequence)
+            and isinstance(value, Iterable)
+            and not isinstance(value, (str, bytes, Mapping))
+        ):
             return "; list(...) makes one of it"
     return ""
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
     """What a value may be, one by one."""
-    return typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
+    return (
+        typing.get_args(annotation)
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        else (annotation,)
+    )
 
 
 def _read(annotation: Any) -> tuple[Any, type, tuple[Any, ...]]:
-    """The annotation, its class and what it holds: a bare list or map is one of anything, and what is no class is `object`."""
+    """The annotation, its class and what it holds: a bare list or map is one of anything, and what is no class is
+    `object`."""
     origin, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if isinstance(origin, type) and not arguments:
         if issubclass(origin, Mapping):
@@ -162,8 +184,12 @@ def _counted(origin: type, arguments: tuple[Any, ...]) -> bool:
 
 
 def unreadable(annotation: Any) -> Any | None:
-    """The part of an annotation of an option that no spec and no adapter file can hold, or that says nothing of a value; None when there is none."""
-    if any(annotation is known for known in (Any, object, inspect.Parameter.empty, None, types.NoneType, bool, int, float, str)):
+    """The part of an annotation of an option that no spec and no adapter file can hold, or that says nothing of a
+    value; None when there is none."""
+    if any(
+        annotation is known
+        for known in (Any, object, inspect.Parameter.empty, None, types.NoneType, bool, int, float, str)
+    ):
         return None
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
@@ -177,7 +203,9 @@ def unreadable(annotation: Any) -> Any | None:
     if any(holds is known for known in (dict, Mapping)) and arguments and arguments[0] not in (str, Any):
         return annotation
     if any(holds is known for known in (list, tuple, Sequence, dict, Mapping)):
-        return next((part for part in map(unreadable, (a for a in arguments if a is not Ellipsis)) if part is not None), None)
+        return next(
+            (part for part in map(unreadable, (a for a in arguments if a is not Ellipsis)) if part is not None), None
+        )
     return annotation
 
 
@@ -203,7 +231,11 @@ def _has_type(value: Any, annotation: Any, ranges: bool) -> bool:
     if isinstance(annotation, TypeVar):
         return annotation.__bound__ is None or _has_type(value, annotation.__bound__, ranges)
     if origin is Annotated:
-        inside = not ranges or not _has_type(value, arguments[0], False) or all(r.holds(value) for r in arguments[1:] if isinstance(r, Range))
+        inside = (
+            not ranges
+            or not _has_type(value, arguments[0], False)
+            or all(r.holds(value) for r in arguments[1:] if isinstance(r, Range))
+        )
         return inside and _has_type(value, arguments[0], ranges)
     if origin in (typing.Union, types.UnionType):
         return any(_has_type(value, argument, ranges) for argument in arguments)
@@ -217,19 +249,26 @@ def _has_type(value: Any, annotation: Any, ranges: bool) -> bool:
         return isinstance(plain(value), bool)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return isinstance(value, Mapping) and all(
-            _has_type(key, arguments[0], ranges) and _has_type(item, arguments[1], ranges) for key, item in value.items()
+            _has_type(key, arguments[0], ranges) and _has_type(item, arguments[1], ranges)
+            for key, item in value.items()
         )
     if isinstance(origin, type) and _counted(origin, arguments):
-        return isinstance(value, Sequence) and len(value) == len(arguments) and all(map(lambda v, a: _has_type(v, a, ranges), value, arguments))
+        return (
+            isinstance(value, Sequence)
+            and len(value) == len(arguments)
+            and all(map(lambda v, a: _has_type(v, a, ranges), value, arguments))
+        )
     if isinstance(origin, type) and issubclass(origin, Collection):
         kind = Sequence if issubclass(origin, (list, tuple)) else origin
-        if isinstance(value, (str, bytes)) or hasattr(value, "__array__"):  # an array without an axis cannot be gone through
+        # an array without an axis cannot be gone through
+        if isinstance(value, (str, bytes)) or hasattr(value, "__array__"):
             return False
         return isinstance(value, kind) and all(_has_type(item, arguments[0], ranges) for item in value)
     if isinstance(origin, type) and origin is not type:
         return isinstance(value, origin)
     if isinstance(annotation, type) and issubclass(annotation, torch.nn.Module):
-        annotation = torch.nn.Module  # which may be a compiled model, or one that runs on several devices: the function looks into it
+        # which may be a compiled model, or one that runs on several devices: the function looks into it
+        annotation = torch.nn.Module
     return not isinstance(annotation, type) or isinstance(value, annotation)
 
 
@@ -245,18 +284,20 @@ def _is_number(value: Any, annotation: type, ranges: bool) -> bool:
 def check_arguments(namespace: dict[str, Any]) -> None:
     """Make every function that a module names in `__all__` refuse arguments that are not what its annotations say.
 
-    The last line of a public module is `check_arguments(globals())`; what it exports later is covered by itself. Modules that call each other
-    import from where a function is written, and pay nothing.
+    The last line of a public module is `check_arguments(globals())`; what it exports later is covered by itself.
+    Modules that call each other import from where a function is written, and pay nothing.
     """
     for name in namespace["__all__"]:
         function = namespace.get(name)
         if inspect.isroutine(function) and not hasattr(function, "checks_arguments"):
             namespace[name] = checked(function)
-            namespace[name].__module__, namespace[name].__qualname__ = namespace.get("__name__"), name  # where pickle looks for it
+            # where pickle looks for it
+            namespace[name].__module__, namespace[name].__qualname__ = namespace.get("__name__"), name
 
 
 def checked(function: Callable[..., R]) -> Callable[..., R]:
-    """The function, which first compares its arguments with its annotations: ArgumentError for another type, OptionError beyond a range."""
+    """The function, which first compares its arguments with its annotations: ArgumentError for another type,
+    OptionError beyond a range."""
     if hasattr(function, "checks_arguments"):
         return function
     parameters = inspect.signature(function).parameters
@@ -288,7 +329,8 @@ def checked(function: Callable[..., R]) -> Callable[..., R]:
 
 
 def _meaning(function: Any, annotation: Any) -> Any:
-    """An annotation that is still text, evaluated where the function was written; Any for names that only type checkers import."""
+    """An annotation that is still text, evaluated where the function was written; Any for names that only type checkers
+    import."""
     if not isinstance(annotation, str):
         return annotation
     try:
@@ -304,7 +346,9 @@ def _broken(value: Any, annotation: Any) -> str:
         annotation = next(argument for argument in arguments if _has_type(value, argument, ranges=False))
         return _broken(value, annotation)
     if origin is Annotated and _has_type(value, arguments[0], ranges=True):
-        return next(limit for limit in arguments[1:] if isinstance(limit, Range) and not limit.holds(value)).broken_by(value)
+        return next(limit for limit in arguments[1:] if isinstance(limit, Range) and not limit.holds(value)).broken_by(
+            value
+        )
     if origin is Annotated:
         return _broken(value, arguments[0])
     if annotation in (int, float):

@@ -32,10 +32,13 @@ def build(
 ) -> Transformer:
     """Build a model of the zoo, with any attention kind and any PEFT method.
 
-    name: of the zoo (`effzoo.models()`), or a TOML file. attention: a spec such as `"longformer[window=256]"` instead of the entry's own. peft: a
-    spec such as `"prefix[length=16]|lora[rank=4]"`, attached under the name `adapter`, its tensors in `adapter_dtype` (None: float32 or better).
-    task: features, classification, token_classification, masked_lm or causal_lm. pretrained: a local folder, hub id
-    or live model in a layout of transformers, or True for the entry's own weights. sizes: `dim, layers, heads, mlp, vocab, max_length, dropout, ...`.
+    name: of the zoo (`effzoo.models()`), or a TOML file.
+    attention: a spec such as `"longformer[window=256]"` instead of the entry's own.
+    peft: a spec such as `"prefix[length=16]|lora[rank=4]"`, attached under the name `adapter`, its tensors in
+        `adapter_dtype` (None: float32 or better).
+    task: features, classification, token_classification, masked_lm or causal_lm.
+    pretrained: a local folder, hub id or live model in a layout of transformers, or True for the entry's own
+        weights. sizes: `dim, layers, heads, mlp, vocab, max_length, dropout, ...`.
 
     With `pretrained`, longer `max_length` extends the positions by copying them, and projections that only the new
     attention has start as copies of those they stand beside (Beltagy et al. 2020, section 5).
@@ -43,7 +46,10 @@ def build(
     Raises UnknownNameError, OptionError, SpecError, IncompatibleError, TargetError, ConversionError.
     """
     if adapter_dtype is not None and peft is None:
-        raise OptionError(f"adapter_dtype={adapter_dtype!r} is the dtype of an adapter, and peft names none; give peft, or leave adapter_dtype out")
+        raise OptionError(
+            f"adapter_dtype={adapter_dtype!r} is the dtype of an adapter, and peft names none; give "
+            "peft, or leave adapter_dtype out"
+        )
     if attention is not None:
         sizes["attention"] = attention
     model = zoo.create(name, task=task, num_labels=num_labels, **sizes)

@@ -1,7 +1,8 @@
-"""Inputs whose values have to be in range: checked in eager and in compiled code alike, and without a wait for an accelerator.
+"""Inputs whose values have to be in range: checked in eager and in compiled code alike, and without a wait for an
+accelerator.
 
-Each function returns the tensor that it has checked, so that compiled code cannot leave the check out. On a CPU a wrong value is an InputError; on a
-CUDA device, which would have to be waited for, it is an assertion of the device.
+Each function returns the tensor that it has checked, so that compiled code cannot leave the check out. On a CPU a wrong
+value is an InputError; on a CUDA device, which would have to be waited for, it is an assertion of the device.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ def _marks(mask: Tensor, name: str) -> Tensor:
     wanted = f"{name} holds 0 and 1 (or booleans)"
     _require(held.all(), wanted, lambda: f", got values from {mask.min().item()} to {mask.max().item()}")
     if mask.is_floating_point() and name == "attention_mask":
-        message = f"{name} is {mask.dtype} and 0 everywhere, which marks no token: 1 is for tokens (masks that are added to scores have 0 there)"
+        message = (
+            f"{name} is {mask.dtype} and 0 everywhere, which marks no token: 1 is for tokens (masks that are "
+            "added to scores have 0 there)"
+        )
         _require(mask.any(), message)
     return mask.bool() if mask.dtype != torch.bool else mask.clone()
 

@@ -25,9 +25,39 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
-PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"), ("text1", "text2"))
-TEXTS = ("text", "sentence", "content", "document", "review", "article", "body", "description", "comment", "tweet", "headline", "title")
-LABELS = ("label", "labels", "category", "class", "target", "topic", "sentiment", "intent", "coarse_label", "fine_label")
+PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text1", "text2"),
+)
+TEXTS = (
+    "text",
+    "sentence",
+    "content",
+    "document",
+    "review",
+    "article",
+    "body",
+    "description",
+    "comment",
+    "tweet",
+    "headline",
+    "title",
+)
+LABELS = (
+    "label",
+    "labels",
+    "category",
+    "class",
+    "target",
+    "topic",
+    "sentiment",
+    "intent",
+    "coarse_label",
+    "fine_label",
+)
 TASKS = ("classification", "causal_lm", "masked_lm")
 
 
@@ -41,24 +71,36 @@ def load_text(
     subset: str | None = None,
     encoding: str | Sequence[str] = "utf-8",
 ) -> Dataset:
-    """Texts and labels: a table with `text`, perhaps `text_pair`, and, where the source has labels, `label` as integers with their names.
+    """Texts and labels: a table with `text`, perhaps `text_pair`, and, where the source has labels, `label` as integers
+    with their names.
 
-    source: a .csv, .tsv, .jsonl, .json, .parquet or .txt file (one text a line, no labels); a folder of such files, or of one
-    folder per label with .txt files in it; or a data set on the hub. part: of a source with several parts (train, test, ...). text, text_pair,
-    label: column names; found among the usual ones when not given. subset: of a hub data set ("sst2" of "glue").
+    source: a .csv, .tsv, .jsonl, .json, .parquet or .txt file (one text a line, no labels); a folder of such files,
+        or of one folder per label with .txt files in it; or a data set on the hub.
+    part: of a source with several parts (train, test, ...). text, text_pair,
+    label: column names; found among the usual ones when not given.
+    subset: of a hub data set ("sst2" of "glue").
     encoding: of text files; in a folder of text files each is read by the first of several that fits.
 
-    Labels become a `datasets.ClassLabel`: names(data) lists the names, sorted (numbers by value). Labels that are numbers with a fraction stay
-    numbers, for regression. Raises DataError with the columns, the parts or the row that does not fit.
+    Labels become a `datasets.ClassLabel`: names(data) lists the names, sorted (numbers by value). Labels that are
+    numbers with a fraction stay numbers, for regression. Raises DataError with the columns, the parts or the row that
+    does not fit.
     """
     path, encodings = Path(source), (encoding,) if isinstance(encoding, str) else tuple(encoding)
-    table = _by_folder(path, encodings) if _is_folder_of_folders(path) else _one_part(_read(source, path, subset, encodings), part, source)
+    table = (
+        _by_folder(path, encodings)
+        if _is_folder_of_folders(path)
+        else _one_part(_read(source, path, subset, encodings), part, source)
+    )
     first, second = _text_columns(table, text, text_pair)
     target = _pick(table, label, LABELS, "label", required=False)
     if target is not None and target in (first, second):
-        raise DataError(f"column {target!r} is read as text and named as the label; choose another with label= or text=")
+        raise DataError(
+            f"column {target!r} is read as text and named as the label; choose another with label= or text="
+        )
     columns = {first: "text", second: "text_pair", target: "label"}
-    table = table.select_columns([name for name in columns if name]).rename_columns({k: v for k, v in columns.items() if k and k != v})
+    table = table.select_columns([name for name in columns if name]).rename_columns(
+        {k: v for k, v in columns.items() if k and k != v}
+    )
     for name in ("text", "text_pair") if second else ("text",):
         _check_texts(table, name, columns)
     return table if target is None else _with_names(table, target)
@@ -72,11 +114,14 @@ def names(data: Dataset) -> list[str] | None:
     return found
 
 
-def split(data: Dataset, parts: Mapping[str, float | int] | Sequence[float | int] = (0.8, 0.1, 0.1), *, seed: Seed = 0) -> dict[str, Dataset]:
+def split(
+    data: Dataset, parts: Mapping[str, float | int] | Sequence[float | int] = (0.8, 0.1, 0.1), *, seed: Seed = 0
+) -> dict[str, Dataset]:
     """Divide a table at random, with the same share of each label in every part, up to one example.
 
-    parts: fractions (floats, at most 1 together) or counts (integers) by name; a sequence of two is train and test, one of three is train,
-    validation and test. What they leave over is in no part. The same data and seed give the same parts. Raises DataError.
+    parts: fractions (floats, at most 1 together) or counts (integers) by name; a sequence of two is train and test, one
+        of three is train, validation and test. What they leave over is in no part. The same data and seed give the same
+        parts. Raises DataError.
     """
     _check_table(data)
     if not isinstance(parts, Mapping):
@@ -92,30 +137,47 @@ def split(data: Dataset, parts: Mapping[str, float | int] | Sequence[float | int
     for name, size in sizes.items():
         left = {value: len(rows) for value, rows in waiting.items()}
         shares = _largest_remainders([count * size / max(sum(left.values()), 1) for count in left.values()], size)
-        chosen = [row for value, share in zip(waiting, shares, strict=True) for row in [waiting[value].pop() for _ in range(share)]]
+        chosen = [
+            row
+            for value, share in zip(waiting, shares, strict=True)
+            for row in [waiting[value].pop() for _ in range(share)]
+        ]
         found[name] = data.select([int(row) for row in random.permutation(chosen)])
     return found
 
 
 def tokenise(
-    data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: Count, *, task: str = "classification", mask_share: Part = 0.15, seed: Seed = 0
+    data: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: Count,
+    *,
+    task: str = "classification",
+    mask_share: Part = 0.15,
+    seed: Seed = 0,
 ) -> Dataset:
-    """`text` (and `text_pair`) -> input_ids, attention_mask, token_type_ids if the tokenizer knows them, and labels, ready for `effzoo.finetune`.
+    """`text` (and `text_pair`) -> input_ids, attention_mask, token_type_ids if the tokenizer knows them, and labels,
+    ready for `effzoo.finetune`.
 
-    Texts longer than max_length tokens are cut, and how many is logged. Nothing is padded: that is done batch by batch. task:
-    "classification" keeps the label; "causal_lm" copies the tokens to labels, which the model shifts; "masked_lm" chooses a share of the
-    tokens to predict and replaces 80 % of them by the mask, 10 % by any token and leaves 10 % (Devlin et al. 2019, section 3.1), the same
-    for the same seed. Raises DataError.
+    Texts longer than max_length tokens are cut, and how many is logged. Nothing is padded: that is done batch by batch.
+    task: "classification" keeps the label; "causal_lm" copies the tokens to labels, which the model shifts; "masked_lm"
+    chooses a share of the tokens to predict and replaces 80 % of them by the mask, 10 % by any token and leaves 10 %
+    (Devlin et al. 2019, section 3.1), the same for the same seed. Raises DataError.
     """
     import pyarrow.compute
 
     _check_table(data)
     if not callable(tokenizer) or not hasattr(tokenizer, "mask_token_id"):
-        raise DataError(f"a tokenizer is one of transformers, as tokenizer_of gives, got {shown(tokenizer)} ({type(tokenizer).__name__})")
+        raise DataError(
+            f"a tokenizer is one of transformers, as tokenizer_of gives, got {shown(tokenizer)} "
+            f"({type(tokenizer).__name__})"
+        )
     if task not in TASKS:
         raise DataError(f"task is one of {listing(TASKS)}, got {task!r}{did_you_mean(task, TASKS)}")
     if "text" not in data.column_names or (task == "classification" and "label" not in data.column_names):
-        raise DataError(f"task {task!r} needs the columns text{' and label' * (task == 'classification')}; there are {listing(data.column_names)}")
+        raise DataError(
+            f"task {task!r} needs the columns text{' and label' * (task == 'classification')}; there are "
+            f"{listing(data.column_names)}"
+        )
     if task == "masked_lm" and tokenizer.mask_token_id is None:
         raise DataError("this tokenizer has no mask token, which task='masked_lm' needs; try task='causal_lm'")
     if max_length < 1 or not 0 < mask_share < 1:
@@ -129,21 +191,37 @@ def tokenise(
         if task == "causal_lm":
             return {**tokens, "labels": [list(ids) for ids in tokens["input_ids"]]}
         streams = [np.random.RandomState((seed * 1_000_003 + row) % 2**32) for row in rows]
-        masked = [_mask(ids, tokenizer, mask_share, random) for ids, random in zip(tokens["input_ids"], streams, strict=True)]
+        masked = [
+            _mask(ids, tokenizer, mask_share, random) for ids, random in zip(tokens["input_ids"], streams, strict=True)
+        ]
         return {**tokens, "input_ids": [ids for ids, _ in masked], "labels": [labels for _, labels in masked]}
 
-    found = data.map(encode, batched=True, with_indices=True, remove_columns=data.column_names, load_from_cache_file=False, desc="Tokenising")
+    found = data.map(
+        encode,
+        batched=True,
+        with_indices=True,
+        remove_columns=data.column_names,
+        load_from_cache_file=False,
+        desc="Tokenising",
+    )
     if task == "classification":
         found = found.cast_column("labels", data.features["label"])
     parts = found.with_format("arrow").iter(batch_size=10_000)
-    full = sum(length == max_length for part in parts for length in pyarrow.compute.list_value_length(part["input_ids"]).to_pylist())
+    full = sum(
+        length == max_length
+        for part in parts
+        for length in pyarrow.compute.list_value_length(part["input_ids"]).to_pylist()
+    )
     if full:
-        logging.getLogger("effzoo").info("%d of %d texts fill all %d tokens; what is longer was cut", full, len(found), max_length)
+        logging.getLogger("effzoo").info(
+            "%d of %d texts fill all %d tokens; what is longer was cut", full, len(found), max_length
+        )
     return found
 
 
 def tokenizer_of(source: str | Path | Config | Transformer) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder, a hub id, or a model of the zoo (the one its own weights were trained with). Raises DataError."""
+    """The tokenizer of a local folder, a hub id, or a model of the zoo (the one its own weights were trained with).
+    Raises DataError."""
     from transformers import AutoTokenizer
 
     from effzoo import convert
@@ -151,15 +229,21 @@ def tokenizer_of(source: str | Path | Config | Transformer) -> PreTrainedTokeniz
     config = source.config if isinstance(source, Transformer) else source
     if isinstance(config, (Perceiver, PerceiverConfig)):
         raise DataError(
-            "a Perceiver reads bytes or arrays and has no tokenizer in the zoo; give the folder or hub id of the one its text was trained with"
+            "a Perceiver reads bytes or arrays and has no tokenizer in the zoo; give the folder or hub id of the one "
+            "its text was trained with"
         )
     place = convert.source_of(config) if isinstance(config, Config) else str(config)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # of many kinds: no such folder, no network, no such repository, a broken file
-        raise DataError(f"no tokenizer at {place!r}: {_first_line(error)}; give a folder with tokenizer.json, or a hub id") from error
+        raise DataError(
+            f"no tokenizer at {place!r}: {_first_line(error)}; give a folder with tokenizer.json, or a hub id"
+        ) from error
     if isinstance(config, Config) and len(tokenizer) > config.vocab:
-        raise DataError(f"the tokenizer at {place!r} has {len(tokenizer)} tokens, the model {config.name} a vocabulary of {config.vocab}")
+        raise DataError(
+            f"the tokenizer at {place!r} has {len(tokenizer)} tokens, the model {config.name} a "
+            f"vocabulary of {config.vocab}"
+        )
     return tokenizer
 
 
@@ -183,7 +267,9 @@ def _by_folder(path: Path, encodings: Sequence[str]) -> Dataset:
     from datasets import Dataset
 
     files = sorted(file for inner in path.iterdir() if inner.is_dir() for file in _texts(inner))
-    return Dataset.from_dict({"text": [_decoded(file, encodings) for file in files], "label": [file.parent.name for file in files]})
+    return Dataset.from_dict(
+        {"text": [_decoded(file, encodings) for file in files], "label": [file.parent.name for file in files]}
+    )
 
 
 def _decoded(file: Path, encodings: Sequence[str]) -> str:
@@ -194,7 +280,10 @@ def _decoded(file: Path, encodings: Sequence[str]) -> str:
             problem = f"{error.reason} at byte {error.start}"
         except LookupError:
             raise DataError(f"there is no encoding {encoding!r}; try 'utf-8' or 'latin-1'") from None
-    raise DataError(f"{file} is not {listing(encodings)} text ({problem}); encoding=('utf-8', 'latin-1') reads such files as Latin-1")
+    raise DataError(
+        f"{file} is not {listing(encodings)} text ({problem}); encoding=('utf-8', 'latin-1') reads such "
+        "files as Latin-1"
+    )
 
 
 def _read(source: str | Path, path: Path, subset: str | None, encodings: Sequence[str]) -> Any:
@@ -203,14 +292,24 @@ def _read(source: str | Path, path: Path, subset: str | None, encodings: Sequenc
 
     arguments: dict[str, Any] = {}
     if os.path.exists(path):
-        files = sorted(file for file in path.iterdir() if file.suffix in FORMATS and file.is_file()) if path.is_dir() else [path]
+        files = (
+            sorted(file for file in path.iterdir() if file.suffix in FORMATS and file.is_file())
+            if path.is_dir()
+            else [path]
+        )
         kinds = sorted({file.suffix for file in files})
         if len(kinds) != 1 or kinds[0] not in FORMATS:
-            problem = f"has files of several kinds ({listing(kinds)})" if len(kinds) > 1 else f"is of no kind that can be read ({listing(kinds)})"
+            problem = (
+                f"has files of several kinds ({listing(kinds)})"
+                if len(kinds) > 1
+                else (f"is of no kind that can be read ({listing(kinds)})")
+            )
             raise DataError(f"{path} {problem}; give {listing(FORMATS)}, or a folder of one of them")
         parts = {file.stem: str(file) for file in files} if len(files) > 1 else {"train": str(files[0])}
         if len(encodings) > 1 and kinds != [".parquet"]:
-            raise DataError(f"several encodings are for folders of text files, {path} has one; got {listing(encodings)}")
+            raise DataError(
+                f"several encodings are for folders of text files, {path} has one; got {listing(encodings)}"
+            )
         arguments = {"data_files": parts}
         if kinds == [".tsv"]:
             arguments |= {"sep": "\t", **({} if _quoted(files, encodings[0]) else {"quoting": csv.QUOTE_NONE})}
@@ -220,14 +319,20 @@ def _read(source: str | Path, path: Path, subset: str | None, encodings: Sequenc
     try:
         return load_dataset(FORMATS[kinds[0]], **arguments) if arguments else load_dataset(str(source), subset)
     except Exception as error:  # of many kinds: no such data set, no network, a broken file
-        where = f"{path} cannot be read" if arguments else f"{str(source)!r} is no file here, and no data set on the hub that can be read now"
+        where = (
+            f"{path} cannot be read"
+            if arguments
+            else (f"{str(source)!r} is no file here, and no data set on the hub that can be read now")
+        )
         raise DataError(f"{where}: {_first_line(error)}") from error
 
 
 def _quoted(files: Sequence[Path], encoding: str) -> bool:
-    """Whether quotation marks in tab-separated files stand around fields, as spreadsheets write them, or are text, as GLUE has them.
+    """Whether quotation marks in tab-separated files stand around fields, as spreadsheets write them, or are text, as
+    GLUE has them.
 
-    The reading is taken in which all rows have the same number of fields. Where both do: text if the other would lose lines, else around fields.
+    The reading is taken in which all rows have the same number of fields. Where both do: text if the other would lose
+    lines, else around fields.
     Raises DataError where neither does, and for files that need different readings.
     """
     found: dict[bool, Path] = {}
@@ -244,14 +349,17 @@ def _quoted(files: Sequence[Path], encoding: str) -> bool:
         if not any(fits.values()):
             wrong = next(number for number, row in enumerate(as_text, 1) if len(row) != len(as_text[0]))
             raise DataError(
-                f"{file}: row {wrong} has {len(as_text[wrong - 1])} fields, the head has {len(as_text[0])}; quotation marks may be unpaired"
+                f"{file}: row {wrong} has {len(as_text[wrong - 1])} fields, the head has {len(as_text[0])}; "
+                "quotation marks may be unpaired"
             )
         quoted = fits[True] and not (fits[False] and len(as_quotes) < len(as_text))
         found[quoted] = file
         how = "stand around fields and are taken off" if quoted else "are text"
         logging.getLogger("effzoo").info("%s: quotation marks %s", file, how)
     if len(found) == 2:
-        raise DataError(f"quotation marks stand around fields in {found[True]} and are text in {found[False]}; read them one by one")
+        raise DataError(
+            f"quotation marks stand around fields in {found[True]} and are text in {found[False]}; read them one by one"
+        )
     return True in found
 
 
@@ -287,7 +395,9 @@ def _pick(table: Dataset, given: str | None, usual: Sequence[str], argument: str
     lower = {name.lower(): name for name in columns}
     found = next((lower[name] for name in usual if name in lower), None)
     if found is None and required:
-        raise DataError(f"none of the columns {listing(columns)} has a usual name for {argument}; name it with {argument}=")
+        raise DataError(
+            f"none of the columns {listing(columns)} has a usual name for {argument}; name it with {argument}="
+        )
     return found
 
 
@@ -295,7 +405,9 @@ def _check_texts(table: Dataset, name: str, columns: Mapping[str | None, str]) -
     original = next(key for key, value in columns.items() if value == name)
     for row, value in enumerate(table[name]):
         if not isinstance(value, str):
-            raise DataError(f"column {original!r}: row {row} holds {'nothing' if value is None else repr(value)}, not a text")
+            raise DataError(
+                f"column {original!r}: row {row} holds {'nothing' if value is None else repr(value)}, not a text"
+            )
 
 
 def _with_names(table: Dataset, original: str) -> Dataset:
@@ -309,7 +421,10 @@ def _with_names(table: Dataset, original: str) -> Dataset:
     if isinstance(feature, ClassLabel) or isinstance(values[0], float):
         return table
     if not isinstance(values[0], (str, int)):
-        raise DataError(f"column {original!r} holds {type(values[0]).__name__}, labels are names or numbers; choose another with label=")
+        raise DataError(
+            f"column {original!r} holds {type(values[0]).__name__}, labels are names or numbers; choose "
+            "another with label="
+        )
     known = sorted(set(values))
     number = {value: index for index, value in enumerate(known)}
     feature = ClassLabel(names=[str(value) for value in known])
@@ -318,7 +433,11 @@ def _with_names(table: Dataset, original: str) -> Dataset:
 
 def _sizes(parts: Mapping[str, float | int], total: int) -> dict[str, int]:
     values = list(parts.values())
-    if not values or any(isinstance(v, bool) or not isinstance(v, (int, float)) or v <= 0 for v in values) or len({type(v) for v in values}) > 1:
+    if (
+        not values
+        or any(isinstance(v, bool) or not isinstance(v, (int, float)) or v <= 0 for v in values)
+        or len({type(v) for v in values}) > 1
+    ):
         raise DataError(f"parts are all fractions (floats above 0) or all counts (integers above 0), got {dict(parts)}")
     if isinstance(values[0], int):
         if sum(values) > total:
@@ -329,20 +448,27 @@ def _sizes(parts: Mapping[str, float | int], total: int) -> dict[str, int]:
     sizes = dict(zip(parts, _largest_remainders([v * total for v in values], round(sum(values) * total)), strict=True))
     for name, size in sizes.items():
         if size == 0:
-            raise DataError(f"{name} gets none of the {total} examples at fraction {parts[name]}; give a larger fraction or more data")
+            raise DataError(
+                f"{name} gets none of the {total} examples at fraction {parts[name]}; give a larger "
+                "fraction or more data"
+            )
     return sizes
 
 
 def _largest_remainders(shares: list[float], total: int) -> list[int]:
-    """Integers that add up to total and differ from the shares, which add up to it too, by less than 1 (Hamilton's method)."""
+    """Integers that add up to total and differ from the shares, which add up to it too, by less than 1 (Hamilton's
+    method)."""
     whole = [int(share + 1e-9) for share in shares]
     for index in sorted(range(len(shares)), key=lambda i: whole[i] - shares[i])[: total - sum(whole)]:
         whole[index] += 1
     return whole
 
 
-def _mask(ids: list[int], tokenizer: PreTrainedTokenizerBase, share: float, random: np.random.RandomState) -> tuple[list[int], list[int]]:
-    """Masked ids, and labels that are -100 except where a token is to be predicted; at least one is, if there is any but special ones."""
+def _mask(
+    ids: list[int], tokenizer: PreTrainedTokenizerBase, share: float, random: np.random.RandomState
+) -> tuple[list[int], list[int]]:
+    """Masked ids, and labels that are -100 except where a token is to be predicted; at least one is, if there is any
+    but special ones."""
     special = set(tokenizer.all_special_ids)
     ordinary = [at for at, token in enumerate(ids) if token not in special]
     masked, labels = list(ids), [IGNORED] * len(ids)

@@ -1,4 +1,5 @@
-"""The host and an accelerator, which works through what it is told later on: whatever the host has to know of that makes it wait."""
+"""The host and an accelerator, which works through what it is told later on: whatever the host has to know of that
+makes it wait."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ _taken: ContextVar[str] = ContextVar("_taken", default="cpu")
 
 @contextlib.contextmanager
 def taken_to_be(kind: str) -> Iterator[None]:
-    """Tensors on the CPU are taken to be on a device of this kind, "cpu" or "cuda": for `plan`, whose tensors have no memory anywhere."""
+    """Tensors on the CPU are taken to be on a device of this kind, "cpu" or "cuda": for `plan`, whose tensors have no
+    memory anywhere."""
     token = _taken.set(kind)
     try:
         yield
@@ -28,22 +30,32 @@ def taken_to_be(kind: str) -> Iterator[None]:
 def kind_of(x: Tensor | torch.device) -> str:
     """The kind of device that x is on, or is taken to be on."""
     kind = x.type if isinstance(x, torch.device) else x.device.type
-    return kind if kind != "cpu" or torch.compiler.is_compiling() else _taken.get()  # nothing is planned in compiled code
+    # nothing is planned in compiled code
+    return kind if kind != "cpu" or torch.compiler.is_compiling() else _taken.get()
 
 
 def capability(device: torch.device) -> tuple[int, int]:
     """What a card can do, as NVIDIA counts it; without one, nothing runs, but it can be planned."""
-    return torch.cuda.get_device_capability(device if device.type == "cuda" else None) if torch.cuda.is_available() else NEWEST
+    return (
+        torch.cuda.get_device_capability(device if device.type == "cuda" else None)
+        if torch.cuda.is_available()
+        else NEWEST
+    )
 
 
 def at_hand(x: Tensor) -> bool:
-    """Whether code may branch on the values of x: in eager mode, on the CPU. An accelerator would have to be waited for."""
+    """Whether code may branch on the values of x: in eager mode, on the CPU. An accelerator would have to be waited
+    for."""
     return kind_of(x) == "cpu" and not torch.compiler.is_compiling()
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
     """x on this device. A copy to CUDA starts from pinned memory, so that the host goes on before it is made."""
-    waits = device.type == "cuda" and x.device.type == "cpu" and not (isinstance(x, FakeTensor) or torch.compiler.is_compiling())
+    waits = (
+        device.type == "cuda"
+        and x.device.type == "cpu"
+        and not (isinstance(x, FakeTensor) or torch.compiler.is_compiling())
+    )
     return x.pin_memory().to(device, non_blocking=True) if waits else x.to(device)
 
 
@@ -53,7 +65,8 @@ _keeping: list[bool] = []
 
 @contextlib.contextmanager
 def keeping() -> Iterator[None]:
-    """Tables that are made here are those of compiled code later on: for functions in which the compiler makes no tensor."""
+    """Tables that are made here are those of compiled code later on: for functions in which the compiler makes no
+    tensor."""
     _keeping.append(True)
     yield
     _keeping.pop()

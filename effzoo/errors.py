@@ -14,7 +14,11 @@ class EffzooError(Exception):
     def __str__(self) -> str:
         text = super().__str__()
         left_out = len(text) - LONGEST
-        return text if left_out <= 0 else f"{text[: LONGEST // 2]} ... ({left_out:,} characters) ... {text[-LONGEST // 2 :]}"
+        return (
+            text
+            if left_out <= 0
+            else (f"{text[: LONGEST // 2]} ... ({left_out:,} characters) ... {text[-LONGEST // 2 :]}")
+        )
 
 
 class UnknownNameError(EffzooError, LookupError):
@@ -22,7 +26,9 @@ class UnknownNameError(EffzooError, LookupError):
 
     def __init__(self, what: str, given: object, known: Iterable[str]):
         self.what, self.given, self.known = what, given, sorted(known)
-        super().__init__(f"unknown {what} {shown(given)}{did_you_mean(given, self.known)} Known: {listing(self.known)}.")
+        super().__init__(
+            f"unknown {what} {shown(given)}{did_you_mean(given, self.known)} Known: {listing(self.known)}."
+        )
 
 
 class SpecError(EffzooError, ValueError):

@@ -1,7 +1,8 @@
 """Text from causal models: greedy, sampling and beam search by transformers' `generate`, over our models and caches.
 
-transformers is the only place where decoding strategies are kept well. It is asked to decode without a cache, so that all it needs of a model is
-its logits after rows of token ids; which rows continue which, and what is kept of them, stays here and does not change with its versions.
+transformers is the only place where decoding strategies are kept well. It is asked to decode without a cache, so that
+all it needs of a model is its logits after rows of token ids; which rows continue which, and what is kept of them,
+stays here and does not change with its versions.
 """
 
 from __future__ import annotations
@@ -37,25 +38,37 @@ _CALL_OPTIONS = ("logits_processor", "stopping_criteria", "streamer", "prefix_al
 _DRAFTS = "it drafts tokens ahead, which changes the speed and not the text; leave it out"
 _CACHES = "effzoo keeps a cache of its own; choose use_cache=True or False"
 _RECIPES = "transformers fetches this strategy from the hub as code; use sampling or num_beams"
-_INSIDE = "attention here never forms its weights, and what a layer computes is not kept; call the model on the result for last_hidden_state"
+_INSIDE = (
+    "attention here never forms its weights, and what a layer computes is not kept; call the model on the "
+    "result for last_hidden_state"
+)
 _TWICE = "it runs the model on a second prompt at every step; leave it out"
 _REFUSED = {
     **dict.fromkeys(("assistant_model", "prompt_lookup_num_tokens", "use_mtp", "assistant_early_exit"), _DRAFTS),
-    **dict.fromkeys(("cache_implementation", "cache_config", "prefill_chunk_size", "past_key_values", "cache", "max_cache_len"), _CACHES),
-    **dict.fromkeys(("penalty_alpha", "dola_layers", "num_beam_groups", "diversity_penalty", "constraints", "force_words_ids"), _RECIPES),
+    **dict.fromkeys(
+        ("cache_implementation", "cache_config", "prefill_chunk_size", "past_key_values", "cache", "max_cache_len"),
+        _CACHES,
+    ),
+    **dict.fromkeys(
+        ("penalty_alpha", "dola_layers", "num_beam_groups", "diversity_penalty", "constraints", "force_words_ids"),
+        _RECIPES,
+    ),
     **dict.fromkeys(("custom_generate", "trust_remote_code"), _RECIPES),
     **dict.fromkeys(("output_attentions", "output_hidden_states"), _INSIDE),
     **dict.fromkeys(("guidance_scale", "negative_prompt_ids", "negative_prompt_attention_mask"), _TWICE),
     "synced_gpus": "rows are decoded in one process; leave it out",
-    "generation_config": "give its options themselves, such as temperature=0.7; those of a converted model are in model.config",
+    "generation_config": "give its options themselves, such as temperature=0.7; those of a converted model are in "
+    "model.config",
     "inputs_embeds": "text is continued from token ids; for trained rows in front of a prompt attach 'prompt'",
     "decoder_start_token_id": "a decoder starts with its prompt; put the token there",
 }
 _NUMBERS: dict[str, Any] = {  # which transformers takes unseen, or fails on in the middle
-    "max_new_tokens": Count, "max_length": Count, "min_new_tokens": Whole, "min_length": Whole, "num_beams": Few, "num_return_sequences": Few,
-    "no_repeat_ngram_size": Whole, "top_k": Whole, "top_p": Fraction, "min_p": Fraction, "typical_p": Fraction, "epsilon_cutoff": Fraction,
-    "eta_cutoff": Fraction, "repetition_penalty": Positive, "length_penalty": Number, "eos_token_id": Whole | Sequence[Whole] | Tensor,
-    "pad_token_id": Whole, "do_sample": bool,
+    "max_new_tokens": Count, "max_length": Count, "min_new_tokens": Whole, "min_length": Whole, "num_beams": Few,
+    "num_return_sequences": Few,
+    "no_repeat_ngram_size": Whole, "top_k": Whole, "top_p": Fraction, "min_p": Fraction, "typical_p": Fraction,
+    "epsilon_cutoff": Fraction,
+    "eta_cutoff": Fraction, "repetition_penalty": Positive, "length_penalty": Number,
+    "eos_token_id": Whole | Sequence[Whole] | Tensor, "pad_token_id": Whole, "do_sample": bool,
 }  # fmt: skip
 _NEUTRAL = {"num_beam_groups": 1, "guidance_scale": 1.0}
 
@@ -70,24 +83,31 @@ def generate(
     use_cache: bool = True,
     **options: Any,
 ) -> Any:
-    """Continue token ids [batch, n]; the result is what transformers' `generate` gives: ids [batch, n + new], the prompt in front.
+    """Continue token ids [batch, n]; the result is what transformers' `generate` gives: ids [batch, n + new], the
+    prompt in front.
 
-    attention_mask: 0 at padding, which stands at the front (left) in a batch of prompts of different length; a row gives the text and the logits that
-    it gives alone. global_attention_mask: of the prompt, for kinds with global tokens. use_cache: keep keys and values; the kind must have a cache
-    (all but `linformer` and `perceiver`). options: of transformers' GenerationConfig, such as `max_new_tokens=20, do_sample=True, top_p=0.9,
-    num_beams=4, eos_token_id=2`, and `logits_processor`, `stopping_criteria`, `streamer`, `prefix_allowed_tokens_fn`, `tokenizer` (for
-    `stop_strings`). Options that are not given stand as the model's config says (`eos_token`, `bos_token`, `pad_token`, and `generation`: of a
-    converted model those of its `generation_config`), which an INFO record names; None takes one away. Active adapters act.
+    attention_mask: 0 at padding, which stands at the front (left) in a batch of prompts of different length; a row
+        gives the text and the logits that it gives alone.
+    global_attention_mask: of the prompt, for kinds with global tokens.
+    use_cache: keep keys and values; the kind must have a cache (all but `linformer` and `perceiver`). options: of
+        transformers' GenerationConfig, such as `max_new_tokens=20, do_sample=True, top_p=0.9, num_beams=4,
+        eos_token_id=2`, and `logits_processor`, `stopping_criteria`, `streamer`, `prefix_allowed_tokens_fn`,
+        `tokenizer` (for `stop_strings`). Options that are not given stand as the model's config says (`eos_token`,
+        `bos_token`, `pad_token`, and `generation`: of a converted model those of its `generation_config`), which an
+        INFO record names; None takes one away. Active adapters act.
 
-    Attention that counts places from the front (`local`, `blockwise`, a circular `lsh`) computes rows of one length at a time.
+    Attention that counts places from the front (`local`, `blockwise`, a circular `lsh`) computes rows of one length at
+    a time.
 
-    Raises IncompatibleError for an encoder, another task, or a kind without a cache; OptionError for options that transformers does
-    not know, refuses, or that have no meaning here; InputError for prompts that do not fit.
+    Raises IncompatibleError for an encoder, another task, or a kind without a cache; OptionError for options that
+        transformers does not know, refuses, or that have no meaning here; InputError for prompts that do not fit.
     """
     model = unwrap(model)
     if not isinstance(model, Transformer) or model.task != "causal_lm":
         what = f"task {model.task!r}" if isinstance(model, Transformer) else type(model).__name__
-        raise IncompatibleError(f"generate needs a decoder with a language-model head, got {what}; build it with task='causal_lm'")
+        raise IncompatibleError(
+            f"generate needs a decoder with a language-model head, got {what}; build it with task='causal_lm'"
+        )
     without = next((core.name for core in model.cores() if not core.decodes()), None)
     if use_cache and without:
         raise IncompatibleError(f"attention {without!r} keeps no cache for decoding; generate with use_cache=False")
@@ -98,7 +118,9 @@ def generate(
     was_training = model.training
     try:
         model.eval()
-        return cast(Any, _Face(model, rows)).generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config, **called)
+        return cast(Any, _Face(model, rows)).generate(
+            input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config, **called
+        )
     except (ValueError, TypeError) as error:
         if isinstance(error, EffzooError) or called:
             raise
@@ -116,32 +138,48 @@ def _check_prompt(model: Transformer, input_ids: Tensor, attention_mask: Tensor 
     if attention_mask.shape != input_ids.shape:
         raise InputError(f"attention_mask has shape {tuple(attention_mask.shape)}, the prompt {tuple(input_ids.shape)}")
     if not bool(attention_mask[:, -1].all()):
-        raise InputError("a prompt ends in padding, so what follows would stand after it; pad prompts at the front (padding_side='left')")
+        raise InputError(
+            "a prompt ends in padding, so what follows would stand after it; pad prompts at the front "
+            "(padding_side='left')"
+        )
 
 
 def _settings(model: Transformer, input_ids: Tensor, options: dict[str, Any]) -> GenerationConfig:
-    """The options as transformers takes them, those of the model's config first, each known, and the length such that it fits."""
+    """The options as transformers takes them, those of the model's config first, each known, and the length such that
+    it fits."""
     for name, value in options.items():
         if name in OPTIONS or value is None or value is False or value == _NEUTRAL.get(name):
             continue
         if name in _REFUSED or hasattr(_known, name):
             raise OptionError(f"generate takes no {name}={shown(value)}: {_reason(name)}")
         raise OptionError(
-            f"generate has no option {name!r}{did_you_mean(name, OPTIONS)} Options are those of transformers.GenerationConfig, {_and(_CALL_OPTIONS)}"
+            f"generate has no option {name!r}{did_you_mean(name, OPTIONS)} Options are those of "
+            f"transformers.GenerationConfig, {_and(_CALL_OPTIONS)}"
         )
     for name in _NUMBERS.keys() & options.keys():
         if options[name] is not None and (wrong := problem(options[name], _NUMBERS[name])):
             raise OptionError(f"generate: {name} {wrong}")
     room = model.config.max_length - input_ids.shape[1] - prompt_rows(model)
-    options = {name: value for name, value in (_own(model, room + input_ids.shape[1], options) | options).items() if value is not None}
+    options = {
+        name: value
+        for name, value in (_own(model, room + input_ids.shape[1], options) | options).items()
+        if value is not None
+    }
     eos = options.get("eos_token_id")
     options.setdefault("pad_token_id", eos[0] if isinstance(eos, (list, tuple)) else eos if eos is not None else 0)
     if "max_length" not in options:
         options.setdefault("max_new_tokens", 20)
     wanted = options.get("max_new_tokens", options.get("max_length", 0) - input_ids.shape[1])
     if wanted > room:
-        advice = f"set max_new_tokens={room}" if room > 0 else f"shorten the prompt of {input_ids.shape[1]}, or build with a larger max_length"
-        raise InputError(f"{wanted} new tokens do not fit: {max(room, 0)} positions are left of max_length {model.config.max_length}; {advice}")
+        advice = (
+            f"set max_new_tokens={room}"
+            if room > 0
+            else (f"shorten the prompt of {input_ids.shape[1]}, or build with a larger max_length")
+        )
+        raise InputError(
+            f"{wanted} new tokens do not fit: {max(room, 0)} positions are left of max_length "
+            f"{model.config.max_length}; {advice}"
+        )
     try:
         return GenerationConfig(use_cache=False, **{name: value for name, value in options.items() if name in OPTIONS})  # type: ignore[no-untyped-call]
     except (ValueError, TypeError) as error:
@@ -149,12 +187,16 @@ def _settings(model: Transformer, input_ids: Tensor, options: dict[str, Any]) ->
 
 
 def _own(model: Transformer, longest: int, given: dict[str, Any]) -> dict[str, Any]:
-    """What the model's config says of texts and of generation, without what is given in its place; an INFO record names what acts."""
+    """What the model's config says of texts and of generation, without what is given in its place; an INFO record names
+    what acts."""
     config = model.config
     ended = (config.eos_token,) if isinstance(config.eos_token, int) else config.eos_token or ()
-    own = {"pad_token_id": config.pad_token, "bos_token_id": config.bos_token, "eos_token_id": list(ended)} | dict(config.generation or {})
+    own = {"pad_token_id": config.pad_token, "bos_token_id": config.bos_token, "eos_token_id": list(ended)} | dict(
+        config.generation or {}
+    )
     ends = own["eos_token_id"] if isinstance(own["eos_token_id"], (list, tuple)) else [own["eos_token_id"]]
-    own["eos_token_id"] = [token for token in ends if token is not None and token < config.vocab] or None  # others cannot come
+    # others cannot come
+    own["eos_token_id"] = [token for token in ends if token is not None and token < config.vocab] or None
     own["bos_token_id"] = own["bos_token_id"] if own["bos_token_id"] in range(config.vocab) else None
     if given.get("max_new_tokens") is not None or given.get("max_length") is not None:
         own |= {"max_length": None, "max_new_tokens": None}
@@ -163,8 +205,15 @@ def _own(model: Transformer, longest: int, given: dict[str, Any]) -> dict[str, A
     for name in [name for name in own if name not in OPTIONS]:
         value = own.pop(name)
         if name not in given and _REFUSED.get(name) in (_RECIPES, _TWICE) and value not in (False, _NEUTRAL.get(name)):
-            raise OptionError(f"the model's generation settings have {name}={shown(value)}: {_reason(name)}; {name}=None goes on without")
-    acting = {name: value for name, value in own.items() if name in (config.generation or {}) and name not in given and value is not None}
+            raise OptionError(
+                f"the model's generation settings have {name}={shown(value)}: {_reason(name)}; "
+                f"{name}=None goes on without"
+            )
+    acting = {
+        name: value
+        for name, value in own.items()
+        if name in (config.generation or {}) and name not in given and value is not None
+    }
     if acting:
         log.info("generate: %s, from the generation settings of %s", _listed(acting), config.name)
     return own
@@ -186,7 +235,8 @@ _known = GenerationConfig()  # type: ignore[no-untyped-call]
 
 
 class _Group:
-    """Rows that are computed together: their numbers, the columns of padding that are cut off in front, and what is kept of them."""
+    """Rows that are computed together: their numbers, the columns of padding that are cut off in front, and what is
+    kept of them."""
 
     def __init__(self, numbers: Tensor, cut: int, mask: Tensor, is_global: Tensor | None):
         self.numbers, self.cut, self.mask, self.cache = numbers, cut, mask[numbers, cut:], Cache()
@@ -197,20 +247,26 @@ class _Group:
 class Rows:
     """The logits after each row of a batch that grows, as they are where the row stands alone.
 
-    Where the attention counts places from the front, rows with as much padding make a group, and the padding is cut off; otherwise padding
-    in front changes nothing, and all rows are one group. Without a cache each call computes its rows from their start; with one, rows that continue
-    rows of the call before (of the same prompt: samples and beams stand together) go on from what is kept of those.
+    Where the attention counts places from the front, rows with as much padding make a group, and the padding is cut
+    off; otherwise padding in front changes nothing, and all rows are one group. Without a cache each call computes its
+    rows from their start; with one, rows that continue rows of the call before (of the same prompt: samples and beams
+    stand together) go on from what is kept of those.
     """
 
-    def __init__(self, model: Transformer, prompt: Tensor, mask: Tensor | None, is_global: Tensor | None, use_cache: bool):
+    def __init__(
+        self, model: Transformer, prompt: Tensor, mask: Tensor | None, is_global: Tensor | None, use_cache: bool
+    ):
         mask = torch.ones_like(prompt) if mask is None else mask.to(prompt.device)
         self.model, self.use_cache, self.prompts, self.before = model, use_cache, len(prompt), prompt[:, :0]
         invariant = all(core.shift_invariant for core in model.cores())
         cuts = mask.bool().int().argmax(dim=1) * (not invariant)
-        self.groups = [_Group((cuts == cut).nonzero()[:, 0], cut, mask, is_global) for cut in sorted(set(cuts.tolist()))]
+        self.groups = [
+            _Group((cuts == cut).nonzero()[:, 0], cut, mask, is_global) for cut in sorted(set(cuts.tolist()))
+        ]
 
     def logits(self, ids: Tensor) -> Tensor:
-        """The logits of what follows, [rows, vocab], for ids [rows, n]: as many rows for each prompt, in the order of the prompts."""
+        """The logits of what follows, [rows, vocab], for ids [rows, n]: as many rows for each prompt, in the order of
+        the prompts."""
         times, out = len(ids) // self.prompts, None
         origin = self._origin(ids, times) if self.use_cache else None
         if len(self.groups) == 1:  # of all rows, in their order
@@ -248,14 +304,16 @@ class Rows:
         return cast(Tensor, out.logits[:, -1])
 
     def _positions(self, ids: Tensor, present: Tensor) -> Tensor:
-        """Tokens are counted from 0, or from the offset of models that count from their padding, which is then not counted by its id either."""
+        """Tokens are counted from 0, or from the offset of models that count from their padding, which is then not
+        counted by its id either."""
         offset, pad = self.model.config.position_offset, self.model.config.pad_token
         if offset and pad is not None:
             present = present & (ids != pad)
         return torch.where(present, present.long().cumsum(dim=1) + offset - 1, max(offset - 1, 0))
 
     def _origin(self, ids: Tensor, times: int) -> Tensor | None:
-        """For each row the row of the call before that it continues by one token, [rows]; None when one continues none."""
+        """For each row the row of the call before that it continues by one token, [rows]; None when one continues
+        none."""
         if self.before.shape != (len(ids), ids.shape[1] - 1):
             return None
         order = torch.arange(len(ids), device=ids.device)

@@ -16,13 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from effzoo.errors import TooLargeError
 
-LARGE = 10_000  # without a number above it nothing is watched, which takes a second when torch does it first, and microseconds for each tensor
+# without a number above it nothing is watched, which takes a second when torch does it first, and microseconds for each
+# tensor
+LARGE = 10_000
 _WATCHED = 2**20  # bytes from which on a tensor is compared with what is free
 _KEPT = 2**28  # bytes that are left for everything else
 
 
 def room(*numbers: Any, large: int = LARGE) -> AbstractContextManager[Any]:
-    """While a model or an adapter of these sizes is made: a tensor that does not fit into the free memory raises TooLargeError, unallocated.
+    """While a model or an adapter of these sizes is made: a tensor that does not fit into the free memory raises
+    TooLargeError, unallocated.
 
     large: nothing is watched unless one of the numbers is above it.
     """
@@ -52,7 +55,8 @@ class _Room(TorchDispatchMode):  # type: ignore[no-untyped-call]
             needed = entries * dtype.itemsize
             if needed > _WATCHED and needed > (have := free(torch.device(device)) - _KEPT):
                 raise TooLargeError(
-                    f"a tensor of {_shape(given)} needs {needed:,} bytes, and {max(0, int(have)):,} are free on {device}; give smaller sizes, or "
+                    f"a tensor of {_shape(given)} needs {needed:,} bytes, and {max(0, int(have)):,} are free on "
+                    f"{device}; give smaller sizes, or "
                     "count on the meta device (effzoo.plan, effzoo account)"
                 )
         return func(*args, **kwargs)
@@ -62,12 +66,24 @@ class _Room(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _place_of_size(func: Any) -> int | None:
     """Where an operator that makes a tensor takes its size."""
     names = [argument.name for argument in func._schema.arguments]
-    if "size" in names and func._schema.returns and not func._schema.is_mutable and func.overloadpacket._qualified_op_name not in _VIEWS:
+    if (
+        "size" in names
+        and func._schema.returns
+        and not func._schema.is_mutable
+        and func.overloadpacket._qualified_op_name not in _VIEWS
+    ):
         return names.index("size")
     return names.index("n") if func.overloadpacket._qualified_op_name in ("aten::randperm", "aten::eye") else None
 
 
-_VIEWS = ("aten::view", "aten::_unsafe_view", "aten::expand", "aten::as_strided", "aten::_reshape_alias", "aten::reshape")
+_VIEWS = (
+    "aten::view",
+    "aten::_unsafe_view",
+    "aten::expand",
+    "aten::as_strided",
+    "aten::_reshape_alias",
+    "aten::reshape",
+)
 
 
 def _numbers(given: Any) -> Iterable[int]:
@@ -97,7 +113,10 @@ def _of_the_machine() -> float:
 
 def _of_the_group() -> float:
     """What a container may still take."""
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         try:
             return int(Path("/sys/fs/cgroup", limit).read_text()) - int(Path("/sys/fs/cgroup", used).read_text())
         except (OSError, ValueError):

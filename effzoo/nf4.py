@@ -35,7 +35,11 @@ def encode(weight: Tensor) -> tuple[Tensor, Tensor]:
     flat = nn.functional.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
     scales = flat.abs().amax(dim=1)
     middle = (levels()[1:] + levels()[:-1]) / 2
-    codes = torch.bucketize(flat / scales.clamp(min=torch.finfo(flat.dtype).tiny)[:, None], middle.to(flat)).to(torch.uint8).flatten()
+    codes = (
+        torch.bucketize(flat / scales.clamp(min=torch.finfo(flat.dtype).tiny)[:, None], middle.to(flat))
+        .to(torch.uint8)
+        .flatten()
+    )
     return codes[0::2] + 16 * codes[1::2], scales
 
 

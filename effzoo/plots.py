@@ -1,7 +1,7 @@
 """Pictures: which query sees which key, as a figure and in the terminal, and learning curves.
 
-matplotlib is imported when a figure is drawn, and used without a display. Colours are those of Okabe & Ito (2008), which
-colour-blind readers tell apart.
+matplotlib is imported when a figure is drawn, and used without a display. Colours are those of Okabe & Ito (2008),
+which colour-blind readers tell apart.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ History = Sequence[Mapping[str, Any]]
 def pattern(kind: Kind, n: int = 64, *, is_global: Sequence[int] = (), causal: bool = False) -> Tensor:
     """int8[n, n] of `NOT`, `ATTENDED` and `GLOBAL`: what query i (row) sees of key j (column) in the first head.
 
-    kind: a core, or a spec such as "longformer[window=8]". is_global: positions of global tokens. A kind that declares no pattern is probed:
-    with the identity as values its output is the attention matrix itself, for random queries and keys.
+    kind: a core, or a spec such as "longformer[window=8]".
+    is_global: positions of global tokens. A kind that declares no pattern is probed: with the identity as values its
+        output is the attention matrix itself, for random queries and keys.
     """
     if n < 1:
         raise OptionError(f"n is at least 1, got {n}")
@@ -54,7 +55,15 @@ def pattern(kind: Kind, n: int = 64, *, is_global: Sequence[int] = (), causal: b
     return allowed.to(torch.int8) * (1 + (row | row.T).to(torch.int8))
 
 
-def pattern_text(kind: Kind, n: int = 64, *, is_global: Sequence[int] = (), causal: bool = False, width: int = 64, colour: bool = False) -> str:
+def pattern_text(
+    kind: Kind,
+    n: int = 64,
+    *,
+    is_global: Sequence[int] = (),
+    causal: bool = False,
+    width: int = 64,
+    colour: bool = False,
+) -> str:
     """The pattern for a terminal: a character is one key wide and two queries high; `colour` adds ANSI colours.
 
     More than `width` positions are drawn as blocks of tokens, coloured when any pair in them is attended.
@@ -65,7 +74,9 @@ def pattern_text(kind: Kind, n: int = 64, *, is_global: Sequence[int] = (), caus
     lines = []
     for upper, lower in zip(cells[::2].tolist(), cells[1::2].tolist(), strict=True):
         if colour:
-            lines.append("".join(f"{_ansi(38, a)}{_ansi(48, b)}▀" for a, b in zip(upper, lower, strict=True)) + "\x1b[0m")
+            lines.append(
+                "".join(f"{_ansi(38, a)}{_ansi(48, b)}▀" for a, b in zip(upper, lower, strict=True)) + "\x1b[0m"
+            )
         else:
             lines.append("".join(" ▀▄█"[(a != NOT) + 2 * (b != NOT)] for a, b in zip(upper, lower, strict=True)))
     shown = [state for state in LABELS if state != NOT and (cells == state).any()]
@@ -76,8 +87,11 @@ def pattern_text(kind: Kind, n: int = 64, *, is_global: Sequence[int] = (), caus
     return "\n".join([*lines, f"{size}   {'  '.join(key)}"])
 
 
-def pattern_figure(kind: Kind, n: int = 64, *, is_global: Sequence[int] = (), causal: bool = False, title: str | None = None) -> Figure:
-    """A figure of the pattern: queries down, keys across, colours for attended, through a global token, and not attended.
+def pattern_figure(
+    kind: Kind, n: int = 64, *, is_global: Sequence[int] = (), causal: bool = False, title: str | None = None
+) -> Figure:
+    """A figure of the pattern: queries down, keys across, colours for attended, through a global token, and not
+    attended.
 
     More than 128 positions are drawn as blocks, coloured when any pair in them is attended; the legend counts pairs.
     """
@@ -100,16 +114,23 @@ def pattern_figure(kind: Kind, n: int = 64, *, is_global: Sequence[int] = (), ca
         axes.tick_params(which="minor", length=0)
     axes.spines[:].set_visible(False)
     shares = {state: float((cells == state).float().mean()) for state in LABELS}
-    handles = [Patch(facecolor=COLOURS[s], edgecolor="#bbbbbb", label=f"{LABELS[s]} ({_percent(shares[s])})") for s in LABELS if shares[s]]
+    handles = [
+        Patch(facecolor=COLOURS[s], edgecolor="#bbbbbb", label=f"{LABELS[s]} ({_percent(shares[s])})")
+        for s in LABELS
+        if shares[s]
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(2, len(handles)), frameon=False, fontsize=9)
     return figure
 
 
-def learning_curves(history: History | Mapping[str, History], *, title: str | None = None, metric: str | None = None) -> Figure:
+def learning_curves(
+    history: History | Mapping[str, History], *, title: str | None = None, metric: str | None = None
+) -> Figure:
     """Loss (and, beside it, a validation metric) over optimizer steps, for one run or for several by name.
 
-    history: entries with `step` and any of `loss`, `eval_loss`, `eval_<metric>`, as `Result.history` and transformers' `log_history` are. metric:
-    without `eval_`; default accuracy, or else the first one found.
+    history: entries with `step` and any of `loss`, `eval_loss`, `eval_<metric>`, as `Result.history` and
+        transformers' `log_history` are.
+    metric: without `eval_`; default accuracy, or else the first one found.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -118,16 +139,32 @@ def learning_curves(history: History | Mapping[str, History], *, title: str | No
     runs: Mapping[str, History] = history if isinstance(history, Mapping) else {"": history}
     keys = list(dict.fromkeys(key for entries in runs.values() for entry in entries for key in entry))
     if "step" not in keys or not {"loss", "eval_loss"} & set(keys):
-        raise InputError(f"a history is a list of entries with 'step' and 'loss' or 'eval_loss', got the keys {', '.join(keys) or '(none)'}")
+        raise InputError(
+            "a history is a list of entries with 'step' and 'loss' or 'eval_loss', got the keys "
+            f"{', '.join(keys) or '(none)'}"
+        )
     chosen = _metric(keys, metric)
     figure = Figure(figsize=(9.0 if chosen else 5.0, 3.8), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12))
     panels = figure.subplots(1, 2 if chosen else 1, squeeze=False, sharex=True)[0]
-    for (name, entries), colour, marker in zip(runs.items(), itertools.cycle(LINES), itertools.cycle(MARKERS), strict=False):
+    for (name, entries), colour, marker in zip(
+        runs.items(), itertools.cycle(LINES), itertools.cycle(MARKERS), strict=False
+    ):
         prefix = f"{name}, " if name else ""
         _line(panels[0], entries, "loss", f"{prefix}training", color=colour, alpha=0.65, linewidth=1.3)
-        _line(panels[0], entries, "eval_loss", f"{prefix}validation", color=colour, marker=marker, linewidth=1.8, linestyle="--")
+        _line(
+            panels[0],
+            entries,
+            "eval_loss",
+            f"{prefix}validation",
+            color=colour,
+            marker=marker,
+            linewidth=1.8,
+            linestyle="--",
+        )
         if chosen:
-            _line(panels[1], entries, f"eval_{chosen}", name or "validation", color=colour, marker=marker, linewidth=1.8)
+            _line(
+                panels[1], entries, f"eval_{chosen}", name or "validation", color=colour, marker=marker, linewidth=1.8
+            )
     for axes, label in zip(panels, ("loss", f"validation {chosen}"), strict=False):
         axes.set(xlabel="optimizer step", ylabel=label)
         axes.grid(color="#dddddd", linewidth=0.6)
@@ -139,7 +176,9 @@ def learning_curves(history: History | Mapping[str, History], *, title: str | No
         figure.legend(handles=panels[0].get_lines(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     panels[0].set_ylim(bottom=0)
     if chosen == "accuracy":  # a share: room around small differences, none above 1
-        lowest = min(entry["eval_accuracy"] for entries in runs.values() for entry in entries if "eval_accuracy" in entry)
+        lowest = min(
+            entry["eval_accuracy"] for entries in runs.values() for entry in entries if "eval_accuracy" in entry
+        )
         panels[1].set_ylim(max(0.0, lowest - 0.1), 1.02)
     if title:
         figure.suptitle(title)
@@ -162,9 +201,12 @@ def _core(kind: str | Mapping[str, Any] | Spec, n: int, causal: bool) -> Attenti
 
 @torch.no_grad()
 def _probe(core: AttentionCore, n: int, mask: Mask) -> Tensor:
-    """The keys that reach each query: the values are the columns of the identity, as many at a time as fit into a head."""
+    """The keys that reach each query: the values are the columns of the identity, as many at a time as fit into a
+    head."""
     if n > _MOST_PROBED:
-        raise OptionError(f"attention {core.name!r} declares no pattern, so it is probed, up to n = {_MOST_PROBED}; got n = {n}")
+        raise OptionError(
+            f"attention {core.name!r} declares no pattern, so it is probed, up to n = {_MOST_PROBED}; got n = {n}"
+        )
     heads, width = core.context.heads, core.context.head_dim
     dtype = next((p.dtype for p in core.parameters()), torch.float32)
     draw, used, eye = torch.Generator().manual_seed(0), core.uses(mask), torch.eye(n, dtype=dtype)

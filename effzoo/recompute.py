@@ -1,16 +1,21 @@
-"""Making tensors again instead of keeping them: what the backward pass needs and what follows from something that is kept anyway.
+"""Making tensors again instead of keeping them: what the backward pass needs and what follows from something that is
+kept anyway.
 
     model.recompute = "nothing"   keep everything: the fastest
-                      "hidden"    make outputs of norms and activations again, and the hidden units of frozen feed-forwards: an eighth more
+                      "hidden"    make outputs of norms and activations again, and the hidden units of frozen
+                      feed-forwards: an eighth more
                                   arithmetic at most
-                      "blocks"    keep the input of each block alone (Chen et al. 2016, arXiv:1604.06174), which is gradient checkpointing
+                      "blocks"    keep the input of each block alone (Chen et al. 2016, arXiv:1604.06174), which is
+                      gradient checkpointing
 
-Layers and methods write their formulas as the papers do. Inside `made_again()` torch says which functions are called (a TorchFunctionMode), and
-autograd keeps, in place of what such a function gave, or of any view of it, a note of how it was made; the backward pass makes it again, to the
-same bits. So a norm's output follows from its input, which the norm keeps anyway; the hidden units of a feed-forward follow from that output; and a
-method that hangs on a site in between keeps nothing more, without knowing of it.
+Layers and methods write their formulas as the papers do. Inside `made_again()` torch says which functions are called (a
+TorchFunctionMode), and autograd keeps, in place of what such a function gave, or of any view of it, a note of how it
+was made; the backward pass makes it again, to the same bits. So a norm's output follows from its input, which the norm
+keeps anyway; the hidden units of a feed-forward follow from that output; and a method that hangs on a site in between
+keeps nothing more, without knowing of it.
 
-Only functions without randomness are made again. Other hooks on saved tensors stay in force: they are given the tensors that are really kept.
+Only functions without randomness are made again. Other hooks on saved tensors stay in force: they are given the tensors
+that are really kept.
 """
 
 from __future__ import annotations
@@ -37,7 +42,8 @@ _in_force: ContextVar[Recompute | None] = ContextVar("_in_force", default=None)
 
 
 class Note:
-    """How a tensor was made. Sources are held once the tensor is asked for; parameters by reference, with the version that they had."""
+    """How a tensor was made. Sources are held once the tensor is asked for; parameters by reference, with the version
+    that they had."""
 
     def __init__(self, out: Tensor, function: Function, sources: tuple[Tensor | None, ...]):
         self.storage, self.version = StorageWeakRef(out.untyped_storage()), out._version  # type: ignore[no-untyped-call]
@@ -51,7 +57,9 @@ class Note:
     def hold(self, pack: Callable[[Tensor], Any]) -> None:
         """One more place in the graph needs the tensor."""
         if self.held is None:
-            self.held = [x if x is None else (x, x._version) if isinstance(x, nn.Parameter) else pack(x) for x in self.sources]
+            self.held = [
+                x if x is None else (x, x._version) if isinstance(x, nn.Parameter) else pack(x) for x in self.sources
+            ]
             self.sources = ()
         self.uses += 1
 
@@ -85,12 +93,18 @@ class Recompute(TorchFunctionMode):
         super().__init__()
         self.notes: dict[int, Note] = {}
         self.watching, self.products = False, False
-        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)  # of torch's hooks only the innermost are called: they are passed on to
+        # of torch's hooks only the innermost are called: they are passed on to
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
         self.outer_pack, self.outer_unpack = outer if outer is not None else (None, None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and torch.is_grad_enabled() and not any(out is x for x in args) and self.worth(func, args, out):
+        if (
+            isinstance(out, Tensor)
+            and torch.is_grad_enabled()
+            and not any(out is x for x in args)
+            and self.worth(func, args, out)
+        ):
             places = [i for i, x in enumerate(args) if isinstance(x, Tensor)]
             named = [name for name, x in (kwargs or {}).items() if isinstance(x, Tensor)]
 
@@ -112,16 +126,25 @@ class Recompute(TorchFunctionMode):
         """Whether less is kept where the result of a function is made again."""
         if func in ALWAYS:
             return True
-        if func in SUMS or func in PRODUCTS:  # of what is made again itself, or is kept anyway: a factor, where the other one has a gradient
+        # of what is made again itself, or is kept anyway: a factor, where the other one has a gradient
+        if func in SUMS or func in PRODUCTS:
             tensors = [x for x in args if isinstance(x, Tensor)]
             factors = func in PRODUCTS and len(tensors) == 2
             kept = [factors and tensors[1 - i].requires_grad for i in range(len(tensors))]
-            return all(own or isinstance(x, nn.Parameter) or self.note(x) is not None for own, x in zip(kept, tensors, strict=True))
+            return all(
+                own or isinstance(x, nn.Parameter) or self.note(x) is not None
+                for own, x in zip(kept, tensors, strict=True)
+            )
         if func is Tensor.index_select:
             return self.note(args[0]) is not None
         if func is Tensor.to:
-            return self.note(args[0]) is not None or isinstance(args[0], nn.Parameter) or args[0].element_size() < out.element_size()
-        if func is F.linear and len(args) > 1 and args[1].ndim == 2:  # B z of a narrow z, and hidden units W x + b of a frozen W
+            return (
+                self.note(args[0]) is not None
+                or isinstance(args[0], nn.Parameter)
+                or args[0].element_size() < out.element_size()
+            )
+        # B z of a narrow z, and hidden units W x + b of a frozen W
+        if func is F.linear and len(args) > 1 and args[1].ndim == 2:
             outputs, inputs = args[1].shape
             return 8 * inputs <= outputs or (self.products and not args[1].requires_grad)
         return False
@@ -136,7 +159,11 @@ class Recompute(TorchFunctionMode):
     def note(self, tensor: Tensor) -> Note | None:
         """What has been told of a tensor, or of what it is a view of."""
         note = self.notes.get(tensor.untyped_storage()._cdata)
-        return note if note is not None and note.version == tensor._version and not isinstance(tensor, nn.Parameter) else None
+        return (
+            note
+            if note is not None and note.version == tensor._version and not isinstance(tensor, nn.Parameter)
+            else None
+        )
 
     def pack(self, tensor: Tensor) -> Any:
         note = self.note(tensor)
@@ -155,16 +182,20 @@ class Recompute(TorchFunctionMode):
 def check_level(level: str) -> None:
     """Raise UnknownNameError for what is no level."""
     if level == "projections":
-        raise OptionError("recompute='projections' is no longer one of its steps; 'blocks' keeps less, and 'hidden' is faster")
+        raise OptionError(
+            "recompute='projections' is no longer one of its steps; 'blocks' keeps less, and 'hidden' is faster"
+        )
     if level not in LEVELS:
         raise UnknownNameError("recompute", level, LEVELS)
 
 
 def spare(model: nn.Module, level: Level) -> dict[str, Any]:
-    """Set what `finetune` sets, the level and that the last block computes only what the head reads; what was set before, by attribute."""
+    """Set what `finetune` sets, the level and that the last block computes only what the head reads; what was set
+    before, by attribute."""
     check_level(level)
     wanted = {"recompute": level, "only_what_is_read": True}
-    before = {name: getattr(model, name) for name in wanted if hasattr(model, name)}  # the head of a Perceiver reads all latents
+    # the head of a Perceiver reads all latents
+    before = {name: getattr(model, name) for name in wanted if hasattr(model, name)}
     for name in before:
         setattr(model, name, wanted[name])
     return before
@@ -176,7 +207,8 @@ class Recomputing:
     recompute: Level = "nothing"  # in training: what is computed again for the backward pass instead of kept
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """recompute = "blocks": keep only the input of each block for the backward pass and compute the rest again (Chen et al. 2016)."""
+        """recompute = "blocks": keep only the input of each block for the backward pass and compute the rest again
+        (Chen et al. 2016)."""
         self.recompute = "blocks"
 
     def gradient_checkpointing_disable(self) -> None:
@@ -191,7 +223,9 @@ class Recomputing:
 
     @checkpointing.setter
     def checkpointing(self, wanted: bool) -> None:
-        raise OptionError(f"checkpointing is one step of recompute now: model.recompute = {'blocks' if wanted else 'nothing'!r}")
+        raise OptionError(
+            f"checkpointing is one step of recompute now: model.recompute = {'blocks' if wanted else 'nothing'!r}"
+        )
 
 
 @contextmanager
@@ -212,7 +246,8 @@ def recompute(level: Level = "hidden") -> Iterator[None]:
 
 @contextmanager
 def made_again(products: bool = False) -> Iterator[None]:
-    """Inside, cheap functions are watched: what they give is made again. products: those with frozen weights, too, as of hidden units."""
+    """Inside, cheap functions are watched: what they give is made again. products: those with frozen weights, too, as
+    of hidden units."""
     running = None if torch.compiler.is_compiling() else _in_force.get()
     if running is None:
         yield
@@ -230,7 +265,8 @@ def made_again(products: bool = False) -> Iterator[None]:
 
 
 def follows(out: Tensor, function: Function, *sources: Tensor | None) -> Tensor:
-    """Say that out = function(*sources), without randomness, bit for bit, where torch does not see it: in an autograd.Function. out itself."""
+    """Say that out = function(*sources), without randomness, bit for bit, where torch does not see it: in an
+    autograd.Function. out itself."""
     running = None if torch.compiler.is_compiling() else _in_force.get()
     if running is not None and running.products and torch.is_grad_enabled():
         running.told(out, function, sources)
@@ -240,7 +276,8 @@ def follows(out: Tensor, function: Function, *sources: Tensor | None) -> Tensor:
 def _unchanged(parameter: Tensor, version: int) -> Tensor:
     if parameter._version != version:
         raise RuntimeError(
-            f"a parameter of shape {tuple(parameter.shape)} was modified between the forward and the backward pass that needs it to compute "
+            f"a parameter of shape {tuple(parameter.shape)} was modified between the forward and the backward pass "
+            "that needs it to compute "
             "activations again; step the optimizer after backward, or set model.recompute = 'nothing'"
         )
     return parameter

@@ -27,7 +27,7 @@ from effzoo.memory import room
 from effzoo.spec import Spec, parse_one
 
 T = TypeVar("T")
-_table: dict[tuple[str, str], type] = {}
+_table: dict[tuple[str, str], Any] = {}
 _declared: weakref.WeakKeyDictionary[type, list[Option]] = weakref.WeakKeyDictionary()  # reading annotations takes long
 _entry_points_loaded = False
 ENTRY_POINT_GROUP = "effzoo.plugins"
@@ -58,12 +58,16 @@ class View(Generic[T]):
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise OptionError(f"a registry name holds letters, digits, '_' and '-', got {name!r}")
             if (self.kind, name) in _table:
-                raise OptionError(f"{self.kind} {name!r} is already registered by {_table[self.kind, name].__qualname__}; choose another name")
+                raise OptionError(
+                    f"{self.kind} {name!r} is already registered by "
+                    f"{_table[self.kind, name].__qualname__}; choose another name"
+                )
 
         def enter(cls: type[T]) -> type[T]:
             _require_keyword_only(self.kind, names[0], cls)
             if not cls.__module__.startswith("effzoo."):  # those are read in a test: reading annotations takes long
-                with suppress(NameError):  # of a name that the module may have later; said when the options are asked for
+                # of a name that the module may have later; said when the options are asked for
+                with suppress(NameError):
                     check_declared(self.kind, names[0], cls)
             cls.name = names[0]  # type: ignore[attr-defined]
             _check_when_made(self.kind, cls)
@@ -76,12 +80,14 @@ class View(Generic[T]):
     def names(self) -> list[str]:
         """Every entry once, by its first name."""
         _load_entry_points()
-        return sorted({cls.name for (kind, _), cls in _table.items() if kind == self.kind})  # type: ignore[attr-defined]
+        return sorted({cls.name for (kind, _), cls in _table.items() if kind == self.kind})
 
     def aliases(self, name: str) -> list[str]:
         """The other names of an entry."""
-        cls = self.get(name)
-        return sorted(alias for (kind, alias), c in _table.items() if kind == self.kind and c is cls and alias != cls.name)  # type: ignore[attr-defined]
+        cls: Any = self.get(name)
+        return sorted(
+            alias for (kind, alias), c in _table.items() if kind == self.kind and c is cls and alias != cls.name
+        )
 
     def get(self, name: str) -> type[T]:
         """The class of an entry; UnknownNameError lists the known names and the closest."""
@@ -98,14 +104,17 @@ class View(Generic[T]):
         return list(_options(self.get(name)))
 
     def create(self, given: str | Mapping[str, Any] | Spec, *arguments: Any) -> T:
-        """Build one entry from a spec; unknown options, and values of another type or outside their range, raise OptionError."""
+        """Build one entry from a spec; unknown options, and values of another type or outside their range, raise
+        OptionError."""
         spec = parse_one(given)
         cls = self.get(spec.name)
         _check_names(self.kind, spec, _options(cls))
         try:
             inspect.signature(cls).bind(*arguments, **spec.options)
         except TypeError as error:
-            raise ArgumentError(f"{self.kind} {spec.name!r} cannot be made of {len(arguments)} arguments beside its options: {error}") from None
+            raise ArgumentError(
+                f"{self.kind} {spec.name!r} cannot be made of {len(arguments)} arguments beside its options: {error}"
+            ) from None
         return cls(*arguments, **spec.options)
 
 
@@ -124,7 +133,8 @@ def load_file(path: str | Path) -> list[tuple[str, str]]:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise OptionError(f"{path} is not a Python file; give one that ends in .py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses and torch.compile look for it
+    # where dataclasses and torch.compile look for it
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except EffzooError:
@@ -132,7 +142,11 @@ def load_file(path: str | Path) -> list[tuple[str, str]]:
         raise
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path.absolute()]
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename) == path.absolute()
+        ]
         where = f" at line {lines[-1]}" if lines else ""
         raise OptionError(f"{path} failed{where} while it was imported: {type(error).__name__}: {error}") from error
     return sorted(set(_table) - before)
@@ -170,7 +184,8 @@ def _options(cls: type) -> list[Option]:
         return _read_options(cls)
     except NameError as error:
         raise OptionError(
-            f"an annotation in the constructor of {cls.__qualname__} names {error.name!r}, which its module does not have; import it there, "
+            f"an annotation in the constructor of {cls.__qualname__} names {error.name!r}, which its module does not "
+            "have; import it there, "
             "or annotate the option with a type such as int, float or str"
         ) from None
 
@@ -184,19 +199,25 @@ def _read_options(cls: type) -> list[Option]:
             raise
         except Exception as error:  # an annotation may be any expression
             raise OptionError(
-                f"an annotation in the constructor of {cls.__qualname__} cannot be read ({type(error).__name__}: {error}); annotate the option "
+                f"an annotation in the constructor of {cls.__qualname__} cannot be read ({type(error).__name__}: "
+                f"{error}); annotate the option "
                 "with a type such as int, float or str"
             ) from None
-        _declared[cls] = [Option(p.name, p.annotation, p.default) for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+        _declared[cls] = [
+            Option(p.name, p.annotation, p.default) for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY
+        ]
     return _declared[cls]
 
 
 def _require_keyword_only(kind: str, name: str, cls: type) -> None:
-    for parameter in inspect.signature(_constructor(cls)).parameters.values() if _constructor(cls) is not object.__init__ else ():
+    for parameter in (
+        inspect.signature(_constructor(cls)).parameters.values() if _constructor(cls) is not object.__init__ else ()
+    ):
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             stars = 2 if parameter.kind is parameter.VAR_KEYWORD else 1
             raise OptionError(
-                f"{kind} {name!r}: the constructor of {cls.__qualname__} takes {'*' * stars}{parameter.name}, which hides its options; "
+                f"{kind} {name!r}: the constructor of {cls.__qualname__} takes {'*' * stars}{parameter.name}, which "
+                "hides its options; "
                 "write each option as a keyword-only parameter with a default"
             )
 
@@ -207,8 +228,10 @@ def check_declared(kind: str, name: str, cls: type) -> None:
         odd = unreadable(option.annotation)
         if odd is not None:
             raise OptionError(
-                f"{kind} {name!r}: option {option.name!r} is annotated {inspect.formatannotation(odd)}, which specs and adapter files cannot hold; "
-                "annotate bool, int, float, str, None, a Literal of these, a list, tuple, Sequence, dict or Mapping, or a union of such, and make "
+                f"{kind} {name!r}: option {option.name!r} is annotated {inspect.formatannotation(odd)}, which specs "
+                "and adapter files cannot hold; "
+                "annotate bool, int, float, str, None, a Literal of these, a list, tuple, Sequence, dict or Mapping, "
+                "or a union of such, and make "
                 "other things of them in the constructor"
             )
 
@@ -227,11 +250,14 @@ def _check_when_made(kind: str, cls: type) -> None:
             wrong = problem(options[key], option.annotation)
             if wrong is not None:
                 typed = wrong.startswith("takes")
-                raise OptionError(f"option {key!r} of {kind} {self.name!r} {wrong}" if typed else f"{self.name}: {key} {wrong}")
+                raise OptionError(
+                    f"option {key!r} of {kind} {self.name!r} {wrong}" if typed else f"{self.name}: {key} {wrong}"
+                )
             odd = unwritable(options[key])
             if odd is not None:
                 raise OptionError(
-                    f"option {key!r} of {kind} {self.name!r} holds {odd}, which no spec and no adapter file can hold; give finite numbers, texts, "
+                    f"option {key!r} of {kind} {self.name!r} holds {odd}, which no spec and no adapter file can "
+                    "hold; give finite numbers, texts, "
                     "true or false, none, and lists of them and maps from text to them"
                 )
         with room(options):
@@ -245,8 +271,15 @@ def _check_names(kind: str, spec: Spec, options: Sequence[Option]) -> None:
     known = {option.name: option for option in options}
     for key in spec.options:
         if key not in known:
-            hint = " Several kinds of attention are a list with one spec for each layer." if (kind, key) == ("attention", "layers") else ""
-            raise OptionError(f"{kind} {spec.name!r} has no option {shown(key)}{did_you_mean(key, known)} Options: {listing(known)}.{hint}")
+            hint = (
+                " Several kinds of attention are a list with one spec for each layer."
+                if (kind, key) == ("attention", "layers")
+                else ""
+            )
+            raise OptionError(
+                f"{kind} {spec.name!r} has no option {shown(key)}{did_you_mean(key, known)} Options: "
+                f"{listing(known)}.{hint}"
+            )
     for option in options:
         if option.required and option.name not in spec.options:
             raise OptionError(f"{kind} {spec.name!r} needs the option {option.name!r} ({describe(option.annotation)})")

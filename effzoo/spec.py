@@ -3,14 +3,15 @@
     union  = spec { "|" spec }
     spec   = name [ "[" option { "," option } "]" ] [ "@" layers ]
     option = key "=" value
-    value  = "(" value { "," value } ")" | "{" key ":" value { "," key ":" value } "}" | quoted string | number | true | false | none | bare word
-    key    = word | quoted string
+    value  = "(" value { "," value } ")" | "{" key ":" value { "," key ":" value } "}" | quoted string | number | true |
+    false | none | bare word key    = word | quoted string
     layers = range { "+" range },  range = number [ "-" number ]
 
 A quoted string is in ' or ", and holds its own quote written twice.
 
 `longformer[window=256]`, `lora[rank=4, targets=(attn.q*, attn.v*)]|ia3`, `longformer[window=(32, 64, 128)]`,
-`lora[rank={attn.q: 8, attn.v: 4}]`; `prefix@0-3|lora@4-5+8` is short for `prefix[layers=(0, 1, 2, 3)]|lora[layers=(4, 5, 8)]`.
+`lora[rank={attn.q: 8, attn.v: 4}]`; `prefix@0-3|lora@4-5+8` is short for `prefix[layers=(0, 1, 2, 3)]|lora[layers=(4,
+    5, 8)]`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Spec:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not isinstance(self.options, Mapping):
-            raise SpecError(f"a Spec has a name and a mapping of options, got {shown(self.name)} and {shown(self.options)}")
+            raise SpecError(
+                f"a Spec has a name and a mapping of options, got {shown(self.name)} and {shown(self.options)}"
+            )
         object.__setattr__(self, "options", {key: plain(value) for key, value in self.options.items()})
 
     def __str__(self) -> str:
@@ -59,7 +62,8 @@ class Spec:
 def parse(given: str | Mapping[str, Any] | Spec | Iterable[Any]) -> tuple[Spec, ...]:
     """Read a spec string, a mapping `{"name": ..., option: value}`, or a list of either, as a union of specs.
 
-    Raises SpecError, for a string with a caret under the first character that does not fit. The time is linear in the length of the string.
+    Raises SpecError, for a string with a caret under the first character that does not fit. The time is linear in the
+        length of the string.
     """
     specs = tuple(_parsed(given, 0))
     if not specs:
@@ -75,14 +79,24 @@ def _parsed(given: Any, depth: int) -> list[Spec]:
     if isinstance(given, Mapping):
         if isinstance(given.get("name"), str):
             if odd := [key for key in given if not isinstance(key, str)]:
-                raise SpecError(f"the options of {shown(given['name'])} have names, got the key {shown(odd[0])} ({type(odd[0]).__name__})")
+                raise SpecError(
+                    f"the options of {shown(given['name'])} have names, got the key {shown(odd[0])} "
+                    f"({type(odd[0]).__name__})"
+                )
             return [Spec(given["name"], {key: value for key, value in given.items() if key != "name"})]
-        if given and all(isinstance(key, str) and key[:1].isdigit() for key in given):  # {"0-1": "adapter|lora", "2-3": "prefix"}
+        # {"0-1": "adapter|lora", "2-3": "prefix"}
+        if given and all(isinstance(key, str) and key[:1].isdigit() for key in given):
             return [_on_layers(spec, layers) for layers, union in given.items() for spec in _parsed(union, depth + 1)]
         if odd := [key for key in given if not isinstance(key, str)]:
             wrong = f"{shown(odd[0])} ({type(odd[0]).__name__})"
-            raise SpecError(f"the keys of a spec mapping are texts, 'name' and options, or layers ({{'0-3': 'lora'}}), got the key {wrong}")
-        raise SpecError(f"a spec mapping has the key 'name' with a string, or layers as keys ({{'0-3': 'lora'}}), got {shown(dict(given))}")
+            raise SpecError(
+                f"the keys of a spec mapping are texts, 'name' and options, or layers ({{'0-3': "
+                f"'lora'}}), got the key {wrong}"
+            )
+        raise SpecError(
+            f"a spec mapping has the key 'name' with a string, or layers as keys ({{'0-3': 'lora'}}), "
+            f"got {shown(dict(given))}"
+        )
     if not isinstance(given, Iterable) or isinstance(given, (bytes, bytearray)) or hasattr(given, "__array__"):
         raise SpecError(f"a spec is a string, a mapping or a list of them, got {type(given).__name__}: {shown(given)}")
     if depth > MAX_DEPTH:
@@ -106,7 +120,10 @@ def parse_one(given: str | Mapping[str, Any] | Spec) -> Spec:
     """Read exactly one spec; a union is an error."""
     specs = parse(given)
     if len(specs) != 1:
-        raise SpecError(f"expected one spec, got {len(specs)}: {shown(given)}; several kinds of attention are a list with one spec for each layer")
+        raise SpecError(
+            f"expected one spec, got {len(specs)}: {shown(given)}; several kinds of attention are a list "
+            "with one spec for each layer"
+        )
     return specs[0]
 
 
@@ -116,7 +133,8 @@ class _Reader:
     def __init__(self, text: str):
         if len(text) > MAX_CHARACTERS:
             raise SpecError(
-                f"a spec of {len(text):,} characters; at most {MAX_CHARACTERS:,} are read: give long lists as a mapping, "
+                f"a spec of {len(text):,} characters; at most {MAX_CHARACTERS:,} are read: give long lists as a "
+                "mapping, "
                 f"{{'name': ..., option: values}}. It begins {shown(text)}"
             )
         self.text, self.at = text, 0
@@ -254,7 +272,19 @@ def _write(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"({', '.join(map(_write, value))})"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_write(key) if _WORD.fullmatch(str(key)) is None else key}: {_write(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, str) and (not _WORD.fullmatch(value) or value.lower() in _CONSTANTS or _WHOLE.fullmatch(value) or _DECIMAL.fullmatch(value)):
+        return (
+            "{"
+            + ", ".join(
+                f"{_write(key) if _WORD.fullmatch(str(key)) is None else key}: {_write(item)}"
+                for key, item in value.items()
+            )
+            + "}"
+        )
+    if isinstance(value, str) and (
+        not _WORD.fullmatch(value)
+        or value.lower() in _CONSTANTS
+        or _WHOLE.fullmatch(value)
+        or _DECIMAL.fullmatch(value)
+    ):
         return f"'{value}'" if '"' in value and "'" not in value else '"' + value.replace('"', '""') + '"'
     return str(value)

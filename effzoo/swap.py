@@ -27,7 +27,8 @@ from effzoo.sites import sites, unwrap
 
 @dataclass(frozen=True)
 class Swap:
-    """What became of the attention's tensors: kept as they were, copied {new: from}, newly drawn, and dropped; keys as in `state_dict`."""
+    """What became of the attention's tensors: kept as they were, copied {new: from}, newly drawn, and dropped; keys as
+    in `state_dict`."""
 
     attention: str
     kept: tuple[str, ...]
@@ -52,22 +53,29 @@ class Swap:
 def swap_attention(model: Transformer, attention: Any) -> Swap:
     """Replace the attention of every block, in place, and say what became of each tensor.
 
-    attention: a spec such as "linformer[k=128]", or one per layer. Projections that both kinds have stay the very same modules. Projections
-    that only the new kind has start as a copy of the one they stand in for (its queries of the queries, as in Longformer's global projections
-    from the local ones, the shared queries and keys of LSH from the queries); what has no such origin is drawn as the kind
-    says (Linformer's E and F start as the mean over segments). With the same weights the new kind computes another function:
-    how near it is to the old one depends on the kind, so measure, and fine-tune.
+    attention: a spec such as "linformer[k=128]", or one per layer. Projections that both kinds have stay the very same
+        modules. Projections that only the new kind has start as a copy of the one they stand in for (its queries of the
+        queries, as in Longformer's global projections from the local ones, the shared queries and keys of LSH from the
+        queries); what has no such origin is drawn as the kind says (Linformer's E and F start as the mean over
+        segments). With the same weights the new kind computes another function: how near it is to the old one depends
+        on the kind, so measure, and fine-tune.
 
-    Raises UnknownNameError, OptionError, IncompatibleError (a kind that cannot be causal, in a decoder) and AdapterError when adapters are
-    attached, or merged into the attention and still to be taken out again; the model is then unchanged.
+    Raises UnknownNameError, OptionError, IncompatibleError (a kind that cannot be causal, in a decoder) and
+        AdapterError when adapters are attached, or merged into the attention and still to be taken out again; the model
+        is then unchanged.
     """
     model = unwrap(model)
     if not isinstance(model, Transformer):
         raise IncompatibleError(f"swap_attention changes a Transformer of effzoo, got {type(model).__name__}")
     if names := attached(model):
-        raise AdapterError(f"adapters are attached ({listing(names)}) to the old attention; merge or detach them, and attach anew after the swap")
+        raise AdapterError(
+            f"adapters are attached ({listing(names)}) to the old attention; merge or detach them, "
+            "and attach anew after the swap"
+        )
     if any(getattr(site, "bits", None) for _, site in sites(model)):
-        raise IncompatibleError("projections are quantised, and cannot be copied for another attention; swap first, and quantise then")
+        raise IncompatibleError(
+            "projections are quantised, and cannot be copied for another attention; swap first, and quantise then"
+        )
     check_nothing_merged(model, "another attention", lambda path: ".attn." in f".{path}.")
     with transition(model), room(attention):
         return _swapped(model, attention)
@@ -110,7 +118,9 @@ def _fill(new: Attention, old: Attention, path: str, copied: dict[str, str]) -> 
                 new.norms[name] = old.norms[name]
         elif origin is not None:
             _copy(new.get_submodule(name), old.get_submodule(origin))
-            copied.update({f"{path}.{name}.{key}": f"{path}.{origin}.{key}" for key in new.get_submodule(name).state_dict()})
+            copied.update(
+                {f"{path}.{name}.{key}": f"{path}.{origin}.{key}" for key in new.get_submodule(name).state_dict()}
+            )
             if name in new.norms:
                 _copy(new.norms[name], old.norms[origin])
                 copied[f"{path}.norms.{name}.weight"] = f"{path}.norms.{origin}.weight"

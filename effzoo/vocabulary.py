@@ -1,4 +1,5 @@
-"""More tokens, or fewer, for a model that has weights: the token embedding and the language-model head get rows, or lose some."""
+"""More tokens, or fewer, for a model that has weights: the token embedding and the language-model head get rows, or
+lose some."""
 
 from __future__ import annotations
 
@@ -22,23 +23,31 @@ SPREAD = 1e-9  # of the covariance, and of a bias's standard deviation, as in tr
 
 
 @torch.no_grad()
-def resize_vocabulary(model: M, n: int, *, init: Init = "mean", multiple_of: int = 1, shrink: bool = False, seed: int = 0) -> M:
+def resize_vocabulary(
+    model: M, n: int, *, init: Init = "mean", multiple_of: int = 1, shrink: bool = False, seed: int = 0
+) -> M:
     """Give the token embedding, and the language-model head, `n` rows, in place; return the model.
 
-    n: tokens afterwards; rows are added, or taken, at the end. init: of added rows. "mean", a normal distribution with the mean of the rows that
-    were there and 1e-9 times their covariance, so that a new token is about as likely as an average one and old probabilities hardly move
-    (Hewitt 2021, Initializing new word embeddings for pretrained language models, nlp.stanford.edu/~johnhew/vocab-expansion.html; what
-    `resize_token_embeddings` of transformers does); the mean alone where the covariance is not positive definite, as with fewer rows than columns.
-    "normal", mean 0 and standard deviation 0.02, as in a model that is built anew. Added biases of a tied head are 0, of one with a weight of its own
-    they begin at the mean of its biases (0 for "normal"). multiple_of: n is rounded up to a multiple of this. shrink: whether n may be smaller than
-    before; the last rows are then lost. seed: of the draw, which leaves torch's own random state alone: copies of a model get the same rows.
+    n: tokens afterwards; rows are added, or taken, at the end.
+    init: of added rows. "mean", a normal distribution with the mean of the rows that were there and 1e-9 times their
+        covariance, so that a new token is about as likely as an average one and old probabilities hardly move
+        (Hewitt 2021, Initializing new word embeddings for pretrained language models,
+        nlp.stanford.edu/~johnhew/vocab-expansion.html; what `resize_token_embeddings` of transformers does); the
+        mean alone where the covariance is not positive definite, as with fewer rows than columns. "normal", mean 0
+        and standard deviation 0.02, as in a model that is built anew. Added biases of a tied head are 0, of one with
+        a weight of its own they begin at the mean of its biases (0 for "normal").
+    multiple_of: n is rounded up to a multiple of this.
+    shrink: whether n may be smaller than before; the last rows are then lost.
+    seed: of the draw, which leaves torch's own random state alone: copies of a model get the same rows.
 
-    Old rows, dtype, device and requires_grad stay; a tied head reads the resized table, one of its own is resized likewise, with the mean of its own
-    rows. The parameters are new objects: make the optimizer afterwards. Adapters stay attached; what hangs on a resized site grows along, and the
-    added rows begin there without a change. An adapter that was saved before does not load any more, since the base is another.
+    Old rows, dtype, device and requires_grad stay; a tied head reads the resized table, one of its own is resized
+    likewise, with the mean of its own rows. The parameters are new objects: make the optimizer afterwards. Adapters
+    stay attached; what hangs on a resized site grows along, and the added rows begin there without a change. An adapter
+    that was saved before does not load any more, since the base is another.
 
-    Raises OptionError for numbers that are none, TooLargeError for more rows than memory has room for, IncompatibleError for a model without
-    tokens, a quantised head, or an adapter that cannot follow, AdapterError for one that is merged into these rows; the model is then unchanged.
+    Raises OptionError for numbers that are none, TooLargeError for more rows than memory has room for,
+        IncompatibleError for a model without tokens, a quantised head, or an adapter that cannot follow, AdapterError
+        for one that is merged into these rows; the model is then unchanged.
     """
     outer, model = model, unwrap(model)
     token = _token(model)
@@ -75,10 +84,15 @@ def resize_vocabulary(model: M, n: int, *, init: Init = "mean", multiple_of: int
 def _token(model: nn.Module) -> Embedding:
     """The token embedding."""
     if not isinstance(model, Transformer | Perceiver):
-        raise IncompatibleError(f"resize_vocabulary changes a Transformer or Perceiver of effzoo, got {type(model).__name__}")
+        raise IncompatibleError(
+            f"resize_vocabulary changes a Transformer or Perceiver of effzoo, got {type(model).__name__}"
+        )
     token = model.embeddings.token
     if token is None:
-        raise IncompatibleError(f"{model.config.name} reads arrays of numbers, so it has no vocabulary; build it with vocab=... to read tokens")
+        raise IncompatibleError(
+            f"{model.config.name} reads arrays of numbers, so it has no vocabulary; build it "
+            "with vocab=... to read tokens"
+        )
     return token
 
 
@@ -90,10 +104,15 @@ def _checked(n: int, multiple_of: int, init: str, seed: int, old: int, shrink: b
     if seed >= 2**63:
         raise OptionError(f"resize_vocabulary: seed is below 2^63, got {seed}")
     if init not in get_args(Init):
-        raise OptionError(f"resize_vocabulary: init is 'mean' or 'normal', got {init!r}{did_you_mean(init, get_args(Init))}")
+        raise OptionError(
+            f"resize_vocabulary: init is 'mean' or 'normal', got {init!r}{did_you_mean(init, get_args(Init))}"
+        )
     n = -(-n // multiple_of) * multiple_of
     if n < old and not shrink:
-        raise OptionError(f"resize_vocabulary: {n} rows are fewer than the {old} there are, and the last {old - n} would be lost; give shrink=True")
+        raise OptionError(
+            f"resize_vocabulary: {n} rows are fewer than the {old} there are, and the last {old - n} "
+            "would be lost; give shrink=True"
+        )
     return n
 
 
@@ -101,28 +120,38 @@ def _check_sites(model: nn.Module, found: dict[str, Site], n: int, old: int) -> 
     """Raise for what cannot be resized, before anything is allocated."""
     pad = getattr(model.config, "pad_token", None)
     if pad is not None and n < old and pad >= n:
-        raise OptionError(f"resize_vocabulary: pad_token {pad} is no row of a vocabulary of {n}; keep at least {pad + 1}")
+        raise OptionError(
+            f"resize_vocabulary: pad_token {pad} is no row of a vocabulary of {n}; keep at least {pad + 1}"
+        )
     for path, site in found.items():
         if getattr(site, "bits", None):
             raise IncompatibleError(
-                f"{path} is quantised, and rows cannot be added to codes; resize first and quantise then, or call effzoo.dequantise"
+                f"{path} is quantised, and rows cannot be added to codes; resize first and quantise then, or call "
+                "effzoo.dequantise"
             )
         for module in _hung(site):
             grows = isinstance(module, Growing) and module.can_grow
             if not grows or n < old:
                 what = f"{type(module).__name__} on {path}"
-                reason = "cannot lose rows" if grows else "numbers or mixes the rows that are there, so it cannot follow"
-                raise IncompatibleError(f"resize_vocabulary: the adapter's {what} {reason}; detach or merge the adapter first, and attach it anew")
+                reason = (
+                    "cannot lose rows" if grows else ("numbers or mixes the rows that are there, so it cannot follow")
+                )
+                raise IncompatibleError(
+                    f"resize_vocabulary: the adapter's {what} {reason}; detach or merge the "
+                    "adapter first, and attach it anew"
+                )
     for name, keys in merged_tensors(model).items():
         if touched := [key for key in keys if key.rpartition(".")[0] in found]:
             raise AdapterError(
-                f"adapter {name!r} is merged into {touched[0]}, and unmerge would put {old} rows back; unmerge it first, or merge it with undo=False"
+                f"adapter {name!r} is merged into {touched[0]}, and unmerge would put {old} rows back; unmerge it "
+                "first, or merge it with undo=False"
             )
     like = next(iter(found.values()))
     needed = sum(n * p.numel() // len(p) * p.element_size() for site in found.values() for p in site.base().values())
     if needed > (have := free(next(iter(like.base().values())).device)):
         raise TooLargeError(
-            f"resize_vocabulary: {n:,} rows need {needed:,} bytes, and {max(0, int(have)):,} are free; the model has {old:,} rows now"
+            f"resize_vocabulary: {n:,} rows need {needed:,} bytes, and {max(0, int(have)):,} are free; the model has "
+            f"{old:,} rows now"
         )
 
 

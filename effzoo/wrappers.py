@@ -16,13 +16,14 @@ class Model(nn.Module):
 
 
 def unwrap(model: M) -> M:
-    """The model inside `torch.compile`, DistributedDataParallel and DataParallel, however deep; any other module is itself.
+    """The model inside `torch.compile`, DistributedDataParallel and DataParallel, however deep; any other module is
+    itself.
 
-    Give the wrapper, not what is in it, to whatever changes which parameters learn: only then is it seen that DistributedDataParallel does not
-    synchronise one that it did not know, or that was frozen, when it was made.
+    Give the wrapper, not what is in it, to whatever changes which parameters learn: only then is it seen that
+    DistributedDataParallel does not synchronise one that it did not know, or that was frozen, when it was made.
 
-    Raises AdapterError for what is no module, and for another module around a model (nn.Sequential, a trainer's module, peft's own model): what it
-    does besides calling the model is not known.
+    Raises AdapterError for what is no module, and for another module around a model (nn.Sequential, a trainer's module,
+        peft's own model): what it does besides calling the model is not known.
     """
     if not isinstance(model, nn.Module):
         raise AdapterError(f"expected a model (torch.nn.Module), got {type(model).__name__}")
@@ -33,21 +34,27 @@ def unwrap(model: M) -> M:
         for path, part in innermost.named_modules():
             if part is not innermost and isinstance(part, Model):
                 raise AdapterError(
-                    f"{type(innermost).__name__} is a module around a model; give the model itself, its {path!r} ({type(part).__name__})"
+                    f"{type(innermost).__name__} is a module around a model; give the model itself, its {path!r} "
+                    f"({type(part).__name__})"
                 )
     return innermost  # type: ignore[return-value]
 
 
 def refuse_compiled(part: nn.Module, path: str) -> None:
-    """AdapterError for a part of a model that stands in a wrapper of `torch.compile`, which would change the names of all that is in it."""
+    """AdapterError for a part of a model that stands in a wrapper of `torch.compile`, which would change the names of
+    all that is in it."""
     if type(part).__name__ == "OptimizedModule":
-        raise AdapterError(f"{path} is compiled as a module of its own, which renames what is in it; compile it in place, by {path}.compile()")
+        raise AdapterError(
+            f"{path} is compiled as a module of its own, which renames what is in it; compile it in "
+            f"place, by {path}.compile()"
+        )
 
 
 def inside(module: nn.Module) -> nn.Module | None:
     """What a wrapper of torch wraps; None for any other module."""
     if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return module.module
-    if type(module).__name__ == "OptimizedModule" and type(module).__module__.startswith("torch."):  # importing it costs a second
+    # importing it costs a second
+    if type(module).__name__ == "OptimizedModule" and type(module).__module__.startswith("torch."):
         return module._orig_mod  # type: ignore[return-value]
     return None

@@ -1,8 +1,10 @@
-"""Files that are written whole or not at all, whatever is killed when: every file that effzoo writes for later goes through here.
+"""Files that are written whole or not at all, whatever is killed when: every file that effzoo writes for later goes
+through here.
 
-The content goes to a new file beside the old one, with a name nobody can guess, is forced to disk, and is renamed into place: a reader sees the old
-file or the new one. A rename replaces a symbolic link, and never what it points to. Who writes holds a lock on the folder, which the operating
-system takes back when the process ends: writers come one after the other, and what a killed one left half written is removed by the next.
+The content goes to a new file beside the old one, with a name nobody can guess, is forced to disk, and is renamed into
+place: a reader sees the old file or the new one. A rename replaces a symbolic link, and never what it points to. Who
+writes holds a lock on the folder, which the operating system takes back when the process ends: writers come one after
+the other, and what a killed one left half written is removed by the next.
 """
 
 from __future__ import annotations
@@ -33,13 +35,16 @@ def replace_file(path: str | Path, content: Content) -> None:
     replace_files(path.parent, {path.name: content})
 
 
-def replace_files(folder: Path, contents: Mapping[str, Content], *, afterwards: Callable[[], None] | None = None) -> None:
-    """Write several files of one folder, in the given order, each whole or not at all; make the folder if there is none.
+def replace_files(
+    folder: Path, contents: Mapping[str, Content], *, afterwards: Callable[[], None] | None = None
+) -> None:
+    """Write several files of one folder, in the given order, each whole or not at all; make the folder if there is
+    none.
 
-    contents: name -> content, as in `replace_file`. All are on disk under temporary names before the first gets its own, so
-    what does not fit changes nothing.
-    afterwards: called last, while no other writer is in the folder. Where the file system has no locks it is not called, and
-    nothing that others left is removed.
+    contents: name -> content, as in `replace_file`. All are on disk under temporary names before the first gets its
+        own, so what does not fit changes nothing.
+    afterwards: called last, while no other writer is in the folder. Where the file system has no locks it is not
+        called, and nothing that others left is removed.
 
     Raises FileError in one sentence (no space, no permission, a folder in the place of a file).
     """
@@ -50,7 +55,10 @@ def replace_files(folder: Path, contents: Mapping[str, Content], *, afterwards: 
             try:
                 for name, content in contents.items():
                     if (folder / name).is_dir():
-                        raise FileError(f"{folder / name} is a folder, where a file is to be written; remove it, or choose another folder")
+                        raise FileError(
+                            f"{folder / name} is a folder, where a file is to be written; remove it, or "
+                            "choose another folder"
+                        )
                     _write_new(temporary[name], content)
                 for name, written in temporary.items():
                     os.replace(written, folder / name)
@@ -76,7 +84,9 @@ def told(path: Path) -> Iterator[None]:
     except FileError:
         raise
     except OSError as error:
-        failed = FileError(f"cannot write {path}: {error.strerror or error}; choose a folder that can be written to and has room")
+        failed = FileError(
+            f"cannot write {path}: {error.strerror or error}; choose a folder that can be written to and has room"
+        )
         failed.errno = error.errno
         raise failed from error
 

@@ -38,9 +38,13 @@ def config(name: str | Path, **sizes: Any) -> Any:
     for key, value in sizes.items():
         if key not in fields or key in _NOT_SIZES:
             known = sorted(set(fields) - set(_NOT_SIZES))
-            raise OptionError(f"model {path.stem!r} has no size {shown(key)}{did_you_mean(key, known)} Sizes: {listing(known)}.")
+            raise OptionError(
+                f"model {path.stem!r} has no size {shown(key)}{did_you_mean(key, known)} Sizes: {listing(known)}."
+            )
         if wrong := problem(value, annotations[key]):
-            raise OptionError(f"size {key!r} of model {path.stem!r} {wrong}" if wrong.startswith("takes") else f"{key} {wrong}")
+            raise OptionError(
+                f"size {key!r} of model {path.stem!r} {wrong}" if wrong.startswith("takes") else f"{key} {wrong}"
+            )
     layers = sizes.get("layers", entry["layers"])
     entry = entry | {key: _repeated(values, layers) for key, values in entry.get("repeat", {}).items()}
     entry.pop("repeat", None)
@@ -56,7 +60,9 @@ def _path(name: str | Path) -> Path:
         path = Path(name)
         if path.suffix != ".toml":
             known = f"; the zoo's own model is effzoo.build({path.name!r})" if path.name in _files() else ""
-            raise OptionError(f"a path to a model names a TOML file, which ends in .toml, got {shown(str(path))}{known}")
+            raise OptionError(
+                f"a path to a model names a TOML file, which ends in .toml, got {shown(str(path))}{known}"
+            )
         return path
     if not isinstance(name, str):
         raise OptionError(f"a model is a name of the zoo or a TOML file, got {shown(name)} ({type(name).__name__})")
@@ -77,16 +83,26 @@ def _repeated(values: list[Any], layers: int) -> tuple[Any, ...]:
 
 
 def _check(path: Path, entry: dict[str, Any]) -> None:
-    """Refuse unknown and missing keys and wrong values; `repeat` holds lists of values of other keys, which are given to the layers in turn."""
+    """Refuse unknown and missing keys and wrong values; `repeat` holds lists of values of other keys, which are given
+    to the layers in turn."""
     cls = _class(entry)
     fields, annotations = {f.name: f for f in dataclasses.fields(cls)}, annotations_of(cls)
     repeat = entry.get("repeat", {})
     if not isinstance(repeat, dict) or not all(isinstance(values, list) and values for values in repeat.values()):
-        raise OptionError(f"{path}: [repeat] is a table of lists, as in attention = ['full', 'longformer[window=128]'], got {shown(repeat)}")
+        raise OptionError(
+            f"{path}: [repeat] is a table of lists, as in attention = ['full', "
+            f"'longformer[window=128]'], got {shown(repeat)}"
+        )
     unknown = [key for key in (*entry, *repeat) if key not in fields and key != "repeat"]
-    missing = [key for key, f in fields.items() if f.default is dataclasses.MISSING and key not in entry and key != "name"]
+    missing = [
+        key for key, f in fields.items() if f.default is dataclasses.MISSING and key not in entry and key != "name"
+    ]
     if unknown or missing:
-        what = f"has an unknown key {shown(unknown[0])}{did_you_mean(unknown[0], fields)}" if unknown else f"lacks {listing(missing)}."
+        what = (
+            f"has an unknown key {shown(unknown[0])}{did_you_mean(unknown[0], fields)}"
+            if unknown
+            else (f"lacks {listing(missing)}.")
+        )
         raise OptionError(f"{path} {what} Keys: {listing(fields)}.")
     for key, value in (*entry.items(), *repeat.items()):
         if key != "repeat" and (wrong := problem(value, annotations[key])):
@@ -98,7 +114,11 @@ def create(name: str | Path, *, task: str = "features", num_labels: int = 2, **s
     sized = config(name, **sizes)
     weights = (sized.vocab + max(sized.max_length, num_labels) + sized.layers * (sized.dim + sized.mlp)) * sized.dim
     with room(weights // 2**10, num_labels, dataclasses.asdict(sized), large=_LARGE):
-        return Perceiver(sized, task, num_labels) if isinstance(sized, PerceiverConfig) else Transformer(sized, task, num_labels)
+        return (
+            Perceiver(sized, task, num_labels)
+            if isinstance(sized, PerceiverConfig)
+            else Transformer(sized, task, num_labels)
+        )
 
 
 def _files() -> dict[str, Path]:
@@ -108,11 +128,17 @@ def _files() -> dict[str, Path]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file():
-            raise OptionError(f"{path} cannot be read as TOML: {'it is no file' if path.exists() else 'there is no such file'}")
+            raise OptionError(
+                f"{path} cannot be read as TOML: {'it is no file' if path.exists() else 'there is no such file'}"
+            )
         if path.stat().st_size > _MOST_BYTES:
-            raise OptionError(f"{path} has {path.stat().st_size:,} bytes; a model file of numbers and names has at most {_MOST_BYTES:,}")
+            raise OptionError(
+                f"{path} has {path.stat().st_size:,} bytes; a model file of numbers and names has at "
+                f"most {_MOST_BYTES:,}"
+            )
         entry = tomllib.loads(path.read_bytes().decode())
-    except (OSError, ValueError, RecursionError) as error:  # a null byte in the path, bytes that are no UTF-8, TOML errors, lists in lists in lists
+    # a null byte in the path, bytes that are no UTF-8, TOML errors, lists in lists in lists
+    except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, OptionError):
             raise
         raise OptionError(f"{path} cannot be read as TOML: {str(error) or type(error).__name__}") from None

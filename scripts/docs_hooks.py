@@ -1,4 +1,5 @@
-"""What mkdocs builds beside the pages in docs/: the reference, the pages of the benchmarks and the lab, the guides, and the tables' pictures."""
+"""What mkdocs builds beside the pages in docs/: the reference, the pages of the benchmarks and the lab, the guides, and
+the tables' pictures."""
 
 from __future__ import annotations
 
@@ -22,7 +23,12 @@ def on_files(files: Files, config: Any) -> Files:
     """Pages and pictures that stand elsewhere in the repository, under the paths that they have there."""
     for name, text in reference.pages().items():
         files.append(File.generated(config, f"reference/{name}", content=text))
-    for path in [*GUIDES, *tracked("benchmarks", "*.md"), *tracked("benchmarks/results", "*.png"), *tracked("benchmarks/results", "*.json")]:
+    for path in [
+        *GUIDES,
+        *tracked("benchmarks", "*.md"),
+        *tracked("benchmarks/results", "*.png"),
+        *tracked("benchmarks/results", "*.json"),
+    ]:
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     return files
 
@@ -42,7 +48,8 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Links that are right in the repository become right on the site; one to what is no page, as to source code, is its label alone.
+    """Links that are right in the repository become right on the site; one to what is no page, as to source code, is
+    its label alone.
 
     A bar in the code of a table's cell needs no backslash here.
     """
@@ -54,7 +61,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         path, mark, anchor = link.partition("#")
         there = (folder / path).resolve()
         if "://" in link or not path or not there.exists():
-            return match[0]  # of another site, of this page, or of a page that is made: the build says whether it is there
+            # of another site, of this page, or of a page that is made: the build says whether it is there
+            return match[0]
         inside = there.relative_to(docs if there.is_relative_to(docs) else ROOT).as_posix()
         inside = "index.md" if there == ROOT / "README.md" else inside
         if files.get_file_from_path(inside) is None:

@@ -1,6 +1,7 @@
 """How the reference pages show our docstrings: arguments as a list, what is raised in bold, angle brackets as they are.
 
-Our docstrings are plain sentences: `name: what it is.`, one argument after the other. Here each becomes an item. What is indented stays as it is.
+Our docstrings are plain sentences: `name: what it is.`, one argument after the other. Here each becomes an item. What
+is indented stays as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ class Arguments(griffe.Extension):
     """Rewrites every docstring before it is read."""
 
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
-        called = CALL.match(func.docstring.value) if func.docstring else None  # where the signature says less, as of `forward`
+        # where the signature says less, as of `forward`
+        called = CALL.match(func.docstring.value) if func.docstring else None
         said = set(re.findall(r"[a-z_]+", called[1])) if called else set()
         rewrite(func, said | {parameter.name.lstrip("*") for parameter in func.parameters})
 
@@ -84,4 +86,6 @@ def items(text: str, names: set[str]) -> str:
 
 def escaped(text: str) -> str:
     """Angle brackets outside backticks are no tags."""
-    return "".join(part if number % 2 else part.replace("<", "&lt;") for number, part in enumerate(re.split(r"(`[^`]*`)", text)))
+    return "".join(
+        part if number % 2 else part.replace("<", "&lt;") for number, part in enumerate(re.split(r"(`[^`]*`)", text))
+    )

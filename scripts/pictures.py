@@ -1,4 +1,5 @@
-"""Draw the pictures of README and documentation from the code that runs: python scripts/pictures.py. A test holds the two in step."""
+"""Draw the pictures of README and documentation from the code that runs: python scripts/pictures.py. A test holds the
+two in step."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ KINDS = {  # options small enough for N positions, and which positions are globa
     "linformer": ("linformer[k=8]", ()),
     "perceiver": ("perceiver[latents=8]", ()),
 }
-MIXED = {"linformer": "mixtures of all keys", "perceiver": "latents that have read all"}  # which no mask over the keys shows
+# which no mask over the keys shows
+MIXED = {"linformer": "mixtures of all keys", "perceiver": "latents that have read all"}
 INK, PALE, GREY = "#222222", "#eeeeee", "#888888"
 BLUE, ORANGE, GREEN, PINK = "#0072b2", "#e69f00", "#009e73", "#cc79a7"
 
@@ -35,12 +37,23 @@ def masks() -> Figure:
     from matplotlib.patches import Patch
 
     figure = Figure(figsize=(11.2, 6.6), dpi=130)
-    *panels, key = figure.subplots(2, 4, gridspec_kw={"left": 0.01, "right": 0.99, "top": 0.95, "bottom": 0.06, "wspace": 0.08}).flat
+    *panels, key = figure.subplots(
+        2, 4, gridspec_kw={"left": 0.01, "right": 0.99, "top": 0.95, "bottom": 0.06, "wspace": 0.08}
+    ).flat
     for axes, name in zip(panels, attention_kinds(), strict=True):
         mask(axes, name)
     bare(key)
-    key.text(0.04, 0.86, f"rows are queries, columns are keys;\n{N} positions, the first head", va="top", fontsize=10, transform=key.transAxes)
-    legend = [Patch(facecolor=plots.COLOURS[state], edgecolor="#bbbbbb", label=plots.LABELS[state]) for state in plots.LABELS]
+    key.text(
+        0.04,
+        0.86,
+        f"rows are queries, columns are keys;\n{N} positions, the first head",
+        va="top",
+        fontsize=10,
+        transform=key.transAxes,
+    )
+    legend = [
+        Patch(facecolor=plots.COLOURS[state], edgecolor="#bbbbbb", label=plots.LABELS[state]) for state in plots.LABELS
+    ]
     key.legend(handles=legend, loc="center left", frameon=False, fontsize=10, bbox_to_anchor=(0.0, 0.45))
     return figure
 
@@ -64,7 +77,8 @@ def mask(axes: Axes, name: str) -> None:
 
 
 def attention_kinds() -> list[str]:
-    """The registered kinds, in the order in which they are drawn. A kind without options for the picture is an error."""
+    """The registered kinds, in the order in which they are drawn. A kind without options for the picture is an
+    error."""
     missing = set(attention.names()) - KINDS.keys()
     if missing:
         raise SystemExit(f"pictures.KINDS has no options for {', '.join(sorted(missing))}")
@@ -105,9 +119,18 @@ def softmax() -> Figure:
         axes.text(middle, 17.9, rf"$o_{number},\ \ell_{number}$", ha="center", fontsize=14, color=colour)
         arrow(axes, (middle, 16.4), (50 + (middle - 50) * 0.35, 12.2))
         left += width + gap
-    axes.text(50, 7.6, r"$\ell = \log\sum_p e^{\ell_p}\qquad\qquad o_i = \sum_p e^{\ell_p-\ell}\,o_p$", ha="center", fontsize=15, color=INK)
     axes.text(
-        50, 1.6, "$o_p$ is the softmax over part $p$ alone, $\\ell_p$ the log of its sum of exponentials; $o_i$ is exactly the softmax over all keys",
+        50,
+        7.6,
+        r"$\ell = \log\sum_p e^{\ell_p}\qquad\qquad o_i = \sum_p e^{\ell_p-\ell}\,o_p$",
+        ha="center",
+        fontsize=15,
+        color=INK,
+    )
+    axes.text(
+        50, 1.6,
+        "$o_p$ is the softmax over part $p$ alone, $\\ell_p$ the log of its sum of exponentials; $o_i$ is exactly "
+        "the softmax over all keys",
         ha="center", fontsize=10, color=GREY,
     )  # fmt: skip
     return figure
@@ -153,9 +176,35 @@ def house() -> Figure:
     from matplotlib.figure import Figure
 
     floors = [
-        ("use", [("command line", BLUE), ("lab", BLUE), ("measure", BLUE), ("checks", BLUE), ("plan", BLUE), ("train", BLUE)]),
-        ("models", [("build", GREEN), ("swap", GREEN), ("generate", GREEN), ("quantise", GREEN), ("convert", GREEN), ("zoo", GREEN)]),
-        ("networks", [("architectures: Transformer, Perceiver", GREEN), ("blocks: attention layer, feed-forward, experts", GREEN)]),
+        (
+            "use",
+            [
+                ("command line", BLUE),
+                ("lab", BLUE),
+                ("measure", BLUE),
+                ("checks", BLUE),
+                ("plan", BLUE),
+                ("train", BLUE),
+            ],
+        ),
+        (
+            "models",
+            [
+                ("build", GREEN),
+                ("swap", GREEN),
+                ("generate", GREEN),
+                ("quantise", GREEN),
+                ("convert", GREEN),
+                ("zoo", GREEN),
+            ],
+        ),
+        (
+            "networks",
+            [
+                ("architectures: Transformer, Perceiver", GREEN),
+                ("blocks: attention layer, feed-forward, experts", GREEN),
+            ],
+        ),
         ("plugs", [("attention kinds", ORANGE), ("fine-tuning methods", PINK)]),
         ("sockets", [("sites: every weight a place to hang on", GREY), ("routers", GREY)]),
         ("ground", [("registry: (kind, name) to class", GREY), ("specs such as lora[rank=4]", GREY), ("errors", GREY)]),
@@ -186,16 +235,24 @@ def bare(axes: Axes) -> None:
     axes.spines[:].set_visible(False)
 
 
-def box(axes: Axes, x: float, y: float, width: float, height: float, colour: str, label: str = "", ink: str = INK) -> None:
+def box(
+    axes: Axes, x: float, y: float, width: float, height: float, colour: str, label: str = "", ink: str = INK
+) -> None:
     """A rounded box with a label."""
     from matplotlib.patches import FancyBboxPatch
 
-    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.6", facecolor=colour, edgecolor="none"))
+    axes.add_patch(
+        FancyBboxPatch(
+            (x, y), width, height, boxstyle="round,pad=0,rounding_size=0.6", facecolor=colour, edgecolor="none"
+        )
+    )
     axes.text(x + width / 2, y + height / 2, label, ha="center", va="center", fontsize=10, color=ink)
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    axes.annotate("", xy=end, xytext=start, arrowprops={"arrowstyle": "-|>", "color": GREY, "lw": 1.3, "shrinkA": 0, "shrinkB": 0})
+    axes.annotate(
+        "", xy=end, xytext=start, arrowprops={"arrowstyle": "-|>", "color": GREY, "lw": 1.3, "shrinkA": 0, "shrinkB": 0}
+    )
 
 
 def pictures() -> dict[str, Callable[[], Figure]]:

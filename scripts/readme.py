@@ -1,4 +1,5 @@
-"""Write the tables of READMEs and documentation from the tracked results and the code: python scripts/readme.py. A test holds the two in step."""
+"""Write the tables of READMEs and documentation from the tracked results and the code: python scripts/readme.py. A test
+holds the two in step."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def demo_table(results: dict) -> str:
         share = row["correct"] / row["test"]
         interval = 1.96 * (share * (1 - share) / row["test"]) ** 0.5
         lines.append(
-            f"| {row['name']} | {row['tokens']:,} | {100 * share:.2f} ± {100 * interval:.2f} % | {row['correct']} / {row['test']} "
+            f"| {row['name']} | {row['tokens']:,} | {100 * share:.2f} ± {100 * interval:.2f} % | {row['correct']} / "
+            f"{row['test']} "
             f"| {row['trainable']:,} | {row['seconds']:.0f} |"
         )
     account, settings = results["account"], results["settings"]
@@ -50,7 +52,8 @@ def demo_table(results: dict) -> str:
             "",
             *lines,
             "",
-            f"{documents} documents, each text once; {100 * results['longer_than_512']:.0f} % of the test documents are longer than 512 tokens. "
+            f"{documents} documents, each text once; {100 * results['longer_than_512']:.0f} % of the test documents "
+            "are longer than 512 tokens. "
             f"LoRA and head: {account['trainable']:,} of {account['total']:,} parameters ({account['percent']:.3f} %), "
             f"{account['bytes_on_disk']:,} bytes on disk. The whole job took {results['seconds']:.0f} s and at most "
             f"{results['peak_memory_bytes'] / 2**30:.2f} GiB, with forward passes in {results['precision']} "
@@ -62,7 +65,9 @@ def demo_table(results: dict) -> str:
 def matrix_table(cells: list[dict]) -> str:
     """Methods x attention kinds, a mark for each architecture, and the refusals by reason."""
     marks = {"works": "+", "refused": "-", "fails": "X"}
-    methods, kinds, architectures = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("method", "attention", "architecture"))
+    methods, kinds, architectures = (
+        list(dict.fromkeys(cell[key] for cell in cells)) for key in ("method", "attention", "architecture")
+    )
     found = {(cell["method"], cell["attention"], cell["architecture"]): cell["status"] for cell in cells}
     rows: dict[tuple[str, ...], list[str]] = {}
     for method in methods:
@@ -83,11 +88,19 @@ def matrix_table(cells: list[dict]) -> str:
 def experts_line(cells: list[dict]) -> str:
     """How the same looks with each method as an expert of a routed adapter."""
     count = {status: sum(cell["status"] == status for cell in cells) for status in ("works", "refused", "fails")}
-    before = sorted({cell["method"] for cell in cells if cell["status"] == "refused" and cell["reason"].startswith("routed does not")})
+    before = sorted(
+        {
+            cell["method"]
+            for cell in cells
+            if cell["status"] == "refused" and cell["reason"].startswith("routed does not")
+        }
+    )
     named = ", ".join(f"`{name}`" for name in before)
     return (
-        f"Each method as an expert, `effzoo matrix --experts` (`routed[of=METHOD, experts=2]`): {len(cells):,} combinations, {count['works']:,} "
-        f"work, {count['fails']} fail, {count['refused']} are refused: what is refused above, and {named}, whose rows or network are there for "
+        f"Each method as an expert, `effzoo matrix --experts` (`routed[of=METHOD, experts=2]`): {len(cells):,} "
+        f"combinations, {count['works']:,} "
+        f"work, {count['fails']} fail, {count['refused']} are refused: what is refused above, and {named}, whose "
+        "rows or network are there for "
         "all tokens."
     )
 
@@ -98,15 +111,21 @@ def speed_tables(device: str) -> str:
     peers = rows.read(ROOT / f"benchmarks/results/peers-{device}.jsonl", "peers")
     return "\n".join(
         [
-            f"One layer, forward and backward, d = {scaling[0]['dim']}, {scaling[0]['heads']} heads, batch {scaling[0]['batch']}, "
+            f"One layer, forward and backward, d = {scaling[0]['dim']}, {scaling[0]['heads']} heads, batch "
+            f"{scaling[0]['batch']}, "
             f"{scaling[0]['dtype']}: milliseconds (in times of full attention, the median over rounds in turns).",
             "",
             markdown(scaling_table(scaling, "train")),
             "",
             "| time | peak memory |\n|---|---|",
-            "| " + " | ".join(f"![{what}](../../benchmarks/results/scaling-{device}-{what}.png)" for what in ("time", "memory")) + " |",
+            "| "
+            + " | ".join(
+                f"![{what}](../../benchmarks/results/scaling-{device}-{what}.png)" for what in ("time", "memory")
+            )
+            + " |",
             "",
-            "The same computation by others, forward and backward, from the same weights, in turns (median and quartiles of the ratio):",
+            "The same computation by others, forward and backward, from the same weights, in turns (median and "
+            "quartiles of the ratio):",
             "",
             markdown(load("run").peers_table(peers)),
             "",
@@ -117,7 +136,10 @@ def speed_tables(device: str) -> str:
 
 def more_speed_tables(device: str) -> str:
     """Forward passes and decoding, the share of the bound, and training steps of every method."""
-    scaling, bound, steps = (rows.read(ROOT / f"benchmarks/results/{suite}-{device}.jsonl", suite) for suite in ("scaling", "bound", "finetune"))
+    scaling, bound, steps = (
+        rows.read(ROOT / f"benchmarks/results/{suite}-{device}.jsonl", suite)
+        for suite in ("scaling", "bound", "finetune")
+    )
     sizes = steps[0]["sizes"]
     return "\n".join(
         [
@@ -129,11 +151,13 @@ def more_speed_tables(device: str) -> str:
             "",
             markdown(scaling_table(scaling, "decode")),
             "",
-            "`bound`, attention alone, forward and backward: share of the bound = time of full attention x share of pairs / own time.",
+            "`bound`, attention alone, forward and backward: share of the bound = time of full attention x share of "
+            "pairs / own time.",
             "",
             markdown(load("run").bound_table(bound)),
             "",
-            f"`finetune`, a step of a BERT of {sizes['layers']} layers, {sizes['dim']} wide, on {steps[0]['batch']} x {steps[0]['length']} tokens:",
+            f"`finetune`, a step of a BERT of {sizes['layers']} layers, {sizes['dim']} wide, on {steps[0]['batch']} "
+            f"x {steps[0]['length']} tokens:",
             "",
             markdown(finetune_table(steps)),
             "",
@@ -150,14 +174,18 @@ def predicted_table(card: str) -> str:
 
 def _made(found: list[rows.Row]) -> str:
     """On what, and from which commits."""
-    return "; ".join(sorted({f"{row['machine']}, torch {row['versions']['torch']}, commit {row['commit']}" for row in found}))
+    return "; ".join(
+        sorted({f"{row['machine']}, torch {row['versions']['torch']}, commit {row['commit']}" for row in found})
+    )
 
 
 def figures(device: str) -> None:
     """The two figures of the README."""
     scaling = rows.read(ROOT / f"benchmarks/results/scaling-{device}.jsonl", "scaling")
     for name, what in (("time", "seconds"), ("memory", "peak_bytes")):
-        replace_file(ROOT / f"benchmarks/results/scaling-{device}-{name}.png", png_bytes(against_length(scaling, "train", what)))
+        replace_file(
+            ROOT / f"benchmarks/results/scaling-{device}-{name}.png", png_bytes(against_length(scaling, "train", what))
+        )
 
 
 def load(name: str) -> ModuleType:
@@ -176,7 +204,9 @@ def rendered(readme: str) -> str:
 
 def kinds_page(page: str) -> str:
     """Every attention kind with its picture, what it can do and its options."""
-    return _between(page, "kinds", "\n\n".join(map(kind_section, sorted(attention.names(), key=lambda name: name != "full"))))
+    return _between(
+        page, "kinds", "\n\n".join(map(kind_section, sorted(attention.names(), key=lambda name: name != "full")))
+    )
 
 
 def kind_section(name: str) -> str:
@@ -189,7 +219,14 @@ def kind_section(name: str) -> str:
         "cache for decoding": "yes" if cls.decodes() else "no",
         "global tokens": "yes" if cls.knows_globals() else "no",
     }
-    lines = [f"### {name}", "", f"![what {name} sees](../pictures/kind-{name}.png)", "", _escaped(describe.summary(cls)), ""]
+    lines = [
+        f"### {name}",
+        "",
+        f"![what {name} sees](../pictures/kind-{name}.png)",
+        "",
+        _escaped(describe.summary(cls)),
+        "",
+    ]
     lines += [f"- {fact}: {what}" for fact, what in facts.items()]
     lines += ["", f"{cls.paper}."]
     if options := describe.option_rows(kinds, name):
@@ -202,7 +239,9 @@ def methods_page(page: str) -> str:
     """Every method by what it composes with, and the matrix of methods and kinds."""
     for group in ("parameter", "input", "function", "combined", "modular"):
         page = _between(page, f"methods-{group}", methods_table(group))
-    tried, experts = (json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("matrix", "matrix-experts"))
+    tried, experts = (
+        json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("matrix", "matrix-experts")
+    )
     return _between(page, "matrix", f"{matrix_table(tried)}\n\n{experts_line(experts)}")
 
 
@@ -224,7 +263,10 @@ def models_page(page: str) -> str:
         config = zoo.config(name)
         attending = describe.kinds(config.attention)
         size = f"{config.layers} x {config.dim:,}"
-        lines.append(f"| `{name}` | {config.architecture} | {attending} | {size} | {config.max_length:,} | {_escaped(config.paper)} |")
+        lines.append(
+            f"| `{name}` | {config.architecture} | {attending} | {size} | {config.max_length:,} | "
+            f"{_escaped(config.paper)} |"
+        )
     return _between(page, "models", "\n".join(lines))
 
 
@@ -254,7 +296,9 @@ def rendered_benchmarks(readme: str) -> str:
     """The README of the benchmarks with the tables that the scripts make of their results."""
     for name in ("methods", "methods_longer", "long_sequences", "duplication", "listops"):
         script = load(name.removesuffix("_longer"))
-        readme = _between(readme, name, script.tracked_table(json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())))
+        readme = _between(
+            readme, name, script.tracked_table(json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()))
+        )
     readme = _between(readme, "lab", lab_table(lab_results()))
     readme = _between(readme, "predicted", predicted_table("h100"))
     return _between(readme, "speed", more_speed_tables("cpu"))
@@ -272,7 +316,10 @@ def lab_table(results: dict[str, dict]) -> str:
     for name, result in results.items():
         claims = "<br>".join(f"{sum(claim['held'])}/{len(claim['held'])} {claim['text']}" for claim in result["claims"])
         decks = ", ".join(map(str, result["decks"]))
-        lines.append(f"| [`{name}`](results/lab/{name}/table.md) | {decks} | {result['about']} | {result['cpu_seconds']:.0f} | {claims} |")
+        lines.append(
+            f"| [`{name}`](results/lab/{name}/table.md) | {decks} | {result['about']} | "
+            f"{result['cpu_seconds']:.0f} | {claims} |"
+        )
     held = [all(claim["held"]) for result in results.values() for claim in result["claims"]]
     never = [not any(claim["held"]) for result in results.values() for claim in result["claims"]]
     first = next(iter(results.values()))
@@ -281,7 +328,8 @@ def lab_table(results: dict[str, dict]) -> str:
         [
             *lines,
             "",
-            f"Of {len(held)} claims {sum(held)} were seen with every seed, {sum(never)} with none, {len(held) - sum(held) - sum(never)} with some. "
+            f"Of {len(held)} claims {sum(held)} were seen with every seed, {sum(never)} with none, "
+            f"{len(held) - sum(held) - sum(never)} with some. "
             f"Quick sizes; {first['machine']}, torch {first['versions']['torch']}, commits {commits}.",
         ]
     )
@@ -309,9 +357,15 @@ def lecture_page(deck: dict, results: dict[str, dict]) -> str:
             lines += [f"- {Claim(claim['text'], tuple(claim['held']))}" for claim in result["claims"]]
             lines += [
                 "",
-                f"[Tables and notes](../results/lab/{name}/table.md), [numbers](../results/lab/{name}/result.json). Source: {result['source']}.",
+                f"[Tables and notes](../results/lab/{name}/table.md), [numbers](../results/lab/{name}/result.json). "
+                f"Source: {result['source']}.",
             ]
-    return "\n".join([*lines, "", "The other decks: " + ", ".join(f"[{n}](deck-{n}.md)" for n in DECKS if n != number) + "."]) + "\n"
+    return (
+        "\n".join(
+            [*lines, "", "The other decks: " + ", ".join(f"[{n}](deck-{n}.md)" for n in DECKS if n != number) + "."]
+        )
+        + "\n"
+    )
 
 
 def lecture_pages() -> dict[str, str]:
@@ -322,7 +376,12 @@ def lecture_pages() -> dict[str, str]:
 
 
 def _between(text: str, name: str, table: str) -> str:
-    return re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _: f"<!-- {name} -->\n{table}\n<!-- /{name} -->", text, flags=re.DOTALL)
+    return re.sub(
+        rf"<!-- {name} -->.*?<!-- /{name} -->",
+        lambda _: f"<!-- {name} -->\n{table}\n<!-- /{name} -->",
+        text,
+        flags=re.DOTALL,
+    )
 
 
 PAGES = {  # with tables of results or of code, and what writes them

@@ -39,15 +39,26 @@ def pages() -> dict[str, str]:
     """The text of every page, by the name of its file."""
     written: dict[str, str] = {}
     made = {"index.md": index(), **{f"{package}.md": page(package, written) for package in PACKAGES}}
-    made[f"{VIEW}.md"] = f"# Registry views\n\n`names`, `get`, `options`, ... of a package are the methods of its view.\n\n::: {VIEW}\n"
+    made[f"{VIEW}.md"] = (
+        f"# Registry views\n\n`names`, `get`, `options`, ... of a package are the methods of its view.\n\n::: {VIEW}\n"
+    )
     return made
 
 
 def index() -> str:
     """The list of pages."""
-    lines = ["# Reference", "", "Every public name, by the package that it is imported from.", "", "| package | names |", "|---|---|"]
+    lines = [
+        "# Reference",
+        "",
+        "Every public name, by the package that it is imported from.",
+        "",
+        "| package | names |",
+        "|---|---|",
+    ]
     for package, what in PACKAGES.items():
-        names = ", ".join(f"[`{name}`]({package}.md#{package}.{name})" for name in public(importlib.import_module(package)))
+        names = ", ".join(
+            f"[`{name}`]({package}.md#{package}.{name})" for name in public(importlib.import_module(package))
+        )
         lines.append(f"| [`{package}`]({package}.md) | {what} {names} |")
     return "\n".join([*lines, ""])
 
@@ -73,12 +84,22 @@ def page(package: str, written: dict[str, str]) -> str:
             else:
                 entries += file_of(path, name, anchor, written, package)
         elif path in written:
-            elsewhere.setdefault(f"also in `{written[path].removesuffix('.md')}`", []).append(f"{anchor}[`{name}`]({written[path]}#{path})")
+            elsewhere.setdefault(f"also in `{written[path].removesuffix('.md')}`", []).append(
+                f"{anchor}[`{name}`]({written[path]}#{path})"
+            )
         elif path.startswith(f"{VIEW}."):
             elsewhere.setdefault("of the registry", []).append(f"{anchor}[`{name}`]({VIEW}.md#{path})")
         else:
             written[path] = f"{package}.md"
-            entries += [anchor, "", f"::: {path}", "    options:", f'      heading: "{name}"', f'      toc_label: "{name}"', ""]
+            entries += [
+                anchor,
+                "",
+                f"::: {path}",
+                "    options:",
+                f'      heading: "{name}"',
+                f'      toc_label: "{name}"',
+                "",
+            ]
     listed = [*packages, *(f"- {what}: {', '.join(names)}" for what, names in elsewhere.items())]
     return "\n".join([*lines, *([*listed, ""] if listed else []), *entries])
 
@@ -86,13 +107,23 @@ def page(package: str, written: dict[str, str]) -> str:
 def file_of(path: str, name: str, anchor: str, written: dict[str, str], package: str) -> list[str]:
     """A module of kinds, methods or routers: the classes that it registers."""
     module = importlib.import_module(path)
-    kinds = [value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == path and "name" in vars(value)]
+    kinds = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and value.__module__ == path and "name" in vars(value)
+    ]
     lines = [anchor, "", f"## {name}", "", inspect.getdoc(module) or "", ""]
     for kind in kinds:
         here = f"{path}.{kind.__qualname__}"
         written[here] = f"{package}.md"
         heading = f"{kind.name}: {kind.__qualname__}"
-        lines += [f"::: {here}", "    options:", f'      heading: "{heading}"', f'      toc_label: "{kind.name}"', "      heading_level: 3"]
+        lines += [
+            f"::: {here}",
+            "    options:",
+            f'      heading: "{heading}"',
+            f'      toc_label: "{kind.name}"',
+            "      heading_level: 3",
+        ]
         lines += ["      members: false", ""]
     return lines
 
@@ -107,7 +138,8 @@ def where(package: str, name: str) -> str:
         return f"{VIEW}.{value.__name__}"
     if callable(value):
         return f"{value.__module__}.{value.__qualname__}"
-    for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text())):  # a constant says nothing of where it is from
+    # a constant says nothing of where it is from
+    for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text())):
         if isinstance(node, ast.ImportFrom) and name in {alias.asname or alias.name for alias in node.names}:
             return f"{node.module}.{name}"
     return f"{package}.{name}"

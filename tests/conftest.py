@@ -10,7 +10,16 @@ import torch
 
 torch.set_num_threads(1)  # tensors here are tiny, and pytest-xdist runs one worker per core
 
-TINY = {"dim": 16, "layers": 2, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 64, "dropout": 0.0, "attention_dropout": 0.0}
+TINY = {
+    "dim": 16,
+    "layers": 2,
+    "heads": 2,
+    "mlp": 32,
+    "vocab": 53,
+    "max_length": 64,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+}
 
 
 @pytest.fixture(autouse=True)

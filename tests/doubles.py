@@ -1,7 +1,9 @@
-"""Doubles of torch's CUDA attention operators for the CPU: the same signatures, layouts and demands on memory, in the dtype of the input.
+"""Doubles of torch's CUDA attention operators for the CPU: the same signatures, layouts and demands on memory, in the
+dtype of the input.
 
-They are what the operators' sources say (aten/native/transformers/cuda): the log-sum-exp is padded to 32 rows, with infinity, and 0 for a row without
-keys; strides are multiples of 8 (half precision needs 8, single 4), those of a bias of 16; backward, `out` is read as if it were dense.
+They are what the operators' sources say (aten/native/transformers/cuda): the log-sum-exp is padded to 32 rows, with
+infinity, and 0 for a row without keys; strides are multiples of 8 (half precision needs 8, single 4), those of a bias
+of 16; backward, `out` is read as if it were dense.
 """
 
 import contextlib
@@ -24,7 +26,9 @@ calls = []  # names of the operators that ran
 def lie(*tensors, numbers=8):
     for x in tensors:
         assert x.stride(-1) == 1 and x.data_ptr() % 16 == 0
-        assert all(stride % numbers == 0 for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1), x.stride()
+        assert all(
+            stride % numbers == 0 for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1
+        ), x.stride()
         assert x.shape[-1] % 8 == 0 or numbers == 16
 
 
@@ -69,7 +73,9 @@ def softmax(scores):
 
 
 def gradients(grad, q, k, v, out, scores, lse, mask, scale):
-    out = out.as_strided(out.shape, (out.shape[1] * out.shape[2] * out.shape[3], out.shape[2] * out.shape[3], *out.stride()[2:]))
+    out = out.as_strided(
+        out.shape, (out.shape[1] * out.shape[2] * out.shape[3], out.shape[2] * out.shape[3], *out.stride()[2:])
+    )
     weights = (scores - lse[..., None]).exp()
     of_weights = torch.einsum("gmhe,gshe->ghms", grad, v) * mask
     delta = (grad * out).sum(-1).transpose(1, 2)
@@ -89,18 +95,35 @@ def efficient_forward(query, key, value, attn_bias, compute_log_sumexp, dropout_
     scores = scores_of(q, k, attn_bias, is_causal, scale)
     weights, lse = softmax(scores)
     seed, offset = drawn() if dropout_p else (torch.tensor(0), torch.tensor(0))
-    out = torch.einsum("ghms,gshe->gmhe", weights * kept(scores, dropout_p, seed, offset), v).contiguous().transpose(1, 2)
+    out = (
+        torch.einsum("ghms,gshe->gmhe", weights * kept(scores, dropout_p, seed, offset), v).contiguous().transpose(1, 2)
+    )
     return out, torch.nn.functional.pad(lse, (0, -query.shape[2] % 32), value=math.inf), seed, offset
 
 
 def efficient_backward(
-    grad_out_, query, key, value, attn_bias, out, logsumexp, philox_seed, philox_offset, dropout_p, grad_input_mask, is_causal=False, *, scale=None
+    grad_out_,
+    query,
+    key,
+    value,
+    attn_bias,
+    out,
+    logsumexp,
+    philox_seed,
+    philox_offset,
+    dropout_p,
+    grad_input_mask,
+    is_causal=False,
+    *,
+    scale=None,
 ):
     calls.append("efficient backward")
     lie(query, key, value)
     rows = query.shape[2]
     assert list(grad_input_mask) == [True, True, True, False]
-    assert logsumexp.is_contiguous() and logsumexp.shape[2] % 32 == 0 and bool((logsumexp[..., rows:] == math.inf).all())
+    assert (
+        logsumexp.is_contiguous() and logsumexp.shape[2] % 32 == 0 and bool((logsumexp[..., rows:] == math.inf).all())
+    )
     assert logsumexp.dtype == torch.promote_types(query.dtype, torch.float32)
     grad, q, k, v, out = (x.transpose(1, 2) for x in (grad_out_, query, key, value, out))
     scores = scores_of(q, k, attn_bias, is_causal, scale)
@@ -110,8 +133,8 @@ def efficient_backward(
 
 
 def flash_forward(
-    query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale=None, window_size_left=None,
-    window_size_right=None, seqused_k=None, alibi_slopes=None, block_table=None, num_splits=None,
+    query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale=None,
+    window_size_left=None, window_size_right=None, seqused_k=None, alibi_slopes=None, block_table=None, num_splits=None,
 ):  # fmt: skip
     calls.append("flash forward" if window_size_left is None else "flash forward with a window")
     lie(query, key, value)
@@ -125,15 +148,17 @@ def flash_forward(
 
 
 def flash_backward(
-    grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, rng_state, unused, *, scale=None,
-    window_size_left=None, window_size_right=None,
+    grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, rng_state,
+    unused, *, scale=None, window_size_left=None, window_size_right=None,
 ):  # fmt: skip
     calls.append("flash backward")
     lie(grad_out, query, key, value, out)
     assert logsumexp.is_contiguous() and rng_state.shape == (2,) and rng_state.dtype == unused.dtype == torch.uint64
     window = None if window_size_left is None else (window_size_left, window_size_right)
     scores = scores_of(query, key, None, is_causal, scale, window)
-    return gradients(grad_out, query, key, value, out.contiguous(), scores, logsumexp, kept(scores, dropout_p, *rng_state), scale)
+    return gradients(
+        grad_out, query, key, value, out.contiguous(), scores, logsumexp, kept(scores, dropout_p, *rng_state), scale
+    )
 
 
 class LowerTriangularMask:
@@ -169,22 +194,30 @@ def xformers_forward(query, key, value, attn_bias=None, p=0.0, scale=None, *, op
     bias, causal, window = xformers_mask(attn_bias)
     assert window is None or query.shape[1] == key.shape[1]  # its windows are aligned to the last key
     weights, lse = softmax(scores_of(query, key, bias, causal, scale, window))
-    return torch.einsum("ghms,gshe->gmhe", weights, value).contiguous(), torch.nn.functional.pad(lse, (0, -query.shape[1] % 32), value=math.inf)
+    return torch.einsum("ghms,gshe->gmhe", weights, value).contiguous(), torch.nn.functional.pad(
+        lse, (0, -query.shape[1] % 32), value=math.inf
+    )
 
 
 def xformers_backward(grad, output, lse, query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None):
     calls.append("xformers backward")
     lie(grad, output, query, key, value)
-    assert p == 0 and op is None and lse.shape[:-1] == (query.shape[0], query.shape[2]) and lse.shape[-1] >= query.shape[1]
+    assert (
+        p == 0 and op is None and lse.shape[:-1] == (query.shape[0], query.shape[2]) and lse.shape[-1] >= query.shape[1]
+    )
     scores = scores_of(query, key, *xformers_mask(attn_bias)[:2], scale, xformers_mask(attn_bias)[2])
-    return gradients(grad, query, key, value, output, scores, lse[..., : query.shape[1]], torch.ones_like(scores), scale)
+    return gradients(
+        grad, query, key, value, output, scores, lse[..., : query.shape[1]], torch.ones_like(scores), scale
+    )
 
 
 XFORMERS = SimpleNamespace(
     memory_efficient_attention_forward_requires_grad=xformers_forward,
     memory_efficient_attention_backward=xformers_backward,
     LowerTriangularMask=LowerTriangularMask,
-    fmha=SimpleNamespace(attn_bias=SimpleNamespace(LocalAttentionFromBottomRightMask=LocalAttentionFromBottomRightMask)),
+    fmha=SimpleNamespace(
+        attn_bias=SimpleNamespace(LocalAttentionFromBottomRightMask=LocalAttentionFromBottomRightMask)
+    ),
 )
 
 
@@ -193,7 +226,8 @@ def registered():
     """The doubles as the operators' kernels for the CPU, which has none."""
     library = torch.library.Library("aten", "IMPL")
     for name, run in (
-        ("_scaled_dot_product_efficient_attention", efficient_forward), ("_scaled_dot_product_efficient_attention_backward", efficient_backward),
+        ("_scaled_dot_product_efficient_attention", efficient_forward),
+        ("_scaled_dot_product_efficient_attention_backward", efficient_backward),
         ("_flash_attention_forward", flash_forward), ("_flash_attention_backward", flash_backward),
     ):  # fmt: skip
         library.impl(name, run, "CPU")
@@ -202,7 +236,8 @@ def registered():
 
 @contextlib.contextmanager
 def on(backend):
-    """Where this backend runs: "efficient" and "flash on CUDA" and "xformers" by their doubles, in any dtype. Gives the name that `attend` knows."""
+    """Where this backend runs: "efficient" and "flash on CUDA" and "xformers" by their doubles, in any dtype. Gives the
+    name that `attend` knows."""
     with pytest.MonkeyPatch.context() as patched:
         calls.clear()
         if backend in ("efficient", "flash on CUDA"):

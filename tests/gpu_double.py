@@ -1,4 +1,5 @@
-"""A double of what `torch.cuda` says of a GPU, for code that measures on one: memory that is never used, and a clock that is the CPU's."""
+"""A double of what `torch.cuda` says of a GPU, for code that measures on one: memory that is never used, and a clock
+that is the CPU's."""
 
 import time
 from types import SimpleNamespace
@@ -23,10 +24,11 @@ class Event:
 
 PROPERTIES = SimpleNamespace(name=NAME, major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132)
 CUDA = {
-    "is_available": lambda: True, "device_count": lambda: 1, "get_device_name": lambda device=None: NAME, "Event": Event,
-    "get_device_properties": lambda device=None: PROPERTIES,
+    "is_available": lambda: True, "device_count": lambda: 1, "get_device_name": lambda device=None: NAME,
+    "Event": Event, "get_device_properties": lambda device=None: PROPERTIES,
     "get_device_capability": lambda device=None: (9, 0), "synchronize": lambda device=None: None,
-    "empty_cache": lambda: None, "memory_allocated": lambda device=None: 0, "max_memory_allocated": lambda device=None: 1,
+    "empty_cache": lambda: None, "memory_allocated": lambda device=None: 0,
+    "max_memory_allocated": lambda device=None: 1,
     "reset_peak_memory_stats": lambda device=None: None, "mem_get_info": lambda device=None: (80 * 2**30, 80 * 2**30),
 }  # fmt: skip
 

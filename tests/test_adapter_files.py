@@ -1,4 +1,5 @@
-"""Adapters on disk: they load exactly or not at all, and whoever writes, reads, fails or dies when, the old one or the new one is there."""
+"""Adapters on disk: they load exactly or not at all, and whoever writes, reads, fails or dies when, the old one or the
+new one is there."""
 
 import copy
 import errno
@@ -41,7 +42,11 @@ def trained(model, spec="lora[rank=2]", value=None, name="default"):
 
 def content(folder):
     """Which constant the adapter in a folder was filled with."""
-    return stored_tensors(effzoo.load_adapter(made("features"), folder), "default")["blocks.0.attn.q.adapters.lora.B"].unique().tolist()
+    return (
+        stored_tensors(effzoo.load_adapter(made("features"), folder), "default")["blocks.0.attn.q.adapters.lora.B"]
+        .unique()
+        .tolist()
+    )
 
 
 def sealed(manifest):
@@ -53,7 +58,19 @@ def sealed(manifest):
 # the head
 
 
-ON_HEADS = ["lora", "bitfit", "dora", "diff", "fish[keep=0.5]", "lt_sft", "full", "krona", "magnitude", "supermask", "head"]
+ON_HEADS = [
+    "lora",
+    "bitfit",
+    "dora",
+    "diff",
+    "fish[keep=0.5]",
+    "lt_sft",
+    "full",
+    "krona",
+    "magnitude",
+    "supermask",
+    "head",
+]
 
 
 @pytest.mark.parametrize("task", ["classification", "token_classification"])
@@ -93,7 +110,8 @@ def test_a_head_that_no_method_touches_is_the_adapters_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("task", "key", "given"), [("masked_lm", "lm.out", {"tied": False}), ("masked_lm", "lm.dense", {}), ("features", "pooler", {})]
+    ("task", "key", "given"),
+    [("masked_lm", "lm.out", {"tied": False}), ("masked_lm", "lm.dense", {}), ("features", "pooler", {})],
 )
 def test_language_model_heads_and_poolers_are_the_bases(task, key, given, tmp_path):
     effzoo.save_adapter(trained(made(task, **given)), tmp_path)
@@ -105,7 +123,9 @@ def test_language_model_heads_and_poolers_are_the_bases(task, key, given, tmp_pa
         effzoo.load_adapter(other, tmp_path)
 
 
-def test_the_decoder_of_a_perceiver_is_the_adapters_own_where_it_classifies_and_the_bases_where_it_models_language(tmp_path):
+def test_the_decoder_of_a_perceiver_is_the_adapters_own_where_it_classifies_and_the_bases_where_it_models_language(
+    tmp_path,
+):
     sizes = {
         "channels": 16,
         "latents": 4,
@@ -149,7 +169,9 @@ def test_experts_that_choose_are_stored_as_what_they_chose(method, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given", [{"heads": 4}, {"activation": "relu"}, {"eps": 0.1}, {"attention": "local[chunk=4]"}, {"attention": "blockwise"}], ids=str
+    "given",
+    [{"heads": 4}, {"activation": "relu"}, {"eps": 0.1}, {"attention": "local[chunk=4]"}, {"attention": "blockwise"}],
+    ids=str,
 )
 def test_the_same_tensors_with_another_function_are_another_base(given, tmp_path):
     effzoo.save_adapter(trained(made()), tmp_path)
@@ -190,7 +212,8 @@ def test_a_swapped_or_quantised_base_needs_the_same_swap_and_the_same_codes(tmp_
 
 
 def format_1(model, folder, name="default"):
-    """What effzoo wrote before the fingerprint: hashes of the base's tensors but the head's, no hash of the manifest."""
+    """What effzoo wrote before the fingerprint: hashes of the base's tensors but the head's, no hash of the
+    manifest."""
     data = safetensors.torch.save(stored_tensors(model, name))
     digest = hashlib.sha256(data).hexdigest()
     hashes = {}
@@ -200,7 +223,14 @@ def format_1(model, folder, name="default"):
             hashes[key] = hashlib.sha256(written).hexdigest()[:16]
     folder.mkdir(exist_ok=True)
     (folder / f"adapter-{digest[:16]}.safetensors").write_bytes(data)
-    manifest = {"format": 1, "name": name, "peft": [{"name": "lora", "rank": 2}], "finished": False, "base": "bert", "base_hashes": hashes}
+    manifest = {
+        "format": 1,
+        "name": name,
+        "peft": [{"name": "lora", "rank": 2}],
+        "finished": False,
+        "base": "bert",
+        "base_hashes": hashes,
+    }
     manifest |= {"tensors": f"adapter-{digest[:16]}.safetensors", "sha256": digest}
     (folder / "adapter.json").write_text(json.dumps(manifest))
 
@@ -208,7 +238,9 @@ def format_1(model, folder, name="default"):
 def test_format_1_is_loaded_when_told_so_with_what_it_cannot_prove(tmp_path, caplog):
     model = trained(made())
     format_1(model, tmp_path)
-    with pytest.raises(AdapterError, match=r"format 1, which cannot prove the base's heads, activation, eps, .* trust_base=True"):
+    with pytest.raises(
+        AdapterError, match=r"format 1, which cannot prove the base's heads, activation, eps, .* trust_base=True"
+    ):
         effzoo.load_adapter(made(), tmp_path)
     with caplog.at_level(logging.WARNING, logger="effzoo"):
         loaded = effzoo.load_adapter(made(), tmp_path, trust_base=True)
@@ -236,7 +268,13 @@ def test_format_1_is_refused_for_what_it_does_carry(tmp_path):
 
 @pytest.mark.parametrize("format", ["effzoo", "peft"])
 def test_what_others_keep_in_the_folder_stays(format, tmp_path):
-    for name in ("adapter-from-alice.safetensors", "adapter-0123456789abcdef.safetensors", "notes.txt", ".adapter.json.partial", "model.partial"):
+    for name in (
+        "adapter-from-alice.safetensors",
+        "adapter-0123456789abcdef.safetensors",
+        "notes.txt",
+        ".adapter.json.partial",
+        "model.partial",
+    ):
         (tmp_path / name).write_text("mine")
     for value in (1.0, 2.0, 2.0, 3.0):
         effzoo.save_adapter(trained(made("features"), value=value), tmp_path, format=format)
@@ -253,7 +291,11 @@ def test_symbolic_links_are_replaced_and_never_written_through(format, tmp_path)
         path.unlink()
         path.symlink_to(precious)
     effzoo.save_adapter(trained(made("features"), value=1.0), folder, format=format)
-    assert precious.read_text() == "mine" and content(folder) == [1.0] and not any(path.is_symlink() for path in folder.iterdir())
+    assert (
+        precious.read_text() == "mine"
+        and content(folder) == [1.0]
+        and not any(path.is_symlink() for path in folder.iterdir())
+    )
 
 
 WRITES = ("open", "fsync", "replace", "unlink")  # of `os`, which saving calls
@@ -396,10 +438,14 @@ def test_what_is_not_finite_is_neither_saved_nor_loaded(wrong, tmp_path, monkeyp
     with pytest.raises(AdapterError, match=r"blocks.0.attn.q.adapters.lora.A has NaN or infinity in it"):
         effzoo.save_adapter(trained(made("features"), value=wrong), tmp_path)
     assert content(tmp_path) == [1.0]
-    data = safetensors.torch.save({key: value * wrong for key, value in safetensors.torch.load_file(next(tmp_path.glob("*.safetensors"))).items()})
+    data = safetensors.torch.save(
+        {key: value * wrong for key, value in safetensors.torch.load_file(next(tmp_path.glob("*.safetensors"))).items()}
+    )
     next(tmp_path.glob("*.safetensors")).write_bytes(data)
     manifest = json.loads((tmp_path / "adapter.json").read_text())
-    (tmp_path / "adapter.json").write_text(sealed({**manifest, "sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}))
+    (tmp_path / "adapter.json").write_text(
+        sealed({**manifest, "sha256": hashlib.sha256(data).hexdigest(), "size": len(data)})
+    )
     with pytest.raises(AdapterError, match="has NaN or infinity in it"):
         effzoo.load_adapter(made("features"), tmp_path)
 
@@ -440,8 +486,16 @@ def test_a_spec_that_asks_for_more_than_the_file_holds_is_refused_before_anythin
     effzoo.save_adapter(trained(made()), tmp_path)
     manifest, model = json.loads((tmp_path / "adapter.json").read_text()), made()
     monkeypatch.setattr(files, "attach", lambda *_, **__: pytest.fail("the adapter was made"))
-    bombs = [[{"name": "lora", "rank": 10**7}], [{"name": "lora", "rank": 10**12}], [{"name": "prefix", "length": 10**9}]]
-    bombs += [[{"name": "routed", "of": "lora", "experts": 10**6}], [{"name": "houlsby", "bottleneck": 10**8}], [{"name": "lora"}] * 1000]
+    bombs = [
+        [{"name": "lora", "rank": 10**7}],
+        [{"name": "lora", "rank": 10**12}],
+        [{"name": "prefix", "length": 10**9}],
+    ]
+    bombs += [
+        [{"name": "routed", "of": "lora", "experts": 10**6}],
+        [{"name": "houlsby", "bottleneck": 10**8}],
+        [{"name": "lora"}] * 1000,
+    ]
     for finished in (False, True):
         for bomb in bombs:
             (tmp_path / "adapter.json").write_text(sealed({**manifest, "peft": bomb, "finished": finished}))
@@ -504,7 +558,9 @@ def test_a_manifest_of_any_size_and_kind_is_a_sentence(tmp_path):
             '{"format": 1e999}',
         ):
             (tmp_path / name).write_text(content)
-            with pytest.raises(AdapterError, match="is not a manifest that save_adapter wrote|is not a config that peft wrote"):
+            with pytest.raises(
+                AdapterError, match="is not a manifest that save_adapter wrote|is not a config that peft wrote"
+            ):
                 effzoo.load_adapter(made(), tmp_path)
         (tmp_path / name).write_bytes(b"\xff\xfe{}")
         with pytest.raises(AdapterError, match="is not a"):
@@ -551,7 +607,9 @@ def test_a_wrong_type_is_a_sentence(act, tmp_path):
 
     def call(model, *given, **named):
         return (
-            effzoo.save_adapter(model, *given, **named) if act == "save" else effzoo.load_adapter(base if model is None else model, *given, **named)
+            effzoo.save_adapter(model, *given, **named)
+            if act == "save"
+            else effzoo.load_adapter(base if model is None else model, *given, **named)
         )
 
     subject = model if act == "save" else None
@@ -594,7 +652,9 @@ def test_rehearsing_needs_no_copy_of_what_the_model_holds():
     model = trained(made())
     shapes = skeleton(model)
     assert all(tensor.is_meta for tensor in (*shapes.parameters(), *shapes.buffers()))
-    assert {key: value.shape for key, value in shapes.state_dict().items()} == {key: value.shape for key, value in model.state_dict().items()}
+    assert {key: value.shape for key, value in shapes.state_dict().items()} == {
+        key: value.shape for key, value in model.state_dict().items()
+    }
     assert copy.deepcopy(model).state_dict().keys() == shapes.state_dict().keys()
 
 

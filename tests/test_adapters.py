@@ -72,7 +72,11 @@ def test_a_failed_attach_leaves_the_model_as_it_was(model):
     before = list(model.state_dict())
     with pytest.raises(TargetError):
         effzoo.attach(model, "ia3|lora[targets=attn.nope]")
-    assert list(model.state_dict()) == before and all(p.requires_grad for p in model.parameters()) and not effzoo.attached(model)
+    assert (
+        list(model.state_dict()) == before
+        and all(p.requires_grad for p in model.parameters())
+        and not effzoo.attached(model)
+    )
 
 
 def test_roles_name_every_site(model, tiny):
@@ -83,7 +87,11 @@ def test_roles_name_every_site(model, tiny):
 @pytest.mark.parametrize(
     ("spec", "error", "said"),
     [
-        ("lora[targets=attn.qq]", TargetError, r"target 'attn.qq' matches no role; did you mean 'attn.q'\? Roles: .*attn.k"),
+        (
+            "lora[targets=attn.qq]",
+            TargetError,
+            r"target 'attn.qq' matches no role; did you mean 'attn.q'\? Roles: .*attn.k",
+        ),
         ("lora[targets=(attn.q, attn.nope)]", TargetError, "target 'attn.nope' matches no role"),
         ("lora[layers=2]", TargetError, r"layers \[2\] do not exist; this model has 2 \(0 to 1, or -2 to -1\)"),
         ("lora[targets=attn.norm]", TargetError, "lora hangs on Linear or Embedding or Conv2d sites"),
@@ -126,10 +134,14 @@ def test_merge_refuses_nan_and_what_is_no_change_of_a_weight_and_changes_nothing
     with torch.no_grad():
         model.blocks[1].attn.v.adapters["a"]["lora"].B[3, 2] = float("nan")
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(AdapterError, match=r"NaN or infinity into blocks.1.attn.v.weight \(16 of 256 entries\); the model is unchanged"):
+    with pytest.raises(
+        AdapterError, match=r"NaN or infinity into blocks.1.attn.v.weight \(16 of 256 entries\); the model is unchanged"
+    ):
         effzoo.merge(model, "a")
     effzoo.attach(model, "prompt", name="b")
-    with pytest.raises(AdapterError, match="embeddings.token cannot be merged: Rows is not a change of a weight; keep it attached"):
+    with pytest.raises(
+        AdapterError, match="embeddings.token cannot be merged: Rows is not a change of a weight; keep it attached"
+    ):
         effzoo.merge(model, "b")
     after = model.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items() if "attn.v.adapters" not in key)
@@ -167,10 +179,15 @@ def test_another_base_is_refused_by_its_first_different_tensor(saved, tiny):
     base, folder, _ = saved
     with torch.no_grad():
         base.blocks[1].mlp.up.weight[0, 0] += 1e-3
-    with pytest.raises(AdapterError, match=r"another base \('bert'\): blocks.1.mlp.up.weight: float32\[\d+, 16\] \w+ in the file, float32"):
+    with pytest.raises(
+        AdapterError,
+        match=r"another base \('bert'\): blocks.1.mlp.up.weight: float32\[\d+, 16\] \w+ in the file, float32",
+    ):
         effzoo.load_adapter(base, folder)
     with pytest.raises(AdapterError, match="another base"):
-        effzoo.load_adapter(effzoo.build("bert", task="classification", num_labels=3, attention="longformer", **tiny), folder)
+        effzoo.load_adapter(
+            effzoo.build("bert", task="classification", num_labels=3, attention="longformer", **tiny), folder
+        )
     assert not effzoo.attached(base)
 
 
@@ -264,4 +281,8 @@ def test_a_hook_that_is_set_later_on_an_object_or_its_class_acts(model, ids):
     del module.after
     Late.after = lambda self, x, y, context: 2 * y
     outs.append(model(ids).last_hidden_state)
-    assert not torch.allclose(outs[0], outs[1]) and not torch.allclose(outs[0], outs[2]) and not torch.allclose(outs[1], outs[2])
+    assert (
+        not torch.allclose(outs[0], outs[1])
+        and not torch.allclose(outs[0], outs[2])
+        and not torch.allclose(outs[1], outs[2])
+    )

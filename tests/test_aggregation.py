@@ -56,11 +56,15 @@ def test_a_sum_across_methods_is_the_sum_of_their_changes(weights, tiny):
     model = built(METHODS, tiny)
     combine(model, weights, name="sum")
     close(delta(model, "sum"), total(model, weights))
-    assert effzoo.peft.attached(model).keys() == {*METHODS, "sum"} and all(site.active in ((), ("sum",)) for _, site in sites(model))
+    assert effzoo.peft.attached(model).keys() == {*METHODS, "sum"} and all(
+        site.active in ((), ("sum",)) for _, site in sites(model)
+    )
     inputs = {"input_ids": labelled()["input_ids"]}
     base = copy.deepcopy(model)
     merged = effzoo.merge(copy.deepcopy(model), "sum")
-    torch.testing.assert_close(model(**inputs).last_hidden_state, merged(**inputs).last_hidden_state, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        model(**inputs).last_hidden_state, merged(**inputs).last_hidden_state, rtol=1e-9, atol=1e-9
+    )
     effzoo.peft.activate(base)
     assert not torch.allclose(model(**inputs).last_hidden_state, base(**inputs).last_hidden_state)
 
@@ -88,7 +92,10 @@ def test_what_an_adapter_changes_is_what_merging_adds_and_no_draw_of_training(me
     assert all(torch.equal(x, expected[key]) for key, x in found.items())
     before = {key: x.clone() for key, x in model.state_dict().items()}
     effzoo.merge(model, "a")
-    assert all(torch.allclose(x - before[key], expected.get(key, torch.zeros_like(x)), **EXACT) for key, x in model.state_dict().items())
+    assert all(
+        torch.allclose(x - before[key], expected.get(key, torch.zeros_like(x)), **EXACT)
+        for key, x in model.state_dict().items()
+    )
 
 
 def test_no_products_of_the_factors_of_different_adapters(tiny):

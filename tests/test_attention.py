@@ -38,7 +38,8 @@ def cases(draw_):
     return (
         spec, draw_(st.integers(1, 3)), draw_(st.integers(1, 40) | st.integers(100, 150)), draw_(st.booleans()),
         draw_(st.sampled_from(["auto", "reference", "efficient"])),
-        draw_(st.sampled_from([0.0, 0.5, 0.9, 1.0])), global_share, draw_(st.sampled_from([0, 0, 3])), draw_(st.integers(0, 10**6)),
+        draw_(st.sampled_from([0.0, 0.5, 0.9, 1.0])), global_share, draw_(st.sampled_from([0, 0, 3])),
+        draw_(st.integers(0, 10**6)),
     )  # fmt: skip
 
 
@@ -103,7 +104,8 @@ def test_longformer_with_all_tokens_global_is_full_attention_with_the_global_pro
 
 
 def test_longformer_dilation_counts_by_hand():
-    """Window 2 and dilation 3 on the second head: i - 3, i and i + 3, as in the kernel of allenai/longformer with one-sided window 1."""
+    """Window 2 and dilation 3 on the second head: i - 3, i and i + 3, as in the kernel of allenai/longformer with
+    one-sided window 1."""
     core = effzoo.attention.create("longformer[window=2,dilation=(1,3)]", Context(heads=2, head_dim=2))
     sees = [{j for j in range(8) if row[j]} for row in core.pattern(8, Mask())[0, 1].tolist()]
     assert sees == [{0, 3}, {1, 4}, {2, 5}, {0, 3, 6}, {1, 4, 7}, {2, 5}, {3, 6}, {4, 7}]
@@ -112,29 +114,43 @@ def test_longformer_dilation_counts_by_hand():
 def test_longformer_dilation_is_a_sliding_window_over_each_residue_class():
     """Dilation D on x is window attention on x[r::D] for every r: the permutation that makes dilation free."""
     q, k, v = (draw(torch.Generator().manual_seed(i), 1, 1, 23, 4) for i in range(3))
-    dilated = effzoo.attention.create("longformer[window=4,dilation=3]", Context(heads=1, head_dim=4))(q, k, v, mask=Mask())
+    dilated = effzoo.attention.create("longformer[window=4,dilation=3]", Context(heads=1, head_dim=4))(
+        q, k, v, mask=Mask()
+    )
     plain = effzoo.attention.create("longformer[window=4]", Context(heads=1, head_dim=4))
     for r in range(3):
-        assert torch.allclose(dilated[:, :, r::3], plain(*(x[:, :, r::3] for x in (q, k, v)), mask=Mask()), rtol=0, atol=1e-13)
+        assert torch.allclose(
+            dilated[:, :, r::3], plain(*(x[:, :, r::3] for x in (q, k, v)), mask=Mask()), rtol=0, atol=1e-13
+        )
 
 
 def test_longformer_without_global_projections_has_three():
     core = effzoo.attention.create("longformer[window=2,global_projections=false]", Context(heads=1, head_dim=2))
     assert core.projections == {"q": "query", "k": "key", "v": "value"}
-    model = effzoo.build("longformer", attention="longformer[window=2,global_projections=false]", dim=16, layers=1, heads=2, mlp=16, vocab=20)
+    model = effzoo.build(
+        "longformer",
+        attention="longformer[window=2,global_projections=false]",
+        dim=16,
+        layers=1,
+        heads=2,
+        mlp=16,
+        vocab=20,
+    )
     assert not [name for name, _ in model.named_parameters() if "_global" in name]
 
 
 def test_full_attention_crosses_to_a_source_of_another_length():
     core = effzoo.attention.create("full", Context(heads=2, head_dim=4))
-    q, (k, v) = draw(torch.Generator().manual_seed(0), 2, 2, 13, 4), (draw(torch.Generator().manual_seed(i), 2, 2, 7, 4) for i in (1, 2))
+    q = draw(torch.Generator().manual_seed(0), 2, 2, 13, 4)
+    (k, v) = (draw(torch.Generator().manual_seed(i), 2, 2, 7, 4) for i in (1, 2))
     valid = torch.arange(7) < torch.tensor([7, 3])[:, None]
     expected = dense(q, k, v, valid[:, None, None, :])
     assert torch.allclose(core(q, k, v, mask=Mask(valid)), expected, rtol=0, atol=1e-13)
 
 
 def test_rows_of_a_batch_do_not_touch_each_other():
-    """Ragged rows with different global tokens equal each row alone, without its padding (as allenai/longformer tests it)."""
+    """Ragged rows with different global tokens equal each row alone, without its padding (as allenai/longformer tests
+    it)."""
     core = effzoo.attention.create("longformer[window=4]", Context(heads=2, head_dim=4))
     lengths, globals_ = [11, 6, 1], [[0, 7], [2], []]
     tensors = [draw(torch.Generator().manual_seed(i), 3, 2, 11, 4) for i in range(6)]
@@ -144,12 +160,18 @@ def test_rows_of_a_batch_do_not_touch_each_other():
         is_global[row, where] = True
     together = core(*tensors, mask=Mask(valid, is_global))
     for row, n in enumerate(lengths):
-        alone = core(*(x[row : row + 1, :, :n] for x in tensors), mask=Mask(is_global=is_global[row : row + 1, :n] if globals_[row] else None))
+        alone = core(
+            *(x[row : row + 1, :, :n] for x in tensors),
+            mask=Mask(is_global=is_global[row : row + 1, :n] if globals_[row] else None),
+        )
         assert torch.allclose(together[row : row + 1, :, :n], alone, rtol=0, atol=1e-12)
 
 
 def test_windows_differ_by_layer():
-    cores = [effzoo.attention.create("longformer[window=(2, 8)]", Context(heads=1, head_dim=2, layer=layer, layers=2)) for layer in range(2)]
+    cores = [
+        effzoo.attention.create("longformer[window=(2, 8)]", Context(heads=1, head_dim=2, layer=layer, layers=2))
+        for layer in range(2)
+    ]
     assert [int(core.pattern(20, Mask())[0, 0, 10].sum()) for core in cores] == [3, 9]
 
 
@@ -176,18 +198,22 @@ def test_a_declaration_that_nobody_reads_is_refused(given, said):
     kind = type("Misspelt", (Plain,), given)
     with pytest.raises(OptionError, match=f"attention 'plain': it declares {said}"):
         kind(Context(heads=2, head_dim=4, causal=True))
-    type("Own", (Plain,), {"unit": "words", "twice": True, "Side": str})(Context(heads=2, head_dim=4))  # what is no declaration is the kind's own
+    # what is no declaration is the kind's own
+    type("Own", (Plain,), {"unit": "words", "twice": True, "Side": str})(Context(heads=2, head_dim=4))
 
 
 @pytest.mark.parametrize("given", [("q", "k", "v"), {"q": "query", "k": "key", "v": "values"}])
 def test_projections_say_what_they_are(given):
     kind = type("Tuple", (Plain,), {"projections": given})
-    with pytest.raises(OptionError, match="projections say what each is, 'query', 'key', 'value' or 'query and key', as in .*got"):
+    with pytest.raises(
+        OptionError, match="projections say what each is, 'query', 'key', 'value' or 'query and key', as in .*got"
+    ):
         kind(Context(heads=2, head_dim=4))
 
 
 def test_values_are_known_by_what_is_said_of_them_and_not_by_their_names():
-    """Another name for q, k and v: the same output in a layer with rotary positions, norms of heads, values of another width and one key head."""
+    """Another name for q, k and v: the same output in a layer with rotary positions, norms of heads, values of another
+    width and one key head."""
 
     class Renamed(Plain):
         name = "renamed"
@@ -203,7 +229,9 @@ def test_values_are_known_by_what_is_said_of_them_and_not_by_their_names():
             effzoo.attention.register("mine")(kind)
             torch.manual_seed(0)
             rotary = Rotary(4)
-            layers.append(Attention(8, Spec("mine"), context, kv_heads=1, rotary=rotary, qk_norm=1e-6, value_dim=6).double())
+            layers.append(
+                Attention(8, Spec("mine"), context, kv_heads=1, rotary=rotary, qk_norm=1e-6, value_dim=6).double()
+            )
     mask = Mask(positions=torch.arange(7)[None])
     outs = [layer(x, mask) for layer in layers]
     assert outs[0].abs().max() > 1e-3 and torch.equal(*outs)
@@ -230,7 +258,9 @@ def test_a_kind_has_the_rows_and_steps_that_belong_to_its_forward():
 
 def test_full_attention_refuses_global_tokens():
     model = effzoo.build("bert", dim=16, layers=1, heads=2, mlp=16, vocab=20)
-    with pytest.raises(InputError, match="'full' has no global tokens; leave global_attention_mask out, or use 'longformer'"):
+    with pytest.raises(
+        InputError, match="'full' has no global tokens; leave global_attention_mask out, or use 'longformer'"
+    ):
         model(torch.ones(1, 4, dtype=torch.long), global_attention_mask=torch.ones(1, 4))
 
 

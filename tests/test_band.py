@@ -1,4 +1,5 @@
-"""The band of a sliding window: its tiles against the definition, and the gradients of overlapping keys against the law of adjoints."""
+"""The band of a sliding window: its tiles against the definition, and the gradients of overlapping keys against the law
+of adjoints."""
 
 import pytest
 import torch
@@ -14,7 +15,13 @@ from effzoo.attention.tiles import Tiles
 from tests.doubles import calls, on
 
 SHAPES = st.fixed_dictionaries(
-    {"n": st.integers(1, 300), "left": st.integers(0, 90), "right": st.integers(0, 90), "dilation": st.integers(1, 3), "batch": st.integers(1, 3)}
+    {
+        "n": st.integers(1, 300),
+        "left": st.integers(0, 90),
+        "right": st.integers(0, 90),
+        "dilation": st.integers(1, 3),
+        "batch": st.integers(1, 3),
+    }
 )
 
 
@@ -55,7 +62,9 @@ def test_tiles_hold_the_pairs_of_the_definition(shape, seed):
     for (query, key, _, bias, _), run in zip(tiles, band.runs, strict=True):
         of = torch.arange(batch).repeat_interleave(len(query) // batch)[:, None, None]
         seen = torch.ones(query.shape[0], query.shape[2], key.shape[2], dtype=torch.int)
-        found[of, query[:, 0].long(), key[:, 0].long().transpose(1, 2)] += seen if bias is None else seen * (bias[:, 0] == 0)
+        found[of, query[:, 0].long(), key[:, 0].long().transpose(1, 2)] += (
+            seen if bias is None else seen * (bias[:, 0] == 0)
+        )
         assert query.shape[2] == run.queries.length and key.shape[2] == run.keys.length
     assert torch.equal(found[:, 1:, 1:], wanted.int())
     assert not found[:, 1:, 0].any()
@@ -76,7 +85,9 @@ def test_rows_go_there_and_back_and_gradients_of_keys_are_the_adjoint(shape):
 
 @pytest.mark.parametrize("backend", ["flash", "blocks", "reference", "efficient"])
 @pytest.mark.parametrize("together", [64, 1024])
-@pytest.mark.parametrize("shape", [(257, 40, 40, 1), (200, 33, 0, 1), (250, 20, 20, 3), (31, 200, 200, 1), (700, 300, 5, 1)])
+@pytest.mark.parametrize(
+    "shape", [(257, 40, 40, 1), (200, 33, 0, 1), (250, 20, 20, 3), (31, 200, 200, 1), (700, 300, 5, 1)]
+)
 def test_attention_over_a_band_is_its_definition_forward_and_backward(backend, together, shape, monkeypatch):
     monkeypatch.setattr(module, "TOGETHER", together)
     band, sees = built(*shape)
@@ -86,11 +97,17 @@ def test_attention_over_a_band_is_its_definition_forward_and_backward(backend, t
         for of_keys in (None, held):
             leaves = [x.clone().requires_grad_() for x in (q, k, v)]
             out = attend(Part(*leaves, layout=band, given=[of_keys]), backend=name)
-            allowed = definition(band, sees)[None, None] if of_keys is None else definition(band, sees) & of_keys[:, None, None, :]
+            allowed = (
+                definition(band, sees)[None, None]
+                if of_keys is None
+                else definition(band, sees) & of_keys[:, None, None, :]
+            )
             twins = [x.clone().requires_grad_() for x in (q, k, v)]
             wanted = reference.dense(*twins, allowed)
             torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-10)
-            for mine, theirs in zip(torch.autograd.grad(out, leaves, direction), torch.autograd.grad(wanted, twins, direction), strict=True):
+            for mine, theirs in zip(
+                torch.autograd.grad(out, leaves, direction), torch.autograd.grad(wanted, twins, direction), strict=True
+            ):
                 torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
@@ -117,11 +134,15 @@ def test_the_flash_operators_take_a_window_as_one_tile(shape):
     wide = torch.ones(band.n, 7, dtype=torch.bool)
     q, k, v, more_k, more_v = leaves
     memory = more_k[:, :, :7], more_v[:, :, :7]
-    wanted = reference.dense(q, torch.cat([k, memory[0]], 2), torch.cat([v, memory[1]], 2), torch.cat([definition(band, sees), wide], 1))
+    wanted = reference.dense(
+        q, torch.cat([k, memory[0]], 2), torch.cat([v, memory[1]], 2), torch.cat([definition(band, sees), wide], 1)
+    )
     with on("flash on CUDA") as name:
         out = attend(Part(q, k, v, layout=band, given=[None]), Part(q, *memory), backend=name)
         torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-10)
         direction = torch.randn_like(out)
-        for mine, theirs in zip(torch.autograd.grad(out, leaves, direction), torch.autograd.grad(wanted, leaves, direction), strict=True):
+        for mine, theirs in zip(
+            torch.autograd.grad(out, leaves, direction), torch.autograd.grad(wanted, leaves, direction), strict=True
+        ):
             torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
     assert calls == ["flash forward with a window", "flash forward", "flash backward", "flash backward"]

@@ -23,12 +23,14 @@ def layer(spec="full", heads=4, **slots):
 @pytest.mark.parametrize("gated", [False, True])
 def test_a_feed_forward_in_chunks_is_the_feed_forward(chunk, gated):
     torch.manual_seed(0)
-    plain, x = FeedForward(8, 12, "gelu", 0, gated=gated).double(), torch.randn(2, 13, 8, dtype=torch.float64, requires_grad=True)
+    plain = FeedForward(8, 12, "gelu", 0, gated=gated).double()
+    x = torch.randn(2, 13, 8, dtype=torch.float64, requires_grad=True)
     chunked = FeedForward(8, 12, "gelu", 0, gated=gated, chunk=chunk).double()
     chunked.load_state_dict(plain.state_dict())
     assert torch.allclose(chunked(x), plain(x), rtol=0, atol=1e-14)
     for got, want in zip(torch.autograd.grad(chunked(x).square().sum(), [x, *chunked.parameters()]),
-                         torch.autograd.grad(plain(x).square().sum(), [x, *plain.parameters()]), strict=True):  # fmt: skip
+                         torch.autograd.grad(plain(x).square().sum(), [x, *plain.parameters()]),
+                         strict=True):  # fmt: skip
         assert torch.allclose(got, want, rtol=0, atol=1e-12)
 
 
@@ -45,7 +47,8 @@ def test_rotary_scores_depend_on_the_distance_alone(scaling):
     q, k = torch.randn(2, 8, dtype=torch.float64)
     where = torch.tensor([[3, 7, 103, 107]])
     turned = [rotate(x.expand(1, 1, 4, 8), *rotary.angles(where))[0, 0] for x in (q, k)]
-    assert abs(turned[0][0] @ turned[1][1] - turned[0][2] @ turned[1][3]) < 1e-4  # angles are float32, as in transformers
+    # angles are float32, as in transformers
+    assert abs(turned[0][0] @ turned[1][1] - turned[0][2] @ turned[1][3]) < 1e-4
     assert abs(turned[0][0] @ turned[1][1] - q @ k) > 1e-2
     assert torch.allclose(turned[0].norm(dim=-1), q.norm().expand(4), atol=1e-6)
 
@@ -74,7 +77,10 @@ def test_values_may_have_another_width_than_keys():
     attn, x = layer(value_dim=7, out_dim=0), torch.randn(2, 5, 16, dtype=torch.float64)
     q, k, v = (attn.project(name, x, Mask()) for name in "qkv")
     expected = effzoo.attention.reference.dense(q, k, v, torch.ones(5, 5, dtype=torch.bool))
-    assert torch.allclose(attn(x, Mask()), expected.transpose(1, 2).flatten(2), rtol=0, atol=1e-13) and expected.shape[-1] == 7
+    assert (
+        torch.allclose(attn(x, Mask()), expected.transpose(1, 2).flatten(2), rtol=0, atol=1e-13)
+        and expected.shape[-1] == 7
+    )
 
 
 def test_cross_attention_reads_another_sequence_and_kinds_without_it_refuse():
@@ -88,7 +94,9 @@ def test_cross_attention_reads_another_sequence_and_kinds_without_it_refuse():
 def test_rms_norm_is_its_formula():
     norm, x = RMSNorm(8, 1e-3, role="norm").double(), torch.randn(5, 8, dtype=torch.float64)
     torch.nn.init.normal_(norm.weight)
-    assert torch.allclose(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight, rtol=0, atol=1e-14)
+    assert torch.allclose(
+        norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight, rtol=0, atol=1e-14
+    )
 
 
 def test_axial_positions_are_the_coordinates_of_a_grid():

@@ -1,4 +1,5 @@
-"""Blockwise attention: the dense definition over drawn permutations, the lecture's tables, heads per permutation, short and ragged inputs."""
+"""Blockwise attention: the dense definition over drawn permutations, the lecture's tables, heads per permutation, short
+and ragged inputs."""
 
 import itertools
 import warnings
@@ -32,7 +33,9 @@ def assert_same(out, expected, leaves, tolerance=1e-10):
 
 
 def core(heads=2, max_length=24, causal=False, backend="auto", dropout=0.0, **options):
-    return effzoo.attention.create({"name": "blockwise", **options}, Context(heads, 4, causal, dropout, max_length=max_length, backend=backend))
+    return effzoo.attention.create(
+        {"name": "blockwise", **options}, Context(heads, 4, causal, dropout, max_length=max_length, backend=backend)
+    )
 
 
 @st.composite
@@ -73,7 +76,9 @@ def test_equals_its_dense_definition(case):
     assert_same(out, expected, [*leaves, *(memory or ())])
 
 
-@pytest.mark.parametrize("permutations", [((1, 2), (2, 1)), ((1, 2, 3), (2, 3, 1), (3, 1, 2)), ((3, 1, 2), (1, 3, 2)), ((4, 3, 1, 2),)])
+@pytest.mark.parametrize(
+    "permutations", [((1, 2), (2, 1)), ((1, 2, 3), (2, 3, 1), (3, 1, 2)), ((3, 1, 2), (1, 3, 2)), ((4, 3, 1, 2),)]
+)
 def test_the_definition_counts_by_hand(permutations):
     """Two tokens per block: a token of block i sees the two of block p(i), counted from 1 as in the lecture."""
     blocks = len(permutations[0])
@@ -85,7 +90,8 @@ def test_the_definition_counts_by_hand(permutations):
 
 
 def test_seven_tokens_in_three_blocks_leave_a_last_block_of_one_and_causal_rows_without_keys():
-    """max_length 7 and 3 blocks of 3: the shift (2, 3, 1) pairs 0-2 with 3-5, 3-5 with 6, and 6 with 0-2; only the last looks back."""
+    """max_length 7 and 3 blocks of 3: the shift (2, 3, 1) pairs 0-2 with 3-5, 3-5 with 6, and 6 with 0-2; only the last
+    looks back."""
     sees = {}
     for causal in (False, True):
         row = core(1, 7, causal, blocks=3, permutations=((2, 3, 1),)).pattern(7, Mask())[0, 0]
@@ -113,7 +119,8 @@ def test_identity_makes_blocks_independent_and_each_is_full_attention():
 
 
 def test_shifts_over_layers_reach_every_block():
-    """The composition of the cyclic shift with itself: after as many layers as blocks less one, block 1 has read from every block."""
+    """The composition of the cyclic shift with itself: after as many layers as blocks less one, block 1 has read from
+    every block."""
     pattern = core(2, 8, blocks=4).pattern(8, Mask())[0].any(dim=0).double()  # identity and one shift
     assert (pattern[0] > 0).sum() == 4 and (torch.linalg.matrix_power(pattern, 3)[0] > 0).all()
 
@@ -141,11 +148,17 @@ def test_heads_are_spread_over_the_identity_and_the_shifts_as_in_the_paper(heads
 
 def test_the_spec_string_writes_permutations_as_the_lecture_does_and_reads_them_back():
     spec = parse_one("blockwise[blocks=3, permutations=((1,2,3),(2,3,1)), groups=(3,1)]")
-    assert spec.options == {"blocks": 3, "permutations": ((1, 2, 3), (2, 3, 1)), "groups": (3, 1)} and parse_one(str(spec)) == spec
+    assert (
+        spec.options == {"blocks": 3, "permutations": ((1, 2, 3), (2, 3, 1)), "groups": (3, 1)}
+        and parse_one(str(spec)) == spec
+    )
     single = parse_one("blockbert[permutations=((2,1),)]")
     assert single.options["permutations"] == ((2, 1),) and parse_one(str(single)) == single
     assert effzoo.attention.create(spec, Context(4, 4)).permutations == ((0, 1, 2),) * 3 + ((1, 2, 0),)
-    assert effzoo.attention.create("blockwise[blocks=2,permutations=((1,2),(2,1))]", Context(2, 4)).permutations == ((0, 1), (1, 0))
+    assert effzoo.attention.create("blockwise[blocks=2,permutations=((1,2),(2,1))]", Context(2, 4)).permutations == (
+        (0, 1),
+        (1, 0),
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,7 +166,10 @@ def test_the_spec_string_writes_permutations_as_the_lecture_does_and_reads_them_
     [
         ({"blocks": 0}, "blocks is at least 1, got 0"),
         ({"block": 0}, "block is at least 1, got 0"),
-        ({"permutations": ((1, 2), (2, 2))}, "a permutation of 2 blocks holds each of \\(1, 2\\) once, got \\(2, 2\\); try \\(2, 1\\), or blocks=2"),
+        (
+            {"permutations": ((1, 2), (2, 2))},
+            "a permutation of 2 blocks holds each of \\(1, 2\\) once, got \\(2, 2\\); try \\(2, 1\\), or blocks=2",
+        ),
         ({"permutations": ((1, 2, 3),)}, "each of \\(1, 2\\) once, got \\(1, 2, 3\\).*or blocks=3"),
         ({"permutations": ((0, 1),)}, "each of \\(1, 2\\) once, got \\(0, 1\\)"),
         ({"permutations": ()}, "permutations is empty; give at least one of 2 blocks, such as \\(\\(1, 2\\),\\)"),
@@ -171,7 +187,10 @@ def test_options_that_cannot_be_are_refused_with_what_can(options, message):
 
 @pytest.mark.parametrize(("causal", "options"), [(True, {}), (False, {"block": 12})])
 def test_an_input_longer_than_its_blocks_is_refused_where_blocks_are_places(causal, options):
-    with pytest.raises(InputError, match="2 blocks of 12 positions, 24 in all, got 25; build the model with max_length=25, or with block=13"):
+    with pytest.raises(
+        InputError,
+        match="2 blocks of 12 positions, 24 in all, got 25; build the model with max_length=25, or with block=13",
+    ):
         core(causal=causal, **options)(*(draw(i, 1, 2, 25, 4) for i in range(3)), mask=Mask())
 
 
@@ -193,7 +212,8 @@ def test_blocks_are_shares_of_each_row_however_long_the_model_may_read(lengths):
 
 
 def test_heads_that_see_nothing_are_named_once():
-    """Four blocks of 6 places in a causal model, and 6 tokens: the head with a shift looks at the blocks after the first."""
+    """Four blocks of 6 places in a causal model, and 6 tokens: the head with a shift looks at the blocks after the
+    first."""
     made = core(2, 24, True, blocks=4)
     with pytest.warns(UserWarning, match=r"heads \[1\] of layer 0 see nothing in an input of 1 of 4 blocks"):
         out = made(*(draw(i, 1, 2, 6, 4) for i in range(3)), mask=Mask())
@@ -201,7 +221,8 @@ def test_heads_that_see_nothing_are_named_once():
     with warnings.catch_warnings(record=True) as again:
         warnings.simplefilter("always")
         made(*(draw(i, 1, 2, 6, 4) for i in range(3)), mask=Mask())
-        out = core(2, 24, blocks=4)(*(draw(i, 1, 2, 6, 4) for i in range(3)), mask=Mask())  # shares of 6 tokens: every head sees some
+        # shares of 6 tokens: every head sees some
+        out = core(2, 24, blocks=4)(*(draw(i, 1, 2, 6, 4) for i in range(3)), mask=Mask())
     assert not again and (out[:, :, :4] != 0).all()
 
 
@@ -222,7 +243,9 @@ def test_a_batch_of_ragged_rows_equals_each_alone(causal):
     leaves = [draw(i, len(lengths), 3, 20, 4) for i in range(3)]
     together = made(*leaves, mask=Mask(torch.arange(20) < torch.tensor(lengths)[:, None]))
     for row, n in enumerate(lengths):
-        assert_same(together[row : row + 1, :, :n], made(*(x[row : row + 1, :, :n] for x in leaves), mask=Mask()), leaves)
+        assert_same(
+            together[row : row + 1, :, :n], made(*(x[row : row + 1, :, :n] for x in leaves), mask=Mask()), leaves
+        )
 
 
 def test_a_causal_output_stays_when_the_sequence_grows():
@@ -268,7 +291,10 @@ def test_other_dtypes_stay_near_float64(dtype):
     for causal in (False, True):
         made = core(3, causal=causal, blocks=4)
         out = made(*(x.to(dtype) for x in tensors), mask=Mask())
-        assert out.dtype == dtype and (out.double() - made(*tensors, mask=Mask())).abs().max() < 10 * torch.finfo(dtype).eps
+        assert (
+            out.dtype == dtype
+            and (out.double() - made(*tensors, mask=Mask())).abs().max() < 10 * torch.finfo(dtype).eps
+        )
 
 
 def test_dropout_acts_on_the_weights_in_training_only():
@@ -279,7 +305,8 @@ def test_dropout_acts_on_the_weights_in_training_only():
     dropping.train()
     drawn = torch.stack([dropping(*tensors, mask=Mask()) for _ in range(2000)])
     assert not torch.allclose(drawn[0], drawn[1])
-    assert ((drawn.mean(dim=0) - expected).abs() <= 6 * drawn.std(dim=0) / 2000**0.5 + 1e-12).all()  # kept weights are scaled up: right on average
+    # kept weights are scaled up: right on average
+    assert ((drawn.mean(dim=0) - expected).abs() <= 6 * drawn.std(dim=0) / 2000**0.5 + 1e-12).all()
 
 
 def test_memory_grows_linearly_with_the_sequence_at_a_fixed_block():

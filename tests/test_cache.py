@@ -1,4 +1,5 @@
-"""Decoding with a cache: the rows of new positions equal those of a forward pass over everything, layer by layer and through whole models."""
+"""Decoding with a cache: the rows of new positions equal those of a forward pass over everything, layer by layer and
+through whole models."""
 
 import itertools
 
@@ -11,17 +12,30 @@ import effzoo
 from effzoo.attention import Context, Mask
 from effzoo.errors import IncompatibleError, InputError
 
-KINDS = ["full", "longformer[window=6]", "longformer[window=4,dilation=(1,3)]", "longformer[window=4,global_projections=false]"]
+KINDS = [
+    "full",
+    "longformer[window=6]",
+    "longformer[window=4,dilation=(1,3)]",
+    "longformer[window=4,global_projections=false]",
+]
 
 
 @settings(max_examples=120, deadline=None)
-@given(st.sampled_from(KINDS), st.lists(st.integers(1, 9), min_size=1, max_size=5), st.booleans(), st.sampled_from([0.0, 0.3]), st.integers(0, 10**6))
+@given(
+    st.sampled_from(KINDS),
+    st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    st.booleans(),
+    st.sampled_from([0.0, 0.3]),
+    st.integers(0, 10**6),
+)
 def test_steps_of_any_size_equal_the_forward_pass(spec, sizes, remembers, global_share, seed):
     """A prompt and steps of drawn lengths; padding at the front, memory, and global tokens in the prompt."""
     generator = torch.Generator().manual_seed(seed)
     core, n = effzoo.attention.create(spec, Context(heads=2, head_dim=4, causal=True)), sum(sizes)
     inputs = [torch.randn(2, 2, n, 4, dtype=torch.float64, generator=generator) for _ in core.projections]
-    memory = tuple(torch.randn(2, 3, 4, dtype=torch.float64, generator=generator) for _ in range(2)) if remembers else None
+    memory = (
+        tuple(torch.randn(2, 3, 4, dtype=torch.float64, generator=generator) for _ in range(2)) if remembers else None
+    )
     valid = torch.arange(n) >= torch.tensor([0, min(2, sizes[0] - 1)])[:, None]
     is_global = (torch.rand(2, n, generator=generator) < global_share) & valid & (torch.arange(n) < sizes[0])
     has_global = core.knows_globals() and bool(is_global.any())
@@ -57,7 +71,9 @@ def test_logits_of_a_model_with_a_cache_equal_those_without(attention, peft, tin
         expected = model(ids, attention_mask=mask, position_ids=positions).logits
         cache, logits = effzoo.attention.Cache(), []
         for start, stop in [(0, 6), (6, 7), (7, 8), (8, 12), (12, 17)]:
-            out = model(ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions[:, start:stop], cache=cache)
+            out = model(
+                ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions[:, start:stop], cache=cache
+            )
             logits.append(out.logits)
     here = mask.bool()
     assert (torch.cat(logits, dim=1) - expected)[here].abs().max() < 1e-12
@@ -89,7 +105,8 @@ def test_what_cannot_be_decoded_says_so(tiny):
 
 @pytest.mark.parametrize("spec", ["full", "longformer[window=16]", "lsh[rounds=2,buckets=4]"])
 def test_decoding_copies_the_cache_seldom_and_never_what_was_given(spec):
-    """Keys lie where they lay at the token before, but for a few times when room is made; a second text that goes on from a state has its own."""
+    """Keys lie where they lay at the token before, but for a few times when room is made; a second text that goes on
+    from a state has its own."""
     core = effzoo.attention.create(spec, Context(heads=2, head_dim=4, causal=True, max_length=512))
     name = [*core.projections][-1]
     draw = torch.Generator().manual_seed(0)
@@ -111,7 +128,10 @@ def test_decoding_copies_the_cache_seldom_and_never_what_was_given(spec):
         assert sum(one != other for one, other in itertools.pairwise(starts)) <= 4
         assert all(torch.equal(before[key], kept[key]) for key in kept)
         twice, other = core.step(*again, mask=Mask(), past=before)
-        assert torch.equal(twice, first) and other[name].untyped_storage().data_ptr() != before[name].untyped_storage().data_ptr()
+        assert (
+            torch.equal(twice, first)
+            and other[name].untyped_storage().data_ptr() != before[name].untyped_storage().data_ptr()
+        )
 
 
 def test_gradients_flow_through_what_a_cache_holds():

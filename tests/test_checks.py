@@ -30,7 +30,9 @@ def test_a_spec_sets_options_and_large_defaults_become_small():
 def test_results_are_told_one_by_one_in_the_order_of_the_checks():
     seen: list[Result] = []
     report = effzoo.check("attention", "perceiver[latents=4]", on_result=seen.append)
-    assert seen == report.results and [result.check for result in seen] == [check.__name__ for check in KINDS["attention"]]
+    assert seen == report.results and [result.check for result in seen] == [
+        check.__name__ for check in KINDS["attention"]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,9 @@ def test_a_crash_is_one_red_line_with_the_place_in_the_users_file():
     assert red.status == "red" and "KeyError: 'missing'" in red.reason
     assert f"{__file__}:" in red.reason and "in forward" in red.reason
     assert red.trace.endswith("KeyError: 'missing'") and red.happened == red.reason
-    assert report.result("every_length").status == "not run" and "shape_and_dtype" in report.result("every_length").reason
+    assert (
+        report.result("every_length").status == "not run" and "shape_and_dtype" in report.result("every_length").reason
+    )
     assert report.result("declares_itself").status == "green"
     assert not report.ok and [result.check for result in report.failures] == ["shape_and_dtype"]
 
@@ -72,7 +76,11 @@ def test_checking_leaves_the_random_state_the_threads_and_the_registry_alone():
     state, threads, names = torch.get_rng_state(), torch.get_num_threads(), effzoo.attention.names()
     effzoo.check("attention", "full")
     effzoo.check("peft", "lora", only=["copies"])
-    assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads() and names == effzoo.attention.names()
+    assert (
+        torch.equal(state, torch.get_rng_state())
+        and threads == torch.get_num_threads()
+        and names == effzoo.attention.names()
+    )
 
 
 def test_the_same_name_in_two_scopes_is_checked_anew():
@@ -101,15 +109,24 @@ def test_a_kind_without_a_pattern_is_told_that_it_needs_an_anchor_test():
             cost = "n^2"
 
             def forward(self, q, k, v, *, mask, memory=None):
-                return self.attend(Part(q, k, v, mask.key_bias(q.dtype), causal=self.context.causal), effzoo.attention.memory_part(q, memory))
+                return self.attend(
+                    Part(q, k, v, mask.key_bias(q.dtype), causal=self.context.causal),
+                    effzoo.attention.memory_part(q, memory),
+                )
 
         report = effzoo.check("attention", "patternless")
     assert report.ok, f"\n{report}"
-    assert report.result("equals_definition").status == "skipped" and "anchor" in report.result("equals_definition").reason
+    assert (
+        report.result("equals_definition").status == "skipped" and "anchor" in report.result("equals_definition").reason
+    )
 
 
 def test_the_report_reads_as_a_summary_and_one_line_per_check():
-    results = [Result("a", "A holds", "green"), Result("b", "B holds", "red", "off by 3"), Result("c", "C holds", "not run", "b")]
+    results = [
+        Result("a", "A holds", "green"),
+        Result("b", "B holds", "red", "off by 3"),
+        Result("c", "C holds", "not run", "b"),
+    ]
     report = Report("peft", "mine", results)
     assert str(report).splitlines() == [
         "peft mine: 1 green, 1 red, 1 not run",

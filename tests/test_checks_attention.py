@@ -197,7 +197,10 @@ class LeaksOneStep(Patternless):
         if not self.context.causal:
             return super().forward(q, k, v, mask=mask, memory=memory)
         n = q.shape[2]
-        allowed = torch.ones(n, n).tril(1).bool() & (torch.ones(1, n).bool() if mask.valid is None else mask.valid)[:, None, None, :]
+        allowed = (
+            torch.ones(n, n).tril(1).bool()
+            & (torch.ones(1, n).bool() if mask.valid is None else mask.valid)[:, None, None, :]
+        )
         return self.attend(Part(q, k, v, effzoo.attention.bias_of(allowed, q.dtype)), memory_part(q, memory))
 
 
@@ -420,10 +423,13 @@ def test_the_meter_counts_attention_that_the_flop_counter_of_torch_does_not():
     assert 2.5 * forward <= meter.cost.work <= 2.5 * forward + 20 * out.numel()
     with FlopCounterMode(display=False) as counter:
         effzoo.attention.attend(Part(q, k, v))
-    assert counter.get_total_flops() == 0  # when this fails, torch has learnt it: look whether the work is now counted twice
+    # when this fails, torch has learnt it: look whether the work is now counted twice
+    assert counter.get_total_flops() == 0
 
 
-@pytest.mark.parametrize(("cost", "exponent"), [("n^2", 2), ("n ^ 2 / blocks", 2), ("n * window", 1), ("n log n", 1), ("n", 1)])
+@pytest.mark.parametrize(
+    ("cost", "exponent"), [("n^2", 2), ("n ^ 2 / blocks", 2), ("n * window", 1), ("n log n", 1), ("n", 1)]
+)
 def test_the_declared_exponent_is_the_leading_power_of_n(cost, exponent):
     from effzoo.checks.cost import declared_exponent
 

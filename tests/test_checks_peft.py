@@ -366,7 +366,9 @@ def test_a_red_line_names_the_model_and_the_place_in_the_users_file():
     with effzoo.scope():
         effzoo.peft.register("mutant")(CrashesInMake)
         reason = effzoo.check("peft", "mutant", only=["attaches"]).failures[0].reason
-    assert reason.startswith("bert with full: AttributeError") and f"{__file__}:" in reason and reason.endswith("in make")
+    assert (
+        reason.startswith("bert with full: AttributeError") and f"{__file__}:" in reason and reason.endswith("in make")
+    )
 
 
 @pytest.mark.parametrize(("tensor", "status"), [("attn.v.B", "green"), ("attn.q.B", "red")])

@@ -71,7 +71,8 @@ def test_the_help_of_every_command_has_an_example_and_explains_every_option(run,
 def test_models_lists_every_model_with_its_size(run):
     lines = {line.split()[0]: flat(line) for line in run("models").output.splitlines() if line.strip()}
     assert set(effzoo.models()) < set(lines)
-    assert "encoder 109,482,240 full 512 Devlin et al. 2019" in lines["bert"]  # the published BERT base, with its pooler
+    # the published BERT base, with its pooler
+    assert "encoder 109,482,240 full 512 Devlin et al. 2019" in lines["bert"]
     assert "decoder 124,439,808 full 1,024" in lines["gpt2"]  # the published GPT-2 small
     assert "longformer 4,096" in lines["longformer"]
     assert "encoder 149,014,272 full, longformer 8,192" in lines["modernbert"]
@@ -96,7 +97,10 @@ def test_show_tells_options_with_type_default_and_meaning(run):
     assert "rslora bool false s = alpha / sqrt(rank)" in text
     assert "dropout float (in [0, 1)) 0.0 on the input of A" in text
     assert "targets str or a list of str or none none role patterns such as" in text  # from the parent's docstring
-    assert "hangs on attn.q*, attn.v* by default (Linear, Embedding, Conv2d, TiedLinear sites)" in text and "hooks after (function)" in text
+    assert (
+        "hangs on attn.q*, attn.v* by default (Linear, Embedding, Conv2d, TiedLinear sites)" in text
+        and ("hooks after (function)") in text
+    )
     assert "merges yes" in text and "leaves the output unchanged" in text
     assert "also called prefix_tuning" in flat(run("show", "prefix").output)
     assert "memory (input)" in flat(run("show", "prefix_tuning").output)
@@ -136,7 +140,9 @@ def test_the_survey_counts_its_methods_on_a_model(run, tmp_path):
 
 
 def test_the_matrix_marks_what_works_and_says_why_something_is_refused(run, tmp_path):
-    result = run("matrix", "--method", "lora", "--method", "pals", "--attention", "full", "--save", str(tmp_path / "cells.json"))
+    result = run(
+        "matrix", "--method", "lora", "--method", "pals", "--attention", "full", "--save", str(tmp_path / "cells.json")
+    )
     text = flat(result.output)
     assert result.exit_code == 0 and "lora ++++" in text and "pals +-++" in text and "need a cache of its own" in text
     cells = json.loads((tmp_path / "cells.json").read_text())
@@ -147,8 +153,10 @@ def test_the_matrix_marks_what_works_and_says_why_something_is_refused(run, tmp_
 def test_the_matrix_fails_with_a_broken_method(run, tmp_path):
     (tmp_path / "broken.py").write_text(
         "import torch\nfrom effzoo.peft import Method, PeftModule, register\nfrom effzoo.sites import Linear\n"
-        "class Silent(PeftModule):\n    def __init__(self):\n        super().__init__()\n        self.unused = torch.nn.Parameter(torch.zeros(3))\n"
-        "@register('silent')\nclass SilentMethod(Method):\n    'Does nothing.'\n    accepts, default_targets = (Linear,), ('attn.q*',)\n"
+        "class Silent(PeftModule):\n    def __init__(self):\n        super().__init__()\n        self.unused = "
+        "torch.nn.Parameter(torch.zeros(3))\n"
+        "@register('silent')\nclass SilentMethod(Method):\n    'Does nothing.'\n    accepts, default_targets = "
+        "(Linear,), ('attn.q*',)\n"
         "    def make(self, site):\n        return Silent()\n"
     )
     result = run("matrix", "--method", "silent", "--attention", "full", "--file", str(tmp_path / "broken.py"), code=1)
@@ -157,15 +165,26 @@ def test_the_matrix_fails_with_a_broken_method(run, tmp_path):
 
 def test_show_draws_the_pattern_and_saves_it(run, tmp_path):
     text = run("show", "longformer[window=8]", "--n", "32", "--causal", "--save", str(tmp_path / "p.png")).output
-    assert effzoo.plots.pattern_text("longformer[window=8]", 32, is_global=(0,), causal=True).splitlines()[5].rstrip() in text
+    assert (
+        effzoo.plots.pattern_text("longformer[window=8]", 32, is_global=(0,), causal=True).splitlines()[5].rstrip()
+        in text
+    )
     assert "32 queries (down) x 32 keys (across)" in text and "a model" not in text
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_account_counts_without_weights(run):
-    text = flat(run("account", "bert", "--peft", "lora[rank=4]|ia3", "--attention", "longformer[window=64]", "--num-labels", "3").output)
+    text = flat(
+        run(
+            "account", "bert", "--peft", "lora[rank=4]|ia3", "--attention", "longformer[window=64]", "--num-labels", "3"
+        ).output
+    )
     assert "bert with longformer[window=64] attention, lora[rank=4]|ia3" in text
-    assert "lora attn.q_global 12 sites" in text and "ia3 mlp.down 12 sites 36,864" in text and "head head.out 1 site 2,307" in text
+    assert (
+        "lora attn.q_global 12 sites" in text
+        and "ia3 mlp.down 12 sites 36,864" in text
+        and ("head head.out 1 site 2,307") in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -223,18 +242,28 @@ def test_the_first_failure_is_explained_what_happened_the_likely_cause_and_how_t
     text = run("check", str(file), code=1).output
     first = flat(text[text.index("the first failure") :])
     assert first.startswith("the first failure, padding_is_invisible what happened bidirectional: output at tokens")
-    assert "likely cause mask.valid is False at padding" in first and "how to see it Put a large number at one padded position" in first
+    assert (
+        "likely cause mask.valid is False at padding" in first
+        and ("how to see it Put a large number at one padded position") in first
+    )
     assert "this alone effzoo check" in first and "--only padding_is_invisible" in first
 
 
 def test_json_is_one_document_that_a_grader_can_read(run, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(MINE.format(comment="", mask="type(mask)()"))
-    found = json.loads(run("check", str(file), "--json", "--only", "padding_is_invisible", "--only", "attaches", code=1).output)
+    found = json.loads(
+        run("check", str(file), "--json", "--only", "padding_is_invisible", "--only", "attaches", code=1).output
+    )
     assert not found["ok"] and [report["subject"] for report in found["reports"]] == ["mine", "my_lora"]
     assert [report["first_failure"] for report in found["reports"]] == ["padding_is_invisible", None]
     (red,) = found["reports"][0]["checks"]
-    assert red["status"] == "red" and not red["ok"] and red["reason"] == f"{red['happened']}; {red['cause']}" and red["seconds"] > 0
+    assert (
+        red["status"] == "red"
+        and not red["ok"]
+        and red["reason"] == f"{red['happened']}; {red['cause']}"
+        and red["seconds"] > 0
+    )
     sound = json.loads(run("check", "full", "--json", "--only", "declares_itself").output)
     assert sound["ok"] and all(check["status"] == "green" for report in sound["reports"] for check in report["checks"])
 
@@ -250,7 +279,10 @@ def test_a_crash_in_a_checked_file_names_its_line(run, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(MINE.format(comment="", mask="missing"))
     text = flat(run("check", str(file), "--only", "shape_and_dtype", code=1).output).replace(" ", "")
-    assert "NameError:name'missing'isnotdefined" in text and f"mine.py:{MINE[: MINE.index('return')].count(chr(10)) + 1}in" in text
+    assert (
+        "NameError:name'missing'isnotdefined" in text
+        and f"mine.py:{MINE[: MINE.index('return')].count(chr(10)) + 1}in" in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -260,7 +292,10 @@ def test_a_crash_in_a_checked_file_names_its_line(run, tmp_path):
         ("import sys\nsys.exit()", "failed at line 2 while it was imported: SystemExit"),
         ("x = 1\n\nundefined", "failed at line 3 while it was imported: NameError"),
         ("def", "SyntaxError"),
-        ("from effzoo.attention import register, full\nregister('full')(full.Full)", "already registered by Full; choose another name"),
+        (
+            "from effzoo.attention import register, full\nregister('full')(full.Full)",
+            "already registered by Full; choose another name",
+        ),
     ],
 )
 def test_a_file_that_registers_nothing_is_an_error_that_says_what_to_do(run, tmp_path, code, message):
@@ -277,7 +312,11 @@ def test_a_registered_name_is_checked_in_every_kind_that_has_it(run):
 def test_a_bug_is_told_as_a_bug_without_traceback(run, monkeypatch):
     monkeypatch.setattr("effzoo.zoo.models", lambda: 1 / 0)
     result = run("models", code=3)
-    assert "ZeroDivisionError" in result.output and "--debug shows where" in result.output and "Traceback" not in result.output
+    assert (
+        "ZeroDivisionError" in result.output
+        and "--debug shows where" in result.output
+        and "Traceback" not in result.output
+    )
 
 
 def effzoo_command() -> str:
@@ -287,7 +326,9 @@ def effzoo_command() -> str:
 def test_the_installed_command_works_and_wrong_usage_exits_with_2(tmp_path):
     shown = subprocess.run([effzoo_command(), "show", "gpt2"], cwd=tmp_path, capture_output=True, text=True)
     assert shown.returncode == 0 and "124,439,808" in shown.stdout and not shown.stderr
-    wrong = subprocess.run([effzoo_command(), "account", "bert", "--pfet", "lora"], cwd=tmp_path, capture_output=True, text=True)
+    wrong = subprocess.run(
+        [effzoo_command(), "account", "bert", "--pfet", "lora"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert wrong.returncode == 2 and "No such option" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
@@ -312,6 +353,11 @@ def test_routers_are_listed_and_shown():
     listed = CliRunner().invoke(app, ["routers"])
     assert listed.exit_code == 0 and all(name in listed.output for name in effzoo.routing.names())
     shown = CliRunner().invoke(app, ["show", "switch"])
-    assert shown.exit_code == 0 and "a router" in shown.output and "capacity" in shown.output and "2101.03961" in shown.output
+    assert (
+        shown.exit_code == 0
+        and "a router" in shown.output
+        and "capacity" in shown.output
+        and "2101.03961" in shown.output
+    )
     together = CliRunner().invoke(app, ["show", "expert_choice"])
     assert "not in a causal language model" in " ".join(together.output.split())

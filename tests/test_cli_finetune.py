@@ -38,30 +38,45 @@ def place(tmp_path):
     words = ["[PAD]", "[UNK]", "[MASK]", *(word for text in WORDS.values() for word in text.split())]
     tokens = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
     tokens.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokens, pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]"
+    )
     tokenizer.save_pretrained(tmp_path / "words")
     (tmp_path / "tiny.toml").write_text(TOML)
     draw = torch.Generator().manual_seed(0)
     rows = []
     for row in range(60):
         label = ("sport", "business")[row % 2]
-        chosen = [WORDS[label].split()[i] for i in torch.randint(5, (int(torch.randint(3, 50, (1,), generator=draw)),), generator=draw)]
+        chosen = [
+            WORDS[label].split()[i]
+            for i in torch.randint(5, (int(torch.randint(3, 50, (1,), generator=draw)),), generator=draw)
+        ]
         rows.append(json.dumps({"text": " ".join(chosen), "label": label}))
     (tmp_path / "news.jsonl").write_text("\n".join(rows))
     return tmp_path
 
 
 def arguments(place, output, *more):
-    fixed = ("finetune", str(place / "tiny.toml"), "--data", str(place / "news.jsonl"), "--tokenizer", str(place / "words"))
+    fixed = (
+        "finetune",
+        str(place / "tiny.toml"),
+        "--data",
+        str(place / "news.jsonl"),
+        "--tokenizer",
+        str(place / "words"),
+    )
     return [*fixed, "--output", str(place / output), "--learning-rate", "0.02", *more]
 
 
 def test_it_learns_reports_and_saves_an_adapter_and_resumes_to_the_same(place):
-    line = arguments(place, "run", "--peft", "prompt[length=4]|lora[rank=2]", "--attention", "longformer[window=8]", "--epochs", "4")
+    line = arguments(
+        place, "run", "--peft", "prompt[length=4]|lora[rank=2]", "--attention", "longformer[window=8]", "--epochs", "4"
+    )
     done = CliRunner().invoke(app, line)
     assert done.exit_code == 0, done.output
     text = " ".join(done.output.split())
-    assert "54 texts to train on, 6 to evaluate on, up to 28 tokens, 2 labels: business, sport" in text  # 32 less 4 prompt rows
+    # 32 less 4 prompt rows
+    assert "54 texts to train on, 6 to evaluate on, up to 28 tokens, 2 labels: business, sport" in text
     assert "the weights start at random" in text and "accuracy 1 " in text and "prompt embed.token 1 site 64" in text
     assert (place / "run/curves.png").read_bytes().startswith(b"\x89PNG")
     assert (place / "run/adapter/adapter.json").is_file()
@@ -74,7 +89,9 @@ def test_it_learns_reports_and_saves_an_adapter_and_resumes_to_the_same(place):
     assert before == {p.name: p.read_bytes() for p in (place / "run/adapter").iterdir()}
 
     torch.manual_seed(0)
-    model = effzoo.build(str(place / "tiny.toml"), attention="longformer[window=8]", task="classification", num_labels=2)
+    model = effzoo.build(
+        str(place / "tiny.toml"), attention="longformer[window=8]", task="classification", num_labels=2
+    )
     effzoo.load_adapter(model, place / "run/adapter")
     assert effzoo.account(model).trainable > 0
 

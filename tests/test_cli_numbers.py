@@ -1,4 +1,5 @@
-"""Every number that the command line takes, at and past its edges: refused in one message, or done as it says. And what Ctrl-C leaves."""
+"""Every number that the command line takes, at and past its edges: refused in one message, or done as it says. And what
+Ctrl-C leaves."""
 
 import functools
 import inspect
@@ -24,7 +25,8 @@ BASE = {  # a line on which each number is tried
 }
 WRONG = ["-1", "0", str(2**70), str(-(2**70)), "1e400", "nan", "-inf", "2.5", "x", ""]
 RIGHT = {  # of those that are an accepted value somewhere
-    ("lab", "--seed"): {"0"}, ("finetune", "--seed"): {"0"}, ("finetune", "--epochs"): {"2.5", str(2**70)}, ("bench finetune", "--dropout"): {"0"},
+    ("lab", "--seed"): {"0"}, ("finetune", "--seed"): {"0"}, ("finetune", "--epochs"): {"2.5", str(2**70)},
+    ("bench finetune", "--dropout"): {"0"},
     ("finetune", "--learning-rate"): {"2.5", str(2**70)}, ("bench scaling", "--longest"): {"0", "2.5", str(2**70)},
     ("bench scaling", "--seconds"): {"0", "2.5", str(2**70)}, ("bench finetune", "--seconds"): {"0", "2.5", str(2**70)},
 }  # fmt: skip
@@ -44,7 +46,8 @@ def within(hint):
 
 
 def numeric():
-    """(command, option) of every option that takes a number: read from the annotations, which no version of typer changes."""
+    """(command, option) of every option that takes a number: read from the annotations, which no version of typer
+    changes."""
     for name, command in commands():
         hints = typing.get_type_hints(inspect.unwrap(command.callback))
         for parameter in command.params:
@@ -106,10 +109,20 @@ def interrupting(callback):
 
 @pytest.mark.parametrize("name", ORDER)
 def test_an_interrupted_command_says_what_is_true_of_it(monkeypatch, tmp_path, name):
-    lines = {"bench": ["bench", "scaling"], "check": ["check", "full"], "matrix": ["matrix", "--method", "lora"], "lab": ["lab"], **BASE}
+    lines = {
+        "bench": ["bench", "scaling"],
+        "check": ["check", "full"],
+        "matrix": ["matrix", "--method", "lora"],
+        "lab": ["lab"],
+        **BASE,
+    }
     line = lines.get(name, [name])
 
-    infos = [info for one in (app, *(group.typer_instance for group in app.registered_groups)) for info in one.registered_commands]
+    infos = [
+        info
+        for one in (app, *(group.typer_instance for group in app.registered_groups))
+        for info in one.registered_commands
+    ]
     for info in infos:
         monkeypatch.setattr(info, "callback", interrupting(info.callback))
     monkeypatch.chdir(tmp_path)

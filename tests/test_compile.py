@@ -1,7 +1,8 @@
-"""Whole models under torch.compile(fullgraph=True) compute what they compute without, forward and backward, with padding, prefix and global tokens.
+"""Whole models under torch.compile(fullgraph=True) compute what they compute without, forward and backward, with
+padding, prefix and global tokens.
 
-`aot_eager` traces everything and generates no code, so it is quick; one model goes through the code generator too, because that has been
-wrong where tracing was right (see `merge` in attention/kernel.py).
+`aot_eager` traces everything and generates no code, so it is quick; one model goes through the code generator too,
+    because that has been wrong where tracing was right (see `merge` in attention/kernel.py).
 """
 
 import pytest
@@ -11,7 +12,11 @@ import effzoo
 from effzoo import checked
 from effzoo.errors import InputError
 
-CASES = [("bert", kind) for kind in effzoo.attention.names()] + [("gpt2", "longformer"), ("llama", "full"), ("modernbert", None)]
+CASES = [("bert", kind) for kind in effzoo.attention.names()] + [
+    ("gpt2", "longformer"),
+    ("llama", "full"),
+    ("modernbert", None),
+]
 
 
 def both(model, inputs, backend):
@@ -29,12 +34,20 @@ def both(model, inputs, backend):
 def case(name, attention, tiny, **more):
     sizes = tiny | ({"kv_heads": 1} if name == "llama" else {}) | ({"mlp": 24} if name == "modernbert" else {})
     model = effzoo.build(
-        name, task="token_classification", peft="prefix[length=3]|lora", **({"attention": attention} if attention else {}), **sizes, **more
+        name,
+        task="token_classification",
+        peft="prefix[length=3]|lora",
+        **({"attention": attention} if attention else {}),
+        **sizes,
+        **more,
     )
     for parameter in model.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.3)
-    inputs = {"input_ids": torch.randint(53, (2, 33)), "attention_mask": (torch.arange(33) < torch.tensor([33, 20])[:, None]).long()}
+    inputs = {
+        "input_ids": torch.randint(53, (2, 33)),
+        "attention_mask": (torch.arange(33) < torch.tensor([33, 20])[:, None]).long(),
+    }
     if any(core.knows_globals() for core in model.cores()):
         inputs["global_attention_mask"] = torch.zeros(2, 33, dtype=torch.long)
         inputs["global_attention_mask"][[0, 0, 1], [0, 5, 3]] = 1
@@ -58,13 +71,23 @@ def test_generated_code_computes_the_model(tiny):
 
 
 def test_prompt_rows_and_the_first_token_need_no_room_among_the_global_tokens_of_a_batch(tiny):
-    model = effzoo.build("longformer", attention="longformer[window=8, max_globals=2]", peft="prompt[length=5]", task="classification", **tiny)
+    model = effzoo.build(
+        "longformer",
+        attention="longformer[window=8, max_globals=2]",
+        peft="prompt[length=5]",
+        task="classification",
+        **tiny,
+    )
     (logits, grads), (expected, wanted) = both(model.double(), {"input_ids": torch.arange(24).view(2, 12)}, "aot_eager")
     assert (logits - expected).abs().max() < 1e-10 and grads.keys() == wanted.keys()
 
 
 def test_more_global_tokens_than_there_is_room_for_are_refused_in_compiled_code(tiny):
-    model = torch.compile(effzoo.build("longformer", attention="longformer[window=8, max_globals=2]", **tiny), fullgraph=True, backend="eager")
+    model = torch.compile(
+        effzoo.build("longformer", attention="longformer[window=8, max_globals=2]", **tiny),
+        fullgraph=True,
+        backend="eager",
+    )
     ids, marked = torch.arange(24).view(2, 12), torch.zeros(2, 12, dtype=torch.long)
     marked[0, :2] = 1
     model(input_ids=ids, global_attention_mask=marked)
@@ -72,14 +95,16 @@ def test_more_global_tokens_than_there_is_room_for_are_refused_in_compiled_code(
         model(input_ids=ids, global_attention_mask=marked | (ids == 5))
 
 
-# --- values of inputs: refused in compiled code as they are without it; each model is compiled once, and values alone differ from case to case
+# --- values of inputs: refused in compiled code as they are without it; each model is compiled once, and values alone
+#     differ from case to case
 
 
 def inputs(**wrong):
     """Everything that a model takes, with some values out of range in the last row."""
     ids = torch.arange(24).view(2, 12)
     right = {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids % 2, "position_ids": torch.arange(12)[None].repeat(2, 1),
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids % 2,
+        "position_ids": torch.arange(12)[None].repeat(2, 1),
         "global_attention_mask": (ids % 12 == 0).long(), "labels": torch.where(ids % 5 == 0, -100, ids % 3),
     }  # fmt: skip
     for name, value in wrong.items():
@@ -90,16 +115,21 @@ def inputs(**wrong):
 WRONG = [
     ("attention_mask", -10000, "attention_mask holds 0 and 1 .* from -10000 to 1"),
     ("attention_mask", 2, "attention_mask holds 0 and 1 .* from 1 to 2"),
-    ("global_attention_mask", 3, "global_attention_mask holds 0 and 1"), ("position_ids", 64, r"position_ids are in \[0, 63\], got 0 to 64"),
-    ("position_ids", -1, r"position_ids are in \[0, 63\], got -1"), ("token_type_ids", 2, r"token_type_ids are in \[0, 2\), got 0 to 2"),
+    ("global_attention_mask", 3, "global_attention_mask holds 0 and 1"),
+    ("position_ids", 64, r"position_ids are in \[0, 63\], got 0 to 64"),
+    ("position_ids", -1, r"position_ids are in \[0, 63\], got -1"),
+    ("token_type_ids", 2, r"token_type_ids are in \[0, 2\), got 0 to 2"),
     ("input_ids", 53, r"input_ids are in \[0, 53\), got 0 to 53; is this the model's tokenizer"),
-    ("labels", 3, r"labels are in \[0, 3\) or -100, got 0 to 3; check num_labels"), ("labels", -1, "labels are in .* got -1 to 2"),
+    ("labels", 3, r"labels are in \[0, 3\) or -100, got 0 to 3; check num_labels"),
+    ("labels", -1, "labels are in .* got -1 to 2"),
 ]  # fmt: skip
 
 
 def test_values_out_of_range_are_refused_compiled_or_not(tiny):
     """Checks are not left out as having no effect, and break no graph, also where a gradient is wanted."""
-    model = effzoo.build("bert", attention="longformer[window=4]", task="token_classification", num_labels=3, **{**tiny, "layers": 1}).train()
+    model = effzoo.build(
+        "bert", attention="longformer[window=4]", task="token_classification", num_labels=3, **{**tiny, "layers": 1}
+    ).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     out, expected = compiled(**inputs()), model(**inputs())
     assert torch.allclose(out.loss, expected.loss, rtol=0, atol=1e-6)
@@ -117,7 +147,11 @@ def test_a_compiled_perceiver_refuses_the_same(tiny):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
 
     def given(**wrong):
-        return {key: value for key, value in inputs(**wrong).items() if key not in ("token_type_ids", "global_attention_mask")}
+        return {
+            key: value
+            for key, value in inputs(**wrong).items()
+            if key not in ("token_type_ids", "global_attention_mask")
+        }
 
     assert torch.allclose(compiled(**given()).loss, model(**given()).loss, rtol=0, atol=1e-6)
     for run in (model, compiled):

@@ -11,8 +11,8 @@ from effzoo.peft.attach import adapter_tensors
 from effzoo.sites import Conv2d, sites
 
 KINDS = {
-    "full": "full", "longformer": "longformer[window=4]", "blockwise": "blockwise[blocks=2]", "local": "local[chunk=4]", "lsh": "lsh[chunk=4]",
-    "linformer": "linformer[k=4]", "perceiver": "perceiver[latents=4]",
+    "full": "full", "longformer": "longformer[window=4]", "blockwise": "blockwise[blocks=2]", "local": "local[chunk=4]",
+    "lsh": "lsh[chunk=4]", "linformer": "linformer[k=4]", "perceiver": "perceiver[latents=4]",
 }  # fmt: skip
 UNION = "lora|bitfit|houlsby[bottleneck=3]|prefix[length=2]|prompt[length=2]"
 
@@ -56,16 +56,27 @@ def test_each_row_gets_what_its_adapter_gives_it_alone(tiny, attention, spec):
         expected[chosen] = out
     assert torch.allclose(got, expected, rtol=0, atol=1e-10)
     alone = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
-    assert gradients.keys() == alone.keys() and all(torch.allclose(gradients[key], alone[key], rtol=0, atol=1e-9) for key in alone)
+    assert gradients.keys() == alone.keys() and all(
+        torch.allclose(gradients[key], alone[key], rtol=0, atol=1e-9) for key in alone
+    )
 
 
-OTHERS = {"a": "lora[rank=3, alpha=12]", "b": "lora[rank=3, rslora=true]", "c": "lora[rank=2]|houlsby[bottleneck=3]", "d": "ia3|norms", "e": "dora"}
+OTHERS = {
+    "a": "lora[rank=3, alpha=12]",
+    "b": "lora[rank=3, rslora=true]",
+    "c": "lora[rank=2]|houlsby[bottleneck=3]",
+    "d": "ia3|norms",
+    "e": "dora",
+}
 
 
 @pytest.mark.parametrize("level", ["nothing", "hidden", "blocks"])
-@pytest.mark.parametrize(("name", "task"), [("minilm", "token_classification"), ("gpt2", "causal_lm"), ("llama", "causal_lm")])
+@pytest.mark.parametrize(
+    ("name", "task"), [("minilm", "token_classification"), ("gpt2", "causal_lm"), ("llama", "causal_lm")]
+)
 def test_each_row_has_its_own_options_and_methods_whatever_is_recomputed(tiny, name, task, level):
-    """Equal shapes with another alpha, other ranks, other methods, and rows without any; one row's order is not the order of the adapters."""
+    """Equal shapes with another alpha, other ranks, other methods, and rows without any; one row's order is not the
+    order of the adapters."""
     torch.manual_seed(1)
     model = effzoo.build(name, task=task, **tiny, **({"kv_heads": 1} if name == "llama" else {})).double().train()
     for part in model.modules():
@@ -90,7 +101,9 @@ def test_each_row_has_its_own_options_and_methods_whatever_is_recomputed(tiny, n
     assert all(torch.allclose(gradients[key], wanted[key], rtol=0, atol=1e-8) for key in gradients)
 
 
-@pytest.mark.parametrize("spec", ["full", "lora[targets=embed.token]", "bitfit[targets=embed.norm]|full[targets=(embed.token, lm.out)]"])
+@pytest.mark.parametrize(
+    "spec", ["full", "lora[targets=embed.token]", "bitfit[targets=embed.norm]|full[targets=(embed.token, lm.out)]"]
+)
 def test_a_tied_head_reads_the_table_of_each_row_and_of_each_averaged_adapter(tiny, spec):
     """One row, or one summand of the mean, is x W_a^T + b_a with the table and the bias of its own adapter."""
     name = "minilm" if "lm.out" in spec else "gpt2"
@@ -108,7 +121,9 @@ def test_a_tied_head_reads_the_table_of_each_row_and_of_each_averaged_adapter(ti
         effzoo.activate(model, adapter)
         outs.append(torch.nn.functional.linear(x, table.composed_weight(), out.composed_bias()))
     effzoo.activate(model, "a", "b", combine="average")
-    assert torch.allclose(out(x, table), (outs[0] + outs[1]) / 2, rtol=0, atol=1e-12) and not torch.allclose(outs[0], outs[1])
+    assert torch.allclose(out(x, table), (outs[0] + outs[1]) / 2, rtol=0, atol=1e-12) and not torch.allclose(
+        outs[0], outs[1]
+    )
 
 
 def test_a_row_without_adapter_is_the_bare_base(tiny):
@@ -156,7 +171,8 @@ def test_averaging_is_the_mean_of_what_each_adapter_makes_of_every_site(tiny):
         dict(sites(twin))["blocks.0.attn.q"].weight += sum(lora.scale * lora.B @ lora.A for lora in loras) / 2
         for path in [path for path, site in found.items() if "a" in site.adapters and path != "blocks.0.attn.q"]:
             for method in found[path].of("a"):
-                pairs = zip(dict(sites(twin))[path].of("a")[method].parameters(), found[path].of("a")[method].parameters(),
+                pairs = zip(dict(sites(twin))[path].of("a")[method].parameters(),
+                            found[path].of("a")[method].parameters(),
                             found[path].of("b")[method].parameters(), strict=True)  # fmt: skip
                 for mine, one, other in pairs:
                     mine.copy_((one + other) / 2)
@@ -167,7 +183,9 @@ def test_an_average_of_one_adapter_with_itself_is_that_adapter(tiny):
     model = drawn(build(tiny), "a", spec=UNION)
     effzoo.attach(model, UNION, name="b")
     with torch.no_grad():
-        for mine, theirs in zip(adapter_tensors(model, "b").values(), adapter_tensors(model, "a").values(), strict=True):
+        for mine, theirs in zip(
+            adapter_tensors(model, "b").values(), adapter_tensors(model, "a").values(), strict=True
+        ):
             mine.copy_(theirs)
     alone = effzoo.activate(model, "a")(**batch()).logits
     both = effzoo.activate(model, "a", "b", combine="average")(**batch()).logits
@@ -180,7 +198,9 @@ def test_unmerging_restores_every_bit(tiny, dtype):
     twin = copy.deepcopy(model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     effzoo.merge(model, "a")
-    assert not effzoo.attached(model) and not all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not effzoo.attached(model) and not all(
+        torch.equal(before[key], value) for key, value in model.state_dict().items()
+    )
     effzoo.unmerge(model, "a")
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(before[key], after[key]) for key in before)
@@ -211,13 +231,15 @@ def test_merging_for_good_keeps_nothing(tiny):
 
 
 def test_the_report_says_how_much_of_a_change_a_dtype_loses(tiny):
-    """In bfloat16 a change far below the weight's spacing is lost completely; in float64 the error is rounding noise."""
+    """In bfloat16 a change far below the weight's spacing is lost completely; in float64 the error is rounding
+    noise."""
     model = effzoo.attach(build(tiny), "lora[targets=attn.q]", name="a")
     with torch.no_grad():
         for site in (site for _, site in sites(model) if site.role == "attn.q"):
             site.weight.copy_(torch.where(site.weight < 0, -1.0, 1.0))
             site.of("a")["lora"].A.fill_(1e-2)
-            site.of("a")["lora"].B.fill_(1e-2)  # a change of 8e-4 everywhere; the spacing of bfloat16 at 1 is 7.8e-3 above and 3.9e-3 below
+            # a change of 8e-4 everywhere; the spacing of bfloat16 at 1 is 7.8e-3 above and 3.9e-3 below
+            site.of("a")["lora"].B.fill_(1e-2)
     half = copy.deepcopy(model).to(torch.bfloat16)
     exact, rounded = (effzoo.merge(each, "a", report=True) for each in (model, half))
     rows = {row.tensor: row for row in rounded.rows if ".attn.q." in row.tensor and row.delta}

@@ -1,4 +1,5 @@
-"""Conversion is reversible, load_pretrained says what it did with every tensor, and what has no counterpart is refused."""
+"""Conversion is reversible, load_pretrained says what it did with every tensor, and what has no counterpart is
+refused."""
 
 import json
 import logging
@@ -25,31 +26,45 @@ HEADS = pytest.mark.parametrize(("family", "task", "name"), CLASSES, ids=[name f
 def their_config(family, **changes):
     if family == "gpt2":
         sizes = {
-            "vocab_size": 41, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_inner": 12, "n_positions": 20, "bos_token_id": None, "eos_token_id": None,
-            "pad_token_id": 0,
+            "vocab_size": 41, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_inner": 12, "n_positions": 20,
+            "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
         }  # fmt: skip
         return transformers.GPT2Config(**{**sizes, **changes})
     if family == "led":
         sizes = {
-            "vocab_size": 41, "d_model": 8, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 12, "decoder_layers": 1,
-            "decoder_attention_heads": 2, "decoder_ffn_dim": 12, "max_encoder_position_embeddings": 20, "attention_window": [4, 8],
+            "vocab_size": 41, "d_model": 8, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 12,
+            "decoder_layers": 1,
+            "decoder_attention_heads": 2, "decoder_ffn_dim": 12, "max_encoder_position_embeddings": 20,
+            "attention_window": [4, 8],
         }  # fmt: skip
         return transformers.LEDConfig(**{**sizes, **changes})
     sizes = {
-        "vocab_size": 41, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "max_position_embeddings": 22,
+        "vocab_size": 41, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12,
+        "max_position_embeddings": 22,
     }  # fmt: skip
     sizes |= {"attention_window": [4, 8]} if family == "longformer" else {}
     if family in ("llama", "mistral", "qwen3"):
         sizes |= {
-            "num_key_value_heads": 1, "head_dim": 6, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None, "classifier_dropout": 0.0,
-            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
+            "num_key_value_heads": 1, "head_dim": 6, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None,
+            "classifier_dropout": 0.0, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
         }  # fmt: skip
     if family == "mistral":
         sizes |= {"sliding_window": 5}
     if family == "qwen3":
-        sizes |= {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}
+        sizes |= {
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "layer_types": ["full_attention", "sliding_attention"],
+        }
     if family == "modernbert":
-        sizes |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None, "cls_token_id": None, "sep_token_id": None, "local_attention": 8}
+        sizes |= {
+            "pad_token_id": 0,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "cls_token_id": None,
+            "sep_token_id": None,
+            "local_attention": 8,
+        }
     return getattr(transformers, CONFIGS.get(family, f"{family.capitalize()}Config"))(**{**sizes, **changes})
 
 
@@ -74,7 +89,8 @@ def zoo(family, tiny, **changes):
     attention |= {"attention": "longformer[window=8, global_projections=False]"} if family == "mistral" else {}
     heads = {"kv_heads": 1} if family in ("llama", "mistral", "qwen3") else {}
     heads |= {"head_dim": 6} if family == "qwen3" else {}
-    padding = {} if family in ("bert", "roberta", "longformer", "led") else {"pad_token": 0}  # their classification needs it for several rows
+    # their classification needs it for several rows
+    padding = {} if family in ("bert", "roberta", "longformer", "led") else {"pad_token": 0}
     model = effzoo.build(family, **{**tiny, **attention, **heads, **padding, "max_length": 20, **changes}).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -122,7 +138,8 @@ def test_theirs_to_ours_and_back_is_the_identity_live_and_from_a_folder(family, 
     assert type(back) is type(model)
     assert equal(model, back)
     ours, before = back.config.to_dict(), model.config.to_dict()
-    free = ("transformers_version", "decoder_layers", "decoder_ffn_dim")  # an encoder of LED says nothing of the decoder
+    # an encoder of LED says nothing of the decoder
+    free = ("transformers_version", "decoder_layers", "decoder_ffn_dim")
     keys = [key for key in their_config(family).to_diff_dict() if key in before and key not in free]
     assert {key: ours[key] for key in keys} == {key: before[key] for key in keys}
 
@@ -164,7 +181,8 @@ def test_importing_convert_does_not_import_transformers():
 
 
 @pytest.mark.parametrize(("family", "name", "head"), [
-    ("llama", "LlamaForCausalLM", "lm_head"), ("qwen3", "Qwen3ForCausalLM", "lm_head"), ("modernbert", "ModernBertForMaskedLM", "decoder"),
+    ("llama", "LlamaForCausalLM", "lm_head"), ("qwen3", "Qwen3ForCausalLM", "lm_head"),
+    ("modernbert", "ModernBertForMaskedLM", "decoder"),
 ])  # fmt: skip
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_is_tied_where_it_was(family, name, head, tied, tmp_path):
@@ -197,7 +215,9 @@ def test_the_encoder_of_led_is_read_and_goes_back_into_its_place(name, saved, tm
     is_global = torch.zeros_like(ids)
     is_global[0, [0, 7]] = 1
     expected = source(ids, global_attention_mask=is_global, decoder_input_ids=ids[:, :3]).encoder_last_hidden_state
-    torch.testing.assert_close(ours(ids, global_attention_mask=is_global).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        ours(ids, global_attention_mask=is_global).last_hidden_state, expected, atol=1e-5, rtol=1e-5
+    )
     there = convert.to_transformers(ours)
     with torch.no_grad():
         for parameter in encoder.parameters():
@@ -208,16 +228,28 @@ def test_the_encoder_of_led_is_read_and_goes_back_into_its_place(name, saved, tm
 
 def test_an_encoder_of_led_classifies_with_a_new_head(tmp_path):
     theirs("led", "LEDForConditionalGeneration").save_pretrained(tmp_path)
-    sizes = {"dim": 8, "layers": 2, "heads": 2, "mlp": 12, "vocab": 41, "max_length": 20, "attention": "longformer[window=4]"}
+    sizes = {
+        "dim": 8,
+        "layers": 2,
+        "heads": 2,
+        "mlp": 12,
+        "vocab": 41,
+        "max_length": 20,
+        "attention": "longformer[window=4]",
+    }
     model = effzoo.build("led", **sizes, task="classification", num_labels=3, pretrained=tmp_path)
     assert model(torch.randint(5, 41, (2, 9)), labels=torch.tensor([0, 2])).loss.isfinite()
-    with pytest.raises(ConversionError, match="led of transformers has no model for task 'classification'; it has features"):
+    with pytest.raises(
+        ConversionError, match="led of transformers has no model for task 'classification'; it has features"
+    ):
         convert.to_transformers(model)
 
 
 def test_llama_with_a_window_is_a_mistral_and_back(tiny):
     llama = theirs("llama")
-    mistral = convert.to_transformers(convert.from_transformers(llama, attention="longformer[window=6, global_projections=False]"))
+    mistral = convert.to_transformers(
+        convert.from_transformers(llama, attention="longformer[window=6, global_projections=False]")
+    )
     assert isinstance(mistral, transformers.MistralModel) and mistral.config.sliding_window == 4
     assert equal(llama, mistral)
     assert equal(llama, convert.to_transformers(convert.from_transformers(mistral, attention="full")))
@@ -226,7 +258,9 @@ def test_llama_with_a_window_is_a_mistral_and_back(tiny):
 def test_the_dense_layer_of_modernbert_goes_from_one_head_to_another():
     source = theirs("modernbert", "ModernBertForMaskedLM")
     model = convert.from_transformers(source, task="classification", num_labels=5)
-    assert model.head.dense.weight.equal(source.head.dense.weight) and model.head.norm.weight.equal(source.head.norm.weight)
+    assert model.head.dense.weight.equal(source.head.dense.weight) and model.head.norm.weight.equal(
+        source.head.norm.weight
+    )
     assert model.head.out.weight.shape == (5, 8)
 
 
@@ -247,15 +281,22 @@ def test_a_new_attention_copies_the_norms_of_heads_beside_its_projections():
         assert block.attn.norms["k_global"].weight.equal(layer.self_attn.k_norm.weight)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "modernbert", "led", "longformer-large", "blockbert", "linformer"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "qwen3", "modernbert", "led", "longformer-large", "blockbert", "linformer"]
+)
 def test_zoo_entries_load_weights_in_their_layout_from_a_folder(name, tmp_path, tiny):
-    """Written by transformers from a tiny model of the same layout; blockbert and linformer take those of BERT and RoBERTa."""
+    """Written by transformers from a tiny model of the same layout; blockbert and linformer take those of BERT and
+    RoBERTa."""
     family = {"longformer-large": "longformer", "blockbert": "bert", "linformer": "roberta"}.get(name, name)
     model = zoo(family, tiny)
     convert.to_transformers(model).save_pretrained(tmp_path)
-    sizes = {key: getattr(model.config, key) for key in ("kv_heads", "head_dim", "pad_token", "max_length", "attention")}
+    sizes = {
+        key: getattr(model.config, key) for key in ("kv_heads", "head_dim", "pad_token", "max_length", "attention")
+    }
     if name in ("blockbert", "linformer"):
-        sizes["attention"] = {"blockbert": "blockwise[blocks=2]", "linformer": "linformer[k=4, sharing=layerwise]"}[name]
+        sizes["attention"] = {"blockbert": "blockwise[blocks=2]", "linformer": "linformer[k=4, sharing=layerwise]"}[
+            name
+        ]
     loaded = effzoo.build(name, **{**tiny, **sizes}, pretrained=tmp_path)
     state = loaded.state_dict()
     assert all(state[key].equal(value) for key, value in model.state_dict().items())
@@ -265,34 +306,44 @@ _DECODER = {"num_key_value_heads": 8, "hidden_act": "silu"}
 PUBLISHED = {  # the config.json of the hub id, as written by transformers 4: rotary positions have other names there
     "llama": _DECODER | {
         "bos_token_id": 128000, "eos_token_id": 128001,
-        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64,
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "head_dim": 64,
         "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 500000.0,
         "rope_scaling": {
-            "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
         },
     },
     "mistral": _DECODER | {
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "rope_theta": 10000.0, "sliding_window": 4096,
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "rope_theta": 10000.0,
+        "sliding_window": 4096,
     },
     "qwen3": _DECODER | {
         "bos_token_id": 151643, "eos_token_id": 151645,
-        "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "head_dim": 128,
-        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "rope_theta": 1000000, "rope_scaling": None,
-        "use_sliding_window": False, "sliding_window": None, "max_window_layers": 28,
+        "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "head_dim": 128,
+        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "rope_theta": 1000000,
+        "rope_scaling": None, "use_sliding_window": False, "sliding_window": None, "max_window_layers": 28,
     },
     "modernbert": {
-        "vocab_size": 50368, "hidden_size": 768, "intermediate_size": 1152, "num_hidden_layers": 22, "num_attention_heads": 12,
-        "max_position_embeddings": 8192, "norm_eps": 1e-5, "global_attn_every_n_layers": 3, "global_rope_theta": 160000.0, "local_attention": 128,
+        "vocab_size": 50368, "hidden_size": 768, "intermediate_size": 1152, "num_hidden_layers": 22,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 8192, "norm_eps": 1e-5, "global_attn_every_n_layers": 3,
+        "global_rope_theta": 160000.0, "local_attention": 128,
         "local_rope_theta": 10000.0, "classifier_pooling": "mean", "pad_token_id": 50283,
     },
     "led": {
-        "vocab_size": 50265, "d_model": 768, "encoder_layers": 6, "encoder_ffn_dim": 3072, "encoder_attention_heads": 12, "dropout": 0.1,
+        "vocab_size": 50265, "d_model": 768, "encoder_layers": 6, "encoder_ffn_dim": 3072,
+        "encoder_attention_heads": 12, "dropout": 0.1,
         "max_encoder_position_embeddings": 16384, "attention_window": [1024] * 6, "pad_token_id": 1,
     },
     "longformer-large": {
-        "vocab_size": 50265, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-        "max_position_embeddings": 4098, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1, "attention_window": [512] * 24,
+        "vocab_size": 50265, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "max_position_embeddings": 4098, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1,
+        "attention_window": [512] * 24,
     },
 }  # fmt: skip
 
@@ -306,7 +357,9 @@ def test_zoo_entries_say_what_the_published_configuration_says(name, tmp_path):
     read = layout.config(transformers.AutoConfig.from_pretrained(tmp_path), "features")
     kept = [key for key in vars(ours) if key not in ("name", "hub", "paper", "attention", "pooler")]
     assert {key: getattr(read, key) for key in kept} == {key: getattr(ours, key) for key in kept}
-    assert [str(spec).lower() for spec in attention_specs(read)] == [str(spec).lower() for spec in attention_specs(ours)]
+    assert [str(spec).lower() for spec in attention_specs(read)] == [
+        str(spec).lower() for spec in attention_specs(ours)
+    ]
 
 
 # --- another attention, length or task
@@ -329,7 +382,9 @@ def test_roberta_with_longformer_attention_is_a_longformer_of_transformers(tiny)
     is_global[0, [0, 7]] = is_global[1, 3] = 1
     expected = longformer(ids, global_attention_mask=is_global).last_hidden_state
     assert expected.abs().max() > 0.1
-    torch.testing.assert_close(model(ids, global_attention_mask=is_global).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model(ids, global_attention_mask=is_global).last_hidden_state, expected, atol=1e-5, rtol=1e-5
+    )
     full = convert.to_transformers(convert.from_transformers(longformer, attention="full"))
     assert equal(full, roberta)
 
@@ -344,7 +399,11 @@ def assert_equals_full_attention(source, ids, mask):
     for is_global in (None, (torch.rand(ids.shape) < 0.4).long()):
         actual = windowed(ids, attention_mask=mask, global_attention_mask=is_global).last_hidden_state[tokens]
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-    narrow = convert.from_transformers(source, attention="longformer[window=2]").eval()(ids, attention_mask=mask).last_hidden_state[tokens]
+    narrow = (
+        convert.from_transformers(source, attention="longformer[window=2]")
+        .eval()(ids, attention_mask=mask)
+        .last_hidden_state[tokens]
+    )
     assert (narrow - expected).abs().max() > 1e-3
 
 
@@ -444,7 +503,9 @@ def test_own_weights_come_from_the_hub_where_the_package_is_absent(caplog):
     with caplog.at_level(logging.INFO, "effzoo.convert"):
         assert convert.source_of(absent) == "sentence-transformers/all-MiniLM-L6-v2"
     assert "no_such_package/model is not installed" in caplog.text
-    with pytest.raises(ConversionError, match="minilm names no weights of its own; give pretrained= a local folder or a hub id"):
+    with pytest.raises(
+        ConversionError, match="minilm names no weights of its own; give pretrained= a local folder or a hub id"
+    ):
         convert.source_of(type(config)(**{**vars(config), "package": "", "hub": ""}))
 
 
@@ -452,7 +513,10 @@ def test_own_weights_come_from_the_hub_where_the_package_is_absent(caplog):
 
 
 def test_a_hub_id_that_cannot_be_reached_says_what_was_tried(tiny):
-    with pytest.raises(ConversionError, match=r"'nobody/nothing' is no local folder, and as a hub id it could not be fetched .*give a local folder"):
+    with pytest.raises(
+        ConversionError,
+        match=r"'nobody/nothing' is no local folder, and as a hub id it could not be fetched .*give a local folder",
+    ):
         effzoo.build("bert", **tiny, pretrained="nobody/nothing")
 
 
@@ -487,7 +551,9 @@ def test_weights_that_lack_a_tensor_of_the_body_are_refused(tmp_path):
     tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
     del tensors["encoder.layer.1.output.dense.weight"], tensors["encoder.layer.1.output.dense.bias"]
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConversionError, match=r"has no tensor for encoder\.layer\.1\.output\.dense; the weights are incomplete"):
+    with pytest.raises(
+        ConversionError, match=r"has no tensor for encoder\.layer\.1\.output\.dense; the weights are incomplete"
+    ):
         convert.from_transformers(tmp_path)
 
 
@@ -498,7 +564,9 @@ def test_weights_that_are_not_finite_are_refused_and_the_model_is_unchanged(valu
         source.encoder.layer[1].output.dense.weight[3, 2] = value
     model = effzoo.build("bert", **{**tiny, "dim": 8, "mlp": 12, "vocab": 41})
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    with pytest.raises(ConversionError, match=r"NaN or infinity in encoder\.layer\.1\.output\.dense\.weight \(1 of 96 entries\)"):
+    with pytest.raises(
+        ConversionError, match=r"NaN or infinity in encoder\.layer\.1\.output\.dense\.weight \(1 of 96 entries\)"
+    ):
         convert.load_pretrained(model, source)
     assert all(tensor.equal(before[key]) for key, tensor in model.state_dict().items())
 
@@ -517,7 +585,9 @@ def test_models_of_other_types_are_refused(tmp_path):
 def test_a_head_that_we_do_not_have_needs_a_task(tmp_path):
     source = theirs("bert", "BertForQuestionAnswering")
     source.save_pretrained(tmp_path)
-    with pytest.raises(ConversionError, match="was saved from BertForQuestionAnswering, which has no counterpart in effzoo; give task="):
+    with pytest.raises(
+        ConversionError, match="was saved from BertForQuestionAnswering, which has no counterpart in effzoo; give task="
+    ):
         convert.from_transformers(tmp_path)
     model = convert.from_transformers(tmp_path, task="token_classification", num_labels=4)
     assert model.embeddings.token.weight.equal(source.bert.embeddings.word_embeddings.weight)
@@ -530,37 +600,53 @@ def test_adapters_of_peft_inside_the_model_are_refused():
 
     source = theirs("bert")
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["query"]), source)
-    with pytest.raises(ConversionError, match=r"encoder\.layer\.0\.attention\.self\.query is a Linear of peft: adapters are attached; merge them"):
+    with pytest.raises(
+        ConversionError,
+        match=r"encoder\.layer\.0\.attention\.self\.query is a Linear of peft: adapters are attached; merge them",
+    ):
         convert.from_transformers(source)
 
 
 def test_an_untied_head_is_refused():
     source = theirs("bert", "BertForMaskedLM", tie_word_embeddings=False)
-    with pytest.raises(ConversionError, match=r"cls\.predictions\.decoder\.weight differs from bert\.embeddings\.word_embeddings\.weight"):
+    with pytest.raises(
+        ConversionError,
+        match=r"cls\.predictions\.decoder\.weight differs from bert\.embeddings\.word_embeddings\.weight",
+    ):
         convert.from_transformers(source)
 
 
 @pytest.mark.parametrize(("family", "name", "changes", "message"), [
     ("bert", "BertModel", {"is_decoder": True}, "is_decoder=True has no counterpart"),
     ("bert", "BertModel", {"is_decoder": True, "add_cross_attention": True}, "is_decoder=True has no counterpart"),
-    ("bert", "BertModel", {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key' has no counterpart"),
+    ("bert", "BertModel", {"position_embedding_type": "relative_key"},
+    "position_embedding_type='relative_key' has no counterpart"),
     ("bert", "BertModel", {"hidden_act": "mish"}, "activation 'mish' has no counterpart"),
-    ("bert", "BertForSequenceClassification", {"classifier_dropout": 0.3}, "classifier_dropout=0.3 beside hidden_dropout_prob=0.1: .* dropout=0.1"),
-    ("bert", "BertForSequenceClassification", {"problem_type": "regression", "num_labels": 3}, "problem_type='regression' with 3 labels"),
-    ("roberta", "RobertaForMaskedLM", {"hidden_act": "relu"}, "RobertaForMaskedLM .* has no counterpart for activation='relu': it has 'gelu'"),
-    ("gpt2", "GPT2Model", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True has no counterpart"),
+    ("bert", "BertForSequenceClassification", {"classifier_dropout": 0.3},
+    "classifier_dropout=0.3 beside hidden_dropout_prob=0.1: .* dropout=0.1"),
+    ("bert", "BertForSequenceClassification", {"problem_type": "regression", "num_labels": 3},
+    "problem_type='regression' with 3 labels"),
+    ("roberta", "RobertaForMaskedLM", {"hidden_act": "relu"},
+    "RobertaForMaskedLM .* has no counterpart for activation='relu': it has 'gelu'"),
+    ("gpt2", "GPT2Model", {"scale_attn_by_inverse_layer_idx": True},
+    "scale_attn_by_inverse_layer_idx=True has no counterpart"),
     ("gpt2", "GPT2Model", {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn=True has no counterpart"),
     ("gpt2", "GPT2Model", {"scale_attn_weights": False}, "scale_attn_weights=False has no counterpart"),
     ("gpt2", "GPT2Model", {"add_cross_attention": True}, "add_cross_attention=True has no counterpart"),
     ("gpt2", "GPT2Model", {"embd_pdrop": 0.3}, "embd_pdrop=0.3 beside resid_pdrop=0.1"),
-    ("llama", "LlamaModel", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "type 'dynamic' has no counterpart"),
-    ("llama", "LlamaForTokenClassification", {"classifier_dropout": 0.1}, "classifier_dropout=0.1 beside a dropout of 0.0 elsewhere: .* dropout=0.0"),
-    ("mistral", "MistralModel", {"sliding_window": 1}, "mistral with sliding_window=1 shows each position itself alone"),
-    ("modernbert", "ModernBertModel", {"classifier_activation": "relu"}, "classifier_activation='relu' beside hidden_activation='gelu'"),
+    ("llama", "LlamaModel", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+    "type 'dynamic' has no counterpart"),
+    ("llama", "LlamaForTokenClassification", {"classifier_dropout": 0.1},
+    "classifier_dropout=0.1 beside a dropout of 0.0 elsewhere: .* dropout=0.0"),
+    ("mistral", "MistralModel", {"sliding_window": 1},
+    "mistral with sliding_window=1 shows each position itself alone"),
+    ("modernbert", "ModernBertModel", {"classifier_activation": "relu"},
+    "classifier_activation='relu' beside hidden_activation='gelu'"),
     ("modernbert", "ModernBertModel", {"mlp_dropout": 0.1}, "mlp_dropout=0.1 beside embedding_dropout=0.0"),
     ("modernbert", "ModernBertModel", {"local_attention": 1}, "local_attention=1 shows each position itself alone"),
     ("modernbert", "ModernBertModel",
-     {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}, "sliding_attention": {"rope_type": "default"}}},
+     {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0},
+     "sliding_attention": {"rope_type": "default"}}},
      "scales its rotary positions differently in local and global layers"),
     ("led", "LEDModel", {"activation_dropout": 0.1}, "led with activation_dropout=0.1 has no counterpart"),
     ("led", "LEDModel", {"encoder_layerdrop": 0.1}, "led with encoder_layerdrop=0.1 has no counterpart"),
@@ -571,7 +657,9 @@ def test_features_of_transformers_that_we_lack_are_refused(family, name, changes
 
 
 def test_a_dropout_given_by_hand_settles_the_question():
-    model = convert.from_transformers(theirs("bert", "BertForSequenceClassification", classifier_dropout=0.3), dropout=0.2)
+    model = convert.from_transformers(
+        theirs("bert", "BertForSequenceClassification", classifier_dropout=0.3), dropout=0.2
+    )
     assert model.config.dropout == 0.2
 
 
@@ -610,8 +698,13 @@ def test_another_layout_is_refused(tiny):
 
 def test_another_number_of_labels_is_refused_unless_the_body_alone_is_given(tiny):
     source = theirs("bert", "BertForTokenClassification", num_labels=3)
-    model = effzoo.build("bert", **{**tiny, "dim": 8, "mlp": 12, "vocab": 41}, task="token_classification", num_labels=5)
-    with pytest.raises(ConversionError, match="num_labels is 5 in the model and 3 in BertForTokenClassification; .* give the body alone"):
+    model = effzoo.build(
+        "bert", **{**tiny, "dim": 8, "mlp": 12, "vocab": 41}, task="token_classification", num_labels=5
+    )
+    with pytest.raises(
+        ConversionError,
+        match="num_labels is 5 in the model and 3 in BertForTokenClassification; .* give the body alone",
+    ):
         convert.load_pretrained(model, source)
     convert.load_pretrained(model, source.bert)
 
@@ -620,14 +713,18 @@ def test_another_number_of_labels_is_refused_unless_the_body_alone_is_given(tiny
 
 
 @pytest.mark.parametrize(("family", "changes", "message"), [
-    ("bert", {"attention": "longformer[window=4]"}, "layout 'bert' with attention longformer has no counterpart in transformers"),
-    ("roberta", {"attention": ("full", "longformer[window=4]")}, "attention full, longformer has no counterpart .* the same in all layers"),
+    ("bert", {"attention": "longformer[window=4]"},
+    "layout 'bert' with attention longformer has no counterpart in transformers"),
+    ("roberta", {"attention": ("full", "longformer[window=4]")},
+    "attention full, longformer has no counterpart .* the same in all layers"),
     ("gpt2", {"attention": "longformer[window=4]"}, "layout 'gpt2' with attention longformer has no counterpart"),
-    ("bert", {"pooling": "mean", "task": "classification"}, "BertForSequenceClassification .* no counterpart for pooling='mean': it has 'first'"),
+    ("bert", {"pooling": "mean", "task": "classification"},
+    "BertForSequenceClassification .* no counterpart for pooling='mean': it has 'first'"),
     ("bert", {"head_dense": False, "task": "classification"}, "no counterpart for head_dense=False: it has True"),
     ("bert", {"norm": "pre"}, "no counterpart for norm='pre': it has 'post'"),
     ("bert", {"position_offset": 3}, "no counterpart for position_offset=3: it has 0"),
-    ("bert", {"types": 0}, r"BertModel needs embeddings\.token_type_embeddings\.weight, which this model does not have"),
+    ("bert", {"types": 0},
+    r"BertModel needs embeddings\.token_type_embeddings\.weight, which this model does not have"),
     ("roberta", {"position_offset": 5}, "no counterpart for position_offset=5: it has 2"),
     ("roberta", {"activation": "relu", "task": "masked_lm"}, "no counterpart for activation='relu': it has 'gelu'"),
     ("gpt2", {"head_bias": True, "task": "classification"}, "no counterpart for head_bias=True: it has False"),
@@ -635,18 +732,26 @@ def test_another_number_of_labels_is_refused_unless_the_body_alone_is_given(tiny
     ("bert", {"tied": False, "task": "masked_lm"}, "no counterpart for tied=False: it has True"),
     ("bert", {"kv_heads": 1}, "no counterpart for kv_heads=1: it has 0"),
     ("bert", {"gated": True}, "no counterpart for gated=True: it has False"),
-    ("bert", {"token_dense": True, "task": "token_classification"}, "no counterpart for token_dense=True: it has False"),
+    ("bert", {"token_dense": True, "task": "token_classification"},
+    "no counterpart for token_dense=True: it has False"),
     ("bert", {"pad_token": 60}, "pad_token 60 is no row of a vocabulary of 53"),
     ("llama", {"dropout": 0.1}, r"LlamaModel .* no counterpart for dropout=0\.1: it has 0\.0"),
     ("llama", {"norm_kind": "layer"}, "no counterpart for norm_kind='layer': it has 'rms'"),
     ("llama", {"rotary_theta": (10.0, 20.0)}, "one rotary_theta for all layers"),
-    ("llama", {"attn_out_bias": True}, "biases in all projections or in none, got attn_bias=False and attn_out_bias=True"),
-    ("llama", {"attention": ("full", "longformer[window=4]")}, "layout 'llama' with attention full, longformer has no counterpart"),
-    ("mistral", {"attention": "longformer[window=4, global_projections=True]"}, "Mistral has no counterpart for global_projections=True .* False"),
-    ("mistral", {"attention": "longformer[window=(4, 8), global_projections=False]"}, r"one sliding window for all layers, got widths \[4, 8\]"),
-    ("mistral", {"attention": "longformer[window=4, dilation=2, global_projections=False]"}, "no counterpart for dilation=2"),
-    ("mistral", {"attn_bias": True, "attn_out_bias": True}, "MistralModel .* no counterpart for attn_bias=True: it has False"),
-    ("qwen3", {"attention": "longformer[window=(4, 8), global_projections=False]"}, "one sliding window for the layers that have any"),
+    ("llama", {"attn_out_bias": True},
+    "biases in all projections or in none, got attn_bias=False and attn_out_bias=True"),
+    ("llama", {"attention": ("full", "longformer[window=4]")},
+    "layout 'llama' with attention full, longformer has no counterpart"),
+    ("mistral", {"attention": "longformer[window=4, global_projections=True]"},
+    "Mistral has no counterpart for global_projections=True .* False"),
+    ("mistral", {"attention": "longformer[window=(4, 8), global_projections=False]"},
+    r"one sliding window for all layers, got widths \[4, 8\]"),
+    ("mistral", {"attention": "longformer[window=4, dilation=2, global_projections=False]"},
+    "no counterpart for dilation=2"),
+    ("mistral", {"attn_bias": True, "attn_out_bias": True},
+    "MistralModel .* no counterpart for attn_bias=True: it has False"),
+    ("qwen3", {"attention": "longformer[window=(4, 8), global_projections=False]"},
+    "one sliding window for the layers that have any"),
     ("qwen3", {"qk_norm": False}, "no counterpart for qk_norm=False: it has True"),
     ("modernbert", {"pooling": "last"}, "ModernBERT has no counterpart for pooling='last'; it has first, mean"),
     ("modernbert", {"attention": "longformer[window=(4, 8), global_projections=False]"}, "ModernBERT has one window"),
@@ -675,6 +780,11 @@ def test_only_our_transformers_can_be_converted_or_filled():
 
 
 def test_windows_given_layer_by_layer_reach_transformers(tiny):
-    model = Transformer(effzoo.zoo.config("roberta", **{**tiny, "attention": ("longformer[window=4]", "longformer[window=(2, 16)]")}))
+    model = Transformer(
+        effzoo.zoo.config("roberta", **{**tiny, "attention": ("longformer[window=4]", "longformer[window=(2, 16)]")})
+    )
     assert convert.to_transformers(model).config.attention_window == [4, 16]
-    assert json.loads(convert.to_transformers(model).config.to_json_string())["max_position_embeddings"] == tiny["max_length"] + 2
+    assert (
+        json.loads(convert.to_transformers(model).config.to_json_string())["max_position_embeddings"]
+        == tiny["max_length"] + 2
+    )

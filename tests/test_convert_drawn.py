@@ -1,4 +1,5 @@
-"""Configurations drawn at random go to transformers with equal outputs, or are refused with a sentence; never anything else."""
+"""Configurations drawn at random go to transformers with equal outputs, or are refused with a sentence; never anything
+else."""
 
 import random
 
@@ -9,20 +10,40 @@ import effzoo
 from effzoo import convert
 from effzoo.errors import ConversionError, IncompatibleError, OptionError
 
-FAMILIES = ("bert", "albert", "roberta", "longformer", "gpt2", "llama", "mistral", "qwen3", "modernbert", "led", "reformer")
+FAMILIES = (
+    "bert",
+    "albert",
+    "roberta",
+    "longformer",
+    "gpt2",
+    "llama",
+    "mistral",
+    "qwen3",
+    "modernbert",
+    "led",
+    "reformer",
+)
 OPTIONS = {
-    "layers": [1, 2], "heads": [1, 2, 4], "mlp": [24, 40], "max_length": [16, 32], "types": [0, 1, 2], "pad_token": [None, 0], "eps": [1e-5, 1e-12],
-    "activation": ["gelu", "gelu_tanh", "relu", "silu"], "norm": ["pre", "post"], "norm_kind": ["layer", "rms"], "tied": [True, False],
-    "head_dim": [0, 8], "kv_heads": [0, 1], "qk_norm": [True, False], "attn_bias": [True, False], "attn_out_bias": [True, False],
-    "mlp_bias": [True, False], "gated": [True, False], "mlp_chunk": [0, 4], "positions": ["learned", "rotary", "axial", "sinusoidal", "none"],
-    "share_layers": [0, 1], "embedding_dim": [0, 8], "pooling": ["first", "last", "mean"], "pooler": [True, False], "head_dense": [True, False],
-    "residual": ["plain", "reversible"], "dropout": [0.0, 0.1], "attention_dropout": [0.0, 0.1], "lm_bias": [None, True, False],
+    "layers": [1, 2], "heads": [1, 2, 4], "mlp": [24, 40], "max_length": [16, 32], "types": [0, 1, 2],
+    "pad_token": [None, 0], "eps": [1e-5, 1e-12],
+    "activation": ["gelu", "gelu_tanh", "relu", "silu"], "norm": ["pre", "post"], "norm_kind": ["layer", "rms"],
+    "tied": [True, False],
+    "head_dim": [0, 8], "kv_heads": [0, 1], "qk_norm": [True, False], "attn_bias": [True, False],
+    "attn_out_bias": [True, False],
+    "mlp_bias": [True, False], "gated": [True, False], "mlp_chunk": [0, 4],
+    "positions": ["learned", "rotary", "axial", "sinusoidal", "none"],
+    "share_layers": [0, 1], "embedding_dim": [0, 8], "pooling": ["first", "last", "mean"], "pooler": [True, False],
+    "head_dense": [True, False],
+    "residual": ["plain", "reversible"], "dropout": [0.0, 0.1], "attention_dropout": [0.0, 0.1],
+    "lm_bias": [None, True, False],
     "rotary_scaling": [None, {"type": "linear", "factor": 2.0}], "architecture": ["encoder", "decoder"],
-    "attention": ["full", "longformer[window=4]", "longformer[window=4, global_projections=false]", "lsh[chunk=4, circular=true, buckets=4]",
+    "attention": ["full", "longformer[window=4]", "longformer[window=4, global_projections=false]",
+    "lsh[chunk=4, circular=true, buckets=4]",
                   "local[chunk=4, circular=true]", "lsh[chunk=4]", "blockwise", "linformer[k=4]"],
 }  # fmt: skip
 RARE = ("led", "modernbert", "qwen3")  # so few draws are models of theirs that none may be among these
-NATURAL = {"longformer": "longformer[window=4]", "led": "longformer[window=4]", "mistral": "longformer[window=4, global_projections=false]",
+NATURAL = {"longformer": "longformer[window=4]", "led": "longformer[window=4]", "mistral": "longformer[window=4, "
+    "global_projections=false]",
            "reformer": "lsh[chunk=4, circular=true, buckets=4]"}  # fmt: skip
 
 
@@ -30,7 +51,9 @@ def drawn(family, seed):
     draw = random.Random(f"{family} {seed}")
     sizes = {"dim": 16, "layers": 2, "heads": 2, "mlp": 24, "vocab": 41, "max_length": 32}
     sizes |= {"attention": NATURAL.get(family, "full"), "dropout": 0.0, "attention_dropout": 0.0}
-    sizes |= {"kv_heads": 0} if family in ("llama", "mistral", "qwen3") else {"head_dim": 8} if family == "reformer" else {}
+    sizes |= (
+        {"kv_heads": 0} if family in ("llama", "mistral", "qwen3") else {"head_dim": 8} if family == "reformer" else {}
+    )
     sizes |= {"embedding_dim": 8} if family == "albert" else {}
     task = draw.choice(["features", "classification", "token_classification", "masked_lm", "causal_lm"])
     for name in draw.sample([name for name in OPTIONS if name != "architecture"], draw.choice([0, 1, 1, 2, 3])):
@@ -65,7 +88,9 @@ def one(family, seed):
         with torch.no_grad():
             torch.testing.assert_close(theirs(ids)[first], model(ids)[first], atol=2e-4, rtol=2e-4)
     again = convert.from_transformers(theirs)
-    assert {key: tuple(value.shape) for key, value in again.state_dict().items()} == {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    assert {key: tuple(value.shape) for key, value in again.state_dict().items()} == {
+        k: tuple(v.shape) for k, v in model.state_dict().items()
+    }
     return "equal"
 
 
@@ -75,11 +100,15 @@ def test_a_drawn_configuration_goes_over_or_is_refused(family):
     assert "equal" in found or family in RARE
 
 
-@pytest.mark.parametrize(("family", "more"), [("albert", {"embedding_dim": 8, "share_layers": 0}), ("reformer", {"head_dim": 0})])
+@pytest.mark.parametrize(
+    ("family", "more"), [("albert", {"embedding_dim": 8, "share_layers": 0}), ("reformer", {"head_dim": 0})]
+)
 def test_sizes_that_follow_from_others_are_written_out(family, more):
     sizes = {"dim": 16, "layers": 2, "heads": 2, "mlp": 24, "vocab": 41, "max_length": 32}
     sizes |= (
-        {"axial_shape": (4, 8), "axial_dims": (6, 10), "attention": NATURAL["reformer"], "attention_dropout": 0.0} if family == "reformer" else {}
+        {"axial_shape": (4, 8), "axial_dims": (6, 10), "attention": NATURAL["reformer"], "attention_dropout": 0.0}
+        if family == "reformer"
+        else {}
     )
     model = effzoo.build(family, **sizes, **more).eval()
     there = convert.to_transformers(model).eval()

@@ -11,8 +11,20 @@ from effzoo import convert
 from effzoo.errors import ConversionError
 
 FUSED = {  # of which one tensor of theirs is several of ours
-    "gpt2": {"transformer.h.0.attn.c_attn.weight": ("blocks.0.attn.q.weight", "blocks.0.attn.k.weight", "blocks.0.attn.v.weight")},
-    "modernbert": {"model.layers.0.attn.Wqkv.weight": ("blocks.0.attn.q.weight", "blocks.0.attn.k.weight", "blocks.0.attn.v.weight")},
+    "gpt2": {
+        "transformer.h.0.attn.c_attn.weight": (
+            "blocks.0.attn.q.weight",
+            "blocks.0.attn.k.weight",
+            "blocks.0.attn.v.weight",
+        )
+    },
+    "modernbert": {
+        "model.layers.0.attn.Wqkv.weight": (
+            "blocks.0.attn.q.weight",
+            "blocks.0.attn.k.weight",
+            "blocks.0.attn.v.weight",
+        )
+    },
 }
 
 
@@ -36,13 +48,21 @@ def test_theirs_to_ours_and_back(family, task, name):
     assert flags(convert.to_transformers(ours)) == flags(model)
 
 
-@pytest.mark.parametrize("name", ["ReformerModelWithLMHead", "PerceiverForMaskedLM", "PerceiverForSequenceClassification"])
+@pytest.mark.parametrize(
+    "name", ["ReformerModelWithLMHead", "PerceiverForMaskedLM", "PerceiverForSequenceClassification"]
+)
 def test_reformers_and_perceivers_too(name):
     sizes = {
-        "vocab_size": 41, "d_model": 8, "d_latents": 8, "num_latents": 4, "num_blocks": 1, "num_self_attends_per_block": 1,
-        "num_self_attention_heads": 2, "num_cross_attention_heads": 2, "max_position_embeddings": 16, "bos_token_id": None, "eos_token_id": None,
+        "vocab_size": 41, "d_model": 8, "d_latents": 8, "num_latents": 4, "num_blocks": 1,
+        "num_self_attends_per_block": 1,
+        "num_self_attention_heads": 2, "num_cross_attention_heads": 2, "max_position_embeddings": 16,
+        "bos_token_id": None, "eos_token_id": None,
     }  # fmt: skip
-    model = reformer(name, "mixed") if "Reformer" in name else getattr(transformers, name)(transformers.PerceiverConfig(**sizes)).eval()
+    model = (
+        reformer(name, "mixed")
+        if "Reformer" in name
+        else getattr(transformers, name)(transformers.PerceiverConfig(**sizes)).eval()
+    )
     every_other(model)
     if "lm_head.decoder.bias" in flags(model):  # from 5.24 on, of which there is one here
         model.lm_head.bias.requires_grad_(model.lm_head.decoder.bias.requires_grad)
@@ -60,7 +80,9 @@ def test_parts_of_one_tensor_learn_as_it_does(family):
         ours = convert.from_transformers(model)
         assert {part for part, flag in flags(ours).items() if not flag} == set(parts)
         ours.get_parameter(parts[1]).requires_grad_(True)
-        with pytest.raises(ConversionError, match=rf"of which {parts[0]}, {parts[2]} is frozen .* and {parts[1]} is not: freeze all"):
+        with pytest.raises(
+            ConversionError, match=rf"of which {parts[0]}, {parts[2]} is frozen .* and {parts[1]} is not: freeze all"
+        ):
             convert.to_transformers(ours)
 
 
@@ -70,16 +92,28 @@ def test_copies_learn_as_what_they_are_copied_from_and_what_is_new_learns():
     model.encoder.layer[1].attention.self.query.requires_grad_(True)
     ours = convert.from_transformers(model, task="classification", attention="longformer[window=4]")
     told = flags(ours)
-    assert not told["blocks.0.attn.q_global.weight"] and told["blocks.1.attn.q_global.weight"] and not told["blocks.1.attn.v_global.weight"]
+    assert (
+        not told["blocks.0.attn.q_global.weight"]
+        and told["blocks.1.attn.q_global.weight"]
+        and not told["blocks.1.attn.v_global.weight"]
+    )
     assert {key for key, flag in told.items() if flag and not key.startswith("head.out")} == {
         f"blocks.1.attn.{q}.{parameter}" for q in ("q", "q_global") for parameter in ("weight", "bias")
     }
     assert told["head.out.weight"]
     compressed = flags(convert.from_transformers(model, attention=small("linformer")))
-    assert {key for key, flag in compressed.items() if flag and ".q." not in key} == {key for key in compressed if ".attn.core." in key}
+    assert {key for key, flag in compressed.items() if flag and ".q." not in key} == {
+        key for key in compressed if ".attn.core." in key
+    }
     model.encoder.layer[0].output.requires_grad_(True)
-    experts = {key for key, flag in flags(convert.from_transformers(model, experts=2, router="soft")).items() if flag and "mlp" in key}
-    assert experts == {key for key in experts if "mlp.router" in key or "blocks.0.mlp_norm" in key or "blocks.0.mlp.experts" in key}
+    experts = {
+        key
+        for key, flag in flags(convert.from_transformers(model, experts=2, router="soft")).items()
+        if flag and "mlp" in key
+    }
+    assert experts == {
+        key for key in experts if "mlp.router" in key or "blocks.0.mlp_norm" in key or "blocks.0.mlp.experts" in key
+    }
     assert {f"blocks.0.mlp.experts.{number}.down.weight" for number in range(2)} < experts
 
 
@@ -91,7 +125,9 @@ def test_a_tied_table_is_one_tensor_and_copies_of_it_have_to_agree(tmp_path):
     assert not ours.embeddings.token.weight.requires_grad and back.lm_head.weight is back.transformer.wte.weight
     assert flags(back) == flags(model) and not flags(back)["lm_head.weight"]
     model.lm_head.weight = torch.nn.Parameter(model.transformer.wte.weight.detach().clone())
-    with pytest.raises(ConversionError, match="lm_head.weight and transformer.wte.weight, which hold the same, one is frozen"):
+    with pytest.raises(
+        ConversionError, match="lm_head.weight and transformer.wte.weight, which hold the same, one is frozen"
+    ):
         convert.from_transformers(model)
 
 

@@ -1,10 +1,12 @@
-"""Drawn damage to adapter folders: what loads is the saved adapter to the bit, what does not is a sentence, and the model is then as it was.
+"""Drawn damage to adapter folders: what loads is the saved adapter to the bit, what does not is a sentence, and the
+model is then as it was.
 
     EFFZOO_DAMAGED=3000 python -m pytest tests/test_damaged_files.py -s
 
-draws so many of each kind of folder, and prints what became of them; without the variable 150 of each are drawn. The kinds: our own format, files for
-peft that effzoo wrote, which know each other, and files that peft wrote, which hold no hash: of these nothing can prove that a number in them is the
-one that was saved, but that they are finite, of the shapes of the model, and as many as the config names.
+draws so many of each kind of folder, and prints what became of them; without the variable 150 of each are drawn. The
+kinds: our own format, files for peft that effzoo wrote, which know each other, and files that peft wrote, which hold no
+hash: of these nothing can prove that a number in them is the one that was saved, but that they are finite, of the
+shapes of the model, and as many as the config names.
 """
 
 import copy
@@ -60,7 +62,9 @@ def saved(base, tmp_path_factory):
                         parameter.normal_(std=0.3)
             if spec == "far":
                 effzoo.peft.finish(model, "saved")
-            folder = effzoo.save_adapter(model, tmp_path_factory.mktemp("saved") / str(number), name="saved", format=format)
+            folder = effzoo.save_adapter(
+                model, tmp_path_factory.mktemp("saved") / str(number), name="saved", format=format
+            )
             if kind == "peft's own":
                 held = safetensors.torch.load_file(folder / "adapter_model.safetensors")
                 safetensors.torch.save_file(held, folder / "adapter_model.safetensors", {"format": "pt"})
@@ -105,7 +109,15 @@ def flipped(draw, data):
 
 def cut(draw, data):
     at = draw.randrange(len(data))
-    return draw.choice((data[:at], data[at:], data[:at] + data[at + draw.randrange(1, 60) :], data[:at] + draw.randbytes(7) + data[at:], b""))
+    return draw.choice(
+        (
+            data[:at],
+            data[at:],
+            data[:at] + data[at + draw.randrange(1, 60) :],
+            data[:at] + draw.randbytes(7) + data[at:],
+            b"",
+        )
+    )
 
 
 def json_damage(draw, content):
@@ -119,7 +131,13 @@ def text_damage(draw, text):
     """What `json` would take, or choke on: a key twice, deep nesting, NaN, a number of 5,000 digits."""
     start = text.index(b"{") + 1
     inner = draw.choice(
-        (b'"format": 1, ', b'"peft_type": "IA3", ', b'"x": ' + b"[" * 100_000 + b"]" * 100_000 + b", ", b'"x": NaN, ', b'"x": ' + b"9" * 5000 + b", ")
+        (
+            b'"format": 1, ',
+            b'"peft_type": "IA3", ',
+            b'"x": ' + b"[" * 100_000 + b"]" * 100_000 + b", ",
+            b'"x": NaN, ',
+            b'"x": ' + b"9" * 5000 + b", ",
+        )
     )
     return text[:start] + inner + text[start:]
 
@@ -133,9 +151,19 @@ def tensor_damage(draw, data):
     if kind == "swap":
         held[key], held[other] = held[other], held[key]
     elif kind == "dtype":
-        held[key] = held[key].to(draw.choice((torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64)))
+        held[key] = held[key].to(
+            draw.choice((torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64))
+        )
     elif kind == "shape":
-        held[key] = draw.choice((held[key].flatten(), held[key][:1], held[key].unsqueeze(0), torch.zeros(0), torch.cat([held[key], held[key]])))
+        held[key] = draw.choice(
+            (
+                held[key].flatten(),
+                held[key][:1],
+                held[key].unsqueeze(0),
+                torch.zeros(0),
+                torch.cat([held[key], held[key]]),
+            )
+        )
     elif kind == "gone":
         del held[key]
     elif kind == "more":
@@ -144,7 +172,9 @@ def tensor_damage(draw, data):
         held[key.replace("lora", "dora").replace("0", "7") + "_"] = held.pop(key)
     elif held[key].numel():
         held[key] = held[key].clone()
-        held[key].view(-1)[0] = draw.choice((float("nan"), float("inf"), -float("inf"))) if held[key].is_floating_point() else 3
+        held[key].view(-1)[0] = (
+            draw.choice((float("nan"), float("inf"), -float("inf"))) if held[key].is_floating_point() else 3
+        )
     return safetensors.torch.save({k: v.clone().contiguous() for k, v in held.items()}, with_metadata)
 
 
@@ -163,7 +193,21 @@ def damaged(draw, files, others, manifest, format):
     files, tensors = dict(files), next(name for name in files if name != manifest)
     content = json.loads(files[manifest])
     kind = draw.choice(
-        ("flip", "flip", "flip tensors", "cut", "cut tensors", "json", "json", "text", "tensors", "tensors", "header", "mixed", "place")
+        (
+            "flip",
+            "flip",
+            "flip tensors",
+            "cut",
+            "cut tensors",
+            "json",
+            "json",
+            "text",
+            "tensors",
+            "tensors",
+            "header",
+            "mixed",
+            "place",
+        )
     )
     seal = draw.random() < 0.5
     if kind == "flip":
@@ -181,7 +225,9 @@ def damaged(draw, files, others, manifest, format):
     elif kind == "text":
         files[manifest] = text_damage(draw, files[manifest])
     elif kind in ("tensors", "header"):
-        files[tensors] = tensor_damage(draw, files[tensors]) if kind == "tensors" else header_damage(draw, files[tensors])
+        files[tensors] = (
+            tensor_damage(draw, files[tensors]) if kind == "tensors" else header_damage(draw, files[tensors])
+        )
         if seal and format == "effzoo":
             digest = hashlib.sha256(files[tensors]).hexdigest()
             files[manifest] = sealed({**content, "sha256": digest, "size": len(files[tensors])})
@@ -253,15 +299,24 @@ def test_damaged_folders_load_exactly_or_not_at_all(format, base, saved, tmp_pat
         else:
             held = stored_tensors(model, "loaded")
             if resealed:
-                said = safetensors.torch.load_file(tmp_path / "folder" / next(name for name in files if name != manifest))
-                assert held.keys() == said.keys() and all(torch.equal(value, said[key].to(value)) for key, value in held.items()), number
+                said = safetensors.torch.load_file(
+                    tmp_path / "folder" / next(name for name in files if name != manifest)
+                )
+                assert held.keys() == said.keys() and all(
+                    torch.equal(value, said[key].to(value)) for key, value in held.items()
+                ), number
                 became["loaded as its own hashes say"] += 1
             elif format == "peft's own":
                 assert held.keys() >= tensors.keys() - {key for key in tensors if ".head." in key}, number
-                assert all(torch.isfinite(value).all() and value.shape == tensors.get(key, value).shape for key, value in held.items()), number
+                assert all(
+                    torch.isfinite(value).all() and value.shape == tensors.get(key, value).shape
+                    for key, value in held.items()
+                ), number
                 became["loaded, and nothing proves what"] += 1
             else:
-                equal = held.keys() == tensors.keys() and all(torch.equal(value, tensors[key]) for key, value in held.items())
+                equal = held.keys() == tensors.keys() and all(
+                    torch.equal(value, tensors[key]) for key, value in held.items()
+                )
                 assert equal, f"{format} {number} loaded something else"
                 became["loaded as it was saved"] += 1
             effzoo.detach(model, "loaded")

@@ -29,7 +29,13 @@ def tokenizer():
     plain = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     plain.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    named = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    named = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
     return PreTrainedTokenizerFast(tokenizer_object=plain, **named)
 
 
@@ -64,10 +70,14 @@ def test_a_folder_per_label_names_the_labels(tmp_path):
         (tmp_path / label).mkdir(exist_ok=True)
         content = text if isinstance(text, bytes) else text.encode()
         (tmp_path / label / f"{len(content)}.txt").write_bytes(content)
-    with pytest.raises(DataError, match=r"2\.txt is not utf-8 text \(invalid start byte at byte 0\); encoding=\('utf-8', 'latin-1'\)"):
+    with pytest.raises(
+        DataError, match=r"2\.txt is not utf-8 text \(invalid start byte at byte 0\); encoding=\('utf-8', 'latin-1'\)"
+    ):
         load_text(tmp_path)
     data = load_text(tmp_path, encoding=("utf-8", "latin-1"))
-    assert data["text"][:] == ["goal", "£5", "chip"] and data["label"][:] == [0, 1, 1] and names(data) == ["sport", "tech"]
+    assert (
+        data["text"][:] == ["goal", "£5", "chip"] and data["label"][:] == [0, 1, 1] and names(data) == ["sport", "tech"]
+    )
 
 
 def test_files_of_a_folder_are_its_parts(tmp_path):
@@ -80,7 +90,11 @@ def test_files_of_a_folder_are_its_parts(tmp_path):
 
 @pytest.mark.parametrize(
     ("values", "expected", "known"),
-    [([3, 1, 10], [1, 0, 2], ["1", "3", "10"]), ([0.5, 1.5, 2.0], [0.5, 1.5, 2.0], None), ([True, False, True], [1, 0, 1], ["False", "True"])],
+    [
+        ([3, 1, 10], [1, 0, 2], ["1", "3", "10"]),
+        ([0.5, 1.5, 2.0], [0.5, 1.5, 2.0], None),
+        ([True, False, True], [1, 0, 1], ["False", "True"]),
+    ],
 )
 def test_labels_are_numbered_from_zero_and_fractions_stay(tmp_path, values, expected, known):
     data = load_text(write(tmp_path, ".parquet", [("x", value) for value in values]))
@@ -110,7 +124,10 @@ def test_tables_that_do_not_fit_say_what_is_wrong(tmp_path, rows, columns, optio
 
 
 def test_sources_that_are_not_there_say_so(tmp_path):
-    for source, message in [(tmp_path / "no.csv", "no such file or folder"), ("nobody/nothing", "no file here, and no data set on the hub")]:
+    for source, message in [
+        (tmp_path / "no.csv", "no such file or folder"),
+        ("nobody/nothing", "no file here, and no data set on the hub"),
+    ]:
         with pytest.raises(DataError, match=message):
             load_text(source)
     (tmp_path / "a.pdf").write_text("x")
@@ -139,7 +156,8 @@ def test_a_split_is_disjoint_stratified_and_fixed(parts, counts):
         size = share if isinstance(share, int) else share * total
         assert abs(len(part) - size) < 1
         have = Counter(part["label"])
-        assert all(abs(have[label] - count * size / total) < 2 for label, count in enumerate(counts))  # 1 of each part's rounding
+        # 1 of each part's rounding
+        assert all(abs(have[label] - count * size / total) < 2 for label, count in enumerate(counts))
     again, other = split(data, parts, seed=5), split(data, parts, seed=6)
     assert all(again[name]["text"][:] == found[name]["text"][:] for name in found)
     assert any(other[name]["text"][:] != found[name]["text"][:] for name in found)
@@ -187,7 +205,9 @@ def test_masking_follows_devlin(tokenizer):
             if label != -100:
                 kinds["mask" if seen == 4 else "same" if seen == token else "other"] += 1
     total = 200 * 18  # standard error of a share below 0.007; a random token is itself the mask or the same once in 13
-    assert kinds["mask"] / total == pytest.approx(0.8 + 0.1 / 13, abs=0.03) and kinds["same"] / total == pytest.approx(0.1 + 0.1 / 13, abs=0.03)
+    assert kinds["mask"] / total == pytest.approx(0.8 + 0.1 / 13, abs=0.03) and kinds["same"] / total == pytest.approx(
+        0.1 + 0.1 / 13, abs=0.03
+    )
     assert found["input_ids"][:] == tokenise(data, tokenizer, 200, task="masked_lm", seed=1)["input_ids"][:]
     assert found["input_ids"][0] != found["input_ids"][1], "each row has masks of its own"
 
@@ -204,7 +224,11 @@ def test_a_tokenizer_comes_from_a_folder_and_fits_its_model(tmp_path, tokenizer,
 def test_tokenising_the_impossible_is_refused(tokenizer):
     unlabelled = datasets.Dataset.from_dict({"text": ["a"]})
     tokenizer.mask_token = None
-    wrong = [({}, "needs the columns text and label; there are text"), ({"task": "masked_lm"}, "no mask token"), ({"task": "qa"}, "task is one of")]
+    wrong = [
+        ({}, "needs the columns text and label; there are text"),
+        ({"task": "masked_lm"}, "no mask token"),
+        ({"task": "qa"}, "task is one of"),
+    ]
     for options, message in wrong:
         with pytest.raises(DataError, match=message):
             tokenise(unlabelled, tokenizer, 8, **options)
@@ -219,10 +243,21 @@ def test_from_file_to_finetuned_model(tmp_path, tokenizer, tiny):
     assert result.metrics["eval_accuracy"] == 1.0
 
 
-GLUE = [("he left .", 1), ('" why ? asked Ann .', 0), ("it rained .", 1), ('stop it , " he said .', 1), ('" no .', 0), ("go .", 1), ('never ! "', 0)]
+GLUE = [
+    ("he left .", 1),
+    ('" why ? asked Ann .', 0),
+    ("it rained .", 1),
+    ('stop it , " he said .', 1),
+    ('" no .', 0),
+    ("go .", 1),
+    ('never ! "', 0),
+]
 
 
-@pytest.mark.parametrize("chosen", [GLUE, [GLUE[0], GLUE[4], GLUE[5], GLUE[6]], [GLUE[1], GLUE[6]], [('"', 0), ("a", 1)], [("a", 0), ('b "c" d', 1)]])
+@pytest.mark.parametrize(
+    "chosen",
+    [GLUE, [GLUE[0], GLUE[4], GLUE[5], GLUE[6]], [GLUE[1], GLUE[6]], [('"', 0), ("a", 1)], [("a", 0), ('b "c" d', 1)]],
+)
 def test_quotation_marks_of_a_file_without_quoting_are_text_and_lose_no_row(tmp_path, chosen):
     file = tmp_path / "q.tsv"
     file.write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in chosen))

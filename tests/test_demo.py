@@ -32,7 +32,8 @@ def test_the_split_is_fixed_stratified_and_shares_no_text(demo):
 
 
 def test_the_longformer_model_starts_from_the_real_weights_and_loads_its_adapter(demo, tmp_path):
-    """An adapter saved by one model and loaded into a freshly built base gives the same logits, which full attention gives too on short input."""
+    """An adapter saved by one model and loaded into a freshly built base gives the same logits, which full attention
+    gives too on short input."""
     ids = torch.randint(1000, 2000, (2, 100))
     model = effzoo.attach(demo.build(demo.LONG, f"longformer[window={demo.WINDOW}]"), demo.PEFT).eval()
     full = demo.build(demo.SHORT).eval()
@@ -44,7 +45,9 @@ def test_the_longformer_model_starts_from_the_real_weights_and_loads_its_adapter
         for key, parameter in model.named_parameters():
             if ".adapters." in key:
                 parameter.add_(0.01 * torch.randn_like(parameter))
-        fresh = effzoo.load_adapter(demo.build(demo.LONG, f"longformer[window={demo.WINDOW}]"), effzoo.save_adapter(model, tmp_path)).eval()
+        fresh = effzoo.load_adapter(
+            demo.build(demo.LONG, f"longformer[window={demo.WINDOW}]"), effzoo.save_adapter(model, tmp_path)
+        ).eval()
         assert torch.equal(fresh(ids).logits, model(ids).logits)
 
 
@@ -52,7 +55,14 @@ def test_the_report_shows_every_row_both_pictures_and_escapes_text(demo):
     rows = [demo.Row("a <b>", 128, 90, 100, 1234, 5.0), demo.Row("c", 1024, 97, 100, 99, 6.0)]
     history = [{"step": 5, "loss": 1.0}, {"step": 10, "loss": 0.5, "eval_loss": 0.4, "eval_accuracy": 0.9}]
     account = {"trainable": 10, "total": 1000, "percent": 1.0, "bytes_on_disk": 77, "text": "x < y"}
-    results = {"rows": [], "account": account, "longer_than_512": 0.5, "seconds": 9.0, "peak_memory_bytes": 2**30, "precision": "float32"}
+    results = {
+        "rows": [],
+        "account": account,
+        "longer_than_512": 0.5,
+        "seconds": 9.0,
+        "peak_memory_bytes": 2**30,
+        "precision": "float32",
+    }
     results |= {"settings": {"split": {"train": 1, "test": 2}}, "machine": "m"}
     page = demo.report(results, rows, {"one": history}, "longformer[window=256]")
     assert "a &lt;b&gt;" in page and "90.00 ± 5.88 %" in page and "97 / 100" in page and "x &lt; y" in page

@@ -1,4 +1,5 @@
-"""Distillation: its formulas written out, what the gradients reach, what a run logs and resumes to, and what is refused."""
+"""Distillation: its formulas written out, what the gradients reach, what a run logs and resumes to, and what is
+refused."""
 
 import copy
 import random
@@ -67,7 +68,9 @@ def test_soft_targets_are_t_squared_times_the_divergence_of_the_softened_probabi
     assert softened(student, teacher, labels, temperature=temperature).item() == pytest.approx(expected, abs=1e-12)
     counted = [(i, t) for i in range(2) for t in range(5) if labels[i, t + 1] != -100]
     expected = temperature**2 * sum(divergence(i, t) for i, t in counted) / len(counted)
-    assert softened(student, teacher, labels, temperature=temperature, causal=True).item() == pytest.approx(expected, abs=1e-12)
+    assert softened(student, teacher, labels, temperature=temperature, causal=True).item() == pytest.approx(
+        expected, abs=1e-12
+    )
     assert softened(student, teacher, torch.full_like(labels, -100)).item() == 0.0
 
 
@@ -75,7 +78,9 @@ def test_soft_targets_of_labels_that_may_hold_together_and_of_a_number():
     student, teacher, T = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64), 2.5
     p, q = torch.sigmoid(teacher / T), torch.sigmoid(student / T)
     expected = T**2 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
-    assert softened(student, teacher, torch.rand(4, 3), temperature=T).item() == pytest.approx(expected.item(), abs=1e-12)
+    assert softened(student, teacher, torch.rand(4, 3), temperature=T).item() == pytest.approx(
+        expected.item(), abs=1e-12
+    )
     number = softened(student[:, :1], teacher[:, :1], torch.rand(4), temperature=T)
     assert number.item() == pytest.approx((student[:, 0] - teacher[:, 0]).square().mean().item(), abs=1e-12)
 
@@ -83,7 +88,10 @@ def test_soft_targets_of_labels_that_may_hold_together_and_of_a_number():
 def test_states_apart_are_a_mean_over_tokens_and_then_over_labels():
     student, teacher = torch.randn(3, 4, 6, dtype=torch.float64), torch.randn(3, 4, 6, dtype=torch.float64)
     valid, numbers = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]).bool(), torch.tensor([2, 0, 3])
-    each = [sum(float((student[b, t] - teacher[b, t]).square().mean()) for t in range(n)) / n for b, n in enumerate((4, 2, 3))]
+    each = [
+        sum(float((student[b, t] - teacher[b, t]).square().mean()) for t in range(n)) / n
+        for b, n in enumerate((4, 2, 3))
+    ]
     assert apart(student, teacher, numbers, valid).item() == pytest.approx((2 * each[0] + 3 * each[2]) / 5, abs=1e-12)
     plain = apart(student, teacher, torch.ones(3))
     assert plain.item() == pytest.approx((student - teacher).square().mean().item(), abs=1e-12)
@@ -97,7 +105,10 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(build, task):
     loss = taught(student, inputs)
     plain = {name: value for name, value in inputs.items() if name != "labels"}
     logits = [model(**plain).logits for model in (student, teacher)]
-    parts = {"labels": student(**inputs).loss, "logits": softened(*logits, inputs["labels"], temperature=3.0, causal=task == "causal_lm")}
+    parts = {
+        "labels": student(**inputs).loss,
+        "logits": softened(*logits, inputs["labels"], temperature=3.0, causal=task == "causal_lm"),
+    }
     states, given = [], []
     for model in (student, teacher):
         x, positions = model.embeddings(inputs["input_ids"], None, None, None, None, 0)
@@ -113,7 +124,9 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(build, task):
     for name, (ours, theirs) in (("hidden", states), ("attention", given)):
         parts[name] = sum(apart(a, b, numbers, valid) for a, b in zip(ours, theirs, strict=True)) / 2
     assert loss.item() == pytest.approx(sum(ALL[name] * value.item() for name, value in parts.items()), abs=1e-10)
-    assert {name: value.item() for name, value in taught.parts.items()} == pytest.approx({k: v.item() for k, v in parts.items()}, abs=1e-10)
+    assert {name: value.item() for name, value in taught.parts.items()} == pytest.approx(
+        {k: v.item() for k, v in parts.items()}, abs=1e-10
+    )
 
 
 @pytest.mark.parametrize("task", NAMES)
@@ -129,7 +142,9 @@ def test_batches_average_exactly(build, task):
     assert whole == pytest.approx(total / int(numbers.sum()), abs=1e-10)
 
 
-@pytest.mark.parametrize("attention", ["longformer[window=4]", "linformer[k=8]", "lsh[rounds=2, chunk=4, buckets=4]", "perceiver[latents=4]"])
+@pytest.mark.parametrize(
+    "attention", ["longformer[window=4]", "linformer[k=8]", "lsh[rounds=2, chunk=4, buckets=4]", "perceiver[latents=4]"]
+)
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(build, attention):
     """Whatever the kind, also with dropout in the teacher's config and a prompt in front of both."""
     student = build(attention=attention, peft="prompt[length=3]|lora[rank=2]")
@@ -137,7 +152,11 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(build, atte
     teacher.blocks[0].dropout.p = 0.5
     taught = Teaching(student, teacher.train(), Distillation(**ALL))
     taught(student.eval(), batch())
-    assert {name: value.item() for name, value in taught.parts.items() if name != "labels"} == {"logits": 0.0, "hidden": 0.0, "attention": 0.0}
+    assert {name: value.item() for name, value in taught.parts.items() if name != "labels"} == {
+        "logits": 0.0,
+        "hidden": 0.0,
+        "attention": 0.0,
+    }
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -147,7 +166,9 @@ def test_gradients_reach_the_student_alone_and_are_those_of_a_plain_loop(build, 
     student.recompute = "blocks" if checkpointing else "hidden"
     Teaching(student, teacher, Distillation(**ALL))(student.train(), inputs).backward()
     got = {name: p.grad.clone() for name, p in student.named_parameters() if p.requires_grad}
-    assert all(torch.isfinite(grad).all() for grad in got.values()) and all(p.grad is None for p in teacher.parameters())
+    assert all(torch.isfinite(grad).all() for grad in got.values()) and all(
+        p.grad is None for p in teacher.parameters()
+    )
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items()) and not teacher.training
     student.zero_grad()
     student.recompute = "nothing"
@@ -186,7 +207,8 @@ def test_layers_are_paired_evenly_or_as_said(build):
 def test_a_run_brings_the_student_nearer_to_its_teacher_and_logs_the_parts(build, tmp_path):
     teacher, student = build(seed=1), build(attention="longformer[window=4]")
     result = effzoo.finetune(
-        student, rows(), output_dir=tmp_path, teacher=teacher, distillation={"labels": 0.0, "logits": 1.0, "hidden": 1.0}, max_steps=30, log_every=5,
+        student, rows(), output_dir=tmp_path, teacher=teacher,
+        distillation={"labels": 0.0, "logits": 1.0, "hidden": 1.0}, max_steps=30, log_every=5,
         learning_rate=3e-2, weight_decay=0.0, save_every=None, progress=False,
     )  # fmt: skip
     first, last = result.history[0], result.history[-1]
@@ -205,19 +227,37 @@ def test_stopped_runs_resume_to_the_same_losses_and_the_end_is_by_labels_alone(b
                 raise KeyboardInterrupt
 
     settings = {
-        "max_steps": 9, "batch_size": 3, "gradient_accumulation": 2, "learning_rate": 1e-2, "log_every": 2, "save_every": 2, "progress": False,
-        "distillation": Distillation(**ALL, share=0.75),
+        "max_steps": 9, "batch_size": 3, "gradient_accumulation": 2, "learning_rate": 1e-2, "log_every": 2,
+        "save_every": 2, "progress": False, "distillation": Distillation(**ALL, share=0.75),
     }  # fmt: skip
     teacher = build(seed=1)
-    straight = effzoo.finetune(build(dropout=0.2, peft="lora"), rows(), output_dir=tmp_path / "a", teacher=teacher, **settings)
+    straight = effzoo.finetune(
+        build(dropout=0.2, peft="lora"), rows(), output_dir=tmp_path / "a", teacher=teacher, **settings
+    )
     taught = {entry["step"]: "loss_logits" in entry for entry in straight.history}
     assert taught == {2: True, 4: True, 6: True, 7: True, 8: False, 9: False}, "0.75 of 9 steps are 7"
     with pytest.raises(KeyboardInterrupt):
-        effzoo.finetune(build(dropout=0.2, peft="lora"), rows(), output_dir=tmp_path / "b", teacher=teacher, callbacks=[Stop()], **settings)
-    resumed = effzoo.finetune(build(dropout=0.2, peft="lora"), rows(), output_dir=tmp_path / "b", teacher=teacher, resume=True, **settings)
+        effzoo.finetune(
+            build(dropout=0.2, peft="lora"),
+            rows(),
+            output_dir=tmp_path / "b",
+            teacher=teacher,
+            callbacks=[Stop()],
+            **settings,
+        )
+    resumed = effzoo.finetune(
+        build(dropout=0.2, peft="lora"), rows(), output_dir=tmp_path / "b", teacher=teacher, resume=True, **settings
+    )
     assert resumed.history == straight.history
     with pytest.raises(TrainingError, match="distillation was"):
-        effzoo.finetune(build(dropout=0.2, peft="lora"), rows(), output_dir=tmp_path / "b", teacher=build(seed=2), resume=True, **settings)
+        effzoo.finetune(
+            build(dropout=0.2, peft="lora"),
+            rows(),
+            output_dir=tmp_path / "b",
+            teacher=build(seed=2),
+            resume=True,
+            **settings,
+        )
     del settings["distillation"]
     with pytest.raises(TrainingError, match="distillation was"):
         effzoo.finetune(build(dropout=0.2, peft="lora"), rows(), output_dir=tmp_path / "b", resume=True, **settings)
@@ -227,8 +267,8 @@ def test_stopped_runs_resume_to_the_same_losses_and_the_end_is_by_labels_alone(b
 def test_it_works_with_all_parameters_and_with_methods_that_do_more_in_training(build, tmp_path, peft):
     student = build("token_classification", peft=peft)
     result = effzoo.finetune(
-        student, rows("token_classification"), output_dir=tmp_path, teacher=build("token_classification", seed=1), distillation=ALL, max_steps=4,
-        log_every=1, learning_rate=1e-2, progress=False, gradient_accumulation=2,
+        student, rows("token_classification"), output_dir=tmp_path, teacher=build("token_classification", seed=1),
+        distillation=ALL, max_steps=4, log_every=1, learning_rate=1e-2, progress=False, gradient_accumulation=2,
     )  # fmt: skip
     for entry in result.history:
         assert {"loss_labels", "loss_logits", "loss_hidden", "loss_attention"} <= set(entry)
@@ -238,8 +278,10 @@ def test_accumulated_batches_give_the_losses_of_one(build, tmp_path):
     losses = []
     for size, accumulation in ((6, 1), (2, 3)):
         result = effzoo.finetune(
-            build("masked_lm", peft="lora"), rows("masked_lm"), output_dir=tmp_path / str(size), teacher=build("masked_lm", seed=1), distillation=ALL,
-            max_steps=4, batch_size=size, gradient_accumulation=accumulation, learning_rate=1e-2, log_every=1, save_every=None, progress=False,
+            build("masked_lm", peft="lora"), rows("masked_lm"), output_dir=tmp_path / str(size),
+            teacher=build("masked_lm", seed=1), distillation=ALL,
+            max_steps=4, batch_size=size, gradient_accumulation=accumulation, learning_rate=1e-2, log_every=1,
+            save_every=None, progress=False,
         )  # fmt: skip
         losses.append([{k: v for k, v in entry.items() if k.startswith("loss")} for entry in result.history])
     for one, many in zip(*losses, strict=True):
@@ -284,14 +326,17 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(build, tmp_path):
 
 
 def test_a_teacher_without_global_tokens_is_not_given_their_mask(build):
-    student, teacher = build(name="longformer", attention="longformer[window=4]", layers=2, types=0), build(seed=1, types=0)
+    student = build(name="longformer", attention="longformer[window=4]", layers=2, types=0)
+    teacher = build(seed=1, types=0)
     marked = {**batch(), "global_attention_mask": torch.eye(9, dtype=torch.long)[:3]}
     taught = Teaching(student, teacher, Distillation())
     assert torch.equal(taught.teach(marked).logits, taught.teach(batch()).logits)
 
 
 @pytest.mark.parametrize("key", ["labels", "logits", "hidden", "attention", "temperature", "share"])
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -1, "1", True, None, 1e300, 10**400, 1j, [0.5], torch.tensor(0.5)])
+@pytest.mark.parametrize(
+    "wrong", [float("nan"), float("inf"), -1, "1", True, None, 1e300, 10**400, 1j, [0.5], torch.tensor(0.5)]
+)
 def test_a_weight_that_is_no_number_in_its_range_is_refused_by_its_name(key, wrong):
     for made in (lambda: Distillation(**{key: wrong}), lambda: Distillation.of({key: wrong})):
         with pytest.raises(OptionError, match=f"distillation: {key} (takes|is) .+ got "):
@@ -299,9 +344,13 @@ def test_a_weight_that_is_no_number_in_its_range_is_refused_by_its_name(key, wro
 
 
 def test_numbers_of_numpy_are_weights_and_any_temperature_that_is_taken_has_a_finite_loss():
-    assert Distillation.of({"logits": np.float32(0.25), "layers": [np.int64(0)]}) == Distillation(logits=0.25, layers=(0,))
+    assert Distillation.of({"logits": np.float32(0.25), "layers": [np.int64(0)]}) == Distillation(
+        logits=0.25, layers=(0,)
+    )
     with pytest.raises(OptionError, match="distillation: layers takes a list of int .+; item 1 is 'a'"):
         Distillation(layers=[0, "a"])
     logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
     for temperature in (1e-6, 1e6):
-        assert softened(logits, logits.flip(0), labels, temperature=Distillation(temperature=temperature).temperature).isfinite()
+        assert softened(
+            logits, logits.flip(0), labels, temperature=Distillation(temperature=temperature).temperature
+        ).isfinite()

@@ -1,4 +1,5 @@
-"""The documentation is true: every sample runs and prints what is shown below it, every public name has an entry, pictures are those of the code."""
+"""The documentation is true: every sample runs and prints what is shown below it, every public name has an entry,
+pictures are those of the code."""
 
 import ast
 import contextlib
@@ -37,7 +38,9 @@ class Sample:
 
 
 def samples(page):
-    return [Sample(language, title or "", text) for _, language, title, text in FENCE.findall((DOCS / page).read_text())]
+    return [
+        Sample(language, title or "", text) for _, language, title, text in FENCE.findall((DOCS / page).read_text())
+    ]
 
 
 def load(name):
@@ -103,7 +106,10 @@ def test_what_a_script_of_several_processes_says_runs_in_one(tmp_path, monkeypat
     assert Path("runs/several/adapter/adapter.json").is_file()
 
 
-@pytest.mark.parametrize(("page", "kind", "name"), [("howto/write-a-kind.md", "attention", "strided"), ("howto/write-a-method.md", "peft", "shift")])
+@pytest.mark.parametrize(
+    ("page", "kind", "name"),
+    [("howto/write-a-kind.md", "attention", "strided"), ("howto/write-a-method.md", "peft", "shift")],
+)
 def test_what_the_guides_add_is_short_and_passes_every_check(page, kind, name, tmp_path):
     (mine,) = (sample.text for sample in samples(page) if sample.title == "mine.py")
     assert len([line for line in mine.splitlines() if line.strip() and not line.startswith(("import", "from"))]) <= 15
@@ -131,7 +137,14 @@ def test_every_page_is_in_the_navigation():
 
 def public_packages():
     """Every package or module of effzoo with an `__all__`, but those that are for the inside alone."""
-    inside = {"effzoo.annotations", "effzoo.attention.kernel", "effzoo.checks.attention", "effzoo.checks.peft", "effzoo.cli", "effzoo.lab.draw"}
+    inside = {
+        "effzoo.annotations",
+        "effzoo.attention.kernel",
+        "effzoo.checks.attention",
+        "effzoo.checks.peft",
+        "effzoo.cli",
+        "effzoo.lab.draw",
+    }
     found = {"effzoo", *(module.name for module in pkgutil.walk_packages(effzoo.__path__, "effzoo."))} - inside
     return {name for name in found if "__all__" in assigned(name)}
 
@@ -157,7 +170,11 @@ def test_every_public_name_has_an_entry():
 
 
 def test_every_kind_and_method_is_on_its_page():
-    for page, names in (("kinds", effzoo.attention.names()), ("methods", effzoo.peft.names()), ("models", effzoo.models())):
+    for page, names in (
+        ("kinds", effzoo.attention.names()),
+        ("methods", effzoo.peft.names()),
+        ("models", effzoo.models()),
+    ):
         text = (DOCS / f"zoo/{page}.md").read_text()
         for name in names:
             assert f"`{name}`" in text or f"### {name}\n" in text, name

@@ -1,4 +1,5 @@
-"""Attention with dropped weights, a block at a time: the plain twin where nothing is dropped, exact derivatives and the right mean where it is."""
+"""Attention with dropped weights, a block at a time: the plain twin where nothing is dropped, exact derivatives and the
+right mean where it is."""
 
 import math
 
@@ -19,7 +20,8 @@ def drawn(*shape):
 
 
 def parts(count, bias=True, causal=False):
-    """Two examples, three heads, 17 queries; 23 keys in the first part and 4 in the second; values narrower than keys; a row without keys."""
+    """Two examples, three heads, 17 queries; 23 keys in the first part and 4 in the second; values narrower than keys;
+    a row without keys."""
     leaves = [drawn(2, 3, 17, 8), drawn(2, 3, 23, 8), drawn(2, 3, 23, 5), drawn(2, 3, 4, 8), drawn(2, 3, 4, 5)]
     allowed = torch.rand(2, 1, 17, 23) < 0.6
     allowed[0, 0, 3] = False
@@ -32,14 +34,18 @@ def parts(count, bias=True, causal=False):
 
 
 @pytest.mark.parametrize("block", [7, 60, 2**19])
-@pytest.mark.parametrize(("count", "bias", "causal"), [(1, True, False), (2, True, False), (1, False, True), (2, False, False)])
+@pytest.mark.parametrize(
+    ("count", "bias", "causal"), [(1, True, False), (2, True, False), (1, False, True), (2, False, False)]
+)
 def test_without_dropout_it_is_the_plain_twin(monkeypatch, block, count, bias, causal):
     monkeypatch.setattr(dropped, "BLOCK", block)
     leaves, made = parts(count, bias, causal)
     out, expected = (attend(*made(*leaves), backend=backend) for backend in ("blocks", "reference"))
     assert torch.allclose(out, expected, **EXACT)
     direction = torch.randn_like(out)
-    for mine, theirs in zip(torch.autograd.grad(out, leaves, direction), torch.autograd.grad(expected, leaves, direction), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(out, leaves, direction), torch.autograd.grad(expected, leaves, direction), strict=True
+    ):
         assert torch.allclose(mine, theirs, **EXACT)
 
 

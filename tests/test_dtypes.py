@@ -12,7 +12,17 @@ from effzoo.peft.merging import merged_parameters
 from effzoo.sites import sites
 from effzoo.sites.dtypes import decoding, linear
 
-LATENTS = {"dim": 16, "layers": 2, "latents": 5, "heads": 2, "mlp": 16, "vocab": 53, "max_length": 64, "head_dim": 8, "value_dim": 8}
+LATENTS = {
+    "dim": 16,
+    "layers": 2,
+    "latents": 5,
+    "heads": 2,
+    "mlp": 16,
+    "vocab": 53,
+    "max_length": 64,
+    "head_dim": 8,
+    "value_dim": 8,
+}
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -23,7 +33,9 @@ def bases(tiny):
     yield effzoo.build("gpt2", attention=small("lsh"), task="classification", num_labels=3, **tiny)
     yield effzoo.build("bert", norm="pre", residual="reversible", **encoder)
     yield effzoo.build("llama", kv_heads=1, head_dim=8, **encoder)
-    yield effzoo.build("perceiver-io", task="classification", num_labels=3, dropout=0.0, attention_dropout=0.0, **LATENTS)
+    yield effzoo.build(
+        "perceiver-io", task="classification", num_labels=3, dropout=0.0, attention_dropout=0.0, **LATENTS
+    )
 
 
 def attached(model, method):
@@ -49,7 +61,10 @@ def one_step(model, rate=1e-2):
     return gradients, {name: parameter.detach() for name, parameter in trained(model).items()}
 
 
-@pytest.mark.parametrize("method", [*effzoo.peft.names(), "routed[of=prefix]", "routed[of='lora|ia3', router=switch]", "lora[init=pissa]|norms"])
+@pytest.mark.parametrize(
+    "method",
+    [*effzoo.peft.names(), "routed[of=prefix]", "routed[of='lora|ia3', router=switch]", "lora[init=pissa]|norms"],
+)
 def test_what_is_trained_on_a_half_base_is_float32(tiny, method):
     """And its gradients; the model's outputs stay in the base's dtype, before and after `finish`, and in evaluation."""
     tried = 0
@@ -84,7 +99,9 @@ def test_a_convolution_in_half_precision_has_float32_adapters():
 
 
 def test_a_float64_base_has_float64_adapters_and_a_quantised_one_float32(tiny):
-    assert {p.dtype for p in trained(effzoo.attach(effzoo.build("bert", **tiny).double(), "lora|norms")).values()} == {torch.float64}
+    assert {p.dtype for p in trained(effzoo.attach(effzoo.build("bert", **tiny).double(), "lora|norms")).values()} == {
+        torch.float64
+    }
     for bits in (8, 4):
         for method in ("lora", "dora", "bitfit", "houlsby", "prefix", "supermask"):
             model = effzoo.build("bert", task="classification", num_labels=3, **tiny).to(torch.bfloat16)
@@ -94,7 +111,22 @@ def test_a_float64_base_has_float64_adapters_and_a_quantised_one_float32(tiny):
 
 
 @pytest.mark.parametrize(
-    "method", ["lora", "dora", "ia3", "houlsby", "prefix", "prompt", "full", "bitfit", "norms", "diff", "routed", "fusion", "ladder"]
+    "method",
+    [
+        "lora",
+        "dora",
+        "ia3",
+        "houlsby",
+        "prefix",
+        "prompt",
+        "full",
+        "bitfit",
+        "norms",
+        "diff",
+        "routed",
+        "fusion",
+        "ladder",
+    ],
 )
 def test_gradients_are_those_of_the_float32_base(tiny, method):
     """To the accuracy of a forward pass in bfloat16: on the same weights, those of the half base in float32."""
@@ -116,7 +148,9 @@ def test_gradients_are_those_of_the_float32_base(tiny, method):
 
 def test_small_updates_arrive(tiny):
     """AdamW at 2e-5 moves an entry by at most 2e-5, a thousandth of what bfloat16 can tell apart at 0.1."""
-    model = effzoo.attach(effzoo.build("llama", kv_heads=1, head_dim=8, task="causal_lm", **tiny).to(torch.bfloat16), "lora")
+    model = effzoo.attach(
+        effzoo.build("llama", kv_heads=1, head_dim=8, task="causal_lm", **tiny).to(torch.bfloat16), "lora"
+    )
     start = {name: p.detach().clone() for name, p in trained(model).items() if name.endswith(".A")}
     optimizer = torch.optim.AdamW(trained(model).values(), lr=2e-5, weight_decay=0)
     ids = labelled()["input_ids"]
@@ -130,7 +164,9 @@ def test_small_updates_arrive(tiny):
     assert 1e-4 < largest < 1.2e-3
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "full", "krona", "fish", "bitfit", "norms", "head_pruning", "intrinsic[dim=20]"])
+@pytest.mark.parametrize(
+    "method", ["lora", "dora", "ia3", "full", "krona", "fish", "bitfit", "norms", "head_pruning", "intrinsic[dim=20]"]
+)
 def test_merging_rounds_the_sum_once(tiny, method):
     """W + delta in float64, of the float32 adapter, then rounded to bfloat16; and taken out again bit by bit."""
     model = effzoo.attach(effzoo.build("bert", task="classification", num_labels=3, **tiny).to(torch.bfloat16), method)
@@ -154,7 +190,9 @@ def test_merging_rounds_the_sum_once(tiny, method):
 
 @pytest.mark.parametrize("method", ["lora", "lora[dropout=0.2]", "ia3", "houlsby", "full", "dora", "mam"])
 def test_what_is_recomputed_is_the_same_to_the_bit(tiny, method):
-    model = effzoo.attach(effzoo.build("bert", task="classification", num_labels=3, **{**tiny, "dropout": 0.1}).to(torch.bfloat16), method)
+    model = effzoo.attach(
+        effzoo.build("bert", task="classification", num_labels=3, **{**tiny, "dropout": 0.1}).to(torch.bfloat16), method
+    )
     with torch.no_grad():
         for parameter in trained(model).values():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -166,16 +204,34 @@ def test_what_is_recomputed_is_the_same_to_the_bit(tiny, method):
         model.train()(**labelled()).loss.backward()
         found[level] = {name: p.grad.clone() for name, p in trained(model).items() if p.grad is not None}
     first = found["nothing"]
-    assert first and all(other.keys() == first.keys() and all(torch.equal(other[name], first[name]) for name in first) for other in found.values())
+    assert first and all(
+        other.keys() == first.keys() and all(torch.equal(other[name], first[name]) for name in first)
+        for other in found.values()
+    )
 
 
 def test_autocast_over_a_half_base(tiny):
     """Under autocast the tensors that are trained stay float32, and so do their gradients."""
-    for method in ("lora", "ia3", "houlsby", "unipelt", "full", "routed[of=houlsby]", "fusion", "far", "krona_res", "ladder"):
-        model = effzoo.attach(effzoo.build("bert", task="classification", num_labels=3, **tiny).to(torch.bfloat16), method)
+    for method in (
+        "lora",
+        "ia3",
+        "houlsby",
+        "unipelt",
+        "full",
+        "routed[of=houlsby]",
+        "fusion",
+        "far",
+        "krona_res",
+        "ladder",
+    ):
+        model = effzoo.attach(
+            effzoo.build("bert", task="classification", num_labels=3, **tiny).to(torch.bfloat16), method
+        )
         with torch.autocast("cpu", torch.bfloat16):
             gradients, _ = one_step(model)
-        assert {g.dtype for g in gradients.values()} == {torch.float32} and all(bool(g.isfinite().all()) for g in gradients.values())
+        assert {g.dtype for g in gradients.values()} == {torch.float32} and all(
+            bool(g.isfinite().all()) for g in gradients.values()
+        )
 
 
 def test_the_dtype_of_an_adapter_can_be_asked_for(tiny):
@@ -193,21 +249,30 @@ def test_the_dtype_of_an_adapter_can_be_asked_for(tiny):
 
 
 def test_a_cast_model_is_cast_whole_and_finetune_says_so(tiny):
-    """`model.to` casts adapters as torch casts everything; `recast` makes them what attach makes, and nothing else is touched."""
+    """`model.to` casts adapters as torch casts everything; `recast` makes them what attach makes, and nothing else is
+    touched."""
     sizes = {"task": "classification", "num_labels": 3, **tiny}
     rows = [{"input_ids": [5, 6, 7], "labels": 1}, {"input_ids": [8, 9], "labels": 0}]
     for half in HALVES:
         model = effzoo.build("bert", peft="lora", **sizes).to(half)
         assert {p.dtype for p in trained(model).values()} == {half}
         assert model(**labelled()).logits.dtype == half
-        with pytest.raises(IncompatibleError, match=r"is trained in b?float16, where small updates vanish; call effzoo.peft.recast\(model\)"):
+        with pytest.raises(
+            IncompatibleError,
+            match=r"is trained in b?float16, where small updates vanish; call effzoo.peft.recast\(model\)",
+        ):
             effzoo.finetune(model, rows, output_dir="unused", max_steps=1)
         kept = module(model, "blocks.0.attn.q", "lora").A.detach().float()
         effzoo.peft.recast(model)
         assert {p.dtype for p in trained(model).values()} == {torch.float32}
-        assert torch.equal(module(model, "blocks.0.attn.q", "lora").A, kept) and model.embeddings.token.weight.dtype == half
+        assert (
+            torch.equal(module(model, "blocks.0.attn.q", "lora").A, kept)
+            and model.embeddings.token.weight.dtype == half
+        )
         assert model(**labelled()).logits.dtype == half
-    with pytest.raises(IncompatibleError, match=r"call model.float\(\) and give precision='bfloat16', or attach an adapter"):
+    with pytest.raises(
+        IncompatibleError, match=r"call model.float\(\) and give precision='bfloat16', or attach an adapter"
+    ):
         effzoo.finetune(effzoo.build("bert", **sizes).to(torch.bfloat16), rows, output_dir="unused", max_steps=1)
 
 
@@ -232,7 +297,9 @@ def test_a_half_base_with_float32_adapters_is_one_graph(tiny, method):
         run(**batch).logits.float().square().mean().backward()
         found[name] = [p.grad.clone() for p in trained(model).values() if p.grad is not None]
     torch._dynamo.reset()
-    assert found["plain"] and all(torch.equal(one, other) for one, other in zip(found["plain"], found["traced"], strict=True))
+    assert found["plain"] and all(
+        torch.equal(one, other) for one, other in zip(found["plain"], found["traced"], strict=True)
+    )
 
 
 @pytest.mark.parametrize("together", ["rows", "average", "stack"])
@@ -262,7 +329,9 @@ def test_several_float32_adapters_on_a_half_base(tiny, together):
 def test_decoding_with_a_cache_on_a_half_base(tiny, method):
     model = effzoo.attach(effzoo.build("gpt2", task="causal_lm", **tiny).to(torch.bfloat16), method).eval()
     ids = labelled()["input_ids"]
-    found = [effzoo.generate(model, ids, max_new_tokens=4, do_sample=False, use_cache=cached) for cached in (True, False)]
+    found = [
+        effzoo.generate(model, ids, max_new_tokens=4, do_sample=False, use_cache=cached) for cached in (True, False)
+    ]
     assert torch.equal(*found)
 
 
@@ -272,6 +341,10 @@ def test_decoding_takes_a_weight_and_a_bias_of_any_strides():
     x, wide = torch.randn(2, 3, 4, generator=draw), torch.randn(12, 8, generator=draw)
     with torch.no_grad(), decoding():
         for weight in (wide[:6, :4], wide[:6, :4].contiguous(), wide[:8].t()[:, :4]):
-            for bias in (None, torch.randn(len(weight), generator=draw), torch.randn(2 * len(weight), generator=draw)[::2]):
+            for bias in (
+                None,
+                torch.randn(len(weight), generator=draw),
+                torch.randn(2 * len(weight), generator=draw)[::2],
+            ):
                 exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
                 assert (linear(x, weight, bias) - exact).abs().max() < 1e-5

@@ -1,4 +1,5 @@
-"""Feed-forwards behind a router: equal to the dense sum over experts, cheap whatever their number, and at home in every model."""
+"""Feed-forwards behind a router: equal to the dense sum over experts, cheap whatever their number, and at home in every
+model."""
 
 import math
 
@@ -16,7 +17,17 @@ from effzoo.registry import attention
 from effzoo.sites import sites
 from tests.support import labelled, small
 
-ROUTERS = ("uniform", "soft", "switch", "top_k", "gumbel", "gumbel[form=sigmoid]", "base", "expert_choice", "switch[capacity=0.5]")
+ROUTERS = (
+    "uniform",
+    "soft",
+    "switch",
+    "top_k",
+    "gumbel",
+    "gumbel[form=sigmoid]",
+    "base",
+    "expert_choice",
+    "switch[capacity=0.5]",
+)
 DIM, EXPERTS = 8, 4
 
 
@@ -39,7 +50,9 @@ def routers(model):
 
 
 def gradients(out, *tensors):
-    return torch.autograd.grad(out, tensors, torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape), allow_unused=True)
+    return torch.autograd.grad(
+        out, tensors, torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape), allow_unused=True
+    )
 
 
 def assert_close(found, expected):
@@ -53,7 +66,9 @@ def assert_close(found, expected):
 # ---- the layer against its definition ----
 
 
-@pytest.mark.parametrize("options", [{}, {"gated": True, "bias": False}, {"chunk": 3}], ids=["plain", "gated", "chunked"])
+@pytest.mark.parametrize(
+    "options", [{}, {"gated": True, "bias": False}, {"chunk": 3}], ids=["plain", "gated", "chunked"]
+)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_sorted_tokens_equal_the_dense_sum_over_experts(router, training, options):
@@ -82,7 +97,10 @@ def test_the_dense_sum_is_the_definition_token_by_token():
 
 def test_no_expert_computes_a_token_that_it_does_not_see():
     own, x, counted = layer("switch", training=False), tokens(), []
-    hooks = [expert.register_forward_hook(lambda module, given, out: counted.append(given[0].shape)) for expert in own.experts]
+    hooks = [
+        expert.register_forward_hook(lambda module, given, out: counted.append(given[0].shape))
+        for expert in own.experts
+    ]
     own(x)
     sent = own.router(x.view(-1, DIM)).sent.sum(dim=0).tolist()
     assert counted == [(1, number, DIM) for number in sent] and sum(sent) == 22
@@ -158,7 +176,8 @@ def test_half_precision_and_autocast(tiny):
 
 
 def test_flops_do_not_grow_with_the_number_of_experts(tiny):
-    """Of a switch in evaluation: they differ by the product of the router's scores alone, 2 tokens dim experts in each layer."""
+    """Of a switch in evaluation: they differ by the product of the router's scores alone, 2 tokens dim experts in each
+    layer."""
     n, sizes = 64, {**tiny, "dim": 32, "mlp": 128}
     ids = torch.randint(53, (2, n))
 
@@ -191,7 +210,10 @@ def test_every_second_layer_and_what_stands_in_the_state_dict(tiny):
     assert keys[0] == "blocks.1.mlp.router.scores.weight" and len(keys) == 1 + 4 * EXPERTS
     assert "blocks.1.mlp.experts.3.up.weight" in keys and "blocks.0.mlp.up.weight" in model.state_dict()
     roles = {site.role for path, site in sites(model) if ".experts." in path}
-    assert roles == {"mlp.up", "mlp.down"} and {site.layer for path, site in sites(model) if ".experts." in path} == {1, 3}
+    assert roles == {"mlp.up", "mlp.down"} and {site.layer for path, site in sites(model) if ".experts." in path} == {
+        1,
+        3,
+    }
     other = build({**tiny, "layers": 4}, expert_every=2)
     torch.nn.init.zeros_(other.blocks[1].mlp.router.scores.weight)
     other.load_state_dict(model.state_dict())
@@ -221,7 +243,9 @@ def test_the_loss_of_training_is_that_of_the_task_and_what_balances_every_layer(
     out = model(**batch)
     assert len(told) == 2
     torch.testing.assert_close(out.balance_loss, told[0] + told[1])
-    torch.testing.assert_close(out.loss - out.balance_loss, torch.nn.functional.cross_entropy(out.logits, batch["labels"]))
+    torch.testing.assert_close(
+        out.loss - out.balance_loss, torch.nn.functional.cross_entropy(out.logits, batch["labels"])
+    )
     assert next(iter(out)) == "loss"
     unlabelled = model(**{key: batch[key] for key in ("input_ids", "attention_mask")})
     assert unlabelled.loss is None and unlabelled.balance_loss is not None
@@ -251,7 +275,9 @@ def test_checkpointing_and_recomputation_change_no_gradient_and_count_the_loss_o
     for level in ("hidden", "blocks"):
         model.recompute = level
         out, found = learned(model, batch)
-        assert torch.equal(out.loss, plain.loss) and all(a is b or torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert torch.equal(out.loss, plain.loss) and all(
+            a is b or torch.equal(a, b) for a, b in zip(found, expected, strict=True)
+        )
 
 
 @pytest.mark.parametrize("router", ["switch", "top_k", "base", "expert_choice", "soft", "uniform"])
@@ -282,7 +308,10 @@ def test_reversible_residuals_give_the_gradients_of_plain_autograd(tiny, router)
         found.append(gradients(run(model.blocks, x, Mask(decisions={})), x, *model.blocks.parameters()))
     for mine, theirs in zip(*found, strict=True):  # where autograd finds no path there may be zeros
         torch.testing.assert_close(
-            torch.zeros(()) if mine is None else mine.double(), torch.zeros(()) if theirs is None else theirs, atol=1e-10, rtol=1e-8
+            torch.zeros(()) if mine is None else mine.double(),
+            torch.zeros(()) if theirs is None else theirs,
+            atol=1e-10,
+            rtol=1e-8,
         )
 
 
@@ -294,7 +323,9 @@ def test_a_cache_changes_nothing(tiny, router):
     mask = (torch.arange(9) >= torch.tensor([0, 4, 2])[:, None]).long()
     ids = torch.randint(1, 53, (3, 9)) * mask
     found = [
-        effzoo.generate(model, ids, mask, use_cache=cached, max_new_tokens=8, output_logits=True, return_dict_in_generate=True)
+        effzoo.generate(
+            model, ids, mask, use_cache=cached, max_new_tokens=8, output_logits=True, return_dict_in_generate=True
+        )
         for cached in (True, False)
     ]
     assert torch.equal(found[0].sequences, found[1].sequences)
@@ -367,7 +398,9 @@ def test_lora_hangs_on_every_expert_and_leaves_the_base_alone(tiny, router, tmp_
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0] and all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    assert losses[-1] < losses[0] and all(
+        torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen
+    )
     trained = model.eval()(**batch).logits
     effzoo.save_adapter(model, tmp_path)
     other = effzoo.load_adapter(build(tiny, router=router), tmp_path).eval()
@@ -391,19 +424,29 @@ def test_adapters_cannot_be_chosen_by_row_where_rows_are_mixed_by_a_router(tiny)
 
 @pytest.mark.parametrize("router", ["top_k", "soft", "uniform", "gumbel"])
 def test_experts_start_as_copies_of_the_dense_feed_forward(tiny, router):
-    """Where the weights of a token add up to 1, the model computes what the dense one does (Komatsuzaki et al. 2022, section 2)."""
+    """Where the weights of a token add up to 1, the model computes what the dense one does (Komatsuzaki et al. 2022,
+    section 2)."""
     config = transformers.BertConfig(
-        vocab_size=53, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=64
+        vocab_size=53,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
     )
     source = transformers.BertModel(config).eval()
     for parameter in source.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     sizes = {**tiny, "layers": 2}
     dense = convert.load_pretrained(effzoo.build("bert", **sizes), source).eval()
-    model = convert.load_pretrained(effzoo.build("bert", experts=3, router=router, expert_every=2, **sizes), source).eval()
+    model = convert.load_pretrained(
+        effzoo.build("bert", experts=3, router=router, expert_every=2, **sizes), source
+    ).eval()
     batch = {key: value for key, value in labelled().items() if key != "labels"}
     valid = batch["attention_mask"].bool()
-    torch.testing.assert_close(model(**batch).last_hidden_state[valid], dense(**batch).last_hidden_state[valid], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model(**batch).last_hidden_state[valid], dense(**batch).last_hidden_state[valid], atol=1e-5, rtol=1e-5
+    )
     for expert in model.blocks[1].mlp.experts:
         assert torch.equal(expert.up.weight, dense.blocks[1].mlp.up.weight)
 
@@ -414,7 +457,12 @@ def test_experts_start_as_copies_of_the_dense_feed_forward(tiny, router):
 @pytest.mark.parametrize(
     ("name", "choices", "error", "said"),
     [
-        ("gpt2", {"router": "expert_choice"}, IncompatibleError, "chooses among all tokens, later ones as well, so a causal model"),
+        (
+            "gpt2",
+            {"router": "expert_choice"},
+            IncompatibleError,
+            "chooses among all tokens, later ones as well, so a causal model",
+        ),
         ("bert", {"router": "fixed"}, IncompatibleError, "reads the number of a task"),
         ("bert", {"router": "skills[tasks=3]"}, IncompatibleError, "reads the number of a task"),
         ("bert", {"norm": "pre", "residual": "reversible"}, IncompatibleError, "keeps no graph that would lead back"),
@@ -440,7 +488,9 @@ def test_transformers_has_no_counterpart(tiny):
 
 def test_a_plan_is_exact_or_refused(tiny):
     """Every expert sees every token: then shapes are enough, and the plan counts the bytes that autograd keeps."""
-    with pytest.raises(IncompatibleError, match="how many tokens each expert gets depends on the values that router 'switch' scores"):
+    with pytest.raises(
+        IncompatibleError, match="how many tokens each expert gets depends on the values that router 'switch' scores"
+    ):
         effzoo.plan("bert", batch=2, length=8, experts=4, **tiny)
     model = effzoo.build("bert", task="classification", num_labels=3, experts=3, router="soft", **tiny).train()
     batch = {"input_ids": torch.full((2, 8), 5), "labels": torch.tensor([0, 1])}
@@ -458,8 +508,10 @@ def test_a_plan_is_exact_or_refused(tiny):
 
 def test_a_router_of_a_file_routes_feed_forwards(tiny, tmp_path):
     (tmp_path / "mine.py").write_text(
-        "import torch\nfrom effzoo.routing import Router, Routing, register\n\n@register('first_token')\nclass First(Router):\n"
-        "    def forward(self, x):\n        sent = torch.zeros(len(x), self.experts, dtype=torch.bool)\n        sent[:, 0] = True\n"
+        "import torch\nfrom effzoo.routing import Router, Routing, register\n\n@register('first_token')\nclass "
+        "First(Router):\n"
+        "    def forward(self, x):\n        sent = torch.zeros(len(x), self.experts, dtype=torch.bool)\n        "
+        "sent[:, 0] = True\n"
         "        return Routing(sent.to(x.dtype), sent, sent.to(x.dtype))\n"
     )
     with effzoo.scope():

@@ -1,4 +1,5 @@
-"""The fingerprint of a model: equal for equal functions, and different, by name, for any other function of the same tensors."""
+"""The fingerprint of a model: equal for equal functions, and different, by name, for any other function of the same
+tensors."""
 
 import dataclasses
 import json
@@ -27,7 +28,14 @@ PERCEIVER = {
     "head_dim": 0,
     "value_dim": 0,
 }
-PERCEIVER |= {"cross_heads": 2, "cross_head_dim": 8, "cross_value_dim": 8, "decoder_heads": 2, "decoder_head_dim": 0, "decoder_value_dim": 0}
+PERCEIVER |= {
+    "cross_heads": 2,
+    "cross_head_dim": 8,
+    "cross_value_dim": 8,
+    "decoder_heads": 2,
+    "decoder_head_dim": 0,
+    "decoder_value_dim": 0,
+}
 
 
 def made(name="bert", **given):
@@ -43,7 +51,9 @@ def read_back(found: Fingerprint) -> Fingerprint:
 @pytest.mark.parametrize("config", [Config, PerceiverConfig])
 def test_every_field_of_a_config_is_decided(config):
     for field in dataclasses.fields(config):
-        assert sum(field.name in decided for decided in (WITHOUT_EFFECT, SEPARATE, COUNTS)) == 1, f"decide {field.name} in architectures/function.py"
+        assert sum(field.name in decided for decided in (WITHOUT_EFFECT, SEPARATE, COUNTS)) == 1, (
+            f"decide {field.name} in architectures/function.py"
+        )
 
 
 OTHERS = [
@@ -52,18 +62,50 @@ OTHERS = [
     ({}, {"eps": 0.1}, "eps: 1e-12 in the file, 0.1 in this model"),
     ({}, {"attention": "local[chunk=4]"}, "attention of layer 0: full in the file, local in this model"),
     ({}, {"attention": ("full", "blockwise")}, "attention of layer 1: full in the file, blockwise in this model"),
-    ({"attention": "lsh[chunk=4]"}, {"attention": "lsh[chunk=4, seed=1]"}, "attention of layer 0, seed: 0 in the file, 1 in this model"),
-    ({"attention": "longformer[window=8]"}, {"attention": "longformer[window=16]"}, "attention of layer 0, window: 8 in the file, 16 in this model"),
+    (
+        {"attention": "lsh[chunk=4]"},
+        {"attention": "lsh[chunk=4, seed=1]"},
+        "attention of layer 0, seed: 0 in the file, 1 in this model",
+    ),
+    (
+        {"attention": "longformer[window=8]"},
+        {"attention": "longformer[window=16]"},
+        "attention of layer 0, window: 8 in the file, 16 in this model",
+    ),
     ({"norm_kind": "rms"}, {}, "norm_kind: rms in the file, layer in this model"),
-    ({"norm": "pre"}, {"norm": "pre", "residual": "reversible"}, "residual: plain in the file, reversible in this model"),
+    (
+        {"norm": "pre"},
+        {"norm": "pre", "residual": "reversible"},
+        "residual: plain in the file, reversible in this model",
+    ),
     ({"experts": 2}, {"experts": 2, "router": "top_k[k=1]"}, "router: switch in the file, top_k in this model"),
-    ({"experts": 2}, {"experts": 2, "router": "switch[capacity=0.5]"}, "router, capacity: 1.25 in the file, 0.5 in this model"),
-    ({"positions": "rotary"}, {"positions": "rotary", "rotary_theta": 100.0}, "rotary_theta: 10000.0 in the file, 100.0 in this model"),
+    (
+        {"experts": 2},
+        {"experts": 2, "router": "switch[capacity=0.5]"},
+        "router, capacity: 1.25 in the file, 0.5 in this model",
+    ),
+    (
+        {"positions": "rotary"},
+        {"positions": "rotary", "rotary_theta": 100.0},
+        "rotary_theta: 10000.0 in the file, 100.0 in this model",
+    ),
     ({"share_layers": 1}, {"share_layers": 1, "layers": 4}, "layers: 2 in the file, 4 in this model"),
-    ({"task": "classification"}, {"task": "classification", "pooling": "mean"}, "pooling: first in the file, mean in this model"),
-    ({"task": "classification"}, {"task": "classification", "head_activation": "relu"}, "head_activation: tanh in the file, relu in this model"),
+    (
+        {"task": "classification"},
+        {"task": "classification", "pooling": "mean"},
+        "pooling: first in the file, mean in this model",
+    ),
+    (
+        {"task": "classification"},
+        {"task": "classification", "head_activation": "relu"},
+        "head_activation: tanh in the file, relu in this model",
+    ),
     ({"task": "masked_lm"}, {"task": "masked_lm", "tied": False}, "tied: True in the file, False in this model"),
-    ({"position_offset": 2, "pad_token": 0}, {"position_offset": 2, "pad_token": 1}, "pad_token: 0 in the file, 1 in this model"),
+    (
+        {"position_offset": 2, "pad_token": 0},
+        {"position_offset": 2, "pad_token": 1},
+        "pad_token: 0 in the file, 1 in this model",
+    ),
 ]
 
 
@@ -77,9 +119,17 @@ def test_another_function_is_named_with_both_values(one, other, words):
     ("name", "other", "words"),
     [
         ("perceiver-io", {"cross_residual": False}, "cross_residual: True in the file, False in this model"),
-        ("perceiver-io", {"attention": "local[chunk=4]"}, "attention of layer 0: full in the file, local in this model"),
+        (
+            "perceiver-io",
+            {"attention": "local[chunk=4]"},
+            "attention of layer 0: full in the file, local in this model",
+        ),
         ("perceiver-io", {"eps": 0.1}, "eps: 1e-05 in the file, 0.1 in this model"),
-        ("perceiver-io", {"cross_heads": 1, "cross_head_dim": 16, "cross_value_dim": 16}, "cross_heads: 2 in the file, 1 in this model"),
+        (
+            "perceiver-io",
+            {"cross_heads": 1, "cross_head_dim": 16, "cross_value_dim": 16},
+            "cross_heads: 2 in the file, 1 in this model",
+        ),
     ],
 )
 def test_perceivers_are_told_apart(name, other, words):
@@ -90,7 +140,8 @@ def test_perceivers_are_told_apart(name, other, words):
 @pytest.mark.parametrize(
     "other",
     [
-        {"dropout": 0.5, "attention_dropout": 0.3}, {"backend": "reference"}, {"mlp_chunk": 3}, {"head_dim": 8}, {"kv_heads": 2}, {"share_layers": 2},
+        {"dropout": 0.5, "attention_dropout": 0.3}, {"backend": "reference"}, {"mlp_chunk": 3}, {"head_dim": 8},
+        {"kv_heads": 2}, {"share_layers": 2},
         {"embed_norm": True}, {"attention": ["full", "full"]}, {"head_activation": "relu"},
     ],
     ids=str,
@@ -98,7 +149,9 @@ def test_perceivers_are_told_apart(name, other, words):
 def test_what_changes_no_output_changes_no_fingerprint(other):
     one, two, ids = made(), made(**other), torch.arange(20)[None]
     two.load_state_dict(one.state_dict())
-    torch.testing.assert_close(two(input_ids=ids).last_hidden_state, one(input_ids=ids).last_hidden_state, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        two(input_ids=ids).last_hidden_state, one(input_ids=ids).last_hidden_state, rtol=1e-5, atol=1e-5
+    )
     assert difference(fingerprint(one), fingerprint(two)) is None
     assert fingerprint(one).digest == fingerprint(two).digest
 
@@ -121,15 +174,20 @@ def test_swapped_quantised_and_altered_models_are_others():
     assert difference(plain, fingerprint(swapped)) == "attention of layer 0: full in the file, lsh in this model"
     quantised = made()
     effzoo.quantise(quantised, bits=8)
-    assert difference(plain, fingerprint(quantised)) == "blocks.0.attn.q: Linear in the file, QuantisedLinear in this model"
+    assert difference(plain, fingerprint(quantised)) == (
+        "blocks.0.attn.q: Linear in the file, QuantisedLinear in this model"
+    )
     altered = made()
     altered.blocks[0].mlp.activation = torch.relu
     assert difference(plain, fingerprint(altered)) == "blocks.0.mlp.activation: gelu in the file, relu in this model"
     narrower, pooled = made(attention="longformer[window=8]"), made(task="classification")
-    narrower.blocks[0].attn.core.reach, pooled.head.pooling = 1, "mean"  # what was made of an option, and what was taken from a config
+    # what was made of an option, and what was taken from a config
+    narrower.blocks[0].attn.core.reach, pooled.head.pooling = 1, "mean"
     found = difference(fingerprint(made(attention="longformer[window=8]")), fingerprint(narrower))
     assert found == "blocks.0.attn.core.reach: 4 in the file, 1 in this model"
-    assert difference(fingerprint(made(task="classification")), fingerprint(pooled)) == "head.pooling: first in the file, mean in this model"
+    assert difference(fingerprint(made(task="classification")), fingerprint(pooled)) == (
+        "head.pooling: first in the file, mean in this model"
+    )
     hashed = made(attention="lsh[chunk=4]")
     before = fingerprint(hashed)
     hashed.blocks[1].attn.core.resample(7)  # the rotations are in no state dict
@@ -148,10 +206,14 @@ def test_a_model_of_ones_own_is_known_by_its_modules():
     assert difference(fingerprint(own()), fingerprint(own())) is None
     assert difference(fingerprint(own()), fingerprint(own(eps=0.1))) == "2.eps: 1e-05 in the file, 0.1 in this model"
     assert difference(fingerprint(own()), fingerprint(own(act=nn.ReLU()))) == "1: GELU in the file, ReLU in this model"
-    assert "approximate: none in the file, tanh" in difference(fingerprint(own()), fingerprint(own(act=nn.GELU("tanh"))))
+    assert "approximate: none in the file, tanh" in difference(
+        fingerprint(own()), fingerprint(own(act=nn.GELU("tanh")))
+    )
 
 
-@pytest.mark.parametrize("attention", ["full", "lsh[chunk=4]", "longformer[window=8]", "linformer[k=8]", "blockwise", "local[chunk=4]"])
+@pytest.mark.parametrize(
+    "attention", ["full", "lsh[chunk=4]", "longformer[window=8]", "linformer[k=8]", "blockwise", "local[chunk=4]"]
+)
 def test_running_learning_and_merging_leave_the_fingerprint_alone(attention):
     model, ids = made(attention=attention, task="classification", experts=2, router="top_k"), torch.arange(1, 33)[None]
     before = fingerprint(model)

@@ -1,4 +1,5 @@
-"""Generation: with and without a cache the same text and the same logits, in every strategy, and as transformers generates with the same weights."""
+"""Generation: with and without a cache the same text and the same logits, in every strategy, and as transformers
+generates with the same weights."""
 
 from functools import partial
 
@@ -10,7 +11,13 @@ import effzoo
 from effzoo import convert, generation
 from effzoo.errors import IncompatibleError, InputError, OptionError
 
-KINDS = ["full", "longformer[window=6]", "longformer[window=4,dilation=(1,2)]", "local[chunk=4]", "lsh[chunk=4,stable=true]"]
+KINDS = [
+    "full",
+    "longformer[window=6]",
+    "longformer[window=4,dilation=(1,2)]",
+    "local[chunk=4]",
+    "lsh[chunk=4,stable=true]",
+]
 STRATEGIES = {
     "greedy": {},
     "sampling": {"do_sample": True, "top_p": 0.9, "temperature": 1.5},
@@ -52,12 +59,21 @@ def test_a_cache_changes_speed_and_nothing_else(attention, strategy, tiny):
 @pytest.mark.parametrize("strategy", ["greedy", "beams"])
 def test_gpt2_generates_what_transformers_generates(strategy):
     config = transformers.GPT2Config(
-        vocab_size=53, n_embd=16, n_layer=2, n_head=2, n_positions=40, bos_token_id=None, eos_token_id=None, pad_token_id=0
+        vocab_size=53,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=40,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     theirs = transformers.GPT2LMHeadModel(config).double().eval()
     ours, (ids, mask) = convert.from_transformers(theirs), prompts()
     options = {"max_new_tokens": 20, "eos_token_id": 7, "pad_token_id": 0, **STRATEGIES[strategy]}
-    assert torch.equal(effzoo.generate(ours, ids, mask, **options), theirs.generate(ids, attention_mask=mask, **options))
+    assert torch.equal(
+        effzoo.generate(ours, ids, mask, **options), theirs.generate(ids, attention_mask=mask, **options)
+    )
 
 
 class Even(transformers.LogitsProcessor):
@@ -78,17 +94,26 @@ class Streamed(list):
 
 
 OPTIONS = [
-    {"do_sample": True}, {"do_sample": True, "temperature": 0.7, "top_k": 5, "num_return_sequences": 3}, {"do_sample": True, "min_p": 0.05},
-    {"do_sample": True, "typical_p": 0.8, "epsilon_cutoff": 0.01}, {"do_sample": True, "eta_cutoff": 0.01, "renormalize_logits": True},
-    {"do_sample": True, "num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.5}, {"num_beams": 4, "early_stopping": True},
-    {"num_beams": 4, "early_stopping": "never", "length_penalty": -1.0, "num_return_sequences": 4}, {"repetition_penalty": 1.7},
-    {"no_repeat_ngram_size": 2, "num_beams": 2}, {"bad_words_ids": [[5], [7, 8]]}, {"min_new_tokens": 6, "eos_token_id": [7, 9, 11, 3]},
-    {"forced_eos_token_id": 4, "max_new_tokens": 5}, {"sequence_bias": [[[3], 4.0], [[8, 9], -9.0]]}, {"suppress_tokens": [1, 2, 3]},
-    {"begin_suppress_tokens": list(range(0, 52, 2))}, {"exponential_decay_length_penalty": (2, 1.5)}, {"remove_invalid_values": True},
-    {"encoder_repetition_penalty": 1.5}, {"encoder_no_repeat_ngram_size": 2}, {"min_length": 15, "max_length": 18, "max_new_tokens": None},
+    {"do_sample": True}, {"do_sample": True, "temperature": 0.7, "top_k": 5, "num_return_sequences": 3},
+    {"do_sample": True, "min_p": 0.05},
+    {"do_sample": True, "typical_p": 0.8, "epsilon_cutoff": 0.01},
+    {"do_sample": True, "eta_cutoff": 0.01, "renormalize_logits": True},
+    {"do_sample": True, "num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.5},
+    {"num_beams": 4, "early_stopping": True},
+    {"num_beams": 4, "early_stopping": "never", "length_penalty": -1.0, "num_return_sequences": 4},
+    {"repetition_penalty": 1.7},
+    {"no_repeat_ngram_size": 2, "num_beams": 2}, {"bad_words_ids": [[5], [7, 8]]},
+    {"min_new_tokens": 6, "eos_token_id": [7, 9, 11, 3]},
+    {"forced_eos_token_id": 4, "max_new_tokens": 5}, {"sequence_bias": [[[3], 4.0], [[8, 9], -9.0]]},
+    {"suppress_tokens": [1, 2, 3]},
+    {"begin_suppress_tokens": list(range(0, 52, 2))}, {"exponential_decay_length_penalty": (2, 1.5)},
+    {"remove_invalid_values": True},
+    {"encoder_repetition_penalty": 1.5}, {"encoder_no_repeat_ngram_size": 2},
+    {"min_length": 15, "max_length": 18, "max_new_tokens": None},
     {"logits_processor": transformers.LogitsProcessorList([Even()]), "num_beams": 2},
     {"prefix_allowed_tokens_fn": lambda _, ids: [3, 4, int(ids[-1])]},
-    {"stopping_criteria": transformers.StoppingCriteriaList([lambda ids, scores: ids[:, -1] > 25])}, {"watermarking_config": {"bias": 3.0}},
+    {"stopping_criteria": transformers.StoppingCriteriaList([lambda ids, scores: ids[:, -1] > 25])},
+    {"watermarking_config": {"bias": 3.0}},
 ]  # fmt: skip
 
 
@@ -96,24 +121,44 @@ OPTIONS = [
 def test_every_option_does_what_it_does_in_transformers(options):
     """Padded prompts, with and without a cache, and samples from the same state of the random generator."""
     config = transformers.GPT2Config(
-        vocab_size=53, n_embd=16, n_layer=1, n_head=2, n_positions=40, bos_token_id=None, eos_token_id=None, initializer_range=0.5
+        vocab_size=53,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=40,
+        bos_token_id=None,
+        eos_token_id=None,
+        initializer_range=0.5,
     )
     theirs, (ids, mask) = transformers.GPT2LMHeadModel(config).double().eval(), prompts()
     options = {"max_new_tokens": 12, "eos_token_id": 7, "pad_token_id": 0} | options
     found = []
-    for step in (theirs.generate, *(partial(effzoo.generate, convert.from_transformers(theirs), use_cache=cache) for cache in (True, False))):
+    for step in (
+        theirs.generate,
+        *(partial(effzoo.generate, convert.from_transformers(theirs), use_cache=cache) for cache in (True, False)),
+    ):
         torch.manual_seed(3)
         found.append(step(ids, attention_mask=mask, **options))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_scores_streams_and_strings_are_those_of_transformers():
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=53, n_embd=16, n_layer=1, n_head=2, eos_token_id=None)).eval()
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=53, n_embd=16, n_layer=1, n_head=2, eos_token_id=None)
+    ).eval()
     ours, ids = convert.from_transformers(theirs), torch.randint(1, 53, (1, 6))
-    options = {"max_new_tokens": 5, "num_beams": 3, "output_scores": True, "output_logits": True, "return_dict_in_generate": True}
+    options = {
+        "max_new_tokens": 5,
+        "num_beams": 3,
+        "output_scores": True,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     theirs.generation_config.eos_token_id = theirs.generation_config.bos_token_id = None
     expected, found = theirs.generate(ids, pad_token_id=0, **options), effzoo.generate(ours, ids, **options)
-    assert torch.equal(expected.beam_indices, found.beam_indices) and torch.allclose(expected.sequences_scores, found.sequences_scores, atol=1e-5)
+    assert torch.equal(expected.beam_indices, found.beam_indices) and torch.allclose(
+        expected.sequences_scores, found.sequences_scores, atol=1e-5
+    )
     for name in ("scores", "logits"):
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(expected[name], found[name], strict=True))
     streams = Streamed(), Streamed()
@@ -123,11 +168,12 @@ def test_scores_streams_and_strings_are_those_of_transformers():
 
 
 ALONE = [
-    *KINDS, "local[chunk=4,look_back=2,circular=true]", "lsh[chunk=4]", "lsh[chunk=4,circular=true,count_once=true]", "blockwise",
-    "blockwise[blocks=9,block=5]",
+    *KINDS, "local[chunk=4,look_back=2,circular=true]", "lsh[chunk=4]", "lsh[chunk=4,circular=true,count_once=true]",
+    "blockwise", "blockwise[blocks=9,block=5]",
 ]  # fmt: skip
 MODELS = {
-    "learned": {}, "sinusoidal": {"positions": "sinusoidal"}, "axial": {"positions": "axial", "axial_shape": (8, 8), "axial_dims": (6, 10)},
+    "learned": {}, "sinusoidal": {"positions": "sinusoidal"},
+    "axial": {"positions": "axial", "axial_shape": (8, 8), "axial_dims": (6, 10)},
     "rotary": {"positions": "rotary", "kv_heads": 1}, "reversible": {"residual": "reversible", "tied": False},
     "adapters": {"peft": "prefix[length=3]|prompt[length=2]|lora"}, "offset": {"position_offset": 2, "pad_token": 1},
 }  # fmt: skip
@@ -135,7 +181,10 @@ MODELS = {
 
 @pytest.mark.parametrize(
     ("attention", "model"),
-    [*((kind, "learned") for kind in ALONE), *((kind, model) for kind in ALONE[2:5] for model in MODELS if model != "learned")],
+    [
+        *((kind, "learned") for kind in ALONE),
+        *((kind, model) for kind in ALONE[2:5] for model in MODELS if model != "learned"),
+    ],
 )
 def test_a_row_gives_what_it_gives_alone_whatever_stands_in_front(attention, model, tiny):
     """The same tokens, and the logits of the forward pass without padding to 1e-10."""
@@ -143,13 +192,18 @@ def test_a_row_gives_what_it_gives_alone_whatever_stands_in_front(attention, mod
     ids = torch.where(mask.bool(), ids, torch.randint_like(ids, 2, 53))  # whatever the padding is
     for cache in (True, False) if next(iter(model.cores())).decodes() else (False,):
         options = {"max_new_tokens": 6, "use_cache": cache, "output_logits": True, "return_dict_in_generate": True}
-        together, beams = effzoo.generate(model, ids, mask, **options), effzoo.generate(model, ids, mask, num_beams=2, **options)
+        together = effzoo.generate(model, ids, mask, **options)
+        beams = effzoo.generate(model, ids, mask, num_beams=2, **options)
         for row in range(len(ids)):
             own = ids[row, mask[row].bool()][None]
-            alone, of_beams = effzoo.generate(model, own, **options), effzoo.generate(model, own, num_beams=2, **options)
+            alone = effzoo.generate(model, own, **options)
+            of_beams = effzoo.generate(model, own, num_beams=2, **options)
             assert torch.equal(alone.sequences[0, -6:], together.sequences[row, -6:])
             assert torch.equal(of_beams.sequences[0, -6:], beams.sequences[row, -6:])
-            assert all(torch.allclose(a[0], b[row], rtol=0, atol=1e-5) for a, b in zip(alone.logits, together.logits, strict=True))
+            assert all(
+                torch.allclose(a[0], b[row], rtol=0, atol=1e-5)
+                for a, b in zip(alone.logits, together.logits, strict=True)
+            )
             with torch.no_grad():
                 exact = generation.Rows(model, ids, mask, None, cache).logits(ids)[row]
                 assert (exact - model.eval()(own).logits[0, -1]).abs().max() < 1e-10
@@ -160,7 +214,10 @@ def test_global_tokens_of_the_prompt_and_prompts_and_prefixes_act(tiny):
     is_global = torch.zeros_like(ids)
     is_global[:, 5] = 1
     model = effzoo.attach(build(tiny, "longformer[window=4]"), "prefix[length=3]|prompt[length=2]")
-    outs = [effzoo.generate(model, ids, mask, global_attention_mask=is_global, use_cache=cache, max_new_tokens=10) for cache in (True, False)]
+    outs = [
+        effzoo.generate(model, ids, mask, global_attention_mask=is_global, use_cache=cache, max_new_tokens=10)
+        for cache in (True, False)
+    ]
     assert torch.equal(*outs)
     assert not torch.equal(outs[0], effzoo.generate(model, ids, mask, max_new_tokens=10))
 
@@ -182,7 +239,10 @@ def test_what_cannot_be_generated_says_so(tiny):
     model = build(tiny)
     with pytest.raises(InputError, match="pad prompts at the front"):
         effzoo.generate(model, ids, mask.flip(1))
-    with pytest.raises(InputError, match="0 positions are left of max_length 64; shorten the prompt of 64, or build with a larger max_length"):
+    with pytest.raises(
+        InputError,
+        match="0 positions are left of max_length 64; shorten the prompt of 64, or build with a larger max_length",
+    ):
         effzoo.generate(model, torch.full((1, 64), 5), max_new_tokens=1)
     with pytest.raises(InputError, match="55 positions are left of max_length 64; set max_new_tokens=55"):
         effzoo.generate(model, ids, mask, max_new_tokens=100)
@@ -195,7 +255,15 @@ def test_what_cannot_be_generated_says_so(tiny):
 def test_every_option_that_transformers_knows_is_taken_or_refused_by_name(tiny):
     model, ids = build(tiny), torch.randint(1, 53, (1, 4))
     known = {name for name in vars(transformers.GenerationConfig()) if not name.startswith("_")} - {"use_cache"}
-    called = {"assistant_model", "custom_generate", "negative_prompt_ids", "inputs_embeds", "past_key_values", "synced_gpus", "generation_config"}
+    called = {
+        "assistant_model",
+        "custom_generate",
+        "negative_prompt_ids",
+        "inputs_embeds",
+        "past_key_values",
+        "synced_gpus",
+        "generation_config",
+    }
     for name in sorted((known | called) - generation.OPTIONS):
         with pytest.raises(OptionError, match=f"takes no {name}="):
             effzoo.generate(model, ids, **{name: 3})
@@ -204,9 +272,12 @@ def test_every_option_that_transformers_knows_is_taken_or_refused_by_name(tiny):
 
 
 def test_text_in_float32_is_that_of_the_forward_pass_to_rounding(tiny):
-    """A decoder reads its weights another way than a forward pass (effzoo.sites.dtypes.decoding): the scores differ by rounding alone."""
+    """A decoder reads its weights another way than a forward pass (effzoo.sites.dtypes.decoding): the scores differ by
+    rounding alone."""
     model, (ids, _) = effzoo.build("gpt2", task="causal_lm", peft="lora[rank=2]", **tiny).eval(), prompts()
-    out = effzoo.generate(model, ids, max_new_tokens=8, output_logits=True, return_dict_in_generate=True, eos_token_id=None)
+    out = effzoo.generate(
+        model, ids, max_new_tokens=8, output_logits=True, return_dict_in_generate=True, eos_token_id=None
+    )
     with torch.no_grad():
         expected = model(out.sequences[:, :-1]).logits[:, ids.shape[1] - 1 :]
         exact = model.double()(out.sequences[:, :-1]).logits[:, ids.shape[1] - 1 :]

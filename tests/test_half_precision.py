@@ -1,4 +1,5 @@
-"""Numbers in 16 bits: sums do not overflow, scores and losses are computed in float32, padding and empty rows give no NaN."""
+"""Numbers in 16 bits: sums do not overflow, scores and losses are computed in float32, padding and empty rows give no
+NaN."""
 
 import pytest
 import torch
@@ -23,12 +24,19 @@ def larger(model):
     return model
 
 
-@pytest.mark.parametrize("method", [*effzoo.peft.names(), "lora[init=pissa]", "lora[init=olora]", "prefix[softmax=own]", "tokens[ids=3]"])
+@pytest.mark.parametrize(
+    "method", [*effzoo.peft.names(), "lora[init=pissa]", "lora[init=olora]", "prefix[softmax=own]", "tokens[ids=3]"]
+)
 def test_attaching_leaves_the_outputs_of_a_half_model_bit_by_bit(tiny, method):
-    """Where the method says that it changes nothing at the start: what it computes in float32 rounds to what was there."""
+    """Where the method says that it changes nothing at the start: what it computes in float32 rounds to what was
+    there."""
     for half in HALVES:
         for name, more in (("bert", {}), ("llama", {"kv_heads": 1, "head_dim": 8})):
-            model = larger(effzoo.build(name, task="token_classification", num_labels=3, **{**tiny, **more})).to(half).eval()
+            model = (
+                larger(effzoo.build(name, task="token_classification", num_labels=3, **{**tiny, **more}))
+                .to(half)
+                .eval()
+            )
             ids = labelled()["input_ids"]
             with torch.no_grad():
                 before = model(input_ids=ids).logits
@@ -44,11 +52,14 @@ def test_attaching_leaves_the_outputs_of_a_half_model_bit_by_bit(tiny, method):
 @pytest.mark.parametrize("half", HALVES, ids=str)
 @pytest.mark.parametrize("kind", effzoo.attention.names())
 def test_examples_without_a_token_give_numbers(tiny, kind, half):
-    """Forward and backward, with rows of prompts and prefixes and without, with the fused kernel and with dropped weights."""
+    """Forward and backward, with rows of prompts and prefixes and without, with the fused kernel and with dropped
+    weights."""
     for dropout in (0.0, 0.1):
         for method in (None, "prefix[length=3]|prompt[length=2]"):
             sizes = {**tiny, "attention_dropout": dropout}
-            model = larger(effzoo.build("bert", attention=small(kind), task="classification", num_labels=3, **sizes).to(half))
+            model = larger(
+                effzoo.build("bert", attention=small(kind), task="classification", num_labels=3, **sizes).to(half)
+            )
             model = model if method is None else effzoo.attach(model, method)
             batch = labelled()
             batch["attention_mask"][0] = 0
@@ -72,7 +83,8 @@ def test_the_mean_over_many_tokens_does_not_overflow(half):
 @pytest.mark.parametrize("backend", ["reference", "flash", "blocks"])
 @pytest.mark.parametrize("half", HALVES, ids=str)
 def test_scores_do_not_overflow(half, backend):
-    """Products of 150,000, far above what float16 holds: the softmax is that of float64, and what no one attends to is 0."""
+    """Products of 150,000, far above what float16 holds: the softmax is that of float64, and what no one attends to is
+    0."""
     q, k = (torch.full((1, 1, 6, 64), 50.0) + torch.randint(-2, 3, (1, 1, 6, 64)) for _ in range(2))
     v = torch.randn(1, 1, 6, 8).to(half)
     allowed = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
@@ -101,7 +113,11 @@ def test_losses_are_those_of_float32_logits(tiny, task, half):
     name = "gpt2" if task == "causal_lm" else "bert"
     model = larger(effzoo.build(name, task=task, num_labels=3, **tiny)).to(half).eval()
     batch = labelled()
-    labels = batch["labels"] if task == "classification" else batch["input_ids"] % (3 if task == "token_classification" else 53)
+    labels = (
+        batch["labels"]
+        if task == "classification"
+        else batch["input_ids"] % (3 if task == "token_classification" else 53)
+    )
     out = model(**(batch | {"labels": labels}))
     logits, wanted = out.logits.float(), labels
     if task == "causal_lm":
@@ -121,5 +137,6 @@ def test_fisher_information_is_summed_in_float32(tiny, monkeypatch):
         model = effzoo.build("bert", task="classification", num_labels=3, **tiny).to(torch.bfloat16).to(dtype)
         effzoo.attach(model, "fish[keep=0.1, samples=3]")
         effzoo.peft.calibrate(model, [labelled()])
-    exact, half = torch.cat([x.flatten() for x in seen[: len(seen) // 2]]), torch.cat([x.flatten() for x in seen[len(seen) // 2 :]])
+    exact = torch.cat([x.flatten() for x in seen[: len(seen) // 2]])
+    half = torch.cat([x.flatten() for x in seen[len(seen) // 2 :]])
     assert half.dtype == torch.float32 and (half - exact).norm() < 0.1 * exact.norm()

@@ -33,7 +33,9 @@ def test_a_former_hook_is_refused_with_the_name_of_today(name):
 @pytest.mark.parametrize("name", TAKES)
 def test_a_hook_without_the_context_is_refused(name):
     arguments = {"before": lambda self, x: x, "after": lambda self, x, y: y, "memory": lambda self: None}
-    with pytest.raises(OptionError, match=rf"Old defines `{name}` with other arguments than it is called with: def {name}\(self"):
+    with pytest.raises(
+        OptionError, match=rf"Old defines `{name}` with other arguments than it is called with: def {name}\(self"
+    ):
         type("Old", (PeftModule,), {name: arguments[name]})
     type("New", (PeftModule,), {name: lambda self, *given: given[0]})
 
@@ -58,7 +60,9 @@ def test_a_hook_of_training_is_refused_where_it_would_not_be_called(name):
 
 
 def test_a_method_accepts_sites():
-    with pytest.raises(OptionError, match="Old: accepts is a tuple of site types, such as Linear or MemorySite, got .*Memory"):
+    with pytest.raises(
+        OptionError, match="Old: accepts is a tuple of site types, such as Linear or MemorySite, got .*Memory"
+    ):
         type("Old", (Method,), {"accepts": (Memory,)})
 
 
@@ -67,8 +71,16 @@ def test_the_contracts_are_small():
     hooks = [name for name in vars(PeftModule) if not name.startswith("_")]
     assert sorted(hooks) == ["after", "before", "bias", "delta", "delta_rank", "memory", "prompt", "weight"]
     written = [name for name in vars(Method) if not name.startswith("_")]
-    elsewhere = {"name", "paper", "size", "targets", "layers"}  # by `register`, for documents, for `within`, by the user
-    assert sorted({*written} - elsewhere) == ["accepts", "default_targets", "identity_at_init", "learning_rate", "make", "prepare"]
+    # by `register`, for documents, for `within`, by the user
+    elsewhere = {"name", "paper", "size", "targets", "layers"}
+    assert sorted({*written} - elsewhere) == [
+        "accepts",
+        "default_targets",
+        "identity_at_init",
+        "learning_rate",
+        "make",
+        "prepare",
+    ]
 
 
 class Watch(PeftModule):
@@ -109,14 +121,20 @@ def test_a_hook_is_told_of_the_call_and_of_its_own_rows(watching, tiny):
     model(**batch, task_ids=torch.tensor([2, 0, 1]))
     valid = batch["attention_mask"].bool()
     (context,), (below,) = inner.told, outer.told
-    assert torch.equal(context.valid, valid) and torch.equal(below.valid, valid) and context.task_ids.tolist() == [2, 0, 1]
+    assert (
+        torch.equal(context.valid, valid) and torch.equal(below.valid, valid) and context.task_ids.tolist() == [2, 0, 1]
+    )
     assert torch.equal(context.x, model.embeddings(batch["input_ids"])[0]) and torch.equal(context.start, context.x)
     keys, values = context.keys_values(context.x[0])
     assert keys.shape == values.shape == (2, 9, 8) and below.x is None and below.keys_values is None
     effzoo.activate(model, rows=["a", "b", "b"])
     model(**batch, task_ids=torch.tensor([2, 0, 1]))
     context = inner.told[-1]
-    assert torch.equal(context.valid, valid[1:]) and context.task_ids.tolist() == [0, 1] and torch.equal(context.mask.valid, valid[1:])
+    assert (
+        torch.equal(context.valid, valid[1:])
+        and context.task_ids.tolist() == [0, 1]
+        and torch.equal(context.mask.valid, valid[1:])
+    )
     assert len(context.x) == len(context.start) == 2 and at_hand() is NOWHERE
     whole, part = inner.told[0].mask.key_bias(torch.float32), context.mask.key_bias(torch.float32)
     assert torch.equal(part, whole[1:]), "what a mask remembers is of its own rows"
@@ -130,7 +148,9 @@ def test_nothing_of_a_call_is_left_behind_by_what_was_detached(tiny):
     for name in ("a", "b", "c"):
         effzoo.attach(model, "routed[of='lora[rank=2]', experts=2, level=example, scope=model]", name=name)
         mask = []
-        hook = model.blocks[0].register_forward_pre_hook(lambda block, given, mask=mask: mask.append(weakref.ref(given[1])))
+        hook = model.blocks[0].register_forward_pre_hook(
+            lambda block, given, mask=mask: mask.append(weakref.ref(given[1]))
+        )
         model(labelled()["input_ids"], labels=torch.tensor([0, 1, 0])).loss.backward()
         hook.remove()
         effzoo.detach(model, name)
@@ -140,7 +160,13 @@ def test_nothing_of_a_call_is_left_behind_by_what_was_detached(tiny):
 
 
 @pytest.mark.parametrize(
-    "spec", ["prompt[length=3]", "deep_prompt[length=3]", "llama_adapter[length=3]", "routed[of='deep_prompt[length=3]', experts=2]"]
+    "spec",
+    [
+        "prompt[length=3]",
+        "deep_prompt[length=3]",
+        "llama_adapter[length=3]",
+        "routed[of='deep_prompt[length=3]', experts=2]",
+    ],
 )
 def test_a_file_with_the_former_names_of_prompt_tokens_is_read(tiny, tmp_path, spec):
     torch.manual_seed(0)
@@ -151,7 +177,10 @@ def test_a_file_with_the_former_names_of_prompt_tokens_is_read(tiny, tmp_path, s
     older = {re.sub(r"\.tokens$", ".prompt", key): x for key, x in tensors.items()}
     assert older.keys() != tensors.keys()
     save_file(older, file)
-    content = json.loads(manifest.read_text()) | {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "size": file.stat().st_size}
+    content = json.loads(manifest.read_text()) | {
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "size": file.stat().st_size,
+    }
     del content["manifest_sha256"]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     manifest.write_text(json.dumps({**content, "manifest_sha256": digest}))

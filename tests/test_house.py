@@ -54,12 +54,18 @@ def test_imports_run_one_way(path):
 def test_blocks_know_no_concrete_attention_or_method():
     for path in (ROOT / "blocks").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(("effzoo.attention", "effzoo.peft")):
+            if (
+                isinstance(node, ast.ImportFrom)
+                and node.module
+                and node.module.startswith(("effzoo.attention", "effzoo.peft"))
+            ):
                 assert node.module == "effzoo.attention.core", f"{path.name} imports {node.module}"
 
 
 def test_no_room_is_called_utils():
-    assert not [p for p in ROOT.rglob("*") if p.stem in {"utils", "util", "common", "base", "helpers", "helper", "misc"}]
+    assert not [
+        p for p in ROOT.rglob("*") if p.stem in {"utils", "util", "common", "base", "helpers", "helper", "misc"}
+    ]
 
 
 def test_only_convert_imports_the_models_of_transformers():

@@ -20,7 +20,9 @@ def draw(seed, *shape, dtype=torch.float64):
 
 def concatenated(q, keys, values, biases):
     """softmax over all keys at once, rows without keys 0."""
-    scores = torch.cat([q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + b for k, b in zip(keys, biases, strict=True)], dim=-1)
+    scores = torch.cat(
+        [q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + b for k, b in zip(keys, biases, strict=True)], dim=-1
+    )
     some = (scores > -math.inf).any(-1, keepdim=True)
     return scores.masked_fill(~some, 0).softmax(-1).masked_fill(~some, 0) @ torch.cat(values, dim=-2)
 
@@ -45,7 +47,9 @@ def test_parts_equal_concatenated_keys(backend, seed, rows, sizes, keep):
         assert out.isfinite().all() and torch.allclose(out, expected, rtol=0, atol=1e-12)
         direction = draw(seed + 7, *out.shape).detach()
         leaves = [q, *keys, *values]
-        for got, want in zip(torch.autograd.grad(out, leaves, direction), torch.autograd.grad(expected, leaves, direction), strict=True):
+        for got, want in zip(
+            torch.autograd.grad(out, leaves, direction), torch.autograd.grad(expected, leaves, direction), strict=True
+        ):
             assert torch.allclose(got, want, rtol=0, atol=1e-12)
 
 
@@ -53,14 +57,18 @@ def test_parts_equal_concatenated_keys(backend, seed, rows, sizes, keep):
 @pytest.mark.parametrize("padded", [False, True])
 def test_causal_part_with_left_padding_and_memory(backend, padded):
     n = 7
-    q, k, v, mk, mv = (draw(0, 2, 2, n, 4), draw(1, 2, 2, n, 4), draw(2, 2, 2, n, 4), draw(3, 2, 2, 3, 4), draw(4, 2, 2, 3, 4))
+    q, k, v, mk = draw(0, 2, 2, n, 4), draw(1, 2, 2, n, 4), draw(2, 2, 2, n, 4), draw(3, 2, 2, 3, 4)
+    mv = draw(4, 2, 2, 3, 4)
     valid = torch.ones(2, n, dtype=torch.bool)
     valid[1, :3] = not padded
     bias = bias_of(valid[:, None, None, :], torch.float64) if padded else None
     triangle = bias_of(torch.ones(n, n, dtype=torch.bool).tril() & valid[:, None, None, :], torch.float64)
     for parts, expected in [
         ([Part(q, k, v, bias, causal=True)], concatenated(q, [k], [v], [triangle])),
-        ([Part(q, k, v, bias, causal=True), Part(q, mk, mv)], concatenated(q, [k, mk], [v, mv], [triangle, torch.zeros(1, 1, n, 3)])),
+        (
+            [Part(q, k, v, bias, causal=True), Part(q, mk, mv)],
+            concatenated(q, [k, mk], [v, mv], [triangle, torch.zeros(1, 1, n, 3)]),
+        ),
     ]:
         with on(backend) as name:
             out = attend(*parts, backend=name)
@@ -113,7 +121,9 @@ def test_the_choice_of_a_backend_is_explained():
     with pytest.raises(OptionError, match="'sdpa' is not one of auto, reference, flash"):
         attend(Part(q, q, q), backend="sdpa")
     with pytest.raises(
-        OptionError, match="'efficient' cannot run here: it runs on cuda, the tensors are on cpu; use backend='auto', which is 'flash' here"
+        OptionError,
+        match="'efficient' cannot run here: it runs on cuda, the tensors are on cpu; use "
+        "backend='auto', which is 'flash' here",
     ):
         attend(Part(q, q, q), backend="efficient")
 

@@ -1,4 +1,5 @@
-"""The frame of the lab: what a run is, what it leaves behind, how it is told, and the data and the training loop of all experiments."""
+"""The frame of the lab: what a run is, what it leaves behind, how it is told, and the data and the training loop of all
+experiments."""
 
 import gzip
 import json
@@ -27,7 +28,8 @@ def measured(run):
     run.say("half way")
     return Findings(
         tables={"numbers": [["a[k=1]", "published"], ["1.5", "1.6"]]}, figure=figure, values={"a": 1.5},
-        claims=[Claim("it grows", (True, False)), Claim("it is there", (True,))], settings={"steps": run.choose(2, 20)}, notes=["Read it so."],
+        claims=[Claim("it grows", (True, False)), Claim("it is there", (True,))], settings={"steps": run.choose(2, 20)},
+        notes=["Read it so."],
     )  # fmt: skip
 
 
@@ -137,7 +139,12 @@ def test_fit_trains_what_is_trainable_with_the_hooks_of_its_methods(tiny, peft):
     frozen = {key: p.detach().clone() for key, p in model.named_parameters() if not p.requires_grad}
     told = []
     losses = fit(
-        model, examples().stream(4, 0), 8, learning_rate=None if peft else 1e-3, bfloat16=False, after=lambda step, loss: told.append((step, loss))
+        model,
+        examples().stream(4, 0),
+        8,
+        learning_rate=None if peft else 1e-3,
+        bfloat16=False,
+        after=lambda step, loss: told.append((step, loss)),
     )
     assert told == list(enumerate(losses, 1)) and len(losses) == 8 and not model.training
     now = dict(model.named_parameters())
@@ -193,12 +200,18 @@ def test_texts_are_read_from_a_file_each_once(tmp_path):
 
 def test_domains_map_symbols_in_their_own_way():
     ids, labels, domain = domains(64, 9, 5, 3, torch.Generator().manual_seed(0))
-    assert ids.shape == labels.shape == (64, 10) and bool((labels[:, 0] == -100).all()) and torch.equal(ids[:, 0], domain + 1)
+    assert (
+        ids.shape == labels.shape == (64, 10)
+        and bool((labels[:, 0] == -100).all())
+        and torch.equal(ids[:, 0], domain + 1)
+    )
     tables = {}
     for row, marks, number in zip(ids[:, 1:], labels[:, 1:], domain, strict=True):
         for symbol, label in zip(row.tolist(), marks.tolist(), strict=True):
             assert tables.setdefault((int(number), symbol), label) == label
-    assert all(sorted(label for (d, _), label in tables.items() if d == number) == [0, 1, 2, 3, 4] for number in range(3))
+    assert all(
+        sorted(label for (d, _), label in tables.items() if d == number) == [0, 1, 2, 3, 4] for number in range(3)
+    )
     other = domains(64, 9, 5, 3, torch.Generator().manual_seed(0), variant=1)
     assert torch.equal(other[0], ids) and not torch.equal(other[1], labels)
     with pytest.raises(OptionError, match="two symbols"):

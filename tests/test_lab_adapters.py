@@ -1,4 +1,5 @@
-"""Analyses of adapters, prefixes and the unified view, and what adapters cost, each against its definition written out."""
+"""Analyses of adapters, prefixes and the unified view, and what adapters cost, each against its definition written
+out."""
 
 import itertools
 from types import SimpleNamespace
@@ -20,7 +21,8 @@ from effzoo.sites import sites
 SIZES = {"dim": 12, "layers": 3, "heads": 3, "mlp": 20, "vocab": 53, "max_length": 16}
 ROWS = {row.method: row for row in TABLE}
 SPECS = {
-    "prefix": "prefix[length=3, init=normal]", "houlsby": "houlsby[bottleneck=5, activation=relu]", "lora": "lora[rank=2, alpha=6]",
+    "prefix": "prefix[length=3, init=normal]", "houlsby": "houlsby[bottleneck=5, activation=relu]",
+    "lora": "lora[rank=2, alpha=6]",
     "parallel": "parallel[bottleneck=5]", "multihead_parallel": "multihead_parallel[bottleneck=2]",
     "scaled_parallel": "scaled_parallel[bottleneck=5]",
 }  # fmt: skip
@@ -28,7 +30,15 @@ SPECS = {
 
 def model(attention="full", seed=0, **options):
     torch.manual_seed(seed)
-    given = {"task": "classification", "num_labels": 3, "dropout": 0.0, "attention_dropout": 0.0, "pooling": "mean", **SIZES, **options}
+    given = {
+        "task": "classification",
+        "num_labels": 3,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "pooling": "mean",
+        **SIZES,
+        **options,
+    }
     return effzoo.build("bert", attention=attention, **given).double().eval()
 
 
@@ -61,7 +71,10 @@ def shaken(built, spec, name="default", seed=3):
 @pytest.mark.parametrize("layers", [1, 2, 6])
 def test_spans_are_every_contiguous_run_of_layers(layers):
     contiguous = {
-        chosen for size in range(1, layers + 1) for chosen in itertools.combinations(range(layers), size) if chosen[-1] - chosen[0] == size - 1
+        chosen
+        for size in range(1, layers + 1)
+        for chosen in itertools.combinations(range(layers), size)
+        if chosen[-1] - chosen[0] == size - 1
     }
     assert {tuple(range(first, last + 1)) for first, last in spans(layers)} == contiguous
     assert len(spans(layers)) == layers * (layers + 1) // 2
@@ -131,7 +144,9 @@ def dense_gates(built, batch):
         keys = torch.cat([keys.expand(len(x), -1, -1, -1), k], dim=2)
         scores = q @ keys.transpose(-1, -2) / 2
         length = keys.shape[2] - x.shape[1]
-        scores[..., length:] = scores[..., length:].masked_fill(~block.attn.core.pattern(x.shape[1], Mask(valid)), float("-inf"))
+        scores[..., length:] = scores[..., length:].masked_fill(
+            ~block.attn.core.pattern(x.shape[1], Mask(valid)), float("-inf")
+        )
         found.append(scores.softmax(dim=-1)[..., :length].sum(dim=-1))
         x = block(x, Mask(valid))
     return found
@@ -188,7 +203,11 @@ def test_gates_without_a_prefix_are_refused():
 def test_gates_of_attention_in_several_softmaxes_are_refused():
     with pytest.raises(IncompatibleError, match="in one softmax"):
         is_global = torch.zeros(3, 7, dtype=torch.long).index_fill(1, torch.tensor([0]), 1)
-        prefix_gates(shaken(model("longformer[window=4]"), "prefix[length=3, init=normal]"), **inputs(), global_attention_mask=is_global)
+        prefix_gates(
+            shaken(model("longformer[window=4]"), "prefix[length=3, init=normal]"),
+            **inputs(),
+            global_attention_mask=is_global,
+        )
 
 
 # unified view
@@ -203,7 +222,8 @@ def test_every_row_computes_what_its_method_computes(method):
 
 
 @pytest.mark.parametrize(
-    ("row", "method"), [("prefix", "multihead_parallel"), ("parallel", "houlsby"), ("lora", "parallel"), ("parallel", "scaled_parallel")]
+    ("row", "method"),
+    [("prefix", "multihead_parallel"), ("parallel", "houlsby"), ("lora", "parallel"), ("parallel", "scaled_parallel")],
 )
 def test_another_row_does_not(row, method):
     found = difference(ROWS[row], attached(shaken(model(), SPECS[method]), **inputs()))
@@ -215,7 +235,10 @@ def test_the_row_of_a_prefix_is_attention_over_concatenated_keys():
     with torch.no_grad():
         (place, *_) = attached(built, **inputs())
         block, valid = built.blocks[0], inputs()["attention_mask"].bool()
-        q, k, v = (linear(place.x).unflatten(-1, (3, 4)).transpose(1, 2) for linear in (block.attn.q, block.attn.k, block.attn.v))
+        q, k, v = (
+            linear(place.x).unflatten(-1, (3, 4)).transpose(1, 2)
+            for linear in (block.attn.q, block.attn.k, block.attn.v)
+        )
         keys, values = next(block.attn.memory.hung()).pair()
         scores = q @ torch.cat([keys.expand(3, -1, -1, -1), k], dim=2).transpose(-1, -2) / 2
         scores[..., 3:] = scores[..., 3:].masked_fill(~valid[:, None, None], float("-inf"))
@@ -224,7 +247,8 @@ def test_the_row_of_a_prefix_is_attention_over_concatenated_keys():
 
 
 def test_rows_that_cannot_be_computed_say_so():
-    adapters, heads = attached(shaken(model(), SPECS["parallel"]), **inputs()), attached(shaken(model(), SPECS["prefix"]), **inputs())
+    adapters = attached(shaken(model(), SPECS["parallel"]), **inputs())
+    heads = attached(shaken(model(), SPECS["prefix"]), **inputs())
     with pytest.raises(IncompatibleError, match="is no attention"):
         described(ROWS["prefix"], adapters[0])
     with pytest.raises(IncompatibleError, match="the sequential z has 4"):
@@ -252,7 +276,8 @@ class TwoLayers(torch.nn.Module):
 
 
 def test_kept_bytes_are_what_backward_needs_without_weights_and_inputs():
-    """The hidden units, for the gradient of W_2, and the outputs, for that of the square; nothing for frozen layers, whose loss has no gradient."""
+    """The hidden units, for the gradient of W_2, and the outputs, for that of the square; nothing for frozen layers,
+    whose loss has no gradient."""
     x = torch.randn(11, 5, dtype=torch.float64)
     assert kept_bytes(TwoLayers(), {"x": x}) == 11 * (7 + 3) * 8
     assert kept_bytes(TwoLayers().requires_grad_(False), {"x": x}) == 0
@@ -275,7 +300,10 @@ def test_a_step_moves_only_the_adapter_and_a_pass_moves_nothing():
     assert moved and all(".adapters." in key for key in moved)
 
 
-@pytest.mark.parametrize(("spec", "can"), [("lora[rank=2]", True), ("bitfit", True), ("ia3", True), ("prefix[length=2]", False), ("houlsby", False)])
+@pytest.mark.parametrize(
+    ("spec", "can"),
+    [("lora[rank=2]", True), ("bitfit", True), ("ia3", True), ("prefix[length=2]", False), ("houlsby", False)],
+)
 def test_mergeable_says_whether_merging_succeeds(spec, can):
     built = shaken(model(), spec)
     assert mergeable(built, "default") is can
@@ -297,7 +325,11 @@ def test_the_mean_of_two_low_rank_changes_is_half_of_each_with_one_head():
     plain = model()
     with torch.no_grad():
         for key, parameter in plain.named_parameters():
-            share = {name: 1.0 if name == "two" else 0.0 for name in changes} if key.startswith("head.") else dict.fromkeys(changes, 0.5)
+            share = (
+                {name: 1.0 if name == "two" else 0.0 for name in changes}
+                if key.startswith("head.")
+                else dict.fromkeys(changes, 0.5)
+            )
             for name, change in changes.items():
                 if key in change:
                     parameter.add_(share[name] * change[key])

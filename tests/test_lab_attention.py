@@ -47,7 +47,13 @@ def test_equal_singular_values_give_a_line_and_rank_r_is_full_at_r():
 def test_attention_matrices_are_those_of_the_projections():
     """Each layer by hand: the input of its attention, its q and k, softmax(Q K^T / sqrt(d))."""
     torch.manual_seed(0)
-    model = effzoo.build("bert", layers=2, dim=12, heads=3, mlp=16, vocab=19, max_length=16, task="classification", num_labels=2).double().eval()
+    model = (
+        effzoo.build(
+            "bert", layers=2, dim=12, heads=3, mlp=16, vocab=19, max_length=16, task="classification", num_labels=2
+        )
+        .double()
+        .eval()
+    )
     ids = torch.randint(0, 19, (2, 11))
     inputs = []
     hooks = [block.attn.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for block in model.blocks]
@@ -56,7 +62,10 @@ def test_attention_matrices_are_those_of_the_projections():
         hook.remove()
     assert model.training and len(found) == len(inputs) == 2
     for block, x, matrices in zip(model.blocks, inputs, found, strict=True):
-        q, k = ((x @ linear.weight.T + linear.bias).view(2, 11, 3, 4).permute(0, 2, 1, 3) for linear in (block.attn.q, block.attn.k))
+        q, k = (
+            (x @ linear.weight.T + linear.bias).view(2, 11, 3, 4).permute(0, 2, 1, 3)
+            for linear in (block.attn.q, block.attn.k)
+        )
         scores = np.einsum("bhid,bhjd->bhij", q.detach().numpy(), k.detach().numpy()) / math.sqrt(4)
         weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
         np.testing.assert_allclose(matrices.numpy(), weights, atol=1e-12)
@@ -80,7 +89,9 @@ def test_the_number_of_threads_comes_back_also_after_an_error():
 # cost of a layer
 
 
-@pytest.mark.parametrize(("n", "dim", "heads", "mlp", "batch"), [(17, 24, 3, None, 2), (1, 8, 1, 5, 1), (64, 16, 4, 48, 3)])
+@pytest.mark.parametrize(
+    ("n", "dim", "heads", "mlp", "batch"), [(17, 24, 3, None, 2), (1, 8, 1, 5, 1), (64, 16, 4, 48, 3)]
+)
 def test_the_formulas_are_what_torch_counts_in_the_real_block(n, dim, heads, mlp, batch):
     block = layer_cost.layer(dim, heads, mlp, longest=64, backend="reference")
     counted = layer_cost.counted(block, torch.randn(batch, n, dim))
@@ -96,7 +107,8 @@ def test_what_the_counter_does_not_see_is_refused():
 
 
 def test_the_crossings_of_the_cost_model():
-    """Attention = projections at n = 2 d, where the feed-forward is half; = feed-forward at 4 d; = all the rest at 6 d."""
+    """Attention = projections at n = 2 d, where the feed-forward is half; = feed-forward at 4 d; = all the rest at 6
+    d."""
     dim = 7
     at = {ratio: layer_cost.shares(layer_cost.operations(ratio * dim, dim)) for ratio in (2, 4, 6)}
     assert at[2]["attention"] == at[2]["projections"] and at[2]["feed-forward"] == 0.5
@@ -117,10 +129,12 @@ def test_every_part_and_the_whole_layer_take_time():
 
 
 def test_the_memory_of_opt_is_that_of_its_parameters():
-    """Full, float16 with float32 copies: 2 bytes of weight, 2 of gradient, 8 of states, 4 of copy for each of P parameters."""
+    """Full, float16 with float32 copies: 2 bytes of weight, 2 of gradient, 8 of states, 4 of copy for each of P
+    parameters."""
     memory = opt_table(length=16, layers=2, dim=32, heads=4, mlp=64, vocab=50, max_length=16).columns
     full, lora = memory.values()
-    parameters = 50 * 32 + 18 * 32 + 2 * (4 * (32 * 32 + 32) + 2 * 32 * 64 + 32 + 64 + 4 * 32) + 2 * 32  # embeddings, blocks, last norm
+    # embeddings, blocks, last norm
+    parameters = 50 * 32 + 18 * 32 + 2 * (4 * (32 * 32 + 32) + 2 * 32 * 64 + 32 + 64 + 4 * 32) + 2 * 32
     assert full["weights"] == 2 * parameters
     assert full["gradients of trainable parameters"] == 2 * parameters
     assert full["float32 copy"] == 4 * parameters
@@ -153,7 +167,10 @@ def test_pairs_of_chunks_are_counted_one_by_one(n, chunk, back):
     assert patterns.chunk_pairs(n, chunk, back) == wanted
 
 
-@pytest.mark.parametrize(("function", "given"), [(patterns.window_pairs, (9, 3)), (patterns.global_pairs, (4, 2, 4)), (patterns.chunk_pairs, (9, 0))])
+@pytest.mark.parametrize(
+    ("function", "given"),
+    [(patterns.window_pairs, (9, 3)), (patterns.global_pairs, (4, 2, 4)), (patterns.chunk_pairs, (9, 0))],
+)
 def test_sizes_of_patterns_are_checked(function, given):
     with pytest.raises(OptionError, match="got"):
         function(*given)
@@ -172,7 +189,8 @@ def test_the_attention_matrix_is_the_softmax_under_the_pattern(spec):
 
 @pytest.mark.parametrize(("n", "chunk", "back"), [(24, 4, 1), (23, 5, 1), (17, 3, 2)])
 def test_what_lsh_attends_is_hash_sort_and_chunks_by_hand(n, chunk, back):
-    """Hash with argmax [x R, -x R], sort by (bucket, position), cut: a query sees its chunk and those before, in any round, not itself."""
+    """Hash with argmax [x R, -x R], sort by (bucket, position), cut: a query sees its chunk and those before, in any
+    round, not itself."""
     core = core_of({"name": "lsh", "rounds": 2, "chunk": chunk, "buckets": 4, "look_back": back, "seed": 3}, n, heads=2)
     x = drawn(1, 2, n, 6)
     seen = np.zeros((2, n, n), dtype=bool)
@@ -210,7 +228,9 @@ def test_what_pairs_catch_of_full_attention():
     weights /= weights.sum(-1, keepdims=True)
     pairs = drawn(1, 2, 9, 9, seed=1) > 0
     np.testing.assert_allclose(patterns.caught(x, pairs).numpy(), (weights * pairs.numpy()).sum(-1), atol=1e-12)
-    torch.testing.assert_close(patterns.caught(x, torch.ones(9, 9, dtype=torch.bool)), torch.ones(1, 2, 9, dtype=torch.float64))
+    torch.testing.assert_close(
+        patterns.caught(x, torch.ones(9, 9, dtype=torch.bool)), torch.ones(1, 2, 9, dtype=torch.float64)
+    )
 
 
 def test_clusters_have_the_length_that_is_asked_and_stand_together():
@@ -245,7 +265,8 @@ def test_repeated_counts_the_symbols_of_the_second_word(wrong, share):
 
 
 def test_weights_trained_with_some_rounds_fit_all_and_full_is_full_attention():
-    """One chunk of the whole length: softmax over j < i of x_i . k_j, k_j = x_j / sqrt(d (mean(x_j^2) + 1e-6)); the first token sees itself."""
+    """One chunk of the whole length: softmax over j < i of x_i . k_j, k_j = x_j / sqrt(d (mean(x_j^2) + 1e-6)); the
+    first token sees itself."""
     sizes = {"word": 7, "symbols": 5, "chunk": 4, "dim": 8, "heads": 2}
     models = {rounds: repetition.repeater(rounds, **sizes) for rounds in ("full", "1", "2", "8")}
     for model in models.values():

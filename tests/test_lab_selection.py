@@ -26,13 +26,17 @@ from effzoo.sites import sites
 
 def images(rows=40, height=3, width=5):
     draw = torch.Generator().manual_seed(3)
-    return Examples({"pixels": torch.randn(rows, 1, height, width, generator=draw)}, torch.randint(10, (rows,), generator=draw))
+    return Examples(
+        {"pixels": torch.randn(rows, 1, height, width, generator=draw)}, torch.randint(10, (rows,), generator=draw)
+    )
 
 
 def texts(rows=12, n=9, vocab=53, labels=3):
     draw = torch.Generator().manual_seed(4)
     ids = torch.randint(2, vocab, (rows, n), generator=draw)
-    return Examples({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.randint(labels, (rows,), generator=draw))
+    return Examples(
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.randint(labels, (rows,), generator=draw)
+    )
 
 
 @pytest.fixture
@@ -68,7 +72,11 @@ class TestLeNet:
 def found():
     net = LeNet(15, hidden=(11, 7), seed=0)
     start = [w.detach().clone() for w in net.matrices()]
-    return start, net, iterative(net, images(), images(), rounds=3, steps=6, batch=8, every=3, prune=0.25, prune_last=0.1)
+    return (
+        start,
+        net,
+        iterative(net, images(), images(), rounds=3, steps=6, batch=8, every=3, prune=0.25, prune_last=0.1),
+    )
 
 
 class TestLottery:
@@ -80,7 +88,9 @@ class TestLottery:
                 assert int(mask.sum()) == round(share**number * mask.numel())
         for before, after in pairwise(learned):
             assert all(bool((b | ~a).all()) for b, a in zip(before.masks, after.masks, strict=True))
-        assert learned[0].left == 1 and learned[-1].left == pytest.approx(sum(int(m.sum()) for m in learned[-1].masks) / (11 * 15 + 77 + 70))
+        assert learned[0].left == 1 and learned[-1].left == pytest.approx(
+            sum(int(m.sum()) for m in learned[-1].masks) / (11 * 15 + 77 + 70)
+        )
 
     def test_the_model_is_left_as_it_was(self, found):
         start, net, _ = found
@@ -133,7 +143,9 @@ class TestLottery:
         net, data = LeNet(15, hidden=(5, 4), seed=1), images()
         given = reshuffled([torch.arange(w.numel()).view_as(w) % 3 == 0 for w in net.matrices()], 5)
         learned = masked(net, given, data, data, steps=4, every=2, batch=8)
-        assert len(learned.accuracies) == 2 and all(torch.equal(a, b) for a, b in zip(learned.masks, given, strict=True))
+        assert len(learned.accuracies) == 2 and all(
+            torch.equal(a, b) for a, b in zip(learned.masks, given, strict=True)
+        )
 
     def test_reshuffled_masks_keep_their_numbers(self):
         given = [torch.arange(35).view(5, 7) < 12, torch.arange(6).view(2, 3) < 1]
@@ -146,7 +158,9 @@ class TestSupermasks:
     def test_signed_constants_keep_signs_and_one_size(self):
         weight = torch.randn(5, 9, dtype=torch.float64)
         found = signed_constant(weight)
-        assert torch.equal(found.sign(), weight.sign()) and torch.allclose(found.abs(), weight.std().expand(5, 9), atol=1e-12)
+        assert torch.equal(found.sign(), weight.sign()) and torch.allclose(
+            found.abs(), weight.std().expand(5, 9), atol=1e-12
+        )
 
     def test_large_final_is_the_largest_share(self):
         start, final = torch.randn(2, 7, 5, dtype=torch.float64)
@@ -160,10 +174,14 @@ class TestSupermasks:
     def test_tasks_are_what_they_say(self):
         data = images()
         pixels, labels = data.inputs["pixels"], data.labels
-        assert torch.equal(task("parity", data).labels, labels.remainder(2)) and torch.equal(task("half", data).labels, (labels > 4).long())
+        assert torch.equal(task("parity", data).labels, labels.remainder(2)) and torch.equal(
+            task("half", data).labels, (labels > 4).long()
+        )
         assert torch.equal(task("upside down", data).inputs["pixels"][:, 0, 0], pixels[:, 0, -1])
         shuffled = task("shuffled", data).inputs["pixels"]
-        assert torch.equal(shuffled.flatten(1).sort(dim=1).values, pixels.flatten(1).sort(dim=1).values) and not torch.equal(shuffled, pixels)
+        assert torch.equal(
+            shuffled.flatten(1).sort(dim=1).values, pixels.flatten(1).sort(dim=1).values
+        ) and not torch.equal(shuffled, pixels)
         renamed = task("renamed", data).labels
         assert len({(int(a), int(b)) for a, b in zip(labels, renamed, strict=True)}) == len(labels.unique())
         assert all(len(task(name, data)) == len(data) and task(name, data).labels.max() < 10 for name in TASKS)
@@ -214,7 +232,9 @@ class TestBiases:
                         module.own_bias += torch.linspace(-1, 1, module.own_bias.numel()) * (site.layer + 1)
         found = bias_changes(bert)
         size = float(torch.linspace(-1, 1, 16).abs().mean())
-        assert found["attn.q"] == pytest.approx({0: size, 1: 2 * size}) and mean_of(found, "attn.q") == pytest.approx(1.5 * size)
+        assert found["attn.q"] == pytest.approx({0: size, 1: 2 * size}) and mean_of(found, "attn.q") == pytest.approx(
+            1.5 * size
+        )
         assert found["attn.v"] == {0: 0.0, 1: 0.0} and "attn.k" not in found
 
 
@@ -227,7 +247,8 @@ class TestHeads:
         for row in range(5):
             xi = torch.ones(2, 2, dtype=torch.float64, requires_grad=True)
             hooks = [
-                site.register_forward_pre_hook(lambda _, given, xi=xi, i=i: (given[0] * xi[i].repeat_interleave(8),)) for i, site in enumerate(layers)
+                site.register_forward_pre_hook(lambda _, given, xi=xi, i=i: (given[0] * xi[i].repeat_interleave(8),))
+                for i, site in enumerate(layers)
             ]
             (gradient,) = torch.autograd.grad(bert(**data.batch(slice(row, row + 1))).loss, xi)
             expected += gradient.abs()
@@ -237,7 +258,8 @@ class TestHeads:
         assert not peft.attached(bert)
 
     def test_a_head_without_its_gate_is_a_head_whose_columns_are_zero(self, bert):
-        """The labels are what the model says with the columns of two heads at 0, so without these heads it is always right, else not."""
+        """The labels are what the model says with the columns of two heads at 0, so without these heads it is always
+        right, else not."""
         data = texts(rows=60)
         layers = [site for _, site in sites(bert) if site.role == "attn.o"]
         with torch.no_grad():
@@ -265,7 +287,8 @@ class TestHeads:
 
 class TestPruning:
     def test_shares_by_size_are_counted_in_parts_of_equal_length(self):
-        weight, mask = torch.tensor([[0.1, -5.0, 2.0], [-0.3, 0.9, 4.0]]), torch.tensor([[True, True, False], [False, True, True]])
+        weight = torch.tensor([[0.1, -5.0, 2.0], [-0.3, 0.9, 4.0]])
+        mask = torch.tensor([[True, True, False], [False, True, True]])
         assert kept_by_size([weight], [mask], 3) == [0.5, 0.5, 1.0]  # 0.1 | 0.3, 0.9 | 2, 4 | 5
         assert kept_by_size([weight, weight], [mask, ~mask], 2) == [0.5, 0.5]
         with pytest.raises(OptionError, match="got 7"):
@@ -285,20 +308,37 @@ class TestPruning:
 class TestSums:
     def test_shared_entries_and_cosine_are_those_of_one_long_vector(self):
         draw = torch.Generator().manual_seed(0)
-        one = {"a": torch.randn(3, 5, generator=draw, dtype=torch.float64), "b": torch.randn(7, generator=draw, dtype=torch.float64)}
-        other = {"a": torch.randn(3, 5, generator=draw, dtype=torch.float64), "c": torch.randn(2, generator=draw, dtype=torch.float64)}
+        one = {
+            "a": torch.randn(3, 5, generator=draw, dtype=torch.float64),
+            "b": torch.randn(7, generator=draw, dtype=torch.float64),
+        }
+        other = {
+            "a": torch.randn(3, 5, generator=draw, dtype=torch.float64),
+            "c": torch.randn(2, generator=draw, dtype=torch.float64),
+        }
         one["a"][0], other["a"][:, :2] = 0, 0
         x = torch.cat([one["a"].flatten(), one["b"], torch.zeros(2)])
         y = torch.cat([other["a"].flatten(), torch.zeros(7), other["c"]])
         assert support(one) == int((x != 0).sum()) == 17 and support(other) == 11
         assert shared(one, other) == shared(other, one) == int(((x != 0) & (y != 0)).sum()) / 11 == 6 / 11
         assert cosine(one, other) == pytest.approx(float(F.cosine_similarity(x, y, dim=0)), abs=1e-12)
-        assert cosine(one, one) == pytest.approx(1) and cosine(one, {"a": torch.zeros(3, 5)}) == 0 and shared(one, {}) == 0
+        assert (
+            cosine(one, one) == pytest.approx(1) and cosine(one, {"a": torch.zeros(3, 5)}) == 0 and shared(one, {}) == 0
+        )
 
     def test_the_sum_of_two_sparse_changes_is_both_adapters_at_once(self):
         net, data = LeNet(15, hidden=(6, 5), seed=0), images()
         for name, kind in (("inputs", "upside down"), ("labels", "renamed")):
-            tune(net, "lt_sft[keep=0.1,targets=fc.*]", task(kind, data), name=name, steps=4, batch=8, rate=1e-2, bfloat16=False)
+            tune(
+                net,
+                "lt_sft[keep=0.1,targets=fc.*]",
+                task(kind, data),
+                name=name,
+                steps=4,
+                batch=8,
+                rate=1e-2,
+                bfloat16=False,
+            )
         changes = [peft.delta(net, name) for name in ("inputs", "labels")]
         assert [support(change) for change in changes] == [17, 17]  # a tenth of 170
         peft.activate(net, "inputs", "labels")
@@ -337,9 +377,16 @@ def test_cells_and_claims_of_seeds():
     assert judged(["0", "1"], lambda seed: seed == "1") == (False, True)
 
 
-@pytest.mark.parametrize("name", ["biases", "freezing", "head_pruning", "lottery", "pruning", "sparse_sums", "supermask"])
+@pytest.mark.parametrize(
+    "name", ["biases", "freezing", "head_pruning", "lottery", "pruning", "sparse_sums", "supermask"]
+)
 def test_the_lab_knows_them(name):
     from effzoo.lab import get
 
     found = get(name)
-    assert found.about.endswith("?") and "arXiv" in found.source and json.dumps(found.decks) and not math.isnan(len(found.data))
+    assert (
+        found.about.endswith("?")
+        and "arXiv" in found.source
+        and json.dumps(found.decks)
+        and not math.isnan(len(found.data))
+    )

@@ -1,4 +1,5 @@
-"""Subspaces of weight changes and intrinsic dimension: each analysis against its definition in float64, and the experiments' parts on tiny things."""
+"""Subspaces of weight changes and intrinsic dimension: each analysis against its definition in float64, and the
+experiments' parts on tiny things."""
 
 import math
 
@@ -11,7 +12,14 @@ from effzoo.errors import DataError, InputError
 from effzoo.lab.analyses.intrinsic import crossing, d90
 from effzoo.lab.analyses.lora_factors import attached_factors, read_factors
 from effzoo.lab.analyses.small_nets import Convolutional, FullyConnected
-from effzoo.lab.analyses.subspaces import amplification, factored, intruder_dimensions, participation, rank_for_variance, subspace_similarity
+from effzoo.lab.analyses.subspaces import (
+    amplification,
+    factored,
+    intruder_dimensions,
+    participation,
+    rank_for_variance,
+    subspace_similarity,
+)
 from effzoo.lab.fit import Examples, logits
 from effzoo.lab.score import score
 from effzoo.lab.word_order import word_order
@@ -27,7 +35,8 @@ def drawn(*shape, seed=0):
 @pytest.mark.parametrize(("rows", "others", "width"), [(3, 7, 11), (5, 5, 5), (1, 4, 9)])
 def test_similarity_is_the_squared_norm_of_the_product_of_two_bases(rows, others, width):
     A, B = drawn(rows, width), drawn(others, width, seed=1)
-    U_A = torch.linalg.eigh(A.T @ A)[1].flip(1)  # eigenvectors of A^T A, the largest first: another way to right singular vectors
+    # eigenvectors of A^T A, the largest first: another way to right singular vectors
+    U_A = torch.linalg.eigh(A.T @ A)[1].flip(1)
     U_B = torch.linalg.eigh(B.T @ B)[1].flip(1)
     found = subspace_similarity(A, B)
     assert found.shape == (rows, others)
@@ -39,7 +48,8 @@ def test_similarity_is_the_squared_norm_of_the_product_of_two_bases(rows, others
 
 def test_similarity_is_one_within_and_zero_across():
     basis = torch.linalg.qr(drawn(9, 9))[0]
-    one, other = torch.diag(torch.tensor([3.0, 2.0, 1.0]).double()) @ basis[:3], torch.diag(torch.tensor([2.0, 1.0]).double()) @ basis[3:5]
+    one = torch.diag(torch.tensor([3.0, 2.0, 1.0]).double()) @ basis[:3]
+    other = torch.diag(torch.tensor([2.0, 1.0]).double()) @ basis[3:5]
     assert torch.allclose(subspace_similarity(one, one).diagonal(), torch.ones(3).double(), atol=1e-12)
     assert subspace_similarity(one, other).abs().max() < 1e-12
     both = torch.cat([0.1 * one, other])
@@ -47,7 +57,9 @@ def test_similarity_is_one_within_and_zero_across():
 
 
 def test_similarity_of_random_matrices_is_the_larger_rank_over_the_width():
-    found = torch.stack([subspace_similarity(drawn(4, 60, seed=i), drawn(9, 60, seed=100 + i)) for i in range(200)]).mean(dim=0)
+    found = torch.stack(
+        [subspace_similarity(drawn(4, 60, seed=i), drawn(9, 60, seed=100 + i)) for i in range(200)]
+    ).mean(dim=0)
     i, j = torch.arange(1, 5)[:, None], torch.arange(1, 10)[None]
     assert torch.allclose(found, torch.maximum(i, j).double() / 60, atol=0.012)  # four standard errors of 200 draws
 
@@ -79,7 +91,9 @@ def test_amplification_of_the_weights_own_direction_and_of_its_published_norms()
     assert pytest.approx(21.5, abs=0.1) == 6.91 / 0.32  # table 7: the factor as the paper computes it
 
 
-@pytest.mark.parametrize(("change", "rank", "said"), [((7, 5), 6, "from 1 to 5"), ((7, 5), 0, "from 1 to 5"), ((5, 7), 2, "one shape")])
+@pytest.mark.parametrize(
+    ("change", "rank", "said"), [((7, 5), 6, "from 1 to 5"), ((7, 5), 0, "from 1 to 5"), ((5, 7), 2, "one shape")]
+)
 def test_amplification_refuses_ranks_and_shapes(change, rank, said):
     with pytest.raises(InputError, match=said):
         amplification(torch.ones(7, 5), torch.ones(*change), rank)
@@ -112,7 +126,8 @@ def test_an_intruder_is_a_direction_that_was_not_there():
     U, s, Vh = torch.linalg.svd(before, full_matrices=True)
     assert intruder_dimensions(before, before, first=6) == 0
     assert intruder_dimensions(before, before + 0.5 * s[1] * U[:, :1] @ Vh[:1], first=6) == 0  # an old direction grows
-    assert intruder_dimensions(before, before + 50 * s[0] * U[:, 7:] @ Vh[:1], first=6) == 1  # a direction outside the column space comes in
+    # a direction outside the column space comes in
+    assert intruder_dimensions(before, before + 50 * s[0] * U[:, 7:] @ Vh[:1], first=6) == 1
 
 
 def test_intruders_are_counted_as_in_the_definition():
@@ -168,8 +183,12 @@ def test_networks_have_the_published_numbers_of_parameters():
     assert numbers(FullyConnected((784, 200, 200, 10))) == 199_210 and numbers(Convolutional()) == 44_426
 
 
-@pytest.mark.parametrize("net", [lambda: FullyConnected((63, 5, 10)), lambda: Convolutional((7, 9), kernel=3, padding=1, hidden=(6, 5))])
-@pytest.mark.parametrize("spec", ["intrinsic[dim=7, targets=*]", "intrinsic[dim=7, projection=dense, targets=*]", "said[dim=9, targets=*]"])
+@pytest.mark.parametrize(
+    "net", [lambda: FullyConnected((63, 5, 10)), lambda: Convolutional((7, 9), kernel=3, padding=1, hidden=(6, 5))]
+)
+@pytest.mark.parametrize(
+    "spec", ["intrinsic[dim=7, targets=*]", "intrinsic[dim=7, projection=dense, targets=*]", "said[dim=9, targets=*]"]
+)
 def test_networks_move_in_the_subspace_alone(net, spec):
     torch.manual_seed(0)
     model = net().double()
@@ -179,7 +198,9 @@ def test_networks_move_in_the_subspace_alone(net, spec):
     assert torch.allclose(model(**batch).logits, before, atol=1e-12)
     model(**batch).loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert sum(p.numel() for p in trained) == (9 if "said" in spec else 7) and all(p.grad.abs().sum() > 0 for p in trained if p.ndim)
+    assert sum(p.numel() for p in trained) == (9 if "said" in spec else 7) and all(
+        p.grad.abs().sum() > 0 for p in trained if p.ndim
+    )
 
 
 def test_networks_refuse_sizes_that_leave_nothing():
@@ -219,10 +240,14 @@ def test_shuffled_texts_keep_their_words_and_ends():
     ids = torch.arange(1, 61).view(5, 12)
     mask = torch.ones(5, 12, dtype=torch.long)
     mask[1, 7:] = mask[2, 5:] = 0
-    made = word_order(Examples({"input_ids": ids * mask, "attention_mask": mask}, torch.zeros(5, dtype=torch.long)), seed=1)
+    made = word_order(
+        Examples({"input_ids": ids * mask, "attention_mask": mask}, torch.zeros(5, dtype=torch.long)), seed=1
+    )
     assert made.labels.tolist() == [0, 1, 0, 1, 0]
     moved = made.inputs["input_ids"]
-    assert torch.equal(moved[::2], (ids * mask)[::2]) and torch.equal(moved.sort(dim=1).values, (ids * mask).sort(dim=1).values)
+    assert torch.equal(moved[::2], (ids * mask)[::2]) and torch.equal(
+        moved.sort(dim=1).values, (ids * mask).sort(dim=1).values
+    )
     assert torch.equal(moved[1, [0, 6]], ids[1, [0, 6]]) and not torch.equal(moved[3], ids[3])
     assert not moved[1, 7:].any()
 
@@ -232,5 +257,9 @@ def test_score_is_accuracy_and_mean_cross_entropy():
     net = FullyConnected((6, 3))
     examples = Examples({"pixels": torch.randn(7, 1, 2, 3)}, torch.tensor([0, 1, 2, 0, 1, 2, 0]))
     found, p = score(net, examples, bfloat16=False), logits(net, examples).double().softmax(dim=-1)
-    assert found.loss == pytest.approx(-sum(math.log(float(p[i, y])) for i, y in enumerate(examples.labels.tolist())) / 7, abs=1e-6)
-    assert found.accuracy == pytest.approx(sum(int(p[i].argmax()) == y for i, y in enumerate(examples.labels.tolist())) / 7)
+    assert found.loss == pytest.approx(
+        -sum(math.log(float(p[i, y])) for i, y in enumerate(examples.labels.tolist())) / 7, abs=1e-6
+    )
+    assert found.accuracy == pytest.approx(
+        sum(int(p[i].argmax()) == y for i, y in enumerate(examples.labels.tolist())) / 7
+    )

@@ -1,4 +1,5 @@
-"""Linformer: the dense definition, the `linformer` package, the two orders of projecting, sharing, segments, padding."""
+"""Linformer: the dense definition, the `linformer` package, the two orders of projecting, sharing, segments,
+padding."""
 
 import copy
 
@@ -55,7 +56,16 @@ def cases(draw_):
     }
     kept, rows = draw_(st.sampled_from([0.0, 0.5, 0.9, 1.0])), draw_(st.sampled_from([0, 3]))
     backend = draw_(st.sampled_from(["auto", "reference", "efficient"]))
-    return spec, draw_(st.integers(1, 3)), draw_(st.integers(1, 24)), draw_(st.integers(1, 24)), kept, rows, backend, draw_(st.integers(0, 999))
+    return (
+        spec,
+        draw_(st.integers(1, 3)),
+        draw_(st.integers(1, 24)),
+        draw_(st.integers(1, 24)),
+        kept,
+        rows,
+        backend,
+        draw_(st.integers(0, 999)),
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -103,7 +113,9 @@ def test_the_start_survives_the_models_own_initialisation(tiny):
     assert torch.equal(weight, torch.eye(8).repeat_interleave(8, dim=1) / 8)
 
 
-@pytest.mark.parametrize(("sharing", "matrices"), [("none", 12 * 4 * 2), ("headwise", 24), ("key_value", 12), ("layerwise", 1)])
+@pytest.mark.parametrize(
+    ("sharing", "matrices"), [("none", 12 * 4 * 2), ("headwise", 24), ("key_value", 12), ("layerwise", 1)]
+)
 def test_twelve_layers_hold_as_many_matrices_as_the_paper_counts(sharing, matrices):
     """Section 4: 24, 12 and 1 distinct projections for headwise, key-value and layerwise sharing in 12 layers."""
     sizes = {"dim": 16, "layers": 12, "heads": 4, "mlp": 16, "vocab": 20, "max_length": 32}
@@ -146,14 +158,17 @@ def test_a_model_with_one_matrix_for_all_layers_copies_saves_and_loads_as_one(tm
 
 
 def layer(spec, bias=True, dim=12, max_length=24, noise=0.3):
-    made = Attention(dim, parse_one(spec), Context(heads=3, head_dim=4, max_length=max_length), bias=bias).double().eval()
+    made = (
+        Attention(dim, parse_one(spec), Context(heads=3, head_dim=4, max_length=max_length), bias=bias).double().eval()
+    )
     for seed, parameter in enumerate(made.parameters()):
         parameter.data += noise * draw(seed, *parameter.shape).detach()
     return made
 
 
 def spied(monkeypatch, made):
-    """The lengths of the sequences that the key and value sites are called with: none when the layer compresses first."""
+    """The lengths of the sequences that the key and value sites are called with: none when the layer compresses
+    first."""
     seen = []
     for name in ("k", "v"):
         getattr(made, name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
@@ -164,7 +179,13 @@ def spied(monkeypatch, made):
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("n", [7, 24])
 @pytest.mark.parametrize(
-    "spec", ["linformer[k=5]", "linformer[k=5, sharing=key_value]", "linformer[k=6, projection=conv]", "linformer[k=5, projection=mean]"]
+    "spec",
+    [
+        "linformer[k=5]",
+        "linformer[k=5, sharing=key_value]",
+        "linformer[k=6, projection=conv]",
+        "linformer[k=5, projection=mean]",
+    ],
 )
 def test_both_orders_of_projecting_are_one_function(monkeypatch, spec, n, padded, bias):
     """(E x) W + (E 1) b = E (x W + b), with rows at padding left out of both."""
@@ -183,12 +204,22 @@ def test_both_orders_of_projecting_are_one_function(monkeypatch, spec, n, padded
 @pytest.mark.parametrize("seed", range(2))
 def test_the_cheaper_order_is_chosen_and_projecting_comes_first_where_it_must(monkeypatch, seed):
     x = draw(seed, 2, 24, 12)
-    for spec, n, expected in (("linformer[k=5]", 24, []), ("linformer[k=5]", 4, [4, 4]), ("linformer[k=5, sharing=none]", 24, [24, 24])):
+    for spec, n, expected in (
+        ("linformer[k=5]", 24, []),
+        ("linformer[k=5]", 4, [4, 4]),
+        ("linformer[k=5, sharing=none]", 24, [24, 24]),
+    ):
         made = layer(spec)
         seen = spied(monkeypatch, made)
         made(x[:, :n], Mask())
         assert seen == expected, (spec, n)
-    for targets, expected in (("attn.k", [24]), ("(attn.k, attn.v)", [24, 24]), ("attn.E", [24]), ("(attn.E, attn.F)", [24, 24]), ("attn.q", [])):
+    for targets, expected in (
+        ("attn.k", [24]),
+        ("(attn.k, attn.v)", [24, 24]),
+        ("attn.E", [24]),
+        ("(attn.E, attn.F)", [24, 24]),
+        ("attn.q", []),
+    ):
         made = effzoo.attach(layer("linformer[k=5]"), f"lora[rank=2, targets={targets}]")
         seen = spied(monkeypatch, made)
         made(x, Mask())
@@ -198,7 +229,9 @@ def test_the_cheaper_order_is_chosen_and_projecting_comes_first_where_it_must(mo
 def test_one_product_serves_keys_and_values_where_f_is_e(monkeypatch):
     x, products = draw(0, 2, 24, 12), []
     compress = effzoo.attention.linformer.Linformer._compress
-    monkeypatch.setattr(effzoo.attention.linformer.Linformer, "_compress", lambda *given: products.append(given[2]) or compress(*given))
+    monkeypatch.setattr(
+        effzoo.attention.linformer.Linformer, "_compress", lambda *given: products.append(given[2]) or compress(*given)
+    )
     for sharing, expected in (("headwise", 2), ("key_value", 1), ("layerwise", 1)):
         layer({"name": "linformer", "k": 5, "sharing": sharing}, bias=False)(x, Mask())
         assert len(products) == expected, sharing
@@ -208,7 +241,8 @@ def test_one_product_serves_keys_and_values_where_f_is_e(monkeypatch):
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("projection", ["linear", "conv"])
 def test_low_rank_changes_of_e_are_not_ignored_and_merge_exactly(sharing, projection):
-    """A module with `after` on E acts although E is sliced: LoRA's output equals that of the merged weight, for a short input."""
+    """A module with `after` on E acts although E is sliced: LoRA's output equals that of the merged weight, for a short
+    input."""
     made = layer({"name": "linformer", "k": 5, "sharing": sharing, "projection": projection})
     x, mask = draw(0, 2, 11, 12), Mask(torch.arange(11) < torch.tensor([11, 6])[:, None])
     plain = made(x, mask)
@@ -224,7 +258,17 @@ def test_low_rank_changes_of_e_are_not_ignored_and_merge_exactly(sharing, projec
 
 def test_the_keys_of_a_model_with_rotary_positions_are_not_compressed_before_they_are_turned():
     model = (
-        effzoo.build("bert", dim=16, layers=1, heads=2, mlp=16, vocab=20, max_length=32, attention="linformer[k=4]", positions="rotary")
+        effzoo.build(
+            "bert",
+            dim=16,
+            layers=1,
+            heads=2,
+            mlp=16,
+            vocab=20,
+            max_length=32,
+            attention="linformer[k=4]",
+            positions="rotary",
+        )
         .double()
         .eval()
     )
@@ -232,7 +276,10 @@ def test_the_keys_of_a_model_with_rotary_positions_are_not_compressed_before_the
     x, mask = draw(0, 2, 32, 16), Mask(positions=torch.arange(32)[None])
     out = attn(x, mask)
     q, k, v = (
-        attn.project(name, x, Mask(positions=mask.positions)) if name != "v" else attn.v(x).unflatten(-1, (2, 8)).transpose(1, 2) for name in "qkv"
+        attn.project(name, x, Mask(positions=mask.positions))
+        if name != "v"
+        else attn.v(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        for name in "qkv"
     )
     assert k.shape[2] == 32
     expected = attn.o(attn.core.dense(q, k, v, mask=Mask()).transpose(1, 2).flatten(2))
@@ -254,12 +301,19 @@ def test_grouped_heads_of_the_key_side_are_repeated_after_they_are_compressed(sh
 
 def test_cross_attention_with_as_many_source_positions_as_rows_is_still_compressed():
     """A source of k positions: its shape alone would not tell whether it was compressed."""
-    made = Attention(12, parse_one("linformer[k=5]"), Context(heads=3, head_dim=4, max_length=24), source_dim=10).double().eval()
+    made = (
+        Attention(12, parse_one("linformer[k=5]"), Context(heads=3, head_dim=4, max_length=24), source_dim=10)
+        .double()
+        .eval()
+    )
     for parameter in made.core.parameters():
         torch.nn.init.normal_(parameter)
     for source_length in (5, 4, 24):
         x, source = draw(0, 2, 7, 12), draw(1, 2, source_length, 10)
-        q, k, v = (getattr(made, name)(y).unflatten(-1, (3, 4)).transpose(1, 2) for name, y in (("q", x), ("k", source), ("v", source)))
+        q, k, v = (
+            getattr(made, name)(y).unflatten(-1, (3, 4)).transpose(1, 2)
+            for name, y in (("q", x), ("k", source), ("v", source))
+        )
         expected = made.o(made.core.dense(q, k, v, mask=Mask()).transpose(1, 2).flatten(2))
         assert (made(x, Mask(), source=source) - expected).abs().max() < 1e-10
 
@@ -271,7 +325,11 @@ def test_equals_the_linformer_package(share_kv, n):
     theirs = LinformerSelfAttention(12, 24, k=5, heads=3, share_kv=share_kv).double().eval()
     ours = layer({"name": "linformer", "k": 5, "sharing": "key_value" if share_kv else "headwise"}, bias=False)
     ours.o.bias = torch.nn.Parameter(theirs.to_out.bias.detach().clone())
-    pairs = [(ours.q.weight, theirs.to_q.weight), (ours.k.weight, theirs.to_k.weight), (ours.o.weight, theirs.to_out.weight)]
+    pairs = [
+        (ours.q.weight, theirs.to_q.weight),
+        (ours.k.weight, theirs.to_k.weight),
+        (ours.o.weight, theirs.to_out.weight),
+    ]
     turned = [(ours.core.E.weight, theirs.proj_k)]
     if share_kv:
         ours.v = ours.k  # the package then has one projection for keys and values
@@ -300,12 +358,15 @@ def test_what_stands_under_padding_is_unseen_even_when_it_is_not_a_number():
 
 
 def test_the_mean_is_over_the_tokens_that_are_there():
-    """max_length 8, k = 2: segments of 4; the first holds tokens 1 and 3, the second none, so every query returns their mean."""
+    """max_length 8, k = 2: segments of 4; the first holds tokens 1 and 3, the second none, so every query returns their
+    mean."""
     made = core("linformer[k=2, projection=mean]", max_length=8, heads=1)
     q, k, v = (draw(i, 1, 1, 8, 4) for i in range(3))
     valid = torch.zeros(1, 8, dtype=torch.bool)
     valid[0, [1, 3]] = True
-    assert torch.allclose(made(q, k, v, mask=Mask(valid)), (v[:, :, 1:2] + v[:, :, 3:4]).expand(-1, -1, 8, -1) / 2, rtol=0, atol=1e-12)
+    assert torch.allclose(
+        made(q, k, v, mask=Mask(valid)), (v[:, :, 1:2] + v[:, :, 3:4]).expand(-1, -1, 8, -1) / 2, rtol=0, atol=1e-12
+    )
 
 
 def test_layers_differ_in_k():
@@ -317,7 +378,11 @@ def test_layers_differ_in_k():
     [
         ("linformer[k=0]", OptionError, "k is at least 1, got 0"),
         ("linformer[k=(4, 4, 4)]", OptionError, "one per layer \\(2 layers\\), got \\(4, 4, 4\\)"),
-        ("linformer[k=(4, 8), sharing=layerwise]", OptionError, "layers that share one matrix have one k.*sharing='key_value'"),
+        (
+            "linformer[k=(4, 8), sharing=layerwise]",
+            OptionError,
+            "layers that share one matrix have one k.*sharing='key_value'",
+        ),
         ("linformer[sharing=heads]", OptionError, "'none' or 'headwise' or 'key_value' or 'layerwise'"),
     ],
 )
@@ -327,13 +392,18 @@ def test_options_that_cannot_be_are_refused_with_what_can(spec, error, message):
 
 
 def test_causal_is_refused_with_the_reason_and_longer_inputs_with_the_length():
-    with pytest.raises(IncompatibleError, match="cannot be causal: it mixes past and future when it projects the sequence; use it in an encoder"):
+    with pytest.raises(
+        IncompatibleError,
+        match="cannot be causal: it mixes past and future when it projects the sequence; use it in an encoder",
+    ):
         effzoo.build("gpt2", attention="linformer", dim=16, layers=1, heads=2, mlp=16, vocab=20)
     with pytest.raises(InputError, match="up to max_length 24 positions, got 25; build the model with max_length=25"):
         core("linformer[k=4]")(*(draw(i, 1, 3, 25, 4) for i in range(3)), mask=Mask())
 
 
-@pytest.mark.parametrize("spec", ["linformer[k=4]", "linformer[k=4, sharing=none]", "linformer[k=4, sharing=key_value, projection=mean]"])
+@pytest.mark.parametrize(
+    "spec", ["linformer[k=4]", "linformer[k=4, sharing=none]", "linformer[k=4, sharing=key_value, projection=mean]"]
+)
 @pytest.mark.parametrize("padded", [True, False])
 def test_projecting_and_attending_compile_whole(spec, padded):
     made, x = layer(spec), draw(0, 2, 11, 12)
@@ -341,10 +411,17 @@ def test_projecting_and_attending_compile_whole(spec, padded):
 
     def run(x):
         mask = Mask(valid)
-        projected = [made.core.project(name, x, getattr(made, name), mask).unflatten(-1, (3, 4)).transpose(1, 2) for name in "qkv"]
+        projected = [
+            made.core.project(name, x, getattr(made, name), mask).unflatten(-1, (3, 4)).transpose(1, 2)
+            for name in "qkv"
+        ]
         return made.core(*projected, mask=mask)
 
-    assert_same(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x), [x, *made.core.parameters(), *made.k.parameters()])
+    assert_same(
+        torch.compile(run, fullgraph=True, backend="aot_eager")(x),
+        run(x),
+        [x, *made.core.parameters(), *made.k.parameters()],
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,4 +1,5 @@
-"""LSH and local attention: a definition in plain Python, anchors, rounds, decoding, decisions replayed, and nothing quadratic."""
+"""LSH and local attention: a definition in plain Python, anchors, rounds, decoding, decisions replayed, and nothing
+quadratic."""
 
 import copy
 from collections import Counter
@@ -27,7 +28,9 @@ def random(seed, *shape):
 
 
 def core(spec, causal=False, max_length=32, heads=HEADS, **context):
-    return effzoo.attention.create(spec, Context(heads=heads, head_dim=WIDTH, causal=causal, max_length=max_length, **context)).double()
+    return effzoo.attention.create(
+        spec, Context(heads=heads, head_dim=WIDTH, causal=causal, max_length=max_length, **context)
+    ).double()
 
 
 def inputs_of(made, n, seed=0, batch=2):
@@ -57,7 +60,8 @@ def shared(qk, v, allowed, memory=None):
 
 
 def by_hand(made, qk, valid):
-    """How often query i sees key j, written with lists: {(batch, head, i, j): times}, as the paper and HF's released code define it."""
+    """How often query i sees key j, written with lists: {(batch, head, i, j): times}, as the paper and HF's released
+    code define it."""
     batch, heads, n, _ = qk.shape
     turned = torch.einsum("bhnd,rhdk->rbhnk", qk.detach(), made.rotations[: made.rounds])
     times = Counter()
@@ -68,9 +72,14 @@ def by_hand(made, qk, valid):
                 names, start = [()] * n, 0
                 for factor in made.factors if made.factors != (1,) else ():
                     part = turned[r, b, h, :, start : start + factor // 2]
-                    names = [(*name, int(choice)) for name, choice in zip(names, torch.cat([part, -part], -1).argmax(-1), strict=True)]
+                    names = [
+                        (*name, int(choice))
+                        for name, choice in zip(names, torch.cat([part, -part], -1).argmax(-1), strict=True)
+                    ]
                     start += factor // 2
-                order = sorted(range(n), key=lambda i, names=names: (not valid[b, i], names[i][::-1] if valid[b, i] else (), i))
+                order = sorted(
+                    range(n), key=lambda i, names=names: (not valid[b, i], names[i][::-1] if valid[b, i] else (), i)
+                )
                 rounds.append([order[at : at + made.chunk] for at in range(0, n, made.chunk)])
                 buckets.append(names)
             ring = [(r, chunk) for r, chunks in enumerate(rounds) for chunk in chunks]
@@ -87,7 +96,12 @@ def by_hand(made, qk, valid):
                     for i in chunk:
                         if made.stable:
                             place = flat.index(i)
-                            seen = [(r, j) for j in flat[max(0, place - made.before * made.chunk) : place + made.after * made.chunk + 1]]
+                            seen = [
+                                (r, j)
+                                for j in flat[
+                                    max(0, place - made.before * made.chunk) : place + made.after * made.chunk + 1
+                                ]
+                            ]
                         for other, j in seen:
                             if not valid[b, i] or not valid[b, j] or i == j or (made.context.causal and j > i):
                                 continue
@@ -136,7 +150,14 @@ def lsh_cases(draw):
         "stable": stable,
         "seed": draw(st.integers(0, 99)),
     }
-    return spec, causal, draw(st.integers(1, 17)), draw(st.sampled_from([0.0, 0.6, 1.0])), draw(st.sampled_from([0, 3])), draw(st.integers(0, 999))
+    return (
+        spec,
+        causal,
+        draw(st.integers(1, 17)),
+        draw(st.sampled_from([0.0, 0.6, 1.0])),
+        draw(st.sampled_from([0, 3])),
+        draw(st.integers(0, 999)),
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -146,7 +167,11 @@ def test_lsh_equals_its_definition_and_that_equals_plain_python(case, backend):
         spec, causal, n, kept, rows, seed = case
         made = core(spec, causal, backend=name)
         qk, v = inputs_of(made, n, seed)
-        valid = torch.rand(2, n, generator=torch.Generator().manual_seed(seed)) < kept if kept < 1 else torch.ones(2, n, dtype=torch.bool)
+        valid = (
+            torch.rand(2, n, generator=torch.Generator().manual_seed(seed)) < kept
+            if kept < 1
+            else torch.ones(2, n, dtype=torch.bool)
+        )
         mask = Mask(None if kept == 1 else valid)
         memory = (random(3, HEADS, rows, WIDTH), random(4, HEADS, rows, WIDTH)) if rows else None
         expected = expected_of(made, qk, v, valid, memory)
@@ -160,11 +185,21 @@ def test_lsh_equals_its_definition_and_that_equals_plain_python(case, backend):
     st.integers(1, 9), st.integers(0, 2), st.integers(0, 2), st.booleans(), st.booleans(), st.integers(1, 40),
     st.sampled_from([0.0, 0.6, 1.0]), st.sampled_from([0, 3]), st.sampled_from(["auto", "reference", "efficient"]),
 )  # fmt: skip
-def test_local_equals_its_pattern_and_that_equals_plain_python(chunk, before, after, circular, causal, n, kept, rows, backend):
+def test_local_equals_its_pattern_and_that_equals_plain_python(
+    chunk, before, after, circular, causal, n, kept, rows, backend
+):
     with on(backend) as name:
-        made = core({"name": "local", "chunk": chunk, "look_back": before, "look_forward": after, "circular": circular}, causal, backend=name)
+        made = core(
+            {"name": "local", "chunk": chunk, "look_back": before, "look_forward": after, "circular": circular},
+            causal,
+            backend=name,
+        )
         leaves = inputs_of(made, n)
-        valid = torch.rand(2, n, generator=torch.Generator().manual_seed(n)) < kept if kept < 1 else torch.ones(2, n, dtype=torch.bool)
+        valid = (
+            torch.rand(2, n, generator=torch.Generator().manual_seed(n)) < kept
+            if kept < 1
+            else torch.ones(2, n, dtype=torch.bool)
+        )
         memory = (random(3, HEADS, rows, WIDTH), random(4, HEADS, rows, WIDTH)) if rows else None
         mask = Mask(None if kept == 1 else valid)
         chunks = -(-n // chunk)
@@ -173,7 +208,9 @@ def test_local_equals_its_pattern_and_that_equals_plain_python(chunk, before, af
             for i in range(n):
                 sight = [i // chunk + offset for offset in range(-before, after + 1)]
                 sight = {c % chunks for c in sight} if circular else set(sight)
-                assert pattern[b, 0, i].tolist() == [bool(valid[b, j]) and j // chunk in sight and not (causal and j > i) for j in range(n)]
+                assert pattern[b, 0, i].tolist() == [
+                    bool(valid[b, j]) and j // chunk in sight and not (causal and j > i) for j in range(n)
+                ]
         out, expected = (f(*leaves, mask=mask, memory=memory) for f in (made, made.dense))
         assert_same(out, expected, [*leaves, *(memory or ())])
 
@@ -182,13 +219,17 @@ def test_local_equals_its_pattern_and_that_equals_plain_python(chunk, before, af
 def test_a_key_that_the_local_ring_meets_twice_is_seen_once(n):
     made = core("local[chunk=4,look_back=2,look_forward=2,circular=true]")
     leaves = inputs_of(made, n)
-    assert_same(made(*leaves, mask=Mask()), dense(*leaves, torch.ones(n, n, dtype=torch.bool)), leaves)  # five chunks at most: all of them
+    # five chunks at most: all of them
+    assert_same(made(*leaves, mask=Mask()), dense(*leaves, torch.ones(n, n, dtype=torch.bool)), leaves)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("spec", ["lsh[buckets=1,chunk=32]", "lsh[chunk=32]", "lsh[buckets=1,chunk=32,within_buckets=true,count_once=true]"])
+@pytest.mark.parametrize(
+    "spec", ["lsh[buckets=1,chunk=32]", "lsh[chunk=32]", "lsh[buckets=1,chunk=32,within_buckets=true,count_once=true]"]
+)
 def test_one_chunk_is_full_attention_with_shared_queries_and_keys(spec, causal):
-    """The anchor: every token sees every other one; itself only where it is alone. Memory has the weight of every other key."""
+    """The anchor: every token sees every other one; itself only where it is alone. Memory has the weight of every other
+    key."""
     made = core(spec, causal)
     qk, v = inputs_of(made, 23)
     place = torch.arange(23)
@@ -227,8 +268,11 @@ def test_counted_once_it_is_dense_attention_on_the_union_of_the_rounds(causal, w
 @pytest.mark.parametrize("once", ["false", "true"])
 @pytest.mark.parametrize("seed", range(4))
 def test_rounds_in_a_ring_equal_plain_python(seed, once):
-    """Three rounds, so that the round before and the round after are two; look-back and look-ahead meet the ring's ends."""
-    made = core(f"lsh[rounds=3,chunk=4,buckets=4,circular=true,look_back=2,look_forward=1,count_once={once},seed={seed}]")
+    """Three rounds, so that the round before and the round after are two; look-back and look-ahead meet the ring's
+    ends."""
+    made = core(
+        f"lsh[rounds=3,chunk=4,buckets=4,circular=true,look_back=2,look_forward=1,count_once={once},seed={seed}]"
+    )
     qk, v = inputs_of(made, 22, seed)
     valid = torch.arange(22) != 7 * torch.tensor([1, 9])[:, None]
     expected = expected_of(made, qk, v, valid)
@@ -238,15 +282,23 @@ def test_rounds_in_a_ring_equal_plain_python(seed, once):
 
 @pytest.mark.parametrize("together", [1, 3 * 37 * WIDTH, 2**19])
 @pytest.mark.parametrize(
-    "spec", ["lsh[rounds=3,chunk=8]", "lsh[rounds=2,chunk=5,circular=true]", "lsh[rounds=2,chunk=8,stable=true,count_once=true]"]
+    "spec",
+    [
+        "lsh[rounds=3,chunk=8]",
+        "lsh[rounds=2,chunk=5,circular=true]",
+        "lsh[rounds=2,chunk=8,stable=true,count_once=true]",
+    ],
 )
 def test_a_few_heads_at_a_time_are_all_rounds_side_by_side(spec, together, monkeypatch):
-    """The fast path against its twin, forward and backward, in blocks of one head, of all heads of an example, and of the whole batch."""
+    """The fast path against its twin, forward and backward, in blocks of one head, of all heads of an example, and of
+    the whole batch."""
     monkeypatch.setattr(few_heads, "TOGETHER", together)
     valid = torch.arange(37) < torch.tensor([37, 20, 1, 0])[:, None]
     for causal in (False, True):
         for mask in (Mask(decisions={}), Mask(valid, decisions={})):
-            fast, twin, blocks = (core(spec, causal, heads=3, backend=backend) for backend in ("flash", "reference", "blocks"))
+            fast, twin, blocks = (
+                core(spec, causal, heads=3, backend=backend) for backend in ("flash", "reference", "blocks")
+            )
             leaves = inputs_of(fast, 37, batch=4)
             expected = twin(*leaves, mask=mask)
             for one in (fast, blocks):
@@ -265,7 +317,8 @@ def test_nothing_of_the_rounds_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         made(*leaves, mask=Mask())
     numbers = leaves[0].numel()
-    assert sum(kept.values()) < 8 * (5 * numbers + 8 * numbers // WIDTH)  # qk, v, keys, out and their lengths, of 8 bytes
+    # qk, v, keys, out and their lengths, of 8 bytes
+    assert sum(kept.values()) < 8 * (5 * numbers + 8 * numbers // WIDTH)
 
 
 def test_a_token_alone_gives_its_own_value_in_every_dtype():
@@ -289,7 +342,8 @@ def test_lower_precision_agrees_with_float64_on_the_same_buckets(spec, dtype, to
     assert out.dtype == dtype and (out - expected).abs().max() < tolerance
     direction = random(17, *out.shape).detach()
     for got, want in zip(
-        torch.autograd.grad(out, rounded, direction.to(dtype)), torch.autograd.grad(expected, leaves, direction), strict=True
+        torch.autograd.grad(out, rounded, direction.to(dtype)), torch.autograd.grad(expected, leaves, direction),
+        strict=True
     ):  # fmt: skip
         assert (got - want).abs().max() < 4 * tolerance * want.abs().max()
 
@@ -300,7 +354,9 @@ def test_rotations_of_a_round_are_the_same_however_many_rounds_there_are():
     qk, v = inputs_of(four, 27)
     before = four(qk, v, mask=Mask())
     four.rounds = 8
-    assert torch.equal(four(qk, v, mask=Mask()), eight(qk, v, mask=Mask())) and not torch.allclose(four(qk, v, mask=Mask()), before)
+    assert torch.equal(four(qk, v, mask=Mask()), eight(qk, v, mask=Mask())) and not torch.allclose(
+        four(qk, v, mask=Mask()), before
+    )
     four.rounds = 4
     assert torch.equal(four(qk, v, mask=Mask()), before)
 
@@ -354,7 +410,14 @@ def test_buckets_are_the_nearest_of_the_rotated_axes():
 
 @pytest.mark.parametrize(
     ("length", "chunk", "factors"),
-    [(512, 64, (16,)), (64, 4, (4, 8)), (65536, 64, (32, 64)), (16, 64, (2,)), (4096, 64, (128,)), (4096, 8, (8, 8, 16))],
+    [
+        (512, 64, (16,)),
+        (64, 4, (4, 8)),
+        (65536, 64, (32, 64)),
+        (16, 64, (2,)),
+        (4096, 64, (128,)),
+        (4096, 8, (8, 8, 16)),
+    ],
 )
 def test_the_automatic_number_of_buckets_is_twice_the_chunks(length, chunk, factors):
     assert automatic(length, chunk) == factors == core(f"lsh[chunk={chunk}]", max_length=length).factors
@@ -380,7 +443,8 @@ def test_a_step_equals_the_last_rows_of_the_forward_pass(case, sizes):
     if spec["stable"]:  # and of all rows of the whole, since rows do not change when the sequence grows
         whole = made(qk, v, mask=Mask(valid), memory=memory)
         assert (
-            whole[:, :, : sizes[0]] - made(*(x[:, :, : sizes[0]] for x in (qk, v)), mask=Mask(valid[:, : sizes[0]]), memory=memory)
+            whole[:, :, : sizes[0]]
+            - made(*(x[:, :, : sizes[0]] for x in (qk, v)), mask=Mask(valid[:, : sizes[0]]), memory=memory)
         ).abs().max() < 1e-12
 
 
@@ -396,7 +460,9 @@ def test_local_steps_equal_the_forward_pass_and_the_cache_is_bounded(chunk, befo
     state, start = None, 0
     for size in sizes:
         end = start + size
-        out, state = made.step(*(x[:, :, start:end] for x in leaves), mask=Mask(valid[:, :end]), past=state, memory=memory)
+        out, state = made.step(
+            *(x[:, :, start:end] for x in leaves), mask=Mask(valid[:, :end]), past=state, memory=memory
+        )
         assert (out - expected[:, :, start:end]).abs().max() < 1e-12 and state["k"].shape[2] <= (before + 1) * chunk
         start = end
 
@@ -407,23 +473,29 @@ def test_a_ring_that_shows_the_first_chunks_to_the_last_keeps_no_cache():
         made.step(*inputs_of(made, 5), mask=Mask(), past=None)
     ring, plain = core("local[chunk=4,circular=true]", causal=True), core("local[chunk=4]", causal=True)
     leaves = inputs_of(ring, 21)
-    assert torch.equal(ring(*leaves, mask=Mask()), plain(*leaves, mask=Mask()))  # looking back, causality hides the ring
+    # looking back, causality hides the ring
+    assert torch.equal(ring(*leaves, mask=Mask()), plain(*leaves, mask=Mask()))
 
 
 def grows(spec):
     """Whether the first 20 rows are the same in a sequence of 20 and in one of 33."""
     made = core(spec, causal=True)
     qk, v = inputs_of(made, 33)
-    return torch.allclose(made(qk, v, mask=Mask())[:, :, :20], made(qk[:, :, :20], v[:, :, :20], mask=Mask()), rtol=0, atol=1e-12)
+    return torch.allclose(
+        made(qk, v, mask=Mask())[:, :, :20], made(qk[:, :, :20], v[:, :, :20], mask=Mask()), rtol=0, atol=1e-12
+    )
 
 
 def test_stable_rows_stay_when_the_sequence_grows_and_others_need_not():
-    """Why `stable` exists: a chunk border of the sorted sequence depends on later tokens, though no gradient shows it."""
+    """Why `stable` exists: a chunk border of the sorted sequence depends on later tokens, though no gradient shows
+    it."""
     assert grows("lsh[chunk=4,buckets=4,stable=true]") and grows("lsh[chunk=4,buckets=4,stable=true,count_once=true]")
     assert not grows("lsh[chunk=4,buckets=4]") and not grows("lsh[chunk=4,buckets=4,within_buckets=true]")
 
 
-@pytest.mark.parametrize("attention", ["lsh[chunk=4,stable=true,rounds=2]", ("local[chunk=4]", "lsh[chunk=4,stable=true]")])
+@pytest.mark.parametrize(
+    "attention", ["lsh[chunk=4,stable=true,rounds=2]", ("local[chunk=4]", "lsh[chunk=4,stable=true]")]
+)
 @pytest.mark.parametrize("peft", [None, "prefix[length=3]|lora"])
 def test_logits_of_a_stable_model_with_a_cache_equal_those_without(attention, peft, tiny):
     model = effzoo.build("gpt2", attention=attention, peft=peft, task="causal_lm", **tiny).double().eval()
@@ -451,7 +523,8 @@ def test_changing_the_rounds_in_the_middle_of_decoding_says_so():
 
 
 def test_buckets_are_decided_once_for_a_batch():
-    """A second pass over inputs that rounding has moved hashes as the first did: reversible blocks and checkpoints compute the same function."""
+    """A second pass over inputs that rounding has moved hashes as the first did: reversible blocks and checkpoints
+    compute the same function."""
     made = core("lsh[chunk=4]")
     qk, v = inputs_of(made, 31)
     decisions = {}
@@ -459,16 +532,29 @@ def test_buckets_are_decided_once_for_a_batch():
     moved = -qk.detach()  # every bucket would be another
     again = made(moved, v, mask=Mask(decisions=decisions))
     made.rotate_by(-made.rotations)  # which undoes that
-    assert torch.allclose(made(moved, v, mask=Mask()), again, rtol=0, atol=1e-13) and decisions[("buckets", 0)].dtype == torch.int16
+    assert (
+        torch.allclose(made(moved, v, mask=Mask()), again, rtol=0, atol=1e-13)
+        and decisions[("buckets", 0)].dtype == torch.int16
+    )
 
 
 @pytest.mark.parametrize("peft", [None, "lora[rank=2]"])
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_reversible_gradients_equal_the_plain_ones_with_dropout(name, peft, monkeypatch):
-    sizes = {"dim": 16, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 64, "layers": 3, "dropout": 0.1, "attention_dropout": 0.1}
+    sizes = {
+        "dim": 16,
+        "heads": 2,
+        "mlp": 32,
+        "vocab": 53,
+        "max_length": 64,
+        "layers": 3,
+        "dropout": 0.1,
+        "attention_dropout": 0.1,
+    }
     attention = ("local[chunk=4]", "lsh[chunk=4,rounds=2]", "lsh[chunk=4,count_once=true]")
     model = effzoo.build(
-        name, attention=attention, task="token_classification", num_labels=3, peft=peft, norm="pre", residual="reversible", tied=False, **sizes
+        name, attention=attention, task="token_classification", num_labels=3, peft=peft, norm="pre",
+        residual="reversible", tied=False, **sizes
     ).double()  # fmt: skip
     for parameter in model.parameters():
         if parameter.ndim == 2:
@@ -481,7 +567,9 @@ def test_reversible_gradients_equal_the_plain_ones_with_dropout(name, peft, monk
                 patch.setattr(transformer, "reversible", two_streams)
             torch.manual_seed(11)
             loss = model.train()(input_ids=ids, labels=labels).loss
-        found.append((loss, torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)))
+        found.append(
+            (loss, torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True))
+        )
     (loss, grads), (expected_loss, expected) = found
     assert abs(loss - expected_loss) < 1e-12 and max(float(g.abs().max()) for g in expected if g is not None) > 1e-3
     for got, want in zip(grads, expected, strict=True):
@@ -518,7 +606,14 @@ def test_twice_the_length_keeps_and_makes_twice_as_much(spec):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
             self.size = max(
-                [self.size, *(x.untyped_storage().nbytes() for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, torch.Tensor))]
+                [
+                    self.size,
+                    *(
+                        x.untyped_storage().nbytes()
+                        for x in (out if isinstance(out, tuple | list) else [out])
+                        if isinstance(x, torch.Tensor)
+                    ),
+                ]
             )
             return out
 
@@ -527,7 +622,12 @@ def test_twice_the_length_keeps_and_makes_twice_as_much(spec):
         made = core(spec, max_length=128)
         leaves, kept, mode = inputs_of(made, n), [], Largest()
         mode.size = 0
-        with mode, torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.untyped_storage().nbytes()) or x, lambda x: x):
+        with (
+            mode,
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda x, kept=kept: kept.append(x.untyped_storage().nbytes()) or x, lambda x: x
+            ),
+        ):
             made(*leaves, mask=Mask()).sum().backward()
         sizes.append((mode.size, sum(kept)))
     for small, large in pairwise(sizes):
@@ -536,20 +636,28 @@ def test_twice_the_length_keeps_and_makes_twice_as_much(spec):
 
 @pytest.mark.parametrize("name", ["lsh", "local"])
 def test_dropout_drops_each_weight_with_its_probability(name):
-    """Values all 1: the mean over draws stays 1, the spread shows that weights are dropped, also those of tokens alone."""
+    """Values all 1: the mean over draws stays 1, the spread shows that weights are dropped, also those of tokens
+    alone."""
     made = core(f"{name}[chunk=4]", causal=True, dropout=0.25).train()
     leaves = [x.detach() for x in inputs_of(made, 24)]
     leaves[-1] = torch.ones_like(leaves[-1])
     outs = torch.stack([made(*leaves, mask=Mask()) for _ in range(800)])
-    assert (outs.mean(dim=(0, 1, 2, 4)) - 1).abs().max() < 0.05 and set(outs[..., 0, 0].unique().tolist()) == {0.0, 1 / 0.75}
+    assert (outs.mean(dim=(0, 1, 2, 4)) - 1).abs().max() < 0.05 and set(outs[..., 0, 0].unique().tolist()) == {
+        0.0,
+        1 / 0.75,
+    }
 
 
 def test_swapping_copies_the_queries_and_tells(tiny):
     model = effzoo.build("bert", **tiny)
     q = copy.deepcopy(model.blocks[0].attn.q)
     report = effzoo.swap_attention(model, "lsh[chunk=8]")
-    assert report.copied["blocks.0.attn.qk.weight"] == "blocks.0.attn.q.weight" and torch.equal(model.blocks[0].attn.qk.weight, q.weight)
-    assert any(key.endswith("attn.k.weight") for key in report.dropped) and any(key.endswith("attn.v.weight") for key in report.kept)
+    assert report.copied["blocks.0.attn.qk.weight"] == "blocks.0.attn.q.weight" and torch.equal(
+        model.blocks[0].attn.qk.weight, q.weight
+    )
+    assert any(key.endswith("attn.k.weight") for key in report.dropped) and any(
+        key.endswith("attn.v.weight") for key in report.kept
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Every attention kind x every fine-tuning method x {encoder, decoder, reversible, perceiver}: the laws hold, or it is refused with a reason.
+"""Every attention kind x every fine-tuning method x {encoder, decoder, reversible, perceiver}: the laws hold, or it is
+refused with a reason.
 
 Driven by the registry: a new kind or method is in the matrix as soon as it is registered.
 """
@@ -34,12 +35,17 @@ def test_every_method_keeps_the_laws_on_every_kind(method, attention, architectu
     found = cell(METHODS(method), KINDS(attention), architecture)
     assert found.status != "fails", found.reason
     assert (found.status == "refused") == refused(method, attention, architecture), found.reason
-    assert TRACKED[method, attention, architecture] == found.status, "run effzoo matrix --save benchmarks/results/matrix.json"
+    assert TRACKED[method, attention, architecture] == found.status, (
+        "run effzoo matrix --save benchmarks/results/matrix.json"
+    )
 
 
 def test_the_tracked_matrix_of_experts_is_whole_and_nothing_in_it_fails():
-    """Its cells are tried by `effzoo matrix --experts`, some of them in test_modular: all would take as long as the matrix itself."""
-    assert {*EXPERTS} == {(m, a, each) for m in candidates(experts=True) for a in effzoo.attention.names() for each in ARCHITECTURES}
+    """Its cells are tried by `effzoo matrix --experts`, some of them in test_modular: all would take as long as the
+    matrix itself."""
+    assert {*EXPERTS} == {
+        (m, a, each) for m in candidates(experts=True) for a in effzoo.attention.names() for each in ARCHITECTURES
+    }
     assert "fails" not in EXPERTS.values()
 
 

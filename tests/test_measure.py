@@ -1,4 +1,5 @@
-"""Measurements run in turns, are resumable, and time nothing that computes something else; what they say is arithmetic on their rows."""
+"""Measurements run in turns, are resumable, and time nothing that computes something else; what they say is arithmetic
+on their rows."""
 
 import dataclasses
 import json
@@ -18,11 +19,28 @@ from effzoo.measure.layer import MODES, supported
 from effzoo.measure.page import finetune_table, markdown, page, scaling_table
 
 SMALL = {"dim": 16, "heads": 2}
-KINDS = ["full", "blockwise", "longformer[window=8]", "local[chunk=4]", "lsh[rounds=2, chunk=8]", "linformer[k=4]", "perceiver[latents=4]"]
+KINDS = [
+    "full",
+    "blockwise",
+    "longformer[window=8]",
+    "local[chunk=4]",
+    "lsh[rounds=2, chunk=8]",
+    "linformer[k=4]",
+    "perceiver[latents=4]",
+]
 
 
 def quick(**more):
-    return Scaling(**{"kinds": ("full", "longformer[window=8]"), "lengths": (16, 32), "modes": ("forward",), "seconds": 0.0, **SMALL, **more})
+    return Scaling(
+        **{
+            "kinds": ("full", "longformer[window=8]"),
+            "lengths": (16, 32),
+            "modes": ("forward",),
+            "seconds": 0.0,
+            **SMALL,
+            **more,
+        }
+    )
 
 
 def test_cases_run_in_turns_after_the_warm_up():
@@ -66,7 +84,8 @@ def test_decoding_gives_the_last_row_of_the_causal_layer():
     with torch.no_grad():
         x = case.input()
         whole = case.layer()(torch.cat([x, x[:, -1:]], dim=1), effzoo.attention.Mask())
-    assert torch.allclose(torch.cat([step(), step()], dim=1), whole[:, -2:], rtol=0, atol=1e-12)  # each call goes on from the one before
+    # each call goes on from the one before
+    assert torch.allclose(torch.cat([step(), step()], dim=1), whole[:, -2:], rtol=0, atol=1e-12)
 
 
 def test_a_kind_that_differs_from_its_definition_is_not_timed(tmp_path):
@@ -85,18 +104,28 @@ def test_a_kind_that_differs_from_its_definition_is_not_timed(tmp_path):
         found = quick(kinds=("full", "nearly_full"), lengths=(32,)).run(tmp_path / "rows.jsonl")
     right, broken = found
     assert right["seconds"] > 0 and "failed" not in right
-    assert "the output differs from the definition by" in broken["failed"] and "seconds" not in broken and "peak_bytes" not in broken
+    assert (
+        "the output differs from the definition by" in broken["failed"]
+        and "seconds" not in broken
+        and "peak_bytes" not in broken
+    )
 
 
 def test_a_suite_goes_on_where_it_stopped(tmp_path):
     path = tmp_path / "rows.jsonl"
     first = quick().run(path)
-    assert [(row["attention"], row["n"]) for row in first] == [("full", 16), ("longformer[window=8]", 16), ("full", 32), ("longformer[window=8]", 32)]
+    assert [(row["attention"], row["n"]) for row in first] == [
+        ("full", 16),
+        ("longformer[window=8]", 16),
+        ("full", 32),
+        ("longformer[window=8]", 32),
+    ]
     text = path.read_text()
     assert quick().run(path) == first and path.read_text() == text
     path.write_text("".join(text.splitlines(keepends=True)[:3]))  # killed before the last row
     again = quick().run(path)
-    assert [row["attention"] for row in again[3:]] == ["full", "longformer[window=8]"]  # with the reference, for the ratio
+    # with the reference, for the ratio
+    assert [row["attention"] for row in again[3:]] == ["full", "longformer[window=8]"]
     assert all(row["machine"] and row["versions"]["torch"] == torch.__version__ for row in again)
     path.write_text(text + '{"half a')
     assert [row["attention"] for row in files.read(path, "scaling")] == [row["attention"] for row in first]
@@ -105,7 +134,8 @@ def test_a_suite_goes_on_where_it_stopped(tmp_path):
 @pytest.mark.parametrize("cut", range(1, 200, 7))
 def test_a_row_that_was_half_written_is_told_and_the_next_one_begins_a_line(tmp_path, caplog, cut):
     """A killed writer leaves a part of a line; `cut` is how much of it."""
-    path, made = tmp_path / "rows.jsonl", [json.loads(json.dumps(row("full", n, 1.0) | {"device": "cpu"})) for n in (8, 16, 32)]
+    path = tmp_path / "rows.jsonl"
+    made = [json.loads(json.dumps(row("full", n, 1.0) | {"device": "cpu"})) for n in (8, 16, 32)]
     files.append(path, made)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:2]) + lines[2][:cut])
@@ -117,7 +147,8 @@ def test_a_row_that_was_half_written_is_told_and_the_next_one_begins_a_line(tmp_
 
 
 def test_a_whole_row_without_its_end_is_a_row(tmp_path):
-    path, made = tmp_path / "rows.jsonl", [json.loads(json.dumps(row("full", n, 1.0) | {"device": "cpu"})) for n in (8, 16)]
+    path = tmp_path / "rows.jsonl"
+    made = [json.loads(json.dumps(row("full", n, 1.0) | {"device": "cpu"})) for n in (8, 16)]
     files.append(path, made)
     path.write_text(path.read_text().rstrip())
     files.append(path, made[:1])
@@ -131,7 +162,10 @@ def test_a_whole_row_without_its_end_is_a_row(tmp_path):
         ("[1, 2]", "line 1 is no row of a suite"),
         ("null", "line 1 is no row of a suite"),
         ('{"suite": "mine"}', "line 1 is no row of a suite"),
-        ('{"suite": "finetune", "attention": "full"}', "is of the suite 'finetune', not 'scaling'; give each suite a folder of its own"),
+        (
+            '{"suite": "finetune", "attention": "full"}',
+            "is of the suite 'finetune', not 'scaling'; give each suite a folder of its own",
+        ),
         ('{"suite": "scaling", "attention": "full"}', "lacks 'mode', which every row of the suite 'scaling' has"),
     ],
 )
@@ -150,15 +184,17 @@ def test_the_peak_of_a_pass_holds_at_least_what_it_makes_and_failures_are_told()
     n, dim = 4096, 64
     found = peak(Case("linformer[k=8]", "train", n, dim, 2))
     one = 4 * n * dim  # bytes of a float32 tensor as long as the sequence
-    assert found.seconds > 0 and 6 * one < found.bytes < 60 * one  # x and its gradient, the upstream one, q, k, v, the heads, the output
+    # x and its gradient, the upstream one, q, k, v, the heads, the output
+    assert found.seconds > 0 and 6 * one < found.bytes < 60 * one
     failed = peak(Case("longformer[window=3]", "forward", 16, 16, 2))
     assert failed.bytes is None and "windows are even" in failed.failed
 
 
 def row(kind, n, ratio, mode="train"):
-    return {"suite": "scaling", "attention": kind, "mode": mode, "n": n, "seconds": ratio, "quartiles": (ratio, ratio), "ratio": ratio,
-            "ratio_quartiles": (ratio, ratio), "peak_bytes": n << 20, "dim": 8, "heads": 1, "batch": 1, "dtype": "float32", "machine": "<abacus>",
-            "versions": {"torch": "2"}, "commit": "abc"}  # fmt: skip
+    return {"suite": "scaling", "attention": kind, "mode": mode, "n": n, "seconds": ratio,
+            "quartiles": (ratio, ratio), "ratio": ratio,
+            "ratio_quartiles": (ratio, ratio), "peak_bytes": n << 20, "dim": 8, "heads": 1, "batch": 1,
+            "dtype": "float32", "machine": "<abacus>", "versions": {"torch": "2"}, "commit": "abc"}  # fmt: skip
 
 
 def test_the_crossover_is_the_length_from_which_on_a_kind_stays_faster():
@@ -177,7 +213,11 @@ def test_the_report_holds_tables_and_figures_and_nothing_outside_it(tmp_path):
     text = report.write(rows, tmp_path).read_text()
     assert "&lt;abacus&gt;" in text and "<abacus>" not in text and "http" not in text
     assert text.count("<table>") == 1 and text.count("data:image/png;base64,") == 3
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["train_memory.png", "train_ratio.png", "train_time.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        "train_memory.png",
+        "train_ratio.png",
+        "train_time.png",
+    ]
     with pytest.raises(InputError, match="needs rows with times"):
         report.write([{"suite": "scaling", "failed": "out of memory"}], tmp_path)
     assert "&lt;b&gt;" in page("<b>", "", {})
@@ -189,7 +229,9 @@ SIZES = {"layers": 1, "dim": 16, "heads": 2, "mlp": 32, "vocab": 50}
 def test_a_training_step_moves_the_adapter_alone(monkeypatch):
     step = Step("longformer[window=8]", "lora[rank=2]", 16, 2, sizes=SIZES)
     kept = {}
-    monkeypatch.setattr("effzoo.measure.finetuning.Step.trained", lambda self, build=Step.trained: kept.setdefault("model", build(self)))
+    monkeypatch.setattr(
+        "effzoo.measure.finetuning.Step.trained", lambda self, build=Step.trained: kept.setdefault("model", build(self))
+    )
     run = step.runner()
     before = {name: tensor.clone() for name, tensor in kept["model"].state_dict().items()}
     run()
@@ -203,18 +245,43 @@ def test_the_finetune_suite_counts_saved_bytes_by_cause_and_writes_refusals_down
     monkeypatch.setattr("effzoo.measure.finetuning.SIZES", SIZES)
     suite = Finetuning(("full",), ("full", "lora[rank=2]", "residual_adapter"), length=16, batch=2, seconds=0.0)
     full, lora, refused = suite.run(tmp_path / "rows.jsonl")
-    planned = effzoo.plan("bert", "lora[rank=2]", batch=2, length=16, recompute="hidden", **Step("full", "lora[rank=2]", 16, 2).choices())
+    planned = effzoo.plan(
+        "bert", "lora[rank=2]", batch=2, length=16, recompute="hidden", **Step("full", "lora[rank=2]", 16, 2).choices()
+    )
     assert lora["saved"] == dict(planned.activations) and sum(lora["saved"].values()) < sum(full["saved"].values())
-    assert lora["trainable"] == planned.trainable and lora["tokens_per_second"] == 32 / lora["seconds"] and full["ratio"] == 1.0
+    assert (
+        lora["trainable"] == planned.trainable
+        and lora["tokens_per_second"] == 32 / lora["seconds"]
+        and full["ratio"] == 1.0
+    )
     assert "Conv2d" in refused["failed"] and "seconds" not in refused
     assert suite.run(tmp_path / "rows.jsonl") == [full, lora, refused]
-    assert [line[1] for line in finetune_table([full, lora, refused])[1:]] == ["`full`", "`lora[rank=2]`", "`residual_adapter`"]
+    assert [line[1] for line in finetune_table([full, lora, refused])[1:]] == [
+        "`full`",
+        "`lora[rank=2]`",
+        "`residual_adapter`",
+    ]
     assert report.write([full, lora, refused], tmp_path).exists()
 
 
 def test_bench_on_the_command_line_leaves_rows_and_a_page(tmp_path):
-    sizes = ["--length", "32", "--dim", "16", "--heads", "2", "--seconds", "0", "--mode", "decode", "--out", str(tmp_path)]
-    done = CliRunner().invoke(app, ["bench", "scaling", "--attention", "full", "--attention", "longformer[window=8]", *sizes])
+    sizes = [
+        "--length",
+        "32",
+        "--dim",
+        "16",
+        "--heads",
+        "2",
+        "--seconds",
+        "0",
+        "--mode",
+        "decode",
+        "--out",
+        str(tmp_path),
+    ]
+    done = CliRunner().invoke(
+        app, ["bench", "scaling", "--attention", "full", "--attention", "longformer[window=8]", *sizes]
+    )
     assert done.exit_code == 0, done.output
     assert "decode: milliseconds" in done.output and "longformer[window=8]" in done.output and "wrote" in done.output
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2 and (tmp_path / "index.html").exists()

@@ -1,4 +1,5 @@
-"""Measuring on a device: what does not fit, devices that are not there, a file for each card, and what is counted instead of planned."""
+"""Measuring on a device: what does not fit, devices that are not there, a file for each card, and what is counted
+instead of planned."""
 
 import gc
 import json
@@ -95,17 +96,26 @@ def test_suites_write_down_what_does_not_fit_and_go_on(tmp_path, monkeypatch):
         monkeypatch.setattr(f"effzoo.measure.{module}.peak", lambda case, limit=None: Peak(1, 0.0))
     suite = Scaling(("full", "local", "blockwise"), (32, 64), ("forward",), dim=16, heads=2, seconds=0.0)
     found = suite.run(tmp_path / "scaling.jsonl")
-    assert [(row["attention"], "seconds" in row) for row in found] == 2 * [("full", True), ("local", False), ("blockwise", True)]
+    assert [(row["attention"], "seconds" in row) for row in found] == 2 * [
+        ("full", True),
+        ("local", False),
+        ("blockwise", True),
+    ]
     assert all(row["alone"] for row in found[:3]) and found[1]["failed"] == "out of memory"
-    assert found[4]["failed"] == "out of memory at n = 32" and files.read(tmp_path / "scaling.jsonl", "scaling") == found
+    assert (
+        found[4]["failed"] == "out of memory at n = 32" and files.read(tmp_path / "scaling.jsonl", "scaling") == found
+    )
     monkeypatch.setattr("effzoo.measure.finetuning.SIZES", SIZES)
-    full, lora = Finetuning(("full",), ("full", "lora"), length=16, batch=2, seconds=0.0).run(tmp_path / "finetune.jsonl")
+    full, lora = Finetuning(("full",), ("full", "lora"), length=16, batch=2, seconds=0.0).run(
+        tmp_path / "finetune.jsonl"
+    )
     assert full["seconds"] > 0 and lora["failed"] == "out of memory" and lora["saved"]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("kind", "method"), [("full", "full"), ("longformer[window=8]", "lora"), ("lsh[chunk=8]", "prefix"), ("linformer[k=4]", "ladder")]
+    ("kind", "method"),
+    [("full", "full"), ("longformer[window=8]", "lora"), ("lsh[chunk=8]", "prefix"), ("linformer[k=4]", "ladder")],
 )
 def test_what_a_step_keeps_is_counted_and_equals_what_is_planned(kind, method, precision):
     step = Step(kind, method, 32, 2, sizes={**SIZES, "layers": 2}, precision=precision)
@@ -113,13 +123,23 @@ def test_what_a_step_keeps_is_counted_and_equals_what_is_planned(kind, method, p
     assert step.kept() == dict(effzoo.plan("bert", method, batch=2, length=32, **how, **step.choices()).activations)
 
 
-KINDS = ["full", "blockwise", "blockwise[blocks=3]", "longformer[window=8]", "longformer[window=4, dilation=(1, 3, 1, 3)]", "local[chunk=4]"]
+KINDS = [
+    "full",
+    "blockwise",
+    "blockwise[blocks=3]",
+    "longformer[window=8]",
+    "longformer[window=4, dilation=(1, 3, 1, 3)]",
+    "local[chunk=4]",
+]
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", [*KINDS, "blockwise[block=8, blocks=8]"])
 def test_pairs_are_those_of_the_definition(kind, causal):
-    core = create(kind, Context(heads=4, head_dim=8, causal=causal and "blocks=3" not in kind and kind != "blockwise", max_length=64))
+    core = create(
+        kind,
+        Context(heads=4, head_dim=8, causal=causal and "blocks=3" not in kind and kind != "blockwise", max_length=64),
+    )
     for n in (1, 7, 37, 64):
         whole = core.pattern(n, Mask()).expand(1, 4, n, n)
         assert pairs(core, n) == whole.sum() / 4
@@ -154,14 +174,20 @@ def test_counting_pairs_makes_nothing_of_the_size_of_all_pairs(kind):
 
 
 def test_a_device_that_is_not_there_is_said_with_what_to_try(tmp_path, monkeypatch):
-    with pytest.raises(OptionError, match=r"built without CUDA; install a build of torch for CUDA, or measure on the CPU"):
+    with pytest.raises(
+        OptionError, match=r"built without CUDA; install a build of torch for CUDA, or measure on the CPU"
+    ):
         Scaling(device="cuda").run(tmp_path / "rows.jsonl")
     with pytest.raises(OptionError, match="built without CUDA"):
         Finetuning(device="cuda").run(tmp_path / "rows.jsonl")
     with pytest.raises(OptionError, match="a device is cpu, cuda or cuda:1, got 'gpu'"):
         cards.need("gpu")
     done = CliRunner().invoke(app, ["bench", "scaling", "--device", "cuda", "--out", str(tmp_path)])
-    assert done.exit_code and "built without CUDA" in " ".join((done.output + (done.stderr or "")).split()) and not list(tmp_path.iterdir())
+    assert (
+        done.exit_code
+        and "built without CUDA" in " ".join((done.output + (done.stderr or "")).split())
+        and not list(tmp_path.iterdir())
+    )
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(OptionError, match=r"is built for CUDA 13.0, and sees no GPU; look at nvidia-smi"):
         cards.need("cuda")
@@ -181,7 +207,10 @@ def test_a_script_says_it_too(monkeypatch, capsys):
     assert "built without CUDA" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("asked", [["scaling", "--tiny"], ["gpu", "--report", "x"], ["peers", "--card", "A100"], ["predict", "--device", "cuda"]])
+@pytest.mark.parametrize(
+    "asked",
+    [["scaling", "--tiny"], ["gpu", "--report", "x"], ["peers", "--card", "A100"], ["predict", "--device", "cuda"]],
+)
 def test_an_option_of_another_suite_is_refused(asked, monkeypatch, capsys):
     run = effzoo_script("run")
     monkeypatch.setattr(sys, "argv", ["run.py", *asked])
@@ -225,7 +254,11 @@ def test_a_row_on_a_gpu_says_card_capability_cuda_driver_and_triton_and_has_a_fi
     made = files.made({"suite": "scaling", "seconds": 1.0}, "cuda")
     assert made["machine"] == gpu
     assert made["versions"].keys() == {"python", "torch", "cuda", "driver", "triton", "capability", "memory"}
-    assert made["versions"]["cuda"] == "13.0" and made["versions"]["capability"] == "9.0" and made["versions"]["memory"] == "80 GiB"
+    assert (
+        made["versions"]["cuda"] == "13.0"
+        and made["versions"]["capability"] == "9.0"
+        and made["versions"]["memory"] == "80 GiB"
+    )
     assert cards.file_name("cuda") == "nvidia-h100-80gb-hbm3-a-double" and cards.file_name("cpu") == "cpu"
     row = {name: 1 for name in files.SUITES["scaling"]} | {"suite": "scaling"}
     (tmp_path / "rows.jsonl").write_text(json.dumps({**row, "machine": "NVIDIA A100"}) + "\n")
@@ -237,7 +270,9 @@ def test_a_row_on_a_gpu_says_card_capability_cuda_driver_and_triton_and_has_a_fi
 def test_times_of_a_simulated_device_are_refused(gpu, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     assert files.made({"suite": "scaling", "peak_bytes": 1}, "cuda")["machine"] == gpu
-    with pytest.raises(OptionError, match="simulated on the CPU, so its times mean nothing: ratio, seconds are not written"):
+    with pytest.raises(
+        OptionError, match="simulated on the CPU, so its times mean nothing: ratio, seconds are not written"
+    ):
         files.made({"suite": "scaling", "seconds": 1.0, "ratio": 1.0}, "cuda")
 
 
@@ -265,7 +300,9 @@ def test_a_pass_on_a_gpu_is_timed_after_its_kernels_are_compiled_and_longest_cou
     assert found.bytes == 1 and found.seconds > 0 and len(calls) == 2
     peak(Pass(calls), limit=0.0)
     assert len(calls) == 3, "no second pass after one that takes too long"
-    assert peak(Pass([], "Triton Error [CUDA]: invalid\nargument")).failed == "RuntimeError: Triton Error [CUDA]: invalid"
+    assert peak(Pass([], "Triton Error [CUDA]: invalid\nargument")).failed == (
+        "RuntimeError: Triton Error [CUDA]: invalid"
+    )
     assert peak(Pass([], "DefaultCPUAllocator: can't allocate memory")).failed == "out of memory"
 
 

@@ -1,4 +1,5 @@
-"""Each method computes the formula of its paper, written out by hand, and trains the number of parameters that the formula says."""
+"""Each method computes the formula of its paper, written out by hand, and trains the number of parameters that the
+formula says."""
 
 import copy
 
@@ -14,9 +15,16 @@ HEAD = D * LABELS + LABELS
 
 
 def build(tiny, attention="full", peft=None, name="minilm", **more):
-    """A classification model whose head is one linear layer, in float64, with every parameter away from its initial value."""
+    """A classification model whose head is one linear layer, in float64, with every parameter away from its initial
+    value."""
     model = effzoo.build(
-        name, attention=attention, task="classification", num_labels=LABELS, pooling="mean", head_dense=False, **{**tiny, **more}
+        name,
+        attention=attention,
+        task="classification",
+        num_labels=LABELS,
+        pooling="mean",
+        head_dense=False,
+        **{**tiny, **more},
     ).double()
     if peft:
         effzoo.attach(model, peft)
@@ -58,10 +66,17 @@ def test_lora_dropout_acts_on_the_input_of_a_in_training_only(tiny):
 def test_ia3_scales_keys_values_and_the_hidden_units_after_the_activation(tiny):
     model = build(tiny, peft="ia3")
     block, x = model.blocks[0], torch.randn(5, D, dtype=torch.float64)
-    scale = {name: site(model, f"blocks.0.{name}").adapters["default"]["ia3"].scale for name in ("attn.k", "attn.v", "mlp.down")}
-    assert torch.allclose(block.attn.k(x), scale["attn.k"] * F.linear(x, block.attn.k.weight, block.attn.k.bias), atol=1e-12)
+    scale = {
+        name: site(model, f"blocks.0.{name}").adapters["default"]["ia3"].scale
+        for name in ("attn.k", "attn.v", "mlp.down")
+    }
+    assert torch.allclose(
+        block.attn.k(x), scale["attn.k"] * F.linear(x, block.attn.k.weight, block.attn.k.bias), atol=1e-12
+    )
     hidden = F.gelu(F.linear(x, block.mlp.up.weight, block.mlp.up.bias))
-    assert torch.allclose(block.mlp(x), F.linear(scale["mlp.down"] * hidden, block.mlp.down.weight, block.mlp.down.bias), atol=1e-12)
+    assert torch.allclose(
+        block.mlp(x), F.linear(scale["mlp.down"] * hidden, block.mlp.down.weight, block.mlp.down.bias), atol=1e-12
+    )
 
 
 def test_houlsby_is_a_residual_bottleneck_before_the_residual_and_norm(tiny):
@@ -69,11 +84,14 @@ def test_houlsby_is_a_residual_bottleneck_before_the_residual_and_norm(tiny):
     branch, y = model.blocks[1].mlp_branch, torch.randn(5, D, dtype=torch.float64)
     module = branch.adapters["default"]["houlsby"]
     hidden = F.relu(F.linear(y, module.down.weight, module.down.bias))
-    assert torch.allclose(branch(torch.zeros_like(y), y), y + F.linear(hidden, module.up.weight, module.up.bias), atol=1e-12)
+    assert torch.allclose(
+        branch(torch.zeros_like(y), y), y + F.linear(hidden, module.up.weight, module.up.bias), atol=1e-12
+    )
 
 
 def test_prefix_is_the_gated_sum_of_two_attentions(tiny):
-    """(1 - lambda) Attn(q, K, V) + lambda Attn(q, P_k, P_v), lambda the softmax mass of the prefix (He et al. 2022, eq. 5)."""
+    """(1 - lambda) Attn(q, K, V) + lambda Attn(q, P_k, P_v), lambda the softmax mass of the prefix (He et al. 2022, eq.
+    5)."""
     model = build(tiny, peft="prefix[length=3]")
     attn, x = model.blocks[0].attn, torch.randn(1, 5, D, dtype=torch.float64)
     q, k, v = (attn.project(name, x, effzoo.attention.Mask()) for name in "qkv")
@@ -88,7 +106,8 @@ def test_prefix_is_the_gated_sum_of_two_attentions(tiny):
 def test_prompt_equals_the_rows_written_into_the_input(tiny, name):
     """A prompt is `inputs_embeds` with its rows in front; what comes out at the rows is cut off."""
     model = effzoo.build(name, task="token_classification", **tiny).double().eval()
-    model.embeddings.token_type = None  # the types of prompt rows are those of the first token; without types nothing is left to choose
+    # the types of prompt rows are those of the first token; without types nothing is left to choose
+    model.embeddings.token_type = None
     prompted = effzoo.attach(copy.deepcopy(model), "prompt[length=4]")
     rows = site(prompted, "embeddings.token").adapters["default"]["prompt"].tokens
     prompted.head.out.roster = None  # the same head as the bare model
@@ -102,7 +121,8 @@ def test_prompt_equals_the_rows_written_into_the_input(tiny, name):
 
 
 def test_prompt_rows_are_global_in_longformer(tiny):
-    """With window 2 a distant token sees the prompt only because it is global: its output depends on the prompt in one layer."""
+    """With window 2 a distant token sees the prompt only because it is global: its output depends on the prompt in one
+    layer."""
     model = build({**tiny, "layers": 1}, attention="longformer[window=2]", peft="prompt[length=2]", name="minilm")
     model.task = "token_classification"  # no default global token
     rows = site(model, "embeddings.token").adapters["default"]["prompt"].tokens
@@ -112,7 +132,11 @@ def test_prompt_rows_are_global_in_longformer(tiny):
 
 COUNTS = [
     ("head", "full", HEAD),
-    ("full", "full", VOCAB * D + 64 * D + 2 * D + 2 * D + LAYERS * (4 * (D * D + D) + 4 * D + 2 * D * MLP + MLP + D) + HEAD),
+    (
+        "full",
+        "full",
+        VOCAB * D + 64 * D + 2 * D + 2 * D + LAYERS * (4 * (D * D + D) + 4 * D + 2 * D * MLP + MLP + D) + HEAD,
+    ),
     ("bitfit", "full", D + LAYERS * (4 * D + D + MLP + D + D) + HEAD),
     ("bitfit[targets=(attn.q*, mlp.up)]", "full", LAYERS * (D + MLP) + HEAD),
     ("lora[rank=4]", "full", LAYERS * 2 * 2 * D * 4 + HEAD),
@@ -137,7 +161,9 @@ def test_trainable_parameters_are_the_closed_form(tiny, spec, attention, count):
 def test_changed_entries_and_rank_of_the_change(tiny):
     accounts = {}
     for spec in ("lora[rank=4]", "ia3", "bitfit", "houlsby", "lora[rank=4]|bitfit"):
-        accounts[spec] = effzoo.account(effzoo.build("minilm", peft=spec, task="classification", num_labels=LABELS, **tiny))
+        accounts[spec] = effzoo.account(
+            effzoo.build("minilm", peft=spec, task="classification", num_labels=LABELS, **tiny)
+        )
     biases = D + LAYERS * (4 * D + D + MLP + D + D)
     assert (accounts["lora[rank=4]"].changed, accounts["lora[rank=4]"].rank) == (LAYERS * 2 * D * D + HEAD, 4)
     assert (accounts["ia3"].changed, accounts["ia3"].rank) == (LAYERS * (2 * D * D + 2 * D + D * MLP) + HEAD, "full")
@@ -156,7 +182,13 @@ def test_the_rank_that_is_declared_is_the_rank_of_the_merged_change(tiny):
 @pytest.mark.parametrize("name", ["minilm", "gpt2"])
 @pytest.mark.parametrize("attention", ["full", "longformer[window=4]"])
 @pytest.mark.parametrize(
-    "spec", ["lora|ia3|bitfit", "ia3|lora", "bitfit|ia3[targets=(attn.q, attn.k, mlp.down)]|lora[targets=(attn.*, mlp.*)]", "full|lora"]
+    "spec",
+    [
+        "lora|ia3|bitfit",
+        "ia3|lora",
+        "bitfit|ia3[targets=(attn.q, attn.k, mlp.down)]|lora[targets=(attn.*, mlp.*)]",
+        "full|lora",
+    ],
 )
 def test_merging_a_union_computes_what_the_attached_union_computes(tiny, name, attention, spec):
     if "attn.*" in spec:

@@ -23,8 +23,11 @@ KINDS = effzoo.attention.names()
 
 
 def build(tiny, attention="full", peft=None, name="minilm", **more):
-    """A classification model whose head is one linear layer, in float64, with every parameter (of the adapter too) away from its initial value."""
-    model = effzoo.build(name, attention=attention, task="classification", num_labels=LABELS, pooling="mean", **{**tiny, **more}).double()
+    """A classification model whose head is one linear layer, in float64, with every parameter (of the adapter too) away
+    from its initial value."""
+    model = effzoo.build(
+        name, attention=attention, task="classification", num_labels=LABELS, pooling="mean", **{**tiny, **more}
+    ).double()
     if peft:
         effzoo.attach(model, peft)
     with torch.no_grad():
@@ -66,7 +69,9 @@ def test_unipelt_is_the_papers_three_gates_forward_and_backward(tiny):
     prefix = module(model, "blocks.0.attn.memory", "unipelt")
     loras = {name: module(model, f"blocks.0.attn.{name}", "unipelt") for name in "qv"}
     adapter = module(model, "blocks.0.mlp_branch", "unipelt")
-    assert loras["q"].gate is loras["v"].gate and loras["q"].gate is not module(model, "blocks.1.attn.q", "unipelt").gate
+    assert (
+        loras["q"].gate is loras["v"].gate and loras["q"].gate is not module(model, "blocks.1.attn.q", "unipelt").gate
+    )
 
     g_prefix, g_lora = gate(prefix.gate.linear, x, valid), gate(loras["q"].gate.linear, x, valid)
     q, k, v = (F.linear(x, getattr(attn, name).weight, getattr(attn, name).bias) for name in "qkv")
@@ -77,7 +82,9 @@ def test_unipelt_is_the_papers_three_gates_forward_and_backward(tiny):
     heads = F.scaled_dot_product_attention(q, torch.cat([keys, k], 2), torch.cat([values, v], 2), attn_mask=allowed)
     attended = F.linear(heads.transpose(1, 2).flatten(2), attn.o.weight, attn.o.bias)
     h = F.layer_norm(x + attended, (D,), block.attn_norm.weight, block.attn_norm.bias, block.attn_norm.eps)
-    fed = F.linear(F.gelu(F.linear(h, block.mlp.up.weight, block.mlp.up.bias)), block.mlp.down.weight, block.mlp.down.bias)
+    fed = F.linear(
+        F.gelu(F.linear(h, block.mlp.up.weight, block.mlp.up.bias)), block.mlp.down.weight, block.mlp.down.bias
+    )
     inner = F.linear(F.relu(F.linear(fed, adapter.down.weight, adapter.down.bias)), adapter.up.weight, adapter.up.bias)
     fed = fed + gate(adapter.gate.linear, h, valid)[:, None, None] * inner
     expected = F.layer_norm(h + fed, (D,), block.mlp_norm.weight, block.mlp_norm.bias, block.mlp_norm.eps)
@@ -90,14 +97,17 @@ def test_unipelt_is_the_papers_three_gates_forward_and_backward(tiny):
         assert torch.allclose(got, wanted, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lsh"])  # whose chunks depend on the length; the next test holds for it
+# whose chunks depend on the length; the next test holds for it
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lsh"])
 def test_gates_do_not_see_padding(tiny, kind):
     """Whatever stands there, and however much of it: every example computes what it computes alone."""
     attention = "perceiver[latents=4]" if kind == "perceiver" else small(kind)
     model, inputs = build(tiny, attention, UNIPELT), batch()
     out = model(**inputs).logits
     garbage = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 50)
-    assert torch.allclose(model(input_ids=garbage, attention_mask=inputs["attention_mask"]).logits, out, rtol=0, atol=1e-10)
+    assert torch.allclose(
+        model(input_ids=garbage, attention_mask=inputs["attention_mask"]).logits, out, rtol=0, atol=1e-10
+    )
     alone = model(input_ids=inputs["input_ids"][1:2, :5]).logits
     assert torch.allclose(out[1:2], alone, rtol=0, atol=1e-10)
 
@@ -105,7 +115,12 @@ def test_gates_do_not_see_padding(tiny, kind):
 def test_garbage_at_padding_does_not_matter_in_lsh_either(tiny):
     model, inputs = build(tiny, small("lsh"), UNIPELT), batch()
     garbage = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 50)
-    assert torch.allclose(model(input_ids=garbage, attention_mask=inputs["attention_mask"]).logits, model(**inputs).logits, rtol=0, atol=1e-10)
+    assert torch.allclose(
+        model(input_ids=garbage, attention_mask=inputs["attention_mask"]).logits,
+        model(**inputs).logits,
+        rtol=0,
+        atol=1e-10,
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,7 +135,9 @@ def test_a_checkpoint_computes_with_the_gates_of_its_own_layer_and_batch(tiny, k
         model.train()
         first, second = model(**batch()), model(**other)
         (first.loss + second.loss).backward()
-        kept.append((first.logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        kept.append(
+            (first.logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        )
     assert_same(*kept)
 
 
@@ -182,10 +199,13 @@ def test_gates_can_be_averaged_over_adapters_but_not_chosen_by_row(tiny):
 def test_deep_prompts_beside_unipelt_read_through_its_gated_lora(tiny):
     """Rows that belong to no example: their own gate is the mean over all of them."""
     model = build(tiny, peft="unipelt|deep_prompt[length=3]")
-    rows, lora, attn = module(model, "blocks.0.attn.memory", "deep_prompt").tokens, module(model, "blocks.0.attn.v", "unipelt"), model.blocks[0].attn
+    rows = module(model, "blocks.0.attn.memory", "deep_prompt").tokens
+    lora, attn = module(model, "blocks.0.attn.v", "unipelt"), model.blocks[0].attn
     own = (rows @ lora.gate.linear.weight[0] + lora.gate.linear.bias).sigmoid().mean()
     expected = F.linear(rows, attn.v.weight, attn.v.bias) + own * (rows @ lora.A.T @ lora.B.T)
-    assert torch.allclose(attn.keys_values(rows)[1], expected.unflatten(-1, (2, -1)).transpose(0, 1), rtol=0, atol=1e-12)
+    assert torch.allclose(
+        attn.keys_values(rows)[1], expected.unflatten(-1, (2, -1)).transpose(0, 1), rtol=0, atol=1e-12
+    )
     found(model)
 
 
@@ -217,7 +237,9 @@ def test_the_network_of_the_prefix_is_dropped_and_the_output_stays_bit_by_bit(ti
     before, more = model(**batch()).logits, effzoo.account(model).stored
     effzoo.peft.finish(model)
     assert torch.equal(model(**batch()).logits, before)
-    assert effzoo.account(model).stored == more - (3 * D + D * 5 + 5) - LAYERS * (5 * 2 * D + 2 * D) + LAYERS * 3 * 2 * D
+    assert (
+        effzoo.account(model).stored == more - (3 * D + D * 5 + 5) - LAYERS * (5 * 2 * D + 2 * D) + LAYERS * 3 * 2 * D
+    )
     loaded = effzoo.load_adapter(base, effzoo.save_adapter(model, tmp_path))
     assert torch.equal(loaded(**batch()).logits, before)
 
@@ -229,7 +251,8 @@ def test_the_prefix_of_a_combination_starts_from_activations_too(tiny, spec):
     effzoo.attach(model, spec.replace("[", "[length=10, "))
     for each in (alone, model):
         effzoo.peft.calibrate(each, [batch()])
-    one, other = module(model, "blocks.0.attn.memory", spec.partition("[")[0]), module(alone, "blocks.0.attn.memory", "prefix")
+    one = module(model, "blocks.0.attn.memory", spec.partition("[")[0])
+    other = module(alone, "blocks.0.attn.memory", "prefix")
     assert torch.equal(getattr(one, "prefix", one).keys, other.keys)
 
 
@@ -238,7 +261,15 @@ def test_the_prefix_of_a_combination_starts_from_activations_too(tiny, spec):
 
 @pytest.mark.parametrize(
     ("depth", "sizes"),
-    [(1, (0, 0, 1, 0)), (2, (0, 1, 1, 0)), (3, (0, 1, 1, 1)), (4, (1, 1, 1, 1)), (6, (1, 2, 2, 1)), (12, (2, 4, 4, 2)), (24, (4, 8, 8, 4))],
+    [
+        (1, (0, 0, 1, 0)),
+        (2, (0, 1, 1, 0)),
+        (3, (0, 1, 1, 1)),
+        (4, (1, 1, 1, 1)),
+        (6, (1, 2, 2, 1)),
+        (12, (2, 4, 4, 2)),
+        (24, (4, 8, 8, 4)),
+    ],
 )
 def test_the_groups_of_s4_are_a_spindle(depth, sizes):
     groups = [group_of(layer, depth) for layer in range(depth)]
@@ -251,7 +282,13 @@ S4_LAYER = {1: ADAPTER + LORA, 2: ADAPTER + PREFIX, 3: ADAPTER + PREFIX + BIASES
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 6])
 def test_s4_trains_in_each_layer_what_its_group_has(tiny, depth):
-    model = effzoo.build("minilm", peft="s4[bottleneck=3, rank=2, length=5]", task="classification", num_labels=LABELS, **{**tiny, "layers": depth})
+    model = effzoo.build(
+        "minilm",
+        peft="s4[bottleneck=3, rank=2, length=5]",
+        task="classification",
+        num_labels=LABELS,
+        **{**tiny, "layers": depth},
+    )
     for layer in range(depth):
         hung = [s.adapters["default"] for _, s in sites(model) if s.layer == layer and "default" in s.adapters]
         assert sum(p.numel() for modules in hung for p in modules.parameters()) == S4_LAYER[group_of(layer, depth)]
@@ -260,20 +297,28 @@ def test_s4_trains_in_each_layer_what_its_group_has(tiny, depth):
 
 def test_s4_computes_what_a_map_of_layers_to_unions_computes(tiny):
     tiny = {**tiny, "layers": 4}
-    adapters, low, flat = "houlsby[bottleneck=3, activation=relu, targets=(attn.branch, mlp.branch)]", "lora[rank=2]", "prefix[length=5]"
+    adapters, low = "houlsby[bottleneck=3, activation=relu, targets=(attn.branch, mlp.branch)]", "lora[rank=2]"
+    flat = "prefix[length=5]"
     biases = "bitfit[targets=(attn.q, attn.k, attn.v, attn.o, attn.norm, mlp.*)]"
     union = {"0": f"{adapters}|{low}", "1": f"{adapters}|{flat}"}
     one = build(tiny, peft="s4[bottleneck=3, rank=2, length=5]")
     other = effzoo.attach(build(tiny), union).eval()
     effzoo.attach(other, {"2": f"{adapters}|{flat}|{biases}", "3": f"{flat}|{biases}|{low}"}, name="upper")
     effzoo.activate(other, "default", "upper")
-    other.load_state_dict({key: value for key, value in one.state_dict().items() if ".adapters." not in key}, strict=False)
+    other.load_state_dict(
+        {key: value for key, value in one.state_dict().items() if ".adapters." not in key}, strict=False
+    )
     known = dict(sites(other))
     with torch.no_grad():
         for path, site in sites(one):
             for tensor, value in site.adapters["default"].named_parameters() if "default" in site.adapters else ():
                 leaf = tensor.partition(".")[2]
-                twins = [m for adapter in known[path].adapters.values() for m in adapter.values() if leaf in dict(m.named_parameters())]
+                twins = [
+                    m
+                    for adapter in known[path].adapters.values()
+                    for m in adapter.values()
+                    if leaf in dict(m.named_parameters())
+                ]
                 assert twins, f"{path} has no {leaf}"
                 for twin in twins:
                     dict(twin.named_parameters())[leaf].copy_(value)
@@ -304,17 +349,31 @@ def test_trainable_parameters_are_the_closed_form(tiny, spec, attention, count):
 
 def test_every_part_of_a_combination_has_a_rate_that_suits_it(tiny):
     """Keys and values ten times the rest; a wide adapter of MAM, whose output is scaled too, as much less."""
-    cases = (("mam[form=flat]", 1 / 8), ("mam", 1 / 8), ("mam[bottleneck=128]", 1 / 2), ("mam[bottleneck=16]", 1), ("unipelt", 1), ("s4", 1))
+    cases = (
+        ("mam[form=flat]", 1 / 8),
+        ("mam", 1 / 8),
+        ("mam[bottleneck=128]", 1 / 2),
+        ("mam[bottleneck=16]", 1),
+        ("unipelt", 1),
+        ("s4", 1),
+    )
     for spec, narrow in cases:
         model = build(tiny, peft=spec)
         method, rates = spec.partition("[")[0], training.learning_rates(model)
-        own = {name.partition(f".{method}.")[2].removeprefix("prefix."): rate for name, rate in rates.items() if f".{method}." in name}
+        own = {
+            name.partition(f".{method}.")[2].removeprefix("prefix."): rate
+            for name, rate in rates.items()
+            if f".{method}." in name
+        }
         for name, rate in own.items():
             factor = 10 if name in ("keys", "values") else narrow if name.startswith(("down", "up")) else 1
             assert rate == pytest.approx(1e-3 * factor), name
 
 
-@pytest.mark.parametrize("spec", ["mam[length=0]", "mam[bottleneck=0]", "unipelt[rank=0]", "unipelt[bottleneck=0]", "s4[rank=0]", "s4[length=0]"])
+@pytest.mark.parametrize(
+    "spec",
+    ["mam[length=0]", "mam[bottleneck=0]", "unipelt[rank=0]", "unipelt[bottleneck=0]", "s4[rank=0]", "s4[length=0]"],
+)
 def test_sizes_below_one_are_refused(tiny, spec):
     with pytest.raises(OptionError, match="at least 1"):
         build(tiny, peft=spec)
@@ -368,19 +427,27 @@ def layers_of(said):
 @pytest.mark.parametrize(("spec", "parts"), MAPS)
 def test_a_map_of_layers_hangs_each_method_there_alone_and_all_of_them_act(tiny, spec, parts):
     model = build({**tiny, "layers": 4}, peft=spec)
-    assert effzoo.account(model).trainable == HEAD + sum(PARTS[each](len(layers_of(said))) for said, union in parts.items() for each in union)
+    assert effzoo.account(model).trainable == HEAD + sum(
+        PARTS[each](len(layers_of(said))) for said, union in parts.items() for each in union
+    )
     _, gradients = found(model)
     for said, union in parts.items():
         for each in union:
             name = each.partition("[")[0]
-            hung = {site.layer for _, site in sites(model) if "default" in site.adapters and name in site.adapters["default"]}
+            hung = {
+                site.layer
+                for _, site in sites(model)
+                if "default" in site.adapters and name in site.adapters["default"]
+            }
             assert hung == {*layers_of(said)}
             assert all(g.abs().max() > 0 for key, g in gradients.items() if f".{name}." in key)
 
 
 @pytest.mark.parametrize("kind", ["full", "longformer[window=4]", "lsh[chunk=8]", "linformer[k=8]"])
 def test_a_map_of_layers_merges_where_its_methods_do(tiny, kind):
-    model = build({**tiny, "layers": 4}, kind, {"0-1": "lora[rank=2]|ia3[targets=(attn.v*, mlp.down)]", "2-3": "bitfit"})
+    model = build(
+        {**tiny, "layers": 4}, kind, {"0-1": "lora[rank=2]|ia3[targets=(attn.v*, mlp.down)]", "2-3": "bitfit"}
+    )
     before = model(**batch()).logits
     assert effzoo.account(model).changed is not None
     effzoo.merge(model)
@@ -388,7 +455,13 @@ def test_a_map_of_layers_merges_where_its_methods_do(tiny, kind):
 
 
 @pytest.mark.parametrize(
-    "spec", ["mam[form=flat]|lora[targets=attn.o]", "unipelt|ia3[targets=attn.k]", "s4|lora[targets=attn.o]", "prompt[length=3]|mam[form=flat]"]
+    "spec",
+    [
+        "mam[form=flat]|lora[targets=attn.o]",
+        "unipelt|ia3[targets=attn.k]",
+        "s4|lora[targets=attn.o]",
+        "prompt[length=3]|mam[form=flat]",
+    ],
 )
 @pytest.mark.parametrize("kind", ["full", "longformer[window=8]"])
 def test_combinations_stand_in_unions_and_survive_a_file(spec, kind, tmp_path):

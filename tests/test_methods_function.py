@@ -1,4 +1,5 @@
-"""The methods of function composition compute the formulas of their papers, written out by hand, and train as many parameters as these say."""
+"""The methods of function composition compute the formulas of their papers, written out by hand, and train as many
+parameters as these say."""
 
 import copy
 
@@ -37,7 +38,9 @@ def assert_same(actual, expected, *inputs):
     assert torch.allclose(actual, expected, rtol=0, atol=1e-12)
     weights = torch.randn_like(expected)
     for mine, theirs in zip(
-        torch.autograd.grad((actual * weights).sum(), inputs), torch.autograd.grad((expected * weights).sum(), inputs), strict=True
+        torch.autograd.grad((actual * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
+        strict=True,
     ):
         assert torch.allclose(mine, theirs, rtol=0, atol=1e-10)
 
@@ -59,7 +62,9 @@ def test_a_learned_scale_is_a_parameter_that_starts_where_it_is_given(tiny):
 
 def test_pfeiffer_has_one_adapter_per_block_after_the_feed_forward(tiny):
     model = build(tiny, "pfeiffer[bottleneck=3]")
-    assert [path for path, site in sites(model) if site.adapters and not site.role.startswith("head")] == [f"blocks.{i}.mlp_branch" for i in range(2)]
+    assert [path for path, site in sites(model) if site.adapters and not site.role.startswith("head")] == [
+        f"blocks.{i}.mlp_branch" for i in range(2)
+    ]
     one, x, y = module(model, "blocks.1.mlp_branch", "pfeiffer"), tokens(2, 5, D), tokens(2, 5, D)
     expected = y + F.linear(F.relu(F.linear(y, one.down.weight, one.down.bias)), one.up.weight, one.up.bias)
     assert_same(model.blocks[1].mlp_branch(x, y), expected, y, one.down.weight)
@@ -80,10 +85,18 @@ def test_phm_layers_are_sums_of_kronecker_products(inputs, outputs, n):
 
 def test_compacter_shares_its_rules_and_phm_does_not(tiny):
     rules = {
-        spec: {id(p) for name, p in build(tiny, f"{spec}[bottleneck=8]").named_parameters(remove_duplicate=False) if name.endswith(".A")}
+        spec: {
+            id(p)
+            for name, p in build(tiny, f"{spec}[bottleneck=8]").named_parameters(remove_duplicate=False)
+            if name.endswith(".A")
+        }
         for spec in ("compacter", "compacter_plus", "phm")
     }
-    assert {spec: len(found) for spec, found in rules.items()} == {"compacter": 1, "compacter_plus": 1, "phm": 4 * LAYERS}
+    assert {spec: len(found) for spec, found in rules.items()} == {
+        "compacter": 1,
+        "compacter_plus": 1,
+        "phm": 4 * LAYERS,
+    }
 
 
 B, N, R = 8, 4, 1
@@ -115,7 +128,13 @@ def test_a_finished_adamix_is_one_adapter_with_the_mean_of_the_experts(tiny):
     model = build(tiny, "adamix[bottleneck=3, experts=4]")
     one, x, y = module(model, "blocks.0.mlp_branch", "adamix"), tokens(2, 5, D), tokens(2, 5, D)
     down, up = ((p.weights.mean(dim=0), p.biases.mean(dim=0)) for p in (one.down, one.up))
-    assert_same(model.blocks[0].mlp_branch(x, y), y + F.linear(F.gelu(F.linear(y, *down)), *up), y, one.down.weights, one.up.biases)
+    assert_same(
+        model.blocks[0].mlp_branch(x, y),
+        y + F.linear(F.gelu(F.linear(y, *down)), *up),
+        y,
+        one.down.weights,
+        one.up.biases,
+    )
     before = model.blocks[0].mlp_branch(x, y)
     effzoo.peft.finish(model)
     assert torch.allclose(model.blocks[0].mlp_branch(x, y), before, rtol=0, atol=1e-14)
@@ -172,7 +191,9 @@ def test_rows_of_one_adapter_draw_their_experts_together(tiny):
             parameter.add_(0.1 * torch.randn_like(parameter))
     effzoo.activate(model, rows=["one", "other", "one", "one", "one", "one"]).train()
     out = model(input_ids=torch.arange(2, 9).expand(6, -1)).logits
-    assert not torch.allclose(out[0], out[1]) and torch.allclose(out[[0, 2, 3, 4, 5]], out[0].expand(5, -1), rtol=0, atol=1e-6)
+    assert not torch.allclose(out[0], out[1]) and torch.allclose(
+        out[[0, 2, 3, 4, 5]], out[0].expand(5, -1), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("by", ["snip", "magnitude", "random"])
@@ -181,7 +202,12 @@ def test_pruned_entries_of_a_sparse_adapter_stay_zero(tiny, by):
     effzoo.attach(model, f"sparse_adapter[bottleneck=10, by={by}]")
     batch = {"input_ids": torch.randint(2, 53, (4, 7)), "labels": torch.tensor([0, 1, 2, 0])}
     effzoo.peft.calibrate(model, [batch])
-    layers = [layer for _, site in sites(model) if site.role.endswith("branch") for layer in site.of("default")["sparse_adapter"].children()][:2]
+    layers = [
+        layer
+        for _, site in sites(model)
+        if site.role.endswith("branch")
+        for layer in site.of("default")["sparse_adapter"].children()
+    ][:2]
     before = [layer.matrix().detach() for layer in layers]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     for _ in range(3):
@@ -190,7 +216,11 @@ def test_pruned_entries_of_a_sparse_adapter_stay_zero(tiny, by):
         optimizer.step()
     for layer, start in zip(layers, before, strict=True):
         now = layer.matrix().detach()
-        assert int((start != 0).sum()) == round(0.2 * D * 10) and torch.equal(now != 0, start != 0) and not torch.equal(now, start)
+        assert (
+            int((start != 0).sum()) == round(0.2 * D * 10)
+            and torch.equal(now != 0, start != 0)
+            and not torch.equal(now, start)
+        )
 
 
 def test_a_sparse_adapter_is_stored_as_places_and_values(tiny, tmp_path):
@@ -241,7 +271,10 @@ def test_the_ladder_is_narrow_blocks_that_read_the_states_of_the_backbone(tiny, 
     h, states = ladder.first(states[0].detach()), [state.detach() for state in states]
     for i, block in enumerate(ladder.blocks):
         mu = torch.sigmoid(ladder.alpha[i] / 0.1)
-        h = block(mu * h + (1 - mu) * ladder.downs[i](states[i + 1]), effzoo.attention.Mask(is_global=model_globals(model, ids)))
+        h = block(
+            mu * h + (1 - mu) * ladder.downs[i](states[i + 1]),
+            effzoo.attention.Mask(is_global=model_globals(model, ids)),
+        )
     expected = ladder.up(ladder.norm(h)) + (states[-1] if skip else 0)
     assert_same(model(input_ids=ids).last_hidden_state, expected, *ladder.parameters())
 
@@ -273,7 +306,8 @@ def test_nothing_of_the_backbone_is_stored_or_gets_a_gradient_under_the_ladder(t
         stored.append(sum(seen.values()) - own)
         assert all(p.grad is None for name, p in model.named_parameters() if ".adapters." not in name)
         assert not any(p.grad is None for p in side.parameters() if p.requires_grad)
-    widening = 2 * 20 * (8 - 1) * MLP // 2 * 4 * 2 * LAYERS  # the side network's own feed-forward is wider too: input and activation
+    # the side network's own feed-forward is wider too: input and activation
+    widening = 2 * 20 * (8 - 1) * MLP // 2 * 4 * 2 * LAYERS
     assert stored[1] - stored[0] <= widening + 64
 
 
@@ -283,7 +317,9 @@ def test_what_is_trained_inside_the_backbone_learns_through_the_ladder(tiny, bes
     """The derivative in a direction, against the difference quotient."""
     model = build(tiny, f"ladder[reduction=2]|{beside}", **more)
     inputs = {"input_ids": torch.arange(2, 20).view(2, 9), "labels": torch.tensor([0, 1])}
-    inside = [p for name, p in model.named_parameters() if p.requires_grad and ".ladder." not in name and "head" not in name]
+    inside = [
+        p for name, p in model.named_parameters() if p.requires_grad and ".ladder." not in name and "head" not in name
+    ]
     gradients = torch.autograd.grad(model(**inputs).loss, inside)
     directions = [torch.randn_like(p) for p in inside]
     losses = []
@@ -297,7 +333,8 @@ def test_what_is_trained_inside_the_backbone_learns_through_the_ladder(tiny, bes
 
 
 def stored_activations(model):
-    """Storages that the backward pass keeps, with their bytes; those that sub-modules of the backbone made, and its states among them."""
+    """Storages that the backward pass keeps, with their bytes; those that sub-modules of the backbone made, and its
+    states among them."""
     made, states, kept, alive = set(), set(), {}, []
 
     def look(layer, inputs, output):
@@ -324,7 +361,13 @@ def stored_activations(model):
 def test_of_the_backbone_the_ladder_stores_states_alone_and_lora_what_lies_between_them(tiny):
     kept = {}
     for spec in ("ladder[reduction=8]", "lora"):
-        model = effzoo.build("minilm", peft=spec, task="classification", num_labels=LABELS, **{**tiny, "dim": 64, "mlp": 256, "layers": 3})
+        model = effzoo.build(
+            "minilm",
+            peft=spec,
+            task="classification",
+            num_labels=LABELS,
+            **{**tiny, "dim": 64, "mlp": 256, "layers": 3},
+        )
         kept[spec], made, states = stored_activations(model)
         inside = kept[spec].keys() & (made - states)
         assert bool(inside) == (spec == "lora")
@@ -364,7 +407,12 @@ def test_narrow_side_blocks_start_from_the_channels_with_the_largest_weights(tin
     writes = [block.attn.o.weight, block.mlp.down.weight]
     stream = sum(W.square().sum(0) for W in reads) + sum(W.square().sum(1) for W in writes)
     kept = stream.topk(D // 2).indices.sort().values
-    hidden = (block.mlp.up.weight.square().sum(1) + block.mlp.down.weight.square().sum(0)).topk(MLP // 2).indices.sort().values
+    hidden = (
+        (block.mlp.up.weight.square().sum(1) + block.mlp.down.weight.square().sum(0))
+        .topk(MLP // 2)
+        .indices.sort()
+        .values
+    )
     q, k, v = (getattr(block.attn, name).weight.view(HEADS, 8, D) for name in "qkv")
     compared = (q.square().sum((0, 2)) + k.square().sum((0, 2))).topk(4).indices.sort().values
     o = block.attn.o.weight.view(D, HEADS, 8)
@@ -427,8 +475,12 @@ def test_methods_that_mix_tokens_do_not_see_padding(tiny, spec, attention):
     mask[1, 5:] = 0
     other = ids.clone()
     other[1, 5:] = 7
-    assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, model(input_ids=other, attention_mask=mask).logits)
-    assert torch.allclose(model(input_ids=ids[1:, :5]).logits[0], model(input_ids=ids, attention_mask=mask).logits[1], rtol=0, atol=1e-12)
+    assert torch.equal(
+        model(input_ids=ids, attention_mask=mask).logits, model(input_ids=other, attention_mask=mask).logits
+    )
+    assert torch.allclose(
+        model(input_ids=ids[1:, :5]).logits[0], model(input_ids=ids, attention_mask=mask).logits[1], rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("attention", ["full", "longformer[window=4]", "lsh[chunk=4]"])
@@ -462,14 +514,17 @@ def test_ia3_scales_the_normalised_keys_of_lsh_and_neither_its_queries_nor_its_b
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_ia3_on_lsh_in_rounds_of_chunks_is_the_dense_definition_with_scaled_keys(tiny, causal):
-    """The scale can as well stand at the queries, x_i . (l * k_j) = (l * x_i) . k_j, as long as they hash as they are."""
+    """The scale can as well stand at the queries, x_i . (l * k_j) = (l * x_i) . k_j, as long as they hash as they
+    are."""
     model = build(tiny, "ia3", "lsh[chunk=4, rounds=3]", name="gpt2" if causal else "minilm")
     core, v = model.blocks[0].attn.core, tokens(2, HEADS, 19, D // HEADS)
-    qk, mask = tokens(2, HEADS, 19, D // HEADS), effzoo.attention.Mask(valid=torch.arange(19) < torch.tensor([[19], [13]]))
+    qk = tokens(2, HEADS, 19, D // HEADS)
+    mask = effzoo.attention.Mask(valid=torch.arange(19) < torch.tensor([[19], [13]]))
     scale = core.keys.of("default")["ia3"].scale
     buckets = core._buckets(qk, mask)
     mine, other = buckets[..., :, None], buckets[..., None, :]
-    place = ((other < mine) | ((other == mine) & torch.ones(19, 19).tril(-1).bool())).sum(dim=-1)  # how many stand before
+    # how many stand before
+    place = ((other < mine) | ((other == mine) & torch.ones(19, 19).tril(-1).bool())).sum(dim=-1)
     counts = core._counts(buckets, place, 0, mask, False)
     keys = qk / (qk.square().mean(-1, keepdim=True) + 1e-6).sqrt() / (D // HEADS) ** 0.5
     logits = (scale.view(HEADS, 1, -1) * qk) @ keys.transpose(-1, -2) + counts.double().log()

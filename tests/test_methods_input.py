@@ -28,8 +28,11 @@ KINDS = effzoo.attention.names()
 
 
 def build(tiny, attention="full", peft=None, name="minilm", **more):
-    """A classification model whose head is one linear layer, in float64, with every parameter away from its initial value."""
-    model = effzoo.build(name, attention=attention, task="classification", num_labels=LABELS, pooling="mean", **{**tiny, **more}).double()
+    """A classification model whose head is one linear layer, in float64, with every parameter away from its initial
+    value."""
+    model = effzoo.build(
+        name, attention=attention, task="classification", num_labels=LABELS, pooling="mean", **{**tiny, **more}
+    ).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -58,7 +61,8 @@ def test_a_prompt_of_text_computes_what_these_tokens_in_front_compute(tiny, atte
     repeated = torch.tensor([ids[i % len(ids)] for i in range(length)]).expand(3, -1)
     inputs = batch()
     longer = bare(
-        input_ids=torch.cat([repeated, inputs["input_ids"]], 1), attention_mask=F.pad(inputs["attention_mask"], (length, 0), value=1)
+        input_ids=torch.cat([repeated, inputs["input_ids"]], 1),
+        attention_mask=F.pad(inputs["attention_mask"], (length, 0), value=1),
     ).last_hidden_state[:, length:]
     assert torch.allclose(model(**inputs).last_hidden_state, longer, rtol=0, atol=1e-12)
 
@@ -67,7 +71,9 @@ def test_prompt_rows_start_as_asked_for(tiny):
     model = build(tiny, peft="prompt[length=6]")
     table = model.embeddings.token.weight
     assert all((row == table).all(dim=1).any() for row in module(model, "embeddings.token", "prompt").tokens)
-    rows = module(build({**tiny, "dim": 64}, peft="prompt[length=40, init=normal]"), "embeddings.token", "prompt").tokens
+    rows = module(
+        build({**tiny, "dim": 64}, peft="prompt[length=40, init=normal]"), "embeddings.token", "prompt"
+    ).tokens
     assert 0.8 < rows.std() / build({**tiny, "dim": 64}).embeddings.token.weight.std() < 1.25
 
 
@@ -114,7 +120,9 @@ def test_p_tuning_rows_are_those_of_the_perceptron_or_the_recurrent_network(tiny
     hidden = F.relu(F.relu(network.start @ one.weight.T + one.bias) @ two.weight.T + two.bias)
     assert torch.allclose(network(), hidden @ three.weight.T + three.bias, atol=1e-12)
 
-    network = module(build(tiny, peft="p_tuning[length=4, hidden=5, encoder=lstm]"), "embeddings.token", "p_tuning").network
+    network = module(
+        build(tiny, peft="p_tuning[length=4, hidden=5, encoder=lstm]"), "embeddings.token", "p_tuning"
+    ).network
     x = network.start
     for layer in range(2):
         back = lstm(x.flip(0), network.lstm, f"l{layer}_reverse").flip(0)
@@ -146,11 +154,16 @@ def test_what_only_training_needs_is_dropped_and_the_output_stays_bit_by_bit(tin
     assert torch.equal(model(**inputs).logits, before)
     flat = "prefix" in spec
     numbers = LAYERS * 2 * 4 * D if flat else 4 * D
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == effzoo.account(model).stored == numbers + HEAD
+    assert (
+        sum(p.numel() for p in model.parameters() if p.requires_grad) == effzoo.account(model).stored == numbers + HEAD
+    )
     folder = effzoo.save_adapter(model, tmp_path / "after")
     held = safetensors.torch.load_file(folder / json.loads((folder / "adapter.json").read_text())["tensors"])
     names = {key.rpartition(".")[2] for key in held if ".head." not in f".{key}"}
-    assert names == ({"keys", "values"} if flat else {"tokens"}) and sum(x.numel() for x in held.values()) == numbers + HEAD
+    assert (
+        names == ({"keys", "values"} if flat else {"tokens"})
+        and sum(x.numel() for x in held.values()) == numbers + HEAD
+    )
     loaded = effzoo.load_adapter(copy.deepcopy(base), folder)
     assert torch.equal(loaded(**inputs).logits, before)
     train(loaded, steps=1).eval()  # and goes on learning
@@ -212,9 +225,12 @@ def test_reparametrised_keys_and_values_are_two_layers_that_share_the_first(tiny
     assert first.trunk is second.trunk and first.last is not second.last
     hidden = torch.tanh(first.trunk.rows @ first.trunk.linear.weight.T + first.trunk.linear.bias)
     for each in (first, second):
-        both = (hidden @ each.last.weight.T + each.last.bias).reshape(3, 2, D).transpose(0, 1)  # of each head: keys, then values
+        # of each head: keys, then values
+        both = (hidden @ each.last.weight.T + each.last.bias).reshape(3, 2, D).transpose(0, 1)
         keys, values = each.pair()
-        assert torch.allclose(keys, both[..., : D // 2], atol=1e-12) and torch.allclose(values, both[..., D // 2 :], atol=1e-12)
+        assert torch.allclose(keys, both[..., : D // 2], atol=1e-12) and torch.allclose(
+            values, both[..., D // 2 :], atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("name", ["minilm", "gpt2", "llama"])
@@ -251,12 +267,20 @@ def test_grouped_keys_start_as_the_mean_of_projections_that_are_not_grouped(tiny
     """LSH compares with qk, which cannot be grouped; its memory has a key for each group of queries."""
     kept = {key: tiny[key] for key in ("dim", "layers", "heads", "mlp", "vocab", "max_length")}
     model = effzoo.build(
-        "llama", attention="lsh[chunk=8]", kv_heads=1, peft="prefix[length=3]", task="classification", num_labels=LABELS, **kept
+        "llama",
+        attention="lsh[chunk=8]",
+        kv_heads=1,
+        peft="prefix[length=3]",
+        task="classification",
+        num_labels=LABELS,
+        **kept,
     ).double()
     effzoo.peft.calibrate(model, [batch()])
     own, attn = module(model, "blocks.0.attn.memory", "prefix"), model.blocks[0].attn
     x = model.blocks[0].attn_norm(model.embeddings(batch()["input_ids"])[0])[0, :3]
-    assert torch.allclose(own.keys[0], attn.qk(x).unflatten(-1, (2, -1)).mean(dim=1), atol=1e-12) and own.keys.shape == (1, 3, D // 2)
+    assert torch.allclose(
+        own.keys[0], attn.qk(x).unflatten(-1, (2, -1)).mean(dim=1), atol=1e-12
+    ) and own.keys.shape == (1, 3, D // 2)
 
 
 @pytest.mark.parametrize("attention", ["full", "longformer[window=6]", "local[chunk=4]", "lsh[chunk=4, stable=true]"])
@@ -270,7 +294,9 @@ def test_decoding_with_a_cache_computes_the_same(tiny, name, attention):
         if key.endswith("gate"):
             torch.nn.init.ones_(parameter)
     ids, cache = batch(12)["input_ids"], Cache()
-    parts = [model(input_ids=ids[:, start:stop], cache=cache).logits for start, stop in ((0, 5), (5, 6), (6, 10), (10, 12))]
+    parts = [
+        model(input_ids=ids[:, start:stop], cache=cache).logits for start, stop in ((0, 5), (5, 6), (6, 10), (10, 12))
+    ]
     assert torch.allclose(torch.cat(parts, dim=1), model(input_ids=ids).logits, rtol=0, atol=1e-10)
 
 
@@ -320,7 +346,10 @@ def test_llama_adapter_is_gated_attention_to_projected_rows(tiny, name, skip):
     assert own.gate.shape == (2,) and own.tokens.shape == (3, D)
     torch.nn.init.normal_(own.gate)
     q = attn.project("q", x, mask)
-    keys, values = (F.linear(own.tokens, linear.weight, linear.bias).unflatten(-1, (-1, D // 2)).transpose(0, 1) for linear in (attn.k, attn.v))
+    keys, values = (
+        F.linear(own.tokens, linear.weight, linear.bias).unflatten(-1, (-1, D // 2)).transpose(0, 1)
+        for linear in (attn.k, attn.v)
+    )
     added = own.gate.tanh()[:, None, None] * ((q @ keys.transpose(-1, -2) / math.sqrt(D // 2)).softmax(-1) @ values)
     expected = bare + F.linear(added.transpose(1, 2).flatten(2), attn.o.weight)
     assert torch.allclose(attn(x, mask), expected, rtol=0, atol=1e-12)
@@ -328,11 +357,14 @@ def test_llama_adapter_is_gated_attention_to_projected_rows(tiny, name, skip):
 
 
 @pytest.mark.parametrize(
-    ("depth", "options", "layers"), [(5, "", [2, 3, 4]), (2, "", [1]), (1, "", [0]), (4, "[skip=0]", [0, 1, 2, 3]), (4, "@0+3", [0, 3])]
+    ("depth", "options", "layers"),
+    [(5, "", [2, 3, 4]), (2, "", [1]), (1, "", [0]), (4, "[skip=0]", [0, 1, 2, 3]), (4, "@0+3", [0, 3])],
 )
 def test_llama_adapter_leaves_the_lowest_layers_out(tiny, depth, options, layers):
     model = build({**tiny, "layers": depth}, peft=f"llama_adapter{options}")
-    assert [site.layer for _, site in sites(model) if site.role == "attn.memory" and "default" in site.adapters] == layers
+    assert [
+        site.layer for _, site in sites(model) if site.role == "attn.memory" and "default" in site.adapters
+    ] == layers
 
 
 def test_a_closed_gate_stops_the_rows_gradient_and_the_gate_opens_it(tiny):
@@ -345,7 +377,9 @@ def test_a_closed_gate_stops_the_rows_gradient_and_the_gate_opens_it(tiny):
     assert own.tokens.grad.abs().max() > 0
 
 
-CASES = [("minilm", kind) for kind in KINDS] + [("llama", kind) for kind in KINDS if not effzoo.attention.get(kind).not_causal]
+CASES = [("minilm", kind) for kind in KINDS] + [
+    ("llama", kind) for kind in KINDS if not effzoo.attention.get(kind).not_causal
+]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -353,13 +387,20 @@ def test_deep_prompts_are_a_prefix_of_the_layers_own_keys_and_values(tiny, kind,
     """Forward and, through W_k and W_v, backward: dL/dp = dL/dP_k W_k + dL/dP_v W_v."""
     kept = {key: tiny[key] for key in ("dim", "layers", "heads", "mlp", "vocab", "max_length")}
     more = {"kv_heads": 1} if name == "llama" and "k" in effzoo.attention.get(kind).projections else {"kv_heads": 2}
-    base = effzoo.build(name, attention=small(kind), task="classification", num_labels=LABELS, **kept, **more).double().eval()
-    for site in (site for _, site in sites(base) if site.role in ("attn.k", "attn.v", "attn.qk") and site.bias is not None):
+    base = (
+        effzoo.build(name, attention=small(kind), task="classification", num_labels=LABELS, **kept, **more)
+        .double()
+        .eval()
+    )
+    for site in (
+        site for _, site in sites(base) if site.role in ("attn.k", "attn.v", "attn.qk") and site.bias is not None
+    ):
         torch.nn.init.normal_(site.bias)
     deep, flat = effzoo.attach(copy.deepcopy(base), "deep_prompt[length=3]"), effzoo.attach(base, "prefix[length=3]")
     pairs = []
     for one, other in zip(deep.blocks, flat.blocks, strict=True):
-        prompt, prefix = one.attn.memory.adapters["default"]["deep_prompt"].tokens, other.attn.memory.adapters["default"]["prefix"]
+        prompt = one.attn.memory.adapters["default"]["deep_prompt"].tokens
+        prefix = other.attn.memory.adapters["default"]["prefix"]
         linears = (one.attn.qk if kind == "lsh" else one.attn.k, one.attn.v)
         with torch.no_grad():
             for target, linear in zip((prefix.keys, prefix.values), linears, strict=True):
@@ -370,7 +411,10 @@ def test_deep_prompts_are_a_prefix_of_the_layers_own_keys_and_values(tiny, kind,
     for out in outs:
         out.loss.backward()
     for prompt, prefix, linears in pairs:
-        expected = sum(x.grad.transpose(0, 1).flatten(1) @ linear.weight for x, linear in zip((prefix.keys, prefix.values), linears, strict=True))
+        expected = sum(
+            x.grad.transpose(0, 1).flatten(1) @ linear.weight
+            for x, linear in zip((prefix.keys, prefix.values), linears, strict=True)
+        )
         assert prompt.grad.abs().max() > 0 and torch.allclose(prompt.grad, expected, rtol=0, atol=1e-10)
 
 
@@ -389,7 +433,9 @@ def test_lora_on_the_projections_acts_on_deep_prompts_too(tiny):
 
 def memories(rows=3):
     """One memory for all examples, and one for each of them."""
-    keys, values = torch.randn(2, BATCH, HEADS, rows, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    keys, values = torch.randn(
+        2, BATCH, HEADS, rows, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(7)
+    )
     return {"shared": memory_rows(rows), "by example": (keys.requires_grad_(), values.requires_grad_())}
 
 
@@ -418,7 +464,8 @@ def test_a_memory_by_example_equals_every_example_alone(kind):
                 out = core(*inputs, mask=Mask(**given), memory=memory)
                 alone = [
                     core(
-                        *cut(inputs, slice(row, row + 1)), mask=Mask(**{key: value[row : row + 1] for key, value in given.items()}),
+                        *cut(inputs, slice(row, row + 1)),
+                        mask=Mask(**{key: value[row : row + 1] for key, value in given.items()}),
                         memory=(memory[0][row], memory[1][row]),
                     )
                     for row in range(BATCH)
@@ -440,18 +487,26 @@ def test_every_query_sees_every_row_of_the_memory(kind):
             for row, head, place in [(0, 0, 0), (1, 1, 3), (0, 1, 15), (2, 0, 29)]:
                 if tokens[row, place]:
                     found = torch.autograd.grad(out[row, head, place].sum(), memory[1], retain_graph=True)[0]
-                    assert (found[row, head].abs() > 1e-12).all() and found.count_nonzero() == found[row, head].numel(), where
+                    assert (found[row, head].abs() > 1e-12).all() and found.count_nonzero() == found[
+                        row, head
+                    ].numel(), where
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if Kind.of(kind).has_pattern])
 def test_a_prefix_is_the_gated_sum_of_two_attentions_under_every_pattern(kind):
-    """(1 - lambda(x)) Attn(q, K, V) + lambda(x) Attn(q, P_k, P_v), lambda the softmax mass of the prefix (He et al. 2022, eq. 5)."""
+    """(1 - lambda(x)) Attn(q, K, V) + lambda(x) Attn(q, P_k, P_v), lambda the softmax mass of the prefix (He et al.
+    2022, eq. 5)."""
     for _, core in Kind.of(kind).cores():
         n = 31
         q, k, v, *_ = draw(core, n, Mask())
         inputs, (keys, values) = [q, k, v][: len(core.uses(Mask()))], memory_rows()
         inputs += [None] * (len(core.projections) - len(inputs))
-        own = (q @ k.transpose(-1, -2) / math.sqrt(WIDTH)).masked_fill(~core.pattern(n, Mask()), -math.inf).exp().sum(-1, keepdim=True)
+        own = (
+            (q @ k.transpose(-1, -2) / math.sqrt(WIDTH))
+            .masked_fill(~core.pattern(n, Mask()), -math.inf)
+            .exp()
+            .sum(-1, keepdim=True)
+        )
         prefix = (q @ keys.transpose(-1, -2) / math.sqrt(WIDTH)).exp().sum(-1, keepdim=True)
         gate = prefix / (prefix + own)
         alone = core.alone(*inputs, mask=Mask(), memory=(keys, values))
@@ -464,12 +519,15 @@ def test_a_prefix_is_concatenated_keys_and_values_in_full_attention(tiny):
     attn, x = model.blocks[0].attn, torch.randn(2, 5, D, dtype=torch.float64)
     (keys, values), _ = attn.memory(HookContext(x=x, keys_values=attn.keys_values))
     q, k, v = (attn.project(name, x, Mask()) for name in "qkv")
-    heads = F.scaled_dot_product_attention(q, torch.cat([keys.expand(2, -1, -1, -1), k], 2), torch.cat([values.expand(2, -1, -1, -1), v], 2))
+    heads = F.scaled_dot_product_attention(
+        q, torch.cat([keys.expand(2, -1, -1, -1), k], 2), torch.cat([values.expand(2, -1, -1, -1), v], 2)
+    )
     assert torch.allclose(attn(x, Mask()), attn.o(heads.transpose(1, 2).flatten(2)), rtol=0, atol=1e-12)
 
 
 def test_prompts_in_longformer_are_global_and_shift_the_global_tokens(tiny):
-    """Equal to the rows written into the input, with global attention there and at the given tokens `length` places on."""
+    """Equal to the rows written into the input, with global attention there and at the given tokens `length` places
+    on."""
     bare = build(tiny, "longformer[window=2]")
     model = effzoo.attach(copy.deepcopy(bare), "prompt[length=4]")
     rows, inputs = module(model, "embeddings.token", "prompt").tokens, batch()
@@ -482,7 +540,9 @@ def test_prompts_in_longformer_are_global_and_shift_the_global_tokens(tiny):
     ).last_hidden_state[:, 4:]  # fmt: skip
     got = model(**inputs, global_attention_mask=is_global).last_hidden_state
     assert torch.allclose(got, expected, rtol=0, atol=1e-12)
-    assert not torch.allclose(got, model(**inputs, global_attention_mask=is_global.roll(1, 1)).last_hidden_state, atol=1e-6)
+    assert not torch.allclose(
+        got, model(**inputs, global_attention_mask=is_global.roll(1, 1)).last_hidden_state, atol=1e-6
+    )
 
 
 # --- counts and rates ---
@@ -536,7 +596,8 @@ def test_the_size_can_be_set_within_a_budget(tiny, name):
 
 
 def test_more_prompt_rows_than_room_for_global_tokens_need_no_more_room_in_eager_code():
-    """Longformer's max_globals is a limit where nobody counts; here are 20 rows, and 16 are room for those that a batch marks."""
+    """Longformer's max_globals is a limit where nobody counts; here are 20 rows, and 16 are room for those that a batch
+    marks."""
     sizes = {"dim": 16, "layers": 1, "heads": 2, "mlp": 24, "vocab": 53, "max_length": 64, "task": "causal_lm"}
     ids = torch.randint(2, 53, (2, 9), generator=torch.Generator().manual_seed(0))
     outputs = []

@@ -1,4 +1,5 @@
-"""Low-rank, Kronecker and subspace changes: each equals the formula of its paper, written out densely in float64, forward and backward."""
+"""Low-rank, Kronecker and subspace changes: each equals the formula of its paper, written out densely in float64,
+forward and backward."""
 
 import copy
 import math
@@ -29,7 +30,9 @@ DELTA = {"rtol": 0, "atol": 1e-12}
 
 def build(tiny, spec=None, attention="full", name="minilm", task="classification", drawn=True, **more):
     """In float64, in evaluation mode, every parameter and every adapter away from its start when `drawn`."""
-    model = effzoo.build(name, attention=attention, task=task, num_labels=LABELS, pooling="mean", head_dense=False, **{**tiny, **more}).double()
+    model = effzoo.build(
+        name, attention=attention, task=task, num_labels=LABELS, pooling="mean", head_dense=False, **{**tiny, **more}
+    ).double()
     if spec:
         effzoo.attach(model, spec)
     with torch.no_grad():
@@ -57,7 +60,8 @@ def numerical_rank(matrix):
     return int(torch.linalg.matrix_rank(matrix.flatten(1), rtol=1e-10))
 
 
-# -- every mergeable method ------------------------------------------------------------------------------------------------------------------------
+# -- every mergeable method
+#     ------------------------------------------------------------------------------------------------------------------
 
 MERGEABLE = [
     "lora[rank=3, alpha=5]",
@@ -158,19 +162,25 @@ def test_trainable_parameters_are_the_closed_form(tiny, spec, attention, count):
 
 def test_what_a_file_holds_is_what_is_trained_and_what_the_start_needs(tiny):
     stored = {
-        spec: effzoo.account(build(tiny, spec, task="features")).stored for spec in ("lora[rank=3, init=pissa]", "intrinsic[dim=40]", "said[dim=40]")
+        spec: effzoo.account(build(tiny, spec, task="features")).stored
+        for spec in ("lora[rank=3, init=pissa]", "intrinsic[dim=40]", "said[dim=40]")
     }
     assert stored["lora[rank=3, init=pissa]"] == 2 * LAYERS * 2 * 2 * D * 3  # A, B and A0, B0
     assert stored["intrinsic[dim=40]"] == stored["said[dim=40]"] == 40
     quantised = effzoo.account(build(tiny, "lora[rank=3, init=loftq]", task="features")).stored
-    assert quantised == LAYERS * 2 * (2 * D * 3 + D * D // 2 + D * D // 64)  # A and B, two codes to a byte, a scale per 64
+    # A and B, two codes to a byte, a scale per 64
+    assert quantised == LAYERS * 2 * (2 * D * 3 + D * D // 2 + D * D // 64)
 
 
-# -- LoRA ------------------------------------------------------------------------------------------------------------------------------------------
+# -- LoRA
+#     ------------------------------------------------------------------------------------------------------------------
 
 
 def test_rank_and_alpha_go_by_the_first_pattern_that_matches(tiny):
-    model = build(tiny, "lora[rank={attn.q: 2, attn.v*: 4, attn.*: 6}, alpha={attn.q: 8, *: 12}, targets=(attn.q, attn.v, attn.o)]")
+    model = build(
+        tiny,
+        "lora[rank={attn.q: 2, attn.v*: 4, attn.*: 6}, alpha={attn.q: 8, *: 12}, targets=(attn.q, attn.v, attn.o)]",
+    )
     found = {role: module(model, f"blocks.0.attn.{role}", "lora") for role in "qvo"}
     assert {role: (len(m.A), m.scale) for role, m in found.items()} == {"q": (2, 4.0), "v": (4, 3.0), "o": (6, 2.0)}
 
@@ -178,18 +188,23 @@ def test_rank_and_alpha_go_by_the_first_pattern_that_matches(tiny):
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 6), (9, 6), (9, None)])
 def test_rslora_divides_by_the_root_of_the_rank(tiny, rank, alpha):
     given = "" if alpha is None else f", alpha={alpha}"
-    assert module(build(tiny, f"lora[rank={rank}, rslora=true{given}]"), "blocks.0.attn.q", "lora").scale == (alpha or rank) / math.sqrt(rank)
+    assert module(build(tiny, f"lora[rank={rank}, rslora=true{given}]"), "blocks.0.attn.q", "lora").scale == (
+        alpha or rank
+    ) / math.sqrt(rank)
     assert module(build(tiny, f"lora[rank={rank}{given}]"), "blocks.0.attn.q", "lora").scale == (alpha or rank) / rank
 
 
 def test_pissa_starts_from_the_largest_singular_vectors_and_leaves_the_output_bit_identical(tiny):
-    """s B A = U_r S_r V_r^T, both factors with the root of S / s (Meng et al. 2024, eq. 2, 3); the base keeps every bit."""
+    """s B A = U_r S_r V_r^T, both factors with the root of S / s (Meng et al. 2024, eq. 2, 3); the base keeps every
+    bit."""
     bare = build(tiny)
     model = effzoo.attach(copy.deepcopy(bare), "lora[rank=3, alpha=6, init=pissa]")
     lora, weight = module(model, "blocks.0.attn.q", "lora"), site(bare, "blocks.0.attn.q").weight
     U, S, Vt = torch.linalg.svd(weight)
     assert torch.allclose(lora.scale * lora.B @ lora.A, U[:, :3] @ S[:3].diag() @ Vt[:3], **EXACT)
-    assert torch.allclose(lora.A @ lora.A.T, (S[:3] / 2).diag(), **EXACT) and torch.allclose(lora.B.T @ lora.B, (S[:3] / 2).diag(), **EXACT)
+    assert torch.allclose(lora.A @ lora.A.T, (S[:3] / 2).diag(), **EXACT) and torch.allclose(
+        lora.B.T @ lora.B, (S[:3] / 2).diag(), **EXACT
+    )
     assert torch.equal(model(**batch()).last_hidden_state, bare(**batch()).last_hidden_state)
     assert torch.equal(site(model, "blocks.0.attn.q").weight, weight)
 
@@ -218,7 +233,10 @@ def test_a_start_from_the_base_trains_like_the_paper_which_takes_the_factors_out
                 linear.weight -= start.scale * start.B0 @ start.A0
     outs = [m(**batch()).logits for m in (model, twin)]
     assert torch.allclose(*outs, **EXACT)
-    grads = [torch.autograd.grad((out**2).sum(), [p for p in m.parameters() if p.requires_grad]) for out, m in zip(outs, (model, twin), strict=True)]
+    grads = [
+        torch.autograd.grad((out**2).sum(), [p for p in m.parameters() if p.requires_grad])
+        for out, m in zip(outs, (model, twin), strict=True)
+    ]
     assert all(torch.allclose(one, other, **EXACT) and one.abs().max() > 0 for one, other in zip(*grads, strict=True))
 
 
@@ -232,7 +250,10 @@ def test_eva_holds_the_right_singular_vectors_of_all_tokens_that_the_layer_sees(
     model = build(tiny, "lora[rank=3, init=eva]")
     before = model(**batch()).last_hidden_state
     seen, batches = {}, [batch(9), batch(7)]
-    handles = [site(model, path).register_forward_hook(lambda m, x, y, path=path: seen.setdefault(path, []).append(x[0])) for path in PATHS]
+    handles = [
+        site(model, path).register_forward_hook(lambda m, x, y, path=path: seen.setdefault(path, []).append(x[0]))
+        for path in PATHS
+    ]
     for one in batches:
         model(**one)
     for handle in handles:
@@ -291,19 +312,27 @@ def test_quantising_takes_the_nearest_level_of_each_block(shape):
     found = nf4.decode(codes, scales, weight.shape)
     for i, block in enumerate(weight.flatten().split(64)):
         nearest = (block[:, None] / block.abs().max() - nf4.levels()).abs().argmin(1)
-        assert torch.allclose(found.flatten()[64 * i : 64 * i + len(block)], nf4.levels()[nearest] * block.abs().max(), **DELTA)
-    assert codes.dtype == torch.uint8 and codes.numel() == 32 * math.ceil(weight.numel() / 64) and scales.numel() == math.ceil(weight.numel() / 64)
+        assert torch.allclose(
+            found.flatten()[64 * i : 64 * i + len(block)], nf4.levels()[nearest] * block.abs().max(), **DELTA
+        )
+    assert (
+        codes.dtype == torch.uint8
+        and codes.numel() == 32 * math.ceil(weight.numel() / 64)
+        and scales.numel() == math.ceil(weight.numel() / 64)
+    )
 
 
 def test_loftq_brings_the_quantised_weight_nearer_to_the_base_than_quantising_alone(tiny):
-    """W' - W = Q + s B A - W is smaller than quantised(W) - W, and B A is the best approximation of W - Q of its rank."""
+    """W' - W = Q + s B A - W is smaller than quantised(W) - W, and B A is the best approximation of W - Q of its
+    rank."""
     model = build(tiny, "lora[rank=3, alpha=6, init=loftq]", drawn=False)
     linear, lora = site(model, "blocks.0.attn.q"), module(model, "blocks.0.attn.q", "lora")
     alone = nf4.decode(*nf4.encode(linear.weight.double()), linear.weight.shape)
     change = delta(model)["blocks.0.attn.q.weight"]
     assert 0 < change.norm() < 0.9 * (alone - linear.weight).norm()
     U, S, Vt = torch.linalg.svd(linear.weight - lora.weight(linear.weight))
-    assert torch.allclose(2 * lora.B @ lora.A, U[:, :3] @ S[:3].diag() @ Vt[:3], rtol=0, atol=1e-6)  # the start was computed for float32 weights
+    # the start was computed for float32 weights
+    assert torch.allclose(2 * lora.B @ lora.A, U[:, :3] @ S[:3].diag() @ Vt[:3], rtol=0, atol=1e-6)
     assert not effzoo.attached(model)["default"].methods[0][0].identity_at_init
 
 
@@ -315,7 +344,10 @@ def test_lora_stores_its_input_once_and_the_narrow_product(tiny, dropout):
     stored, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(tensor):
-        stored[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes() // tensor.element_size(), tensor.dtype)
+        stored[tensor.untyped_storage().data_ptr()] = (
+            tensor.untyped_storage().nbytes() // tensor.element_size(),
+            tensor.dtype,
+        )
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -326,7 +358,8 @@ def test_lora_stores_its_input_once_and_the_narrow_product(tiny, dropout):
 
 def test_lora_on_an_embedding_changes_rows_by_a_low_rank(tiny):
     model = build(tiny, "lora[rank=3, alpha=6, targets=embed.token]", task="features")
-    token, lora, ids = site(model, "embeddings.token"), module(model, "embeddings.token", "lora"), torch.randint(VOCAB, (3, 5))
+    token, lora = site(model, "embeddings.token"), module(model, "embeddings.token", "lora")
+    ids = torch.randint(VOCAB, (3, 5))
     table = token.weight + 2 * (lora.B @ lora.A).T
     assert torch.allclose(token(ids), F.embedding(ids, table), **DELTA) and torch.allclose(
         delta(model)["embeddings.token.weight"], table - token.weight, **DELTA
@@ -338,7 +371,8 @@ def test_rows_that_never_occur_keep_every_bit(tiny):
     train(model, {**batch(), "labels": torch.tensor([0, 1, 2])})
     change = delta(model)["embeddings.token.weight"]
     seen = torch.zeros(VOCAB, dtype=torch.bool)
-    seen[batch()["input_ids"][batch()["attention_mask"].bool()].unique()] = True  # rows at padding get no gradient either
+    # rows at padding get no gradient either
+    seen[batch()["input_ids"][batch()["attention_mask"].bool()].unique()] = True
     assert (change[~seen] == 0).all() and (change[seen] != 0).any(dim=1).all()
 
 
@@ -367,7 +401,9 @@ def test_lora_on_a_convolution_is_a_narrow_convolution_and_a_change_of_low_rank(
     kernel = model.conv.weight + 3 * torch.einsum("or,rihw->oihw", lora.B, lora.A)
     assert torch.allclose(model.conv(x), F.conv2d(x, kernel, model.conv.bias, stride, padding), **DELTA)
     assert torch.allclose(delta(model)["conv.weight"], kernel - model.conv.weight, **DELTA)
-    assert effzoo.account(model).rank == 2 == numerical_rank(delta(model)["conv.weight"]) and effzoo.account(model).trainable == 2 * (45 + 6)
+    assert effzoo.account(model).rank == 2 == numerical_rank(delta(model)["conv.weight"]) and effzoo.account(
+        model
+    ).trainable == 2 * (45 + 6)
 
 
 @pytest.mark.parametrize(
@@ -376,13 +412,25 @@ def test_lora_on_a_convolution_is_a_narrow_convolution_and_a_change_of_low_rank(
         ("lora[rank=0]", OptionError, "rank is at least 1, got 0"),
         ("lora[rank={attn.q: 0}]", OptionError, "rank is at least 1, got"),
         ("lora[rank={}]", OptionError, "got an empty map"),
-        ("lora[rank={attn.q: 2}, targets=(attn.q, attn.v)]", OptionError, "no pattern of rank .attn.q. matches 'attn.v'"),
-        ("lora[rank={attn.q: 2, mlp.up: 4}, targets=attn.q]", TargetError, "rank for 'mlp.up' matches none of its targets"),
+        (
+            "lora[rank={attn.q: 2}, targets=(attn.q, attn.v)]",
+            OptionError,
+            "no pattern of rank .attn.q. matches 'attn.v'",
+        ),
+        (
+            "lora[rank={attn.q: 2, mlp.up: 4}, targets=attn.q]",
+            TargetError,
+            "rank for 'mlp.up' matches none of its targets",
+        ),
         ("lora[rank={attn.q: 2, attn.nope: 4}]", TargetError, "target 'attn.nope' matches no role"),
         ("lora[alpha={attn.v: 2}]", OptionError, "no pattern of alpha"),
         ("lora[init=nope]", OptionError, "lora: init is 'default' or 'gaussian'"),
         ("lora[rank=17, init=pissa]", OptionError, "takes 17 vectors of 'attn.q', whose weight .16, 16. has 16"),
-        ("lora[init=eva, targets=embed.token]", OptionError, "init='eva' is for linear layers, and 'embed.token' is Embedding"),
+        (
+            "lora[init=eva, targets=embed.token]",
+            OptionError,
+            "init='eva' is for linear layers, and 'embed.token' is Embedding",
+        ),
         ("lora[targets=attn.norm]", TargetError, "lora hangs on Linear or Embedding or Conv2d sites"),
         ("dora[rank=0]", OptionError, "dora: rank is at least 1"),
         ("krona[shape=(3, 4)]", OptionError, "A of shape .3, 4. does not divide 'attn.q', which is 16 x 16; .* .4, 4."),
@@ -399,7 +447,8 @@ def test_each_bad_option_has_its_own_sentence(tiny, spec, error, said):
         build(tiny, spec)
 
 
-# -- DoRA ------------------------------------------------------------------------------------------------------------------------------------------
+# -- DoRA
+#     ------------------------------------------------------------------------------------------------------------------
 
 
 def test_dora_gives_every_row_its_trained_length(tiny):
@@ -414,20 +463,25 @@ def test_dora_gives_every_row_its_trained_length(tiny):
 def test_dora_starts_with_the_lengths_of_the_rows_and_changes_nothing(tiny):
     bare = build(tiny)
     model = effzoo.attach(copy.deepcopy(bare), "dora")
-    assert torch.equal(module(model, "blocks.0.attn.v", "dora").magnitude, site(bare, "blocks.0.attn.v").weight.norm(dim=1))
+    assert torch.equal(
+        module(model, "blocks.0.attn.v", "dora").magnitude, site(bare, "blocks.0.attn.v").weight.norm(dim=1)
+    )
     assert torch.equal(model(**batch()).last_hidden_state, bare(**batch()).last_hidden_state)
 
 
 def test_the_gradients_of_dora_treat_the_norm_as_a_constant(tiny):
     model = build(tiny, "dora[rank=3]")
-    linear, dora, x = site(model, "blocks.0.attn.q"), module(model, "blocks.0.attn.q", "dora"), torch.randn(5, D, dtype=torch.float64)
+    linear, dora = site(model, "blocks.0.attn.q"), module(model, "blocks.0.attn.q", "dora")
+    x = torch.randn(5, D, dtype=torch.float64)
     length = (linear.weight + dora.B @ dora.A).norm(dim=1).detach().clone()
     outs = linear(x), F.linear(x, (dora.magnitude / length)[:, None] * (linear.weight + dora.B @ dora.A), linear.bias)
     tensors = (dora.A, dora.B, dora.magnitude)
     found, wanted = (torch.autograd.grad((out**3).sum(), tensors) for out in outs)
     assert all(torch.allclose(one, other, **EXACT) for one, other in zip(found, wanted, strict=True))
     V = linear.weight + dora.B @ dora.A
-    whole = torch.autograd.grad((F.linear(x, dora.magnitude[:, None] * V / V.norm(dim=1, keepdim=True), linear.bias) ** 3).sum(), tensors)
+    whole = torch.autograd.grad(
+        (F.linear(x, dora.magnitude[:, None] * V / V.norm(dim=1, keepdim=True), linear.bias) ** 3).sum(), tensors
+    )
     assert not torch.allclose(found[0], whole[0], rtol=1e-2)  # the whole gradient is another one
 
 
@@ -440,7 +494,8 @@ def test_dora_keeps_rows_of_zeros(tiny):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-# -- KronA -----------------------------------------------------------------------------------------------------------------------------------------
+# -- KronA
+#     ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("a", [(1, 1), (3, 2), (1, 4), (6, 1), (2, 5)])
@@ -468,12 +523,17 @@ def test_krona_b_is_beside_the_feed_forward(tiny, spec):
     branch, x = site(model, "blocks.1.mlp_branch"), torch.randn(2, 5, D, dtype=torch.float64)
     krona = branch.adapters["default"][method]
     block = model.blocks[1]
-    expected = block.mlp(x) + 0.5 * F.linear(x, torch.kron(krona.A, krona.B)) + (krona.residual * x if method == "krona_res" else 0)
+    expected = (
+        block.mlp(x)
+        + 0.5 * F.linear(x, torch.kron(krona.A, krona.B))
+        + (krona.residual * x if method == "krona_res" else 0)
+    )
     assert torch.allclose(block.feed(x, effzoo.attention.Mask()), expected, **DELTA)
     assert (krona.residual is not None) == (method == "krona_res")
 
 
-# -- subspaces -------------------------------------------------------------------------------------------------------------------------------------
+# -- subspaces
+#     ------------------------------------------------------------------------------------------------------------------
 
 
 def kronecker_hadamard(size):
@@ -514,10 +574,12 @@ def explicit(rows, dim, scale, seed):
 def test_fastfood_is_the_product_of_its_five_factors(rows, dim):
     """Also where theta is longer than the tensor, which a padding to the tensor alone would cut off."""
     fastfood, P = Fastfood(rows, dim, 1.7, seed=5).double(), explicit(rows, dim, 1.7, 5)
-    assert torch.allclose(P.norm(dim=0), torch.full((dim,), 1.7, dtype=torch.float64), **EXACT)  # columns over all padded rows
+    # columns over all padded rows
+    assert torch.allclose(P.norm(dim=0), torch.full((dim,), 1.7, dtype=torch.float64), **EXACT)
     theta = torch.randn(dim, dtype=torch.float64, requires_grad=True)
     y = fastfood(theta)
-    assert y.shape == (rows,) and torch.allclose(y, P[:rows] @ theta, rtol=0, atol=1e-6)  # G is drawn and scaled in float32
+    # G is drawn and scaled in float32
+    assert y.shape == (rows,) and torch.allclose(y, P[:rows] @ theta, rtol=0, atol=1e-6)
     mixture = torch.randn_like(y)
     (grad,) = torch.autograd.grad((y * mixture).sum(), theta)
     assert torch.allclose(grad, P[:rows].T @ mixture, rtol=0, atol=1e-6) and (grad != 0).all()
@@ -532,9 +594,12 @@ def test_a_dense_projection_has_columns_of_length_one_over_all_targets(tiny):
         for p in s.adapters["default"]["intrinsic"].projections.values()
     ]  # fmt: skip
     P = torch.cat(parts).double()
-    assert P.shape == (BLOCKS, 30) and torch.allclose(P.norm(dim=0), torch.ones(30, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert P.shape == (BLOCKS, 30) and torch.allclose(
+        P.norm(dim=0), torch.ones(30, dtype=torch.float64), rtol=0, atol=1e-6
+    )
     angles = P.T @ P - torch.eye(30, dtype=torch.float64)
-    assert angles.abs().max() < 6 / math.sqrt(BLOCKS)  # independent columns: cosines have the standard deviation 1 / sqrt(D)
+    # independent columns: cosines have the standard deviation 1 / sqrt(D)
+    assert angles.abs().max() < 6 / math.sqrt(BLOCKS)
 
 
 @pytest.mark.parametrize("projection", ["dense", "fastfood"])
@@ -545,14 +610,20 @@ def test_a_step_in_the_subspace_is_a_step_of_the_same_length_in_the_weights(tiny
     for _ in range(20):
         with torch.no_grad():
             theta.normal_()
-        lengths.append(float(sum(change.square().sum() for change in delta(model).values()) / theta.detach().square().sum()))
+        lengths.append(
+            float(sum(change.square().sum() for change in delta(model).values()) / theta.detach().square().sum())
+        )
     assert abs(sum(lengths) / len(lengths) - 1) < 0.1
 
 
 @pytest.mark.parametrize("projection", ["dense", "fastfood"])
 def test_all_targets_move_by_one_theta_each_with_rows_of_its_own(tiny, projection):
     model = build(tiny, f"intrinsic[dim=30, projection={projection}]")
-    modules = [s.adapters["default"]["intrinsic"] for _, s in sites(model) if "default" in s.adapters and "intrinsic" in s.adapters["default"]]
+    modules = [
+        s.adapters["default"]["intrinsic"]
+        for _, s in sites(model)
+        if "default" in s.adapters and "intrinsic" in s.adapters["default"]
+    ]
     assert len({id(m.theta) for m in modules}) == 1 and len(modules) == LAYERS * 8
     q, k = (module(model, f"blocks.0.attn.{role}", "intrinsic") for role in "qk")
     units = torch.eye(30, dtype=torch.float64)
@@ -584,7 +655,9 @@ def test_the_projection_is_drawn_from_the_seed_alone(tiny):
     for seed in (0, 0, 1):
         torch.manual_seed(123 + len(step))
         model = build(tiny, f"intrinsic[dim=30, seed={seed}]", drawn=False)
-        found = module(model, "blocks.1.mlp.up", "intrinsic").projections["of_weight"](torch.ones(30, dtype=torch.float64))
+        found = module(model, "blocks.1.mlp.up", "intrinsic").projections["of_weight"](
+            torch.ones(30, dtype=torch.float64)
+        )
         assert seed not in step or torch.equal(step[seed], found)
         step[seed] = found
     assert not torch.allclose(step[0], step[1])
@@ -595,12 +668,19 @@ def test_the_projection_is_drawn_from_the_seed_alone(tiny):
     assert torch.equal(torch.get_rng_state(), now)  # the global generator is left alone
 
 
-# -- other packages --------------------------------------------------------------------------------------------------------------------------------
+# -- other packages
+#     ------------------------------------------------------------------------------------------------------------------
 
 
 def hf_bert():
     config = transformers.BertConfig(
-        vocab_size=41, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20, max_position_embeddings=20, num_labels=3
+        vocab_size=41,
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=20,
+        max_position_embeddings=20,
+        num_labels=3,
     )
     base = transformers.BertForSequenceClassification(config).double().eval()
     with torch.no_grad():
@@ -610,7 +690,8 @@ def hf_bert():
 
 
 def assert_equals_peft(base, config, spec, names):
-    """Copy our drawn adapter into theirs; logits and gradients of every adapter tensor agree to 1e-10. names: our tensor -> theirs (a function)."""
+    """Copy our drawn adapter into theirs; logits and gradients of every adapter tensor agree to 1e-10. names: our
+    tensor -> theirs (a function)."""
     ours = effzoo.attach(effzoo.convert.from_transformers(copy.deepcopy(base)), spec).eval()
     theirs = peft.get_peft_model(base, config).eval()
     method, pairs = spec.split("[")[0], []
@@ -651,14 +732,18 @@ LORA = {"A": lambda layer: layer.lora_A["default"].weight, "B": lambda layer: la
     ],
 )
 def test_lora_equals_peft(spec, options):
-    assert_equals_peft(hf_bert(), peft.LoraConfig(target_modules=["query", "value"], lora_dropout=0.0, **options), spec, LORA)
+    assert_equals_peft(
+        hf_bert(), peft.LoraConfig(target_modules=["query", "value"], lora_dropout=0.0, **options), spec, LORA
+    )
 
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_dora_equals_peft(rslora):
     config = peft.LoraConfig(target_modules=["query", "value"], r=3, lora_alpha=6, use_dora=True, use_rslora=rslora)
     names = LORA | {"magnitude": lambda layer: layer.lora_magnitude_vector["default"].weight}
-    assert_equals_peft(hf_bert(), config, f"dora[rank=3, alpha=6, rslora={str(rslora).lower()}, targets=(attn.q, attn.v)]", names)
+    assert_equals_peft(
+        hf_bert(), config, f"dora[rank=3, alpha=6, rslora={str(rslora).lower()}, targets=(attn.q, attn.v)]", names
+    )
 
 
 def test_krona_equals_lokr_of_peft_with_whole_factors():
@@ -671,8 +756,12 @@ def test_krona_equals_lokr_of_peft_with_whole_factors():
 def test_starts_from_the_base_equal_those_of_peft(init):
     """peft takes s B A out of the base: the products are compared, since vectors have no sign of their own."""
     base = hf_bert().float()  # peft refuses float64 here
-    ours = effzoo.attach(effzoo.convert.from_transformers(copy.deepcopy(base)), f"lora[rank=3, alpha=3, init={init}, targets=attn.q]")
-    theirs = peft.get_peft_model(base, peft.LoraConfig(target_modules=["query"], r=3, lora_alpha=3, init_lora_weights=init))
+    ours = effzoo.attach(
+        effzoo.convert.from_transformers(copy.deepcopy(base)), f"lora[rank=3, alpha=3, init={init}, targets=attn.q]"
+    )
+    theirs = peft.get_peft_model(
+        base, peft.LoraConfig(target_modules=["query"], r=3, lora_alpha=3, init_lora_weights=init)
+    )
     layer = theirs.base_model.model.bert.encoder.layer[0].attention.self.query
     lora = ours.blocks[0].attn.q.adapters["default"]["lora"]
     product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight

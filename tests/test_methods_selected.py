@@ -1,4 +1,5 @@
-"""Training a selection of the model's own parameters: which are trained, what they cost, and what autograd no longer stores."""
+"""Training a selection of the model's own parameters: which are trained, what they cost, and what autograd no longer
+stores."""
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ def batch(model, n=13):
 
 
 def saved(model, out):
-    """How many numbers autograd stores for the backward pass, beside parameters and buffers: `out` runs the model; a storage counts once."""
+    """How many numbers autograd stores for the backward pass, beside parameters and buffers: `out` runs the model; a
+    storage counts once."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     seen = {}
 
@@ -82,21 +84,35 @@ def test_trainable_and_changed_parameters_are_the_closed_form(tiny, spec, layers
 
 
 def test_last_and_freeze_name_the_same_blocks(tiny):
-    assert trained(build(tiny, "last[count=1]")) == trained(build(tiny, "freeze[first=3]")) == trained(build(tiny, "freeze"))
+    assert (
+        trained(build(tiny, "last[count=1]"))
+        == trained(build(tiny, "freeze[first=3]"))
+        == trained(build(tiny, "freeze"))
+    )
 
 
 def test_what_lies_behind_the_last_block_is_trained_and_what_lies_before_the_first_is_not(tiny):
     paths = {path for path, _ in trained(build(tiny, "last[count=1]", name="gpt2"))}
-    assert "final_norm" in paths and "head.out" in paths and not any("embeddings" in path or "blocks.2" in path for path in paths)
+    assert (
+        "final_norm" in paths
+        and "head.out" in paths
+        and not any("embeddings" in path or "blocks.2" in path for path in paths)
+    )
 
 
 def test_the_groups_of_bitfit_make_up_the_whole_and_strong_is_half_of_it(tiny):
-    """Without the norm of the embeddings; the paper counts half of all biases for the two strong ones at mlp = 4 dim."""
+    """Without the norm of the embeddings; the paper counts half of all biases for the two strong ones at mlp = 4
+    dim."""
     groups = ("query", "key", "value", "output", "intermediate", "norms")
     parts = [trained(build(tiny, f"bitfit[group={group}]", task="features")) for group in groups]
     whole = trained(build(tiny, "bitfit", task="features"))
-    assert sum(map(len, parts)) == len(set().union(*parts)) and set().union(*parts) == whole - {("embeddings.norm", "bias")}
-    wide = {group: effzoo.account(build(tiny, f"bitfit[group={group}]", task="features", mlp=4 * D)).trainable for group in ("all", "strong")}
+    assert sum(map(len, parts)) == len(set().union(*parts)) and set().union(*parts) == whole - {
+        ("embeddings.norm", "bias")
+    }
+    wide = {
+        group: effzoo.account(build(tiny, f"bitfit[group={group}]", task="features", mlp=4 * D)).trainable
+        for group in ("all", "strong")
+    }
     assert 0.4 < wide["strong"] / wide["all"] < 0.5
 
 
@@ -127,7 +143,8 @@ def test_the_head_alone_stores_only_what_it_reads_itself(tiny):
 @pytest.mark.parametrize("name", ["minilm", "gpt2"])
 @pytest.mark.parametrize("attention", ["full", "longformer[window=4]"])
 def test_bitfit_stores_no_input_of_a_linear_layer(tiny, name, attention):
-    """Exactly what backpropagation to the input through a frozen network stores, in which no weight and no bias asks for a gradient."""
+    """Exactly what backpropagation to the input through a frozen network stores, in which no weight and no bias asks
+    for a gradient."""
     model, n = build(tiny, name=name, attention=attention, task="features"), 13
     model.requires_grad_(False).train()
     embeds = torch.randn(3, n, D, dtype=torch.float64, requires_grad=True)
@@ -138,7 +155,8 @@ def test_bitfit_stores_no_input_of_a_linear_layer(tiny, name, attention):
     biases = saved(model, lambda: model(inputs_embeds=embeds.detach()).last_hidden_state.sum())
     lowest = saved(model, lambda: model(inputs_embeds=embeds).last_hidden_state.sum())
     assert biases <= lowest == frozen < everything
-    linear_inputs = 4 * 3 * n * (2 * D + MLP)  # of q, k, v; of o or up; of down: at least these are stored when weights are trained
+    # of q, k, v; of o or up; of down: at least these are stored when weights are trained
+    linear_inputs = 4 * 3 * n * (2 * D + MLP)
     assert everything - frozen >= linear_inputs - 4 * 3 * n * D
 
 
@@ -163,7 +181,9 @@ def test_each_bad_selection_has_its_own_sentence(tiny, spec, error, said):
 
 def test_a_model_without_biases_is_told_to_train_its_norms(tiny):
     model = build(tiny, name="llama", kv_heads=1)
-    with pytest.raises(TargetError, match="none has a bias .*; models without biases can train their norms instead: 'norms'"):
+    with pytest.raises(
+        TargetError, match="none has a bias .*; models without biases can train their norms instead: 'norms'"
+    ):
         effzoo.attach(model, "bitfit")
     effzoo.attach(model, "norms")
     assert effzoo.account(model).trainable == (2 * 4 + 1) * D + sum(
@@ -172,7 +192,16 @@ def test_a_model_without_biases_is_told_to_train_its_norms(tiny):
 
 
 @pytest.mark.parametrize(
-    ("spec", "rate"), [("full", 5e-5), ("last", 5e-5), ("freeze", 5e-5), ("freeze[first=4]", 1e-3), ("norms", 1e-3), ("bitfit", 1e-3), ("head", 1e-3)]
+    ("spec", "rate"),
+    [
+        ("full", 5e-5),
+        ("last", 5e-5),
+        ("freeze", 5e-5),
+        ("freeze[first=4]", 1e-3),
+        ("norms", 1e-3),
+        ("bitfit", 1e-3),
+        ("head", 1e-3),
+    ],
 )
 def test_the_default_learning_rate_is_that_of_the_method_and_heads_beside_it_have_their_own(tiny, spec, rate):
     rates = training.learning_rates(build(tiny, spec))

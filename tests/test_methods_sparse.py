@@ -1,4 +1,5 @@
-"""Sparse methods against their formulas: masks and gates recomputed densely in float64, exact counts, entries that must not move, files, stages."""
+"""Sparse methods against their formulas: masks and gates recomputed densely in float64, exact counts, entries that must
+not move, files, stages."""
 
 import copy
 
@@ -84,11 +85,14 @@ def logits(model, **more):
 
 
 def effective(model):
-    """The weights and biases that the network computes with, {path: {key: tensor}}, where the parameter hooks or delta says so."""
+    """The weights and biases that the network computes with, {path: {key: tensor}}, where the parameter hooks or delta
+    says so."""
     found = {}
     for path, site in sites(model):
         if site.base():
-            found[path] = {key: site.composed_weight() if key == "weight" else site.composed_bias() for key in site.base()}
+            found[path] = {
+                key: site.composed_weight() if key == "weight" else site.composed_bias() for key in site.base()
+            }
     return found
 
 
@@ -111,7 +115,11 @@ def test_exactly_k_entries_are_chosen_and_equal_ones_count_by_number():
 def test_bits_pack_and_unpack(shape):
     mask = torch.rand(shape) > 0.5
     bits = masks.pack_bits(mask)
-    assert bits.dtype == torch.uint8 and len(bits) == -(-mask.numel() // 8) and torch.equal(masks.unpack_bits(bits, shape), mask)
+    assert (
+        bits.dtype == torch.uint8
+        and len(bits) == -(-mask.numel() // 8)
+        and torch.equal(masks.unpack_bits(bits, shape), mask)
+    )
     assert int(bits[0]) & 1 == int(mask.flatten()[0])
     with pytest.raises(ValueError, match="bytes"):
         masks.unpack_bits(torch.cat([bits, bits]), shape)
@@ -141,7 +149,10 @@ def test_expected_l0_of_two_independent_gates_is_the_share_of_draws_with_both_op
         module.w_weight.fill_(1.0)
         module.w_bias.fill_(1.0)
         module.train()
-        drawn = torch.tensor([sum(int((module.dense(key) != 0).sum()) for key in ("weight", "bias")) for _ in range(4000)], dtype=torch.float64)
+        drawn = torch.tensor(
+            [sum(int((module.dense(key) != 0).sum()) for key in ("weight", "bias")) for _ in range(4000)],
+            dtype=torch.float64,
+        )
     error = (drawn.mean() - module.expected()) / (drawn.std() / len(drawn) ** 0.5)
     assert abs(float(error.detach())) < 4.5
     assert torch.allclose(training.penalty(model), 1.25e-7 * module.expected())
@@ -168,7 +179,9 @@ def test_the_cubic_schedule_is_the_formula_of_zhu_and_gupta():
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 def test_one_shot_magnitude_pruning_keeps_the_largest_weights(tiny, scope):
     base, model = build(tiny), build(tiny, f"magnitude[keep=0.3, schedule=oneshot, scope={scope}]")
-    pruned = {path: site.weight.detach() for path, site in sites(base) if isinstance(site, Linear) and site.layer is not None}
+    pruned = {
+        path: site.weight.detach() for path, site in sites(base) if isinstance(site, Linear) and site.layer is not None
+    }
     everything = torch.cat([w.abs().flatten() for w in pruned.values()])
     kept = 0
     for path, weight in pruned.items():
@@ -176,11 +189,19 @@ def test_one_shot_magnitude_pruning_keeps_the_largest_weights(tiny, scope):
         mask = weight.abs() >= pool.sort(descending=True).values[round(0.3 * len(pool)) - 1]
         assert torch.equal(effective(model)[path]["weight"], weight * mask)
         kept += int(mask.sum())
-    assert kept == (round(0.3 * MATRICES) if scope == "global" else sum(round(0.3 * w.numel()) for w in pruned.values()))
+    assert kept == (
+        round(0.3 * MATRICES) if scope == "global" else sum(round(0.3 * w.numel()) for w in pruned.values())
+    )
 
 
 @pytest.mark.parametrize(
-    "spec", ["magnitude[keep=0.25]", "magnitude[keep=0.25, scope=global]", "movement[keep=0.25]", "movement[keep=0.25, scope=global]"]
+    "spec",
+    [
+        "magnitude[keep=0.25]",
+        "magnitude[keep=0.25, scope=global]",
+        "movement[keep=0.25]",
+        "movement[keep=0.25, scope=global]",
+    ],
 )
 def test_iterative_pruning_ends_with_exactly_the_share_and_pruned_weights_are_exactly_zero(tiny, spec):
     model = by_hand(build(tiny, spec), total=10)
@@ -222,7 +243,9 @@ def test_the_lottery_ticket_returns_the_kept_weights_to_their_start(tiny):
             own, mask = trained[path]
             assert int(module.mask.sum()) == round(0.5**i * own.numel())
             left = own.abs()[mask]
-            assert torch.equal(module.mask, mask & (own.abs() >= left.sort(descending=True).values[int(module.mask.sum()) - 1]))
+            assert torch.equal(
+                module.mask, mask & (own.abs() >= left.sort(descending=True).values[int(module.mask.sum()) - 1])
+            )
             assert torch.equal(effective(model)[path]["weight"], known[path].weight * module.mask)
 
 
@@ -288,12 +311,17 @@ def test_supermasks_multiply_the_fixed_weight_and_train_the_scores_straight_thro
     if keep:
         mask = module.scores >= module.scores.flatten().sort(descending=True).values[round(keep * D * MLP) - 1]
     assert torch.equal(effective(model)[path]["weight"], site.weight * mask)
-    composed = {p: (m.mask() * dict(sites(model))[p].weight).detach().requires_grad_() for p, m in modules(model, "supermask").items()}
+    composed = {
+        p: (m.mask() * dict(sites(model))[p].weight).detach().requires_grad_()
+        for p, m in modules(model, "supermask").items()
+    }
     twin = build(tiny)
     for p, weight in composed.items():
         dict(sites(twin))[p].weight.data.copy_(weight)
     g = torch.autograd.grad(twin(**batch()).loss, dict(sites(twin))[path].weight)[0]
-    assert torch.allclose(torch.autograd.grad(model(**batch()).loss, module.scores)[0], g * site.weight, rtol=0, atol=1e-12)
+    assert torch.allclose(
+        torch.autograd.grad(model(**batch()).loss, module.scores)[0], g * site.weight, rtol=0, atol=1e-12
+    )
 
 
 def test_supermasks_of_two_tasks_live_on_one_base_at_one_bit_a_weight(tiny, tmp_path):
@@ -308,7 +336,10 @@ def test_supermasks_of_two_tasks_live_on_one_base_at_one_bit_a_weight(tiny, tmp_
     assert torch.equal(logits(model), outs["a"]) and not torch.equal(outs["a"], outs["b"])
     stored = stored_tensors(model, "a")
     bits = [value for key, value in stored.items() if key.endswith("bits")]
-    assert sum(len(value) for value in bits) == MATRICES // 8 and effzoo.account(model).stored_bytes == MATRICES // 8 + 8 * HEAD
+    assert (
+        sum(len(value) for value in bits) == MATRICES // 8
+        and effzoo.account(model).stored_bytes == MATRICES // 8 + 8 * HEAD
+    )
     effzoo.save_adapter(model, tmp_path, name="a")
     assert torch.equal(logits(effzoo.load_adapter(build(tiny), tmp_path)), outs["a"])
 
@@ -325,7 +356,9 @@ def frozen_and_moved(model, base):
     return moved
 
 
-@pytest.mark.parametrize(("spec", "keep"), [("fish[keep=0.02]", 0.02), ("lt_sft[keep=0.02]", 0.02), ("diff[keep=0.02]", 0.02)])
+@pytest.mark.parametrize(
+    ("spec", "keep"), [("fish[keep=0.02]", 0.02), ("lt_sft[keep=0.02]", 0.02), ("diff[keep=0.02]", 0.02)]
+)
 @pytest.mark.parametrize("finished", [False, True])
 def test_exactly_k_entries_change_and_all_others_are_bit_identical_under_weight_decay(tiny, spec, keep, finished):
     model = build(tiny, spec)
@@ -336,11 +369,14 @@ def test_exactly_k_entries_change_and_all_others_are_bit_identical_under_weight_
     k = round(keep * NETWORK)
     account = effzoo.account(model)
     assert account.trainable == account.changed == k + HEAD
-    assert account.stored == 2 * k + HEAD and account.stored_bytes == (4 + 8) * k + 8 * HEAD  # an int32 and a float64 each
+    # an int32 and a float64 each
+    assert account.stored == 2 * k + HEAD and account.stored_bytes == (4 + 8) * k + 8 * HEAD
     name = spec.partition("[")[0]
     known = dict(sites(model))
     hung = modules(model, name)
-    assert sum(m.changed(getattr(known[p], "weight", None), getattr(known[p], "bias", None)) for p, m in hung.items()) == k
+    assert (
+        sum(m.changed(getattr(known[p], "weight", None), getattr(known[p], "bias", None)) for p, m in hung.items()) == k
+    )
     moved = frozen_and_moved(model, base)
     assert k - 8 <= moved <= k  # some entries have no gradient at all: embeddings of absent tokens, biases of keys
     before = logits(model)
@@ -357,11 +393,17 @@ def per_example(model, data, expected):
     for i in range(len(data["labels"])):
         for label in range(LABELS) if expected else [int(data["labels"][i])]:
             model.zero_grad()
-            log_p = model(data["input_ids"][i : i + 1], attention_mask=data["attention_mask"][i : i + 1]).logits[0].log_softmax(-1)
+            log_p = (
+                model(data["input_ids"][i : i + 1], attention_mask=data["attention_mask"][i : i + 1])
+                .logits[0]
+                .log_softmax(-1)
+            )
             log_p[label].backward()
             for name, parameter in model.named_parameters():
                 if name in total and parameter.grad is not None:
-                    total[name] = total[name] + (float(log_p[label].detach().exp()) if expected else 1) * parameter.grad**2
+                    total[name] = (
+                        total[name] + (float(log_p[label].detach().exp()) if expected else 1) * parameter.grad**2
+                    )
     return total
 
 
@@ -374,7 +416,11 @@ def test_fish_chooses_the_largest_fisher_information_of_single_examples(tiny, fi
     k = round(0.03 * NETWORK)
     everything = torch.cat([value.flatten() for value in information.values()])
     threshold = everything.sort(descending=True).values[k - 1]
-    expected = {(*name.rsplit(".", 1), int(i)) for name, value in information.items() for i in (value.flatten() >= threshold).nonzero()}
+    expected = {
+        (*name.rsplit(".", 1), int(i))
+        for name, value in information.items()
+        for i in (value.flatten() >= threshold).nonzero()
+    }
     assert chosen_entries(model, "fish") == expected and len(expected) == k
     assert not any(p.requires_grad for key, p in model.named_parameters() if ".adapters." not in key)
 
@@ -385,18 +431,30 @@ def test_fish_is_not_the_square_of_the_gradient_of_a_batch(tiny):
     training.calibrate(model, [batch()])
     twin(**batch()).loss.backward()
     squares = {name: parameter.grad**2 for name, parameter in twin.named_parameters() if not name.startswith("head")}
-    threshold = torch.cat([value.flatten() for value in squares.values()]).sort(descending=True).values[round(0.03 * NETWORK) - 1]
-    wrong = {(*name.rsplit(".", 1), int(i)) for name, value in squares.items() for i in (value.flatten() >= threshold).nonzero()}
+    threshold = (
+        torch.cat([value.flatten() for value in squares.values()])
+        .sort(descending=True)
+        .values[round(0.03 * NETWORK) - 1]
+    )
+    wrong = {
+        (*name.rsplit(".", 1), int(i))
+        for name, value in squares.items()
+        for i in (value.flatten() >= threshold).nonzero()
+    }
     assert len(wrong) == len(chosen_entries(model, "fish")) and wrong != chosen_entries(model, "fish")
 
 
 def test_fish_looks_at_as_many_samples_as_asked_and_is_random_before(tiny):
     one, two = build(tiny, "fish[keep=0.03, samples=2]"), build(tiny, "fish[keep=0.03]")
-    assert not torch.equal(selection.selection_of(modules(one, "fish")).indices, selection.selection_of(modules(two, "fish")).indices)
+    assert not torch.equal(
+        selection.selection_of(modules(one, "fish")).indices, selection.selection_of(modules(two, "fish")).indices
+    )
     first = {key: value[:2] for key, value in batch().items()}
     training.calibrate(one, [batch()])
     training.calibrate(two, [first])
-    assert torch.equal(selection.selection_of(modules(one, "fish")).indices, selection.selection_of(modules(two, "fish")).indices)
+    assert torch.equal(
+        selection.selection_of(modules(one, "fish")).indices, selection.selection_of(modules(two, "fish")).indices
+    )
 
 
 def test_fish_refuses_the_expectation_over_the_labels_of_every_token(tiny):
@@ -414,11 +472,15 @@ def test_lt_sft_chooses_what_moved_most_and_starts_again_from_theta(tiny):
         for module in modules(model, "lt_sft").values():
             for key in module.spans:
                 getattr(module, f"full_{key}").normal_()
-    changes = torch.cat([getattr(m, f"full_{key}").detach().flatten() for m in modules(model, "lt_sft").values() for key in m.spans])
+    changes = torch.cat(
+        [getattr(m, f"full_{key}").detach().flatten() for m in modules(model, "lt_sft").values() for key in m.spans]
+    )
     training.begin(model, sparse)
     chosen = selection.selection_of(modules(model, "lt_sft"))
     k = round(0.02 * NETWORK)
-    assert chosen.indices.tolist() == sorted(sorted(range(len(changes)), key=lambda i: (-abs(float(changes[i])), i))[:k])
+    assert chosen.indices.tolist() == sorted(
+        sorted(range(len(changes)), key=lambda i: (-abs(float(changes[i])), i))[:k]
+    )
     assert torch.equal(logits(model), logits_of_base(model)) and not chosen.values.any()
     assert effzoo.account(model).trainable == k + HEAD
 
@@ -442,7 +504,9 @@ def test_two_sparse_changes_add_up(tiny):
     for name in ("a", "b"):
         effzoo.activate(model, name)
         deltas[name] = {
-            (path, key): t.detach() - dict(sites(model))[path].base()[key] for path, ts in effective(model).items() for key, t in ts.items()
+            (path, key): t.detach() - dict(sites(model))[path].base()[key]
+            for path, ts in effective(model).items()
+            for key, t in ts.items()
         }
     overlap = sum(int(((deltas["a"][place] != 0) & (deltas["b"][place] != 0)).sum()) for place in deltas["a"])
     effzoo.activate(model, "a", "b")
@@ -488,12 +552,18 @@ def test_diff_pruning_adds_the_gated_change_and_fixes_the_largest_of_it(tiny, st
             if structured:
                 gate = gate * (sigma(getattr(module, f"group_{key}")) * 3 - 1.5).clamp(0, 1)
             z[path, key] = (gate * getattr(module, f"w_{key}")).detach()
-            assert torch.allclose(effective(model)[path][key], dict(sites(model))[path].base()[key] + z[path, key], rtol=0, atol=1e-12)
+            assert torch.allclose(
+                effective(model)[path][key], dict(sites(model))[path].base()[key] + z[path, key], rtol=0, atol=1e-12
+            )
     flat = torch.cat([value.flatten() for value in z.values()])
-    training.begin(model.train(), training.stages(model)[1])  # in training mode, as a loop does; the gates of evaluation count
+    # in training mode, as a loop does; the gates of evaluation count
+    training.begin(model.train(), training.stages(model)[1])
     chosen, k = selection.selection_of(hung), round(0.02 * NETWORK)
     assert len(chosen.indices) == k and torch.equal(chosen.indices.long(), flat.abs().topk(k).indices.sort().values)
-    assert torch.allclose(chosen.values, flat[chosen.indices.long()], rtol=0, atol=1e-12) and training.penalty(model) is None
+    assert (
+        torch.allclose(chosen.values, flat[chosen.indices.long()], rtol=0, atol=1e-12)
+        and training.penalty(model) is None
+    )
 
 
 def test_diff_gates_are_drawn_in_training_and_still_in_evaluation(tiny):
@@ -511,7 +581,8 @@ def test_diff_gates_are_drawn_in_training_and_still_in_evaluation(tiny):
 
 
 def sliced(model, gates, name, attention, tiny):
-    """A model with the open heads alone: rows of the projections and columns of W_O cut out; the same head in every layer."""
+    """A model with the open heads alone: rows of the projections and columns of W_O cut out; the same head in every
+    layer."""
     keep = [i for i, gate in enumerate(gates) if gate]
     width = D // 4
     lean = build({**tiny, "heads": len(keep), "head_dim": width}, attention=attention, name=name)
@@ -541,7 +612,13 @@ def sliced(model, gates, name, attention, tiny):
 
 @pytest.mark.parametrize(
     ("name", "attention"),
-    [("minilm", "full"), ("gpt2", "full"), ("minilm", "longformer[window=4]"), ("minilm", "lsh[buckets=2]"), ("gpt2", "lsh[buckets=2]")],
+    [
+        ("minilm", "full"),
+        ("gpt2", "full"),
+        ("minilm", "longformer[window=4]"),
+        ("minilm", "lsh[buckets=2]"),
+        ("gpt2", "lsh[buckets=2]"),
+    ],
 )
 def test_a_model_with_closed_gates_is_the_model_without_these_heads(tiny, name, attention):
     model = build({**tiny, "heads": 4}, "head_pruning", attention=attention, name=name)
@@ -603,7 +680,10 @@ def test_far_is_the_sum_of_a_frozen_and_a_learning_feedforward(tiny, name):
                 p.normal_()
     hung, mlp = modules(model, "far"), model.blocks[0].mlp
     parts = {role: hung[f"blocks.0.mlp.{role}"] for role in ("up", "gate", "down") if f"blocks.0.mlp.{role}" in hung}
-    moved = sum(m.own_weight.abs().sum(0 if role == "down" else 1) + (0 if m.own_bias is None else m.own_bias.abs()) for role, m in parts.items())
+    moved = sum(
+        m.own_weight.abs().sum(0 if role == "down" else 1) + (0 if m.own_bias is None else m.own_bias.abs())
+        for role, m in parts.items()
+    )
     training.begin(model, training.stages(model)[1])
     learners = moved.topk(round(0.25 * MLP)).indices.sort().values
     assert all(torch.equal(part.units.long(), learners) for part in parts.values())
@@ -648,12 +728,21 @@ def test_far_gradients_optimizer_and_saved_inputs_are_as_small_as_the_learners(t
 @pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize(
     "spec",
-    [*EIGHT, "magnitude[rewind=true]", "magnitude[schedule=oneshot]", "movement[mode=soft]", "supermask[keep=0.5]", "head_pruning[mode=importance]"],
+    [
+        *EIGHT,
+        "magnitude[rewind=true]",
+        "magnitude[schedule=oneshot]",
+        "movement[mode=soft]",
+        "supermask[keep=0.5]",
+        "head_pruning[mode=importance]",
+    ],
 )
 def test_every_method_trains_by_hand_finishes_and_loads(tiny, tmp_path, spec, finished):
-    """Stages as the docstring of training.py runs them; finishing changes no output; a file gives the same output in a fresh model."""
+    """Stages as the docstring of training.py runs them; finishing changes no output; a file gives the same output in a
+    fresh model."""
     model = by_hand(build(tiny, spec))
-    assert (logits(model) - logits_of_base(model)).abs().max() > 1e-4 or spec.startswith("head_pruning")  # whose gates were at most drawn nearer
+    # whose gates were at most drawn nearer
+    assert (logits(model) - logits_of_base(model)).abs().max() > 1e-4 or spec.startswith("head_pruning")
     before = logits(model)
     stages = training.stages(model)
     if finished:
@@ -740,7 +829,9 @@ def test_fish_fits_a_budget_and_counts_on_a_model_without_memory(tiny):
     account = effzoo.account(effzoo.attach(model, spec))
     assert 95 <= account.trainable - HEAD <= 100
     with torch.device("meta"):
-        bare = effzoo.build("minilm", task="classification", num_labels=LABELS, pooling="mean", head_dense=False, **tiny)
+        bare = effzoo.build(
+            "minilm", task="classification", num_labels=LABELS, pooling="mean", head_dense=False, **tiny
+        )
         for spec in [*EIGHT, "magnitude[schedule=oneshot]"]:
             account = effzoo.account(effzoo.attach(bare, spec))
             effzoo.detach(bare, "default")
@@ -752,8 +843,21 @@ def test_fish_fits_a_budget_and_counts_on_a_model_without_memory(tiny):
 @pytest.mark.parametrize("name", ["reformer", "perceiver-io", "llama"])
 def test_every_method_trains_on_reversible_blocks_on_the_perceiver_and_on_gated_decoders(tiny, name, spec):
     more = {
-        "reformer": {"axial_shape": (8, 8), "axial_dims": (8, 8), "head_dim": 8, "attention": "lsh[chunk=8, buckets=4]"},
-        "perceiver-io": {"channels": 16, "latents": 5, "head_dim": 4, "value_dim": 6, "cross_heads": 2, "cross_head_dim": 4, "cross_value_dim": 8},
+        "reformer": {
+            "axial_shape": (8, 8),
+            "axial_dims": (8, 8),
+            "head_dim": 8,
+            "attention": "lsh[chunk=8, buckets=4]",
+        },
+        "perceiver-io": {
+            "channels": 16,
+            "latents": 5,
+            "head_dim": 4,
+            "value_dim": 6,
+            "cross_heads": 2,
+            "cross_head_dim": 4,
+            "cross_value_dim": 8,
+        },
         "llama": {"kv_heads": 1, "head_dim": 8},
     }[name]
     decoder = {"decoder_heads": 2, "decoder_head_dim": 4, "decoder_value_dim": 8} if name == "perceiver-io" else {}
@@ -773,7 +877,9 @@ def test_every_method_trains_on_reversible_blocks_on_the_perceiver_and_on_gated_
         training.loss(model, **data).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert any(not torch.equal(before[key], p) for key, p in model.named_parameters() if key in before and f".{spec}." in key)
+    assert any(
+        not torch.equal(before[key], p) for key, p in model.named_parameters() if key in before and f".{spec}." in key
+    )
     assert all(torch.equal(base[key], value) for key, value in base_tensors(model).items())
 
 
@@ -815,7 +921,11 @@ def test_importance_alone_has_nothing_to_train_without_a_head(tiny):
 def test_biases_and_embeddings_are_neither_pruned_nor_masked(tiny):
     for spec in ("magnitude", "movement", "supermask"):
         paths = set(modules(build(tiny, spec), spec))
-        assert paths == {f"blocks.{i}.{role}" for i in range(LAYERS) for role in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")}
+        assert paths == {
+            f"blocks.{i}.{role}"
+            for i in range(LAYERS)
+            for role in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
+        }
 
 
 def test_a_feedforward_in_float64_is_what_functional_linear_says(tiny):

@@ -32,7 +32,9 @@ def mixed(model, parts, half=torch.bfloat16):
 
 
 def same(one, other):
-    return one.keys() == other.keys() and all(one[key].dtype == other[key].dtype and torch.equal(one[key], other[key]) for key in one)
+    return one.keys() == other.keys() and all(
+        one[key].dtype == other[key].dtype and torch.equal(one[key], other[key]) for key in one
+    )
 
 
 def theirs(family):
@@ -63,7 +65,8 @@ def test_each_tensor_keeps_its_dtype_both_ways_and_through_folders(family, tmp_p
 
 def test_a_perceiver_too(tmp_path):
     config = transformers.PerceiverConfig(
-        vocab_size=41, d_model=8, d_latents=8, num_latents=4, num_blocks=1, num_self_attends_per_block=1, num_self_attention_heads=2,
+        vocab_size=41, d_model=8, d_latents=8, num_latents=4, num_blocks=1, num_self_attends_per_block=1,
+        num_self_attention_heads=2,
         num_cross_attention_heads=2, max_position_embeddings=16, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model = mixed(transformers.PerceiverForSequenceClassification(config), ("layernorm", "latents")).eval()
@@ -95,7 +98,8 @@ def test_norms_in_float32_compute_as_in_transformers():
 
 
 PARTS = [
-    ("norm",), ("head",), ("norm", "head", "attn.o"), ("embeddings.token",), ("embeddings.position",), ("mlp.down", "bias"), ("router",), ("core",),
+    ("norm",), ("head",), ("norm", "head", "attn.o"), ("embeddings.token",), ("embeddings.position",),
+    ("mlp.down", "bias"), ("router",), ("core",),
 ]  # fmt: skip
 
 
@@ -104,7 +108,17 @@ PARTS = [
 def test_mixed_blocks_compute_what_float64_does(tiny, name, parts):
     """Forward and backward, with methods and without; the residual stream has the dtype of the token table."""
     sizes = {"task": "classification", "num_labels": 3, **tiny}
-    latents = {"layers": 2, "dim": 16, "latents": 5, "heads": 2, "mlp": 16, "vocab": 53, "max_length": 64, "head_dim": 8, "value_dim": 8}
+    latents = {
+        "layers": 2,
+        "dim": 16,
+        "latents": 5,
+        "heads": 2,
+        "mlp": 16,
+        "vocab": 53,
+        "max_length": 64,
+        "head_dim": 8,
+        "value_dim": 8,
+    }
     more = {"llama": {"kv_heads": 1, "head_dim": 8}, "bert": {"attention": small("linformer")}}.get(name, {})
     if name == "perceiver-io":
         model = effzoo.build(name, task="classification", num_labels=3, dropout=0.0, attention_dropout=0.0, **latents)
@@ -122,7 +136,9 @@ def test_mixed_blocks_compute_what_float64_does(tiny, name, parts):
     with torch.no_grad():
         wanted = exact(**batch)
         found = model.eval()(**batch)
-    stream = next(p.dtype for key, p in model.named_parameters() if key in ("embeddings.token.weight", "inputs.token.weight"))
+    stream = next(
+        p.dtype for key, p in model.named_parameters() if key in ("embeddings.token.weight", "inputs.token.weight")
+    )
     if name != "perceiver-io":
         assert found.logits.dtype == stream
     assert (found.logits.double() - wanted.logits).norm() < 0.05 * wanted.logits.norm()
@@ -138,5 +154,6 @@ def test_float32_embeddings_go_into_a_half_model(tiny):
     model = effzoo.build("bert", task="classification", num_labels=3, **tiny).to(torch.bfloat16)
     embeds = torch.randn(2, 7, 16)
     with torch.no_grad():
-        found, wanted = model(inputs_embeds=embeds).logits, copy.deepcopy(model).double()(inputs_embeds=embeds.double()).logits
+        found = model(inputs_embeds=embeds).logits
+        wanted = copy.deepcopy(model).double()(inputs_embeds=embeds.double()).logits
     assert found.dtype == torch.float32 and (found - wanted).norm() < 1e-4 * wanted.norm()

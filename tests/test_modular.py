@@ -23,7 +23,8 @@ from tests.test_aggregation import moved
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 ONE = "lora[rank=2]"
 MIXTURES = ("routed", "fusion")
-EQUAL_AT_FIRST = ("fish", "head_pruning")  # their experts do the same for some steps at some site, so there the router's gradient is 0
+# their experts do the same for some steps at some site, so there the router's gradient is 0
+EQUAL_AT_FIRST = ("fish", "head_pruning")
 BEFORE_ALL_TOKENS = ("ipt", "ladder", "p_tuning", "prompt")
 
 
@@ -55,7 +56,18 @@ def inputs_of(model, path, batch):
 
 
 @pytest.mark.parametrize(
-    "router", ["soft", "uniform", "top_k[k=1]", "top_k[k=2]", "switch", "gumbel", "gumbel[form=sigmoid]", "base", "expert_choice"]
+    "router",
+    [
+        "soft",
+        "uniform",
+        "top_k[k=1]",
+        "top_k[k=2]",
+        "switch",
+        "gumbel",
+        "gumbel[form=sigmoid]",
+        "base",
+        "expert_choice",
+    ],
 )
 def test_a_site_gives_the_weighted_sum_of_what_its_experts_add(tiny, router):
     model, batch = built(tiny, f"routed[of='{ONE}', experts=3, router='{router}']"), labelled()
@@ -70,9 +82,15 @@ def test_a_site_gives_the_weighted_sum_of_what_its_experts_add(tiny, router):
     torch.testing.assert_close(y, expected, **EXACT)
 
 
-@pytest.mark.parametrize("method", ["lora[rank=2]", "ia3", "dora[rank=2]", "houlsby[bottleneck=3]", "krona", "bitfit", "full[targets=mlp.up]"])
+@pytest.mark.parametrize(
+    "method",
+    ["lora[rank=2]", "ia3", "dora[rank=2]", "houlsby[bottleneck=3]", "krona", "bitfit", "full[targets=mlp.up]"],
+)
 def test_experts_of_any_door_are_mixed_alike(tiny, method):
-    model = effzoo.attach(effzoo.build("bert", task="classification", num_labels=3, **tiny).double().eval(), f"routed[of='{method}', experts=2]")
+    model = effzoo.attach(
+        effzoo.build("bert", task="classification", num_labels=3, **tiny).double().eval(),
+        f"routed[of='{method}', experts=2]",
+    )
     moved(model, "default", 3)
     batch = labelled()
     for path, (site, module) in mixtures(model).items():
@@ -80,7 +98,9 @@ def test_experts_of_any_door_are_mixed_alike(tiny, method):
         with torch.no_grad(), calling(context):
             plain = site.compute((), *x)
             weights = module.weights(plain if path.endswith(("token", "position")) else x[0], context)
-            expected = plain + sum(w * (site.compute(tuple(own), *x) - plain) for w, own in zip(weights, module.each(), strict=True))
+            expected = plain + sum(
+                w * (site.compute(tuple(own), *x) - plain) for w, own in zip(weights, module.each(), strict=True)
+            )
         torch.testing.assert_close(y, expected, **EXACT)
 
 
@@ -98,7 +118,9 @@ def test_padding_changes_nothing(tiny, method, level):
     model = built(tiny, f"routed[of='{method}', experts=2, level={level}]")
     batch = labelled()
     row = {"input_ids": batch["input_ids"][1:2, :5], "attention_mask": batch["attention_mask"][1:2, :5]}
-    torch.testing.assert_close(model(**row).logits, model(batch["input_ids"], batch["attention_mask"]).logits[1:2], **EXACT)
+    torch.testing.assert_close(
+        model(**row).logits, model(batch["input_ids"], batch["attention_mask"]).logits[1:2], **EXACT
+    )
 
 
 def test_by_example_the_router_reads_the_mean_of_the_tokens(tiny):
@@ -111,7 +133,16 @@ def test_by_example_the_router_reads_the_mean_of_the_tokens(tiny):
 
 
 @pytest.mark.parametrize(
-    "method", [ONE, "ia3", "bitfit", "pfeiffer[bottleneck=3]", "prefix[length=3, init=normal]", "adamix[bottleneck=3]", "lora[rank=2]|ia3"]
+    "method",
+    [
+        ONE,
+        "ia3",
+        "bitfit",
+        "pfeiffer[bottleneck=3]",
+        "prefix[length=3, init=normal]",
+        "adamix[bottleneck=3]",
+        "lora[rank=2]|ia3",
+    ],
 )
 def test_fixed_routing_is_each_adapter_alone(tiny, method):
     torch.manual_seed(0)
@@ -153,10 +184,15 @@ def test_an_expert_taken_out_is_what_was_put_in(tiny):
     torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("method", ["diff[targets=attn.q]", "lt_sft[targets=attn.q]", "magnitude[targets=attn.q]", "supermask[targets=attn.q]"])
+@pytest.mark.parametrize(
+    "method",
+    ["diff[targets=attn.q]", "lt_sft[targets=attn.q]", "magnitude[targets=attn.q]", "supermask[targets=attn.q]"],
+)
 @pytest.mark.parametrize("finished", [True, False])
 def test_an_adapter_that_chose_entries_is_gathered_and_extracted_as_it_is(tiny, method, finished):
-    model = effzoo.attach(effzoo.attach(effzoo.build("bert", **tiny).eval(), method, name="a"), "lora[rank=2]", name="b")
+    model = effzoo.attach(
+        effzoo.attach(effzoo.build("bert", **tiny).eval(), method, name="a"), "lora[rank=2]", name="b"
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
@@ -180,7 +216,9 @@ def test_gathered_experts_are_stored_and_loaded(tiny, tmp_path):
     effzoo.save_adapter(model, tmp_path, name="m")
     expected = model(**batch).logits
     torch.manual_seed(0)
-    other = effzoo.load_adapter(effzoo.build("bert", task="classification", num_labels=3, **tiny).double().eval(), tmp_path)
+    other = effzoo.load_adapter(
+        effzoo.build("bert", task="classification", num_labels=3, **tiny).double().eval(), tmp_path
+    )
     torch.testing.assert_close(other(**batch).logits, expected, rtol=0, atol=0)
 
 
@@ -249,7 +287,9 @@ def test_the_losses_of_routers_are_a_penalty(tiny):
 def test_gradients_are_the_same_under_checkpointing(tiny):
     found = []
     for checkpointing in (False, True):
-        model = built(tiny, f"routed[of='{ONE}', experts=3, router='switch[balance=0.1, capacity=0.7]', level=token]").train()
+        model = built(
+            tiny, f"routed[of='{ONE}', experts=3, router='switch[balance=0.1, capacity=0.7]', level=token]"
+        ).train()
         model.recompute = "blocks" if checkpointing else "nothing"
         effzoo.peft.loss(model, **labelled()).backward()
         found.append({key: p.grad for key, p in model.named_parameters() if p.requires_grad})
@@ -273,7 +313,9 @@ def test_finetune_reads_the_tasks_and_learns_which_skills_they_use(tiny, tmp_pat
     torch.manual_seed(0)
     model = effzoo.build("bert", task="classification", num_labels=3, **tiny)
     effzoo.attach(model, f"routed[of='{ONE}', experts=2, router='skills[tasks=3]']")
-    rows = [{"input_ids": [2 + i % 5, 7, 9 + i % 3][: 2 + i % 2], "labels": i % 3, "task_ids": i % 3} for i in range(24)]
+    rows = [
+        {"input_ids": [2 + i % 5, 7, 9 + i % 3][: 2 + i % 2], "labels": i % 3, "task_ids": i % 3} for i in range(24)
+    ]
     before = next(iter(mixtures(model).values()))[1].router.table.detach().clone()
     result = finetune(model, rows, evaluate=rows, output_dir=tmp_path, max_steps=6, batch_size=4, progress=False)
     assert result.steps == 6 and result.metrics["eval_loss"] > 0
@@ -339,5 +381,9 @@ def test_a_causal_model_decodes_with_routed_adapters(tiny):
 
 def test_a_union_is_an_expert_under_every_attention_kind():
     for kind in effzoo.attention.names():
-        found = cell(Tuned.of("routed[of='lora[rank=2]|houlsby[bottleneck=2]', experts=2, level=example]"), Kind.of(kind), "encoder")
+        found = cell(
+            Tuned.of("routed[of='lora[rank=2]|houlsby[bottleneck=2]', experts=2, level=example]"),
+            Kind.of(kind),
+            "encoder",
+        )
         assert found.status == "works", found.reason

@@ -30,7 +30,11 @@ SIZES = {"layers": 1, "dim": 16, "heads": 2, "mlp": 32, "vocab": 50, "max_length
             [0, -1, 2**63, True, np.True_, 1.0, np.float64(1), "1", "16", 1j, None, Fraction(2), Decimal(2)],
         ),
         (Whole, [0, 5], [-1, False, 10**400]),
-        (Number, [0, -3, 1.5, np.float32(0.5), -0.0, 1_000_000], [NAN, INF, -INF, 1e7, 1j, "1", True, Fraction(1, 2), Decimal("1"), 10**400]),
+        (
+            Number,
+            [0, -3, 1.5, np.float32(0.5), -0.0, 1_000_000],
+            [NAN, INF, -INF, 1e7, 1j, "1", True, Fraction(1, 2), Decimal("1"), 10**400],
+        ),
         (Positive, [1e-9, 1], [0, -0.0, 0.0, -1, NAN, INF]),
         (Share, [1, 1.0, 0.5], [0, 1.1, NAN, -INF]),
         (Probability, [0, 0.0, 0.999], [1, 1.0, -0.1, NAN]),
@@ -117,7 +121,9 @@ def test_a_weight_that_is_no_number_combines_nothing(weight):
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(EffzooError, match="combine: weights"):
         effzoo.combine(model, {"a": 1.0, "b": weight}, name="c")
-    assert list(effzoo.attached(model)) == ["a", "b"] and all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert list(effzoo.attached(model)) == ["a", "b"] and all(
+        torch.equal(before[key], value) for key, value in model.state_dict().items()
+    )
 
 
 def test_an_adapter_that_holds_nan_is_not_combined():
@@ -138,7 +144,9 @@ def test_ties_with_an_adapter_that_has_learned_nothing_is_what_the_other_keeps()
     least = flat.topk(round(0.3 * len(flat))).values[-1]
     for key in change:
         expected = 2.0 * change[key]
-        torch.testing.assert_close(made[key].double(), torch.where(expected.abs() >= least, expected, 0.0), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            made[key].double(), torch.where(expected.abs() >= least, expected, 0.0), rtol=1e-5, atol=1e-7
+        )
     with pytest.raises(AdapterError, match="change nothing"):
         effzoo.combine(model, {"fresh": 1.0}, name="d", how="ties")
 
@@ -152,8 +160,16 @@ def test_arguments_that_name_nothing_or_no_size_are_refused():
         (lambda: effzoo.peft.within(model, "lora", -1), OptionError, "trainable is at least 1"),
         (lambda: effzoo.peft.within(model, "lora", 10**11), OptionError, "trains fewer than 100,000,000,000"),
         (lambda: effzoo.peft.schedule(model, 1.5), OptionError, "progress is in"),
-        (lambda: effzoo.build("bert", num_labels=0, task="classification", **SIZES), OptionError, "num_labels is at least 1"),
-        (lambda: effzoo.build("bert", task="classification", num_labels=2.0, **SIZES), EffzooError, "num_labels takes int"),
+        (
+            lambda: effzoo.build("bert", num_labels=0, task="classification", **SIZES),
+            OptionError,
+            "num_labels is at least 1",
+        ),
+        (
+            lambda: effzoo.build("bert", task="classification", num_labels=2.0, **SIZES),
+            EffzooError,
+            "num_labels takes int",
+        ),
         (lambda: effzoo.quantise(model, 5), OptionError, "bits is 8"),
         (lambda: effzoo.plan("bert", batch=0, **SIZES), OptionError, "batch is at least 1"),
     ]:
@@ -170,10 +186,13 @@ def test_text_and_label_are_two_columns(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_new_tokens": 2.5}, {"max_new_tokens": True}, {"max_new_tokens": 0}, {"top_p": NAN, "do_sample": True}, {"num_beams": 0},
+    [{"max_new_tokens": 2.5}, {"max_new_tokens": True}, {"max_new_tokens": 0}, {"top_p": NAN, "do_sample": True},
+    {"num_beams": 0},
      {"num_beams": 2.0},
-     {"eos_token_id": NAN}, {"eos_token_id": [1, "x"]}, {"length_penalty": NAN, "num_beams": 2}, {"repetition_penalty": INF}, {"min_new_tokens": -1},
-     {"top_k": 1.5, "do_sample": True}, {"num_return_sequences": -1}, {"temperature": NAN, "do_sample": True}, {"do_sample": "yes"}],
+     {"eos_token_id": NAN}, {"eos_token_id": [1, "x"]}, {"length_penalty": NAN, "num_beams": 2},
+     {"repetition_penalty": INF}, {"min_new_tokens": -1},
+     {"top_k": 1.5, "do_sample": True}, {"num_return_sequences": -1}, {"temperature": NAN, "do_sample": True},
+     {"do_sample": "yes"}],
     ids=str,
 )  # fmt: skip
 def test_generate_refuses_numbers_that_are_none(options):

@@ -1,4 +1,5 @@
-"""Odd values at public functions: numbers and texts of foreign types, names that no file system has, very long texts, arrays without an axis."""
+"""Odd values at public functions: numbers and texts of foreign types, names that no file system has, very long texts,
+arrays without an axis."""
 
 import decimal
 import fractions
@@ -21,7 +22,25 @@ def model():
 
 
 @pytest.mark.parametrize(
-    "name", ["a" * 101, "é" * 51, "CON", "nul", "Com1", "lpt9", "aux", "a b", "a/b", "..", "", "a.b", "\ud800", "a\x00", "class-", "0"]
+    "name",
+    [
+        "a" * 101,
+        "é" * 51,
+        "CON",
+        "nul",
+        "Com1",
+        "lpt9",
+        "aux",
+        "a b",
+        "a/b",
+        "..",
+        "",
+        "a.b",
+        "\ud800",
+        "a\x00",
+        "class-",
+        "0",
+    ],
 )
 def test_an_adapter_has_a_name_that_files_can_have(model, name):
     with pytest.raises(AdapterError, match="an adapter name is .+ try 'task_a'"):
@@ -40,13 +59,18 @@ def test_any_other_name_is_that_of_a_folder_too(name, tmp_path):
 
 LONG = "a" * 100_000
 CALLS = [
-    lambda model: effzoo.build("bert", adapter_dtype=LONG), lambda model: effzoo.build(LONG), lambda model: effzoo.unmerge(model, LONG),
-    lambda model: effzoo.quantise(model, targets=LONG), lambda model: effzoo.plan("bert", dtype=LONG, batch=1, length=4),
+    lambda model: effzoo.build("bert", adapter_dtype=LONG), lambda model: effzoo.build(LONG),
+    lambda model: effzoo.unmerge(model, LONG),
+    lambda model: effzoo.quantise(model, targets=LONG),
+    lambda model: effzoo.plan("bert", dtype=LONG, batch=1, length=4),
     lambda model: effzoo.attach(model, LONG), lambda model: effzoo.attach(model, "lora", name=LONG + "-"),
     lambda model: effzoo.load_adapter(model, LONG),
-    lambda model: effzoo.convert.from_transformers(LONG), lambda model: effzoo.data.load_text(LONG), lambda model: effzoo.load_file(LONG),
-    lambda model: effzoo.finetune(model, [LONG], output_dir="nowhere"), lambda model: effzoo.activate(model, rows=[LONG]),
-    lambda model: effzoo.build("bert", **{LONG: 1}), lambda model: effzoo.build("bert", attention={"name": "local", LONG: 1}),
+    lambda model: effzoo.convert.from_transformers(LONG), lambda model: effzoo.data.load_text(LONG),
+    lambda model: effzoo.load_file(LONG),
+    lambda model: effzoo.finetune(model, [LONG], output_dir="nowhere"),
+    lambda model: effzoo.activate(model, rows=[LONG]),
+    lambda model: effzoo.build("bert", **{LONG: 1}),
+    lambda model: effzoo.build("bert", attention={"name": "local", LONG: 1}),
 ]  # fmt: skip
 
 
@@ -62,7 +86,9 @@ def test_a_text_of_any_length_gives_a_message_that_can_be_read(model, call, tmp_
 def test_the_end_of_a_long_message_stays():
     said = str(EffzooError(f"got {'x' * 9_000}; try 'y'"))
     assert (
-        said.startswith("got xxx") and said.endswith("xxx; try 'y'") and f" ... ({len('got ; try ') + 3 + 9_000 - LONGEST:,} characters) ... " in said
+        said.startswith("got xxx")
+        and said.endswith("xxx; try 'y'")
+        and f" ... ({len('got ; try ') + 3 + 9_000 - LONGEST:,} characters) ... " in said
     )
     assert str(EffzooError("short")) == "short" and str(EffzooError()) == ""
 
@@ -70,7 +96,12 @@ def test_the_end_of_a_long_message_stays():
 @pytest.mark.parametrize("path", ["\ud800", "a\x00b", "a" * 300, " "])
 def test_a_path_that_no_file_system_has_is_a_sentence(model, path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    calls = [effzoo.load_file, effzoo.convert.from_transformers, effzoo.data.load_text, lambda path: effzoo.load_adapter(model, path)]
+    calls = [
+        effzoo.load_file,
+        effzoo.convert.from_transformers,
+        effzoo.data.load_text,
+        lambda path: effzoo.load_adapter(model, path),
+    ]
     calls += [] if path == " " else [lambda path: effzoo.save_adapter(model, path)]
     for call in calls:
         with pytest.raises(EffzooError):
@@ -101,7 +132,10 @@ def test_an_array_is_no_list_of_names(model, odd):
             run()
 
 
-@pytest.mark.parametrize("scale", [1e308, -1e7, float("nan"), float("inf"), "1", True, decimal.Decimal(1), fractions.Fraction(1, 2), 1j, 10**400])
+@pytest.mark.parametrize(
+    "scale",
+    [1e308, -1e7, float("nan"), float("inf"), "1", True, decimal.Decimal(1), fractions.Fraction(1, 2), 1j, 10**400],
+)
 def test_a_scale_is_a_number_that_outputs_survive(model, scale):
     for given in (scale, {"default": scale}):
         with pytest.raises((ArgumentError, OptionError), match="activate: scale (takes|is) "):
@@ -122,7 +156,12 @@ def test_functions_of_tensors_and_models_say_what_they_read():
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, float])
 def test_a_range_has_the_same_ends_for_numbers_of_every_width(kind):
-    for annotation, inside, outside in ((Positive, 0.5, 0.0), (Positive, 6e-8, -6e-8), (Number, -2.0, float("inf")), (Probability, 0.5, 1.0)):
+    for annotation, inside, outside in (
+        (Positive, 0.5, 0.0),
+        (Positive, 6e-8, -6e-8),
+        (Number, -2.0, float("inf")),
+        (Probability, 0.5, 1.0),
+    ):
         assert fits(kind(inside), annotation) and not fits(kind(outside), annotation)
     with pytest.raises(OptionError, match="alpha is above 0, got"):
         effzoo.build("bert", peft={"name": "lora", "alpha": kind(0)}, **SIZES)

@@ -1,4 +1,5 @@
-"""Options of methods, kinds and routers that users register: an annotation is understood, or refused when the class is registered."""
+"""Options of methods, kinds and routers that users register: an annotation is understood, or refused when the class is
+registered."""
 
 import enum
 import functools
@@ -47,11 +48,14 @@ def registered(annotation, view=peft):
 
 
 UNDERSTOOD = [
-    (list, [1, "a"], 3), (dict, {"a": 1}, [1]), (tuple, (1,), "ab"), (Sequence, [1], "ab"), (Mapping, {"a": []}, 1), (Count, 3, 0),
+    (list, [1, "a"], 3), (dict, {"a": 1}, [1]), (tuple, (1,), "ab"), (Sequence, [1], "ab"), (Mapping, {"a": []}, 1),
+    (Count, 3, 0),
     (typing.List, [1], 1), (typing.Dict, {}, 1), (typing.Tuple, (1, 2), 1), (typing.Sequence, [1], "a"),  # noqa: UP006
     (list[list], [[1]], [1]), (list[Any], [1, "a"], "a"), (Optional[int], None, 1.5), (Union[int, str], "a", 1.5),  # noqa: UP007, UP045
-    (int | list, [1], "a"), (Literal["a", 1, None], None, "b"), (Annotated[int, "a note"], 3, "a"), (tuple[int, str], [1, "a"], ["a", 1]),
-    (tuple[int, ...], [1, 2], ["a"]), (dict[str, float], {"a": 1}, {"a": "b"}), (None, None, 0), (Any, [1], {1}), (object, "a", torch.float16),
+    (int | list, [1], "a"), (Literal["a", 1, None], None, "b"), (Annotated[int, "a note"], 3, "a"),
+    (tuple[int, str], [1, "a"], ["a", 1]),
+    (tuple[int, ...], [1, 2], ["a"]), (dict[str, float], {"a": 1}, {"a": "b"}), (None, None, 0), (Any, [1], {1}),
+    (object, "a", torch.float16),
 ]  # fmt: skip
 
 
@@ -75,19 +79,25 @@ def test_a_bare_list_is_given_by_a_spec_string():
 
 
 REFUSED = {
-    "torch.dtype": torch.dtype, "Callable": Callable, "Callable[[int], int]": Callable[[int], int], "Colour": Colour, "Text": Text, "Named": Named,
-    "Unchecked": Unchecked, "set": set, "set[int]": set[int], "frozenset": frozenset, "bytes": bytes, "complex": complex, "Path": pathlib.Path,
+    "torch.dtype": torch.dtype, "Callable": Callable, "Callable[[int], int]": Callable[[int], int], "Colour": Colour,
+    "Text": Text, "Named": Named,
+    "Unchecked": Unchecked, "set": set, "set[int]": set[int], "frozenset": frozenset, "bytes": bytes,
+    "complex": complex, "Path": pathlib.Path,
     "Tensor": torch.Tensor, "Module": torch.nn.Module, "float32": np.float32, "type": type, "Hashable": typing.Hashable,
-    "TypeVar": typing.TypeVar("T"), "<function": lambda x: x, "3": 3, "partial": functools.partial(int), "array": np.zeros(2),
-    "dict[int, int]": dict[int, int], "Iterable": typing.Iterable[int], "Literal": Literal[Colour.RED], "'int'": list["int"],
-    "Annotated": Annotated[str, Range(0, 1)], "slice": int | slice, "ForwardRef": Optional["int"],
+    "TypeVar": typing.TypeVar("T"), "<function": lambda x: x, "3": 3, "partial": functools.partial(int),
+    "array": np.zeros(2),
+    "dict[int, int]": dict[int, int], "Iterable": typing.Iterable[int], "Literal": Literal[Colour.RED],
+    "'int'": list["int"], "Annotated": Annotated[str, Range(0, 1)], "slice": int | slice, "ForwardRef": Optional["int"],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("annotation", REFUSED.values(), ids=REFUSED)
 def test_an_annotation_that_no_spec_can_fill_is_refused_when_the_class_is_registered(annotation):
     with effzoo.scope():
-        with pytest.raises(OptionError, match="peft 'mine': option 'opt' is annotated .+ cannot hold; annotate bool, int, float, str, None"):
+        with pytest.raises(
+            OptionError,
+            match="peft 'mine': option 'opt' is annotated .+ cannot hold; annotate bool, int, float, str, None",
+        ):
             registered(annotation)
         assert "mine" not in effzoo.peft.names()
 
@@ -108,11 +118,13 @@ def test_every_option_of_the_zoo_is_of_a_type_that_specs_hold(view):
 
 
 @pytest.mark.parametrize("value", [
-    torch.float16, Colour.RED, Text.A, abs, {1}, pathlib.Path("a"), b"a", 1j, float("nan"), {1: 2}, [torch.float16], {"a": {None: 1}}, range(3),
-    (1, [b""]), {"a": float("inf")}, np.ones(2), torch.ones(2),
+    torch.float16, Colour.RED, Text.A, abs, {1}, pathlib.Path("a"), b"a", 1j, float("nan"), {1: 2}, [torch.float16],
+    {"a": {None: 1}}, range(3), (1, [b""]), {"a": float("inf")}, np.ones(2), torch.ones(2),
 ])  # fmt: skip
 def test_a_value_that_cannot_be_saved_is_refused_before_anything_is_trained(value):
     with effzoo.scope():
         registered(Any)
-        with pytest.raises(OptionError, match="option 'opt' of peft 'mine' holds .+ which no spec and no adapter file can hold"):
+        with pytest.raises(
+            OptionError, match="option 'opt' of peft 'mine' holds .+ which no spec and no adapter file can hold"
+        ):
             effzoo.peft.create({"name": "mine", "opt": value})

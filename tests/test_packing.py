@@ -1,4 +1,5 @@
-"""Several documents in a row of a decoder, by position ids that start again: each is computed as it is alone, in every kind of attention."""
+"""Several documents in a row of a decoder, by position ids that start again: each is computed as it is alone, in every
+kind of attention."""
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ import effzoo
 from effzoo import convert
 from effzoo.errors import EffzooError, IncompatibleError, InputError
 
-CAUSAL = [small(kind) for kind in effzoo.attention.names() if not effzoo.attention.get(kind).not_causal] + ["lsh[chunk=4, stable=true]"]
+CAUSAL = [small(kind) for kind in effzoo.attention.names() if not effzoo.attention.get(kind).not_causal] + [
+    "lsh[chunk=4, stable=true]"
+]
 LENGTHS = ((10, 3, 11), (24,))
 
 
@@ -34,7 +37,13 @@ def alone(model, ids, **more):
     for row, lengths in zip(ids, LENGTHS, strict=True):
         ends = torch.tensor(lengths).cumsum(0)
         found.append(
-            torch.cat([model(row[end - length : end][None], **more).last_hidden_state for end, length in zip(ends, lengths, strict=True)], 1)
+            torch.cat(
+                [
+                    model(row[end - length : end][None], **more).last_hidden_state
+                    for end, length in zip(ends, lengths, strict=True)
+                ],
+                1,
+            )
         )
     return torch.cat(found)
 
@@ -47,14 +56,23 @@ def test_each_document_is_computed_as_it_is_alone_forward_and_backward(name, att
     found, expected = model(ids, position_ids=positions).last_hidden_state, alone(model, ids)
     assert (found - expected).abs().max() < 1e-11 * expected.abs().max()
     weight = torch.randn_like(expected)
-    grads = [torch.autograd.grad((out * weight).sum(), list(model.blocks.parameters()), allow_unused=True) for out in (found, expected)]
+    grads = [
+        torch.autograd.grad((out * weight).sum(), list(model.blocks.parameters()), allow_unused=True)
+        for out in (found, expected)
+    ]
     largest = max(grad.abs().max() for grad in grads[1] if grad is not None)
     for one, other in zip(*grads, strict=True):
         assert (one is None) == (other is None) and (one is None or (one - other).abs().max() < 1e-11 * largest)
 
 
 @pytest.mark.parametrize(
-    "more", [{"residual": "reversible", "norm": "pre", "tied": False}, {"share_layers": 1}, {"peft": "prefix[length=3]|lora"}, {"peft": "ladder"}]
+    "more",
+    [
+        {"residual": "reversible", "norm": "pre", "tied": False},
+        {"share_layers": 1},
+        {"peft": "prefix[length=3]|lora"},
+        {"peft": "ladder"},
+    ],
 )
 def test_documents_stay_apart_whatever_the_residual_the_sharing_and_the_method(more, tiny):
     model = build("gpt2", "full", tiny, **more)
@@ -103,15 +121,24 @@ def test_a_padded_row_is_one_document_wherever_its_padding_stands(tiny):
         assert torch.allclose(found, expected[0], rtol=0, atol=1e-11)
     gap = mask.clone()
     gap[0, 4:7] = 0
-    assert model(tokens, gap, position_ids=torch.arange(12)[None]).last_hidden_state.equal(model(tokens, gap).last_hidden_state)
+    assert model(tokens, gap, position_ids=torch.arange(12)[None]).last_hidden_state.equal(
+        model(tokens, gap).last_hidden_state
+    )
 
 
 def theirs(name):
-    sizes = {"vocab_size": 53, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
-             "intermediate_size": 32, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
-    more = {"Mistral": {"sliding_window": 4}, "Qwen3": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}}
+    sizes = {"vocab_size": 53, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "head_dim": 8,
+             "intermediate_size": 32, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": None,
+             "eos_token_id": None}  # fmt: skip
+    more = {
+        "Mistral": {"sliding_window": 4},
+        "Qwen3": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    }
     if name == "GPT2":
-        return transformers.GPT2Model(transformers.GPT2Config(vocab_size=53, n_embd=16, n_layer=2, n_head=2, n_positions=64)).eval()
+        return transformers.GPT2Model(
+            transformers.GPT2Config(vocab_size=53, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+        ).eval()
     cls, config = getattr(transformers, f"{name}Model"), getattr(transformers, f"{name}Config")
     return cls(config(**sizes | more.get(name, {}))).eval()
 
@@ -124,7 +151,8 @@ def test_documents_start_where_they_do_in_transformers(name, kind):
     ids, positions = packed()
     if kind != "again":
         positions = {
-            "gap": torch.cat([torch.arange(9), torch.arange(20, 35)]), "down": torch.arange(24).flip(0), "alike": torch.full((24,), 3),
+            "gap": torch.cat([torch.arange(9), torch.arange(20, 35)]), "down": torch.arange(24).flip(0),
+            "alike": torch.full((24,), 3),
         }[kind].expand(2, -1)  # fmt: skip
     with torch.no_grad():
         expected = hf(ids, position_ids=positions, use_cache=False).last_hidden_state
@@ -133,7 +161,8 @@ def test_documents_start_where_they_do_in_transformers(name, kind):
 
 
 @pytest.mark.parametrize(("more", "attention", "inputs", "said"), [
-    ({"task": "classification"}, "full", {}, "a classification head labels whole rows; give each document a row of its own"),
+    ({"task": "classification"}, "full", {},
+    "a classification head labels whole rows; give each document a row of its own"),
     ({"peft": "prompt[length=3]"}, "full", {}, "but 3 prompt rows stand before the first alone"),
     ({}, "local[chunk=4, circular=true]", {}, "attention 'local' with circular=true computes a short one otherwise"),
     ({}, "full", {"positions": -1}, r"position_ids are in \[0, 63\], got -1"),
@@ -170,7 +199,12 @@ def test_an_encoder_takes_any_position_ids_as_rows_of_its_table(tiny):
     model = build("bert", "full", tiny)
     ids, positions = packed()
     hf = convert.to_transformers(model)
-    assert torch.allclose(model(ids, position_ids=positions).last_hidden_state, hf(ids, position_ids=positions).last_hidden_state, rtol=0, atol=1e-10)
+    assert torch.allclose(
+        model(ids, position_ids=positions).last_hidden_state,
+        hf(ids, position_ids=positions).last_hidden_state,
+        rtol=0,
+        atol=1e-10,
+    )
 
 
 def test_compiled_code_takes_one_document_and_refuses_several(tiny):
@@ -178,7 +212,14 @@ def test_compiled_code_takes_one_document_and_refuses_several(tiny):
     ids, positions = packed()
     run = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
-        assert torch.allclose(run(ids, position_ids=positions[1:].repeat(2, 1)).last_hidden_state, model(ids).last_hidden_state, rtol=0, atol=1e-10)
-        with pytest.raises(InputError, match="position_ids start again, and compiled code has no rows for several documents"):
+        assert torch.allclose(
+            run(ids, position_ids=positions[1:].repeat(2, 1)).last_hidden_state,
+            model(ids).last_hidden_state,
+            rtol=0,
+            atol=1e-10,
+        )
+        with pytest.raises(
+            InputError, match="position_ids start again, and compiled code has no rows for several documents"
+        ):
             run(ids, position_ids=positions)
     torch._dynamo.reset()

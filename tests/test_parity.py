@@ -1,10 +1,12 @@
-"""Every family and every head agrees with transformers: outputs, losses, and gradients with respect to the embedded tokens.
+"""Every family and every head agrees with transformers: outputs, losses, and gradients with respect to the embedded
+tokens.
 
-Tiny models of BERT, ALBERT, RoBERTa and GPT-2 run in float64 and agree to 1e-10. The others run in float32 and agree to 1e-5: whatever the dtype is,
-transformers computes the softmax of Longformer and LED in float32 (in float64 its mask value, cast to float32, becomes -inf and the
-gradients NaN), the mean of an RMSNorm (Llama, Mistral, Qwen3), and rotations (ModernBERT). All their
-parameters are drawn at random, biases and norms included, so that no two tensors can be swapped unnoticed. Only positions
-that hold tokens are compared: transformers computes something at padding, and we something else.
+Tiny models of BERT, ALBERT, RoBERTa and GPT-2 run in float64 and agree to 1e-10. The others run in float32 and agree to
+1e-5: whatever the dtype is, transformers computes the softmax of Longformer and LED in float32 (in float64 its mask
+value, cast to float32, becomes -inf and the gradients NaN), the mean of an RMSNorm (Llama, Mistral, Qwen3), and
+rotations (ModernBERT). All their
+parameters are drawn at random, biases and norms included, so that no two tensors can be swapped unnoticed. Only
+positions that hold tokens are compared: transformers computes something at padding, and we something else.
 """
 
 import random
@@ -25,8 +27,10 @@ CLASSES = [(family, task, name) for family in FAMILY_NAMES for task, name in LAY
 HEADS = pytest.mark.parametrize(("family", "task", "name"), CLASSES, ids=[name for _, _, name in CLASSES])
 FAMILIES = pytest.mark.parametrize("family", FAMILY_NAMES)
 CONFIGS = {
-    "bert": "BertConfig", "albert": "AlbertConfig", "roberta": "RobertaConfig", "longformer": "LongformerConfig", "gpt2": "GPT2Config",
-    "llama": "LlamaConfig", "mistral": "MistralConfig", "qwen3": "Qwen3Config", "modernbert": "ModernBertConfig", "led": "LEDConfig",
+    "bert": "BertConfig", "albert": "AlbertConfig", "roberta": "RobertaConfig", "longformer": "LongformerConfig",
+    "gpt2": "GPT2Config",
+    "llama": "LlamaConfig", "mistral": "MistralConfig", "qwen3": "Qwen3Config", "modernbert": "ModernBertConfig",
+    "led": "LEDConfig",
 }  # fmt: skip
 
 
@@ -36,17 +40,29 @@ def tolerance_of(family):
 
 def draw_rotary(draw):
     """Base and scaling, small enough for every frequency to matter within a dozen positions."""
-    llama3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-    return draw.choice(({"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}, llama3)) | {"rope_theta": draw.choice((100.0, 10_000.0))}
+    llama3 = {
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    return draw.choice(({"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}, llama3)) | {
+        "rope_theta": draw.choice((100.0, 10_000.0))
+    }
 
 
 def draw_decoder(family, draw, layers, eps):
     heads = draw.choice((1, 4, 6))
     sizes = {
-        "vocab_size": VOCAB, "hidden_size": heads * draw.choice((4, 8)), "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": draw.choice([k for k in (1, 2, 3) if heads % k == 0]), "intermediate_size": draw.choice((12, 20)),
-        "max_position_embeddings": LENGTH + 3, "rms_norm_eps": eps, "hidden_act": draw.choice(("silu", "gelu")), "pad_token_id": 0,
-        "bos_token_id": None, "eos_token_id": None, "num_labels": LABELS, "tie_word_embeddings": draw.choice((True, False)),
+        "vocab_size": VOCAB, "hidden_size": heads * draw.choice((4, 8)), "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": draw.choice([k for k in (1, 2, 3) if heads % k == 0]),
+        "intermediate_size": draw.choice((12, 20)),
+        "max_position_embeddings": LENGTH + 3, "rms_norm_eps": eps, "hidden_act": draw.choice(("silu", "gelu")),
+        "pad_token_id": 0,
+        "bos_token_id": None, "eos_token_id": None, "num_labels": LABELS,
+        "tie_word_embeddings": draw.choice((True, False)),
         "head_dim": draw.choice((4, 6, 8)), "rope_parameters": draw_rotary(draw), "classifier_dropout": 0.0,
     }  # fmt: skip
     if family != "mistral":
@@ -56,7 +72,11 @@ def draw_decoder(family, draw, layers, eps):
     if family == "mistral":
         sizes["sliding_window"] = draw.choice((None, 2, 5, 4096))
     if family == "qwen3":
-        sizes |= {"use_sliding_window": draw.choice((True, False)), "sliding_window": 4, "max_window_layers": draw.choice((0, 1))}
+        sizes |= {
+            "use_sliding_window": draw.choice((True, False)),
+            "sliding_window": 4,
+            "max_window_layers": draw.choice((0, 1)),
+        }
     return getattr(transformers, CONFIGS[family])(**sizes)
 
 
@@ -64,12 +84,18 @@ def draw_modernbert(draw, dim, heads, eps):
     activation = draw.choice(("gelu", "silu", "gelu_new"))
     rope = draw_rotary(draw)
     return transformers.ModernBertConfig(
-        vocab_size=VOCAB, hidden_size=dim, num_hidden_layers=4, num_attention_heads=heads, intermediate_size=draw.choice((12, 20)),
-        max_position_embeddings=LENGTH + 3, norm_eps=eps, hidden_activation=activation, classifier_activation=activation,
-        norm_bias=draw.choice((True, False)), attention_bias=draw.choice((True, False)), mlp_bias=draw.choice((True, False)),
-        decoder_bias=draw.choice((True, False)), classifier_bias=draw.choice((True, False)), classifier_pooling=draw.choice(("cls", "mean")),
-        local_attention=draw.choice((2, 5, 8, 128)), global_attn_every_n_layers=draw.choice((1, 2, 3)), num_labels=LABELS, pad_token_id=0,
-        bos_token_id=None, eos_token_id=None, cls_token_id=None, sep_token_id=None, tie_word_embeddings=draw.choice((True, False)),
+        vocab_size=VOCAB, hidden_size=dim, num_hidden_layers=4, num_attention_heads=heads,
+        intermediate_size=draw.choice((12, 20)),
+        max_position_embeddings=LENGTH + 3, norm_eps=eps, hidden_activation=activation,
+        classifier_activation=activation,
+        norm_bias=draw.choice((True, False)), attention_bias=draw.choice((True, False)),
+        mlp_bias=draw.choice((True, False)),
+        decoder_bias=draw.choice((True, False)), classifier_bias=draw.choice((True, False)),
+        classifier_pooling=draw.choice(("cls", "mean")),
+        local_attention=draw.choice((2, 5, 8, 128)), global_attn_every_n_layers=draw.choice((1, 2, 3)),
+        num_labels=LABELS, pad_token_id=0,
+        bos_token_id=None, eos_token_id=None, cls_token_id=None, sep_token_id=None,
+        tie_word_embeddings=draw.choice((True, False)),
         rope_parameters={"full_attention": rope, "sliding_attention": rope | {"rope_theta": 50.0}},
     )  # fmt: skip
 
@@ -82,9 +108,12 @@ def draw_config(family, name, seed):
     eps = draw.choice((1e-5, 1e-12))
     if family == "gpt2":
         config = transformers.GPT2Config(
-            vocab_size=VOCAB, n_embd=dim, n_layer=layers, n_head=heads, n_inner=draw.choice((None, 20)), n_positions=LENGTH + 3,
-            layer_norm_epsilon=eps, activation_function=draw.choice(("gelu_new", "gelu", "relu")), resid_pdrop=0.0, embd_pdrop=0.0,
-            attn_pdrop=0.0, classifier_dropout=0.0, pad_token_id=0, bos_token_id=None, eos_token_id=None, num_labels=LABELS,
+            vocab_size=VOCAB, n_embd=dim, n_layer=layers, n_head=heads, n_inner=draw.choice((None, 20)),
+            n_positions=LENGTH + 3,
+            layer_norm_epsilon=eps, activation_function=draw.choice(("gelu_new", "gelu", "relu")), resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0, classifier_dropout=0.0, pad_token_id=0, bos_token_id=None, eos_token_id=None,
+            num_labels=LABELS,
         )  # fmt: skip
     elif family in CAUSAL:
         config = draw_decoder(family, draw, layers, eps)
@@ -92,40 +121,52 @@ def draw_config(family, name, seed):
         config = draw_modernbert(draw, dim, heads, eps)
     elif family == "led":
         config = transformers.LEDConfig(
-            vocab_size=VOCAB, d_model=dim, encoder_layers=layers, encoder_attention_heads=heads, encoder_ffn_dim=draw.choice((12, 20)),
+            vocab_size=VOCAB, d_model=dim, encoder_layers=layers, encoder_attention_heads=heads,
+            encoder_ffn_dim=draw.choice((12, 20)),
             decoder_layers=1, decoder_attention_heads=heads, decoder_ffn_dim=12, max_encoder_position_embeddings=34,
-            activation_function=draw.choice(("gelu", "relu")), dropout=0.0, attention_window=[draw.choice((4, 8, 32)) for _ in range(layers)],
+            activation_function=draw.choice(("gelu", "relu")), dropout=0.0,
+            attention_window=[draw.choice((4, 8, 32)) for _ in range(layers)],
         )  # fmt: skip
     else:
-        lm_of_roberta = family not in ("bert", "albert") and name.endswith("MaskedLM")  # its head uses gelu whatever the config says
+        # its head uses gelu whatever the config says
+        lm_of_roberta = family not in ("bert", "albert") and name.endswith("MaskedLM")
         sizes = {
             "vocab_size": VOCAB, "hidden_size": dim, "num_hidden_layers": layers, "num_attention_heads": heads,
             "intermediate_size": draw.choice((12, 20)), "max_position_embeddings": LENGTH + 5,
             "type_vocab_size": draw.choice((1, 2)), "layer_norm_eps": eps, "num_labels": LABELS,
-            "hidden_act": "gelu" if lm_of_roberta else draw.choice(("gelu", "gelu_new", "silu")), "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
+            "hidden_act": "gelu" if lm_of_roberta else draw.choice(("gelu", "gelu_new", "silu")),
+            "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
         }  # fmt: skip
         if family == "longformer":
-            # transformers fails for a window of 2 and where one layer's window does not divide the largest; ours takes any even ones
-            # it numbers the positions of its own padding as well when it is given inputs_embeds, so there have to be 32
+            # transformers fails for a window of 2 and where one layer's window does not divide the largest; ours takes
+            # any even ones it numbers the positions of its own padding as well when it is given inputs_embeds, so there
+            # have to be 32
             sizes["max_position_embeddings"] = 34
             sizes["attention_window"] = [draw.choice((4, 8, 32)) for _ in range(layers)]
         if family == "albert":
             groups = draw.choice((1, 2, 4))
-            sizes |= {"num_hidden_layers": 4, "num_hidden_groups": groups, "embedding_size": draw.choice((6, dim)), "classifier_dropout_prob": 0.0}
+            sizes |= {
+                "num_hidden_layers": 4,
+                "num_hidden_groups": groups,
+                "embedding_size": draw.choice((6, dim)),
+                "classifier_dropout_prob": 0.0,
+            }
         config = getattr(transformers, CONFIGS[family])(**sizes)
     config._attn_implementation = "eager"
     return config
 
 
 def class_named(name):
-    return next(layout.cls(task) for layout in LAYOUTS.values() for task, known in layout.classes.items() if known == name)
+    return next(
+        layout.cls(task) for layout in LAYOUTS.values() for task, known in layout.classes.items() if known == name
+    )
 
 
 def drawn(name, config):
     """A model of transformers with every parameter drawn: matrices and biases around 0, norms around 1.
 
-    With norms before each sub-layer larger matrices make gradients of several hundred, in which float32 itself errs by 1e-5.
+    With norms before each sub-layer larger matrices make gradients of several hundred, in which float32 itself errs by
+    1e-5.
     """
     width = 0.2 if config.model_type in ("llama", "mistral", "qwen3", "modernbert") else 0.3
     dtype = torch.float64 if config.model_type in EXACT else torch.float32
@@ -171,7 +212,9 @@ def labels_for(task, inputs):
 def run(model, embedding, inputs, labels):
     """Outputs at the tokens, the loss, and the gradient of their random mixture with respect to the embedded tokens."""
     kept = []
-    hook = embedding.register_forward_hook(lambda _, __, y: kept.append(y.requires_grad_() if y.is_leaf else y) or y.retain_grad())
+    hook = embedding.register_forward_hook(
+        lambda _, __, y: kept.append(y.requires_grad_() if y.is_leaf else y) or y.retain_grad()
+    )
     out = model(**inputs, **({} if labels is None else {"labels": labels}))
     hook.remove()
     tokens = inputs["attention_mask"].bool()
@@ -181,7 +224,9 @@ def run(model, embedding, inputs, labels):
         if value is not None and not (name == "last_hidden_state" and "logits" in out):
             found[name] = value[tokens] if value.ndim == 3 else value
     generator = torch.Generator().manual_seed(1)
-    mixture = sum((value * torch.randn(value.shape, generator=generator, dtype=value.dtype)).sum() for value in found.values())
+    mixture = sum(
+        (value * torch.randn(value.shape, generator=generator, dtype=value.dtype)).sum() for value in found.values()
+    )
     if labels is not None:
         found["loss"] = out["loss"]
         mixture = mixture + out["loss"]
@@ -226,7 +271,8 @@ def test_padding_that_attention_sees_has_the_position_it_has_in_transformers(fam
 
 
 LEFT = [(*entry, True) for entry in CLASSES if entry[0] in (*CAUSAL, "modernbert")]
-LEFT += [(*entry[:3], False) for entry in LEFT if entry[0] != "gpt2"]  # where positions are relative, none have to be given
+# where positions are relative, none have to be given
+LEFT += [(*entry[:3], False) for entry in LEFT if entry[0] != "gpt2"]
 
 
 @pytest.mark.parametrize(("family", "task", "name", "with_positions"), LEFT)
@@ -251,7 +297,8 @@ def test_inputs_embeds_and_position_ids_equal_transformers(family):
     del inputs["input_ids"]
     embeds = torch.randn(BATCH, LENGTH, ours.config.embed_dim, dtype=next(theirs.parameters()).dtype)
     tokens = inputs["attention_mask"].bool()
-    for positions in (None,) if family == "led" else (None, torch.randperm(LENGTH)[None].expand(BATCH, -1)):  # LED has no position_ids
+    # LED has no position_ids
+    for positions in (None,) if family == "led" else (None, torch.randperm(LENGTH)[None].expand(BATCH, -1)):
         results = []
         for model in (theirs, ours):
             x = embeds.clone().requires_grad_()
@@ -271,7 +318,12 @@ def test_windows_equal_transformers_at_any_length_with_and_without_globals(famil
     theirs = drawn(name, draw_config(family, name, 3))
     ours = convert.from_transformers(theirs)
     ids = torch.randint(5, VOCAB, (2, length))
-    for is_global in (None, torch.zeros(2, length, dtype=torch.long), (torch.rand(2, length) < 0.4).long(), torch.ones(2, length, dtype=torch.long)):
+    for is_global in (
+        None,
+        torch.zeros(2, length, dtype=torch.long),
+        (torch.rand(2, length) < 0.4).long(),
+        torch.ones(2, length, dtype=torch.long),
+    ):
         expected = theirs(ids, global_attention_mask=is_global).last_hidden_state
         actual = ours(ids, global_attention_mask=is_global).last_hidden_state
         assert expected.abs().max() > 0.1
@@ -303,8 +355,8 @@ def test_the_window_of_mistral_equals_transformers_at_any_length(window, length)
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3"])
 def test_rotary_positions_far_from_the_start_equal_transformers(kind):
     """Positions up to 100,000, where frequencies that differ by rounding would turn heads visibly."""
-    more = {"default": {}, "linear": {"factor": 8.0}, "llama3": {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                                                "original_max_position_embeddings": 8192}}[kind]  # fmt: skip
+    frequencies = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    more = {"default": {}, "linear": {"factor": 8.0}, "llama3": {"factor": 32.0, **frequencies}}[kind]
     config = draw_config("llama", "LlamaModel", 0)
     config.max_position_embeddings = 131_072
     config.rope_parameters = {"rope_type": kind, "rope_theta": 500_000.0, **more}
@@ -312,10 +364,15 @@ def test_rotary_positions_far_from_the_start_equal_transformers(kind):
     ours = convert.from_transformers(theirs)
     ids = torch.randint(5, VOCAB, (BATCH, LENGTH))
     positions = torch.sort(torch.randint(100_000, (BATCH, LENGTH))).values
-    assert_agree(theirs, ours, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}, None, 1e-5)
+    assert_agree(
+        theirs, ours, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}, None, 1e-5
+    )
 
 
-FLOAT_LABELS = {"regression": (1, torch.tensor([4.0, -3.0, 2.5])), "several labels": (LABELS, torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 1, 1]]))}
+FLOAT_LABELS = {
+    "regression": (1, torch.tensor([4.0, -3.0, 2.5])),
+    "several labels": (LABELS, torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 1, 1]])),
+}
 
 
 @pytest.mark.parametrize(("num_labels", "labels"), FLOAT_LABELS.values(), ids=FLOAT_LABELS)
@@ -330,16 +387,23 @@ def test_losses_of_float_labels_equal_transformers(name, num_labels, labels):
     assert_agree(theirs, ours, inputs, labels.to(next(theirs.parameters()).dtype), tolerance_of(family))
 
 
-_DECODER = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 2048}
+_DECODER = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "intermediate_size": 2048,
+}
 BASE = {
-    "albert": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "classifier_dropout_prob": 0.0},
-    "longformer": {"attention_window": 32},
+    "albert": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072,
+    "classifier_dropout_prob": 0.0}, "longformer": {"attention_window": 32},
     "llama": _DECODER,
     "mistral": _DECODER | {"sliding_window": 16},
     "qwen3": _DECODER,
     "modernbert": {"num_hidden_layers": 12, "local_attention": 16, "cls_token_id": None, "sep_token_id": None},
     "led": {
-        "d_model": 768, "encoder_layers": 12, "encoder_attention_heads": 12, "encoder_ffn_dim": 3072, "decoder_layers": 1, "decoder_ffn_dim": 12,
+        "d_model": 768, "encoder_layers": 12, "encoder_attention_heads": 12, "encoder_ffn_dim": 3072,
+        "decoder_layers": 1, "decoder_ffn_dim": 12,
         "decoder_attention_heads": 12, "attention_window": 32, "max_encoder_position_embeddings": 128,
     },
 }  # fmt: skip
@@ -350,7 +414,13 @@ def test_base_size_equals_transformers(family):
     """12 layers, 768 wide, with the initialisation of transformers; a vocabulary of 1,000 keeps it fast."""
     layout = LAYOUTS[family]
     task = "classification" if "classification" in layout.classes else "features"
-    sizes = {"vocab_size": 1000, "num_labels": LABELS, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": None} | BASE.get(family, {})
+    sizes = {
+        "vocab_size": 1000,
+        "num_labels": LABELS,
+        "pad_token_id": 1,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    } | BASE.get(family, {})
     theirs = layout.cls(task)(getattr(transformers, CONFIGS[family])(**sizes)).eval()
     ours = convert.from_transformers(theirs)
     ids = torch.randint(5, 1000, (2, 77))

@@ -1,4 +1,5 @@
-"""The Reformer's layers against transformers, and bucket mask and duplicate correction against reformer-pytorch: same weights, same rotations."""
+"""The Reformer's layers against transformers, and bucket mask and duplicate correction against reformer-pytorch: same
+weights, same rotations."""
 
 import logging
 
@@ -24,8 +25,10 @@ def random(seed, *shape):
 
 def their_config(**changed):
     defaults = {
-        "hidden_size": DIM, "num_attention_heads": HEADS, "attention_head_size": WIDTH, "hash_seed": 5, "num_buckets": 4, "num_hashes": 1,
-        "lsh_attn_chunk_length": 4, "local_attn_chunk_length": 4, "lsh_attention_probs_dropout_prob": 0.0, "is_decoder": False,
+        "hidden_size": DIM, "num_attention_heads": HEADS, "attention_head_size": WIDTH, "hash_seed": 5,
+        "num_buckets": 4, "num_hashes": 1,
+        "lsh_attn_chunk_length": 4, "local_attn_chunk_length": 4, "lsh_attention_probs_dropout_prob": 0.0,
+        "is_decoder": False,
         "local_attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "max_position_embeddings": 64,
     }  # fmt: skip
     return ReformerConfig(**{**defaults, **changed})
@@ -36,13 +39,21 @@ def their_rotations(config, dtype=torch.float64):
     buckets = [config.num_buckets] if isinstance(config.num_buckets, int) else config.num_buckets
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.hash_seed)
-        drawn = torch.randn(config.num_attention_heads, config.attention_head_size, config.num_hashes, sum(buckets) // 2, dtype=dtype)
+        drawn = torch.randn(
+            config.num_attention_heads, config.attention_head_size, config.num_hashes, sum(buckets) // 2, dtype=dtype
+        )
     return drawn.permute(2, 0, 1, 3)
 
 
 def our_core(spec, config, **changed):
     spec = {"circular": True, **spec}
-    context = Context(heads=config.num_attention_heads, head_dim=config.attention_head_size, causal=config.is_decoder, max_length=64, **changed)
+    context = Context(
+        heads=config.num_attention_heads,
+        head_dim=config.attention_head_size,
+        causal=config.is_decoder,
+        max_length=64,
+        **changed,
+    )
     core = effzoo.attention.create(spec, context)
     if core.name == "lsh":
         core.rotate_by(their_rotations(config))
@@ -51,7 +62,8 @@ def our_core(spec, config, **changed):
 
 def lsh_spec(config):
     return {
-        "name": "lsh", "chunk": config.lsh_attn_chunk_length, "rounds": config.num_hashes, "buckets": config.num_buckets,
+        "name": "lsh", "chunk": config.lsh_attn_chunk_length, "rounds": config.num_hashes,
+        "buckets": config.num_buckets,
         "look_back": config.lsh_num_chunks_before, "look_forward": config.lsh_num_chunks_after,
     }  # fmt: skip
 
@@ -125,7 +137,9 @@ def test_the_automatic_number_of_buckets_is_that_of_transformers_at_full_length(
         config = their_config(num_buckets=None, lsh_attn_chunk_length=chunk, max_position_embeddings=n)
         LSHSelfAttention(config, layer_idx=0)(torch.randn(1, n, DIM))
         theirs = (config.num_buckets,) if isinstance(config.num_buckets, int) else tuple(config.num_buckets)
-        assert effzoo.attention.create(f"lsh[chunk={chunk}]", Context(heads=2, head_dim=4, max_length=n)).factors == theirs
+        assert (
+            effzoo.attention.create(f"lsh[chunk={chunk}]", Context(heads=2, head_dim=4, max_length=n)).factors == theirs
+        )
 
 
 def test_transformers_looks_back_in_a_ring_and_we_do_so_only_when_asked():
@@ -135,7 +149,9 @@ def test_transformers_looks_back_in_a_ring_and_we_do_so_only_when_asked():
     x = random(1, 1, 32, DIM)
     theirs = layer(x).hidden_states
     core = our_core({**lsh_spec(config), "circular": False}, config)
-    off = (joined(core(split(layer.query_key(x)), split(layer.value(x)), mask=Mask())) - theirs).abs().amax(dim=(0, 2)) > 1e-10
+    off = (joined(core(split(layer.query_key(x)), split(layer.value(x)), mask=Mask())) - theirs).abs().amax(
+        dim=(0, 2)
+    ) > 1e-10
     first = core._buckets(split(layer.query_key(x)), Mask()).sort(dim=-1, stable=True).indices[..., :4].flatten()
     assert set(off.nonzero().flatten().tolist()) <= set(first.tolist()) and off.any()
 
@@ -145,15 +161,23 @@ def test_transformers_looks_back_in_a_ring_and_we_do_so_only_when_asked():
 @pytest.mark.parametrize("before, after", [(1, 0), (0, 0), (1, 1), (2, 3)])
 @pytest.mark.parametrize("chunk", [4, 32])
 def test_local_equals_transformers(chunk, before, after, padded, causal):
-    config = their_config(local_attn_chunk_length=chunk, local_num_chunks_before=before, local_num_chunks_after=after, is_decoder=causal)
+    config = their_config(
+        local_attn_chunk_length=chunk, local_num_chunks_before=before, local_num_chunks_after=after, is_decoder=causal
+    )
     layer = LocalSelfAttention(config, layer_idx=0).double().eval()
     x = random(1, 3, 32, DIM).requires_grad_()
     valid = torch.arange(32) < torch.tensor([32, 21, 27])[:, None] if padded else None
     theirs = layer(x, attention_mask=valid).hidden_states
     core = our_core(local_spec(config), config)
     ours = joined(core(*(split(linear(x)) for linear in (layer.query, layer.key, layer.value)), mask=Mask(valid)))
-    sees = core.pattern(32, Mask(valid)).any(dim=-1)[:, 0].expand(3, -1)  # HF spreads a row that sees nothing over masked keys, ours is 0
-    agree(ours, theirs, [x, layer.query.weight, layer.key.weight, layer.value.weight], sees if valid is None else sees & valid)
+    # HF spreads a row that sees nothing over masked keys, ours is 0
+    sees = core.pattern(32, Mask(valid)).any(dim=-1)[:, 0].expand(3, -1)
+    agree(
+        ours,
+        theirs,
+        [x, layer.query.weight, layer.key.weight, layer.value.weight],
+        sees if valid is None else sees & valid,
+    )
 
 
 INTEGRATION = {
@@ -171,9 +195,23 @@ INTEGRATION = {
 @pytest.mark.parametrize("n", [4, 32])
 @pytest.mark.parametrize("case", INTEGRATION)
 def test_the_integration_cases_of_transformers_give_the_same_whole_layer(case, n):
-    """HF's layer as its tests build it (seed 0, hash_seed 0, sizes of its test file), our block with its weights: both streams, float64."""
-    changed = {"attn_layers": ["lsh"], "lsh_attn_chunk_length": 4, "local_attn_chunk_length": 4, "is_decoder": True, **INTEGRATION[case]}
-    sizes = {"hidden_size": 16, "feed_forward_size": 32, "hidden_act": "gelu", "hash_seed": 0, "num_buckets": 2, "max_position_embeddings": 32}
+    """HF's layer as its tests build it (seed 0, hash_seed 0, sizes of its test file), our block with its weights: both
+    streams, float64."""
+    changed = {
+        "attn_layers": ["lsh"],
+        "lsh_attn_chunk_length": 4,
+        "local_attn_chunk_length": 4,
+        "is_decoder": True,
+        **INTEGRATION[case],
+    }
+    sizes = {
+        "hidden_size": 16,
+        "feed_forward_size": 32,
+        "hidden_act": "gelu",
+        "hash_seed": 0,
+        "num_buckets": 2,
+        "max_position_embeddings": 32,
+    }
     axial = {"axial_pos_shape": [4, 8], "axial_pos_embds_dim": [8, 8]}
     config = their_config(**{**sizes, **axial, **changed})
     torch.manual_seed(0)
@@ -181,7 +219,11 @@ def test_the_integration_cases_of_transformers_give_the_same_whole_layer(case, n
     kind = lsh_spec(config) if config.attn_layers == ["lsh"] else local_spec(config)
     spec = parse_one({"circular": True, **kind})
     context = Context(heads=2, head_dim=8, causal=config.is_decoder, max_length=32)
-    block = Block(Slots(dim=16, mlp=32, norm="pre", eps=1e-12, attn_bias=False, attn_out_bias=False), spec, context).double().eval()
+    block = (
+        Block(Slots(dim=16, mlp=32, norm="pre", eps=1e-12, attn_bias=False, attn_out_bias=False), spec, context)
+        .double()
+        .eval()
+    )
     theirs, attn = layer.attention.self_attention, block.attn
     pairs = {"qk": "query_key", "q": "query", "k": "key", "v": "value"}
     for mine, other in (
@@ -197,8 +239,13 @@ def test_the_integration_cases_of_transformers_give_the_same_whole_layer(case, n
     if attn.core.name == "lsh":
         attn.core.rotate_by(their_rotations(config))
     first, second = (random(i, 2, n, 16).requires_grad_() for i in (1, 2))
-    valid = (torch.rand(2, n, generator=torch.Generator().manual_seed(1)) < 0.7) | (torch.arange(n) == 0) if "complex" in case else None
-    whole = layer(prev_attn_output=first, hidden_states=second, attention_mask=valid)  # without gradient: its parts give that
+    valid = (
+        (torch.rand(2, n, generator=torch.Generator().manual_seed(1)) < 0.7) | (torch.arange(n) == 0)
+        if "complex" in case
+        else None
+    )
+    # without gradient: its parts give that
+    whole = layer(prev_attn_output=first, hidden_states=second, attention_mask=valid)
     their_y1 = first + layer.attention(second, attention_mask=valid).hidden_states
     their_y2 = second + layer.feed_forward(their_y1)
     assert torch.equal(whole.attn_output, their_y1) and torch.equal(whole.hidden_states, their_y2)
@@ -212,21 +259,31 @@ def test_the_integration_cases_of_transformers_give_the_same_whole_layer(case, n
 @pytest.mark.parametrize("rounds, chunk", [(1, 4), (3, 4), (4, 8), (2, 16)])
 @pytest.mark.parametrize("once", [False, True])
 def test_bucket_mask_and_duplicate_correction_equal_reformer_pytorch(once, rounds, chunk, causal, monkeypatch):
-    """It divides logits by sqrt(d) more, so ours gets qk / sqrt(d); its key norm gets our epsilon, so that 1e-10 can be asked.
+    """It divides logits by sqrt(d) more, so ours gets qk / sqrt(d); its key norm gets our epsilon, so that 1e-10 can be
+    asked.
 
-    It takes the logarithm of N in float32, so 1e-6 with the correction. Without the bucket mask it counts pairs across the ring as N = 0 and adds
-    log(1e9) to their logits, so duplicate correction is compared under the bucket mask.
+    It takes the logarithm of N in float32, so 1e-6 with the correction. Without the bucket mask it counts pairs across
+    the ring as N = 0 and adds log(1e9) to their logits, so duplicate correction is compared under the bucket mask.
     """
     monkeypatch.setattr(F, "normalize", lambda x, p, dim: x * ((x * x).mean(-1, keepdim=True) + 8e-6).rsqrt() / 8**0.5)
     qk, v = (random(i, 3, 32, 8).requires_grad_() for i in (1, 2))
     module = LSHAttention(
-        bucket_size=chunk, n_hashes=rounds, causal=causal, attend_across_buckets=False, allow_duplicate_attention=not once
+        bucket_size=chunk, n_hashes=rounds, causal=causal, attend_across_buckets=False,
+        allow_duplicate_attention=not once
     ).eval()  # fmt: skip
     torch.manual_seed(9)
     theirs = module(qk, v)[0]
     torch.manual_seed(9)
     drawn = torch.randn(1, 8, rounds, 32 // chunk // 2, dtype=torch.float64).permute(2, 0, 1, 3)
-    spec = {"name": "lsh", "rounds": rounds, "chunk": chunk, "buckets": 32 // chunk, "within_buckets": True, "count_once": once, "circular": True}
+    spec = {
+        "name": "lsh",
+        "rounds": rounds,
+        "chunk": chunk,
+        "buckets": 32 // chunk,
+        "within_buckets": True,
+        "count_once": once,
+        "circular": True,
+    }
     core = effzoo.attention.create(spec, Context(heads=1, head_dim=8, causal=causal))
     core.rotate_by(drawn)
     ours = core(qk[:, None] / 8**0.5, v[:, None], mask=Mask())[:, 0]
@@ -240,6 +297,8 @@ def test_attention_across_buckets_equals_reformer_pytorch(causal, monkeypatch):
     torch.manual_seed(9)
     theirs = LSHAttention(bucket_size=4, n_hashes=3, causal=causal)(qk, v)[0]
     torch.manual_seed(9)
-    core = effzoo.attention.create("lsh[rounds=3,chunk=4,buckets=8,circular=true]", Context(heads=1, head_dim=8, causal=causal))
+    core = effzoo.attention.create(
+        "lsh[rounds=3,chunk=4,buckets=8,circular=true]", Context(heads=1, head_dim=8, causal=causal)
+    )
     core.rotate_by(torch.randn(1, 8, 3, 4, dtype=torch.float64).permute(2, 0, 1, 3))
     agree(core(qk[:, None] / 8**0.5, v[:, None], mask=Mask())[:, 0], theirs, [qk, v])

@@ -1,6 +1,8 @@
-"""LoRA, (IA)3 and prefix tuning agree with the `peft` package: outputs, and the gradients of the adapters' own parameters.
+"""LoRA, (IA)3 and prefix tuning agree with the `peft` package: outputs, and the gradients of the adapters' own
+parameters.
 
-Models and adapters are drawn at random, in float64; the two agree to 1e-10, far below the 1e-5 that float32 would allow.
+Models and adapters are drawn at random, in float64; the two agree to 1e-10, far below the 1e-5 that float32 would
+allow.
 """
 
 import peft
@@ -28,15 +30,16 @@ def drawn(model):
 
 def bert():
     config = transformers.BertConfig(
-        vocab_size=VOCAB, hidden_size=DIM, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=MLP, max_position_embeddings=20,
-        num_labels=3,
+        vocab_size=VOCAB, hidden_size=DIM, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=MLP,
+        max_position_embeddings=20, num_labels=3,
     )  # fmt: skip
     return drawn(transformers.BertForSequenceClassification(config))
 
 
 def gpt2():
     config = transformers.GPT2Config(
-        vocab_size=VOCAB, n_embd=DIM, n_layer=LAYERS, n_head=HEADS, n_inner=MLP, n_positions=20, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        vocab_size=VOCAB, n_embd=DIM, n_layer=LAYERS, n_head=HEADS, n_inner=MLP, n_positions=20, bos_token_id=None,
+        eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     return drawn(transformers.GPT2LMHeadModel(config))
 
@@ -67,7 +70,9 @@ def run_both(theirs, ours, parameters):
     out = theirs(input_ids=ids, attention_mask=mask).logits
     other = ours(ids, attention_mask=mask).logits
     with theirs.disable_adapter():
-        assert (theirs(input_ids=ids, attention_mask=mask).logits - out).abs().max() > 1e-3, "the adapter changes nothing"
+        assert (theirs(input_ids=ids, attention_mask=mask).logits - out).abs().max() > 1e-3, (
+            "the adapter changes nothing"
+        )
     close(other, out)
     mixture = torch.randn_like(out)
     (out * mixture).sum().backward()
@@ -79,13 +84,18 @@ def run_both(theirs, ours, parameters):
 def test_lora_on_bert_equals_peft():
     base = bert()
     ours = effzoo.attach(convert.from_transformers(base), "lora[rank=4, alpha=6, targets=(attn.q, attn.v)]")
-    theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["query", "value"], lora_dropout=0.0)).eval()
+    theirs = peft.get_peft_model(
+        base, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["query", "value"], lora_dropout=0.0)
+    ).eval()
     parameters = []
     for i in range(LAYERS):
         for role, name in (("q", "query"), ("v", "value")):
             site = getattr(ours.blocks[i].attn, role).adapters["default"]["lora"]
             layer = getattr(theirs.base_model.model.bert.encoder.layer[i].attention.self, name)
-            parameters += [(layer.lora_A["default"].weight, site.A, torch.clone), (layer.lora_B["default"].weight, site.B, torch.clone)]
+            parameters += [
+                (layer.lora_A["default"].weight, site.A, torch.clone),
+                (layer.lora_B["default"].weight, site.B, torch.clone),
+            ]
     run_both(theirs, ours, parameters)
 
 
@@ -105,13 +115,20 @@ def test_ia3_on_bert_equals_peft():
             (ours.blocks[i].attn.v, layer.attention.self.value, (DIM, 1)),
             (ours.blocks[i].mlp.down, layer.output.dense, (1, MLP)),
         ):
-            parameters.append((target.ia3_l["default"], site.adapters["default"]["ia3"].scale, lambda x, shape=shape: x.reshape(shape)))
+            parameters.append(
+                (
+                    target.ia3_l["default"],
+                    site.adapters["default"]["ia3"].scale,
+                    lambda x, shape=shape: x.reshape(shape),
+                )
+            )
     run_both(theirs, ours, parameters)
 
 
 @pytest.mark.parametrize("length", [1, 5])
 def test_prefix_tuning_on_gpt2_equals_peft_at_its_positions(length):
-    """peft passes the prefix as past keys and values, so its tokens start at position `length`; ours stay unless told."""
+    """peft passes the prefix as past keys and values, so its tokens start at position `length`; ours stay unless
+    told."""
     base = gpt2()
     ours = effzoo.attach(convert.from_transformers(base), f"prefix[length={length}]")
     theirs = peft.get_peft_model(base, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)).eval()

@@ -1,7 +1,8 @@
-"""Perceivers agree with transformers and with perceiver-pytorch on the same random weights: outputs, losses and gradients of the inputs.
+"""Perceivers agree with transformers and with perceiver-pytorch on the same random weights: outputs, losses and
+gradients of the inputs.
 
-Everything runs in float64 and agrees to 1e-10. All parameters are drawn at random, biases and norms included, so that no two tensors can be
-swapped unnoticed.
+Everything runs in float64 and agrees to 1e-10. All parameters are drawn at random, biases and norms included, so that
+no two tensors can be swapped unnoticed.
 """
 
 import json
@@ -25,15 +26,23 @@ from effzoo.architectures.perceiver_inputs import fourier
 from effzoo.errors import ConversionError
 
 VOCAB, LABELS, LENGTH, BATCH = 31, 3, 11, 3
-SIZES = {"vocab_size": VOCAB, "max_position_embeddings": LENGTH + 4, "attention_probs_dropout_prob": 0.0, "num_labels": LABELS}
+SIZES = {
+    "vocab_size": VOCAB,
+    "max_position_embeddings": LENGTH + 4,
+    "attention_probs_dropout_prob": 0.0,
+    "num_labels": LABELS,
+}
 
 
 def draw_config(seed):
-    """Tiny drawn sizes: widths of queries and values given or derived, heads, repeats of the block, activation, query residual."""
+    """Tiny drawn sizes: widths of queries and values given or derived, heads, repeats of the block, activation, query
+    residual."""
     draw = random.Random(seed)
     dim = draw.choice((8, 16))
     channels = draw.choice((8, 16, 24))
-    widths = draw.choice(({}, {"qk_channels": 4, "v_channels": dim}, {"cross_attention_shape_for_attention": "q"}, {"v_channels": dim}))
+    widths = draw.choice(
+        ({}, {"qk_channels": 4, "v_channels": dim}, {"cross_attention_shape_for_attention": "q"}, {"v_channels": dim})
+    )
     return PerceiverConfig(
         **SIZES,
         **widths,
@@ -65,7 +74,9 @@ def build_theirs(name, seed):
         return drawn(PerceiverForMaskedLM(config))
     if name == "classification":
         return drawn(PerceiverForSequenceClassification(config))
-    return drawn(PerceiverModel(config, input_preprocessor=PerceiverTextPreprocessor(config) if name == "features" else None))
+    return drawn(
+        PerceiverModel(config, input_preprocessor=PerceiverTextPreprocessor(config) if name == "features" else None)
+    )
 
 
 KINDS = pytest.mark.parametrize("name", ["features", "array", "masked_lm", "classification"])
@@ -100,17 +111,24 @@ def test_outputs_losses_and_gradients_equal_those_of_transformers(name, seed):
     ids, mask = batch()
     if name == "array":
         x = torch.randn(BATCH, LENGTH, theirs.config.d_model, dtype=torch.float64, requires_grad=True)
-        expected, actual = theirs(inputs=x, attention_mask=mask).last_hidden_state, ours(inputs_embeds=x, attention_mask=mask).last_hidden_state
+        expected = theirs(inputs=x, attention_mask=mask).last_hidden_state
+        actual = ours(inputs_embeds=x, attention_mask=mask).last_hidden_state
         equal(actual, expected)
         equal(gradient(x, actual), gradient(x, expected))
         assert gradient(x, actual)[1, LENGTH - 3 :].abs().max() == 0
         return
-    labels = {"masked_lm": ids.masked_fill(mask == 0, -100), "classification": torch.randint(LABELS, (BATCH,)), "features": None}[name]
+    labels = {
+        "masked_lm": ids.masked_fill(mask == 0, -100),
+        "classification": torch.randint(LABELS, (BATCH,)),
+        "features": None,
+    }[name]
     if name == "masked_lm":  # theirs decodes every position there is, so the labels have to cover them
         padded = torch.nn.functional.pad(labels, (0, theirs.config.max_position_embeddings - LENGTH), value=-100)
         expected = theirs(input_ids=ids, attention_mask=mask, labels=padded)
     else:
-        expected = theirs(**({"inputs": ids} if name == "features" else {"input_ids": ids, "labels": labels}), attention_mask=mask)
+        expected = theirs(
+            **({"inputs": ids} if name == "features" else {"input_ids": ids, "labels": labels}), attention_mask=mask
+        )
     actual = ours(input_ids=ids, attention_mask=mask, labels=labels)
     key = "last_hidden_state" if name == "features" else "logits"
     e, a = expected[key], actual[key]
@@ -125,7 +143,9 @@ def test_outputs_losses_and_gradients_equal_those_of_transformers(name, seed):
 
 def test_language_perceiver_has_the_published_widths_and_equals_transformers_at_full_width():
     """Two layers of the published shape; the count of all 26 is in test_perceiver."""
-    config = PerceiverConfig(qk_channels=256, v_channels=1280, num_self_attends_per_block=2, attention_probs_dropout_prob=0.0)
+    config = PerceiverConfig(
+        qk_channels=256, v_channels=1280, num_self_attends_per_block=2, attention_probs_dropout_prob=0.0
+    )
     theirs = PerceiverForMaskedLM(config).double().eval()
     ours = effzoo.build("perceiver-io", task="masked_lm", layers=2, attention_dropout=0.0).double().eval()
     convert.load_pretrained(ours, theirs)
@@ -134,7 +154,8 @@ def test_language_perceiver_has_the_published_widths_and_equals_transformers_at_
 
 
 def test_pixels_equal_the_fourier_classifier_of_transformers(monkeypatch):
-    """Theirs computes the positions in float32 whatever the dtype is, which moves the logits by 1e-5; here in float64."""
+    """Theirs computes the positions in float32 whatever the dtype is, which moves the logits by 1e-5; here in
+    float64."""
     exact = torch.linspace
 
     def linspace(start, end, steps, dtype=None, device=None):
@@ -142,19 +163,30 @@ def test_pixels_equal_the_fourier_classifier_of_transformers(monkeypatch):
 
     monkeypatch.setattr(torch, "linspace", linspace)
     config = PerceiverConfig(
-        **SIZES, d_latents=16, num_latents=5, num_self_attends_per_block=2, num_self_attention_heads=2, num_cross_attention_heads=1
+        **SIZES,
+        d_latents=16,
+        num_latents=5,
+        num_self_attends_per_block=2,
+        num_self_attention_heads=2,
+        num_cross_attention_heads=1,
     )
     theirs = drawn(PerceiverForImageClassificationFourier(config))
     ours = convert.from_transformers(theirs)
     pixels, labels = torch.randn(2, 3, 7, 5, dtype=torch.float64, requires_grad=True), torch.tensor([2, 0])
-    expected, actual = theirs(inputs=pixels, labels=labels), ours(inputs_embeds=pixels.permute(0, 2, 3, 1), labels=labels)
+    expected = theirs(inputs=pixels, labels=labels)
+    actual = ours(inputs_embeds=pixels.permute(0, 2, 3, 1), labels=labels)
     equal(actual.logits, expected.logits)
     equal(gradient(pixels, actual.logits), gradient(pixels, expected.logits))
     back = convert.to_transformers(ours)
-    assert type(back) is type(theirs) and all(value.equal(back.state_dict()[key]) for key, value in theirs.state_dict().items())
+    assert type(back) is type(theirs) and all(
+        value.equal(back.state_dict()[key]) for key, value in theirs.state_dict().items()
+    )
 
 
-@pytest.mark.parametrize(("axes", "resolution", "bands"), [((5,), (9,), 3), ((4, 7), (8, 8), 2), ((2, 3, 4), (2, 6, 5), 1), ((1, 3), (4, 4), 4)])
+@pytest.mark.parametrize(
+    ("axes", "resolution", "bands"),
+    [((5,), (9,), 3), ((4, 7), (8, 8), 2), ((2, 3, 4), (2, 6, 5), 1), ((1, 3), (4, 4), 4)],
+)
 def test_fourier_features_equal_those_of_transformers(axes, resolution, bands):
     grid = torch.meshgrid(*[torch.linspace(-1, 1, size, dtype=torch.float64) for size in axes], indexing="ij")
     p = torch.stack(grid, dim=-1).flatten(0, -2)[None]
@@ -188,7 +220,8 @@ def test_there_and_back_is_the_identity_live_and_from_a_folder(name, seed, tmp_p
 
 @pytest.mark.parametrize("task", ["features", "classification", "masked_lm"])
 def test_a_model_of_the_zoo_loads_what_it_wrote(task, tiny, tmp_path):
-    sizes = {**tiny, "channels": 16, "latents": 5, "head_dim": 4, "value_dim": 8, "cross_heads": 2, "cross_head_dim": 4, "cross_value_dim": 8,
+    sizes = {**tiny, "channels": 16, "latents": 5, "head_dim": 4, "value_dim": 8, "cross_heads": 2,
+             "cross_head_dim": 4, "cross_value_dim": 8,
              "decoder_value_dim": 2}  # fmt: skip
     model = effzoo.build("perceiver-io", task=task, num_labels=4, **sizes).eval()
     convert.to_transformers(model).save_pretrained(tmp_path)
@@ -229,7 +262,16 @@ def test_a_new_head_takes_the_body_and_labelling_tokens_the_decoder_too():
     ({"positions": "none"}, "transformers has no Perceiver for task 'masked_lm'"),
 ])  # fmt: skip
 def test_what_transformers_cannot_say_is_refused(changes, said, tiny):
-    sizes = {**tiny, "channels": 16, "latents": 5, "head_dim": 4, "value_dim": 8, "cross_heads": 2, "cross_head_dim": 4, "cross_value_dim": 8}
+    sizes = {
+        **tiny,
+        "channels": 16,
+        "latents": 5,
+        "head_dim": 4,
+        "value_dim": 8,
+        "cross_heads": 2,
+        "cross_head_dim": 4,
+        "cross_value_dim": 8,
+    }
     sizes = {**sizes, "decoder_value_dim": 2, "mlp": 16, **changes}
     with pytest.raises(ConversionError, match=said):
         convert.to_transformers(effzoo.build("perceiver-io", task="masked_lm", **sizes))
@@ -238,7 +280,10 @@ def test_what_transformers_cannot_say_is_refused(changes, said, tiny):
 def test_a_source_that_does_not_fit_is_refused_and_changes_nothing(tiny):
     model = effzoo.build("perceiver-io", task="masked_lm", **tiny)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ConversionError, match=r"channels is 768 in the model and \d+ in PerceiverForMaskedLM; build the model with channels="):
+    with pytest.raises(
+        ConversionError,
+        match=r"channels is 768 in the model and \d+ in PerceiverForMaskedLM; build the model with channels=",
+    ):
         convert.load_pretrained(model, build_theirs("masked_lm", 0))
     with pytest.raises(ConversionError, match="is no Perceiver; give one of PerceiverForMaskedLM"):
         convert.load_pretrained(model, torch.nn.Linear(2, 2))
@@ -253,7 +298,8 @@ def test_a_source_that_does_not_fit_is_refused_and_changes_nothing(tiny):
 
 
 def copied(theirs, ours):
-    """Put the weights of perceiver-pytorch into ours; its positions stand (sin, cos, p) per axis, ours p, sin, cos over all axes."""
+    """Put the weights of perceiver-pytorch into ours; its positions stand (sin, cos, p) per axis, ours p, sin, cos over
+    all axes."""
     config = ours.config
     order = column_order(config)
 
@@ -271,7 +317,8 @@ def copied(theirs, ours):
         linear(attn.o, their_attn.fn.to_out.weight, their_attn.fn.to_out.bias)
         linear(mlp_norm, their_ff.norm.weight, their_ff.norm.bias)
         first, last = their_ff.fn.net[0], their_ff.fn.net[2]
-        (up, gate), (up_bias, gate_bias) = first.weight.chunk(2), first.bias.chunk(2)  # the second half passes through gelu
+        # the second half passes through gelu
+        (up, gate), (up_bias, gate_bias) = first.weight.chunk(2), first.bias.chunk(2)
         linear(mlp.up, up, up_bias)
         linear(mlp.gate, gate, gate_bias)
         linear(mlp.down, last.weight, last.bias)
@@ -281,7 +328,11 @@ def copied(theirs, ours):
         for step, layer in enumerate(theirs.layers):
             cross = ours.cross[config.cross_schedule()[step]]
             sublayers(cross.norm, cross.attn, cross.mlp_norm, cross.mlp, layer.cross_attn, layer.cross_ff, order)
-            linear(cross.source_norm, layer.cross_attn.norm_context.weight[order], layer.cross_attn.norm_context.bias[order])
+            linear(
+                cross.source_norm,
+                layer.cross_attn.norm_context.weight[order],
+                layer.cross_attn.norm_context.bias[order],
+            )
             start = config.block_schedule()[step] * config.layers
             for block, (attn, ff) in zip(ours.blocks[start : start + config.layers], layer.self_attns, strict=True):
                 sublayers(block.attn_norm, block.attn, block.mlp_norm, block.mlp, attn, ff)
@@ -303,7 +354,8 @@ def column_order(config):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
-    ("repeats", "layers", "axes", "encoded"), [(3, 2, (4, 5), True), (2, 1, (7,), True), (1, 1, (2, 3, 2), True), (4, 1, (6,), False)]
+    ("repeats", "layers", "axes", "encoded"),
+    [(3, 2, (4, 5), True), (2, 1, (7,), True), (1, 1, (2, 3, 2), True), (4, 1, (6,), False)],
 )
 def test_repeats_and_tying_equal_perceiver_pytorch(tied, repeats, layers, axes, encoded):
     theirs = PublicPerceiver(
@@ -326,9 +378,12 @@ def test_repeats_and_tying_equal_perceiver_pytorch(tied, repeats, layers, axes, 
     drawn(theirs)
     share = "all_but_first" if tied else "none"
     ours = effzoo.build(
-        "perceiver", task="classification", num_labels=LABELS, channels=4, grid=(8,) * len(axes), positions="fourier" if encoded else "none",
-        bands=3 * encoded, latents=5, dim=12, layers=layers, heads=3, head_dim=4, mlp=48, cross_attends=repeats, share_cross=share,
-        share_blocks=share, cross_heads=2, cross_head_dim=5, gated=True, attn_bias=False, head_norm=True, attention_dropout=0.0,
+        "perceiver", task="classification", num_labels=LABELS, channels=4, grid=(8,) * len(axes),
+        positions="fourier" if encoded else "none",
+        bands=3 * encoded, latents=5, dim=12, layers=layers, heads=3, head_dim=4, mlp=48, cross_attends=repeats,
+        share_cross=share,
+        share_blocks=share, cross_heads=2, cross_head_dim=5, gated=True, attn_bias=False, head_norm=True,
+        attention_dropout=0.0,
     ).double().eval()  # fmt: skip
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     copied(theirs, ours)
@@ -343,7 +398,8 @@ def test_repeats_and_tying_equal_perceiver_pytorch(tied, repeats, layers, axes, 
 
 def test_a_folder_that_names_no_class_says_so(tmp_path):
     config = PerceiverConfig(
-        vocab_size=41, d_model=8, d_latents=8, num_latents=4, num_blocks=1, num_self_attends_per_block=1, num_self_attention_heads=2,
+        vocab_size=41, d_model=8, d_latents=8, num_latents=4, num_blocks=1, num_self_attends_per_block=1,
+        num_self_attention_heads=2,
         num_cross_attention_heads=2, max_position_embeddings=16, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     PerceiverForMaskedLM(config).save_pretrained(tmp_path)
@@ -351,7 +407,10 @@ def test_a_folder_that_names_no_class_says_so(tmp_path):
     written = json.loads(file.read_text())
     for named in ({}, {"architectures": None}, {"architectures": []}):
         file.write_text(json.dumps({key: value for key, value in written.items() if key != "architectures"} | named))
-        with pytest.raises(ConversionError, match=r'does not say of which class it was saved; add "architectures".*PerceiverForMaskedLM'):
+        with pytest.raises(
+            ConversionError,
+            match=r'does not say of which class it was saved; add "architectures".*PerceiverForMaskedLM',
+        ):
             convert.from_transformers(tmp_path)
     file.write_text(json.dumps(written))
     assert convert.from_transformers(tmp_path).task == "masked_lm"

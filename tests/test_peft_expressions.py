@@ -61,13 +61,14 @@ def test_an_expression_means_what_re_says(text, name):
         expected = [re.compile(text).fullmatch(name, start) is not None for start in (0, 1)]
     expression = Expression(text, Steps())
     assert expression.matches(name) == expected[0]
-    anchored = "^" in text.replace("[^", "")  # `re` takes the given start for the beginning in neither, but looks behind it
+    # `re` takes the given start for the beginning in neither, but looks behind it
+    anchored = "^" in text.replace("[^", "")
     assert anchored or (len(name) in expression.ends(name, 1)) == expected[1]
 
 
 HOSTILE = [
-    r"([a-z0-9]+\.?)+!", "(a*)*" * 40 + "!", "(((a?){1000}){1000}){1000}", "(.*)*(.*)*(.*)*!", r"(\w|\d|.)*" * 30 + "!", "(?:(?:(?:.?)*)*)*!",
-    "(?=(.*)*!)(.*)*", "|".join(f"(a+)+{i}" for i in range(500)),
+    r"([a-z0-9]+\.?)+!", "(a*)*" * 40 + "!", "(((a?){1000}){1000}){1000}", "(.*)*(.*)*(.*)*!", r"(\w|\d|.)*" * 30 + "!",
+    "(?:(?:(?:.?)*)*)*!", "(?=(.*)*!)(.*)*", "|".join(f"(a+)+{i}" for i in range(500)),
 ]  # fmt: skip
 UNREAD = [
     r"(a)\1",
@@ -118,13 +119,17 @@ def test_no_expression_of_a_file_is_run_without_an_end(folder, tmp_path, place, 
     try:
         effzoo.load_adapter(model, tmp_path)
     except AdapterError as refusal:
-        assert not effzoo.attached(model) and any(said in str(refusal) for said in ("the file", "expression", "layers_pattern"))
+        assert not effzoo.attached(model) and any(
+            said in str(refusal) for said in ("the file", "expression", "layers_pattern")
+        )
     else:
         assert text not in UNREAD
     assert time.process_time() - start < 8
 
 
-NAMES = [f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")] + ["lm_head"]
+NAMES = [
+    f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
+] + ["lm_head"]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +153,10 @@ def test_modules_are_chosen_as_peft_chooses_them(config):
     assert patterns.matched(config, NAMES) == expected and expected
 
 
-@pytest.mark.parametrize("pattern", [{"q_proj": 4, ".*up_proj": 5}, {r"layers\.[01]\..*": 4, "lm_head": 5}, {"^lm_head": 3, "1.*proj": 7}, {"a": 1}])
+@pytest.mark.parametrize(
+    "pattern",
+    [{"q_proj": 4, ".*up_proj": 5}, {r"layers\.[01]\..*": 4, "lm_head": 5}, {"^lm_head": 3, "1.*proj": 7}, {"a": 1}],
+)
 def test_numbers_are_chosen_as_peft_chooses_them(pattern):
     from peft.utils.other import get_pattern_key
 

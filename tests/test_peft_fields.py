@@ -1,4 +1,5 @@
-"""Every field of every config class of peft that effzoo reads is understood, or refused when it asks for something; none is ignored."""
+"""Every field of every config class of peft that effzoo reads is understood, or refused when it asks for something;
+none is ignored."""
 
 import copy
 import dataclasses
@@ -26,7 +27,9 @@ NONE = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
 
 
 def llama():
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **NONE, num_key_value_heads=1, tie_word_embeddings=True))
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SIZES, **NONE, num_key_value_heads=1, tie_word_embeddings=True)
+    )
 
 
 def bert():
@@ -47,14 +50,16 @@ SAMPLES = {
 START = "how it begins: the file holds what came of it"
 HARMLESS = {  # fields that may have any value in a file, and why
     "*": {
-        "task_type": "names the model", "auto_mapping": "names the model", "peft_version": "names a program", "base_model_name_or_path": "a label",
+        "task_type": "names the model", "auto_mapping": "names the model", "peft_version": "names a program",
+        "base_model_name_or_path": "a label",
         "revision": "a label", "inference_mode": "about training on", "init_weights": START, "init_ia3_weights": START,
-        "rank_dropout": "in training only, and a warning says so", "module_dropout": "in training only, and a warning says so",
+        "rank_dropout": "in training only, and a warning says so",
+        "module_dropout": "in training only, and a warning says so",
         "rank_dropout_scale": "in training only, and a warning says so",
     },
     "LORA": {
-        "fan_in_fan_out": "how the base is stored", "megatron_core": "means nothing without megatron_config", "eva_config": START,
-        "loftq_config": START,
+        "fan_in_fan_out": "how the base is stored", "megatron_core": "means nothing without megatron_config",
+        "eva_config": START, "loftq_config": START,
         "qalora_group_size": "means nothing without use_qalora", "bias": "this model has none",
         "layers_pattern": "means nothing without layers_to_transform",
     },
@@ -64,18 +69,23 @@ HARMLESS = {  # fields that may have any value in a file, and why
         "use_effective_conv2d": "for convolutions",
         "layers_pattern": "means nothing without layers_to_transform",
     },
-    "PROMPT_TUNING": {"prompt_tuning_init": START, "prompt_tuning_init_text": START, "tokenizer_name_or_path": START, "tokenizer_kwargs": START},
-    "P_TUNING": {
-        "encoder_reparameterization_type": "of a network that is dropped", "encoder_hidden_size": "of a network that is dropped",
+    "PROMPT_TUNING": {"prompt_tuning_init": START, "prompt_tuning_init_text": START, "tokenizer_name_or_path": START,
+    "tokenizer_kwargs": START}, "P_TUNING": {
+        "encoder_reparameterization_type": "of a network that is dropped",
+        "encoder_hidden_size": "of a network that is dropped",
         "encoder_num_layers": "of a network that is dropped", "encoder_dropout": "of a network that is dropped",
     },
-    "PREFIX_TUNING": {"encoder_hidden_size": "of a network that is dropped", "prefix_projection": "the file holds what it makes"},
+    "PREFIX_TUNING": {"encoder_hidden_size": "of a network that is dropped",
+    "prefix_projection": "the file holds what it makes"},
 }  # fmt: skip
 FIELDS = [(kind, field.name) for kind in SAMPLES for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])]
 OTHERS = {
-    "target_modules": ["v_proj"], "modules_to_save": ["k_proj", "value"], "rank_pattern": {"q_proj": 3, "query": 3}, "alpha_pattern": {".*": 3},
-    "layers_to_transform": [0], "exclude_modules": ["q_proj", "query", "key", "LayerNorm"], "trainable_token_indices": [3], "token_indices": [3, 10],
-    "bias": "all", "feedforward_modules": ["dense"], "init_lora_weights": "pissa", "peft_type": "ADALORA", "layers_pattern": "layers",
+    "target_modules": ["v_proj"], "modules_to_save": ["k_proj", "value"], "rank_pattern": {"q_proj": 3, "query": 3},
+    "alpha_pattern": {".*": 3},
+    "layers_to_transform": [0], "exclude_modules": ["q_proj", "query", "key", "LayerNorm"],
+    "trainable_token_indices": [3], "token_indices": [3, 10],
+    "bias": "all", "feedforward_modules": ["dense"], "init_lora_weights": "pissa", "peft_type": "ADALORA",
+    "layers_pattern": "layers",
 }  # fmt: skip
 
 
@@ -143,7 +153,9 @@ def test_a_field_is_understood_or_refused(kind, name, samples, tmp_path):
     except AdapterError:
         assert not harmless, f"{name} is refused, and would be harmless: {harmless}"
         return
-    assert harmless or said != spec or not torch.equal(found, expected), f"{kind} with {name}={other(kind, name)!r} is ignored"
+    assert harmless or said != spec or not torch.equal(found, expected), (
+        f"{kind} with {name}={other(kind, name)!r} is ignored"
+    )
     assert not harmless or torch.equal(found, expected)
 
 
@@ -173,7 +185,8 @@ def test_tensors_of_other_shapes_are_refused_with_a_sentence(kind, samples, tmp_
     model, draw = convert.from_transformers(base), random.Random(kind)
     stored = load_file(folder / WEIGHTS)
     changes = [
-        lambda x: x.flatten(), lambda x: x[..., None], lambda x: x.sum(), lambda x: x[:0], lambda x: torch.cat([x, x]), lambda x: x[..., :-1],
+        lambda x: x.flatten(), lambda x: x[..., None], lambda x: x.sum(), lambda x: x[:0], lambda x: torch.cat([x, x]),
+        lambda x: x[..., :-1],
         lambda x: x.transpose(0, -1).contiguous()[..., :1], lambda x: x.long(), lambda x: x * float("nan"),
     ]  # fmt: skip
     for number, change in enumerate(changes):
@@ -202,7 +215,9 @@ def test_a_file_for_another_base_is_refused_with_the_first_mismatch(samples, tmp
     base, folder = samples["LORA"]
     wide = llama()
     wide.resize_token_embeddings(50)
-    with pytest.raises(AdapterError, match=r"embed_tokens.weight: .* another base.* shape \(41, 12\), this model's \(50, 12\)$"):
+    with pytest.raises(
+        AdapterError, match=r"embed_tokens.weight: .* another base.* shape \(41, 12\), this model's \(50, 12\)$"
+    ):
         computed(wide, folder)
     small = copy.deepcopy(base)
     with torch.no_grad():
@@ -212,7 +227,8 @@ def test_a_file_for_another_base_is_refused_with_the_first_mismatch(samples, tmp
 
 
 def test_the_table_of_a_resized_base_brings_its_new_rows(tmp_path):
-    """peft saves the whole table when the vocabulary was resized; what differs from the base is what new tokens have."""
+    """peft saves the whole table when the vocabulary was resized; what differs from the base is what new tokens
+    have."""
     torch.manual_seed(0)
     base = llama().eval()
     larger = copy.deepcopy(base)
@@ -221,7 +237,10 @@ def test_the_table_of_a_resized_base_brings_its_new_rows(tmp_path):
     torch.nn.init.normal_(theirs.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
     theirs.save_pretrained(tmp_path, save_embedding_layers=True)
     ours = convert.from_transformers(base)
-    with pytest.raises(AdapterError, match=r"has 45 tokens in the file, this model has 41; call effzoo.resize_vocabulary\(model, 45\) first"):
+    with pytest.raises(
+        AdapterError,
+        match=r"has 45 tokens in the file, this model has 41; call effzoo.resize_vocabulary\(model, 45\) first",
+    ):
         effzoo.load_adapter(ours, tmp_path)
     effzoo.load_adapter(effzoo.resize_vocabulary(ours, 45, init="normal"), tmp_path)
     assert "|tokens[ids=41-44" in effzoo.attached(ours)["default"].spec
@@ -233,7 +252,9 @@ def test_the_table_of_a_resized_base_brings_its_new_rows(tmp_path):
 def test_what_peft_trains_apart_is_refused_on_a_tied_head_and_read_on_one_of_its_own(saved, tmp_path):
     torch.manual_seed(0)
     base = llama().eval()
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved))
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved)
+    )
     for parameter in theirs.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3)

@@ -1,7 +1,8 @@
 """Adapters in the files of the `peft` package, both ways: what one library has trained computes the same in the other.
 
-Models and adapters are drawn at random, in float64, with numbers that float32 holds too (peft keeps some tensors in float32). Where peft computes
-in float64 the two agree to 1e-10. `there` also proves that peft has found every tensor of the file and no other.
+Models and adapters are drawn at random, in float64, with numbers that float32 holds too (peft keeps some tensors in
+float32). Where peft computes in float64 the two agree to 1e-10. `there` also proves that peft has found every tensor of
+the file and no other.
 """
 
 import copy
@@ -25,7 +26,8 @@ from effzoo.errors import AdapterError, UnknownNameError
 from effzoo.peft.attach import adapter_tensors
 
 LAYERS, DIM, MLP, VOCAB, LENGTH, LABELS = 3, 12, 20, 41, 9, 3
-EXACT, SINGLE = 1e-10, 1e-5  # SINGLE: where transformers or peft computes norms, angles or a softmax in float32 whatever the model is in
+# SINGLE: where transformers or peft computes norms, angles or a softmax in float32 whatever the model is in
+EXACT, SINGLE = 1e-10, 1e-5
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -42,8 +44,8 @@ def of_bert(cls, **fields):
     return drawn(
         cls(
             cls.config_class(
-                vocab_size=VOCAB, hidden_size=DIM, num_hidden_layers=LAYERS, num_attention_heads=2, intermediate_size=MLP, max_position_embeddings=24,
-                num_labels=LABELS, **fields,
+                vocab_size=VOCAB, hidden_size=DIM, num_hidden_layers=LAYERS, num_attention_heads=2,
+                intermediate_size=MLP, max_position_embeddings=24, num_labels=LABELS, **fields,
             )
         )
     )  # fmt: skip
@@ -53,8 +55,8 @@ def gpt2(cls=transformers.GPT2LMHeadModel):
     return drawn(
         cls(
             transformers.GPT2Config(
-                vocab_size=VOCAB, n_embd=DIM, n_layer=LAYERS, n_head=2, n_inner=MLP, n_positions=24, bos_token_id=None, eos_token_id=None,
-                pad_token_id=0, num_labels=LABELS,
+                vocab_size=VOCAB, n_embd=DIM, n_layer=LAYERS, n_head=2, n_inner=MLP, n_positions=24, bos_token_id=None,
+                eos_token_id=None, pad_token_id=0, num_labels=LABELS,
             )
         )
     )  # fmt: skip
@@ -66,8 +68,8 @@ def of_llama(cls=transformers.LlamaForCausalLM, kv_heads=1, **fields):
 
 def modernbert():
     return of_bert(
-        transformers.ModernBertForSequenceClassification, local_attention=4, pad_token_id=0, bos_token_id=None, eos_token_id=None, cls_token_id=None,
-        sep_token_id=None,
+        transformers.ModernBertForSequenceClassification, local_attention=4, pad_token_id=0, bos_token_id=None,
+        eos_token_id=None, cls_token_id=None, sep_token_id=None,
     )  # fmt: skip
 
 
@@ -101,7 +103,9 @@ def inputs(name):
     mask = torch.ones_like(ids)
     if name not in WHOLE:
         mask[1, 6:] = mask[2, 4:] = 0
-    return {"input_ids": ids, "attention_mask": mask} | ({"global_attention_mask": (ids % 4 == 0).long() * mask} if name == "longformer" else {})
+    return {"input_ids": ids, "attention_mask": mask} | (
+        {"global_attention_mask": (ids % 4 == 0).long() * mask} if name == "longformer" else {}
+    )
 
 
 def logits(model, batch, rows=0, **more):
@@ -122,7 +126,9 @@ def in_float32(model, names):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if names(name, parameter):
-                parameter.copy_((0.3 + 0.5 * torch.randn(parameter.shape)).float() if parameter.numel() > 1 else torch.tensor(0.37))
+                parameter.copy_(
+                    (0.3 + 0.5 * torch.randn(parameter.shape)).float() if parameter.numel() > 1 else torch.tensor(0.37)
+                )
     return model
 
 
@@ -241,34 +247,39 @@ PEFT = [
     (
         "bert",
         peft.LoraConfig(
-            task_type="SEQ_CLS", r=4, target_modules=r".*\.layer\.[02]\..*dense", rank_pattern={"layer.0.output.dense": 2},
-            alpha_pattern={"intermediate.dense": 3},
+            task_type="SEQ_CLS", r=4, target_modules=r".*\.layer\.[02]\..*dense",
+            rank_pattern={"layer.0.output.dense": 2}, alpha_pattern={"intermediate.dense": 3},
         ),
     ),
     ("bert", peft.LoraConfig(r=4, use_rslora=True, target_modules="all-linear", exclude_modules=["key"])),
-    ("bert", peft.LoraConfig(r=3, target_modules=["query", "word_embeddings"], layers_to_transform=[1], bias="lora_only")),
-    ("bert", peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["query"], bias="all")),
+    ("bert", peft.LoraConfig(r=3, target_modules=["query", "word_embeddings"], layers_to_transform=[1],
+    bias="lora_only")), ("bert", peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["query"], bias="all")),
     ("bert-lm", peft.LoraConfig(r=3, target_modules=["query"], bias="all")),
-    ("bert", peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["query"], modules_to_save=["bert.pooler.dense", "LayerNorm"])),
+    ("bert", peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["query"], modules_to_save=["bert.pooler.dense",
+    "LayerNorm"])),
     ("roberta", peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["query", "key"], use_dora=True)),
     ("longformer", peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["query", "query_global", "value_global"])),
     ("modernbert", peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["Wqkv", "Wi"])),
     ("gpt2", peft.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=7, target_modules=["c_attn"], fan_in_fan_out=True)),
-    ("gpt2-cls", peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, use_dora=True, bias="all")),
+    ("gpt2-cls", peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True,
+    use_dora=True, bias="all")),
     ("llama", peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj", "lm_head", "embed_tokens"])),
     ("llama-cls", peft.LoraConfig(task_type="SEQ_CLS", r=3, init_lora_weights="gaussian", target_modules="all-linear")),
     ("tied", peft.LoraConfig(r=3, target_modules=["q_proj", "lm_head"])),
     ("tied", peft.LoraConfig(r=3, target_modules=["q_proj", "embed_tokens"])),
     ("tied", peft.LoraConfig(r=3, target_modules=["q_proj", "embed_tokens", "lm_head"], rank_pattern={"lm_head": 2})),
     ("tied", peft.LoraConfig(r=3, target_modules=["q_proj", "lm_head"], ensure_weight_tying=True)),
-    ("tied", peft.LoraConfig(r=3, lora_alpha=5, target_modules=["embed_tokens"], ensure_weight_tying=True, use_rslora=True)),
-    ("tied", peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
-    ("gpt2", peft.LoraConfig(r=3, target_modules=["lm_head", "wte"], fan_in_fan_out=True)),
+    ("tied", peft.LoraConfig(r=3, lora_alpha=5, target_modules=["embed_tokens"], ensure_weight_tying=True,
+    use_rslora=True)),
+    ("tied", peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["embed_tokens"],
+    ensure_weight_tying=True)), ("gpt2", peft.LoraConfig(r=3, target_modules=["lm_head", "wte"], fan_in_fan_out=True)),
     ("bert-lm", peft.LoraConfig(r=3, target_modules=["query", "decoder", "word_embeddings"])),
     ("llama", peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])),
     ("tied", peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=[9, 3, 30])),
-    ("tied", peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [9, 3], "lm_head": [9, 3]})),
-    ("llama", peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [9, 3, 12], "lm_head": [30, 8]})),
+    ("tied", peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [9, 3],
+    "lm_head": [9, 3]})),
+    ("llama", peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [9, 3, 12],
+    "lm_head": [30, 8]})),
     ("gpt2", peft.LoraConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True, trainable_token_indices=[9, 3, 30])),
     ("bert", peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["query"], trainable_token_indices=[9, 3, 30])),
     ("tied", peft.TrainableTokensConfig(token_indices=[9, 3, 12])),
@@ -279,15 +290,19 @@ PEFT = [
     ("llama", peft.LNTuningConfig(task_type="CAUSAL_LM")),
     ("bert", peft.LNTuningConfig(task_type="SEQ_CLS", target_modules=["LayerNorm"])),
     ("gpt2-cls", peft.LNTuningConfig(task_type="SEQ_CLS", target_modules=r".*\.ln_[12]")),
-    ("bert", peft.IA3Config(task_type="SEQ_CLS", target_modules=rf".*\.self\.(key|value)|{FEEDFORWARD}", feedforward_modules=FEEDFORWARD)),
+    ("bert", peft.IA3Config(task_type="SEQ_CLS", target_modules=rf".*\.self\.(key|value)|{FEEDFORWARD}",
+    feedforward_modules=FEEDFORWARD)),
     ("bert", peft.IA3Config(task_type="SEQ_CLS")),  # by default `output.dense` also hits the output of attention
     ("gpt2-tokens", peft.IA3Config(task_type="TOKEN_CLS", fan_in_fan_out=True)),
     ("bert-tokens", peft.LoKrConfig(task_type="TOKEN_CLS", r=8, alpha=3, target_modules=["query", "dense"])),
-    ("llama", peft.LoKrConfig(task_type="CAUSAL_LM", r=1, alpha=3, decompose_both=True, decompose_factor=4, target_modules=["q_proj", "gate_proj"])),
+    ("llama", peft.LoKrConfig(task_type="CAUSAL_LM", r=1, alpha=3, decompose_both=True, decompose_factor=4,
+    target_modules=["q_proj", "gate_proj"])),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, config", PEFT, ids=[f"{name}-{config.peft_type.value}-{i}" for i, (name, config) in enumerate(PEFT)])
+@pytest.mark.parametrize(
+    "name, config", PEFT, ids=[f"{name}-{config.peft_type.value}-{i}" for i, (name, config) in enumerate(PEFT)]
+)
 def test_an_adapter_from_peft_gives_the_same_logits_here_and_in_peft_again(name, config, tmp_path):
     base = MODELS[name]()
     theirs, batch = of_peft(base, copy.deepcopy(config), tmp_path), inputs(name)
@@ -303,10 +318,11 @@ TABLE = "embeddings.token.adapters.default"
 GRADIENTS = [  # of our tensors, and of theirs
     (
         "tied", peft.LoraConfig(r=3, target_modules=["lm_head"]),
-        {"head.out.adapters.default.lora.A": "lm_head.lora_A.default.weight", "head.out.adapters.default.lora.B": "lm_head.lora_B.default.weight"},
+        {"head.out.adapters.default.lora.A": "lm_head.lora_A.default.weight",
+        "head.out.adapters.default.lora.B": "lm_head.lora_B.default.weight"},
     ),
-    ("tied", peft.LoraConfig(r=3, target_modules=["embed_tokens"]), {f"{TABLE}.lora.A": "embed_tokens.lora_embedding_A.default"}),
-    (
+    ("tied", peft.LoraConfig(r=3, target_modules=["embed_tokens"]),
+    {f"{TABLE}.lora.A": "embed_tokens.lora_embedding_A.default"}), (
         "tied", peft.LoraConfig(r=3, target_modules=["embed_tokens"], ensure_weight_tying=True),
         {
             f"{TABLE}.lora.A": "embed_tokens.lora_embedding_A.default lm_head.lora_B.default.weight",
@@ -317,7 +333,8 @@ GRADIENTS = [  # of our tensors, and of theirs
         "tied", peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=[3, 9, 30]),
         {f"{TABLE}.tokens.trained": "embed_tokens.token_adapter.trainable_tokens_delta.default"},
     ),
-    ("llama", peft.TrainableTokensConfig(token_indices=[*range(5, 25)]), {f"{TABLE}.tokens.trained": "embed_tokens.trainable_tokens_delta.default"}),
+    ("llama", peft.TrainableTokensConfig(token_indices=[*range(5, 25)]),
+    {f"{TABLE}.tokens.trained": "embed_tokens.trainable_tokens_delta.default"}),
     ("gpt2", peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["ln_f"]), {
         "final_norm.adapters.default.norms.own_weight": "ln_f.ln_tuning_layers.default.weight",
         "final_norm.adapters.default.norms.own_bias": "ln_f.ln_tuning_layers.default.bias",
@@ -344,9 +361,11 @@ def test_what_is_trained_here_gets_the_gradients_that_it_gets_in_peft(name, conf
 INPUT = [
     ("gpt2", "prompt[length=3]", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
     ("gpt2-cls", "prompt[length=1]", peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=1)),
-    ("gpt2-tokens", "p_tuning[length=3]", peft.PromptEncoderConfig(task_type="TOKEN_CLS", num_virtual_tokens=3, encoder_hidden_size=5)),
+    ("gpt2-tokens", "p_tuning[length=3]", peft.PromptEncoderConfig(task_type="TOKEN_CLS", num_virtual_tokens=3,
+    encoder_hidden_size=5)),
     ("bert-tokens", "prompt[length=3]", peft.PromptTuningConfig(task_type="TOKEN_CLS", num_virtual_tokens=3)),
-    ("llama", "p_tuning[length=2, encoder=lstm]", peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=5)),
+    ("llama", "p_tuning[length=2, encoder=lstm]", peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2,
+    encoder_hidden_size=5)),
     ("llama-cls", "prompt[length=2]", peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)),
     ("roberta-tokens", "prompt[length=3]", peft.PromptTuningConfig(task_type="TOKEN_CLS", num_virtual_tokens=3)),
     ("qwen3", "prefix[length=3]", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
@@ -354,16 +373,24 @@ INPUT = [
     (
         "gpt2-cls",
         "prefix[length=2, form=mlp, hidden=7]",
-        peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2, prefix_projection=True, encoder_hidden_size=7),
+        peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2, prefix_projection=True,
+        encoder_hidden_size=7),
     ),
     ("llama", "prefix[length=4]", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
-    ("llama-heads", "prefix[length=1, form=mlp, hidden=7]", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1)),
-    ("llama", "llama_adapter[length=3, skip=1]", peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=2)),
-    ("mistral", "llama_adapter[length=2, skip=0]", peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=3)),
+    ("llama-heads", "prefix[length=1, form=mlp, hidden=7]", peft.PrefixTuningConfig(task_type="CAUSAL_LM",
+    num_virtual_tokens=1)),
+    ("llama", "llama_adapter[length=3, skip=1]", peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3,
+    adapter_layers=2)),
+    ("mistral", "llama_adapter[length=2, skip=0]", peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2,
+    adapter_layers=3)),
 ]  # fmt: skip
 if "past_key_values" not in inspect.signature(transformers.GPT2ForSequenceClassification.forward).parameters:
     # from 5.24 on peft 0.21 takes this class for one without a cache, and refuses every prefix on it
-    INPUT = [(name, spec, config) for name, spec, config in INPUT if (name, type(config)) != ("gpt2-cls", peft.PrefixTuningConfig)]
+    INPUT = [
+        (name, spec, config)
+        for name, spec, config in INPUT
+        if (name, type(config)) != ("gpt2-cls", peft.PrefixTuningConfig)
+    ]
 METHODS = [f"{name}-{spec}" for name, spec, _ in INPUT]
 
 
@@ -374,7 +401,11 @@ def rows_of(spec):
 def shifted(name, spec):
     """peft's tokens begin behind its prefix, and learned positions know it."""
     length = rows_of(spec)
-    return {"position_ids": torch.arange(length, length + LENGTH)[None]} if "prefix" in spec and name.startswith("gpt2") else {}
+    return (
+        {"position_ids": torch.arange(length, length + LENGTH)[None]}
+        if "prefix" in spec and name.startswith("gpt2")
+        else {}
+    )
 
 
 def cut(name, spec):
@@ -397,7 +428,8 @@ def test_rows_from_here_give_the_same_logits_in_peft_and_read_again_here(name, s
     close(logits(theirs, batch, cut(name, spec)), expected, tolerance(name))
     assert (logits(base, batch) - expected).abs().max() > 1e-3, "the adapter changes nothing"
     again = effzoo.load_adapter(convert.from_transformers(base), tmp_path, name="again")
-    exact = not (name.startswith(("llama", "qwen3")) and "prefix" in spec)  # there the keys were turned, and turned back
+    # there the keys were turned, and turned back
+    exact = not (name.startswith(("llama", "qwen3")) and "prefix" in spec)
     close(logits(again, batch, **shifted(name, spec)), expected, EXACT if exact else SINGLE)
     before, after = adapter_tensors(ours, "default"), adapter_tensors(again, "again")
     for key, value in before.items():
@@ -415,7 +447,8 @@ def test_rows_from_peft_give_the_same_logits_here_and_in_peft_again(name, spec, 
     theirs = of_peft(base, copy.deepcopy(config), tmp_path)
     expected = logits(theirs, batch, cut(name, spec))
     ours = effzoo.load_adapter(convert.from_transformers(base), tmp_path)
-    encoded = getattr(config, "prefix_projection", False) or config.peft_type.value == "P_TUNING"  # peft computes the rows, and saves them in float32
+    # peft computes the rows, and saves them in float32
+    encoded = getattr(config, "prefix_projection", False) or config.peft_type.value == "P_TUNING"
     close(logits(ours, batch, **shifted(name, spec)), expected, SINGLE if encoded else tolerance(name))
     effzoo.save_adapter(ours, tmp_path / "back", format="peft")
     close(logits(loaded_by_peft(base, tmp_path / "back"), batch, cut(name, spec)), expected, SINGLE)
@@ -446,12 +479,15 @@ def edited(folder, tensors=None, header=None, **config):
     (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | config))
 
 
-@pytest.mark.parametrize("name, start", [("bert", "pissa"), ("gpt2", "pissa"), ("bert", "olora")])  # peft's olora fails on Conv1D
+# peft's olora fails on Conv1D
+@pytest.mark.parametrize("name, start", [("bert", "pissa"), ("gpt2", "pissa"), ("bert", "olora")])
 def test_a_start_from_factors_that_peft_has_converted_is_read_as_twice_the_rank(name, start, tmp_path):
     """peft finds the factors in float32, and in no other precision."""
     base, batch = MODELS[name]().float(), inputs(name)
     target = {"bert": "query", "gpt2": "c_attn"}[name]
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=[target], init_lora_weights=start, fan_in_fan_out=name == "gpt2")
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=[target], init_lora_weights=start, fan_in_fan_out=name == "gpt2"
+    )
     theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
     theirs.peft_config["default"].init_lora_weights = True  # as peft's guide has it, to save the start
     theirs.save_pretrained(tmp_path / "start")
@@ -459,13 +495,18 @@ def test_a_start_from_factors_that_peft_has_converted_is_read_as_twice_the_rank(
     in_float32(theirs, lambda key, p: p.requires_grad and "lora_B" in key)
     expected = logits(theirs, batch)
     theirs.save_pretrained(tmp_path / "raw")
-    with pytest.raises(AdapterError, match=f"init_lora_weights='{start}' has changed the base.*path_initial_model_for_weight_conversion"):
+    with pytest.raises(
+        AdapterError,
+        match=f"init_lora_weights='{start}' has changed the base.*path_initial_model_for_weight_conversion",
+    ):
         effzoo.load_adapter(fresh(base), tmp_path / "raw")
     theirs.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     close(logits(effzoo.load_adapter(fresh(base), tmp_path / "converted"), batch), expected, SINGLE)
 
 
-@pytest.mark.parametrize("spec", ["lora[rank=3]", "dora[rank=3, targets=(attn.k, mlp.down)]", "ia3", "lora|bitfit[targets=attn.v]"])
+@pytest.mark.parametrize(
+    "spec", ["lora[rank=3]", "dora[rank=3, targets=(attn.k, mlp.down)]", "ia3", "lora|bitfit[targets=attn.v]"]
+)
 def test_a_fused_module_without_our_header_is_read_as_an_adapter_on_each_of_its_parts(spec, tmp_path):
     """As after further training in peft, which keeps no header."""
     base, ours = saved("gpt2", spec, tmp_path)
@@ -495,7 +536,9 @@ def test_factors_of_lokr_are_full_when_peft_makes_them_from_the_config_of_krona(
 
 
 def test_training_goes_on_alike_in_both_libraries_from_one_file(tmp_path):
-    base = of_bert(transformers.BertForSequenceClassification, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    base = of_bert(
+        transformers.BertForSequenceClassification, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
     ours = attached(base, "lora[rank=2, targets=(attn.q, mlp.up)]")
     effzoo.save_adapter(ours, tmp_path, format="peft")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True).double().train()
@@ -526,7 +569,9 @@ def test_a_scale_of_the_attention_output_that_no_vector_can_take_up_is_refused(t
     base = MODELS["bert"]()
     config = peft.IA3Config(target_modules=["key", "output.dense"], feedforward_modules=["output.dense"])
     of_peft(base, config, tmp_path)
-    with pytest.raises(AdapterError, match=r"blocks\.0\.attn\.v has no vector to take it up; name the modules by their full paths"):
+    with pytest.raises(
+        AdapterError, match=r"blocks\.0\.attn\.v has no vector to take it up; name the modules by their full paths"
+    ):
         effzoo.load_adapter(fresh(base), tmp_path)
 
 
@@ -548,8 +593,16 @@ REFUSED = [
     ("mistral", "prefix", "ordinary positions that fall out of a window"),
     ("bert-lm", "prompt", "peft leaves prompts and prefixes out when a model is run for masked_lm"),
     ("bert-lm", "lora|full[targets=embed.token]", "the language-model head is tied to this table"),
-    ("gpt2", "lora[targets=(embed.token, lm.out)]", "changes the table and the tied head, and the head is adapted besides"),
-    ("gpt2", "lora[targets=lm.out]|full[targets=embed.token]", "trained as a whole, and the head that is tied to it adapted besides"),
+    (
+        "gpt2",
+        "lora[targets=(embed.token, lm.out)]",
+        "changes the table and the tied head, and the head is adapted besides",
+    ),
+    (
+        "gpt2",
+        "lora[targets=lm.out]|full[targets=embed.token]",
+        "trained as a whole, and the head that is tied to it adapted besides",
+    ),
     ("gpt2", "ia3|full[targets=embed.token]", "peft ties trained modules beside LoRA only, not beside IA3"),
     ("gpt2", "ia3|tokens[ids=5]", "trained tokens travel in peft beside LoRA, or alone, not beside IA3"),
     ("bert", "tokens[ids=5]", "peft does not save the head .bert.pooler.dense, classifier. beside TRAINABLE_TOKENS"),
@@ -592,19 +645,43 @@ def test_a_gate_of_peft_beyond_the_range_of_tanh_is_refused(tmp_path):
 QUERY = "base_model.model.bert.encoder.layer.1.attention.self.query"
 STRICT = [
     (lambda t: t.pop(f"{QUERY}.lora_B.weight"), {}, f"{QUERY[17:]}.lora_B.weight is missing"),
-    (lambda t: [t.pop(f"{QUERY}.lora_{half}.weight") for half in "AB"], {}, "config names bert.encoder.layer.1.attention.self.query"),
-    (lambda t: t.update({"base_model.model.bert.encoder.layer.9.x.lora_A.weight": torch.ones(2, 2)}), {}, "no module 'bert.encoder.layer.9.x'"),
-    (lambda t: t.update({"base_model.model.bert.other.weight": torch.ones(2, 2)}), {}, "bert.other.weight is one too many"),
-    (lambda t: t.update({f"{QUERY}.lora_A.weight": torch.ones(8, 5)}), {}, r"lora_A.weight has shape \(8, 5\), this model needs \(8, 12\)"),
+    (
+        lambda t: [t.pop(f"{QUERY}.lora_{half}.weight") for half in "AB"],
+        {},
+        "config names bert.encoder.layer.1.attention.self.query",
+    ),
+    (
+        lambda t: t.update({"base_model.model.bert.encoder.layer.9.x.lora_A.weight": torch.ones(2, 2)}),
+        {},
+        "no module 'bert.encoder.layer.9.x'",
+    ),
+    (
+        lambda t: t.update({"base_model.model.bert.other.weight": torch.ones(2, 2)}),
+        {},
+        "bert.other.weight is one too many",
+    ),
+    (
+        lambda t: t.update({f"{QUERY}.lora_A.weight": torch.ones(8, 5)}),
+        {},
+        r"lora_A.weight has shape \(8, 5\), this model needs \(8, 12\)",
+    ),
     (lambda t: t.update({"base_model.model.classifier.weight": torch.ones(3, 11)}), {}, "classifier.weight has shape"),
-    (lambda t: t.update({"base_model.model.classifier.weight": torch.ones(4, 12)}), {}, "head has 3 and 4 outputs, this model's 3"),
+    (
+        lambda t: t.update({"base_model.model.classifier.weight": torch.ones(4, 12)}),
+        {},
+        "head has 3 and 4 outputs, this model's 3",
+    ),
     (None, {"r": 4}, "has rank 8 in the file and 4 in its config"),
     (None, {"peft_type": "ADALORA"}, "type 'ADALORA', which effzoo cannot read; it reads LORA"),
     (None, {"lora_bias": True}, "LORA with lora_bias=True has no counterpart"),
     (None, {"layer_replication": [[0, 2]]}, "layer_replication"),
     (None, {"use_qalora": True}, "use_qalora"),
     (None, {"init_lora_weights": "pissa"}, "has changed the base"),
-    (None, {"target_modules": ["query", "value", "key"]}, "attention.self.key .target_modules., and the file has no tensor"),
+    (
+        None,
+        {"target_modules": ["query", "value", "key"]},
+        "attention.self.key .target_modules., and the file has no tensor",
+    ),
 ]
 
 
@@ -639,7 +716,9 @@ def test_a_header_that_does_not_fit_is_refused(parts, message, tmp_path):
 def test_the_lengths_of_dora_tell_another_base(tmp_path):
     """For parts of a fused module without adapter; elsewhere a file of peft cannot prove its base."""
     saved("gpt2", "dora[targets=attn.q]", tmp_path)
-    with pytest.raises(AdapterError, match="the lengths of blocks.0.attn.k, which has no adapter, are those of another base"):
+    with pytest.raises(
+        AdapterError, match="the lengths of blocks.0.attn.k, which has no adapter, are those of another base"
+    ):
         effzoo.load_adapter(fresh(MODELS["gpt2"]()), tmp_path)
 
 
@@ -659,10 +738,15 @@ def test_broken_or_pickled_files_are_refused(tmp_path):
 
 def test_a_folder_holds_one_adapter_in_one_format(tmp_path):
     base, ours = saved("bert", "lora", tmp_path / "a")
-    with pytest.raises(AdapterError, match="in the format of peft .adapter_config.json.; give this one a directory of its own"):
+    with pytest.raises(
+        AdapterError, match="in the format of peft .adapter_config.json.; give this one a directory of its own"
+    ):
         effzoo.save_adapter(ours, tmp_path / "a")
     effzoo.save_adapter(ours, tmp_path / "b")
-    assert sorted(path.suffix for path in (tmp_path / "b").iterdir()) == [".json", ".safetensors"] and (tmp_path / "b" / "adapter.json").is_file()
+    assert (
+        sorted(path.suffix for path in (tmp_path / "b").iterdir()) == [".json", ".safetensors"]
+        and (tmp_path / "b" / "adapter.json").is_file()
+    )
     with pytest.raises(AdapterError, match="in the format of effzoo"):
         effzoo.save_adapter(ours, tmp_path / "b", format="peft")
     shutil.copy(tmp_path / "a" / CONFIG, tmp_path / "b")
@@ -684,7 +768,9 @@ def test_models_without_a_twin_are_refused(tmp_path):
 
 def test_importing_effzoo_imports_neither_library(tmp_path):
     code = "import sys, effzoo; print(sorted({'peft', 'transformers'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 @pytest.mark.parametrize("spec", ["p_tuning[length=3]", "ipt[length=3]", "prefix[length=2, form=mlp]"])
@@ -724,7 +810,8 @@ def led():
     return drawn(
         transformers.LEDModel(
             transformers.LEDConfig(
-                vocab_size=VOCAB, d_model=DIM, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=MLP, decoder_layers=1,
+                vocab_size=VOCAB, d_model=DIM, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=MLP,
+                decoder_layers=1,
                 decoder_attention_heads=2, decoder_ffn_dim=MLP, max_encoder_position_embeddings=24, attention_window=4,
             )
         )
@@ -735,9 +822,12 @@ def reformer():
     return drawn(
         transformers.ReformerModel(
             transformers.ReformerConfig(
-                vocab_size=VOCAB, hidden_size=DIM, attention_head_size=6, num_attention_heads=2, feed_forward_size=MLP, attn_layers=["local", "lsh"],
-                axial_pos_embds=False, max_position_embeddings=32, local_attn_chunk_length=4, lsh_attn_chunk_length=4, num_buckets=2, num_hashes=1,
-                is_decoder=False, hash_seed=1, lsh_attention_probs_dropout_prob=0.0, local_attention_probs_dropout_prob=0.0,
+                vocab_size=VOCAB, hidden_size=DIM, attention_head_size=6, num_attention_heads=2, feed_forward_size=MLP,
+                attn_layers=["local", "lsh"],
+                axial_pos_embds=False, max_position_embeddings=32, local_attn_chunk_length=4, lsh_attn_chunk_length=4,
+                num_buckets=2, num_hashes=1,
+                is_decoder=False, hash_seed=1, lsh_attention_probs_dropout_prob=0.0,
+                local_attention_probs_dropout_prob=0.0,
             )
         )
     )  # fmt: skip
@@ -760,7 +850,11 @@ def test_bodies_without_a_task_take_adapters_too(make, spec, tmp_path):
     effzoo.save_adapter(ours, tmp_path, format="peft")
     with torch.no_grad():
         expected = ours(ids).last_hidden_state
-        close(loaded_by_peft(base, tmp_path)(input_ids=ids).last_hidden_state, expected, EXACT if make is bare_bert else SINGLE)
+        close(
+            loaded_by_peft(base, tmp_path)(input_ids=ids).last_hidden_state,
+            expected,
+            EXACT if make is bare_bert else SINGLE,
+        )
         close(effzoo.load_adapter(fresh(base), tmp_path)(ids).last_hidden_state, expected)
 
 
@@ -786,7 +880,11 @@ def test_what_a_config_leaves_out_stands_at_the_defaults_of_peft(spec, tmp_path)
 
 def test_a_module_of_which_a_parameter_is_missing_is_refused_and_nothing_stays_attached(tmp_path):
     base, _ = saved("bert", "lora|norms", tmp_path)
-    edited(tmp_path, lambda stored: stored.pop("base_model.model.bert.encoder.layer.1.output.LayerNorm.bias"), modules_to_save=None)
+    edited(
+        tmp_path,
+        lambda stored: stored.pop("base_model.model.bert.encoder.layer.1.output.LayerNorm.bias"),
+        modules_to_save=None,
+    )
     model = fresh(base)
     keys = set(model.state_dict())
     with pytest.raises(AdapterError, match="blocks.1.mlp_norm: own_bias of norms is missing in the file"):

@@ -1,4 +1,5 @@
-"""Perceivers: what they read, how often, with which weights; output queries; the causal variant; PEFT and training on them."""
+"""Perceivers: what they read, how often, with which weights; output queries; the causal variant; PEFT and training on
+them."""
 
 import copy
 
@@ -15,10 +16,30 @@ from effzoo.attention.core import Context, Mask
 from effzoo.checks.models import silent, train
 from effzoo.errors import IncompatibleError, IncompatiblePeft, InputError, OptionError, TargetError
 
-IO = {"channels": 16, "latents": 5, "head_dim": 4, "value_dim": 6, "cross_heads": 2, "cross_head_dim": 4, "cross_value_dim": 8, "decoder_heads": 2,
+IO = {"channels": 16, "latents": 5, "head_dim": 4, "value_dim": 6, "cross_heads": 2, "cross_head_dim": 4,
+      "cross_value_dim": 8, "decoder_heads": 2,
       "decoder_head_dim": 4, "decoder_value_dim": 8}  # fmt: skip
-PIXELS = {"grid": (6, 7), "bands": 2, "latents": 5, "dim": 12, "layers": 2, "heads": 3, "mlp": 20, "cross_attends": 3, "attention_dropout": 0.0}
-AR = {"causal": True, "latents": 5, "pooling": "last", "final_norm": True, "value_dim": 0, "cross_head_dim": 8, "cross_value_dim": 8, "head_dim": 8}
+PIXELS = {
+    "grid": (6, 7),
+    "bands": 2,
+    "latents": 5,
+    "dim": 12,
+    "layers": 2,
+    "heads": 3,
+    "mlp": 20,
+    "cross_attends": 3,
+    "attention_dropout": 0.0,
+}
+AR = {
+    "causal": True,
+    "latents": 5,
+    "pooling": "last",
+    "final_norm": True,
+    "value_dim": 0,
+    "cross_head_dim": 8,
+    "cross_value_dim": 8,
+    "head_dim": 8,
+}
 
 
 def text(tiny, **changes):
@@ -54,16 +75,20 @@ def close(actual, expected, tolerance=1e-10):
 
 
 def test_published_numbers_of_parameters():
-    """Perceiver IO on language: 201,108,230 with its decoder; Perceiver on ImageNet: 44.9 M, both with the head they were published with."""
+    """Perceiver IO on language: 201,108,230 with its decoder; Perceiver on ImageNet: 44.9 M, both with the head they
+    were published with."""
     with torch.device("meta"):
         assert numbers(effzoo.build("perceiver-io", task="masked_lm")) == 201_108_230
         assert round(numbers(effzoo.build("perceiver", task="classification", num_labels=1000)) / 1e6, 1) == 44.9
 
 
 def test_products_on_imagenet_are_the_published_ones():
-    """707.2 GFLOPs with 50,176 pixels and eight cross-attentions; counted here are the matrix products alone, without norms and softmax."""
+    """707.2 GFLOPs with 50,176 pixels and eight cross-attentions; counted here are the matrix products alone, without
+    norms and softmax."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        effzoo.build("perceiver", task="classification", num_labels=1000, backend="reference").eval()(inputs_embeds=torch.zeros(1, 224, 224, 3))
+        effzoo.build("perceiver", task="classification", num_labels=1000, backend="reference").eval()(
+            inputs_embeds=torch.zeros(1, 224, 224, 3)
+        )
     assert 0.995 * 707.2e9 < counter.get_total_flops() < 707.2e9
 
 
@@ -81,7 +106,9 @@ def test_sharing_counts_each_weight_once(share_cross, crosses, share_blocks, blo
 def test_shared_weights_compute_what_copies_compute_and_gather_their_gradients(share):
     shared, untied = pixels(share_cross=share, share_blocks=share), pixels(share_cross="none", share_blocks="none")
     untied.latents.load_state_dict(shared.latents.state_dict())
-    for step, (cross, block) in enumerate(zip(shared.config.cross_schedule(), shared.config.block_schedule(), strict=True)):
+    for step, (cross, block) in enumerate(
+        zip(shared.config.cross_schedule(), shared.config.block_schedule(), strict=True)
+    ):
         untied.cross[step].load_state_dict(shared.cross[cross].state_dict())
         for layer in range(2):
             untied.blocks[2 * step + layer].load_state_dict(shared.blocks[2 * block + layer].state_dict())
@@ -90,9 +117,15 @@ def test_shared_weights_compute_what_copies_compute_and_gather_their_gradients(s
     close(*outs)
     for out in outs:
         (out**3).sum().backward()
-    total = sum(cross.attn.q.weight.grad for step, cross in enumerate(untied.cross) if shared.config.cross_schedule()[step] == 0)
+    total = sum(
+        cross.attn.q.weight.grad for step, cross in enumerate(untied.cross) if shared.config.cross_schedule()[step] == 0
+    )
     close(shared.cross[0].attn.q.weight.grad, total)
-    total = sum(untied.blocks[2 * step].mlp.up.weight.grad for step, block in enumerate(shared.config.block_schedule()) if block == 0)
+    total = sum(
+        untied.blocks[2 * step].mlp.up.weight.grad
+        for step, block in enumerate(shared.config.block_schedule())
+        if block == 0
+    )
     close(shared.blocks[0].mlp.up.weight.grad, total)
 
 
@@ -119,7 +152,9 @@ def test_latents_do_not_grow_with_the_input():
 
 @pytest.mark.parametrize("positions", ["none", "learned", "fourier"])
 def test_without_positions_the_order_of_the_inputs_means_nothing(positions):
-    model = pixels(grid=(11,), positions=positions, bands=2 * (positions == "fourier"), position_dim=4 * (positions == "learned"))
+    model = pixels(
+        grid=(11,), positions=positions, bands=2 * (positions == "fourier"), position_dim=4 * (positions == "learned")
+    )
     x, order, mask = torch.randn(2, 11, 3).double(), torch.randperm(11), torch.rand(2, 11) < 0.7
     out = model(inputs_embeds=x, attention_mask=mask).last_hidden_state
     permuted = model(inputs_embeds=x[:, order], attention_mask=mask[:, order]).last_hidden_state
@@ -133,7 +168,9 @@ def test_an_array_with_axes_is_the_row_of_its_entries_with_their_places_beside_t
     """The same model without positions reads what the definition says: channels, then places."""
     rows = torch.tensor(axes) + 2
     grid = tuple(rows.tolist())
-    model = pixels(grid=grid, positions=positions, bands=2 * (positions == "fourier"), position_dim=4 * (positions == "learned"))
+    model = pixels(
+        grid=grid, positions=positions, bands=2 * (positions == "fourier"), position_dim=4 * (positions == "learned")
+    )
     flat = pixels(grid=(200,), channels=model.config.width, positions="none", bands=0)
     flat.load_state_dict({key: value for key, value in model.state_dict().items() if "position" not in key})
     x = torch.randn(2, *axes, 3, dtype=torch.float64)
@@ -143,7 +180,9 @@ def test_an_array_with_axes_is_the_row_of_its_entries_with_their_places_beside_t
         if positions == "fourier":
             p = [2 * i / (size - 1) - 1 for i, size in zip(place, axes, strict=True)]
             f = [(1, most / 2) for most in grid]
-            angles = torch.tensor([[torch.pi * at * band for band in bands] for at, bands in zip(p, f, strict=True)], dtype=torch.float64).flatten()
+            angles = torch.tensor(
+                [[torch.pi * at * band for band in bands] for at, bands in zip(p, f, strict=True)], dtype=torch.float64
+            ).flatten()
             value.append(torch.cat([torch.tensor(p, dtype=torch.float64), angles.sin(), angles.cos()]).expand(2, -1))
         if positions == "learned":
             row = 0
@@ -187,7 +226,10 @@ def test_masked_inputs_are_invisible(tiny, task, spec):
 def test_a_mask_may_have_the_axes_of_the_array():
     model = pixels()
     x, mask = torch.randn(2, 4, 5, 3).double(), torch.rand(2, 4, 5) < 0.6
-    close(model(inputs_embeds=x, attention_mask=mask).last_hidden_state, model(inputs_embeds=x, attention_mask=mask.flatten(1)).last_hidden_state)
+    close(
+        model(inputs_embeds=x, attention_mask=mask).last_hidden_state,
+        model(inputs_embeds=x, attention_mask=mask.flatten(1)).last_hidden_state,
+    )
 
 
 # --- output queries
@@ -263,7 +305,8 @@ def test_the_last_positions_see_what_came_before_them(m, n, padded, rows):
         scores = (q[0, 0, i] * k[0, 0, keys]).sum(-1) / 2
         values = v[0, 0, keys]
         if rows:
-            scores, values = torch.cat([(q[0, 0, i] * memory[0][0]).sum(-1) / 2, scores]), torch.cat([memory[1][0], values])
+            scores = torch.cat([(q[0, 0, i] * memory[0][0]).sum(-1) / 2, scores])
+            values = torch.cat([memory[1][0], values])
         loop.append(scores.softmax(0) @ values)
     close(found[0][0][0, 0], torch.stack(loop))
 
@@ -387,7 +430,9 @@ def test_every_method_trains_on_the_latent_blocks_and_leaves_the_base(tiny, meth
         "pals": "causal",
     }
     if refused.get(method) == kind:
-        with pytest.raises((TargetError, IncompatiblePeft), match="nothing in this model matches embed.token|does not work with"):
+        with pytest.raises(
+            (TargetError, IncompatiblePeft), match="nothing in this model matches embed.token|does not work with"
+        ):
             effzoo.attach(model, method)
         return
     plain = model(**batch).logits
@@ -395,7 +440,8 @@ def test_every_method_trains_on_the_latent_blocks_and_leaves_the_base(tiny, meth
     if registry.peft.create(method).identity_at_init:
         close(model(**batch).logits, plain, 1e-12)
     seen = train(model, batch)
-    of_keys = (".k.adapters.default.full.own_bias", ".k.adapters.default.head.own_bias")  # a number added to all scores of a query changes nothing
+    # a number added to all scores of a query changes nothing
+    of_keys = (".k.adapters.default.full.own_bias", ".k.adapters.default.head.own_bias")
     seen = {key: value for key, value in seen.items() if not key.endswith(of_keys)}
     assert silent(model, seen) == ""
     state = model.state_dict()
@@ -412,11 +458,24 @@ def test_every_method_trains_on_the_latent_blocks_and_leaves_the_base(tiny, meth
 
 @pytest.mark.parametrize("task", ["features", "classification", "token_classification", "masked_lm"])
 def test_roles_say_which_weights_come_pretrained(tiny, task):
-    """Default targets hit the latent blocks; cross-attention, latents and a pretrained decoder have roles of their own; a new decoder is a head."""
+    """Default targets hit the latent blocks; cross-attention, latents and a pretrained decoder have roles of their own;
+    a new decoder is a head."""
     model = text(tiny, task=task)
     roles = set(effzoo.peft.roles(model))
-    assert {"attn.q", "attn.memory", "attn.branch", "mlp.down", "cross.q", "cross.mlp.up", "cross.source_norm", "latents", "embed.token"} <= roles
-    assert ("decoder.queries" in roles) == (task == "masked_lm") and ("head.queries" in roles) == task.endswith("classification")
+    assert {
+        "attn.q",
+        "attn.memory",
+        "attn.branch",
+        "mlp.down",
+        "cross.q",
+        "cross.mlp.up",
+        "cross.source_norm",
+        "latents",
+        "embed.token",
+    } <= roles
+    assert ("decoder.queries" in roles) == (task == "masked_lm") and ("head.queries" in roles) == task.endswith(
+        "classification"
+    )
     effzoo.attach(model, "lora")
     hung = {role for _, role in effzoo.attached(model)["default"].places["lora"]}
     assert hung == {"attn.q", "attn.v"}
@@ -434,10 +493,15 @@ def test_lora_merges_and_the_cross_attention_is_a_target_of_its_own(tiny):
     close(model(tokens).logits, out)
 
 
-@pytest.mark.parametrize("changes", [{}, {"share_blocks": "none", "cross_attends": 2}, {"attention": "lsh[chunk=4, buckets=8]", "latents": 32}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"share_blocks": "none", "cross_attends": 2}, {"attention": "lsh[chunk=4, buckets=8]", "latents": 32}],
+)
 def test_checkpointed_activations_give_the_same_gradients(tiny, changes):
     found = []
-    model = text(tiny, task="masked_lm", blocks_per_cross=2, **{"latents": 8, **changes, "head_dim": 8, "value_dim": 0}).train()
+    model = text(
+        tiny, task="masked_lm", blocks_per_cross=2, **{"latents": 8, **changes, "head_dim": 8, "value_dim": 0}
+    ).train()
     tokens = ids(2, 9)
     for checkpointed in (False, True):
         if checkpointed:
@@ -450,8 +514,18 @@ def test_checkpointed_activations_give_the_same_gradients(tiny, changes):
 
 @pytest.mark.parametrize("kind", ["text", "pixels", "causal"])
 def test_it_compiles_whole(tiny, kind):
-    model = pixels() if kind == "pixels" else text(tiny, task="causal_lm", **AR) if kind == "causal" else text(tiny, task="masked_lm")
-    batch = {"inputs_embeds": torch.randn(2, 3, 4, 3).double()} if kind == "pixels" else {"input_ids": ids(2, 9), "attention_mask": torch.ones(2, 9)}
+    model = (
+        pixels()
+        if kind == "pixels"
+        else text(tiny, task="causal_lm", **AR)
+        if kind == "causal"
+        else text(tiny, task="masked_lm")
+    )
+    batch = (
+        {"inputs_embeds": torch.randn(2, 3, 4, 3).double()}
+        if kind == "pixels"
+        else {"input_ids": ids(2, 9), "attention_mask": torch.ones(2, 9)}
+    )
     key = "last_hidden_state" if kind == "pixels" else "logits"
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     close(compiled(**batch)[key], model(**batch)[key])
@@ -462,7 +536,8 @@ def test_lower_precision_stays_near(tiny, dtype):
     model = text(tiny, task="masked_lm")
     tokens = ids(2, 9)
     exact = model(tokens).logits
-    size = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 1e-5}[dtype]  # a few units of rounding over five sub-layers
+    # a few units of rounding over five sub-layers
+    size = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 1e-5}[dtype]
     out = copy.deepcopy(model).to(dtype)(tokens).logits
     assert out.dtype == dtype and (out.double() - exact).abs().max() < size * exact.abs().max()
 
@@ -471,7 +546,9 @@ def test_finetune_and_predict_run_on_tokens(tiny, tmp_path):
     torch.manual_seed(0)
     model = effzoo.build("perceiver-io", task="classification", peft="lora[rank=4]", **{**tiny, **IO})
     rows = [{"input_ids": [5 + row % 2] * (3 + row % 5), "labels": row % 2} for row in range(32)]
-    result = effzoo.finetune(model, rows, output_dir=tmp_path, epochs=20, batch_size=8, learning_rate=2e-2, progress=False, evaluate=rows)
+    result = effzoo.finetune(
+        model, rows, output_dir=tmp_path, epochs=20, batch_size=8, learning_rate=2e-2, progress=False, evaluate=rows
+    )
     assert result.metrics["eval_loss"] < 0.1
     logits = effzoo.predict(model, rows, progress=False)
     assert logits.argmax(-1).tolist() == [row["labels"] for row in rows]
@@ -481,7 +558,15 @@ def test_finetune_labels_tokens_and_bytes(tiny, tmp_path):
     rows = [{"input_ids": [5, 6, 7, 8][: 1 + row % 4], "labels": [1, 0, 1, 0][: 1 + row % 4]} for row in range(8)]
     for task in ("token_classification", "masked_lm"):
         model = effzoo.build("perceiver-io", task=task, peft="lora", **{**tiny, **IO})
-        result = effzoo.finetune(model, rows, output_dir=tmp_path / task, max_steps=3, batch_size=4, progress=False, gradient_checkpointing=True)
+        result = effzoo.finetune(
+            model,
+            rows,
+            output_dir=tmp_path / task,
+            max_steps=3,
+            batch_size=4,
+            progress=False,
+            gradient_checkpointing=True,
+        )
         assert result.steps == 3
 
 
@@ -493,17 +578,47 @@ def test_finetune_labels_tokens_and_bytes(tiny, tmp_path):
     [
         ("perceiver-io", {"latents": 0}, OptionError, "latents is at least 1, got 0"),
         ("perceiver-io", {"latnts": 3}, OptionError, r"no size 'latnts'; did you mean 'latents'\?"),
-        ("perceiver-io", {"grid": (8, 8), "max_length": 64}, OptionError, r"tokens and causal models have one axis, the grid \(8, 8\) has 2"),
-        ("perceiver-io", {"causal": True, "pooling": "mean"}, OptionError, "channels 768 and dim 1280 have to be equal"),
+        (
+            "perceiver-io",
+            {"grid": (8, 8), "max_length": 64},
+            OptionError,
+            r"tokens and causal models have one axis, the grid \(8, 8\) has 2",
+        ),
+        (
+            "perceiver-io",
+            {"causal": True, "pooling": "mean"},
+            OptionError,
+            "channels 768 and dim 1280 have to be equal",
+        ),
         ("perceiver-io", {"bands": 3}, OptionError, "bands are for positions='fourier'"),
-        ("perceiver-io", {"task": "causal_lm"}, IncompatibleError, "perceiver-io is an encoder, so task='causal_lm' makes no sense"),
+        (
+            "perceiver-io",
+            {"task": "causal_lm"},
+            IncompatibleError,
+            "perceiver-io is an encoder, so task='causal_lm' makes no sense",
+        ),
         ("perceiver-io", {"share_blocks": "some"}, OptionError, "share_blocks is 'none' or 'all_but_first' or 'all'"),
         ("perceiver", {"max_length": 64}, OptionError, r"grid \(224, 224\) has 50176 positions, max_length is 64"),
-        ("perceiver", {"task": "masked_lm"}, IncompatibleError, "reads arrays of numbers, so task='masked_lm' has no vocabulary"),
-        ("perceiver", {"task": "token_classification"}, OptionError, "query_dim 3 does not divide into 8 decoder_heads"),
+        (
+            "perceiver",
+            {"task": "masked_lm"},
+            IncompatibleError,
+            "reads arrays of numbers, so task='masked_lm' has no vocabulary",
+        ),
+        (
+            "perceiver",
+            {"task": "token_classification"},
+            OptionError,
+            "query_dim 3 does not divide into 8 decoder_heads",
+        ),
         ("perceiver", {"bands": 0}, OptionError, "bands are for positions='fourier', which needs at least 1"),
         ("perceiver", {"heads": 7}, OptionError, "dim 1024 does not divide into 7 heads"),
-        ("perceiver", {"cross_heads": 7}, OptionError, "261 wide does not divide into 7 cross_heads; give cross_head_dim"),
+        (
+            "perceiver",
+            {"cross_heads": 7},
+            OptionError,
+            "261 wide does not divide into 7 cross_heads; give cross_head_dim",
+        ),
         ("perceiver", {"attention": ("full",) * 3}, OptionError, "3 attention specs for 6 layers"),
     ],
 )
@@ -515,19 +630,28 @@ def test_build_says_what_it_cannot_build(name, changes, error, said):
 @pytest.mark.parametrize(
     ("inputs", "said"),
     [
-        ({"input_ids": ids(2, 5)}, r"perceiver reads arrays of numbers: give inputs_embeds \[batch, 6, 7, 3\], not input_ids"),
+        (
+            {"input_ids": ids(2, 5)},
+            r"perceiver reads arrays of numbers: give inputs_embeds \[batch, 6, 7, 3\], not input_ids",
+        ),
         ({}, r"give inputs_embeds \[batch, 6, 7, 3\]"),
         (
             {"inputs_embeds": torch.zeros(2, 5, 3)},
             r"float tensor \[batch, 6, 7 at most, 3\], the channels last, got torch.float32 of shape \(2, 5, 3\)",
         ),
-        ({"inputs_embeds": torch.zeros(2, 5, 8, 3)}, r"an input of 5, 8 does not fit into the grid of 6, 7; build the model with grid=\(5, 8\)"),
+        (
+            {"inputs_embeds": torch.zeros(2, 5, 8, 3)},
+            r"an input of 5, 8 does not fit into the grid of 6, 7; build the model with grid=\(5, 8\)",
+        ),
         ({"inputs_embeds": torch.zeros(2, 5, 0, 3)}, "does not fit"),
         (
             {"inputs_embeds": torch.zeros(2, 5, 5, 3), "attention_mask": torch.ones(2, 5)},
             r"attention_mask has shape \(2, 5\), the input needs \(2, 5, 5\)",
         ),
-        ({"inputs_embeds": torch.zeros(2, 5, 5, 3), "attention_mask": torch.full((2, 25), 2)}, "attention_mask holds 0 and 1"),
+        (
+            {"inputs_embeds": torch.zeros(2, 5, 5, 3), "attention_mask": torch.full((2, 25), 2)},
+            "attention_mask holds 0 and 1",
+        ),
         ({"inputs_embeds": torch.zeros(2, 5, 5, 3), "position_ids": torch.zeros(2, 25)}, "has positions='fourier'"),
         (
             {"inputs_embeds": torch.zeros(2, 5, 5, 3), "output_positions": torch.zeros(1, 1)},
@@ -549,10 +673,19 @@ def test_arrays_that_do_not_fit_are_refused_with_numbers(inputs, said):
         ({"inputs_embeds": torch.zeros(2, 5, 8)}, r"\[batch, n, 16\]"),
         ({"input_ids": ids(2, 5), "attention_mask": torch.ones(2, 6)}, "attention_mask has shape"),
         ({"input_ids": ids(2, 5), "position_ids": torch.full((2, 5), 64)}, r"position_ids are in \[0, 63\]"),
-        ({"input_ids": ids(2, 5), "output_positions": torch.full((1, 2), 64)}, r"output_positions are in \[0, 63\], got 64 to 64"),
-        ({"input_ids": ids(2, 5), "output_positions": torch.zeros(2)}, r"integer tensor \[batch or 1, queries\], got torch.float32 of shape \(2,\)"),
+        (
+            {"input_ids": ids(2, 5), "output_positions": torch.full((1, 2), 64)},
+            r"output_positions are in \[0, 63\], got 64 to 64",
+        ),
+        (
+            {"input_ids": ids(2, 5), "output_positions": torch.zeros(2)},
+            r"integer tensor \[batch or 1, queries\], got torch.float32 of shape \(2,\)",
+        ),
         ({"input_ids": ids(2, 5), "output_positions": ids(3, 2)}, "output_positions has 3 rows, the input 2"),
-        ({"input_ids": ids(2, 5), "output_queries": torch.zeros(1, 2, 9)}, r"float tensor \[batch or 1, queries, 16\], got torch.float32 of shape"),
+        (
+            {"input_ids": ids(2, 5), "output_queries": torch.zeros(1, 2, 9)},
+            r"float tensor \[batch or 1, queries, 16\], got torch.float32 of shape",
+        ),
         ({"input_ids": ids(2, 5), "output_queries": torch.zeros(1, 2, 16), "output_positions": ids(1, 2)}, "not both"),
         ({"input_ids": ids(2, 5), "labels": ids(2, 4)}, r"labels are integers of shape \(2, 5\)"),
     ],
@@ -565,7 +698,8 @@ def test_tokens_and_queries_that_do_not_fit_are_refused_with_numbers(tiny, input
 def test_a_toml_of_ones_own_builds_a_perceiver(tmp_path):
     file = tmp_path / "sound.toml"
     file.write_text(
-        'layout = "perceiver"\narchitecture = "perceiver"\nchannels = 1\nmax_length = 40\npositions = "fourier"\nbands = 4\nlatents = 3\n'
+        'layout = "perceiver"\narchitecture = "perceiver"\nchannels = 1\nmax_length = 40\npositions = '
+        '"fourier"\nbands = 4\nlatents = 3\n'
         "dim = 8\nlayers = 1\nheads = 2\nmlp = 8\n"
     )
     model = effzoo.build(str(file), task="classification", num_labels=4)

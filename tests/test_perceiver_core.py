@@ -1,4 +1,5 @@
-"""The latent core: its dense definition, latents that copy the keys, permuted keys, latents as a place for fine-tuning."""
+"""The latent core: its dense definition, latents that copy the keys, permuted keys, latents as a place for
+fine-tuning."""
 
 import pytest
 import torch
@@ -39,13 +40,20 @@ def core(latents=5, heads=2, head_dim=4, **context):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.integers(1, 9), st.integers(1, 3), st.integers(1, 20), st.integers(1, 20), st.sampled_from([0.0, 0.5, 0.9, 1.0]), st.sampled_from([0, 3]),
+    st.integers(1, 9), st.integers(1, 3), st.integers(1, 20), st.integers(1, 20), st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    st.sampled_from([0, 3]),
     st.sampled_from(["auto", "reference", "efficient"]), st.sampled_from([4, 7]), st.integers(0, 999),
 )  # fmt: skip
-def test_equals_its_dense_definition_also_across_two_sequences(latents, batch, n, source, kept, rows, backend, width, seed):
+def test_equals_its_dense_definition_also_across_two_sequences(
+    latents, batch, n, source, kept, rows, backend, width, seed
+):
     with on(backend) as name:
         made = core(latents, backend=name)
-        leaves = [draw(seed, batch, 2, n, 4), draw(seed + 1, batch, 2, source, 4), draw(seed + 2, batch, 2, source, width)]
+        leaves = [
+            draw(seed, batch, 2, n, 4),
+            draw(seed + 1, batch, 2, source, 4),
+            draw(seed + 2, batch, 2, source, width),
+        ]
         memory = (draw(3, 2, rows, 4), draw(4, 2, rows, width)) if rows else None
         valid = torch.rand(batch, source, generator=torch.Generator().manual_seed(seed)) < kept
         out, expected = (f(*leaves, mask=Mask(None if kept == 1 else valid), memory=memory) for f in (made, made.dense))
@@ -60,12 +68,15 @@ def test_the_definition_by_hand():
     made.latents.weight.data.zero_()
     assert torch.allclose(made(q, k, v, mask=Mask()), v.mean(dim=2, keepdim=True).expand_as(v), rtol=0, atol=1e-12)
     valid = torch.arange(7) < torch.tensor([3, 7])[:, None]
-    assert torch.allclose(made(q, k, v, mask=Mask(valid))[0], v[0, :, :3].mean(dim=1, keepdim=True).expand_as(v[0]), rtol=0, atol=1e-12)
+    assert torch.allclose(
+        made(q, k, v, mask=Mask(valid))[0], v[0, :, :3].mean(dim=1, keepdim=True).expand_as(v[0]), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 8])
 def test_latents_that_copy_the_keys_are_full_attention(n):
-    """The anchor: keys orthonormal in each head, latent i a large multiple of key i, so that row i of the summary is key i and value i."""
+    """The anchor: keys orthonormal in each head, latent i a large multiple of key i, so that row i of the summary is
+    key i and value i."""
     made = core(n, heads=3, head_dim=8)
     keys = torch.linalg.qr(draw(1, 3, 8, 8)).Q[:, :n].detach().contiguous()
     made.latents.weight.data.copy_((200 * keys).transpose(0, 1).flatten(1))
@@ -112,7 +123,10 @@ def test_latents_are_a_place_where_methods_hang():
 
 
 def test_causal_is_refused_with_the_reason_and_no_latents_too():
-    with pytest.raises(IncompatibleError, match="'perceiver' cannot be causal: its latents summarise past and future together; use it in an encoder"):
+    with pytest.raises(
+        IncompatibleError,
+        match="'perceiver' cannot be causal: its latents summarise past and future together; use it in an encoder",
+    ):
         effzoo.build("gpt2", attention="perceiver", dim=16, layers=1, heads=2, mlp=16, vocab=20)
     with pytest.raises(OptionError, match="latents is at least 1, got 0"):
         effzoo.attention.create("perceiver[latents=0]", Context(2, 4))
@@ -140,7 +154,11 @@ def test_dropout_acts_on_both_softmaxes_in_training_only(monkeypatch):
     seen = []
     original = Weights.forward
     monkeypatch.setattr(
-        Weights, "forward", lambda self, tile, index: seen.append((*tile.q.shape[:3], tile.k.shape[2], self.dropout)) or original(self, tile, index)
+        Weights,
+        "forward",
+        lambda self, tile, index: (
+            seen.append((*tile.q.shape[:3], tile.k.shape[2], self.dropout)) or original(self, tile, index)
+        ),
     )
     dropping.train()(*tensors, mask=Mask())
     assert seen == [(2, 2, 5, 11, 0.5), (2, 2, 11, 5, 0.5)]

@@ -1,4 +1,5 @@
-"""`effzoo.plan` predicts, byte for byte, what autograd keeps in a real pass: for every attention kind x every fine-tuning method."""
+"""`effzoo.plan` predicts, byte for byte, what autograd keeps in a real pass: for every attention kind x every
+fine-tuning method."""
 
 import importlib
 
@@ -20,14 +21,19 @@ TRAINED = {"dropout": 0.1, "attention_dropout": 0.1}
 
 
 def kept(model: nn.Module, autocast: torch.dtype | None = None, **inputs: torch.Tensor) -> int:
-    """The oracle: bytes of the storages that a real forward pass saves, each once, without parameters, buffers and inputs."""
+    """The oracle: bytes of the storages that a real forward pass saves, each once, without parameters, buffers and
+    inputs."""
     saved: dict[int, tuple[int, torch.Tensor]] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)  # held, so that no address is used twice
+        # held, so that no address is used twice
+        saved[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=autocast, enabled=autocast is not None),
+    ):
         output = model.train()(**inputs)
     own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers(), *inputs.values())}
     assert output is not None
@@ -35,10 +41,13 @@ def kept(model: nn.Module, autocast: torch.dtype | None = None, **inputs: torch.
 
 
 def call(model, batch: int, length: int, padded: bool = False) -> dict[str, torch.Tensor]:
-    """A call of a model of the zoo, as `plan` makes it up from batch and length; padded: with padding behind the first sequence."""
+    """A call of a model of the zoo, as `plan` makes it up from batch and length; padded: with padding behind the first
+    sequence."""
     inputs = {"input_ids": torch.randint(2, 53, (batch, length))}
     if padded:
-        inputs["attention_mask"] = (torch.arange(length) < torch.tensor([length - length // 3] + [length] * (batch - 1))[:, None]).long()
+        inputs["attention_mask"] = (
+            torch.arange(length) < torch.tensor([length - length // 3] + [length] * (batch - 1))[:, None]
+        ).long()
     if model.task != "features":
         inputs["labels"] = torch.zeros(batch, *[length] * (model.task != "classification"), dtype=torch.long)
     return inputs
@@ -52,7 +61,9 @@ def kinds():
 def built(kind: Kind, dropout: float, method: str | None):
     """An encoder, and a decoder where the kind can be causal and the method takes one."""
     for name, task in (("bert", "classification"), ("gpt2", "token_classification"))[: 1 + (not kind.cls.not_causal)]:
-        model = effzoo.build(name, attention=str(kind.spec), task=task, dropout=dropout, attention_dropout=dropout, **SIZES)
+        model = effzoo.build(
+            name, attention=str(kind.spec), task=task, dropout=dropout, attention_dropout=dropout, **SIZES
+        )
         if method is not None and not (method == "pals" and name == "gpt2"):
             effzoo.attach(model, Method.of(method).spec)
         yield model
@@ -61,7 +72,12 @@ def built(kind: Kind, dropout: float, method: str | None):
 ON_TEXT = [method for method in effzoo.peft.names() if method != "residual_adapter"]  # which is for convolutions
 PAIRS = [  # every method and every kind, not all of their product: that takes minutes
     *((kind, method) for kind in effzoo.attention.names() for method in (None, "lora", "prefix", "houlsby")),
-    *((kind, method) for kind in ("full", "longformer") for method in ON_TEXT if method not in ("lora", "prefix", "houlsby")),
+    *(
+        (kind, method)
+        for kind in ("full", "longformer")
+        for method in ON_TEXT
+        if method not in ("lora", "prefix", "houlsby")
+    ),
 ]
 
 
@@ -74,7 +90,8 @@ def test_activations_are_those_of_a_real_pass(kinds, attention, method):
 
 
 @pytest.mark.parametrize(
-    ("attention", "method"), [*((attention, None) for attention in effzoo.attention.names()), *(("full", method) for method in ON_TEXT)]
+    ("attention", "method"),
+    [*((attention, None) for attention in effzoo.attention.names()), *(("full", method) for method in ON_TEXT)],
 )
 def test_activations_are_those_of_a_real_pass_without_dropout(kinds, attention, method):
     """Of the fused kernel, and without a mask; at a length of 1 too."""
@@ -88,7 +105,16 @@ def test_activations_are_those_of_a_real_pass_without_dropout(kinds, attention, 
 @pytest.mark.parametrize("attention", ["full", "longformer[window=8]", "lsh[chunk=8]"])
 def test_what_is_computed_again_is_not_kept(attention, residual, method):
     """Under checkpointing and in reversible models, whose graphs are made a second time in the backward pass."""
-    model = effzoo.build("bert", attention=attention, norm="pre", residual=residual, peft=method, task="token_classification", **SIZES, **TRAINED)
+    model = effzoo.build(
+        "bert",
+        attention=attention,
+        norm="pre",
+        residual=residual,
+        peft=method,
+        task="token_classification",
+        **SIZES,
+        **TRAINED,
+    )
     for again in (True, False):
         found = plan(model, batch=2, length=37, checkpointing=again)
         (model.gradient_checkpointing_enable if again else model.gradient_checkpointing_disable)()
@@ -113,11 +139,16 @@ def test_half_precision_is_planned_as_it_runs(attention_dropout, precision, meth
     model = effzoo.build("gpt2", peft=method, task="causal_lm", **sizes)
     found = plan(model, batch=2, length=37, dtype="bfloat16", precision=precision)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    held = sum(p.numel() for name, p in model.named_parameters() if ".adapters." in name)  # in float32, whatever the base is
+    # in float32, whatever the base is
+    held = sum(p.numel() for name, p in model.named_parameters() if ".adapters." in name)
     count = sum(p.numel() for p in model.parameters())
     wide = 4 if precision == "autocast" else 2
     of_trained = wide if method is None else 4
-    assert (found.weights, found.gradients, found.trainable) == (wide * (count - held) + 4 * held, of_trained * trained, trained)
+    assert (found.weights, found.gradients, found.trainable) == (
+        wide * (count - held) + 4 * held,
+        of_trained * trained,
+        trained,
+    )
     assert found.optimizer == 2 * trained * (4 if precision == "master" else of_trained)
     assert found.master == (4 * trained if precision == "master" and method is None else 0)
     assert ("half copies of weights" in found.activations) == (precision == "autocast")
@@ -127,7 +158,9 @@ def test_half_precision_is_planned_as_it_runs(attention_dropout, precision, meth
 
 
 @pytest.mark.parametrize("level", ["nothing", "hidden", "blocks"])
-@pytest.mark.parametrize("method", ["lora", "ia3", "houlsby", "full", "prefix", "dora", "fish", "mam", "routed", "far", "ladder"])
+@pytest.mark.parametrize(
+    "method", ["lora", "ia3", "houlsby", "full", "prefix", "dora", "fish", "mam", "routed", "far", "ladder"]
+)
 def test_float32_adapters_of_a_half_base_are_planned_as_they_run(method, level):
     model = effzoo.build("bert", task="classification", **SIZES | {"dropout": 0.1}).bfloat16()
     effzoo.attach(model, method)
@@ -137,10 +170,41 @@ def test_float32_adapters_of_a_half_base_are_planned_as_they_run(method, level):
 
 
 SMALL = {
-    "perceiver": {"dim": 16, "layers": 2, "latents": 5, "heads": 2, "mlp": 16, "grid": (6, 6), "bands": 2, "cross_attends": 2},
-    "perceiver-io": {"dim": 16, "layers": 2, "latents": 5, "heads": 2, "mlp": 16, "vocab": 53, "max_length": 96, "head_dim": 8, "value_dim": 8},
-    "reformer": {**SIZES, "head_dim": 8, "axial_shape": (8, 12), "axial_dims": (4, 12), "attention": ("local[chunk=8]", "lsh[chunk=8]")},
-    "reformer-enwik8": {**SIZES, "head_dim": 8, "axial_shape": (8, 12), "axial_dims": (4, 12), "attention": ("local[chunk=8]", "lsh[chunk=8]")},
+    "perceiver": {
+        "dim": 16,
+        "layers": 2,
+        "latents": 5,
+        "heads": 2,
+        "mlp": 16,
+        "grid": (6, 6),
+        "bands": 2,
+        "cross_attends": 2,
+    },
+    "perceiver-io": {
+        "dim": 16,
+        "layers": 2,
+        "latents": 5,
+        "heads": 2,
+        "mlp": 16,
+        "vocab": 53,
+        "max_length": 96,
+        "head_dim": 8,
+        "value_dim": 8,
+    },
+    "reformer": {
+        **SIZES,
+        "head_dim": 8,
+        "axial_shape": (8, 12),
+        "axial_dims": (4, 12),
+        "attention": ("local[chunk=8]", "lsh[chunk=8]"),
+    },
+    "reformer-enwik8": {
+        **SIZES,
+        "head_dim": 8,
+        "axial_shape": (8, 12),
+        "axial_dims": (4, 12),
+        "attention": ("local[chunk=8]", "lsh[chunk=8]"),
+    },
 }
 
 
@@ -148,7 +212,9 @@ SMALL = {
 def test_a_name_is_planned_like_the_built_model(name):
     """Every entry of the zoo, made small: by name, on the meta device, and built."""
     config = effzoo.zoo.config(name)
-    sizes = SMALL.get(name, SIZES | ({"head_dim": 8, "kv_heads": 1, "attention": "full"} if getattr(config, "kv_heads", 0) else {}))
+    sizes = SMALL.get(
+        name, SIZES | ({"head_dim": 8, "kv_heads": 1, "attention": "full"} if getattr(config, "kv_heads", 0) else {})
+    )
     task = "causal_lm" if config.causal else "classification"
     model = effzoo.build(name, task=task, **sizes)
     length = 36 if name == "perceiver" else 37
@@ -176,7 +242,12 @@ def test_a_built_model_is_left_alone():
     assert not model.training
     assert attributes == {name: set(vars(module)) for name, module in model.named_modules()}
     for name, tensor in model.named_parameters():
-        assert id(tensor) == before[name][0] and torch.equal(tensor, before[name][1]) and tensor.requires_grad and tensor.grad is None
+        assert (
+            id(tensor) == before[name][0]
+            and torch.equal(tensor, before[name][1])
+            and tensor.requires_grad
+            and tensor.grad is None
+        )
 
 
 def test_adapters_that_are_attached_are_what_is_trained():
@@ -192,8 +263,18 @@ def test_adapters_that_are_attached_are_what_is_trained():
 
 @pytest.mark.parametrize("backend", [None, "efficient"])
 def test_on_cuda_no_more_is_kept_than_on_the_cpu(backend):
-    """Padding and attention dropout included: within 1.05 of it, where weights written out would be many times as much."""
-    sizes = {"dim": 64, "heads": 4, "layers": 2, "mlp": 256, "vocab": 53, "max_length": 512, "task": "classification", **TRAINED}
+    """Padding and attention dropout included: within 1.05 of it, where weights written out would be many times as
+    much."""
+    sizes = {
+        "dim": 64,
+        "heads": 4,
+        "layers": 2,
+        "mlp": 256,
+        "vocab": 53,
+        "max_length": 512,
+        "task": "classification",
+        **TRAINED,
+    }
     bert = effzoo.build("bert", **sizes)
     longformer = effzoo.build("longformer", attention="longformer[window=64]", peft="lora", **sizes)
     for model, length, recompute in ((bert, 256, None), (longformer, 512, "hidden")):
@@ -208,7 +289,10 @@ def test_on_cuda_no_more_is_kept_than_on_the_cpu(backend):
 
 
 def test_fused_dropout_keeps_a_byte_for_each_number():
-    cpu, cuda = (plan("bert", batch=2, length=37, device=device, dropout=0.1, attention_dropout=0.0, **SIZES) for device in ("cpu", "cuda"))
+    cpu, cuda = (
+        plan("bert", batch=2, length=37, device=device, dropout=0.1, attention_dropout=0.0, **SIZES)
+        for device in ("cpu", "cuda")
+    )
     cpu_bytes, cuda_bytes = (found.activations["dropout masks"] for found in (cpu, cuda))
     assert cpu_bytes == 4 * cuda_bytes > 0
 
@@ -328,13 +412,16 @@ def test_a_branch_on_an_activation_is_refused_and_not_guessed(written):
 )
 @pytest.mark.parametrize("method", [None, "lora"])
 def test_optimizer_states_are_those_of_torch(optimizer, make, method):
-    """After one step; scalars, which count steps, left out. An adapter that gets no gradient has no states, so every part is used here."""
+    """After one step; scalars, which count steps, left out. An adapter that gets no gradient has no states, so every
+    part is used here."""
     model = effzoo.build("bert", task="classification", peft=method, **SIZES)
     stepper = make([p for p in model.parameters() if p.requires_grad])
     model(**call(model, 2, 9)).loss.backward()
     stepper.step()
     states = [x for state in stepper.state.values() for x in state.values() if isinstance(x, torch.Tensor) and x.ndim]
-    assert plan(model, batch=2, length=9, optimizer=optimizer).optimizer == sum(x.numel() * x.element_size() for x in states)
+    assert plan(model, batch=2, length=9, optimizer=optimizer).optimizer == sum(
+        x.numel() * x.element_size() for x in states
+    )
 
 
 @pytest.mark.parametrize("attention", ["full", "lsh[chunk=32]", "linformer[k=32]"])
@@ -350,7 +437,9 @@ def test_the_peak_is_that_of_the_allocator(attention, method, again):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         model(**inputs).loss.backward()
     live = peak = 0
-    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
         live += event.nbytes()
         peak = max(peak, live)
     assert found.peak - found.weights - found.optimizer == pytest.approx(peak, rel=0.03)
@@ -360,7 +449,8 @@ def test_the_peak_is_that_of_the_allocator(attention, method, again):
     ("broken", "name", "replacement"),
     [
         ("effzoo.plan.saved", "key", id),  # views of one storage would count again
-        ("effzoo.plan.saved", "size", lambda tensor: tensor.numel() * tensor.element_size()),  # a view would count for less than it keeps alive
+        # a view would count for less than it keeps alive
+        ("effzoo.plan.saved", "size", lambda tensor: tensor.numel() * tensor.element_size()),
         ("effzoo.plan.shadow", "KNOWN_BYTES", 0),  # nothing would be known of the inputs
     ],
 )
@@ -377,17 +467,25 @@ def test_a_broken_rule_is_seen(monkeypatch, broken, name, replacement):
 
 
 def test_every_byte_has_a_cause():
-    found = plan("bert", "lora[dropout=0.1]|prefix", batch=2, length=37, task="token_classification", **SIZES, **TRAINED)
+    found = plan(
+        "bert", "lora[dropout=0.1]|prefix", batch=2, length=37, task="token_classification", **SIZES, **TRAINED
+    )
     assert sum(found.activations.values()) == found.kept == sum(saved.bytes for saved in found.saved)
     expected = {"adapter lora", "adapter lora dropout masks", "dropout masks", "mlp activation", "attn.norm", "loss"}
     assert expected <= {part for cause in found.activations for part in cause.split(" + ")}
     assert all(saved.path.startswith("blocks.") for saved in found.saved if saved.cause == "mlp activation")
-    assert not any("attn core dropout" in cause for cause in found.activations), "which weights are dropped is drawn again"
+    assert not any("attn core dropout" in cause for cause in found.activations), (
+        "which weights are dropped is drawn again"
+    )
 
 
 def test_frozen_layers_below_the_first_trained_one_keep_nothing():
-    """And a frozen linear keeps no input: LoRA on the last layer of four keeps what this layer needs (Liao et al. 2023, section 2)."""
-    every, last = (plan("bert", f"lora[layers={layers}]", batch=2, length=37, **SIZES | {"layers": 4}, **TRAINED) for layers in ("(0,1,2,3)", "3"))
+    """And a frozen linear keeps no input: LoRA on the last layer of four keeps what this layer needs (Liao et al. 2023,
+    section 2)."""
+    every, last = (
+        plan("bert", f"lora[layers={layers}]", batch=2, length=37, **SIZES | {"layers": 4}, **TRAINED)
+        for layers in ("(0,1,2,3)", "3")
+    )
     assert {saved.path.split(".")[1] for saved in last.saved if saved.path.startswith("blocks.")} == {"3"}
     assert last.kept < every.kept / 3
     assert not any(part in cause for cause in every.activations for part in ("attn.k", "mlp.up", "attn.o"))
@@ -397,7 +495,19 @@ def test_a_model_of_three_billion_parameters_takes_no_memory():
     import resource
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = plan("llama", "lora", batch=4, length=2048, dim=3072, layers=28, heads=24, kv_heads=8, head_dim=128, mlp=8192, precision="master")
+    found = plan(
+        "llama",
+        "lora",
+        batch=4,
+        length=2048,
+        dim=3072,
+        layers=28,
+        heads=24,
+        kv_heads=8,
+        head_dim=128,
+        mlp=8192,
+        precision="master",
+    )
     assert found.parameters - found.trainable == 3_212_749_824, "Llama 3.2 3B as published"
     assert found.weights > 6e9 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024
 
@@ -407,7 +517,9 @@ def test_the_table_reads_as_it_is():
     lines = str(found).splitlines()
     assert lines[0] == "bert, lora, 2 x 37, float32, adamw"
     rows = {line[:-21].strip(): float(line.split()[-1]) for line in lines[4:]}
-    assert rows["total"] == 100.0 and sum(rows[name] for name in found.parts() if name in rows) == pytest.approx(100, abs=0.3)
+    assert rows["total"] == 100.0 and sum(rows[name] for name in found.parts() if name in rows) == pytest.approx(
+        100, abs=0.3
+    )
     assert sum(nbytes for name, nbytes in found.rows(smallest=0.05) if name.startswith("  ")) == found.kept
 
 
@@ -416,20 +528,48 @@ def test_the_table_reads_as_it_is():
     [
         (("bert",), {"length": 9, "optimizer": "adamv"}, r"unknown optimizer 'adamv'; did you mean '(adamw|adam)'"),
         (("bert",), {"length": 9, "precision": "autocst"}, "unknown precision 'autocst'; did you mean 'autocast'"),
-        (("bert",), {"length": 9, "precision": "master", "dtype": "float32"}, "precision 'master' is for bfloat16 and float16, got torch.float32"),
+        (
+            ("bert",),
+            {"length": 9, "precision": "master", "dtype": "float32"},
+            "precision 'master' is for bfloat16 and float16, got torch.float32",
+        ),
         (("bert",), {"length": 9, "device": "gpu"}, "plan knows the devices 'cpu' and 'cuda', got 'gpu'"),
-        (("bert",), {"length": 9, "device": "cuda", "precision": "autocast"}, "autocast on CUDA computes other operations in float32"),
+        (
+            ("bert",),
+            {"length": 9, "device": "cuda", "precision": "autocast"},
+            "autocast on CUDA computes other operations in float32",
+        ),
         (("bert",), {"length": 9, "backend": "sdpa"}, "backend 'sdpa' is not one of auto, reference, flash"),
-        (("bert",), {"length": 9, "backend": "efficient"}, "backend 'efficient' cannot run here: it runs on cuda, the tensors are on cpu"),
-        (("bert",), {"length": 9, "dtype": "int8"}, "dtype is a floating-point type such as torch.bfloat16 or 'float32', got 'int8'"),
+        (
+            ("bert",),
+            {"length": 9, "backend": "efficient"},
+            "backend 'efficient' cannot run here: it runs on cuda, the tensors are on cpu",
+        ),
+        (
+            ("bert",),
+            {"length": 9, "dtype": "int8"},
+            "dtype is a floating-point type such as torch.bfloat16 or 'float32', got 'int8'",
+        ),
         (("bert",), {}, "plan needs the length of the sequences, such as length=512"),
         (("bert",), {"length": 0}, "length is at least 1, got 0"),
-        (("bert",), {"length": 97, **SIZES}, "97 tokens do not fit into max_length 96; truncate to 96, or build the model with max_length=97"),
-        (("bert", "prompt[length=10]"), {"length": 90, **SIZES}, "90 tokens and 10 prompt rows do not fit into max_length 96"),
+        (
+            ("bert",),
+            {"length": 97, **SIZES},
+            "97 tokens do not fit into max_length 96; truncate to 96, or build the model with max_length=97",
+        ),
+        (
+            ("bert", "prompt[length=10]"),
+            {"length": 90, **SIZES},
+            "90 tokens and 10 prompt rows do not fit into max_length 96",
+        ),
         (("bert",), {"length": 9, "inputs": {}}, "give length"),
         (("perceiver",), {"length": 9}, "perceiver reads a grid of 224 x 224, which is length=50176, got length=9"),
         ((nn.Linear(2, 2),), {"length": 9}, "Linear is no model of the zoo, so its inputs are not known"),
-        ((nn.Linear(2, 2),), {"inputs": {}, "layers": 3}, "a built model has its sizes already, so layers mean nothing"),
+        (
+            (nn.Linear(2, 2),),
+            {"inputs": {}, "layers": 3},
+            "a built model has its sizes already, so layers mean nothing",
+        ),
         ((nn.Linear(2, 2),), {"inputs": {}, "checkpointing": True}, "Linear has no gradient checkpointing"),
         ((3,), {"length": 9}, "model takes a model or str, got 3"),
         (("bret",), {"length": 9}, "did you mean 'bert'"),
@@ -450,14 +590,18 @@ def test_a_method_that_computes_with_weights_when_it_is_made_is_refused():
                 self.scale = float(site.weight.sum())
                 return super().make(site)
 
-        with pytest.raises(IncompatibleError, match="'by_value' computes with the values of weights when it is made .*; make it for real"):
+        with pytest.raises(
+            IncompatibleError,
+            match="'by_value' computes with the values of weights when it is made .*; make it for real",
+        ):
             plan("bert", "by_value", length=9, **SIZES)
         model = effzoo.build("bert", peft="by_value", **SIZES)
         assert plan(model, length=9).kept > 0
 
 
 def test_the_table_of_opt():
-    """1,315,758,080 parameters as published; 2, 2, 8 and 4 bytes of each; and LoRA on queries and values, 2 x 24 x 8 x (2048 + 2048)."""
+    """1,315,758,080 parameters as published; 2, 2, 8 and 4 bytes of each; and LoRA on queries and values, 2 x 24 x 8 x
+    (2048 + 2048)."""
     table = opt_table(length=64)
     full, lora = table.columns.values()
     assert table.plans["full"].trainable == 1_315_758_080 and table.plans["lora[rank=8]"].trainable == 1_572_864
@@ -470,10 +614,15 @@ def test_the_table_of_opt():
 
 
 def test_a_plan_has_the_dtype_of_adapters_that_is_asked_for(tiny):
-    half, full = (plan("bert", "lora", batch=2, length=8, dtype="float16", **held, **tiny) for held in ({"adapter_dtype": "float16"}, {}))
+    half, full = (
+        plan("bert", "lora", batch=2, length=8, dtype="float16", **held, **tiny)
+        for held in ({"adapter_dtype": "float16"}, {})
+    )
     assert 2 * half.gradients == full.gradients and half.trainable == full.trainable
     for make in (effzoo.build, lambda name, **sizes: plan(name, batch=2, length=8, **sizes)):
-        with pytest.raises(OptionError, match="adapter_dtype='float16' is the dtype of an adapter, and peft names none"):
+        with pytest.raises(
+            OptionError, match="adapter_dtype='float16' is the dtype of an adapter, and peft names none"
+        ):
             make("bert", adapter_dtype="float16", **tiny)
 
 
@@ -494,5 +643,7 @@ def test_the_command_prints_the_plan():
     assert f"{found.kept / 2**20:,.2f}" in result.output and "half copies of weights" in result.output
     refused = CliRunner().invoke(app, ["plan", "bert", "--length", "513"])
     assert refused.exit_code == 2 and "513 tokens do not fit into max_length 512" in refused.stderr
-    longer = CliRunner().invoke(app, ["plan", "bert", "--length", "513", "--max-length", "600", "--attention", "longformer[window=64]"])
+    longer = CliRunner().invoke(
+        app, ["plan", "bert", "--length", "513", "--max-length", "600", "--attention", "longformer[window=64]"]
+    )
     assert longer.exit_code == 0, longer.output

@@ -1,4 +1,5 @@
-"""Pictures show what the kinds attend to, in a figure and in the terminal; learning curves show what the history holds."""
+"""Pictures show what the kinds attend to, in a figure and in the terminal; learning curves show what the history
+holds."""
 
 import io
 
@@ -47,7 +48,9 @@ def test_a_kind_without_pattern_is_probed_and_shows_what_it_attends(n, causal):
 
     with effzoo.scope():
         effzoo.attention.register("undeclared")(Undeclared)
-        assert torch.equal(plots.pattern("undeclared", n, causal=causal), plots.pattern("longformer[window=4]", n, causal=causal))
+        assert torch.equal(
+            plots.pattern("undeclared", n, causal=causal), plots.pattern("longformer[window=4]", n, causal=causal)
+        )
 
 
 def test_the_text_has_one_half_block_per_pair_of_queries():
@@ -77,7 +80,11 @@ def test_colours_tell_window_and_global_apart_in_the_terminal():
 def test_the_figure_is_a_png_with_labelled_axes(n, is_global):
     figure = plots.pattern_figure("longformer[window=8]", n, is_global=is_global)
     axes = figure.axes[0]
-    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("key position", "query position", "longformer[window=8]")
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == (
+        "key position",
+        "query position",
+        "longformer[window=8]",
+    )
     image = matplotlib.image.imread(io.BytesIO(plots.png_bytes(figure)))
     assert image.shape[0] > 500 and image.shape[1] > 500
     colours = {tuple((255 * pixel[:3]).round().astype(int)) for pixel in image.reshape(-1, 4)}
@@ -89,7 +96,11 @@ def test_the_legend_counts_pairs_and_leaves_out_what_there_is_none_of():
     legend = plots.pattern_figure("full", 8).legends[0]
     assert [text.get_text() for text in legend.get_texts()] == ["attended (100 %)"]
     legend = plots.pattern_figure("longformer[window=2]", 10, is_global=(5,)).legends[0]
-    assert [text.get_text() for text in legend.get_texts()] == ["attended (23 %)", "through a global token (19 %)", "not attended (58 %)"]
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "attended (23 %)",
+        "through a global token (19 %)",
+        "not attended (58 %)",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -127,13 +138,25 @@ def test_curves_hold_the_numbers_of_the_history():
     loss, accuracy = plots.learning_curves(HISTORY).axes
     assert data_of(loss) == {"training": [(10, 2.0), (20, 1.0), (40, 0.5)], "validation": [(20, 1.5), (40, 1.2)]}
     assert data_of(accuracy) == {"validation": [(20, 0.6), (40, 0.8)]}
-    assert (loss.get_xlabel(), loss.get_ylabel(), accuracy.get_ylabel()) == ("optimizer step", "loss", "validation accuracy")
+    assert (loss.get_xlabel(), loss.get_ylabel(), accuracy.get_ylabel()) == (
+        "optimizer step",
+        "loss",
+        "validation accuracy",
+    )
     assert accuracy.get_ylim()[1] >= 1
 
 
 def test_several_runs_have_names_colours_and_markers_of_their_own():
-    figure = plots.learning_curves({"lora": HISTORY, "prefix": [{"step": 5, "loss": 3.0}], "bitfit": HISTORY}, title="three")
-    assert list(data_of(figure.axes[0])) == ["lora, training", "lora, validation", "prefix, training", "bitfit, training", "bitfit, validation"]
+    figure = plots.learning_curves(
+        {"lora": HISTORY, "prefix": [{"step": 5, "loss": 3.0}], "bitfit": HISTORY}, title="three"
+    )
+    assert list(data_of(figure.axes[0])) == [
+        "lora, training",
+        "lora, validation",
+        "prefix, training",
+        "bitfit, training",
+        "bitfit, validation",
+    ]
     drawn = {(line.get_color(), line.get_marker()) for line in figure.axes[1].get_lines()}
     assert len(drawn) == 2 and len({colour for colour, _ in drawn}) == 2 and len({marker for _, marker in drawn}) == 2
 

@@ -9,7 +9,14 @@ from effzoo import convert
 
 PAD = 2
 SIZES = {"vocab_size": 53, "num_labels": 3, "pad_token_id": PAD, "eos_token_id": PAD, "bos_token_id": None}
-OF_LLAMA = {**SIZES, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "num_key_value_heads": 1}
+OF_LLAMA = {
+    **SIZES,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "num_key_value_heads": 1,
+}
 FAMILIES = {
     "GPT2": {**SIZES, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "initializer_range": 0.5},
     "Llama": OF_LLAMA, "Mistral": OF_LLAMA, "Qwen3": {**OF_LLAMA, "head_dim": 8},
@@ -41,9 +48,17 @@ def test_the_position_that_is_read_is_that_of_transformers(family):
     ends_in_eos[1, 5] = 1
     for only in (False, True):
         ours.only_what_is_read = only
-        for x, mask in [(ids, None), (ids, (ids != PAD).long()), (ids, ends_in_eos), (ids[:1, :4], None), (left, (left != PAD).long())]:
+        for x, mask in [
+            (ids, None),
+            (ids, (ids != PAD).long()),
+            (ids, ends_in_eos),
+            (ids[:1, :4], None),
+            (left, (left != PAD).long()),
+        ]:
             with torch.no_grad():
-                assert torch.allclose(theirs(x, attention_mask=mask).logits, ours(x, attention_mask=mask).logits, rtol=0, atol=2e-5)
+                assert torch.allclose(
+                    theirs(x, attention_mask=mask).logits, ours(x, attention_mask=mask).logits, rtol=0, atol=2e-5
+                )
 
 
 def test_without_ids_or_without_a_padding_id_the_mask_alone_says_it():
@@ -52,7 +67,9 @@ def test_without_ids_or_without_a_padding_id_the_mask_alone_says_it():
     ours, embeds = convert.from_transformers(theirs), theirs.transformer.wte(ids)
     with torch.no_grad():
         assert torch.allclose(theirs(inputs_embeds=embeds).logits, ours(inputs_embeds=embeds).logits, rtol=0, atol=1e-5)
-        expected = torch.cat([ours(inputs_embeds=embeds[row : row + 1, :n]).logits for row, n in enumerate(mask.sum(1).tolist())])
+        expected = torch.cat(
+            [ours(inputs_embeds=embeds[row : row + 1, :n]).logits for row, n in enumerate(mask.sum(1).tolist())]
+        )
         assert torch.allclose(ours(inputs_embeds=embeds, attention_mask=mask).logits, expected, rtol=0, atol=1e-5)
         without = model_of("GPT2", pad_token_id=None)
         bare = convert.from_transformers(without)
@@ -61,10 +78,15 @@ def test_without_ids_or_without_a_padding_id_the_mask_alone_says_it():
         assert torch.allclose(bare(ids, attention_mask=mask).logits, alone, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [{"peft": "prompt[length=3]|prefix[length=2]"}, {"attention": "local[chunk=4]", "residual": "reversible"}])
+@pytest.mark.parametrize(
+    "sizes", [{"peft": "prompt[length=3]|prefix[length=2]"}, {"attention": "local[chunk=4]", "residual": "reversible"}]
+)
 def test_a_padded_text_gives_what_it_gives_alone(sizes, tiny):
-    """Behind trained rows and in both streams of a reversible model; a text that ends in the padding's id is read before it."""
-    model = effzoo.build("gpt2", task="classification", num_labels=3, pad_token=PAD, **{**tiny, **sizes}).double().eval()
+    """Behind trained rows and in both streams of a reversible model; a text that ends in the padding's id is read
+    before it."""
+    model = (
+        effzoo.build("gpt2", task="classification", num_labels=3, pad_token=PAD, **{**tiny, **sizes}).double().eval()
+    )
     ids = torch.randint(5, 53, (1, 4))
     longer = torch.nn.functional.pad(ids, (0, 5), value=PAD)
     with torch.no_grad():

@@ -99,7 +99,9 @@ def by_hand(core, n, valid, is_global):
                 for j in range(n):
                     facts |= {"query_global": is_global[row, i], "key_global": is_global[row, j]}
                     sees = core.visible(torch.tensor(i), torch.tensor(j), **{name: facts[name] for name in core.reads})
-                    allowed[row, head, i, j] = bool(sees) and bool(valid[row, j]) and (j <= i or not core.context.causal)
+                    allowed[row, head, i, j] = (
+                        bool(sees) and bool(valid[row, j]) and (j <= i or not core.context.causal)
+                    )
     return allowed
 
 
@@ -114,7 +116,9 @@ def test_a_predicate_is_computed_as_it_says_pair_by_pair(cls, causal):
     wanted = dense(*leaves, by_hand(core, n, valid, is_global))
     torch.testing.assert_close(out, wanted, rtol=0, atol=1e-12)
     direction = torch.randn(out.shape, dtype=torch.float64)
-    for mine, theirs in zip(torch.autograd.grad(out, leaves, direction), torch.autograd.grad(wanted, leaves, direction), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(out, leaves, direction), torch.autograd.grad(wanted, leaves, direction), strict=True
+    ):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
 
 
@@ -134,19 +138,29 @@ def test_tiles_rows_and_steps_are_the_definition_at_every_length(cls, n):
             _, state = core.step(*(x[:, :, : n // 2 + 1] for x in leaves), mask=Mask(), past=None)
             if n > n // 2 + 1:
                 out, _ = core.step(*(x[:, :, n // 2 + 1 :] for x in leaves), mask=Mask(), past=state)
-                torch.testing.assert_close(out, core.dense(*leaves, mask=Mask())[:, :, n // 2 + 1 :], rtol=0, atol=1e-12)
+                torch.testing.assert_close(
+                    out, core.dense(*leaves, mask=Mask())[:, :, n // 2 + 1 :], rtol=0, atol=1e-12
+                )
 
 
 @pytest.mark.parametrize(
     ("cls", "share"),
-    [(lambda c: Strided(c, 4), 1 / 4), (lambda c: Strided(c, 7), 1 / 7), (Documents, 50 / 1024), (Near, 41 / 1024), (Buckets, 1 / 7)],
+    [
+        (lambda c: Strided(c, 4), 1 / 4),
+        (lambda c: Strided(c, 7), 1 / 7),
+        (Documents, 50 / 1024),
+        (Near, 41 / 1024),
+        (Buckets, 1 / 7),
+    ],
 )
 @pytest.mark.parametrize("causal", [False, True])
 def test_work_shrinks_with_what_is_seen(cls, share, causal):
-    """Multiply-adds against full attention, forward and backward: the share that is seen, and at most what tiles of 64 add at its borders."""
+    """Multiply-adds against full attention, forward and backward: the share that is seen, and at most what tiles of 64
+    add at its borders."""
     work = []
     for kind in (cls, effzoo.attention.get("full")):
-        core, leaves = kind(Context(heads=2, head_dim=32, causal=False, max_length=1024)), [torch.randn(1, 2, 1024, 32) for _ in range(3)]
+        core = kind(Context(heads=2, head_dim=32, causal=False, max_length=1024))
+        leaves = [torch.randn(1, 2, 1024, 32) for _ in range(3)]
         core.context = Context(heads=2, head_dim=32, causal=causal and kind is cls, max_length=1024)
         core(*leaves, mask=Mask())
         leaves = [x.requires_grad_() for x in leaves]
@@ -158,7 +172,9 @@ def test_work_shrinks_with_what_is_seen(cls, share, causal):
 
 def test_tiles_are_found_once_for_a_kind_its_options_and_a_length(monkeypatch):
     asked = []
-    monkeypatch.setattr(Strided, "visible", lambda self, query, key: asked.append(self.stride) or (query - key) % self.stride == 0)
+    monkeypatch.setattr(
+        Strided, "visible", lambda self, query, key: asked.append(self.stride) or (query - key) % self.stride == 0
+    )
     tile_map._found.clear()
     for _ in range(2):
         core = built(Strided, n=70)
@@ -196,13 +212,19 @@ def test_what_a_predicate_may_not_be_is_said():
         core.step(*inputs(5), mask=Mask(), past=None)
 
 
-@pytest.mark.parametrize("kind", ["full", "longformer[window=4, dilation=(1, 2)]", "local[chunk=4]", "blockwise", "lsh[chunk=4, rounds=2]"])
+@pytest.mark.parametrize(
+    "kind", ["full", "longformer[window=4, dilation=(1, 2)]", "local[chunk=4]", "blockwise", "lsh[chunk=4, rounds=2]"]
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_one_graph_serves_every_length(kind, dropout):
     """The first length makes a graph of its own, the second one for all."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    core = effzoo.attention.create(kind, Context(heads=2, head_dim=4, dropout=dropout, max_length=64)).double().train(dropout > 0)
+    core = (
+        effzoo.attention.create(kind, Context(heads=2, head_dim=4, dropout=dropout, max_length=64))
+        .double()
+        .train(dropout > 0)
+    )
     traced = torch.compile(lambda *x: core(*x, mask=Mask()), backend="aot_eager", fullgraph=True)
     for n in (24, 25, 31, 40, 50):
         leaves = inputs(n, heads=2)[: len(core.uses(Mask()))]
@@ -221,7 +243,9 @@ def test_copies_are_found_by_their_own_number():
 
 def test_a_model_decodes_with_a_kind_of_ones_own(tiny):
     with effzoo.scope():
-        effzoo.attention.register("strided_here")(type("Here", (Strided,), {"__init__": lambda self, context: Strided.__init__(self, context)}))
+        effzoo.attention.register("strided_here")(
+            type("Here", (Strided,), {"__init__": lambda self, context: Strided.__init__(self, context)})
+        )
         model = effzoo.build("gpt2", attention="strided_here", task="causal_lm", **tiny).eval()
     ids = torch.randint(1, 50, (2, 11))
     cache = Cache()

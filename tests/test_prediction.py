@@ -14,7 +14,16 @@ from effzoo.measure import rows as files
 from effzoo.measure.cards import CARDS, Card
 from effzoo.measure.finetuning import Finetuning
 from effzoo.measure.page import crossover_table
-from effzoo.measure.prediction import Launches, against_full, crossover, launched, launches, predict, predict_step, steps
+from effzoo.measure.prediction import (
+    Launches,
+    against_full,
+    crossover,
+    launched,
+    launches,
+    predict,
+    predict_step,
+    steps,
+)
 
 H100 = CARDS["H100"]
 SLOW = Card("slow", 1e3, 1e3, 1e3, 1.0, "a test")
@@ -49,7 +58,10 @@ def test_a_training_step_costs_three_times_the_products_of_a_forward_pass():
 
 
 def test_decoding_reads_weights_and_what_the_cache_keeps():
-    found = {kind: steps(Case(kind, "decode", 64, 32, 4, batch=3))[-1] for kind in ("full", "longformer[window=8]", "local[chunk=8]")}
+    found = {
+        kind: steps(Case(kind, "decode", 64, 32, 4, batch=3))[-1]
+        for kind in ("full", "longformer[window=8]", "local[chunk=8]")
+    }
     assert [found[kind].bytes for kind in found] == [3 * kept * 2 * 32 * 4 for kept in (64, 5, 16)]
 
 
@@ -81,21 +93,29 @@ def test_launches_are_operators_that_compute():
 
 
 def test_a_step_of_a_model_is_products_attention_and_the_optimizer():
-    layer, common = Case("full", "train", 16, 8, 2, batch=2), {"layers": 3, "matrices": 1000, "saved": 0, "trainable": 0}
+    layer = Case("full", "train", 16, 8, 2, batch=2)
+    common = {"layers": 3, "matrices": 1000, "saved": 0, "trainable": 0}
     frozen, whole = (predict_step(layer, H100, causal=False, trained=t, **common) for t in (0, 1000))
     assert whole.operations - frozen.operations == 2 * 32 * 1000
     causal = predict_step(layer, H100, causal=True, trained=0, **common)
     assert frozen.operations - causal.operations == 3 * 3.5 * 4 * 2 * 8 * 16**2 / 2
-    assert predict_step(layer, H100, causal=False, trained=0, **{**common, "trainable": 100}).bytes - frozen.bytes == 2800
+    assert (
+        predict_step(layer, H100, causal=False, trained=0, **{**common, "trainable": 100}).bytes - frozen.bytes == 2800
+    )
 
 
 def test_crossovers_are_printed_from_rows():
     suite = Scaling(dim=2048, heads=16, tokens=4096, dtype="bfloat16")
-    rows = against_full(["full", "local[chunk=8]", "linformer[k=8]"], ["forward", "decode"], [64, 128], suite.case, H100)
+    rows = against_full(
+        ["full", "local[chunk=8]", "linformer[k=8]"], ["forward", "decode"], [64, 128], suite.case, H100
+    )
     assert {row["ratio"] for row in rows if row["attention"] == "full"} == {1.0} and not any(
         row["mode"] == "decode" for row in rows if row["attention"].startswith("linformer")
     )
-    made = [{"attention": "a", "mode": "train", "n": n, "ratio": ratio} for n, ratio in ((1, 0.5), (2, 1.0), (4, 0.9), (8, 0.1))]
+    made = [
+        {"attention": "a", "mode": "train", "n": n, "ratio": ratio}
+        for n, ratio in ((1, 0.5), (2, 1.0), (4, 0.9), (8, 0.1))
+    ]
     assert crossover(made, "a", "train") == 4 and crossover(made[:2], "a", "train") is None
     assert crossover_table(made) == [["attention", "train, faster from", "train, of full at 8"], ["`a`", "4", "0.100"]]
     assert crossover_table(rows)[2][2] == "cannot"
@@ -109,4 +129,6 @@ def test_rows_have_a_prediction_beside_the_time(tmp_path, monkeypatch):
     assert row["roofline"] == row["predicted"]["device_seconds"] / row["seconds"]
     sizes = {"layers": 1, "dim": 8, "heads": 2, "mlp": 16, "vocab": 50}
     (row,) = Finetuning(("full",), ("full",), 16, 1, seconds=0.0, sizes=sizes).run(tmp_path / "finetune.jsonl")
-    assert row["predicted"]["operations"] > 6 * 16 * (4 * 8 * 8 + 2 * 8 * 16) and json.dumps(files.read(tmp_path / "finetune.jsonl", "finetune"))
+    assert row["predicted"]["operations"] > 6 * 16 * (4 * 8 * 8 + 2 * 8 * 16) and json.dumps(
+        files.read(tmp_path / "finetune.jsonl", "finetune")
+    )

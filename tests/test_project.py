@@ -1,4 +1,5 @@
-"""What stands around the code: the wheel works outside a checkout, versions agree, hooks and guides say what is there."""
+"""What stands around the code: the wheel works outside a checkout, versions agree, hooks and guides say what is
+there."""
 
 import os
 import re
@@ -23,7 +24,8 @@ import effzoo
 
 assert Path(effzoo.__file__).is_relative_to(sys.argv[1]), effzoo.__file__
 sizes = dict(layers=1, dim=16, heads=2, mlp=32, vocab=53, max_length=64)
-model = effzoo.build("longformer", attention="longformer[window=4]", peft="lora[rank=2]", task="classification", **sizes)
+model = effzoo.build(
+    "longformer", attention="longformer[window=4]", peft="lora[rank=2]", task="classification", **sizes)
 model(torch.randint(2, 53, (1, 9)), labels=torch.tensor([1])).loss.backward()
 effzoo.save_adapter(model, "adapter")
 effzoo.load_adapter(effzoo.detach(model, "default"), "adapter")
@@ -43,7 +45,9 @@ def wheel(tmp_path_factory):
 
 def run(*command, cwd, **environment):
     """What a command prints; it must succeed."""
-    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, env=os.environ | environment)
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, capture_output=True, text=True, env=os.environ | environment
+    )
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout
 
@@ -59,7 +63,19 @@ def test_an_installed_wheel_works_outside_a_checkout(wheel, tmp_path):
     there, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
     elsewhere.mkdir()
     run("git", "init", "--quiet", ".", cwd=tmp_path)  # as in an environment inside another project
-    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", there, wheel, cwd=tmp_path)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--target",
+        there,
+        wheel,
+        cwd=tmp_path,
+    )
     environment = {"PYTHONPATH": str(there), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     listed = run(there / "bin/effzoo", "models", cwd=elsewhere, **environment)
     assert all(name in listed for name in effzoo.models())
@@ -70,13 +86,19 @@ def test_an_installed_wheel_works_outside_a_checkout(wheel, tmp_path):
 def test_one_version_with_one_date():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert PROJECT["version"] == effzoo.__version__ == citation["version"]
-    versions = re.findall(r"^## (\d+\.\d+\.\d+) - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    versions = re.findall(
+        r"^## (\d+\.\d+\.\d+) - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
     assert versions[0] == (citation["version"], citation["date-released"])
     assert [date for _, date in versions] == sorted((date for _, date in versions), reverse=True)
 
 
 def test_hooks_run_what_the_tests_run():
-    hooks = [hook for repo in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"] for hook in repo["hooks"]]
+    hooks = [
+        hook
+        for repo in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+        for hook in repo["hooks"]
+    ]
     commands = {" ".join(hook["entry"].split()[:2]) for hook in hooks}
     assert commands == {".venv/bin/ruff check", ".venv/bin/ruff format", ".venv/bin/mypy"}
     assert all(command in (ROOT / "scripts/test").read_text() for command in commands)

@@ -1,7 +1,8 @@
-"""Numbers of trained parameters on Llama 3.2 3B, as published with `peft`'s own benchmark, from a model on the meta device: nothing is allocated.
+"""Numbers of trained parameters on Llama 3.2 3B, as published with `peft`'s own benchmark, from a model on the meta
+device: nothing is allocated.
 
-The numbers are `num_trainable_params` of method_comparison/MetaMathQA in huggingface/peft (Apache-2.0); the comments say how they come about:
-L = 28 layers, d = 3072, f = 8192, d_kv = 8 * 128 = 1024.
+The numbers are `num_trainable_params` of method_comparison/MetaMathQA in huggingface/peft (Apache-2.0); the comments
+say how they come about: L = 28 layers, d = 3072, f = 8192, d_kv = 8 * 128 = 1024.
 """
 
 import pytest
@@ -9,7 +10,17 @@ import torch
 
 import effzoo
 
-LLAMA = {"layers": 28, "dim": 3072, "heads": 24, "kv_heads": 8, "head_dim": 128, "mlp": 8192, "vocab": 128256, "max_length": 1024, "tied": True}
+LLAMA = {
+    "layers": 28,
+    "dim": 3072,
+    "heads": 24,
+    "kv_heads": 8,
+    "head_dim": 128,
+    "mlp": 8192,
+    "vocab": 128256,
+    "max_length": 1024,
+    "tied": True,
+}
 MLP = "mlp.up, mlp.gate, mlp.down"
 PUBLISHED = {
     "lora[rank=32]": 9_175_040,  # L r (2 d + d + d_kv)
@@ -23,7 +34,8 @@ PUBLISHED = {
     "prefix[length=50]": 2_867_200,
     "prompt[length=200]": 614_400,  # n d
     "p_tuning[length=20, hidden=3072]": 28_382_208,  # n d + d h + h + h h + h + h d + d
-    f"fish[targets=(attn.q, attn.v), keep={9_175_040 / 352_321_536!r}]": 9_175_040,  # SHiRA: as many entries of q and v as LoRA of rank 32 has
+    # SHiRA: as many entries of q and v as LoRA of rank 32 has
+    f"fish[targets=(attn.q, attn.v), keep={9_175_040 / 352_321_536!r}]": 9_175_040,
 }
 
 

@@ -1,4 +1,5 @@
-"""A quantised base: error bounds, products and gradients as with the dense weight of the codes, what stays frozen, what is saved and refused."""
+"""A quantised base: error bounds, products and gradients as with the dense weight of the codes, what stays frozen, what
+is saved and refused."""
 
 import copy
 
@@ -15,7 +16,18 @@ from effzoo.quantise.model import size
 from effzoo.quantise.view import Decoded
 from effzoo.sites import Linear, sites
 
-METHODS = ["lora[rank=2]", "houlsby[bottleneck=3]", "ia3", "prefix[length=2]", "dora[rank=2]", "bitfit", "full", "diff", "said", "krona"]
+METHODS = [
+    "lora[rank=2]",
+    "houlsby[bottleneck=3]",
+    "ia3",
+    "prefix[length=2]",
+    "dora[rank=2]",
+    "bitfit",
+    "full",
+    "diff",
+    "said",
+    "krona",
+]
 
 
 @pytest.fixture
@@ -46,10 +58,16 @@ def test_eight_bits_are_at_most_half_a_step_of_their_row_away(shape, dtype):
     codes, scales = coded(weight, 8)
     assert codes.dtype == torch.int8 and codes.shape == shape and scales.shape == shape[:1] and scales.dtype == dtype
     exact = codes.double() * scales.double()[:, None]
-    slack = 1e-12 if dtype == torch.float64 else 2e-6 if dtype == torch.float32 else 0.3  # where w / s itself is rounded, in steps
+    # where w / s itself is rounded, in steps
+    slack = 1e-12 if dtype == torch.float64 else 2e-6 if dtype == torch.float32 else 0.3
     assert ((weight.double() - exact).abs() <= scales.double()[:, None] * (0.5 + slack)).all()
-    assert (decoded(codes, scales, weight.shape, 8)[0] == 0).all() and torch.isfinite(decoded(codes, scales, weight.shape, 8)).all()
-    assert not codes.eq(-128).any() and (scales.double() * 127 / weight.double().abs().amax(1).clamp(min=1e-300))[1:].sub(1).abs().lt(1e-2).all()
+    assert (decoded(codes, scales, weight.shape, 8)[0] == 0).all() and torch.isfinite(
+        decoded(codes, scales, weight.shape, 8)
+    ).all()
+    assert (
+        not codes.eq(-128).any()
+        and (scales.double() * 127 / weight.double().abs().amax(1).clamp(min=1e-300))[1:].sub(1).abs().lt(1e-2).all()
+    )
 
 
 @pytest.mark.parametrize("shape", [(7, 13), (1, 200), (64, 64), (3, 1)])
@@ -151,10 +169,12 @@ def test_codes_keep_their_bits_in_training_and_adapters_come_back_on_the_same_ba
     effzoo.attach(model, "lora[rank=2]")
     before = {key: value.clone() for key, value in model.state_dict().items() if ".adapters." not in key}
     result = effzoo.finetune(
-        model, data, output_dir=tmp_path, max_steps=4, learning_rate=1e-2, weight_decay=0.5, save_every=2, recompute="blocks", progress=False,
-        gradient_checkpointing=True,
+        model, data, output_dir=tmp_path, max_steps=4, learning_rate=1e-2, weight_decay=0.5, save_every=2,
+        recompute="blocks", progress=False, gradient_checkpointing=True,
     )  # fmt: skip
-    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items()) and any("codes" in key for key in before)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items()) and any(
+        "codes" in key for key in before
+    )
     same = build()
     effzoo.quantise(same, 8)
     effzoo.load_adapter(same, result.adapter)
@@ -166,7 +186,15 @@ def test_codes_keep_their_bits_in_training_and_adapters_come_back_on_the_same_ba
         with pytest.raises(AdapterError, match="trained on another base"):
             effzoo.load_adapter(wrong, result.adapter)
     resumed = effzoo.finetune(
-        same, data, output_dir=tmp_path, max_steps=4, learning_rate=1e-2, weight_decay=0.5, save_every=2, resume=True, progress=False
+        same,
+        data,
+        output_dir=tmp_path,
+        max_steps=4,
+        learning_rate=1e-2,
+        weight_decay=0.5,
+        save_every=2,
+        resume=True,
+        progress=False,
     )
     assert resumed.history == result.history
 
@@ -183,13 +211,17 @@ def test_recomputing_changes_no_bit(build, reversible):
         torch.manual_seed(5)
         model.train()(**labelled()).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-    assert all(torch.equal(one, other) for again in gradients[1:] for one, other in zip(gradients[0], again, strict=True))
+    assert all(
+        torch.equal(one, other) for again in gradients[1:] for one, other in zip(gradients[0], again, strict=True)
+    )
 
 
 def test_bytes_are_a_quarter_and_an_eighth_of_the_matrices_and_the_scales(build):
     for bits, per_entry in ((8, 1), (4, 0.5)):
         model = build(dim=64, heads=2, mlp=128)
-        entries = sum(site.weight.numel() for _, site in sites(model) if isinstance(site, Linear) and site.layer is not None)
+        entries = sum(
+            site.weight.numel() for _, site in sites(model) if isinstance(site, Linear) and site.layer is not None
+        )
         rows = sum(site.out_features for _, site in sites(model) if isinstance(site, Linear) and site.layer is not None)
         before = size(model)
         found = effzoo.quantise(model, bits)
@@ -197,12 +229,17 @@ def test_bytes_are_a_quarter_and_an_eighth_of_the_matrices_and_the_scales(build)
         assert (found.dense, found.codes, found.matrices) == (4 * entries, per_entry * entries + scales, 12)
         assert size(model) == found.after == before - found.dense + found.codes == effzoo_bytes(model)
         assert str(found).startswith(f"12 matrices in {bits} bits") and 0 < found.error < (0.01 if bits == 8 else 0.11)
-        assert effzoo.plan(model, "lora", batch=1, length=8).weights < effzoo.plan(build(dim=64, heads=2, mlp=128), "lora", batch=1, length=8).weights
+        assert (
+            effzoo.plan(model, "lora", batch=1, length=8).weights
+            < effzoo.plan(build(dim=64, heads=2, mlp=128), "lora", batch=1, length=8).weights
+        )
 
 
 def effzoo_bytes(model):
     return sum(value.numel() * value.element_size() for value in model.state_dict().values()) + sum(
-        buffer.numel() * buffer.element_size() for name, buffer in model.named_buffers() if name not in model.state_dict()
+        buffer.numel() * buffer.element_size()
+        for name, buffer in model.named_buffers()
+        if name not in model.state_dict()
     )
 
 
@@ -226,13 +263,17 @@ def test_dequantising_keeps_the_outputs_and_then_merging_works(build):
     before, state = model(**batch).logits, {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(AdapterError, match=r"quantised.*dequantise"):
         effzoo.merge(model)
-    assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items()), "nothing was written anywhere"
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items()), (
+        "nothing was written anywhere"
+    )
     assert effzoo.dequantise(model) == 12 and not quantised(model)
     torch.testing.assert_close(model(**batch).logits, before, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(effzoo.merge(model)(**batch).logits, before, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("peft", ["dora[rank=2, targets=(attn.q, mlp.up)]", "bitfit", "full", "diff", "lora[targets=(attn.q, mlp.down)]"])
+@pytest.mark.parametrize(
+    "peft", ["dora[rank=2, targets=(attn.q, mlp.up)]", "bitfit", "full", "diff", "lora[targets=(attn.q, mlp.down)]"]
+)
 def test_merging_is_refused_at_every_door_before_anything_is_written(build, peft):
     model = build()
     effzoo.quantise(model, 8, targets="mlp.*")
@@ -240,7 +281,11 @@ def test_merging_is_refused_at_every_door_before_anything_is_written(build, peft
     state = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(AdapterError, match="quantised"):
         effzoo.merge(model)
-    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items() if key in state and ".adapters." not in key)
+    assert all(
+        torch.equal(state[key], value)
+        for key, value in model.state_dict().items()
+        if key in state and ".adapters." not in key
+    )
 
 
 def test_adapters_by_row_average_and_account_for_the_base_as_ever(build):
@@ -277,7 +322,9 @@ def test_the_weight_is_one_object_that_can_be_read_and_not_written():
     plain = Linear(6, 4, role="attn.q")
     site = QuantisedLinear.made_of(copy.deepcopy(plain), 8)
     assert (
-        site.weight is site.weight is site.base()["weight"] and isinstance(site.weight, Decoded) and not isinstance(site.weight, torch.nn.Parameter)
+        site.weight is site.weight is site.base()["weight"]
+        and isinstance(site.weight, Decoded)
+        and not isinstance(site.weight, torch.nn.Parameter)
     )
     assert type(site.weight + 1) is torch.Tensor and torch.equal(site.weight.detach().clone(), site.numbers())
     assert copy.deepcopy(site).weight is not site.weight
@@ -313,7 +360,9 @@ def test_a_perceiver_and_a_decoder_that_decodes_are_quantised_too(build):
     effzoo.quantise(decoder, 8)
     ids = torch.tensor([[5, 6, 7]])
     assert effzoo.generate(decoder, ids, max_new_tokens=4).shape == (1, 7)
-    perceiver = build("perceiver-io", channels=16, latents=6, cross_heads=2, cross_mlp=16, decoder_heads=2, decoder_mlp=16)
+    perceiver = build(
+        "perceiver-io", channels=16, latents=6, cross_heads=2, cross_mlp=16, decoder_heads=2, decoder_mlp=16
+    )
     assert effzoo.quantise(perceiver, 8).matrices > 0
     assert torch.isfinite(perceiver.eval()(input_ids=ids).logits).all()
 

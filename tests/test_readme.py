@@ -1,4 +1,5 @@
-"""The README is true: its code runs, its tables and those of the pages are those of the code and of the tracked results."""
+"""The README is true: its code runs, its tables and those of the pages are those of the code and of the tracked
+results."""
 
 import importlib.util
 import re
@@ -48,7 +49,11 @@ def test_tables_are_those_of_the_code_and_of_the_tracked_results():
 
 def test_the_pages_of_the_decks_are_those_of_the_tracked_results():
     pages = loaded().lecture_pages()
-    assert {*pages} == {path.name for path in (ROOT / "benchmarks/lectures").iterdir()} == {f"deck-{number}.md" for number in DECKS}
+    assert (
+        {*pages}
+        == {path.name for path in (ROOT / "benchmarks/lectures").iterdir()}
+        == {f"deck-{number}.md" for number in DECKS}
+    )
     for name, text in pages.items():
         assert (ROOT / "benchmarks/lectures" / name).read_text() == text, "run python scripts/readme.py"
         for path in re.findall(r"\]\(([\w/.-]+)\)", text):
@@ -59,7 +64,12 @@ def test_every_experiment_was_run_quickly_and_is_on_a_page():
     results = loaded().lab_results()
     assert {*results} == {*catalogue()}, "run effzoo lab NAME --quick --out benchmarks/results/lab"
     for name, result in results.items():
-        assert result["quick"] and len(result["seeds"]) == 3 and result["claims"] and (ROOT / f"benchmarks/results/lab/{name}/figure.png").is_file()
+        assert (
+            result["quick"]
+            and len(result["seeds"]) == 3
+            and result["claims"]
+            and (ROOT / f"benchmarks/results/lab/{name}/figure.png").is_file()
+        )
         for deck in catalogue()[name].decks:
             assert f"## {name}\n" in (ROOT / f"benchmarks/lectures/deck-{deck}.md").read_text()
 

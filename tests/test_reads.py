@@ -1,4 +1,5 @@
-"""What a classification head does not read, the last block does not compute: the same loss and gradients, for every kind, method and model."""
+"""What a classification head does not read, the last block does not compute: the same loss and gradients, for every
+kind, method and model."""
 
 import pytest
 import torch
@@ -30,7 +31,16 @@ def equal(model, batch):
 
 
 def built(name, **choices):
-    sizes = {"dim": 16, "layers": 2, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 64, "dropout": 0.0, "attention_dropout": 0.0}
+    sizes = {
+        "dim": 16,
+        "layers": 2,
+        "heads": 2,
+        "mlp": 32,
+        "vocab": 53,
+        "max_length": 64,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
     torch.manual_seed(0)
     return effzoo.build(name, task="classification", num_labels=3, **{**sizes, **choices}).double()
 
@@ -54,7 +64,11 @@ def test_every_kind(kind):
 @pytest.mark.parametrize("pooling", ["first", "last", "mean"])
 def test_every_pooling(pooling):
     model = built("bert", pooling=pooling, attention="longformer[window=4, dilation=(1, 2)]", peft="houlsby")
-    batch = {**labelled(), **LABELS, "global_attention_mask": torch.tensor([[0, 1, 0, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0, 0], [0] * 9])}
+    batch = {
+        **labelled(),
+        **LABELS,
+        "global_attention_mask": torch.tensor([[0, 1, 0, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0, 0], [0] * 9]),
+    }
     if pooling != "mean":
         equal(model, batch)
         return

@@ -23,7 +23,12 @@ SPECS = (
     "ladder",
     "norms",
 )
-SHAPES = {"post": {}, "pre": {"norm": "pre"}, "gated": {"norm": "pre", "norm_kind": "rms", "gated": True}, "chunked": {"mlp_chunk": 4}}
+SHAPES = {
+    "post": {},
+    "pre": {"norm": "pre"},
+    "gated": {"norm": "pre", "norm_kind": "rms", "gated": True},
+    "chunked": {"mlp_chunk": 4},
+}
 BATCH = {"input_ids": torch.arange(5, 31).view(2, 13), "labels": torch.tensor([0, 1])}
 
 
@@ -50,7 +55,9 @@ def gradients(model, again, autocast=False):
     return loss, torch.autograd.grad(loss, trained, allow_unused=True), size - own
 
 
-@pytest.mark.parametrize(("level", "autocast"), [("hidden", False), ("hidden", True), ("blocks", False), ("blocks", True)])
+@pytest.mark.parametrize(
+    ("level", "autocast"), [("hidden", False), ("hidden", True), ("blocks", False), ("blocks", True)]
+)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("spec", SPECS)
 def test_gradients_are_bit_identical_and_less_is_kept(tiny, spec, shape, level, autocast):
@@ -66,7 +73,9 @@ def test_gradients_are_bit_identical_and_less_is_kept(tiny, spec, shape, level, 
 
 def test_hidden_units_are_not_kept(tiny):
     """Of the feed-forward nothing as wide as its hidden units stays."""
-    model = effzoo.build("bert", peft="lora", task="classification", num_labels=2, **{**tiny, "mlp": 160, "layers": 3}).train()
+    model = effzoo.build(
+        "bert", peft="lora", task="classification", num_labels=2, **{**tiny, "mlp": 160, "layers": 3}
+    ).train()
     model.recompute = "hidden"
     shapes = []
 
@@ -98,7 +107,9 @@ def test_a_parameter_that_was_stepped_before_the_backward_pass_is_told(tiny):
         for p in model.parameters():
             if p.requires_grad:
                 p.add_(1.0)
-    with pytest.raises(RuntimeError, match="was modified between the forward and the backward pass|modified by an inplace operation"):
+    with pytest.raises(
+        RuntimeError, match="was modified between the forward and the backward pass|modified by an inplace operation"
+    ):
         loss.backward()
 
 
@@ -155,7 +166,11 @@ def test_hooks_outside_are_given_what_is_really_kept():
 def test_gradient_checkpointing_is_a_level(tiny):
     """What users of transformers write, and what said the same before."""
     for name in ("bert", "perceiver-io"):
-        sizes = {key: value for key, value in tiny.items() if name == "bert" or key in ("dim", "heads", "mlp", "vocab", "max_length")}
+        sizes = {
+            key: value
+            for key, value in tiny.items()
+            if name == "bert" or key in ("dim", "heads", "mlp", "vocab", "max_length")
+        }
         model = effzoo.build(name, task="classification", **sizes)
         model.recompute = "hidden"
         model.gradient_checkpointing_disable()
@@ -176,9 +191,14 @@ def inside(level, run):
 
 
 def test_what_is_kept_anyway_is_not_kept_twice():
-    """relu keeps its own result; a product keeps the factor that the gradient of the other one needs, and a slice is less than the whole."""
+    """relu keeps its own result; a product keeps the factor that the gradient of the other one needs, and a slice is
+    less than the whole."""
     x, w = torch.randn(50, 40, requires_grad=True), torch.randn(50, 40, requires_grad=True)
-    for run in (lambda: F.relu(x * 2).square(), lambda: (x.exp() * w.exp()).square(), lambda: (x * 2).index_select(1, torch.arange(3)).square()):
+    for run in (
+        lambda: F.relu(x * 2).square(),
+        lambda: (x.exp() * w.exp()).square(),
+        lambda: (x * 2).index_select(1, torch.arange(3)).square(),
+    ):
         sizes = []
         for level in ("nothing", "hidden"):
             sizes.append(kept(lambda run=run, level=level: inside(level, run))[1])

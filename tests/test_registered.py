@@ -1,4 +1,5 @@
-"""Every tensor that a model computes with is a parameter or a buffer of it: what trains, moves, saves and counts sees all of it."""
+"""Every tensor that a model computes with is a parameter or a buffer of it: what trains, moves, saves and counts sees
+all of it."""
 
 import copy
 import dataclasses
@@ -12,8 +13,8 @@ from support import small
 import effzoo
 
 PERCEIVER = {
-    "channels": 12, "latents": 10, "head_dim": 4, "value_dim": 8, "cross_heads": 1, "cross_head_dim": 8, "cross_value_dim": 16,
-    "decoder_head_dim": 4, "decoder_value_dim": 4,
+    "channels": 12, "latents": 10, "head_dim": 4, "value_dim": 8, "cross_heads": 1, "cross_head_dim": 8,
+    "cross_value_dim": 16, "decoder_head_dim": 4, "decoder_value_dim": 4,
 }  # fmt: skip
 CAUSAL = [kind for kind in effzoo.attention.names() if not effzoo.attention.get(kind).not_causal]
 KINDS = [small(kind) for kind in effzoo.attention.names()] + [
@@ -31,7 +32,8 @@ def build(name, kind, tiny, **more):
 
 
 def held(model):
-    """{id: tensor} of every tensor that an attribute of a module leads to, through containers, dataclasses and modules that are not registered."""
+    """{id: tensor} of every tensor that an attribute of a module leads to, through containers, dataclasses and modules
+    that are not registered."""
     found, seen, todo = {}, set(), list(model.modules())
     while todo:
         thing = todo.pop()
@@ -65,14 +67,19 @@ def test_every_tensor_is_a_parameter_or_a_buffer(name, kind, tiny):
     assert_registered(pickle.loads(pickle.dumps(model)))
 
 
-@pytest.mark.parametrize("peft", ["lora", "houlsby", "prefix[length=2]", "ladder", "routed[of=lora, experts=2]", "compacter", "intrinsic[dim=4]"])
+@pytest.mark.parametrize(
+    "peft",
+    ["lora", "houlsby", "prefix[length=2]", "ladder", "routed[of=lora, experts=2]", "compacter", "intrinsic[dim=4]"],
+)
 def test_adapters_are_registered_too(peft, tiny):
     assert_registered(build("bert", "linformer[k=8, sharing=layerwise]", tiny, peft=peft))
 
 
 BERTS = [("bert", {}), ("bert", {"layers": 4, "share_layers": 2})]
 PERCEIVERS = [("perceiver-io", {}), ("perceiver-io", {"cross_attends": 2, "share_blocks": "none"})]
-WAYS = [(*model, way) for model in BERTS + PERCEIVERS for way in ("built", "copied", "pickled")] + [(*model, "swapped") for model in BERTS]
+WAYS = [(*model, way) for model in BERTS + PERCEIVERS for way in ("built", "copied", "pickled")] + [
+    (*model, "swapped") for model in BERTS
+]
 
 
 @pytest.mark.parametrize(("name", "more", "way"), WAYS)
@@ -80,7 +87,9 @@ def test_the_matrix_that_layers_share_is_one_trained_saved_counted_and_moved_par
     model = build(name, "full" if way == "swapped" else "linformer[k=8, sharing=layerwise]", {**tiny, **more})
     if way == "swapped":
         effzoo.swap_attention(model, "linformer[k=8, sharing=layerwise]")
-    model = copy.deepcopy(model) if way == "copied" else pickle.loads(pickle.dumps(model)) if way == "pickled" else model
+    model = (
+        copy.deepcopy(model) if way == "copied" else pickle.loads(pickle.dumps(model)) if way == "pickled" else model
+    )
     matrices = [parameter for key, parameter in model.named_parameters() if key.endswith("core.E.weight")]
     assert len(matrices) == 1 and [key for key in model.state_dict() if key.endswith("core.E.weight")]
     E = matrices[0]
@@ -96,7 +105,11 @@ def test_the_matrix_that_layers_share_is_one_trained_saved_counted_and_moved_par
     other.load_state_dict(model.state_dict())
     assert other(ids).logits.equal(model(ids).logits)
     counted = effzoo.account(model)
-    assert counted.total == counted.trainable == sum(tensor.numel() for tensor in held(model).values() if isinstance(tensor, torch.nn.Parameter))
+    assert (
+        counted.total
+        == counted.trainable
+        == sum(tensor.numel() for tensor in held(model).values() if isinstance(tensor, torch.nn.Parameter))
+    )
 
 
 def test_a_layer_that_is_built_again_holds_the_shared_matrix(tiny):
@@ -106,7 +119,9 @@ def test_a_layer_that_is_built_again_holds_the_shared_matrix(tiny):
 
     model = build("bert", "linformer[k=8, sharing=layerwise]", tiny)
     block = model.blocks[0]
-    block.attn = attention_layer(model.config.slots(0), parse_one("linformer[k=8, sharing=layerwise]"), block.attn.core.context)
+    block.attn = attention_layer(
+        model.config.slots(0), parse_one("linformer[k=8, sharing=layerwise]"), block.attn.core.context
+    )
     assert_registered(model)
     model.double()(torch.randint(53, (2, 20)), labels=torch.randint(3, (2, 20))).loss.backward()
     assert model.blocks[0].attn.core.E.weight.grad.abs().max() > 0

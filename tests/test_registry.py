@@ -19,12 +19,17 @@ def test_options_are_the_keyword_only_parameters():
 
 
 def test_unknown_name_gives_the_closest_and_the_known():
-    with pytest.raises(UnknownNameError, match=r"unknown attention 'longfromer'; did you mean 'longformer'\? Known: blockbert, blockwise, "):
+    with pytest.raises(
+        UnknownNameError,
+        match=r"unknown attention 'longfromer'; did you mean 'longformer'\? Known: blockbert, blockwise, ",
+    ):
         effzoo.attention.get("longfromer")
 
 
 def test_unknown_option_gives_the_closest_and_the_known():
-    with pytest.raises(OptionError, match=r"peft 'lora' has no option 'rnak'; did you mean 'rank'\? Options: rank, alpha"):
+    with pytest.raises(
+        OptionError, match=r"peft 'lora' has no option 'rnak'; did you mean 'rank'\? Options: rank, alpha"
+    ):
         effzoo.peft.create("lora[rnak=4]")
 
 
@@ -56,7 +61,8 @@ def test_value_outside_the_range_says_the_range(spec, said):
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"), [("longformer[window=3]", "even and positive"), ("longformer[window=(4, 4, 4)]", "3 windows for 2 layers")]
+    ("spec", "said"),
+    [("longformer[window=3]", "even and positive"), ("longformer[window=(4, 4, 4)]", "3 windows for 2 layers")],
 )
 def test_attention_options_say_what_is_accepted(spec, said):
     with pytest.raises(OptionError, match=said):
@@ -79,14 +85,19 @@ def test_a_name_is_registered_once():
 
 def test_file_registers_inside_a_scope_and_is_gone_after_it(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text("from effzoo.attention import full, register\n\n@register('mine', 'my_alias')\nclass Mine(full.Full):\n    pass\n")
+    file.write_text(
+        "from effzoo.attention import full, register\n\n@register('mine', 'my_alias')\nclass "
+        "Mine(full.Full):\n    pass\n"
+    )
     with effzoo.scope():
         assert effzoo.load_file(file) == [("attention", "mine"), ("attention", "my_alias")]
         assert effzoo.attention.aliases("mine") == ["my_alias"] and "mine" in effzoo.attention.names()
     assert "mine" not in effzoo.attention.names()
 
 
-@pytest.mark.parametrize(("text", "said"), [("import nothing_of_this_name", "ModuleNotFoundError"), ("1 +", "SyntaxError")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("import nothing_of_this_name", "ModuleNotFoundError"), ("1 +", "SyntaxError")]
+)
 def test_a_file_that_fails_says_how(tmp_path, text, said):
     (tmp_path / "bad.py").write_text(text)
     with pytest.raises(OptionError, match=rf"bad.py failed( at line 1)? while it was imported: {said}"):
@@ -108,7 +119,9 @@ def test_plug_ins_are_found_by_entry_point(monkeypatch, caplog):
 
     monkeypatch.setattr(registry, "_entry_points_loaded", False)
     monkeypatch.setattr(
-        importlib.metadata, "entry_points", lambda group: [Point("bad", breaks), Point("good", works)] if group == "effzoo.plugins" else []
+        importlib.metadata,
+        "entry_points",
+        lambda group: [Point("bad", breaks), Point("good", works)] if group == "effzoo.plugins" else [],
     )
     with effzoo.scope():
         assert effzoo.attention.get("plugged").name == "plugged"
@@ -118,7 +131,9 @@ def test_plug_ins_are_found_by_entry_point(monkeypatch, caplog):
 def test_importing_effzoo_imports_no_heavy_library():
     heavy = ("transformers", "datasets", "accelerate", "xformers", "matplotlib", "typer", "peft")
     code = f"import sys, effzoo; print([m for m in {heavy} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_an_annotation_that_names_nothing_is_a_sentence():
@@ -132,7 +147,11 @@ def test_an_annotation_that_names_nothing_is_a_sentence():
             def make(self, site):
                 return None
 
-        for use in (lambda: effzoo.peft.create("names_nothing"), lambda: effzoo.peft.options("names_nothing"), lambda: NamesNothing(k=2)):
+        for use in (
+            lambda: effzoo.peft.create("names_nothing"),
+            lambda: effzoo.peft.options("names_nothing"),
+            lambda: NamesNothing(k=2),
+        ):
             with pytest.raises(OptionError, match="NamesNothing names 'Nope', which its module does not have"):
                 use()
 

@@ -1,4 +1,5 @@
-"""Reversible residuals: the same gradients as the plain twin, also where adapters alone are trained, and no activation kept per block."""
+"""Reversible residuals: the same gradients as the plain twin, also where adapters alone are trained, and no activation
+kept per block."""
 
 import pytest
 import torch
@@ -13,8 +14,17 @@ SIZES = {"dim": 16, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 64}
 
 def build(attention="full", peft=None, layers=3, dropout=0.1, name="gpt2", **more):
     torch.manual_seed(3)
-    sizes = SIZES | {"norm": "pre", "residual": "reversible", "tied": False, "layers": layers, "dropout": dropout, "attention_dropout": dropout}
-    model = effzoo.build(name, attention=attention, task="token_classification", num_labels=3, peft=peft, **sizes | more).double()
+    sizes = SIZES | {
+        "norm": "pre",
+        "residual": "reversible",
+        "tied": False,
+        "layers": layers,
+        "dropout": dropout,
+        "attention_dropout": dropout,
+    }
+    model = effzoo.build(
+        name, attention=attention, task="token_classification", num_labels=3, peft=peft, **sizes | more
+    ).double()
     for parameter in model.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -23,7 +33,11 @@ def build(attention="full", peft=None, layers=3, dropout=0.1, name="gpt2", **mor
 
 def batch():
     mask = torch.arange(13) < torch.tensor([13, 7])[:, None]
-    return {"input_ids": torch.randint(53, (2, 13)), "attention_mask": mask.long(), "labels": torch.randint(3, (2, 13)).masked_fill(~mask, -100)}
+    return {
+        "input_ids": torch.randint(53, (2, 13)),
+        "attention_mask": mask.long(),
+        "labels": torch.randint(3, (2, 13)).masked_fill(~mask, -100),
+    }
 
 
 def gradients(model, inputs, plain, monkeypatch, seed=11):
@@ -37,8 +51,13 @@ def gradients(model, inputs, plain, monkeypatch, seed=11):
     return loss, grads
 
 
-@pytest.mark.parametrize("peft", [None, "lora[rank=2]", "prefix[length=3]", "houlsby[bottleneck=4]", "ia3", "prompt[length=2]|bitfit", "full"])
-@pytest.mark.parametrize(("name", "attention"), [("gpt2", "full"), ("gpt2", "longformer[window=4]"), ("bert", "longformer[window=4]")])
+@pytest.mark.parametrize(
+    "peft",
+    [None, "lora[rank=2]", "prefix[length=3]", "houlsby[bottleneck=4]", "ia3", "prompt[length=2]|bitfit", "full"],
+)
+@pytest.mark.parametrize(
+    ("name", "attention"), [("gpt2", "full"), ("gpt2", "longformer[window=4]"), ("bert", "longformer[window=4]")]
+)
 def test_gradients_equal_those_of_the_plain_twin_with_dropout(peft, name, attention, monkeypatch):
     """Also with frozen embeddings under LoRA alone, where the input of the blocks needs no gradient."""
     model, inputs = build(attention, peft, name=name), batch()
@@ -54,13 +73,15 @@ def test_gradients_equal_those_of_the_plain_twin_with_dropout(peft, name, attent
 
 
 def test_gradients_equal_those_of_the_plain_twin_under_autocast(monkeypatch):
-    """Sub-layers in bfloat16, streams in float32: what is computed again is what was computed, up to rounding of the reconstructed stream."""
+    """Sub-layers in bfloat16, streams in float32: what is computed again is what was computed, up to rounding of the
+    reconstructed stream."""
     model, inputs = build().float(), batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (_, found), (_, expected) = (gradients(model, inputs, plain, monkeypatch) for plain in (False, True))
     for got, want in zip(found, expected, strict=True):
         if want is not None:
-            assert (got - want).norm() <= 0.02 * want.norm() + 1e-6  # bfloat16 has 8 bits: a stream off by 1e-7 can round the other way
+            # bfloat16 has 8 bits: a stream off by 1e-7 can round the other way
+            assert (got - want).norm() <= 0.02 * want.norm() + 1e-6
 
 
 def test_the_definition_is_that_of_two_streams():
@@ -77,7 +98,8 @@ def test_the_definition_is_that_of_two_streams():
 
 @pytest.mark.parametrize("peft", [None, "lora[rank=2]"])
 def test_saved_activations_do_not_grow_with_depth(peft):
-    """What autograd keeps for the backward pass, counted in elements without parameters: the same for 2 layers and for 8."""
+    """What autograd keeps for the backward pass, counted in elements without parameters: the same for 2 layers and for
+    8."""
     counts = []
     for layers in (2, 8):
         model, inputs = build(peft=peft, layers=layers), batch()
@@ -143,7 +165,9 @@ def _rank(rank: int, folder: str) -> None:
         model.zero_grad()
         model(**{key: value[2 * rank : 2 * rank + 2] for key, value in inputs.items()}).loss.backward()
     if rank == 0:
-        torch.save({name: p.grad for name, p in model.module.named_parameters() if p.requires_grad}, f"{folder}/gradients.pt")
+        torch.save(
+            {name: p.grad for name, p in model.module.named_parameters() if p.requires_grad}, f"{folder}/gradients.pt"
+        )
     torch.distributed.destroy_process_group()
 
 

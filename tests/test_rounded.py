@@ -46,12 +46,22 @@ def saved(model, folder, method="lora"):
     return folder, {key: value.clone() for key, value in adapter_tensors(model, "default").items()}
 
 
-KINDS = [torch.float64, torch.float32, torch.bfloat16, torch.float16, (torch.float32, 8), (torch.float32, 4), (torch.bfloat16, 4), (torch.float16, 8)]
+KINDS = [
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    (torch.float32, 8),
+    (torch.float32, 4),
+    (torch.bfloat16, 4),
+    (torch.float16, 8),
+]
 
 
 @pytest.mark.parametrize("theirs", KINDS, ids=str)
 def test_every_rounding_of_the_same_weights_is_taken_when_asked(base, theirs, tmp_path):
-    """From every kind to every other: refused with the kinds named, then taken, its tensors as they were saved and the model's outputs close."""
+    """From every kind to every other: refused with the kinds named, then taken, its tensors as they were saved and the
+    model's outputs close."""
     trained = to(theirs)(base)
     folder, tensors = saved(trained, tmp_path / "a")
     with torch.no_grad():
@@ -64,7 +74,10 @@ def test_every_rounding_of_the_same_weights_is_taken_when_asked(base, theirs, tm
             continue
         before = {key: value.clone() for key, value in model.state_dict().items()}
         name = r"\S+" if isinstance(theirs, tuple) or isinstance(ours, tuple) else "embeddings.token.weight"
-        with pytest.raises(AdapterError, match=rf"{REFUSED}.*{name} is .* in the file's base and .* here; load_adapter\(..., rounded_base=True\)"):
+        with pytest.raises(
+            AdapterError,
+            match=rf"{REFUSED}.*{name} is .* in the file's base and .* here; load_adapter\(..., rounded_base=True\)",
+        ):
             effzoo.load_adapter(model, folder)
         assert model.state_dict().keys() == before.keys() and not attached(model)
         effzoo.load_adapter(model, folder, rounded_base=True)
@@ -129,7 +142,9 @@ def test_the_report_says_what_rounding_costs(base, tmp_path):
         narrow = model.state_dict()[row.tensor].double()
         norm = wide[row.tensor].norm()
         assert row.proved and (row.theirs, row.ours) == ("float32", "bfloat16")
-        assert row.relative == pytest.approx(float((narrow - wide[row.tensor]).norm() / norm) if norm else 0.0, abs=1e-12)
+        assert row.relative == pytest.approx(
+            float((narrow - wide[row.tensor]).norm() / norm) if norm else 0.0, abs=1e-12
+        )
     assert report.worst == max(row.relative for row in report.rows) and 1e-4 < report.worst < 2**-8
     assert "relative difference at most" in str(report) and len(str(report).splitlines()) == 1 + len(report.rows)
     effzoo.quantise(model, bits=4)
@@ -141,7 +156,8 @@ def test_the_report_says_what_rounding_costs(base, tmp_path):
 
 
 def test_a_quantised_base_is_known_by_what_it_was_quantised_from_and_by_its_codes(base, tmp_path):
-    """QLoRA: trained on 4 bits, loaded on the dense base; every entry proved. And on the dense weights that the codes stand for."""
+    """QLoRA: trained on 4 bits, loaded on the dense base; every entry proved. And on the dense weights that the codes
+    stand for."""
     for bits in (8, 4):
         quantised = to((torch.bfloat16, bits))(base)
         folder, _ = saved(quantised, tmp_path / str(bits))
@@ -194,9 +210,10 @@ def test_a_damaged_manifest_is_refused_in_a_sentence(base, tmp_path):
     good = json.loads(path.read_text())
     key = "embeddings.token.weight"
     damages = [
-        {"kind": 7}, {"kind": "load"}, {"kind": "int8"}, {"shape": [2**40, 2**40]}, {"shape": "x"}, {"shape": [-1]}, {"numbers": "!!"},
-        {"numbers": 5}, {"numbers": good["base_kept"][key]["numbers"][8:]}, {"margins": "AAAA"}, {"rounded": {"bfloat16": []}},
-        {"rounded": {"bfloat16": ["a", "b"]}}, {"rounded": 3},
+        {"kind": 7}, {"kind": "load"}, {"kind": "int8"}, {"shape": [2**40, 2**40]}, {"shape": "x"}, {"shape": [-1]},
+        {"numbers": "!!"},
+        {"numbers": 5}, {"numbers": good["base_kept"][key]["numbers"][8:]}, {"margins": "AAAA"},
+        {"rounded": {"bfloat16": []}}, {"rounded": {"bfloat16": ["a", "b"]}}, {"rounded": 3},
     ]  # fmt: skip
     for damage in damages:
         bad = json.loads(json.dumps(good))

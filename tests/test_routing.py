@@ -1,4 +1,5 @@
-"""Routers and their losses against their definitions, written densely and with loops in float64; balanced assignment against scipy's exact one."""
+"""Routers and their losses against their definitions, written densely and with loops in float64; balanced assignment
+against scipy's exact one."""
 
 import json
 import math
@@ -55,7 +56,17 @@ def phi(z):
 
 
 def test_the_registry_knows_the_routers():
-    assert routing.names() == ["base", "expert_choice", "fixed", "gumbel", "skills", "soft", "switch", "top_k", "uniform"]
+    assert routing.names() == [
+        "base",
+        "expert_choice",
+        "fixed",
+        "gumbel",
+        "skills",
+        "soft",
+        "switch",
+        "top_k",
+        "uniform",
+    ]
     assert {option.name for option in routing.options("switch")} == {"capacity", "balance", "z"}
 
 
@@ -114,10 +125,12 @@ def test_unknown_names_and_options_say_what_is_accepted():
         routing.create("swich", DIM, EXPERTS)
     for spec, said in [
         ("switch[capasity=1]", "did you mean 'capacity'"), ("switch[capacity=0]", "capacity is above 0, got 0"),
-        ("switch[balance=-1]", "0 or more"), ("top_k[k=6]", "k is between 1 and the number of experts, 5, got 6"), ("top_k[k=0]", "got 0"),
-        ("gumbel[form=hard]", "'softmax' or 'sigmoid'"), ("gumbel[temperature=0]", "above 0"), ("skills", "needs the option 'tasks'"),
-        ("skills[tasks=0]", "at least 1"),
-        ("skills[tasks=2, form=firm]", "'soft' or 'hard'"), ("expert_choice[capacity=-1]", "above 0"), ("soft[temperature=-1]", "above 0"),
+        ("switch[balance=-1]", "0 or more"), ("top_k[k=6]", "k is between 1 and the number of experts, 5, got 6"),
+        ("top_k[k=0]", "got 0"),
+        ("gumbel[form=hard]", "'softmax' or 'sigmoid'"), ("gumbel[temperature=0]", "above 0"),
+        ("skills", "needs the option 'tasks'"), ("skills[tasks=0]", "at least 1"),
+        ("skills[tasks=2, form=firm]", "'soft' or 'hard'"), ("expert_choice[capacity=-1]", "above 0"),
+        ("soft[temperature=-1]", "above 0"),
     ]:  # fmt: skip
         with pytest.raises(OptionError, match=said):
             routing.create(spec, DIM, EXPERTS)
@@ -140,7 +153,9 @@ def test_top_k_is_the_softmax_over_the_k_largest_scores(k):
         total = sum(math.exp(row[i]) for i in kept)
         for i in range(EXPERTS):
             assert bool(found.sent[t, i]) == (i in kept)
-            assert float(found.weights[t, i].detach()) == pytest.approx(math.exp(row[i]) / total if i in kept else 0.0, abs=1e-12)
+            assert float(found.weights[t, i].detach()) == pytest.approx(
+                math.exp(row[i]) / total if i in kept else 0.0, abs=1e-12
+            )
     torch.testing.assert_close(found.probabilities, p_of(router, x), **exact)
 
 
@@ -175,19 +190,22 @@ def test_the_load_is_the_probability_to_be_kept_when_the_noise_on_one_expert_is_
         again = noisy.expand(200_000, 4).clone()
         again[:, i] = clean[0, i] + torch.randn(200_000, dtype=torch.float64) * width[0, i]
         shares.append(float((again.topk(2, dim=-1).indices == i).any(dim=-1).double().mean()))
-    assert float(routing.load_loss(clean, noisy, width, 2)) == pytest.approx(squared_cv(shares), rel=0.02)  # drawn 200,000 times
+    # drawn 200,000 times
+    assert float(routing.load_loss(clean, noisy, width, 2)) == pytest.approx(squared_cv(shares), rel=0.02)
 
 
 def test_losses_of_top_k_are_zero_when_experts_are_used_alike():
     even = torch.eye(4, dtype=torch.float64).repeat(3, 1)
     assert float(routing.importance_loss(even)) == pytest.approx(0, abs=1e-15)
-    assert float(routing.importance_loss(torch.eye(4, dtype=torch.float64)[:1])) == pytest.approx(3)  # one of four has all: n - 1
+    # one of four has all: n - 1
+    assert float(routing.importance_loss(torch.eye(4, dtype=torch.float64)[:1])) == pytest.approx(3)
     rolled = torch.stack([torch.tensor([3.0, 2.0, 1.0, 0.0], dtype=torch.float64).roll(i) for i in range(4)])
     assert float(routing.load_loss(rolled, rolled, torch.ones_like(rolled), 2)) == pytest.approx(0, abs=1e-15)
 
 
 def test_gradients_of_the_losses():
-    clean, width = torch.randn(7, 4, dtype=torch.float64, requires_grad=True), (torch.rand(7, 4, dtype=torch.float64) + 0.5).requires_grad_()
+    clean = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    width = (torch.rand(7, 4, dtype=torch.float64) + 0.5).requires_grad_()
     drawn = torch.randn(7, 4, dtype=torch.float64)
     assert gradcheck(lambda c, w: routing.load_loss(c, c + drawn * w, w, 2), (clean, width))
     assert gradcheck(lambda c: routing.importance_loss(c.softmax(dim=-1)), (clean,))
@@ -218,7 +236,9 @@ def test_switch_drops_the_tokens_that_come_last_to_a_full_expert(capacity):
         goes = taken[best] <= room
         dropped += not goes
         assert found.sent[t].tolist() == [goes and i == best for i in range(EXPERTS)]
-        assert found.weights[t].tolist() == pytest.approx([row[i] if goes and i == best else 0.0 for i in range(EXPERTS)], abs=1e-12)
+        assert found.weights[t].tolist() == pytest.approx(
+            [row[i] if goes and i == best else 0.0 for i in range(EXPERTS)], abs=1e-12
+        )
     assert int(found.dropped) == dropped and (dropped > 0 or capacity > 1)
     assert routing.usage(found).dropped == dropped / 29
     assert int(router.eval()(x).dropped) == 0
@@ -226,7 +246,11 @@ def test_switch_drops_the_tokens_that_come_last_to_a_full_expert(capacity):
 
 def test_a_capacity_is_not_raised_by_rounding():
     assert 1.1 * 50 / 5 > 11  # in floating point
-    assert routing.router.places(1.1, 50, 5) == 11 and routing.router.places(1.25, 10, 4) == 4 and routing.router.places(0.1, 3, 8) == 1
+    assert (
+        routing.router.places(1.1, 50, 5) == 11
+        and routing.router.places(1.25, 10, 4) == 4
+        and routing.router.places(0.1, 3, 8) == 1
+    )
 
 
 def test_switch_adds_the_balancing_loss_and_the_z_loss():
@@ -234,7 +258,10 @@ def test_switch_adds_the_balancing_loss_and_the_z_loss():
     p = p_of(router, x).tolist()
     f = Counter(max(range(EXPERTS), key=row.__getitem__) for row in p)
     balance = EXPERTS * sum(f[i] / 29 * sum(row[i] for row in p) / 29 for i in range(EXPERTS))
-    z = sum(math.log(sum(math.exp(float(token @ row)) for row in router.scores.weight.detach())) ** 2 for token in x) / 29
+    z = (
+        sum(math.log(sum(math.exp(float(token @ row)) for row in router.scores.weight.detach())) ** 2 for token in x)
+        / 29
+    )
     assert float(router(x).loss.detach()) == pytest.approx(0.5 * balance + 0.25 * z, rel=1e-12)
 
 
@@ -261,7 +288,9 @@ def test_expert_choice_takes_the_likeliest_tokens_of_each_expert(capacity):
     for i in range(EXPERTS):
         column = p[:, i].tolist()
         taken = sorted(range(13), key=column.__getitem__)[-count:]
-        assert found.weights[:, i].tolist() == pytest.approx([column[t] if t in taken else 0.0 for t in range(13)], abs=1e-12)
+        assert found.weights[:, i].tolist() == pytest.approx(
+            [column[t] if t in taken else 0.0 for t in range(13)], abs=1e-12
+        )
 
 
 def test_base_assigns_equal_shares_in_training_and_the_best_expert_in_evaluation():
@@ -270,7 +299,9 @@ def test_base_assigns_equal_shares_in_training_and_the_best_expert_in_evaluation
     found = router(x)
     assert sorted(found.sent.sum(dim=0).tolist()) == [3, 3, 4, 4] and found.sent.sum(dim=1).tolist() == [1] * 14
     torch.testing.assert_close(found.weights, torch.where(found.sent, 1 / (1 + torch.exp(-scores)), 0.0), **exact)
-    assert router.eval()(x).sent.int().argmax(dim=1).tolist() == [max(range(4), key=row.__getitem__) for row in scores.tolist()]
+    assert router.eval()(x).sent.int().argmax(dim=1).tolist() == [
+        max(range(4), key=row.__getitem__) for row in scores.tolist()
+    ]
 
 
 def best_total(scores):
@@ -301,7 +332,9 @@ def drawn(kind, n, experts):
 def test_assignment_has_the_largest_sum_and_equal_shares(kind, n, experts):
     scores = drawn(kind, n, experts)
     chosen = routing.assign(scores)
-    assert [int((chosen == i).sum()) for i in range(experts)] == [n // experts + (i < n % experts) for i in range(experts)]
+    assert [int((chosen == i).sum()) for i in range(experts)] == [
+        n // experts + (i < n % experts) for i in range(experts)
+    ]
     total, best = float(scores.gather(1, chosen[:, None]).sum()), best_total(scores)
     if kind in ("integers", "equal"):
         assert total == best
@@ -332,7 +365,9 @@ def test_uniform_and_soft_see_every_expert():
     router = make("soft[temperature=0.5]")
     scores = x @ router.scores.weight.T
     powers = [[math.exp(2 * value) for value in row] for row in scores.tolist()]
-    torch.testing.assert_close(router(x).weights, torch.tensor([[v / sum(row) for v in row] for row in powers], dtype=torch.float64), **exact)
+    torch.testing.assert_close(
+        router(x).weights, torch.tensor([[v / sum(row) for v in row] for row in powers], dtype=torch.float64), **exact
+    )
 
 
 def gumbel_parts(scores, form, temperature, seed):
@@ -350,18 +385,24 @@ def gumbel_parts(scores, form, temperature, seed):
 
 @pytest.mark.parametrize("form", ["softmax", "sigmoid"])
 def test_gumbel_is_a_hard_choice_with_the_gradient_of_its_relaxation(form):
-    router, x, out = make(f"gumbel[form={form}, temperature=0.7]", training=True), tokens(40), torch.randn(40, EXPERTS, dtype=torch.float64)
+    router, x = make(f"gumbel[form={form}, temperature=0.7]", training=True), tokens(40)
+    out = torch.randn(40, EXPERTS, dtype=torch.float64)
     choice, relaxed = gumbel_parts(x @ router.scores.weight.T, form, 0.7, seed=3)
     torch.manual_seed(3)
     found = router(x)
-    assert torch.equal(found.weights, choice) and torch.equal(found.sent, choice > 0)  # to the bit: a one-hot row is one-hot
+    # to the bit: a one-hot row is one-hot
+    assert torch.equal(found.weights, choice) and torch.equal(found.sent, choice > 0)
     torch.testing.assert_close(found.probabilities, relaxed, **exact)
     (expected,) = torch.autograd.grad((relaxed * out).sum(), router.scores.weight)
     (grad,) = torch.autograd.grad((found.weights * out).sum(), router.scores.weight)
     torch.testing.assert_close(grad, expected, **exact)
     assert form == "softmax" or len(set(found.sent.sum(dim=-1).tolist())) > 1
     scores = x @ router.scores.weight.T
-    wanted = (scores == scores.max(dim=-1, keepdim=True).values) if form == "softmax" else (scores > 0) | (scores == scores.amax(-1, keepdim=True))
+    wanted = (
+        (scores == scores.max(dim=-1, keepdim=True).values)
+        if form == "softmax"
+        else (scores > 0) | (scores == scores.amax(-1, keepdim=True))
+    )
     assert torch.equal(router.eval()(x).sent, wanted)  # without noise
 
 
@@ -369,7 +410,8 @@ def test_gumbel_draws_experts_as_often_as_their_probability_says():
     router = make("gumbel", experts=3, training=True)
     x = tokens(1).expand(60_000, DIM)
     shares = router(x).weights.mean(dim=0)
-    torch.testing.assert_close(shares, p_of(router, x[:1])[0], atol=0.01, rtol=0)  # five standard deviations of 60,000 draws
+    # five standard deviations of 60,000 draws
+    torch.testing.assert_close(shares, p_of(router, x[:1])[0], atol=0.01, rtol=0)
 
 
 # ---- by task ----
@@ -377,9 +419,14 @@ def test_gumbel_draws_experts_as_often_as_their_probability_says():
 
 def test_fixed_sends_task_t_to_expert_t():
     found = make("fixed")(torch.tensor([3, 0, 4], dtype=torch.int32))
-    assert found.weights.tolist() == [[0, 0, 0, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1]] and found.sent.tolist() == found.weights.bool().tolist()
+    assert (
+        found.weights.tolist() == [[0, 0, 0, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
+        and found.sent.tolist() == found.weights.bool().tolist()
+    )
     for wrong in ([5], [-1, 2], [0.5]):
-        with pytest.raises(InputError, match=r"task_ids are integers from 0 to 4, one for each of the 5 experts, got \["):
+        with pytest.raises(
+            InputError, match=r"task_ids are integers from 0 to 4, one for each of the 5 experts, got \["
+        ):
             make("fixed")(torch.tensor(wrong))
 
 
@@ -410,12 +457,18 @@ def test_skills_start_as_all_for_all():
 
 def hand(weights, sent=None, probabilities=None):
     weights = torch.tensor(weights, dtype=torch.float64)
-    return Routing(weights, weights > 0 if sent is None else torch.tensor(sent), weights if probabilities is None else torch.tensor(probabilities))
+    return Routing(
+        weights,
+        weights > 0 if sent is None else torch.tensor(sent),
+        weights if probabilities is None else torch.tensor(probabilities),
+    )
 
 
 def test_usage_of_a_routing_by_hand():
     probabilities = [[0.25] * 4, [1.0, 0, 0, 0]] * 2
-    found = routing.usage(hand([[0.5, 0, 0, 0], [0, 0.25, 0, 0], [0, 0.25, 0, 0], [0, 0, 0, 0]], probabilities=probabilities), "here")
+    found = routing.usage(
+        hand([[0.5, 0, 0, 0], [0, 0.25, 0, 0], [0, 0.25, 0, 0], [0, 0, 0, 0]], probabilities=probabilities), "here"
+    )
     assert found.router == "here" and found.tokens == 4 and found.dropped == 0.25
     assert found.share == (0.5, 0.5, 0.0, 0.0) and found.entropy == pytest.approx(math.log(2) / math.log(4))
     assert found.certainty == pytest.approx(0.5)  # the mean of an even row, 0, and of a sure one, 1
@@ -424,7 +477,12 @@ def test_usage_of_a_routing_by_hand():
 
 def test_usage_knows_even_collapsed_and_empty():
     even = routing.usage(hand([[1.0, 0], [0, 1.0]]))
-    assert even.entropy == pytest.approx(1) and even.certainty == pytest.approx(1) and not even.collapsed and even.unused == 0
+    assert (
+        even.entropy == pytest.approx(1)
+        and even.certainty == pytest.approx(1)
+        and not even.collapsed
+        and even.unused == 0
+    )
     one = routing.usage(hand([[1.0, 0, 0]] * 5))
     assert one.entropy == 0 and one.unused == 2 and one.collapsed
     single = routing.usage(hand([[1.0]]))
@@ -447,7 +505,9 @@ def test_watch_records_every_pass_in_order_and_nothing_after_it():
 def test_watch_leaves_out_what_a_checkpoint_computes_again():
     router, x = make("soft"), tokens().requires_grad_()
     with routing.watch(router) as seen:
-        torch.utils.checkpoint.checkpoint(lambda given: router(given).weights.square().sum(), x, use_reentrant=False).backward()
+        torch.utils.checkpoint.checkpoint(
+            lambda given: router(given).weights.square().sum(), x, use_reentrant=False
+        ).backward()
     assert len(seen.passes) == 1
 
 
@@ -486,7 +546,9 @@ def test_a_router_is_found_by_entry_point(monkeypatch):
             exec(MINE, {"__name__": "plugged"})
 
     monkeypatch.setattr(effzoo.registry, "_entry_points_loaded", False)
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [Point()] if group == ENTRY_POINT_GROUP else [])
+    monkeypatch.setattr(
+        "importlib.metadata.entry_points", lambda group: [Point()] if group == ENTRY_POINT_GROUP else []
+    )
     with effzoo.scope():
         assert "first_ones" in routing.names()
 
@@ -495,7 +557,9 @@ def test_check_says_that_routers_have_no_checks_and_never_that_they_hold(tmp_pat
     (tmp_path / "mine.py").write_text(MINE)
     found = CliRunner().invoke(app, ["check", str(tmp_path / "mine.py")])
     assert found.exit_code == 2 and isinstance(found.exception, SystemExit | OptionError)
-    both = MINE + "\nfrom effzoo.attention import full, register as enter\n\n@enter('mine')\nclass Mine(full.Full):\n    pass\n"
+    both = MINE + (
+        "\nfrom effzoo.attention import full, register as enter\n\n@enter('mine')\nclass Mine(full.Full):\n    pass\n"
+    )
     (tmp_path / "both.py").write_text(both)
     found = CliRunner().invoke(app, ["check", str(tmp_path / "both.py"), "--json", "--only", "equals_definition"])
     assert [report["subject"].split("[")[0] for report in json.loads(found.output)["reports"]] == ["mine"]

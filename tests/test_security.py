@@ -40,7 +40,9 @@ def with_code(folder, marker, **config):
     """A folder whose config says that classes are in its mod.py."""
     code = "from transformers import BertConfig\nclass C(BertConfig): model_type = 'evil'\nclass T: pass\n"
     (folder / "mod.py").write_text(f"open({str(marker)!r}, 'w')\n{code}")
-    (folder / "config.json").write_text(json.dumps({"model_type": "evil", "architectures": ["X"], "auto_map": {"AutoConfig": "mod.C"}, **config}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "evil", "architectures": ["X"], "auto_map": {"AutoConfig": "mod.C"}, **config})
+    )
 
 
 @pytest.fixture
@@ -58,17 +60,24 @@ def marker(tmp_path, monkeypatch):
 def test_code_of_a_checkpoint_is_not_run_and_not_asked_about(tmp_path, marker, model_type):
     auto = {"AutoConfig": "mod.C", "AutoModel": "mod.C"}
     with_code(tmp_path, marker, model_type=model_type, auto_map=auto, attn_implementation="evil/kernel", **THEIRS)
-    for call in (lambda: convert.from_transformers(tmp_path), lambda: effzoo.build("bert", pretrained=tmp_path, **SIZES)):
+    for call in (
+        lambda: convert.from_transformers(tmp_path),
+        lambda: effzoo.build("bert", pretrained=tmp_path, **SIZES),
+    ):
         with pytest.raises(EffzooError):
             call()
     with pytest.raises(EffzooError):
-        convert.load_pretrained(effzoo.build("perceiver-io"), tmp_path) if model_type == "perceiver" else convert.from_transformers(str(tmp_path))
+        convert.load_pretrained(
+            effzoo.build("perceiver-io"), tmp_path
+        ) if model_type == "perceiver" else convert.from_transformers(str(tmp_path))
     assert not marker.exists()
 
 
 def test_code_of_a_tokenizer_is_not_run(tmp_path, marker):
     with_code(tmp_path, marker)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["mod.T", None]}}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["mod.T", None]}})
+    )
     with pytest.raises(DataError, match="no tokenizer at"):
         data.tokenizer_of(tmp_path)
     assert not marker.exists()
@@ -147,9 +156,11 @@ def test_an_adapter_name_is_no_path(tmp_path, name):
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"vocab": 10**12}, {"max_length": 10**12}, {"mlp": 10**11}, {"types": 10**12}, {"attention": "perceiver[latents=999999999999]"},
+    [{"vocab": 10**12}, {"max_length": 10**12}, {"mlp": 10**11}, {"types": 10**12},
+    {"attention": "perceiver[latents=999999999999]"},
      {"peft": "lora[rank=10000000000]"},
-     {"peft": "routed[of='houlsby[bottleneck=99999999999]', experts=2]"}, {"peft": {"name": "adamix", "experts": 10_000, "bottleneck": 10**8}},
+     {"peft": "routed[of='houlsby[bottleneck=99999999999]', experts=2]"},
+     {"peft": {"name": "adamix", "experts": 10_000, "bottleneck": 10**8}},
      {"task": "classification", "num_labels": 10**12}, {"layers": 10_000, "dim": 10**6, "heads": 10, "mlp": 10**6}],
     ids=str,
 )  # fmt: skip
@@ -167,12 +178,16 @@ def test_nothing_of_the_package_reads_pickles():
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                assert not {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"} & {alias.name for alias in node.names}, path
+                assert not {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"} & {
+                    alias.name for alias in node.names
+                }, path
             if isinstance(node, ast.Call):
                 said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 called = ast.unparse(node.func)
                 assert called != "torch.load" or said.get("weights_only") == "True", path
-                assert not re.search(r"Auto\w+\.from_pretrained$", called) or said.get("trust_remote_code") == "False", f"{path}: {ast.unparse(node)}"
+                assert (
+                    not re.search(r"Auto\w+\.from_pretrained$", called) or said.get("trust_remote_code") == "False"
+                ), f"{path}: {ast.unparse(node)}"
                 assert called != "np.load" or said.get("allow_pickle") == "False", path
 
 

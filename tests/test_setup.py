@@ -1,4 +1,5 @@
-"""scripts/setup takes the build of torch that EFFZOO_TORCH names, keeps it, and says so; pip is a double that writes down what it is asked."""
+"""scripts/setup takes the build of torch that EFFZOO_TORCH names, keeps it, and says so; pip is a double that writes
+down what it is asked."""
 
 import os
 import shutil
@@ -11,11 +12,14 @@ ROOT = Path(__file__).parent.parent
 DOUBLE = """#!/usr/bin/env bash
 case "$*" in
   *"importlib.metadata"*) echo "$TORCH_VERSION" ;;
-  "-m pip"*) shift 2; echo "$*" >> "$PWD/asked"; echo "Collecting torch"; echo "  Downloading torch-$TORCH_VERSION.whl (530.1 MB)" ;;
+  "-m pip"*) shift 2; echo "$*" >> "$PWD/asked"; echo "Collecting torch"
+    echo "  Downloading torch-$TORCH_VERSION.whl (530.1 MB)" ;;
 esac
 """
 ADDRESS = "https://wheels.example/cpu"
-PINNED = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch==")).removeprefix("torch==")
+PINNED = next(
+    line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch==")
+).removeprefix("torch==")
 
 
 @pytest.fixture
@@ -34,10 +38,14 @@ def checkout(tmp_path):
 def setup(checkout, *extras, torch=None, version=PINNED):
     """The requests to pip and what was printed."""
     (checkout / "asked").unlink(missing_ok=True)
-    environment = {key: value for key, value in os.environ.items() if key != "EFFZOO_TORCH"} | {"TORCH_VERSION": version}
+    environment = {key: value for key, value in os.environ.items() if key != "EFFZOO_TORCH"} | {
+        "TORCH_VERSION": version
+    }
     if torch is not None:
         environment["EFFZOO_TORCH"] = str(torch)
-    done = subprocess.run([checkout / "scripts/setup", *extras], cwd=checkout, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [checkout / "scripts/setup", *extras], cwd=checkout, env=environment, capture_output=True, text=True
+    )
     asked = (checkout / "asked").read_text().splitlines() if (checkout / "asked").exists() else []
     return done, [line.removeprefix("--disable-pip-version-check ") for line in asked]
 
@@ -46,7 +54,10 @@ def test_by_default_the_pinned_torch_comes_from_the_index_of_pip_and_its_size_is
     done, asked = setup(checkout, "demo")
     assert asked == ["install -c constraints.txt torch", "--quiet install -c constraints.txt -e .[demo]"]
     assert PINNED in done.stdout and "5.7 GB" in done.stdout and "EFFZOO_TORCH" in done.stdout
-    assert f"Downloading torch-{PINNED}.whl (530.1 MB)" in done.stdout and f"torch {PINNED} is installed; .venv takes" in done.stdout
+    assert (
+        f"Downloading torch-{PINNED}.whl (530.1 MB)" in done.stdout
+        and f"torch {PINNED} is installed; .venv takes" in done.stdout
+    )
 
 
 def test_what_is_installed_is_not_installed_again(checkout):
@@ -59,7 +70,10 @@ def test_what_is_installed_is_not_installed_again(checkout):
 
 def test_an_index_gives_the_pinned_version_without_its_dependencies(checkout):
     done, asked = setup(checkout, "demo", torch=ADDRESS, version=f"{PINNED}+cpu")
-    assert asked[:2] == ["--quiet --quiet uninstall --yes torch", f"install --no-deps -c constraints.txt --index-url {ADDRESS} torch"]
+    assert asked[:2] == [
+        "--quiet --quiet uninstall --yes torch",
+        f"install --no-deps -c constraints.txt --index-url {ADDRESS} torch",
+    ]
     assert asked[2:] == ["--quiet install -c constraints.txt -e .[demo]"]
     assert f"torch comes from {ADDRESS}" in done.stdout and "5.7 GB" not in done.stdout
 
@@ -67,10 +81,15 @@ def test_an_index_gives_the_pinned_version_without_its_dependencies(checkout):
 def test_a_wheel_is_installed_as_it_is_and_its_version_kept(checkout):
     wheel = checkout / "torch-2.12.1+cpu-cp311-none-any.whl"
     wheel.touch()
-    _, asked = setup(checkout, "demo", torch=wheel.name, version="2.12.1+cpu")  # by a path from here, which is remembered whole
+    # by a path from here, which is remembered whole
+    _, asked = setup(checkout, "demo", torch=wheel.name, version="2.12.1+cpu")
     assert asked[1:] == [f"install --no-deps --no-index {wheel}", "--quiet install -c .venv/constraints.txt -e .[demo]"]
     pins = (checkout / ".venv/constraints.txt").read_text().splitlines()
-    assert "torch==2.12.1+cpu" in pins and not any(pin.startswith(("triton==", f"torch=={PINNED}")) for pin in pins) and "rich==15.0.0" in pins
+    assert (
+        "torch==2.12.1+cpu" in pins
+        and not any(pin.startswith(("triton==", f"torch=={PINNED}")) for pin in pins)
+        and "rich==15.0.0" in pins
+    )
 
 
 def test_a_folder_gives_a_wheel_in_the_declared_range(checkout):
@@ -84,7 +103,10 @@ def test_the_choice_is_remembered_until_another_is_made(checkout):
     assert setup(checkout, "demo")[1] == []
     assert setup(checkout, "demo", torch=ADDRESS)[1] == []
     assert f"--index-url {ADDRESS} " in setup(checkout, "test")[1][0]
-    assert setup(checkout, "test", torch="")[1][:2] == ["--quiet --quiet uninstall --yes torch", "install -c constraints.txt torch"]
+    assert setup(checkout, "test", torch="")[1][:2] == [
+        "--quiet --quiet uninstall --yes torch",
+        "install -c constraints.txt torch",
+    ]
     assert setup(checkout, "test")[1] == []
 
 

@@ -1,4 +1,5 @@
-"""Layers that share a block: the model of separate layers with equal weights, for every attention, in training, decoding and on disk."""
+"""Layers that share a block: the model of separate layers with equal weights, for every attention, in training,
+decoding and on disk."""
 
 import copy
 import dataclasses
@@ -37,7 +38,9 @@ def spread(shared, **options):
         own = shared.blocks[layer // each].state_dict()
         state |= {f"blocks.{layer}.{key}": value for key, value in own.items()}
     model.load_state_dict(state)
-    for core, block in zip(model.cores(), (shared.blocks[layer // each] for layer in range(config.layers)), strict=True):
+    for core, block in zip(
+        model.cores(), (shared.blocks[layer // each] for layer in range(config.layers)), strict=True
+    ):
         for (name, buffer), (_, same) in zip(core.named_buffers(), block.attn.core.named_buffers(), strict=True):
             assert buffer.shape == same.shape, name
             buffer.copy_(same)
@@ -105,7 +108,10 @@ def test_each_layer_has_a_cache_of_its_own(build, kind, residual):
     model = grown(model).eval()
     ids, cache = torch.randint(2, 53, (2, 11)), Cache()
     whole = model(ids).logits
-    steps = [model(ids[:, :5], cache=cache).logits, *(model(ids[:, t : t + 1], cache=cache).logits for t in range(5, 11))]
+    steps = [
+        model(ids[:, :5], cache=cache).logits,
+        *(model(ids[:, t : t + 1], cache=cache).logits for t in range(5, 11)),
+    ]
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=0, atol=1e-9)
     assert set(cache.states) == {0, 1, 2, 3}
     if kind == "full":
@@ -116,7 +122,11 @@ def test_each_layer_has_a_cache_of_its_own(build, kind, residual):
 def test_parameters_are_counted_stored_and_hashed_once(build, tmp_path):
     model, plain = build(share_layers=1), build()
     block = sum(p.numel() for p in plain.blocks[0].parameters())
-    assert effzoo.account(plain).total - effzoo.account(model).total == 3 * block == effzoo.account(plain).trainable - effzoo.account(model).trainable
+    assert (
+        effzoo.account(plain).total - effzoo.account(model).total
+        == 3 * block
+        == effzoo.account(plain).trainable - effzoo.account(model).trainable
+    )
     assert not [key for key in model.state_dict() if key.startswith("blocks.1")]
     data = [{"input_ids": [3 + i, 4, 5 + i], "label": i % 3} for i in range(6)]
     result = effzoo.finetune(model, data, output_dir=tmp_path, max_steps=2, learning_rate=1e-2, progress=False)
@@ -169,7 +179,9 @@ def test_another_attention_and_a_plan(build):
     effzoo.swap_attention(model, "longformer[window=(4, 8)]")
     assert model.blocks[1].attn.q is q and [core.reach for core in model.cores()] == [2, 4]
     model(**labelled()).loss.backward()
-    assert effzoo.plan(build(share_layers=1), batch=2, length=9).weights < effzoo.plan(build(), batch=2, length=9).weights
+    assert (
+        effzoo.plan(build(share_layers=1), batch=2, length=9).weights < effzoo.plan(build(), batch=2, length=9).weights
+    )
     alike = [effzoo.plan(build(share_layers=share), batch=2, length=9).activations for share in (1, 0)]
     assert alike[0] == alike[1]
 
@@ -181,7 +193,11 @@ def test_narrow_embeddings_go_through_one_linear_layer(build, task):
     assert table.embedding_dim == model.embeddings.position.embedding_dim == 6 and layer.role == "embed.project"
     ids = torch.tensor([[5, 6, 7]])
     rows = table.weight[ids] + model.embeddings.position.weight[:3] + model.embeddings.token_type.weight[0]
-    x = torch.nn.functional.layer_norm(rows, (6,), model.embeddings.norm.weight, model.embeddings.norm.bias, 1e-12) @ layer.weight.T + layer.bias
+    x = (
+        torch.nn.functional.layer_norm(rows, (6,), model.embeddings.norm.weight, model.embeddings.norm.bias, 1e-12)
+        @ layer.weight.T
+        + layer.bias
+    )
     torch.testing.assert_close(model.embeddings(ids)[0], x, rtol=0, atol=1e-12)
     torch.testing.assert_close(model(inputs_embeds=table(ids)).logits, model(ids).logits, rtol=0, atol=1e-12)
     if task == "masked_lm":
@@ -195,7 +211,9 @@ def test_narrow_embeddings_go_through_one_linear_layer(build, task):
 def test_what_cannot_share_is_refused_with_the_reason(build):
     with pytest.raises(OptionError, match="share_layers 3 does not divide the 4 layers; try share_layers=2"):
         build(share_layers=3)
-    with pytest.raises(OptionError, match=r"layers 0 and 1 share a block, but have the attentions full and local\[chunk=4\]"):
+    with pytest.raises(
+        OptionError, match=r"layers 0 and 1 share a block, but have the attentions full and local\[chunk=4\]"
+    ):
         build(attention=("full", "local[chunk=4]", "full", "full"), share_layers=2)
     assert len(build(attention=("full", "full", "local[chunk=4]", "local[chunk=4]"), share_layers=2).blocks) == 2
     with pytest.raises(OptionError, match="layers 0 and 1 share a block, but differ in rotary"):
@@ -220,9 +238,22 @@ def test_albert_goes_there_and_back(build, tmp_path):
     ids = torch.tensor([[5, 6, 7, 8]])
     torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
     assert torch.equal(back(ids).logits, model(ids).logits)
-    same = {name: getattr(model.config, name) for name in ("dim", "layers", "heads", "mlp", "vocab", "share_layers", "embedding_dim")}
-    long = effzoo.build("albert", pretrained=tmp_path, attention="longformer[window=4]", task="classification", max_length=100, peft="lora", **same)
-    assert torch.equal(long.blocks[1].mlp.up.weight, model.blocks[1].mlp.up.weight) and long(input_ids=torch.full((1, 90), 5)).logits.shape == (1, 2)
+    same = {
+        name: getattr(model.config, name)
+        for name in ("dim", "layers", "heads", "mlp", "vocab", "share_layers", "embedding_dim")
+    }
+    long = effzoo.build(
+        "albert",
+        pretrained=tmp_path,
+        attention="longformer[window=4]",
+        task="classification",
+        max_length=100,
+        peft="lora",
+        **same,
+    )
+    assert torch.equal(long.blocks[1].mlp.up.weight, model.blocks[1].mlp.up.weight) and long(
+        input_ids=torch.full((1, 90), 5)
+    ).logits.shape == (1, 2)
 
 
 def test_blocks_that_were_cut_away_are_not_replaced_by_others(tiny):
@@ -245,5 +276,8 @@ def test_layers_have_a_dropout_of_attention_weights_each_unless_they_share_a_blo
         effzoo.build("bert", **{**sizes, "attention_dropout": (0.5, 0.0)})
     with pytest.raises(OptionError, match=r"attention_dropout is in \[0, 1\)"):
         effzoo.build("bert", **{**sizes, "attention_dropout": (0.5, 0.0, 1.0)})
-    with pytest.raises(ConversionError, match=r"bert of transformers has one attention_dropout for all layers, got \(0\.5, 0\.0, 0\.25\)"):
+    with pytest.raises(
+        ConversionError,
+        match=r"bert of transformers has one attention_dropout for all layers, got \(0\.5, 0\.0, 0\.25\)",
+    ):
         effzoo.convert.to_transformers(effzoo.build("bert", **sizes))

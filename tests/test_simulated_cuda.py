@@ -1,6 +1,7 @@
 """On a device: the same numbers as on the CPU, no tensor left behind, and no wait of the host that is not named here.
 
-The device is simulated (`simulated_cuda/device.py`): no GPU is needed, but a C++ compiler and a build of torch without CUDA.
+The device is simulated (`simulated_cuda/device.py`): no GPU is needed, but a C++ compiler and a build of torch without
+CUDA.
 """
 
 import functools
@@ -17,14 +18,18 @@ from simulated_cuda.library import compiler, library
 import effzoo
 
 WAITS = {  # what is left: the function that makes the host wait, and why
-    "peft/parameter/selection.py: Selection.bounds": "slices are as long as there are chosen entries in a tensor: looked up once for every content",
-    "peft/modular/routed.py: Routed._by_token": "a router reads the tokens alone, and how many rows those are decides a shape",
+    "peft/parameter/selection.py: Selection.bounds": "slices are as long as there are chosen entries in a tensor: "
+    "looked up once for every content",
+    "peft/modular/routed.py: Routed._by_token": "a router reads the tokens alone, and how many rows those are "
+    "decides a shape",
     "elsewhere": "the backward pass of that choice of rows",
     "blocks/reversible.py: _again": "the same, computed back",
     "blocks/experts.py: Experts.forward": "experts read the tokens alone, and how many rows those are decides a shape",
-    "blocks/experts.py: Experts._sent": "an expert computes the tokens that are sent to it, and their number decides a shape",
+    "blocks/experts.py: Experts._sent": "an expert computes the tokens that are sent to it, and their number decides "
+    "a shape",
     "routing/assignment.py: assign": "the exact assignment is found on the CPU",
-    "architectures/packing.py: packed": "position ids without an attention_mask say whether there are documents, which become rows",
+    "architectures/packing.py: packed": "position ids without an attention_mask say whether there are documents, "
+    "which become rows",
     "architectures/packing.py: Packed.__init__": "how many documents there are, and the longest one, decide shapes",
 }
 
@@ -32,7 +37,11 @@ WAITS = {  # what is left: the function that makes the host wait, and why
 @functools.cache
 def ran(part):
     """The result of one part of simulated_cuda/run.py."""
-    reason = None if compiler() else "simulated CUDA needs a C++ compiler: none of g++, clang++ and c++ is here, and CXX names none"
+    reason = (
+        None
+        if compiler()
+        else ("simulated CUDA needs a C++ compiler: none of g++, clang++ and c++ is here, and CXX names none")
+    )
     if torch.version.cuda is not None:
         reason = f"this build of torch, {torch.__version__}, has CUDA of its own, beside which none can be simulated"
     if reason is not None:
@@ -85,10 +94,19 @@ def test_a_plan_for_cuda_is_what_is_kept_there():
 
 def test_the_host_waits_for_the_device_nowhere_but_where_it_must():
     steps = dict(ran("steps"))
-    kinds = {name for name in steps if name.endswith((" with lora", " with prefix", " with houlsby", " with lora|prefix"))}
+    kinds = {
+        name for name in steps if name.endswith((" with lora", " with prefix", " with houlsby", " with lora|prefix"))
+    }
     assert len(kinds) > 55
     assert {name: waits for name, waits in steps.items() if waits and name in kinds} == {}
-    waiting = {"packed documents", "experts", "experts in equal shares", "experts by token", "the same, computed back", "chosen entries"}
+    waiting = {
+        "packed documents",
+        "experts",
+        "experts in equal shares",
+        "experts by token",
+        "the same, computed back",
+        "chosen entries",
+    }
     assert {name for name in steps if steps[name]} == waiting
     found = {wait.rpartition(": ")[0] for waits in steps.values() for wait in waits}
     assert found == WAITS.keys()
@@ -99,7 +117,8 @@ def test_the_device_says_what_is_wrong_with_values_that_the_host_does_not_look_a
     assert said == {
         "an id": "input_ids are in [0, 53)",
         "a mask": "attention_mask holds 0 and 1 (or booleans)",
-        "a mask that is added": "attention_mask is torch.float32 and 0 everywhere, which marks no token: 1 is for tokens (masks that are added to "
+        "a mask that is added": "attention_mask is torch.float32 and 0 everywhere, which marks no token: 1 is for "
+        "tokens (masks that are added to "
         "scores have 0 there)",
         "a label": "labels are in [0, 2) or -100",
         "a number": "labels are finite numbers, and some are not",

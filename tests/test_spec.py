@@ -13,7 +13,13 @@ from effzoo.errors import SpecError
 from effzoo.spec import Spec, parse, parse_one
 
 VALUES = st.recursive(
-    st.one_of(st.integers(-99, 99), st.booleans(), st.none(), st.floats(0, 10), st.from_regex(r"[a-z][a-z_.*]{0,6}", fullmatch=True)),
+    st.one_of(
+        st.integers(-99, 99),
+        st.booleans(),
+        st.none(),
+        st.floats(0, 10),
+        st.from_regex(r"[a-z][a-z_.*]{0,6}", fullmatch=True),
+    ),
     lambda inner: st.lists(inner, min_size=0, max_size=3).map(tuple),
     max_leaves=4,
 )
@@ -26,7 +32,10 @@ NAMES = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True)
         ("lora", (Spec("lora"),)),
         ("lora[]", (Spec("lora"),)),
         ("lora[rank=4]", (Spec("lora", {"rank": 4}),)),
-        (" prefix[ length = 16 ] | lora[rank=4,alpha=8.5] ", (Spec("prefix", {"length": 16}), Spec("lora", {"rank": 4, "alpha": 8.5}))),
+        (
+            " prefix[ length = 16 ] | lora[rank=4,alpha=8.5] ",
+            (Spec("prefix", {"length": 16}), Spec("lora", {"rank": 4, "alpha": 8.5})),
+        ),
         ("lora[targets=(attn.q*, attn.v*)]", (Spec("lora", {"targets": ("attn.q*", "attn.v*")}),)),
         ("lora[layers=[0,-1]]", (Spec("lora", {"layers": (0, -1)}),)),
         ("x[a=true, b=None, c='two words', d=1e-3]", (Spec("x", {"a": True, "b": None, "c": "two words", "d": 1e-3}),)),
@@ -132,7 +141,9 @@ def test_lists_in_lists_endless_lists_and_foreign_numbers():
     ):
         with pytest.raises(SpecError, match=said):
             parse(wrong)
-    (spec,) = parse({"name": "lora", "rank": np.int64(4), "alpha": {"attn.q": np.float32(0.5)}, "layers": [np.int32(1)]})
+    (spec,) = parse(
+        {"name": "lora", "rank": np.int64(4), "alpha": {"attn.q": np.float32(0.5)}, "layers": [np.int32(1)]}
+    )
     assert json.dumps(spec.options) == '{"rank": 4, "alpha": {"attn.q": 0.5}, "layers": [1]}'  # which files hold
 
 

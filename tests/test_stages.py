@@ -1,4 +1,5 @@
-"""Adapters whose methods train in stages: in which one they are belongs to them and to their files, and training goes on from there exactly."""
+"""Adapters whose methods train in stages: in which one they are belongs to them and to their files, and training goes
+on from there exactly."""
 
 import json
 import shutil
@@ -25,7 +26,16 @@ METHODS = {  # spec: its stages
 }
 BEGUN = [(spec, number) for spec, stages in METHODS.items() for number in range(len(stages))]
 ROWS = [{"input_ids": [2 + i, 3, 4, 5 + i % 3], "labels": i % 3} for i in range(16)]
-RUN = {"max_steps": 8, "batch_size": 4, "save_every": 1, "keep": None, "learning_rate": 1e-2, "warmup": 1, "progress": False, "log_every": 1}
+RUN = {
+    "max_steps": 8,
+    "batch_size": 4,
+    "save_every": 1,
+    "keep": None,
+    "learning_rate": 1e-2,
+    "warmup": 1,
+    "progress": False,
+    "log_every": 1,
+}
 IDS = torch.arange(24).reshape(4, 6) % 40 + 2
 BATCH = {"input_ids": IDS, "labels": torch.tensor([0, 1, 2, 0])}
 
@@ -150,7 +160,9 @@ def test_two_adapters_of_one_method_are_in_different_stages_and_only_the_trained
     two = effzoo.load_adapter(effzoo.load_adapter(made(tiny), tmp_path / "one"), tmp_path / "b")
     assert effzoo.status(two).stages == {"default": {"magnitude": "round 1"}, "b": {"magnitude": "round 0"}}
     effzoo.activate(two, "default", "b")
-    with pytest.raises(IncompatibleError, match=r"different stages before them \(round 0, round 1; round 1\); train them apart"):
+    with pytest.raises(
+        IncompatibleError, match=r"different stages before them \(round 0, round 1; round 1\); train them apart"
+    ):
         training.stages(two)
     effzoo.activate(two, "default", "b", train="b")
     for stage in training.stages(two):
@@ -203,7 +215,10 @@ def test_detached_in_the_second_stage_leaves_the_base(tiny, spec):
 @pytest.mark.parametrize(
     ("begun", "message"),
     [
-        ({"lt_sft": "sparser"}, r"in stage 'sparser' of 'lt_sft', and its stages are 'full' of lt_sft, 'sparse' of lt_sft; save it again"),
+        (
+            {"lt_sft": "sparser"},
+            r"in stage 'sparser' of 'lt_sft', and its stages are 'full' of lt_sft, 'sparse' of lt_sft; save it again",
+        ),
         ({"lora": "sparse"}, r"in stage 'sparse' of 'lora', and its stages are"),
         ({"lt_sft": ""}, r"in stage '' of 'lt_sft'"),
         ({"lt_sft": 1}, "begun is the name of a stage for each method, got"),
@@ -222,7 +237,9 @@ def test_a_stage_that_is_not_the_one_of_the_file_is_refused(tiny, tmp_path, begu
         effzoo.load_adapter(model, tmp_path, name="b")
     with pytest.raises(AdapterError):
         swap_weights(model, tmp_path)
-    assert list(effzoo.attached(model)) == ["default"] and effzoo.status(model).stages == {"default": {"lt_sft": "sparse"}}
+    assert list(effzoo.attached(model)) == ["default"] and effzoo.status(model).stages == {
+        "default": {"lt_sft": "sparse"}
+    }
     assert_same(everything(model), before)
 
 
@@ -254,7 +271,10 @@ def test_weights_of_another_stage_are_not_swapped_in(tiny, tmp_path, spec, their
     effzoo.save_adapter(trained(made(tiny, spec), theirs), tmp_path)
     model = trained(made(tiny, spec), ours)
     names, before = stages_of(spec), everything(model)
-    with pytest.raises(AdapterError, match=rf"is in stage '{names[theirs]}' of .* in stage '{names[ours]}' of .*; load it with load_adapter"):
+    with pytest.raises(
+        AdapterError,
+        match=rf"is in stage '{names[theirs]}' of .* in stage '{names[ours]}' of .*; load it with load_adapter",
+    ):
         swap_weights(model, tmp_path)
     assert_same(everything(model), before)
     same = trained(made(tiny, spec), theirs)
@@ -290,7 +310,8 @@ def test_a_checkpoint_of_the_second_stage_is_an_adapter_and_a_run_that_resumes_e
     step = second[0]
     loaded = effzoo.load_adapter(made(tiny), tmp_path / "whole" / f"checkpoint-{step}" / "adapter")
     assert list(effzoo.status(loaded).stages["default"].values()) == [names[1]]
-    for number, model in enumerate([made(tiny, spec), loaded]):  # attached anew, or the adapter as it is in the checkpoint
+    # attached anew, or the adapter as it is in the checkpoint
+    for number, model in enumerate([made(tiny, spec), loaded]):
         result = run(model, cut(tmp_path / "whole", tmp_path / f"cut{number}", step), resume=True)
         assert [entry["loss"] for entry in result.history] == [entry["loss"] for entry in whole.history]
         assert (result.weights / "adapter.json").read_bytes() == (whole.weights / "adapter.json").read_bytes()
@@ -307,7 +328,12 @@ def test_a_run_goes_on_in_the_stage_of_a_loaded_adapter_and_is_resumed(tiny, tmp
     assert list(dict.fromkeys(entry["stage"] for entry in whole.history if "stage" in entry)) == ["round 1", "round 2"]
     first = effzoo.load_adapter(made(tiny), tmp_path / "whole" / "checkpoint-1" / "adapter")
     masks = [value for key, value in stored_tensors(given(), "default").items() if key.endswith("mask")]
-    assert all(torch.equal(a, b) for a, b in zip(masks, [v for k, v in stored_tensors(first, "default").items() if k.endswith("mask")], strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            masks, [v for k, v in stored_tensors(first, "default").items() if k.endswith("mask")], strict=True
+        )
+    )
     for step in (2, 7):
         for number, model in enumerate([given(), made(tiny, spec)]):
             result = run(model, cut(tmp_path / "whole", tmp_path / f"cut{step}{number}", step), resume=True)
@@ -318,7 +344,10 @@ def test_a_run_that_cannot_be_resumed_leaves_the_stage(tiny, tmp_path):
     run(made(tiny, "lt_sft"), tmp_path / "whole")
     model = trained(made(tiny, "lt_sft"), 1)
     before = everything(model)
-    with pytest.raises(TrainingError, match="is in stage 'full' of lt_sft, but the adapter 'default' of this model is in stage 'sparse' of lt_sft"):
+    with pytest.raises(
+        TrainingError,
+        match="is in stage 'full' of lt_sft, but the adapter 'default' of this model is in stage 'sparse' of lt_sft",
+    ):
         run(model, cut(tmp_path / "whole", tmp_path / "early", 2), resume=True)
     with pytest.raises(TrainingError, match="belongs to another run: seed was 0 and is now 3"):
         run(model, cut(tmp_path / "whole", tmp_path / "other", 7), resume=True, seed=3)
@@ -326,7 +355,9 @@ def test_a_run_that_cannot_be_resumed_leaves_the_stage(tiny, tmp_path):
     assert_same(everything(model), before)
 
 
-@pytest.mark.parametrize(("spec", "number"), [(spec, number) for spec, number in BEGUN if not spec.startswith(("ipt", "routed"))])
+@pytest.mark.parametrize(
+    ("spec", "number"), [(spec, number) for spec, number in BEGUN if not spec.startswith(("ipt", "routed"))]
+)
 def test_merged_it_is_what_it_would_be_finished_and_unmerged_it_is_in_its_stage(tiny, spec, number):
     model, finished, twin = (trained(made(tiny, spec), number) for _ in range(3))
     before, stages = everything(model), effzoo.status(model).stages

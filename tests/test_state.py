@@ -19,7 +19,8 @@ IDS = torch.randint(2, 53, (3, 9), generator=torch.Generator().manual_seed(1))
 
 
 def build(tiny, *specs, name="bert", task="classification", seed=0, **more):
-    """A model in float64 with the specs attached as a, b, ..., moved away from where they start; the last one is active."""
+    """A model in float64 with the specs attached as a, b, ..., moved away from where they start; the last one is
+    active."""
     torch.manual_seed(seed)
     model = effzoo.build(name, task=task, **{**tiny, **more}).double().eval()
     for adapter, spec in zip("abcdef", specs, strict=False):
@@ -75,7 +76,13 @@ def test_what_happens_to_one_adapter_leaves_alone_how_the_others_act(tiny, how, 
         change()
         assert torch.equal(out(model), before)
         now = effzoo.status(model)
-        assert (now.active, now.combine, now.rows, now.scales, now.trainable) == (said.active, said.combine, said.rows, said.scales, said.trainable)
+        assert (now.active, now.combine, now.rows, now.scales, now.trainable) == (
+            said.active,
+            said.combine,
+            said.rows,
+            said.scales,
+            said.trainable,
+        )
 
 
 def test_detaching_an_active_adapter_leaves_the_others_as_they_were(tiny):
@@ -83,14 +90,20 @@ def test_detaching_an_active_adapter_leaves_the_others_as_they_were(tiny):
     effzoo.activate(model, "a", "b", "c", combine="average", scale={"b": 0.5, "c": 3.0}, train=("b", "c"))
     effzoo.detach(model, "a")
     said = effzoo.status(model)
-    assert (said.active, said.combine, said.scales, said.trainable) == (("b", "c"), "average", {"b": 0.5, "c": 3.0}, ("b", "c"))
+    assert (said.active, said.combine, said.scales, said.trainable) == (
+        ("b", "c"),
+        "average",
+        {"b": 0.5, "c": 3.0},
+        ("b", "c"),
+    )
     effzoo.activate(model, rows=["b", "c", None])
     effzoo.detach(model, "b")
     assert effzoo.status(model).rows == (None, "c", None)
 
 
 @pytest.mark.parametrize(
-    ("how", "merged"), [("stack", "a"), ("scaled", "b"), ("frozen", "a"), ("none", "a"), ("none", "b"), ("stack", "c"), ("rows", "c")]
+    ("how", "merged"),
+    [("stack", "a"), ("scaled", "b"), ("frozen", "a"), ("none", "a"), ("none", "b"), ("stack", "c"), ("rows", "c")],
 )
 def test_unmerging_restores_order_scales_activity_and_what_learns(tiny, how, merged):
     model = build(tiny, "lora[dropout=0.5]", "lora[targets=attn.v]|ia3[targets=mlp.down]", "ia3")
@@ -120,7 +133,8 @@ ORDERS = [  # stack, what is merged, whether that can come first without changin
     (("dora", "lora"), "b", False),
     (("ia3", "lora[targets=attn.k]"), "a", True),
     (("ia3", "lora[targets=attn.k]"), "b", False),
-    (("ia3", "full[targets=attn.k]"), "a", False),  # first in the stack, and yet behind: outputs are scaled after every change of a weight
+    # first in the stack, and yet behind: outputs are scaled after every change of a weight
+    (("ia3", "full[targets=attn.k]"), "a", False),
     (("full[targets=attn.k]", "ia3"), "a", True),
     (("full[targets=attn.q]", "lora"), "b", False),
     (("houlsby", "lora"), "b", True),  # they hang on different sites
@@ -134,7 +148,8 @@ ORDERS = [  # stack, what is merged, whether that can come first without changin
 def test_merging_keeps_the_outputs_or_is_refused_with_the_order(tiny, specs, merged, alike):
     model = build(tiny, *specs, task="token_classification")
     other = "b" if merged == "a" else "a"
-    for _, site in sites(model):  # the head of one task can be at work, and that of the merged one would be part of the base
+    # the head of one task can be at work, and that of the merged one would be part of the base
+    for _, site in sites(model):
         if site.role.startswith("head.") and "a" in site.adapters:
             del site.adapters[merged]
     effzoo.activate(model, "a", "b")
@@ -144,7 +159,8 @@ def test_merging_keeps_the_outputs_or_is_refused_with_the_order(tiny, specs, mer
     except AdapterError as refusal:
         assert not alike and "whose order counts" in str(refusal) and whole(model) == state
         effzoo.activate(model, merged), effzoo.merge(model, merged), effzoo.activate(model, other)
-        assert "routed" in specs[0] or not torch.allclose(out(model), before, rtol=0, atol=1e-6)  # what a mixture does is not known from outside
+        # what a mixture does is not known from outside
+        assert "routed" in specs[0] or not torch.allclose(out(model), before, rtol=0, atol=1e-6)
     else:
         assert alike and torch.allclose(out(model), before, rtol=0, atol=1e-10)
 
@@ -157,7 +173,11 @@ def test_unmerging_goes_on_with_what_was_activated_since(tiny):
     before = out(model)
     effzoo.unmerge(model, "a")
     said = effzoo.status(model)
-    assert said.active == ("a", "c", "b") and said.scales == {"a": 2.0, "c": 1.0, "b": 1.0} and torch.allclose(out(model), before, rtol=0, atol=1e-10)
+    assert (
+        said.active == ("a", "c", "b")
+        and said.scales == {"a": 2.0, "c": 1.0, "b": 1.0}
+        and torch.allclose(out(model), before, rtol=0, atol=1e-10)
+    )
     effzoo.activate(model, "a")
     effzoo.merge(model, "a")
     effzoo.activate(model, rows=["b", "c", "b"])
@@ -194,7 +214,12 @@ def test_merged_weights_that_were_changed_since_are_not_overwritten(tiny):
 
 
 @pytest.mark.parametrize(
-    "change", [lambda m: effzoo.quantise(m, 8), lambda m: effzoo.quantise(m, 4), lambda m: effzoo.swap_attention(m, "lsh[chunk=4]")]
+    "change",
+    [
+        lambda m: effzoo.quantise(m, 8),
+        lambda m: effzoo.quantise(m, 4),
+        lambda m: effzoo.swap_attention(m, "lsh[chunk=4]"),
+    ],
 )
 def test_what_would_lose_the_undo_is_refused_until_it_is_given_up(tiny, change):
     model = build(tiny, "lora")
@@ -237,7 +262,8 @@ def _failing_save(model, folder):
 REFUSED = {
     "attach a name that is there": lambda m, _: effzoo.attach(m, "lora", name="a"),
     "attach what hangs nowhere": lambda m, _: effzoo.attach(m, "lora|ia3[targets=nope]", name="new"),
-    "attach what is refused after it has listened": lambda m, _: effzoo.attach(m, "routed[of='ipt', experts=2]", name="new"),
+    "attach what is refused after it has listened": lambda m,
+    _: effzoo.attach(m, "routed[of='ipt', experts=2]", name="new"),
     "attach half of it": lambda m, _: effzoo.attach(m, "pissa|lora[init=pissa, rank=300]", name="new"),
     "attach past a rank": lambda m, _: effzoo.attach(m, "houlsby|lora[init=pissa, rank=300]", name="new"),
     "load a damaged file": _failing_save,
@@ -288,7 +314,11 @@ def test_an_operation_that_fails_in_the_middle_changes_nothing(tiny, monkeypatch
     effzoo.activate(model, "a", "c", combine="average")
     before = whole(model)
     finish = effzoo.peft.get("adamix").finish
-    monkeypatch.setattr(effzoo.peft.get("adamix"), "finish", lambda self, modules: (finish(self, modules), (_ for _ in ()).throw(KeyboardInterrupt)))
+    monkeypatch.setattr(
+        effzoo.peft.get("adamix"),
+        "finish",
+        lambda self, modules: (finish(self, modules), (_ for _ in ()).throw(KeyboardInterrupt)),
+    )
     with pytest.raises(KeyboardInterrupt):
         effzoo.peft.finish(model, "b")
     assert whole(model) == before
@@ -316,7 +346,19 @@ def test_an_operation_that_fails_in_the_middle_changes_nothing(tiny, monkeypatch
 # scales
 
 
-SCALABLE = ["lora", "lora[targets=embed.token]", "lora[init=loftq]", "dora", "krona", "ia3", "bitfit", "norms", "full", "diff", "intrinsic[dim=8]"]
+SCALABLE = [
+    "lora",
+    "lora[targets=embed.token]",
+    "lora[init=loftq]",
+    "dora",
+    "krona",
+    "ia3",
+    "bitfit",
+    "norms",
+    "full",
+    "diff",
+    "intrinsic[dim=8]",
+]
 
 
 @pytest.mark.parametrize("spec", SCALABLE)
@@ -345,7 +387,15 @@ def test_a_scale_multiplies_the_change_of_the_weights(tiny, spec, scale):
 
 
 @pytest.mark.parametrize(
-    "spec", ["houlsby[bottleneck=3]", "parallel[bottleneck=3]", "llama_adapter", "routed[of='lora', experts=2]", "pals", "fusion[of='pfeiffer']"]
+    "spec",
+    [
+        "houlsby[bottleneck=3]",
+        "parallel[bottleneck=3]",
+        "llama_adapter",
+        "routed[of='lora', experts=2]",
+        "pals",
+        "fusion[of='pfeiffer']",
+    ],
 )
 def test_a_scale_multiplies_what_is_added_to_an_output(tiny, spec):
     """At one site y + s (y' - y); at scale 0 the model is the bare base, at 1 the adapter itself."""
@@ -357,7 +407,9 @@ def test_a_scale_multiplies_what_is_added_to_an_output(tiny, spec):
     with torch.no_grad():
         for key, x in heads.items():
             bare.get_parameter(key.replace(".adapters.a.head.own_", ".")).copy_(x)
-    assert torch.allclose(out(effzoo.activate(model, "a", scale=0.0)), out(bare), rtol=0, atol=1e-12) and not torch.allclose(whole_, out(bare))
+    assert torch.allclose(
+        out(effzoo.activate(model, "a", scale=0.0)), out(bare), rtol=0, atol=1e-12
+    ) and not torch.allclose(whole_, out(bare))
     effzoo.activate(model, "a", scale=0.25)
     for _, site in sites(model):
         modules = list(site.hung("a"))
@@ -392,7 +444,9 @@ def test_scales_in_a_mean_and_in_a_stack(tiny):
         assert torch.allclose(q(x), expected, rtol=0, atol=1e-12)
     effzoo.activate(model, rows=["a", "b", None, "b"], scale={"a": 0.5, "b": 3})
     changed = [0.5 * D["a"], 3 * D["b"], 0 * D["a"], 3 * D["b"]]
-    expected = torch.stack([torch.nn.functional.linear(row, q.weight + own, q.bias) for row, own in zip(x, changed, strict=True)])
+    expected = torch.stack(
+        [torch.nn.functional.linear(row, q.weight + own, q.bias) for row, own in zip(x, changed, strict=True)]
+    )
     assert torch.allclose(q(x), expected, rtol=0, atol=1e-12)
 
 
@@ -402,7 +456,11 @@ def test_scales_in_a_mean_and_in_a_stack(tiny):
 def test_contexts_restore_everything_also_after_an_error(tiny):
     model = build(tiny, "lora", "ia3", "prefix")
     effzoo.activate(model, "b", "a", combine="average", train="a")
-    for entered in (lambda: effzoo.active(model, "c"), lambda: effzoo.active(model, "a", scale=0.5), lambda: effzoo.disabled(model)):
+    for entered in (
+        lambda: effzoo.active(model, "c"),
+        lambda: effzoo.active(model, "a", scale=0.5),
+        lambda: effzoo.disabled(model),
+    ):
         before, output = whole(model), out(model)
         with entered():
             assert not torch.allclose(out(model), output)
@@ -440,11 +498,16 @@ def test_behind_a_context_learns_what_learned_before_whatever_was_done_inside(ti
         "unmerge": lambda: effzoo.unmerge(model, "c"),
         "finish": lambda: effzoo.peft.finish(model, "a"),
         "detach": lambda: effzoo.detach(model, "a"),
-        "change all": lambda: (effzoo.detach(model, "a"), effzoo.detach(model, "b"), effzoo.attach(model, "bitfit", name="new")),
+        "change all": lambda: (
+            effzoo.detach(model, "a"),
+            effzoo.detach(model, "b"),
+            effzoo.attach(model, "bitfit", name="new"),
+        ),
     }
     with entered(model):
         done[inside]()
-    said, learning = effzoo.status(model), {key.split(".adapters.")[1][0] for key, p in model.named_parameters() if p.requires_grad}
+    said = effzoo.status(model)
+    learning = {key.split(".adapters.")[1][0] for key, p in model.named_parameters() if p.requires_grad}
     left = tuple(name for name in ("a", "b") if name in said.attached)
     assert said.active == left and said.trainable == tuple(sorted(learning)) == left[: left.count("a")]
     assert vars(model)[HERE].roster.now.trained == learning
@@ -501,17 +564,39 @@ def test_status_is_what_is_there(tiny):
     effzoo.merge(model, "d")
     effzoo.activate(model, "c", "a", scale={"a": 0.5}, train="a")
     said = effzoo.status(model)
-    assert said.attached == {"a": "lora", "b": "prefix", "c": "ia3"} and said.active == ("c", "a") and said.combine == "stack" and said.rows is None
-    assert said.scales == {"c": 1.0, "a": 0.5} and said.trainable == ("a",) and said.merged == ("d",) and said.untouched is None
+    assert (
+        said.attached == {"a": "lora", "b": "prefix", "c": "ia3"}
+        and said.active == ("c", "a")
+        and said.combine == "stack"
+        and said.rows is None
+    )
+    assert (
+        said.scales == {"c": 1.0, "a": 0.5}
+        and said.trainable == ("a",)
+        and said.merged == ("d",)
+        and said.untouched is None
+    )
     parameters = dict(model.named_parameters())
     assert sum(row.tensors for row in said.tensors) == len(parameters)
     assert sum(row.numbers for row in said.tensors) == sum(p.numel() for p in parameters.values())
-    assert sum(row.trainable_numbers for row in said.tensors) == sum(p.numel() for p in parameters.values() if p.requires_grad)
+    assert sum(row.trainable_numbers for row in said.tensors) == sum(
+        p.numel() for p in parameters.values() if p.requires_grad
+    )
     text = str(said)
-    for line in ("attached   a (lora), b (prefix), c (ia3)", "active     c then 0.5 a", "trainable  a", "merged     d", "base attn.q"):
+    for line in (
+        "attached   a (lora), b (prefix), c (ia3)",
+        "active     c then 0.5 a",
+        "trainable  a",
+        "merged     d",
+        "base attn.q",
+    ):
         assert line in text
-    assert "average" not in text and "a and b, the mean of them" in str(effzoo.status(effzoo.activate(model, "a", "b", combine="average")))
-    assert "a, c, by row: c, -, a" in str(effzoo.status(effzoo.activate(model, rows=["c", None, "a"]))).replace("c, a, by row", "a, c, by row")
+    assert "average" not in text and "a and b, the mean of them" in str(
+        effzoo.status(effzoo.activate(model, "a", "b", combine="average"))
+    )
+    assert "a, c, by row: c, -, a" in str(effzoo.status(effzoo.activate(model, rows=["c", None, "a"]))).replace(
+        "c, a, by row", "a, c, by row"
+    )
 
 
 # copies and files of the whole model
@@ -525,7 +610,11 @@ def _saved(model):
 
 
 @pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _saved], ids=["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize(
+    "twin_of",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _saved],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
 def test_a_copy_has_a_state_of_its_own(tiny, how, twin_of):
     model = build(tiny, "lora", "ia3", "lora")
     effzoo.merge(model, "c")
@@ -545,7 +634,11 @@ def test_no_batch_outlives_its_pass(tiny):
     torch.manual_seed(0)
     fresh = effzoo.build("bert", task="classification", **tiny)
     model = copy.deepcopy(fresh)
-    for spec in ("routed[of='lora[rank=2]', experts=2]", "fusion[of='pfeiffer', experts=2]", "routed[of='prefix', experts=2, level=example]"):
+    for spec in (
+        "routed[of='lora[rank=2]', experts=2]",
+        "fusion[of='pfeiffer', experts=2]",
+        "routed[of='prefix', experts=2, level=example]",
+    ):
         effzoo.attach(model, spec)
         model(IDS, labels=torch.tensor([0, 1, 0])).loss.backward()
         assert at_hand() is NOWHERE
@@ -571,17 +664,28 @@ def test_rows_that_are_not_the_batch_are_refused_wherever_they_come(tiny):
             model(input_ids=IDS)
 
 
-ALL_LINEAR = [("bert", "longformer[window=4]"), ("llama", "full"), ("bert", "linformer[k=4]"), ("albert", "full"), ("gpt2", "lsh[chunk=4]")]
+ALL_LINEAR = [
+    ("bert", "longformer[window=4]"),
+    ("llama", "full"),
+    ("bert", "linformer[k=4]"),
+    ("albert", "full"),
+    ("gpt2", "lsh[chunk=4]"),
+]
 
 
 @pytest.mark.parametrize(("name", "attention"), ALL_LINEAR)
 def test_all_linear_is_every_linear_layer_of_the_blocks(tiny, name, attention):
-    task, more = ("causal_lm" if name in ("llama", "gpt2") else "classification"), ({"kv_heads": 1} if name == "llama" else {})
+    task = "causal_lm" if name in ("llama", "gpt2") else "classification"
+    more = {"kv_heads": 1} if name == "llama" else {}
     model = effzoo.build(name, attention=attention, task=task, **tiny, **more)
     effzoo.attach(model, "lora[targets=all-linear]")
     hung = {path for path, _ in effzoo.attached(model)["default"].places["lora"]}
     linear = {path for path, site in sites(model) if isinstance(site, Linear)}
-    assert hung == {path for path in linear if path.startswith("blocks.")} and len(hung) >= 6 and (hung < linear or task == "causal_lm")
+    assert (
+        hung == {path for path in linear if path.startswith("blocks.")}
+        and len(hung) >= 6
+        and (hung < linear or task == "causal_lm")
+    )
     with pytest.raises(OptionError, match="two 'lora' modules"):
         effzoo.attach(model, "lora[targets=all-linear]|lora[targets=attn.o]", name="b")
     effzoo.attach(model, "lora[targets=(all-linear, embed.token)]", name="b")
@@ -590,7 +694,9 @@ def test_all_linear_is_every_linear_layer_of_the_blocks(tiny, name, attention):
 
 def made_for_modes():
     torch.manual_seed(0)
-    return effzoo.build("bert", task="classification", layers=1, dim=16, heads=2, mlp=32, vocab=30, max_length=24).eval()
+    return effzoo.build(
+        "bert", task="classification", layers=1, dim=16, heads=2, mlp=32, vocab=30, max_length=24
+    ).eval()
 
 
 def test_a_model_made_in_inference_mode_is_refused_outside_and_serves_inside(tmp_path):

@@ -1,16 +1,19 @@
-"""A drawn sequence of every operation on adapters, several methods at once: what must hold after each step, and at the end.
+"""A drawn sequence of every operation on adapters, several methods at once: what must hold after each step, and at the
+end.
 
-Beside the model goes an account in plain Python of who is attached, who acts, in which order, at which scale, how combined, who learns and what is
-merged. It is kept from what the test did and what is documented of it, and never read from the model. After each step the model says the same as the
-account, and computes, bit for bit, what a fresh base computes on which nothing was ever done and only those hang that should act: so an operation on
-one adapter never moves an output in which it takes no part. Adapters have drawn weights, so each of them changes the output. A refused operation
-changes nothing. At the end everything is unmerged and detached, and the base is there again, bit for bit.
+Beside the model goes an account in plain Python of who is attached, who acts, in which order, at which scale, how
+combined, who learns and what is merged. It is kept from what the test did and what is documented of it, and never read
+from the model. After each step the model says the same as the account, and computes, bit for bit, what a fresh base
+computes on which nothing was ever done and only those hang that should act: so an operation on one adapter never moves
+an output in which it takes no part. Adapters have drawn weights, so each of them changes the output. A refused
+operation changes nothing. At the end everything is unmerged and detached, and the base is there again, bit for bit.
 
-A machine begins with several adapters and is short; many of its rules are a few operations in a row which, drawn one by one, would seldom meet, such
-as to let several act together, merge one, change who acts, and unmerge. Such a rule counts as one step, and everything is looked at after each part.
+A machine begins with several adapters and is short; many of its rules are a few operations in a row which, drawn one by
+one, would seldom meet, such as to let several act together, merge one, change who acts, and unmerge. Such a rule counts
+as one step, and everything is looked at after each part.
 
-`EFFZOO_STEPS=10000 python -m pytest tests/test_state_machine.py -s` takes about so many steps instead of 1000, and says how many operations of each
-kind; EFFZOO_SEED=1 draws others.
+`EFFZOO_STEPS=10000 python -m pytest tests/test_state_machine.py -s` takes about so many steps instead of 1000, and says
+    how many operations of each kind; EFFZOO_SEED=1 draws others.
 """
 
 import collections
@@ -41,9 +44,10 @@ from effzoo.sites import Activity, Roster, sites
 STEPS = int(os.environ.get("EFFZOO_STEPS", "1000"))
 LONG = 8  # drawn steps of a machine; about as many are done when it begins
 SPECS = [
-    "lora[rank=2, dropout=0.3]", "ia3", "prefix[length=2]", "prompt[length=2]", "houlsby[bottleneck=2]", "bitfit", "dora[rank=1]", "head",
-    "full[targets=mlp.*]", "adamix[bottleneck=2]", "lora[targets=all-linear, rank=1]|norms", "routed[of='lora[rank=1]', experts=2]",
-    "diff[targets=attn.q]",
+    "lora[rank=2, dropout=0.3]", "ia3", "prefix[length=2]", "prompt[length=2]", "houlsby[bottleneck=2]", "bitfit",
+    "dora[rank=1]", "head",
+    "full[targets=mlp.*]", "adamix[bottleneck=2]", "lora[targets=all-linear, rank=1]|norms",
+    "routed[of='lora[rank=1]', experts=2]", "diff[targets=attn.q]",
     "llama_adapter[length=2]", "fusion[of='pfeiffer[bottleneck=2]', experts=2]",
 ]  # fmt: skip
 BROKEN = [
@@ -68,14 +72,18 @@ SCALES = st.sampled_from([1.0, 1.0, 1.0, 0.5, -2.0, 0.0, float("nan")])
 TOGETHER = st.sampled_from(["stack", "average", "rows"])
 MERGING = st.tuples(
     ORDER, TOGETHER, SCALE, st.booleans(), PICK, st.sampled_from(MERGEABLE),
-    st.sampled_from(["", "detach", "detach", "activate", "together", "attach", "merge", "mode", "train", "gone", "out of order"]),
+    st.sampled_from(["", "detach", "detach", "activate", "together", "attach", "merge", "mode", "train", "gone",
+    "out of order"]),
 )  # fmt: skip
-DETACHING = st.tuples(ORDER, st.sampled_from([0, 1, 1, 2, 3]), st.sampled_from(["stack", "average", "rows", "rows"]), SCALE)
+DETACHING = st.tuples(
+    ORDER, st.sampled_from([0, 1, 1, 2, 3]), st.sampled_from(["stack", "average", "rows", "rows"]), SCALE
+)
 HALTED = st.tuples(PICK, st.sampled_from(SPECS), st.integers(0, 14), st.integers(0, 14))
 REFUSED = st.tuples(st.sampled_from(BROKEN), st.integers(0, 99), NAMES, NAMES)
 CONTEXT = st.tuples(
     ORDER, st.integers(0, 2), st.booleans(), SCALE, st.booleans(), PICK, st.sampled_from(MERGEABLE),
-    st.sampled_from(["", "", "detach", "attach", "activate", "together", "merge", "unmerge", "finish", "train", "off", "on", "gone"]),
+    st.sampled_from(["", "", "detach", "attach", "activate", "together", "merge", "unmerge", "finish", "train", "off",
+    "on", "gone"]),
 )  # fmt: skip
 IDS = torch.randint(2, 20, (4, 5), generator=torch.Generator().manual_seed(1))
 counts: collections.Counter[str] = collections.Counter()
@@ -98,7 +106,16 @@ def drawn(**strategies):
 @functools.cache
 def base():
     torch.manual_seed(0)
-    sizes = {"dim": 8, "layers": 2, "heads": 2, "mlp": 12, "vocab": 20, "max_length": 16, "dropout": 0.0, "attention_dropout": 0.0}
+    sizes = {
+        "dim": 8,
+        "layers": 2,
+        "heads": 2,
+        "mlp": 12,
+        "vocab": 20,
+        "max_length": 16,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
     model = effzoo.build("bert", task="token_classification", **sizes).double().eval()
     model.embeddings.token_type.requires_grad_(False)  # what was frozen stays so
     return model
@@ -108,7 +125,10 @@ def digest(tensors):
     """Of names, dtypes and bits."""
     found = hashlib.blake2b(digest_size=12)
     for key, x in tensors.items():
-        found.update(f"{key} {x.dtype} {tuple(x.shape)}".encode() + x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(
+            f"{key} {x.dtype} {tuple(x.shape)}".encode()
+            + x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
     return found.hexdigest()
 
 
@@ -118,7 +138,10 @@ def whole(model):
     return {
         "status": str(effzoo.status(model)),
         "activity": state.roster.now,
-        "attached": [(name, each.spec, each.finished, {k: list(v) for k, v in each.places.items()}) for name, each in state.attachments.items()],
+        "attached": [
+            (name, each.spec, each.finished, {k: list(v) for k, v in each.places.items()})
+            for name, each in state.attachments.items()
+        ],
         "merged": [(record.name, digest({f"{k}": x for k, x in record.originals.items()})) for record in state.merged],
         "frozen": sorted(state.frozen),
         "tensors": digest(model.state_dict()),
@@ -230,9 +253,12 @@ class Adapters(RuleBasedStateMachine):
     # the account
 
     def expected(self, acts):
-        """What a fresh model computes on which only these hang; torch's own product rounds in another way where a weight is trained."""
+        """What a fresh model computes on which only these hang; torch's own product rounds in another way where a
+        weight is trained."""
         told = [(self.attached[name], scale) for name, scale in acts.scales]
-        numbers = None if acts.rows is None else tuple(-1 if row is None else acts.names.index(row) for row in acts.rows)
+        numbers = (
+            None if acts.rows is None else tuple(-1 if row is None else acts.names.index(row) for row in acts.rows)
+        )
         learn, frozen = tuple(name in acts.trained for name in acts.names), bool(self.attached)
         key = (digest(self.bases[-1].state_dict()), self.epoch, tuple(told), acts.how, numbers, learn, frozen)
         if key not in self.outputs:
@@ -306,8 +332,10 @@ class Adapters(RuleBasedStateMachine):
     # operations
 
     @initialize(
-        specs=st.lists(st.sampled_from(MERGEABLE), min_size=3, max_size=3), other=st.sampled_from(SPECS), four=st.booleans(),
-        merged=MERGING, left=DETACHING, context=CONTEXT, halted=HALTED, refused=REFUSED, order=st.permutations(range(5)),
+        specs=st.lists(st.sampled_from(MERGEABLE), min_size=3, max_size=3), other=st.sampled_from(SPECS),
+        four=st.booleans(),
+        merged=MERGING, left=DETACHING, context=CONTEXT, halted=HALTED, refused=REFUSED,
+        order=st.permutations(range(5)),
     )  # fmt: skip
     def begin(self, specs, other, four, merged, left, context, halted, refused, order):
         """Several adapters, and what every machine is to see at least once."""
@@ -316,7 +344,8 @@ class Adapters(RuleBasedStateMachine):
             self.is_new(name, spec)
         self.each_leaves_in_turn()
         parts = (
-            lambda: self.merge_and_unmerge(merged), lambda: self.detach_one_of_several(left), lambda: self.inside_a_context(context),
+            lambda: self.merge_and_unmerge(merged), lambda: self.detach_one_of_several(left),
+            lambda: self.inside_a_context(context),
             lambda: self.halted_at_the_end(halted), lambda: self.what_is_refused(refused),
         )  # fmt: skip
         for number in order:
@@ -325,7 +354,8 @@ class Adapters(RuleBasedStateMachine):
                 self.all_holds()
 
     def each_leaves_in_turn(self):
-        """Of copies in which all act by row, averaged and stacked, each time at scales of their own and with the first one frozen."""
+        """Of copies in which all act by row, averaged and stacked, each time at scales of their own and with the first
+        one frozen."""
         names = tuple(self.attached)
         for how, leaving in itertools.product(("rows", "average", "stack"), names):
             model, rows = copy.deepcopy(self.model), (names[1], None, names[0], names[2]) if how == "rows" else None
@@ -340,7 +370,11 @@ class Adapters(RuleBasedStateMachine):
             assert (tuple(said.scales.items()), said.combine, said.rows) == (acts.scales, acts.how, acts.rows), (
                 f"{leaving} left, and {said} is left, not {acts}"
             )
-            learn = {key.split(".adapters.")[1].split(".")[0] for key, p in model.named_parameters() if p.requires_grad and ".adapters." in key}
+            learn = {
+                key.split(".adapters.")[1].split(".")[0]
+                for key, p in model.named_parameters()
+                if p.requires_grad and ".adapters." in key
+            }
             trained = adapters_of(model).roster.now.trained
             assert learn == acts.trained == trained == set(said.trainable), (
                 f"{leaving} left, and {learn} learn, {set(trained)} are to, not {set(acts.trained)}"
@@ -351,8 +385,16 @@ class Adapters(RuleBasedStateMachine):
         now = self.state.roster.now
         for name in {*self.acts.names, *self.acts.trained}:
             left, acts = now.without(name), self.acts.without(name)
-            found = (left.names, tuple(zip(left.names, left.scales, strict=True)), left.combine, left.by_row(), left.trained)
-            assert found == (acts.names, acts.scales, acts.how, acts.rows, acts.trained), f"without {name}: {left}, and should be {acts}"
+            found = (
+                left.names,
+                tuple(zip(left.names, left.scales, strict=True)),
+                left.combine,
+                left.by_row(),
+                left.trained,
+            )
+            assert found == (acts.names, acts.scales, acts.how, acts.rows, acts.trained), (
+                f"without {name}: {left}, and should be {acts}"
+            )
 
     def all_holds(self):
         self.each_holds_what_it_held()
@@ -363,7 +405,9 @@ class Adapters(RuleBasedStateMachine):
     @drawn(pick=PICK, name=NAMES, spec=st.sampled_from(SPECS))
     def attach(self, pick, name, spec):
         name = self.one(pick, [each for each in "abcde" if self.free(each)], name)
-        if self.tried(lambda: effzoo.attach(self.model, spec, name=name), must=self.free(name), must_not=not self.free(name)):
+        if self.tried(
+            lambda: effzoo.attach(self.model, spec, name=name), must=self.free(name), must_not=not self.free(name)
+        ):
             self.is_new(name, spec)
 
     @drawn(drawing=HALTED)
@@ -403,7 +447,9 @@ class Adapters(RuleBasedStateMachine):
                     continue
             if ends.call_count:
                 counts["halted"] += 1
-                with mock.patch.object(states, "_check_synchronised", side_effect=[*[None] * (ends.call_count - 1), Halt]):
+                with mock.patch.object(
+                    states, "_check_synchronised", side_effect=[*[None] * (ends.call_count - 1), Halt]
+                ):
                     assert not self.tried(lambda operation=operation: operation(self.model), must_not=True, may=Halt)
 
     @drawn(drawing=REFUSED)
@@ -463,7 +509,9 @@ class Adapters(RuleBasedStateMachine):
         finite = all(x == x for x in scales.values())
         plain = known and all(x == 1 for x in scales.values())
         if self.tried(
-            lambda: effzoo.activate(self.model, *names, combine=combine, scale=scales, train=train), must=plain, must_not=not known or not finite
+            lambda: effzoo.activate(self.model, *names, combine=combine, scale=scales, train=train),
+            must=plain,
+            must_not=not known or not finite,
         ):
             how = "average" if combine == "average" and len(names) > 1 else "stack"
             self.acts = Acts(tuple((name, scales.get(name, 1.0)) for name in names), how, trained=frozenset(train))
@@ -474,10 +522,13 @@ class Adapters(RuleBasedStateMachine):
         known = all(row is None or row in self.attached for row in rows)
         if self.tried(lambda: effzoo.activate(self.model, rows=rows), must=known, must_not=not known):
             names = tuple(dict.fromkeys(row for row in rows if row is not None))
-            self.acts = Acts(tuple((name, 1.0) for name in names), "rows", tuple(rows), frozenset(names)) if names else Acts()
+            self.acts = (
+                Acts(tuple((name, 1.0) for name in names), "rows", tuple(rows), frozenset(names)) if names else Acts()
+            )
 
     def together(self, names, how, scale, most=3):
-        """Let several act: one after the other, the first at a scale, or averaged, or by row; now and then the first one alone learns."""
+        """Let several act: one after the other, the first at a scale, or averaged, or by row; now and then the first
+        one alone learns."""
         names = [name for name in names if name in self.attached][:most]
         if how == "rows":
             self.by_row([None, *names, *names[:1]] if len(names) < 3 else [names[1], names[2], names[0], names[2]], 1)
@@ -488,17 +539,25 @@ class Adapters(RuleBasedStateMachine):
     def merge(self, pick, name):
         name = self.one(pick, self.attached, name)
         acts, acted = self.acts, name in self.acts.names
-        if self.tried(lambda: effzoo.merge(self.model, name), must_not=name not in self.attached or (acted and acts.how != "stack")):
+        if self.tried(
+            lambda: effzoo.merge(self.model, name),
+            must_not=name not in self.attached or (acted and acts.how != "stack"),
+        ):
             counts["merged"] += 1
-            alike, before = self.expected(alone(name, dict(acts.scales).get(name, 1.0))), self.expected(acts) if acted else None
+            alike = self.expected(alone(name, dict(acts.scales).get(name, 1.0)))
+            before = self.expected(acts) if acted else None
             place, after = list(self.attached).index(name), acts.without(name)
             self.merged.append(Out(name, self.attached.pop(name), place, acts, after))
             self.acts = after
             self.bases.append(bare(self.model))
             for (_, p), q in zip(self.bases[-1].named_parameters(), self.bases[0].parameters(), strict=True):
                 p.requires_grad_(q.requires_grad)
-            assert torch.allclose(logits(self.bases[-1], None), alike, rtol=0, atol=1e-8), "the merged base computes what the adapter did"
-            assert before is None or torch.allclose(logits(self.model, None), before, rtol=0, atol=1e-8), "merging goes on as before"
+            assert torch.allclose(logits(self.bases[-1], None), alike, rtol=0, atol=1e-8), (
+                "the merged base computes what the adapter did"
+            )
+            assert before is None or torch.allclose(logits(self.model, None), before, rtol=0, atol=1e-8), (
+                "merging goes on as before"
+            )
 
     @drawn(pick=PICK, name=NAMES)
     def unmerge(self, pick, name):
@@ -617,7 +676,11 @@ class Adapters(RuleBasedStateMachine):
     def context(self, names, off, scale, fails, inside):
         """What acts behind it is as before, without those that are gone, and those that came since are inactive."""
         acts, before, entered = self.acts, whole(self.model), False
-        context = effzoo.disabled(self.model) if off else effzoo.active(self.model, *names, scale=dict.fromkeys(names[:1], scale))
+        context = (
+            effzoo.disabled(self.model)
+            if off
+            else effzoo.active(self.model, *names, scale=dict.fromkeys(names[:1], scale))
+        )
         counts["contexts"] += 1
         try:
             with context:
@@ -662,7 +725,8 @@ class Adapters(RuleBasedStateMachine):
     @precondition(lambda self: self.attached)
     @drawn(pick=PICK, name=NAMES, other=NAMES, finish=st.booleans())
     def save_and_load(self, pick, name, other, finish):
-        name, other = self.one(pick, self.attached, name), self.one(pick, [each for each in "abcde" if self.free(each)], other)
+        name = self.one(pick, self.attached, name)
+        other = self.one(pick, [each for each in "abcde" if self.free(each)], other)
         if name not in self.attached:
             return
         if finish:
@@ -691,7 +755,9 @@ class Adapters(RuleBasedStateMachine):
             if name == other:
                 self.shaken(name)
             fits = held[name].spec == held[other].spec
-            if self.tried(lambda: effzoo.peft.swap_weights(self.model, folder, name=other), must=alike, must_not=not fits):
+            if self.tried(
+                lambda: effzoo.peft.swap_weights(self.model, folder, name=other), must=alike, must_not=not fits
+            ):
                 counts["swapped"] += 1
                 self.attached[other] = attached
                 self.done |= {other} if name in self.done else set()
@@ -705,7 +771,8 @@ class Adapters(RuleBasedStateMachine):
         weights = {one: weight, two: 0.25}
         if self.tried(lambda: effzoo.combine(self.model, weights, name=name, head=one), must_not=not self.free(name)):
             counts["combined"] += 1
-            found, parts = effzoo.peft.delta(self.model, name), [effzoo.peft.delta(self.model, each) for each in weights]
+            found = effzoo.peft.delta(self.model, name)
+            parts = [effzoo.peft.delta(self.model, each) for each in weights]
             for key in found:
                 if key.startswith("head."):
                     assert torch.equal(found[key], parts[0].get(key, torch.zeros_like(found[key])))
@@ -719,7 +786,10 @@ class Adapters(RuleBasedStateMachine):
         name = self.one(pick, [each for each in "abcde" if self.free(each)], name)
         among = sorted(self.attached) or ["a", "b"]
         one, two = among[one % len(among)], among[(one + 1) % len(among)]
-        if self.tried(lambda: effzoo.peft.gather(self.model, [one, two], name=name, how=how, head=one), must_not=not self.free(name)):
+        if self.tried(
+            lambda: effzoo.peft.gather(self.model, [one, two], name=name, how=how, head=one),
+            must_not=not self.free(name),
+        ):
             counts["gathered"] += 1
             self.finished(one), self.finished(two)
             self.is_new(name, f"{how} {self.specs[one]} {self.specs[two]}")
@@ -728,8 +798,15 @@ class Adapters(RuleBasedStateMachine):
     @drawn(pick=PICK, name=NAMES, other=NAMES)
     def extract(self, pick, name, other):
         name = self.one(pick, [each for each in "abcde" if self.free(each)], name)
-        mixture = self.one(pick, [each for each in self.attached if "routed" in self.specs[each] or "fusion" in self.specs[each]], other)
-        if self.tried(lambda: effzoo.peft.extract(self.model, mixture, 1, name=name), must_not=not self.free(name) or mixture not in self.attached):
+        mixture = self.one(
+            pick,
+            [each for each in self.attached if "routed" in self.specs[each] or "fusion" in self.specs[each]],
+            other,
+        )
+        if self.tried(
+            lambda: effzoo.peft.extract(self.model, mixture, 1, name=name),
+            must_not=not self.free(name) or mixture not in self.attached,
+        ):
             counts["extracted"] += 1
             self.is_new(name, self.specs[mixture])
 
@@ -781,10 +858,14 @@ class Adapters(RuleBasedStateMachine):
         self.another_base(change)
 
     def another_base(self, change):
-        touched = any(any(".attn." in path or ".mlp." in path for path in record.modules) for record in self.state.merged)
+        touched = any(
+            any(".attn." in path or ".mlp." in path for path in record.modules) for record in self.state.merged
+        )
         before = digest(base_tensors(self.model))
         if self.tried(lambda: change(self.model)):
-            assert not touched or digest(base_tensors(self.model)) == before, "what is merged cannot be taken out any more"
+            assert not touched or digest(base_tensors(self.model)) == before, (
+                "what is merged cannot be taken out any more"
+            )
             for each in self.bases:  # the same is made of a base on which nothing hangs
                 change(each)
                 own = dict(self.model.named_parameters())
@@ -806,7 +887,11 @@ class Adapters(RuleBasedStateMachine):
                 return None
 
         before = out()
-        touched = any("embed.token" in path or "embeddings.token" in path for record in self.state.merged for path in record.modules)
+        touched = any(
+            "embed.token" in path or "embeddings.token" in path
+            for record in self.state.merged
+            for path in record.modules
+        )
         if self.tried(lambda: effzoo.resize_vocabulary(model, n), must_not=bool(more and touched)):
             counts["resized"] += more > 0
             after = out()
@@ -832,7 +917,9 @@ class Adapters(RuleBasedStateMachine):
             pass
         for key, p in self.model.named_parameters():
             if p.grad is not None:
-                assert ".adapters." in key and key.split(".adapters.")[1].split(".")[0] in self.acts.trained & set(self.acts.names)
+                assert ".adapters." in key and key.split(".adapters.")[1].split(".")[0] in self.acts.trained & set(
+                    self.acts.names
+                )
                 with torch.no_grad():
                     p -= rate * p.grad.clamp(-1, 1)
             p.grad = None
@@ -846,8 +933,12 @@ class Adapters(RuleBasedStateMachine):
 
     def the_model_computes_what_a_fresh_one_does(self):
         out, expected = logits(self.model, self.acts.rows), self.expected(self.acts)
-        assert (out is None) == (expected is None), f"{self.acts} can act: {out is not None}, and on a fresh model: {expected is not None}"
-        assert out is None or torch.equal(out, expected), f"{self.acts}: another output than of a fresh model, by {(out - expected).abs().max():.1e}"
+        assert (out is None) == (expected is None), (
+            f"{self.acts} can act: {out is not None}, and on a fresh model: {expected is not None}"
+        )
+        assert out is None or torch.equal(out, expected), (
+            f"{self.acts}: another output than of a fresh model, by {(out - expected).abs().max():.1e}"
+        )
         counts["computed" if out is not None else "cannot act together"] += 1
 
     @invariant()
@@ -856,26 +947,42 @@ class Adapters(RuleBasedStateMachine):
 
     def status_is_true(self):
         said, acts = effzoo.status(self.model), self.acts
-        assert tuple(said.attached) == tuple(self.attached) and tuple(said.merged) == tuple(out.name for out in self.merged)
-        assert said.active == acts.names and tuple(said.scales.items()) == acts.scales, f"{said.scales} act, and should: {acts.scales}"
-        assert (said.combine, said.rows) == (acts.how, acts.rows), f"{said.combine} {said.rows}, and should be {acts.how} {acts.rows}"
+        assert tuple(said.attached) == tuple(self.attached) and tuple(said.merged) == tuple(
+            out.name for out in self.merged
+        )
+        assert said.active == acts.names and tuple(said.scales.items()) == acts.scales, (
+            f"{said.scales} act, and should: {acts.scales}"
+        )
+        assert (said.combine, said.rows) == (acts.how, acts.rows), (
+            f"{said.combine} {said.rows}, and should be {acts.how} {acts.rows}"
+        )
         flags = {key: p.requires_grad for key, p in self.model.named_parameters()}
-        trained = {key.split(".adapters.")[1].split(".")[0] for key, flag in flags.items() if flag and ".adapters." in key}
-        assert trained == set(said.trainable) == acts.trained, f"{trained} learn, {said.trainable} are said to, {set(acts.trained)} should"
+        trained = {
+            key.split(".adapters.")[1].split(".")[0] for key, flag in flags.items() if flag and ".adapters." in key
+        }
+        assert trained == set(said.trainable) == acts.trained, (
+            f"{trained} learn, {said.trainable} are said to, {set(acts.trained)} should"
+        )
         assert sum(row.trainable_tensors for row in said.tensors) == sum(flags.values())
-        assert set(said.finished) == self.done & set(self.attached), f"{said.finished} are finished, and should: {self.done}"
+        assert set(said.finished) == self.done & set(self.attached), (
+            f"{said.finished} are finished, and should: {self.done}"
+        )
         assert (said.frozen > 0) == bool(self.attached), f"{said.frozen} parameters of the base are said to be frozen"
 
     def each_holds_what_it_held(self):
         hanging = {key.split(".adapters.")[1].split(".")[0] for key in self.model.state_dict() if ".adapters." in key}
         assert hanging == set(self.attached), f"{hanging} hang, and should: {set(self.attached)}"
         for name, content in self.attached.items():
-            assert bits_of(hung(self.model, name)) == content[0], f"{name} ({self.specs[name]}) holds other tensors than before"
+            assert bits_of(hung(self.model, name)) == content[0], (
+                f"{name} ({self.specs[name]}) holds other tensors than before"
+            )
         assert digest(base_tensors(self.model)) == digest(base_tensors(self.bases[-1])), "the base is another"
         flags = {key: p.requires_grad for key, p in self.model.named_parameters() if ".adapters." not in key}
         at_first = {key: p.requires_grad for key, p in self.bases[-1].named_parameters()}
         should = dict.fromkeys(flags, False) if self.attached else at_first
-        assert flags == should, f"of the base learn {[key for key in flags if flags[key] != should[key]]}, or not, and should not"
+        assert flags == should, (
+            f"of the base learn {[key for key in flags if flags[key] != should[key]]}, or not, and should not"
+        )
 
     def teardown(self):
         for out in reversed(self.merged):
@@ -883,14 +990,17 @@ class Adapters(RuleBasedStateMachine):
         for name in list(effzoo.attached(self.model)):
             effzoo.detach(self.model, name)
         assert digest(base_tensors(self.model)) == digest(self.model.state_dict()) == digest(self.bases[0].state_dict())
-        assert [p.requires_grad for p in self.model.parameters()] == [p.requires_grad for p in self.bases[0].parameters()]
+        assert [p.requires_grad for p in self.model.parameters()] == [
+            p.requires_grad for p in self.bases[0].parameters()
+        ]
         counts["machines"] += 1
 
 
 if "EFFZOO_SEED" in os.environ:
     seed(int(os.environ["EFFZOO_SEED"]))(Adapters)
 Adapters.TestCase.settings = settings(
-    max_examples=max(1, STEPS // (2 * LONG)), stateful_step_count=LONG, deadline=None, derandomize="EFFZOO_SEED" not in os.environ, database=None,
+    max_examples=max(1, STEPS // (2 * LONG)), stateful_step_count=LONG, deadline=None,
+    derandomize="EFFZOO_SEED" not in os.environ, database=None,
     suppress_health_check=list(HealthCheck), print_blob=False,
 )  # fmt: skip
 

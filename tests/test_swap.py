@@ -1,4 +1,5 @@
-"""Swapping the attention of a model that has weights: what is kept is the very same, copies are copies, and the report says it all."""
+"""Swapping the attention of a model that has weights: what is kept is the very same, copies are copies, and the report
+says it all."""
 
 import pytest
 import torch
@@ -18,13 +19,16 @@ def snapshot(model):
 
 @pytest.mark.parametrize("attention", [*effzoo.attention.names()])
 def test_every_tensor_is_kept_copied_new_or_dropped(attention, tiny):
-    """The report accounts for every attention tensor, and what it says holds bit for bit; everything else is untouched."""
+    """The report accounts for every attention tensor, and what it says holds bit for bit; everything else is
+    untouched."""
     model = effzoo.build("bert", **tiny).double()
     before = snapshot(model)
     report = effzoo.swap_attention(model, attention)
     after = model.state_dict()
     ours = {key for key in after if ".attn." in key}
-    assert ours == {*report.kept, *report.copied, *report.new} and len(ours) == len(report.kept) + len(report.copied) + len(report.new)
+    assert ours == {*report.kept, *report.copied, *report.new} and len(ours) == len(report.kept) + len(
+        report.copied
+    ) + len(report.new)
     assert set(report.dropped) == {key for key in before if key not in after}
     assert all(torch.equal(after[key], before[key]) for key in report.kept)
     assert all(torch.equal(after[new], before[old]) for new, old in report.copied.items())

@@ -1,4 +1,5 @@
-"""Adapters whose task heads are for other numbers of labels than the model's: each gives what the model that it was trained on gives."""
+"""Adapters whose task heads are for other numbers of labels than the model's: each gives what the model that it was
+trained on gives."""
 
 import hashlib
 import json
@@ -12,7 +13,16 @@ import effzoo
 from effzoo.errors import AdapterError, EffzooError, IncompatibleError
 from effzoo.sites import sites
 
-SIZES = {"layers": 1, "dim": 16, "heads": 2, "mlp": 32, "vocab": 30, "max_length": 24, "dropout": 0.0, "attention_dropout": 0.0}
+SIZES = {
+    "layers": 1,
+    "dim": 16,
+    "heads": 2,
+    "mlp": 32,
+    "vocab": 30,
+    "max_length": 24,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+}
 IDS = torch.arange(12).reshape(3, 4)
 
 
@@ -43,7 +53,9 @@ def saved(folder, adapter, labels, spec="lora[rank=2]", seed=1, **given):
 
 def of(labels, size=3, task="classification"):
     shape = (size,) if task == "classification" else (size, IDS.shape[1])
-    return torch.arange(torch.Size(shape).numel()).reshape(shape) % labels if labels > 1 else torch.linspace(-1, 1, size)
+    return (
+        torch.arange(torch.Size(shape).numel()).reshape(shape) % labels if labels > 1 else torch.linspace(-1, 1, size)
+    )
 
 
 CASES = [
@@ -57,7 +69,9 @@ CASES = [
 
 
 @pytest.mark.parametrize("name, task, spec, given", CASES)
-def test_adapters_for_three_and_five_labels_give_on_one_base_what_each_gave_on_its_own(name, task, spec, given, tmp_path):
+def test_adapters_for_three_and_five_labels_give_on_one_base_what_each_gave_on_its_own(
+    name, task, spec, given, tmp_path
+):
     given = {"name": name, "task": task, **given}
     model = made(2, **given)
     bare = model(IDS).logits
@@ -100,10 +114,14 @@ def two(tmp_path, first=3, second=5, base=3, **given):
 def test_by_row_each_row_is_its_own_models_where_sizes_agree_and_refused_where_not(tmp_path):
     model, a, b = two(tmp_path, 5, 5, base=2)
     effzoo.activate(model, rows=["a", "b", "a"])
-    assert torch.allclose(model(IDS).logits, torch.stack([a(IDS).logits[0], b(IDS).logits[1], a(IDS).logits[2]]), atol=1e-6)
+    assert torch.allclose(
+        model(IDS).logits, torch.stack([a(IDS).logits[0], b(IDS).logits[1], a(IDS).logits[2]]), atol=1e-6
+    )
     assert model.num_labels == 5
     for rows in (["a", None, "b"], [None, "b", "b"]):
-        with pytest.raises(IncompatibleError, match=r"heads with 5 \(.*2 \(the bare base\) outputs cannot be computed by row"):
+        with pytest.raises(
+            IncompatibleError, match=r"heads with 5 \(.*2 \(the bare base\) outputs cannot be computed by row"
+        ):
             effzoo.activate(model, rows=rows)
     effzoo.activate(model, "a", "b", combine="average")
     assert model(IDS).logits.shape == (3, 5)
@@ -130,7 +148,10 @@ def test_a_detach_that_leaves_rows_of_two_sizes_is_refused_and_changes_nothing(t
 def test_behind_a_block_rows_of_two_sizes_are_refused_and_the_bare_base_is_left(block, tmp_path):
     model, *_ = two(tmp_path, 5, 5, base=3)
     effzoo.activate(model, rows=["a", "b", "a"])
-    with pytest.raises(IncompatibleError, match=r"5 \(b\), 3 \(the bare base\) outputs cannot be computed by row"), block(model):
+    with (
+        pytest.raises(IncompatibleError, match=r"5 \(b\), 3 \(the bare base\) outputs cannot be computed by row"),
+        block(model),
+    ):
         effzoo.detach(model, "a")
     assert effzoo.status(model).active == () and model.num_labels == 3 and model(IDS).logits.shape == (3, 3)
 
@@ -141,7 +162,11 @@ def test_a_mixture_and_its_experts_take_the_named_head_in_its_size(how, tmp_path
     effzoo.activate(model, "b")
     effzoo.peft.gather(model, ["a", "b"], name="m", how=how, head="b")
     mine, theirs = (dict(sites(model))["head.out"].of(name)["head"] for name in ("m", "b"))
-    assert model.num_labels == 5 and torch.equal(mine.own_weight, theirs.own_weight) and torch.equal(mine.own_bias, theirs.own_bias)
+    assert (
+        model.num_labels == 5
+        and torch.equal(mine.own_weight, theirs.own_weight)
+        and torch.equal(mine.own_bias, theirs.own_bias)
+    )
     effzoo.peft.extract(model, "m", 1, name="e")
     assert model.num_labels == 5 and torch.equal(model(IDS).logits, b(IDS).logits)
 
@@ -163,14 +188,19 @@ def test_in_a_stack_the_last_head_counts(tmp_path):
         head = dict(sites(model))["head.out"].of(order[-1])["head"]
         dense = dict(sites(model))["head.dense"].of(order[-1])["head"] if "head.dense" in dict(sites(model)) else None
         x = hidden[:, 0] if dense is None else torch.tanh(hidden[:, 0] @ dense.own_weight.T + dense.own_bias)
-        assert torch.allclose(model(IDS).logits, x @ head.own_weight.T + head.own_bias, atol=1e-5) and model.num_labels == labels
+        assert (
+            torch.allclose(model(IDS).logits, x @ head.own_weight.T + head.own_bias, atol=1e-5)
+            and model.num_labels == labels
+        )
 
 
 @pytest.mark.parametrize("method", ["lora", "bitfit", "dora", "diff", "magnitude", "supermask", "krona"])
 def test_a_method_that_changes_the_models_own_head_needs_a_head_of_that_size(method, tmp_path):
     spec = f"{method}[targets=(attn.q, head.out)]" if method != "bitfit" else "bitfit[targets=(mlp.up, head.out)]"
     folder, _ = saved(tmp_path, "c", 3, spec)
-    with pytest.raises(AdapterError, match=r"num_labels: 3 in the file, 5 in this model; its methods change this head and bring none"):
+    with pytest.raises(
+        AdapterError, match=r"num_labels: 3 in the file, 5 in this model; its methods change this head and bring none"
+    ):
         effzoo.load_adapter(made(5), folder)
     model = made(3)
     with pytest.raises(AdapterError, match=r"own head for 3 labels \(head.out\), so the adapter cannot have one for 4"):
@@ -178,7 +208,10 @@ def test_a_method_that_changes_the_models_own_head_needs_a_head_of_that_size(met
     assert not effzoo.attached(model)
     effzoo.attach(effzoo.attach(model, spec, name="c"), "lora", name="five", num_labels=5)
     for order in (("c", "five"), ("five", "c")):
-        with pytest.raises(IncompatibleError, match="'c' changes the model's own head, which has 3 outputs, and 'five' brings one with 5"):
+        with pytest.raises(
+            IncompatibleError,
+            match="'c' changes the model's own head, which has 3 outputs, and 'five' brings one with 5",
+        ):
             effzoo.activate(model, *order)
     assert effzoo.status(model).active == ("five",)
 
@@ -203,13 +236,18 @@ def test_an_adapter_is_attached_with_a_head_for_other_labels(tmp_path):
     effzoo.attach(model, "lora[rank=2]", name="b", num_labels=5)
     assert effzoo.status(model).heads == {"base": "3 labels", "same": "3 labels", "b": "5 labels"}
     hung = dict(sites(model))["head.out"].of("b")["head"]
-    assert 0.01 < float(hung.own_weight.detach().std()) < 0.03 and not hung.own_bias.any() and hung.own_bias.shape == (5,)
+    assert (
+        0.01 < float(hung.own_weight.detach().std()) < 0.03 and not hung.own_bias.any() and hung.own_bias.shape == (5,)
+    )
     with effzoo.active(model, "same"):
         assert torch.equal(model(IDS).logits, bare)
     effzoo.save_adapter(shaken(model, "b", 4), tmp_path, name="b")
     again = effzoo.load_adapter(made(5), tmp_path)
     assert torch.equal(again(IDS).logits, model(IDS).logits) and again(IDS).logits.shape == (3, 5)
-    assert effzoo.account(again).stored == effzoo.account(model).stored and effzoo.account(again).changed == effzoo.account(model).changed
+    assert (
+        effzoo.account(again).stored == effzoo.account(model).stored
+        and effzoo.account(again).changed == effzoo.account(model).changed
+    )
 
 
 ROWS = [{"input_ids": row.tolist(), "labels": number + 2} for number, row in enumerate(IDS)]
@@ -220,7 +258,15 @@ def test_training_prediction_and_resuming_read_the_labels_of_the_active_head(tmp
         torch.manual_seed(1)
         return effzoo.attach(made(base), "lora[rank=2]", name="b", num_labels=labels)
 
-    given = {"max_steps": 4, "batch_size": 3, "save_every": 2, "keep": None, "learning_rate": 1e-2, "progress": False, "evaluate": ROWS}
+    given = {
+        "max_steps": 4,
+        "batch_size": 3,
+        "save_every": 2,
+        "keep": None,
+        "learning_rate": 1e-2,
+        "progress": False,
+        "evaluate": ROWS,
+    }
     whole = fresh(3, 5)
     effzoo.finetune(whole, ROWS, output_dir=tmp_path / "whole", **given)
     logits = effzoo.predict(whole, [{"input_ids": row["input_ids"]} for row in ROWS])
@@ -239,7 +285,9 @@ def test_training_prediction_and_resuming_read_the_labels_of_the_active_head(tmp
 
 
 def test_files_of_peft_bring_heads_of_any_size(tmp_path):
-    model = shaken(effzoo.attach(made(3, name="roberta"), "lora[rank=2, targets=attn.q]", name="b", num_labels=5), "b", 2)
+    model = shaken(
+        effzoo.attach(made(3, name="roberta"), "lora[rank=2, targets=attn.q]", name="b", num_labels=5), "b", 2
+    )
     effzoo.save_adapter(model, tmp_path, name="b", format="peft")
     for base in (3, 5, 2):
         again = effzoo.load_adapter(made(base, name="roberta"), tmp_path)
@@ -251,12 +299,17 @@ def test_a_damaged_head_of_another_size_is_refused(tmp_path):
     manifest = json.loads((folder / "adapter.json").read_text())
     tensors = safetensors.torch.load_file(folder / manifest["tensors"])
     model = made(3)
-    for key, value in (("head.out.adapters.head.own_weight", torch.zeros(4, 16)), ("head.out.adapters.head.own_bias", torch.zeros(4))):
+    for key, value in (
+        ("head.out.adapters.head.own_weight", torch.zeros(4, 16)),
+        ("head.out.adapters.head.own_bias", torch.zeros(4)),
+    ):
         content = safetensors.torch.save(tensors | {key: value})
         digest = hashlib.sha256(content).hexdigest()
         said = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
         said |= {"tensors": f"adapter-{digest[:16]}.safetensors", "sha256": digest, "size": len(content)}
-        said["manifest_sha256"] = hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        said["manifest_sha256"] = hashlib.sha256(
+            json.dumps(said, sort_keys=True, separators=(",", ":")).encode()
+        ).hexdigest()
         (folder / said["tensors"]).write_bytes(content)
         (folder / "adapter.json").write_text(json.dumps(said))
         with pytest.raises(AdapterError, match="has shape"):
@@ -282,7 +335,9 @@ def test_regression_and_classes_are_told_apart_by_the_head_that_acts(tmp_path):
 def test_merging_needs_a_base_with_as_many_labels(tmp_path):
     model, a, b = two(tmp_path)
     before = model(IDS).logits
-    with pytest.raises(AdapterError, match=r"'b' has a task head for 5 labels, .* is for 3: .* num_labels=5 and merge it there"):
+    with pytest.raises(
+        AdapterError, match=r"'b' has a task head for 5 labels, .* is for 3: .* num_labels=5 and merge it there"
+    ):
         effzoo.merge(model, "b")
     with pytest.raises(AdapterError, match="for 5 labels"):
         effzoo.peft.delta(model, "b")
@@ -313,7 +368,10 @@ def test_swapped_weights_are_of_the_attached_heads_size(tmp_path):
     other, trained = saved(tmp_path / "other", "b", 5, seed=9)
     effzoo.peft.swap_weights(model, other, name="b")
     assert torch.equal(model(IDS).logits, trained(IDS).logits)
-    with pytest.raises(AdapterError, match=r"shape \(5, 16\).* needs \(3, 16\): heads for other numbers of labels; load_adapter attaches one"):
+    with pytest.raises(
+        AdapterError,
+        match=r"shape \(5, 16\).* needs \(3, 16\): heads for other numbers of labels; load_adapter attaches one",
+    ):
         effzoo.peft.swap_weights(model, other, name="a")
 
 

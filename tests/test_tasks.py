@@ -1,4 +1,5 @@
-"""Generated tasks: the grammar, the values and the labels are those of their definitions, and a seed gives the same again."""
+"""Generated tasks: the grammar, the values and the labels are those of their definitions, and a seed gives the same
+again."""
 
 import importlib.util
 import json
@@ -30,7 +31,11 @@ def value_of(text: str) -> int:
 
 
 def test_values_equal_those_of_an_independent_evaluator():
-    assert evaluate(["[MAX", "2", "9", "[MIN", "4", "7", "]", "0", "]"]) == 9 and evaluate(["[MED", "1", "4", "]"]) == 2 and evaluate(["7"]) == 7
+    assert (
+        evaluate(["[MAX", "2", "9", "[MIN", "4", "7", "]", "0", "]"]) == 9
+        and evaluate(["[MED", "1", "4", "]"]) == 2
+        and evaluate(["7"]) == 7
+    )
     ids, mask, labels = SMALL.examples(300, seed=1)
     for row, keep, label in zip(ids, mask.bool(), labels, strict=True):
         tokens = [VOCABULARY[i] for i in row[keep]][1:]
@@ -59,7 +64,9 @@ def test_expressions_keep_the_grammar_the_length_and_differ():
 
 def test_operators_and_digits_are_drawn_evenly_and_by_the_seed():
     again = [SMALL.examples(400, seed=3) for _ in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(*again, strict=True)) and not torch.equal(again[0][0], SMALL.examples(400, seed=4)[0])
+    assert all(torch.equal(a, b) for a, b in zip(*again, strict=True)) and not torch.equal(
+        again[0][0], SMALL.examples(400, seed=4)[0]
+    )
     count = Counter(VOCABULARY[i] for i in again[0][0].flatten().tolist())
     operators = [count[name] for name in ("[MIN", "[MAX", "[MED", "[SM")]
     assert max(operators) < 1.25 * min(operators)
@@ -67,7 +74,13 @@ def test_operators_and_digits_are_drawn_evenly_and_by_the_seed():
 
 def test_duplication_labels_are_the_second_word_alone():
     ids, labels = duplication(5, 7, 9, torch.Generator().manual_seed(0))
-    assert ids.shape == (5, 16) and torch.equal(ids[:, :8], ids[:, 8:]) and (ids[:, 0] == 0).all() and ids[:, 1:8].min() >= 1 and ids.max() <= 9
+    assert (
+        ids.shape == (5, 16)
+        and torch.equal(ids[:, :8], ids[:, 8:])
+        and (ids[:, 0] == 0).all()
+        and ids[:, 1:8].min() >= 1
+        and ids.max() <= 9
+    )
     assert (labels[:, :9] == -100).all() and torch.equal(labels[:, 9:], ids[:, 9:])
     assert torch.equal(ids, duplication(5, 7, 9, torch.Generator().manual_seed(0))[0])
 
@@ -86,8 +99,10 @@ def test_the_benchmark_runs_end_to_end_resumes_and_makes_its_table(name, tmp_pat
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent / f"benchmarks/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    small = {"duplication": ["--word", "7", "--symbols", "5", "--chunk", "4", "--dim", "8", "--heads", "2", "--steps", "20", "--rows", "full", "1"],
-             "listops": ["--kinds", "full", "lsh", "--steps", "5", "--train", "50", "--test", "20", "--dim", "8", "--longest", "20"]}  # fmt: skip
+    small = {"duplication": ["--word", "7", "--symbols", "5", "--chunk", "4", "--dim", "8", "--heads", "2",
+                             "--steps", "20", "--rows", "full", "1"],
+             "listops": ["--kinds", "full", "lsh", "--steps", "5", "--train", "50", "--test", "20", "--dim", "8",
+             "--longest", "20"]}  # fmt: skip
     monkeypatch.setattr(sys, "argv", [name, *small[name], "--seeds", "0", "--results", str(tmp_path / "results.json")])
     threads = torch.get_num_threads()
     assert module.main() == 0

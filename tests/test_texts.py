@@ -1,4 +1,5 @@
-"""Where a text ends, and how a model is asked to continue one, survive every conversion, and `generate` starts from them."""
+"""Where a text ends, and how a model is asked to continue one, survive every conversion, and `generate` starts from
+them."""
 
 import logging
 
@@ -11,7 +12,14 @@ from effzoo import convert
 from effzoo.errors import OptionError
 
 SIZES = {"vocab_size": 53, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 40, "initializer_range": 0.5}
-SETTINGS = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 7, "repetition_penalty": 1.2, "max_new_tokens": 9}
+SETTINGS = {
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "top_k": 7,
+    "repetition_penalty": 1.2,
+    "max_new_tokens": 9,
+}
 
 
 def theirs(generation=None, **tokens):
@@ -29,12 +37,16 @@ def theirs(generation=None, **tokens):
         (SETTINGS, {}),
         ({}, {"eos_token_id": list(range(20, 45)), "pad_token_id": None}),
         ({"eos_token_id": [7, 9, 30], "pad_token_id": 3}, {"eos_token_id": 5}),
-        ({"forced_eos_token_id": 4, "max_new_tokens": 5, "do_sample": True, "top_k": 0, "top_p": 0.9}, {"eos_token_id": None}),
+        (
+            {"forced_eos_token_id": 4, "max_new_tokens": 5, "do_sample": True, "top_k": 0, "top_p": 0.9},
+            {"eos_token_id": None},
+        ),
         ({"num_beams": 3, "length_penalty": 0.3, "suppress_tokens": [1, 2, 3], "begin_suppress_tokens": [8]}, {}),
     ],
 )
 def test_generation_is_that_of_the_converted_model_and_comes_back(generation, tokens, tmp_path):
-    """From a live model and from its folder: the same text from the same random state, here and in the model given back."""
+    """From a live model and from its folder: the same text from the same random state, here and in the model given
+    back."""
     model, ids = theirs(generation, **tokens), torch.randint(10, 50, (2, 5), generator=torch.Generator().manual_seed(1))
     model.save_pretrained(tmp_path)
     texts = []
@@ -53,8 +65,8 @@ def test_generation_is_that_of_the_converted_model_and_comes_back(generation, to
 
 def test_other_tasks_and_heads_keep_the_tokens():
     config = transformers.RobertaConfig(
-        vocab_size=53, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, max_position_embeddings=40,
-        bos_token_id=4, eos_token_id=[5, 6], pad_token_id=1,
+        vocab_size=53, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=40, bos_token_id=4, eos_token_id=[5, 6], pad_token_id=1,
     )  # fmt: skip
     ours = convert.from_transformers(transformers.RobertaForSequenceClassification(config))
     assert (ours.config.bos_token, ours.config.eos_token) == (4, (5, 6))
@@ -63,7 +75,8 @@ def test_other_tasks_and_heads_keep_the_tokens():
 
 
 def test_weights_loaded_into_a_zoo_model_bring_their_texts_along_unless_given(caplog):
-    model, sizes = theirs(SETTINGS, eos_token_id=[7, 9]), {"dim": 16, "layers": 1, "heads": 2, "mlp": 64, "vocab": 53, "max_length": 40}
+    model = theirs(SETTINGS, eos_token_id=[7, 9])
+    sizes = {"dim": 16, "layers": 1, "heads": 2, "mlp": 64, "vocab": 53, "max_length": 40}
     ours = effzoo.build("gpt2", task="causal_lm", pretrained=model, **sizes)
     assert (ours.config.eos_token, ours.config.bos_token, ours.config.pad_token) == ((7, 9), 1, 0)
     with caplog.at_level(logging.INFO, logger="effzoo.generate"):
@@ -90,8 +103,15 @@ def test_adapters_swaps_and_new_rows_leave_the_texts_as_they_are(tmp_path):
 
 def test_settings_that_have_no_meaning_here_are_named(tiny):
     ids = torch.ones(1, 3, dtype=torch.long)
-    model = effzoo.build("gpt2", task="causal_lm", **tiny, generation={"penalty_alpha": 0.6, "cache_implementation": "hybrid", "max_length": 10**6})
-    with pytest.raises(OptionError, match=r"generation settings have penalty_alpha=0.6.*penalty_alpha=None goes on without"):
+    model = effzoo.build(
+        "gpt2",
+        task="causal_lm",
+        **tiny,
+        generation={"penalty_alpha": 0.6, "cache_implementation": "hybrid", "max_length": 10**6},
+    )
+    with pytest.raises(
+        OptionError, match=r"generation settings have penalty_alpha=0.6.*penalty_alpha=None goes on without"
+    ):
         effzoo.generate(model, ids)
     assert effzoo.generate(model, ids, penalty_alpha=None, max_new_tokens=2).shape == (1, 5)
     assert effzoo.generate(model, ids, penalty_alpha=None, eos_token_id=None).shape == (1, model.config.max_length)

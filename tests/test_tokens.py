@@ -1,4 +1,5 @@
-"""`tokens` trains chosen rows of the token table and nothing else: held to the dense table with these rows replaced, forward and backward."""
+"""`tokens` trains chosen rows of the token table and nothing else: held to the dense table with these rows replaced,
+forward and backward."""
 
 import copy
 import dataclasses
@@ -14,7 +15,16 @@ from effzoo.peft import attached, delta
 from effzoo.peft.attach import base_tensors
 from effzoo.peft.manifest import read_manifest
 
-SIZES = {"layers": 1, "dim": 16, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 32, "dropout": 0.0, "attention_dropout": 0.0}
+SIZES = {
+    "layers": 1,
+    "dim": 16,
+    "heads": 2,
+    "mlp": 32,
+    "vocab": 53,
+    "max_length": 32,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+}
 CHOSEN = [0, 5, 6, 7, 40]
 CASES = [
     ("gpt2", "causal_lm", {}, ""),
@@ -70,7 +80,10 @@ def test_it_computes_what_a_table_with_these_rows_does_forward_and_backward(name
     ours.loss.backward(), theirs.loss.backward()
     assert pairs
     for key, rows in pairs.items():
-        assert torch.allclose(rows.grad, dense.get_parameter(key).grad[CHOSEN], rtol=0, atol=1e-12) and rows.grad.abs().max() > 0
+        assert (
+            torch.allclose(rows.grad, dense.get_parameter(key).grad[CHOSEN], rtol=0, atol=1e-12)
+            and rows.grad.abs().max() > 0
+        )
     assert not any(parameter.requires_grad for key, parameter in model.named_parameters() if ".adapters." not in key)
 
 
@@ -85,19 +98,29 @@ def test_other_rows_are_bit_equal_after_weight_decay_and_merging(tied, tmp_path)
         model(**batch()).loss.backward()
         optimizer.step()
     assert torch.equal(model.embeddings.token.weight, table)
-    trained, before = model.embeddings.token.adapters["default"]["tokens"].trained.detach().clone(), model(**batch()).logits
+    trained = model.embeddings.token.adapters["default"]["tokens"].trained.detach().clone()
+    before = model(**batch()).logits
     assert (trained != table[5:8]).all()
     change = delta(model)["embeddings.token.weight"]
-    assert not change[:5].any() and not change[8:].any() and torch.equal(change[5:8], trained.double() - table[5:8].double())
+    assert (
+        not change[:5].any()
+        and not change[8:].any()
+        and torch.equal(change[5:8], trained.double() - table[5:8].double())
+    )
     account = effzoo.account(model)
     assert (account.trainable, account.stored, account.changed, account.rank) == (48, 51, 48, 3)
     effzoo.save_adapter(model, tmp_path)
     (file,) = tmp_path.glob("*.safetensors")
-    assert {key.rpartition(".")[2]: tuple(x.shape) for key, x in load_file(file).items()} == {"ids": (3,), "rows": (3, 16)}
+    assert {key.rpartition(".")[2]: tuple(x.shape) for key, x in load_file(file).items()} == {
+        "ids": (3,),
+        "rows": (3, 16),
+    }
     assert torch.equal(effzoo.load_adapter(copy.deepcopy(base), tmp_path)(**batch()).logits, before)
     effzoo.merge(model)
     assert torch.equal(model.embeddings.token.weight[5:8], trained)
-    assert torch.equal(model.embeddings.token.weight[:5], table[:5]) and torch.equal(model.embeddings.token.weight[8:], table[8:])
+    assert torch.equal(model.embeddings.token.weight[:5], table[:5]) and torch.equal(
+        model.embeddings.token.weight[8:], table[8:]
+    )
     assert torch.allclose(model(**batch()).logits, before, atol=1e-6)
     effzoo.unmerge(model)
     assert torch.equal(model.embeddings.token.weight, table) and torch.equal(model(**batch()).logits, before)
@@ -148,7 +171,9 @@ def test_an_adapter_with_the_new_rows_loads_on_the_base_whatever_its_new_rows_ar
     model = moved(effzoo.attach(effzoo.resize_vocabulary(copy.deepcopy(base), 60, seed=3), "lora|tokens[ids=new]"))
     effzoo.save_adapter(model, tmp_path)
     with pytest.raises(
-        AdapterError, match=r"vocab: 60 in the file, 53 in this model; give the model its tokens first: effzoo.resize_vocabulary\(model, 60\)"
+        AdapterError,
+        match=r"vocab: 60 in the file, 53 in this model; give the model its tokens first: "
+        r"effzoo.resize_vocabulary\(model, 60\)",
     ):
         effzoo.load_adapter(copy.deepcopy(base), tmp_path)
     again = effzoo.load_adapter(effzoo.resize_vocabulary(copy.deepcopy(base), 60, init="normal"), tmp_path)
@@ -164,7 +189,9 @@ def test_an_adapter_with_the_new_rows_loads_on_the_base_whatever_its_new_rows_ar
     tensors = effzoo.peft.files.fingerprint(other, rows={"embeddings.token.weight": "52-59"}).tensors
     forged = dataclasses.replace(manifest, fingerprint=dataclasses.replace(manifest.fingerprint, tensors=tensors))
     (tmp_path / "adapter.json").write_bytes(forged.written())
-    with pytest.raises(AdapterError, match="brings rows 53-59 of embeddings.token.weight, and its manifest has no hash of 52-59"):
+    with pytest.raises(
+        AdapterError, match="brings rows 53-59 of embeddings.token.weight, and its manifest has no hash of 52-59"
+    ):
         effzoo.load_adapter(other, tmp_path)
 
 
@@ -188,19 +215,32 @@ def test_a_scale_takes_part_of_the_way_to_the_trained_rows(tied):
     table, trained = model.embeddings.token.weight, model.embeddings.token.adapters["default"]["tokens"].trained
     effzoo.activate(model, "default", scale=0.25)
     found = model.embeddings.token(torch.tensor([5, 6, 7, 9]))
-    assert torch.allclose(found[:3], table[5:8] + 0.25 * (trained - table[5:8]), atol=1e-12) and torch.equal(found[3], table[9])
+    assert torch.allclose(found[:3], table[5:8] + 0.25 * (trained - table[5:8]), atol=1e-12) and torch.equal(
+        found[3], table[9]
+    )
 
 
 def test_an_adapter_of_before_refuses_a_resized_base_with_advice(tmp_path):
     base = built()
     effzoo.save_adapter(effzoo.attach(copy.deepcopy(base), "lora"), tmp_path)
-    with pytest.raises(AdapterError, match="vocab: 53 in the file, 60 in this model; load it into the model that it was trained on, and call"):
+    with pytest.raises(
+        AdapterError,
+        match="vocab: 53 in the file, 60 in this model; load it into the model that it was trained on, and call",
+    ):
         effzoo.load_adapter(effzoo.resize_vocabulary(base, 60), tmp_path)
 
 
 @pytest.mark.parametrize(
     ("ids", "numbers"),
-    [(5, [5]), ((7, 5), [5, 7]), ("5-7", [5, 6, 7]), ("5-7+9", [5, 6, 7, 9]), (["9", "5-6"], [5, 6, 9]), (None, list(range(53))), ("52", [52])],
+    [
+        (5, [5]),
+        ((7, 5), [5, 7]),
+        ("5-7", [5, 6, 7]),
+        ("5-7+9", [5, 6, 7, 9]),
+        (["9", "5-6"], [5, 6, 9]),
+        (None, list(range(53))),
+        ("52", [52]),
+    ],
 )
 def test_tokens_are_named_by_number_and_range(ids, numbers):
     model = effzoo.attach(built(), {"name": "tokens", "ids": ids})
@@ -210,7 +250,27 @@ def test_tokens_are_named_by_number_and_range(ids, numbers):
 
 @pytest.mark.parametrize(
     "ids",
-    [53, "50-53", -1, "7-5", "a", "5-", "-5", "", (), (5, 5), "3-7+5", True, 1.0, 10**30, f"0-{10**12}", "9" * 10_000, "5+" * 10_000, "²", "5--7"],
+    [
+        53,
+        "50-53",
+        -1,
+        "7-5",
+        "a",
+        "5-",
+        "-5",
+        "",
+        (),
+        (5, 5),
+        "3-7+5",
+        True,
+        1.0,
+        10**30,
+        f"0-{10**12}",
+        "9" * 10_000,
+        "5+" * 10_000,
+        "²",
+        "5--7",
+    ],
 )
 def test_wrong_tokens_are_refused_and_change_nothing(ids):
     model = built()
@@ -234,7 +294,9 @@ def test_a_file_of_other_tokens_is_refused(tmp_path):
     (file,) = tmp_path.glob("*.safetensors")
     manifest = read_manifest(tmp_path)
     for ids in ([5, 6, 60], [7, 6, 5], [-1, 5, 6]):
-        content = save({key: torch.tensor(ids) if key.endswith(".ids") else x for key, x in load(file.read_bytes()).items()})
+        content = save(
+            {key: torch.tensor(ids) if key.endswith(".ids") else x for key, x in load(file.read_bytes()).items()}
+        )
         file.write_bytes(content)
         forged = dataclasses.replace(manifest, sha256=hashlib.sha256(content).hexdigest(), size=len(content))
         (tmp_path / "adapter.json").write_bytes(forged.written())

@@ -9,9 +9,27 @@ import pytest
 import effzoo
 from effzoo.errors import ArgumentError, ConversionError, OptionError, UnknownNameError
 
-SIZES = {"layout": '"bert"', "architecture": '"encoder"', "vocab": 50, "dim": 16, "layers": 2, "heads": 2, "mlp": 32, "max_length": 64}
+SIZES = {
+    "layout": '"bert"',
+    "architecture": '"encoder"',
+    "vocab": 50,
+    "dim": 16,
+    "layers": 2,
+    "heads": 2,
+    "mlp": 32,
+    "max_length": 64,
+}
 NUMBERS = {key: value for key, value in SIZES.items() if isinstance(value, int)}
-PACKAGES = ["helper.x/y", "helper/../../elsewhere", "helper//etc", "../helper/x", "helper/link", "", "__main__/x", "helper\0/x"]
+PACKAGES = [
+    "helper.x/y",
+    "helper/../../elsewhere",
+    "helper//etc",
+    "../helper/x",
+    "helper/link",
+    "",
+    "__main__/x",
+    "helper\0/x",
+]
 
 
 def write(path, **values):
@@ -29,20 +47,32 @@ def test_a_file_is_read_each_time_wherever_its_relative_path_leads(tmp_path, mon
         found.append(effzoo.zoo.config("mine.toml").layers)
     write(tmp_path / "b" / "mine.toml", layers=4)
     os.utime("mine.toml", (0, 0))
-    assert [*found, effzoo.zoo.config("mine.toml").layers, effzoo.zoo.config(Path("../a/mine.toml")).layers] == [2, 3, 4, 2]
+    assert [*found, effzoo.zoo.config("mine.toml").layers, effzoo.zoo.config(Path("../a/mine.toml")).layers] == [
+        2,
+        3,
+        4,
+        2,
+    ]
     (tmp_path / "b" / "mine.toml").unlink()
     with pytest.raises(OptionError, match=r"mine\.toml cannot be read as TOML: there is no such file"):
         effzoo.zoo.config("mine.toml")
 
 
 WRONG = [
-    ("dim", '"16"', "16"), ("dim", "16.0", 16.0), ("heads", "true", True), ("layers", "true", True), ("layers", "1_000_000_000", 10**9),
-    ("dim", "9" * 40, int("9" * 40)), ("dropout", '"0.1"', "0.1"), ("dropout", "nan", float("nan")), ("dropout", "1.0", 1.0),
-    ("eps", "-1.0", -1.0), ("eps", "inf", float("inf")), ("eps", "0", 0), ("tied", '"false"', "false"), ("attn_bias", "0", 0),
-    ("pad_token", "-5", -5), ("kv_heads", "-1", -1), ("types", "-1", -1), ("mlp_chunk", "-1", -1), ("position_offset", "-1", -1),
-    ("activation", '"swoosh"', "swoosh"), ("activation", "[1]", [1]), ("norm", '"mid"', "mid"), ("backend", '"cuda"', "cuda"),
-    ("axial_shape", '"x"', "x"), ("axial_shape", "[0, -1]", [0, -1]), ("rotary_theta", "-3.0", -3.0), ("rotary_theta", "nan", float("nan")),
-    ("mlp", "1979-05-27", __import__("datetime").date(1979, 5, 27)), ("pooler", "{a = 1}", {"a": 1}), ("embed_norm", "1", 1),
+    ("dim", '"16"', "16"), ("dim", "16.0", 16.0), ("heads", "true", True), ("layers", "true", True),
+    ("layers", "1_000_000_000", 10**9),
+    ("dim", "9" * 40, int("9" * 40)), ("dropout", '"0.1"', "0.1"), ("dropout", "nan", float("nan")),
+    ("dropout", "1.0", 1.0),
+    ("eps", "-1.0", -1.0), ("eps", "inf", float("inf")), ("eps", "0", 0), ("tied", '"false"', "false"),
+    ("attn_bias", "0", 0),
+    ("pad_token", "-5", -5), ("kv_heads", "-1", -1), ("types", "-1", -1), ("mlp_chunk", "-1", -1),
+    ("position_offset", "-1", -1),
+    ("activation", '"swoosh"', "swoosh"), ("activation", "[1]", [1]), ("norm", '"mid"', "mid"),
+    ("backend", '"cuda"', "cuda"),
+    ("axial_shape", '"x"', "x"), ("axial_shape", "[0, -1]", [0, -1]), ("rotary_theta", "-3.0", -3.0),
+    ("rotary_theta", "nan", float("nan")),
+    ("mlp", "1979-05-27", __import__("datetime").date(1979, 5, 27)), ("pooler", "{a = 1}", {"a": 1}),
+    ("embed_norm", "1", 1),
 ]  # fmt: skip
 
 
@@ -96,7 +126,9 @@ def test_what_is_no_file_is_refused_with_a_sentence(tmp_path):
     for name in ("folder.toml", "pipe.toml"):
         with pytest.raises(OptionError, match="it is no file"):
             effzoo.build(tmp_path / name)
-    with pytest.raises(OptionError, match=r"ends in \.toml, got 'bert'; the zoo's own model is effzoo\.build\('bert'\)"):
+    with pytest.raises(
+        OptionError, match=r"ends in \.toml, got 'bert'; the zoo's own model is effzoo\.build\('bert'\)"
+    ):
         effzoo.build(Path("bert"))
     with pytest.raises(OptionError, match="cannot be read as TOML: "):
         effzoo.build("a\0.toml")

@@ -1,4 +1,5 @@
-"""`finetune` against a plain PyTorch loop, and its promises: what stays frozen, what is measured, what is written, what is refused."""
+"""`finetune` against a plain PyTorch loop, and its promises: what stays frozen, what is measured, what is written, what
+is refused."""
 
 import copy
 import itertools
@@ -52,14 +53,23 @@ class Recorded(list):
 
 
 def plain_loop(model, data, indices, *, global_batch, steps, rate, decay, warmup, clip):
-    """AdamW (Loshchilov & Hutter) with linear warmup and decline; each example alone, unpadded; the mean is over the labels of the step."""
+    """AdamW (Loshchilov & Hutter) with linear warmup and decline; each example alone, unpadded; the mean is over the
+    labels of the step."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     decayed = [p for name, p in parameters.items() if p.ndim > 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": decay}, {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0}], lr=rate
+        [
+            {"params": decayed, "weight_decay": decay},
+            {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=rate,
     )
     losses, size = [], len(data)
-    starts = [start for epoch in range(0, len(indices), size) for start in range(epoch, min(epoch + size, len(indices)), global_batch)]
+    starts = [
+        start
+        for epoch in range(0, len(indices), size)
+        for start in range(epoch, min(epoch + size, len(indices)), global_batch)
+    ]
     for step, (start, end) in enumerate(zip(starts, [*starts[1:], len(indices)], strict=True)):
         for group in optimizer.param_groups:
             group["lr"] = rate * (step / warmup if step < warmup else (steps - step) / (steps - warmup))
@@ -68,7 +78,8 @@ def plain_loop(model, data, indices, *, global_batch, steps, rate, decay, warmup
             row = list.__getitem__(data, index)
             labels = torch.tensor([row["labels"]])
             number = (labels[:, 1:] if model.task == "causal_lm" else labels).ne(-100).sum()
-            total, count = (total + model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss * number, count + int(number))
+            total = total + model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss * number
+            count = count + int(number)
         loss = total / count
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), clip)
@@ -85,13 +96,18 @@ def test_losses_are_those_of_a_plain_loop(build, tmp_path, task, accumulation):
     per_epoch = math.ceil(22 / (2 * accumulation))
     settings = {"rate": 5e-3, "decay": 0.1, "warmup": 2, "clip": 1.0}
     result = effzoo.finetune(
-        build(task, peft="lora[rank=2]"), data, output_dir=tmp_path, epochs=2, batch_size=2, gradient_accumulation=accumulation, learning_rate=5e-3,
+        build(task, peft="lora[rank=2]"), data, output_dir=tmp_path, epochs=2, batch_size=2,
+        gradient_accumulation=accumulation, learning_rate=5e-3,
         weight_decay=0.1, warmup=2, clip=1.0, log_every=1, save_every=None, progress=False,
     )  # fmt: skip
-    assert sorted(data.seen[-44:-22]) == sorted(data.seen[-22:]) == list(range(22)), "each epoch reads each example once"
+    assert sorted(data.seen[-44:-22]) == sorted(data.seen[-22:]) == list(range(22)), (
+        "each epoch reads each example once"
+    )
     assert data.seen[-44:-22] != data.seen[-22:]
     steps = 2 * per_epoch
-    expected = plain_loop(build(task, peft="lora[rank=2]"), data, data.seen[-44:], global_batch=2 * accumulation, steps=steps, **settings)
+    expected = plain_loop(
+        build(task, peft="lora[rank=2]"), data, data.seen[-44:], global_batch=2 * accumulation, steps=steps, **settings
+    )
     assert [entry["step"] for entry in result.history] == list(range(1, steps + 1))
     assert [entry["loss"] for entry in result.history] == pytest.approx(expected, rel=2e-5, abs=2e-6)
     assert result.metrics["train_loss"] == pytest.approx(sum(expected) / steps, rel=2e-5)
@@ -101,7 +117,10 @@ def test_losses_are_those_of_a_plain_loop(build, tmp_path, task, accumulation):
 @pytest.mark.parametrize("processes", [1, 2, 5])
 def test_the_processes_share_one_order_that_holds_each_example_once(processes, lengths):
     alone = Order(103, 20, seed=3, lengths=lengths)
-    shares = [Order(103, 20 // processes, process=rank, processes=processes, seed=3, lengths=lengths) for rank in range(processes)]
+    shares = [
+        Order(103, 20 // processes, process=rank, processes=processes, seed=3, lengths=lengths)
+        for rank in range(processes)
+    ]
     for epoch in (0, 1):
         for order in (alone, *shares):
             order.set_epoch(epoch)
@@ -131,11 +150,15 @@ def test_padding_writes_the_pad_token_ignored_labels_and_zeros():
     short = {"input_ids": [3], "labels": [2], "global_attention_mask": [1]}
     batch = pad([long, short])
     assert {key: value.tolist() for key, value in batch.items()} == {
-        "input_ids": [[1, 2], [3, 7]], "labels": [[0, 1], [2, -100]], "global_attention_mask": [[1, 0], [1, 0]], "attention_mask": [[1, 1], [1, 0]],
+        "input_ids": [[1, 2], [3, 7]], "labels": [[0, 1], [2, -100]], "global_attention_mask": [[1, 0], [1, 0]],
+        "attention_mask": [[1, 1], [1, 0]],
     }  # fmt: skip
     with pytest.raises(InputError, match="attention_mask of an example has shape"):
         pad([{"input_ids": [1, 2], "attention_mask": [1], "labels": [0, 1]}])
-    assert counted(torch.tensor([[5, 5, -100]]), "causal_lm", 3) == 1 and counted(torch.zeros(4, 3), "classification", 3) == 12
+    assert (
+        counted(torch.tensor([[5, 5, -100]]), "causal_lm", 3) == 1
+        and counted(torch.zeros(4, 3), "classification", 3) == 12
+    )
 
 
 def bits(model, adapters):
@@ -148,7 +171,16 @@ def test_what_is_frozen_keeps_its_bits_under_weight_decay(build, tmp_path, peft)
     effzoo.attach(model, "lora", name="idle")
     effzoo.activate(model, "default")
     base, trained = bits(model, False), bits(model, True)
-    effzoo.finetune(model, rows(), output_dir=tmp_path, max_steps=5, weight_decay=0.5, learning_rate=1e-2, save_every=None, progress=False)
+    effzoo.finetune(
+        model,
+        rows(),
+        output_dir=tmp_path,
+        max_steps=5,
+        weight_decay=0.5,
+        learning_rate=1e-2,
+        save_every=None,
+        progress=False,
+    )
     assert all(torch.equal(value, base[key]) for key, value in bits(model, False).items())
     for key, value in bits(model, True).items():
         assert torch.equal(value, trained[key]) == (".adapters.idle." in key), key
@@ -157,11 +189,20 @@ def test_what_is_frozen_keeps_its_bits_under_weight_decay(build, tmp_path, peft)
 def test_an_encoder_learns_to_classify_and_a_decoder_to_continue(build, tmp_path):
     data = [{"input_ids": [2 + 10 * (i % 3) + (i * j) % 9 for j in range(8)], "label": i % 3} for i in range(30)]
     model = build(peft="lora[rank=4]")
-    encoder = effzoo.finetune(model, data, evaluate=data, output_dir=tmp_path / "e", epochs=12, learning_rate=2e-2, progress=False)
+    encoder = effzoo.finetune(
+        model, data, evaluate=data, output_dir=tmp_path / "e", epochs=12, learning_rate=2e-2, progress=False
+    )
     assert encoder.metrics["eval_accuracy"] == 1.0 and encoder.metrics["eval_loss"] < 0.1 < encoder.history[0]["loss"]
     data = [{"input_ids": (ids := [3 + (i + j) % 5 for j in range(12)]), "labels": ids} for i in range(20)]
     decoder = effzoo.finetune(
-        build("causal_lm"), data, evaluate=data, output_dir=tmp_path / "d", epochs=30, learning_rate=1e-2, save_every=None, progress=False
+        build("causal_lm"),
+        data,
+        evaluate=data,
+        output_dir=tmp_path / "d",
+        epochs=30,
+        learning_rate=1e-2,
+        save_every=None,
+        progress=False,
     )
     assert decoder.metrics["eval_perplexity"] < 1.5 and decoder.history[0]["loss"] > 2
 
@@ -172,7 +213,15 @@ def test_checkpointing_and_recomputing_change_no_loss_even_with_dropout(build, t
     for choice in ({}, {"gradient_checkpointing": True}, {"recompute": "nothing"}, {"recompute": "blocks"}):
         model.load_state_dict(start)
         result = effzoo.finetune(
-            model, rows(), output_dir=tmp_path, max_steps=5, log_every=1, learning_rate=1e-2, save_every=None, progress=False, **choice
+            model,
+            rows(),
+            output_dir=tmp_path,
+            max_steps=5,
+            log_every=1,
+            learning_rate=1e-2,
+            save_every=None,
+            progress=False,
+            **choice,
         )
         losses.append([entry["loss"] for entry in result.history])
         assert (model.recompute, model.only_what_is_read) == ("nothing", False), "as it came"
@@ -187,13 +236,22 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_the_weights(build, tmp_path):
     for precision in ("float32", "bfloat16"):
         kinds.clear()
         losses[precision] = effzoo.finetune(
-            model, rows(), evaluate=rows(), output_dir=tmp_path, max_steps=1, learning_rate=1e-9, precision=precision, save_every=None, progress=False
+            model,
+            rows(),
+            evaluate=rows(),
+            output_dir=tmp_path,
+            max_steps=1,
+            learning_rate=1e-9,
+            precision=precision,
+            save_every=None,
+            progress=False,
         ).metrics
         assert kinds == {getattr(torch, precision)}
     handle.remove()
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model(input_ids=torch.tensor([[3, 4]])).logits.dtype == torch.float32, "the model itself is as it was"
-    assert losses["bfloat16"]["eval_loss"] == pytest.approx(losses["float32"]["eval_loss"], rel=1e-2)  # 8 bits of mantissa
+    # 8 bits of mantissa
+    assert losses["bfloat16"]["eval_loss"] == pytest.approx(losses["float32"]["eval_loss"], rel=1e-2)
 
 
 @pytest.mark.parametrize("task", ["classification", "token_classification", "causal_lm"])
@@ -205,8 +263,8 @@ def test_evaluation_is_the_mean_over_all_labels_in_the_order_of_the_data(build, 
         return {"rows": len(prediction.predictions)}
 
     result = effzoo.finetune(
-        model, data, evaluate=data, output_dir=tmp_path, max_steps=1, learning_rate=1e-9, eval_batch_size=3, metrics=metrics, save_every=None,
-        progress=False,
+        model, data, evaluate=data, output_dir=tmp_path, max_steps=1, learning_rate=1e-9, eval_batch_size=3,
+        metrics=metrics, save_every=None, progress=False,
     )  # fmt: skip
     total = count = hits = 0
     model.eval()
@@ -235,14 +293,24 @@ def test_accuracy_on_a_case_counted_by_hand(build, tmp_path):
         model.head.out.weight.zero_()
         model.head.out.bias.copy_(torch.tensor([0.0, 5.0, 0.0]))
     data = [{"input_ids": [2, 3], "label": label} for label in (1, 0, 1, 2, 1)]
-    result = effzoo.finetune(model, data, evaluate=data, output_dir=tmp_path, max_steps=1, learning_rate=1e-9, eval_batch_size=2, progress=False)
+    result = effzoo.finetune(
+        model,
+        data,
+        evaluate=data,
+        output_dir=tmp_path,
+        max_steps=1,
+        learning_rate=1e-9,
+        eval_batch_size=2,
+        progress=False,
+    )
     assert result.metrics["eval_accuracy"] == 3 / 5
     right, wrong = math.log(2 + math.exp(5)) - 5, math.log(2 + math.exp(5))
     assert result.metrics["eval_loss"] == pytest.approx((3 * right + 2 * wrong) / 5, rel=1e-5)
 
 
 def test_what_is_written_loads_into_a_fresh_model(build, tmp_path):
-    ids, settings = (torch.tensor([[5, 6, 7]]), {"max_steps": 4, "learning_rate": 1e-2, "progress": False, "save_every": 2})
+    ids = torch.tensor([[5, 6, 7]])
+    settings = {"max_steps": 4, "learning_rate": 1e-2, "progress": False, "save_every": 2}
     model = build(peft="lora")
     result = effzoo.finetune(model, datasets.Dataset.from_list(rows()), output_dir=tmp_path / "lora", **settings)
     fresh = effzoo.load_adapter(build(), result.adapter)
@@ -270,12 +338,28 @@ def test_the_best_checkpoint_is_kept_and_loaded(build, tmp_path):
     train = [{"input_ids": [3 + i, 4], "label": 0} for i in range(8)]
     held_out = [{"input_ids": [3 + i, 4], "label": 1} for i in range(8)]
     model = build(peft="lora")
-    result = effzoo.finetune(model, train, evaluate=held_out, output_dir=tmp_path, epochs=5, learning_rate=1e-2, best="loss", keep=1, progress=False)
+    result = effzoo.finetune(
+        model,
+        train,
+        evaluate=held_out,
+        output_dir=tmp_path,
+        epochs=5,
+        learning_rate=1e-2,
+        best="loss",
+        keep=1,
+        progress=False,
+    )
     losses = {entry["step"]: entry["eval_loss"] for entry in result.history if "eval_loss" in entry}
-    assert list(losses) == [1, 2, 3, 4, 5] and result.best.name == f"checkpoint-{min(losses, key=losses.get)}" == "checkpoint-1"
+    assert (
+        list(losses) == [1, 2, 3, 4, 5]
+        and result.best.name == f"checkpoint-{min(losses, key=losses.get)}" == "checkpoint-1"
+    )
     assert [path.name for path in whole(tmp_path)] == ["checkpoint-1", "checkpoint-5"]
     batch = Pad("classification", 0, ("input_ids",))(held_out)
-    assert model.eval()(**batch).loss.item() == pytest.approx(losses[1], rel=1e-5) and result.metrics["eval_loss"] == losses[1]
+    assert (
+        model.eval()(**batch).loss.item() == pytest.approx(losses[1], rel=1e-5)
+        and result.metrics["eval_loss"] == losses[1]
+    )
 
 
 def test_resuming_the_whole_model_gives_the_same_bits(build, tmp_path):
@@ -284,7 +368,15 @@ def test_resuming_the_whole_model_gives_the_same_bits(build, tmp_path):
             if state.global_step == 5:
                 raise KeyboardInterrupt
 
-    settings = {"max_steps": 7, "batch_size": 6, "learning_rate": 1e-2, "log_every": 3, "save_every": 2, "progress": False, "schedule": "cosine"}
+    settings = {
+        "max_steps": 7,
+        "batch_size": 6,
+        "learning_rate": 1e-2,
+        "log_every": 3,
+        "save_every": 2,
+        "progress": False,
+        "schedule": "cosine",
+    }
     model = build(dropout=0.2)
     straight = effzoo.finetune(model, rows(), output_dir=tmp_path / "a", **settings)
     with pytest.raises(KeyboardInterrupt):
@@ -296,12 +388,17 @@ def test_resuming_the_whole_model_gives_the_same_bits(build, tmp_path):
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
     assert not (tmp_path / "b" / ".partial-6").exists()
     again = effzoo.finetune(build(dropout=0.2), rows(), output_dir=tmp_path / "b", resume=True, **settings)
-    assert again.steps == resumed.steps == 7 and again.history == straight.history, "a finished run is not trained further"
+    assert again.steps == resumed.steps == 7 and again.history == straight.history, (
+        "a finished run is not trained further"
+    )
     with pytest.raises(TrainingError, match=r"learning_rate was 0\.01 and is now 0\.1"):
         effzoo.finetune(build(), rows(), output_dir=tmp_path / "b", resume=True, **{**settings, "learning_rate": 0.1})
     with pytest.raises(TrainingError, match="resume=True continues it, overwrite=True removes"):
         effzoo.finetune(build(), rows(), output_dir=tmp_path / "b", **settings)
-    assert effzoo.finetune(build(dropout=0.2), rows(), output_dir=tmp_path / "b", overwrite=True, **settings).history == straight.history
+    assert (
+        effzoo.finetune(build(dropout=0.2), rows(), output_dir=tmp_path / "b", overwrite=True, **settings).history
+        == straight.history
+    )
 
 
 def test_a_checkpoint_of_another_base_or_a_damaged_one_is_refused(build, tmp_path):
@@ -327,8 +424,8 @@ def test_a_masked_language_model_collator_and_workers(build, tmp_path):
 
     losses = [
         effzoo.finetune(
-            build("masked_lm"), rows("masked_lm"), output_dir=tmp_path, max_steps=3, log_every=1, collator=collate, num_workers=workers,
-            save_every=None, progress=False,
+            build("masked_lm"), rows("masked_lm"), output_dir=tmp_path, max_steps=3, log_every=1, collator=collate,
+            num_workers=workers, save_every=None, progress=False,
         ).history
         for workers in (0, 1)
     ]  # fmt: skip
@@ -346,8 +443,14 @@ GOOD = [{"input_ids": [2, 3], "label": 0}]
         ([{"input_ids": [2]}], "has no labels.*Columns: input_ids"),
         ([{"text": "a", "label": 0}], "needs either 'input_ids' or 'inputs_embeds'; tokenise it first"),
         ([{"input_ids": [2], "label": 0, "labels": 0}], "several label columns"),
-        ([{"input_ids": [2], "label": 0, "atention_mask": [1]}], "'atention_mask', which the model does not read; did you mean 'attention_mask'"),
-        ([*GOOD, {"input_ids": [2] * 65, "label": 0}], "example 1 has 65 tokens and 1 of 2 have more than the 64 that fit"),
+        (
+            [{"input_ids": [2], "label": 0, "atention_mask": [1]}],
+            "'atention_mask', which the model does not read; did you mean 'attention_mask'",
+        ),
+        (
+            [*GOOD, {"input_ids": [2] * 65, "label": 0}],
+            "example 1 has 65 tokens and 1 of 2 have more than the 64 that fit",
+        ),
         ([*GOOD, {"input_ids": [2], "label": 3}], r"example 1 has the label 3, the model has 3 classes \(0 to 2\)"),
         ([*GOOD, {"input_ids": [2], "label": "sport"}], "labels are integers"),
         ([*GOOD, {"input_ids": [2], "label": None}], "example 1 has no label"),
@@ -356,7 +459,8 @@ GOOD = [{"input_ids": [2, 3], "label": 0}]
 )
 @pytest.mark.parametrize("kind", [list, "datasets"])
 def test_data_that_would_train_on_the_wrong_thing_is_refused(build, tmp_path, data, message, kind):
-    if kind == "datasets" and isinstance(data, list) and data and not isinstance(data[-1].get("label"), str):  # else no table can hold it
+    # else no table can hold it
+    if kind == "datasets" and isinstance(data, list) and data and not isinstance(data[-1].get("label"), str):
         data = datasets.Dataset.from_list(data)
     with pytest.raises(InputError, match=message):
         effzoo.finetune(build(), data, output_dir=tmp_path, max_steps=1, progress=False)
@@ -365,11 +469,20 @@ def test_data_that_would_train_on_the_wrong_thing_is_refused(build, tmp_path, da
 
 def test_prompt_rows_count_towards_the_length(build, tmp_path):
     with pytest.raises(InputError, match="more than the 59 that fit"):
-        effzoo.finetune(build(peft="prompt[length=5]"), [{"input_ids": [2] * 60, "label": 0}], output_dir=tmp_path, progress=False)
+        effzoo.finetune(
+            build(peft="prompt[length=5]"), [{"input_ids": [2] * 60, "label": 0}], output_dir=tmp_path, progress=False
+        )
 
 
 def test_text_columns_are_left_out_with_a_report(build, tmp_path, caplog):
-    effzoo.finetune(build(), [{**GOOD[0], "text": "hello", "idx": 0}], output_dir=tmp_path, max_steps=1, progress=False, save_every=None)
+    effzoo.finetune(
+        build(),
+        [{**GOOD[0], "text": "hello", "idx": 0}],
+        output_dir=tmp_path,
+        max_steps=1,
+        progress=False,
+        save_every=None,
+    )
     assert "the columns text, idx are not read by the model and left out" in caplog.text
 
 
@@ -383,12 +496,18 @@ def test_text_columns_are_left_out_with_a_report(build, tmp_path, caplog):
         ({"evaluate_every": "day"}, ArgumentError, "evaluate_every takes int or 'epoch' or none, got 'day'"),
         ({"best": "loss"}, OptionError, "needs evaluations to choose by"),
         ({"precision": "int8"}, OptionError, "precision is 'float32' or 'bfloat16' or 'float16', got 'int8'"),
-        ({"learning_rate": 1e30, "clip": None, "warmup": 0, "log_every": 1}, TrainingError, "the loss is (nan|inf) at step"),
+        (
+            {"learning_rate": 1e30, "clip": None, "warmup": 0, "log_every": 1},
+            TrainingError,
+            "the loss is (nan|inf) at step",
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_refused(build, tmp_path, options, error, message):
     with pytest.raises(error, match=message):
-        effzoo.finetune(build(), GOOD, output_dir=tmp_path, **{"max_steps": 3, "progress": False, "save_every": None, **options})
+        effzoo.finetune(
+            build(), GOOD, output_dir=tmp_path, **{"max_steps": 3, "progress": False, "save_every": None, **options}
+        )
 
 
 def test_models_without_anything_to_train_or_to_keep_are_refused(build, tiny, tmp_path, monkeypatch):

@@ -19,13 +19,20 @@ def run(tiny, folder, name, task, attention, rows, peft="lora", **given):
     sizes = {**tiny, **({"kv_heads": 1} if name == "llama" else {})}
     model = effzoo.build(name, **{**sizes, "task": task, "num_labels": 3, "attention": attention, "peft": peft})
     return model, effzoo.finetune(
-        model, rows, output_dir=folder, progress=False, save_every=None, **{"max_steps": 3, "learning_rate": 1e-2, "warmup": 0, **given}
+        model,
+        rows,
+        output_dir=folder,
+        progress=False,
+        save_every=None,
+        **{"max_steps": 3, "learning_rate": 1e-2, "warmup": 0, **given},
     )
 
 
 def moved(model, before):
     """The oracle: which trained tensors are other numbers than before."""
-    return {key for key, value in model.named_parameters() if value.requires_grad and not torch.equal(value, before[key])}
+    return {
+        key for key, value in model.named_parameters() if value.requires_grad and not torch.equal(value, before[key])
+    }
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -40,17 +47,25 @@ def test_a_perceiver_has_no_global_projections_unless_asked(tiny):
     sizes = {"dim": 16, "layers": 1, "heads": 2, "mlp": 16, "vocab": 53, "max_length": 32}
     asked = effzoo.build("perceiver-io", **sizes, attention="longformer[window=2, global_projections=true]")
     model = effzoo.build("perceiver-io", **sizes, attention="longformer[window=2]")
-    assert [key for key in asked.state_dict() if "_global" in key] and not [key for key in model.state_dict() if "_global" in key]
+    assert [key for key in asked.state_dict() if "_global" in key] and not [
+        key for key in model.state_dict() if "_global" in key
+    ]
 
 
 def test_global_projections_that_were_asked_for_and_get_nothing_are_named(tiny, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="effzoo"):
-        model, result = run(tiny, tmp_path, "gpt2", "causal_lm", "longformer[window=4, global_projections=true]", TOKENS, "lora[rank=2]")
-    assert {key.split(".")[3] for key in result.untouched.none} == {"q_global", "v_global"} and len(result.untouched.none) == 8
+        model, result = run(
+            tiny, tmp_path, "gpt2", "causal_lm", "longformer[window=4, global_projections=true]", TOKENS, "lora[rank=2]"
+        )
+    assert {key.split(".")[3] for key in result.untouched.none} == {"q_global", "v_global"} and len(
+        result.untouched.none
+    ) == 8
     numbers = sum(p.numel() for key, p in model.named_parameters() if "_global" in key and p.requires_grad)
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = f"8 of 16 trained tensors ({numbers} of {total} numbers, 50 %)"
-    said = f"{share} got no gradient: blocks.*.attn.q_global.lora.A, blocks.*.attn.q_global.lora.B, blocks.*.attn.v_global"
+    said = (
+        f"{share} got no gradient: blocks.*.attn.q_global.lora.A, blocks.*.attn.q_global.lora.B, blocks.*.attn.v_global"
+    )
     assert str(result.untouched).startswith(said) and not result.untouched.zero
     assert [record.getMessage() for record in caplog.records if said in record.getMessage()] == [
         f"after the first step, {result.untouched}", f"in 3 steps, {result.untouched}",
@@ -73,9 +88,21 @@ def test_with_global_tokens_the_same_model_leaves_nothing_out(tiny, tmp_path):
 
 def test_the_last_local_projections_of_a_classifier_that_reads_a_global_token_are_named(tiny, tmp_path):
     torch.manual_seed(0)
-    model = effzoo.build("longformer", **{**tiny, "attention": "longformer[window=4]", "task": "classification", "num_labels": 3, "peft": "lora"})
+    model = effzoo.build(
+        "longformer",
+        **{**tiny, "attention": "longformer[window=4]", "task": "classification", "num_labels": 3, "peft": "lora"},
+    )
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
-    result = effzoo.finetune(model, CLASSES, output_dir=tmp_path, progress=False, save_every=None, max_steps=3, weight_decay=0.0, learning_rate=1e-2)
+    result = effzoo.finetune(
+        model,
+        CLASSES,
+        output_dir=tmp_path,
+        progress=False,
+        save_every=None,
+        max_steps=3,
+        weight_decay=0.0,
+        learning_rate=1e-2,
+    )
     trained = {key for key, value in model.named_parameters() if value.requires_grad}
     named = {**result.untouched.none, **result.untouched.zero}
     assert named.keys() == trained - moved(model, before), "those named are those that have not moved"
@@ -91,15 +118,30 @@ def test_the_first_factor_of_lora_with_a_gradient_of_zero_at_first_is_no_fault(t
 @pytest.mark.parametrize("peft", ["lora", "pfeiffer", "krona", "llama_adapter", "dora", "parallel"])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_what_waits_for_the_first_update_of_another_is_not_said_to_be_untouched(tiny, tmp_path, caplog, peft, steps):
-    """The rate is 0 in the first of two steps, so in both the second factor is zero; what the run was too short for moves in a longer one."""
+    """The rate is 0 in the first of two steps, so in both the second factor is zero; what the run was too short for
+    moves in a longer one."""
     with caplog.at_level(logging.WARNING, logger="effzoo"):
-        model, result = run(tiny, tmp_path / "short", "bert", "classification", "full", CLASSES, peft, max_steps=steps, warmup=min(1, steps - 1))
+        model, result = run(
+            tiny,
+            tmp_path / "short",
+            "bert",
+            "classification",
+            "full",
+            CLASSES,
+            peft,
+            max_steps=steps,
+            warmup=min(1, steps - 1),
+        )
     assert not result.untouched and effzoo.status(model).untouched == {} and "gradient" not in caplog.text
     _, longer = run(tiny, tmp_path / "long", "bert", "classification", "full", CLASSES, peft, max_steps=5, warmup=1)
     assert not longer.untouched and not longer.untouched.untold
     if peft == "lora":
         assert {key.rpartition(".")[2] for key in result.untouched.untold} == ({"A"} if steps < 3 else set())
-        assert ("4 of 12 trained tensors" in str(result.untouched)) == ("too short to tell" in str(result.untouched)) == (steps < 3)
+        assert (
+            ("4 of 12 trained tensors" in str(result.untouched))
+            == ("too short to tell" in str(result.untouched))
+            == (steps < 3)
+        )
 
 
 def test_what_waits_for_two_others_in_a_row_is_judged_when_both_have_moved():
@@ -131,16 +173,20 @@ def test_a_gradient_of_zero_throughout_is_told_apart_from_none(tiny, tmp_path):
     with torch.no_grad():
         model.blocks[1].mlp.down.weight.zero_()
     result = effzoo.finetune(model, CLASSES, output_dir=tmp_path, progress=False, save_every=None, max_steps=3)
-    assert set(result.untouched.zero) == {"blocks.1.mlp.up.weight", "blocks.1.mlp.up.bias"} and not result.untouched.none
+    assert (
+        set(result.untouched.zero) == {"blocks.1.mlp.up.weight", "blocks.1.mlp.up.bias"} and not result.untouched.none
+    )
     assert "got a gradient of zero in every step: blocks.*.mlp.up.weight, blocks.*.mlp.up.bias" in str(result.untouched)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_when_nothing_that_is_trained_gets_a_gradient_it_is_an_error(tiny, tmp_path, accumulation):
-    with pytest.raises(TrainingError, match=r"depends on nothing that is trained: blocks.\*.attn.q_global.lora.A, .* got no gradient"):
+    with pytest.raises(
+        TrainingError, match=r"depends on nothing that is trained: blocks.\*.attn.q_global.lora.A, .* got no gradient"
+    ):
         run(
-            tiny, tmp_path, "gpt2", "causal_lm", "longformer[window=4, global_projections=true]", TOKENS, "lora[targets=attn.*_global]",
-            gradient_accumulation=accumulation,
+            tiny, tmp_path, "gpt2", "causal_lm", "longformer[window=4, global_projections=true]", TOKENS,
+            "lora[targets=attn.*_global]", gradient_accumulation=accumulation,
         )  # fmt: skip
     assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -174,8 +220,13 @@ def test_the_watch_forgets_a_tensor_once_it_has_a_gradient_and_takes_in_those_of
 
 
 def test_names_are_shown_as_patterns():
-    names = [f"blocks.{i}.attn.{p}.adapters.default.lora.A" for i in range(3) for p in "qkvo"] + [f"x{i}" for i in range(4)]
-    assert patterns(names) == "blocks.*.attn.q.lora.A, blocks.*.attn.k.lora.A, blocks.*.attn.v.lora.A, blocks.*.attn.o.lora.A, x0, x1 and 2 more"
+    names = [f"blocks.{i}.attn.{p}.adapters.default.lora.A" for i in range(3) for p in "qkvo"] + [
+        f"x{i}" for i in range(4)
+    ]
+    assert patterns(names) == (
+        "blocks.*.attn.q.lora.A, blocks.*.attn.k.lora.A, blocks.*.attn.v.lora.A, "
+        "blocks.*.attn.o.lora.A, x0, x1 and 2 more"
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,13 +245,23 @@ def test_names_are_shown_as_patterns():
     ],
 )
 def test_account_and_attach_say_before_what_a_training_finds(tiny, tmp_path, name, task, attention, peft, caplog):
-    rows = CLASSES if task == "classification" else [{**row, "labels": [label % 3 for label in row["labels"]]} for row in TOKENS]
+    rows = (
+        CLASSES
+        if task == "classification"
+        else [{**row, "labels": [label % 3 for label in row["labels"]]} for row in TOKENS]
+    )
     with caplog.at_level(logging.INFO, logger="effzoo"):
         model, result = run(tiny, tmp_path, name, task, attention, rows, peft, max_steps=2)
     told = effzoo.account(model).unread
-    missed = {key for key in {**result.untouched.none, **result.untouched.zero} if ".attn." in key and not key.endswith("k.bias")}
+    missed = {
+        key
+        for key in {**result.untouched.none, **result.untouched.zero}
+        if ".attn." in key and not key.endswith("k.bias")
+    }
     before = trained_unread(model)
-    assert {key for key in before if not key.endswith("k.bias")} == missed and len(told) <= 1, "a key's bias has no gradient by mathematics"
+    assert {key for key in before if not key.endswith("k.bias")} == missed and len(told) <= 1, (
+        "a key's bias has no gradient by mathematics"
+    )
     assert list(told.values()) == [(len(before), sum(numbers for _, numbers in before.values()))][: len(told)]
     assert ("attach: some of what" in caplog.text) == bool(missed and peft)
     assert ("unread " in str(effzoo.account(model))) == bool(missed)

@@ -1,4 +1,5 @@
-"""`finetune` makes the calls that a loop of one's own makes: calibration, stages, schedules, penalties, two passes, rates, finishing; and resumes."""
+"""`finetune` makes the calls that a loop of one's own makes: calibration, stages, schedules, penalties, two passes,
+rates, finishing; and resumes."""
 
 import io
 import json
@@ -30,7 +31,8 @@ CALLS = []
 
 TOY = '''
 class Shift(PeftModule):
-    """y + scale * dial * (dense shift), later the half of it that moved most; two training passes in a row differ by `apart`."""
+    """y + scale * dial * (dense shift), later the half of it that moved most; two training
+    passes in a row differ by `apart`."""
 
     def __init__(self, width, apart):
         super().__init__()
@@ -51,7 +53,8 @@ class Shift(PeftModule):
         sign = 1 if self.passes % 2 else -1
         dial = 1.0 if self.dial is None else self.dial
         slope = torch.linspace(-1, 1, y.shape[-1], dtype=y.dtype)  # a constant would vanish in the norm behind
-        return y + self.scale * dial * self.shift() + (sign * self.apart * slope * (self.shift() + 1).exp() if self.training else 0.0)
+        drawn = sign * self.apart * slope * (self.shift() + 1).exp() if self.training else 0.0
+        return y + self.scale * dial * self.shift() + drawn
 
     def narrow(self, noise):
         values, places = self.dense.detach().abs().topk(self.dense.numel() // 2)
@@ -78,7 +81,8 @@ class Toy(TrainingHooks):
 
     def calibrate(self, model, modules, batches):
         batches = list(batches)
-        CALLS.append(("calibrate", [sorted(batch) for batch in batches], [batch["input_ids"].tolist() for batch in batches], model.training))
+        keys, ids = [sorted(batch) for batch in batches], [batch["input_ids"].tolist() for batch in batches]
+        CALLS.append(("calibrate", keys, ids, model.training))
         ids = torch.cat([batch["input_ids"].flatten() for batch in batches])
         for module in modules.values():
             module.scale.fill_(1.0 + ids[ids > 0].double().mean() / 53)
@@ -151,7 +155,11 @@ def rows(task="classification", count=22):
 
 
 def shifts(model):
-    return {path: site.of("default")["toy"] for path, site in sites(model) if "default" in site.adapters and "toy" in site.of("default")}
+    return {
+        path: site.of("default")["toy"]
+        for path, site in sites(model)
+        if "default" in site.adapters and "toy" in site.of("default")
+    }
 
 
 def tensors(model):
@@ -162,7 +170,15 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
 
 
-PLAIN = {"progress": False, "log_every": 1, "warmup": 0, "schedule": "constant", "clip": None, "weight_decay": 0.0, "save_every": None}
+PLAIN = {
+    "progress": False,
+    "log_every": 1,
+    "warmup": 0,
+    "schedule": "constant",
+    "clip": None,
+    "weight_decay": 0.0,
+    "save_every": None,
+}
 
 
 # the calls
@@ -171,17 +187,23 @@ PLAIN = {"progress": False, "log_every": 1, "warmup": 0, "schedule": "constant",
 def test_every_hook_is_called_when_it_should_be_and_with_what_it_should_get(build, tmp_path):
     model, data = build(), rows()
     effzoo.finetune(
-        model, data, evaluate=data[:5], output_dir=tmp_path, max_steps=7, batch_size=3, gradient_accumulation=2, calibration_batches=2,
-        evaluate_every=2, seed=4, **PLAIN,
+        model, data, evaluate=data[:5], output_dir=tmp_path, max_steps=7, batch_size=3, gradient_accumulation=2,
+        calibration_batches=2, evaluate_every=2, seed=4, **PLAIN,
     )  # fmt: skip
     calibrate, *others = CALLS
     first = Order(22, 3, seed=4).global_batches()[:2]
-    given = [Pad("classification", 0, ("input_ids",))([data[i] for i in batch])["input_ids"].tolist() for batch in first]
-    assert calibrate == ("calibrate", calibrate[1], given, False), "in evaluation mode, the first batches of the training, each of batch_size"
-    assert all({"input_ids", "labels"} <= set(keys) <= {"input_ids", "labels", "attention_mask"} for keys in calibrate[1])
+    given = [
+        Pad("classification", 0, ("input_ids",))([data[i] for i in batch])["input_ids"].tolist() for batch in first
+    ]
+    assert calibrate == ("calibrate", calibrate[1], given, False), (
+        "in evaluation mode, the first batches of the training, each of batch_size"
+    )
+    assert all(
+        {"input_ids", "labels"} <= set(keys) <= {"input_ids", "labels", "attention_mask"} for keys in calibrate[1]
+    )
     assert others == [
-        ("begin", "wide"), *(("schedule", step / 4) for step in range(4)), ("begin", "narrow"), *(("schedule", step / 3) for step in range(3)),
-        ("finish", ["blocks.0.mlp.down", "blocks.1.mlp.down"]),
+        ("begin", "wide"), *(("schedule", step / 4) for step in range(4)), ("begin", "narrow"),
+        *(("schedule", step / 3) for step in range(3)), ("finish", ["blocks.0.mlp.down", "blocks.1.mlp.down"]),
     ]  # fmt: skip
 
 
@@ -206,7 +228,10 @@ def test_calibration_reads_data_for_those_who_look_and_leaves_the_random_numbers
     def collate(found):
         ids = torch.tensor([row["input_ids"][:4] for row in found])
         seen.append(ids)
-        return {"input_ids": ids.where(torch.rand(ids.shape) > 0.3, 1), "labels": torch.tensor([row["labels"] for row in found])}
+        return {
+            "input_ids": ids.where(torch.rand(ids.shape) > 0.3, 1),
+            "labels": torch.tensor([row["labels"] for row in found]),
+        }
 
     losses = []
     for count in (1, 5):
@@ -224,7 +249,9 @@ def test_calibration_reads_data_for_those_who_look_and_leaves_the_random_numbers
 def test_the_loop_of_the_docstring_does_what_finetune_does(build, tmp_path):
     data, total = rows("tokens"), 7
     tuned = build(task="token_classification")
-    result = effzoo.finetune(tuned, data, output_dir=tmp_path, max_steps=total, batch_size=5, calibration_batches=2, **PLAIN)
+    result = effzoo.finetune(
+        tuned, data, output_dir=tmp_path, max_steps=total, batch_size=5, calibration_batches=2, **PLAIN
+    )
     finetuned = list(CALLS)
     CALLS.clear()
 
@@ -237,20 +264,35 @@ def test_the_loop_of_the_docstring_does_what_finetune_does(build, tmp_path):
 
     def fresh(model):
         rates, named = training.learning_rates(model), dict(model.named_parameters())
-        return torch.optim.AdamW([{"params": [named[name]], "lr": rate} for name, rate in rates.items()], weight_decay=0.0)
+        return torch.optim.AdamW(
+            [{"params": [named[name]], "lr": rate} for name, rate in rates.items()], weight_decay=0.0
+        )
 
     def noted(loss):
         found.append(loss.item())
         return loss
 
     block = "\n".join(line for line in training.__doc__.splitlines() if line.startswith("    "))
-    code = textwrap.dedent(block).replace("optimizer = ...", "optimizer = fresh(model)").replace("**batch", "**next(batch)")
+    code = (
+        textwrap.dedent(block)
+        .replace("optimizer = ...", "optimizer = fresh(model)")
+        .replace("**batch", "**next(batch)")
+    )
     code = code.replace("effzoo.peft.loss(model, **next(batch))", "noted(effzoo.peft.loss(model, **next(batch)))")
     model = build(task="token_classification").train()
-    space = {"effzoo": effzoo, "model": model, "batches": iter(every[:2]), "batch": iter(every), "total": total, "fresh": fresh, "noted": noted}
+    space = {
+        "effzoo": effzoo,
+        "model": model,
+        "batches": iter(every[:2]),
+        "batch": iter(every),
+        "total": total,
+        "fresh": fresh,
+        "noted": noted,
+    }
     exec(code, space)
     assert finetuned == CALLS
-    assert [entry["loss"] for entry in result.history] == pytest.approx(found, rel=1e-6)  # Trainer adds losses up in float32
+    # Trainer adds losses up in float32
+    assert [entry["loss"] for entry in result.history] == pytest.approx(found, rel=1e-6)
     for key, value in tuned.state_dict().items():
         torch.testing.assert_close(value, model.state_dict()[key], rtol=0, atol=1e-10)
 
@@ -258,17 +300,22 @@ def test_the_loop_of_the_docstring_does_what_finetune_does(build, tmp_path):
 # the loss
 
 
-@pytest.mark.parametrize(("task", "name"), [("classification", "bert"), ("token_classification", "bert"), ("causal_lm", "gpt2")])
+@pytest.mark.parametrize(
+    ("task", "name"), [("classification", "bert"), ("token_classification", "bert"), ("causal_lm", "gpt2")]
+)
 def test_penalty_and_divergence_count_once_however_the_step_is_cut_into_batches(build, tmp_path, task, name):
     """Two epochs of 22 rows in steps of 8: also steps cut unevenly, with very unequal numbers of labels."""
     runs = []
     for accumulation in (1, 2, 4):
         model = build(task=task, name=name)
         settings = {**PLAIN, "batch_size": 8 // accumulation, "gradient_accumulation": accumulation, "max_steps": 6}
-        history = effzoo.finetune(model, rows(task), output_dir=tmp_path, calibration_batches=2 * accumulation, **settings).history
+        history = effzoo.finetune(
+            model, rows(task), output_dir=tmp_path, calibration_batches=2 * accumulation, **settings
+        ).history
         runs.append((tensors(model), [entry["loss"] for entry in history]))
     for state, losses in runs[1:]:
-        assert losses == pytest.approx(runs[0][1], rel=1e-6)  # Trainer adds losses up in float32; the tensors below are exact
+        # Trainer adds losses up in float32; the tensors below are exact
+        assert losses == pytest.approx(runs[0][1], rel=1e-6)
         for key, value in state.items():
             torch.testing.assert_close(value, runs[0][0][key], rtol=0, atol=1e-9)  # Adam divides by gradients near 0
 
@@ -288,12 +335,16 @@ def test_the_divergence_is_the_mean_over_the_labels_that_the_loss_counts(build):
         return sum(values) / len(values)
 
     for causal in (False, True):
-        assert float(training.divergence(one, other, labels, causal=causal)) == pytest.approx(by_hand(causal), rel=1e-10)
+        assert float(training.divergence(one, other, labels, causal=causal)) == pytest.approx(
+            by_hand(causal), rel=1e-10
+        )
     assert training.divergence(one, other, torch.full_like(labels, -100)) == 0
     several, p, q = torch.ones(4, 3), one[:, 0].sigmoid(), other[:, 0].sigmoid()
     bernoulli = sum(F.binary_cross_entropy(a, b) - F.binary_cross_entropy(b, b) for a, b in ((p, q), (q, p)))
     assert torch.allclose(training.divergence(one[:, 0], other[:, 0], several.double()), bernoulli, rtol=1e-10)
-    assert torch.allclose(training.divergence(one[:, 0, :1], other[:, 0, :1], torch.ones(4)), F.mse_loss(one[:, 0, 0], other[:, 0, 0]))
+    assert torch.allclose(
+        training.divergence(one[:, 0, :1], other[:, 0, :1], torch.ones(4)), F.mse_loss(one[:, 0, 0], other[:, 0, 0])
+    )
 
 
 def test_two_passes_count_half_each_and_their_divergence_by_its_weight(build):
@@ -316,7 +367,9 @@ def test_evaluation_has_neither_penalty_nor_second_pass(build, tmp_path):
     model, data = build(), rows()
     result = effzoo.finetune(model, data, evaluate=data, output_dir=tmp_path, max_steps=3, **PLAIN)
     batch = Pad("classification", 0, ("input_ids",))(data)
-    assert result.metrics["eval_loss"] == pytest.approx(model.eval()(**batch).loss.item(), rel=1e-6), "of the unfinished and the finished adapter"
+    assert result.metrics["eval_loss"] == pytest.approx(model.eval()(**batch).loss.item(), rel=1e-6), (
+        "of the unfinished and the finished adapter"
+    )
 
 
 # stages
@@ -330,11 +383,16 @@ def test_stages_share_all_steps_and_none_is_empty(build):
         for total in range(len(shares), 60):
             steps = [number for _, number in training.timetable(model, total)]
             assert sum(steps) == total and min(steps) >= 1
-            exact = [float(sum(map(Fraction, shares[: i + 1])) / sum(map(Fraction, shares)) * total) for i in range(len(shares))]
+            exact = [
+                float(sum(map(Fraction, shares[: i + 1])) / sum(map(Fraction, shares)) * total)
+                for i in range(len(shares))
+            ]
             ends = [sum(steps[: i + 1]) for i in range(len(shares))]
             if all(b - a >= 1 for a, b in zip([0, *map(round, exact)], map(round, exact), strict=False)):
                 assert all(abs(end - there) <= 0.5 + 1e-9 for end, there in zip(ends, exact, strict=True))
-    with pytest.raises(TrainingError, match=r"train in 3 stages \(s0, s1, s2\), which need a step each, got 2; train longer"):
+    with pytest.raises(
+        TrainingError, match=r"train in 3 stages \(s0, s1, s2\), which need a step each, got 2; train longer"
+    ):
         training.timetable(model, 2)
     assert [(part.start, part.end, part.warmup) for part in parts(build(), 9, 0.3)] == [(0, 4, 2), (4, 9, 2)]
     assert parts(build("lora"), 9, 2) == [Part(training.WHOLE, 0, 9, 2)]
@@ -359,7 +417,9 @@ def test_each_stage_has_a_fresh_optimizer_of_its_own_parameters_and_its_own_warm
     result = effzoo.finetune(model, rows(), output_dir=tmp_path, max_steps=8, callbacks=[watch], **settings)
     assert [size == 0 for size in watch.sizes] == [True, False, False, False] * 2
     for start, name, rate in ((0, "dense", 3e-3), (4, "few", 12e-3)):
-        here = [{key: value for key, value in step.items() if ".toy." in key} for step in watch.rates[start : start + 4]]
+        here = [
+            {key: value for key, value in step.items() if ".toy." in key} for step in watch.rates[start : start + 4]
+        ]
         assert all(len(step) == 2 and all(key.endswith(name) for key in step) for step in here)
         found = [next(iter(step.values())) for step in here]
         assert found == pytest.approx([0, rate / 2, rate, rate / 2])
@@ -368,13 +428,17 @@ def test_each_stage_has_a_fresh_optimizer_of_its_own_parameters_and_its_own_warm
 
 def test_the_history_says_the_stage_and_no_entry_spans_two(build, tmp_path):
     settings = {**PLAIN, "log_every": 3}
-    result = effzoo.finetune(build(), rows(), evaluate=rows()[:4], evaluate_every=5, output_dir=tmp_path, max_steps=9, **settings)
+    result = effzoo.finetune(
+        build(), rows(), evaluate=rows()[:4], evaluate_every=5, output_dir=tmp_path, max_steps=9, **settings
+    )
     assert [(entry["step"], entry["stage"]) for entry in result.history] == [
         (3, "wide"), (4, "wide"), (5, "narrow"), (6, "narrow"), (9, "narrow"),
     ]  # fmt: skip
     each = effzoo.finetune(build(), rows(), output_dir=tmp_path, max_steps=9, **PLAIN).history
     losses = [entry["loss"] for entry in each]
-    assert [entry["loss"] for entry in result.history] == pytest.approx([sum(losses[:3]) / 3, losses[3], losses[4], losses[5], sum(losses[6:]) / 3])
+    assert [entry["loss"] for entry in result.history] == pytest.approx(
+        [sum(losses[:3]) / 3, losses[3], losses[4], losses[5], sum(losses[6:]) / 3]
+    )
     plain = effzoo.finetune(build("lora"), rows(), output_dir=tmp_path, max_steps=2, **PLAIN).history
     assert all("stage" not in entry for entry in plain)
 
@@ -390,8 +454,16 @@ class Stop(TrainerCallback):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_run_in_stages_resumes_at_every_step_to_the_same_bits(build, tmp_path, accumulation):
-    """With dropout, and with noise that `begin` draws at the boundary, after step 4. log_every: losses are means over resumed steps."""
-    settings = {"max_steps": 8, "batch_size": 3, "gradient_accumulation": accumulation, "log_every": 3, "save_every": 1, "progress": False}
+    """With dropout, and with noise that `begin` draws at the boundary, after step 4. log_every: losses are means over
+    resumed steps."""
+    settings = {
+        "max_steps": 8,
+        "batch_size": 3,
+        "gradient_accumulation": accumulation,
+        "log_every": 3,
+        "save_every": 1,
+        "progress": False,
+    }
     settings |= {"evaluate": rows()[:5], "evaluate_every": 3, "best": "loss"}
 
     def fresh():
@@ -426,7 +498,10 @@ def test_each_method_has_its_own_learning_rate_unless_one_is_given(build, tmp_pa
         watch = Watch(model)
         settings = {**PLAIN, "learning_rate": given, "save_every": 4}
         effzoo.finetune(model, rows(), output_dir=tmp_path / str(given), max_steps=4, callbacks=[watch], **settings)
-        kinds = {tensor: {rate for name, rate in watch.rates[0].items() if name.endswith(f".{tensor}")} for tensor in expected}
+        kinds = {
+            tensor: {rate for name, rate in watch.rates[0].items() if name.endswith(f".{tensor}")}
+            for tensor in expected
+        }
         assert kinds == {tensor: {rate} for tensor, rate in expected.items()}
         few = {rate for name, rate in watch.rates[-1].items() if name.endswith(".few")}
         assert few == {4 * expected["dense"]}
@@ -435,13 +510,17 @@ def test_each_method_has_its_own_learning_rate_unless_one_is_given(build, tmp_pa
         assert record["rates"] == {"default.toy": {"few": 4.0}} and record["stages"] == {"wide": 2, "narrow": 2}
         assert record["calibration_batches"] == 8
     with pytest.raises(TrainingError, match="learning_rate was 0.01 and is now"):
-        effzoo.finetune(build("toy[consistency=0]|lora"), rows(), output_dir=tmp_path / "0.01", max_steps=4, resume=True, **PLAIN)
+        effzoo.finetune(
+            build("toy[consistency=0]|lora"), rows(), output_dir=tmp_path / "0.01", max_steps=4, resume=True, **PLAIN
+        )
 
 
 def test_all_parameters_train_at_one_rate(build, tmp_path):
     model = build(None)
     watch = Watch(model)
-    result = effzoo.finetune(model, rows(), output_dir=tmp_path, max_steps=1, callbacks=[watch], **{**PLAIN, "save_every": 1})
+    result = effzoo.finetune(
+        model, rows(), output_dir=tmp_path, max_steps=1, callbacks=[watch], **{**PLAIN, "save_every": 1}
+    )
     assert set(watch.rates[0].values()) == {5e-5} and len(watch.rates[0]) == len(list(model.parameters()))
     record = json.loads((result.last / "run.json").read_text())
     assert record["learning_rate"] == 5e-5 and not {"rates", "stages", "calibration_batches"} & record.keys()
@@ -452,13 +531,19 @@ def test_all_parameters_train_at_one_rate(build, tmp_path):
 
 def test_checkpoints_hold_the_unfinished_adapter_and_the_result_the_finished_one(build, tmp_path):
     model = build(dtype=torch.float32)
-    result = effzoo.finetune(model, rows(), output_dir=tmp_path, max_steps=4, **{**PLAIN, "save_every": 1, "keep": None})
-    finished = [json.loads((folder / "adapter.json").read_text())["finished"] for folder in (result.last / "adapter", result.adapter)]
+    result = effzoo.finetune(
+        model, rows(), output_dir=tmp_path, max_steps=4, **{**PLAIN, "save_every": 1, "keep": None}
+    )
+    finished = [
+        json.loads((folder / "adapter.json").read_text())["finished"]
+        for folder in (result.last / "adapter", result.adapter)
+    ]
     assert finished == [False, True] and all(module.dial is None for module in shifts(model).values())
     fresh = build(None, dtype=torch.float32)
     effzoo.load_adapter(fresh, result.last / "adapter")
     (stage,) = effzoo.status(fresh).stages["default"].values()
-    assert stage == training.stages(fresh)[0].name and len(training.stages(fresh)) == 1  # the last one, in which it goes on
+    # the last one, in which it goes on
+    assert stage == training.stages(fresh)[0].name and len(training.stages(fresh)) == 1
     assert all(module.dial is not None and module.dense is None for module in shifts(fresh).values())
 
 
@@ -472,12 +557,15 @@ def test_what_is_stored_finished_loads(build, tmp_path):
 
 
 def test_the_best_checkpoint_is_of_the_last_stage_and_is_finished_after_it_is_loaded(build, tmp_path):
-    """The rate is so high that the loss on held-out rows of another label only rises; the toy's schedule settles half way through its stage."""
+    """The rate is so high that the loss on held-out rows of another label only rises; the toy's schedule settles half
+    way through its stage."""
     train = [{"input_ids": [3 + i, 4], "label": 0} for i in range(8)]
     held_out = [{"input_ids": [3 + i, 4], "label": 1} for i in range(8)]
     model = build("toy[consistency=0]", dtype=torch.float32)
     settings = {**PLAIN, "evaluate_every": 1, "save_every": 1, "keep": None, "learning_rate": 2e-2}
-    result = effzoo.finetune(model, train, evaluate=held_out, output_dir=tmp_path, max_steps=12, best="loss", **settings)
+    result = effzoo.finetune(
+        model, train, evaluate=held_out, output_dir=tmp_path, max_steps=12, best="loss", **settings
+    )
     losses = {entry["step"]: entry["eval_loss"] for entry in result.history}
     assert min(losses, key=losses.get) < 6, "the best of all is in the first stage"
     allowed = range(6 + 3 + 1, 13)  # half of the 6 steps of the last stage are behind
@@ -502,7 +590,9 @@ def test_a_finished_adapter_trains_on_with_what_is_left_in_one_stage(build, tmp_
     after = tensors(model)
     for key, value in before.items():
         assert torch.equal(value, after[key]) != (key.endswith(".few") or ".head." in key), key
-    assert all(torch.equal(module.places, places[path]) for path, module in shifts(model).items()) and all(key in after for key in base)
+    assert all(torch.equal(module.places, places[path]) for path, module in shifts(model).items()) and all(
+        key in after for key in base
+    )
     # the loss is that of a plain loop: one pass, no penalty
     batch = Pad("classification", 0, ("input_ids",))([rows()[i] for i in Order(22, 8, seed=0).global_batches()[0]])
     model.load_state_dict(before)
@@ -515,7 +605,11 @@ def test_a_finished_adapter_trains_on_with_what_is_left_in_one_stage(build, tmp_
 def test_a_pruned_network_trains_on_and_stays_pruned(build, tmp_path, kind):
     model = build(f"{kind}[keep=0.25]")
     effzoo.finetune(model, rows(), output_dir=tmp_path / "first", max_steps=10, **PLAIN)
-    modules = {path: site.of("default")[kind] for path, site in sites(model) if "default" in site.adapters and kind in site.of("default")}
+    modules = {
+        path: site.of("default")[kind]
+        for path, site in sites(model)
+        if "default" in site.adapters and kind in site.of("default")
+    }
     masks = {path: module.mask.clone() for path, module in modules.items()}
     before = {path: module.own.detach().clone() for path, module in modules.items()}
     effzoo.finetune(model, rows(), output_dir=tmp_path / "second", max_steps=3, **{**PLAIN, "weight_decay": 0.1})
@@ -529,7 +623,10 @@ def test_a_finished_adapter_does_not_resume_a_run_that_needs_what_it_dropped(bui
     model = build()
     settings = {**PLAIN, "save_every": 2}
     effzoo.finetune(model, rows(), output_dir=tmp_path / "toy", max_steps=4, **settings)
-    with pytest.raises(TrainingError, match="in the middle of its training, but the adapter 'default' of this model is finished: toy dropped"):
+    with pytest.raises(
+        TrainingError,
+        match="in the middle of its training, but the adapter 'default' of this model is finished: toy dropped",
+    ):
         effzoo.finetune(model, rows(), output_dir=tmp_path / "toy", max_steps=4, resume=True, **settings)
     model = build("lora")
     effzoo.finetune(model, rows(), output_dir=tmp_path / "lora", max_steps=4, **settings)
@@ -593,7 +690,8 @@ def rows(task, count=25):
         ids = torch.randint(2, 53, (int(torch.randint(4, 12, (1,), generator=draw)),), generator=draw).tolist()
         keep = torch.rand(len(ids), generator=draw) < (0.9 if index % 5 == 0 else 0.1)
         labels = [token % 3 if one else -100 for token, one in zip(ids, keep.tolist())]
-        found.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids[0] % 3 if task == "classification" else labels})
+        labels = ids[0] % 3 if task == "classification" else labels
+        found.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
     return found
 
 def build(peft, task, dropout=0.0):
@@ -612,8 +710,10 @@ def cases(directory, processes):
                 CALLS.clear()
                 model = build(peft, task)
                 result = effzoo.finetune(
-                    model, rows(task), evaluate=rows(task)[:9], evaluate_every=4, output_dir=directory / peft / task / str(accumulation), max_steps=8,
-                    batch_size=8 // processes // accumulation, gradient_accumulation=accumulation, calibration_batches=2 * processes * accumulation,
+                    model, rows(task), evaluate=rows(task)[:9], evaluate_every=4, max_steps=8,
+                    output_dir=directory / peft / task / str(accumulation),
+                    batch_size=8 // processes // accumulation, gradient_accumulation=accumulation,
+                    calibration_batches=2 * processes * accumulation,
                     progress=False, save_every=None, log_every=1, weight_decay=0.0, warmup=0, clip=1.0,
                 )
                 found[f"{peft}, {task}, {accumulation} accumulated"] = result.history, state(model)
@@ -660,8 +760,8 @@ def launched(directory, processes):
     (directory / "script.py").write_text(SCRIPT)
     (directory / "toy.py").write_text(TOY)
     environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
+        **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo",
+        "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent.parent),
     }  # fmt: skip
     start = launcher(processes) if processes > 1 else [sys.executable]
     line = [*start, str(directory / "script.py"), str(directory), str(directory / "toy.py")]
@@ -678,7 +778,8 @@ def close(one, other):
 
 
 def test_two_processes_choose_the_same_have_the_losses_of_one_and_resume(tmp_path):
-    """In float64, over a boundary of stages, with penalties, two passes and calibration; the last global batch of an epoch has one example."""
+    """In float64, over a boundary of stages, with penalties, two passes and calibration; the last global batch of an
+    epoch has one example."""
     (alone,), (first, second) = launched(tmp_path / "one", 1), launched(tmp_path / "two", 2)
     for case, (history, state) in alone["cases"].items():
         assert first["cases"][case][1] == second["cases"][case][1], f"{case}: both processes end with the same bits"
@@ -686,7 +787,8 @@ def test_two_processes_choose_the_same_have_the_losses_of_one_and_resume(tmp_pat
         assert [entry.get("stage") for entry in history] == [entry.get("stage") for entry in shared]
         for key in ("loss", "eval_loss"):
             one, many = ([entry.get(key, 0.0) for entry in entries] for entries in (history, shared))
-            assert many == pytest.approx(one, rel=1e-6), f"{case}: {key}"  # Trainer adds losses up in float32; the tensors below are exact
+            # Trainer adds losses up in float32; the tensors below are exact
+            assert many == pytest.approx(one, rel=1e-6), f"{case}: {key}"
         assert state.keys() == other.keys()
         for key, value in state.items():
             assert close(value, other[key]), f"{case}: {key}"

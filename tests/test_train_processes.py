@@ -11,8 +11,8 @@ import pytest
 from support import launcher
 
 ENVIRONMENT = {
-    **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1",
-    "PYTHONPATH": str(Path(__file__).parent.parent),
+    **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo",
+    "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent.parent),
 }  # fmt: skip
 
 TAUGHT = ("loss_labels", "loss_logits", "loss_hidden", "loss_attention")
@@ -24,10 +24,12 @@ import torch
 import effzoo
 from transformers import TrainerCallback
 
-TINY = {"dim": 16, "layers": 2, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 64, "dropout": 0.0, "attention_dropout": 0.0}
+TINY = {"dim": 16, "layers": 2, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 64,
+        "dropout": 0.0, "attention_dropout": 0.0}
 
 def rows(task, count=25, classes=3):
-    """Rows of unequal length and, per token, of very unequal numbers of labels; the last of an epoch is alone in its batch of 8."""
+    """Rows of unequal length and, per token, of very unequal numbers of labels; the last
+    of an epoch is alone in its batch of 8."""
     draw = random.Random(0)
     found = []
     for index in range(count):
@@ -68,16 +70,20 @@ def cases(directory, processes):
         for accumulation in (1, 2):
             model = build(name, task=task, peft=peft, num_labels=3)
             data = rows(task)
-            result = effzoo.finetune(model, data, evaluate=data[:9], output_dir=directory / case / str(accumulation), **SETTINGS,
-                                     batch_size=8 // processes // accumulation, gradient_accumulation=accumulation, metrics=order_of_labels)
+            result = effzoo.finetune(model, data, evaluate=data[:9], output_dir=directory / case / str(accumulation),
+                                     batch_size=8 // processes // accumulation, gradient_accumulation=accumulation,
+                                     metrics=order_of_labels, **SETTINGS)
             found[f"{case}, {accumulation} accumulated"] = result.history
     model = build("longformer", attention="longformer[window=4]", task="token_classification", num_labels=53,
                   peft="lora[rank=2, targets=attn.*_global]")
-    data = [{**row, "global_attention_mask": [int(index == 0)] + [0] * (len(row["input_ids"]) - 1)} for index, row in enumerate(rows("tokens"))]
+    data = [{**row, "global_attention_mask": [int(index == 0)] + [0] * (len(row["input_ids"]) - 1)}
+            for index, row in enumerate(rows("tokens"))]
     result = effzoo.finetune(model, data, output_dir=directory / "globals", **SETTINGS, batch_size=8 // processes)
     found["global tokens in one row only"] = result.history
-    student, teacher = build("roberta", task="masked_lm", peft="lora[rank=2]"), build("roberta", task="masked_lm", attention="local[chunk=4]")
-    result = effzoo.finetune(student, rows("masked_lm"), output_dir=directory / "taught", **SETTINGS, batch_size=8 // processes, teacher=teacher,
+    student = build("roberta", task="masked_lm", peft="lora[rank=2]")
+    teacher = build("roberta", task="masked_lm", attention="local[chunk=4]")
+    result = effzoo.finetune(student, rows("masked_lm"), output_dir=directory / "taught", **SETTINGS,
+                             batch_size=8 // processes, teacher=teacher,
                              distillation={"hidden": 1.0, "attention": 1.0, "share": 0.75})
     found["with a teacher"] = result.history
     return found
@@ -86,7 +92,8 @@ def order_of_labels(prediction):
     """Depends on the order of the rows, and on logits and labels staying together."""
     logits, labels = prediction
     labels = labels.reshape(len(labels), -1)
-    return {"order": sum((index + 1) * float(row[row >= 0].sum()) for index, row in enumerate(labels)), "size": float(len(logits))}
+    order = sum((index + 1) * float(row[row >= 0].sum()) for index, row in enumerate(labels))
+    return {"order": order, "size": float(len(logits))}
 
 class Stop(TrainerCallback):
     def on_step_begin(self, args, state, control, **_):
@@ -95,13 +102,15 @@ class Stop(TrainerCallback):
 
 def resumed(directory):
     """History and adapter of a run with dropout, whole and interrupted after step 5."""
-    settings = dict(max_steps=9, batch_size=3, learning_rate=1e-2, log_every=1, progress=False, save_every=2, output_dir=directory / "whole")
+    settings = dict(max_steps=9, batch_size=3, learning_rate=1e-2, log_every=1, progress=False, save_every=2,
+                    output_dir=directory / "whole")
     data, found = rows("classification"), {}
     model = build(task="classification", num_labels=3, peft="lora", dropout=0.2)
     found["whole"] = effzoo.finetune(model, data, **settings).history, tensors(model)
     settings["output_dir"] = directory / "stopped"
     try:
-        effzoo.finetune(build(task="classification", num_labels=3, peft="lora", dropout=0.2), data, **settings, callbacks=[Stop()])
+        stopping = build(task="classification", num_labels=3, peft="lora", dropout=0.2)
+        effzoo.finetune(stopping, data, **settings, callbacks=[Stop()])
     except KeyboardInterrupt:
         pass
     model = build(task="classification", num_labels=3, peft="lora", dropout=0.2)
@@ -119,11 +128,14 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The script, and what two processes under `accelerate launch` found; --multi_gpu is how it starts several, here on the CPU."""
+    """The script, and what two processes under `accelerate launch` found; --multi_gpu is how it starts several, here on
+    the CPU."""
     directory = tmp_path_factory.mktemp("two")
     script = directory / "cases.py"
     script.write_text(CASES)
-    done = subprocess.run([*launcher(2), str(script), str(directory)], env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [*launcher(2), str(script), str(directory)], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return script, json.loads((directory / "found.json").read_text())
 
@@ -138,7 +150,15 @@ def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(two, tmp_
         assert [entry["step"] for entry in history] == [entry["step"] for entry in other] == list(range(1, 9))
         for one, many in zip(history, other, strict=True):
             assert one.keys() == many.keys()
-            for key in one.keys() & {"loss", "eval_loss", "eval_accuracy", "eval_perplexity", "eval_order", "eval_size", *TAUGHT}:
+            for key in one.keys() & {
+                "loss",
+                "eval_loss",
+                "eval_accuracy",
+                "eval_perplexity",
+                "eval_order",
+                "eval_size",
+                *TAUGHT,
+            }:
                 assert many[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), f"{case}: {key} at step {one['step']}"
 
 
@@ -177,8 +197,9 @@ def train(directory, name, callbacks=(), resume=False):
     effzoo.attach(model, "prefix[length=2]", name="second")
     effzoo.activate(model, "default", "second")
     data = rows("classification")
-    result = effzoo.finetune(model, data, evaluate=data[:5], evaluate_every=4, output_dir=directory / name, max_steps=14, batch_size=3, log_every=2,
-                             learning_rate=1e-2, progress=False, save_every=3, keep=1, callbacks=list(callbacks), resume=resume)
+    result = effzoo.finetune(model, data, evaluate=data[:5], evaluate_every=4, output_dir=directory / name,
+                             max_steps=14, batch_size=3, log_every=2, learning_rate=1e-2, progress=False, save_every=3,
+                             keep=1, callbacks=list(callbacks), resume=resume)
     (directory / f"{name}.json").write_text(json.dumps([result.history, tensors(model)]))
 
 def loadable(path):
@@ -253,7 +274,8 @@ def check(directory, name):
     """Every checkpoint under a real name loads; a resumed run ends without leftovers."""
     for path in sorted((directory / name).glob("checkpoint-*")):
         assert status(forked(lambda path=path: loadable(path))) == 0, path
-    left = sorted(re.sub("-[a-z0-9_]{8}$", "", path.name) for path in (directory / name).glob("*"))  # without what was drawn
+    # without what was drawn
+    left = sorted(re.sub("-[a-z0-9_]{8}$", "", path.name) for path in (directory / name).glob("*"))
     assert status(forked(lambda: train(directory, name, resume=True))) == 0
     assert not list((directory / name).glob(".partial*")) and not list((directory / name).glob(".removed*"))
     return left
@@ -280,7 +302,9 @@ if __name__ == "__main__":
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path):
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    done = subprocess.run([sys.executable, str(script), str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     whole = json.loads((tmp_path / "whole.json").read_text())
     left = json.loads((tmp_path / "found.json").read_text())

@@ -1,4 +1,5 @@
-"""A checkpoint is resumed by the run that wrote it, and by no other; a damaged one is found before anything is read of it."""
+"""A checkpoint is resumed by the run that wrote it, and by no other; a damaged one is found before anything is read of
+it."""
 
 import json
 import random
@@ -18,7 +19,9 @@ SETTINGS = {"max_steps": 4, "batch_size": 4, "save_every": 2, "keep": None, "lea
 
 def classifier(tiny, name="bert", **options):
     torch.manual_seed(0)
-    return effzoo.build(name, **{**tiny, "layers": 1, "task": "classification", "num_labels": 3, "peft": "lora", **options})
+    return effzoo.build(
+        name, **{**tiny, "layers": 1, "task": "classification", "num_labels": 3, "peft": "lora", **options}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,12 @@ def test_another_model_is_named_with_both_values(tiny, interrupted, options, mes
     ("name", "before", "options", "message"),
     [
         ("longformer", {}, {"attention": "longformer[window=4]"}, "window was 512 and is now 4"),
-        ("bert", {"attention": "lsh[chunk=4]"}, {"attention": "lsh[chunk=4, seed=7]"}, "model: attention of layer 0, seed was 0 and is now 7"),
+        (
+            "bert",
+            {"attention": "lsh[chunk=4]"},
+            {"attention": "lsh[chunk=4, seed=7]"},
+            "model: attention of layer 0, seed was 0 and is now 7",
+        ),
         ("gpt2", {}, {"pooling": "mean"}, "model: pooling was 'last' and is now 'mean'"),
     ],
 )
@@ -108,11 +116,15 @@ def changed(index, **columns):
     "rows",
     [
         changed(15, labels=1), changed(0, input_ids=[2, 3, 4, 6]), changed(3, input_ids=[5, 3, 4]), ROWS[1:] + ROWS[:1],
-        [{**row, "attention_mask": [1, 1, 1, 0]} for row in ROWS], [{**row, "labels": 2 - row["labels"]} for row in ROWS],
+        [{**row, "attention_mask": [1, 1, 1, 0]} for row in ROWS],
+        [{**row, "labels": 2 - row["labels"]} for row in ROWS],
     ],
 )  # fmt: skip
 def test_other_data_is_refused(tiny, interrupted, rows):
-    with pytest.raises(TrainingError, match=r"data was '\w+' and is now '\w+' \(hashes of all rows: the rows of train are not those of that run\)"):
+    with pytest.raises(
+        TrainingError,
+        match=r"data was '\w+' and is now '\w+' \(hashes of all rows: the rows of train are not those of that run\)",
+    ):
         resume(classifier(tiny), interrupted(), rows)
 
 
@@ -131,7 +143,15 @@ def test_other_data_is_refused(tiny, interrupted, rows):
         ({"group_by_length": True}, "group_by_length was False and is now True"),
         ({"max_steps": 6}, r"steps was 4 and is now 6 \(the schedule spans all steps; to train longer"),
         ({"evaluate": ROWS, "best": "loss"}, "evaluation was None and is now"),
-        ({"collator": lambda rows: {"input_ids": torch.tensor([[2]] * len(rows)), "labels": torch.tensor([0] * len(rows))}}, "collator was None"),
+        (
+            {
+                "collator": lambda rows: {
+                    "input_ids": torch.tensor([[2]] * len(rows)),
+                    "labels": torch.tensor([0] * len(rows)),
+                }
+            },
+            "collator was None",
+        ),
     ],
 )
 def test_every_setting_that_changes_a_number_is_compared(tiny, interrupted, given, message):
@@ -142,8 +162,8 @@ def test_every_setting_that_changes_a_number_is_compared(tiny, interrupted, give
 def test_what_changes_no_number_may_change(tiny, interrupted, tmp_path):
     straight = effzoo.finetune(classifier(tiny), ROWS, output_dir=tmp_path / "straight", **SETTINGS)
     free = {
-        "save_every": 1, "keep": 1, "eval_batch_size": 3, "evaluate": ROWS[:3], "evaluate_every": None, "num_workers": 0, "recompute": "nothing",
-        "batch_size": 2, "gradient_accumulation": 2,
+        "save_every": 1, "keep": 1, "eval_batch_size": 3, "evaluate": ROWS[:3], "evaluate_every": None,
+        "num_workers": 0, "recompute": "nothing", "batch_size": 2, "gradient_accumulation": 2,
     }  # fmt: skip
     moved = shutil.move(interrupted(), tmp_path / "elsewhere")
     model = classifier(tiny)
@@ -188,14 +208,22 @@ def damage(file, how, draw):
             content += b"\0"
         content[at : at + size] = bytes(size)
     elif how == "other":
-        content = bytearray(draw.choice([b"", b"{}", b"[]", b"null", b"[" * 9999, b'{"step": 2}', b'{"files": 3}', b"\xff\xfe"]))
+        content = bytearray(
+            draw.choice([b"", b"{}", b"[]", b"null", b"[" * 9999, b'{"step": 2}', b'{"files": 3}', b"\xff\xfe"])
+        )
     file.write_bytes(bytes(content))
 
 
 def test_a_damaged_checkpoint_is_never_taken_for_a_whole_one(tiny, half, tmp_path):
     draw, source = random.Random(0), half("bert", tiny) / "checkpoint-2"
     files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
-    assert {path.name for path in files} >= {"run.json", "state.json", "state.safetensors", "trainer_state.json", "sums.json"}
+    assert {path.name for path in files} >= {
+        "run.json",
+        "state.json",
+        "state.safetensors",
+        "trainer_state.json",
+        "sums.json",
+    }
     checkpoints.check_whole(source)
     for number, file in enumerate([file for file in files for _ in range(12)]):
         copy = shutil.copytree(source, tmp_path / str(number) / "checkpoint-2")
@@ -208,21 +236,30 @@ def test_a_damaged_checkpoint_is_never_taken_for_a_whole_one(tiny, half, tmp_pat
         shutil.rmtree(copy)
 
 
-@pytest.mark.parametrize("name", ["run.json", "state.json", "state.safetensors", "trainer_state.json", "sums.json", "adapter"])
+@pytest.mark.parametrize(
+    "name", ["run.json", "state.json", "state.safetensors", "trainer_state.json", "sums.json", "adapter"]
+)
 def test_resuming_says_what_is_damaged_and_where_else_to_go_on(tiny, interrupted, name):
     folder = interrupted()
     shutil.copytree(folder / "checkpoint-2", folder / "checkpoint-3")
     sums = json.loads((folder / "checkpoint-3" / "sums.json").read_text())
     with pytest.raises(
-        TrainingError, match=r"checkpoint-3 is not a whole checkpoint: sums.json is damaged .*; remove it to resume from checkpoint-2"
+        TrainingError,
+        match=r"checkpoint-3 is not a whole checkpoint: sums.json is damaged .*; remove it to resume from checkpoint-2",
     ):
         resume(classifier(tiny), folder)
     shutil.rmtree(folder / "checkpoint-3")
-    file = next((folder / "checkpoint-2" / name).glob("*.safetensors")) if name == "adapter" else folder / "checkpoint-2" / name
+    file = (
+        next((folder / "checkpoint-2" / name).glob("*.safetensors"))
+        if name == "adapter"
+        else folder / "checkpoint-2" / name
+    )
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
     file.write_bytes(bytes(content))
-    with pytest.raises(TrainingError, match=f"{file.name} (has changed|is damaged).*; there is no earlier one; overwrite=True"):
+    with pytest.raises(
+        TrainingError, match=f"{file.name} (has changed|is damaged).*; there is no earlier one; overwrite=True"
+    ):
         resume(classifier(tiny), folder)
     file.unlink()
     with pytest.raises(TrainingError, match=f"{file.name} is missing"):
@@ -239,7 +276,9 @@ def test_the_best_checkpoint_is_looked_at_before_it_is_loaded(tiny, tmp_path):
                 damage(file, "flip", random.Random(0))
 
     with pytest.raises(TrainingError, match="is not a whole checkpoint: adapter/"):
-        effzoo.finetune(classifier(tiny), ROWS, evaluate=ROWS, best="loss", output_dir=tmp_path, callbacks=[Damage()], **SETTINGS)
+        effzoo.finetune(
+            classifier(tiny), ROWS, evaluate=ROWS, best="loss", output_dir=tmp_path, callbacks=[Damage()], **SETTINGS
+        )
 
 
 def test_an_adapter_of_another_base_is_still_named_by_its_tensor(tiny, interrupted):

@@ -1,4 +1,5 @@
-"""Every argument of `finetune` and `predict`: a value at or past an edge is refused in a sentence, or trained with as it says."""
+"""Every argument of `finetune` and `predict`: a value at or past an edge is refused in a sentence, or trained with as
+it says."""
 
 import inspect
 import math
@@ -15,8 +16,8 @@ from effzoo.train import Distillation
 ROWS = [{"input_ids": [2 + i, 3, 4], "labels": i % 3} for i in range(6)]
 NAN, INF = float("nan"), float("inf")
 POOL = [
-    None, True, False, 0, -1, 2.5, NAN, INF, -INF, 1j, 2**70, -(2**70), 1e308, -0.5, "", "x", b"x", [], (1,), {}, {1: 2}, object(), 10**400,
-    np.float32("nan"), torch.tensor([1, 2]), np.arange(3), range,
+    None, True, False, 0, -1, 2.5, NAN, INF, -INF, 1j, 2**70, -(2**70), 1e308, -0.5, "", "x", b"x", [], (1,), {},
+    {1: 2}, object(), 10**400, np.float32("nan"), torch.tensor([1, 2]), np.arange(3), range,
 ]  # fmt: skip
 
 
@@ -30,24 +31,39 @@ def is_callable(drawn):
 
 
 TAKEN = {  # what each argument may be of the pool; the other values are refused
-    "train": same(), "model": same(), "evaluate": same(None), "output_dir": same("x"), "epochs": same(2.5), "max_steps": same(None),
-    "batch_size": same(), "eval_batch_size": same(None), "gradient_accumulation": same(), "learning_rate": same(None, 2.5, 2**70, 1e308),
-    "teacher": same(None), "distillation": same(None), "weight_decay": same(0, 2.5), "warmup": same(0), "schedule": same(),
-    "clip": same(None, 2.5, 2**70, 1e308), "precision": same(), "calibration_batches": same(), "seed": same(0), "evaluate_every": same(None),
+    "train": same(), "model": same(), "evaluate": same(None), "output_dir": same("x"), "epochs": same(2.5),
+    "max_steps": same(None),
+    "batch_size": same(), "eval_batch_size": same(None), "gradient_accumulation": same(),
+    "learning_rate": same(None, 2.5, 2**70, 1e308),
+    "teacher": same(None), "distillation": same(None), "weight_decay": same(0, 2.5), "warmup": same(0),
+    "schedule": same(),
+    "clip": same(None, 2.5, 2**70, 1e308), "precision": same(), "calibration_batches": same(), "seed": same(0),
+    "evaluate_every": same(None),
     "save_every": same(None), "keep": same(None), "best": same(None), "log_every": same(), "resume": same(True, False),
-    "overwrite": same(True, False), "progress": same(True, False), "gradient_checkpointing": same(True, False), "recompute": same(),
-    "group_by_length": same(True, False), "num_workers": same(0), "collator": is_callable, "callbacks": same([]), "metrics": is_callable,
+    "overwrite": same(True, False), "progress": same(True, False), "gradient_checkpointing": same(True, False),
+    "recompute": same(),
+    "group_by_length": same(True, False), "num_workers": same(0), "collator": is_callable, "callbacks": same([]),
+    "metrics": is_callable,
 }  # fmt: skip
 
 
 def classifier(tiny, **options):
-    return effzoo.build("bert", **{**tiny, "layers": 1, "task": "classification", "num_labels": 3, "peft": "lora", **options})
+    return effzoo.build(
+        "bert", **{**tiny, "layers": 1, "task": "classification", "num_labels": 3, "peft": "lora", **options}
+    )
 
 
 @pytest.fixture
 def train(tiny, tmp_path):
     def run(**given):
-        given = {"model": classifier(tiny), "train": ROWS, "output_dir": tmp_path, "progress": False, "save_every": None, **given}
+        given = {
+            "model": classifier(tiny),
+            "train": ROWS,
+            "output_dir": tmp_path,
+            "progress": False,
+            "save_every": None,
+            **given,
+        }
         if "epochs" not in given:
             given = {"max_steps": 2, **given}
         return effzoo.finetune(given.pop("model"), given.pop("train"), **given)
@@ -82,7 +98,10 @@ def test_what_predict_cannot_take_is_refused_in_a_sentence(tiny, value):
         ({"epochs": 0.5, "batch_size": 1}, 3),
         ({"epochs": np.float32(1), "batch_size": np.int64(4)}, 2),
         ({"batch_size": 2**31 - 1, "eval_batch_size": 2**31 - 1, "evaluate": ROWS}, 2),
-        ({"gradient_accumulation": 100, "warmup": 0.999, "weight_decay": 2.5, "clip": 1e308, "schedule": "constant"}, 2),
+        (
+            {"gradient_accumulation": 100, "warmup": 0.999, "weight_decay": 2.5, "clip": 1e308, "schedule": "constant"},
+            2,
+        ),
         ({"seed": 2**32 - 1, "warmup": 1, "evaluate_every": 2**31 - 1, "evaluate": ROWS, "log_every": 2**31 - 1}, 2),
         ({"max_steps": 1}, 1),
     ],
@@ -122,7 +141,9 @@ def test_a_file_is_no_output_folder(train, tmp_path):
         train(output_dir=file)
 
 
-@pytest.mark.parametrize("settings", [{"log_every": 100}, {"evaluate": ROWS}, {"save_every": 1}, {"evaluate": ROWS, "best": "loss"}])
+@pytest.mark.parametrize(
+    "settings", [{"log_every": 100}, {"evaluate": ROWS}, {"save_every": 1}, {"evaluate": ROWS, "best": "loss"}]
+)
 def test_weights_that_are_no_numbers_are_never_a_result(train, tmp_path, settings):
     """The last step makes them: its loss is still finite, and nothing that follows would log another one."""
     with pytest.raises(TrainingError, match="is not finite after step 1|loss of the evaluation is nan at step 1"):
@@ -140,11 +161,16 @@ def test_a_loss_that_is_no_number_between_two_logs_is_an_error(train, tiny, tmp_
 def test_the_last_step_is_logged_so_that_the_mean_is_over_all_steps(train):
     result = train(max_steps=3, log_every=2)
     assert [entry["step"] for entry in result.history] == [2, 3]
-    assert result.metrics["train_loss"] == pytest.approx((2 * result.history[0]["loss"] + result.history[1]["loss"]) / 3)
+    assert result.metrics["train_loss"] == pytest.approx(
+        (2 * result.history[0]["loss"] + result.history[1]["loss"]) / 3
+    )
 
 
 def test_a_best_metric_that_no_evaluation_gives_is_named(train):
-    with pytest.raises(TrainingError, match=r"best='acuracy' is no metric of the evaluation; did you mean 'accuracy'\? Metrics: loss, accuracy"):
+    with pytest.raises(
+        TrainingError,
+        match=r"best='acuracy' is no metric of the evaluation; did you mean 'accuracy'\? Metrics: loss, accuracy",
+    ):
         train(evaluate=ROWS, best="acuracy")
     result = train(evaluate=ROWS, best="undefined", metrics=lambda _: {"undefined": NAN})
     assert result.best is None, "a metric that is undefined throughout chooses nothing"

@@ -1,4 +1,5 @@
-"""Our Triton kernels without a GPU: interpreted against float64 (triton_interpreted.py, in a process of its own), and compiled for absent cards."""
+"""Our Triton kernels without a GPU: interpreted against float64 (triton_interpreted.py, in a process of its own), and
+compiled for absent cards."""
 
 import importlib.util
 import json
@@ -14,12 +15,20 @@ from effzoo.attention import triton_launch
 from effzoo.errors import OptionError
 
 ROOT = Path(__file__).parent.parent
-SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block can have; those of 8.6 and 8.9, which take the kernels of 8.0
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed; pip install effzoo[triton]")
+# bytes that a block can have; those of 8.6 and 8.9, which take the kernels of 8.0
+SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed; pip install effzoo[triton]"
+)
 
 
 def run(*arguments, interpret, cache):
-    own = {"TRITON_INTERPRET": str(int(interpret)), "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    own = {
+        "TRITON_INTERPRET": str(int(interpret)),
+        "TRITON_CACHE_DIR": str(cache),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=os.environ | own, capture_output=True, text=True)
 
 
@@ -47,7 +56,8 @@ COMPILED = [  # kernel, case, card, width: those that came closest to the limit,
 @needs_triton
 def test_kernels_compile_for_cards_without_spills(tmp_path):
     code = (
-        f"import json, sys; sys.path.insert(0, 'benchmarks'); import registers\nfor one in {COMPILED!r}: print(json.dumps(registers.compiled(*one)))"
+        f"import json, sys; sys.path.insert(0, 'benchmarks'); import registers\nfor one in {COMPILED!r}: "
+        "print(json.dumps(registers.compiled(*one)))"
     )
     done = run("-c", code, interpret=False, cache=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -71,7 +81,9 @@ def test_the_register_table_is_that_of_these_kernels():
     }
     for row in rows:
         hashed = "Order" in registers.CASES[row["case"]]
-        assert tuple(row["tiles"]) == triton_launch.tiling(row["kernel"], row["width"], 2, divmod(row["card"], 10), hashed), row
+        assert tuple(row["tiles"]) == triton_launch.tiling(
+            row["kernel"], row["width"], 2, divmod(row["card"], 10), hashed
+        ), row
         assert row["spilled"] == 0 and row["registers"] <= 255 and row["shared"] <= SHARED[row["card"]], row
 
 
@@ -82,6 +94,13 @@ def test_on_a_cpu_the_kernels_say_why_not():
 
 
 def test_effzoo_imports_no_triton():
-    done = run("-c", "import sys, effzoo, effzoo.attention.triton_launch; print('triton' in sys.modules)", interpret=False, cache="/nowhere")
-    loaded = run("-c", "import sys, torch, transformers; print('triton' in sys.modules)", interpret=False, cache="/nowhere")
+    done = run(
+        "-c",
+        "import sys, effzoo, effzoo.attention.triton_launch; print('triton' in sys.modules)",
+        interpret=False,
+        cache="/nowhere",
+    )
+    loaded = run(
+        "-c", "import sys, torch, transformers; print('triton' in sys.modules)", interpret=False, cache="/nowhere"
+    )
     assert done.stdout == loaded.stdout, done.stderr

@@ -1,4 +1,5 @@
-"""The vocabulary can grow and shrink: old tokens compute what they did, new rows begin as in transformers, a refusal changes nothing."""
+"""The vocabulary can grow and shrink: old tokens compute what they did, new rows begin as in transformers, a refusal
+changes nothing."""
 
 import copy
 
@@ -13,7 +14,15 @@ from effzoo.sites import sites
 from effzoo.vocabulary import resize_vocabulary
 
 SIZES = {"layers": 1, "dim": 16, "heads": 2, "mlp": 32, "max_length": 32, "dropout": 0.0, "attention_dropout": 0.0}
-NARROW = {"channels": 12, "latents": 4, "head_dim": 4, "value_dim": 8, "cross_heads": 1, "cross_head_dim": 8, "cross_value_dim": 16}
+NARROW = {
+    "channels": 12,
+    "latents": 4,
+    "head_dim": 4,
+    "value_dim": 8,
+    "cross_heads": 1,
+    "cross_head_dim": 8,
+    "cross_value_dim": 16,
+}
 MODELS = {
     "bert": ("masked_lm", {}),
     "albert": ("masked_lm", {"embedding_dim": 8}),
@@ -71,7 +80,9 @@ def test_old_tokens_compute_what_they_did_and_new_ones_run(name):
         model(torch.full((1, 12), 60))
 
 
-@pytest.mark.parametrize(("name", "vocab"), [("bert", 53), ("gpt2", 53), ("llama", 53), ("roberta", 12), ("qwen3", 12), ("llama", 9)])
+@pytest.mark.parametrize(
+    ("name", "vocab"), [("bert", 53), ("gpt2", 53), ("llama", 53), ("roberta", 12), ("qwen3", 12), ("llama", 9)]
+)
 def test_rows_are_those_of_transformers(name, vocab, monkeypatch):
     """The same old weights and the same draw: fewer rows than columns give the mean itself, others a draw around it."""
     for cls in (torch.nn.Embedding, torch.nn.Linear):  # which draw what transformers then writes over
@@ -160,7 +171,9 @@ def test_a_number_that_is_none_changes_nothing(n):
     same(before, snapshot(model))
 
 
-@pytest.mark.parametrize("wrong", [{"multiple_of": 0}, {"multiple_of": 1.5}, {"seed": -1}, {"seed": True}, {"init": "zeros"}, {"init": 3}])
+@pytest.mark.parametrize(
+    "wrong", [{"multiple_of": 0}, {"multiple_of": 1.5}, {"seed": -1}, {"seed": True}, {"init": "zeros"}, {"init": 3}]
+)
 def test_other_wrong_options_are_refused(wrong):
     with pytest.raises(effzoo.EffzooError, match=next(iter(wrong))):
         effzoo.resize_vocabulary(built("bert"), 60, **wrong)
@@ -170,7 +183,9 @@ def test_other_wrong_options_are_refused(wrong):
 
 def test_models_without_tokens_and_quantised_heads_are_refused():
     with pytest.raises(IncompatibleError, match="arrays of numbers"):
-        effzoo.resize_vocabulary(effzoo.build("perceiver", latents=4, dim=16, layers=1, heads=2, mlp=16, grid=(4, 4), channels=3), 60)
+        effzoo.resize_vocabulary(
+            effzoo.build("perceiver", latents=4, dim=16, layers=1, heads=2, mlp=16, grid=(4, 4), channels=3), 60
+        )
     with pytest.raises(IncompatibleError, match="Linear"):
         resize_vocabulary(torch.nn.Linear(2, 2), 60)
     model = built("llama")
@@ -186,9 +201,10 @@ def test_models_without_tokens_and_quantised_heads_are_refused():
 
 ADAPTERS = [
     ("bert", "lora[targets=(embed.token, lm.out), tied=false]"),
-    ("gpt2", "lora"), ("gpt2", "lora[targets=embed.token]"), ("gpt2", "full"), ("gpt2", "prompt[length=2]"), ("gpt2", "p_tuning[length=2]"),
-    ("llama", "lora[targets=(embed.token, lm.out)]"), ("llama", "lora[targets=lm.out, init=olora, rank=2]"), ("llama", "full"),
-    ("bert", "bitfit[targets=lm.out]"), ("albert", "lora[targets=(embed.token, embed.project)]"),
+    ("gpt2", "lora"), ("gpt2", "lora[targets=embed.token]"), ("gpt2", "full"), ("gpt2", "prompt[length=2]"),
+    ("gpt2", "p_tuning[length=2]"),
+    ("llama", "lora[targets=(embed.token, lm.out)]"), ("llama", "lora[targets=lm.out, init=olora, rank=2]"),
+    ("llama", "full"), ("bert", "bitfit[targets=lm.out]"), ("albert", "lora[targets=(embed.token, embed.project)]"),
 ]  # fmt: skip
 
 
@@ -209,7 +225,11 @@ def test_adapters_stay_and_grow_along(name, spec, tmp_path):
     assert [key for key, parameter in model.named_parameters() if parameter.requires_grad] == trainable
     assert torch.allclose(model(ids()).logits[..., :53], before, atol=1e-6)
     model(ids(60), labels=ids(60)).loss.backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.requires_grad and parameter.grad is not None)
+    assert all(
+        parameter.grad.isfinite().all()
+        for parameter in model.parameters()
+        if parameter.requires_grad and parameter.grad is not None
+    )
     effzoo.save_adapter(model, tmp_path)
     loaded = effzoo.load_adapter(base, tmp_path)
     x = torch.randint(3, 60, (2, 12))
@@ -218,7 +238,9 @@ def test_adapters_stay_and_grow_along(name, spec, tmp_path):
     assert all(torch.equal(tensor, base_tensors(base)[key]) for key, tensor in base_tensors(model).items())
 
 
-@pytest.mark.parametrize("spec", ["diff[targets=embed.token]", "lora[targets=lm.out, init=loftq, rank=2]", "fish[targets=embed.token]"])
+@pytest.mark.parametrize(
+    "spec", ["diff[targets=embed.token]", "lora[targets=lm.out, init=loftq, rank=2]", "fish[targets=embed.token]"]
+)
 def test_an_adapter_that_cannot_follow_is_refused(spec):
     model = effzoo.attach(built("llama"), spec)
     before = snapshot(model)

@@ -1,4 +1,5 @@
-"""Models inside `torch.compile`, DistributedDataParallel and DataParallel, and modules around models that are none of these."""
+"""Models inside `torch.compile`, DistributedDataParallel and DataParallel, and modules around models that are none of
+these."""
 
 import copy
 
@@ -41,7 +42,9 @@ WRAPPERS = {
     "compile": lambda m: torch.compile(m, backend="eager"),
     "DataParallel": nn.DataParallel,
     "DistributedDataParallel": nn.parallel.DistributedDataParallel,
-    "compiled DistributedDataParallel": lambda m: torch.compile(nn.parallel.DistributedDataParallel(m), backend="eager"),
+    "compiled DistributedDataParallel": lambda m: torch.compile(
+        nn.parallel.DistributedDataParallel(m), backend="eager"
+    ),
     "DataParallel of compiled": lambda m: nn.DataParallel(torch.compile(m, backend="eager")),
 }
 
@@ -102,7 +105,11 @@ def test_training_and_text_through_a_wrapper(tiny, tmp_path):
     effzoo.attach(outer, "lora")
     data = [{"input_ids": IDS[0].tolist(), "labels": IDS[0].tolist()}] * 4
     result = effzoo.finetune(outer, data, output_dir=tmp_path, max_steps=1, progress=False)
-    names = [name for path in tmp_path.rglob("*.safetensors") for name in __import__("safetensors.torch").torch.load_file(path)]
+    names = [
+        name
+        for path in tmp_path.rglob("*.safetensors")
+        for name in __import__("safetensors.torch").torch.load_file(path)
+    ]
     assert result.steps == 1 and names and not any("_orig_mod" in name for name in names)
     assert torch.equal(effzoo.generate(outer, IDS, max_new_tokens=3), effzoo.generate(model, IDS, max_new_tokens=3))
     loss = effzoo.peft.loss(outer, input_ids=IDS, labels=IDS)
@@ -119,7 +126,9 @@ class Parent(nn.Module):
         self.model = model
 
 
-@pytest.mark.parametrize("around", [nn.Sequential, Parent, lambda m: torch.compile(Parent(m)), lambda m: nn.ModuleList([m])])
+@pytest.mark.parametrize(
+    "around", [nn.Sequential, Parent, lambda m: torch.compile(Parent(m)), lambda m: nn.ModuleList([m])]
+)
 @pytest.mark.parametrize("empty", [True, False])
 def test_other_modules_around_a_model_are_refused_and_nothing_is_lost(tiny, around, empty, tmp_path):
     model = build(tiny, layers=1)
@@ -127,19 +136,27 @@ def test_other_modules_around_a_model_are_refused_and_nothing_is_lost(tiny, arou
         effzoo.attach(model, "lora")
     before, outer = copy.deepcopy(model.state_dict()), around(model)
     operations = [
-        lambda: effzoo.attach(outer, "lora"), lambda: effzoo.detach(outer, "default"), lambda: effzoo.activate(outer), lambda: effzoo.merge(outer),
-        lambda: effzoo.unmerge(outer), lambda: effzoo.save_adapter(outer, tmp_path), lambda: effzoo.load_adapter(outer, tmp_path),
-        lambda: effzoo.status(outer), lambda: effzoo.attached(outer), lambda: effzoo.account(outer), lambda: effzoo.plan(outer, length=9),
+        lambda: effzoo.attach(outer, "lora"), lambda: effzoo.detach(outer, "default"), lambda: effzoo.activate(outer),
+        lambda: effzoo.merge(outer),
+        lambda: effzoo.unmerge(outer), lambda: effzoo.save_adapter(outer, tmp_path),
+        lambda: effzoo.load_adapter(outer, tmp_path),
+        lambda: effzoo.status(outer), lambda: effzoo.attached(outer), lambda: effzoo.account(outer),
+        lambda: effzoo.plan(outer, length=9),
         lambda: effzoo.quantise(outer), lambda: effzoo.dequantise(outer), lambda: effzoo.swap_attention(outer, "full"),
         lambda: effzoo.predict(outer, []),
-        lambda: effzoo.generate(outer, IDS), lambda: effzoo.finetune(outer, [], output_dir=tmp_path), lambda: effzoo.peft.roles(outer),
-        lambda: effzoo.disabled(outer).__enter__(), lambda: effzoo.active(outer).__enter__(), lambda: effzoo.convert.to_transformers(outer),
+        lambda: effzoo.generate(outer, IDS), lambda: effzoo.finetune(outer, [], output_dir=tmp_path),
+        lambda: effzoo.peft.roles(outer),
+        lambda: effzoo.disabled(outer).__enter__(), lambda: effzoo.active(outer).__enter__(),
+        lambda: effzoo.convert.to_transformers(outer),
     ]  # fmt: skip
     for number, operation in enumerate(operations):
         with pytest.raises(AdapterError, match="is a module around a model; give the model itself, its '(0|model)'"):
             operation()
             raise AssertionError(number)
-    assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items()) and model.state_dict().keys() == before.keys()
+    assert (
+        all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
+        and model.state_dict().keys() == before.keys()
+    )
     assert list(effzoo.attached(model)) == ([] if empty else ["default"])
 
 
@@ -149,14 +166,20 @@ def test_a_part_that_is_compiled_on_its_own_is_to_be_compiled_in_place(tiny, pat
     parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
     inner = getattr(parent, name)
     setattr(parent, name, torch.compile(inner, backend="eager"))
-    for operation in (lambda: effzoo.attach(model, "lora"), lambda: effzoo.status(model), lambda: effzoo.quantise(model)):
+    for operation in (
+        lambda: effzoo.attach(model, "lora"),
+        lambda: effzoo.status(model),
+        lambda: effzoo.quantise(model),
+    ):
         with pytest.raises(AdapterError, match=f"{path} is compiled as a module of its own"):
             operation()
     setattr(parent, name, inner)
     inner.compile(backend="eager")
     before = model(input_ids=IDS).logits
     shake(effzoo.attach(model, "lora"), "default")
-    assert not any("_orig_mod" in key for key in model.state_dict()) and not torch.allclose(model(input_ids=IDS).logits, before)
+    assert not any("_orig_mod" in key for key in model.state_dict()) and not torch.allclose(
+        model(input_ids=IDS).logits, before
+    )
     effzoo.detach(model, "default")
     assert torch.allclose(model(input_ids=IDS).logits, before, atol=1e-12)
 
@@ -173,14 +196,17 @@ def test_ddp_refuses_to_train_what_it_would_not_synchronise(tiny, group, monkeyp
     ):
         with pytest.raises(AdapterError, match="change the model first, and wrap it then"):
             operation()
-        assert list(effzoo.attached(model)) == ["a", "b"] and effzoo.status(model).active == ("b",) == effzoo.status(model).trainable
+        assert (
+            list(effzoo.attached(model)) == ["a", "b"]
+            and effzoo.status(model).active == ("b",) == effzoo.status(model).trainable
+        )
     effzoo.activate(outer, "a", "b", train="b")  # frozen beside what it knows
     assert effzoo.status(model).active == ("a", "b")
 
 
 def test_ddp_refuses_what_it_never_saw_and_takes_what_it_knows(tiny, group, monkeypatch):
-    """An adapter that was merged when the wrapper was made is unknown to it, though its tensors were trainable all the time; one that was merged
-    since, or was frozen for a while, is known."""
+    """An adapter that was merged when the wrapper was made is unknown to it, though its tensors were trainable all the
+    time; one that was merged since, or was frozen for a while, is known."""
     model = shake(effzoo.attach(effzoo.attach(build(tiny), "lora", name="a"), "ia3", name="b"), "a", "b")
     effzoo.activate(model, "a", "b")
     effzoo.merge(model, "a")
@@ -189,9 +215,13 @@ def test_ddp_refuses_what_it_never_saw_and_takes_what_it_knows(tiny, group, monk
     around = torch.compile(outer, backend="eager")
     weights, output = copy.deepcopy(model.state_dict()), model(input_ids=IDS).logits
     for wrapper in (outer, around, nn.DataParallel(outer)):
-        with pytest.raises(AdapterError, match=r"would make blocks.*\.adapters\.a\.lora\..* trainable.*wrapper\.module.*wrap it then"):
+        with pytest.raises(
+            AdapterError, match=r"would make blocks.*\.adapters\.a\.lora\..* trainable.*wrapper\.module.*wrap it then"
+        ):
             effzoo.unmerge(wrapper, "a")
-    assert list(effzoo.status(model).merged) == ["a"] and all(torch.equal(x, weights[key]) for key, x in model.state_dict().items())
+    assert list(effzoo.status(model).merged) == ["a"] and all(
+        torch.equal(x, weights[key]) for key, x in model.state_dict().items()
+    )
     assert torch.equal(model(input_ids=IDS).logits, output)
     effzoo.activate(around)
     assert effzoo.status(model).trainable == ()
@@ -214,7 +244,9 @@ def test_a_merge_or_unmerge_that_ddp_refuses_leaves_the_weights_as_they_were(tin
     before, output = {key: x.clone() for key, x in model.state_dict().items()}, model(input_ids=IDS).logits
     with pytest.raises(AdapterError, match="change the model first, and wrap it then"):
         operation(outer, "a")  # the base would learn again, or the adapter
-    assert before.keys() == model.state_dict().keys() and all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
+    assert before.keys() == model.state_dict().keys() and all(
+        torch.equal(x, before[key]) for key, x in model.state_dict().items()
+    )
     assert torch.equal(model(input_ids=IDS).logits, output)
 
 

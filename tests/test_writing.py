@@ -26,8 +26,12 @@ def test_a_checkpoint_that_fails_leaves_the_earlier_ones_and_nothing_else(tmp_pa
         with pytest.raises(expected) as caught, checkpoints.writing(tmp_path, 6) as folder:
             (folder / "state").write_text("six")
             raise raised
-        assert expected is not FileError or f"cannot write {tmp_path / 'checkpoint-6'}: No space left on device" in str(caught.value)
-        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"] and (tmp_path / "checkpoint-3" / "state").read_text() == "three"
+        assert expected is not FileError or f"cannot write {tmp_path / 'checkpoint-6'}: No space left on device" in str(
+            caught.value
+        )
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"] and (
+            tmp_path / "checkpoint-3" / "state"
+        ).read_text() == "three"
 
 
 def test_a_checkpoint_is_not_written_through_a_link_with_its_name(tmp_path):

@@ -1,4 +1,5 @@
-"""Our Triton kernels in Triton's interpreter, against the definition in float64. `test_triton.py` runs this in a process of its own."""
+"""Our Triton kernels in Triton's interpreter, against the definition in float64. `test_triton.py` runs this in a
+process of its own."""
 
 import math
 import weakref
@@ -100,7 +101,11 @@ def test_sights(name, marked):
         columns = torch.tensor([[0, 33, 12], [20, n, n]])
     q, k, v, g = qkvg(batch, 1, n, n, 20, 12)
     if held is not None:  # what lies at padding is not read
-        nothing = ~held if columns is None else ~held & ~torch.zeros(batch, n + 1, dtype=torch.bool).scatter_(1, columns, True)[:, :n]
+        nothing = (
+            ~held
+            if columns is None
+            else ~held & ~torch.zeros(batch, n + 1, dtype=torch.bool).scatter_(1, columns, True)[:, :n]
+        )
         k, v = (x.masked_fill(nothing[:, None, :, None], math.nan) for x in (k, v))
     bias = additive(seen_by(one, n, n, held, columns, batch))
     clean = [x.nan_to_num(0.0) for x in (k, v)]
@@ -130,13 +135,19 @@ def test_a_bias(shape):
 
 
 def widened(x):
-    return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+    return (
+        TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        if x.dtype.scalar == tl.bfloat16
+        else x
+    )
 
 
 @pytest.mark.parametrize("dtype, close", [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
 def test_half_precision_sums_in_float32(dtype, close, monkeypatch):
     multiply = InterpreterBuilder.create_dot  # it keeps bfloat16 as whole numbers of 16 bits, and would multiply these
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: multiply(self, widened(a), widened(b), *rest))
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: multiply(self, widened(a), widened(b), *rest)
+    )
     q, k, v, g = (x.to(dtype) for x in qkvg(1, 1, 70, 70, 64, 64))
     one = OnePass(True, Window(30, 0), tiles=Tiling(32, 16, 4, 1))
     _, lse = check(one, q, k, v, g, additive(seen_by(one, 70, 70)), {"rtol": close, "atol": close})
@@ -185,7 +196,10 @@ def test_dropout_drops_the_same_weights_backward(name):
 
 def test_dropout_does_not_depend_on_the_tiles():
     q, k, v, _ = qkvg(1, 2, 40, 40, 8, 8)
-    outs = [OnePass(dropout=0.5, seed=seed, tiles=tiles).forward(q, k, v)[0] for seed, tiles in ((1, SMALL), (1, Tiling(32, 64, 4, 1)), (2, SMALL))]
+    outs = [
+        OnePass(dropout=0.5, seed=seed, tiles=tiles).forward(q, k, v)[0]
+        for seed, tiles in ((1, SMALL), (1, Tiling(32, 64, 4, 1)), (2, SMALL))
+    ]
     torch.testing.assert_close(outs[0], outs[1])
     assert (outs[0] - outs[2]).abs().max() > 0.1
 
@@ -262,7 +276,17 @@ def test_rounds_of_hashing(options, causal):
     valid = torch.arange(n) < torch.tensor([n, length])[:, None]
     qk, v, g = (drawn(2, 1, n, 8, seed=seed) for seed in range(3))
     k, buckets = core._keys(qk.double()).float(), core._buckets(qk.double(), Mask(valid))
-    one = Hashed(core.chunk, core.before, core.after, core.within_buckets, core.count_once, core.stable, causal, scale=1.0, tiles=SMALL)
+    one = Hashed(
+        core.chunk,
+        core.before,
+        core.after,
+        core.within_buckets,
+        core.count_once,
+        core.stable,
+        causal,
+        scale=1.0,
+        tiles=SMALL,
+    )
     out, lse = one.forward(qk, k, v, buckets, valid)
     found = one.backward(g, qk, k, v, out, lse, buckets, valid)
     leaves = [x.double().requires_grad_() for x in (qk, k, v)]
@@ -272,7 +296,8 @@ def test_rounds_of_hashing(options, causal):
 
 
 def test_rounds_of_hashing_with_a_memory_and_dropout():
-    """The derivative along a direction equals the difference of two forward passes that drop the same weights; memory is a part of its own."""
+    """The derivative along a direction equals the difference of two forward passes that drop the same weights; memory
+    is a part of its own."""
     n, buckets = 20, torch.randint(3, (3, 1, 2, 20), generator=torch.Generator().manual_seed(0))
     q, k, v, g = qkvg(1, 2, n, n, 8, 8)
     one = Hashed(4, within=True, dropout=0.25, seed=11, tiles=SMALL)
@@ -286,19 +311,29 @@ def test_rounds_of_hashing_with_a_memory_and_dropout():
     of_q, of_k, of_v = one.backward(g, q, k, v, out, lse[..., 0], buckets)
     for place, gradient in ((1, of_k), (2, of_v)):
         direction, step = drawn(1, 2, n, 8, seed=9), 1e-2
-        moved = [[x + sign * step * direction if index == place else x for index, x in enumerate((q, k, v))] for sign in (1, -1)]
-        slope = sum(sign * float((whole(*x)[0].double() * g).sum()) for sign, x in zip((1, -1), moved, strict=True)) / (2 * step)
+        moved = [
+            [x + sign * step * direction if index == place else x for index, x in enumerate((q, k, v))]
+            for sign in (1, -1)
+        ]
+        slope = sum(sign * float((whole(*x)[0].double() * g).sum()) for sign, x in zip((1, -1), moved, strict=True)) / (
+            2 * step
+        )
         assert slope == pytest.approx(float((gradient * direction).sum()), rel=2e-3, abs=2e-3)
     assert (
         of_q.isfinite().all()
-        and (one.forward(q, k, v, buckets)[0] - Hashed(4, within=True, tiles=SMALL).forward(q, k, v, buckets)[0]).abs().max() > 0.1
+        and (one.forward(q, k, v, buckets)[0] - Hashed(4, within=True, tiles=SMALL).forward(q, k, v, buckets)[0])
+        .abs()
+        .max()
+        > 0.1
     )
 
 
 def test_parts_of_the_one_softmax_are_what_kinds_make():
     """Longformer's own rows in one pass: its window and its global columns, against the kind itself."""
     n, heads = 40, 2
-    core = create("longformer[window=6, global_projections=false]", Context(heads=heads, head_dim=8, causal=True, max_length=64)).double()
+    core = create(
+        "longformer[window=6, global_projections=false]", Context(heads=heads, head_dim=8, causal=True, max_length=64)
+    ).double()
     valid, is_global = torch.arange(n)[None] < 33, (torch.arange(n) % 17 == 3)[None]
     q, k, v, _ = qkvg(1, heads, n, n, 8, 8)
     one = OnePass(True, core.sight(0), tiles=SMALL)
@@ -347,14 +382,20 @@ CAUSAL = [kind for kind in KINDS if not kind.startswith(("linformer", "perceiver
 
 def pair(kind, n=23, **context):
     """A kind in float32 by the kernels, and in float64."""
-    single, double = (create(kind, Context(heads=2, head_dim=6, max_length=n, **context, **own)) for own in ({"backend": "triton"}, {}))
+    single, double = (
+        create(kind, Context(heads=2, head_dim=6, max_length=n, **context, **own))
+        for own in ({"backend": "triton"}, {})
+    )
     double.load_state_dict(single.state_dict())
     return single.eval(), double.double().eval()
 
 
 def given_to(core, mask, n=23):
     used = core.uses(mask)
-    return [drawn(2, n, 2, 6, seed=seed).transpose(1, 2) if name in used else None for seed, name in enumerate(core.projections)]
+    return [
+        drawn(2, n, 2, 6, seed=seed).transpose(1, 2) if name in used else None
+        for seed, name in enumerate(core.projections)
+    ]
 
 
 def leaves_of(given, dtype):
@@ -362,14 +403,20 @@ def leaves_of(given, dtype):
 
 
 @pytest.mark.parametrize(
-    ("kind", "causal"), [*((kind, index % 2 == 1 and kind in CAUSAL) for index, kind in enumerate(KINDS)), *((kind, True) for kind in CAUSAL[::4])]
+    ("kind", "causal"),
+    [
+        *((kind, index % 2 == 1 and kind in CAUSAL) for index, kind in enumerate(KINDS)),
+        *((kind, True) for kind in CAUSAL[::4]),
+    ],
 )
 def test_whole_kinds_by_the_kernels(kind, causal, launched):
     """Padding, global tokens and a prefix, forward and backward: the definition in float64."""
     single, double = pair(kind, causal=causal)
     is_global = (torch.arange(23) % 11 == 3).expand(2, 23).clone()
     is_global[1] &= torch.arange(23) < 5
-    mask = Mask(torch.arange(23) < torch.tensor([23, 15])[:, None], is_global if single.knows_globals() else None, decisions={})
+    mask = Mask(
+        torch.arange(23) < torch.tensor([23, 15])[:, None], is_global if single.knows_globals() else None, decisions={}
+    )
     prefix, given, results = (drawn(2, 5, 6, seed=20), drawn(2, 5, 6, seed=21)), given_to(single, mask), []
     for run, dtype in ((single, torch.float32), (double.dense, torch.float64)):
         leaves, memory = leaves_of(given, dtype), leaves_of(prefix, dtype)
@@ -380,10 +427,14 @@ def test_whole_kinds_by_the_kernels(kind, causal, launched):
     equal(*results)
     whole = [call for call in launched if call["Order"] is not None or call["Columns"] is not None or call["WINDOW"]]
     sort = KINDS[kind]
-    assert bool(whole) == (sort is not None) and (sort is None or any(call[sort] is not None and call[sort] is not False for call in whole))
+    assert bool(whole) == (sort is not None) and (
+        sort is None or any(call[sort] is not None and call[sort] is not False for call in whole)
+    )
 
 
-@pytest.mark.parametrize("kind", ["full", "longformer[window=4, dilation=(1, 3)]", "local[chunk=5]", "lsh[rounds=2, chunk=4]"])
+@pytest.mark.parametrize(
+    "kind", ["full", "longformer[window=4, dilation=(1, 3)]", "local[chunk=5]", "lsh[rounds=2, chunk=4]"]
+)
 def test_decoding_by_the_kernels(kind, launched):
     single, double = pair(kind, causal=True)
     given = given_to(single, Mask())
@@ -393,7 +444,10 @@ def test_decoding_by_the_kernels(kind, launched):
     equal([last], [wanted[:, :, 22:]])
 
 
-@pytest.mark.parametrize("kind", ["full", "longformer[window=4, dilation=(1, 3)]", "local[chunk=5]", "lsh[rounds=2, chunk=4, count_once=true]"])
+@pytest.mark.parametrize(
+    "kind",
+    ["full", "longformer[window=4, dilation=(1, 3)]", "local[chunk=5]", "lsh[rounds=2, chunk=4, count_once=true]"],
+)
 def test_whole_kinds_drop_the_same_weights_backward(kind, launched):
     """The derivative along a direction equals the difference of two forward passes with the same seed."""
     core, _ = pair(kind, dropout=0.25)
@@ -415,14 +469,19 @@ def test_whole_kinds_drop_the_same_weights_backward(kind, launched):
     assert (out - core.eval()(*given, mask=mask, memory=prefix)).abs().max() > 0.1
     core.train()
     with torch.no_grad():
-        moved = [run(*(x + sign * 1e-2 * direction for x, direction in zip(leaves, directions, strict=True))) for sign in (1, -1)]
+        moved = [
+            run(*(x + sign * 1e-2 * direction for x, direction in zip(leaves, directions, strict=True)))
+            for sign in (1, -1)
+        ]
     slope = float(((moved[0] - moved[1]).double() * g).sum()) / 2e-2
-    assert slope == pytest.approx(sum(float((x * y).sum()) for x, y in zip(gradients, directions, strict=True)), rel=5e-3)
+    assert slope == pytest.approx(
+        sum(float((x * y).sum()) for x, y in zip(gradients, directions, strict=True)), rel=5e-3
+    )
 
 
 def test_no_dropout_no_bias_and_no_gathered_column_is_kept(launched):
-    """Of a band with padding, global tokens and dropout, the backward pass needs q, k, v, out, the log-sum-exp, which keys are held, and where the
-    columns are."""
+    """Of a band with padding, global tokens and dropout, the backward pass needs q, k, v, out, the log-sum-exp, which
+    keys are held, and where the columns are."""
     core, _ = pair("longformer[window=6, global_projections=false]", dropout=0.1)
     mask = Mask(torch.arange(23) < torch.tensor([23, 15])[:, None], (torch.arange(23) == 3).expand(2, 23), decisions={})
     q, k, v = leaves_of(given_to(core, mask), torch.float32)
@@ -443,9 +502,14 @@ def test_no_dropout_no_bias_and_no_gathered_column_is_kept(launched):
 def test_what_a_kind_cannot_have_is_said(launched):
     core = create("full", Context(heads=1, head_dim=200, backend="triton"))
     x = drawn(1, 1, 4, 200)
-    with pytest.raises(OptionError, match="backend 'triton' cannot run here: .*heads of at most 128 numbers, not 200; use backend='auto'"):
+    with pytest.raises(
+        OptionError,
+        match="backend 'triton' cannot run here: .*heads of at most 128 numbers, not 200; use backend='auto'",
+    ):
         core(x, x, x, mask=Mask())
     core = create("full", Context(heads=1, head_dim=8, backend="triton"))
     x = drawn(1, 1, 4, 8, dtype=torch.float64)
-    with pytest.raises(OptionError, match="backend 'triton' cannot run here: on cpu it takes bfloat16, float16, float32, got float64"):
+    with pytest.raises(
+        OptionError, match="backend 'triton' cannot run here: on cpu it takes bfloat16, float16, float32, got float64"
+    ):
         core(x, x, x, mask=Mask())

@@ -18,43 +18,62 @@ TASKS = ("features", "classification", "token_classification", "masked_lm", "cau
 
 
 def check_fields(config: Any) -> None:
-    """Refuse a field of another type or outside the range that its annotation says; lists become tuples, numbers of numpy those of Python.
+    """Refuse a field of another type or outside the range that its annotation says; lists become tuples, numbers of
+    numpy those of Python.
 
-    Here and nowhere else: the keywords of `build`, TOML files, configs read from transformers and `dataclasses.replace` all pass.
+    Here and nowhere else: the keywords of `build`, TOML files, configs read from transformers and `dataclasses.replace`
+    all pass.
     """
     for key, annotation in annotations_of(type(config)).items():
         value = getattr(config, key)
         if wrong := problem(value, annotation):
             raise OptionError(f"{key} {wrong}")
         value = plain(value)
-        object.__setattr__(config, key, tuple(value) if isinstance(value, list) else value)  # TOML and JSON have no tuples
+        # TOML and JSON have no tuples
+        object.__setattr__(config, key, tuple(value) if isinstance(value, list) else value)
 
 
 @dataclass(frozen=True)
 class Config:
     """Sizes and slots of one transformer.
 
-    share_layers: how many blocks there are for all layers, each shared by layers / share_layers of them in a row (1: all layers share one; Lan et al.
-    2020, ALBERT, arXiv:1909.11942, section 3.1); 0 for a block per layer. What is said per layer (window=(32, 64), layers= of methods) is then
-    said per block. embedding_dim: width of the embeddings, which a linear layer brings to dim (ALBERT, section 3.1); 0 for embeddings as wide as dim.
-    mlp: inner width of the feed-forward. max_length: positions, prompts included. attention: a spec, or one per layer.
-    head_dim: width of a head, dim / heads when 0. kv_heads: heads of keys and values (grouped queries), all when 0. qk_norm: an RMSNorm
-    over each head of queries and keys. attn_bias, attn_out_bias, mlp_bias: which linear layers have one. gated: a gated
-    feed-forward. mlp_chunk: positions that it computes at a time, 0 for all. experts: feed-forwards of which a router chooses for each token, 0 for
-    one without a router; router: a spec of `effzoo.routing`; expert_every: every how manieth layer has them (2: layers 1, 3, 5, ...).
-    norm, norm_kind, norm_bias, first_norm: where the norms stand, which they are, whether they have a bias, and whether block 0 of a pre-norm
-    model has one before its attention. residual: "reversible" has two streams, which end side by side (Gomez et al. 2017).
-    positions: learned, sinusoidal, axial (`axial_shape` rows per axis, `axial_dims` their widths; Kitaev et al. 2020, section 4), rotary
-    (`rotary_theta`, one or one per layer, `rotary_scaling`) or none. position_offset: first position id (RoBERTa counts from
-    pad_token + 1; padding then keeps the id pad_token). types: rows of the token-type table, 0 for none.
-    bos_token, eos_token: the token that begins a text, and the one or those that end it; generation: the options that `effzoo.generate` starts from.
+    share_layers: how many blocks there are for all layers, each shared by layers / share_layers of them in a row (1:
+        all layers share one; Lan et al. 2020, ALBERT, arXiv:1909.11942, section 3.1); 0 for a block per layer. What
+        is said per layer (window=(32, 64), layers= of methods) is then said per block.
+    embedding_dim: width of the embeddings, which a linear layer brings to dim (ALBERT, section 3.1); 0 for
+        embeddings as wide as dim.
+    mlp: inner width of the feed-forward.
+    max_length: positions, prompts included.
+    attention: a spec, or one per layer.
+    head_dim: width of a head, dim / heads when 0.
+    kv_heads: heads of keys and values (grouped queries), all when 0.
+    qk_norm: an RMSNorm over each head of queries and keys.
+    attn_bias, attn_out_bias, mlp_bias: which linear layers have one.
+    gated: a gated feed-forward.
+    mlp_chunk: positions that it computes at a time, 0 for all.
+    experts: feed-forwards of which a router chooses for each token, 0 for one without a router; router: a spec of
+        `effzoo.routing`; expert_every: every how manieth layer has them (2: layers 1, 3, 5, ...).
+    norm, norm_kind, norm_bias, first_norm: where the norms stand, which they are, whether they have a bias, and
+        whether block 0 of a pre-norm model has one before its attention.
+    residual: "reversible" has two streams, which end side by side (Gomez et al. 2017).
+    positions: learned, sinusoidal, axial (`axial_shape` rows per axis, `axial_dims` their widths; Kitaev et al.
+        2020, section 4), rotary (`rotary_theta`, one or one per layer, `rotary_scaling`) or none.
+    position_offset: first position id (RoBERTa counts from pad_token + 1; padding then keeps the id pad_token).
+    types: rows of the token-type table, 0 for none.
+    bos_token, eos_token: the token that begins a text, and the one or those that end it; generation: the options
+        that `effzoo.generate` starts from.
     embed_norm: a norm after the embeddings; None means in post-norm models.
-    tied: the language-model head uses the token embedding. lm_bias: it adds a bias; None means when masked. lm_transform: dense, activation
-    and norm before it. pooling: how a classification head reads the sequence (the first token, the mean, or the last token).
-    head_dense, head_activation, head_norm, head_bias: through dense, activation and norm, or directly; token_dense: whether the head that
-    labels tokens goes through them as well. dropout: of embeddings, sub-layers and heads; attention_dropout: of the attention weights, one or one
-    per layer. transform_bias: of the dense layer in any head. pooler: a features model ends in a dense tanh
-    layer on the first token. backend: what computes attention ("auto", or a name of `effzoo.attention.backends`).
+    tied: the language-model head uses the token embedding.
+    lm_bias: it adds a bias; None means when masked.
+    lm_transform: dense, activation and norm before it.
+    pooling: how a classification head reads the sequence (the first token, the mean, or the last token).
+    head_dense, head_activation, head_norm, head_bias: through dense, activation and norm, or directly; token_dense:
+        whether the head that labels tokens goes through them as well.
+    dropout: of embeddings, sub-layers and heads;
+    attention_dropout: of the attention weights, one or one per layer.
+    transform_bias: of the dense layer in any head.
+    pooler: a features model ends in a dense tanh layer on the first token.
+    backend: what computes attention ("auto", or a name of `effzoo.attention.backends`).
     """
 
     name: str
@@ -120,10 +139,14 @@ class Config:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.dim % self.heads and not self.head_dim:
-            raise OptionError(f"dim {self.dim} does not divide into {self.heads} heads; try heads={_nearest_divisor(self.dim, self.heads)}")
+            raise OptionError(
+                f"dim {self.dim} does not divide into {self.heads} heads; try "
+                f"heads={_nearest_divisor(self.dim, self.heads)}"
+            )
         if self.kv_heads and self.heads % self.kv_heads:
             raise OptionError(
-                f"kv_heads {self.kv_heads} does not divide the {self.heads} heads; try kv_heads={_nearest_divisor(self.heads, self.kv_heads)}"
+                f"kv_heads {self.kv_heads} does not divide the {self.heads} heads; try "
+                f"kv_heads={_nearest_divisor(self.heads, self.kv_heads)}"
             )
         choices = {"activation": tuple(ACTIVATIONS), "head_activation": ("tanh", *ACTIVATIONS)}
         for key, known in choices.items():
@@ -144,16 +167,22 @@ class Config:
             return
         if self.layers % self.share_layers:
             near = _nearest_divisor(self.layers, self.share_layers)
-            raise OptionError(f"share_layers {self.share_layers} does not divide the {self.layers} layers; try share_layers={near}")
+            raise OptionError(
+                f"share_layers {self.share_layers} does not divide the {self.layers} layers; try share_layers={near}"
+            )
         if not self.first_norm and self.share_layers < self.layers:
-            raise OptionError("first_norm=False makes layer 0 another one, which can share no block; build it with first_norm=True or share_layers=0")
+            raise OptionError(
+                "first_norm=False makes layer 0 another one, which can share no block; build it with "
+                "first_norm=True or share_layers=0"
+            )
         for layer, slots in enumerate(map(self.slots, range(self.layers))):
             first = layer - layer % (self.layers // self.share_layers)
             different = [f.name for f in fields(Slots) if getattr(slots, f.name) != getattr(self.slots(first), f.name)]
             different += ["attention_dropout"] if self.dropped_weights(layer) != self.dropped_weights(first) else []
             if different:
                 raise OptionError(
-                    f"layers {first} and {layer} share a block, but differ in {listing(different)}; make them alike, or share among fewer layers"
+                    f"layers {first} and {layer} share a block, but differ in {listing(different)}; make them alike, "
+                    "or share among fewer layers"
                 )
 
     def _check_experts(self) -> None:
@@ -163,15 +192,20 @@ class Config:
                 f"got {self.experts} and {self.expert_every}"
             )
         if not self.experts and (self.router != "switch" or self.expert_every != 1):
-            raise OptionError(f"router={self.router!r} and expert_every={self.expert_every} mean nothing without experts; give experts=8, say")
+            raise OptionError(
+                f"router={self.router!r} and expert_every={self.expert_every} mean nothing without "
+                "experts; give experts=8, say"
+            )
 
     def _check_positions(self) -> None:
         if self.positions == "axial":
             rows, width = math.prod(self.axial_shape), sum(self.axial_dims)
             if len(self.axial_shape) != len(self.axial_dims) or rows < self.max_length or width != self.embed_dim:
                 raise OptionError(
-                    f"axial positions need axial_shape with a product of at least max_length {self.max_length} and axial_dims that add up to "
-                    f"{'embedding_dim' if self.embedding_dim else 'dim'} {self.embed_dim}, got {self.axial_shape} and {self.axial_dims}"
+                    f"axial positions need axial_shape with a product of at least max_length {self.max_length} and "
+                    "axial_dims that add up to "
+                    f"{'embedding_dim' if self.embedding_dim else 'dim'} {self.embed_dim}, got {self.axial_shape} "
+                    f"and {self.axial_dims}"
                 )
 
     def _check_layers(self) -> None:
@@ -210,7 +244,11 @@ class Config:
     def slots(self, layer: int = 0) -> Slots:
         """What fills the slots of one block."""
         theta = self.rotary_theta[layer] if isinstance(self.rotary_theta, tuple) else self.rotary_theta
-        rotary = Rotary.of(self.head_dim or self.dim // self.heads, theta, self.rotary_scaling or {}) if self.positions == "rotary" else None
+        rotary = (
+            Rotary.of(self.head_dim or self.dim // self.heads, theta, self.rotary_scaling or {})
+            if self.positions == "rotary"
+            else None
+        )
         same = {f.name: getattr(self, f.name) for f in fields(Slots) if f.name in {mine.name for mine in fields(self)}}
         experts = 0 if (layer + 1) % self.expert_every else self.experts
         return Slots(**same | {"rotary": rotary, "kv_heads": self.kv_heads or None, "experts": experts})
@@ -226,7 +264,8 @@ class Config:
         if task == ("masked_lm" if self.causal else "causal_lm"):
             other = "causal_lm" if self.causal else "masked_lm"
             raise IncompatibleError(
-                f"{self.name} is a{'n' * (not self.causal)} {self.architecture}, so task={task!r} makes no sense; try task={other!r}"
+                f"{self.name} is a{'n' * (not self.causal)} {self.architecture}, so task={task!r} makes no sense; "
+                f"try task={other!r}"
             )
 
 

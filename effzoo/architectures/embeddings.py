@@ -13,16 +13,19 @@ from effzoo.checked import within
 from effzoo.errors import InputError, shown
 from effzoo.sites import Embedding, Linear
 
-INDEX_DTYPES = (torch.int64, torch.int32)  # torch reads uint8 as a mask, and cuts a bound to the size of the integers that it is compared with
+# torch reads uint8 as a mask, and cuts a bound to the size of the integers that it is compared with
+INDEX_DTYPES = (torch.int64, torch.int32)
 MASK_DTYPES = (
-    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
+    torch.float32, torch.float64,
 )  # fmt: skip
 
 
 class Embeddings(nn.Module):
     """norm(token + position + type), [batch, n] ids -> [batch, rows + n, dim], with `rows` prompt rows in front.
 
-    Embeddings that are narrower than the blocks go through a linear layer at the end, prompt rows too (ALBERT, section 3.1).
+    Embeddings that are narrower than the blocks go through a linear layer at the end, prompt rows too (ALBERT, section
+    3.1).
     The table of positions is learned, sinusoidal or axial, or there is none (rotary positions act in attention).
     """
 
@@ -69,7 +72,8 @@ class Embeddings(nn.Module):
         return x if self.project is None else self.project(x), positions
 
     def positions(self, ids: Tensor | None, batch: int, n: int, device: torch.device) -> Tensor:
-        """0, 1, 2, ...; with an offset, padding tokens are not counted and keep the id before the offset (as in RoBERTa)."""
+        """0, 1, 2, ...; with an offset, padding tokens are not counted and keep the id before the offset (as in
+        RoBERTa)."""
         offset = self.config.position_offset
         if offset and ids is not None and self.config.pad_token is not None:
             present = ids != self.config.pad_token
@@ -96,15 +100,17 @@ def _table(config: Config) -> nn.Module | None:
 class AxialPositions(nn.Module):
     """Position p as coordinates (i, j, ...) of a grid; row p is the axes' rows i, j, ... side by side.
 
-    shape: rows of each axis, the last one running fastest; prod(shape) positions cost sum(shape_a dims_a) parameters (Kitaev et al. 2020,
-    arXiv:2001.04451, section 4). In training transformers also drops out whole columns of these rows; here the dropout of the
-    embeddings acts alone.
+    shape: rows of each axis, the last one running fastest; prod(shape) positions cost sum(shape_a dims_a) parameters
+        (Kitaev et al. 2020, arXiv:2001.04451, section 4). In training transformers also drops out whole columns of
+        these rows; here the dropout of the embeddings acts alone.
     """
 
     def __init__(self, shape: Sequence[int], dims: Sequence[int]):
         super().__init__()
         self.shape = tuple(shape)
-        self.axes = nn.ModuleList(Embedding(rows, dim, role="embed.position") for rows, dim in zip(shape, dims, strict=True))
+        self.axes = nn.ModuleList(
+            Embedding(rows, dim, role="embed.position") for rows, dim in zip(shape, dims, strict=True)
+        )
 
     def forward(self, positions: Tensor) -> Tensor:
         rows = []
@@ -115,7 +121,8 @@ class AxialPositions(nn.Module):
 
 
 class SinusoidalPositions(nn.Module):
-    """(sin(p w_0), cos(p w_0), sin(p w_1), ...) with w_j = 10000^(-2j/dim), fixed (Vaswani et al. 2017, arXiv:1706.03762, section 3.5)."""
+    """(sin(p w_0), cos(p w_0), sin(p w_1), ...) with w_j = 10000^(-2j/dim), fixed (Vaswani et al. 2017,
+    arXiv:1706.03762, section 3.5)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -129,48 +136,78 @@ class SinusoidalPositions(nn.Module):
 
 
 def check_tensors(**given: object) -> None:
-    """Refuse what is neither a dense tensor nor None, masks and ids of another dtype than is read, and tensors on several devices."""
+    """Refuse what is neither a dense tensor nor None, masks and ids of another dtype than is read, and tensors on
+    several devices."""
     first = None
     for name, value in given.items():
         if value is None:
             continue
         if not isinstance(value, Tensor):
-            raise InputError(f"{name} is a tensor, got {shown(value)} ({type(value).__name__}); torch.tensor(...) makes one of a list")
+            raise InputError(
+                f"{name} is a tensor, got {shown(value)} ({type(value).__name__}); torch.tensor(...) "
+                "makes one of a list"
+            )
         if value.is_nested or value.layout is not torch.strided:
             kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
-            raise InputError(f"{name} is a dense tensor, got a {kind} one; .to_dense() makes one of a sparse tensor, and padding of a nested one")
+            raise InputError(
+                f"{name} is a dense tensor, got a {kind} one; .to_dense() makes one of a sparse tensor, "
+                "and padding of a nested one"
+            )
         if name.endswith("_ids") and value.dtype not in INDEX_DTYPES:
             raise InputError(
-                f"{name} is an integer tensor, got {value.dtype} of shape {tuple(value.shape)}; int64 and int32 are read, as .long() makes them"
+                f"{name} is an integer tensor, got {value.dtype} of shape {tuple(value.shape)}; int64 and int32 are "
+                "read, as .long() makes them"
             )
         if name.endswith("_mask") and value.dtype not in MASK_DTYPES:
-            raise InputError(f"{name} holds 0 and 1 as booleans, integers or floats, got {value.dtype}; .bool() makes such a mask")
+            raise InputError(
+                f"{name} holds 0 and 1 as booleans, integers or floats, got {value.dtype}; .bool() makes such a mask"
+            )
         first = (name, value.device) if first is None else first
         if value.device != first[1]:
-            raise InputError(f"{first[0]} is on {first[1]} and {name} on {value.device}; bring both to the device of the model")
+            raise InputError(
+                f"{first[0]} is on {first[1]} and {name} on {value.device}; bring both to the device of the model"
+            )
 
 
 def check_device(model: nn.Module, **given: Tensor | None) -> None:
-    """InputError for a tensor on another device than the model; nothing waits for either. Hooks of accelerate bring inputs to their weights."""
+    """InputError for a tensor on another device than the model; nothing waits for either. Hooks of accelerate bring
+    inputs to their weights."""
     here = next((parameter.device for parameter in model.parameters()), None)
     for name, value in given.items():
-        if value is not None and here is not None and value.device != here and not any(hasattr(module, "_hf_hook") for module in model.modules()):
-            raise InputError(f"{name} is on {value.device} and the model on {here}; bring it there, as in {name}.to({str(here)!r})")
+        if (
+            value is not None
+            and here is not None
+            and value.device != here
+            and not any(hasattr(module, "_hf_hook") for module in model.modules())
+        ):
+            raise InputError(
+                f"{name} is on {value.device} and the model on {here}; bring it there, as in {name}.to({str(here)!r})"
+            )
 
 
-def check_inputs(config: Config, rows: int, past: int, ids: Tensor | None, embeds: Tensor | None, **others: Tensor | None) -> None:
-    """Refuse wrong shapes, dtypes and lengths; `rows` prompt rows and `past` tokens in a cache count towards the length."""
+def check_inputs(
+    config: Config, rows: int, past: int, ids: Tensor | None, embeds: Tensor | None, **others: Tensor | None
+) -> None:
+    """Refuse wrong shapes, dtypes and lengths; `rows` prompt rows and `past` tokens in a cache count towards the
+    length."""
     check_tensors(input_ids=ids, inputs_embeds=embeds, **others)
     if (ids is None) == (embeds is None):
         raise InputError("give either input_ids or inputs_embeds" + (", not both" if ids is not None else ""))
     if ids is not None:
         if ids.ndim != 2:
             raise InputError(f"input_ids is an integer tensor [batch, n], got {ids.dtype} of shape {tuple(ids.shape)}")
-    elif embeds is not None and (embeds.ndim != 3 or embeds.shape[2] != config.embed_dim or not embeds.is_floating_point()):
-        raise InputError(f"inputs_embeds is a float tensor [batch, n, {config.embed_dim}], got {embeds.dtype} of shape {tuple(embeds.shape)}")
+    elif embeds is not None and (
+        embeds.ndim != 3 or embeds.shape[2] != config.embed_dim or not embeds.is_floating_point()
+    ):
+        raise InputError(
+            f"inputs_embeds is a float tensor [batch, n, {config.embed_dim}], got {embeds.dtype} of "
+            f"shape {tuple(embeds.shape)}"
+        )
     batch, n = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]
     if n == 0 or batch == 0:
-        raise InputError(f"there is nothing to compute with: {'the sequence is empty, n = 0' if n == 0 else 'a batch of 0'}")
+        raise InputError(
+            f"there is nothing to compute with: {'the sequence is empty, n = 0' if n == 0 else 'a batch of 0'}"
+        )
     if n + rows + past > config.max_length:
         more = f" and {rows} prompt rows" * bool(rows) + f" after {past} in the cache" * bool(past)
         raise InputError(
@@ -194,4 +231,6 @@ def checked(config: Config, rows: int, name: str, ids: Tensor | None) -> Tensor 
         last = config.max_length + config.position_offset - 1 - rows
         return within(ids, last, name, f"[0, {last}]")
     most = config.vocab if name == "input_ids" else max(config.types, 1)
-    return within(ids, most - 1, name, f"[0, {most})", "; is this the model's tokenizer?" if name == "input_ids" else "")
+    return within(
+        ids, most - 1, name, f"[0, {most})", "; is this the model's tokenizer?" if name == "input_ids" else ""
+    )

@@ -16,7 +16,8 @@ from effzoo.registry import attention, router
 from effzoo.spec import Spec, parse_one
 
 WITHOUT_EFFECT = {
-    "name": "a label", "paper": "a label", "hub": "where weights come from", "package": "what registers the parts, which are named themselves",
+    "name": "a label", "paper": "a label", "hub": "where weights come from",
+    "package": "what registers the parts, which are named themselves",
     "layout": "the names of transformers", "dropout": "in training only", "attention_dropout": "in training only",
     "bos_token": "for generate", "eos_token": "for generate", "generation": "for generate",
     "backend": "the same result by another way", "mlp_chunk": "the same result, fewer positions at a time",
@@ -47,7 +48,9 @@ READ_IF: dict[str, Callable[[Config, str], bool]] = {  # fields that mean nothin
     "axial_dims": lambda config, task: config.positions == "axial",
     "rotary_theta": lambda config, task: config.positions == "rotary",
     "rotary_scaling": lambda config, task: config.positions == "rotary",
-    "pad_token": lambda config, task: bool(config.position_offset) or (task == "classification" and config.causal and config.pooling == "last"),
+    "pad_token": lambda config, task: (
+        bool(config.position_offset) or (task == "classification" and config.causal and config.pooling == "last")
+    ),
     "max_length": lambda config, task: config.positions in ("learned", "axial") or not _any_length(config),
     "tied": lambda config, task: task.endswith("_lm"),
     "lm_bias": lambda config, task: task.endswith("_lm"),
@@ -62,7 +65,8 @@ READ_IF: dict[str, Callable[[Config, str], bool]] = {  # fields that mean nothin
     "transform_bias": lambda config, task: task != "features",
 }
 SAME_RESULT = {"longformer": ("max_globals",)}  # options that say how much is allowed
-ANY_LENGTH = ("full", "local", "longformer")  # kinds for which max_length is a limit and nothing else; others may derive sizes from it
+# kinds for which max_length is a limit and nothing else; others may derive sizes from it
+ANY_LENGTH = ("full", "local", "longformer")
 
 
 def function_of(config: Config | PerceiverConfig, task: str, num_labels: int) -> dict[str, Any]:
@@ -72,9 +76,15 @@ def function_of(config: Config | PerceiverConfig, task: str, num_labels: int) ->
         found["num_labels"] = num_labels
     transformer = isinstance(config, Config)
     for name in (field.name for field in fields(config)):
-        if name in WITHOUT_EFFECT or name in SEPARATE or (isinstance(config, Config) and not READ_IF.get(name, _always)(config, task)):
+        if (
+            name in WITHOUT_EFFECT
+            or name in SEPARATE
+            or (isinstance(config, Config) and not READ_IF.get(name, _always)(config, task))
+        ):
             continue
-        found[name] = MEANT[name](config) if name in MEANT and (transformer or name == "lm_bias") else getattr(config, name)
+        found[name] = (
+            MEANT[name](config) if name in MEANT and (transformer or name == "lm_bias") else getattr(config, name)
+        )
     for layer, spec in enumerate(_specs(config)):
         found |= _options(f"attention of layer {layer}", attention, spec)
         if found.get(name := f"attention of layer {layer}, global_projections", False) is None:
@@ -96,7 +106,9 @@ def _specs(config: Config | PerceiverConfig) -> Sequence[Spec]:
     """One attention spec per layer with weights of its own."""
     config = config if isinstance(config, Config) else config.latent_transformer()
     given = config.attention
-    return [parse_one(spec) for spec in given] if isinstance(given, (tuple, list)) else [parse_one(given)] * config.layers
+    return (
+        [parse_one(spec) for spec in given] if isinstance(given, (tuple, list)) else [parse_one(given)] * config.layers
+    )
 
 
 def _options(what: str, view: Any, spec: Spec) -> dict[str, Any]:
@@ -104,5 +116,7 @@ def _options(what: str, view: Any, spec: Spec) -> dict[str, Any]:
     kind = view.get(spec.name).name
     options = {option.name: spec.options.get(option.name, option.default) for option in view.options(kind)}
     return {what: kind} | {
-        f"{what}, {name}": value for name, value in options.items() if value is not inspect.Parameter.empty and name not in SAME_RESULT.get(kind, ())
+        f"{what}, {name}": value
+        for name, value in options.items()
+        if value is not inspect.Parameter.empty and name not in SAME_RESULT.get(kind, ())
     }

@@ -1,7 +1,7 @@
 """Task heads: from hidden states to logits, and the loss when labels are given.
 
-The sites of a classification head have roles `head.*`: they start untrained, so every adapter trains a copy of its own. Those of a
-pretrained language-model head have roles `lm.*` and stay frozen unless targeted.
+The sites of a classification head have roles `head.*`: they start untrained, so every adapter trains a copy of its own.
+Those of a pretrained language-model head have roles `lm.*` and stay frozen unless targeted.
 """
 
 from __future__ import annotations
@@ -43,19 +43,25 @@ class Features(nn.Module):
 class Classification(nn.Module):
     """One label per sequence: out(dropout(norm(tanh(dense(pooled))))), or out(dropout(pooled)) without the dense layer.
 
-    The loss is the cross-entropy for integer labels [batch], the binary cross-entropy for float labels [batch, num_labels] (several labels may
-    hold), and the squared error for one label. How many labels there are is read from the logits: the head of an adapter may have more or fewer
-    than `num_labels`, which is the model's own number.
+    The loss is the cross-entropy for integer labels [batch], the binary cross-entropy for float labels [batch,
+    num_labels] (several labels may hold), and the squared error for one label. How many labels there are is read from
+    the logits: the head of an adapter may have more or fewer than `num_labels`, which is the model's own number.
     """
 
     def __init__(self, config: Config, num_labels: int):
         super().__init__()
         self.pooling, self.num_labels = config.pooling, num_labels
-        self.dense = Linear(config.width, config.dim, bias=config.transform_bias, role="head.dense") if config.head_dense else None
+        self.dense = (
+            Linear(config.width, config.dim, bias=config.transform_bias, role="head.dense")
+            if config.head_dense
+            else None
+        )
         self.activation = _activation(config)
         self.norm = config.slots().make_norm(config.dim, "head.norm") if config.head_norm else None
         self.dropout = nn.Dropout(config.dropout)
-        self.out = Linear(config.dim if config.head_dense else config.width, num_labels, bias=config.head_bias, role="head.out")
+        self.out = Linear(
+            config.dim if config.head_dense else config.width, num_labels, bias=config.head_bias, role="head.out"
+        )
 
     def reads(self, x: Tensor, valid: Tensor | None) -> Tensor | None:
         """The one position of x [batch, n, dim] that counts, [batch, 1], or None when all do."""
@@ -68,7 +74,9 @@ class Classification(nn.Module):
     def forward(self, hidden: Tensor, valid: Tensor | None, labels: Tensor | None, embedding: Embedding) -> Output:
         x = transformed(pool(hidden, valid, self.pooling), self.dense, self.activation, self.norm)
         logits = self.out(self.dropout(x))
-        return Output.of(loss=None if labels is None else self.loss(logits, labels), logits=logits, last_hidden_state=hidden)
+        return Output.of(
+            loss=None if labels is None else self.loss(logits, labels), logits=logits, last_hidden_state=hidden
+        )
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         labels = _labels(logits, labels)
@@ -80,7 +88,8 @@ class Classification(nn.Module):
             return F.binary_cross_entropy_with_logits(_exact(logits), labels.to(_exact(logits)))
         if labels.is_floating_point() or labels.shape != logits.shape[:1]:
             raise InputError(
-                f"labels are integers of shape {tuple(logits.shape[:1])} (or floats of shape {tuple(logits.shape)} when several may hold), "
+                f"labels are integers of shape {tuple(logits.shape[:1])} (or floats of shape {tuple(logits.shape)} "
+                "when several may hold), "
                 f"got {labels.dtype} of shape {tuple(labels.shape)}"
             )
         return _cross_entropy(logits, labels)
@@ -103,14 +112,18 @@ class TokenClassification(nn.Module):
 
     def forward(self, hidden: Tensor, valid: Tensor | None, labels: Tensor | None, embedding: Embedding) -> Output:
         logits = self.out(self.dropout(transformed(hidden, self.dense, self.activation, self.norm)))
-        return Output.of(loss=None if labels is None else _cross_entropy(logits, labels), logits=logits, last_hidden_state=hidden)
+        return Output.of(
+            loss=None if labels is None else _cross_entropy(logits, labels), logits=logits, last_hidden_state=hidden
+        )
 
 
 class LanguageModel(nn.Module):
-    """Logits over the vocabulary, [batch, n, vocab]: W norm(act(dense(x))) + b, the transform and the bias where the config says so.
+    """Logits over the vocabulary, [batch, n, vocab]: W norm(act(dense(x))) + b, the transform and the bias where the
+    config says so.
 
-    W is the token embedding (tied; the transform then ends as wide as that), or a matrix of its own. Causal (decoder): labels are shifted
-    here, logits at t are compared with the label at t + 1. Labels [batch, n], -100 where none counts.
+    W is the token embedding (tied; the transform then ends as wide as that), or a matrix of its own. Causal (decoder):
+    labels are shifted here, logits at t are compared with the label at t + 1. Labels [batch, n], -100 where none
+    counts.
     """
 
     def __init__(self, config: Config):
@@ -125,9 +138,14 @@ class LanguageModel(nn.Module):
         width = inner if transform else config.width
         if config.tied and width != config.embed_dim:
             raise IncompatibleError(
-                f"a tied language-model head needs hidden states as wide as the embedding, {config.embed_dim}, not {width}; use tied=False"
+                f"a tied language-model head needs hidden states as wide as the embedding, {config.embed_dim}, not "
+                f"{width}; use tied=False"
             )
-        self.out = TiedLinear(width, config.vocab, bias, role="lm.out") if config.tied else Linear(width, config.vocab, bias, role="lm.out")
+        self.out = (
+            TiedLinear(width, config.vocab, bias, role="lm.out")
+            if config.tied
+            else Linear(width, config.vocab, bias, role="lm.out")
+        )
 
     def forward(self, hidden: Tensor, valid: Tensor | None, labels: Tensor | None, embedding: Embedding) -> Output:
         x = transformed(hidden, self.dense, self.activation, self.norm)
@@ -136,7 +154,10 @@ class LanguageModel(nn.Module):
         if labels is not None:
             labels = _labels(logits, labels)
             if labels.shape != logits.shape[:2]:
-                raise InputError(f"labels are integers of shape {tuple(logits.shape[:2])}, one per token, got shape {tuple(labels.shape)}")
+                raise InputError(
+                    f"labels are integers of shape {tuple(logits.shape[:2])}, one per token, got shape "
+                    f"{tuple(labels.shape)}"
+                )
             loss = _cross_entropy(logits[:, :-1], labels[:, 1:]) if self.causal else _cross_entropy(logits, labels)
         return Output.of(loss=loss, logits=logits, last_hidden_state=hidden)
 
@@ -154,7 +175,8 @@ def head(config: Config, task: str, num_labels: int) -> nn.Module:
 
 
 def labels_of(head: nn.Module, otherwise: int) -> int:
-    """The number of labels of the task head that acts, the model's own or an adapter's; `otherwise` for a head without labels."""
+    """The number of labels of the task head that acts, the model's own or an adapter's; `otherwise` for a head without
+    labels."""
     return head.out.outputs_now() if isinstance(head, Classification | TokenClassification) else otherwise
 
 
@@ -165,13 +187,15 @@ def transformed(x: Tensor, dense: Linear | None, activation: Callable[[Tensor], 
 
 
 def pool(hidden: Tensor, valid: Tensor | None, how: str) -> Tensor:
-    """[batch, n, dim] -> [batch, dim]: the first position, the mean over tokens, or the last token; padding is left out."""
+    """[batch, n, dim] -> [batch, dim]: the first position, the mean over tokens, or the last token; padding is left
+    out."""
     if how == "first":
         return hidden[:, 0].clone()  # a view would keep all positions for the backward pass
     if valid is None:
         return hidden.mean(dim=1) if how == "mean" else hidden[:, -1]
     if how == "mean":
-        exact = torch.promote_types(hidden.dtype, torch.float32)  # a sum over thousands of positions overflows in float16
+        # a sum over thousands of positions overflows in float16
+        exact = torch.promote_types(hidden.dtype, torch.float32)
         total = (hidden * valid.unsqueeze(-1)).sum(dim=1, dtype=exact)
         return (total / valid.sum(dim=1, keepdim=True).clamp(min=1)).to(hidden.dtype)
     return hidden[torch.arange(len(hidden), device=hidden.device), _last(valid)]
@@ -190,19 +214,26 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over the labels that count; 0 when none does."""
     labels = _labels(logits, labels)
     if labels.is_floating_point() or labels.shape != logits.shape[:-1]:
-        raise InputError(f"labels are integers of shape {tuple(logits.shape[:-1])}, got {labels.dtype} of shape {tuple(labels.shape)}")
+        raise InputError(
+            f"labels are integers of shape {tuple(logits.shape[:-1])}, got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}"
+        )
     classes = logits.shape[-1]
-    labels = within(labels, classes - 1, "labels", f"[0, {classes}) or {IGNORED}", "; check num_labels", ignored=IGNORED)
+    labels = within(
+        labels, classes - 1, "labels", f"[0, {classes}) or {IGNORED}", "; check num_labels", ignored=IGNORED
+    )
     total = F.cross_entropy(_exact(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 
 def _labels(logits: Tensor, labels: Tensor) -> Tensor:
-    """Labels as int64 or floats. Compared as they come, 156 in uint8 would be -100, and 200 beyond what int8 is compared with."""
+    """Labels as int64 or floats. Compared as they come, 156 in uint8 would be -100, and 200 beyond what int8 is
+    compared with."""
     check_tensors(labels=labels)
     if labels.device != logits.device or not (labels.is_floating_point() or labels.dtype in LABEL_DTYPES):
         raise InputError(
-            f"labels are integers (of at most 64 bits, with a sign or uint8) or floats on {logits.device}, where the model is, "
+            f"labels are integers (of at most 64 bits, with a sign or uint8) or floats on {logits.device}, where the "
+            "model is, "
             f"got {labels.dtype} on {labels.device}"
         )
     return labels if labels.is_floating_point() else labels.long()

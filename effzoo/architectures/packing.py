@@ -21,8 +21,8 @@ _looked_at: set[torch.device] = set()  # where a batch has been
 
 
 class Packed:
-    """A document starts where a position id does not follow that of the token before it, as in transformers. Each becomes a row of its own, so
-    every kind of attention computes it as it does when it stands alone.
+    """A document starts where a position id does not follow that of the token before it, as in transformers. Each
+    becomes a row of its own, so every kind of attention computes it as it does when it stands alone.
 
     starts bool[batch, n]: True at the first position of each document.
     """
@@ -65,24 +65,30 @@ class Packed:
 
 
 def packed(positions: Tensor, batch: int) -> tuple[Tensor, Packed | None]:
-    """The position ids that were given, [batch or 1, n], and the documents in a batch by them; None where each row is one document."""
+    """The position ids that were given, [batch or 1, n], and the documents in a batch by them; None where each row is
+    one document."""
     positions_of_rows = positions.expand(batch, -1)
     starts = F.pad(positions_of_rows.diff(dim=1) != 1, (1, 0))
     if torch.compiler.is_compiling():
-        return known(positions, ~starts.any(), f"position_ids start again, and compiled code has no rows for several documents; {_INSTEAD}"), None
+        return known(
+            positions,
+            ~starts.any(),
+            f"position_ids start again, and compiled code has no rows for several documents; {_INSTEAD}",
+        ), None
     return positions, Packed(starts) if bool(starts.any()) else None
 
 
 def warn_of_documents(positions: Tensor, valid: Tensor) -> None:
-    """Say that documents are not kept apart where an attention mask stands beside position ids that start again at 0. On an accelerator, which would
-    be waited for, the first batch alone is looked at."""
+    """Say that documents are not kept apart where an attention mask stands beside position ids that start again at 0.
+    On an accelerator, which would be waited for, the first batch alone is looked at."""
     if torch.compiler.is_compiling() or (positions.device in _looked_at and not at_hand(positions)):
         return
     _looked_at.add(positions.device)
     again = (positions[:, 1:] == 0) & valid[:, 1:] & valid[:, :-1]
     if bool(again.any()):
         log.warning(
-            "position_ids start again at 0 beside an attention_mask, which alone says what is seen, as in transformers: the documents see each "
+            "position_ids start again at 0 beside an attention_mask, which alone says what is seen, as in "
+            "transformers: the documents see each "
             "other; leave attention_mask out to keep them apart, or %s",
             _INSTEAD,
         )
@@ -95,8 +101,13 @@ def check_packed(cores: Iterable[AttentionCore], task: str, rows: int, cached: b
         raise InputError(f"{what}, and a classification head labels whole rows; {_INSTEAD}")
     if cached or rows:
         raise InputError(
-            f"{what}, but {'a cache holds one for each row' if cached else f'{rows} prompt rows stand before the first alone'}; {_INSTEAD}"
+            f"{what}, but "
+            f"{'a cache holds one for each row' if cached else f'{rows} prompt rows stand before the first alone'}; "
+            f"{_INSTEAD}"
         )
     ring = next((core.name for core in cores if getattr(core, "circular", False)), None)
     if ring:
-        raise IncompatibleError(f"{what}, and attention {ring!r} with circular=true computes a short one otherwise beside a longer one; {_INSTEAD}")
+        raise IncompatibleError(
+            f"{what}, and attention {ring!r} with circular=true computes a short one otherwise "
+            f"beside a longer one; {_INSTEAD}"
+        )

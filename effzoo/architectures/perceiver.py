@@ -1,11 +1,14 @@
-"""The Perceiver: a few latents read an input of any length and shape, and think in a transformer of their own (Jaegle et al. 2021).
+"""The Perceiver: a few latents read an input of any length and shape, and think in a transformer of their own (Jaegle
+et al. 2021).
 
     z <- cross(z, input); z <- block(z); ... as often as the config says       arXiv:2103.03206, section 3
     logits <- head(mean(z))                                                     Perceiver
-    logits <- head(cross(queries, z))                                           Perceiver IO, arXiv:2107.14795, section 3.2
-    z_0 = the last positions of the input, everything causal                    Perceiver AR, arXiv:2202.07765, section 2
+    logits <- head(cross(queries, z))                                           Perceiver IO, arXiv:2107.14795, section
+    3.2 z_0 = the last positions of the input, everything causal                    Perceiver AR, arXiv:2202.07765,
+    section 2
 
-Depth costs O(latents^2) a layer whatever the length of the input, which enters once per cross-attention, as O(latents n).
+Depth costs O(latents^2) a layer whatever the length of the input, which enters once per cross-attention, as O(latents
+n).
 """
 
 from __future__ import annotations
@@ -38,9 +41,10 @@ from effzoo.sites import Embedding, Linear, Model
 class Perceiver(Recomputing, Model):
     """A Perceiver with the head of a task; everything in `config` is data.
 
-    Roles of the sites: `attn.*` and `mlp.*` are those of the latent blocks, so that PEFT methods hang there by default; `cross.*` the
-    cross-attention's, `latents` their table, `embed.*` the input's, `decoder.*` the output queries' of a language model, which come pretrained. The
-    decoder of a classification head has roles `head.*`: it starts untrained and every adapter trains a copy.
+    Roles of the sites: `attn.*` and `mlp.*` are those of the latent blocks, so that PEFT methods hang there by default;
+    `cross.*` the cross-attention's, `latents` their table, `embed.*` the input's, `decoder.*` the output queries' of a
+    language model, which come pretrained. The decoder of a classification head has roles `head.*`: it starts untrained
+    and every adapter trains a copy.
     Weights start normal with standard deviation 0.02, the latents too; biases are 0.
     """
 
@@ -52,7 +56,9 @@ class Perceiver(Recomputing, Model):
         self.latents = None if config.causal else Embedding(config.latents, config.dim, role="latents")
         self.cross = nn.ModuleList(_reading(config) for _ in set(config.cross_schedule()))
         self.blocks = nn.ModuleList(_latent_blocks(config))
-        self.final_norm = config.latent_transformer().slots().make_norm(config.dim, "final.norm") if config.final_norm else None
+        self.final_norm = (
+            config.latent_transformer().slots().make_norm(config.dim, "final.norm") if config.final_norm else None
+        )
         self.decoder = _decoder(config, task)
         per_token = task in PER_TOKEN and not config.causal
         sizes = dataclasses.replace(config.inputs(), dim=config.query_dim) if per_token else config.latent_transformer()
@@ -87,13 +93,15 @@ class Perceiver(Recomputing, Model):
         output_queries: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Output:
-        """Token ids [batch, n], or an array [batch, *axes, channels], -> loss, logits, last_hidden_state: the latents [batch, m, dim].
+        """Token ids [batch, n], or an array [batch, *axes, channels], -> loss, logits, last_hidden_state: the latents
+        [batch, m, dim].
 
-        attention_mask [batch, n] or [batch, *axes]: 1 for what is there, 0 for padding. position_ids [batch or 1, n]: rows of learned positions.
-        For a label per token, logits [batch, k, ...] and labels [batch, k] are those of k output queries: by default one per token, at its
-        position; output_positions [batch or 1, k] are positions to decode instead, output_queries [batch or 1, k, query_dim] any other queries.
-        A causal model has logits for its m latents, which are the last positions of the input, m = min(latents, n); labels [batch, n]
-        are those of the whole input, shifted here, and only the latents' count. Pad such inputs on the left, so that tokens come last.
+        attention_mask [batch, n] or [batch, *axes]: 1 for what is there, 0 for padding. position_ids [batch or 1, n]:
+        rows of learned positions. For a label per token, logits [batch, k, ...] and labels [batch, k] are those of k
+        output queries: by default one per token, at its position; output_positions [batch or 1, k] are positions to
+        decode instead, output_queries [batch or 1, k, query_dim] any other queries. A causal model has logits for its m
+        latents, which are the last positions of the input, m = min(latents, n); labels [batch, n] are those of the
+        whole input, shifted here, and only the latents' count. Pad such inputs on the left, so that tokens come last.
         Raises InputError for shapes, dtypes, lengths and ids that do not fit.
         """
         prompt = self.embeddings.prompt()
@@ -101,7 +109,8 @@ class Perceiver(Recomputing, Model):
         self.embeddings.check(input_ids, inputs_embeds, attention_mask, position_ids, rows)
         check_device(self, input_ids=input_ids, inputs_embeds=inputs_embeds)
         input_ids, position_ids = (
-            checked(self.embeddings.sizes, rows, name, ids) for name, ids in (("input_ids", input_ids), ("position_ids", position_ids))
+            checked(self.embeddings.sizes, rows, name, ids)
+            for name, ids in (("input_ids", input_ids), ("position_ids", position_ids))
         )
         x, positions = self.embeddings(input_ids, inputs_embeds, position_ids, prompt)
         output_positions = self._check_queries(len(x), rows, output_positions, output_queries)
@@ -111,7 +120,8 @@ class Perceiver(Recomputing, Model):
             z = x[:, -min(self.config.latents, x.shape[1] - rows) :]
             own = None if valid is None else valid[:, -z.shape[1] :]
         else:
-            z, own = self.latents(torch.arange(self.config.latents, device=x.device)).to(x.dtype).expand(len(x), -1, -1), None
+            z = self.latents(torch.arange(self.config.latents, device=x.device)).to(x.dtype).expand(len(x), -1, -1)
+            own = None
         with recompute(self.recompute if self.training else "nothing"):
             z = self._run(z, x, Mask(valid), own)
         if self.final_norm is not None:
@@ -119,10 +129,15 @@ class Perceiver(Recomputing, Model):
         hidden = z
         if self.decoder is not None:
             asked = positions[:, rows:] if output_positions is None else output_positions + rows
-            hidden = self.decoder(z, positions.new_zeros(1, 1) if self.task == "classification" else asked, output_queries)
+            hidden = self.decoder(
+                z, positions.new_zeros(1, 1) if self.task == "classification" else asked, output_queries
+            )
         if labels is not None and self.config.causal and self.task in PER_TOKEN:
             if labels.shape != (len(x), x.shape[1] - rows):
-                raise InputError(f"labels are those of the whole input, {(len(x), x.shape[1] - rows)}, got shape {tuple(labels.shape)}")
+                raise InputError(
+                    f"labels are those of the whole input, {(len(x), x.shape[1] - rows)}, got shape "
+                    f"{tuple(labels.shape)}"
+                )
             labels = labels[:, -z.shape[1] :]
         output: Output = self.head(hidden, own, labels, self.embeddings.token)
         output["last_hidden_state"] = z
@@ -130,19 +145,26 @@ class Perceiver(Recomputing, Model):
 
     def _run(self, z: Tensor, x: Tensor, mask: Mask, own: Tensor | None) -> Tensor:
         """Every cross-attention with the blocks that follow it."""
-        blocks, depth, per_cross = cast("Sequence[Block]", self.blocks), self.config.layers, self.config.blocks_per_cross
+        blocks, depth = cast("Sequence[Block]", self.blocks), self.config.layers
+        per_cross = self.config.blocks_per_cross
         order = self.config.block_schedule()
         for step, which in enumerate(self.config.cross_schedule()):
             z = self._through(self.cross[which], z, x, mask)
             for block in order[step * per_cross : (step + 1) * per_cross]:
                 # a mask for each: shared weights make choices of their own (hash buckets) every time they are applied
-                latent_mask = Mask(own, decisions={} if self.recompute == "blocks" and torch.is_grad_enabled() else None)
+                latent_mask = Mask(
+                    own, decisions={} if self.recompute == "blocks" and torch.is_grad_enabled() else None
+                )
                 for layer in blocks[block * depth : (block + 1) * depth]:
                     z = self._through(layer, z, latent_mask)
         return z
 
     def _through(self, module: nn.Module, *inputs: Any) -> Tensor:
-        out: Tensor = checkpoint(module, *inputs, use_reentrant=False) if self.recompute == "blocks" and self.training else module(*inputs)
+        out: Tensor = (
+            checkpoint(module, *inputs, use_reentrant=False)
+            if self.recompute == "blocks" and self.training
+            else module(*inputs)
+        )
         return out
 
     def _check_queries(self, batch: int, rows: int, positions: Tensor | None, queries: Tensor | None) -> Tensor | None:
@@ -150,15 +172,25 @@ class Perceiver(Recomputing, Model):
         if positions is None and queries is None:
             return None
         if self.decoder is None or self.task not in PER_TOKEN:
-            raise InputError("output queries are for a Perceiver with a label per token that is not causal: masked_lm or token_classification")
+            raise InputError(
+                "output queries are for a Perceiver with a label per token that is not causal: "
+                "masked_lm or token_classification"
+            )
         if positions is not None and queries is not None:
             raise InputError("give output_positions or output_queries, not both")
         given, width = (positions, "") if queries is None else (queries, f", {self.config.query_dim}")
         assert given is not None
         name, kind = ("output_positions", "an integer") if queries is None else ("output_queries", "a float")
         fits = given.is_floating_point() if width else given.dtype in (torch.long, torch.int)
-        if given.ndim != 2 + bool(width) or not fits or given.shape[1] == 0 or (width and given.shape[2] != self.config.query_dim):
-            raise InputError(f"{name} is {kind} tensor [batch or 1, queries{width}], got {given.dtype} of shape {tuple(given.shape)}")
+        if (
+            given.ndim != 2 + bool(width)
+            or not fits
+            or given.shape[1] == 0
+            or (width and given.shape[2] != self.config.query_dim)
+        ):
+            raise InputError(
+                f"{name} is {kind} tensor [batch or 1, queries{width}], got {given.dtype} of shape {tuple(given.shape)}"
+            )
         if len(given) not in (1, batch):
             raise InputError(f"{name} has {len(given)} rows, the input {batch}; give one for each, or one for all")
         last = self.config.max_length - 1 - rows
@@ -179,7 +211,8 @@ class Perceiver(Recomputing, Model):
 
 
 class Decoder(nn.Module):
-    """Output queries read the latents, [batch, m, dim] -> [batch, k, query_dim]: as many rows as there are queries (Perceiver IO, section 3.2)."""
+    """Output queries read the latents, [batch, m, dim] -> [batch, k, query_dim]: as many rows as there are queries
+    (Perceiver IO, section 3.2)."""
 
     def __init__(self, queries: int, cross: Cross, dim: int, role: str):
         super().__init__()
@@ -187,7 +220,8 @@ class Decoder(nn.Module):
         self.cross = cross
 
     def forward(self, z: Tensor, positions: Tensor, queries: Tensor | None) -> Tensor:
-        """positions [batch or 1, k]: rows of the query table; queries [batch or 1, k, query_dim] instead, when given."""
+        """positions [batch or 1, k]: rows of the query table; queries [batch or 1, k, query_dim] instead, when
+        given."""
         queries = self.queries(positions) if queries is None else queries
         out: Tensor = self.cross(queries.to(z.dtype).expand(len(z), -1, -1), z, Mask())
         return out
@@ -197,25 +231,27 @@ def _reading(config: PerceiverConfig) -> Cross:
     """The latents' cross-attention."""
     slots = dataclasses.replace(config.latent_transformer().slots(), mlp=config.cross_mlp)
     return Cross(
-        slots, _context(config, config.cross_heads, config.cross_head_dim, causal=config.causal), source_dim=config.width,
-        value_dim=config.cross_value_dim, residual=config.cross_residual, role="cross",
+        slots, _context(config, config.cross_heads, config.cross_head_dim, causal=config.causal),
+        source_dim=config.width, value_dim=config.cross_value_dim, residual=config.cross_residual, role="cross",
     )  # fmt: skip
 
 
 def _decoder(config: PerceiverConfig, task: str) -> Decoder | None:
     """What turns latents into the rows that a head sees; None when it sees the latents."""
     slots = config.latent_transformer().slots()
-    if task == "classification" and config.pooling == "query":  # one query as wide as a latent, in one head, added to what it reads
+    # one query as wide as a latent, in one head, added to what it reads
+    if task == "classification" and config.pooling == "query":
         cross = Cross(
-            dataclasses.replace(slots, mlp=config.dim), _context(config, 1, config.dim), source_dim=config.dim, value_dim=config.dim, residual=True,
-            role="head",
+            dataclasses.replace(slots, mlp=config.dim), _context(config, 1, config.dim), source_dim=config.dim,
+            value_dim=config.dim, residual=True, role="head",
         )  # fmt: skip
         return Decoder(1, cross, config.dim, "head")
     if task not in PER_TOKEN or config.causal:
         return None
     dim, role = config.query_dim, "decoder" if task == "masked_lm" else "head"
     cross = Cross(
-        dataclasses.replace(slots, dim=dim, mlp=config.decoder_mlp), _context(config, config.decoder_heads, config.decoder_head_dim),
+        dataclasses.replace(slots, dim=dim, mlp=config.decoder_mlp),
+        _context(config, config.decoder_heads, config.decoder_head_dim),
         source_dim=config.dim, value_dim=config.decoder_value_dim, residual=config.decoder_residual, role=role,
     )  # fmt: skip
     return Decoder(config.max_length, cross, dim, role)
@@ -223,8 +259,8 @@ def _decoder(config: PerceiverConfig, task: str) -> Decoder | None:
 
 def _context(config: PerceiverConfig, heads: int, head_dim: int, causal: bool = False) -> Context:
     return Context(
-        heads=heads, head_dim=head_dim, causal=causal, dropout=config.attention_dropout, max_length=config.max_length, backend=config.backend,
-        global_tokens=False,
+        heads=heads, head_dim=head_dim, causal=causal, dropout=config.attention_dropout, max_length=config.max_length,
+        backend=config.backend, global_tokens=False,
     )  # fmt: skip
 
 

@@ -17,20 +17,32 @@ PER_TOKEN = ("token_classification", "masked_lm", "causal_lm")
 
 @dataclass(frozen=True)
 class PerceiverConfig:
-    """Sizes and slots of one Perceiver. The latents have the plain names (`dim`, `heads`, `mlp`), the cross-attention those with `cross_`.
+    """Sizes and slots of one Perceiver. The latents have the plain names (`dim`, `heads`, `mlp`), the cross-attention
+    those with `cross_`.
 
-    latents: how many; in a causal model how many of the last positions, themselves, are the latents. dim: their width. layers: self-attention
-    layers with weights of their own in one block. heads, head_dim, value_dim, mlp: of these layers. attention: a spec, or one per layer.
-    cross_attends: how often the latents read the input. blocks_per_cross: how often a block follows each time. share_cross, share_blocks: which of
-    these have the same weights (all, all but the first, none). cross_residual: whether reading adds to the latents.
-    vocab: rows of the token table, 0 for arrays of numbers. channels: width of a token's row, or of the array. grid: the most positions along each
-    axis of the input, (max_length,) when empty. positions: learned rows, added (`position_dim` 0) or put beside the input with that
-    width; Fourier features with `bands` frequencies up to half the grid, put beside; or none.
-    pooling: how a classification head reads the latents: their mean, the last one, or one output query (Perceiver IO).
-    query_dim, decoder_heads, decoder_head_dim, decoder_value_dim, decoder_mlp, decoder_residual: of the output queries, one per position, of the
-    tasks with a label per token. Widths of 0 stand for: head_dim dim / heads, cross_head_dim the input's width / cross_heads, value_dim the
-    head_dim, cross_mlp mlp, query_dim channels, decoder_mlp query_dim.
-    causal: each position sees the earlier ones only (Perceiver AR). final_norm: a norm after the last block. head_norm: one in a classification head.
+    latents: how many; in a causal model how many of the last positions, themselves, are the latents.
+    dim: their width.
+    layers: self-attention layers with weights of their own in one block.
+    heads, head_dim, value_dim, mlp: of these layers.
+    attention: a spec, or one per layer.
+    cross_attends: how often the latents read the input.
+    blocks_per_cross: how often a block follows each time.
+    share_cross, share_blocks: which of these have the same weights (all, all but the first, none).
+    cross_residual: whether reading adds to the latents.
+    vocab: rows of the token table, 0 for arrays of numbers.
+    channels: width of a token's row, or of the array.
+    grid: the most positions along each axis of the input, (max_length,) when empty.
+    positions: learned rows, added (`position_dim` 0) or put beside the input with that width; Fourier features with
+        `bands` frequencies up to half the grid, put beside; or none.
+    pooling: how a classification head reads the latents: their mean, the last one, or one output query (Perceiver
+        IO).
+    query_dim, decoder_heads, decoder_head_dim, decoder_value_dim, decoder_mlp, decoder_residual: of the output
+        queries, one per position, of the tasks with a label per token. Widths of 0 stand for: head_dim dim / heads,
+        cross_head_dim the input's width / cross_heads, value_dim the head_dim, cross_mlp mlp, query_dim channels,
+        decoder_mlp query_dim.
+    causal: each position sees the earlier ones only (Perceiver AR).
+    final_norm: a norm after the last block.
+    head_norm: one in a classification head.
     gated, attn_bias, attn_out_bias, mlp_bias, eps, activation, dropout, tied, lm_bias, backend: as in `Config`.
     """
 
@@ -91,9 +103,14 @@ class PerceiverConfig:
         check_fields(self)
         self._check_input()
         if self.width % self.cross_heads and not self.cross_head_dim:
-            raise OptionError(f"an input {self.width} wide does not divide into {self.cross_heads} cross_heads; give cross_head_dim")
+            raise OptionError(
+                f"an input {self.width} wide does not divide into {self.cross_heads} cross_heads; give cross_head_dim"
+            )
         if self.causal and self.width != self.dim:
-            raise OptionError(f"the latents of a causal Perceiver are inputs themselves: channels {self.width} and dim {self.dim} have to be equal")
+            raise OptionError(
+                f"the latents of a causal Perceiver are inputs themselves: channels {self.width} and "
+                f"dim {self.dim} have to be equal"
+            )
         self.latent_transformer()  # checks the sizes that both have
         self._fill()
 
@@ -101,26 +118,41 @@ class PerceiverConfig:
         """Put numbers in the place of widths of 0."""
         head_dim, query_dim = self.head_dim or self.dim // self.heads, self.query_dim or self.channels
         cross_head_dim = self.cross_head_dim or self.width // self.cross_heads
-        decoder_head_dim = self.decoder_head_dim or query_dim // self.decoder_heads * (query_dim % self.decoder_heads == 0)
+        decoder_head_dim = self.decoder_head_dim or query_dim // self.decoder_heads * (
+            query_dim % self.decoder_heads == 0
+        )
         found = {
-            "head_dim": head_dim, "value_dim": head_dim, "cross_head_dim": cross_head_dim, "cross_value_dim": cross_head_dim, "cross_mlp": self.mlp,
-            "query_dim": query_dim, "decoder_head_dim": decoder_head_dim, "decoder_value_dim": decoder_head_dim, "decoder_mlp": query_dim,
+            "head_dim": head_dim, "value_dim": head_dim, "cross_head_dim": cross_head_dim,
+            "cross_value_dim": cross_head_dim, "cross_mlp": self.mlp,
+            "query_dim": query_dim, "decoder_head_dim": decoder_head_dim, "decoder_value_dim": decoder_head_dim,
+            "decoder_mlp": query_dim,
         }  # fmt: skip
         for name, value in found.items():
             object.__setattr__(self, name, getattr(self, name) or value)
 
     def _check_input(self) -> None:
         if not self.grid and not self.max_length:
-            raise OptionError("give max_length, the most positions of an input, or grid, the most along each of its axes")
+            raise OptionError(
+                "give max_length, the most positions of an input, or grid, the most along each of its axes"
+            )
         if not self.grid:
             object.__setattr__(self, "grid", (self.max_length,))
         if self.max_length not in (0, math.prod(self.grid)):
-            raise OptionError(f"grid {self.grid} has {math.prod(self.grid)} positions, max_length is {self.max_length}; give one of the two")
+            raise OptionError(
+                f"grid {self.grid} has {math.prod(self.grid)} positions, max_length is "
+                f"{self.max_length}; give one of the two"
+            )
         object.__setattr__(self, "max_length", math.prod(self.grid))
         if (self.vocab or self.causal) and len(self.grid) > 1:
-            raise OptionError(f"tokens and causal models have one axis, the grid {self.grid} has {len(self.grid)}; use vocab=0 for arrays of numbers")
+            raise OptionError(
+                f"tokens and causal models have one axis, the grid {self.grid} has {len(self.grid)}; "
+                "use vocab=0 for arrays of numbers"
+            )
         if (self.positions == "fourier") != bool(self.bands):
-            raise OptionError(f"bands are for positions='fourier', which needs at least 1; got positions={self.positions!r} with bands={self.bands}")
+            raise OptionError(
+                "bands are for positions='fourier', which needs at least 1; got "
+                f"positions={self.positions!r} with bands={self.bands}"
+            )
         if self.position_dim and self.positions != "learned":
             raise OptionError(f"position_dim is for positions='learned', got positions={self.positions!r}")
 
@@ -147,20 +179,32 @@ class PerceiverConfig:
         blocks = len(set(self.block_schedule()))
         attention = tuple(self.attention) * blocks if isinstance(self.attention, (tuple, list)) else self.attention
         if isinstance(attention, tuple) and len(attention) != self.layers * blocks:
-            raise OptionError(f"{len(attention) // blocks} attention specs for {self.layers} layers; give one, or one per layer")
+            raise OptionError(
+                f"{len(attention) // blocks} attention specs for {self.layers} layers; give one, or one per layer"
+            )
         return Config(
-            name=self.name, architecture="decoder" if self.causal else "encoder", layout=self.layout, vocab=max(self.vocab, 1), dim=self.dim,
-            layers=self.layers * blocks, heads=self.heads, mlp=self.mlp, max_length=self.latents, attention=attention, head_dim=self.head_dim,
-            attn_bias=self.attn_bias, attn_out_bias=self.attn_out_bias, mlp_bias=self.mlp_bias, gated=self.gated, norm="pre", eps=self.eps,
-            activation=self.activation, dropout=self.dropout, attention_dropout=self.attention_dropout, positions="none", tied=self.tied,
-            lm_bias=self.lm_bias, pooling="last" if self.pooling == "last" else "mean", head_dense=False, head_norm=self.head_norm, pooler=False,
-            lm_transform=False, backend=self.backend,
+            name=self.name, architecture="decoder" if self.causal else "encoder", layout=self.layout,
+            vocab=max(self.vocab, 1), dim=self.dim,
+            layers=self.layers * blocks, heads=self.heads, mlp=self.mlp, max_length=self.latents, attention=attention,
+            head_dim=self.head_dim,
+            attn_bias=self.attn_bias, attn_out_bias=self.attn_out_bias, mlp_bias=self.mlp_bias, gated=self.gated,
+            norm="pre", eps=self.eps,
+            activation=self.activation, dropout=self.dropout, attention_dropout=self.attention_dropout,
+            positions="none", tied=self.tied,
+            lm_bias=self.lm_bias, pooling="last" if self.pooling == "last" else "mean", head_dense=False,
+            head_norm=self.head_norm, pooler=False, lm_transform=False, backend=self.backend,
         )  # fmt: skip
 
     def inputs(self) -> Config:
         """The embedded input as a transformer's, for the checks and heads that see its width."""
         return dataclasses.replace(
-            self.latent_transformer(), dim=self.channels, heads=1, head_dim=0, layers=1, attention="full", max_length=self.max_length
+            self.latent_transformer(),
+            dim=self.channels,
+            heads=1,
+            head_dim=0,
+            layers=1,
+            attention="full",
+            max_length=self.max_length,
         )
 
     def check_task(self, task: str) -> None:
@@ -170,12 +214,18 @@ class PerceiverConfig:
         self.latent_transformer().check_task(task)
         if task.endswith("_lm") and not self.vocab:
             raise IncompatibleError(
-                f"{self.name} reads arrays of numbers, so task={task!r} has no vocabulary to predict; give vocab, or another task"
+                f"{self.name} reads arrays of numbers, so task={task!r} has no vocabulary to predict; give vocab, or "
+                "another task"
             )
         if task in PER_TOKEN and not self.causal and not self.decoder_head_dim:
-            raise OptionError(f"query_dim {self.query_dim} does not divide into {self.decoder_heads} decoder_heads; give query_dim or decoder_heads")
+            raise OptionError(
+                f"query_dim {self.query_dim} does not divide into {self.decoder_heads} decoder_heads; "
+                "give query_dim or decoder_heads"
+            )
         if self.pooling == "query" and self.causal and task == "classification":
-            raise IncompatibleError("an output query reads all latents, the causal ones too; use pooling='last' or 'mean' with causal=True")
+            raise IncompatibleError(
+                "an output query reads all latents, the causal ones too; use pooling='last' or 'mean' with causal=True"
+            )
 
 
 def _schedule(times: int, share: Share) -> list[int]:

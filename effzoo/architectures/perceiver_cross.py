@@ -1,4 +1,5 @@
-"""Cross-attention between two arrays of different length and width: how latents read the input, and output queries the latents."""
+"""Cross-attention between two arrays of different length and width: how latents read the input, and output queries the
+latents."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ from effzoo.spec import Spec
 class Cross(nn.Module):
     """x <- x + attn(norm(x), norm(source)); x <- x + mlp(norm(x)), [batch, m, dim] reading [batch, n, source_dim].
 
-    Cost O(m n) for m rows of x (Jaegle et al. 2021, arXiv:2103.03206, section 3.1). residual: whether reading adds to x or takes its
-    place, which suits queries that mean something else than the output (Jaegle et al. 2022, arXiv:2107.14795). value_dim: width of a value head.
-    context.causal: x are the last m of the n positions, and see those before them and themselves. role: of the sites (`<role>.q`,
+    Cost O(m n) for m rows of x (Jaegle et al. 2021, arXiv:2103.03206, section 3.1). residual: whether reading adds to x
+    or takes its place, which suits queries that mean something else than the output (Jaegle et al. 2022,
+    arXiv:2107.14795). value_dim: width of a value head.
+    context.causal: x are the last m of the n positions, and see those before them and themselves. role: of the sites
+        (`<role>.q`,
     `<role>.mlp.up`, ...), which belong to no block.
     """
 
@@ -27,17 +30,26 @@ class Cross(nn.Module):
         self.norm = slots.make_norm(slots.dim, "norm")
         self.source_norm = slots.make_norm(source_dim, "source_norm")
         self.attn = Attention(
-            slots.dim, Spec("full"), context, bias=slots.attn_bias, out_bias=slots.attn_out_bias, source_dim=source_dim, value_dim=value_dim
+            slots.dim,
+            Spec("full"),
+            context,
+            bias=slots.attn_bias,
+            out_bias=slots.attn_out_bias,
+            source_dim=source_dim,
+            value_dim=value_dim,
         )
         if context.causal:
             self.attn.core = LastPositions(context)
         self.branch = Branch(slots.dim, role="branch")
         self.mlp_norm = slots.make_norm(slots.dim, "mlp.norm")
-        self.mlp = FeedForward(slots.dim, slots.mlp, slots.activation, None, gated=slots.gated, bias=slots.mlp_bias, chunk=slots.mlp_chunk)
+        self.mlp = FeedForward(
+            slots.dim, slots.mlp, slots.activation, None, gated=slots.gated, bias=slots.mlp_bias, chunk=slots.mlp_chunk
+        )
         self.mlp_branch = Branch(slots.dim, role="mlp.branch")
         self.dropout = nn.Dropout(slots.dropout)
         self.residual = residual
-        for _, site in sites(self):  # the layers inside are those of any block; here they have roles of their own, and no number
+        # the layers inside are those of any block; here they have roles of their own, and no number
+        for _, site in sites(self):
             site.role, site.layer = f"{role}.{site.role.removeprefix('attn.')}", None
 
     def forward(self, x: Tensor, source: Tensor, mask: Mask) -> Tensor:
@@ -51,14 +63,18 @@ class Cross(nn.Module):
 
 
 class LastPositions(AttentionCore):
-    """Causal attention of the last m of n positions: query i, at position n - m + i, sees the keys j <= n - m + i (Hawthorne et al. 2022,
-    Perceiver AR, arXiv:2202.07765, section 2.2).
+    """Causal attention of the last m of n positions: query i, at position n - m + i, sees the keys j <= n - m + i
+    (Hawthorne et al. 2022, Perceiver AR, arXiv:2202.07765, section 2.2).
 
-    Two parts of one softmax: the n - m positions before all queries, and the triangle over the last m. No mask of m n entries is made.
+    Two parts of one softmax: the n - m positions before all queries, and the triangle over the last m. No mask of m n
+    entries is made.
     """
 
     name = "last_positions"
-    paper = "Hawthorne et al. 2022, General-purpose, long-context autoregressive modeling with Perceiver AR, arXiv:2202.07765, section 2.2"
+    paper = (
+        "Hawthorne et al. 2022, General-purpose, long-context autoregressive modeling with Perceiver AR, "
+        "arXiv:2202.07765, section 2.2"
+    )
 
     @property
     def crosses(self) -> bool:
@@ -69,7 +85,8 @@ class LastPositions(AttentionCore):
         bias = mask.key_bias(q.dtype)
         earlier, own = (None, None) if bias is None else (bias[..., :before], bias[..., before:])
         prefix = Part(q, k[:, :, :before], v[:, :, :before], earlier) if before else None
-        triangle = Part(q.view_as(q), k[:, :, before:], v[:, :, before:], own, causal=True)  # torch.compile wants each input once
+        # torch.compile wants each input once
+        triangle = Part(q.view_as(q), k[:, :, before:], v[:, :, before:], own, causal=True)
         return self.attend(prefix, triangle, memory_part(q, memory))
 
     def dense(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:

@@ -15,10 +15,11 @@ from effzoo.sites import Embedding
 
 
 class Inputs(nn.Module):
-    """Token ids [batch, n] or an array [batch, *axes, channels] -> the byte array of the paper, [batch, n, width], all axes in one row.
+    """Token ids [batch, n] or an array [batch, *axes, channels] -> the byte array of the paper, [batch, n, width], all
+    axes in one row.
 
-    Learned positions are added, or put beside the channels when the config says `position_dim`; Fourier features are put beside
-    (Jaegle et al. 2021, arXiv:2103.03206, section 3.2).
+    Learned positions are added, or put beside the channels when the config says `position_dim`; Fourier features are
+    put beside (Jaegle et al. 2021, arXiv:2103.03206, section 3.2).
     """
 
     def __init__(self, config: PerceiverConfig):
@@ -26,14 +27,21 @@ class Inputs(nn.Module):
         self.config, self.sizes = config, config.inputs()
         self.token = Embedding(config.vocab, config.channels, role="embed.token") if config.vocab else None
         learned = config.positions == "learned"
-        self.position = Embedding(config.max_length, config.position_dim or config.channels, role="embed.position") if learned else None
+        self.position = (
+            Embedding(config.max_length, config.position_dim or config.channels, role="embed.position")
+            if learned
+            else None
+        )
 
     def prompt(self) -> Tensor | None:
         """Rows in front of the tokens, or None."""
         return None if self.token is None else self.token.prompt()
 
-    def forward(self, ids: Tensor | None, embeds: Tensor | None, position_ids: Tensor | None, prompt: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The rows [batch, rows + n, width], and where they stand in the grid, [batch or 1, rows + n]; prompt rows come first."""
+    def forward(
+        self, ids: Tensor | None, embeds: Tensor | None, position_ids: Tensor | None, prompt: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The rows [batch, rows + n, width], and where they stand in the grid, [batch or 1, rows + n]; prompt rows come
+        first."""
         x = embeds if embeds is not None else self.token(ids)  # type: ignore[misc]
         axes = x.shape[1:-1]
         positions = grid_index(axes, self.config.grid, x.device)[None] if position_ids is None else position_ids
@@ -41,7 +49,9 @@ class Inputs(nn.Module):
         if prompt is not None:
             rows = prompt.shape[-2]
             x = torch.cat([prompt.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
-            positions = torch.cat([torch.arange(rows, device=x.device).expand(len(positions), -1), positions + rows], dim=1)
+            positions = torch.cat(
+                [torch.arange(rows, device=x.device).expand(len(positions), -1), positions + rows], dim=1
+            )
             axes = x.shape[1:-1]
         if self.config.positions == "fourier":
             features = fourier(axes, self.config.grid, self.config.bands, x.device).to(x.dtype)
@@ -49,17 +59,24 @@ class Inputs(nn.Module):
         if self.position is None:
             return x, positions
         where = self.position(positions).to(x.dtype)
-        return (torch.cat([x, where.expand(len(x), -1, -1)], dim=-1) if self.config.position_dim else x + where), positions
+        return (
+            torch.cat([x, where.expand(len(x), -1, -1)], dim=-1) if self.config.position_dim else x + where
+        ), positions
 
-    def check(self, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None, position_ids: Tensor | None, rows: int) -> None:
+    def check(
+        self, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None, position_ids: Tensor | None, rows: int
+    ) -> None:
         """Raise InputError for what does not fit."""
         config = self.config
         if position_ids is not None and config.positions != "learned":
-            raise InputError(f"position_ids choose rows of learned positions; {config.name} has positions={config.positions!r}")
+            raise InputError(
+                f"position_ids choose rows of learned positions; {config.name} has positions={config.positions!r}"
+            )
         check_tensors(input_ids=ids, inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids)
         if ids is not None and self.token is None:
             raise InputError(
-                f"{config.name} reads arrays of numbers: give inputs_embeds [batch, {_axes(config.grid)}, {config.channels}], not input_ids"
+                f"{config.name} reads arrays of numbers: give inputs_embeds [batch, {_axes(config.grid)}, "
+                f"{config.channels}], not input_ids"
             )
         if len(config.grid) == 1:
             return check_inputs(self.sizes, rows, 0, ids, embeds, attention_mask=mask, position_ids=position_ids)
@@ -69,14 +86,18 @@ class Inputs(nn.Module):
             raise InputError(f"give inputs_embeds [batch, {_axes(config.grid)}, {config.channels}]")
         if embeds.ndim != len(config.grid) + 2 or embeds.shape[-1] != config.channels or not embeds.is_floating_point():
             raise InputError(
-                f"inputs_embeds is a float tensor [batch, {_axes(config.grid)} at most, {config.channels}], the channels last, "
+                f"inputs_embeds is a float tensor [batch, {_axes(config.grid)} at most, {config.channels}], the "
+                "channels last, "
                 f"got {embeds.dtype} of shape {tuple(embeds.shape)}"
             )
         axes = tuple(embeds.shape[1:-1])
         if len(embeds) == 0:
             raise InputError("there is nothing to compute with: a batch of 0")
         if 0 in axes or any(size > most for size, most in zip(axes, config.grid, strict=True)):
-            raise InputError(f"an input of {_axes(axes)} does not fit into the grid of {_axes(config.grid)}; build the model with grid={axes}")
+            raise InputError(
+                f"an input of {_axes(axes)} does not fit into the grid of {_axes(config.grid)}; build "
+                f"the model with grid={axes}"
+            )
         shapes = (embeds.shape[:-1], (len(embeds), math.prod(axes)))
         if mask is not None and tuple(mask.shape) not in map(tuple, shapes):
             raise InputError(f"attention_mask has shape {tuple(mask.shape)}, the input needs {tuple(shapes[0])}")
@@ -94,8 +115,9 @@ def grid_index(axes: Sequence[int], grid: Sequence[int], device: torch.device) -
 def fourier(axes: Sequence[int], resolution: Sequence[int], bands: int, device: torch.device | None = None) -> Tensor:
     """(p, sin(pi f p), cos(pi f p)) of each position, float64[prod(axes), d (2 bands + 1)].
 
-    p runs from -1 to 1 along an axis; f takes `bands` equally spaced values from 1 to resolution / 2, the Nyquist frequency of the
-    largest input. Order: p of all axes, then the sines of all axes, then the cosines (section 3.2 and appendix D).
+    p runs from -1 to 1 along an axis; f takes `bands` equally spaced values from 1 to resolution / 2, the Nyquist
+    frequency of the largest input. Order: p of all axes, then the sines of all axes, then the cosines (section 3.2 and
+    appendix D).
     """
     places: list[Tensor] = []
     sines: list[Tensor] = []

@@ -15,8 +15,9 @@ from effzoo.blocks.block import Block
 class Turn:
     """Layer number `layer` of a model, which computes with a block that other layers use as well.
 
-    Lan et al. 2020, ALBERT, arXiv:1909.11942, section 3.1. To the model it is a block. What a block keeps by its own number must not be that of
-    another turn: discrete choices that are remembered for the backward pass (hash buckets), and keys and values of the past.
+    Lan et al. 2020, ALBERT, arXiv:1909.11942, section 3.1. To the model it is a block. What a block keeps by its own
+    number must not be that of another turn: discrete choices that are remembered for the backward pass (hash buckets),
+    and keys and values of the past.
     """
 
     def __init__(self, block: Block, layer: int):
@@ -47,7 +48,11 @@ class Turn:
 
     def _own(self, mask: Mask) -> Mask:
         """The mask with the decisions of this turn alone."""
-        return mask if mask.decisions is None else dataclasses.replace(mask, decisions=mask.decisions.setdefault(("turn", self.layer), {}))
+        return (
+            mask
+            if mask.decisions is None
+            else dataclasses.replace(mask, decisions=mask.decisions.setdefault(("turn", self.layer), {}))
+        )
 
     def _cached(self, cache: Cache | None, compute: Callable[[Cache | None], Tensor]) -> Tensor:
         """`compute` with a cache in which the block finds what this turn has seen, under the block's number."""

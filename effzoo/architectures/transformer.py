@@ -37,8 +37,8 @@ from effzoo.spec import Spec, parse_one
 class Transformer(Recomputing, Model):
     """An encoder (bidirectional) or a decoder (causal) with the head of a task; everything in `config` is data.
 
-    Weights start as in BERT and GPT-2: normal with standard deviation 0.02, biases 0; decoders scale the projections that
-    end a residual branch by 1 / sqrt(2 layers) (Radford et al. 2019, section 2.3).
+    Weights start as in BERT and GPT-2: normal with standard deviation 0.02, biases 0; decoders scale the projections
+    that end a residual branch by 1 / sqrt(2 layers) (Radford et al. 2019, section 2.3).
     """
 
     shows_mask = True  # the hooks at its sites are given the mask of the batch
@@ -49,11 +49,14 @@ class Transformer(Recomputing, Model):
         self.embeddings = Embeddings(config)
         shared: dict[str, Any] = {}
         specs = attention_specs(config)
-        self.blocks = nn.ModuleList(self._block(config, number, specs[layer], shared) for number, layer in enumerate(config.first_layers))
+        self.blocks = nn.ModuleList(
+            self._block(config, number, specs[layer], shared) for number, layer in enumerate(config.first_layers)
+        )
         self.final_norm = config.slots().make_norm(config.width, "final.norm") if config.norm == "pre" else None
         self.side = Side(config.width, config.layers, partial(_narrow, config))
         self.head = head(config, task, num_labels)
-        self.only_what_is_read = False  # of the last block, the positions that a classification head reads; then no last_hidden_state
+        # of the last block, the positions that a classification head reads; then no last_hidden_state
+        self.only_what_is_read = False
         self.apply(self._initialise)
         for core in self.cores():
             core.initialise()
@@ -78,7 +81,8 @@ class Transformer(Recomputing, Model):
         block = Block(config.slots(config.first_layers[number]), spec, context)
         if config.residual == "reversible" and isinstance(block.mlp, Experts) and block.mlp.router.weighted:
             raise IncompatibleError(
-                f"router {config.router!r} adds a loss, and a reversible residual keeps no graph that would lead back from it; use residual='plain', "
+                f"router {config.router!r} adds a loss, and a reversible residual keeps no graph that would lead "
+                "back from it; use residual='plain', "
                 "or a router without a loss ('base', 'soft', 'gumbel', or 'switch[balance=0]')"
             )
         return block
@@ -114,22 +118,26 @@ class Transformer(Recomputing, Model):
         """Token ids [batch, n], or embeddings [batch, n, dim], -> loss, logits, last_hidden_state [batch, n, dim].
 
         attention_mask [batch, n]: 1 for tokens, 0 for padding; with a cache it covers the positions in it too.
-        position_ids [batch or 1, n]: where they do not go on by 1 in a decoder, another document starts, which is computed as it
-            is alone. Beside an attention_mask they are positions only, as in transformers.
-        global_attention_mask [batch, n]: 1 for tokens with global attention. By default the first token of an encoder with a
-            classification head, where attention has projections for global tokens.
+        position_ids [batch or 1, n]: where they do not go on by 1 in a decoder, another document starts, which is
+            computed as it is alone. Beside an attention_mask they are positions only, as in transformers.
+        global_attention_mask [batch, n]: 1 for tokens with global attention. By default the first token of an encoder
+            with a classification head, where attention has projections for global tokens.
         cache: of a causal model that decodes; the input is what follows the positions in it.
         task_ids [batch]: the number of each example's task, for adapters that are routed by it.
 
-        A classifier with pooling="last" reads the last token of the mask; in a decoder with a `pad_token`, the last one whose id is another.
+        A classifier with pooling="last" reads the last token of the mask; in a decoder with a `pad_token`, the last one
+        whose id is another.
 
-        Padding at the front takes positions and places: give position_ids, and use it with kinds that are `shift_invariant` (full,
-        longformer, lsh), or pad at the end. `effzoo.generate` gives each row what it gives alone with every kind.
+        Padding at the front takes positions and places: give position_ids, and use it with kinds that are
+        `shift_invariant` (full, longformer, lsh), or pad at the end. `effzoo.generate` gives each row what it gives
+        alone with every kind.
 
         Raises InputError for shapes, dtypes, lengths and ids that do not fit.
         """
         if cache is not None and not self.config.causal:
-            raise IncompatibleError(f"{self.config.name} is an encoder: every position sees the later ones, so there is nothing to cache")
+            raise IncompatibleError(
+                f"{self.config.name} is an encoder: every position sees the later ones, so there is nothing to cache"
+            )
         if cache is not None and not isinstance(cache, Cache):
             raise InputError(f"cache is an effzoo.attention.Cache, got {type(cache).__name__}")
         start = 0 if cache is None else cache.length
@@ -137,14 +145,18 @@ class Transformer(Recomputing, Model):
         rows = 0 if prompt is None else prompt.shape[-2]
         before = 0 if cache is None or start == 0 else cache.rows  # prompt rows that are in the cache
         check_inputs(
-            self.config, rows + before, start - before, input_ids, inputs_embeds, attention_mask=attention_mask, token_type_ids=token_type_ids,
-            position_ids=position_ids, global_attention_mask=global_attention_mask,
+            self.config, rows + before, start - before, input_ids, inputs_embeds, attention_mask=attention_mask,
+            token_type_ids=token_type_ids, position_ids=position_ids, global_attention_mask=global_attention_mask,
         )  # fmt: skip
         check_tensors(labels=labels, task_ids=task_ids)
         check_device(self, input_ids=input_ids, inputs_embeds=inputs_embeds, task_ids=task_ids)
         input_ids, token_type_ids, position_ids = (
             checked(self.config, rows + before, name, ids)
-            for name, ids in (("input_ids", input_ids), ("token_type_ids", token_type_ids), ("position_ids", position_ids))
+            for name, ids in (
+                ("input_ids", input_ids),
+                ("token_type_ids", token_type_ids),
+                ("position_ids", position_ids),
+            )
         )
         valid = self._valid(attention_mask)
         documents = None
@@ -175,21 +187,29 @@ class Transformer(Recomputing, Model):
         with calling(outside):
             if self.final_norm is not None:
                 x = self.final_norm(x)
-            output: Output = self.head(x[:, rows:] if read is None else x, valid if read is None else None, labels, self.embeddings.token)
+            output: Output = self.head(
+                x[:, rows:] if read is None else x, valid if read is None else None, labels, self.embeddings.token
+            )
         if read is not None:
             del output["last_hidden_state"]
         return _balanced(output, losses)
 
     def _text(self, valid: Tensor | None, ids: Tensor | None) -> Tensor | None:
-        """The positions that the head may read, bool[batch, n], or None for all. A decoder's classifier that reads the last token reads the last
-        whose id is not `pad_token`, with a mask or not, as in transformers: a text that ends in eos is read before it where it is the padding."""
+        """The positions that the head may read, bool[batch, n], or None for all. A decoder's classifier that reads the
+        last token reads the last whose id is not `pad_token`, with a mask or not, as in transformers: a text that ends
+        in eos is read before it where it is the padding."""
         pad = self.config.pad_token
-        if not (isinstance(self.head, Classification) and self.config.pooling == "last" and self.config.causal) or ids is None or pad is None:
+        if (
+            not (isinstance(self.head, Classification) and self.config.pooling == "last" and self.config.causal)
+            or ids is None
+            or pad is None
+        ):
             return valid
         return ids != pad if valid is None else valid & (ids != pad)
 
     def _read(self, x: Tensor, valid: Tensor | None, before: int) -> Tensor | None:
-        """The positions that the head reads, with `before` prompt rows in front of them, or None where the last block computes all."""
+        """The positions that the head reads, with `before` prompt rows in front of them, or None where the last block
+        computes all."""
         last = cast(Block, self.blocks[-1])
         plain = self.config.residual != "reversible" and not (self.side.active and self.side.replaces)
         if not (self.only_what_is_read and isinstance(self.head, Classification) and plain and last.positionwise):
@@ -198,11 +218,14 @@ class Transformer(Recomputing, Model):
         return None if where is None else where + before
 
     def _run(self, x: Tensor, mask: Mask, cache: Cache | None, read: Tensor | None = None) -> Tensor:
-        """The blocks, with the residual and the memory of the config; gradient checkpointing is what reversible blocks do anyway."""
+        """The blocks, with the residual and the memory of the config; gradient checkpointing is what reversible blocks
+        do anyway."""
         blocks = self.by_layer()
         if self.side.active and self.side.replaces:
             if cache is not None:
-                raise IncompatibleError("a side network keeps no cache for decoding; generate without one (use_cache=False)")
+                raise IncompatibleError(
+                    "a side network keeps no cache for decoding; generate without one (use_cache=False)"
+                )
             return self.side(self._states(x, mask), mask)
         if self.config.residual == "reversible":
             return reversible(blocks, x, mask) if cache is None else two_streams(blocks, x, mask, cache)
@@ -210,11 +233,16 @@ class Transformer(Recomputing, Model):
         with recompute(level):
             for i, block in enumerate(blocks):
                 rows = read if i == len(blocks) - 1 else None
-                x = checkpoint(block, x, mask, None, rows, use_reentrant=False) if level == "blocks" else block(x, mask, cache, rows)
+                x = (
+                    checkpoint(block, x, mask, None, rows, use_reentrant=False)
+                    if level == "blocks"
+                    else block(x, mask, cache, rows)
+                )
         return x
 
     def _states(self, x: Tensor, mask: Mask) -> list[Tensor]:
-        """What stands before, between and after the blocks; autograd keeps nothing of them unless something in them is trained as well."""
+        """What stands before, between and after the blocks; autograd keeps nothing of them unless something in them is
+        trained as well."""
         blocks = self.by_layer()
         if self.config.residual == "reversible":
             return states(blocks, x, mask)
@@ -228,9 +256,12 @@ class Transformer(Recomputing, Model):
         blocks = cast("Sequence[Block]", self.blocks)
         if len(blocks) != self.config.blocks:
             raise IncompatibleError(
-                f"the model has {len(blocks)} blocks and its config {self.config.blocks}; build one with layers={len(blocks)} and load the weights"
+                f"the model has {len(blocks)} blocks and its config {self.config.blocks}; build one with "
+                f"layers={len(blocks)} and load the weights"
             )
-        return blocks if len(blocks) == self.config.layers else cast("Sequence[Block]", turns(blocks, self.config.layers))
+        return (
+            blocks if len(blocks) == self.config.layers else cast("Sequence[Block]", turns(blocks, self.config.layers))
+        )
 
     def cores(self) -> Iterable[AttentionCore]:
         """The attention core of each block."""
@@ -244,9 +275,17 @@ class Transformer(Recomputing, Model):
         return None if at_hand(valid) and bool(valid.all()) else valid
 
     def _mask(
-        self, valid: Tensor | None, is_global: Tensor | None, x: Tensor, rows: int, before: int, positions: Tensor, tasks: Tensor | None
+        self,
+        valid: Tensor | None,
+        is_global: Tensor | None,
+        x: Tensor,
+        rows: int,
+        before: int,
+        positions: Tensor,
+        tasks: Tensor | None,
     ) -> Mask:
-        """The mask of the blocks. Prompt rows are tokens, and global where attention knows global tokens: else only near tokens saw them."""
+        """The mask of the blocks. Prompt rows are tokens, and global where attention knows global tokens: else only
+        near tokens saw them."""
         batch, n = x.shape[0], x.shape[1] - rows
         knows_global = any(core.knows_globals() for core in self.cores())
         if is_global is not None and not knows_global:
@@ -282,13 +321,16 @@ def _balanced(output: Output, losses: Sequence[Tensor]) -> Output:
 
 
 def _narrow(config: Config, factor: int, layers: Sequence[int]) -> tuple[nn.ModuleList, int]:
-    """Blocks like those of the given layers with plain residuals, `factor` times narrower, and their width: a multiple of the heads, even if
-    rotated."""
+    """Blocks like those of the given layers with plain residuals, `factor` times narrower, and their width: a multiple
+    of the heads, even if rotated."""
     if config.share_layers:
         reason = "a side network has a block beside each layer, cut out of that layer's own"
-        raise IncompatiblePeft("ladder", "a model whose layers share blocks", reason, "use another method, or build with share_layers=0")
+        raise IncompatiblePeft(
+            "ladder", "a model whose layers share blocks", reason, "use another method, or build with share_layers=0"
+        )
     unit = config.heads * (2 if config.positions == "rotary" else 1)
-    dim = max(-(-8 // unit), config.dim // factor // unit) * unit  # at least 8: a norm over fewer leaves nothing to learn
+    # at least 8: a norm over fewer leaves nothing to learn
+    dim = max(-(-8 // unit), config.dim // factor // unit) * unit
     slim = dataclasses.replace(
         config, dim=dim, head_dim=dim // config.heads, mlp=max(1, config.mlp // factor), residual="plain",
         experts=0, router="switch", expert_every=1, embedding_dim=0,
@@ -314,7 +356,8 @@ def attention_specs(config: Config) -> list[Spec]:
             first = config.first_layers[layer * config.blocks // config.layers]
             if spec != specs[first]:
                 raise OptionError(
-                    f"layers {first} and {layer} share a block, but have the attentions {specs[first]} and {spec}; give both the same, or share "
+                    f"layers {first} and {layer} share a block, but have the attentions {specs[first]} and {spec}; "
+                    "give both the same, or share "
                     "among fewer layers"
                 )
         return specs

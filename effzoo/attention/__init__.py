@@ -11,7 +11,8 @@ from effzoo.attention.part import Part, bias_of
 from effzoo.attention.predicate import PredicateAttention
 from effzoo.registry import attention as _view
 
-names, get, options, register, create, aliases = (_view.names, _view.get, _view.options, _view.register, _view.create, _view.aliases)
+names, get, options, register, create = _view.names, _view.get, _view.options, _view.register, _view.create
+aliases = _view.aliases
 
 __all__ = [
     "AttentionCore",

@@ -6,12 +6,12 @@
 | flash | CPU; CUDA in bfloat16 and float16 | torch's flash operators: on the CPU dropout 0, on CUDA no bias |
 | blocks | CPU, CUDA | dropout: weights written out a block at a time, and again in the backward pass |
 | efficient | CUDA, all but float64 | torch's memory-efficient operators: biases, dropout |
-| triton | CUDA, all but float64 | our own kernels (`triton_launch.py`): in one pass a band with padding, global columns and dropout, or hashing |
-| flex | CUDA, all but float64; CPU without gradients | torch's FlexAttention: kinds that are a predicate; dropout 0; only when asked for |
-| xformers | CUDA, all but float64 | `xformers`, for who has it: biases, windows; dropout 0; only when asked for |
+| triton | CUDA, all but float64 | our own kernels (`triton_launch.py`): bands, dropout; hashing |
+| flex | CUDA, all but float64; CPU without gradients | torch's FlexAttention, when asked for: predicates; dropout 0 |
+| xformers | CUDA, all but float64 | `xformers`, when asked for: biases, windows; dropout 0 |
 
-On CUDA "auto" takes flash where it can; else triton for rounds of hashing, and for bands in bfloat16 and float16; else efficient. That order is what
-is expected of them: no card has run them yet.
+On CUDA "auto" takes flash where it can; else triton for rounds of hashing, and for bands in bfloat16 and float16; else
+efficient. That order is what is expected of them: no card has run them yet.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from effzoo.devices import capability, kind_of
 from effzoo.errors import OptionError
 
 BACKENDS = ("auto", "reference", "flash", "blocks", "efficient", "flex", "triton", "xformers")
-HALF, SINGLE, ALL = (torch.bfloat16, torch.float16), (torch.float32,), (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+HALF, SINGLE = (torch.bfloat16, torch.float16), (torch.float32,)
+ALL = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 TAKES = {  # backend, device -> dtypes
     ("flash", "cpu"): ALL,
     ("blocks", "cpu"): ALL,
@@ -68,14 +69,17 @@ def known(backend: str) -> str:
 
 
 def choose(parts: Sequence[Part], dropout: float, backend: str = "auto") -> tuple[str, str]:
-    """The backend that `attend` takes for these parts, and the reason. Raises OptionError for a named one that cannot run here."""
+    """The backend that `attend` takes for these parts, and the reason. Raises OptionError for a named one that cannot
+    run here."""
     device = kind_of(parts[0].q)
     if known(backend) == "reference":
         return "reference", "asked for"
     if backend != "auto":
         if why_not := _obstacle(backend, parts, dropout):
             instead, _ = choose(parts, dropout)
-            raise OptionError(f"backend {backend!r} cannot run here: {why_not}; use backend='auto', which is {instead!r} here")
+            raise OptionError(
+                f"backend {backend!r} cannot run here: {why_not}; use backend='auto', which is {instead!r} here"
+            )
         return backend, f"asked for: {DOES[backend]} on {device}"
     passed = ""
     for name in ORDER.get(device, ()):
@@ -92,7 +96,9 @@ def _obstacle(backend: str, parts: Sequence[Part], dropout: float) -> str:
     device = kind_of(q)
     takes = TAKES.get((backend, device))
     if takes is None:
-        return f"it runs on {' and '.join(where for name, where in TAKES if name == backend)}, the tensors are on {device}"
+        return (
+            f"it runs on {' and '.join(where for name, where in TAKES if name == backend)}, the tensors are on {device}"
+        )
     if q.dtype not in takes:
         return f"on {device} it takes {', '.join(map(_short, takes))}, got {_short(q.dtype)}"
     if backend in ("blocks", "efficient"):
@@ -102,7 +108,10 @@ def _obstacle(backend: str, parts: Sequence[Part], dropout: float) -> str:
     if backend == "xformers" and not xformers.installed():
         return xformers.MISSING
     if dropout > 0 and (backend in ("flex", "xformers") or FLASH[device] is Flash):
-        return f"attention dropout {dropout} needs the weights themselves, which it never holds (attention_dropout=0 allows it)"
+        return (
+            f"attention dropout {dropout} needs the weights themselves, which it never holds (attention_dropout=0 "
+            "allows it)"
+        )
     if backend == "flex":
         return flex.obstacle(parts)
     if backend == "xformers":
@@ -113,8 +122,9 @@ def _obstacle(backend: str, parts: Sequence[Part], dropout: float) -> str:
 def _no_flash(parts: Sequence[Part]) -> str:
     """Why torch's flash operators for CUDA cannot compute these parts.
 
-    Padding could be told them without a wait of the host, as keys that are sequences of their own with no query (`cum_seq_q`, `cum_seq_k`). That
-    their backward pass then writes zeros for such keys has not been seen on a card, so padding goes to the other operators.
+    Padding could be told them without a wait of the host, as keys that are sequences of their own with no query
+    (`cum_seq_q`, `cum_seq_k`). That their backward pass then writes zeros for such keys has not been seen on a card, so
+    padding goes to the other operators.
     """
     if lacking := has_no_flash(parts[0].q.device):
         return lacking
@@ -158,14 +168,18 @@ def placed(part: Part, backend: str, dropout: float, seed: int | None = None) ->
     if backend == "triton":
         number = 0 if dropout == 0 else _number(drawn_seed()) if seed is None else seed
         if isinstance(part.layout, Whole):
-            ones = [replace(one, scale=part.scale, dropout=dropout, seed=number + index * 2**20) for index, (_, one) in enumerate(part.layout.ones)]
+            ones = [
+                replace(one, scale=part.scale, dropout=dropout, seed=number + index * 2**20)
+                for index, (_, one) in enumerate(part.layout.ones)
+            ]
             return Whole([(heads, one) for (heads, _), one in zip(part.layout.ones, ones, strict=True)]), TritonTile()
         return part.way, TritonTile(part.scale, dropout, number)
     if backend in ("blocks", "reference"):  # in compiled code the plain twin is not followed by autograd
         return part.way, Weights(dropout, _number(drawn_seed()) if seed is None else seed, part.scale)
     if backend == "efficient":
         return part.way, Efficient(part.scale, dropout, seed)
-    window = part.layout.window if isinstance(part.layout, Tiles) and part.brought[0] is None else None  # which operators know themselves
+    # which operators know themselves
+    window = part.layout.window if isinstance(part.layout, Tiles) and part.brought[0] is None else None
     if backend == "xformers":
         known = window is not None and part.q.dtype not in SINGLE
         return (Uncut(), Xformers(part.scale, window)) if known else (part.way, Xformers(part.scale))

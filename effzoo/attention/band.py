@@ -1,7 +1,8 @@
 """Windows without copies: a kind declares how far its queries look, by a `Window`, and the tiles follow in closed form.
 
-Queries are cut into chunks; a chunk takes the keys that its queries may see, as far as the sequence goes. Chunks that look alike form a run, which
-attention takes as one batch: in the middle of a sequence their keys are overlapping views of one tensor, and they share one small mask.
+Queries are cut into chunks; a chunk takes the keys that its queries may see, as far as the sequence goes. Chunks that
+look alike form a run, which attention takes as one batch: in the middle of a sequence their keys are overlapping views
+of one tensor, and they share one small mask.
 """
 
 from __future__ import annotations
@@ -15,17 +16,21 @@ from torch import Tensor
 from effzoo.attention.tiles import Run, Slots, Tiles
 
 SMALLEST, LARGEST = 32, 256  # chunks: smaller tiles are slow, larger ones compute more masked pairs
-TOGETHER = 1024  # queries of a run: the gradients of its keys, before they are added up, are then memory that is soon used again
+# queries of a run: the gradients of its keys, before they are added up, are then memory that is soon used again
+TOGETHER = 1024
 
 
-Sees = Callable[[Tensor, Tensor], Tensor]  # which keys a query sees: indices of queries [m, 1] and of keys [1, s] -> bool, broadcastable to [m, s]
+# which keys a query sees: indices of queries [m, 1] and of keys [1, s] -> bool, broadcastable to [m, s]
+Sees = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Window:
-    """A declared sight: a query sees keys at most `left` places before it and `right` after it, and of these every `dilation`-th; None: no bound.
+    """A declared sight: a query sees keys at most `left` places before it and `right` after it, and of these every
+    `dilation`-th; None: no bound.
 
-    chunk: the places are chunks of so many positions, of which a query sees whole ones: `left` before its own, its own, and `right` after it.
+    chunk: the places are chunks of so many positions, of which a query sees whole ones: `left` before its own, its own,
+        and `right` after it.
     """
 
     left: int | None
@@ -55,9 +60,13 @@ class Window:
         return None if self.left is None else self.left * self.dilation * self.chunk + self.chunk - 1
 
 
-def cut(rows: int, size: int, keys: Callable[[int, int], tuple[int, int]], sees: Sees, dilation: int = 1) -> tuple[Run, ...]:
-    """Chunks of `size` queries, alike ones together. keys: the first query of a chunk and its queries -> the first key and the one after the last."""
-    found: list[tuple[int, int, int, int, int]] = []  # chunks that look alike: the first query and key, queries and keys of each, how many
+def cut(
+    rows: int, size: int, keys: Callable[[int, int], tuple[int, int]], sees: Sees, dilation: int = 1
+) -> tuple[Run, ...]:
+    """Chunks of `size` queries, alike ones together. keys: the first query of a chunk and its queries -> the first key
+    and the one after the last."""
+    # chunks that look alike: the first query and key, queries and keys of each, how many
+    found: list[tuple[int, int, int, int, int]] = []
     for query in range(0, rows, size):
         queries = min(size, rows - query)
         first, last = keys(query, queries)
@@ -74,7 +83,10 @@ def cut(rows: int, size: int, keys: Callable[[int, int], tuple[int, int]], sees:
     for query, key, queries, count_keys, count in found:
         looked = queries, query - key, count_keys
         if looked not in masks:
-            at_query, at_keys = (torch.arange(at, at + many, device="cpu") * dilation for at, many in ((query, queries), (key, count_keys)))
+            at_query, at_keys = (
+                torch.arange(at, at + many, device="cpu") * dilation
+                for at, many in ((query, queries), (key, count_keys))
+            )
             seen = sees(at_query[:, None], at_keys[None])
             masks[looked] = None if bool(seen.all()) else seen.expand(1, queries, count_keys)
         runs.append(Run(Slots(count, queries, size, query), Slots(count, count_keys, size, key), masks[looked]))

@@ -1,4 +1,5 @@
-"""Blockwise attention: each head attends between blocks that a permutation pairs (Qiu et al. 2020, BlockBERT, arXiv:1911.02972, section 3)."""
+"""Blockwise attention: each head attends between blocks that a permutation pairs (Qiu et al. 2020, BlockBERT,
+arXiv:1911.02972, section 3)."""
 
 from __future__ import annotations
 
@@ -22,23 +23,30 @@ Permutation = tuple[int, ...]
 
 @attention.register("blockwise", "blockbert")
 class Blockwise(PredicateAttention):
-    """Query block i of a head with permutation p sees exactly key block p(i): softmax over {j : block(j) = p(block(i))} of q_i . k_j / sqrt(d).
+    """Query block i of a head with permutation p sees exactly key block p(i): softmax over {j : block(j) = p(block(i))}
+    of q_i . k_j / sqrt(d).
 
-    The identity makes a head local, a cyclic shift makes it look far. Cost O(n^2 / blocks), without any mask unless there is padding.
+    The identity makes a head local, a cyclic shift makes it look far. Cost O(n^2 / blocks), without any mask unless
+    there is padding.
 
     blocks: how many; a row of n tokens has blocks of ceil(n / blocks), whatever stands beside it in the batch.
-    block: the length of a block instead. Blocks are then places: position i is in block i // block however long the input is, and inputs end
-    at blocks * block positions. Causal models always take places, ceil(max_length / blocks) when None, so that an output does not change as the
-    sequence grows.
-    permutations: of the blocks, counted from 1 as in the lecture: ((1, 2, 3), (2, 3, 1)). By default the identity and cyclic shifts.
-    groups: heads per permutation, in order, such as (10, 2). By default a sixth of the heads, at least one, for each permutation but the
-    first, which has the rest: 10:2 and 8:2:2 of 12 heads.
+    block: the length of a block instead. Blocks are then places: position i is in block i // block however long the
+        input is, and inputs end at blocks * block positions. Causal models always take places, ceil(max_length /
+        blocks) when None, so that an output does not change as the sequence grows.
+    permutations: of the blocks, counted from 1 as in the lecture: ((1, 2, 3), (2, 3, 1)). By default the identity and
+        cyclic shifts.
+    groups: heads per permutation, in order, such as (10, 2). By default a sixth of the heads, at least one, for each
+        permutation but the first, which has the rest: 10:2 and 8:2:2 of 12 heads.
 
-    A row whose key block holds no key gives 0, as every row without keys: key blocks after the end of a short sequence, and, when
-    causal (j <= i), key blocks after the query's own. Heads that see nothing of a whole input are named in a warning.
+    A row whose key block holds no key gives 0, as every row without keys: key blocks after the end of a short sequence,
+    and, when causal (j <= i), key blocks after the query's own. Heads that see nothing of a whole input are named in a
+    warning.
     """
 
-    paper = "Qiu et al. 2020, Blockwise self-attention for long document understanding (BlockBERT), arXiv:1911.02972, section 3"
+    paper = (
+        "Qiu et al. 2020, Blockwise self-attention for long document understanding (BlockBERT), "
+        "arXiv:1911.02972, section 3"
+    )
     cost = "n^2 / blocks"
 
     def __init__(
@@ -54,14 +62,20 @@ class Blockwise(PredicateAttention):
         chosen = _shifts(blocks, context.heads) if permutations is None else _checked(permutations, blocks)
         sizes = _emphasis(len(chosen), context.heads) if groups is None else tuple(groups)
         if len(sizes) != len(chosen) or min(sizes) < 1 or sum(sizes) != context.heads:
-            fitting = f"at most {context.heads} permutations" if len(chosen) > context.heads else _emphasis(len(chosen), context.heads)
+            fitting = (
+                f"at most {context.heads} permutations"
+                if len(chosen) > context.heads
+                else _emphasis(len(chosen), context.heads)
+            )
             raise OptionError(
-                f"blockwise: groups are heads per permutation, {len(chosen)} numbers of at least 1 that sum to the {context.heads} heads, "
+                f"blockwise: groups are heads per permutation, {len(chosen)} numbers of at least 1 that sum to the "
+                f"{context.heads} heads, "
                 f"got {sizes}; try {fitting}"
             )
         self.blocks, self.block = blocks, block or (-(-context.max_length // blocks) if context.causal else None)
         self._said = False
-        self.permutations = tuple(p for p, size in zip(chosen, sizes, strict=True) for _ in range(size))  # one per head, from 0
+        # one per head, from 0
+        self.permutations = tuple(p for p, size in zip(chosen, sizes, strict=True) for _ in range(size))
 
     def visible(self, query: Tensor, key: Tensor, *, head: Tensor, length: Tensor) -> Tensor:
         block = self._block(length)
@@ -74,12 +88,17 @@ class Blockwise(PredicateAttention):
 
     def _block(self, length: Tensor) -> Tensor:
         """Positions of a block in rows of these lengths."""
-        return ((length + self.blocks - 1) // self.blocks).clamp(min=1) if self.block is None else torch.full_like(length, self.block)
+        return (
+            ((length + self.blocks - 1) // self.blocks).clamp(min=1)
+            if self.block is None
+            else torch.full_like(length, self.block)
+        )
 
     def layouts(self, n: int, mask: Mask, device: torch.device) -> Sequence[tuple[list[int], Tiles | None]]:
         if self.block is not None and n > self.blocks * self.block:
             raise InputError(
-                f"blockwise has {self.blocks} blocks of {self.block} positions, {self.blocks * self.block} in all, got {n}; "
+                f"blockwise has {self.blocks} blocks of {self.block} positions, {self.blocks * self.block} in all, "
+                f"got {n}; "
                 f"build the model with max_length={n}, or with block={-(-n // self.blocks)}"
             )
         size = -(-n // self.blocks) if self.block is None else min(self.block, n)
@@ -117,7 +136,9 @@ class Blockwise(PredicateAttention):
         place = place.clamp(max=n - 1)
         position = torch.arange(n, device=lengths.device)
         share = own[..., 0]
-        back = torch.where(position < self.blocks * share, position // share * size + position % share, self.blocks * size)
+        back = torch.where(
+            position < self.blocks * share, position // share * size + position % share, self.blocks * size
+        )
         found = []
         for permutation, heads in self._alike().items():
             keys, allowed = (torch.stack([x[:, block] for block in permutation], dim=1) for x in (place, there))
@@ -130,11 +151,16 @@ class Blockwise(PredicateAttention):
         """Warn, once, of heads whose queries see no key in an input with so many blocks."""
         if used == self.blocks or self._said:
             return
-        blind = [head for head, p in enumerate(self.permutations) if all(p[i] >= used or (self.context.causal and p[i] > i) for i in range(used))]
+        blind = [
+            head
+            for head, p in enumerate(self.permutations)
+            if all(p[i] >= used or (self.context.causal and p[i] > i) for i in range(used))
+        ]
         if blind:
             self._said = True
             warnings.warn(
-                f"blockwise: heads {blind} of layer {self.context.layer} see nothing in an input of {used} of {self.blocks} blocks and give 0; "
+                f"blockwise: heads {blind} of layer {self.context.layer} see nothing in an input of {used} of "
+                f"{self.blocks} blocks and give 0; "
                 "build the model for shorter inputs (max_length=, block=), or with fewer blocks",
                 stacklevel=2,
             )
@@ -159,9 +185,12 @@ def _checked(permutations: Sequence[Sequence[int]], blocks: int) -> list[Permuta
     for permutation in permutations:
         if sorted(permutation) != wanted:
             raise OptionError(
-                f"blockwise: a permutation of {blocks} blocks holds each of {tuple(wanted)} once, got {tuple(permutation)}; "
+                f"blockwise: a permutation of {blocks} blocks holds each of {tuple(wanted)} once, got "
+                f"{tuple(permutation)}; "
                 f"try {tuple(wanted[1:] + wanted[:1])}, or blocks={len(permutation)}"
             )
     if not permutations:
-        raise OptionError(f"blockwise: permutations is empty; give at least one of {blocks} blocks, such as ({tuple(wanted)},)")
+        raise OptionError(
+            f"blockwise: permutations is empty; give at least one of {blocks} blocks, such as ({tuple(wanted)},)"
+        )
     return [tuple(block - 1 for block in permutation) for permutation in permutations]

@@ -1,8 +1,9 @@
 """The contract of an attention kind: a plan over the one softmax of `kernel.py`.
 
-A kind says at most six things: its `projections` (the tensors it eats; the layer builds them), `forward`, the definition that must equal (`pattern`,
-or `dense`), why it is `not_causal`, and, where it pays, `rows` and `step`. What it can do follows from that: it decodes if it has a `step`, it takes
-memory if `forward` does. Its options are the keyword-only parameters of its constructor.
+A kind says at most six things: its `projections` (the tensors it eats; the layer builds them), `forward`, the
+definition that must equal (`pattern`, or `dense`), why it is `not_causal`, and, where it pays, `rows` and `step`. What
+it can do follows from that: it decodes if it has a `step`, it takes memory if `forward` does. Its options are the
+keyword-only parameters of its constructor.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from effzoo.sites import KeysValues
 
 Side = Literal["query", "key", "value", "query and key"]
 QKV: dict[str, Side] = {"q": "query", "k": "key", "v": "value"}
-DECLARED = ("name", "paper", "cost", "projections", "not_causal", "later_values_matter", "shift_invariant")  # what a class says of a kind
+# what a class says of a kind
+DECLARED = ("name", "paper", "cost", "projections", "not_causal", "later_values_matter", "shift_invariant")
 FORMER = ("key_side", "row_side", "copied_from")  # and `supports_...`: what it said in an earlier contract
 
 
@@ -42,21 +44,24 @@ class Context:
     max_length: int = 512
     backend: str = "auto"
     global_tokens: bool = True  # whether a batch can mark some: the latents of a Perceiver have no places to be marked
-    shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # one dict for all layers of a model
+    # one dict for all layers of a model
+    shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
     """What is true of the positions of one batch, made once and shared by all layers.
 
-    valid [batch, n]: True where there is a token; None when every position holds one. In cross-attention it speaks of the keys, in decoding of the
-        past and the new positions together.
+    valid [batch, n]: True where there is a token; None when every position holds one. In cross-attention it speaks of
+        the keys, in decoding of the past and the new positions together.
     is_global [batch, n]: True where a token has global attention; None when none has.
-    most_globals: how many global tokens a row has at most, where that is known without looking; to look, code would wait for an accelerator.
+    most_globals: how many global tokens a row has at most, where that is known without looking; to look, code would
+        wait for an accelerator.
     positions [batch or 1, n]: position ids, for blocks with rotary positions.
     tasks [batch]: the number of each example's task, for routers that read it.
     start [batch, n, dim]: the embeddings, for routers that read them.
-    decisions: where choices that must not change when a block is computed again are kept (see `decide`); None keeps nothing.
+    decisions: where choices that must not change when a block is computed again are kept (see `decide`); None keeps
+        nothing.
     """
 
     valid: Tensor | None = None
@@ -97,7 +102,8 @@ State = dict[str, Tensor]  # what one layer keeps of the positions it has seen; 
 
 
 class Cache:
-    """What the layers of a causal model keep of the positions seen so far, so that decoding computes new positions only."""
+    """What the layers of a causal model keep of the positions seen so far, so that decoding computes new positions
+    only."""
 
     def __init__(self) -> None:
         self.length = 0  # positions seen, prompt rows included
@@ -118,15 +124,22 @@ class _Room:
     filled: int
 
 
-_rooms: MutableMapping[Tensor, tuple[_Room, int]] = WeakTensorKeyDictionary()  # where what `longer` gave lies, and where it ends
+# where what `longer` gave lies, and where it ends
+_rooms: MutableMapping[Tensor, tuple[_Room, int]] = WeakTensorKeyDictionary()
 
 
 def longer(past: Tensor, new: Tensor, dim: int) -> Tensor:
-    """torch.cat([past, new], dim) in a decoder, without a copy of `past` for each token: `new` is written behind it, where `longer` has made room.
+    """torch.cat([past, new], dim) in a decoder, without a copy of `past` for each token: `new` is written behind it,
+    where `longer` has made room.
 
-    What has been given stays as it was: only one can go on from it in its room, a second one takes a room of its own. With gradients it is a copy.
+    What has been given stays as it was: only one can go on from it in its room, a second one takes a room of its own.
+    With gradients it is a copy.
     """
-    alike = past.dtype == new.dtype and past.shape[:dim] == new.shape[:dim] and past.shape[dim + 1 :] == new.shape[dim + 1 :]
+    alike = (
+        past.dtype == new.dtype
+        and past.shape[:dim] == new.shape[:dim]
+        and past.shape[dim + 1 :] == new.shape[dim + 1 :]
+    )
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not alike:
         return torch.cat([past, new], dim)
     length, more = past.shape[dim], new.shape[dim]
@@ -160,8 +173,9 @@ def _in(room: _Room, end: int, length: int, dim: int) -> Tensor:
 class AttentionCore(nn.Module, abc.ABC):
     """One attention kind.
 
-    projections: the tensors that `forward` takes, in order, and what each is: queries, keys or values, or queries that are keys as well. What is no
-    value is compared, and turned by rotary positions; keys and values come from the source in cross-attention, and grouped queries share them.
+    projections: the tensors that `forward` takes, in order, and what each is: queries, keys or values, or queries that
+        are keys as well. What is no value is compared, and turned by rotary positions; keys and values come from the
+        source in cross-attention, and grouped queries share them.
     not_causal: why the kind cannot be causal; empty if it can. An option may change both per instance.
     """
 
@@ -170,8 +184,10 @@ class AttentionCore(nn.Module, abc.ABC):
     cost: ClassVar[str] = "n^2"
     projections: Mapping[str, Side] = QKV
     not_causal: str = ""
-    later_values_matter: str = ""  # why later tokens may change the value of a causal output, though never through its gradient; an option may say
-    shift_invariant: bool = False  # whether tokens that all stand later give the same, so that padding in front of them changes nothing
+    # why later tokens may change the value of a causal output, though never through its gradient; an option may say
+    later_values_matter: str = ""
+    # whether tokens that all stand later give the same, so that padding in front of them changes nothing
+    shift_invariant: bool = False
 
     def __init__(self, context: Context):
         super().__init__()
@@ -180,14 +196,26 @@ class AttentionCore(nn.Module, abc.ABC):
         self._takes_memory = self.takes_memory()
         self._number = traced.number_of(self)
         for declared in _unread(type(self)):
-            told = f"it declares `{declared}`, which nobody reads{did_you_mean(declared, DECLARED)} What a kind can do follows from what it has"
+            told = (
+                f"it declares `{declared}`, which nobody reads{did_you_mean(declared, DECLARED)} What a kind can "
+                "do follows from what it has"
+            )
             raise OptionError(f"attention {self.name!r}: {told}; it may declare {', '.join(DECLARED)}")
-        wrong = [self.projections] if not isinstance(self.projections, Mapping) else [x for x in self.projections.values() if x not in get_args(Side)]
+        wrong = (
+            [self.projections]
+            if not isinstance(self.projections, Mapping)
+            else [x for x in self.projections.values() if x not in get_args(Side)]
+        )
         if wrong:
-            told = f"projections say what each is, 'query', 'key', 'value' or 'query and key', as in {QKV}, got {wrong[0]!r}"
+            told = (
+                f"projections say what each is, 'query', 'key', 'value' or 'query and key', as in {QKV}, got "
+                f"{wrong[0]!r}"
+            )
             raise OptionError(f"attention {self.name!r}: {told}")
         if context.causal and self.not_causal:
-            raise IncompatibleError(f"attention {self.name!r} cannot be causal: {self.not_causal}; use it in an encoder")
+            raise IncompatibleError(
+                f"attention {self.name!r} cannot be causal: {self.not_causal}; use it in an encoder"
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -195,23 +223,29 @@ class AttentionCore(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """forward(*projected, mask=, memory=None): projections, each [batch, heads, n, head_dim] -> [batch, heads, n, head_dim].
+        """forward(*projected, mask=, memory=None): projections, each [batch, heads, n, head_dim] -> [batch, heads, n,
+        head_dim].
 
-        mask: of the batch. memory: keys and values [heads, rows, head_dim] that every query sees as well (prefix tuning); with an axis of the
-        batch in front, the examples have memories of their own. In cross-attention `mask` speaks of the keys.
+        mask: of the batch. memory: keys and values [heads, rows, head_dim] that every query sees as well (prefix
+            tuning); with an axis of the batch in front, the examples have memories of their own. In cross-attention
+            `mask` speaks of the keys.
         """
 
     def rows(self, where: Tensor, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
-        """The rows `where` [batch, r] of `forward`, [batch, heads, r, head_dim], given the queries of these rows alone and all keys and values."""
+        """The rows `where` [batch, r] of `forward`, [batch, heads, r, head_dim], given the queries of these rows alone
+        and all keys and values."""
         raise IncompatibleError(f"attention {self.name!r} computes all rows together")
 
     def step(self, *args: Any, **kwargs: Any) -> tuple[Tensor, State]:
-        """step(*projected, mask=, past=, memory=None), causal decoding: the rows of the newest m positions, and the state for the next call.
+        """step(*projected, mask=, past=, memory=None), causal decoding: the rows of the newest m positions, and the
+        state for the next call.
 
-        projected: of the new positions alone. past: what the call before returned, None at first. mask.valid covers the past and
-        the new positions; mask.is_global the new ones, and only in the first call.
+        projected: of the new positions alone. past: what the call before returned, None at first. mask.valid covers the
+            past and the new positions; mask.is_global the new ones, and only in the first call.
         """
-        raise IncompatibleError(f"attention {self.name!r} keeps no cache for decoding; generate without one (use_cache=False)")
+        raise IncompatibleError(
+            f"attention {self.name!r} keeps no cache for decoding; generate without one (use_cache=False)"
+        )
 
     def pattern(self, n: int, mask: Mask) -> Tensor:
         """The definition: True where query i may attend key j, broadcastable to bool[batch, heads, n, n].
@@ -243,7 +277,8 @@ class AttentionCore(nn.Module, abc.ABC):
         return False
 
     def starts_from(self, name: str) -> list[str]:
-        """Projections of another kind that `name` can start as a copy of: what it is there (shared queries and keys decide what is looked for)."""
+        """Projections of another kind that `name` can start as a copy of: what it is there (shared queries and keys
+        decide what is looked for)."""
         alike = {"query": ["q", "qk"], "key": ["k", "qk"], "value": ["v"], "query and key": ["q"]}
         return [one for one in alike.get(self.projections.get(name, ""), []) if one != name]
 
@@ -254,8 +289,11 @@ class AttentionCore(nn.Module, abc.ABC):
 
     @classmethod
     def _own(cls, method: str) -> bool:
-        """Whether a method belongs to `forward`: what a class above that of `forward` says would compute something else."""
-        of_method, of_forward = (next(parent for parent in cls.__mro__ if name in vars(parent)) for name in (method, "forward"))
+        """Whether a method belongs to `forward`: what a class above that of `forward` says would compute something
+        else."""
+        of_method, of_forward = (
+            next(parent for parent in cls.__mro__ if name in vars(parent)) for name in (method, "forward")
+        )
         return of_method is not AttentionCore and issubclass(of_method, of_forward)
 
     # what seldom needs to be said
@@ -264,7 +302,8 @@ class AttentionCore(nn.Module, abc.ABC):
         """Draw the kind's own parameters; called after the model has initialised the rest."""
 
     def project(self, name: str, x: Tensor, linear: Callable[[Tensor], Tensor], mask: Mask) -> Tensor:
-        """The projection `name` of x [batch, n, dim] by its layer's `linear` site; a kind may compress x first if that is the same function."""
+        """The projection `name` of x [batch, n, dim] by its layer's `linear` site; a kind may compress x first if that
+        is the same function."""
         return linear(x)
 
     def uses(self, mask: Mask) -> tuple[str, ...]:
@@ -283,12 +322,17 @@ class AttentionCore(nn.Module, abc.ABC):
     def check(self, mask: Mask) -> None:
         """Refuse what this kind cannot honour, rather than ignore it."""
         if mask.is_global is not None and not self.knows_globals():
-            raise InputError(f"attention {self.name!r} has no global tokens; leave global_attention_mask out, or use 'longformer'")
+            raise InputError(
+                f"attention {self.name!r} has no global tokens; leave global_attention_mask out, or use 'longformer'"
+            )
 
     def check_memory(self) -> None:
         """Refuse a memory that this kind does not take."""
         if not self._takes_memory:
-            raise IncompatibleError(f"attention {self.name!r} takes no memory, as its forward has no parameter `memory`: nothing would see the rows")
+            raise IncompatibleError(
+                f"attention {self.name!r} takes no memory, as its forward has no parameter "
+                "`memory`: nothing would see the rows"
+            )
 
     @property
     def dropout(self) -> float:
@@ -306,7 +350,8 @@ class AttentionCore(nn.Module, abc.ABC):
 
 
 class CompressedAttention(AttentionCore):
-    """Kinds that make fewer rows of keys and values, which every query then reads, wherever it stands: of any source, and never causal."""
+    """Kinds that make fewer rows of keys and values, which every query then reads, wherever it stands: of any source,
+    and never causal."""
 
     not_causal = "it mixes past and future"
 
@@ -327,9 +372,22 @@ class CompressedAttention(AttentionCore):
 
 def _unread(cls: type[AttentionCore]) -> list[str]:
     """Declarations that are misspelt, or of an earlier contract: ignored, they would say what is not so."""
-    given = {name: value for parent in cls.__mro__ if issubclass(parent, AttentionCore) for name, value in vars(parent).items()}
-    plain = [name for name, value in given.items() if name not in DECLARED and isinstance(value, (str, bool, Mapping)) and name[0] != "_"]
-    return [name for name in plain if name.startswith("supports_") or name in FORMER or get_close_matches(name, DECLARED, n=1, cutoff=0.8)]
+    given = {
+        name: value
+        for parent in cls.__mro__
+        if issubclass(parent, AttentionCore)
+        for name, value in vars(parent).items()
+    }
+    plain = [
+        name
+        for name, value in given.items()
+        if name not in DECLARED and isinstance(value, (str, bool, Mapping)) and name[0] != "_"
+    ]
+    return [
+        name
+        for name in plain
+        if name.startswith("supports_") or name in FORMER or get_close_matches(name, DECLARED, n=1, cutoff=0.8)
+    ]
 
 
 def rows_of(x: Tensor, where: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
-"""Tiles by torch's own operators for CUDA: memory-efficient attention, which takes biases and dropout, and flash attention, which takes no bias.
+"""Tiles by torch's own operators for CUDA: memory-efficient attention, which takes biases and dropout, and flash
+attention, which takes no bias.
 
-Backward both compute exp(S - lse) and rowsum(dO * out) from the lse and the out that they are given, so with the merged ones they give
-the gradients of a part of one softmax (see `kernel.py`). What they ask of memory is met here: rows of a multiple of 8 numbers, rows of a bias of
-a multiple of 16, and backward an `out` that is dense as [g, rows, heads, d] and a log-sum-exp of a multiple of 32 rows.
+Backward both compute exp(S - lse) and rowsum(dO * out) from the lse and the out that they are given, so with the merged
+ones they give the gradients of a part of one softmax (see `kernel.py`). What they ask of memory is met here: rows of a
+multiple of 8 numbers, rows of a bias of a multiple of 16, and backward an `out` that is dense as [g, rows, heads, d]
+and a log-sum-exp of a multiple of 32 rows.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ _flash_backward = torch.ops.aten._flash_attention_backward
 class _Drawing:
     """The operators draw which weights are dropped from the generator of the device.
 
-    `drawn` keeps what every tile is drawn from, seed and offset, and the backward pass draws the same. seed: what the generator is set to before (in
-    compiled code, where the two passes share nothing else).
+    `drawn` keeps what every tile is drawn from, seed and offset, and the backward pass draws the same. seed: what the
+        generator is set to before (in compiled code, where the two passes share nothing else).
     """
 
     scale: float | None
@@ -39,7 +41,9 @@ class _Drawing:
     seed: int | None = None
     drawn: dict[int, list[Tensor]] = field(default_factory=dict)
 
-    def run(self, index: int, device: torch.device, operator: Callable[..., Any], *given: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    def run(
+        self, index: int, device: torch.device, operator: Callable[..., Any], *given: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp of a tile by an operator."""
         with _from(None if self.seed is None else self.seed + index, device):
             out, lse, *drawn = operator(*given, **options)
@@ -59,31 +63,52 @@ class Efficient(_Drawing):
 
     def backward(self, tile: Tile, index: int, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         grad, q, k, v = (rows_of(x) for x in (grad, *tile[:3]))
-        out = rows_of(out).transpose(1, 2).contiguous().transpose(1, 2)  # of which the operator does not look at all strides
+        # of which the operator does not look at all strides
+        out = rows_of(out).transpose(1, 2).contiguous().transpose(1, 2)
         lse = F.pad(lse, (0, -lse.shape[-1] % ROWS), value=math.inf).contiguous()
-        drawn = self.drawn[index] if self.dropout and self.seed is None else [torch.tensor((self.seed or 0) + index), torch.tensor(0)]
+        drawn = (
+            self.drawn[index]
+            if self.dropout and self.seed is None
+            else [torch.tensor((self.seed or 0) + index), torch.tensor(0)]
+        )
         wanted = [True, True, True, False]
         found = _efficient_backward(
-            grad, q, k, v, bias_rows(tile), out, lse, *drawn, self.dropout, wanted, tile.causal, scale=factor(self.scale, tile.q)
+            grad,
+            q,
+            k,
+            v,
+            bias_rows(tile),
+            out,
+            lse,
+            *drawn,
+            self.dropout,
+            wanted,
+            tile.causal,
+            scale=factor(self.scale, tile.q),
         )
         return gradients_of(tile, found)
 
 
 @dataclass(frozen=True, eq=False)
 class FlashCuda(_Drawing):
-    """A tile without bias by the flash operators. window: how many keys before it and after it a query sees; None: all."""
+    """A tile without bias by the flash operators. window: how many keys before it and after it a query sees; None:
+    all."""
 
     window: tuple[int, int] | None = None
 
     def forward(self, tile: Tile, index: int) -> tuple[Tensor, Tensor]:
         q, k, v = (rows_of(x, _width(tile)).transpose(1, 2) for x in tile[:3])
-        out, lse = self.run(index, q.device, _flash, q, k, v, None, None, *self._told(tile), False, **self._options(tile))
+        out, lse = self.run(
+            index, q.device, _flash, q, k, v, None, None, *self._told(tile), False, **self._options(tile)
+        )
         return out.transpose(1, 2)[..., : tile.v.shape[-1]], lse
 
     def backward(self, tile: Tile, index: int, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         grad, q, k, v, out = (rows_of(x, _width(tile)).transpose(1, 2) for x in (grad, *tile[:3], out))
         drawn = self.drawn[index] if self.dropout and self.seed is None else self._state(index, q.device)
-        found = _flash_backward(grad, q, k, v, out, lse.contiguous(), None, None, *self._told(tile), *drawn, **self._options(tile))
+        found = _flash_backward(
+            grad, q, k, v, out, lse.contiguous(), None, None, *self._told(tile), *drawn, **self._options(tile)
+        )
         return gradients_of(tile, [x.transpose(1, 2) for x in found])
 
     def _told(self, tile: Tile) -> tuple[int, int, float, bool]:
@@ -91,7 +116,8 @@ class FlashCuda(_Drawing):
         return tile.q.shape[2], tile.k.shape[2], self.dropout, tile.causal
 
     def _state(self, index: int, device: torch.device) -> list[Tensor]:
-        """Seed and offset of a generator that was just set to the seed of the tile, and the tensor that the operators do not use."""
+        """Seed and offset of a generator that was just set to the seed of the tile, and the tensor that the operators
+        do not use."""
         state = torch.zeros(2, dtype=torch.int64, device=device)
         state[0] = (self.seed or 0) + index
         return [state.view(torch.uint64), torch.zeros((), dtype=torch.uint64, device=device)]
@@ -108,7 +134,8 @@ def _width(tile: Tile) -> int:
 
 
 def rows_of(x: Tensor, width: int | None = None) -> Tensor:
-    """[g, heads, rows, d] -> [g, heads, rows, width], with zeros up to the width (that of x and what it lacks to a multiple, if None)."""
+    """[g, heads, rows, d] -> [g, heads, rows, width], with zeros up to the width (that of x and what it lacks to a
+    multiple, if None)."""
     d = x.shape[-1]
     lacking = -d % NUMBERS if width is None else width - d
     if lacking:
@@ -125,7 +152,13 @@ def bias_rows(tile: Tile) -> Tensor | None:
         return None
     keys = k.shape[2]
     step = bias.stride()[:-1]
-    if bias.dtype != q.dtype or bias.stride(-1) != 1 or bias.shape[-1] != keys or bias.storage_offset() % BIASES or any(one % BIASES for one in step):
+    if (
+        bias.dtype != q.dtype
+        or bias.stride(-1) != 1
+        or bias.shape[-1] != keys
+        or bias.storage_offset() % BIASES
+        or any(one % BIASES for one in step)
+    ):
         room = torch.zeros(*bias.shape[:-1], keys + -keys % BIASES, dtype=q.dtype, device=q.device)
         bias = room[..., :keys].copy_(bias)
     return bias.expand(*q.shape[:3], keys)

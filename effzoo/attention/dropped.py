@@ -1,8 +1,10 @@
-"""Attention with dropout of its weights in O(n) memory: weights are written out a block at a time, and again in the backward pass.
+"""Attention with dropout of its weights in O(n) memory: weights are written out a block at a time, and again in the
+backward pass.
 
-A block holds some heads, or some rows of one, so few that it stays in the processor's cache. Which weights are dropped is drawn from a seed, block
-after block, and drawn again from it in the backward pass, so nothing of size n^2 is kept. With P the softmax over the keys of all
-parts together, M the mask that keeps a weight with probability q, and lse the log-sum-exp,
+A block holds some heads, or some rows of one, so few that it stays in the processor's cache. Which weights are dropped
+is drawn from a seed, block after block, and drawn again from it in the backward pass, so nothing of size n^2 is kept.
+With P the softmax over the keys of all parts together, M the mask that keeps a weight with probability q, and lse the
+log-sum-exp,
 
     out = (P * M / q) v,      dv = (P * M / q)^T dO,      dS = P * (M / q * (dO v^T) - rowsum(dO * out)),
 
@@ -41,7 +43,8 @@ def _without_autocast(method: Callable[..., Result]) -> Callable[..., Result]:
 
 @dataclass(frozen=True)
 class Weights:
-    """How the weights of one part are made: which are dropped, drawn from the seed and the number of the tile; the scale of its scores."""
+    """How the weights of one part are made: which are dropped, drawn from the seed and the number of the tile; the
+    scale of its scores."""
 
     dropout: float
     seed: int
@@ -72,12 +75,16 @@ class Weights:
     def backward(self, tile: Tile, index: int, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, _, _ = tile
         exact, scale = _exact(q.dtype), factor(self.scale, q)
-        gradients = of_q, of_k, of_v = tuple(torch.zeros(x.shape, dtype=exact, device=x.device).reshape(-1, *x.shape[-2:]) for x in (q, k, v))
+        gradients = of_q, of_k, of_v = tuple(
+            torch.zeros(x.shape, dtype=exact, device=x.device).reshape(-1, *x.shape[-2:]) for x in (q, k, v)
+        )
         flat_q, flat_k, flat_v, flat_grad = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v, grad))
         delta = (grad.to(exact) * out.to(exact)).sum(dim=-1).reshape(-1, q.shape[2], 1)
         flat_lse = lse.reshape(-1, q.shape[2], 1)
         for heads, rows, mask in self._blocks(q, k, index):
-            own_q, own_k, own_v, own_grad = (x.to(exact) for x in (flat_q[heads, rows], flat_k[heads], flat_v[heads], flat_grad[heads, rows]))
+            own_q, own_k, own_v, own_grad = (
+                x.to(exact) for x in (flat_q[heads, rows], flat_k[heads], flat_v[heads], flat_grad[heads, rows])
+            )
             own_grad = own_grad / self.kept  # factors act on what is narrow
             weights = self._scores(own_q, own_k, tile, heads, rows).sub_(flat_lse[heads, rows]).exp_()
             of_weights = torch.bmm(own_grad, own_v.mT).mul_(mask)
@@ -88,7 +95,8 @@ class Weights:
         return tuple(x.view(like.shape).to(like.dtype) for x, like in zip(gradients, (q, k, v), strict=True))  # type: ignore[return-value]
 
     def _blocks(self, q: Tensor, k: Tensor, index: int) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Heads, rows and the mask (1 where a weight is kept) of one block after the other, always in the same order."""
+        """Heads, rows and the mask (1 where a weight is kept) of one block after the other, always in the same
+        order."""
         heads, m, s = q.shape[:2].numel(), q.shape[2], k.shape[2]
         of_rows = min(m, max(1, BLOCK // max(1, s)))
         of_heads = min(heads, max(1, BLOCK // max(1, m * s))) if of_rows == m else 1
@@ -96,7 +104,9 @@ class Weights:
         for head in range(0, heads, of_heads):
             for row in range(0, m, of_rows):
                 size = (min(of_heads, heads - head), min(of_rows, m - row), s)
-                words = torch.empty(-(-math.prod(size) // 4), dtype=torch.int64, device=q.device).random_(-(2**63), None, generator=draw)
+                words = torch.empty(-(-math.prod(size) // 4), dtype=torch.int64, device=q.device).random_(
+                    -(2**63), None, generator=draw
+                )
                 steps = words.view(torch.int16)[: math.prod(size)].view(size)
                 kept = steps <= round(self.kept * STEPS) - STEPS // 2 - 1
                 yield slice(head, head + of_heads), slice(row, row + of_rows), kept.to(_exact(q.dtype))

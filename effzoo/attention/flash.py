@@ -18,7 +18,8 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 @dataclass(frozen=True)
 class Flash:
-    """A tile by the flash operators, which take rows of one width and do not look at their last stride: they compute with what lies there."""
+    """A tile by the flash operators, which take rows of one width and do not look at their last stride: they compute
+    with what lies there."""
 
     scale: float | None
 
@@ -32,7 +33,9 @@ class Flash:
     def backward(self, tile: Tile, index: int, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = _even(tile)
         grad, out = (_wide(x, v.shape[-1]) for x in (grad, out))
-        found = _backward(grad, q, k, v, out, lse, 0.0, tile.causal, attn_mask=tile.bias, scale=factor(self.scale, tile.q))
+        found = _backward(
+            grad, q, k, v, out, lse, 0.0, tile.causal, attn_mask=tile.bias, scale=factor(self.scale, tile.q)
+        )
         return _cut(found[0], tile.q), _cut(found[1], tile.k), _cut(found[2], tile.v)
 
 
@@ -56,12 +59,17 @@ def _cut(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _honest(q: Tensor, k: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """What the operator gives without a bias, with NaN where the definition has NaN: of a row whose scores are NaN it makes 0, and of its lse.
+    """What the operator gives without a bias, with NaN where the definition has NaN: of a row whose scores are NaN it
+    makes 0, and of its lse.
 
     Looking for that 0 costs one pass over the log-sum-exps, which have one number for each row of q.
     """
     if isinstance(lse, FakeTensor) or lse.is_meta or bool(lse.all()):
         return out, lse
-    largest = k.abs().amax(dim=(-1, -2), keepdim=True).to(lse.dtype)[..., 0] * q.abs().amax(dim=-1).to(lse.dtype) * q.shape[-1]
+    largest = (
+        k.abs().amax(dim=(-1, -2), keepdim=True).to(lse.dtype)[..., 0]
+        * q.abs().amax(dim=-1).to(lse.dtype)
+        * q.shape[-1]
+    )
     lost = (lse == 0) & ~largest.isfinite()  # NaN, or products that overflow with both signs
     return out.masked_fill(lost[..., None], math.nan), lse.masked_fill(lost, math.nan)

@@ -28,7 +28,8 @@ class Seen(Uncut):
 
 
 def seen(core: PredicateAttention, q: Tensor, k: Tensor, mask: Mask, length: Tensor | None) -> Seen:
-    """What queries see by the predicate of their kind, padding and global tokens included; length: of each row, None where there is no padding."""
+    """What queries see by the predicate of their kind, padding and global tokens included; length: of each row, None
+    where there is no padding."""
     size = q.shape[2], k.shape[2]
     if mask.valid is not None or core.is_global(mask) is not None:
         found: Seen = mask.memo(("flex", core.key, size), lambda: _made(core, q, k, mask, length))
@@ -48,7 +49,8 @@ def _made(core: PredicateAttention, q: Tensor, k: Tensor, mask: Mask, length: Te
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         facts = {
             "head": head, "places": places, "length": places if length is None else length[batch],
-            "query_global": no if is_global is None else is_global[batch, query], "key_global": no if is_global is None else is_global[batch, key],
+            "query_global": no if is_global is None else is_global[batch, query],
+            "key_global": no if is_global is None else is_global[batch, key],
         }  # fmt: skip
         found = core.seen(query, key, facts.__getitem__)
         return found if valid is None else found & valid[batch, key]
@@ -66,7 +68,11 @@ def obstacle(parts: Any) -> str:
     if any(part.layout is not None and not isinstance(part.layout, Seen) for part in parts):
         return "it takes kinds that are a predicate, without tiles of their own"
     trained = torch.is_grad_enabled() and any(x.requires_grad for part in parts for x in (part.q, part.k, part.v))
-    return "it has no backward pass on the CPU (under torch.no_grad() it runs there)" if trained and not parts[0].q.is_cuda else ""
+    return (
+        "it has no backward pass on the CPU (under torch.no_grad() it runs there)"
+        if trained and not parts[0].q.is_cuda
+        else ""
+    )
 
 
 def attention(part: Part) -> tuple[Tensor, Tensor]:
@@ -74,7 +80,8 @@ def attention(part: Part) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.flex_attention import AuxRequest
 
     blocks = part.layout.blocks if isinstance(part.layout, Seen) else None
-    q, k, v = (x if torch.is_grad_enabled() else x.detach() for x in (part.q, part.k, part.v))  # it refuses leaves even where no gradient is wanted
+    # it refuses leaves even where no gradient is wanted
+    q, k, v = (x if torch.is_grad_enabled() else x.detach() for x in (part.q, part.k, part.v))
     out, aux = _run(q.is_cuda)(q, k, v, _scores(part), blocks, part.scale, return_aux=AuxRequest(lse=True))
     return out, aux.lse.unsqueeze(-1)
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 
 def automatic(max_length: int, chunk: int) -> tuple[int, ...]:
-    """How many buckets a sequence of max_length needs: 2 n / chunk, as a power of two, in factors where one would make the rotations large.
+    """How many buckets a sequence of max_length needs: 2 n / chunk, as a power of two, in factors where one would make
+    the rotations large.
 
-    One and two factors are those of HF; more of them, where two would be larger than 2 chunk, keep the cost of hashing at n log n.
+    One and two factors are those of HF; more of them, where two would be larger than 2 chunk, keep the cost of hashing
+    at n log n.
     """
     power = max(1, (2 * (max_length // chunk)).bit_length() - 1)
     if 2**power <= 2 * max(math.isqrt(max_length // chunk), chunk):
@@ -25,7 +27,8 @@ def automatic(max_length: int, chunk: int) -> tuple[int, ...]:
 
 
 def draw_rotations(seed: int, layer: int, rounds: range, heads: int, head_dim: int, factors: Sequence[int]) -> Tensor:
-    """Standard normal rotations [rounds, heads, head_dim, sum(factors) / 2]; those of one round do not depend on the other rounds.
+    """Standard normal rotations [rounds, heads, head_dim, sum(factors) / 2]; those of one round do not depend on the
+    other rounds.
 
     From a generator of their own: torch's random state stays where it is.
     """
@@ -39,10 +42,11 @@ def draw_rotations(seed: int, layer: int, rounds: range, heads: int, head_dim: i
 
 @torch.no_grad()
 def buckets_of(x: Tensor, rotations: Tensor, factors: Sequence[int]) -> Tensor:
-    """The bucket of each row of x [batch, heads, n, d] in each round: argmax of [x R, -x R], int64[rounds, batch, heads, n].
+    """The bucket of each row of x [batch, heads, n, d] in each round: argmax of [x R, -x R], int64[rounds, batch,
+    heads, n].
 
-    With factors b_1, b_2, ... the bucket is sum_f bucket_f b_1 ... b_(f-1), each bucket_f from rotations of its own. Computed in
-    float32 or better, also under autocast.
+    With factors b_1, b_2, ... the bucket is sum_f bucket_f b_1 ... b_(f-1), each bucket_f from rotations of its own.
+    Computed in float32 or better, also under autocast.
     """
     exact = torch.promote_types(x.dtype, torch.float32)
     found = torch.zeros(rotations.shape[0], *x.shape[:3], dtype=torch.int64, device=x.device)
@@ -61,6 +65,9 @@ def buckets_of(x: Tensor, rotations: Tensor, factors: Sequence[int]) -> Tensor:
 
 
 def sort(buckets: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions in the order of (bucket, position) along the last axis, and the place of each position in that order."""
+    """Positions in the order of (bucket, position) along the last axis, and the place of each position in that
+    order."""
     order = buckets.sort(dim=-1, stable=True).indices
-    return order, torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    return order, torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )

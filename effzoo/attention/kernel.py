@@ -1,13 +1,15 @@
 """The one softmax: attention over the union of several parts' keys, in O(n) memory, exact forward and backward.
 
-A part is a choice of keys for the queries. Each part runs tile by tile in a fused kernel and returns its output and log-sum-exp;
+A part is a choice of keys for the queries. Each part runs tile by tile in a fused kernel and returns its output and
+log-sum-exp;
 `merge` combines them into the softmax over all keys together,
 
     L = log sum_i exp(lse_i),     out = sum_i exp(lse_i - L) out_i,
 
 which is how FlashAttention merges its tiles (Dao et al. 2022, arXiv:2205.14135, section 3.1). No gradient flows
-through the merge weights: with P = exp(S_i - L) the derivative dS_i = P * (dO V_i^T - rowsum(dO * out)) needs only the *merged*
-out and L, so each part's backward pass runs with those (as ring attention does, Liu et al. 2023, arXiv:2310.01889).
+through the merge weights: with P = exp(S_i - L) the derivative dS_i = P * (dO V_i^T - rowsum(dO * out)) needs only the
+*merged* out and L, so each part's backward pass runs with those (as ring attention does, Liu et al. 2023,
+arXiv:2310.01889).
 
 What computes a tile is chosen in `backends.py`; `_plain` is the readable twin of all, and tests hold them equal.
 """
@@ -44,13 +46,15 @@ def attend(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> Tensor:
 
 
 def attended(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """`attend`, and the log-sum-exp [batch, heads, n, 1] without gradient, -inf for a query that attended to nothing."""
+    """`attend`, and the log-sum-exp [batch, heads, n, 1] without gradient, -inf for a query that attended to
+    nothing."""
     if not parts:
         raise InputError("attention is over the keys of at least one part; give attend a Part")
     name, _ = choose(parts, dropout, backend)
     if name == "reference" and not any(isinstance(part.layout, Traced) for part in parts):
         device = parts[0].q.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():  # which would round the scores
+        # which would round the scores
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             return _plain(tuple(one for part in parts for one in part.way.plain(part)), dropout)
     if name == "flex":
         outs, lses = zip(*(flex.attention(part) for part in parts), strict=True)
@@ -64,19 +68,27 @@ def attended(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> tuple
     tensors = [(q, p.k, p.v, *p.brought) for q, p in zip(queries, parts, strict=True)]
     if torch.compiler.is_compiling():
         if any(part.layout is not None and not isinstance(part.layout, Traced) for part in parts):
-            raise InputError("compiled code finds tiles when it runs; give attend parts with a layout of their own in eager code")
-        ways: list[Any] = [(part.layout or Traced(causal=part.causal), Told(backend, part.scale, dropout)) for part in parts]
+            raise InputError(
+                "compiled code finds tiles when it runs; give attend parts with a layout of their own in eager code"
+            )
+        ways: list[Any] = [
+            (part.layout or Traced(causal=part.causal), Told(backend, part.scale, dropout)) for part in parts
+        ]
         tensors = [(q, k, v, drawn_seed() if dropout else None, *given) for q, k, v, *given in tensors]
     else:
         ways = [placed(part, name, dropout) for part in parts]
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # as the first line of `_Merged`, without its cost
+    # as the first line of `_Merged`, without its cost
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return merge(*(way.forward(kernel, *own) for (way, kernel), own in zip(ways, tensors, strict=True)))
-    found: tuple[Tensor, Tensor] = _Merged.apply(ways, [len(each) for each in tensors], *(x for each in tensors for x in each))  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, Tensor] = _Merged.apply(
+        ways, [len(each) for each in tensors], *(x for each in tensors for x in each)
+    )  # type: ignore[no-untyped-call]
     return found
 
 
 def merge(*results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Outputs [..., n, d] and log-sum-exps [..., n, 1] of parts -> those of the softmax over the union of their keys."""
+    """Outputs [..., n, d] and log-sum-exps [..., n, 1] of parts -> those of the softmax over the union of their
+    keys."""
     if len(results) == 1:
         return results[0]
     if torch.compiler.is_compiling():
@@ -96,7 +108,8 @@ def _merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("effzoo::merge", mutates_args=())
 def _opaque_merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """`_merge` for compiled graphs: inductor of torch 2.13 else adds the parts up in the buffer of one that is still read."""
+    """`_merge` for compiled graphs: inductor of torch 2.13 else adds the parts up in the buffer of one that is still
+    read."""
     out, lse = _merge(outs, lses)
     return out.contiguous(), lse.contiguous()
 
@@ -111,7 +124,12 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, ways, counts, *tensors):  # type: ignore[no-untyped-def]
-        out, lse = merge(*(layout.forward(kernel, *own) for (layout, kernel), own in zip(ways, _by_part(counts, tensors), strict=True)))
+        out, lse = merge(
+            *(
+                layout.forward(kernel, *own)
+                for (layout, kernel), own in zip(ways, _by_part(counts, tensors), strict=True)
+            )
+        )
         ctx.ways, ctx.counts = ways, counts
         ctx.save_for_backward(out, lse.masked_fill(lse == -math.inf, 0.0), *tensors)
         ctx.mark_non_differentiable(lse)
@@ -139,7 +157,9 @@ def _plain(parts: tuple[Part, ...], dropout: float) -> tuple[Tensor, Tensor]:
     cuts = [cast(Cut, part.way) for part in parts]
     tiles = [list(cut.tiles(part.q, part.k, part.v, part.brought)) for part, cut in zip(parts, cuts, strict=True)]
     scores = [[_score(tile, part.scale) for tile in own] for part, own in zip(parts, tiles, strict=True)]
-    lse = torch.stack([cut.join([_lse(score) for score in own], -math.inf) for cut, own in zip(cuts, scores, strict=True)])
+    lse = torch.stack(
+        [cut.join([_lse(score) for score in own], -math.inf) for cut, own in zip(cuts, scores, strict=True)]
+    )
     lse = _lse(lse.movedim(0, -1)).squeeze(-1)
     out: Tensor | int = 0
     for cut, of_part, own in zip(cuts, tiles, scores, strict=True):
@@ -156,7 +176,9 @@ def _score(tile: Tile, scale: float | None) -> Tensor:
     if tile.bias is not None:
         score = score + tile.bias.to(exact)
     if tile.causal:
-        score = score.masked_fill(torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).triu(1), -math.inf)
+        score = score.masked_fill(
+            torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).triu(1), -math.inf
+        )
     return score
 
 

@@ -1,4 +1,5 @@
-"""Linformer attention: keys and values are projected along the sequence to k rows (Wang et al. 2020, arXiv:2006.04768, section 4)."""
+"""Linformer attention: keys and values are projected along the sequence to k rows (Wang et al. 2020, arXiv:2006.04768,
+section 4)."""
 
 from __future__ import annotations
 
@@ -27,21 +28,26 @@ class Linformer(CompressedAttention):
     """softmax(q (E k)^T / sqrt(d)) F v, where E and F [k, n] project keys and values along the sequence. Cost O(n k).
 
     k: rows after the projection, at most max_length; one number, or one per layer.
-    sharing: (section 4, "parameter sharing") "none", an E and an F per head; "headwise", per layer; "key_value", E = F, one per layer;
-    "layerwise", one matrix for all layers, heads, keys and values.
-    projection: (section 4, "general projections") "linear"; "mean", the mean over segments of ceil(max_length / k) tokens, without parameters;
-    "conv", a convolution along the sequence whose kernel and stride are that length, one kernel for all channels, so that E stays a matrix.
+    sharing: (section 4, "parameter sharing") "none", an E and an F per head; "headwise", per layer; "key_value", E = F,
+        one per layer; "layerwise", one matrix for all layers, heads, keys and values.
+    projection: (section 4, "general projections") "linear"; "mean", the mean over segments of ceil(max_length / k)
+        tokens, without parameters; "conv", a convolution along the sequence whose kernel and stride are that length,
+        one kernel for all channels, so that E stays a matrix.
 
-    Lengths: position j meets column j of E, which has max_length columns; a shorter input uses the first n (E[:, :n]). Padding: rows of
-    k = x W + b at padding are zeroed, bias included, before they are projected. A "linear" E has a weight everywhere, so all its k rows are
-    attended, also where a short input leaves them (nearly) 0; rows of "mean" and "conv" whose segment holds no token are not, and
-    the mean is over the tokens that are there. An input without any token gives 0.
+    Lengths: position j meets column j of E, which has max_length columns; a shorter input uses the first n (E[:, :n]).
+        Padding: rows of k = x W + b at padding are zeroed, bias included, before they are projected. A "linear" E has a
+        weight everywhere, so all its k rows are attended, also where a short input leaves them (nearly) 0; rows of
+        "mean" and "conv" whose segment holds no token are not, and the mean is over the tokens that are there. An input
+        without any token gives 0.
 
-    Linear projections start as the mean over k equal segments of max_length, convolutions as the mean of theirs (the paper: normal, 1 / k).
+    Linear projections start as the mean over k equal segments of max_length, convolutions as the mean of theirs (the
+    paper: normal, 1 / k).
 
-    Where E is one matrix for all heads, E (x W + b) = (E x) W + (E 1) b: the layer projects only k rows when that costs less and no function
-    between the two (an adapter's output, rotary positions, a norm of the keys) forbids it. E and F are sites with the roles `attn.E` and
-    `attn.F`; while something is hung there, the site's own forward runs on the sequence padded with zeros to max_length.
+    Where E is one matrix for all heads, E (x W + b) = (E x) W + (E 1) b: the layer projects only k rows when that costs
+    less and no function between the two (an adapter's output, rotary positions, a norm of the keys) forbids it. E and F
+    are sites with the roles `attn.E` and
+    `attn.F`; while something is hung there, the site's own forward runs on the sequence padded with zeros to
+        max_length.
     """
 
     paper = "Wang et al. 2020, Linformer: Self-attention with linear complexity, arXiv:2006.04768, section 4"
@@ -59,9 +65,13 @@ class Linformer(CompressedAttention):
         super().__init__(context)
         rows = [k] * context.layers if isinstance(k, int) else list(k)
         if len(rows) != context.layers or min(rows) < 1:
-            raise OptionError(f"linformer: k is at least 1, one number or one per layer ({context.layers} layers), got {k}")
+            raise OptionError(
+                f"linformer: k is at least 1, one number or one per layer ({context.layers} layers), got {k}"
+            )
         if sharing == "layerwise" and len(set(rows)) > 1:
-            raise OptionError(f"linformer: layers that share one matrix have one k, got {k}; give one number, or sharing='key_value'")
+            raise OptionError(
+                f"linformer: layers that share one matrix have one k, got {k}; give one number, or sharing='key_value'"
+            )
         self.k, self.length = min(rows[context.layer], context.max_length), context.max_length
         self.sharing, self.projection = sharing or "none", projection  # a spec string reads `none` as None
         self.segment = -(-self.length // self.k)
@@ -79,12 +89,15 @@ class Linformer(CompressedAttention):
         """The site, or one site per head."""
         inputs, outputs = (self.length, self.k) if self.projection == "linear" else (self.segment, 1)
         if self.sharing == "none":
-            return nn.ModuleList(Linear(inputs, outputs, bias=False, role=role, layer=layer) for _ in range(self.context.heads))
+            return nn.ModuleList(
+                Linear(inputs, outputs, bias=False, role=role, layer=layer) for _ in range(self.context.heads)
+            )
         return Linear(inputs, outputs, bias=False, role=role, layer=layer)
 
     def _share(self) -> None:
-        """One site for all layers, found through `context.shared`: a module of the layer that is built first, so its weight is stored once. A layer
-        that is built again, in place of the one that holds the site, holds another from then on, which all use."""
+        """One site for all layers, found through `context.shared`: a module of the layer that is built first, so its
+        weight is stored once. A layer that is built again, in place of the one that holds the site, holds another from
+        then on, which all use."""
         owner = self.context.shared.setdefault(("layer of", self._key), self.context.layer)
         if owner == self.context.layer:
             self.E = self.context.shared[self._key] = self._make("attn.E", None)
@@ -115,7 +128,10 @@ class Linformer(CompressedAttention):
 
     def compressed(self, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Tensor | None]:
         # `project` leaves a note in the mask when it has compressed: the shape alone does not tell in cross-attention
-        keys, values = (self._compress(name, x, mask) if mask._memo.pop(_note(name), None) is None else x for name, x in (("k", k), ("v", v)))
+        keys, values = (
+            self._compress(name, x, mask) if mask._memo.pop(_note(name), None) is None else x
+            for name, x in (("k", k), ("v", v))
+        )
         return keys, values, self._bias(mask, k.dtype)
 
     def project(self, name: str, x: Tensor, linear: Callable[[Tensor], Tensor], mask: Mask) -> Tensor:
@@ -134,7 +150,11 @@ class Linformer(CompressedAttention):
 
     def _compresses_first(self, name: str, n: int, linear: Callable[[Tensor], Tensor]) -> bool:
         """Whether (E x) W + (E 1) b is the same function as E (x W + b), and costs fewer multiplications."""
-        if self.sharing == "none" or not isinstance(linear, Linear) or not all(map(_plain, (linear, *self._sites(name)))):
+        if (
+            self.sharing == "none"
+            or not isinstance(linear, Linear)
+            or not all(map(_plain, (linear, *self._sites(name))))
+        ):
             return False
         rows, inner, dim = self._rows(n), linear.out_features, linear.in_features
         return (rows * n + rows * inner) * dim < (n * dim + rows * n) * inner
@@ -143,12 +163,14 @@ class Linformer(CompressedAttention):
         """How many rows a sequence of n becomes."""
         if n > self.length:
             raise InputError(
-                f"linformer projects sequences of up to max_length {self.length} positions, got {n}; build the model with max_length={n}"
+                f"linformer projects sequences of up to max_length {self.length} positions, got {n}; build the model "
+                f"with max_length={n}"
             )
         return self.k if self.projection == "linear" else -(-n // self.segment)
 
     def _compress(self, name: str, x: Tensor, mask: Mask) -> Tensor:
-        """E x (F x for values) without the rows at padding, [b, heads, n, d] -> [b, heads, rows, d], or without the axis of heads."""
+        """E x (F x for values) without the rows at padding, [b, heads, n, d] -> [b, heads, rows, d], or without the
+        axis of heads."""
         n, valid = x.shape[-2], mask.valid
         rows, sites = self._rows(n), self._sites(name)
         if valid is not None:
@@ -161,7 +183,9 @@ class Linformer(CompressedAttention):
             return self._through(sites[0], x)
         if self.projection == "linear" and not any(site.active for site in sites):
             return torch.stack([site.weight[:, :n] for site in sites]).to(x) @ x  # one product for all heads
-        return torch.stack([self._through(site, head) for site, head in zip(sites, x.unbind(dim=1), strict=True)], dim=1)
+        return torch.stack(
+            [self._through(site, head) for site, head in zip(sites, x.unbind(dim=1), strict=True)], dim=1
+        )
 
     def _through(self, site: Linear, x: Tensor) -> Tensor:
         """One site along the sequence, [..., n, d] -> [..., rows, d]."""
@@ -174,14 +198,19 @@ class Linformer(CompressedAttention):
 
     def _segments(self, x: Tensor) -> Tensor:
         """The sequence cut into segments, the last one filled up with zeros, [..., n, d] -> [..., rows, d, segment]."""
-        return rearrange(F.pad(x, (0, 0, 0, -x.shape[-2] % self.segment)), "... (rows s) d -> ... rows d s", s=self.segment)
+        return rearrange(
+            F.pad(x, (0, 0, 0, -x.shape[-2] % self.segment)), "... (rows s) d -> ... rows d s", s=self.segment
+        )
 
     def _bias(self, mask: Mask, dtype: torch.dtype) -> Tensor | None:
         """Segments without any token, [b, 1, 1, rows]; None for a linear E and without padding."""
         valid = mask.valid
         if self.projection == "linear" or valid is None:
             return None
-        return mask.memo(("segments", self.segment, dtype), lambda: bias_of(self._segments(valid[..., None]).any(dim=-1)[:, None, None, :, 0], dtype))
+        return mask.memo(
+            ("segments", self.segment, dtype),
+            lambda: bias_of(self._segments(valid[..., None]).any(dim=-1)[:, None, None, :, 0], dtype),
+        )
 
     def dense(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         """The definition with E and F written out as matrices [b, heads, rows, n] whose columns are 0 at padding."""
@@ -189,16 +218,28 @@ class Linformer(CompressedAttention):
         n, valid = k.shape[2], reference.padding(k.shape[2], mask.valid, k.device)
         place = torch.arange(n, device=k.device)
         in_segment = torch.arange(self._rows(n), device=k.device)[:, None] == place // self.segment
-        some = torch.ones(1, dtype=torch.bool, device=k.device) if self.projection == "linear" else (in_segment & valid).any(dim=-1)[:, :, None]
+        some = (
+            torch.ones(1, dtype=torch.bool, device=k.device)
+            if self.projection == "linear"
+            else (in_segment & valid).any(dim=-1)[:, :, None]
+        )
 
         def matrix(name: str) -> Tensor:
             if self.projection == "mean":
                 return (in_segment & valid).to(k.dtype) / (in_segment & valid).sum(dim=-1, keepdim=True).clamp(min=1)
-            inputs = torch.eye(self.length if self.projection == "linear" else self.segment, dtype=k.dtype, device=k.device)
-            weights = torch.stack([site(inputs).T for site in self._sites(name)])  # a site applied to the identity is its matrix
-            return (weights[:, :, :n] if self.projection == "linear" else weights[:, :, place % self.segment] * in_segment) * valid
+            inputs = torch.eye(
+                self.length if self.projection == "linear" else self.segment, dtype=k.dtype, device=k.device
+            )
+            # a site applied to the identity is its matrix
+            weights = torch.stack([site(inputs).T for site in self._sites(name)])
+            return (
+                weights[:, :, :n] if self.projection == "linear" else weights[:, :, place % self.segment] * in_segment
+            ) * valid
 
-        keys, values = (torch.einsum("bhrn,bhnd->bhrd", matrix(name).expand(*x.shape[:2], -1, n), x) for name, x in (("k", k), ("v", v)))
+        keys, values = (
+            torch.einsum("bhrn,bhnd->bhrd", matrix(name).expand(*x.shape[:2], -1, n), x)
+            for name, x in (("k", k), ("v", v))
+        )
         return reference.dense(q, keys, values, some, memory)
 
 
@@ -207,5 +248,6 @@ def _note(name: str) -> tuple[str, str]:
 
 
 def _plain(site: Linear) -> bool:
-    """Whether the site is its composed weight and bias: nothing active changes its input or its output, or differs by row."""
+    """Whether the site is its composed weight and bias: nothing active changes its input or its output, or differs by
+    row."""
     return not site.mixed and not any(opens(module, "before", "after") for module in site.hung())

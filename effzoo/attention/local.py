@@ -1,4 +1,5 @@
-"""Local attention in chunks: every query sees its own chunk and its neighbours (Kitaev et al. 2020, Reformer; as in Trax and HF Reformer)."""
+"""Local attention in chunks: every query sees its own chunk and its neighbours (Kitaev et al. 2020, Reformer; as in
+Trax and HF Reformer)."""
 
 from __future__ import annotations
 
@@ -17,19 +18,34 @@ from effzoo.sites import KeysValues
 class Local(PredicateAttention):
     """Query i sees the keys of its chunk i // chunk, of look_back chunks before it and of look_forward chunks after it.
 
-    softmax over {j : -look_forward <= i // chunk - j // chunk <= look_back} of q_i . k_j / sqrt(d); causal cuts it to j <= i. These are the
-    local layers of Reformer; in a model they alternate with `lsh` ones, by a spec per layer. Cost O(n chunk).
+    softmax over {j : -look_forward <= i // chunk - j // chunk <= look_back} of q_i . k_j / sqrt(d); causal cuts it to j
+    <= i. These are the local layers of Reformer; in a model they alternate with `lsh` ones, by a spec per layer. Cost
+    O(n chunk).
 
-    chunk: length of a chunk. look_back: how many chunks before its own a query sees. look_forward: how many after.
-    circular: the first chunks see the last ones, and the last the first, as in HF and Trax: in an encoder the end of a sequence is then
-    seen from its beginning, and padding matters for it; only for equality with those. A key is seen once, also when the look
-    around the ring meets it twice. Decoding keeps (look_back + 1) chunk keys at most.
+    chunk: length of a chunk.
+    look_back: how many chunks before its own a query sees.
+    look_forward: how many after.
+    circular: the first chunks see the last ones, and the last the first, as in HF and Trax: in an encoder the end of
+        a sequence is then seen from its beginning, and padding matters for it; only for equality with those. A key
+        is seen once, also when the look around the ring meets it twice. Decoding keeps (look_back + 1) chunk keys at
+        most.
     """
 
-    paper = "Kitaev et al. 2020, Reformer: the efficient transformer, arXiv:2001.04451; local layers of its released code (Trax)"
+    paper = (
+        "Kitaev et al. 2020, Reformer: the efficient transformer, arXiv:2001.04451; local layers of its released "
+        "code (Trax)"
+    )
     cost = "n * chunk"
 
-    def __init__(self, context: Context, *, chunk: Count = 64, look_back: Whole = 1, look_forward: Whole = 0, circular: bool = False):
+    def __init__(
+        self,
+        context: Context,
+        *,
+        chunk: Count = 64,
+        look_back: Whole = 1,
+        look_forward: Whole = 0,
+        circular: bool = False,
+    ):
         super().__init__(context)
         self.chunk, self.before, self.after, self.circular = chunk, look_back, look_forward, circular
 
@@ -40,10 +56,13 @@ class Local(PredicateAttention):
         chunks = (places + self.chunk - 1) // self.chunk
         return (gap % chunks <= self.before) | (-gap % chunks <= self.after)
 
-    def step(self, *projected: Tensor, mask: Mask, past: State | None, memory: KeysValues | None = None) -> tuple[Tensor, State]:
+    def step(
+        self, *projected: Tensor, mask: Mask, past: State | None, memory: KeysValues | None = None
+    ) -> tuple[Tensor, State]:
         if self.circular and self.after:
             raise IncompatibleError(
-                "local: a ring with look_forward shows the last chunks the first ones, and which chunks are last changes with every token; "
+                "local: a ring with look_forward shows the last chunks the first ones, and which chunks are last "
+                "changes with every token; "
                 "decode with circular=false, or without a cache (use_cache=False)"
             )
         return super().step(*projected, mask=mask, past=past, memory=memory)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 class Tile(NamedTuple):
-    """One attention [g, heads, rows, keys]: queries, keys, values, an additive bias, and whether the causal triangle cuts it."""
+    """One attention [g, heads, rows, keys]: queries, keys, values, an additive bias, and whether the causal triangle
+    cuts it."""
 
     q: Tensor
     k: Tensor
@@ -32,14 +33,16 @@ class Kernel(Protocol):
     """What computes one tile. The log-sum-exp is [g, heads, rows], and -inf for a row without keys."""
 
     def forward(self, tile: Tile, index: int) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp, with the tile's own softmax; index: the number of the tile, from which dropout draws."""
+        """Output and log-sum-exp, with the tile's own softmax; index: the number of the tile, from which dropout
+        draws."""
 
     def backward(self, tile: Tile, index: int, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v, given that of the output, and the output and log-sum-exp of all parts together."""
 
 
 class Layout(abc.ABC):
-    """How the queries and keys of a part lie in tiles. `given` are the tensors that the part brings beside q, k and v."""
+    """How the queries and keys of a part lie in tiles. `given` are the tensors that the part brings beside q, k and
+    v."""
 
     @abc.abstractmethod
     def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -47,7 +50,15 @@ class Layout(abc.ABC):
 
     @abc.abstractmethod
     def backward(
-        self, kernel: Kernel, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *given: Tensor | None
+        self,
+        kernel: Kernel,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *given: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v, given that of the output, and the output and log-sum-exp of all parts together."""
 
@@ -65,7 +76,8 @@ class Layout(abc.ABC):
 
 
 class Cut(Layout):
-    """Tiles that hold every query at most once, one after the other: what is gathered for one is gone before the next."""
+    """Tiles that hold every query at most once, one after the other: what is gathered for one is gone before the
+    next."""
 
     first: int = 0  # the number of the first
 
@@ -90,7 +102,15 @@ class Cut(Layout):
         return self.join([out for out, _ in found]), self.join([lse.unsqueeze(-1) for _, lse in found], -math.inf)
 
     def backward(
-        self, kernel: Kernel, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *given: Tensor | None
+        self,
+        kernel: Kernel,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *given: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         of_q: list[Tensor] = []
 
@@ -128,10 +148,13 @@ class Uncut(Cut):
 class Part:
     """Some keys for some queries.
 
-    q [g, h, m, d], k [g, h, s, d], v [g, h, s, e]; bias is additive, broadcastable to [g, h, m, s], -inf where a query may not
-    attend, without gradient. scale multiplies q k^T, 1 / sqrt(d) when None. All parts of one softmax have the same e.
-    layout: how they lie in tiles; None for one tile, cut by the causal triangle if `causal`. given: what the layout needs beside them.
-    where: int[g, s], where these keys stand among those of the part in front, for what reads them there; its number of keys where there is none.
+    q [g, h, m, d], k [g, h, s, d], v [g, h, s, e]; bias is additive, broadcastable to [g, h, m, s], -inf where a query
+    may not attend, without gradient. scale multiplies q k^T, 1 / sqrt(d) when None. All parts of one softmax have the
+    same e.
+    layout: how they lie in tiles; None for one tile, cut by the causal triangle if `causal`.
+    given: what the layout needs beside them.
+    where: int[g, s], where these keys stand among those of the part in front, for what reads them there; its number
+        of keys where there is none.
     """
 
     q: Tensor

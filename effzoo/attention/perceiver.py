@@ -1,4 +1,5 @@
-"""Latent attention: learned latents summarise keys and values, queries read the summary (Jaegle et al. 2021, arXiv:2103.03206, section 3.1)."""
+"""Latent attention: learned latents summarise keys and values, queries read the summary (Jaegle et al. 2021,
+arXiv:2103.03206, section 3.1)."""
 
 from __future__ import annotations
 
@@ -18,16 +19,20 @@ from effzoo.sites import Embedding, KeysValues
 
 @attention.register("perceiver")
 class Perceiver(CompressedAttention):
-    """S = softmax(z k^T / sqrt(d)), softmax(q (S k)^T / sqrt(d)) S v: m latents z read the sequence, every query reads what they kept.
+    """S = softmax(z k^T / sqrt(d)), softmax(q (S k)^T / sqrt(d)) S v: m latents z read the sequence, every query reads
+    what they kept.
 
-    The Perceiver's asymmetric cross-attention, turned into an attention kind for any encoder block: the latents of a head, [latents, d], attend the
-    keys once and keep both a key and a value, S k and S v; the queries attend these rows. Cost O(n latents), for sources of any length.
+    The Perceiver's asymmetric cross-attention, turned into an attention kind for any encoder block: the latents of a
+    head, [latents, d], attend the keys once and keep both a key and a value, S k and S v; the queries attend these
+    rows. Cost O(n latents), for sources of any length.
 
-    latents: how many per head; a site with the role `attn.latents`, one row per latent with all heads side by side, and one table per
-    layer. They start normal with standard deviation 1, so that they read different keys from the start (with 0.02, as in the Perceiver, whose
-    latents pass through a norm and a projection first, all would keep the mean).
+    latents: how many per head; a site with the role `attn.latents`, one row per latent with all heads side by side, and
+        one table per layer. They start normal with standard deviation 1, so that they read different keys from the
+        start (with 0.02, as in the Perceiver, whose latents pass through a norm and a projection first, all would keep
+        the mean).
 
-    Padding is not read. Memory (prefix tuning) is not summarised: queries read it beside the summary. Dropout acts on both softmaxes.
+    Padding is not read. Memory (prefix tuning) is not summarised: queries read it beside the summary. Dropout acts on
+    both softmaxes.
     """
 
     paper = "Jaegle et al. 2021, Perceiver: General perception with iterative attention, arXiv:2103.03206, section 3.1"

@@ -1,10 +1,11 @@
 """Kinds that are a predicate: `visible(query, key)` says which keys a query sees, and everything else follows from it.
 
-    out_i = sum over j of p_ij v_j,    p_i = softmax over {j : visible(i, j), j holds a token, j <= i if causal} of q_i . k_j / sqrt(d).
+    out_i = sum over j of p_ij v_j,    p_i = softmax over {j : visible(i, j), j holds a token, j <= i if causal} of q_i
+    . k_j / sqrt(d).
 
-From the predicate come the definition (`pattern`, `dense`), single rows (`rows`), decoding (`step`) and the tiles that are computed (`layouts`):
-pairs in tiles that no query sees are never computed. A kind that declares how far its queries look (`sight`) has its tiles in closed form;
-for others they are found once for a length.
+From the predicate come the definition (`pattern`, `dense`), single rows (`rows`), decoding (`step`) and the tiles that
+are computed (`layouts`): pairs in tiles that no query sees are never computed. A kind that declares how far its queries
+look (`sight`) has its tiles in closed form; for others they are found once for a length.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ FACTS = {
 
 
 class PredicateAttention(AttentionCore):
-    """A kind whose queries see the keys for which `visible` is true. Its options are the keyword-only parameters of its constructor."""
+    """A kind whose queries see the keys for which `visible` is true. Its options are the keyword-only parameters of its
+    constructor."""
 
     cost = "n^2"
     max_globals = 16  # room for global tokens in a sequence where they are not counted
@@ -54,13 +56,15 @@ class PredicateAttention(AttentionCore):
     def visible(self, query: Tensor, key: Tensor, *args: Any, **facts: Any) -> Tensor:
         """True where a query sees a key; integer tensors of positions that broadcast against each other.
 
-        Padding and the causal triangle are cut off by the base class. A kind that needs more names it as a keyword-only parameter, a tensor that
-        broadcasts too: `head` (the number of the head), `length` (of the row, up to its last token), `places` (of the batch, padding included),
+        Padding and the causal triangle are cut off by the base class. A kind that needs more names it as a keyword-only
+        parameter, a tensor that broadcasts too: `head` (the number of the head), `length` (of the row, up to its last
+        token), `places` (of the batch, padding included),
         `query_global` and `key_global` (whether they are global).
         """
 
     def sight(self, head: int) -> Window | None:
-        """How far the queries of a head look, if a closed form says all of `visible` but global tokens; None: the tiles are found."""
+        """How far the queries of a head look, if a closed form says all of `visible` but global tokens; None: the tiles
+        are found."""
         return None
 
     @property
@@ -74,7 +78,8 @@ class PredicateAttention(AttentionCore):
 
     @property
     def crosses(self) -> bool:
-        return self._sights == {Window(None, None)}  # else positions are compared, which say nothing across two sequences
+        # else positions are compared, which say nothing across two sequences
+        return self._sights == {Window(None, None)}
 
     @property
     def shift_invariant(self) -> bool:  # type: ignore[override]
@@ -93,7 +98,9 @@ class PredicateAttention(AttentionCore):
         else:
             held = self._held(mask)
             traced = torch.compiler.is_compiling()
-            part = Part(q, k, v, layout=Traced(self._number), given=[held]) if traced else self.part(q, k, v, held, mask)
+            part = (
+                Part(q, k, v, layout=Traced(self._number), given=[held]) if traced else self.part(q, k, v, held, mask)
+            )
             out = self.attend(part, self._global_columns(q, k, v, mask), memory_part(q, memory))
         is_global = self.is_global(mask)
         if is_global is None:
@@ -111,7 +118,11 @@ class PredicateAttention(AttentionCore):
         layout = by_head(self.layouts(q.shape[2], mask, q.device), q.shape[2], self.context.causal)
         if layout is not None:
             return Part(q, k, v, layout=layout, given=[held])
-        bias = None if held is None else mask.memo(("held", held is mask.valid, q.dtype), lambda: bias_of(held[:, None, None, :], q.dtype))
+        bias = (
+            None
+            if held is None
+            else mask.memo(("held", held is mask.valid, q.dtype), lambda: bias_of(held[:, None, None, :], q.dtype))
+        )
         return Part(q, k, v, bias, causal=self.context.causal)
 
     def _held(self, mask: Mask) -> Tensor | None:
@@ -124,17 +135,24 @@ class PredicateAttention(AttentionCore):
     def is_global(self, mask: Mask, where: Tensor | None = None) -> Tensor | None:
         """Which tokens are global, of all or of those at `where` [batch or 1, r]; None if none is."""
         is_global = mask.is_global if "key_global" in self.reads else None
-        return is_global if is_global is None or where is None else is_global.gather(1, where.expand(len(is_global), -1))
+        return (
+            is_global if is_global is None or where is None else is_global.gather(1, where.expand(len(is_global), -1))
+        )
 
     def layouts(self, n: int, mask: Mask, device: torch.device) -> Sequence[tuple[list[int], Tiles | None]]:
-        """Heads that see alike, and the tiles in which they are computed; None: every key (before the query, when causal)."""
+        """Heads that see alike, and the tiles in which they are computed; None: every key (before the query, when
+        causal)."""
         declared = [self.sight(head) for head in range(self.context.heads)]
         if any(sight is None for sight in declared):
             return tile_map.layouts(self, n, device)
         alike = {sight: [head for head, own in enumerate(declared) if own == sight] for sight in declared}
 
         def made() -> list[tuple[list[int], Tiles | None]]:
-            return [(heads, sight.cut(n, self.context.causal, self.sees(heads[0], n))) for sight, heads in alike.items() if sight is not None]
+            return [
+                (heads, sight.cut(n, self.context.causal, self.sees(heads[0], n)))
+                for sight, heads in alike.items()
+                if sight is not None
+            ]
 
         return tile_map.remembered((self.key, *declared, n), made, device)
 
@@ -143,12 +161,22 @@ class PredicateAttention(AttentionCore):
         seen = self.visible(query, key, **{name: fact(name) for name in self.reads})
         if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
             got = f"a tensor of {seen.dtype}" if isinstance(seen, Tensor) else repr(seen)
-            raise InputError(f"attention {self.name!r}: visible(query, key) is a boolean tensor (True = the query sees the key), got {got}")
+            raise InputError(
+                f"attention {self.name!r}: visible(query, key) is a boolean tensor (True = the query "
+                f"sees the key), got {got}"
+            )
         return seen & (key <= query) if (self.context.causal if causal is None else causal) else seen
 
     def sees(self, head: int, length: int, *, causal: bool | None = None) -> Sees:
-        """`visible` of one head in a row of so many tokens, with the causal triangle unless told otherwise, and without global tokens."""
-        given: dict[str, Any] = {"head": head, "length": length, "places": length, "query_global": False, "key_global": False}
+        """`visible` of one head in a row of so many tokens, with the causal triangle unless told otherwise, and without
+        global tokens."""
+        given: dict[str, Any] = {
+            "head": head,
+            "length": length,
+            "places": length,
+            "query_global": False,
+            "key_global": False,
+        }
 
         def sees(query: Tensor, key: Tensor) -> Tensor:
             with _disable_current_modes():  # the tiles of a shape are no part of what is traced
@@ -156,8 +184,11 @@ class PredicateAttention(AttentionCore):
 
         return sees
 
-    def allowed(self, query: Tensor, key: Tensor, mask: Mask, *, places: int | Tensor, query_global: Tensor | None = None) -> Tensor:
-        """Which of these keys [batch or 1, 1, 1, s] these queries [batch or 1, 1, m, 1] see, broadcastable to [batch, heads, m, s].
+    def allowed(
+        self, query: Tensor, key: Tensor, mask: Mask, *, places: int | Tensor, query_global: Tensor | None = None
+    ) -> Tensor:
+        """Which of these keys [batch or 1, 1, 1, s] these queries [batch or 1, 1, m, 1] see, broadcastable to [batch,
+        heads, m, s].
 
         Padding is not cut off. places: how many positions there are.
         """
@@ -177,7 +208,8 @@ class PredicateAttention(AttentionCore):
         return self._seen(torch.arange(n, device=None if marked is None else marked.device)[None], n, mask)
 
     def _seen(self, where: Tensor, s: int, mask: Mask) -> Tensor:
-        """The definition: which of s keys the queries at `where` [batch or 1, r] see, bool[batch or 1, heads or 1, r, s]."""
+        """The definition: which of s keys the queries at `where` [batch or 1, r] see, bool[batch or 1, heads or 1, r,
+        s]."""
         is_global, key = self.is_global(mask, where), torch.arange(s, device=where.device)[None, None, None, :]
         of_queries = None if is_global is None else is_global[:, None, :, None]
         seen = self.allowed(where[:, None, :, None], key, mask, places=s, query_global=of_queries)
@@ -189,34 +221,49 @@ class PredicateAttention(AttentionCore):
         return self._either(self.is_global(mask), lambda q, k, v: reference.dense(q, k, v, allowed, memory), *projected)
 
     def rows(self, where: Tensor, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
-        return self._either(self.is_global(mask, where), self._attend_at(where, projected[1].shape[2], mask, memory), *projected)
+        return self._either(
+            self.is_global(mask, where), self._attend_at(where, projected[1].shape[2], mask, memory), *projected
+        )
 
     def alone(self, *projected: Tensor, mask: Mask, memory: KeysValues, where: Tensor | None = None) -> Tensor:
-        return self._either(self.is_global(mask, where), lambda q, k, v: self.attend(memory_part(q, memory)), *projected)
+        return self._either(
+            self.is_global(mask, where), lambda q, k, v: self.attend(memory_part(q, memory)), *projected
+        )
 
     def _attend_at(self, where: Tensor, s: int, mask: Mask, memory: KeysValues | None) -> Softmax:
-        """Attention of the queries at `where` [batch or 1, r] to what they see of s keys: a function of these queries, and of all keys and values."""
+        """Attention of the queries at `where` [batch or 1, r] to what they see of s keys: a function of these queries,
+        and of all keys and values."""
         seen = self._seen(where, s, mask)
         return lambda q, k, v: self.attend(Part(q, k, v, bias_of(seen, q.dtype)), memory_part(q, memory))
 
     def _either(self, is_global: Tensor | None, softmax: Softmax, *projected: Tensor) -> Tensor:
         """The rows of a softmax, those of global tokens with the projections that these have."""
         out = softmax(*projected[:3])
-        return out if is_global is None else torch.where(is_global[:, None, :, None], softmax(*self.of_globals(*projected)), out)
+        return (
+            out
+            if is_global is None
+            else torch.where(is_global[:, None, :, None], softmax(*self.of_globals(*projected)), out)
+        )
 
     def of_globals(self, *projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The queries, keys and values of rows of global tokens."""
         return projected[0], projected[1], projected[2]
 
-    def step(self, *projected: Tensor, mask: Mask, past: State | None, memory: KeysValues | None = None) -> tuple[Tensor, State]:
+    def step(
+        self, *projected: Tensor, mask: Mask, past: State | None, memory: KeysValues | None = None
+    ) -> tuple[Tensor, State]:
         if self.by_length:
-            raise IncompatibleError(f"attention {self.name!r}: what a query sees depends on the length, which grows; generate with use_cache=False")
+            raise IncompatibleError(
+                f"attention {self.name!r}: what a query sees depends on the length, which grows; "
+                "generate with use_cache=False"
+            )
         q, k, v = projected[:3]
         if past is None:
             return self(*projected, mask=mask, memory=memory), self._state(k, v, mask)
         if mask.is_global is not None:
             raise InputError(
-                "tokens that follow the prompt cannot be global: keys that they would need are not in the cache; mark them in the prompt"
+                "tokens that follow the prompt cannot be global: keys that they would need are not in the cache; "
+                "mark them in the prompt"
             )
         new, sights, columns = q.shape[2], self._sights, None
         most = _most(sights)
@@ -229,7 +276,8 @@ class PredicateAttention(AttentionCore):
             state["is_global"] = latest(is_global, most, 1)
             columns = Part(q, past["k_global"], past["v_global"], bias_of(past["held"][:, None, None, :], q.dtype))
             bias = bias_of(self._newest(last, new, kept, mask) & ~is_global[:, None, None, :], q.dtype)
-        elif new > 1 or len(sights) > 1 or not all(sight is not None and sight.plain for sight in sights):  # else all that is kept is seen
+        # else all that is kept is seen
+        elif new > 1 or len(sights) > 1 or not all(sight is not None and sight.plain for sight in sights):
             bias = bias_of(self._newest(last, new, kept, mask), q.dtype)
         elif valid is not None:
             bias = mask.memo(("kept", kept, q.dtype), lambda: bias_of(valid[:, None, None, -kept:], q.dtype))
@@ -243,16 +291,28 @@ class PredicateAttention(AttentionCore):
     def _newest(self, last: Tensor, new: int, keys: int, mask: Mask) -> Tensor:
         """Which of so many keys, of which the newest stands at `last` [batch, 1], the newest queries see."""
         key = last + torch.arange(1 - keys, 1, device=last.device)
-        seen = self.allowed(key[:, None, -new:, None], key[:, None, None, :], Mask(mask.valid), places=last[:, None, None, :] + 1)
+        seen = self.allowed(
+            key[:, None, -new:, None], key[:, None, None, :], Mask(mask.valid), places=last[:, None, None, :] + 1
+        )
         return seen if mask.valid is None else seen & mask.valid[:, None, None, -keys:]
 
     def _state(self, k: Tensor, v: Tensor, mask: Mask) -> State:
-        """What decoding needs of a prompt: the keys and values that later queries can see, and those of the global tokens."""
+        """What decoding needs of a prompt: the keys and values that later queries can see, and those of the global
+        tokens."""
         most = _most(self._sights)
-        state = {"k": latest(k, most, 2), "v": latest(v, most, 2), "position": torch.full((len(k), 1), k.shape[2] - 1, device=k.device)}
+        state = {
+            "k": latest(k, most, 2),
+            "v": latest(v, most, 2),
+            "position": torch.full((len(k), 1), k.shape[2] - 1, device=k.device),
+        }
         if mask.is_global is not None:
             where, held = gathered(mask, self.max_globals)
-            state |= {"is_global": latest(mask.is_global, most, 1), "k_global": rows_of(k, where), "v_global": rows_of(v, where), "held": held}
+            state |= {
+                "is_global": latest(mask.is_global, most, 1),
+                "k_global": rows_of(k, where),
+                "v_global": rows_of(v, where),
+                "held": held,
+            }
         return state
 
     def _global_columns(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Part | None:
@@ -271,7 +331,11 @@ class PredicateAttention(AttentionCore):
     def key(self) -> tuple[Any, ...]:
         """What the tiles depend on: the kind, its options, and the tensors that its predicate may read."""
         plain = (int, float, str, bool, tuple, type(None))
-        options = tuple((name, value) for name, value in sorted(vars(self).items()) if not name.startswith("_") and isinstance(value, plain))
+        options = tuple(
+            (name, value)
+            for name, value in sorted(vars(self).items())
+            if not name.startswith("_") and isinstance(value, plain)
+        )
         tensors = tuple((id(x), x._version) for x in (*self.parameters(), *self.buffers()))
         return (type(self), self.context.causal, self.context.heads, options, tensors)
 
@@ -284,8 +348,8 @@ def lengths(valid: Tensor) -> Tensor:
 def gathered(mask: Mask, room: int) -> tuple[Tensor, Tensor]:
     """Positions of the global tokens of each example, [batch, most globals], and which of these slots hold one.
 
-    room: how many slots there are where nobody has said how many globals a row has at most, and to count them would be to wait for an accelerator, or
-    to make a shape that compiled code does not know.
+    room: how many slots there are where nobody has said how many globals a row has at most, and to count them would be
+        to wait for an accelerator, or to make a shape that compiled code does not know.
     """
     is_global = mask.is_global
     assert is_global is not None
@@ -321,6 +385,7 @@ def _facts_of(visible: Callable[..., Tensor], kind: str) -> tuple[str, ...]:
     names = tuple(inspect.signature(visible).parameters)[3:]
     if unknown := [name for name in names if name not in FACTS]:
         raise OptionError(
-            f"attention {kind!r}: visible(query, key) may name the facts {', '.join(FACTS)} as further parameters, got {', '.join(unknown)}"
+            f"attention {kind!r}: visible(query, key) may name the facts {', '.join(FACTS)} as further parameters, "
+            f"got {', '.join(unknown)}"
         )
     return names

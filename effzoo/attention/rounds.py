@@ -1,6 +1,7 @@
 """Rounds of hashing, a few heads at a time.
 
-What is sorted, gathered and masked for a few heads stays in the processor's cache; it is made again in the backward pass.
+What is sorted, gathered and masked for a few heads stays in the processor's cache; it is made again in the backward
+pass.
 """
 
 from __future__ import annotations
@@ -20,16 +21,21 @@ from effzoo.attention.tiles import Run, Slots, Tiles
 from effzoo.attention.triton_launch import Hashed, OnePass
 
 TOGETHER = 2**19  # numbers of a tensor of queries or keys
-Standing = tuple[Tensor, Tensor]  # places in the sorted order (in chunks, unless `stable`) and buckets, [rounds, ..., n]
+# places in the sorted order (in chunks, unless `stable`) and buckets, [rounds, ..., n]
+Standing = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class HashingRounds(Layout):
-    """In every round positions are sorted by (bucket, position) and cut into chunks: a query sees its own, `before` ones before it and `after` after.
+    """In every round positions are sorted by (bucket, position) and cut into chunks: a query sees its own, `before`
+    ones before it and `after` after.
 
-    A part with these rounds is given its buckets [rounds, batch, heads, n]: `padding`, larger than all others, where there is no token.
-    A query does not see its own key. ring: the chunks of all rounds of a head stand in a ring. within: only keys of the query's own bucket.
-    once: a pair that meets in several rounds counts once. stable: reach is counted from the query's place, and not from its chunk.
+    A part with these rounds is given its buckets [rounds, batch, heads, n]: `padding`, larger than all others, where
+    there is no token.
+    A query does not see its own key. ring: the chunks of all rounds of a head stand in a ring. within: only keys of the
+    query's own bucket.
+    once: a pair that meets in several rounds counts once.
+    stable: reach is counted from the query's place, and not from its chunk.
     """
 
     chunk: int
@@ -60,9 +66,19 @@ class HashingRounds(Layout):
         return out, lse
 
     def backward(
-        self, kernel: Kernel, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *given: Tensor | None
+        self,
+        kernel: Kernel,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *given: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        gradients = tuple(x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v))
+        gradients = tuple(
+            x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v)
+        )
         exact = torch.promote_types(q.dtype, torch.float32)
         for where, rounds in self._few(q, given):
             own = [x[where].contiguous() for x in (grad, q, k, v, out, lse)]
@@ -87,14 +103,17 @@ class HashingRounds(Layout):
                 number += len(buckets)
 
     def meetings(self, queries: Standing, keys: Standing, chunks: int) -> Tensor:
-        """N_ij, int16[..., m, s]: how often queries see keys in all rounds, given where both stand. A ring of chunks may show a chunk twice."""
+        """N_ij, int16[..., m, s]: how often queries see keys in all rounds, given where both stand. A ring of chunks
+        may show a chunk twice."""
         (places, buckets), (key_places, key_buckets) = queries, keys
         total, rounds = torch.zeros((), dtype=torch.int16, device=places.device), range(len(places))
         for one, other in itertools.product(rounds, rounds) if self.ring else zip(rounds, rounds, strict=True):
             gap = places[one].unsqueeze(-1) - key_places[other].unsqueeze(-2)
             if self.ring:
                 around = gap + (one - other) * chunks
-                seen = torch.stack([(around - offset) % (len(rounds) * chunks) == 0 for offset in range(-self.after, self.before + 1)]).sum(0)
+                seen = torch.stack(
+                    [(around - offset) % (len(rounds) * chunks) == 0 for offset in range(-self.after, self.before + 1)]
+                ).sum(0)
             else:
                 reach = self.chunk if self.stable else 1
                 seen = (gap >= -self.after * reach) & (gap <= self.before * reach)
@@ -106,11 +125,12 @@ class HashingRounds(Layout):
 class Sorted:
     """The slots of some heads: every round's sequence sorted by (bucket, position), and cut into chunks.
 
-    Padding stands last in each round, so the chunks of tokens are those of the sequence alone. Chunks do not reach over the ends of a round,
-    unless they stand in a ring.
+    Padding stands last in each round, so the chunks of tokens are those of the sequence alone. Chunks do not reach over
+    the ends of a round, unless they stand in a ring.
 
-    place: the slot of each position, [rounds, groups, n], with groups = batch heads. query, key: the position at each slot of the queries, and of
-    the keys, [rounds, groups, slots]; n where a slot holds no token. tiles: the chunks, of queries and keys in the order of their slots.
+    place: the slot of each position, [rounds, groups, n], with groups = batch heads. query, key: the position at each
+        slot of the queries, and of the keys, [rounds, groups, slots]; n where a slot holds no token. tiles: the chunks,
+        of queries and keys in the order of their slots.
     """
 
     def __init__(self, sight: HashingRounds, buckets: Tensor):
@@ -132,18 +152,22 @@ class Sorted:
         return [Round(self, index, number + index) for index in range(len(self.place))]
 
     def _slots(self, order: Tensor, fill: int) -> tuple[Tensor, Tensor]:
-        """[rounds, groups, n] in sorted order -> in whole chunks, and with the chunks that stand before them and after them."""
+        """[rounds, groups, n] in sorted order -> in whole chunks, and with the chunks that stand before them and after
+        them."""
         before, after = self.sight.before * self.sight.chunk, self.sight.after * self.sight.chunk
         whole = F.pad(order, (0, -order.shape[-1] % self.sight.chunk), value=fill)
         if not self.sight.ring:
             return whole, F.pad(whole, (before, after), value=fill)
         rounds, groups, length = whole.shape
         ring = whole.transpose(0, 1).reshape(groups, -1)
-        slot = torch.arange(rounds, device=order.device)[:, None] * length + torch.arange(-before, length + after, device=order.device)
+        slot = torch.arange(rounds, device=order.device)[:, None] * length + torch.arange(
+            -before, length + after, device=order.device
+        )
         return whole, ring[:, slot % ring.shape[1]].transpose(0, 1)
 
     def at(self, of_queries: Tensor, of_keys: Tensor) -> tuple[Tensor, Tensor]:
-        """What holds at slots, [..., groups, slots], by chunk, [..., chunks, groups, chunk, 1] and [..., chunks, groups, 1, width]."""
+        """What holds at slots, [..., groups, slots], by chunk, [..., chunks, groups, chunk, 1] and [..., chunks,
+        groups, 1, width]."""
         (run,), before = self.tiles.runs, of_queries.shape[:-2]
         query, key = (x.reshape(-1, *x.shape[-2:], 1) for x in (of_queries, of_keys))
         query, key = run.queries.take(query), run.keys.take(key).mT
@@ -152,7 +176,8 @@ class Sorted:
 
 @dataclass(frozen=True, eq=False)
 class Round(Cut):
-    """One round, as one tile [chunks, groups, chunk or width, d]: flash operators write the first axis outermost, which puts a few heads in order."""
+    """One round, as one tile [chunks, groups, chunk or width, d]: flash operators write the first axis outermost, which
+    puts a few heads in order."""
 
     slots: Sorted
     index: int
@@ -173,7 +198,10 @@ class Round(Cut):
         found, sight = self.slots.tiles.keys_back(k.flatten(0, 1)[None], v.flatten(0, 1)[None], grads), self.slots.sight
         if sight.ring:
             rows = self.slots.key_rows[self.index].flatten()
-            of_k, of_v = (x.new_zeros(k[..., 0].numel(), x.shape[-1]).index_add_(0, rows, x.flatten(0, 2)).view(*k.shape[:3], -1) for x in found)
+            of_k, of_v = (
+                x.new_zeros(k[..., 0].numel(), x.shape[-1]).index_add_(0, rows, x.flatten(0, 2)).view(*k.shape[:3], -1)
+                for x in found
+            )
         else:  # each row went to one place, where its gradient is found many times faster than it would be scattered
             of_k, of_v = (self._back(x, self.slots.place[self.index] + sight.before * sight.chunk) for x in found)
         return of_k, of_v
@@ -206,7 +234,12 @@ class Round(Cut):
     def _of_positions(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What holds of positions, [..., groups, n], by chunk."""
         s, n = self.slots, self.slots.shape[-1]
-        return s.at(*(x.gather(-1, (rows[self.index] - s.group * n).expand(*x.shape[:-1], -1)) for rows in (s.query_rows, s.key_rows)))
+        return s.at(
+            *(
+                x.gather(-1, (rows[self.index] - s.group * n).expand(*x.shape[:-1], -1))
+                for rows in (s.query_rows, s.key_rows)
+            )
+        )
 
 
 def _sorted(x: Tensor, rows: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Tiles for a predicate that declares nothing: found once for a kind, its options and a length.
 
-Positions are put into an order in which what is seen lies together, cut into tiles, and tiles in which no query sees a key are left out. Two orders
-are tried beside that of the positions, and the one with the fewest pairs is taken: by the remainder of the position, where all distances
-that are seen have a common divisor (strides, dilation), and by equal rows and columns of the predicate (buckets, documents). Queries of tiles
-that take the same keys become one group.
+Positions are put into an order in which what is seen lies together, cut into tiles, and tiles in which no query sees a
+key are left out. Two orders are tried beside that of the positions, and the one with the fewest pairs is taken: by the
+remainder of the position, where all distances that are seen have a common divisor (strides, dilation), and by equal
+rows and columns of the predicate (buckets, documents). Queries of tiles that take the same keys become one group.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ TILE = 64  # positions of a tile
 ROWS = 512  # rows of the predicate that are looked at together
 TOGETHER = 1024  # queries of a group whose mask is written out, and of groups that are computed together
 REMEMBERED = 64  # maps, and block masks of torch
-Groups = Sequence[tuple[list[int], Tiles | None]]  # heads that see alike, and their tiles; None: every key (before the query, when causal)
+# heads that see alike, and their tiles; None: every key (before the query, when causal)
+Groups = Sequence[tuple[list[int], Tiles | None]]
 _found: OrderedDict[Any, Any] = OrderedDict()
 
 
 class Pairs(NamedTuple):
-    """Queries [groups, m] that take keys [groups, s]. allowed: bool[groups or 1, m, s], None where all are seen; causal: a triangle says it."""
+    """Queries [groups, m] that take keys [groups, s]. allowed: bool[groups or 1, m, s], None where all are seen;
+    causal: a triangle says it."""
 
     queries: Tensor
     keys: Tensor
@@ -61,7 +63,9 @@ def remembered(key: Any, make: Callable[[], Groups], device: torch.device) -> Gr
     with _disable_current_modes():  # the tiles of a shape are no part of what is traced
         found: Groups = kept(key, make)
     if device.type != "cpu":
-        there: Groups = kept((key, str(device)), lambda: [(heads, None if tiles is None else tiles.to(device)) for heads, tiles in found])
+        there: Groups = kept(
+            (key, str(device)), lambda: [(heads, None if tiles is None else tiles.to(device)) for heads, tiles in found]
+        )
         return there
     return found
 
@@ -78,9 +82,11 @@ def _alike(core: PredicateAttention, n: int) -> list[list[int]]:
 
 
 def _signatures(sees: Sees, n: int) -> tuple[Tensor, Tensor]:
-    """A number for the row of every query and one for the column of every key: equal for equal ones (others meet with a chance of 2^-64)."""
+    """A number for the row of every query and one for the column of every key: equal for equal ones (others meet with a
+    chance of 2^-64)."""
     weights = torch.randint(-(2**62), 2**62, (n,), generator=torch.Generator("cpu").manual_seed(n), device="cpu")
-    of_rows, of_columns = torch.zeros(n, dtype=torch.int64, device="cpu"), torch.zeros(n, dtype=torch.int64, device="cpu")
+    of_rows = torch.zeros(n, dtype=torch.int64, device="cpu")
+    of_columns = torch.zeros(n, dtype=torch.int64, device="cpu")
     for rows, seen in _chunks(sees, torch.arange(n, device="cpu"), torch.arange(n, device="cpu")):
         of_rows[rows] = (seen * weights).sum(dim=1)
         of_columns += (seen * weights[rows, None]).sum(dim=0)
@@ -97,7 +103,9 @@ def _chunks(sees: Sees, queries: Tensor, keys: Tensor) -> Iterator[tuple[slice, 
 def _tiles(core: PredicateAttention, head: int, n: int) -> Tiles:
     sees = core.sees(head, n)
     found = min((_cut(sees, *order) for order in _orders(core, head, n)), key=_pairs)
-    return laid_out(n, [Run(Slots.of(pairs.queries), Slots.of(pairs.keys), pairs.allowed, pairs.causal) for pairs in found])
+    return laid_out(
+        n, [Run(Slots.of(pairs.queries), Slots.of(pairs.keys), pairs.allowed, pairs.causal) for pairs in found]
+    )
 
 
 def _pairs(groups: list[Pairs]) -> int:
@@ -106,7 +114,8 @@ def _pairs(groups: list[Pairs]) -> int:
 
 
 def _orders(core: PredicateAttention, head: int, n: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Queries and keys in stretches that tiles do not cross: positions as they are, by their remainder, and by equal rows and columns."""
+    """Queries and keys in stretches that tiles do not cross: positions as they are, by their remainder, and by equal
+    rows and columns."""
     positions = torch.arange(n, device="cpu")
     yield [positions], [positions]
     sees = core.sees(head, n, causal=False)
@@ -130,12 +139,18 @@ def _cut(sees: Sees, queries: list[Tensor], keys: list[Tensor]) -> list[Pairs]:
     """The tiles in which a query sees a key, queries with the same keys together."""
     of_queries = [tile for stretch in queries for tile in torch.split(stretch, TILE)]
     of_keys = [tile for stretch in keys for tile in torch.split(stretch, TILE)]
-    row = torch.repeat_interleave(torch.arange(len(of_queries), device="cpu"), torch.tensor([len(tile) for tile in of_queries], device="cpu"))
-    column = torch.repeat_interleave(torch.arange(len(of_keys), device="cpu"), torch.tensor([len(tile) for tile in of_keys], device="cpu"))
+    row = torch.repeat_interleave(
+        torch.arange(len(of_queries), device="cpu"), torch.tensor([len(tile) for tile in of_queries], device="cpu")
+    )
+    column = torch.repeat_interleave(
+        torch.arange(len(of_keys), device="cpu"), torch.tensor([len(tile) for tile in of_keys], device="cpu")
+    )
     seen = torch.zeros(len(of_queries), len(of_keys), dtype=torch.int32, device="cpu")
     in_order = torch.cat(of_keys)
     for rows, pairs in _chunks(sees, torch.cat(of_queries), in_order):
-        by_column = torch.zeros(len(pairs), len(of_keys), dtype=torch.int32, device="cpu").index_add_(1, column, pairs.int())
+        by_column = torch.zeros(len(pairs), len(of_keys), dtype=torch.int32, device="cpu").index_add_(
+            1, column, pairs.int()
+        )
         seen.index_add_(0, row[rows], by_column)
     together: dict[tuple[int, ...], list[Tensor]] = {}
     for tile, occupied in zip(of_queries, (seen > 0).tolist(), strict=True):
@@ -151,7 +166,8 @@ def _cut(sees: Sees, queries: list[Tensor], keys: list[Tensor]) -> list[Pairs]:
 
 
 def _masked(sees: Sees, queries: Tensor, keys: Tensor) -> Iterator[Pairs]:
-    """Groups of one row; queries that do not see all of the keys are taken a few at a time, as their mask is written out."""
+    """Groups of one row; queries that do not see all of the keys are taken a few at a time, as their mask is written
+    out."""
     queries = queries.sort().values
     keys = keys.sort().values
     every, triangle = True, torch.equal(queries, keys)
@@ -164,7 +180,9 @@ def _masked(sees: Sees, queries: Tensor, keys: Tensor) -> Iterator[Pairs]:
         yield Pairs(queries[None], keys[None], None, not every)
         return
     for few in torch.split(queries, TOGETHER):
-        yield Pairs(few[None], keys[None], sees(few[:, None], keys[None]).expand(len(few), len(keys))[None].clone(), False)
+        yield Pairs(
+            few[None], keys[None], sees(few[:, None], keys[None]).expand(len(few), len(keys))[None].clone(), False
+        )
 
 
 def _stacked(alike: list[Pairs]) -> Iterator[Pairs]:
@@ -176,4 +194,9 @@ def _stacked(alike: list[Pairs]) -> Iterator[Pairs]:
         if few[0].allowed is not None:
             masks = [group.allowed for group in few if group.allowed is not None]
             allowed = masks[0] if all(torch.equal(masks[0], one) for one in masks) else torch.cat(masks)
-        yield Pairs(torch.cat([group.queries for group in few]), torch.cat([group.keys for group in few]), allowed, few[0].causal)
+        yield Pairs(
+            torch.cat([group.queries for group in few]),
+            torch.cat([group.keys for group in few]),
+            allowed,
+            few[0].causal,
+        )

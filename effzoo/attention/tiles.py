@@ -1,4 +1,5 @@
-"""Tiles of a sequence with itself: which queries and which keys each takes, as views where they stand in order, else gathered."""
+"""Tiles of a sequence with itself: which queries and which keys each takes, as views where they stand in order, else
+gathered."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """Positions by tile: `count` times `length` of them, each first one `step` after the one before; or those in `where`, int[count, length], or
-    [batch, count, length] where the rows of a batch differ."""
+    """Positions by tile: `count` times `length` of them, each first one `step` after the one before; or those in
+    `where`, int[count, length], or [batch, count, length] where the rows of a batch differ."""
 
     count: int
     length: int
@@ -44,7 +45,11 @@ class Slots:
     @property
     def positions(self) -> Tensor:
         """All of them, one tile after the other, where no two tiles have the same."""
-        return torch.arange(self.first, self.first + self.count * self.length, device="cpu") if self.where is None else self.where.flatten()
+        return (
+            torch.arange(self.first, self.first + self.count * self.length, device="cpu")
+            if self.where is None
+            else self.where.flatten()
+        )
 
     @property
     def reach(self) -> int:
@@ -65,11 +70,13 @@ class Slots:
         return windows.permute(0, 2, 1, 4, 3).reshape(batch * self.count, heads, self.length, d)
 
     def add(self, total: Tensor, grad: Tensor) -> None:
-        """The gradient of what `take` gave, added to that of the sequence, total [batch, n and room for a step, heads, d]."""
+        """The gradient of what `take` gave, added to that of the sequence, total [batch, n and room for a step, heads,
+        d]."""
         batch, n, heads, d = total.shape
         rows = grad.transpose(1, 2).reshape(batch, self.count, self.length, heads, d)
         if self.where is None:
-            for start in range(0, self.length, self.step):  # slices as long as the step from tile to tile do not overlap
+            # slices as long as the step from tile to tile do not overlap
+            for start in range(0, self.length, self.step):
                 width, first = min(self.step, self.length - start), self.first + start
                 steps = total[:, first : first + self.count * self.step].view(batch, self.count, self.step, heads, d)
                 steps[:, :, :width] += rows[:, :, start : start + width]
@@ -83,8 +90,8 @@ class Slots:
 class Run:
     """Tiles that are computed as one batch: queries with keys.
 
-    allowed: bool[tiles or 1, queries or 1, keys], None where all pairs are seen; causal: a triangle says it. held: bool[batch tiles, 1, queries, 1],
-    which slots hold a query, where the rows of a batch differ.
+    allowed: bool[tiles or 1, queries or 1, keys], None where all pairs are seen; causal: a triangle says it.
+    held: bool[batch tiles, 1, queries, 1], which slots hold a query, where the rows of a batch differ.
     """
 
     queries: Slots
@@ -100,10 +107,13 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Tiles(Cut):
-    """n positions in runs of tiles; the part is given which keys are held, bool[batch, n], such as tokens, or None for all.
+    """n positions in runs of tiles; the part is given which keys are held, bool[batch, n], such as tokens, or None for
+    all.
 
-    place [n] or [batch, n]: where each query stands when the queries of all tiles follow each other; one behind the last for a query without keys;
-    None: in order, as they are. dilation: positions with the same remainder by it form sequences of their own, in which the runs count.
+    place [n] or [batch, n]: where each query stands when the queries of all tiles follow each other; one behind the
+    last for a query without keys;
+    None: in order, as they are. dilation: positions with the same remainder by it form sequences of their own, in which
+        the runs count.
     sight, causal: what the runs were cut from, where that says all.
     """
 
@@ -133,7 +143,9 @@ class Tiles(Cut):
         return [] if self.sight is None else [([], OnePass(self.causal, self.sight))]
 
     def bare(self, given: Sequence[Tensor | None]) -> bool:
-        seen = self.window is not None or (self.n % self.dilation == 0 and all(run.allowed is None for run in self.runs))
+        seen = self.window is not None or (
+            self.n % self.dilation == 0 and all(run.allowed is None for run in self.runs)
+        )
         return given[0] is None and seen
 
     def tiles(self, q: Tensor, k: Tensor, v: Tensor, given: Sequence[Tensor | None]) -> Iterator[Tile]:
@@ -154,7 +166,8 @@ class Tiles(Cut):
         allowed, key = run.allowed, (id(run.allowed), q.dtype)
         if allowed is None or key in self._biases:
             return self._biases.get(key)
-        of_tiles = len(allowed) > 1 and (run.queries.where is None or run.queries.where.ndim == 2)  # else of those of each row
+        # else of those of each row
+        of_tiles = len(allowed) > 1 and (run.queries.where is None or run.queries.where.ndim == 2)
         bias = bias_of(allowed[:, None].repeat(len(q) if of_tiles else 1, 1, 1, 1), q.dtype)
         if self.sight is not None and not isinstance(bias, FakeTensor):
             self._biases[key] = bias
@@ -170,13 +183,18 @@ class Tiles(Cut):
         batch = len(tiles[0]) // self.runs[0].queries.count
         flat = [tile.transpose(1, 2).reshape(batch, -1, heads, d) for tile in tiles]
         if self.place is not None:
-            return select(torch.cat([*flat, flat[0].new_full((batch, 1, heads, d), fill)], dim=1), self.place).transpose(1, 2)
+            return select(
+                torch.cat([*flat, flat[0].new_full((batch, 1, heads, d), fill)], dim=1), self.place
+            ).transpose(1, 2)
         return self._back((flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)).transpose(1, 2))
 
     def keys_back(self, k: Tensor, v: Tensor, grads: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         n = -(-self.n // self.dilation)
         room, batch = max(n, *(run.keys.reach for run in self.runs)), k.shape[0] * self.dilation
-        of_k, of_v = (x.new_zeros(batch, room, x.shape[1], x.shape[3], dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
+        of_k, of_v = (
+            x.new_zeros(batch, room, x.shape[1], x.shape[3], dtype=torch.promote_types(x.dtype, torch.float32))
+            for x in (k, v)
+        )
         for run, (one_k, one_v) in zip(self.runs, grads, strict=True):
             run.keys.add(of_k, one_k)
             run.keys.add(of_v, one_v)
@@ -218,7 +236,10 @@ class ByHead(Cut):
         return self._together([own.join([next(left) for _ in own.runs], fill) for _, own in self.groups])
 
     def keys_back(self, k: Tensor, v: Tensor, grads: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        found = [own.keys_back(chosen(k, heads, 1), chosen(v, heads, 1), itertools.islice(grads, len(own.runs))) for heads, own in self.groups]
+        found = [
+            own.keys_back(chosen(k, heads, 1), chosen(v, heads, 1), itertools.islice(grads, len(own.runs)))
+            for heads, own in self.groups
+        ]
         return self._together([of_k for of_k, _ in found]), self._together([of_v for _, of_v in found])
 
     def _together(self, found: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,5 @@
-"""Attention in compiled code: an operator that finds tiles and backend when it runs, so that one graph serves every length.
+"""Attention in compiled code: an operator that finds tiles and backend when it runs, so that one graph serves every
+length.
 
 What torch's own operators say of strides is not what they give, so results here are dense.
 """
@@ -49,20 +50,34 @@ class Traced(Layout):
     def bare(self, given: Sequence[Tensor | None]) -> bool:
         return True  # as far as is known: the operator asks again
 
-    def forward(self, kernel: Kernel | Told, q: Tensor, k: Tensor, v: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, kernel: Kernel | Told, q: Tensor, k: Tensor, v: Tensor, *given: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         assert isinstance(kernel, Told)
         found: tuple[Tensor, Tensor] = _attention(q, k, v, list(given), self.number, self.causal, *kernel)
         return found
 
     def backward(
-        self, kernel: Kernel | Told, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *given: Tensor | None
+        self,
+        kernel: Kernel | Told,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *given: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert isinstance(kernel, Told)
-        found: tuple[Tensor, Tensor, Tensor] = _attention_backward(grad, out, lse, q, k, v, list(given), self.number, self.causal, *kernel)
+        found: tuple[Tensor, Tensor, Tensor] = _attention_backward(
+            grad, out, lse, q, k, v, list(given), self.number, self.causal, *kernel
+        )
         return found
 
 
-def _placed(q: Tensor, k: Tensor, v: Tensor, given: list[Tensor | None], number: int, causal: bool, told: Told) -> tuple[Part, Layout, Kernel]:
+def _placed(
+    q: Tensor, k: Tensor, v: Tensor, given: list[Tensor | None], number: int, causal: bool, told: Told
+) -> tuple[Part, Layout, Kernel]:
     """The part, how it lies in tiles and what computes them."""
     seed, *given = given
     part = _cores[number].part(q, k, v, *given) if number else Part(q, k, v, given[0], causal)
@@ -74,7 +89,15 @@ def _placed(q: Tensor, k: Tensor, v: Tensor, given: list[Tensor | None], number:
 
 @torch.library.custom_op("effzoo::attention", mutates_args=())
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, given: list[Tensor | None], number: int, causal: bool, backend: str, scale: float | None, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    given: list[Tensor | None],
+    number: int,
+    causal: bool,
+    backend: str,
+    scale: float | None,
+    dropout: float,
 ) -> tuple[Tensor, Tensor]:
     part, layout, kernel = _placed(q, k, v, given, number, causal, Told(backend, scale, dropout))
     out, lse = layout.forward(kernel, q, k, v, *part.brought)
@@ -83,13 +106,15 @@ def _attention(
 
 @_attention.register_fake
 def _(q, k, v, given, number, causal, backend, scale, dropout):  # type: ignore[no-untyped-def]
-    return v.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(*q.shape[:-1], 1, dtype=torch.promote_types(q.dtype, torch.float32))
+    return v.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(
+        *q.shape[:-1], 1, dtype=torch.promote_types(q.dtype, torch.float32)
+    )
 
 
 @torch.library.custom_op("effzoo::attention_backward", mutates_args=())
 def _attention_backward(
-    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, given: list[Tensor | None], number: int, causal: bool,
-    backend: str, scale: float | None, dropout: float,
+    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, given: list[Tensor | None], number: int,
+    causal: bool, backend: str, scale: float | None, dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     part, layout, kernel = _placed(q, k, v, given, number, causal, Told(backend, scale, dropout))
     of_q, of_k, of_v = layout.backward(kernel, grad, q, k, v, out, lse, *part.brought)

@@ -1,15 +1,19 @@
 # mypy: ignore-errors
-"""The one softmax in Triton: scores of a tile are made, used and forgotten on the chip, forward and backward (Dao et al. 2022, arXiv:2205.14135).
+"""The one softmax in Triton: scores of a tile are made, used and forgotten on the chip, forward and backward (Dao et
+al. 2022, arXiv:2205.14135).
 
     S = scale q k^T + bias,    P = exp(S - lse),    out = (P * M / kept) v,    lse = log sum exp S,
-    dv = (P * M / kept)^T dO,    dS = P * (M / kept * (dO v^T) - delta),    delta = rowsum(dO * out),    dq = scale dS k,    dk = scale dS^T q,
+    dv = (P * M / kept)^T dO,    dS = P * (M / kept * (dO v^T) - delta),    delta = rowsum(dO * out),    dq = scale dS
+    k,    dk = scale dS^T q,
 
-where out and lse of the backward pass may be those of several parts merged. M, which weights dropout keeps, is drawn anew from (seed, head, query,
-key). The backward pass has no atomics: `of_queries` owns rows of dq, `of_keys` owns rows of dk and dv.
+where out and lse of the backward pass may be those of several parts merged. M, which weights dropout keeps, is drawn
+anew from (seed, head, query, key). The backward pass has no atomics: `of_queries` owns rows of dq, `of_keys` owns rows
+of dk and dv.
 
-An index counts queries or keys in the order in which tiles are cut; a position is a place in the sequence. They differ by a dilation (positions with
-the same remainder are a sequence of their own) or by `Order` (hashing: sorted by bucket). Rows of Out, Grad, DQ, DK, DV are [batch, n, heads, width].
-What is None, or False, costs nothing: the compiler leaves it out. `triton_launch.py` says what every argument holds.
+An index counts queries or keys in the order in which tiles are cut; a position is a place in the sequence. They differ
+by a dilation (positions with the same remainder are a sequence of their own) or by `Order` (hashing: sorted by bucket).
+Rows of Out, Grad, DQ, DK, DV are [batch, n, heads, width]. What is None, or False, costs nothing: the compiler leaves
+it out. `triton_launch.py` says what every argument holds.
 """
 
 import triton
@@ -17,7 +21,21 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-_SIZES = ["m", "s", "left", "right", "slots", "rounds", "turn", "keep", "seed_low", "seed_high", "span", "key_rows", "batches"]
+_SIZES = [
+    "m",
+    "s",
+    "left",
+    "right",
+    "slots",
+    "rounds",
+    "turn",
+    "keep",
+    "seed_low",
+    "seed_high",
+    "span",
+    "key_rows",
+    "batches",
+]
 
 
 @triton.jit
@@ -65,7 +83,9 @@ def _positions(Order, Held, index, count, sequence, batch, remainder, dilation):
 def _rows(X, position, width, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Rows [positions, BLOCK] of X; width: from one row to the next."""
     column = tl.arange(0, BLOCK)
-    return tl.load(X + position[:, None] * width + column[None, :], mask=inside[:, None] & (column[None, :] < WIDTH), other=0.0)
+    return tl.load(
+        X + position[:, None] * width + column[None, :], mask=inside[:, None] & (column[None, :] < WIDTH), other=0.0
+    )
 
 
 @triton.jit
@@ -79,9 +99,11 @@ def _write(X, position, width, inside, x, WIDTH: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def _scores(product, query, key, i, j, live, row, Bias, Place, Buckets, bias_query, bias_key, scale, m, s, left, right, chunk, rounds, turn, step,
-            CAUSAL: tl.constexpr, ITSELF: tl.constexpr, WINDOW: tl.constexpr, BIAS_ROWS: tl.constexpr):  # fmt: skip
-    """S / log 2 of a tile, -inf where a query does not see a key. Everything of queries lies along one axis, everything of keys along the other."""
+def _scores(product, query, key, i, j, live, row, Bias, Place, Buckets, bias_query, bias_key, scale, m, s, left, right,
+            chunk, rounds, turn, step, CAUSAL: tl.constexpr, ITSELF: tl.constexpr, WINDOW: tl.constexpr,
+            BIAS_ROWS: tl.constexpr):  # fmt: skip
+    """S / log 2 of a tile, -inf where a query does not see a key. Everything of queries lies along one axis, everything
+    of keys along the other."""
     score = product * (scale * LOG2E)
     if Bias is not None:
         if BIAS_ROWS:
@@ -104,10 +126,16 @@ def _scores(product, query, key, i, j, live, row, Bias, Place, Buckets, bias_que
         times = tl.zeros(product.shape, tl.int32)
         for one in range(rounds):
             at = (one * step + row) * s
-            gap = tl.load(Place + at + query, mask=query < m, other=0) // chunk - tl.load(Place + at + key, mask=key < s, other=0) // chunk
+            gap = (
+                tl.load(Place + at + query, mask=query < m, other=0) // chunk
+                - tl.load(Place + at + key, mask=key < s, other=0) // chunk
+            )
             met = (gap <= left) & (gap >= -right)
             if Buckets is not None:
-                met = met & (tl.load(Buckets + at + query, mask=query < m, other=-1) == tl.load(Buckets + at + key, mask=key < s, other=-2))
+                met = met & (
+                    tl.load(Buckets + at + query, mask=query < m, other=-1)
+                    == tl.load(Buckets + at + key, mask=key < s, other=-2)
+                )
             times += met.to(tl.int32)
         score -= tl.log2(tl.maximum(times, 1).to(tl.float32))
     return tl.where(seen, score, float("-inf"))
@@ -126,7 +154,21 @@ def _span_of_keys(tile, count, left, right, chunk, BM: tl.constexpr, CAUSAL: tl.
 
 
 @triton.jit
-def _online(acc, top, total, score, v, query, key, row, keep, seed_low, seed_high, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+def _online(
+    acc,
+    top,
+    total,
+    score,
+    v,
+    query,
+    key,
+    row,
+    keep,
+    seed_low,
+    seed_high,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """The softmax so far, and the keys of one more tile."""
     new = tl.maximum(top, tl.max(score, 1))
     safe = tl.where(new == float("-inf"), 0.0, new)
@@ -138,22 +180,26 @@ def _online(acc, top, total, score, v, query, key, row, keep, seed_low, seed_hig
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def forward(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Out, Lse, scale, heads, m, s, q_batch, q_head, q_row, k_batch, k_head, k_row,
-            v_batch, v_head, v_row, bias_batch, bias_head, bias_query, bias_key, left, right, dilation, chunk, slots, rounds, turn, batches,
-            keep, seed_low, seed_high, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-            CAUSAL: tl.constexpr, ITSELF: tl.constexpr, WINDOW: tl.constexpr, BIAS_ROWS: tl.constexpr, DROPOUT: tl.constexpr,
+def forward(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Out, Lse, scale, heads, m, s, q_batch, q_head, q_row,
+            k_batch, k_head, k_row, v_batch, v_head, v_row, bias_batch, bias_head, bias_query, bias_key, left, right,
+            dilation, chunk, slots, rounds, turn, batches, keep, seed_low, seed_high, D: tl.constexpr, BD: tl.constexpr,
+            E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
+            ITSELF: tl.constexpr, WINDOW: tl.constexpr, BIAS_ROWS: tl.constexpr, DROPOUT: tl.constexpr,
             RESUME: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Out and Lse of a tile of queries; RESUME: over the keys that they already stand for, too."""
     tile, batch, head, remainder = _place(m, BM, heads, dilation)
     batch = batch.to(tl.int64)
     row = batch * heads + head
     step = batches * heads
-    Q, K, V = Q + batch * q_batch + head * q_head, K + batch * k_batch + head * k_head, V + batch * v_batch + head * v_head
+    Q, K = Q + batch * q_batch + head * q_head, K + batch * k_batch + head * k_head
+    V = V + batch * v_batch + head * v_head
     Out += (batch * m * heads + head) * E
     if Bias is not None:
         Bias += batch * bias_batch + head * bias_head
     i = tile * BM + tl.arange(0, BM)
-    query, inside, live_query = _positions(Order, None if Order is None else Held, i, m, turn * step + row, batch, remainder, dilation)
+    query, inside, live_query = _positions(
+        Order, None if Order is None else Held, i, m, turn * step + row, batch, remainder, dilation
+    )
     q = _rows(Q, query, q_row, inside, D, BD)
     weight = keep * (1.0 / 2147483648.0) if DROPOUT else 1.0
     top, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
@@ -162,7 +208,9 @@ def forward(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Out, Lse, scale
         lse = tl.load(Lse + row * m + query, mask=inside, other=float("-inf"))
         top, total = lse * LOG2E, tl.where(lse == float("-inf"), 0.0, 1.0)
         acc = _rows(Out, query, heads * E, inside, E, BE).to(tl.float32) * weight
-    first, last = _span_of_keys(tile, tl.cdiv(s - remainder, dilation), left, right, chunk, BM, CAUSAL and Order is None, WINDOW)
+    first, last = _span_of_keys(
+        tile, tl.cdiv(s - remainder, dilation), left, right, chunk, BM, CAUSAL and Order is None, WINDOW
+    )
     for start in range(first, last, BN):
         j = start + tl.arange(0, BN)
         key, _, live = _positions(Order, Held, j, s, turn * step + row, batch, remainder, dilation)
@@ -171,8 +219,11 @@ def forward(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Out, Lse, scale
         seen = live[None, :] if Order is None else live[None, :] & live_query[:, None]
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         score = _scores(product, query[:, None], key[None, :], i[:, None], j[None, :], seen, row, Bias, Place, Buckets,
-                        bias_query, bias_key, scale, m, s, left, right, chunk, rounds, turn, step, CAUSAL, ITSELF, WINDOW, BIAS_ROWS)  # fmt: skip
-        acc, top, total = _online(acc, top, total, score, v, query, key, row, keep, seed_low, seed_high, DROPOUT, PRECISION)
+                        bias_query, bias_key, scale, m, s, left, right, chunk, rounds, turn, step, CAUSAL, ITSELF,
+                        WINDOW, BIAS_ROWS)  # fmt: skip
+        acc, top, total = _online(
+            acc, top, total, score, v, query, key, row, keep, seed_low, seed_high, DROPOUT, PRECISION
+        )
     if Columns is not None:
         for start in range(0, slots, BN):
             j = start + tl.arange(0, BN)
@@ -181,9 +232,13 @@ def forward(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Out, Lse, scale
             k = _rows(K, key, k_row, live, D, BD)
             v = _rows(V, key, v_row, live, E, BE)
             product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            score = _scores(product, query[:, None], key[None, :], i[:, None], j[None, :], live[None, :], row, Bias, None, None,
-                            bias_query, bias_key, scale, m, s, left, right, chunk, rounds, turn, step, CAUSAL, ITSELF, False, BIAS_ROWS)  # fmt: skip
-            acc, top, total = _online(acc, top, total, score, v, query, key, row, keep, seed_low, seed_high, DROPOUT, PRECISION)
+            score = _scores(product, query[:, None], key[None, :], i[:, None], j[None, :], live[None, :], row, Bias,
+                            None, None,
+                            bias_query, bias_key, scale, m, s, left, right, chunk, rounds, turn, step, CAUSAL, ITSELF,
+                            False, BIAS_ROWS)  # fmt: skip
+            acc, top, total = _online(
+                acc, top, total, score, v, query, key, row, keep, seed_low, seed_high, DROPOUT, PRECISION
+            )
     some = tl.where(total == 0.0, 1.0, total)
     _write(Out, query, heads * E, inside, acc / (some * weight)[:, None], E, BE, False)
     tl.store(Lse + row * m + query, tl.where(total == 0.0, float("-inf"), top * LN2 + tl.log(some)), mask=inside)
@@ -201,21 +256,25 @@ def _slope(product, score, lse, delta, query, key, row, keep, seed_low, seed_hig
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def of_queries(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Out, Grad, Lse, Delta, DQ, scale, heads, m, s, q_batch, q_head, q_row,
-               k_batch, k_head, k_row, v_batch, v_head, v_row, bias_batch, bias_head, bias_query, bias_key, left, right, dilation, chunk, slots,
-               rounds, turn, batches, keep, seed_low, seed_high, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
-               BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, ITSELF: tl.constexpr, WINDOW: tl.constexpr, BIAS_ROWS: tl.constexpr,
-               DROPOUT: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def of_queries(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Out, Grad, Lse, Delta, DQ, scale, heads, m, s,
+               q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, bias_batch, bias_head,
+               bias_query, bias_key, left, right, dilation, chunk, slots, rounds, turn, batches, keep, seed_low,
+               seed_high, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
+               BN: tl.constexpr, CAUSAL: tl.constexpr, ITSELF: tl.constexpr, WINDOW: tl.constexpr,
+               BIAS_ROWS: tl.constexpr, DROPOUT: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """DQ, and Delta, of a tile of queries."""
     tile, batch, head, remainder = _place(m, BM, heads, dilation)
     batch = batch.to(tl.int64)
     row = batch * heads + head
     step = batches * heads
-    Q, K, V = Q + batch * q_batch + head * q_head, K + batch * k_batch + head * k_head, V + batch * v_batch + head * v_head
+    Q, K = Q + batch * q_batch + head * q_head, K + batch * k_batch + head * k_head
+    V = V + batch * v_batch + head * v_head
     if Bias is not None:
         Bias += batch * bias_batch + head * bias_head
     i = tile * BM + tl.arange(0, BM)
-    query, inside, live_query = _positions(Order, None if Order is None else Held, i, m, turn * step + row, batch, remainder, dilation)
+    query, inside, live_query = _positions(
+        Order, None if Order is None else Held, i, m, turn * step + row, batch, remainder, dilation
+    )
     q = _rows(Q, query, q_row, inside, D, BD)
     first_row = (batch * m * heads + head) * E
     g = _rows(Grad + first_row, query, heads * E, inside, E, BE)
@@ -225,7 +284,9 @@ def of_queries(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Out, Grad, L
     lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a query without keys: P is 0
     weight = keep * (1.0 / 2147483648.0) if DROPOUT else 1.0
     acc = tl.zeros([BM, BD], tl.float32)
-    first, last = _span_of_keys(tile, tl.cdiv(s - remainder, dilation), left, right, chunk, BM, CAUSAL and Order is None, WINDOW)
+    first, last = _span_of_keys(
+        tile, tl.cdiv(s - remainder, dilation), left, right, chunk, BM, CAUSAL and Order is None, WINDOW
+    )
     for start in range(first, last, BN):
         j = start + tl.arange(0, BN)
         key, _, live = _positions(Order, Held, j, s, turn * step + row, batch, remainder, dilation)
@@ -234,10 +295,22 @@ def of_queries(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Out, Grad, L
         seen = live[None, :] if Order is None else live[None, :] & live_query[:, None]
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         score = _scores(product, query[:, None], key[None, :], i[:, None], j[None, :], seen, row, Bias, Place, Buckets,
-                        bias_query, bias_key, scale, m, s, left, right, chunk, rounds, turn, step, CAUSAL, ITSELF, WINDOW, BIAS_ROWS)  # fmt: skip
+                        bias_query, bias_key, scale, m, s, left, right, chunk, rounds, turn, step, CAUSAL, ITSELF,
+                        WINDOW, BIAS_ROWS)  # fmt: skip
         of_weights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         _, slope = _slope(
-            of_weights, score, lse[:, None], delta[:, None], query[:, None], key[None, :], row, keep, seed_low, seed_high, weight, DROPOUT
+            of_weights,
+            score,
+            lse[:, None],
+            delta[:, None],
+            query[:, None],
+            key[None, :],
+            row,
+            keep,
+            seed_low,
+            seed_high,
+            weight,
+            DROPOUT,
         )
         acc = tl.dot(slope.to(k.dtype), k, acc, input_precision=PRECISION)
     if Columns is not None:
@@ -248,30 +321,46 @@ def of_queries(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Out, Grad, L
             k = _rows(K, key, k_row, live, D, BD)
             v = _rows(V, key, v_row, live, E, BE)
             product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            score = _scores(product, query[:, None], key[None, :], i[:, None], j[None, :], live[None, :], row, Bias, None, None,
-                            bias_query, bias_key, scale, m, s, left, right, chunk, rounds, turn, step, CAUSAL, ITSELF, False, BIAS_ROWS)  # fmt: skip
+            score = _scores(product, query[:, None], key[None, :], i[:, None], j[None, :], live[None, :], row, Bias,
+                            None, None,
+                            bias_query, bias_key, scale, m, s, left, right, chunk, rounds, turn, step, CAUSAL, ITSELF,
+                            False, BIAS_ROWS)  # fmt: skip
             of_weights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
             _, slope = _slope(
-                of_weights, score, lse[:, None], delta[:, None], query[:, None], key[None, :], row, keep, seed_low, seed_high, weight, DROPOUT
+                of_weights,
+                score,
+                lse[:, None],
+                delta[:, None],
+                query[:, None],
+                key[None, :],
+                row,
+                keep,
+                seed_low,
+                seed_high,
+                weight,
+                DROPOUT,
             )
             acc = tl.dot(slope.to(k.dtype), k, acc, input_precision=PRECISION)
     _write(DQ + (batch * m * heads + head) * D, query, heads * D, inside, acc * scale, D, BD, ADD)
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def of_keys(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Grad, Lse, Delta, DK, DV, scale, heads, m, s, q_batch, q_head, q_row,
-            k_batch, k_head, k_row, v_batch, v_head, v_row, bias_batch, bias_head, bias_query, bias_key, left, right, dilation, chunk, slots,
-            rounds, turn, batches, span, key_rows, keep, seed_low, seed_high, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
-            BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, ITSELF: tl.constexpr, WINDOW: tl.constexpr, BIAS_ROWS: tl.constexpr,
+def of_keys(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Grad, Lse, Delta, DK, DV, scale, heads, m, s, q_batch,
+            q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, bias_batch, bias_head, bias_query, bias_key,
+            left, right, dilation, chunk, slots, rounds, turn, batches, span, key_rows, keep, seed_low, seed_high,
+            D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+            CAUSAL: tl.constexpr, ITSELF: tl.constexpr, WINDOW: tl.constexpr, BIAS_ROWS: tl.constexpr,
             DROPOUT: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """DK and DV of a tile of keys. With Columns, of the keys at these positions, from `span` queries each: DK is [parts, batch, slots, heads, D]."""
+    """DK and DV of a tile of keys. With Columns, of the keys at these positions, from `span` queries each: DK is
+    [parts, batch, slots, heads, D]."""
     tile, batch, head, remainder = _place(s if Columns is None else slots, BN, heads, dilation)
     to, part = batch.to(tl.int64), batch // batches
     batch = batch % batches
     batch = batch.to(tl.int64)
     row = batch * heads + head
     step = batches * heads
-    Q, K, V = Q + batch * q_batch + head * q_head, K + batch * k_batch + head * k_head, V + batch * v_batch + head * v_head
+    Q, K = Q + batch * q_batch + head * q_head, K + batch * k_batch + head * k_head
+    V = V + batch * v_batch + head * v_head
     Grad += (batch * m * heads + head) * E
     if Bias is not None:
         Bias += batch * bias_batch + head * bias_head
@@ -296,7 +385,9 @@ def of_keys(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Grad, Lse, Delt
     of_k, of_v = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BE], tl.float32)
     for start in range(first, last, BM):
         i = start + tl.arange(0, BM)
-        query, inside, live_query = _positions(Order, None if Order is None else Held, i, m, turn * step + row, batch, remainder, dilation)
+        query, inside, live_query = _positions(
+            Order, None if Order is None else Held, i, m, turn * step + row, batch, remainder, dilation
+        )
         q = _rows(Q, query, q_row, inside, D, BD)
         g = _rows(Grad, query, heads * E, inside, E, BE)
         lse = tl.load(Lse + row * m + query, mask=inside, other=float("inf")) * LOG2E
@@ -305,10 +396,22 @@ def of_keys(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Grad, Lse, Delt
         seen = live[:, None] if Order is None else live[:, None] & live_query[None, :]
         product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         score = _scores(product, query[None, :], key[:, None], i[None, :], j[:, None], seen, row, Bias, Place, Buckets,
-                        bias_query, bias_key, scale, m, s, left, right, chunk, rounds, turn, step, CAUSAL, ITSELF, WINDOW, BIAS_ROWS)  # fmt: skip
+                        bias_query, bias_key, scale, m, s, left, right, chunk, rounds, turn, step, CAUSAL, ITSELF,
+                        WINDOW, BIAS_ROWS)  # fmt: skip
         of_weights = tl.dot(v, tl.trans(g), input_precision=PRECISION)
         used, slope = _slope(
-            of_weights, score, lse[None, :], delta[None, :], query[None, :], key[:, None], row, keep, seed_low, seed_high, weight, DROPOUT
+            of_weights,
+            score,
+            lse[None, :],
+            delta[None, :],
+            query[None, :],
+            key[:, None],
+            row,
+            keep,
+            seed_low,
+            seed_high,
+            weight,
+            DROPOUT,
         )
         of_v = tl.dot(used.to(g.dtype), g, of_v, input_precision=PRECISION)
         of_k = tl.dot(slope.to(q.dtype), q, of_k, input_precision=PRECISION)

@@ -1,6 +1,8 @@
-"""Tiles by xformers (Lefaudeux et al. 2022): its memory-efficient attention with its own masks, for those who have it. The extra `xformers`, on CUDA.
+"""Tiles by xformers (Lefaudeux et al. 2022): its memory-efficient attention with its own masks, for those who have it.
+The extra `xformers`, on CUDA.
 
-What it asks of memory is what torch's operators ask (`cuda.py`), which have come from it. It gives no log-sum-exp where it drops weights.
+What it asks of memory is what torch's operators ask (`cuda.py`), which have come from it. It gives no log-sum-exp where
+it drops weights.
 """
 
 from __future__ import annotations
@@ -50,8 +52,12 @@ class Xformers:
     def forward(self, tile: Tile, index: int) -> tuple[Tensor, Tensor]:
         q, k, v = (rows_of(x).transpose(1, 2) for x in tile[:3])
         if isinstance(q, FakeTensor):  # of which xformers asks for more than shapes
-            return q.new_empty(*q.shape[:3], v.shape[-1]).transpose(1, 2)[..., : tile.v.shape[-1]], q.new_empty(tile.q.shape[:3], dtype=torch.float32)
-        found = ops().memory_efficient_attention_forward_requires_grad(q, k, v, self._mask(tile), 0.0, factor(self.scale, tile.q))
+            return q.new_empty(*q.shape[:3], v.shape[-1]).transpose(1, 2)[..., : tile.v.shape[-1]], q.new_empty(
+                tile.q.shape[:3], dtype=torch.float32
+            )
+        found = ops().memory_efficient_attention_forward_requires_grad(
+            q, k, v, self._mask(tile), 0.0, factor(self.scale, tile.q)
+        )
         out, lse = found[0].transpose(1, 2)[..., : tile.v.shape[-1]], found[1][..., : q.shape[1]]
         return out, lse_of(tile, lse)
 

@@ -21,13 +21,17 @@ KEY_SIDE = ("key", "value")  # of what is attended alone, which may come from an
 class Attention(nn.Module):
     """o(core(q(x), k(x), v(x), ...)), [batch, n, dim] -> [batch, n, dim].
 
-    The core declares which projections it eats; each becomes a Linear site with the role `attn.<projection>`. This layer
-    knows no attention kind. Slots, all optional:
+    The core declares which projections it eats; each becomes a Linear site with the role `attn.<projection>`. This
+    layer knows no attention kind. Slots, all optional:
 
-    bias, out_bias: of the projections and of the output. kv_heads: fewer heads on the key side, each shared by heads / kv_heads query
-    heads (grouped queries, Ainslie et al. 2023, arXiv:2305.13245). rotary: turns what is compared. qk_norm: eps of an RMSNorm over each
-    head of what is compared, before it is turned. source_dim: width of the source in cross-attention. value_dim: width of a
-    value head where it differs from `context.head_dim`. out_dim: width of the result, dim when None, 0 for the heads side by side.
+    bias, out_bias: of the projections and of the output.
+    kv_heads: fewer heads on the key side, each shared by heads / kv_heads query heads (grouped queries, Ainslie et
+        al. 2023, arXiv:2305.13245).
+    rotary: turns what is compared.
+    qk_norm: eps of an RMSNorm over each head of what is compared, before it is turned.
+    source_dim: width of the source in cross-attention.
+    value_dim: width of a value head where it differs from `context.head_dim`.
+    out_dim: width of the result, dim when None, 0 for the heads side by side.
     """
 
     def __init__(
@@ -63,12 +67,25 @@ class Attention(nn.Module):
         inner = context.heads * value_dim
         self.o = None
         if out_dim != 0:
-            self.o = Linear(inner, out_dim or dim, bias=bias if out_bias is None else out_bias, role="attn.o", layer=context.layer)
+            self.o = Linear(
+                inner, out_dim or dim, bias=bias if out_bias is None else out_bias, role="attn.o", layer=context.layer
+            )
             self.o.heads = context.heads
-        self.memory = MemorySite(self.kv_heads, context.head_dim, value_dim=value_dim, role="attn.memory", layer=context.layer)
+        self.memory = MemorySite(
+            self.kv_heads, context.head_dim, value_dim=value_dim, role="attn.memory", layer=context.layer
+        )
 
-    def forward(self, x: Tensor, mask: Mask, *, source: Tensor | None = None, cache: Cache | None = None, rows: Tensor | None = None) -> Tensor:
-        """source [batch, s, source_dim]: what is attended in cross-attention; mask then speaks of it. cache: of a causal model that decodes.
+    def forward(
+        self,
+        x: Tensor,
+        mask: Mask,
+        *,
+        source: Tensor | None = None,
+        cache: Cache | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """source [batch, s, source_dim]: what is attended in cross-attention; mask then speaks of it. cache: of a
+        causal model that decodes.
         rows [batch, r]: the positions whose output is wanted, [batch, r, dim]; None for all."""
         if source is not None:
             self._check_crosses()
@@ -76,7 +93,15 @@ class Attention(nn.Module):
         with calling(context := HookContext(valid, mask, x, self.keys_values)):
             return self._attended(x, mask, source, cache, rows, context)
 
-    def _attended(self, x: Tensor, mask: Mask, source: Tensor | None, cache: Cache | None, rows: Tensor | None, context: HookContext) -> Tensor:
+    def _attended(
+        self,
+        x: Tensor,
+        mask: Mask,
+        source: Tensor | None,
+        cache: Cache | None,
+        rows: Tensor | None,
+        context: HookContext,
+    ) -> Tensor:
         core = self.core
         memory, gated = self.remembered(context)
         used = core.uses(mask)
@@ -87,7 +112,10 @@ class Attention(nn.Module):
         where = rows if core.gives_rows else None
         if where is not None:
             sides = core.projections.values()
-            projected = [q if q is None or side != "query" else rows_of(q, where) for q, side in zip(projected, sides, strict=True)]
+            projected = [
+                q if q is None or side != "query" else rows_of(q, where)
+                for q, side in zip(projected, sides, strict=True)
+            ]
         given: dict[str, Any] = {"mask": mask} if memory is None else {"mask": mask, "memory": memory}
         if where is not None:
             heads = core.rows(where, *projected, **given)  # type: ignore[arg-type]
@@ -116,10 +144,13 @@ class Attention(nn.Module):
 
     def _check_crosses(self) -> None:
         if not self.core.crosses:
-            raise IncompatibleError(f"attention {self.core.name!r} attends within one sequence only; use 'full' for cross-attention")
+            raise IncompatibleError(
+                f"attention {self.core.name!r} attends within one sequence only; use 'full' for cross-attention"
+            )
 
     def project(self, name: str, x: Tensor, mask: Mask) -> Tensor:
-        """One projection, [batch, heads, n, head_dim]: normalised and turned where it is compared, repeated where its heads are grouped."""
+        """One projection, [batch, heads, n, head_dim]: normalised and turned where it is compared, repeated where its
+        heads are grouped."""
         turned = self.core.projections[name] != "value" and (self.rotary is not None or name in self.norms)
         linear = getattr(self, name)
         flat = linear(x) if turned else self.core.project(name, x, linear, mask)
@@ -130,19 +161,25 @@ class Attention(nn.Module):
         if turned and self.rotary is not None:
             rotary, positions = self.rotary, mask.positions
             if positions is None:
-                raise IncompatibleError("rotary positions need mask.positions; call the model rather than the block, or give them")
+                raise IncompatibleError(
+                    "rotary positions need mask.positions; call the model rather than the block, or give them"
+                )
             angles = mask.memo(rotary, lambda: rotary.angles(positions))
             heads = rotate(heads, *angles)
         return self._grouped(heads)
 
     def keys_values(self, rows: Tensor) -> KeysValues:
-        """What this layer's projections make of rows [..., r, source_dim]: keys [..., kv_heads, r, head_dim] and values, not rotated."""
-        names = [next(name for name, side in self.core.projections.items() if what in side) for what in ("key", "value")]
+        """What this layer's projections make of rows [..., r, source_dim]: keys [..., kv_heads, r, head_dim] and
+        values, not rotated."""
+        names = [
+            next(name for name, side in self.core.projections.items() if what in side) for what in ("key", "value")
+        ]
         found = [rearrange(getattr(self, name)(rows), "... r (h d) -> ... h r d", h=self.heads(name)) for name in names]
         return self.norms[names[0]](found[0]) if names[0] in self.norms else found[0], found[1]
 
     def remembered(self, context: HookContext) -> tuple[KeysValues | None, list[Memory]]:
-        """Keys and values of the memory site that join the softmax, one for each query head, and those with a softmax of their own."""
+        """Keys and values of the memory site that join the softmax, one for each query head, and those with a softmax
+        of their own."""
         memory, gated = self.memory(context)
         if memory is None:
             return None, gated

@@ -53,25 +53,34 @@ class Slots:
 def attention_layer(slots: Slots, attention: Spec, context: Context) -> Attention:
     """The attention layer that these slots ask for."""
     return Attention(
-        slots.dim, attention, context, bias=slots.attn_bias, out_bias=slots.attn_out_bias, kv_heads=slots.kv_heads, rotary=slots.rotary,
-        qk_norm=slots.eps if slots.qk_norm else None, value_dim=slots.value_dim or None,
+        slots.dim, attention, context, bias=slots.attn_bias, out_bias=slots.attn_out_bias, kv_heads=slots.kv_heads,
+        rotary=slots.rotary, qk_norm=slots.eps if slots.qk_norm else None, value_dim=slots.value_dim or None,
     )  # fmt: skip
 
 
 def feed_forward(slots: Slots, context: Context) -> FeedForward | Experts:
     """The feed-forward that these slots ask for, or several of them behind a router."""
     made = [
-        FeedForward(slots.dim, slots.mlp, slots.activation, context.layer, gated=slots.gated, bias=slots.mlp_bias, chunk=slots.mlp_chunk)
+        FeedForward(
+            slots.dim,
+            slots.mlp,
+            slots.activation,
+            context.layer,
+            gated=slots.gated,
+            bias=slots.mlp_bias,
+            chunk=slots.mlp_chunk,
+        )
         for _ in range(max(1, slots.experts))
     ]
     return Experts(made, slots.dim, slots.router, causal=context.causal) if slots.experts else made[0]
 
 
 class Block(nn.Module):
-    """x <- x + attn(x); x <- x + mlp(x), with the norm after the sum (BERT, "post") or before the sub-layer (GPT-2, "pre").
+    """x <- x + attn(x); x <- x + mlp(x), with the norm after the sum (BERT, "post") or before the sub-layer (GPT-2,
+    "pre").
 
-    Slots are filled or absent: `attn_norm` and `mlp_norm` exist once, on the side that `norm` says. `attend` and `feed` are the two
-    sub-layers without their residual, for a residual of another form.
+    Slots are filled or absent: `attn_norm` and `mlp_norm` exist once, on the side that `norm` says. `attend` and `feed`
+    are the two sub-layers without their residual, for a residual of another form.
     """
 
     shows_mask = True  # the hooks at its sites are given the mask of the batch
@@ -119,7 +128,8 @@ class Block(nn.Module):
 
     @property
     def positionwise(self) -> bool:
-        """Whether what is hung here, and the router of experts, computes each position by itself, so that some can be left out."""
+        """Whether what is hung here, and the router of experts, computes each position by itself, so that some can be
+        left out."""
         if isinstance(self.mlp, Experts) and not self.mlp.positionwise:
             return False
         hung = [module for part in self.modules() if isinstance(part, Site) for module in part.hung()]

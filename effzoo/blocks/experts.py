@@ -1,9 +1,10 @@
-"""Several feed-forwards in place of one, of which a router chooses for each token: the parameters of many at the arithmetic of few.
+"""Several feed-forwards in place of one, of which a router chooses for each token: the parameters of many at the
+arithmetic of few.
 
     y(x) = sum_i w_i(x) E_i(x),   over the experts that the router sends x to
 
-Shazeer et al. 2017, arXiv:1701.06538, section 2; in transformers: Lepikhin et al. 2020, GShard, arXiv:2006.16668, section 2.2, and Fedus et al. 2021,
-Switch transformers, arXiv:2101.03961, section 2.
+Shazeer et al. 2017, arXiv:1701.06538, section 2; in transformers: Lepikhin et al. 2020, GShard, arXiv:2006.16668,
+section 2.2, and Fedus et al. 2021, Switch transformers, arXiv:2101.03961, section 2.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ _collected: ContextVar[list[Tensor] | None] = ContextVar("_collected", default=N
 
 
 class Experts(nn.Module):
-    """sum_i w_i(x) E_i(x), [batch, n, dim] -> [batch, n, dim]; what the router drops, and padding, becomes 0 and keeps its residual alone.
+    """sum_i w_i(x) E_i(x), [batch, n, dim] -> [batch, n, dim]; what the router drops, and padding, becomes 0 and keeps
+    its residual alone.
 
-    experts: feed-forwards with the same roles, so that methods hang on all of them. router: a spec of `effzoo.routing`, whose parameters belong to
-    the base. causal: refuse routers that look at later tokens. Tokens are put in the order of their experts, each expert computes its own in one
-    piece, and the results are added back where they belong: no expert computes a token that it does not see, but while a straight-through router
-    learns, whose gradient asks what the others would have made of it. While gradients are recorded, an expert without tokens is called all the
-    same: then it has gradients, of 0, as in the other processes of several.
+    experts: feed-forwards with the same roles, so that methods hang on all of them.
+    router: a spec of `effzoo.routing`, whose parameters belong to the base.
+    causal: refuse routers that look at later tokens. Tokens are put in the order of their experts, each expert
+        computes its own in one piece, and the results are added back where they belong: no expert computes a token
+        that it does not see, but while a straight-through router learns, whose gradient asks what the others would
+        have made of it. While gradients are recorded, an expert without tokens is called all the same: then it has
+        gradients, of 0, as in the other processes of several.
 
     Raises IncompatibleError for routers that read tasks, and for those that a causal model cannot have.
     """
@@ -44,18 +48,21 @@ class Experts(nn.Module):
         self.router: Router = create(router, dim, len(experts))
         if self.router.reads != "tokens":
             raise IncompatibleError(
-                f"router {self.router.name!r} reads the number of a task, and the experts of a feed-forward are chosen for tokens; use 'switch' or "
+                f"router {self.router.name!r} reads the number of a task, and the experts of a feed-forward are "
+                "chosen for tokens; use 'switch' or "
                 f"'top_k', or route adapters by task (peft=\"routed[router='{self.router.name}', ...]\")"
             )
         if causal and not self.router.alone:
             raise IncompatibleError(
-                f"router {self.router.name!r} chooses among all tokens, later ones as well, so a causal model would see what it is to predict; use "
+                f"router {self.router.name!r} chooses among all tokens, later ones as well, so a causal model would "
+                "see what it is to predict; use "
                 "'switch', 'top_k' or 'base'"
             )
         self.experts = nn.ModuleList(experts)
 
     def forward(self, x: Tensor, valid: Tensor | None = None, mask: Mask | None = None) -> Tensor:
-        """valid bool[batch, n]: where a token is, None for everywhere. mask: of the batch, which remembers choices for when they are made again."""
+        """valid bool[batch, n]: where a token is, None for everywhere. mask: of the batch, which remembers choices for
+        when they are made again."""
         flat = rearrange(x, "b n d -> (b n) d")
         here = None if valid is None else valid.reshape(-1).nonzero()[:, 0]
         routing = self._as_before(self.router(flat if here is None else flat[here]), mask)
@@ -63,7 +70,11 @@ class Experts(nn.Module):
         at = token if here is None else here[token]
         with made_again():
             parts = torch.split(flat.index_select(0, at), counts)
-        outs = [each(part[None])[0] for each, part in zip(self.experts, parts, strict=True) if len(part) or torch.is_grad_enabled()]
+        outs = [
+            each(part[None])[0]
+            for each, part in zip(self.experts, parts, strict=True)
+            if len(part) or torch.is_grad_enabled()
+        ]
         if routing.loss is not None and (losses := _collected.get()) is not None:
             losses.append(routing.loss)
         if not outs:
@@ -73,14 +84,18 @@ class Experts(nn.Module):
         return y.new_zeros(flat.shape).index_add(0, at, y).view(x.shape)
 
     def dense(self, x: Tensor) -> Tensor:
-        """The definition, for x [batch, n, dim] without padding: every expert computes every token, most of it for a weight of 0."""
+        """The definition, for x [batch, n, dim] without padding: every expert computes every token, most of it for a
+        weight of 0."""
         weights = rearrange(self.router(rearrange(x, "b n d -> (b n) d")).weights, "(b n) e -> e b n 1", b=len(x))
-        return torch.stack([weight * expert(x) for weight, expert in zip(weights, self.experts, strict=True)]).sum(dim=0)
+        return torch.stack([weight * expert(x) for weight, expert in zip(weights, self.experts, strict=True)]).sum(
+            dim=0
+        )
 
     @property
     def positionwise(self) -> bool:
         """Whether what a position becomes, and the loss, follow from that position alone."""
-        alone = not self.training or (self.router.dense and not self.router.weighted)  # in training others take places, and losses are means
+        # in training others take places, and losses are means
+        alone = not self.training or (self.router.dense and not self.router.weighted)
         return self.router.alone and alone
 
     def _sent(self, routing: Routing) -> tuple[Tensor, Tensor, list[int]]:
@@ -91,17 +106,19 @@ class Experts(nn.Module):
             return every[0].repeat_interleave(tokens), every[1].repeat(experts), [tokens] * experts
         if _without_values(routing.sent):
             raise IncompatibleError(
-                f"how many tokens each expert gets depends on the values that router {self.router.name!r} scores, and here a model runs on shapes "
+                f"how many tokens each expert gets depends on the values that router {self.router.name!r} scores, "
+                "and here a model runs on shapes "
                 "alone; run it for real, or use a router for which every expert sees every token ('soft', 'uniform')"
             )
         expert, token = routing.sent.t().nonzero(as_tuple=True)
         return expert, token, cast("list[int]", routing.sent.sum(dim=0).tolist())
 
     def _as_before(self, routing: Routing, mask: Mask | None) -> Routing:
-        """The routing; where this batch is computed again (reversible residuals, checkpoints), with the choices of the first time.
+        """The routing; where this batch is computed again (reversible residuals, checkpoints), with the choices of the
+        first time.
 
-        Inputs that are computed back are rounded, so a choice between near scores could be another one. Such a token keeps the weights that it had,
-        and its scores get no gradient from them.
+        Inputs that are computed back are rounded, so a choice between near scores could be another one. Such a token
+        keeps the weights that it had, and its scores get no gradient from them.
         """
         if mask is None or mask.decisions is None:
             return routing
@@ -112,7 +129,8 @@ class Experts(nn.Module):
 
 @contextmanager
 def balancing(losses: list[Tensor]) -> Iterator[None]:
-    """Add the losses of routers that compute meanwhile to a list; a backward pass that computes them once more adds nothing."""
+    """Add the losses of routers that compute meanwhile to a list; a backward pass that computes them once more adds
+    nothing."""
     token = _collected.set(losses)
     try:
         yield

@@ -23,11 +23,22 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class FeedForward(nn.Module):
     """W_down act(W_up x + b_up) + b_down, [..., dim] -> [..., dim] through [..., mlp].
 
-    gated: W_down (act(W_gate x) * W_up x) instead (Shazeer 2020, arXiv:2002.05202). chunk: so many positions at a time, 0 for all at once: the
-    hidden units of one chunk alone are held (Kitaev et al. 2020, section 3); the result is the same.
+    gated: W_down (act(W_gate x) * W_up x) instead (Shazeer 2020, arXiv:2002.05202).
+    chunk: so many positions at a time, 0 for all at once: the hidden units of one chunk alone are held (Kitaev et
+        al. 2020, section 3); the result is the same.
     """
 
-    def __init__(self, dim: int, mlp: int, activation: str, layer: int | None, *, gated: bool = False, bias: bool = True, chunk: int = 0):
+    def __init__(
+        self,
+        dim: int,
+        mlp: int,
+        activation: str,
+        layer: int | None,
+        *,
+        gated: bool = False,
+        bias: bool = True,
+        chunk: int = 0,
+    ):
         super().__init__()
         self.gate = Linear(dim, mlp, bias=bias, role="mlp.gate", layer=layer) if gated else None
         self.up = Linear(dim, mlp, bias=bias, role="mlp.up", layer=layer)

@@ -1,4 +1,5 @@
-"""Rotary positions: queries and keys are turned by an angle that grows with the position (Su et al. 2021, arXiv:2104.09864, section 3.2)."""
+"""Rotary positions: queries and keys are turned by an angle that grows with the position (Su et al. 2021,
+arXiv:2104.09864, section 3.2)."""
 
 from __future__ import annotations
 
@@ -14,16 +15,21 @@ from effzoo.annotations import SMALLEST, Range, problem
 from effzoo.errors import OptionError
 
 Scaling = Annotated[float, Range(SMALLEST, 1e9)]
-_SCALING = {"linear": {"factor"}, "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}}
+_SCALING = {
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """Turns the pair (x_j, x_{j + d/2}) of a head at position p by the angle p theta^(-2j/d), so that q_i . k_j depends on i - j alone.
+    """Turns the pair (x_j, x_{j + d/2}) of a head at position p by the angle p theta^(-2j/d), so that q_i . k_j depends
+    on i - j alone.
 
-    theta: base of the frequencies. scaling: None, {"type": "linear", "factor": f} (positions divided by f, Chen et al. 2023,
-    arXiv:2306.15595), or {"type": "llama3", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, which divides
-    low frequencies only, with a smooth passage (Llama 3.1, as published in its configuration).
+    theta: base of the frequencies.
+    scaling: None, {"type": "linear", "factor": f} (positions divided by f, Chen et al. 2023, arXiv:2306.15595), or
+        {"type": "llama3", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+        which divides low frequencies only, with a smooth passage (Llama 3.1, as published in its configuration).
     """
 
     head_dim: int
@@ -38,12 +44,17 @@ class Rotary:
             kind = given.pop("type", None)
             if not isinstance(kind, str) or kind not in _SCALING or set(given) != _SCALING[kind]:
                 known = "; ".join(f"type={name!r} with {', '.join(sorted(keys))}" for name, keys in _SCALING.items())
-                raise OptionError(f"rotary scaling is {known}; got type={kind!r} with {', '.join(sorted(given)) or 'nothing'}")
+                raise OptionError(
+                    f"rotary scaling is {known}; got type={kind!r} with {', '.join(sorted(given)) or 'nothing'}"
+                )
             for name, value in given.items():
                 if wrong := problem(value, Scaling):
                     raise OptionError(f"rotary scaling: {name} {wrong}")
             if kind == "llama3" and given["low_freq_factor"] == given["high_freq_factor"]:
-                raise OptionError("rotary scaling: low_freq_factor and high_freq_factor differ, between them the frequencies pass smoothly")
+                raise OptionError(
+                    "rotary scaling: low_freq_factor and high_freq_factor differ, between them the "
+                    "frequencies pass smoothly"
+                )
 
     @classmethod
     def of(cls, head_dim: int, theta: float, scaling: Mapping[str, Any]) -> Rotary:
@@ -59,7 +70,8 @@ class Rotary:
         slow = frequency / scaling["factor"]
         if scaling["type"] == "linear":
             return slow
-        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)  # over the length of pretraining
+        # over the length of pretraining
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         smooth = ((turns - low) / (high - low)).clamp(0, 1)
         return (1 - smooth) * slow + smooth * frequency

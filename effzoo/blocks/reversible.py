@@ -1,10 +1,13 @@
-"""Reversible residuals: two streams whose inputs are computed back from their outputs, so that no activation of a block is stored.
+"""Reversible residuals: two streams whose inputs are computed back from their outputs, so that no activation of a block
+is stored.
 
     y1 = x1 + attend(norm(x2)),  y2 = x2 + feed(norm(y1))        forward
     x2 = y2 - feed(norm(y1)),    x1 = y1 - attend(norm(x2))      backward, each sub-layer computed once more
 
-Gomez et al. 2017, arXiv:1707.04585, section 3.2; in a transformer: Kitaev et al. 2020, Reformer, arXiv:2001.04451, section 3.
-Activation memory does not grow with depth. `two_streams` is the plain twin, which stores everything; tests hold the two equal.
+Gomez et al. 2017, arXiv:1707.04585, section 3.2; in a transformer: Kitaev et al. 2020, Reformer, arXiv:2001.04451,
+section 3.
+Activation memory does not grow with depth. `two_streams` is the plain twin, which stores everything; tests hold the two
+equal.
 """
 
 from __future__ import annotations
@@ -35,15 +38,20 @@ def two_streams(blocks: Sequence[Block], x: Tensor, mask: Mask, cache: Cache | N
 def reversible(blocks: Sequence[Block], x: Tensor, mask: Mask) -> Tensor:
     """`two_streams` with activations of one sub-layer at a time, in the backward pass alone.
 
-    Every trainable parameter of the blocks is an input of the autograd function, so that adapters train above frozen embeddings too and
-    the hooks of data parallel training see them. Dropout and autocast are replayed. Raises IncompatibleError in the backward pass when a
-    block uses a trainable tensor that is no parameter of a block: its gradient would be lost.
+    Every trainable parameter of the blocks is an input of the autograd function, so that adapters train above frozen
+    embeddings too and the hooks of data parallel training see them. Dropout and autocast are replayed. Raises
+    IncompatibleError in the backward pass when a block uses a trainable tensor that is no parameter of a block: its
+    gradient would be lost.
     """
     parameters = list(dict.fromkeys(p for block in blocks for p in block.parameters() if p.requires_grad))
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not (parameters or x.requires_grad):
         return two_streams(blocks, x, mask)
     first = second = x
-    frozen = 0 if x.requires_grad else next(i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters()))
+    frozen = (
+        0
+        if x.requires_grad
+        else next(i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters()))
+    )
     for attend, feed in _sublayers(blocks[:frozen], mask, None):  # nothing to learn here, so nothing to compute back
         first = first + attend(second)
         second = second + feed(first)
@@ -87,7 +95,11 @@ class _Reversible(torch.autograd.Function):
             before.append(_Random(x))
             second = second + feed(first)
         ctx.sublayers, ctx.states, ctx.parameters = sublayers, before, parameters
-        ctx.autocast = (x.device.type, torch.get_autocast_dtype(x.device.type), torch.is_autocast_enabled(x.device.type))
+        ctx.autocast = (
+            x.device.type,
+            torch.get_autocast_dtype(x.device.type),
+            torch.is_autocast_enabled(x.device.type),
+        )
         ctx.save_for_backward(first, second)
         return first, second
 
@@ -107,9 +119,15 @@ class _Reversible(torch.autograd.Function):
 
 
 def _again(
-    sublayer: SubLayer, x: Tensor, grad: Tensor, state: _Random, parameters: Sequence[Tensor], found: dict[Tensor, Tensor]
+    sublayer: SubLayer,
+    x: Tensor,
+    grad: Tensor,
+    state: _Random,
+    parameters: Sequence[Tensor],
+    found: dict[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Compute a sub-layer once more: its output and the gradient of its input; the parameters' gradients are added to `found`."""
+    """Compute a sub-layer once more: its output and the gradient of its input; the parameters' gradients are added to
+    `found`."""
     x = x.detach().requires_grad_()
     with torch.enable_grad(), state.replayed():
         added = sublayer(x)
@@ -119,7 +137,8 @@ def _again(
     used = [p for p in parameters if id(p) in leaves]
     if len(leaves) > len(used) + (id(x) in leaves):
         raise IncompatibleError(
-            "a reversible block uses a trainable tensor that is no parameter of its own, so its gradient would be lost; "
+            "a reversible block uses a trainable tensor that is no parameter of its own, so its gradient would be "
+            "lost; "
             "register it in the block, or build the model with residual='plain'"
         )
     grad_x, *grads = torch.autograd.grad(added, [x, *used], grad.to(added.dtype), allow_unused=True)

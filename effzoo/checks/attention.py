@@ -1,4 +1,5 @@
-"""What every attention kind must hold on its own, the specific before the general: the first red line is then the one that explains most."""
+"""What every attention kind must hold on its own, the specific before the general: the first red line is then the one
+that explains most."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What an attention kind costs, counted and not timed: how memory and arithmetic grow with the length, against the `cost` it declares."""
+"""What an attention kind costs, counted and not timed: how memory and arithmetic grow with the length, against the
+`cost` it declares."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 @dataclass
 class Cost:
-    """What one forward and backward pass took. Entries are elements of a tensor's storage, so a view or an expanded tensor costs nothing."""
+    """What one forward and backward pass took. Entries are elements of a tensor's storage, so a view or an expanded
+    tensor costs nothing."""
 
     largest: int = 0  # entries of the largest tensor that an operation made
     where: str = ""  # that operation
@@ -78,7 +80,8 @@ def declared_exponent(cost: str) -> int:
 
 
 def measure(subject: Subject, n: int, *, causal: bool = False, dropout: float = 0.0) -> Cost:
-    """One forward and backward pass in float32 over n positions, with padding and a few global tokens, in a core built for this length."""
+    """One forward and backward pass in float32 over n positions, with padding and a few global tokens, in a core built
+    for this length."""
     core = subject.core(causal=causal, dropout=dropout, max_length=n).float().train(dropout > 0)
     place = torch.arange(n)[None]
     mask = Mask(place < n - 3, (place == 0) | (place == n // 2) if core.knows_globals() else None)
@@ -102,8 +105,8 @@ def measure(subject: Subject, n: int, *, causal: bool = False, dropout: float = 
 def cost_grows_as_declared(subject: Subject) -> None:
     """The largest tensor, what autograd keeps and the work grow with the length as the declared cost says
 
-    `effzoo.checks.cost.measure(subject, n)` with `subject = effzoo.checks.attention.Subject.of(NAME)` counts one pass, and names the operation
-    that made the largest tensor.
+    `effzoo.checks.cost.measure(subject, n)` with `subject = effzoo.checks.attention.Subject.of(NAME)` counts one pass,
+        and names the operation that made the largest tensor.
     """
     declared = declared_exponent(subject.cls.cost)
     short, long = (1024, 4096) if declared == 1 else (256, 1024)
@@ -118,7 +121,8 @@ def cost_grows_as_declared(subject: Subject) -> None:
                 if cost.largest >= n * n:
                     size = f"{cost.largest:,} entries at n = {n}, at least n x n = {n * n:,}"
                     raise Failed(
-                        f"{where}: {cost.where} makes a tensor of {size}, but the cost is {subject.cls.cost!r}; a mask or scores are written out "
+                        f"{where}: {cost.where} makes a tensor of {size}, but the cost is {subject.cls.cost!r}; a "
+                        "mask or scores are written out "
                         "for all pairs: build them in tiles, or declare cost = 'n^2'"
                     )
         for what, exponent in small.growth(large, long / short).items():
@@ -126,6 +130,7 @@ def cost_grows_as_declared(subject: Subject) -> None:
                 numbers = f"n^{exponent:.2f} from n = {short} to {long}"
                 at = f" (the largest is made by {large.where})" if what == "the largest tensor" else ""
                 raise Failed(
-                    f"{where}: {what} grows as {numbers}{at}, but the cost {subject.cls.cost!r} says n^{declared}; something runs over all pairs "
+                    f"{where}: {what} grows as {numbers}{at}, but the cost {subject.cls.cost!r} says n^{declared}; "
+                    "something runs over all pairs "
                     "of positions, or a width grows with n: declare that, or bound it by an option"
                 )

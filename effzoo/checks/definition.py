@@ -1,4 +1,5 @@
-"""An attention kind against what it says of itself: projections, shapes, lengths, and the dense definition that it must equal."""
+"""An attention kind against what it says of itself: projections, shapes, lengths, and the dense definition that it must
+equal."""
 
 from __future__ import annotations
 
@@ -13,7 +14,20 @@ from torch.autograd.gradcheck import GradcheckError, gradcheck
 from effzoo.attention.core import AttentionCore, Mask
 from effzoo.checks.declared import check_docstring, check_options, check_signature
 from effzoo.checks.runner import Failed, close, needs
-from effzoo.checks.subject import BATCH, HEADS, LENGTHS, WIDTH, Subject, draw, gradients, live, masks, padding, same_as_definition, some_global
+from effzoo.checks.subject import (
+    BATCH,
+    HEADS,
+    LENGTHS,
+    WIDTH,
+    Subject,
+    draw,
+    gradients,
+    live,
+    masks,
+    padding,
+    same_as_definition,
+    some_global,
+)
 from effzoo.registry import attention as registry
 
 
@@ -26,7 +40,11 @@ def declares_itself(subject: Subject) -> None:
     check_docstring(subject.cls)
     for method in ("forward", "step", "dense", "project"):
         check_signature(subject.cls, method)
-    if not any("cost" in vars(parent) for parent in subject.cls.__mro__ if issubclass(parent, AttentionCore) and parent is not AttentionCore):
+    if not any(
+        "cost" in vars(parent)
+        for parent in subject.cls.__mro__
+        if issubclass(parent, AttentionCore) and parent is not AttentionCore
+    ):
         raise Failed(f"{subject.cls.__qualname__} does not say its cost; write for example cost = 'n * window'")
 
 
@@ -42,7 +60,9 @@ def projections_match(subject: Subject) -> None:
         for mask in (Mask(), Mask(is_global=some_global(7))) if subject.cls.knows_globals() else (Mask(),):
             used = core.uses(mask)
             if tuple(name for name in declared if name in used) != tuple(used):
-                raise Failed(f"uses(mask) names {list(used)}; return some of the declared {list(declared)}, in the same order")
+                raise Failed(
+                    f"uses(mask) names {list(used)}; return some of the declared {list(declared)}, in the same order"
+                )
 
 
 def _match(cls: type[AttentionCore], method: str, declared: Sequence[str]) -> None:
@@ -54,21 +74,30 @@ def _match(cls: type[AttentionCore], method: str, declared: Sequence[str]) -> No
     missing = [name for name in wanted if name not in (p.name for p in parameters)]
     if missing:
         raise Failed(f"{method} takes no {missing[0]!r}; its keywords are mask and memory (past as well in step)")
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in ("mask", "memory", "past")]
+    places = [
+        p
+        for p in parameters
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in ("mask", "memory", "past")
+    ]
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return
     taken = [p.name for p in places]
     absent = [name for name in declared if name not in taken]
     if absent:
-        raise Failed(f"{absent[0]!r} is declared in `projections`, but {method} takes {taken}; add it to {method}, or take it out of `projections`")
+        raise Failed(
+            f"{absent[0]!r} is declared in `projections`, but {method} takes {taken}; add it to {method}, "
+            "or take it out of `projections`"
+        )
     extra = [p.name for p in places if p.name not in declared and p.default is p.empty]
     if extra:
         raise Failed(
-            f"{method} takes {extra[0]!r}, which `projections` {list(declared)} lacks, so the layer builds none; name it there, or give it a default"
+            f"{method} takes {extra[0]!r}, which `projections` {list(declared)} lacks, so the layer builds none; "
+            "name it there, or give it a default"
         )
     if taken[: len(declared)] != list(declared):
         raise Failed(
-            f"{method} takes {taken[: len(declared)]} where `projections` says {list(declared)}; the layer passes them by place: use one order"
+            f"{method} takes {taken[: len(declared)]} where `projections` says {list(declared)}; the layer passes "
+            "them by place: use one order"
         )
 
 
@@ -84,18 +113,27 @@ def shape_and_dtype(subject: Subject) -> None:
             out = core.to(dtype)(*inputs, mask=Mask())
             wanted = (BATCH, HEADS, 31, WIDTH)
             if out.shape != wanted or out.dtype != dtype:
-                raise Failed(f"{where}: {out.dtype} of shape {tuple(out.shape)} came out for {dtype} of shape {wanted}; return the latter")
+                raise Failed(
+                    f"{where}: {out.dtype} of shape {tuple(out.shape)} came out for {dtype} of shape "
+                    f"{wanted}; return the latter"
+                )
             for tensor in (out, *gradients(out, live(inputs))):
                 close(
-                    f"{where}, {dtype}: output or gradient", tensor, tensor, 0.0, "mask with -inf or torch.finfo(dtype).min: -1e9 overflows float16"
+                    f"{where}, {dtype}: output or gradient",
+                    tensor,
+                    tensor,
+                    0.0,
+                    "mask with -inf or torch.finfo(dtype).min: -1e9 overflows float16",
                 )
 
 
 @needs("shape_and_dtype")
 def runs_under_autocast(subject: Subject) -> None:
-    """Under autocast, with bfloat16 projections and own parameters in float32, the output is the float64 one to bfloat16 accuracy
+    """Under autocast, with bfloat16 projections and own parameters in float32, the output is the float64 one to
+    bfloat16 accuracy
 
-    `with torch.autocast("cpu", torch.bfloat16): core(*bfloat16_inputs, mask=mask)`, and print the dtypes after each line.
+    `with torch.autocast("cpu", torch.bfloat16): core(*bfloat16_inputs, mask=mask)`, and print the dtypes after each
+        line.
     """
     for where, core in subject.cores():
         for what, given in masks(core, 31):
@@ -106,11 +144,21 @@ def runs_under_autocast(subject: Subject) -> None:
                 out = core.float()(*inputs, mask=Mask(**given))
             if out.dtype != torch.bfloat16:
                 raise Failed(
-                    f"{where}{what}: {out.dtype} came out of bfloat16 under autocast; cast own parameters to q.dtype where they meet the inputs"
+                    f"{where}{what}: {out.dtype} came out of bfloat16 under autocast; cast own parameters to q.dtype "
+                    "where they meet the inputs"
                 )
             gradients(out, live(inputs))
-            advice = "keep softmax statistics and discrete choices (hashes, sorts) in float32, and cast own parameters to q.dtype"
-            close(f"{where}{what}: the output under autocast", out.detach().double(), expected, 0.05 * float(1 + expected.abs().max()), advice)
+            advice = (
+                "keep softmax statistics and discrete choices (hashes, sorts) in float32, and cast own "
+                "parameters to q.dtype"
+            )
+            close(
+                f"{where}{what}: the output under autocast",
+                out.detach().double(),
+                expected,
+                0.05 * float(1 + expected.abs().max()),
+                advice,
+            )
 
 
 @needs("shape_and_dtype")
@@ -124,20 +172,31 @@ def every_length(subject: Subject) -> None:
             inputs = draw(core, n, Mask())
             out = core(*inputs, mask=Mask())
             if out.shape[2] != n:
-                raise Failed(f"{where}: {out.shape[2]} rows came out for n = {n}; cut the padding to a block multiple off again")
+                raise Failed(
+                    f"{where}: {out.shape[2]} rows came out for n = {n}; cut the padding to a block multiple off again"
+                )
             for tensor in (out, *gradients(out, live(inputs))):
-                close(f"{where}, n = {n}: output or gradient", tensor, tensor, 0.0, "mask with care where a block holds no key")
+                close(
+                    f"{where}, n = {n}: output or gradient",
+                    tensor,
+                    tensor,
+                    0.0,
+                    "mask with care where a block holds no key",
+                )
 
 
 @needs("every_length")
 def equals_definition(subject: Subject) -> None:
     """Output and gradients equal the dense definition to 1e-10
 
-    At the index of the reason, which is (batch, head, row, column), compare `core.pattern(n, mask)[batch, head, row]` with the keys that
-    forward shows to that row: feed one-hot values (`v = torch.eye(n)` in the first columns), and the output is the weights.
+    At the index of the reason, which is (batch, head, row, column), compare `core.pattern(n, mask)[batch, head, row]`
+    with the keys that forward shows to that row: feed one-hot values (`v = torch.eye(n)` in the first columns), and the
+    output is the weights.
     """
     subject.needs_definition()
-    advice = "compare `pattern` with what forward attends: window edges, the causal triangle, padding, the scale 1 / sqrt(d)"
+    advice = (
+        "compare `pattern` with what forward attends: window edges, the causal triangle, padding, the scale 1 / sqrt(d)"
+    )
     for where, core in subject.cores():
         for n in (1, 7, 31, 64):
             same_as_definition(core, n, where, advice)
@@ -149,7 +208,8 @@ def equals_definition(subject: Subject) -> None:
 def gradients_are_derivatives(subject: Subject) -> None:
     """Gradients of inputs and own parameters equal numerical derivatives (gradcheck)
 
-    `torch.autograd.gradcheck(lambda v: core(q, k, v, mask=Mask()), v)` for one input after the other; look for detach, no_grad,
+    `torch.autograd.gradcheck(lambda v: core(q, k, v, mask=Mask()), v)` for one input after the other; look for detach,
+        no_grad,
     `.data`, in-place writes, or an autograd.Function with a wrong backward.
     """
     for where, core in subject.cores():
@@ -157,7 +217,13 @@ def gradients_are_derivatives(subject: Subject) -> None:
             inputs = draw(core, 7, Mask(**given))
             here, parameters = live(inputs), dict(core.named_parameters())
 
-            def output(*tensors: Tensor, core: Any = core, given: Any = given, inputs: Any = inputs, parameters: Any = parameters) -> Tensor:
+            def output(
+                *tensors: Tensor,
+                core: Any = core,
+                given: Any = given,
+                inputs: Any = inputs,
+                parameters: Any = parameters,
+            ) -> Tensor:
                 rest = iter(tensors)
                 filled = [None if x is None else next(rest) for x in inputs]
                 own = dict(zip(parameters, rest, strict=True))
@@ -167,4 +233,6 @@ def gradients_are_derivatives(subject: Subject) -> None:
                 gradcheck(output, (*here, *parameters.values()), fast_mode=True)
             except GradcheckError as error:
                 found = " ".join(str(error).split())[:200]
-                raise Failed(f"{where}{what}, n = 7: {found}; some step of forward is not what its backward differentiates") from error
+                raise Failed(
+                    f"{where}{what}, n = 7: {found}; some step of forward is not what its backward differentiates"
+                ) from error

@@ -1,4 +1,5 @@
-"""What the checks have to know of single methods: where mathematics says that nothing is learned. A method of one's own adds an entry:
+"""What the checks have to know of single methods: where mathematics says that nothing is learned. A method of one's own
+adds an entry:
 
 effzoo.checks.facts.ZERO_GRADIENT["mine"] = {"*.bias": "the softmax behind it takes it out again"}
 """
@@ -23,14 +24,16 @@ ZERO_GRADIENT: dict[str, Mapping[str, str]] = {  # method -> pattern of role.ten
     "pals": {"*.qkv.bias": SOFTMAX},
     "ladder": {"*.attn.k*.bias": SOFTMAX},
 }
-ALIKE: dict[str, str] = {  # method -> why two modules of it may do the same at a site, so that a router over them learns nothing there
+# method -> why two modules of it may do the same at a site, so that a router over them learns nothing there
+ALIKE: dict[str, str] = {
     "head_pruning": "the gates of a layer start at the same value",
     "fish": "the entries that are trained may all lie at other sites",
 }
 
 
 def zero_gradient(method: Method) -> dict[str, str]:
-    """The patterns of role.tensor whose gradient vanishes by mathematics, each with the reason; of a mixture, those of its experts."""
+    """The patterns of role.tensor whose gradient vanishes by mathematics, each with the reason; of a mixture, those of
+    its experts."""
     if not isinstance(method, MixtureMethod):
         return dict(ZERO_GRADIENT.get(method.name, {}))
     experts = [inner for expert in method.inner for inner in expert]

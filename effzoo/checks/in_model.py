@@ -1,4 +1,5 @@
-"""What an attention kind must hold inside a model: every hook of fine-tuning reaches through it, also under checkpointing."""
+"""What an attention kind must hold inside a model: every hook of fine-tuning reaches through it, also under
+checkpointing."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def _trains(method: str, spec: str) -> Check:
                     model.gradient_checkpointing_enable()
                 if wrong := silent(model, train(model, case.batch())):
                     under = " under gradient checkpointing" if checkpointing else ""
-                    raise Failed(f"{case}, {method}{under}: {wrong}; does the output depend on every projection, differentiably?")
+                    raise Failed(
+                        f"{case}, {method}{under}: {wrong}; does the output depend on every projection, differentiably?"
+                    )
 
     check.__name__ = f"trains_{method}"
     check.__doc__ = (
@@ -53,7 +56,8 @@ def _trains(method: str, spec: str) -> Check:
 def checkpointing_is_exact(subject: Subject) -> None:
     """Gradient checkpointing gives the same gradients, dropout included
 
-    Count the calls of forward on `self` and print what differs in the second one: state, random numbers of a generator of your own.
+    Count the calls of forward on `self` and print what differs in the second one: state, random numbers of a generator
+    of your own.
     """
     for case in cases(subject):
         found = []
@@ -67,7 +71,13 @@ def checkpointing_is_exact(subject: Subject) -> None:
             again = found[1].get(name)
             if again is None:
                 raise Failed(f"{case}: {name} has a gradient without checkpointing and none with it")
-            close(f"{case}: the gradient of {name}", again, grad, 1e-12, "a forward pass that runs twice must compute the same: keep no state in it")
+            close(
+                f"{case}: the gradient of {name}",
+                again,
+                grad,
+                1e-12,
+                "a forward pass that runs twice must compute the same: keep no state in it",
+            )
 
 
 @needs("every_length")
@@ -78,7 +88,17 @@ def some_rows_alone(subject: Subject) -> None:
     """
     for case in cases(subject):
         alone, among = of_rows(case.model(), case.batch())
-        close(f"{case}: rows computed alone", alone, among, 1e-10, "`rows` is `forward` at the positions `where`; without `rows` all are computed")
+        close(
+            f"{case}: rows computed alone",
+            alone,
+            among,
+            1e-10,
+            "`rows` is `forward` at the positions `where`; without `rows` all are computed",
+        )
 
 
-CHECKS: tuple[Check, ...] = (*(_trains(method, spec) for method, spec in METHODS.items()), checkpointing_is_exact, some_rows_alone)
+CHECKS: tuple[Check, ...] = (
+    *(_trains(method, spec) for method, spec in METHODS.items()),
+    checkpointing_is_exact,
+    some_rows_alone,
+)

@@ -1,7 +1,8 @@
-"""Every fine-tuning method on every attention kind in every architecture: what works, and what is refused with which reason.
+"""Every fine-tuning method on every attention kind in every architecture: what works, and what is refused with which
+reason.
 
-Each cell is a tiny model in float64 on which one method is attached, trained for two steps, saved, loaded into a fresh base, merged where it
-can be, and detached, and the laws are looked at on the way. Driven by the registry.
+Each cell is a tiny model in float64 on which one method is attached, trained for two steps, saved, loaded into a fresh
+base, merged where it can be, and detached, and the laws are looked at on the way. Driven by the registry.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "reversible": ("bert", {"norm": "pre", "residual": "reversible"}),
     "perceiver": (
         "perceiver-io",
-        {"channels": 12, "latents": 10, "head_dim": 4, "value_dim": 8, "cross_heads": 1, "cross_head_dim": 8, "cross_value_dim": 16,
+        {"channels": 12, "latents": 10, "head_dim": 4, "value_dim": 8, "cross_heads": 1, "cross_head_dim": 8,
+        "cross_value_dim": 16,
          "decoder_head_dim": 4, "decoder_value_dim": 4},
     ),
 }  # fmt: skip
@@ -133,7 +135,8 @@ def cell(method: Tuned, kind: Kind, architecture: str) -> Cell:
 
 
 def laws(method: Tuned, one: Case) -> None:
-    """Attach, train, save, load, combine and merge or refuse to, detach; raise Failed for the first law that does not hold."""
+    """Attach, train, save, load, combine and merge or refuse to, detach; raise Failed for the first law that does not
+    hold."""
     model, batch = one.model(), one.batch()
     before, frozen = logits(model, batch), copied(base_tensors(model))
     attach(model, method.spec)
@@ -157,7 +160,9 @@ def laws(method: Tuned, one: Case) -> None:
         save_adapter(model, folder)
         other = load_adapter(one.model(), folder)
     if not torch.equal(logits(other, batch), trained):
-        raise Failed(f"saved and loaded, the output is off by {float((logits(other, batch) - trained).abs().max()):.2g}")
+        raise Failed(
+            f"saved and loaded, the output is off by {float((logits(other, batch) - trained).abs().max()):.2g}"
+        )
     mergeable = account(other).changed is not None
     if mergeable:
         aggregated(other, batch, trained)
@@ -177,7 +182,9 @@ def laws(method: Tuned, one: Case) -> None:
 def aggregated(model: torch.nn.Module, batch: dict[str, torch.Tensor], trained: torch.Tensor) -> None:
     """The sum of one adapter with weight 1 is the adapter; afterwards it alone is active again."""
     heads = {path for path, site in sites(model) if fnmatchcase(site.role, HEAD)}
-    if not any(bool(change.any()) and key.rpartition(".")[0] not in heads for key, change in delta(model, "default").items()):
+    if not any(
+        bool(change.any()) and key.rpartition(".")[0] not in heads for key, change in delta(model, "default").items()
+    ):
         return  # nothing of the network has changed: gates that are all open, or a head alone
     combine(model, {"default": 1.0}, name="combined", head="default")
     if (worst := float((logits(model, batch) - trained).abs().max())) > 1e-10:

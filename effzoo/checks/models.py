@@ -28,7 +28,8 @@ SILENT = 1e-13  # of the largest gradient: below that, a float64 gradient is rou
 
 @dataclass(frozen=True)
 class Case:
-    """One tiny model: a zoo entry and its attention, with global tokens or without. choices: other fields of its config."""
+    """One tiny model: a zoo entry and its attention, with global tokens or without. choices: other fields of its
+    config."""
 
     architecture: str
     attention: str
@@ -65,8 +66,8 @@ def _built(architecture: str, attention: str, dropout: float, choices: tuple[tup
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         model = zoo.create(
-            architecture, attention=attention, task="token_classification", num_labels=LABELS, dropout=dropout, attention_dropout=dropout,
-            **{**SIZES, **dict(choices)},
+            architecture, attention=attention, task="token_classification", num_labels=LABELS, dropout=dropout,
+            attention_dropout=dropout, **{**SIZES, **dict(choices)},
         )  # fmt: skip
         for parameter in model.parameters():  # larger than at a real start, so that attention is far from uniform
             if parameter.ndim == 2:
@@ -81,7 +82,8 @@ def forget() -> None:
 
 @torch.no_grad()
 def of_rows(model: Transformer, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The last block at two positions of each example: computed for them alone, and taken from what it computes for all."""
+    """The last block at two positions of each example: computed for them alone, and taken from what it computes for
+    all."""
     block = cast(Block, model.eval().blocks[-1])
     valid, is_global = batch["attention_mask"].bool(), batch.get("global_attention_mask")
     x = torch.randn(*valid.shape, model.config.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -98,11 +100,14 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def train(model: nn.Module, batch: dict[str, Tensor], steps: int = 3) -> dict[str, float | None]:
-    """AdamW steps with weight decay 0.1 -> the largest absolute gradient of each trainable tensor, None when it never got one."""
+    """AdamW steps with weight decay 0.1 -> the largest absolute gradient of each trainable tensor, None when it never
+    got one."""
     training.calibrate(model, [batch])
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    seen: dict[str, float | None] = {name: None for name, parameter in model.named_parameters() if parameter.requires_grad}
+    seen: dict[str, float | None] = {
+        name: None for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     for step in range(steps):
         optimizer.zero_grad()
         training.schedule(model, step / steps)
@@ -122,7 +127,8 @@ def _larger(before: float | None, now: float) -> float:
 
 
 def silent(model: nn.Module, seen: dict[str, float | None]) -> str:
-    """What is wrong with the gradients that `train` recorded: a clause that names the first tensor, or an empty string."""
+    """What is wrong with the gradients that `train` recorded: a clause that names the first tensor, or an empty
+    string."""
     if not seen:
         return "nothing is trainable"
     excused = _excused(model)
@@ -134,7 +140,9 @@ def silent(model: nn.Module, seen: dict[str, float | None]) -> str:
     ):
         wrong = [name for name, value in seen.items() if name not in excused and holds(value)]
         if wrong:
-            return f"{len(wrong)} of {len(seen)} trainable tensors got {problem} in three steps, the first is {wrong[0]}"
+            return (
+                f"{len(wrong)} of {len(seen)} trainable tensors got {problem} in three steps, the first is {wrong[0]}"
+            )
     return ""
 
 
@@ -146,6 +154,10 @@ def _excused(model: nn.Module) -> set[str]:
         for method, paths in attachment.methods:
             for path in paths:
                 own = [name for name, _ in known[path].of(adapter)[method.name].named_parameters()]
-                found = [name for name in own if any(fnmatchcase(f"{known[path].role}.{name}", pattern) for pattern in zero_gradient(method))]
+                found = [
+                    name
+                    for name in own
+                    if any(fnmatchcase(f"{known[path].role}.{name}", pattern) for pattern in zero_gradient(method))
+                ]
                 excused |= {f"{path}.adapters.{adapter}.{method.name}.{name}" for name in found}
     return excused

@@ -1,7 +1,9 @@
 """Running checks: each alone, a crash in the checked code becomes a red line, and nothing is left behind.
 
-A check is a function of a subject. The first line of its docstring is the property, the rest says how to see a violation; its body raises
-`Failed` when the property does not hold. It may raise `NotApplicable` with the reason why an entry need not have the property.
+A check is a function of a subject. The first line of its docstring is the property, the rest says how to see a
+violation; its body raises
+`Failed` when the property does not hold. It may raise `NotApplicable` with the reason why an entry need not have the
+    property.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ Status = Literal["green", "red", "skipped", "not run"]
 
 
 class Failed(Exception):
-    """The property does not hold. The message says what was found, with numbers; then, after "; ", the likely cause or what to try."""
+    """The property does not hold. The message says what was found, with numbers; then, after "; ", the likely cause or
+    what to try."""
 
 
 class NotApplicable(Exception):
@@ -33,7 +36,8 @@ class NotApplicable(Exception):
 class Result:
     """What became of one check: its function's name, the property it stands for, and the reason unless it is green.
 
-    see: how to see a violation of this property. trace: where the checked code raised, when it did.
+    see: how to see a violation of this property.
+    trace: where the checked code raised, when it did.
     """
 
     check: str
@@ -104,14 +108,24 @@ def needs(*checks: str) -> Callable[[C], C]:
     return mark
 
 
-def run(report: Report, subject: Any, checks: Iterable[Check], source: str | None, on_result: Callable[[Result], None] | None = None) -> Report:
+def run(
+    report: Report,
+    subject: Any,
+    checks: Iterable[Check],
+    source: str | None,
+    on_result: Callable[[Result], None] | None = None,
+) -> Report:
     """Run the checks one after another into the report; `source` is the file in which the entry is written."""
     for check in checks:
         started = time.perf_counter()
         status, reason, trace = _outcome(report, subject, check, source)
-        first = next((earlier.check for earlier in report.results if status == "red" and earlier.reason == reason), None)
+        first = next(
+            (earlier.check for earlier in report.results if status == "red" and earlier.reason == reason), None
+        )
         reason = reason if first is None else f"the same as in {first}"
-        result = Result(check.__name__, label_of(check), status, reason, time.perf_counter() - started, see_of(check), trace)
+        result = Result(
+            check.__name__, label_of(check), status, reason, time.perf_counter() - started, see_of(check), trace
+        )
         report.results.append(result)
         if on_result is not None:
             on_result(result)
@@ -179,7 +193,10 @@ def close(what: str, found: Tensor, expected: Tensor, tolerance: float, advice: 
     if found.shape != expected.shape:
         raise Failed(f"{what} has shape {tuple(found.shape)}, expected {tuple(expected.shape)}; {advice}")
     if not torch.isfinite(found).all():
-        raise Failed(f"{what} holds {int((~torch.isfinite(found)).sum())} entries that are NaN or infinite of {found.numel()}; {advice}")
+        raise Failed(
+            f"{what} holds {int((~torch.isfinite(found)).sum())} entries that are NaN or infinite of "
+            f"{found.numel()}; {advice}"
+        )
     if found.numel() == 0:
         return
     difference = (found - expected).abs()

@@ -1,4 +1,5 @@
-"""Keys that are not the sequence itself: memory rows, a source of another length, a cache of the past; and projections that a kind shortens."""
+"""Keys that are not the sequence itself: memory rows, a source of another length, a cache of the past; and projections
+that a kind shortens."""
 
 from __future__ import annotations
 
@@ -33,15 +34,21 @@ from effzoo.errors import EffzooError
 def memory_is_attended(subject: Subject) -> None:
     """Memory acts as more keys that every query sees
 
-    Give memory values of 1e3: every output row must move. Compare with `core.dense(..., memory=memory)`, one softmax over both.
+    Give memory values of 1e3: every output row must move. Compare with `core.dense(..., memory=memory)`, one softmax
+    over both.
     """
     valid, memory = padding(16), memory_rows()
     if not subject.cls.takes_memory():
         try:
             subject.core().check_memory()
         except EffzooError:
-            raise NotApplicable("the kind takes no memory: its forward has no such parameter, and it refuses one") from None
-        raise Failed("forward has no parameter `memory`, yet check_memory let a memory pass; leave AttentionCore.check_memory as it is")
+            raise NotApplicable(
+                "the kind takes no memory: its forward has no such parameter, and it refuses one"
+            ) from None
+        raise Failed(
+            "forward has no parameter `memory`, yet check_memory let a memory pass; leave "
+            "AttentionCore.check_memory as it is"
+        )
     for where, core in subject.cores():
         inputs = draw(core, 16, Mask(valid))
         without, out = core(*inputs, mask=Mask(valid)), core(*inputs, mask=Mask(valid), memory=memory)
@@ -56,14 +63,17 @@ def memory_is_attended(subject: Subject) -> None:
         for n in (7, 31):
             same_as_definition(core, n, f"{where} with memory", advice, memory, valid=padding(n))
         if subject.cls.knows_globals():
-            same_as_definition(core, 31, f"{where} with memory and global tokens", advice, memory, is_global=some_global(31))
+            same_as_definition(
+                core, 31, f"{where} with memory and global tokens", advice, memory, is_global=some_global(31)
+            )
 
 
 @needs("equals_definition", "memory_is_attended")
 def crosses_to_a_source(subject: Subject) -> None:
     """Cross-attention: a source of another length, with its own padding, is attended as the dense definition says
 
-    `core(q, k[:, :, :7], v[:, :, :7], mask=Mask(valid_of_the_keys))`: look for a length or a mask that is taken from q where k is meant.
+    `core(q, k[:, :, :7], v[:, :, :7], mask=Mask(valid_of_the_keys))`: look for a length or a mask that is taken from q
+        where k is meant.
     """
     if not subject.core().crosses:
         raise NotApplicable("the kind attends within one sequence only")
@@ -89,12 +99,16 @@ def crosses_to_a_source(subject: Subject) -> None:
 def cache_equals_forward(subject: Subject) -> None:
     """Decoding: steps of one and of several positions give the last rows of forward over all positions so far
 
-    Print the keys that the state holds after each step; the newest position must see itself, and padding in front must stay unseen.
+    Print the keys that the state holds after each step; the newest position must see itself, and padding in front must
+    stay unseen.
     """
     if not subject.cls.decodes():
-        raise NotApplicable("the kind cannot be causal" if subject.cls.not_causal else "the kind has no `step` beside its `forward`")
+        raise NotApplicable(
+            "the kind cannot be causal" if subject.cls.not_causal else "the kind has no `step` beside its `forward`"
+        )
     core, sizes = subject.core(causal=True), (12, 1, 1, 5, 1, 11)
-    n, advice = sum(sizes), "keep every key that a later query can see, and count positions and mask.valid from the first one on"
+    n = sum(sizes)
+    advice = "keep every key that a later query can see, and count positions and mask.valid from the first one on"
     front = torch.arange(n) >= torch.tensor([0, 3, 9])[:, None]
     marked = some_global(n) & front & (torch.arange(n) < sizes[0])
     for what, valid, memory, is_global in (
@@ -130,7 +144,8 @@ def _begins_with_batch(state: State) -> None:
         if tensor.ndim == 0 or tensor.shape[0] != BATCH:
             shape = tuple(tensor.shape)
             raise Failed(
-                f"state[{name!r}] has shape {shape}, and not the batch of {BATCH} first; beam search reorders the first axis of every tensor"
+                f"state[{name!r}] has shape {shape}, and not the batch of {BATCH} first; beam search reorders the "
+                "first axis of every tensor"
             )
 
 
@@ -138,7 +153,8 @@ def _begins_with_batch(state: State) -> None:
 def project_is_the_linear(subject: Subject) -> None:
     """In its layer, a kind that shortens its projections gives what it gives on the plain ones
 
-    Call `core.project` for each projection by hand and compare with `linear(x)`: a bias, padding or the number of rows is lost on the way.
+    Call `core.project` for each projection by hand and compare with `linear(x)`: a bias, padding or the number of rows
+    is lost on the way.
     """
     if subject.cls.project is AttentionCore.project:
         raise NotApplicable("the kind takes its projections as the layer makes them")
@@ -149,15 +165,24 @@ def project_is_the_linear(subject: Subject) -> None:
         layer.core = core
         for n in (7, 31):
             for what, valid in (("", None), (" with padding", padding(n))):
-                x = torch.randn(BATCH, n, HEADS * WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).requires_grad_()
-                plain = [getattr(layer, name)(x).unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for name in core.projections]
+                x = torch.randn(
+                    BATCH, n, HEADS * WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(n)
+                ).requires_grad_()
+                plain = [
+                    getattr(layer, name)(x).unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for name in core.projections
+                ]
                 expected = core(*plain, mask=Mask(valid)).transpose(1, 2).flatten(2)
                 out = layer(x, Mask(valid))
-                advice = "`project` may only change the order of linear steps, never the function: mind the bias and padding"
+                advice = (
+                    "`project` may only change the order of linear steps, never the function: mind the bias and padding"
+                )
                 close(f"{where}{what}, n = {n}: the layer's output", out, expected, 1e-10, advice)
                 leaves = [x, *layer.parameters()]
                 weight = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(5))
-                both = [torch.autograd.grad((result * weight).sum(), leaves, allow_unused=True) for result in (out, expected)]
+                both = [
+                    torch.autograd.grad((result * weight).sum(), leaves, allow_unused=True)
+                    for result in (out, expected)
+                ]
                 for found, wanted in zip(*both, strict=True):
                     found, wanted = (torch.zeros(1) if grad is None else grad for grad in (found, wanted))
                     close(f"{where}{what}, n = {n}: a gradient of the layer", found, wanted, 1e-10, advice)

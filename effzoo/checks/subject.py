@@ -1,6 +1,7 @@
 """One attention kind under check: its class, the small options it is built with, and the tensors it is tried on.
 
-Sizes are tiny and the dtype is float64 unless a check says otherwise; every tensor is drawn from a generator of its own.
+Sizes are tiny and the dtype is float64 unless a check says otherwise; every tensor is drawn from a generator of its
+own.
 """
 
 from __future__ import annotations
@@ -35,10 +36,20 @@ class Subject:
         return cls(suitable(registry, given, lambda spec: cls(spec, kind).core()), kind)
 
     def core(
-        self, *, causal: bool = False, dropout: float = 0.0, layer: int = 0, max_length: int = max(LENGTHS), seed: int = 3, width: int = WIDTH
+        self,
+        *,
+        causal: bool = False,
+        dropout: float = 0.0,
+        layer: int = 0,
+        max_length: int = max(LENGTHS),
+        seed: int = 3,
+        width: int = WIDTH,
     ) -> AttentionCore:
-        """The kind as one of two layers, in evaluation mode and float64; what it draws at its start follows from the seed."""
-        context = Context(heads=HEADS, head_dim=width, causal=causal, dropout=dropout, layer=layer, layers=2, max_length=max_length)
+        """The kind as one of two layers, in evaluation mode and float64; what it draws at its start follows from the
+        seed."""
+        context = Context(
+            heads=HEADS, head_dim=width, causal=causal, dropout=dropout, layer=layer, layers=2, max_length=max_length
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             core: AttentionCore = registry.create(self.spec, context)
@@ -61,16 +72,29 @@ class Subject:
 
     def needs_definition(self) -> None:
         if not self.has_definition:
-            raise NotApplicable("the kind has no `pattern`: test an anchor, a setting in which it must equal full attention")
+            raise NotApplicable(
+                "the kind has no `pattern`: test an anchor, a setting in which it must equal full attention"
+            )
 
 
-def draw(core: AttentionCore, n: int, mask: Mask, batch: int = BATCH, dtype: torch.dtype = torch.float64, seed: int = 0, keys: int = 0) -> list[Any]:
-    """The projections that the core uses with this mask, [batch, heads, n, head_dim] each, and None for the others; keys: another length for them."""
+def draw(
+    core: AttentionCore,
+    n: int,
+    mask: Mask,
+    batch: int = BATCH,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    keys: int = 0,
+) -> list[Any]:
+    """The projections that the core uses with this mask, [batch, heads, n, head_dim] each, and None for the others;
+    keys: another length for them."""
     source, used = torch.Generator().manual_seed(n + 1000 * seed), core.uses(mask)
     heads, width = core.context.heads, core.context.head_dim
     lengths = [keys if keys and side in ("key", "value") else n for side in core.projections.values()]
     drawn = [torch.randn(batch, heads, length, width, dtype=torch.float64, generator=source) for length in lengths]
-    return [x.to(dtype).requires_grad_() if name in used else None for name, x in zip(core.projections, drawn, strict=True)]
+    return [
+        x.to(dtype).requires_grad_() if name in used else None for name, x in zip(core.projections, drawn, strict=True)
+    ]
 
 
 def memory_rows(rows: int = 3) -> KeysValues:
@@ -97,7 +121,8 @@ def some_global(n: int) -> Tensor:
 
 
 def masks(core: AttentionCore, n: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The arguments of every mask that the kind must honour: none, padding, and with global tokens where it has them."""
+    """The arguments of every mask that the kind must honour: none, padding, and with global tokens where it has
+    them."""
     valid = padding(n)
     yield "", {}
     yield " with padding", {"valid": valid}
@@ -116,7 +141,8 @@ def cut(tensors: list[Any], rows: slice = slice(None), places: slice = slice(Non
 
 
 def gradients(out: Tensor, inputs: list[Tensor], rows: Tensor | None = None, *, again: bool = True) -> list[Tensor]:
-    """Gradients of a random weighted sum over the output, or over some of its rows (bool[batch, n]); zeros where none flows.
+    """Gradients of a random weighted sum over the output, or over some of its rows (bool[batch, n]); zeros where none
+    flows.
 
     again: whether the graph is kept for another pass.
     """
@@ -127,7 +153,9 @@ def gradients(out: Tensor, inputs: list[Tensor], rows: Tensor | None = None, *, 
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
 
 
-def same_as_definition(core: AttentionCore, n: int, where: str, advice: str, memory: KeysValues | None = None, **mask: Any) -> None:
+def same_as_definition(
+    core: AttentionCore, n: int, where: str, advice: str, memory: KeysValues | None = None, **mask: Any
+) -> None:
     """Forward and all gradients of a core against its dense definition."""
     inputs = draw(core, n, Mask(**mask))
     out = core(*inputs, **given(Mask(**mask), memory))
@@ -135,10 +163,21 @@ def same_as_definition(core: AttentionCore, n: int, where: str, advice: str, mem
     same_as(out, expected, core, inputs, f"{where}, n = {n}", advice, memory)
 
 
-def same_as(out: Tensor, expected: Tensor, core: AttentionCore, inputs: list[Any], where: str, advice: str, memory: KeysValues | None = None) -> None:
+def same_as(
+    out: Tensor,
+    expected: Tensor,
+    core: AttentionCore,
+    inputs: list[Any],
+    where: str,
+    advice: str,
+    memory: KeysValues | None = None,
+) -> None:
     """Two outputs, and their gradients with respect to the inputs and the memory, to 1e-10."""
     close(f"{where}: the output", out, expected, 1e-10, advice)
     leaves = live(inputs) + list(memory or ())
-    names = [name for name, x in zip(core.projections, inputs, strict=True) if x is not None] + ["memory keys", "memory values"]
+    names = [name for name, x in zip(core.projections, inputs, strict=True) if x is not None] + [
+        "memory keys",
+        "memory values",
+    ]
     for name, found, wanted in zip(names, gradients(out, leaves), gradients(expected, leaves), strict=False):
         close(f"{where}: the gradient of {name}", found, wanted, 1e-10, advice)

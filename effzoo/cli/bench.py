@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -16,6 +16,7 @@ from effzoo.measure.finetuning import METHODS, Finetuning
 from effzoo.measure.page import Table, finetune_table, scaling_table
 from effzoo.measure.rows import Row
 from effzoo.measure.scaling import KINDS, Scaling
+from effzoo.recompute import Level
 from effzoo.registry import load_file, scope
 from effzoo.train.settings import number, whole
 
@@ -26,9 +27,14 @@ Example:  effzoo bench scaling --mode train
 bench = typer.Typer(no_args_is_help=True, help=ABOUT)
 app.add_typer(bench, name="bench")
 
-OUT = "Folder for rows, figures and page; rows that are there are not measured again. Default: runs/bench-SUITE- and cpu, or the GPU's name."
+OUT = (
+    "Folder for rows, figures and page; rows that are there are not measured again. Default: runs/bench-SUITE- and "
+    "cpu, or the GPU's name."
+)
 Out = Annotated[Path | None, typer.Option(help=OUT)]
-Kinds = Annotated[list[str] | None, typer.Option("--attention", help="An attention kind with its options; may be repeated.")]
+Kinds = Annotated[
+    list[str] | None, typer.Option("--attention", help="An attention kind with its options; may be repeated.")
+]
 File = Annotated[Path | None, typer.Option(help="A Python file whose attention kinds and methods take part.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
 
@@ -38,21 +44,27 @@ def scaling(
     out: Out = None,
     attention: Kinds = None,
     length: Annotated[list[int] | None, typer.Option(help="A length; may be repeated. Default: 512 to 16,384.")] = None,
-    mode: Annotated[list[str] | None, typer.Option(help="forward, train or decode; may be repeated. Default: all.")] = None,
+    mode: Annotated[
+        list[str] | None, typer.Option(help="forward, train or decode; may be repeated. Default: all.")
+    ] = None,
     dim: Annotated[int, typer.Option(help="Width of the layer.")] = 512,
     heads: Annotated[int, typer.Option(help="Heads of the layer.")] = 8,
     batch: Annotated[int, typer.Option(help="Sequences of a batch.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
     device: Device = "cpu",
-    longest: Annotated[float, typer.Option(help="Seconds a pass may take; a kind that takes more is not tried at greater lengths.")] = 20.0,
+    longest: Annotated[
+        float, typer.Option(help="Seconds a pass may take; a kind that takes more is not tried at greater lengths.")
+    ] = 20.0,
     seconds: Annotated[float, typer.Option(help="For the rounds of one length and mode.")] = 20.0,
     file: File = None,
 ) -> None:
-    """Measure one attention layer of each kind against the length: time, peak memory, and from where on it is faster than full attention.
+    """Measure one attention layer of each kind against the length: time, peak memory, and from where on it is faster
+    than full attention.
 
     A kind that differs from its definition is not timed.
 
-    Example:  effzoo bench scaling --attention full --attention "longformer\\[window=256]" --length 1024 --length 4096 --mode train
+    Example:  effzoo bench scaling --attention full --attention "longformer\\[window=256]" --length 1024 --length 4096
+        --mode train
     """
     with scope():
         if file is not None:
@@ -63,7 +75,16 @@ def scaling(
             whole("--length", n, least=1)
         _seconds({"--longest": longest, "--seconds": seconds})
         given = Scaling(
-            attention or KINDS, tuple(length or Scaling.lengths), tuple(mode or Scaling.modes), dim, heads, batch, dtype, device, longest, seconds
+            attention or KINDS,
+            tuple(length or Scaling.lengths),
+            tuple(mode or Scaling.modes),
+            dim,
+            heads,
+            batch,
+            dtype,
+            device,
+            longest,
+            seconds,
         )
         folder = _folder(out, "scaling", device)
         rows = _run(given.run, folder)
@@ -76,17 +97,22 @@ def scaling(
 def finetune(
     out: Out = None,
     attention: Kinds = None,
-    peft: Annotated[list[str] | None, typer.Option(help="A fine-tuning method with its options; may be repeated.")] = None,
+    peft: Annotated[
+        list[str] | None, typer.Option(help="A fine-tuning method with its options; may be repeated.")
+    ] = None,
     length: Annotated[int, typer.Option(help="Positions of a sequence.")] = 512,
     batch: Annotated[int, typer.Option(help="Sequences of a batch.")] = 4,
     dropout: Annotated[float, typer.Option(help="Dropout everywhere, attention included.")] = 0.0,
     precision: Annotated[str, typer.Option(help="float32, or bfloat16 by autocast.")] = "float32",
     device: Device = "cpu",
-    recompute: Annotated[str, typer.Option(help="Computed again for the backward pass: nothing, hidden, or blocks (least memory).")] = "hidden",
+    recompute: Annotated[
+        str, typer.Option(help="Computed again for the backward pass: nothing, hidden, or blocks (least memory).")
+    ] = "hidden",
     seconds: Annotated[float, typer.Option(help="For the rounds of one attention kind.")] = 60.0,
     file: File = None,
 ) -> None:
-    """Measure one training step of a small encoder under each attention kind and fine-tuning method: time, memory, what autograd keeps.
+    """Measure one training step of a small encoder under each attention kind and fine-tuning method: time, memory, what
+    autograd keeps.
 
     Example:  effzoo bench finetune --attention full --attention longformer --peft full --peft lora
     """
@@ -97,7 +123,10 @@ def finetune(
         whole("--batch", batch, least=1, most=2**16)
         number("--dropout", dropout, "a share from 0 to less than 1", lambda x: 0 <= x < 1)
         _seconds({"--seconds": seconds})
-        given = Finetuning(attention or KINDS, peft or METHODS, length, batch, dropout, precision, device, recompute, seconds)  # type: ignore[arg-type]
+        level = cast(Level, recompute)
+        given = Finetuning(
+            attention or KINDS, peft or METHODS, length, batch, dropout, precision, device, level, seconds
+        )
         folder = _folder(out, "finetune", device)
         rows = _run(given.run, folder)
         _show("one training step", finetune_table(rows))
@@ -116,9 +145,19 @@ def _seconds(given: Mapping[str, float]) -> None:
 
 
 def _run(suite: Callable[[Path, Callable[[str, int, int], None]], list[Row]], out: Path) -> list[Row]:
-    with Progress(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"), console=console(), transient=True) as bar:
+    with Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        console=console(),
+        transient=True,
+    ) as bar:
         task = bar.add_task("")
-        return suite(out / "rows.jsonl", lambda said, done, total: bar.update(task, description=said, completed=done, total=total))
+        return suite(
+            out / "rows.jsonl",
+            lambda said, done, total: bar.update(task, description=said, completed=done, total=total),
+        )
 
 
 def _show(title: str, found: Table) -> None:

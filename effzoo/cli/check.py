@@ -19,7 +19,12 @@ from effzoo.registry import View, attention, load_file, peft, scope
 from effzoo.spec import parse_one
 
 VIEWS = {"attention": attention, "peft": peft}
-MARKS = {"green": ("ok ", "green"), "red": ("RED", "bold red"), "skipped": ("-  ", "yellow"), "not run": ("?  ", "yellow")}
+MARKS = {
+    "green": ("ok ", "green"),
+    "red": ("RED", "bold red"),
+    "skipped": ("-  ", "yellow"),
+    "not run": ("?  ", "yellow"),
+}
 TRACE = 12  # lines of a traceback that are shown
 FIX = """    from effzoo.attention import AttentionCore, register
 
@@ -29,15 +34,22 @@ FIX = """    from effzoo.attention import AttentionCore, register
 
 @app.command()
 def check(
-    target: Annotated[str, typer.Argument(help='A Python file, or a registered name or spec such as "longformer\\[window=4]".')],
-    only: Annotated[list[str] | None, typer.Option(help="Run this check alone (its name is beside a red line); may be repeated.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead: every check with status, reason, cause.")] = False,
+    target: Annotated[
+        str, typer.Argument(help='A Python file, or a registered name or spec such as "longformer\\[window=4]".')
+    ],
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run this check alone (its name is beside a red line); may be repeated.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document instead: every check with status, reason, cause.")
+    ] = False,
 ) -> None:
     """Check that attention kinds and fine-tuning methods keep their contract.
 
-    A file is run, and everything it registers is checked: against its own definition, with padding, causality and memory, for its cost, and
-    inside models. Of the first failure you are told what happened, the likely cause and how to see it. The exit code is 0 when nothing is red,
-    1 when something is, and 2 when there is nothing to check (no such file, a name that does not exist).
+    A file is run, and everything it registers is checked: against its own definition, with padding, causality and
+    memory, for its cost, and inside models. Of the first failure you are told what happened, the likely cause and how
+    to see it. The exit code is 0 when nothing is red, 1 when something is, and 2 when there is nothing to check (no
+    such file, a name that does not exist).
 
     Example:  effzoo check mine.py
     """
@@ -51,7 +63,13 @@ def check(
         typer.echo(json.dumps(_document(target, reports), indent=2))
     elif red:
         _explain(target, red[0])
-        say("", Text(f"{', '.join(f'{report.kind} {report.subject}' for report in red)}: the contract is broken", style="bold red"))
+        say(
+            "",
+            Text(
+                f"{', '.join(f'{report.kind} {report.subject}' for report in red)}: the contract is broken",
+                style="bold red",
+            ),
+        )
     else:
         say("", Text("everything holds", style="bold green"))
     if red:
@@ -64,16 +82,24 @@ def _entries(target: str) -> list[tuple[str, str]]:
     if path.suffix == ".py" or path.is_file():
         found = load_file(path)
         if not found:
-            raise OptionError(f"{target} registers nothing, so there is nothing to check. Put a decorator before your class:\n\n{FIX}\n")
+            raise OptionError(
+                f"{target} registers nothing, so there is nothing to check. Put a decorator before "
+                f"your class:\n\n{FIX}\n"
+            )
         entries = list(dict.fromkeys((kind, VIEWS[kind].get(name).name) for kind, name in found if kind in VIEWS))
         if not entries:
             registered = listing(f"{kind} {name!r}" for kind, name in found)
-            raise OptionError(f"{target} registers {registered}; there are checks for {listing(VIEWS)}, and none for what is registered here")
+            raise OptionError(
+                f"{target} registers {registered}; there are checks for {listing(VIEWS)}, and none for "
+                "what is registered here"
+            )
         return entries
     name = parse_one(target).name
     kinds = [kind for kind, view in VIEWS.items() if name in _names(view)]
     if not kinds:
-        raise UnknownNameError("attention kind, method or file", name, sorted(set().union(*map(_names, VIEWS.values()))))
+        raise UnknownNameError(
+            "attention kind, method or file", name, sorted(set().union(*map(_names, VIEWS.values())))
+        )
     return [(kind, target) for kind in kinds]
 
 
@@ -102,7 +128,9 @@ def _silently(kind: str, name: str, only: list[str] | None) -> Report:
 def _tell(result: Result) -> None:
     mark, style = MARKS[result.status]
     red = result.status == "red"
-    line = Text(result.label, style="bold" if red else "").append(f"  ({result.check})" if red else "", style="dim not bold")
+    line = Text(result.label, style="bold" if red else "").append(
+        f"  ({result.check})" if red else "", style="dim not bold"
+    )
     row = Table.grid(padding=(0, 1, 0, 0))
     row.add_row(Text(mark, style=style), line)
     if result.reason:
@@ -115,7 +143,12 @@ def _explain(target: str, report: Report) -> None:
     first = report.failures[0]
     say("", Text(f"the first failure, {first.check}", style="bold"))
     see = "the traceback below" if first.trace else first.see
-    rows = [("what happened", first.happened), ("likely cause", first.cause), ("how to see it", see), ("this alone", _again(target, first.check))]
+    rows = [
+        ("what happened", first.happened),
+        ("likely cause", first.cause),
+        ("how to see it", see),
+        ("this alone", _again(target, first.check)),
+    ]
     say(pairs([(name, text) for name, text in rows if text]))
     if first.trace:
         say("", Text("\n".join(first.trace.splitlines()[-TRACE:]), style="dim"))
@@ -138,7 +171,10 @@ def _document(target: str, reports: list[Report]) -> dict[str, Any]:
                 "subject": report.subject,
                 "ok": report.ok,
                 "first_failure": report.failures[0].check if report.failures else None,
-                "checks": [{**asdict(result), "ok": result.ok, "happened": result.happened, "cause": result.cause} for result in report.results],
+                "checks": [
+                    {**asdict(result), "ok": result.ok, "happened": result.happened, "cause": result.cause}
+                    for result in report.results
+                ],
             }
             for report in reports
         ],

@@ -1,4 +1,5 @@
-"""What the show command says about an entry: its summary, its options with their meaning, its hooks, its size on a model."""
+"""What the show command says about an entry: its summary, its options with their meaning, its hooks, its size on a
+model."""
 
 from __future__ import annotations
 
@@ -21,10 +22,12 @@ from effzoo.spec import Spec, parse
 
 TINY: dict[str, Any] = {"dim": 16, "layers": 2, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 64}
 SHOWN = (
-    "architecture", "attention", "dim", "layers", "heads", "mlp", "max_length", "vocab", "norm", "activation", "dropout", "layout", "hub", "package",
+    "architecture", "attention", "dim", "layers", "heads", "mlp", "max_length", "vocab", "norm", "activation",
+    "dropout", "layout", "hub", "package",
 )  # fmt: skip
 HOOKS = {
-    "weight": "parameter", "bias": "parameter", "prompt": "input", "memory": "input", "before": "function", "after": "function",
+    "weight": "parameter", "bias": "parameter", "prompt": "input", "memory": "input", "before": "function",
+    "after": "function",
 }  # fmt: skip
 
 
@@ -39,11 +42,16 @@ def first_sentence(cls: type) -> str:
 
 
 def meaning(cls: type, option: str) -> str:
-    """What the docstrings of a class and its parents say after `option:`, or `one, option and another:`, up to the next option or paragraph."""
+    """What the docstrings of a class and its parents say after `option:`, or `one, option and another:`, up to the next
+    option or paragraph."""
     for parent in cls.__mro__:
         text = inspect.cleandoc(parent.__dict__.get("__doc__") or "")
         more = r"(?:\w+,? (?:and )?)*"
-        found = re.search(rf"(?:^|[\s(]){more}{re.escape(option)}(?:,? (?:and )?\w+)*: (.*?)(?=(?<=[.;])\s[a-z_]+: |\n\n|\Z)", text, re.DOTALL)
+        found = re.search(
+            rf"(?:^|[\s(]){more}{re.escape(option)}(?:,? (?:and )?\w+)*: (.*?)(?=(?<=[.;])\s[a-z_]+: |\n\n|\Z)",
+            text,
+            re.DOTALL,
+        )
         if found:
             return " ".join(found[1].split())
     return ""
@@ -57,7 +65,10 @@ def kinds(given: str | dict[str, Any] | tuple[Any, ...]) -> str:
 def option_rows(view: View[Any], name: str) -> list[tuple[str, str, str, str]]:
     """(name, type, default, meaning) of each option."""
     cls, options = view.get(name), view.options(name)
-    return [(o.name, describe(o.annotation), "required" if o.required else _written(o.default), meaning(cls, o.name)) for o in options]
+    return [
+        (o.name, describe(o.annotation), "required" if o.required else _written(o.default), meaning(cls, o.name))
+        for o in options
+    ]
 
 
 def on_meta(name: str, **choices: Any) -> Transformer:
@@ -82,7 +93,8 @@ class Hung:
 
 
 def hung(spec: Spec) -> Hung | None:
-    """Attach a method to a tiny encoder and look, and count it on the meta device on BERT base; None where a transformer has no such sites."""
+    """Attach a method to a tiny encoder and look, and count it on the meta device on BERT base; None where a
+    transformer has no such sites."""
     head: dict[str, Any] = {}
     try:
         model = build("bert", peft=spec, **TINY)

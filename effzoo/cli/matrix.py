@@ -24,16 +24,25 @@ MARKS = {"works": "+", "refused": "-", "fails": "X"}
 
 @app.command()
 def matrix(
-    method: Annotated[list[str] | None, typer.Option(help="A fine-tuning method; may be repeated. Default: all.")] = None,
-    kind: Annotated[list[str] | None, typer.Option("--attention", help="An attention kind; may be repeated. Default: all.")] = None,
-    file: Annotated[Path | None, typer.Option(help="A Python file whose attention kinds and methods take part.")] = None,
-    experts: Annotated[bool, typer.Option("--experts", help="Try every method as an expert: routed[of=METHOD, experts=2].")] = False,
+    method: Annotated[
+        list[str] | None, typer.Option(help="A fine-tuning method; may be repeated. Default: all.")
+    ] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option("--attention", help="An attention kind; may be repeated. Default: all.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A Python file whose attention kinds and methods take part.")
+    ] = None,
+    experts: Annotated[
+        bool, typer.Option("--experts", help="Try every method as an expert: routed[of=METHOD, experts=2].")
+    ] = False,
     save: Annotated[Path | None, typer.Option(help="Also write every cell to this JSON file.")] = None,
 ) -> None:
-    """Try every fine-tuning method on every attention kind: attach, train, save, load, combine, merge, detach, on tiny models.
+    """Try every fine-tuning method on every attention kind: attach, train, save, load, combine, merge, detach, on tiny
+    models.
 
-    Each cell has four marks, for an encoder, a decoder, a reversible model and a Perceiver: + works, - is refused with a reason
-    (listed below the table), X fails. The exit code is 1 when something fails.
+    Each cell has four marks, for an encoder, a decoder, a reversible model and a Perceiver: + works, - is refused with
+    a reason (listed below the table), X fails. The exit code is 1 when something fails.
 
     Example:  effzoo matrix --method lora --method prefix
     """
@@ -41,10 +50,15 @@ def matrix(
         if file is not None:
             load_file(file)
         methods, kinds = _chosen(peft, method) if method else candidates(experts), _chosen(attention, kind)
-        with Progress(BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), console=console(), transient=True) as bar:
+        with Progress(
+            BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), console=console(), transient=True
+        ) as bar:
             task = bar.add_task("", total=len(methods) * len(kinds) * len(ARCHITECTURES))
             found = tried(
-                methods, kinds, experts=experts, each=lambda cell: bar.update(task, advance=1, description=f"{cell.method} on {cell.attention}")
+                methods,
+                kinds,
+                experts=experts,
+                each=lambda cell: bar.update(task, advance=1, description=f"{cell.method} on {cell.attention}"),
             )
     say(_table(found, methods, kinds), f"\nmarks: {', '.join(ARCHITECTURES)};  + works, - refused, X fails")
     for reason, cells in found.refusals().items():
@@ -69,7 +83,9 @@ def _chosen(view: View[Any], names: list[str] | None) -> list[str]:
 def _table(found: Matrix, methods: list[str], kinds: list[str]) -> Table:
     rows = table("method", *kinds)
     for method in methods:
-        cells = [Text("".join(MARKS[found.cell(method, kind, each).status] for each in ARCHITECTURES)) for kind in kinds]
+        cells = [
+            Text("".join(MARKS[found.cell(method, kind, each).status] for each in ARCHITECTURES)) for kind in kinds
+        ]
         for cell in cells:
             cell.highlight_regex(r"\+", "green")
             cell.highlight_regex("X", "bold red")

@@ -23,14 +23,26 @@ def plan_(
     peft: Peft = None,
     attention: Attention = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    precision: Annotated[str, typer.Option(help="plain, autocast, or master (half weights with a float32 copy of trained ones).")] = "plain",
+    precision: Annotated[
+        str, typer.Option(help="plain, autocast, or master (half weights with a float32 copy of trained ones).")
+    ] = "plain",
     optimizer: Annotated[str, typer.Option(help="adamw, adam, momentum, sgd or adafactor.")] = "adamw",
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Keep only the inputs of blocks and compute the rest again.")] = False,
-    recompute: Annotated[str | None, typer.Option(help="As effzoo finetune does: nothing, hidden or blocks; default: keep all.")] = None,
-    backend: Annotated[str | None, typer.Option(help="What computes attention: " + ", ".join(BACKENDS) + "; default: the model's.")] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Keep only the inputs of blocks and compute the rest again.")
+    ] = False,
+    recompute: Annotated[
+        str | None, typer.Option(help="As effzoo finetune does: nothing, hidden or blocks; default: keep all.")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="What computes attention: " + ", ".join(BACKENDS) + "; default: the model's.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; no card is needed.")] = "cpu",
-    max_length: Annotated[int | None, typer.Option(help="Positions that the model is built for, where the entry's own are too few.")] = None,
-    task: Annotated[str | None, typer.Option(help="The model's task; classification, and causal_lm for decoders, when left out.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Positions that the model is built for, where the entry's own are too few.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="The model's task; classification, and causal_lm for decoders, when left out.")
+    ] = None,
 ) -> None:
     """Predict the memory of one training step, part by part, without allocating it.
 
@@ -41,7 +53,8 @@ def plan_(
     given = {"attention": attention, "task": task, "max_length": max_length}
     choices: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     found = plan_of(
-        model, peft, batch=batch, length=length, dtype=dtype, precision=precision, optimizer=optimizer, checkpointing=checkpointing or None,
+        model, peft, batch=batch, length=length, dtype=dtype, precision=precision, optimizer=optimizer,
+        checkpointing=checkpointing or None,
         recompute=recompute, backend=backend, device=device, **choices,  # type: ignore[arg-type]
     )  # fmt: skip
     rows = table("part", "MiB", "%", right=("MiB", "%"))

@@ -1,4 +1,5 @@
-"""The progress of a run in the terminal: a bar, and a line per evaluation. Imported only when a run starts: it needs transformers."""
+"""The progress of a run in the terminal: a bar, and a line per evaluation. Imported only when a run starts: it needs
+transformers."""
 
 from __future__ import annotations
 
@@ -36,11 +37,17 @@ class Bar(TrainerCallback):
             self.loss = float(logs["loss"])
             self.progress.update(self.task, description=f"{stage}loss {self.loss:.4g}")
         speed = ("_runtime", "_per_second", "_preparation_time")
-        shown = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_") and not key.endswith(speed)}
+        shown = {
+            key.removeprefix("eval_"): value
+            for key, value in logs.items()
+            if key.startswith("eval_") and not key.endswith(speed)
+        }
         if shown:
             numbers = [f"validation {name} {value:.4g}" for name, value in shown.items()]
             training = "" if self.loss is None else f"training loss {self.loss:.4g}   "
-            self.progress.console.print(f"step {state.global_step:>6}   {stage}{training}{'   '.join(numbers)}", markup=False)
+            self.progress.console.print(
+                f"step {state.global_step:>6}   {stage}{training}{'   '.join(numbers)}", markup=False
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.stop()

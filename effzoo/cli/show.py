@@ -24,8 +24,12 @@ from effzoo.train.settings import whole
 from effzoo.writing import replace_file
 
 LOSSES = ("importance", "load", "balance", "z")
-Attention = Annotated[str | None, typer.Option(help='Attention kind instead of the model\'s own, such as "longformer\\[window=256]".')]
-Peft = Annotated[str | None, typer.Option(help='Fine-tuning method, such as "lora\\[rank=4]"; several are joined by "|".')]
+Attention = Annotated[
+    str | None, typer.Option(help='Attention kind instead of the model\'s own, such as "longformer\\[window=256]".')
+]
+Peft = Annotated[
+    str | None, typer.Option(help='Fine-tuning method, such as "lora\\[rank=4]"; several are joined by "|".')
+]
 
 
 @app.command("models")
@@ -38,7 +42,14 @@ def models_() -> None:
     for name in zoo.models():
         config = zoo.config(name)
         kinds = describe.kinds(config.attention)
-        row = (name, config.architecture, f"{describe.parameters(name):,}", kinds, f"{config.max_length:,}", _short(config.paper))
+        row = (
+            name,
+            config.architecture,
+            f"{describe.parameters(name):,}",
+            kinds,
+            f"{config.max_length:,}",
+            _short(config.paper),
+        )
         rows.add_row(*map(Text, row))
     say(rows, "\neffzoo show NAME tells more.")
 
@@ -66,15 +77,24 @@ def peft_() -> None:
     rows = table("method", "trained", "of BERT", "merges", "what it computes", right=("trained", "of BERT"))
     for name in peft.names():
         hung = describe.hung(Spec(name))
-        counted = ("-", "-", "-") if hung is None else (f"{hung.on_bert.trainable:,}", f"{hung.on_bert.percent:.3g} %", _yes(hung.mergeable))
+        counted = (
+            ("-", "-", "-")
+            if hung is None
+            else (f"{hung.on_bert.trainable:,}", f"{hung.on_bert.percent:.3g} %", _yes(hung.mergeable))
+        )
         row = (name, *counted, describe.first_sentence(peft.get(name)))
         rows.add_row(*map(Text, row))
-    say(rows, "\ntrained: parameters on BERT base with default options; without a task head, except for `head`. effzoo show NAME tells more.")
+    say(
+        rows,
+        "\ntrained: parameters on BERT base with default options; without a task head, except for `head`. "
+        "effzoo show NAME tells more.",
+    )
 
 
 @app.command()
 def routers() -> None:
-    """List the routers: which experts see a token, for `peft="routed[router=...]"` and `effzoo.build(..., experts=8, router=...)`.
+    """List the routers: which experts see a token, for `peft="routed[router=...]"` and `effzoo.build(..., experts=8,
+    router=...)`.
 
     Example:  effzoo routers
     """
@@ -88,7 +108,12 @@ def routers() -> None:
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help='A model, an attention kind, a method or a router, options allowed: "longformer\\[window=8]".')],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help='A model, an attention kind, a method or a router, options allowed: "longformer\\[window=8]".'
+        ),
+    ],
     n: Annotated[int | None, typer.Option("--n", help="Positions in the picture of an attention pattern.")] = None,
     causal: Annotated[bool, typer.Option("--causal", help="Draw the pattern as a decoder uses it.")] = False,
     save: Annotated[Path | None, typer.Option(help="Also write the picture to this PNG file.")] = None,
@@ -104,14 +129,24 @@ def show(
     if save is not None and save.suffix.lower() != ".png":
         raise OptionError(f"--save writes a PNG file, got {save}; give a name that ends in .png")
     spec = Spec(name) if name.endswith(".toml") else parse_one(name)
-    known = {"model": _models(spec.name), "attention": _names(attention), "peft": _names(peft), "router": _names(routing)}
+    known = {
+        "model": _models(spec.name),
+        "attention": _names(attention),
+        "peft": _names(peft),
+        "router": _names(routing),
+    }
     kinds = [kind for kind, names in known.items() if spec.name in names and not (kind == "model" and spec.options)]
     if not kinds:
         if spec.name in known["model"]:
-            raise OptionError(f"the model {spec.name!r} takes no options in its name; its sizes are keywords of effzoo.build")
+            raise OptionError(
+                f"the model {spec.name!r} takes no options in its name; its sizes are keywords of effzoo.build"
+            )
         raise UnknownNameError("name", spec.name, set().union(*known.values()))
     if save is not None and "attention" not in kinds:
-        raise OptionError(f"--save draws attention patterns, and {spec.name!r} is no attention kind; those are {', '.join(attention.names())}")
+        raise OptionError(
+            f"--save draws attention patterns, and {spec.name!r} is no attention kind; those are "
+            f"{', '.join(attention.names())}"
+        )
     for position, kind in enumerate(kinds):
         if position:
             say("")
@@ -130,8 +165,12 @@ def account(
     model: Annotated[str, typer.Argument(help="A model of the zoo, or a TOML file of your own.")],
     peft: Peft = None,
     attention: Attention = None,
-    num_labels: Annotated[int | None, typer.Option(help="With a classification head of so many labels, which every adapter trains.")] = None,
-    survey: Annotated[bool, typer.Option("--survey", help="Count the 22 methods of a published survey instead, beside its numbers.")] = False,
+    num_labels: Annotated[
+        int | None, typer.Option(help="With a classification head of so many labels, which every adapter trains.")
+    ] = None,
+    survey: Annotated[
+        bool, typer.Option("--survey", help="Count the 22 methods of a published survey instead, beside its numbers.")
+    ] = False,
 ) -> None:
     """Count what a method trains, stores and changes on a model, without loading any weights.
 
@@ -152,7 +191,15 @@ def account(
 
 def _survey(model: Transformer) -> None:
     rows = table(
-        "method", "trained %", "survey", "changed %", "survey", "rank", "stored bytes", "FLOPs +%", right=("trained %", "changed %", "FLOPs +%")
+        "method",
+        "trained %",
+        "survey",
+        "changed %",
+        "survey",
+        "rank",
+        "stored bytes",
+        "FLOPs +%",
+        right=("trained %", "changed %", "FLOPs +%"),
     )
     refused = []
     for row in survey_of(model):
@@ -174,8 +221,14 @@ def _survey(model: Transformer) -> None:
         )
         rows.add_row(*map(Text, cells))
     say(heading(f"{model.config.name}, {sum(p.numel() for p in model.parameters()):,} parameters"), rows)
-    say("\nsurvey: Lialin et al. 2023, arXiv:2303.15647v1, over many models. changed: entries of the base after merging, - where nothing merges;")
-    say("rank: bound on the change of a matrix; stored: before training ends; FLOPs: at inference, merged where that is possible, 128 tokens.")
+    say(
+        "\nsurvey: Lialin et al. 2023, arXiv:2303.15647v1, over many models. changed: entries of the base after "
+        "merging, - where nothing merges;"
+    )
+    say(
+        "rank: bound on the change of a matrix; stored: before training ends; FLOPs: at inference, merged where that "
+        "is possible, 128 tokens."
+    )
     for refusal in refused:
         say(f"refused: {refusal}")
 
@@ -216,14 +269,21 @@ def _show_peft(spec: Spec) -> None:
     if hung is not None:
         traits += [
             ("merges", "yes, into the weights" if hung.mergeable else "no, it is no change of a weight"),
-            ("on BERT base", f"trains {hung.on_bert.trainable:,} of {hung.on_bert.total:,} parameters ({hung.on_bert.percent:.3g} %)"),
+            (
+                "on BERT base",
+                f"trains {hung.on_bert.trainable:,} of {hung.on_bert.total:,} parameters "
+                f"({hung.on_bert.percent:.3g} %)",
+            ),
         ]
     _head(peft, spec, "a fine-tuning method", traits)
 
 
 def _router_traits(cls: type[Router]) -> list[tuple[str, str]]:
     alone = "from that token alone" if cls.alone else "from all tokens together, so not in a causal language model"
-    return [("reads", "the token" if cls.reads == "tokens" else "the number of the task"), ("in evaluation", f"a token's experts follow {alone}")]
+    return [
+        ("reads", "the token" if cls.reads == "tokens" else "the number of the task"),
+        ("in evaluation", f"a token's experts follow {alone}"),
+    ]
 
 
 def _head(view: View[Any], spec: Spec, what: str, traits: list[tuple[str, str]]) -> None:
@@ -246,7 +306,10 @@ def _picture_size(spec: Spec) -> int:
 
 def _spec(spec: Spec) -> Spec:
     """One layer is drawn: of options given one per layer, the first."""
-    return Spec(spec.name, {key: value[0] if isinstance(value, tuple) and value else value for key, value in spec.options.items()})
+    return Spec(
+        spec.name,
+        {key: value[0] if isinstance(value, tuple) and value else value for key, value in spec.options.items()},
+    )
 
 
 def _names(view: View[Any]) -> set[str]:

@@ -13,10 +13,24 @@ from typer.core import TyperGroup
 
 from effzoo.errors import EffzooError
 
-ORDER = ("models", "attention", "peft", "routers", "show", "account", "plan", "finetune", "check", "matrix", "bench", "lab")
+ORDER = (
+    "models",
+    "attention",
+    "peft",
+    "routers",
+    "show",
+    "account",
+    "plan",
+    "finetune",
+    "check",
+    "matrix",
+    "bench",
+    "lab",
+)
 MISTAKE, BUG, INTERRUPTED = 2, 3, 130
 KEPT = {  # what is true of each command after Ctrl-C; nothing was written by the others
-    "finetune": "with --resume, the same command goes on from the newest checkpoint in --output, if there is one already",
+    "finetune": "with --resume, the same command goes on from the newest checkpoint in --output, if there is one "
+    "already",
     "bench": "what was measured is in rows.jsonl in --out, and the same command measures the rest",
     "lab": "experiments that were done are in --out; the one that ran is not, and begins anew",
 }
@@ -45,7 +59,11 @@ class Commands(TyperGroup):
         except Exception as error:
             if _is_control_flow(error):
                 raise
-            self._tell(ctx, f"{type(error).__name__}: {error}\nThis is a bug in effzoo or in a plug-in; --debug shows where.", BUG)
+            self._tell(
+                ctx,
+                f"{type(error).__name__}: {error}\nThis is a bug in effzoo or in a plug-in; --debug shows where.",
+                BUG,
+            )
 
     @staticmethod
     def _tell(ctx: Any, message: str, code: int) -> None:
@@ -58,18 +76,26 @@ class Commands(TyperGroup):
 
 def _is_control_flow(error: Exception) -> bool:
     """Whether typer or its click uses this exception to end, or to report wrong usage itself."""
-    return any(cls.__module__.split(".")[0] in ("click", "typer") or "_click" in cls.__module__ for cls in type(error).__mro__)
+    return any(
+        cls.__module__.split(".")[0] in ("click", "typer") or "_click" in cls.__module__ for cls in type(error).__mro__
+    )
 
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False
+)
 
 
 @app.callback()
-def effzoo(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere on the line.")] = False) -> None:
+def effzoo(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere on the line.")
+    ] = False,
+) -> None:
     """Efficient transformers with integrated parameter-efficient fine-tuning.
 
-    A model, an attention kind and a fine-tuning method are chosen by name; options follow in brackets. In a shell, quote them:
-    "longformer\\[window=256]", "prefix\\[length=16]|lora\\[rank=4]".
+    A model, an attention kind and a fine-tuning method are chosen by name; options follow in brackets. In a shell,
+    quote them: "longformer\\[window=256]", "prefix\\[length=16]|lora\\[rank=4]".
 
     [bold]Start with[/bold]  effzoo models  or  effzoo show longformer.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.logging import RichHandler
@@ -27,31 +27,66 @@ if TYPE_CHECKING:
 @app.command()
 def finetune(
     model: Annotated[str, typer.Argument(help="A model of the zoo, or a TOML file of your own.")],
-    data: Annotated[str, typer.Option(help="Texts with labels: a .csv, .tsv, .jsonl, .parquet or .txt file, a folder, or a data set on the hub.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Texts with labels: a .csv, .tsv, .jsonl, .parquet or .txt file, a folder, or a data set on the hub."
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="Folder for the adapter, the checkpoints and the learning curves.")],
-    peft: Annotated[str, typer.Option(help='What is trained: "lora\\[rank=4]", "prefix|lora", ...; "none" trains all weights in place.')] = "lora",
+    peft: Annotated[
+        str,
+        typer.Option(help='What is trained: "lora\\[rank=4]", "prefix|lora", ...; "none" trains all weights in place.'),
+    ] = "lora",
     attention: Attention = None,
-    pretrained: Annotated[str | None, typer.Option(help='Weights to start from: a folder, a hub id, or "own" for those of the model.')] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id; default: where the weights come from.")] = None,
-    evaluation: Annotated[str | None, typer.Option(help="Texts to evaluate on; default: a share of the data, see --holdout.")] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(help='Weights to start from: a folder, a hub id, or "own" for those of the model.')
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or hub id; default: where the weights come from.")
+    ] = None,
+    evaluation: Annotated[
+        str | None, typer.Option(help="Texts to evaluate on; default: a share of the data, see --holdout.")
+    ] = None,
     holdout: Annotated[float, typer.Option(help="Share of the data that is kept for evaluation.")] = 0.1,
     text: Annotated[str | None, typer.Option(help="Column of the texts; default: found by its name.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of the labels; default: found by its name.")] = None,
     task: Annotated[str, typer.Option(help="classification, masked_lm or causal_lm.")] = "classification",
-    max_length: Annotated[int | None, typer.Option(help="Longest sequence in tokens, prompts included; default: the model's, at most 512.")] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Longest sequence in tokens, prompts included; default: the model's, at most 512."),
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 8,
-    learning_rate: Annotated[float | None, typer.Option(help="Default: each method's own, 5e-5 for all weights.")] = None,
-    teacher: Annotated[Path | None, typer.Option(help="Learn beside the labels from a model of an earlier run: its --output folder.")] = None,
-    teacher_attention: Annotated[str | None, typer.Option(help="With which --attention the teacher was trained; default: the model's own.")] = None,
-    distillation: Annotated[str, typer.Option(help='Weights of the parts: "logits=0.5, labels=0.5, hidden=1, attention=1, temperature=2".')] = "",
-    calibration_batches: Annotated[int, typer.Option(help="Batches that methods see which choose by looking at data, before the first step.")] = 8,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Default: each method's own, 5e-5 for all weights.")
+    ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Learn beside the labels from a model of an earlier run: its --output folder.")
+    ] = None,
+    teacher_attention: Annotated[
+        str | None, typer.Option(help="With which --attention the teacher was trained; default: the model's own.")
+    ] = None,
+    distillation: Annotated[
+        str, typer.Option(help='Weights of the parts: "logits=0.5, labels=0.5, hidden=1, attention=1, temperature=2".')
+    ] = "",
+    calibration_batches: Annotated[
+        int, typer.Option(help="Batches that methods see which choose by looking at data, before the first step.")
+    ] = 8,
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")] = False,
-    recompute: Annotated[str, typer.Option(help="Computed again for the backward pass: nothing, hidden, or blocks (least memory).")] = "hidden",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    recompute: Annotated[
+        str, typer.Option(help="Computed again for the backward pass: nothing, hidden, or blocks (least memory).")
+    ] = "hidden",
     seed: Annotated[int, typer.Option(help="Of the weights that start at random, the split and the order.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output from its newest checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the checkpoints of an earlier run in --output.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --output from its newest checkpoint.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove the checkpoints of an earlier run in --output.")
+    ] = False,
 ) -> None:
     """Fine-tune a model on texts, by default to classify them, and save the adapter.
 
@@ -59,7 +94,11 @@ def finetune(
 
     Example:  effzoo finetune minilm --pretrained own --data news.csv --peft "lora\\[rank=8]" --output runs/news
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console(), show_time=False, show_path=False)])
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=console(), show_time=False, show_path=False)],
+    )
     import torch
 
     import effzoo
@@ -69,7 +108,11 @@ def finetune(
     number("--epochs", epochs, "a positive number", lambda x: x > 0)
     number_or_none("--learning-rate", learning_rate, "a number above 0", lambda x: x > 0)
     whole("--seed", seed, least=0, most=2**32 - 1)
-    for name, value in (("--batch-size", batch_size), ("--calibration-batches", calibration_batches), ("--max-length", max_length)):
+    for name, value in (
+        ("--batch-size", batch_size),
+        ("--calibration-batches", calibration_batches),
+        ("--max-length", max_length),
+    ):
         whole_or_none(name, value, least=1)
     table = texts.load_text(data, text=text, label=label)
     labels = texts.names(table)
@@ -78,12 +121,16 @@ def finetune(
     words = texts.tokenizer_of(tokenizer or (pretrained if pretrained not in (None, "own") else settings))
     same: dict[str, Any] = {
         "task": task, "num_labels": 2 if task != "classification" else 1 if labels is None else len(labels),
-        "pretrained": True if pretrained == "own" else pretrained, "max_length": max_length or min(settings.max_length, 512),
+        "pretrained": True if pretrained == "own" else pretrained,
+        "max_length": max_length or min(settings.max_length, 512),
     }  # fmt: skip
     torch.manual_seed(seed)
     built = effzoo.build(model, attention=attention, peft=None if peft == "none" else peft, **same)
     if teacher is None and (distillation or teacher_attention):
-        raise OptionError("--distillation and --teacher-attention are about a teacher; give --teacher, the --output folder of an earlier run")
+        raise OptionError(
+            "--distillation and --teacher-attention are about a teacher; give --teacher, the --output "
+            "folder of an earlier run"
+        )
     taught: dict[str, Any] = {}
     if teacher is not None:
         torch.manual_seed(seed)
@@ -99,9 +146,10 @@ def finetune(
     bar = Bar(console())
     try:
         result = effzoo.finetune(
-            built, tokens[0], evaluate=tokens[1], output_dir=output, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
-            precision=precision, seed=seed, resume=resume, overwrite=overwrite, gradient_checkpointing=gradient_checkpointing,  # type: ignore[arg-type]
-            calibration_batches=calibration_batches, recompute=recompute, progress=False, callbacks=[bar], **taught,  # type: ignore[arg-type]
+            built, tokens[0], evaluate=tokens[1], output_dir=output, epochs=epochs, batch_size=batch_size,
+            learning_rate=learning_rate, precision=cast(Any, precision), seed=seed, resume=resume, overwrite=overwrite,
+            gradient_checkpointing=gradient_checkpointing, calibration_batches=calibration_batches,
+            recompute=cast(Any, recompute), progress=False, callbacks=[bar], **taught,
         )  # fmt: skip
     finally:
         bar.close()
@@ -117,13 +165,16 @@ def _trained(model: Transformer, folder: Path) -> Transformer:
         return effzoo.load_adapter(model, folder / checkpoints.ADAPTER)
     if not (folder / checkpoints.WEIGHTS).is_file():
         raise OptionError(
-            f"--teacher {folder} holds neither {checkpoints.ADAPTER} nor {checkpoints.WEIGHTS}; give the --output folder of a finished run"
+            f"--teacher {folder} holds neither {checkpoints.ADAPTER} nor {checkpoints.WEIGHTS}; give the --output "
+            "folder of a finished run"
         )
     checkpoints.load_weights(model, folder)
     return model
 
 
-def _parts(table: Dataset, evaluation: str | None, holdout: float, seed: int, text: str | None, label: str | None) -> tuple[Dataset, Dataset]:
+def _parts(
+    table: Dataset, evaluation: str | None, holdout: float, seed: int, text: str | None, label: str | None
+) -> tuple[Dataset, Dataset]:
     """The examples to train and to evaluate on, with the same numbers for the same labels."""
     from effzoo import data as texts
 
@@ -136,7 +187,10 @@ def _parts(table: Dataset, evaluation: str | None, holdout: float, seed: int, te
         return table, other
     if known is None or found is None or set(found) - set(known):
         strange = sorted(set(found or ()) - set(known or ()))
-        raise DataError(f"the labels of {evaluation} are not those of the training data: {', '.join(strange) or 'one of the two has none'}")
+        raise DataError(
+            f"the labels of {evaluation} are not those of the training data: "
+            f"{', '.join(strange) or 'one of the two has none'}"
+        )
     return table, other.align_labels_with_mapping({name: number for number, name in enumerate(known)}, "label")
 
 
@@ -150,8 +204,14 @@ def _report(result: Result, model: Transformer, output: Path) -> None:
     import effzoo
     from effzoo import plots
 
-    rows: list[tuple[str, Any]] = [(name.removeprefix("eval_"), f"{value:.4g}") for name, value in result.metrics.items()]
-    rows += [("steps", f"{result.steps:,}"), ("seconds", f"{result.seconds:.1f}"), ("peak memory", f"{result.peak_memory / 2**20:,.0f} MiB")]
+    rows: list[tuple[str, Any]] = [
+        (name.removeprefix("eval_"), f"{value:.4g}") for name, value in result.metrics.items()
+    ]
+    rows += [
+        ("steps", f"{result.steps:,}"),
+        ("seconds", f"{result.seconds:.1f}"),
+        ("peak memory", f"{result.peak_memory / 2**20:,.0f} MiB"),
+    ]
     say("", heading("result"), pairs(rows), "", heading("account"), str(effzoo.account(model)), "")
     if result.untouched:
         say(f"note: {result.untouched}", "")

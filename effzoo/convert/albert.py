@@ -1,6 +1,8 @@
-"""ALBERT as transformers lays it out (Lan et al. 2020, arXiv:1909.11942): BERT with narrow embeddings, and layers that share blocks.
+"""ALBERT as transformers lays it out (Lan et al. 2020, arXiv:1909.11942): BERT with narrow embeddings, and layers that
+share blocks.
 
-While training, transformers drops out nothing of what a feed-forward adds, which ours does; the published models have a dropout of 0.
+While training, transformers drops out nothing of what a feed-forward adds, which ours does; the published models have a
+dropout of 0.
 """
 
 from __future__ import annotations
@@ -33,13 +35,19 @@ HEADS = {
     "features": same({"head.pooler": "{base}pooler"}),
     "classification": same({"head.dense": "{base}pooler", "head.out": "classifier"}),
     "token_classification": same({"head.out": "classifier"}),
-    "masked_lm": same({"head.dense": "predictions.dense", "head.norm": "predictions.LayerNorm", "head.out": "predictions"}),
+    "masked_lm": same(
+        {"head.dense": "predictions.dense", "head.norm": "predictions.LayerNorm", "head.out": "predictions"}
+    ),
 }
 
 
 def dropouts(theirs: Any, task: str) -> dict[str, float | None]:
     """The classifier has a dropout of its own."""
-    return {"classifier_dropout_prob": theirs.classifier_dropout_prob} if task in ("classification", "token_classification") else {}
+    return (
+        {"classifier_dropout_prob": theirs.classifier_dropout_prob}
+        if task in ("classification", "token_classification")
+        else {}
+    )
 
 
 def _write(config: Any) -> dict[str, Any]:
@@ -57,7 +65,10 @@ ALBERT = dataclasses.replace(
     classes={task: name.replace("Bert", "Albert") for task, name in BERT.classes.items()},
     body=BODY,
     heads=HEADS,
-    tied={"predictions.decoder.weight": "{base}embeddings.word_embeddings.weight", "predictions.decoder.bias": "predictions.bias"},
+    tied={
+        "predictions.decoder.weight": "{base}embeddings.word_embeddings.weight",
+        "predictions.decoder.bias": "predictions.bias",
+    },
     fields={**FIELDS, "embedding_dim": "embedding_size", "share_layers": "num_hidden_groups"},
     required={**REQUIRED, "inner_group_num": 1},
     dropouts=dropouts,

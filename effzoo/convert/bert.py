@@ -1,6 +1,7 @@
 """BERT as transformers lays it out (Devlin et al. 2019, arXiv:1810.04805).
 
-A classification head is the pooler followed by one linear layer, so the pooler of a model without a task becomes `head.dense`.
+A classification head is the pooler followed by one linear layer, so the pooler of a model without a task becomes
+`head.dense`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ HEADS = {
     "classification": same({"head.dense": "{base}pooler.dense", "head.out": "classifier"}),
     "token_classification": same({"head.out": "classifier"}),
     "masked_lm": same(
-        {"head.dense": "cls.predictions.transform.dense", "head.norm": "cls.predictions.transform.LayerNorm", "head.out": "cls.predictions"}
+        {
+            "head.dense": "cls.predictions.transform.dense",
+            "head.norm": "cls.predictions.transform.LayerNorm",
+            "head.out": "cls.predictions",
+        }
     ),
 }
 FIELDS = {
@@ -46,13 +51,25 @@ FIELDS = {
     "types": "type_vocab_size",
     "pad_token": "pad_token_id",
 }
-SLOTS = {"architecture": "encoder", "norm": "post", "pooling": "first", "head_dense": True, "head_bias": True, "pooler": True, "lm_transform": True}
+SLOTS = {
+    "architecture": "encoder",
+    "norm": "post",
+    "pooling": "first",
+    "head_dense": True,
+    "head_bias": True,
+    "pooler": True,
+    "lm_transform": True,
+}
 REQUIRED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 
 
 def dropouts(theirs: Any, task: str) -> dict[str, float | None]:
     """The classifier may have a dropout of its own; None means that it has the common one."""
-    return {"classifier_dropout": getattr(theirs, "classifier_dropout", None)} if task in ("classification", "token_classification") else {}
+    return (
+        {"classifier_dropout": getattr(theirs, "classifier_dropout", None)}
+        if task in ("classification", "token_classification")
+        else {}
+    )
 
 
 BERT = Layout(
@@ -66,7 +83,10 @@ BERT = Layout(
     },
     body=BODY,
     heads=HEADS,
-    tied={"cls.predictions.decoder.weight": "{base}embeddings.word_embeddings.weight", "cls.predictions.decoder.bias": "cls.predictions.bias"},
+    tied={
+        "cls.predictions.decoder.weight": "{base}embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    },
     fields=FIELDS,
     positions="max_position_embeddings",
     activation="hidden_act",
@@ -75,6 +95,13 @@ BERT = Layout(
     dropouts=dropouts,
     reads=frozenset({"classifier_dropout", "tie_word_embeddings"}),  # an untied head is found by its tensors
     inert=frozenset(
-        {"directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type"}
+        {
+            "directionality",
+            "pooler_fc_size",
+            "pooler_num_attention_heads",
+            "pooler_num_fc_layers",
+            "pooler_size_per_head",
+            "pooler_type",
+        }
     ),
 )

@@ -1,8 +1,8 @@
-"""Dtypes tensor by tensor: a norm or a head that is float32 in a model in bfloat16 stays float32, both ways and through folders. And so whether a
-tensor learns, both ways; folders do not say it.
+"""Dtypes tensor by tensor: a norm or a head that is float32 in a model in bfloat16 stays float32, both ways and through
+folders. And so whether a tensor learns, both ways; folders do not say it.
 
-transformers loads a folder in one dtype. Where its files hold several, the folder is loaded in the widest of them, which changes no number, and
-each tensor then goes back to its own.
+transformers loads a folder in one dtype. Where its files hold several, the folder is loaded in the widest of them,
+which changes no number, and each tensor then goes back to its own.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ def hold_in(tensor: Tensor, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def copy_into(wanted: Mapping[str, Tensor], chosen: Mapping[str, Tensor], dtypes: bool, learns: Mapping[str, bool]) -> None:
-    """Write the chosen values into the wanted tensors of the same names. dtypes: whether these take the values' dtypes, or keep their own.
+def copy_into(
+    wanted: Mapping[str, Tensor], chosen: Mapping[str, Tensor], dtypes: bool, learns: Mapping[str, bool]
+) -> None:
+    """Write the chosen values into the wanted tensors of the same names. dtypes: whether these take the values' dtypes,
+    or keep their own.
     learns: of those whose `requires_grad` is to be set, what to."""
     for key, tensor in chosen.items():
         if dtypes:
@@ -47,9 +50,12 @@ def let_learn(tensors: Mapping[str, Tensor], learns: Mapping[str, bool]) -> None
 
 
 def load_state(theirs: Any, state: dict[str, Tensor], learns: Mapping[str, bool]) -> None:
-    """Load a state dict into a model of transformers, every tensor in its own dtype and as trainable as `learns` says; what their model ties stays
-    tied."""
-    own = {**dict(theirs.named_parameters(remove_duplicate=False)), **dict(theirs.named_buffers(remove_duplicate=False))}
+    """Load a state dict into a model of transformers, every tensor in its own dtype and as trainable as `learns` says;
+    what their model ties stays tied."""
+    own = {
+        **dict(theirs.named_parameters(remove_duplicate=False)),
+        **dict(theirs.named_buffers(remove_duplicate=False)),
+    }
     for key, tensor in state.items():
         if key in own:
             hold_in(own[key], tensor.dtype)
@@ -63,7 +69,9 @@ def from_pretrained(cls: Any, label: str, **more: Any) -> tuple[Any, Any]:
     found = stored(label)
     if len(set(found.values())) < 2:
         return model, info
-    model, info = cls.from_pretrained(label, output_loading_info=True, dtype=functools.reduce(torch.promote_types, found.values()), **more)
+    model, info = cls.from_pretrained(
+        label, output_loading_info=True, dtype=functools.reduce(torch.promote_types, found.values()), **more
+    )
     prefix = f"{model.base_model_prefix}."
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
         for name in (key, key.removeprefix(prefix), prefix + key):  # with a head, without it
@@ -74,7 +82,8 @@ def from_pretrained(cls: Any, label: str, **more: Any) -> tuple[Any, Any]:
 
 
 def stored(label: str) -> dict[str, torch.dtype]:
-    """The dtypes of the floating-point tensors in the safetensors files of a folder, or of a hub id that has been fetched."""
+    """The dtypes of the floating-point tensors in the safetensors files of a folder, or of a hub id that has been
+    fetched."""
     found: dict[str, torch.dtype] = {}
     for file in _files(label):
         with safe_open(file, "pt") as opened:

@@ -20,15 +20,17 @@ from effzoo.sites import sites, unwrap
 def check_dense(model: Any) -> None:
     """ConversionError for a model whose weights are held as codes."""
     if found := [path for path, site in sites(model) if getattr(site, "bits", None)]:
-        raise ConversionError(f"{len(found)} weights are quantised ({found[0]}, ...); call effzoo.dequantise(model) first")
+        raise ConversionError(
+            f"{len(found)} weights are quantised ({found[0]}, ...); call effzoo.dequantise(model) first"
+        )
 
 
 def to_transformers(model: Transformer | Perceiver) -> Any:
     """The model of transformers (a `PreTrainedModel`) that computes the same, with a copy of the weights.
 
     Its dtype and what is trainable (tensor by tensor), device and training mode are the model's.
-    Raises ConversionError for what transformers has no counterpart for: another attention or pooling, say, attached adapters, or a tensor of theirs
-    of which one part is frozen and another is not.
+    Raises ConversionError for what transformers has no counterpart for: another attention or pooling, say, attached
+        adapters, or a tensor of theirs of which one part is frozen and another is not.
     """
     model = unwrap(model)
     if isinstance(model, Perceiver):
@@ -41,18 +43,30 @@ def to_transformers(model: Transformer | Perceiver) -> Any:
     check_dense(model)
     layout, config, task = layout_for(model), model.config, model.task
     if config.pad_token is not None and config.pad_token >= config.vocab:
-        raise ConversionError(f"pad_token {config.pad_token} is no row of a vocabulary of {config.vocab}; build the model with another pad_token")
+        raise ConversionError(
+            f"pad_token {config.pad_token} is no row of a vocabulary of {config.vocab}; build the "
+            "model with another pad_token"
+        )
     cls = layout.cls(task)
-    fields = layout.their_fields(config, task) | texts.tokens(config) | {"num_labels": model.own_labels} | layout.built(model)
+    fields = (
+        layout.their_fields(config, task)
+        | texts.tokens(config)
+        | {"num_labels": model.own_labels}
+        | layout.built(model)
+    )
     named = {name: getattr(cls.config_class(), name, None) for name in ("cls_token_id", "sep_token_id")}
     special = {name: None for name, value in named.items() if value is not None and value not in range(config.vocab)}
-    without_pooler = {"add_pooling_layer": False} if task == "features" and layout.heads[task] and not config.pooler else {}
+    without_pooler = (
+        {"add_pooling_layer": False} if task == "features" and layout.heads[task] and not config.pooler else {}
+    )
     with torch.random.fork_rng(devices=[]):  # their random initialisation is overwritten, so it should leave no trace
         try:
             theirs = cls(cls.config_class(**special | fields), **without_pooler)
         except Exception as error:
             reason = (str(error).strip() or "no message").splitlines()[0]
-            raise ConversionError(f"transformers makes no {cls.__name__} of this configuration: {type(error).__name__}: {reason}") from error
+            raise ConversionError(
+                f"transformers makes no {cls.__name__} of this configuration: {type(error).__name__}: {reason}"
+            ) from error
     ours = model.state_dict()
     rules = layout.rules(config.blocks, task, task)
     optional = {rule.key(parameter) for rule in rules for parameter in rule.parameters if rule.optional}
@@ -62,11 +76,17 @@ def to_transformers(model: Transformer | Perceiver) -> Any:
     wanted = set(theirs.state_dict())
     state = {key: value for key, value in state.items() if key in wanted or key not in optional}
     if missing := sorted(wanted - set(state)):
-        raise ConversionError(f"{cls.__name__} needs {missing[0]}, which this model does not have (types={config.types}, pooler={config.pooler})")
+        raise ConversionError(
+            f"{cls.__name__} needs {missing[0]}, which this model does not have "
+            f"(types={config.types}, pooler={config.pooler})"
+        )
     for key, value in state.items():
         if key not in wanted or value.shape != theirs.state_dict()[key].shape:
             has = f"of shape {tuple(theirs.state_dict()[key].shape)}" if key in wanted else "not at all"
-            raise ConversionError(f"{cls.__name__} has {key} {has}, and this model {tuple(value.shape)}: it has no counterpart in transformers")
+            raise ConversionError(
+                f"{cls.__name__} has {key} {has}, and this model {tuple(value.shape)}: it has no "
+                "counterpart in transformers"
+            )
     like = ours["embeddings.token.weight"]
     texts.write(theirs, config)
     load_state(theirs.to(device=like.device, dtype=like.dtype), state, learns)

@@ -1,8 +1,10 @@
-"""Whether a live model computes what its class and its configuration say: no other code acts in it, and no part was replaced.
+"""Whether a live model computes what its class and its configuration say: no other code acts in it, and no part was
+replaced.
 
-A model of transformers is read by its tensors and its configuration. Subclasses, replaced modules, adapters, quantised layers, hooks, methods put on
-an instance or a class, and functions of one's own change what it computes and leave both as they are, so each of them is looked for and refused. So
-are hooks on gradients, which change what is learned. Hooks on state dicts change neither, and the tensors are read past them.
+A model of transformers is read by its tensors and its configuration. Subclasses, replaced modules, adapters, quantised
+layers, hooks, methods put on an instance or a class, and functions of one's own change what it computes and leave both
+as they are, so each of them is looked for and refused. So are hooks on gradients, which change what is learned. Hooks
+on state dicts change neither, and the tensors are read past them.
 """
 
 from __future__ import annotations
@@ -23,11 +25,24 @@ from effzoo.errors import ConversionError
 
 log = logging.getLogger("effzoo.convert")
 _THEIRS = ("torch", "transformers")
-_LIBRARIES = ("accelerate", "huggingface_hub", "numpy", "safetensors", *sys.stdlib_module_names)  # whose functions transformers imports
+# whose functions transformers imports
+_LIBRARIES = ("accelerate", "huggingface_hub", "numpy", "safetensors", *sys.stdlib_module_names)
 _HOOKS = ("transformers", "accelerate")  # whose hooks move, count or record, and change no value
-_QUANTISERS = ("bitsandbytes", "torchao", "auto_gptq", "gptqmodel", "awq", "optimum", "hqq", "eetq", "aqlm", "compressed_tensors")
+_QUANTISERS = (
+    "bitsandbytes",
+    "torchao",
+    "auto_gptq",
+    "gptqmodel",
+    "awq",
+    "optimum",
+    "hqq",
+    "eetq",
+    "aqlm",
+    "compressed_tensors",
+)
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
-# what a forward pass draws and keeps for its backward pass, and a size that `resize_token_embeddings` leaves behind and nothing computes with
+# what a forward pass draws and keeps for its backward pass, and a size that `resize_token_embeddings` leaves behind and
+# nothing computes with
 _SKIPPED = ("training", "gradient_checkpointing", "attention_seed", "feed_forward_seed", "vocab_size")
 _START = ("__init__", "_init_weights", "init_weights", "reset_parameters")  # how weights start, which is past
 _SIMPLE = (bool, int, float, str, type(None))
@@ -45,7 +60,8 @@ def check_class(source: Any, cls: type) -> None:
     if type(source) is not cls:
         own = type(source)
         raise ConversionError(
-            f"{own.__name__} of {own.__module__} is a subclass of {cls.__name__} and may compute something else; if it computes the same, give a "
+            f"{own.__name__} of {own.__module__} is a subclass of {cls.__name__} and may compute something else; if "
+            "it computes the same, give a "
             f"{cls.__name__} with its weights: {cls.__name__}(model.config), then load_state_dict(model.state_dict())"
         )
 
@@ -56,27 +72,33 @@ def check_origin(path: str, module: nn.Module) -> None:
     package = own.__module__.partition(".")[0]
     if package == "peft":
         raise ConversionError(
-            f"{path} is a {own.__name__} of peft: adapters are attached; merge them (merge_and_unload()), or give the base, save the adapter with "
+            f"{path} is a {own.__name__} of peft: adapters are attached; merge them (merge_and_unload()), or give "
+            "the base, save the adapter with "
             "save_pretrained and load it with effzoo.load_adapter"
         )
     if package in _QUANTISERS:
         raise ConversionError(
-            f"{path} is a {own.__name__} of {package}: its weights are quantised; load the model in its own dtype, or call dequantize()"
+            f"{path} is a {own.__name__} of {package}: its weights are quantised; load the model in its own dtype, "
+            "or call dequantize()"
         )
     if package not in _THEIRS:
         raise ConversionError(
-            f"{path} is a {own.__name__} of {own.__module__}, and what that computes is not known; give the model with its own parts"
+            f"{path} is a {own.__name__} of {own.__module__}, and what that computes is not known; give the model "
+            "with its own parts"
         )
 
 
 def check_genuine(label: str, model: Any, fresh: Callable[[Any], Any], lost_by_resizing: Iterable[str] = ()) -> None:
     """Refuse a model in which anything but its class and its configuration says what is computed or what is learned.
 
-    label: names it in messages. fresh: makes another model from a configuration. lost_by_resizing: keys of tensors that may be gone.
-    Raises ConversionError with the place, and what to do.
+    label: names it in messages.
+    fresh: makes another model from a configuration.
+    lost_by_resizing: keys of tensors that may be gone. Raises ConversionError with the place, and what to do.
     """
     if getattr(model.config, "is_heterogeneous", False):
-        raise ConversionError(f"{label} with per_layer_config has no counterpart in effzoo, which has one configuration for all layers")
+        raise ConversionError(
+            f"{label} with per_layer_config has no counterpart in effzoo, which has one configuration for all layers"
+        )
     _check_attention(label, model)
     _check_hooks_of_all(label)
     for path, module in model.named_modules():
@@ -89,7 +111,8 @@ def check_genuine(label: str, model: Any, fresh: Callable[[Any], Any], lost_by_r
             made = dict(fresh(copy.deepcopy(model.config)).named_modules())
     except Exception as error:
         raise ConversionError(
-            f"{label}: its configuration makes no model any more ({type(error).__name__}: {error}); it was changed by hand"
+            f"{label}: its configuration makes no model any more ({type(error).__name__}: {error}); it was changed "
+            "by hand"
         ) from error
     _check_frequencies(label, model)
     _check_numbers_of_places(label, model)
@@ -97,14 +120,35 @@ def check_genuine(label: str, model: Any, fresh: Callable[[Any], Any], lost_by_r
     for path, module in model.named_modules():
         where = f"{label}: {path or 'the model'}"
         if path not in made or type(module) is not type(made[path]):
-            wanted = f"its configuration makes a {type(made[path]).__name__}" if path in made else "its configuration makes no such module"
-            raise ConversionError(f"{where} is a {type(module).__name__} where {wanted}; give the model with its own parts")
-        if getattr(module, "config", model.config) is not model.config and module.config.to_dict() != model.config.to_dict():
-            raise ConversionError(f"{where} has a configuration of its own that differs from the model's; give the model with its own parts")
+            wanted = (
+                f"its configuration makes a {type(made[path]).__name__}"
+                if path in made
+                else ("its configuration makes no such module")
+            )
+            raise ConversionError(
+                f"{where} is a {type(module).__name__} where {wanted}; give the model with its own parts"
+            )
+        if (
+            getattr(module, "config", model.config) is not model.config
+            and module.config.to_dict() != model.config.to_dict()
+        ):
+            raise ConversionError(
+                f"{where} has a configuration of its own that differs from the model's; give the "
+                "model with its own parts"
+            )
         if extra := sorted(_tensors(module) - _tensors(made[path])):
-            raise ConversionError(f"{where} has a tensor {extra[0]} where its configuration makes none; give the model with its own parts")
-        if lost := sorted(_tensors(made[path]) - _tensors(module) - {key.rpartition(".")[2] for key in lost_by_resizing if _inside(key, path)}):
-            raise ConversionError(f"{where} has no tensor {lost[0]} where its configuration makes one; give it (zeros add nothing, if it is a bias)")
+            raise ConversionError(
+                f"{where} has a tensor {extra[0]} where its configuration makes none; give the model with its own parts"
+            )
+        if lost := sorted(
+            _tensors(made[path])
+            - _tensors(module)
+            - {key.rpartition(".")[2] for key in lost_by_resizing if _inside(key, path)}
+        ):
+            raise ConversionError(
+                f"{where} has no tensor {lost[0]} where its configuration makes one; give it "
+                "(zeros add nothing, if it is a bias)"
+            )
         for name, value in vars(made[path]).items():
             mine = getattr(module, name, None)
             if name.startswith("_") or name in _SKIPPED or _alike(mine, value):
@@ -113,12 +157,20 @@ def check_genuine(label: str, model: Any, fresh: Callable[[Any], Any], lost_by_r
                 dropped[f"{path}.{name}"] = mine, value
                 continue
             raise ConversionError(
-                f"{where} has {name}={_told(mine)} where its configuration makes {_told(value)}; change the configuration and make the model anew"
+                f"{where} has {name}={_told(mine)} where its configuration makes {_told(value)}; change the "
+                "configuration and make the model anew"
             )
     _check_modes(label, model)
     if dropped:
         place, (mine, value) = next(iter(dropped.items()))
-        log.warning("%s: %s is %s and %s in its configuration, which is taken (%d such places)", label, place, mine, value, len(dropped))
+        log.warning(
+            "%s: %s is %s and %s in its configuration, which is taken (%d such places)",
+            label,
+            place,
+            mine,
+            value,
+            len(dropped),
+        )
 
 
 def _check_attention(label: str, model: Any) -> None:
@@ -129,7 +181,8 @@ def _check_attention(label: str, model: Any) -> None:
     found = ALL_ATTENTION_FUNCTIONS.get(name) if name in ALL_ATTENTION_FUNCTIONS else None
     if (found is None and name not in (None, "eager")) or (found is not None and not _from(found, ("transformers",))):
         raise ConversionError(
-            f"{label} has attn_implementation={name!r}, a function of {getattr(found, '__module__', None)} that may compute something else; "
+            f"{label} has attn_implementation={name!r}, a function of {getattr(found, '__module__', None)} that may "
+            "compute something else; "
             "if it computes the same, call model.set_attn_implementation('sdpa') first"
         )
 
@@ -137,27 +190,42 @@ def _check_attention(label: str, model: Any) -> None:
 def _check_frequencies(label: str, model: Any) -> None:
     """Refuse rotary positions that turn by other angles than the configuration says; no file holds these buffers."""
     for path, module in model.named_modules():
-        held = {name: buffer for name, buffer in module.named_buffers(recurse=False) if name.endswith("inv_freq") and not buffer.is_meta}
+        held = {
+            name: buffer
+            for name, buffer in module.named_buffers(recurse=False)
+            if name.endswith("inv_freq") and not buffer.is_meta
+        }
         expected = dict(type(module)(model.config).named_buffers(recurse=False)) if held else {}
         for name, buffer in held.items():
-            if not torch.allclose(buffer.detach().double().cpu(), expected[name].double(), rtol=1e-2, atol=0):  # it may be held in bfloat16
-                raise ConversionError(f"{label}: {path}.{name} was changed; say in the configuration how positions turn, and make the model anew")
+            # it may be held in bfloat16
+            if not torch.allclose(buffer.detach().double().cpu(), expected[name].double(), rtol=1e-2, atol=0):
+                raise ConversionError(
+                    f"{label}: {path}.{name} was changed; say in the configuration how positions "
+                    "turn, and make the model anew"
+                )
 
 
 def _check_numbers_of_places(label: str, model: Any) -> None:
-    """Refuse positions and segments, for inputs without any, that are others than those that every model of theirs starts with."""
+    """Refuse positions and segments, for inputs without any, that are others than those that every model of theirs
+    starts with."""
     for path, buffer in model.named_buffers():
         name, n = path.rpartition(".")[2], buffer.shape[-1] if buffer.ndim else 0
         if name not in ("position_ids", "token_type_ids") or buffer.is_meta:
             continue
-        expected = torch.arange(n, device=buffer.device) if name == "position_ids" else torch.zeros(n, device=buffer.device)
+        expected = (
+            torch.arange(n, device=buffer.device) if name == "position_ids" else torch.zeros(n, device=buffer.device)
+        )
         if not bool((buffer == expected).all()):
-            raise ConversionError(f"{label}: {path} was changed, and inputs without {name} would get others here; make the model anew")
+            raise ConversionError(
+                f"{label}: {path} was changed, and inputs without {name} would get others here; make the model anew"
+            )
 
 
 def _tensors(module: nn.Module) -> set[str]:
     """The names of the parameters and buffers that are a module's own."""
-    return {name for held in (module._parameters, module._buffers) for name, tensor in held.items() if tensor is not None}
+    return {
+        name for held in (module._parameters, module._buffers) for name, tensor in held.items() if tensor is not None
+    }
 
 
 def _inside(key: str, path: str) -> bool:
@@ -183,23 +251,30 @@ def tensors_of(label: str, model: Any, missing: frozenset[str] = frozenset()) ->
         if type(tensor) not in (Tensor, nn.Parameter):
             own = type(tensor)
             raise ConversionError(
-                f"{label}: {key} is a {own.__name__} of {own.__module__}, a tensor that may compute in its own way (quantised or sharded tensors "
+                f"{label}: {key} is a {own.__name__} of {own.__module__}, a tensor that may compute in its own way "
+                "(quantised or sharded tensors "
                 "do); give plain tensors, as in module.weight = nn.Parameter(...) of its numbers"
             )
         if tensor.is_meta:
-            raise ConversionError(f"{label}: {key} is on the device meta and holds no numbers; load the model onto a device first")
+            raise ConversionError(
+                f"{label}: {key} is on the device meta and holds no numbers; load the model onto a device first"
+            )
         if tensor.dtype not in NAMES.values() or tensor.layout is not torch.strided:
             raise ConversionError(
-                f"{label}: {key} is held in {tensor.dtype} ({tensor.layout}), and effzoo holds weights dense, in {', '.join(NAMES)}; "
+                f"{label}: {key} is held in {tensor.dtype} ({tensor.layout}), and effzoo holds weights dense, in "
+                f"{', '.join(NAMES)}; "
                 "convert it first, as in model.float()"
             )
         if not bool(tensor.isfinite().all()):
-            raise ConversionError(f"{label} has NaN or infinity in {key} ({int((~tensor.isfinite()).sum())} of {tensor.numel()} entries)")
+            raise ConversionError(
+                f"{label} has NaN or infinity in {key} ({int((~tensor.isfinite()).sum())} of {tensor.numel()} entries)"
+            )
     return {key: tensor.detach() for key, tensor in found.items()}
 
 
 def check_ties(label: str, model: Any, ties: Mapping[str, str], same: Mapping[str, object] | None = None) -> None:
-    """Refuse parameters that are one tensor under several names, but for those that are tied: {a name: another with the same tensor}.
+    """Refuse parameters that are one tensor under several names, but for those that are tied: {a name: another with the
+    same tensor}.
 
     same: what names hold in our model; those that hold the same there may be one.
     """
@@ -211,7 +286,8 @@ def check_ties(label: str, model: Any, ties: Mapping[str, str], same: Mapping[st
             continue
         if first not in (name, ties.get(name)) and name != ties.get(first):
             raise ConversionError(
-                f"{label}: {name} and {first} are one tensor, and would be two here; give each its own (a clone), or say it in the configuration "
+                f"{label}: {name} and {first} are one tensor, and would be two here; give each its own (a clone), or "
+                "say it in the configuration "
                 "(tie_word_embeddings=True)"
             )
 
@@ -221,7 +297,10 @@ def _check_code(where: str, module: nn.Module) -> None:
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     for hook in hooks:
         if not _from(hook, _HOOKS):
-            raise ConversionError(f"{where} has the forward hook {_told(hook)}, which may change what is computed; remove it (handle.remove())")
+            raise ConversionError(
+                f"{where} has the forward hook {_told(hook)}, which may change what is computed; "
+                "remove it (handle.remove())"
+            )
     on_gradients = {"": (*module._backward_hooks.values(), *module._backward_pre_hooks.values())}
     for name, parameter in module._parameters.items():
         if parameter is not None:
@@ -231,32 +310,46 @@ def _check_code(where: str, module: nn.Module) -> None:
         for hook in registered:
             if not _from(hook, _HOOKS):
                 raise ConversionError(
-                    f"{where}{name} has the hook {_told(hook)} on its gradients, which may change what is learned and would be lost; remove it "
+                    f"{where}{name} has the hook {_told(hook)} on its gradients, which may change what is learned "
+                    "and would be lost; remove it "
                     "(handle.remove()), and put it on the converted model if it is wanted"
                 )
     if not _from(type(module).forward, (*_THEIRS, "accelerate")):
-        raise ConversionError(f"{where}: {type(module).__name__}.forward was replaced by one of {type(module).forward.__module__}; undo that")
+        raise ConversionError(
+            f"{where}: {type(module).__name__}.forward was replaced by one of "
+            f"{type(module).forward.__module__}; undo that"
+        )
     for name, value in vars(module).items():
-        if callable(value) and callable(getattr(type(module), name, None)) and not _from(value, _HOOKS) and not hasattr(module, "_hf_hook"):
+        if (
+            callable(value)
+            and callable(getattr(type(module), name, None))
+            and not _from(value, _HOOKS)
+            and not hasattr(module, "_hf_hook")
+        ):
             raise ConversionError(
-                f"{where} has a method {name} of its own, {_told(value)}, which may compute something else; delete it (del module.{name})"
+                f"{where} has a method {name} of its own, {_told(value)}, which may compute something else; delete "
+                f"it (del module.{name})"
             )
 
 
 def _check_hooks_of_all(label: str) -> None:
-    """Refuse hooks that were put on all modules of the process: they act at the borders of modules, which are others here."""
+    """Refuse hooks that were put on all modules of the process: they act at the borders of modules, which are others
+    here."""
     for held in (
-        of_torch._global_forward_hooks, of_torch._global_forward_pre_hooks, of_torch._global_backward_hooks, of_torch._global_backward_pre_hooks,
+        of_torch._global_forward_hooks, of_torch._global_forward_pre_hooks, of_torch._global_backward_hooks,
+        of_torch._global_backward_pre_hooks,
     ):  # fmt: skip
         for hook in held.values():
             if not _from(hook, (*_HOOKS, "torch")):
                 raise ConversionError(
-                    f"{label}: the hook {_told(hook)} is on every module of this process; remove it (handle.remove()) before converting"
+                    f"{label}: the hook {_told(hook)} is on every module of this process; remove it "
+                    "(handle.remove()) before converting"
                 )
 
 
 def _check_class_code(label: str, cls: type) -> None:
-    """Refuse methods of a class, and functions in the file of a class of transformers, that others have put there: libraries of faster kernels do."""
+    """Refuse methods of a class, and functions in the file of a class of transformers, that others have put there:
+    libraries of faster kernels do."""
     known = (*_THEIRS, *_LIBRARIES)
     for owner in cls.__mro__:
         for name, value in vars(owner).items():
@@ -264,21 +357,28 @@ def _check_class_code(label: str, cls: type) -> None:
                 continue
             code = getattr(value, "__func__", value)
             if isinstance(code, types.FunctionType) and not _from(code, known):
-                raise ConversionError(f"{label}: {owner.__name__}.{name} was replaced by one of {code.__module__}; undo that")
+                raise ConversionError(
+                    f"{label}: {owner.__name__}.{name} was replaced by one of {code.__module__}; undo that"
+                )
     if cls.__module__.partition(".")[0] == "transformers":
         for name, value in vars(sys.modules[cls.__module__]).items():
             if isinstance(value, types.FunctionType) and not _from(value, known):
-                raise ConversionError(f"{label}: {cls.__module__}.{name} was replaced by one of {value.__module__}; undo that")
+                raise ConversionError(
+                    f"{label}: {cls.__module__}.{name} was replaced by one of {value.__module__}; undo that"
+                )
 
 
 def _check_modes(label: str, model: nn.Module) -> None:
     """Refuse parts that drop out while the rest does not, or the reverse: the converted model has one mode."""
     for path, module in model.named_modules():
-        indifferent = type(module).__module__.startswith("torch.") and not isinstance(module, nn.modules.dropout._DropoutNd)
+        indifferent = type(module).__module__.startswith("torch.") and not isinstance(
+            module, nn.modules.dropout._DropoutNd
+        )
         if module.training != model.training and not indifferent:
             mode = {True: "train", False: "eval"}
             raise ConversionError(
-                f"{label}: {path} is in {mode[module.training]} mode and the model in {mode[model.training]} mode; a converted model is in one, so "
+                f"{label}: {path} is in {mode[module.training]} mode and the model in {mode[model.training]} mode; a "
+                "converted model is in one, so "
                 "call model.train() or model.eval() first"
             )
 

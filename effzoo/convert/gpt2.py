@@ -1,6 +1,8 @@
-"""GPT-2 as transformers lays it out (Radford et al. 2019): one fused q, k, v projection, and weights stored as [in, out].
+"""GPT-2 as transformers lays it out (Radford et al. 2019): one fused q, k, v projection, and weights stored as [in,
+out].
 
-While training, our classification head has a dropout before its last layer where GPT2ForSequenceClassification has none.
+While training, our classification head has a dropout before its last layer where GPT2ForSequenceClassification has
+none.
 """
 
 from __future__ import annotations
@@ -27,7 +29,12 @@ BODY = (
     Rule(("blocks.{i}.mlp.up",), "{base}h.{i}.mlp.c_fc", transposed=True),
     Rule(("blocks.{i}.mlp.down",), "{base}h.{i}.mlp.c_proj", transposed=True),
 )
-HEADS = {"features": (), "classification": same({"head.out": "score"}), "token_classification": same({"head.out": "classifier"}), "causal_lm": ()}
+HEADS = {
+    "features": (),
+    "classification": same({"head.out": "score"}),
+    "token_classification": same({"head.out": "classifier"}),
+    "causal_lm": (),
+}
 
 
 def read(theirs: Any) -> dict[str, Any]:
@@ -36,7 +43,9 @@ def read(theirs: Any) -> dict[str, Any]:
 
 
 def write(config: Config) -> dict[str, Any]:
-    return {"embd_pdrop": config.dropout, "classifier_dropout": config.dropout} | ({} if config.causal else {"is_causal": False})
+    return {"embd_pdrop": config.dropout, "classifier_dropout": config.dropout} | (
+        {} if config.causal else {"is_causal": False}
+    )
 
 
 def dropouts(theirs: Any, task: str) -> dict[str, float | None]:
@@ -78,12 +87,13 @@ GPT2 = Layout(
         "norm": "pre", "types": 0, "pooling": "last", "head_dense": False, "head_bias": False, "pooler": False,
         "lm_transform": False,
     },
-    required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False, "add_cross_attention": False},
-    dropouts=dropouts,
+    required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
+    "add_cross_attention": False}, dropouts=dropouts,
     translated=frozenset({"architecture"}),
     read=read,
     write=write,
     reads=frozenset({"classifier_dropout", "embd_pdrop", "hidden_dropout", "is_causal", "tie_word_embeddings"}),
-    inert=frozenset({"n_ctx", "predict_special_tokens", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
+    inert=frozenset({"n_ctx", "predict_special_tokens", "summary_activation", "summary_first_dropout",
+    "summary_proj_to_labels", "summary_type",
                      "summary_use_proj"}),
 )  # fmt: skip

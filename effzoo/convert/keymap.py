@@ -17,10 +17,14 @@ PARAMETERS = ("weight", "bias")
 class Rule:
     """The parameters of our modules `ours` are those of their module `theirs`.
 
-    In the paths, `{i}` stands for the number of a block and `{base}` for the prefix that the body has inside a model with a head. Several
-    modules of ours are stacked along the outputs of one of theirs. transposed: theirs stores its weight as [in, out].
-    first: the first block that has these modules. parameters: those that the rule speaks of. optional: some models have no such module.
-    axis: their module is the bare tensor of one axis of a grid, (this axis, of how many), with a length of 1 along the others.
+    In the paths, `{i}` stands for the number of a block and `{base}` for the prefix that the body has inside a model
+    with a head. Several modules of ours are stacked along the outputs of one of theirs. transposed: theirs stores its
+    weight as [in, out].
+    first: the first block that has these modules.
+    parameters: those that the rule speaks of.
+    optional: some models have no such module.
+    axis: their module is the bare tensor of one axis of a grid, (this axis, of how many), with a length of 1 along
+        the others.
     """
 
     ours: tuple[str, ...]
@@ -71,7 +75,9 @@ def to_ours(rules: Iterable[Rule], theirs: Mapping[str, Tensor]) -> dict[str, Te
         for parameter in rule.parameters:
             tensor = theirs.get(rule.key(parameter))
             if tensor is not None:
-                ours.update(zip((f"{path}.{parameter}" for path in rule.ours), rule.split(parameter, tensor), strict=True))
+                ours.update(
+                    zip((f"{path}.{parameter}" for path in rule.ours), rule.split(parameter, tensor), strict=True)
+                )
     return ours
 
 
@@ -102,16 +108,19 @@ def trained_in_ours(rules: Iterable[Rule], theirs: Mapping[str, bool]) -> dict[s
 
 
 def trained_in_theirs(rules: Iterable[Rule], ours: Mapping[str, bool]) -> dict[str, bool]:
-    """What `trained` says of our parameters, under their keys. Raises ConversionError where some parts of one tensor of theirs learn and others do
-    not."""
+    """What `trained` says of our parameters, under their keys. Raises ConversionError where some parts of one tensor of
+    theirs learn and others do not."""
     theirs: dict[str, bool] = {}
     for rule in rules:
         for parameter in rule.parameters:
             parts = {key: ours[key] for path in rule.ours if (key := f"{path}.{parameter}") in ours}
             if len(set(parts.values())) > 1:
-                frozen, learning = (", ".join(key for key, flag in parts.items() if flag is wanted) for wanted in (False, True))
+                frozen, learning = (
+                    ", ".join(key for key, flag in parts.items() if flag is wanted) for wanted in (False, True)
+                )
                 raise ConversionError(
-                    f"{rule.key(parameter)} of transformers holds several tensors of ours, of which {frozen} is frozen (requires_grad=False) and "
+                    f"{rule.key(parameter)} of transformers holds several tensors of ours, of which {frozen} is "
+                    "frozen (requires_grad=False) and "
                     f"{learning} is not: freeze all of them, or none"
                 )
             if parts:

@@ -14,17 +14,26 @@ from effzoo.convert.fields import check_fields
 from effzoo.convert.keymap import Rule, expand
 from effzoo.errors import ConversionError, OptionError, listing
 
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
 THEIR_ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}
 _LM = ("masked_lm", "causal_lm")
 _ONLY_FOR = {
-    "pooling": ("classification",), "head_dense": ("classification",), "head_bias": ("classification",), "head_norm": ("classification",),
-    "head_activation": ("classification", "token_classification"), "token_dense": ("token_classification",), "lm_transform": ("masked_lm",),
+    "pooling": ("classification",), "head_dense": ("classification",), "head_bias": ("classification",),
+    "head_norm": ("classification",),
+    "head_activation": ("classification", "token_classification"), "token_dense": ("token_classification",),
+    "lm_transform": ("masked_lm",),
     "lm_bias": _LM, "tied": _LM, "transform_bias": ("classification", "token_classification", "masked_lm"),
 }  # fmt: skip
 _FREE = {
-    "name", "layout", "paper", "hub", "package", "backend", "attention", "max_length", "activation", "position_offset", "pooler", "mlp_chunk",
-    *texts.FIELDS,
+    "name", "layout", "paper", "hub", "package", "backend", "attention", "max_length", "activation", "position_offset",
+    "pooler", "mlp_chunk", *texts.FIELDS,
 }  # fmt: skip
 
 
@@ -36,17 +45,28 @@ def no_fields(_: Any) -> dict[str, Any]:
 class Layout:
     """One family of transformers' models.
 
-    classes: task -> class name. prefix: of the body inside a model with a head. body, heads: key map, heads by task. tied: their keys
-    that hold the same values as another of theirs, in models whose head is tied. fields: our config field -> theirs. positions,
-    activation: their names for these. slots: our fields that the layout fixes. required: their fields, each with the only value that we have.
-    counts_from_pad: positions start at pad_token + 1. lm_activation: what the language-model head uses whatever the
-    config says. translated: our fields that `read` and `write` say further: ours from their config and theirs from ours. dropouts: their
-    further dropout probabilities in a task, which must equal our one. shared: their modules outside the body that several heads
-    have. mixed: layers may have different attention kinds. module: where the classes are. parts: larger classes of theirs
-    that hold a model of this layout, with its path in them; only that part is taken. finish: what a model of ours takes over from their
-    config beside weights and sizes; built: their fields that only the model says. reads: their fields that `read`, `dropouts` and `finish` look
-    at; inert: those that change nothing that is computed. Every other field must have its default (`fields.py`). lost: tensors that resizing
-    their vocabulary loses and their forward pass does not add, each with one that has as many rows.
+    classes: task -> class name.
+    prefix: of the body inside a model with a head.
+    body, heads: key map, heads by task.
+    tied: their keys that hold the same values as another of theirs, in models whose head is tied.
+    fields: our config field -> theirs. positions,
+    activation: their names for these.
+    slots: our fields that the layout fixes.
+    required: their fields, each with the only value that we have.
+    counts_from_pad: positions start at pad_token + 1.
+    lm_activation: what the language-model head uses whatever the config says.
+    translated: our fields that `read` and `write` say further: ours from their config and theirs from ours.
+    dropouts: their further dropout probabilities in a task, which must equal our one.
+    shared: their modules outside the body that several heads have.
+    mixed: layers may have different attention kinds.
+    module: where the classes are.
+    parts: larger classes of theirs that hold a model of this layout, with its path in them; only that part is taken.
+    finish: what a model of ours takes over from their config beside weights and sizes; built: their fields that only
+        the model says.
+    reads: their fields that `read`, `dropouts` and `finish` look at; inert: those that change nothing that is
+        computed. Every other field must have its default (`fields.py`).
+    lost: tensors that resizing their vocabulary loses and their forward pass does not add, each with one that has as
+        many rows.
     """
 
     name: str
@@ -84,10 +104,14 @@ class Layout:
         return "" if task == "features" else f"{self.prefix}."
 
     def rules(self, layers: int, source_task: str, task: str) -> list[Rule]:
-        """The key map from a model of `source_task` to one of `task`; of another task's head only what lies in their body (BERT's pooler)
-        or is shared by both heads (the dense layer and the norm of ModernBERT's)."""
+        """The key map from a model of `source_task` to one of `task`; of another task's head only what lies in their
+        body (BERT's pooler) or is shared by both heads (the dense layer and the norm of ModernBERT's)."""
         common = self.shared & {rule.theirs for rule in self.heads[source_task]}
-        head = [rule for rule in self.heads.get(task, ()) if source_task == task or rule.theirs.startswith("{base}") or rule.theirs in common]
+        head = [
+            rule
+            for rule in self.heads.get(task, ())
+            if source_task == task or rule.theirs.startswith("{base}") or rule.theirs in common
+        ]
         return list(expand([*self.body, *head], layers, self.base(source_task)))
 
     def known(self, layers: int, task: str) -> Iterator[Rule]:
@@ -97,24 +121,36 @@ class Layout:
 
     def ties(self, config: Config, task: str) -> dict[str, str]:
         """{their key: their key with the same values}, as they are called in a model of this task."""
-        return {key: other.replace("{base}", self.base(task)) for key, other in self.tied.items()} if config.tied else {}
+        return (
+            {key: other.replace("{base}", self.base(task)) for key, other in self.tied.items()} if config.tied else {}
+        )
 
     def config(self, theirs: Any, task: str) -> Config:
         """Our config for theirs; ConversionError for a feature that we do not have."""
         for name, value in self.required.items():
             given = getattr(theirs, name, value)
             if given != value:
-                raise ConversionError(f"{self.name} with {name}={given!r} has no counterpart in effzoo, which has {name}={value!r} only")
+                raise ConversionError(
+                    f"{self.name} with {name}={given!r} has no counterpart in effzoo, which has {name}={value!r} only"
+                )
         known = {*self.fields.values(), *self.required, *self.reads, self.positions, self.activation}
         check_fields(theirs, self.cls(task).config_class, self.name, known, self.inert)
         activation = getattr(theirs, self.activation)
         if activation not in ACTIVATIONS:
-            raise ConversionError(f"activation {activation!r} has no counterpart in effzoo; it has {listing(ACTIVATIONS)}")
-        values = {ours: getattr(theirs, name) for ours, name in self.fields.items()} | texts.tokens_of(theirs) | self.read(theirs)
+            raise ConversionError(
+                f"activation {activation!r} has no counterpart in effzoo; it has {listing(ACTIVATIONS)}"
+            )
+        values = (
+            {ours: getattr(theirs, name) for ours, name in self.fields.items()}
+            | texts.tokens_of(theirs)
+            | self.read(theirs)
+        )
         if not self.counts_from_pad and (values.get("pad_token") or 0) < 0:
             values["pad_token"] = None  # some configs write -1 for none
         if self.counts_from_pad and values["pad_token"] is None:
-            raise ConversionError(f"{self.name} counts positions from pad_token_id + 1, but pad_token_id is None; set it in the config")
+            raise ConversionError(
+                f"{self.name} counts positions from pad_token_id + 1, but pad_token_id is None; set it in the config"
+            )
         offset = values["pad_token"] + 1 if self.counts_from_pad else 0
         try:
             config = Config(
@@ -124,25 +160,37 @@ class Layout:
                 max_length=getattr(theirs, self.positions) - offset,
             )
         except OptionError as error:
-            raise ConversionError(f"the configuration of this {self.name} of transformers has no counterpart in effzoo: {error}") from error
+            raise ConversionError(
+                f"the configuration of this {self.name} of transformers has no counterpart in effzoo: {error}"
+            ) from error
         self.check(config, task)
         check_problem(theirs, task)
         return config
 
     def check(self, config: Config, task: str) -> None:
         """Refuse a config of ours that this layout cannot express."""
-        slots: dict[str, Any] = {entry.name: entry.default for entry in dataclasses.fields(config) if entry.name not in _FREE}
+        slots: dict[str, Any] = {
+            entry.name: entry.default for entry in dataclasses.fields(config) if entry.name not in _FREE
+        }
         slots.update(self.slots)
         slots["position_offset"] = (config.pad_token or 0) + 1 if self.counts_from_pad else 0
         if self.lm_activation and task == "masked_lm":
             slots["activation"] = self.lm_activation
         if isinstance(config.attention_dropout, tuple) and "attention_dropout" not in self.translated:
-            raise ConversionError(f"{self.name} of transformers has one attention_dropout for all layers, got {config.attention_dropout}")
+            raise ConversionError(
+                f"{self.name} of transformers has one attention_dropout for all layers, got {config.attention_dropout}"
+            )
         for name, value in slots.items():
-            said = name == "pooler" or name in self.fields or name in self.translated or task not in _ONLY_FOR.get(name, (task,))
+            said = (
+                name == "pooler"
+                or name in self.fields
+                or name in self.translated
+                or task not in _ONLY_FOR.get(name, (task,))
+            )
             if not said and getattr(config, name) != value:
                 raise ConversionError(
-                    f"{self.classes.get(task, self.name)} of transformers has no counterpart for {name}={getattr(config, name)!r}: it has {value!r}"
+                    f"{self.classes.get(task, self.name)} of transformers has no counterpart for "
+                    f"{name}={getattr(config, name)!r}: it has {value!r}"
                 )
 
     def their_fields(self, config: Config, task: str) -> dict[str, Any]:
@@ -152,7 +200,8 @@ class Layout:
         fields[self.positions] = config.max_length + config.position_offset
         if config.activation not in THEIR_ACTIVATION:
             raise ConversionError(
-                f"{self.name} of transformers has no counterpart for activation={config.activation!r}; it has {listing(THEIR_ACTIVATION)}"
+                f"{self.name} of transformers has no counterpart for activation={config.activation!r}; it has "
+                f"{listing(THEIR_ACTIVATION)}"
             )
         fields[self.activation] = THEIR_ACTIVATION[config.activation]
         return fields | self.write(config)
@@ -164,7 +213,9 @@ class Layout:
         for name, value in self.dropouts(theirs, task).items():
             if value is not None and value != ours:
                 beside = f"{named}={ours}" if named else f"a dropout of {ours} elsewhere"
-                raise ConversionError(f"{name}={value} beside {beside}: effzoo has one dropout for both; choose it, as in dropout={ours}")
+                raise ConversionError(
+                    f"{name}={value} beside {beside}: effzoo has one dropout for both; choose it, as in dropout={ours}"
+                )
 
 
 def check_problem(theirs: Any, task: str) -> None:
@@ -173,6 +224,7 @@ def check_problem(theirs: Any, task: str) -> None:
         return
     if (problem == "regression") != (theirs.num_labels == 1):
         raise ConversionError(
-            f"problem_type={problem!r} with {theirs.num_labels} labels has no counterpart in effzoo, where the labels say which loss it is: "
+            f"problem_type={problem!r} with {theirs.num_labels} labels has no counterpart in effzoo, where the "
+            "labels say which loss it is: "
             "one label means regression; set problem_type=None to accept that"
         )

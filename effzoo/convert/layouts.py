@@ -15,7 +15,10 @@ from effzoo.convert.reformer import REFORMER
 from effzoo.convert.roberta import ROBERTA
 from effzoo.errors import ConversionError, listing
 
-LAYOUTS = {layout.name: layout for layout in (BERT, ALBERT, ROBERTA, LONGFORMER, GPT2, LLAMA, MISTRAL, QWEN3, MODERNBERT, LED, REFORMER)}
+LAYOUTS = {
+    layout.name: layout
+    for layout in (BERT, ALBERT, ROBERTA, LONGFORMER, GPT2, LLAMA, MISTRAL, QWEN3, MODERNBERT, LED, REFORMER)
+}
 _BY_ATTENTION = {
     ("bert", "full"): BERT,
     ("albert", "full"): ALBERT,
@@ -63,7 +66,10 @@ def family(config: Config) -> str:
 def layout_for(model: Transformer) -> Layout:
     """The layout that computes what this model computes; ConversionError when there is none."""
     if model.config.experts:
-        raise ConversionError(f"a model with {model.config.experts} experts has no counterpart in transformers that we know; save its state_dict")
+        raise ConversionError(
+            f"a model with {model.config.experts} experts has no counterpart in transformers that "
+            "we know; save its state_dict"
+        )
     kinds = sorted({core.name for core in model.cores()})
     found = [_BY_ATTENTION.get((model.config.layout, kind)) for kind in kinds]
     layout = found[0] if all(other is found[0] for other in found) else None
@@ -75,5 +81,7 @@ def layout_for(model: Transformer) -> Layout:
             f"it has {known}, the same in all layers but in {mixed}"
         )
     if model.task not in layout.classes:
-        raise ConversionError(f"{layout.name} of transformers has no model for task {model.task!r}; it has {listing(layout.classes)}")
+        raise ConversionError(
+            f"{layout.name} of transformers has no model for task {model.task!r}; it has {listing(layout.classes)}"
+        )
     return layout

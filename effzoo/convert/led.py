@@ -1,7 +1,9 @@
-"""The encoder of LED as transformers lays it out (Beltagy et al. 2020, arXiv:2004.05150, section 7): BART's with windows and global projections.
+"""The encoder of LED as transformers lays it out (Beltagy et al. 2020, arXiv:2004.05150, section 7): BART's with
+windows and global projections.
 
-Our models are an encoder or a decoder, so only the encoder of an LEDModel is read, and written as an `LEDEncoder`; put into an
-LEDModel with `led.encoder.load_state_dict(encoder.state_dict())`. Its eps is that of torch, 1e-5, whatever the config says.
+Our models are an encoder or a decoder, so only the encoder of an LEDModel is read, and written as an `LEDEncoder`; put
+into an LEDModel with `led.encoder.load_state_dict(encoder.state_dict())`. Its eps is that of torch, 1e-5, whatever the
+config says.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ BODY = same(
 )
 
 DECODER = (  # fields of the part that is left out
-    "classif_dropout", "classifier_dropout", "decoder_attention_heads", "decoder_ffn_dim", "decoder_layerdrop", "decoder_layers", "init_std",
-    "max_decoder_position_embeddings", "tie_word_embeddings",
+    "classif_dropout", "classifier_dropout", "decoder_attention_heads", "decoder_ffn_dim", "decoder_layerdrop",
+    "decoder_layers", "init_std", "max_decoder_position_embeddings", "tie_word_embeddings",
 )  # fmt: skip
 
 

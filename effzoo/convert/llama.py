@@ -1,8 +1,12 @@
-"""Llama, Mistral and Qwen3 as transformers lays them out: one key map; Qwen3 also normalises the heads of queries and keys.
+"""Llama, Mistral and Qwen3 as transformers lays them out: one key map; Qwen3 also normalises the heads of queries and
+keys.
 
-Llama: Touvron et al. 2023, arXiv:2302.13971; Mistral: Jiang et al. 2023, arXiv:2310.06825; Qwen3: Yang et al. 2025, arXiv:2505.09388.
-Theirs has no dropout but that of the attention weights, so ours has to be 0, and the token classifier's has to be as well.
-A window of W in theirs shows query i the keys i - W < j <= i; ours of width w shows i - w / 2 <= j <= i, so w = 2 (W - 1). With
+Llama: Touvron et al. 2023, arXiv:2302.13971; Mistral: Jiang et al. 2023, arXiv:2310.06825; Qwen3: Yang et al. 2025,
+    arXiv:2505.09388.
+Theirs has no dropout but that of the attention weights, so ours has to be 0, and the token classifier's has to be as
+well.
+A window of W in theirs shows query i the keys i - W < j <= i; ours of width w shows i - w / 2 <= j <= i, so w = 2 (W -
+1). With
 `is_causal=False` theirs shows |i - j| <= W, as ours does with w = 2 W, and the model is an encoder.
 """
 
@@ -33,7 +37,12 @@ BODY = same(
         "final_norm": "{base}norm",
     }
 )
-HEAD_NORMS = same({"blocks.{i}.attn.norms.q": "{base}layers.{i}.self_attn.q_norm", "blocks.{i}.attn.norms.k": "{base}layers.{i}.self_attn.k_norm"})
+HEAD_NORMS = same(
+    {
+        "blocks.{i}.attn.norms.q": "{base}layers.{i}.self_attn.q_norm",
+        "blocks.{i}.attn.norms.k": "{base}layers.{i}.self_attn.k_norm",
+    }
+)
 HEADS = {
     "features": (),
     "classification": same({"head.out": "score"}),
@@ -56,7 +65,9 @@ SLOTS = {
     "pooling": "last", "head_dense": False, "head_bias": False, "pooler": False, "lm_transform": False,
 }  # fmt: skip
 NO_BIAS = {"attn_bias": False, "attn_out_bias": False, "mlp_bias": False}
-READS = frozenset({"classifier_dropout", "head_dim", "hidden_dropout", "is_causal", "num_key_value_heads", "rope_parameters"})
+READS = frozenset(
+    {"classifier_dropout", "head_dim", "hidden_dropout", "is_causal", "num_key_value_heads", "rope_parameters"}
+)
 TRANSLATED = frozenset({"architecture", "kv_heads", "head_dim", "rotary_theta", "rotary_scaling"})
 
 
@@ -74,7 +85,8 @@ def read(theirs: Any) -> dict[str, Any]:
 
 
 def causal(theirs: Any) -> bool:
-    """Whether positions see earlier ones alone: `is_causal=False` makes an encoder of the same weights, as models of embeddings do."""
+    """Whether positions see earlier ones alone: `is_causal=False` makes an encoder of the same weights, as models of
+    embeddings do."""
     given = getattr(theirs, "is_causal", True)
     if not isinstance(given, bool):
         raise ConversionError(f"is_causal is true or false, got {given!r}")
@@ -83,7 +95,9 @@ def causal(theirs: Any) -> bool:
 
 def write(config: Config) -> dict[str, Any]:
     if isinstance(config.rotary_theta, tuple):
-        raise ConversionError(f"{config.layout} of transformers has one rotary_theta for all layers, got {config.rotary_theta}")
+        raise ConversionError(
+            f"{config.layout} of transformers has one rotary_theta for all layers, got {config.rotary_theta}"
+        )
     return {
         "head_dim": config.head_dim or config.dim // config.heads,
         "num_key_value_heads": config.kv_heads or config.heads,
@@ -109,19 +123,24 @@ def write_biases(config: Config) -> dict[str, Any]:
     """One switch of theirs for all four projections."""
     if config.attn_bias != config.attn_out_bias:
         raise ConversionError(
-            f"{config.layout} of transformers has biases in all projections or in none, got attn_bias={config.attn_bias} and "
+            f"{config.layout} of transformers has biases in all projections or in none, got "
+            f"attn_bias={config.attn_bias} and "
             f"attn_out_bias={config.attn_out_bias}"
         )
     return {"attention_bias": config.attn_bias}
 
 
 def reach(window: int | None, theirs: Any) -> int | None:
-    """Their window as our width: W positions that end with the query, or, where it is not causal, the W before it and the W after it."""
+    """Their window as our width: W positions that end with the query, or, where it is not causal, the W before it and
+    the W after it."""
     if window is None:
         return None
     one_side = window - 1 if causal(theirs) else window
     if one_side < 1:
-        raise ConversionError(f"{theirs.model_type} with sliding_window={window} shows each position itself alone; effzoo's windows start at 2")
+        raise ConversionError(
+            f"{theirs.model_type} with sliding_window={window} shows each position itself alone; "
+            "effzoo's windows start at 2"
+        )
     return 2 * one_side
 
 
@@ -153,7 +172,9 @@ def write_qwen3(config: Config) -> dict[str, Any]:
     widths = windows_of(config, "Qwen3", global_projections=False)
     used = {width for width in widths if width is not None}
     if len(used) > 1:
-        raise ConversionError(f"transformers' Qwen3 has one sliding window for the layers that have any, got widths {widths}")
+        raise ConversionError(
+            f"transformers' Qwen3 has one sliding window for the layers that have any, got widths {widths}"
+        )
     return write(config) | write_biases(config) | {
         "layer_types": ["full_attention" if width is None else "sliding_attention" for width in widths],
         "use_sliding_window": bool(used),

@@ -1,4 +1,5 @@
-"""Longformer as transformers lays it out (Beltagy et al. 2020, arXiv:2004.05150): RoBERTa with windows and global projections."""
+"""Longformer as transformers lays it out (Beltagy et al. 2020, arXiv:2004.05150): RoBERTa with windows and global
+projections."""
 
 from __future__ import annotations
 
@@ -23,8 +24,12 @@ GLOBAL = same(
 
 def read(theirs: Any) -> dict[str, Any]:
     """`attention_window`, one number or one per layer, as an attention spec."""
-    if any(dilation != 1 for dilation in getattr(theirs, "attention_dilation", ())):  # of the files of its authors; transformers has none
-        raise ConversionError(f"longformer of transformers computes without dilation, and attention_dilation is {theirs.attention_dilation}")
+    # of the files of its authors; transformers has none
+    if any(dilation != 1 for dilation in getattr(theirs, "attention_dilation", ())):
+        raise ConversionError(
+            "longformer of transformers computes without dilation, and attention_dilation is "
+            f"{theirs.attention_dilation}"
+        )
     windows = theirs.attention_window
     same_everywhere = isinstance(windows, int) or len(set(windows)) == 1
     window = windows if isinstance(windows, int) else windows[0] if same_everywhere else tuple(windows)
@@ -45,5 +50,10 @@ LONGFORMER = dataclasses.replace(
     read=read,
     write=write,
     reads=ROBERTA.reads | {"attention_window", "attention_dilation"},
-    required={**ROBERTA.required, "attention_mode": "longformer", "autoregressive": False, "ignore_attention_mask": False},
+    required={
+        **ROBERTA.required,
+        "attention_mode": "longformer",
+        "autoregressive": False,
+        "ignore_attention_mask": False,
+    },
 )

@@ -1,8 +1,10 @@
-"""ModernBERT as transformers lays it out (Warner et al. 2024, arXiv:2412.13663): every few layers are global, the others have a window.
+"""ModernBERT as transformers lays it out (Warner et al. 2024, arXiv:2412.13663): every few layers are global, the
+others have a window.
 
-q, k and v are one projection, and so are the gate and the inner layer of the feed-forward. Block 0 has no norm before its attention: the norm of
-the embeddings stands there. All heads share one dense layer with activation and norm. While training, transformers drops out inside the
-feed-forward where ours drops out its output, and what attention adds with the probability of its weights.
+q, k and v are one projection, and so are the gate and the inner layer of the feed-forward. Block 0 has no norm before
+its attention: the norm of the embeddings stands there. All heads share one dense layer with activation and norm. While
+training, transformers drops out inside the feed-forward where ours drops out its output, and what attention adds with
+the probability of its weights.
 """
 
 from __future__ import annotations
@@ -46,16 +48,25 @@ def read(theirs: Any) -> dict[str, Any]:
     """Windows and rotary positions by kind of layer, biases, and the head."""
     if theirs.classifier_activation != theirs.hidden_activation:
         raise ConversionError(
-            f"modernbert with classifier_activation={theirs.classifier_activation!r} beside hidden_activation={theirs.hidden_activation!r} has no "
+            f"modernbert with classifier_activation={theirs.classifier_activation!r} beside "
+            f"hidden_activation={theirs.hidden_activation!r} has no "
             "counterpart in effzoo, which has one activation for both"
         )
     reach = theirs.local_attention // 2
     if reach < 1:
-        raise ConversionError(f"modernbert with local_attention={theirs.local_attention} shows each position itself alone; windows start at 2")
-    turned = {kind: rotary.read(theirs.rope_parameters[kind], f"modernbert's {kind}") for kind in set(theirs.layer_types)}
+        raise ConversionError(
+            f"modernbert with local_attention={theirs.local_attention} shows each position itself "
+            "alone; windows start at 2"
+        )
+    turned = {
+        kind: rotary.read(theirs.rope_parameters[kind], f"modernbert's {kind}") for kind in set(theirs.layer_types)
+    }
     scalings = [scaling for _, scaling in turned.values()]
     if any(scaling != scalings[0] for scaling in scalings):
-        raise ConversionError(f"modernbert scales its rotary positions differently in local and global layers, {scalings}; effzoo has one scaling")
+        raise ConversionError(
+            "modernbert scales its rotary positions differently in local and global layers, "
+            f"{scalings}; effzoo has one scaling"
+        )
     return {
         "attention": attention_of([2 * reach if kind == KINDS[True] else None for kind in theirs.layer_types]),
         "rotary_theta": tuple(turned[kind][0] for kind in theirs.layer_types),
@@ -74,7 +85,9 @@ def write(config: Config) -> dict[str, Any]:
     for window, theta in zip(windows, thetas, strict=True):
         of_kind[KINDS[window is not None]].add((window, theta))
     if any(len(found) > 1 for found in of_kind.values()):
-        raise ConversionError(f"transformers' ModernBERT has one window, and one rotary_theta for each kind of layer, got {of_kind}")
+        raise ConversionError(
+            f"transformers' ModernBERT has one window, and one rotary_theta for each kind of layer, got {of_kind}"
+        )
     for name, one, other in (
         ("attn_bias", config.attn_bias, config.attn_out_bias), ("dropout", config.dropout, config.attention_dropout),
         ("activation", config.activation, config.head_activation),
@@ -83,7 +96,9 @@ def write(config: Config) -> dict[str, Any]:
             raise ConversionError(f"transformers' ModernBERT has one {name} where this model has {one!r} and {other!r}")
     pooling = {ours: theirs for theirs, ours in POOLING.items()}
     if config.pooling not in pooling:
-        raise ConversionError(f"transformers' ModernBERT has no counterpart for pooling={config.pooling!r}; it has {listing(pooling)}")
+        raise ConversionError(
+            f"transformers' ModernBERT has no counterpart for pooling={config.pooling!r}; it has {listing(pooling)}"
+        )
     local, whole = (next(iter(of_kind[KINDS[kind]]), (None, None)) for kind in (True, False))
     return {
         "layer_types": [KINDS[window is not None] for window in windows],
@@ -137,8 +152,10 @@ MODERNBERT = Layout(
     positions="max_position_embeddings",
     activation="hidden_activation",
     slots={
-        "architecture": "encoder", "norm": "pre", "first_norm": False, "embed_norm": True, "gated": True, "positions": "rotary", "types": 0,
-        "head_dense": True, "head_norm": True, "head_bias": True, "token_dense": True, "pooler": False, "lm_transform": True,
+        "architecture": "encoder", "norm": "pre", "first_norm": False, "embed_norm": True, "gated": True,
+        "positions": "rotary", "types": 0,
+        "head_dense": True, "head_norm": True, "head_bias": True, "token_dense": True, "pooler": False,
+        "lm_transform": True,
     },
     required={},
     dropouts=dropouts,
@@ -147,12 +164,12 @@ MODERNBERT = Layout(
     translated=frozenset({"rotary_theta", "rotary_scaling", "attn_out_bias", "lm_bias", "pooling", "head_activation"}),
     shared=frozenset(HEAD.values()),
     reads=frozenset({
-        "classifier_activation", "classifier_dropout", "classifier_pooling", "decoder_bias", "layer_types", "local_attention", "mlp_dropout",
-        "rope_parameters",
+        "classifier_activation", "classifier_dropout", "classifier_pooling", "decoder_bias", "layer_types",
+        "local_attention", "mlp_dropout", "rope_parameters",
     }),
     inert=frozenset({
-        "deterministic_flash_attn", "global_attn_every_n_layers", "initializer_cutoff_factor", "layer_norm_eps", "reference_compile",
-        "repad_logits_with_grad", "sparse_pred_ignore_index",
+        "deterministic_flash_attn", "global_attn_every_n_layers", "initializer_cutoff_factor", "layer_norm_eps",
+        "reference_compile", "repad_logits_with_grad", "sparse_pred_ignore_index",
     }),
     mixed=True,
 )  # fmt: skip

@@ -1,7 +1,9 @@
-"""The Perceiver as transformers lays it out: Perceiver IO with one cross-attention, on bytes, arrays or ImageNet (arXiv:2107.14795).
+"""The Perceiver as transformers lays it out: Perceiver IO with one cross-attention, on bytes, arrays or ImageNet
+(arXiv:2107.14795).
 
-The norms have the eps of torch, 1e-5, whatever the config says, and only attention weights are dropped out. The text decoder has 8 heads with
-keys 32 wide, one query per position and no query residual; the classification decoder one query as wide as a latent, in one head.
+The norms have the eps of torch, 1e-5, whatever the config says, and only attention weights are dropped out. The text
+decoder has 8 heads with keys 32 wide, one query per position and no query residual; the classification decoder one
+query as wide as a latent, in one head.
 Theirs decodes every position there is; ours as many as the input has.
 """
 
@@ -26,27 +28,33 @@ INPUTS: dict[str, dict[str, Any]] = {  # what the kinds of input mean in our con
     "pixels": {"positions": "fourier", "vocab": 0, "channels": 3, "grid": (224, 224), "bands": 64},
 }
 _FIELDS = {
-    "channels": "d_model", "latents": "num_latents", "dim": "d_latents", "layers": "num_self_attends_per_block", "heads": "num_self_attention_heads",
-    "blocks_per_cross": "num_blocks", "cross_heads": "num_cross_attention_heads", "cross_residual": "use_query_residual", "vocab": "vocab_size",
+    "channels": "d_model", "latents": "num_latents", "dim": "d_latents", "layers": "num_self_attends_per_block",
+    "heads": "num_self_attention_heads",
+    "blocks_per_cross": "num_blocks", "cross_heads": "num_cross_attention_heads",
+    "cross_residual": "use_query_residual", "vocab": "vocab_size",
     "max_length": "max_position_embeddings", "attention_dropout": "attention_probs_dropout_prob",
 }  # fmt: skip
 READS = frozenset(
-    {"hidden_act", "self_attention_widening_factor", "cross_attention_widening_factor", "pad_token_id", "qk_channels", "v_channels",
+    {"hidden_act", "self_attention_widening_factor", "cross_attention_widening_factor", "pad_token_id", "qk_channels",
+    "v_channels",
      "cross_attention_shape_for_attention", *_FIELDS.values()}
 )  # fmt: skip
 INERT = frozenset(  # of images, sound and video, for which other classes stand; the norms have the eps of torch
     {
-        "audio_samples_per_frame", "image_size", "layer_norm_eps", "num_frames", "output_num_channels", "output_shape", "samples_per_patch",
-        "tie_word_embeddings", "train_size",
+        "audio_samples_per_frame", "image_size", "layer_norm_eps", "num_frames", "output_num_channels", "output_shape",
+        "samples_per_patch", "tie_word_embeddings", "train_size",
     }
 )  # fmt: skip
 _FIXED: dict[str, Any] = {
-    "attention": "full", "cross_attends": 1, "position_dim": 0, "causal": False, "final_norm": False, "head_norm": False, "gated": False,
+    "attention": "full", "cross_attends": 1, "position_dim": 0, "causal": False, "final_norm": False,
+    "head_norm": False, "gated": False,
     "attn_bias": True, "attn_out_bias": True, "mlp_bias": True, "eps": 1e-5, "dropout": 0.0,
 }  # fmt: skip
 _CROSS = {
-    "norm": "attention.self.layernorm1", "source_norm": "attention.self.layernorm2", "attn.q": "attention.self.query", "attn.k": "attention.self.key",
-    "attn.v": "attention.self.value", "attn.o": "attention.output.dense", "mlp_norm": "layernorm", "mlp.up": "mlp.dense1", "mlp.down": "mlp.dense2",
+    "norm": "attention.self.layernorm1", "source_norm": "attention.self.layernorm2", "attn.q": "attention.self.query",
+    "attn.k": "attention.self.key",
+    "attn.v": "attention.self.value", "attn.o": "attention.output.dense", "mlp_norm": "layernorm",
+    "mlp.up": "mlp.dense1", "mlp.down": "mlp.dense2",
 }  # fmt: skip
 _BLOCK = {"attn_norm" if ours == "norm" else ours: theirs for ours, theirs in _CROSS.items() if ours != "source_norm"}
 
@@ -72,22 +80,33 @@ def names(config: PerceiverConfig, task: str) -> dict[str, str]:
 
 
 def _both(ours: str, theirs: str, modules: Mapping[str, str]) -> dict[str, str]:
-    return {f"{ours}.{here}.{name}": f"{theirs}.{there}.{name}" for here, there in modules.items() for name in ("weight", "bias")}
+    return {
+        f"{ours}.{here}.{name}": f"{theirs}.{there}.{name}"
+        for here, there in modules.items()
+        for name in ("weight", "bias")
+    }
 
 
 def read(theirs: Any, kind: str) -> PerceiverConfig:
     """Our config for theirs and a kind of input; ConversionError for a feature that we do not have."""
     if theirs.hidden_act not in ACTIVATIONS:
-        raise ConversionError(f"activation {theirs.hidden_act!r} has no counterpart in effzoo; it has {listing(ACTIVATIONS)}")
+        raise ConversionError(
+            f"activation {theirs.hidden_act!r} has no counterpart in effzoo; it has {listing(ACTIVATIONS)}"
+        )
     values = {ours: getattr(theirs, name) for ours, name in _FIELDS.items()} | INPUTS[kind]
     if kind == "pixels":
         del values["max_length"]
     sizes = PerceiverConfig(
-        name="perceiver", architecture="perceiver", layout="perceiver", mlp=theirs.self_attention_widening_factor * theirs.d_latents,
-        activation=ACTIVATIONS[theirs.hidden_act], pooling="query", cross_mlp=theirs.cross_attention_widening_factor * theirs.d_latents,
-        pad_token=getattr(theirs, "pad_token_id", None), cross_head_dim=1, **_decoder(values["channels"], kind), **_FIXED, **values,
+        name="perceiver", architecture="perceiver", layout="perceiver",
+        mlp=theirs.self_attention_widening_factor * theirs.d_latents,
+        activation=ACTIVATIONS[theirs.hidden_act], pooling="query",
+        cross_mlp=theirs.cross_attention_widening_factor * theirs.d_latents,
+        pad_token=getattr(theirs, "pad_token_id", None), cross_head_dim=1, **_decoder(values["channels"], kind),
+        **_FIXED, **values,
     )  # fmt: skip
-    keys, cross_keys, of_values, cross_values = _widths(sizes, theirs.qk_channels, theirs.v_channels, theirs.cross_attention_shape_for_attention)
+    keys, cross_keys, of_values, cross_values = _widths(
+        sizes, theirs.qk_channels, theirs.v_channels, theirs.cross_attention_shape_for_attention
+    )
     own = {"head_dim": keys // sizes.heads, "value_dim": of_values // sizes.heads}
     cross = {"cross_head_dim": cross_keys // sizes.cross_heads, "cross_value_dim": cross_values // sizes.cross_heads}
     given = {f: getattr(sizes, f) for f in sizes.__dataclass_fields__}
@@ -98,50 +117,85 @@ def _decoder(channels: int, kind: str) -> dict[str, Any]:
     """The output queries of their masked language model."""
     if kind == "pixels" or channels % 8:
         return {}
-    return {"query_dim": channels, "decoder_heads": 8, "decoder_head_dim": 32, "decoder_value_dim": channels // 8, "decoder_residual": False}
+    return {
+        "query_dim": channels,
+        "decoder_heads": 8,
+        "decoder_head_dim": 32,
+        "decoder_value_dim": channels // 8,
+        "decoder_residual": False,
+    }
 
 
 def _widths(config: PerceiverConfig, qk: int | None, v: int | None, shape: str) -> tuple[int, int, int, int]:
-    """Widths of keys and values, of all heads together: of the latents, of the cross-attention, the same of the values, as theirs derive them."""
+    """Widths of keys and values, of all heads together: of the latents, of the cross-attention, the same of the values,
+    as theirs derive them."""
     cross = qk or (config.width if shape == "kv" else config.dim)
     own = qk or config.dim
     return own, cross, v or own, v or cross
 
 
 def write(config: PerceiverConfig, task: str) -> tuple[str, dict[str, Any]]:
-    """The name of their class and the fields of their config that say what ours says; ConversionError when there is none."""
-    kind = next((kind for kind, slots in INPUTS.items() if all(getattr(config, name) == value for name, value in slots.items())), None)
-    name = next((name for name, (known, its) in CLASSES.items() if known == task and (its == kind or (task, kind) == ("features", "array"))), None)
+    """The name of their class and the fields of their config that say what ours says; ConversionError when there is
+    none."""
+    kind = next(
+        (
+            kind
+            for kind, slots in INPUTS.items()
+            if all(getattr(config, name) == value for name, value in slots.items())
+        ),
+        None,
+    )
+    name = next(
+        (
+            name
+            for name, (known, its) in CLASSES.items()
+            if known == task and (its == kind or (task, kind) == ("features", "array"))
+        ),
+        None,
+    )
     if kind is None or name is None or bool(config.vocab) != (kind == "tokens"):
         raise ConversionError(
-            f"transformers has no Perceiver for task {task!r} with vocab={config.vocab}, positions={config.positions!r} and grid={config.grid}; "
+            f"transformers has no Perceiver for task {task!r} with vocab={config.vocab}, "
+            f"positions={config.positions!r} and grid={config.grid}; "
             f"it has {listing(CLASSES)}"
         )
     fixed = _FIXED | ({"share_blocks": "all"} if config.blocks_per_cross > 1 else {})
     if task == "classification":
         fixed |= {"pooling": "query"}
     if task == "masked_lm":
-        fixed |= {**_decoder(config.channels, kind), "query_dim": config.channels, "decoder_mlp": config.channels, "tied": True}
+        fixed |= {
+            **_decoder(config.channels, kind),
+            "query_dim": config.channels,
+            "decoder_mlp": config.channels,
+            "tied": True,
+        }
     for field, value in fixed.items():
         if getattr(config, field) != value:
-            raise ConversionError(f"{name} of transformers has no counterpart for {field}={getattr(config, field)!r}: it has {value!r}")
+            raise ConversionError(
+                f"{name} of transformers has no counterpart for {field}={getattr(config, field)!r}: it has {value!r}"
+            )
     if task == "masked_lm" and config.lm_bias is False:
         raise ConversionError(f"{name} of transformers has no counterpart for lm_bias=False: it has a bias")
     for field in ("mlp", "cross_mlp"):
         if getattr(config, field) % config.dim:
-            raise ConversionError(f"{name} of transformers has a {field} that dim {config.dim} divides, got {getattr(config, field)}")
+            raise ConversionError(
+                f"{name} of transformers has a {field} that dim {config.dim} divides, got {getattr(config, field)}"
+            )
     skipped = {"tokens": (), "array": ("vocab",), "pixels": ("vocab", "max_length", "channels")}[kind]
     fields = {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items() if ours not in skipped}
-    wanted = (config.heads * config.head_dim, config.cross_heads * config.cross_head_dim, config.heads * config.value_dim,
-              config.cross_heads * config.cross_value_dim)  # fmt: skip
-    for choice in [(None, None, "kv"), (None, None, "q"), (wanted[0], None, "kv"), (wanted[0], wanted[2], "kv"), (None, wanted[2], "kv"),
-                   (None, wanted[2], "q")]:  # fmt: skip
-        if _widths(config, *choice) == wanted and wanted[2] == config.dim:
-            fields |= dict(zip(("qk_channels", "v_channels", "cross_attention_shape_for_attention"), choice, strict=True))
+    keys, values = config.heads * config.head_dim, config.heads * config.value_dim
+    wanted = (keys, config.cross_heads * config.cross_head_dim, values, config.cross_heads * config.cross_value_dim)
+    choices = [(None, None, "kv"), (None, None, "q"), (keys, None, "kv"), (keys, values, "kv"), (None, values, "kv")]
+    for choice in [*choices, (None, values, "q")]:
+        if _widths(config, *choice) == wanted and values == config.dim:
+            fields |= dict(
+                zip(("qk_channels", "v_channels", "cross_attention_shape_for_attention"), choice, strict=True)
+            )
             break
     else:
         raise ConversionError(
-            f"{name} of transformers has one width of queries and one of values for both attentions, and values as wide as the latents, "
+            f"{name} of transformers has one width of queries and one of values for both attentions, and values as "
+            "wide as the latents, "
             f"{config.dim}; ours are {wanted[0]} and {wanted[1]}, {wanted[2]} and {wanted[3]}"
         )
     return name, fields | {

@@ -32,8 +32,8 @@ _THEIRS = "transformers.models.perceiver.modeling_perceiver"
 _TABLES = ("embeddings.position.weight", "decoder.queries.weight")  # one row per position
 _NOT_OVERRIDDEN = ("name", "architecture", "layout", "paper", "hub", "package")
 _MAY_DIFFER = {
-    *_NOT_OVERRIDDEN, "backend", "attention", "max_length", "dropout", "attention_dropout", "pad_token", "share_cross", "share_blocks", "pooling",
-    "head_norm", "tied", "lm_bias",
+    *_NOT_OVERRIDDEN, "backend", "attention", "max_length", "dropout", "attention_dropout", "pad_token", "share_cross",
+    "share_blocks", "pooling", "head_norm", "tied", "lm_bias",
 }  # fmt: skip
 _OF_DECODER = ("query_dim", "decoder_heads", "decoder_head_dim", "decoder_value_dim", "decoder_mlp", "decoder_residual")
 
@@ -63,7 +63,10 @@ def from_perceiver(source: Any, task: str | None, num_labels: int | None, overri
     known = [field.name for field in dataclasses.fields(PerceiverConfig) if field.name not in _NOT_OVERRIDDEN]
     for key, value in overrides.items():
         if key not in known:
-            raise OptionError(f"from_transformers has no option {key!r}{did_you_mean(key, known)} Options: task, num_labels, {listing(known)}.")
+            raise OptionError(
+                f"from_transformers has no option {key!r}{did_you_mean(key, known)} Options: task, "
+                f"num_labels, {listing(known)}."
+            )
         if not fits(value, annotations[key]):
             raise OptionError(f"{key!r} takes {describe(annotations[key])}, got {value!r} ({type(value).__name__})")
     if "max_length" in overrides:
@@ -81,7 +84,8 @@ def load_perceiver(model: Perceiver, source: Any) -> Perceiver:
     """`load_pretrained` for a Perceiver."""
     if not recognises(source):
         raise ConversionError(
-            f"{source if isinstance(source, (str, Path)) else type(source).__name__} is no Perceiver; give one of {listing(CLASSES)}"
+            f"{source if isinstance(source, (str, Path)) else type(source).__name__} is no Perceiver; give one of "
+            f"{listing(CLASSES)}"
         )
     _transfer(model, _open(source))
     return model
@@ -103,7 +107,9 @@ def to_perceiver(model: Perceiver) -> Any:
     like = ours["latents.weight"]
     known, learns = names(model.config, model.task), trained(model)
     state = {there: ours[here] for here, there in known.items()}
-    load_state(theirs.to(device=like.device, dtype=like.dtype), state, {there: learns[here] for here, there in known.items()})
+    load_state(
+        theirs.to(device=like.device, dtype=like.dtype), state, {there: learns[here] for here, there in known.items()}
+    )
     return theirs.train(model.training)
 
 
@@ -116,12 +122,15 @@ def _open(source: Any) -> Source:
     check_code(getattr(config, "auto_map", None), str(source))
     if not config.architectures:
         raise ConversionError(
-            f'{source}: its config.json does not say of which class it was saved; add "architectures": [...] to it with the one that is true: '
+            f'{source}: its config.json does not say of which class it was saved; add "architectures": [...] to it '
+            "with the one that is true: "
             f"{listing(CLASSES)}"
         )
     name = config.architectures[0]
     if name not in CLASSES:
-        raise ConversionError(f"{source} was saved from {name}, which has no counterpart in effzoo; it has {listing(CLASSES)}")
+        raise ConversionError(
+            f"{source} was saved from {name}, which has no counterpart in effzoo; it has {listing(CLASSES)}"
+        )
     label, theirs = local_or_hub(source), importlib.import_module(_THEIRS)
     cls = getattr(theirs, name)
     with explained(label, source), quiet():
@@ -135,7 +144,9 @@ def _open(source: Any) -> Source:
 def make(name: str, theirs: Any, text: bool) -> Any:
     """A model of this class; text: with the preprocessor of text, which classes with a head bring along."""
     module = importlib.import_module(_THEIRS)
-    return getattr(module, name)(theirs, **{"input_preprocessor": module.PerceiverTextPreprocessor(theirs)} if text else {})
+    return getattr(module, name)(
+        theirs, **{"input_preprocessor": module.PerceiverTextPreprocessor(theirs)} if text else {}
+    )
 
 
 def _their_config(source: str | Path) -> Any:
@@ -150,9 +161,15 @@ def _checked(label: str, model: Any, name: str, missing: frozenset[str]) -> Sour
     """A source whose config we can express, and whose tensors are complete, finite and all known."""
     task, kind = CLASSES[name]
     if name == "PerceiverModel":
-        parts = [type(part).__name__ for part in (model.input_preprocessor, model.decoder, model.output_postprocessor) if part is not None]
+        parts = [
+            type(part).__name__
+            for part in (model.input_preprocessor, model.decoder, model.output_postprocessor)
+            if part is not None
+        ]
         if parts not in ([], ["PerceiverTextPreprocessor"]):
-            raise ConversionError(f"{label} has {listing(parts)}; a PerceiverModel is read alone, or with a PerceiverTextPreprocessor")
+            raise ConversionError(
+                f"{label} has {listing(parts)}; a PerceiverModel is read alone, or with a PerceiverTextPreprocessor"
+            )
         kind = "tokens" if parts else "array"
     check_genuine(label, model, lambda theirs: make(name, theirs, text="tokens" in kind and name == "PerceiverModel"))
     check_ties(label, model, {})
@@ -164,17 +181,20 @@ def _checked(label: str, model: Any, name: str, missing: frozenset[str]) -> Sour
     for here, there in wanted.items():
         if there not in state:
             raise ConversionError(
-                f"{label} has no tensor {there} (ours: {here}); the weights are incomplete, or adapters or quantisation changed them"
+                f"{label} has no tensor {there} (ours: {here}); the weights are incomplete, or adapters or "
+                "quantisation changed them"
             )
     for key in state:
         if key not in wanted.values():
-            raise ConversionError(f"{label} has the tensor {key}, which {name} does not have; merge or remove what was added")
+            raise ConversionError(
+                f"{label} has the tensor {key}, which {name} does not have; merge or remove what was added"
+            )
     return Source(label, model, task, config, {here: state[there] for here, there in wanted.items()})
 
 
 def _transfer(model: Perceiver, source: Source, *, dtypes: bool = False) -> None:
-    """Write the source's tensors into the model, all or none, in their dtypes and as trainable as they are when asked; the decoder and the head only
-    where the model's task has the same."""
+    """Write the source's tensors into the model, all or none, in their dtypes and as trainable as they are when asked;
+    the decoder and the head only where the model's task has the same."""
     decoder = source.task == model.task or {source.task, model.task} <= {*PER_TOKEN}
     _check_fit(model, source, decoder)
     given = {
@@ -192,7 +212,9 @@ def _transfer(model: Perceiver, source: Source, *, dtypes: bool = False) -> None
             per_position = key == _TABLES[0] or (key == _TABLES[1] and model.task != "classification")
             tensor = extended(given[origin], len(value), 0) if per_position else given[origin]
             if tensor.shape != value.shape:
-                raise ConversionError(f"{key} has shape {tuple(value.shape)} in the model and {tuple(tensor.shape)} in {source.label}")
+                raise ConversionError(
+                    f"{key} has shape {tuple(value.shape)} in the model and {tuple(tensor.shape)} in {source.label}"
+                )
             chosen[key] = tensor
             if origin != key:
                 repeated[key] = origin
@@ -203,7 +225,12 @@ def _transfer(model: Perceiver, source: Source, *, dtypes: bool = False) -> None
     theirs, there = trained(source.model), names(source.config, source.task)
     learns = {key: theirs[there[repeated.get(key, key)]] for key in chosen} if dtypes else {}
     copy_into(wanted, chosen, dtypes, learns)
-    log.info("%s: %d tensors loaded, %d parameters", source.label, len(chosen), sum(tensor.numel() for tensor in chosen.values()))
+    log.info(
+        "%s: %d tensors loaded, %d parameters",
+        source.label,
+        len(chosen),
+        sum(tensor.numel() for tensor in chosen.values()),
+    )
     before, now = source.config.max_length, model.config.max_length
     if now != before and _TABLES[0] in chosen:
         log.info("%s: positions %s from %d to %d", source.label, "repeated" if now > before else "cut", before, now)
@@ -223,6 +250,12 @@ def _check_fit(model: Perceiver, source: Source, decoder: bool) -> None:
                 f"build the model with {name}={getattr(theirs, name)!r}"
             )
     if source.task == model.task == "classification":
-        for name, own, other in (("num_labels", model.own_labels, source.model.config.num_labels), ("pooling", ours.pooling, theirs.pooling)):
+        for name, own, other in (
+            ("num_labels", model.own_labels, source.model.config.num_labels),
+            ("pooling", ours.pooling, theirs.pooling),
+        ):
             if own != other:
-                raise ConversionError(f"{name} is {own!r} in the model and {other!r} in {source.label}; build the model with {name}={other!r}")
+                raise ConversionError(
+                    f"{name} is {own!r} in the model and {other!r} in {source.label}; build the "
+                    f"model with {name}={other!r}"
+                )

@@ -1,7 +1,9 @@
-"""RoBERTa as transformers lays it out (Liu et al. 2019, arXiv:1907.11692): BERT with positions counted from pad_token + 1.
+"""RoBERTa as transformers lays it out (Liu et al. 2019, arXiv:1907.11692): BERT with positions counted from pad_token +
+1.
 
-Its classification head has a dense layer of its own, so the pooler is not part of it. While training, transformers also drops
-out the input of that dense layer, which ours does not. Its language-model head uses gelu whatever the config says.
+Its classification head has a dense layer of its own, so the pooler is not part of it. While training, transformers also
+drops out the input of that dense layer, which ours does not. Its language-model head uses gelu whatever the config
+says.
 """
 
 from __future__ import annotations

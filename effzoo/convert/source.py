@@ -1,4 +1,5 @@
-"""Where weights come from: a live model of transformers, a local folder, a folder inside an installed package, or the hub."""
+"""Where weights come from: a live model of transformers, a local folder, a folder inside an installed package, or the
+hub."""
 
 from __future__ import annotations
 
@@ -43,22 +44,34 @@ class Source:
 def source_of(config: Config) -> str:
     """Where the own weights of a zoo entry are: `package`, a folder in an installed package, or else `hub`.
 
-    package reads "<import name>/<folder>": a top-level name, found without importing it, and a folder inside of it that holds no link out of it.
+    package reads "<import name>/<folder>": a top-level name, found without importing it, and a folder inside of it that
+    holds no link out of it.
     Raises ConversionError when neither is there.
     """
     if config.package:
         name, _, inside = config.package.partition("/")
         if not name.isidentifier():  # of a dotted name the parents would be imported, which runs their code
-            raise ConversionError(f"{config.name}: package reads '<import name>/<folder>' with a top-level name, got {shown(config.package)}")
+            raise ConversionError(
+                f"{config.name}: package reads '<import name>/<folder>' with a top-level name, got "
+                f"{shown(config.package)}"
+            )
         for root in _folders_of(name):
             folder = (Path(root) / inside).resolve()
             if not folder.is_relative_to(Path(root).resolve()):
-                raise ConversionError(f"{config.name}: the package {shown(config.package)} leads out of {root}; name a folder inside of it")
+                raise ConversionError(
+                    f"{config.name}: the package {shown(config.package)} leads out of {root}; name "
+                    "a folder inside of it"
+                )
             if (folder / "config.json").is_file():
                 log.info("%s: weights from the installed package %s", config.name, config.package)
                 return str(Path(root) / inside)
     if config.hub:
-        log.info("%s: weights from the hub, %s%s", config.name, config.hub, f" ({config.package} is not installed)" if config.package else "")
+        log.info(
+            "%s: weights from the hub, %s%s",
+            config.name,
+            config.hub,
+            f" ({config.package} is not installed)" if config.package else "",
+        )
         return config.hub
     raise ConversionError(f"{config.name} names no weights of its own; give pretrained= a local folder or a hub id")
 
@@ -75,7 +88,8 @@ def _folders_of(name: str) -> Sequence[str]:
 def open_source(source: Any, task: str | None) -> Source:
     """Load a folder or hub id with the class that it was saved from, or take a live model as it is.
 
-    task: says the class when the source does not name one that we know; its head may then be missing. Raises ConversionError.
+    task: says the class when the source does not name one that we know; its head may then be missing. Raises
+        ConversionError.
     """
     if isinstance(source, (str, Path)):
         return _from_pretrained(source, task)
@@ -87,7 +101,9 @@ def open_source(source: Any, task: str | None) -> Source:
             check_class(source, getattr(importlib.import_module(layout.module), cls.__name__))
             model = source.get_submodule(layout.parts.get(cls.__name__, ""))
             return _checked(type(source).__name__, model, layout, its_task, (*layout.body, *layout.heads[its_task]))
-    raise ConversionError(f"{type(source).__name__} has no counterpart in effzoo; give a folder, a hub id, or one of {classes()}")
+    raise ConversionError(
+        f"{type(source).__name__} has no counterpart in effzoo; give a folder, a hub id, or one of {classes()}"
+    )
 
 
 def _from_pretrained(source: str | Path, task: str | None) -> Source:
@@ -98,22 +114,33 @@ def _from_pretrained(source: str | Path, task: str | None) -> Source:
         config = transformers.AutoConfig.from_pretrained(label, trust_remote_code=False)
     check_code(getattr(config, "auto_map", None), label)
     if config.model_type not in LAYOUTS:
-        raise ConversionError(f"{label} is of type {config.model_type!r}, which has no counterpart in effzoo; give one of {', '.join(LAYOUTS)}")
+        raise ConversionError(
+            f"{label} is of type {config.model_type!r}, which has no counterpart in effzoo; give "
+            f"one of {', '.join(LAYOUTS)}"
+        )
     layout = LAYOUTS[config.model_type]
     name = (config.architectures or ["a class that its config does not name"])[0]
     found = class_of(name)
     if config.architectures and found is None and not hasattr(transformers, name):
         raise ConversionError(
-            f"{label} was saved from {name}, which transformers does not have, so what it computes is not known; if a class of transformers computes "
+            f"{label} was saved from {name}, which transformers does not have, so what it computes is not known; if "
+            "a class of transformers computes "
             "the same, name that one in architectures of its config.json"
         )
     if found is None and task is None:
-        raise ConversionError(f"{label} was saved from {name}, which has no counterpart in effzoo; give task=... to take what it needs")
+        raise ConversionError(
+            f"{label} was saved from {name}, which has no counterpart in effzoo; give task=... to take what it needs"
+        )
     if found is not None and found[0] is not layout:
-        raise ConversionError(f"{label} was saved from {name}, but its config.json says model_type={config.model_type!r}; set the one that is true")
+        raise ConversionError(
+            f"{label} was saved from {name}, but its config.json says "
+            f"model_type={config.model_type!r}; set the one that is true"
+        )
     its_task = found[1] if found else str(task)
     if its_task not in layout.classes:
-        raise ConversionError(f"{layout.name} of transformers has no model for task {its_task!r}; it has {', '.join(layout.classes)}")
+        raise ConversionError(
+            f"{layout.name} of transformers has no model for task {its_task!r}; it has {', '.join(layout.classes)}"
+        )
     with explained(label, source), quiet():
         cls = getattr(transformers, name) if name in layout.parts else layout.cls(its_task)
         model, info = from_pretrained(cls, label)
@@ -130,9 +157,13 @@ def _check_shards(folder: Path) -> None:
             files = set(json.loads(index.read_text())["weight_map"].values())
             wrong = [name for name in files if not isinstance(name, str) or Path(name).name != name or "\\" in name]
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ConversionError(f"{index} is no index of shards ({type(error).__name__}); save the model again") from error
+            raise ConversionError(
+                f"{index} is no index of shards ({type(error).__name__}); save the model again"
+            ) from error
         if wrong:
-            raise ConversionError(f"{index} leads out of its folder, to {shown(wrong[0])}; shards lie beside their index")
+            raise ConversionError(
+                f"{index} leads out of its folder, to {shown(wrong[0])}; shards lie beside their index"
+            )
 
 
 def local_or_hub(source: str | Path) -> str:
@@ -145,13 +176,20 @@ def local_or_hub(source: str | Path) -> str:
         _check_shards(path)
         return text
     if os.path.isfile(path):
-        raise ConversionError(f"{text} is a file; give the folder that save_pretrained wrote, with config.json and the weights")
+        raise ConversionError(
+            f"{text} is a file; give the folder that save_pretrained wrote, with config.json and the weights"
+        )
     if isinstance(source, Path) or text.startswith((".", os.sep)) or "\\" in text or text.count("/") > 1:
-        raise ConversionError(f"{text} looks like a local folder, but there is none; give a folder that save_pretrained wrote, or a hub id")
+        raise ConversionError(
+            f"{text} looks like a local folder, but there is none; give a folder that "
+            "save_pretrained wrote, or a hub id"
+        )
     return text
 
 
-def _checked(label: str, model: Any, layout: Layout, task: str, required: tuple[Rule, ...], missing: frozenset[str] = frozenset()) -> Source:
+def _checked(
+    label: str, model: Any, layout: Layout, task: str, required: tuple[Rule, ...], missing: frozenset[str] = frozenset()
+) -> Source:
     """A source whose config we can express and whose tensors are complete, tied where we tie, finite, and all known."""
     check_genuine(label, model, type(model), layout.lost)
     config = dataclasses.replace(layout.config(model.config, task), generation=texts.settings_of(model))
@@ -163,7 +201,9 @@ def _checked(label: str, model: Any, layout: Layout, task: str, required: tuple[
     given = {ours[key] for key in state if key in ours}
     for key, beside in layout.lost.items():
         if beside in own and ours[key] not in given:
-            log.warning("%s: %s is gone (resizing the vocabulary loses it) and adds nothing there: zeros are taken", label, key)
+            log.warning(
+                "%s: %s is gone (resizing the vocabulary loses it) and adds nothing there: zeros are taken", label, key
+            )
             state[key] = own[beside].new_zeros(len(own[beside]))
             given.add(ours[key])
     present = set(state)
@@ -172,25 +212,37 @@ def _checked(label: str, model: Any, layout: Layout, task: str, required: tuple[
         tied = state.pop(key, None)
         if tied is not None and other in state and tied is not state[other] and not tied.equal(state[other]):
             raise ConversionError(
-                f"{label}: {key} differs from {other}; effzoo ties the two (tie_word_embeddings=True), so an untied head has no counterpart"
+                f"{label}: {key} differs from {other}; effzoo ties the two (tie_word_embeddings=True), so an untied "
+                "head has no counterpart"
             )
         if tied is not None and learns.get(key) != learns.get(other):
             raise ConversionError(
-                f"{label}: of {key} and {other}, which hold the same, one is frozen (requires_grad=False) and the other is not; "
+                f"{label}: of {key} and {other}, which hold the same, one is frozen (requires_grad=False) and the "
+                "other is not; "
                 "in effzoo they are one tensor, so freeze both, or none"
             )
     for rule in expand(required, config.blocks, layout.base(task)):
         keys = [rule.key(parameter) for parameter in rule.parameters]
-        if "pooler" in rule.theirs and task == "features" and not present.intersection(keys):  # models exist with and without
+        # models exist with and without
+        if "pooler" in rule.theirs and task == "features" and not present.intersection(keys):
             continue
         if not rule.optional and not present.intersection(keys):
-            raise ConversionError(f"{label} has no tensor for {rule.theirs}; the weights are incomplete, or adapters or quantisation changed them")
+            raise ConversionError(
+                f"{label} has no tensor for {rule.theirs}; the weights are incomplete, or adapters "
+                "or quantisation changed them"
+            )
         for key in keys:
             if key in own and key not in present and ours[key] not in given:  # transformers drew it anew
-                raise ConversionError(f"{label} has no tensor {key}; the weights are incomplete, so give the whole of what save_pretrained wrote")
+                raise ConversionError(
+                    f"{label} has no tensor {key}; the weights are incomplete, so give the whole "
+                    "of what save_pretrained wrote"
+                )
     for key in state:
         if key not in ours:
-            raise ConversionError(f"{label} has the tensor {key}, which {layout.classes[task]} does not have; merge or remove what was added")
+            raise ConversionError(
+                f"{label} has the tensor {key}, which {layout.classes[task]} does not have; merge "
+                "or remove what was added"
+            )
     return Source(label, model, layout, task, config, state)
 
 
@@ -202,7 +254,9 @@ def explained(label: str, source: Any) -> Iterator[None]:
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
         if os.path.isdir(label):
-            raise ConversionError(f"{label} could not be loaded ({reason}); it should hold what save_pretrained wrote") from error
+            raise ConversionError(
+                f"{label} could not be loaded ({reason}); it should hold what save_pretrained wrote"
+            ) from error
         raise ConversionError(
             f"{shown(str(source))} is no local folder, and as a hub id it could not be fetched ({reason}); "
             "give a local folder that save_pretrained wrote, or check the name and the network"

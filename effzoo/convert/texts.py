@@ -1,4 +1,5 @@
-"""Where a text begins and ends, and how a model is asked to continue one: what a model of transformers says, and back."""
+"""Where a text begins and ends, and how a model is asked to continue one: what a model of transformers says, and
+back."""
 
 from __future__ import annotations
 
@@ -13,24 +14,36 @@ _NOT_KEPT = ("transformers_version", "_from_model_config", "_commit_hash", "use_
 
 def tokens_of(theirs: Any) -> dict[str, Any]:
     """The tokens of a config of theirs, as fields of ours."""
-    return {"bos_token": _ids(getattr(theirs, "bos_token_id", None)), "eos_token": _ids(getattr(theirs, "eos_token_id", None))}
+    return {
+        "bos_token": _ids(getattr(theirs, "bos_token_id", None)),
+        "eos_token": _ids(getattr(theirs, "eos_token_id", None)),
+    }
 
 
 def settings_of(theirs: Any) -> dict[str, Any] | None:
-    """The settings of the `generation_config` of a model of theirs that are no defaults, tokens where they are others than its config's."""
+    """The settings of the `generation_config` of a model of theirs that are no defaults, tokens where they are others
+    than its config's."""
     own = getattr(theirs, "generation_config", None)
     if own is None:
         return None
     settings = {
-        key: value for key, value in own.to_diff_dict().items() if value is not None and value is not False and key not in (*_NOT_KEPT, *_TOKENS)
+        key: value
+        for key, value in own.to_diff_dict().items()
+        if value is not None and value is not False and key not in (*_NOT_KEPT, *_TOKENS)
     }
     tokens = {key: getattr(own, key, None) for key in _TOKENS}
-    return settings | {key: value for key, value in tokens.items() if value != getattr(theirs.config, key, None)} or None
+    return (
+        settings | {key: value for key, value in tokens.items() if value != getattr(theirs.config, key, None)} or None
+    )
 
 
 def _ids(given: Any) -> Any:
     """One token id, several, or None; some configs write -1 for none."""
-    kept = [token for token in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(token, int) and token >= 0]
+    kept = [
+        token
+        for token in (given if isinstance(given, (list, tuple)) else [given])
+        if isinstance(token, int) and token >= 0
+    ]
     return tuple(kept) or None if isinstance(given, (list, tuple)) else kept[0] if kept else None
 
 
@@ -38,7 +51,11 @@ def tokens(config: Config) -> dict[str, Any]:
     """Our tokens as the fields of theirs, without those that are no rows of the vocabulary: no text can hold them."""
     found: dict[str, Any] = {}
     for name, given in (("bos_token_id", config.bos_token), ("eos_token_id", config.eos_token)):
-        kept = [token for token in (given if isinstance(given, tuple) else (given,)) if token is not None and token < config.vocab]
+        kept = [
+            token
+            for token in (given if isinstance(given, tuple) else (given,))
+            if token is not None and token < config.vocab
+        ]
         found[name] = kept or None if isinstance(given, tuple) else kept[0] if kept else None
     return found
 

@@ -1,8 +1,10 @@
 """Copying the weights of a source into a model of ours, which may have another attention, length or task.
 
-Longer models repeat the pretrained positions, and projections that only the new attention has start as copies of those they stand
-beside: how Longformer was made from RoBERTa (Beltagy et al. 2020, arXiv:2004.05150, section 5). Experts start as copies of the one
-feed-forward, and their router anew: sparse upcycling (Komatsuzaki et al. 2022, arXiv:2212.05055, section 2).
+Longer models repeat the pretrained positions, and projections that only the new attention has start as copies of those
+they stand
+beside: how Longformer was made from RoBERTa (Beltagy et al. 2020, arXiv:2004.05150, section 5). Experts start as copies
+    of the one feed-forward, and their router anew: sparse upcycling (Komatsuzaki et al. 2022, arXiv:2212.05055, section
+    2).
 """
 
 from __future__ import annotations
@@ -24,18 +26,32 @@ from effzoo.errors import ConversionError
 
 log = logging.getLogger("effzoo.convert")
 POSITIONS, TOKENS = "embeddings.position.weight", "embeddings.token.weight"
-_FIRST = ("architecture", "dim", "layers", "heads", "mlp", "vocab", "types", "position_offset", "norm", "eps", "activation")
+_FIRST = (
+    "architecture",
+    "dim",
+    "layers",
+    "heads",
+    "mlp",
+    "vocab",
+    "types",
+    "position_offset",
+    "norm",
+    "eps",
+    "activation",
+)
 _MAY_DIFFER = {
-    "name", "layout", "paper", "hub", "package", "backend", "attention", "max_length", "dropout", "attention_dropout", "pad_token",
-    "pooling", "head_dense", "head_bias", "pooler", "lm_transform", "mlp_chunk",
+    "name", "layout", "paper", "hub", "package", "backend", "attention", "max_length", "dropout", "attention_dropout",
+    "pad_token", "pooling", "head_dense", "head_bias", "pooler", "lm_transform", "mlp_chunk",
     "experts", "router", "expert_every", *texts.FIELDS,
 }  # fmt: skip
 
 
 def transfer(model: Transformer, source: Source, *, dtypes: bool = False) -> None:
-    """Write the source's weights into the model, all or none; INFO records say what was copied, repeated, new and unused.
+    """Write the source's weights into the model, all or none; INFO records say what was copied, repeated, new and
+    unused.
 
-    dtypes: whether each tensor of the model takes the dtype of its source's and learns where that does, or keeps its own.
+    dtypes: whether each tensor of the model takes the dtype of its source's and learns where that does, or keeps its
+        own.
 
     Raises ConversionError for the first number in which the two do not fit.
     """
@@ -53,9 +69,13 @@ def transfer(model: Transformer, source: Source, *, dtypes: bool = False) -> Non
     for key, value in wanted.items():
         origin = key if key in given else stands_beside(model, key)
         if origin in given:
-            tensor = extended(given[origin], len(value), model.config.position_offset) if key == POSITIONS else given[origin]
+            tensor = (
+                extended(given[origin], len(value), model.config.position_offset) if key == POSITIONS else given[origin]
+            )
             if tensor.shape != value.shape:
-                raise ConversionError(f"{key} has shape {tuple(value.shape)} in the model and {tuple(tensor.shape)} in {source.label}")
+                raise ConversionError(
+                    f"{key} has shape {tuple(value.shape)} in the model and {tuple(tensor.shape)} in {source.label}"
+                )
             chosen[key] = tensor
             if origin != key:
                 repeated[key] = origin
@@ -64,7 +84,12 @@ def transfer(model: Transformer, source: Source, *, dtypes: bool = False) -> Non
         else:
             raise ConversionError(f"{source.label} has no tensor for {key}; build the model without it")
     origins = {key: repeated.get(key, key) for key in chosen}
-    copy_into(wanted, chosen, dtypes, {key: learns[origin] for key, origin in origins.items() if origin in learns} if dtypes else {})
+    copy_into(
+        wanted,
+        chosen,
+        dtypes,
+        {key: learns[origin] for key, origin in origins.items() if origin in learns} if dtypes else {},
+    )
     if source.layout.finish is not None:
         source.layout.finish(model, source.model.config)
     _report(model, source, chosen, repeated, new)
@@ -91,7 +116,10 @@ def stands_beside(model: Transformer, key: str) -> str:
 def _check_fit(model: Transformer, source: Source) -> None:
     ours, theirs = model.config, source.config
     if family(ours) != family(theirs):
-        raise ConversionError(f"the model has layout {ours.layout!r}, {source.label} has {theirs.layout!r}; build a model with that layout")
+        raise ConversionError(
+            f"the model has layout {ours.layout!r}, {source.label} has {theirs.layout!r}; build a "
+            "model with that layout"
+        )
     others = [f.name for f in dataclasses.fields(Config) if f.name not in _MAY_DIFFER and f.name not in _FIRST]
     for name in (*_FIRST, *others, *(("pad_token",) if ours.position_offset else ())):
         if getattr(ours, name) != getattr(theirs, name) and not (name == "tied" and _given_a_head(model, source)):
@@ -102,7 +130,8 @@ def _check_fit(model: Transformer, source: Source) -> None:
 
 
 def _given_a_head(model: Transformer, source: Source) -> bool:
-    """Whether the model's language-model head has a weight of its own, which starts as a copy of the table that the source's is tied to."""
+    """Whether the model's language-model head has a weight of its own, which starts as a copy of the table that the
+    source's is tied to."""
     return source.config.tied and not model.config.tied and model.task == source.task and model.task.endswith("_lm")
 
 
@@ -113,20 +142,30 @@ def _check_head(model: Transformer, source: Source) -> None:
     for name, own, other in [("num_labels", model.own_labels, source.model.config.num_labels), *pairs]:
         if own != other:
             raise ConversionError(
-                f"{name} is {own!r} in the model and {other!r} in {source.label}; build the model with {name}={other!r}, or, for a new head, "
+                f"{name} is {own!r} in the model and {other!r} in {source.label}; build the model with "
+                f"{name}={other!r}, or, for a new head, "
                 "give the body alone: transformers.AutoModel.from_pretrained(...)"
             )
 
 
-def _report(model: Transformer, source: Source, chosen: dict[str, Tensor], repeated: dict[str, str], new: list[str]) -> None:
-    log.info("%s: %d tensors loaded, %d parameters", source.label, len(chosen), sum(tensor.numel() for tensor in chosen.values()))
+def _report(
+    model: Transformer, source: Source, chosen: dict[str, Tensor], repeated: dict[str, str], new: list[str]
+) -> None:
+    log.info(
+        "%s: %d tensors loaded, %d parameters",
+        source.label,
+        len(chosen),
+        sum(tensor.numel() for tensor in chosen.values()),
+    )
     before, now = source.config.max_length, model.config.max_length
     if now != before and POSITIONS in chosen:
         log.info("%s: positions %s from %d to %d", source.label, "repeated" if now > before else "cut", before, now)
     used = {*chosen, *repeated.values()}
     places = {}
     for rule in source.layout.rules(model.config.blocks, source.task, model.task):
-        places.update({rule.key(parameter): [f"{path}.{parameter}" for path in rule.ours] for parameter in rule.parameters})
+        places.update(
+            {rule.key(parameter): [f"{path}.{parameter}" for path in rule.ours] for parameter in rule.parameters}
+        )
     unused = [key for key in source.state if not used.intersection(places.get(key, ()))]
     say(source, "copied beside", [f"{key} <- {origin}" for key, origin in repeated.items()])
     say(source, "newly initialised", new)

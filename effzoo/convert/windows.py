@@ -13,15 +13,20 @@ from effzoo.spec import Spec
 
 
 def attention_of(windows: Sequence[int | None]) -> str | tuple[str, ...]:
-    """The attention for a window per layer, None for full attention: local rows only, without global projections; one spec where all agree."""
-    specs = [str(Spec("longformer", {"window": window, "global_projections": False})) if window is not None else "full" for window in windows]
+    """The attention for a window per layer, None for full attention: local rows only, without global projections; one
+    spec where all agree."""
+    specs = [
+        str(Spec("longformer", {"window": window, "global_projections": False})) if window is not None else "full"
+        for window in windows
+    ]
     return specs[0] if len(set(specs)) == 1 else tuple(specs)
 
 
 def windows_of(config: Config, whose: str, **fixed: Any) -> list[int | None]:
     """The window of each layer, None where attention is full.
 
-    fixed: options of our kind with the value that transformers has, where it is not our default. ConversionError for another one.
+    fixed: options of our kind with the value that transformers has, where it is not our default. ConversionError for
+        another one.
     """
     windows: list[int | None] = []
     for layer, spec in enumerate(attention_specs(config)):
@@ -36,7 +41,10 @@ def windows_of(config: Config, whose: str, **fixed: Any) -> list[int | None]:
                 given["global_projections"] = not config.causal
         for name, value in options.items():
             if name not in ("window", "max_globals") and value != wanted[name]:
-                raise ConversionError(f"transformers' {whose} has no counterpart for {name}={value!r} of attention {spec}: it has {wanted[name]!r}")
+                raise ConversionError(
+                    f"transformers' {whose} has no counterpart for {name}={value!r} of attention "
+                    f"{spec}: it has {wanted[name]!r}"
+                )
         window = options["window"]
         windows.append(window if isinstance(window, int) else window[layer])
     return windows

@@ -1,6 +1,7 @@
 """The lab: every experiment of the lectures at one command, `effzoo lab NAME`, and its analyses as plain functions.
 
-`experiment.py` is the contract, `experiments/` holds one file per experiment, `analyses/` what they compute, for any model. `texts.py` and
+`experiment.py` is the contract, `experiments/` holds one file per experiment, `analyses/` what they compute, for any
+    model. `texts.py` and
 `images.py` bring the data, `fit.py` trains.
 """
 

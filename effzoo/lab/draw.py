@@ -14,12 +14,17 @@ if TYPE_CHECKING:
 __all__ = ["LINES", "MARKERS", "band", "heat", "panels"]
 
 
-def panels(count: int = 1, *, rows: int = 1, width: float = 4.6, height: float = 3.6, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of `rows` times `count` panels, and the panels row by row; options go to `Figure.subplots` (sharey=True, ...)."""
+def panels(
+    count: int = 1, *, rows: int = 1, width: float = 4.6, height: float = 3.6, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `rows` times `count` panels, and the panels row by row; options go to `Figure.subplots` (sharey=True,
+    ...)."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width * count, height * rows), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+    figure = Figure(
+        figsize=(width * count, height * rows), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    )
     found = list(figure.subplots(rows, count, squeeze=False, **options).flat)
     for axes in found:
         axes.grid(color="#dddddd", linewidth=0.6)
@@ -28,21 +33,36 @@ def panels(count: int = 1, *, rows: int = 1, width: float = 4.6, height: float =
     return figure, found
 
 
-def band(axes: Axes, x: Sequence[float], runs: Sequence[Sequence[float]], label: str, number: int, **style: Any) -> None:
-    """The mean of several runs (one per seed) over x with a marker, and the range between the smallest and the largest as a shade."""
+def band(
+    axes: Axes, x: Sequence[float], runs: Sequence[Sequence[float]], label: str, number: int, **style: Any
+) -> None:
+    """The mean of several runs (one per seed) over x with a marker, and the range between the smallest and the largest
+    as a shade."""
     means = [sum(values) / len(values) for values in zip(*runs, strict=True)]
     colour, marker = LINES[number % len(LINES)], MARKERS[number % len(MARKERS)]
     axes.plot(x, means, label=label, color=colour, marker=marker, markersize=4.5, linewidth=1.6, **style)
     if len(runs) > 1:
         axes.fill_between(
-            x, [min(v) for v in zip(*runs, strict=True)], [max(v) for v in zip(*runs, strict=True)], color=colour, alpha=0.15, linewidth=0
+            x,
+            [min(v) for v in zip(*runs, strict=True)],
+            [max(v) for v in zip(*runs, strict=True)],
+            color=colour,
+            alpha=0.15,
+            linewidth=0,
         )
 
 
 def heat(
-    axes: Axes, values: Sequence[Sequence[float | None]], rows: Sequence[str], columns: Sequence[str], *, form: str = "{:.0f}", **options: Any
+    axes: Axes,
+    values: Sequence[Sequence[float | None]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    form: str = "{:.0f}",
+    **options: Any,
 ) -> None:
-    """A heat map with its numbers written into the cells; None is an empty cell. Options go to `imshow` (vmin, vmax, cmap)."""
+    """A heat map with its numbers written into the cells; None is an empty cell. Options go to `imshow` (vmin, vmax,
+    cmap)."""
     numbers = [[float("nan") if value is None else value for value in row] for row in values]
     image = axes.imshow(numbers, aspect="auto", **{"cmap": "viridis", **options})
     axes.grid(False)
@@ -54,4 +74,6 @@ def heat(
         for x, value in enumerate(row):
             if value is not None:
                 dark = (value - low) / ((high - low) or 1.0) < 0.6
-                axes.text(x, y, form.format(value), ha="center", va="center", fontsize=8, color="white" if dark else "black")
+                axes.text(
+                    x, y, form.format(value), ha="center", va="center", fontsize=8, color="white" if dark else "black"
+                )

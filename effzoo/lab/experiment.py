@@ -4,8 +4,8 @@
     def spectrum(run: Run) -> Findings:
         \"\"\"How much of an attention matrix its largest singular values hold.\"\"\"
 
-The function says what it found: tables with the published numbers in a column of their own, one figure, and claims, each judged for every seed.
-A claim that does not hold is a finding; nothing here asserts.
+The function says what it found: tables with the published numbers in a column of their own, one figure, and claims,
+each judged for every seed. A claim that does not hold is a finding; nothing here asserts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def silent(said: str) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """How an experiment is run: quick, sizes for minutes on two cores; data, a file or folder in place of the default; say, told of progress."""
+    """How an experiment is run: quick, sizes for minutes on two cores; data, a file or folder in place of the default;
+    say, told of progress."""
 
     quick: bool = True
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -48,7 +49,9 @@ class Run:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise OptionError(f"an experiment needs seeds, each once, got {list(self.seeds)}")
         if self.data is not None and not self.data.exists():
-            raise OptionError(f"there is no {self.data}; give a file or a folder that is there, or leave it out for the default data")
+            raise OptionError(
+                f"there is no {self.data}; give a file or a folder that is there, or leave it out for the default data"
+            )
 
     def choose(self, quick: T, full: T) -> T:
         """The quick value or the full one."""
@@ -66,15 +69,22 @@ class Claim:
         seen = sum(self.held)
         if len(self.held) == 1:
             return f"{'seen' if seen else 'NOT seen'}: {self.text}"
-        return f"{'seen' if seen == len(self.held) else 'NOT seen' if not seen else 'seen in part'}, {seen} of {len(self.held)} seeds: {self.text}"
+        return (
+            f"{'seen' if seen == len(self.held) else 'NOT seen' if not seen else 'seen in part'}, {seen} of "
+            f"{len(self.held)} seeds: {self.text}"
+        )
 
 
 @dataclass(frozen=True)
 class Findings:
     """What an experiment found.
 
-    tables: by title; the first is the main one. figure: of matplotlib. claims: judged. values: every number behind the tables, for the JSON file, by
-    seed where it depends on one. settings: sizes, steps, data. notes: what a reader must know to read the numbers rightly.
+    tables: by title; the first is the main one.
+    figure: of matplotlib.
+    claims: judged.
+    values: every number behind the tables, for the JSON file, by seed where it depends on one.
+    settings: sizes, steps, data.
+    notes: what a reader must know to read the numbers rightly.
     """
 
     tables: Mapping[str, Table]
@@ -87,7 +97,8 @@ class Findings:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One entry of the lab. decks: the lectures that show it. source: paper and table. data: what it reads, in words."""
+    """One entry of the lab. decks: the lectures that show it. source: paper and table. data: what it reads, in
+    words."""
 
     name: str
     decks: tuple[int, ...]

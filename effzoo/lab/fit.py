@@ -22,7 +22,8 @@ _CALIBRATION = 4  # batches that methods see which choose by data
 
 @dataclass(frozen=True)
 class Examples:
-    """Labelled examples: `inputs` are what the model takes, by name, each with a first axis of examples; labels stand beside them."""
+    """Labelled examples: `inputs` are what the model takes, by name, each with a first axis of examples; labels stand
+    beside them."""
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
@@ -48,7 +49,8 @@ class Examples:
             yield self.batch(slice(start, start + size))
 
     def stream(self, size: int, seed: int) -> Iterator[Batch]:
-        """Without end, in a new order in each epoch; the last examples of an epoch that fill no batch are left out of it."""
+        """Without end, in a new order in each epoch; the last examples of an epoch that fill no batch are left out of
+        it."""
         draw, size = torch.Generator().manual_seed(seed), min(size, len(self))
         while True:
             order = torch.randperm(len(self), generator=draw)
@@ -68,11 +70,13 @@ def fit(
     bfloat16: bool | None = None,
     after: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """Train what is trainable for some optimizer steps with AdamW, warmed up and decayed linearly within each stage; return the losses.
+    """Train what is trainable for some optimizer steps with AdamW, warmed up and decayed linearly within each stage;
+    return the losses.
 
-    Active adapters have the learning rates of their methods (times `learning_rate` in place of the method's own, where given) and all their hooks,
-    as in `effzoo/peft/training.py`; without adapters all parameters have `learning_rate`. At the end adapters are finished. bfloat16: forward
-    passes under autocast; None where that is faster here and the weights are float32. after: called with the step and its loss.
+    Active adapters have the learning rates of their methods (times `learning_rate` in place of the method's own, where
+    given) and all their hooks, as in `effzoo/peft/training.py`; without adapters all parameters have `learning_rate`.
+    At the end adapters are finished. bfloat16: forward passes under autocast; None where that is faster here and the
+    weights are float32. after: called with the step and its loss.
     `effzoo.finetune` is for long runs; this one writes nothing. Raises TrainingError for a loss that is not a number.
     """
     adapters = bool(acting(model))
@@ -86,8 +90,14 @@ def fit(
         if adapters:
             peft.begin(model, stage)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        rates = peft.learning_rates(model, learning_rate) if adapters else dict.fromkeys(named, 5e-5 if learning_rate is None else learning_rate)
-        optimizer = torch.optim.AdamW([{"params": [named[name]], "lr": rate} for name, rate in rates.items()], weight_decay=weight_decay)
+        rates = (
+            peft.learning_rates(model, learning_rate)
+            if adapters
+            else dict.fromkeys(named, 5e-5 if learning_rate is None else learning_rate)
+        )
+        optimizer = torch.optim.AdamW(
+            [{"params": [named[name]], "lr": rate} for name, rate in rates.items()], weight_decay=weight_decay
+        )
         warm = max(1, round(warmup * number))
         timetable = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, warm=warm, steps=number))
         for step in range(number):
@@ -122,7 +132,10 @@ def logits(model: nn.Module, examples: Examples, size: int = 64) -> Tensor:
     mode = model.training
     model.eval()
     try:
-        found = [model(**{name: x for name, x in batch.items() if name != "labels"}).logits.float() for batch in examples.batches(size)]
+        found = [
+            model(**{name: x for name, x in batch.items() if name != "labels"}).logits.float()
+            for batch in examples.batches(size)
+        ]
     finally:
         model.train(mode)
     return torch.cat(found)

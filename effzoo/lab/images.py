@@ -1,4 +1,5 @@
-"""Images of the lab: MNIST from a folder of its idx files, or scikit-learn's 8 x 8 digits, which come with the demo extra."""
+"""Images of the lab: MNIST from a folder of its idx files, or scikit-learn's 8 x 8 digits, which come with the demo
+extra."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ MEAN, DEVIATION = 0.1307, 0.3081  # of MNIST's training pixels
 
 @dataclass(frozen=True)
 class Images:
-    """Digits [examples, 1, height, width], standardised, under the name `pixels`: to train on, to count on, and which they are."""
+    """Digits [examples, 1, height, width], standardised, under the name `pixels`: to train on, to count on, and which
+    they are."""
 
     train: Examples
     test: Examples
@@ -35,7 +37,8 @@ class Images:
 
 
 def images(run: Run, *, train: int | None = None, test: int | None = None) -> Images:
-    """The first `train` and `test` images (None: all) of MNIST in `run.data`, or of the 1,797 digits of scikit-learn, 1,347 of them to train on."""
+    """The first `train` and `test` images (None: all) of MNIST in `run.data`, or of the 1,797 digits of scikit-learn,
+    1,347 of them to train on."""
     if run.data is not None:
         parts = [_mnist(run.data, part) for part in ("train", "t10k")]
         about = "MNIST"
@@ -43,13 +46,19 @@ def images(run: Run, *, train: int | None = None, test: int | None = None) -> Im
         pixels, labels = _digits()
         parts = [(pixels[:1347], labels[:1347]), (pixels[1347:], labels[1347:])]
         about = "scikit-learn digits, 8 x 8"
-    found = [Examples({"pixels": pixels[:count]}, labels[:count]) for (pixels, labels), count in zip(parts, (train, test), strict=True)]
+    found = [
+        Examples({"pixels": pixels[:count]}, labels[:count])
+        for (pixels, labels), count in zip(parts, (train, test), strict=True)
+    ]
     return Images(found[0], found[1], about)
 
 
 def _digits() -> tuple[Tensor, Tensor]:
     if importlib.util.find_spec("sklearn") is None:
-        raise DataError("the 8 x 8 digits come with scikit-learn, which is not installed: pip install 'effzoo[demo]', or give --data with MNIST")
+        raise DataError(
+            "the 8 x 8 digits come with scikit-learn, which is not installed: pip install "
+            "'effzoo[demo]', or give --data with MNIST"
+        )
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -73,5 +82,8 @@ def _idx(folder: Path, name: str) -> Tensor:
     shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(rank)]
     content = np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * rank)
     if raw[:3] != b"\x00\x00\x08" or content.size != np.prod(shape):
-        raise DataError(f"{found[0]} is not an idx file of bytes, or is cut short: its head says {shape}, and {content.size} bytes follow")
+        raise DataError(
+            f"{found[0]} is not an idx file of bytes, or is cut short: its head says {shape}, and "
+            f"{content.size} bytes follow"
+        )
     return torch.from_numpy(content.copy()).view(shape)

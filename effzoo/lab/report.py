@@ -24,12 +24,15 @@ def perform(experiment: Experiment, run: Run, folder: Path) -> dict[str, Any]:
     started, used = time.perf_counter(), time.process_time()
     findings = experiment.function(run)
     result = {
-        "name": experiment.name, "decks": list(experiment.decks), "about": experiment.about, "source": experiment.source, "quick": run.quick,
-        "seeds": list(run.seeds), "data": "default" if run.data is None else run.data.name, "seconds": round(time.perf_counter() - started, 1),
-        "cpu_seconds": round(time.process_time() - used, 1), "machine": machine(), "versions": versions(), "commit": commit(),
+        "name": experiment.name, "decks": list(experiment.decks), "about": experiment.about,
+        "source": experiment.source, "quick": run.quick,
+        "seeds": list(run.seeds), "data": "default" if run.data is None else run.data.name,
+        "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time() - used, 1), "machine": machine(), "versions": versions(),
+        "commit": commit(),
         "settings": dict(findings.settings), "tables": {title: table for title, table in findings.tables.items()},
-        "claims": [{"text": claim.text, "held": list(claim.held)} for claim in findings.claims], "notes": list(findings.notes),
-        "values": dict(findings.values),
+        "claims": [{"text": claim.text, "held": list(claim.held)} for claim in findings.claims],
+        "notes": list(findings.notes), "values": dict(findings.values),
     }  # fmt: skip
     text = json.dumps(result, indent=1, allow_nan=False, default=_refuse) + "\n"
     replace_files(folder, {FIGURE: png_bytes(findings.figure), TABLE: page(result).encode(), RESULT: text.encode()})
@@ -37,7 +40,10 @@ def perform(experiment: Experiment, run: Run, folder: Path) -> dict[str, Any]:
 
 
 def _refuse(value: Any) -> Any:
-    raise InputError(f"findings hold numbers, strings, lists and maps, got {type(value).__name__}; an experiment turns tensors into numbers")
+    raise InputError(
+        f"findings hold numbers, strings, lists and maps, got {type(value).__name__}; an experiment "
+        "turns tensors into numbers"
+    )
 
 
 def page(result: Mapping[str, Any]) -> str:

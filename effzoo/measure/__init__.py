@@ -1,4 +1,5 @@
-"""Time, memory and saved activations, measured: ratios of what runs in turns, peaks of processes of their own, results as JSON lines."""
+"""Time, memory and saved activations, measured: ratios of what runs in turns, peaks of processes of their own, results
+as JSON lines."""
 
 from effzoo.measure.layer import Case, Mode, wrong
 from effzoo.measure.memory import Peak, peak

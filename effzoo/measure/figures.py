@@ -1,4 +1,5 @@
-"""Figures of the suites: time and memory against the length, ratios to full attention with the crossover, cost of a step by method."""
+"""Figures of the suites: time and memory against the length, ratios to full attention with the crossover, cost of a
+step by method."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ PASSES = {"forward": "forward", "train": "forward and backward", "decode": "one 
 def against_length(rows: Sequence[Row], mode: str, what: str = "seconds") -> Figure:
     """Time ("seconds"), memory ("peak_bytes") or the ratio to full attention ("ratio") of each kind against n, log-log.
 
-    Grey lines have the slope that theory gives: 1 for kinds whose cost is linear in n, 2 for n^2. Bars are quartiles over the rounds.
+    Grey lines have the slope that theory gives: 1 for kinds whose cost is linear in n, 2 for n^2. Bars are quartiles
+    over the rounds.
     """
     from matplotlib.figure import Figure
 
@@ -43,7 +45,9 @@ def against_length(rows: Sequence[Row], mode: str, what: str = "seconds") -> Fig
         if what == "ratio" and kind == REFERENCE:
             continue
         values = [factor * row[what] for row in points]
-        axes.plot([row["n"] for row in points], values, color=colour, marker=marker, markersize=4.5, linewidth=1.6, label=kind)
+        axes.plot(
+            [row["n"] for row in points], values, color=colour, marker=marker, markersize=4.5, linewidth=1.6, label=kind
+        )
         quartiles = {"seconds": "quartiles", "ratio": "ratio_quartiles"}.get(what)
         if quartiles:
             low, high = zip(*(row[quartiles] for row in points), strict=True)
@@ -51,10 +55,19 @@ def against_length(rows: Sequence[Row], mode: str, what: str = "seconds") -> Fig
                 [max(0.0, v - factor * q) for v, q in zip(values, low, strict=True)],
                 [max(0.0, factor * q - v) for v, q in zip(values, high, strict=True)],
             ]
-            axes.errorbar([row["n"] for row in points], values, yerr=errors, color=colour, linewidth=1, fmt="none", capsize=2)
+            axes.errorbar(
+                [row["n"] for row in points], values, yerr=errors, color=colour, linewidth=1, fmt="none", capsize=2
+            )
     if what == "ratio":
         axes.axhline(1.0, color="#666666", linewidth=1.0, linestyle="--")
-        axes.annotate("full attention", (min(row["n"] for row in rows), 1.0), xytext=(0, 3), textcoords="offset points", fontsize=8, color="#666666")
+        axes.annotate(
+            "full attention",
+            (min(row["n"] for row in rows), 1.0),
+            xytext=(0, 3),
+            textcoords="offset points",
+            fontsize=8,
+            color="#666666",
+        )
     elif mode != "decode":
         _slopes(axes, series, what, factor)
     _length_axes(axes, sorted({row["n"] for points in series.values() for row in points}))
@@ -64,7 +77,8 @@ def against_length(rows: Sequence[Row], mode: str, what: str = "seconds") -> Fig
 
 
 def of_methods(rows: Sequence[Row], what: str = "seconds") -> Figure:
-    """Time of a training step ("seconds") or what autograd keeps of it ("saved"), a panel per attention kind and a bar per method."""
+    """Time of a training step ("seconds") or what autograd keeps of it ("saved"), a panel per attention kind and a bar
+    per method."""
     from matplotlib.figure import Figure
 
     label = {"seconds": "milliseconds a step", "saved": "saved activations, MiB"}[what]
@@ -110,7 +124,8 @@ def _series(rows: Sequence[Row], what: str) -> dict[str, list[Row]]:
 
 
 def _slopes(axes: Axes, series: Mapping[str, list[Row]], what: str, factor: float) -> None:
-    """A grey line of slope 1 and one of slope 2 through the last point of the dearest kind of each cost, for the eye."""
+    """A grey line of slope 1 and one of slope 2 through the last point of the dearest kind of each cost, for the
+    eye."""
     for slope in (1, 2):
         ends = [points[-1] for kind, points in series.items() if _exponent(kind) == slope and len(points) > 2]
         if not ends or (what == "peak_bytes" and slope == 2):  # flash attention keeps no scores
@@ -118,8 +133,19 @@ def _slopes(axes: Axes, series: Mapping[str, list[Row]], what: str, factor: floa
         end = max(ends, key=lambda row: row[what] / row["n"] ** slope)
         first = min(row["n"] for points in series.values() for row in points)
         lengths = [first, end["n"]]
-        axes.plot(lengths, [factor * end[what] * (n / end["n"]) ** slope for n in lengths], color="#bbbbbb", linewidth=1.0, zorder=0)
-        axes.annotate(f"slope {slope}", (lengths[0], factor * end[what] * (first / end["n"]) ** slope), fontsize=7, color="#888888")
+        axes.plot(
+            lengths,
+            [factor * end[what] * (n / end["n"]) ** slope for n in lengths],
+            color="#bbbbbb",
+            linewidth=1.0,
+            zorder=0,
+        )
+        axes.annotate(
+            f"slope {slope}",
+            (lengths[0], factor * end[what] * (first / end["n"]) ** slope),
+            fontsize=7,
+            color="#888888",
+        )
 
 
 def _exponent(kind: str) -> int:

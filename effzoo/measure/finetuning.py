@@ -34,7 +34,8 @@ REFERENCE = "full"  # the method that the others are compared with, in the same 
 
 @dataclass(frozen=True)
 class Step:
-    """One training step of a classifier as `finetune` takes it: forward, backward and AdamW. precision: "float32", or "bfloat16" by autocast."""
+    """One training step of a classifier as `finetune` takes it: forward, backward and AdamW. precision: "float32", or
+    "bfloat16" by autocast."""
 
     attention: str
     peft: str
@@ -54,7 +55,14 @@ class Step:
     def choices(self) -> dict[str, Any]:
         """What `build` is given."""
         dropout = {"dropout": self.dropout, "attention_dropout": self.dropout}
-        return {"attention": self.attention, "task": "classification", "num_labels": 2, "max_length": self.length + PROMPT, **dropout, **self.sizes}
+        return {
+            "attention": self.attention,
+            "task": "classification",
+            "num_labels": 2,
+            "max_length": self.length + PROMPT,
+            **dropout,
+            **self.sizes,
+        }
 
     def trained(self) -> torch.nn.Module:
         """The model with the method attached, from seed 0, made where it is used."""
@@ -66,7 +74,11 @@ class Step:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """In which precision the forward pass runs."""
-        return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16) if self.precision == "bfloat16" else nullcontext()
+        return (
+            torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16)
+            if self.precision == "bfloat16"
+            else nullcontext()
+        )
 
     def kept(self) -> dict[str, int]:
         """What autograd keeps of the forward pass, as it runs on this device: bytes by cause, as in `plan`."""
@@ -82,7 +94,10 @@ class Step:
         """Token ids and labels, drawn from seed 1."""
         draw = torch.Generator().manual_seed(1)
         ids = torch.randint(5, self.sizes["vocab"], (self.batch, self.length), generator=draw)
-        return {"input_ids": ids.to(self.device), "labels": torch.randint(2, (self.batch,), generator=draw).to(self.device)}
+        return {
+            "input_ids": ids.to(self.device),
+            "labels": torch.randint(2, (self.batch,), generator=draw).to(self.device),
+        }
 
     def runner(self) -> Callable[[], object]:
         """What is timed: one call is one step."""
@@ -117,12 +132,13 @@ class Finetuning:
 
     def step(self, kind: str, method: str) -> Step:
         return Step(
-            kind, method, self.length, self.batch, self.model, self.dropout, self.precision, self.device, self.recompute,
-            dict(SIZES) if self.sizes is None else self.sizes,
+            kind, method, self.length, self.batch, self.model, self.dropout, self.precision, self.device,
+            self.recompute, dict(SIZES) if self.sizes is None else self.sizes,
         )  # fmt: skip
 
     def run(self, path: Path, tell: Callable[[str, int, int], None] = lambda said, done, total: None) -> list[Row]:
-        """Measure what the file does not hold yet, one attention kind at a time, and append it. tell: called with what comes, done and total."""
+        """Measure what the file does not hold yet, one attention kind at a time, and append it. tell: called with what
+        comes, done and total."""
         cards.need(self.device)
         known = files.read(path, "finetune", self.device)
         for done, kind in enumerate(self.kinds):
@@ -151,8 +167,14 @@ class Finetuning:
                 row["failed"] = f"refused: {refusal}"
                 continue
             row["trainable"] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-            multiplied = [weight for weight in model.parameters() if weight.ndim == 2 and weight.shape[0] != step.sizes["vocab"]]
-            made[step.peft] = step, sum(w.numel() for w in multiplied), sum(w.numel() for w in multiplied if w.requires_grad)
+            multiplied = [
+                weight for weight in model.parameters() if weight.ndim == 2 and weight.shape[0] != step.sizes["vocab"]
+            ]
+            made[step.peft] = (
+                step,
+                sum(w.numel() for w in multiplied),
+                sum(w.numel() for w in multiplied if w.requires_grad),
+            )
             del model
             found = peak(step)
             row["peak_bytes"], failed = found.bytes, found.failed
@@ -179,11 +201,12 @@ class Finetuning:
 
 
 def _predicted(step: Step, matrices: int, trained: int, row: Row) -> Row:
-    """The prediction for a step, and its share of the time; nothing for kinds that are not known. matrices: numbers in them; trained: of these."""
+    """The prediction for a step, and its share of the time; nothing for kinds that are not known. matrices: numbers in
+    them; trained: of these."""
     sizes, dtype = step.sizes, step.precision
     layer = Case(step.attention, "train", step.length, sizes["dim"], sizes["heads"], step.batch, dtype, step.device)
     made = predict_step(
-        layer, of_device(step.device), layers=sizes["layers"], causal=zoo.config(step.model).causal, matrices=matrices, trained=trained,
-        trainable=row["trainable"], saved=sum(row["saved"].values()),
+        layer, of_device(step.device), layers=sizes["layers"], causal=zoo.config(step.model).causal, matrices=matrices,
+        trained=trained, trainable=row["trainable"], saved=sum(row["saved"].values()),
     )  # fmt: skip
     return {} if made is None else {"predicted": made.row(), "roofline": made.device_seconds / row["seconds"]}

@@ -15,10 +15,11 @@ from effzoo.plan.shadow import key
 
 
 def kept(model: nn.Module, inputs: Mapping[str, Tensor], run: Callable[[], object]) -> dict[str, int]:
-    """Bytes of the storages that autograd holds after `run`, by cause as in `effzoo.plan`: without parameters, buffers and inputs.
+    """Bytes of the storages that autograd holds after `run`, by cause as in `effzoo.plan`: without parameters, buffers
+    and inputs.
 
-    run: a forward pass of the model on these inputs; its result is kept alive meanwhile. The model is spent afterwards: its
-    modules tell who saves what.
+    run: a forward pass of the model on these inputs; its result is kept alive meanwhile. The model is spent afterwards:
+        its modules tell who saves what.
     """
     casts = _Casts(model.parameters())
     record = Record([*model.parameters(), *model.buffers(), *inputs.values()], casts.found)
@@ -40,9 +41,15 @@ class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.weights = {key(weight) for weight in weights}
         self.found: dict[int, weakref.ref[Any]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and key(args[0]) in self.weights and out.element_size() < args[0].element_size():
+        if (
+            func is torch.ops.aten._to_copy.default
+            and key(args[0]) in self.weights
+            and out.element_size() < args[0].element_size()
+        ):
             name = key(out)
             self.found[name] = weakref.ref(out.untyped_storage(), lambda _: self.found.pop(name, None))
         return out

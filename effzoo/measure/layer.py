@@ -18,7 +18,8 @@ from effzoo.spec import parse_one
 Mode = Literal["forward", "train", "decode"]
 MODES: tuple[str, ...] = get_args(Mode)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}  # of the error's norm, in parts of the value's
+# of the error's norm, in parts of the value's
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}
 LONGEST_CHECK = 512  # the definition takes n^2 memory
 
 
@@ -26,7 +27,8 @@ LONGEST_CHECK = 512  # the definition takes n^2 memory
 class Case:
     """What is measured: an attention kind (a spec), how it is used, and its sizes.
 
-    mode: "forward", without gradients; "train", forward and backward; "decode", the next token of a causal layer that has seen n - 1.
+    mode: "forward", without gradients; "train", forward and backward; "decode", the next token of a causal layer that
+        has seen n - 1.
     """
 
     attention: str
@@ -40,9 +42,15 @@ class Case:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES or self.dtype not in DTYPES:
-            raise OptionError(f"mode is one of {', '.join(MODES)} and dtype one of {', '.join(DTYPES)}, got {self.mode!r} and {self.dtype!r}")
+            raise OptionError(
+                f"mode is one of {', '.join(MODES)} and dtype one of {', '.join(DTYPES)}, got "
+                f"{self.mode!r} and {self.dtype!r}"
+            )
         if min(self.n, self.dim, self.heads, self.batch) < 1 or self.dim % self.heads:
-            raise OptionError(f"sizes are at least 1, and heads divide dim; got n={self.n}, dim={self.dim}, heads={self.heads}, batch={self.batch}")
+            raise OptionError(
+                f"sizes are at least 1, and heads divide dim; got n={self.n}, dim={self.dim}, "
+                f"heads={self.heads}, batch={self.batch}"
+            )
 
     @property
     def causal(self) -> bool:
@@ -50,7 +58,9 @@ class Case:
 
     def layer(self) -> Attention:
         """The layer, with weights drawn from seed 0."""
-        context = Context(heads=self.heads, head_dim=self.dim // self.heads, causal=self.causal, max_length=max(self.n, 16))
+        context = Context(
+            heads=self.heads, head_dim=self.dim // self.heads, causal=self.causal, max_length=max(self.n, 16)
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             layer = Attention(self.dim, parse_one(self.attention), context)
@@ -98,7 +108,8 @@ def supported(case: Case) -> str:
 
 @torch.no_grad()
 def _decoder(layer: Attention, case: Case) -> Callable[[], object]:
-    """The next token; each call goes on from the one before it, so that nothing of the cache is copied, as in `effzoo.generate`."""
+    """The next token; each call goes on from the one before it, so that nothing of the cache is copied, as in
+    `effzoo.generate`."""
     cache = Cache()
     x = case.input()
     layer(x[:, :-1], Mask(), cache=cache)
@@ -114,28 +125,38 @@ def _decoder(layer: Attention, case: Case) -> Callable[[], object]:
 def wrong(case: Case) -> str:
     """What differs from the definition, or nothing: output and gradient of the input against `core.dense` in float64.
 
-    Up to `LONGEST_CHECK` positions and two sequences. The definition runs first, and its discrete choices (hash buckets) are used again.
+    Up to `LONGEST_CHECK` positions and two sequences. The definition runs first, and its discrete choices (hash
+    buckets) are used again.
     """
     n, case = min(case.n, LONGEST_CHECK), replace(case, batch=min(case.batch, 2))
     for what, error in apart(case.layer(), case.input(n), case.input(n), Mask(decisions={})).items():
         if not error <= TOLERANCE[case.dtype]:
-            return f"the {what} differs from the definition by {error:.1e} of its norm, more than {TOLERANCE[case.dtype]:.0e} (n = {n}, {case.dtype})"
+            return (
+                f"the {what} differs from the definition by {error:.1e} of its norm, more than "
+                f"{TOLERANCE[case.dtype]:.0e} (n = {n}, {case.dtype})"
+            )
     return ""
 
 
 def apart(layer: Attention, x: Tensor, upstream: Tensor, mask: Mask) -> dict[str, float]:
-    """How far a layer is from its definition in float64, of the norm: its output, and the gradient of the input x given that of the output.
+    """How far a layer is from its definition in float64, of the norm: its output, and the gradient of the input x given
+    that of the output.
 
-    mask: with `decisions`, so that the definition, which runs first, makes the discrete choices for both. Rows of padding count as the others.
+    mask: with `decisions`, so that the definition, which runs first, makes the discrete choices for both. Rows of
+        padding count as the others.
     """
     exact = copy.deepcopy(layer).double()
     exact.core.forward = exact.core.dense  # type: ignore[method-assign]
     exact.core.project = lambda name, x, linear, mask: linear(x)  # type: ignore[method-assign]
-    valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask.valid is None else mask.valid  # says on which device the definition is
+    # says on which device the definition is
+    valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask.valid is None else mask.valid
     wanted = _through(exact, x.double(), upstream.double(), Mask(valid, decisions=mask.decisions))
     got = _through(layer, x, upstream, mask)
     names = ("output", "gradient of the input")
-    return {what: float((mine.double() - theirs).norm() / theirs.norm()) for what, mine, theirs in zip(names, got, wanted, strict=True)}
+    return {
+        what: float((mine.double() - theirs).norm() / theirs.norm())
+        for what, mine, theirs in zip(names, got, wanted, strict=True)
+    }
 
 
 def _through(layer: Attention, x: Tensor, upstream: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,5 @@
-"""Peak memory of one pass: from the allocator on CUDA; on a CPU the largest resident size of a process that does nothing else."""
+"""Peak memory of one pass: from the allocator on CUDA; on a CPU the largest resident size of a process that does
+nothing else."""
 
 from __future__ import annotations
 
@@ -30,8 +31,9 @@ class Measurable(Protocol):
 
 @dataclass(frozen=True)
 class Peak:
-    """bytes: above what the process, or the device, held before the layer was made; its weights and inputs count. seconds: of the first pass;
-    on CUDA of the second one, as the first compiles kernels. failed: why there are no bytes."""
+    """bytes: above what the process, or the device, held before the layer was made; its weights and inputs count.
+    seconds: of the first pass; on CUDA of the second one, as the first compiles kernels.
+    failed: why there are no bytes."""
 
     bytes: int | None
     seconds: float | None = None
@@ -39,12 +41,18 @@ class Peak:
 
 
 def peak(case: Measurable, limit: float | None = None) -> Peak:
-    """Peak memory of a case. limit: seconds after which a pass on the CPU is given up, and no second one is begun on CUDA."""
+    """Peak memory of a case. limit: seconds after which a pass on the CPU is given up, and no second one is begun on
+    CUDA."""
     if torch.device(case.device).type == "cuda":
         found = _on_cuda(case, limit)
         release(case.device)
         return found
-    given = {"module": type(case).__module__, "class": type(case).__qualname__, "case": asdict(case), "threads": torch.get_num_threads()}
+    given = {
+        "module": type(case).__module__,
+        "class": type(case).__qualname__,
+        "case": asdict(case),
+        "threads": torch.get_num_threads(),
+    }
     command = [sys.executable, "-m", "effzoo.measure.worker", json.dumps(given)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
@@ -74,4 +82,8 @@ def _on_cuda(case: Measurable, limit: float | None) -> Peak:
 
 def told(error: BaseException) -> str:
     """An error as a row has it."""
-    return OUT_OF_MEMORY if out_of_memory(error) else f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return (
+        OUT_OF_MEMORY
+        if out_of_memory(error)
+        else (f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
+    )

@@ -29,7 +29,13 @@ def scaling_table(rows: Sequence[Row], mode: str) -> Table:
         if not any("seconds" in row for row in by.values()):
             continue
         found = crossing.get((kind, mode))
-        table.append([f"`{kind}`", *(_cell(by.get(n)) for n in lengths), "" if kind == "full" else "nowhere" if found is None else f"{found:,}"])
+        table.append(
+            [
+                f"`{kind}`",
+                *(_cell(by.get(n)) for n in lengths),
+                "" if kind == "full" else "nowhere" if found is None else f"{found:,}",
+            ]
+        )
     return table
 
 
@@ -55,22 +61,32 @@ def finetune_table(rows: Sequence[Row]) -> Table:
             table.append([f"`{row['attention']}`", f"`{row['peft']}`", str(row.get("failed", "")), "", "", "", "", ""])
             continue
         table.append([
-            f"`{row['attention']}`", f"`{row['peft']}`", f"{1000 * row['seconds']:,.0f}", f"{row['ratio']:.2f}" if "ratio" in row else "",
-            f"{row['tokens_per_second']:,.0f}", f"{row['peak_bytes'] / 2**20:,.0f}", f"{sum(row['saved'].values()) / 2**20:,.1f}",
-            f"{row['trainable']:,}",
+            f"`{row['attention']}`", f"`{row['peft']}`", f"{1000 * row['seconds']:,.0f}",
+            f"{row['ratio']:.2f}" if "ratio" in row else "",
+            f"{row['tokens_per_second']:,.0f}", f"{row['peak_bytes'] / 2**20:,.0f}",
+            f"{sum(row['saved'].values()) / 2**20:,.1f}", f"{row['trainable']:,}",
         ])  # fmt: skip
     return table
 
 
 def crossover_table(rows: Sequence[Row]) -> Table:
-    """Of predicted rows: from which length on each kind is faster than full attention, and by how much at the longest."""
+    """Of predicted rows: from which length on each kind is faster than full attention, and by how much at the
+    longest."""
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     longest = max(row["n"] for row in rows)
-    table = [["attention", *(f"{mode}, faster from" for mode in modes), *(f"{mode}, of full at {longest:,}" for mode in modes)]]
+    table = [
+        [
+            "attention",
+            *(f"{mode}, faster from" for mode in modes),
+            *(f"{mode}, of full at {longest:,}" for mode in modes),
+        ]
+    ]
     for kind in dict.fromkeys(row["attention"] for row in rows if row["attention"] != "full"):
         by = {row["mode"]: row for row in rows if row["attention"] == kind and row["n"] == longest}
         found = {mode: crossover(rows, kind, mode) for mode in modes if mode in by}
-        cells = ["cannot" if mode not in by else "nowhere" if found[mode] is None else f"{found[mode]:,}" for mode in modes]
+        cells = [
+            "cannot" if mode not in by else "nowhere" if found[mode] is None else f"{found[mode]:,}" for mode in modes
+        ]
         table.append([f"`{kind}`", *cells, *(f"{by[mode]['ratio']:.3f}" if mode in by else "" for mode in modes)])
     return table
 
@@ -78,16 +94,23 @@ def crossover_table(rows: Sequence[Row]) -> Table:
 def markdown(table: Table) -> str:
     """The table as Markdown."""
     head, *body = table
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body]).replace("| --- |", "|---|").replace(" --- |", "---|")
+    return (
+        "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body])
+        .replace("| --- |", "|---|")
+        .replace(" --- |", "---|")
+    )
 
 
 def page(title: str, about: str, parts: Mapping[str, Table | Figure]) -> str:
     """An HTML page without anything outside it: tables, and figures as PNG."""
     lines = [
         "<!doctype html>", f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>',
-        "body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }",
-        "table { border-collapse: collapse; font-size: 13px; } td, th { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right; }",
-        "td:first-child, th:first-child { text-align: left; } img { max-width: 100%; } h2 { margin-top: 2.5rem; font-size: 1.15rem; }",
+        "body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: "
+        "#222; }",
+        "table { border-collapse: collapse; font-size: 13px; } td, th { padding: .25rem .6rem; border-bottom: 1px "
+        "solid #ddd; text-align: right; }",
+        "td:first-child, th:first-child { text-align: left; } img { max-width: 100%; } h2 { margin-top: 2.5rem; "
+        "font-size: 1.15rem; }",
         "</style></head><body>", f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(about)}</p>",
     ]  # fmt: skip
     for name, part in parts.items():
@@ -96,8 +119,13 @@ def page(title: str, about: str, parts: Mapping[str, Table | Figure]) -> str:
             lines.append("<table>")
             for place, row in enumerate(part):
                 tag = "td" if place else "th"
-                lines.append("<tr>" + "".join(f"<{tag}>{html.escape(cell.strip('`'))}</{tag}>" for cell in row) + "</tr>")
+                lines.append(
+                    "<tr>" + "".join(f"<{tag}>{html.escape(cell.strip('`'))}</{tag}>" for cell in row) + "</tr>"
+                )
             lines.append("</table>")
         else:
-            lines.append(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png_bytes(part)).decode()}">')
+            lines.append(
+                f'<img alt="{html.escape(name)}" '
+                f'src="data:image/png;base64,{base64.b64encode(png_bytes(part)).decode()}">'
+            )
     return "\n".join([*lines, "</body></html>", ""])

@@ -1,11 +1,13 @@
 """What one attention layer should take by its arithmetic: operations and bytes over a card's rates.
 
-    device = sum over steps of max(operations / rate, bytes / bandwidth),    host = launches * seconds of one launch,    predicted = max(device, host)
+    device = sum over steps of max(operations / rate, bytes / bandwidth),    host = launches * seconds of one launch,
+    predicted = max(device, host)
 
-as the host goes on while the device works. A step is a product with a weight, an attention, or a gathering; each reads what it is given and writes
-what it gives once. It is a lower bound where the card reaches its peak rates, which no kernel does. Left out: how far a kernel stays below the peak
-(attention more than a product), pairs that a tile computes and masks, the softmax itself, norms, biases and dropout, sorting beyond one pass over its
-keys, what caches hold, and what autograd adds of its own.
+as the host goes on while the device works. A step is a product with a weight, an attention, or a gathering; each reads
+what it is given and writes what it gives once. It is a lower bound where the card reaches its peak rates, which no
+kernel does. Left out: how far a kernel stays below the peak (attention more than a product), pairs that a tile computes
+and masks, the softmax itself, norms, biases and dropout, sorting beyond one pass over its keys, what caches hold, and
+what autograd adds of its own.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from effzoo.measure.timing import once
 
 ROWS = 64  # queries on which pairs are counted
 BACKWARD = 2.5  # operations of attention backward, in times of forward: five products for two
-PROBES = {"cuda": (8192, 2**28), "cpu": (512, 2**22)}  # width of the products and numbers of the copies that `calibrated` times
+# width of the products and numbers of the copies that `calibrated` times
+PROBES = {"cuda": (8192, 2**28), "cpu": (512, 2**22)}
 COUNTED = 2048  # up to this length launches are counted; beyond it the line through the last two counts goes on
 
 
@@ -75,12 +78,16 @@ def predict(case: Case, card: Card, launches: int = 0) -> Predicted | None:
     return Predicted(operations, moved, launches, device, launches * card.launch)
 
 
-def predict_step(layer: Case, card: Card, *, layers: int, causal: bool, matrices: int, trained: int, trainable: int, saved: int) -> Predicted | None:
+def predict_step(
+    layer: Case, card: Card, *, layers: int, causal: bool, matrices: int, trained: int, trainable: int, saved: int
+) -> Predicted | None:
     """The prediction for a training step of a model of such layers, by AdamW; None for kinds that are not known.
 
-    matrices: numbers in the matrices that tokens are multiplied with; trained: those of them that are trained; trainable: all that is trained;
-    saved: bytes that autograd keeps, which are written once and read once. A frozen matrix costs a product forward and one backward, a trained one a
-    third. Embeddings are rows that are read, the vocabulary is not multiplied, and below the lowest adapter nothing is cut off.
+    matrices: numbers in the matrices that tokens are multiplied with; trained: those of them that are trained;
+        trainable: all that is trained;
+    saved: bytes that autograd keeps, which are written once and read once. A frozen matrix costs a product forward and
+        one backward, a trained one a third. Embeddings are rows that are read, the vocabulary is not multiplied, and
+        below the lowest adapter nothing is cut off.
     """
     of_layer = steps(layer)
     if of_layer is None:
@@ -89,7 +96,11 @@ def predict_step(layer: Case, card: Card, *, layers: int, causal: bool, matrices
     found = [
         Step("products", 2 * tokens * (2 * matrices + trained), 2 * saved + 3 * size * matrices),
         Step("optimizer", 0, 28 * trainable),  # reads weight, gradient and two states, writes weight and states
-        *(replace(s, operations=s.operations / (1 + causal), times=layers * s.times) for s in of_layer if not s.name.startswith("project")),
+        *(
+            replace(s, operations=s.operations / (1 + causal), times=layers * s.times)
+            for s in of_layer
+            if not s.name.startswith("project")
+        ),
     ]
     device = sum(s.times * max(s.operations / rate, s.bytes / card.bandwidth) for s in found)
     return Predicted(sum(s.times * s.operations for s in found), sum(s.times * s.bytes for s in found), 0, device, 0.0)
@@ -101,7 +112,16 @@ def steps(case: Case) -> list[Step] | None:
     if case.mode == "decode":
         return _decoding(case, size)
     core = _core(case.attention, case.n, False)
-    forward = [_product("project q, k, v" if not isinstance(core, LSH) else "project qk, v", B * n, d, d, size, len(core.uses(Mask())))]
+    forward = [
+        _product(
+            "project q, k, v" if not isinstance(core, LSH) else "project qk, v",
+            B * n,
+            d,
+            d,
+            size,
+            len(core.uses(Mask())),
+        )
+    ]
     if isinstance(core, LSH):
         rounds, factors = core.rounds, sum(core.factors)
         attended = [Step("attention", 4 * B * d * _pairs(case.attention, n, False), 4 * size * B * n * d * rounds)]
@@ -113,14 +133,16 @@ def steps(case: Case) -> list[Step] | None:
     elif isinstance(core, Linformer):
         k = core.k
         forward = [
-            _product("project q", B * n, d, d, size, 1), Step("compress", 2 * B * k * n * d, size * (B * (n + k) * d + k * n), 2),
+            _product("project q", B * n, d, d, size, 1),
+            Step("compress", 2 * B * k * n * d, size * (B * (n + k) * d + k * n), 2),
             _product("project k, v", B * k, d, d, size, 2),
         ]  # fmt: skip
         attended, gathered = [Step("attention", 4 * B * d * n * k, size * B * d * 2 * (n + k))], []
     elif isinstance(core, Perceiver):
         m = core.latents.num_embeddings
         attended = [
-            Step("summarise", 6 * B * d * n * m, size * B * d * (4 * n + 3 * m)), Step("read", 4 * B * d * n * m, size * B * d * 2 * (n + m))
+            Step("summarise", 6 * B * d * n * m, size * B * d * (4 * n + 3 * m)),
+            Step("read", 4 * B * d * n * m, size * B * d * 2 * (n + m))
         ]  # fmt: skip
         gathered = []
     elif isinstance(core, PredicateAttention):
@@ -130,7 +152,11 @@ def steps(case: Case) -> list[Step] | None:
     forward.append(_product("project out", B * n, d, d, size, 1))
     found = [*forward, *gathered, *attended]
     if case.mode == "train":
-        found += [replace(step, name=f"{step.name}, backward", times=2 * step.times) for step in [*forward, *gathered] if step.name != "hash"]
+        found += [
+            replace(step, name=f"{step.name}, backward", times=2 * step.times)
+            for step in [*forward, *gathered]
+            if step.name != "hash"
+        ]
         found += [Step(f"{step.name}, backward", BACKWARD * step.operations, 2 * step.bytes) for step in attended]
     return found
 
@@ -148,7 +174,10 @@ def _decoding(case: Case, size: int) -> list[Step] | None:
         kept = read * size * 2 * d
     else:
         return None
-    return [_product("projections", B, d, d, size, len(core.uses(Mask())) + 1), Step("attention", 4 * B * d * read, B * kept)]
+    return [
+        _product("projections", B, d, d, size, len(core.uses(Mask())) + 1),
+        Step("attention", 4 * B * d * read, B * kept),
+    ]
 
 
 def _product(name: str, rows: int, inputs: int, outputs: int, size: int, times: int) -> Step:
@@ -167,13 +196,16 @@ def _pairs(kind: str, n: int, causal: bool) -> float:
 
 
 class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operators that compute: no views, and nothing that only reserves memory. What Triton launches by itself is not seen."""
+    """Counts operators that compute: no views, and nothing that only reserves memory. What Triton launches by itself is
+    not seen."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         view = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
         self.count += not view and "empty" not in func._schema.name
         return func(*args, **(kwargs or {}))
@@ -202,7 +234,11 @@ def launches(kind: str, mode: str, n: int, heads: int) -> int:
 
 
 def against_full(
-    kinds: Sequence[str], modes: Sequence[str], lengths: Sequence[int], case: Callable[[str, str, int], Case], card: Card
+    kinds: Sequence[str],
+    modes: Sequence[str],
+    lengths: Sequence[int],
+    case: Callable[[str, str, int], Case],
+    card: Card,
 ) -> list[dict[str, Any]]:
     """A row for each kind, mode and length, with the prediction and its ratio to that of full attention."""
     found = []
@@ -216,7 +252,9 @@ def against_full(
                     continue
                 made = predict(one, card, launches(kind, mode, n, one.heads))
                 if made is not None:
-                    found.append({"card": card.name, **asdict(one), **made.row(), "ratio": made.seconds / of_full.seconds})
+                    found.append(
+                        {"card": card.name, **asdict(one), **made.row(), "ratio": made.seconds / of_full.seconds}
+                    )
     return found
 
 
@@ -237,7 +275,14 @@ def calibrated(device: str = "cpu") -> Card:
 
     copy = _best(lambda: target.copy_(source), device)
     name = f"{cards.machine(device)}, measured"
-    return Card(name, product(torch.bfloat16), product(torch.float32), 8 * room / copy, _best(many, device) / 1000, "measured by effzoo here")
+    return Card(
+        name,
+        product(torch.bfloat16),
+        product(torch.float32),
+        8 * room / copy,
+        _best(many, device) / 1000,
+        "measured by effzoo here",
+    )
 
 
 def _best(run: Callable[[], object], device: str) -> float:
@@ -259,16 +304,20 @@ def of_device(device: str) -> Card:
 
 
 def beside(case: Case, seconds: float) -> dict[str, Any]:
-    """What stands beside a measured time: the prediction, and its share of the time. On a GPU launches are counted, in a pass of their own."""
+    """What stands beside a measured time: the prediction, and its share of the time. On a GPU launches are counted, in
+    a pass of their own."""
     count = launched(case.runner()) if torch.device(case.device).type == "cuda" else 0
     made = predict(case, of_device(case.device), count)
     return {} if made is None else {"predicted": made.row(), "roofline": made.device_seconds / seconds}
 
 
 def crossover(rows: Sequence[Mapping[str, Any]], kind: str, mode: str) -> int | None:
-    """The shortest of the lengths from which on the kind is predicted to be faster than full attention at every one; None: nowhere."""
+    """The shortest of the lengths from which on the kind is predicted to be faster than full attention at every one;
+    None: nowhere."""
     found = None
-    for row in sorted((row for row in rows if (row["attention"], row["mode"]) == (kind, mode)), key=lambda row: -row["n"]):
+    for row in sorted(
+        (row for row in rows if (row["attention"], row["mode"]) == (kind, mode)), key=lambda row: -row["n"]
+    ):
         if row["ratio"] >= 1:
             break
         found = row["n"]

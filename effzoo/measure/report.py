@@ -18,15 +18,20 @@ if TYPE_CHECKING:
 
 
 def write(rows: Sequence[Row], folder: Path) -> Path:
-    """Write `index.html` and the figures of the rows of one suite to a folder; the page's path. Raises InputError when there is nothing to show."""
+    """Write `index.html` and the figures of the rows of one suite to a folder; the page's path. Raises InputError when
+    there is nothing to show."""
     suites = {row["suite"] for row in rows if "seconds" in row}
     if len(suites) != 1:
-        raise InputError(f"a report shows one suite, and needs rows with times; got {', '.join(sorted(suites)) or 'none'}")
+        raise InputError(
+            f"a report shows one suite, and needs rows with times; got {', '.join(sorted(suites)) or 'none'}"
+        )
     suite = suites.pop()
     parts = _scaling(rows) if suite == "scaling" else _finetune(rows)
     figures = {name: part for name, part in parts.items() if not isinstance(part, list)}
     files = {f"{name.replace(', ', '_').replace(' ', '_')}.png": png_bytes(figure) for name, figure in figures.items()}
-    made = sorted({f"{row['machine']}, torch {row['versions']['torch']}, commit {row['commit'] or 'unknown'}" for row in rows})
+    made = sorted(
+        {f"{row['machine']}, torch {row['versions']['torch']}, commit {row['commit'] or 'unknown'}" for row in rows}
+    )
     replace_files(folder, files | {"index.html": page(f"effzoo bench {suite}", "; ".join(made), parts).encode()})
     return folder / "index.html"
 

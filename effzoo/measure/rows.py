@@ -26,7 +26,8 @@ SUITES = {  # what every row of a suite has
     "rates": ("half", "single", "bandwidth", "launch"),
 }
 TIMES = {
-    "seconds", "quartiles", "ratio", "ratio_quartiles", "tokens_per_second", "ours_seconds", "theirs_seconds", "full_seconds", "share", "plain_ratio",
+    "seconds", "quartiles", "ratio", "ratio_quartiles", "tokens_per_second", "ours_seconds", "theirs_seconds",
+    "full_seconds", "share", "plain_ratio",
 }  # fmt: skip
 
 
@@ -34,7 +35,8 @@ TIMES = {
 def commit() -> str:
     """The commit of the code that runs, with `-dirty` where files differ; empty outside a checkout of effzoo."""
     root = Path(__file__).parents[2]
-    if not (root / "pyproject.toml").is_file():  # an installed package: the repository around it, if any, is another project's
+    # an installed package: the repository around it, if any, is another project's
+    if not (root / "pyproject.toml").is_file():
         return ""
     git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     try:
@@ -46,20 +48,27 @@ def commit() -> str:
 def made(row: Mapping[str, Any], device: str) -> Row:
     """The row with how it was made. Raises OptionError for times of a device that is simulated."""
     if not cards.real(device) and (timed := TIMES & row.keys()):
-        raise OptionError(f"this CUDA is simulated on the CPU, so its times mean nothing: {', '.join(sorted(timed))} are not written")
+        raise OptionError(
+            f"this CUDA is simulated on the CPU, so its times mean nothing: {', '.join(sorted(timed))} are not written"
+        )
     return {**row, "machine": cards.machine(device), "versions": cards.versions(device), "commit": commit()}
 
 
 def read(path: Path, suite: str, device: str = "cpu") -> list[Row]:
-    """The rows of a suite in a file, none when there is no file. A line that was half written, as its writer was killed, is left out and told.
+    """The rows of a suite in a file, none when there is no file. A line that was half written, as its writer was
+    killed, is left out and told.
 
-    Raises InputError for a line that is no row, for rows of another suite, and when this device is a GPU, for rows of another one.
+    Raises InputError for a line that is no row, for rows of another suite, and when this device is a GPU, for rows of
+        another one.
     """
     found = list(_lines(path, suite)) if path.exists() else []
     if torch.device(device).type == "cuda":
         others = sorted({row.get("machine", "an unknown device") for row in found} - {cards.machine(device)})
         if others:
-            raise InputError(f"{path} has rows of {', '.join(others)}, and this is {cards.machine(device)}; give each card a file of its own")
+            raise InputError(
+                f"{path} has rows of {', '.join(others)}, and this is {cards.machine(device)}; give "
+                "each card a file of its own"
+            )
     return found
 
 
@@ -71,23 +80,33 @@ def _lines(path: Path, suite: str) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:
             begun = line.strip(b"\0 ")  # a disk that was cut off may leave zeros
             if begun and not begun.startswith(b"{"):
-                raise InputError(f"{where} is no JSON ({error}); delete the line, and its case is measured again") from None
-            logging.getLogger("effzoo").warning("%s was half written and is left out; its case is measured again", where)
+                raise InputError(
+                    f"{where} is no JSON ({error}); delete the line, and its case is measured again"
+                ) from None
+            logging.getLogger("effzoo").warning(
+                "%s was half written and is left out; its case is measured again", where
+            )
             continue
         if not isinstance(row, dict) or row.get("suite") not in SUITES:
-            raise InputError(f"{where} is no row of a suite ({', '.join(SUITES)}); delete the line, or give another folder")
+            raise InputError(
+                f"{where} is no row of a suite ({', '.join(SUITES)}); delete the line, or give another folder"
+            )
         if row["suite"] != suite:
-            raise InputError(f"{where} is of the suite {row['suite']!r}, not {suite!r}; give each suite a folder of its own")
+            raise InputError(
+                f"{where} is of the suite {row['suite']!r}, not {suite!r}; give each suite a folder of its own"
+            )
         missing = [name for name in SUITES[suite] if name not in row]
         if missing:
             raise InputError(
-                f"{where} lacks {missing[0]!r}, which every row of the suite {suite!r} has; delete the line, and its case is measured again"
+                f"{where} lacks {missing[0]!r}, which every row of the suite {suite!r} has; delete the line, and its "
+                "case is measured again"
             )
         yield row
 
 
 def append(path: Path, rows: list[Row]) -> None:
-    """Add rows at the end of a file, in one write. A last line that was half written is taken off, so that the first row begins a line."""
+    """Add rows at the end of a file, in one write. A last line that was half written is taken off, so that the first
+    row begins a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.exists() else b""
     if content and not content.endswith(b"\n"):

@@ -19,8 +19,8 @@ from effzoo.measure.rows import Row
 from effzoo.measure.timing import Times, fitting, ratio
 
 KINDS = (
-    "full", "blockwise", "blockwise[blocks=8]", "longformer[window=512]", "local[chunk=64]", "lsh[rounds=4, chunk=64]", "linformer[k=256]",
-    "perceiver[latents=256]",
+    "full", "blockwise", "blockwise[blocks=8]", "longformer[window=512]", "local[chunk=64]", "lsh[rounds=4, chunk=64]",
+    "linformer[k=256]", "perceiver[latents=256]",
 )  # fmt: skip
 REFERENCE = "full"  # what the others are compared with, in the same rounds
 
@@ -29,8 +29,10 @@ REFERENCE = "full"  # what the others are compared with, in the same rounds
 class Scaling:
     """Settings of the suite.
 
-    batch: sequences; tokens: instead of it, how many tokens a batch has at every length (at least one sequence), so that it fills a GPU.
-    longest: seconds that one pass may take; a kind that takes more is not tried at greater lengths. seconds: for the rounds of one length and mode.
+    batch: sequences; tokens: instead of it, how many tokens a batch has at every length (at least one sequence), so
+        that it fills a GPU.
+    longest: seconds that one pass may take; a kind that takes more is not tried at greater lengths.
+    seconds: for the rounds of one length and mode.
     """
 
     kinds: Sequence[str] = KINDS
@@ -50,7 +52,8 @@ class Scaling:
         return Case(kind, mode, n, self.dim, self.heads, batch, self.dtype, self.device)  # type: ignore[arg-type]
 
     def run(self, path: Path, tell: Callable[[str, int, int], None] = lambda said, done, total: None) -> list[Row]:
-        """Measure what the file does not hold yet, a length and mode at a time, and append it. tell: called with what comes, done and total."""
+        """Measure what the file does not hold yet, a length and mode at a time, and append it. tell: called with what
+        comes, done and total."""
         cards.need(self.device)
         known = files.read(path, "scaling", self.device)
         groups = [(mode, n) for mode in self.modes for n in sorted(self.lengths)]
@@ -60,7 +63,8 @@ class Scaling:
             cases = [case for kind in self.kinds if _identity(asdict(case := self.case(kind, mode, n))) not in have]
             if not cases:
                 continue
-            if REFERENCE in self.kinds and cases[0].attention != REFERENCE:  # a ratio needs its other side in the same rounds
+            # a ratio needs its other side in the same rounds
+            if REFERENCE in self.kinds and cases[0].attention != REFERENCE:
                 cases.insert(0, self.case(REFERENCE, mode, n))
             found = [files.made(row, self.device) for row in self._group(cases, known)]
             files.append(path, found)
@@ -84,7 +88,9 @@ class Scaling:
                 row["failed"] = failed
             else:
                 ready[case.attention] = case
-        times, alone = fitting({name: case.runner for name, case in ready.items()}, seconds=self.seconds, device=self.device)
+        times, alone = fitting(
+            {name: case.runner for name, case in ready.items()}, seconds=self.seconds, device=self.device
+        )
         for name in ready:
             results[name] |= {"alone": True} if alone else {}
             if name not in times:
@@ -129,7 +135,8 @@ def _identity(row: Row) -> tuple[Any, ...]:
 
 
 def crossovers(rows: list[Row]) -> dict[tuple[str, str], int | None]:
-    """{(kind, mode): the shortest measured length from which on the kind is faster than full attention at every measured length}; None: nowhere."""
+    """{(kind, mode): the shortest measured length from which on the kind is faster than full attention at every
+    measured length}; None: nowhere."""
     found: dict[tuple[str, str], int | None] = {}
     by: dict[tuple[str, str], dict[int, float]] = {}
     for row in rows:

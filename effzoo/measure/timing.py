@@ -48,12 +48,17 @@ def interleaved(
     warm_up: int = 1,
     device: str | torch.device = "cpu",
 ) -> dict[str, Times]:
-    """Seconds of every case, run in turns: at most `rounds` rounds, and no more than `least` once they have taken `seconds`.
+    """Seconds of every case, run in turns: at most `rounds` rounds, and no more than `least` once they have taken
+    `seconds`.
 
-    warm_up: rounds that do not count. On CUDA the time is that between two events around the call, after the device has come to rest.
+    warm_up: rounds that do not count. On CUDA the time is that between two events around the call, after the device has
+        come to rest.
     """
     if not 1 <= least <= rounds or warm_up < 0:
-        raise OptionError(f"rounds is at least `least`, which is at least 1, and warm_up not negative; got {rounds}, {least} and {warm_up}")
+        raise OptionError(
+            f"rounds is at least `least`, which is at least 1, and warm_up not negative; got {rounds}, "
+            f"{least} and {warm_up}"
+        )
     for _ in range(warm_up):
         for run in cases.values():
             once(run, device)
@@ -71,7 +76,8 @@ Maker = Callable[[], Callable[[], object]]
 
 
 def fitting(makers: Mapping[str, Maker], *, seconds: float, device: str = "cpu") -> tuple[dict[str, Times], bool]:
-    """`interleaved` of what is made, and True if it had to run alone: one after the other, because all together did not fit into memory.
+    """`interleaved` of what is made, and True if it had to run alone: one after the other, because all together did not
+    fit into memory.
 
     What does not fit alone either is left out. Nothing of what failed is alive when the next is tried.
     """
@@ -98,7 +104,11 @@ def _tried(makers: Mapping[str, Maker], seconds: float, device: str) -> dict[str
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory has run out, on a GPU or on the CPU."""
     told = str(error)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in told or "can't allocate memory" in told
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or "not enough memory" in told
+        or ("can't allocate memory") in told
+    )
 
 
 def release(device: str | torch.device) -> None:

@@ -18,7 +18,8 @@ from effzoo.measure.memory import Peak
 
 
 def forget_peak() -> int:
-    """Begin a new peak where the system can (Linux), and what is resident now, in bytes; elsewhere the largest size so far."""
+    """Begin a new peak where the system can (Linux), and what is resident now, in bytes; elsewhere the largest size so
+    far."""
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     if reset.exists():
         reset.write_text("5")

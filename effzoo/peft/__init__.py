@@ -20,7 +20,8 @@ from effzoo.peft.training_hooks import Stage, TrainingHooks
 from effzoo.registry import peft as _view
 from effzoo.sites import HookContext, Memory, PeftModule, SideNetwork
 
-names, get, options, register, create, aliases = (_view.names, _view.get, _view.options, _view.register, _view.create, _view.aliases)
+names, get, options, register, create = _view.names, _view.get, _view.options, _view.register, _view.create
+aliases = _view.aliases
 
 __all__ = [
     "Account",

@@ -1,4 +1,5 @@
-"""What an adapter costs, counted three ways: trained, stored on disk, changed in the base; and the rank of the change."""
+"""What an adapter costs, counted three ways: trained, stored on disk, changed in the base; and the rank of the
+change."""
 
 from __future__ import annotations
 
@@ -26,12 +27,16 @@ from effzoo.sites import Counted, PeftModule, Site, opens, sites, unwrap
 class Account:
     """Numbers of parameters, unless the name says bytes.
 
-    trainable: with requires_grad. stored: in the files of the active adapters, also as bytes. total: of the base. changed: base entries that
-    merging may change; None when some module cannot be merged, as it is no change of a weight. rank: the
-    largest rank that the change of a matrix of the network (not of the task head) can have; `full` when nothing bounds it, 0 when only
-    vectors change.
-    rows: (method, role, sites, parameters) of the active adapters. unread: {why: (tensors, parameters)}, trainable ones that get no gradient
-    from usual batches, as far as the structure tells; `finetune` says which got none.
+    trainable: with requires_grad.
+    stored: in the files of the active adapters, also as bytes.
+    total: of the base.
+    changed: base entries that merging may change; None when some module cannot be merged, as it is no change of a
+        weight.
+    rank: the largest rank that the change of a matrix of the network (not of the task head) can have; `full` when
+        nothing bounds it, 0 when only vectors change.
+    rows: (method, role, sites, parameters) of the active adapters.
+    unread: {why: (tensors, parameters)}, trainable ones that get no gradient from usual batches, as far as the
+        structure tells; `finetune` says which got none.
     """
 
     trainable: int
@@ -49,14 +54,19 @@ class Account:
         return 100 * self.trainable / self.total
 
     def __str__(self) -> str:
-        changed = "not mergeable" if self.changed is None else f"{self.changed:,} ({100 * self.changed / self.total:.3f} %)"
+        changed = (
+            "not mergeable" if self.changed is None else (f"{self.changed:,} ({100 * self.changed / self.total:.3f} %)")
+        )
         lines = [
             f"trainable {self.trainable:,} of {self.total:,} ({self.percent:.3f} %)",
             f"stored    {self.stored:,} numbers, {self.stored_bytes:,} bytes",
             f"changed   {changed}",
             f"rank      {'-' if self.rank is None else self.rank}",
         ]
-        lines += [f"unread    {numbers:,} numbers in {tensors} tensors: {why}" for why, (tensors, numbers) in self.unread.items()]
+        lines += [
+            f"unread    {numbers:,} numbers in {tensors} tensors: {why}"
+            for why, (tensors, numbers) in self.unread.items()
+        ]
         width = max((len(f"{method} {role}") for method, role, _, _ in self.rows), default=0)
         lines += [
             f"  {f'{method} {role}':{width}}  {count:3} site{'s' if count != 1 else ' '}  {numbers:>12,}"
@@ -66,12 +76,19 @@ class Account:
 
 
 def ranks(model: nn.Module, name: str = "default", tolerance: NotNegative | None = None) -> dict[str, int]:
-    """The numerical rank of the change of every matrix that merging the adapter would change, by its key: by SVD in float64.
+    """The numerical rank of the change of every matrix that merging the adapter would change, by its key: by SVD in
+    float64.
 
-    tolerance: singular values up to it count as 0; None is torch's, the largest one times max(shape) times the float64 epsilon.
+    tolerance: singular values up to it count as 0; None is torch's, the largest one times max(shape) times the float64
+        epsilon.
     """
-    same = all(site.outputs(name) == site.out_features for site in label_layers(model).values())  # else the head is another one, and no change
-    changes = {key: change for key, change in delta(model, name, heads=same).items() if change.ndim >= 2 and bool((change != 0).any())}
+    # else the head is another one, and no change
+    same = all(site.outputs(name) == site.out_features for site in label_layers(model).values())
+    changes = {
+        key: change
+        for key, change in delta(model, name, heads=same).items()
+        if change.ndim >= 2 and bool((change != 0).any())
+    }
     found = {}
     for key, change in changes.items():
         matrix = change.flatten(1)
@@ -82,7 +99,8 @@ def ranks(model: nn.Module, name: str = "default", tolerance: NotNegative | None
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of one forward pass (matrix products, convolutions and attention; two for a multiplication and an addition)."""
+    """Floating-point operations of one forward pass (matrix products, convolutions and attention; two for a
+    multiplication and an addition)."""
 
     base: int
     attached: int
@@ -95,15 +113,22 @@ class Flops:
 
 
 def flops(model: nn.Module, length: Count = 128) -> Flops:
-    """Count one forward pass of a sequence of `length` tokens: the base, with the active adapters, and with them merged where that is possible.
+    """Count one forward pass of a sequence of `length` tokens: the base, with the active adapters, and with them merged
+    where that is possible.
 
-    Nothing is computed: the model runs on shapes alone. Elementwise work is not counted, so (IA)3 or BitFit seem free while attached.
+    Nothing is computed: the model runs on shapes alone. Elementwise work is not counted, so (IA)3 or BitFit seem free
+    while attached.
     """
     model = unwrap(model)
     if "input_ids" not in inspect.signature(model.forward).parameters:
-        raise InputError(f"flops counts a pass over token ids, which {type(model).__name__} does not read; give a model that effzoo built")
+        raise InputError(
+            f"flops counts a pass over token ids, which {type(model).__name__} does not read; give a "
+            "model that effzoo built"
+        )
     names = acting(model)
-    shadow = copy.deepcopy(model, {id(tensor): without_memory(tensor) for tensor in (*model.parameters(), *model.buffers())}).eval()
+    shadow = copy.deepcopy(
+        model, {id(tensor): without_memory(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    ).eval()
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
     with_adapters = _flops(shadow, ids)
     same_head = all(site.outputs_now() == site.out_features for site in label_layers(shadow).values())
@@ -114,7 +139,8 @@ def flops(model: nn.Module, length: Count = 128) -> Flops:
 
 
 def _flops(model: nn.Module, ids: torch.Tensor) -> int:
-    from torch.utils.flop_counter import FlopCounterMode  # takes a twentieth of the time that torch itself takes to import
+    # takes a twentieth of the time that torch itself takes to import
+    from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=ids)
@@ -188,7 +214,8 @@ def _change(model: nn.Module, names: tuple[str, ...]) -> tuple[int | None, int |
 
 
 def _changed_entries(site: Site, modules: list[PeftModule]) -> int | None:
-    """At most how many entries of the site the modules change together; None when one of them is no change of a weight."""
+    """At most how many entries of the site the modules change together; None when one of them is no change of a
+    weight."""
     weight, bias = getattr(site, "weight", None), getattr(site, "bias", None)
     numbers, whole = 0, dict.fromkeys(site.base(), False)
     entries = {key: parameter.numel() for key, parameter in site.base().items()}

@@ -1,7 +1,8 @@
-"""Adapters as one: sums of what they change, by task arithmetic, TIES or DARE, across methods, because every change is a change of weights.
+"""Adapters as one: sums of what they change, by task arithmetic, TIES or DARE, across methods, because every change is
+a change of weights.
 
-Everything is computed on the changes themselves, in float64. Combining the factors of low-rank changes instead, (w_1 A_1 + w_2 A_2) and
-(w_1 B_1 + w_2 B_2), would bring in the products B_1 A_2 and B_2 A_1, which no adapter has learned.
+Everything is computed on the changes themselves, in float64. Combining the factors of low-rank changes instead, (w_1
+A_1 + w_2 A_2) and (w_1 B_1 + w_2 B_2), would bring in the products B_1 A_2 and B_2 A_1, which no adapter has learned.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ Changes = dict[str, Tensor]  # what an adapter adds to tensors of the base, by t
 
 @dataclass(frozen=True)
 class Combined:
-    """A combined adapter: its name, its spec, and what holding it in `rank` costs, the norm of what was cut off by the norm of the change."""
+    """A combined adapter: its name, its spec, and what holding it in `rank` costs, the norm of what was cut off by the
+    norm of the change."""
 
     name: str
     spec: str
@@ -54,20 +56,23 @@ def combine(
     rank: Count | None = None,
     head: str | None = None,
 ) -> Combined:
-    """Attach a new adapter `name`, active, whose change of the base is a combination of those of attached adapters, which stay.
+    """Attach a new adapter `name`, active, whose change of the base is a combination of those of attached adapters,
+    which stay.
 
-    weights: {adapter: w}. With d_a what merging adapter a adds to the base,
-        sum   sum_a w_a d_a: task arithmetic (Ilharco et al. 2023, arXiv:2212.04089, section 2; a negative weight forgets), averages (weights that
-              sum to 1), sums of sparse changes (LT-SFT, Ansell et al. 2022, arXiv:2110.07560, section 3.3).
-        ties  of each w_a d_a the entries largest in magnitude are kept, a share `keep` of all its tensors together; each entry then takes the sign
-              of their sum, and is the mean of those kept that have this sign (Yadav et al. 2023, arXiv:2306.01708, section 4).
-        dare  entries are dropped with probability `drop`, others divided by 1 - drop, and summed (Yu et al. 2024, arXiv:2311.03099, section 3);
-              drawn from `seed`, for each adapter anew.
-    A single adapter interferes with none: it is only multiplied by its weight. rank: hold the changes of matrices as a LoRA of this rank, the best
-    one by the singular value decomposition; exact where it is at least the sum of the adapters' ranks. None holds whole tensors. head: the adapter
-    whose task head is taken, needed where the model has one.
+    weights: {adapter: w}. With d_a what merging adapter a adds to the base, sum   sum_a w_a d_a: task arithmetic
+        (Ilharco et al. 2023, arXiv:2212.04089, section 2; a negative weight forgets), averages (weights that sum to
+        1), sums of sparse changes (LT-SFT, Ansell et al. 2022, arXiv:2110.07560, section 3.3). ties  of each w_a d_a
+        the entries largest in magnitude are kept, a share `keep` of all its tensors together; each entry then takes
+        the sign of their sum, and is the mean of those kept that have this sign (Yadav et al. 2023,
+        arXiv:2306.01708, section 4). dare  entries are dropped with probability `drop`, others divided by 1 - drop,
+        and summed (Yu et al. 2024, arXiv:2311.03099, section 3); drawn from `seed`, for each adapter anew. A single
+        adapter interferes with none: it is only multiplied by its weight.
+    rank: hold the changes of matrices as a LoRA of this rank, the best one by the singular value decomposition;
+        exact where it is at least the sum of the adapters' ranks. None holds whole tensors.
+    head: the adapter whose task head is taken, needed where the model has one.
 
-    Raises AdapterError (an adapter that is no change of weights, heads that are not chosen), OptionError; the model is then unchanged.
+    Raises AdapterError (an adapter that is no change of weights, heads that are not chosen), OptionError; the model is
+        then unchanged.
     """
     _check(model, weights, how, keep, drop, rank, head)
     changes = {adapter: _changing(delta(model, adapter, heads=False)) for adapter in weights}
@@ -75,10 +80,17 @@ def combine(
     if how == "ties" and len(scaled) > 1:
         total = ties(scaled, keep)
     else:
-        total = add([dropped(each, drop, seed + i) for i, each in enumerate(scaled)] if how == "dare" and len(scaled) > 1 else scaled)
+        total = add(
+            [dropped(each, drop, seed + i) for i, each in enumerate(scaled)]
+            if how == "dare" and len(scaled) > 1
+            else scaled
+        )
     everything = dict(sites(model))
     if any(not bool(x.isfinite().all()) for x in total.values()):
-        raise AdapterError(f"the combination of {' and '.join(weights)} holds NaN or infinity; look for it in their tensors, or give smaller weights")
+        raise AdapterError(
+            f"the combination of {' and '.join(weights)} holds NaN or infinity; look for it in their "
+            "tensors, or give smaller weights"
+        )
     changed = {key.rpartition(".")[0]: everything[key.rpartition(".")[0]] for key in total}
     if not changed:
         raise AdapterError(f"{' and '.join(weights)} change nothing but task heads, so there is nothing to combine")
@@ -100,7 +112,8 @@ def add(changes: list[Changes]) -> Changes:
 
 
 def ties(changes: list[Changes], keep: float) -> Changes:
-    """Trim, elect signs, and average what agrees: of each change the largest share `keep` in magnitude is kept, over all its tensors together."""
+    """Trim, elect signs, and average what agrees: of each change the largest share `keep` in magnitude is kept, over
+    all its tensors together."""
     trimmed = [_trimmed(each, keep) for each in changes]
     elected = {key: total.sign() for key, total in add(trimmed).items()}
     found: Changes = {}
@@ -126,7 +139,15 @@ def _trimmed(change: Changes, keep: float) -> Changes:
     return {key: x * (x.abs() >= least) for key, x in change.items()}
 
 
-def _check(model: nn.Module, weights: Mapping[str, float], how: str, keep: float, drop: float, rank: int | None, head: str | None) -> None:
+def _check(
+    model: nn.Module,
+    weights: Mapping[str, float],
+    how: str,
+    keep: float,
+    drop: float,
+    rank: int | None,
+    head: str | None,
+) -> None:
     if how not in HOWS:
         raise UnknownNameError("combination", how, HOWS)
     if not weights:
@@ -138,7 +159,9 @@ def _check(model: nn.Module, weights: Mapping[str, float], how: str, keep: float
     for adapter in (*weights, *([] if head is None else [head])):
         _known(model, adapter)
     if head is None and any(fnmatchcase(site.role, HEAD) and site.base() for _, site in sites(model)):
-        raise AdapterError(f"each adapter has a task head of its own; say whose the combined one takes: head={next(iter(weights))!r}")
+        raise AdapterError(
+            f"each adapter has a task head of its own; say whose the combined one takes: head={next(iter(weights))!r}"
+        )
 
 
 def _changing(change: Changes) -> Changes:
@@ -154,9 +177,13 @@ def _spec(changed: Mapping[str, Site], total: Changes, rank: int | None) -> dict
         where["layers"] = tuple(sorted(layers))  # type: ignore[type-var]
     if rank is None:
         return {"name": "full", **where}
-    misfits = [key for key in total if not (isinstance(changed[key.rpartition(".")[0]], Linear) and key.endswith(".weight"))]
+    misfits = [
+        key for key in total if not (isinstance(changed[key.rpartition(".")[0]], Linear) and key.endswith(".weight"))
+    ]
     if misfits:
-        raise AdapterError(f"a rank holds changes of the weights of linear layers, and {misfits[0]} changes too; leave rank out")
+        raise AdapterError(
+            f"a rank holds changes of the weights of linear layers, and {misfits[0]} changes too; leave rank out"
+        )
     return {"name": "lora", "rank": rank, "alpha": float(rank), **where}
 
 

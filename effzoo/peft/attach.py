@@ -1,7 +1,8 @@
 """Attaching adapters to a model of sites, by name: several side by side, any of them active.
 
-An adapter is a union of methods under one name, together with its own copy of the task head (roles `head.*`), because a head belongs to
-the task that the adapter learns. While an adapter is attached the base model is frozen; when the last one goes, the
+An adapter is a union of methods under one name, together with its own copy of the task head (roles `head.*`), because a
+head belongs to the task that the adapter learns. While an adapter is attached the base model is frozen; when the last
+one goes, the
 base is as trainable as it was before.
 """
 
@@ -18,7 +19,16 @@ import torch
 from torch import nn
 
 from effzoo.annotations import Count, Number
-from effzoo.errors import AdapterError, IncompatibleError, IncompatiblePeft, OptionError, TargetError, did_you_mean, listing, shown
+from effzoo.errors import (
+    AdapterError,
+    IncompatibleError,
+    IncompatiblePeft,
+    OptionError,
+    TargetError,
+    did_you_mean,
+    listing,
+    shown,
+)
 from effzoo.memory import room
 from effzoo.peft.method import ALL_LINEAR, HEAD, Method
 from effzoo.peft.state import Adapters, Attachment, act, adapters_of, check_heads, label_layers, transition
@@ -34,28 +44,44 @@ _OF_DEVICES = re.compile("con|prn|aux|nul|(com|lpt)[0-9]", re.IGNORECASE)  # no 
 Trained = str | Collection[str] | None
 
 
-def attach(model: M, peft: Any, *, name: str = "default", dtype: torch.dtype | str | None = None, num_labels: Count | None = None) -> M:
-    """Hang the methods of a spec (`"lora[rank=4]|ia3"`) on a model under a name, make it the active adapter, return the model.
+def attach(
+    model: M,
+    peft: Any,
+    *,
+    name: str = "default",
+    dtype: torch.dtype | str | None = None,
+    num_labels: Count | None = None,
+) -> M:
+    """Hang the methods of a spec (`"lora[rank=4]|ia3"`) on a model under a name, make it the active adapter, return the
+    model.
 
     The base is frozen; only the new adapter's parameters are trainable. Adapters attached before stay, inactive;
-    `activate(model, "a", "b")` stacks several. dtype: of the adapter's tensors; None is float32 whatever the base is (float64 on a float64 base),
-    since in half precision small updates are lost. It computes in that dtype, and what it gives back to the model is rounded once.
-    num_labels: of the adapter's own task head, which is fresh where this is another number than the model's; None for the model's. While the adapter
-    is active, `model.num_labels`, logits and losses are those of its head (1 is regression, as in a model).
+    `activate(model, "a", "b")` stacks several. dtype: of the adapter's tensors; None is float32 whatever the base is
+        (float64 on a float64 base), since in half precision small updates are lost. It computes in that dtype, and what
+        it gives back to the model is rounded once.
+    num_labels: of the adapter's own task head, which is fresh where this is another number than the model's; None for
+        the model's. While the adapter is active, `model.num_labels`, logits and losses are those of its head (1 is
+        regression, as in a model).
 
     Raises TargetError, AdapterError, OptionError; the model is then unchanged.
     """
     with transition(model) as state:
         inside = unwrap(model)
         if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict(), name):
-            raise AdapterError(f"an adapter name is a Python identifier that torch does not use itself, got {shown(name)}; try 'task_a'")
+            raise AdapterError(
+                "an adapter name is a Python identifier that torch does not use itself, got "
+                f"{shown(name)}; try 'task_a'"
+            )
         if len(name.encode()) > LONGEST_NAME or _OF_DEVICES.fullmatch(name):
             raise AdapterError(
-                f"an adapter name is also that of a folder: at most {LONGEST_NAME} bytes, and none that Windows keeps for devices, "
+                f"an adapter name is also that of a folder: at most {LONGEST_NAME} bytes, and none that Windows "
+                "keeps for devices, "
                 f"got {shown(name)}; try 'task_a'"
             )
         if name in state.attachments or any(name == merged.name for merged in state.merged):
-            raise AdapterError(f"an adapter named {name!r} is attached already (or merged); detach it first or choose another name")
+            raise AdapterError(
+                f"an adapter named {name!r} is attached already (or merged); detach it first or choose another name"
+            )
         attachment, settled = Attachment(name, parse(peft), dtype=_dtype(dtype)), []
         for spec in attachment.specs:
             with room(spec.options):
@@ -63,7 +89,11 @@ def attach(model: M, peft: Any, *, name: str = "default", dtype: torch.dtype | s
                 found = targets(inside, method)
                 settled.append(Spec(spec.name, {**spec.options, **(method.prepare(inside, found) or {})}))
                 _hang(inside, method, attachment, found)
-        heads = {path: site for path, site in sites(inside) if fnmatchcase(site.role, HEAD) and name not in site.adapters and site.base()}
+        heads = {
+            path: site
+            for path, site in sites(inside)
+            if fnmatchcase(site.role, HEAD) and name not in site.adapters and site.base()
+        }
         if heads:
             _hang(inside, registry.create("head"), attachment, heads)
         if num_labels is not None:
@@ -75,16 +105,20 @@ def attach(model: M, peft: Any, *, name: str = "default", dtype: torch.dtype | s
         state.attachments[name] = attachment
         act(inside, state, Activity((name,), (1.0,), trained=frozenset({name})))
     for why in dict.fromkeys(why for why, _ in trained_unread(inside).values()):
-        logging.getLogger("effzoo").info("attach: some of what %s trains is %s; effzoo.account counts it", attachment.spec, why)
+        logging.getLogger("effzoo").info(
+            "attach: some of what %s trains is %s; effzoo.account counts it", attachment.spec, why
+        )
     return model
 
 
 def _renew_head(model: nn.Module, attachment: Attachment, labels: int) -> None:
-    """Give an adapter a head of its own for so many labels, where the model's has another number. Raises AdapterError."""
+    """Give an adapter a head of its own for so many labels, where the model's has another number. Raises
+    AdapterError."""
     found = label_layers(model)
     if not found:
         raise AdapterError(
-            f"num_labels={labels}: this model has no classification head; build it with task='classification' or 'token_classification'"
+            f"num_labels={labels}: this model has no classification head; build it with task='classification' or "
+            "'token_classification'"
         )
     for path, site in found.items():
         modules = list(site.hung(attachment.name))
@@ -93,7 +127,8 @@ def _renew_head(model: nn.Module, attachment: Attachment, labels: int) -> None:
         whole = len(modules) == 1 and set(modules[0].state_dict()) == {f"own_{key}" for key in site.base()}
         if not whole or not isinstance(modules[0], OwnOutputs) or modules[0].own_outputs is None:
             raise AdapterError(
-                f"{attachment.spec} changes the model's own head for {site.out_features} labels ({path}), so the adapter cannot have one for "
+                f"{attachment.spec} changes the model's own head for {site.out_features} labels ({path}), so the "
+                "adapter cannot have one for "
                 f"{labels}; leave {site.role!r} out of its targets, or build the model with num_labels={labels}"
             )
         with room(labels):
@@ -101,7 +136,8 @@ def _renew_head(model: nn.Module, attachment: Attachment, labels: int) -> None:
 
 
 def detach(model: M, name: str) -> M:
-    """Take an adapter off; what is left is bit-identical to a model that never had it, and acts as before: in its order, scales and combination."""
+    """Take an adapter off; what is left is bit-identical to a model that never had it, and acts as before: in its
+    order, scales and combination."""
     with transition(model) as state:
         state.known(name)
         take_off(unwrap(model), state, name)
@@ -118,15 +154,18 @@ def activate(
 ) -> M:
     """Make exactly these adapters active; none means the bare base model.
 
-    combine: "stack", each acts on what the one before has made of its site, in the given order; "average", side by side, and the mean of
-    their outputs counts, at every site. rows: instead of names, the adapter of each row of the batch (None: the bare base), whatever its
-    methods and options; then every batch must have as many rows.
-    scale: s, or one by name; s times what an adapter adds acts, at every hook of a module: for a change of a weight s times the change, for a
-    bottleneck s times its output, for attention with a gate s times the gate. Task heads count in full, as they replace a head and add nothing.
-    Trained rows, keys and values (prompt, prefix) add nothing that could be multiplied: another scale than 1 is refused for them.
+    combine: "stack", each acts on what the one before has made of its site, in the given order; "average", side by
+        side, and the mean of their outputs counts, at every site.
+    rows: instead of names, the adapter of each row of the batch (None: the bare base), whatever its methods and
+        options; then every batch must have as many rows.
+    scale: s, or one by name; s times what an adapter adds acts, at every hook of a module: for a change of a weight
+        s times the change, for a bottleneck s times its output, for attention with a gate s times the gate. Task
+        heads count in full, as they replace a head and add nothing. Trained rows, keys and values (prompt, prefix)
+        add nothing that could be multiplied: another scale than 1 is refused for them.
     train: which of them are trainable, the others act as they are (frozen); None is all, () none.
 
-    Task heads may be for different numbers of labels: in a stack the last one's counts; in an average and by row they have to agree.
+    Task heads may be for different numbers of labels: in a stack the last one's counts; in an average and by row they
+    have to agree.
 
     Raises UnknownNameError, AdapterError, OptionError, IncompatibleError (heads); the model is then unchanged.
     """
@@ -146,8 +185,9 @@ def active(
 ) -> Iterator[M]:
     """`activate` inside a `with` block; behind it, also after an error, what acts and what is trainable is as before.
 
-    An adapter that was detached meanwhile is left out; one that was attached, or taken out of the base, meanwhile is inactive and frozen then.
-    IncompatibleError, and the bare base, where the heads of those that are left cannot act together by row.
+    An adapter that was detached meanwhile is left out; one that was attached, or taken out of the base, meanwhile is
+    inactive and frozen then. IncompatibleError, and the bare base, where the heads of those that are left cannot act
+    together by row.
     """
     with _as_before(model, lambda: activate(model, *names, combine=combine, rows=rows, scale=scale, train=train)):
         yield model
@@ -155,8 +195,8 @@ def active(
 
 @contextmanager
 def disabled(model: M) -> Iterator[M]:
-    """Inside the block no adapter acts: the bare base model, with its own task head, and what is trainable stays so. Behind the block, also after an
-    error, what acts and what is trainable is as before, as after `active`."""
+    """Inside the block no adapter acts: the bare base model, with its own task head, and what is trainable stays so.
+    Behind the block, also after an error, what acts and what is trainable is as before, as after `active`."""
 
     def bare() -> None:
         with transition(model) as state:
@@ -168,8 +208,9 @@ def disabled(model: M) -> Iterator[M]:
 
 @contextmanager
 def _as_before(model: nn.Module, enter: Callable[[], object]) -> Iterator[None]:
-    """Behind the block what acts and learns is as before, of what is still there; what has come since does neither. The base is frozen as long as
-    adapters are attached: where the first one has come inside, or the last one has gone, its flags are not put back."""
+    """Behind the block what acts and learns is as before, of what is still there; what has come since does neither. The
+    base is frozen as long as adapters are attached: where the first one has come inside, or the last one has gone, its
+    flags are not put back."""
     inside, state = unwrap(model), adapters_of(model)
     before, held, flags = state.roster.now, bool(state.attachments), [(p, p.requires_grad) for p in inside.parameters()]
     enter()
@@ -187,20 +228,29 @@ def _as_before(model: nn.Module, enter: Callable[[], object]) -> Iterator[None]:
                 p.requires_grad_(flag)
         try:
             check_heads(inside)
-        except IncompatibleError:  # by row, where the rows of an adapter that was detached would now have the model's own head, of another size
+        # by row, where the rows of an adapter that was detached would now have the model's own head, of another size
+        except IncompatibleError:
             state.roster.now = Activity(trained=before.trained)
             raise
 
 
 def _chosen(
-    model: nn.Module, state: Adapters, names: tuple[str, ...], combine: str, rows: Sequence[str | None] | None, scale: Scale, train: Trained
+    model: nn.Module,
+    state: Adapters,
+    names: tuple[str, ...],
+    combine: str,
+    rows: Sequence[str | None] | None,
+    scale: Scale,
+    train: Trained,
 ) -> Activity:
     """What `activate` was asked for. Raises what it raises."""
     if rows is not None:
         if names:
             raise AdapterError("give either adapter names or rows, not both")
         if isinstance(rows, str) or not len(rows):
-            raise AdapterError(f"rows is a list with the name of an adapter, or None, for each row of the batch, got {rows!r}")
+            raise AdapterError(
+                f"rows is a list with the name of an adapter, or None, for each row of the batch, got {rows!r}"
+            )
         if combine != "stack":
             raise AdapterError(f"give either combine={combine!r} or rows, not both: each row has one adapter")
         names = tuple(dict.fromkeys(name for name in rows if name is not None))
@@ -209,11 +259,15 @@ def _chosen(
     for name in names:
         state.known(name)
     if twice := [name for number, name in enumerate(names) if name in names[:number]]:
-        raise AdapterError(f"adapter {twice[0]!r} is named twice; name each once (scale={{{twice[0]!r}: 2.0}} doubles what it adds)")
+        raise AdapterError(
+            f"adapter {twice[0]!r} is named twice; name each once (scale={{{twice[0]!r}: 2.0}} doubles what it adds)"
+        )
     given = scale if isinstance(scale, Mapping) else dict.fromkeys(names, scale)
     for name, number in given.items():
         if name not in names:
-            raise AdapterError(f"a scale is given for {name!r}, which is not among the adapters to activate ({listing(names)})")
+            raise AdapterError(
+                f"a scale is given for {name!r}, which is not among the adapters to activate ({listing(names)})"
+            )
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < float("inf"):
             raise OptionError(f"the scale of {name!r} is a finite number, got {number!r}")
         _check_scale(model, state, name, float(number))
@@ -232,7 +286,8 @@ def _check_scale(model: nn.Module, state: Adapters, name: str, scale: float) -> 
         for module in site.hung(name):
             if not has_scale(module):
                 raise AdapterError(
-                    f"adapter {name!r} ({state.attachments[name].spec}) has no scale of {scale:g}: what {type(module).__name__} puts in at {path} is "
+                    f"adapter {name!r} ({state.attachments[name].spec}) has no scale of {scale:g}: what "
+                    f"{type(module).__name__} puts in at {path} is "
                     "there or not, and adds nothing that could be multiplied; use scale 1"
                 )
 
@@ -256,10 +311,13 @@ def roles(model: nn.Module) -> dict[str, int]:
 
 
 def targets(model: nn.Module, method: Method) -> dict[str, Site]:
-    """The sites on which a method hangs, by path. TargetError for what matches nothing or only partly, and for misfits."""
+    """The sites on which a method hangs, by path. TargetError for what matches nothing or only partly, and for
+    misfits."""
     everything = dict(sites(model))
     if not everything:
-        raise TargetError(f"{type(model).__name__} has no sites; build it from effzoo.sites (Linear, LayerNorm, Embedding, ...)")
+        raise TargetError(
+            f"{type(model).__name__} has no sites; build it from effzoo.sites (Linear, LayerNorm, Embedding, ...)"
+        )
     layers = _layers(method, everything)
     patterns = method.targets or method.default_targets
     found: dict[str, Site] = {}
@@ -267,9 +325,20 @@ def targets(model: nn.Module, method: Method) -> dict[str, Site]:
         matched = {path: site for path, site in everything.items() if _matches(site, pattern)}
         if not matched and method.targets:
             known = roles(model)
-            raise TargetError(f"{method.name}: target {pattern!r} matches no role{did_you_mean(pattern, known)} Roles: {listing(known)}.")
-        matched = {path: site for path, site in matched.items() if site.layer in layers or (site.layer is None and method.layers is None)}
-        missing = layers - {site.layer for site in matched.values()} if any(site.layer is not None for site in matched.values()) else set()
+            raise TargetError(
+                f"{method.name}: target {pattern!r} matches no role{did_you_mean(pattern, known)} "
+                f"Roles: {listing(known)}."
+            )
+        matched = {
+            path: site
+            for path, site in matched.items()
+            if site.layer in layers or (site.layer is None and method.layers is None)
+        }
+        missing = (
+            layers - {site.layer for site in matched.values()}
+            if any(site.layer is not None for site in matched.values())
+            else set()
+        )
         if missing and method.targets:
             raise TargetError(
                 f"{method.name}: target {pattern!r} matches only some layers, not {sorted(missing)}; "  # type: ignore[type-var]
@@ -279,13 +348,19 @@ def targets(model: nn.Module, method: Method) -> dict[str, Site]:
     if not found and not method.targets and not any(isinstance(site, method.accepts) for site in everything.values()):
         kinds = _kinds(method)
         suggestion = "use it on a model that has them, or another method"
-        raise IncompatiblePeft(method.name, "this model", f"it hangs on {kinds} sites, of which there are none", suggestion)
+        raise IncompatiblePeft(
+            method.name, "this model", f"it hangs on {kinds} sites, of which there are none", suggestion
+        )
     if not found:
-        raise TargetError(f"{method.name}: nothing in this model matches {listing(patterns)}. Roles: {listing(roles(model))}.")
+        raise TargetError(
+            f"{method.name}: nothing in this model matches {listing(patterns)}. Roles: {listing(roles(model))}."
+        )
     for path, site in found.items():
         if not isinstance(site, method.accepts):
             accepted = _kinds(method)
-            raise TargetError(f"{method.name} hangs on {accepted} sites; {site.role!r} ({path}) is {type(site).__name__}")
+            raise TargetError(
+                f"{method.name} hangs on {accepted} sites; {site.role!r} ({path}) is {type(site).__name__}"
+            )
     return found
 
 
@@ -308,7 +383,10 @@ def _layers(method: Method, everything: dict[str, Site]) -> set[int | None]:
     depth = max(present, default=-1) + 1
     outside = [layer for layer in method.layers if not -depth <= layer < depth]
     if outside:
-        raise TargetError(f"{method.name}: layers {outside} do not exist; this model has {depth} (0 to {depth - 1}, or -{depth} to -1)")
+        raise TargetError(
+            f"{method.name}: layers {outside} do not exist; this model has {depth} (0 to {depth - 1}, "
+            f"or -{depth} to -1)"
+        )
     return {layer % depth for layer in method.layers}
 
 
@@ -322,22 +400,26 @@ def _hang(model: nn.Module, method: Method, attachment: Attachment, found: dict[
         places.append((path, site.role))
     if not places:
         raise TargetError(
-            f"{method.name}: none of the {len(found)} sites has anything to adapt ({listing(sorted({s.role for s in found.values()}))})"
+            f"{method.name}: none of the {len(found)} sites has anything to adapt "
+            f"({listing(sorted({s.role for s in found.values()}))})"
         )
     attachment.places.setdefault(method.name, []).extend(places)
     attachment.methods.append((method, [path for path, _ in places]))
 
 
 def held_in(base: torch.dtype, asked: torch.dtype | None = None) -> torch.dtype:
-    """The dtype of an adapter's tensors: the one that was asked for, else float32, or the base's where that is wider."""
+    """The dtype of an adapter's tensors: the one that was asked for, else float32, or the base's where that is
+    wider."""
     return torch.promote_types(base, torch.float32) if asked is None else asked
 
 
 def recast(model: M, *names: str, dtype: torch.dtype | str | None = None) -> M:
-    """Hold the tensors of the named adapters (all, when none is named) in another dtype, the base left as it is; return the model.
+    """Hold the tensors of the named adapters (all, when none is named) in another dtype, the base left as it is; return
+    the model.
 
-    dtype: None is what `attach` gives: float32, or float64 on a float64 base. For an adapter that `model.to(torch.bfloat16)` has cast with the base;
-    what that has rounded stays rounded. Raises UnknownNameError, OptionError.
+    dtype: None is what `attach` gives: float32, or float64 on a float64 base. For an adapter that
+        `model.to(torch.bfloat16)` has cast with the base; what that has rounded stays rounded. Raises UnknownNameError,
+        OptionError.
     """
     wanted = _dtype(dtype)
     with transition(model) as state:
@@ -354,12 +436,16 @@ def recast(model: M, *names: str, dtype: torch.dtype | str | None = None) -> M:
 def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
     found = getattr(torch, given, None) if isinstance(given, str) else given
     if given is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise OptionError(f"dtype is a floating-point type such as torch.bfloat16 or 'float32', or None for float32 or better, got {given!r}")
+        raise OptionError(
+            "dtype is a floating-point type such as torch.bfloat16 or 'float32', or None for float32 "
+            f"or better, got {given!r}"
+        )
     return found
 
 
 def fitted(model: nn.Module, site: Site, module: PeftModule, dtype: torch.dtype | None = None) -> PeftModule:
-    """A module on the device and in the mode of the site where it is to hang, in the dtype that was asked for, else as `held_in` says."""
+    """A module on the device and in the mode of the site where it is to hang, in the dtype that was asked for, else as
+    `held_in` says."""
     like = next(iter(site.base().values()), None)
     if like is None:
         like = next(p for p in model.parameters() if p.is_floating_point())
@@ -375,7 +461,8 @@ def freeze_base(model: nn.Module, state: Adapters) -> None:
 
 
 def take_off(model: nn.Module, state: Adapters, name: str) -> frozenset[str]:
-    """Take an adapter off inside a transition; the base parameters that are trainable again, because it was the last one."""
+    """Take an adapter off inside a transition; the base parameters that are trainable again, because it was the last
+    one."""
     for _, site in sites(model):
         if name in site.adapters:
             del site.adapters[name]

@@ -1,4 +1,5 @@
-"""One budget for every method: the size (rank, bottleneck, length, share) at which a method trains as many parameters as allowed."""
+"""One budget for every method: the size (rank, bottleneck, length, share) at which a method trains as many parameters
+as allowed."""
 
 from __future__ import annotations
 
@@ -23,30 +24,41 @@ REFUSED = 2**62  # more than any budget
 
 
 def within(model: nn.Module, method: str | Spec, trainable: Count) -> Spec:
-    """The spec with its size option (`Method.size`) as large as `trainable` parameters allow, the task head not counted.
+    """The spec with its size option (`Method.size`) as large as `trainable` parameters allow, the task head not
+    counted.
 
-    Whole-number sizes are searched by doubling and halving, shares (float options) by bisection; the count must grow with the size. The model
-    is left as it is. Raises OptionError for a method without a size, or when even the smallest size trains more.
+    Whole-number sizes are searched by doubling and halving, shares (float options) by bisection; the count must grow
+    with the size. The model is left as it is. Raises OptionError for a method without a size, or when even the smallest
+    size trains more.
     """
     model, spec = unwrap(model), parse_one(method)
     cls: type[Method] = registry.get(spec.name)
     if not cls.size:
         raise OptionError(f"{spec.name} has no size to set; give it as it is")
     option = next(option for option in registry.options(spec.name) if option.name == cls.size)
-    shadow = copy.deepcopy(model, {id(tensor): without_memory(tensor) for tensor in (*model.parameters(), *model.buffers())})
+    shadow = copy.deepcopy(
+        model, {id(tensor): without_memory(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    )
     if isinstance(option.default, float):
         best = _share(lambda size: _trained(shadow, spec, cls.size, size), trainable)
     else:
         best = _whole(lambda size: _trained(shadow, spec, cls.size, size), trainable)
     if best is not None and isinstance(best, int) and best >= MOST:
-        raise OptionError(f"{spec.name} trains fewer than {trainable:,} parameters here at every {cls.size} up to {MOST:,}; give a smaller budget")
+        raise OptionError(
+            f"{spec.name} trains fewer than {trainable:,} parameters here at every {cls.size} up to "
+            f"{MOST:,}; give a smaller budget"
+        )
     if best is None:
-        raise OptionError(f"{spec.name} trains more than {trainable:,} parameters here at any {cls.size}; give other options, targets or layers")
+        raise OptionError(
+            f"{spec.name} trains more than {trainable:,} parameters here at any {cls.size}; give other "
+            "options, targets or layers"
+        )
     return Spec(spec.name, {**spec.options, cls.size: best})
 
 
 def _whole(count: Any, budget: int) -> int | None:
-    """The largest multiple of the smallest size that the method takes (1, or a divisor it asks for) within the budget."""
+    """The largest multiple of the smallest size that the method takes (1, or a divisor it asks for) within the
+    budget."""
     unit = next((size for size in range(1, 129) if count(size) < REFUSED), None)
     if unit is None or count(unit) > budget:
         return None
@@ -67,11 +79,18 @@ def _share(count: Any, budget: int) -> float | None:
     for _ in range(30):
         middle = (low + high) / 2
         low, high = (middle, high) if count(middle) <= budget else (low, middle)
-    return None if low == 0.0 else float(f"{low:.4g}") if count(float(f"{low:.4g}")) <= budget else math.floor(low * 1e6) / 1e6
+    return (
+        None
+        if low == 0.0
+        else float(f"{low:.4g}")
+        if count(float(f"{low:.4g}")) <= budget
+        else math.floor(low * 1e6) / 1e6
+    )
 
 
 def _trained(model: nn.Module, spec: Spec, option: str, size: float) -> int:
-    """Trainable parameters of the adapter at one size, without the head; more than any budget for sizes that the method refuses."""
+    """Trainable parameters of the adapter at one size, without the head; more than any budget for sizes that the method
+    refuses."""
     try:
         with torch.device("meta"):
             attach(model, Spec(spec.name, {**spec.options, option: size}), name=NAME)
@@ -79,7 +98,12 @@ def _trained(model: nn.Module, spec: Spec, option: str, size: float) -> int:
         return REFUSED
     try:
         heads = {path for path, site in sites(model) if site.role.startswith(HEAD.removesuffix("*"))}
-        own = {id(p): p.numel() for path, site in sites(model) if path not in heads and NAME in site.adapters for p in site.of(NAME).parameters()}
+        own = {
+            id(p): p.numel()
+            for path, site in sites(model)
+            if path not in heads and NAME in site.adapters
+            for p in site.of(NAME).parameters()
+        }
         return sum(own.values())
     finally:
         if NAME in attached(model):

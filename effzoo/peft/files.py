@@ -1,14 +1,15 @@
 """Adapters on disk: one JSON manifest and one safetensors file, whole at every moment.
 
-The tensors are written under a name that carries their hash, then the manifest is renamed into place, then the older tensor
-file is removed: a reader sees the old adapter or the new one, never a mixture (`effzoo.writing`). The manifest
-(`effzoo.peft.manifest`) holds the spec, the fingerprint of the base and hashes of everything, itself included. So another
-base, and a truncated or altered file, are refused by the first difference, and so is a spec that asks for other tensors than
-the file holds; the model is touched when all that has been compared.
+The tensors are written under a name that carries their hash, then the manifest is renamed into place, then the older
+tensor file is removed: a reader sees the old adapter or the new one, never a mixture (`effzoo.writing`). The manifest
+(`effzoo.peft.manifest`) holds the spec, the fingerprint of the base and hashes of everything, itself included. So
+another base, and a truncated or altered file, are refused by the first difference, and so is a spec that asks for other
+tensors than the file holds; the model is touched when all that has been compared.
 
-A task head (roles `head.*`) is the adapter's own where the adapter replaces its tensors, which it does unless its methods hang
-there: then they change a head that is the base's, and the fingerprint holds it. A head of its own comes in the file's size: the base may have
-another number of labels.
+A task head (roles `head.*`) is the adapter's own where the adapter replaces its tensors, which it does unless its
+methods hang
+there: then they change a head that is the base's, and the fingerprint holds it. A head of its own comes in the file's
+    size: the base may have another number of labels.
 """
 
 from __future__ import annotations
@@ -44,15 +45,19 @@ from effzoo.writing import replace_files
 
 M = TypeVar("M", bound=nn.Module)
 OWN = "effzoo"
-FORMER_KEY = re.compile(r"(\.(?:prompt|p_tuning|ipt|deep_prompt|llama_adapter))\.prompt$")  # prompt tokens, as older files name them
+# prompt tokens, as older files name them
+FORMER_KEY = re.compile(r"(\.(?:prompt|p_tuning|ipt|deep_prompt|llama_adapter))\.prompt$")
 TRIES = 100  # a reader whose tensors a writer has just replaced begins anew
-CHANGES = "its methods change this head and bring none, so give the model the head it had then, or target what is no head"
+CHANGES = (
+    "its methods change this head and bring none, so give the model the head it had then, or target what is no head"
+)
 log = logging.getLogger("effzoo")
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """Files of another library. manifest: the file by which they are recognised. module: imported when they are first used; it has
+    """Files of another library. manifest: the file by which they are recognised. module: imported when they are first
+    used; it has
     `write(model, directory, name)` and `read(model, directory, name)`."""
 
     manifest: str
@@ -63,7 +68,8 @@ FOREIGN: dict[str, Foreign] = {}  # by name; those who know the other library pu
 
 
 def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "default", format: str = OWN) -> Path:
-    """Write one adapter (its head included) to a directory and return it; an adapter of the same format that was saved there is replaced.
+    """Write one adapter (its head included) to a directory and return it; an adapter of the same format that was saved
+    there is replaced.
 
     model: what the adapter is attached to.
     directory: where to; it is made if there is none. Files that are not the adapter's stay.
@@ -78,10 +84,16 @@ def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "defaul
         raise UnknownNameError("adapter format", format, [OWN, *FOREIGN])
     for other, recognised in [(OWN, MANIFEST), *((key, foreign.manifest) for key, foreign in FOREIGN.items())]:
         if other != format and (directory / recognised).is_file():
-            raise AdapterError(f"{directory} holds an adapter in the format of {other} ({recognised}); give this one a directory of its own")
+            raise AdapterError(
+                f"{directory} holds an adapter in the format of {other} ({recognised}); give this one "
+                "a directory of its own"
+            )
     stored = stored_tensors(model, name)
     if empty := [key for key, value in stored.items() if value.is_meta]:
-        raise AdapterError(f"{empty[0]} of the adapter {name!r} is on the meta device, which holds shapes alone; give the model its weights first")
+        raise AdapterError(
+            f"{empty[0]} of the adapter {name!r} is on the meta device, which holds shapes alone; "
+            "give the model its weights first"
+        )
     tensors = {key: value.detach().contiguous().cpu() for key, value in stored.items()}
     _check_finite(tensors, f"the adapter {name!r}", "nothing is written; train it anew with a lower learning rate")
     if format != OWN:
@@ -104,24 +116,37 @@ def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "defaul
     )
     files = {manifest.tensors: content, MANIFEST: manifest.written()}
     for path, site in sites(model):
-        if fnmatchcase(site.role, HEAD) and name in site.adapters and any(f"{path}.{key}" in manifest.fingerprint.tensors for key in site.base()):
-            log.warning("%s: the adapter changes %s and does not hold it; keep the model's head too, no other will do", directory, path)
+        if (
+            fnmatchcase(site.role, HEAD)
+            and name in site.adapters
+            and any(f"{path}.{key}" in manifest.fingerprint.tensors for key in site.base())
+        ):
+            log.warning(
+                "%s: the adapter changes %s and does not hold it; keep the model's head too, no other will do",
+                directory,
+                path,
+            )
     replace_files(directory, files, afterwards=lambda: _remove_older(directory, manifest.tensors))
     return directory
 
 
-def load_adapter(model: M, directory: str | Path, *, name: str | None = None, trust_base: bool = False, rounded_base: bool = False) -> M:
+def load_adapter(
+    model: M, directory: str | Path, *, name: str | None = None, trust_base: bool = False, rounded_base: bool = False
+) -> M:
     """Attach the adapter that `save_adapter` wrote, under its own or another name; return the model.
 
     model: the base that the adapter was trained on, or one that computes the same.
-    directory: the folder. Files of the `peft` package are recognised; they have no name ("default" then) and cannot prove that
-    the base is the one they were trained on (`effzoo.convert.peft_files`).
+    directory: the folder. Files of the `peft` package are recognised; they have no name ("default" then) and cannot
+        prove that the base is the one they were trained on (`effzoo.convert.peft_files`).
     name: for the adapter in this model; None for the name that it was saved under.
-    trust_base: take files of format 1 (effzoo before 0.2), which know the base's tensors and not what it computes; without it they are refused.
-    rounded_base: take a base that holds the same weights in another dtype, or quantised, or no more quantised. That they are the same is proved
-    (`effzoo.peft.rounded`), and what the rounding costs is told, by `attached(model)[name].rounding` too. The adapter keeps its own dtype.
+    trust_base: take files of format 1 (effzoo before 0.2), which know the base's tensors and not what it computes;
+        without it they are refused.
+    rounded_base: take a base that holds the same weights in another dtype, or quantised, or no more quantised. That
+        they are the same is proved (`effzoo.peft.rounded`), and what the rounding costs is told, by
+        `attached(model)[name].rounding` too. The adapter keeps its own dtype.
 
-    An adapter that was saved in the middle of its training is loaded in the stage that it was in, and goes on from there.
+    An adapter that was saved in the middle of its training is loaded in the stage that it was in, and goes on from
+    there.
 
     Raises AdapterError that names the first mismatch (another base, a truncated or altered file, missing or extra keys,
     other shapes); the model is then as it was.
@@ -130,7 +155,9 @@ def load_adapter(model: M, directory: str | Path, *, name: str | None = None, tr
     outer, model = model, unwrap(model)
     found = [foreign for foreign in FOREIGN.values() if (directory / foreign.manifest).is_file()]
     if found and (directory / MANIFEST).is_file():
-        raise AdapterError(f"{directory} holds two adapters, {MANIFEST} and {found[0].manifest}; give each a directory of its own")
+        raise AdapterError(
+            f"{directory} holds two adapters, {MANIFEST} and {found[0].manifest}; give each a directory of its own"
+        )
     if found:
         try:
             with transition(outer):
@@ -138,7 +165,10 @@ def load_adapter(model: M, directory: str | Path, *, name: str | None = None, tr
         except EffzooError:
             raise
         except Exception as error:  # files of any origin, with any value in any place
-            raise AdapterError(f"{directory} holds an adapter that cannot be read ({type(error).__name__}: {error!s:.200}); save it again") from error
+            raise AdapterError(
+                f"{directory} holds an adapter that cannot be read ({type(error).__name__}: "
+                f"{error!s:.200}); save it again"
+            ) from error
         return outer
     manifest, tensors = _read(directory)
     base, rounding = _check_base(model, manifest, directory, trust_base, rounded_base)
@@ -146,7 +176,14 @@ def load_adapter(model: M, directory: str | Path, *, name: str | None = None, tr
     most = 1000 + 100 * (len(base.tensors) + len(tensors))
     begun, labels = manifest.begun or {}, _labels_in(model, tensors)
     shapes, unknown = rehearse(
-        unwrap(model), manifest.specs, name, begun=begun, finished=manifest.finished, most=most, dtype=dtype, num_labels=labels
+        unwrap(model),
+        manifest.specs,
+        name,
+        begun=begun,
+        finished=manifest.finished,
+        most=most,
+        dtype=dtype,
+        num_labels=labels,
     )
     _check_head(shapes, name, base, manifest, directory)
     _check_fits(shapes, name, tensors, directory, tuple(unknown))
@@ -161,10 +198,13 @@ def load_adapter(model: M, directory: str | Path, *, name: str | None = None, tr
 
 
 def swap_weights(model: M, directory: str | Path, *, name: str = "default", rounded_base: bool = False) -> M:
-    """Copy the tensors that `save_adapter` wrote into an adapter that is attached already, with the same spec; return the model.
+    """Copy the tensors that `save_adapter` wrote into an adapter that is attached already, with the same spec; return
+    the model.
 
-    The parameters stay the same objects, as an optimizer needs, and as a compiled model needs to go on without compiling anew. rounded_base: as in
-    `load_adapter`. Raises AdapterError as `load_adapter` does, for another spec and for another stage of the training; the adapter is then as it was.
+    The parameters stay the same objects, as an optimizer needs, and as a compiled model needs to go on without
+    compiling anew. rounded_base: as in
+    `load_adapter`. Raises AdapterError as `load_adapter` does, for another spec and for another stage of the training;
+        the adapter is then as it was.
     """
     outer, model = model, unwrap(model)
     directory, attachment = folder_of(directory), _known(model, name)
@@ -172,13 +212,20 @@ def swap_weights(model: M, directory: str | Path, *, name: str = "default", roun
     base, rounding = _check_base(model, manifest, directory, rounded_base=rounded_base)
     saved = "|".join(map(str, manifest.specs))
     if saved != attachment.spec:
-        raise AdapterError(f"the adapter in {directory} is {saved!r}, the adapter {name!r} of this model is {attachment.spec!r}; attach the same")
+        raise AdapterError(
+            f"the adapter in {directory} is {saved!r}, the adapter {name!r} of this model is "
+            f"{attachment.spec!r}; attach the same"
+        )
     if attachment.finished and not manifest.finished:
-        raise AdapterError(f"the adapter in {directory} is in the middle of its training, the adapter {name!r} of this model is finished")
+        raise AdapterError(
+            f"the adapter in {directory} is in the middle of its training, the adapter {name!r} of "
+            "this model is finished"
+        )
     if not manifest.finished and manifest.begun is not None and manifest.begun != attachment.begun:
         theirs, ours = said(manifest.begun), said(attachment.begun)
         raise AdapterError(
-            f"the adapter in {directory} is in {theirs} of its training, the adapter {name!r} of this model in {ours}, which trains other tensors; "
+            f"the adapter in {directory} is in {theirs} of its training, the adapter {name!r} of this model in "
+            f"{ours}, which trains other tensors; "
             "load it with load_adapter, under another name or after effzoo.detach"
         )
     _check_head(model, name, base, manifest, directory)
@@ -193,7 +240,10 @@ def swap_weights(model: M, directory: str | Path, *, name: str = "default", roun
 def folder_of(given: str | Path) -> Path:
     """The path that was given. Raises AdapterError for one that no file system has, or into which nobody may look."""
     if not str(given) or "\0" in str(given):
-        raise AdapterError(f"directory is a path with at least one character and no NUL, got {given!r:.80}; give a folder such as 'out/adapter'")
+        raise AdapterError(
+            f"directory is a path with at least one character and no NUL, got {given!r:.80}; give a "
+            "folder such as 'out/adapter'"
+        )
     folder = Path(given)
     try:
         (folder / MANIFEST).lstat()
@@ -201,20 +251,26 @@ def folder_of(given: str | Path) -> Path:
         pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "its name cannot be written in the encoding of the file system"
-        raise AdapterError(f"{str(folder)[:80]!r} cannot be a folder of an adapter: {reason}; give one such as 'out/adapter'") from None
+        raise AdapterError(
+            f"{str(folder)[:80]!r} cannot be a folder of an adapter: {reason}; give one such as 'out/adapter'"
+        ) from None
     return folder
 
 
 def stored_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """What a file holds of an adapter, by the tensor's key without the adapter's name: packed where a module can, what is shared once."""
+    """What a file holds of an adapter, by the tensor's key without the adapter's name: packed where a module can, what
+    is shared once."""
     packed, before = _packed(model, name), f".adapters.{name}."
     whole = {key.replace(before, ".adapters.", 1): value for key, value in adapter_tensors(model, name).items()}
     tensors = {key: value for key, value in whole.items() if not key.startswith(tuple(packed))}
-    return tensors | {f"{prefix}{key}": value for prefix, module in packed.items() for key, value in (module.packed() or {}).items()}
+    return tensors | {
+        f"{prefix}{key}": value for prefix, module in packed.items() for key, value in (module.packed() or {}).items()
+    }
 
 
 def replaced(model: nn.Module, name: str) -> set[str]:
-    """The keys of the base's tensors that an adapter puts its own in the place of: of the task head, which belongs to the adapter's task."""
+    """The keys of the base's tensors that an adapter puts its own in the place of: of the task head, which belongs to
+    the adapter's task."""
     return {
         f"{path}.{parameter}"
         for path, site in sites(model)
@@ -225,7 +281,8 @@ def replaced(model: nn.Module, name: str) -> set[str]:
 
 
 def replaced_rows(model: nn.Module, name: str) -> dict[str, str]:
-    """By key of a tensor of the base, the rows of it, as in "5-7+9", that an adapter puts its own in the place of (`tokens`)."""
+    """By key of a tensor of the base, the rows of it, as in "5-7+9", that an adapter puts its own in the place of
+    (`tokens`)."""
     found: dict[str, set[int]] = {}
     for path, site in sites(model):
         for module in site.hung(name):
@@ -244,16 +301,23 @@ def _read(directory: Path) -> tuple[Manifest, dict[str, Tensor]]:
         except FileNotFoundError:
             again = read_manifest(directory)
             if again == manifest:
-                raise AdapterError(f"{directory / MANIFEST} names {manifest.tensors}, which is missing; copy the whole directory") from None
+                raise AdapterError(
+                    f"{directory / MANIFEST} names {manifest.tensors}, which is missing; copy the whole directory"
+                ) from None
             manifest = again
         except (OSError, MemoryError) as error:
-            raise AdapterError(f"{directory / manifest.tensors} cannot be read: {error}; copy the folder again") from None
+            raise AdapterError(
+                f"{directory / manifest.tensors} cannot be read: {error}; copy the folder again"
+            ) from None
     else:
         raise AdapterError(f"{directory} was written {TRIES} times while it was read; load it when nobody saves there")
     try:
         tensors = safetensors.torch.load(content)
-    except Exception as error:  # of a kind that is safetensors' own affair: a header that is none, a dtype that torch lacks
-        raise AdapterError(f"{directory / manifest.tensors} is not a safetensors file: {type(error).__name__}: {error}") from None
+    # of a kind that is safetensors' own affair: a header that is none, a dtype that torch lacks
+    except Exception as error:
+        raise AdapterError(
+            f"{directory / manifest.tensors} is not a safetensors file: {type(error).__name__}: {error}"
+        ) from None
     _check_finite(tensors, str(directory), "save an adapter whose training went well")
     return manifest, {FORMER_KEY.sub(r"\1.tokens", key): tensor for key, tensor in tensors.items()}
 
@@ -275,7 +339,8 @@ def _content(file: Path, manifest: Manifest) -> bytes:
     digest = hashlib.sha256(content).hexdigest()
     if digest != manifest.sha256:
         raise AdapterError(
-            f"{file} is truncated or altered: {len(content)} bytes with sha256 {digest[:16]}..., the manifest says {manifest.sha256[:16]}..."
+            f"{file} is truncated or altered: {len(content)} bytes with sha256 {digest[:16]}..., the manifest says "
+            f"{manifest.sha256[:16]}..."
         )
     return content
 
@@ -291,9 +356,11 @@ def _remove_older(directory: Path, current: str) -> None:
 
 
 def base_rounding(model: nn.Module, directory: str | Path) -> BaseRounding:
-    """What lies between the base of a saved adapter and this model, which holds the same weights in another dtype or quantised: what rounding costs.
+    """What lies between the base of a saved adapter and this model, which holds the same weights in another dtype or
+    quantised: what rounding costs.
 
-    model: that `load_adapter(model, directory, rounded_base=True)` would take. directory: the folder that save_adapter wrote.
+    model: that `load_adapter(model, directory, rounded_base=True)` would take.
+    directory: the folder that save_adapter wrote.
 
     Raises AdapterError where load_adapter does.
     """
@@ -308,7 +375,10 @@ def _dtype_of(manifest: Manifest, tensors: Mapping[str, Tensor], directory: Path
     if manifest.dtype is not None:
         found = getattr(torch, manifest.dtype, None)
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
-            raise AdapterError(f"{directory / MANIFEST} names the dtype {manifest.dtype!r:.40}, which is none of torch; save the adapter again")
+            raise AdapterError(
+                f"{directory / MANIFEST} names the dtype {manifest.dtype!r:.40}, which is none of "
+                "torch; save the adapter again"
+            )
         return found
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors.values()) else None
 
@@ -316,14 +386,15 @@ def _dtype_of(manifest: Manifest, tensors: Mapping[str, Tensor], directory: Path
 def _check_base(
     model: nn.Module, manifest: Manifest, directory: Path, trust_base: bool = False, rounded_base: bool = False
 ) -> tuple[Fingerprint, BaseRounding | None]:
-    """The fingerprint of the model, heads included, which is that of the manifest but for what the adapter brings itself; and what lies between the
-    bases, where rounding may."""
+    """The fingerprint of the model, heads included, which is that of the manifest but for what the adapter brings
+    itself; and what lies between the bases, where rounding may."""
     model, theirs = unwrap(model), manifest.fingerprint
     ours = fingerprint(model, rows=rows_left_out(theirs))
     if manifest.format == 1:
         if not trust_base:
             raise AdapterError(
-                f"the adapter in {directory} has format 1, which cannot prove the base's {UNPROVED}; when this is the model it was trained on, load "
+                f"the adapter in {directory} has format 1, which cannot prove the base's {UNPROVED}; when this is "
+                "the model it was trained on, load "
                 "it with trust_base=True, and save it again"
             )
         log.warning("%s has format 1: the base's tensors are compared, and nothing proves its %s", directory, UNPROVED)
@@ -339,16 +410,28 @@ def _check_base(
             try:
                 rounding = compare(theirs, manifest.kept, seen, model)
             except AdapterError as error:
-                raise AdapterError(f"the adapter in {directory} was trained on another base ({manifest.base!r}), rounded or not: {error}") from None
-            log.warning("%s: the base is not the one of the file but the same weights, rounded: %s", directory, str(rounding).partition("\n")[0])
+                raise AdapterError(
+                    f"the adapter in {directory} was trained on another base ({manifest.base!r}), "
+                    f"rounded or not: {error}"
+                ) from None
+            log.warning(
+                "%s: the base is not the one of the file but the same weights, rounded: %s",
+                directory,
+                str(rounding).partition("\n")[0],
+            )
             heads_alone = {key: value for key, value in ours.tensors.items() if key in without or key in theirs.tensors}
             return Fingerprint(ours.facts, heads_alone), rounding
         advice = (
             "it was saved before files could tell rounded weights: save it again on its own base"
             if rounded_base
-            else ("load_adapter(..., rounded_base=True) takes a base that holds the same weights rounded, proves it, and says what that costs")
+            else (
+                "load_adapter(..., rounded_base=True) takes a base that holds the same weights rounded, proves it, "
+                "and says what that costs"
+            )
         )
-        raise AdapterError(f"the adapter in {directory} was trained on another base ({manifest.base!r}): {kinds}; {advice}")
+        raise AdapterError(
+            f"the adapter in {directory} was trained on another base ({manifest.base!r}): {kinds}; {advice}"
+        )
     if found:
         advice = "build the model with the same name, sizes, attention and pretrained weights"
         if found.split(": ")[0].rpartition(".")[0] in heads:
@@ -357,17 +440,23 @@ def _check_base(
             advice = f"{CHANGES}: an adapter that brings its whole head loads whatever the model's number of labels"
         if found.startswith("vocab: "):
             advice = _resize(theirs.facts.get("vocab"), ours.facts.get("vocab"))
-        raise AdapterError(f"the adapter in {directory} was trained on another base ({manifest.base!r}): {found}; {advice}")
+        raise AdapterError(
+            f"the adapter in {directory} was trained on another base ({manifest.base!r}): {found}; {advice}"
+        )
     return ours, None
 
 
 def _of_any_labels(model: nn.Module, theirs: Fingerprint, ours: Fingerprint) -> tuple[Fingerprint, Fingerprint]:
-    """Both without the number of labels, where the file holds no hash of a layer that has an output for each: the adapter brings its own."""
+    """Both without the number of labels, where the file holds no hash of a layer that has an output for each: the
+    adapter brings its own."""
     layers = label_layers(model)
     if not layers or any(f"{path}.{key}" in theirs.tensors for path, site in layers.items() for key in site.base()):
         return theirs, ours
     told = {"num_labels"}.union(*({f"{path}.out_features", f"{path.rpartition('.')[0]}.num_labels"} for path in layers))
-    without = (replace(each, facts={name: value for name, value in each.facts.items() if name not in told}) for each in (theirs, ours))
+    without = (
+        replace(each, facts={name: value for name, value in each.facts.items() if name not in told})
+        for each in (theirs, ours)
+    )
     return next(without), next(without)
 
 
@@ -384,7 +473,10 @@ def _resize(theirs: Any, ours: Any) -> str:
     """What to do about another number of tokens."""
     if isinstance(theirs, int) and isinstance(ours, int) and theirs > ours:
         return f"give the model its tokens first: effzoo.resize_vocabulary(model, {theirs})"
-    return "load it into the model that it was trained on, and call effzoo.resize_vocabulary with the adapter attached, which keeps it"
+    return (
+        "load it into the model that it was trained on, and call effzoo.resize_vocabulary with the adapter "
+        "attached, which keeps it"
+    )
 
 
 def _check_head(shapes: nn.Module, name: str, base: Fingerprint, manifest: Manifest, directory: Path) -> None:
@@ -394,39 +486,60 @@ def _check_head(shapes: nn.Module, name: str, base: Fingerprint, manifest: Manif
         key = unproved[0]
         brought = replaced_rows(shapes, name).get(key, "none")
         raise AdapterError(
-            f"the adapter in {directory} brings rows {brought} of {key}, and its manifest has no hash of {left_out[key]}; save it again"
+            f"the adapter in {directory} brings rows {brought} of {key}, and its manifest has no hash of "
+            f"{left_out[key]}; save it again"
         )
     lacking = base.tensors.keys() - manifest.fingerprint.tensors.keys() - replaced(shapes, name)
     if lacking and manifest.format == 1:
         log.warning("%s: nothing proves the base's %s, which the adapter changes", directory, min(lacking))
     elif lacking:
-        raise AdapterError(f"the adapter in {directory} changes {min(lacking)}, of which its manifest has no hash; save the adapter again")
+        raise AdapterError(
+            f"the adapter in {directory} changes {min(lacking)}, of which its manifest has no hash; "
+            "save the adapter again"
+        )
 
 
-def _check_fits(model: nn.Module, name: str, tensors: Mapping[str, Tensor], directory: Path, unknown: tuple[str, ...] = ()) -> None:
-    """Refuse tensors that are not those of the attached adapter, by key, shape and dtype. unknown: what begins so may have another shape."""
+def _check_fits(
+    model: nn.Module, name: str, tensors: Mapping[str, Tensor], directory: Path, unknown: tuple[str, ...] = ()
+) -> None:
+    """Refuse tensors that are not those of the attached adapter, by key, shape and dtype. unknown: what begins so may
+    have another shape."""
     own = stored_tensors(model, name)
     free = (*_packed(model, name), *unknown)
     for key in [*own, *(key for key in tensors if key not in own)]:
         if key not in tensors or key not in own:
             raise AdapterError(
-                f"the adapter in {directory} does not fit its own spec: {key} is {'missing' if key in own else 'one too many'} in the file"
+                f"the adapter in {directory} does not fit its own spec: {key} is "
+                f"{'missing' if key in own else 'one too many'} in the file"
             )
         mine, given = own[key], tensors[key]
         if mine.shape != given.shape and not key.startswith(free):
             said = f"{key} has shape {tuple(given.shape)} in {directory}, this model needs {tuple(mine.shape)}"
             head = key.partition(".adapters.")[0] in label_layers(model) and key.endswith(".own_weight")
-            raise AdapterError(said + (": heads for other numbers of labels; load_adapter attaches one in the file's size" if head else ""))
+            raise AdapterError(
+                said
+                + (": heads for other numbers of labels; load_adapter attaches one in the file's size" if head else "")
+            )
         exact = mine.dtype == given.dtype or (
-            mine.is_floating_point() and given.is_floating_point() and torch.promote_types(mine.dtype, given.dtype) == mine.dtype
+            mine.is_floating_point()
+            and given.is_floating_point()
+            and torch.promote_types(mine.dtype, given.dtype) == mine.dtype
         )
         if not exact:
-            raise AdapterError(f"{key} is {given.dtype} in {directory}, this model needs {mine.dtype}, which cannot hold the same numbers")
+            raise AdapterError(
+                f"{key} is {given.dtype} in {directory}, this model needs {mine.dtype}, which cannot "
+                "hold the same numbers"
+            )
 
 
 def _packed(model: nn.Module, name: str) -> dict[str, Packed]:
     """The modules that a file holds packed, experts of a mixture too, by the beginning of their keys there."""
-    hung = {f"{path}.adapters.{method}.": module for path, site in sites(model) if name in site.adapters for method, module in site.of(name).items()}
+    hung = {
+        f"{path}.adapters.{method}.": module
+        for path, site in sites(model)
+        if name in site.adapters
+        for method, module in site.of(name).items()
+    }
     return {prefix: packing for start, module in hung.items() for prefix, packing in _packing(start, module).items()}
 
 
@@ -434,7 +547,11 @@ def _packing(start: str, module: nn.Module) -> dict[str, Packed]:
     """The module itself where it packs, else what packs inside it."""
     if isinstance(module, Packed) and module.packed() is not None:
         return {start: module}
-    return {prefix: packing for key, part in module.named_children() for prefix, packing in _packing(f"{start}{key}.", part).items()}
+    return {
+        prefix: packing
+        for key, part in module.named_children()
+        for prefix, packing in _packing(f"{start}{key}.", part).items()
+    }
 
 
 @torch.no_grad()
@@ -445,7 +562,9 @@ def _fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], directory:
     for prefix, module in packed.items():
         try:
             # cloned here, where torch.inference_mode is off: what was read inside it could never take part in training
-            module.unpack({key.removeprefix(prefix): value.clone() for key, value in tensors.items() if key.startswith(prefix)})
+            module.unpack(
+                {key.removeprefix(prefix): value.clone() for key, value in tensors.items() if key.startswith(prefix)}
+            )
         except Exception as error:  # whatever the module finds wrong with content of any origin
             raise AdapterError(f"what {directory} holds for {prefix}* does not fit this model: {error}") from error
     for key, value in stored_tensors(model, name).items():

@@ -1,8 +1,9 @@
 """What a model computes, in words and hashes: two models with equal fingerprints give equal outputs in evaluation.
 
 Tensors alone do not say it: the same weights with other heads, another epsilon, activation, attention or hash seed are
-another function. So a fingerprint has facts, which an error can name with both values, and a hash of every tensor, buffers
-that no state dict holds included. What acts in training only (dropout, recomputing), and what only names things, is left out.
+another function. So a fingerprint has facts, which an error can name with both values, and a hash of every tensor,
+buffers that no state dict holds included. What acts in training only (dropout, recomputing), and what only names
+things, is left out.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from effzoo.sites import unwrap
 NOT_THE_FUNCTION = {  # attributes of modules, and why they do not count
     "config": "the model itself says what of it counts (`computes`)",
     "role": "a name", "layer": "a number for targets; what depends on it (hash rotations) is a tensor",
-    "backend": "the same result by another way", "max_length": "what depends on it is an option of the attention, or a tensor",
+    "backend": "the same result by another way",
+    "max_length": "what depends on it is an option of the attention, or a tensor",
     "device": "where, not what", "dtype": "of the tensors, which say it themselves",
     "FeedForward.chunk": "the same result, fewer positions at a time",
     "max_globals": "a limit: more global tokens are an error", "Side.narrow": "for networks of adapters",
-    "sizes": "as `config`", "roster": "of adapters", "again": "computed twice, to the same bits", "weighted": "of the loss",
-    "later_values_matter": "an explanation", "projections": "they are sites",
+    "sizes": "as `config`", "roster": "of adapters", "again": "computed twice, to the same bits",
+    "weighted": "of the loss", "later_values_matter": "an explanation", "projections": "they are sites",
     "bits": "of the codes, which say it themselves", "Embedding.added": "which rows are called new",
 }  # fmt: skip
 WITHOUT = " without rows "
@@ -44,7 +46,8 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Dropout)
 class Fingerprint:
     """What a model computes.
 
-    facts: name -> a value that JSON can hold. tensors: key -> dtype, shape and hash, as in "float32[16, 16] 0123456789abcdef".
+    facts: name -> a value that JSON can hold.
+    tensors: key -> dtype, shape and hash, as in "float32[16, 16] 0123456789abcdef".
     """
 
     facts: dict[str, Any]
@@ -56,7 +59,9 @@ class Fingerprint:
         return hashlib.sha256(json.dumps([self.facts, self.tensors], sort_keys=True).encode()).hexdigest()
 
 
-def fingerprint(model: nn.Module, *, without: Collection[str] = (), rows: Mapping[str, str] | None = None) -> Fingerprint:
+def fingerprint(
+    model: nn.Module, *, without: Collection[str] = (), rows: Mapping[str, str] | None = None
+) -> Fingerprint:
     """The fingerprint of a model without its adapters.
 
     model: any module; those that have a method `computes` (Transformer, Perceiver) give facts of their own.
@@ -67,7 +72,11 @@ def fingerprint(model: nn.Module, *, without: Collection[str] = (), rows: Mappin
     """
     model = unwrap(model)
     own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    tensors = {key: described(value) for key, value in own if not _of_adapter(key) and key not in without and key not in (rows or {})}
+    tensors = {
+        key: described(value)
+        for key, value in own
+        if not _of_adapter(key) and key not in without and key not in (rows or {})
+    }
     tensors |= {key: described_without(value, rows[key]) for key, value in own if rows is not None and key in rows}
     return Fingerprint(facts(model), tensors)
 
@@ -94,7 +103,8 @@ def _without(tensor: Tensor, rows: str) -> Tensor:
 
 
 def facts(model: nn.Module) -> dict[str, Any]:
-    """The facts of a fingerprint: what the model says of itself, then the class of every module inside and what it keeps."""
+    """The facts of a fingerprint: what the model says of itself, then the class of every module inside and what it
+    keeps."""
     model = unwrap(model)
     found: dict[str, Any] = {"class": type(model).__name__}
     if callable(getattr(model, "computes", None)):
@@ -107,9 +117,14 @@ def facts(model: nn.Module) -> dict[str, Any]:
 
 
 def difference(theirs: Fingerprint, ours: Fingerprint) -> str | None:
-    """The first thing in which a stored fingerprint and that of the model at hand differ, in words with both values; None when they are equal."""
+    """The first thing in which a stored fingerprint and that of the model at hand differ, in words with both values;
+    None when they are equal."""
     for them, us in ((theirs.facts, ours.facts), (theirs.tensors, ours.tensors)):
-        for name in [name for name in (*them, *(name for name in us if name not in them)) if name.rpartition(".")[2] != "projections"]:
+        for name in [
+            name
+            for name in (*them, *(name for name in us if name not in them))
+            if name.rpartition(".")[2] != "projections"
+        ]:
             if name not in us:
                 return f"{name}: {_shown(them[name])} in the file, nothing of that name in this model"
             if name not in them:
@@ -128,7 +143,8 @@ def content_hash(tensor: Tensor) -> str:
     """16 digits of the hash of a tensor's dtype, shape and bytes. Raises AdapterError for one on the meta device."""
     if tensor.is_meta:
         raise AdapterError(
-            f"a tensor of shape {tuple(tensor.shape)} is on the meta device, which holds shapes alone; give the model its weights first"
+            f"a tensor of shape {tuple(tensor.shape)} is on the meta device, which holds shapes alone; give the "
+            "model its weights first"
         )
     content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + content.tobytes()).hexdigest()[:16]
@@ -139,7 +155,8 @@ def _of_adapter(key: str) -> bool:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module keeps of its constructor's arguments, and its other public attributes unless it is torch's; without tensors and modules."""
+    """What a module keeps of its constructor's arguments, and its other public attributes unless it is torch's; without
+    tensors and modules."""
     try:
         names = dict.fromkeys(list(inspect.signature(type(module).__init__).parameters)[1:])
     except ValueError:  # written in C
@@ -155,7 +172,11 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
             continue
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = [field.name for field in dataclasses.fields(value) if field.compare]
-            value = {field: getattr(value, field) for field in fields if "dropout" not in field and field not in NOT_THE_FUNCTION}
+            value = {
+                field: getattr(value, field)
+                for field in fields
+                if "dropout" not in field and field not in NOT_THE_FUNCTION
+            }
         found[name] = _plain(value)
     return found
 

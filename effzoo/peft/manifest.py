@@ -1,7 +1,9 @@
-"""adapter.json: what it says of an adapter, written with a hash of itself, and read as something that anybody may have written.
+"""adapter.json: what it says of an adapter, written with a hash of itself, and read as something that anybody may have
+written.
 
-Format 2 holds the spec, the fingerprint of the base (`effzoo.peft.fingerprint`), name, size and hash of the file with the tensors, and a hash of
-all that. Format 1 had hashes of the base's tensors and of the file alone: what cannot be proved from it is said in `UNPROVED`.
+Format 2 holds the spec, the fingerprint of the base (`effzoo.peft.fingerprint`), name, size and hash of the file with
+the tensors, and a hash of all that. Format 1 had hashes of the base's tensors and of the file alone: what cannot be
+proved from it is said in `UNPROVED`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ MANIFEST = "adapter.json"
 FORMAT = 2
 TENSORS = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")  # the digits are the hash of the content
 LARGEST = 64 * 2**20  # bytes of a manifest; that of a base with 30,000 tensors has some 45 million
-UNPROVED = "heads, activation, eps, attention and its options, seeds, and the weights of a head that the adapter does not bring"
+UNPROVED = (
+    "heads, activation, eps, attention and its options, seeds, and the weights of a head that the adapter "
+    "does not bring"
+)
 OLD = ("name", "peft", "base", "base_hashes", "tensors", "sha256")
 
 
@@ -31,9 +36,12 @@ OLD = ("name", "peft", "base", "base_hashes", "tensors", "sha256")
 class Manifest:
     """What a folder says of the adapter in it.
 
-    base: a label of the base. fingerprint: of the base without the tensors that the adapter replaces; one of format 1 has no facts, and hashes alone.
+    base: a label of the base.
+    fingerprint: of the base without the tensors that the adapter replaces; one of format 1 has no facts, and hashes
+        alone.
     tensors, sha256, size: name, hash and bytes of the other file (size None in format 1).
-    kept: what tells a base that holds the same weights in another dtype (`effzoo.peft.rounded`); empty in older files.
+    kept: what tells a base that holds the same weights in another dtype (`effzoo.peft.rounded`); empty in older
+        files.
     dtype: in which `attach` was asked to hold the adapter's tensors; None for float32 or better.
     begun: {method: stage} of an adapter in the middle of its training; None in older files, which do not say.
     """
@@ -69,7 +77,10 @@ class Manifest:
         }
         found = json.dumps(content | {"manifest_sha256": _hash(json.loads(json.dumps(content)))}, indent=1).encode()
         if len(found) > LARGEST:
-            raise AdapterError(f"the manifest would have {len(found):,} bytes, and {LARGEST:,} are the most that are read; adapt a smaller model")
+            raise AdapterError(
+                f"the manifest would have {len(found):,} bytes, and {LARGEST:,} are the most that are "
+                "read; adapt a smaller model"
+            )
         return found
 
 
@@ -79,23 +90,34 @@ def read_manifest(directory: Path) -> Manifest:
     content = read_json(path, "a manifest that save_adapter wrote")
     version = content.get("format")
     if type(version) is int and version not in (1, FORMAT):
-        raise AdapterError(f"{path} has format {version}, this version of effzoo reads 1 and {FORMAT}; load it with the version that wrote it")
+        raise AdapterError(
+            f"{path} has format {version}, this version of effzoo reads 1 and {FORMAT}; load it with "
+            "the version that wrote it"
+        )
     try:
         if type(version) is not int:
             raise TypeError(f"format is a number, got {version!r:.40}")
         if version == FORMAT and content.pop("manifest_sha256") != _hash(content):
-            raise AdapterError(f"{path} is truncated or altered: its own hash does not fit what it says; copy the folder again, or save again")
+            raise AdapterError(
+                f"{path} is truncated or altered: its own hash does not fit what it says; copy the "
+                "folder again, or save again"
+            )
         return _checked(content, version)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, AdapterError):
             raise
-        raise AdapterError(f"{path} is not a manifest that save_adapter wrote ({type(error).__name__}: {error}); save the adapter again") from None
+        raise AdapterError(
+            f"{path} is not a manifest that save_adapter wrote ({type(error).__name__}: {error}); "
+            "save the adapter again"
+        ) from None
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON object from a file of any origin: of bounded size, every key once, numbers finite. Raises AdapterError."""
     if not path.is_file():
-        raise AdapterError(f"no adapter in {path.parent}: {path.name} is missing; give the directory that save_adapter wrote")
+        raise AdapterError(
+            f"no adapter in {path.parent}: {path.name} is missing; give the directory that save_adapter wrote"
+        )
     try:
         size = path.stat().st_size
         if size > LARGEST:
@@ -111,10 +133,16 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 def _checked(content: dict[str, Any], version: int) -> Manifest:
     """The manifest, every entry of which has the type that it should have."""
     base, specs = content["base_fingerprint" if version == FORMAT else "base_hashes"], content["peft"]
-    if not isinstance(specs, list) or not specs or not all(isinstance(spec, dict) and isinstance(spec.get("name"), str) for spec in specs):
+    if (
+        not isinstance(specs, list)
+        or not specs
+        or not all(isinstance(spec, dict) and isinstance(spec.get("name"), str) for spec in specs)
+    ):
         raise TypeError("peft is a list of specs with names")
     if version == FORMAT:
-        found = Fingerprint(facts=_typed(base["facts"], dict, "facts"), tensors=_typed(base["tensors"], dict, "tensors"))
+        found = Fingerprint(
+            facts=_typed(base["facts"], dict, "facts"), tensors=_typed(base["tensors"], dict, "tensors")
+        )
         size = _typed(content["size"], int, "size")
     else:
         found, size = Fingerprint({}, _typed(base, dict, "base_hashes")), None

@@ -1,4 +1,5 @@
-"""Merging: writing what an adapter changes into the base weights, so that inference costs nothing extra; and taking it out again."""
+"""Merging: writing what an adapter changes into the base weights, so that inference costs nothing extra; and taking it
+out again."""
 
 from __future__ import annotations
 
@@ -25,8 +26,10 @@ M = TypeVar("M", bound=nn.Module)
 class Rounding:
     """What storing one merged tensor in its dtype costs.
 
-    delta: the norm of the change in float64. error: the norm of what rounding W + delta to the dtype changes, beside the rounding of W itself,
-    which holds no error. relative: error / delta. lost: the share of the changed entries that the dtype cannot tell from before.
+    delta: the norm of the change in float64.
+    error: the norm of what rounding W + delta to the dtype changes, beside the rounding of W itself, which holds no
+        error. relative: error / delta.
+    lost: the share of the changed entries that the dtype cannot tell from before.
     """
 
     tensor: str
@@ -56,7 +59,10 @@ class MergeReport:
         lines = [f"{'tensor':{width}}  dtype     |delta|    |error|    relative  lost"]
         for row in sorted(self.rows, key=lambda row: -row.relative):
             dtype = str(row.dtype).removeprefix("torch.")
-            lines.append(f"{row.tensor:{width}}  {dtype:8}  {row.delta:.3e}  {row.error:.3e}  {row.relative:8.2%}  {row.lost:.2%}")
+            lines.append(
+                f"{row.tensor:{width}}  {dtype:8}  {row.delta:.3e}  {row.error:.3e}  {row.relative:8.2%}  "
+                f"{row.lost:.2%}"
+            )
         return "\n".join(lines)
 
 
@@ -67,21 +73,27 @@ def merge(model: nn.Module, name: str = "default", *, undo: bool = True, report:
 
 
 def merge(model: M, name: str = "default", *, undo: bool = True, report: bool = False) -> M | MergeReport:
-    """theta <- theta + delta for every site of the adapter, then take the adapter off; return the model, or the report when asked for.
+    """theta <- theta + delta for every site of the adapter, then take the adapter off; return the model, or the report
+    when asked for.
 
-    Computed in float64 and rounded once to the weight's dtype; `report` says what that rounding costs, layer by layer (in bfloat16 most
-    of a small change can be lost). undo: keep what was overwritten, so that `unmerge` restores it bit by bit; undo=False for an adapter that is
-    merged already gives that up.
+    Computed in float64 and rounded once to the weight's dtype; `report` says what that rounding costs, layer by layer
+    (in bfloat16 most of a small change can be lost). undo: keep what was overwritten, so that `unmerge` restores it bit
+    by bit; undo=False for an adapter that is merged already gives that up.
 
-    What is merged is part of the base, for every row and before whatever else acts, which goes on as it was. An active adapter is merged at its
-    scale, an inactive one at 1. One that was not finished is merged as it would be finished, and comes back, by `unmerge`, in the stage of its
-    training where it was. Raises AdapterError, and changes nothing, when a module has no delta (prompt, prefix, bottleneck adapters: they are
-    no change of a weight), when a merged weight is not finite, and when merging would change what an active adapter does: one of an average, one
-    chosen by row, or one of a stack in which the order counts and another comes first.
+    What is merged is part of the base, for every row and before whatever else acts, which goes on as it was. An active
+    adapter is merged at its scale, an inactive one at 1. One that was not finished is merged as it would be finished,
+    and comes back, by `unmerge`, in the stage of its training where it was. Raises AdapterError, and changes nothing,
+    when a module has no delta (prompt, prefix, bottleneck adapters: they are no change of a weight), when a merged
+    weight is not finite, and when merging would change what an active adapter does: one of an average, one chosen by
+    row, or one of a stack in which the order counts and another comes first.
     """
     with transition(model) as state:
         inside = unwrap(model)
-        if not undo and not report and (again := next((record for record in state.merged if record.name == name), None)) is not None:
+        if (
+            not undo
+            and not report
+            and (again := next((record for record in state.merged if record.name == name), None)) is not None
+        ):
             state.merged.remove(again)
             return model
         attachment, now = state.known(name), state.roster.now
@@ -101,7 +113,11 @@ def merge(model: M, name: str = "default", *, undo: bool = True, report: bool = 
             values = _values(inside, attachment)
         found = {path: site for path, site in sites(inside) if name in site.adapters}
         tensors = {(path, key): getattr(found[path], key) for path, key in values}
-        rows = tuple(_rounding(f"{path}.{key}", tensors[path, key], value) for (path, key), value in values.items()) if report else ()
+        rows = (
+            tuple(_rounding(f"{path}.{key}", tensors[path, key], value) for (path, key), value in values.items())
+            if report
+            else ()
+        )
         place, modules = list(state.attachments).index(name), {path: site.of(name) for path, site in found.items()}
         thawed = take_off(inside, state, name)
         assert state.rewriting is not None
@@ -113,7 +129,8 @@ def merge(model: M, name: str = "default", *, undo: bool = True, report: bool = 
 
 
 def _values(model: nn.Module, attachment: Attachment) -> dict[tuple[str, str], Tensor]:
-    """What merging an adapter makes of each tensor of the base, by path and name, in float64. Raises what `merge` raises."""
+    """What merging an adapter makes of each tensor of the base, by path and name, in float64. Raises what `merge`
+    raises."""
     name, values = attachment.name, {}
     for path, site in sites(model):
         if name not in site.adapters:
@@ -122,7 +139,10 @@ def _values(model: nn.Module, attachment: Attachment) -> dict[tuple[str, str], T
         _check_outputs(site, name, path)
         for key, value in merged_parameters(site, list(site.acting(name)), where).items() if len(site.of(name)) else ():
             if value.is_meta:
-                raise AdapterError(f"{where} cannot be merged: it is on the meta device, which holds shapes alone; give the model its weights first")
+                raise AdapterError(
+                    f"{where} cannot be merged: it is on the meta device, which holds shapes alone; "
+                    "give the model its weights first"
+                )
             if not torch.isfinite(value).all():
                 raise AdapterError(
                     f"merging adapter {name!r} would write NaN or infinity into {path}.{key} "
@@ -134,24 +154,31 @@ def _values(model: nn.Module, attachment: Attachment) -> dict[tuple[str, str], T
 
 
 def unmerge(model: M, name: str = "default") -> M:
-    """Put back, bit by bit, the weights that `merge` overwrote, and attach the adapter again as it was; return the model.
+    """Put back, bit by bit, the weights that `merge` overwrote, and attach the adapter again as it was; return the
+    model.
 
-    What acts, its order, combination and scales, and what is trainable are again as before merging, if nothing was activated since. If something
-    was, that goes on: an adapter that acted when it was merged then comes first in the stack, where it has acted since; in an average or by row it
-    comes back inactive. The adapter takes the mode, dtype and device that the model has now.
+    What acts, its order, combination and scales, and what is trainable are again as before merging, if nothing was
+    activated since. If something was, that goes on: an adapter that acted when it was merged then comes first in the
+    stack, where it has acted since; in an average or by row it comes back inactive. The adapter takes the mode, dtype
+    and device that the model has now.
 
-    The adapters merged last come first. Raises AdapterError for a name that was not merged, or merged with undo=False, and when merged
-    weights were changed since (trained, loaded, quantised), which would be lost; what `unmerge` needs is then kept.
+    The adapters merged last come first. Raises AdapterError for a name that was not merged, or merged with undo=False,
+    and when merged weights were changed since (trained, loaded, quantised), which would be lost; what `unmerge` needs
+    is then kept.
     """
     with transition(model) as state:
         inside, names = unwrap(model), [merged.name for merged in state.merged]
         if name not in names:
-            raise AdapterError(f"no merged adapter {name!r} can be taken out again; merged with undo: {', '.join(names) or '(none)'}")
+            raise AdapterError(
+                f"no merged adapter {name!r} can be taken out again; merged with undo: {', '.join(names) or '(none)'}"
+            )
         if names[-1] != name:
             raise AdapterError(f"{names[-1]!r} was merged after {name!r}; unmerge it first")
         record, known = state.merged.pop(), dict(sites(inside))
         for (path, key), original in record.originals.items():
-            _check_untouched(f"{path}.{key}", name, getattr(known.get(path), key, None), original, record.written[path, key])
+            _check_untouched(
+                f"{path}.{key}", name, getattr(known.get(path), key, None), original, record.written[path, key]
+            )
         for path, hung in record.modules.items():
             for module in hung.values():
                 fitted(inside, known[path], cast(PeftModule, module), record.attachment.dtype)
@@ -184,21 +211,28 @@ def check_nothing_merged(model: nn.Module, change: str, touches: Callable[[str],
     for record in adapters_of(model).merged:
         if any(touches(path) for path in record.modules):
             raise AdapterError(
-                f"{change} would make it impossible to take the merged adapter {record.name!r} out again; unmerge it first "
-                f"(effzoo.unmerge(model, {record.name!r})), or give that up (effzoo.merge(model, {record.name!r}, undo=False))"
+                f"{change} would make it impossible to take the merged adapter {record.name!r} out again; unmerge it "
+                "first "
+                f"(effzoo.unmerge(model, {record.name!r})), or give that up (effzoo.merge(model, {record.name!r}, "
+                "undo=False))"
             )
 
 
 def _check_untouched(key: str, name: str, tensor: Tensor | None, original: Tensor, written: int) -> None:
-    """AdapterError unless a tensor is what merging has written; in another dtype that cannot be told, so then only its shape counts."""
+    """AdapterError unless a tensor is what merging has written; in another dtype that cannot be told, so then only its
+    shape counts."""
     if tensor is None or tensor.shape != original.shape:
         now = "is gone" if tensor is None else f"has shape {tuple(tensor.shape)} instead of {tuple(original.shape)}"
         raise AdapterError(f"adapter {name!r} cannot be taken out again: {key} {now}; what unmerging needs is kept")
     if type(tensor) is not torch.nn.Parameter:
-        raise AdapterError(f"adapter {name!r} cannot be taken out again: {key} is quantised; call effzoo.dequantise(model) and load the weights")
+        raise AdapterError(
+            f"adapter {name!r} cannot be taken out again: {key} is quantised; call "
+            "effzoo.dequantise(model) and load the weights"
+        )
     if tensor.dtype == original.dtype and not tensor.is_meta and checksum(tensor) != written:
         raise AdapterError(
-            f"adapter {name!r} cannot be taken out again: {key} was changed after merging, by training or loading, and unmerging would lose that; "
+            f"adapter {name!r} cannot be taken out again: {key} was changed after merging, by training or loading, "
+            "and unmerging would lose that; "
             "put the merged weights back first, or keep them (effzoo.merge(model, undo=False))"
         )
 
@@ -207,8 +241,10 @@ def _check_outputs(site: Site, name: str, path: str) -> None:
     """AdapterError for an adapter whose task head is for another number of labels than the model's."""
     if isinstance(site, Linear) and (outputs := site.outputs(name)) != site.out_features:
         raise AdapterError(
-            f"adapter {name!r} has a task head for {outputs} labels, and the model's own ({path}) is for {site.out_features}: there is nothing "
-            f"that it could be merged into; load it into a model that was built with num_labels={outputs} and merge it there, or keep it attached"
+            f"adapter {name!r} has a task head for {outputs} labels, and the model's own ({path}) is for "
+            f"{site.out_features}: there is nothing "
+            f"that it could be merged into; load it into a model that was built with num_labels={outputs} and merge "
+            "it there, or keep it attached"
         )
 
 
@@ -228,23 +264,31 @@ def _check_order(site: Site, path: str, name: str) -> None:
     behind = [module for other in changes if other != name for module in site.acting(other)]
     then = merged_parameters(site, behind, start=merged_parameters(site, own))
     same = all(
-        now[key].shape == then[key].shape and torch.allclose(now[key], then[key], rtol=0, atol=1e-10 * (1 + float(now[key].abs().max())))
+        now[key].shape == then[key].shape
+        and torch.allclose(now[key], then[key], rtol=0, atol=1e-10 * (1 + float(now[key].abs().max())))
         for key in now
     )
     if fixed:  # what is no change of the weight has to come behind it, and must not see the weight
         first = all(order.index(name) < order.index(other) for other in fixed)
-        inputs = any(opens(module, "before") for module in own) or any(opens(m, "weight", "bias") for m in site.acting(*fixed))
+        inputs = any(opens(module, "before") for module in own) or any(
+            opens(m, "weight", "bias") for m in site.acting(*fixed)
+        )
         same = same and first and not inputs
     if not same:
         raise AdapterError(
-            f"merging {name!r} would change what the model computes: at {path} it acts in the stack {', '.join(order)}, whose order counts, and a "
-            f"merged adapter comes first; activate it alone to say that it is to come first, or merge what effzoo.combine makes of all"
+            f"merging {name!r} would change what the model computes: at {path} it acts in the stack "
+            f"{', '.join(order)}, whose order counts, and a "
+            "merged adapter comes first; activate it alone to say that it is to come first, or merge what "
+            "effzoo.combine makes of all"
         )
 
 
 def merged_tensors(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The merged adapters that can be taken out again, each with the keys of the tensors that `unmerge` would put back."""
-    return {merged.name: tuple(f"{path}.{key}" for path, key in merged.originals) for merged in adapters_of(model).merged}
+    """The merged adapters that can be taken out again, each with the keys of the tensors that `unmerge` would put
+    back."""
+    return {
+        merged.name: tuple(f"{path}.{key}" for path, key in merged.originals) for merged in adapters_of(model).merged
+    }
 
 
 @torch.no_grad()
@@ -265,8 +309,11 @@ def delta(model: nn.Module, name: str = "default", *, heads: bool = True) -> dic
     return changes
 
 
-def merged_parameters(site: Site, modules: Sequence[Acts], where: str = "", start: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The weight and bias, in float64, that make the site alone compute what it computes with the modules in evaluation mode.
+def merged_parameters(
+    site: Site, modules: Sequence[Acts], where: str = "", start: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The weight and bias, in float64, that make the site alone compute what it computes with the modules in evaluation
+    mode.
 
     In training mode some of them draw; what is merged, combined or compared must not depend on that.
     start: weight and bias to begin with, instead of the site's own.
@@ -315,7 +362,9 @@ def mergeable(site: Site, module: Acts) -> bool:
 
 def _no_weight(site: Site, module: Acts) -> bool:
     """Whether there is no weight that the module could be a change of, whatever its numbers are."""
-    if opens(module, "prompt", "memory") or isinstance(module.module if isinstance(module, Scaled) else module, SideNetwork):
+    if opens(module, "prompt", "memory") or isinstance(
+        module.module if isinstance(module, Scaled) else module, SideNetwork
+    ):
         return True
     return opens(module, "after", "before") and getattr(site, "weight", None) is None
 
@@ -330,4 +379,6 @@ def _rounding(tensor: str, parameter: Tensor, value: Tensor) -> Rounding:
     stored = value.to(parameter.dtype).double()
     changed = value != before
     lost = ((stored == before) & changed).sum() / changed.sum().clamp(min=1)
-    return Rounding(tensor, parameter.dtype, float((value - before).norm()), float((stored - value).norm()), float(lost))
+    return Rounding(
+        tensor, parameter.dtype, float((value - before).norm()), float((stored - value).norm()), float(lost)
+    )

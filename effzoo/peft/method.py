@@ -1,8 +1,9 @@
 """The contract of a PEFT method: where it hangs, and what it hangs there.
 
-A method is a class whose options are the keyword-only parameters of its constructor. `make(site)` returns the PeftModule to hang on one site; which
-hooks that module overrides (`effzoo/sites/hooks.py`) is the whole method. `attach` does the rest: targets by role, freezing, names, files, merging.
-Methods that take part in training derive from `TrainingHooks` (`effzoo/peft/training_hooks.py`) instead.
+A method is a class whose options are the keyword-only parameters of its constructor. `make(site)` returns the
+PeftModule to hang on one site; which hooks that module overrides (`effzoo/sites/hooks.py`) is the whole method.
+`attach` does the rest: targets by role, freezing, names, files, merging. Methods that take part in training derive from
+`TrainingHooks` (`effzoo/peft/training_hooks.py`) instead.
 """
 
 from __future__ import annotations
@@ -24,34 +25,51 @@ HEAD = "head.*"  # roles of the task head, which an adapter trains whatever its 
 LABELS = "head.out"  # the layer of it that has an output for each label
 Batches = Iterable[Mapping[str, Any]]
 FORMER = {  # what methods said before, and how it is said now
-    "idle": "`hooks_in_use(self)` of TrainingHooks says which hooks of the training do something with the options at hand",
-    "settled": "`schedule_ends` of TrainingHooks is the share of the last stage after which the adapter is what its options say",
+    "idle": "`hooks_in_use(self)` of TrainingHooks says which hooks of the training do something with the options at "
+    "hand",
+    "settled": "`schedule_ends` of TrainingHooks is the share of the last stage after which the adapter is what its "
+    "options say",
     "settled_options": "`prepare` returns the options whose meaning it has found in the model",
     "zero_gradient": "tell the checks: effzoo.checks.facts.ZERO_GRADIENT[name] = {pattern: reason}",
     "alike": "tell the checks: effzoo.checks.facts.ALIKE[name] = reason",
 }
-OF_TRAINING = ("calibrate", "schedule", "penalty", "begin", "finish", "stages", "consistency", "rates", "schedule_ends", "hooks_in_use")
+OF_TRAINING = (
+    "calibrate",
+    "schedule",
+    "penalty",
+    "begin",
+    "finish",
+    "stages",
+    "consistency",
+    "rates",
+    "schedule_ends",
+    "hooks_in_use",
+)
 
 
 class Method(abc.ABC):
     """One PEFT method. Options that most methods share:
 
-    targets: role patterns such as `attn.q` or `attn.*` (`effzoo.peft.roles(model)` lists them); None means `default_targets`. A pattern matches a
-    whole role, `*` any characters in it, dots too, `?` one, `[qv]` one of these; upper and lower case differ. It takes in what a model has:
-    `attn.q` the queries alone, `attn.q*` the global ones too. `all-linear` is every linear layer of the blocks, whatever its role and also those
-    that an attention kind or an architecture adds, but nothing outside the blocks: no head, no embedding.
+    targets: role patterns such as `attn.q` or `attn.*` (`effzoo.peft.roles(model)` lists them); None means
+        `default_targets`. A pattern matches a whole role, `*` any characters in it, dots too, `?` one, `[qv]` one of
+        these; upper and lower case differ. It takes in what a model has:
+    `attn.q` the queries alone, `attn.q*` the global ones too. `all-linear` is every linear layer of the blocks,
+        whatever its role and also those that an attention kind or an architecture adds, but nothing outside the blocks:
+        no head, no embedding.
     layers: block indices, negative ones from the end; None means every block. A given pattern that matches nothing, or
     only in some of the layers, is an error.
 
-    An instance belongs to one adapter of one model: what `prepare` or the first `make` creates can be shared by the modules (a parameter
-    registered in several of them is trained, stored and counted once).
+    An instance belongs to one adapter of one model: what `prepare` or the first `make` creates can be shared by the
+    modules (a parameter registered in several of them is trained, stored and counted once).
 
-    A class may also say its `paper`, and as `size` which option sets how much is trained (rank, bottleneck, length): `effzoo.peft.within` sets it.
+    A class may also say its `paper`, and as `size` which option sets how much is trained (rank, bottleneck, length):
+    `effzoo.peft.within` sets it.
     """
 
     accepts: ClassVar[tuple[type[Site], ...]] = (Site,)  # site types on which the method can hang
     default_targets: ClassVar[tuple[str, ...]] = ()  # those that a model lacks are passed over, unlike given ones
-    identity_at_init: bool = True  # whether the model's output is unchanged right after attaching; an option may change it
+    # whether the model's output is unchanged right after attaching; an option may change it
+    identity_at_init: bool = True
     learning_rate: float = 5e-4  # of AdamW when the user gives none
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -63,12 +81,15 @@ class Method(abc.ABC):
         for name in () if training else OF_TRAINING:
             if hasattr(cls, name):
                 raise OptionError(
-                    f"{cls.__name__} has `{name}`, which is read of methods that take part in training: class {cls.__name__}(TrainingHooks), "
+                    f"{cls.__name__} has `{name}`, which is read of methods that take part in training: class "
+                    f"{cls.__name__}(TrainingHooks), "
                     "from effzoo.peft"
                 )
         for site in cls.accepts:
             if not (isinstance(site, type) and issubclass(site, Site)):
-                raise OptionError(f"{cls.__name__}: accepts is a tuple of site types, such as Linear or MemorySite, got {site!r}")
+                raise OptionError(
+                    f"{cls.__name__}: accepts is a tuple of site types, such as Linear or MemorySite, got {site!r}"
+                )
 
     def __init__(self, *, targets: Targets = None, layers: Layers = None):
         self.targets = (targets,) if isinstance(targets, str) else None if targets is None else tuple(targets)
@@ -77,7 +98,8 @@ class Method(abc.ABC):
             raise TargetError(f"{self.name}: targets and layers must not be empty; leave them out for the default")
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> Mapping[str, Any] | None:
-        """Called once before `make`, with all sites that were found, by path: for sizes and tensors that concern them together.
+        """Called once before `make`, with all sites that were found, by path: for sizes and tensors that concern them
+        together.
 
         Returns options whose meaning it has found in the model, as files and reports shall name them, or None.
         """

@@ -29,12 +29,15 @@ def rehearse(
     dtype: torch.dtype | None = None,
     num_labels: int | None = None,
 ) -> tuple[M, set[str]]:
-    """A copy of the model on the meta device with the adapter attached, and the sites whose finished shapes only the data know.
+    """A copy of the model on the meta device with the adapter attached, and the sites whose finished shapes only the
+    data know.
 
-    begun: {method: stage} in which the adapter is. most: calls of torch that it may take; what needs more is refused. dtype, num_labels: as in
-    `attach`.
+    begun: {method: stage} in which the adapter is.
+    most: calls of torch that it may take; what needs more is refused.
+    dtype, num_labels: as in `attach`.
 
-    Raises what `attach` raises, and AdapterError for anything else that goes wrong. Nothing as large as a tensor is allocated.
+    Raises what `attach` raises, and AdapterError for anything else that goes wrong. Nothing as large as a tensor is
+        allocated.
     """
     try:
         shapes = skeleton(model)
@@ -45,13 +48,16 @@ def rehearse(
             for method, modules in hooked(shapes, "finish", name) if finished else ():
                 try:
                     method.finish(modules)
-                except NotImplementedError:  # what it keeps depends on values (`nonzero`); never more than it had before
+                # what it keeps depends on values (`nonzero`); never more than it had before
+                except NotImplementedError:
                     unknown |= {f"{path}.adapters.{method.name}." for path in modules}
     except EffzooError:
         raise
     except Exception as error:
         spec = "|".join(map(str, specs))
-        raise AdapterError(f"the spec {spec:.200} cannot be attached ({type(error).__name__}: {error!s:.200}); save the adapter again") from error
+        raise AdapterError(
+            f"the spec {spec:.200} cannot be attached ({type(error).__name__}: {error!s:.200}); save the adapter again"
+        ) from error
     attached(shapes)[name].finished = finished
     return shapes, unknown
 

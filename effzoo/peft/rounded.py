@@ -1,12 +1,14 @@
 """The same weights in another dtype, or quantised: what a file keeps of its base to tell, and what the rounding costs.
 
-Of every floating-point tensor (of a quantised weight the numbers that its codes stand for) a manifest keeps its kind, the numbers at 64 drawn places,
-and for each narrower dtype the hash of the tensor rounded to it. So a base of another kind is
+Of every floating-point tensor (of a quantised weight the numbers that its codes stand for) a manifest keeps its kind,
+the numbers at 64 drawn places, and for each narrower dtype the hash of the tensor rounded to it. So a base of another
+kind is
 
-    the file's, rounded to a narrower dtype    when it has the hash that is kept                           every entry is proved
-    what the file's was rounded from           when it has the file's hash, or codes, rounded in turn      every entry is proved
-    another rounding of the same weights       when at the places kept no number is further from the       64 entries of each tensor
-    (codes and a dtype, 4 and 8 bits, ...)     file's than both may have been moved by their rounding
+    the file's, rounded to a narrower dtype    when it has the hash that is kept                           every entry
+    is proved what the file's was rounded from           when it has the file's hash, or codes, rounded in turn
+    every entry is proved another rounding of the same weights       when at the places kept no number is further from
+    the       64 entries of each tensor (codes and a dtype, 4 and 8 bits, ...)     file's than both may have been moved
+    by their rounding
 
 and nothing else is accepted. Weights that were trained on, however little, leave the cells of their rounding somewhere.
 """
@@ -27,7 +29,10 @@ from effzoo.peft.fingerprint import Fingerprint, content_hash, described, descri
 from effzoo.sites import sites
 
 PLACES = 64
-NARROWER = {torch.float64: (torch.float32, torch.bfloat16, torch.float16), torch.float32: (torch.bfloat16, torch.float16)}
+NARROWER = {
+    torch.float64: (torch.float32, torch.bfloat16, torch.float16),
+    torch.float32: (torch.bfloat16, torch.float16),
+}
 SLACK = 1.01  # of a bound, for what computing it rounds
 CODERS: dict[int, tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Callable[[Tensor, Tensor, torch.Size], Tensor]]] = {}
 """bits -> (weight -> codes and scales, codes and scales and shape -> weight); `effzoo.quantise` puts its own here."""
@@ -37,9 +42,11 @@ CODERS: dict[int, tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Callable[[Ten
 class Kept:
     """What a manifest keeps of a tensor.
 
-    kind: "bfloat16", or "4 bits (bfloat16)" with the dtype of the scales. shape: of the tensor.
+    kind: "bfloat16", or "4 bits (bfloat16)" with the dtype of the scales.
+    shape: of the tensor.
     numbers, margins: float64, at `places` of it: the numbers, and how far each may be from what it was rounded from.
-    rounded: narrower dtype -> the hash of the tensor rounded to it, and the norm of what that changes, in parts of the tensor's.
+    rounded: narrower dtype -> the hash of the tensor rounded to it, and the norm of what that changes, in parts of
+        the tensor's.
     """
 
     kind: str
@@ -68,7 +75,9 @@ class Kept:
             raise ValueError(f"{kind!r:.40} of shape {shape!s:.40} is no kind of tensor")
         numbers = _unpacked(content["numbers"], len(places(shape)))
         margins = _margins(numbers, kind) if content["margins"] is None else _unpacked(content["margins"], len(numbers))
-        rounded = {name: (str(digest), float(relative)) for name, (digest, relative) in dict(content["rounded"]).items()}
+        rounded = {
+            name: (str(digest), float(relative)) for name, (digest, relative) in dict(content["rounded"]).items()
+        }
         return cls(kind, shape, numbers, margins, rounded)
 
 
@@ -76,8 +85,10 @@ class Kept:
 class Row:
     """One tensor that is held in another way than in the file's base.
 
-    theirs, ours: its kinds there and here. relative: the norm of the difference, in parts of the tensor's; of all entries when they are proved,
-    else an estimate from 64 of them. proved: whether every entry is known to be the rounded one.
+    theirs, ours: its kinds there and here.
+    relative: the norm of the difference, in parts of the tensor's; of all entries when they are proved, else an
+        estimate from 64 of them.
+    proved: whether every entry is known to be the rounded one.
     """
 
     tensor: str
@@ -89,7 +100,8 @@ class Row:
 
 @dataclass(frozen=True)
 class BaseRounding:
-    """What lies between the base that an adapter was trained on and this one: the tensors that are held in another way."""
+    """What lies between the base that an adapter was trained on and this one: the tensors that are held in another
+    way."""
 
     rows: tuple[Row, ...]
 
@@ -104,7 +116,10 @@ class BaseRounding:
         width = max(len(row.tensor) for row in self.rows)
         kinds = max(len(f"{row.theirs} -> {row.ours}") for row in self.rows)
         proved = sum(row.proved for row in self.rows)
-        lines = [f"{len(self.rows)} tensors are rounded, {proved} of them proved in every entry; relative difference at most {self.worst:.2e}"]
+        lines = [
+            f"{len(self.rows)} tensors are rounded, {proved} of them proved in every entry; relative difference "
+            f"at most {self.worst:.2e}"
+        ]
         for row in sorted(self.rows, key=lambda row: -row.relative):
             how = "every entry" if row.proved else f"{PLACES} entries"
             lines.append(f"  {row.tensor:{width}}  {f'{row.theirs} -> {row.ours}':{kinds}}  {row.relative:.2e}  {how}")
@@ -113,25 +128,30 @@ class BaseRounding:
 
 @torch.no_grad()
 def kept_of(model: nn.Module, without: Collection[str] = ()) -> dict[str, Kept]:
-    """What a manifest keeps of the base tensors of a model, by key; a quantised weight under the key that it has as a dense one."""
+    """What a manifest keeps of the base tensors of a model, by key; a quantised weight under the key that it has as a
+    dense one."""
     return {key: _kept(key, tensor, kind, margins) for key, (tensor, kind, margins) in _held(model, without).items()}
 
 
 def differing_kind(theirs: Fingerprint, ours: Fingerprint) -> str | None:
-    """The first tensor that the two bases hold in another way, in words, when they compute the same apart from that and from values; else None."""
+    """The first tensor that the two bases hold in another way, in words, when they compute the same apart from that and
+    from values; else None."""
     if difference(Fingerprint(_facts(theirs), {}), Fingerprint(_facts(ours), {})) is not None:
         return None
     them, us = _kinds(theirs), _kinds(ours)
     if them.keys() - us.keys():
         return None
-    return next((f"{key} is {them[key]} in the file's base and {us[key]} here" for key in them if them[key] != us[key]), None)
+    return next(
+        (f"{key} is {them[key]} in the file's base and {us[key]} here" for key in them if them[key] != us[key]), None
+    )
 
 
 @torch.no_grad()
 def compare(theirs: Fingerprint, kept: Mapping[str, Kept], ours: Fingerprint, model: nn.Module) -> BaseRounding:
     """What lies between the base of a file and a model that holds the same weights in another way.
 
-    theirs, kept: of the file. ours: the fingerprint of the model, as far as the file speaks of it.
+    theirs, kept: of the file.
+    ours: the fingerprint of the model, as far as the file speaks of it.
 
     Raises AdapterError, naming the first tensor or fact, for a base that is no rounding of the same weights.
     """
@@ -161,12 +181,16 @@ def _row(key: str, them: Kept, theirs: Fingerprint, tensor: Tensor, kind: str, m
         return Row(key, them.kind, kind, relative, proved=True)
     source = _dtype(them.kind)
     assert source is not None
-    if _dense(kind) and _dense(them.kind) and torch.promote_types(tensor.dtype, source) == tensor.dtype:  # what the file's was rounded from
+    # what the file's was rounded from
+    if _dense(kind) and _dense(them.kind) and torch.promote_types(tensor.dtype, source) == tensor.dtype:
         back = tensor.to(source)
         if described_without(back, rows_left_out(theirs).get(key)) != theirs.tensors.get(key):
-            raise AdapterError(f"{key}: {them.kind} in the file, which is not what this model holds, rounded from {kind}")
+            raise AdapterError(
+                f"{key}: {them.kind} in the file, which is not what this model holds, rounded from {kind}"
+            )
         return Row(key, them.kind, kind, _relative(back, tensor), proved=True)
-    if _dense(kind) and tensor.dtype == source and (bits := int(them.kind[0])) in CODERS:  # what the file's was quantised from
+    # what the file's was quantised from
+    if _dense(kind) and tensor.dtype == source and (bits := int(them.kind[0])) in CODERS:
         coded, decoded = CODERS[bits]
         codes, scales = coded(tensor)
         if [described(codes), described(scales)] == [theirs.tensors.get(name) for name in _names(key, them.kind)]:
@@ -174,7 +198,10 @@ def _row(key: str, them: Kept, theirs: Fingerprint, tensor: Tensor, kind: str, m
     own = _kept(key, tensor, kind, margins, further=False)
     apart = (own.numbers - them.numbers).abs()
     if not bool((apart <= SLACK * (own.margins + them.margins)).all()):
-        raise AdapterError(f"{key}: {them.kind} in the file and {kind} in this model, with values that are further apart than rounding moves them")
+        raise AdapterError(
+            f"{key}: {them.kind} in the file and {kind} in this model, with values that are further "
+            "apart than rounding moves them"
+        )
     norm = float(them.numbers.norm())
     return Row(key, them.kind, kind, float(apart.norm()) / norm if norm else 0.0, proved=False)
 
@@ -264,7 +291,8 @@ def _exact(of: Fingerprint) -> dict[str, str]:
     return {
         key: value
         for key, value in of.tensors.items()
-        if _dtype(value.partition("[")[0]) is None and not (key.endswith(".codes") and f"{key.removesuffix('codes')}scales" in of.tensors)
+        if _dtype(value.partition("[")[0]) is None
+        and not (key.endswith(".codes") and f"{key.removesuffix('codes')}scales" in of.tensors)
     }
 
 
@@ -281,7 +309,9 @@ def _unpacked(text: Any, count: int) -> Tensor:
     content = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
     if len(content) != 8 * count:
         raise ValueError(f"{count} kept numbers have {8 * count} bytes, got {len(content)}")
-    numbers = torch.frombuffer(bytearray(content), dtype=torch.float64) if count else torch.empty(0, dtype=torch.float64)
+    numbers = (
+        torch.frombuffer(bytearray(content), dtype=torch.float64) if count else torch.empty(0, dtype=torch.float64)
+    )
     if not bool(numbers.isfinite().all()):
         raise ValueError("a kept number is not finite")
     return numbers

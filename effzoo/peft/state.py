@@ -24,10 +24,12 @@ HERE = "_effzoo_adapters"  # where a model holds its own; copied, pickled and sa
 class Attachment:
     """One adapter of a model: its spec, and where each of its methods hangs, {method: [(path, role)]}.
 
-    methods: each method with the paths where it hangs. begun: {method: stage}, the stage of the training that it is in, for those that have stages
-    and have begun one. finished: whether `effzoo.peft.finish` has dropped what only training needed. dtype: in which it was asked to be held; None
-    for float32, or float64 where the base is. rounding: what lies between this base and the one of its file (`effzoo.peft.rounded`), None where
-    that is nothing.
+    methods: each method with the paths where it hangs.
+    begun: {method: stage}, the stage of the training that it is in, for those that have stages and have begun one.
+    finished: whether `effzoo.peft.finish` has dropped what only training needed.
+    dtype: in which it was asked to be held; None for float32, or float64 where the base is.
+    rounding: what lies between this base and the one of its file (`effzoo.peft.rounded`), None where that is
+        nothing.
     """
 
     name: str
@@ -46,10 +48,13 @@ class Attachment:
 
 @dataclass
 class Merged:
-    """An adapter that was merged, and what `unmerge` needs: its modules by path and the tensors as they were, by path and name.
+    """An adapter that was merged, and what `unmerge` needs: its modules by path and the tensors as they were, by path
+    and name.
 
-    place: its number among the attached. before, after: what acted before and after merging. written: a checksum of each tensor as it was merged,
-    so that what was trained or loaded since is not overwritten. thawed: the base parameters that became trainable, as it was the last one.
+    place: its number among the attached.
+    before, after: what acted before and after merging.
+    written: a checksum of each tensor as it was merged, so that what was trained or loaded since is not overwritten.
+    thawed: the base parameters that became trainable, as it was the last one.
     """
 
     attachment: Attachment
@@ -68,9 +73,9 @@ class Merged:
 
 @dataclass
 class Adapters:
-    """Which adapters a model has: attached, in this order; what acts and learns (`roster`, which the sites read); merged, the last one last; and the
-    base parameters that attaching froze. untouched: {tensor: why} of the last training, see `Status`. rewriting: inside a
-    transition, what it overwrites."""
+    """Which adapters a model has: attached, in this order; what acts and learns (`roster`, which the sites read);
+    merged, the last one last; and the base parameters that attaching froze. untouched: {tensor: why} of the last
+    training, see `Status`. rewriting: inside a transition, what it overwrites."""
 
     roster: Roster = field(default_factory=Roster)
     attachments: dict[str, Attachment] = field(default_factory=dict)
@@ -106,19 +111,23 @@ def noted(model: nn.Module, untouched: dict[str, str]) -> None:
 
 @contextmanager
 def transition(model: nn.Module, *rewritten: str) -> Iterator[Adapters]:
-    """Inside the block a model and its adapters may be changed; an error puts back everything as it was: what is attached, merged, active and
-    trained, modules and their modes, tensors, listeners and the state of torch's random generators.
+    """Inside the block a model and its adapters may be changed; an error puts back everything as it was: what is
+    attached, merged, active and trained, modules and their modes, tensors, listeners and the state of torch's random
+    generators.
 
-    rewritten: adapters whose tensors may be written to, which are copied for this. Tensors of the base are not: who writes to them uses
-    `state.rewriting`, which keeps what it overwrites. Raises AdapterError where a part of the model carries adapters of another model, and outside
-    of `torch.inference_mode` for a model that was made inside, which cannot learn; inside, an adapter of any other model can learn later.
+    rewritten: adapters whose tensors may be written to, which are copied for this. Tensors of the base are not: who
+        writes to them uses
+    `state.rewriting`, which keeps what it overwrites. Raises AdapterError where a part of the model carries adapters of
+        another model, and outside of `torch.inference_mode` for a model that was made inside, which cannot learn;
+        inside, an adapter of any other model can learn later.
     """
     outer, model = model, unwrap(model)
     state = adapters_of(model)
     made_inside = next((key for key, p in model.named_parameters() if p.is_inference()), None)
     if made_inside is not None and not torch.is_inference_mode_enabled():
         raise AdapterError(
-            f"{made_inside} was made inside torch.inference_mode and cannot take part in training; build the model outside, or under torch.no_grad "
+            f"{made_inside} was made inside torch.inference_mode and cannot take part in training; build the model "
+            "outside, or under torch.no_grad "
             "(or change its adapters inside torch.inference_mode too, to infer alone)"
         )
     before, outermost = _Snapshot(model, state, rewritten), state.rewriting is None
@@ -177,7 +186,8 @@ def check_heads(model: nn.Module) -> None:
 
 
 class Rewriting:
-    """Tensors of the base that a transition overwrites, with what they were: `restore` writes it back, as far as it was done since `begun`."""
+    """Tensors of the base that a transition overwrites, with what they were: `restore` writes it back, as far as it was
+    done since `begun`."""
 
     def __init__(self) -> None:
         self.done: list[tuple[Tensor, Tensor]] = []
@@ -199,14 +209,16 @@ class Rewriting:
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> int:
-    """A number that changes when a tensor does: the sum of its entries as integers, each times a number of its place, modulo 2^64; 0 on the meta
-    device, where there is no content."""
+    """A number that changes when a tensor does: the sum of its entries as integers, each times a number of its place,
+    modulo 2^64; 0 on the meta device, where there is no content."""
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     total = 0
     if tensor.is_meta:
         return total
     for part in tensor.detach().reshape(-1).view(whole).split(1 << 22):  # type: ignore[no-untyped-call]
-        total += int((part.long() * (torch.arange(len(part), device=part.device) * 2_654_435_761 + 1)).sum()) + 3 * total
+        total += (
+            int((part.long() * (torch.arange(len(part), device=part.device) * 2_654_435_761 + 1)).sum()) + 3 * total
+        )
     return total
 
 
@@ -217,13 +229,23 @@ class _Snapshot:
         self.model, self.state = model, state
         aside = [module for record in state.merged for hung in record.modules.values() for module in hung.modules()]
         modules = [*model.modules(), *aside]
-        self.owners = [(owner, type(owner), _held(owner)) for owner in (*modules, state, state.roster, *state.attachments.values())]
+        self.owners = [
+            (owner, type(owner), _held(owner)) for owner in (*modules, state, state.roster, *state.attachments.values())
+        ]
         tensors = {id(p): p for module in modules for p in module.parameters(recurse=False)}.values()
         self.flags = {id(p): (p, p.requires_grad) for p in tensors}
         self.learning = {id(p) for p in model.parameters() if p.requires_grad}
         self.data = [(p, p.data) for p in tensors]
-        written = [part for _, site in sites(model) for name in rewritten if name in site.adapters for part in site.of(name).modules()]
-        own = {id(x): x for part in written for x in (*part.parameters(recurse=False), *part.buffers(recurse=False))}.values()
+        written = [
+            part
+            for _, site in sites(model)
+            for name in rewritten
+            if name in site.adapters
+            for part in site.of(name).modules()
+        ]
+        own = {
+            id(x): x for part in written for x in (*part.parameters(recurse=False), *part.buffers(recurse=False))
+        }.values()
         self.content = [(x, x.detach().clone()) for x in own]
         self.random = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
 
@@ -252,7 +274,8 @@ def _held(owner: object) -> dict[str, tuple[Any, Any]]:
 
 
 def _content(value: object) -> dict[Any, Any] | list[Any] | set[Any] | None:
-    """A copy of a container, as a plain one: `copy.copy` of an OrderedDict, of which each module has a dozen, takes ten times as long."""
+    """A copy of a container, as a plain one: `copy.copy` of an OrderedDict, of which each module has a dozen, takes ten
+    times as long."""
     for kind in (dict, list, set):
         if isinstance(value, kind):
             return kind(value)
@@ -278,13 +301,15 @@ def _adopt(model: nn.Module, state: Adapters) -> None:
         if site.roster is not state.roster:
             if len(site.adapters):
                 raise AdapterError(
-                    f"{path or site.role} carries adapters of another model ({', '.join(site.adapters)}); give that model, or detach them there"
+                    f"{path or site.role} carries adapters of another model ({', '.join(site.adapters)}); give that "
+                    "model, or detach them there"
                 )
             site.roster = state.roster
 
 
 def _check_synchronised(outer: nn.Module | None, learning: Set[int]) -> None:
-    """AdapterError where DistributedDataParallel would not synchronise what now learns: it knows what learned when it was made.
+    """AdapterError where DistributedDataParallel would not synchronise what now learns: it knows what learned when it
+    was made.
 
     learning: the ids of the parameters that the model had and trained before; what was merged is none of them.
     """
@@ -296,7 +321,9 @@ def _check_synchronised(outer: nn.Module | None, learning: Set[int]) -> None:
         known = {id(p) for bucket in outer.reducer._get_zeros_like_grad_buckets() for p in bucket.parameters()}
         if unknown := [key for at, key in new.items() if at not in known]:
             raise AdapterError(
-                f"DistributedDataParallel synchronises what was trainable when it was made, and this would make {unknown[0]} trainable too "
-                f"({len(unknown)} such tensors): processes would drift apart. Take the model out of it (wrapper.module), change the model first, and "
+                "DistributedDataParallel synchronises what was trainable when it was made, and this would make "
+                f"{unknown[0]} trainable too "
+                f"({len(unknown)} such tensors): processes would drift apart. Take the model out of it "
+                "(wrapper.module), change the model first, and "
                 "wrap it then"
             )

@@ -14,7 +14,8 @@ from effzoo.sites import sites, unwrap
 
 @dataclass(frozen=True)
 class Tensors:
-    """The tensors of one owner at sites of one role: how many, of how many numbers, and how many of both are trainable; in which dtypes."""
+    """The tensors of one owner at sites of one role: how many, of how many numbers, and how many of both are trainable;
+    in which dtypes."""
 
     owner: str
     role: str
@@ -29,14 +30,21 @@ class Tensors:
 class Status:
     """Which adapters a model has, and what they do.
 
-    attached: {name: spec}, in the order in which they were attached. active: in the order in which they act. combine: "stack", "average" or "rows".
-    rows: the adapter of each row, where they are chosen by row. scales: of the active ones. trainable: the adapters of which some tensor is.
-    merged: the last one last; they can be taken out in the reverse order. finished: without what only training needed. stages: {adapter: {method:
-    stage}} of those in the middle of a training in stages. frozen: how many base parameters attaching froze. tensors: by owner ("base", or the
-    adapter) and role, what several share where it is met first.
-    labels: how many the task head that acts tells apart; None for a task without. heads: what the head of the base and of each adapter is for, as in
-    "3 labels" or "regression" (a number).
-    untouched: {tensor: why}, trainable tensors that got no gradient, where training has looked; None where nothing has.
+    attached: {name: spec}, in the order in which they were attached.
+    active: in the order in which they act.
+    combine: "stack", "average" or "rows".
+    rows: the adapter of each row, where they are chosen by row.
+    scales: of the active ones.
+    trainable: the adapters of which some tensor is.
+    merged: the last one last; they can be taken out in the reverse order.
+    finished: without what only training needed.
+    stages: {adapter: {method: stage}} of those in the middle of a training in stages.
+    frozen: how many base parameters attaching froze.
+    tensors: by owner ("base", or the adapter) and role, what several share where it is met first.
+    labels: how many the task head that acts tells apart; None for a task without.
+    heads: what the head of the base and of each adapter is for, as in "3 labels" or "regression" (a number).
+    untouched: {tensor: why}, trainable tensors that got no gradient, where training has looked; None where nothing
+        has.
     """
 
     attached: Mapping[str, str]
@@ -57,12 +65,20 @@ class Status:
     def __str__(self) -> str:
         lines = [f"attached   {', '.join(f'{name} ({spec})' for name, spec in self.attached.items()) or '(none)'}"]
         acts = [name if self.scales[name] == 1 else f"{self.scales[name]:g} {name}" for name in self.active]
-        joined = {"stack": " then ", "average": " and ", "rows": ", "}[self.combine].join(acts) or "(none: the bare base)"
-        how = {"stack": "", "average": ", the mean of them", "rows": f", by row: {', '.join(name or '-' for name in self.rows or ())}"}[self.combine]
+        joined = {"stack": " then ", "average": " and ", "rows": ", "}[self.combine].join(acts) or (
+            "(none: the bare base)"
+        )
+        how = {
+            "stack": "",
+            "average": ", the mean of them",
+            "rows": f", by row: {', '.join(name or '-' for name in self.rows or ())}",
+        }[self.combine]
         lines.append(f"active     {joined}{how}")
         lines.append(f"trainable  {', '.join(self.trainable) or '(none)'}")
         if len(set(self.heads.values())) > 1:
-            lines.append(f"heads      {', '.join(f'{name}: {what}' for name, what in self.heads.items())}; now {self.labels}")
+            lines.append(
+                f"heads      {', '.join(f'{name}: {what}' for name, what in self.heads.items())}; now {self.labels}"
+            )
         if self.merged:
             lines.append(f"merged     {', '.join(self.merged)}")
         if self.finished:
@@ -71,18 +87,28 @@ class Status:
             lines.append(f"stages     {', '.join(f'{name} in {said(begun)}' for name, begun in self.stages.items())}")
         width = max((len(f"{row.owner} {row.role}") for row in self.tensors), default=0)
         for row in self.tensors:
-            trained = f", {row.trainable_tensors} of them and {row.trainable_numbers:,} trainable" if row.trainable_tensors else ""
+            trained = (
+                f", {row.trainable_tensors} of them and {row.trainable_numbers:,} trainable"
+                if row.trainable_tensors
+                else ""
+            )
             lines.append(
-                f"  {f'{row.owner} {row.role}':{width}}  {row.tensors:4} tensors {row.numbers:>13,} numbers, {' '.join(row.dtypes)}{trained}"
+                f"  {f'{row.owner} {row.role}':{width}}  {row.tensors:4} tensors {row.numbers:>13,} numbers, "
+                f"{' '.join(row.dtypes)}{trained}"
             )
         if self.untouched is not None:
-            lines.append(f"untouched  {len(self.untouched)} trainable tensors got no gradient" if self.untouched else "untouched  (none)")
+            lines.append(
+                f"untouched  {len(self.untouched)} trainable tensors got no gradient"
+                if self.untouched
+                else "untouched  (none)"
+            )
             lines += [f"  {tensor}: {why}" for tensor, why in self.untouched.items()]
         return "\n".join(lines)
 
 
 def status(model: nn.Module) -> Status:
-    """Which adapters are attached, active (in which order, how combined, at which scale), trainable and merged, and all tensors by owner and role.
+    """Which adapters are attached, active (in which order, how combined, at which scale), trainable and merged, and all
+    tensors by owner and role.
 
     Nothing is changed; wrappers of torch are seen through. Raises AdapterError for what is no model.
     """
@@ -97,7 +123,8 @@ def status(model: nn.Module) -> Status:
     order = ["base", *state.attachments]
     tensors = tuple(
         Tensors(
-            owner, role, len(own), sum(p.numel() for p in own), sum(p.requires_grad for p in own), sum(p.numel() for p in own if p.requires_grad),
+            owner, role, len(own), sum(p.numel() for p in own), sum(p.requires_grad for p in own),
+            sum(p.numel() for p in own if p.requires_grad),
             tuple(dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in own)),
         )
         for (owner, role), own in sorted(rows.items(), key=lambda item: order.index(item[0][0]))
@@ -108,7 +135,9 @@ def status(model: nn.Module) -> Status:
         combine=now.combine,
         rows=now.by_row(),
         scales=dict(zip(now.names, now.scales, strict=True)),
-        trainable=tuple(name for name in state.attachments if any(row.owner == name and row.trainable_tensors for row in tensors)),
+        trainable=tuple(
+            name for name in state.attachments if any(row.owner == name and row.trainable_tensors for row in tensors)
+        ),
         merged=tuple(record.name for record in state.merged),
         finished=tuple(name for name, attachment in state.attachments.items() if attachment.finished),
         stages={name: dict(attachment.begun) for name, attachment in state.attachments.items() if attachment.begun},
@@ -116,9 +145,16 @@ def status(model: nn.Module) -> Status:
         tensors=tensors,
         labels=next((site.outputs_now() for site in label_layers(model).values()), None),
         heads={
-            name: "regression" if outputs == 1 and getattr(model, "task", "") == "classification" else f"{outputs} label{'s' * (outputs != 1)}"
+            name: "regression"
+            if outputs == 1 and getattr(model, "task", "") == "classification"
+            else f"{outputs} label{'s' * (outputs != 1)}"
             for site in label_layers(model).values()
-            for name, outputs in [("base", site.out_features), *((name, site.outputs(name)) for name in state.attachments)]
+            for name, outputs in [
+                ("base", site.out_features),
+                *((name, site.outputs(name)) for name in state.attachments),
+            ]
         },
-        untouched=None if state.untouched is None else {key: why for key, why in state.untouched.items() if key in trained},
+        untouched=None
+        if state.untouched is None
+        else {key: why for key, why in state.untouched.items() if key in trained},
     )

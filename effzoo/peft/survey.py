@@ -1,8 +1,10 @@
-"""The methods of a survey, counted on a model: Lialin, Deshpande & Rumshisky 2023, Scaling down to scale up, arXiv:2303.15647v1.
+"""The methods of a survey, counted on a model: Lialin, Deshpande & Rumshisky 2023, Scaling down to scale up,
+arXiv:2303.15647v1.
 
-Its table gives for 22 methods the share of parameters that is trained and the share that is changed, over the papers that it covers. Two numbers in
-a cell ("0.5 or 30") mean that a change of few numbers touches many entries once it is merged; here both are counted, and the rank besides. The
-published shares were taken from notes on that table and not read again in the paper; where they matter, look there.
+Its table gives for 22 methods the share of parameters that is trained and the share that is changed, over the papers
+that it covers. Two numbers in a cell ("0.5 or 30") mean that a change of few numbers touches many entries once it is
+merged; here both are counted, and the rank besides. The published shares were taken from notes on that table and not
+read again in the paper; where they matter, look there.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ class Surveyed:
 
 
 def survey(model: nn.Module, length: int = 128) -> list[Surveyed]:
-    """Every method of the survey at its default options, attached to the model in turn and taken off again; see `account` and `flops`.
+    """Every method of the survey at its default options, attached to the model in turn and taken off again; see
+    `account` and `flops`.
 
     On a model built on the meta device nothing is allocated.
     """
@@ -92,4 +95,6 @@ def without_head(model: nn.Module, whole: Account) -> Account:
     heads = [site for _, site in sites(model) if site.role.startswith("head.") and NAME in site.adapters]
     numbers = sum(p.numel() for site in heads for p in site.of(NAME).parameters())
     changed = None if whole.changed is None else whole.changed - numbers
-    return Account(whole.trainable - numbers, whole.stored - numbers, whole.stored_bytes, whole.total, changed, whole.rank)
+    return Account(
+        whole.trainable - numbers, whole.stored - numbers, whole.stored_bytes, whole.total, changed, whole.rank
+    )

@@ -8,12 +8,13 @@
             effzoo.peft.loss(model, **batch).backward(); optimizer.step(); optimizer.zero_grad()
     effzoo.peft.finish(model)                                        # drop what only training needed
 
-All of them concern the active adapters that are trained, and do nothing for methods without the hook in question (`finish`: all active ones, or
-those named). A finished adapter takes part no more: trained again, it has one unnamed stage, and what its methods chose stays chosen.
+All of them concern the active adapters that are trained, and do nothing for methods without the hook in question
+(`finish`: all active ones, or those named). A finished adapter takes part no more: trained again, it has one unnamed
+stage, and what its methods chose stays chosen.
 
-An adapter is in one stage of each of its methods, and files hold which: loaded, it goes on there, and `timetable` has what is left. To be in a
-stage it is attached anew, `begin` is called for every stage up to it, and then the stored tensors are filled in; so `begin` must make the shapes
-of its stage from an adapter with any content.
+An adapter is in one stage of each of its methods, and files hold which: loaded, it goes on there, and `timetable` has
+what is left. To be in a stage it is attached anew, `begin` is called for every stage up to it, and then the stored
+tensors are filled in; so `begin` must make the shapes of its stage from an adapter with any content.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ WHOLE = Stage("", 1.0)
 
 
 def hooked(model: nn.Module, hook: str, *names: str) -> Iterator[tuple[TrainingHooks, Modules]]:
-    """The methods of the named (default: active and trained) adapters, as far as unfinished, that override a hook, each with what it has hung, by
-    path."""
+    """The methods of the named (default: active and trained) adapters, as far as unfinished, that override a hook, each
+    with what it has hung, by path."""
     attachments = attached(model)
     wanted = [
         (name, method, paths)
@@ -73,19 +74,26 @@ def unfinished(model: nn.Module) -> list[TrainingHooks]:
 
 
 def takes_part(attachment: Attachment) -> bool:
-    """Whether one of an adapter's methods does something in training, so that the adapter is another thing when it is finished."""
-    return any(method.stages or method.consistency or any(uses(method, hook) for hook in HOOKS) for method in of_training(attachment))
+    """Whether one of an adapter's methods does something in training, so that the adapter is another thing when it is
+    finished."""
+    return any(
+        method.stages or method.consistency or any(uses(method, hook) for hook in HOOKS)
+        for method in of_training(attachment)
+    )
 
 
 def calibrate(model: nn.Module, batches: Batches) -> bool:
-    """Let methods look at labelled batches before training; whether any wanted to. The model's mode and gradients are left as they were."""
+    """Let methods look at labelled batches before training; whether any wanted to. The model's mode and gradients are
+    left as they were."""
     wanted = list(hooked(model, "calibrate"))
     if not wanted:
         return False
     model = unwrap(model)
     mode, batches = model.training, batches if isinstance(batches, Sized) else list(batches)
     if isinstance(batches, Sized) and not len(batches):
-        raise IncompatibleError(f"{wanted[0][0].name} chooses by looking at data, but there is none; give at least one labelled batch")
+        raise IncompatibleError(
+            f"{wanted[0][0].name} chooses by looking at data, but there is none; give at least one labelled batch"
+        )
     try:
         for method, modules in wanted:
             method.calibrate(model.eval(), modules, batches)
@@ -97,8 +105,8 @@ def calibrate(model: nn.Module, batches: Batches) -> bool:
 
 
 def stages(model: nn.Module) -> Sequence[Stage]:
-    """The stages of the training, their shares adding up to 1; one without a name for methods that have none. Of a training that has begun, those
-    that are left, with the one that runs."""
+    """The stages of the training, their shares adding up to 1; one without a name for methods that have none. Of a
+    training that has begun, those that are left, with the one that runs."""
     attachments = [attachment for name in learning(model) if not (attachment := attached(model)[name]).finished]
     found = {
         tuple(method.stages[max(0, _number(method, attachment.begun.get(method.name, ""))) :])
@@ -121,13 +129,17 @@ def _said(given: Sequence[Stage]) -> str:
 
 
 def timetable(model: nn.Module, total: Count) -> list[tuple[Stage, int]]:
-    """The stages with their numbers of optimizer steps, which add up to total: boundaries are rounded, and no stage is empty.
+    """The stages with their numbers of optimizer steps, which add up to total: boundaries are rounded, and no stage is
+    empty.
 
     Raises TrainingError when there are fewer steps than stages.
     """
     found = stages(model)
     if total < len(found):
-        raise TrainingError(f"the active methods train in {len(found)} stages ({_said(found)}), which need a step each, got {total}; train longer")
+        raise TrainingError(
+            f"the active methods train in {len(found)} stages ({_said(found)}), which need a step "
+            f"each, got {total}; train longer"
+        )
     before, share, steps = 0, 0.0, []
     for left, stage in zip(range(len(found) - 1, -1, -1), found, strict=True):
         share += stage.share
@@ -138,9 +150,11 @@ def timetable(model: nn.Module, total: Count) -> list[tuple[Stage, int]]:
 
 
 def settled(model: nn.Module, total: Count) -> int:
-    """The first step after which the adapter is what its options say: in the last stage, when schedules have come to their end.
+    """The first step after which the adapter is what its options say: in the last stage, when schedules have come to
+    their end.
 
-    A checkpoint from before that, of a network that is not yet pruned, say, is no result of the run, however good it is.
+    A checkpoint from before that, of a network that is not yet pruned, say, is no result of the run, however good it
+    is.
     """
     *earlier, (_, steps) = timetable(model, total)
     share = max((method.schedule_ends for method, _ in hooked(model, "schedule")), default=0.0)
@@ -150,7 +164,8 @@ def settled(model: nn.Module, total: Count) -> int:
 def begin(model: nn.Module, stage: Stage) -> None:
     """Begin a stage: all trained adapters that have it are in it then. One that is in it already stays as it is.
 
-    Raises TrainingError for an adapter that is in a later stage, and has dropped what this one trains; the model is then unchanged.
+    Raises TrainingError for an adapter that is in a later stage, and has dropped what this one trains; the model is
+        then unchanged.
     """
     wanted: dict[str, set[str]] = {}  # {adapter: its methods that are not in this stage}
     for name in learning(model):
@@ -159,7 +174,8 @@ def begin(model: nn.Module, stage: Stage) -> None:
             now, number = attachment.begun.get(method.name, ""), _number(method, stage.name)
             if 0 <= number < _number(method, now):
                 raise TrainingError(
-                    f"the adapter {name!r} is in stage {now!r} of {method.name}, and {stage.name!r} comes before it; attach it anew to begin there, "
+                    f"the adapter {name!r} is in stage {now!r} of {method.name}, and {stage.name!r} comes before it; "
+                    "attach it anew to begin there, "
                     "or go on with what `effzoo.peft.timetable(model, steps)` gives"
                 )
             if number >= 0 and now != stage.name:
@@ -171,8 +187,8 @@ def begin(model: nn.Module, stage: Stage) -> None:
 
 
 def restart(model: nn.Module, first: str) -> None:
-    """Bring the trained adapters to the stage with which a run began that is to be resumed. One in a later stage has the tensors of that, which those
-    of a checkpoint replace, and is taken to have just begun."""
+    """Bring the trained adapters to the stage with which a run began that is to be resumed. One in a later stage has
+    the tensors of that, which those of a checkpoint replace, and is taken to have just begun."""
     for name in learning(model):
         attachment = attached(model)[name]
         for method in of_training(attachment):
@@ -186,19 +202,23 @@ def later(attachment: Attachment, begun: Mapping[str, str]) -> dict[str, str]:
     """The stages of an adapter that come after those in which it is said to be."""
     methods = {method.name: method for method in of_training(attachment)}
     return {
-        key: stage for key, stage in attachment.begun.items() if key in begun and _number(methods[key], stage) > _number(methods[key], begun[key])
+        key: stage
+        for key, stage in attachment.begun.items()
+        if key in begun and _number(methods[key], stage) > _number(methods[key], begun[key])
     }
 
 
 def enter(model: nn.Module, name: str, begun: Mapping[str, str]) -> None:
-    """Bring a freshly attached adapter to the stage of each method, through those before it. Raises AdapterError for a stage that there is not."""
+    """Bring a freshly attached adapter to the stage of each method, through those before it. Raises AdapterError for a
+    stage that there is not."""
     attachment = adapters_of(model).known(name)
     methods = {method.name: method for method in of_training(attachment) if method.stages}
     for key, stage in begun.items():
         if key not in methods or _number(methods[key], stage) < 0:
             known = {f"{stage.name!r} of {method.name}" for method in methods.values() for stage in method.stages}
             raise AdapterError(
-                f"the file says that an adapter {attachment.spec} is in stage {stage!r:.80} of {key!r:.80}, and its stages are "
+                f"the file says that an adapter {attachment.spec} is in stage {stage!r:.80} of {key!r:.80}, and its "
+                "stages are "
                 f"{listing(sorted(known)) or 'none'}; save it again"
             )
         for earlier in methods[key].stages[: _number(methods[key], stage) + 1]:
@@ -240,7 +260,8 @@ def penalty(model: nn.Module) -> Tensor | None:
 
 
 def finish(model: nn.Module, *names: str) -> None:
-    """Drop what only training needed (a reparametrisation, all but the mean of several experts), once; the outputs in evaluation mode stay.
+    """Drop what only training needed (a reparametrisation, all but the mean of several experts), once; the outputs in
+    evaluation mode stay.
 
     Adapters of methods that do nothing in training have nothing to finish, and stay as they are.
     """
@@ -258,7 +279,8 @@ def finish(model: nn.Module, *names: str) -> None:
 
 
 def learning_rates(model: nn.Module, given: Positive | None = None) -> dict[str, float]:
-    """The learning rate of each trainable parameter of the active adapters, by name: the given one, or its method's own, times `rates`."""
+    """The learning rate of each trainable parameter of the active adapters, by name: the given one, or its method's
+    own, times `rates`."""
     found: dict[str, float] = {}
     owners = {(name, method.name): method for name in acting(model) for method, _ in attached(model)[name].methods}
     for key, parameter in unwrap(model).named_parameters():
@@ -285,9 +307,11 @@ def loss(model: nn.Module, **batch: Any) -> Tensor:
 
 
 def supervised(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The loss of a labelled batch without penalties; with two forward passes and their divergence where a method asks for it.
+    """The loss of a labelled batch without penalties; with two forward passes and their divergence where a method asks
+    for it.
 
-    1/2 (L_1 + L_2) + weight / 2 (KL(p_1 | p_2) + KL(p_2 | p_1)), both terms means over the same labels, so that batches average exactly.
+    1/2 (L_1 + L_2) + weight / 2 (KL(p_1 | p_2) + KL(p_2 | p_1)), both terms means over the same labels, so that batches
+    average exactly.
     """
     weight = consistency(model)
     first = model(**batch)
@@ -295,7 +319,9 @@ def supervised(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         value: Tensor = first.loss
         return value
     second = model(**batch)
-    apart = divergence(first.logits, second.logits, batch["labels"], causal=getattr(unwrap(model), "task", "") == "causal_lm")
+    apart = divergence(
+        first.logits, second.logits, batch["labels"], causal=getattr(unwrap(model), "task", "") == "causal_lm"
+    )
     total: Tensor = (first.loss + second.loss) / 2 + weight / 2 * apart
     return total
 
@@ -303,7 +329,8 @@ def supervised(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 def divergence(one: Tensor, other: Tensor, labels: Tensor, *, causal: bool = False) -> Tensor:
     """KL(p | q) + KL(q | p) of what two passes predict, in the mean over the labels that the loss is a mean over.
 
-    For several labels at once p and q are Bernoulli for each, for a single number they are normal with variance 1: (one - other)^2.
+    For several labels at once p and q are Bernoulli for each, for a single number they are normal with variance 1: (one
+    - other)^2.
     causal: position t predicts label t + 1.
     """
     one, other = (logits.to(torch.promote_types(logits.dtype, torch.float32)) for logits in (one, other))

@@ -16,7 +16,8 @@ FIRST = "not read, as the head takes the first token alone, which is global unle
 def unread(model: nn.Module) -> dict[str, str]:
     """{path of a projection: why}, for the attention of blocks whose kind has projections for global tokens.
 
-    By default the first token of an encoder with a classification head is global, and no token elsewhere (`Transformer.forward`); prompt rows are.
+    By default the first token of an encoder with a classification head is global, and no token elsewhere
+    (`Transformer.forward`); prompt rows are.
     """
     task, config, blocks = getattr(model, "task", ""), getattr(model, "config", None), getattr(model, "blocks", None)
     if not isinstance(blocks, nn.ModuleList):

@@ -1,4 +1,5 @@
-"""The closed forms of the lectures beside the plan: activations L (20 h s + 3 s^2), and the memory table of OPT-1.3B."""
+"""The closed forms of the lectures beside the plan: activations L (20 h s + 3 s^2), and the memory table of
+OPT-1.3B."""
 
 from __future__ import annotations
 
@@ -10,18 +11,21 @@ from effzoo.errors import InputError
 from effzoo.plan.planning import plan
 from effzoo.plan.report import MIB, Plan
 
-OPT_1_3B: dict[str, Any] = {  # Zhang et al. 2022, arXiv:2205.01068, table 1, as slots of a pre-norm decoder; 1,315,758,080 parameters
-    "vocab": 50272, "dim": 2048, "layers": 24, "heads": 32, "mlp": 8192, "max_length": 2048, "position_offset": 2, "activation": "relu",
-    "eps": 1e-5, "dropout": 0.1, "attention_dropout": 0.0,
+# Zhang et al. 2022, arXiv:2205.01068, table 1, as slots of a pre-norm decoder; 1,315,758,080 parameters
+OPT_1_3B: dict[str, Any] = {
+    "vocab": 50272, "dim": 2048, "layers": 24, "heads": 32, "mlp": 8192, "max_length": 2048, "position_offset": 2,
+    "activation": "relu", "eps": 1e-5, "dropout": 0.1, "attention_dropout": 0.0,
 }  # fmt: skip
 
 
 def lecture_activations(*, layers: int, dim: int, length: int, batch: int = 1, heads: int = 1) -> int:
-    """L (20 h s + 3 s^2) for each row of a batch: how many numbers a transformer keeps, L = layers, h = dim, s = length.
+    """L (20 h s + 3 s^2) for each row of a batch: how many numbers a transformer keeps, L = layers, h = dim, s =
+    length.
 
-    The term in s^2 is that of attention whose weights are written out, of one head; heads=... counts them all, and a fused kernel keeps none. We
-    read the formula as numbers, of 2 bytes in half precision. Losses, embeddings and the fine-tuning method do not enter: an estimate to
-    compute by hand, and `plan` says how far it is off. Raises InputError for sizes below 1.
+    The term in s^2 is that of attention whose weights are written out, of one head; heads=... counts them all, and a
+    fused kernel keeps none. We read the formula as numbers, of 2 bytes in half precision. Losses, embeddings and the
+    fine-tuning method do not enter: an estimate to compute by hand, and `plan` says how far it is off. Raises
+    InputError for sizes below 1.
     """
     sizes = {"layers": layers, "dim": dim, "length": length, "batch": batch, "heads": heads}
     for name, value in sizes.items():
@@ -42,23 +46,36 @@ class OptTable:
         parts = list(next(iter(self.columns.values())))
         width, wide = max(map(len, parts)), max(12, *map(len, self.columns))
         lines = [self.title, "", f"{'MiB':{width}}" + "".join(f"  {name:>{wide}}" for name in self.columns)]
-        lines += [f"{part:{width}}" + "".join(f"  {column[part] / MIB:>{wide},.1f}" for column in self.columns.values()) for part in parts]
+        lines += [
+            f"{part:{width}}" + "".join(f"  {column[part] / MIB:>{wide},.1f}" for column in self.columns.values())
+            for part in parts
+        ]
         return "\n".join(lines)
 
 
-def opt_table(*, batch: int = 1, length: int = 2048, peft: str = "lora[rank=8]", dtype: str = "float16", **sizes: Any) -> OptTable:
-    """The lectures' memory table of OPT-1.3B: full fine-tuning beside a PEFT method, in half precision with float32 copies and AdamW.
+def opt_table(
+    *, batch: int = 1, length: int = 2048, peft: str = "lora[rank=8]", dtype: str = "float16", **sizes: Any
+) -> OptTable:
+    """The lectures' memory table of OPT-1.3B: full fine-tuning beside a PEFT method, in half precision with float32
+    copies and AdamW.
 
-    Adapters are in half precision too, as the lectures have them. For each trained parameter: 2 bytes of gradient, 8 of optimizer states, 4 of
-    float32 copy; for each parameter: 2 bytes of weight. Hidden states stand there four times: by the formula of the lectures, by the same
-    with all heads, and as planned, which is exact and the only one that knows the method: with the fused attention kernel as OPT runs here,
-    and with attention weights written out, as the formula has them.
+    Adapters are in half precision too, as the lectures have them. For each trained parameter: 2 bytes of gradient, 8 of
+    optimizer states, 4 of float32 copy; for each parameter: 2 bytes of weight. Hidden states stand there four times: by
+    the formula of the lectures, by the same with all heads, and as planned, which is exact and the only one that knows
+    the method: with the fused attention kernel as OPT runs here, and with attention weights written out, as the formula
+    has them.
 
     sizes: in place of those of OPT-1.3B (layers=..., dim=...).
     """
     plans: dict[str, Plan] = {}
     columns: dict[str, dict[str, int]] = {}
-    choices: dict[str, Any] = {"batch": batch, "length": length, "dtype": dtype, "precision": "master", "task": "causal_lm"}
+    choices: dict[str, Any] = {
+        "batch": batch,
+        "length": length,
+        "dtype": dtype,
+        "precision": "master",
+        "task": "causal_lm",
+    }
     model = {**OPT_1_3B, **sizes}
     formula = {"layers": model["layers"], "dim": model["dim"], "length": length, "batch": batch}
     for name, spec in (("full", None), (peft, peft)):

@@ -47,32 +47,41 @@ def plan(
     inputs: Mapping[str, Tensor] | None = None,
     **choices: Any,
 ) -> Plan:
-    """Predict the memory of one training step: weights, gradients, optimizer states, float32 copies, activations by cause, peak.
+    """Predict the memory of one training step: weights, gradients, optimizer states, float32 copies, activations by
+    cause, peak.
 
     model: a built model, which is not touched, or a name of the zoo with the keywords of `effzoo.build` in `choices`
-    (`plan("longformer", "lora", batch=2, length=4096, layers=24)`); nothing of its size is allocated. The task of a name is
-    "causal_lm" for decoders and "classification" for others unless given. peft: a spec to attach; None trains what is trainable now: all of
-    a name's parameters, or a model's own adapters. batch, length: of the inputs, every position a token; inputs: instead of these two, the
-    keywords of a real call, whose integers count (padding, global tokens, labels). dtype: of weights and activations, the
-    model's own when None. recompute: what is computed again for the backward pass, as in `finetune`,
-    which also leaves out of the last block what no head reads; None leaves the model as it is. checkpointing: True is recompute="blocks".
+        (`plan("longformer", "lora", batch=2, length=4096, layers=24)`); nothing of its size is allocated. The task
+        of a name is "causal_lm" for decoders and "classification" for others unless given.
+    peft: a spec to attach; None trains what is trainable now: all of a name's parameters, or a model's own adapters.
+    batch, length: of the inputs, every position a token; inputs: instead of these two, the keywords of a real call,
+        whose integers count (padding, global tokens, labels).
+    dtype: of weights and activations, the model's own when None.
+    recompute: what is computed again for the backward pass, as in `finetune`, which also leaves out of the last
+        block what no head reads; None leaves the model as it is.
+    checkpointing: True is recompute="blocks".
 
-    precision: what half dtypes mean. Adapters are held in float32 (`attach`), with their gradients and states, in all of them.
-        plain      everything in dtype: weights, gradients, optimizer states, activations.
-        autocast   torch.autocast: weights, gradients and states stay float32, operations run in dtype (bfloat16 when None), and
+    precision: what half dtypes mean. Adapters are held in float32 (`attach`), with their gradients and states, in all
+        of them. plain      everything in dtype: weights, gradients, optimizer states, activations.
+        autocast   torch.autocast: weights, gradients and states stay float32, operations run in dtype (bfloat16 when
+        None), and
                    the half copies of weights that they are given are kept for the backward pass like activations.
-        master     weights, gradients and activations in dtype (bfloat16 when None), a float32 copy of every trainable half weight, float32 states.
+        master     weights, gradients and activations in dtype (bfloat16 when None), a float32 copy of every trainable
+        half weight, float32 states.
 
-    optimizer: adamw, adam (2 numbers per trained parameter), momentum (1), sgd (0), adafactor (a row and a column of each matrix). Scalars such as
-    step counters do not count.
+    optimizer: adamw, adam (2 numbers per trained parameter), momentum (1), sgd (0), adafactor (a row and a column of
+        each matrix). Scalars such as step counters do not count.
 
-    backend: what computes attention, as in `build`; None leaves the model as it is. device: "cpu" or "cuda", for which backends are chosen, fused
-    dropout keeps a mask of 1 byte where the CPU keeps numbers of dtype, and global tokens take the room that there is for them; None: where a
-    built model is, the CPU for a name. No card is needed; without one, it is taken to be of compute capability 9.0.
+    backend: what computes attention, as in `build`; None leaves the model as it is.
+    device: "cpu" or "cuda", for which backends are chosen, fused dropout keeps a mask of 1 byte where the CPU keeps
+        numbers of dtype, and global tokens take the room that there is for them; None: where a built model is, the
+        CPU for a name. No card is needed; without one, it is taken to be of compute capability 9.0.
 
-    The activations are those of the code that runs: forward and backward are executed on tensors that have shapes and no memory, in training
-    mode with dropout. What is counted: the storages that autograd saves, each once and whole, without parameters, buffers and inputs, which is what
-    `torch.autograd.graph.saved_tensors_hooks` sees in a real pass. Under checkpointing and in reversible models these are the tensors that remain;
+    The activations are those of the code that runs: forward and backward are executed on tensors that have shapes and
+    no memory, in training mode with dropout. What is counted: the storages that autograd saves, each once and whole,
+    without parameters, buffers and inputs, which is what
+    `torch.autograd.graph.saved_tensors_hooks` sees in a real pass. Under checkpointing and in reversible models these
+        are the tensors that remain;
     `peak` holds what computing again adds.
 
     Raises OptionError, InputError, IncompatibleError, UnknownNameError, and what `build` and `attach` raise.
@@ -132,12 +141,17 @@ def _dtype(given: torch.dtype | str | None, precision: str) -> torch.dtype | Non
 def _device(model: nn.Module | str, device: str | None, precision: str) -> str:
     """The kind of device that is planned for."""
     if device is None:
-        device = "cpu" if isinstance(model, str) else next((p.device.type for p in model.parameters() if p.device.type == "cuda"), "cpu")
+        device = (
+            "cpu"
+            if isinstance(model, str)
+            else next((p.device.type for p in model.parameters() if p.device.type == "cuda"), "cpu")
+        )
     if device not in ("cpu", "cuda"):
         raise OptionError(f"plan knows the devices 'cpu' and 'cuda', got {device!r}")
     if device == "cuda" and precision == "autocast":
         raise IncompatibleError(
-            "autocast on CUDA computes other operations in float32 than on the CPU, and a plan has no CUDA operators; plan precision='master' or "
+            "autocast on CUDA computes other operations in float32 than on the CPU, and a plan has no CUDA "
+            "operators; plan precision='master' or "
             "'plain' there, or device='cpu'"
         )
     return device
@@ -149,17 +163,23 @@ def _set_backend(model: nn.Module, backend: str) -> None:
             core.context = dataclasses.replace(core.context, backend=backends.known(backend))
 
 
-def _stand_in(model: nn.Module | str, peft: Any, choices: dict[str, Any], shadows: Shadows, dtype: torch.dtype | None) -> nn.Module:
+def _stand_in(
+    model: nn.Module | str, peft: Any, choices: dict[str, Any], shadows: Shadows, dtype: torch.dtype | None
+) -> nn.Module:
     """The model with its adapters, of tensors without memory, in training mode."""
     if not isinstance(model, (str, nn.Module)):
         raise OptionError(f"plan takes a model or the name of one, got {type(model).__name__}")
     if isinstance(model, nn.Module) and choices:
         raise OptionError(
-            f"a built model has its sizes already, so {', '.join(sorted(choices))} mean nothing; give the model's name, or leave them out"
+            f"a built model has its sizes already, so {', '.join(sorted(choices))} mean nothing; give the model's "
+            "name, or leave them out"
         )
     adapter_dtype = None
     if peft is not None:  # attached below, so `build` has no use for its dtype
-        adapter_dtype, choices = choices.get("adapter_dtype"), {key: value for key, value in choices.items() if key != "adapter_dtype"}
+        adapter_dtype, choices = (
+            choices.get("adapter_dtype"),
+            {key: value for key, value in choices.items() if key != "adapter_dtype"},
+        )
     try:
         with torch.device("meta"):
             if isinstance(model, str):
@@ -173,7 +193,8 @@ def _stand_in(model: nn.Module | str, peft: Any, choices: dict[str, Any], shadow
         raise
     except (NotImplementedError, RuntimeError) as error:  # what torch raises when a value is asked of the meta device
         raise IncompatibleError(
-            f"{'the model' if peft is None else repr(peft)} computes with the values of weights when it is made ({error}), and a plan has none; "
+            f"{'the model' if peft is None else repr(peft)} computes with the values of weights when it is made "
+            f"({error}), and a plan has none; "
             "make it for real and plan that"
         ) from error
     with shadows:
@@ -203,7 +224,9 @@ def _set_recompute(model: nn.Module, level: Level) -> None:
     spare(model, level)
 
 
-def _inputs(model: nn.Module, batch: int, length: int | None, inputs: Mapping[str, Tensor] | None, shadows: Shadows) -> dict[str, Any]:
+def _inputs(
+    model: nn.Module, batch: int, length: int | None, inputs: Mapping[str, Tensor] | None, shadows: Shadows
+) -> dict[str, Any]:
     """The keywords of one call: integers with values, floating-point tensors without."""
     if inputs is not None:
         if length is not None:
@@ -211,7 +234,10 @@ def _inputs(model: nn.Module, batch: int, length: int | None, inputs: Mapping[st
         return {name: _given(x, shadows) if isinstance(x, Tensor) else x for name, x in inputs.items()}
     config: Any = getattr(model, "config", None)
     if config is None:
-        raise OptionError(f"{type(model).__name__} is no model of the zoo, so its inputs are not known; give them: plan(model, inputs={{...}})")
+        raise OptionError(
+            f"{type(model).__name__} is no model of the zoo, so its inputs are not known; give them: "
+            f"plan(model, inputs={{...}})"
+        )
     if length is None:
         raise OptionError("plan needs the length of the sequences, such as length=512")
     if batch < 1 or length < 1:
@@ -238,7 +264,10 @@ def _sequence(model: nn.Module, config: Any, batch: int, length: int, shadows: S
     assert isinstance(config, PerceiverConfig)
     shape = config.grid if len(config.grid) > 1 else (length,)
     if math.prod(shape) != length:
-        raise InputError(f"{config.name} reads a grid of {' x '.join(map(str, shape))}, which is length={math.prod(shape)}, got length={length}")
+        raise InputError(
+            f"{config.name} reads a grid of {' x '.join(map(str, shape))}, which is "
+            f"length={math.prod(shape)}, got length={length}"
+        )
     kind = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return {"inputs_embeds": shadows.stand_in(torch.empty(batch, *shape, config.channels, dtype=kind, device="meta"))}
 
@@ -248,7 +277,9 @@ def _stored(tensors: Iterable[Tensor]) -> int:
     return sum({key(tensor): size(tensor) for tensor in tensors}.values())
 
 
-def _title(model: nn.Module, given: Any, inputs: Mapping[str, Any], dtype: torch.dtype | None, precision: str, optimizer: str) -> str:
+def _title(
+    model: nn.Module, given: Any, inputs: Mapping[str, Any], dtype: torch.dtype | None, precision: str, optimizer: str
+) -> str:
     name = given if isinstance(given, str) else getattr(getattr(model, "config", None), "name", type(model).__name__)
     adapters = " | ".join(attached(model)[name].spec for name in acting(model)) or "no adapter"
     shape = next((x.shape for x in inputs.values() if isinstance(x, Tensor)), ())

@@ -14,12 +14,17 @@ MIB = 2**20
 class Plan:
     """Memory of one training step, in bytes.
 
-    weights: parameters and buffers. gradients: of the trainable parameters. optimizer: its states. master: float32 copies of trainable half
-    weights. activations: what autograd keeps from the forward to the backward pass, by cause: which site or kind of operation saved
-    it; what several saved is listed once, under all their names, `attn.q + attn.k + attn.v`. total: the sum of these.
-    peak: the most that lives at any moment of forward and backward: weights, optimizer and master, and of activations, gradients and
-    temporary results what lives then; blocks that are computed again, with all that they save then, included. The optimizer's step and
-    what a kernel allocates inside and frees before it returns are left out.
+    weights: parameters and buffers.
+    gradients: of the trainable parameters.
+    optimizer: its states.
+    master: float32 copies of trainable half weights.
+    activations: what autograd keeps from the forward to the backward pass, by cause: which site or kind of operation
+        saved it; what several saved is listed once, under all their names, `attn.q + attn.k + attn.v`. total: the
+        sum of these.
+    peak: the most that lives at any moment of forward and backward: weights, optimizer and master, and of
+        activations, gradients and temporary results what lives then; blocks that are computed again, with all that
+        they save then, included. The optimizer's step and what a kernel allocates inside and frees before it returns
+        are left out.
     """
 
     title: str
@@ -45,8 +50,8 @@ class Plan:
     def parts(self) -> dict[str, int]:
         """The parts in the order of the table."""
         return {
-            "weights": self.weights, "gradients": self.gradients, "optimizer states": self.optimizer, "float32 copies": self.master,
-            "activations": self.kept,
+            "weights": self.weights, "gradients": self.gradients, "optimizer states": self.optimizer,
+            "float32 copies": self.master, "activations": self.kept,
         }  # fmt: skip
 
     def rows(self, smallest: float = 0.001) -> list[tuple[str, int]]:
@@ -56,11 +61,23 @@ class Plan:
         if few:
             shown.append((f"{few} smaller", self.kept - sum(nbytes for _, nbytes in shown)))
         rows = [row for row in self.parts().items() if row[1] or row[0] != "float32 copies"]
-        return [*rows, *((f"  {cause}", nbytes) for cause, nbytes in shown), ("total", self.total), ("peak in the step", self.peak)]
+        return [
+            *rows,
+            *((f"  {cause}", nbytes) for cause, nbytes in shown),
+            ("total", self.total),
+            ("peak in the step", self.peak),
+        ]
 
     def __str__(self) -> str:
         rows = self.rows()
         width = max(len(name) for name, _ in rows)
-        lines = [self.title, f"{self.trainable:,} of {self.parameters:,} parameters are trained", "", f"{'':{width}}  {'MiB':>12}  {'%':>5}"]
-        lines += [f"{name:{width}}  {nbytes / MIB:12,.2f}  {100 * nbytes / max(self.total, 1):5.1f}" for name, nbytes in rows]
+        lines = [
+            self.title,
+            f"{self.trainable:,} of {self.parameters:,} parameters are trained",
+            "",
+            f"{'':{width}}  {'MiB':>12}  {'%':>5}",
+        ]
+        lines += [
+            f"{name:{width}}  {nbytes / MIB:12,.2f}  {100 * nbytes / max(self.total, 1):5.1f}" for name, nbytes in rows
+        ]
         return "\n".join(lines)

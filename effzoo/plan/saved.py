@@ -21,9 +21,10 @@ from effzoo.sites import Mixture, PeftModule, SideNetwork, Site, opens, sites
 
 HALF_COPIES = "half copies of weights"
 _PLACES = {  # modules that are no site, by what their own operations save
-    "Attention": "attn heads", "Block": "residual", "Embeddings": "embeddings", "FeedForward": "mlp activation", "Features": "head",
-    "Experts": "routing",
-    "Classification": "head", "TokenClassification": "head", "LanguageModel": "head", "Transformer": "streams", "Perceiver": "latents",
+    "Attention": "attn heads", "Block": "residual", "Embeddings": "embeddings", "FeedForward": "mlp activation",
+    "Features": "head", "Experts": "routing",
+    "Classification": "head", "TokenClassification": "head", "LanguageModel": "head", "Transformer": "streams",
+    "Perceiver": "latents",
 }  # fmt: skip
 _LOSSES = {"cross_entropy", "mse_loss", "binary_cross_entropy_with_logits", "nll_loss", "log_softmax"}
 _DROPOUTS = {"dropout", "dropout_", "feature_dropout", "alpha_dropout", "native_dropout"}
@@ -32,7 +33,8 @@ _HOOKS = ("weight", "bias", "before", "after", "prompt", "memory")
 
 @dataclass
 class Saved:
-    """One storage that is kept for the backward pass: its bytes, who saved it (in order), and how many autograd nodes hold it."""
+    """One storage that is kept for the backward pass: its bytes, who saved it (in order), and how many autograd nodes
+    hold it."""
 
     bytes: int
     causes: dict[str, None] = field(default_factory=dict)
@@ -51,7 +53,8 @@ class _Held:
 
     def __init__(self, record: Record, tensor: Tensor):
         self.record, self.tensor = record, tensor.detach()  # a result that knows its graph would keep it alive
-        self.storage = tensor.untyped_storage()  # of a tensor that lost its values, `detach` is another one; its own must not be given away
+        # of a tensor that lost its values, `detach` is another one; its own must not be given away
+        self.storage = tensor.untyped_storage()
         record.hold(tensor)
 
     def __del__(self) -> None:
@@ -61,8 +64,9 @@ class _Held:
 class Record(TorchFunctionMode):
     """Storages that autograd holds, without those in `excluded` (parameters, buffers, inputs).
 
-    Inside the `with` block a storage counts once, whole, from the first node that saves it or a view of it until the last one is gone. What modules
-    keep beside the graph does not count: a checkpoint's or a reversible block's random states, the integers of `Mask.decide`.
+    Inside the `with` block a storage counts once, whole, from the first node that saves it or a view of it until the
+    last one is gone. What modules keep beside the graph does not count: a checkpoint's or a reversible block's random
+    states, the integers of `Mask.decide`.
     """
 
     def __init__(self, excluded: Iterable[Tensor] = (), half_copies: Container[int] = ()):
@@ -84,10 +88,16 @@ class Record(TorchFunctionMode):
         self._stack.close()
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         self.operations.append(getattr(func, "__name__", ""))
         try:
-            out = _fused(*args, **(kwargs or {})) if func is F.dropout and kind_of(args[0]) == "cuda" else func(*args, **(kwargs or {}))
+            out = (
+                _fused(*args, **(kwargs or {}))
+                if func is F.dropout and kind_of(args[0]) == "cuda"
+                else func(*args, **(kwargs or {}))
+            )
         finally:
             self.operations.pop()
         return out
@@ -110,7 +120,11 @@ class Record(TorchFunctionMode):
 
     def _cause(self, place: str) -> str:
         if _DROPOUTS.intersection(self.operations):
-            return "dropout masks" if place in ("dropout masks", "residual", "embeddings", "head") else f"{place} dropout masks"
+            return (
+                "dropout masks"
+                if place in ("dropout masks", "residual", "embeddings", "head")
+                else (f"{place} dropout masks")
+            )
         return "loss" if _LOSSES.intersection(self.operations) else place
 
     @contextmanager
@@ -125,7 +139,8 @@ class Record(TorchFunctionMode):
             self.places.pop()
 
     def follow(self, model: nn.Module) -> None:
-        """Make every module of a model, and every hook of what is hung on its sites, say when it works. The model is a copy of ours."""
+        """Make every module of a model, and every hook of what is hung on its sites, say when it works. The model is a
+        copy of ours."""
         for path, module in model.named_modules():
             if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and ".adapters." not in f".{path}":
                 module.forward = self._told(module.forward, _place(module), path)

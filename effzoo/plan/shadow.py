@@ -1,7 +1,8 @@
 """Running code for its shapes: weights and activations without memory, masks and positions with their values.
 
-Inside `Shadows` weights are fake tensors of torch, and so is what is computed from them: shape, strides, dtype and storage identity as on the CPU,
-but no memory. What follows from the inputs alone (ids, masks, positions) is computed for real up to a size, because models branch on
+Inside `Shadows` weights are fake tensors of torch, and so is what is computed from them: shape, strides, dtype and
+storage identity as on the CPU, but no memory. What follows from the inputs alone (ids, masks, positions) is computed
+for real up to a size, because models branch on
 it: is anything padded? how many tokens are global? A branch on a value that is not known is an error, never a guess.
 """
 
@@ -76,25 +77,35 @@ class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.meter: Meter | None = None
         self.weights: set[int] = set()  # storages of parameters
         self.half_copies: dict[int, weakref.ref[Any]] = {}  # storages that were cast from them
-        self._overwritten: dict[int, weakref.ref[Any]] = {}  # real storages into which something fake was written: their values are lost
+        # real storages into which something fake was written: their values are lost
+        self._overwritten: dict[int, weakref.ref[Any]] = {}
         self._twins: dict[int, weakref.ref[Any]] = {}  # fake storages that stand for those
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         given = _tensors((args, kwargs))
         out = self._known(func, args, kwargs) if all(map(self._has_value, given)) else self._shapes(func, args, kwargs)
         for tensor in _tensors(out) if self.meter is not None else ():
             if key(tensor) not in self._twins:
                 self.meter.see(tensor)  # type: ignore[union-attr]
-        if func is torch.ops.aten._to_copy.default and key(given[0]) in self.weights and out.element_size() < given[0].element_size():
+        if (
+            func is torch.ops.aten._to_copy.default
+            and key(given[0]) in self.weights
+            and out.element_size() < given[0].element_size()
+        ):
             _remember(out, self.half_copies)
         return out
 
     def _has_value(self, tensor: Tensor) -> bool:
-        return not isinstance(tensor, FakeTensor) and tensor.device.type != "meta" and key(tensor) not in self._overwritten
+        return (
+            not isinstance(tensor, FakeTensor) and tensor.device.type != "meta" and key(tensor) not in self._overwritten
+        )
 
     def _shapes(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation on fakes; a known mask that selects from a fake is turned into indices, whose number is then known."""
+        """Run an operation on fakes; a known mask that selects from a fake is turned into indices, whose number is then
+        known."""
         if func is torch.ops.aten.index.Tensor:
             args = (args[0], [index for mask in args[1] for index in self._as_indices(mask)])
         for position, argument in enumerate(func._schema.arguments):
@@ -105,8 +116,13 @@ class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args, kwargs = pytree.tree_map_only(Tensor, self._twin, (args, kwargs))
         with self.fake:
             out = func(*args, **kwargs)
-            if func is torch.ops.aten.native_layer_norm.default:  # as the kernels give them; torch's shapes for the CPU say the input's
-                wide = torch.promote_types(args[0].dtype, torch.float32) if kind_of(args[0]) == "cuda" else args[0 if args[2] is None else 2].dtype
+            # as the kernels give them; torch's shapes for the CPU say the input's
+            if func is torch.ops.aten.native_layer_norm.default:
+                wide = (
+                    torch.promote_types(args[0].dtype, torch.float32)
+                    if kind_of(args[0]) == "cuda"
+                    else args[0 if args[2] is None else 2].dtype
+                )
                 out = (out[0], *(statistic.to(wide) for statistic in out[1:]))
             return out
 
@@ -124,7 +140,11 @@ class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _known(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation whose inputs, if any, have values: for real, unless something large comes out."""
         writes = any(map(_writes, func._schema.arguments))
-        if not writes and not any(tag in func.tags for tag in _BY_VALUE) and func is not torch.ops.aten.lift_fresh.default:
+        if (
+            not writes
+            and not any(tag in func.tags for tag in _BY_VALUE)
+            and func is not torch.ops.aten.lift_fresh.default
+        ):
             with self.fake:
                 shapes = func(*args, **kwargs)
             if not all(map(_small, _tensors(shapes))):
@@ -132,17 +152,26 @@ class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
     def stand_in(self, tensor: Tensor, dtype: torch.dtype | None = None, device: str = "cpu") -> Tensor:
-        """A tensor without memory of the same shape and strides, in another floating-point dtype if asked; a Parameter for a Parameter.
+        """A tensor without memory of the same shape and strides, in another floating-point dtype if asked; a Parameter
+        for a Parameter.
 
-        On the device "cpu" a fake one, on "meta" one of torch's own, which modules take as they take any other when they are built.
+        On the device "cpu" a fake one, on "meta" one of torch's own, which modules take as they take any other when
+        they are built.
         """
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         with nullcontext() if device == "meta" else self.fake:
             made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device=device)
         return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
-    def copied(self, model: M, dtype: torch.dtype | None = None, device: str = "cpu", kinds: Mapping[int, torch.dtype] = MappingProxyType({})) -> M:
-        """A copy of a model whose parameters and floating-point buffers are stand-ins; small integer buffers keep their values, on the CPU.
+    def copied(
+        self,
+        model: M,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        kinds: Mapping[int, torch.dtype] = MappingProxyType({}),
+    ) -> M:
+        """A copy of a model whose parameters and floating-point buffers are stand-ins; small integer buffers keep their
+        values, on the CPU.
 
         dtype: of the floating-point ones, but for those that `kinds` names by their id.
         """

@@ -17,11 +17,14 @@ from effzoo.plan.saved import Record, Saved
 from effzoo.plan.shadow import Meter, Shadows, key
 
 
-def step(model: nn.Module, inputs: Mapping[str, Any], shadows: Shadows, autocast: torch.dtype | None = None) -> tuple[list[Saved], int]:
-    """Forward and backward of a model of stand-ins -> what was kept for the backward pass, and the peak without the weights.
+def step(
+    model: nn.Module, inputs: Mapping[str, Any], shadows: Shadows, autocast: torch.dtype | None = None
+) -> tuple[list[Saved], int]:
+    """Forward and backward of a model of stand-ins -> what was kept for the backward pass, and the peak without the
+    weights.
 
-    The loss is the model's own, or the sum of its outputs when it has none. Raises IncompatibleError when the code needs a value that
-    is not computed.
+    The loss is the model's own, or the sum of its outputs when it has none. Raises IncompatibleError when the code
+    needs a value that is not computed.
     """
     parameters, given = [*model.parameters(), *model.buffers()], [x for x in inputs.values() if isinstance(x, Tensor)]
     shadows.weights = {key(parameter) for parameter in model.parameters()}
@@ -41,7 +44,8 @@ def step(model: nn.Module, inputs: Mapping[str, Any], shadows: Shadows, autocast
                 loss.backward()  # type: ignore[no-untyped-call]
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise IncompatibleError(
-            f"this model cannot be planned: {record.failed or type(model).__name__} decides by the values of activations or weights ({error}), and a "
+            f"this model cannot be planned: {record.failed or type(model).__name__} decides by the values of "
+            f"activations or weights ({error}), and a "
             "plan computes none; give it a path whose shapes do not depend on them"
         ) from error
     finally:
@@ -54,5 +58,9 @@ def _loss(output: Any) -> Tensor | None:
     loss = output.get("loss") if isinstance(output, dict) else None
     if loss is not None:
         return loss if loss.requires_grad else None
-    found = [x for x in pytree.tree_leaves(dict(output) if isinstance(output, dict) else output) if isinstance(x, Tensor) and x.requires_grad]
+    found = [
+        x
+        for x in pytree.tree_leaves(dict(output) if isinstance(output, dict) else output)
+        if isinstance(x, Tensor) and x.requires_grad
+    ]
     return sum(x.sum() for x in found) if found else None  # type: ignore[return-value]

@@ -1,4 +1,5 @@
-"""A frozen base in 8 or 4 bits: codes of a matrix (`codes`), the site that multiplies with them (`linear`), and a whole model (`model`)."""
+"""A frozen base in 8 or 4 bits: codes of a matrix (`codes`), the site that multiplies with them (`linear`), and a whole
+model (`model`)."""
 
 from functools import partial
 

@@ -17,12 +17,15 @@ from effzoo.sites.site import Inputs
 
 
 class QuantisedLinear(Linear):
-    """y = x W^T + b with W = `decoded(codes, scales)`, [..., in] -> [..., out]; nothing of W is trained, and none of its gradients is computed.
+    """y = x W^T + b with W = `decoded(codes, scales)`, [..., in] -> [..., out]; nothing of W is trained, and none of
+    its gradients is computed.
 
     W is dense while one product runs, forward or backward, and is not kept in between. Methods that change the weight
-    (DoRA, masks, diff pruning) are given W; what they make of it is dense, and kept for the backward pass as in any other layer.
+    (DoRA, masks, diff pruning) are given W; what they make of it is dense, and kept for the backward pass as in any
+    other layer.
 
-    `QuantisedLinear.made_of(site, bits)` turns a Linear into one in place, so that whoever holds the site goes on holding it.
+    `QuantisedLinear.made_of(site, bits)` turns a Linear into one in place, so that whoever holds the site goes on
+        holding it.
     """
 
     codes: Tensor
@@ -49,7 +52,8 @@ class QuantisedLinear(Linear):
         site.__class__ = Linear
         bias = site._parameters.pop("bias")
         site.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-        site.register_parameter("bias", bias)  # behind the weight, as ever: methods that number a site's entries go by this order
+        # behind the weight, as ever: methods that number a site's entries go by this order
+        site.register_parameter("bias", bias)
         return site
 
     def numbers(self) -> Tensor:
@@ -100,7 +104,9 @@ class _Times(torch.autograd.Function):
     generate_vmap_rule = True  # adapters chosen by row map over this
 
     @staticmethod
-    def forward(x: Tensor, bias: Tensor | None, codes: Tensor, scales: Tensor, shape: tuple[int, int], bits: int) -> Tensor:
+    def forward(
+        x: Tensor, bias: Tensor | None, codes: Tensor, scales: Tensor, shape: tuple[int, int], bits: int
+    ) -> Tensor:
         weight = decoded(codes, scales, torch.Size(shape), bits)
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 

@@ -1,4 +1,5 @@
-"""The weight of a quantised site as a tensor that others read: it has a shape and a dtype, and takes memory only while it is computed with."""
+"""The weight of a quantised site as a tensor that others read: it has a shape and a dtype, and takes memory only while
+it is computed with."""
 
 from __future__ import annotations
 
@@ -12,15 +13,18 @@ from torch.utils import _pytree as pytree
 from effzoo.errors import AdapterError
 
 _REFUSAL = (
-    "this weight is quantised, and rounding a small change to its few codes would lose most of it, so nothing is merged into it; keep the adapter "
+    "this weight is quantised, and rounding a small change to its few codes would lose most of it, so nothing is "
+    "merged into it; keep the adapter "
     "attached, or call effzoo.dequantise(model) first"
 )
 
 
 class Decoded(Tensor):
-    """A weight that is decoded anew by each operation on it, which gives plain tensors. One object per site, so that it can be known by its identity.
+    """A weight that is decoded anew by each operation on it, which gives plain tensors. One object per site, so that it
+    can be known by its identity.
 
-    Writing to it raises AdapterError, and so does `double()`: that is how `merge` begins, which so refuses before it writes anywhere else.
+    Writing to it raises AdapterError, and so does `double()`: that is how `merge` begins, which so refuses before it
+    writes anywhere else.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -33,7 +37,9 @@ class Decoded(Tensor):
         if known is not None and (known.dtype, known.device) == (site.scales.dtype, site.scales.device):
             return known
         shape = (site.out_features, site.in_features)
-        made: Decoded = Tensor._make_wrapper_subclass(Decoded, shape, dtype=site.scales.dtype, device=site.scales.device)
+        made: Decoded = Tensor._make_wrapper_subclass(
+            Decoded, shape, dtype=site.scales.dtype, device=site.scales.device
+        )
         made.site = weakref.ref(site)
         _known[site] = made
         return made
@@ -51,7 +57,8 @@ class Decoded(Tensor):
     def requires_grad_(self, requires_grad: bool = True) -> Decoded:
         if requires_grad:
             raise AdapterError(
-                "this weight is quantised and has no gradient; a method that chooses by gradients of the base (fish) needs a dense base"
+                "this weight is quantised and has no gradient; a method that chooses by gradients of the base (fish) "
+                "needs a dense base"
             )
         return self
 

@@ -1,6 +1,8 @@
-"""Routers: which experts a token sees, whether the experts are fine-tuning modules (`peft="routed"`) or feed-forwards (`experts=8`).
+"""Routers: which experts a token sees, whether the experts are fine-tuning modules (`peft="routed"`) or feed-forwards
+(`experts=8`).
 
-`router.py` is the contract, the others are on the registry: `effzoo.routing.names()`. `losses.py` balances, `watch.py` shows how experts are used.
+`router.py` is the contract, the others are on the registry: `effzoo.routing.names()`. `losses.py` balances, `watch.py`
+    shows how experts are used.
 """
 
 from effzoo.annotations import check_arguments
@@ -11,7 +13,8 @@ from effzoo.routing.losses import importance_loss, load_loss, switch_loss, z_los
 from effzoo.routing.router import Router, Routing, Scores
 from effzoo.routing.watch import Usage, Watch, usage, watch
 
-names, get, options, register, create, aliases = (_view.names, _view.get, _view.options, _view.register, _view.create, _view.aliases)
+names, get, options, register, create = _view.names, _view.get, _view.options, _view.register, _view.create
+aliases = _view.aliases
 
 __all__ = [
     "Router",

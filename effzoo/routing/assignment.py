@@ -1,9 +1,10 @@
 """Balanced assignment: each token to one expert, the same number to each, so that the sum of their scores is largest.
 
-Experts have prices, and every token goes where its score less the price is largest. At the best prices each expert gets its share: the dual of this
-transportation problem, a minimum over as many numbers as there are experts. Softened, it is nearly solved in a few passes over all tokens; then what
-is over at an expert is moved to those that have room along the cheapest chains of moves, so that the result is exactly the best
-(successive shortest paths; Ahuja, Magnanti & Orlin 1993, Network Flows, section 9.7). Lewis et al. bid in an auction, which ends near the best.
+Experts have prices, and every token goes where its score less the price is largest. At the best prices each expert gets
+its share: the dual of this transportation problem, a minimum over as many numbers as there are experts. Softened, it is
+nearly solved in a few passes over all tokens; then what is over at an expert is moved to those that have room along the
+cheapest chains of moves, so that the result is exactly the best (successive shortest paths; Ahuja, Magnanti & Orlin
+1993, Network Flows, section 9.7). Lewis et al. bid in an auction, which ends near the best.
 """
 
 from __future__ import annotations
@@ -22,17 +23,23 @@ _STEPS = 20  # at each
 
 @torch.no_grad()
 def assign(scores: Tensor) -> Tensor:
-    """The expert of each token, integers [tokens], for scores [tokens, experts]; expert i takes tokens // experts, the first ones one more.
+    """The expert of each token, integers [tokens], for scores [tokens, experts]; expert i takes tokens // experts, the
+    first ones one more.
 
-    The sum of the scores is the largest possible one, up to the rounding of float64. Computed on the CPU. Raises InputError for scores that are not
-    finite.
+    The sum of the scores is the largest possible one, up to the rounding of float64. Computed on the CPU. Raises
+    InputError for scores that are not finite.
     """
     if scores.ndim != 2 or scores.is_complex():
-        raise InputError(f"scores are real numbers [tokens, experts], got {scores.dtype} of shape {tuple(scores.shape)}")
+        raise InputError(
+            f"scores are real numbers [tokens, experts], got {scores.dtype} of shape {tuple(scores.shape)}"
+        )
     tokens, experts = scores.shape
     exact = scores.double().cpu()
     if not bool(exact.isfinite().all()):
-        raise InputError("scores that are not finite cannot be assigned in equal shares; if this is a training run, it has diverged: lower its rate")
+        raise InputError(
+            "scores that are not finite cannot be assigned in equal shares; if this is a training run, "
+            "it has diverged: lower its rate"
+        )
     room = torch.full((experts,), tokens // experts)
     room[: tokens % experts] += 1
     usable = int((room > 0).sum())
@@ -43,7 +50,8 @@ def assign(scores: Tensor) -> Tensor:
 
 
 def _prices(scores: Tensor, room: Tensor) -> Tensor:
-    """Prices at which tokens that choose softly fill the room, at falling temperatures: log-sum-exp in place of the largest value."""
+    """Prices at which tokens that choose softly fill the room, at falling temperatures: log-sum-exp in place of the
+    largest value."""
     price = scores.new_zeros(len(room))
     spread = float(scores.max() - scores.min())
     wanted = room.double().log()
@@ -82,11 +90,14 @@ def _evened(scores: Tensor, room: Tensor, price: Tensor) -> Tensor:
 def _losses(scores: Tensor, owner: Tensor, expert: int) -> Tensor:
     """What is lost by moving a token of this expert to each other one, at least; infinite when it has none."""
     own = scores[owner == expert]
-    return (own[:, expert : expert + 1] - own).amin(dim=0) if len(own) else scores.new_full((scores.shape[1],), math.inf)
+    return (
+        (own[:, expert : expert + 1] - own).amin(dim=0) if len(own) else scores.new_full((scores.shape[1],), math.inf)
+    )
 
 
 def _cheapest(loss: list[list[float]], price: list[float], start: int, over: list[int]) -> list[int]:
-    """The experts along the cheapest chain of moves from `start` to one with room (Dijkstra); prices become those at which its moves cost nothing.
+    """The experts along the cheapest chain of moves from `start` to one with room (Dijkstra); prices become those at
+    which its moves cost nothing.
 
     loss[i][j] - price[i] + price[j] is at least 0 for the prices given and for those left behind.
     """

@@ -1,4 +1,5 @@
-"""Routing by the number of the task: fixed, or learned as a table of which task uses which skill (Ponti et al. 2022)."""
+"""Routing by the number of the task: fixed, or learned as a table of which task uses which skill (Ponti et al.
+2022)."""
 
 from __future__ import annotations
 
@@ -37,14 +38,23 @@ class Fixed(Router):
 class Skills(Router):
     """A learned table Z [tasks, experts]: which skills a task uses, as a soft or hard choice, divided by their number.
 
-    tasks: rows of the table. form "soft": weights sigmoid(Z_t) / sum, with the relaxed Bernoulli's noise in training; "hard": each skill on or off
-    with the gradient of its relaxation. temperature: of the relaxation. The table starts near 0, so that all tasks share all skills.
+    tasks: rows of the table. form "soft": weights sigmoid(Z_t) / sum, with the relaxed Bernoulli's noise in
+        training; "hard": each skill on or off with the gradient of its relaxation.
+    temperature: of the relaxation. The table starts near 0, so that all tasks share all skills.
     """
 
     paper = "Ponti et al. 2022, Combining modular skills in multitask learning, arXiv:2202.13914, section 3"
     reads = "tasks"
 
-    def __init__(self, dim: int, experts: int, *, tasks: Count, form: Literal["soft", "hard"] = "soft", temperature: Positive = 1.0):
+    def __init__(
+        self,
+        dim: int,
+        experts: int,
+        *,
+        tasks: Count,
+        form: Literal["soft", "hard"] = "soft",
+        temperature: Positive = 1.0,
+    ):
         super().__init__(dim, experts)
         self.form, self.temperature = form, temperature
         self.dense, self.straight_through = form == "soft", form == "hard"
@@ -60,7 +70,8 @@ class Skills(Router):
 
 def checked_tasks(x: Tensor, tasks: int, what: str) -> Tensor:
     """Numbers of tasks that exist; InputError for others."""
-    wanted, fine = f"task_ids are integers from 0 to {tasks - 1}, one for each of the {tasks} {what}", ((x >= 0) & (x < tasks)).all()
+    wanted = f"task_ids are integers from 0 to {tasks - 1}, one for each of the {tasks} {what}"
+    fine = ((x >= 0) & (x < tasks)).all()
     if x.is_floating_point() or x.ndim != 1 or (at_hand(x) and not bool(fine)):
         raise InputError(f"{wanted}, got {sorted(set(x.flatten().tolist()))[:8]}")
     return known(x, fine, wanted)

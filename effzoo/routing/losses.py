@@ -12,22 +12,27 @@ from effzoo.errors import InputError
 
 
 def importance_loss(weights: Tensor) -> Tensor:
-    """CV(I)^2 of the importance I_i = sum over tokens of the weights [tokens, experts] (Shazeer et al. 2017, arXiv:1701.06538, equations 6 and 7)."""
+    """CV(I)^2 of the importance I_i = sum over tokens of the weights [tokens, experts] (Shazeer et al. 2017,
+    arXiv:1701.06538, equations 6 and 7)."""
     _check_alike(weights=weights)
     return squared_variation(weights.sum(dim=0))
 
 
 def load_loss(clean: Tensor, noisy: Tensor, deviation: Tensor, k: Count) -> Tensor:
-    """CV(L)^2 of the smooth load L_i, the expected number of tokens that expert i gets if the noise on it is drawn again (appendix A there).
+    """CV(L)^2 of the smooth load L_i, the expected number of tokens that expert i gets if the noise on it is drawn
+    again (appendix A there).
 
         P(x, i) = Phi((clean_i - kth(noisy without i, k)) / deviation_i),   L_i = sum over tokens of P(x, i)
 
-    clean, noisy, deviation [tokens, experts]: scores without and with noise, and the noise's standard deviation. k: how many are kept, fewer than
-    there are experts. A deviation below the epsilon of its dtype counts as that, so that gradients stay finite.
+    clean, noisy, deviation [tokens, experts]: scores without and with noise, and the noise's standard deviation.
+    k: how many are kept, fewer than there are experts. A deviation below the epsilon of its dtype counts as that, so
+        that gradients stay finite.
     """
     _check_alike(clean=clean, noisy=noisy, deviation=deviation)
     if k >= noisy.shape[-1]:
-        raise InputError(f"k is below the number of experts, {noisy.shape[-1]}, got {k}; with all experts kept their load is even")
+        raise InputError(
+            f"k is below the number of experts, {noisy.shape[-1]}, got {k}; with all experts kept their load is even"
+        )
     top = noisy.topk(k + 1, dim=-1).values
     inside = noisy >= top[:, k - 1 : k]
     threshold = torch.where(inside, top[:, k : k + 1], top[:, k - 1 : k])  # the k-th largest of the others
@@ -52,9 +57,11 @@ def squared_variation(values: Tensor) -> Tensor:
 
 
 def switch_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
-    """N sum_i f_i P_i: f_i the share of tokens whose choice is i, P_i the mean probability of i (Fedus et al. 2021, arXiv:2101.03961, equation 4).
+    """N sum_i f_i P_i: f_i the share of tokens whose choice is i, P_i the mean probability of i (Fedus et al. 2021,
+    arXiv:2101.03961, equation 4).
 
-    1 where both are uniform, its least value for f = P; up to N where one expert has all. chosen bool[tokens, experts] has no gradient.
+    1 where both are uniform, its least value for f = P; up to N where one expert has all. chosen bool[tokens, experts]
+    has no gradient.
     """
     _check_alike(probabilities=probabilities, chosen=chosen)
     experts = probabilities.shape[-1]
@@ -62,5 +69,6 @@ def switch_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
 
 
 def z_loss(scores: Tensor) -> Tensor:
-    """The mean over tokens of logsumexp(scores)^2, which keeps scores small (Zoph et al. 2022, ST-MoE, arXiv:2202.08906, equation 5)."""
+    """The mean over tokens of logsumexp(scores)^2, which keeps scores small (Zoph et al. 2022, ST-MoE,
+    arXiv:2202.08906, equation 5)."""
     return scores.logsumexp(dim=-1).square().mean()

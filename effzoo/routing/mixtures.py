@@ -1,4 +1,5 @@
-"""Every expert sees every token (`uniform`, `soft`), or those that a learned choice with a gradient turns on (`gumbel`)."""
+"""Every expert sees every token (`uniform`, `soft`), or those that a learned choice with a gradient turns on
+(`gumbel`)."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ class Uniform(Router):
     dense = True
 
     def forward(self, x: Tensor) -> Routing:
-        weights = x.new_full((len(x), self.experts), 1 / self.experts, dtype=torch.promote_types(x.dtype, torch.float32))
+        weights = x.new_full(
+            (len(x), self.experts), 1 / self.experts, dtype=torch.promote_types(x.dtype, torch.float32)
+        )
         return Routing(weights, torch.ones_like(weights, dtype=torch.bool), weights)
 
 
@@ -44,18 +47,22 @@ class Soft(Router):
 
 @router.register("gumbel")
 class Gumbel(Router):
-    """A hard choice that learns: in training the scores get Gumbel noise, the forward pass takes the choice, the gradient that of the relaxation.
+    """A hard choice that learns: in training the scores get Gumbel noise, the forward pass takes the choice, the
+    gradient that of the relaxation.
 
-    form "softmax": one expert, with p = softmax((s + g) / temperature); the largest p is taken (Jang et al. 2017, arXiv:1611.01144, sections 2.1
-    and 2.2). form "sigmoid": each expert on or off by itself, p_i = sigmoid((s_i + l) / temperature) with logistic noise l (Maddison et al. 2017,
-    arXiv:1611.00712, appendix B), on above 1/2, and those that are on share the token equally; where none is, the likeliest is. Straight-through:
-    weights = choice + p - stop(p). Without noise in evaluation mode.
+    form "softmax": one expert, with p = softmax((s + g) / temperature); the largest p is taken (Jang et al. 2017,
+    arXiv:1611.01144, sections 2.1 and 2.2). form "sigmoid": each expert on or off by itself, p_i = sigmoid((s_i + l) /
+    temperature) with logistic noise l (Maddison et al. 2017, arXiv:1611.00712, appendix B), on above 1/2, and those
+    that are on share the token equally; where none is, the likeliest is. Straight-through: weights = choice + p -
+    stop(p). Without noise in evaluation mode.
     """
 
     paper = "Jang et al. 2017, Categorical reparameterization with Gumbel-softmax, arXiv:1611.01144, section 2.2"
     straight_through = True
 
-    def __init__(self, dim: int, experts: int, *, form: Literal["softmax", "sigmoid"] = "softmax", temperature: Positive = 1.0):
+    def __init__(
+        self, dim: int, experts: int, *, form: Literal["softmax", "sigmoid"] = "softmax", temperature: Positive = 1.0
+    ):
         super().__init__(dim, experts)
         self.form, self.temperature, self.scores = form, temperature, Scores(dim, experts)
 
@@ -77,4 +84,5 @@ def hard(scores: Tensor, form: str, temperature: float, noisy: bool) -> Routing:
         sent = (p > 0.5) | one_hot(p.argmax(dim=-1), p.shape[-1])
     share = sent.to(p) / sent.sum(dim=-1, keepdim=True)
     relaxed = p / p.sum(dim=-1, keepdim=True)
-    return Routing(share + (relaxed - relaxed.detach()), sent, relaxed)  # in this order the forward pass has the choice to the bit
+    # in this order the forward pass has the choice to the bit
+    return Routing(share + (relaxed - relaxed.detach()), sent, relaxed)

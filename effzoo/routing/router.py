@@ -1,7 +1,8 @@
 """The contract of a router: which experts see a token, and how much each counts.
 
-A router takes tokens [tokens, dim], or the number of the task of each [tokens], and gives a Routing. What a token is, is up to who asks: a
-position of a text, or an example in the mean over its positions. Options are keyword-only parameters of the constructor, as everywhere.
+A router takes tokens [tokens, dim], or the number of the task of each [tokens], and gives a Routing. What a token is,
+is up to who asks: a position of a text, or an example in the mean over its positions. Options are keyword-only
+parameters of the constructor, as everywhere.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from effzoo.errors import OptionError
 class Routing:
     """Where tokens go. With y_i(x) what expert i makes of a token, the token becomes sum_i weights_i y_i(x).
 
-    weights [tokens, experts]: 0 where a token is not sent. sent bool[tokens, experts]. probabilities [tokens, experts]: what the router thinks
-    before it chooses, rows that add up to 1 where they are probabilities. loss: what balances the experts, weighted; None when nothing does.
+    weights [tokens, experts]: 0 where a token is not sent. sent bool[tokens, experts].
+    probabilities [tokens, experts]: what the router thinks before it chooses, rows that add up to 1 where they are
+        probabilities.
+    loss: what balances the experts, weighted; None when nothing does.
     """
 
     weights: Tensor
@@ -41,9 +44,12 @@ class Routing:
 class Router(nn.Module, abc.ABC):
     """One way to choose experts.
 
-    reads: "tokens" or "tasks". dense: whether every expert sees every token. alone: whether the choice for a token depends, in evaluation mode, on no
-    other token, as a causal model needs. straight_through: whether weights that are 0 have a gradient, so that every expert must compute every token
-    for as long as there is one to learn. weighted: whether a loss is added in training.
+    reads: "tokens" or "tasks".
+    dense: whether every expert sees every token.
+    alone: whether the choice for a token depends, in evaluation mode, on no other token, as a causal model needs.
+    straight_through: whether weights that are 0 have a gradient, so that every expert must compute every token for
+        as long as there is one to learn.
+    weighted: whether a loss is added in training.
     """
 
     name: ClassVar[str]
@@ -72,7 +78,8 @@ class Router(nn.Module, abc.ABC):
 class Scores(nn.Module):
     """x W^T, a score of every expert for every token, [tokens, dim] -> [tokens, experts], in float32 or better.
 
-    In half precision the exponentials of near scores would round to each other (Fedus et al. 2021, arXiv:2101.03961, section 2.4).
+    In half precision the exponentials of near scores would round to each other (Fedus et al. 2021, arXiv:2101.03961,
+    section 2.4).
     """
 
     def __init__(self, dim: int, experts: int):
@@ -93,5 +100,6 @@ def one_hot(chosen: Tensor, experts: int) -> Tensor:
 
 
 def places(capacity: float, tokens: int, experts: int) -> int:
-    """How many tokens an expert takes at most: capacity times an equal share, rounded up (of 1.1 * 50 / 5 = 11.000000000000002 the 11)."""
+    """How many tokens an expert takes at most: capacity times an equal share, rounded up (of 1.1 * 50 / 5 =
+    11.000000000000002 the 11)."""
     return math.ceil(capacity * tokens / experts - 1e-9)

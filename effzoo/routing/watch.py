@@ -1,4 +1,5 @@
-"""How experts are used, as a time series: the share of each, the entropy, what was dropped, and whether the router has collapsed."""
+"""How experts are used, as a time series: the share of each, the entropy, what was dropped, and whether the router has
+collapsed."""
 
 from __future__ import annotations
 
@@ -20,9 +21,11 @@ _UNUSED = 0.1  # of an equal share
 class Usage:
     """What one router did with the tokens of one pass.
 
-    router: its path in the model. tokens. share [experts]: of the weight that each expert carries; adds up to 1. entropy: of the share, divided by
-    log(experts): 1 where all carry the same, 0 where one carries all. certainty: 1 less the mean entropy of a token's probabilities, likewise
-    divided. dropped: share of tokens that no expert took.
+    router: its path in the model. tokens.
+    share [experts]: of the weight that each expert carries; adds up to 1.
+    entropy: of the share, divided by log(experts): 1 where all carry the same, 0 where one carries all.
+    certainty: 1 less the mean entropy of a token's probabilities, likewise divided.
+    dropped: share of tokens that no expert took.
     """
 
     router: str
@@ -68,8 +71,8 @@ def usage(routing: Routing, router: str = "") -> Usage:
     scale = math.log(experts) if experts > 1 else 1.0
     tokens = len(weights)
     return Usage(
-        router, tokens, tuple(share.tolist()), entropy=float(_entropy(share)) / scale, certainty=1 - float(_entropy(p).mean()) / scale,
-        dropped=float(routing.dropped) / max(1, tokens),
+        router, tokens, tuple(share.tolist()), entropy=float(_entropy(share)) / scale,
+        certainty=1 - float(_entropy(p).mean()) / scale, dropped=float(routing.dropped) / max(1, tokens),
     )  # fmt: skip
 
 
@@ -81,7 +84,8 @@ def _entropy(p: Tensor) -> Tensor:
 def watch(model: nn.Module) -> Iterator[Watch]:
     """Record the usage of every router of a model while the `with` block lasts.
 
-    Left out: passes without tokens, and those in which the backward pass computes something again (gradient checkpointing).
+    Left out: passes without tokens, and those in which the backward pass computes something again (gradient
+    checkpointing).
     """
     found = Watch()
     hooks = []

@@ -1,11 +1,13 @@
 """Sites: the places of a model where a PEFT module can be hung.
 
-Everything with a weight is a site (Linear, LayerNorm, RMSNorm, Embedding, TiedLinear); two weightless Branch sites per block see what a
-sub-layer adds to the residual stream, and one MemorySite per attention layer holds extra keys and values (where keys are normalised, a Keys
-site sees them afterwards). A site is a thin subclass that owns an empty ModuleDict, so hanging a module on it renames no base key: new keys contain
+Everything with a weight is a site (Linear, LayerNorm, RMSNorm, Embedding, TiedLinear); two weightless Branch sites per
+block see what a sub-layer adds to the residual stream, and one MemorySite per attention layer holds extra keys and
+values (where keys are normalised, a Keys site sees them afterwards). A site is a thin subclass that owns an empty
+ModuleDict, so hanging a module on it renames no base key: new keys contain
 `.adapters.<adapter name>.<method name>.`.
 
-Which of them act, in which order and how, is no matter of a site: all sites of a model read it from one `Roster`, which `effzoo/peft/state.py` keeps.
+Which of them act, in which order and how, is no matter of a site: all sites of a model read it from one `Roster`, which
+`effzoo/peft/state.py` keeps.
 
 A module acts at a site by overriding a hook; `effzoo/sites/hooks.py` has them all.
 """
@@ -43,13 +45,14 @@ from effzoo.wrappers import Model, refuse_compiled, unwrap
 __all__ = [
     "NOWHERE", "Activity", "Acts", "Branch", "Conv2d", "Counted", "Embedding", "Growing", "HookContext", "Keys",
     "KeysValues", "LayerNorm", "Linear", "Memory", "MemorySite", "Mixture", "Model", "Norm", "OwnOutputs", "Packed",
-    "PeftModule", "Positionwise", "RMSNorm", "Roster", "Scaled", "Side", "SideNetwork", "Site", "TiedLinear", "calling", "has_scale",
-    "learn", "longer", "memories", "opens", "overruled", "own_outputs", "prompt_rows", "sites", "unwrap",
+    "PeftModule", "Positionwise", "RMSNorm", "Roster", "Scaled", "Side", "SideNetwork", "Site", "TiedLinear", "calling",
+    "has_scale", "learn", "longer", "memories", "opens", "overruled", "own_outputs", "prompt_rows", "sites", "unwrap",
 ]  # fmt: skip
 
 
 def sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
-    """Every site of a model with its dotted path; what is hung on a site is not looked into, and `torch.compile` and the like are seen through."""
+    """Every site of a model with its dotted path; what is hung on a site is not looked into, and `torch.compile` and
+    the like are seen through."""
     yield from _sites(unwrap(model), "", set())
 
 

@@ -20,10 +20,11 @@ def autocasts(x: Tensor) -> bool:
 
 @contextmanager
 def decoding() -> Iterator[None]:
-    """A few rows at a time pass through the model, without gradients: `linear` then reads its weights as fast as it can.
+    """A few rows at a time pass through the model, without gradients: `linear` then reads its weights as fast as it
+    can.
 
-    On a CPU that is oneDNN in float32 too, where torch takes it for narrower dtypes alone: half the time of MKL on some processors, and no more on
-    others. Elsewhere the same product is made with and without gradients, to the bit.
+    On a CPU that is oneDNN in float32 too, where torch takes it for narrower dtypes alone: half the time of MKL on some
+    processors, and no more on others. Elsewhere the same product is made with and without gradients, to the bit.
     """
     token = _decoding.set(torch._C._has_mkldnn and not torch.is_grad_enabled())
     try:
@@ -45,7 +46,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether oneDNN reads these rightly: float32 on a CPU, and dense in memory, without which it takes a wrong bias."""
+    """Whether oneDNN reads these rightly: float32 on a CPU, and dense in memory, without which it takes a wrong
+    bias."""
     tensors = (x, weight) if bias is None else (weight, bias)
-    ordinary = x.dtype == torch.float32 and x.device.type == "cpu" and all(type(each) in (Tensor, torch.nn.Parameter) for each in tensors)
+    ordinary = (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and all(type(each) in (Tensor, torch.nn.Parameter) for each in tensors)
+    )
     return ordinary and weight.is_contiguous() and (bias is None or bias.is_contiguous())

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 
 class Positionwise:
-    """`before` and `after` compute each position from that position alone: where a head reads a few, the last block computes these alone.
+    """`before` and `after` compute each position from that position alone: where a head reads a few, the last block
+    computes these alone.
 
     Said by the class that defines them, and not inherited by one that defines them anew.
     """
@@ -33,7 +34,8 @@ class Counted(abc.ABC):
 
     @abc.abstractmethod
     def changed(self, weight: Tensor | None, bias: Tensor | None) -> int | None:
-        """How many entries of the site's weight and bias merging may change; None for every entry of the tensors that it touches."""
+        """How many entries of the site's weight and bias merging may change; None for every entry of the tensors that
+        it touches."""
 
 
 class Growing(abc.ABC):
@@ -43,7 +45,8 @@ class Growing(abc.ABC):
 
     @abc.abstractmethod
     def grow(self, weight: Tensor | None, bias: Tensor | None) -> None:
-        """The site's weight and bias got these rows at their ends; take as many more, so that nothing changes there yet."""
+        """The site's weight and bias got these rows at their ends; take as many more, so that nothing changes there
+        yet."""
 
     def replaces(self) -> Sequence[int]:
         """Rows of the site's weight that it puts rows of its own in the place of, whatever they are."""
@@ -51,7 +54,8 @@ class Growing(abc.ABC):
 
 
 class OwnOutputs(abc.ABC):
-    """The module may put a weight of its own in the place of the site's, which can then have another number of outputs (a task head)."""
+    """The module may put a weight of its own in the place of the site's, which can then have another number of outputs
+    (a task head)."""
 
     @property
     @abc.abstractmethod
@@ -64,10 +68,13 @@ class OwnOutputs(abc.ABC):
 
 
 def own_outputs(module: nn.Module) -> int | None:
-    """Of how many outputs the weight is that a module puts in the place of its site's; None where it changes the site's own."""
+    """Of how many outputs the weight is that a module puts in the place of its site's; None where it changes the site's
+    own."""
     return module.own_outputs if isinstance(module, OwnOutputs) else None
 
 
 def longer(parameter: nn.Parameter, rows: Tensor, dim: int = 0) -> nn.Parameter:
     """A parameter with rows (or columns, dim=1) added at its end."""
-    return nn.Parameter(torch.cat([parameter.detach(), rows.to(parameter)], dim=dim), requires_grad=parameter.requires_grad)
+    return nn.Parameter(
+        torch.cat([parameter.detach(), rows.to(parameter)], dim=dim), requires_grad=parameter.requires_grad
+    )

@@ -33,30 +33,35 @@ FORMER = {  # hooks of before, and how it is said now
     "rows": "rows in front of every input are the hook `prompt(self)`",
     "joined": "`after(self, x, y, context)` sees the padding: context.valid",
     "remember": "`memory(self, context)` sees the layer's input, context.x, and its projections, context.keys_values",
-    "beyond": "keys and values with a softmax of their own are a Memory with a gate: `memory(self, context)` returns Memory(keys, values, gate)",
-    "apart": "keys and values with a softmax of their own are a Memory with a gate: `memory(self, context)` returns Memory(keys, values, gate)",
-    "by_position": "a module whose hooks compute each position from that position alone derives from Positionwise of effzoo.sites",
+    "beyond": "keys and values with a softmax of their own are a Memory with a gate: `memory(self, context)` returns "
+    "Memory(keys, values, gate)",
+    "apart": "keys and values with a softmax of their own are a Memory with a gate: `memory(self, context)` returns "
+    "Memory(keys, values, gate)",
+    "by_position": "a module whose hooks compute each position from that position alone derives from Positionwise of "
+    "effzoo.sites",
     "grows": "a module whose site may get more rows derives from Growing of effzoo.sites",
     "learn": "what stays frozen of a module is `requires_grad_(False)` where it is made, or no parameter",
     "opens": "`effzoo.sites.opens(module, hook)` tells which hooks a module overrides",
     "dtype": "`effzoo.sites.hooks.dtype_of(module)` tells in which dtype a module computes",
-    "beside": "a second network is a `SideNetwork`, whose `forward(self, states, mask)` replaces the output of the last block",
+    "beside": "a second network is a `SideNetwork`, whose `forward(self, states, mask)` replaces the output of the "
+    "last block",
 }
 BESIDE = {  # what few modules need, by the class of `effzoo/sites/extras.py` that has it
-    "packed": "Packed", "unpack": "Packed", "changed": "Counted", "grow": "Growing", "replaces": "Growing", "own_outputs": "OwnOutputs",
-    "renew": "OwnOutputs",
+    "packed": "Packed", "unpack": "Packed", "changed": "Counted", "grow": "Growing", "replaces": "Growing",
+    "own_outputs": "OwnOutputs", "renew": "OwnOutputs",
 }  # fmt: skip
 TAKES = {"before": "(self, x, context)", "after": "(self, x, y, context)", "memory": "(self, context)"}
 
 
 class HookContext:
-    """What the call at hand tells a hook besides the tensors of its site; what is None there is not known where the site stands.
+    """What the call at hand tells a hook besides the tensors of its site; what is None there is not known where the
+    site stands.
 
     valid bool[batch, n]: which positions of the layer's input hold a token; None where all do.
     mask: of the batch (`effzoo.attention.Mask`); in cross-attention it speaks of the keys.
     x [batch, n, dim]: the input of the attention layer.
-    keys_values: rows [..., r, source_dim] -> the keys [..., heads, r, head_dim] and values that this attention layer's own projections make of
-        them (not rotated, with the bias).
+    keys_values: rows [..., r, source_dim] -> the keys [..., heads, r, head_dim] and values that this attention layer's
+        own projections make of them (not rotated, with the bias).
     rows: of the batch, where adapters are chosen by row; all that it says is then of these.
     """
 
@@ -117,7 +122,8 @@ class _Traced:
 
 @contextmanager
 def calling(context: HookContext) -> Iterator[None]:
-    """Inside the block, hooks are given this context. Nothing is registered: a thread that computes something else does not see it."""
+    """Inside the block, hooks are given this context. Nothing is registered: a thread that computes something else does
+    not see it."""
     if torch.compiler.is_compiling():
         before, _Traced.context = _Traced.context, context
         try:
@@ -155,8 +161,8 @@ class PeftModule(nn.Module):
 
     delta_rank: the largest rank that the change of the site's matrix can have; None where nothing bounds it.
 
-    What few modules need besides is beside it (`effzoo/sites/extras.py`): files that hold less than the state dict, sites that get more rows,
-    heads of another size.
+    What few modules need besides is beside it (`effzoo/sites/extras.py`): files that hold less than the state dict,
+    sites that get more rows, heads of another size.
     """
 
     delta_rank: int | None = None
@@ -169,11 +175,14 @@ class PeftModule(nn.Module):
         for name, extra in BESIDE.items():
             if hasattr(cls, name) and not any(parent.__name__ == extra for parent in cls.__mro__):
                 raise OptionError(
-                    f"{cls.__name__} defines `{name}`, which is read where a module is also {extra}: class {cls.__name__}({extra}, PeftModule)"
+                    f"{cls.__name__} defines `{name}`, which is read where a module is also {extra}: class "
+                    f"{cls.__name__}({extra}, PeftModule)"
                 )
         for name, takes in TAKES.items():
             if not _takes(getattr(cls, name), takes.count(",") + 1):
-                raise OptionError(f"{cls.__name__} defines `{name}` with other arguments than it is called with: def {name}{takes}")
+                raise OptionError(
+                    f"{cls.__name__} defines `{name}` with other arguments than it is called with: def {name}{takes}"
+                )
 
     def weight(self, weight: Tensor) -> Tensor:
         """The site's weight as it acts."""
@@ -196,7 +205,8 @@ class PeftModule(nn.Module):
         return None
 
     def memory(self, context: HookContext) -> Memory | None:
-        """Keys and values that every query of the attention layer also sees; with a batch axis where they differ by example.
+        """Keys and values that every query of the attention layer also sees; with a batch axis where they differ by
+        example.
 
         What has a gate can be given a scale (`effzoo.activate`), if the module holds a tensor `gate`.
         """
@@ -205,7 +215,8 @@ class PeftModule(nn.Module):
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         """What merging adds to the site's weight and bias so that `before` and `after` are no longer needed.
 
-        None when no such change exists. Computed in the dtype of `weight`, which `merge` makes float64. Modules that override `weight` or
+        None when no such change exists. Computed in the dtype of `weight`, which `merge` makes float64. Modules that
+        override `weight` or
         `bias` need not override it: these hooks themselves say what the merged tensors are.
         """
         return None
@@ -226,14 +237,17 @@ class SideNetwork(PeftModule):
     """A second network beside the blocks (ladder side-tuning), which hangs on the site `side`."""
 
     def forward(self, states: Sequence[Tensor], mask: Any) -> Tensor:
-        """What replaces the output of the last block, of the states [batch, n, width] before, between and after the blocks."""
+        """What replaces the output of the last block, of the states [batch, n, width] before, between and after the
+        blocks."""
         raise NotImplementedError
 
 
 class Mixture(PeftModule):
-    """Several experts at one site, each of them modules; the site computes with each, and `mix` makes one output of theirs.
+    """Several experts at one site, each of them modules; the site computes with each, and `mix` makes one output of
+    theirs.
 
-    experts: the modules of each expert at this site, by method; an expert may have none here, and then leaves the output as it is.
+    experts: the modules of each expert at this site, by method; an expert may have none here, and then leaves the
+        output as it is.
     frozen: whether they stay as they are.
     """
 
@@ -264,8 +278,8 @@ class Scaled:
 
         theta + s (theta' - theta),   x + s (x' - x),   y + s (y' - y),   a gate times s
 
-    For a change of weights that is s times the change. Prompts, and keys and values without a gate, add nothing that could be multiplied: they
-    have no scale.
+    For a change of weights that is s times the change. Prompts, and keys and values without a gate, add nothing that
+    could be multiplied: they have no scale.
     """
 
     def __init__(self, module: PeftModule, scale: float):
@@ -324,7 +338,8 @@ def memories(module: Acts, context: HookContext) -> list[Memory]:
 
 
 def opens(module: Acts, *hooks: str) -> bool:
-    """Whether a module, its class, or an expert of a mixture overrides one of the named hooks. A mixture mixes outputs, so it has `after`."""
+    """Whether a module, its class, or an expert of a mixture overrides one of the named hooks. A mixture mixes outputs,
+    so it has `after`."""
     if isinstance(module, Scaled):
         return opens(module.module, *hooks)
     if isinstance(module, Mixture):
@@ -334,13 +349,15 @@ def opens(module: Acts, *hooks: str) -> bool:
 
 
 def positionwise(module: PeftModule) -> bool:
-    """Whether the classes that define a module's `before` and `after` are `Positionwise`; a mixture routes, and may read a whole example."""
+    """Whether the classes that define a module's `before` and `after` are `Positionwise`; a mixture routes, and may
+    read a whole example."""
     if isinstance(module, Mixture):
         return False
     for hook in ("before", "after"):
         if opens(module, hook):
             owner = next(cls for cls in type(module).__mro__ if hook in vars(cls))
-            own = inspect.unwrap(vars(module)[hook]) if hook in vars(module) else None  # `effzoo.plan` wraps hooks to watch them
+            # `effzoo.plan` wraps hooks to watch them
+            own = inspect.unwrap(vars(module)[hook]) if hook in vars(module) else None
             replaced = own is not None and getattr(own, "__func__", None) is not vars(owner)[hook]
             if replaced or Positionwise not in owner.__bases__:
                 return False
@@ -353,7 +370,9 @@ def dtype_of(module: Acts) -> torch.dtype | None:
     for own in module._parameters.values():  # most have some of their own: this is asked at every hook of every pass
         if own is not None and own.is_floating_point():
             return own.dtype
-    return next((tensor.dtype for tensor in chain(module.parameters(), module.buffers()) if tensor.is_floating_point()), None)
+    return next(
+        (tensor.dtype for tensor in chain(module.parameters(), module.buffers()) if tensor.is_floating_point()), None
+    )
 
 
 def learn(module: PeftModule, on: bool) -> None:
@@ -364,7 +383,8 @@ def learn(module: PeftModule, on: bool) -> None:
 
 
 def has_scale(module: PeftModule) -> bool:
-    """Whether what a module adds can be multiplied: not a prompt, a side network, or a memory without a gate (a tensor `gate` of its own)."""
+    """Whether what a module adds can be multiplied: not a prompt, a side network, or a memory without a gate (a tensor
+    `gate` of its own)."""
     if isinstance(module, Mixture):
         return all(has_scale(own) for expert in module.each() for own in expert)
     if isinstance(module, SideNetwork) or opens(module, "prompt"):

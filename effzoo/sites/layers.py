@@ -19,7 +19,8 @@ from effzoo.sites.site import Inputs, Site, given
 
 
 class Linear(nn.Linear, Site):
-    """y = x W^T + b, [..., in] -> [..., out]. heads: into how many heads the output (of `attn.o`: the input) divides; 1 elsewhere."""
+    """y = x W^T + b, [..., in] -> [..., out]. heads: into how many heads the output (of `attn.o`: the input) divides; 1
+    elsewhere."""
 
     heads = 1
 
@@ -35,9 +36,11 @@ class Linear(nn.Linear, Site):
         return linear(x, weight, bias)
 
     def outputs(self, *names: str) -> int:
-        """How many numbers come out with these adapters, one after the other: as many as the last weight of their own has, else the site's.
+        """How many numbers come out with these adapters, one after the other: as many as the last weight of their own
+        has, else the site's.
 
-        Raises IncompatibleError where one of them changes the site's own weight and another one has put a weight of another size in its place.
+        Raises IncompatibleError where one of them changes the site's own weight and another one has put a weight of
+            another size in its place.
         """
         modules = [(name, module) for name in names for module in self.hung(name)]
         own = {name: outputs for name, module in modules if (outputs := own_outputs(module)) is not None}
@@ -45,13 +48,15 @@ class Linear(nn.Linear, Site):
         changing = next((name for name, module in modules if own_outputs(module) is None), None)
         if other is not None and changing is not None:
             raise IncompatibleError(
-                f"{self.role}: adapter {changing!r} changes the model's own head, which has {self.out_features} outputs, and {other!r} brings "
+                f"{self.role}: adapter {changing!r} changes the model's own head, which has {self.out_features} "
+                f"outputs, and {other!r} brings "
                 f"one with {own[other]}; activate only one of them"
             )
         return list(own.values())[-1] if own else self.out_features
 
     def outputs_now(self) -> int:
-        """`outputs` of the active adapters; where they are averaged, or chosen by row, all have to agree. Raises IncompatibleError."""
+        """`outputs` of the active adapters; where they are averaged, or chosen by row, all have to agree. Raises
+        IncompatibleError."""
         now, here = self.now, self.adapters
         if not (now.average or now.rows is not None):
             return self.outputs(*now.names)
@@ -61,7 +66,10 @@ class Linear(nn.Linear, Site):
         if len(set(each.values())) > 1:
             how = "averaged" if now.average else "computed by row in one batch"
             said = ", ".join(f"{outputs} ({name})" for name, outputs in each.items())
-            raise IncompatibleError(f"{self.role}: heads with {said} outputs cannot be {how}; activate one adapter at a time, or those of equal size")
+            raise IncompatibleError(
+                f"{self.role}: heads with {said} outputs cannot be {how}; activate one adapter "
+                "at a time, or those of equal size"
+            )
         return next(iter(each.values()), self.out_features)
 
     def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
@@ -70,7 +78,8 @@ class Linear(nn.Linear, Site):
 
 
 class Conv2d(nn.Conv2d, Site):
-    """A convolution over two axes, [batch, in, height, width] -> [batch, out, height', width']: sites are not only for transformers."""
+    """A convolution over two axes, [batch, in, height, width] -> [batch, out, height', width']: sites are not only for
+    transformers."""
 
     def __init__(
         self,
@@ -95,7 +104,9 @@ class Conv2d(nn.Conv2d, Site):
         if autocasts(x):
             return F.conv2d(x, weight, bias, self.stride, self.padding)
         widest = torch.promote_types(x.dtype, weight.dtype)
-        return F.conv2d(x.to(widest), weight.to(widest), None if bias is None else bias.to(widest), self.stride, self.padding).to(x.dtype)
+        return F.conv2d(
+            x.to(widest), weight.to(widest), None if bias is None else bias.to(widest), self.stride, self.padding
+        ).to(x.dtype)
 
     def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         (x,) = inputs
@@ -108,9 +119,11 @@ class Conv2d(nn.Conv2d, Site):
 
 
 class TiedLinear(Site):
-    """y = x W^T + b, [..., in] -> [..., out], with a weight that another site owns (a language-model head tied to the embedding).
+    """y = x W^T + b, [..., in] -> [..., out], with a weight that another site owns (a language-model head tied to the
+    embedding).
 
-    What acts on that site acts here too, and in the same way: each adapter of an average, or of a row, has a table of its own.
+    What acts on that site acts here too, and in the same way: each adapter of an average, or of a row, has a table of
+    its own.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, *, role: str, layer: int | None = None):
@@ -118,7 +131,8 @@ class TiedLinear(Site):
         self._open(role, layer)
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        self.table: tuple[Site, ...] = ()  # the site whose weight is read, while it is; a tuple hides it from the parameters
+        # the site whose weight is read, while it is; a tuple hides it from the parameters
+        self.table: tuple[Site, ...] = ()
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -153,7 +167,8 @@ class Norm(Site):
 
     def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         (x,) = inputs
-        weight = self.passed("weight", cast(Tensor, self.weight), modules)  # as exact as they are: a norm is computed in float32 or better
+        # as exact as they are: a norm is computed in float32 or better
+        weight = self.passed("weight", cast(Tensor, self.weight), modules)
         bias = None if self.bias is None else self.passed("bias", cast(Tensor, self.bias), modules)
         return (x,), self.normalise(x, weight, bias)
 
@@ -174,12 +189,14 @@ class LayerNorm(Norm, nn.LayerNorm):
         widest = torch.promote_types(x.dtype, weight.dtype)
         widest = widest if bias is None else torch.promote_types(widest, bias.dtype)
         kernel_widens = kind_of(x) == "cpu" and widest == torch.float32  # of a half x, which then is kept as it is
-        exact, weight, bias = x if kernel_widens else x.to(widest), weight.to(widest), None if bias is None else bias.to(widest)
+        exact, weight = x if kernel_widens else x.to(widest), weight.to(widest)
+        bias = None if bias is None else bias.to(widest)
         return F.layer_norm(exact, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 class RMSNorm(Norm, nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * w over the last axis, the mean in float32 or better (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * w over the last axis, the mean in float32 or better (Zhang & Sennrich 2019,
+    arXiv:1910.07467)."""
 
     bias = None
 
@@ -196,7 +213,8 @@ class RMSNorm(Norm, nn.RMSNorm):
 
 
 class Embedding(nn.Embedding, Site):
-    """Rows of a table, [...] integers -> [..., dim]. added: how many of the last rows `effzoo.resize_vocabulary` has added."""
+    """Rows of a table, [...] integers -> [..., dim]. added: how many of the last rows `effzoo.resize_vocabulary` has
+    added."""
 
     added = 0
 
@@ -213,7 +231,8 @@ class Embedding(nn.Embedding, Site):
         return (ids,), F.embedding(ids, table).to(self.weight.dtype)  # the rows are rounded, not the whole table
 
     def prompt(self) -> Tensor | None:
-        """The rows that active modules put in front of every input, [rows, dim], or None; [batch, rows, dim] where adapters are chosen by row."""
+        """The rows that active modules put in front of every input, [rows, dim], or None; [batch, rows, dim] where
+        adapters are chosen by row."""
         each = [given(module.prompt() for module in self.acting(name)) for name in self.active]
         if not self.mixed:
             put_in = [rows for of_adapter in each for rows in of_adapter]
@@ -225,7 +244,8 @@ class Embedding(nn.Embedding, Site):
 
 
 class Branch(Site):
-    """The end of a sub-layer, before it joins the residual: x is the sub-layer's input, y its output, both [..., dim]."""
+    """The end of a sub-layer, before it joins the residual: x is the sub-layer's input, y its output, both [...,
+    dim]."""
 
     def __init__(self, dim: int, *, role: str, layer: int | None = None):
         super().__init__()
@@ -240,7 +260,8 @@ class Branch(Site):
 
 
 class Keys(Site):
-    """The keys of an attention that normalises them, [batch, n, dim], heads side by side: what a vector that scales keys must be applied to.
+    """The keys of an attention that normalises them, [batch, n, dim], heads side by side: what a vector that scales
+    keys must be applied to.
 
     Before the normalisation its length would cancel, and where queries are keys it would change the queries too.
     """

@@ -22,20 +22,27 @@ class MemorySite(Site):
         self.heads, self.head_dim, self.value_dim = heads, head_dim, value_dim or head_dim
 
     def forward(self, context: HookContext) -> tuple[KeysValues | None, list[Memory]]:
-        """What joins the softmax of the layer, keys [heads, r, head_dim] and values [heads, r, value_dim] or None, and memories with a gate.
+        """What joins the softmax of the layer, keys [heads, r, head_dim] and values [heads, r, value_dim] or None, and
+        memories with a gate.
 
         With an axis of the batch in front where they differ by example.
         """
         if not self.active:
             return None, []
-        each = [[one for module in self.acting(name) for one in memories(module, _shown(module, context))] for name in self.active]
+        each = [
+            [one for module in self.acting(name) for one in memories(module, _shown(module, context))]
+            for name in self.active
+        ]
         gated = [one for of_adapter in each for one in of_adapter if one.gate is not None]
         joining = [[one for one in of_adapter if one.gate is None] for of_adapter in each]
         if not self.mixed:
             together = [one for of_adapter in joining for one in of_adapter]
             return _joined(together) if together else None, gated
         if gated:
-            raise IncompatibleError(f"{self.role}: gated attention to trained rows can neither be averaged nor chosen by row; activate one adapter")
+            raise IncompatibleError(
+                f"{self.role}: gated attention to trained rows can neither be averaged nor "
+                "chosen by row; activate one adapter"
+            )
         found = [_joined(of_adapter) for of_adapter in joining if of_adapter]
         if not found:
             return None, []
@@ -47,11 +54,20 @@ class MemorySite(Site):
 class Side(Site):
     """The one place for a second network beside the blocks (ladder side-tuning).
 
-    width: of the states between the blocks. depth: how many blocks there are. narrow: factor, layers -> blocks `factor` times narrower with the
-    attention of these layers, and their width; what the blocks share is in the first that uses it.
+    width: of the states between the blocks.
+    depth: how many blocks there are.
+    narrow: factor, layers -> blocks `factor` times narrower with the attention of these layers, and their width;
+        what the blocks share is in the first that uses it.
     """
 
-    def __init__(self, width: int, depth: int, narrow: Callable[[int, Sequence[int]], tuple[nn.ModuleList, int]], *, role: str = "side"):
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        narrow: Callable[[int, Sequence[int]], tuple[nn.ModuleList, int]],
+        *,
+        role: str = "side",
+    ):
         super().__init__()
         self._open(role, None)
         self.width, self.depth, self.narrow = width, depth, narrow
@@ -70,7 +86,8 @@ class Side(Site):
 
 
 def _shown(module: Acts, context: HookContext) -> HookContext:
-    """The context in the dtype that the module computes in; rows that it gives meet the projections in that of the layer's input."""
+    """The context in the dtype that the module computes in; rows that it gives meet the projections in that of the
+    layer's input."""
     (x,) = suited(module, context.x)
     given, layer = context.x, context.keys_values
     if x is given or given is None or layer is None:

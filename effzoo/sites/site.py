@@ -21,9 +21,11 @@ NOTHING = Activity()
 
 
 class Site(nn.Module):
-    """Mixin: a role in the model (`attn.q`), the block it belongs to (None outside the blocks), and the modules hung here.
+    """Mixin: a role in the model (`attn.q`), the block it belongs to (None outside the blocks), and the modules hung
+    here.
 
-    Which of them act is not known here: it is read from the roster that all sites of a model share, so that no site can be of another opinion.
+    Which of them act is not known here: it is read from the roster that all sites of a model share, so that no site can
+    be of another opinion.
     """
 
     role: str
@@ -47,7 +49,8 @@ class Site(nn.Module):
 
     @property
     def hanging(self) -> tuple[str, ...]:
-        """`active` of the site itself: a name of its own, since a property of the parent class cannot be traced by torch.compile."""
+        """`active` of the site itself: a name of its own, since a property of the parent class cannot be traced by
+        torch.compile."""
         roster = self.roster
         if roster is None or not roster.now.names:
             return ()
@@ -81,7 +84,8 @@ class Site(nn.Module):
         return self.leave(rest, entered, mixture.mix(self, x, plain, outs, at_hand())).to(alone.dtype)
 
     def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
-        """The inputs as `before` leaves them, and what the site makes of them with its weight as `weight` of the modules leaves it."""
+        """The inputs as `before` leaves them, and what the site makes of them with its weight as `weight` of the
+        modules leaves it."""
         raise NotImplementedError
 
     def entered(self, modules: Sequence[Acts], x: Tensor) -> Tensor:
@@ -93,7 +97,8 @@ class Site(nn.Module):
         return x
 
     def leave(self, modules: Sequence[Acts], inputs: Inputs, y: Tensor) -> Tensor:
-        """The output as `after` of the modules leaves it, in their dtype: what they add is rounded once, after the last one."""
+        """The output as `after` of the modules leaves it, in their dtype: what they add is rounded once, after the last
+        one."""
         dtype = y.dtype
         for module in modules:
             if opens(module, "after"):
@@ -119,7 +124,9 @@ class Site(nn.Module):
         """The rows of each adapter are computed together, with its own modules, and put back where they were."""
         x, active = inputs[0], self.active
         if any(is_mixture(module) for module in self.hung()):
-            raise IncompatibleError(f"{self.role}: a mixture routes by itself, so it cannot be chosen by row; run the rows apart")
+            raise IncompatibleError(
+                f"{self.role}: a mixture routes by itself, so it cannot be chosen by row; run the rows apart"
+            )
         batch = None if x is None or x.ndim < 2 else x.shape[0]
         self.now.check_batch(batch, self.role, None if x is None else x.shape)
         assert x is not None
@@ -138,14 +145,21 @@ class Site(nn.Module):
         """One tensor per active adapter -> their mean, or the chosen one for each row of the batch."""
         rows, active = self.now.rows, self.active
         if len(each) != len(active) or any(x.shape != each[0].shape for x in each):
-            raise IncompatibleError(f"{self.role}: the active adapters must put in as many rows each, got shapes {[tuple(x.shape) for x in each]}")
+            raise IncompatibleError(
+                f"{self.role}: the active adapters must put in as many rows each, got shapes "
+                f"{[tuple(x.shape) for x in each]}"
+            )
         if rows is None:
             return torch.stack(each).mean(dim=0)
         chosen = [self.now.names[number] if number >= 0 else None for number in rows]
         if any(name not in active for name in chosen):
-            raise IncompatibleError(f"{self.role}: a row without adapter beside rows with trained input rows; run the rows apart")
+            raise IncompatibleError(
+                f"{self.role}: a row without adapter beside rows with trained input rows; run the rows apart"
+            )
         if each[0].ndim == 4:
-            raise IncompatibleError(f"{self.role}: rows that differ by example cannot be chosen by row; run the rows apart")
+            raise IncompatibleError(
+                f"{self.role}: rows that differ by example cannot be chosen by row; run the rows apart"
+            )
         return torch.stack([each[active.index(name)] for name in chosen])
 
     def hang(self, adapter: str, method: str, module: PeftModule) -> None:
@@ -155,7 +169,8 @@ class Site(nn.Module):
         modules = self.of(adapter)
         if method in modules:
             raise OptionError(
-                f"adapter {adapter!r} would hang two {method!r} modules on {self.role!r}; give the two specs disjoint targets or layers"
+                f"adapter {adapter!r} would hang two {method!r} modules on {self.role!r}; give the two specs "
+                "disjoint targets or layers"
             )
         modules[method] = module
 
@@ -183,7 +198,8 @@ class Site(nn.Module):
         return dict(self.named_parameters(recurse=False))
 
     def composed_weight(self, modules: Sequence[Acts] | None = None) -> Tensor:
-        """The site's weight as `weight` of the modules (default: the active ones) leaves it, rounded once to its dtype."""
+        """The site's weight as `weight` of the modules (default: the active ones) leaves it, rounded once to its
+        dtype."""
         weight = cast(Tensor, self.weight)
         return self.passed("weight", weight, modules).to(weight.dtype)
 
@@ -196,7 +212,9 @@ class Site(nn.Module):
         """The weight or bias as this hook of the modules leaves it, in the widest of their dtypes and its own."""
         for module in self.acting() if modules is None else modules:
             if opens(module, hook) and not is_mixture(module):
-                tensor = getattr(module, hook)(tensor.to(torch.promote_types(tensor.dtype, dtype_of(module) or tensor.dtype)))
+                tensor = getattr(module, hook)(
+                    tensor.to(torch.promote_types(tensor.dtype, dtype_of(module) or tensor.dtype))
+                )
         return tensor
 
 
@@ -209,12 +227,14 @@ def _grouped(rows: Sequence[int], names: Sequence[str], active: Sequence[str]) -
 
 
 def suited(module: Acts, *tensors: Any) -> tuple[Any, ...]:
-    """The tensors in the dtype that a module computes in: its own, which is wider than that of a base in half precision. Integers, and everything
-    under autocast, stay as they are."""
+    """The tensors in the dtype that a module computes in: its own, which is wider than that of a base in half
+    precision. Integers, and everything under autocast, stay as they are."""
     dtype = dtype_of(module)
     for x in tensors:
         if dtype is not None and x is not None and x.dtype != dtype:
-            return tuple([x if x is None or not x.is_floating_point() or autocasts(x) else x.to(dtype) for x in tensors])
+            return tuple(
+                [x if x is None or not x.is_floating_point() or autocasts(x) else x.to(dtype) for x in tensors]
+            )
     return tensors  # as they are, which is the ordinary case: this is asked at every hook of every pass
 
 

@@ -1,4 +1,5 @@
-"""Tasks that are generated, not downloaded: ListOps (Long Range Arena), duplication (Reformer), and domains with maps of their own (for routing)."""
+"""Tasks that are generated, not downloaded: ListOps (Long Range Arena), duplication (Reformer), and domains with maps
+of their own (for routing)."""
 
 from effzoo.tasks.domains import domains
 from effzoo.tasks.duplication import duplication

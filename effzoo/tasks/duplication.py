@@ -11,8 +11,8 @@ from effzoo.errors import OptionError
 def duplication(batch: int, word: int, symbols: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Sequences 0 w 0 w and their labels, both [batch, 2 (word + 1)].
 
-    w: `word` symbols drawn uniformly from 1 to `symbols`. Labels are the sequence itself where the symbol can be known, in the second w, and -100
-    elsewhere; a causal model shifts them itself. Chance is 1 / symbols.
+    w: `word` symbols drawn uniformly from 1 to `symbols`. Labels are the sequence itself where the symbol can be known,
+        in the second w, and -100 elsewhere; a causal model shifts them itself. Chance is 1 / symbols.
     """
     if word < 1 or symbols < 2:
         raise OptionError(f"duplication needs word of at least 1 and symbols of at least 2, got {word} and {symbols}")

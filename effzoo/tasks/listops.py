@@ -1,9 +1,11 @@
-"""ListOps: the value of a nested expression in prefix notation (Nangia & Bowman 2018, arXiv:1804.06028), long as in Long Range Arena.
+"""ListOps: the value of a nested expression in prefix notation (Nangia & Bowman 2018, arXiv:1804.06028), long as in
+Long Range Arena.
 
     [MAX 2 9 [MIN 4 7 ] 0 ]  ->  9
 
-MIN, MAX, MED (median, rounded down) and SM (sum modulo 10) over digits. Above depth `depth` a place holds an operator with probability 1/4
-and a digit otherwise, as the generator of Long Range Arena draws it (Tay et al. 2020, arXiv:2011.04006, section 2.2.1).
+MIN, MAX, MED (median, rounded down) and SM (sum modulo 10) over digits. Above depth `depth` a place holds an operator
+with probability 1/4 and a digit otherwise, as the generator of Long Range Arena draws it (Tay et al. 2020,
+arXiv:2011.04006, section 2.2.1).
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ IDS = {token: number for number, token in enumerate(VOCABULARY)}
 
 @dataclass(frozen=True)
 class ListOps:
-    """The distribution of expressions: at most `depth` nested operators with 2 to `arguments` arguments, `shortest` to `longest` tokens.
+    """The distribution of expressions: at most `depth` nested operators with 2 to `arguments` arguments, `shortest` to
+    `longest` tokens.
 
     The published task: depth 10, arguments 10, 501 to 1,999 tokens; 10 classes.
     """
@@ -52,7 +55,8 @@ class ListOps:
             if tokens is not None and self.shortest <= len(tokens) <= self.longest:
                 return tokens
         raise OptionError(
-            f"no expression of {self.shortest} to {self.longest} tokens was drawn in a million; allow other lengths, depth or arguments"
+            f"no expression of {self.shortest} to {self.longest} tokens was drawn in a million; allow other lengths, "
+            "depth or arguments"
         )
 
     def _tree(self, draw: random.Random, depth: int) -> list[str] | None:

@@ -1,7 +1,7 @@
 """Which examples a step sees, how they are padded into one batch, and how many labels of the batch count.
 
-All three are functions of (seed, epoch, step) and the data alone, so that the batches do not depend on how often a run was
-interrupted, and the global batch does not depend on how many processes share it.
+All three are functions of (seed, epoch, step) and the data alone, so that the batches do not depend on how often a run
+was interrupted, and the global batch does not depend on how many processes share it.
 """
 
 from __future__ import annotations
@@ -27,15 +27,24 @@ _GROUPED = 50  # global batches that are sorted by length together
 
 
 class Order(Sampler[list[int]]):
-    """The indices of each batch of one process: the global batches of all processes are consecutive runs of one permutation.
+    """The indices of each batch of one process: the global batches of all processes are consecutive runs of one
+    permutation.
 
-    Process r of P takes every P-th example of a global batch of batch_size * P, starting at r. The last global batch of an epoch may be smaller;
-    nothing is dropped or repeated, so a process may then get an empty list. lengths: group examples of similar length (in tokens), which
-    saves padding; each example still comes once per epoch. Without a seed (evaluation) the order is that of the data, or of the lengths.
+    Process r of P takes every P-th example of a global batch of batch_size * P, starting at r. The last global batch of
+    an epoch may be smaller; nothing is dropped or repeated, so a process may then get an empty list. lengths: group
+    examples of similar length (in tokens), which saves padding; each example still comes once per epoch. Without a seed
+    (evaluation) the order is that of the data, or of the lengths.
     """
 
     def __init__(
-        self, size: int, batch_size: int, *, process: int = 0, processes: int = 1, seed: int | None = None, lengths: Sequence[int] | None = None
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        process: int = 0,
+        processes: int = 1,
+        seed: int | None = None,
+        lengths: Sequence[int] | None = None,
     ):
         self.size, self.batch_size, self.process, self.processes = size, batch_size, process, processes
         self.seed, self.lengths, self.epoch = seed, lengths, 0
@@ -74,7 +83,12 @@ class Loader(DataLoader[Any]):
 
     def __init__(self, data: Any, order: Order, collate: Callable[[list[Any]], Batch], workers: int, pin_memory: bool):
         super().__init__(
-            data, batch_sampler=order, collate_fn=collate, num_workers=workers, pin_memory=pin_memory, generator=torch.Generator().manual_seed(0)
+            data,
+            batch_sampler=order,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            generator=torch.Generator().manual_seed(0),
         )
         self.order = order
 
@@ -85,9 +99,9 @@ class Loader(DataLoader[Any]):
 class Pad:
     """Rows of token lists -> tensors padded on the right to the longest row, [batch, n].
 
-    input_ids are padded with the model's pad token (0 when it has none), masks and types with 0, labels per token with -100; task_ids, one number an
-    example, are stacked; attention_mask is added when rows differ in length. Raises InputError for rows with other columns than the first, or
-    columns of unequal length.
+    input_ids are padded with the model's pad token (0 when it has none), masks and types with 0, labels per token with
+    -100; task_ids, one number an example, are stacked; attention_mask is added when rows differ in length. Raises
+    InputError for rows with other columns than the first, or columns of unequal length.
     """
 
     def __init__(self, task: str, pad_token: int | None, accepted: Sequence[str]):
@@ -103,18 +117,26 @@ class Pad:
             try:
                 values = [torch.as_tensor(row[name]) for row in rows]
             except KeyError:
-                raise InputError(f"some examples have the column {name!r} and some have not; give it to all or none") from None
+                raise InputError(
+                    f"some examples have the column {name!r} and some have not; give it to all or none"
+                ) from None
             entry = "labels" if name in LABEL_NAMES else name
             if entry == "labels" and self.task not in TOKEN_TASKS:
-                batch[entry] = torch.stack([v.to(torch.get_default_dtype()) if v.is_floating_point() else v.long() for v in values])
+                batch[entry] = torch.stack(
+                    [v.to(torch.get_default_dtype()) if v.is_floating_point() else v.long() for v in values]
+                )
                 continue
             if entry == "task_ids":
                 batch[entry] = torch.stack([value.long() for value in values])
                 continue
             for value, length in zip(values, lengths, strict=True):
                 if value.ndim == 0 or len(value) != length:
-                    raise InputError(f"{name} of an example has shape {tuple(value.shape)}, its {tokens} has {length} positions")
-            batch[entry] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=self.fill.get(entry, 0))
+                    raise InputError(
+                        f"{name} of an example has shape {tuple(value.shape)}, its {tokens} has {length} positions"
+                    )
+            batch[entry] = torch.nn.utils.rnn.pad_sequence(
+                values, batch_first=True, padding_value=self.fill.get(entry, 0)
+            )
         if "attention_mask" not in batch and min(lengths) < max(lengths):
             batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
         return batch
@@ -136,20 +158,24 @@ class Counting:
 
 
 def counted(labels: Tensor, task: str, num_labels: int) -> Tensor:
-    """How many labels the model's mean loss is a mean over: those that are not -100, after the shift of a causal language model."""
+    """How many labels the model's mean loss is a mean over: those that are not -100, after the shift of a causal
+    language model."""
     if labels.is_floating_point() or (task == "classification" and num_labels == 1):
         return torch.tensor(labels.numel())
     return ((labels[:, 1:] if task == "causal_lm" else labels) != IGNORED).sum()
 
 
 class First:
-    """The first batches of the training for `effzoo.peft.calibrate`, the same in every process: those that `order` puts first, on a device.
+    """The first batches of the training for `effzoo.peft.calibrate`, the same in every process: those that `order` puts
+    first, on a device.
 
-    They are read when somebody iterates, with every global generator left as it was: a run whose methods do not look draws the same numbers.
+    They are read when somebody iterates, with every global generator left as it was: a run whose methods do not look
+    draws the same numbers.
     """
 
     def __init__(self, data: Any, order: Order, collate: Callable[[list[Any]], Any], count: int, device: torch.device):
-        self.data, self.order, self.collate, self.count, self.device = data, order, collate, min(count, len(order)), device
+        self.data, self.order, self.collate, self.count = data, order, collate, min(count, len(order))
+        self.device = device
         self.batches: list[Batch] = []
 
     def __len__(self) -> int:
@@ -160,6 +186,8 @@ class First:
             state = random_state(self.device)
             for indices in islice(self.order.global_batches(), self.count):
                 batch = dict(self.collate([self.data[index] for index in indices]))
-                self.batches.append({key: x.to(self.device) if isinstance(x, Tensor) else x for key, x in batch.items()})
+                self.batches.append(
+                    {key: x.to(self.device) if isinstance(x, Tensor) else x for key, x in batch.items()}
+                )
             set_random_state(state, self.device)
         return iter(self.batches)

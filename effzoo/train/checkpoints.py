@@ -1,9 +1,10 @@
 """Checkpoints on disk: whole at every moment, without pickle.
 
-A checkpoint is a directory `checkpoint-<step>`. It is written as `.partial-<step>-...`, forced to disk, and renamed; one that is removed is
-renamed first. So whatever is killed when, a directory under its real name is complete. It holds the active adapters (or, without any,
-`model.safetensors`), and the state of the run as `state.json` with its tensors in `state.safetensors`. `sums.json` holds the hash of every
-file, so that what was damaged later is found before anything is read.
+A checkpoint is a directory `checkpoint-<step>`. It is written as `.partial-<step>-...`, forced to disk, and renamed;
+one that is removed is renamed first. So whatever is killed when, a directory under its real name is complete. It holds
+the active adapters (or, without any,
+`model.safetensors`), and the state of the run as `state.json` with its tensors in `state.safetensors`. `sums.json`
+    holds the hash of every file, so that what was damaged later is found before anything is read.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ _PREFIX, _PARTIAL, _REMOVED = "checkpoint-", ".partial-", ".removed-"
 
 def whole(directory: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    found = [path for path in directory.glob(f"{_PREFIX}*") if re.fullmatch(rf"{_PREFIX}\d+", path.name) and path.is_dir()]
+    found = [
+        path for path in directory.glob(f"{_PREFIX}*") if re.fullmatch(rf"{_PREFIX}\d+", path.name) and path.is_dir()
+    ]
     return sorted(found, key=step_of)
 
 
@@ -75,16 +78,25 @@ def writing(directory: Path, step: int) -> Iterator[Path]:
 
 
 def check_whole(checkpoint: Path) -> None:
-    """Raise TrainingError for a checkpoint whose files are not those that were written, with what is damaged and where else to go on."""
+    """Raise TrainingError for a checkpoint whose files are not those that were written, with what is damaged and where
+    else to go on."""
     earlier = [path.name for path in whole(checkpoint.parent) if step_of(path) < step_of(checkpoint)]
-    instead = f"remove it to resume from {earlier[-1]}" if earlier else "there is no earlier one; overwrite=True with resume=False begins anew"
+    instead = (
+        f"remove it to resume from {earlier[-1]}"
+        if earlier
+        else ("there is no earlier one; overwrite=True with resume=False begins anew")
+    )
     try:
         content = json.loads((checkpoint / SUMS).read_text())
         sums = dict(content["files"])
         if content["sum"] != _sum_of(content["step"], sums) or content["step"] != step_of(checkpoint):
             raise ValueError("it does not belong to these files")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        problem = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({type(error).__name__}: {error!s:.80})"
+        problem = (
+            "is missing"
+            if isinstance(error, FileNotFoundError)
+            else (f"is damaged ({type(error).__name__}: {error!s:.80})")
+        )
         raise TrainingError(f"{checkpoint} is not a whole checkpoint: {SUMS} {problem}; {instead}") from None
     for name, expected in sums.items():
         file = checkpoint / name
@@ -123,13 +135,15 @@ def rotate(directory: Path, keep: int | None, best: Path | None) -> None:
 
 
 def best_of(directory: Path, history: Sequence[dict[str, Any]], metric: str, since: int = 0) -> Path | None:
-    """The checkpoint on disk with the best value of `eval_<metric>`, the earlier one of equals; losses, errors and perplexities are best when low.
+    """The checkpoint on disk with the best value of `eval_<metric>`, the earlier one of equals; losses, errors and
+    perplexities are best when low.
 
     since: the first step that counts.
     """
     sign = 1 if any(word in metric for word in ("loss", "error", "perplexity")) else -1
     values = {entry["step"]: entry.get(f"eval_{metric}", math.nan) for entry in history if entry["step"] >= since}
-    values = {step: value for step, value in values.items() if not math.isnan(value)}  # a metric may be undefined, as a correlation of equals
+    # a metric may be undefined, as a correlation of equals
+    values = {step: value for step, value in values.items() if not math.isnan(value)}
     known = [path for path in whole(directory) if step_of(path) in values]
     return min(known, key=lambda path: sign * values[step_of(path)], default=None)
 
@@ -141,7 +155,8 @@ def adapters(model: nn.Module, directory: Path) -> dict[str, Path]:
 
 
 def save_weights(model: nn.Module, directory: Path) -> Path:
-    """Write what training changes: the active adapters to `adapter` (several: one folder each in it), or else `model.safetensors`.
+    """Write what training changes: the active adapters to `adapter` (several: one folder each in it), or else
+    `model.safetensors`.
 
     Returns the path written. Shared tensors are written once per name.
     """
@@ -185,14 +200,20 @@ def write_state(directory: Path, state: Any) -> None:
 def read_state(directory: Path) -> Any:
     """What `write_state` wrote; TrainingError when the files are not there or not whole."""
     try:
-        return _unpack(json.loads((directory / "state.json").read_text()), safetensors.torch.load_file(directory / "state.safetensors"))
+        return _unpack(
+            json.loads((directory / "state.json").read_text()),
+            safetensors.torch.load_file(directory / "state.safetensors"),
+        )
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         problem = f"{type(error).__name__}: {error}"
-        raise TrainingError(f"{directory} is not a whole checkpoint ({problem}); remove it to resume from an earlier one") from None
+        raise TrainingError(
+            f"{directory} is not a whole checkpoint ({problem}); remove it to resume from an earlier one"
+        ) from None
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """JSON knows neither tuples nor keys that are numbers nor tensors, so each container is written as {kind: content}."""
+    """JSON knows neither tuples nor keys that are numbers nor tensors, so each container is written as {kind:
+    content}."""
     if isinstance(value, Tensor):
         key = str(len(tensors))
         tensors[key] = value.detach().cpu().contiguous().clone()

@@ -2,8 +2,10 @@
 
     L = labels L_labels + logits L_logits + hidden L_hidden + attention L_attention
 
-A full-attention teacher and a student with efficient attention speak of the same tokens, so they can be compared position by position.
-Every part is a mean over the counted labels of a batch, as the loss of the labels is: batches, accumulated or spread over processes, average exactly.
+A full-attention teacher and a student with efficient attention speak of the same tokens, so they can be compared
+position by position.
+Every part is a mean over the counted labels of a batch, as the loss of the labels is: batches, accumulated or spread
+over processes, average exactly.
 """
 
 from __future__ import annotations
@@ -28,12 +30,15 @@ PARTS = ("labels", "logits", "hidden", "attention")
 class Distillation:
     """How much each part of the loss weighs.
 
-    labels: the loss of the student's own labels. logits: `softened`, with this temperature (Hinton et al. 2015, arXiv:1503.02531, section 2).
-    hidden: `apart` of the states after each block. attention: `apart` of what each attention layer gives, output projection included
-    (Jiao et al. 2020, TinyBERT, arXiv:1909.10351, equations 7 and 8; their attention part compares n x n weights, which efficient attention
-    never builds). Both are means over the layers, so their weight does not depend on the depth.
-    layers: for each block of the student, the teacher's block that it is compared with; None: the same block, or, where the teacher is k times
-    as deep, the last of every k (TinyBERT's uniform map). share: of the steps, the first so many distil and the others train on the labels alone.
+    labels: the loss of the student's own labels.
+    logits: `softened`, with this temperature (Hinton et al. 2015, arXiv:1503.02531, section 2).
+    hidden: `apart` of the states after each block.
+    attention: `apart` of what each attention layer gives, output projection included (Jiao et al. 2020, TinyBERT,
+        arXiv:1909.10351, equations 7 and 8; their attention part compares n x n weights, which efficient attention
+        never builds). Both are means over the layers, so their weight does not depend on the depth.
+    layers: for each block of the student, the teacher's block that it is compared with; None: the same block, or,
+        where the teacher is k times as deep, the last of every k (TinyBERT's uniform map).
+    share: of the steps, the first so many distil and the others train on the labels alone.
     """
 
     labels: NotNegative = 0.5
@@ -50,7 +55,10 @@ class Distillation:
             if wrong := problem(getattr(self, name), wanted):
                 raise OptionError(f"distillation: {name} {wrong}")
         if not any(getattr(self, name) for name in PARTS[1:]):
-            raise OptionError("distillation: the teacher counts for nothing, as logits, hidden and attention weigh 0; give one of them a weight")
+            raise OptionError(
+                "distillation: the teacher counts for nothing, as logits, hidden and attention weigh "
+                "0; give one of them a weight"
+            )
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
 
@@ -62,7 +70,9 @@ class Distillation:
         known = [field.name for field in fields(cls)]
         for name in given or {}:
             if name not in known:
-                raise OptionError(f"distillation has no option {shown(name)}{did_you_mean(name, known)} Options: {listing(known)}.")
+                raise OptionError(
+                    f"distillation has no option {shown(name)}{did_you_mean(name, known)} Options: {listing(known)}."
+                )
         return cls(**(given or {}))
 
     @property
@@ -75,32 +85,42 @@ class Distillation:
         if self.layers is not None:
             outside = [layer for layer in self.layers if not 0 <= layer < teacher]
             if len(self.layers) != student or outside:
-                problem = f"{len(self.layers)} are given" if len(self.layers) != student else f"there is no block {outside[0]}"
+                problem = (
+                    f"{len(self.layers)} are given"
+                    if len(self.layers) != student
+                    else (f"there is no block {outside[0]}")
+                )
                 raise OptionError(
-                    f"distillation: layers names a block of the teacher (0 to {teacher - 1}) for each of the student's {student}, but {problem}"
+                    f"distillation: layers names a block of the teacher (0 to {teacher - 1}) for each of the "
+                    f"student's {student}, but {problem}"
                 )
             return self.layers
         if teacher % student:
             raise IncompatibleError(
-                f"the teacher's {teacher} blocks do not divide among the student's {student}; say which is compared with which, "
+                f"the teacher's {teacher} blocks do not divide among the student's {student}; say which is compared "
+                "with which, "
                 f"layers={tuple(round((i + 1) * teacher / student) - 1 for i in range(student))} for example"
             )
         return tuple((i + 1) * teacher // student - 1 for i in range(student))
 
 
-def softened(student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float = 1.0, causal: bool = False) -> Tensor:
+def softened(
+    student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float = 1.0, causal: bool = False
+) -> Tensor:
     """T^2 KL(p_teacher | p_student) with p = softmax(logits / T), in the mean over the labels that count.
 
-    T^2 keeps the size of the gradient the same for every T (Hinton et al. 2015, section 2). Where several labels may hold at once, p is
-    Bernoulli for each; a single number has no temperature, and (student - teacher)^2 takes its place. causal: position t predicts label t + 1.
-    Both logits [..., labels] in float32 or better.
+    T^2 keeps the size of the gradient the same for every T (Hinton et al. 2015, section 2). Where several labels may
+    hold at once, p is Bernoulli for each; a single number has no temperature, and (student - teacher)^2 takes its
+    place. causal: position t predicts label t + 1. Both logits [..., labels] in float32 or better.
     """
     student, teacher = _exact(student), _exact(teacher)
     if student.shape[-1] == 1 and labels.shape in (student.shape, student.shape[:1]):
         return (student - teacher).square().mean()
     if labels.is_floating_point():
         ours, theirs = student / temperature, teacher / temperature
-        each = theirs.sigmoid() * (F.logsigmoid(theirs) - F.logsigmoid(ours)) + (-theirs).sigmoid() * (F.logsigmoid(-theirs) - F.logsigmoid(-ours))
+        each = theirs.sigmoid() * (F.logsigmoid(theirs) - F.logsigmoid(ours)) + (-theirs).sigmoid() * (
+            F.logsigmoid(-theirs) - F.logsigmoid(-ours)
+        )
         return temperature**2 * each.mean()
     if causal:
         student, teacher, labels = student[:, :-1], teacher[:, :-1], labels[:, 1:]
@@ -110,12 +130,16 @@ def softened(student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: f
 
 
 def apart(student: Tensor, teacher: Tensor, numbers: Tensor, valid: Tensor | None = None) -> Tensor:
-    """mean (student - teacher)^2 of states [batch, n, dim]: over the width, over the tokens of an example, and over the examples.
+    """mean (student - teacher)^2 of states [batch, n, dim]: over the width, over the tokens of an example, and over the
+    examples.
 
-    numbers [batch]: how many labels of an example count, which is how much it counts here. valid bool[batch, n]: where there is a token.
+    numbers [batch]: how many labels of an example count, which is how much it counts here. valid bool[batch, n]: where
+        there is a token.
     """
     each = (_exact(student) - _exact(teacher)).square().mean(dim=-1)
-    of_example = each.mean(dim=1) if valid is None else each.where(valid, 0.0).sum(dim=1) / valid.sum(dim=1).clamp(min=1)
+    of_example = (
+        each.mean(dim=1) if valid is None else each.where(valid, 0.0).sum(dim=1) / valid.sum(dim=1).clamp(min=1)
+    )
     return (of_example * numbers).sum() / numbers.sum().clamp(min=1)
 
 

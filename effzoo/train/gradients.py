@@ -18,8 +18,11 @@ _SHOWN = 6  # patterns of names in a sentence
 class Untouched:
     """The trained tensors that a run did not reach: their sizes by name.
 
-    none: that got no gradient, as nothing that the loss depends on reads them. zero: whose gradient was zero throughout. of: all that were trained.
-    untold: whose gradient was zero while another tensor was still all zeros and about to move, in a run too short to tell; no fault yet.
+    none: that got no gradient, as nothing that the loss depends on reads them.
+    zero: whose gradient was zero throughout.
+    of: all that were trained.
+    untold: whose gradient was zero while another tensor was still all zeros and about to move, in a run too short to
+        tell; no fault yet.
     """
 
     none: Mapping[str, int] = field(default_factory=dict)
@@ -31,24 +34,41 @@ class Untouched:
         return bool(self.none or self.zero)
 
     def __str__(self) -> str:
-        short = "had a gradient of zero while other tensors were still zero, and the run was too short to tell whether it stays so"
-        parts = [(self.none, "got no gradient"), (self.zero, "got a gradient of zero in every step"), (self.untold, short)]
-        return "; ".join(f"{self._share(found)} {what}: {patterns(found)}" for found, what in parts if found) or "every trained tensor got a gradient"
+        short = (
+            "had a gradient of zero while other tensors were still zero, and the run was too short to tell "
+            "whether it stays so"
+        )
+        parts = [
+            (self.none, "got no gradient"),
+            (self.zero, "got a gradient of zero in every step"),
+            (self.untold, short),
+        ]
+        return (
+            "; ".join(f"{self._share(found)} {what}: {patterns(found)}" for found, what in parts if found)
+            or "every trained tensor got a gradient"
+        )
 
     def reasons(self) -> dict[str, str]:
         """The names with what became of each."""
-        return {**dict.fromkeys(self.none, "no gradient"), **dict.fromkeys(self.zero, "a gradient of zero in every step")}
+        return {
+            **dict.fromkeys(self.none, "no gradient"),
+            **dict.fromkeys(self.zero, "a gradient of zero in every step"),
+        }
 
     def _share(self, found: Mapping[str, int]) -> str:
         numbers, total = sum(found.values()), sum(self.of.values())
-        return f"{len(found)} of {len(self.of)} trained tensors ({numbers:,} of {total:,} numbers, {100 * numbers / max(total, 1):.3g} %)"
+        return (
+            f"{len(found)} of {len(self.of)} trained tensors ({numbers:,} of {total:,} numbers, "
+            f"{100 * numbers / max(total, 1):.3g} %)"
+        )
 
 
 class Gradients:
     """Looks at the gradients of each step, before the optimizer uses them, until every trained tensor has had one.
 
-    A gradient of zero is told apart from none: the first factor of LoRA has a gradient of zero as long as the second one is zero, and that is so for
-    as long as the learning rate is. So a zero is judged by a step in which no trained tensor with a gradient is still all zeros itself.
+    A gradient of zero is told apart from none: the first factor of LoRA has a gradient of zero as long as the second
+    one is zero, and that is so for as long as the learning rate is. So a zero is judged by a step in which no trained
+    tensor with a gradient is still all zeros itself.
     """
 
     def __init__(self) -> None:
@@ -57,7 +77,8 @@ class Gradients:
         self._left: dict[str, nn.Parameter] = {}
         self._had: set[str] = set()  # of those left, the ones with a gradient of zero
         self._judged: set[str] = set()  # of these, the ones that had it when nothing stood before them any more
-        self._unmoved: list[nn.Parameter] = []  # all zeros, though they have a gradient: what they are multiplied with has none yet
+        # all zeros, though they have a gradient: what they are multiplied with has none yet
+        self._unmoved: list[nn.Parameter] = []
 
     def begin(self, model: nn.Module) -> None:
         """A stage begins, in which other parameters may be trained."""
@@ -69,7 +90,11 @@ class Gradients:
     def look(self) -> None:
         """Take note of the gradients of one step. Raises TrainingError when nothing has one."""
         self.steps += 1
-        self._unmoved = [parameter for parameter in self._unmoved if parameter.requires_grad and not bool(torch.count_nonzero(parameter))]
+        self._unmoved = [
+            parameter
+            for parameter in self._unmoved
+            if parameter.requires_grad and not bool(torch.count_nonzero(parameter))
+        ]
         for name, parameter in list(self._left.items()):
             if parameter.grad is not None and bool(torch.count_nonzero(parameter.grad)):
                 del self._left[name]
@@ -83,7 +108,8 @@ class Gradients:
             self._judged |= self._had
         if self.trained and len(self._left) == len(self.trained) and not self._had:
             raise TrainingError(
-                f"{nothing_reached(self.trained)}; train something that the loss depends on, with other targets or another attention kind"
+                f"{nothing_reached(self.trained)}; train something that the loss depends on, with other targets or "
+                "another attention kind"
             )
 
     def untouched(self) -> Untouched:
@@ -103,12 +129,17 @@ class Gradients:
 
 def nothing_reached(names: Iterable[str]) -> str:
     """That nothing trained has a gradient, in words."""
-    return f"the loss depends on nothing that is trained: {patterns(names)} got no gradient; choose other targets or another attention kind"
+    return (
+        f"the loss depends on nothing that is trained: {patterns(names)} got no gradient; choose other targets or "
+        "another attention kind"
+    )
 
 
 def patterns(names: Iterable[str]) -> str:
     """Names without the adapter's part and with `*` for numbers of blocks, each pattern once, the first few."""
-    found = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", re.sub(r"\.adapters\.[^.]+", "", name)) for name in names))
+    found = list(
+        dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", re.sub(r"\.adapters\.[^.]+", "", name)) for name in names)
+    )
     return ", ".join(found[:_SHOWN]) + (f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
 
 

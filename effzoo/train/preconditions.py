@@ -1,4 +1,5 @@
-"""What has to hold before a run starts: something to train, options in range, a precision that runs here, an output folder that fits."""
+"""What has to hold before a run starts: something to train, options in range, a precision that runs here, an output
+folder that fits."""
 
 from __future__ import annotations
 
@@ -27,23 +28,34 @@ PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 def on_cpu() -> bool:
     """Whether training runs on the processor: no accelerator here, or `accelerate launch --cpu`."""
-    return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in (
+        "1",
+        "true",
+        "yes",
+    )
 
 
 def check_trainable(model: Transformer) -> None:
     """TrainingError for a task without a loss, and when no parameter, or one that no file would keep, is trainable."""
     check_model(model)
     if model.task == "features":
-        raise TrainingError("a model with task='features' has no loss to train; build it with task='classification' or another task")
+        raise TrainingError(
+            "a model with task='features' has no loss to train; build it with task='classification' or another task"
+        )
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     names = attached(model)
     if not trainable:
-        hint = f"effzoo.activate(model, {', '.join(map(repr, names))})" if names else "effzoo.attach(model, 'lora'), or model.requires_grad_(True)"
+        hint = (
+            f"effzoo.activate(model, {', '.join(map(repr, names))})"
+            if names
+            else ("effzoo.attach(model, 'lora'), or model.requires_grad_(True)")
+        )
         raise TrainingError(f"nothing to train: no parameter of the model requires a gradient; try {hint}")
     outside = [name for name in trainable if ".adapters." not in f".{name}"]
     if acting(model) and outside:
         raise TrainingError(
-            f"{len(outside)} parameters outside the active adapters are trainable ({outside[0]}, ...), but only adapters are saved; "
+            f"{len(outside)} parameters outside the active adapters are trainable ({outside[0]}, ...), but only "
+            "adapters are saved; "
             "freeze them, or name them in the spec with the methods 'full' or 'bitfit'"
         )
 
@@ -54,34 +66,52 @@ def check_model(model: Any, what: str = "model") -> None:
         return
     accepted = f"{what} is a Transformer or Perceiver, as effzoo.build or effzoo.convert.from_transformers returns it"
     if not isinstance(model, torch.nn.Module):
-        raise OptionError(f"{accepted}, got {model!r:.80} ({type(model).__name__}); try effzoo.build('bert', task='classification')")
+        raise OptionError(
+            f"{accepted}, got {model!r:.80} ({type(model).__name__}); try effzoo.build('bert', task='classification')"
+        )
     count = len(list(sites(model)))
     if count:
         advice = (
-            "train it in a loop of your own, in which effzoo.peft.begin, schedule, penalty and finish do the methods' part (effzoo/peft/training.py)"
+            "train it in a loop of your own, in which effzoo.peft.begin, schedule, penalty and finish do the "
+            "methods' part (effzoo/peft/training.py)"
         )
     else:
         advice = "convert it, if transformers has it, or build one and train that"
     raise OptionError(
-        f"{accepted}, got {type(model).__name__!r}, a module with {count} of effzoo's sites, whose task and inputs are not known; {advice}"
+        f"{accepted}, got {type(model).__name__!r}, a module with {count} of effzoo's sites, whose task and inputs "
+        f"are not known; {advice}"
     )
 
 
 def check_precision(model: torch.nn.Module, precision: str) -> None:
-    """OptionError for an unknown precision, IncompatibleError for one that cannot run here or that accelerate was launched without."""
+    """OptionError for an unknown precision, IncompatibleError for one that cannot run here or that accelerate was
+    launched without."""
     one_of("precision", precision, PRECISIONS)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no" and launched != PRECISIONS[precision]:
         named = {value: key for key, value in PRECISIONS.items()}.get(launched, launched)
-        raise IncompatibleError(f"accelerate was launched with mixed precision {launched!r}, finetune got {precision!r}; give precision={named!r}")
+        raise IncompatibleError(
+            f"accelerate was launched with mixed precision {launched!r}, finetune got "
+            f"{precision!r}; give precision={named!r}"
+        )
     if precision == "float16" and (on_cpu() or not torch.cuda.is_available()):
-        raise IncompatibleError("precision='float16' scales its loss on a CUDA device, and there is none here; try precision='bfloat16'")
-    if precision == "bfloat16" and not on_cpu() and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise IncompatibleError(f"{torch.cuda.get_device_name()} does not compute in bfloat16; try precision='float16' or 'float32'")
+        raise IncompatibleError(
+            "precision='float16' scales its loss on a CUDA device, and there is none here; try precision='bfloat16'"
+        )
+    if (
+        precision == "bfloat16"
+        and not on_cpu()
+        and torch.cuda.is_available()
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise IncompatibleError(
+            f"{torch.cuda.get_device_name()} does not compute in bfloat16; try precision='float16' or 'float32'"
+        )
 
 
 def check_dtypes(model: torch.nn.Module) -> None:
-    """IncompatibleError for trained tensors in half precision, where small updates are rounded away (in bfloat16 those below a 512th of a weight).
+    """IncompatibleError for trained tensors in half precision, where small updates are rounded away (in bfloat16 those
+    below a 512th of a weight).
 
     An adapter that was attached with dtype=torch.bfloat16 is meant to be so; nothing can be trained in float16.
     """
@@ -97,12 +127,16 @@ def check_dtypes(model: torch.nn.Module) -> None:
         elif any(adapter in f".{name}" for adapter in meant):
             continue
         else:
-            advice = "call effzoo.peft.recast(model), which makes adapters float32, or attach with dtype='bfloat16' if that is meant"
+            advice = (
+                "call effzoo.peft.recast(model), which makes adapters float32, or attach with dtype='bfloat16' "
+                "if that is meant"
+            )
         raise IncompatibleError(f"{name} is trained in {kind}, where small updates vanish; {advice}")
 
 
 def check_processes(found: int) -> None:
-    """TrainingError when a launcher started several processes that do not know of each other: each would train alone, into the same files."""
+    """TrainingError when a launcher started several processes that do not know of each other: each would train alone,
+    into the same files."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != found:
         raise TrainingError(
@@ -112,7 +146,8 @@ def check_processes(found: int) -> None:
 
 
 def starting_point(directory: Path, run: dict[str, Any], resume: bool, overwrite: bool) -> Path | None:
-    """The checkpoint to continue from, None for the beginning. TrainingError for one that another run wrote, or that would be mixed with this one."""
+    """The checkpoint to continue from, None for the beginning. TrainingError for one that another run wrote, or that
+    would be mixed with this one."""
     found = checkpoints.whole(directory)
     if not found or (overwrite and not resume):
         return None
@@ -126,18 +161,22 @@ def starting_point(directory: Path, run: dict[str, Any], resume: bool, overwrite
     different = differences(earlier, json.loads(json.dumps(run)))
     if different:
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
-        raise TrainingError(f"{found[-1]} belongs to another run: {different[0]}{more}. Give the same, or overwrite=True with resume=False.")
+        raise TrainingError(
+            f"{found[-1]} belongs to another run: {different[0]}{more}. Give the same, or "
+            "overwrite=True with resume=False."
+        )
     if run["data"] is None:
         logging.getLogger("effzoo").warning(
-            "the rows of train are read when they are asked for, so whether they are those of the earlier run is not known; give the data set an "
+            "the rows of train are read when they are asked for, so whether they are those of the earlier run is not "
+            "known; give the data set an "
             "attribute `fingerprint`, a text that changes with its rows"
         )
     return found[-1]
 
 
 def rejoin(model: Transformer, directory: Path) -> None:
-    """Finish the active adapters, or not, and bring them to the stage in which they were when the run in this directory began: that decides in which
-    stages it trains.
+    """Finish the active adapters, or not, and bring them to the stage in which they were when the run in this directory
+    began: that decides in which stages it trains.
 
     TrainingError for a damaged checkpoint, and for an adapter that has lost what the run needs.
     """
@@ -153,8 +192,10 @@ def rejoin(model: Transformer, directory: Path) -> None:
             continue  # no adapter, or a damaged one: whoever loads it says so
         if ahead := later(attachment, begun):
             raise TrainingError(
-                f"{newest} is in {said(begun)}, but the adapter {name!r} of this model is in {said(ahead)} already, and has dropped what the run "
-                "needs; build the model and attach the adapter anew to resume, or give another output_dir to train what is left"
+                f"{newest} is in {said(begun)}, but the adapter {name!r} of this model is in {said(ahead)} already, "
+                "and has dropped what the run "
+                "needs; build the model and attach the adapter anew to resume, or give another output_dir to train "
+                "what is left"
             )
         if was_finished:
             finish(model, name)
@@ -162,10 +203,16 @@ def rejoin(model: Transformer, directory: Path) -> None:
             changed = [method.name for method in of_training(attachment) if method.stages or uses(method, "finish")]
             if changed:
                 raise TrainingError(
-                    f"{newest} is in the middle of its training, but the adapter {name!r} of this model is finished: {listing(changed)} dropped what "
-                    "training needs; build the model and attach the adapter anew to resume, or give another output_dir to train what is left"
+                    f"{newest} is in the middle of its training, but the adapter {name!r} of this model is finished: "
+                    f"{listing(changed)} dropped what "
+                    "training needs; build the model and attach the adapter anew to resume, or give another "
+                    "output_dir to train what is left"
                 )
             attachment.finished = False
-    first = None if newest is None else next(iter(json.loads((newest / checkpoints.RUN).read_text()).get("stages", ())), None)
+    first = (
+        None
+        if newest is None
+        else next(iter(json.loads((newest / checkpoints.RUN).read_text()).get("stages", ())), None)
+    )
     if first is not None:
         restart(model, first)

@@ -27,15 +27,20 @@ def predict(
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
     progress: bool = True,
 ) -> Tensor:
-    """Logits [examples, num_labels] of a classification model; of a features model the mean of its last hidden states, [examples, dim].
+    """Logits [examples, num_labels] of a classification model; of a features model the mean of its last hidden states,
+    [examples, dim].
 
-    examples: tokenised, as for `finetune`; labels may be missing. They run in evaluation mode on the model's device, in batches of like
-    lengths, and come back on the CPU in float32, in the order given. Raises InputError, IncompatibleError.
+    examples: tokenised, as for `finetune`; labels may be missing. They run in evaluation mode on the model's device, in
+        batches of like lengths, and come back on the CPU in float32, in the order given. Raises InputError,
+        IncompatibleError.
     """
     model = unwrap(model)
     check_model(model)
     if model.task not in ("classification", "features"):
-        raise InputError(f"predict gives one row per example, for task 'classification' or 'features', not {model.task!r}; call the model itself")
+        raise InputError(
+            "predict gives one row per example, for task 'classification' or 'features', not "
+            f"{model.task!r}; call the model itself"
+        )
     check_precision(model, precision)
     batch_size, progress = whole("batch_size", batch_size, least=1), flag("progress", progress)
     rows = checked(examples, model, "examples", labelled=False)
@@ -52,8 +57,13 @@ def predict(
             batch = {name: x.to(device) for name, x in collate([inputs[i] for i in chosen]).items()}
             with torch.autocast(device.type, dtype=getattr(torch, precision), enabled=precision != "float32"):
                 out = model(**batch)
-            mask = None if isinstance(model, Perceiver) and not model.config.causal else batch.get("attention_mask")  # latents have no padding
-            values = pool(out.last_hidden_state.float(), None if mask is None else mask.bool(), "mean") if out.logits is None else out.logits
+            # latents have no padding
+            mask = None if isinstance(model, Perceiver) and not model.config.causal else batch.get("attention_mask")
+            values = (
+                pool(out.last_hidden_state.float(), None if mask is None else mask.bool(), "mean")
+                if out.logits is None
+                else out.logits
+            )
             if not len(found):
                 found = torch.empty(len(order), values.shape[1])
             found[chosen] = values.float().cpu()

@@ -12,7 +12,11 @@ import torch
 def random_state(device: torch.device) -> dict[str, Any]:
     """The state of every global generator that training uses on this device."""
     kind, keys, *rest = np.random.get_state(legacy=True)
-    state = {"python": random.getstate(), "numpy": (kind, np.asarray(keys).tolist(), *rest), "torch": torch.get_rng_state()}
+    state = {
+        "python": random.getstate(),
+        "numpy": (kind, np.asarray(keys).tolist(), *rest),
+        "torch": torch.get_rng_state(),
+    }
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 

@@ -1,4 +1,5 @@
-"""The record of a run: the model's function, the data and the settings. A checkpoint of one run is never taken for that of another."""
+"""The record of a run: the model's function, the data and the settings. A checkpoint of one run is never taken for that
+of another."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ HINTS = {
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:
-    """The active adapters with their specs; and how they are combined, their scales and which of them learn, where that is not the usual."""
+    """The active adapters with their specs; and how they are combined, their scales and which of them learn, where that
+    is not the usual."""
     now = adapters_of(model).roster.now
     found: dict[str, Any] = {name: attached(model)[name].spec for name in now.names}
     for path, site in label_layers(model).items():
@@ -36,7 +38,9 @@ def of_model(model: nn.Module) -> dict[str, Any]:
 
     Tensors that a checkpoint holds, or whose hashes an adapter holds, are not among it.
     """
-    trained = {key: parameter for key, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    trained = {
+        key: parameter for key, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad
+    }
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained.values()})
     found = {**facts(model), **dropouts(model), "dtypes of what is trained": dtypes}
     return found if acting(model) else found | fingerprint(model, without=trained).tensors
@@ -48,7 +52,9 @@ def dropouts(model: nn.Module) -> dict[str, float]:
     for path, module in model.named_modules():
         if ".adapters." in f".{path}.":
             continue
-        rate = module.p if isinstance(module, nn.Dropout) else getattr(getattr(module, "context", None), "dropout", None)
+        rate = (
+            module.p if isinstance(module, nn.Dropout) else getattr(getattr(module, "context", None), "dropout", None)
+        )
         if rate is not None:
             found[f"dropout of {path}"] = float(rate)
     return found
@@ -63,9 +69,14 @@ def name_of(function: Any) -> str | None:
 
 
 def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In what two records differ, with both values. Evaluations may come, go or change unless the best checkpoint is chosen by them."""
+    """In what two records differ, with both values. Evaluations may come, go or change unless the best checkpoint is
+    chosen by them."""
     names = [name for name in dict.fromkeys([*now, *earlier]) if name not in ELASTIC]
-    if now.get("best") is None and earlier.get("best") is None and None in (now.get("evaluation"), earlier.get("evaluation")):
+    if (
+        now.get("best") is None
+        and earlier.get("best") is None
+        and None in (now.get("evaluation"), earlier.get("evaluation"))
+    ):
         names.remove("evaluation")
     if _global_batch(earlier) != _global_batch(now):
         names += ELASTIC
@@ -73,7 +84,11 @@ def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     for name in names:
         if name == "model" and isinstance(earlier.get(name), Mapping):
             before, after = earlier[name], now[name]
-            found += [_said(f"model: {key}", before, after, key) for key in dict.fromkeys([*after, *before]) if before.get(key) != after.get(key)]
+            found += [
+                _said(f"model: {key}", before, after, key)
+                for key in dict.fromkeys([*after, *before])
+                if before.get(key) != after.get(key)
+            ]
         elif earlier.get(name) != now.get(name) or name not in earlier:
             found.append(_said(name, earlier, now, name))
     return found

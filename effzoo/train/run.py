@@ -40,7 +40,19 @@ from effzoo.train.preconditions import (
     starting_point,
 )
 from effzoo.train.record import adapters, name_of, of_model
-from effzoo.train.settings import LARGEST, callbacks_of, called, flag, folder, number, number_or_none, one_of, warmup_of, whole, whole_or_none
+from effzoo.train.settings import (
+    LARGEST,
+    callbacks_of,
+    called,
+    flag,
+    folder,
+    number,
+    number_or_none,
+    one_of,
+    warmup_of,
+    whole,
+    whole_or_none,
+)
 from effzoo.train.settings import steps as steps_of
 from effzoo.train.teaching import Teaching, fingerprint
 
@@ -57,14 +69,18 @@ _SPEED = ("_runtime", "_per_second", "_preparation_time")  # ends of the names o
 class Result:
     """What a run gave.
 
-    metrics: the last evaluation (the best one's when `best` was given) and train_loss, the mean over all steps. history: one entry per
-    logged step: step, epoch, loss (mean since the entry before), learning_rate (the largest), grad_norm, eval_*, and stage, to which the
-    steps since the entry before belong, when the methods train in stages; with a teacher also the parts of the loss without their
-    weights, loss_labels, loss_logits, .... seconds: of this call. peak_memory: bytes; what the allocator held
-    on CUDA during the call, elsewhere the resident set of this process since it started. last, best: checkpoints. weights: the adapter's
-    folder (several adapters: a folder that holds one each), or model.safetensors when all
-    parameters were trained. untouched: the trained tensors that got no gradient in this call, or only zeros; false when there is none, and
-    as text a sentence with their share, and with what the run was too short to tell.
+    metrics: the last evaluation (the best one's when `best` was given) and train_loss, the mean over all steps.
+    history: one entry per logged step: step, epoch, loss (mean since the entry before), learning_rate (the largest),
+        grad_norm, eval_*, and stage, to which the steps since the entry before belong, when the methods train in
+        stages; with a teacher also the parts of the loss without their weights, loss_labels, loss_logits, ....
+    seconds: of this call.
+    peak_memory: bytes; what the allocator held on CUDA during the call, elsewhere the resident set of this process
+        since it started.
+    last, best: checkpoints.
+    weights: the adapter's folder (several adapters: a folder that holds one each), or model.safetensors when all
+        parameters were trained.
+    untouched: the trained tensors that got no gradient in this call, or only zeros; false when there is none, and as
+        text a sentence with their share, and with what the run was too short to tell.
     """
 
     metrics: dict[str, float]
@@ -120,56 +136,70 @@ def finetune(
     callbacks: Sequence[TrainerCallback] = (),
     metrics: Callable[[Any], Mapping[str, float]] | None = None,
 ) -> Result:
-    """Train the active adapters of a model, or all its parameters when it has none, with AdamW; write checkpoints and the result to output_dir.
+    """Train the active adapters of a model, or all its parameters when it has none, with AdamW; write checkpoints and
+    the result to output_dir.
 
-    train, evaluate: tokenised examples, as a `datasets.Dataset`, a list of mappings or any map-style data set: input_ids, labels (or
-        label), optionally attention_mask, token_type_ids, global_attention_mask. Rows are padded to the longest of their batch.
-    epochs, or max_steps: how long. eval_batch_size: None is batch_size.
-    batch_size: examples per process and forward pass. An optimizer step sees batch_size * gradient_accumulation * processes examples;
-        its loss is the mean over all their labels, however they are spread.
-    learning_rate: None is each method's own (`effzoo.peft.learning_rates(model)`), and 5e-5 for all parameters; a given one is multiplied by the
-        factors that a method has for some of its tensors. warmup: steps (int) or a share of all steps (float below 1), then the schedule.
-        clip: the largest norm of the gradient, None for no limit.
-    teacher: a trained model with the same task, labels and vocabulary, from which the model learns beside its labels. distillation: how
-        (`effzoo.train.Distillation`, or a mapping such as `{"logits": 0.9, "labels": 0.1, "temperature": 2.0}`). The teacher is put in
-        evaluation mode on the device of the training, and is neither trained nor saved. Evaluations measure the labels' loss alone.
-    calibration_batches: how many batches of batch_size training examples methods see that choose by looking at data (FISH masks, ...), before
-        the first step; the same in every process.
+    train, evaluate: tokenised examples, as a `datasets.Dataset`, a list of mappings or any map-style data set:
+        input_ids, labels (or label), optionally attention_mask, token_type_ids, global_attention_mask. Rows are
+        padded to the longest of their batch. epochs, or max_steps: how long.
+    eval_batch_size: None is batch_size.
+    batch_size: examples per process and forward pass. An optimizer step sees batch_size * gradient_accumulation *
+        processes examples; its loss is the mean over all their labels, however they are spread.
+    learning_rate: None is each method's own (`effzoo.peft.learning_rates(model)`), and 5e-5 for all parameters; a
+        given one is multiplied by the factors that a method has for some of its tensors.
+    warmup: steps (int) or a share of all steps (float below 1), then the schedule.
+    clip: the largest norm of the gradient, None for no limit.
+    teacher: a trained model with the same task, labels and vocabulary, from which the model learns beside its
+        labels.
+    distillation: how (`effzoo.train.Distillation`, or a mapping such as `{"logits": 0.9, "labels": 0.1,
+        "temperature": 2.0}`). The teacher is put in evaluation mode on the device of the training, and is neither
+        trained nor saved. Evaluations measure the labels' loss alone.
+    calibration_batches: how many batches of batch_size training examples methods see that choose by looking at data
+        (FISH masks, ...), before the first step; the same in every process.
     precision: of the forward pass; weights stay as they are.
-    evaluate_every, save_every: optimizer steps, "epoch", or None. Both also happen at the end, unless save_every is None.
-    keep: how many checkpoints stay (None: all). best: the evaluation metric ("loss", "accuracy", ...) by which a best checkpoint is kept
-        besides, and loaded at the end; each evaluation then writes a checkpoint. What training has not brought to its final form (an earlier
-        stage, a network that is not pruned yet) is not among them.
-    resume: continue from the newest checkpoint in output_dir, if there is one, to the same losses. The model's function with its dropouts, the
-        rows of train and every setting that changes a number must be those of that run, its steps too (the schedule spans them all). Free
-        are progress, keep, save_every, evaluate_every, log_every, eval_batch_size, num_workers, gradient_checkpointing, recompute, callbacks
-        and, without `best`, whether there is an evaluation; output_dir may be moved. Of data whose rows are read only when asked for, its
+    evaluate_every, save_every: optimizer steps, "epoch", or None. Both also happen at the end, unless save_every is
+        None.
+    keep: how many checkpoints stay (None: all).
+    best: the evaluation metric ("loss", "accuracy", ...) by which a best checkpoint is kept besides, and loaded at
+        the end; each evaluation then writes a checkpoint. What training has not brought to its final form (an
+        earlier stage, a network that is not pruned yet) is not among them.
+    resume: continue from the newest checkpoint in output_dir, if there is one, to the same losses. The model's
+        function with its dropouts, the rows of train and every setting that changes a number must be those of that
+        run, its steps too (the schedule spans them all). Free are progress, keep, save_every, evaluate_every,
+        log_every, eval_batch_size, num_workers, gradient_checkpointing, recompute, callbacks and, without `best`,
+        whether there is an evaluation; output_dir may be moved. Of data whose rows are read only when asked for, its
         length and an attribute `fingerprint` are compared; of a collator, its name.
     overwrite: remove the checkpoints of an earlier run.
-    recompute: what is computed again for the backward pass instead of kept, to the same bits: "nothing"; "hidden", outputs of norms and
-        activations and hidden units of frozen feed-forwards; "blocks", all but the input of each block. gradient_checkpointing=True is
-        "blocks". Of the last block, only the positions are computed that the head reads.
-    group_by_length: batches of similar lengths, to save padding. collator: list of examples -> batch, instead of padding.
+    recompute: what is computed again for the backward pass instead of kept, to the same bits: "nothing"; "hidden",
+        outputs of norms and activations and hidden units of frozen feed-forwards; "blocks", all but the input of
+        each block. gradient_checkpointing=True is "blocks". Of the last block, only the positions are computed that
+        the head reads.
+    group_by_length: batches of similar lengths, to save padding.
+    collator: list of examples -> batch, instead of padding.
     callbacks: of transformers (their `model` holds this one as `.model`).
-    metrics: called with `(logits, labels)` of the whole evaluation (a transformers.EvalPrediction), returns numbers by name. Loss, and accuracy
-        (classification) or perplexity (language models), are computed in any case; without `metrics` no logits are kept.
+    metrics: called with `(logits, labels)` of the whole evaluation (a transformers.EvalPrediction), returns numbers
+        by name. Loss, and accuracy (classification) or perplexity (language models), are computed in any case;
+        without `metrics` no logits are kept.
 
-    Methods take part as in the loop of `effzoo/peft/training.py`. Stages share all steps, and in each the optimizer, the warmup and the schedule
-    start anew; an adapter that is in one already, as `load_adapter` gave it, goes on there. At the end the adapter is finished: checkpoints hold it
-    as it was before, and are resumed with a freshly attached one, or with the one that was given then. Trained once more, a finished adapter keeps
-    what it has chosen, and what is left is trained in one stage.
+    Methods take part as in the loop of `effzoo/peft/training.py`. Stages share all steps, and in each the optimizer,
+    the warmup and the schedule start anew; an adapter that is in one already, as `load_adapter` gave it, goes on there.
+    At the end the adapter is finished: checkpoints hold it as it was before, and are resumed with a freshly attached
+    one, or with the one that was given then. Trained once more, a finished adapter keeps what it has chosen, and what
+    is left is trained in one stage.
 
     Several processes: start the script with `accelerate launch`; without GPUs as
-    `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 train.py`, because with `--cpu` accelerate 1.15 starts a single
-    process whatever --num_processes says. They need one file system. Sets the global random seed, and
-    leaves the model on the device where it was trained. With another number of processes, batch_size or gradient_accumulation, while
-    their product stays, a run resumes with the same batches, but other dropout masks.
+    `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 train.py`, because with `--cpu` accelerate
+        1.15 starts a single process whatever --num_processes says. They need one file system. Sets the global random
+        seed, and
+    leaves the model on the device where it was trained. With another number of processes, batch_size or
+    gradient_accumulation, while their product stays, a run resumes with the same batches, but other dropout masks.
 
-    A trained tensor that the loss does not reach is named, after the first step and at the end, with its share of what is trained.
+    A trained tensor that the loss does not reach is named, after the first step and at the end, with its share of what
+    is trained.
 
-    Raises InputError (data that the model cannot read or would read wrongly), OptionError, IncompatibleError (a precision that cannot run here),
-    TrainingError (nothing to train, nothing that is trained has a gradient, a checkpoint of another run, a loss or a weight that is
-    not a number), AdapterError.
+    Raises InputError (data that the model cannot read or would read wrongly), OptionError, IncompatibleError (a
+        precision that cannot run here), TrainingError (nothing to train, nothing that is trained has a gradient, a
+        checkpoint of another run, a loss or a weight that is not a number), AdapterError.
     """
     model = unwrap(model)
     check_trainable(model)
@@ -178,14 +208,25 @@ def finetune(
     batch_size = whole("batch_size", batch_size, least=1)
     eval_batch_size = whole_or_none("eval_batch_size", eval_batch_size, least=1) or batch_size
     gradient_accumulation = whole("gradient_accumulation", gradient_accumulation, least=1)
-    calibration_batches, log_every = whole("calibration_batches", calibration_batches, least=1), whole("log_every", log_every, least=1)
-    num_workers, seed = whole("num_workers", num_workers, least=0, most=1024), whole("seed", seed, least=0, most=2**32 - 1)
-    learning_rate = number_or_none("learning_rate", learning_rate, "a number above 0, or None for each method's own", lambda x: x > 0)
+    calibration_batches = whole("calibration_batches", calibration_batches, least=1)
+    log_every = whole("log_every", log_every, least=1)
+    num_workers = whole("num_workers", num_workers, least=0, most=1024)
+    seed = whole("seed", seed, least=0, most=2**32 - 1)
+    learning_rate = number_or_none(
+        "learning_rate", learning_rate, "a number above 0, or None for each method's own", lambda x: x > 0
+    )
     weight_decay = number("weight_decay", weight_decay, "a number of at least 0", lambda x: x >= 0)
-    clip = number_or_none("clip", clip, "the largest norm of the gradient, above 0, or None for no limit", lambda x: x > 0)
+    clip = number_or_none(
+        "clip", clip, "the largest norm of the gradient, above 0, or None for no limit", lambda x: x > 0
+    )
     warmup, schedule = warmup_of(warmup), one_of("schedule", schedule, SCHEDULES)  # type: ignore[assignment]
     evaluate_every, save_every = steps_of("evaluate_every", evaluate_every), steps_of("save_every", save_every)  # type: ignore[assignment]
-    for name, given in (("resume", resume), ("overwrite", overwrite), ("progress", progress), ("group_by_length", group_by_length)):
+    for name, given in (
+        ("resume", resume),
+        ("overwrite", overwrite),
+        ("progress", progress),
+        ("group_by_length", group_by_length),
+    ):
         flag(name, given)
     flag("gradient_checkpointing", gradient_checkpointing)
     collator, metrics, callbacks = called("collator", collator), called("metrics", metrics), callbacks_of(callbacks)
@@ -208,7 +249,9 @@ def finetune(
         fits_teacher(lengths, teacher)
     held_out = None if evaluate is None else _prepare(evaluate, model, "evaluate", collator)
     if group_by_length and lengths is None:
-        raise OptionError("group_by_length needs the length of every example; give a list or a datasets.Dataset, and no collator")
+        raise OptionError(
+            "group_by_length needs the length of every example; give a list or a datasets.Dataset, and no collator"
+        )
 
     from accelerate import PartialState  # these import transformers, which takes seconds
     from transformers import TrainingArguments
@@ -221,8 +264,11 @@ def finetune(
     steps_per_epoch = math.ceil(len(data) / (batch_size * gradient_accumulation * processes))
     total = max_steps or math.ceil(epochs * steps_per_epoch)
     if total > LARGEST:
-        raise OptionError(f"epochs={epochs!r} of {steps_per_epoch:,} steps are more than {LARGEST:,} steps; train shorter")
-    with transition(model, *acting(model)) if resume else nullcontext():  # a refused run leaves the adapters in the stage that they were in
+        raise OptionError(
+            f"epochs={epochs!r} of {steps_per_epoch:,} steps are more than {LARGEST:,} steps; train shorter"
+        )
+    # a refused run leaves the adapters in the stage that they were in
+    with transition(model, *acting(model)) if resume else nullcontext():
         if resume:
             rejoin(model, output_dir)
         if learning_rate is None and not acting(model):
@@ -230,11 +276,14 @@ def finetune(
         planned = parts(model, total, warmup)
         run = {
             "adapters": adapters(model), "examples": len(data), "steps": total, "seed": seed,
-            "processes": processes, "batch_size": batch_size, "gradient_accumulation": gradient_accumulation, "group_by_length": group_by_length,
-            **used(model, learning_rate), "weight_decay": weight_decay, "warmup": warmup, "schedule": schedule, "clip": clip, "precision": precision,
-            "collator": name_of(collator), "data": data.digest, "evaluation": None if held_out is None else held_out.digest, "best": best,
-            "model": of_model(model),
-            "distillation": None if teaching is None else {**asdict(teaching.settings), "teacher": fingerprint(teaching.teacher)},
+            "processes": processes, "batch_size": batch_size, "gradient_accumulation": gradient_accumulation,
+            "group_by_length": group_by_length,
+            **used(model, learning_rate), "weight_decay": weight_decay, "warmup": warmup, "schedule": schedule,
+            "clip": clip, "precision": precision,
+            "collator": name_of(collator), "data": data.digest,
+            "evaluation": None if held_out is None else held_out.digest, "best": best, "model": of_model(model),
+            "distillation": None if teaching is None else {**asdict(teaching.settings),
+            "teacher": fingerprint(teaching.teacher)},
         }  # fmt: skip
         if any(part.stage.name for part in planned):
             run["stages"] = {part.stage.name: part.steps for part in planned}
@@ -243,26 +292,48 @@ def finetune(
         largest = max(learning_rates(model, learning_rate).values(), default=learning_rate or 0.0)
         if weight_decay >= 1 and largest * weight_decay >= 1:
             raise OptionError(
-                f"weight_decay={weight_decay:g} at learning rate {largest:g} takes all of every weight in one step; give less than {1 / largest:g}"
+                f"weight_decay={weight_decay:g} at learning rate {largest:g} takes all of every weight in one step; "
+                f"give less than {1 / largest:g}"
             )
         start = starting_point(output_dir, run, resume, overwrite)
     save_steps, eval_steps = (steps_per_epoch if every == "epoch" else every for every in (save_every, evaluate_every))
     arguments = TrainingArguments(
-        output_dir=str(output_dir), use_cpu=on_cpu(), bf16=precision == "bfloat16", fp16=precision == "float16", seed=seed, max_steps=total,
-        per_device_train_batch_size=batch_size, per_device_eval_batch_size=eval_batch_size, gradient_accumulation_steps=gradient_accumulation,
-        learning_rate=largest, weight_decay=weight_decay, lr_scheduler_type=SCHEDULES[schedule], max_grad_norm=clip or 0.0,
+        output_dir=str(output_dir), use_cpu=on_cpu(), bf16=precision == "bfloat16", fp16=precision == "float16",
+        seed=seed, max_steps=total,
+        per_device_train_batch_size=batch_size, per_device_eval_batch_size=eval_batch_size,
+        gradient_accumulation_steps=gradient_accumulation,
+        learning_rate=largest, weight_decay=weight_decay, lr_scheduler_type=SCHEDULES[schedule],
+        max_grad_norm=clip or 0.0,
         warmup_steps=planned[0].warmup, logging_steps=log_every, logging_nan_inf_filter=False,
-        eval_strategy="no" if held_out is None else "steps", eval_steps=eval_steps or total, save_strategy="steps" if save_steps else "no",
-        save_steps=save_steps or total, disable_tqdm=not progress, report_to="none", ddp_find_unused_parameters=True, label_names=["labels"],
+        eval_strategy="no" if held_out is None else "steps", eval_steps=eval_steps or total,
+        save_strategy="steps" if save_steps else "no",
+        save_steps=save_steps or total, disable_tqdm=not progress, report_to="none", ddp_find_unused_parameters=True,
+        label_names=["labels"],
     )  # fmt: skip
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for several processes; Trainer would else use DataParallel
+    # several GPUs are for several processes; Trainer would else use DataParallel
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     pin_memory = arguments.device.type == "cuda"
-    collate = Pad(model.task, model.config.pad_token, accepted(model)) if collator is None else Collated(collator, accepted(model), "train")
-    order = Order(len(data), batch_size, process=index, processes=processes, seed=seed, lengths=lengths if group_by_length else None)
+    collate = (
+        Pad(model.task, model.config.pad_token, accepted(model))
+        if collator is None
+        else Collated(collator, accepted(model), "train")
+    )
+    order = Order(
+        len(data),
+        batch_size,
+        process=index,
+        processes=processes,
+        seed=seed,
+        lengths=lengths if group_by_length else None,
+    )
     loaders = [Loader(data, order, Counting(collate, model.task, model.num_labels, data[0]), num_workers, pin_memory)]
     if held_out is not None:
         order = Order(len(held_out), eval_batch_size, process=index, processes=processes, lengths=held_out.lengths)
-        loaders.append(Loader(held_out, order, Counting(collate, model.task, model.num_labels, held_out[0]), num_workers, pin_memory))
+        loaders.append(
+            Loader(
+                held_out, order, Counting(collate, model.task, model.num_labels, held_out[0]), num_workers, pin_memory
+            )
+        )
     if arguments.should_save:
         checkpoints.clean(output_dir)
         for earlier in checkpoints.whole(output_dir) if start is None else ():
@@ -270,7 +341,8 @@ def finetune(
     if teaching is not None:
         teaching.teacher.to(arguments.device)
     trainer = ExactTrainer(
-        model, arguments, loaders, metrics=metrics, callbacks=callbacks, run=run, parts=planned, learning_rate=learning_rate,
+        model, arguments, loaders, metrics=metrics, callbacks=callbacks, run=run, parts=planned,
+        learning_rate=learning_rate,
         settled=settled(model, total), keep=keep, best=best, progress=progress, teaching=teaching,
     )  # fmt: skip
     alone = Order(len(data), batch_size, seed=seed, lengths=lengths if group_by_length else None)
@@ -286,19 +358,24 @@ def _prepare(data: Any, model: Transformer, what: str, collator: Any) -> Example
     return Raw(data)
 
 
-def _train(trainer: ExactTrainer, model: Transformer, directory: Path, start: Path | None, first: First, level: Level) -> Result:
-    """Train from a checkpoint or from the beginning, finish, write the result, and leave the model in the modes that it came in."""
+def _train(
+    trainer: ExactTrainer, model: Transformer, directory: Path, start: Path | None, first: First, level: Level
+) -> Result:
+    """Train from a checkpoint or from the beginning, finish, write the result, and leave the model in the modes that it
+    came in."""
     clock, training, cuda = time.monotonic(), model.training, trainer.args.device.type == "cuda"
     before: dict[str, Any] = {}
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     try:
-        if start is not None and checkpoints.step_of(start) >= trainer.args.max_steps:  # Trainer would take one step more
+        # Trainer would take one step more
+        if start is not None and checkpoints.step_of(start) >= trainer.args.max_steps:
             trainer.restore(start)
         else:
             if start is None:
                 trainer.start(first)
-            before = spare(model, "blocks" if model.recompute == "blocks" else level)  # not before: methods that look at the data see all positions
+            # not before: methods that look at the data see all positions
+            before = spare(model, "blocks" if model.recompute == "blocks" else level)
             if trainer.teaching is not None and trainer.teaching.settings.inside:
                 model.only_what_is_read = False  # the teacher looks at all positions of the last block as well
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
@@ -323,10 +400,15 @@ def _train(trainer: ExactTrainer, model: Transformer, directory: Path, start: Pa
     if trainer.args.should_save:
         checkpoints.save_weights(model, directory)
     trainer.accelerator.wait_for_everyone()
-    final = [entry for entry in history if "eval_loss" in entry and (best is None or entry["step"] == checkpoints.step_of(best))]
+    final = [
+        entry
+        for entry in history
+        if "eval_loss" in entry and (best is None or entry["step"] == checkpoints.step_of(best))
+    ]
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Result(
-        metrics={key: value for key, value in (final or [{}])[-1].items() if key.startswith("eval_")} | {"train_loss": _mean_loss(history)},
+        metrics={key: value for key, value in (final or [{}])[-1].items() if key.startswith("eval_")}
+        | {"train_loss": _mean_loss(history)},
         history=history,
         steps=trainer.state.global_step,
         seconds=time.monotonic() - clock,
@@ -342,7 +424,11 @@ def _history(logs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Trainer's log with one entry per step, without its measurements of speed."""
     entries: dict[int, dict[str, Any]] = {}
     for log in logs:
-        kept = {key: value for key, value in log.items() if key in _LOGGED or (key.startswith("eval_") and not key.endswith(_SPEED))}
+        kept = {
+            key: value
+            for key, value in log.items()
+            if key in _LOGGED or (key.startswith("eval_") and not key.endswith(_SPEED))
+        }
         if kept.keys() - {"step", "epoch", "stage"}:
             entries.setdefault(log["step"], {"step": log["step"]}).update(kept)
     return list(entries.values())

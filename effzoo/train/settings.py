@@ -1,4 +1,5 @@
-"""What the settings of a run may be: each is checked before anything is read or written, and put into Python's own types."""
+"""What the settings of a run may be: each is checked before anything is read or written, and put into Python's own
+types."""
 
 from __future__ import annotations
 
@@ -62,7 +63,9 @@ def warmup_of(value: Any) -> float | int:
     integer = isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 <= int(value) <= LARGEST
     share = isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral) and 0 <= float(value) < 1
     if not integer and not share:
-        raise OptionError(f"warmup is a number of steps (an integer) or a share of all steps (a float below 1), got {value!r}")
+        raise OptionError(
+            f"warmup is a number of steps (an integer) or a share of all steps (a float below 1), got {value!r}"
+        )
     return int(value) if integer else float(value)
 
 
@@ -70,7 +73,8 @@ def one_of(name: str, value: Any, known: Collection[str]) -> str:
     """One of some names. Raises OptionError."""
     if not isinstance(value, str) or value not in known:
         raise OptionError(
-            f"{name} is one of {listing(known)}, got {value!r}{did_you_mean(value, known) if isinstance(value, str) else '.'}".rstrip(".")
+            f"{name} is one of {listing(known)}, got "
+            f"{value!r}{did_you_mean(value, known) if isinstance(value, str) else '.'}".rstrip(".")
         )
     return value
 

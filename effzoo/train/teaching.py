@@ -25,9 +25,10 @@ from effzoo.train.examples import accepted
 class Teaching:
     """`teaching(student, batch)` is the distillation loss of a labelled batch.
 
-    The teacher is put in evaluation mode, computes without a graph and is nowhere a part of the student, so nothing of it is trained or saved.
-    It sees the student's inputs; `global_attention_mask` only if its attention knows global tokens. Where a method of the student asks for
-    two forward passes (AdaMix), both are compared with the teacher. parts: the parts of the last loss, without their weights.
+    The teacher is put in evaluation mode, computes without a graph and is nowhere a part of the student, so nothing of
+    it is trained or saved. It sees the student's inputs; `global_attention_mask` only if its attention knows global
+    tokens. Where a method of the student asks for two forward passes (AdaMix), both are compared with the teacher.
+    parts: the parts of the last loss, without their weights.
     acts: while it is False, the loss is that of the labels alone.
 
     Raises OptionError and IncompatibleError for two models that cannot be compared.
@@ -49,11 +50,16 @@ class Teaching:
             parts = {"labels": training.supervised(student, batch)}
         taught = self.teach(batch)
         if settings.logits:
-            parts["logits"] = torch.stack([self._logits(seen, taught, student, batch["labels"]) for seen in passes]).mean()
+            parts["logits"] = torch.stack(
+                [self._logits(seen, taught, student, batch["labels"]) for seen in passes]
+            ).mean()
         for name in inside:
             parts[name] = torch.stack([self._states(name, seen, taught, student, batch) for seen in passes]).mean()
             if torch.is_grad_enabled() and not parts[name].requires_grad:
-                raise IncompatibleError(f"no {name} state of the student depends on what is trained, so it cannot learn from them; give {name}=0")
+                raise IncompatibleError(
+                    f"no {name} state of the student depends on what is trained, so it cannot "
+                    f"learn from them; give {name}=0"
+                )
         self.parts = {name: value.detach() for name, value in parts.items()}
         return torch.stack([getattr(settings, name) * value for name, value in parts.items()]).sum()
 
@@ -66,21 +72,33 @@ class Teaching:
             inputs.pop("global_attention_mask", None)
         for name in inputs:
             if name not in known:
-                raise InputError(f"the teacher does not read {name!r}, which the student is given; it reads {', '.join(known)}")
+                raise InputError(
+                    f"the teacher does not read {name!r}, which the student is given; it reads {', '.join(known)}"
+                )
         with observed(self.teacher.eval(), self.settings.inside) as passes:
             self.teacher(**inputs)
         return passes[0]
 
     def _logits(self, seen: Seen, taught: Seen, student: Transformer, labels: Tensor) -> Tensor:
-        return softened(seen.logits, taught.logits, labels, temperature=self.settings.temperature, causal=student.task == "causal_lm")
+        return softened(
+            seen.logits,
+            taught.logits,
+            labels,
+            temperature=self.settings.temperature,
+            causal=student.task == "causal_lm",
+        )
 
     def _states(self, name: str, seen: Seen, taught: Seen, student: Transformer, batch: Mapping[str, Any]) -> Tensor:
-        """The mean over the blocks. Rows that adapters put in front of the input have no counterpart and are left out."""
+        """The mean over the blocks. Rows that adapters put in front of the input have no counterpart and are left
+        out."""
         ours, theirs = getattr(seen, name), getattr(taught, name)
         numbers = labels_of_each(batch["labels"], student.task, student.num_labels)
         valid = None if batch.get("attention_mask") is None else batch["attention_mask"].bool()
         rows, before = prompt_rows(student), prompt_rows(self.teacher)
-        each = [apart(x[:, rows:], theirs[pair][:, before:], numbers, valid) for x, pair in zip(ours, self.pairs, strict=True)]
+        each = [
+            apart(x[:, rows:], theirs[pair][:, before:], numbers, valid)
+            for x, pair in zip(ours, self.pairs, strict=True)
+        ]
         return torch.stack(each).mean()
 
     def until(self, steps: int) -> int:
@@ -90,7 +108,8 @@ class Teaching:
 
 @dataclass
 class Seen:
-    """What one forward pass has shown: logits, and by block the states after it and what its attention gave, [batch, rows + n, dim]."""
+    """What one forward pass has shown: logits, and by block the states after it and what its attention gave, [batch,
+    rows + n, dim]."""
 
     logits: Tensor
     hidden: list[Tensor] = field(default_factory=list)
@@ -99,7 +118,8 @@ class Seen:
 
 @contextmanager
 def observed(model: nn.Module, inside: Sequence[str] = ()) -> Iterator[list[Seen]]:
-    """What the forward passes of a model in the `with` block show. inside: of "hidden" and "attention", what is looked at besides the logits."""
+    """What the forward passes of a model in the `with` block show. inside: of "hidden" and "attention", what is looked
+    at besides the logits."""
     passes: list[Seen] = []
     found: dict[str, list[Tensor]] = {"hidden": [], "attention": []}
 
@@ -134,17 +154,26 @@ def fingerprint(model: nn.Module) -> str:
 def _check_alike(student: Transformer, teacher: Transformer) -> None:
     """Refuse what does not answer the same question, and a teacher that would move with its student."""
     if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
-        raise OptionError("the teacher has parameters of the student, so it would change with it; give a model of its own (copy.deepcopy(model))")
+        raise OptionError(
+            "the teacher has parameters of the student, so it would change with it; give a model of "
+            "its own (copy.deepcopy(model))"
+        )
     if student.task != teacher.task:
-        raise IncompatibleError(f"the student's task is {student.task!r}, the teacher's {teacher.task!r}; build both with the same task")
+        raise IncompatibleError(
+            f"the student's task is {student.task!r}, the teacher's {teacher.task!r}; build both with the same task"
+        )
     vocabularies = getattr(student.config, "vocab", None), getattr(teacher.config, "vocab", None)
     if vocabularies[0] != vocabularies[1]:
         raise IncompatibleError(
-            f"the student's vocabulary has {vocabularies[0]} entries, the teacher's {vocabularies[1]}: token ids mean the same to "
+            f"the student's vocabulary has {vocabularies[0]} entries, the teacher's {vocabularies[1]}: token ids "
+            "mean the same to "
             "both only if they share a tokenizer; take a teacher with the student's vocabulary"
         )
     if not student.task.endswith("_lm") and student.num_labels != teacher.num_labels:
-        raise IncompatibleError(f"the student has {student.num_labels} labels, the teacher {teacher.num_labels}; build both with the same num_labels")
+        raise IncompatibleError(
+            f"the student has {student.num_labels} labels, the teacher {teacher.num_labels}; "
+            "build both with the same num_labels"
+        )
 
 
 def _check_inside(student: Transformer, teacher: Transformer, settings: Distillation) -> tuple[int, ...]:
@@ -153,16 +182,19 @@ def _check_inside(student: Transformer, teacher: Transformer, settings: Distilla
     for whose, model in (("student", student), ("teacher", teacher)):
         if not isinstance(model, Transformer):
             raise IncompatibleError(
-                f"{what} states are compared by position, which those of the {whose}, a {type(model).__name__}, are not; logits alone"
+                f"{what} states are compared by position, which those of the {whose}, a {type(model).__name__}, are "
+                "not; logits alone"
             )
         if model.config.residual == "reversible":
             raise IncompatibleError(
-                f"the {whose} is reversible, so its {what} states are not kept to be compared; distil the logits alone, or build it with "
+                f"the {whose} is reversible, so its {what} states are not kept to be compared; distil the logits "
+                "alone, or build it with "
                 "residual='plain'"
             )
     if student.config.dim != teacher.config.dim:
         raise IncompatibleError(
-            f"the student is {student.config.dim} wide, the teacher {teacher.config.dim}, so {what} states cannot be compared; "
+            f"the student is {student.config.dim} wide, the teacher {teacher.config.dim}, so {what} states cannot be "
+            "compared; "
             "distil the logits alone, or take a teacher of the same width"
         )
     return settings.pairs(student.config.layers, teacher.config.layers)

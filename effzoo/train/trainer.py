@@ -1,14 +1,18 @@
 """`transformers.Trainer` with exact losses over processes, exact evaluation, and checkpoints that are whole or absent.
 
 What differs from Trainer, and why:
-- The loss of a step is the mean over all counted labels of the global batch (all processes, all accumulated batches); Trainer counts
-  labels without the shift of a causal language model that it does not know, and means over batches elsewhere.
-- An evaluation loss is the mean over all counted labels; Trainer's is the mean of batch means. Only logits leave the model.
+- The loss of a step is the mean over all counted labels of the global batch (all processes, all accumulated batches);
+  Trainer counts labels without the shift of a causal language model that it does not know, and means over batches
+  elsewhere.
+- An evaluation loss is the mean over all counted labels; Trainer's is the mean of batch means. Only logits leave the
+  model.
 - Batches come from `batches.Order`; Trainer repeats examples to fill the last batch when several processes share it.
 - Checkpoints are `checkpoints.writing`: without pickle, renamed when whole. Trainer writes under the final name.
-- Methods take part (`effzoo/peft/training.py`): stages with an optimizer, a wrapped model and learning rates of their own, schedules, penalties.
+- Methods take part (`effzoo/peft/training.py`): stages with an optimizer, a wrapped model and learning rates of their
+  own, schedules, penalties.
 - A teacher may take part (`teaching`): it adds to the loss of the labels, and the parts are logged.
-- Every step is looked at: which trained tensors get a gradient (`gradients`), and whether losses and weights are numbers.
+- Every step is looked at: which trained tensors get a gradient (`gradients`), and whether losses and weights are
+  numbers.
 """
 
 from __future__ import annotations
@@ -45,10 +49,12 @@ _STATE = "trainer_state.json"  # the name that Trainer reads
 
 
 class Supervised(nn.Module):
-    """A model as Trainer sees it: labelled inputs -> (loss,) or (loss, penalty) in training, (loss, logits) in evaluation.
+    """A model as Trainer sees it: labelled inputs -> (loss,) or (loss, penalty) in training, (loss, logits) in
+    evaluation.
 
-    All that has a gradient is computed here, because what several processes wrap is this; a teacher is no part of it. Trainer and accelerate
-    write to what they are given (`config.use_cache`, `forward` under mixed precision); they get this one.
+    All that has a gradient is computed here, because what several processes wrap is this; a teacher is no part of it.
+    Trainer and accelerate write to what they are given (`config.use_cache`, `forward` under mixed precision); they get
+    this one.
     """
 
     accepts_loss_kwargs = True  # the loss is already a share of the global mean, so Trainer must not divide it again
@@ -70,13 +76,16 @@ class Supervised(nn.Module):
 
 
 class Rhythm(TrainerCallback):
-    """Log wherever a checkpoint or an evaluation falls, so that a resumed run averages its losses over the same steps, and where a stage ends.
+    """Log wherever a checkpoint or an evaluation falls, so that a resumed run averages its losses over the same steps,
+    and where a stage ends.
 
-    gradients: looks at those of each step. taught: the step after which a teacher has said what it has to say, 0 without one.
+    gradients: looks at those of each step.
+    taught: the step after which a teacher has said what it has to say, 0 without one.
     """
 
     def __init__(self, best: str | None, seed: int, parts: Sequence[Part], taught: int, gradients: Gradients):
-        self.best, self.seed, self.ends = best, seed, {taught, parts[-1].end, *(part.end for part in parts if part.stage.name)}
+        self.best, self.seed = best, seed
+        self.ends = {taught, parts[-1].end, *(part.end for part in parts if part.stage.name)}
         self.gradients = gradients
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -87,17 +96,24 @@ class Rhythm(TrainerCallback):
         self.gradients.look()
         untouched = self.gradients.untouched().none
         if self.gradients.steps == 1 and untouched and not args.process_index:
-            logging.getLogger("effzoo").warning("after the first step, %s", replace(self.gradients.untouched(), zero={}, untold={}))
+            logging.getLogger("effzoo").warning(
+                "after the first step, %s", replace(self.gradients.untouched(), zero={}, untold={})
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_save = control.should_save or (control.should_evaluate and self.best is not None)
-        control.should_log = control.should_log or control.should_save or control.should_evaluate or state.global_step in self.ends
+        control.should_log = (
+            control.should_log or control.should_save or control.should_evaluate or state.global_step in self.ends
+        )
 
 
 class ExactTrainer(Trainer):
-    """See the module. loaders: of training and evaluation. run: the settings that a checkpoint must share to be resumed.
+    """See the module. loaders: of training and evaluation. run: the settings that a checkpoint must share to be
+    resumed.
 
-    parts: the stages of the run. learning_rate: None for each method's own. settled: the first step whose checkpoint can be the best one.
+    parts: the stages of the run.
+    learning_rate: None for each method's own.
+    settled: the first step whose checkpoint can be the best one.
     teaching: from whom the model learns beside its labels.
     """
 
@@ -127,11 +143,21 @@ class ExactTrainer(Trainer):
         self.parts, self.part, self.learning_rate, self.settled = parts, parts[0], learning_rate, settled
         self.batches_left = 0  # of the step, the one that runs not counted
         self.resumed_from: str | None = None
-        self.teaching, self.taught, self.steps_taught = teaching, dict[str, Tensor](), 0  # the parts of the loss since the last log
+        # the parts of the loss since the last log
+        self.teaching, self.taught, self.steps_taught = teaching, dict[str, Tensor](), 0
         train, *evaluate = (loader.dataset for loader in loaders)
         self.gradients = Gradients()
-        callbacks = [*callbacks, Rhythm(best, args.seed, parts, 0 if teaching is None else teaching.until(args.max_steps), self.gradients)]
-        super().__init__(Supervised(model, teaching), args, train_dataset=train, eval_dataset=evaluate[0] if evaluate else None, callbacks=callbacks)
+        callbacks = [
+            *callbacks,
+            Rhythm(best, args.seed, parts, 0 if teaching is None else teaching.until(args.max_steps), self.gradients),
+        ]
+        super().__init__(
+            Supervised(model, teaching),
+            args,
+            train_dataset=train,
+            eval_dataset=evaluate[0] if evaluate else None,
+            callbacks=callbacks,
+        )
         self.subject = model
         if not progress:
             self.remove_callback(PrinterCallback)
@@ -143,7 +169,8 @@ class ExactTrainer(Trainer):
         return self.loaders[1]
 
     def start(self, batches: Any) -> None:
-        """Calibrate and begin the first stage. Every process sees the same batches and, up to here, draws the same numbers."""
+        """Calibrate and begin the first stage. Every process sees the same batches and, up to here, draws the same
+        numbers."""
         training.calibrate(self.subject, batches)
         training.begin(self.subject, self.part.stage)
 
@@ -152,14 +179,18 @@ class ExactTrainer(Trainer):
             make, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             decayed = {name.removeprefix("model.") for name in self.get_decay_parameter_names(self.model)}
             rates = training.learning_rates(self.subject, self.learning_rate)
-            self.optimizer = make(groups(self.subject, decayed, rates, self.args.learning_rate, self.args.weight_decay), **options)
+            self.optimizer = make(
+                groups(self.subject, decayed, rates, self.args.learning_rate, self.args.weight_decay), **options
+            )
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Warmup and decline over the stage."""
         warmup, steps = self.part.warmup, self.part.steps
-        self.lr_scheduler = get_scheduler(self.args.lr_scheduler_type, self.optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+        self.lr_scheduler = get_scheduler(
+            self.args.lr_scheduler_type, self.optimizer, num_warmup_steps=warmup, num_training_steps=steps
+        )
         return self.lr_scheduler
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
@@ -169,7 +200,8 @@ class ExactTrainer(Trainer):
         return self.current, loader
 
     def _enter(self, part: Part) -> None:
-        """Begin a stage: its parameters may be others, so they get another optimizer, and another wrapper in several processes."""
+        """Begin a stage: its parameters may be others, so they get another optimizer, and another wrapper in several
+        processes."""
         training.begin(self.subject, part.stage)
         self.part, self.optimizer = part, None
         self.model = self.model_wrapped = Supervised(self.subject, self.teaching)
@@ -178,16 +210,21 @@ class ExactTrainer(Trainer):
         self.gradients.begin(self.subject)
 
     def _rejoin(self, checkpoint: Path) -> None:
-        """Bring the adapters to the stage in which a checkpoint was written, and fill them. At a boundary the next stage has not begun yet."""
+        """Bring the adapters to the stage in which a checkpoint was written, and fill them. At a boundary the next
+        stage has not begun yet."""
         for part in self.parts:
             if part.start < checkpoints.step_of(checkpoint):
                 training.begin(self.subject, part.stage)
                 self.part = part
         checkpoints.load_weights(self.subject, checkpoint)
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Tensor]:
-        """The batches of one optimizer step on this process, and the number of counted labels of the step over all processes."""
-        self._load_rng_state(self.resumed_from)  # before the collator runs, which may draw random numbers (masked language models)
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The batches of one optimizer step on this process, and the number of counted labels of the step over all
+        processes."""
+        # before the collator runs, which may draw random numbers (masked language models)
+        self._load_rng_state(self.resumed_from)
         step = self.state.global_step
         if step == self.part.end:
             self._enter(next(part for part in self.parts if part.start == step))
@@ -200,8 +237,11 @@ class ExactTrainer(Trainer):
         count = torch.stack([batch[COUNTED] for batch in batches]).sum()
         return batches, self.accelerator.gather(count.to(device)).sum().clamp(min=1)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """This batch's share of the mean over the step; times the processes, because their gradients and losses are averaged.
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """This batch's share of the mean over the step; times the processes, because their gradients and losses are
+        averaged.
 
         The penalty, which is the same in all processes, comes with the last batch of the step, so that it counts once.
         """
@@ -213,11 +253,18 @@ class ExactTrainer(Trainer):
             self.taught[name] = self.taught.get(name, 0.0) + value * part_of_mean
         share = loss * part_of_mean
         if not share.requires_grad and not penalty:
-            raise TrainingError(nothing_reached(name for name, parameter in self.subject.named_parameters() if parameter.requires_grad))
+            raise TrainingError(
+                nothing_reached(name for name, parameter in self.subject.named_parameters() if parameter.requires_grad)
+            )
         return share + penalty[0] if penalty else share
 
     def evaluation_loop(
-        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """The mean loss over all counted labels, accuracy or perplexity, and the user's metrics, over all processes."""
         model = self.model.eval()
@@ -230,11 +277,16 @@ class ExactTrainer(Trainer):
                 counted = int(batch.pop(COUNTED))
                 with torch.no_grad():
                     loss, logits = model(**batch)
-                sums += torch.tensor([loss.item() * counted, counted, *_score(logits, batch["labels"], self.subject)], dtype=torch.float64)
+                sums += torch.tensor(
+                    [loss.item() * counted, counted, *_score(logits, batch["labels"], self.subject)],
+                    dtype=torch.float64,
+                )
                 if self.user_metrics is not None:
                     rows += zip(indices, logits.float().cpu().numpy(), batch["labels"].cpu().numpy(), strict=True)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        total, count, hits, scored = torch.tensor(gather_object([sums.tolist()]), dtype=torch.float64).sum(dim=0).tolist()
+        total, count, hits, scored = (
+            torch.tensor(gather_object([sums.tolist()]), dtype=torch.float64).sum(dim=0).tolist()
+        )
         values = {"loss": total / max(count, 1)}
         if scored:
             values["accuracy"] = hits / scored
@@ -242,25 +294,43 @@ class ExactTrainer(Trainer):
             values["perplexity"] = math.exp(min(values["loss"], 700.0))
         if self.user_metrics is not None:
             values |= self.user_metrics(_prediction(gather_object(rows)))
-        named = {key if key.startswith(metric_key_prefix) else f"{metric_key_prefix}_{key}": float(value) for key, value in values.items()}
-        return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=named, num_samples=len(dataloader.dataset))
+        named = {
+            key if key.startswith(metric_key_prefix) else f"{metric_key_prefix}_{key}": float(value)
+            for key, value in values.items()
+        }
+        return EvalLoopOutput(
+            predictions=np.empty(0), label_ids=None, metrics=named, num_samples=len(dataloader.dataset)
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the stage if it has a name, and stop at a loss that is no number: every later step would be lost."""
+        """Log, with the stage if it has a name, and stop at a loss that is no number: every later step would be
+        lost."""
         if self.part.stage.name and any(key == "loss" or key.startswith("eval_") for key in logs):
             logs["stage"] = self.part.stage.name  # type: ignore[assignment]
         if "loss" in logs and self.teaching is not None:
-            means = {name: self.accelerator.gather(value.reshape(1)).mean().item() / self.steps_taught for name, value in self.taught.items()}
+            means = {
+                name: self.accelerator.gather(value.reshape(1)).mean().item() / self.steps_taught
+                for name, value in self.taught.items()
+            }
             logs |= {f"loss_{name}": value for name, value in means.items()}
             self.taught, self.steps_taught = {}, 0
         super().log(logs, start_time)
         for key, what in (("loss", "loss"), ("eval_loss", "loss of the evaluation")):
             if not math.isfinite(logs.get(key, 0.0)):
                 rate = f" with learning rate {logs['learning_rate']:.2g}" if "learning_rate" in logs else ""
-                raise TrainingError(f"the {what} is {logs[key]} at step {self.state.global_step}{rate}; {self.advice()}")
+                raise TrainingError(
+                    f"the {what} is {logs[key]} at step {self.state.global_step}{rate}; {self.advice()}"
+                )
         if "eval_loss" in logs and self.best is not None and f"eval_{self.best}" not in logs:
-            known = [key.removeprefix("eval_") for key in logs if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second"))]
-            raise TrainingError(f"best={self.best!r} is no metric of the evaluation{did_you_mean(self.best, known)} Metrics: {listing(known)}.")
+            known = [
+                key.removeprefix("eval_")
+                for key in logs
+                if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second"))
+            ]
+            raise TrainingError(
+                f"best={self.best!r} is no metric of the evaluation{did_you_mean(self.best, known)} "
+                f"Metrics: {listing(known)}."
+            )
 
     def advice(self) -> str:
         """What to do when numbers are none any more, and from where the run can go on."""
@@ -307,7 +377,9 @@ class ExactTrainer(Trainer):
         state = checkpoints.read_state(Path(checkpoint))
         if state["parameters"] != self._parameter_names():
             different = sorted(set(state["parameters"]) ^ set(self._parameter_names())) or ["their order"]
-            raise TrainingError(f"{checkpoint} trained other parameters than this run would; the first difference is {different[0]}")
+            raise TrainingError(
+                f"{checkpoint} trained other parameters than this run would; the first difference is {different[0]}"
+            )
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["scheduler"])
         if state["scaler"] is not None and getattr(self.accelerator, "scaler", None) is not None:
@@ -334,8 +406,14 @@ class ExactTrainer(Trainer):
 
 
 def _score(logits: Tensor, labels: Tensor, model: Transformer) -> tuple[int, int]:
-    """How many counted labels the largest logit hits, and of how many; (0, 0) for language models, regression and several labels at once."""
-    if labels.is_floating_point() or labels.shape != logits.shape[:-1] or model.num_labels == 1 or model.task.endswith("_lm"):
+    """How many counted labels the largest logit hits, and of how many; (0, 0) for language models, regression and
+    several labels at once."""
+    if (
+        labels.is_floating_point()
+        or labels.shape != logits.shape[:-1]
+        or model.num_labels == 1
+        or model.task.endswith("_lm")
+    ):
         return 0, 0
     return int(((logits.argmax(dim=-1) == labels) & (labels != IGNORED)).sum()), int((labels != IGNORED).sum())
 

@@ -14,4 +14,6 @@ class Mutant(Longformer):
         return (query - key).abs() <= self.reach
 
     def forward(self, q, k, v, q_global=None, k_global=None, v_global=None, *, mask, memory=None):
-        return self.attend(Part(q, k, v, bias_of(self.pattern(q.shape[2], mask).to(q.device), q.dtype)), memory_part(q, memory))
+        return self.attend(
+            Part(q, k, v, bias_of(self.pattern(q.shape[2], mask).to(q.device), q.dtype)), memory_part(q, memory)
+        )

@@ -16,5 +16,7 @@ class Mutant(Full):
         if not self.context.causal:
             return super().forward(q, k, v, mask=mask, memory=memory)
         place = torch.arange(q.shape[2], device=q.device)
-        allowed = (place <= place[:, None] + 1) & (torch.ones_like(place).bool() if mask.valid is None else mask.valid[:, None, None, :])
+        allowed = (place <= place[:, None] + 1) & (
+            torch.ones_like(place).bool() if mask.valid is None else mask.valid[:, None, None, :]
+        )
         return self.attend(Part(q, k, v, bias_of(allowed, q.dtype)), memory_part(q, memory))

@@ -1,4 +1,5 @@
-"""The first chunk looks back to the last one, which in a padded batch is padding, and alone is the end of the sequence."""
+"""The first chunk looks back to the last one, which in a padded batch is padding, and alone is the end of the
+sequence."""
 
 from effzoo.attention import register
 from effzoo.attention.local import Local

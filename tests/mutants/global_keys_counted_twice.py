@@ -1,4 +1,5 @@
-"""A global key inside the window is counted with the window and again with the global columns: the classic slip of re-implementations."""
+"""A global key inside the window is counted with the window and again with the global columns: the classic slip of
+re-implementations."""
 
 from effzoo.attention import register
 from effzoo.attention.longformer import Longformer

@@ -1,4 +1,5 @@
-"""Buckets are found anew whenever a block is computed: in a reversible block, whose inputs come back with rounding errors, some flip."""
+"""Buckets are found anew whenever a block is computed: in a reversible block, whose inputs come back with rounding
+errors, some flip."""
 
 from effzoo.attention import Mask, register
 from effzoo.attention.lsh import LSH

@@ -1,4 +1,5 @@
-"""New rotations in every call, drawn from torch's global generator: evaluation is not repeatable and moves everybody's random numbers."""
+"""New rotations in every call, drawn from torch's global generator: evaluation is not repeatable and moves everybody's
+random numbers."""
 
 import torch
 

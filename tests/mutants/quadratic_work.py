@@ -1,4 +1,5 @@
-"""No tensor has n x n entries, thanks to the fused kernel, but every query is compared with every key: the work is quadratic."""
+"""No tensor has n x n entries, thanks to the fused kernel, but every query is compared with every key: the work is
+quadratic."""
 
 from effzoo.attention import register
 from effzoo.attention.full import Full

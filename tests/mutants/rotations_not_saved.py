@@ -1,4 +1,5 @@
-"""Rotations are drawn from the global generator at the start and kept out of the state: a loaded model hashes differently."""
+"""Rotations are drawn from the global generator at the start and kept out of the state: a loaded model hashes
+differently."""
 
 import torch
 

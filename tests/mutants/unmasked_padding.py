@@ -1,4 +1,5 @@
-"""Keys and values at padding are projected along the sequence with the rest: masking the k rows afterwards is too late."""
+"""Keys and values at padding are projected along the sequence with the rest: masking the k rows afterwards is too
+late."""
 
 from effzoo.attention import Mask, register
 from effzoo.attention.linformer import Linformer

@@ -1,4 +1,5 @@
-"""LSH chunks by the sorted order of the whole sequence, so later values move earlier outputs; it hides that no gradient shows it."""
+"""LSH chunks by the sorted order of the whole sequence, so later values move earlier outputs; it hides that no gradient
+shows it."""
 
 from effzoo.attention import register
 from effzoo.attention.lsh import LSH

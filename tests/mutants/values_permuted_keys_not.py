@@ -1,4 +1,5 @@
-"""The permutation moves the blocks of the values and leaves those of the keys: scores of one block weigh the values of another."""
+"""The permutation moves the blocks of the values and leaves those of the keys: scores of one block weigh the values of
+another."""
 
 import torch
 
@@ -21,7 +22,11 @@ class Mutant(Blockwise):
         keys = []
         for head, permutation in enumerate(self.permutations):
             place = torch.arange(q.shape[2], device=q.device)
-            moved = [one for one in range(self.blocks) if (one + 1) * size <= q.shape[2] and (permutation[one] + 1) * size <= q.shape[2]]
+            moved = [
+                one
+                for one in range(self.blocks)
+                if (one + 1) * size <= q.shape[2] and (permutation[one] + 1) * size <= q.shape[2]
+            ]
             for block in moved:
                 own, seen = (slice(one * size, (one + 1) * size) for one in (block, permutation[block]))
                 place[seen] = torch.arange(q.shape[2], device=q.device)[own]

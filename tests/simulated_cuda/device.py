@@ -1,7 +1,8 @@
 """Simulated CUDA on a CPU build of torch: tensors that say they are on cuda:0 and hold their values on the CPU.
 
-Every operator is computed on the CPU. Before that devices are compared as CUDA compares them (a tensor of one number on the CPU may meet others, and
-indices may be on the CPU), and where the host would wait for the device, that is noted with the function of effzoo that caused it.
+Every operator is computed on the CPU. Before that devices are compared as CUDA compares them (a tensor of one number on
+the CPU may meet others, and indices may be on the CPU), and where the host would wait for the device, that is noted
+with the function of effzoo that caused it.
 Import this before torch: the stub of a device has to be there first.
 """
 
@@ -24,12 +25,25 @@ PACKAGE = os.path.dirname(importlib.util.find_spec("effzoo").origin) + os.sep
 WAITS: Counter[str] = Counter()  # "file of effzoo: function: what waits"
 
 READS = {  # operators whose result the host has to know: a number, or a shape
-    aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default,
-    aten.bincount.default, aten.repeat_interleave.Tensor, aten._unique2.default, aten.unique_consecutive.default, aten.unique_dim.default,
-    aten.linalg_qr.default, aten._linalg_svd.default, aten.linalg_inv_ex.default,
+    aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default, aten.nonzero.default,
+    aten.masked_select.default,
+    aten.bincount.default, aten.repeat_interleave.Tensor, aten._unique2.default, aten.unique_consecutive.default,
+    aten.unique_dim.default, aten.linalg_qr.default, aten._linalg_svd.default, aten.linalg_inv_ex.default,
 }  # fmt: skip
-INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default, aten._unsafe_index.Tensor}
-CROSSING = {aten.copy_.default, aten._to_copy.default, aten.lift_fresh.default, aten.set_.source_Tensor, aten.detach.default}
+INDEXING = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+    aten._unsafe_index.Tensor,
+}
+CROSSING = {
+    aten.copy_.default,
+    aten._to_copy.default,
+    aten.lift_fresh.default,
+    aten.set_.source_Tensor,
+    aten.detach.default,
+}
 
 
 class Mixed(RuntimeError):
@@ -42,7 +56,13 @@ class Cuda(torch.Tensor):
     @staticmethod
     def __new__(cls, real):
         made = torch.Tensor._make_wrapper_subclass(
-            cls, real.shape, strides=real.stride(), storage_offset=real.storage_offset(), dtype=real.dtype, layout=real.layout, device="cuda:0"
+            cls,
+            real.shape,
+            strides=real.stride(),
+            storage_offset=real.storage_offset(),
+            dtype=real.dtype,
+            layout=real.layout,
+            device="cuda:0",
         )
         made.host_ = real
         return made
@@ -66,7 +86,9 @@ class Cuda(torch.Tensor):
     def __deepcopy__(self, memo):
         if id(self) not in memo:
             new = Cuda(self.host_.clone())
-            memo[id(self)] = torch.nn.Parameter(new, self.requires_grad) if isinstance(self, torch.nn.Parameter) else new
+            memo[id(self)] = (
+                torch.nn.Parameter(new, self.requires_grad) if isinstance(self, torch.nn.Parameter) else new
+            )
         return memo[id(self)]
 
 
@@ -87,7 +109,11 @@ def _waits(what):
     frame = sys._getframe(1)
     while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back
-    where = "elsewhere" if frame is None else f"{frame.f_code.co_filename.removeprefix(PACKAGE)}: {frame.f_code.co_qualname}"
+    where = (
+        "elsewhere"
+        if frame is None
+        else (f"{frame.f_code.co_filename.removeprefix(PACKAGE)}: {frame.f_code.co_qualname}")
+    )
     WAITS[f"{where}: {what}"] += 1
 
 
@@ -149,7 +175,8 @@ def _compare(func, args, off):
 
 torch.set_num_threads(1)
 torch.__future__.set_swap_module_params_on_conversion(True)
-torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(numbers, device="cuda") is then made on the CPU and copied, which is seen here
+# torch.tensor(numbers, device="cuda") is then made on the CPU and copied, which is seen here
+torch._C._set_only_lift_cpu_tensors(True)
 torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
 torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
 torch.cuda._lazy_init = lambda: None

@@ -14,7 +14,14 @@ BUILT = Path(__file__).parents[2] / "build" / "simulated_cuda"
 
 def compiler() -> str | None:
     """A C++ compiler: what CXX names, or the first that is found."""
-    return next((found for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name and (found := shutil.which(name))), None)
+    return next(
+        (
+            found
+            for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++")
+            if name and (found := shutil.which(name))
+        ),
+        None,
+    )
 
 
 def library() -> Path:
@@ -28,6 +35,20 @@ def library() -> Path:
         partial = target.with_suffix(f".{os.getpid()}")
         headers = [f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}"]
         links = [f"-L{torch / 'lib'}", f"-Wl,-rpath,{torch / 'lib'}", "-lc10", "-ltorch_cpu"]
-        subprocess.run([str(compiler()), "-shared", "-fPIC", "-O1", "-std=c++20", *headers, str(SOURCE), *links, "-o", str(partial)], check=True)
+        subprocess.run(
+            [
+                str(compiler()),
+                "-shared",
+                "-fPIC",
+                "-O1",
+                "-std=c++20",
+                *headers,
+                str(SOURCE),
+                *links,
+                "-o",
+                str(partial),
+            ],
+            check=True,
+        )
         os.replace(partial, target)  # whoever else builds it meanwhile gets the same
     return target

@@ -1,4 +1,5 @@
-"""What the tests of simulated CUDA run in a process of its own: `python run.py cells`. The last line that is printed is the result, as JSON."""
+"""What the tests of simulated CUDA run in a process of its own: `python run.py cells`. The last line that is printed is
+the result, as JSON."""
 
 import copy
 import dataclasses
@@ -33,13 +34,21 @@ from effzoo.peft.attach import adapter_tensors
 from tests import doubles, gpu_double
 
 KINDS = (
-    "full", "blockwise[blocks=2]", "blockwise[block=8, blocks=8]", "longformer[window=8]", "longformer[window=4, dilation=(1, 2)]",
-    "longformer[window=8, global_projections=false]", "local[chunk=4]", "local[chunk=4, circular=true]", "lsh[chunk=4, rounds=2]",
-    "lsh[chunk=4, rounds=2, stable=true, count_once=true]", "lsh[chunk=4, rounds=2, circular=true, count_once=true]", "linformer[k=8]",
-    "linformer[k=8, sharing=none]", "linformer[k=8, sharing=layerwise]", "linformer[k=8, projection=mean]", "linformer[k=8, projection=conv]",
-    "perceiver[latents=4]",
+    "full", "blockwise[blocks=2]", "blockwise[block=8, blocks=8]", "longformer[window=8]",
+    "longformer[window=4, dilation=(1, 2)]",
+    "longformer[window=8, global_projections=false]", "local[chunk=4]", "local[chunk=4, circular=true]",
+    "lsh[chunk=4, rounds=2]",
+    "lsh[chunk=4, rounds=2, stable=true, count_once=true]", "lsh[chunk=4, rounds=2, circular=true, count_once=true]",
+    "linformer[k=8]",
+    "linformer[k=8, sharing=none]", "linformer[k=8, sharing=layerwise]", "linformer[k=8, projection=mean]",
+    "linformer[k=8, projection=conv]", "perceiver[latents=4]",
 )  # fmt: skip
-MODELS = {**ARCHITECTURES, "llama": ("llama", {"kv_heads": 1}), "modernbert": ("modernbert", {}), "reformer": ("reformer", {})}
+MODELS = {
+    **ARCHITECTURES,
+    "llama": ("llama", {"kv_heads": 1}),
+    "modernbert": ("modernbert", {}),
+    "reformer": ("reformer", {}),
+}
 
 
 def spec(method):
@@ -73,7 +82,8 @@ def apart(one, other):
 
 
 def cells():
-    """Every kind in every architecture, each with the next method that it does not refuse: how far the device is from the CPU, and what waits."""
+    """Every kind in every architecture, each with the next method that it does not refuse: how far the device is from
+    the CPU, and what waits."""
     methods, found = itertools.cycle([None, *effzoo.peft.names()]), []
     for architecture, kind in itertools.product(MODELS, KINDS):
         one = case(architecture, kind)
@@ -104,12 +114,17 @@ def compared(model, batch):
         waits = dict(device.WAITS)
     assert "efficient forward" in doubles.calls
     assert loss_there.is_cuda and logits_there.is_cuda and gradients.keys() == gradients_there.keys()
-    each = [apart(loss, loss_there), apart(logits, logits_there), *(apart(x, gradients_there[name]) for name, x in gradients.items())]
+    each = [
+        apart(loss, loss_there),
+        apart(logits, logits_there),
+        *(apart(x, gradients_there[name]) for name, x in gradients.items()),
+    ]
     return max(each), waits
 
 
 def attached():
-    """Every method attached to a model that is on the device: what is left on the CPU, and how far its tensors are from those attached before."""
+    """Every method attached to a model that is on the device: what is left on the CPU, and how far its tensors are from
+    those attached before."""
     found = []
     for architecture, kind in (("encoder", "longformer[window=8]"), ("perceiver", "full")):
         one = case(architecture, kind)
@@ -126,13 +141,19 @@ def attached():
                 left = [name for name, x in [*model.named_parameters(), *model.named_buffers()] if not x.is_cuda]
                 there = adapter_tensors(model, "default")
             here = adapter_tensors(before, "default")
-            found.append([f"{one} with {method}", left, max(apart(x, there[name]) for name, x in here.items() if x.is_floating_point())])
+            found.append(
+                [
+                    f"{one} with {method}",
+                    left,
+                    max(apart(x, there[name]) for name, x in here.items() if x.is_floating_point()),
+                ]
+            )
     return found
 
 
 def lives():
-    """Methods attached, trained in all their stages, finished, saved, loaded and taken off on the device: what is left on the CPU then, how far the
-    loaded model is from the saved one, and how far that is from such a life on the CPU."""
+    """Methods attached, trained in all their stages, finished, saved, loaded and taken off on the device: what is left
+    on the CPU then, how far the loaded model is from the saved one, and how far that is from such a life on the CPU."""
     found = []
     for method in ("ipt", "ladder", "lt_sft", "diff", "adamix", "prefix"):
         here, _, _ = lived(method, "cpu")
@@ -143,7 +164,8 @@ def lives():
 
 
 def lived(method, where):
-    """The logits of a trained model and of a fresh one that has loaded its adapter, and what is not where it should be."""
+    """The logits of a trained model and of a fresh one that has loaded its adapter, and what is not where it should
+    be."""
     one = case("encoder", "longformer[window=8]")
     model, batch = one.model().to(where), {name: x.to(where) for name, x in one.batch().items()}
     torch.manual_seed(3)
@@ -163,14 +185,23 @@ def lived(method, where):
         other = effzoo.load_adapter(one.model().to(where), folder)
         logits = [each.eval()(**batch).logits for each in (model, other)]
     effzoo.detach(other, "default")
-    left = [name for each in (model, other) for name, x in [*each.named_parameters(), *each.named_buffers()] if x.device.type != where]
+    left = [
+        name
+        for each in (model, other)
+        for name, x in [*each.named_parameters(), *each.named_buffers()]
+        if x.device.type != where
+    ]
     return *logits, left
 
 
 def steps():
-    """What waits in a step with dropout, a ragged batch and an optimizer: of the kinds with three methods, and of what else a model may be."""
+    """What waits in a step with dropout, a ragged batch and an optimizer: of the kinds with three methods, and of what
+    else a model may be."""
     found = []
-    wanted = [*itertools.product(["encoder"], KINDS, ["lora", "prefix", "houlsby"]), *itertools.product(["decoder"], KINDS, ["lora|prefix"])]
+    wanted = [
+        *itertools.product(["encoder"], KINDS, ["lora", "prefix", "houlsby"]),
+        *itertools.product(["decoder"], KINDS, ["lora|prefix"]),
+    ]
     for architecture, kind, method in wanted:
         one = case(architecture, kind)
         try:
@@ -201,11 +232,17 @@ def waits_of(model, batch):
 def started(name, programs, where, given):
     """A kernel in Triton's interpreter, on the values of the device's tensors."""
     doubles.calls.append(f"triton {name}")
-    launch(name, programs, torch.device("cpu"), {key: device.on_cpu(x) if isinstance(x, torch.Tensor) else x for key, x in given.items()})
+    launch(
+        name,
+        programs,
+        torch.device("cpu"),
+        {key: device.on_cpu(x) if isinstance(x, torch.Tensor) else x for key, x in given.items()},
+    )
 
 
 def kept(model, batch):
-    """Bytes that autograd holds after a forward pass in training, each storage once, without parameters, buffers and inputs; and what ran."""
+    """Bytes that autograd holds after a forward pass in training, each storage once, without parameters, buffers and
+    inputs; and what ran."""
     live = weakref.WeakSet()
 
     class Held:
@@ -218,7 +255,9 @@ def kept(model, batch):
     with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
         output = model.train()(**batch)
     gc.collect()
-    own = {device.on_cpu(x).untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers(), *batch.values())}
+    own = {
+        device.on_cpu(x).untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers(), *batch.values())
+    }
     sizes = {held.storage.data_ptr(): held.storage.nbytes() for held in live}
     assert output.loss.requires_grad
     return sum(size for address, size in sizes.items() if address not in own), sorted(set(doubles.calls))
@@ -247,7 +286,9 @@ def planned():
     for kind, names in PLANNED:
         for name in ("auto", *names):
             dropouts = dict.fromkeys(("dropout", "attention_dropout"), 0.0 if name == "xformers" else 0.1)
-            model = effzoo.build("bert", attention=kind, backend=name, task="classification", num_labels=2, **SIZES, **dropouts)
+            model = effzoo.build(
+                "bert", attention=kind, backend=name, task="classification", num_labels=2, **SIZES, **dropouts
+            )
             effzoo.attach(model, "lora|prefix") if name != "flash" else effzoo.attach(model, "lora")
             ids, lengths = torch.randint(2, 53, (2, 23)), torch.tensor([23, 15])
             batch = {"input_ids": ids, "labels": torch.tensor([0, 1])}
@@ -258,7 +299,9 @@ def planned():
             expected = effzoo.plan(model, inputs=batch, device="cuda").kept
             with device.Machine():
                 there = copy.deepcopy(model).to("cuda")
-                found.append([f"{kind} by {name}", expected, *kept(there, {key: x.to("cuda") for key, x in batch.items()})])
+                found.append(
+                    [f"{kind} by {name}", expected, *kept(there, {key: x.to("cuda") for key, x in batch.items()})]
+                )
     return found
 
 
@@ -266,7 +309,9 @@ def refused():
     """What the device says of wrong values, which it looks at when it comes to them."""
     tasks = effzoo.build("bert", peft="routed[router=fixed, experts=2]", task="classification", num_labels=2, **SIZES)
     numbers = effzoo.build("bert", task="classification", num_labels=1, **SIZES)
-    model = effzoo.build("longformer", attention="longformer[window=4, max_globals=2]", task="classification", num_labels=2, **SIZES)
+    model = effzoo.build(
+        "longformer", attention="longformer[window=4, max_globals=2]", task="classification", num_labels=2, **SIZES
+    )
     ids, found = torch.ones(2, 8, dtype=torch.long), {}
     wrong = {
         "an id": (model, {"input_ids": ids * 53}),
@@ -287,7 +332,8 @@ def refused():
 
 
 def suite():
-    """The GPU suite at tiny sizes, on a double of a card: the last event of every cell, and the rows, of which times are refused."""
+    """The GPU suite at tiny sizes, on a double of a card: the last event of every cell, and the rows, of which times
+    are refused."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
     import gpu
 
@@ -305,13 +351,24 @@ def suite():
         return made({name: value for name, value in row.items() if name not in files.TIMES}, where)
 
     files.made = untimed
-    alike = {"dtypes": ("float32",), "dtype": "float32", "precision": "float32"}  # the doubles of the operators take one dtype
-    sizes = dataclasses.replace(gpu.TINY, checked=("longformer[window=8]", "perceiver[latents=4]"), lengths=(16,), **alike)
+    # the doubles of the operators take one dtype
+    alike = {"dtypes": ("float32",), "dtype": "float32", "precision": "float32"}
+    sizes = dataclasses.replace(
+        gpu.TINY, checked=("longformer[window=8]", "perceiver[latents=4]"), lengths=(16,), **alike
+    )
     with tempfile.TemporaryDirectory() as folder, device.Machine():
         for section in gpu.SHARES:
             gpu.perform(section, Path(folder), sizes, "cuda", math.inf)
-        events = [[line["section"], line["cell"], line["event"], line.get("why", "")] for line in gpu.events(Path(folder)).values()]
-        found = [json.loads(line) for path in Path(folder).glob("*.jsonl") if path.stem in gpu.SHARES for line in path.read_text().splitlines()]
+        events = [
+            [line["section"], line["cell"], line["event"], line.get("why", "")]
+            for line in gpu.events(Path(folder)).values()
+        ]
+        found = [
+            json.loads(line)
+            for path in Path(folder).glob("*.jsonl")
+            if path.stem in gpu.SHARES
+            for line in path.read_text().splitlines()
+        ]
     return {"events": events, "rows": found, "refused": sorted(set(refused))}
 
 
@@ -326,7 +383,11 @@ def others():
     yield "BERT", build("bert"), batch
     yield "a Longformer", build("longformer", attention="longformer[window=4]"), batch
     yield "a decoder that reads the last token", build("gpt2", pooling="last"), batch
-    yield "a regression", effzoo.build("bert", task="classification", num_labels=1, **SIZES), {**batch, "labels": torch.rand(3)}
+    yield (
+        "a regression",
+        effzoo.build("bert", task="classification", num_labels=1, **SIZES),
+        {**batch, "labels": torch.rand(3)},
+    )
     yield "several labels", build("bert"), {**batch, "labels": torch.rand(3, 2)}
     yield "masked words", effzoo.build("roberta", task="masked_lm", **SIZES), {**batch, "labels": ids}
     yield "the next word", effzoo.build("gpt2", task="causal_lm", **SIZES), {**batch, "labels": ids}
@@ -336,7 +397,11 @@ def others():
     }  # fmt: skip
     yield "experts", build("bert", experts=2), batch
     yield "experts in equal shares", build("bert", experts=2, router="base"), batch
-    yield "experts by task", build("bert", peft="routed[router=fixed, experts=2]"), {**batch, "task_ids": torch.tensor([0, 1, 1])}
+    yield (
+        "experts by task",
+        build("bert", peft="routed[router=fixed, experts=2]"),
+        {**batch, "task_ids": torch.tensor([0, 1, 1])},
+    )
     yield "experts by token", build("bert", peft="routed[experts=2]"), batch
     yield "the same, computed back", build("bert", peft="routed[experts=2]", norm="pre", residual="reversible"), batch
     chosen = build("bert", peft="fish")
@@ -357,11 +422,23 @@ if __name__ == "__main__":
     if sys.argv[1] == "planned":
         backends.TAKES |= {("flash", "cuda"): backends.ALL, ("xformers", "cuda"): backends.ALL}
         backends.has_no_flash = lambda device: ""
-        functions = {name: by_xformers(run) for name, run in vars(doubles.XFORMERS).items() if name.startswith("memory_efficient_attention")}
+        functions = {
+            name: by_xformers(run)
+            for name, run in vars(doubles.XFORMERS).items()
+            if name.startswith("memory_efficient_attention")
+        }
         backends.xformers.installed, backends.xformers.ops = lambda: True, lambda: SimpleNamespace(**functions)
         launch, triton_launch.started = triton_launch.started, started
     warnings.simplefilter("ignore")
-    parts = {"cells": cells, "attached": attached, "lives": lives, "steps": steps, "refused": refused, "suite": suite, "planned": planned}
+    parts = {
+        "cells": cells,
+        "attached": attached,
+        "lives": lives,
+        "steps": steps,
+        "refused": refused,
+        "suite": suite,
+        "planned": planned,
+    }
     print(json.dumps(parts[sys.argv[1]]()))
     sys.stdout.flush()
     os._exit(0)  # what torch does at its end, it would do with the device that is none

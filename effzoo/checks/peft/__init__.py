@@ -1,4 +1,5 @@
-"""What every PEFT method must hold, the specific before the general: the first red line is then the one that explains most."""
+"""What every PEFT method must hold, the specific before the general: the first red line is then the one that explains
+most."""
 
 from __future__ import annotations
 

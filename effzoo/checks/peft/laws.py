@@ -1,4 +1,5 @@
-"""What can be done to a trained adapter: keys, files, the end of training, detaching, merging, other adapters beside it, copies."""
+"""What can be done to a trained adapter: keys, files, the end of training, detaching, merging, other adapters beside
+it, copies."""
 
 from __future__ import annotations
 
@@ -21,7 +22,10 @@ def keys_are_kept(subject: Subject, case: Case) -> None:
     """The base's state-dict keys are unchanged, and every new key contains .adapters.<name>."""
     before, after = set(case.model().state_dict()), set(subject.attached(case, "mine").state_dict())
     if missing := sorted(before - after):
-        raise Failed(f"{len(missing)} keys of the base are gone, the first is {missing[0]}; hang a module on the site instead of replacing it")
+        raise Failed(
+            f"{len(missing)} keys of the base are gone, the first is {missing[0]}; hang a module on the "
+            "site instead of replacing it"
+        )
     if strangers := sorted(key for key in after - before if ".adapters.mine." not in key):
         raise Failed(f"new key {strangers[0]} lies outside .adapters.mine.; keep every tensor inside the PeftModule")
     if after == before:
@@ -77,15 +81,30 @@ def detaches(subject: Subject, case: Case) -> None:
     """Detaching restores the output, the keys and the requires_grad flags exactly"""
     base = case.model()
     base.embeddings.token.weight.requires_grad_(False)
-    flags, before, tensors = ({n: p.requires_grad for n, p in base.named_parameters()}, logits(base, case.batch()), copied(base.state_dict()))
+    flags, before = {n: p.requires_grad for n, p in base.named_parameters()}, logits(base, case.batch())
+    tensors = copied(base.state_dict())
     model = attach(base, subject.spec)
     train(model, case.batch())
     detach(model, "default")
-    same("the model after detach", model.state_dict(), tensors, "keep every tensor and every change inside the PeftModule")
-    close("the output after detach", logits(model, case.batch()), before, 0.0, "leave hooks and attributes of the site alone")
+    same(
+        "the model after detach",
+        model.state_dict(),
+        tensors,
+        "keep every tensor and every change inside the PeftModule",
+    )
+    close(
+        "the output after detach",
+        logits(model, case.batch()),
+        before,
+        0.0,
+        "leave hooks and attributes of the site alone",
+    )
     changed = [name for name, parameter in model.named_parameters() if flags[name] != parameter.requires_grad]
     if changed:
-        raise Failed(f"requires_grad of {changed[0]} is {not flags[changed[0]]} after detach, it was {flags[changed[0]]}; let attach do the freezing")
+        raise Failed(
+            f"requires_grad of {changed[0]} is {not flags[changed[0]]} after detach, it was "
+            f"{flags[changed[0]]}; let attach do the freezing"
+        )
 
 
 @needs("attaches")
@@ -93,13 +112,21 @@ def detaches(subject: Subject, case: Case) -> None:
 def merges(subject: Subject, case: Case) -> None:
     """Merging gives the attached output to 1e-10 and leaves no adapter, or refuses with AdapterError"""
     model = subject.trained(case)
-    before, tensors, mergeable = (logits(model, case.batch()), copied(model.state_dict()), account(model).changed is not None)
+    before, tensors = logits(model, case.batch()), copied(model.state_dict())
+    mergeable = account(model).changed is not None
     try:
         merge(model)
     except AdapterError as refusal:
         if mergeable:
-            raise Failed(f"the account says that merging changes {account(model).changed} entries, but merge refuses: {refusal}") from None
-        same("the model after merge refused", model.state_dict(), tensors, "merge must change nothing when it cannot finish")
+            raise Failed(
+                f"the account says that merging changes {account(model).changed} entries, but merge refuses: {refusal}"
+            ) from None
+        same(
+            "the model after merge refused",
+            model.state_dict(),
+            tensors,
+            "merge must change nothing when it cannot finish",
+        )
         return
     if not mergeable:
         raise Failed("merged, although some module is no change of a weight; what it did is lost")
@@ -145,7 +172,13 @@ def serves_rows(subject: Subject, case: Case) -> None:
     except IncompatibleError as refusal:
         raise NotApplicable(f"refused: {refusal}") from None
     expected = torch.stack([alone[name][row] for row, name in enumerate(rows)])
-    close("a row's output", got, expected, 1e-10, "hooks must treat each example by itself, and hold everything trained in parameters or buffers")
+    close(
+        "a row's output",
+        got,
+        expected,
+        1e-10,
+        "hooks must treat each example by itself, and hold everything trained in parameters or buffers",
+    )
 
 
 @needs("attaches")
@@ -154,10 +187,22 @@ def copies(subject: Subject, case: Case) -> None:
     """A deep copy and a state-dict round trip give the same output, and a copy shares nothing"""
     model = subject.trained(case)
     before, twin = logits(model, case.batch()), copy.deepcopy(model)
-    close("a deep copy's output", logits(twin, case.batch()), before, 0.0, "hold no reference to tensors outside the module")
+    close(
+        "a deep copy's output",
+        logits(twin, case.batch()),
+        before,
+        0.0,
+        "hold no reference to tensors outside the module",
+    )
     if wrong := silent(twin, train(twin, case.batch())):
         raise Failed(f"in a deep copy {wrong}; hold no reference to tensors outside the module, closures included")
-    close("the output after a deep copy was trained", logits(model, case.batch()), before, 0.0, "hold no reference to tensors outside the module")
+    close(
+        "the output after a deep copy was trained",
+        logits(model, case.batch()),
+        before,
+        0.0,
+        "hold no reference to tensors outside the module",
+    )
     torch.manual_seed(4321)
     other = subject.attached(case)
     other.load_state_dict(model.state_dict())

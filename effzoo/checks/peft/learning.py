@@ -32,9 +32,18 @@ def starts_as_identity(subject: Subject, case: Case) -> None:
     """Right after attaching the output is unchanged, or the method says that it is not"""
     before, after = logits(case.model(), case.batch()), logits(subject.attached(case), case.batch())
     if subject.identity_at_init:
-        close("the output right after attaching", after, before, 1e-10, "start from a change of 0, or declare identity_at_init = False")
+        close(
+            "the output right after attaching",
+            after,
+            before,
+            1e-10,
+            "start from a change of 0, or declare identity_at_init = False",
+        )
     elif torch.equal(before, after):
-        raise Failed("identity_at_init is False, yet the output is bit-identical to the base's; declare it True, or find out why nothing acts")
+        raise Failed(
+            "identity_at_init is False, yet the output is bit-identical to the base's; declare it True, or "
+            "find out why nothing acts"
+        )
 
 
 @needs("attaches")
@@ -43,11 +52,21 @@ def base_is_frozen(subject: Subject, case: Case) -> None:
     """After three AdamW steps with weight decay every tensor of the base is bit-identical"""
     model = subject.attached(case)
     before = copied(base_tensors(model))
-    thawed = [name for name, parameter in model.named_parameters() if parameter.requires_grad and ".adapters." not in name]
+    thawed = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and ".adapters." not in name
+    ]
     if thawed:
-        raise Failed(f"{thawed[0]} of the base is trainable after attaching ({len(thawed)} tensors); `make` must not touch requires_grad of the site")
+        raise Failed(
+            f"{thawed[0]} of the base is trainable after attaching ({len(thawed)} tensors); `make` must not "
+            "touch requires_grad of the site"
+        )
     train(model, case.batch())
-    same("the base after training", base_tensors(model), before, "train tensors of your own module; return changed weights, never write into them")
+    same(
+        "the base after training",
+        base_tensors(model),
+        before,
+        "train tensors of your own module; return changed weights, never write into them",
+    )
 
 
 @needs("attaches")
@@ -94,7 +113,19 @@ def runs_in_half_precision(subject: Subject) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model.train()(**batch).loss
     loss.backward()
-    close("the loss under autocast", loss.detach().double(), torch.tensor(exact).double(), 0.1 * abs(exact), "cast trained vectors to what they meet")
-    broken = [name for name, parameter in model.named_parameters() if parameter.grad is not None and not parameter.grad.isfinite().all()]
+    close(
+        "the loss under autocast",
+        loss.detach().double(),
+        torch.tensor(exact).double(),
+        0.1 * abs(exact),
+        "cast trained vectors to what they meet",
+    )
+    broken = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not parameter.grad.isfinite().all()
+    ]
     if broken:
-        raise Failed(f"under autocast the gradient of {broken[0]} is not finite; compute in float32 where numbers are large")
+        raise Failed(
+            f"under autocast the gradient of {broken[0]} is not finite; compute in float32 where numbers are large"
+        )

@@ -1,4 +1,5 @@
-"""A PEFT method under check, and the models on which it is checked: an encoder and a decoder, with full and with windowed attention."""
+"""A PEFT method under check, and the models on which it is checked: an encoder and a decoder, with full and with
+windowed attention."""
 
 from __future__ import annotations
 
@@ -20,7 +21,12 @@ from effzoo.spec import Spec, parse_one
 
 WINDOW = "longformer[window=8]"
 REVERSIBLE = Case("bert", "full", choices=(("norm", "pre"), ("residual", "reversible")))
-CASES = (Case("bert", "full"), Case("gpt2", "full"), Case("bert", WINDOW, has_global=True), Case("gpt2", WINDOW, has_global=True))
+CASES = (
+    Case("bert", "full"),
+    Case("gpt2", "full"),
+    Case("bert", WINDOW, has_global=True),
+    Case("gpt2", WINDOW, has_global=True),
+)
 
 
 @dataclass
@@ -89,7 +95,11 @@ def same(what: str, found: dict[str, Tensor], expected: dict[str, Tensor], advic
         if name not in found or name not in expected:
             raise Failed(f"{what}: {name} is {'missing' if name in expected else 'new'}; {advice}")
         if not torch.equal(found[name], expected[name]):
-            different = int((found[name] != expected[name]).sum()) if found[name].shape == expected[name].shape else found[name].numel()
+            different = (
+                int((found[name] != expected[name]).sum())
+                if found[name].shape == expected[name].shape
+                else found[name].numel()
+            )
             raise Failed(f"{what}: {name} differs in {different} of {found[name].numel()} entries; {advice}")
 
 

@@ -1,8 +1,9 @@
 """Regular expressions of foreign files, matched in bounded time.
 
-`re` goes back over what it has tried, so that a few characters of a file can keep it busy for ever. Here an expression is parsed, and the set of all
-ends that it can have is computed from each start, once: at most (size of the expression) x (length of the name)^2 steps, of which there is a budget
-besides. What needs more than sets of ends (backreferences, looking behind, possessive repeats, flags) is refused.
+`re` goes back over what it has tried, so that a few characters of a file can keep it busy for ever. Here an expression
+    is parsed, and the set of all ends that it can have is computed from each start, once: at most (size of the
+    expression) x (length of the name)^2 steps, of which there is a budget besides. What needs more than sets of ends
+    (backreferences, looking behind, possessive repeats, flags) is refused.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class Steps:
         self.done += 1
         if self.done > STEPS:
             raise AdapterError(
-                f"the regular expression {text[:80]!r} of the file takes more than {STEPS:,} steps; name the modules in a list instead"
+                f"the regular expression {text[:80]!r} of the file takes more than {STEPS:,} steps; name the modules "
+                "in a list instead"
             )
 
 
@@ -93,7 +95,10 @@ class Expression:
     def __init__(self, text: str, steps: Steps):
         self.text, self.steps = text, steps
         if len(text) > LONGEST:
-            raise AdapterError(f"a regular expression of {len(text):,} characters ({text[:40]!r}...) is refused; at most {LONGEST:,} are read")
+            raise AdapterError(
+                f"a regular expression of {len(text):,} characters ({text[:40]!r}...) is refused; at "
+                f"most {LONGEST:,} are read"
+            )
         self.plain = _PLAIN.fullmatch(text) is not None
         self.root = _Reader(text).whole()
         self.alternatives = isinstance(self.root, _Any)
@@ -107,7 +112,9 @@ class Expression:
         if self.plain:  # the path of a module, say, which files have by the hundreds
             self.steps.count(self.text)
             part = name[start : start + len(self.text)]
-            fits = len(part) == len(self.text) and all(one in (".", other) for one, other in zip(self.text, part, strict=True))
+            fits = len(part) == len(self.text) and all(
+                one in (".", other) for one, other in zip(self.text, part, strict=True)
+            )
             return {start + len(part)} if fits else set()
         return self._ends(self.root, name, start, {})
 
@@ -292,7 +299,8 @@ class _Reader:
 
     def fail(self, what: str) -> None:
         raise AdapterError(
-            f"the regular expression {self.text[:80]!r} of the file holds {what} (near character {self.at}), which effzoo does not read; "
+            f"the regular expression {self.text[:80]!r} of the file holds {what} (near character {self.at}), which "
+            "effzoo does not read; "
             "name the modules in a list instead"
         )
 

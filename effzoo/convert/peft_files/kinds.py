@@ -14,21 +14,23 @@ from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Writte
 from effzoo.peft import Method, PeftModule
 
 Names = str | Sequence[str] | None
-Fields = Mapping[str, Any]  # fields of a config: which type each has; Any where no value means anything once the training is over
+# fields of a config: which type each has; Any where no value means anything once the training is over
+Fields = Mapping[str, Any]
 
 NAMED: Fields = {"target_modules": Names, "exclude_modules": Names}
 SELECTION: Fields = {**NAMED, "layers_to_transform": int | Sequence[int] | None, "layers_pattern": Names}
 SIZES: Fields = {"num_virtual_tokens": Count, "token_dim": Count, "num_attention_heads": Count, "num_layers": Count}
 EVERYWHERE: Fields = {
-    "peft_type": str, "modules_to_save": Names, "task_type": Any, "auto_mapping": Any, "peft_version": Any, "base_model_name_or_path": Any,
-    "revision": Any, "inference_mode": Any,
+    "peft_type": str, "modules_to_save": Names, "task_type": Any, "auto_mapping": Any, "peft_version": Any,
+    "base_model_name_or_path": Any, "revision": Any, "inference_mode": Any,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Kind:
-    """peft_types: theirs. classes: our modules. marks: what the last part of a tensor's key begins with. fields: of the config that are read,
-    or that concern only how they begin, or drop out, in training; any other that asks for something is refused."""
+    """peft_types: theirs. classes: our modules. marks: what the last part of a tensor's key begins with. fields: of the
+    config that are read, or that concern only how they begin, or drop out, in training; any other that asks for
+    something is refused."""
 
     peft_types: tuple[str, ...]
     classes: tuple[type[PeftModule], ...]
@@ -48,9 +50,12 @@ KINDS = (
         low_rank.CLASSES,
         ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
         {
-            **SELECTION, "r": Count, "lora_alpha": float, "rank_pattern": Mapping[str, Count], "alpha_pattern": Mapping[str, float],
-            "use_rslora": bool, "use_dora": bool, "lora_dropout": Probability, "fan_in_fan_out": bool, "bias": Literal["none", "all", "lora_only"],
-            "trainable_token_indices": Sequence[int] | Mapping[str, Sequence[int]], "ensure_weight_tying": bool, "init_lora_weights": bool | str,
+            **SELECTION, "r": Count, "lora_alpha": float, "rank_pattern": Mapping[str, Count],
+            "alpha_pattern": Mapping[str, float],
+            "use_rslora": bool, "use_dora": bool, "lora_dropout": Probability, "fan_in_fan_out": bool,
+            "bias": Literal["none", "all", "lora_only"],
+            "trainable_token_indices": Sequence[int] | Mapping[str, Sequence[int]], "ensure_weight_tying": bool,
+            "init_lora_weights": bool | str,
             "megatron_core": Any, "qalora_group_size": Any, "eva_config": Any, "loftq_config": Any,
         },
         low_rank.write,
@@ -66,7 +71,8 @@ KINDS = (
         kronecker.CLASSES,
         ("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
         {
-            **SELECTION, "r": Count, "alpha": float, "rank_pattern": Mapping[str, Count], "alpha_pattern": Mapping[str, float], "decompose_both": Any,
+            **SELECTION, "r": Count, "alpha": float, "rank_pattern": Mapping[str, Count],
+            "alpha_pattern": Mapping[str, float], "decompose_both": Any,
             "decompose_factor": Any, "init_weights": Any, "use_effective_conv2d": Any,
         },
         kronecker.write,
@@ -77,14 +83,17 @@ KINDS = (
         rows.CLASSES,
         (rows.KEY,),
         {
-            **SIZES, "prompt_tuning_init": Any, "prompt_tuning_init_text": Any, "tokenizer_name_or_path": Any, "tokenizer_kwargs": Any,
-            "encoder_hidden_size": Any, "encoder_reparameterization_type": Any, "encoder_num_layers": Any, "encoder_dropout": Any,
+            **SIZES, "prompt_tuning_init": Any, "prompt_tuning_init_text": Any, "tokenizer_name_or_path": Any,
+            "tokenizer_kwargs": Any,
+            "encoder_hidden_size": Any, "encoder_reparameterization_type": Any, "encoder_num_layers": Any,
+            "encoder_dropout": Any,
         },
         rows.write,
         rows.read,
     ),
     Kind(
-        ("PREFIX_TUNING",), memory.PREFIX_CLASSES, (rows.KEY,), {**SIZES, "encoder_hidden_size": Any, "prefix_projection": Any, "init_weights": Any},
+        ("PREFIX_TUNING",), memory.PREFIX_CLASSES, (rows.KEY,),
+        {**SIZES, "encoder_hidden_size": Any, "prefix_projection": Any, "init_weights": Any},
         memory.write_prefix, memory.read_prefix,
     ),
     Kind(
@@ -92,8 +101,8 @@ KINDS = (
         {"target_modules": str, "adapter_len": Count, "adapter_layers": Count}, memory.write_gated, memory.read_gated,
     ),
     Kind(
-        ("TRAINABLE_TOKENS",), tokens.CLASSES, (tokens.KEY,), {"target_modules": Names, "token_indices": Sequence[int], "init_weights": Any},
-        tokens.write, tokens.read,
+        ("TRAINABLE_TOKENS",), tokens.CLASSES, (tokens.KEY,),
+        {"target_modules": Names, "token_indices": Sequence[int], "init_weights": Any}, tokens.write, tokens.read,
     ),
     Kind(
         ("LN_TUNING",), (), ("ln_tuning_layers",), NAMED, _norms, selected.read_norms,

@@ -1,12 +1,13 @@
 """LoRA and DoRA in the files of peft: `lora_A` [rank, in], `lora_B` [out, rank], `lora_magnitude_vector` [out].
 
-Where their module stacks several of ours (GPT-2's c_attn holds q, k and v), ours become one low rank of theirs whose rank is the sum,
-A = [A_q; A_v] and B = diag(B_q, B_v): exactly the same function, with zeros that peft would train as well. The file's header keeps the
-ranks, so that the way back is exact; without it (a file of peft's) each of our modules gets a copy of A and its rows of B,
-which is the same function, and A is no longer shared if training goes on.
+Where their module stacks several of ours (GPT-2's c_attn holds q, k and v), ours become one low rank of theirs whose
+rank is the sum, A = [A_q; A_v] and B = diag(B_q, B_v): exactly the same function, with zeros that peft would train as
+well. The file's header keeps the ranks, so that the way back is exact; without it (a file of peft's) each of our
+modules gets a copy of A and its rows of B, which is the same function, and A is no longer shared if training goes on.
 
-Where a language-model head is tied to the table, a LoRA of ours on the table changes both, which peft does with `ensure_weight_tying`: its head then
-has the same factors, transposed. Without, peft changes lookups alone, our `lora[tied=false]`, or the head alone, our LoRA on `lm.out`.
+Where a language-model head is tied to the table, a LoRA of ours on the table changes both, which peft does with
+`ensure_weight_tying`: its head then has the same factors, transposed. Without, peft changes lookups alone, our
+`lora[tied=false]`, or the head alone, our LoRA on `lm.out`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,19 @@ import torch
 from torch import Tensor
 
 from effzoo.convert.keymap import Rule
-from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, first_axis, parts_of, shaped, split, tidy, whole
+from effzoo.convert.peft_files.twin import (
+    Config,
+    Modules,
+    Twin,
+    Wanted,
+    Written,
+    first_axis,
+    parts_of,
+    shaped,
+    split,
+    tidy,
+    whole,
+)
 from effzoo.errors import AdapterError
 from effzoo.peft import Method
 from effzoo.peft.parameter.dora import Directed, DoRA
@@ -31,17 +44,25 @@ from effzoo.sites import Embedding, TiedLinear
 
 LowRanks = LowRank | LowRankRows | LowRankTable | Directed
 CLASSES = (LowRank, FromBase, LowRankRows, LookedUp, LowRankTable, Directed)
-MAGNITUDE_TOLERANCE = 1e-5  # relative, between the norms of this base and those of the base that the file was written from
+# relative, between the norms of this base and those of the base that the file was written from
+MAGNITUDE_TOLERANCE = 1e-5
 
 
 def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
-    """An adapter of LoRA or DoRA modules; those that start from factors of the base have twice the rank, [A; A_0] and [B, -B_0]."""
+    """An adapter of LoRA or DoRA modules; those that start from factors of the base have twice the rank, [A; A_0] and
+    [B, -B_0]."""
     dora = any(isinstance(module, Directed) for module in modules.values())
     if dora and not all(isinstance(module, Directed) for module in modules.values()):
-        raise AdapterError("peft has one use_dora for a whole adapter, this one has sites of both lora and dora; save them as two adapters")
+        raise AdapterError(
+            "peft has one use_dora for a whole adapter, this one has sites of both lora and dora; "
+            "save them as two adapters"
+        )
     dropouts = {method.dropout if isinstance(method, LoRAEverywhere) else 0.0 for method in methods}
     if len(dropouts) > 1:
-        raise AdapterError(f"peft has one lora_dropout for a whole adapter, this one has {sorted(dropouts)}; attach it with one dropout")
+        raise AdapterError(
+            f"peft has one lora_dropout for a whole adapter, this one has {sorted(dropouts)}; attach "
+            "it with one dropout"
+        )
     rslora = all(isinstance(method, LoRAEverywhere | DoRA) and method.rslora for method in methods)
     out, ranks, alphas = Written(), {}, {}
     for theirs, paths in whole(modules, twin).items():
@@ -56,7 +77,9 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
             if len(rule.ours) > 1:
                 out.parts[theirs] = own
         if dora:
-            out.tensors[f"{theirs}.lora_magnitude_vector"] = torch.cat([_magnitude(twin, path, modules) for path in rule.ours])
+            out.tensors[f"{theirs}.lora_magnitude_vector"] = torch.cat(
+                [_magnitude(twin, path, modules) for path in rule.ours]
+            )
         ranks[theirs], alphas[theirs] = len(A), tidy(scale * (math.sqrt(len(A)) if rslora else len(A)))
     tied = [path for path, module in modules.items() if isinstance(module, LowRankTable)]
     if tied:
@@ -85,7 +108,10 @@ def _tie(twin: Twin, path: str, out: Written, ranks: dict[str, int], alphas: dic
     table, head = twin.theirs[path].theirs, twin.tied_head
     assert head is not None
     if head in out.targets:
-        raise AdapterError(f"{path} changes the table and the tied head, and the head is adapted besides; in peft its factors are those of the table")
+        raise AdapterError(
+            f"{path} changes the table and the tied head, and the head is adapted besides; in peft "
+            "its factors are those of the table"
+        )
     out.targets[out.targets.index(table)] = twin.ties_with_peft(path)
     out.tensors[f"{head}.lora_A.weight"] = out.tensors[f"{table}.lora_embedding_B"].T
     out.tensors[f"{head}.lora_B.weight"] = out.tensors[f"{table}.lora_embedding_A"].T
@@ -125,14 +151,20 @@ def _magnitude(twin: Twin, path: str, modules: Modules) -> Tensor:
     return module.magnitude if isinstance(module, Directed) else twin.weight(path).norm(dim=1)
 
 
-def read(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]) -> dict[str, Wanted]:
+def read(
+    twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]
+) -> dict[str, Wanted]:
     """What each of our sites shall hold; `tensors` are the low-rank ones, by key without prefix."""
     found: dict[str, Wanted] = {}
-    left = dict(sorted(tensors.items(), key=lambda item: ".lora_embedding_" not in item[0]))  # tables first: a tied head's factors may be theirs
+    # tables first: a tied head's factors may be theirs
+    left = dict(sorted(tensors.items(), key=lambda item: ".lora_embedding_" not in item[0]))
     while left:
         theirs = next(iter(left)).split(".lora_")[0]
         if theirs not in twin.rules:
-            raise AdapterError(f"{next(iter(left))}: this model's twin has no module {theirs!r}; its modules begin with {next(iter(twin.rules))!r}")
+            raise AdapterError(
+                f"{next(iter(left))}: this model's twin has no module {theirs!r}; its modules begin "
+                f"with {next(iter(twin.rules))!r}"
+            )
         rule = twin.rules[theirs]
         if isinstance(twin.sites[rule.ours[0]], Embedding):
             found |= _read_embedding(twin, config, theirs, left)
@@ -176,18 +208,27 @@ def _read_embedding(twin: Twin, config: Config, theirs: str, left: dict[str, Ten
     head = twin.tied_head
     for key, same in ((f"{head}.lora_A.weight", B.T), (f"{head}.lora_B.weight", A.T)):
         if key in left and not torch.equal(left.pop(key), same):
-            raise AdapterError(f"{key}: the config says ensure_weight_tying, and these are not the factors of {theirs}; save the adapter again")
+            raise AdapterError(
+                f"{key}: the config says ensure_weight_tying, and these are not the factors of "
+                f"{theirs}; save the adapter again"
+            )
     if _options(config, head, rank, rank) | {"dropout": 0.0} != options:
-        raise AdapterError(f"{head} is tied to {theirs}, and has another rank or alpha in the config; effzoo has one change for both")
+        raise AdapterError(
+            f"{head} is tied to {theirs}, and has another rank or alpha in the config; effzoo has one change for both"
+        )
     return {path: Wanted("lora", options, {"A": A, "B": B})}
 
 
-def _read_linear(twin: Twin, config: Config, theirs: str, left: dict[str, Tensor], ranks: list[int] | None) -> dict[str, Wanted]:
+def _read_linear(
+    twin: Twin, config: Config, theirs: str, left: dict[str, Tensor], ranks: list[int] | None
+) -> dict[str, Wanted]:
     rule, dora = twin.rules[theirs], bool(config.get("use_dora", False))
     A, B = _take(left, f"{theirs}.lora_A.weight"), _take(left, f"{theirs}.lora_B.weight")
     first_axis(f"{theirs}.lora_A.weight", A)
     if dora and isinstance(twin.sites[rule.ours[0]], TiedLinear):
-        raise AdapterError(f"{theirs} is tied to the table, with use_dora=True; effzoo has DoRA for layers with a weight of their own")
+        raise AdapterError(
+            f"{theirs} is tied to the table, with use_dora=True; effzoo has DoRA for layers with a weight of their own"
+        )
     weights = [twin.weight(path) for path in rule.ours]
     outputs = sum(len(weight) for weight in weights)
     shaped(f"{theirs}.lora_A.weight", A, len(A), weights[0].shape[1])
@@ -201,22 +242,35 @@ def _read_linear(twin: Twin, config: Config, theirs: str, left: dict[str, Tensor
     found = {}
     for path, weight, block, magnitude in zip(rule.ours, weights, blocks, magnitudes, strict=True):
         if block is None:
-            if magnitude is not None and not torch.allclose(magnitude.to(weight), weight.norm(dim=1), rtol=MAGNITUDE_TOLERANCE, atol=0):
-                raise AdapterError(f"{theirs}.lora_magnitude_vector: the lengths of {path}, which has no adapter, are those of another base")
+            if magnitude is not None and not torch.allclose(
+                magnitude.to(weight), weight.norm(dim=1), rtol=MAGNITUDE_TOLERANCE, atol=0
+            ):
+                raise AdapterError(
+                    f"{theirs}.lora_magnitude_vector: the lengths of {path}, which has no adapter, "
+                    "are those of another base"
+                )
             continue
         own = {"A": block[0], "B": block[1]} | ({} if magnitude is None else {"magnitude": magnitude})
         found[path] = Wanted("dora" if dora else "lora", _options(config, theirs, len(block[0]), len(A)), own)
     return found
 
 
-def _blocks(theirs: str, A: Tensor, B: Tensor, sizes: list[int], ranks: list[int] | None) -> list[tuple[Tensor, Tensor] | None]:
+def _blocks(
+    theirs: str, A: Tensor, B: Tensor, sizes: list[int], ranks: list[int] | None
+) -> list[tuple[Tensor, Tensor] | None]:
     """A and B of each of our modules in one of theirs; None for one without an adapter."""
     rows = split(B, sizes)
     if ranks is None:
         return [(A, own) for own in rows]
     if sum(ranks) != len(A):
-        raise AdapterError(f"{theirs} has rank {len(A)} in the file, whose header gives ranks {ranks}; save the adapter again")
+        raise AdapterError(
+            f"{theirs} has rank {len(A)} in the file, whose header gives ranks {ranks}; save the adapter again"
+        )
     columns = [split(own, ranks, 1) for own in rows]
     if any(block.any() for i, row in enumerate(columns) for j, block in enumerate(row) if i != j):
-        raise AdapterError(f"{theirs}: the file's header says that lora_B is block-diagonal, and it is not; save the adapter again")
-    return [(own, row[i]) if len(own) else None for i, (own, row) in enumerate(zip(split(A, ranks), columns, strict=True))]
+        raise AdapterError(
+            f"{theirs}: the file's header says that lora_B is block-diagonal, and it is not; save the adapter again"
+        )
+    return [
+        (own, row[i]) if len(own) else None for i, (own, row) in enumerate(zip(split(A, ranks), columns, strict=True))
+    ]

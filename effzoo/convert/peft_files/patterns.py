@@ -1,4 +1,5 @@
-"""How a config of peft names modules: lists of names or of their ends, regular expressions, and patterns with a number."""
+"""How a config of peft names modules: lists of names or of their ends, regular expressions, and patterns with a
+number."""
 
 from __future__ import annotations
 
@@ -34,9 +35,11 @@ def compiled(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def matched(config: Mapping[str, Any], known: Iterable[str]) -> set[str]:
-    """The known modules that `target_modules` names, without those of `exclude_modules` and of other layers than `layers_to_transform`."""
+    """The known modules that `target_modules` names, without those of `exclude_modules` and of other layers than
+    `layers_to_transform`."""
     targets, steps = config.get("target_modules"), Steps()
-    if targets is None or targets == "all-linear":  # the first leaves the choice to peft's own tables, the second is never saved after training
+    # the first leaves the choice to peft's own tables, the second is never saved after training
+    if targets is None or targets == "all-linear":
         return set()
     wanted, excluded = _Names(targets, steps), _Names(config.get("exclude_modules") or [], steps)
     found = {theirs for theirs in known if wanted.has(theirs) and not excluded.has(theirs)}
@@ -47,7 +50,10 @@ def matched(config: Mapping[str, Any], known: Iterable[str]) -> set[str]:
     given = config.get("layers_pattern") or []
     expressions = [Expression(text, steps) for text in ([given] if isinstance(given, str) else given)]
     if open_ended := [expression.text for expression in expressions if expression.alternatives]:
-        raise AdapterError(f"layers_pattern {open_ended[0]!r} of the file has alternatives without brackets; name the modules in a list instead")
+        raise AdapterError(
+            f"layers_pattern {open_ended[0]!r} of the file has alternatives without brackets; name "
+            "the modules in a list instead"
+        )
     return {theirs for theirs in found if theirs in targets or _layer(expressions, theirs) in numbers}
 
 
@@ -65,7 +71,8 @@ class _Names:
 
 
 def ends_with(given: str | Iterable[str], known: Iterable[str]) -> set[str]:
-    """The known modules that a regular expression is, or that end as a list says: how (IA)3 of peft names its feed-forward modules."""
+    """The known modules that a regular expression is, or that end as a list says: how (IA)3 of peft names its
+    feed-forward modules."""
     if isinstance(given, str):
         expression = Expression(given, Steps())
         return {theirs for theirs in known if expression.matches(theirs)}
@@ -79,10 +86,15 @@ def _layer(expressions: list[Expression], theirs: str) -> int | None:
         return int(hit.group(1)) if hit else None
     for expression in expressions:
         for start in [0, *(at + 1 for at, one in enumerate(theirs) if one == ".")]:
-            hits = {hit.group(1) for end in expression.ends(theirs, start) if (hit := re.compile(r"\.(\d+)\.").match(theirs, end))}
+            hits = {
+                hit.group(1)
+                for end in expression.ends(theirs, start)
+                if (hit := re.compile(r"\.(\d+)\.").match(theirs, end))
+            }
             if len(hits) > 1:
                 raise AdapterError(
-                    f"layers_pattern {expression.text!r} of the file names several layers in {theirs}; give the name before the number"
+                    f"layers_pattern {expression.text!r} of the file names several layers in {theirs}; give the name "
+                    "before the number"
                 )
             if hits:
                 return int(hits.pop())
@@ -94,5 +106,6 @@ def neutral(config: Mapping[str, Any], known: Iterable[str], where: str) -> None
     for name, value in config.items():
         if name not in known and value not in (None, False, "", [], {}, 0):
             raise AdapterError(
-                f"{where}: {config.get('peft_type')} with {name}={value!r} has no counterpart in effzoo; merge the adapter in peft instead"
+                f"{where}: {config.get('peft_type')} with {name}={value!r} has no counterpart in effzoo; merge the "
+                "adapter in peft instead"
             )

@@ -28,12 +28,14 @@ from effzoo.spec import Spec
 log = logging.getLogger("effzoo.convert")
 OWN_START = (True, False, None, "gaussian", "eva", "orthogonal")  # starts of peft's LoRA that leave the base as it is
 TRIES = 100
-NUMBERS = ("r", "lora_alpha", "alpha", "lora_dropout")  # of which null is none; null elsewhere says that nothing was chosen
+# of which null is none; null elsewhere says that nothing was chosen
+NUMBERS = ("r", "lora_alpha", "alpha", "lora_dropout")
 TRAINING_ONLY = ("rank_dropout", "module_dropout", "rank_dropout_scale")
 
 
 def read(model: nn.Module, directory: Path, name: str) -> None:
-    """Attach the adapter that peft (or `writing.write`) saved in a directory, under a name; see `effzoo.convert.peft_files`."""
+    """Attach the adapter that peft (or `writing.write`) saved in a directory, under a name; see
+    `effzoo.convert.peft_files`."""
     config, tensors, parts = _open(directory)
     kind = _kind(config, directory)
     twin = Twin(model)
@@ -50,10 +52,14 @@ def read(model: nn.Module, directory: Path, name: str) -> None:
         raise AdapterError(f"the file holds two things for {clash[0]}; peft has written one of them for another module")
     if kind.peft_types == ("LN_TUNING",):
         found, kept = {}, found | kept
-    log.info("%s: a peft adapter for base %r, which its files cannot prove", directory, config.get("base_model_name_or_path"))
+    log.info(
+        "%s: a peft adapter for base %r, which its files cannot prove", directory, config.get("base_model_name_or_path")
+    )
     heads = {path: wanted for path, wanted in kept.items() if twin.is_head(path)}
     rest = {path: wanted for path, wanted in kept.items() if not twin.is_head(path)}
-    attach(model, [*specs(twin, found), *specs(twin, rows), *specs(twin, rest)], name=name, num_labels=_labels(twin, heads))
+    attach(
+        model, [*specs(twin, found), *specs(twin, rows), *specs(twin, rest)], name=name, num_labels=_labels(twin, heads)
+    )
     try:
         if config["peft_type"] == "P_TUNING":
             finish(model, name)
@@ -64,7 +70,8 @@ def read(model: nn.Module, directory: Path, name: str) -> None:
 
 
 def _labels(twin: Twin, heads: Mapping[str, Wanted]) -> int | None:
-    """For how many labels the head of the file is. Raises AdapterError for one of another size than the model's that is not whole."""
+    """For how many labels the head of the file is. Raises AdapterError for one of another size than the model's that is
+    not whole."""
     for path, wanted in heads.items():
         if twin.sites[path].role != LABELS or not (sizes := {len(tensor) for tensor in wanted.tensors.values()}):
             continue
@@ -73,7 +80,8 @@ def _labels(twin: Twin, heads: Mapping[str, Wanted]) -> int | None:
         other = sizes != {ours}
         if other and (len(sizes) > 1 or set(wanted.tensors) != {f"own_{key}" for key in base}):
             raise AdapterError(
-                f"{path}: the file's head has {' and '.join(map(str, sorted(sizes)))} outputs, this model's {ours}; one of another size comes whole, "
+                f"{path}: the file's head has {' and '.join(map(str, sorted(sizes)))} outputs, this model's {ours}; "
+                "one of another size comes whole, "
                 "weight and bias alike; copy the whole adapter"
             )
         return sizes.pop()
@@ -101,11 +109,18 @@ def _state(directory: Path) -> list[tuple[int, int] | None]:
 def _opened(directory: Path) -> tuple[Config, dict[str, Tensor], dict[str, list[int]]]:
     config = read_json(directory / CONFIG, "a config that peft wrote")
     if not isinstance(config.get("peft_type"), str):
-        raise AdapterError(f"{directory / CONFIG} is not a config that peft wrote (it has no peft_type); save the adapter again")
+        raise AdapterError(
+            f"{directory / CONFIG} is not a config that peft wrote (it has no peft_type); save the adapter again"
+        )
     file = directory / WEIGHTS
     if not file.is_file():
-        reason = "adapter_model.bin is a pickle, which effzoo does not open; save it in peft with safe_serialization=True"
-        raise AdapterError(f"{file} is missing" + (f": {reason}" if (directory / "adapter_model.bin").is_file() else "; copy the whole directory"))
+        reason = (
+            "adapter_model.bin is a pickle, which effzoo does not open; save it in peft with safe_serialization=True"
+        )
+        raise AdapterError(
+            f"{file} is missing"
+            + (f": {reason}" if (directory / "adapter_model.bin").is_file() else "; copy the whole directory")
+        )
     try:
         with safetensors.safe_open(file, framework="pt") as content:
             tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118, not a mapping
@@ -121,7 +136,9 @@ def _kind(config: Config, directory: Path) -> Kind:
         if config["peft_type"] in kind.peft_types:
             return kind
     known = listing(name for kind in KINDS for name in kind.peft_types)
-    raise AdapterError(f"{directory} holds a peft adapter of type {config['peft_type']!r}, which effzoo cannot read; it reads {known}")
+    raise AdapterError(
+        f"{directory} holds a peft adapter of type {config['peft_type']!r}, which effzoo cannot read; it reads {known}"
+    )
 
 
 def _check_config(config: Config, kind: Kind, directory: Path) -> None:
@@ -136,36 +153,48 @@ def _check_config(config: Config, kind: Kind, directory: Path) -> None:
     start = config.get("init_lora_weights", True)
     if start not in OWN_START:
         raise AdapterError(
-            f"{directory}: init_lora_weights={start!r} has changed the base, and the file does not say how; save it in peft with "
+            f"{directory}: init_lora_weights={start!r} has changed the base, and the file does not say how; save it "
+            "in peft with "
             "path_initial_model_for_weight_conversion, which makes it an ordinary LoRA of twice the rank"
         )
     dropped = [key for key in TRAINING_ONLY if config.get(key)]
     if dropped:
-        log.warning("%s: %s acts in training only, and effzoo's training does not have it", directory, ", ".join(dropped))
+        log.warning(
+            "%s: %s acts in training only, and effzoo's training does not have it", directory, ", ".join(dropped)
+        )
 
 
-def _sorted_out(twin: Twin, kind: Kind, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+def _sorted_out(
+    twin: Twin, kind: Kind, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """The method's own tensors, the others (heads, biases), and trained tokens beside LoRA, by key without prefix."""
     own: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
     beside: dict[str, Tensor] = {}
     ties = twin.layout.ties(twin.model.config, twin.model.task)
     for full, tensor in tensors.items():
-        key = full.removeprefix("base_model.model.") if full.startswith("base_model.model.") else full.removeprefix("base_model.")
+        key = (
+            full.removeprefix("base_model.model.")
+            if full.startswith("base_model.model.")
+            else full.removeprefix("base_model.")
+        )
         if any(part.startswith(kind.marks) for part in key.split(".")):
             own[key] = tensor
             continue
         if key.endswith(f".{tokens.BESIDE}{tokens.KEY}"):
             beside[key] = tensor
             continue
-        if ".original_module." in key or (".modules_to_save." in key and key.replace(".modules_to_save.", ".") in key_set(tensors)):
+        if ".original_module." in key or (
+            ".modules_to_save." in key and key.replace(".modules_to_save.", ".") in key_set(tensors)
+        ):
             continue  # peft writes the biases of a saved module thrice
         adapted = ".base_layer." in key
         key = key.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
         if key in ties and (other := _tensor(tensors, ties[key])) is not None:
             if other.shape != tensor.shape or not torch.equal(other, tensor):
                 raise AdapterError(
-                    f"the file trains {key} and {ties[key]} apart, which are one tensor in this model; load it into a model with tied=False, "
+                    f"the file trains {key} and {ties[key]} apart, which are one tensor in this model; load it into "
+                    "a model with tied=False, "
                     "or train it in peft with ensure_weight_tying=True"
                 )
             continue
@@ -177,7 +206,9 @@ def _sorted_out(twin: Twin, kind: Kind, tensors: Mapping[str, Tensor]) -> tuple[
 
 def _tensor(tensors: Mapping[str, Tensor], key: str) -> Tensor | None:
     """The tensor of a module that is saved as it is, by its key without prefix."""
-    return next((tensors[full] for full in (f"base_model.model.{key}", f"base_model.{key}", key) if full in tensors), None)
+    return next(
+        (tensors[full] for full in (f"base_model.model.{key}", f"base_model.{key}", key) if full in tensors), None
+    )
 
 
 def key_set(tensors: Iterable[str]) -> set[str]:
@@ -186,7 +217,8 @@ def key_set(tensors: Iterable[str]) -> set[str]:
 
 
 def _is_base(twin: Twin, key: str, tensor: Tensor, adapted: bool) -> bool:
-    """Whether this is a weight as the base has it, which peft also saves for embeddings and language-model heads that are adapted."""
+    """Whether this is a weight as the base has it, which peft also saves for embeddings and language-model heads that
+    are adapted."""
     theirs, _, parameter = key.rpartition(".")
     path = twin.rules[theirs].ours[0] if theirs in twin.rules else ""
     if not path or parameter != "weight" or not (adapted or isinstance(twin.sites[path], Embedding)):
@@ -196,32 +228,50 @@ def _is_base(twin: Twin, key: str, tensor: Tensor, adapted: bool) -> bool:
         return True
     if adapted:
         said = (
-            f"the file's has shape {tuple(tensor.shape)}, this model's {tuple(base.shape)}" if base.shape != tensor.shape else "it has other values"
+            f"the file's has shape {tuple(tensor.shape)}, this model's {tuple(base.shape)}"
+            if base.shape != tensor.shape
+            else "it has other values"
         )
-        raise AdapterError(f"{key}: the adapter was trained on another base, of which the file holds this weight: {said}{more_tokens(tensor, base)}")
+        raise AdapterError(
+            f"{key}: the adapter was trained on another base, of which the file holds this weight: "
+            f"{said}{more_tokens(tensor, base)}"
+        )
     return False
 
 
 def _check_whole(twin: Twin, config: Config, own: Mapping[str, Tensor]) -> None:
-    """AdapterError for a module that the config names and the file has no tensors for; peft would leave it as it starts, and warn."""
+    """AdapterError for a module that the config names and the file has no tensors for; peft would leave it as it
+    starts, and warn."""
     if config["peft_type"] not in ("LORA", "IA3", "LOKR", "LN_TUNING", "TRAINABLE_TOKENS"):
         return
-    have = {re.split(r"\.(?:lora_|ia3_|lokr_|ln_tuning_layers\.|trainable_tokens_)", key)[0].removesuffix(".base_layer") for key in own}
+    have = {
+        re.split(r"\.(?:lora_|ia3_|lokr_|ln_tuning_layers\.|trainable_tokens_)", key)[0].removesuffix(".base_layer")
+        for key in own
+    }
     saved = selected.names_of(config.get("modules_to_save"))
-    known = [theirs for theirs in twin.rules if not any(theirs == name or theirs.endswith(f".{name}") for name in saved)]
+    known = [
+        theirs for theirs in twin.rules if not any(theirs == name or theirs.endswith(f".{name}") for name in saved)
+    ]
     named = patterns.matched({key: config.get(key) for key in SELECTION}, known)
     lacking = [theirs for theirs in known if theirs in named - have and twin.sites[twin.rules[theirs].ours[0]].base()]
     tied = (
-        {twin.tied_head, twin.theirs[twin.token].theirs} if config.get("ensure_weight_tying") or config["peft_type"] == "TRAINABLE_TOKENS" else set()
+        {twin.tied_head, twin.theirs[twin.token].theirs}
+        if config.get("ensure_weight_tying") or config["peft_type"] == "TRAINABLE_TOKENS"
+        else set()
     )
     if lacking:
-        raise AdapterError(f"the config names {lacking[0]} (target_modules), and the file has no tensor for it; copy the whole adapter")
+        raise AdapterError(
+            f"the config names {lacking[0]} (target_modules), and the file has no tensor for it; copy the whole adapter"
+        )
     if not own:
         raise AdapterError("the file has no tensor of its method")
     if not isinstance(config.get("target_modules"), str | list) or config["target_modules"] == "all-linear":
         return  # peft's own choice
     if unnamed := sorted(have - named - tied):
-        raise AdapterError(f"the file has tensors for {unnamed[0]}, which its config does not name (target_modules), so peft would leave them out")
+        raise AdapterError(
+            f"the file has tensors for {unnamed[0]}, which its config does not name (target_modules), "
+            "so peft would leave them out"
+        )
 
 
 def _check_saved(twin: Twin, config: Config, tensors: Mapping[str, Tensor]) -> None:
@@ -231,7 +281,10 @@ def _check_saved(twin: Twin, config: Config, tensors: Mapping[str, Tensor]) -> N
         named = selected.named(theirs, selected.names_of(config.get("modules_to_save")))
         site = twin.sites.get(twin.rules[theirs].ours[0])
         if named and site is not None and site.base() and not any(key.startswith(f"{theirs}.") for key in keys):
-            raise AdapterError(f"the config says that {theirs} is saved (modules_to_save), and the file has no tensor of it; copy the whole adapter")
+            raise AdapterError(
+                f"the config says that {theirs} is saved (modules_to_save), and the file has no "
+                "tensor of it; copy the whole adapter"
+            )
     lacking = config.get("bias", "none") not in (None, "none") and not any(key.endswith(".bias") for key in keys)
     if lacking and any("bias" in site.base() for site in twin.sites.values()):
         raise AdapterError(f"the config says bias={config['bias']!r}, and the file has no bias; copy the whole adapter")
@@ -254,7 +307,11 @@ def specs(twin: Twin, wanted: Mapping[str, Wanted]) -> list[Spec]:
             some = None if given in ((), tuple(range(twin.model.config.layers))) else given
             by_layers.setdefault(some, []).append(role)
         for some, targets in by_layers.items():
-            said = {} if key[0] in ("prompt", "p_tuning") else {"targets": tuple(targets)} | ({} if some is None else {"layers": some})
+            said = (
+                {}
+                if key[0] in ("prompt", "p_tuning")
+                else {"targets": tuple(targets)} | ({} if some is None else {"layers": some})
+            )
             found.append(Spec(key[0], options[key] | said))
     return found
 
@@ -265,15 +322,25 @@ def _fill(model: nn.Module, twin: Twin, name: str, each: list[dict[str, Wanted]]
     for wanted in each:
         for path, one in wanted.items():
             site = twin.sites[path]
-            state = site.of(name)[one.method].state_dict(keep_vars=True) if name in site.adapters and one.method in site.of(name) else {}
+            state = (
+                site.of(name)[one.method].state_dict(keep_vars=True)
+                if name in site.adapters and one.method in site.of(name)
+                else {}
+            )
             missing = [key for key in state if key not in one.tensors] if one.method != "head" else []
             extra = [key for key in one.tensors if key not in state]
             if missing or extra:
-                raise AdapterError(f"{path}: {(missing + extra)[0]} of {one.method} is {'missing' if missing else 'one too many'} in the file")
+                raise AdapterError(
+                    f"{path}: {(missing + extra)[0]} of {one.method} is "
+                    f"{'missing' if missing else 'one too many'} in the file"
+                )
             with torch.no_grad():
                 for key, tensor in one.tensors.items():
                     if state[key].shape != tensor.shape:
-                        raise AdapterError(f"{path}: {key} has shape {tuple(tensor.shape)} in the file, this model needs {tuple(state[key].shape)}")
+                        raise AdapterError(
+                            f"{path}: {key} has shape {tuple(tensor.shape)} in the file, this model "
+                            f"needs {tuple(state[key].shape)}"
+                        )
                     state[key].copy_(tensor)
             filled.add((path, one.method))
     for method, paths in attached(model)[name].methods:

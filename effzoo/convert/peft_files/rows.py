@@ -1,7 +1,9 @@
-"""Prompts and P-tuning in the files of peft: one tensor `prompt_embeddings` [rows, dim]; the encoder of P-tuning is dropped there too.
+"""Prompts and P-tuning in the files of peft: one tensor `prompt_embeddings` [rows, dim]; the encoder of P-tuning is
+dropped there too.
 
-The rows take the first positions in both libraries. Heads that read the first position see the first token in effzoo and the first row of
-the prompt in peft, so such models are refused; and so is attention with windows, where our rows are global.
+The rows take the first positions in both libraries. Heads that read the first position see the first token in effzoo
+and the first row of the prompt in peft, so such models are refused; and so is attention with windows, where our rows
+are global.
 """
 
 from __future__ import annotations
@@ -23,29 +25,40 @@ KEY = "prompt_embeddings"
 
 
 def check_attention(twin: Twin) -> None:
-    """AdapterError for attention in which rows are seen by other queries here and there, and for tasks in which peft leaves them out."""
+    """AdapterError for attention in which rows are seen by other queries here and there, and for tasks in which peft
+    leaves them out."""
     kinds = sorted({core.name for core in twin.model.cores()} - {"full"})
     if kinds:
         raise AdapterError(
-            f"prompts and prefixes on attention {kinds[0]!r}: in effzoo every query sees the rows, in peft they are ordinary positions that "
+            f"prompts and prefixes on attention {kinds[0]!r}: in effzoo every query sees the rows, in peft they are "
+            "ordinary positions that "
             "fall out of a window; use lora or ia3"
         )
     if twin.task_type is None:
-        raise AdapterError(f"peft leaves prompts and prefixes out when a model is run for {twin.model.task}; it knows {', '.join(TASK_TYPES)}")
+        raise AdapterError(
+            f"peft leaves prompts and prefixes out when a model is run for {twin.model.task}; it "
+            f"knows {', '.join(TASK_TYPES)}"
+        )
 
 
 def check_reading(twin: Twin) -> None:
     """AdapterError where the two libraries compute different things with the same rows."""
     task, config = twin.model.task, twin.model.config
     check_attention(twin)
-    if (task == "classification" and config.pooling != "last") or (task == "features" and config.pooler and not config.causal):
+    if (task == "classification" and config.pooling != "last") or (
+        task == "features" and config.pooler and not config.causal
+    ):
         raise AdapterError(
-            f"prompts on {config.name} for {task}: the head reads the first token (or the mean of the tokens) in effzoo, and "
-            "in peft the rows of the prompt count as tokens; no file can say the same to both. Use another task, a decoder, or another method"
+            f"prompts on {config.name} for {task}: the head reads the first token (or the mean of the tokens) in "
+            "effzoo, and "
+            "in peft the rows of the prompt count as tokens; no file can say the same to both. Use another task, a "
+            "decoder, or another method"
         )
     if task == "classification":
         log.warning(
-            "%s for classification: behind a prompt, transformers reads the last position, padding or not; pad on the left there", config.name
+            "%s for classification: behind a prompt, transformers reads the last position, padding or not; pad on "
+            "the left there",
+            config.name,
         )
 
 
@@ -58,7 +71,11 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
     rows = module.prompt()
     config: Config = {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"}
     if isinstance(methods[0], PTuning):
-        config = {"peft_type": "P_TUNING", "encoder_hidden_size": methods[0].hidden, "encoder_reparameterization_type": "MLP"}
+        config = {
+            "peft_type": "P_TUNING",
+            "encoder_hidden_size": methods[0].hidden,
+            "encoder_reparameterization_type": "MLP",
+        }
     return Written(config | sizes(twin, len(rows), twin.model.config.dim, twin.model.config.heads), {KEY: rows})
 
 
@@ -77,10 +94,15 @@ def check_sizes(config: Config, expected: Config) -> None:
     """AdapterError for a size in the file's config that is not this model's: the rows would be read as others."""
     for name, value in expected.items():
         if config.get(name) not in (None, value):
-            raise AdapterError(f"{name} is {config[name]} in the config of the file and {value} in this model; it was trained on another base")
+            raise AdapterError(
+                f"{name} is {config[name]} in the config of the file and {value} in this model; it "
+                "was trained on another base"
+            )
 
 
-def read(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]) -> dict[str, Wanted]:
+def read(
+    twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]
+) -> dict[str, Wanted]:
     """`prompt`, or `p_tuning` that is finished already."""
     check_reading(twin)
     rows, width = only(tensors, KEY), twin.model.config.dim
@@ -95,5 +117,8 @@ def only(tensors: Mapping[str, Tensor], key: str) -> Tensor:
     """The tensor of this name, if it is the only one."""
     for name in (key, *tensors):
         if name not in tensors or name != key:
-            raise AdapterError(f"{name} is {'missing' if name == key else 'one too many'} in the file, which has {key} alone for this method")
+            raise AdapterError(
+                f"{name} is {'missing' if name == key else 'one too many'} in the file, which has "
+                f"{key} alone for this method"
+            )
     return tensors[key]

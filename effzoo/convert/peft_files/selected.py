@@ -1,10 +1,13 @@
-"""What is trained as it is: task heads and other whole modules (`modules_to_save` of peft), norms (its LN_TUNING), and biases (`bias` of its LoRA).
+"""What is trained as it is: task heads and other whole modules (`modules_to_save` of peft), norms (its LN_TUNING), and
+biases (`bias` of its LoRA).
 
-A trained bias without its weight can travel only beside LoRA, the one method that has a `bias` option: `base_layer.bias` in a module that LoRA
-adapts, `bias` in another. Only the trained ones are written, which peft takes; if it trains on, it trains all.
+A trained bias without its weight can travel only beside LoRA, the one method that has a `bias` option:
+`base_layer.bias` in a module that LoRA adapts, `bias` in another. Only the trained ones are written, which peft takes;
+if it trains on, it trains all.
 
-A trained token table reaches a tied language-model head in effzoo, and in peft with `ensure_weight_tying`. A table that peft has saved without saying
-that it was trained holds the rows of new tokens: of it the rows that differ from the base are read, as trained tokens.
+A trained token table reaches a tied language-model head in effzoo, and in peft with `ensure_weight_tying`. A table that
+peft has saved without saying that it was trained holds the rows of new tokens: of it the rows that differ from the base
+are read, as trained tokens.
 """
 
 from __future__ import annotations
@@ -43,7 +46,10 @@ def write(twin: Twin, modules: Modules, out: Written) -> None:
         elif set(own) == {"own_bias"}:
             biases.add(rule.theirs)
         else:
-            raise AdapterError(f"{path}: peft trains a whole module or its bias, this adapter trains {', '.join(own)} of {', '.join(base)}")
+            raise AdapterError(
+                f"{path}: peft trains a whole module or its bias, this adapter trains "
+                f"{', '.join(own)} of {', '.join(base)}"
+            )
     _check(twin, kind, saved, biases, out)
     for theirs in twin.rules:
         inside = any(theirs == name or theirs.startswith(f"{name}.") for name in saved)
@@ -69,9 +75,15 @@ def write(twin: Twin, modules: Modules, out: Written) -> None:
 def _tie(twin: Twin, kind: str, saved: dict[str, None], out: Written) -> None:
     """Let the tied head have the table's values in peft as well."""
     if kind != "LORA":
-        raise AdapterError(f"{twin.token} is trained, and the tied head with it; peft ties trained modules beside LoRA only, not beside {kind}")
+        raise AdapterError(
+            f"{twin.token} is trained, and the tied head with it; peft ties trained modules beside "
+            f"LoRA only, not beside {kind}"
+        )
     if any(".lora_embedding_" in key or key.startswith(f"{twin.tied_head}.lora_") for key in out.tensors):
-        raise AdapterError(f"{twin.token} is trained as a whole, and the head that is tied to it adapted besides; peft does one of the two")
+        raise AdapterError(
+            f"{twin.token} is trained as a whole, and the head that is tied to it adapted besides; "
+            "peft does one of the two"
+        )
     table = twin.theirs[twin.token].theirs
     del saved[table]
     saved[twin.ties_with_peft(twin.token)] = None
@@ -85,23 +97,33 @@ def write_norms(twin: Twin, modules: Modules) -> Written:
     for path, module in modules.items():
         theirs = twin.rule(path).theirs
         out.targets.append(theirs)
-        out.tensors |= {f"{theirs}.{NORM}{name.removeprefix('own_')}": value for name, value in module.named_parameters()}
+        out.tensors |= {
+            f"{theirs}.{NORM}{name.removeprefix('own_')}": value for name, value in module.named_parameters()
+        }
     out.config = {"peft_type": "LN_TUNING", "target_modules": list(out.targets)}
     return out
 
 
-def read_norms(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]) -> dict[str, Wanted]:
+def read_norms(
+    twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]
+) -> dict[str, Wanted]:
     """What peft's LN_TUNING has trained."""
     return read(twin, config, {key.replace(f".{NORM}", "."): tensor for key, tensor in tensors.items()}, parts)
 
 
 def _check(twin: Twin, kind: str, saved: Mapping[str, None], biases: set[str], out: Written) -> None:
     if biases and kind != "LORA":
-        raise AdapterError(f"biases travel in peft beside LoRA only, not beside {kind}; save them as an adapter with lora")
+        raise AdapterError(
+            f"biases travel in peft beside LoRA only, not beside {kind}; save them as an adapter with lora"
+        )
     if saved and kind in HEADLESS:
-        raise AdapterError(f"peft does not save the head ({', '.join(saved)}) beside {kind}; use it on a model without a task head")
+        raise AdapterError(
+            f"peft does not save the head ({', '.join(saved)}) beside {kind}; use it on a model without a task head"
+        )
     if kind in PROMPT_LEARNING and (others := [name for name in saved if name not in CLASSIFIERS]):
-        raise AdapterError(f"beside {kind} peft saves a head called classifier or score, this adapter also trains {', '.join(others)}")
+        raise AdapterError(
+            f"beside {kind} peft saves a head called classifier or score, this adapter also trains {', '.join(others)}"
+        )
 
 
 def _joined(twin: Twin, modules: Modules, theirs: str, parameter: str) -> Tensor | None:
@@ -115,8 +137,11 @@ def _joined(twin: Twin, modules: Modules, theirs: str, parameter: str) -> Tensor
     return rule.join(parameter, tensors)
 
 
-def read(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]) -> dict[str, Wanted]:
-    """What sites of ours shall hold of whole modules and biases; `tensors` by their key without prefix and without `base_layer`."""
+def read(
+    twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]
+) -> dict[str, Wanted]:
+    """What sites of ours shall hold of whole modules and biases; `tensors` by their key without prefix and without
+    `base_layer`."""
     found: dict[str, Wanted] = {}
     saved = names_of(config.get("modules_to_save"))
     for key, tensor in tensors.items():
@@ -125,36 +150,53 @@ def read(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mappi
         if rule is None or parameter not in rule.parameters:
             raise AdapterError(f"{key} is one too many in the file: this model's twin has no such parameter")
         if not tensor.ndim:
-            raise AdapterError(f"{key} has shape (), and a weight or bias has at least one axis; copy the whole adapter")
+            raise AdapterError(
+                f"{key} has shape (), and a weight or bias has at least one axis; copy the whole adapter"
+            )
         trained = parts_of(key, rule, parts) or [1] * len(rule.ours)
         for path, part, hung in zip(rule.ours, rule.split(parameter, tensor), trained, strict=True):
             site = twin.sites[path]
             if isinstance(site, TiedLinear) and parameter == "weight":
                 raise AdapterError(
-                    f"{key} is a weight of its own in the file, and this model's head is tied to the token table; load it into a model with "
+                    f"{key} is a weight of its own in the file, and this model's head is tied to the token table; "
+                    "load it into a model with "
                     "tied=False, or train it in peft with ensure_weight_tying=True"
                 )
             base = site.base().get(parameter)
             if base is not None and site.role in ROLES and base.shape[1:] == part.shape[1:] and len(base) != len(part):
-                raise AdapterError(f"{key} has {len(part)} tokens in the file, this model has {len(base)}{more_tokens(part, base)}")
-            labelled = site.role == LABELS and base is not None and base.shape[1:] == part.shape[1:] and len(part) > 0  # of any number of labels
+                raise AdapterError(
+                    f"{key} has {len(part)} tokens in the file, this model has {len(base)}{more_tokens(part, base)}"
+                )
+            # of any number of labels
+            labelled = site.role == LABELS and base is not None and base.shape[1:] == part.shape[1:] and len(part) > 0
             if base is None or (base.shape != part.shape and not labelled):
                 needed = "has none" if base is None else f"needs {tuple(base.shape)}"
-                raise AdapterError(f"{key} has shape {tuple(tensor.shape)}, of which {path} would get {tuple(part.shape)}; this model {needed}")
-            with_head = path == twin.token and bool(config.get("ensure_weight_tying")) and named(str(twin.tied_head), saved)
+                raise AdapterError(
+                    f"{key} has shape {tuple(tensor.shape)}, of which {path} would get "
+                    f"{tuple(part.shape)}; this model {needed}"
+                )
+            with_head = (
+                path == twin.token and bool(config.get("ensure_weight_tying")) and named(str(twin.tied_head), saved)
+            )
             if parameter == "weight" and site.role in ROLES and not (with_head or named(theirs, saved)):
                 if changed := (part.to(base) != base).any(dim=1).nonzero().flatten().tolist():
-                    found[path] = Wanted("tokens", {"ids": spans(changed)}, {"ids": torch.tensor(changed), "trained": part[changed]})
+                    found[path] = Wanted(
+                        "tokens", {"ids": spans(changed)}, {"ids": torch.tensor(changed), "trained": part[changed]}
+                    )
             elif hung:
                 found.setdefault(path, Wanted("", {}, {})).tensors[f"own_{parameter}"] = part
             elif not torch.equal(part.to(base), base):
-                raise AdapterError(f"{key}: {path}, which was not trained, has other values in this model; the adapter is of another base")
+                raise AdapterError(
+                    f"{key}: {path}, which was not trained, has other values in this model; the "
+                    "adapter is of another base"
+                )
     for path, wanted in found.items():
         if wanted.method:
             continue
         if path == twin.token and twin.tied_head is not None and not config.get("ensure_weight_tying"):
             raise AdapterError(
-                f"the file trains {twin.theirs[path].theirs} for lookups alone, and this model's language-model head is tied to that table; "
+                f"the file trains {twin.theirs[path].theirs} for lookups alone, and this model's language-model head "
+                "is tied to that table; "
                 "load it into a model with tied=False, or train it in peft with ensure_weight_tying=True"
             )
         alone = set(wanted.tensors) == {"own_bias"} and "weight" in twin.sites[path].base()

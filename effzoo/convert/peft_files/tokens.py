@@ -1,7 +1,9 @@
-"""Trained rows of the token table in the files of peft: its TrainableTokens, alone, or beside LoRA as `trainable_token_indices`.
+"""Trained rows of the token table in the files of peft: its TrainableTokens, alone, or beside LoRA as
+`trainable_token_indices`.
 
-`trainable_tokens_delta` [tokens, dim] holds the rows themselves, the config which they are. Where the language-model head is tied, peft changes it
-along, as we do; a head of its own takes rows of its own. A head whose tokens are trained loses its bias in peft, so those are refused.
+`trainable_tokens_delta` [tokens, dim] holds the rows themselves, the config which they are. Where the language-model
+    head is tied, peft changes it along, as we do; a head of its own takes rows of its own. A head whose tokens are
+    trained loses its bias in peft, so those are refused.
 """
 
 from __future__ import annotations
@@ -27,14 +29,22 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
     out = Written()
     rows = _rows(twin, modules)
     if len({tuple(ids) for ids, _ in rows.values()}) > 1:
-        raise AdapterError("TrainableTokens of peft trains the same tokens in the table and in the head; add lora, beside which they may differ")
+        raise AdapterError(
+            "TrainableTokens of peft trains the same tokens in the table and in the head; add lora, "
+            "beside which they may differ"
+        )
     for theirs, (_, trained) in rows.items():
         out.targets.append(theirs)
         out.tensors[f"{theirs}.{KEY}"] = trained
     if twin.tied_head is not None:
         out.tensors[f"{twin.tied_head}.{KEY}"] = out.tensors[f"{twin.theirs[twin.token].theirs}.{KEY}"]
     ids = next(iter(rows.values()))[0]
-    out.config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": ids, "target_modules": list(out.targets), "init_weights": True}
+    out.config = {
+        "peft_type": "TRAINABLE_TOKENS",
+        "token_indices": ids,
+        "target_modules": list(out.targets),
+        "init_weights": True,
+    }
     return out
 
 
@@ -43,7 +53,10 @@ def add(twin: Twin, modules: Modules, out: Written) -> None:
     if not modules:
         return
     if out.config["peft_type"] != "LORA":
-        raise AdapterError(f"trained tokens travel in peft beside LoRA, or alone, not beside {out.config['peft_type']}; save them as two adapters")
+        raise AdapterError(
+            "trained tokens travel in peft beside LoRA, or alone, not beside "
+            f"{out.config['peft_type']}; save them as two adapters"
+        )
     rows = _rows(twin, modules)
     for theirs, (_, trained) in rows.items():
         if theirs in out.targets:
@@ -68,21 +81,33 @@ def _check_bias(twin: Twin, paths: Collection[str]) -> None:
         sees = path in paths or (isinstance(site, TiedLinear) and twin.token in paths)
         if site.role == "lm.out" and sees and "bias" in site.base():
             raise AdapterError(
-                f"tokens are trained of a table that {path} multiplies by, and peft then leaves out that head's bias, which effzoo does not; "
+                f"tokens are trained of a table that {path} multiplies by, and peft then leaves out that head's "
+                "bias, which effzoo does not; "
                 "keep effzoo's own format, or train another model"
             )
 
 
-def read(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]) -> dict[str, Wanted]:
+def read(
+    twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]
+) -> dict[str, Wanted]:
     """What the sites shall hold; `tensors` are the trained rows, by key without prefix."""
-    left = {key.removesuffix(f".{KEY}").removesuffix(f".{BESIDE[:-1]}").removesuffix(".base_layer"): tensor for key, tensor in tensors.items()}
+    left = {
+        key.removesuffix(f".{KEY}").removesuffix(f".{BESIDE[:-1]}").removesuffix(".base_layer"): tensor
+        for key, tensor in tensors.items()
+    }
     ids = _indices(twin, config, left)
     table, head = twin.theirs[twin.token].theirs, twin.tied_head
     if head is not None and head in ids:
         if table not in ids:
-            raise AdapterError(f"the file trains tokens of {head} alone, which is tied to {table} here; load it into a model with tied=False")
+            raise AdapterError(
+                f"the file trains tokens of {head} alone, which is tied to {table} here; load it into "
+                "a model with tied=False"
+            )
         if ids[head] != ids[table] or (head in left and not torch.equal(left[head], left.get(table, left[head]))):
-            raise AdapterError(f"the file trains other tokens of {head} than of {table}, which is the same table here; use a model with tied=False")
+            raise AdapterError(
+                f"the file trains other tokens of {head} than of {table}, which is the same table "
+                "here; use a model with tied=False"
+            )
         del ids[head]
     if head is not None:
         left.pop(head, None)
@@ -96,7 +121,9 @@ def read(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mappi
         trained = shaped(f"{theirs}.{KEY}", left.pop(theirs), len(numbers), dim)
         order = torch.tensor(numbers).argsort()
         ascending = torch.tensor(numbers)[order]
-        found[path] = Wanted("tokens", {"ids": spans(ascending.tolist())}, {"ids": ascending, "trained": trained[order]})
+        found[path] = Wanted(
+            "tokens", {"ids": spans(ascending.tolist())}, {"ids": ascending, "trained": trained[order]}
+        )
     _check_bias(twin, found)
     if left:
         raise AdapterError(f"{next(iter(left))}.{KEY} is one too many in the file: its config names no tokens for it")
@@ -105,12 +132,18 @@ def read(twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mappi
 
 def _indices(twin: Twin, config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """{their module: its tokens}, as the config has them."""
-    tables = {theirs for theirs, rule in twin.rules.items() if len(rule.ours) == 1 and getattr(twin.sites.get(rule.ours[0]), "role", "") in ROLES}
+    tables = {
+        theirs
+        for theirs, rule in twin.rules.items()
+        if len(rule.ours) == 1 and getattr(twin.sites.get(rule.ours[0]), "role", "") in ROLES
+    }
     table = twin.theirs[twin.token].theirs
     if config["peft_type"] == "TRAINABLE_TOKENS":
         strange = sorted(set(tensors) - tables)
         if strange or not tensors:
-            raise AdapterError(f"{strange[0] if strange else table}.{KEY} is {'one too many' if strange else 'missing'} in the file")
+            raise AdapterError(
+                f"{strange[0] if strange else table}.{KEY} is {'one too many' if strange else 'missing'} in the file"
+            )
         return dict.fromkeys(tensors, config.get("token_indices") or [])
     given = config.get("trainable_token_indices")
     if given is None:
@@ -121,7 +154,10 @@ def _indices(twin: Twin, config: Config, tensors: Mapping[str, Tensor]) -> dict[
     for name, numbers in given.items():
         named = [theirs for theirs in tables if theirs == name or theirs.endswith(f".{name}")]
         if len(named) != 1:
-            raise AdapterError(f"trainable_token_indices of the file names {name!r}; this model's tables are {' and '.join(sorted(tables))}")
+            raise AdapterError(
+                f"trainable_token_indices of the file names {name!r}; this model's tables are "
+                f"{' and '.join(sorted(tables))}"
+            )
         found[named[0]] = numbers
     return found
 
@@ -130,4 +166,7 @@ def _check(theirs: str, numbers: Sequence[int], rows: int) -> None:
     if not numbers or len(set(numbers)) != len(numbers) or not all(0 <= one < rows for one in numbers):
         worst = max(numbers, default=0)
         more = f"; call effzoo.resize_vocabulary(model, {worst + 1}) first" if worst >= rows else ""
-        raise AdapterError(f"the file trains the tokens {list(numbers)[:8]} of {theirs}: one or more, each once, in [0, {rows}) are needed{more}")
+        raise AdapterError(
+            f"the file trains the tokens {list(numbers)[:8]} of {theirs}: one or more, each once, in "
+            f"[0, {rows}) are needed{more}"
+        )

@@ -1,4 +1,5 @@
-"""Where the modules of a model of ours are in its twin of transformers, which is what the keys of the `peft` package name."""
+"""Where the modules of a model of ours are in its twin of transformers, which is what the keys of the `peft` package
+name."""
 
 from __future__ import annotations
 
@@ -16,7 +17,12 @@ from effzoo.errors import AdapterError
 from effzoo.sites import PeftModule, Site, TiedLinear, sites
 
 KNOWN_TABLES = ("embed_tokens", "lm_head")  # the names of peft's EMBEDDING_LAYER_NAMES
-TASK_TYPES = {"features": "FEATURE_EXTRACTION", "classification": "SEQ_CLS", "token_classification": "TOKEN_CLS", "causal_lm": "CAUSAL_LM"}
+TASK_TYPES = {
+    "features": "FEATURE_EXTRACTION",
+    "classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "causal_lm": "CAUSAL_LM",
+}
 Modules = Mapping[str, PeftModule]  # what one adapter has hung, by the path of the site
 Config = dict[str, Any]
 
@@ -25,8 +31,11 @@ Config = dict[str, Any]
 class Written:
     """What one adapter is in their files.
 
-    config: of adapter_config.json. tensors: by key, without the prefix of the base model. targets: their modules. parts: {their module:
-    a number for each of our modules that it stacks}, the rank that each has of a common low rank, say; 0 for one without adapter.
+    config: of adapter_config.json.
+    tensors: by key, without the prefix of the base model.
+    targets: their modules.
+    parts: {their module: a number for each of our modules that it stacks}, the rank that each has of a common low
+        rank, say; 0 for one without adapter.
     """
 
     config: Config = field(default_factory=dict)
@@ -53,17 +62,26 @@ class Twin:
     def __init__(self, model: nn.Module):
         if not isinstance(model, Transformer):
             raise AdapterError(
-                f"the files of peft name the modules of a model of transformers, and effzoo knows them for its Transformer, not for "
+                "the files of peft name the modules of a model of transformers, and effzoo knows them for its "
+                "Transformer, not for "
                 f"{type(model).__name__}; save and load with format='effzoo'"
             )
         self.model = model
         self.layout = layout_for(model)
-        self.rules = {rule.theirs: rule for rule in self.layout.rules(model.config.blocks, model.task, model.task) if rule.axis is None}
+        self.rules = {
+            rule.theirs: rule
+            for rule in self.layout.rules(model.config.blocks, model.task, model.task)
+            if rule.axis is None
+        }
         self.sites: dict[str, Site] = dict(sites(model))
         self.theirs = {path: rule for rule in self.rules.values() for path in rule.ours if path in self.sites}
         (self.token,) = (path for path, site in self.sites.items() if site.role == "embed.token")
         table = f"{self.theirs[self.token].theirs}.weight"
-        tied = [key for key, other in self.layout.ties(model.config, model.task).items() if other == table and model.task.endswith("_lm")]
+        tied = [
+            key
+            for key, other in self.layout.ties(model.config, model.task).items()
+            if other == table and model.task.endswith("_lm")
+        ]
         self.tied_head = tied[0].removesuffix(".weight") if tied else None  # their module that multiplies by the table
         if self.tied_head is not None:
             self.rules.setdefault(self.tied_head, Rule(("head.out",), self.tied_head, parameters=("weight",)))
@@ -71,11 +89,15 @@ class Twin:
     def rule(self, path: str) -> Rule:
         """The rule for one of our modules. AdapterError when their model has no such module."""
         if path not in self.theirs:
-            raise AdapterError(f"{path} has no module of its own in {self.layout.classes[self.model.task]} of transformers, so peft cannot adapt it")
+            raise AdapterError(
+                f"{path} has no module of its own in {self.layout.classes[self.model.task]} of "
+                "transformers, so peft cannot adapt it"
+            )
         return self.theirs[path]
 
     def adapted(self, path: str) -> Rule:
-        """The rule for the module that theirs multiplies by the weight in: a tied head has its bias elsewhere in some models."""
+        """The rule for the module that theirs multiplies by the weight in: a tied head has its bias elsewhere in some
+        models."""
         if isinstance(self.sites[path], TiedLinear) and self.tied_head is not None:
             return self.rules[self.tied_head]
         return self.rule(path)
@@ -87,15 +109,19 @@ class Twin:
         return weight.detach()
 
     def ties_with_peft(self, tied: str) -> str:
-        """What to name in a config with ensure_weight_tying, so that peft ties the head to the table when it loads the file.
+        """What to name in a config with ensure_weight_tying, so that peft ties the head to the table when it loads the
+        file.
 
         It knows both by two names alone. AdapterError where the model has neither.
         """
         table = self.theirs[self.token].theirs
-        found = [name for name in (table, self.tied_head) if name is not None and name.rpartition(".")[2] in KNOWN_TABLES]
+        found = [
+            name for name in (table, self.tied_head) if name is not None and name.rpartition(".")[2] in KNOWN_TABLES
+        ]
         if not found:
             raise AdapterError(
-                f"{tied}: the language-model head is tied to this table, so in effzoo a change of it reaches both; peft ties modules called "
+                f"{tied}: the language-model head is tied to this table, so in effzoo a change of it reaches both; "
+                "peft ties modules called "
                 f"{' or '.join(KNOWN_TABLES)} (ensure_weight_tying), and here they are {table} and {self.tied_head}; "
                 "leave embed.token out of the targets"
             )
@@ -147,15 +173,24 @@ def more_tokens(theirs: Tensor, ours: Tensor) -> str:
 def first_axis(key: str, tensor: Tensor, axes: int = 2) -> int:
     """The length of the first of so many axes; AdapterError for another number of them, and for no entry."""
     if tensor.ndim != axes or not tensor.numel():
-        raise AdapterError(f"{key} has shape {tuple(tensor.shape)}, a tensor with {axes} axes and at least one entry is needed")
+        raise AdapterError(
+            f"{key} has shape {tuple(tensor.shape)}, a tensor with {axes} axes and at least one entry is needed"
+        )
     return len(tensor)
 
 
 def parts_of(theirs: str, rule: Rule, parts: Mapping[str, list[int]]) -> list[int] | None:
-    """The numbers that a file of ours gives for the modules stacked in one of theirs, or None. AdapterError when they do not fit."""
+    """The numbers that a file of ours gives for the modules stacked in one of theirs, or None. AdapterError when they
+    do not fit."""
     given = parts.get(theirs)
     if given is not None and (
-        not isinstance(given, list) or len(given) != len(rule.ours) or not all(isinstance(n, int) and n >= 0 for n in given) or not any(given)
+        not isinstance(given, list)
+        or len(given) != len(rule.ours)
+        or not all(isinstance(n, int) and n >= 0 for n in given)
+        or not any(given)
     ):
-        raise AdapterError(f"the file's header says {given!r} for {theirs}, which stacks {len(rule.ours)} modules; save the adapter again")
+        raise AdapterError(
+            f"the file's header says {given!r} for {theirs}, which stacks {len(rule.ours)} modules; "
+            "save the adapter again"
+        )
     return given

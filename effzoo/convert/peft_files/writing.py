@@ -23,12 +23,14 @@ CONFIG, WEIGHTS, HEADER = "adapter_config.json", "adapter_model.safetensors", "e
 
 
 def write(model: nn.Module, directory: Path, name: str) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, which `peft.PeftModel.from_pretrained(twin, directory)` loads.
+    """Write adapter_config.json and adapter_model.safetensors, which `peft.PeftModel.from_pretrained(twin, directory)`
+    loads.
 
-    twin: the model of transformers with the same weights, as `effzoo.convert.to_transformers` makes it of the model without adapters. The
-    weights get their name before the config, and hold the config themselves: who reads them here gets the old adapter or the new one at every
-    moment (`seal`); peft itself, in the moment between the two, the new weights with the old config. Raises AdapterError, and writes nothing, for
-    what peft has no counterpart for.
+    twin: the model of transformers with the same weights, as `effzoo.convert.to_transformers` makes it of the model
+        without adapters. The weights get their name before the config, and hold the config themselves: who reads them
+        here gets the old adapter or the new one at every moment (`seal`); peft itself, in the moment between the two,
+        the new weights with the old config. Raises AdapterError, and writes nothing, for what peft has no counterpart
+        for.
     """
     twin = Twin(model)
     hung: dict[str, tuple[Method, PeftModule]] = {}
@@ -42,7 +44,9 @@ def write(model: nn.Module, directory: Path, name: str) -> None:
                     raise AdapterError(f"{path} is trained by two methods of this adapter; peft trains it once")
                 copies[path] = module
             elif path in hung:
-                raise AdapterError(f"{path} has two methods, {hung[path][0].name} and {method.name}; a peft adapter is of one method")
+                raise AdapterError(
+                    f"{path} has two methods, {hung[path][0].name} and {method.name}; a peft adapter is of one method"
+                )
             else:
                 hung[path] = method, module
     beside = {path: module for path, (_, module) in hung.items() if isinstance(module, tokens.CLASSES)}
@@ -78,7 +82,8 @@ def _norms(twin: Twin, copies: dict[str, PeftModule]) -> dict[str, PeftModule]:
     """The trained norms, if all that is trained outside the head is whole norms."""
     body = {path: module for path, module in copies.items() if not twin.is_head(path)}
     whole = all(
-        isinstance(twin.sites[path], Norm) and len(list(module.parameters())) == len(twin.sites[path].base()) for path, module in body.items()
+        isinstance(twin.sites[path], Norm) and len(list(module.parameters())) == len(twin.sites[path].base())
+        for path, module in body.items()
     )
     return body if whole else {}
 
@@ -90,14 +95,17 @@ def _kind(hung: dict[str, tuple[Method, PeftModule]], spec: str) -> Kind:
         kinds = [kind for kind in KINDS if type(module) in kind.classes]
         if not kinds:
             raise AdapterError(
-                f"{method.name} on {path} has no counterpart in the format of peft, which takes lora, dora, ia3, krona, prompt, p_tuning, prefix, "
+                f"{method.name} on {path} has no counterpart in the format of peft, which takes lora, dora, ia3, "
+                "krona, prompt, p_tuning, prefix, "
                 "llama_adapter, tokens and norms; save it with format='effzoo', or merge it and convert the model"
             )
         found[id(kinds[0])] = kinds[0]
     if len(found) != 1:
         known = listing(kind.peft_types[0] for kind in found.values())
         reason = f"this one has {known}" if found else "this one only trains weights that the model has already"
-        raise AdapterError(f"a peft adapter is of exactly one method of its own, and {reason} ({spec}); save it with format='effzoo'")
+        raise AdapterError(
+            f"a peft adapter is of exactly one method of its own, and {reason} ({spec}); save it with format='effzoo'"
+        )
     return next(iter(found.values()))
 
 
@@ -109,4 +117,6 @@ def _files(directory: Path, out: Written) -> None:
         tensors[full] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     config: dict[str, Any] = dict(sorted(out.config.items()))
     metadata = {"format": "pt", HEADER: seal.header(config, tensors, out.parts)}
-    replace_files(directory, {WEIGHTS: safetensors.torch.save(tensors, metadata), CONFIG: json.dumps(config, indent=2).encode()})
+    replace_files(
+        directory, {WEIGHTS: safetensors.torch.save(tensors, metadata), CONFIG: json.dumps(config, indent=2).encode()}
+    )

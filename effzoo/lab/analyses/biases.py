@@ -1,4 +1,5 @@
-"""Biases by role and layer: their gradients, and how far training moves them (Ben Zaken et al. 2022, BitFit, arXiv:2106.10199, section 4)."""
+"""Biases by role and layer: their gradients, and how far training moves them (Ben Zaken et al. 2022, BitFit,
+arXiv:2106.10199, section 4)."""
 
 from __future__ import annotations
 
@@ -15,11 +16,15 @@ ByPlace = dict[str, dict[int | None, float]]  # role -> layer (None outside the 
 
 
 def bias_changes(model: nn.Module, name: str = "default") -> ByPlace:
-    """mean |b' - b| over the entries of every bias that an adapter changes: 1/dim(b) ||b_0 - b_F||_1, the quantity of the paper's figure.
+    """mean |b' - b| over the entries of every bias that an adapter changes: 1/dim(b) ||b_0 - b_F||_1, the quantity of
+    the paper's figure.
 
-    An adapter that was given biases and has not moved them has 0 there. Raises AdapterError for an adapter that is no change of weights.
+    An adapter that was given biases and has not moved them has 0 there. Raises AdapterError for an adapter that is no
+    change of weights.
     """
-    changes = {key: float(change.abs().mean()) for key, change in peft.delta(model, name).items() if key.endswith(".bias")}
+    changes = {
+        key: float(change.abs().mean()) for key, change in peft.delta(model, name).items() if key.endswith(".bias")
+    }
     known = dict(sites(model))
     hung = {path for places in peft.attached(model)[name].places.values() for path, _ in places}
     found: ByPlace = {}
@@ -33,11 +38,19 @@ def bias_changes(model: nn.Module, name: str = "default") -> ByPlace:
 def bias_gradients(model: nn.Module, batch: Mapping[str, Tensor]) -> ByPlace:
     """max |dL/db| over the entries of every bias of the base, for one labelled batch, in the model's own precision.
 
-    Whether parameters are trainable is left as it was, and so are their gradients. Raises TargetError for a model without biases.
+    Whether parameters are trainable is left as it was, and so are their gradients. Raises TargetError for a model
+    without biases.
     """
-    places = [(site.role, site.layer, bias) for _, site in sites(model) if isinstance(bias := site.base().get("bias"), nn.Parameter)]
+    places = [
+        (site.role, site.layer, bias)
+        for _, site in sites(model)
+        if isinstance(bias := site.base().get("bias"), nn.Parameter)
+    ]
     if not places:
-        raise TargetError(f"{type(model).__name__} has no biases whose gradient could be taken; models without biases have norms to train")
+        raise TargetError(
+            f"{type(model).__name__} has no biases whose gradient could be taken; models without "
+            "biases have norms to train"
+        )
     before = [bias.requires_grad for _, _, bias in places]
     try:
         for _, _, bias in places:

@@ -1,4 +1,5 @@
-"""Attention heads by importance, and the model without some of them (Michel et al. 2019, arXiv:1905.10650, section 4)."""
+"""Attention heads by importance, and the model without some of them (Michel et al. 2019, arXiv:1905.10650, section
+4)."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ NAME = "gates"
 
 
 def head_importance(model: nn.Module, examples: Examples, batch: int = 16) -> Tensor:
-    """I_h = mean over examples of |dL_i / dxi_h|, divided by its L2 norm over the layer: [layers, heads], by the zoo's `head_pruning`.
+    """I_h = mean over examples of |dL_i / dxi_h|, divided by its L2 norm over the layer: [layers, heads], by the zoo's
+    `head_pruning`.
 
     The model is left as it was.
     """
@@ -36,8 +38,8 @@ def head_importance(model: nn.Module, examples: Examples, batch: int = 16) -> Te
 def without_heads(model: nn.Module, order: Tensor, counts: Sequence[int], examples: Examples) -> list[float]:
     """The accuracy after the gates of the first 0, 1, ... heads of an order are closed, for each number in `counts`.
 
-    order int[layers * heads]: numbers of heads, layer after layer. The model is left as it was. Raises OptionError for an order that does not name
-    each head once, or a count beyond them.
+    order int[layers * heads]: numbers of heads, layer after layer. The model is left as it was. Raises OptionError for
+    an order that does not name each head once, or a count beyond them.
     """
     peft.attach(model, SPEC, name=NAME)
     try:
@@ -45,7 +47,8 @@ def without_heads(model: nn.Module, order: Tensor, counts: Sequence[int], exampl
         each = [module.heads for module in found.values()]
         if sorted(order.tolist()) != list(range(sum(each))) or any(not 0 <= count <= sum(each) for count in counts):
             raise OptionError(
-                f"an order names each of the {sum(each)} heads once, and counts are between 0 and that, got {len(order)} and {list(counts)}"
+                f"an order names each of the {sum(each)} heads once, and counts are between 0 and that, got "
+                f"{len(order)} and {list(counts)}"
             )
         accuracies = []
         for count in counts:

@@ -1,4 +1,5 @@
-"""LeNet-300-100 as a network of sites, so that every method for a matrix can be hung on it (LeCun et al. 1998; as in Frankle & Carbin 2019)."""
+"""LeNet-300-100 as a network of sites, so that every method for a matrix can be hung on it (LeCun et al. 1998; as in
+Frankle & Carbin 2019)."""
 
 from __future__ import annotations
 
@@ -25,10 +26,11 @@ class Output:
 
 
 class LeNet(nn.Module):
-    """relu(W_2 relu(W_1 x)) and a last matrix W_3: three Linear sites without biases, with the roles `fc.0`, `fc.1`, `fc.2`.
+    """relu(W_2 relu(W_1 x)) and a last matrix W_3: three Linear sites without biases, with the roles `fc.0`, `fc.1`,
+    `fc.2`.
 
-    Without biases the matrices are all there is to train, and a mask on them is a mask on the network. They start Glorot normal,
-    W ~ N(0, 2 / (in + out)), drawn from `seed`.
+    Without biases the matrices are all there is to train, and a mask on them is a mask on the network. They start
+    Glorot normal, W ~ N(0, 2 / (in + out)), drawn from `seed`.
     """
 
     def __init__(self, inputs: int, classes: int = 10, hidden: Sequence[int] = HIDDEN, *, seed: int = 0):
@@ -37,7 +39,8 @@ class LeNet(nn.Module):
         draw = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):  # what nn.Linear draws first is not kept
             self.layers = nn.ModuleList(
-                Linear(before, after, bias=False, role=f"fc.{i}", layer=None) for i, (before, after) in enumerate(pairwise(widths))
+                Linear(before, after, bias=False, role=f"fc.{i}", layer=None)
+                for i, (before, after) in enumerate(pairwise(widths))
             )
         with torch.no_grad():
             for weight in self.matrices():

@@ -17,7 +17,8 @@ Factors = dict[str, tuple[Tensor, Tensor]]  # A [r, in] and B [out, r] by the pa
 
 
 def attached_factors(model: nn.Module) -> Factors:
-    """A and s B of every matrix with active LoRA, by the path of its site, so that the product is the whole change. Raises InputError for none."""
+    """A and s B of every matrix with active LoRA, by the path of its site, so that the product is the whole change.
+    Raises InputError for none."""
     found = {path: module for path, site in sites(model) for module in site.hung() if isinstance(module, LowRank)}
     if not found:
         raise InputError("no LoRA acts on a matrix of this model; attach one, effzoo.attach(model, 'lora')")
@@ -25,17 +26,27 @@ def attached_factors(model: nn.Module) -> Factors:
 
 
 def read_factors(path: Path) -> Factors:
-    """The pairs of an .npz file whose keys end in lora_A [r, in] and lora_B [out, r], by what stands before. Raises DataError for none."""
+    """The pairs of an .npz file whose keys end in lora_A [r, in] and lora_B [out, r], by what stands before. Raises
+    DataError for none."""
     if path.suffix != ".npz":
-        raise DataError(f"{path} is no .npz file; give one whose keys end in lora_A [r, in] and lora_B [out, r], or leave --data out to train")
+        raise DataError(
+            f"{path} is no .npz file; give one whose keys end in lora_A [r, in] and lora_B [out, r], or "
+            "leave --data out to train"
+        )
     with np.load(path, allow_pickle=False) as file:
         found = {key: torch.from_numpy(file[key]) for key in file.files if re.search(r"\.lora_[AB]$", key)}
     names = [key.removesuffix(".lora_A") for key in found if key.endswith(".lora_A")]
     lonely = [name for name in names if f"{name}.lora_B" not in found]
     if not names or lonely:
-        raise DataError(f"{path} has no pair NAME.lora_A and NAME.lora_B{f' for {lonely[0]}' if lonely else ''}; it has {len(found)} such keys")
+        raise DataError(
+            f"{path} has no pair NAME.lora_A and NAME.lora_B{f' for {lonely[0]}' if lonely else ''}; it "
+            f"has {len(found)} such keys"
+        )
     pairs = {name: (found[f"{name}.lora_A"], found[f"{name}.lora_B"]) for name in names}
     for name, (A, B) in pairs.items():
         if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-            raise DataError(f"{name} in {path}: lora_A [r, in] and lora_B [out, r] do not fit, got {list(A.shape)} and {list(B.shape)}")
+            raise DataError(
+                f"{name} in {path}: lora_A [r, in] and lora_B [out, r] do not fit, got {list(A.shape)} "
+                f"and {list(B.shape)}"
+            )
     return pairs

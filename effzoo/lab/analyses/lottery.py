@@ -1,4 +1,5 @@
-"""Lottery tickets: train, prune the smallest weights, rewind, train again (Frankle & Carbin 2019, arXiv:1803.03635, sections 1-2)."""
+"""Lottery tickets: train, prune the smallest weights, rewind, train again (Frankle & Carbin 2019, arXiv:1803.03635,
+sections 1-2)."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ NAME = "ticket"
 
 @dataclass
 class Learned:
-    """One training of one network under one mask: the accuracy after every `every` steps, and the masks it was trained under."""
+    """One training of one network under one mask: the accuracy after every `every` steps, and the masks it was trained
+    under."""
 
     every: int
     accuracies: list[float] = field(default_factory=list)
@@ -54,11 +56,13 @@ def iterative(
     every: int = 20,
     seed: int = 0,
 ) -> list[Learned]:
-    """Iterative magnitude pruning with rewinding, by the method `magnitude` of the zoo: one training for each of 0 ... `rounds` prunings.
+    """Iterative magnitude pruning with rewinding, by the method `magnitude` of the zoo: one training for each of 0 ...
+    `rounds` prunings.
 
-    After each training the share `prune` of the weights that are left in each matrix (`prune_last` of the last one) with the smallest magnitude is
-    set to 0 for good, and the others return to where they started. `model` consists of Linear sites without biases; its last one is the output.
-    Training is by Adam with a rate that falls linearly to 0 in each of them. Raises OptionError for steps that `every` does not divide.
+    After each training the share `prune` of the weights that are left in each matrix (`prune_last` of the last one)
+    with the smallest magnitude is set to 0 for good, and the others return to where they started. `model` consists of
+    Linear sites without biases; its last one is the output. Training is by Adam with a rate that falls linearly to 0 in
+    each of them. Raises OptionError for steps that `every` does not divide.
     """
     _check(steps, every)
     *inner, last = [site.role for _, site in sites(model) if isinstance(site, Linear)]
@@ -78,8 +82,8 @@ def iterative(
             learned.masks = [mask.clone() for mask in masks(model)]
 
     fit(
-        model, train.stream(batch, seed), (rounds + 1) * steps, learning_rate=learning_rate, weight_decay=0.0, warmup=0.0, clip=None,
-        bfloat16=False, after=after,
+        model, train.stream(batch, seed), (rounds + 1) * steps, learning_rate=learning_rate, weight_decay=0.0,
+        warmup=0.0, clip=None, bfloat16=False, after=after,
     )  # fmt: skip
     peft.detach(model, NAME)
     return found
@@ -100,7 +104,11 @@ def masked(
     """One training of the network under given masks, bool like its matrices, as `iterative` trains it."""
     _check(steps, every)
     matrices = [site for _, site in sites(model) if isinstance(site, Linear)]
-    peft.attach(model, {"name": "magnitude", "keep": 1.0, "schedule": "oneshot", "targets": tuple(site.role for site in matrices)}, name=NAME)
+    peft.attach(
+        model,
+        {"name": "magnitude", "keep": 1.0, "schedule": "oneshot", "targets": tuple(site.role for site in matrices)},
+        name=NAME,
+    )
     for mask, given in zip(masks(model), chosen, strict=True):
         mask.copy_(given)
     learned = Learned(every, masks=[mask.clone() for mask in chosen])
@@ -110,7 +118,17 @@ def masked(
         if step % every == 0:
             learned.accuracies.append(accuracy(model, test, 1024))
 
-    fit(model, train.stream(batch, seed), steps, learning_rate=learning_rate, weight_decay=0.0, warmup=0.0, clip=None, bfloat16=False, after=after)
+    fit(
+        model,
+        train.stream(batch, seed),
+        steps,
+        learning_rate=learning_rate,
+        weight_decay=0.0,
+        warmup=0.0,
+        clip=None,
+        bfloat16=False,
+        after=after,
+    )
     peft.detach(model, NAME)
     return learned
 
@@ -118,7 +136,8 @@ def masked(
 def _check(steps: int, every: int) -> None:
     if steps < 1 or every < 1 or steps % every:
         raise OptionError(
-            f"accuracy is counted after every {every} of {steps} steps; give a number that divides the steps, {steps} for the end alone"
+            f"accuracy is counted after every {every} of {steps} steps; give a number that divides the steps, "
+            f"{steps} for the end alone"
         )
 
 

@@ -1,7 +1,9 @@
-"""Who attends whom: pairs by formula, the attention matrix that a core really computes, and the four steps of LSH attention.
+"""Who attends whom: pairs by formula, the attention matrix that a core really computes, and the four steps of LSH
+attention.
 
-Sliding windows and global tokens: Beltagy et al. 2020, Longformer, arXiv:2004.05150, section 3.1. Hashing, sorting and chunks: Kitaev et al.
-2020, Reformer, arXiv:2001.04451, section 2 and figure 2; the steps here are computed by the functions that the core `lsh` itself uses.
+Sliding windows and global tokens: Beltagy et al. 2020, Longformer, arXiv:2004.05150, section 3.1. Hashing, sorting and
+chunks: Kitaev et al. 2020, Reformer, arXiv:2001.04451, section 2 and figure 2; the steps here are computed by the
+functions that the core `lsh` itself uses.
 """
 
 from __future__ import annotations
@@ -19,17 +21,22 @@ from effzoo.errors import OptionError
 
 
 def window_pairs(n: int, window: int, dilation: int = 1) -> int:
-    """Pairs (i, j) of n positions with |i - j| <= dilation window / 2 and dilation dividing i - j: sum over |k| <= window / 2 of n - dilation |k|.
+    """Pairs (i, j) of n positions with |i - j| <= dilation window / 2 and dilation dividing i - j: sum over |k| <=
+    window / 2 of n - dilation |k|.
 
     Raises OptionError for an odd window.
     """
     if window < 0 or window % 2 or n < 1 or dilation < 1:
-        raise OptionError(f"a window is even and at least 0, n and dilation at least 1; got window={window}, n={n}, dilation={dilation}")
+        raise OptionError(
+            f"a window is even and at least 0, n and dilation at least 1; got window={window}, n={n}, "
+            f"dilation={dilation}"
+        )
     return sum(max(0, n - dilation * abs(k)) for k in range(-window // 2, window // 2 + 1))
 
 
 def global_pairs(n: int, window: int, globals: int) -> int:
-    """Pairs with a sliding window and the first `globals` positions global: their rows and columns, and the window among the others."""
+    """Pairs with a sliding window and the first `globals` positions global: their rows and columns, and the window
+    among the others."""
     if not 0 <= globals < n:
         raise OptionError(f"global tokens are fewer than the {n} positions, got {globals}")
     return 2 * globals * n - globals**2 + window_pairs(n - globals, window)
@@ -45,10 +52,11 @@ def chunk_pairs(n: int, chunk: int, back: int = 1) -> int:
 
 @torch.no_grad()
 def attention_matrix(core: AttentionCore, *projected: Tensor, mask: Mask | None = None) -> Tensor:
-    """The weights [batch, heads, n, n] with which `core.forward` adds up values: its output where the values are the identity.
+    """The weights [batch, heads, n, n] with which `core.forward` adds up values: its output where the values are the
+    identity.
 
-    projected: the projections that are compared, each [batch, heads, n, head_dim], in the core's order and without the values. For cores with
-    one projection of values, of any kind, whether it has a pattern or not.
+    projected: the projections that are compared, each [batch, heads, n, head_dim], in the core's order and without the
+        values. For cores with one projection of values, of any kind, whether it has a pattern or not.
     """
     first = projected[0]
     values = torch.eye(first.shape[2], dtype=first.dtype).expand(*first.shape[:3], -1)
@@ -67,14 +75,16 @@ def same_bucket(q: Tensor, k: Tensor, rotations: Tensor, factors: Sequence[int])
 
 
 def in_order_of(pairs: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-    """Pairs [..., n, n] with their rows sorted by the buckets [..., n] of the queries, their columns by those of the keys; stable."""
+    """Pairs [..., n, n] with their rows sorted by the buckets [..., n] of the queries, their columns by those of the
+    keys; stable."""
     rows, columns = (sort(buckets)[0] for buckets in (queries, keys))
     pairs = pairs.gather(-2, rows.unsqueeze(-1).expand(pairs.shape))
     return pairs.gather(-1, columns.unsqueeze(-2).expand(pairs.shape))
 
 
 def within_reach(buckets: Tensor, chunk: int, back: int = 1) -> Tensor:
-    """bool[rounds, batch, heads, n, n]: whether key j is in the chunk of query i or in `back` chunks before it, once sorted by buckets [..., n]."""
+    """bool[rounds, batch, heads, n, n]: whether key j is in the chunk of query i or in `back` chunks before it, once
+    sorted by buckets [..., n]."""
     rounds, batch, heads, n = buckets.shape
     tiles = Sorted(HashingRounds(chunk, before=back), buckets)
     query, key = tiles.at(tiles.query.long(), tiles.key.long())  # n where a slot is empty
@@ -87,7 +97,8 @@ def within_reach(buckets: Tensor, chunk: int, back: int = 1) -> Tensor:
 def caught(qk: Tensor, pairs: Tensor) -> Tensor:
     """The share of full attention that lies on some pairs, a number per query [batch, heads, n].
 
-    Full attention with shared queries and keys: softmax over j != i of x_i . x_j / |x_j|, for qk = x [batch, heads, n, d].
+    Full attention with shared queries and keys: softmax over j != i of x_i . x_j / |x_j|, for qk = x [batch, heads, n,
+    d].
     """
     scores = qk @ F.normalize(qk, dim=-1).transpose(-1, -2)
     scores.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)
@@ -95,7 +106,8 @@ def caught(qk: Tensor, pairs: Tensor) -> Tensor:
 
 
 def clusters(n: int, dim: int, count: int, *, spread: float = 0.4, length: float = 8.0, seed: int = 0) -> Tensor:
-    """n vectors [1, 1, n, dim] of a length around `count` random directions, each vector's direction drawn anew: what hashing is made for."""
+    """n vectors [1, 1, n, dim] of a length around `count` random directions, each vector's direction drawn anew: what
+    hashing is made for."""
     draw = torch.Generator().manual_seed(seed)
     centres = F.normalize(torch.randn(count, dim, generator=draw), dim=-1)
     own = centres[torch.randint(count, (n,), generator=draw)]

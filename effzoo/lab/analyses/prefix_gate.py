@@ -1,4 +1,5 @@
-"""How much of its attention a head gives to a prefix: the gate of the unified view (He et al. 2022, arXiv:2110.04366, equation 5)."""
+"""How much of its attention a head gives to a prefix: the gate of the unified view (He et al. 2022, arXiv:2110.04366,
+equation 5)."""
 
 from __future__ import annotations
 
@@ -19,12 +20,14 @@ Heard = list[tuple[tuple[Part, ...], Tensor | None]]  # the parts of each softma
 
 @torch.no_grad()
 def prefix_gates(model: Transformer, **inputs: Tensor) -> list[Tensor]:
-    """lambda(x) of every layer with an active prefix, each [batch, heads, n]: the share of the softmax that falls on the prefix,
+    """lambda(x) of every layer with an active prefix, each [batch, heads, n]: the share of the softmax that falls on
+    the prefix,
 
         lambda(x) = sum_i exp(q P_k,i) / (sum_i exp(q P_k,i) + sum_j exp(q k_j)) = exp(lse_prefix - lse),
 
-    from the log-sum-exps of the layers as they run; inputs are those of the model. Rows of padding are there too, and mean nothing. Raises
-    IncompatibleError where no layer has a prefix, or an attention kind computes its output in several softmaxes.
+    from the log-sum-exps of the layers as they run; inputs are those of the model. Rows of padding are there too, and
+    mean nothing. Raises IncompatibleError where no layer has a prefix, or an attention kind computes its output in
+    several softmaxes.
     """
     layers = [block.attn for block in model.blocks if isinstance(block.attn, Attention)]
     given: list[bool] = [False] * len(layers)  # whether the layer's memory site gave rows
@@ -41,7 +44,10 @@ def prefix_gates(model: Transformer, **inputs: Tensor) -> list[Tensor]:
             hook.remove()
             del layer.core.attended
     if not any(given):
-        raise IncompatibleError("no layer of this model has a prefix in the softmax of its tokens; attach one: effzoo.attach(model, 'prefix')")
+        raise IncompatibleError(
+            "no layer of this model has a prefix in the softmax of its tokens; attach one: "
+            "effzoo.attach(model, 'prefix')"
+        )
     return [_gate(layer.core, each) for layer, each, has in zip(layers, heard, given, strict=True) if has]
 
 

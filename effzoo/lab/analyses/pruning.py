@@ -1,4 +1,5 @@
-"""What a pruned adapter keeps: its masks, and which of the weights that it started from, by their size (Sanh et al. 2020, figure 3)."""
+"""What a pruned adapter keeps: its masks, and which of the weights that it started from, by their size (Sanh et al.
+2020, figure 3)."""
 
 from __future__ import annotations
 
@@ -14,12 +15,17 @@ from effzoo.sites import Linear, sites
 
 
 def pruned_weights(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights of the base under the active pruned adapter (`magnitude` or `movement`), and its masks, bool of the same shapes.
+    """The weights of the base under the active pruned adapter (`magnitude` or `movement`), and its masks, bool of the
+    same shapes.
 
     Raises AdapterError where there is none.
     """
     found = [
-        (site.weight, module.mask) for _, site in sites(model) if isinstance(site, Linear) for module in site.hung() if isinstance(module, Pruned)
+        (site.weight, module.mask)
+        for _, site in sites(model)
+        if isinstance(site, Linear)
+        for module in site.hung()
+        if isinstance(module, Pruned)
     ]
     if not found:
         raise AdapterError("no active adapter prunes; attach 'magnitude[keep=0.1]' or 'movement[keep=0.1]'")
@@ -27,16 +33,19 @@ def pruned_weights(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def kept_by_size(weights: Sequence[Tensor], masks: Sequence[Tensor], parts: int = 10) -> list[float]:
-    """The share that is kept of each part of the weights, from the smallest |w| to the largest; the parts of each matrix are equally large.
+    """The share that is kept of each part of the weights, from the smallest |w| to the largest; the parts of each
+    matrix are equally large.
 
-    With n entries of a matrix, part i holds the ranks from round(i n / parts) to round((i + 1) n / parts). Magnitude pruning before training keeps
-    all of the upper parts and nothing of the lower ones; a mask that does not look at size keeps the same share of each. Raises OptionError for
-    more parts than a matrix has entries.
+    With n entries of a matrix, part i holds the ranks from round(i n / parts) to round((i + 1) n / parts). Magnitude
+    pruning before training keeps all of the upper parts and nothing of the lower ones; a mask that does not look at
+    size keeps the same share of each. Raises OptionError for more parts than a matrix has entries.
     """
     kept, sizes = torch.zeros(parts, dtype=torch.float64), torch.zeros(parts, dtype=torch.float64)
     for weight, mask in zip(weights, masks, strict=True):
         if not 1 <= parts <= weight.numel():
-            raise OptionError(f"parts is from 1 to the number of entries of the smallest matrix ({weight.numel()}), got {parts}")
+            raise OptionError(
+                f"parts is from 1 to the number of entries of the smallest matrix ({weight.numel()}), got {parts}"
+            )
         order = mask.flatten()[weight.abs().flatten().argsort(stable=True)].double()
         bounds = [round(i * len(order) / parts) for i in range(parts + 1)]
         for i, (low, high) in enumerate(pairwise(bounds)):

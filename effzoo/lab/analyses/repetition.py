@@ -1,4 +1,5 @@
-"""Reformer's duplication task: models with so many rounds of hashing, trained on 0 w 0 w, and how much of the second w they know.
+"""Reformer's duplication task: models with so many rounds of hashing, trained on 0 w 0 w, and how much of the second w
+they know.
 
 Kitaev et al. 2020, Reformer, arXiv:2001.04451, section 5 and table 2.
 """
@@ -21,9 +22,11 @@ FULL = "full"
 
 
 def repeater(rounds: str, *, word: int, symbols: int, chunk: int, dim: int = 64, heads: int = 4) -> Transformer:
-    """One causal layer with shared queries and keys that hashes in so many rounds ("1", "2", ...), or sees everything ("full", one chunk).
+    """One causal layer with shared queries and keys that hashes in so many rounds ("1", "2", ...), or sees everything
+    ("full", one chunk).
 
-    The parameters do not depend on the rounds, so that weights trained with some fit all. Raises OptionError for other rounds.
+    The parameters do not depend on the rounds, so that weights trained with some fit all. Raises OptionError for other
+    rounds.
     """
     if rounds != FULL and not (rounds.isdigit() and int(rounds)):
         raise OptionError(f"rounds are 'full' or a number of at least 1 as a string, got {rounds!r}")
@@ -32,8 +35,8 @@ def repeater(rounds: str, *, word: int, symbols: int, chunk: int, dim: int = 64,
     if rounds != FULL:
         spec |= {"rounds": int(rounds), "chunk": chunk, "buckets": 2 * length // chunk}
     model: Transformer = build(
-        "gpt2", attention=spec, task="causal_lm", layers=1, dim=dim, heads=heads, mlp=dim, vocab=symbols + 1, max_length=length, dropout=0.0,
-        attention_dropout=0.0,
+        "gpt2", attention=spec, task="causal_lm", layers=1, dim=dim, heads=heads, mlp=dim, vocab=symbols + 1,
+        max_length=length, dropout=0.0, attention_dropout=0.0,
     )  # fmt: skip
     return model
 
@@ -57,13 +60,18 @@ def stream(model: Transformer, *, batch: int, word: int, symbols: int, seed: int
 
 
 @torch.no_grad()
-def repeated(model: Transformer, *, word: int, symbols: int, batches: int = 5, batch: int = 128, seed: int = 10**6) -> float:
-    """The share of symbols of the second w that have the largest logit where they are predicted, over new words and new hashes."""
+def repeated(
+    model: Transformer, *, word: int, symbols: int, batches: int = 5, batch: int = 128, seed: int = 10**6
+) -> float:
+    """The share of symbols of the second w that have the largest logit where they are predicted, over new words and new
+    hashes."""
     mode = model.training
     model.eval()
     right = total = 0
     try:
-        for _, drawn in zip(range(batches), stream(model, batch=batch, word=word, symbols=symbols, seed=seed), strict=False):
+        for _, drawn in zip(
+            range(batches), stream(model, batch=batch, word=word, symbols=symbols, seed=seed), strict=False
+        ):
             rehash(model, seed + total)
             found, wanted = model(drawn["input_ids"]).logits[:, :-1].argmax(dim=-1), drawn["labels"][:, 1:]
             right += int(((found == wanted) & (wanted != -100)).sum())

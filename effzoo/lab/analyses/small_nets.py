@@ -1,4 +1,5 @@
-"""The two networks of Li et al. 2018 (arXiv:1804.08838, section 3.1) of sites, so that any method can be hung on them, at any size."""
+"""The two networks of Li et al. 2018 (arXiv:1804.08838, section 3.1) of sites, so that any method can be hung on them,
+at any size."""
 
 from __future__ import annotations
 
@@ -15,12 +16,16 @@ from effzoo.sites import Conv2d, Linear
 
 
 class FullyConnected(nn.Module):
-    """Linear layers with biases and ReLU between them, as wide as `widths`: (784, 200, 200, 10) are 199,210 numbers. Roles fc.0, fc.1, ..."""
+    """Linear layers with biases and ReLU between them, as wide as `widths`: (784, 200, 200, 10) are 199,210 numbers.
+    Roles fc.0, fc.1, ..."""
 
     def __init__(self, widths: Sequence[int]):
         super().__init__()
         if len(widths) < 2 or min(widths) < 1:
-            raise InputError(f"widths are those of the inputs, of every hidden layer and of the classes, at least 1 each, got {tuple(widths)}")
+            raise InputError(
+                "widths are those of the inputs, of every hidden layer and of the classes, at least 1 "
+                f"each, got {tuple(widths)}"
+            )
         pairs = enumerate(pairwise(widths))
         self.layers = nn.ModuleList(Linear(before, after, role=f"fc.{i}", layer=i) for i, (before, after) in pairs)
 
@@ -33,10 +38,11 @@ class FullyConnected(nn.Module):
 
 
 class Convolutional(nn.Module):
-    """LeNet-5: twice a convolution, ReLU and the maximum of 2 x 2 pixels, then linear layers. Roles conv.0, conv.1, fc.0, fc.1, fc.2.
+    """LeNet-5: twice a convolution, ReLU and the maximum of 2 x 2 pixels, then linear layers. Roles conv.0, conv.1,
+    fc.0, fc.1, fc.2.
 
-    channels, kernel, padding: of the convolutions; hidden: widths of the two linear layers before the last. 28 x 28 pixels with 6 and 16 channels,
-    kernel 5 without padding and hidden (120, 84) are 44,426 numbers.
+    channels, kernel, padding: of the convolutions; hidden: widths of the two linear layers before the last. 28 x 28
+        pixels with 6 and 16 channels, kernel 5 without padding and hidden (120, 84) are 44,426 numbers.
     """
 
     def __init__(
@@ -54,7 +60,10 @@ class Convolutional(nn.Module):
         for _ in channels:
             height, width = ((side + 2 * padding - kernel + 1) // 2 for side in (height, width))
         if min(height, width) < 1:
-            raise InputError(f"images of {size[0]} x {size[1]} are too small for kernel={kernel} twice; give a smaller kernel, or padding")
+            raise InputError(
+                f"images of {size[0]} x {size[1]} are too small for kernel={kernel} twice; give a "
+                "smaller kernel, or padding"
+            )
         first, second = channels
         self.convolutions = nn.ModuleList(
             Conv2d(before, after, kernel, padding=padding, role=f"conv.{i}", layer=i)

@@ -1,4 +1,5 @@
-"""What is lost when a trained adapter is taken out of some blocks (Houlsby et al. 2019, arXiv:1902.00751, section 3.6 and figure 6)."""
+"""What is lost when a trained adapter is taken out of some blocks (Houlsby et al. 2019, arXiv:1902.00751, section 3.6
+and figure 6)."""
 
 from __future__ import annotations
 
@@ -23,18 +24,26 @@ def spans(layers: int) -> list[Span]:
 
 @contextmanager
 def without(model: nn.Module, layers: Collection[int], name: str = "default") -> Iterator[None]:
-    """Inside the block the adapter does not act in these layers; everything that its method has hung there counts, norms among it.
+    """Inside the block the adapter does not act in these layers; everything that its method has hung there counts,
+    norms among it.
 
-    What lies outside the layers stays, the task head too, and nothing is trained again. Raises AdapterError for an unknown name and OptionError for
-    layers that the adapter does not touch.
+    What lies outside the layers stays, the task head too, and nothing is trained again. Raises AdapterError for an
+    unknown name and OptionError for layers that the adapter does not touch.
     """
     if name not in attached(model):
-        raise AdapterError(f"there is no adapter {name!r} on this model; attached: {', '.join(attached(model)) or '(none)'}")
+        raise AdapterError(
+            f"there is no adapter {name!r} on this model; attached: {', '.join(attached(model)) or '(none)'}"
+        )
     touched = {site.layer for _, site in sites(model) if name in site.adapters}
     missing = [layer for layer in layers if layer not in touched]
     if missing:
-        raise OptionError(f"adapter {name!r} has nothing in layers {missing}; it acts in {sorted(layer for layer in touched if layer is not None)}")
-    with overruled({site: site.now.without(name) for _, site in sites(model) if site.layer in layers and name in site.active}):
+        raise OptionError(
+            f"adapter {name!r} has nothing in layers {missing}; it acts in "
+            f"{sorted(layer for layer in touched if layer is not None)}"
+        )
+    with overruled(
+        {site: site.now.without(name) for _, site in sites(model) if site.layer in layers and name in site.active}
+    ):
         yield
 
 

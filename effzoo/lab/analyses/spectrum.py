@@ -1,4 +1,5 @@
-"""How much of an attention matrix its largest singular values hold (Wang et al. 2020, Linformer, arXiv:2006.04768, section 3 and figure 1)."""
+"""How much of an attention matrix its largest singular values hold (Wang et al. 2020, Linformer, arXiv:2006.04768,
+section 3 and figure 1)."""
 
 from __future__ import annotations
 
@@ -14,11 +15,14 @@ from effzoo.lab.analyses.threads import one_thread
 def attention_matrices(model: Transformer, input_ids: Tensor) -> list[Tensor]:
     """P = softmax(Q K^T / sqrt(d)) of every layer, each [batch, heads, n, n], for sequences without padding.
 
-    The matrices are those that the layers multiply with the values: the projections of each layer are taken where it computes them. Raises
-    IncompatibleError for a model whose attention is not full, or causal.
+    The matrices are those that the layers multiply with the values: the projections of each layer are taken where it
+    computes them. Raises IncompatibleError for a model whose attention is not full, or causal.
     """
     if any(core.name != "full" or core.context.causal for core in model.cores()):
-        raise IncompatibleError("attention matrices are read from full, bidirectional attention; swap it: effzoo.swap_attention(model, 'full')")
+        raise IncompatibleError(
+            "attention matrices are read from full, bidirectional attention; swap it: "
+            "effzoo.swap_attention(model, 'full')"
+        )
     found: list[Tensor] = []
 
     def read(core: nn.Module, projected: tuple[Tensor, ...]) -> None:
@@ -37,9 +41,11 @@ def attention_matrices(model: Transformer, input_ids: Tensor) -> list[Tensor]:
 
 
 def cumulative(matrices: Tensor) -> Tensor:
-    """Normalised cumulative singular values, [..., n, m] -> [..., min(n, m)]: entry i is (s_0 + ... + s_i) / (s_0 + s_1 + ...).
+    """Normalised cumulative singular values, [..., n, m] -> [..., min(n, m)]: entry i is (s_0 + ... + s_i) / (s_0 + s_1
+    + ...).
 
-    Computed in float64. An orthogonal matrix, whose singular values are all the same, gives (i + 1) / n; a matrix of rank r gives 1 from r - 1 on.
+    Computed in float64. An orthogonal matrix, whose singular values are all the same, gives (i + 1) / n; a matrix of
+    rank r gives 1 from r - 1 on.
     """
     with one_thread():  # two threads on a busy machine: ten to eighty times the time for 512 rows
         values = torch.linalg.svdvals(matrices.double())

@@ -1,4 +1,5 @@
-"""Two changes of one network: what they share, and their direction (Ansell et al. 2022, arXiv:2110.07560, section 3)."""
+"""Two changes of one network: what they share, and their direction (Ansell et al. 2022, arXiv:2110.07560, section
+3)."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ def support(change: Change) -> int:
 
 
 def shared(one: Change, other: Change) -> float:
-    """The share of the entries that the smaller of two changes touches which the other touches too; 0 where one touches none."""
+    """The share of the entries that the smaller of two changes touches which the other touches too; 0 where one touches
+    none."""
     both = sum(int(((x != 0) & (other[key] != 0)).sum()) for key, x in one.items() if key in other)
     return both / max(1, min(support(one), support(other)))
 

@@ -1,4 +1,5 @@
-"""Masks on weights that are never trained (Zhou et al. 2019, Deconstructing lottery tickets, arXiv:1905.01067, sections 4-5)."""
+"""Masks on weights that are never trained (Zhou et al. 2019, Deconstructing lottery tickets, arXiv:1905.01067, sections
+4-5)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from effzoo.peft.parameter.masks import count, top_mask
 
 
 def signed_constant(weight: Tensor) -> Tensor:
-    """sign(W) std(W): every weight is as large as its matrix' standard deviation, and only signs are left of the draw."""
+    """sign(W) std(W): every weight is as large as its matrix' standard deviation, and only signs are left of the
+    draw."""
     return torch.where(weight < 0, -1.0, 1.0).to(weight) * weight.std()
 
 
@@ -23,7 +25,8 @@ def large_final(final: Tensor, keep: float) -> Tensor:
 
 
 def large_final_same_sign(start: Tensor, final: Tensor, keep: float) -> Tensor:
-    """The mask of the largest of max(0, w_final sign(w_start)): large after training, and of the sign they started with.
+    """The mask of the largest of max(0, w_final sign(w_start)): large after training, and of the sign they started
+    with.
 
     Exactly the share `keep`; where fewer have kept their sign, the rest are those that moved least beyond 0.
     """
@@ -31,10 +34,12 @@ def large_final_same_sign(start: Tensor, final: Tensor, keep: float) -> Tensor:
 
 
 def task(name: str, examples: Examples, seed: int = 0) -> Examples:
-    """Other tasks on the same images of digits, all with labels among those of the digits, so that one output layer serves them.
+    """Other tasks on the same images of digits, all with labels among those of the digits, so that one output layer
+    serves them.
 
-    digit: as it is. parity: 0 even, 1 odd. half: 0 for 0-4, 1 for 5-9. upside down: rows in reverse order. shuffled: all pixels in another order,
-    drawn from `seed`, the same for every image. renamed: labels in another order, drawn from `seed`. Raises OptionError for another name.
+    digit: as it is. parity: 0 even, 1 odd. half: 0 for 0-4, 1 for 5-9. upside down: rows in reverse order. shuffled:
+        all pixels in another order, drawn from `seed`, the same for every image. renamed: labels in another order,
+        drawn from `seed`. Raises OptionError for another name.
     """
     pixels, labels = examples.inputs["pixels"], examples.labels
     draw = torch.Generator().manual_seed(seed)

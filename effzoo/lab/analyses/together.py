@@ -1,4 +1,5 @@
-"""Two adapters of different tasks at work together (composition of modules: Pfeiffer et al. 2023, Modular deep learning, arXiv:2302.11529)."""
+"""Two adapters of different tasks at work together (composition of modules: Pfeiffer et al. 2023, Modular deep
+learning, arXiv:2302.11529)."""
 
 from __future__ import annotations
 
@@ -18,9 +19,11 @@ from effzoo.sites import Activity, overruled, sites
 
 @contextmanager
 def averaged(model: nn.Module, names: Sequence[str], head: str) -> Iterator[None]:
-    """Inside the block the mean of what the named adapters make counts at every site of the body, and the task head is that of one of them.
+    """Inside the block the mean of what the named adapters make counts at every site of the body, and the task head is
+    that of one of them.
 
-    The mean of the outputs of every site; for a change of weights that is half of each change, for trained rows, keys and values their mean.
+    The mean of the outputs of every site; for a change of weights that is half of each change, for trained rows, keys
+    and values their mean.
     """
     with peft.active(model, *names, combine="average"):
         heads = [site for _, site in sites(model) if fnmatchcase(site.role, HEAD) and head in site.adapters]
@@ -29,11 +32,14 @@ def averaged(model: nn.Module, names: Sequence[str], head: str) -> Iterator[None
 
 
 def divided(examples: Examples, groups: Sequence[Sequence[int]]) -> list[Examples]:
-    """One set of examples for each group of labels, which are numbered anew within it. Raises DataError for a group without two labels."""
+    """One set of examples for each group of labels, which are numbered anew within it. Raises DataError for a group
+    without two labels."""
     found = []
     for group in groups:
         if len(group) < 2:
-            raise DataError(f"a task has two labels or more, got {list(group)}; this needs data with four labels at least")
+            raise DataError(
+                f"a task has two labels or more, got {list(group)}; this needs data with four labels at least"
+            )
         own = examples.at(torch.isin(examples.labels, torch.tensor(group)))
         numbers = {label: number for number, label in enumerate(group)}
         found.append(Examples(own.inputs, torch.tensor([numbers[int(label)] for label in own.labels])))

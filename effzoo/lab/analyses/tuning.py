@@ -1,4 +1,5 @@
-"""A short fine-tuning of one adapter among others: attach a spec, train it, count what it trains and what it gets right."""
+"""A short fine-tuning of one adapter among others: attach a spec, train it, count what it trains and what it gets
+right."""
 
 from __future__ import annotations
 
@@ -28,8 +29,9 @@ def tune(
 ) -> list[float]:
     """Attach a spec under a name, train it, and return the losses; the adapter stays attached and active.
 
-    rate, head_rate: learning rates of the methods of the spec and of the task head, which is new and learns faster; None means their own. The order
-    of the examples follows from the seed, so adapters that are compared see the same batches.
+    rate, head_rate: learning rates of the methods of the spec and of the task head, which is new and learns faster;
+        None means their own. The order of the examples follows from the seed, so adapters that are compared see the
+        same batches.
     """
     peft.attach(model, spec, name=name)
     for method, _ in peft.attached(model)[name].methods:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from effzoo import peft
@@ -11,13 +13,19 @@ from effzoo.lab.draw import band, heat, panels
 from effzoo.lab.experiment import Claim, Findings, Run, experiment
 from effzoo.lab.texts import DATA, minilm, texts
 
-SIZES = {8: "about 86.2", 64: "about 85.8", 256: "about 85.7"}  # mean validation accuracy over eight tasks, BERT-large; quoted from memory
+# mean validation accuracy over eight tasks, BERT-large; quoted from memory
+SIZES = {8: "about 86.2", 64: "about 85.8", 256: "about 85.7"}
 REMOVED = 64  # the bottleneck whose adapters are taken out
 LITTLE = 2.0  # points, at most, that a single layer costs in the paper
 NEAR = 5.0  # points above the majority class that still count as near it
 
 
-@experiment("adapter_spans", deck=(0, 3), source="Houlsby et al. 2019, arXiv:1902.00751, section 3.6, figure 6 and text", data=DATA)
+@experiment(
+    "adapter_spans",
+    deck=(0, 3),
+    source="Houlsby et al. 2019, arXiv:1902.00751, section 3.6, figure 6 and text",
+    data=DATA,
+)
 def adapter_spans(run: Run) -> Findings:
     """What does it cost to take trained adapters out of some layers, and how wide must they be?"""
     length, steps, batch = run.choose(32, 64), run.choose(40, 300), 16
@@ -36,20 +44,43 @@ def adapter_spans(run: Run) -> Findings:
             trained[size] = 100 * body_parameters(model) / peft.account(model).total
             by_size[size].append(100 * fast_accuracy(model, data.test))
             if size == REMOVED:
-                removed.append(ablated(model, lambda model=model: 100 * fast_accuracy(model, data.test), layers, "task"))  # type: ignore[misc]
+                score = functools.partial(fast_accuracy, model, data.test)
+                removed.append({span: 100 * left for span, left in ablated(model, score, layers, "task").items()})
             peft.detach(model, "task")
         widths = ", ".join(f"{size} wide {each[-1]:.1f} %" for size, each in by_size.items())
         run.say(f"seed {seed}: {widths}; none left {_all(removed[-1]):.1f} %")
 
-    lost = [{span: whole - left for span, left in each.items()} for whole, each in zip(by_size[REMOVED], removed, strict=True)]
+    lost = [
+        {span: whole - left for span, left in each.items()}
+        for whole, each in zip(by_size[REMOVED], removed, strict=True)
+    ]
     mean = {span: sum(each[span] for each in lost) / len(lost) for span in spans(layers)}
     figure, (left, right) = panels(2, width=5.0)
-    cells = [[0.0 - mean[first, last] if (first, last) in mean else None for last in range(layers)] for first in range(layers)]
-    heat(left, cells, [f"{i}" for i in range(layers)], [f"{i}" for i in range(layers)], form="{:+.1f}", cmap="magma", vmax=0)
-    left.set(xlabel="last layer of the span", ylabel="first layer", title="change without the adapters of a span, points")
+    cells = [
+        [0.0 - mean[first, last] if (first, last) in mean else None for last in range(layers)]
+        for first in range(layers)
+    ]
+    heat(
+        left,
+        cells,
+        [f"{i}" for i in range(layers)],
+        [f"{i}" for i in range(layers)],
+        form="{:+.1f}",
+        cmap="magma",
+        vmax=0,
+    )
+    left.set(
+        xlabel="last layer of the span", ylabel="first layer", title="change without the adapters of a span, points"
+    )
     band(right, range(layers), [[each[i, i] for i in range(layers)] for each in lost], "one layer", 0)
     band(right, range(layers), [[each[0, i] for i in range(layers)] for each in lost], "layers 0 to this one", 1)
-    band(right, range(layers), [[each[i, layers - 1] for i in range(layers)] for each in lost], f"this layer to {layers - 1}", 2)
+    band(
+        right,
+        range(layers),
+        [[each[i, layers - 1] for i in range(layers)] for each in lost],
+        f"this layer to {layers - 1}",
+        2,
+    )
     right.axhline(LITTLE, color="#888888", linewidth=0.8, linestyle=":")
     right.set(xlabel="layer", ylabel="points of accuracy lost", title="mean and range over seeds")
     right.legend(frameon=False, fontsize=8)
@@ -68,12 +99,21 @@ def adapter_spans(run: Run) -> Findings:
         table.append([name, f"{accuracy:.1f} %", f"{mean[span]:.1f}", f"{min(each):.1f} to {max(each):.1f}", published])
     sizes = [["bottleneck", "trained", "accuracy", "lowest to highest", "published (mean of 8 tasks)"]]
     for size, each in by_size.items():
-        sizes.append([f"{size}", f"{trained[size]:.2f} %", f"{_mean(each):.1f} %", f"{min(each):.1f} to {max(each):.1f}", SIZES[size]])
+        sizes.append(
+            [
+                f"{size}",
+                f"{trained[size]:.2f} %",
+                f"{_mean(each):.1f} %",
+                f"{min(each):.1f} to {max(each):.1f}",
+                SIZES[size],
+            ]
+        )
     return Findings(
         tables={f"Adapters of width {REMOVED} taken out of a span": table, "Width of the bottleneck": sizes},
         figure=figure,
         claims=[
-            Claim(f"without the adapters of any single layer at most {LITTLE:g} points are lost", tuple(each <= LITTLE for each in worst)),
+            Claim(f"without the adapters of any single layer at most {LITTLE:g} points are lost",
+            tuple(each <= LITTLE for each in worst)),
             Claim(f"without any adapter accuracy is within {NEAR:g} points of the majority class's",
                   tuple(_all(each) <= majority + NEAR for each in removed)),
             Claim("without any adapter more is lost than without those of any one layer",
@@ -86,13 +126,17 @@ def adapter_spans(run: Run) -> Findings:
         values={
             "accuracy": {f"{size}": each for size, each in by_size.items()}, "majority": majority,
             "trained percent": {f"{size}": share for size, share in trained.items()},
-            "without": {str(seed): {f"{a}-{b}": value for (a, b), value in each.items()} for seed, each in zip(run.seeds, removed, strict=True)},
+            "without": {str(seed): {f"{a}-{b}": value for (a, b), value in each.items()} for seed,
+            each in zip(run.seeds, removed, strict=True)},
         },
-        settings={"model": "minilm", "tokens": length, "texts": len(data.train), "test texts": len(data.test), "steps": steps, "batch": batch},
-        notes=[
-            "Taken out is all that the method hung in a layer: both bottlenecks and the trained norms. The task head stays, and nothing is trained "
-            "again. Adapters and head learn at one rate, as in the paper; the faster a new head learns, the less it leaves to them on topics that "
-            "the base tells apart already. Published: BERT-base with width 64; the accuracies by width are quoted from memory."
+        settings={"model": "minilm", "tokens": length, "texts": len(data.train), "test texts": len(data.test),
+        "steps": steps, "batch": batch}, notes=[
+            "Taken out is all that the method hung in a layer: both bottlenecks and the trained norms. The task head "
+            "stays, and nothing is trained "
+            "again. Adapters and head learn at one rate, as in the paper; the faster a new head learns, the less it "
+            "leaves to them on topics that "
+            "the base tells apart already. Published: BERT-base with width 64; the accuracies by width are quoted "
+            "from memory."
         ],
     )  # fmt: skip
 

@@ -37,13 +37,15 @@ PUBLISHED = {
     "key": "unchanged by training",
 }
 ROLES = {
-    "attn.q": "query", "attn.k": "key", "attn.v": "value", "attn.o": "attention output", "attn.norm": "attention norm", "mlp.up": "middle",
-    "mlp.down": "feed-forward output", "mlp.norm": "feed-forward norm",
+    "attn.q": "query", "attn.k": "key", "attn.v": "value", "attn.o": "attention output", "attn.norm": "attention norm",
+    "mlp.up": "middle", "mlp.down": "feed-forward output", "mlp.norm": "feed-forward norm",
 }  # fmt: skip
 WITHIN = 0.02 + 1e-6  # of rounding
 
 
-@experiment("biases", deck=(3, 0), source="Ben Zaken et al. 2022, BitFit, arXiv:2106.10199, section 4 and figure 1", data=DATA)
+@experiment(
+    "biases", deck=(3, 0), source="Ben Zaken et al. 2022, BitFit, arXiv:2106.10199, section 4 and figure 1", data=DATA
+)
 def biases(run: Run) -> Findings:
     """Which biases matter: how good is each group of them alone, and how far does each move?"""
     length, steps, tests = run.choose((24, 24, 200), (128, 300, 1000))
@@ -59,7 +61,9 @@ def biases(run: Run) -> Findings:
         said = {}
         for name, spec in GROUPS.items():
             # float32: under bfloat16 AdamW would turn the rounding of gradients that are 0 into steps of full length
-            tune(model, spec, data.train, name="tried", steps=steps, seed=seed, rate=RATE, head_rate=RATE, bfloat16=False)
+            tune(
+                model, spec, data.train, name="tried", steps=steps, seed=seed, rate=RATE, head_rate=RATE, bfloat16=False
+            )
             counts[name] = body_parameters(model)
             said[name] = logits(model, data.test).argmax(dim=-1)
             found[name][key] = float((said[name] == data.test.labels).float().mean())
@@ -67,19 +71,34 @@ def biases(run: Run) -> Findings:
                 moved[key] = bias_changes(model, "tried")
             peft.detach(model, "tried")
         same[key] = float((said["key"] == said["none: the head alone"]).float().mean())
-        gradients[key] = bias_gradients(model.double(), data.train.batch(torch.arange(8) + 8 * seed % (len(data.train) - 8)))
+        gradients[key] = bias_gradients(
+            model.double(), data.train.batch(torch.arange(8) + 8 * seed % (len(data.train) - 8))
+        )
         run.say(f"seed {seed}: " + ", ".join(f"{name} {100 * by_seed[key]:.1f}" for name, by_seed in found.items()))
     seeds = [str(seed) for seed in run.seeds]
 
     table = [["trained biases", "spec", "parameters", "accuracy", "published"]]
     for name, spec in GROUPS.items():
-        table.append([name, f"`{spec}`", f"{counts[name]:,}", percent(list(found[name].values())), PUBLISHED.get(name, "no number")])
+        table.append(
+            [
+                name,
+                f"`{spec}`",
+                f"{counts[name]:,}",
+                percent(list(found[name].values())),
+                PUBLISHED.get(name, "no number"),
+            ]
+        )
     second = [["bias", "mean change", "largest gradient, float64", "published"]]
     for role, name in ROLES.items():
         change = mean(mean_of(moved[s], role) for s in seeds)
         largest = max(max(gradients[s][role].values()) for s in seeds)
         second.append(
-            [name, f"{change:.4f}", f"{largest:.1e}", {"attn.k": "0", "attn.q": "most, with middle", "mlp.up": "most, with query"}.get(role, "")]
+            [
+                name,
+                f"{change:.4f}",
+                f"{largest:.1e}",
+                {"attn.k": "0", "attn.q": "most, with middle", "mlp.up": "most, with query"}.get(role, ""),
+            ]
         )
 
     order = {s: sorted(ROLES, key=lambda role, s=s: mean_of(moved[s], role)) for s in seeds}  # type: ignore[misc]
@@ -90,22 +109,37 @@ def biases(run: Run) -> Findings:
         claims=[
             Claim(
                 "the gradient of key biases is 0 (float64: below 1e-10 of the queries')",
-                judged(seeds, lambda s: max(gradients[s]["attn.k"].values()) < 1e-10 * max(gradients[s]["attn.q"].values())),
+                judged(
+                    seeds, lambda s: max(gradients[s]["attn.k"].values()) < 1e-10 * max(gradients[s]["attn.q"].values())
+                ),
             ),
-            Claim("key biases alone say what the head alone says, on at least 99 % of the texts", judged(seeds, lambda s: same[s] >= 0.99)),
+            Claim(
+                "key biases alone say what the head alone says, on at least 99 % of the texts",
+                judged(seeds, lambda s: same[s] >= 0.99),
+            ),
             Claim("of all biases, those of keys move least", judged(seeds, lambda s: order[s][0] == "attn.k")),
             Claim(
-                "and those of queries and of the middle of the feed-forward most", judged(seeds, lambda s: set(order[s][-2:]) == {"attn.q", "mlp.up"})
+                "and those of queries and of the middle of the feed-forward most",
+                judged(seeds, lambda s: set(order[s][-2:]) == {"attn.q", "mlp.up"}),
             ),
-            Claim("these two alone are within 2 points of all biases", judged(seeds, lambda s: strong[s] >= whole[s] - WITHIN)),
+            Claim(
+                "these two alone are within 2 points of all biases",
+                judged(seeds, lambda s: strong[s] >= whole[s] - WITHIN),
+            ),
             Claim("all biases are better than the head alone", judged(seeds, lambda s: whole[s] > head[s])),
         ],
         values={
             "accuracy": found,
             "parameters": counts,
             "key says what the head alone says": same,
-            "change": {s: {role: {str(layer): value for layer, value in by.items()} for role, by in moved[s].items()} for s in seeds},
-            "largest gradient": {s: {role: {str(layer): value for layer, value in by.items()} for role, by in gradients[s].items()} for s in seeds},
+            "change": {
+                s: {role: {str(layer): value for layer, value in by.items()} for role, by in moved[s].items()}
+                for s in seeds
+            },
+            "largest gradient": {
+                s: {role: {str(layer): value for layer, value in by.items()} for role, by in gradients[s].items()}
+                for s in seeds
+            },
         },
         settings={
             "model": "minilm",
@@ -117,15 +151,20 @@ def biases(run: Run) -> Findings:
             "rate": RATE,
         },
         notes=[
-            "Published: BERT base and large on GLUE; change is that of the paper's figure, ||b_0 - b_F||_1 / dim(b), there on RTE. Trained in "
-            "float32, because AdamW divides a gradient by its own size: what is 0 but for rounding would move too. A seed draws the head and the "
+            "Published: BERT base and large on GLUE; change is that of the paper's figure, ||b_0 - b_F||_1 / dim(b), "
+            "there on RTE. Trained in "
+            "float32, because AdamW divides a gradient by its own size: what is 0 but for rounding would move too. A "
+            "seed draws the head and the "
             "order of the texts."
         ],
     )
 
 
-def _figure(found: dict[str, dict[str, float]], counts: dict[str, int], moved: dict[str, ByPlace], seeds: Sequence[str]) -> Figure:
-    """Left: the accuracy of each group, a point for each seed and their mean. Right: how far each bias moves, by role and layer."""
+def _figure(
+    found: dict[str, dict[str, float]], counts: dict[str, int], moved: dict[str, ByPlace], seeds: Sequence[str]
+) -> Figure:
+    """Left: the accuracy of each group, a point for each seed and their mean. Right: how far each bias moves, by role
+    and layer."""
     figure, (left, right) = panels(2, width=5.2)
     for place, (name, by_seed) in enumerate(found.items()):
         values = [100 * by_seed[s] for s in seeds]

@@ -21,12 +21,16 @@ from effzoo.lab.texts import DATA, minilm, texts
 from effzoo.measure.timing import interleaved, ratio
 
 DOORS = {
-    "parameter": ("bitfit", "lora"), "input": ("prompt[length=8]", "prefix[length=8]"), "function": ("houlsby[bottleneck=64]", "ia3"),
-    "all": ("full",),
+    "parameter": ("bitfit", "lora"), "input": ("prompt[length=8]", "prefix[length=8]"),
+    "function": ("houlsby[bottleneck=64]", "ia3"), "all": ("full",),
 }  # fmt: skip
 COMPARED = ("parameter", "input", "function")
 CRITERIA = ("parameter efficiency", "training efficiency", "inference efficiency", "performance", "compositionality")
-MARKS = {"parameter": ("+", "-", "++", "+", "+"), "input": ("++", "--", "--", "-", "+"), "function": ("-", "+", "-", "++", "+")}
+MARKS = {
+    "parameter": ("+", "-", "++", "+", "+"),
+    "input": ("++", "--", "--", "-", "+"),
+    "function": ("-", "+", "-", "++", "+"),
+}
 MIB = 2**20
 HEAD_RATE = 5e-3  # of the new head, so that few steps suffice for it
 KEPT = 10.0  # points that the mean of two adapters may lose and still count as working on both tasks
@@ -34,7 +38,8 @@ KEPT = 10.0  # points that the mean of two adapters may lose and still count as 
 
 @dataclass
 class Measured:
-    """One method. Percent trained; a step, its kept bytes and a pass in times of full fine-tuning's or the base's; accuracies in percent, by seed."""
+    """One method. Percent trained; a step, its kept bytes and a pass in times of full fine-tuning's or the base's;
+    accuracies in percent, by seed."""
 
     door: str
     share: float = 0.0
@@ -48,7 +53,8 @@ class Measured:
 
 @experiment(
     "comparison", deck=(0, 3), data=DATA,
-    source="Ruder, Pfeiffer & Vulic 2022, Modular and parameter-efficient fine-tuning, EMNLP tutorial; Pfeiffer et al. 2023, arXiv:2302.11529",
+    source="Ruder, Pfeiffer & Vulic 2022, Modular and parameter-efficient fine-tuning, EMNLP tutorial; Pfeiffer et "
+        "al. 2023, arXiv:2302.11529",
 )  # fmt: skip
 def comparison(run: Run) -> Findings:
     """What do methods behind the three doors cost and give, by the tutorial's five criteria?"""
@@ -70,10 +76,17 @@ def comparison(run: Run) -> Findings:
     by_door = {door: [found[spec] for spec in DOORS[door]] for door in COMPARED}
     shares = {door: _mean([own.share for own in each]) for door, each in by_door.items()}
     steps_of = {door: _mean([own.step for own in each]) for door, each in by_door.items()}
-    passes = {door: _mean([own.passed if own.merged is None else own.merged for own in each]) for door, each in by_door.items()}
-    alone = {door: [_mean(list(each)) for each in zip(*(own.alone for own in owns), strict=True)] for door, owns in by_door.items()}
+    passes = {
+        door: _mean([own.passed if own.merged is None else own.merged for own in each])
+        for door, each in by_door.items()
+    }
+    alone = {
+        door: [_mean(list(each)) for each in zip(*(own.alone for own in owns), strict=True)]
+        for door, owns in by_door.items()
+    }
     lost = {
-        door: [_mean([own.alone[i] - own.together[i] for own in owns]) for i in range(len(run.seeds))] for door, owns in by_door.items()
+        door: [_mean([own.alone[i] - own.together[i] for own in owns]) for i in range(len(run.seeds))] for door,
+        owns in by_door.items()
     }  # fmt: skip
     seeds = range(len(run.seeds))
     merged = [own.merged for each in by_door.values() for own in each if own.merged is not None]
@@ -86,10 +99,11 @@ def comparison(run: Run) -> Findings:
                 (shares["input"] < shares["parameter"] < shares["function"],),
             ),
             Claim(
-                "a training step is dearest with input composition", (steps_of["input"] > max(steps_of["parameter"], steps_of["function"]),)
+                "a training step is dearest with input composition",
+                (steps_of["input"] > max(steps_of["parameter"], steps_of["function"]),)
             ),
-            Claim("merged, a method costs nothing in inference (within a tenth of the base)", (all(abs(each - 1) < 0.1 for each in merged),)),
-            Claim(
+            Claim("merged, a method costs nothing in inference (within a tenth of the base)",
+            (all(abs(each - 1) < 0.1 for each in merged),)), Claim(
                 "inference is cheapest with parameter composition, dearest with input composition",
                 (passes["parameter"] < passes["function"] < passes["input"],),
             ),
@@ -107,18 +121,23 @@ def comparison(run: Run) -> Findings:
             ),
         ],
         values={spec: {name: value for name, value in vars(own).items()} for spec, own in found.items()},
-        settings={"model": "minilm", "tokens": length, "texts": [len(each) for each in train], "test texts": [len(each) for each in test],
+        settings={"model": "minilm", "tokens": length, "texts": [len(each) for each in train],
+        "test texts": [len(each) for each in test],
                   "steps": steps, "batch": batch, "learning rate of the head": HEAD_RATE},
         notes=[
-            "Two tasks: every second label, and the others. Accuracy is the mean over both, each with its own adapter; together is that with the "
-            "mean of the two adapters' outputs at every site and each task's own head. Times are medians of turns on one machine. Published marks "
-            "(from ++ to --) compare the families in general and are quoted from memory; they are judgements, not numbers."
+            "Two tasks: every second label, and the others. Accuracy is the mean over both, each with its own "
+            "adapter; together is that with the "
+            "mean of the two adapters' outputs at every site and each task's own head. Times are medians of turns on "
+            "one machine. Published marks "
+            "(from ++ to --) compare the families in general and are quoted from memory; they are judgements, not "
+            "numbers."
         ],
     )  # fmt: skip
 
 
 def _count(model: Transformer, found: dict[str, Measured], batch: Batch, run: Run) -> None:
-    """Shares, kept bytes and times, which depend on no seed; all methods are attached to one model, and act in turns."""
+    """Shares, kept bytes and times, which depend on no seed; all methods are attached to one model, and act in
+    turns."""
     steps: dict[str, Callable[[], object]] = {}
     passes: dict[str, Callable[[], object]] = {"base": _on(model, (), forward(model, batch))}
     for number, (spec, own) in enumerate(found.items()):
@@ -136,7 +155,9 @@ def _count(model: Transformer, found: dict[str, Measured], batch: Batch, run: Ru
         own.step = ratio(timed[spec], timed["full"]).median
         own.passed = ratio(passed[spec], passed["base"]).median
         own.merged = ratio(passed[f"{spec} merged"], passed["base"]).median if f"{spec} merged" in passed else None
-    run.say("steps in times of full fine-tuning's: " + ", ".join(f"{spec} {own.step:.2f}" for spec, own in found.items()))
+    run.say(
+        "steps in times of full fine-tuning's: " + ", ".join(f"{spec} {own.step:.2f}" for spec, own in found.items())
+    )
 
 
 def _alone(model: Transformer, name: str) -> Transformer:
@@ -157,7 +178,16 @@ def _on(model: Transformer, names: tuple[str, ...], what: Callable[[], object]) 
     return run
 
 
-def _train(model: Transformer, spec: str, own: Measured, train: list[Examples], test: list[Examples], steps: int, batch: int, seed: int) -> None:
+def _train(
+    model: Transformer,
+    spec: str,
+    own: Measured,
+    train: list[Examples],
+    test: list[Examples],
+    steps: int,
+    batch: int,
+    seed: int,
+) -> None:
     names = [f"task_{number}" for number in range(len(train))]
     for name, examples in zip(names, train, strict=True):
         torch.manual_seed(seed)
@@ -176,30 +206,50 @@ def _train(model: Transformer, spec: str, own: Measured, train: list[Examples], 
 
 def _methods(found: dict[str, Measured]) -> Table:
     full = found["full"]
-    table = [["method", "door", "trained", "step / full", "kept / full", "pass / base", "merged", "accuracy", "lowest to highest", "together"]]
+    table = [
+        [
+            "method",
+            "door",
+            "trained",
+            "step / full",
+            "kept / full",
+            "pass / base",
+            "merged",
+            "accuracy",
+            "lowest to highest",
+            "together",
+        ]
+    ]
     for spec, own in found.items():
         table.append(
-            [f"`{spec}`", own.door, f"{own.share:.2f} %", f"{own.step:.2f}", f"{own.kept / full.kept:.2f}", f"{own.passed:.2f}",
-             "no" if own.merged is None else f"{own.merged:.2f}", f"{_mean(own.alone):.1f} %", f"{min(own.alone):.1f} to {max(own.alone):.1f}",
-             f"{_mean(own.together):.1f} %"]
+            [f"`{spec}`", own.door, f"{own.share:.2f} %", f"{own.step:.2f}", f"{own.kept / full.kept:.2f}",
+            f"{own.passed:.2f}",
+             "no" if own.merged is None else f"{own.merged:.2f}", f"{_mean(own.alone):.1f} %",
+             f"{min(own.alone):.1f} to {max(own.alone):.1f}", f"{_mean(own.together):.1f} %"]
         )  # fmt: skip
     return table
 
 
 def _doors(
-    shares: dict[str, float], steps: dict[str, float], passes: dict[str, float], alone: dict[str, list[float]], lost: dict[str, list[float]]
+    shares: dict[str, float],
+    steps: dict[str, float],
+    passes: dict[str, float],
+    alone: dict[str, list[float]],
+    lost: dict[str, list[float]],
 ) -> Table:
     """The tutorial's table: what was measured, and its mark, by door and criterion."""
     measured = {
         door: (
-            f"{shares[door]:.2f} % trained", f"{steps[door]:.2f} of a full step", f"{passes[door]:.2f} of a pass, merged if it can be",
+            f"{shares[door]:.2f} % trained", f"{steps[door]:.2f} of a full step",
+            f"{passes[door]:.2f} of a pass, merged if it can be",
             f"{_mean(alone[door]):.1f} %", f"{_mean(lost[door]):.1f} points lost together",
         )
         for door in COMPARED
     }  # fmt: skip
     head = ["criterion"] + [cell for door in COMPARED for cell in (door, "published")]
     return [head] + [
-        [criterion, *(cell for door in COMPARED for cell in (measured[door][i], f"about {MARKS[door][i]}"))] for i, criterion in enumerate(CRITERIA)
+        [criterion, *(cell for door in COMPARED for cell in (measured[door][i], f"about {MARKS[door][i]}"))]
+        for i, criterion in enumerate(CRITERIA)
     ]
 
 
@@ -210,16 +260,30 @@ def _draw(axes: Axes, found: dict[str, Measured]) -> None:
         for spec in specs:
             own = found[spec]
             mean, low, high = _mean(own.alone), min(own.alone), max(own.alone)
-            axes.errorbar([own.share], [mean], [[mean - low], [high - mean]], color=LINES[number], linewidth=1, alpha=0.6)
+            axes.errorbar(
+                [own.share], [mean], [[mean - low], [high - mean]], color=LINES[number], linewidth=1, alpha=0.6
+            )
             axes.scatter([own.share], [mean], s=900 * own.kept / most, color=LINES[number], alpha=0.55, linewidth=0)
             axes.annotate(
-                f"{spec.partition('[')[0]}, {own.kept / MIB:.0f} MiB", (own.share, mean), xytext=(0, 16), textcoords="offset points", ha="center",
-                fontsize=8,
+                f"{spec.partition('[')[0]}, {own.kept / MIB:.0f} MiB", (own.share, mean), xytext=(0, 16),
+                textcoords="offset points", ha="center", fontsize=8,
             )  # fmt: skip
-        axes.scatter([], [], s=60, color=LINES[number], alpha=0.55, linewidth=0, label="full fine-tuning" if door == "all" else f"{door} composition")
+        axes.scatter(
+            [],
+            [],
+            s=60,
+            color=LINES[number],
+            alpha=0.55,
+            linewidth=0,
+            label="full fine-tuning" if door == "all" else f"{door} composition",
+        )
     axes.set_xscale("log")
     axes.margins(x=0.12, y=0.16)
-    axes.set(xlabel="trained parameters, % of the base", ylabel="accuracy, %, mean of two tasks", title="area: bytes kept for the backward pass")
+    axes.set(
+        xlabel="trained parameters, % of the base",
+        ylabel="accuracy, %, mean of two tasks",
+        title="area: bytes kept for the backward pass",
+    )
     axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 

@@ -1,4 +1,5 @@
-"""The cost model of a transformer: projections O(n d^2), scaled dot product O(n^2 d), feed-forward O(n d d_h); and the memory of OPT-1.3B."""
+"""The cost model of a transformer: projections O(n d^2), scaled dot product O(n^2 d), feed-forward O(n d d_h); and the
+memory of OPT-1.3B."""
 
 from __future__ import annotations
 
@@ -8,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from effzoo.lab.analyses.layer_cost import ATTENTION, FEED_FORWARD, PARTS, PROJECTIONS, WHOLE, counted, layer, operations, seconds, shares
+from effzoo.lab.analyses.layer_cost import (
+    ATTENTION,
+    FEED_FORWARD,
+    PARTS,
+    PROJECTIONS,
+    WHOLE,
+    counted,
+    layer,
+    operations,
+    seconds,
+    shares,
+)
 from effzoo.lab.draw import LINES, MARKERS, panels
 from effzoo.lab.experiment import Claim, Findings, Run, Table, experiment
 from effzoo.plan import opt_table
@@ -21,7 +33,11 @@ GIB = 2**30
 LORA = "lora[rank=8]"
 
 
-@experiment("cost", deck=(0, 4), source="Vaswani et al. 2017, arXiv:1706.03762, table 1; Zhang et al. 2022, OPT, arXiv:2205.01068, table 1")
+@experiment(
+    "cost",
+    deck=(0, 4),
+    source="Vaswani et al. 2017, arXiv:1706.03762, table 1; Zhang et al. 2022, OPT, arXiv:2205.01068, table 1",
+)
 def cost(run: Run) -> Findings:
     """Where do the operations, the time and the memory of a transformer go?"""
     dims = run.choose((128, 384), (128, 384, 768))
@@ -46,30 +62,41 @@ def cost(run: Run) -> Findings:
         said = "about half is feed-forward (lecture)" if row["n"] == USUAL else "no number"
         table.append([f"{row['dim']}", f"{row['n']}", *cells, f"{1e3 * row['seconds'][WHOLE]:.1f}", said])
 
-    attended = [[found[ATTENTION] for row, found in zip(rows, measured, strict=True) if row["dim"] == dim] for dim in dims]
+    attended = [
+        [found[ATTENTION] for row, found in zip(rows, measured, strict=True) if row["dim"] == dim] for dim in dims
+    ]
     grows = all(a < b for each in attended for a, b in itertools.pairwise(each))
     half = [found[FEED_FORWARD] for row, found in zip(rows, measured, strict=True) if row["n"] == USUAL]
-    away = max(abs(wanted[part] - found[part]) for wanted, found in zip(predicted, measured, strict=True) for part in PARTS)
+    away = max(
+        abs(wanted[part] - found[part]) for wanted, found in zip(predicted, measured, strict=True) for part in PARTS
+    )
     figure, (left, middle, right) = panels(3, width=4.4, height=3.8)
     _shares(left, rows, measured)
     _seconds(middle, rows, dims[-1])
     _memory(right, memory)
     return Findings(
-        tables={"Shares of a layer": table, "Memory of OPT-1.3B, 1 x 2048, float16 with float32 copies, AdamW, GiB": _memory_table(memory)},
-        figure=figure,
+        tables={"Shares of a layer": table,
+        "Memory of OPT-1.3B, 1 x 2048, float16 with float32 copies, AdamW, GiB": _memory_table(memory)}, figure=figure,
         claims=[
-            Claim("the formulas are the operations that the layer runs, as torch counts them", (all(row["counted alike"] for row in rows),)),
-            Claim(f"at n = {USUAL} the feed-forward is about half of the time (40 to 60 %), at every width", (all(0.4 <= x <= 0.6 for x in half),)),
+            Claim("the formulas are the operations that the layer runs, as torch counts them",
+            (all(row["counted alike"] for row in rows),)),
+            Claim(f"at n = {USUAL} the feed-forward is about half of the time (40 to 60 %), at every width",
+            (all(0.4 <= x <= 0.6 for x in half),)),
             Claim("the share of attention in the time grows with n at every width", (grows,)),
             Claim("every part's share of the time is within 10 points of its share of the operations", (away <= 0.1,)),
         ],
-        values={"layers": rows, "largest distance of a share": away, "memory": {name: dict(column) for name, column in memory.items()}},
-        settings={"d": list(dims), "n": list(lengths), "d_h": "4 d", "head": HEAD, "dtype": "float32", "threads": torch.get_num_threads()},
-        notes=[
-            "Shares of operations depend on n / d alone: feed-forward 16 / (24 + 4 n / d), two thirds for short sequences and half at n = 2 d; "
-            "attention is as large as the projections there, as large as the feed-forward at n = 4 d, and more than all the rest above n = 6 d.",
-            "Time is that of a forward pass with the fused attention kernel, on this machine now; other work on it disturbs the shortest times most.",
-            "Hidden states of OPT-1.3B stand there by the lectures' formula in numbers of 2 bytes, as it is and with the weights of all heads, and "
+        values={"layers": rows, "largest distance of a share": away, "memory": {name: dict(column) for name,
+        column in memory.items()}},
+        settings={"d": list(dims), "n": list(lengths), "d_h": "4 d", "head": HEAD, "dtype": "float32",
+        "threads": torch.get_num_threads()}, notes=[
+            "Shares of operations depend on n / d alone: feed-forward 16 / (24 + 4 n / d), two thirds for short "
+            "sequences and half at n = 2 d; "
+            "attention is as large as the projections there, as large as the feed-forward at n = 4 d, and more than "
+            "all the rest above n = 6 d.",
+            "Time is that of a forward pass with the fused attention kernel, on this machine now; other work on it "
+            "disturbs the shortest times most.",
+            "Hidden states of OPT-1.3B stand there by the lectures' formula in numbers of 2 bytes, as it is and with "
+            "the weights of all heads, and "
             "as planned from the real model on shapes: with the fused kernel, and with attention weights written out.",
         ],
     )  # fmt: skip
@@ -77,7 +104,10 @@ def cost(run: Run) -> Findings:
 
 def _memory_table(memory: Mapping[str, Mapping[str, int]]) -> Table:
     parts = next(iter(memory.values()))
-    return [["part", *memory, "published"], *([part, *(f"{each[part] / GIB:.2f}" for each in memory.values()), "no number"] for part in parts)]
+    return [
+        ["part", *memory, "published"],
+        *([part, *(f"{each[part] / GIB:.2f}" for each in memory.values()), "no number"] for part in parts),
+    ]
 
 
 def _shares(axes: Axes, rows: list[dict[str, Any]], measured: list[dict[str, float]]) -> None:
@@ -88,19 +118,30 @@ def _shares(axes: Axes, rows: list[dict[str, Any]], measured: list[dict[str, flo
     for number, dim in enumerate(dict.fromkeys(row["dim"] for row in rows)):
         own = [(row["n"] / dim, found) for row, found in zip(rows, measured, strict=True) if row["dim"] == dim]
         for part, colour in zip(PARTS, LINES, strict=False):
-            axes.plot([r for r, _ in own], [x[part] for _, x in own], linestyle="", color=colour, marker=MARKERS[number], markersize=5)
+            axes.plot(
+                [r for r, _ in own],
+                [x[part] for _, x in own],
+                linestyle="",
+                color=colour,
+                marker=MARKERS[number],
+                markersize=5,
+            )
         axes.plot([], [], linestyle="", color="#666666", marker=MARKERS[number], markersize=5, label=f"time, d = {dim}")
     axes.set_xscale("log", base=2)
     axes.set_xticks([2.0**k for k in range(-2, 7, 2)], ["1/4", "1", "4", "16", "64"])
     axes.set(xlabel="n / d", ylabel="share of the layer", title="lines: operations, marks: time", ylim=(0, 1.02))
-    axes.figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=6, loc="outside lower center")
+    axes.figure.legend(
+        *axes.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=6, loc="outside lower center"
+    )
 
 
 def _seconds(axes: Axes, rows: list[dict[str, Any]], dim: int) -> None:
     own = [row for row in rows if row["dim"] == dim]
     for number, part in enumerate(PARTS):
         times = [1e3 * row["seconds"][part] for row in own]
-        axes.plot([row["n"] for row in own], times, color=LINES[number], marker=MARKERS[number], markersize=5, linewidth=1.6)
+        axes.plot(
+            [row["n"] for row in own], times, color=LINES[number], marker=MARKERS[number], markersize=5, linewidth=1.6
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks([row["n"] for row in own], [f"{row['n']}" for row in own])
@@ -108,12 +149,30 @@ def _seconds(axes: Axes, rows: list[dict[str, Any]], dim: int) -> None:
 
 
 def _memory(axes: Axes, memory: Mapping[str, Mapping[str, int]]) -> None:
-    stacked = ("weights", "gradients of trainable parameters", "optimizer states", "float32 copy", "hidden states, planned, fused attention")
+    stacked = (
+        "weights",
+        "gradients of trainable parameters",
+        "optimizer states",
+        "float32 copy",
+        "hidden states, planned, fused attention",
+    )
     bottom = [0.0] * len(memory)
     for part, colour in zip(stacked, LINES, strict=False):
         heights = [each[part] / GIB for each in memory.values()]
-        axes.bar(list(memory), heights, bottom=bottom, color=colour, width=0.55, label=part.partition(" of ")[0].partition(",")[0])
+        axes.bar(
+            list(memory),
+            heights,
+            bottom=bottom,
+            color=colour,
+            width=0.55,
+            label=part.partition(" of ")[0].partition(",")[0],
+        )
         bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
     axes.set(ylabel="GiB", title="OPT-1.3B, 1 x 2048", ylim=(0, 1.05 * max(bottom)))
     axes.grid(visible=False, axis="x")
-    axes.legend(*(list(reversed(each)) for each in axes.get_legend_handles_labels()), frameon=False, fontsize=8, loc="upper right")
+    axes.legend(
+        *(list(reversed(each)) for each in axes.get_legend_handles_labels()),
+        frameon=False,
+        fontsize=8,
+        loc="upper right",
+    )

@@ -1,4 +1,5 @@
-"""LoRA learns less and forgets less: the rank of what full fine-tuning changes, and what either costs in what the model knew before."""
+"""LoRA learns less and forgets less: the rank of what full fine-tuning changes, and what either costs in what the model
+knew before."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ WAYS: dict[str, tuple[Any, float]] = {  # spec and learning rate
 SHARE, RIDGE = 0.9, 10.0
 
 
-@experiment("delta_rank", deck=2, source="Biderman et al. 2024, LoRA learns less and forgets less, arXiv:2405.09673", data=DATA)
+@experiment(
+    "delta_rank", deck=2, source="Biderman et al. 2024, LoRA learns less and forgets less, arXiv:2405.09673", data=DATA
+)
 def delta_rank(run: Run) -> Findings:
     """Of what rank is the change that full fine-tuning makes, and does LoRA learn less and forget less?"""
     steps = run.choose(36, 300)
@@ -59,7 +62,10 @@ def delta_rank(run: Run) -> Findings:
 
     of_base = {key: rank_for_variance(base[key], SHARE) for key in changes["full"][run.seeds[0]]}
     ranks = {
-        name: {seed: {key: rank_for_variance(change, SHARE) for key, change in found.items()} for seed, found in by_seed.items()}
+        name: {
+            seed: {key: rank_for_variance(change, SHARE) for key, change in found.items()}
+            for seed, found in by_seed.items()
+        }
         for name, by_seed in changes.items()
     }
     after_ranks, intruders = _afterwards(base, changes, run.seeds[0])
@@ -77,17 +83,39 @@ def delta_rank(run: Run) -> Findings:
     for name, by_seed in paths.items():
         learned, kept = (mean(seen[-1][i] for seen in by_seed.values()) for i in range(2))
         said = "full learns and forgets more than LoRA" if name == "full" else "no number"
-        table.append([name, f"{learned:.3f}", f"{kept:.3f}", f"{before:.3f}", f"{mean(intruders[name].values()):.2f}", said])
+        table.append(
+            [name, f"{learned:.3f}", f"{kept:.3f}", f"{before:.3f}", f"{mean(intruders[name].values()):.2f}", said]
+        )
 
     figure, (left, right) = panels(2)
     _draw_spectra(left, base, {name: found[run.seeds[0]] for name, found in changes.items()})
     for number, (name, by_seed) in enumerate(paths.items()):
         for i, seen in enumerate(by_seed.values()):
             x, y = [a for a, _ in seen], [b for _, b in seen]
-            right.plot(x, y, color=LINES[number], marker=MARKERS[number], markersize=4, linewidth=1, alpha=0.7, label=None if i else name)
+            right.plot(
+                x,
+                y,
+                color=LINES[number],
+                marker=MARKERS[number],
+                markersize=4,
+                linewidth=1,
+                alpha=0.7,
+                label=None if i else name,
+            )
     right.axhline(before, color="#888888", linewidth=1, linestyle=":")
-    right.annotate("before training", (0.02, before), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", fontsize=8)
-    right.set(xlabel="learned: accuracy in word order", ylabel="kept: accuracy in topics", title=f"after {', '.join(map(str, marks))} steps")
+    right.annotate(
+        "before training",
+        (0.02, before),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        fontsize=8,
+    )
+    right.set(
+        xlabel="learned: accuracy in word order",
+        ylabel="kept: accuracy in topics",
+        title=f"after {', '.join(map(str, marks))} steps",
+    )
     right.legend(frameon=False, fontsize=8, loc="lower left")
     loras = [name for name in WAYS if name != "full"]
     last = {name: {seed: seen[-1] for seed, seen in by_seed.items()} for name, by_seed in paths.items()}
@@ -95,19 +123,23 @@ def delta_rank(run: Run) -> Findings:
         tables={"learning and forgetting": table, f"singular values for {SHARE:.0%} of the squares": rank_table},
         figure=figure,
         claims=[
-            Claim("LoRA learns less: full fine-tuning is best in the new task", tuple(_all(last, loras, s, 0, above=True) for s in run.seeds)),
-            Claim("LoRA forgets less: full fine-tuning keeps least of the old task", tuple(_all(last, loras, s, 1, above=False) for s in run.seeds)),
-            Claim(
-                "the change of full fine-tuning has more than 10 times the rank of LoRA r = 4, in the mean over q and v",
+            Claim("LoRA learns less: full fine-tuning is best in the new task", tuple(_all(last, loras, s, 0,
+            above=True) for s in run.seeds)),
+            Claim("LoRA forgets less: full fine-tuning keeps least of the old task", tuple(_all(last, loras, s, 1,
+            above=False) for s in run.seeds)), Claim(
+                "the change of full fine-tuning has more than 10 times the rank of LoRA r = 4, in the mean over q "
+                "and v",
                 tuple(_mean_rank(ranks["full"][s]) > 10 * _mean_rank(ranks[loras[1]][s]) for s in run.seeds),
             ),
             Claim(
-                "the change of full fine-tuning is of high rank: more than half of what W needs, in the mean over q and v",
+                "the change of full fine-tuning is of high rank: more than half of what W needs, in the mean over q "
+                "and v",
                 tuple(_mean_rank(ranks["full"][s]) > 0.5 * _mean_rank(of_base) for s in run.seeds),
             ),
         ],
         values={
-            "learned and kept": {name: {str(s): [list(pair) for pair in seen] for s, seen in found.items()} for name, found in paths.items()},
+            "learned and kept": {name: {str(s): [list(pair) for pair in seen] for s, seen in found.items()} for name,
+            found in paths.items()},
             "topics before": before, "rank of W": of_base, "rank of W + dW, full": after_ranks, "intruders": intruders,
             "rank of dW": {name: {str(s): found for s, found in by_seed.items()} for name, by_seed in ranks.items()},
         },
@@ -116,11 +148,14 @@ def delta_rank(run: Run) -> Findings:
             "learning rates": {name: rate for name, (_, rate) in WAYS.items()},
         },
         notes=[
-            "New task: are the words of a text in their order, or shuffled. Old task: its topic, from the mean of the last hidden states by a linear "
+            "New task: are the words of a text in their order, or shuffled. Old task: its topic, from the mean of "
+            "the last hidden states by a linear "
             "map that is fitted before training. Published: Llama-2-7B on code and mathematics, forgetting measured on "
-            "HellaSwag, ARC-challenge and WinoGrande. Intruders (Shuttleworth et al. 2024, arXiv:2410.21228): of the first 10 left singular vectors "
+            "HellaSwag, ARC-challenge and WinoGrande. Intruders (Shuttleworth et al. 2024, arXiv:2410.21228): of the "
+            "first 10 left singular vectors "
             "of W + dW those with no cosine of 0.5 or more to one of W, of the first seed. Learning rates matter: "
-            "with three times as high ones full fine-tuning and LoRA r = 16 both lost the topics altogether (two seeds: 0.23 to 0.26, 0.20 to 0.22)."
+            "with three times as high ones full fine-tuning and LoRA r = 16 both lost the topics altogether (two "
+            "seeds: 0.23 to 0.26, 0.20 to 0.22)."
         ],
     )  # fmt: skip
 
@@ -151,7 +186,11 @@ def _right(model: Transformer, examples: Examples, probe: Tensor) -> float:
 def _changes(model: Transformer, base: dict[str, Tensor], adapted: bool) -> dict[str, Tensor]:
     """What training has added to each matrix of attention and feed-forward, by its key, float64."""
     wanted = tuple(f"{role}.weight" for role in ALL)
-    now = peft.delta(model) if adapted else {key: value.double() - base[key] for key, value in model.state_dict().items() if key in base}
+    now = (
+        peft.delta(model)
+        if adapted
+        else {key: value.double() - base[key] for key, value in model.state_dict().items() if key in base}
+    )
     return {key: change for key, change in now.items() if key.endswith(wanted)}
 
 
@@ -162,7 +201,11 @@ def _afterwards(
     ranks = {key: rank_for_variance(base[key] + change, SHARE) for key, change in changes["full"][seed].items()}
     of_q_and_v = ("attn.q.weight", "attn.v.weight")
     return ranks, {
-        name: {key: intruder_dimensions(base[key], base[key] + change) for key, change in found[seed].items() if key.endswith(of_q_and_v)}
+        name: {
+            key: intruder_dimensions(base[key], base[key] + change)
+            for key, change in found[seed].items()
+            if key.endswith(of_q_and_v)
+        }
         for name, found in changes.items()
     }
 
@@ -170,10 +213,18 @@ def _afterwards(
 def _draw_spectra(axes: Any, base: dict[str, Tensor], changes: dict[str, dict[str, Tensor]]) -> None:
     """Share of the squares that the first singular values hold, of the query matrix of the middle layer."""
     key = sorted(key for key in changes["full"] if key.endswith("attn.q.weight"))[3]
-    for number, (name, matrix) in enumerate([("W", base[key]), *((name, found[key]) for name, found in changes.items())]):
+    for number, (name, matrix) in enumerate(
+        [("W", base[key]), *((name, found[key]) for name, found in changes.items())]
+    ):
         energy = torch.linalg.svdvals(matrix).square()
         share = (energy.cumsum(dim=0) / energy.sum()).tolist()
-        axes.plot(range(1, len(share) + 1), share, label=name, linewidth=1.6, color="#000000" if name == "W" else LINES[number - 1])
+        axes.plot(
+            range(1, len(share) + 1),
+            share,
+            label=name,
+            linewidth=1.6,
+            color="#000000" if name == "W" else LINES[number - 1],
+        )
     axes.axhline(SHARE, color="#888888", linewidth=1, linestyle=":")
     title = f"W and its change, {key.removesuffix('.weight')}"
     axes.set(xlabel="singular values", ylabel="share of the sum of squares", xscale="log", ylim=(0, 1.02), title=title)
@@ -184,7 +235,9 @@ def _mean_rank(counts: dict[str, int]) -> float:
     return mean(count for key, count in counts.items() if key.endswith(("attn.q.weight", "attn.v.weight")))
 
 
-def _all(last: dict[str, dict[int, tuple[float, float]]], loras: list[str], seed: int, place: int, *, above: bool) -> bool:
+def _all(
+    last: dict[str, dict[int, tuple[float, float]]], loras: list[str], seed: int, place: int, *, above: bool
+) -> bool:
     """Whether full fine-tuning is above (below) every LoRA in one of the two accuracies."""
     full = last["full"][seed][place]
     return all(full > last[name][seed][place] if above else full < last[name][seed][place] for name in loras)

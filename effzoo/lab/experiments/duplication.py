@@ -1,4 +1,5 @@
-"""Reformer's duplication task: trained with full attention or some rounds of hashing, evaluated with others (table 2)."""
+"""Reformer's duplication task: trained with full attention or some rounds of hashing, evaluated with others (table
+2)."""
 
 from __future__ import annotations
 
@@ -43,18 +44,35 @@ def duplication(run: Run) -> Findings:
                     judge.load_state_dict(model.state_dict())
                     row[other] = 100 * repeated(judge, batches=run.choose(4, 10), batch=64, **told)
                 found[str(seed)][rounds], losses[str(seed)][rounds] = row, sum(loss[-20:]) / len(loss[-20:])
-                run.say(f"seed {seed}, trained with {rounds}: " + ", ".join(f"{other} {value:.1f}" for other, value in row.items()))
+                run.say(
+                    f"seed {seed}, trained with {rounds}: "
+                    + ", ".join(f"{other} {value:.1f}" for other, value in row.items())
+                )
 
-    mean = {rounds: {other: sum(by[rounds][other] for by in found.values()) / len(found) for other in EVALUATED} for rounds in TRAINED}
+    mean = {
+        rounds: {other: sum(by[rounds][other] for by in found.values()) / len(found) for other in EVALUATED}
+        for rounds in TRAINED
+    }
     table: Table = [["trained with", *(f"evaluated with {other} (published)" for other in EVALUATED)]]
     for rounds in TRAINED:
-        table.append([rounds, *(f"{mean[rounds][o]:.1f} ({p})" for o, p in zip(EVALUATED, PUBLISHED[rounds], strict=True))])
+        table.append(
+            [rounds, *(f"{mean[rounds][o]:.1f} ({p})" for o, p in zip(EVALUATED, PUBLISHED[rounds], strict=True))]
+        )
     figure, (left, right) = panels(2, width=4.9)
     order = EVALUATED[::-1]  # 1, 2, 4, 8 rounds, full
     for number, rounds in enumerate(TRAINED):
-        band(left, range(len(order)), [[by[rounds][other] for other in order] for by in found.values()], f"trained with {rounds}", number)
+        band(
+            left,
+            range(len(order)),
+            [[by[rounds][other] for other in order] for by in found.values()],
+            f"trained with {rounds}",
+            number,
+        )
         band(right, range(len(order)), [PUBLISHED[rounds][::-1]], f"trained with {rounds}", number)
-    for axes, title in ((left, f"here: |w| = {sizes['word']}, {steps} steps"), (right, "published: |w| = 511, 150,000 steps")):
+    for axes, title in (
+        (left, f"here: |w| = {sizes['word']}, {steps} steps"),
+        (right, "published: |w| = 511, 150,000 steps"),
+    ):
         axes.set_xticks(range(len(order)), order)
         axes.set(xlabel="rounds of hashing in evaluation", ylabel="symbols repeated, %", title=title)
     right.legend(frameon=False, fontsize=8, loc="lower left")
@@ -64,8 +82,8 @@ def duplication(run: Run) -> Findings:
         tables={"Symbols of the second word repeated, %": table},
         figure=figure,
         claims=[
-            Claim("every row rises with the rounds of evaluation, 1, 2, 4, 8 (ties of 0.1 points aside)", tuple(_rising(by) for by in every)),
-            Claim(
+            Claim("every row rises with the rounds of evaluation, 1, 2, 4, 8 (ties of 0.1 points aside)",
+            tuple(_rising(by) for by in every)), Claim(
                 "at one round, every model trained with hashing is better than the one trained with full attention",
                 tuple(min(by[rounds]["1"] for rounds in TRAINED[1:]) > by["full"]["1"] for by in every),
             ),
@@ -73,12 +91,15 @@ def duplication(run: Run) -> Findings:
                 "with full attention, every model trained with hashing is near chance (below twice chance)",
                 tuple(max(by[rounds]["full"] for rounds in TRAINED[1:]) < 2 * chance for by in every),
             ),
-            Claim("at one round, four rounds in training are better than one", tuple(by["4"]["1"] > by["1"]["1"] for by in every)),
+            Claim("at one round, four rounds in training are better than one",
+            tuple(by["4"]["1"] > by["1"]["1"] for by in every)),
         ],
-        values={"accuracy": found, "loss": losses, "published": {rounds: list(row) for rounds, row in PUBLISHED.items()}},
-        settings={**sizes, "dim": 64, "heads": 4, "batch": batch, "steps": steps, "learning rate": rate, "chance": f"{chance:.1f} %"},
-        notes=[
-            "Published: |w| = 511, 127 symbols, 256 wide, 150,000 steps, chance 0.8 %. Here hashes are drawn anew at every step. `full` is the same "
+        values={"accuracy": found, "loss": losses, "published": {rounds: list(row) for rounds,
+        row in PUBLISHED.items()}},
+        settings={**sizes, "dim": 64, "heads": 4, "batch": batch, "steps": steps, "learning rate": rate,
+        "chance": f"{chance:.1f} %"}, notes=[
+            "Published: |w| = 511, 127 symbols, 256 wide, 150,000 steps, chance 0.8 %. Here hashes are drawn anew at "
+            "every step. `full` is the same "
             "kind with one chunk: shared queries and keys, no token attends itself."
         ],
     )  # fmt: skip

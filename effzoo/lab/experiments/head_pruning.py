@@ -19,7 +19,10 @@ ORDERS = ("least important first", "at random", "most important first")
 
 
 @experiment(
-    "head_pruning", deck=3, source="Michel et al. 2019, Are sixteen heads really better than one?, arXiv:1905.10650, section 4, figure 3", data=DATA
+    "head_pruning",
+    deck=3,
+    source="Michel et al. 2019, Are sixteen heads really better than one?, arXiv:1905.10650, section 4, figure 3",
+    data=DATA,
 )
 def head_pruning(run: Run) -> Findings:
     """How many attention heads can go, and does the gradient of their gates say which?"""
@@ -31,7 +34,16 @@ def head_pruning(run: Run) -> Findings:
     counts: list[int] = []
     for seed in run.seeds:
         model = minilm(len(data.names), seed=seed)
-        tune(model, "full[targets=(attn.*,mlp.*)]", data.train, name="tuned", steps=steps, seed=seed, rate=RATE, head_rate=HEAD_RATE)
+        tune(
+            model,
+            "full[targets=(attn.*,mlp.*)]",
+            data.train,
+            name="tuned",
+            steps=steps,
+            seed=seed,
+            rate=RATE,
+            head_rate=HEAD_RATE,
+        )
         peft.merge(model, "tuned")
         scores[str(seed)] = head_importance(model, looked)
         heads = scores[str(seed)].numel()
@@ -42,15 +54,22 @@ def head_pruning(run: Run) -> Findings:
         for name, order in zip(ORDERS, (least, drawn, least.flip(0)), strict=True):
             whole = whole or without_heads(model, order, counts[:1], data.test)
             found[name][str(seed)] = whole + without_heads(model, order, counts[1:], data.test)
-        run.say(f"seed {seed}: " + "; ".join(f"{name} " + " ".join(f"{100 * x:.1f}" for x in by[str(seed)]) for name, by in found.items()))
+        run.say(
+            f"seed {seed}: "
+            + "; ".join(f"{name} " + " ".join(f"{100 * x:.1f}" for x in by[str(seed)]) for name, by in found.items())
+        )
     seeds = [str(seed) for seed in run.seeds]
     mean = torch.stack(list(scores.values())).mean(dim=0)
     layers, each = mean.shape
 
     table = [["heads removed", *ORDERS, "published"]]
     for i, (share, count) in enumerate(zip(SHARES, counts, strict=True)):
-        expected = {0.4: "BERT: no noticeable loss (about)", 0.2: "WMT: no noticeable loss (about)"}.get(share, "" if not share else "no number")
-        table.append([f"{count} of {layers * each}", *(percent([found[name][s][i] for s in seeds]) for name in ORDERS), expected])
+        expected = {0.4: "BERT: no noticeable loss (about)", 0.2: "WMT: no noticeable loss (about)"}.get(
+            share, "" if not share else "no number"
+        )
+        table.append(
+            [f"{count} of {layers * each}", *(percent([found[name][s][i] for s in seeds]) for name in ORDERS), expected]
+        )
 
     figure, (left, right) = panels(2, width=5)
     for number, name in enumerate(ORDERS):
@@ -66,13 +85,17 @@ def head_pruning(run: Run) -> Findings:
         figure=figure,
         claims=[
             Claim(
-                "40 % of the heads, the least important ones, can go for at most 2 points", judged(seeds, lambda s: low[s][2] >= low[s][0] - WITHIN)
+                "40 % of the heads, the least important ones, can go for at most 2 points",
+                judged(seeds, lambda s: low[s][2] >= low[s][0] - WITHIN),
             ),
             Claim(
                 "from 40 % on, the most important ones first is worse at every step",
                 judged(seeds, lambda s: all(high[s][i] < low[s][i] for i in range(2, len(SHARES)))),
             ),
-            Claim("a random order lies between the two, in the mean", judged(seeds, lambda s: sum(high[s]) < sum(random[s]) < sum(low[s]))),
+            Claim(
+                "a random order lies between the two, in the mean",
+                judged(seeds, lambda s: sum(high[s]) < sum(random[s]) < sum(low[s])),
+            ),
         ],
         values={"accuracy": found, "importance": {s: scores[s].tolist() for s in seeds}, "removed": counts},
         settings={
@@ -86,8 +109,10 @@ def head_pruning(run: Run) -> Findings:
             "rate": RATE,
         },
         notes=[
-            "Published: BERT base on MNLI, and a translation model on WMT, pruned after training as here: up to 20 % of its heads and 40 % of "
-            "BERT's go without a noticeable loss, then accuracy falls sharply. A seed draws the head, the order of the texts, and the random order "
+            "Published: BERT base on MNLI, and a translation model on WMT, pruned after training as here: up to 20 % "
+            "of its heads and 40 % of "
+            "BERT's go without a noticeable loss, then accuracy falls sharply. A seed draws the head, the order of "
+            "the texts, and the random order "
             "of heads."
         ],
     )

@@ -1,4 +1,5 @@
-"""The intrinsic dimension of telling topics apart, for a pretrained transformer: structure-aware or not, by its depth, and without pretraining."""
+"""The intrinsic dimension of telling topics apart, for a pretrained transformer: structure-aware or not, by its depth,
+and without pretraining."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from effzoo.lab.fit import fit
 from effzoo.lab.score import score
 from effzoo.lab.texts import DATA, Texts, minilm, texts
 
-TARGETS = ("attn.*", "mlp.*", "head.*")  # the head too: trained beside the subspace, it would tell topics apart at any d
+# the head too: trained beside the subspace, it would tell topics apart at any d
+TARGETS = ("attn.*", "mlp.*", "head.*")
 METHODS = {"SAID": "said", "DID": "intrinsic"}
 RATE, BASE_RATE = 0.3, 1e-3
 PUBLISHED = [
@@ -25,13 +27,22 @@ PUBLISHED = [
 ]
 
 
-@experiment("intrinsic_text", deck=2, source="Aghajanyan et al. 2020, Intrinsic dimensionality, arXiv:2012.13255, table 1 and figure 1", data=DATA)
+@experiment(
+    "intrinsic_text",
+    deck=2,
+    source="Aghajanyan et al. 2020, Intrinsic dimensionality, arXiv:2012.13255, table 1 and figure 1",
+    data=DATA,
+)
 def intrinsic_text(run: Run) -> Findings:
-    """In how many directions must a pretrained transformer be fine-tuned, with one factor for each layer and without?"""
-    depths, dims = run.choose((1, 2), (1, 3, 6)), run.choose((256, 1024, 4096), (16, 32, 64, 128, 256, 512, 1024, 2048, 4096))
+    """In how many directions must a pretrained transformer be fine-tuned, with one factor for each layer and
+    without?"""
+    depths = run.choose((1, 2), (1, 3, 6))
+    dims = run.choose((256, 1024, 4096), (16, 32, 64, 128, 256, 512, 1024, 2048, 4096))
     steps = run.choose(30, 300)
     data = texts(run, length=run.choose(24, 64), train=run.choose(800, 1400), test=run.choose(200, 600))
-    ways = [(depth, name) for depth in depths for name in (METHODS if depth == depths[0] or not run.quick else ("SAID",))]
+    ways = [
+        (depth, name) for depth in depths for name in (METHODS if depth == depths[0] or not run.quick else ("SAID",))
+    ]
     bases: dict[int, list[float]] = {depth: [] for depth in depths}
     curves: dict[tuple[int, str], list[dict[int, float]]] = {way: [] for way in ways}
     for seed in run.seeds:
@@ -42,17 +53,32 @@ def intrinsic_text(run: Run) -> Findings:
             curve = {d: _reached(data, depth, {**options, "dim": d}, steps, seed) for d in dims}
             curves[depth, name].append(curve)
             run.say(
-                f"seed {seed}, {depth} layers, {name}: " + ", ".join(f"d = {d} {a:.3f}" for d, a in curve.items()) + f", all {bases[depth][-1]:.3f}"
+                f"seed {seed}, {depth} layers, {name}: "
+                + ", ".join(f"d = {d} {a:.3f}" for d, a in curve.items())
+                + f", all {bases[depth][-1]:.3f}"
             )
 
     nineties = {way: [d90(c, b) for c, b in zip(found, bases[way[0]], strict=True)] for way, found in curves.items()}
-    crossings = {way: [crossing(c, b) for c, b in zip(found, bases[way[0]], strict=True)] for way, found in curves.items()}
+    crossings = {
+        way: [crossing(c, b) for c, b in zip(found, bases[way[0]], strict=True)] for way, found in curves.items()
+    }
     sizes = {depth: _size(len(data.names), depth) for depth in depths}
-    table = [["layers of MiniLM", "D", "method", "all of D: accuracy", *(f"d = {d}" for d in dims), "d90 by seed", "crossing, mean"]]
+    table = [
+        [
+            "layers of MiniLM",
+            "D",
+            "method",
+            "all of D: accuracy",
+            *(f"d = {d}" for d in dims),
+            "d90 by seed",
+            "crossing, mean",
+        ]
+    ]
     for way in ways:
         between = [x for x in crossings[way] if x is not None]
         table.append(
-            [f"{way[0]}", f"{sizes[way[0]]:,}", way[1], f"{mean(bases[way[0]]):.3f}", *(f"{mean(c[d] for c in curves[way]):.3f}" for d in dims),
+            [f"{way[0]}", f"{sizes[way[0]]:,}", way[1], f"{mean(bases[way[0]]):.3f}",
+            *(f"{mean(c[d] for c in curves[way]):.3f}" for d in dims),
              ", ".join(f"{d or f'> {max(dims)}'}" for d in nineties[way]), f"{mean(between):.0f}" if between else ""]
         )  # fmt: skip
     figure, (axes,) = panels(1, width=6.0, height=4.0)
@@ -72,30 +98,34 @@ def intrinsic_text(run: Run) -> Findings:
         claims=[
             Claim(
                 "d90 is less than a thousandth of the number of parameters, for every depth and method",
-                tuple(all((d := found[i]) is not None and d < sizes[way[0]] / 1000 for way, found in nineties.items()) for i in count),
+                tuple(all((d := found[i]) is not None and d < sizes[way[0]] / 1000 for way,
+                found in nineties.items()) for i in count),
             ),
             Claim(
                 f"SAID needs fewer dimensions than DID, {flattest} layer (by the crossing)",
                 tuple(_below(crossings[flattest, "SAID"][i], crossings[flattest, "DID"][i]) for i in count),
             ),
             Claim(
-                f"the larger model needs fewer dimensions: {deepest} layers fewer than {flattest}, by SAID (by the crossing)",
+                f"the larger model needs fewer dimensions: {deepest} layers fewer than {flattest}, by SAID (by the "
+                "crossing)",
                 tuple(_below(crossings[deepest, "SAID"][i], crossings[flattest, "SAID"][i]) for i in count),
             ),
         ],
         values={
             "baseline": {str(depth): found for depth, found in bases.items()},
-            "accuracy": {f"{n}, {depth}": [{str(d): a for d, a in c.items()} for c in found] for (depth, n), found in curves.items()},
-            "d90": {f"{name}, {depth}": found for (depth, name), found in nineties.items()},
+            "accuracy": {f"{n}, {depth}": [{str(d): a for d, a in c.items()} for c in found] for (depth, n),
+            found in curves.items()}, "d90": {f"{name}, {depth}": found for (depth, name), found in nineties.items()},
             "crossing": {f"{name}, {depth}": found for (depth, name), found in crossings.items()},
         },
         settings={
-            "model": "minilm", "layers": list(depths), "data": data.about, "steps": steps, "batch": 16, "learning rate": RATE,
-            "learning rate of all": BASE_RATE,
+            "model": "minilm", "layers": list(depths), "data": data.about, "steps": steps, "batch": 16,
+            "learning rate": RATE, "learning rate of all": BASE_RATE,
         },
         notes=[
-            "Smaller models are the lower layers of MiniLM, of which each was trained within the whole. D: blocks and head; embeddings stay, and the "
-            "head moves in the subspace, where it counts. DID is Fastfood without factors. Published: whole models, pairs of sentences, "
+            "Smaller models are the lower layers of MiniLM, of which each was trained within the whole. D: blocks "
+            "and head; embeddings stay, and the "
+            "head moves in the subspace, where it counts. DID is Fastfood without factors. Published: whole models, "
+            "pairs of sentences, "
             "many more steps; their d90 are of another task and no target here."
         ],
     )  # fmt: skip
@@ -105,7 +135,8 @@ def _shallow(labels: int, depth: int, seed: int) -> Transformer:
     """The lower layers of MiniLM with its weights, and a fresh head."""
     whole = minilm(labels, seed=seed)
     model = minilm(labels, seed=seed, layers=depth, pretrained=None)
-    model.load_state_dict({key: value for key, value in whole.state_dict().items() if key in model.state_dict()})  # strict: all of it is there
+    # strict: all of it is there
+    model.load_state_dict({key: value for key, value in whole.state_dict().items() if key in model.state_dict()})
     return model
 
 

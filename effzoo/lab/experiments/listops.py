@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KINDS = {  # options that suit sequences of 49 to 65 positions
-    "full": "full", "blockwise": "blockwise[blocks=2]", "longformer": "longformer[window=16]", "local": "local[chunk=8]",
+    "full": "full", "blockwise": "blockwise[blocks=2]", "longformer": "longformer[window=16]",
+    "local": "local[chunk=8]",
     "lsh": "lsh[rounds=4,chunk=8]", "linformer": "linformer[k=16]", "perceiver": "perceiver[latents=16]",
 }  # fmt: skip
-PUBLISHED = {"full": 36.37, "longformer": 35.63, "linformer": 35.70, "lsh": 37.27, "local": 15.82}  # Tay et al. 2020, table 1
+# Tay et al. 2020, table 1
+PUBLISHED = {"full": 36.37, "longformer": 35.63, "linformer": 35.70, "lsh": 37.27, "local": 15.82}
 CHANCE = 0.1
 
 
@@ -42,7 +44,8 @@ def listops(run: Run) -> Findings:
         for seed, (name, spec) in itertools.product(run.seeds, KINDS.items()):
             torch.manual_seed(seed)
             model = build(
-                "bert", attention=spec, task="classification", num_labels=10, layers=2, dim=dim, heads=4, mlp=2 * dim, vocab=len(VOCABULARY),
+                "bert", attention=spec, task="classification", num_labels=10, layers=2, dim=dim, heads=4, mlp=2 * dim,
+                vocab=len(VOCABULARY),
                 max_length=longest + 1, dropout=0.0, attention_dropout=0.0, norm="pre", types=0, pad_token=0,
             )  # fmt: skip
             loss = fit(model, learned.stream(batch, seed), steps, learning_rate=1e-3, bfloat16=False)
@@ -55,21 +58,24 @@ def listops(run: Run) -> Findings:
         tables={"Accuracy on ListOps, %": _table(every)},
         figure=_figure(every, guess),
         claims=[
-            Claim("every kind is above chance and above the most frequent value", tuple(min(by.values()) > max(CHANCE, guess) for by in every)),
-            Claim("local attention is the worst of all kinds, as in Long Range Arena", worst),
+            Claim("every kind is above chance and above the most frequent value", tuple(min(by.values()) > max(CHANCE,
+            guess) for by in every)), Claim("local attention is the worst of all kinds, as in Long Range Arena", worst),
             Claim(
                 "Longformer, Linformer and LSH are within 5 points of full attention, as there",
-                tuple(all(abs(by[name] - by["full"]) <= 0.05 for name in ("longformer", "linformer", "lsh")) for by in every),
+                tuple(all(abs(by[name] - by["full"]) <= 0.05 for name in ("longformer", "linformer",
+                "lsh")) for by in every),
             ),
         ],
         values={"accuracy": found, "loss": losses, "most frequent value": guess, "published": PUBLISHED},
         settings={
-            "depth": task.depth, "longest": longest, "train": train, "test": test, "steps": steps, "batch": batch, "layers": 2, "dim": dim,
-            "kinds": ", ".join(KINDS.values()),
+            "depth": task.depth, "longest": longest, "train": train, "test": test, "steps": steps, "batch": batch,
+            "layers": 2, "dim": dim, "kinds": ", ".join(KINDS.values()),
         },
         notes=[
-            "Long Range Arena: depth 10, 501 to 1,999 tokens, 4 layers of 512, 5,000 steps; here the same grammar on short expressions and a small "
-            f"model, so that only the order of the kinds can be compared. Chance is 10 %; the most frequent value is right in {100 * guess:.1f} %.",
+            "Long Range Arena: depth 10, 501 to 1,999 tokens, 4 layers of 512, 5,000 steps; here the same grammar on "
+            "short expressions and a small "
+            "model, so that only the order of the kinds can be compared. Chance is 10 %; the most frequent value is "
+            f"right in {100 * guess:.1f} %.",
             "The class is read from the first position, which in `local` sees its own chunk alone, whatever the depth.",
             "A seed draws weights and the order of examples; the expressions are the same.",
         ],
@@ -92,10 +98,23 @@ def _figure(every: list[dict[str, float]], guess: float) -> Figure:
     axes.bar(places, means, width=0.6, color=LINES[0], alpha=0.75, label="here, mean")
     for number, by in enumerate(every):
         axes.plot(
-            places, [100 * by[name] for name in KINDS], linestyle="", marker="_", markersize=14, color="#000000", label=None if number else "a seed"
+            places,
+            [100 * by[name] for name in KINDS],
+            linestyle="",
+            marker="_",
+            markersize=14,
+            color="#000000",
+            label=None if number else "a seed",
         )
     told = [(place, PUBLISHED[name]) for place, name in enumerate(KINDS) if name in PUBLISHED]
-    axes.plot(*zip(*told, strict=True), linestyle="", marker="D", markersize=7, color=LINES[1], label="published, Long Range Arena")
+    axes.plot(
+        *zip(*told, strict=True),
+        linestyle="",
+        marker="D",
+        markersize=7,
+        color=LINES[1],
+        label="published, Long Range Arena",
+    )
     axes.axhline(100 * CHANCE, color="#666666", linewidth=1, linestyle="--", label="chance")
     axes.axhline(100 * guess, color="#666666", linewidth=1, linestyle=":", label="most frequent value")
     axes.set_xticks(places, list(KINDS))

@@ -1,4 +1,5 @@
-"""Which matrices to adapt, and at which rank: LoRA on queries, on queries and values, on all four matrices of attention."""
+"""Which matrices to adapt, and at which rank: LoRA on queries, on queries and values, on all four matrices of
+attention."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ PUBLISHED = {  # table 6: WikiSQL (+-0.5) / MNLI (+-0.1), GPT-3 175B
     "q, v": {1: "73.4 / 91.3", 2: "73.3 / 91.3", 4: "73.7 / 91.3", 8: "73.8 / 91.6", 64: "73.5 / 91.4"},
     "q, k, v, o": {1: "74.1 / 91.2", 2: "73.7 / 91.7", 4: "74.0 / 91.7", 8: "74.0 / 91.5", 64: "73.9 / 91.4"},
 }
-ALPHA, RATE = 8, 1e-2  # alpha is the same for every rank, as in the paper (section 4.1), so that one learning rate fits all
+# alpha is the same for every rank, as in the paper (section 4.1), so that one learning rate fits all
+ALPHA, RATE = 8, 1e-2
 SAME_BUDGET = {"q": 4, "q, v": 2, "q, k, v, o": 1}  # as many numbers in each: the question of table 5
 FLAT = 0.02  # of accuracy
 
@@ -38,22 +40,46 @@ def lora_ranks(run: Run) -> Findings:
             for rank in ranks:
                 spec = {"name": "lora", "rank": rank, "alpha": ALPHA, "targets": targets}
                 found[name][rank].append(_trained(spec, train, test, steps, seed)[0])
-            run.say(f"seed {seed}, {name}: " + ", ".join(f"r={rank} {found[name][rank][-1].accuracy:.3f}" for rank in ranks))
+            run.say(
+                f"seed {seed}, {name}: " + ", ".join(f"r={rank} {found[name][rank][-1].accuracy:.3f}" for rank in ranks)
+            )
 
-    table = [["matrices", "rank", "trained, head left out", "accuracy, mean", "lowest", "highest", "test loss", "published: WikiSQL / MNLI"]]
+    table = [
+        [
+            "matrices",
+            "rank",
+            "trained, head left out",
+            "accuracy, mean",
+            "lowest",
+            "highest",
+            "test loss",
+            "published: WikiSQL / MNLI",
+        ]
+    ]
     table += [_row("none, head alone", 0, 0, alone, "no number")]
     width = 384
     for name, targets in TARGETS.items():
-        table += [_row(name, r, 6 * len(targets) * 2 * width * r, found[name][r], PUBLISHED[name].get(r, "no number")) for r in ranks]
+        table += [
+            _row(name, r, 6 * len(targets) * 2 * width * r, found[name][r], PUBLISHED[name].get(r, "no number"))
+            for r in ranks
+        ]
     budget = {name: SAME_BUDGET[name] for name in TARGETS if SAME_BUDGET[name] in ranks}
     spent = [["matrices", "rank", "accuracy, mean", "test loss", "published at 18 M numbers: WikiSQL / MNLI"]]
     given = {"q": "70.4 / 91.0 (r = 8)", "q, v": "73.7 / 91.3 (r = 4)", "q, k, v, o": "73.7 / 91.7 (r = 2)"}
-    spent += [[n, f"{r}", f"{_mean(found[n][r], 0):.3f}", f"{_mean(found[n][r], 1):.3f}", given[n]] for n, r in budget.items()]
+    spent += [
+        [n, f"{r}", f"{_mean(found[n][r], 0):.3f}", f"{_mean(found[n][r], 1):.3f}", given[n]] for n, r in budget.items()
+    ]
 
     figure, (left, right) = panels(2)
     for place, (axes, label) in enumerate(((left, "accuracy"), (right, "test loss"))):
         for number, name in enumerate(TARGETS):
-            band(axes, list(ranks), [[found[name][r][i][place] for r in ranks] for i in range(len(run.seeds))], name, number)
+            band(
+                axes,
+                list(ranks),
+                [[found[name][r][i][place] for r in ranks] for i in range(len(run.seeds))],
+                name,
+                number,
+            )
         axes.axhline(_mean(alone, place), color="#888888", linewidth=1, linestyle=":", label="head alone")
         axes.set(xlabel="rank", ylabel=label, xscale="log")
         axes.set_xticks(list(ranks), [f"{r}" for r in ranks])
@@ -78,18 +104,22 @@ def lora_ranks(run: Run) -> Findings:
                 tuple(all(found["q"][r][i].loss > qv[r][i].loss for r in ranks) for i in seeds),
             ),
             Claim(
-                "as many numbers do more on more matrices of a smaller rank: the loss falls from q to q, v to q, k, v, o",
+                "as many numbers do more on more matrices of a smaller rank: the loss falls from q to q, v to q, k, "
+                "v, o",
                 tuple(all(a > b for a, b in pairwise(losses)) for losses in _losses(found, budget, len(run.seeds))),
             ),
         ],
         values={
             "head alone": _values(alone),
-            "lora": {name: {str(r): _values(scores) for r, scores in by_rank.items()} for name, by_rank in found.items()},
+            "lora": {name: {str(r): _values(scores) for r, scores in by_rank.items()} for name,
+            by_rank in found.items()},
         },
-        settings={"model": "minilm", "task": "word order", "data": data.about, "steps": steps, "batch": 16, "alpha": ALPHA, "learning rate": RATE},
-        notes=[
-            "Task: do the words of a text stand in their order, or shuffled? Topics would not do: a head alone tells them from MiniLM's sentence "
-            "vectors, at every rank alike. Published: GPT-3 175B, trained to the end; here MiniLM and few steps, so that a rank which "
+        settings={"model": "minilm", "task": "word order", "data": data.about, "steps": steps, "batch": 16,
+        "alpha": ALPHA, "learning rate": RATE}, notes=[
+            "Task: do the words of a text stand in their order, or shuffled? Topics would not do: a head alone tells "
+            "them from MiniLM's sentence "
+            "vectors, at every rank alike. Published: GPT-3 175B, trained to the end; here MiniLM and few steps, so "
+            "that a rank which "
             "learns more slowly shows it. alpha is one for all ranks, as in the paper."
         ],
     )  # fmt: skip

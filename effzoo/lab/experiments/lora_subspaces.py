@@ -1,4 +1,5 @@
-"""What LoRA has learned: do runs of different ranks share their directions, and does the change amplify what the weight holds?"""
+"""What LoRA has learned: do runs of different ranks share their directions, and does the change amplify what the weight
+holds?"""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ from torch import Tensor
 
 import effzoo
 from effzoo.lab.analyses.lora_factors import Factors, attached_factors, read_factors
-from effzoo.lab.analyses.subspaces import Amplification, amplification, factored, participation, rank_for_variance, subspace_similarity
+from effzoo.lab.analyses.subspaces import (
+    Amplification,
+    amplification,
+    factored,
+    participation,
+    rank_for_variance,
+    subspace_similarity,
+)
 from effzoo.lab.draw import LINES, MARKERS, heat, panels
 from effzoo.lab.experiment import Claim, Findings, Run, experiment
 from effzoo.lab.fit import Examples, fit
@@ -22,20 +30,35 @@ from effzoo.lab.word_order import word_order
 SMALL, LARGE, RATE = 8, 64, 1e-2
 ROLES = ("q", "v")
 PLACES = ((1, 1), (1, 8), (2, 2), (4, 4), (8, 8))  # i, j in the table
-DATA = "an .npz file of LoRA factors, keys ending in lora_A and lora_B (default: LoRA trained here, on texts of BBC News)"
+DATA = (
+    "an .npz file of LoRA factors, keys ending in lora_A and lora_B (default: LoRA trained here, on texts of BBC News)"
+)
 
 
-@experiment("lora_subspaces", deck=2, source="Hu et al. 2021, LoRA, arXiv:2106.09685, sections 7.2 and 7.3, figures 3 and 4, table 7", data=DATA)
+@experiment(
+    "lora_subspaces",
+    deck=2,
+    source="Hu et al. 2021, LoRA, arXiv:2106.09685, sections 7.2 and 7.3, figures 3 and 4, table 7",
+    data=DATA,
+)
 def lora_subspaces(run: Run) -> Findings:
-    """Do LoRA's of different ranks and seeds find the same directions, and does their change amplify what the weight holds?"""
+    """Do LoRA's of different ranks and seeds find the same directions, and does their change amplify what the weight
+    holds?"""
     if run.data is not None:
         return _of_file(run.data)
     steps = run.choose(50, 600)
-    data = texts(Run(quick=run.quick), length=run.choose(24, 64), train=run.choose(800, 1400), test=run.choose(200, 600))
+    data = texts(
+        Run(quick=run.quick), length=run.choose(24, 64), train=run.choose(800, 1400), test=run.choose(200, 600)
+    )
     train, test = word_order(data.train), word_order(data.test, seed=1)
-    partners = {seed: run.seeds[(i + 1) % len(run.seeds)] if len(run.seeds) > 1 else seed + 1 for i, seed in enumerate(run.seeds)}
+    partners = {
+        seed: run.seeds[(i + 1) % len(run.seeds)] if len(run.seeds) > 1 else seed + 1
+        for i, seed in enumerate(run.seeds)
+    }
     small = {seed: _trained(SMALL, train, test, steps, seed, run) for seed in run.seeds}
-    large = {seed: _trained(LARGE, train, test, steps, seed, run) for seed in dict.fromkeys((*run.seeds, *partners.values()))}
+    large = {
+        seed: _trained(LARGE, train, test, steps, seed, run) for seed in dict.fromkeys((*run.seeds, *partners.values()))
+    }
     paths = list(small[run.seeds[0]][0])
     base = {key: value.double() for key, value in minilm(2).state_dict().items()}
 
@@ -55,7 +78,10 @@ def lora_subspaces(run: Run) -> Findings:
                     phi.setdefault(name, {}).setdefault(role, []).append(subspace_similarity(one, two)[:SMALL, :SMALL])
     layers = len(paths) // len(ROLES)
     by_seed = {
-        name: {role: torch.stack(each).view(len(run.seeds), layers, SMALL, SMALL).mean(dim=1) for role, each in found.items()}
+        name: {
+            role: torch.stack(each).view(len(run.seeds), layers, SMALL, SMALL).mean(dim=1)
+            for role, each in found.items()
+        }
         for name, found in phi.items()
     }
 
@@ -74,13 +100,15 @@ def lora_subspaces(run: Run) -> Findings:
             heat(axis, found[role].mean(dim=0).tolist(), ticks, ticks, form="{:.2f}", vmin=0, vmax=top)
             axis.set(xlabel="j", ylabel="i", title=f"{role}: {name}")
     pair, seeds = by_seed[f"r = {SMALL} and r = {LARGE}"], by_seed[f"r = {LARGE}, two seeds"]
+    randoms = by_seed["random, 8 and 64"]
     count = range(len(run.seeds))
     return Findings(
-        tables={"subspace similarity, mean over layers": table, "amplification, dW of q": _amplification_table(amplified)},
-        figure=figure,
+        tables={"subspace similarity, mean over layers": table,
+        "amplification, dW of q": _amplification_table(amplified)}, figure=figure,
         claims=[
             Claim(
-                "the top directions of r = 8 and r = 64 are shared: phi(1, 1) > 0.5, for q and v in the mean over layers",
+                "the top directions of r = 8 and r = 64 are shared: phi(1, 1) > 0.5, for q and v in the mean over "
+                "layers",
                 tuple(all(float(pair[role][i, 0, 0]) > 0.5 for role in ROLES) for i in count),
             ),
             Claim(
@@ -89,26 +117,39 @@ def lora_subspaces(run: Run) -> Findings:
             ),
             Claim(
                 "two seeds of r = 64 share more than two random matrices: phi(8, 8) above twice theirs, for q and v",
-                tuple(all(float(seeds[r][i, -1, -1]) > 2 * float(by_seed["random, 8 and 64"][r][i, -1, -1]) for r in ROLES) for i in count),
+                tuple(
+                    all(float(seeds[r][i, -1, -1]) > 2 * float(randoms[r][i, -1, -1]) for r in ROLES)
+                    for i in count
+                ),
             ),
             Claim(
-                "the change amplifies what the weight holds but does not stress: ||U^T W V|| is above that of random directions, below that of W's",
-                tuple(all(a.of_random < a.of_change < a.of_weight for a in amplified[SMALL][seed]) for seed in run.seeds),
+                "the change amplifies what the weight holds but does not stress: ||U^T W V|| is above that of random "
+                "directions, below that of W's",
+                tuple(
+                    all(a.of_random < a.of_change < a.of_weight for a in amplified[SMALL][seed]) for seed in run.seeds
+                ),
             ),
             Claim(
                 "the amplification factor is larger at r = 8 than at r = 64, in the mean over layers",
-                tuple(mean(a.factor for a in amplified[SMALL][s]) > mean(a.factor for a in amplified[LARGE][s]) for s in run.seeds),
+                tuple(
+                    mean(a.factor for a in amplified[SMALL][seed]) > mean(a.factor for a in amplified[LARGE][seed])
+                    for seed in run.seeds
+                ),
             ),
         ],
         values={
             "phi": {name: {role: values.tolist() for role, values in found.items()} for name, found in by_seed.items()},
-            "amplification": {str(r): {str(seed): [asdict(a) for a in each] for seed, each in found.items()} for r, found in amplified.items()},
-            "accuracy": {str(r): {str(seed): t[1].accuracy for seed, t in found.items()} for r, found in ((SMALL, small), (LARGE, large))},
+            "amplification": {str(r): {str(seed): [asdict(a) for a in each] for seed, each in found.items()} for r,
+            found in amplified.items()},
+            "accuracy": {str(r): {str(seed): t[1].accuracy for seed, t in found.items()} for r, found in ((SMALL,
+            small), (LARGE, large))},
         },
-        settings={"model": "minilm", "task": "word order", "data": data.about, "steps": steps, "batch": 16, "alpha": "rank", "learning rate": RATE},
-        notes=[
-            "Right singular vectors of A, as published for GPT-3 175B, layer 48 of 96. A starts random and B at 0; what the runs "
-            "share they have learned. Of two random subspaces phi(i, j) is max(i, j) / in on average. Table 7 is published for r = 4 and r = 64."
+        settings={"model": "minilm", "task": "word order", "data": data.about, "steps": steps, "batch": 16,
+        "alpha": "rank", "learning rate": RATE}, notes=[
+            "Right singular vectors of A, as published for GPT-3 175B, layer 48 of 96. A starts random and B at 0; "
+            "what the runs "
+            "share they have learned. Of two random subspaces phi(i, j) is max(i, j) / in on average. Table 7 is "
+            "published for r = 4 and r = 64."
         ],
     )  # fmt: skip
 
@@ -124,20 +165,25 @@ def _trained(rank: int, train: Examples, test: Examples, steps: int, seed: int, 
     return attached_factors(model), reached
 
 
-def _amplified(base: dict[str, Tensor], trained: dict[int, tuple[Factors, Score]], rank: int) -> dict[int, list[Amplification]]:
+def _amplified(
+    base: dict[str, Tensor], trained: dict[int, tuple[Factors, Score]], rank: int
+) -> dict[int, list[Amplification]]:
     """Of the queries of every layer, by seed."""
     found: dict[int, list[Amplification]] = {}
     for seed, (factors, _) in trained.items():
         of_q = [(path, pair) for path, pair in factors.items() if path.endswith(".q")]
-        found[seed] = [amplification(base[f"{path}.weight"], B.double() @ A.double(), rank, seed=seed) for path, (A, B) in of_q]
+        found[seed] = [
+            amplification(base[f"{path}.weight"], B.double() @ A.double(), rank, seed=seed) for path, (A, B) in of_q
+        ]
     return found
 
 
 def _amplification_table(amplified: dict[int, dict[int, list[Amplification]]]) -> list[list[str]]:
     published = {
-        "||U^T W V||, directions of dW": ("of_change", "0.32", "about 1.90"), "directions of W": ("of_weight", "21.67", "about 37.71"),
-        "random directions": ("of_random", "0.02", "about 0.33"), "||W||": ("weight", "61.95", "61.95"), "||dW||": ("change", "6.91", "about 3.57"),
-        "factor": ("factor", "21.5", "about 1.9"),
+        "||U^T W V||, directions of dW": ("of_change", "0.32", "about 1.90"),
+        "directions of W": ("of_weight", "21.67", "about 37.71"),
+        "random directions": ("of_random", "0.02", "about 0.33"), "||W||": ("weight", "61.95", "61.95"),
+        "||dW||": ("change", "6.91", "about 3.57"), "factor": ("factor", "21.5", "about 1.9"),
     }  # fmt: skip
     ranks = list(amplified)
     table = [["mean over layers and seeds", *(f"r = {r}" for r in ranks), "published r = 4", "published r = 64"]]
@@ -151,32 +197,78 @@ def _of_file(path: Path) -> Findings:
     """Spectra and subspaces of somebody's trained factors, without the weights that they change."""
     factors = read_factors(path)
     names = list(factors)
-    table = [["matrix", "r", "||B A||", "largest value", "values in effect", "values for 90 %", "phi(1, 1) with the next", "published"]]
+    table = [
+        [
+            "matrix",
+            "r",
+            "||B A||",
+            "largest value",
+            "values in effect",
+            "values for 90 %",
+            "phi(1, 1) with the next",
+            "published",
+        ]
+    ]
     spectra, effective, nineties, next_one = {}, {}, {}, {}
     for i, name in enumerate(names):
         A, B = factors[name]
         values, right = factored(B, A)
         effective[name], nineties[name] = participation(torch.diag(values)), rank_for_variance(torch.diag(values))
         spectra[name] = values.tolist()
-        following = next((other for other in names[i + 1 :] if _role(other) == _role(name) and factors[other][0].shape[1] == A.shape[1]), None)
-        next_one[name] = None if following is None else float((right[0] @ factored(*factors[following][::-1])[1][0]).square())
+        following = next(
+            (
+                other
+                for other in names[i + 1 :]
+                if _role(other) == _role(name) and factors[other][0].shape[1] == A.shape[1]
+            ),
+            None,
+        )
+        next_one[name] = (
+            None if following is None else float((right[0] @ factored(*factors[following][::-1])[1][0]).square())
+        )
         said = "no number"
         shown = "" if next_one[name] is None else f"{next_one[name]:.3f}"
         table.append(
-            [_short(name), f"{len(A)}", f"{values.norm():.2f}", f"{values[0]:.2f}", f"{effective[name]:.2f}", f"{nineties[name]}", shown, said]
+            [
+                _short(name),
+                f"{len(A)}",
+                f"{values.norm():.2f}",
+                f"{values[0]:.2f}",
+                f"{effective[name]:.2f}",
+                f"{nineties[name]}",
+                shown,
+                said,
+            ]
         )
     figure, (left, right_axes) = panels(2, width=5.2)
     roles = list(dict.fromkeys(_role(name) for name in names))
     for number, role in enumerate(roles):
         own = [name for name in names if _role(name) == role]
         left.plot(
-            range(len(own)), [effective[name] for name in own], marker=MARKERS[number % len(MARKERS)], label=role, color=LINES[number % len(LINES)]
+            range(len(own)),
+            [effective[name] for name in own],
+            marker=MARKERS[number % len(MARKERS)],
+            label=role,
+            color=LINES[number % len(LINES)],
         )
-    left.set(xlabel="layer", ylabel="singular values in effect", title=f"of at most {max(len(factors[n][0]) for n in names)}", ylim=(0, None))
+    left.set(
+        xlabel="layer",
+        ylabel="singular values in effect",
+        title=f"of at most {max(len(factors[n][0]) for n in names)}",
+        ylim=(0, None),
+    )
     left.legend(frameon=False, fontsize=8)
     first = [name for name in names if _role(name) == roles[0]]
     share = [[v**2 / sum(x**2 for x in spectra[name]) for v in spectra[name]] for name in first]
-    heat(right_axes, share, [f"{i}" for i in range(len(first))], [f"{i}" for i in range(1, len(share[0]) + 1)], form="{:.2f}", vmin=0, vmax=1)
+    heat(
+        right_axes,
+        share,
+        [f"{i}" for i in range(len(first))],
+        [f"{i}" for i in range(1, len(share[0]) + 1)],
+        form="{:.2f}",
+        vmin=0,
+        vmax=1,
+    )
     right_axes.set(xlabel="singular value", ylabel="layer", title=f"{roles[0]}: share of ||B A||^2")
     half = len(first) // 2
     falls = tuple(
@@ -188,14 +280,17 @@ def _of_file(path: Path) -> Findings:
         tables={"trained factors": table},
         figure=figure,
         claims=[
-            Claim("in every role the upper half of the layers has fewer singular values in effect than the lower half", (all(falls),)),
+            Claim("in every role the upper half of the layers has fewer singular values in effect than the lower half",
+            (all(falls),)),
             Claim("half of the rank holds 90 % of ||B A||^2 in most of the matrices", (small > len(names) / 2,)),
         ],
-        values={"singular values": spectra, "in effect": effective, "for 90 %": nineties, "phi(1, 1) with the next": next_one},
-        settings={"file": path.name, "matrices": len(names)},
+        values={"singular values": spectra, "in effect": effective, "for 90 %": nineties,
+        "phi(1, 1) with the next": next_one}, settings={"file": path.name, "matrices": len(names)},
         notes=[
-            "Spectra of B A without its scale. Without the weights nothing can be said of amplification (table 7), and with one run nothing of "
-            "other ranks or seeds (figures 3 and 4); neighbouring layers of one role stand in: two random directions of 768 share 0.001."
+            "Spectra of B A without its scale. Without the weights nothing can be said of amplification (table 7), "
+            "and with one run nothing of "
+            "other ranks or seeds (figures 3 and 4); neighbouring layers of one role stand in: two random directions "
+            "of 768 share 0.001."
         ],
     )  # fmt: skip
 

@@ -23,12 +23,19 @@ PUBLISHED = {  # Frankle & Carbin 2019, section 2 and figures 3 and 4
 }
 
 
-@experiment("lottery", deck=3, source="Frankle & Carbin 2019, The lottery ticket hypothesis, arXiv:1803.03635, figures 3 and 4", data=DATA)
+@experiment(
+    "lottery",
+    deck=3,
+    source="Frankle & Carbin 2019, The lottery ticket hypothesis, arXiv:1803.03635, figures 3 and 4",
+    data=DATA,
+)
 def lottery(run: Run) -> Findings:
     """Does a sparse network learn as well as the whole one from where it started, and worse from a new start?"""
     data = images(run)
     on_mnist = len(data.train) > 5000
-    rounds, steps, every, batch = (20, 200, 10, 60) if run.quick else (20, 20000 if on_mnist else 2000, 100 if on_mnist else 20, 60)
+    rounds, steps, every, batch = (
+        (20, 200, 10, 60) if run.quick else (20, 20000 if on_mnist else 2000, 100 if on_mnist else 20, 60)
+    )
     if run.quick and on_mnist:
         steps, every = 600, 30
     height, width = data.size
@@ -41,20 +48,35 @@ def lottery(run: Run) -> Findings:
         found = iterative(LeNet(height * width, seed=seed), data.train, data.test, rounds=rounds, **options)
         tickets[str(seed)] = found
         anew[str(seed)] = {
-            level: masked(LeNet(height * width, seed=seed + ANEW), found[level].masks, data.train, data.test, **options) for level in levels
+            level: masked(LeNet(height * width, seed=seed + ANEW), found[level].masks, data.train, data.test, **options)
+            for level in levels
         }
         places[str(seed)] = {
-            level: masked(LeNet(height * width, seed=seed), reshuffled(found[level].masks, seed), data.train, data.test, **options)
+            level: masked(
+                LeNet(height * width, seed=seed), reshuffled(found[level].masks, seed), data.train, data.test, **options
+            )
             for level in levels
         }
         run.say(
-            f"seed {seed}: whole {100 * found[0].last:.1f}, 21 % left {100 * found[FAST].last:.1f}, drawn anew {100 * anew[str(seed)][FAST].last:.1f}"
+            f"seed {seed}: whole {100 * found[0].last:.1f}, 21 % left {100 * found[FAST].last:.1f}, drawn anew "
+            f"{100 * anew[str(seed)][FAST].last:.1f}"
         )
     seeds = [str(seed) for seed in run.seeds]
     left = [tickets[seeds[0]][level].left for level in range(rounds + 1)]
-    goal = {s: 0.95 * tickets[s][0].last for s in seeds}  # an accuracy on the way, of which it is counted when it is reached
+    # an accuracy on the way, of which it is counted when it is reached
+    goal = {s: 0.95 * tickets[s][0].last for s in seeds}
 
-    table = [["weights left", "ticket", "drawn anew", "same start, other places", "steps to 95 % of the whole: ticket", "drawn anew", "published"]]
+    table = [
+        [
+            "weights left",
+            "ticket",
+            "drawn anew",
+            "same start, other places",
+            "steps to 95 % of the whole: ticket",
+            "drawn anew",
+            "published",
+        ]
+    ]
     for level in (0, *levels):
         cells = [f"{100 * left[level]:.1f} %", percent([tickets[s][level].last for s in seeds])]
         cells += ["", ""] if not level else [percent([by[s][level].last for s in seeds]) for by in (anew, places)]
@@ -64,9 +86,17 @@ def lottery(run: Run) -> Findings:
 
     figure, (first, second) = panels(2)
     shares = [100 * left[level] for level in levels]
-    band(first, [100 * x for x in left], [[100 * learned.last for learned in tickets[s]] for s in seeds], "ticket: rewound to its start", 0)
+    band(
+        first,
+        [100 * x for x in left],
+        [[100 * learned.last for learned in tickets[s]] for s in seeds],
+        "ticket: rewound to its start",
+        0,
+    )
     band(first, shares, [[100 * anew[s][level].last for level in levels] for s in seeds], "same mask, drawn anew", 1)
-    band(first, shares, [[100 * places[s][level].last for level in levels] for s in seeds], "same start, other places", 2)
+    band(
+        first, shares, [[100 * places[s][level].last for level in levels] for s in seeds], "same start, other places", 2
+    )
     ticks = [100, 50, 20, 10, 5, 2]
     first.set(xscale="log", xlabel="weights left, %", ylabel="accuracy, %", title="at the end of training")
     first.invert_xaxis()
@@ -76,7 +106,10 @@ def lottery(run: Run) -> Findings:
     at = [every * (i + 1) for i in range(steps // every)]
     band(second, at, [[100 * x for x in tickets[s][0].accuracies] for s in seeds], "whole network", 6)
     for number, (name, runs) in enumerate(
-        ((f"ticket, {100 * left[FAST]:.0f} % left", [tickets[s][FAST] for s in seeds]), ("the same, drawn anew", [anew[s][FAST] for s in seeds]))
+        (
+            (f"ticket, {100 * left[FAST]:.0f} % left", [tickets[s][FAST] for s in seeds]),
+            ("the same, drawn anew", [anew[s][FAST] for s in seeds]),
+        )
     ):
         band(second, at, [[100 * x for x in learned.accuracies] for learned in runs], name, number)
     second.set(xlabel="step", ylabel="accuracy, %", title="on the way", ylim=(50, 100))
@@ -125,9 +158,12 @@ def lottery(run: Run) -> Findings:
             "learning rate": "1.2e-3, falling to 0",
         },
         notes=[
-            "Published: MNIST, 50,000 steps, a constant learning rate, biases; accuracy where the loss on held-out images is least. Here a fifth of "
-            "what is left goes in each round, a tenth in the last matrix, and accuracy is that of the last step on test images. A seed draws "
-            "weights and batches. Drawn anew: the ticket's mask on other initial weights; other places: the ticket's initial weights, as many kept "
+            "Published: MNIST, 50,000 steps, a constant learning rate, biases; accuracy where the loss on held-out "
+            "images is least. Here a fifth of "
+            "what is left goes in each round, a tenth in the last matrix, and accuracy is that of the last step on "
+            "test images. A seed draws "
+            "weights and batches. Drawn anew: the ticket's mask on other initial weights; other places: the ticket's "
+            "initial weights, as many kept "
             "at random."
         ],
     )

@@ -10,13 +10,16 @@ from effzoo.lab.draw import band, panels
 from effzoo.lab.experiment import Claim, Findings, Run, experiment
 from effzoo.lab.texts import DATA, minilm, texts
 
-HEAD_RATE, SLOW = 5e-3, 1e-3  # of the new head: so that few steps suffice for it, and its usual one, for comparison at the smallest count
+# of the new head: so that few steps suffice for it, and its usual one, for comparison at the smallest count
+HEAD_RATE, SLOW = 5e-3, 1e-3
 COUNTS = (16, 64, 256)
 PUBLISHED = {16: "prefix better by about 2.9 BLEU (mean over 50 to 500)", 64: "", 256: "the gap narrows with more"}
 METHODS = {"prefix": "prefix[length=8]", "full": "full"}
 
 
-@experiment("low_data", deck=1, source="Li & Liang 2021, Prefix-tuning, arXiv:2101.00190, section 6.3 and figure 3", data=DATA)
+@experiment(
+    "low_data", deck=1, source="Li & Liang 2021, Prefix-tuning, arXiv:2101.00190, section 6.3 and figure 3", data=DATA
+)
 def low_data(run: Run) -> Findings:
     """With few training examples, is a prefix better than full fine-tuning?"""
     length, steps, batch = run.choose(32, 64), run.choose(24, 200), 8
@@ -28,20 +31,43 @@ def low_data(run: Run) -> Findings:
         model = minilm(len(data.names), seed=seed)
         order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
         for name, spec in METHODS.items():
-            for count, rate, into in [(count, HEAD_RATE, accuracy[name][count]) for count in COUNTS] + [(COUNTS[0], SLOW, slow[name])]:
+            for count, rate, into in [(count, HEAD_RATE, accuracy[name][count]) for count in COUNTS] + [
+                (COUNTS[0], SLOW, slow[name])
+            ]:
                 torch.manual_seed(seed)
-                tune(model, spec, data.train.at(order[:count]), name="task", steps=steps, batch=batch, seed=seed, head_rate=rate)
+                tune(
+                    model,
+                    spec,
+                    data.train.at(order[:count]),
+                    name="task",
+                    steps=steps,
+                    batch=batch,
+                    seed=seed,
+                    head_rate=rate,
+                )
                 trained[name] = 100 * body_parameters(model) / peft.account(model).total
                 into.append(100 * fast_accuracy(model, data.test))
                 peft.detach(model, "task")
         run.say(
-            f"seed {seed}: " + "; ".join(f"{name} {' '.join(f'{each[-1]:.1f}' for each in found.values())} %" for name, found in accuracy.items())
+            f"seed {seed}: "
+            + "; ".join(
+                f"{name} {' '.join(f'{each[-1]:.1f}' for each in found.values())} %" for name, found in accuracy.items()
+            )
         )
 
-    gain = {count: [a - b for a, b in zip(accuracy["prefix"][count], accuracy["full"][count], strict=True)] for count in COUNTS}
+    gain = {
+        count: [a - b for a, b in zip(accuracy["prefix"][count], accuracy["full"][count], strict=True)]
+        for count in COUNTS
+    }
     figure, (left, right) = panels(2)
     for number, (name, found) in enumerate(accuracy.items()):
-        band(left, COUNTS, [list(each) for each in zip(*found.values(), strict=True)], f"{name} ({trained[name]:.1f} % trained)", number)
+        band(
+            left,
+            COUNTS,
+            [list(each) for each in zip(*found.values(), strict=True)],
+            f"{name} ({trained[name]:.1f} % trained)",
+            number,
+        )
     band(right, COUNTS, [list(each) for each in zip(*gain.values(), strict=True)], "prefix - full", 2)
     right.axhline(0, color="#888888", linewidth=0.8)
     for axes in (left, right):
@@ -64,20 +90,25 @@ def low_data(run: Run) -> Findings:
         tables={"Accuracy by the number of training texts": table},
         figure=figure,
         claims=[
-            Claim(f"with {few} texts the prefix is better than full fine-tuning", tuple(each > 0 for each in gain[few])),
+            Claim(f"with {few} texts the prefix is better than full fine-tuning",
+            tuple(each > 0 for each in gain[few])),
             Claim(f"so it is with the head at its usual learning rate, {SLOW:g}", tuple(each > 0 for each in apart)),
-            Claim(f"the prefix is better in the mean over {few} to {many} texts", tuple(sum(each) > 0 for each in zip(*gain.values(), strict=True))),
-            Claim(f"its gain is smaller with {many} texts than with {few}", tuple(b < a for a, b in zip(gain[few], gain[many], strict=True))),
+            Claim(f"the prefix is better in the mean over {few} to {many} texts",
+            tuple(sum(each) > 0 for each in zip(*gain.values(), strict=True))),
+            Claim(f"its gain is smaller with {many} texts than with {few}", tuple(b < a for a, b in zip(gain[few],
+            gain[many], strict=True))),
         ],
         values={
-            "accuracy": {name: {f"{count}": each for count, each in found.items()} for name, found in accuracy.items()}, "trained percent": trained,
-            "accuracy with a slow head": slow,
+            "accuracy": {name: {f"{count}": each for count, each in found.items()} for name, found in accuracy.items()},
+            "trained percent": trained, "accuracy with a slow head": slow,
         },
         settings={"model": "minilm", "tokens": length, "test texts": len(data.test), "steps": steps, "batch": batch,
                   "learning rate of the head": HEAD_RATE},
         notes=[
-            "As many steps for each number of texts, at each method's own learning rate (full: 5e-5). The last row has the head, which is new in "
-            "both, at its usual rate. A seed draws the texts and the head. Published: GPT-2 medium and BART, table-to-text and summarisation; the "
+            "As many steps for each number of texts, at each method's own learning rate (full: 5e-5). The last row "
+            "has the head, which is new in "
+            "both, at its usual rate. A seed draws the texts and the head. Published: GPT-2 medium and BART, "
+            "table-to-text and summarisation; the "
             "mean gain is quoted from memory."
         ],
     )  # fmt: skip

@@ -1,4 +1,5 @@
-"""The attention patterns of the lectures, drawn from what the library computes: blockwise permutations, Longformer, and Reformer in four steps."""
+"""The attention patterns of the lectures, drawn from what the library computes: blockwise permutations, Longformer, and
+Reformer in four steps."""
 
 from __future__ import annotations
 
@@ -40,16 +41,26 @@ STATES = {  # colour and label
 }
 
 
-@experiment("patterns", deck=4, source="Qiu et al. 2020, arXiv:1911.02972; Beltagy et al. 2020, figure 2; Kitaev et al. 2020, figure 2")
+@experiment(
+    "patterns",
+    deck=4,
+    source="Qiu et al. 2020, arXiv:1911.02972; Beltagy et al. 2020, figure 2; Kitaev et al. 2020, figure 2",
+)
 def patterns(run: Run) -> Findings:
     """Which query attends which key, in blockwise attention, Longformer and the four steps of Reformer?"""
     large = run.choose(960, 3840)
     counts = {n: _masked(n) for n in (SMALL, large)}
     exact = all(wanted == found for each in counts.values() for _, wanted, found, _ in each)
     hashed = {str(seed): _hashed(large, seed) for seed in run.seeds}
-    run.say(", ".join(f"{r} rounds: {100 * hashed[str(run.seeds[0])]['mass'][str(r)]:.0f} % of attention" for r in ROUNDS))
+    run.say(
+        ", ".join(f"{r} rounds: {100 * hashed[str(run.seeds[0])]['mass'][str(r)]:.0f} % of attention" for r in ROUNDS)
+    )
 
-    head = ["pattern", *(f"{what}, n = {n}, % of pairs" for n in counts for what in ("predicted", "counted")), "published cost"]
+    head = [
+        "pattern",
+        *(f"{what}, n = {n}, % of pairs" for n in counts for what in ("predicted", "counted")),
+        "published cost",
+    ]
     table: Table = [head]
     for rows in zip(*counts.values(), strict=True):
         cells = [f"{100 * pairs / n**2:.2f}" for n, (_, *both, _) in zip(counts, rows, strict=True) for pairs in both]
@@ -60,10 +71,16 @@ def patterns(run: Run) -> Findings:
     table.append(["lsh: same bucket, random directions", "", "", expected, f"{100 * apart:.2f}", "no number"])
     rounds: Table = [["rounds", "pairs seen, %", "of full attention, %", "of which in the same bucket, %", "published"]]
     for r in ROUNDS:
-        means = [100 * sum(found[what][str(r)] for found in hashed.values()) / len(hashed) for what in ("pairs", "mass", "mass in bucket")]
+        means = [
+            100 * sum(found[what][str(r)] for found in hashed.values()) / len(hashed)
+            for what in ("pairs", "mass", "mass in bucket")
+        ]
         rounds.append([f"{r}", *(f"{mean:.1f}" for mean in means), "no number"])
 
-    rising = tuple(all(found["mass"][str(a)] < found["mass"][str(b)] for a, b in itertools.pairwise(ROUNDS)) for found in hashed.values())
+    rising = tuple(
+        all(found["mass"][str(a)] < found["mass"][str(b)] for a, b in itertools.pairwise(ROUNDS))
+        for found in hashed.values()
+    )
     return Findings(
         tables={"Attended pairs": table, f"What rounds of hashing catch, n = {large}": rounds},
         figure=_figure(run.seeds[0]),
@@ -85,11 +102,14 @@ def patterns(run: Run) -> Findings:
             "chunk": [_chunk(SMALL), _chunk(large)], "buckets": [2 * SMALL // _chunk(SMALL), buckets],
         },
         notes=[
-            "Everything is counted from what the library computes: declared patterns, equal to the forward pass by the tests, and for LSH the output "
+            "Everything is counted from what the library computes: declared patterns, equal to the forward pass by "
+            "the tests, and for LSH the output "
             "of the forward pass where the values are the identity.",
-            "Reformer's a: queries and keys of their own. b: both sorted by bucket. c: keys are the queries. d: what the core attends, sorted: "
+            "Reformer's a: queries and keys of their own. b: both sorted by bucket. c: keys are the queries. d: what "
+            "the core attends, sorted: "
             "chunks with themselves and the chunk before; no token attends itself there.",
-            "Vectors for hashing lie around random directions. `lsh` attends other buckets within its chunks, as Trax and HF do and the figure of "
+            "Vectors for hashing lie around random directions. `lsh` attends other buckets within its chunks, as "
+            "Trax and HF do and the figure of "
             "the paper does not; lsh[within_buckets=true] leaves them out. A seed draws vectors and rotations.",
         ],
     )  # fmt: skip
@@ -111,7 +131,12 @@ def _masked(n: int) -> list[tuple[str, int, int, str]]:
         (f"window {WINDOW}", window_pairs(n, WINDOW), pattern(window, n), "n w"),
         (f"window {WINDOW}, dilation {DILATION}", window_pairs(n, WINDOW, DILATION), pattern(dilated, n), "n w"),
         (f"window {WINDOW}, {GLOBALS} global tokens", global_pairs(n, WINDOW, GLOBALS), with_globals, "n w"),
-        ("lsh, 1 round", chunk_pairs(n, _chunk(n)), attention_matrix(_lsh(n), clusters(n, DIM, 6)).gt(0)[0, 0], "n log n"),
+        (
+            "lsh, 1 round",
+            chunk_pairs(n, _chunk(n)),
+            attention_matrix(_lsh(n), clusters(n, DIM, 6)).gt(0)[0, 0],
+            "n log n",
+        ),
     ]
     return [(name, wanted, int((found > 0).sum()), cost) for name, wanted, found, cost in kinds]
 
@@ -140,7 +165,9 @@ def _hashed(n: int, seed: int) -> dict[str, Any]:
     other = ~torch.eye(n, dtype=torch.bool)
     draw = torch.Generator().manual_seed(seed)
     q, k = (torch.randn(1, 1, n, DIM, generator=draw) for _ in range(2))
-    found: dict[str, Any] = {"same bucket, random directions": float(same_bucket(q, k, core.rotations, core.factors).float().mean())}
+    found: dict[str, Any] = {
+        "same bucket, random directions": float(same_bucket(q, k, core.rotations, core.factors).float().mean())
+    }
     found |= {"pairs": {}, "mass": {}, "mass in bucket": {}, "core is the steps": True}
     for rounds in ROUNDS:
         core.rounds = rounds

@@ -1,4 +1,5 @@
-"""Prefix tuning: how long, from what start, with or without the network, and how much of its attention each head gives to the prefix."""
+"""Prefix tuning: how long, from what start, with or without the network, and how much of its attention each head gives
+to the prefix."""
 
 from __future__ import annotations
 
@@ -16,12 +17,17 @@ LENGTHS = (1, 8, 32)
 MIDDLE = 8  # the length at which starts and forms are compared
 START, FORM = f"prefix[length={MIDDLE}, init=normal]", f"prefix[length={MIDDLE}, form=mlp]"
 PUBLISHED = {
-    1: "short: worse (figure 4)", 8: "rises up to a threshold (10 to 200)", 32: "no number", START: "random: worse, varies more (figure 5)",
-    FORM: "better, more stable than direct",
+    1: "short: worse (figure 4)", 8: "rises up to a threshold (10 to 200)", 32: "no number",
+    START: "random: worse, varies more (figure 5)", FORM: "better, more stable than direct",
 }  # fmt: skip
 
 
-@experiment("prefix", deck=1, source="Li & Liang 2021, arXiv:2101.00190, sections 4.3 and 7; He et al. 2022, arXiv:2110.04366, equation 5", data=DATA)
+@experiment(
+    "prefix",
+    deck=1,
+    source="Li & Liang 2021, arXiv:2101.00190, sections 4.3 and 7; He et al. 2022, arXiv:2110.04366, equation 5",
+    data=DATA,
+)
 def prefix(run: Run) -> Findings:
     """What do a prefix's length, start and reparametrisation change, and what share of attention does it take?"""
     length, steps, batch, looked = run.choose(32, 64), run.choose(30, 300), 16, run.choose(64, 256)
@@ -43,7 +49,8 @@ def prefix(run: Run) -> Findings:
             accuracy[key].append(100 * fast_accuracy(model, data.test))
             inputs = {name: x[:looked] for name, x in data.test.inputs.items()}
             by_layer = torch.stack(prefix_gates(model, **inputs))  # [layers, texts, heads, tokens]
-            tokens = by_layer.transpose(2, 3)[:, inputs["attention_mask"].bool()]  # [layers, tokens of all texts, heads]
+            # [layers, tokens of all texts, heads]
+            tokens = by_layer.transpose(2, 3)[:, inputs["attention_mask"].bool()]
             gates[key].append(tokens.mean(dim=1))
             spread[key].append(float(tokens.std(dim=1).mean()))
             peft.detach(model, "task")
@@ -57,18 +64,28 @@ def prefix(run: Run) -> Findings:
             place = MIDDLE * (0.86, 1.16)[number - 1]  # side by side
             low, mean, high = min(found[key]), sum(found[key]) / len(found[key]), max(found[key])
             axes.errorbar(
-                [place], [mean], [[mean - low], [high - mean]], label=name, color=LINES[number], marker=MARKERS[number], markersize=6, capsize=3,
-                linestyle="",
+                [place], [mean], [[mean - low], [high - mean]], label=name, color=LINES[number], marker=MARKERS[number],
+                markersize=6, capsize=3, linestyle="",
             )  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_xticks(LENGTHS, [f"{size}" for size in LENGTHS])
         axes.set_xlabel("length of the prefix")
     left.set(ylabel="accuracy, %", title="mean and range over seeds")
     left.legend(frameon=False, fontsize=8)
-    middle.set(ylabel=r"$\lambda(x)$, mean over tokens and heads", title="attention that falls on the prefix", ylim=(0, None))
+    middle.set(
+        ylabel=r"$\lambda(x)$, mean over tokens and heads", title="attention that falls on the prefix", ylim=(0, None)
+    )
     by_head = torch.stack(gates[MIDDLE]).mean(dim=0)
     layers, heads = by_head.shape
-    heat(right, by_head.tolist(), [f"{i}" for i in range(layers)], [f"{i}" for i in range(heads)], form="{:.2f}", vmin=0, vmax=1)
+    heat(
+        right,
+        by_head.tolist(),
+        [f"{i}" for i in range(layers)],
+        [f"{i}" for i in range(heads)],
+        form="{:.2f}",
+        vmin=0,
+        vmax=1,
+    )
     for text in right.texts:
         text.set_fontsize(6.5)
     right.set(xlabel="head", ylabel="layer", title=rf"$\lambda$ by head, length {MIDDLE}")
@@ -77,7 +94,8 @@ def prefix(run: Run) -> Findings:
     for key, spec in specs.items():
         each = accuracy[key]
         table.append(
-            [f"`{spec}`", f"{trained[key]:.2f} %", f"{sum(each) / len(each):.1f} %", f"{min(each):.1f} to {max(each):.1f}",
+            [f"`{spec}`", f"{trained[key]:.2f} %", f"{sum(each) / len(each):.1f} %",
+            f"{min(each):.1f} to {max(each):.1f}",
              f"{sum(share[key]) / len(each):.3f}", f"{sum(spread[key]) / len(each):.3f}", PUBLISHED[key]]
         )  # fmt: skip
     return Findings(
@@ -85,24 +103,34 @@ def prefix(run: Run) -> Findings:
         figure=figure,
         claims=[
             Claim(f"a prefix of {MIDDLE} is better than one of 1", _greater(accuracy[MIDDLE], accuracy[1])),
-            Claim("keys and values of real tokens are a better start than a normal distribution", _greater(accuracy[MIDDLE], accuracy[START])),
-            Claim("the MLP reparametrisation is better than training keys and values themselves", _greater(accuracy[FORM], accuracy[MIDDLE])),
+            Claim("keys and values of real tokens are a better start than a normal distribution",
+            _greater(accuracy[MIDDLE], accuracy[START])),
+            Claim("the MLP reparametrisation is better than training keys and values themselves",
+            _greater(accuracy[FORM], accuracy[MIDDLE])),
             Claim("the longer the prefix, the larger its share of attention",
                   tuple(a < b < c for a, b, c in zip(*(share[size] for size in LENGTHS), strict=True))),
-            Claim("the gate depends on the token (its standard deviation over tokens is above 0.01)", tuple(each > 0.01 for each in spread[MIDDLE])),
+            Claim("the gate depends on the token (its standard deviation over tokens is above 0.01)",
+            tuple(each > 0.01 for each in spread[MIDDLE])),
         ],
         values={
-            "accuracy": {specs[key]: each for key, each in accuracy.items()}, "trained percent": {specs[key]: each for key, each in trained.items()},
-            "gate": {specs[key]: {str(seed): each.tolist() for seed, each in zip(run.seeds, found, strict=True)} for key, found in gates.items()},
+            "accuracy": {specs[key]: each for key, each in accuracy.items()},
+            "trained percent": {specs[key]: each for key, each in trained.items()},
+            "gate": {specs[key]: {str(seed): each.tolist() for seed, each in zip(run.seeds, found,
+            strict=True)} for key, found in gates.items()},
             "gate spread": {specs[key]: each for key, each in spread.items()},
         },
-        settings={"model": "minilm", "tokens": length, "texts": len(data.train), "test texts": len(data.test), "texts for the gate": looked,
+        settings={"model": "minilm", "tokens": length, "texts": len(data.train), "test texts": len(data.test),
+        "texts for the gate": looked,
                   "steps": steps, "batch": batch},
         notes=[
-            "Published: GPT-2 and BART on table-to-text and summarisation, in figures and sentences without a number for a length of ours. The "
-            "trained share of the MLP is that during training; afterwards keys and values alone are stored. The method offers no start from the "
-            "vocabulary: activations are what the layer makes of real tokens, as the paper's real words are. Prefix and head learn at "
-            "their own rates; the faster a new head learns, the less it leaves to the prefix on topics that the base tells apart already."
+            "Published: GPT-2 and BART on table-to-text and summarisation, in figures and sentences without a number "
+            "for a length of ours. The "
+            "trained share of the MLP is that during training; afterwards keys and values alone are stored. The "
+            "method offers no start from the "
+            "vocabulary: activations are what the layer makes of real tokens, as the paper's real words are. Prefix "
+            "and head learn at "
+            "their own rates; the faster a new head learns, the less it leaves to the prefix on topics that the base "
+            "tells apart already."
         ],
     )  # fmt: skip
 

@@ -24,7 +24,9 @@ LOW = 0.15  # the share below which the paper sees movement ahead
 Scores = dict[str, dict[float, dict[str, float]]]  # method, share that is kept, seed
 
 
-@experiment("pruning", deck=3, source="Sanh, Wolf & Rush 2020, Movement pruning, arXiv:2005.07683, figures 2 and 3", data=DATA)
+@experiment(
+    "pruning", deck=3, source="Sanh, Wolf & Rush 2020, Movement pruning, arXiv:2005.07683, figures 2 and 3", data=DATA
+)
 def pruning(run: Run) -> Findings:
     """Which weights should a fine-tuned network keep: the large ones, or those that training moves away from zero?"""
     length, steps, tests = run.choose((24, 24, 200), (128, 1500, 1000))
@@ -41,12 +43,33 @@ def pruning(run: Run) -> Findings:
     for seed in run.seeds:
         key = str(seed)
         model, network = minilm(len(data.names), seed=seed), LeNet(height * width, seed=seed)
-        tune(model, "full[targets=(attn.*,mlp.*)]", data.train, name="tried", steps=steps, seed=seed, rate=RATE, head_rate=HEAD_RATE)
+        tune(
+            model,
+            "full[targets=(attn.*,mlp.*)]",
+            data.train,
+            name="tried",
+            steps=steps,
+            seed=seed,
+            rate=RATE,
+            head_rate=HEAD_RATE,
+        )
         dense["minilm"][key] = fast_accuracy(model, data.test)
         peft.detach(model, "tried")
-        fit(network, before[0].stream(60, seed), small_steps, learning_rate=SMALL_RATE, weight_decay=0.0, bfloat16=False)
+        fit(
+            network, before[0].stream(60, seed), small_steps, learning_rate=SMALL_RATE, weight_decay=0.0, bfloat16=False
+        )
         dense["before"][key] = accuracy(network, after[1], 1024)
-        tune(network, "full[targets=fc.*]", after[0], name="tried", steps=small_steps, batch=60, seed=seed, rate=SMALL_RATE, bfloat16=False)
+        tune(
+            network,
+            "full[targets=fc.*]",
+            after[0],
+            name="tried",
+            steps=small_steps,
+            batch=60,
+            seed=seed,
+            rate=SMALL_RATE,
+            bfloat16=False,
+        )
         dense["digits"][key] = accuracy(network, after[1], 1024)
         peft.detach(network, "tried")
         for method in METHODS:
@@ -57,13 +80,29 @@ def pruning(run: Run) -> Findings:
                 peft.detach(model, "tried")
             for keep in small_keeps:
                 spec = f"{method}[keep={keep},targets=fc.*]"
-                tune(network, spec, after[0], name="tried", steps=small_steps, batch=60, seed=seed, rate=SMALL_RATE, bfloat16=False)
+                tune(
+                    network,
+                    spec,
+                    after[0],
+                    name="tried",
+                    steps=small_steps,
+                    batch=60,
+                    seed=seed,
+                    rate=SMALL_RATE,
+                    bfloat16=False,
+                )
                 small[method][keep][key] = accuracy(network, after[1], 1024)
                 if keep == small_keeps[2]:
                     by_size[method][key] = kept_by_size(*pruned_weights(network), PARTS)
                 peft.detach(network, "tried")
-        run.say(f"seed {seed}: " + ", ".join(f"{m} {100 * keep:.0f} % {100 * by[key]:.1f}" for m in METHODS for keep, by in big[m].items()))
-        run.say("        digits: " + ", ".join(f"{m} {100 * keep:.0f} % {100 * by[key]:.1f}" for m in METHODS for keep, by in small[m].items()))
+        run.say(
+            f"seed {seed}: "
+            + ", ".join(f"{m} {100 * keep:.0f} % {100 * by[key]:.1f}" for m in METHODS for keep, by in big[m].items())
+        )
+        run.say(
+            "        digits: "
+            + ", ".join(f"{m} {100 * keep:.0f} % {100 * by[key]:.1f}" for m in METHODS for keep, by in small[m].items())
+        )
     seeds = [str(seed) for seed in run.seeds]
 
     figure, (first, second, third) = panels(3, width=4.2)
@@ -73,8 +112,20 @@ def pruning(run: Run) -> Findings:
     ):
         for number, method in enumerate(METHODS):
             x = list(scores[method])
-            band(axes, [100 * keep for keep in x], [[100 * scores[method][keep][s] for keep in x] for s in seeds], method, number)
-        axes.axhline(100 * sum(whole.values()) / len(whole), color="#888888", linewidth=0.9, linestyle=":", label="nothing pruned")
+            band(
+                axes,
+                [100 * keep for keep in x],
+                [[100 * scores[method][keep][s] for keep in x] for s in seeds],
+                method,
+                number,
+            )
+        axes.axhline(
+            100 * sum(whole.values()) / len(whole),
+            color="#888888",
+            linewidth=0.9,
+            linestyle=":",
+            label="nothing pruned",
+        )
         axes.set(xscale="log", xlabel="weights kept, %", title=title)
         ticks = [100 * keep for keep in scores[METHODS[0]]]
         axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
@@ -83,17 +134,26 @@ def pruning(run: Run) -> Findings:
         axes.legend(frameon=False, fontsize=8, loc="lower left")
     first.set_ylabel("accuracy, %")
     for number, method in enumerate(METHODS):
-        band(third, [100 * (i + 0.5) / PARTS for i in range(PARTS)], [[100 * x for x in by_size[method][s]] for s in seeds], method, number)
+        band(
+            third,
+            [100 * (i + 0.5) / PARTS for i in range(PARTS)],
+            [[100 * x for x in by_size[method][s]] for s in seeds],
+            method,
+            number,
+        )
     third.axhline(100 * small_keeps[2], color="#888888", linewidth=0.9, linestyle=":", label="the same of every size")
     third.set(
-        xlabel="rank of |w| before fine-tuning, % (100: largest)", ylabel="of these kept, %", title=f"which {100 * small_keeps[2]:.0f} % are kept"
+        xlabel="rank of |w| before fine-tuning, % (100: largest)",
+        ylabel="of these kept, %",
+        title=f"which {100 * small_keeps[2]:.0f} % are kept",
     )
     third.legend(frameon=False, fontsize=8, loc="upper left")
 
     mean = {s: {method: sum(small[method][keep][s] for keep in small_keeps[2:]) for method in METHODS} for s in seeds}
     claims = [
         Claim(
-            "MiniLM: with half of the weights kept, magnitude is better", judged(seeds, lambda s: big["magnitude"][0.5][s] > big["movement"][0.5][s])
+            "MiniLM: with half of the weights kept, magnitude is better",
+            judged(seeds, lambda s: big["magnitude"][0.5][s] > big["movement"][0.5][s]),
         ),
         Claim(
             "small network: with half kept, magnitude is at least as good",
@@ -125,7 +185,12 @@ def pruning(run: Run) -> Findings:
         tables={"MiniLM": _table(big, dense["minilm"], seeds), "small network": _table(small, dense["digits"], seeds)},
         figure=figure,
         claims=claims,
-        values={"minilm": _plain(big), "digits": _plain(small), "nothing pruned": dense, "kept by size, tenths from the smallest": by_size},
+        values={
+            "minilm": _plain(big),
+            "digits": _plain(small),
+            "nothing pruned": dense,
+            "kept by size, tenths from the smallest": by_size,
+        },
         settings={
             "model": "minilm",
             "pruned layers": f"{-min(layers)} last",
@@ -137,9 +202,12 @@ def pruning(run: Run) -> Findings:
             "its steps": small_steps,
         },
         notes=[
-            "Published: BERT base on SQuAD, MNLI and QQP, every layer pruned over 6 to 12 epochs; movement is better from about 15 % downwards. In "
-            "some dozens of steps scores have seen little, so on MiniLM the few steps decide, not the method; the small network is trained as long "
-            "as it was before. Shares are of the pruned matrices; where all is kept, all layers are trained. A seed draws head or weights, and the "
+            "Published: BERT base on SQuAD, MNLI and QQP, every layer pruned over 6 to 12 epochs; movement is better "
+            "from about 15 % downwards. In "
+            "some dozens of steps scores have seen little, so on MiniLM the few steps decide, not the method; the "
+            "small network is trained as long "
+            "as it was before. Shares are of the pruned matrices; where all is kept, all layers are trained. A seed "
+            "draws head or weights, and the "
             "order of the examples."
         ],
     )
@@ -149,7 +217,13 @@ def _table(scores: Scores, dense: dict[str, float], seeds: Sequence[str]) -> lis
     table = [["kept", *METHODS, "published"], ["all", *[percent([dense[s] for s in seeds])] * 2, ""]]
     for keep in scores[METHODS[0]]:
         expected = "magnitude better" if keep > LOW else "movement better (about)"
-        table.append([f"{100 * keep:.0f} %", *(percent([scores[method][keep][s] for s in seeds]) for method in METHODS), expected])
+        table.append(
+            [
+                f"{100 * keep:.0f} %",
+                *(percent([scores[method][keep][s] for s in seeds]) for method in METHODS),
+                expected,
+            ]
+        )
     return table
 
 

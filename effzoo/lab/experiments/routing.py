@@ -37,11 +37,17 @@ LEVELS = {  # adapters as experts
     "by task, skills": "router='skills[tasks=8]'",
     "by task, fixed": "router=fixed",
 }
-COLLAPSING = {"switch": ("switch, no loss", "switch, balance 0.1"), "top 2": ("top 2, no loss", "top 2, importance and load")}
+COLLAPSING = {
+    "switch": ("switch, no loss", "switch, balance 0.1"),
+    "top 2": ("top 2, no loss", "top 2, importance and load"),
+}
 
 
 @experiment(
-    "routing", deck=3, source="Shazeer et al. 2017, arXiv:1701.06538, section 4; Fedus et al. 2021, arXiv:2101.03961, section 2.2; Ponti et al. 2022"
+    "routing",
+    deck=3,
+    source="Shazeer et al. 2017, arXiv:1701.06538, section 4; Fedus et al. 2021, "
+    "arXiv:2101.03961, section 2.2; Ponti et al. 2022",
 )
 def routing(run: Run) -> Findings:
     """Does a router collapse without a balancing loss, and should it choose for a token, an example or a task?"""
@@ -63,7 +69,11 @@ def routing(run: Run) -> Findings:
             torch.manual_seed(seed)
             model = _model(depth, mlp=64)
             model.load_state_dict(base.state_dict())
-            whole = spec if spec.startswith("pfeiffer") else f"routed[of='pfeiffer[bottleneck=8]', experts={DOMAINS}, {spec}]"
+            whole = (
+                spec
+                if spec.startswith("pfeiffer")
+                else (f"routed[of='pfeiffer[bottleneck=8]', experts={DOMAINS}, {spec}]")
+            )
             effzoo.attach(model, whole)
             fit(model, _stream(seed + 1000), steps + steps // 4, learning_rate=5e-3, bfloat16=False)
             right[name].append(_accuracy(model))
@@ -74,25 +84,43 @@ def routing(run: Run) -> Findings:
     dropped = {name: [_late(watched, "dropped") for watched in each] for name, each in series.items()}
     first: Table = [["feed-forwards as experts", "entropy of use", "unused of 8", "dropped", "accuracy", "published"]]
     for name in BALANCE:
-        numbers = (f"{mean(used[name]):.2f}", f"{mean(idle[name]):.1f}", f"{100 * mean(dropped[name]):.1f} %", f"{100 * mean(right[name]):.1f} %")
+        numbers = (
+            f"{mean(used[name]):.2f}",
+            f"{mean(idle[name]):.1f}",
+            f"{100 * mean(dropped[name]):.1f} %",
+            f"{100 * mean(right[name]):.1f} %",
+        )
         first.append([name, *numbers, "collapse" if "no loss" in name else "balanced"])
     second: Table = [["adapters as experts", "accuracy", *(f"seed {seed}" for seed in run.seeds), "published"]]
-    second += [[name, f"{100 * mean(right[name]):.1f} %", *(f"{100 * x:.1f}" for x in right[name]), "no number"] for name in LEVELS]
+    second += [
+        [name, f"{100 * mean(right[name]):.1f} %", *(f"{100 * x:.1f}" for x in right[name]), "no number"]
+        for name in LEVELS
+    ]
     claims = [
         Claim(
-            f"without a loss the use of experts is less even than with one ({kind})", tuple(a < b for a, b in zip(used[no], used[yes], strict=True))
+            f"without a loss the use of experts is less even than with one ({kind})",
+            tuple(a < b for a, b in zip(used[no], used[yes], strict=True)),
         )
         for kind, (no, yes) in COLLAPSING.items()
     ]
     claims += [
-        Claim("without a loss at least one of eight experts is as good as unused (switch)", tuple(x >= 1 for x in idle["switch, no loss"])),
+        Claim(
+            "without a loss at least one of eight experts is as good as unused (switch)",
+            tuple(x >= 1 for x in idle["switch, no loss"]),
+        ),
         Claim("with the loss no expert is unused (switch)", tuple(x < 1 for x in idle["switch, balance 0.1"])),
-        Claim("experts chosen by the task do better than one adapter of their size together", _above(right, "by task, fixed", "one adapter")),
+        Claim(
+            "experts chosen by the task do better than one adapter of their size together",
+            _above(right, "by task, fixed", "one adapter"),
+        ),
         Claim(
             "where an example is of one domain, choosing by example does better than by token (soft)",
             _above(right, "by example, soft", "by token, soft"),
         ),
-        Claim("the table of skills does better than the mean of the experts", _above(right, "by task, skills", "mean of experts")),
+        Claim(
+            "the table of skills does better than the mean of the experts",
+            _above(right, "by task, skills", "mean of experts"),
+        ),
     ]
     return Findings(
         tables={"balance: the last quarter of the training": first, "level": second},
@@ -100,24 +128,30 @@ def routing(run: Run) -> Findings:
         claims=claims,
         values={
             "accuracy": {name: dict(zip(map(str, run.seeds), values, strict=True)) for name, values in right.items()},
-            "entropy": {n: [[round(x, 4) for x in _curve(watched, "entropy")] for watched in each] for n, each in series.items()},
-            "unused": idle, "dropped": dropped,
+            "entropy": {n: [[round(x, 4) for x in _curve(watched, "entropy")] for watched in each] for n,
+            each in series.items()}, "unused": idle, "dropped": dropped,
         },
         settings={
-            "domains": DOMAINS, "symbols": SYMBOLS, "length": LENGTH, "batch": BATCH, "steps": steps, "layers": depth, "dim": 64, "experts": EXPERTS,
+            "domains": DOMAINS, "symbols": SYMBOLS, "length": LENGTH, "batch": BATCH, "steps": steps, "layers": depth,
+            "dim": 64, "experts": EXPERTS,
         },
         notes=[
-            "Feed-forwards are trained at a learning rate of 0.03: at 0.01 and below all routers stay even here, with a loss or without.",
-            "Every sequence begins with a mark of its domain, and each domain maps symbols to labels by a permutation of its own; chance is 1 in 16. "
-            "Entropy of use is 1 where all experts carry the same and 0 where one carries all, in the mean over layers; unused: less than a tenth of "
-            "an equal share. Adapters are trained on a base that knows other permutations; eight adapters of 8 units are as large as the one of 64.",
+            "Feed-forwards are trained at a learning rate of 0.03: at 0.01 and below all routers stay even here, "
+            "with a loss or without.",
+            "Every sequence begins with a mark of its domain, and each domain maps symbols to labels by a "
+            "permutation of its own; chance is 1 in 16. "
+            "Entropy of use is 1 where all experts carry the same and 0 where one carries all, in the mean over "
+            "layers; unused: less than a tenth of "
+            "an equal share. Adapters are trained on a base that knows other permutations; eight adapters of 8 units "
+            "are as large as the one of 64.",
         ],
     )  # fmt: skip
 
 
 def _model(depth: int, **options: Any) -> Transformer:
     model: Transformer = effzoo.build(
-        "bert", task="token_classification", num_labels=SYMBOLS, layers=depth, dim=64, heads=4, vocab=1 + DOMAINS + SYMBOLS, max_length=LENGTH + 1,
+        "bert", task="token_classification", num_labels=SYMBOLS, layers=depth, dim=64, heads=4,
+        vocab=1 + DOMAINS + SYMBOLS, max_length=LENGTH + 1,
         dropout=0.0, attention_dropout=0.0, norm="pre", types=0, **options,
     )  # fmt: skip
     return model
@@ -163,7 +197,9 @@ def _figure(series: dict[str, list[Watch]], right: dict[str, list[float]], steps
         runs = [_curve(watched, "entropy") for watched in each]
         shown = range(0, min(map(len, runs)), every)
         band(left, list(shown), [[curve[i] for i in shown] for curve in runs], name, number, markevery=5)
-    left.set(xlabel="optimizer step", ylabel="entropy of use (1 = even)", title="feed-forwards as experts", ylim=(None, 1.02))
+    left.set(
+        xlabel="optimizer step", ylabel="entropy of use (1 = even)", title="feed-forwards as experts", ylim=(None, 1.02)
+    )
     left.legend(frameon=False, fontsize=7.5, loc="lower right")
     names = list(LEVELS)
     for place, name in enumerate(names):

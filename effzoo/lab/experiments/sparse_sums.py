@@ -26,14 +26,20 @@ if TYPE_CHECKING:
 INPUTS, LABELS = "upside down", "renamed"
 KEEPS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 DENSE = "full"
-SMALL_RATE, SPARSE_RATE = 1.2e-3, 5e-3  # of the small network: dense, and the entries of lt_sft, whose first stage has a twentieth of it
+# of the small network: dense, and the entries of lt_sft, whose first stage has a twentieth of it
+SMALL_RATE, SPARSE_RATE = 1.2e-3, 5e-3
 RATES = {"lt_sft": 4e-3, "full": 2e-4, "lora": 4e-3}
 HEAD_RATE = 5e-3
 KEEP = 0.02
 Scores = dict[str, dict[str, dict[str, float]]]  # method, what is counted, seed
 
 
-@experiment("sparse_sums", deck=3, source="Ansell et al. 2022, Composable sparse fine-tuning, arXiv:2110.07560, sections 3 and 6", data=DATA)
+@experiment(
+    "sparse_sums",
+    deck=3,
+    source="Ansell et al. 2022, Composable sparse fine-tuning, arXiv:2110.07560, sections 3 and 6",
+    data=DATA,
+)
 def sparse_sums(run: Run) -> Findings:
     """Do sparse changes, learned apart, add up to a network that does both, better than dense changes?"""
     length, steps, tests = run.choose((24, 24, 240), (128, 300, 1000))
@@ -42,10 +48,14 @@ def sparse_sums(run: Run) -> Findings:
     data = texts(run, length=length, train=run.choose(500, 1100), test=tests)
     if len(data.names) < 4:
         raise DataError(
-            f"two tasks need two labels each, and these texts have {len(data.names)}: {', '.join(data.names)}; give texts with four or more"
+            f"two tasks need two labels each, and these texts have {len(data.names)}: {', '.join(data.names)}; give "
+            "texts with four or more"
         )
     halves = (data.train, data.test)
-    tasks = {"a": tuple(half.at(half.labels < 2) for half in halves), "b": tuple(half.at(half.labels >= 2) for half in halves)}
+    tasks = {
+        "a": tuple(half.at(half.labels < 2) for half in halves),
+        "b": tuple(half.at(half.labels >= 2) for half in halves),
+    }
     big: Scores = {method: {} for method in methods}
     small: Scores = {}
     geometry: dict[str, dict[str, dict[str, float]]] = {}
@@ -55,16 +65,37 @@ def sparse_sums(run: Run) -> Findings:
         for method in methods:
             _pair(model, method, tasks, steps, seed, big[method])
         key = str(seed)
-        run.say(f"seed {seed}: digits, both: " + ", ".join(f"{name} {100 * by['sum'][key]:.1f}" for name, by in small.items()))
+        run.say(
+            f"seed {seed}: digits, both: "
+            + ", ".join(f"{name} {100 * by['sum'][key]:.1f}" for name, by in small.items())
+        )
         for method in methods:
-            run.say(f"        {method}: " + ", ".join(f"{name} {100 * by[key]:.1f}" for name, by in big[method].items()))
+            run.say(
+                f"        {method}: " + ", ".join(f"{name} {100 * by[key]:.1f}" for name, by in big[method].items())
+            )
     seeds = [str(seed) for seed in run.seeds]
 
-    head = ["entries", INPUTS, LABELS, "both: the sum", "the first alone", "the second alone", "entries in common", "cosine", "published"]
+    head = [
+        "entries",
+        INPUTS,
+        LABELS,
+        "both: the sum",
+        "the first alone",
+        "the second alone",
+        "entries in common",
+        "cosine",
+        "published",
+    ]
     first = [head]
     for name, by in small.items():
-        cells = [percent([by[what][s] for s in seeds]) for what in ("inputs", "labels", "sum", "inputs on both", "labels on both")]
-        cells += [f"{100 * mean([geometry[name][s]['shared'] for s in seeds]):.0f} %", f"{mean([geometry[name][s]['cosine'] for s in seeds]):.2f}"]
+        cells = [
+            percent([by[what][s] for s in seeds])
+            for what in ("inputs", "labels", "sum", "inputs on both", "labels on both")
+        ]
+        cells += [
+            f"{100 * mean([geometry[name][s]['shared'] for s in seeds]):.0f} %",
+            f"{mean([geometry[name][s]['cosine'] for s in seeds]):.2f}",
+        ]
         first.append([_said(name), *cells, "no number"])
     second = [["method", "a on a", "sum on a", "b on b", "sum on b", "loss by adding", "published"]]
     for method in methods:
@@ -76,13 +107,20 @@ def sparse_sums(run: Run) -> Findings:
     claims = [
         Claim(
             "digits: the sum of two sparse changes (10 % each) does both at once better than either alone",
-            judged(seeds, lambda s: small["0.1"]["sum"][s] > max(small["0.1"][what][s] for what in ("inputs on both", "labels on both"))),
+            judged(
+                seeds,
+                lambda s: (
+                    small["0.1"]["sum"][s] > max(small["0.1"][what][s] for what in ("inputs on both", "labels on both"))
+                ),
+            ),
         ),
         Claim(
             "digits: sums of sparse changes (the best share up to 20 %) are better than sums of dense ones",
             judged(seeds, lambda s: best[s] > small[DENSE]["sum"][s]),
         ),
-        Claim("digits: and so they are at 10 %", judged(seeds, lambda s: small["0.1"]["sum"][s] > small[DENSE]["sum"][s])),
+        Claim(
+            "digits: and so they are at 10 %", judged(seeds, lambda s: small["0.1"]["sum"][s] > small[DENSE]["sum"][s])
+        ),
         Claim(
             "MiniLM: adding loses less with sparse changes than with dense ones",
             judged(seeds, lambda s: _lost(big["lt_sft"], s) < _lost(big["full"], s)),
@@ -110,16 +148,20 @@ def sparse_sums(run: Run) -> Findings:
             "task b": groups_said[1],
         },
         notes=[
-            "Published: a change for a language and one for a task, added, in cross-lingual transfer with mBERT and XLM-R, better than MAD-X "
-            f"adapters; dense sums are not in its tables. Here {INPUTS} digits stand for the language and {LABELS} classes for the task; both at "
-            "once was never trained. MiniLM: each task has two or three labels of the same five, and its own head. `full` is dense; the share 100 % "
+            "Published: a change for a language and one for a task, added, in cross-lingual transfer with mBERT and "
+            "XLM-R, better than MAD-X "
+            f"adapters; dense sums are not in its tables. Here {INPUTS} digits stand for the language and {LABELS} "
+            "classes for the task; both at "
+            "once was never trained. MiniLM: each task has two or three labels of the same five, and its own head. "
+            "`full` is dense; the share 100 % "
             "is lt_sft with every entry."
         ],
     )
 
 
 def _digits(steps: int, seed: int, found: Scores, geometry: dict[str, dict[str, dict[str, float]]]) -> None:
-    """The small network: trained on digits, changed for other inputs and for other labels, and by both changes at once."""
+    """The small network: trained on digits, changed for other inputs and for other labels, and by both changes at
+    once."""
     digits, key = images(Run()), str(seed)
     height, width = digits.size
     of = {name: [task(name, part) for part in (digits.train, digits.test)] for name in ("digit", INPUTS, LABELS)}
@@ -127,10 +169,23 @@ def _digits(steps: int, seed: int, found: Scores, geometry: dict[str, dict[str, 
     model = LeNet(height * width, seed=seed)
     fit(model, of["digit"][0].stream(60, seed), steps, learning_rate=SMALL_RATE, weight_decay=0.0, bfloat16=False)
     for name in (*map(str, KEEPS), DENSE):
-        spec, rate = ("full[targets=fc.*]", SMALL_RATE) if name == DENSE else (f"lt_sft[keep={name},targets=fc.*]", SPARSE_RATE)
+        spec, rate = (
+            ("full[targets=fc.*]", SMALL_RATE) if name == DENSE else (f"lt_sft[keep={name},targets=fc.*]", SPARSE_RATE)
+        )
         scores = found.setdefault(name, {})
         for adapter, kind in (("inputs", INPUTS), ("labels", LABELS)):
-            tune(model, spec, of[kind][0], name=adapter, steps=steps, batch=60, seed=seed, rate=rate, weight_decay=0.0, bfloat16=False)
+            tune(
+                model,
+                spec,
+                of[kind][0],
+                name=adapter,
+                steps=steps,
+                batch=60,
+                seed=seed,
+                rate=rate,
+                weight_decay=0.0,
+                bfloat16=False,
+            )
             scores.setdefault(adapter, {})[key] = accuracy(model, of[kind][1], 1024)
             scores.setdefault(f"{adapter} on both", {})[key] = accuracy(model, both, 1024)
         changes = [peft.delta(model, adapter) for adapter in ("inputs", "labels")]
@@ -141,7 +196,14 @@ def _digits(steps: int, seed: int, found: Scores, geometry: dict[str, dict[str, 
             peft.detach(model, adapter)
 
 
-def _pair(model: nn.Module, method: str, tasks: dict[str, tuple[Examples, ...]], steps: int, seed: int, found: dict[str, dict[str, float]]) -> None:
+def _pair(
+    model: nn.Module,
+    method: str,
+    tasks: dict[str, tuple[Examples, ...]],
+    steps: int,
+    seed: int,
+    found: dict[str, dict[str, float]],
+) -> None:
     """Two tasks of MiniLM, each alone and in the sum, with the head of its own."""
     for name, (train, test) in tasks.items():
         tune(model, _spec(method), train, name=name, steps=steps, seed=seed, rate=RATES[method], head_rate=HEAD_RATE)
@@ -166,7 +228,8 @@ def _lost(by: dict[str, dict[str, float]], s: str) -> float:
 
 
 def _figure(small: Scores, big: Scores, seeds: Sequence[str]) -> Figure:
-    """Left: the small network over the share of entries changed. Right: each task of MiniLM before and after the other's change is added."""
+    """Left: the small network over the share of entries changed. Right: each task of MiniLM before and after the
+    other's change is added."""
     figure, (left, right) = panels(2, width=5)
     x = [100 * keep for keep in KEEPS]
     lines = (
@@ -177,8 +240,19 @@ def _figure(small: Scores, big: Scores, seeds: Sequence[str]) -> Figure:
     )
     for number, (what, label) in enumerate(lines):
         band(left, x, [[100 * small[f"{keep}"][what][s] for keep in KEEPS] for s in seeds], label, number)
-    left.axhline(100 * mean(small[DENSE]["sum"].values()), color=LINES[0], linewidth=1.2, linestyle=":", label="both at once: dense fine-tunings")
-    left.set(xscale="log", xlabel="entries changed, %", ylabel="accuracy, %", title="digits: inputs and labels, learned apart")
+    left.axhline(
+        100 * mean(small[DENSE]["sum"].values()),
+        color=LINES[0],
+        linewidth=1.2,
+        linestyle=":",
+        label="both at once: dense fine-tunings",
+    )
+    left.set(
+        xscale="log",
+        xlabel="entries changed, %",
+        ylabel="accuracy, %",
+        title="digits: inputs and labels, learned apart",
+    )
     left.set_xticks(x, [f"{tick:.0f}" for tick in x])
     left.minorticks_off()
     left.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1.0, 0.62))
@@ -189,7 +263,9 @@ def _figure(small: Scores, big: Scores, seeds: Sequence[str]) -> Figure:
             for run in runs:
                 right.plot(at, run, color=LINES[number], marker="o", markersize=3.5, linewidth=0.8, alpha=0.45)
             means = [mean(values) for values in zip(*runs, strict=True)]
-            right.plot(at, means, color=LINES[number], marker=MARKERS[number], linewidth=2, label=None if place else method)
+            right.plot(
+                at, means, color=LINES[number], marker=MARKERS[number], linewidth=2, label=None if place else method
+            )
     right.set_xticks([0, 1, 3, 4], ["a: alone", "a: sum", "b: alone", "b: sum"])
     right.set(xlim=(-0.4, 4.6), ylabel="accuracy, %", title="MiniLM: two tasks on texts")
     right.legend(frameon=False, fontsize=8, loc="lower left")

@@ -27,7 +27,10 @@ def spectrum(run: Run) -> Findings:
         rows = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))[:count]
         curves = torch.stack([_curves(model, whole.inputs["input_ids"][row][None]) for row in rows]).mean(dim=0)
         by_seed.append(curves)
-        run.say(f"seed {seed}: {len(rows)} texts of {N} tokens, mean at {N // 4} of {N}: {float(curves[..., N // 4 - 1].mean()):.3f}")
+        run.say(
+            f"seed {seed}: {len(rows)} texts of {N} tokens, mean at {N // 4} of {N}: "
+            f"{float(curves[..., N // 4 - 1].mean()):.3f}"
+        )
     mean = torch.stack(by_seed).mean(dim=0)
     at = mean[..., N // 4 - 1]
     layers, heads = at.shape
@@ -37,20 +40,38 @@ def spectrum(run: Run) -> Findings:
     figure, (left, right) = panels(2)
     for layer, curve in enumerate(mean.mean(dim=1).tolist()):
         left.plot(
-            range(1, N + 1), curve, label=f"layer {layer}", linewidth=1.6, color=LINES[layer % len(LINES)], linestyle=STYLES[layer % len(STYLES)]
+            range(1, N + 1),
+            curve,
+            label=f"layer {layer}",
+            linewidth=1.6,
+            color=LINES[layer % len(LINES)],
+            linestyle=STYLES[layer % len(STYLES)],
         )
     left.plot([1, N], [1 / N, 1], color="#888888", linewidth=1.0, linestyle=":", label="all alike")
     left.axvline(N // 4, color="#888888", linewidth=0.8)
-    left.set(xlabel=f"largest singular values counted, of {N}", ylabel="share of their sum", title="mean over heads", ylim=(0, 1.02))
+    left.set(
+        xlabel=f"largest singular values counted, of {N}",
+        ylabel="share of their sum",
+        title="mean over heads",
+        ylim=(0, 1.02),
+    )
     left.legend(frameon=False, fontsize=8, loc="lower right")
     numbers = [[f"{i}" for i in range(size)] for size in (layers, heads)]
     heat(right, at.tolist(), *numbers, form="{:.2f}", vmin=0.25, vmax=1)
     right.set(xlabel="head", ylabel="layer", title=f"share at {N // 4} of {N}")
 
     table = [["layer", f"share at {N // 4} of {N}", "lowest head", "highest head", "published"]]
-    table += [[f"{layer}", f"{row.mean():.3f}", f"{row.min():.3f}", f"{row.max():.3f}", "no number"] for layer, row in enumerate(at)]
-    table += [["softmax of standard normal numbers", f"{random:.3f}", "", "", ""], ["singular values all alike", "0.250", "", "", ""]]
-    upper = tuple(float(c[layers // 2 :, :, N // 4 - 1].mean()) > float(c[: layers // 2, :, N // 4 - 1].mean()) for c in by_seed)
+    table += [
+        [f"{layer}", f"{row.mean():.3f}", f"{row.min():.3f}", f"{row.max():.3f}", "no number"]
+        for layer, row in enumerate(at)
+    ]
+    table += [
+        ["softmax of standard normal numbers", f"{random:.3f}", "", "", ""],
+        ["singular values all alike", "0.250", "", "", ""],
+    ]
+    upper = tuple(
+        float(c[layers // 2 :, :, N // 4 - 1].mean()) > float(c[: layers // 2, :, N // 4 - 1].mean()) for c in by_seed
+    )
     tail = tuple(bool((c[..., N // 4 - 1].mean(dim=1) > 0.5).all()) for c in by_seed)
     return Findings(
         tables={f"{N // 4} of {N} singular values": table},
@@ -65,7 +86,8 @@ def spectrum(run: Run) -> Findings:
         },
         settings={"model": "minilm", "n": N, "texts": count},
         notes=[
-            "Published: RoBERTa on WikiText-103 and IMDb; a figure without numbers, in which the spectra have a long tail and higher layers are "
+            "Published: RoBERTa on WikiText-103 and IMDb; a figure without numbers, in which the spectra have a long "
+            "tail and higher layers are "
             "more skewed. A seed draws the texts."
         ],
     )  # fmt: skip

@@ -34,7 +34,12 @@ PUBLISHED = {  # Zhou et al. 2019, abstract and table 1, MNIST
 }
 
 
-@experiment("supermask", deck=3, source="Zhou et al. 2019, Deconstructing lottery tickets, arXiv:1905.01067, abstract and table 1", data=DATA)
+@experiment(
+    "supermask",
+    deck=3,
+    source="Zhou et al. 2019, Deconstructing lottery tickets, arXiv:1905.01067, abstract and table 1",
+    data=DATA,
+)
 def supermask(run: Run) -> Findings:
     """How good can a network of random weights become by a mask alone, and how many tasks can share its weights?"""
     data = images(run)
@@ -52,10 +57,15 @@ def supermask(run: Run) -> Findings:
                 weight.copy_(signed_constant(weight))
         start = [weight.detach().clone() for weight in model.matrices()]
         scores["as drawn"][key] = accuracy(model, data.test, 1024)
-        trained = {name: _trained(height * width, seed, task(name, data.train), task(name, data.test), steps, batch) for name in TASKS}
+        trained = {
+            name: _trained(height * width, seed, task(name, data.train), task(name, data.test), steps, batch)
+            for name in TASKS
+        }
         scores["trained weights"][key] = trained["digit"][0]
         final = trained["digit"][1]
-        scores["mask of a trained network"][key] = _under(LeNet(height * width, seed=seed), [large_final(w, FINAL) for w in final], data.test)
+        scores["mask of a trained network"][key] = _under(
+            LeNet(height * width, seed=seed), [large_final(w, FINAL) for w in final], data.test
+        )
         same = [large_final_same_sign(a, b, FINAL) for a, b in zip(start, final, strict=True)]
         scores["the same, signs kept, signed constants"][key] = _under(constant, same, data.test)
         masks = {}
@@ -102,7 +112,9 @@ def supermask(run: Run) -> Findings:
     left.set_yticks(range(len(scores)), list(scores))
     left.invert_yaxis()
     left.set(xlabel="accuracy, %", xlim=(0, 112), title="digits")
-    mean_grid = [[100 * sum(grid[i][j] for grid in crossed) / len(crossed) for j in range(len(TASKS))] for i in range(len(TASKS))]
+    mean_grid = [
+        [100 * sum(grid[i][j] for grid in crossed) / len(crossed) for j in range(len(TASKS))] for i in range(len(TASKS))
+    ]
     heat(right, mean_grid, TASKS, TASKS, vmin=0, vmax=100)
     right.tick_params(axis="x", labelrotation=30)
     right.set(xlabel="counted on", ylabel="mask of", title="accuracy, %: one network, six masks")
@@ -112,7 +124,8 @@ def supermask(run: Run) -> Findings:
         figure=figure,
         claims=[
             Claim(
-                "a learned mask on random weights is right on more than 90 % of the digits", judged(seeds, lambda s: scores["learned mask"][s] > 0.9)
+                "a learned mask on random weights is right on more than 90 % of the digits",
+                judged(seeds, lambda s: scores["learned mask"][s] > 0.9),
             ),
             Claim(
                 "it is worse than trained weights, by less than 5 points",
@@ -123,12 +136,15 @@ def supermask(run: Run) -> Findings:
                 judged(seeds, lambda s: scores["learned mask, signed constants"][s] > scores["learned mask"][s]),
             ),
             Claim(
-                "the mask of a trained network, on weights as drawn, is far from chance (above 30 %), a random one is not",
+                "the mask of a trained network, on weights as drawn, is far from chance (above 30 %), a random one "
+                "is not",
                 judged(seeds, lambda s: scores["mask of a trained network"][s] > 0.3 > scores["random mask"][s]),
             ),
             Claim(
                 "on every one of six tasks the mask is within 5 points of weights that were trained for it",
-                judged(seeds, lambda s: all(tasks["trained"][s][name] - tasks["mask"][s][name] < 0.05 for name in TASKS)),
+                judged(
+                    seeds, lambda s: all(tasks["trained"][s][name] - tasks["mask"][s][name] < 0.05 for name in TASKS)
+                ),
             ),
         ],
         values={"digits": scores, "tasks": tasks, "crossed": crossed, "agreement of masks": agreement},
@@ -143,8 +159,10 @@ def supermask(run: Run) -> Findings:
             "rates": f"weights {RATE}, scores {MASK_RATE}",
         },
         notes=[
-            "Published: MNIST; masks drawn as Bernoulli(sigmoid(m)) by SGD at a rate of 100. Here the method `supermask` keeps the half of each "
-            "matrix with the largest scores, straight through, by AdamW, so no weight is drawn while it trains. A seed draws the weights and the "
+            "Published: MNIST; masks drawn as Bernoulli(sigmoid(m)) by SGD at a rate of 100. Here the method "
+            "`supermask` keeps the half of each "
+            "matrix with the largest scores, straight through, by AdamW, so no weight is drawn while it trains. A "
+            "seed draws the weights and the "
             "order of the images."
         ],
     )
@@ -152,12 +170,32 @@ def supermask(run: Run) -> Findings:
 
 def learn(model: torch.nn.Module, train: Examples, steps: int, batch: int, seed: int) -> None:
     """Train the active mask, and pack it into bits."""
-    fit(model, train.stream(batch, seed), steps, learning_rate=MASK_RATE, weight_decay=0.0, warmup=0.0, clip=None, bfloat16=False)
+    fit(
+        model,
+        train.stream(batch, seed),
+        steps,
+        learning_rate=MASK_RATE,
+        weight_decay=0.0,
+        warmup=0.0,
+        clip=None,
+        bfloat16=False,
+    )
 
 
-def _trained(inputs: int, seed: int, train: Examples, test: Examples, steps: int, batch: int) -> tuple[float, list[torch.Tensor]]:
+def _trained(
+    inputs: int, seed: int, train: Examples, test: Examples, steps: int, batch: int
+) -> tuple[float, list[torch.Tensor]]:
     model = LeNet(inputs, seed=seed)
-    fit(model, train.stream(batch, seed), steps, learning_rate=RATE, weight_decay=0.0, warmup=0.0, clip=None, bfloat16=False)
+    fit(
+        model,
+        train.stream(batch, seed),
+        steps,
+        learning_rate=RATE,
+        weight_decay=0.0,
+        warmup=0.0,
+        clip=None,
+        bfloat16=False,
+    )
     return accuracy(model, test, 1024), [weight.detach() for weight in model.matrices()]
 
 

@@ -16,7 +16,8 @@ from effzoo.lab.experiment import Claim, Findings, Run, experiment
 from effzoo.lab.texts import DATA, minilm, texts
 
 SPECS = {
-    "prefix": "prefix[length=4, init=normal]", "houlsby": "houlsby[bottleneck=16, activation=relu]", "lora": "lora[rank=8, alpha=16]",
+    "prefix": "prefix[length=4, init=normal]", "houlsby": "houlsby[bottleneck=16, activation=relu]",
+    "lora": "lora[rank=8, alpha=16]",
     "parallel": "parallel[bottleneck=16]", "multihead_parallel": "multihead_parallel[bottleneck=4]",
     "scaled_parallel": "scaled_parallel[bottleneck=16]",
 }  # fmt: skip
@@ -25,7 +26,12 @@ COMPOSITIONS = {"gated": "(1 - λ) h + λ Δh", "scaled": "h + s Δh", "added": 
 EXACT, APART = 1e-10, 1e-3
 
 
-@experiment("unified", deck=1, source="He et al. 2022, Towards a unified view, arXiv:2110.04366, section 3, equation 5 and table 1", data=DATA)
+@experiment(
+    "unified",
+    deck=1,
+    source="He et al. 2022, Towards a unified view, arXiv:2110.04366, section 3, equation 5 and table 1",
+    data=DATA,
+)
 def unified(run: Run) -> Findings:
     """Does one function of a table's row compute what each method computes?"""
     count, length = run.choose(8, 64), run.choose(32, 128)
@@ -48,10 +54,22 @@ def unified(run: Run) -> Findings:
     right.tick_params(length=0)
     right.set(xlabel="method that runs", title=r"$\log_{10}$ of the largest difference (empty: undefined)")
 
-    table = [["row of the table", "form", "modified", "insertion", "composition", "places", "largest difference", "published"]]
+    table = [
+        [
+            "row of the table",
+            "form",
+            "modified",
+            "insertion",
+            "composition",
+            "places",
+            "largest difference",
+            "published",
+        ]
+    ]
     for i, row in enumerate(TABLE):
         table.append(
-            [row.method, FORMULAS[row.form], row.modified, "z = x" if row.insertion == "parallel" else "z = h", COMPOSITIONS[row.composition],
+            [row.method, FORMULAS[row.form], row.modified, "z = x" if row.insertion == "parallel" else "z = h",
+            COMPOSITIONS[row.composition],
              f"{len(places[row.method])}", _said(largest[i][i]), "an identity"]
         )  # fmt: skip
     claims = [
@@ -64,7 +82,8 @@ def unified(run: Run) -> Findings:
             tuple(_exact(each[0][0]) for each in found),
         ),
         Claim(
-            f"a row that differs in form, insertion or composition computes something else (above {APART:g}), or nothing",
+            f"a row that differs in form, insertion or composition computes something else (above {APART:g}), or "
+            "nothing",
             tuple(_apart(each) for each in found),
         ),
     ]
@@ -72,12 +91,15 @@ def unified(run: Run) -> Findings:
         tables={"Rows of the unified view": table},
         figure=figure,
         claims=claims,
-        values={"difference": {str(seed): {row.method: dict(zip(SPECS, each[i], strict=True)) for i, row in enumerate(TABLE)}
+        values={"difference": {str(seed): {row.method: dict(zip(SPECS, each[i], strict=True)) for i,
+        row in enumerate(TABLE)}
                                for seed, each in zip(run.seeds, found, strict=True)}},
         settings={"model": "minilm, float64", "tokens": length, "texts": count},
         notes=[
-            "The adapters' tensors are drawn at random, so that none is 0. Places are all layers (and both sub-layers, or both projections) that the "
-            "method modifies; those of heads are compared after the output projection. Rows for parallel and multi-head parallel adapters agree with "
+            "The adapters' tensors are drawn at random, so that none is 0. Places are all layers (and both "
+            "sub-layers, or both projections) that the "
+            "method modifies; those of heads are compared after the output projection. Rows for parallel and "
+            "multi-head parallel adapters agree with "
             "each other's methods: they differ in what is modified, not in what is computed; and s = 1 is no scale."
         ],
     )  # fmt: skip
@@ -128,7 +150,8 @@ def _schema(axes: Axes, names: list[str]) -> None:
     """The table as coloured words: one colour for each choice in a column."""
     columns: dict[str, list[str]] = {
         "form": [str(row.form) for row in TABLE], "modified": [row.modified.replace(" or ", " or\n") for row in TABLE],
-        "insertion": [str(row.insertion) for row in TABLE], "composition": [COMPOSITIONS[row.composition] for row in TABLE],
+        "insertion": [str(row.insertion) for row in TABLE],
+        "composition": [COMPOSITIONS[row.composition] for row in TABLE],
     }  # fmt: skip
     codes = [[list(dict.fromkeys(words)).index(words[i]) for words in columns.values()] for i in range(len(TABLE))]
     axes.imshow(codes, aspect="auto", cmap="Pastel1", vmin=0, vmax=8)

@@ -18,14 +18,17 @@ from effzoo.sites import Branch, MemorySite, PeftModule, Site
 
 @peft.register("mam", "mix_and_match")
 class MAM(TrainingHooks):
-    """Attn(x W_q, [P_k, x W_k], [P_v, x W_v]) and f(x) + s W_up relu(W_down x): the parts that the paper finds best for each sub-layer.
+    """Attn(x W_q, [P_k, x W_k], [P_v, x W_v]) and f(x) + s W_up relu(W_down x): the parts that the paper finds best for
+    each sub-layer.
 
-    length, form, hidden, init: of the prefix, as in `prefix`; the paper's 30 rows come from a network with 800 units, of which `finish` leaves
-    keys and values (for a small model `form=flat` trains far less). bottleneck, scale: of the parallel adapter; 512 and 4 in the paper, for a
-    width of 1024.
+    length, form, hidden, init: of the prefix, as in `prefix`; the paper's 30 rows come from a network with 800
+        units, of which `finish` leaves keys and values (for a small model `form=flat` trains far less).
+    bottleneck, scale: of the parallel adapter; 512 and 4 in the paper, for a width of 1024.
     """
 
-    paper = "He et al. 2022, Towards a unified view of parameter-efficient transfer learning, arXiv:2110.04366, section 4.6"
+    paper = (
+        "He et al. 2022, Towards a unified view of parameter-efficient transfer learning, arXiv:2110.04366, section 4.6"
+    )
     identity_at_init = False
     accepts = (MemorySite, Branch)
     default_targets = ("attn.memory", "mlp.branch")
@@ -46,7 +49,8 @@ class MAM(TrainingHooks):
         super().__init__(layers=layers)
         self.prefix = Prefix(length=length, form=form, hidden=hidden, init=init)
         self.adapter = ScaledParallel(bottleneck=bottleneck, scale=scale)
-        narrow = min(1.0, 256 / abs(bottleneck * scale))  # a step moves the adapter's output by about the rate times bottleneck times s
+        # a step moves the adapter's output by about the rate times bottleneck times s
+        narrow = min(1.0, 256 / abs(bottleneck * scale))
         self.rates = {"down.*": narrow, "up.*": narrow, "keys": 10.0, "values": 10.0}
 
     def hooks_in_use(self) -> set[str]:

@@ -1,4 +1,5 @@
-"""S4: four groups of layers, each with other methods (Chen et al. 2023, Parameter-efficient fine-tuning design spaces, arXiv:2301.01821)."""
+"""S4: four groups of layers, each with other methods (Chen et al. 2023, Parameter-efficient fine-tuning design spaces,
+arXiv:2301.01821)."""
 
 from __future__ import annotations
 
@@ -17,14 +18,20 @@ from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
 from effzoo.sites import Branch, Counted, Linear, MemorySite, PeftModule, Site, sites
 
-ASSIGNED = {1: ("adapter", "lora"), 2: ("adapter", "prefix"), 3: ("adapter", "prefix", "bitfit"), 4: ("prefix", "bitfit", "lora")}
+ASSIGNED = {
+    1: ("adapter", "lora"),
+    2: ("adapter", "prefix"),
+    3: ("adapter", "prefix", "bitfit"),
+    4: ("prefix", "bitfit", "lora"),
+}
 
 
 def group_of(layer: int, depth: int) -> int:
-    """The group, 1 to 4, of a layer: a spindle, whose groups take 1/6, 1/3, 1/3 and 1/6 of the layers (2, 4, 4, 2 of 12).
+    """The group, 1 to 4, of a layer: a spindle, whose groups take 1/6, 1/3, 1/3 and 1/6 of the layers (2, 4, 4, 2 of
+    12).
 
-    A layer belongs where its middle, (layer + 1/2) / depth, lies. With few layers some groups are empty: 3 layers are groups 2, 3 and 4, two are
-    2 and 3, and one is 3, the group with the most methods.
+    A layer belongs where its middle, (layer + 1/2) / depth, lies. With few layers some groups are empty: 3 layers are
+    groups 2, 3 and 4, two are 2 and 3, and one is 3, the group with the most methods.
     """
     middle = 2 * layer + 1  # in units of half a layer, of which there are 2 depth
     return 1 if 3 * middle < depth else 2 if middle < depth else 3 if 3 * middle < 5 * depth else 4
@@ -46,15 +53,22 @@ class LowRankAndBias(Counted, LowRank):
 
 @peft.register("s4")
 class S4(TrainingHooks):
-    """Layers in a spindle of four groups: adapter and LoRA; adapter and prefix; adapter, prefix and BitFit; prefix, BitFit and LoRA.
+    """Layers in a spindle of four groups: adapter and LoRA; adapter and prefix; adapter, prefix and BitFit; prefix,
+    BitFit and LoRA.
 
-    Every layer of a group has the same methods, and every layer the same sizes ("uniform"). Adapters stand after both sub-layers, LoRA on queries
-    and values, BitFit on all biases of the layer (none in models without). `group_of` says which layers a group has, for any depth.
+    Every layer of a group has the same methods, and every layer the same sizes ("uniform"). Adapters stand after both
+    sub-layers, LoRA on queries and values, BitFit on all biases of the layer (none in models without). `group_of` says
+    which layers a group has, for any depth.
 
-    bottleneck: of the adapters. rank: of LoRA. length: of the prefix, which starts as in `prefix`.
+    bottleneck: of the adapters.
+    rank: of LoRA.
+    length: of the prefix, which starts as in `prefix`.
     """
 
-    paper = "Chen et al. 2023, Parameter-efficient fine-tuning design spaces, arXiv:2301.01821, section 4 (S4-model of T5-base)"
+    paper = (
+        "Chen et al. 2023, Parameter-efficient fine-tuning design spaces, arXiv:2301.01821, section 4 (S4-model "
+        "of T5-base)"
+    )
     identity_at_init = False
     default_targets = ("attn.*", "mlp.*")
     size = "bottleneck"
@@ -78,9 +92,19 @@ class S4(TrainingHooks):
         if isinstance(site, Branch):
             return Bottleneck(site.dim, self.bottleneck, "relu", 1e-2) if "adapter" in assigned else None
         bias = site.base().get("bias") if "bitfit" in assigned else None
-        if isinstance(site, Linear) and "lora" in assigned and any(fnmatchcase(site.role, role) for role in ("attn.q*", "attn.v*")):
-            return LowRank(site.in_features, site.out_features, self.rank, 1.0, 0.0) if bias is None else LowRankAndBias(site, self.rank)
+        if (
+            isinstance(site, Linear)
+            and "lora" in assigned
+            and any(fnmatchcase(site.role, role) for role in ("attn.q*", "attn.v*"))
+        ):
+            return (
+                LowRank(site.in_features, site.out_features, self.rank, 1.0, 0.0)
+                if bias is None
+                else LowRankAndBias(site, self.rank)
+            )
         return None if bias is None else Copy(bias=bias)
 
     def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
-        self.prefix.calibrate(model, {path: module for path, module in modules.items() if isinstance(module, KeysValues)}, batches)
+        self.prefix.calibrate(
+            model, {path: module for path, module in modules.items() if isinstance(module, KeysValues)}, batches
+        )

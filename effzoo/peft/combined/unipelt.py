@@ -1,4 +1,5 @@
-"""UniPELT: a prefix, LoRA and an adapter in every layer, each with a gate that looks at the input (Mao et al. 2022, arXiv:2110.07577)."""
+"""UniPELT: a prefix, LoRA and an adapter in every layer, each with a gate that looks at the input (Mao et al. 2022,
+arXiv:2110.07577)."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ class GatedPrefix(PeftModule):
 
 
 class GatedLowRank(LowRank):
-    """y' = y + g B A x; the gate is that of the layer, shared by its LoRA modules, and each computes it from its input."""
+    """y' = y + g B A x; the gate is that of the layer, shared by its LoRA modules, and each computes it from its
+    input."""
 
     def __init__(self, site: Linear, rank: int, gate: Gate):
         super().__init__(site.in_features, site.out_features, rank, 1.0, 0.0)
@@ -79,16 +81,20 @@ class GatedBottleneck(Bottleneck):
 
 @peft.register("unipelt")
 class UniPELT(TrainingHooks):
-    """[g_P P_k, K], [g_P P_v, V]; W_q + g_L B A and W_v + g_L B' A'; y + g_A W_up relu(W_down y): three gates a layer, in (0, 1) for each example.
+    """[g_P P_k, K], [g_P P_v, V]; W_q + g_L B A and W_v + g_L B' A'; y + g_A W_up relu(W_down y): three gates a layer,
+    in (0, 1) for each example.
 
-    g = mean over the tokens of sigmoid(w x + b), x the input of the attention (prefix and LoRA) or of the feed-forward (adapter). The gate of LoRA
-    stands where alpha / rank does; that of the prefix multiplies keys and values, so at 0 the prefix still takes e^0 of the softmax for each row, and
-    in LSH attention, which normalises keys, it acts on the values alone. Padding is left out of the mean, unlike in the released code, so that an
-    example computes the same in any batch. A causal model sees all of the given text in its gates, which suits a label for it, but not a
-    language model: there it is refused.
+    g = mean over the tokens of sigmoid(w x + b), x the input of the attention (prefix and LoRA) or of the feed-forward
+    (adapter). The gate of LoRA stands where alpha / rank does; that of the prefix multiplies keys and values, so at 0
+    the prefix still takes e^0 of the softmax for each row, and in LSH attention, which normalises keys, it acts on the
+    values alone. Padding is left out of the mean, unlike in the released code, so that an example computes the same in
+    any batch. A causal model sees all of the given text in its gates, which suits a label for it, but not a language
+    model: there it is refused.
 
-    length: of the prefix. form, hidden, init: as in `prefix`. rank: of LoRA on queries and values. bottleneck: of the adapter after the feed-forward
-    (a sixteenth of BERT's 768).
+    length: of the prefix.
+    form, hidden, init: as in `prefix`.
+    rank: of LoRA on queries and values.
+    bottleneck: of the adapter after the feed-forward (a sixteenth of BERT's 768).
     """
 
     paper = "Mao et al. 2022, UniPELT, arXiv:2110.07577, section 3"
@@ -120,7 +126,9 @@ class UniPELT(TrainingHooks):
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         if getattr(getattr(model, "config", None), "causal", False) and getattr(model, "task", "") == "causal_lm":
             reason = "its gates are means over the whole text, so a token would be predicted from later ones"
-            raise IncompatiblePeft(self.name, "a causal language model", reason, "use mam, or a union such as 'prefix|lora|houlsby'")
+            raise IncompatiblePeft(
+                self.name, "a causal language model", reason, "use mam, or a union such as 'prefix|lora|houlsby'"
+            )
         memories = {path: site for path, site in found.items() if isinstance(site, MemorySite)}
         self.prefix.prepare(model, memories)
         self.found = layers_of(self.name, model, memories)

@@ -15,5 +15,6 @@ from effzoo.peft.function import (
 )
 
 __all__ = [
-    "adamix", "compacter", "houlsby", "ia3", "ladder", "multihead_parallel", "pals", "parallel", "pfeiffer", "residual_adapter", "sparse_adapter",
+    "adamix", "compacter", "houlsby", "ia3", "ladder", "multihead_parallel", "pals", "parallel", "pfeiffer",
+    "residual_adapter", "sparse_adapter",
 ]  # fmt: skip

@@ -1,4 +1,5 @@
-"""AdaMix: several adapters, one drawn at random for each pass, averaged at the end (Wang et al. 2022, arXiv:2205.12410)."""
+"""AdaMix: several adapters, one drawn at random for each pass, averaged at the end (Wang et al. 2022,
+arXiv:2205.12410)."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class Projections(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and len(self.weights) > 1:
-            drawn = torch.randint(len(self.weights), (1,), device="cpu")  # of the CPU, replayed where a block is computed once more
+            # of the CPU, replayed where a block is computed once more
+            drawn = torch.randint(len(self.weights), (1,), device="cpu")
             drawn = sent(drawn, x.device)
             return F.linear(x, self.weights.index_select(0, drawn)[0], self.biases.index_select(0, drawn)[0])
         return F.linear(x, self.weights.mean(dim=0), self.biases.mean(dim=0))
@@ -40,7 +42,8 @@ class Projections(nn.Module):
 
 
 class Mixture(Positionwise, PeftModule):
-    """y' = y + up_j(sigma(down_i(y))), i and j drawn anew in each training pass; in evaluation the mean of the experts' weights."""
+    """y' = y + up_j(sigma(down_i(y))), i and j drawn anew in each training pass; in evaluation the mean of the experts'
+    weights."""
 
     def __init__(self, down: Projections, up: Projections, activation: str):
         super().__init__()
@@ -52,19 +55,27 @@ class Mixture(Positionwise, PeftModule):
 
 @peft.register("adamix")
 class AdaMix(TrainingHooks):
-    """y' = y + W_up^(j) sigma(W_down^(i) y) after the feed-forward, i and j drawn uniformly from the experts in each site and pass.
+    """y' = y + W_up^(j) sigma(W_down^(i) y) after the feed-forward, i and j drawn uniformly from the experts in each
+    site and pass.
 
-    bottleneck: inner width of an expert. experts: how many pairs. share: "down" or "up", one such projection instead of several, or none; the paper
-    shares one of them in its variants. consistency: weight of the symmetric divergence of two passes over each batch, which draw other experts
-    (section 3.3), so that training costs two passes; 0 for a single pass. activation: sigma. std: of the truncated normal that the weights
-    start from.
+    bottleneck: inner width of an expert.
+    experts: how many pairs.
+    share: "down" or "up", one such projection instead of several, or none; the paper shares one of them in its
+        variants.
+    consistency: weight of the symmetric divergence of two passes over each batch, which draw other experts (section
+        3.3), so that training costs two passes; 0 for a single pass.
+    activation: sigma.
+    std: of the truncated normal that the weights start from.
 
-    Evaluation uses the mean of the experts' weights, as the finished adapter does, which stores and costs what one adapter does (section 3.4).
-    Where adapters are chosen by row, the rows of one adapter draw together. Experts are slices of one tensor: weight decay and Adam's moments
-    act on those that were not drawn, too.
+    Evaluation uses the mean of the experts' weights, as the finished adapter does, which stores and costs what one
+    adapter does (section 3.4). Where adapters are chosen by row, the rows of one adapter draw together. Experts are
+    slices of one tensor: weight decay and Adam's moments act on those that were not drawn, too.
     """
 
-    paper = "Wang et al. 2022, AdaMix: Mixture-of-adaptations for parameter-efficient model tuning, arXiv:2205.12410, section 3"
+    paper = (
+        "Wang et al. 2022, AdaMix: Mixture-of-adaptations for parameter-efficient model tuning, "
+        "arXiv:2205.12410, section 3"
+    )
     identity_at_init = False
     accepts = (Branch,)
     default_targets = ("mlp.branch",)
@@ -85,7 +96,8 @@ class AdaMix(TrainingHooks):
     ):
         super().__init__(targets=targets, layers=layers)
         check_bottleneck("adamix", bottleneck, activation)
-        self.bottleneck, self.experts, self.share, self.activation, self.std = bottleneck, experts, share, activation, std
+        self.bottleneck, self.experts, self.share, self.activation = bottleneck, experts, share, activation
+        self.std = std
         self.consistency = consistency
 
     def make(self, site: Site) -> PeftModule:

@@ -1,4 +1,5 @@
-"""PHM adapters and Compacter: bottleneck adapters whose matrices are sums of Kronecker products (Mahabadi et al. 2021, arXiv:2106.04647)."""
+"""PHM adapters and Compacter: bottleneck adapters whose matrices are sums of Kronecker products (Mahabadi et al. 2021,
+arXiv:2106.04647)."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from effzoo.sites import Branch, HookContext, Norm, PeftModule, Positionwise, Si
 
 
 class PHM(nn.Module):
-    """W x + b with W = sum_i A_i kron B_i, A [n, n, n] and B [n, out / n, in / n] (section 3.1; Zhang et al. 2021, arXiv:2102.08597).
+    """W x + b with W = sum_i A_i kron B_i, A [n, n, n] and B [n, out / n, in / n] (section 3.1; Zhang et al. 2021,
+    arXiv:2102.08597).
 
     W is formed for each pass, which costs less than to apply its factors to more than a few tokens.
     """
@@ -43,16 +45,19 @@ class PHM(nn.Module):
 
 
 class LowRankPHM(nn.Module):
-    """The same with B_i = s_i t_i^T, s [n, out / n, rank] and t [n, in / n, rank] (LPHM, section 3.2); W is never formed.
+    """The same with B_i = s_i t_i^T, s [n, out / n, rank] and t [n, in / n, rank] (LPHM, section 3.2); W is never
+    formed.
 
-    With X = x as a matrix [n, in / n], W x is sum_i A_i X t_i s_i^T: n rank (in + out + n^2) products instead of in * out.
+    With X = x as a matrix [n, in / n], W x is sum_i A_i X t_i s_i^T: n rank (in + out + n^2) products instead of in *
+    out.
     """
 
     def __init__(self, inputs: int, outputs: int, rules: nn.Parameter, rank: int):
         super().__init__()
         n = len(rules)
         self.A = rules
-        self.s, self.t = nn.Parameter(torch.empty(n, outputs // n, rank)), nn.Parameter(torch.empty(n, inputs // n, rank))
+        self.s = nn.Parameter(torch.empty(n, outputs // n, rank))
+        self.t = nn.Parameter(torch.empty(n, inputs // n, rank))
         self.bias = nn.Parameter(torch.zeros(outputs))
         for factor in (*self.s, *self.t):
             nn.init.xavier_uniform_(factor, gain=math.sqrt(2))
@@ -82,10 +87,14 @@ class Hypercomplex(Positionwise, PeftModule):
 
 @peft.register("phm", "phm_adapter")
 class PHMAdapter(Method):
-    """y' = y + W_up sigma(W_down y) after each sub-layer, with W = sum_i A_i kron B_i, i = 1 ... n; the norms are trained too.
+    """y' = y + W_up sigma(W_down y) after each sub-layer, with W = sum_i A_i kron B_i, i = 1 ... n; the norms are
+    trained too.
 
-    bottleneck: inner width, a multiple of n, as the model's width must be. n: products in a sum, and the size of the square A_i. activation: sigma.
-    std: of the normal distribution that A starts from. Each matrix has rules A of its own; about 1 / n of the parameters of a full one.
+    bottleneck: inner width, a multiple of n, as the model's width must be.
+    n: products in a sum, and the size of the square A_i.
+    activation: sigma.
+    std: of the normal distribution that A starts from. Each matrix has rules A of its own; about 1 / n of the
+        parameters of a full one.
     """
 
     paper = "Mahabadi et al. 2021, Compacter, arXiv:2106.04647, section 3.1 and 5 (PHM-Adapter)"
@@ -96,21 +105,34 @@ class PHMAdapter(Method):
     learning_rate = 3e-3
 
     def __init__(
-        self, *, bottleneck: Count = 24, n: Count = 4, activation: str = "gelu", std: Positive = 0.01, targets: Targets = None, layers: Layers = None
+        self,
+        *,
+        bottleneck: Count = 24,
+        n: Count = 4,
+        activation: str = "gelu",
+        std: Positive = 0.01,
+        targets: Targets = None,
+        layers: Layers = None,
     ):
         super().__init__(targets=targets, layers=layers)
         check_bottleneck(self.name, bottleneck, activation)
         if bottleneck % n:
             wider = -(-bottleneck // n) * n
-            raise OptionError(f"{self.name}: n divides bottleneck, got n={n}, bottleneck={bottleneck}; try bottleneck={wider}")
+            raise OptionError(
+                f"{self.name}: n divides bottleneck, got n={n}, bottleneck={bottleneck}; try bottleneck={wider}"
+            )
         self.bottleneck, self.n, self.activation, self.std = bottleneck, n, activation, std
 
     def make(self, site: Site) -> PeftModule:
         if not isinstance(site, Branch):
             return Copy(**site.base())
         if site.dim % self.n:
-            raise OptionError(f"{self.name}: n={self.n} does not divide the width {site.dim} of {site.role!r}; choose a divisor")
-        return Hypercomplex(self.layer(site.dim, self.bottleneck), self.layer(self.bottleneck, site.dim), self.activation)
+            raise OptionError(
+                f"{self.name}: n={self.n} does not divide the width {site.dim} of {site.role!r}; choose a divisor"
+            )
+        return Hypercomplex(
+            self.layer(site.dim, self.bottleneck), self.layer(self.bottleneck, site.dim), self.activation
+        )
 
     def layer(self, inputs: int, outputs: int) -> nn.Module:
         """One PHM layer."""
@@ -123,16 +145,22 @@ class PHMAdapter(Method):
 
 @peft.register("compacter")
 class Compacter(PHMAdapter):
-    """PHM adapters with rules A shared by all adapters of the model, and B_i = s_i t_i^T of rank 1; the norms are trained too.
+    """PHM adapters with rules A shared by all adapters of the model, and B_i = s_i t_i^T of rank 1; the norms are
+    trained too.
 
-    bottleneck: inner width, a multiple of n (the paper: a 32nd of the model's width). n: products in a sum, and the size of the square A_i.
-    rank: of B_i. activation: sigma. std: of the normal distribution that A starts from; shared rules start smaller than those of `phm`, as in the
-    code of the paper.
+    bottleneck: inner width, a multiple of n (the paper: a 32nd of the model's width).
+    n: products in a sum, and the size of the square A_i.
+    rank: of B_i.
+    activation: sigma.
+    std: of the normal distribution that A starts from; shared rules start smaller than those of `phm`, as in the
+        code of the paper.
 
     The A of all layers together have n^3 parameters, an adapter about n (width + bottleneck) / n * 2 rank.
     """
 
-    paper = "Mahabadi et al. 2021, Compacter: Efficient low-rank hypercomplex adapter layers, arXiv:2106.04647, section 3.2"
+    paper = (
+        "Mahabadi et al. 2021, Compacter: Efficient low-rank hypercomplex adapter layers, arXiv:2106.04647, section 3.2"
+    )
     size = "rank"
 
     def __init__(

@@ -39,11 +39,13 @@ def check_bottleneck(method: str, bottleneck: int, activation: str) -> None:
 
 @peft.register("houlsby", "adapter")
 class Houlsby(Method):
-    """y' = y + W_up sigma(W_down y) at the end of each sub-layer, before the residual is added; the norms are trained too.
+    """y' = y + W_up sigma(W_down y) at the end of each sub-layer, before the residual is added; the norms are trained
+    too.
 
-    bottleneck: inner width; 2 bottleneck dim + bottleneck + dim parameters each. activation: sigma; gelu, relu, silu or tanh.
-    std: of the truncated normal that both matrices start from, which makes the adapter nearly, not exactly, the identity
-    (section 2.1; any std up to 1e-2 serves).
+    bottleneck: inner width; 2 bottleneck dim + bottleneck + dim parameters each.
+    activation: sigma; gelu, relu, silu or tanh.
+    std: of the truncated normal that both matrices start from, which makes the adapter nearly, not exactly, the
+        identity (section 2.1; any std up to 1e-2 serves).
     """
 
     paper = "Houlsby et al. 2019, Parameter-efficient transfer learning for NLP, arXiv:1902.00751, section 2.1"
@@ -53,7 +55,15 @@ class Houlsby(Method):
     size = "bottleneck"
     learning_rate = 1e-3
 
-    def __init__(self, *, bottleneck: Count = 64, activation: str = "gelu", std: Positive = 1e-2, targets: Targets = None, layers: Layers = None):
+    def __init__(
+        self,
+        *,
+        bottleneck: Count = 64,
+        activation: str = "gelu",
+        std: Positive = 1e-2,
+        targets: Targets = None,
+        layers: Layers = None,
+    ):
         super().__init__(targets=targets, layers=layers)
         check_bottleneck("houlsby", bottleneck, activation)
         self.bottleneck, self.activation, self.std = bottleneck, activation, std

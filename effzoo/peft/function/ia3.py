@@ -1,4 +1,5 @@
-"""(IA)3: learned vectors rescale keys, values and the feed-forward's hidden units (Liu et al. 2022, arXiv:2205.05638)."""
+"""(IA)3: learned vectors rescale keys, values and the feed-forward's hidden units (Liu et al. 2022,
+arXiv:2205.05638)."""
 
 from __future__ import annotations
 
@@ -47,13 +48,16 @@ class ScaleInput(Positionwise, PeftModule):
 class IA3(Method):
     """softmax(q (l_k * k)^T / sqrt(d)) (l_v * v) and W_2 (l_ff * act(W_1 x)): three vectors per block, starting at 1.
 
-    On `mlp.down` the vector multiplies the input, that is the hidden units after the activation, as in the paper; on any
-    other target it multiplies the output. Where keys are normalised queries (LSH, the role `attn.keys`) it multiplies the normalised keys, beside
-    which queries and buckets stay as they are; that is no change of the one projection of both, so such a vector cannot be merged
-    (`targets=(attn.v*, mlp.down)` leaves it out). Rows of a prefix or a prompt's memory are not scaled: they are no projections.
+    On `mlp.down` the vector multiplies the input, that is the hidden units after the activation, as in the paper; on
+    any other target it multiplies the output. Where keys are normalised queries (LSH, the role `attn.keys`) it
+    multiplies the normalised keys, beside which queries and buckets stay as they are; that is no change of the one
+    projection of both, so such a vector cannot be merged (`targets=(attn.v*, mlp.down)` leaves it out). Rows of a
+    prefix or a prompt's memory are not scaled: they are no projections.
     """
 
-    paper = "Liu et al. 2022, Few-shot parameter-efficient fine-tuning is better and cheaper, arXiv:2205.05638, section 3.3"
+    paper = (
+        "Liu et al. 2022, Few-shot parameter-efficient fine-tuning is better and cheaper, arXiv:2205.05638, section 3.3"
+    )
     accepts = (Linear, Keys)
     learning_rate = 5e-3  # factors near 1 barely move at the rates of matrices
     default_targets = ("attn.k*", "attn.v*", "mlp.down")

@@ -1,4 +1,5 @@
-"""Ladder side-tuning: a narrow network beside a frozen one, which no gradient enters (Sung et al. 2022, arXiv:2206.06522)."""
+"""Ladder side-tuning: a narrow network beside a frozen one, which no gradient enters (Sung et al. 2022,
+arXiv:2206.06522)."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ TEMPERATURE = 0.1
 
 
 class Ladder(SideNetwork):
-    """h <- mu_i h + (1 - mu_i) D_i s_i, h <- block_i(h) for every block of the side network, s_i the backbone's state, mu_i = sigmoid(alpha_i / T).
+    """h <- mu_i h + (1 - mu_i) D_i s_i, h <- block_i(h) for every block of the side network, s_i the backbone's state,
+    mu_i = sigmoid(alpha_i / T).
 
     The output is s_L + U norm(h), or U norm(h) alone.
     """
@@ -44,7 +46,8 @@ class Ladder(SideNetwork):
 
     @torch.no_grad()
     def prune(self, backbone: Sequence[nn.Module]) -> None:
-        """Start as a slice of the backbone: of its most important channels, which the projections of the states pick."""
+        """Start as a slice of the backbone: of its most important channels, which the projections of the states
+        pick."""
         kept = slice_blocks(list(self.blocks), backbone, self.places).to(self.first.weight.device)
         width = next(site.dim for _, site in sites(backbone[0]) if isinstance(site, Branch))
         streams = self.first.in_features // width  # two in a reversible backbone: their mean
@@ -55,7 +58,8 @@ class Ladder(SideNetwork):
                 weight[rows, stream * width + kept] = 1 / streams
 
     def forward(self, states: Sequence[Tensor], mask: Any) -> Tensor:
-        mask = dataclasses.replace(mask, decisions=None)  # discrete choices are remembered by layer, and these are other layers
+        # discrete choices are remembered by layer, and these are other layers
+        mask = dataclasses.replace(mask, decisions=None)
         h: Tensor = self.first(states[0])
         gates = torch.sigmoid(self.alpha / TEMPERATURE)
         for place, gate, down, block in zip(self.places, gates, self.downs, self.blocks, strict=True):
@@ -66,25 +70,34 @@ class Ladder(SideNetwork):
 
 @peft.register("ladder", "lst", "ladder_side_tuning")
 class LadderSideTuning(Method):
-    """A side network of narrow blocks with the model's own attention reads the states of the frozen one, which needs no gradients.
+    """A side network of narrow blocks with the model's own attention reads the states of the frozen one, which needs no
+    gradients.
 
-    reduction: how many times narrower. every: a side block beside each so many blocks (the paper drops a quarter of them). skip: add the result to
-    the backbone's last state, from 0 on, so that attaching changes nothing and little data is enough; `false` is the paper's form, in which
-    the side network alone makes the output. init: "random"; "pruned", the side blocks start as slices of the backbone's blocks, of the channels
-    whose weights have the largest squares (section 3.3; the paper ranks them by Fisher information, too), and the projections of the states
-    start by picking just these channels (the paper: at random).
+    reduction: how many times narrower.
+    every: a side block beside each so many blocks (the paper drops a quarter of them).
+    skip: add the result to the backbone's last state, from 0 on, so that attaching changes nothing and little data
+        is enough; `false` is the paper's form, in which the side network alone makes the output.
+    init: "random"; "pruned", the side blocks start as slices of the backbone's blocks, of the channels whose weights
+        have the largest squares (section 3.3; the paper ranks them by Fisher information, too), and the projections
+        of the states start by picking just these channels (the paper: at random).
 
-    Nothing of the backbone is stored for the backward pass: memory is that of the narrow blocks and one state per block. In a union with a
-    method inside the backbone (`ladder|lora`) both are trained, and the backbone is stored as for that method. There is no cache for
-    decoding. Models without a `side` site (the Perceiver, whose blocks do not stand in one row) refuse it.
+    Nothing of the backbone is stored for the backward pass: memory is that of the narrow blocks and one state per
+    block. In a union with a method inside the backbone (`ladder|lora`) both are trained, and the backbone is stored as
+    for that method. There is no cache for decoding. Models without a `side` site (the Perceiver, whose blocks do not
+    stand in one row) refuse it.
     """
 
-    paper = "Sung et al. 2022, LST: Ladder side-tuning for parameter and memory efficient transfer learning, arXiv:2206.06522, section 3"
+    paper = (
+        "Sung et al. 2022, LST: Ladder side-tuning for parameter and memory efficient transfer learning, "
+        "arXiv:2206.06522, section 3"
+    )
     accepts = (Side,)
     default_targets = ("side",)
     learning_rate = 1e-3
 
-    def __init__(self, *, reduction: Count = 8, every: Count = 1, skip: bool = True, init: Literal["random", "pruned"] = "pruned"):
+    def __init__(
+        self, *, reduction: Count = 8, every: Count = 1, skip: bool = True, init: Literal["random", "pruned"] = "pruned"
+    ):
         super().__init__()
         self.reduction, self.every, self.skip, self.init, self.identity_at_init = reduction, every, skip, init, skip
 
@@ -94,6 +107,8 @@ class LadderSideTuning(Method):
     def make(self, site: Site) -> PeftModule:
         assert isinstance(site, Side)
         if self.every > site.depth:
-            raise OptionError(f"ladder: every={self.every} leaves no side block beside {site.depth} blocks; give at most {site.depth}")
+            raise OptionError(
+                f"ladder: every={self.every} leaves no side block beside {site.depth} blocks; give at most {site.depth}"
+            )
         backbone, self.backbone = self.backbone, None  # looked at once, and not held
         return Ladder(site, self.reduction, self.every, self.skip, backbone)

@@ -1,4 +1,5 @@
-"""Multi-head parallel adapters: a small bottleneck beside each attention head (He et al. 2022, arXiv:2110.04366, section 4.4)."""
+"""Multi-head parallel adapters: a small bottleneck beside each attention head (He et al. 2022, arXiv:2110.04366,
+section 4.4)."""
 
 from __future__ import annotations
 
@@ -18,12 +19,14 @@ from effzoo.sites import HookContext, Linear, PeftModule, Site
 
 
 class HeadBottlenecks(PeftModule):
-    """head_i' = head_i + s W_up^i sigma(W_down^i x), W_down [heads, bottleneck, dim] and W_up [heads, head_dim, bottleneck], before W_O."""
+    """head_i' = head_i + s W_up^i sigma(W_down^i x), W_down [heads, bottleneck, dim] and W_up [heads, head_dim,
+    bottleneck], before W_O."""
 
     def __init__(self, dim: int, heads: int, head_dim: int, bottleneck: int, activation: str, scale: float):
         super().__init__()
         self.scale, self.activation = scale, ACTIVATIONS[activation]()
-        self.down, self.up = nn.Parameter(torch.empty(heads, bottleneck, dim)), nn.Parameter(torch.zeros(heads, head_dim, bottleneck))
+        self.down = nn.Parameter(torch.empty(heads, bottleneck, dim))
+        self.up = nn.Parameter(torch.zeros(heads, head_dim, bottleneck))
         nn.init.uniform_(self.down, -1 / math.sqrt(dim), 1 / math.sqrt(dim))
 
     def before(self, x: Tensor, context: HookContext) -> Tensor:
@@ -35,14 +38,20 @@ class HeadBottlenecks(PeftModule):
 
 @peft.register("multihead_parallel", "multi_head_parallel_adapter")
 class MultiHeadParallel(Method):
-    """head_i' = head_i + s W_up^i sigma(W_down^i x): beside attention, one bottleneck per head, which reads the layer's input.
+    """head_i' = head_i + s W_up^i sigma(W_down^i x): beside attention, one bottleneck per head, which reads the layer's
+    input.
 
-    bottleneck: inner width of one head's; heads bottleneck (dim + head_dim) parameters a layer. activation: sigma. scale: s.
+    bottleneck: inner width of one head's; heads bottleneck (dim + head_dim) parameters a layer.
+    activation: sigma.
+    scale: s.
 
-    This is what a prefix is in the unified view, but for the softmax (its table 1), and the paper compares the two. W_up starts at 0.
+    This is what a prefix is in the unified view, but for the softmax (its table 1), and the paper compares the two.
+    W_up starts at 0.
     """
 
-    paper = "He et al. 2022, Towards a unified view of parameter-efficient transfer learning, arXiv:2110.04366, section 4.4"
+    paper = (
+        "He et al. 2022, Towards a unified view of parameter-efficient transfer learning, arXiv:2110.04366, section 4.4"
+    )
     accepts = (Linear,)
     default_targets = ("attn.o",)
     size = "bottleneck"
@@ -59,4 +68,6 @@ class MultiHeadParallel(Method):
     def make(self, site: Site) -> PeftModule:
         assert isinstance(site, Linear)
         head_dim = site.in_features // site.heads
-        return HeadBottlenecks(self.widths[id(site)], site.heads, head_dim, self.bottleneck, self.activation, self.scale)
+        return HeadBottlenecks(
+            self.widths[id(site)], site.heads, head_dim, self.bottleneck, self.activation, self.scale
+        )

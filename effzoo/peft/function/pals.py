@@ -1,4 +1,5 @@
-"""Projected attention layers: one small attention per block, between two projections that all blocks share (Stickland & Murray 2019)."""
+"""Projected attention layers: one small attention per block, between two projections that all blocks share (Stickland &
+Murray 2019)."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from effzoo.sites import Branch, HookContext, PeftModule, Site
 
 
 class PAL(PeftModule):
-    """y' = y + V_D MHA(V_E x), with V_E [width, dim] and V_D [dim, width], and MHA the softmax attention of all tokens without an output matrix."""
+    """y' = y + V_D MHA(V_E x), with V_E [width, dim] and V_D [dim, width], and MHA the softmax attention of all tokens
+    without an output matrix."""
 
     def __init__(self, encode: nn.Linear, decode: nn.Linear, heads: int):
         super().__init__()
@@ -32,22 +34,29 @@ class PAL(PeftModule):
 
     def attention(self, x: Tensor, valid: Tensor | None) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "... n (three h d) -> three ... h n d", three=3, h=self.heads)
-        seen = None if valid is None else (valid | ~valid.any(dim=-1, keepdim=True))[..., None, None, :]  # a row without any token: no NaN
+        # a row without any token: no NaN
+        seen = None if valid is None else (valid | ~valid.any(dim=-1, keepdim=True))[..., None, None, :]
         return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=seen), "... h n d -> ... n (h d)")
 
 
 @peft.register("pals", "pal", "projected_attention_layers")
 class PALs(Method):
-    """y' = y + V_D MHA(V_E x) beside each feed-forward: a narrow attention of its own for each block, V_E and V_D the same for all.
+    """y' = y + V_D MHA(V_E x) beside each feed-forward: a narrow attention of its own for each block, V_E and V_D the
+    same for all.
 
-    width: of the narrow attention (204 in the paper, with 12 heads, at a model width of 768). heads: of it, a divisor of width.
+    width: of the narrow attention (204 in the paper, with 12 heads, at a model width of 768).
+    heads: of it, a divisor of width.
 
-    The paper adds it beside a whole block, before its last norm; here it stands beside the block's feed-forward, before the same norm, and reads the
-    feed-forward's input. Every token sees every token, so its cost grows with n^2 on any attention kind. V_D starts at 0.
+    The paper adds it beside a whole block, before its last norm; here it stands beside the block's feed-forward, before
+    the same norm, and reads the feed-forward's input. Every token sees every token, so its cost grows with n^2 on any
+    attention kind. V_D starts at 0.
     A causal model is refused: decoding step by step, the narrow attention would need a cache of its own.
     """
 
-    paper = "Stickland & Murray 2019, BERT and PALs: Projected attention layers for efficient adaptation in multi-task learning, arXiv:1902.02671"
+    paper = (
+        "Stickland & Murray 2019, BERT and PALs: Projected attention layers for efficient adaptation in "
+        "multi-task learning, arXiv:1902.02671"
+    )
     accepts = (Branch,)
     default_targets = ("mlp.branch",)
     size = "width"

@@ -1,4 +1,5 @@
-"""Parallel adapters: a bottleneck beside a sub-layer, which reads the sub-layer's input (He et al. 2022, arXiv:2110.04366)."""
+"""Parallel adapters: a bottleneck beside a sub-layer, which reads the sub-layer's input (He et al. 2022,
+arXiv:2110.04366)."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from effzoo.sites import Branch, HookContext, PeftModule, Positionwise, Site
 
 
 class ParallelBottleneck(Positionwise, PeftModule):
-    """y' = y + s (W_up sigma(W_down x + b_down) + b_up), with W_down [bottleneck, dim] and W_up [dim, bottleneck], which starts at 0."""
+    """y' = y + s (W_up sigma(W_down x + b_down) + b_up), with W_down [bottleneck, dim] and W_up [dim, bottleneck],
+    which starts at 0."""
 
     def __init__(self, dim: int, bottleneck: int, activation: str, scale: float, learned: bool):
         super().__init__()
@@ -32,16 +34,21 @@ class ParallelBottleneck(Positionwise, PeftModule):
 
 @peft.register("parallel", "parallel_adapter")
 class Parallel(Method):
-    """y = f(x) + s W_up sigma(W_down x), beside the feed-forward: the adapter sees what the sub-layer sees, not what it returns.
+    """y = f(x) + s W_up sigma(W_down x), beside the feed-forward: the adapter sees what the sub-layer sees, not what it
+    returns.
 
-    bottleneck: inner width; 2 bottleneck dim + bottleneck + dim parameters a site. activation: sigma; relu in the paper. scale: s. learned: train s,
-    from there on, one for each site.
+    bottleneck: inner width; 2 bottleneck dim + bottleneck + dim parameters a site.
+    activation: sigma; relu in the paper.
+    scale: s.
+    learned: train s, from there on, one for each site.
 
-    The paper finds this place better than after the sub-layer, and the feed-forward better than attention (`targets=attn.branch`; sections 4.3
-    and 4.4). W_up starts at 0, so the output is unchanged at first.
+    The paper finds this place better than after the sub-layer, and the feed-forward better than attention
+    (`targets=attn.branch`; sections 4.3 and 4.4). W_up starts at 0, so the output is unchanged at first.
     """
 
-    paper = "He et al. 2022, Towards a unified view of parameter-efficient transfer learning, arXiv:2110.04366, section 3.3"
+    paper = (
+        "He et al. 2022, Towards a unified view of parameter-efficient transfer learning, arXiv:2110.04366, section 3.3"
+    )
     accepts = (Branch,)
     default_targets = ("mlp.branch",)
     size = "bottleneck"
@@ -70,7 +77,9 @@ class Parallel(Method):
 class ScaledParallel(Parallel):
     """y = f(x) + s W_up sigma(W_down x) with s = 4: the form that the paper takes for feed-forward layers.
 
-    bottleneck, activation: as in `parallel`. scale: s, 4 in the paper. learned: train s, from there on.
+    bottleneck, activation: as in `parallel`.
+    scale: s, 4 in the paper.
+    learned: train s, from there on.
     """
 
     paper = "He et al. 2022, arXiv:2110.04366, section 4.5"
@@ -85,4 +94,6 @@ class ScaledParallel(Parallel):
         targets: Targets = None,
         layers: Layers = None,
     ):
-        super().__init__(bottleneck=bottleneck, activation=activation, scale=scale, learned=learned, targets=targets, layers=layers)
+        super().__init__(
+            bottleneck=bottleneck, activation=activation, scale=scale, learned=learned, targets=targets, layers=layers
+        )

@@ -13,11 +13,14 @@ from effzoo.sites import Branch, PeftModule, Site
 class Pfeiffer(Method):
     """y' = y + W_up sigma(W_down y) after the feed-forward alone: half of Houlsby's adapters, and no norms are trained.
 
-    bottleneck: inner width; 2 bottleneck dim + bottleneck + dim parameters a block. activation: sigma; relu in the paper. std: of the truncated
-    normal that both matrices start from, which makes the adapter nearly, not exactly, the identity.
+    bottleneck: inner width; 2 bottleneck dim + bottleneck + dim parameters a block.
+    activation: sigma; relu in the paper.
+    std: of the truncated normal that both matrices start from, which makes the adapter nearly, not exactly, the
+        identity.
 
-    Here the adapter stands before the residual is added, in pre-norm and post-norm models alike; the search in the paper (its figure 3) ends
-    with the same place in the block, and with the block's norm once more in front of the adapter, which is left out.
+    Here the adapter stands before the residual is added, in pre-norm and post-norm models alike; the search in the
+    paper (its figure 3) ends with the same place in the block, and with the block's norm once more in front of the
+    adapter, which is left out.
     """
 
     paper = "Pfeiffer et al. 2021, AdapterFusion, arXiv:2005.00247, appendix; as in AdapterHub, arXiv:2007.07779"
@@ -27,7 +30,15 @@ class Pfeiffer(Method):
     size = "bottleneck"
     learning_rate = 1e-3
 
-    def __init__(self, *, bottleneck: Count = 64, activation: str = "relu", std: Positive = 1e-2, targets: Targets = None, layers: Layers = None):
+    def __init__(
+        self,
+        *,
+        bottleneck: Count = 64,
+        activation: str = "relu",
+        std: Positive = 1e-2,
+        targets: Targets = None,
+        layers: Layers = None,
+    ):
         super().__init__(targets=targets, layers=layers)
         check_bottleneck("pfeiffer", bottleneck, activation)
         self.bottleneck, self.activation, self.std = bottleneck, activation, std

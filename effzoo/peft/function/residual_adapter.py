@@ -32,7 +32,8 @@ class Series(PeftModule):
 
 
 class Beside(PeftModule):
-    """y' = y + M x with M [out, in] at every place that the filters are centred on; merged, M is added to the middle of the filters."""
+    """y' = y + M x with M [out, in] at every place that the filters are centred on; merged, M is added to the middle of
+    the filters."""
 
     delta_rank = None
 
@@ -52,20 +53,26 @@ class Beside(PeftModule):
 
 @peft.register("residual_adapter")
 class ResidualAdapter(Method):
-    """y' = y + M y after each convolution, M a 1 x 1 convolution: `series` (2017); or y' = y + M x beside it: `parallel` (2018).
+    """y' = y + M y after each convolution, M a 1 x 1 convolution: `series` (2017); or y' = y + M x beside it:
+    `parallel` (2018).
 
     form: series or parallel; parallel needs filters of odd size with padding that keeps their centre, kernel // 2.
 
-    M starts at 0. The papers have batch normalisation between M and the sum, and train the domain's own normalisation; here a network without it is
-    assumed, so that the adapter is linear and merges into the filters.
+    M starts at 0. The papers have batch normalisation between M and the sum, and train the domain's own normalisation;
+    here a network without it is assumed, so that the adapter is linear and merges into the filters.
     """
 
-    paper = "Rebuffi et al. 2017, Learning multiple visual domains with residual adapters, arXiv:1705.08045, section 3; 2018, arXiv:1803.10082"
+    paper = (
+        "Rebuffi et al. 2017, Learning multiple visual domains with residual adapters, arXiv:1705.08045, section "
+        "3; 2018, arXiv:1803.10082"
+    )
     accepts = (Conv2d,)
     default_targets = ("conv*",)
     learning_rate = 1e-3
 
-    def __init__(self, *, form: Literal["series", "parallel"] = "series", targets: Targets = None, layers: Layers = None):
+    def __init__(
+        self, *, form: Literal["series", "parallel"] = "series", targets: Targets = None, layers: Layers = None
+    ):
         super().__init__(targets=targets, layers=layers)
         self.form = form
 
@@ -75,7 +82,8 @@ class ResidualAdapter(Method):
             return Series(site.out_channels)
         if any(size % 2 == 0 or pad != size // 2 for size, pad in zip(site.kernel_size, site.padding, strict=True)):
             raise OptionError(
-                f"residual_adapter: form='parallel' needs odd filters with padding kernel // 2, {site.role!r} has {site.kernel_size} with "
+                f"residual_adapter: form='parallel' needs odd filters with padding kernel // 2, {site.role!r} has "
+                f"{site.kernel_size} with "
                 f"{site.padding}; use form='series'"
             )
         return Beside(site)

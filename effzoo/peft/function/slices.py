@@ -1,4 +1,5 @@
-"""Narrow blocks that start as slices of wide ones: of their channels with the largest weights (Sung et al. 2022, arXiv:2206.06522, section 3.3)."""
+"""Narrow blocks that start as slices of wide ones: of their channels with the largest weights (Sung et al. 2022,
+arXiv:2206.06522, section 3.3)."""
 
 from __future__ import annotations
 
@@ -12,18 +13,26 @@ from torch import Tensor, nn
 from effzoo.errors import OptionError
 from effzoo.sites import Embedding, Linear, Norm, Site, sites
 
-STREAM, HIDDEN, COMPARED, VALUES = "the residual stream", "the feed-forward", "a head's queries and keys", "a head's values"
+STREAM, HIDDEN, COMPARED = "the residual stream", "the feed-forward", "a head's queries and keys"
+VALUES = "a head's values"
 WITHIN_HEADS = (COMPARED, VALUES)
-_SPACES = {"mlp.up": (HIDDEN, STREAM), "mlp.gate": (HIDDEN, STREAM), "mlp.down": (STREAM, HIDDEN), "attn.o": (STREAM, VALUES)}
+_SPACES = {
+    "mlp.up": (HIDDEN, STREAM),
+    "mlp.gate": (HIDDEN, STREAM),
+    "mlp.down": (STREAM, HIDDEN),
+    "attn.o": (STREAM, VALUES),
+}
 
 
 @torch.no_grad()
 def slice_blocks(narrow: Sequence[nn.Module], wide: Sequence[nn.Module], places: Sequence[int]) -> Tensor:
-    """Fill narrow block i with the most important rows and columns of wide block places[i]; return the channels of the stream that stay.
+    """Fill narrow block i with the most important rows and columns of wide block places[i]; return the channels of the
+    stream that stay.
 
-    A channel's importance is the sum of the squares of all weights that read or write it. The channels of the residual stream are chosen once for
-    all blocks, hidden units in each block, and dimensions within heads in each block, the same for all of its heads (in pairs where they
-    are turned). What does not depend on these widths (Linformer's E and F) is copied. Raises OptionError where the narrow block is wider.
+    A channel's importance is the sum of the squares of all weights that read or write it. The channels of the residual
+    stream are chosen once for all blocks, hidden units in each block, and dimensions within heads in each block, the
+    same for all of its heads (in pairs where they are turned). What does not depend on these widths (Linformer's E and
+    F) is copied. Raises OptionError where the narrow block is wider.
     """
     importance = [_importance(wide[place]) for place in places]
     anywhere = {path: site for block in wide for path, site in sites(block)}  # what blocks share is in one of them
@@ -31,13 +40,17 @@ def slice_blocks(narrow: Sequence[nn.Module], wide: Sequence[nn.Module], places:
     kept_stream = None
     for slim, place, scores in zip(narrow, places, importance, strict=True):
         sizes = {space: size for space, size in _sizes(slim).items() if space in scores}
-        kept = {space: _largest(space, stream if space == STREAM else scores[space], size, _turned(slim)) for space, size in sizes.items()}
+        kept = {
+            space: _largest(space, stream if space == STREAM else scores[space], size, _turned(slim))
+            for space, size in sizes.items()
+        }
         kept_stream = kept[STREAM]
         origin = anywhere | dict(sites(wide[place]))
         for path, site in sites(slim):
             if path not in origin:
                 raise OptionError(
-                    f"ladder: init='pruned' takes slices of the same matrices of the base, and {path} is not in its blocks (are feed-forwards "
+                    f"ladder: init='pruned' takes slices of the same matrices of the base, and {path} is not in its "
+                    "blocks (are feed-forwards "
                     "experts?); use init='random'"
                 )
             _copy(path, slim, site, origin[path], kept)
@@ -46,7 +59,8 @@ def slice_blocks(narrow: Sequence[nn.Module], wide: Sequence[nn.Module], places:
 
 
 def _spaces(path: str, block: nn.Module) -> tuple[str, str] | None:
-    """What the rows and the columns of a matrix of the block stand for; None for those that a kind has beside its projections."""
+    """What the rows and the columns of a matrix of the block stand for; None for those that a kind has beside its
+    projections."""
     if path in _SPACES:
         return _SPACES[path]
     kind, _, name = path.partition(".")
@@ -55,7 +69,11 @@ def _spaces(path: str, block: nn.Module) -> tuple[str, str] | None:
 
 
 def _matrices(block: nn.Module) -> list[tuple[str, Linear, tuple[str, str]]]:
-    return [(path, site, spaces) for path, site in sites(block) if isinstance(site, Linear) and (spaces := _spaces(path, block))]
+    return [
+        (path, site, spaces)
+        for path, site in sites(block)
+        if isinstance(site, Linear) and (spaces := _spaces(path, block))
+    ]
 
 
 def _sizes(block: nn.Module) -> dict[str, int]:
@@ -86,7 +104,8 @@ def _largest(space: str, scores: Tensor, size: int, turned: bool) -> Tensor:
     """The channels with the largest scores, ascending; of turned heads, pairs (j, j + d / 2)."""
     if size > len(scores):
         raise OptionError(
-            f"ladder: init='pruned' cannot take {size} channels of {space}, which has {len(scores)}; give a larger reduction, or init='random'"
+            f"ladder: init='pruned' cannot take {size} channels of {space}, which has {len(scores)}; give a larger "
+            "reduction, or init='random'"
         )
     if turned and space == COMPARED:
         half = len(scores) // 2
@@ -102,10 +121,14 @@ def _copy(path: str, block: nn.Module, slim: Site, broad: Site, kept: dict[str, 
         value: Tensor = getattr(broad, name)
         if spaces is not None and isinstance(slim, Linear):
             for axis, space in enumerate(spaces[: value.ndim]):
-                value = value.index_select(axis, _all_heads(kept[space], value.shape[axis], slim.heads) if space in WITHIN_HEADS else kept[space])
+                value = value.index_select(
+                    axis,
+                    _all_heads(kept[space], value.shape[axis], slim.heads) if space in WITHIN_HEADS else kept[space],
+                )
         elif isinstance(slim, Norm):
             value = value[kept[COMPARED if path.startswith("attn.") else STREAM]]
-        elif isinstance(slim, Embedding) and value.shape != parameter.shape:  # learned rows that are compared, heads side by side
+        # learned rows that are compared, heads side by side
+        elif isinstance(slim, Embedding) and value.shape != parameter.shape:
             value = value[:, _all_heads(kept[COMPARED], value.shape[1], parameter.shape[1] // len(kept[COMPARED]))]
         parameter.copy_(value)
 

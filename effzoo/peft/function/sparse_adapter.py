@@ -45,7 +45,9 @@ class Sparse(nn.Module):
         """W, [out, in]."""
         if self.probe is not None:
             return self.probe
-        return self.values.new_zeros(self.shape.numel()).index_copy(0, self.indices.long(), self.values).view(self.shape)
+        return (
+            self.values.new_zeros(self.shape.numel()).index_copy(0, self.indices.long(), self.values).view(self.shape)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.matrix(), self.bias)
@@ -64,12 +66,16 @@ class SparseBottleneck(Positionwise, PeftModule):
 
 @peft.register("sparse_adapter", "sparseadapter")
 class SparseAdapter(TrainingHooks):
-    """y' = y + W_up sigma(W_down y) after each sub-layer, of whose matrices a share `sparsity` of the entries is 0 from the beginning.
+    """y' = y + W_up sigma(W_down y) after each sub-layer, of whose matrices a share `sparsity` of the entries is 0 from
+    the beginning.
 
-    bottleneck: inner width before pruning; wide and sparse beats narrow and dense at equal size (Large-Sparse, section 3.4). sparsity: share of the
-    entries of each matrix that is pruned. by: which are kept: "snip", those with the largest |w dL/dw| on labelled batches
-    before training (Lee et al. 2019, arXiv:1810.02340), until then random ones; "magnitude", the largest |w|; "random". activation: sigma. std: of
-    the truncated normal that the weights start from.
+    bottleneck: inner width before pruning; wide and sparse beats narrow and dense at equal size (Large-Sparse,
+        section 3.4).
+    sparsity: share of the entries of each matrix that is pruned.
+    by: which are kept: "snip", those with the largest |w dL/dw| on labelled batches before training (Lee et al.
+        2019, arXiv:1810.02340), until then random ones; "magnitude", the largest |w|; "random".
+    activation: sigma.
+    std: of the truncated normal that the weights start from.
 
     Only kept entries are parameters, so nothing can move the others. Each matrix keeps the same share; the paper also
     compares over all matrices together.

@@ -32,16 +32,19 @@ class DeepRows(Starts):
 
 @peft.register("deep_prompt", "p_tuning_v2")
 class DeepPrompt(TrainingHooks):
-    """head_i = Attn(x W_q, [p W_k, x W_k], [p W_v, x W_v]): `length` trained rows p per layer, read through the layer's own projections.
+    """head_i = Attn(x W_q, [p W_k, x W_k], [p W_v, x W_v]): `length` trained rows p per layer, read through the layer's
+    own projections.
 
-    It is what a prompt does whose rows are replaced before each layer. And it is a prefix with (P_k, P_v) = (p W_k, p W_v), biases included, of half
-    as many numbers: keys and values are tied to one row, and lie in what the projections reach. `prefix` trains both freely, which is how the
-    paper's code does it. LoRA on W_k or W_v acts on the rows too. Keys are not turned in rotary models; Longformer uses its local projections, for
-    global queries as well.
+    It is what a prompt does whose rows are replaced before each layer. And it is a prefix with (P_k, P_v) = (p W_k, p
+    W_v), biases included, of half as many numbers: keys and values are tied to one row, and lie in what the projections
+    reach. `prefix` trains both freely, which is how the paper's code does it. LoRA on W_k or W_v acts on the rows too.
+    Keys are not turned in rotary models; Longformer uses its local projections, for global queries as well.
 
-    length: rows per layer. init: "activations", the layer's inputs at the first `length` tokens of the training data, by `calibrate`; "normal", with
-    standard deviation std, which also stands there until data have been seen. std: of that. Layer inputs have about 1, after their norm; but
-    random rows of that size disturb: with them 100 steps of MiniLM on film reviews end below a trained head alone.
+    length: rows per layer.
+    init: "activations", the layer's inputs at the first `length` tokens of the training data, by `calibrate`;
+        "normal", with standard deviation std, which also stands there until data have been seen.
+    std: of that. Layer inputs have about 1, after their norm; but random rows of that size disturb: with them 100
+        steps of MiniLM on film reviews end below a trained head alone.
     """
 
     paper = "Liu et al. 2021, P-tuning v2, arXiv:2110.07602, section 3"

@@ -1,4 +1,5 @@
-"""Intrinsic prompt tuning: prompts live in a small space, and only a point of it is trained (Qin et al. 2021, arXiv:2110.07867)."""
+"""Intrinsic prompt tuning: prompts live in a small space, and only a point of it is trained (Qin et al. 2021,
+arXiv:2110.07867)."""
 
 from __future__ import annotations
 
@@ -43,17 +44,24 @@ class Intrinsic(nn.Module):
 
 @peft.register("ipt", "intrinsic_prompt")
 class IPT(TrainingHooks):
-    """f([Dec(z), x]): the rows in front of the tokens are decoded from z of `dim` numbers; in the end only z is trained.
+    """f([Dec(z), x]): the rows in front of the tokens are decoded from z of `dim` numbers; in the end only z is
+    trained.
 
-    Stage `subspace` trains the decoder together with z, stage `intrinsic` z alone: the decoder then gets no gradient. `finish` keeps the rows
-    and drops both. The paper finds the space with many tasks: `fit_subspace` fits a decoder to prompts that were trained for them; load it
-    into `module.network.decoder` and give subspace=0, so that all steps train z alone.
+    Stage `subspace` trains the decoder together with z, stage `intrinsic` z alone: the decoder then gets no gradient.
+    `finish` keeps the rows and drops both. The paper finds the space with many tasks: `fit_subspace` fits a decoder to
+    prompts that were trained for them; load it into `module.network.decoder` and give subspace=0, so that all steps
+    train z alone.
 
-    dim: of z, the intrinsic dimension (the paper: 5 to 250). length: of the prompt. hidden: units of the decoder. subspace: share of the steps that
-    train the decoder too. Dec(z) starts near the embeddings of random tokens, which b_1 holds.
+    dim: of z, the intrinsic dimension (the paper: 5 to 250).
+    length: of the prompt.
+    hidden: units of the decoder.
+    subspace: share of the steps that train the decoder too. Dec(z) starts near the embeddings of random tokens,
+        which b_1 holds.
     """
 
-    paper = "Qin et al. 2021, Exploring universal intrinsic task subspace via prompt tuning, arXiv:2110.07867, section 3"
+    paper = (
+        "Qin et al. 2021, Exploring universal intrinsic task subspace via prompt tuning, arXiv:2110.07867, section 3"
+    )
     identity_at_init = False
     accepts = (Embedding,)
     default_targets = ("embed.token",)
@@ -64,14 +72,18 @@ class IPT(TrainingHooks):
     def __init__(self, *, dim: Count = 100, length: Count = 20, hidden: Count = 64, subspace: Probability = 0.8):
         super().__init__()
         self.dim, self.length, self.hidden = dim, length, hidden
-        self.stages = (Stage("subspace", subspace), Stage("intrinsic", 1 - subspace)) if subspace else (Stage("intrinsic", 1.0),)
+        self.stages = (
+            (Stage("subspace", subspace), Stage("intrinsic", 1 - subspace)) if subspace else (Stage("intrinsic", 1.0),)
+        )
 
     def make(self, site: Site) -> PeftModule:
         assert isinstance(site, Embedding)
         decoder = Decoder(self.dim, self.hidden, self.length, site.embedding_dim)
         with torch.no_grad():
             decoder.outer.bias.copy_(vocabulary_rows(site, self.length).flatten())
-            decoder.outer.weight.normal_(std=1 / self.hidden**0.5).mul_(site.weight.std().to(decoder.outer.weight.device))
+            decoder.outer.weight.normal_(std=1 / self.hidden**0.5).mul_(
+                site.weight.std().to(decoder.outer.weight.device)
+            )
         return Made(Intrinsic(decoder, self.dim))
 
     def begin(self, stage: str, modules: Modules) -> None:
@@ -87,18 +99,26 @@ class IPT(TrainingHooks):
 
 
 def _networks(modules: Modules) -> list[Intrinsic]:
-    return [module.network for module in modules.values() if isinstance(module, Made) and isinstance(module.network, Intrinsic)]
+    return [
+        module.network
+        for module in modules.values()
+        if isinstance(module, Made) and isinstance(module.network, Intrinsic)
+    ]
 
 
 def fit_subspace(
     prompts: Tensor, *, dim: int = 100, hidden: int = 64, steps: int = 1000, learning_rate: float = 1e-2, seed: int = 0
 ) -> tuple[Decoder, Tensor]:
-    """The decoder of min ||Dec(Enc(P)) - P||^2 over trained prompts [tasks, length, width], and their codes Enc(P) [tasks, dim].
+    """The decoder of min ||Dec(Enc(P)) - P||^2 over trained prompts [tasks, length, width], and their codes Enc(P)
+    [tasks, dim].
 
-    Enc is one linear layer (section 3.2, without the tasks' own losses, which need the models). Drawn from `seed` alone.
+    Enc is one linear layer (section 3.2, without the tasks' own losses, which need the models). Drawn from `seed`
+    alone.
     """
     if prompts.ndim != 3 or not prompts.is_floating_point():
-        raise InputError(f"prompts is a float tensor [tasks, length, width], got {prompts.dtype} of shape {tuple(prompts.shape)}")
+        raise InputError(
+            f"prompts is a float tensor [tasks, length, width], got {prompts.dtype} of shape {tuple(prompts.shape)}"
+        )
     prompts = prompts.detach()
     length, width = prompts.shape[1:]
     with torch.random.fork_rng(devices=[]), torch.enable_grad():

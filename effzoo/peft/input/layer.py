@@ -25,10 +25,19 @@ def layers_of(method: str, model: nn.Module, found: Mapping[str, Site]) -> dict[
     """The attention layer of each memory site, by the site's id."""
     layers = {}
     for path, site in found.items():
-        beside = {near.role: near for _, near in sites(model.get_submodule(path.rpartition(".")[0])) if isinstance(near, Linear)}
+        beside = {
+            near.role: near
+            for _, near in sites(model.get_submodule(path.rpartition(".")[0]))
+            if isinstance(near, Linear)
+        }
         values, out = (beside.get(f"{site.role.rpartition('.')[0]}.{name}") for name in ("v", "o"))
         if values is None or out is None:
-            raise IncompatiblePeft(method, path, "its layer projects no values and no output", "use prefix, which needs the memory site alone")
+            raise IncompatiblePeft(
+                method,
+                path,
+                "its layer projects no values and no output",
+                "use prefix, which needs the memory site alone",
+            )
         layers[id(site)] = Layer(values.in_features, out.heads)
     return layers
 
@@ -50,7 +59,8 @@ class Looking:
 
 
 class Starts(PeftModule):
-    """A module of a memory site that can start from what its layer sees of real tokens; while it looks, it adds nothing."""
+    """A module of a memory site that can start from what its layer sees of real tokens; while it looks, it adds
+    nothing."""
 
     looking: Looking | None = None
 
@@ -74,7 +84,8 @@ class Starts(PeftModule):
 
 @torch.no_grad()
 def start_from_activations(method: str, model: nn.Module, modules: Modules, length: int, batches: Batches) -> None:
-    """Every module starts from the first `length` tokens of the batches, one example after the other; repeated where there are fewer."""
+    """Every module starts from the first `length` tokens of the batches, one example after the other; repeated where
+    there are fewer."""
     starting = {path: module for path, module in modules.items() if isinstance(module, Starts)}
     try:
         for module in starting.values():
@@ -87,7 +98,10 @@ def start_from_activations(method: str, model: nn.Module, modules: Modules, leng
             looking = module.looking
             assert looking is not None
             if looking.context is None or looking.missing == length:
-                raise IncompatibleError(f"{method}: the layer of {path} has seen no token of the batches; give other batches, or another init")
+                raise IncompatibleError(
+                    f"{method}: the layer of {path} has seen no token of the batches; give other "
+                    "batches, or another init"
+                )
             rows = torch.cat(looking.rows)
             module.start(rows[torch.arange(length, device=rows.device) % len(rows)], looking.context)
     finally:

@@ -28,13 +28,17 @@ class GatedRows(PeftModule):
 
 @peft.register("llama_adapter")
 class LlamaAdapter(Method):
-    """head_i + tanh(g_i) Attn(x W_q, p W_k, p W_v): rows p with a softmax of their own, added before W_o; the gates g start at 0.
+    """head_i + tanh(g_i) Attn(x W_q, p W_k, p W_v): rows p with a softmax of their own, added before W_o; the gates g
+    start at 0.
 
-    The layer's own projections make keys and values of the rows, which are not turned in rotary models. Nothing changes at the start,
-    and until a gate has moved, its rows get no gradient (section 3.2, eq. 6 to 8; the gate of a head is that of the released code).
+    The layer's own projections make keys and values of the rows, which are not turned in rotary models. Nothing changes
+    at the start, and until a gate has moved, its rows get no gradient (section 3.2, eq. 6 to 8; the gate of a head is
+    that of the released code).
 
-    length: rows per layer. skip: how many of the lowest layers have none, at most all but one (the paper: 2 of 32); `layers` says instead
-    which ones have. std: of the normal distribution that the rows start from.
+    length: rows per layer.
+    skip: how many of the lowest layers have none, at most all but one (the paper: 2 of 32); `layers` says instead
+        which ones have.
+    std: of the normal distribution that the rows start from.
     """
 
     paper = "Zhang et al. 2023, LLaMA-Adapter, arXiv:2303.16199, section 3"
@@ -43,7 +47,15 @@ class LlamaAdapter(Method):
     size = "length"
     learning_rate = 2e-2
 
-    def __init__(self, *, length: Count = 10, skip: Whole = 2, std: NotNegative = 1.0, targets: Targets = None, layers: Layers = None):
+    def __init__(
+        self,
+        *,
+        length: Count = 10,
+        skip: Whole = 2,
+        std: NotNegative = 1.0,
+        targets: Targets = None,
+        layers: Layers = None,
+    ):
         super().__init__(targets=targets, layers=layers)
         self.length, self.skip, self.std = length, skip, std
 

@@ -16,12 +16,15 @@ from effzoo.sites import Embedding, PeftModule, Site
 
 
 class Perceptron(nn.Module):
-    """P = W_3 relu(W_2 relu(W_1 e + b_1) + b_2) + b_3 for each of `length` trained rows e [dim], with `hidden` units: [length, dim]."""
+    """P = W_3 relu(W_2 relu(W_1 e + b_1) + b_2) + b_3 for each of `length` trained rows e [dim], with `hidden` units:
+    [length, dim]."""
 
     def __init__(self, length: int, dim: int, hidden: int):
         super().__init__()
         self.start = nn.Parameter(torch.randn(length, dim))
-        self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        self.layers = nn.Sequential(
+            nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, dim)
+        )
 
     def forward(self) -> Tensor:
         rows: Tensor = self.layers(self.start)
@@ -29,7 +32,8 @@ class Perceptron(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """P_i = W_2 relu(W_1 [forward h_i, backward h_i] + b_1) + b_2, where h is a bidirectional LSTM with two layers over trained rows e (eq. 4, 5)."""
+    """P_i = W_2 relu(W_1 [forward h_i, backward h_i] + b_1) + b_2, where h is a bidirectional LSTM with two layers over
+    trained rows e (eq. 4, 5)."""
 
     def __init__(self, length: int, dim: int, hidden: int):
         super().__init__()
@@ -44,13 +48,17 @@ class Recurrent(nn.Module):
 
 @peft.register("p_tuning")
 class PTuning(TrainingHooks):
-    """f([E(e), x]): the rows in front of the embedded tokens come from trained rows e through a small encoder E, so that they depend on each other.
+    """f([E(e), x]): the rows in front of the embedded tokens come from trained rows e through a small encoder E, so
+    that they depend on each other.
 
-    length: of the prompt. encoder: "mlp", three linear layers with ReLU; "lstm", a bidirectional LSTM of two layers and two linear ones
-    (the paper's). hidden: units of the encoder (of each direction). After training `finish` keeps the rows and drops the encoder: from
-    there on it is a prompt of length * dim numbers, and is stored as one.
+    length: of the prompt.
+    encoder: "mlp", three linear layers with ReLU; "lstm", a bidirectional LSTM of two layers and two linear ones
+        (the paper's).
+    hidden: units of the encoder (of each direction). After training `finish` keeps the rows and drops the encoder:
+        from there on it is a prompt of length * dim numbers, and is stored as one.
 
-    The prompt stands in front of the input; the paper also puts parts of it inside a template, which a caller can do with inputs_embeds.
+    The prompt stands in front of the input; the paper also puts parts of it inside a template, which a caller can do
+    with inputs_embeds.
     """
 
     paper = "Liu et al. 2021, GPT understands, too, arXiv:2103.10385, section 3"

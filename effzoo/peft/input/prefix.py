@@ -19,7 +19,8 @@ from effzoo.sites import HookContext, Memory, MemorySite, PeftModule, Site
 
 
 class Trunk(nn.Module):
-    """tanh(W_1 e + b_1) for trained rows e [length, width], [length, hidden]: what all layers share of the reparametrisation."""
+    """tanh(W_1 e + b_1) for trained rows e [length, width], [length, hidden]: what all layers share of the
+    reparametrisation."""
 
     def __init__(self, length: int, width: int, hidden: int):
         super().__init__()
@@ -34,8 +35,9 @@ class Trunk(nn.Module):
 class KeysValues(Starts):
     """Trained keys [heads, length, head_dim] and values [heads, length, value_dim].
 
-    trunk: with it, keys and values are W_2 trunk() + b_2 until `settle` keeps what they are. gate_heads: with it, they have a softmax of their own,
-    whose result is added times tanh(gate), one gate for each query head.
+    trunk: with it, keys and values are W_2 trunk() + b_2 until `settle` keeps what they are.
+    gate_heads: with it, they have a softmax of their own, whose result is added times tanh(gate), one gate for each
+        query head.
     """
 
     def __init__(self, site: MemorySite, length: int, std: float, trunk: Trunk | None = None, gate_heads: int = 0):
@@ -64,7 +66,8 @@ class KeysValues(Starts):
 
     def start(self, rows: Tensor, context: HookContext) -> None:
         read = read_through(context, rows)
-        keys, values = read.keys, read.values  # keys that queries share may come from a projection that is not grouped (qk of LSH): their mean
+        # keys that queries share may come from a projection that is not grouped (qk of LSH): their mean
+        keys, values = read.keys, read.values
         self.keys.copy_(rearrange(keys, "(h group) n d -> h group n d", h=self.heads).mean(dim=1))
         self.values.copy_(values)
 
@@ -75,25 +78,36 @@ class KeysValues(Starts):
         trainable = self.last.weight.requires_grad
         keys, values = (x.detach().clone() for x in self.pair())
         self.trunk = self.last = None
-        self.keys, self.values = nn.Parameter(keys, requires_grad=trainable), nn.Parameter(values, requires_grad=trainable)
+        self.keys = nn.Parameter(keys, requires_grad=trainable)
+        self.values = nn.Parameter(values, requires_grad=trainable)
 
 
 @peft.register("prefix", "prefix_tuning")
 class Prefix(TrainingHooks):
-    """head_i = Attn(x W_q, [P_k, x W_k], [P_v, x W_v]): `length` trained keys and values per layer, seen by every query.
+    """head_i = Attn(x W_q, [P_k, x W_k], [P_v, x W_v]): `length` trained keys and values per layer, seen by every
+    query.
 
-    length: of the prefix. form: "flat", P_k and P_v are trained themselves; "mlp", they are W_2 tanh(W_1 e + b_1) + b_2, with rows e and W_1 shared
-    by all layers and a W_2 for each (section 4.3), and `finish` keeps P_k and P_v alone. hidden: units of that network (the paper: 512 or 800).
-    init: of the flat form; "activations" (when None), the keys and values that the layer makes of the first `length` tokens of the training data,
-    by `calibrate`; "normal", which is also what stands there until data have been seen, and learns more slowly. std: of the normal distribution.
-    softmax: "joint", one for prefix and tokens; "own", one for the prefix, whose result is added times tanh(g), g = 0 at the start, one for
-    each head: the additive form of He et al., eq. 5, which is the only one here that changes nothing at the start.
+    length: of the prefix.
+    form: "flat", P_k and P_v are trained themselves; "mlp", they are W_2 tanh(W_1 e + b_1) + b_2, with rows e and
+        W_1 shared by all layers and a W_2 for each (section 4.3), and `finish` keeps P_k and P_v alone.
+    hidden: units of that network (the paper: 512 or 800).
+    init: of the flat form; "activations" (when None), the keys and values that the layer makes of the first `length`
+        tokens of the training data, by `calibrate`; "normal", which is also what stands there until data have been
+        seen, and learns more slowly.
+    std: of the normal distribution.
+    softmax: "joint", one for prefix and tokens; "own", one for the prefix, whose result is added times tanh(g), g =
+        0 at the start, one for each head: the additive form of He et al., eq. 5, which is the only one here that
+        changes nothing at the start.
 
-    Positions do not shift: keys of rotary models are not turned. A prefix in the joint softmax is not a no-op, not even one of zeros: a
-    key of 0 still takes e^0 of the softmax. In LSH attention, which normalises keys, only the direction of P_k counts.
+    Positions do not shift: keys of rotary models are not turned. A prefix in the joint softmax is not a no-op, not even
+    one of zeros: a key of 0 still takes e^0 of the softmax. In LSH attention, which normalises keys, only the direction
+    of P_k counts.
     """
 
-    paper = "Li & Liang 2021, Prefix-tuning, arXiv:2101.00190, section 4; as a gate: He et al. 2022, arXiv:2110.04366, eq. 5"
+    paper = (
+        "Li & Liang 2021, Prefix-tuning, arXiv:2101.00190, section 4; as a gate: He et al. 2022, "
+        "arXiv:2110.04366, eq. 5"
+    )
     identity_at_init = False
     accepts = (MemorySite,)
     default_targets = ("attn.memory",)
@@ -114,7 +128,10 @@ class Prefix(TrainingHooks):
     ):
         super().__init__(targets=targets, layers=layers)
         if form == "mlp" and init is not None:
-            raise OptionError(f"{self.name}: init={init!r} sets keys and values, which form='mlp' computes; give form='flat', or leave init out")
+            raise OptionError(
+                f"{self.name}: init={init!r} sets keys and values, which form='mlp' computes; give "
+                "form='flat', or leave init out"
+            )
         self.length, self.form, self.hidden, self.std, self.softmax = length, form, hidden, std, softmax
         self.init = init
         self.identity_at_init = softmax == "own"
@@ -128,7 +145,11 @@ class Prefix(TrainingHooks):
         first = next(iter(found.values()))
         assert isinstance(first, MemorySite)
         self.trunk = Trunk(self.length, first.heads * first.head_dim, self.hidden) if self.form == "mlp" else None
-        self.heads = {key: layer.heads for key, layer in layers_of(self.name, model, found).items()} if self.softmax == "own" else {}
+        self.heads = (
+            {key: layer.heads for key, layer in layers_of(self.name, model, found).items()}
+            if self.softmax == "own"
+            else {}
+        )
 
     def make(self, site: Site) -> KeysValues:
         assert isinstance(site, MemorySite)

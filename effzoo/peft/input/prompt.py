@@ -27,7 +27,8 @@ class Rows(PeftModule):
 
 
 class Made(PeftModule):
-    """Rows [length, dim] that a network without input makes while it is trained; `settle` keeps the rows and drops the network."""
+    """Rows [length, dim] that a network without input makes while it is trained; `settle` keeps the rows and drops the
+    network."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -55,12 +56,15 @@ def vocabulary_rows(site: Embedding, length: int) -> Tensor:
 class Prompt(Method):
     """f([P, x]): `length` trained rows P of shape [length, dim] are put in front of the embedded tokens.
 
-    The rows take the first positions and the tokens follow, as in the `peft` package; outputs at the rows are cut off, so
-    shapes outside do not change. In attention with global tokens the rows are global, or distant tokens could not see them.
+    The rows take the first positions and the tokens follow, as in the `peft` package; outputs at the rows are cut off,
+    so shapes outside do not change. In attention with global tokens the rows are global, or distant tokens could not
+    see them.
 
-    length: of the prompt, which counts towards max_length. init: `vocabulary` copies the embeddings of tokens drawn at random
-    (much better than random rows, section 3.2), `text` those of given tokens, `normal` draws rows with the standard
-    deviation of the table. ids: the tokens of `text`, repeated or cut to the length (a description of the task, or the names of its classes).
+    length: of the prompt, which counts towards max_length.
+    init: `vocabulary` copies the embeddings of tokens drawn at random (much better than random rows, section 3.2),
+        `text` those of given tokens, `normal` draws rows with the standard deviation of the table.
+    ids: the tokens of `text`, repeated or cut to the length (a description of the task, or the names of its
+        classes).
 
     The paper's learning rate is 0.3, for Adafactor, which scales steps by the size of the parameter; AdamW needs less.
     """
@@ -72,10 +76,18 @@ class Prompt(Method):
     size = "length"
     learning_rate = 3e-2
 
-    def __init__(self, *, length: Count = 20, init: Literal["vocabulary", "text", "normal"] = "vocabulary", ids: Sequence[Whole] = ()):
+    def __init__(
+        self,
+        *,
+        length: Count = 20,
+        init: Literal["vocabulary", "text", "normal"] = "vocabulary",
+        ids: Sequence[Whole] = (),
+    ):
         super().__init__()
         if (init == "text") != bool(ids):
-            raise OptionError(f"prompt: ids are the tokens of init='text', and needed there; got init={init!r} and {len(ids)} ids")
+            raise OptionError(
+                f"prompt: ids are the tokens of init='text', and needed there; got init={init!r} and {len(ids)} ids"
+            )
         self.length, self.init, self.ids = length, init, tuple(ids)
 
     def make(self, site: Site) -> PeftModule:
@@ -83,10 +95,13 @@ class Prompt(Method):
         if self.init == "vocabulary":
             return Rows(vocabulary_rows(site, self.length))
         if self.init == "normal":
-            return Rows(torch.randn(self.length, site.embedding_dim, device=site.weight.device) * site.weight.detach().std())
+            return Rows(
+                torch.randn(self.length, site.embedding_dim, device=site.weight.device) * site.weight.detach().std()
+            )
         if not 0 <= min(self.ids) <= max(self.ids) < site.num_embeddings:
             raise OptionError(
-                f"prompt: ids are in [0, {site.num_embeddings}), got {min(self.ids)} to {max(self.ids)}; is this the model's tokenizer?"
+                f"prompt: ids are in [0, {site.num_embeddings}), got {min(self.ids)} to {max(self.ids)}; is this the "
+                "model's tokenizer?"
             )
         repeated = [self.ids[place % len(self.ids)] for place in range(self.length)]
         return Rows(site.weight[torch.tensor(repeated, device=site.weight.device)])

@@ -17,7 +17,8 @@ from effzoo.sites import HookContext, MemorySite, PeftModule, Site
 
 
 class Fused(Among):
-    """y' = y + sum_i s_i V a_i, with a_i = y_i - y what expert i adds, and s = softmax_i((Q y) . (K a_i)) at every position.
+    """y' = y + sum_i s_i V a_i, with a_i = y_i - y what expert i adds, and s = softmax_i((Q y) . (K a_i)) at every
+    position.
 
     Q and K are drawn, V starts as the identity: a single expert is then itself.
     """
@@ -35,19 +36,25 @@ class Fused(Among):
 
     def regularisation(self) -> Tensor:
         """|V - I|_F^2."""
-        return (self.value - torch.eye(len(self.value), dtype=self.value.dtype, device=self.value.device)).square().sum()
+        return (
+            (self.value - torch.eye(len(self.value), dtype=self.value.dtype, device=self.value.device)).square().sum()
+        )
 
 
 @peft.register("fusion", "adapter_fusion")
 class Fusion(MixtureMethod):
     """y' = y + sum_i softmax_i((Q y) . (K a_i)) V a_i: learned attention over adapters, which stay as they are.
 
-    of: the spec of an adapter, or a list with one spec for each; `effzoo.peft.gather` fills in trained ones. experts: how many, for one spec.
-    frozen: whether they stay as they are. finished: whether they come as training leaves them. regularisation: weight of |V - I|_F^2, summed over
-    the sites (0.01 in the released code). std: of the normal that Q and K are drawn from.
+    of: the spec of an adapter, or a list with one spec for each; `effzoo.peft.gather` fills in trained ones.
+    experts: how many, for one spec.
+    frozen: whether they stay as they are.
+    finished: whether they come as training leaves them.
+    regularisation: weight of |V - I|_F^2, summed over the sites (0.01 in the released code).
+    std: of the normal that Q and K are drawn from.
 
-    Works at every site where an expert changes an output: branches for bottleneck adapters as in the paper, projections for LoRA. In the paper the
-    values are the adapters' outputs; here they are what adapters add, so that expert and fusion are the same where there is one expert.
+    Works at every site where an expert changes an output: branches for bottleneck adapters as in the paper, projections
+    for LoRA. In the paper the values are the adapters' outputs; here they are what adapters add, so that expert and
+    fusion are the same where there is one expert.
     """
 
     paper = "Pfeiffer et al. 2021, AdapterFusion, arXiv:2005.00247, section 3.2"
@@ -76,7 +83,9 @@ class Fusion(MixtureMethod):
             return None
         width = getattr(site, "out_features", None) or getattr(site, "dim", None)
         if isinstance(site, MemorySite) or width is None:
-            raise IncompatiblePeft(self.name, f"experts at {site.role!r}", "it attends over outputs, and there is none", "use routed")
+            raise IncompatiblePeft(
+                self.name, f"experts at {site.role!r}", "it attends over outputs, and there is none", "use routed"
+            )
         return Fused(experts, int(width), self.frozen, self.std)
 
     def penalty(self, modules: Modules) -> Tensor | None:

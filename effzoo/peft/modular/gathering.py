@@ -17,19 +17,24 @@ from effzoo.sites import Packed, Site, sites
 from effzoo.spec import Spec, parse_one
 
 
-def gather(model: nn.Module, adapters: Sequence[str], *, name: str, how: str = "fusion", head: str | None = None) -> None:
+def gather(
+    model: nn.Module, adapters: Sequence[str], *, name: str, how: str = "fusion", head: str | None = None
+) -> None:
     """Attach a mixture `name`, active, whose experts are copies of attached adapters, which stay.
 
-    how: the mixture with its options but `of` ("fusion", "routed[router=top_k]", "routed[router='fixed', frozen=true]"). Adapters that take part in
-    training are finished first, once and for all. head: the adapter whose task head is copied; the mixture's own is fresh without it.
-    Raises AdapterError (a mixture among the adapters, an adapter given twice), TargetError; the model is then as it was.
+    how: the mixture with its options but `of` ("fusion", "routed[router=top_k]", "routed[router='fixed',
+        frozen=true]"). Adapters that take part in training are finished first, once and for all.
+    head: the adapter whose task head is copied; the mixture's own is fresh without it. Raises AdapterError (a
+        mixture among the adapters, an adapter given twice), TargetError; the model is then as it was.
     """
     if not adapters or len(set(adapters)) < len(adapters):
         raise AdapterError(f"a mixture is made of adapters, each once, got {list(adapters)}")
     found = [_known(model, adapter) for adapter in adapters]
     for attachment in found:
         if any(isinstance(method, MixtureMethod) for method, _ in attachment.methods):
-            raise AdapterError(f"adapter {attachment.name!r} is a mixture itself; extract its experts first (effzoo.peft.extract)")
+            raise AdapterError(
+                f"adapter {attachment.name!r} is a mixture itself; extract its experts first (effzoo.peft.extract)"
+            )
     spec = parse_one(how)
     if head is not None:
         _known(model, head)
@@ -50,13 +55,16 @@ def gather(model: nn.Module, adapters: Sequence[str], *, name: str, how: str = "
 
 
 def extract(model: nn.Module, mixture: str, expert: int, *, name: str) -> None:
-    """Attach expert number `expert` of a mixture as an adapter of its own, active, with a copy of the mixture's task head.
+    """Attach expert number `expert` of a mixture as an adapter of its own, active, with a copy of the mixture's task
+    head.
 
     Raises AdapterError for an adapter that is no mixture, UnknownNameError for an expert that it does not have.
     """
     method = next((m for m, _ in _known(model, mixture).methods if isinstance(m, MixtureMethod)), None)
     if method is None:
-        raise AdapterError(f"adapter {mixture!r} ({_known(model, mixture).spec}) has no experts; give one that is 'routed' or 'fusion'")
+        raise AdapterError(
+            f"adapter {mixture!r} ({_known(model, mixture).spec}) has no experts; give one that is 'routed' or 'fusion'"
+        )
     if not 0 <= expert < len(method.of):
         raise UnknownNameError("expert", expert, map(str, range(len(method.of))))
     with transition(model), torch.no_grad():

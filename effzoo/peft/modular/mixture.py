@@ -36,8 +36,9 @@ class Among(Mixture):
 class MixtureMethod(TrainingHooks):
     """Experts of given specs at the sites where they hang; subclasses say how their outputs become one.
 
-    Hooks of the experts (calibrate, schedule, penalty, stages, finish) are called as if each were attached alone. Experts that take part in training
-    in different stages, or that hang rows in front of the input or a second network beside it, are refused.
+    Hooks of the experts (calibrate, schedule, penalty, stages, finish) are called as if each were attached alone.
+    Experts that take part in training in different stages, or that hang rows in front of the input or a second network
+    beside it, are refused.
     """
 
     accepts = (Site,)
@@ -53,7 +54,10 @@ class MixtureMethod(TrainingHooks):
         self.inner: list[list[Method]] = [[registry.create(spec) for spec in parse(given)] for given in specs]
         methods = [method for expert in self.inner for method in expert]
         if nested := [method.name for method in methods if isinstance(method, MixtureMethod)]:
-            raise OptionError(f"{self.name}: an expert is no mixture itself, got {nested[0]!r}; attach both and activate them together")
+            raise OptionError(
+                f"{self.name}: an expert is no mixture itself, got {nested[0]!r}; attach both and "
+                "activate them together"
+            )
         training = [method for method in methods if isinstance(method, TrainingHooks)]
         stages = {tuple(method.stages) for method in training if method.stages}
         if len(stages) > 1:
@@ -71,7 +75,8 @@ class MixtureMethod(TrainingHooks):
         return {hook for hook in HOOKS if any(uses(method, hook) for expert in self.inner for method in expert)}
 
     def _rates(self) -> dict[str, float]:
-        """The factors that the experts' methods have for their tensors, and those that make their learning rates of the first one's."""
+        """The factors that the experts' methods have for their tensors, and those that make their learning rates of the
+        first one's."""
         found = {}
         for number, expert in enumerate(self.inner):
             for method in expert:
@@ -102,7 +107,8 @@ class MixtureMethod(TrainingHooks):
                 if id(site) in wanted and (module := method.make(site)) is not None:
                     if method.name in made:
                         raise OptionError(
-                            f"{self.name}: an expert would hang two {method.name!r} modules on {site.role!r}; give them disjoint targets"
+                            f"{self.name}: an expert would hang two {method.name!r} modules on {site.role!r}; give "
+                            "them disjoint targets"
                         )
                     made[method.name] = module
                     if self.finished and isinstance(method, TrainingHooks):
@@ -116,7 +122,12 @@ class MixtureMethod(TrainingHooks):
             raise IncompatiblePeft(self.name, f"experts at {site.role!r}", reason, "use prefix or deep_prompt")
         if isinstance(site, TiedLinear) or (isinstance(site, Embedding) and self.tied):
             reason = "the head of the model reads the same table, which then differs by token"
-            raise IncompatiblePeft(self.name, f"experts at {site.role!r}", reason, "give the experts targets inside the blocks, 'attn.*' or 'mlp.*'")
+            raise IncompatiblePeft(
+                self.name,
+                f"experts at {site.role!r}",
+                reason,
+                "give the experts targets inside the blocks, 'attn.*' or 'mlp.*'",
+            )
         return each
 
     def _each(self, modules: Modules, hook: str) -> list[tuple[int, TrainingHooks, dict[str, PeftModule]]]:
@@ -148,7 +159,9 @@ class MixtureMethod(TrainingHooks):
             method.schedule(own, progress)
 
     def penalty(self, modules: Modules) -> Tensor | None:
-        found = [value for _, method, own in self._each(modules, "penalty") if (value := method.penalty(own)) is not None]
+        found = [
+            value for _, method, own in self._each(modules, "penalty") if (value := method.penalty(own)) is not None
+        ]
         return torch.stack(found).sum() if found else None
 
     def begin(self, stage: str, modules: Modules) -> None:

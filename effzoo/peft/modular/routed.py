@@ -17,13 +17,27 @@ from effzoo.peft.modular.mixture import Among, MixtureMethod
 from effzoo.registry import peft
 from effzoo.registry import router as routers
 from effzoo.routing import Router, Routing
-from effzoo.sites import Branch, Embedding, HookContext, Keys, Linear, Memory, MemorySite, Norm, PeftModule, Site, memories, sites
+from effzoo.sites import (
+    Branch,
+    Embedding,
+    HookContext,
+    Keys,
+    Linear,
+    Memory,
+    MemorySite,
+    Norm,
+    PeftModule,
+    Site,
+    memories,
+    sites,
+)
 
 Level = Literal["token", "example"]
 
 
 class Pending:
-    """The loss of a router's last pass until the penalty takes it. A copy of the model has none: a graph belongs to its own tensors."""
+    """The loss of a router's last pass until the penalty takes it. A copy of the model has none: a graph belongs to its
+    own tensors."""
 
     loss: Tensor | None = None
 
@@ -34,11 +48,13 @@ class Pending:
 class Routed(Among):
     """y' = y + sum_i w_i (y_i - y), with y_i the site's output with expert i and y that without any.
 
-    Where the weights add up to 1 this is sum_i w_i y_i; a token that no expert takes keeps y. A memory is seen by all tokens of an example, so it is
-    mixed by example: keys sum_i w_i K_i, values likewise.
+    Where the weights add up to 1 this is sum_i w_i y_i; a token that no expert takes keeps y. A memory is seen by all
+    tokens of an example, so it is mixed by example: keys sum_i w_i K_i, values likewise.
     """
 
-    def __init__(self, experts: Sequence[nn.ModuleDict], router: Router, level: str, shared: bool, places: int, frozen: bool):
+    def __init__(
+        self, experts: Sequence[nn.ModuleDict], router: Router, level: str, shared: bool, places: int, frozen: bool
+    ):
         super().__init__(experts, frozen)
         self.router, self.level, self.shared, self.places = router, level, shared, places
         self.pending = Pending()
@@ -50,12 +66,16 @@ class Routed(Among):
         return y
 
     def weights(self, x: Tensor, context: HookContext) -> Tensor:
-        """What each expert counts at the site's input x [..., dim]: [experts, ..., 1], with axes of length 1 where it does not differ.
+        """What each expert counts at the site's input x [..., dim]: [experts, ..., 1], with axes of length 1 where it
+        does not differ.
 
-        Rows that belong to no example, as a head's pooled states and trained rows that a projection reads, are tokens each.
+        Rows that belong to no example, as a head's pooled states and trained rows that a projection reads, are tokens
+        each.
         """
         if x.ndim < 3 and (self.router.reads == "tasks" or self.shared):
-            raise IncompatibleError(f"rows of shape {tuple(x.shape)} belong to no example, so router {self.router.name!r} cannot place them")
+            raise IncompatibleError(
+                f"rows of shape {tuple(x.shape)} belong to no example, so router {self.router.name!r} cannot place them"
+            )
         if x.ndim < 3 or (self.level == "token" and self.router.reads == "tokens"):
             return self._by_token(x, context.valid)
         found = self._by_example(x, context)
@@ -75,17 +95,23 @@ class Routed(Among):
         """[batch, experts]: by the number of the task, or by the mean over the tokens of the example."""
         if self.router.reads == "tasks":
             if context.task_ids is None:
-                raise InputError(f"router {self.router.name!r} reads the number of each example's task; call model(..., task_ids=...)")
+                raise InputError(
+                    f"router {self.router.name!r} reads the number of each example's task; call "
+                    "model(..., task_ids=...)"
+                )
             return self._routed(context.task_ids).weights
         if self.shared:
             return self._of_model(context)
         return self._routed(_mean(x, context.valid)).weights
 
     def _of_model(self, context: HookContext) -> Tensor:
-        """One router for the model: it reads the mean of the embeddings; its noise is the same at every site of a pass."""
+        """One router for the model: it reads the mean of the embeddings; its noise is the same at every site of a
+        pass."""
         mask, start = context.mask, context.start
         if mask is None or start is None:
-            raise IncompatibleError("a router of the whole model reads the embeddings, which this site does not see; use scope='site'")
+            raise IncompatibleError(
+                "a router of the whole model reads the embeddings, which this site does not see; use scope='site'"
+            )
         seed = mask.decide if mask.decisions is not None else mask.memo
         number = seed(("routed", id(self.router)), lambda: int(torch.randint(2**31, (1,))))
         with torch.random.fork_rng(devices=[start.device] if start.is_cuda else []):
@@ -111,7 +137,9 @@ class Routed(Among):
             return [_weighed(one, weights[:, number, None]) for number, own in enumerate(each) for one in own]
         shapes = {(one.keys.shape[-3:], one.values.shape[-3:], one.gate is None) for one in found}
         if len(shapes) > 1 or any(len(own) != 1 for own in each):
-            raise IncompatibleError("routed memories are mixed row by row: every expert needs one of the same length; give such experts")
+            raise IncompatibleError(
+                "routed memories are mixed row by row: every expert needs one of the same length; give such experts"
+            )
         return [Memory(_blend([one.keys for one in found], weights), _blend([one.values for one in found], weights))]
 
     def extra_repr(self) -> str:
@@ -133,7 +161,8 @@ def _blend(each: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 
 def _real(x: Tensor, valid: Tensor | None) -> Tensor | None:
-    """bool[tokens] of the positions of x [batch, (heads,) n, dim] that hold a token; None when all do, or when x is not the sequence."""
+    """bool[tokens] of the positions of x [batch, (heads,) n, dim] that hold a token; None when all do, or when x is not
+    the sequence."""
     if valid is None or x.ndim < 3 or valid.shape[0] != x.shape[0] or valid.shape[1] < x.shape[-2]:
         return None
     now = valid[:, -x.shape[-2] :]  # with a cache, valid covers the past too
@@ -152,19 +181,28 @@ def _mean(x: Tensor, valid: Tensor | None) -> Tensor:
 
 @peft.register("routed", "mixture")
 class RoutedMethod(MixtureMethod):
-    """y' = y + sum_i w_i (y_i - y): several adapters side by side, weighted by a router for each token, example or task.
+    """y' = y + sum_i w_i (y_i - y): several adapters side by side, weighted by a router for each token, example or
+    task.
 
-    of: the spec of an expert, any method or union of methods (`of='lora[rank=4]|ia3'`), or a list with one spec for each. experts: how many, for one
-    spec. router: a router with its options (`effzoo.routing.names()`): 'soft', 'top_k[k=1]', 'switch[capacity=1]', 'gumbel', 'base', 'expert_choice',
-    'uniform'; 'fixed' and 'skills' read `model(..., task_ids=)`. level: "token", or "example", the mean over its tokens; memories (prefixes) are
-    always routed by example. scope: "site", a router at every site, or "model", one that reads the mean of the embeddings. frozen: train the router
-    alone. finished: experts come as training leaves them, from `effzoo.peft.gather`.
+    of: the spec of an expert, any method or union of methods (`of='lora[rank=4]|ia3'`), or a list with one spec for
+        each.
+    experts: how many, for one spec.
+    router: a router with its options (`effzoo.routing.names()`): 'soft', 'top_k[k=1]', 'switch[capacity=1]',
+        'gumbel', 'base', 'expert_choice', 'uniform'; 'fixed' and 'skills' read `model(..., task_ids=)`.
+    level: "token", or "example", the mean over its tokens; memories (prefixes) are always routed by example.
+    scope: "site", a router at every site, or "model", one that reads the mean of the embeddings.
+    frozen: train the router alone.
+    finished: experts come as training leaves them, from `effzoo.peft.gather`.
 
-    Losses of the router are added as a penalty, in the mean over its sites. All experts are computed for all tokens: what routing saves here is none
-    of the base's work, and little of the experts' (feed-forwards as experts are dispatched: `effzoo.build(..., experts=8)`).
+    Losses of the router are added as a penalty, in the mean over its sites. All experts are computed for all tokens:
+    what routing saves here is none of the base's work, and little of the experts' (feed-forwards as experts are
+    dispatched: `effzoo.build(..., experts=8)`).
     """
 
-    paper = "Ponti et al. 2022, arXiv:2202.13914; Wang et al. 2022, AdaMix, arXiv:2205.12410; Shazeer et al. 2017, arXiv:1701.06538"
+    paper = (
+        "Ponti et al. 2022, arXiv:2202.13914; Wang et al. 2022, AdaMix, arXiv:2205.12410; Shazeer et al. 2017, "
+        "arXiv:1701.06538"
+    )
 
     def __init__(
         self,
@@ -180,7 +218,10 @@ class RoutedMethod(MixtureMethod):
     ):
         super().__init__(of, experts, frozen, finished, layers=layers)
         if scope == "model" and level == "token":
-            raise OptionError(f"{self.name}: a router of the whole model reads the mean of an example; give level='example' with scope='model'")
+            raise OptionError(
+                f"{self.name}: a router of the whole model reads the mean of an example; give "
+                "level='example' with scope='model'"
+            )
         probe: Router = routers.create(router, 1, len(self.of))
         self.router, self.level, self.scope = router, level, scope
         self.reads, self.alone = probe.reads, probe.alone
@@ -193,17 +234,41 @@ class RoutedMethod(MixtureMethod):
         config: Any = getattr(model, "config", None)
         takes = inspect.signature(model.forward).parameters
         if self.weighted and getattr(config, "residual", "plain") == "reversible":
-            reason = f"the losses of router {self.router!r} need the graph of the forward pass, which reversible blocks do not keep"
-            raise IncompatiblePeft(self.name, "a reversible model", reason, "give its losses weight 0, or use 'soft', 'gumbel' or 'base'")
+            reason = (
+                f"the losses of router {self.router!r} need the graph of the forward pass, which reversible "
+                "blocks do not keep"
+            )
+            raise IncompatiblePeft(
+                self.name, "a reversible model", reason, "give its losses weight 0, or use 'soft', 'gumbel' or 'base'"
+            )
         if "task_ids" not in takes and (self.reads == "tasks" or self.scope == "model"):
-            raise IncompatiblePeft(self.name, "this model", "it takes no task_ids and shows no embeddings to routers", "route by tokens at each site")
+            raise IncompatiblePeft(
+                self.name,
+                "this model",
+                "it takes no task_ids and shows no embeddings to routers",
+                "route by tokens at each site",
+            )
         causal = getattr(config, "causal", False)
-        if causal and getattr(model, "task", "") == "causal_lm" and self.reads == "tokens" and (self.level == "example" or not self.alone):
+        if (
+            causal
+            and getattr(model, "task", "") == "causal_lm"
+            and self.reads == "tokens"
+            and (self.level == "example" or not self.alone)
+        ):
             reason = "a token's experts would be chosen by later tokens"
-            raise IncompatiblePeft(self.name, "a causal language model", reason, "route by token, with 'soft', 'top_k', 'switch', 'gumbel' or 'base'")
+            raise IncompatiblePeft(
+                self.name,
+                "a causal language model",
+                reason,
+                "route by token, with 'soft', 'top_k', 'switch', 'gumbel' or 'base'",
+            )
         super().prepare(model, found)
         self.causal = causal and getattr(model, "task", "") == "causal_lm"
-        self.widths = layers_of(self.name, model, {path: site for path, site in found.items() if isinstance(site, MemorySite) and self._wants(site)})
+        self.widths = layers_of(
+            self.name,
+            model,
+            {path: site for path, site in found.items() if isinstance(site, MemorySite) and self._wants(site)},
+        )
         self.one = routers.create(self.router, config.dim, len(self.of)) if self.scope == "model" else None
         wanted = {id(site) for _, site in sites(model) if self._wants(site)}
         self.count = max(1, len(wanted))
@@ -217,10 +282,17 @@ class RoutedMethod(MixtureMethod):
             return None
         if isinstance(site, MemorySite) and self.causal and self.reads == "tokens":
             reason = "a memory is routed by the mean of the whole text, so a token would be predicted from later ones"
-            raise IncompatiblePeft(self.name, "a causal language model", reason, "use experts that hang on weights, such as lora")
+            raise IncompatiblePeft(
+                self.name, "a causal language model", reason, "use experts that hang on weights, such as lora"
+            )
         if id(site) not in self.shown and (self.level == "example" or self.reads == "tasks"):
             reason = "outside the blocks of this model nothing says which positions belong to the example"
-            raise IncompatiblePeft(self.name, f"experts at {site.role!r}", reason, "give the experts targets inside the blocks, or route by token")
+            raise IncompatiblePeft(
+                self.name,
+                f"experts at {site.role!r}",
+                reason,
+                "give the experts targets inside the blocks, or route by token",
+            )
         router = routers.create(self.router, self._width(site), len(self.of)) if self.one is None else self.one
         return Routed(experts, router, self.level, self.one is not None, self.count, self.frozen)
 
@@ -236,7 +308,12 @@ class RoutedMethod(MixtureMethod):
             return site.embedding_dim
         if isinstance(site, Norm):
             return int(site.weight.shape[-1])  # type: ignore[index]
-        raise IncompatiblePeft(self.name, f"experts at {site.role!r}", "there is no sequence of tokens to route", "use targets inside the blocks")
+        raise IncompatiblePeft(
+            self.name,
+            f"experts at {site.role!r}",
+            "there is no sequence of tokens to route",
+            "use targets inside the blocks",
+        )
 
     def penalty(self, modules: Modules) -> Tensor | None:
         found = [] if (own := super().penalty(modules)) is None else [own]

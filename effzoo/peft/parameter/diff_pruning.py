@@ -22,7 +22,9 @@ LOW, HIGH, TEMPERATURE = -1.5, 1.5, 1.0
 class Gated(SparseDelta):
     """theta' = theta + z * w, z = z_entry z_group with hard-concrete gates; later the chosen entries alone."""
 
-    def __init__(self, chosen: Selection, spans: Spans, owner: bool, base: Mapping[str, Tensor], alpha: float, structured: bool):
+    def __init__(
+        self, chosen: Selection, spans: Spans, owner: bool, base: Mapping[str, Tensor], alpha: float, structured: bool
+    ):
         super().__init__(chosen, spans, owner)
         for key, tensor in base.items():
             self.register_parameter(f"w_{key}", nn.Parameter(torch.zeros_like(tensor)))
@@ -36,7 +38,9 @@ class Gated(SparseDelta):
     def dense(self, key: str) -> Tensor | None:
         change: Tensor = getattr(self, f"w_{key}")
         for alpha in self.alphas(key):
-            change = change * (drawn_gate(alpha, LOW, HIGH, TEMPERATURE) if self.training else still_gate(alpha, LOW, HIGH))
+            change = change * (
+                drawn_gate(alpha, LOW, HIGH, TEMPERATURE) if self.training else still_gate(alpha, LOW, HIGH)
+            )
         return change
 
     def expected(self) -> Tensor:
@@ -56,17 +60,22 @@ class Gated(SparseDelta):
 
 @peft.register("diff", "diff_pruning")
 class DiffPruning(Selecting):
-    """theta' = theta + z * w, with w starting at 0 and z a hard-concrete gate per entry; the loss grows by penalty * E ||z||_0.
+    """theta' = theta + z * w, with w starting at 0 and z a hard-concrete gate per entry; the loss grows by penalty * E
+    ||z||_0.
 
-    s = sigma(logit u + alpha), z = clip(s (r - l) + l, 0, 1) with (l, r) = (-1.5, 1.5); in evaluation s = sigma(alpha). Stage `gates` trains w and
-    alpha. Then the K entries with the largest |z w|, over all tensors together, are chosen, and stage `fixmask` goes on training them from z w.
+    s = sigma(logit u + alpha), z = clip(s (r - l) + l, 0, 1) with (l, r) = (-1.5, 1.5); in evaluation s = sigma(alpha).
+    Stage `gates` trains w and alpha. Then the K entries with the largest |z w|, over all tensors together, are chosen,
+    and stage `fixmask` goes on training them from z w.
 
-    keep: K as a share of the targets' parameters. penalty: lambda. alpha: where the gates start; at 5 they are open. structured: a
-    second gate for each tensor, z = z_entry z_tensor. gates: share of all steps in the first stage.
+    keep: K as a share of the targets' parameters.
+    penalty: lambda.
+    alpha: where the gates start; at 5 they are open.
+    structured: a second gate for each tensor, z = z_entry z_tensor.
+    gates: share of all steps in the first stage.
 
-    2 D parameters are trained in the first stage (and one per tensor), K in the second. Weight decay acts on w: it pulls towards theta. The
-    penalty is the exact expectation of the product of both gates. Training by hand without `begin` stays in the first stage, and `finish`
-    then keeps every entry whose z w is not 0.
+    2 D parameters are trained in the first stage (and one per tensor), K in the second. Weight decay acts on w: it
+    pulls towards theta. The penalty is the exact expectation of the product of both gates. Training by hand without
+    `begin` stays in the first stage, and `finish` then keeps every entry whose z w is not 0.
     """
 
     paper = "Guo, Rush & Kim 2021, Parameter-efficient transfer learning with diff pruning, arXiv:2012.07463, section 3"
@@ -96,7 +105,10 @@ class DiffPruning(Selecting):
     def penalty(self, modules: Modules) -> Tensor | None:
         if selection_of(modules).indices is not None:
             return None
-        return self.weight * torch.stack([module.expected() for module in modules.values() if isinstance(module, Gated)]).sum()
+        return (
+            self.weight
+            * torch.stack([module.expected() for module in modules.values() if isinstance(module, Gated)]).sum()
+        )
 
     def begin(self, stage: str, modules: Modules) -> None:
         chosen = selection_of(modules)

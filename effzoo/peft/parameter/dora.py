@@ -1,4 +1,5 @@
-"""DoRA: a weight is split into length and direction, and the direction changes by a low rank (Liu et al. 2024, arXiv:2402.09353)."""
+"""DoRA: a weight is split into length and direction, and the direction changes by a low rank (Liu et al. 2024,
+arXiv:2402.09353)."""
 
 from __future__ import annotations
 
@@ -30,16 +31,19 @@ class Directed(PeftModule):
 
     def weight(self, weight: Tensor) -> Tensor:
         direction = weight + self.scale * (self.B.to(weight) @ self.A.to(weight))
-        length = direction.detach().norm(dim=1).clamp(min=torch.finfo(weight.dtype).tiny)  # a row of zeros stays one, instead of NaN
+        # a row of zeros stays one, instead of NaN
+        length = direction.detach().norm(dim=1).clamp(min=torch.finfo(weight.dtype).tiny)
         return (self.magnitude.to(weight) / length)[:, None] * direction
 
 
 @peft.register("dora")
 class DoRA(Method):
-    """W' = m (W + s B A) / ||W + s B A||, row by row: LoRA for the directions of the rows, and a trained length m for each, ||W|| at first.
+    """W' = m (W + s B A) / ||W + s B A||, row by row: LoRA for the directions of the rows, and a trained length m for
+    each, ||W|| at first.
 
-    rank, alpha, rslora: as in lora. The norm counts as a constant in the backward pass, as the paper advises to save memory. The weight is
-    composed by the hook `weight`, so a matrix of its size is made per site and step, and there is no dropout on the low-rank
+    rank, alpha, rslora: as in lora. The norm counts as a constant in the backward pass, as the paper advises to save
+        memory. The weight is composed by the hook `weight`, so a matrix of its size is made per site and step, and
+        there is no dropout on the low-rank
     branch: the norm would have to know it.
 
     The paper's m holds the norms of columns of W [in, out], which are the rows here, where W is [out, in].
@@ -61,7 +65,9 @@ class DoRA(Method):
         layers: Layers = None,
     ):
         check_rank(self.name, rank)
-        super().__init__(targets=tuple(rank) if isinstance(rank, Mapping) and targets is None else targets, layers=layers)
+        super().__init__(
+            targets=tuple(rank) if isinstance(rank, Mapping) and targets is None else targets, layers=layers
+        )
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
 
     def make(self, site: Site) -> PeftModule:

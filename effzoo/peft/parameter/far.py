@@ -1,4 +1,5 @@
-"""FAR: training few hidden units of the feed-forward, split off from the rest (Vucetic et al. 2022, arXiv:2205.03481)."""
+"""FAR: training few hidden units of the feed-forward, split off from the rest (Vucetic et al. 2022,
+arXiv:2205.03481)."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from effzoo.sites import Counted, HookContext, Linear, Packed, PeftModule, Posit
 class Learners(Positionwise, Packed, Counted, PeftModule):
     """The change of the learner units' slices: rows of W_up (and of the gate) with their biases, or columns of W_down.
 
-    y' = y + W_phi x at the learner units, or y' = y + W_phi h[learner units]: the frozen part keeps no input for a weight's gradient, the learners
-    keep theirs. units int32[r]; weight [r, in] or [out, r].
+    y' = y + W_phi x at the learner units, or y' = y + W_phi h[learner units]: the frozen part keeps no input for a
+    weight's gradient, the learners keep theirs. units int32[r]; weight [r, in] or [out, r].
     """
 
     def __init__(self, site: Linear, columns: bool):
@@ -39,7 +40,9 @@ class Learners(Positionwise, Packed, Counted, PeftModule):
         return y.index_add(-1, self.units, F.linear(x, self.own_weight, self.own_bias).to(y))
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        change = torch.zeros_like(weight).index_copy(1 if self.columns else 0, self.units.long(), self.own_weight.to(weight))
+        change = torch.zeros_like(weight).index_copy(
+            1 if self.columns else 0, self.units.long(), self.own_weight.to(weight)
+        )
         return change, None if self.own_bias is None or bias is None else torch.zeros_like(bias).index_copy(
             0, self.units.long(), self.own_bias.to(bias)
         )
@@ -69,11 +72,14 @@ class Learners(Positionwise, Packed, Counted, PeftModule):
         r = len(units)
         shape = (self.full[0], r) if self.columns else (r, self.full[1])
         if tensors["own_weight"].shape != shape or (self.own_bias is not None and tensors["own_bias"].shape != (r,)):
-            raise ValueError(f"{r} learner units have a weight of shape {shape}, got {tuple(tensors['own_weight'].shape)}")
+            raise ValueError(
+                f"{r} learner units have a weight of shape {shape}, got {tuple(tensors['own_weight'].shape)}"
+            )
         if r and (int(units.min()) < 0 or int(units.max()) >= self.size):
             raise ValueError(f"units are numbers below {self.size}, got {int(units.min())} to {int(units.max())}")
         if r != len(self.units):
-            self.keep(torch.arange(r, device=self.units.device) % max(1, len(self.units)))  # of the right shape, filled below
+            # of the right shape, filled below
+            self.keep(torch.arange(r, device=self.units.device) % max(1, len(self.units)))
         self.units.copy_(units)
         self.own_weight.data.copy_(tensors["own_weight"])
         if self.own_bias is not None:
@@ -82,16 +88,20 @@ class Learners(Positionwise, Packed, Counted, PeftModule):
 
 @peft.register("far", "freeze_and_reconfigure")
 class FAR(TrainingHooks):
-    """FFN(x) = W_down[:, f] act(W_up[f] x) + W_down[:, l] act(W_up[l] x), f the frozen hidden units and l the learners, which alone are trained.
+    """FFN(x) = W_down[:, f] act(W_up[f] x) + W_down[:, l] act(W_up[l] x), f the frozen hidden units and l the learners,
+    which alone are trained.
 
-    Stage `prime` trains all units; then the units that have moved most are the learners, by the L1 change of all their weights (row of W_up
-    and of the gate, bias, column of W_down), and stage `learn` goes on training these, while the others return to where they were.
+    Stage `prime` trains all units; then the units that have moved most are the learners, by the L1 change of all their
+    weights (row of W_up and of the gate, bias, column of W_down), and stage `learn` goes on training these, while the
+    others return to where they were.
 
-    keep: share of the hidden units that learn, in each feed-forward. prime: share of all steps in the first stage.
+    keep: share of the hidden units that learn, in each feed-forward.
+    prime: share of all steps in the first stage.
 
-    A module holds the learners' slices, as a change of theta, so that gradients, optimizer state and stored inputs are as small; weight
-    decay acts on the change and pulls towards theta. The output bias stays frozen. That the frozen units return is our reading: the
-    priming run is there for the choice. Training by hand without `begin` stays in the first stage, with all units.
+    A module holds the learners' slices, as a change of theta, so that gradients, optimizer state and stored inputs are
+    as small; weight decay acts on the change and pulls towards theta. The output bias stays frozen. That the frozen
+    units return is our reading: the priming run is there for the choice. Training by hand without `begin` stays in the
+    first stage, with all units.
     """
 
     paper = "Vucetic et al. 2022, Efficient fine-tuning of BERT models on the edge, arXiv:2205.03481, section 3"

@@ -1,4 +1,5 @@
-"""Fastfood: a random projection in D log D time and D memory (Le et al. 2013, arXiv:1408.3060), as Li et al. 2018 use it for subspaces."""
+"""Fastfood: a random projection in D log D time and D memory (Le et al. 2013, arXiv:1408.3060), as Li et al. 2018 use
+it for subspaces."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ FACTOR = 32  # the widest dense Hadamard matrix that is multiplied at once; the 
 
 
 def dense_hadamard(size: int, like: Tensor) -> Tensor:
-    """The Hadamard matrix of Sylvester, [size, size]: H_1 = 1, H_2n = [[H_n, H_n], [H_n, -H_n]]. size is a power of 2."""
+    """The Hadamard matrix of Sylvester, [size, size]: H_1 = 1, H_2n = [[H_n, H_n], [H_n, -H_n]]. size is a power of
+    2."""
     H = like.new_ones(1, 1)
     while len(H) < size:
         H = torch.cat([torch.cat([H, H], dim=1), torch.cat([H, -H], dim=1)])
@@ -19,8 +21,9 @@ def dense_hadamard(size: int, like: Tensor) -> Tensor:
 def hadamard(x: Tensor) -> Tensor:
     """H x along the last axis, whose size is a power of 2, without normalisation: H H = size * I.
 
-    H is the Kronecker product of small Hadamard matrices, so they are applied one after the other along axes of their own: n log n numbers
-    are multiplied and added, in products of matrices. H is symmetric, so the gradient of H x is H applied to the gradient, with no factor.
+    H is the Kronecker product of small Hadamard matrices, so they are applied one after the other along axes of their
+    own: n log n numbers are multiplied and added, in products of matrices. H is symmetric, so the gradient of H x is H
+    applied to the gradient, with no factor.
     """
     y, left = x, x.shape[-1]
     while left > 1:
@@ -32,17 +35,20 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 class Fastfood(nn.Module):
-    """P theta for one tensor of `rows` numbers: the first `rows` entries of H G Pi H S theta, times `scale` / sqrt(padded sum(G^2)).
+    """P theta for one tensor of `rows` numbers: the first `rows` entries of H G Pi H S theta, times `scale` /
+    sqrt(padded sum(G^2)).
 
-    theta [dim] is padded with zeros to the next power of 2 that holds both `rows` and `dim`, so that no entry of theta is ever cut off. S: random
-    signs, Pi: a random permutation, G: normal numbers on the diagonal, H: `hadamard`. A column of H G Pi H S has the squared length
-    padded * sum(G^2), so over all padded rows the columns of the result have the length `scale`, exactly.
+    theta [dim] is padded with zeros to the next power of 2 that holds both `rows` and `dim`, so that no entry of theta
+    is ever cut off. S: random
+    signs, Pi: a random permutation, G: normal numbers on the diagonal, H: `hadamard`. A column of H G Pi H S has the
+        squared length padded * sum(G^2), so over all padded rows the columns of the result have the length `scale`,
+        exactly.
 
-    The inner H meets only the first `dim` entries: those fill one block of the next power of 2, `inner`, and the product repeats
-    itself every `inner` entries. So it is computed once at that size, and Pi reads it modulo `inner`.
+    The inner H meets only the first `dim` entries: those fill one block of the next power of 2, `inner`, and the
+    product repeats itself every `inner` entries. So it is computed once at that size, and Pi reads it modulo `inner`.
 
-    Everything random comes from a CPU generator with `seed`, so that no file holds it; without a seed only the shapes are made, on the meta
-    device. 2 padded numbers are held in memory.
+    Everything random comes from a CPU generator with `seed`, so that no file holds it; without a seed only the shapes
+    are made, on the meta device. 2 padded numbers are held in memory.
     """
 
     signs: Tensor

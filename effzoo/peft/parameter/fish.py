@@ -19,18 +19,21 @@ from effzoo.sites import Site, sites
 
 @peft.register("fish", "fish_mask")
 class Fish(Selecting):
-    """theta' = theta + phi on the K entries with the largest Fisher information F, chosen once before training; the rest is frozen.
+    """theta' = theta + phi on the K entries with the largest Fisher information F, chosen once before training; the
+    rest is frozen.
 
     F = 1/N sum_i (d log p(y_i | x_i) / d theta)^2                        fisher = label
     F = 1/N sum_i sum_c p(c | x_i) (d log p(c | x_i) / d theta)^2         fisher = expected
 
-    keep: K as a share of the targets' parameters, over all tensors together. fisher: as above. samples: N, how many labelled examples are
-    looked at, one backward pass each (C for `expected`), since the square of a batch's gradient is another thing.
+    keep: K as a share of the targets' parameters, over all tensors together.
+    fisher: as above.
+    samples: N, how many labelled examples are looked at, one backward pass each (C for `expected`), since the square
+        of a batch's gradient is another thing.
 
-    log p(y | x) is minus the loss of the one example: in tasks with many labels the mean over them. `expected` needs one label per
-    example. Before `calibrate` the K entries are drawn at random. The paper counts the classifier in K; here it is trained beside them, as
-    in every method. Weight decay pulls towards theta. Only phi [K] is trained, but the backward pass makes the dense gradient of one
-    weight at a time, and the changed weights are held until then.
+    log p(y | x) is minus the loss of the one example: in tasks with many labels the mean over them. `expected` needs
+    one label per example. Before `calibrate` the K entries are drawn at random. The paper counts the classifier in K;
+    here it is trained beside them, as in every method. Weight decay pulls towards theta. Only phi [K] is trained, but
+    the backward pass makes the dense gradient of one weight at a time, and the changed weights are held until then.
     """
 
     paper = "Sung et al. 2021, Training neural networks with fixed sparse masks, arXiv:2111.09839, section 3"
@@ -38,7 +41,15 @@ class Fish(Selecting):
     size = "keep"
     learning_rate = 1e-3
 
-    def __init__(self, *, keep: Share = 0.005, fisher: str = "label", samples: Count = 1024, targets: Targets = None, layers: Layers = None):
+    def __init__(
+        self,
+        *,
+        keep: Share = 0.005,
+        fisher: str = "label",
+        samples: Count = 1024,
+        targets: Targets = None,
+        layers: Layers = None,
+    ):
         super().__init__(targets=targets, layers=layers)
         self.keep = keep
         self.fisher = check_choice("fish", "fisher", fisher, ("label", "expected"))
@@ -56,7 +67,9 @@ class Fish(Selecting):
     def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
         chosen, known = selection_of(modules), dict(sites(model))
         tensors = [tensor for path in in_order(modules) for tensor in known[path].base().values()]
-        information = [torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+        information = [
+            torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors
+        ]
         before = [tensor.requires_grad for tensor in tensors]
         try:
             for tensor in tensors:
@@ -85,7 +98,8 @@ class Fish(Selecting):
             logits = model(**example).logits
         if logits.ndim != 2 or logits.shape[-1] < 2:
             raise IncompatiblePeft(
-                "fish[fisher=expected]", f"logits of shape {tuple(logits.shape)}", "the expectation runs over the labels of a whole example",
+                "fish[fisher=expected]", f"logits of shape {tuple(logits.shape)}",
+                "the expectation runs over the labels of a whole example",
                 "take fisher=label, or a classification task",
             )  # fmt: skip
         for label, p in enumerate(logits[0].softmax(dim=-1).tolist()):
@@ -97,7 +111,10 @@ def examples(batches: Batches) -> Iterator[dict[str, Any]]:
     for batch in batches:
         size = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.ndim)
         for i in range(size):
-            whole = {key: isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size for key, value in batch.items()}
+            whole = {
+                key: isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
+                for key, value in batch.items()
+            }
             yield {key: value[i : i + 1] if whole[key] else value for key, value in batch.items()}
 
 

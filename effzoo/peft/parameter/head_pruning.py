@@ -1,4 +1,5 @@
-"""Pruning attention heads: a gate on what each head gives to the output projection (Michel et al. 2019; Voita et al. 2019)."""
+"""Pruning attention heads: a gate on what each head gives to the output projection (Michel et al. 2019; Voita et al.
+2019)."""
 
 from __future__ import annotations
 
@@ -20,14 +21,17 @@ LOW, HIGH, TEMPERATURE = -0.1, 1.1, 2 / 3
 
 
 class HeadGates(Positionwise, Counted, PeftModule):
-    """o(xi * heads): one gate xi for each head of the input of W_O; merged, the head's columns of W_O are multiplied by xi."""
+    """o(xi * heads): one gate xi for each head of the input of W_O; merged, the head's columns of W_O are multiplied by
+    xi."""
 
     delta_rank = None
 
     def __init__(self, site: Linear, alpha: float | None):
         super().__init__()
         self.heads, self.width = site.heads, site.in_features // site.heads
-        self.alpha: nn.Parameter | None = None if alpha is None else nn.Parameter(site.weight.new_full((site.heads,), alpha))
+        self.alpha: nn.Parameter | None = (
+            None if alpha is None else nn.Parameter(site.weight.new_full((site.heads,), alpha))
+        )
         self.gate: Tensor | nn.Parameter | None
         self.register_buffer("gate", site.weight.new_ones(site.heads) if alpha is None else None)
 
@@ -60,17 +64,22 @@ class HeadGates(Positionwise, Counted, PeftModule):
 class HeadPruning(TrainingHooks):
     """MultiHead(x) = W_O [xi_1 head_1, ..., xi_h head_h]: a head whose gate xi is 0 is pruned.
 
-    mode: `gates`, hard-concrete gates with stretch (-0.1, 1.1) and temperature 2/3 are trained, and the loss grows by
-    penalty * sum P(xi != 0) (Voita); `importance`, nothing but the task head is trained, and `calibrate` sets the gates of the heads with the lowest
-    I_h = 1/N sum_i |dL_i / dxi_h|, divided by its L2 norm over the layer, to 0 (Michel). share: how many heads `importance` prunes, over
-    all layers together. penalty: lambda of `gates`. alpha: where `gates` start; from 2.4 on they are open in evaluation.
+    mode: `gates`, hard-concrete gates with stretch (-0.1, 1.1) and temperature 2/3 are trained, and the loss grows
+        by penalty * sum P(xi != 0) (Voita); `importance`, nothing but the task head is trained, and `calibrate` sets
+        the gates of the heads with the lowest I_h = 1/N sum_i |dL_i / dxi_h|, divided by its L2 norm over the layer,
+        to 0 (Michel).
+    share: how many heads `importance` prunes, over all layers together.
+    penalty: lambda of `gates`.
+    alpha: where `gates` start; from 2.4 on they are open in evaluation.
 
-    The heads themselves are not trained; add another method for that: `head_pruning|lora`. Merged, the columns of W_O of a pruned head are 0. What it
-    computes is then the model without the head's rows of the projections. Weight decay pulls alpha towards half-open gates.
+    The heads themselves are not trained; add another method for that: `head_pruning|lora`. Merged, the columns of W_O
+    of a pruned head are 0. What it computes is then the model without the head's rows of the projections. Weight decay
+    pulls alpha towards half-open gates.
     """
 
     paper = (
-        "Michel et al. 2019, Are sixteen heads really better than one?, arXiv:1905.10650, section 4; Voita et al. 2019, arXiv:1905.09418, section 6"
+        "Michel et al. 2019, Are sixteen heads really better than one?, arXiv:1905.10650, section 4; Voita et al. "
+        "2019, arXiv:1905.09418, section 6"
     )
     accepts = (Linear,)
     default_targets = ("attn.o", "cross.o")
@@ -100,7 +109,9 @@ class HeadPruning(TrainingHooks):
         return HeadGates(site, self.alpha if self.mode == "gates" else None)
 
     def penalty(self, modules: Modules) -> Tensor | None:
-        alphas = [module.alpha for module in modules.values() if isinstance(module, HeadGates) and module.alpha is not None]
+        alphas = [
+            module.alpha for module in modules.values() if isinstance(module, HeadGates) and module.alpha is not None
+        ]
         if not alphas:
             return None
         return self.weight * open_probability(torch.cat([*alphas]), LOW, HIGH, TEMPERATURE).sum()
@@ -114,7 +125,9 @@ class HeadPruning(TrainingHooks):
             gates = scores[0].new_ones(total)
             if pruned is not None:
                 gates[pruned] = 0
-            for module, own in zip(gated.values(), torch.split(gates, [module.heads for module in gated.values()]), strict=True):
+            for module, own in zip(
+                gated.values(), torch.split(gates, [module.heads for module in gated.values()]), strict=True
+            ):
                 assert module.gate is not None
                 module.gate.copy_(own)
 
@@ -125,15 +138,20 @@ class HeadPruning(TrainingHooks):
 
 
 def importance(model: nn.Module, gated: Mapping[str, HeadGates], batches: Batches) -> list[Tensor]:
-    """I_h of the heads of every layer, at gates of 1: the mean over examples of |dL / dxi_h|, divided by its norm over the layer."""
+    """I_h of the heads of every layer, at gates of 1: the mean over examples of |dL / dxi_h|, divided by its norm over
+    the layer."""
     before = [module.gate for module in gated.values()]
     for module in gated.values():  # for the time being parameters, which is what reversible blocks pass gradients to
         del module.gate
-        module.gate = nn.Parameter(torch.ones_like(next(gate for gate in before if gate is not None)[:1]).expand(module.heads).clone())
+        module.gate = nn.Parameter(
+            torch.ones_like(next(gate for gate in before if gate is not None)[:1]).expand(module.heads).clone()
+        )
     try:
         scores = [torch.zeros_like(cast(Tensor, module.gate)) for module in gated.values()]
         for example in examples(batches):
-            gradients = torch.autograd.grad(model(**example).loss, [cast(Tensor, module.gate) for module in gated.values()])
+            gradients = torch.autograd.grad(
+                model(**example).loss, [cast(Tensor, module.gate) for module in gated.values()]
+            )
             for score, gradient in zip(scores, gradients, strict=True):
                 score += gradient.abs()
     finally:

@@ -33,7 +33,8 @@ class Dense(nn.Module):
 
 
 class Subspace(PeftModule):
-    """W' = W + lambda (P theta), and the same for the bias, with P of each tensor's own; theta [dim] is one for all sites.
+    """W' = W + lambda (P theta), and the same for the bias, with P of each tensor's own; theta [dim] is one for all
+    sites.
 
     factor: lambda, one for all tensors of a layer, or None for 1.
     """
@@ -58,18 +59,23 @@ class Subspace(PeftModule):
 
 @peft.register("intrinsic", "fastfood", "intrinsic_dimension")
 class Intrinsic(Method):
-    """theta_D = theta_0 + P theta_d: `dim` numbers theta_d, 0 at first, move all D numbers of the targets through a fixed random P [D, dim].
+    """theta_D = theta_0 + P theta_d: `dim` numbers theta_d, 0 at first, move all D numbers of the targets through a
+    fixed random P [D, dim].
 
-    dim: d. projection: "fastfood", H G Pi H S for each tensor, in D log D time and D memory (the paper's section S7); "dense", a normal P whose
-    columns have length 1, for small models: dim * D is at most 2^26. seed: of P, which is drawn again from it whenever the adapter is attached, on
-    the CPU and with a generator of its own, so that a file holds theta_d alone.
+    dim: d.
+    projection: "fastfood", H G Pi H S for each tensor, in D log D time and D memory (the paper's section S7);
+        "dense", a normal P whose columns have length 1, for small models: dim * D is at most 2^26.
+    seed: of P, which is drawn again from it whenever the adapter is attached, on the CPU and with a generator of its
+        own, so that a file holds theta_d alone.
 
-    Both are scaled alike: the entries of P have the variance 1 / D over all targets together, so that a step of theta_d moves theta_D by
-    the same length. The targets are the weights and biases of all blocks; the papers also move the embeddings (`targets=*`), which
-    are most of a small model and would take most of the time.
+    Both are scaled alike: the entries of P have the variance 1 / D over all targets together, so that a step of theta_d
+    moves theta_D by the same length. The targets are the weights and biases of all blocks; the papers also move the
+    embeddings (`targets=*`), which are most of a small model and would take most of the time.
     """
 
-    paper = "Li et al. 2018, Measuring the intrinsic dimension of objective landscapes, arXiv:1804.08838, section 2 and S7"
+    paper = (
+        "Li et al. 2018, Measuring the intrinsic dimension of objective landscapes, arXiv:1804.08838, section 2 and S7"
+    )
     default_targets = ("attn.*", "mlp.*")
     learning_rate = 1e-1  # above the 3e-2 of other code, whose P has unit columns in each tensor: here they are shorter
     size = "dim"
@@ -93,10 +99,15 @@ class Intrinsic(Method):
         self.total = sum(parameter.numel() for parameter in parameters)
         layers = sorted({-1 if site.layer is None else site.layer for site in places}) if self.structured else []
         if self.dim <= len(layers):
-            raise OptionError(f"{self.name}: dim={self.dim} must hold one factor for each of {len(layers)} layers and more; give a larger dim")
+            raise OptionError(
+                f"{self.name}: dim={self.dim} must hold one factor for each of {len(layers)} layers "
+                "and more; give a larger dim"
+            )
         self.theta = nn.Parameter(torch.zeros(self.dim - len(layers)))
         self.factors = {layer: nn.Parameter(torch.ones(())) for layer in layers}
-        seeds = torch.randint(2**32, (len(parameters),), generator=torch.Generator().manual_seed(self.seed), device="cpu").tolist()
+        seeds = torch.randint(
+            2**32, (len(parameters),), generator=torch.Generator().manual_seed(self.seed), device="cpu"
+        ).tolist()
         self.seeds = {id(parameter): seed for parameter, seed in zip(parameters, seeds, strict=True)}
         if self.projection == "dense":
             self._check_dense()
@@ -110,7 +121,9 @@ class Intrinsic(Method):
         if not base:
             return None
         factor = self.factors.get(-1 if site.layer is None else site.layer)
-        return Subspace(self.theta, factor, {f"of_{name}": self._projection(parameter) for name, parameter in base.items()})
+        return Subspace(
+            self.theta, factor, {f"of_{name}": self._projection(parameter) for name, parameter in base.items()}
+        )
 
     def _projection(self, parameter: Tensor) -> nn.Module:
         if self.projection == "dense":
@@ -124,7 +137,8 @@ class Intrinsic(Method):
         return math.sqrt((1 << (rows - 1).bit_length()) / self.total)
 
     def _drawn(self, parameter: Tensor) -> Tensor:
-        """The rows of a dense P that belong to one tensor, before the columns are normalised, on the tensor's device."""
+        """The rows of a dense P that belong to one tensor, before the columns are normalised, on the tensor's
+        device."""
         shape = parameter.numel(), len(self.theta)
         if parameter.is_meta:
             return torch.empty(shape, dtype=torch.float64, device="meta")
@@ -134,18 +148,24 @@ class Intrinsic(Method):
     def _check_dense(self) -> None:
         if self.total * self.dim > DENSE_LIMIT:
             raise OptionError(
-                f"{self.name}: a dense P for {self.total:,} numbers and dim={self.dim} has {self.total * self.dim:,} entries, the limit is "
+                f"{self.name}: a dense P for {self.total:,} numbers and dim={self.dim} has {self.total * self.dim:,} "
+                "entries, the limit is "
                 f"{DENSE_LIMIT:,}; use projection='fastfood', fewer targets, or a smaller dim"
             )
 
 
 @peft.register("said", "intrinsic_said")
 class SAID(Intrinsic):
-    """theta_D of layer i = theta_0 + lambda_i P theta_(d - m): structure-aware, with a trained factor for each of the m layers, 1 at first.
+    """theta_D of layer i = theta_0 + lambda_i P theta_(d - m): structure-aware, with a trained factor for each of the m
+    layers, 1 at first.
 
-    dim: d, of which m are the factors. projection, seed: as in intrinsic. Tensors outside the blocks, when they are targets, share one factor.
+    dim: d, of which m are the factors. projection, seed: as in intrinsic. Tensors outside the blocks, when they are
+        targets, share one factor.
     """
 
-    paper = "Aghajanyan et al. 2020, Intrinsic dimensionality explains the effectiveness of language model fine-tuning, arXiv:2012.13255, section 3.2"
+    paper = (
+        "Aghajanyan et al. 2020, Intrinsic dimensionality explains the effectiveness of language model "
+        "fine-tuning, arXiv:2012.13255, section 3.2"
+    )
     structured = True
     size = "dim"  # `within` tries small sizes first, and those that cannot hold the factors are refused

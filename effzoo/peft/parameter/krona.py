@@ -17,7 +17,8 @@ from effzoo.sites import Branch, HookContext, Linear, PeftModule, Positionwise, 
 
 
 def kronecker(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """(A kron B) x for x [..., a2 b2] without the product: with X = x as a matrix [a2, b2], it is A X B^T [a1, b1], flattened.
+    """(A kron B) x for x [..., a2 b2] without the product: with X = x as a matrix [a2, b2], it is A X B^T [a1, b1],
+    flattened.
 
     A [a1, a2], B [b1, b2] -> [..., a1 b1]. The cheaper of the two orders is taken.
     """
@@ -37,7 +38,8 @@ def factors(method: str, outputs: int, inputs: int, shape: Sequence[int] | None,
     a1, a2 = (balanced(outputs), balanced(inputs)) if shape is None else shape
     if outputs % a1 or inputs % a2:
         raise OptionError(
-            f"{method}: A of shape ({a1}, {a2}) does not divide {role!r}, which is {outputs} x {inputs}; give a shape of divisors, "
+            f"{method}: A of shape ({a1}, {a2}) does not divide {role!r}, which is {outputs} x {inputs}; give a "
+            "shape of divisors, "
             f"({balanced(outputs)}, {balanced(inputs)}) say, or none for that one"
         )
     B = torch.empty(outputs // a1, inputs // a2)
@@ -67,7 +69,8 @@ class Kronecker(Positionwise, PeftModule):
 
 
 class Parallel(Positionwise, PeftModule):
-    """y' = y + s (A kron B) x beside the feed-forward, where x is its input and y its output; with `residual`, + s_res x."""
+    """y' = y + s (A kron B) x beside the feed-forward, where x is its input and y its output; with `residual`, + s_res
+    x."""
 
     def __init__(self, A: Tensor, B: Tensor, scale: float, residual: bool):
         super().__init__()
@@ -82,10 +85,12 @@ class Parallel(Positionwise, PeftModule):
 
 @peft.register("krona")
 class KronA(Method):
-    """W' = W + s A kron B, with A [a1, a2] and B [out / a1, in / a2]: a1 a2 + (out / a1) (in / a2) numbers, of full rank when A and B are.
+    """W' = W + s A kron B, with A [a1, a2] and B [out / a1, in / a2]: a1 a2 + (out / a1) (in / a2) numbers, of full
+    rank when A and B are.
 
-    shape: (a1, a2) of A, which must divide (out, in); None takes the divisors nearest below the roots, which makes both factors as square,
-    and the number of parameters as small, as can be (768: 24 and 32). scale: s. The product is never formed in training.
+    shape: (a1, a2) of A, which must divide (out, in); None takes the divisors nearest below the roots, which makes
+        both factors as square, and the number of parameters as small, as can be (768: 24 and 32).
+    scale: s. The product is never formed in training.
     """
 
     paper = "Edalati et al. 2022, KronA: Parameter-efficient tuning with Kronecker adapter, arXiv:2212.10650, section 3"
@@ -93,7 +98,14 @@ class KronA(Method):
     default_targets = ("attn.q*", "attn.v*")
     learning_rate = 5e-3
 
-    def __init__(self, *, shape: Sequence[Count] | None = None, scale: NonZero = 1.0, targets: Targets = None, layers: Layers = None):
+    def __init__(
+        self,
+        *,
+        shape: Sequence[Count] | None = None,
+        scale: NonZero = 1.0,
+        targets: Targets = None,
+        layers: Layers = None,
+    ):
         super().__init__(targets=targets, layers=layers)
         check_shape(self.name, shape)
         self.shape, self.scale = shape, scale
@@ -105,9 +117,11 @@ class KronA(Method):
 
 @peft.register("krona_b")
 class KronAB(Method):
-    """y = FFN(x) + s (A kron B) x: a Kronecker product beside the feed-forward, the form of a parallel adapter without an activation.
+    """y = FFN(x) + s (A kron B) x: a Kronecker product beside the feed-forward, the form of a parallel adapter without
+    an activation.
 
-    shape: (a1, a2) of A; None for factors as square as can be. scale: s. No change of a weight, so it cannot be merged.
+    shape: (a1, a2) of A; None for factors as square as can be.
+    scale: s. No change of a weight, so it cannot be merged.
     """
 
     paper = "Edalati et al. 2022, KronA, arXiv:2212.10650, section 3 (KronA^B)"
@@ -116,7 +130,14 @@ class KronAB(Method):
     learning_rate = 2e-3
     residual = False
 
-    def __init__(self, *, shape: Sequence[Count] | None = None, scale: NonZero = 1.0, targets: Targets = None, layers: Layers = None):
+    def __init__(
+        self,
+        *,
+        shape: Sequence[Count] | None = None,
+        scale: NonZero = 1.0,
+        targets: Targets = None,
+        layers: Layers = None,
+    ):
         super().__init__(targets=targets, layers=layers)
         check_shape(self.name, shape)
         self.shape, self.scale = shape, scale
@@ -128,7 +149,8 @@ class KronAB(Method):
 
 @peft.register("krona_res", "krona_b_res")
 class KronABRes(KronAB):
-    """y = FFN(x) + s (A kron B) x + s_res x: KronA^B with a trained scale s_res of the module's input, which starts at 0.
+    """y = FFN(x) + s (A kron B) x + s_res x: KronA^B with a trained scale s_res of the module's input, which starts at
+    0.
 
     shape, scale: as in krona_b.
     """

@@ -1,7 +1,7 @@
 """LoRA: a low-rank change of a weight matrix (Hu et al. 2021, arXiv:2106.09685).
 
-The method of the paper, on linear layers. What is registered as `lora` is `lora_everywhere.py`: the same on embeddings, convolutions and heads, with
-ranks by role and other starts.
+The method of the paper, on linear layers. What is registered as `lora` is `lora_everywhere.py`: the same on embeddings,
+convolutions and heads, with ranks by role and other starts.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class LowRank(Positionwise, Growing, PeftModule):
 class LoRA(Method):
     """W' = W + s B A, with s = alpha / rank, A of shape [rank, in] and B of shape [out, rank]; B starts at 0.
 
-    rank: of the change. alpha: scale numerator, default the rank, so that the scale is 1. dropout: on the input of A.
+    rank: of the change.
+    alpha: scale numerator, default the rank, so that the scale is 1.
+    dropout: on the input of A.
     """
 
     paper = "Hu et al. 2021, LoRA, arXiv:2106.09685, section 4.1"
@@ -52,7 +54,15 @@ class LoRA(Method):
     learning_rate = 1e-3
     size = "rank"
 
-    def __init__(self, *, rank: Count = 8, alpha: Positive | None = None, dropout: Probability = 0.0, targets: Targets = None, layers: Layers = None):
+    def __init__(
+        self,
+        *,
+        rank: Count = 8,
+        alpha: Positive | None = None,
+        dropout: Probability = 0.0,
+        targets: Targets = None,
+        layers: Layers = None,
+    ):
         super().__init__(targets=targets, layers=layers)
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
 

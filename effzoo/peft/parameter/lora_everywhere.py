@@ -33,7 +33,8 @@ def by_role(method: str, option: str, value: T | Mapping[str, T], role: str) -> 
         if fnmatchcase(role, pattern):
             return number
     raise OptionError(
-        f"{method}: no pattern of {option} ({listing(value)}) matches {role!r}; end the map with '*', or leave this role out of targets"
+        f"{method}: no pattern of {option} ({listing(value)}) matches {role!r}; end the map with '*', or leave this "
+        "role out of targets"
     )
 
 
@@ -52,20 +53,27 @@ def scaling(method: str, rank: int, alpha: float | Mapping[str, float] | None, r
 class LoRAEverywhere(TrainingHooks, LoRA):
     """W' = W + s B A, with s = alpha / rank, A of shape [rank, in] and B of shape [out, rank]; B starts at 0.
 
-    rank: of the change; a number, or a map from role patterns to numbers, `rank={attn.q: 8, attn.v*: 4}`, which then is the default of targets.
-    alpha: scale numerator, one or by role, default the rank, so that the scale is 1. rslora: s = alpha / sqrt(rank), which keeps outputs of one size
-    as the rank grows (Kalajdzievski 2023, arXiv:2312.03732, section 3). dropout: on the input of A, in linear layers.
-    init: "default", A uniform as in a linear layer; "gaussian", A normal with standard deviation 1 / rank; "pissa", the largest singular
-    vectors of W (Meng et al. 2024, arXiv:2404.02948); "olora", its QR factors (Buyukakyuz 2024, arXiv:2406.01775); "eva", A holds the largest
-    right singular vectors of the layer's inputs, seen before training (Paischer et al. 2024, arXiv:2410.07170; every site keeps its rank); "loftq",
-    W is replaced by its 4-bit form and B A starts as the rest (Li et al. 2023, arXiv:2310.08659), so the output changes a little at the start.
+    rank: of the change; a number, or a map from role patterns to numbers, `rank={attn.q: 8, attn.v*: 4}`, which then
+        is the default of targets.
+    alpha: scale numerator, one or by role, default the rank, so that the scale is 1.
+    rslora: s = alpha / sqrt(rank), which keeps outputs of one size as the rank grows (Kalajdzievski 2023,
+        arXiv:2312.03732, section 3).
+    dropout: on the input of A, in linear layers.
+    init: "default", A uniform as in a linear layer; "gaussian", A normal with standard deviation 1 / rank; "pissa",
+        the largest singular vectors of W (Meng et al. 2024, arXiv:2404.02948); "olora", its QR factors (Buyukakyuz
+        2024, arXiv:2406.01775); "eva", A holds the largest right singular vectors of the layer's inputs, seen before
+        training (Paischer et al. 2024, arXiv:2410.07170; every site keeps its rank); "loftq", W is replaced by its
+        4-bit form and B A starts as the rest (Li et al. 2023, arXiv:2310.08659), so the output changes a little at
+        the start.
 
-    tied: whether a change of the token embedding reaches the language-model head that is tied to it, or lookups alone, which then cannot be merged.
+    tied: whether a change of the token embedding reaches the language-model head that is tied to it, or lookups alone,
+        which then cannot be merged.
 
-    The base stays bit-identical under every init (`lora_starts.FromBase` says how). Embeddings and convolutions take part when they are targets;
-    biases of the targets in a union, `lora[targets=attn.q]|bitfit[targets=attn.q]`. The default
-    targets are the queries and values as in the paper; on Longformer `attn.q*` also takes the global projections (give `attn.q` for the
-    local ones alone, `attn.q_global` for those).
+    The base stays bit-identical under every init (`lora_starts.FromBase` says how). Embeddings and convolutions take
+    part when they are targets; biases of the targets in a union, `lora[targets=attn.q]|bitfit[targets=attn.q]`. The
+    default
+    targets are the queries and values as in the paper; on Longformer `attn.q*` also takes the global projections (give
+    `attn.q` for the local ones alone, `attn.q_global` for those).
     """
 
     accepts = (Linear, Embedding, Conv2d, TiedLinear)
@@ -83,7 +91,9 @@ class LoRAEverywhere(TrainingHooks, LoRA):
         layers: Layers = None,
     ):
         check_rank(self.name, rank)
-        super().__init__(targets=tuple(rank) if isinstance(rank, Mapping) and targets is None else targets, layers=layers)
+        super().__init__(
+            targets=tuple(rank) if isinstance(rank, Mapping) and targets is None else targets, layers=layers
+        )
         self.rank, self.alpha = rank, alpha  # type: ignore[assignment]  # by role too
         self.rslora, self.dropout, self.start, self.tied = rslora, dropout, init, tied
         self.identity_at_init = init != "loftq"
@@ -98,7 +108,8 @@ class LoRAEverywhere(TrainingHooks, LoRA):
             unused = [pattern for pattern in given if not any(fnmatchcase(role, pattern) for role in roles)]
             if unused:
                 raise TargetError(
-                    f"{self.name}: {option} for {unused[0]!r} matches none of its targets; they have the roles {listing(sorted(roles))}"
+                    f"{self.name}: {option} for {unused[0]!r} matches none of its targets; they have the roles "
+                    f"{listing(sorted(roles))}"
                 )
         self.has_tied_head = any(isinstance(site, TiedLinear) for _, site in sites(model))
 
@@ -109,7 +120,8 @@ class LoRAEverywhere(TrainingHooks, LoRA):
             return self._linear(site, rank, scale)
         if self.start not in ("default", "gaussian"):
             raise OptionError(
-                f"{self.name}: init={self.start!r} is for linear layers, and {site.role!r} is {type(site).__name__}; use 'default' there"
+                f"{self.name}: init={self.start!r} is for linear layers, and {site.role!r} is {type(site).__name__}; "
+                "use 'default' there"
             )
         if isinstance(site, TiedLinear):  # the head alone changes, not the embedding
             return self._started(LowRank(site.in_features, site.out_features, rank, scale, self.dropout), rank)
@@ -123,7 +135,8 @@ class LoRAEverywhere(TrainingHooks, LoRA):
     def _linear(self, site: Linear, rank: int, scale: float) -> PeftModule:
         if self.start in ("pissa", "olora", "loftq", "eva") and rank > min(site.weight.shape):
             raise OptionError(
-                f"{self.name}: init={self.start!r} takes {rank} vectors of {site.role!r}, whose weight {tuple(site.weight.shape)} has "
+                f"{self.name}: init={self.start!r} takes {rank} vectors of {site.role!r}, whose weight "
+                f"{tuple(site.weight.shape)} has "
                 f"{min(site.weight.shape)}; give a smaller rank"
             )
         if self.start == "pissa":

@@ -1,6 +1,8 @@
-"""Where LoRA starts: factors of the weight (PiSSA, OLoRA), of its quantisation error (LoftQ), of what the layer sees (EVA).
+"""Where LoRA starts: factors of the weight (PiSSA, OLoRA), of its quantisation error (LoftQ), of what the layer sees
+(EVA).
 
-A factor pair is A [rank, in] and B [out, rank], computed in float64 and given in the dtype of an adapter on such a weight: float32 or better.
+A factor pair is A [rank, in] and B [out, rank], computed in float64 and given in the dtype of an adapter on such a
+weight: float32 or better.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ ALTERNATIONS = 5  # of quantising and factorising (LoftQ, algorithm 1)
 
 
 class FromBase(LowRank, Positionwise):
-    """y' = y + s (B A - B0 A0) dropout(x): starts from factors B0 A0 of the weight (PiSSA, OLoRA) and leaves the base bit-identical.
+    """y' = y + s (B A - B0 A0) dropout(x): starts from factors B0 A0 of the weight (PiSSA, OLoRA) and leaves the base
+    bit-identical.
 
-    The papers take s B0 A0 out of the base. Here it stays, and a copy of the factors, kept in buffers, is subtracted by `after`: two thin
-    products that store nothing for the backward pass, where W - s B0 A0 by `weight` would be a dense matrix per site and step. At the start
-    both products are the same numbers, so their difference is exactly 0. The rank of the change is at most 2 rank.
+    The papers take s B0 A0 out of the base. Here it stays, and a copy of the factors, kept in buffers, is subtracted by
+    `after`: two thin products that store nothing for the backward pass, where W - s B0 A0 by `weight` would be a dense
+    matrix per site and step. At the start both products are the same numbers, so their difference is exactly 0. The
+    rank of the change is at most 2 rank.
     """
 
     A0: Tensor
@@ -57,10 +61,11 @@ class FromBase(LowRank, Positionwise):
 
 
 class Quantised(LowRank):
-    """y' = Q x + s B A dropout(x): the weight is replaced by its 4-bit form Q, and B A starts as the residual W - Q (LoftQ).
+    """y' = Q x + s B A dropout(x): the weight is replaced by its 4-bit form Q, and B A starts as the residual W - Q
+    (LoftQ).
 
-    Q is held, and stored, as two codes per byte and one scale per block of 64. The base stays at the side, so that detaching restores it; what
-    this saves is the size of the merged model, not memory in training.
+    Q is held, and stored, as two codes per byte and one scale per block of 64. The base stays at the side, so that
+    detaching restores it; what this saves is the size of the merged model, not memory in training.
     """
 
     can_grow = False  # codes have no place for more rows
@@ -81,7 +86,8 @@ class Quantised(LowRank):
 
 @torch.no_grad()
 def pissa(weight: Tensor, rank: int, scale: float) -> Factors:
-    """A = sqrt(S_r / s) V_r^T and B = U_r sqrt(S_r / s), so that s B A is the best approximation of W = U S V^T (Meng et al. 2024, eq. 2-3)."""
+    """A = sqrt(S_r / s) V_r^T and B = U_r sqrt(S_r / s), so that s B A is the best approximation of W = U S V^T (Meng
+    et al. 2024, eq. 2-3)."""
     U, S, Vt = torch.linalg.svd(weight.detach().double(), full_matrices=False)
     root = (S[:rank] / scale).sqrt()
     return _given(root[:, None] * Vt[:rank], weight), _given(U[:, :rank] * root, weight)
@@ -96,7 +102,8 @@ def olora(weight: Tensor, rank: int) -> Factors:
 
 @torch.no_grad()
 def loftq(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Alternate Q = quantised(W - s B A) and s B A = best approximation of W - Q, from B A = 0 (Li et al. 2023, algorithm 1).
+    """Alternate Q = quantised(W - s B A) and s B A = best approximation of W - Q, from B A = 0 (Li et al. 2023,
+    algorithm 1).
 
     Returns the codes and scales of the last Q, and its factors A, B.
     """
@@ -114,12 +121,15 @@ def _given(exact: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def input_factors(model: nn.Module, known: Mapping[str, Site], ranks: Mapping[str, int], batches: Batches) -> dict[str, Tensor]:
-    """The `rank` largest right singular vectors, [rank, in], of the inputs of each site (by path), over all tokens of all batches.
+def input_factors(
+    model: nn.Module, known: Mapping[str, Site], ranks: Mapping[str, int], batches: Batches
+) -> dict[str, Tensor]:
+    """The `rank` largest right singular vectors, [rank, in], of the inputs of each site (by path), over all tokens of
+    all batches.
 
-    The inputs X [tokens, in] are never held together: X^T X = R^T R, and R, which is triangular, is brought up to date batch by batch (QR of R
-    on top of the new rows). Where the first two axes of an input are those of the attention mask, padding is left out. Raises IncompatibleError for a
-    site that no batch reaches.
+    The inputs X [tokens, in] are never held together: X^T X = R^T R, and R, which is triangular, is brought up to date
+    batch by batch (QR of R on top of the new rows). Where the first two axes of an input are those of the attention
+    mask, padding is left out. Raises IncompatibleError for a site that no batch reaches.
     """
     triangles: dict[str, Tensor] = {}
     hooks = []
@@ -143,11 +153,14 @@ def input_factors(model: nn.Module, known: Mapping[str, Site], ranks: Mapping[st
     for path in ranks:
         if path not in triangles:
             raise IncompatibleError(
-                f"eva starts from what {known[path].role!r} ({path}) sees, but no batch reaches it; leave it out of the targets, or give "
+                f"eva starts from what {known[path].role!r} ({path}) sees, but no batch reaches it; leave it out of "
+                "the targets, or give "
                 "batches that use it (global tokens, for the projections of global tokens)"
             )
     return {path: torch.linalg.svd(triangles[path], full_matrices=True).Vh[:rank] for path, rank in ranks.items()}
 
 
-def _of(see: Callable[[str, nn.Module, tuple[Any, ...]], None], path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _of(
+    see: Callable[[str, nn.Module, tuple[Any, ...]], None], path: str
+) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     return partial(see, path)

@@ -10,7 +10,8 @@ from effzoo.sites import Growing, HookContext, PeftModule, longer
 
 
 class LowRankRows(Growing, PeftModule):
-    """Row i' = row i + s B A[:, i] of an embedding [rows, dim], with A [rank, rows] and B [dim, rank]; only the rows that are read are computed.
+    """Row i' = row i + s B A[:, i] of an embedding [rows, dim], with A [rank, rows] and B [dim, rank]; only the rows
+    that are read are computed.
 
     A starts at 0 and B normal, so that rows which never occur in training stay exactly as they are.
     """
@@ -33,14 +34,16 @@ class LowRankRows(Growing, PeftModule):
 
 
 class LookedUp(LowRankRows):
-    """The same for lookups alone where a language-model head reads the table too, without the change: no change of the one table does that."""
+    """The same for lookups alone where a language-model head reads the table too, without the change: no change of the
+    one table does that."""
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> None:  # type: ignore[override]
         return None
 
 
 class LowRankTable(Growing, PeftModule):
-    """The same change where a language-model head reads the whole table too: W' = W + s (B A)^T, by the hook `weight`, which both see."""
+    """The same change where a language-model head reads the whole table too: W' = W + s (B A)^T, by the hook `weight`,
+    which both see."""
 
     def __init__(self, rows: int, dim: int, rank: int, scale: float):
         super().__init__()

@@ -38,15 +38,17 @@ class Ticket(SparseDelta):
 class LTSFT(Selecting):
     """theta' = theta + phi with K entries: those that full fine-tuning moves most, trained once more from theta.
 
-    Stage `full` trains a dense phi. Then the K entries with the largest |phi|, over all tensors together, are chosen (exactly K; of equal ones the
-    first), phi goes back to 0, and stage `sparse` trains the K entries. Adapters add up: `activate(model, "a", "b")` is theta + phi_a + phi_b.
+    Stage `full` trains a dense phi. Then the K entries with the largest |phi|, over all tensors together, are chosen
+    (exactly K; of equal ones the first), phi goes back to 0, and stage `sparse` trains the K entries. Adapters add up:
+    `activate(model, "a", "b")` is theta + phi_a + phi_b.
 
-    keep: K as a share of the targets' parameters. full: share of all steps in the first stage. l1: lambda of the penalty
-    lambda / N sum |phi| in both stages, N the number of trained entries.
+    keep: K as a share of the targets' parameters.
+    full: share of all steps in the first stage.
+    l1: lambda of the penalty lambda / N sum |phi| in both stages, N the number of trained entries.
 
     The paper's loop over several selections is not here (it reports one). Weight decay acts on phi, so it pulls towards
-    theta; the reference decays theta itself, and needs decay 0 to keep the frozen entries. Training by hand without `begin` stays in the
-    first stage, and `finish` then keeps every entry that has changed.
+    theta; the reference decays theta itself, and needs decay 0 to keep the frozen entries. Training by hand without
+    `begin` stays in the first stage, and `finish` then keeps every entry that has changed.
     """
 
     paper = "Ansell et al. 2022, Composable sparse fine-tuning for cross-lingual transfer, arXiv:2110.07560, section 3"
@@ -54,7 +56,15 @@ class LTSFT(Selecting):
     learning_rate = 1e-3  # of the K entries
     rates = {"full_*": 0.05}  # 5e-5, as full fine-tuning
 
-    def __init__(self, *, keep: Share = 0.01, full: Part = 0.5, l1: NotNegative = 0.0, targets: Targets = None, layers: Layers = None):
+    def __init__(
+        self,
+        *,
+        keep: Share = 0.01,
+        full: Part = 0.5,
+        l1: NotNegative = 0.0,
+        targets: Targets = None,
+        layers: Layers = None,
+    ):
         super().__init__(targets=targets, layers=layers)
         self.keep = keep
         self.l1 = l1
@@ -101,7 +111,10 @@ def keep_all(modules: Modules) -> None:
     if chosen.indices is None:
         changes = dense_changes(modules)
         if not has_values(changes[0]):  # a model without memory: it may be all of them
-            chosen.choose(torch.arange(chosen.total, device=changes[0].device), torch.cat([change.flatten() for change in changes]))
+            chosen.choose(
+                torch.arange(chosen.total, device=changes[0].device),
+                torch.cat([change.flatten() for change in changes]),
+            )
             return
         first, numbers = 0, []
         for change in changes:

@@ -1,4 +1,5 @@
-"""Magnitude pruning: the largest weights are kept and trained; with rewinding, the lottery ticket (Frankle & Carbin 2019, arXiv:1803.03635)."""
+"""Magnitude pruning: the largest weights are kept and trained; with rewinding, the lottery ticket (Frankle & Carbin
+2019, arXiv:1803.03635)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,17 @@ from torch import Tensor, nn
 from effzoo.annotations import Few, Fraction, Probability, Share
 from effzoo.errors import OptionError
 from effzoo.peft.method import Layers, Modules, Targets
-from effzoo.peft.parameter.masks import MATRICES, check_choice, check_window, cubic, has_values, pack_bits, through, top_masks, unpack_bits
+from effzoo.peft.parameter.masks import (
+    MATRICES,
+    check_choice,
+    check_window,
+    cubic,
+    has_values,
+    pack_bits,
+    through,
+    top_masks,
+    unpack_bits,
+)
 from effzoo.peft.training_hooks import Stage, TrainingHooks
 from effzoo.registry import peft
 from effzoo.sites import Counted, Linear, Packed, PeftModule, Site
@@ -49,7 +60,8 @@ class Pruned(Packed, Counted, PeftModule):
     def packed(self) -> dict[str, Tensor] | None:
         if not self.finished:
             return None
-        kept = self.own[self.mask] if has_values(self.mask) else self.own.flatten()  # in a model without memory nobody knows how many
+        # in a model without memory nobody knows how many
+        kept = self.own[self.mask] if has_values(self.mask) else self.own.flatten()
         return {"bits": pack_bits(self.mask), "values": kept}
 
     def unpack(self, tensors: dict[str, Tensor]) -> None:
@@ -78,17 +90,23 @@ class Rewound(Pruned):
 class Magnitude(TrainingHooks):
     """W' = M * phi: M keeps the entries with the largest |phi|, phi starts as a copy of W and is trained.
 
-    keep: share of the weights that stay. scope: of each `tensor`, or `global`, over all together. schedule: `cubic`, the share that is kept falls as
-    keep + (1 - keep) (1 - t)^3, in 50 steps, and what is pruned stays so; `oneshot`, all at once before training. begin, end: the shares of the
-    training between which t goes from 0 to 1. rewind: the lottery ticket instead: train, prune, set the kept weights back to where they started,
-    train again. rounds: of that; each keeps the same share of what is left. rewind_at: set back to where they were at this share of
-    the first round's steps, 0 for the start.
+    keep: share of the weights that stay.
+    scope: of each `tensor`, or `global`, over all together.
+    schedule: `cubic`, the share that is kept falls as keep + (1 - keep) (1 - t)^3, in 50 steps, and what is pruned
+        stays so; `oneshot`, all at once before training.
+    begin, end: the shares of the training between which t goes from 0 to 1.
+    rewind: the lottery ticket instead: train, prune, set the kept weights back to where they started, train again.
+    rounds: of that; each keeps the same share of what is left.
+    rewind_at: set back to where they were at this share of the first round's steps, 0 for the start.
 
-    Targets are matrices; embeddings, norms and biases are not pruned. phi is dense while it is trained, since any weight may turn out
-    to be kept; finished, a file holds one bit a weight and the kept values.
+    Targets are matrices; embeddings, norms and biases are not pruned. phi is dense while it is trained, since any
+    weight may turn out to be kept; finished, a file holds one bit a weight and the kept values.
     """
 
-    paper = "Zhu & Gupta 2017, To prune, or not to prune, arXiv:1710.01878, section 3; rewinding: Frankle & Carbin 2019, arXiv:1803.03635"
+    paper = (
+        "Zhu & Gupta 2017, To prune, or not to prune, arXiv:1710.01878, section 3; rewinding: Frankle & Carbin "
+        "2019, arXiv:1803.03635"
+    )
     default_targets = MATRICES
     learning_rate = 1e-4
 
@@ -113,9 +131,14 @@ class Magnitude(TrainingHooks):
         self.window = check_window("magnitude", begin, end)
         self.schedule_ends = 0.0 if schedule == "oneshot" else end
         if not rewind and (rewind_at or rounds > 1):
-            raise OptionError(f"magnitude: rewind_at={rewind_at} and rounds={rounds} belong to rewind=true; give it, or leave them out")
+            raise OptionError(
+                f"magnitude: rewind_at={rewind_at} and rounds={rounds} belong to rewind=true; give it, "
+                "or leave them out"
+            )
         if rewind and schedule != "cubic":
-            raise OptionError("magnitude: with rewind=true the weights are pruned between the rounds; leave schedule out")
+            raise OptionError(
+                "magnitude: with rewind=true the weights are pruned between the rounds; leave schedule out"
+            )
         self.rewind, self.rewind_at, self.rounds = rewind, rewind_at, rounds
         self.identity_at_init = rewind or schedule == "cubic"
         if rewind:

@@ -1,4 +1,5 @@
-"""What the sparse methods share: the largest entries of many tensors, straight-through masks, hard-concrete gates, packed bits."""
+"""What the sparse methods share: the largest entries of many tensors, straight-through masks, hard-concrete gates,
+packed bits."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from effzoo.checked import known
 from effzoo.devices import at_hand
 from effzoo.errors import IncompatibleError, OptionError
 
-NETWORK = ("embed.*", "latents", "attn.*", "mlp.*", "cross.*", "final.*")  # everything but the heads, which every adapter trains whole
+# everything but the heads, which every adapter trains whole
+NETWORK = ("embed.*", "latents", "attn.*", "mlp.*", "cross.*", "final.*")
 MATRICES = ("attn.*", "mlp.*", "cross.*")  # of these the matrices are pruned: embeddings, norms and biases stay
 
 
@@ -30,7 +32,8 @@ def count(share: float, total: int) -> int:
 
 
 def top_mask(scores: Tensor, k: int) -> Tensor:
-    """Which are the k largest scores, as a mask of their shape; of equal scores the first count, so that there are exactly k."""
+    """Which are the k largest scores, as a mask of their shape; of equal scores the first count, so that there are
+    exactly k."""
     flat = scores.detach().flatten()
     if not has_values(flat):
         return torch.ones_like(scores, dtype=torch.bool)  # a model without memory: which ones is not known
@@ -46,7 +49,9 @@ def top_mask(scores: Tensor, k: int) -> Tensor:
 def top(scores: Sequence[Tensor], k: int) -> Tensor:
     """The numbers int64[k], ascending, of the k largest scores over all tensors."""
     together = torch.cat([part.detach().flatten() for part in scores])
-    return top_mask(together, k).nonzero().flatten() if has_values(together) else torch.arange(k, device=together.device)
+    return (
+        top_mask(together, k).nonzero().flatten() if has_values(together) else torch.arange(k, device=together.device)
+    )
 
 
 def top_masks(scores: Sequence[Tensor], share: float, scope: str) -> list[Tensor]:
@@ -76,12 +81,15 @@ def cubic(done: float, first: float, last: float) -> float:
 def check_window(method: str, begin: float, end: float) -> tuple[float, float]:
     """0 <= begin <= end <= 1."""
     if not 0 <= begin <= end <= 1:
-        raise OptionError(f"{method}: begin and end are shares of the training with 0 <= begin <= end <= 1, got {begin} and {end}")
+        raise OptionError(
+            f"{method}: begin and end are shares of the training with 0 <= begin <= end <= 1, got {begin} and {end}"
+        )
     return begin, end
 
 
 def drawn_gate(alpha: Tensor, low: float, high: float, temperature: float) -> Tensor:
-    """Hard concrete: u ~ U(1e-4, 1 - 1e-4), s = sigma((logit u + alpha) / temperature), z = clip(s (high - low) + low, 0, 1).
+    """Hard concrete: u ~ U(1e-4, 1 - 1e-4), s = sigma((logit u + alpha) / temperature), z = clip(s (high - low) + low,
+    0, 1).
 
     Louizos et al. 2018, arXiv:1712.01312, eq. 10-11.
     """

@@ -1,8 +1,9 @@
-"""Training a selection of the model's own parameters: everything, the upper layers, the norms, the biases, the task head.
+"""Training a selection of the model's own parameters: everything, the upper layers, the norms, the biases, the task
+head.
 
-The selected parameters are copied and the copies are trained, so the base stays bit-identical, several adapters can live side
-by side, and detaching restores the model exactly. The price is memory for one more copy of what was selected. What lies below the lowest
-trained tensor needs no gradient, so autograd stores none of its activations.
+The selected parameters are copied and the copies are trained, so the base stays bit-identical, several adapters can
+live side by side, and detaching restores the model exactly. The price is memory for one more copy of what was selected.
+What lies below the lowest trained tensor needs no gradient, so autograd stores none of its activations.
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ class Copy(Growing, OwnOutputs, PeftModule):
 class Full(Method):
     """Full fine-tuning: every parameter of the targets is trained (on copies; the base stays as it was).
 
-    With targets or layers it trains any group by role or by block: `full[targets=(attn.E, attn.F)]`, `full[targets=mlp.*, layers=(-2, -1)]`.
-    The task head, which is new, learns at the rate of `head`, unless it is given as a target.
+    With targets or layers it trains any group by role or by block: `full[targets=(attn.E, attn.F)]`,
+    `full[targets=mlp.*, layers=(-2, -1)]`. The task head, which is new, learns at the rate of `head`, unless it is
+    given as a target.
     """
 
     paper = "the baseline of every comparison: Devlin et al. 2019, BERT, arXiv:1810.04805, section 3.2"
@@ -76,7 +78,8 @@ class Full(Method):
 
 
 class _Upper(Method):
-    """The blocks from some number on, and what lies behind the last one; what lies before the first stays frozen, the blocks below too.
+    """The blocks from some number on, and what lies behind the last one; what lies before the first stays frozen, the
+    blocks below too.
 
     The task head is left to `head`, whose rate suits what is new.
     """
@@ -103,7 +106,11 @@ class _Upper(Method):
 
     def lies_above(self, site: Site, lowest: int) -> bool:
         """Whether a site is in block number `lowest` or behind it."""
-        return site.layer >= lowest if site.layer is not None else not any(fnmatchcase(site.role, role) for role in self.below)
+        return (
+            site.layer >= lowest
+            if site.layer is not None
+            else not any(fnmatchcase(site.role, role) for role in self.below)
+        )
 
     def make(self, site: Site) -> PeftModule | None:
         return Copy(**site.base()) if id(site) in self.trained else None
@@ -111,12 +118,16 @@ class _Upper(Method):
 
 @peft.register("last", "last_layers")
 class Last(_Upper):
-    """The last `count` blocks are trained, with the final norm, the pooler and the head behind them; all below is a fixed feature extractor.
+    """The last `count` blocks are trained, with the final norm, the pooler and the head behind them; all below is a
+    fixed feature extractor.
 
     count: how many blocks, 1 or more; a model with fewer is refused.
     """
 
-    paper = "Howard & Ruder 2018, ULMFiT, arXiv:1801.06146, section 3.3 (unfreezing from the last layer on, here without the schedule)"
+    paper = (
+        "Howard & Ruder 2018, ULMFiT, arXiv:1801.06146, section 3.3 (unfreezing from the last layer on, here "
+        "without the schedule)"
+    )
     size = "count"
 
     def __init__(self, *, count: Count = 2):
@@ -125,16 +136,19 @@ class Last(_Upper):
 
     def first_trained(self, depth: int) -> int:
         if self.count > depth:
-            raise OptionError(f"{self.name}: count={self.count} blocks, but this model has {depth}; give at most {depth}, or use full")
+            raise OptionError(
+                f"{self.name}: count={self.count} blocks, but this model has {depth}; give at most {depth}, or use full"
+            )
         return depth - self.count
 
 
 @peft.register("freeze", "freeze_first")
 class Freeze(_Upper):
-    """The embeddings and the `first` blocks are frozen and the rest is trained. The frozen part runs without storing activations.
+    """The embeddings and the `first` blocks are frozen and the rest is trained. The frozen part runs without storing
+    activations.
 
-    first: blocks (an int), or a share of them (a float below 1), rounded down. The paper's finding is that training a fourth of the layers
-    reaches 90 % of the quality, hence 0.75.
+    first: blocks (an int), or a share of them (a float below 1), rounded down. The paper's finding is that training a
+        fourth of the layers reaches 90 % of the quality, hence 0.75.
     """
 
     paper = "Lee et al. 2019, What would Elsa do? Freezing layers during transformer fine-tuning, arXiv:1911.03090"
@@ -146,7 +160,9 @@ class Freeze(_Upper):
     def first_trained(self, depth: int) -> int:
         first = int(self.first * depth) if isinstance(self.first, float) else self.first
         if first > depth:
-            raise OptionError(f"{self.name}: first={self.first} blocks, but this model has {depth}; give at most {depth}")
+            raise OptionError(
+                f"{self.name}: first={self.first} blocks, but this model has {depth}; give at most {depth}"
+            )
         return first
 
 
@@ -169,7 +185,10 @@ class Head(Method):
 class Norms(Method):
     """Only the LayerNorms or RMSNorms are trained: their weight and, where there is one, their bias."""
 
-    paper = "Qi et al. 2022, Parameter-efficient tuning on layer normalization for pre-trained language models, arXiv:2211.08682"
+    paper = (
+        "Qi et al. 2022, Parameter-efficient tuning on layer normalization for pre-trained language models, "
+        "arXiv:2211.08682"
+    )
     learning_rate = 1e-3
     accepts = (Norm,)
     default_targets = ("*norm*",)
@@ -199,9 +218,11 @@ GROUPS = {
 class BitFit(Method):
     """Only biases are trained: theta' = theta except b' = phi. Their gradient needs no stored activations.
 
-    group: which biases, one name or several: "all"; "strong", the two that matter most (section 4: the query's, b_q, and the middle of the
-    feed-forward, b_m2), half of all biases; "query", "key", "value" (with the projections of global tokens), "output" (of attention and of the
-    feed-forward), "intermediate", "attention_norm", "output_norm", "norms" (both). targets: role patterns instead of a group.
+    group: which biases, one name or several: "all"; "strong", the two that matter most (section 4: the query's, b_q,
+        and the middle of the feed-forward, b_m2), half of all biases; "query", "key", "value" (with the projections
+        of global tokens), "output" (of attention and of the feed-forward), "intermediate", "attention_norm",
+        "output_norm", "norms" (both).
+    targets: role patterns instead of a group.
     """
 
     paper = "Ben Zaken et al. 2022, BitFit, arXiv:2106.10199"
@@ -214,7 +235,9 @@ class BitFit(Method):
         if unknown or not groups:
             raise OptionError(f"bitfit: group is one or several of {listing(GROUPS)}, got {group!r}")
         if groups != ("all",) and targets is not None:
-            raise OptionError(f"bitfit: give a group ({group!r}) or targets ({targets!r}), not both; a group is a name for targets")
+            raise OptionError(
+                f"bitfit: give a group ({group!r}) or targets ({targets!r}), not both; a group is a name for targets"
+            )
         super().__init__(targets=targets, layers=layers)
         self.default_targets = tuple(dict.fromkeys(role for name in groups for role in GROUPS[name]))  # type: ignore[misc]
 

@@ -1,6 +1,7 @@
 """Chosen entries of the whole network: their numbers, what is added to them, and the methods that choose.
 
-Entries of many tensors are numbered through, site after site and weight before bias, so that one selection can span the whole network.
+Entries of many tensors are numbered through, site after site and weight before bias, so that one selection can span the
+whole network.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ Spans = Mapping[str, tuple[int, int]]  # of the parameters of a site: number of 
 
 
 def numbered(found: Mapping[str, Site]) -> tuple[dict[str, dict[str, tuple[int, int]]], int]:
-    """The numbers of the entries of every site, {path: {parameter: (first, how many)}}, and how many there are in all."""
+    """The numbers of the entries of every site, {path: {parameter: (first, how many)}}, and how many there are in
+    all."""
     spans: dict[str, dict[str, tuple[int, int]]] = {}
     total = 0
     for path, site in found.items():
@@ -30,7 +32,8 @@ def numbered(found: Mapping[str, Site]) -> tuple[dict[str, dict[str, tuple[int, 
 
 
 class Selection(nn.Module):
-    """Chosen entries of many tensors: their numbers, ascending, and what is added to them. One, shared by all sites; empty until `choose`."""
+    """Chosen entries of many tensors: their numbers, ascending, and what is added to them. One, shared by all sites;
+    empty until `choose`."""
 
     indices: Tensor | None
     values: nn.Parameter | None
@@ -41,7 +44,8 @@ class Selection(nn.Module):
         self.register_buffer("indices", None)
         self.register_parameter("values", None)
         self._bounds: dict[tuple[int, int], tuple[int, int]] = {}
-        self._of: tuple[Tensor | None, int] = (None, 0)  # the indices, and their version, that the bounds were looked up in
+        # the indices, and their version, that the bounds were looked up in
+        self._of: tuple[Tensor | None, int] = (None, 0)
 
     def choose(self, numbers: Tensor, values: Tensor) -> None:
         """Take these entries; the values become a new parameter."""
@@ -51,9 +55,11 @@ class Selection(nn.Module):
     def bounds(self, first: int, size: int) -> tuple[int, int]:
         """Which of the chosen entries lie in first ... first + size - 1."""
         assert self.indices is not None
-        if not has_values(self.indices):  # a model without memory, to be counted: the share of this site, were they drawn at random
+        # a model without memory, to be counted: the share of this site, were they drawn at random
+        if not has_values(self.indices):
             return round(len(self.indices) * first / self.total), round(len(self.indices) * (first + size) / self.total)
-        if self._of[0] is not self.indices or self._of[1] != self.indices._version:  # looked up once for every content: it waits for the device
+        # looked up once for every content: it waits for the device
+        if self._of[0] is not self.indices or self._of[1] != self.indices._version:
             self._of, self._bounds = (self.indices, self.indices._version), {}
         if (first, size) not in self._bounds:
             ends = torch.tensor([first, first + size], device=self.indices.device, dtype=self.indices.dtype)
@@ -62,7 +68,8 @@ class Selection(nn.Module):
         return self._bounds[first, size]
 
     def added(self, tensor: Tensor, first: int) -> Tensor:
-        """The tensor, whose entries are numbered from `first`, with the values added; itself when none is chosen in it."""
+        """The tensor, whose entries are numbered from `first`, with the values added; itself when none is chosen in
+        it."""
         assert self.indices is not None and self.values is not None
         size, flat = tensor.numel(), tensor.reshape(-1)
         if torch._C._functorch.is_batchedtensor(self.indices):  # another adapter for every row: the slices would differ
@@ -79,7 +86,8 @@ class Selection(nn.Module):
 class SparseDelta(Packed, Counted, PeftModule):
     """theta' = theta + phi, phi the chosen entries that lie in this site; the others are theta, bit by bit.
 
-    Weight decay acts on phi: it pulls towards theta, not towards 0. Subclasses have a dense change before the entries are chosen.
+    Weight decay acts on phi: it pulls towards theta, not towards 0. Subclasses have a dense change before the entries
+    are chosen.
     """
 
     delta_rank = None
@@ -122,8 +130,15 @@ class SparseDelta(Packed, Counted, PeftModule):
             return
         indices, values, chosen = tensors["indices"], tensors["values"], self.chosen
         assert chosen.indices is not None and chosen.values is not None
-        if indices.ndim != 1 or indices.shape != values.shape or (indices.numel() and (indices.min() < 0 or indices.max() >= chosen.total)):
-            raise ValueError(f"expected as many indices below {chosen.total} as values, got {tuple(indices.shape)} and {tuple(values.shape)}")
+        if (
+            indices.ndim != 1
+            or indices.shape != values.shape
+            or (indices.numel() and (indices.min() < 0 or indices.max() >= chosen.total))
+        ):
+            raise ValueError(
+                f"expected as many indices below {chosen.total} as values, got {tuple(indices.shape)} "
+                f"and {tuple(values.shape)}"
+            )
         if bool((indices[1:] <= indices[:-1]).any()):
             raise ValueError("the indices must ascend")
         if values.shape == chosen.values.shape:  # the same objects, for an optimizer
@@ -155,7 +170,11 @@ class Selecting(TrainingHooks):
         self.selection = Selection(total)
 
     def make(self, site: Site) -> SparseDelta | None:
-        return self.sparse(site, self.spans[id(site)], owner=id(site) == next(iter(self.spans))) if id(site) in self.spans else None
+        return (
+            self.sparse(site, self.spans[id(site)], owner=id(site) == next(iter(self.spans)))
+            if id(site) in self.spans
+            else None
+        )
 
     def sparse(self, site: Site, spans: Spans, owner: bool) -> SparseDelta:
         """The module of one site. owner: whether a file keeps the selection there."""

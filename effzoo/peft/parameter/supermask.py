@@ -1,4 +1,5 @@
-"""Supermasks: a binary mask over fixed weights is all that is learned (Mallya et al. 2018, arXiv:1801.06519; Zhao et al. 2020, arXiv:2004.12406)."""
+"""Supermasks: a binary mask over fixed weights is all that is learned (Mallya et al. 2018, arXiv:1801.06519; Zhao et
+al. 2020, arXiv:2004.12406)."""
 
 from __future__ import annotations
 
@@ -15,14 +16,19 @@ from effzoo.sites import Counted, Linear, PeftModule, Site
 
 
 class Masked(Counted, PeftModule):
-    """W' = W * M(S), W as it is; finished, the scores are dropped and one bit a weight is left, in memory and in files."""
+    """W' = W * M(S), W as it is; finished, the scores are dropped and one bit a weight is left, in memory and in
+    files."""
 
     delta_rank = None
 
     def __init__(self, weight: Tensor, init: float, threshold: float, keep: float | None):
         super().__init__()
         self.shape, self.threshold, self.keep = weight.shape, threshold, keep
-        start = torch.full_like(weight, init) if keep is None else init * weight.detach().abs() / weight.detach().abs().mean().clamp(min=1e-12)
+        start = (
+            torch.full_like(weight, init)
+            if keep is None
+            else init * weight.detach().abs() / weight.detach().abs().mean().clamp(min=1e-12)
+        )
         self.scores: nn.Parameter | None = nn.Parameter(start)
         self.bits: Tensor | None
         self.register_buffer("bits", None)
@@ -56,23 +62,39 @@ class Masked(Counted, PeftModule):
 class Supermask(TrainingHooks):
     """W' = W * 1[S > threshold] with W fixed and real scores S trained straight through: dL/dS = dL/dW' * W.
 
-    init: of all scores. threshold: of the mask. keep: instead of a threshold, this share of each matrix with the largest scores; these
-    then start as init |W| / mean |W|, so the first mask is that of magnitude pruning.
+    init: of all scores.
+    threshold: of the mask.
+    keep: instead of a threshold, this share of each matrix with the largest scores; these then start as init |W| /
+        mean |W|, so the first mask is that of magnitude pruning.
 
-    With init above the threshold everything is kept at first, so the output is unchanged; with `keep` it is not. Weight decay pulls scores
-    below a positive threshold, that is, it prunes. Embeddings, norms and biases are not masked. As many scores are trained as there are
-    weights, but once finished a mask is one bit a weight: masks of many tasks live side by side on one base, and `activate` switches. Two
-    active masks keep what both keep.
+    With init above the threshold everything is kept at first, so the output is unchanged; with `keep` it is not. Weight
+    decay pulls scores below a positive threshold, that is, it prunes. Embeddings, norms and biases are not masked. As
+    many scores are trained as there are weights, but once finished a mask is one bit a weight: masks of many tasks live
+    side by side on one base, and `activate` switches. Two active masks keep what both keep.
     """
 
-    paper = "Mallya et al. 2018, Piggyback, arXiv:1801.06519, section 3; on language models: Zhao et al. 2020, arXiv:2004.12406, section 3"
+    paper = (
+        "Mallya et al. 2018, Piggyback, arXiv:1801.06519, section 3; on language models: Zhao et al. 2020, "
+        "arXiv:2004.12406, section 3"
+    )
     default_targets = MATRICES
     learning_rate = 5e-4  # scores start 5e-3 above the threshold: at 1e-4 none crosses it in a hundred steps
 
-    def __init__(self, *, init: Number = 1e-2, threshold: Number = 5e-3, keep: Share | None = None, targets: Targets = None, layers: Layers = None):
+    def __init__(
+        self,
+        *,
+        init: Number = 1e-2,
+        threshold: Number = 5e-3,
+        keep: Share | None = None,
+        targets: Targets = None,
+        layers: Layers = None,
+    ):
         super().__init__(targets=targets, layers=layers)
         if keep is None and init <= threshold:
-            raise OptionError(f"supermask: init must lie above threshold, or nothing is kept at first, got init={init}, threshold={threshold}")
+            raise OptionError(
+                "supermask: init must lie above threshold, or nothing is kept at first, got "
+                f"init={init}, threshold={threshold}"
+            )
         if keep is not None and init <= 0:
             raise OptionError(f"supermask: init is positive, got {init}")
         self.keep = keep

@@ -1,4 +1,5 @@
-"""Training chosen rows of the token table: those of new tokens, say, while every other row stays as it is, bit by bit."""
+"""Training chosen rows of the token table: those of new tokens, say, while every other row stays as it is, bit by
+bit."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ Ids = int | str | Sequence[int | str] | None
 
 
 class TokenTable(Packed, Counted, Growing, PeftModule):
-    """W' = W except W'[ids] = rows, by the hook `weight`: for a table that a tied language-model head reads too, and for a head's own.
+    """W' = W except W'[ids] = rows, by the hook `weight`: for a table that a tied language-model head reads too, and
+    for a head's own.
 
     Each pass makes W' anew, and the backward pass a gradient as large, of which the rows' part is kept.
     """
@@ -50,8 +52,15 @@ class TokenTable(Packed, Counted, Growing, PeftModule):
 
     def unpack(self, tensors: dict[str, Tensor]) -> None:
         ids, rows = tensors["ids"], tensors["rows"]
-        if len(tensors) != 2 or ids.dtype != torch.long or ids.shape != self.ids.shape or rows.shape != self.trained.shape:
-            raise ValueError(f"{tuple(ids.shape)} ids and rows of shape {tuple(rows.shape)}, where {len(self.ids)} rows are trained")
+        if (
+            len(tensors) != 2
+            or ids.dtype != torch.long
+            or ids.shape != self.ids.shape
+            or rows.shape != self.trained.shape
+        ):
+            raise ValueError(
+                f"{tuple(ids.shape)} ids and rows of shape {tuple(rows.shape)}, where {len(self.ids)} rows are trained"
+            )
         if tuple(ids.tolist()) != self.numbers:
             raise ValueError(f"rows of the tokens {spans(ids.tolist())}, where the spec says {spans(self.numbers)}")
         self.trained.copy_(rows)
@@ -61,7 +70,8 @@ class TokenTable(Packed, Counted, Growing, PeftModule):
 
 
 class TokenRows(TokenTable):
-    """The same for a table that nothing but the embedding reads: only rows that occur are looked up, and no table is made."""
+    """The same for a table that nothing but the embedding reads: only rows that occur are looked up, and no table is
+    made."""
 
     def weight(self, weight: Tensor) -> Tensor:
         return weight
@@ -78,15 +88,19 @@ class TokenRows(TokenTable):
 class Tokens(Method):
     """W' = W except W'[ids] = phi: of the token embedding only these rows are trained, and only they are stored.
 
-    ids: a token, several (5, 6, 9), ranges "100-140" or "5-7+9", "new" for the rows that `effzoo.resize_vocabulary` has added, or none for every
-    token. targets: embed.token, the default; (embed.token, lm.out) to train these rows of a language-model head with a weight of its own
-    as well, or lm.out alone. A head that is tied reads the trained rows anyway.
+    ids: a token, several (5, 6, 9), ranges "100-140" or "5-7+9", "new" for the rows that `effzoo.resize_vocabulary`
+        has added, or none for every token.
+    targets: embed.token, the default; (embed.token, lm.out) to train these rows of a language-model head with a
+        weight of its own as well, or lm.out alone. A head that is tied reads the trained rows anyway.
 
-    Together with any other method: `lora|tokens[ids=new]`. A row begins as it is in the base, and takes the place of what methods before it in the
-    union make of that row.
+    Together with any other method: `lora|tokens[ids=new]`. A row begins as it is in the base, and takes the place of
+    what methods before it in the union make of that row.
     """
 
-    paper = "TrainableTokens of the package peft; how new rows should begin: Hewitt 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html"
+    paper = (
+        "TrainableTokens of the package peft; how new rows should begin: Hewitt 2021, "
+        "nlp.stanford.edu/~johnhew/vocab-expansion.html"
+    )
     accepts = (Embedding, Linear, TiedLinear)
     default_targets = ("embed.token",)
     learning_rate = 1e-3
@@ -105,8 +119,13 @@ class Tokens(Method):
             if site.role not in ROLES:
                 raise TargetError(f"{self.name}: {site.role!r} has no row for each token; targets are {listing(ROLES)}")
             if isinstance(site, TiedLinear):
-                raise TargetError(f"{self.name}: {site.role!r} is tied to embed.token, whose trained rows it reads anyway; leave it out of targets")
-        token = next((site for _, site in sites(model) if isinstance(site, Embedding) and site.role == "embed.token"), None)
+                raise TargetError(
+                    f"{self.name}: {site.role!r} is tied to embed.token, whose trained rows it reads "
+                    "anyway; leave it out of targets"
+                )
+        token = next(
+            (site for _, site in sites(model) if isinstance(site, Embedding) and site.role == "embed.token"), None
+        )
         rows = min(len(site.base()["weight"]) for site in found.values())
         added = 0 if token is None else token.added
         self.numbers = self._numbers(rows, added)
@@ -122,12 +141,16 @@ class Tokens(Method):
             if last < 0:  # new
                 if not added:
                     raise OptionError(
-                        f"{self.name}: ids=new are the rows that effzoo.resize_vocabulary(model, n) has added, and this model has none; "
+                        f"{self.name}: ids=new are the rows that effzoo.resize_vocabulary(model, n) has added, and "
+                        "this model has none; "
                         f"call it first, or give numbers in [0, {rows})"
                     )
                 first, last = rows - added, rows - 1
             if last >= rows:
-                raise OptionError(f"{self.name}: ids are in [0, {rows}), got {last}; effzoo.resize_vocabulary(model, {last + 1}) adds rows")
+                raise OptionError(
+                    f"{self.name}: ids are in [0, {rows}), got {last}; effzoo.resize_vocabulary(model, "
+                    f"{last + 1}) adds rows"
+                )
             numbers += range(first, last + 1)
             if len(numbers) > rows:
                 break
@@ -147,7 +170,8 @@ def spans(ids: Sequence[int]) -> str:
 
 
 def numbers_of(text: str, below: int) -> list[int]:
-    """What `spans` wrote, or another text of its form, of numbers below a limit. Raises OptionError for anything else."""
+    """What `spans` wrote, or another text of its form, of numbers below a limit. Raises OptionError for anything
+    else."""
     found: list[int] = []
     for first, last in _read(text):
         if last >= below or first <= (found[-1] if found else -1):
@@ -178,5 +202,7 @@ def _read(given: int | str) -> Iterator[tuple[int, int]]:
         first, dash, last = part.strip().partition("-")
         fits = first.isascii() and first.isdigit() and (not dash or (last.isascii() and last.isdigit()))
         if not fits or max(len(first), len(last)) > 18 or int(last or first) < int(first):
-            raise OptionError(f"tokens: {part!r} is no token and no range of tokens; write 7, '100-140', '5-7+9' or new")
+            raise OptionError(
+                f"tokens: {part!r} is no token and no range of tokens; write 7, '100-140', '5-7+9' or new"
+            )
         yield int(first), int(last or first)
