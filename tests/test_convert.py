@@ -1,6 +1,7 @@
 """Conversion is reversible, load_pretrained says what it did with every tensor, and what has no counterpart is
 refused."""
 
+import dataclasses
 import json
 import logging
 import subprocess
@@ -14,7 +15,8 @@ import effzoo
 from effzoo import convert
 from effzoo.architectures import Transformer
 from effzoo.architectures.transformer import attention_specs
-from effzoo.convert.layouts import LAYOUTS
+from effzoo.convert.bert import BERT
+from effzoo.convert.layouts import LAYOUTS, family, layout_for
 from effzoo.errors import ConversionError, OptionError
 
 FAMILIES = ("bert", "roberta", "longformer", "gpt2", "llama", "mistral", "qwen3", "modernbert", "led")
@@ -788,3 +790,12 @@ def test_windows_given_layer_by_layer_reach_transformers(tiny):
         json.loads(convert.to_transformers(model).config.to_json_string())["max_position_embeddings"]
         == tiny["max_length"] + 2
     )
+
+
+def test_a_further_layout_is_one_entry(monkeypatch, tiny):
+    """Which layout a model of ours has in transformers follows from the layouts themselves: no table beside them."""
+    other = dataclasses.replace(BERT, name="further", relative="bert", attention=("local",))
+    monkeypatch.setitem(LAYOUTS, "further", other)
+    assert layout_for(zoo("bert", tiny, attention="local[chunk=4]")) is other
+    assert layout_for(zoo("bert", tiny)) is BERT
+    assert family(dataclasses.replace(zoo("bert", tiny).config, layout="further")) == "bert"

@@ -1,6 +1,6 @@
 """Weights and configurations to and from transformers; the only place that imports its models, and only when called.
 
-One file per layout (`bert`, `roberta`, `longformer`, `gpt2`) holds a reversible key map and the config fields as data.
+One file per layout, named in `layouts.FILES`, holds a reversible key map and the config fields as data.
 `peft_files` writes and reads adapters in the files of the `peft` package, for the model of transformers that the key
 map leads to.
 """

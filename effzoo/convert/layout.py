@@ -46,6 +46,9 @@ class Layout:
     """One family of transformers' models.
 
     classes: task -> class name.
+    attention: the kinds that it computes.
+    relative: the layout whose weights it has but for those of the attention; a model of either is written in the one
+        that has its attention kind.
     prefix: of the body inside a model with a head.
     body, heads: key map, heads by task.
     tied: their keys that hold the same values as another of theirs, in models whose head is tied.
@@ -81,6 +84,8 @@ class Layout:
     slots: Mapping[str, Any]
     required: Mapping[str, Any]
     dropouts: Callable[[Any, str], Mapping[str, float | None]]
+    attention: tuple[str, ...] = ("full",)
+    relative: str | None = None
     counts_from_pad: bool = False
     lm_activation: str | None = None
     read: Callable[[Any], dict[str, Any]] = field(default=no_fields)
@@ -95,6 +100,10 @@ class Layout:
     reads: frozenset[str] = frozenset()
     inert: frozenset[str] = frozenset()
     lost: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def family(self) -> str:
+        return self.relative or self.name
 
     def cls(self, task: str) -> Any:
         """The class for a task."""

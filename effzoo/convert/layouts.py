@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from effzoo.architectures import Config, Transformer
-from effzoo.convert.albert import ALBERT
-from effzoo.convert.bert import BERT
-from effzoo.convert.gpt2 import GPT2
 from effzoo.convert.layout import Layout
-from effzoo.convert.led import LED
-from effzoo.convert.llama import LLAMA, MISTRAL, QWEN3
-from effzoo.convert.longformer import LONGFORMER
-from effzoo.convert.modernbert import MODERNBERT
-from effzoo.convert.reformer import REFORMER
-from effzoo.convert.roberta import ROBERTA
 from effzoo.errors import ConversionError, listing
 
+FILES = ("bert", "albert", "roberta", "longformer", "gpt2", "llama", "modernbert", "led", "reformer")
 LAYOUTS = {
     layout.name: layout
-    for layout in (BERT, ALBERT, ROBERTA, LONGFORMER, GPT2, LLAMA, MISTRAL, QWEN3, MODERNBERT, LED, REFORMER)
+    for file in FILES
+    for layout in vars(import_module(f"effzoo.convert.{file}")).values()
+    if isinstance(layout, Layout)
 }
-_BY_ATTENTION = {
-    ("bert", "full"): BERT,
-    ("albert", "full"): ALBERT,
-    ("roberta", "full"): ROBERTA,
-    ("roberta", "longformer"): LONGFORMER,
-    ("longformer", "full"): ROBERTA,  # the two layouts differ in their attention alone
-    ("longformer", "longformer"): LONGFORMER,
-    ("gpt2", "full"): GPT2,
-    ("llama", "full"): LLAMA,
-    ("llama", "longformer"): MISTRAL,  # likewise
-    ("mistral", "full"): MISTRAL,
-    ("mistral", "longformer"): MISTRAL,
-    ("qwen3", "full"): QWEN3,
-    ("qwen3", "longformer"): QWEN3,
-    ("modernbert", "full"): MODERNBERT,
-    ("modernbert", "longformer"): MODERNBERT,
-    ("led", "longformer"): LED,
-    ("reformer", "lsh"): REFORMER,
-    ("reformer", "local"): REFORMER,
-}
-_FAMILY = {"longformer": "roberta", "mistral": "llama"}
 
 
 def class_of(name: str) -> tuple[Layout, str] | None:
@@ -59,8 +34,17 @@ def classes() -> str:
 
 
 def family(config: Config) -> str:
-    """Layouts that share their weights but for the attention have one family."""
-    return _FAMILY.get(config.layout, config.layout)
+    """The name that layouts have in common whose weights differ in those of the attention alone."""
+    return LAYOUTS[config.layout].family if config.layout in LAYOUTS else config.layout
+
+
+def _counterpart(layout: str, kind: str) -> Layout | None:
+    """The layout with this attention kind: the model's own, or another of its family."""
+    own = LAYOUTS.get(layout)
+    if own is None:
+        return None
+    relatives = [other for other in LAYOUTS.values() if other.family == own.family]
+    return next((other for other in (own, *relatives) if kind in other.attention), None)
 
 
 def layout_for(model: Transformer) -> Layout:
@@ -71,11 +55,12 @@ def layout_for(model: Transformer) -> Layout:
             "we know; save its state_dict"
         )
     kinds = sorted({core.name for core in model.cores()})
-    found = [_BY_ATTENTION.get((model.config.layout, kind)) for kind in kinds]
-    layout = found[0] if all(other is found[0] for other in found) else None
+    layout, *others = [_counterpart(model.config.layout, kind) for kind in kinds]
+    if any(other is not layout for other in others):
+        layout = None
     if layout is None or (len(kinds) > 1 and not layout.mixed):
-        known = listing(f"{layout} with {attention}" for layout, attention in _BY_ATTENTION)
-        mixed = listing(layout.name for layout in LAYOUTS.values() if layout.mixed)
+        known = listing(f"{known.name} with {kind}" for known in LAYOUTS.values() for kind in known.attention)
+        mixed = listing(known.name for known in LAYOUTS.values() if known.mixed)
         raise ConversionError(
             f"layout {model.config.layout!r} with attention {listing(kinds)} has no counterpart in transformers; "
             f"it has {known}, the same in all layers but in {mixed}"

@@ -52,6 +52,7 @@ def dropouts(theirs: Any, task: str) -> dict[str, float | None]:
 
 LED = Layout(
     name="led",
+    attention=("longformer",),
     prefix="led.encoder",
     classes={"features": "LEDEncoder"},
     body=BODY,

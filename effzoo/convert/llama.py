@@ -209,6 +209,8 @@ LLAMA = Layout(
 MISTRAL = dataclasses.replace(
     LLAMA,
     name="mistral",
+    relative="llama",
+    attention=("full", "longformer"),
     classes={task: name.replace("Llama", "Mistral") for task, name in LLAMA.classes.items()},
     fields=SIZES,
     slots=SLOTS | NO_BIAS,
@@ -220,6 +222,7 @@ MISTRAL = dataclasses.replace(
 QWEN3 = dataclasses.replace(
     LLAMA,
     name="qwen3",
+    attention=("full", "longformer"),
     classes={task: name.replace("Llama", "Qwen3") for task, name in LLAMA.classes.items()},
     body=BODY + HEAD_NORMS,
     fields=SIZES | {"attn_bias": "attention_bias"},

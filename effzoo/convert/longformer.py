@@ -44,6 +44,8 @@ def write(config: Config) -> dict[str, Any]:
 LONGFORMER = dataclasses.replace(
     ROBERTA,
     name="longformer",
+    relative="roberta",
+    attention=("longformer",),
     prefix="longformer",
     classes={task: name.replace("Roberta", "Longformer") for task, name in ROBERTA.classes.items()},
     body=ROBERTA.body + GLOBAL,

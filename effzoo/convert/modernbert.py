@@ -123,6 +123,7 @@ def dropouts(theirs: Any, task: str) -> dict[str, float | None]:
 
 MODERNBERT = Layout(
     name="modernbert",
+    attention=("full", "longformer"),
     prefix="model",
     classes={
         "features": "ModernBertModel",

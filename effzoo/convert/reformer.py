@@ -197,6 +197,7 @@ def dropouts(theirs: Any, task: str) -> dict[str, float | None]:
 
 REFORMER = Layout(
     name="reformer",
+    attention=("lsh", "local"),
     prefix="reformer",
     classes={
         "features": "ReformerModel",
