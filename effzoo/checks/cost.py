@@ -121,9 +121,8 @@ def cost_grows_as_declared(subject: Subject) -> None:
                 if cost.largest >= n * n:
                     size = f"{cost.largest:,} entries at n = {n}, at least n x n = {n * n:,}"
                     raise Failed(
-                        f"{where}: {cost.where} makes a tensor of {size}, but the cost is {subject.cls.cost!r}; a "
-                        "mask or scores are written out "
-                        "for all pairs: build them in tiles, or declare cost = 'n^2'"
+                        f"{where}: {cost.where} makes a tensor of {size}, but the cost is {subject.cls.cost!r}; a mask "
+                        "or scores are written out for all pairs: build them in tiles, or declare cost = 'n^2'"
                     )
         for what, exponent in small.growth(large, long / short).items():
             if exponent > declared + SLACK:

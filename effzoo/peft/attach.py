@@ -74,9 +74,8 @@ def attach(
             )
         if len(name.encode()) > LONGEST_NAME or _OF_DEVICES.fullmatch(name):
             raise AdapterError(
-                f"an adapter name is also that of a folder: at most {LONGEST_NAME} bytes, and none that Windows "
-                "keeps for devices, "
-                f"got {shown(name)}; try 'task_a'"
+                f"an adapter name is also that of a folder: at most {LONGEST_NAME} bytes, and none that Windows keeps "
+                f"for devices, got {shown(name)}; try 'task_a'"
             )
         if name in state.attachments or any(name == merged.name for merged in state.merged):
             raise AdapterError(

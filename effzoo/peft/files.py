@@ -224,9 +224,8 @@ def swap_weights(model: M, directory: str | Path, *, name: str = "default", roun
     if not manifest.finished and manifest.begun is not None and manifest.begun != attachment.begun:
         theirs, ours = said(manifest.begun), said(attachment.begun)
         raise AdapterError(
-            f"the adapter in {directory} is in {theirs} of its training, the adapter {name!r} of this model in "
-            f"{ours}, which trains other tensors; "
-            "load it with load_adapter, under another name or after effzoo.detach"
+            f"the adapter in {directory} is in {theirs} of its training, the adapter {name!r} of this model in {ours}, "
+            "which trains other tensors; load it with load_adapter, under another name or after effzoo.detach"
         )
     _check_head(model, name, base, manifest, directory)
     with transition(outer, name):
@@ -393,9 +392,8 @@ def _check_base(
     if manifest.format == 1:
         if not trust_base:
             raise AdapterError(
-                f"the adapter in {directory} has format 1, which cannot prove the base's {UNPROVED}; when this is "
-                "the model it was trained on, load "
-                "it with trust_base=True, and save it again"
+                f"the adapter in {directory} has format 1, which cannot prove the base's {UNPROVED}; when this is the "
+                "model it was trained on, load it with trust_base=True, and save it again"
             )
         log.warning("%s has format 1: the base's tensors are compared, and nothing proves its %s", directory, UNPROVED)
         values = dict(model.state_dict())

@@ -101,8 +101,7 @@ def merge(model: M, name: str = "default", *, undo: bool = True, report: bool = 
             how = "on some rows" if now.combine == "rows" else "in an average"
             raise AdapterError(
                 f"adapter {name!r} acts {how}, and a merged one acts in full on every row; activate it alone first "
-                f"(effzoo.activate(model, {name!r})), "
-                "or merge what effzoo.combine makes of several"
+                f"(effzoo.activate(model, {name!r})), or merge what effzoo.combine makes of several"
             )
         for path, site in sites(inside):
             for module in site.hung(name):
@@ -212,9 +211,8 @@ def check_nothing_merged(model: nn.Module, change: str, touches: Callable[[str],
         if any(touches(path) for path in record.modules):
             raise AdapterError(
                 f"{change} would make it impossible to take the merged adapter {record.name!r} out again; unmerge it "
-                "first "
-                f"(effzoo.unmerge(model, {record.name!r})), or give that up (effzoo.merge(model, {record.name!r}, "
-                "undo=False))"
+                f"first (effzoo.unmerge(model, {record.name!r})), or give that up (effzoo.merge(model, "
+                f"{record.name!r}, undo=False))"
             )
 
 
@@ -242,9 +240,8 @@ def _check_outputs(site: Site, name: str, path: str) -> None:
     if isinstance(site, Linear) and (outputs := site.outputs(name)) != site.out_features:
         raise AdapterError(
             f"adapter {name!r} has a task head for {outputs} labels, and the model's own ({path}) is for "
-            f"{site.out_features}: there is nothing "
-            f"that it could be merged into; load it into a model that was built with num_labels={outputs} and merge "
-            "it there, or keep it attached"
+            f"{site.out_features}: there is nothing that it could be merged into; load it into a model that was built "
+            f"with num_labels={outputs} and merge it there, or keep it attached"
         )
 
 
@@ -277,9 +274,8 @@ def _check_order(site: Site, path: str, name: str) -> None:
     if not same:
         raise AdapterError(
             f"merging {name!r} would change what the model computes: at {path} it acts in the stack "
-            f"{', '.join(order)}, whose order counts, and a "
-            "merged adapter comes first; activate it alone to say that it is to come first, or merge what "
-            "effzoo.combine makes of all"
+            f"{', '.join(order)}, whose order counts, and a merged adapter comes first; activate it alone to say that "
+            "it is to come first, or merge what effzoo.combine makes of all"
         )
 
 

@@ -82,8 +82,7 @@ class Method(abc.ABC):
             if hasattr(cls, name):
                 raise OptionError(
                     f"{cls.__name__} has `{name}`, which is read of methods that take part in training: class "
-                    f"{cls.__name__}(TrainingHooks), "
-                    "from effzoo.peft"
+                    f"{cls.__name__}(TrainingHooks), from effzoo.peft"
                 )
         for site in cls.accepts:
             if not (isinstance(site, type) and issubclass(site, Site)):

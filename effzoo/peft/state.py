@@ -127,8 +127,7 @@ def transition(model: nn.Module, *rewritten: str) -> Iterator[Adapters]:
     if made_inside is not None and not torch.is_inference_mode_enabled():
         raise AdapterError(
             f"{made_inside} was made inside torch.inference_mode and cannot take part in training; build the model "
-            "outside, or under torch.no_grad "
-            "(or change its adapters inside torch.inference_mode too, to infer alone)"
+            "outside, or under torch.no_grad (or change its adapters inside torch.inference_mode too, to infer alone)"
         )
     before, outermost = _Snapshot(model, state, rewritten), state.rewriting is None
     rewriting = state.rewriting = state.rewriting or Rewriting()
@@ -322,8 +321,6 @@ def _check_synchronised(outer: nn.Module | None, learning: Set[int]) -> None:
         if unknown := [key for at, key in new.items() if at not in known]:
             raise AdapterError(
                 "DistributedDataParallel synchronises what was trainable when it was made, and this would make "
-                f"{unknown[0]} trainable too "
-                f"({len(unknown)} such tensors): processes would drift apart. Take the model out of it "
-                "(wrapper.module), change the model first, and "
-                "wrap it then"
+                f"{unknown[0]} trainable too ({len(unknown)} such tensors): processes would drift apart. Take the "
+                "model out of it (wrapper.module), change the model first, and wrap it then"
             )

@@ -175,8 +175,7 @@ def begin(model: nn.Module, stage: Stage) -> None:
             if 0 <= number < _number(method, now):
                 raise TrainingError(
                     f"the adapter {name!r} is in stage {now!r} of {method.name}, and {stage.name!r} comes before it; "
-                    "attach it anew to begin there, "
-                    "or go on with what `effzoo.peft.timetable(model, steps)` gives"
+                    "attach it anew to begin there, or go on with what `effzoo.peft.timetable(model, steps)` gives"
                 )
             if number >= 0 and now != stage.name:
                 wanted.setdefault(name, set()).add(method.name)
@@ -218,8 +217,7 @@ def enter(model: nn.Module, name: str, begun: Mapping[str, str]) -> None:
             known = {f"{stage.name!r} of {method.name}" for method in methods.values() for stage in method.stages}
             raise AdapterError(
                 f"the file says that an adapter {attachment.spec} is in stage {stage!r:.80} of {key!r:.80}, and its "
-                "stages are "
-                f"{listing(sorted(known)) or 'none'}; save it again"
+                f"stages are {listing(sorted(known)) or 'none'}; save it again"
             )
         for earlier in methods[key].stages[: _number(methods[key], stage) + 1]:
             _begin(model, name, {key}, earlier.name)

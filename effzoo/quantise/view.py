@@ -14,8 +14,7 @@ from effzoo.errors import AdapterError
 
 _REFUSAL = (
     "this weight is quantised, and rounding a small change to its few codes would lose most of it, so nothing is "
-    "merged into it; keep the adapter "
-    "attached, or call effzoo.dequantise(model) first"
+    "merged into it; keep the adapter attached, or call effzoo.dequantise(model) first"
 )
 
 

@@ -300,8 +300,7 @@ class _Reader:
     def fail(self, what: str) -> None:
         raise AdapterError(
             f"the regular expression {self.text[:80]!r} of the file holds {what} (near character {self.at}), which "
-            "effzoo does not read; "
-            "name the modules in a list instead"
+            "effzoo does not read; name the modules in a list instead"
         )
 
 

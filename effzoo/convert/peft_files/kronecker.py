@@ -40,9 +40,8 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
         assert isinstance(module, Kronecker)
         if len(rule.ours) > 1 or rule.transposed:
             raise AdapterError(
-                f"krona on {path}: LoKr of peft adapts linear layers, and {rule.theirs} of transformers is a Conv1D "
-                "or stacks several of ours; "
-                "use lora, or merge the adapter"
+                f"krona on {path}: LoKr of peft adapts linear layers, and {rule.theirs} of transformers is a Conv1D or "
+                "stacks several of ours; use lora, or merge the adapter"
             )
         out.targets.append(rule.theirs)
         out.tensors |= {f"{rule.theirs}.lokr_w1": module.A, f"{rule.theirs}.lokr_w2": module.B}

@@ -148,9 +148,8 @@ def write_gated(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Writ
         assert isinstance(module, GatedRows)
         if (module.gate != module.gate[0]).any():
             raise AdapterError(
-                f"llama_adapter: {path} has a gate for each head ({module.gate.min():.3g} to "
-                f"{module.gate.max():.3g}), peft has one for all; "
-                "no file can hold several. Keep effzoo's own format"
+                f"llama_adapter: {path} has a gate for each head ({module.gate.min():.3g} to {module.gate.max():.3g}), "
+                "peft has one for all; no file can hold several. Keep effzoo's own format"
             )
         lengths.add(len(module.tokens))
         theirs = _attention(twin, path)

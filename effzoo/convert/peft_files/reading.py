@@ -81,8 +81,7 @@ def _labels(twin: Twin, heads: Mapping[str, Wanted]) -> int | None:
         if other and (len(sizes) > 1 or set(wanted.tensors) != {f"own_{key}" for key in base}):
             raise AdapterError(
                 f"{path}: the file's head has {' and '.join(map(str, sorted(sizes)))} outputs, this model's {ours}; "
-                "one of another size comes whole, "
-                "weight and bias alike; copy the whole adapter"
+                "one of another size comes whole, weight and bias alike; copy the whole adapter"
             )
         return sizes.pop()
     return None
@@ -153,9 +152,8 @@ def _check_config(config: Config, kind: Kind, directory: Path) -> None:
     start = config.get("init_lora_weights", True)
     if start not in OWN_START:
         raise AdapterError(
-            f"{directory}: init_lora_weights={start!r} has changed the base, and the file does not say how; save it "
-            "in peft with "
-            "path_initial_model_for_weight_conversion, which makes it an ordinary LoRA of twice the rank"
+            f"{directory}: init_lora_weights={start!r} has changed the base, and the file does not say how; save it in "
+            "peft with path_initial_model_for_weight_conversion, which makes it an ordinary LoRA of twice the rank"
         )
     dropped = [key for key in TRAINING_ONLY if config.get(key)]
     if dropped:
@@ -193,9 +191,8 @@ def _sorted_out(
         if key in ties and (other := _tensor(tensors, ties[key])) is not None:
             if other.shape != tensor.shape or not torch.equal(other, tensor):
                 raise AdapterError(
-                    f"the file trains {key} and {ties[key]} apart, which are one tensor in this model; load it into "
-                    "a model with tied=False, "
-                    "or train it in peft with ensure_weight_tying=True"
+                    f"the file trains {key} and {ties[key]} apart, which are one tensor in this model; load it into a "
+                    "model with tied=False, or train it in peft with ensure_weight_tying=True"
                 )
             continue
         if _is_base(twin, key, tensor, adapted):

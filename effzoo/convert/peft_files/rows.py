@@ -31,8 +31,7 @@ def check_attention(twin: Twin) -> None:
     if kinds:
         raise AdapterError(
             f"prompts and prefixes on attention {kinds[0]!r}: in effzoo every query sees the rows, in peft they are "
-            "ordinary positions that "
-            "fall out of a window; use lora or ia3"
+            "ordinary positions that fall out of a window; use lora or ia3"
         )
     if twin.task_type is None:
         raise AdapterError(
@@ -50,9 +49,8 @@ def check_reading(twin: Twin) -> None:
     ):
         raise AdapterError(
             f"prompts on {config.name} for {task}: the head reads the first token (or the mean of the tokens) in "
-            "effzoo, and "
-            "in peft the rows of the prompt count as tokens; no file can say the same to both. Use another task, a "
-            "decoder, or another method"
+            "effzoo, and in peft the rows of the prompt count as tokens; no file can say the same to both. Use another "
+            "task, a decoder, or another method"
         )
     if task == "classification":
         log.warning(

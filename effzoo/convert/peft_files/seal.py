@@ -72,9 +72,8 @@ def opened(
             return candidate, parts
     key = str(_different(config, written))
     raise AdapterError(
-        f"{path} has {key}={config.get(key)!r:.80}, the weights beside it were written with "
-        f"{written.get(key)!r:.80}; copy both files of one "
-        "adapter, or save it again"
+        f"{path} has {key}={config.get(key)!r:.80}, the weights beside it were written with {written.get(key)!r:.80}; "
+        "copy both files of one adapter, or save it again"
     )
 
 

@@ -158,9 +158,8 @@ def read(
             site = twin.sites[path]
             if isinstance(site, TiedLinear) and parameter == "weight":
                 raise AdapterError(
-                    f"{key} is a weight of its own in the file, and this model's head is tied to the token table; "
-                    "load it into a model with "
-                    "tied=False, or train it in peft with ensure_weight_tying=True"
+                    f"{key} is a weight of its own in the file, and this model's head is tied to the token table; load "
+                    "it into a model with tied=False, or train it in peft with ensure_weight_tying=True"
                 )
             base = site.base().get(parameter)
             if base is not None and site.role in ROLES and base.shape[1:] == part.shape[1:] and len(base) != len(part):

@@ -81,9 +81,8 @@ def _check_bias(twin: Twin, paths: Collection[str]) -> None:
         sees = path in paths or (isinstance(site, TiedLinear) and twin.token in paths)
         if site.role == "lm.out" and sees and "bias" in site.base():
             raise AdapterError(
-                f"tokens are trained of a table that {path} multiplies by, and peft then leaves out that head's "
-                "bias, which effzoo does not; "
-                "keep effzoo's own format, or train another model"
+                f"tokens are trained of a table that {path} multiplies by, and peft then leaves out that head's bias, "
+                "which effzoo does not; keep effzoo's own format, or train another model"
             )
 
 

@@ -63,8 +63,7 @@ class Twin:
         if not isinstance(model, Transformer):
             raise AdapterError(
                 "the files of peft name the modules of a model of transformers, and effzoo knows them for its "
-                "Transformer, not for "
-                f"{type(model).__name__}; save and load with format='effzoo'"
+                f"Transformer, not for {type(model).__name__}; save and load with format='effzoo'"
             )
         self.model = model
         self.layout = layout_for(model)
@@ -121,9 +120,8 @@ class Twin:
         if not found:
             raise AdapterError(
                 f"{tied}: the language-model head is tied to this table, so in effzoo a change of it reaches both; "
-                "peft ties modules called "
-                f"{' or '.join(KNOWN_TABLES)} (ensure_weight_tying), and here they are {table} and {self.tied_head}; "
-                "leave embed.token out of the targets"
+                f"peft ties modules called {' or '.join(KNOWN_TABLES)} (ensure_weight_tying), and here they are "
+                f"{table} and {self.tied_head}; leave embed.token out of the targets"
             )
         return found[0]
 

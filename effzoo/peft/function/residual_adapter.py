@@ -83,7 +83,6 @@ class ResidualAdapter(Method):
         if any(size % 2 == 0 or pad != size // 2 for size, pad in zip(site.kernel_size, site.padding, strict=True)):
             raise OptionError(
                 f"residual_adapter: form='parallel' needs odd filters with padding kernel // 2, {site.role!r} has "
-                f"{site.kernel_size} with "
-                f"{site.padding}; use form='series'"
+                f"{site.kernel_size} with {site.padding}; use form='series'"
             )
         return Beside(site)

@@ -50,8 +50,7 @@ def slice_blocks(narrow: Sequence[nn.Module], wide: Sequence[nn.Module], places:
             if path not in origin:
                 raise OptionError(
                     f"ladder: init='pruned' takes slices of the same matrices of the base, and {path} is not in its "
-                    "blocks (are feed-forwards "
-                    "experts?); use init='random'"
+                    "blocks (are feed-forwards experts?); use init='random'"
                 )
             _copy(path, slim, site, origin[path], kept)
     assert kept_stream is not None

@@ -149,8 +149,7 @@ class Intrinsic(Method):
         if self.total * self.dim > DENSE_LIMIT:
             raise OptionError(
                 f"{self.name}: a dense P for {self.total:,} numbers and dim={self.dim} has {self.total * self.dim:,} "
-                "entries, the limit is "
-                f"{DENSE_LIMIT:,}; use projection='fastfood', fewer targets, or a smaller dim"
+                f"entries, the limit is {DENSE_LIMIT:,}; use projection='fastfood', fewer targets, or a smaller dim"
             )
 
 

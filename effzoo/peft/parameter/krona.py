@@ -38,9 +38,8 @@ def factors(method: str, outputs: int, inputs: int, shape: Sequence[int] | None,
     a1, a2 = (balanced(outputs), balanced(inputs)) if shape is None else shape
     if outputs % a1 or inputs % a2:
         raise OptionError(
-            f"{method}: A of shape ({a1}, {a2}) does not divide {role!r}, which is {outputs} x {inputs}; give a "
-            "shape of divisors, "
-            f"({balanced(outputs)}, {balanced(inputs)}) say, or none for that one"
+            f"{method}: A of shape ({a1}, {a2}) does not divide {role!r}, which is {outputs} x {inputs}; give a shape "
+            f"of divisors, ({balanced(outputs)}, {balanced(inputs)}) say, or none for that one"
         )
     B = torch.empty(outputs // a1, inputs // a2)
     nn.init.kaiming_uniform_(B, a=math.sqrt(5))

@@ -136,8 +136,7 @@ class LoRAEverywhere(TrainingHooks, LoRA):
         if self.start in ("pissa", "olora", "loftq", "eva") and rank > min(site.weight.shape):
             raise OptionError(
                 f"{self.name}: init={self.start!r} takes {rank} vectors of {site.role!r}, whose weight "
-                f"{tuple(site.weight.shape)} has "
-                f"{min(site.weight.shape)}; give a smaller rank"
+                f"{tuple(site.weight.shape)} has {min(site.weight.shape)}; give a smaller rank"
             )
         if self.start == "pissa":
             return FromBase(*pissa(site.weight, rank, scale), scale, self.dropout)

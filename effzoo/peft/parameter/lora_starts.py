@@ -154,8 +154,7 @@ def input_factors(
         if path not in triangles:
             raise IncompatibleError(
                 f"eva starts from what {known[path].role!r} ({path}) sees, but no batch reaches it; leave it out of "
-                "the targets, or give "
-                "batches that use it (global tokens, for the projections of global tokens)"
+                "the targets, or give batches that use it (global tokens, for the projections of global tokens)"
             )
     return {path: torch.linalg.svd(triangles[path], full_matrices=True).Vh[:rank] for path, rank in ranks.items()}
 

@@ -142,8 +142,7 @@ class Tokens(Method):
                 if not added:
                     raise OptionError(
                         f"{self.name}: ids=new are the rows that effzoo.resize_vocabulary(model, n) has added, and "
-                        "this model has none; "
-                        f"call it first, or give numbers in [0, {rows})"
+                        f"this model has none; call it first, or give numbers in [0, {rows})"
                     )
                 first, last = rows - added, rows - 1
             if last >= rows:
