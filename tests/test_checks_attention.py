@@ -36,7 +36,7 @@ class Patternless(AttentionCore):
         return self.attend(Part(q, k, v, mask.key_bias(q.dtype), causal=self.context.causal), memory_part(q, memory))
 
 
-@caught_by("some_rows_alone")
+@caught_by("positions_computed_alone")
 class OtherRows(Full):
     """Its rows see themselves no more than the padding."""
 
@@ -131,7 +131,7 @@ def naive(q, k, v, allowed):
     return scores.softmax(dim=-1) @ v
 
 
-@caught_by("empty_rows_are_zero")
+@caught_by("empty_queries_are_zero")
 class NaNOnEmptyRows(Full):
     """The textbook softmax."""
 
@@ -139,7 +139,7 @@ class NaNOnEmptyRows(Full):
         return naive(q, k, v, self.pattern(q.shape[2], mask))
 
 
-@caught_by("empty_rows_are_zero")
+@caught_by("empty_queries_are_zero")
 class NaNOnlyInGradient(Full):
     """Replaces the NaN after the fact, which does not help the gradient."""
 
@@ -148,7 +148,7 @@ class NaNOnlyInGradient(Full):
         return torch.where(out.isnan(), 0.0, out)
 
 
-@caught_by("empty_rows_are_zero")
+@caught_by("empty_queries_are_zero")
 class UniformOnEmptyRows(Full):
     """Masks with a large negative number, so an empty row becomes the mean of everything."""
 
@@ -395,32 +395,32 @@ def test_the_off_by_one_reason_names_the_place_and_the_size_of_the_error():
 
 
 def test_the_meter_counts_products_and_entries_as_worked_out_by_hand():
-    from effzoo.checks.cost import Meter
+    from effzoo.checks.cost import CostCounter
 
     a, b = torch.randn(5, 7), torch.randn(7, 3)
-    with Meter() as meter:
+    with CostCounter() as counter:
         c = a @ b  # 2 * 5 * 7 * 3
         c = c + 1  # 15 entries
         c.T.expand(4, 3, 5)  # views
         torch.nn.functional.pad(c, (0, 1, 0, 0))  # 20 entries
-    assert meter.cost.work >= 2 * 5 * 7 * 3 + 15 + 20 and meter.cost.work <= 2 * 5 * 7 * 3 + 15 + 2 * 20
-    assert meter.cost.largest == 20
+    assert counter.cost.work >= 2 * 5 * 7 * 3 + 15 + 20 and counter.cost.work <= 2 * 5 * 7 * 3 + 15 + 2 * 20
+    assert counter.cost.largest == 20
 
 
 def test_the_meter_counts_attention_that_the_flop_counter_of_torch_does_not():
     """4 b h n s d forward, and 2.5 times that backward."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from effzoo.checks.cost import Meter
+    from effzoo.checks.cost import CostCounter
 
     q, k, v = (torch.randn(2, 3, 8, 4, requires_grad=True) for _ in range(3))
-    with Meter() as meter:
+    with CostCounter() as counter:
         out = effzoo.attention.attend(Part(q, k, v))
     forward = 4 * 2 * 3 * 8 * 8 * 4
-    assert forward <= meter.cost.work <= forward + 10 * out.numel()
-    with Meter() as meter:
+    assert forward <= counter.cost.work <= forward + 10 * out.numel()
+    with CostCounter() as counter:
         out.sum().backward()
-    assert 2.5 * forward <= meter.cost.work <= 2.5 * forward + 20 * out.numel()
+    assert 2.5 * forward <= counter.cost.work <= 2.5 * forward + 20 * out.numel()
     with FlopCounterMode(display=False) as counter:
         effzoo.attention.attend(Part(q, k, v))
     # when this fails, torch has learnt it: look whether the work is now counted twice

@@ -200,7 +200,7 @@ class MovesFromNeighbours(Scale, Positionwise):
         return (y + y.mean(dim=1, keepdim=True)) * self.scale if y.ndim > 2 else y * self.scale
 
 
-@caught_by("positions_stand_alone")
+@caught_by("positions_computed_alone")
 class LooksAround(Scaling):
     """Looks at other positions and says that it does not."""
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import effzoo
 from effzoo.attention import Cache, Mask
 from effzoo.checks.attention import Subject as Kind
-from effzoo.checks.subject import BATCH, HEADS, WIDTH, cut, draw, gradients, live, masks, memory_rows
+from effzoo.checks.subject import BATCH, HEADS, WIDTH, cut, draw, gradients, live, masks, some_memory
 from effzoo.errors import IncompatibleError, InputError, OptionError
 from effzoo.peft import training
 from effzoo.peft.files import stored_tensors
@@ -436,7 +436,7 @@ def memories(rows=3):
     keys, values = torch.randn(
         2, BATCH, HEADS, rows, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(7)
     )
-    return {"shared": memory_rows(rows), "by example": (keys.requires_grad_(), values.requires_grad_())}
+    return {"shared": some_memory(rows), "by example": (keys.requires_grad_(), values.requires_grad_())}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -499,7 +499,7 @@ def test_a_prefix_is_the_gated_sum_of_two_attentions_under_every_pattern(kind):
     for _, core in Kind.of(kind).cores():
         n = 31
         q, k, v, *_ = draw(core, n, Mask())
-        inputs, (keys, values) = [q, k, v][: len(core.uses(Mask()))], memory_rows()
+        inputs, (keys, values) = [q, k, v][: len(core.uses(Mask()))], some_memory()
         inputs += [None] * (len(core.projections) - len(inputs))
         own = (
             (q @ k.transpose(-1, -2) / math.sqrt(WIDTH))

@@ -12,8 +12,9 @@ from effzoo.errors import AdapterError, IncompatibleError, IncompatiblePeft, Opt
 from effzoo.peft import training
 from effzoo.peft.attach import base_tensors
 from effzoo.peft.files import stored_tensors, swap_weights
-from effzoo.peft.parameter import masks, selection
+from effzoo.peft.parameter import hard_concrete, mask_scores
 from effzoo.peft.parameter.head_pruning import importance
+from effzoo.peft.parameter.sparse_delta import shared_entries
 from effzoo.sites import Linear, sites
 
 D, MLP, LAYERS, LABELS, VOCAB = 16, 32, 2, 3, 53
@@ -101,41 +102,41 @@ def effective(model):
 
 def test_exactly_k_entries_are_chosen_and_equal_ones_count_by_number():
     scores = [torch.tensor([[1.0, 3.0], [3.0, 3.0]]), torch.tensor([3.0, 0.0, 5.0])]
-    assert masks.top(scores, 3).tolist() == [1, 2, 6]
-    assert masks.top_mask(torch.zeros(5), 2).tolist() == [True, True, False, False, False]
+    assert mask_scores.top(scores, 3).tolist() == [1, 2, 6]
+    assert mask_scores.top_mask(torch.zeros(5), 2).tolist() == [True, True, False, False, False]
     draw = torch.randint(0, 6, (1000,)).double()
     for k in (1, 17, 500, 1000):
         order = sorted(range(1000), key=lambda i: (-float(draw[i]), i))[:k]
-        assert masks.top([draw[:300], draw[300:]], k).tolist() == sorted(order)
+        assert mask_scores.top([draw[:300], draw[300:]], k).tolist() == sorted(order)
     with pytest.raises(IncompatibleError, match="NaN"):
-        masks.top([torch.tensor([1.0, float("nan")])], 1)
+        mask_scores.top([torch.tensor([1.0, float("nan")])], 1)
 
 
 @pytest.mark.parametrize("shape", [(1,), (8,), (3, 5), (7, 9)])
 def test_bits_pack_and_unpack(shape):
     mask = torch.rand(shape) > 0.5
-    bits = masks.pack_bits(mask)
+    bits = mask_scores.pack_bits(mask)
     assert (
         bits.dtype == torch.uint8
         and len(bits) == -(-mask.numel() // 8)
-        and torch.equal(masks.unpack_bits(bits, shape), mask)
+        and torch.equal(mask_scores.unpack_bits(bits, shape), mask)
     )
     assert int(bits[0]) & 1 == int(mask.flatten()[0])
     with pytest.raises(ValueError, match="bytes"):
-        masks.unpack_bits(torch.cat([bits, bits]), shape)
+        mask_scores.unpack_bits(torch.cat([bits, bits]), shape)
 
 
 @pytest.mark.parametrize(("low", "high", "temperature"), [(-1.5, 1.5, 1.0), (-0.1, 1.1, 2 / 3)])
 def test_the_probability_that_a_hard_concrete_gate_is_open_is_the_share_of_open_draws(low, high, temperature):
     alpha = torch.tensor([-3.0, -1.0, 0.0, 0.7, 2.5], dtype=torch.float64)
     n = 200_000
-    drawn = masks.drawn_gate(alpha.expand(n, -1), low, high, temperature)
-    expected = masks.open_probability(alpha, low, high, temperature)
+    drawn = hard_concrete.drawn_gate(alpha.expand(n, -1), low, high, temperature)
+    expected = hard_concrete.open_probability(alpha, low, high, temperature)
     error = ((drawn > 0).double().mean(0) - expected) / (expected * (1 - expected) / n).sqrt()
     assert error.abs().max() < 4.5  # standard errors; the noise is cut at 1e-4, far below them
     assert drawn.min() == 0 and drawn.max() == 1
     still = ((1 / (1 + (-alpha).exp())) * (high - low) + low).clamp(0, 1)
-    assert torch.allclose(masks.still_gate(alpha, low, high), still, atol=1e-12)
+    assert torch.allclose(hard_concrete.still_gate(alpha, low, high), still, atol=1e-12)
 
 
 def test_expected_l0_of_two_independent_gates_is_the_share_of_draws_with_both_open(tiny):
@@ -161,7 +162,7 @@ def test_expected_l0_of_two_independent_gates_is_the_share_of_draws_with_both_op
 def test_straight_through_is_the_mask_forward_and_the_identity_backward():
     scores = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     mask, g = scores.detach() > 0, torch.randn(4, 5, dtype=torch.float64)
-    out = masks.straight_through(mask, scores)
+    out = mask_scores.straight_through(mask, scores)
     assert torch.equal(out, mask.double())
     assert torch.equal(torch.autograd.grad(out, scores, g)[0], g)
 
@@ -171,9 +172,9 @@ def test_straight_through_is_the_mask_forward_and_the_identity_backward():
 
 def test_the_cubic_schedule_is_the_formula_of_zhu_and_gupta():
     for t in torch.linspace(0, 1, 11).tolist():
-        done = masks.through(t, 0.2, 0.7)
+        done = mask_scores.through(t, 0.2, 0.7)
         sparsity = 0.8 + (0 - 0.8) * (1 - min(1, max(0, (t - 0.2) / 0.5))) ** 3
-        assert abs((1 - masks.cubic(done, 1.0, 0.2)) - sparsity) < 1e-12
+        assert abs((1 - mask_scores.cubic(done, 1.0, 0.2)) - sparsity) < 1e-12
 
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])
@@ -446,15 +447,11 @@ def test_fish_is_not_the_square_of_the_gradient_of_a_batch(tiny):
 
 def test_fish_looks_at_as_many_samples_as_asked_and_is_random_before(tiny):
     one, two = build(tiny, "fish[keep=0.03, samples=2]"), build(tiny, "fish[keep=0.03]")
-    assert not torch.equal(
-        selection.selection_of(modules(one, "fish")).indices, selection.selection_of(modules(two, "fish")).indices
-    )
+    assert not torch.equal(shared_entries(modules(one, "fish")).indices, shared_entries(modules(two, "fish")).indices)
     first = {key: value[:2] for key, value in batch().items()}
     training.calibrate(one, [batch()])
     training.calibrate(two, [first])
-    assert torch.equal(
-        selection.selection_of(modules(one, "fish")).indices, selection.selection_of(modules(two, "fish")).indices
-    )
+    assert torch.equal(shared_entries(modules(one, "fish")).indices, shared_entries(modules(two, "fish")).indices)
 
 
 def test_fish_refuses_the_expectation_over_the_labels_of_every_token(tiny):
@@ -476,7 +473,7 @@ def test_lt_sft_chooses_what_moved_most_and_starts_again_from_theta(tiny):
         [getattr(m, f"full_{key}").detach().flatten() for m in modules(model, "lt_sft").values() for key in m.spans]
     )
     training.begin(model, sparse)
-    chosen = selection.selection_of(modules(model, "lt_sft"))
+    chosen = shared_entries(modules(model, "lt_sft"))
     k = round(0.02 * NETWORK)
     assert chosen.indices.tolist() == sorted(
         sorted(range(len(changes)), key=lambda i: (-abs(float(changes[i])), i))[:k]
@@ -530,8 +527,8 @@ def test_the_l1_penalty_is_the_mean_size_of_the_change(tiny, stage):
                 p.data.normal_()
         phi = torch.cat([p.flatten() for name, p in model.named_parameters() if "full_" in name])
     else:
-        selection.selection_of(modules(model, "lt_sft")).values.data.normal_()
-        phi = selection.selection_of(modules(model, "lt_sft")).values
+        shared_entries(modules(model, "lt_sft")).values.data.normal_()
+        phi = shared_entries(modules(model, "lt_sft")).values
     assert torch.allclose(training.penalty(model), 3.0 * phi.abs().mean(), atol=1e-12)
 
 
@@ -558,7 +555,7 @@ def test_diff_pruning_adds_the_gated_change_and_fixes_the_largest_of_it(tiny, st
     flat = torch.cat([value.flatten() for value in z.values()])
     # in training mode, as a loop does; the gates of evaluation count
     training.begin(model.train(), training.stages(model)[1])
-    chosen, k = selection.selection_of(hung), round(0.02 * NETWORK)
+    chosen, k = shared_entries(hung), round(0.02 * NETWORK)
     assert len(chosen.indices) == k and torch.equal(chosen.indices.long(), flat.abs().topk(k).indices.sort().values)
     assert (
         torch.allclose(chosen.values, flat[chosen.indices.long()], rtol=0, atol=1e-12)
@@ -817,7 +814,7 @@ def test_another_selection_loaded_into_a_model_that_has_run_is_used(tiny):
     one, two = build(tiny, "fish[keep=0.05]"), build(tiny, "fish[keep=0.05]")
     with torch.no_grad():
         for model in (one, two):
-            selection.selection_of(modules(model, "fish")).values.normal_()
+            shared_entries(modules(model, "fish")).values.normal_()
     before = logits(two)
     two.load_state_dict(one.state_dict())
     assert torch.equal(logits(two), logits(one)) and not torch.equal(logits(two), before)

@@ -10,7 +10,7 @@ import effzoo
 from effzoo.attention import Context, Mask, PredicateAttention, tile_map
 from effzoo.attention.core import Cache
 from effzoo.attention.reference import dense
-from effzoo.checks.cost import Meter
+from effzoo.checks.cost import CostCounter
 from effzoo.errors import IncompatibleError, InputError, OptionError
 
 
@@ -164,9 +164,9 @@ def test_work_shrinks_with_what_is_seen(cls, share, causal):
         core.context = Context(heads=2, head_dim=32, causal=causal and kind is cls, max_length=1024)
         core(*leaves, mask=Mask())
         leaves = [x.requires_grad_() for x in leaves]
-        with Meter() as meter:
+        with CostCounter() as counter:
             core(*leaves, mask=Mask()).sum().backward()
-        work.append(meter.cost.work)
+        work.append(counter.cost.work)
     assert work[0] / work[1] <= share + 0.16  # gathering, and for windows a tile on each side
 
 

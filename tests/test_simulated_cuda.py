@@ -18,8 +18,8 @@ from simulated_cuda.library import compiler, library
 import effzoo
 
 WAITS = {  # what is left: the function that makes the host wait, and why
-    "peft/parameter/selection.py: Selection.bounds": "slices are as long as there are chosen entries in a tensor: "
-    "looked up once for every content",
+    "peft/parameter/sparse_delta.py: ChosenEntries.bounds": "slices are as long as there are chosen entries in a "
+    "tensor: looked up once for every content",
     "peft/modular/routed.py: Routed._by_token": "a router reads the tokens alone, and how many rows those are "
     "decides a shape",
     "elsewhere": "the backward pass of that choice of rows",

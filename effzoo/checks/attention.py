@@ -21,7 +21,7 @@ CHECKS: tuple[Check, ...] = (
     masking.future_changes_nothing,
     definition.equals_definition,
     definition.gradients_are_derivatives,
-    masking.empty_rows_are_zero,
+    masking.empty_queries_are_zero,
     masking.global_tokens,
     sources.memory_is_attended,
     sources.crosses_to_a_source,

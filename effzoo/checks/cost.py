@@ -41,7 +41,7 @@ class Cost:
         return {what: math.log(max(b, 1) / max(a, 1), ratio) for what, (a, b) in pairs.items()}
 
 
-class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class CostCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches every operation below autograd, the backward pass included."""
 
     def __init__(self) -> None:
@@ -86,19 +86,19 @@ def measure(subject: Subject, n: int, *, causal: bool = False, dropout: float = 
     place = torch.arange(n)[None]
     mask = Mask(place < n - 3, (place == 0) | (place == n // 2) if core.knows_globals() else None)
     inputs = draw(core, n, mask, batch=1, dtype=torch.float32)
-    meter = Meter()
+    counter = CostCounter()
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.itemsize
         return tensor
 
     kept: dict[int, int] = {}
-    with meter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = core(*inputs, mask=mask)
-    meter.cost.kept = sum(kept.values())
-    with meter:
+    counter.cost.kept = sum(kept.values())
+    with counter:
         gradients(out, live(inputs))
-    return meter.cost
+    return counter.cost
 
 
 @needs("every_length")

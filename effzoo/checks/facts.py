@@ -25,7 +25,7 @@ ZERO_GRADIENT: dict[str, Mapping[str, str]] = {  # method -> pattern of role.ten
     "ladder": {"*.attn.k*.bias": SOFTMAX},
 }
 # method -> why two modules of it may do the same at a site, so that a router over them learns nothing there
-ALIKE: dict[str, str] = {
+SAME_AT_START: dict[str, str] = {
     "head_pruning": "the gates of a layer start at the same value",
     "fish": "the entries that are trained may all lie at other sites",
 }
@@ -38,5 +38,5 @@ def zero_gradient(method: Method) -> dict[str, str]:
         return dict(ZERO_GRADIENT.get(method.name, {}))
     experts = [inner for expert in method.inner for inner in expert]
     found = {pattern: why for inner in experts for pattern, why in zero_gradient(inner).items()}
-    alike = sorted({f"{inner.name}: {ALIKE[inner.name]}" for inner in experts if inner.name in ALIKE})
+    alike = sorted({f"{inner.name}: {SAME_AT_START[inner.name]}" for inner in experts if inner.name in SAME_AT_START})
     return found | ({"*.router.*": "; ".join(alike)} if alike else {})

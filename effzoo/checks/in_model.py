@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from effzoo.checks.models import Case, of_rows, silent, train
+from effzoo.checks.models import Case, last_block_at_two_positions, silent, train
 from effzoo.checks.runner import Check, Failed, NotApplicable, close, needs
 from effzoo.checks.subject import Subject
 from effzoo.peft import attach
@@ -81,13 +81,13 @@ def checkpointing_is_exact(subject: Subject) -> None:
 
 
 @needs("every_length")
-def some_rows_alone(subject: Subject) -> None:
+def positions_computed_alone(subject: Subject) -> None:
     """Computed for some rows alone, they are the same rows
 
     The last block leaves out what a classification head does not read; print `rows` beside `forward` for one query.
     """
     for case in cases(subject):
-        alone, among = of_rows(case.model(), case.batch())
+        alone, among = last_block_at_two_positions(case.model(), case.batch())
         close(
             f"{case}: rows computed alone",
             alone,
@@ -100,5 +100,5 @@ def some_rows_alone(subject: Subject) -> None:
 CHECKS: tuple[Check, ...] = (
     *(_trains(method, spec) for method, spec in METHODS.items()),
     checkpointing_is_exact,
-    some_rows_alone,
+    positions_computed_alone,
 )

@@ -24,7 +24,7 @@ from effzoo.errors import EffzooError
 
 
 @needs("every_length")
-def empty_rows_are_zero(subject: Subject) -> None:
+def empty_queries_are_zero(subject: Subject) -> None:
     """A query that may attend to nothing gives 0, never NaN, forward and backward
 
     One row of the batch is padding throughout: look at `core(...)[1]`, and at the gradient of the sum of the other

@@ -81,7 +81,7 @@ def forget() -> None:
 
 
 @torch.no_grad()
-def of_rows(model: Transformer, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def last_block_at_two_positions(model: Transformer, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The last block at two positions of each example: computed for them alone, and taken from what it computes for
     all."""
     block = cast(Block, model.eval().blocks[-1])

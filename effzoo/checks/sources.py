@@ -21,11 +21,11 @@ from effzoo.checks.subject import (
     draw,
     given,
     gradients,
-    memory_rows,
     padding,
     same_as,
     same_as_definition,
     some_global,
+    some_memory,
 )
 from effzoo.errors import EffzooError
 
@@ -37,7 +37,7 @@ def memory_is_attended(subject: Subject) -> None:
     Give memory values of 1e3: every output row must move. Compare with `core.dense(..., memory=memory)`, one softmax
     over both.
     """
-    valid, memory = padding(16), memory_rows()
+    valid, memory = padding(16), some_memory()
     if not subject.cls.takes_memory():
         try:
             subject.core().check_memory()
@@ -77,7 +77,7 @@ def crosses_to_a_source(subject: Subject) -> None:
     """
     if not subject.core().crosses:
         raise NotApplicable("the kind attends within one sequence only")
-    core, memory = subject.core(), memory_rows() if subject.cls.takes_memory() else None
+    core, memory = subject.core(), some_memory() if subject.cls.takes_memory() else None
     own = subject.cls.dense is not AttentionCore.dense
 
     def dense(*projected: Tensor, mask: Mask, memory: Any) -> Tensor:
@@ -114,7 +114,7 @@ def cache_equals_forward(subject: Subject) -> None:
     for what, valid, memory, is_global in (
         ("", None, None, None),
         (" with padding in front", front, None, None),
-        *([(" with padding in front and memory", front, memory_rows(), None)] if subject.cls.takes_memory() else []),
+        *([(" with padding in front and memory", front, some_memory(), None)] if subject.cls.takes_memory() else []),
         *([(" with global tokens in the prompt", front, None, marked)] if subject.cls.knows_globals() else []),
     ):
         inputs, state, end = draw(core, n, Mask(valid, is_global)), None, 0

@@ -97,7 +97,7 @@ def draw(
     ]
 
 
-def memory_rows(rows: int = 3) -> KeysValues:
+def some_memory(rows: int = 3) -> KeysValues:
     source = torch.Generator().manual_seed(99)
     keys, values = torch.randn(2, HEADS, rows, WIDTH, dtype=torch.float64, generator=source)
     return keys.requires_grad_(), values.requires_grad_()

@@ -20,7 +20,7 @@ from effzoo.errors import AdapterError, OptionError, UnknownNameError
 from effzoo.peft.attach import _known, attach
 from effzoo.peft.merging import delta, merged_parameters
 from effzoo.peft.method import HEAD
-from effzoo.peft.parameter.selected import Copy
+from effzoo.peft.parameter.selective_methods import Copy
 from effzoo.peft.state import label_layers, transition
 from effzoo.sites import Linear, Site, sites
 

@@ -406,7 +406,7 @@ def _hang(model: nn.Module, method: Method, attachment: Attachment, found: dict[
     attachment.methods.append((method, [path for path, _ in places]))
 
 
-def held_in(base: torch.dtype, asked: torch.dtype | None = None) -> torch.dtype:
+def adapter_dtype(base: torch.dtype, asked: torch.dtype | None = None) -> torch.dtype:
     """The dtype of an adapter's tensors: the one that was asked for, else float32, or the base's where that is
     wider."""
     return torch.promote_types(base, torch.float32) if asked is None else asked
@@ -444,11 +444,11 @@ def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
 
 def fitted(model: nn.Module, site: Site, module: PeftModule, dtype: torch.dtype | None = None) -> PeftModule:
     """A module on the device and in the mode of the site where it is to hang, in the dtype that was asked for, else as
-    `held_in` says."""
+    `adapter_dtype` says."""
     like = next(iter(site.base().values()), None)
     if like is None:
         like = next(p for p in model.parameters() if p.is_floating_point())
-    return module.to(device=like.device, dtype=held_in(like.dtype, dtype)).train(site.training)
+    return module.to(device=like.device, dtype=adapter_dtype(like.dtype, dtype)).train(site.training)
 
 
 def freeze_base(model: nn.Module, state: Adapters) -> None:

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 from effzoo.errors import AdapterError, EffzooError, UnknownNameError
 from effzoo.peft.attach import _known, adapter_tensors, attach, attached
-from effzoo.peft.fingerprint import Fingerprint, content_hash, difference, fingerprint, rows_left_out
+from effzoo.peft.fingerprint import Fingerprint, content_hash, difference, embeddings_left_out, fingerprint
 from effzoo.peft.manifest import MANIFEST, TENSORS, UNPROVED, Manifest, read_manifest
 from effzoo.peft.method import HEAD
-from effzoo.peft.parameter.selected import Copy
+from effzoo.peft.parameter.selective_methods import Copy
 from effzoo.peft.parameter.tokens import spans
 from effzoo.peft.rehearsal import rehearse
 from effzoo.peft.rounded import BaseRounding, compare, differing_kind, kept_of
@@ -107,7 +107,7 @@ def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "defaul
         finished=attachment.finished,
         begun=attachment.begun,
         base=str(getattr(getattr(model, "config", None), "name", type(model).__name__)),
-        fingerprint=fingerprint(model, without=replaced(model, name), rows=replaced_rows(model, name)),
+        fingerprint=fingerprint(model, without=replaced(model, name), rows=replaced_embeddings(model, name)),
         tensors=f"adapter-{digest[:16]}.safetensors",
         sha256=digest,
         size=len(content),
@@ -279,7 +279,7 @@ def replaced(model: nn.Module, name: str) -> set[str]:
     }
 
 
-def replaced_rows(model: nn.Module, name: str) -> dict[str, str]:
+def replaced_embeddings(model: nn.Module, name: str) -> dict[str, str]:
     """By key of a tensor of the base, the rows of it, as in "5-7+9", that an adapter puts its own in the place of
     (`tokens`)."""
     found: dict[str, set[int]] = {}
@@ -388,7 +388,7 @@ def _check_base(
     """The fingerprint of the model, heads included, which is that of the manifest but for what the adapter brings
     itself; and what lies between the bases, where rounding may."""
     model, theirs = unwrap(model), manifest.fingerprint
-    ours = fingerprint(model, rows=rows_left_out(theirs))
+    ours = fingerprint(model, rows=embeddings_left_out(theirs))
     if manifest.format == 1:
         if not trust_base:
             raise AdapterError(
@@ -479,10 +479,10 @@ def _resize(theirs: Any, ours: Any) -> str:
 
 def _check_head(shapes: nn.Module, name: str, base: Fingerprint, manifest: Manifest, directory: Path) -> None:
     """Refuse a file without the hash of a head, or of rows, that the adapter changes and does not bring."""
-    left_out = rows_left_out(manifest.fingerprint)
-    if unproved := [key for key, rows in left_out.items() if replaced_rows(shapes, name).get(key) != rows]:
+    left_out = embeddings_left_out(manifest.fingerprint)
+    if unproved := [key for key, rows in left_out.items() if replaced_embeddings(shapes, name).get(key) != rows]:
         key = unproved[0]
-        brought = replaced_rows(shapes, name).get(key, "none")
+        brought = replaced_embeddings(shapes, name).get(key, "none")
         raise AdapterError(
             f"the adapter in {directory} brings rows {brought} of {key}, and its manifest has no hash of "
             f"{left_out[key]}; save it again"

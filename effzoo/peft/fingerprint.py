@@ -81,7 +81,7 @@ def fingerprint(
     return Fingerprint(facts(model), tensors)
 
 
-def rows_left_out(found: Fingerprint) -> dict[str, str]:
+def embeddings_left_out(found: Fingerprint) -> dict[str, str]:
     """`rows` of the call that gave a fingerprint."""
     return {key: value.partition(WITHOUT)[2] for key, value in found.tensors.items() if WITHOUT in value}
 

@@ -31,7 +31,7 @@ FORMER = {  # what methods said before, and how it is said now
     "options say",
     "settled_options": "`prepare` returns the options whose meaning it has found in the model",
     "zero_gradient": "tell the checks: effzoo.checks.facts.ZERO_GRADIENT[name] = {pattern: reason}",
-    "alike": "tell the checks: effzoo.checks.facts.ALIKE[name] = reason",
+    "alike": "tell the checks: effzoo.checks.facts.SAME_AT_START[name] = reason",
 }
 OF_TRAINING = (
     "calibrate",

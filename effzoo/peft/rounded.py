@@ -25,7 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.errors import AdapterError
-from effzoo.peft.fingerprint import Fingerprint, content_hash, described, described_without, difference, rows_left_out
+from effzoo.peft.fingerprint import (
+    Fingerprint,
+    content_hash,
+    described,
+    described_without,
+    difference,
+    embeddings_left_out,
+)
 from effzoo.sites import sites
 
 PLACES = 64
@@ -82,7 +89,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Row:
+class RoundedTensor:
     """One tensor that is held in another way than in the file's base.
 
     theirs, ours: its kinds there and here.
@@ -103,7 +110,7 @@ class BaseRounding:
     """What lies between the base that an adapter was trained on and this one: the tensors that are held in another
     way."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[RoundedTensor, ...]
 
     @property
     def worst(self) -> float:
@@ -167,34 +174,38 @@ def compare(theirs: Fingerprint, kept: Mapping[str, Kept], ours: Fingerprint, mo
         if them.shape != tuple(tensor.shape):
             raise AdapterError(f"{key}: of shape {list(them.shape)} in the file, {list(tensor.shape)} in this model")
         if them.kind != kind:
-            rows.append(_row(key, them, theirs, tensor, kind, margins))
+            rows.append(_rounded(key, them, theirs, tensor, kind, margins))
         elif any(theirs.tensors.get(name) != ours.tensors.get(name) for name in _names(key, kind)):
             raise AdapterError(f"{key}: {kind} in the file and in this model, with other values")
     return BaseRounding(tuple(rows))
 
 
-def _row(key: str, them: Kept, theirs: Fingerprint, tensor: Tensor, kind: str, margins: Tensor | None) -> Row:
+def _rounded(
+    key: str, them: Kept, theirs: Fingerprint, tensor: Tensor, kind: str, margins: Tensor | None
+) -> RoundedTensor:
     if _dense(kind) and kind in them.rounded:  # the file's, rounded to a narrower dtype
         wanted, relative = them.rounded[kind]
         if content_hash(tensor) != wanted:
             raise AdapterError(f"{key}: {them.kind} in the file, which rounded to {kind} is not what this model holds")
-        return Row(key, them.kind, kind, relative, proved=True)
+        return RoundedTensor(key, them.kind, kind, relative, proved=True)
     source = _dtype(them.kind)
     assert source is not None
     # what the file's was rounded from
     if _dense(kind) and _dense(them.kind) and torch.promote_types(tensor.dtype, source) == tensor.dtype:
         back = tensor.to(source)
-        if described_without(back, rows_left_out(theirs).get(key)) != theirs.tensors.get(key):
+        if described_without(back, embeddings_left_out(theirs).get(key)) != theirs.tensors.get(key):
             raise AdapterError(
                 f"{key}: {them.kind} in the file, which is not what this model holds, rounded from {kind}"
             )
-        return Row(key, them.kind, kind, _relative(back, tensor), proved=True)
+        return RoundedTensor(key, them.kind, kind, _relative(back, tensor), proved=True)
     # what the file's was quantised from
     if _dense(kind) and tensor.dtype == source and (bits := int(them.kind[0])) in CODERS:
         coded, decoded = CODERS[bits]
         codes, scales = coded(tensor)
         if [described(codes), described(scales)] == [theirs.tensors.get(name) for name in _names(key, them.kind)]:
-            return Row(key, them.kind, kind, _relative(decoded(codes, scales, tensor.shape), tensor), proved=True)
+            return RoundedTensor(
+                key, them.kind, kind, _relative(decoded(codes, scales, tensor.shape), tensor), proved=True
+            )
     own = _kept(key, tensor, kind, margins, further=False)
     apart = (own.numbers - them.numbers).abs()
     if not bool((apart <= SLACK * (own.margins + them.margins)).all()):
@@ -203,7 +214,7 @@ def _row(key: str, them: Kept, theirs: Fingerprint, tensor: Tensor, kind: str, m
             "apart than rounding moves them"
         )
     norm = float(them.numbers.norm())
-    return Row(key, them.kind, kind, float(apart.norm()) / norm if norm else 0.0, proved=False)
+    return RoundedTensor(key, them.kind, kind, float(apart.norm()) / norm if norm else 0.0, proved=False)
 
 
 def _held(model: nn.Module, without: Collection[str] = ()) -> dict[str, tuple[Tensor, str, Tensor | None]]:

@@ -149,7 +149,7 @@ def timetable(model: nn.Module, total: Count) -> list[tuple[Stage, int]]:
     return steps
 
 
-def settled(model: nn.Module, total: Count) -> int:
+def first_final_step(model: nn.Module, total: Count) -> int:
     """The first step after which the adapter is what its options say: in the last stage, when schedules have come to
     their end.
 

@@ -19,7 +19,7 @@ from effzoo.build import build
 from effzoo.devices import taken_to_be
 from effzoo.errors import EffzooError, IncompatibleError, InputError, OptionError, UnknownNameError
 from effzoo.peft import attach, attached
-from effzoo.peft.attach import acting, held_in
+from effzoo.peft.attach import acting, adapter_dtype
 from effzoo.plan.optimizers import STATES
 from effzoo.plan.report import Plan
 from effzoo.plan.shadow import Shadows, key, size
@@ -206,7 +206,7 @@ def _kinds(model: nn.Module, dtype: torch.dtype) -> dict[int, torch.dtype]:
     found: dict[int, torch.dtype] = {}
     for _, site in sites(model):
         for name, modules in site.adapters.named_children():
-            own = held_in(dtype, attached(model)[name].dtype)
+            own = adapter_dtype(dtype, attached(model)[name].dtype)
             found |= {id(tensor): own for tensor in (*modules.parameters(), *modules.buffers())}
     return found
 

@@ -14,7 +14,7 @@ from effzoo.errors import InputError
 def importance_loss(weights: Tensor) -> Tensor:
     """CV(I)^2 of the importance I_i = sum over tokens of the weights [tokens, experts] (Shazeer et al. 2017,
     arXiv:1701.06538, equations 6 and 7)."""
-    _check_alike(weights=weights)
+    _check_shapes(weights=weights)
     return squared_variation(weights.sum(dim=0))
 
 
@@ -28,7 +28,7 @@ def load_loss(clean: Tensor, noisy: Tensor, deviation: Tensor, k: Count) -> Tens
     k: how many are kept, fewer than there are experts. A deviation below the epsilon of its dtype counts as that, so
         that gradients stay finite.
     """
-    _check_alike(clean=clean, noisy=noisy, deviation=deviation)
+    _check_shapes(clean=clean, noisy=noisy, deviation=deviation)
     if k >= noisy.shape[-1]:
         raise InputError(
             f"k is below the number of experts, {noisy.shape[-1]}, got {k}; with all experts kept their load is even"
@@ -41,7 +41,7 @@ def load_loss(clean: Tensor, noisy: Tensor, deviation: Tensor, k: Count) -> Tens
     return squared_variation(kept.sum(dim=0))
 
 
-def _check_alike(**given: Tensor) -> None:
+def _check_shapes(**given: Tensor) -> None:
     """Refuse tensors that are not [tokens, experts] of one shape."""
     shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
     if len(set(shapes.values())) > 1 or any(len(shape) != 2 for shape in shapes.values()):
@@ -63,7 +63,7 @@ def switch_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
     1 where both are uniform, its least value for f = P; up to N where one expert has all. chosen bool[tokens, experts]
     has no gradient.
     """
-    _check_alike(probabilities=probabilities, chosen=chosen)
+    _check_shapes(probabilities=probabilities, chosen=chosen)
     experts = probabilities.shape[-1]
     return experts * (chosen.to(probabilities).mean(dim=0) * probabilities.mean(dim=0)).sum()
 

@@ -19,7 +19,7 @@ from effzoo.architectures import Transformer
 from effzoo.errors import OptionError
 from effzoo.peft.attach import acting
 from effzoo.peft.state import noted, transition
-from effzoo.peft.training import finish, hooked, learning, learning_rates, settled
+from effzoo.peft.training import finish, first_final_step, hooked, learning, learning_rates
 from effzoo.recompute import Level, check_level, spare
 from effzoo.sites import unwrap
 from effzoo.train import checkpoints
@@ -343,7 +343,7 @@ def finetune(
     trainer = ExactTrainer(
         model, arguments, loaders, metrics=metrics, callbacks=callbacks, run=run, parts=planned,
         learning_rate=learning_rate,
-        settled=settled(model, total), keep=keep, best=best, progress=progress, teaching=teaching,
+        settled=first_final_step(model, total), keep=keep, best=best, progress=progress, teaching=teaching,
     )  # fmt: skip
     alone = Order(len(data), batch_size, seed=seed, lengths=lengths if group_by_length else None)
     first = First(data, alone, collate, calibration_batches, arguments.device)

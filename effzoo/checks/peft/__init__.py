@@ -16,14 +16,14 @@ CHECKS: tuple[Check, ...] = (
     learning.learns_under_checkpointing,
     learning.learns_in_reversible_blocks,
     learning.runs_in_half_precision,
-    laws.positions_stand_alone,
+    laws.positions_computed_alone,
     laws.keys_are_kept,
     laws.saves_and_loads,
     laws.finishes,
     laws.detaches,
     laws.merges,
     laws.adapters_are_independent,
-    laws.serves_rows,
+    laws.serves_mixed_batches,
     laws.copies,
 )
 

@@ -8,7 +8,7 @@ import tempfile
 
 import torch
 
-from effzoo.checks.models import Case, logits, of_rows, silent, train
+from effzoo.checks.models import Case, last_block_at_two_positions, logits, silent, train
 from effzoo.checks.peft.subject import Subject, copied, on_every_model, same
 from effzoo.checks.runner import Failed, NotApplicable, close, needs
 from effzoo.errors import AdapterError, IncompatibleError
@@ -34,12 +34,12 @@ def keys_are_kept(subject: Subject, case: Case) -> None:
 
 @needs("attaches")
 @on_every_model
-def positions_stand_alone(subject: Subject, case: Case) -> None:
+def positions_computed_alone(subject: Subject, case: Case) -> None:
     """Where only some positions are computed, because all that is hung is Positionwise, they are the same"""
     model = subject.trained(case)
     if not model.blocks[-1].positionwise:
         return
-    alone, among = of_rows(model, case.batch())
+    alone, among = last_block_at_two_positions(model, case.batch())
     advice = "what looks at other positions is not Positionwise"
     close("positions of the last block computed alone", alone, among, 1e-10, advice)
 
@@ -159,7 +159,7 @@ def adapters_are_independent(subject: Subject, case: Case) -> None:
 
 @needs("adapters_are_independent")
 @on_every_model
-def serves_rows(subject: Subject, case: Case) -> None:
+def serves_mixed_batches(subject: Subject, case: Case) -> None:
     """Chosen by row, two adapters give each row what they give it alone, or the method refuses"""
     model = attach(case.model(), subject.spec, name="first")
     train(model, case.batch())

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from effzoo.annotations import Count, Probability
-from effzoo.convert.peft_files import kronecker, low_rank, memory, rows, selected, tokens, vectors
+from effzoo.convert.peft_files import kronecker, low_rank, memory, prompts, tokens, vectors, whole_modules
 from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written
 from effzoo.peft import Method, PeftModule
 
@@ -41,7 +41,7 @@ class Kind:
 
 
 def _norms(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
-    return selected.write_norms(twin, modules)
+    return whole_modules.write_norms(twin, modules)
 
 
 KINDS = (
@@ -80,19 +80,19 @@ KINDS = (
     ),
     Kind(
         ("PROMPT_TUNING", "P_TUNING"),
-        rows.CLASSES,
-        (rows.KEY,),
+        prompts.CLASSES,
+        (prompts.KEY,),
         {
             **SIZES, "prompt_tuning_init": Any, "prompt_tuning_init_text": Any, "tokenizer_name_or_path": Any,
             "tokenizer_kwargs": Any,
             "encoder_hidden_size": Any, "encoder_reparameterization_type": Any, "encoder_num_layers": Any,
             "encoder_dropout": Any,
         },
-        rows.write,
-        rows.read,
+        prompts.write,
+        prompts.read,
     ),
     Kind(
-        ("PREFIX_TUNING",), memory.PREFIX_CLASSES, (rows.KEY,),
+        ("PREFIX_TUNING",), memory.PREFIX_CLASSES, (prompts.KEY,),
         {**SIZES, "encoder_hidden_size": Any, "prefix_projection": Any, "init_weights": Any},
         memory.write_prefix, memory.read_prefix,
     ),
@@ -105,6 +105,6 @@ KINDS = (
         {"target_modules": Names, "token_indices": Sequence[int], "init_weights": Any}, tokens.write, tokens.read,
     ),
     Kind(
-        ("LN_TUNING",), (), ("ln_tuning_layers",), NAMED, _norms, selected.read_norms,
+        ("LN_TUNING",), (), ("ln_tuning_layers",), NAMED, _norms, whole_modules.read_norms,
     ),
 )  # fmt: skip

@@ -35,15 +35,15 @@ from effzoo.convert.peft_files.twin import (
 )
 from effzoo.errors import AdapterError
 from effzoo.peft import Method
-from effzoo.peft.parameter.dora import Directed, DoRA
+from effzoo.peft.parameter.dora import DecomposedWeight, DoRA
 from effzoo.peft.parameter.lora import LowRank
 from effzoo.peft.parameter.lora_everywhere import LoRAEverywhere
 from effzoo.peft.parameter.lora_starts import FromBase
-from effzoo.peft.parameter.lora_tables import LookedUp, LowRankRows, LowRankTable
+from effzoo.peft.parameter.lora_tables import LowRankEmbedding, LowRankLookup, LowRankTable
 from effzoo.sites import Embedding, TiedLinear
 
-LowRanks = LowRank | LowRankRows | LowRankTable | Directed
-CLASSES = (LowRank, FromBase, LowRankRows, LookedUp, LowRankTable, Directed)
+LowRanks = LowRank | LowRankEmbedding | LowRankTable | DecomposedWeight
+CLASSES = (LowRank, FromBase, LowRankEmbedding, LowRankLookup, LowRankTable, DecomposedWeight)
 # relative, between the norms of this base and those of the base that the file was written from
 MAGNITUDE_TOLERANCE = 1e-5
 
@@ -51,8 +51,8 @@ MAGNITUDE_TOLERANCE = 1e-5
 def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
     """An adapter of LoRA or DoRA modules; those that start from factors of the base have twice the rank, [A; A_0] and
     [B, -B_0]."""
-    dora = any(isinstance(module, Directed) for module in modules.values())
-    if dora and not all(isinstance(module, Directed) for module in modules.values()):
+    dora = any(isinstance(module, DecomposedWeight) for module in modules.values())
+    if dora and not all(isinstance(module, DecomposedWeight) for module in modules.values()):
         raise AdapterError(
             "peft has one use_dora for a whole adapter, this one has sites of both lora and dora; "
             "save them as two adapters"
@@ -125,7 +125,7 @@ def _factors(module: LowRanks) -> tuple[Tensor, Tensor]:
 
 
 def _embedding(module: object) -> tuple[Tensor, Tensor, float]:
-    assert isinstance(module, LowRankRows | LowRankTable)
+    assert isinstance(module, LowRankEmbedding | LowRankTable)
     return module.A, module.B, module.scale
 
 
@@ -138,7 +138,7 @@ def _stacked(twin: Twin, rule: Rule, modules: Modules) -> tuple[Tensor, Tensor, 
             weight = twin.weight(path)
             pairs.append((weight.new_zeros(0, weight.shape[1]), weight.new_zeros(len(weight), 0)))
             continue
-        assert isinstance(module, LowRank | Directed)
+        assert isinstance(module, LowRank | DecomposedWeight)
         scale = scale or module.scale
         A, B = _factors(module)
         pairs.append((A, B if module.scale == scale else B * (module.scale / scale)))
@@ -148,7 +148,7 @@ def _stacked(twin: Twin, rule: Rule, modules: Modules) -> tuple[Tensor, Tensor, 
 
 def _magnitude(twin: Twin, path: str, modules: Modules) -> Tensor:
     module = modules.get(path)
-    return module.magnitude if isinstance(module, Directed) else twin.weight(path).norm(dim=1)
+    return module.magnitude if isinstance(module, DecomposedWeight) else twin.weight(path).norm(dim=1)
 
 
 def read(

@@ -22,16 +22,16 @@ from einops import rearrange
 from torch import Tensor
 
 from effzoo.blocks.positions import Rotary, rotate
-from effzoo.convert.peft_files.rows import KEY, check_attention, check_sizes, only, sizes
+from effzoo.convert.peft_files.prompts import KEY, check_attention, check_sizes, only, sizes
 from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, first_axis, shaped
 from effzoo.errors import AdapterError
 from effzoo.peft import Method
-from effzoo.peft.input.llama_adapter import GatedRows
-from effzoo.peft.input.prefix import KeysValues
+from effzoo.peft.input.llama_adapter import GatedPromptTokens
+from effzoo.peft.input.prefix import PrefixMemory
 from effzoo.sites import MemorySite
 
 log = logging.getLogger("effzoo.convert")
-PREFIX_CLASSES, GATED_CLASSES = (KeysValues,), (GatedRows,)
+PREFIX_CLASSES, GATED_CLASSES = (PrefixMemory,), (GatedPromptTokens,)
 GATED_LAYOUTS = ("llama", "mistral")
 
 
@@ -77,7 +77,7 @@ def write_prefix(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Wri
     layers, both = _layers(twin), []
     for path in layers:
         module, site = modules.get(path), twin.sites[path]
-        if not isinstance(module, KeysValues) or not isinstance(site, MemorySite):
+        if not isinstance(module, PrefixMemory) or not isinstance(site, MemorySite):
             raise AdapterError(
                 f"prefix: peft has one in every layer, this adapter has none in {path}; attach it to all layers"
             )
@@ -145,7 +145,7 @@ def write_gated(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Writ
     lengths = set()
     for path in hung:
         module = modules[path]
-        assert isinstance(module, GatedRows)
+        assert isinstance(module, GatedPromptTokens)
         if (module.gate != module.gate[0]).any():
             raise AdapterError(
                 f"llama_adapter: {path} has a gate for each head ({module.gate.min():.3g} to {module.gate.max():.3g}), "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.annotations import problem
-from effzoo.convert.peft_files import patterns, seal, selected, tokens
+from effzoo.convert.peft_files import patterns, seal, tokens, whole_modules
 from effzoo.convert.peft_files.kinds import EVERYWHERE, KINDS, SELECTION, Kind
 from effzoo.convert.peft_files.twin import Config, Twin, Wanted, more_tokens
 from effzoo.convert.peft_files.writing import CONFIG, HEADER, WEIGHTS
@@ -44,7 +44,7 @@ def read(model: nn.Module, directory: Path, name: str) -> None:
     own, others, beside = _sorted_out(twin, kind, tensors)
     found = kind.read(twin, config, own, parts)
     rows = tokens.read(twin, config, beside, parts) if kind.peft_types == ("LORA",) else {}
-    kept = selected.read(twin, config, others, parts)
+    kept = whole_modules.read(twin, config, others, parts)
     _check_whole(twin, config, own)
     _check_saved(twin, config, tensors)
     whole = {path for path, wanted in kept.items() if wanted.method in ("full", "tokens")}
@@ -245,7 +245,7 @@ def _check_whole(twin: Twin, config: Config, own: Mapping[str, Tensor]) -> None:
         re.split(r"\.(?:lora_|ia3_|lokr_|ln_tuning_layers\.|trainable_tokens_)", key)[0].removesuffix(".base_layer")
         for key in own
     }
-    saved = selected.names_of(config.get("modules_to_save"))
+    saved = whole_modules.names_of(config.get("modules_to_save"))
     known = [
         theirs for theirs in twin.rules if not any(theirs == name or theirs.endswith(f".{name}") for name in saved)
     ]
@@ -274,8 +274,8 @@ def _check_whole(twin: Twin, config: Config, own: Mapping[str, Tensor]) -> None:
 def _check_saved(twin: Twin, config: Config, tensors: Mapping[str, Tensor]) -> None:
     """AdapterError for a module, or for biases, that the config says are saved, and the file has no tensors for."""
     keys = key_set(tensors) | {key.removeprefix("base_model.") for key in tensors}
-    for theirs in twin.rules if selected.names_of(config.get("modules_to_save")) else ():
-        named = selected.named(theirs, selected.names_of(config.get("modules_to_save")))
+    for theirs in twin.rules if whole_modules.names_of(config.get("modules_to_save")) else ():
+        named = whole_modules.named(theirs, whole_modules.names_of(config.get("modules_to_save")))
         site = twin.sites.get(twin.rules[theirs].ours[0])
         if named and site is not None and site.base() and not any(key.startswith(f"{theirs}.") for key in keys):
             raise AdapterError(

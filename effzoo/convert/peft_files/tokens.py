@@ -17,10 +17,10 @@ from torch import Tensor
 from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, shaped
 from effzoo.errors import AdapterError
 from effzoo.peft import Method
-from effzoo.peft.parameter.tokens import ROLES, TokenRows, TokenTable, spans
+from effzoo.peft.parameter.tokens import ROLES, TokenLookup, TokenTable, spans
 from effzoo.sites import TiedLinear
 
-CLASSES = (TokenRows, TokenTable)
+CLASSES = (TokenLookup, TokenTable)
 KEY, BESIDE = "trainable_tokens_delta", "token_adapter."
 
 

@@ -10,12 +10,12 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from effzoo.convert.peft_files import seal, selected, tokens
+from effzoo.convert.peft_files import seal, tokens, whole_modules
 from effzoo.convert.peft_files.kinds import KINDS, Kind
 from effzoo.convert.peft_files.twin import Twin, Written
 from effzoo.errors import AdapterError, listing
 from effzoo.peft import Method, PeftModule, attached
-from effzoo.peft.parameter.selected import Copy
+from effzoo.peft.parameter.selective_methods import Copy
 from effzoo.sites import Norm
 from effzoo.writing import replace_files
 
@@ -57,13 +57,13 @@ def write(model: nn.Module, directory: Path, name: str) -> None:
     norms = _norms(twin, copies) if not hung else {}
     with torch.no_grad():
         if norms:
-            out = selected.write_norms(twin, norms)
+            out = whole_modules.write_norms(twin, norms)
         else:
             kind = _kind(hung, attached(model)[name].spec)
             methods = list(dict.fromkeys(method for method, _ in hung.values()))
             out = kind.write(twin, {path: module for path, (_, module) in hung.items()}, methods)
         tokens.add(twin, beside, out)
-        selected.write(twin, {path: module for path, module in copies.items() if path not in norms}, out)
+        whole_modules.write(twin, {path: module for path, module in copies.items() if path not in norms}, out)
     out.config |= {
         "task_type": None if _adapts_classifier(out) else twin.task_type,
         "base_model_name_or_path": None,
@@ -75,7 +75,7 @@ def write(model: nn.Module, directory: Path, name: str) -> None:
 
 def _adapts_classifier(out: Written) -> bool:
     """Whether the method hangs on the classifier itself: peft would train it as a whole instead if it knew the task."""
-    return any(set(theirs.split(".")) & set(selected.CLASSIFIERS) for theirs in out.targets)
+    return any(set(theirs.split(".")) & set(whole_modules.CLASSIFIERS) for theirs in out.targets)
 
 
 def _norms(twin: Twin, copies: dict[str, PeftModule]) -> dict[str, PeftModule]:
@@ -110,7 +110,7 @@ def _kind(hung: dict[str, tuple[Method, PeftModule]], spec: str) -> Kind:
 
 
 def _files(directory: Path, out: Written) -> None:
-    prompt = out.config["peft_type"] in selected.PROMPT_LEARNING
+    prompt = out.config["peft_type"] in whole_modules.PROMPT_LEARNING
     tensors = {}
     for key, value in out.tensors.items():
         full = key if key in ("prompt_embeddings",) else f"base_model.{key}" if prompt else f"base_model.model.{key}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from effzoo import peft
 from effzoo.errors import OptionError
 from effzoo.lab.fit import Examples, accuracy, fit
-from effzoo.peft.parameter.magnitude import Pruned
+from effzoo.peft.parameter.magnitude import PrunedWeight
 from effzoo.sites import Linear, sites
 
 NAME = "ticket"
@@ -143,7 +143,7 @@ def _check(steps: int, every: int) -> None:
 
 def masks(model: nn.Module) -> list[Tensor]:
     """The masks of the active pruned adapter, from the first site on; they are the adapter's own, not copies."""
-    found = [module for _, site in sites(model) for module in site.hung() if isinstance(module, Pruned)]
+    found = [module for _, site in sites(model) for module in site.hung() if isinstance(module, PrunedWeight)]
     return [module.mask for module in found]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.errors import AdapterError, OptionError
-from effzoo.peft.parameter.magnitude import Pruned
+from effzoo.peft.parameter.magnitude import PrunedWeight
 from effzoo.sites import Linear, sites
 
 
@@ -25,7 +25,7 @@ def pruned_weights(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
         for _, site in sites(model)
         if isinstance(site, Linear)
         for module in site.hung()
-        if isinstance(module, Pruned)
+        if isinstance(module, PrunedWeight)
     ]
     if not found:
         raise AdapterError("no active adapter prunes; attach 'magnitude[keep=0.1]' or 'movement[keep=0.1]'")

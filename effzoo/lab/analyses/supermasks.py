@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effzoo.errors import OptionError
 from effzoo.lab.fit import Examples
-from effzoo.peft.parameter.masks import count, top_mask
+from effzoo.peft.parameter.mask_scores import count, top_mask
 
 
 def signed_constant(weight: Tensor) -> Tensor:

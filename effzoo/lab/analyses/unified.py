@@ -24,7 +24,7 @@ from effzoo.errors import IncompatibleError
 from effzoo.peft.function.houlsby import Bottleneck
 from effzoo.peft.function.multihead_parallel import HeadBottlenecks
 from effzoo.peft.function.parallel import ParallelBottleneck
-from effzoo.peft.input.prefix import KeysValues
+from effzoo.peft.input.prefix import PrefixMemory
 from effzoo.peft.parameter.lora import LowRank
 from effzoo.sites import Branch, Linear, PeftModule, sites
 
@@ -168,7 +168,7 @@ def _places(model: Transformer, calls: dict[str, Any]) -> Iterator[Place]:
                 yield _plain(
                     path, F.linear(x, site.weight, site.bias), x, real, module.A, module.B, None, None, module.scale
                 )
-            elif isinstance(module, (KeysValues, HeadBottlenecks)):
+            elif isinstance(module, (PrefixMemory, HeadBottlenecks)):
                 layer = model.get_submodule(path.rpartition(".")[0])
                 assert isinstance(layer, Attention)
                 yield _of_heads(path.rpartition(".")[0], layer, module, calls)
@@ -213,7 +213,7 @@ def _of_heads(path: str, layer: Attention, module: PeftModule, calls: dict[str, 
     scores = q @ k.transpose(-1, -2) / d**0.5
     valid = named["mask"].valid
     base_lse = (scores if valid is None else scores.masked_fill(~valid[:, None, None], float("-inf"))).logsumexp(dim=-1)
-    if isinstance(module, KeysValues):
+    if isinstance(module, PrefixMemory):
         keys, up = module.pair()
         query = layer.q
         assert isinstance(query, Linear)

@@ -15,7 +15,7 @@ from effzoo.lab.draw import LINES, heat, panels
 from effzoo.lab.experiment import Claim, Findings, Run, experiment
 from effzoo.lab.fit import Examples, accuracy, fit
 from effzoo.lab.images import DATA, images
-from effzoo.peft.parameter.supermask import Masked
+from effzoo.peft.parameter.supermask import MaskedWeight
 from effzoo.sites import sites
 
 KEEP = 0.5
@@ -211,8 +211,8 @@ def _under(model: LeNet, masks: Sequence[torch.Tensor], test: Examples) -> float
     return found
 
 
-def _hung(model: torch.nn.Module) -> list[Masked]:
-    return [module for _, site in sites(model) for module in site.hung() if isinstance(module, Masked)]
+def _hung(model: torch.nn.Module) -> list[MaskedWeight]:
+    return [module for _, site in sites(model) for module in site.hung() if isinstance(module, MaskedWeight)]
 
 
 def _name(task_name: str) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 
 from effzoo.annotations import Count, NonZero
 from effzoo.peft.function.parallel import ScaledParallel
-from effzoo.peft.input.prefix import KeysValues, Prefix
+from effzoo.peft.input.prefix import Prefix, PrefixMemory
 from effzoo.peft.method import Batches, Layers, Modules
 from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
@@ -70,4 +70,4 @@ class MAM(TrainingHooks):
 
 
 def _prefixes(modules: Modules) -> dict[str, PeftModule]:
-    return {path: module for path, module in modules.items() if isinstance(module, KeysValues)}
+    return {path: module for path, module in modules.items() if isinstance(module, PrefixMemory)}

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from effzoo.annotations import Count
 from effzoo.peft.function.houlsby import Bottleneck
-from effzoo.peft.input.prefix import KeysValues, Prefix
+from effzoo.peft.input.prefix import Prefix, PrefixMemory
 from effzoo.peft.method import Batches, Layers, Modules
 from effzoo.peft.parameter.lora import LowRank
-from effzoo.peft.parameter.selected import Copy
+from effzoo.peft.parameter.selective_methods import Copy
 from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
 from effzoo.sites import Branch, Counted, Linear, MemorySite, PeftModule, Site, sites
@@ -106,5 +106,5 @@ class S4(TrainingHooks):
 
     def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
         self.prefix.calibrate(
-            model, {path: module for path, module in modules.items() if isinstance(module, KeysValues)}, batches
+            model, {path: module for path, module in modules.items() if isinstance(module, PrefixMemory)}, batches
         )

@@ -13,7 +13,7 @@ from effzoo.annotations import Count
 from effzoo.errors import IncompatiblePeft
 from effzoo.peft.function.houlsby import Bottleneck
 from effzoo.peft.input.layer import layers_of
-from effzoo.peft.input.prefix import KeysValues, Prefix
+from effzoo.peft.input.prefix import Prefix, PrefixMemory
 from effzoo.peft.method import Batches, Layers, Modules
 from effzoo.peft.parameter.lora import LowRank
 from effzoo.peft.training_hooks import TrainingHooks
@@ -39,7 +39,7 @@ class Gate(nn.Module):
 class GatedPrefix(PeftModule):
     """Keys g P_k and values g P_v, [batch, heads, length, head_dim]."""
 
-    def __init__(self, prefix: KeysValues, dim: int):
+    def __init__(self, prefix: PrefixMemory, dim: int):
         super().__init__()
         self.prefix, self.gate = prefix, Gate(dim)
 

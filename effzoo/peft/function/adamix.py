@@ -41,7 +41,7 @@ class Projections(nn.Module):
         self.biases = nn.Parameter(self.biases.detach().mean(dim=0, keepdim=True))
 
 
-class Mixture(Positionwise, PeftModule):
+class MixtureOfAdapters(Positionwise, PeftModule):
     """y' = y + up_j(sigma(down_i(y))), i and j drawn anew in each training pass; in evaluation the mean of the experts'
     weights."""
 
@@ -73,7 +73,7 @@ class AdaMix(TrainingHooks):
     """
 
     paper = (
-        "Wang et al. 2022, AdaMix: Mixture-of-adaptations for parameter-efficient model tuning, "
+        "Wang et al. 2022, AdaMix: MixtureOfAdapters-of-adaptations for parameter-efficient model tuning, "
         "arXiv:2205.12410, section 3"
     )
     identity_at_init = False
@@ -104,10 +104,10 @@ class AdaMix(TrainingHooks):
         assert isinstance(site, Branch)
         down = Projections(1 if self.share == "down" else self.experts, site.dim, self.bottleneck, self.std)
         up = Projections(1 if self.share == "up" else self.experts, self.bottleneck, site.dim, self.std)
-        return Mixture(down, up, self.activation)
+        return MixtureOfAdapters(down, up, self.activation)
 
     def finish(self, modules: Modules) -> None:
         for module in modules.values():
-            assert isinstance(module, Mixture)
+            assert isinstance(module, MixtureOfAdapters)
             module.down.merge()
             module.up.merge()

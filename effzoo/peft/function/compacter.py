@@ -16,7 +16,7 @@ from effzoo.annotations import Count, Positive
 from effzoo.errors import OptionError
 from effzoo.peft.function.houlsby import ACTIVATIONS, check_bottleneck
 from effzoo.peft.method import Layers, Method, Targets
-from effzoo.peft.parameter.selected import Copy
+from effzoo.peft.parameter.selective_methods import Copy
 from effzoo.registry import peft
 from effzoo.sites import Branch, HookContext, Norm, PeftModule, Positionwise, Site
 

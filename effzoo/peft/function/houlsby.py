@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from effzoo.annotations import Count, Positive
 from effzoo.errors import OptionError
 from effzoo.peft.method import Layers, Method, Targets
-from effzoo.peft.parameter.selected import Copy
+from effzoo.peft.parameter.selective_methods import Copy
 from effzoo.registry import peft
 from effzoo.sites import Branch, HookContext, Norm, PeftModule, Positionwise, Site
 

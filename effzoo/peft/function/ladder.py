@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from effzoo.annotations import Count
 from effzoo.errors import OptionError
-from effzoo.peft.function.slices import slice_blocks
+from effzoo.peft.function.ladder_start import slice_blocks
 from effzoo.peft.method import Method
 from effzoo.registry import peft
 from effzoo.sites import Branch, PeftModule, Side, SideNetwork, Site, sites

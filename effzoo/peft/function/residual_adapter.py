@@ -14,7 +14,7 @@ from effzoo.registry import peft
 from effzoo.sites import Conv2d, HookContext, PeftModule, Site
 
 
-class Series(PeftModule):
+class SerialConvolution(PeftModule):
     """y' = y + M y with M [out, out] at every place; merged, the filters are W + M W and the bias b + M b."""
 
     delta_rank = None
@@ -31,7 +31,7 @@ class Series(PeftModule):
         return torch.einsum("po,oihw->pihw", M, weight), None if bias is None else M @ bias
 
 
-class Beside(PeftModule):
+class ParallelConvolution(PeftModule):
     """y' = y + M x with M [out, in] at every place that the filters are centred on; merged, M is added to the middle of
     the filters."""
 
@@ -79,10 +79,10 @@ class ResidualAdapter(Method):
     def make(self, site: Site) -> PeftModule:
         assert isinstance(site, Conv2d)
         if self.form == "series":
-            return Series(site.out_channels)
+            return SerialConvolution(site.out_channels)
         if any(size % 2 == 0 or pad != size // 2 for size, pad in zip(site.kernel_size, site.padding, strict=True)):
             raise OptionError(
                 f"residual_adapter: form='parallel' needs odd filters with padding kernel // 2, {site.role!r} has "
                 f"{site.kernel_size} with {site.padding}; use form='series'"
             )
-        return Beside(site)
+        return ParallelConvolution(site)

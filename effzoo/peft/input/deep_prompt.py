@@ -16,7 +16,7 @@ from effzoo.registry import peft
 from effzoo.sites import HookContext, Memory, MemorySite, PeftModule, Site
 
 
-class DeepRows(Starts):
+class DeepPromptTokens(Starts):
     """Trained prompt tokens [length, width] of one layer; what the layer makes of them is its memory."""
 
     def __init__(self, length: int, width: int, std: float):
@@ -73,7 +73,7 @@ class DeepPrompt(TrainingHooks):
         self.widths = {key: layer.width for key, layer in layers_of(self.name, model, found).items()}
 
     def make(self, site: Site) -> PeftModule:
-        return DeepRows(self.length, self.widths[id(site)], self.std)
+        return DeepPromptTokens(self.length, self.widths[id(site)], self.std)
 
     def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
         start_from_activations(self.name, model, modules, self.length, batches)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from effzoo.annotations import Count, Probability
 from effzoo.errors import InputError
-from effzoo.peft.input.prompt import Made, vocabulary_rows
+from effzoo.peft.input.prompt import ReparametrisedPrompt, vocabulary_embeddings
 from effzoo.peft.method import Modules
 from effzoo.peft.training_hooks import Stage, TrainingHooks
 from effzoo.registry import peft
@@ -29,7 +29,7 @@ class Decoder(nn.Module):
         return self.outer(self.inner(z).tanh()).unflatten(-1, self.shape)
 
 
-class Intrinsic(nn.Module):
+class IntrinsicPrompt(nn.Module):
     """Dec(z) for a trained z. fixed: whether the decoder stays what it is."""
 
     def __init__(self, decoder: Decoder, dim: int):
@@ -80,11 +80,11 @@ class IPT(TrainingHooks):
         assert isinstance(site, Embedding)
         decoder = Decoder(self.dim, self.hidden, self.length, site.embedding_dim)
         with torch.no_grad():
-            decoder.outer.bias.copy_(vocabulary_rows(site, self.length).flatten())
+            decoder.outer.bias.copy_(vocabulary_embeddings(site, self.length).flatten())
             decoder.outer.weight.normal_(std=1 / self.hidden**0.5).mul_(
                 site.weight.std().to(decoder.outer.weight.device)
             )
-        return Made(Intrinsic(decoder, self.dim))
+        return ReparametrisedPrompt(IntrinsicPrompt(decoder, self.dim))
 
     def begin(self, stage: str, modules: Modules) -> None:
         for network in _networks(modules):
@@ -94,15 +94,15 @@ class IPT(TrainingHooks):
 
     def finish(self, modules: Modules) -> None:
         for module in modules.values():
-            assert isinstance(module, Made)
-            module.settle()
+            assert isinstance(module, ReparametrisedPrompt)
+            module.drop_network()
 
 
-def _networks(modules: Modules) -> list[Intrinsic]:
+def _networks(modules: Modules) -> list[IntrinsicPrompt]:
     return [
         module.network
         for module in modules.values()
-        if isinstance(module, Made) and isinstance(module.network, Intrinsic)
+        if isinstance(module, ReparametrisedPrompt) and isinstance(module.network, IntrinsicPrompt)
     ]
 
 

@@ -14,7 +14,7 @@ from effzoo.registry import peft
 from effzoo.sites import HookContext, Memory, MemorySite, PeftModule, Site, sites
 
 
-class GatedRows(PeftModule):
+class GatedPromptTokens(PeftModule):
     """Trained prompt tokens p [length, width] and a gate g [heads] of one layer."""
 
     def __init__(self, length: int, width: int, heads: int, std: float):
@@ -68,4 +68,4 @@ class LlamaAdapter(Method):
         if site.layer is not None and site.layer < self.lowest:
             return None
         layer = self.found[id(site)]
-        return GatedRows(self.length, layer.width, layer.heads, self.std)
+        return GatedPromptTokens(self.length, layer.width, layer.heads, self.std)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.annotations import Count
-from effzoo.peft.input.prompt import Made
+from effzoo.peft.input.prompt import ReparametrisedPrompt
 from effzoo.peft.method import Modules
 from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
@@ -75,9 +75,9 @@ class PTuning(TrainingHooks):
 
     def make(self, site: Site) -> PeftModule:
         assert isinstance(site, Embedding)
-        return Made(self.encoder(self.length, site.embedding_dim, self.hidden))
+        return ReparametrisedPrompt(self.encoder(self.length, site.embedding_dim, self.hidden))
 
     def finish(self, modules: Modules) -> None:
         for module in modules.values():
-            assert isinstance(module, Made)
-            module.settle()
+            assert isinstance(module, ReparametrisedPrompt)
+            module.drop_network()

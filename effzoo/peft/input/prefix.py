@@ -18,7 +18,7 @@ from effzoo.registry import peft
 from effzoo.sites import HookContext, Memory, MemorySite, PeftModule, Site
 
 
-class Trunk(nn.Module):
+class PrefixEncoder(nn.Module):
     """tanh(W_1 e + b_1) for trained rows e [length, width], [length, hidden]: what all layers share of the
     reparametrisation."""
 
@@ -32,17 +32,19 @@ class Trunk(nn.Module):
         return out
 
 
-class KeysValues(Starts):
+class PrefixMemory(Starts):
     """Trained keys [heads, length, head_dim] and values [heads, length, value_dim].
 
-    trunk: with it, keys and values are W_2 trunk() + b_2 until `settle` keeps what they are.
+    trunk: with it, keys and values are W_2 trunk() + b_2 until `drop_network` keeps what they are.
     gate_heads: with it, they have a softmax of their own, whose result is added times tanh(gate), one gate for each
         query head.
     """
 
-    def __init__(self, site: MemorySite, length: int, std: float, trunk: Trunk | None = None, gate_heads: int = 0):
+    def __init__(
+        self, site: MemorySite, length: int, std: float, trunk: PrefixEncoder | None = None, gate_heads: int = 0
+    ):
         super().__init__()
-        self.trunk: Trunk | None = trunk
+        self.trunk: PrefixEncoder | None = trunk
         self.last: nn.Linear | None = None
         self.heads, self.head_dim, self.value_dim = site.heads, site.head_dim, site.value_dim
         self.register_parameter("keys", None)
@@ -71,7 +73,7 @@ class KeysValues(Starts):
         self.keys.copy_(rearrange(keys, "(h group) n d -> h group n d", h=self.heads).mean(dim=1))
         self.values.copy_(values)
 
-    def settle(self) -> None:
+    def drop_network(self) -> None:
         """Keep the keys and values, drop the network that made them."""
         if self.last is None:
             return
@@ -144,21 +146,23 @@ class Prefix(TrainingHooks):
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         first = next(iter(found.values()))
         assert isinstance(first, MemorySite)
-        self.trunk = Trunk(self.length, first.heads * first.head_dim, self.hidden) if self.form == "mlp" else None
+        self.trunk = (
+            PrefixEncoder(self.length, first.heads * first.head_dim, self.hidden) if self.form == "mlp" else None
+        )
         self.heads = (
             {key: layer.heads for key, layer in layers_of(self.name, model, found).items()}
             if self.softmax == "own"
             else {}
         )
 
-    def make(self, site: Site) -> KeysValues:
+    def make(self, site: Site) -> PrefixMemory:
         assert isinstance(site, MemorySite)
-        return KeysValues(site, self.length, self.std, self.trunk, self.heads.get(id(site), 0))
+        return PrefixMemory(site, self.length, self.std, self.trunk, self.heads.get(id(site), 0))
 
     def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
         start_from_activations(self.name, model, modules, self.length, batches)
 
     def finish(self, modules: Mapping[str, PeftModule]) -> None:
         for module in modules.values():
-            assert isinstance(module, KeysValues)
-            module.settle()
+            assert isinstance(module, PrefixMemory)
+            module.drop_network()

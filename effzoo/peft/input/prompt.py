@@ -15,7 +15,7 @@ from effzoo.registry import peft
 from effzoo.sites import Embedding, PeftModule, Site
 
 
-class Rows(PeftModule):
+class PromptTokens(PeftModule):
     """Trained prompt tokens [length, dim] that stand before every input."""
 
     def __init__(self, rows: Tensor):
@@ -26,9 +26,8 @@ class Rows(PeftModule):
         return self.tokens
 
 
-class Made(PeftModule):
-    """Rows [length, dim] that a network without input makes while it is trained; `settle` keeps the rows and drops the
-    network."""
+class ReparametrisedPrompt(PeftModule):
+    """Prompt tokens [length, dim] that a small network makes in training; `drop_network` keeps the tokens alone."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -39,7 +38,7 @@ class Made(PeftModule):
         tokens: Tensor = self.tokens if self.network is None else self.network()
         return tokens
 
-    def settle(self) -> None:
+    def drop_network(self) -> None:
         if self.network is None:
             return
         trainable = any(parameter.requires_grad for parameter in self.network.parameters())
@@ -47,7 +46,7 @@ class Made(PeftModule):
         self.network, self.tokens = None, nn.Parameter(tokens, requires_grad=trainable)
 
 
-def vocabulary_rows(site: Embedding, length: int) -> Tensor:
+def vocabulary_embeddings(site: Embedding, length: int) -> Tensor:
     """The embeddings of tokens drawn at random, [length, dim]."""
     return site.weight.detach()[torch.randint(site.num_embeddings, (length,), device=site.weight.device)]
 
@@ -93,9 +92,9 @@ class Prompt(Method):
     def make(self, site: Site) -> PeftModule:
         assert isinstance(site, Embedding)
         if self.init == "vocabulary":
-            return Rows(vocabulary_rows(site, self.length))
+            return PromptTokens(vocabulary_embeddings(site, self.length))
         if self.init == "normal":
-            return Rows(
+            return PromptTokens(
                 torch.randn(self.length, site.embedding_dim, device=site.weight.device) * site.weight.detach().std()
             )
         if not 0 <= min(self.ids) <= max(self.ids) < site.num_embeddings:
@@ -104,4 +103,4 @@ class Prompt(Method):
                 "model's tokenizer?"
             )
         repeated = [self.ids[place % len(self.ids)] for place in range(self.length)]
-        return Rows(site.weight[torch.tensor(repeated, device=site.weight.device)])
+        return PromptTokens(site.weight[torch.tensor(repeated, device=site.weight.device)])

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from effzoo.annotations import Few, NotNegative, Positive
 from effzoo.errors import IncompatiblePeft
 from effzoo.peft.method import Layers, Modules
-from effzoo.peft.modular.mixture import Among, MixtureMethod
+from effzoo.peft.modular.mixture import ExpertMixture, MixtureMethod
 from effzoo.registry import peft
 from effzoo.sites import HookContext, MemorySite, PeftModule, Site
 
 
-class Fused(Among):
+class Fused(ExpertMixture):
     """y' = y + sum_i s_i V a_i, with a_i = y_i - y what expert i adds, and s = softmax_i((Q y) . (K a_i)) at every
     position.
 

@@ -10,7 +10,7 @@ from torch import nn
 from effzoo.errors import AdapterError, UnknownNameError
 from effzoo.peft.aggregation import labels, take_head
 from effzoo.peft.attach import _known, attach
-from effzoo.peft.modular.mixture import Among, MixtureMethod
+from effzoo.peft.modular.mixture import ExpertMixture, MixtureMethod
 from effzoo.peft.state import transition
 from effzoo.peft.training import finish
 from effzoo.sites import Packed, Site, sites
@@ -77,9 +77,13 @@ def extract(model: nn.Module, mixture: str, expert: int, *, name: str) -> None:
         take_head(model, mixture, name)
 
 
-def mixture_at(site: Site, name: str) -> Among | None:
+def mixture_at(site: Site, name: str) -> ExpertMixture | None:
     """The mixture that an adapter has hung on a site."""
-    return next((m for m in site.of(name).values() if isinstance(m, Among)), None) if name in site.adapters else None
+    return (
+        next((m for m in site.of(name).values() if isinstance(m, ExpertMixture)), None)
+        if name in site.adapters
+        else None
+    )
 
 
 def _copy(given: dict[str, nn.Module], expert: nn.Module) -> None:

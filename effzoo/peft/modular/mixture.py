@@ -18,7 +18,7 @@ from effzoo.spec import parse
 MOST = 256  # experts
 
 
-class Among(Mixture):
+class ExpertMixture(Mixture):
     """A mixture whose experts may be frozen, and of which one alone can be looked at (`only`)."""
 
     only: int | None = None
@@ -135,7 +135,7 @@ class MixtureMethod(TrainingHooks):
         if self.frozen or self.finished:
             return []
         found = []
-        mixtures = {path: module for path, module in modules.items() if isinstance(module, Among)}
+        mixtures = {path: module for path, module in modules.items() if isinstance(module, ExpertMixture)}
         for number, expert in enumerate(self.inner):
             for method in expert:
                 hung = {path: dict(mixture.experts[number].named_children()) for path, mixture in mixtures.items()}

@@ -13,7 +13,7 @@ from effzoo.annotations import Few
 from effzoo.errors import IncompatibleError, IncompatiblePeft, InputError, OptionError
 from effzoo.peft.input.layer import layers_of
 from effzoo.peft.method import Layers, Modules
-from effzoo.peft.modular.mixture import Among, MixtureMethod
+from effzoo.peft.modular.mixture import ExpertMixture, MixtureMethod
 from effzoo.registry import peft
 from effzoo.registry import router as routers
 from effzoo.routing import Router, Routing
@@ -45,7 +45,7 @@ class Pending:
         return Pending()
 
 
-class Routed(Among):
+class Routed(ExpertMixture):
     """y' = y + sum_i w_i (y_i - y), with y_i the site's output with expert i and y that without any.
 
     Where the weights add up to 1 this is sum_i w_i y_i; a token that no expert takes keeps y. A memory is seen by all

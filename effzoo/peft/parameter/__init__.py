@@ -12,7 +12,7 @@ from effzoo.peft.parameter import (
     lt_sft,
     magnitude,
     movement,
-    selected,
+    selective_methods,
     supermask,
     tokens,
 )
@@ -29,7 +29,7 @@ __all__ = [
     "lt_sft",
     "magnitude",
     "movement",
-    "selected",
+    "selective_methods",
     "supermask",
     "tokens",
 ]

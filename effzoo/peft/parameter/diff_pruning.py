@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from effzoo.annotations import NotNegative, Number, Part, Share
 from effzoo.peft.method import Layers, Modules, Targets
+from effzoo.peft.parameter.hard_concrete import drawn_gate, open_probability, still_gate
 from effzoo.peft.parameter.lt_sft import dense_changes, keep_all
-from effzoo.peft.parameter.masks import NETWORK, count, drawn_gate, open_probability, still_gate, top
-from effzoo.peft.parameter.selection import Selecting, Selection, Spans, SparseDelta, selection_of
+from effzoo.peft.parameter.mask_scores import NETWORK, count, top
+from effzoo.peft.parameter.sparse_delta import ChosenEntries, Spans, SparseDelta, SparseMethod, shared_entries
 from effzoo.peft.training_hooks import Stage
 from effzoo.registry import peft
 from effzoo.sites import Site
@@ -19,11 +20,17 @@ from effzoo.sites import Site
 LOW, HIGH, TEMPERATURE = -1.5, 1.5, 1.0
 
 
-class Gated(SparseDelta):
+class GatedDelta(SparseDelta):
     """theta' = theta + z * w, z = z_entry z_group with hard-concrete gates; later the chosen entries alone."""
 
     def __init__(
-        self, chosen: Selection, spans: Spans, owner: bool, base: Mapping[str, Tensor], alpha: float, structured: bool
+        self,
+        chosen: ChosenEntries,
+        spans: Spans,
+        owner: bool,
+        base: Mapping[str, Tensor],
+        alpha: float,
+        structured: bool,
     ):
         super().__init__(chosen, spans, owner)
         for key, tensor in base.items():
@@ -59,7 +66,7 @@ class Gated(SparseDelta):
 
 
 @peft.register("diff", "diff_pruning")
-class DiffPruning(Selecting):
+class DiffPruning(SparseMethod):
     """theta' = theta + z * w, with w starting at 0 and z a hard-concrete gate per entry; the loss grows by penalty * E
     ||z||_0.
 
@@ -100,18 +107,18 @@ class DiffPruning(Selecting):
         self.stages = (Stage("gates", gates), Stage("fixmask", 1 - gates))
 
     def sparse(self, site: Site, spans: Spans, owner: bool) -> SparseDelta:
-        return Gated(self.selection, spans, owner, site.base(), self.alpha, self.structured)
+        return GatedDelta(self.entries, spans, owner, site.base(), self.alpha, self.structured)
 
     def penalty(self, modules: Modules) -> Tensor | None:
-        if selection_of(modules).indices is not None:
+        if shared_entries(modules).indices is not None:
             return None
         return (
             self.weight
-            * torch.stack([module.expected() for module in modules.values() if isinstance(module, Gated)]).sum()
+            * torch.stack([module.expected() for module in modules.values() if isinstance(module, GatedDelta)]).sum()
         )
 
     def begin(self, stage: str, modules: Modules) -> None:
-        chosen = selection_of(modules)
+        chosen = shared_entries(modules)
         if stage == "fixmask" and chosen.indices is None:
             changes = _still(modules)
             numbers = top([change.abs() for change in changes], count(self.keep, chosen.total))
@@ -128,10 +135,10 @@ def _still(modules: Modules) -> list[Tensor]:
     """The changes with the gates of evaluation, which the modules then go on using."""
     for module in modules.values():
         module.eval()
-    return [] if selection_of(modules).indices is not None else [change.detach() for change in dense_changes(modules)]
+    return [] if shared_entries(modules).indices is not None else [change.detach() for change in dense_changes(modules)]
 
 
 def _drop(modules: Modules) -> None:
     for module in modules.values():
-        assert isinstance(module, Gated)
+        assert isinstance(module, GatedDelta)
         module.drop()

@@ -16,7 +16,7 @@ from effzoo.registry import peft
 from effzoo.sites import Linear, PeftModule, Site
 
 
-class Directed(PeftModule):
+class DecomposedWeight(PeftModule):
     """W' = m V / ||V||, with V = W + s B A, the norm taken along each row and no gradient through it (section 4.3)."""
 
     delta_rank = None  # scaling the rows changes all of W
@@ -73,4 +73,4 @@ class DoRA(Method):
     def make(self, site: Site) -> PeftModule:
         assert isinstance(site, Linear)
         rank = by_role(self.name, "rank", self.rank, site.role)
-        return Directed(site.weight, rank, scaling(self.name, rank, self.alpha, self.rslora, site.role))
+        return DecomposedWeight(site.weight, rank, scaling(self.name, rank, self.alpha, self.rslora, site.role))

@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 from effzoo.annotations import Part, Share
 from effzoo.peft.method import Layers, Modules, Targets
-from effzoo.peft.parameter.masks import count, top
+from effzoo.peft.parameter.mask_scores import count, top
 from effzoo.peft.training_hooks import Stage, TrainingHooks
 from effzoo.registry import peft
 from effzoo.sites import Counted, HookContext, Linear, Packed, PeftModule, Positionwise, Site
 
 
-class Learners(Positionwise, Packed, Counted, PeftModule):
+class LearnerUnits(Positionwise, Packed, Counted, PeftModule):
     """The change of the learner units' slices: rows of W_up (and of the gate) with their biases, or columns of W_down.
 
     y' = y + W_phi x at the learner units, or y' = y + W_phi h[learner units]: the frozen part keeps no input for a
@@ -116,12 +116,12 @@ class FAR(TrainingHooks):
 
     def make(self, site: Site) -> PeftModule:
         assert isinstance(site, Linear)
-        return Learners(site, columns=site.role.endswith("down"))
+        return LearnerUnits(site, columns=site.role.endswith("down"))
 
     def begin(self, stage: str, modules: Modules) -> None:
         if stage != "learn":
             return
-        for parts in _by_layer(cast("Mapping[str, Learners]", modules)).values():
+        for parts in _by_layer(cast("Mapping[str, LearnerUnits]", modules)).values():
             if len(parts[0].units) == parts[0].size:
                 score = torch.stack([part.movement() for part in parts]).sum(dim=0)
                 chosen = top([score], count(self.keep, len(score)))
@@ -129,9 +129,9 @@ class FAR(TrainingHooks):
                     part.keep(chosen)
 
 
-def _by_layer(modules: Mapping[str, Learners]) -> dict[str, list[Learners]]:
+def _by_layer(modules: Mapping[str, LearnerUnits]) -> dict[str, list[LearnerUnits]]:
     """The modules of each feed-forward, by its path."""
-    found: dict[str, list[Learners]] = {}
+    found: dict[str, list[LearnerUnits]] = {}
     for path, module in modules.items():
         found.setdefault(path.rpartition(".")[0], []).append(module)
     return found

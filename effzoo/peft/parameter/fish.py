@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from effzoo.annotations import Count, Share
 from effzoo.errors import IncompatiblePeft
 from effzoo.peft.method import Batches, Layers, Modules, Targets
-from effzoo.peft.parameter.masks import NETWORK, check_choice, count, has_values, top
-from effzoo.peft.parameter.selection import Selecting, in_order, selection_of
+from effzoo.peft.parameter.mask_scores import NETWORK, check_choice, count, has_values, top
+from effzoo.peft.parameter.sparse_delta import SparseMethod, in_order, shared_entries
 from effzoo.registry import peft
 from effzoo.sites import Site, sites
 
 
 @peft.register("fish", "fish_mask")
-class Fish(Selecting):
+class Fish(SparseMethod):
     """theta' = theta + phi on the K entries with the largest Fisher information F, chosen once before training; the
     rest is frozen.
 
@@ -57,15 +57,15 @@ class Fish(Selecting):
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         super().prepare(model, found)
-        total = self.selection.total
+        total = self.entries.total
         if total:
             k = count(self.keep, total)
             like = next(p for site in found.values() for p in site.base().values())
             numbers = drawn(total, k) if has_values(like) else torch.arange(k, device=like.device)
-            self.selection.choose(numbers.to(like.device), torch.zeros(k, device=like.device, dtype=like.dtype))
+            self.entries.choose(numbers.to(like.device), torch.zeros(k, device=like.device, dtype=like.dtype))
 
     def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
-        chosen, known = selection_of(modules), dict(sites(model))
+        chosen, known = shared_entries(modules), dict(sites(model))
         tensors = [tensor for path in in_order(modules) for tensor in known[path].base().values()]
         information = [
             torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors

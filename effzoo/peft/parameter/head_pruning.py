@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from effzoo.annotations import NotNegative, Number, Probability
 from effzoo.peft.method import Batches, Layers, Modules, Targets
 from effzoo.peft.parameter.fish import examples
-from effzoo.peft.parameter.masks import check_choice, drawn_gate, open_probability, still_gate, top
+from effzoo.peft.parameter.hard_concrete import drawn_gate, open_probability, still_gate
+from effzoo.peft.parameter.mask_scores import check_choice, top
 from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
 from effzoo.sites import Counted, HookContext, Linear, PeftModule, Positionwise, Site

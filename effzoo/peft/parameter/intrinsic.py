@@ -19,7 +19,7 @@ from effzoo.sites import PeftModule, Site
 DENSE_LIMIT = 2**26  # entries of a dense P: 256 MiB in float32
 
 
-class Dense(nn.Module):
+class DenseProjection(nn.Module):
     """P theta for one tensor, with the rows of P that belong to it, [rows, dim]."""
 
     P: Tensor
@@ -127,7 +127,7 @@ class Intrinsic(Method):
 
     def _projection(self, parameter: Tensor) -> nn.Module:
         if self.projection == "dense":
-            return Dense(self._drawn(parameter) / self.lengths)
+            return DenseProjection(self._drawn(parameter) / self.lengths)
         seed = None if parameter.is_meta else self.seeds[id(parameter)]
         return Fastfood(parameter.numel(), len(self.theta), self._scale(parameter), seed)
 

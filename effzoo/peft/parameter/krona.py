@@ -67,7 +67,7 @@ class Kronecker(Positionwise, PeftModule):
         return self.scale * torch.kron(self.A.to(weight), self.B.to(weight)), None
 
 
-class Parallel(Positionwise, PeftModule):
+class KroneckerAdapter(Positionwise, PeftModule):
     """y' = y + s (A kron B) x beside the feed-forward, where x is its input and y its output; with `residual`, + s_res
     x."""
 
@@ -143,7 +143,9 @@ class KronAB(Method):
 
     def make(self, site: Site) -> PeftModule:
         assert isinstance(site, Branch)
-        return Parallel(*factors(self.name, site.dim, site.dim, self.shape, site.role), self.scale, self.residual)
+        return KroneckerAdapter(
+            *factors(self.name, site.dim, site.dim, self.shape, site.role), self.scale, self.residual
+        )
 
 
 @peft.register("krona_res", "krona_b_res")

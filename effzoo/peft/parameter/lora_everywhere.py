@@ -16,7 +16,7 @@ from effzoo.peft.method import Batches, Layers, Modules, Targets
 from effzoo.peft.parameter.lora import LoRA, LowRank
 from effzoo.peft.parameter.lora_conv import LowRankConv
 from effzoo.peft.parameter.lora_starts import FromBase, Quantised, input_factors, olora, pissa
-from effzoo.peft.parameter.lora_tables import LookedUp, LowRankRows, LowRankTable
+from effzoo.peft.parameter.lora_tables import LowRankEmbedding, LowRankLookup, LowRankTable
 from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
 from effzoo.sites import Conv2d, Embedding, Linear, PeftModule, Site, TiedLinear, sites
@@ -126,9 +126,9 @@ class LoRAEverywhere(TrainingHooks, LoRA):
         if isinstance(site, TiedLinear):  # the head alone changes, not the embedding
             return self._started(LowRank(site.in_features, site.out_features, rank, scale, self.dropout), rank)
         if isinstance(site, Embedding):
-            of_tied = LowRankTable if self.tied else LookedUp
+            of_tied = LowRankTable if self.tied else LowRankLookup
             read_twice = self.has_tied_head and site.role == "embed.token"
-            return (of_tied if read_twice else LowRankRows)(site.num_embeddings, site.embedding_dim, rank, scale)
+            return (of_tied if read_twice else LowRankEmbedding)(site.num_embeddings, site.embedding_dim, rank, scale)
         assert isinstance(site, Conv2d)
         return self._started(LowRankConv(site, rank, scale), rank)
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from effzoo.sites import Growing, HookContext, PeftModule, longer
 
 
-class LowRankRows(Growing, PeftModule):
+class LowRankEmbedding(Growing, PeftModule):
     """Row i' = row i + s B A[:, i] of an embedding [rows, dim], with A [rank, rows] and B [dim, rank]; only the rows
     that are read are computed.
 
@@ -33,7 +33,7 @@ class LowRankRows(Growing, PeftModule):
         self.A = longer(self.A, self.A.new_zeros(len(self.A), len(weight)), dim=1)
 
 
-class LookedUp(LowRankRows):
+class LowRankLookup(LowRankEmbedding):
     """The same for lookups alone where a language-model head reads the table too, without the change: no change of the
     one table does that."""
 

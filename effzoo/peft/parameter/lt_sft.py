@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 from effzoo.annotations import NotNegative, Part, Share
 from effzoo.peft.method import Layers, Modules, Targets
-from effzoo.peft.parameter.masks import NETWORK, count, has_values, top
-from effzoo.peft.parameter.selection import Selecting, Selection, Spans, SparseDelta, in_order, selection_of
+from effzoo.peft.parameter.mask_scores import NETWORK, count, has_values, top
+from effzoo.peft.parameter.sparse_delta import ChosenEntries, Spans, SparseDelta, SparseMethod, in_order, shared_entries
 from effzoo.peft.training_hooks import Stage
 from effzoo.registry import peft
 from effzoo.sites import Site
 
 
-class Ticket(SparseDelta):
+class LotteryTicket(SparseDelta):
     """theta' = theta + phi; phi is dense at first, and has the chosen entries alone later."""
 
-    def __init__(self, chosen: Selection, spans: Spans, owner: bool, base: Mapping[str, Tensor]):
+    def __init__(self, chosen: ChosenEntries, spans: Spans, owner: bool, base: Mapping[str, Tensor]):
         super().__init__(chosen, spans, owner)
         for key, tensor in base.items():
             self.register_parameter(f"full_{key}", nn.Parameter(torch.zeros_like(tensor)))
@@ -35,7 +35,7 @@ class Ticket(SparseDelta):
 
 
 @peft.register("lt_sft", "sft", "lottery_ticket_sft")
-class LTSFT(Selecting):
+class LTSFT(SparseMethod):
     """theta' = theta + phi with K entries: those that full fine-tuning moves most, trained once more from theta.
 
     Stage `full` trains a dense phi. Then the K entries with the largest |phi|, over all tensors together, are chosen
@@ -71,10 +71,10 @@ class LTSFT(Selecting):
         self.stages = (Stage("full", full), Stage("sparse", 1 - full))
 
     def sparse(self, site: Site, spans: Spans, owner: bool) -> SparseDelta:
-        return Ticket(self.selection, spans, owner, site.base())
+        return LotteryTicket(self.entries, spans, owner, site.base())
 
     def begin(self, stage: str, modules: Modules) -> None:
-        chosen = selection_of(modules)
+        chosen = shared_entries(modules)
         if stage == "sparse" and chosen.indices is None:
             changes = dense_changes(modules)
             numbers = top([change.abs() for change in changes], count(self.keep, chosen.total))
@@ -84,7 +84,7 @@ class LTSFT(Selecting):
     def penalty(self, modules: Modules) -> Tensor | None:
         if not self.l1:
             return None
-        chosen = selection_of(modules)
+        chosen = shared_entries(modules)
         if chosen.values is not None:
             return self.l1 * chosen.values.abs().mean()
         return self.l1 / chosen.total * torch.stack([change.abs().sum() for change in dense_changes(modules)]).sum()
@@ -107,7 +107,7 @@ def dense_changes(modules: Modules) -> list[Tensor]:
 
 def keep_all(modules: Modules) -> None:
     """Choose every entry that has changed, where none are chosen yet: what is computed stays what it was."""
-    chosen = selection_of(modules)
+    chosen = shared_entries(modules)
     if chosen.indices is None:
         changes = dense_changes(modules)
         if not has_values(changes[0]):  # a model without memory: it may be all of them
@@ -126,5 +126,5 @@ def keep_all(modules: Modules) -> None:
 
 def _drop(modules: Modules) -> None:
     for module in modules.values():
-        assert isinstance(module, Ticket)
+        assert isinstance(module, LotteryTicket)
         module.drop()

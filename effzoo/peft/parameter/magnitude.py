@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from effzoo.annotations import Few, Fraction, Probability, Share
 from effzoo.errors import OptionError
 from effzoo.peft.method import Layers, Modules, Targets
-from effzoo.peft.parameter.masks import (
+from effzoo.peft.parameter.mask_scores import (
     MATRICES,
     check_choice,
     check_window,
@@ -29,7 +29,7 @@ from effzoo.sites import Counted, Linear, Packed, PeftModule, Site
 STEPS = 50  # of the schedule: choosing costs a pass over all weights
 
 
-class Pruned(Packed, Counted, PeftModule):
+class PrunedWeight(Packed, Counted, PeftModule):
     """W' = M * phi: phi starts as a copy of W, and what the mask leaves out is 0, whatever the optimizer does to it.
 
     Stored, once finished, as the bits of the mask and the kept values.
@@ -73,8 +73,8 @@ class Pruned(Packed, Counted, PeftModule):
         self.own[mask] = values.to(self.own)
 
 
-class Rewound(Pruned):
-    """`Pruned` with the weights to which the kept ones return."""
+class RewoundWeight(PrunedWeight):
+    """`PrunedWeight` with the weights to which the kept ones return."""
 
     def __init__(self, weight: Tensor):
         super().__init__(weight)
@@ -155,7 +155,7 @@ class Magnitude(TrainingHooks):
     def make(self, site: Site) -> PeftModule | None:
         if not isinstance(site, Linear):
             return None
-        module = (Rewound if self.rewind else Pruned)(site.weight)
+        module = (RewoundWeight if self.rewind else PrunedWeight)(site.weight)
         if id(site) in self.masks:
             module.mask.copy_(self.masks.pop(id(site)))
         return module
@@ -164,7 +164,7 @@ class Magnitude(TrainingHooks):
         if self.rewind:
             if self.round == 0 and 0 < progress <= self.rewind_at:
                 for module in modules.values():
-                    assert isinstance(module, Rewound) and module.start is not None
+                    assert isinstance(module, RewoundWeight) and module.start is not None
                     module.start.copy_(module.own.detach())
         elif self.how == "cubic":
             done = int(STEPS * through(progress, *self.window)) / STEPS
@@ -175,18 +175,18 @@ class Magnitude(TrainingHooks):
         if self.round:
             prune(modules, self.keep ** (self.round / self.rounds), self.scope)
             for module in modules.values():
-                assert isinstance(module, Rewound) and module.start is not None
+                assert isinstance(module, RewoundWeight) and module.start is not None
                 module.own.data.copy_(module.start)
 
     def finish(self, modules: Modules) -> None:
         for module in modules.values():
-            assert isinstance(module, Pruned)
+            assert isinstance(module, PrunedWeight)
             module.finish()
 
 
 def prune(modules: Modules, keep: float, scope: str) -> None:
     """Keep this share of the weights, those with the largest magnitude; what is pruned already comes last."""
-    pruned = [module for module in modules.values() if isinstance(module, Pruned)]
+    pruned = [module for module in modules.values() if isinstance(module, PrunedWeight)]
     if keep < 1:
         scores = [torch.where(module.mask, module.own.detach().abs(), -1.0) for module in pruned]
         for module, mask in zip(pruned, top_masks(scores, keep, scope), strict=True):

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from effzoo.annotations import Fraction, NotNegative, Part, Share
 from effzoo.peft.method import Layers, Modules, Targets
-from effzoo.peft.parameter.magnitude import Pruned
-from effzoo.peft.parameter.masks import (
+from effzoo.peft.parameter.magnitude import PrunedWeight
+from effzoo.peft.parameter.mask_scores import (
     MATRICES,
     check_choice,
     check_window,
@@ -24,7 +24,7 @@ from effzoo.registry import peft
 from effzoo.sites import Linear, PeftModule, Site
 
 
-class Scored(Pruned):
+class ScoredWeight(PrunedWeight):
     """W' = M * phi; the gradient of the scores is dL/dW' * phi, as if M were the scores (straight-through)."""
 
     def __init__(self, weight: Tensor):
@@ -86,10 +86,10 @@ class Movement(TrainingHooks):
         self.threshold, self.weight = threshold, penalty
 
     def make(self, site: Site) -> PeftModule | None:
-        return Scored(site.weight) if isinstance(site, Linear) else None
+        return ScoredWeight(site.weight) if isinstance(site, Linear) else None
 
     def schedule(self, modules: Modules, progress: float) -> None:
-        scored = [module for module in modules.values() if isinstance(module, Scored)]
+        scored = [module for module in modules.values() if isinstance(module, ScoredWeight)]
         if self.mode == "hard":
             keep = cubic(through(progress, *self.window), 1.0, self.keep)
             masks = top_masks([_scores(module) for module in scored], keep, self.scope)
@@ -101,7 +101,9 @@ class Movement(TrainingHooks):
 
     def penalty(self, modules: Modules) -> Tensor | None:
         scores = [
-            module.scores for module in modules.values() if isinstance(module, Scored) and module.scores is not None
+            module.scores
+            for module in modules.values()
+            if isinstance(module, ScoredWeight) and module.scores is not None
         ]
         if self.mode == "hard" or not scores:
             return None
@@ -110,7 +112,7 @@ class Movement(TrainingHooks):
 
     def finish(self, modules: Modules) -> None:
         for module in modules.values():
-            assert isinstance(module, Scored)
+            assert isinstance(module, ScoredWeight)
             module.finish()
 
 
@@ -121,6 +123,6 @@ def above(scores: Tensor, tau: float) -> Tensor:
     return mask if int(mask.sum()) >= least else top_mask(scores, least)
 
 
-def _scores(module: Scored) -> Tensor:
+def _scores(module: ScoredWeight) -> Tensor:
     assert module.scores is not None
     return module.scores.detach()

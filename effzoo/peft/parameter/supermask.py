@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from effzoo.annotations import Number, Share
 from effzoo.errors import OptionError
 from effzoo.peft.method import Layers, Modules, Targets
-from effzoo.peft.parameter.masks import MATRICES, count, pack_bits, straight_through, top_mask, unpack_bits
+from effzoo.peft.parameter.mask_scores import MATRICES, count, pack_bits, straight_through, top_mask, unpack_bits
 from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
 from effzoo.sites import Counted, Linear, PeftModule, Site
 
 
-class Masked(Counted, PeftModule):
+class MaskedWeight(Counted, PeftModule):
     """W' = W * M(S), W as it is; finished, the scores are dropped and one bit a weight is left, in memory and in
     files."""
 
@@ -102,9 +102,9 @@ class Supermask(TrainingHooks):
         self.identity_at_init = keep is None or keep == 1
 
     def make(self, site: Site) -> PeftModule | None:
-        return Masked(site.weight, self.init, self.threshold, self.keep) if isinstance(site, Linear) else None
+        return MaskedWeight(site.weight, self.init, self.threshold, self.keep) if isinstance(site, Linear) else None
 
     def finish(self, modules: Modules) -> None:
         for module in modules.values():
-            assert isinstance(module, Masked)
+            assert isinstance(module, MaskedWeight)
             module.finish()

@@ -69,7 +69,7 @@ class TokenTable(Packed, Counted, Growing, PeftModule):
         """The rows are numbered as before."""
 
 
-class TokenRows(TokenTable):
+class TokenLookup(TokenTable):
     """The same for a table that nothing but the embedding reads: only rows that occur are looked up, and no table is
     made."""
 
@@ -159,7 +159,7 @@ class Tokens(Method):
         return numbers
 
     def make(self, site: Site) -> PeftModule:
-        cls = TokenRows if isinstance(site, Embedding) and not self.tied else TokenTable
+        cls = TokenLookup if isinstance(site, Embedding) and not self.tied else TokenTable
         return cls(self.numbers, site.base()["weight"])
 
 

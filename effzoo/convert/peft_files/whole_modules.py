@@ -20,7 +20,7 @@ from torch import Tensor
 from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, more_tokens, parts_of
 from effzoo.errors import AdapterError
 from effzoo.peft.method import LABELS
-from effzoo.peft.parameter.selected import Copy
+from effzoo.peft.parameter.selective_methods import Copy
 from effzoo.peft.parameter.tokens import ROLES, spans
 from effzoo.sites import Norm, TiedLinear
 

@@ -17,10 +17,10 @@ from effzoo.convert.peft_files.twin import TASK_TYPES, Config, Modules, Twin, Wa
 from effzoo.errors import AdapterError
 from effzoo.peft import Method
 from effzoo.peft.input.p_tuning import PTuning
-from effzoo.peft.input.prompt import Made, Rows
+from effzoo.peft.input.prompt import PromptTokens, ReparametrisedPrompt
 
 log = logging.getLogger("effzoo.convert")
-CLASSES = (Rows, Made)
+CLASSES = (PromptTokens, ReparametrisedPrompt)
 KEY = "prompt_embeddings"
 
 
@@ -65,7 +65,7 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
     if len(modules) != 1:
         raise AdapterError(f"peft has one prompt, this adapter has {len(modules)}")
     (module,) = modules.values()
-    assert isinstance(module, Rows | Made)
+    assert isinstance(module, PromptTokens | ReparametrisedPrompt)
     rows = module.prompt()
     config: Config = {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"}
     if isinstance(methods[0], PTuning):

@@ -57,7 +57,7 @@ class Copy(Growing, OwnOutputs, PeftModule):
 
 
 @peft.register("full", "select")
-class Full(Method):
+class FullFineTuning(Method):
     """Full fine-tuning: every parameter of the targets is trained (on copies; the base stays as it was).
 
     With targets or layers it trains any group by role or by block: `full[targets=(attn.E, attn.F)]`,

@@ -1,5 +1,4 @@
-"""What the sparse methods share: the largest entries of many tensors, straight-through masks, hard-concrete gates,
-packed bits."""
+"""Masks from scores: the largest entries of many tensors, the straight-through gradient, the schedule, packed bits."""
 
 from __future__ import annotations
 
@@ -85,30 +84,6 @@ def check_window(method: str, begin: float, end: float) -> tuple[float, float]:
             f"{method}: begin and end are shares of the training with 0 <= begin <= end <= 1, got {begin} and {end}"
         )
     return begin, end
-
-
-def drawn_gate(alpha: Tensor, low: float, high: float, temperature: float) -> Tensor:
-    """Hard concrete: u ~ U(1e-4, 1 - 1e-4), s = sigma((logit u + alpha) / temperature), z = clip(s (high - low) + low,
-    0, 1).
-
-    Louizos et al. 2018, arXiv:1712.01312, eq. 10-11.
-    """
-    u = torch.rand_like(alpha) * (1 - 2e-4) + 1e-4
-    return stretched(torch.sigmoid((u.logit() + alpha) / temperature), low, high)
-
-
-def still_gate(alpha: Tensor, low: float, high: float) -> Tensor:
-    """The gate in evaluation: clip(sigma(alpha) (high - low) + low, 0, 1) (Louizos et al. 2018, eq. 13)."""
-    return stretched(torch.sigmoid(alpha), low, high)
-
-
-def stretched(s: Tensor, low: float, high: float) -> Tensor:
-    return (s * (high - low) + low).clamp(0, 1)
-
-
-def open_probability(alpha: Tensor, low: float, high: float, temperature: float) -> Tensor:
-    """P(z != 0) = sigma(alpha - temperature log(-low / high)) (Louizos et al. 2018, eq. 12)."""
-    return torch.sigmoid(alpha - temperature * math.log(-low / high))
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from effzoo.peft.parameter.masks import has_values
+from effzoo.peft.parameter.mask_scores import has_values
 from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.sites import Counted, Packed, PeftModule, Site
 
@@ -31,7 +31,7 @@ def numbered(found: Mapping[str, Site]) -> tuple[dict[str, dict[str, tuple[int, 
     return spans, total
 
 
-class Selection(nn.Module):
+class ChosenEntries(nn.Module):
     """Chosen entries of many tensors: their numbers, ascending, and what is added to them. One, shared by all sites;
     empty until `choose`."""
 
@@ -92,7 +92,7 @@ class SparseDelta(Packed, Counted, PeftModule):
 
     delta_rank = None
 
-    def __init__(self, chosen: Selection, spans: Spans, owner: bool):
+    def __init__(self, chosen: ChosenEntries, spans: Spans, owner: bool):
         super().__init__()
         self.chosen, self.spans, self.owner = chosen, dict(spans), owner
 
@@ -154,20 +154,20 @@ def in_order(modules: Mapping[str, PeftModule]) -> dict[str, SparseDelta]:
     return dict(sorted(sparse.items(), key=lambda item: min(first for first, _ in item[1].spans.values())))
 
 
-def selection_of(modules: Mapping[str, PeftModule]) -> Selection:
+def shared_entries(modules: Mapping[str, PeftModule]) -> ChosenEntries:
     """The one selection that the modules of an adapter share."""
     module = next(iter(modules.values()))
     assert isinstance(module, SparseDelta)
     return module.chosen
 
 
-class Selecting(TrainingHooks):
+class SparseMethod(TrainingHooks):
     """A method whose modules share one selection; the sites without parameters have nothing to select."""
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         spans, total = numbered(found)
         self.spans = {id(found[path]): own for path, own in spans.items() if own}
-        self.selection = Selection(total)
+        self.entries = ChosenEntries(total)
 
     def make(self, site: Site) -> SparseDelta | None:
         return (
@@ -178,4 +178,4 @@ class Selecting(TrainingHooks):
 
     def sparse(self, site: Site, spans: Spans, owner: bool) -> SparseDelta:
         """The module of one site. owner: whether a file keeps the selection there."""
-        return SparseDelta(self.selection, spans, owner)
+        return SparseDelta(self.entries, spans, owner)
