@@ -198,8 +198,15 @@ def test_a_declaration_that_nobody_reads_is_refused(given, said):
     kind = type("Misspelt", (Plain,), given)
     with pytest.raises(OptionError, match=f"attention 'plain': it declares {said}"):
         kind(Context(heads=2, head_dim=4, causal=True))
-    # what is no declaration is the kind's own
+    # other attributes are the kind's business
     type("Own", (Plain,), {"unit": "words", "twice": True, "Side": str})(Context(heads=2, head_dim=4))
+
+
+@pytest.mark.parametrize(("old", "new"), [("rows", "forward_at"), ("alone", "attend_memory"), ("layouts", "tilings")])
+def test_a_method_under_its_old_name_is_refused_with_the_new_one(old, new):
+    kind = type("Old", (Plain,), {old: lambda self, *given: None})
+    with pytest.raises(OptionError, match=f"attention 'plain': it defines `{old}`, which is `{new}"):
+        kind(Context(heads=2, head_dim=4))
 
 
 @pytest.mark.parametrize("given", [("q", "k", "v"), {"q": "query", "k": "key", "v": "values"}])
@@ -247,13 +254,13 @@ def test_a_kind_without_memory_is_refused_a_prefix_and_computes_without_one():
             effzoo.attach(model, "prefix[length=2]")(ids)
 
 
-def test_a_kind_has_the_rows_and_steps_that_belong_to_its_forward():
+def test_a_kind_has_the_outputs_at_few_positions_and_the_steps_that_belong_to_its_forward():
     class Twice(Full):
         def forward(self, q, k, v, *, mask, memory=None):
             return 2 * super().forward(q, k, v, mask=mask, memory=memory)
 
-    assert Full.decodes() and effzoo.attention.create("full", Context(heads=1, head_dim=2)).gives_rows
-    assert not Twice.decodes() and not Twice(Context(heads=1, head_dim=2)).gives_rows
+    assert Full.decodes() and effzoo.attention.create("full", Context(heads=1, head_dim=2)).has_forward_at
+    assert not Twice.decodes() and not Twice(Context(heads=1, head_dim=2)).has_forward_at
 
 
 def test_full_attention_refuses_global_tokens():

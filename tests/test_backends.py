@@ -371,7 +371,7 @@ def test_when_our_own_kernels_are_taken(monkeypatch):
     def chosen(kind, dtype=torch.bfloat16, held=None, dropout=0.0, width=8, backend="auto"):
         core = effzoo.attention.create(kind, Context(heads=2, head_dim=width))
         hashed = kind.startswith("lsh")
-        layout = None if hashed else core.layouts(90, Mask(), torch.device("cpu"))[0][1]
+        layout = None if hashed else core.tilings(90, Mask(), torch.device("cpu"))[0][1]
         with FakeTensorMode(allow_non_fake_inputs=True):
             q, held = fake(1, 2, 90, width, dtype=dtype), held and fake(1, 90, dtype=torch.bool)
             part = (

@@ -260,7 +260,7 @@ def test_a_causal_output_stays_when_the_sequence_grows():
 def test_blocks_without_padding_need_no_mask(causal, n):
     """And each permutation is computed by itself, its blocks together."""
     made = core(4, 24, causal=causal, blocks=3)
-    found = made.layouts(n, Mask(), torch.device("cpu"))
+    found = made.tilings(n, Mask(), torch.device("cpu"))
     assert [heads for heads, _ in found] == [[0, 1], [2], [3]]
     for heads, layout in found:
         assert all(run.allowed is None for run in layout.runs)

@@ -40,8 +40,8 @@ class Patternless(AttentionCore):
 class OtherRows(Full):
     """Its rows see themselves no more than the padding."""
 
-    def rows(self, where, q, k, v, *, mask, memory=None):
-        return super().rows(where - 1, q, k, v, mask=Mask(), memory=memory)
+    def forward_at(self, wanted, q, k, v, *, mask, memory=None):
+        return super().forward_at(wanted - 1, q, k, v, mask=Mask(), memory=memory)
 
 
 @caught_by("declares_itself")

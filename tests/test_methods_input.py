@@ -509,7 +509,7 @@ def test_a_prefix_is_the_gated_sum_of_two_attentions_under_every_pattern(kind):
         )
         prefix = (q @ keys.transpose(-1, -2) / math.sqrt(WIDTH)).exp().sum(-1, keepdim=True)
         gate = prefix / (prefix + own)
-        alone = core.alone(*inputs, mask=Mask(), memory=(keys, values))
+        alone = core.attend_memory(*inputs, mask=Mask(), memory=(keys, values))
         expected = (1 - gate) * core(*inputs, mask=Mask()) + gate * alone
         assert torch.allclose(core(*inputs, mask=Mask(), memory=(keys, values)), expected, rtol=0, atol=1e-10)
 

@@ -133,7 +133,7 @@ def test_tiles_rows_and_steps_are_the_definition_at_every_length(cls, n):
             torch.testing.assert_close(core(*leaves, mask=mask), wanted, rtol=0, atol=1e-12)
             where = torch.tensor([[0, n // 2, n - 1]]).expand(2, -1)
             at = [x.gather(2, where[:, None, :, None].expand(-1, 3, -1, 4)) for x in (leaves[0], wanted)]
-            torch.testing.assert_close(core.rows(where, at[0], *leaves[1:], mask=mask), at[1], rtol=0, atol=1e-12)
+            torch.testing.assert_close(core.forward_at(where, at[0], *leaves[1:], mask=mask), at[1], rtol=0, atol=1e-12)
         if causal and cls is not Halves:
             _, state = core.step(*(x[:, :, : n // 2 + 1] for x in leaves), mask=Mask(), past=None)
             if n > n // 2 + 1:

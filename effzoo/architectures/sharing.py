@@ -23,14 +23,14 @@ class Turn:
     def __init__(self, block: Block, layer: int):
         self.block, self.layer = block, layer
 
-    def __call__(self, x: Tensor, mask: Mask, cache: Cache | None = None, rows: Tensor | None = None) -> Tensor:
-        return self._cached(cache, lambda own: self.block(x, self._own(mask), own, rows))
+    def __call__(self, x: Tensor, mask: Mask, cache: Cache | None = None, wanted: Tensor | None = None) -> Tensor:
+        return self._cached(cache, lambda own: self.block(x, self._own(mask), own, wanted))
 
-    def attend(self, x: Tensor, mask: Mask, cache: Cache | None = None, rows: Tensor | None = None) -> Tensor:
-        return self._cached(cache, lambda own: self.block.attend(x, self._own(mask), own, rows))
+    def attend(self, x: Tensor, mask: Mask, cache: Cache | None = None, wanted: Tensor | None = None) -> Tensor:
+        return self._cached(cache, lambda own: self.block.attend(x, self._own(mask), own, wanted))
 
-    def feed(self, x: Tensor, mask: Mask, rows: Tensor | None = None) -> Tensor:
-        return self.block.feed(x, self._own(mask), rows)
+    def feed(self, x: Tensor, mask: Mask, wanted: Tensor | None = None) -> Tensor:
+        return self.block.feed(x, self._own(mask), wanted)
 
     def calling(self, x: Tensor, mask: Mask) -> AbstractContextManager[None]:
         return self.block.calling(x, self._own(mask))
@@ -59,7 +59,7 @@ class Turn:
         if cache is None:
             return compute(None)
         own, number = Cache(), self.block.attn.core.context.layer
-        own.length, own.rows = cache.length, cache.rows
+        own.length, own.prompt_tokens = cache.length, cache.prompt_tokens
         if self.layer in cache.states:
             own.states[number] = cache.states[self.layer]
         out = compute(own)

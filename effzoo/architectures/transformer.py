@@ -143,7 +143,7 @@ class Transformer(Recomputing, Model):
         start = 0 if cache is None else cache.length
         prompt = self.embeddings.prompt() if start == 0 else None
         rows = 0 if prompt is None else prompt.shape[-2]
-        before = 0 if cache is None or start == 0 else cache.rows  # prompt rows that are in the cache
+        before = 0 if cache is None or start == 0 else cache.prompt_tokens  # prompt rows that are in the cache
         check_inputs(
             self.config, rows + before, start - before, input_ids, inputs_embeds, attention_mask=attention_mask,
             token_type_ids=token_type_ids, position_ids=position_ids, global_attention_mask=global_attention_mask,
@@ -183,7 +183,7 @@ class Transformer(Recomputing, Model):
             else:
                 x = documents.together(self._run(documents.apart(x), documents.mask(mask), None))
         if cache is not None:
-            cache.length, cache.rows = start + x.shape[1], rows + before
+            cache.length, cache.prompt_tokens = start + x.shape[1], rows + before
         with calling(outside):
             if self.final_norm is not None:
                 x = self.final_norm(x)

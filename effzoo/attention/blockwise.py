@@ -94,7 +94,7 @@ class Blockwise(PredicateAttention):
             else torch.full_like(length, self.block)
         )
 
-    def layouts(self, n: int, mask: Mask, device: torch.device) -> Sequence[tuple[list[int], Tiles | None]]:
+    def tilings(self, n: int, mask: Mask, device: torch.device) -> Sequence[tuple[list[int], Tiles | None]]:
         if self.block is not None and n > self.blocks * self.block:
             raise InputError(
                 f"blockwise has {self.blocks} blocks of {self.block} positions, {self.blocks * self.block} in all, "

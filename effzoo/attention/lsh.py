@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effzoo.annotations import Count, Few, Seed, Whole, problem
-from effzoo.attention.core import AttentionCore, Context, Mask, Side, State, longer, memory_part
+from effzoo.attention.core import AttentionCore, Context, Mask, Side, State, append, memory_part
 from effzoo.attention.hashing import automatic, buckets_of, draw_rotations, sort
 from effzoo.attention.part import Part, bias_of
 from effzoo.attention.rounds import HashingRounds
@@ -218,7 +219,7 @@ class LSH(AttentionCore):
     def _padding_last(self, buckets: Tensor, mask: Mask) -> Tensor:
         return buckets if mask.valid is None else buckets.masked_fill(~mask.valid[:, None, :], math.prod(self.factors))
 
-    def alone(self, *projected: Tensor, mask: Mask, memory: KeysValues, where: Tensor | None = None) -> Tensor:
+    def attend_memory(self, *projected: Any, mask: Mask, memory: KeysValues, wanted: Tensor | None = None) -> Tensor:
         return self.attend(_memory_part(projected[0], memory, 1))
 
     def step(
@@ -232,8 +233,8 @@ class LSH(AttentionCore):
                 f"lsh: the cache was filled with {past['buckets'].shape[1]} rounds, now there are "
                 f"{self._rounds}; start a new one"
             )
-        state = {name: longer(past[name], new, 2) for name, new in (("qk", qk), ("v", v))}
-        state["buckets"] = longer(past["buckets"], hashed, 3)  # [batch, rounds, heads, n]
+        state = {name: append(past[name], new, 2) for name, new in (("qk", qk), ("v", v))}
+        state["buckets"] = append(past["buckets"], hashed, 3)  # [batch, rounds, heads, n]
         buckets = self._padding_last(state["buckets"].transpose(0, 1), mask)
         counts = self._counts(buckets, sort(buckets)[1], past["qk"].shape[2], mask, memory is not None)
         bias = counts.to(torch.promote_types(qk.dtype, torch.float32)).log().to(qk.dtype)

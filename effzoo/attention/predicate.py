@@ -3,9 +3,9 @@
     out_i = sum over j of p_ij v_j,    p_i = softmax over {j : visible(i, j), j holds a token, j <= i if causal} of q_i
     . k_j / sqrt(d).
 
-From the predicate come the definition (`pattern`, `dense`), single rows (`rows`), decoding (`step`) and the tiles that
-are computed (`layouts`): pairs in tiles that no query sees are never computed. A kind that declares how far its queries
-look (`sight`) has its tiles in closed form; for others they are found once for a length.
+From the predicate come the definition (`pattern`, `dense`), the output at a few positions (`forward_at`), decoding
+(`step`) and the tiles that are computed (`tilings`): a tile in which no query sees a key is never computed. A kind that
+declares a `sight` has its tiles in closed form; for others they are found once per length.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from effzoo.attention import flex, reference, tile_map
 from effzoo.attention.band import Sees, Window
-from effzoo.attention.core import AttentionCore, Context, Mask, State, latest, longer, memory_part, rows_of
+from effzoo.attention.core import AttentionCore, Context, Mask, State, append, keep_last, memory_part, take_positions
 from effzoo.attention.part import Part, bias_of
 from effzoo.attention.tiles import Tiles, by_head
 from effzoo.attention.traced import Traced
@@ -87,14 +87,16 @@ class PredicateAttention(AttentionCore):
 
     def forward(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         q, k, v = projected[:3]
-        own_tiles = type(self).layouts is not PredicateAttention.layouts
+        own_tiles = type(self).tilings is not PredicateAttention.tilings
         if self.context.backend == "flex":
             if own_tiles:
-                self.layouts(q.shape[2], mask, q.device)  # which refuses lengths that the kind does not take
+                self.tilings(q.shape[2], mask, q.device)  # which refuses lengths that the kind does not take
             under = flex.seen(self, q, k, mask, None if mask.valid is None else lengths(mask.valid))
             out = self.attend(Part(q, k, v, layout=under), memory_part(q, memory))
         elif self.by_length and mask.valid is not None and not own_tiles:
-            return self.rows(torch.arange(q.shape[2], device=q.device)[None], *projected, mask=mask, memory=memory)
+            return self.forward_at(
+                torch.arange(q.shape[2], device=q.device)[None], *projected, mask=mask, memory=memory
+            )
         else:
             held = self._held(mask)
             traced = torch.compiler.is_compiling()
@@ -107,15 +109,15 @@ class PredicateAttention(AttentionCore):
             return out
         where, _ = gathered(mask, self.max_globals)
         q, k, v = self.of_globals(*projected)
-        rows = self._attend_at(where, k.shape[2], mask, memory)(rows_of(q, where), k, v)
+        rows = self._attend_at(where, k.shape[2], mask, memory)(take_positions(q, where), k, v)
         # a scatter would be as short, but compiled code then reads what it has overwritten (torch 2.13)
         slot = (is_global.cumsum(dim=1) - 1).clamp(min=0)
-        return torch.where(is_global[:, None, :, None], rows_of(rows, slot), out)
+        return torch.where(is_global[:, None, :, None], take_positions(rows, slot), out)
 
     def part(self, q: Tensor, k: Tensor, v: Tensor, held: Tensor | None, mask: Mask | None = None) -> Part:
         """The keys that are `held` in their tiles; compiled code knows no more of the mask."""
         mask = Mask(held) if mask is None else mask
-        layout = by_head(self.layouts(q.shape[2], mask, q.device), q.shape[2], self.context.causal)
+        layout = by_head(self.tilings(q.shape[2], mask, q.device), q.shape[2], self.context.causal)
         if layout is not None:
             return Part(q, k, v, layout=layout, given=[held])
         bias = (
@@ -139,12 +141,12 @@ class PredicateAttention(AttentionCore):
             is_global if is_global is None or where is None else is_global.gather(1, where.expand(len(is_global), -1))
         )
 
-    def layouts(self, n: int, mask: Mask, device: torch.device) -> Sequence[tuple[list[int], Tiles | None]]:
+    def tilings(self, n: int, mask: Mask, device: torch.device) -> Sequence[tuple[list[int], Tiles | None]]:
         """Heads that see alike, and the tiles in which they are computed; None: every key (before the query, when
         causal)."""
         declared = [self.sight(head) for head in range(self.context.heads)]
         if any(sight is None for sight in declared):
-            return tile_map.layouts(self, n, device)
+            return tile_map.tilings(self, n, device)
         alike = {sight: [head for head, own in enumerate(declared) if own == sight] for sight in declared}
 
         def made() -> list[tuple[list[int], Tiles | None]]:
@@ -220,14 +222,14 @@ class PredicateAttention(AttentionCore):
         allowed = self._seen(torch.arange(q.shape[2], device=q.device)[None], k.shape[2], mask)
         return self._either(self.is_global(mask), lambda q, k, v: reference.dense(q, k, v, allowed, memory), *projected)
 
-    def rows(self, where: Tensor, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
+    def forward_at(self, wanted: Tensor, *projected: Any, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         return self._either(
-            self.is_global(mask, where), self._attend_at(where, projected[1].shape[2], mask, memory), *projected
+            self.is_global(mask, wanted), self._attend_at(wanted, projected[1].shape[2], mask, memory), *projected
         )
 
-    def alone(self, *projected: Tensor, mask: Mask, memory: KeysValues, where: Tensor | None = None) -> Tensor:
+    def attend_memory(self, *projected: Any, mask: Mask, memory: KeysValues, wanted: Tensor | None = None) -> Tensor:
         return self._either(
-            self.is_global(mask, where), lambda q, k, v: self.attend(memory_part(q, memory)), *projected
+            self.is_global(mask, wanted), lambda q, k, v: self.attend(memory_part(q, memory)), *projected
         )
 
     def _attend_at(self, where: Tensor, s: int, mask: Mask, memory: KeysValues | None) -> Softmax:
@@ -267,13 +269,13 @@ class PredicateAttention(AttentionCore):
             )
         new, sights, columns = q.shape[2], self._sights, None
         most = _most(sights)
-        k, v = longer(past["k"], k, 2), longer(past["v"], v, 2)
+        k, v = append(past["k"], k, 2), append(past["v"], v, 2)
         valid, kept, last = mask.valid, k.shape[2], past["position"] + new
-        state = {**past, "k": latest(k, most, 2), "v": latest(v, most, 2), "position": last}
+        state = {**past, "k": keep_last(k, most, 2), "v": keep_last(v, most, 2), "position": last}
         bias: Tensor | None = None
         if "is_global" in past:
-            is_global = longer(past["is_global"], past["is_global"].new_zeros(len(q), new), 1)
-            state["is_global"] = latest(is_global, most, 1)
+            is_global = append(past["is_global"], past["is_global"].new_zeros(len(q), new), 1)
+            state["is_global"] = keep_last(is_global, most, 1)
             columns = Part(q, past["k_global"], past["v_global"], bias_of(past["held"][:, None, None, :], q.dtype))
             bias = bias_of(self._newest(last, new, kept, mask) & ~is_global[:, None, None, :], q.dtype)
         # else all that is kept is seen
@@ -301,16 +303,16 @@ class PredicateAttention(AttentionCore):
         tokens."""
         most = _most(self._sights)
         state = {
-            "k": latest(k, most, 2),
-            "v": latest(v, most, 2),
+            "k": keep_last(k, most, 2),
+            "v": keep_last(v, most, 2),
             "position": torch.full((len(k), 1), k.shape[2] - 1, device=k.device),
         }
         if mask.is_global is not None:
             where, held = gathered(mask, self.max_globals)
             state |= {
-                "is_global": latest(mask.is_global, most, 1),
-                "k_global": rows_of(k, where),
-                "v_global": rows_of(v, where),
+                "is_global": keep_last(mask.is_global, most, 1),
+                "k_global": take_positions(k, where),
+                "v_global": take_positions(v, where),
                 "held": held,
             }
         return state
@@ -325,7 +327,7 @@ class PredicateAttention(AttentionCore):
             seen = seen & (where[:, None, None, :] <= torch.arange(q.shape[2], device=q.device)[:, None])
         bias = mask.memo(("global columns", q.dtype), lambda: bias_of(seen, q.dtype))
         places = mask.memo("global places", lambda: where.masked_fill(~held, k.shape[2]))
-        return Part(q, rows_of(k, where), rows_of(v, where), bias, where=places)
+        return Part(q, take_positions(k, where), take_positions(v, where), bias, where=places)
 
     @property
     def key(self) -> tuple[Any, ...]:

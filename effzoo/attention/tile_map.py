@@ -42,7 +42,7 @@ class Pairs(NamedTuple):
     causal: bool
 
 
-def layouts(core: PredicateAttention, n: int, device: torch.device) -> Groups:
+def tilings(core: PredicateAttention, n: int, device: torch.device) -> Groups:
     """Heads that see alike, and their tiles, for n positions without padding."""
     return remembered((core.key, n), lambda: [(heads, _tiles(core, heads[0], n)) for heads in _alike(core, n)], device)
 

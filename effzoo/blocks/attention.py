@@ -7,7 +7,7 @@ from typing import Any
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from effzoo.attention.core import AttentionCore, Cache, Context, Mask, rows_of
+from effzoo.attention.core import AttentionCore, Cache, Context, Mask, take_positions
 from effzoo.blocks.positions import Rotary, rotate
 from effzoo.errors import IncompatibleError
 from effzoo.registry import attention as registry
@@ -82,16 +82,16 @@ class Attention(nn.Module):
         *,
         source: Tensor | None = None,
         cache: Cache | None = None,
-        rows: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """source [batch, s, source_dim]: what is attended in cross-attention; mask then speaks of it. cache: of a
         causal model that decodes.
-        rows [batch, r]: the positions whose output is wanted, [batch, r, dim]; None for all."""
+        wanted [batch, r]: the positions whose outputs are wanted, [batch, r, dim]; None for all."""
         if source is not None:
             self._check_crosses()
         valid = None if mask.valid is None or source is not None else mask.valid[:, -x.shape[1] :]
         with calling(context := HookContext(valid, mask, x, self.keys_values)):
-            return self._attended(x, mask, source, cache, rows, context)
+            return self._attended(x, mask, source, cache, wanted, context)
 
     def _attended(
         self,
@@ -99,7 +99,7 @@ class Attention(nn.Module):
         mask: Mask,
         source: Tensor | None,
         cache: Cache | None,
-        rows: Tensor | None,
+        wanted: Tensor | None,
         context: HookContext,
     ) -> Tensor:
         core = self.core
@@ -109,16 +109,14 @@ class Attention(nn.Module):
             source = source.to(x.dtype)
         inputs = {name: source if source is not None and self.on_key_side(name) else x for name in used}
         projected = [self.project(name, inputs[name], mask) if name in used else None for name in core.projections]
-        where = rows if core.gives_rows else None
-        if where is not None:
-            sides = core.projections.values()
-            projected = [
-                q if q is None or side != "query" else rows_of(q, where)
-                for q, side in zip(projected, sides, strict=True)
-            ]
+        at = wanted if core.has_forward_at else None  # else all outputs are computed, and the wanted ones are taken
+        if at is not None:
+            for index, side in enumerate(core.projections.values()):
+                q = projected[index]
+                projected[index] = take_positions(q, at) if q is not None and side == "query" else q
         given: dict[str, Any] = {"mask": mask} if memory is None else {"mask": mask, "memory": memory}
-        if where is not None:
-            heads = core.rows(where, *projected, **given)  # type: ignore[arg-type]
+        if at is not None:
+            heads = core.forward_at(at, *projected, **given)
         elif cache is None:
             heads = core(*projected, **given)
         else:
@@ -127,10 +125,10 @@ class Attention(nn.Module):
         for extra in gated:
             assert extra.gate is not None
             own = self._grouped(extra.keys), self._grouped(extra.values)
-            added = extra.gate[..., None, None] * self.core.alone(*projected, mask=mask, memory=own, where=where)  # type: ignore[arg-type]
+            added = extra.gate[..., None, None] * core.attend_memory(*projected, mask=mask, memory=own, wanted=at)
             heads = heads + added.to(heads.dtype)
-        if rows is not None and where is None:
-            heads = rows_of(heads, rows)
+        if wanted is not None and at is None:
+            heads = take_positions(heads, wanted)
         merged = heads.transpose(1, 2).flatten(2)
         return merged if self.o is None else self.o(merged)
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from effzoo.attention.core import Cache, Context, Mask, rows_of
+from effzoo.attention.core import Cache, Context, Mask, take_positions
 from effzoo.blocks.attention import Attention
 from effzoo.blocks.experts import Experts
 from effzoo.blocks.feedforward import FeedForward
@@ -101,28 +101,28 @@ class Block(nn.Module):
         """Inside, the hooks at the block's sites are given what the mask says of x."""
         return calling(HookContext(_tokens(x, mask, None), mask))
 
-    def forward(self, x: Tensor, mask: Mask, cache: Cache | None = None, rows: Tensor | None = None) -> Tensor:
-        """rows [batch, r]: the positions whose output is wanted, [batch, r, dim]; None for all."""
+    def forward(self, x: Tensor, mask: Mask, cache: Cache | None = None, wanted: Tensor | None = None) -> Tensor:
+        """wanted [batch, r]: the positions whose outputs are wanted, [batch, r, dim]; None for all."""
         with self.calling(x, mask):
-            return self._computed(x, mask, cache, rows)
+            return self._computed(x, mask, cache, wanted)
 
-    def _computed(self, x: Tensor, mask: Mask, cache: Cache | None, rows: Tensor | None) -> Tensor:
-        kept = x if rows is None else rows_of(x, rows)
+    def _computed(self, x: Tensor, mask: Mask, cache: Cache | None, wanted: Tensor | None) -> Tensor:
+        kept = x if wanted is None else take_positions(x, wanted)
         if self.norm == "post":
             assert self.attn_norm is not None
-            x = self.attn_norm(kept + self.attend(x, mask, cache, rows))
-            return self.mlp_norm(x + self.feed(x, mask, rows))
-        x = kept + self.attend(x if self.attn_norm is None else self.attn_norm(x), mask, cache, rows)
-        return x + self.feed(self.mlp_norm(x), mask, rows)
+            x = self.attn_norm(kept + self.attend(x, mask, cache, wanted))
+            return self.mlp_norm(x + self.feed(x, mask, wanted))
+        x = kept + self.attend(x if self.attn_norm is None else self.attn_norm(x), mask, cache, wanted)
+        return x + self.feed(self.mlp_norm(x), mask, wanted)
 
-    def attend(self, x: Tensor, mask: Mask, cache: Cache | None = None, rows: Tensor | None = None) -> Tensor:
-        """What attention adds to the residual stream, in these rows."""
-        added = self.dropout(self.attn(x, mask, cache=cache, rows=rows))
-        return self.attn_branch(x if rows is None else rows_of(x, rows), added)
+    def attend(self, x: Tensor, mask: Mask, cache: Cache | None = None, wanted: Tensor | None = None) -> Tensor:
+        """What attention adds to the residual stream, at the wanted positions."""
+        added = self.dropout(self.attn(x, mask, cache=cache, wanted=wanted))
+        return self.attn_branch(x if wanted is None else take_positions(x, wanted), added)
 
-    def feed(self, x: Tensor, mask: Mask, rows: Tensor | None = None) -> Tensor:
-        """What the feed-forward adds to the residual stream; rows: where the rows of x stand, if they are not all."""
-        tokens = _tokens(x, mask, rows)
+    def feed(self, x: Tensor, mask: Mask, wanted: Tensor | None = None) -> Tensor:
+        """What the feed-forward adds to the residual stream; wanted: the positions of x, if they are not all."""
+        tokens = _tokens(x, mask, wanted)
         added = self.mlp(x, tokens, mask) if isinstance(self.mlp, Experts) else self.mlp(x)
         return self.mlp_branch(x, self.dropout(added))
 
@@ -136,8 +136,8 @@ class Block(nn.Module):
         return all(map(positionwise, hung))
 
 
-def _tokens(x: Tensor, mask: Mask, rows: Tensor | None) -> Tensor | None:
-    """Which rows of x hold a token; with a cache, mask.valid covers the past too."""
+def _tokens(x: Tensor, mask: Mask, wanted: Tensor | None) -> Tensor | None:
+    """Which positions of x hold a token; with a cache, mask.valid covers the past too."""
     if mask.valid is None:
         return None
-    return mask.valid[:, -x.shape[1] :] if rows is None else mask.valid.gather(1, rows)
+    return mask.valid[:, -x.shape[1] :] if wanted is None else mask.valid.gather(1, wanted)

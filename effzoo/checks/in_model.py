@@ -82,18 +82,19 @@ def checkpointing_is_exact(subject: Subject) -> None:
 
 @needs("every_length")
 def positions_computed_alone(subject: Subject) -> None:
-    """Computed for some rows alone, they are the same rows
+    """Computed at a few positions alone, the output is that of `forward` there
 
-    The last block leaves out what a classification head does not read; print `rows` beside `forward` for one query.
+    The last block leaves out what a classification head does not read; print `forward_at` beside `forward` for one
+    query.
     """
     for case in cases(subject):
         alone, among = last_block_at_two_positions(case.model(), case.batch())
         close(
-            f"{case}: rows computed alone",
+            f"{case}: the output at a few positions",
             alone,
             among,
             1e-10,
-            "`rows` is `forward` at the positions `where`; without `rows` all are computed",
+            "`forward_at` is `forward` at the positions `wanted`; without it all are computed",
         )
 
 

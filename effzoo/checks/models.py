@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from effzoo import zoo
 from effzoo.architectures import Transformer
-from effzoo.attention.core import Mask, rows_of
+from effzoo.attention.core import Mask, take_positions
 from effzoo.blocks.block import Block
 from effzoo.checks.facts import zero_gradient
 from effzoo.peft import training
@@ -89,7 +89,7 @@ def last_block_at_two_positions(model: Transformer, batch: dict[str, Tensor]) ->
     x = torch.randn(*valid.shape, model.config.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     mask = Mask(valid, None if is_global is None else is_global.bool(), torch.arange(x.shape[1])[None])
     rows = torch.stack([torch.zeros(len(x), dtype=torch.long), valid.sum(dim=1) - 2], dim=1)
-    return block(x, mask, None, rows), rows_of(block(x, mask), rows)
+    return block(x, mask, None, rows), take_positions(block(x, mask), rows)
 
 
 @torch.no_grad()
