@@ -75,7 +75,7 @@ def test_it_learns_reports_and_saves_an_adapter_and_resumes_to_the_same(place):
     done = CliRunner().invoke(app, line)
     assert done.exit_code == 0, done.output
     text = " ".join(done.output.split())
-    # 32 less 4 prompt rows
+    # 32 less 4 prompt tokens
     assert "54 texts to train on, 6 to evaluate on, up to 28 tokens, 2 labels: business, sport" in text
     assert "the weights start at random" in text and "accuracy 1 " in text and "prompt embed.token 1 site 64" in text
     assert (place / "run/curves.png").read_bytes().startswith(b"\x89PNG")

@@ -106,7 +106,7 @@ def test_prefix_is_the_gated_sum_of_two_attentions(tiny):
 def test_prompt_equals_the_rows_written_into_the_input(tiny, name):
     """A prompt is `inputs_embeds` with its rows in front; what comes out at the rows is cut off."""
     model = effzoo.build(name, task="token_classification", **tiny).double().eval()
-    # the types of prompt rows are those of the first token; without types nothing is left to choose
+    # the types of prompt tokens are those of the first token; without types nothing is left to choose
     model.embeddings.token_type = None
     prompted = effzoo.attach(copy.deepcopy(model), "prompt[length=4]")
     rows = site(prompted, "embeddings.token").adapters["default"]["prompt"].tokens

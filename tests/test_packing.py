@@ -163,7 +163,7 @@ def test_documents_start_where_they_do_in_transformers(name, kind):
 @pytest.mark.parametrize(("more", "attention", "inputs", "said"), [
     ({"task": "classification"}, "full", {},
     "a classification head labels whole rows; give each document a row of its own"),
-    ({"peft": "prompt[length=3]"}, "full", {}, "but 3 prompt rows stand before the first alone"),
+    ({"peft": "prompt[length=3]"}, "full", {}, "but 3 prompt tokens stand before the first alone"),
     ({}, "local[chunk=4, circular=true]", {}, "attention 'local' with circular=true computes a short one otherwise"),
     ({}, "full", {"positions": -1}, r"position_ids are in \[0, 63\], got -1"),
     ({}, "full", {"positions": 70}, r"position_ids are in \[0, 63\], got 0 to 70"),

@@ -560,7 +560,7 @@ def test_the_table_reads_as_it_is():
         (
             ("bert", "prompt[length=10]"),
             {"length": 90, **SIZES},
-            "90 tokens and 10 prompt rows do not fit into max_length 96",
+            "90 tokens and 10 prompt tokens do not fit into max_length 96",
         ),
         (("bert",), {"length": 9, "inputs": {}}, "give length"),
         (("perceiver",), {"length": 9}, "perceiver reads a grid of 224 x 224, which is length=50176, got length=9"),

@@ -18,11 +18,9 @@ TASKS = ("features", "classification", "token_classification", "masked_lm", "cau
 
 
 def check_fields(config: Any) -> None:
-    """Refuse a field of another type or outside the range that its annotation says; lists become tuples, numbers of
-    numpy those of Python.
+    """Refuse a field of another type or range than its annotation says; lists become tuples, numpy's numbers Python's.
 
-    Here and nowhere else: the keywords of `build`, TOML files, configs read from transformers and `dataclasses.replace`
-    all pass.
+    Every config passes here: keywords of `build`, TOML files, configs of transformers, `dataclasses.replace`.
     """
     for key, annotation in annotations_of(type(config)).items():
         value = getattr(config, key)
@@ -37,43 +35,50 @@ def check_fields(config: Any) -> None:
 class Config:
     """Sizes and slots of one transformer.
 
-    share_layers: how many blocks there are for all layers, each shared by layers / share_layers of them in a row (1:
-        all layers share one; Lan et al. 2020, ALBERT, arXiv:1909.11942, section 3.1); 0 for a block per layer. What
-        is said per layer (window=(32, 64), layers= of methods) is then said per block.
-    embedding_dim: width of the embeddings, which a linear layer brings to dim (ALBERT, section 3.1); 0 for
-        embeddings as wide as dim.
-    mlp: inner width of the feed-forward.
-    max_length: positions, prompts included.
     attention: a spec, or one per layer.
-    head_dim: width of a head, dim / heads when 0.
-    kv_heads: heads of keys and values (grouped queries), all when 0.
+    vocab, dim, layers, heads: sizes of the vocabulary, of the hidden states, of the stack, of each attention.
+    mlp: inner width of the feed-forward.
+    max_length: positions, the prompt's included.
+    share_layers: how many blocks there are for all layers, each shared by layers / share_layers of them in a row
+        (Lan et al. 2020, ALBERT, arXiv:1909.11942, section 3.1); 0 for a block per layer. What is said per layer
+        (window=(32, 64), layers= of methods) is then said per block.
+    embedding_dim: width of the embeddings, which a linear layer brings to dim (ALBERT, section 3.1); 0 for dim.
+    head_dim: width of a head; 0 for dim / heads.
+    kv_heads: heads of keys and values (grouped queries); 0 for all.
     qk_norm: an RMSNorm over each head of queries and keys.
-    attn_bias, attn_out_bias, mlp_bias: which linear layers have one.
+    attn_bias, attn_out_bias, mlp_bias: which linear layers have a bias.
     gated: a gated feed-forward.
-    mlp_chunk: positions that it computes at a time, 0 for all.
-    experts: feed-forwards of which a router chooses for each token, 0 for one without a router; router: a spec of
-        `effzoo.routing`; expert_every: every how manieth layer has them (2: layers 1, 3, 5, ...).
-    norm, norm_kind, norm_bias, first_norm: where the norms stand, which they are, whether they have a bias, and
-        whether block 0 of a pre-norm model has one before its attention.
-    residual: "reversible" has two streams, which end side by side (Gomez et al. 2017).
-    positions: learned, sinusoidal, axial (`axial_shape` rows per axis, `axial_dims` their widths; Kitaev et al.
-        2020, section 4), rotary (`rotary_theta`, one or one per layer, `rotary_scaling`) or none.
-    position_offset: first position id (RoBERTa counts from pad_token + 1; padding then keeps the id pad_token).
-    types: rows of the token-type table, 0 for none.
-    bos_token, eos_token: the token that begins a text, and the one or those that end it; generation: the options
-        that `effzoo.generate` starts from.
-    embed_norm: a norm after the embeddings; None means in post-norm models.
-    tied: the language-model head uses the token embedding.
-    lm_bias: it adds a bias; None means when masked.
-    lm_transform: dense, activation and norm before it.
-    pooling: how a classification head reads the sequence (the first token, the mean, or the last token).
-    head_dense, head_activation, head_norm, head_bias: through dense, activation and norm, or directly; token_dense:
-        whether the head that labels tokens goes through them as well.
-    dropout: of embeddings, sub-layers and heads;
+    mlp_chunk: positions that the feed-forward computes at a time; 0 for all.
+    experts: feed-forwards of which a router chooses for each token; 0 for one without a router.
+    router: a spec of `effzoo.routing`.
+    expert_every: 2 gives experts to layers 1, 3, 5, ...; 1 to all.
+    norm: before a sub-layer ("pre") or after its residual ("post").
+    norm_kind, norm_bias: LayerNorm or RMSNorm, and whether it has a bias.
+    first_norm: whether block 0 of a pre-norm model has a norm before its attention.
+    residual: "reversible" has two streams, which end side by side (Gomez et al. 2017, arXiv:1707.04585).
+    eps: of the norms.
+    activation: of the feed-forward.
+    dropout: of embeddings, sub-layers and heads.
     attention_dropout: of the attention weights, one or one per layer.
-    transform_bias: of the dense layer in any head.
+    positions: learned, sinusoidal, axial, rotary or none.
+    axial_shape, axial_dims: size and width of each axis (Kitaev et al. 2020, arXiv:2001.04451, section 4).
+    rotary_theta, rotary_scaling: the base of the frequencies, one or one per layer, and how they are stretched.
+    types: how many token types there are; 0 for none.
+    position_offset: the first position id (RoBERTa counts from pad_token + 1; padding then keeps the id pad_token).
+    pad_token, bos_token, eos_token: the token of padding, the one that begins a text, the one or those that end it.
+    generation: the options that `effzoo.generate` starts from.
+    embed_norm: a norm after the embeddings; None for one in post-norm models.
+    tied: the language-model head uses the token embedding.
+    lm_bias: the language-model head adds a bias; None for one when masked.
+    lm_transform: dense, activation and norm before the language-model head.
+    pooling: what a classification head reads: the first token, the mean, or the last token.
+    head_dense, head_activation, head_norm, head_bias: what a classification head has before its last layer.
+    token_dense: whether the head that labels tokens has them as well.
+    transform_bias: whether the dense layer of a head has a bias.
     pooler: a features model ends in a dense tanh layer on the first token.
-    backend: what computes attention ("auto", or a name of `effzoo.attention.backends`).
+    backend: what computes attention: "auto", or a name of `effzoo.attention.backends`.
+    name, layout, architecture: what it is called, whose weights it can load, and "encoder" or "decoder" (causal).
+    paper, hub, package: where it was published, its weights on the hub, and a package that holds them.
     """
 
     name: str
@@ -199,13 +204,12 @@ class Config:
 
     def _check_positions(self) -> None:
         if self.positions == "axial":
-            rows, width = math.prod(self.axial_shape), sum(self.axial_dims)
-            if len(self.axial_shape) != len(self.axial_dims) or rows < self.max_length or width != self.embed_dim:
+            places, width = math.prod(self.axial_shape), sum(self.axial_dims)
+            if len(self.axial_shape) != len(self.axial_dims) or places < self.max_length or width != self.embed_dim:
                 raise OptionError(
                     f"axial positions need axial_shape with a product of at least max_length {self.max_length} and "
-                    "axial_dims that add up to "
-                    f"{'embedding_dim' if self.embedding_dim else 'dim'} {self.embed_dim}, got {self.axial_shape} "
-                    f"and {self.axial_dims}"
+                    f"axial_dims that add up to {'embedding_dim' if self.embedding_dim else 'dim'} {self.embed_dim}, "
+                    f"got {self.axial_shape} and {self.axial_dims}"
                 )
 
     def _check_layers(self) -> None:

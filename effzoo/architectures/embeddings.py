@@ -1,4 +1,4 @@
-"""Token, position and type embeddings, and the rows that prompts put in front."""
+"""Token, position and type embeddings, and the prompt tokens in front of them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ MASK_DTYPES = (
 
 
 class Embeddings(nn.Module):
-    """norm(token + position + type), [batch, n] ids -> [batch, rows + n, dim], with `rows` prompt rows in front.
+    """norm(token + position + type): ids [batch, n] -> [batch, p + n, dim], with the p tokens of a prompt in front.
 
-    Embeddings that are narrower than the blocks go through a linear layer at the end, prompt rows too (ALBERT, section
-    3.1).
-    The table of positions is learned, sinusoidal or axial, or there is none (rotary positions act in attention).
+    Embeddings that are narrower than the blocks go through a linear layer at the end (ALBERT, section 3.1). The
+    positions are learned, sinusoidal or axial, or there are none (rotary positions act in attention).
     """
 
     def __init__(self, config: Config):
@@ -41,7 +40,8 @@ class Embeddings(nn.Module):
         self.project = Linear(config.embed_dim, config.dim, role="embed.project") if config.embedding_dim else None
 
     def prompt(self) -> Tensor | None:
-        """The rows that active adapters put in front of every input, [rows, dim] (or [batch, rows, dim]), or None."""
+        """The prompt tokens of active adapters, which stand in front of every input: [p, dim], [batch, p, dim] or
+        None."""
         return self.token.prompt()
 
     def forward(
@@ -53,17 +53,17 @@ class Embeddings(nn.Module):
         prompt: Tensor | None = None,
         start: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """The embedded rows and their position ids [batch, rows + n]; `start` positions came before (decoding)."""
+        """The embeddings and their position ids [batch, p + n], after `start` positions that a cache holds."""
         x = embeds if embeds is not None else self.token(ids)
         batch, n, _ = x.shape
         positions = self.positions(ids, batch, n, x.device) + start if positions is None else positions.expand(batch, n)
         if self.token_type is not None and types is None:
             types = torch.zeros(batch, n, dtype=torch.long, device=x.device)
         if prompt is not None:
-            rows = prompt.shape[-2]
+            p = prompt.shape[-2]
             x = torch.cat([prompt.to(x.dtype).expand(batch, -1, -1), x], dim=1)
-            positions = self._shifted(positions, rows)
-            types = None if types is None else torch.cat([types[:, :1].expand(-1, rows), types], dim=1)
+            positions = self._shifted(positions, p)
+            types = None if types is None else torch.cat([types[:, :1].expand(-1, p), types], dim=1)
         if self.position is not None:
             x = x + self.position(positions).to(x.dtype)
         if self.token_type is not None:
@@ -72,52 +72,52 @@ class Embeddings(nn.Module):
         return x if self.project is None else self.project(x), positions
 
     def positions(self, ids: Tensor | None, batch: int, n: int, device: torch.device) -> Tensor:
-        """0, 1, 2, ...; with an offset, padding tokens are not counted and keep the id before the offset (as in
-        RoBERTa)."""
+        """0, 1, 2, ...; from an offset, where there is one, and padding has the id before it (as in RoBERTa)."""
         offset = self.config.position_offset
         if offset and ids is not None and self.config.pad_token is not None:
             present = ids != self.config.pad_token
             return torch.where(present, present.cumsum(dim=1) + offset - 1, offset - 1)
         return (torch.arange(n, device=device) + offset).expand(batch, n)
 
-    def _shifted(self, positions: Tensor, rows: int) -> Tensor:
-        """Prompt rows take the first positions and the tokens follow; padding stays where it is."""
+    def _shifted(self, positions: Tensor, p: int) -> Tensor:
+        """The p prompt tokens take the first positions and the others follow; padding stays where it is."""
         offset = self.config.position_offset
-        front = torch.arange(offset, offset + rows, device=positions.device).expand(len(positions), -1)
-        return torch.cat([front, torch.where(positions < offset, positions, positions + rows)], dim=1)
+        front = torch.arange(offset, offset + p, device=positions.device).expand(len(positions), -1)
+        return torch.cat([front, torch.where(positions < offset, positions, positions + p)], dim=1)
 
 
 def _table(config: Config) -> nn.Module | None:
-    """The module that turns position ids into rows, or None."""
-    rows = config.max_length + config.position_offset
+    """The module that embeds position ids, or None."""
     if config.positions == "learned":
-        return Embedding(rows, config.embed_dim, role="embed.position")
+        return Embedding(config.max_length + config.position_offset, config.embed_dim, role="embed.position")
     if config.positions == "axial":
         return AxialPositions(config.axial_shape, config.axial_dims)
     return SinusoidalPositions(config.embed_dim) if config.positions == "sinusoidal" else None
 
 
 class AxialPositions(nn.Module):
-    """Position p as coordinates (i, j, ...) of a grid; row p is the axes' rows i, j, ... side by side.
+    """e(p) = [e_1(i), e_2(j), ...]: a position p has coordinates (i, j, ...) in a grid, each with an embedding.
 
-    shape: rows of each axis, the last one running fastest; prod(shape) positions cost sum(shape_a dims_a) parameters
-        (Kitaev et al. 2020, arXiv:2001.04451, section 4). In training transformers also drops out whole columns of
-        these rows; here the dropout of the embeddings acts alone.
+    prod(shape) positions cost sum(shape_a dims_a) parameters (Kitaev et al. 2020, arXiv:2001.04451, section 4). In
+    training transformers also drops out whole columns of these embeddings; here the dropout of all embeddings acts.
+
+    shape: the size of the grid along each axis; the last one runs fastest.
+    dims: the width of each axis's embeddings.
     """
 
     def __init__(self, shape: Sequence[int], dims: Sequence[int]):
         super().__init__()
         self.shape = tuple(shape)
         self.axes = nn.ModuleList(
-            Embedding(rows, dim, role="embed.position") for rows, dim in zip(shape, dims, strict=True)
+            Embedding(size, dim, role="embed.position") for size, dim in zip(shape, dims, strict=True)
         )
 
     def forward(self, positions: Tensor) -> Tensor:
-        rows = []
+        embeddings = []
         for axis, size in zip(reversed(self.axes), reversed(self.shape), strict=True):
-            rows.append(axis(positions % size))
+            embeddings.append(axis(positions % size))
             positions = positions // size
-        return torch.cat(rows[::-1], dim=-1)
+        return torch.cat(embeddings[::-1], dim=-1)
 
 
 class SinusoidalPositions(nn.Module):
@@ -170,26 +170,21 @@ def check_tensors(**given: object) -> None:
 
 
 def check_device(model: nn.Module, **given: Tensor | None) -> None:
-    """InputError for a tensor on another device than the model; nothing waits for either. Hooks of accelerate bring
-    inputs to their weights."""
+    """Refuse a tensor on another device than the model, unless hooks of accelerate bring inputs to their weights."""
     here = next((parameter.device for parameter in model.parameters()), None)
     for name, value in given.items():
-        if (
-            value is not None
-            and here is not None
-            and value.device != here
-            and not any(hasattr(module, "_hf_hook") for module in model.modules())
-        ):
+        if value is None or here is None or value.device == here:
+            continue
+        if not any(hasattr(module, "_hf_hook") for module in model.modules()):
             raise InputError(
                 f"{name} is on {value.device} and the model on {here}; bring it there, as in {name}.to({str(here)!r})"
             )
 
 
 def check_inputs(
-    config: Config, rows: int, past: int, ids: Tensor | None, embeds: Tensor | None, **others: Tensor | None
+    config: Config, prompt_length: int, past: int, ids: Tensor | None, embeds: Tensor | None, **others: Tensor | None
 ) -> None:
-    """Refuse wrong shapes, dtypes and lengths; `rows` prompt rows and `past` tokens in a cache count towards the
-    length."""
+    """Refuse wrong shapes, dtypes and lengths; prompt tokens and the `past` tokens of a cache count as well."""
     check_tensors(input_ids=ids, inputs_embeds=embeds, **others)
     if (ids is None) == (embeds is None):
         raise InputError("give either input_ids or inputs_embeds" + (", not both" if ids is not None else ""))
@@ -208,11 +203,11 @@ def check_inputs(
         raise InputError(
             f"there is nothing to compute with: {'the sequence is empty, n = 0' if n == 0 else 'a batch of 0'}"
         )
-    if n + rows + past > config.max_length:
-        more = f" and {rows} prompt rows" * bool(rows) + f" after {past} in the cache" * bool(past)
+    if n + prompt_length + past > config.max_length:
+        more = f" and {prompt_length} prompt tokens" * bool(prompt_length) + f" after {past} in the cache" * bool(past)
         raise InputError(
-            f"{n} tokens{more} do not fit into max_length {config.max_length}; truncate to {config.max_length - rows}, "
-            f"or build the model with max_length={n + rows + past}"
+            f"{n} tokens{more} do not fit into max_length {config.max_length}; truncate to "
+            f"{config.max_length - prompt_length}, or build the model with max_length={n + prompt_length + past}"
         )
     for name, tensor in others.items():
         if tensor is None:
@@ -223,14 +218,13 @@ def check_inputs(
             raise InputError(f"{name} has shape {tuple(tensor.shape)}, the input needs {shapes[0]}")
 
 
-def checked(config: Config, rows: int, name: str, ids: Tensor | None) -> Tensor | None:
-    """Integers of the input, of which none is out of range; `rows` prompt rows come before positions."""
+def checked(config: Config, prompt_length: int, name: str, ids: Tensor | None) -> Tensor | None:
+    """Token, type or position ids, once none is out of range; positions of the prompt come before those given."""
     if ids is None:
         return None
     if name == "position_ids":
-        last = config.max_length + config.position_offset - 1 - rows
+        last = config.max_length + config.position_offset - 1 - prompt_length
         return within(ids, last, name, f"[0, {last}]")
     most = config.vocab if name == "input_ids" else max(config.types, 1)
-    return within(
-        ids, most - 1, name, f"[0, {most})", "; is this the model's tokenizer?" if name == "input_ids" else ""
-    )
+    advice = "; is this the model's tokenizer?" if name == "input_ids" else ""
+    return within(ids, most - 1, name, f"[0, {most})", advice)

@@ -71,27 +71,24 @@ ANY_LENGTH = ("full", "local", "longformer")
 
 def function_of(config: Config | PerceiverConfig, task: str, num_labels: int) -> dict[str, Any]:
     """Name -> value of everything outside the tensors that decides what a model of this configuration computes."""
-    found: dict[str, Any] = {"task": task}
+    function: dict[str, Any] = {"task": task}
     if task.endswith("classification"):
-        found["num_labels"] = num_labels
+        function["num_labels"] = num_labels
     transformer = isinstance(config, Config)
     for name in (field.name for field in fields(config)):
-        if (
-            name in WITHOUT_EFFECT
-            or name in SEPARATE
-            or (isinstance(config, Config) and not READ_IF.get(name, _always)(config, task))
-        ):
+        if name in WITHOUT_EFFECT or name in SEPARATE:
             continue
-        found[name] = (
-            MEANT[name](config) if name in MEANT and (transformer or name == "lm_bias") else getattr(config, name)
-        )
+        if isinstance(config, Config) and not READ_IF.get(name, _always)(config, task):
+            continue
+        meant = name in MEANT and (transformer or name == "lm_bias")
+        function[name] = MEANT[name](config) if meant else getattr(config, name)
     for layer, spec in enumerate(_specs(config)):
-        found |= _options(f"attention of layer {layer}", attention, spec)
-        if found.get(name := f"attention of layer {layer}, global_projections", False) is None:
-            found[name] = transformer and not config.causal  # where global tokens are, see Longformer
+        function |= _options(f"attention of layer {layer}", attention, spec)
+        if function.get(name := f"attention of layer {layer}, global_projections", False) is None:
+            function[name] = transformer and not config.causal  # where global tokens are, see Longformer
     if isinstance(config, Config) and config.experts:
-        found |= _options("router", router, parse_one(config.router))
-    return found
+        function |= _options("router", router, parse_one(config.router))
+    return function
 
 
 def _always(config: Config, task: str) -> bool:

@@ -44,8 +44,8 @@ class Classification(nn.Module):
     """One label per sequence: out(dropout(norm(tanh(dense(pooled))))), or out(dropout(pooled)) without the dense layer.
 
     The loss is the cross-entropy for integer labels [batch], the binary cross-entropy for float labels [batch,
-    num_labels] (several labels may hold), and the squared error for one label. How many labels there are is read from
-    the logits: the head of an adapter may have more or fewer than `num_labels`, which is the model's own number.
+    num_labels] (several labels may hold), and the squared error for one label. The head of an adapter may have another
+    number of labels than the model's own `num_labels`.
     """
 
     def __init__(self, config: Config, num_labels: int):
@@ -89,8 +89,7 @@ class Classification(nn.Module):
         if labels.is_floating_point() or labels.shape != logits.shape[:1]:
             raise InputError(
                 f"labels are integers of shape {tuple(logits.shape[:1])} (or floats of shape {tuple(logits.shape)} "
-                "when several may hold), "
-                f"got {labels.dtype} of shape {tuple(labels.shape)}"
+                f"when several may hold), got {labels.dtype} of shape {tuple(labels.shape)}"
             )
         return _cross_entropy(logits, labels)
 
@@ -118,12 +117,10 @@ class TokenClassification(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Logits over the vocabulary, [batch, n, vocab]: W norm(act(dense(x))) + b, the transform and the bias where the
-    config says so.
+    """Logits over the vocabulary, [batch, n, vocab]: W norm(act(dense(x))) + b, where the config has the transform.
 
-    W is the token embedding (tied; the transform then ends as wide as that), or a matrix of its own. Causal (decoder):
-    labels are shifted here, logits at t are compared with the label at t + 1. Labels [batch, n], -100 where none
-    counts.
+    W is the token embedding (tied; the transform then ends as wide as that), or a matrix of its own. Labels [batch, n],
+    -100 where none counts; a decoder compares the logits at t with the label at t + 1.
     """
 
     def __init__(self, config: Config):
@@ -175,8 +172,7 @@ def head(config: Config, task: str, num_labels: int) -> nn.Module:
 
 
 def labels_of(head: nn.Module, otherwise: int) -> int:
-    """The number of labels of the task head that acts, the model's own or an adapter's; `otherwise` for a head without
-    labels."""
+    """How many labels the acting head has, the model's own or an adapter's; `otherwise` for a head without labels."""
     return head.out.outputs_now() if isinstance(head, Classification | TokenClassification) else otherwise
 
 
@@ -187,8 +183,7 @@ def transformed(x: Tensor, dense: Linear | None, activation: Callable[[Tensor], 
 
 
 def pool(hidden: Tensor, valid: Tensor | None, how: str) -> Tensor:
-    """[batch, n, dim] -> [batch, dim]: the first position, the mean over tokens, or the last token; padding is left
-    out."""
+    """[batch, n, dim] -> [batch, dim]: the first position, the mean over tokens, or the last token; never padding."""
     if how == "first":
         return hidden[:, 0].clone()  # a view would keep all positions for the backward pass
     if valid is None:
@@ -219,22 +214,19 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
             f"{tuple(labels.shape)}"
         )
     classes = logits.shape[-1]
-    labels = within(
-        labels, classes - 1, "labels", f"[0, {classes}) or {IGNORED}", "; check num_labels", ignored=IGNORED
-    )
+    accepted = f"[0, {classes}) or {IGNORED}"
+    labels = within(labels, classes - 1, "labels", accepted, "; check num_labels", ignored=IGNORED)
     total = F.cross_entropy(_exact(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 
 def _labels(logits: Tensor, labels: Tensor) -> Tensor:
-    """Labels as int64 or floats. Compared as they come, 156 in uint8 would be -100, and 200 beyond what int8 is
-    compared with."""
+    """Labels as int64 or floats: compared in their own dtype, 156 in uint8 would be -100."""
     check_tensors(labels=labels)
     if labels.device != logits.device or not (labels.is_floating_point() or labels.dtype in LABEL_DTYPES):
         raise InputError(
             f"labels are integers (of at most 64 bits, with a sign or uint8) or floats on {logits.device}, where the "
-            "model is, "
-            f"got {labels.dtype} on {labels.device}"
+            f"model is, got {labels.dtype} on {labels.device}"
         )
     return labels if labels.is_floating_point() else labels.long()
 

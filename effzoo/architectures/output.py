@@ -10,10 +10,11 @@ from torch import Tensor
 class Output(dict[str, Tensor]):
     """A dict that is also read by attribute; absent entries read as None.
 
-    loss: scalar, when labels were given, balance_loss included. logits: of the task. last_hidden_state [batch, n, dim].
-        pooler_output [batch, dim].
-    balance_loss: scalar, what balances the experts of a model that has them, weighted and summed over its layers; in
-        training alone.
+    loss: scalar, when labels were given; it includes balance_loss.
+    logits: of the task.
+    last_hidden_state [batch, n, dim]: the output of the last block, after the final norm.
+    pooler_output [batch, dim]: of models with a pooler.
+    balance_loss: scalar, in training: what balances the experts, weighted and summed over the layers.
     """
 
     _fields = ("loss", "logits", "last_hidden_state", "pooler_output", "balance_loss")

@@ -1,4 +1,4 @@
-"""Documents that share the rows of a batch: taken apart for the blocks of a decoder, and put back after them."""
+"""Documents that share the rows of a batch: split for the blocks of a decoder, and joined after them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _INSTEAD = "give each document a row of its own"
 _looked_at: set[torch.device] = set()  # where a batch has been
 
 
-class Packed:
-    """A document starts where a position id does not follow that of the token before it, as in transformers. Each
-    becomes a row of its own, so every kind of attention computes it as it does when it stands alone.
+class Documents:
+    """The documents of a packed batch; one starts where a position id does not follow that of the token before it.
+
+    Each becomes a row of its own, so every kind of attention computes it as it does when it stands alone.
 
     starts bool[batch, n]: True at the first position of each document.
     """
@@ -37,50 +38,51 @@ class Packed:
         self.place = flat - first[self.document]
         lengths = self.document.bincount()
         offset = torch.arange(int(lengths.max()), device=starts.device)
-        self.held = offset < lengths[:, None]  # [documents, longest]
-        self.index = torch.where(self.held, first[:, None] + offset, 0)
+        self.valid = offset < lengths[:, None]  # [documents, longest]
+        self.index = torch.where(self.valid, first[:, None] + offset, 0)
         self.row = first // n
 
-    def apart(self, x: Tensor) -> Tensor:
+    def split(self, x: Tensor) -> Tensor:
         """[batch, n, ...] -> [documents, longest, ...]."""
         return x.flatten(0, 1)[self.index]
 
-    def together(self, x: Tensor) -> Tensor:
+    def join(self, x: Tensor) -> Tensor:
         """The inverse, without what fills up shorter documents."""
         return x[self.document, self.place].view(self.batch, -1, *x.shape[2:])
 
     def mask(self, mask: Mask) -> Mask:
         """The mask of the documents."""
         n = len(self.document) // self.batch
-        valid = self.held if mask.valid is None else self.held & self.apart(mask.valid)
+        valid = self.valid if mask.valid is None else self.valid & self.split(mask.valid)
         return dataclasses.replace(
             mask,
             valid=valid,
-            is_global=None if mask.is_global is None else valid & self.apart(mask.is_global),
-            positions=None if mask.positions is None else self.apart(mask.positions.expand(self.batch, n)),
+            is_global=None if mask.is_global is None else valid & self.split(mask.is_global),
+            positions=None if mask.positions is None else self.split(mask.positions.expand(self.batch, n)),
             tasks=None if mask.tasks is None else mask.tasks[self.row],
-            start=None if mask.start is None else self.apart(mask.start),
+            start=None if mask.start is None else self.split(mask.start),
             _memo={},
         )
 
 
-def packed(positions: Tensor, batch: int) -> tuple[Tensor, Packed | None]:
+def documents_of(positions: Tensor, batch: int) -> tuple[Tensor, Documents | None]:
     """The position ids that were given, [batch or 1, n], and the documents in a batch by them; None where each row is
     one document."""
-    positions_of_rows = positions.expand(batch, -1)
-    starts = F.pad(positions_of_rows.diff(dim=1) != 1, (1, 0))
+    starts = F.pad(positions.expand(batch, -1).diff(dim=1) != 1, (1, 0))
     if torch.compiler.is_compiling():
         return known(
             positions,
             ~starts.any(),
             f"position_ids start again, and compiled code has no rows for several documents; {_INSTEAD}",
         ), None
-    return positions, Packed(starts) if bool(starts.any()) else None
+    return positions, Documents(starts) if bool(starts.any()) else None
 
 
 def warn_of_documents(positions: Tensor, valid: Tensor) -> None:
-    """Say that documents are not kept apart where an attention mask stands beside position ids that start again at 0.
-    On an accelerator, which would be waited for, the first batch alone is looked at."""
+    """Warn that documents see each other where an attention mask stands beside position ids that start again at 0.
+
+    On an accelerator, which would be waited for, only the first batch is looked at.
+    """
     if torch.compiler.is_compiling() or (positions.device in _looked_at and not at_hand(positions)):
         return
     _looked_at.add(positions.device)
@@ -88,23 +90,23 @@ def warn_of_documents(positions: Tensor, valid: Tensor) -> None:
     if bool(again.any()):
         log.warning(
             "position_ids start again at 0 beside an attention_mask, which alone says what is seen, as in "
-            "transformers: the documents see each "
-            "other; leave attention_mask out to keep them apart, or %s",
+            "transformers: the documents see each other; leave attention_mask out to keep them apart, or %s",
             _INSTEAD,
         )
 
 
-def check_packed(cores: Iterable[AttentionCore], task: str, rows: int, cached: bool) -> None:
+def check_packed(cores: Iterable[AttentionCore], task: str, prompt_length: int, cached: bool) -> None:
     """Refuse what has no meaning for several documents in a row."""
     what = "position_ids start again, so the row holds several documents"
     if task == "classification":
         raise InputError(f"{what}, and a classification head labels whole rows; {_INSTEAD}")
-    if cached or rows:
-        raise InputError(
-            f"{what}, but "
-            f"{'a cache holds one for each row' if cached else f'{rows} prompt rows stand before the first alone'}; "
-            f"{_INSTEAD}"
+    if cached or prompt_length:
+        why = (
+            "a cache holds one for each row"
+            if cached
+            else f"{prompt_length} prompt tokens stand before the first alone"
         )
+        raise InputError(f"{what}, but {why}; {_INSTEAD}")
     ring = next((core.name for core in cores if getattr(core, "circular", False)), None)
     if ring:
         raise IncompatibleError(

@@ -1,14 +1,11 @@
-"""The Perceiver: a few latents read an input of any length and shape, and think in a transformer of their own (Jaegle
-et al. 2021).
+"""The Perceiver: a few latents read an input of any length and shape, and a transformer computes on them alone.
 
-    z <- cross(z, input); z <- block(z); ... as often as the config says       arXiv:2103.03206, section 3
-    logits <- head(mean(z))                                                     Perceiver
-    logits <- head(cross(queries, z))                                           Perceiver IO, arXiv:2107.14795, section
-    3.2 z_0 = the last positions of the input, everything causal                    Perceiver AR, arXiv:2202.07765,
-    section 2
+    z <- cross(z, input); z <- block(z); ... as often as the config says    arXiv:2103.03206, section 3
+    logits <- head(mean(z))                                                 Perceiver
+    logits <- head(cross(queries, z))                                       Perceiver IO, arXiv:2107.14795, section 3.2
+    z_0 = the last positions of the input, everything causal                Perceiver AR, arXiv:2202.07765, section 2
 
-Depth costs O(latents^2) a layer whatever the length of the input, which enters once per cross-attention, as O(latents
-n).
+A layer costs O(latents^2) whatever the length n of the input; each cross-attention costs O(latents n).
 """
 
 from __future__ import annotations
@@ -56,9 +53,8 @@ class Perceiver(Recomputing, Model):
         self.latents = None if config.causal else Embedding(config.latents, config.dim, role="latents")
         self.cross = nn.ModuleList(_reading(config) for _ in set(config.cross_schedule()))
         self.blocks = nn.ModuleList(_latent_blocks(config))
-        self.final_norm = (
-            config.latent_transformer().slots().make_norm(config.dim, "final.norm") if config.final_norm else None
-        )
+        slots = config.latent_transformer().slots()
+        self.final_norm = slots.make_norm(config.dim, "final.norm") if config.final_norm else None
         self.decoder = _decoder(config, task)
         per_token = task in PER_TOKEN and not config.causal
         sizes = dataclasses.replace(config.inputs(), dim=config.query_dim) if per_token else config.latent_transformer()
@@ -93,58 +89,60 @@ class Perceiver(Recomputing, Model):
         output_queries: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Output:
-        """Token ids [batch, n], or an array [batch, *axes, channels], -> loss, logits, last_hidden_state: the latents
-        [batch, m, dim].
+        """head(decoder(latents(input))): an Output of loss, logits, last_hidden_state (the latents [batch, m, dim]).
 
-        attention_mask [batch, n] or [batch, *axes]: 1 for what is there, 0 for padding. position_ids [batch or 1, n]:
-        rows of learned positions. For a label per token, logits [batch, k, ...] and labels [batch, k] are those of k
-        output queries: by default one per token, at its position; output_positions [batch or 1, k] are positions to
-        decode instead, output_queries [batch or 1, k, query_dim] any other queries. A causal model has logits for its m
-        latents, which are the last positions of the input, m = min(latents, n); labels [batch, n] are those of the
-        whole input, shifted here, and only the latents' count. Pad such inputs on the left, so that tokens come last.
+        For a label per token, logits [batch, k, ...] and labels [batch, k] are those of k output queries, by default
+        one per token. A causal model has logits for its m = min(latents, n) latents, the last positions of the input.
+
+        input_ids int[batch, n]: the tokens, of a model with a vocabulary.
+        attention_mask [batch, n] or [batch, *axes]: 1 for what is there, 0 for padding. Pad causal inputs in front, so
+            that tokens come last.
+        position_ids int[batch or 1, n]: which learned positions; 0, 1, 2, ... when not given.
+        inputs_embeds [batch, *axes, channels]: an array of numbers, or embeddings of tokens.
+        output_positions int[batch or 1, k]: positions to decode; those of all tokens when not given.
+        output_queries [batch or 1, k, query_dim]: any other queries instead.
+        labels: int[batch] for classes, int[batch, k] for output queries; of a causal model [batch, n], those of the
+            whole input, which are shifted here and count where there is a latent.
+
         Raises InputError for shapes, dtypes, lengths and ids that do not fit.
         """
         prompt = self.embeddings.prompt()
-        rows = 0 if prompt is None else prompt.shape[-2]
-        self.embeddings.check(input_ids, inputs_embeds, attention_mask, position_ids, rows)
+        prompt_length = 0 if prompt is None else prompt.shape[-2]
+        self.embeddings.check(input_ids, inputs_embeds, attention_mask, position_ids, prompt_length)
         check_device(self, input_ids=input_ids, inputs_embeds=inputs_embeds)
-        input_ids, position_ids = (
-            checked(self.embeddings.sizes, rows, name, ids)
-            for name, ids in (("input_ids", input_ids), ("position_ids", position_ids))
-        )
+        input_ids = checked(self.embeddings.sizes, prompt_length, "input_ids", input_ids)
+        position_ids = checked(self.embeddings.sizes, prompt_length, "position_ids", position_ids)
         x, positions = self.embeddings(input_ids, inputs_embeds, position_ids, prompt)
-        output_positions = self._check_queries(len(x), rows, output_positions, output_queries)
+        output_positions = self._check_queries(len(x), prompt_length, output_positions, output_queries)
         check_device(self, output_positions=output_positions, output_queries=output_queries)
-        valid = self._valid(attention_mask, rows)
+        valid = self._valid(attention_mask, prompt_length)
+        n = x.shape[1] - prompt_length
         if self.latents is None:
-            z = x[:, -min(self.config.latents, x.shape[1] - rows) :]
-            own = None if valid is None else valid[:, -z.shape[1] :]
+            z = x[:, -min(self.config.latents, n) :]
+            valid_latents = None if valid is None else valid[:, -z.shape[1] :]
         else:
             z = self.latents(torch.arange(self.config.latents, device=x.device)).to(x.dtype).expand(len(x), -1, -1)
-            own = None
+            valid_latents = None
         with recompute(self.recompute if self.training else "nothing"):
-            z = self._run(z, x, Mask(valid), own)
+            z = self._run(z, x, Mask(valid), valid_latents)
         if self.final_norm is not None:
             z = self.final_norm(z)
         hidden = z
         if self.decoder is not None:
-            asked = positions[:, rows:] if output_positions is None else output_positions + rows
-            hidden = self.decoder(
-                z, positions.new_zeros(1, 1) if self.task == "classification" else asked, output_queries
-            )
+            wanted = positions[:, prompt_length:] if output_positions is None else output_positions + prompt_length
+            if self.task == "classification":
+                wanted = positions.new_zeros(1, 1)
+            hidden = self.decoder(z, wanted, output_queries)
         if labels is not None and self.config.causal and self.task in PER_TOKEN:
-            if labels.shape != (len(x), x.shape[1] - rows):
-                raise InputError(
-                    f"labels are those of the whole input, {(len(x), x.shape[1] - rows)}, got shape "
-                    f"{tuple(labels.shape)}"
-                )
+            if labels.shape != (len(x), n):
+                raise InputError(f"labels are those of the whole input, {(len(x), n)}, got shape {tuple(labels.shape)}")
             labels = labels[:, -z.shape[1] :]
-        output: Output = self.head(hidden, own, labels, self.embeddings.token)
+        output: Output = self.head(hidden, valid_latents, labels, self.embeddings.token)
         output["last_hidden_state"] = z
         return output
 
-    def _run(self, z: Tensor, x: Tensor, mask: Mask, own: Tensor | None) -> Tensor:
-        """Every cross-attention with the blocks that follow it."""
+    def _run(self, z: Tensor, x: Tensor, mask: Mask, valid_latents: Tensor | None) -> Tensor:
+        """The latents after every cross-attention and the blocks that follow it."""
         blocks, depth = cast("Sequence[Block]", self.blocks), self.config.layers
         per_cross = self.config.blocks_per_cross
         order = self.config.block_schedule()
@@ -152,22 +150,20 @@ class Perceiver(Recomputing, Model):
             z = self._through(self.cross[which], z, x, mask)
             for block in order[step * per_cross : (step + 1) * per_cross]:
                 # a mask for each: shared weights make choices of their own (hash buckets) every time they are applied
-                latent_mask = Mask(
-                    own, decisions={} if self.recompute == "blocks" and torch.is_grad_enabled() else None
-                )
+                again = self.recompute == "blocks" and torch.is_grad_enabled()
+                latent_mask = Mask(valid_latents, decisions={} if again else None)
                 for layer in blocks[block * depth : (block + 1) * depth]:
                     z = self._through(layer, z, latent_mask)
         return z
 
     def _through(self, module: nn.Module, *inputs: Any) -> Tensor:
-        out: Tensor = (
-            checkpoint(module, *inputs, use_reentrant=False)
-            if self.recompute == "blocks" and self.training
-            else module(*inputs)
-        )
-        return out
+        if self.recompute == "blocks" and self.training:
+            return cast(Tensor, checkpoint(module, *inputs, use_reentrant=False))
+        return cast(Tensor, module(*inputs))
 
-    def _check_queries(self, batch: int, rows: int, positions: Tensor | None, queries: Tensor | None) -> Tensor | None:
+    def _check_queries(
+        self, batch: int, prompt_length: int, positions: Tensor | None, queries: Tensor | None
+    ) -> Tensor | None:
         """The positions; InputError for output queries that do not fit."""
         if positions is None and queries is None:
             return None
@@ -193,26 +189,25 @@ class Perceiver(Recomputing, Model):
             )
         if len(given) not in (1, batch):
             raise InputError(f"{name} has {len(given)} rows, the input {batch}; give one for each, or one for all")
-        last = self.config.max_length - 1 - rows
+        last = self.config.max_length - 1 - prompt_length
         return None if positions is None else within(positions, last, "output_positions", f"[0, {last}]")
 
     def cores(self) -> Iterable[AttentionCore]:
         """The attention core of each latent block that has weights of its own."""
-        return (block.attn.core for block in self.blocks)  # type: ignore[union-attr, misc]
+        return (block.attn.core for block in cast("Sequence[Block]", self.blocks))
 
-    def _valid(self, attention_mask: Tensor | None, rows: int) -> Tensor | None:
-        """bool[batch, rows + n], or None when nothing is padding."""
+    def _valid(self, attention_mask: Tensor | None, prompt_length: int) -> Tensor | None:
+        """bool[batch, prompt_length + n], or None when nothing is padding."""
         if attention_mask is None:
             return None
         valid = marks(attention_mask, "attention_mask").flatten(1)
         if at_hand(valid) and bool(valid.all()):
             return None
-        return nn.functional.pad(valid, (rows, 0), value=True)
+        return nn.functional.pad(valid, (prompt_length, 0), value=True)
 
 
 class Decoder(nn.Module):
-    """Output queries read the latents, [batch, m, dim] -> [batch, k, query_dim]: as many rows as there are queries
-    (Perceiver IO, section 3.2)."""
+    """k output queries read the latents: [batch, m, dim] -> [batch, k, query_dim] (Perceiver IO, section 3.2)."""
 
     def __init__(self, queries: int, cross: Cross, dim: int, role: str):
         super().__init__()
@@ -220,8 +215,7 @@ class Decoder(nn.Module):
         self.cross = cross
 
     def forward(self, z: Tensor, positions: Tensor, queries: Tensor | None) -> Tensor:
-        """positions [batch or 1, k]: rows of the query table; queries [batch or 1, k, query_dim] instead, when
-        given."""
+        """The learned queries at positions [batch or 1, k], or the given queries [batch or 1, k, query_dim]."""
         queries = self.queries(positions) if queries is None else queries
         out: Tensor = self.cross(queries.to(z.dtype).expand(len(z), -1, -1), z, Mask())
         return out
@@ -237,7 +231,7 @@ def _reading(config: PerceiverConfig) -> Cross:
 
 
 def _decoder(config: PerceiverConfig, task: str) -> Decoder | None:
-    """What turns latents into the rows that a head sees; None when it sees the latents."""
+    """What turns latents into the hidden states that a head reads; None when it reads the latents."""
     slots = config.latent_transformer().slots()
     # one query as wide as a latent, in one head, added to what it reads
     if task == "classification" and config.pooling == "query":

@@ -17,32 +17,31 @@ PER_TOKEN = ("token_classification", "masked_lm", "causal_lm")
 
 @dataclass(frozen=True)
 class PerceiverConfig:
-    """Sizes and slots of one Perceiver. The latents have the plain names (`dim`, `heads`, `mlp`), the cross-attention
-    those with `cross_`.
+    """Sizes and slots of one Perceiver: plain names for the latents, `cross_` for the cross-attention.
 
-    latents: how many; in a causal model how many of the last positions, themselves, are the latents.
-    dim: their width.
+    latents: how many; in a causal model the last so many positions themselves are the latents.
+    dim: width of a latent.
     layers: self-attention layers with weights of their own in one block.
-    heads, head_dim, value_dim, mlp: of these layers.
+    heads, head_dim, value_dim, mlp: of these layers; 0 stands for head_dim = dim / heads, value_dim = head_dim.
     attention: a spec, or one per layer.
     cross_attends: how often the latents read the input.
     blocks_per_cross: how often a block follows each time.
     share_cross, share_blocks: which of these have the same weights (all, all but the first, none).
-    cross_residual: whether reading adds to the latents.
-    vocab: rows of the token table, 0 for arrays of numbers.
-    channels: width of a token's row, or of the array.
-    grid: the most positions along each axis of the input, (max_length,) when empty.
-    positions: learned rows, added (`position_dim` 0) or put beside the input with that width; Fourier features with
-        `bands` frequencies up to half the grid, put beside; or none.
-    pooling: how a classification head reads the latents: their mean, the last one, or one output query (Perceiver
-        IO).
-    query_dim, decoder_heads, decoder_head_dim, decoder_value_dim, decoder_mlp, decoder_residual: of the output
-        queries, one per position, of the tasks with a label per token. Widths of 0 stand for: head_dim dim / heads,
-        cross_head_dim the input's width / cross_heads, value_dim the head_dim, cross_mlp mlp, query_dim channels,
-        decoder_mlp query_dim.
+    cross_heads, cross_head_dim, cross_value_dim, cross_mlp: of the cross-attention; 0 stands for the input's width /
+        cross_heads, for cross_head_dim and for mlp.
+    cross_residual: whether what is read adds to the latents.
+    vocab: how many tokens there are; 0 for arrays of numbers.
+    channels: width of a token's embedding, or of the array.
+    grid: the most positions along each axis of the input; (max_length,) when empty.
+    positions: learned (added, or beside the input with the width `position_dim` where that is above 0), Fourier
+        features with `bands` frequencies up to half the grid, beside the input, or none.
+    pooling: what a classification head reads: the mean of the latents, the last one, or one output query
+        (Perceiver IO).
+    query_dim, decoder_heads, decoder_head_dim, decoder_value_dim, decoder_mlp, decoder_residual: of the output queries
+        of tasks with a label per token; 0 stands for query_dim = channels, decoder_mlp = query_dim.
     causal: each position sees the earlier ones only (Perceiver AR).
     final_norm: a norm after the last block.
-    head_norm: one in a classification head.
+    head_norm: a norm in a classification head.
     gated, attn_bias, attn_out_bias, mlp_bias, eps, activation, dropout, tied, lm_bias, backend: as in `Config`.
     """
 

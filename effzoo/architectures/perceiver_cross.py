@@ -1,5 +1,4 @@
-"""Cross-attention between two arrays of different length and width: how latents read the input, and output queries the
-latents."""
+"""Cross-attention between arrays of different lengths: latents read the input, output queries read the latents."""
 
 from __future__ import annotations
 
@@ -17,12 +16,13 @@ from effzoo.spec import Spec
 class Cross(nn.Module):
     """x <- x + attn(norm(x), norm(source)); x <- x + mlp(norm(x)), [batch, m, dim] reading [batch, n, source_dim].
 
-    Cost O(m n) for m rows of x (Jaegle et al. 2021, arXiv:2103.03206, section 3.1). residual: whether reading adds to x
-    or takes its place, which suits queries that mean something else than the output (Jaegle et al. 2022,
-    arXiv:2107.14795). value_dim: width of a value head.
-    context.causal: x are the last m of the n positions, and see those before them and themselves. role: of the sites
-        (`<role>.q`,
-    `<role>.mlp.up`, ...), which belong to no block.
+    Cost O(m n) (Jaegle et al. 2021, arXiv:2103.03206, section 3.1).
+
+    context.causal: x are the last m of the n positions, and see those before them and themselves.
+    source_dim, value_dim: width of the source, and of a value head.
+    residual: whether what is read adds to x or takes its place, which suits queries that mean something else than the
+        output (Jaegle et al. 2022, arXiv:2107.14795).
+    role: of the sites (`<role>.q`, `<role>.mlp.up`, ...), which belong to no block.
     """
 
     def __init__(self, slots: Slots, context: Context, *, source_dim: int, value_dim: int, residual: bool, role: str):
@@ -30,14 +30,9 @@ class Cross(nn.Module):
         self.norm = slots.make_norm(slots.dim, "norm")
         self.source_norm = slots.make_norm(source_dim, "source_norm")
         self.attn = Attention(
-            slots.dim,
-            Spec("full"),
-            context,
-            bias=slots.attn_bias,
-            out_bias=slots.attn_out_bias,
-            source_dim=source_dim,
-            value_dim=value_dim,
-        )
+            slots.dim, Spec("full"), context, bias=slots.attn_bias, out_bias=slots.attn_out_bias,
+            source_dim=source_dim, value_dim=value_dim,
+        )  # fmt: skip
         if context.causal:
             self.attn.core = LastPositions(context)
         self.branch = Branch(slots.dim, role="branch")
@@ -53,7 +48,7 @@ class Cross(nn.Module):
             site.role, site.layer = f"{role}.{site.role.removeprefix('attn.')}", None
 
     def forward(self, x: Tensor, source: Tensor, mask: Mask) -> Tensor:
-        """mask speaks of the source."""
+        """x [batch, m, dim] reads source [batch, n, source_dim], of which `mask` says what is padding."""
         query = self.norm(x)
         read = self.branch(query, self.dropout(self.attn(query, mask, source=self.source_norm(source))))
         x = x + read if self.residual else read
@@ -63,11 +58,10 @@ class Cross(nn.Module):
 
 
 class LastPositions(AttentionCore):
-    """Causal attention of the last m of n positions: query i, at position n - m + i, sees the keys j <= n - m + i
-    (Hawthorne et al. 2022, Perceiver AR, arXiv:2202.07765, section 2.2).
+    """Causal attention of the last m of n positions: query i, at position n - m + i, sees the keys j <= n - m + i.
 
     Two parts of one softmax: the n - m positions before all queries, and the triangle over the last m. No mask of m n
-    entries is made.
+    entries is made (Hawthorne et al. 2022, Perceiver AR, arXiv:2202.07765, section 2.2).
     """
 
     name = "last_positions"

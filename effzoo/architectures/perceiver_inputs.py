@@ -15,8 +15,7 @@ from effzoo.sites import Embedding
 
 
 class Inputs(nn.Module):
-    """Token ids [batch, n] or an array [batch, *axes, channels] -> the byte array of the paper, [batch, n, width], all
-    axes in one row.
+    """Token ids [batch, n] or an array [batch, *axes, channels] -> the byte array of the paper, [batch, n, width].
 
     Learned positions are added, or put beside the channels when the config says `position_dim`; Fourier features are
     put beside (Jaegle et al. 2021, arXiv:2103.03206, section 3.2).
@@ -27,31 +26,27 @@ class Inputs(nn.Module):
         self.config, self.sizes = config, config.inputs()
         self.token = Embedding(config.vocab, config.channels, role="embed.token") if config.vocab else None
         learned = config.positions == "learned"
-        self.position = (
-            Embedding(config.max_length, config.position_dim or config.channels, role="embed.position")
-            if learned
-            else None
-        )
+        width = config.position_dim or config.channels
+        self.position = Embedding(config.max_length, width, role="embed.position") if learned else None
 
     def prompt(self) -> Tensor | None:
-        """Rows in front of the tokens, or None."""
+        """Prompt tokens in front of the others, or None."""
         return None if self.token is None else self.token.prompt()
 
     def forward(
         self, ids: Tensor | None, embeds: Tensor | None, position_ids: Tensor | None, prompt: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The rows [batch, rows + n, width], and where they stand in the grid, [batch or 1, rows + n]; prompt rows come
-        first."""
+        """The byte array [batch, p + n, width] with the p tokens of a prompt in front, and its places in the grid,
+        [batch or 1, p + n]."""
         x = embeds if embeds is not None else self.token(ids)  # type: ignore[misc]
         axes = x.shape[1:-1]
         positions = grid_index(axes, self.config.grid, x.device)[None] if position_ids is None else position_ids
         x = x.flatten(1, -2)
         if prompt is not None:
-            rows = prompt.shape[-2]
+            p = prompt.shape[-2]
             x = torch.cat([prompt.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
-            positions = torch.cat(
-                [torch.arange(rows, device=x.device).expand(len(positions), -1), positions + rows], dim=1
-            )
+            in_front = torch.arange(p, device=x.device).expand(len(positions), -1)
+            positions = torch.cat([in_front, positions + p], dim=1)
             axes = x.shape[1:-1]
         if self.config.positions == "fourier":
             features = fourier(axes, self.config.grid, self.config.bands, x.device).to(x.dtype)
@@ -59,18 +54,23 @@ class Inputs(nn.Module):
         if self.position is None:
             return x, positions
         where = self.position(positions).to(x.dtype)
-        return (
-            torch.cat([x, where.expand(len(x), -1, -1)], dim=-1) if self.config.position_dim else x + where
-        ), positions
+        if self.config.position_dim:
+            return torch.cat([x, where.expand(len(x), -1, -1)], dim=-1), positions
+        return x + where, positions
 
     def check(
-        self, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None, position_ids: Tensor | None, rows: int
+        self,
+        ids: Tensor | None,
+        embeds: Tensor | None,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        prompt_length: int,
     ) -> None:
         """Raise InputError for what does not fit."""
         config = self.config
         if position_ids is not None and config.positions != "learned":
             raise InputError(
-                f"position_ids choose rows of learned positions; {config.name} has positions={config.positions!r}"
+                f"position_ids choose among learned positions; {config.name} has positions={config.positions!r}"
             )
         check_tensors(input_ids=ids, inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids)
         if ids is not None and self.token is None:
@@ -79,7 +79,9 @@ class Inputs(nn.Module):
                 f"{config.channels}], not input_ids"
             )
         if len(config.grid) == 1:
-            return check_inputs(self.sizes, rows, 0, ids, embeds, attention_mask=mask, position_ids=position_ids)
+            return check_inputs(
+                self.sizes, prompt_length, 0, ids, embeds, attention_mask=mask, position_ids=position_ids
+            )
         if position_ids is not None:
             raise InputError(f"position_ids are for inputs with one axis; that of {config.name} has {len(config.grid)}")
         if embeds is None:
@@ -87,8 +89,7 @@ class Inputs(nn.Module):
         if embeds.ndim != len(config.grid) + 2 or embeds.shape[-1] != config.channels or not embeds.is_floating_point():
             raise InputError(
                 f"inputs_embeds is a float tensor [batch, {_axes(config.grid)} at most, {config.channels}], the "
-                "channels last, "
-                f"got {embeds.dtype} of shape {tuple(embeds.shape)}"
+                f"channels last, got {embeds.dtype} of shape {tuple(embeds.shape)}"
             )
         axes = tuple(embeds.shape[1:-1])
         if len(embeds) == 0:
@@ -105,7 +106,7 @@ class Inputs(nn.Module):
 
 
 def grid_index(axes: Sequence[int], grid: Sequence[int], device: torch.device) -> Tensor:
-    """The row of each position of an array in the table of a grid that may be larger, [prod(axes)]."""
+    """The index of each position of an array in a grid that may be larger, int[prod(axes)]."""
     index = torch.zeros((), dtype=torch.long, device=device)
     for size, most in zip(axes, grid, strict=True):
         index = index[..., None] * most + torch.arange(size, device=device)
@@ -125,9 +126,9 @@ def fourier(axes: Sequence[int], resolution: Sequence[int], bands: int, device: 
     for axis, (size, most) in enumerate(zip(axes, resolution, strict=True)):
         p = torch.linspace(-1, 1, size, dtype=torch.float64, device=device)[:, None]
         angle = math.pi * p * torch.linspace(1, most / 2, bands, dtype=torch.float64, device=device)
-        for values, found in ((p, places), (angle.sin(), sines), (angle.cos(), cosines)):
+        for values, columns in ((p, places), (angle.sin(), sines), (angle.cos(), cosines)):
             along = values.reshape([size if other == axis else 1 for other in range(len(axes))] + [-1])
-            found.append(along.expand(*axes, -1))
+            columns.append(along.expand(*axes, -1))
     return torch.cat([*places, *sines, *cosines], dim=-1).flatten(0, -2)
 
 

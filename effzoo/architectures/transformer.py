@@ -18,7 +18,7 @@ from effzoo.architectures.embeddings import Embeddings, check_device, check_inpu
 from effzoo.architectures.function import function_of
 from effzoo.architectures.heads import Classification, head, labels_of
 from effzoo.architectures.output import Output
-from effzoo.architectures.packing import check_packed, packed, warn_of_documents
+from effzoo.architectures.packing import Documents, check_packed, documents_of, warn_of_documents
 from effzoo.architectures.sharing import turns
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask
 from effzoo.attention.predicate import PredicateAttention
@@ -60,10 +60,10 @@ class Transformer(Recomputing, Model):
         self.apply(self._initialise)
         for core in self.cores():
             core.initialise()
-        for block in self.blocks if config.causal else ():
-            ends = [part.down for part in block.mlp.modules() if isinstance(part, FeedForward)]  # type: ignore[union-attr]
-            for linear in (block.attn.o, *ends):  # type: ignore[union-attr]
-                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.layers))  # type: ignore[union-attr, arg-type]
+        for block in cast("Sequence[Block]", self.blocks) if config.causal else ():
+            ends = [part.down for part in block.mlp.modules() if isinstance(part, FeedForward)]
+            for linear in (cast(Linear, block.attn.o), *ends):
+                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.layers))
 
     @staticmethod
     def _block(config: Config, number: int, spec: Spec, shared: dict[str, Any]) -> Block:
@@ -82,8 +82,8 @@ class Transformer(Recomputing, Model):
         if config.residual == "reversible" and isinstance(block.mlp, Experts) and block.mlp.router.weighted:
             raise IncompatibleError(
                 f"router {config.router!r} adds a loss, and a reversible residual keeps no graph that would lead "
-                "back from it; use residual='plain', "
-                "or a router without a loss ('base', 'soft', 'gumbel', or 'switch[balance=0]')"
+                "back from it; use residual='plain', or a router without a loss ('base', 'soft', 'gumbel', "
+                "or 'switch[balance=0]')"
             )
         return block
 
@@ -115,111 +115,125 @@ class Transformer(Recomputing, Model):
         cache: Cache | None = None,
         task_ids: Tensor | None = None,
     ) -> Output:
-        """Token ids [batch, n], or embeddings [batch, n, dim], -> loss, logits, last_hidden_state [batch, n, dim].
+        """head(blocks(embeddings(input))): an Output with loss, logits and last_hidden_state [batch, n, dim].
 
-        attention_mask [batch, n]: 1 for tokens, 0 for padding; with a cache it covers the positions in it too.
-        position_ids [batch or 1, n]: where they do not go on by 1 in a decoder, another document starts, which is
-            computed as it is alone. Beside an attention_mask they are positions only, as in transformers.
-        global_attention_mask [batch, n]: 1 for tokens with global attention. By default the first token of an encoder
-            with a classification head, where attention has projections for global tokens.
-        cache: of a causal model that decodes; the input is what follows the positions in it.
-        task_ids [batch]: the number of each example's task, for adapters that are routed by it.
+        input_ids int[batch, n]: the tokens.
+        attention_mask [batch, n]: 1 for tokens, 0 for padding; None when all are tokens. With a cache it covers the
+            positions in the cache, too.
+        token_type_ids int[batch, n]: which text a token belongs to; 0 when not given.
+        position_ids int[batch or 1, n]: 0, 1, 2, ... when not given. Where they do not go on by 1 in a decoder, another
+            document starts, which is computed as it is alone; beside an attention_mask they are positions only, as in
+            transformers.
+        inputs_embeds [batch, n, dim]: embeddings of tokens instead of input_ids.
+        global_attention_mask [batch, n]: 1 for tokens with global attention, for kinds that have it; when not given,
+            the first token of an encoder with a classification head.
+        labels: int[batch] for classes (float for one label), int[batch, n] for tokens; -100 does not count.
+        cache: of a decoder that generates; the input is what follows the positions in it.
+        task_ids int[batch]: the task of each example, for adapters that are routed by it.
 
         A classifier with pooling="last" reads the last token of the mask; in a decoder with a `pad_token`, the last one
-        whose id is another.
+        whose id is another. Padding at the front takes positions: pad at the end, or give position_ids and use a kind
+        that is `shift_invariant` (full, longformer, lsh). `effzoo.generate` does so for every kind.
 
-        Padding at the front takes positions and places: give position_ids, and use it with kinds that are
-        `shift_invariant` (full, longformer, lsh), or pad at the end. `effzoo.generate` gives each row what it gives
-        alone with every kind.
-
-        Raises InputError for shapes, dtypes, lengths and ids that do not fit.
+        Raises InputError for shapes, dtypes, lengths and ids that do not fit, IncompatibleError for an encoder's cache.
         """
-        if cache is not None and not self.config.causal:
-            raise IncompatibleError(
-                f"{self.config.name} is an encoder: every position sees the later ones, so there is nothing to cache"
-            )
-        if cache is not None and not isinstance(cache, Cache):
-            raise InputError(f"cache is an effzoo.attention.Cache, got {type(cache).__name__}")
-        start = 0 if cache is None else cache.length
+        start, cached_prompt = self._start(cache)
         prompt = self.embeddings.prompt() if start == 0 else None
-        rows = 0 if prompt is None else prompt.shape[-2]
-        before = 0 if cache is None or start == 0 else cache.prompt_tokens  # prompt rows that are in the cache
+        prompt_length = 0 if prompt is None else prompt.shape[-2]
+        in_front = prompt_length + cached_prompt
         check_inputs(
-            self.config, rows + before, start - before, input_ids, inputs_embeds, attention_mask=attention_mask,
+            self.config, in_front, start - cached_prompt, input_ids, inputs_embeds, attention_mask=attention_mask,
             token_type_ids=token_type_ids, position_ids=position_ids, global_attention_mask=global_attention_mask,
         )  # fmt: skip
         check_tensors(labels=labels, task_ids=task_ids)
         check_device(self, input_ids=input_ids, inputs_embeds=inputs_embeds, task_ids=task_ids)
-        input_ids, token_type_ids, position_ids = (
-            checked(self.config, rows + before, name, ids)
-            for name, ids in (
-                ("input_ids", input_ids),
-                ("token_type_ids", token_type_ids),
-                ("position_ids", position_ids),
-            )
-        )
+        input_ids = checked(self.config, in_front, "input_ids", input_ids)
+        token_type_ids = checked(self.config, in_front, "token_type_ids", token_type_ids)
+        position_ids = checked(self.config, in_front, "position_ids", position_ids)
         valid = self._valid(attention_mask)
-        documents = None
-        if position_ids is not None and self.config.causal and attention_mask is not None:
-            warn_of_documents(position_ids, attention_mask[:, -position_ids.shape[1] :].bool())
-        elif position_ids is not None and self.config.causal:
-            position_ids, documents = packed(position_ids, len(inputs_embeds if input_ids is None else input_ids))  # type: ignore[arg-type]
-            if documents is not None:
-                check_packed(self.cores(), self.task, rows, cache is not None)
-        position_ids = None if position_ids is None else position_ids + before
-        seen = None if valid is None else nn.functional.pad(valid, (rows, 0), value=True)
-        outside = HookContext(seen, Mask(seen, tasks=task_ids))
+        position_ids, documents = self._documents(position_ids, attention_mask, input_ids, inputs_embeds)
+        if documents is not None:
+            check_packed(self.cores(), self.task, prompt_length, cache is not None)
+        position_ids = None if position_ids is None else position_ids + cached_prompt
+
+        with_prompt = None if valid is None else nn.functional.pad(valid, (prompt_length, 0), value=True)
+        outside = HookContext(with_prompt, Mask(with_prompt, tasks=task_ids))
         with calling(outside):
             x, positions = self.embeddings(input_ids, inputs_embeds, position_ids, token_type_ids, prompt, start)
-        mask = self._mask(valid, global_attention_mask, x, rows, before, positions, task_ids)
+        mask = self._mask(valid, global_attention_mask, x, prompt_length, cached_prompt, positions, task_ids)
         if valid is not None:
-            valid = valid[:, -(x.shape[1] - rows) :]
+            valid = valid[:, -(x.shape[1] - prompt_length) :]
         valid = self._text(valid, input_ids)
-        read = self._read(x[:, rows:], valid, rows) if cache is None else None
+        wanted = self._read(x[:, prompt_length:], valid, prompt_length) if cache is None else None
         losses: list[Tensor] = []
         with balancing(losses) if self.config.experts else nullcontext():
             if documents is None:
-                x = self._run(x, mask, cache, read)
+                x = self._run(x, mask, cache, wanted)
             else:
-                x = documents.together(self._run(documents.apart(x), documents.mask(mask), None))
+                x = documents.join(self._run(documents.split(x), documents.mask(mask), None))
         if cache is not None:
-            cache.length, cache.prompt_tokens = start + x.shape[1], rows + before
+            cache.length, cache.prompt_tokens = start + x.shape[1], in_front
         with calling(outside):
             if self.final_norm is not None:
                 x = self.final_norm(x)
-            output: Output = self.head(
-                x[:, rows:] if read is None else x, valid if read is None else None, labels, self.embeddings.token
-            )
-        if read is not None:
-            del output["last_hidden_state"]
+            if wanted is None:
+                output: Output = self.head(x[:, prompt_length:], valid, labels, self.embeddings.token)
+            else:
+                output = self.head(x, None, labels, self.embeddings.token)
+                del output["last_hidden_state"]
         return _balanced(output, losses)
 
+    def _start(self, cache: Cache | None) -> tuple[int, int]:
+        """How many positions the cache holds, and how many of them are prompt tokens."""
+        if cache is None:
+            return 0, 0
+        if not self.config.causal:
+            raise IncompatibleError(
+                f"{self.config.name} is an encoder: every position sees the later ones, so there is nothing to cache"
+            )
+        if not isinstance(cache, Cache):
+            raise InputError(f"cache is an effzoo.attention.Cache, got {type(cache).__name__}")
+        return cache.length, cache.prompt_tokens if cache.length else 0
+
+    def _documents(
+        self, position_ids: Tensor | None, attention_mask: Tensor | None, ids: Tensor | None, embeds: Tensor | None
+    ) -> tuple[Tensor | None, Documents | None]:
+        """The position ids, and the documents that they pack into the rows of a decoder's batch, if they do."""
+        if position_ids is None or not self.config.causal:
+            return position_ids, None
+        if attention_mask is None:
+            given = cast(Tensor, embeds if ids is None else ids)
+            return documents_of(position_ids, len(given))
+        warn_of_documents(position_ids, attention_mask[:, -position_ids.shape[1] :].bool())
+        return position_ids, None
+
     def _text(self, valid: Tensor | None, ids: Tensor | None) -> Tensor | None:
-        """The positions that the head may read, bool[batch, n], or None for all. A decoder's classifier that reads the
-        last token reads the last whose id is not `pad_token`, with a mask or not, as in transformers: a text that ends
-        in eos is read before it where it is the padding."""
+        """The positions that the head may read, bool[batch, n], or None for all.
+
+        A decoder's classifier that reads the last token reads the last whose id is not `pad_token`, with a mask or not,
+        as in transformers: where eos is the padding, a text is read before its eos.
+        """
         pad = self.config.pad_token
-        if (
-            not (isinstance(self.head, Classification) and self.config.pooling == "last" and self.config.causal)
-            or ids is None
-            or pad is None
-        ):
+        reads_last = isinstance(self.head, Classification) and self.config.pooling == "last" and self.config.causal
+        if not reads_last or ids is None or pad is None:
             return valid
         return ids != pad if valid is None else valid & (ids != pad)
 
-    def _read(self, x: Tensor, valid: Tensor | None, before: int) -> Tensor | None:
-        """The positions that the head reads, with `before` prompt rows in front of them, or None where the last block
-        computes all."""
+    def _read(self, x: Tensor, valid: Tensor | None, prompt_length: int) -> Tensor | None:
+        """The positions whose output the head reads, after those of the prompt; None where the last block computes
+        all."""
         last = cast(Block, self.blocks[-1])
         plain = self.config.residual != "reversible" and not (self.side.active and self.side.replaces)
         if not (self.only_what_is_read and isinstance(self.head, Classification) and plain and last.positionwise):
             return None
         where = self.head.reads(x, valid)
-        return None if where is None else where + before
+        return None if where is None else where + prompt_length
 
-    def _run(self, x: Tensor, mask: Mask, cache: Cache | None, read: Tensor | None = None) -> Tensor:
-        """The blocks, with the residual and the memory of the config; gradient checkpointing is what reversible blocks
-        do anyway."""
+    def _run(self, x: Tensor, mask: Mask, cache: Cache | None, wanted: Tensor | None = None) -> Tensor:
+        """The output of the last block, at the wanted positions only where some are named.
+
+        Reversible blocks compute their inputs again in the backward pass, whatever `recompute` says.
+        """
         blocks = self.by_layer()
         if self.side.active and self.side.replaces:
             if cache is not None:
@@ -232,24 +246,22 @@ class Transformer(Recomputing, Model):
         level = self.recompute if self.training and cache is None else "nothing"
         with recompute(level):
             for i, block in enumerate(blocks):
-                rows = read if i == len(blocks) - 1 else None
-                x = (
-                    checkpoint(block, x, mask, None, rows, use_reentrant=False)
-                    if level == "blocks"
-                    else block(x, mask, cache, rows)
-                )
+                where = wanted if i == len(blocks) - 1 else None
+                if level == "blocks":
+                    x = checkpoint(block, x, mask, None, where, use_reentrant=False)
+                else:
+                    x = block(x, mask, cache, where)
         return x
 
     def _states(self, x: Tensor, mask: Mask) -> list[Tensor]:
-        """What stands before, between and after the blocks; autograd keeps nothing of them unless something in them is
-        trained as well."""
+        """The hidden states before, between and after the blocks."""
         blocks = self.by_layer()
         if self.config.residual == "reversible":
             return states(blocks, x, mask)
-        found = [x]
+        hidden = [x]
         for block in blocks:
-            found.append(block(found[-1], mask))
-        return found
+            hidden.append(block(hidden[-1], mask))
+        return hidden
 
     def by_layer(self) -> Sequence[Block]:
         """The block of each layer; where layers share one, turns of it."""
@@ -259,13 +271,13 @@ class Transformer(Recomputing, Model):
                 f"the model has {len(blocks)} blocks and its config {self.config.blocks}; build one with "
                 f"layers={len(blocks)} and load the weights"
             )
-        return (
-            blocks if len(blocks) == self.config.layers else cast("Sequence[Block]", turns(blocks, self.config.layers))
-        )
+        if len(blocks) == self.config.layers:
+            return blocks
+        return cast("Sequence[Block]", turns(blocks, self.config.layers))
 
     def cores(self) -> Iterable[AttentionCore]:
         """The attention core of each block."""
-        return (block.attn.core for block in self.blocks)  # type: ignore[union-attr, misc]
+        return (block.attn.core for block in cast("Sequence[Block]", self.blocks))
 
     def _valid(self, attention_mask: Tensor | None) -> Tensor | None:
         """bool[batch, n], or None when every position holds a token, which lets attention run without a mask."""
@@ -275,34 +287,29 @@ class Transformer(Recomputing, Model):
         return None if at_hand(valid) and bool(valid.all()) else valid
 
     def _mask(
-        self,
-        valid: Tensor | None,
-        is_global: Tensor | None,
-        x: Tensor,
-        rows: int,
-        before: int,
-        positions: Tensor,
-        tasks: Tensor | None,
-    ) -> Mask:
-        """The mask of the blocks. Prompt rows are tokens, and global where attention knows global tokens: else only
-        near tokens saw them."""
-        batch, n = x.shape[0], x.shape[1] - rows
-        knows_global = any(core.knows_globals() for core in self.cores())
+        self, valid: Tensor | None, is_global: Tensor | None, x: Tensor, prompt_length: int, cached_prompt: int,
+        positions: Tensor, tasks: Tensor | None,
+    ) -> Mask:  # fmt: skip
+        """The mask of the blocks. Prompt tokens are global where attention knows global tokens: else only the tokens
+        near them would see them."""
+        batch, n = x.shape[0], x.shape[1] - prompt_length
+        cores = list(self.cores())
+        knows_global = any(core.knows_globals() for core in cores)
         if is_global is not None and not knows_global:
-            next(iter(self.cores())).check(Mask(is_global=is_global))
-        given, marked = is_global is not None, 0  # marked: how many tokens of a row, at most
+            cores[0].check(Mask(is_global=is_global))
+        given, marked = is_global is not None, 0  # marked: how many tokens of an example, at most
         first = not given and knows_global and self.task == "classification" and not self.config.causal
         if given:
-            marked = max([0, *(core.max_globals for core in self.cores() if isinstance(core, PredicateAttention))])
-        elif first and any(core.for_globals() for core in self.cores()):
+            marked = max([0, *(core.max_globals for core in cores if isinstance(core, PredicateAttention))])
+        elif first and any(core.for_globals() for core in cores):
             is_global, marked = (torch.arange(n, device=x.device) == 0).expand(batch, n), 1
-        elif knows_global and rows:
+        elif knows_global and prompt_length:
             is_global = torch.zeros(batch, n, device=x.device)
-        most = None if given and at_hand(x) else rows + marked
+        most = None if given and at_hand(x) else prompt_length + marked
         if is_global is not None:
-            is_global = nn.functional.pad(marks(is_global, "global_attention_mask"), (rows, 0), value=True)
+            is_global = nn.functional.pad(marks(is_global, "global_attention_mask"), (prompt_length, 0), value=True)
         if valid is not None:
-            valid = nn.functional.pad(valid, (rows + before, 0), value=True)
+            valid = nn.functional.pad(valid, (prompt_length + cached_prompt, 0), value=True)
             is_global = None if is_global is None else is_global & valid[:, -x.shape[1] :]
         if is_global is not None and at_hand(is_global) and not bool(is_global.any()):
             is_global = None
