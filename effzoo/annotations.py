@@ -311,11 +311,11 @@ def checked(function: Callable[..., R]) -> Callable[..., R]:
             if not annotations:
                 annotations.update({name: _meaning(function, p.annotation) for name, p in parameters.items()})
             names = [*in_order[: len(arguments)], *[rest] * (len(arguments) - len(in_order))]
-            arguments = (*map(held, names, arguments), *arguments[len(names) :])
-            keywords = {name: held(name, value) for name, value in keywords.items()}
+            arguments = (*map(fitting, names, arguments), *arguments[len(names) :])
+            keywords = {name: fitting(name, value) for name, value in keywords.items()}
         return function(*arguments, **keywords)
 
-    def held(name: str | None, value: Any) -> Any:
+    def fitting(name: str | None, value: Any) -> Any:
         """The value, numbers of numpy in it as those of Python; refused where it is not what the annotation says."""
         if name not in annotations or annotations[name] is Any or value is parameters[name].default:
             return value

@@ -34,14 +34,16 @@ def build(
 
     name: of the zoo (`effzoo.models()`), or a TOML file.
     attention: a spec such as `"longformer[window=256]"` instead of the entry's own.
-    peft: a spec such as `"prefix[length=16]|lora[rank=4]"`, attached under the name `adapter`, its tensors in
-        `adapter_dtype` (None: float32 or better).
+    peft: a spec such as `"prefix[length=16]|lora[rank=4]"`.
     task: features, classification, token_classification, masked_lm or causal_lm.
-    pretrained: a local folder, hub id or live model in a layout of transformers, or True for the entry's own
-        weights. sizes: `dim, layers, heads, mlp, vocab, max_length, dropout, ...`.
+    num_labels: of a classification head; 1 for regression.
+    pretrained: a local folder, hub id or live model in a layout of transformers, or True for the entry's own weights.
+    adapter, adapter_dtype: the name of the adapter that `peft` makes, and the dtype of its tensors; None for float32,
+        or the model's where that is wider.
+    sizes: fields of the config, such as `dim, layers, heads, mlp, vocab, max_length, dropout`.
 
     With `pretrained`, longer `max_length` extends the positions by copying them, and projections that only the new
-    attention has start as copies of those they stand beside (Beltagy et al. 2020, section 5).
+    attention has start as copies of its queries, keys or values (Beltagy et al. 2020, section 5).
 
     Raises UnknownNameError, OptionError, SpecError, IncompatibleError, TargetError, ConversionError.
     """

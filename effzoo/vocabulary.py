@@ -1,5 +1,4 @@
-"""More tokens, or fewer, for a model that has weights: the token embedding and the language-model head get rows, or
-lose some."""
+"""More tokens, or fewer, for a model that has weights: its token embedding and language-model head are resized."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from effzoo.sites import Embedding, Growing, Linear, PeftModule, Site, TiedLinea
 
 M = TypeVar("M", bound=nn.Module)
 Init = Literal["mean", "normal"]
-ROLES = ("embed.token", "lm.out")  # the sites with a row for each token
+ROLES = ("embed.token", "lm.out")  # the sites whose weights have an entry for each token
 SPREAD = 1e-9  # of the covariance, and of a bias's standard deviation, as in transformers
 
 
@@ -26,28 +25,31 @@ SPREAD = 1e-9  # of the covariance, and of a bias's standard deviation, as in tr
 def resize_vocabulary(
     model: M, n: int, *, init: Init = "mean", multiple_of: int = 1, shrink: bool = False, seed: int = 0
 ) -> M:
-    """Give the token embedding, and the language-model head, `n` rows, in place; return the model.
+    """Give the token embedding and the language-model head `n` tokens, in place; return the model.
 
-    n: tokens afterwards; rows are added, or taken, at the end.
-    init: of added rows. "mean", a normal distribution with the mean of the rows that were there and 1e-9 times their
-        covariance, so that a new token is about as likely as an average one and old probabilities hardly move
-        (Hewitt 2021, Initializing new word embeddings for pretrained language models,
-        nlp.stanford.edu/~johnhew/vocab-expansion.html; what `resize_token_embeddings` of transformers does); the
-        mean alone where the covariance is not positive definite, as with fewer rows than columns. "normal", mean 0
-        and standard deviation 0.02, as in a model that is built anew. Added biases of a tied head are 0, of one with
-        a weight of its own they begin at the mean of its biases (0 for "normal").
+    What is there keeps its values, dtype, device and requires_grad; a tied head reads the resized embedding. Added
+    tokens have, with m the mean and C the covariance of the embeddings that were there,
+
+        e ~ N(m, 1e-9 C)   ("mean": about as likely as an average token; old probabilities hardly move)
+        e ~ N(0, 0.02^2)   ("normal": as in a model that is built anew)
+
+    as `resize_token_embeddings` of transformers does (Hewitt 2021, Initializing new word embeddings for pretrained
+    language models, nlp.stanford.edu/~johnhew/vocab-expansion.html). m alone is taken where C is not positive definite,
+    as with fewer tokens than dimensions. Added biases are 0 in a tied head, and in another about the mean of its
+    biases (0 for "normal").
+
+    n: tokens afterwards; they are added, or taken away, at the end.
+    init: "mean" or "normal".
     multiple_of: n is rounded up to a multiple of this.
-    shrink: whether n may be smaller than before; the last rows are then lost.
-    seed: of the draw, which leaves torch's own random state alone: copies of a model get the same rows.
+    shrink: whether n may be smaller than before; the last tokens are then lost.
+    seed: of the draw, which leaves torch's own random state alone: copies of a model get the same tokens.
 
-    Old rows, dtype, device and requires_grad stay; a tied head reads the resized table, one of its own is resized
-    likewise, with the mean of its own rows. The parameters are new objects: make the optimizer afterwards. Adapters
-    stay attached; what hangs on a resized site grows along, and the added rows begin there without a change. An adapter
-    that was saved before does not load any more, since the base is another.
+    The parameters are new objects: make the optimizer afterwards. Adapters stay attached, and change nothing of an
+    added token at first. An adapter that was saved before does not load any more, since the base is another.
 
-    Raises OptionError for numbers that are none, TooLargeError for more rows than memory has room for,
+    Raises OptionError for numbers that are none, TooLargeError for more tokens than memory has room for,
         IncompatibleError for a model without tokens, a quantised head, or an adapter that cannot follow, AdapterError
-        for one that is merged into these rows; the model is then unchanged.
+        for one that is merged into these weights; the model is then unchanged.
     """
     outer, model = model, unwrap(model)
     token = _token(model)
@@ -97,7 +99,7 @@ def _token(model: nn.Module) -> Embedding:
 
 
 def _checked(n: int, multiple_of: int, init: str, seed: int, old: int, shrink: bool) -> int:
-    """The number of rows afterwards. OptionError for a number that is none, or a smaller one that was not asked for."""
+    """How many tokens there are afterwards; OptionError for a number that is none, or a smaller one without shrink."""
     for name, value, least in (("n", n, 1), ("multiple_of", multiple_of, 1), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise OptionError(f"resize_vocabulary: {name} is a whole number of at least {least}, got {value!r}")
@@ -110,7 +112,7 @@ def _checked(n: int, multiple_of: int, init: str, seed: int, old: int, shrink: b
     n = -(-n // multiple_of) * multiple_of
     if n < old and not shrink:
         raise OptionError(
-            f"resize_vocabulary: {n} rows are fewer than the {old} there are, and the last {old - n} "
+            f"resize_vocabulary: {n} tokens are fewer than the {old} there are, and the last {old - n} "
             "would be lost; give shrink=True"
         )
     return n
@@ -120,22 +122,18 @@ def _check_sites(model: nn.Module, found: dict[str, Site], n: int, old: int) -> 
     """Raise for what cannot be resized, before anything is allocated."""
     pad = getattr(model.config, "pad_token", None)
     if pad is not None and n < old and pad >= n:
-        raise OptionError(
-            f"resize_vocabulary: pad_token {pad} is no row of a vocabulary of {n}; keep at least {pad + 1}"
-        )
+        raise OptionError(f"resize_vocabulary: pad_token {pad} is not in a vocabulary of {n}; keep at least {pad + 1}")
     for path, site in found.items():
         if getattr(site, "bits", None):
             raise IncompatibleError(
-                f"{path} is quantised, and rows cannot be added to codes; resize first and quantise then, or call "
+                f"{path} is quantised, and tokens cannot be added to codes; resize first and quantise then, or call "
                 "effzoo.dequantise"
             )
         for module in _hung(site):
             grows = isinstance(module, Growing) and module.can_grow
             if not grows or n < old:
                 what = f"{type(module).__name__} on {path}"
-                reason = (
-                    "cannot lose rows" if grows else ("numbers or mixes the rows that are there, so it cannot follow")
-                )
+                reason = "cannot lose tokens" if grows else "numbers or mixes the tokens there are, so it cannot follow"
                 raise IncompatibleError(
                     f"resize_vocabulary: the adapter's {what} {reason}; detach or merge the "
                     "adapter first, and attach it anew"
@@ -143,47 +141,47 @@ def _check_sites(model: nn.Module, found: dict[str, Site], n: int, old: int) -> 
     for name, keys in merged_tensors(model).items():
         if touched := [key for key in keys if key.rpartition(".")[0] in found]:
             raise AdapterError(
-                f"adapter {name!r} is merged into {touched[0]}, and unmerge would put {old} rows back; unmerge it "
+                f"adapter {name!r} is merged into {touched[0]}, and unmerge would put {old} tokens back; unmerge it "
                 "first, or merge it with undo=False"
             )
     like = next(iter(found.values()))
     needed = sum(n * p.numel() // len(p) * p.element_size() for site in found.values() for p in site.base().values())
     if needed > (have := free(next(iter(like.base().values())).device)):
         raise TooLargeError(
-            f"resize_vocabulary: {n:,} rows need {needed:,} bytes, and {max(0, int(have)):,} are free; the model has "
-            f"{old:,} rows now"
+            f"resize_vocabulary: {n:,} tokens need {needed:,} bytes, and {max(0, int(have)):,} are free; the model "
+            f"has {old:,} tokens now"
         )
 
 
 def _hung(site: Site) -> list[PeftModule]:
-    """What is hung on a site and has to do with its rows; those of a prompt are its own."""
+    """What is hung on a site and follows its tokens: all but prompts."""
     return [module for adapter in site.adapters for module in site.hung(adapter) if not opens(module, "prompt")]
 
 
 def _resized(site: Site, n: int, init: Init, draw: torch.Generator) -> dict[str, Tensor]:
-    """Weight and bias of a site with n rows."""
-    found = {}
+    """Weight and bias of a site with n tokens."""
+    resized = {}
     for name, tensor in site.base().items():
         added = n - len(tensor)
         kept = tensor.detach()[:n]
         if added <= 0:
-            found[name] = kept.clone()
+            resized[name] = kept.clone()
             continue
         mean = "normal" if isinstance(site, TiedLinear) else init  # transformers gives the biases of a tied head 0
-        rows = _drawn(kept, added, init, draw) if name == "weight" else _biases(kept, added, mean, draw)
-        found[name] = torch.cat([kept, rows.to(kept)])
-    return found
+        new = _embeddings(kept, added, init, draw) if name == "weight" else _biases(kept, added, mean, draw)
+        resized[name] = torch.cat([kept, new.to(kept)])
+    return resized
 
 
-def _drawn(rows: Tensor, added: int, init: Init, draw: torch.Generator) -> Tensor:
-    """Added rows, [added, dim] in float32 or wider."""
-    dim = rows.shape[1]
+def _embeddings(weight: Tensor, added: int, init: Init, draw: torch.Generator) -> Tensor:
+    """Added embeddings, [added, dim] in float32 or wider."""
+    dim = weight.shape[1]
     noise = torch.randn(added, dim, generator=draw)
-    if rows.is_meta:
-        return rows.new_empty(added, dim)
+    if weight.is_meta:
+        return weight.new_empty(added, dim)
     if init == "normal":
         return 0.02 * noise
-    exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
     mean = exact.mean(dim=0)
     centred = exact - mean
     root, failed = torch.linalg.cholesky_ex(SPREAD * (centred.T @ centred / len(exact)))
@@ -191,7 +189,7 @@ def _drawn(rows: Tensor, added: int, init: Init, draw: torch.Generator) -> Tenso
 
 
 def _biases(biases: Tensor, added: int, init: Init, draw: torch.Generator) -> Tensor:
-    """Added entries of the head's bias."""
+    """Added biases of a head, [added]."""
     noise = torch.randn(added, generator=draw)
     if biases.is_meta or init == "normal":
         return biases.new_zeros(added)

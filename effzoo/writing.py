@@ -48,7 +48,7 @@ def replace_files(
 
     Raises FileError in one sentence (no space, no permission, a folder in the place of a file).
     """
-    with told(folder):
+    with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with _alone_in(folder) as locked:
             temporary = {name: folder / f".{name}.{secrets.token_hex(8)}.partial" for name in contents}
@@ -77,7 +77,7 @@ def replace_files(
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Errors of the operating system inside the `with` block as a FileError that says what could not be written."""
     try:
         yield

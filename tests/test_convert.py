@@ -736,7 +736,7 @@ def test_another_number_of_labels_is_refused_unless_the_body_alone_is_given(tiny
     ("bert", {"gated": True}, "no counterpart for gated=True: it has False"),
     ("bert", {"token_dense": True, "task": "token_classification"},
     "no counterpart for token_dense=True: it has False"),
-    ("bert", {"pad_token": 60}, "pad_token 60 is no row of a vocabulary of 53"),
+    ("bert", {"pad_token": 60}, "pad_token 60 is not in a vocabulary of 53"),
     ("llama", {"dropout": 0.1}, r"LlamaModel .* no counterpart for dropout=0\.1: it has 0\.0"),
     ("llama", {"norm_kind": "layer"}, "no counterpart for norm_kind='layer': it has 'rms'"),
     ("llama", {"rotary_theta": (10.0, 20.0)}, "one rotary_theta for all layers"),

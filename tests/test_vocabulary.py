@@ -1,4 +1,4 @@
-"""The vocabulary can grow and shrink: old tokens compute what they did, new rows begin as in transformers, a refusal
+"""The vocabulary can grow and shrink: old tokens compute what they did, added tokens begin as in transformers, a refusal
 changes nothing."""
 
 import copy
@@ -37,7 +37,7 @@ MODELS = {
 
 
 def built(name, vocab=53, **changes):
-    """A small model with weights that are large enough to tell rows apart."""
+    """A small model with weights that are large enough to tell tokens apart."""
     task, choices = MODELS[name]
     model = effzoo.build(name, **{"task": task, "vocab": vocab, **SIZES, **choices, **changes}).eval()
     for parameter in model.parameters():
@@ -83,8 +83,8 @@ def test_old_tokens_compute_what_they_did_and_new_ones_run(name):
 @pytest.mark.parametrize(
     ("name", "vocab"), [("bert", 53), ("gpt2", 53), ("llama", 53), ("roberta", 12), ("qwen3", 12), ("llama", 9)]
 )
-def test_rows_are_those_of_transformers(name, vocab, monkeypatch):
-    """The same old weights and the same draw: fewer rows than columns give the mean itself, others a draw around it."""
+def test_added_tokens_are_those_of_transformers(name, vocab, monkeypatch):
+    """The same old weights and the same draw: fewer tokens than dimensions give the mean itself, others a draw around it."""
     for cls in (torch.nn.Embedding, torch.nn.Linear):  # which draw what transformers then writes over
         monkeypatch.setattr(cls, "reset_parameters", lambda module: None)
     model = built(name, vocab)
@@ -107,7 +107,7 @@ def test_rows_are_those_of_transformers(name, vocab, monkeypatch):
     assert other.config.vocab_size == vocab + 5
 
 
-def test_mean_is_the_mean_and_the_covariance_of_the_old_rows():
+def test_mean_is_the_mean_and_the_covariance_of_the_old_embeddings():
     model = built("bert", 64).double()
     effzoo.resize_vocabulary(model, 64 + 20_000)
     table = model.embeddings.token.weight.detach()
@@ -121,13 +121,13 @@ def test_mean_is_the_mean_and_the_covariance_of_the_old_rows():
     assert torch.allclose(bias[64:], bias[:64].mean().expand(6), atol=1e-7) and not model.head.out.bias[64:].any()
 
 
-def test_normal_rows_have_the_spread_of_a_new_model():
+def test_normal_embeddings_have_the_spread_of_a_new_model():
     model = effzoo.resize_vocabulary(built("gpt2"), 53 + 5_000, init="normal")
     new = model.embeddings.token.weight[53:]
     assert abs(new.std().item() - 0.02) < 2e-4 and abs(new.mean().item()) < 3e-4
 
 
-def test_the_same_base_gets_the_same_rows_and_another_seed_others():
+def test_the_same_base_gets_the_same_tokens_and_another_seed_others():
     one, two, three = built("gpt2"), None, None
     two, three = copy.deepcopy(one), copy.deepcopy(one)
     for model, seed in ((one, 0), (two, 0), (three, 1)):
@@ -249,7 +249,7 @@ def test_an_adapter_that_cannot_follow_is_refused(spec):
     same(before, snapshot(model))
 
 
-def test_what_is_merged_into_the_rows_must_be_taken_out_first():
+def test_what_is_merged_into_the_weights_must_be_taken_out_first():
     model = effzoo.attach(built("gpt2"), "lora[targets=embed.token]")
     effzoo.merge(model)
     before = snapshot(model)
@@ -289,7 +289,7 @@ def test_generation_goes_on_and_gives_new_tokens():
     assert effzoo.generate(model, torch.full((1, 4), 57), max_new_tokens=5).max() >= 0
 
 
-def test_account_and_plan_count_the_new_rows():
+def test_account_and_plan_count_the_new_tokens():
     model = built("llama")
     total, stored = effzoo.account(model).total, effzoo.plan(model, batch=1, length=8).weights
     effzoo.resize_vocabulary(model, 60)

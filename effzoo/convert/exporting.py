@@ -18,7 +18,7 @@ from effzoo.sites import sites, unwrap
 
 
 def check_dense(model: Any) -> None:
-    """ConversionError for a model whose weights are held as codes."""
+    """ConversionError for a model whose weights are quantised."""
     if found := [path for path, site in sites(model) if getattr(site, "bits", None)]:
         raise ConversionError(
             f"{len(found)} weights are quantised ({found[0]}, ...); call effzoo.dequantise(model) first"
@@ -44,7 +44,7 @@ def to_transformers(model: Transformer | Perceiver) -> Any:
     layout, config, task = layout_for(model), model.config, model.task
     if config.pad_token is not None and config.pad_token >= config.vocab:
         raise ConversionError(
-            f"pad_token {config.pad_token} is no row of a vocabulary of {config.vocab}; build the "
+            f"pad_token {config.pad_token} is not in a vocabulary of {config.vocab}; build the "
             "model with another pad_token"
         )
     cls = layout.cls(task)

@@ -157,7 +157,7 @@ def check_genuine(label: str, model: Any, fresh: Callable[[Any], Any], lost_by_r
                 dropped[f"{path}.{name}"] = mine, value
                 continue
             raise ConversionError(
-                f"{where} has {name}={_told(mine)} where its configuration makes {_told(value)}; change the "
+                f"{where} has {name}={_shown(mine)} where its configuration makes {_shown(value)}; change the "
                 "configuration and make the model anew"
             )
     _check_modes(label, model)
@@ -190,14 +190,14 @@ def _check_attention(label: str, model: Any) -> None:
 def _check_frequencies(label: str, model: Any) -> None:
     """Refuse rotary positions that turn by other angles than the configuration says; no file holds these buffers."""
     for path, module in model.named_modules():
-        held = {
+        frequencies = {
             name: buffer
             for name, buffer in module.named_buffers(recurse=False)
             if name.endswith("inv_freq") and not buffer.is_meta
         }
-        expected = dict(type(module)(model.config).named_buffers(recurse=False)) if held else {}
-        for name, buffer in held.items():
-            # it may be held in bfloat16
+        expected = dict(type(module)(model.config).named_buffers(recurse=False)) if frequencies else {}
+        for name, buffer in frequencies.items():
+            # which may be in bfloat16
             if not torch.allclose(buffer.detach().double().cpu(), expected[name].double(), rtol=1e-2, atol=0):
                 raise ConversionError(
                     f"{label}: {path}.{name} was changed; say in the configuration how positions "
@@ -224,7 +224,10 @@ def _check_numbers_of_places(label: str, model: Any) -> None:
 def _tensors(module: nn.Module) -> set[str]:
     """The names of the parameters and buffers that are a module's own."""
     return {
-        name for held in (module._parameters, module._buffers) for name, tensor in held.items() if tensor is not None
+        name
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None
     }
 
 
@@ -261,7 +264,7 @@ def tensors_of(label: str, model: Any, missing: frozenset[str] = frozenset()) ->
             )
         if tensor.dtype not in NAMES.values() or tensor.layout is not torch.strided:
             raise ConversionError(
-                f"{label}: {key} is held in {tensor.dtype} ({tensor.layout}), and effzoo holds weights dense, in "
+                f"{label}: {key} has the dtype {tensor.dtype} ({tensor.layout}), and effzoo holds weights dense, in "
                 f"{', '.join(NAMES)}; "
                 "convert it first, as in model.float()"
             )
@@ -298,19 +301,19 @@ def _check_code(where: str, module: nn.Module) -> None:
     for hook in hooks:
         if not _from(hook, _HOOKS):
             raise ConversionError(
-                f"{where} has the forward hook {_told(hook)}, which may change what is computed; "
+                f"{where} has the forward hook {_shown(hook)}, which may change what is computed; "
                 "remove it (handle.remove())"
             )
     on_gradients = {"": (*module._backward_hooks.values(), *module._backward_pre_hooks.values())}
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            held = (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None))
-            on_gradients[f".{name}"] = tuple(hook for hooks in held for hook in (hooks or {}).values())
+            both = (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None))
+            on_gradients[f".{name}"] = tuple(hook for hooks in both for hook in (hooks or {}).values())
     for name, registered in on_gradients.items():
         for hook in registered:
             if not _from(hook, _HOOKS):
                 raise ConversionError(
-                    f"{where}{name} has the hook {_told(hook)} on its gradients, which may change what is learned "
+                    f"{where}{name} has the hook {_shown(hook)} on its gradients, which may change what is learned "
                     "and would be lost; remove it "
                     "(handle.remove()), and put it on the converted model if it is wanted"
                 )
@@ -327,7 +330,7 @@ def _check_code(where: str, module: nn.Module) -> None:
             and not hasattr(module, "_hf_hook")
         ):
             raise ConversionError(
-                f"{where} has a method {name} of its own, {_told(value)}, which may compute something else; delete "
+                f"{where} has a method {name} of its own, {_shown(value)}, which may compute something else; delete "
                 f"it (del module.{name})"
             )
 
@@ -335,14 +338,14 @@ def _check_code(where: str, module: nn.Module) -> None:
 def _check_hooks_of_all(label: str) -> None:
     """Refuse hooks that were put on all modules of the process: they act at the borders of modules, which are others
     here."""
-    for held in (
+    for registered in (
         of_torch._global_forward_hooks, of_torch._global_forward_pre_hooks, of_torch._global_backward_hooks,
         of_torch._global_backward_pre_hooks,
     ):  # fmt: skip
-        for hook in held.values():
+        for hook in registered.values():
             if not _from(hook, (*_HOOKS, "torch")):
                 raise ConversionError(
-                    f"{label}: the hook {_told(hook)} is on every module of this process; remove it "
+                    f"{label}: the hook {_shown(hook)} is on every module of this process; remove it "
                     "(handle.remove()) before converting"
                 )
 
@@ -400,5 +403,5 @@ def _alike(mine: Any, value: Any) -> bool:
     return True
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     return str(getattr(value, "__qualname__", None) or repr(value))[:100]

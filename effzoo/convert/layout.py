@@ -15,13 +15,9 @@ from effzoo.convert.keymap import Rule, expand
 from effzoo.errors import ConversionError, OptionError, listing
 
 ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu",
     "swish": "silu",
-}
+}  # fmt: skip
 THEIR_ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}
 _LM = ("masked_lm", "causal_lm")
 _ONLY_FOR = {
@@ -52,24 +48,25 @@ class Layout:
     prefix: of the body inside a model with a head.
     body, heads: key map, heads by task.
     tied: their keys that hold the same values as another of theirs, in models whose head is tied.
-    fields: our config field -> theirs. positions,
-    activation: their names for these.
+    fields: our config field -> theirs.
+    positions, activation: their names for max_length and the activation.
     slots: our fields that the layout fixes.
     required: their fields, each with the only value that we have.
     counts_from_pad: positions start at pad_token + 1.
     lm_activation: what the language-model head uses whatever the config says.
-    translated: our fields that `read` and `write` say further: ours from their config and theirs from ours.
+    read, write: further fields of ours from their config, and of theirs from ours.
+    translated: our fields that `read` and `write` speak of.
     dropouts: their further dropout probabilities in a task, which must equal our one.
     shared: their modules outside the body that several heads have.
     mixed: layers may have different attention kinds.
     module: where the classes are.
     parts: larger classes of theirs that hold a model of this layout, with its path in them; only that part is taken.
-    finish: what a model of ours takes over from their config beside weights and sizes; built: their fields that only
-        the model says.
-    reads: their fields that `read`, `dropouts` and `finish` look at; inert: those that change nothing that is
-        computed. Every other field must have its default (`fields.py`).
+    finish: gives a model of ours what their config says besides weights and sizes.
+    built: their fields that only a model of ours says.
+    reads: their fields that `read`, `dropouts` and `finish` look at.
+    inert: their fields that change nothing that is computed. Every other field must have its default (`fields.py`).
     lost: tensors that resizing their vocabulary loses and their forward pass does not add, each with one that has as
-        many rows.
+        many entries.
     """
 
     name: str
@@ -221,9 +218,9 @@ class Layout:
         ours = getattr(theirs, named) if named else self.slots["dropout"]
         for name, value in self.dropouts(theirs, task).items():
             if value is not None and value != ours:
-                beside = f"{named}={ours}" if named else f"a dropout of {ours} elsewhere"
+                other = f"{named}={ours}" if named else f"a dropout of {ours} elsewhere"
                 raise ConversionError(
-                    f"{name}={value} beside {beside}: effzoo has one dropout for both; choose it, as in dropout={ours}"
+                    f"{name}={value} beside {other}: effzoo has one dropout for both; choose it, as in dropout={ours}"
                 )
 
 
@@ -234,6 +231,5 @@ def check_problem(theirs: Any, task: str) -> None:
     if (problem == "regression") != (theirs.num_labels == 1):
         raise ConversionError(
             f"problem_type={problem!r} with {theirs.num_labels} labels has no counterpart in effzoo, where the "
-            "labels say which loss it is: "
-            "one label means regression; set problem_type=None to accept that"
+            "labels say which loss it is: one label means regression; set problem_type=None to accept that"
         )

@@ -23,13 +23,13 @@ from effzoo.convert.keymap import trained
 from effzoo.convert.layout import check_problem
 from effzoo.convert.perceiver import CLASSES, INERT, READS, names, read, write
 from effzoo.convert.source import explained, local_or_hub, quiet
-from effzoo.convert.transfer import extended, say, stands_beside
+from effzoo.convert.transfer import copied_from, extended, say
 from effzoo.errors import ConversionError, OptionError, did_you_mean, listing
 from effzoo.peft import attached
 
 log = logging.getLogger("effzoo.convert")
 _THEIRS = "transformers.models.perceiver.modeling_perceiver"
-_TABLES = ("embeddings.position.weight", "decoder.queries.weight")  # one row per position
+_TABLES = ("embeddings.position.weight", "decoder.queries.weight")  # one embedding per position
 _NOT_OVERRIDDEN = ("name", "architecture", "layout", "paper", "hub", "package")
 _MAY_DIFFER = {
     *_NOT_OVERRIDDEN, "backend", "attention", "max_length", "dropout", "attention_dropout", "pad_token", "share_cross",
@@ -207,7 +207,7 @@ def _transfer(model: Perceiver, source: Source, *, dtypes: bool = False) -> None
     repeated: dict[str, str] = {}
     new: list[str] = []
     for key, value in wanted.items():
-        origin = key if key in given else stands_beside(model, key)  # type: ignore[arg-type]
+        origin = key if key in given else copied_from(model, key)  # type: ignore[arg-type]
         if origin in given:
             per_position = key == _TABLES[0] or (key == _TABLES[1] and model.task != "classification")
             tensor = extended(given[origin], len(value), 0) if per_position else given[origin]

@@ -199,12 +199,12 @@ def _checked(
     own = tensors_of(label, model, missing)
     state = {key: value for key, value in own.items() if key not in missing}
     given = {ours[key] for key in state if key in ours}
-    for key, beside in layout.lost.items():
-        if beside in own and ours[key] not in given:
+    for key, like in layout.lost.items():
+        if like in own and ours[key] not in given:
             log.warning(
                 "%s: %s is gone (resizing the vocabulary loses it) and adds nothing there: zeros are taken", label, key
             )
-            state[key] = own[beside].new_zeros(len(own[beside]))
+            state[key] = own[like].new_zeros(len(own[like]))
             given.add(ours[key])
     present = set(state)
     learns = trained(model)

@@ -48,7 +48,7 @@ def _ids(given: Any) -> Any:
 
 
 def tokens(config: Config) -> dict[str, Any]:
-    """Our tokens as the fields of theirs, without those that are no rows of the vocabulary: no text can hold them."""
+    """Our tokens as the fields of theirs, without those that are not in the vocabulary."""
     found: dict[str, Any] = {}
     for name, given in (("bos_token_id", config.bos_token), ("eos_token_id", config.eos_token)):
         kept = [

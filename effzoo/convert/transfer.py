@@ -1,10 +1,9 @@
 """Copying the weights of a source into a model of ours, which may have another attention, length or task.
 
 Longer models repeat the pretrained positions, and projections that only the new attention has start as copies of those
-they stand
-beside: how Longformer was made from RoBERTa (Beltagy et al. 2020, arXiv:2004.05150, section 5). Experts start as copies
-    of the one feed-forward, and their router anew: sparse upcycling (Komatsuzaki et al. 2022, arXiv:2212.05055, section
-    2).
+that are queries, keys or values there: how Longformer was made from RoBERTa (Beltagy et al. 2020, arXiv:2004.05150,
+section 5). Experts start as copies of the one feed-forward, and their router anew: sparse upcycling (Komatsuzaki et al.
+2022, arXiv:2212.05055, section 2).
 """
 
 from __future__ import annotations
@@ -27,18 +26,8 @@ from effzoo.errors import ConversionError
 log = logging.getLogger("effzoo.convert")
 POSITIONS, TOKENS = "embeddings.position.weight", "embeddings.token.weight"
 _FIRST = (
-    "architecture",
-    "dim",
-    "layers",
-    "heads",
-    "mlp",
-    "vocab",
-    "types",
-    "position_offset",
-    "norm",
-    "eps",
-    "activation",
-)
+    "architecture", "dim", "layers", "heads", "mlp", "vocab", "types", "position_offset", "norm", "eps", "activation",
+)  # fmt: skip
 _MAY_DIFFER = {
     "name", "layout", "paper", "hub", "package", "backend", "attention", "max_length", "dropout", "attention_dropout",
     "pad_token", "pooling", "head_dense", "head_bias", "pooler", "lm_transform", "mlp_chunk",
@@ -47,8 +36,9 @@ _MAY_DIFFER = {
 
 
 def transfer(model: Transformer, source: Source, *, dtypes: bool = False) -> None:
-    """Write the source's weights into the model, all or none; INFO records say what was copied, repeated, new and
-    unused.
+    """Write the source's weights into the model, all or none.
+
+    INFO records of the logger "effzoo.convert" say what was copied, repeated, new and unused.
 
     dtypes: whether each tensor of the model takes the dtype of its source's and learns where that does, or keeps its
         own.
@@ -67,11 +57,11 @@ def transfer(model: Transformer, source: Source, *, dtypes: bool = False) -> Non
     repeated: dict[str, str] = {}
     new: list[str] = []
     for key, value in wanted.items():
-        origin = key if key in given else stands_beside(model, key)
+        origin = key if key in given else copied_from(model, key)
         if origin in given:
-            tensor = (
-                extended(given[origin], len(value), model.config.position_offset) if key == POSITIONS else given[origin]
-            )
+            tensor = given[origin]
+            if key == POSITIONS:
+                tensor = extended(tensor, len(value), model.config.position_offset)
             if tensor.shape != value.shape:
                 raise ConversionError(
                     f"{key} has shape {tuple(value.shape)} in the model and {tuple(tensor.shape)} in {source.label}"
@@ -83,25 +73,21 @@ def transfer(model: Transformer, source: Source, *, dtypes: bool = False) -> Non
             new.append(key)
         else:
             raise ConversionError(f"{source.label} has no tensor for {key}; build the model without it")
-    origins = {key: repeated.get(key, key) for key in chosen}
-    copy_into(
-        wanted,
-        chosen,
-        dtypes,
-        {key: learns[origin] for key, origin in origins.items() if origin in learns} if dtypes else {},
-    )
+    origins = {key: repeated.get(key, key) for key in chosen} if dtypes else {}
+    learning = {key: learns[origin] for key, origin in origins.items() if origin in learns}
+    copy_into(wanted, chosen, dtypes, learning)
     if source.layout.finish is not None:
         source.layout.finish(model, source.model.config)
     _report(model, source, chosen, repeated, new)
 
 
-def extended(table: Tensor, rows: int, offset: int) -> Tensor:
-    """A position table of `rows` rows: the first `offset` special ones once, the others repeated in order (or cut)."""
-    index = torch.arange(rows, device=table.device)
+def extended(table: Tensor, n: int, offset: int) -> Tensor:
+    """A table of n positions: the first `offset` special ones once, the others repeated in order, or cut."""
+    index = torch.arange(n, device=table.device)
     return table[torch.where(index < offset, index, offset + (index - offset) % (len(table) - offset))]
 
 
-def stands_beside(model: Transformer, key: str) -> str:
+def copied_from(model: Transformer, key: str) -> str:
     """The key that an expert, a projection of a new attention, or the norm of its heads, starts from, or ""."""
     if expert := re.fullmatch(r"(blocks\.\d+\.mlp)\.experts\.\d+(\..+)", key):
         return expert[1] + expert[2]
@@ -130,8 +116,7 @@ def _check_fit(model: Transformer, source: Source) -> None:
 
 
 def _given_a_head(model: Transformer, source: Source) -> bool:
-    """Whether the model's language-model head has a weight of its own, which starts as a copy of the table that the
-    source's is tied to."""
+    """Whether the model's language-model head has its own weight, and the source's is its token embedding."""
     return source.config.tied and not model.config.tied and model.task == source.task and model.task.endswith("_lm")
 
 
@@ -143,29 +128,24 @@ def _check_head(model: Transformer, source: Source) -> None:
         if own != other:
             raise ConversionError(
                 f"{name} is {own!r} in the model and {other!r} in {source.label}; build the model with "
-                f"{name}={other!r}, or, for a new head, "
-                "give the body alone: transformers.AutoModel.from_pretrained(...)"
+                f"{name}={other!r}, or, for a new head, give the body alone: "
+                "transformers.AutoModel.from_pretrained(...)"
             )
 
 
 def _report(
     model: Transformer, source: Source, chosen: dict[str, Tensor], repeated: dict[str, str], new: list[str]
 ) -> None:
-    log.info(
-        "%s: %d tensors loaded, %d parameters",
-        source.label,
-        len(chosen),
-        sum(tensor.numel() for tensor in chosen.values()),
-    )
+    parameters = sum(tensor.numel() for tensor in chosen.values())
+    log.info("%s: %d tensors loaded, %d parameters", source.label, len(chosen), parameters)
     before, now = source.config.max_length, model.config.max_length
     if now != before and POSITIONS in chosen:
         log.info("%s: positions %s from %d to %d", source.label, "repeated" if now > before else "cut", before, now)
     used = {*chosen, *repeated.values()}
     places = {}
     for rule in source.layout.rules(model.config.blocks, source.task, model.task):
-        places.update(
-            {rule.key(parameter): [f"{path}.{parameter}" for path in rule.ours] for parameter in rule.parameters}
-        )
+        for parameter in rule.parameters:
+            places[rule.key(parameter)] = [f"{path}.{parameter}" for path in rule.ours]
     unused = [key for key in source.state if not used.intersection(places.get(key, ()))]
     say(source, "copied beside", [f"{key} <- {origin}" for key, origin in repeated.items()])
     say(source, "newly initialised", new)

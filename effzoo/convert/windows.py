@@ -13,8 +13,7 @@ from effzoo.spec import Spec
 
 
 def attention_of(windows: Sequence[int | None]) -> str | tuple[str, ...]:
-    """The attention for a window per layer, None for full attention: local rows only, without global projections; one
-    spec where all agree."""
+    """The spec for a window per layer (None: full attention), without global projections; one where all agree."""
     specs = [
         str(Spec("longformer", {"window": window, "global_projections": False})) if window is not None else "full"
         for window in windows

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from effzoo.errors import FileError, TrainingError
 from effzoo.peft.attach import acting
 from effzoo.peft.files import save_adapter, swap_weights
-from effzoo.writing import force_to_disk, replace_file, told
+from effzoo.writing import explained, force_to_disk, replace_file
 
 WEIGHTS = "model.safetensors"
 ADAPTER = "adapter"
@@ -60,7 +60,7 @@ def clean(directory: Path) -> None:
 def writing(directory: Path, step: int) -> Iterator[Path]:
     """A directory to write a checkpoint in; it gets its real name when the `with` block ends without an error."""
     final = directory / f"{_PREFIX}{step}"
-    with told(final):
+    with explained(final):
         directory.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{step}-", dir=directory))
         try:
