@@ -130,7 +130,7 @@ def _check_sites(model: nn.Module, found: dict[str, Site], n: int, old: int) -> 
                 "effzoo.dequantise"
             )
         for module in _hung(site):
-            grows = isinstance(module, Growing) and module.can_grow
+            grows = isinstance(module, Growing)
             if not grows or n < old:
                 what = f"{type(module).__name__} on {path}"
                 reason = "cannot lose tokens" if grows else "numbers or mixes the tokens there are, so it cannot follow"

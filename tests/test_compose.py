@@ -242,7 +242,7 @@ def test_the_report_says_how_much_of_a_change_a_dtype_loses(tiny):
             site.of("a")["lora"].B.fill_(1e-2)
     half = copy.deepcopy(model).to(torch.bfloat16)
     exact, rounded = (effzoo.merge(each, "a", report=True) for each in (model, half))
-    rows = {row.tensor: row for row in rounded.rows if ".attn.q." in row.tensor and row.delta}
+    rows = {row.tensor: row for row in rounded.tensors if ".attn.q." in row.tensor and row.delta}
     assert set(rows) == {f"blocks.{i}.attn.q.weight" for i in range(2)}
     assert all(row.lost == 1 and row.relative == pytest.approx(1) for row in rows.values())
     assert exact.worst < 1e-12 and "attn.q" in str(rounded)

@@ -407,7 +407,7 @@ def test_lora_hangs_on_every_expert_and_leaves_the_base_alone(tiny, router, tmp_
     assert torch.equal(other(**batch).logits, trained)
     effzoo.merge(model)
     torch.testing.assert_close(model(**batch).logits, trained, atol=1e-10, rtol=1e-10)
-    assert effzoo.account(other).rows[0][2] == 2 * EXPERTS
+    assert effzoo.account(other).by_role[0][2] == 2 * EXPERTS
 
 
 def test_adapters_cannot_be_chosen_by_row_where_rows_are_mixed_by_a_router(tiny):

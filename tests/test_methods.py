@@ -155,7 +155,7 @@ def test_trainable_parameters_are_the_closed_form(tiny, spec, attention, count):
     model = effzoo.build("minilm", attention=attention, peft=spec, task="classification", num_labels=LABELS, **tiny)
     account = effzoo.account(model)
     assert account.trainable == account.stored == count and account.stored_bytes == 4 * count
-    assert sum(numbers for *_, numbers in account.rows) == count
+    assert sum(numbers for *_, numbers in account.by_role) == count
 
 
 def test_changed_entries_and_rank_of_the_change(tiny):

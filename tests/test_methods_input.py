@@ -306,7 +306,7 @@ def test_activations_need_data_and_leave_the_module_as_before_when_the_model_fai
         effzoo.peft.calibrate(model, [])
     with pytest.raises(InputError):
         effzoo.peft.calibrate(model, [{"input_ids": torch.zeros(1, 1000, dtype=torch.long)}])
-    assert module(model, "blocks.0.attn.memory", "prefix").looking is None
+    assert module(model, "blocks.0.attn.memory", "prefix").collected is None
 
 
 @pytest.mark.parametrize("attention", ["full", "blockwise", "longformer[window=2]", "local[chunk=2]"])

@@ -70,7 +70,7 @@ def test_every_rounding_of_the_same_weights_is_taken_when_asked(base, theirs, tm
         model = to(ours)(base)
         if ours == theirs:
             effzoo.load_adapter(model, folder, rounded_base=True)
-            assert attached(model)["default"].rounding is None and base_rounding(model, folder).rows == ()
+            assert attached(model)["default"].rounding is None and base_rounding(model, folder).tensors == ()
             continue
         before = {key: value.clone() for key, value in model.state_dict().items()}
         name = r"\S+" if isinstance(theirs, tuple) or isinstance(ours, tuple) else "embeddings.token.weight"
@@ -84,7 +84,7 @@ def test_every_rounding_of_the_same_weights_is_taken_when_asked(base, theirs, tm
         report = attached(model)["default"].rounding
         coarse = isinstance(theirs, tuple) or isinstance(ours, tuple)
         exact = {theirs, ours} == {torch.float32, torch.float64}  # the weights were float32 before
-        assert report.rows and (report.worst == 0 if exact else 0 < report.worst < (0.2 if coarse else 0.01))
+        assert report.tensors and (report.worst == 0 if exact else 0 < report.worst < (0.2 if coarse else 0.01))
         found = adapter_tensors(model, "default")
         assert all(torch.equal(found[key].double(), value.double()) for key, value in tensors.items())
         wide = torch.float64 if torch.float64 in (theirs, ours) else torch.float32
@@ -138,17 +138,17 @@ def test_the_report_says_what_rounding_costs(base, tmp_path):
     effzoo.detach(base, "default")
     model = copy.deepcopy(base).to(torch.bfloat16)
     report = base_rounding(model, folder)
-    for row in report.rows:
+    for row in report.tensors:
         narrow = model.state_dict()[row.tensor].double()
         norm = wide[row.tensor].norm()
         assert row.proved and (row.theirs, row.ours) == ("float32", "bfloat16")
         assert row.relative == pytest.approx(
             float((narrow - wide[row.tensor]).norm() / norm) if norm else 0.0, abs=1e-12
         )
-    assert report.worst == max(row.relative for row in report.rows) and 1e-4 < report.worst < 2**-8
-    assert "relative difference at most" in str(report) and len(str(report).splitlines()) == 1 + len(report.rows)
+    assert report.worst == max(row.relative for row in report.tensors) and 1e-4 < report.worst < 2**-8
+    assert "relative difference at most" in str(report) and len(str(report).splitlines()) == 1 + len(report.tensors)
     effzoo.quantise(model, bits=4)
-    estimated = {row.tensor: row for row in base_rounding(model, folder).rows if "bits" in row.ours}
+    estimated = {row.tensor: row for row in base_rounding(model, folder).tensors if "bits" in row.ours}
     known = dict(sites(model))
     for key, row in estimated.items():
         true = float((known[key.removesuffix(".weight")].numbers().double() - wide[key]).norm() / wide[key].norm())
@@ -162,7 +162,7 @@ def test_a_quantised_base_is_known_by_what_it_was_quantised_from_and_by_its_code
         quantised = to((torch.bfloat16, bits))(base)
         folder, _ = saved(quantised, tmp_path / str(bits))
         dense = copy.deepcopy(base).to(torch.bfloat16)
-        rows = base_rounding(dense, folder).rows
+        rows = base_rounding(dense, folder).tensors
         assert rows and all(row.proved for row in rows) and {row.theirs for row in rows} == {f"{bits} bits (bfloat16)"}
         effzoo.detach(quantised, "default")
         effzoo.dequantise(quantised)

@@ -161,7 +161,7 @@ def test_two_adapters_of_one_method_are_in_different_stages_and_only_the_trained
     assert effzoo.status(two).stages == {"default": {"magnitude": "round 1"}, "b": {"magnitude": "round 0"}}
     effzoo.activate(two, "default", "b")
     with pytest.raises(
-        IncompatibleError, match=r"different stages before them \(round 0, round 1; round 1\); train them apart"
+        IncompatibleError, match=r"different stages before them \(round 0, round 1; round 1\); train one after the other"
     ):
         training.stages(two)
     effzoo.activate(two, "default", "b", train="b")

@@ -186,7 +186,7 @@ def test_an_adapter_with_the_new_rows_loads_on_the_base_whatever_its_new_rows_ar
     with pytest.raises(AdapterError, match=r"embeddings.token.weight: .* without rows 53-59 in the file"):
         effzoo.load_adapter(other, tmp_path)
     manifest = read_manifest(tmp_path)
-    tensors = effzoo.peft.files.fingerprint(other, rows={"embeddings.token.weight": "52-59"}).tensors
+    tensors = effzoo.peft.files.fingerprint(other, embeddings={"embeddings.token.weight": "52-59"}).tensors
     forged = dataclasses.replace(manifest, fingerprint=dataclasses.replace(manifest.fingerprint, tensors=tensors))
     (tmp_path / "adapter.json").write_bytes(forged.written())
     with pytest.raises(
@@ -284,7 +284,7 @@ def test_wrong_tokens_are_refused_and_change_nothing(ids):
 def test_other_sites_have_no_tokens():
     with pytest.raises(TargetError, match="tied to embed.token"):
         effzoo.attach(built(), "tokens[ids=5, targets=lm.out]")
-    with pytest.raises(TargetError, match="no row for each token"):
+    with pytest.raises(TargetError, match="is not made of tokens"):
         effzoo.attach(built(), "tokens[ids=5, targets=embed.position]")
 
 

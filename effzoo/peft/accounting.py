@@ -1,9 +1,7 @@
-"""What an adapter costs, counted three ways: trained, stored on disk, changed in the base; and the rank of the
-change."""
+"""What an adapter costs, three times: trained, stored on disk, changed in the base; and the rank of the change."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -28,13 +26,12 @@ class Account:
     """Numbers of parameters, unless the name says bytes.
 
     trainable: with requires_grad.
-    stored: in the files of the active adapters, also as bytes.
+    stored, stored_bytes: in the files of the active adapters.
     total: of the base.
-    changed: base entries that merging may change; None when some module cannot be merged, as it is no change of a
-        weight.
-    rank: the largest rank that the change of a matrix of the network (not of the task head) can have; `full` when
+    changed: base entries that merging may change; None when some module is no change of a weight, and cannot be merged.
+    rank: the largest rank that the change of a matrix of the network (not of the task head) can have; "full" when
         nothing bounds it, 0 when only vectors change.
-    rows: (method, role, sites, parameters) of the active adapters.
+    by_role: (method, role, sites, parameters) of the active adapters.
     unread: {why: (tensors, parameters)}, trainable ones that get no gradient from usual batches, as far as the
         structure tells; `finetune` says which got none.
     """
@@ -45,7 +42,7 @@ class Account:
     total: int
     changed: int | None
     rank: int | str | None
-    rows: list[tuple[str, str, int, int]] = field(default_factory=list)
+    by_role: list[tuple[str, str, int, int]] = field(default_factory=list)
     unread: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
@@ -54,9 +51,9 @@ class Account:
         return 100 * self.trainable / self.total
 
     def __str__(self) -> str:
-        changed = (
-            "not mergeable" if self.changed is None else (f"{self.changed:,} ({100 * self.changed / self.total:.3f} %)")
-        )
+        changed = "not mergeable"
+        if self.changed is not None:
+            changed = f"{self.changed:,} ({100 * self.changed / self.total:.3f} %)"
         lines = [
             f"trainable {self.trainable:,} of {self.total:,} ({self.percent:.3f} %)",
             f"stored    {self.stored:,} numbers, {self.stored_bytes:,} bytes",
@@ -67,40 +64,40 @@ class Account:
             f"unread    {numbers:,} numbers in {tensors} tensors: {why}"
             for why, (tensors, numbers) in self.unread.items()
         ]
-        width = max((len(f"{method} {role}") for method, role, _, _ in self.rows), default=0)
+        width = max((len(f"{method} {role}") for method, role, _, _ in self.by_role), default=0)
         lines += [
             f"  {f'{method} {role}':{width}}  {count:3} site{'s' if count != 1 else ' '}  {numbers:>12,}"
-            for method, role, count, numbers in self.rows
+            for method, role, count, numbers in self.by_role
         ]
         return "\n".join(lines)
 
 
 def ranks(model: nn.Module, name: str = "default", tolerance: NotNegative | None = None) -> dict[str, int]:
-    """The numerical rank of the change of every matrix that merging the adapter would change, by its key: by SVD in
-    float64.
+    """The numerical rank of the change of every matrix that merging the adapter would change, by its key.
 
-    tolerance: singular values up to it count as 0; None is torch's, the largest one times max(shape) times the float64
+    name: of the adapter.
+    tolerance: singular values up to it count as 0; None for torch's, the largest one times max(shape) times the float64
         epsilon.
+
+    By singular value decomposition in float64.
     """
     # else the head is another one, and no change
     same = all(site.outputs(name) == site.out_features for site in label_layers(model).values())
-    changes = {
-        key: change
-        for key, change in delta(model, name, heads=same).items()
-        if change.ndim >= 2 and bool((change != 0).any())
-    }
-    found = {}
-    for key, change in changes.items():
-        matrix = change.flatten(1)
-        limit = None if tolerance is None else torch.as_tensor(tolerance, dtype=matrix.dtype, device=matrix.device)
-        found[key] = int(torch.linalg.matrix_rank(matrix, atol=limit, rtol=None if limit is None else 0.0))
-    return found
+    limits = {} if tolerance is None else {"atol": float(tolerance), "rtol": 0.0}
+    changes = {key: change.flatten(1) for key, change in delta(model, name, heads=same).items() if change.ndim >= 2}
+    return {key: int(torch.linalg.matrix_rank(x, **limits)) for key, x in changes.items() if bool(x.any())}
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of one forward pass (matrix products, convolutions and attention; two for a
-    multiplication and an addition)."""
+    """Floating-point operations of one forward pass: matrix products, convolutions and attention.
+
+    A multiplication and an addition are two.
+
+    base: without adapters.
+    attached: with the active ones.
+    merged: with them merged, where they can be.
+    """
 
     base: int
     attached: int
@@ -113,22 +110,18 @@ class Flops:
 
 
 def flops(model: nn.Module, length: Count = 128) -> Flops:
-    """Count one forward pass of a sequence of `length` tokens: the base, with the active adapters, and with them merged
-    where that is possible.
+    """Count one forward pass: the base, with the active adapters, and with them merged where that is possible.
+
+    length: of the sequence, in tokens.
 
     Nothing is computed: the model runs on shapes alone. Elementwise work is not counted, so (IA)3 or BitFit seem free
     while attached.
     """
     model = unwrap(model)
     if "input_ids" not in inspect.signature(model.forward).parameters:
-        raise InputError(
-            f"flops counts a pass over token ids, which {type(model).__name__} does not read; give a "
-            "model that effzoo built"
-        )
-    names = acting(model)
-    shadow = copy.deepcopy(
-        model, {id(tensor): without_memory(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    ).eval()
+        what = f"which {type(model).__name__} does not read; give a model that effzoo built"
+        raise InputError(f"flops counts a pass over token ids, {what}")
+    names, shadow = acting(model), without_memory(model).eval()
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
     with_adapters = _flops(shadow, ids)
     same_head = all(site.outputs_now() == site.out_features for site in label_layers(shadow).values())
@@ -162,39 +155,39 @@ def account(model: nn.Module) -> Account:
         total=total,
         changed=changed,
         rank=rank,
-        rows=_rows(model, names),
+        by_role=_by_role(model, names),
         unread=_unread(model),
     )
 
 
 def _unread(model: nn.Module) -> dict[str, tuple[int, int]]:
-    found: dict[str, tuple[int, int]] = {}
+    counts: dict[str, tuple[int, int]] = {}
     for why, numbers in trained_unread(model).values():
-        tensors, total = found.get(why, (0, 0))
-        found[why] = tensors + 1, total + numbers
-    return found
+        tensors, total = counts.get(why, (0, 0))
+        counts[why] = tensors + 1, total + numbers
+    return counts
 
 
 def _total(model: nn.Module) -> int:
     """The numbers of the base; codes of a quantised weight stand for as many as the weight has."""
     coded = {path: site for path, site in sites(model) if getattr(site, "bits", None)}
-    held = {f"{path}.{name}" for path in coded for name in ("codes", "scales")}
-    dense = sum(tensor.numel() for key, tensor in base_tensors(model).items() if key not in held)
+    codes = {f"{path}.{name}" for path in coded for name in ("codes", "scales")}
+    dense = sum(tensor.numel() for key, tensor in base_tensors(model).items() if key not in codes)
     return dense + sum(site.base()["weight"].numel() for site in coded.values())
 
 
-def _rows(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, str, int, int]]:
+def _by_role(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, str, int, int]]:
     known = dict(sites(model))
-    rows: dict[tuple[str, str], list[int]] = {}
+    parameters: dict[tuple[str, str], list[int]] = {}
     seen: set[int] = set()  # what several modules share counts where it is met first
     for name in names:
         for method, places in attached(model)[name].places.items():
             for path, role in places:
-                module = known[path].adapters[name][method]  # type: ignore[index]
+                module = known[path].of(name)[method]
                 own = {id(p): p.numel() for p in module.parameters() if id(p) not in seen}
                 seen |= own.keys()
-                rows.setdefault((method, role), []).append(sum(own.values()))
-    return [(method, role, len(numbers), sum(numbers)) for (method, role), numbers in rows.items()]
+                parameters.setdefault((method, role), []).append(sum(own.values()))
+    return [(method, role, len(numbers), sum(numbers)) for (method, role), numbers in parameters.items()]
 
 
 def _change(model: nn.Module, names: tuple[str, ...]) -> tuple[int | None, int | str | None]:
@@ -214,8 +207,7 @@ def _change(model: nn.Module, names: tuple[str, ...]) -> tuple[int | None, int |
 
 
 def _changed_entries(site: Site, modules: list[PeftModule]) -> int | None:
-    """At most how many entries of the site the modules change together; None when one of them is no change of a
-    weight."""
+    """At most how many entries of the site the modules change together; None when one is no change of a weight."""
     weight, bias = getattr(site, "weight", None), getattr(site, "bias", None)
     numbers, whole = 0, dict.fromkeys(site.base(), False)
     entries = {key: parameter.numel() for key, parameter in site.base().items()}

@@ -1,8 +1,8 @@
-"""Adapters as one: sums of what they change, by task arithmetic, TIES or DARE, across methods, because every change is
-a change of weights.
+"""Adapters as one: sums of what they change (task arithmetic, TIES, DARE), across methods.
 
-Everything is computed on the changes themselves, in float64. Combining the factors of low-rank changes instead, (w_1
-A_1 + w_2 A_2) and (w_1 B_1 + w_2 B_2), would bring in the products B_1 A_2 and B_2 A_1, which no adapter has learned.
+Everything is computed on the changes of weights themselves, in float64. Combining the factors of low-rank changes
+instead, (w_1 A_1 + w_2 A_2) and (w_1 B_1 + w_2 B_2), would bring in the products B_1 A_2 and B_2 A_1, which no adapter
+has learned.
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ Changes = dict[str, Tensor]  # what an adapter adds to tensors of the base, by t
 
 @dataclass(frozen=True)
 class Combined:
-    """A combined adapter: its name, its spec, and what holding it in `rank` costs, the norm of what was cut off by the
-    norm of the change."""
+    """A combined adapter.
+
+    name: its own.
+    spec: its methods.
+    truncation: for each tensor that is held in `rank`, the norm of what was cut off, divided by the norm of the change.
+    """
 
     name: str
     spec: str
@@ -56,23 +60,27 @@ def combine(
     rank: Count | None = None,
     head: str | None = None,
 ) -> Combined:
-    """Attach a new adapter `name`, active, whose change of the base is a combination of those of attached adapters,
-    which stay.
+    """Attach a new adapter, active, whose change of the base combines those of attached adapters, which stay.
 
-    weights: {adapter: w}. With d_a what merging adapter a adds to the base, sum   sum_a w_a d_a: task arithmetic
-        (Ilharco et al. 2023, arXiv:2212.04089, section 2; a negative weight forgets), averages (weights that sum to
-        1), sums of sparse changes (LT-SFT, Ansell et al. 2022, arXiv:2110.07560, section 3.3). ties  of each w_a d_a
-        the entries largest in magnitude are kept, a share `keep` of all its tensors together; each entry then takes
-        the sign of their sum, and is the mean of those kept that have this sign (Yadav et al. 2023,
-        arXiv:2306.01708, section 4). dare  entries are dropped with probability `drop`, others divided by 1 - drop,
-        and summed (Yu et al. 2024, arXiv:2311.03099, section 3); drawn from `seed`, for each adapter anew. A single
-        adapter interferes with none: it is only multiplied by its weight.
-    rank: hold the changes of matrices as a LoRA of this rank, the best one by the singular value decomposition;
-        exact where it is at least the sum of the adapters' ranks. None holds whole tensors.
+        sum    sum_a w_a d_a, with d_a what merging adapter a adds to the base
+        ties   the largest entries of each w_a d_a are kept; the mean of those that have the sign of their sum counts
+        dare   entries are dropped at random, the others divided by 1 - drop, and summed
+
+    weights: {adapter: w}. Weights that sum to 1 average, a negative one forgets.
+    name: of the new adapter.
+    how: "sum" is task arithmetic (Ilharco et al. 2023, arXiv:2212.04089, section 2; of sparse changes LT-SFT, Ansell et
+        al. 2022, arXiv:2110.07560, section 3.3); "ties" (Yadav et al. 2023, arXiv:2306.01708, section 4); "dare" (Yu et
+        al. 2024, arXiv:2311.03099, section 3). A single adapter interferes with none: it is only multiplied by its
+        weight.
+    keep: of ties, the share of an adapter's entries, those largest in magnitude over all its tensors together.
+    drop: of dare, the probability with which an entry is dropped.
+    seed: of dare; each adapter draws anew.
+    rank: hold the changes of matrices as a LoRA of this rank, the best one by the singular value decomposition; exact
+        where it is at least the sum of the adapters' ranks. None holds whole tensors.
     head: the adapter whose task head is taken, needed where the model has one.
 
     Raises AdapterError (an adapter that is no change of weights, heads that are not chosen), OptionError; the model is
-        then unchanged.
+    then unchanged.
     """
     _check(model, weights, how, keep, drop, rank, head)
     changes = {adapter: _changing(delta(model, adapter, heads=False)) for adapter in weights}
@@ -80,11 +88,9 @@ def combine(
     if how == "ties" and len(scaled) > 1:
         total = ties(scaled, keep)
     else:
-        total = add(
-            [dropped(each, drop, seed + i) for i, each in enumerate(scaled)]
-            if how == "dare" and len(scaled) > 1
-            else scaled
-        )
+        if how == "dare" and len(scaled) > 1:
+            scaled = [dropped(change, drop, seed + i) for i, change in enumerate(scaled)]
+        total = add(scaled)
     everything = dict(sites(model))
     if any(not bool(x.isfinite().all()) for x in total.values()):
         raise AdapterError(
@@ -105,23 +111,25 @@ def combine(
 def add(changes: list[Changes]) -> Changes:
     """The sum of changes; a tensor that one of them leaves alone is 0 there."""
     total: Changes = {}
-    for each in changes:
-        for key, change in each.items():
+    for summand in changes:
+        for key, change in summand.items():
             total[key] = total[key] + change if key in total else change.clone()
     return total
 
 
 def ties(changes: list[Changes], keep: float) -> Changes:
-    """Trim, elect signs, and average what agrees: of each change the largest share `keep` in magnitude is kept, over
-    all its tensors together."""
-    trimmed = [_trimmed(each, keep) for each in changes]
+    """Trim, elect signs, and average what agrees.
+
+    keep: the share of each change that is kept, the largest in magnitude over all its tensors together.
+    """
+    trimmed = [_trimmed(change, keep) for change in changes]
     elected = {key: total.sign() for key, total in add(trimmed).items()}
-    found: Changes = {}
+    means: Changes = {}
     for key, sign in elected.items():
-        kept = torch.stack([each[key] for each in trimmed if key in each])
+        kept = torch.stack([change[key] for change in trimmed if key in change])
         agrees = (kept.sign() == sign) & (kept != 0)
-        found[key] = (kept * agrees).sum(dim=0) / agrees.sum(dim=0).clamp(min=1)
-    return found
+        means[key] = (kept * agrees).sum(dim=0) / agrees.sum(dim=0).clamp(min=1)
+    return means
 
 
 def dropped(change: Changes, drop: float, seed: int) -> Changes:
@@ -171,10 +179,10 @@ def _changing(change: Changes) -> Changes:
 
 def _spec(changed: Mapping[str, Site], total: Changes, rank: int | None) -> dict[str, object]:
     """The adapter that holds the changes: LoRA, or copies of whole tensors."""
-    layers = {site.layer for site in changed.values()}
+    layers = [site.layer for site in changed.values() if site.layer is not None]
     where: dict[str, object] = {"targets": tuple(sorted({site.role for site in changed.values()}))}
-    if None not in layers:
-        where["layers"] = tuple(sorted(layers))  # type: ignore[type-var]
+    if len(layers) == len(changed):
+        where["layers"] = tuple(sorted(set(layers)))
     if rank is None:
         return {"name": "full", **where}
     misfits = [

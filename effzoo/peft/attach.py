@@ -2,8 +2,7 @@
 
 An adapter is a union of methods under one name, together with its own copy of the task head (roles `head.*`), because a
 head belongs to the task that the adapter learns. While an adapter is attached the base model is frozen; when the last
-one goes, the
-base is as trainable as it was before.
+one goes, the base is as trainable as it was before.
 """
 
 from __future__ import annotations
@@ -55,13 +54,18 @@ def attach(
     """Hang the methods of a spec (`"lora[rank=4]|ia3"`) on a model under a name, make it the active adapter, return the
     model.
 
-    The base is frozen; only the new adapter's parameters are trainable. Adapters attached before stay, inactive;
-    `activate(model, "a", "b")` stacks several. dtype: of the adapter's tensors; None is float32 whatever the base is
-        (float64 on a float64 base), since in half precision small updates are lost. It computes in that dtype, and what
-        it gives back to the model is rounded once.
-    num_labels: of the adapter's own task head, which is fresh where this is another number than the model's; None for
-        the model's. While the adapter is active, `model.num_labels`, logits and losses are those of its head (1 is
+    model: built from sites, as effzoo's models are.
+    peft: a spec, or several.
+    name: a Python identifier, at most 100 bytes.
+    dtype: of the adapter's tensors; None for float32 whatever the base is (float64 on a float64 base), since in half
+        precision small updates are lost. It computes in that dtype, and what it gives back to the model is rounded
+        once.
+    num_labels: of the adapter's own task head, which is fresh where the model's has another number; None for the
+        model's. While the adapter is active, `model.num_labels`, logits and losses are those of its head (1 is
         regression, as in a model).
+
+    The base is frozen; only the new adapter's parameters are trainable. Adapters attached before stay, inactive;
+    `activate(model, "a", "b")` stacks several.
 
     Raises TargetError, AdapterError, OptionError; the model is then unchanged.
     """
@@ -81,12 +85,12 @@ def attach(
             raise AdapterError(
                 f"an adapter named {name!r} is attached already (or merged); detach it first or choose another name"
             )
-        attachment, settled = Attachment(name, parse(peft), dtype=_dtype(dtype)), []
+        attachment, specs = Attachment(name, parse(peft), dtype=_dtype(dtype)), []
         for spec in attachment.specs:
             with room(spec.options):
                 method = registry.create(spec)
                 found = targets(inside, method)
-                settled.append(Spec(spec.name, {**spec.options, **(method.prepare(inside, found) or {})}))
+                specs.append(Spec(spec.name, {**spec.options, **(method.prepare(inside, found) or {})}))
                 _hang(inside, method, attachment, found)
         heads = {
             path: site
@@ -100,7 +104,7 @@ def attach(
         if not any(p.requires_grad for key, p in inside.named_parameters() if f".adapters.{name}." in f".{key}"):
             raise AdapterError(f"{attachment.spec} has nothing to train on this model; choose other targets")
         freeze_base(inside, state)
-        attachment.specs = tuple(settled)
+        attachment.specs = tuple(specs)
         state.attachments[name] = attachment
         act(inside, state, Activity((name,), (1.0,), trained=frozenset({name})))
     for why in dict.fromkeys(why for why, _ in trained_unread(inside).values()):
@@ -111,8 +115,7 @@ def attach(
 
 
 def _renew_head(model: nn.Module, attachment: Attachment, labels: int) -> None:
-    """Give an adapter a head of its own for so many labels, where the model's has another number. Raises
-    AdapterError."""
+    """Give an adapter a task head of its own for so many labels, where the model's has another number."""
     found = label_layers(model)
     if not found:
         raise AdapterError(
@@ -135,8 +138,10 @@ def _renew_head(model: nn.Module, attachment: Attachment, labels: int) -> None:
 
 
 def detach(model: M, name: str) -> M:
-    """Take an adapter off; what is left is bit-identical to a model that never had it, and acts as before: in its
-    order, scales and combination."""
+    """Take an adapter off; what is left is bit-identical to a model that never had it.
+
+    The other adapters act as before, in their order, scales and combination.
+    """
     with transition(model) as state:
         state.known(name)
         take_off(unwrap(model), state, name)
@@ -153,15 +158,16 @@ def activate(
 ) -> M:
     """Make exactly these adapters active; none means the bare base model.
 
-    combine: "stack", each acts on what the one before has made of its site, in the given order; "average", side by
-        side, and the mean of their outputs counts, at every site.
+    names: of attached adapters, in the order in which they act.
+    combine: "stack", each acts on what the one before has made of its site; "average", in parallel, and the mean of
+        their outputs counts, at every site.
     rows: instead of names, the adapter of each row of the batch (None: the bare base), whatever its methods and
         options; then every batch must have as many rows.
-    scale: s, or one by name; s times what an adapter adds acts, at every hook of a module: for a change of a weight
-        s times the change, for a bottleneck s times its output, for attention with a gate s times the gate. Task
-        heads count in full, as they replace a head and add nothing. Trained rows, keys and values (prompt, prefix)
-        add nothing that could be multiplied: another scale than 1 is refused for them.
-    train: which of them are trainable, the others act as they are (frozen); None is all, () none.
+    scale: s, or one by name: at every hook of a module s times what it adds acts. For a change of a weight that is s
+        times the change, for a bottleneck s times its output, for attention with a gate s times the gate. Task heads
+        count in full, as they replace a head and add nothing. Prompt tokens and a prefix in the joint softmax add
+        nothing that could be multiplied: another scale than 1 is refused for them.
+    train: which of them are trainable, the others act frozen; None for all, () for none.
 
     Task heads may be for different numbers of labels: in a stack the last one's counts; in an average and by row they
     have to agree.
@@ -184,8 +190,10 @@ def active(
 ) -> Iterator[M]:
     """`activate` inside a `with` block; behind it, also after an error, what acts and what is trainable is as before.
 
-    An adapter that was detached meanwhile is left out; one that was attached, or taken out of the base, meanwhile is
-    inactive and frozen then. IncompatibleError, and the bare base, where the heads of those that are left cannot act
+    names, combine, rows, scale, train: as in `activate`.
+
+    An adapter that was detached meanwhile is left out; one that was attached, or unmerged, meanwhile is inactive and
+    frozen then. Raises IncompatibleError, and leaves the bare base, where the heads of those that are left cannot act
     together by row.
     """
     with _as_before(model, lambda: activate(model, *names, combine=combine, rows=rows, scale=scale, train=train)):
@@ -194,8 +202,10 @@ def active(
 
 @contextmanager
 def disabled(model: M) -> Iterator[M]:
-    """Inside the block no adapter acts: the bare base model, with its own task head, and what is trainable stays so.
-    Behind the block, also after an error, what acts and what is trainable is as before, as after `active`."""
+    """Inside the block no adapter acts: the bare base model, with its own task head; what is trainable stays so.
+
+    Behind the block, also after an error, what acts and what is trainable is as before, as after `active`.
+    """
 
     def bare() -> None:
         with transition(model) as state:
@@ -207,11 +217,14 @@ def disabled(model: M) -> Iterator[M]:
 
 @contextmanager
 def _as_before(model: nn.Module, enter: Callable[[], object]) -> Iterator[None]:
-    """Behind the block what acts and learns is as before, of what is still there; what has come since does neither. The
-    base is frozen as long as adapters are attached: where the first one has come inside, or the last one has gone, its
-    flags are not put back."""
+    """Behind the block what acts and learns is as before, of what is still there; what has come since does neither.
+
+    The base is frozen as long as adapters are attached: where the first one has come inside, or the last one has gone,
+    its flags are not put back.
+    """
     inside, state = unwrap(model), adapters_of(model)
-    before, held, flags = state.roster.now, bool(state.attachments), [(p, p.requires_grad) for p in inside.parameters()]
+    before, had_adapters = state.roster.now, bool(state.attachments)
+    flags = [(p, p.requires_grad) for p in inside.parameters()]
     enter()
     try:
         yield
@@ -220,15 +233,14 @@ def _as_before(model: nn.Module, enter: Callable[[], object]) -> Iterator[None]:
         for name in {*before.names, *before.trained} - state.attachments.keys():
             before = before.without(name)
         act(inside, state, before)
-        changed = held != bool(state.attachments)
+        changed = had_adapters != bool(state.attachments)
         there = {id(p) for key, p in inside.named_parameters() if not changed or ".adapters." in f".{key}"}
         for p, flag in flags:
             if id(p) in there:  # a merged adapter keeps those with which it comes back
                 p.requires_grad_(flag)
         try:
             check_heads(inside)
-        # by row, where the rows of an adapter that was detached would now have the model's own head, of another size
-        except IncompatibleError:
+        except IncompatibleError:  # by row: those of a detached adapter would have the model's head, of another size
             state.roster.now = Activity(trained=before.trained)
             raise
 
@@ -310,8 +322,10 @@ def roles(model: nn.Module) -> dict[str, int]:
 
 
 def targets(model: nn.Module, method: Method) -> dict[str, Site]:
-    """The sites on which a method hangs, by path. TargetError for what matches nothing or only partly, and for
-    misfits."""
+    """The sites on which a method hangs, by path.
+
+    Raises TargetError for a pattern that matches nothing, or only some layers, and for sites of another type.
+    """
     everything = dict(sites(model))
     if not everything:
         raise TargetError(
@@ -328,38 +342,28 @@ def targets(model: nn.Module, method: Method) -> dict[str, Site]:
                 f"{method.name}: target {pattern!r} matches no role{did_you_mean(pattern, known)} "
                 f"Roles: {listing(known)}."
             )
+        anywhere = method.layers is None
         matched = {
-            path: site
-            for path, site in matched.items()
-            if site.layer in layers or (site.layer is None and method.layers is None)
+            path: site for path, site in matched.items() if site.layer in layers or (site.layer is None and anywhere)
         }
-        missing = (
-            layers - {site.layer for site in matched.values()}
-            if any(site.layer is not None for site in matched.values())
-            else set()
-        )
-        if missing and method.targets:
+        has = {site.layer for site in matched.values() if site.layer is not None}
+        if has and method.targets and (missing := layers - has):
             raise TargetError(
-                f"{method.name}: target {pattern!r} matches only some layers, not {sorted(missing)}; "  # type: ignore[type-var]
-                f"give layers={tuple(sorted(layers - missing))} to mean that, or another pattern"  # type: ignore[type-var]
+                f"{method.name}: target {pattern!r} matches only some layers, not {sorted(missing)}; "
+                f"give layers={tuple(sorted(has))} to mean that, or another pattern"
             )
         found.update(matched)
     if not found and not method.targets and not any(isinstance(site, method.accepts) for site in everything.values()):
-        kinds = _kinds(method)
-        suggestion = "use it on a model that has them, or another method"
-        raise IncompatiblePeft(
-            method.name, "this model", f"it hangs on {kinds} sites, of which there are none", suggestion
-        )
+        reason = f"it hangs on {_kinds(method)} sites, of which there are none"
+        raise IncompatiblePeft(method.name, "this model", reason, "use it on a model that has them, or another method")
     if not found:
         raise TargetError(
             f"{method.name}: nothing in this model matches {listing(patterns)}. Roles: {listing(roles(model))}."
         )
     for path, site in found.items():
         if not isinstance(site, method.accepts):
-            accepted = _kinds(method)
-            raise TargetError(
-                f"{method.name} hangs on {accepted} sites; {site.role!r} ({path}) is {type(site).__name__}"
-            )
+            what = f"{site.role!r} ({path}) is {type(site).__name__}"
+            raise TargetError(f"{method.name} hangs on {_kinds(method)} sites; {what}")
     return found
 
 
@@ -375,10 +379,10 @@ def _kinds(method: Method) -> str:
     return " or ".join(dict.fromkeys("Linear" if cls is TiedLinear else cls.__name__ for cls in method.accepts))
 
 
-def _layers(method: Method, everything: dict[str, Site]) -> set[int | None]:
+def _layers(method: Method, everything: dict[str, Site]) -> set[int]:
     present = {site.layer for site in everything.values() if site.layer is not None}
     if method.layers is None:
-        return set(present)
+        return present
     depth = max(present, default=-1) + 1
     outside = [layer for layer in method.layers if not -depth <= layer < depth]
     if outside:
@@ -407,18 +411,18 @@ def _hang(model: nn.Module, method: Method, attachment: Attachment, found: dict[
 
 
 def adapter_dtype(base: torch.dtype, asked: torch.dtype | None = None) -> torch.dtype:
-    """The dtype of an adapter's tensors: the one that was asked for, else float32, or the base's where that is
-    wider."""
+    """The dtype of an adapter's tensors: the one asked for, else float32, or the base's where that is wider."""
     return torch.promote_types(base, torch.float32) if asked is None else asked
 
 
 def recast(model: M, *names: str, dtype: torch.dtype | str | None = None) -> M:
-    """Hold the tensors of the named adapters (all, when none is named) in another dtype, the base left as it is; return
-    the model.
+    """Hold the tensors of the named adapters (all, when none is named) in another dtype, the base as it is; return the
+    model.
 
-    dtype: None is what `attach` gives: float32, or float64 on a float64 base. For an adapter that
-        `model.to(torch.bfloat16)` has cast with the base; what that has rounded stays rounded. Raises UnknownNameError,
-        OptionError.
+    dtype: None for that of `attach`: float32, or float64 on a float64 base.
+
+    For an adapter that `model.to(torch.bfloat16)` has cast with the base; what that has rounded stays rounded. Raises
+    UnknownNameError, OptionError.
     """
     wanted = _dtype(dtype)
     with transition(model) as state:
@@ -443,8 +447,7 @@ def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def fitted(model: nn.Module, site: Site, module: PeftModule, dtype: torch.dtype | None = None) -> PeftModule:
-    """A module on the device and in the mode of the site where it is to hang, in the dtype that was asked for, else as
-    `adapter_dtype` says."""
+    """A module on the device and in the mode of the site where it is to hang, in the dtype of `adapter_dtype`."""
     like = next(iter(site.base().values()), None)
     if like is None:
         like = next(p for p in model.parameters() if p.is_floating_point())
@@ -452,7 +455,7 @@ def fitted(model: nn.Module, site: Site, module: PeftModule, dtype: torch.dtype 
 
 
 def freeze_base(model: nn.Module, state: Adapters) -> None:
-    """Freeze what is trainable of the base, and remember it."""
+    """Freeze what is trainable of the base; `state.frozen` lists it."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ".adapters." not in f".{name}":
             parameter.requires_grad_(False)
@@ -460,8 +463,7 @@ def freeze_base(model: nn.Module, state: Adapters) -> None:
 
 
 def take_off(model: nn.Module, state: Adapters, name: str) -> frozenset[str]:
-    """Take an adapter off inside a transition; the base parameters that are trainable again, because it was the last
-    one."""
+    """Take an adapter off, in a transition; where it was the last one, the base parameters that become trainable."""
     for _, site in sites(model):
         if name in site.adapters:
             del site.adapters[name]

@@ -1,11 +1,10 @@
-"""One budget for every method: the size (rank, bottleneck, length, share) at which a method trains as many parameters
-as allowed."""
+"""One budget for every method: the size (rank, bottleneck, length, share) at which it trains as much as allowed."""
 
 from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,27 +17,28 @@ from effzoo.registry import peft as registry
 from effzoo.sites import sites, unwrap
 from effzoo.spec import Spec, parse_one
 
+M = TypeVar("M", bound=nn.Module)
 NAME = "within_budget"
 MOST = 2**20  # the largest size that is tried
 REFUSED = 2**62  # more than any budget
 
 
 def within(model: nn.Module, method: str | Spec, trainable: Count) -> Spec:
-    """The spec with its size option (`Method.size`) as large as `trainable` parameters allow, the task head not
-    counted.
+    """The spec with its size option (`Method.size`) as large as the budget allows.
+
+    model: left as it is.
+    method: a spec of one method.
+    trainable: the budget, in parameters; the task head is not counted.
 
     Whole-number sizes are searched by doubling and halving, shares (float options) by bisection; the count must grow
-    with the size. The model is left as it is. Raises OptionError for a method without a size, or when even the smallest
-    size trains more.
+    with the size. Raises OptionError for a method without a size, or when even the smallest size trains more.
     """
     model, spec = unwrap(model), parse_one(method)
     cls: type[Method] = registry.get(spec.name)
     if not cls.size:
         raise OptionError(f"{spec.name} has no size to set; give it as it is")
     option = next(option for option in registry.options(spec.name) if option.name == cls.size)
-    shadow = copy.deepcopy(
-        model, {id(tensor): without_memory(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    )
+    shadow = without_memory(model)
     if isinstance(option.default, float):
         best = _share(lambda size: _trained(shadow, spec, cls.size, size), trainable)
     else:
@@ -57,8 +57,7 @@ def within(model: nn.Module, method: str | Spec, trainable: Count) -> Spec:
 
 
 def _whole(count: Any, budget: int) -> int | None:
-    """The largest multiple of the smallest size that the method takes (1, or a divisor it asks for) within the
-    budget."""
+    """The largest multiple, within the budget, of the smallest size that the method takes (1, or a divisor)."""
     unit = next((size for size in range(1, 129) if count(size) < REFUSED), None)
     if unit is None or count(unit) > budget:
         return None
@@ -79,18 +78,14 @@ def _share(count: Any, budget: int) -> float | None:
     for _ in range(30):
         middle = (low + high) / 2
         low, high = (middle, high) if count(middle) <= budget else (low, middle)
-    return (
-        None
-        if low == 0.0
-        else float(f"{low:.4g}")
-        if count(float(f"{low:.4g}")) <= budget
-        else math.floor(low * 1e6) / 1e6
-    )
+    if low == 0.0:
+        return None
+    short = float(f"{low:.4g}")
+    return short if count(short) <= budget else math.floor(low * 1e6) / 1e6
 
 
 def _trained(model: nn.Module, spec: Spec, option: str, size: float) -> int:
-    """Trainable parameters of the adapter at one size, without the head; more than any budget for sizes that the method
-    refuses."""
+    """Trainable parameters of the adapter at one size, without the head; `REFUSED` where the method refuses it."""
     try:
         with torch.device("meta"):
             attach(model, Spec(spec.name, {**spec.options, option: size}), name=NAME)
@@ -110,7 +105,11 @@ def _trained(model: nn.Module, spec: Spec, option: str, size: float) -> int:
             detach(model, NAME)
 
 
-def without_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the meta device: its shape and dtype alone."""
-    empty = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+def without_memory(model: M) -> M:
+    """A copy of the model on the meta device: shapes and dtypes alone."""
+    memo = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+    return copy.deepcopy(model, memo)

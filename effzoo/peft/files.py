@@ -107,7 +107,7 @@ def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "defaul
         finished=attachment.finished,
         begun=attachment.begun,
         base=str(getattr(getattr(model, "config", None), "name", type(model).__name__)),
-        fingerprint=fingerprint(model, without=replaced(model, name), rows=replaced_embeddings(model, name)),
+        fingerprint=fingerprint(model, without=replaced(model, name), embeddings=replaced_embeddings(model, name)),
         tensors=f"adapter-{digest[:16]}.safetensors",
         sha256=digest,
         size=len(content),
@@ -388,7 +388,7 @@ def _check_base(
     """The fingerprint of the model, heads included, which is that of the manifest but for what the adapter brings
     itself; and what lies between the bases, where rounding may."""
     model, theirs = unwrap(model), manifest.fingerprint
-    ours = fingerprint(model, rows=embeddings_left_out(theirs))
+    ours = fingerprint(model, embeddings=embeddings_left_out(theirs))
     if manifest.format == 1:
         if not trust_base:
             raise AdapterError(

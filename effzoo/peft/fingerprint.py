@@ -35,9 +35,9 @@ NOT_THE_FUNCTION = {  # attributes of modules, and why they do not count
     "max_globals": "a limit: more global tokens are an error", "Side.narrow": "for networks of adapters",
     "sizes": "as `config`", "roster": "of adapters", "again": "computed twice, to the same bits",
     "weighted": "of the loss", "later_values_matter": "an explanation", "projections": "they are sites",
-    "bits": "of the codes, which say it themselves", "Embedding.added": "which rows are called new",
+    "bits": "of the codes, which say it themselves", "Embedding.added": "which tokens are called new",
 }  # fmt: skip
-WITHOUT = " without rows "
+WITHOUT = " without rows "  # as files say it of embeddings
 _OF_ANY_MODULE = vars(nn.Module())
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Dropout)
 
@@ -60,41 +60,43 @@ class Fingerprint:
 
 
 def fingerprint(
-    model: nn.Module, *, without: Collection[str] = (), rows: Mapping[str, str] | None = None
+    model: nn.Module, *, without: Collection[str] = (), embeddings: Mapping[str, str] | None = None
 ) -> Fingerprint:
     """The fingerprint of a model without its adapters.
 
     model: any module; those that have a method `computes` (Transformer, Perceiver) give facts of their own.
     without: keys of tensors to leave out.
-    rows: by key of a tensor, rows of it to leave out, as in "5-7+9".
+    embeddings: by key of a table, the tokens whose embeddings to leave out, as in "5-7+9".
 
     Raises AdapterError for what is no model.
     """
-    model = unwrap(model)
+    model, embeddings = unwrap(model), embeddings or {}
     own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     tensors = {
         key: described(value)
         for key, value in own
-        if not _of_adapter(key) and key not in without and key not in (rows or {})
+        if not _of_adapter(key) and key not in without and key not in embeddings
     }
-    tensors |= {key: described_without(value, rows[key]) for key, value in own if rows is not None and key in rows}
+    tensors |= {key: described_without(value, embeddings[key]) for key, value in own if key in embeddings}
     return Fingerprint(facts(model), tensors)
 
 
 def embeddings_left_out(found: Fingerprint) -> dict[str, str]:
-    """`rows` of the call that gave a fingerprint."""
+    """`embeddings` of the call that gave a fingerprint."""
     return {key: value.partition(WITHOUT)[2] for key, value in found.tensors.items() if WITHOUT in value}
 
 
-def described_without(tensor: Tensor, rows: str | None) -> str:
-    """`described`, of all rows but these."""
-    return described(tensor) if rows is None else f"{described(_without(tensor, rows))}{WITHOUT}{rows}"
+def described_without(tensor: Tensor, embeddings: str | None) -> str:
+    """`described`, of all embeddings but these."""
+    if embeddings is None:
+        return described(tensor)
+    return f"{described(_without(tensor, embeddings))}{WITHOUT}{embeddings}"
 
 
-def _without(tensor: Tensor, rows: str) -> Tensor:
-    """The rows that are not named; the tensor itself for names of no rows of it."""
+def _without(tensor: Tensor, embeddings: str) -> Tensor:
+    """All embeddings but these; the tensor itself where they are none of it."""
     try:
-        named = numbers_of(rows, len(tensor))
+        named = numbers_of(embeddings, len(tensor))
     except OptionError:
         return tensor
     kept = torch.ones(len(tensor), dtype=torch.bool, device=tensor.device)
@@ -103,8 +105,8 @@ def _without(tensor: Tensor, rows: str) -> Tensor:
 
 
 def facts(model: nn.Module) -> dict[str, Any]:
-    """The facts of a fingerprint: what the model says of itself, then the class of every module inside and what it
-    keeps."""
+    """The facts of a fingerprint: what the model says of itself, then the class and the attributes of every module
+    inside."""
     model = unwrap(model)
     found: dict[str, Any] = {"class": type(model).__name__}
     if callable(getattr(model, "computes", None)):
@@ -117,14 +119,12 @@ def facts(model: nn.Module) -> dict[str, Any]:
 
 
 def difference(theirs: Fingerprint, ours: Fingerprint) -> str | None:
-    """The first thing in which a stored fingerprint and that of the model at hand differ, in words with both values;
-    None when they are equal."""
+    """The first thing in which a stored fingerprint and that of a model differ, in words with both values; None for
+    none."""
     for them, us in ((theirs.facts, ours.facts), (theirs.tensors, ours.tensors)):
-        for name in [
-            name
-            for name in (*them, *(name for name in us if name not in them))
-            if name.rpartition(".")[2] != "projections"
-        ]:
+        for name in (*them, *(name for name in us if name not in them)):
+            if name.rpartition(".")[2] == "projections":
+                continue
             if name not in us:
                 return f"{name}: {_shown(them[name])} in the file, nothing of that name in this model"
             if name not in them:
@@ -155,8 +155,7 @@ def _of_adapter(key: str) -> bool:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module keeps of its constructor's arguments, and its other public attributes unless it is torch's; without
-    tensors and modules."""
+    """What a module keeps of its constructor's arguments, and its other public attributes; no tensors and modules."""
     try:
         names = dict.fromkeys(list(inspect.signature(type(module).__init__).parameters)[1:])
     except ValueError:  # written in C
@@ -171,12 +170,10 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
         if value is None or isinstance(value, (Tensor, nn.Module)):
             continue
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = [field.name for field in dataclasses.fields(value) if field.compare]
-            value = {
-                field: getattr(value, field)
-                for field in fields
-                if "dropout" not in field and field not in NOT_THE_FUNCTION
-            }
+            fields = [
+                field.name for field in dataclasses.fields(value) if field.compare and "dropout" not in field.name
+            ]
+            value = {field: getattr(value, field) for field in fields if field not in NOT_THE_FUNCTION}
         found[name] = _plain(value)
     return found
 

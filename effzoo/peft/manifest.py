@@ -1,5 +1,4 @@
-"""adapter.json: what it says of an adapter, written with a hash of itself, and read as something that anybody may have
-written.
+"""adapter.json: what it says of an adapter, written with a hash of itself, and read as of any origin.
 
 Format 2 holds the spec, the fingerprint of the base (`effzoo.peft.fingerprint`), name, size and hash of the file with
 the tensors, and a hash of all that. Format 1 had hashes of the base's tensors and of the file alone: what cannot be
@@ -36,12 +35,15 @@ OLD = ("name", "peft", "base", "base_hashes", "tensors", "sha256")
 class Manifest:
     """What a folder says of the adapter in it.
 
+    name: of the adapter.
+    specs: of its methods.
+    finished: whether it is.
     base: a label of the base.
-    fingerprint: of the base without the tensors that the adapter replaces; one of format 1 has no facts, and hashes
+    fingerprint: of the base without the tensors that the adapter replaces; in format 1 it has no facts, and hashes
         alone.
     tensors, sha256, size: name, hash and bytes of the other file (size None in format 1).
-    kept: what tells a base that holds the same weights in another dtype (`effzoo.peft.rounded`); empty in older
-        files.
+    format: of this file.
+    kept: what shows a base with the same weights in another dtype (`effzoo.peft.rounded`); empty in older files.
     dtype: in which `attach` was asked to hold the adapter's tensors; None for float32 or better.
     begun: {method: stage} of an adapter in the middle of its training; None in older files, which do not say.
     """
@@ -113,7 +115,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object from a file of any origin: of bounded size, every key once, numbers finite. Raises AdapterError."""
+    """A JSON object from a file of any origin: of bounded size, every key once, numbers finite, else AdapterError."""
     if not path.is_file():
         raise AdapterError(
             f"no adapter in {path.parent}: {path.name} is missing; give the directory that save_adapter wrote"

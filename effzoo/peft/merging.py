@@ -1,5 +1,4 @@
-"""Merging: writing what an adapter changes into the base weights, so that inference costs nothing extra; and taking it
-out again."""
+"""Merging: writing what an adapter changes into the base weights, at no cost in inference; and taking it out again."""
 
 from __future__ import annotations
 
@@ -26,10 +25,11 @@ M = TypeVar("M", bound=nn.Module)
 class Rounding:
     """What storing one merged tensor in its dtype costs.
 
+    tensor: its key.
+    dtype: in which it is stored.
     delta: the norm of the change in float64.
-    error: the norm of what rounding W + delta to the dtype changes, beside the rounding of W itself, which holds no
-        error. relative: error / delta.
-    lost: the share of the changed entries that the dtype cannot tell from before.
+    error: the norm of what rounding W + delta to the dtype changes; W itself is in that dtype, and holds no error.
+    lost: the share of the changed entries that are, rounded, what they were before.
     """
 
     tensor: str
@@ -40,6 +40,7 @@ class Rounding:
 
     @property
     def relative(self) -> float:
+        """error / delta."""
         return self.error / self.delta if self.delta else 0.0
 
 
@@ -47,22 +48,22 @@ class Rounding:
 class MergeReport:
     """The rounding error of every merged tensor."""
 
-    rows: tuple[Rounding, ...]
+    tensors: tuple[Rounding, ...]
 
     @property
     def worst(self) -> float:
         """The largest relative error."""
-        return max((row.relative for row in self.rows), default=0.0)
+        return max((one.relative for one in self.tensors), default=0.0)
 
     def __str__(self) -> str:
-        width = max((len(row.tensor) for row in self.rows), default=0)
+        width = max((len(one.tensor) for one in self.tensors), default=0)
         lines = [f"{'tensor':{width}}  dtype     |delta|    |error|    relative  lost"]
-        for row in sorted(self.rows, key=lambda row: -row.relative):
-            dtype = str(row.dtype).removeprefix("torch.")
-            lines.append(
-                f"{row.tensor:{width}}  {dtype:8}  {row.delta:.3e}  {row.error:.3e}  {row.relative:8.2%}  "
-                f"{row.lost:.2%}"
+        for one in sorted(self.tensors, key=lambda one: -one.relative):
+            dtype, errors = (
+                str(one.dtype).removeprefix("torch."),
+                f"{one.error:.3e}  {one.relative:8.2%}  {one.lost:.2%}",
             )
+            lines.append(f"{one.tensor:{width}}  {dtype:8}  {one.delta:.3e}  {errors}")
         return "\n".join(lines)
 
 
@@ -73,32 +74,32 @@ def merge(model: nn.Module, name: str = "default", *, undo: bool = True, report:
 
 
 def merge(model: M, name: str = "default", *, undo: bool = True, report: bool = False) -> M | MergeReport:
-    """theta <- theta + delta for every site of the adapter, then take the adapter off; return the model, or the report
-    when asked for.
+    """theta <- theta + delta for every site of the adapter, then take the adapter off; return the model, or the report.
 
-    Computed in float64 and rounded once to the weight's dtype; `report` says what that rounding costs, layer by layer
-    (in bfloat16 most of a small change can be lost). undo: keep what was overwritten, so that `unmerge` restores it bit
-    by bit; undo=False for an adapter that is merged already gives that up.
+    name: of the adapter.
+    undo: keep what is overwritten, so that `unmerge` restores it bit by bit; undo=False for an adapter that is merged
+        already gives that up.
+    report: return a MergeReport instead, which says for each tensor what rounding to its dtype costs (in bfloat16 most
+        of a small change can be lost).
 
-    What is merged is part of the base, for every row and before whatever else acts, which goes on as it was. An active
-    adapter is merged at its scale, an inactive one at 1. One that was not finished is merged as it would be finished,
-    and comes back, by `unmerge`, in the stage of its training where it was. Raises AdapterError, and changes nothing,
-    when a module has no delta (prompt, prefix, bottleneck adapters: they are no change of a weight), when a merged
-    weight is not finite, and when merging would change what an active adapter does: one of an average, one chosen by
-    row, or one of a stack in which the order counts and another comes first.
+    Computed in float64 and rounded once to the weight's dtype. What is merged is part of the base, for every row of the
+    batch and before whatever else acts, which goes on as it was. An active adapter is merged at its scale, an inactive
+    one at 1. One that was not finished is merged as it would be finished, and comes back, by `unmerge`, in the stage of
+    its training where it was.
+
+    Raises AdapterError, and changes nothing, when a module has no delta (prompt, prefix, bottleneck adapters: they are
+    no change of a weight), when a merged weight is not finite, and when merging would change what an active adapter
+    does: one of an average, one chosen by row, or one of a stack in which the order counts and another comes first.
     """
     with transition(model) as state:
         inside = unwrap(model)
-        if (
-            not undo
-            and not report
-            and (again := next((record for record in state.merged if record.name == name), None)) is not None
-        ):
-            state.merged.remove(again)
+        merged = [record for record in state.merged if record.name == name]
+        if merged and not undo and not report:
+            state.merged.remove(merged[0])
             return model
         attachment, now = state.known(name), state.roster.now
         if name in now.names and now.combine != "stack":
-            how = "on some rows" if now.combine == "rows" else "in an average"
+            how = "on some rows of the batch" if now.combine == "rows" else "in an average"
             raise AdapterError(
                 f"adapter {name!r} acts {how}, and a merged one acts in full on every row; activate it alone first "
                 f"(effzoo.activate(model, {name!r})), or merge what effzoo.combine makes of several"
@@ -112,11 +113,7 @@ def merge(model: M, name: str = "default", *, undo: bool = True, report: bool = 
             values = _values(inside, attachment)
         found = {path: site for path, site in sites(inside) if name in site.adapters}
         tensors = {(path, key): getattr(found[path], key) for path, key in values}
-        rows = (
-            tuple(_rounding(f"{path}.{key}", tensors[path, key], value) for (path, key), value in values.items())
-            if report
-            else ()
-        )
+        rounding = [_rounding(f"{path}.{key}", tensors[path, key], values[path, key]) for path, key in values if report]
         place, modules = list(state.attachments).index(name), {path: site.of(name) for path, site in found.items()}
         thawed = take_off(inside, state, name)
         assert state.rewriting is not None
@@ -124,12 +121,11 @@ def merge(model: M, name: str = "default", *, undo: bool = True, report: bool = 
         if undo:
             written = {at: checksum(tensors[at]) for at in values}
             state.merged.append(Merged(attachment, place, modules, originals, written, now, state.roster.now, thawed))
-    return MergeReport(rows) if report else model
+    return MergeReport(tuple(rounding)) if report else model
 
 
 def _values(model: nn.Module, attachment: Attachment) -> dict[tuple[str, str], Tensor]:
-    """What merging an adapter makes of each tensor of the base, by path and name, in float64. Raises what `merge`
-    raises."""
+    """What merging an adapter makes of each tensor of the base, by path and name, in float64."""
     name, values = attachment.name, {}
     for path, site in sites(model):
         if name not in site.adapters:
@@ -205,6 +201,7 @@ def unmerge(model: M, name: str = "default") -> M:
 def check_nothing_merged(model: nn.Module, change: str, touches: Callable[[str], bool]) -> None:
     """AdapterError where a change of the model would make it impossible to take a merged adapter out again.
 
+    change: in words, as in "quantising".
     touches: whether the change concerns the site at a path.
     """
     for record in adapters_of(model).merged:
@@ -217,8 +214,7 @@ def check_nothing_merged(model: nn.Module, change: str, touches: Callable[[str],
 
 
 def _check_untouched(key: str, name: str, tensor: Tensor | None, original: Tensor, written: int) -> None:
-    """AdapterError unless a tensor is what merging has written; in another dtype that cannot be told, so then only its
-    shape counts."""
+    """AdapterError unless a tensor is what merging has written; in another dtype its shape alone can be compared."""
     if tensor is None or tensor.shape != original.shape:
         now = "is gone" if tensor is None else f"has shape {tuple(tensor.shape)} instead of {tuple(original.shape)}"
         raise AdapterError(f"adapter {name!r} cannot be taken out again: {key} {now}; what unmerging needs is kept")
@@ -247,7 +243,7 @@ def _check_outputs(site: Site, name: str, path: str) -> None:
 
 @torch.no_grad()
 def _check_order(site: Site, path: str, name: str) -> None:
-    """AdapterError where an active adapter acts at a site with others in such a way that it cannot be the first."""
+    """AdapterError where an active adapter shares a site with others in such a way that it cannot be the first."""
     order = site.active
     others = [other for other in order if other != name]
     if name not in order or not others:
@@ -280,8 +276,7 @@ def _check_order(site: Site, path: str, name: str) -> None:
 
 
 def merged_tensors(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The merged adapters that can be taken out again, each with the keys of the tensors that `unmerge` would put
-    back."""
+    """The keys of the tensors that `unmerge` would put back, for each merged adapter that can be taken out."""
     return {
         merged.name: tuple(f"{path}.{key}" for path, key in merged.originals) for merged in adapters_of(model).merged
     }
@@ -291,7 +286,9 @@ def merged_tensors(model: nn.Module) -> dict[str, tuple[str, ...]]:
 def delta(model: nn.Module, name: str = "default", *, heads: bool = True) -> dict[str, Tensor]:
     """What merging the adapter at scale 1 would add to each tensor of the base, by its key, in float64.
 
-    heads: with the task head's. Raises AdapterError for what is no change, as a task head for another number of labels.
+    heads: with the task head's.
+
+    Raises AdapterError for what is no change, such as a task head for another number of labels.
     """
     attachment = _known(model, name)
     changes: dict[str, Tensor] = {}
@@ -308,10 +305,11 @@ def delta(model: nn.Module, name: str = "default", *, heads: bool = True) -> dic
 def merged_parameters(
     site: Site, modules: Sequence[Acts], where: str = "", start: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The weight and bias, in float64, that make the site alone compute what it computes with the modules in evaluation
-    mode.
+    """The weight and bias, in float64, with which the site alone computes what it computes with the modules.
 
-    In training mode some of them draw; what is merged, combined or compared must not depend on that.
+    modules: in the order in which they act; they are in evaluation mode meanwhile, because some of them draw in
+        training.
+    where: for errors, what and where they are.
     start: weight and bias to begin with, instead of the site's own.
     """
     own: Mapping[str, Tensor] = site.base() if start is None else start
@@ -353,14 +351,14 @@ def mergeable(site: Site, module: Acts) -> bool:
         return False
     if not opens(module, "after", "before"):
         return bool(site.base())
-    return module.delta(site.weight, getattr(site, "bias", None)) is not None  # type: ignore[arg-type]
+    base = site.base()
+    return module.delta(base["weight"], base.get("bias")) is not None
 
 
 def _no_weight(site: Site, module: Acts) -> bool:
     """Whether there is no weight that the module could be a change of, whatever its numbers are."""
-    if opens(module, "prompt", "memory") or isinstance(
-        module.module if isinstance(module, Scaled) else module, SideNetwork
-    ):
+    inner = module.module if isinstance(module, Scaled) else module
+    if opens(module, "prompt", "memory") or isinstance(inner, SideNetwork):
         return True
     return opens(module, "after", "before") and getattr(site, "weight", None) is None
 
@@ -375,6 +373,5 @@ def _rounding(tensor: str, parameter: Tensor, value: Tensor) -> Rounding:
     stored = value.to(parameter.dtype).double()
     changed = value != before
     lost = ((stored == before) & changed).sum() / changed.sum().clamp(min=1)
-    return Rounding(
-        tensor, parameter.dtype, float((value - before).norm()), float((stored - value).norm()), float(lost)
-    )
+    delta, error = float((value - before).norm()), float((stored - value).norm())
+    return Rounding(tensor, parameter.dtype, delta, error, float(lost))

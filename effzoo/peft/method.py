@@ -1,8 +1,8 @@
-"""The contract of a PEFT method: where it hangs, and what it hangs there.
+"""The contract of a PEFT method: which sites it takes, and which module it hangs on each.
 
 A method is a class whose options are the keyword-only parameters of its constructor. `make(site)` returns the
-PeftModule to hang on one site; which hooks that module overrides (`effzoo/sites/hooks.py`) is the whole method.
-`attach` does the rest: targets by role, freezing, names, files, merging. Methods that take part in training derive from
+PeftModule for one site; which hooks that module overrides (`effzoo/sites/hooks.py`) is the whole method. `attach` does
+the rest: targets by role, freezing, names, files, merging. Methods that take part in training derive from
 `TrainingHooks` (`effzoo/peft/training_hooks.py`) instead.
 """
 
@@ -24,53 +24,51 @@ ALL_LINEAR = "all-linear"  # as a target: every linear layer of the blocks
 HEAD = "head.*"  # roles of the task head, which an adapter trains whatever its methods are
 LABELS = "head.out"  # the layer of it that has an output for each label
 Batches = Iterable[Mapping[str, Any]]
+# fmt: off
 FORMER = {  # what methods said before, and how it is said now
-    "idle": "`hooks_in_use(self)` of TrainingHooks says which hooks of the training do something with the options at "
-    "hand",
-    "settled": "`schedule_ends` of TrainingHooks is the share of the last stage after which the adapter is what its "
-    "options say",
+    "idle": "`hooks_in_use(self)` of TrainingHooks says which hooks of the training do something with these options",
+    "settled": "`schedule_ends` of TrainingHooks is the share of the last stage after which the adapter is final",
     "settled_options": "`prepare` returns the options whose meaning it has found in the model",
     "zero_gradient": "tell the checks: effzoo.checks.facts.ZERO_GRADIENT[name] = {pattern: reason}",
     "alike": "tell the checks: effzoo.checks.facts.SAME_AT_START[name] = reason",
 }
 OF_TRAINING = (
-    "calibrate",
-    "schedule",
-    "penalty",
-    "begin",
-    "finish",
-    "stages",
-    "consistency",
-    "rates",
-    "schedule_ends",
+    "calibrate", "schedule", "penalty", "begin", "finish", "stages", "consistency", "rates", "schedule_ends",
     "hooks_in_use",
 )
+# fmt: on
 
 
 class Method(abc.ABC):
     """One PEFT method. Options that most methods share:
 
-    targets: role patterns such as `attn.q` or `attn.*` (`effzoo.peft.roles(model)` lists them); None means
-        `default_targets`. A pattern matches a whole role, `*` any characters in it, dots too, `?` one, `[qv]` one of
-        these; upper and lower case differ. It takes in what a model has:
-    `attn.q` the queries alone, `attn.q*` the global ones too. `all-linear` is every linear layer of the blocks,
-        whatever its role and also those that an attention kind or an architecture adds, but nothing outside the blocks:
-        no head, no embedding.
-    layers: block indices, negative ones from the end; None means every block. A given pattern that matches nothing, or
-    only in some of the layers, is an error.
+    targets: role patterns such as `attn.q` or `attn.*` (`effzoo.peft.roles(model)` lists the roles); None for
+        `default_targets`. A pattern matches a whole role: `*` any characters, dots too, `?` one, `[qv]` one of these;
+        case counts. `all-linear` is every linear layer of the blocks, whatever its role.
+    layers: block indices, negative ones from the end; None for every block.
 
-    An instance belongs to one adapter of one model: what `prepare` or the first `make` creates can be shared by the
-    modules (a parameter registered in several of them is trained, stored and counted once).
+    A given pattern that matches nothing, or only in some of the layers, is an error. What a subclass says of itself:
 
-    A class may also say its `paper`, and as `size` which option sets how much is trained (rank, bottleneck, length):
-    `effzoo.peft.within` sets it.
+    accepts: the site types on which it can hang.
+    default_targets: role patterns; one that a model lacks is passed over, unlike a given one.
+    identity_at_init: whether the model's output is unchanged right after attaching; an option may change it.
+    learning_rate: of AdamW, when the user gives none.
+    size: the option that sets how much is trained (rank, bottleneck, length); `effzoo.peft.within` fits it to a budget.
+    paper: author, year, title, arXiv number, section.
+
+    An instance belongs to one adapter of one model, so what `prepare` or the first `make` creates can be shared by its
+    modules: a parameter registered in several of them is trained, stored and counted once.
     """
 
-    accepts: ClassVar[tuple[type[Site], ...]] = (Site,)  # site types on which the method can hang
-    default_targets: ClassVar[tuple[str, ...]] = ()  # those that a model lacks are passed over, unlike given ones
-    # whether the model's output is unchanged right after attaching; an option may change it
+    name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    size: ClassVar[str] = ""
+    accepts: ClassVar[tuple[type[Site], ...]] = (Site,)
+    default_targets: ClassVar[tuple[str, ...]] = ()
     identity_at_init: bool = True
-    learning_rate: float = 5e-4  # of AdamW when the user gives none
+    learning_rate: float = 5e-4
+    targets: tuple[str, ...] | None = None
+    layers: tuple[int, ...] | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -80,9 +78,9 @@ class Method(abc.ABC):
         training = any(parent.__name__ == "TrainingHooks" for parent in cls.__mro__)
         for name in () if training else OF_TRAINING:
             if hasattr(cls, name):
+                subclass = f"class {cls.__name__}(TrainingHooks), from effzoo.peft"
                 raise OptionError(
-                    f"{cls.__name__} has `{name}`, which is read of methods that take part in training: class "
-                    f"{cls.__name__}(TrainingHooks), from effzoo.peft"
+                    f"{cls.__name__} has `{name}`, which is read of methods that take part in training: {subclass}"
                 )
         for site in cls.accepts:
             if not (isinstance(site, type) and issubclass(site, Site)):
@@ -97,19 +95,14 @@ class Method(abc.ABC):
             raise TargetError(f"{self.name}: targets and layers must not be empty; leave them out for the default")
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> Mapping[str, Any] | None:
-        """Called once before `make`, with all sites that were found, by path: for sizes and tensors that concern them
-        together.
+        """Called once before `make`, for sizes and tensors that concern all sites together.
 
-        Returns options whose meaning it has found in the model, as files and reports shall name them, or None.
+        model: the model, without wrappers.
+        found: the sites on which the method will hang, by path.
+
+        Returns the options whose meaning it has found in the model, as files and reports shall name them, or None.
         """
 
     @abc.abstractmethod
     def make(self, site: Site) -> PeftModule | None:
         """The module to hang on this site, or None when there is nothing to adapt here (a layer without bias, say)."""
-
-    # what is written elsewhere
-    name: ClassVar[str]
-    paper: ClassVar[str] = ""
-    size: ClassVar[str] = ""
-    targets: tuple[str, ...] | None = None
-    layers: tuple[int, ...] | None = None

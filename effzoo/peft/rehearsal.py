@@ -1,4 +1,4 @@
-"""Attaching an adapter to a model of shapes: which tensors it would have, before any of them is there."""
+"""Attaching an adapter to a model of shapes: which tensors it would have, before any of them exists."""
 
 from __future__ import annotations
 
@@ -29,15 +29,17 @@ def rehearse(
     dtype: torch.dtype | None = None,
     num_labels: int | None = None,
 ) -> tuple[M, set[str]]:
-    """A copy of the model on the meta device with the adapter attached, and the sites whose finished shapes only the
+    """A copy of the model on the meta device with the adapter attached, and the beginnings of keys whose shapes only
     data know.
 
-    begun: {method: stage} in which the adapter is.
+    specs, name: of the adapter.
+    begun: {method: stage} in which it is.
+    finished: whether it is.
     most: calls of torch that it may take; what needs more is refused.
     dtype, num_labels: as in `attach`.
 
     Raises what `attach` raises, and AdapterError for anything else that goes wrong. Nothing as large as a tensor is
-        allocated.
+    allocated.
     """
     try:
         shapes = skeleton(model)

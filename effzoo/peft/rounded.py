@@ -1,16 +1,15 @@
-"""The same weights in another dtype, or quantised: what a file keeps of its base to tell, and what the rounding costs.
+"""The same weights in another dtype, or quantised: how a file's base is recognised in it, and what the rounding costs.
 
 Of every floating-point tensor (of a quantised weight the numbers that its codes stand for) a manifest keeps its kind,
-the numbers at 64 drawn places, and for each narrower dtype the hash of the tensor rounded to it. So a base of another
-kind is
+the numbers at 64 drawn places, and for each narrower dtype the hash of the tensor rounded to it. A base of another kind
+is accepted where it is
 
-    the file's, rounded to a narrower dtype    when it has the hash that is kept                           every entry
-    is proved what the file's was rounded from           when it has the file's hash, or codes, rounded in turn
-    every entry is proved another rounding of the same weights       when at the places kept no number is further from
-    the       64 entries of each tensor (codes and a dtype, 4 and 8 bits, ...)     file's than both may have been moved
-    by their rounding
+    the file's, rounded to a narrower dtype     it has the hash that is kept, which proves every entry
+    what the file's was rounded from            rounded or quantised in turn it has the file's hash, which proves it
+    another rounding of the same weights        at the 64 places no number is further from the file's than both
+                                                roundings may have moved it (codes and a dtype, 4 and 8 bits, ...)
 
-and nothing else is accepted. Weights that were trained on, however little, leave the cells of their rounding somewhere.
+and nothing else is. Weights that were trained, however little, leave the cells of their rounding somewhere.
 """
 
 from __future__ import annotations
@@ -51,9 +50,10 @@ class Kept:
 
     kind: "bfloat16", or "4 bits (bfloat16)" with the dtype of the scales.
     shape: of the tensor.
-    numbers, margins: float64, at `places` of it: the numbers, and how far each may be from what it was rounded from.
-    rounded: narrower dtype -> the hash of the tensor rounded to it, and the norm of what that changes, in parts of
-        the tensor's.
+    numbers: float64, at `places` of it.
+    margins: how far each number may be from what it was rounded from.
+    rounded: {narrower dtype: (the hash of the tensor rounded to it, the norm of what that changes, relative to the
+        tensor's)}.
     """
 
     kind: str
@@ -90,11 +90,11 @@ class Kept:
 
 @dataclass(frozen=True)
 class RoundedTensor:
-    """One tensor that is held in another way than in the file's base.
+    """One tensor that has another kind than in the file's base.
 
+    tensor: its key.
     theirs, ours: its kinds there and here.
-    relative: the norm of the difference, in parts of the tensor's; of all entries when they are proved, else an
-        estimate from 64 of them.
+    relative: the norm of the difference by the tensor's; of all entries when they are proved, else an estimate from 64.
     proved: whether every entry is known to be the rounded one.
     """
 
@@ -107,42 +107,39 @@ class RoundedTensor:
 
 @dataclass(frozen=True)
 class BaseRounding:
-    """What lies between the base that an adapter was trained on and this one: the tensors that are held in another
-    way."""
+    """The difference between the base that an adapter was trained on and this one: tensors of another kind."""
 
-    rows: tuple[RoundedTensor, ...]
+    tensors: tuple[RoundedTensor, ...]
 
     @property
     def worst(self) -> float:
         """The largest relative difference of a tensor."""
-        return max((row.relative for row in self.rows), default=0.0)
+        return max((one.relative for one in self.tensors), default=0.0)
 
     def __str__(self) -> str:
-        if not self.rows:
+        if not self.tensors:
             return "the base is the file's, bit by bit"
-        width = max(len(row.tensor) for row in self.rows)
-        kinds = max(len(f"{row.theirs} -> {row.ours}") for row in self.rows)
-        proved = sum(row.proved for row in self.rows)
-        lines = [
-            f"{len(self.rows)} tensors are rounded, {proved} of them proved in every entry; relative difference "
-            f"at most {self.worst:.2e}"
-        ]
-        for row in sorted(self.rows, key=lambda row: -row.relative):
-            how = "every entry" if row.proved else f"{PLACES} entries"
-            lines.append(f"  {row.tensor:{width}}  {f'{row.theirs} -> {row.ours}':{kinds}}  {row.relative:.2e}  {how}")
+        width = max(len(one.tensor) for one in self.tensors)
+        kinds = max(len(f"{one.theirs} -> {one.ours}") for one in self.tensors)
+        proved = sum(one.proved for one in self.tensors)
+        count = f"{len(self.tensors)} tensors are rounded, {proved} of them proved in every entry"
+        lines = [f"{count}; relative difference at most {self.worst:.2e}"]
+        for one in sorted(self.tensors, key=lambda one: -one.relative):
+            kind, how = f"{one.theirs} -> {one.ours}", "every entry" if one.proved else f"{PLACES} entries"
+            lines.append(f"  {one.tensor:{width}}  {kind:{kinds}}  {one.relative:.2e}  {how}")
         return "\n".join(lines)
 
 
 @torch.no_grad()
 def kept_of(model: nn.Module, without: Collection[str] = ()) -> dict[str, Kept]:
-    """What a manifest keeps of the base tensors of a model, by key; a quantised weight under the key that it has as a
-    dense one."""
-    return {key: _kept(key, tensor, kind, margins) for key, (tensor, kind, margins) in _held(model, without).items()}
+    """What a manifest keeps of a model's base tensors, by key; a quantised weight has the key of a dense one."""
+    return {
+        key: _kept(key, tensor, kind, margins) for key, (tensor, kind, margins) in _floating(model, without).items()
+    }
 
 
 def differing_kind(theirs: Fingerprint, ours: Fingerprint) -> str | None:
-    """The first tensor that the two bases hold in another way, in words, when they compute the same apart from that and
-    from values; else None."""
+    """The first tensor whose kind differs between the two bases, in words; None where nothing or more differs."""
     if difference(Fingerprint(_facts(theirs), {}), Fingerprint(_facts(ours), {})) is not None:
         return None
     them, us = _kinds(theirs), _kinds(ours)
@@ -155,7 +152,7 @@ def differing_kind(theirs: Fingerprint, ours: Fingerprint) -> str | None:
 
 @torch.no_grad()
 def compare(theirs: Fingerprint, kept: Mapping[str, Kept], ours: Fingerprint, model: nn.Module) -> BaseRounding:
-    """What lies between the base of a file and a model that holds the same weights in another way.
+    """The difference between the base of a file and a model that holds the same weights in another dtype or quantised.
 
     theirs, kept: of the file.
     ours: the fingerprint of the model, as far as the file speaks of it.
@@ -164,20 +161,20 @@ def compare(theirs: Fingerprint, kept: Mapping[str, Kept], ours: Fingerprint, mo
     """
     if found := difference(Fingerprint(_facts(theirs), _exact(theirs)), Fingerprint(_facts(ours), _exact(ours))):
         raise AdapterError(found)
-    held = {key: value for key, value in _held(model).items() if key in _kinds(ours)}
-    for key in [*kept, *(key for key in held if key not in kept)]:
-        if key not in held or key not in kept:
+    base = {key: value for key, value in _floating(model).items() if key in _kinds(ours)}
+    for key in [*kept, *(key for key in base if key not in kept)]:
+        if key not in base or key not in kept:
             raise AdapterError(f"{key}: there is none {'in this model' if key in kept else 'in the file'}")
-    rows = []
-    for key, (tensor, kind, margins) in held.items():
+    rounded = []
+    for key, (tensor, kind, margins) in base.items():
         them = kept[key]
         if them.shape != tuple(tensor.shape):
             raise AdapterError(f"{key}: of shape {list(them.shape)} in the file, {list(tensor.shape)} in this model")
         if them.kind != kind:
-            rows.append(_rounded(key, them, theirs, tensor, kind, margins))
+            rounded.append(_rounded(key, them, theirs, tensor, kind, margins))
         elif any(theirs.tensors.get(name) != ours.tensors.get(name) for name in _names(key, kind)):
             raise AdapterError(f"{key}: {kind} in the file and in this model, with other values")
-    return BaseRounding(tuple(rows))
+    return BaseRounding(tuple(rounded))
 
 
 def _rounded(
@@ -207,17 +204,17 @@ def _rounded(
                 key, them.kind, kind, _relative(decoded(codes, scales, tensor.shape), tensor), proved=True
             )
     own = _kept(key, tensor, kind, margins, further=False)
-    apart = (own.numbers - them.numbers).abs()
-    if not bool((apart <= SLACK * (own.margins + them.margins)).all()):
+    gap = (own.numbers - them.numbers).abs()
+    if not bool((gap <= SLACK * (own.margins + them.margins)).all()):
         raise AdapterError(
             f"{key}: {them.kind} in the file and {kind} in this model, with values that are further "
             "apart than rounding moves them"
         )
     norm = float(them.numbers.norm())
-    return RoundedTensor(key, them.kind, kind, float(apart.norm()) / norm if norm else 0.0, proved=False)
+    return RoundedTensor(key, them.kind, kind, float(gap.norm()) / norm if norm else 0.0, proved=False)
 
 
-def _held(model: nn.Module, without: Collection[str] = ()) -> dict[str, tuple[Tensor, str, Tensor | None]]:
+def _floating(model: nn.Module, without: Collection[str] = ()) -> dict[str, tuple[Tensor, str, Tensor | None]]:
     """The floating-point base tensors by key: numbers, kind, and margins where they do not follow from the dtype."""
     found: dict[str, tuple[Tensor, str, Tensor | None]] = {}
     coded: dict[str, Any] = {path: site for path, site in sites(model) if getattr(site, "bits", None)}
@@ -308,7 +305,7 @@ def _exact(of: Fingerprint) -> dict[str, str]:
 
 
 def _facts(of: Fingerprint) -> dict[str, Any]:
-    """The facts, but for how a weight is held."""
+    """The facts, where a quantised layer counts as a Linear."""
     return {name: "Linear" if value == "QuantisedLinear" else value for name, value in of.facts.items()}
 
 
@@ -320,9 +317,9 @@ def _unpacked(text: Any, count: int) -> Tensor:
     content = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
     if len(content) != 8 * count:
         raise ValueError(f"{count} kept numbers have {8 * count} bytes, got {len(content)}")
-    numbers = (
-        torch.frombuffer(bytearray(content), dtype=torch.float64) if count else torch.empty(0, dtype=torch.float64)
-    )
+    numbers = torch.empty(0, dtype=torch.float64)
+    if count:
+        numbers = torch.frombuffer(bytearray(content), dtype=torch.float64)
     if not bool(numbers.isfinite().all()):
         raise ValueError("a kept number is not finite")
     return numbers

@@ -1,4 +1,4 @@
-"""The adapters of a model as one object, and transitions of it, which happen whole or leave everything as it was."""
+"""The adapters of a model as one object, and transitions of it, which succeed or leave everything as it was."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ HERE = "_effzoo_adapters"  # where a model holds its own; copied, pickled and sa
 
 @dataclass
 class Attachment:
-    """One adapter of a model: its spec, and where each of its methods hangs, {method: [(path, role)]}.
+    """One adapter of a model: its spec, its methods and where they hang.
 
-    methods: each method with the paths where it hangs.
-    begun: {method: stage}, the stage of the training that it is in, for those that have stages and have begun one.
+    name: of the adapter.
+    specs: one for each method of the union.
+    places: {method: [(path, role)]} of the sites.
+    methods: each method with the paths of its sites.
+    begun: {method: stage}, for methods with stages that have begun one.
     finished: whether `effzoo.peft.finish` has dropped what only training needed.
-    dtype: in which it was asked to be held; None for float32, or float64 where the base is.
-    rounding: what lies between this base and the one of its file (`effzoo.peft.rounded`), None where that is
-        nothing.
+    dtype: that `attach` was asked for; None for float32, or float64 where the base is.
+    rounding: the difference between this base and that of its file (`effzoo.peft.rounded`); None where there is none.
     """
 
     name: str
@@ -48,12 +50,14 @@ class Attachment:
 
 @dataclass
 class Merged:
-    """An adapter that was merged, and what `unmerge` needs: its modules by path and the tensors as they were, by path
-    and name.
+    """An adapter that was merged, and what `unmerge` needs.
 
+    attachment: the adapter.
     place: its number among the attached.
-    before, after: what acted before and after merging.
+    modules: what it had hung, by path.
+    originals: the tensors of the base as they were, by path and name.
     written: a checksum of each tensor as it was merged, so that what was trained or loaded since is not overwritten.
+    before, after: what acted before and after merging.
     thawed: the base parameters that became trainable, as it was the last one.
     """
 
@@ -73,9 +77,15 @@ class Merged:
 
 @dataclass
 class Adapters:
-    """Which adapters a model has: attached, in this order; what acts and learns (`roster`, which the sites read);
-    merged, the last one last; and the base parameters that attaching froze. untouched: {tensor: why} of the last
-    training, see `Status`. rewriting: inside a transition, what it overwrites."""
+    """The adapters of a model, and what is done with them.
+
+    roster: what acts and learns; the sites read it.
+    attachments: by name, in the order in which they were attached.
+    merged: those that `unmerge` can take out, the last one last.
+    frozen: the base parameters that attaching froze.
+    untouched: {tensor: why} of the last training, see `Status`.
+    rewriting: inside a transition, what it overwrites.
+    """
 
     roster: Roster = field(default_factory=Roster)
     attachments: dict[str, Attachment] = field(default_factory=dict)
@@ -93,12 +103,9 @@ class Adapters:
 
 def adapters_of(model: nn.Module) -> Adapters:
     """The adapters of a model, also through a wrapper of torch. Raises AdapterError as `unwrap` does."""
-    if HERE in vars(model) if isinstance(model, nn.Module) else False:
-        found: Adapters = vars(model)[HERE]
-        return found
-    model = unwrap(model)
-    found = vars(model).get(HERE) or Adapters()
-    return found
+    at_hand = vars(model).get(HERE) if isinstance(model, nn.Module) else None
+    state: Adapters = at_hand or vars(unwrap(model)).get(HERE) or Adapters()
+    return state
 
 
 def noted(model: nn.Module, untouched: dict[str, str]) -> None:
@@ -111,15 +118,18 @@ def noted(model: nn.Module, untouched: dict[str, str]) -> None:
 
 @contextmanager
 def transition(model: nn.Module, *rewritten: str) -> Iterator[Adapters]:
-    """Inside the block a model and its adapters may be changed; an error puts back everything as it was: what is
-    attached, merged, active and trained, modules and their modes, tensors, listeners and the state of torch's random
-    generators.
+    """Inside the block a model and its adapters may be changed; an error puts everything back.
 
-    rewritten: adapters whose tensors may be written to, which are copied for this. Tensors of the base are not: who
-        writes to them uses
-    `state.rewriting`, which keeps what it overwrites. Raises AdapterError where a part of the model carries adapters of
-        another model, and outside of `torch.inference_mode` for a model that was made inside, which cannot learn;
-        inside, an adapter of any other model can learn later.
+    model: with or without wrappers.
+    rewritten: adapters whose tensors may be written to; they are copied for this. Who writes to tensors of the base
+        uses `state.rewriting`, which keeps what it overwrites.
+
+    What is put back: what is attached, merged, active and trained, modules and their modes, tensors, and the state of
+    torch's random generators.
+
+    Raises AdapterError where a part of the model carries adapters of another model. So it does outside of
+    `torch.inference_mode` for a model that was made inside, which cannot learn; inside, an adapter of any other model
+    can learn later.
     """
     outer, model = model, unwrap(model)
     state = adapters_of(model)
@@ -185,15 +195,14 @@ def check_heads(model: nn.Module) -> None:
 
 
 class Rewriting:
-    """Tensors of the base that a transition overwrites, with what they were: `restore` writes it back, as far as it was
-    done since `begun`."""
+    """Tensors of the base that a transition overwrites, with what they were."""
 
     def __init__(self) -> None:
         self.done: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
     def write(self, tensor: Tensor, value: Tensor) -> Tensor:
-        """Overwrite a tensor; what it held."""
+        """Overwrite a tensor; returns what it was."""
         original = tensor.detach().clone()
         self.done.append((tensor, original))
         tensor.copy_(value)
@@ -201,6 +210,7 @@ class Rewriting:
 
     @torch.no_grad()
     def restore(self, begun: int = 0) -> None:
+        """Write back what was overwritten since there were `begun` entries."""
         for tensor, original in reversed(self.done[begun:]):
             tensor.copy_(original)
         del self.done[begun:]
@@ -208,16 +218,17 @@ class Rewriting:
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> int:
-    """A number that changes when a tensor does: the sum of its entries as integers, each times a number of its place,
-    modulo 2^64; 0 on the meta device, where there is no content."""
+    """A number that changes when a tensor does; 0 on the meta device, where there is no content.
+
+    It is the sum of the entries as integers, each times a number of its place, modulo 2^64.
+    """
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     total = 0
     if tensor.is_meta:
         return total
     for part in tensor.detach().reshape(-1).view(whole).split(1 << 22):  # type: ignore[no-untyped-call]
-        total += (
-            int((part.long() * (torch.arange(len(part), device=part.device) * 2_654_435_761 + 1)).sum()) + 3 * total
-        )
+        factors = torch.arange(len(part), device=part.device) * 2_654_435_761 + 1
+        total += int((part.long() * factors).sum()) + 3 * total
     return total
 
 
@@ -228,32 +239,29 @@ class _Snapshot:
         self.model, self.state = model, state
         aside = [module for record in state.merged for hung in record.modules.values() for module in hung.modules()]
         modules = [*model.modules(), *aside]
-        self.owners = [
-            (owner, type(owner), _held(owner)) for owner in (*modules, state, state.roster, *state.attachments.values())
-        ]
+        owners = (*modules, state, state.roster, *state.attachments.values())
+        self.owners = [(owner, type(owner), _attributes(owner)) for owner in owners]
         tensors = {id(p): p for module in modules for p in module.parameters(recurse=False)}.values()
         self.flags = {id(p): (p, p.requires_grad) for p in tensors}
         self.learning = {id(p) for p in model.parameters() if p.requires_grad}
         self.data = [(p, p.data) for p in tensors]
-        written = [
-            part
-            for _, site in sites(model)
-            for name in rewritten
-            if name in site.adapters
-            for part in site.of(name).modules()
-        ]
+        hung = [site.of(name) for _, site in sites(model) for name in rewritten if name in site.adapters]
+        parts = [part for adapter in hung for part in adapter.modules()]
         own = {
-            id(x): x for part in written for x in (*part.parameters(recurse=False), *part.buffers(recurse=False))
-        }.values()
-        self.content = [(x, x.detach().clone()) for x in own]
-        self.random = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+            id(x): x for part in parts for x in (*part._parameters.values(), *part._buffers.values()) if x is not None
+        }
+        self.content = [(x, x.detach().clone()) for x in own.values()]
+        self.random = torch.get_rng_state()
+        self.random_cuda: list[Tensor] = []
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            self.random_cuda = torch.cuda.get_rng_state_all()
 
     @torch.no_grad()
     def restore(self) -> None:
-        for owner, kind, held in self.owners:
+        for owner, kind, attributes in self.owners:
             if type(owner) is not kind:
                 owner.__class__ = kind
-            _put_back(owner, held)
+            _put_back(owner, attributes)
         for p, flag in self.flags.values():
             p.requires_grad_(flag)
         for p, data in self.data:
@@ -262,30 +270,32 @@ class _Snapshot:
         for x, content in self.content:
             if not x.is_meta and not torch.equal(x, content):
                 x.copy_(content)
-        torch.set_rng_state(self.random[0])
-        if self.random[1]:
-            torch.cuda.set_rng_state_all(self.random[1])
+        torch.set_rng_state(self.random)
+        if self.random_cuda:
+            torch.cuda.set_rng_state_all(self.random_cuda)
 
 
-def _held(owner: object) -> dict[str, tuple[Any, Any]]:
+def _attributes(owner: object) -> dict[str, tuple[Any, Any]]:
     """The attributes of an object, and of those that are containers the content."""
     return {key: (value, _content(value)) for key, value in vars(owner).items()}
 
 
 def _content(value: object) -> dict[Any, Any] | list[Any] | set[Any] | None:
-    """A copy of a container, as a plain one: `copy.copy` of an OrderedDict, of which each module has a dozen, takes ten
-    times as long."""
+    """A copy of a container, as a plain one; None for anything else.
+
+    `copy.copy` of an OrderedDict, of which each module has a dozen, takes ten times as long.
+    """
     for kind in (dict, list, set):
         if isinstance(value, kind):
             return kind(value)
     return None
 
 
-def _put_back(owner: object, held: dict[str, tuple[Any, Any]]) -> None:
+def _put_back(owner: object, attributes: dict[str, tuple[Any, Any]]) -> None:
     own = vars(owner)
-    for key in [key for key in own if key not in held]:
+    for key in [key for key in own if key not in attributes]:
         del own[key]
-    for key, (value, content) in held.items():
+    for key, (value, content) in attributes.items():
         own[key] = value
         if isinstance(value, list):
             value[:] = content
@@ -307,8 +317,8 @@ def _adopt(model: nn.Module, state: Adapters) -> None:
 
 
 def _check_synchronised(outer: nn.Module | None, learning: Set[int]) -> None:
-    """AdapterError where DistributedDataParallel would not synchronise what now learns: it knows what learned when it
-    was made.
+    """AdapterError where DistributedDataParallel would not synchronise what now learns: it synchronises what learned
+    when it was made.
 
     learning: the ids of the parameters that the model had and trained before; what was merged is none of them.
     """

@@ -24,7 +24,12 @@ NAME = "survey"
 
 @dataclass(frozen=True)
 class Published:
-    """One row of the survey: its name for the method, our spec of it, and the percentages that it gives."""
+    """A method in the survey's table.
+
+    name: the survey's for it.
+    spec: ours of it.
+    trained, changed: the percentages of parameters that it gives.
+    """
 
     name: str
     spec: str
@@ -60,7 +65,12 @@ SURVEY = (
 
 @dataclass(frozen=True)
 class Surveyed:
-    """A row of the survey on one model. refused: why the method does not work there, in place of the counts."""
+    """A method of the survey on one model.
+
+    published: what the survey says.
+    account, flops: what is counted here.
+    refused: why the method does not work there, in place of the counts.
+    """
 
     published: Published
     account: Account | None = None
@@ -69,25 +79,26 @@ class Surveyed:
 
 
 def survey(model: nn.Module, length: int = 128) -> list[Surveyed]:
-    """Every method of the survey at its default options, attached to the model in turn and taken off again; see
-    `account` and `flops`.
+    """Every method of the survey at its default options, attached to the model in turn and taken off again.
+
+    length: of the sequence for which `flops` counts.
 
     On a model built on the meta device nothing is allocated.
     """
-    model, rows = unwrap(model), []
+    model, counted = unwrap(model), []
     for published in SURVEY:
         try:
             with torch.device(next(model.parameters()).device):
                 attach(model, published.spec, name=NAME)
         except EffzooError as refusal:
-            rows.append(Surveyed(published, refused=str(refusal)))
+            counted.append(Surveyed(published, refused=str(refusal)))
             continue
         try:
-            rows.append(Surveyed(published, without_head(model, account(model)), flops(model, length)))
+            counted.append(Surveyed(published, without_head(model, account(model)), flops(model, length)))
         finally:
             if NAME in attached(model):
                 detach(model, NAME)
-    return rows
+    return counted
 
 
 def without_head(model: nn.Module, whole: Account) -> Account:

@@ -40,8 +40,10 @@ WHOLE = Stage("", 1.0)
 
 
 def hooked(model: nn.Module, hook: str, *names: str) -> Iterator[tuple[TrainingHooks, Modules]]:
-    """The methods of the named (default: active and trained) adapters, as far as unfinished, that override a hook, each
-    with what it has hung, by path."""
+    """The methods that override a hook, each with what it has hung, by path.
+
+    names: of adapters; none for those that are active and trained. Finished ones are left out.
+    """
     attachments = attached(model)
     wanted = [
         (name, method, paths)
@@ -57,7 +59,7 @@ def hooked(model: nn.Module, hook: str, *names: str) -> Iterator[tuple[TrainingH
 
 
 def learning(model: nn.Module) -> list[str]:
-    """The active adapters that are trained; the others act as they are, whatever happens to these."""
+    """The active adapters that are trained."""
     now = adapters_of(model).roster.now
     return [name for name in now.names if name in now.trained]
 
@@ -74,8 +76,7 @@ def unfinished(model: nn.Module) -> list[TrainingHooks]:
 
 
 def takes_part(attachment: Attachment) -> bool:
-    """Whether one of an adapter's methods does something in training, so that the adapter is another thing when it is
-    finished."""
+    """Whether one of an adapter's methods does something in training, so that finishing changes the adapter."""
     return any(
         method.stages or method.consistency or any(uses(method, hook) for hook in HOOKS)
         for method in of_training(attachment)
@@ -83,8 +84,10 @@ def takes_part(attachment: Attachment) -> bool:
 
 
 def calibrate(model: nn.Module, batches: Batches) -> bool:
-    """Let methods look at labelled batches before training; whether any wanted to. The model's mode and gradients are
-    left as they were."""
+    """Let methods choose masks and starting values by labelled batches; whether any wanted to.
+
+    The model's mode and gradients are left as they were.
+    """
     wanted = list(hooked(model, "calibrate"))
     if not wanted:
         return False
@@ -105,8 +108,10 @@ def calibrate(model: nn.Module, batches: Batches) -> bool:
 
 
 def stages(model: nn.Module) -> Sequence[Stage]:
-    """The stages of the training, their shares adding up to 1; one without a name for methods that have none. Of a
-    training that has begun, those that are left, with the one that runs."""
+    """The stages of the training, their shares adding up to 1; one without a name for methods that have none.
+
+    Of a training that has begun, those that are left, with the one that runs.
+    """
     attachments = [attachment for name in learning(model) if not (attachment := attached(model)[name]).finished]
     found = {
         tuple(method.stages[max(0, _number(method, attachment.begun.get(method.name, ""))) :])
@@ -116,7 +121,9 @@ def stages(model: nn.Module) -> Sequence[Stage]:
     }
     if len(found) > 1:
         given_by = "; ".join(sorted(map(_said, found)))
-        raise IncompatibleError(f"the trained methods have different stages before them ({given_by}); train them apart")
+        raise IncompatibleError(
+            f"the trained methods have different stages before them ({given_by}); train one after the other"
+        )
     if not found:
         return (WHOLE,)
     given = found.pop()
@@ -129,10 +136,9 @@ def _said(given: Sequence[Stage]) -> str:
 
 
 def timetable(model: nn.Module, total: Count) -> list[tuple[Stage, int]]:
-    """The stages with their numbers of optimizer steps, which add up to total: boundaries are rounded, and no stage is
-    empty.
+    """The stages with their numbers of optimizer steps, which add up to `total`.
 
-    Raises TrainingError when there are fewer steps than stages.
+    Boundaries are rounded, and no stage is empty. Raises TrainingError when there are fewer steps than stages.
     """
     found = stages(model)
     if total < len(found):
@@ -150,8 +156,7 @@ def timetable(model: nn.Module, total: Count) -> list[tuple[Stage, int]]:
 
 
 def first_final_step(model: nn.Module, total: Count) -> int:
-    """The first step after which the adapter is what its options say: in the last stage, when schedules have come to
-    their end.
+    """The first step after which the adapter is what its options say: in the last stage, where schedules have ended.
 
     A checkpoint from before that, of a network that is not yet pruned, say, is no result of the run, however good it
     is.
@@ -162,10 +167,10 @@ def first_final_step(model: nn.Module, total: Count) -> int:
 
 
 def begin(model: nn.Module, stage: Stage) -> None:
-    """Begin a stage: all trained adapters that have it are in it then. One that is in it already stays as it is.
+    """Begin a stage: all trained adapters that have it are in it then; one that is in it already stays as it is.
 
     Raises TrainingError for an adapter that is in a later stage, and has dropped what this one trains; the model is
-        then unchanged.
+    then unchanged.
     """
     wanted: dict[str, set[str]] = {}  # {adapter: its methods that are not in this stage}
     for name in learning(model):
@@ -186,8 +191,10 @@ def begin(model: nn.Module, stage: Stage) -> None:
 
 
 def restart(model: nn.Module, first: str) -> None:
-    """Bring the trained adapters to the stage with which a run began that is to be resumed. One in a later stage has
-    the tensors of that, which those of a checkpoint replace, and is taken to have just begun."""
+    """Bring the trained adapters to the stage with which a run began that is to be resumed.
+
+    One in a later stage has the tensors of that, which those of a checkpoint replace, and is taken to have just begun.
+    """
     for name in learning(model):
         attachment = attached(model)[name]
         for method in of_training(attachment):
@@ -198,7 +205,7 @@ def restart(model: nn.Module, first: str) -> None:
 
 
 def later(attachment: Attachment, begun: Mapping[str, str]) -> dict[str, str]:
-    """The stages of an adapter that come after those in which it is said to be."""
+    """The stages of an adapter that come after those of `begun`, {method: stage}."""
     methods = {method.name: method for method in of_training(attachment)}
     return {
         key: stage
@@ -208,8 +215,10 @@ def later(attachment: Attachment, begun: Mapping[str, str]) -> dict[str, str]:
 
 
 def enter(model: nn.Module, name: str, begun: Mapping[str, str]) -> None:
-    """Bring a freshly attached adapter to the stage of each method, through those before it. Raises AdapterError for a
-    stage that there is not."""
+    """Bring a freshly attached adapter to the stage of each method, through those before it.
+
+    Raises AdapterError for a stage that there is not.
+    """
     attachment = adapters_of(model).known(name)
     methods = {method.name: method for method in of_training(attachment) if method.stages}
     for key, stage in begun.items():
@@ -224,7 +233,7 @@ def enter(model: nn.Module, name: str, begun: Mapping[str, str]) -> None:
 
 
 def _begin(model: nn.Module, name: str, methods: Set[str], stage: str) -> None:
-    """Begin a stage of some methods of an adapter, and take note of it; inside a transition."""
+    """Begin a stage of some methods of an adapter, inside a transition."""
     for method, modules in hooked(model, "begin", name):
         if method.name in methods:
             method.begin(stage, modules)
@@ -258,10 +267,10 @@ def penalty(model: nn.Module) -> Tensor | None:
 
 
 def finish(model: nn.Module, *names: str) -> None:
-    """Drop what only training needed (a reparametrisation, all but the mean of several experts), once; the outputs in
-    evaluation mode stay.
+    """Drop what only training needed (a reparametrisation, all experts but their mean); outputs in evaluation stay the
+    same.
 
-    Adapters of methods that do nothing in training have nothing to finish, and stay as they are.
+    names: of adapters; none for all active ones. Adapters of methods that do nothing in training stay as they are.
     """
     names = names or acting(model)
     with transition(model, *(name for name in names if name in attached(model))) as state:
@@ -277,8 +286,10 @@ def finish(model: nn.Module, *names: str) -> None:
 
 
 def learning_rates(model: nn.Module, given: Positive | None = None) -> dict[str, float]:
-    """The learning rate of each trainable parameter of the active adapters, by name: the given one, or its method's
-    own, times `rates`."""
+    """The learning rate of each trainable parameter of the active adapters, by name.
+
+    given: for all; None for that of each method. Both are multiplied by the method's `rates`.
+    """
     found: dict[str, float] = {}
     owners = {(name, method.name): method for name in acting(model) for method, _ in attached(model)[name].methods}
     for key, parameter in unwrap(model).named_parameters():
@@ -293,7 +304,7 @@ def learning_rates(model: nn.Module, given: Positive | None = None) -> dict[str,
 
 
 def consistency(model: nn.Module) -> float:
-    """The weight of the divergence between two forward passes of one batch; 0 when no active method asks for it."""
+    """The weight of the divergence between two forward passes of one batch; 0 where no method asks for it."""
     return max((method.consistency for method in unfinished(model)), default=0.0)
 
 
@@ -305,11 +316,12 @@ def loss(model: nn.Module, **batch: Any) -> Tensor:
 
 
 def supervised(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The loss of a labelled batch without penalties; with two forward passes and their divergence where a method asks
-    for it.
+    """The loss of a labelled batch without penalties.
 
-    1/2 (L_1 + L_2) + weight / 2 (KL(p_1 | p_2) + KL(p_2 | p_1)), both terms means over the same labels, so that batches
-    average exactly.
+        1/2 (L_1 + L_2) + weight / 2 (KL(p_1 | p_2) + KL(p_2 | p_1))
+
+    That is where a method asks for two forward passes and their divergence (`consistency`), else L_1. Both terms are
+    means over the same labels, so that batches average exactly.
     """
     weight = consistency(model)
     first = model(**batch)
@@ -317,18 +329,18 @@ def supervised(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         value: Tensor = first.loss
         return value
     second = model(**batch)
-    apart = divergence(
-        first.logits, second.logits, batch["labels"], causal=getattr(unwrap(model), "task", "") == "causal_lm"
-    )
-    total: Tensor = (first.loss + second.loss) / 2 + weight / 2 * apart
+    causal = getattr(unwrap(model), "task", "") == "causal_lm"
+    both_ways = divergence(first.logits, second.logits, batch["labels"], causal=causal)
+    total: Tensor = (first.loss + second.loss) / 2 + weight / 2 * both_ways
     return total
 
 
 def divergence(one: Tensor, other: Tensor, labels: Tensor, *, causal: bool = False) -> Tensor:
     """KL(p | q) + KL(q | p) of what two passes predict, in the mean over the labels that the loss is a mean over.
 
-    For several labels at once p and q are Bernoulli for each, for a single number they are normal with variance 1: (one
-    - other)^2.
+    one, other: logits of p and q.
+    labels: as of the loss. For several labels at once p and q are Bernoulli for each, for a single number they are
+        normal with variance 1: (one - other)^2.
     causal: position t predicts label t + 1.
     """
     one, other = (logits.to(torch.promote_types(logits.dtype, torch.float32)) for logits in (one, other))
@@ -339,6 +351,6 @@ def divergence(one: Tensor, other: Tensor, labels: Tensor, *, causal: bool = Fal
     if causal:
         one, other, labels = one[:, :-1], other[:, :-1], labels[:, 1:]
     one, other = one.log_softmax(dim=-1), other.log_softmax(dim=-1)
-    each = ((one.exp() - other.exp()) * (one - other)).sum(dim=-1)
+    divergences = ((one.exp() - other.exp()) * (one - other)).sum(dim=-1)
     counted = labels != IGNORED
-    return each.where(counted, 0.0).sum() / counted.sum().clamp(min=1)
+    return divergences.where(counted, 0.0).sum() / counted.sum().clamp(min=1)

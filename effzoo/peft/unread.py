@@ -9,7 +9,7 @@ from torch import nn
 from effzoo.sites import prompt_rows
 
 MARKED = "read only for batches with a global_attention_mask"
-PROMPT = "read only for prompt rows, whose last states nothing reads, and for batches with a global_attention_mask"
+PROMPT = "read only for prompt tokens, whose last states nothing reads, and for batches with a global_attention_mask"
 FIRST = "not read, as the head takes the first token alone, which is global unless a batch marks others"
 
 
@@ -17,19 +17,19 @@ def unread(model: nn.Module) -> dict[str, str]:
     """{path of a projection: why}, for the attention of blocks whose kind has projections for global tokens.
 
     By default the first token of an encoder with a classification head is global, and no token elsewhere
-    (`Transformer.forward`); prompt rows are.
+    (`Transformer.forward`); prompt tokens are.
     """
     task, config, blocks = getattr(model, "task", ""), getattr(model, "config", None), getattr(model, "blocks", None)
     if not isinstance(blocks, nn.ModuleList):
         return {}
-    rows = prompt_rows(model)
+    prompt = prompt_rows(model)
     first_is_global = task == "classification" and not cast(Any, config).causal
     found: dict[str, str] = {}
     for number, block in enumerate(blocks):
         core: Any = getattr(getattr(block, "attn", None), "core", None)
         waiting = core.for_globals() if hasattr(core, "for_globals") else ()
-        if waiting and not first_is_global and (not rows or block is blocks[-1]):
-            found |= {f"blocks.{number}.attn.{name}": PROMPT if rows else MARKED for name in waiting}
+        if waiting and not first_is_global and (not prompt or block is blocks[-1]):
+            found |= {f"blocks.{number}.attn.{name}": PROMPT if prompt else MARKED for name in waiting}
         elif waiting and first_is_global and block is blocks[-1] and cast(Any, config).pooling == "first":
             found |= {f"blocks.{number}.attn.{name}": FIRST for name in core.projections if name not in waiting}
     return found

@@ -41,8 +41,6 @@ class Counted(abc.ABC):
 class Growing(abc.ABC):
     """The module can follow a site whose weight gets more rows (`effzoo.resize_vocabulary`)."""
 
-    can_grow = True  # a subclass may not be able to
-
     @abc.abstractmethod
     def grow(self, weight: Tensor | None, bias: Tensor | None) -> None:
         """The site's weight and bias got these rows at their ends; take as many more, so that nothing changes there

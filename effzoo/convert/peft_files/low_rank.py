@@ -39,11 +39,11 @@ from effzoo.peft.parameter.dora import DecomposedWeight, DoRA
 from effzoo.peft.parameter.lora import LowRank
 from effzoo.peft.parameter.lora_everywhere import LoRAEverywhere
 from effzoo.peft.parameter.lora_starts import FromBase
-from effzoo.peft.parameter.lora_tables import LowRankEmbedding, LowRankLookup, LowRankTable
+from effzoo.peft.parameter.lora_tables import LowRankEmbedding, LowRankHead, LowRankLookup, LowRankTable
 from effzoo.sites import Embedding, TiedLinear
 
 LowRanks = LowRank | LowRankEmbedding | LowRankTable | DecomposedWeight
-CLASSES = (LowRank, FromBase, LowRankEmbedding, LowRankLookup, LowRankTable, DecomposedWeight)
+CLASSES = (LowRank, FromBase, LowRankEmbedding, LowRankHead, LowRankLookup, LowRankTable, DecomposedWeight)
 # relative, between the norms of this base and those of the base that the file was written from
 MAGNITUDE_TOLERANCE = 1e-5
 

@@ -44,7 +44,7 @@ def tune(
 
 def body_parameters(model: nn.Module) -> int:
     """How many parameters the active adapters train, without task heads."""
-    return sum(numbers for _, role, _, numbers in peft.account(model).rows if not fnmatchcase(role, HEAD))
+    return sum(numbers for _, role, _, numbers in peft.account(model).by_role if not fnmatchcase(role, HEAD))
 
 
 def fast_accuracy(model: nn.Module, examples: Examples) -> float:

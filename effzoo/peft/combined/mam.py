@@ -1,4 +1,4 @@
-"""MAM: a prefix for attention and a scaled parallel adapter for the feed-forward (He et al. 2022, arXiv:2110.04366)."""
+"""MAM: a prefix for attention and a scaled parallel adapter for the feed-forward (He et al. 2022, section 4.6)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from effzoo.sites import Branch, MemorySite, PeftModule, Site
 
 @peft.register("mam", "mix_and_match")
 class MAM(TrainingHooks):
-    """Attn(x W_q, [P_k, x W_k], [P_v, x W_v]) and f(x) + s W_up relu(W_down x): the parts that the paper finds best for
-    each sub-layer.
+    """Attn(x W_q, [P_k, x W_k], [P_v, x W_v]) and f(x) + s W_up relu(W_down x): a prefix and a scaled parallel adapter.
 
-    length, form, hidden, init: of the prefix, as in `prefix`; the paper's 30 rows come from a network with 800
-        units, of which `finish` leaves keys and values (for a small model `form=flat` trains far less).
-    bottleneck, scale: of the parallel adapter; 512 and 4 in the paper, for a width of 1024.
+    length: of the prefix.
+    form: of the prefix, as in `prefix`; the paper's 30 keys come from a network with 800 units, of which `finish`
+        leaves keys and values (for a small model "flat" trains far less).
+    hidden: units of that network.
+    init: of the flat form, as in `prefix`.
+    bottleneck: inner width of the adapter; 512 in the paper, for a model width of 1024.
+    scale: s, 4 in the paper.
     """
 
     paper = (

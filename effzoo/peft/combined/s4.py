@@ -1,10 +1,8 @@
-"""S4: four groups of layers, each with other methods (Chen et al. 2023, Parameter-efficient fine-tuning design spaces,
-arXiv:2301.01821)."""
+"""S4: four groups of layers, each with other methods (Chen et al. 2023, arXiv:2301.01821)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
@@ -27,7 +25,7 @@ ASSIGNED = {
 
 
 def group_of(layer: int, depth: int) -> int:
-    """The group, 1 to 4, of a layer: a spindle, whose groups take 1/6, 1/3, 1/3 and 1/6 of the layers (2, 4, 4, 2 of
+    """The group, 1 to 4, of a layer: a spindle, whose groups have 1/6, 1/3, 1/3 and 1/6 of the layers (2, 4, 4, 2 of
     12).
 
     A layer belongs where its middle, (layer + 1/2) / depth, lies. With few layers some groups are empty: 3 layers are
@@ -41,7 +39,7 @@ class LowRankAndBias(Counted, LowRank):
     """y' = W x + s B A x + phi, where phi starts as the site's bias and takes its place."""
 
     def __init__(self, site: Linear, rank: int):
-        super().__init__(site.in_features, site.out_features, rank, 1.0, 0.0)
+        super().__init__(site.in_features, site.out_features, rank, scale=1.0)
         self.own_bias = nn.Parameter(site.bias.detach().clone())
 
     def bias(self, bias: Tensor) -> Tensor:
@@ -53,16 +51,15 @@ class LowRankAndBias(Counted, LowRank):
 
 @peft.register("s4")
 class S4(TrainingHooks):
-    """Layers in a spindle of four groups: adapter and LoRA; adapter and prefix; adapter, prefix and BitFit; prefix,
-    BitFit and LoRA.
-
-    Every layer of a group has the same methods, and every layer the same sizes ("uniform"). Adapters stand after both
-    sub-layers, LoRA on queries and values, BitFit on all biases of the layer (none in models without). `group_of` says
-    which layers a group has, for any depth.
+    """Four groups of layers: adapter, LoRA; adapter, prefix; adapter, prefix, BitFit; prefix, BitFit, LoRA.
 
     bottleneck: of the adapters.
     rank: of LoRA.
     length: of the prefix, which starts as in `prefix`.
+
+    Every layer of a group has the same methods, and every layer the same sizes ("uniform"). Adapters come after both
+    sub-layers, LoRA on queries and values, BitFit on all biases of the layer (none in models without). `group_of` says
+    which layers a group has, for any depth.
     """
 
     paper = (
@@ -92,19 +89,12 @@ class S4(TrainingHooks):
         if isinstance(site, Branch):
             return Bottleneck(site.dim, self.bottleneck, "relu", 1e-2) if "adapter" in assigned else None
         bias = site.base().get("bias") if "bitfit" in assigned else None
-        if (
-            isinstance(site, Linear)
-            and "lora" in assigned
-            and any(fnmatchcase(site.role, role) for role in ("attn.q*", "attn.v*"))
-        ):
-            return (
-                LowRank(site.in_features, site.out_features, self.rank, 1.0, 0.0)
-                if bias is None
-                else LowRankAndBias(site, self.rank)
-            )
+        if isinstance(site, Linear) and "lora" in assigned and site.role.startswith(("attn.q", "attn.v")):
+            if bias is not None:
+                return LowRankAndBias(site, self.rank)
+            return LowRank(site.in_features, site.out_features, self.rank, scale=1.0)
         return None if bias is None else Copy(bias=bias)
 
     def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
-        self.prefix.calibrate(
-            model, {path: module for path, module in modules.items() if isinstance(module, PrefixMemory)}, batches
-        )
+        prefixes = {path: module for path, module in modules.items() if isinstance(module, PrefixMemory)}
+        self.prefix.calibrate(model, prefixes, batches)

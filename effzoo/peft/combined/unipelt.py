@@ -1,5 +1,4 @@
-"""UniPELT: a prefix, LoRA and an adapter in every layer, each with a gate that looks at the input (Mao et al. 2022,
-arXiv:2110.07577)."""
+"""UniPELT: a prefix, LoRA and an adapter in every layer, each with a gate (Mao et al. 2022, arXiv:2110.07577)."""
 
 from __future__ import annotations
 
@@ -7,7 +6,6 @@ from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from effzoo.annotations import Count
 from effzoo.errors import IncompatiblePeft
@@ -52,18 +50,17 @@ class GatedPrefix(PeftModule):
 
 
 class GatedLowRank(LowRank):
-    """y' = y + g B A x; the gate is that of the layer, shared by its LoRA modules, and each computes it from its
-    input."""
+    """y' = y + g B A x, g the gate of the layer, which its LoRA modules share and compute from their input."""
 
     def __init__(self, site: Linear, rank: int, gate: Gate):
-        super().__init__(site.in_features, site.out_features, rank, 1.0, 0.0)
+        super().__init__(site.in_features, site.out_features, rank, scale=1.0)
         self.gate = gate
 
     def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
-        valid = context.valid if x.ndim > 2 else None  # rows of no example are trained ones: all of them count
-        return y + self.gate(x, valid) * F.linear(F.linear(x, self.A), self.B)
+        valid = context.valid if x.ndim > 2 else None  # prompt tokens belong to no example: all of them count
+        return y + self.gate(x, valid) * (x @ self.A.T) @ self.B.T
 
-    def delta(self, weight: Tensor, bias: Tensor | None) -> None:  # type: ignore[override]
+    def delta(self, weight: Tensor, bias: Tensor | None) -> None:
         """None: the change differs by example."""
         return
 
@@ -81,20 +78,20 @@ class GatedBottleneck(Bottleneck):
 
 @peft.register("unipelt")
 class UniPELT(TrainingHooks):
-    """[g_P P_k, K], [g_P P_v, V]; W_q + g_L B A and W_v + g_L B' A'; y + g_A W_up relu(W_down y): three gates a layer,
-    in (0, 1) for each example.
+    """[g_P P_k, K], [g_P P_v, V]; W_q + g_L B A, W_v + g_L B' A'; y + g_A W_up relu(W_down y): three gates a layer.
 
-    g = mean over the tokens of sigmoid(w x + b), x the input of the attention (prefix and LoRA) or of the feed-forward
-    (adapter). The gate of LoRA stands where alpha / rank does; that of the prefix multiplies keys and values, so at 0
-    the prefix still takes e^0 of the softmax for each row, and in LSH attention, which normalises keys, it acts on the
-    values alone. Padding is left out of the mean, unlike in the released code, so that an example computes the same in
-    any batch. A causal model sees all of the given text in its gates, which suits a label for it, but not a language
-    model: there it is refused.
+        g = mean over the tokens of sigmoid(w x + b), in (0, 1) for each example
 
     length: of the prefix.
     form, hidden, init: as in `prefix`.
     rank: of LoRA on queries and values.
     bottleneck: of the adapter after the feed-forward (a sixteenth of BERT's 768).
+
+    x is the input of the attention (prefix and LoRA) or of the feed-forward (adapter). The gate of LoRA takes the place
+    of alpha / rank. That of the prefix multiplies keys and values, so at 0 each key of the prefix still takes e^0 of
+    the softmax; in LSH attention, which normalises keys, it acts on the values alone. Padding is left out of the mean,
+    unlike in the released code, so an example computes the same in any batch. A causal model's gates see all of the
+    given text, which suits a label for it but not a language model: there it is refused.
     """
 
     paper = "Mao et al. 2022, UniPELT, arXiv:2110.07577, section 3"

@@ -1,5 +1,4 @@
-"""AdaMix: several adapters, one drawn at random for each pass, averaged at the end (Wang et al. 2022,
-arXiv:2205.12410)."""
+"""AdaMix: several adapters, one drawn at random for each pass, averaged at the end (Wang et al. 2022)."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from effzoo.sites import Branch, HookContext, PeftModule, Positionwise, Site
 
 
 class Projections(nn.Module):
-    """Several linear layers: weights [experts, out, in] and biases [experts, out]; one of them, or their mean."""
+    """Linear layers, weights [experts, out, in] and biases [experts, out]: one drawn in training, else their mean."""
 
     def __init__(self, experts: int, inputs: int, outputs: int, std: float):
         super().__init__()
@@ -36,14 +35,13 @@ class Projections(nn.Module):
         return F.linear(x, self.weights.mean(dim=0), self.biases.mean(dim=0))
 
     def merge(self) -> None:
-        """Keep the mean alone."""
+        """Replace the experts by their mean."""
         self.weights = nn.Parameter(self.weights.detach().mean(dim=0, keepdim=True))
         self.biases = nn.Parameter(self.biases.detach().mean(dim=0, keepdim=True))
 
 
 class MixtureOfAdapters(Positionwise, PeftModule):
-    """y' = y + up_j(sigma(down_i(y))), i and j drawn anew in each training pass; in evaluation the mean of the experts'
-    weights."""
+    """y' = y + W_up^(j) sigma(W_down^(i) y), i and j drawn anew in each training pass; in evaluation the means."""
 
     def __init__(self, down: Projections, up: Projections, activation: str):
         super().__init__()
@@ -55,12 +53,11 @@ class MixtureOfAdapters(Positionwise, PeftModule):
 
 @peft.register("adamix")
 class AdaMix(TrainingHooks):
-    """y' = y + W_up^(j) sigma(W_down^(i) y) after the feed-forward, i and j drawn uniformly from the experts in each
-    site and pass.
+    """y' = y + W_up^(j) sigma(W_down^(i) y) after the feed-forward, i and j drawn anew in each site and training pass.
 
     bottleneck: inner width of an expert.
     experts: how many pairs.
-    share: "down" or "up", one such projection instead of several, or none; the paper shares one of them in its
+    share: "down" or "up", a single such projection instead of several, or none; the paper shares one of them in its
         variants.
     consistency: weight of the symmetric divergence of two passes over each batch, which draw other experts (section
         3.3), so that training costs two passes; 0 for a single pass.

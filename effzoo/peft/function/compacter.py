@@ -1,5 +1,4 @@
-"""PHM adapters and Compacter: bottleneck adapters whose matrices are sums of Kronecker products (Mahabadi et al. 2021,
-arXiv:2106.04647)."""
+"""PHM adapters and Compacter: adapters whose matrices are sums of Kronecker products (Mahabadi et al. 2021)."""
 
 from __future__ import annotations
 
@@ -22,10 +21,10 @@ from effzoo.sites import Branch, HookContext, Norm, PeftModule, Positionwise, Si
 
 
 class PHM(nn.Module):
-    """W x + b with W = sum_i A_i kron B_i, A [n, n, n] and B [n, out / n, in / n] (section 3.1; Zhang et al. 2021,
-    arXiv:2102.08597).
+    """W x + b with W = sum_i A_i kron B_i, A [n, n, n] and B [n, out / n, in / n].
 
-    W is formed for each pass, which costs less than to apply its factors to more than a few tokens.
+    W is formed for each pass, which costs less than applying its factors to more than a few tokens (section 3.1; Zhang
+    et al. 2021, arXiv:2102.08597).
     """
 
     def __init__(self, inputs: int, outputs: int, rules: nn.Parameter):
@@ -45,11 +44,10 @@ class PHM(nn.Module):
 
 
 class LowRankPHM(nn.Module):
-    """The same with B_i = s_i t_i^T, s [n, out / n, rank] and t [n, in / n, rank] (LPHM, section 3.2); W is never
-    formed.
+    """W x + b with W = sum_i A_i kron (s_i t_i^T), s [n, out / n, rank] and t [n, in / n, rank] (LPHM, section 3.2).
 
-    With X = x as a matrix [n, in / n], W x is sum_i A_i X t_i s_i^T: n rank (in + out + n^2) products instead of in *
-    out.
+    W is never formed. With X = x as a matrix [n, in / n], W x is sum_i A_i X t_i s_i^T: n rank (in + out + n^2)
+    products instead of in * out.
     """
 
     def __init__(self, inputs: int, outputs: int, rules: nn.Parameter, rank: int):
@@ -87,14 +85,14 @@ class Hypercomplex(Positionwise, PeftModule):
 
 @peft.register("phm", "phm_adapter")
 class PHMAdapter(Method):
-    """y' = y + W_up sigma(W_down y) after each sub-layer, with W = sum_i A_i kron B_i, i = 1 ... n; the norms are
-    trained too.
+    """y' = y + W_up sigma(W_down y) after each sub-layer, with W = sum_i A_i kron B_i; the norms are trained too.
 
     bottleneck: inner width, a multiple of n, as the model's width must be.
     n: products in a sum, and the size of the square A_i.
     activation: sigma.
-    std: of the normal distribution that A starts from. Each matrix has rules A of its own; about 1 / n of the
-        parameters of a full one.
+    std: of the normal distribution that A starts from.
+
+    Each matrix has an A of its own, and about 1 / n of the parameters of a full one.
     """
 
     paper = "Mahabadi et al. 2021, Compacter, arXiv:2106.04647, section 3.1 and 5 (PHM-Adapter)"
@@ -145,17 +143,17 @@ class PHMAdapter(Method):
 
 @peft.register("compacter")
 class Compacter(PHMAdapter):
-    """PHM adapters with rules A shared by all adapters of the model, and B_i = s_i t_i^T of rank 1; the norms are
+    """y' = y + W_up sigma(W_down y) with W = sum_i A_i kron (s_i t_i^T), the A_i shared by the model; the norms are
     trained too.
 
     bottleneck: inner width, a multiple of n (the paper: a 32nd of the model's width).
     n: products in a sum, and the size of the square A_i.
-    rank: of B_i.
+    rank: of s_i t_i^T; 1 in the paper.
     activation: sigma.
-    std: of the normal distribution that A starts from; shared rules start smaller than those of `phm`, as in the
-        code of the paper.
+    std: of the normal distribution that A starts from; a shared A starts smaller than that of `phm`, as in the code of
+        the paper.
 
-    The A of all layers together have n^3 parameters, an adapter about n (width + bottleneck) / n * 2 rank.
+    The A of all layers together has n^3 parameters, an adapter about 2 rank (width + bottleneck).
     """
 
     paper = (
@@ -186,7 +184,7 @@ class Compacter(PHMAdapter):
 
 @peft.register("compacter_plus", "compacter_plus_plus")
 class CompacterPlus(Compacter):
-    """Compacter++: Compacter after the feed-forward alone; the norms are trained too.
+    """Compacter after the feed-forward alone; the norms are trained too.
 
     bottleneck, n, rank, activation, std: as in `compacter`.
     """

@@ -42,7 +42,7 @@ class Houlsby(Method):
     """y' = y + W_up sigma(W_down y) at the end of each sub-layer, before the residual is added; the norms are trained
     too.
 
-    bottleneck: inner width; 2 bottleneck dim + bottleneck + dim parameters each.
+    bottleneck: inner width; each adapter has 2 bottleneck dim + bottleneck + dim parameters.
     activation: sigma; gelu, relu, silu or tanh.
     std: of the truncated normal that both matrices start from, which makes the adapter nearly, not exactly, the
         identity (section 2.1; any std up to 1e-2 serves).

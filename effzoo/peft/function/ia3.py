@@ -1,5 +1,4 @@
-"""(IA)3: learned vectors rescale keys, values and the feed-forward's hidden units (Liu et al. 2022,
-arXiv:2205.05638)."""
+"""(IA)3: learned vectors rescale keys, values and the feed-forward's hidden units (Liu et al. 2022)."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from effzoo.sites import HookContext, Keys, Linear, PeftModule, Positionwise, Si
 
 
 class ScaleOutput(Positionwise, PeftModule):
-    """y' = l * y; merged, the rows of W and the entries of b are multiplied by l."""
+    """y' = l * y; merged, the weights and the bias of each output are multiplied by its l."""
 
     delta_rank = None
 
@@ -29,7 +28,7 @@ class ScaleOutput(Positionwise, PeftModule):
 
 
 class ScaleInput(Positionwise, PeftModule):
-    """y' = W (l * x) + b; merged, the columns of W are multiplied by l."""
+    """y' = W (l * x) + b; merged, the weights of each input are multiplied by its l."""
 
     delta_rank = None
 
@@ -50,9 +49,9 @@ class IA3(Method):
 
     On `mlp.down` the vector multiplies the input, that is the hidden units after the activation, as in the paper; on
     any other target it multiplies the output. Where keys are normalised queries (LSH, the role `attn.keys`) it
-    multiplies the normalised keys, beside which queries and buckets stay as they are; that is no change of the one
-    projection of both, so such a vector cannot be merged (`targets=(attn.v*, mlp.down)` leaves it out). Rows of a
-    prefix or a prompt's memory are not scaled: they are no projections.
+    multiplies the normalised keys, and queries and buckets stay as they are. That is no change of the one projection of
+    both, so such a vector cannot be merged; `targets=(attn.v*, mlp.down)` leaves it out. The keys and values of a
+    prefix or a prompt are not scaled: they are no projections.
     """
 
     paper = (

@@ -1,5 +1,4 @@
-"""Ladder side-tuning: a narrow network beside a frozen one, which no gradient enters (Sung et al. 2022,
-arXiv:2206.06522)."""
+"""Ladder side-tuning: a narrow network reads the states of a frozen one, without gradients in it (Sung et al. 2022)."""
 
 from __future__ import annotations
 
@@ -21,10 +20,10 @@ TEMPERATURE = 0.1
 
 
 class Ladder(SideNetwork):
-    """h <- mu_i h + (1 - mu_i) D_i s_i, h <- block_i(h) for every block of the side network, s_i the backbone's state,
-    mu_i = sigmoid(alpha_i / T).
+    """h <- block_i(mu_i h + (1 - mu_i) D_i s_i) for every block of the side network; the output is s_L + U norm(h).
 
-    The output is s_L + U norm(h), or U norm(h) alone.
+    s_i are the backbone's states, mu_i = sigmoid(alpha_i / T) with T = 0.1. Without `skip` the output is U norm(h)
+    alone.
     """
 
     def __init__(self, site: Side, reduction: int, every: int, skip: bool, backbone: Sequence[nn.Module] | None):
@@ -46,19 +45,18 @@ class Ladder(SideNetwork):
 
     @torch.no_grad()
     def prune(self, backbone: Sequence[nn.Module]) -> None:
-        """Start as a slice of the backbone: of its most important channels, which the projections of the states
-        pick."""
+        """Start as a slice of the backbone: its most important channels, which the projections of the states pick."""
         kept = slice_blocks(list(self.blocks), backbone, self.places).to(self.first.weight.device)
         width = next(site.dim for _, site in sites(backbone[0]) if isinstance(site, Branch))
         streams = self.first.in_features // width  # two in a reversible backbone: their mean
-        rows = torch.arange(len(kept), device=kept.device)
+        channels = torch.arange(len(kept), device=kept.device)
         for linear in (self.first, *self.downs):
             weight = cast(nn.Linear, linear).weight.zero_()
             for stream in range(streams):
-                weight[rows, stream * width + kept] = 1 / streams
+                weight[channels, stream * width + kept] = 1 / streams
 
     def forward(self, states: Sequence[Tensor], mask: Any) -> Tensor:
-        # discrete choices are remembered by layer, and these are other layers
+        # discrete choices are kept by layer, and these are other layers
         mask = dataclasses.replace(mask, decisions=None)
         h: Tensor = self.first(states[0])
         gates = torch.sigmoid(self.alpha / TEMPERATURE)
@@ -70,21 +68,21 @@ class Ladder(SideNetwork):
 
 @peft.register("ladder", "lst", "ladder_side_tuning")
 class LadderSideTuning(Method):
-    """A side network of narrow blocks with the model's own attention reads the states of the frozen one, which needs no
-    gradients.
+    """h <- block_i(mu_i h + (1 - mu_i) D_i s_i): narrow blocks read the states s_i of the frozen model; output s_L + U
+    h.
 
-    reduction: how many times narrower.
-    every: a side block beside each so many blocks (the paper drops a quarter of them).
-    skip: add the result to the backbone's last state, from 0 on, so that attaching changes nothing and little data
-        is enough; `false` is the paper's form, in which the side network alone makes the output.
+    reduction: how many times narrower the side network is.
+    every: a side block for each so many blocks (the paper drops a quarter of them).
+    skip: add the result to the backbone's last state, from 0 on, so that attaching changes nothing and little data is
+        enough; `false` is the paper's form, in which the side network alone makes the output.
     init: "random"; "pruned", the side blocks start as slices of the backbone's blocks, of the channels whose weights
-        have the largest squares (section 3.3; the paper ranks them by Fisher information, too), and the projections
-        of the states start by picking just these channels (the paper: at random).
+        have the largest squares (section 3.3; the paper ranks them by Fisher information, too), and the projections of
+        the states start by picking just these channels (the paper: at random).
 
     Nothing of the backbone is stored for the backward pass: memory is that of the narrow blocks and one state per
     block. In a union with a method inside the backbone (`ladder|lora`) both are trained, and the backbone is stored as
-    for that method. There is no cache for decoding. Models without a `side` site (the Perceiver, whose blocks do not
-    stand in one row) refuse it.
+    for that method. There is no cache for decoding. Models without a `side` site refuse it (the Perceiver, whose blocks
+    are not one sequence).
     """
 
     paper = (
@@ -108,7 +106,7 @@ class LadderSideTuning(Method):
         assert isinstance(site, Side)
         if self.every > site.depth:
             raise OptionError(
-                f"ladder: every={self.every} leaves no side block beside {site.depth} blocks; give at most {site.depth}"
+                f"ladder: every={self.every} leaves no side block for {site.depth} blocks; give at most {site.depth}"
             )
-        backbone, self.backbone = self.backbone, None  # looked at once, and not held
+        backbone, self.backbone = self.backbone, None  # read once, and not kept
         return Ladder(site, self.reduction, self.every, self.skip, backbone)

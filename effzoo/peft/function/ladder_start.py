@@ -1,5 +1,7 @@
-"""Narrow blocks that start as slices of wide ones: of their channels with the largest weights (Sung et al. 2022,
-arXiv:2206.06522, section 3.3)."""
+"""Narrow blocks that start as slices of wide ones: of their channels with the largest weights.
+
+Sung et al. 2022, arXiv:2206.06522, section 3.3.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,12 @@ _SPACES = {
 
 @torch.no_grad()
 def slice_blocks(narrow: Sequence[nn.Module], wide: Sequence[nn.Module], places: Sequence[int]) -> Tensor:
-    """Fill narrow block i with the most important rows and columns of wide block places[i]; return the channels of the
-    stream that stay.
+    """Fill narrow block i with the most important channels of wide block places[i]; the channels of the stream that
+    stay.
 
     A channel's importance is the sum of the squares of all weights that read or write it. The channels of the residual
     stream are chosen once for all blocks, hidden units in each block, and dimensions within heads in each block, the
-    same for all of its heads (in pairs where they are turned). What does not depend on these widths (Linformer's E and
+    same for all of its heads (in pairs where they are rotated). What does not depend on these widths (Linformer's E and
     F) is copied. Raises OptionError where the narrow block is wider.
     """
     importance = [_importance(wide[place]) for place in places]
@@ -41,7 +43,7 @@ def slice_blocks(narrow: Sequence[nn.Module], wide: Sequence[nn.Module], places:
     for slim, place, scores in zip(narrow, places, importance, strict=True):
         sizes = {space: size for space, size in _sizes(slim).items() if space in scores}
         kept = {
-            space: _largest(space, stream if space == STREAM else scores[space], size, _turned(slim))
+            space: _largest(space, stream if space == STREAM else scores[space], size, _rotated(slim))
             for space, size in sizes.items()
         }
         kept_stream = kept[STREAM]
@@ -58,8 +60,7 @@ def slice_blocks(narrow: Sequence[nn.Module], wide: Sequence[nn.Module], places:
 
 
 def _spaces(path: str, block: nn.Module) -> tuple[str, str] | None:
-    """What the rows and the columns of a matrix of the block stand for; None for those that a kind has beside its
-    projections."""
+    """What the outputs and the inputs of a matrix of the block stand for; None for those that only one kind has."""
     if path in _SPACES:
         return _SPACES[path]
     kind, _, name = path.partition(".")
@@ -95,18 +96,18 @@ def _importance(block: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _turned(block: nn.Module) -> bool:
+def _rotated(block: nn.Module) -> bool:
     return getattr(block.get_submodule("attn"), "rotary", None) is not None
 
 
-def _largest(space: str, scores: Tensor, size: int, turned: bool) -> Tensor:
-    """The channels with the largest scores, ascending; of turned heads, pairs (j, j + d / 2)."""
+def _largest(space: str, scores: Tensor, size: int, rotated: bool) -> Tensor:
+    """The channels with the largest scores, ascending; of rotated heads, pairs (j, j + d / 2)."""
     if size > len(scores):
         raise OptionError(
             f"ladder: init='pruned' cannot take {size} channels of {space}, which has {len(scores)}; give a larger "
             "reduction, or init='random'"
         )
-    if turned and space == COMPARED:
+    if rotated and space == COMPARED:
         half = len(scores) // 2
         pairs = scores.view(2, half).sum(dim=0).topk(size // 2).indices.sort().values
         return torch.cat([pairs, pairs + half])
@@ -126,7 +127,7 @@ def _copy(path: str, block: nn.Module, slim: Site, broad: Site, kept: dict[str, 
                 )
         elif isinstance(slim, Norm):
             value = value[kept[COMPARED if path.startswith("attn.") else STREAM]]
-        # learned rows that are compared, heads side by side
+        # learned vectors that are compared, heads side by side
         elif isinstance(slim, Embedding) and value.shape != parameter.shape:
             value = value[:, _all_heads(kept[COMPARED], value.shape[1], parameter.shape[1] // len(kept[COMPARED]))]
         parameter.copy_(value)

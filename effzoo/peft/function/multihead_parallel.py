@@ -1,5 +1,4 @@
-"""Multi-head parallel adapters: a small bottleneck beside each attention head (He et al. 2022, arXiv:2110.04366,
-section 4.4)."""
+"""Multi-head parallel adapters: a small bottleneck for each attention head (He et al. 2022, section 4.4)."""
 
 from __future__ import annotations
 
@@ -19,8 +18,11 @@ from effzoo.sites import HookContext, Linear, PeftModule, Site
 
 
 class HeadBottlenecks(PeftModule):
-    """head_i' = head_i + s W_up^i sigma(W_down^i x), W_down [heads, bottleneck, dim] and W_up [heads, head_dim,
-    bottleneck], before W_O."""
+    """head_i' = head_i + s W_up^i sigma(W_down^i x), before W_O; x is the input of the attention layer.
+
+    W_down: [heads, bottleneck, dim].
+    W_up: [heads, head_dim, bottleneck].
+    """
 
     def __init__(self, dim: int, heads: int, head_dim: int, bottleneck: int, activation: str, scale: float):
         super().__init__()
@@ -38,8 +40,7 @@ class HeadBottlenecks(PeftModule):
 
 @peft.register("multihead_parallel", "multi_head_parallel_adapter")
 class MultiHeadParallel(Method):
-    """head_i' = head_i + s W_up^i sigma(W_down^i x): beside attention, one bottleneck per head, which reads the layer's
-    input.
+    """head_i' = head_i + s W_up^i sigma(W_down^i x): one bottleneck per head reads the attention layer's input x.
 
     bottleneck: inner width of one head's; heads bottleneck (dim + head_dim) parameters a layer.
     activation: sigma.

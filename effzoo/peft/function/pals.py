@@ -1,5 +1,4 @@
-"""Projected attention layers: one small attention per block, between two projections that all blocks share (Stickland &
-Murray 2019)."""
+"""Projected attention layers: a small attention per block, between two projections that all blocks share."""
 
 from __future__ import annotations
 
@@ -18,8 +17,11 @@ from effzoo.sites import Branch, HookContext, PeftModule, Site
 
 
 class PAL(PeftModule):
-    """y' = y + V_D MHA(V_E x), with V_E [width, dim] and V_D [dim, width], and MHA the softmax attention of all tokens
-    without an output matrix."""
+    """y' = y + V_D MHA(V_E x), MHA the softmax attention of all tokens without an output matrix.
+
+    V_E: [width, dim].
+    V_D: [dim, width].
+    """
 
     def __init__(self, encode: nn.Linear, decode: nn.Linear, heads: int):
         super().__init__()
@@ -34,23 +36,22 @@ class PAL(PeftModule):
 
     def attention(self, x: Tensor, valid: Tensor | None) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "... n (three h d) -> three ... h n d", three=3, h=self.heads)
-        # a row without any token: no NaN
+        # all positions, where an example has no token: the softmax of nothing is NaN
         seen = None if valid is None else (valid | ~valid.any(dim=-1, keepdim=True))[..., None, None, :]
         return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=seen), "... h n d -> ... n (h d)")
 
 
 @peft.register("pals", "pal", "projected_attention_layers")
 class PALs(Method):
-    """y' = y + V_D MHA(V_E x) beside each feed-forward: a narrow attention of its own for each block, V_E and V_D the
-    same for all.
+    """y' = y + V_D MHA(V_E x) at each feed-forward: a narrow attention for each block, V_E and V_D the same for all.
 
     width: of the narrow attention (204 in the paper, with 12 heads, at a model width of 768).
     heads: of it, a divisor of width.
 
-    The paper adds it beside a whole block, before its last norm; here it stands beside the block's feed-forward, before
-    the same norm, and reads the feed-forward's input. Every token sees every token, so its cost grows with n^2 on any
-    attention kind. V_D starts at 0.
-    A causal model is refused: decoding step by step, the narrow attention would need a cache of its own.
+    The paper adds it to a whole block, before its last norm; here it is added to the block's feed-forward, before the
+    same norm, and reads the feed-forward's input. Every token sees every token, so its cost grows with n^2 on any
+    attention kind. V_D starts at 0. A causal model is refused: decoding step by step, the narrow attention would need a
+    cache of its own.
     """
 
     paper = (

@@ -1,5 +1,4 @@
-"""Parallel adapters: a bottleneck beside a sub-layer, which reads the sub-layer's input (He et al. 2022,
-arXiv:2110.04366)."""
+"""Parallel adapters: a bottleneck that reads a sub-layer's input and adds to its output (He et al. 2022)."""
 
 from __future__ import annotations
 
@@ -16,8 +15,11 @@ from effzoo.sites import Branch, HookContext, PeftModule, Positionwise, Site
 
 
 class ParallelBottleneck(Positionwise, PeftModule):
-    """y' = y + s (W_up sigma(W_down x + b_down) + b_up), with W_down [bottleneck, dim] and W_up [dim, bottleneck],
-    which starts at 0."""
+    """y' = y + s (W_up sigma(W_down x + b_down) + b_up), x the sub-layer's input.
+
+    W_down: [bottleneck, dim].
+    W_up: [dim, bottleneck], which starts at 0.
+    """
 
     def __init__(self, dim: int, bottleneck: int, activation: str, scale: float, learned: bool):
         super().__init__()
@@ -34,8 +36,7 @@ class ParallelBottleneck(Positionwise, PeftModule):
 
 @peft.register("parallel", "parallel_adapter")
 class Parallel(Method):
-    """y = f(x) + s W_up sigma(W_down x), beside the feed-forward: the adapter sees what the sub-layer sees, not what it
-    returns.
+    """y = f(x) + s W_up sigma(W_down x) at the feed-forward f: the adapter reads what the sub-layer reads.
 
     bottleneck: inner width; 2 bottleneck dim + bottleneck + dim parameters a site.
     activation: sigma; relu in the paper.
@@ -77,7 +78,8 @@ class Parallel(Method):
 class ScaledParallel(Parallel):
     """y = f(x) + s W_up sigma(W_down x) with s = 4: the form that the paper takes for feed-forward layers.
 
-    bottleneck, activation: as in `parallel`.
+    bottleneck: inner width.
+    activation: sigma.
     scale: s, 4 in the paper.
     learned: train s, from there on.
     """

@@ -18,9 +18,9 @@ class Pfeiffer(Method):
     std: of the truncated normal that both matrices start from, which makes the adapter nearly, not exactly, the
         identity.
 
-    Here the adapter stands before the residual is added, in pre-norm and post-norm models alike; the search in the
-    paper (its figure 3) ends with the same place in the block, and with the block's norm once more in front of the
-    adapter, which is left out.
+    The adapter comes before the residual is added, in pre-norm and post-norm models alike; the search in the paper (its
+    figure 3) ends with the same place in the block, and with the block's norm once more in front of the adapter, which
+    is left out.
     """
 
     paper = "Pfeiffer et al. 2021, AdapterFusion, arXiv:2005.00247, appendix; as in AdapterHub, arXiv:2007.07779"

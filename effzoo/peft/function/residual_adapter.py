@@ -32,8 +32,10 @@ class SerialConvolution(PeftModule):
 
 
 class ParallelConvolution(PeftModule):
-    """y' = y + M x with M [out, in] at every place that the filters are centred on; merged, M is added to the middle of
-    the filters."""
+    """y' = y + M x with M [out, in] at every place that the filters are centred on.
+
+    Merged, M is added to the middle of the filters.
+    """
 
     delta_rank = None
 
@@ -53,10 +55,9 @@ class ParallelConvolution(PeftModule):
 
 @peft.register("residual_adapter")
 class ResidualAdapter(Method):
-    """y' = y + M y after each convolution, M a 1 x 1 convolution: `series` (2017); or y' = y + M x beside it:
-    `parallel` (2018).
+    """y' = y + M y after each convolution, M a 1 x 1 convolution (`series`, 2017), or y' = y + M x (`parallel`, 2018).
 
-    form: series or parallel; parallel needs filters of odd size with padding that keeps their centre, kernel // 2.
+    form: "series" or "parallel"; parallel needs filters of odd size with padding that keeps their centre, kernel // 2.
 
     M starts at 0. The papers have batch normalisation between M and the sum, and train the domain's own normalisation;
     here a network without it is assumed, so that the adapter is linear and merges into the filters.

@@ -66,14 +66,14 @@ class SparseBottleneck(Positionwise, PeftModule):
 
 @peft.register("sparse_adapter", "sparseadapter")
 class SparseAdapter(TrainingHooks):
-    """y' = y + W_up sigma(W_down y) after each sub-layer, of whose matrices a share `sparsity` of the entries is 0 from
-    the beginning.
+    """y' = y + W_up sigma(W_down y) after each sub-layer, where a share `sparsity` of the entries of W is 0 from the
+    beginning.
 
-    bottleneck: inner width before pruning; wide and sparse beats narrow and dense at equal size (Large-Sparse,
-        section 3.4).
+    bottleneck: inner width before pruning; wide and sparse beats narrow and dense at equal size (Large-Sparse, section
+        3.4).
     sparsity: share of the entries of each matrix that is pruned.
-    by: which are kept: "snip", those with the largest |w dL/dw| on labelled batches before training (Lee et al.
-        2019, arXiv:1810.02340), until then random ones; "magnitude", the largest |w|; "random".
+    by: which are kept: "snip", those with the largest |w dL/dw| on labelled batches before training (Lee et al. 2019,
+        arXiv:1810.02340), until then random ones; "magnitude", the largest |w|; "random".
     activation: sigma.
     std: of the truncated normal that the weights start from.
 

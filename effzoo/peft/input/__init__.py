@@ -1,4 +1,4 @@
-"""Input composition, f([phi, x]): methods that add rows to the input or keys and values to attention."""
+"""Input composition, f([phi, x]): methods that add prompt tokens to the input, or keys and values to attention."""
 
 from effzoo.peft.input import deep_prompt, ipt, llama_adapter, p_tuning, prefix, prompt
 from effzoo.peft.input.ipt import fit_subspace

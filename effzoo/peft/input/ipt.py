@@ -1,5 +1,4 @@
-"""Intrinsic prompt tuning: prompts live in a small space, and only a point of it is trained (Qin et al. 2021,
-arXiv:2110.07867)."""
+"""Intrinsic prompt tuning: prompts lie in a small space, and only a point of it is trained (Qin et al. 2021)."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from effzoo.sites import Embedding, PeftModule, Site
 
 
 class Decoder(nn.Module):
-    """Dec(z) = W_1 tanh(W_2 z + b_2) + b_1, [..., dim] -> rows [..., length, width]."""
+    """Dec(z) = W_1 tanh(W_2 z + b_2) + b_1, z [..., dim] -> prompt tokens [..., length, width]."""
 
     def __init__(self, dim: int, hidden: int, length: int, width: int):
         super().__init__()
@@ -30,7 +29,10 @@ class Decoder(nn.Module):
 
 
 class IntrinsicPrompt(nn.Module):
-    """Dec(z) for a trained z. fixed: whether the decoder stays what it is."""
+    """Dec(z) for a trained z [dim].
+
+    fixed: whether the decoder stays what it is.
+    """
 
     def __init__(self, decoder: Decoder, dim: int):
         super().__init__()
@@ -38,25 +40,23 @@ class IntrinsicPrompt(nn.Module):
 
     def forward(self) -> Tensor:
         decoder = {name: p.detach() if self.fixed else p for name, p in self.decoder.named_parameters()}
-        rows: Tensor = functional_call(self.decoder, decoder, (self.z,))
-        return rows
+        tokens: Tensor = functional_call(self.decoder, decoder, (self.z,))
+        return tokens
 
 
 @peft.register("ipt", "intrinsic_prompt")
 class IPT(TrainingHooks):
-    """f([Dec(z), x]): the rows in front of the tokens are decoded from z of `dim` numbers; in the end only z is
-    trained.
-
-    Stage `subspace` trains the decoder together with z, stage `intrinsic` z alone: the decoder then gets no gradient.
-    `finish` keeps the rows and drops both. The paper finds the space with many tasks: `fit_subspace` fits a decoder to
-    prompts that were trained for them; load it into `module.network.decoder` and give subspace=0, so that all steps
-    train z alone.
+    """f([Dec(z), x]): the prompt is decoded from z of `dim` numbers, and in the end only z is trained.
 
     dim: of z, the intrinsic dimension (the paper: 5 to 250).
-    length: of the prompt.
+    length: prompt tokens.
     hidden: units of the decoder.
-    subspace: share of the steps that train the decoder too. Dec(z) starts near the embeddings of random tokens,
-        which b_1 holds.
+    subspace: share of the steps that train the decoder too.
+
+    Stage `subspace` trains the decoder together with z, stage `intrinsic` z alone: the decoder then gets no gradient.
+    `finish` keeps the prompt tokens and drops both. Dec(z) starts near the embeddings of random tokens, which b_1
+    holds. The paper finds the space with many tasks: `fit_subspace` fits a decoder to prompts that were trained for
+    them; load it into `module.network.decoder` and give subspace=0, so that all steps train z alone.
     """
 
     paper = (
@@ -109,11 +109,16 @@ def _networks(modules: Modules) -> list[IntrinsicPrompt]:
 def fit_subspace(
     prompts: Tensor, *, dim: int = 100, hidden: int = 64, steps: int = 1000, learning_rate: float = 1e-2, seed: int = 0
 ) -> tuple[Decoder, Tensor]:
-    """The decoder of min ||Dec(Enc(P)) - P||^2 over trained prompts [tasks, length, width], and their codes Enc(P)
-    [tasks, dim].
+    """The decoder of min ||Dec(Enc(P)) - P||^2 over trained prompts P, and their codes Enc(P) [tasks, dim].
 
-    Enc is one linear layer (section 3.2, without the tasks' own losses, which need the models). Drawn from `seed`
-    alone.
+    prompts: [tasks, length, width].
+    dim: of the codes.
+    hidden: units of the decoder.
+    steps: of Adam, its rate falling to 0.
+    learning_rate: at the beginning.
+    seed: of everything random.
+
+    Enc is one linear layer (section 3.2, without the tasks' own losses, which need the models).
     """
     if prompts.ndim != 3 or not prompts.is_floating_point():
         raise InputError(

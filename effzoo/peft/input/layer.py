@@ -1,4 +1,4 @@
-"""What a memory site's own attention layer looks like, and what it sees of real tokens."""
+"""The attention layer of a memory site: its sizes, its projections, and its inputs at real tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from effzoo.sites import HookContext, Linear, Memory, PeftModule, Site, sites
 
 @dataclass(frozen=True)
 class Layer:
-    """width: of what keys and values are made of. heads: of the queries."""
+    """The sizes of an attention layer.
+
+    width: of the input of keys and values.
+    heads: of the queries.
+    """
 
     width: int
     heads: int
@@ -25,85 +29,84 @@ def layers_of(method: str, model: nn.Module, found: Mapping[str, Site]) -> dict[
     """The attention layer of each memory site, by the site's id."""
     layers = {}
     for path, site in found.items():
-        beside = {
-            near.role: near
-            for _, near in sites(model.get_submodule(path.rpartition(".")[0]))
-            if isinstance(near, Linear)
-        }
-        values, out = (beside.get(f"{site.role.rpartition('.')[0]}.{name}") for name in ("v", "o"))
+        inside = sites(model.get_submodule(path.rpartition(".")[0]))
+        linear = {near.role: near for _, near in inside if isinstance(near, Linear)}
+        attention = site.role.rpartition(".")[0]
+        values, out = linear.get(f"{attention}.v"), linear.get(f"{attention}.o")
         if values is None or out is None:
-            raise IncompatiblePeft(
-                method,
-                path,
-                "its layer projects no values and no output",
-                "use prefix, which needs the memory site alone",
-            )
+            reason = "its layer projects no values and no output"
+            raise IncompatiblePeft(method, path, reason, "use prefix, which needs the memory site alone")
         layers[id(site)] = Layer(values.in_features, out.heads)
     return layers
 
 
-def read_through(context: HookContext, tokens: Tensor, gate: Tensor | None = None) -> Memory:
-    """Prompt tokens [length, width] read through the layer's own projections: keys p W_k and values p W_v."""
+def keys_and_values(context: HookContext, tokens: Tensor, gate: Tensor | None = None) -> Memory:
+    """Keys p W_k and values p W_v of prompt tokens p [length, width], by the layer's own projections."""
     assert context.keys_values is not None  # they hang on an attention layer's memory
     keys, values = context.keys_values(tokens)
     return Memory(keys, values, gate)
 
 
 @dataclass
-class Looking:
-    """The rows [.., width] of tokens that a layer has seen so far, until `missing` is 0, and what it was told last."""
+class Collected:
+    """Inputs of an attention layer, collected from real data.
+
+    missing: how many tokens are still wanted.
+    tokens: [.., width], one tensor a pass.
+    context: of the last pass.
+    """
 
     missing: int
-    rows: list[Tensor]
+    tokens: list[Tensor]
     context: HookContext | None = None
 
 
-class Starts(PeftModule):
-    """A module of a memory site that can start from what its layer sees of real tokens; while it looks, it adds
-    nothing."""
+class StartsFromActivations(PeftModule):
+    """A module of a memory site that can start from the layer's inputs at real tokens; while it collects, it adds none.
 
-    looking: Looking | None = None
+    collected: what it has collected so far; None when it does not collect.
+    """
 
-    def looks(self, context: HookContext) -> bool:
-        """Whether the module only looks now; it then takes the tokens that it still misses."""
-        if self.looking is None:
+    collected: Collected | None = None
+
+    def collects(self, context: HookContext) -> bool:
+        """Whether the module only collects now; it then takes the tokens that are still missing."""
+        if self.collected is None:
             return False
         x, valid = context.x, context.valid
         assert x is not None
-        rows = x.flatten(0, 1) if valid is None else x[valid]
-        rows = rows[: self.looking.missing].detach()
-        self.looking.missing -= len(rows)
-        self.looking.rows.append(rows)
-        self.looking.context = context
+        tokens = x.flatten(0, 1) if valid is None else x[valid]
+        tokens = tokens[: self.collected.missing].detach()
+        self.collected.missing -= len(tokens)
+        self.collected.tokens.append(tokens)
+        self.collected.context = context
         return True
 
-    def start(self, rows: Tensor, context: HookContext) -> None:
+    def start(self, tokens: Tensor, context: HookContext) -> None:
         """Begin from the layer's inputs [length, width]."""
         raise NotImplementedError
 
 
 @torch.no_grad()
 def start_from_activations(method: str, model: nn.Module, modules: Modules, length: int, batches: Batches) -> None:
-    """Every module starts from the first `length` tokens of the batches, one example after the other; repeated where
-    there are fewer."""
-    starting = {path: module for path, module in modules.items() if isinstance(module, Starts)}
+    """Every module starts from the first `length` tokens of the batches, which are repeated where there are fewer."""
+    starting = {path: module for path, module in modules.items() if isinstance(module, StartsFromActivations)}
+    collecting = {path: Collected(length, []) for path in starting}
     try:
-        for module in starting.values():
-            module.looking = Looking(length, [])
+        for path, module in starting.items():
+            module.collected = collecting[path]
         for batch in batches:
             model(**batch)
-            if not any(module.looking is not None and module.looking.missing for module in starting.values()):
+            if not any(collected.missing for collected in collecting.values()):
                 break
         for path, module in starting.items():
-            looking = module.looking
-            assert looking is not None
-            if looking.context is None or looking.missing == length:
+            collected = collecting[path]
+            if collected.context is None or collected.missing == length:
                 raise IncompatibleError(
-                    f"{method}: the layer of {path} has seen no token of the batches; give other "
-                    "batches, or another init"
+                    f"{method}: the layer of {path} has seen no token of the batches; give others, or another init"
                 )
-            rows = torch.cat(looking.rows)
-            module.start(rows[torch.arange(length, device=rows.device) % len(rows)], looking.context)
+            tokens = torch.cat(collected.tokens)
+            module.start(tokens[torch.arange(length, device=tokens.device) % len(tokens)], collected.context)
     finally:
         for module in starting.values():
-            module.looking = None
+            module.collected = None

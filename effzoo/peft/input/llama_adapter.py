@@ -1,4 +1,4 @@
-"""LLaMA-Adapter: gated attention to trained rows in the upper layers (Zhang et al. 2023, arXiv:2303.16199)."""
+"""LLaMA-Adapter: gated attention to prompt tokens in the upper layers (Zhang et al. 2023, arXiv:2303.16199)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from effzoo.annotations import Count, NotNegative, Whole
-from effzoo.peft.input.layer import layers_of, read_through
+from effzoo.peft.input.layer import keys_and_values, layers_of
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.registry import peft
 from effzoo.sites import HookContext, Memory, MemorySite, PeftModule, Site, sites
 
 
 class GatedPromptTokens(PeftModule):
-    """Trained prompt tokens p [length, width] and a gate g [heads] of one layer."""
+    """Prompt tokens p [length, width] and a gate g [heads] of one layer."""
 
     def __init__(self, length: int, width: int, heads: int, std: float):
         super().__init__()
@@ -23,22 +23,21 @@ class GatedPromptTokens(PeftModule):
         self.gate = nn.Parameter(torch.zeros(heads))
 
     def memory(self, context: HookContext) -> Memory:
-        return read_through(context, self.tokens, self.gate.tanh())
+        return keys_and_values(context, self.tokens, self.gate.tanh())
 
 
 @peft.register("llama_adapter")
 class LlamaAdapter(Method):
-    """head_i + tanh(g_i) Attn(x W_q, p W_k, p W_v): rows p with a softmax of their own, added before W_o; the gates g
-    start at 0.
+    """head_i + tanh(g_i) Attn(x W_q, p W_k, p W_v): prompt tokens p with a softmax of their own, added before W_o.
 
-    The layer's own projections make keys and values of the rows, which are not turned in rotary models. Nothing changes
-    at the start, and until a gate has moved, its rows get no gradient (section 3.2, eq. 6 to 8; the gate of a head is
-    that of the released code).
+    length: prompt tokens per layer.
+    skip: how many of the lowest layers have none, at most all but one (the paper: 2 of 32); `layers` says instead which
+        ones have.
+    std: of the normal distribution that the prompt tokens start from.
 
-    length: rows per layer.
-    skip: how many of the lowest layers have none, at most all but one (the paper: 2 of 32); `layers` says instead
-        which ones have.
-    std: of the normal distribution that the rows start from.
+    The gates g start at 0, so nothing changes at the start, and until a gate has moved, its prompt tokens get no
+    gradient (section 3.2, eq. 6 to 8; the gate of a head is that of the released code). The layer's own projections
+    make keys and values of them, which are not rotated in rotary models.
     """
 
     paper = "Zhang et al. 2023, LLaMA-Adapter, arXiv:2303.16199, section 3"

@@ -1,4 +1,4 @@
-"""P-tuning: prompt rows made by a small network that is dropped after training (Liu et al. 2021, arXiv:2103.10385)."""
+"""P-tuning: a prompt made by a small network that is dropped after training (Liu et al. 2021, arXiv:2103.10385)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from effzoo.sites import Embedding, PeftModule, Site
 
 
 class Perceptron(nn.Module):
-    """P = W_3 relu(W_2 relu(W_1 e + b_1) + b_2) + b_3 for each of `length` trained rows e [dim], with `hidden` units:
-    [length, dim]."""
+    """P = W_3 relu(W_2 relu(W_1 e + b_1) + b_2) + b_3 for each of `length` trained e [dim], with `hidden` units."""
 
     def __init__(self, length: int, dim: int, hidden: int):
         super().__init__()
@@ -27,13 +26,15 @@ class Perceptron(nn.Module):
         )
 
     def forward(self) -> Tensor:
-        rows: Tensor = self.layers(self.start)
-        return rows
+        tokens: Tensor = self.layers(self.start)
+        return tokens
 
 
 class Recurrent(nn.Module):
-    """P_i = W_2 relu(W_1 [forward h_i, backward h_i] + b_1) + b_2, where h is a bidirectional LSTM with two layers over
-    trained rows e (eq. 4, 5)."""
+    """P_i = W_2 relu(W_1 [forward h_i, backward h_i] + b_1) + b_2, h a bidirectional LSTM of two layers over trained e.
+
+    Equations 4 and 5.
+    """
 
     def __init__(self, length: int, dim: int, hidden: int):
         super().__init__()
@@ -42,23 +43,22 @@ class Recurrent(nn.Module):
         self.layers = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, dim))
 
     def forward(self) -> Tensor:
-        rows: Tensor = self.layers(self.lstm(self.start)[0])
-        return rows
+        tokens: Tensor = self.layers(self.lstm(self.start)[0])
+        return tokens
 
 
 @peft.register("p_tuning")
 class PTuning(TrainingHooks):
-    """f([E(e), x]): the rows in front of the embedded tokens come from trained rows e through a small encoder E, so
-    that they depend on each other.
+    """f([E(e), x]): prompt tokens from trained e through a small encoder E, so that they depend on each other.
 
-    length: of the prompt.
-    encoder: "mlp", three linear layers with ReLU; "lstm", a bidirectional LSTM of two layers and two linear ones
-        (the paper's).
-    hidden: units of the encoder (of each direction). After training `finish` keeps the rows and drops the encoder:
-        from there on it is a prompt of length * dim numbers, and is stored as one.
+    length: prompt tokens.
+    encoder: "mlp", three linear layers with ReLU; "lstm", a bidirectional LSTM of two layers and two linear ones (the
+        paper's).
+    hidden: units of the encoder (of each direction).
 
-    The prompt stands in front of the input; the paper also puts parts of it inside a template, which a caller can do
-    with inputs_embeds.
+    After training `finish` keeps the prompt tokens and drops the encoder: from there on it is a prompt of length * dim
+    numbers, and is stored as one. The prompt stands in front of the input; the paper also puts parts of it inside a
+    template, which a caller can do with inputs_embeds.
     """
 
     paper = "Liu et al. 2021, GPT understands, too, arXiv:2103.10385, section 3"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from effzoo.annotations import Count, NotNegative
 from effzoo.errors import OptionError
-from effzoo.peft.input.layer import Starts, layers_of, read_through, start_from_activations
+from effzoo.peft.input.layer import StartsFromActivations, keys_and_values, layers_of, start_from_activations
 from effzoo.peft.method import Batches, Layers, Modules, Targets
 from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
@@ -19,12 +19,11 @@ from effzoo.sites import HookContext, Memory, MemorySite, PeftModule, Site
 
 
 class PrefixEncoder(nn.Module):
-    """tanh(W_1 e + b_1) for trained rows e [length, width], [length, hidden]: what all layers share of the
-    reparametrisation."""
+    """tanh(W_1 e + b_1) [length, hidden] of trained e [length, width], which all layers share."""
 
     def __init__(self, length: int, width: int, hidden: int):
         super().__init__()
-        self.rows = nn.Parameter(torch.randn(length, width))
+        self.rows = nn.Parameter(torch.randn(length, width))  # e, by the name that files give it
         self.linear = nn.Linear(width, hidden)
 
     def forward(self) -> Tensor:
@@ -32,7 +31,7 @@ class PrefixEncoder(nn.Module):
         return out
 
 
-class PrefixMemory(Starts):
+class PrefixMemory(StartsFromActivations):
     """Trained keys [heads, length, head_dim] and values [heads, length, value_dim].
 
     trunk: with it, keys and values are W_2 trunk() + b_2 until `drop_network` keeps what they are.
@@ -64,14 +63,15 @@ class PrefixMemory(Starts):
         return both[..., : self.head_dim].contiguous(), both[..., self.head_dim :].contiguous()
 
     def memory(self, context: HookContext) -> Memory | None:
-        return None if self.looks(context) else Memory(*self.pair(), None if self.gate is None else self.gate.tanh())
+        if self.collects(context):
+            return None
+        return Memory(*self.pair(), None if self.gate is None else self.gate.tanh())
 
-    def start(self, rows: Tensor, context: HookContext) -> None:
-        read = read_through(context, rows)
+    def start(self, tokens: Tensor, context: HookContext) -> None:
+        memory = keys_and_values(context, tokens)
         # keys that queries share may come from a projection that is not grouped (qk of LSH): their mean
-        keys, values = read.keys, read.values
-        self.keys.copy_(rearrange(keys, "(h group) n d -> h group n d", h=self.heads).mean(dim=1))
-        self.values.copy_(values)
+        self.keys.copy_(rearrange(memory.keys, "(h group) n d -> h group n d", h=self.heads).mean(dim=1))
+        self.values.copy_(memory.values)
 
     def drop_network(self) -> None:
         """Keep the keys and values, drop the network that made them."""
@@ -90,20 +90,20 @@ class Prefix(TrainingHooks):
     query.
 
     length: of the prefix.
-    form: "flat", P_k and P_v are trained themselves; "mlp", they are W_2 tanh(W_1 e + b_1) + b_2, with rows e and
-        W_1 shared by all layers and a W_2 for each (section 4.3), and `finish` keeps P_k and P_v alone.
+    form: "flat", P_k and P_v are trained themselves; "mlp", they are W_2 tanh(W_1 e + b_1) + b_2, with e and W_1 shared
+        by all layers and a W_2 for each (section 4.3), and `finish` keeps P_k and P_v alone.
     hidden: units of that network (the paper: 512 or 800).
     init: of the flat form; "activations" (when None), the keys and values that the layer makes of the first `length`
         tokens of the training data, by `calibrate`; "normal", which is also what stands there until data have been
         seen, and learns more slowly.
     std: of the normal distribution.
-    softmax: "joint", one for prefix and tokens; "own", one for the prefix, whose result is added times tanh(g), g =
-        0 at the start, one for each head: the additive form of He et al., eq. 5, which is the only one here that
-        changes nothing at the start.
+    softmax: "joint", one for prefix and tokens; "own", one for the prefix, whose result is added times tanh(g), g = 0
+        at the start, one for each head: the additive form of He et al., eq. 5, which is the only one here that changes
+        nothing at the start.
 
-    Positions do not shift: keys of rotary models are not turned. A prefix in the joint softmax is not a no-op, not even
-    one of zeros: a key of 0 still takes e^0 of the softmax. In LSH attention, which normalises keys, only the direction
-    of P_k counts.
+    Positions do not shift: keys of rotary models are not rotated. A prefix in the joint softmax is not a no-op, not
+    even one of zeros: a key of 0 still takes e^0 of the softmax. In LSH attention, which normalises keys, only the
+    direction of P_k counts.
     """
 
     paper = (

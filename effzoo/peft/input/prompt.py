@@ -1,4 +1,4 @@
-"""Prompt tuning: trained embedding rows in front of the input (Lester et al. 2021, arXiv:2104.08691)."""
+"""Prompt tuning: trained embeddings in front of the input (Lester et al. 2021, arXiv:2104.08691)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from effzoo.sites import Embedding, PeftModule, Site
 class PromptTokens(PeftModule):
     """Trained prompt tokens [length, dim] that stand before every input."""
 
-    def __init__(self, rows: Tensor):
+    def __init__(self, tokens: Tensor):
         super().__init__()
-        self.tokens = nn.Parameter(rows.detach().clone())
+        self.tokens = nn.Parameter(tokens.detach().clone())
 
     def prompt(self) -> Tensor:
         return self.tokens
@@ -39,6 +39,7 @@ class ReparametrisedPrompt(PeftModule):
         return tokens
 
     def drop_network(self) -> None:
+        """Keep the prompt tokens, drop the network that made them."""
         if self.network is None:
             return
         trainable = any(parameter.requires_grad for parameter in self.network.parameters())
@@ -53,19 +54,17 @@ def vocabulary_embeddings(site: Embedding, length: int) -> Tensor:
 
 @peft.register("prompt", "prompt_tuning")
 class Prompt(Method):
-    """f([P, x]): `length` trained rows P of shape [length, dim] are put in front of the embedded tokens.
-
-    The rows take the first positions and the tokens follow, as in the `peft` package; outputs at the rows are cut off,
-    so shapes outside do not change. In attention with global tokens the rows are global, or distant tokens could not
-    see them.
+    """f([P, x]): `length` prompt tokens P [length, dim] are put in front of the embedded tokens.
 
     length: of the prompt, which counts towards max_length.
-    init: `vocabulary` copies the embeddings of tokens drawn at random (much better than random rows, section 3.2),
-        `text` those of given tokens, `normal` draws rows with the standard deviation of the table.
-    ids: the tokens of `text`, repeated or cut to the length (a description of the task, or the names of its
-        classes).
+    init: "vocabulary" copies the embeddings of tokens drawn at random (much better than random numbers, section 3.2),
+        "text" those of given tokens, "normal" draws with the standard deviation of the table.
+    ids: the tokens of "text", repeated or cut to the length (a description of the task, or the names of its classes).
 
-    The paper's learning rate is 0.3, for Adafactor, which scales steps by the size of the parameter; AdamW needs less.
+    The prompt takes the first positions and the tokens follow, as in the `peft` package; its outputs are cut off, so
+    shapes outside do not change. In attention with global tokens the prompt is global, or distant tokens could not see
+    it. The paper's learning rate is 0.3, for Adafactor, which scales steps by the size of the parameter; AdamW needs
+    less.
     """
 
     paper = "Lester et al. 2021, The power of scale for parameter-efficient prompt tuning, arXiv:2104.08691, section 3"

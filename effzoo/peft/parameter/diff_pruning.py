@@ -21,7 +21,7 @@ LOW, HIGH, TEMPERATURE = -1.5, 1.5, 1.0
 
 
 class GatedDelta(SparseDelta):
-    """theta' = theta + z * w, z = z_entry z_group with hard-concrete gates; later the chosen entries alone."""
+    """theta' = theta + z * w, z = z_entry z_group with hard-concrete gates; after `gates` the chosen entries alone."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class GatedDelta(SparseDelta):
             self.register_parameter(f"group_{key}", nn.Parameter(tensor.new_full((1,), alpha)) if structured else None)
 
     def alphas(self, key: str) -> list[Tensor]:
-        """Of each entry, and of the tensor when it is a group."""
+        """alpha of each entry and, where a tensor is a group, of the tensor."""
         return [alpha for alpha in (getattr(self, f"alpha_{key}"), getattr(self, f"group_{key}")) if alpha is not None]
 
     def dense(self, key: str) -> Tensor | None:
@@ -67,22 +67,20 @@ class GatedDelta(SparseDelta):
 
 @peft.register("diff", "diff_pruning")
 class DiffPruning(SparseMethod):
-    """theta' = theta + z * w, with w starting at 0 and z a hard-concrete gate per entry; the loss grows by penalty * E
-    ||z||_0.
+    """theta' = theta + z * w, with z a hard-concrete gate per entry; the loss grows by penalty * E ||z||_0.
 
-    s = sigma(logit u + alpha), z = clip(s (r - l) + l, 0, 1) with (l, r) = (-1.5, 1.5); in evaluation s = sigma(alpha).
-    Stage `gates` trains w and alpha. Then the K entries with the largest |z w|, over all tensors together, are chosen,
-    and stage `fixmask` goes on training them from z w.
+        z = clip(s (r - l) + l, 0, 1),   s = sigma(logit u + alpha), in evaluation sigma(alpha),   (l, r) = (-1.5, 1.5)
 
     keep: K as a share of the targets' parameters.
-    penalty: lambda.
+    penalty: lambda, of the expected number of open gates.
     alpha: where the gates start; at 5 they are open.
     structured: a second gate for each tensor, z = z_entry z_tensor.
     gates: share of all steps in the first stage.
 
-    2 D parameters are trained in the first stage (and one per tensor), K in the second. Weight decay acts on w: it
-    pulls towards theta. The penalty is the exact expectation of the product of both gates. Training by hand without
-    `begin` stays in the first stage, and `finish` then keeps every entry whose z w is not 0.
+    w starts at 0. Stage `gates` trains w and alpha, 2 D parameters. Then the K entries with the largest |z w|, over all
+    tensors together, are chosen, and stage `fixmask` trains these on from z w. The penalty is the exact expectation of
+    the product of both gates. Weight decay acts on w: it pulls towards theta. Training by hand without `begin` stays in
+    the first stage, and `finish` then keeps every entry whose z w is not 0.
     """
 
     paper = "Guo, Rush & Kim 2021, Parameter-efficient transfer learning with diff pruning, arXiv:2012.07463, section 3"
@@ -132,7 +130,7 @@ class DiffPruning(SparseMethod):
 
 
 def _still(modules: Modules) -> list[Tensor]:
-    """The changes with the gates of evaluation, which the modules then go on using."""
+    """The changes with the gates of evaluation, which the modules use from then on."""
     for module in modules.values():
         module.eval()
     return [] if shared_entries(modules).indices is not None else [change.detach() for change in dense_changes(modules)]

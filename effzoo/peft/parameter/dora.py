@@ -1,5 +1,4 @@
-"""DoRA: a weight is split into length and direction, and the direction changes by a low rank (Liu et al. 2024,
-arXiv:2402.09353)."""
+"""DoRA: a trained length and a low-rank change of direction for each output of a weight (Liu et al. 2024)."""
 
 from __future__ import annotations
 
@@ -17,9 +16,9 @@ from effzoo.sites import Linear, PeftModule, Site
 
 
 class DecomposedWeight(PeftModule):
-    """W' = m V / ||V||, with V = W + s B A, the norm taken along each row and no gradient through it (section 4.3)."""
+    """W' = m V / ||V|| with V = W + s B A, the norm of each output's weights, a constant in the backward pass."""
 
-    delta_rank = None  # scaling the rows changes all of W
+    delta_rank = None  # scaling each output changes all of W
 
     def __init__(self, weight: Tensor, rank: int, scale: float):
         super().__init__()
@@ -31,22 +30,22 @@ class DecomposedWeight(PeftModule):
 
     def weight(self, weight: Tensor) -> Tensor:
         direction = weight + self.scale * (self.B.to(weight) @ self.A.to(weight))
-        # a row of zeros stays one, instead of NaN
+        # an output of zeros stays one, instead of NaN
         length = direction.detach().norm(dim=1).clamp(min=torch.finfo(weight.dtype).tiny)
         return (self.magnitude.to(weight) / length)[:, None] * direction
 
 
 @peft.register("dora")
 class DoRA(Method):
-    """W' = m (W + s B A) / ||W + s B A||, row by row: LoRA for the directions of the rows, and a trained length m for
-    each, ||W|| at first.
+    """W' = m (W + s B A) / ||W + s B A||, with a trained length m for each output, which starts as ||W||.
 
-    rank, alpha, rslora: as in lora. The norm counts as a constant in the backward pass, as the paper advises to save
-        memory. The weight is composed by the hook `weight`, so a matrix of its size is made per site and step, and
-        there is no dropout on the low-rank
-    branch: the norm would have to know it.
+    rank: of the change of direction; one number or by role, as in lora.
+    alpha: s = alpha / rank; one number or by role, None for the rank.
+    rslora: s = alpha / sqrt(rank).
 
-    The paper's m holds the norms of columns of W [in, out], which are the rows here, where W is [out, in].
+    No gradient goes through the norm, as the paper advises to save memory (section 4.3). The weight is composed by the
+    hook `weight`, one matrix of its size per site and step; there is no dropout on B A, because the norm would have to
+    know it. The paper's m holds the norms of the columns of W [in, out]; here W is [out, in].
     """
 
     paper = "Liu et al. 2024, DoRA: Weight-decomposed low-rank adaptation, arXiv:2402.09353, eq. 5, 11"

@@ -1,5 +1,4 @@
-"""FAR: training few hidden units of the feed-forward, split off from the rest (Vucetic et al. 2022,
-arXiv:2205.03481)."""
+"""FAR: training few hidden units of the feed-forward, split off from the rest (Vucetic et al. 2022)."""
 
 from __future__ import annotations
 
@@ -19,10 +18,10 @@ from effzoo.sites import Counted, HookContext, Linear, Packed, PeftModule, Posit
 
 
 class LearnerUnits(Positionwise, Packed, Counted, PeftModule):
-    """The change of the learner units' slices: rows of W_up (and of the gate) with their biases, or columns of W_down.
+    """y' = y + W_phi x at the learner units (of W_up and the gate), or y' = y + W_phi h[learner units] (of W_down).
 
-    y' = y + W_phi x at the learner units, or y' = y + W_phi h[learner units]: the frozen part keeps no input for a
-    weight's gradient, the learners keep theirs. units int32[r]; weight [r, in] or [out, r].
+    The frozen part stores no input for a weight's gradient, the learners store theirs. units int32[r]; own_weight [r,
+    in] with own_bias [r], or [out, r].
     """
 
     def __init__(self, site: Linear, columns: bool):
@@ -88,20 +87,19 @@ class LearnerUnits(Positionwise, Packed, Counted, PeftModule):
 
 @peft.register("far", "freeze_and_reconfigure")
 class FAR(TrainingHooks):
-    """FFN(x) = W_down[:, f] act(W_up[f] x) + W_down[:, l] act(W_up[l] x), f the frozen hidden units and l the learners,
-    which alone are trained.
-
-    Stage `prime` trains all units; then the units that have moved most are the learners, by the L1 change of all their
-    weights (row of W_up and of the gate, bias, column of W_down), and stage `learn` goes on training these, while the
-    others return to where they were.
+    """FFN(x) = W_down[:, f] act(W_up[f] x) + W_down[:, l] act(W_up[l] x): of the hidden units, learners l train, f are
+    frozen.
 
     keep: share of the hidden units that learn, in each feed-forward.
     prime: share of all steps in the first stage.
 
-    A module holds the learners' slices, as a change of theta, so that gradients, optimizer state and stored inputs are
-    as small; weight decay acts on the change and pulls towards theta. The output bias stays frozen. That the frozen
-    units return is our reading: the priming run is there for the choice. Training by hand without `begin` stays in the
-    first stage, with all units.
+    Stage `prime` trains all units. Then those that have moved most, by the L1 change of all their weights (of W_up and
+    the gate, their bias, and W_down), are the learners; stage `learn` trains these on, while the others return to where
+    they were. That they return is our reading: the priming run is there for the choice.
+
+    A module holds the learners' weights as a change of theta, so gradients, optimizer state and stored inputs are as
+    small, and weight decay pulls towards theta. The output bias stays frozen. Training by hand without `begin` stays in
+    the first stage, with all units.
     """
 
     paper = "Vucetic et al. 2022, Efficient fine-tuning of BERT models on the edge, arXiv:2205.03481, section 3"

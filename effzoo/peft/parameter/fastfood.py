@@ -1,5 +1,7 @@
-"""Fastfood: a random projection in D log D time and D memory (Le et al. 2013, arXiv:1408.3060), as Li et al. 2018 use
-it for subspaces."""
+"""Fastfood: a random projection in D log D time and D memory (Le et al. 2013, arXiv:1408.3060).
+
+Li et al. 2018, arXiv:1804.08838, section S7, use it for random subspaces.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,7 @@ FACTOR = 32  # the widest dense Hadamard matrix that is multiplied at once; the 
 
 
 def dense_hadamard(size: int, like: Tensor) -> Tensor:
-    """The Hadamard matrix of Sylvester, [size, size]: H_1 = 1, H_2n = [[H_n, H_n], [H_n, -H_n]]. size is a power of
-    2."""
+    """Sylvester's Hadamard matrix [size, size], size a power of 2: H_1 = 1, H_2n = [[H_n, H_n], [H_n, -H_n]]."""
     H = like.new_ones(1, 1)
     while len(H) < size:
         H = torch.cat([torch.cat([H, H], dim=1), torch.cat([H, -H], dim=1)])
@@ -21,9 +22,9 @@ def dense_hadamard(size: int, like: Tensor) -> Tensor:
 def hadamard(x: Tensor) -> Tensor:
     """H x along the last axis, whose size is a power of 2, without normalisation: H H = size * I.
 
-    H is the Kronecker product of small Hadamard matrices, so they are applied one after the other along axes of their
-    own: n log n numbers are multiplied and added, in products of matrices. H is symmetric, so the gradient of H x is H
-    applied to the gradient, with no factor.
+    H is the Kronecker product of small Hadamard matrices, which are applied one after the other along axes of their
+    own: n log n multiplications, in products of matrices. H is symmetric, so the gradient of H x is H applied to the
+    gradient.
     """
     y, left = x, x.shape[-1]
     while left > 1:
@@ -35,32 +36,29 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 class Fastfood(nn.Module):
-    """P theta for one tensor of `rows` numbers: the first `rows` entries of H G Pi H S theta, times `scale` /
-    sqrt(padded sum(G^2)).
+    """P theta for one tensor of `size` numbers: the first `size` entries of scale / sqrt(padded sum(G^2)) H G Pi H S
+    theta.
 
-    theta [dim] is padded with zeros to the next power of 2 that holds both `rows` and `dim`, so that no entry of theta
-    is ever cut off. S: random
-    signs, Pi: a random permutation, G: normal numbers on the diagonal, H: `hadamard`. A column of H G Pi H S has the
-        squared length padded * sum(G^2), so over all padded rows the columns of the result have the length `scale`,
-        exactly.
+    theta: [dim], padded with zeros to the power of 2 that holds both `size` and `dim`, so that no entry is cut off.
+    scale: the length of each column of P over all padded entries, exactly.
+    seed: of everything random, from a CPU generator, so that no file holds it; None makes shapes alone, on the meta
+        device.
 
-    The inner H meets only the first `dim` entries: those fill one block of the next power of 2, `inner`, and the
-    product repeats itself every `inner` entries. So it is computed once at that size, and Pi reads it modulo `inner`.
-
-    Everything random comes from a CPU generator with `seed`, so that no file holds it; without a seed only the shapes
-    are made, on the meta device. 2 padded numbers are held in memory.
+    S are random signs, Pi a random permutation, G normal numbers on the diagonal, H `hadamard`. The inner H meets only
+    the first `dim` entries, which fill one block of the next power of 2, `inner`; the product repeats itself every
+    `inner` entries, so it is computed once at that size, and Pi reads it modulo `inner`.
     """
 
     signs: Tensor
     source: Tensor
     gauss: Tensor
 
-    def __init__(self, rows: int, dim: int, scale: float, seed: int | None):
+    def __init__(self, size: int, dim: int, scale: float, seed: int | None):
         super().__init__()
-        self.rows, self.inner = rows, power_of_two(dim)
-        padded = max(power_of_two(rows), self.inner)
+        self.size, self.inner = size, power_of_two(dim)
+        padded = max(power_of_two(size), self.inner)
         if seed is None:
-            signs, source, gauss = (torch.empty(size, device="meta") for size in (dim, padded, padded))
+            signs, source, gauss = (torch.empty(n, device="meta") for n in (dim, padded, padded))
         else:
             draw = torch.Generator().manual_seed(seed)
             signs = torch.randint(2, (dim,), generator=draw, device="cpu").float() * 2 - 1
@@ -72,10 +70,10 @@ class Fastfood(nn.Module):
         self.register_buffer("gauss", gauss.float(), persistent=False)
 
     def forward(self, theta: Tensor) -> Tensor:
-        """theta [dim] -> [rows]."""
+        """theta [dim] -> [size]."""
         padded = nn.functional.pad(self.signs.to(theta) * theta, (0, self.inner - len(theta)))
         mixed = hadamard(padded).index_select(0, self.source)
-        return hadamard(self.gauss.to(theta) * mixed)[: self.rows]
+        return hadamard(self.gauss.to(theta) * mixed)[: self.size]
 
 
 def power_of_two(size: int) -> int:

@@ -19,21 +19,21 @@ from effzoo.sites import Site, sites
 
 @peft.register("fish", "fish_mask")
 class Fish(SparseMethod):
-    """theta' = theta + phi on the K entries with the largest Fisher information F, chosen once before training; the
-    rest is frozen.
+    """theta' = theta + phi on the K entries with the largest Fisher information F, chosen before training; the rest is
+    frozen.
 
-    F = 1/N sum_i (d log p(y_i | x_i) / d theta)^2                        fisher = label
-    F = 1/N sum_i sum_c p(c | x_i) (d log p(c | x_i) / d theta)^2         fisher = expected
+        F = 1/N sum_i (d log p(y_i | x_i) / d theta)^2                        fisher = label
+        F = 1/N sum_i sum_c p(c | x_i) (d log p(c | x_i) / d theta)^2         fisher = expected
 
     keep: K as a share of the targets' parameters, over all tensors together.
-    fisher: as above.
-    samples: N, how many labelled examples are looked at, one backward pass each (C for `expected`), since the square
-        of a batch's gradient is another thing.
+    fisher: "label" or "expected", as above; `expected` needs one label per example.
+    samples: N, how many labelled examples are used, one backward pass each (C for `expected`), because the square of a
+        batch's gradient is another thing.
 
-    log p(y | x) is minus the loss of the one example: in tasks with many labels the mean over them. `expected` needs
-    one label per example. Before `calibrate` the K entries are drawn at random. The paper counts the classifier in K;
-    here it is trained beside them, as in every method. Weight decay pulls towards theta. Only phi [K] is trained, but
-    the backward pass makes the dense gradient of one weight at a time, and the changed weights are held until then.
+    log p(y | x) is minus the loss of the one example: in tasks with many labels the mean over them. Before `calibrate`
+    the K entries are drawn at random. The paper counts the classifier in K; here it is trained in addition, as in every
+    method. Weight decay pulls towards theta. Only phi [K] is trained, but the backward pass makes the dense gradient of
+    one weight at a time, and the changed weights are stored until then.
     """
 
     paper = "Sung et al. 2021, Training neural networks with fixed sparse masks, arXiv:2111.09839, section 3"
@@ -119,7 +119,7 @@ def examples(batches: Batches) -> Iterator[dict[str, Any]]:
 
 
 def drawn(total: int, k: int) -> Tensor:
-    """k different numbers below total at random, ascending, without a permutation of all of them where k is small."""
+    """k different numbers below total at random, ascending; where k is small, without a permutation of all of them."""
     if k * 4 > total:
         return torch.randperm(total, device="cpu")[:k].sort().values
     found = torch.empty(0, dtype=torch.int64, device="cpu")

@@ -1,5 +1,4 @@
-"""Pruning attention heads: a gate on what each head gives to the output projection (Michel et al. 2019; Voita et al.
-2019)."""
+"""Pruning attention heads by a gate on each head's output (Michel et al. 2019; Voita et al. 2019)."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ LOW, HIGH, TEMPERATURE = -0.1, 1.1, 2 / 3
 
 
 class HeadGates(Positionwise, Counted, PeftModule):
-    """o(xi * heads): one gate xi for each head of the input of W_O; merged, the head's columns of W_O are multiplied by
-    xi."""
+    """o(xi * heads): one gate xi per head of the input of W_O; merged, the head's columns of W_O change by xi."""
 
     delta_rank = None
 
@@ -51,7 +49,7 @@ class HeadGates(Positionwise, Counted, PeftModule):
         return weight * (gates.to(weight).repeat_interleave(self.width) - 1), None
 
     def changed(self, weight: Tensor | None, bias: Tensor | None) -> int:
-        """How many entries of the site merging may change: the columns of heads that are gated, before the end any."""
+        """How many entries of the site merging may change: the columns of gated heads; in training of all heads."""
         heads = self.heads if self.alpha is not None or self.gate is None else int((self.gate != 1).sum())
         return 0 if weight is None else heads * self.width * weight.shape[0]
 
@@ -65,17 +63,17 @@ class HeadGates(Positionwise, Counted, PeftModule):
 class HeadPruning(TrainingHooks):
     """MultiHead(x) = W_O [xi_1 head_1, ..., xi_h head_h]: a head whose gate xi is 0 is pruned.
 
-    mode: `gates`, hard-concrete gates with stretch (-0.1, 1.1) and temperature 2/3 are trained, and the loss grows
-        by penalty * sum P(xi != 0) (Voita); `importance`, nothing but the task head is trained, and `calibrate` sets
-        the gates of the heads with the lowest I_h = 1/N sum_i |dL_i / dxi_h|, divided by its L2 norm over the layer,
-        to 0 (Michel).
-    share: how many heads `importance` prunes, over all layers together.
+    mode: "gates", trained hard-concrete gates with stretch (-0.1, 1.1) and temperature 2/3, and the loss grows by
+        penalty * sum P(xi != 0) (Voita); "importance", nothing but the task head is trained, and `calibrate` sets the
+        gates of the heads with the lowest I_h = 1/N sum_i |dL_i / dxi_h|, divided by its L2 norm over the layer, to 0
+        (Michel).
+    share: of the heads, over all layers together, that `importance` prunes.
     penalty: lambda of `gates`.
     alpha: where `gates` start; from 2.4 on they are open in evaluation.
 
     The heads themselves are not trained; add another method for that: `head_pruning|lora`. Merged, the columns of W_O
-    of a pruned head are 0. What it computes is then the model without the head's rows of the projections. Weight decay
-    pulls alpha towards half-open gates.
+    of a pruned head are 0: the model computes what it would without that head. Weight decay pulls alpha towards
+    half-open gates.
     """
 
     paper = (

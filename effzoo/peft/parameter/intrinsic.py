@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from effzoo.annotations import Count, Seed
 from effzoo.errors import OptionError
 from effzoo.peft.method import Layers, Method, Targets
-from effzoo.peft.parameter.fastfood import Fastfood
+from effzoo.peft.parameter.fastfood import Fastfood, power_of_two
 from effzoo.registry import peft
 from effzoo.sites import PeftModule, Site
 
@@ -20,7 +20,7 @@ DENSE_LIMIT = 2**26  # entries of a dense P: 256 MiB in float32
 
 
 class DenseProjection(nn.Module):
-    """P theta for one tensor, with the rows of P that belong to it, [rows, dim]."""
+    """P theta for one tensor, with the part of P that belongs to it, [entries, dim]."""
 
     P: Tensor
 
@@ -33,10 +33,11 @@ class DenseProjection(nn.Module):
 
 
 class Subspace(PeftModule):
-    """W' = W + lambda (P theta), and the same for the bias, with P of each tensor's own; theta [dim] is one for all
-    sites.
+    """W' = W + lambda P theta, and the same for the bias, with P of each tensor's own.
 
-    factor: lambda, one for all tensors of a layer, or None for 1.
+    theta: [dim], one for all sites.
+    factor: lambda, one for all tensors of a layer; None for 1.
+    projections: {of_weight, of_bias: P}.
     """
 
     delta_rank = None
@@ -59,18 +60,19 @@ class Subspace(PeftModule):
 
 @peft.register("intrinsic", "fastfood", "intrinsic_dimension")
 class Intrinsic(Method):
-    """theta_D = theta_0 + P theta_d: `dim` numbers theta_d, 0 at first, move all D numbers of the targets through a
-    fixed random P [D, dim].
+    """theta_D = theta_0 + P theta_d: `dim` numbers theta_d move all D numbers of the targets through a random P [D,
+    dim].
 
     dim: d.
-    projection: "fastfood", H G Pi H S for each tensor, in D log D time and D memory (the paper's section S7);
-        "dense", a normal P whose columns have length 1, for small models: dim * D is at most 2^26.
-    seed: of P, which is drawn again from it whenever the adapter is attached, on the CPU and with a generator of its
-        own, so that a file holds theta_d alone.
+    projection: "fastfood", H G Pi H S for each tensor, in D log D time and D memory (section S7); "dense", a normal P
+        whose columns have length 1, for small models: dim * D is at most 2^26.
+    seed: of P, which is drawn from it whenever the adapter is attached, on the CPU with a generator of its own; so a
+        file holds theta_d alone.
 
-    Both are scaled alike: the entries of P have the variance 1 / D over all targets together, so that a step of theta_d
-    moves theta_D by the same length. The targets are the weights and biases of all blocks; the papers also move the
-    embeddings (`targets=*`), which are most of a small model and would take most of the time.
+    theta_d starts at 0. Both projections are scaled alike: the entries of P have the variance 1 / D over all targets
+    together, so a step of theta_d moves theta_D by the same length. The targets are the weights and biases of all
+    blocks; the papers also move the embeddings (`targets=*`), which are most of a small model and would take most of
+    the time.
     """
 
     paper = (
@@ -132,13 +134,11 @@ class Intrinsic(Method):
         return Fastfood(parameter.numel(), len(self.theta), self._scale(parameter), seed)
 
     def _scale(self, parameter: Tensor) -> float:
-        """Length of a column over all padded rows, so that its entries have the variance 1 / D."""
-        rows = max(parameter.numel(), len(self.theta))
-        return math.sqrt((1 << (rows - 1).bit_length()) / self.total)
+        """Length of a column over all padded entries, so that its entries have the variance 1 / D."""
+        return math.sqrt(power_of_two(max(parameter.numel(), len(self.theta))) / self.total)
 
     def _drawn(self, parameter: Tensor) -> Tensor:
-        """The rows of a dense P that belong to one tensor, before the columns are normalised, on the tensor's
-        device."""
+        """The part of a dense P that belongs to one tensor, [entries, dim], before the columns are normalised."""
         shape = parameter.numel(), len(self.theta)
         if parameter.is_meta:
             return torch.empty(shape, dtype=torch.float64, device="meta")
@@ -155,11 +155,14 @@ class Intrinsic(Method):
 
 @peft.register("said", "intrinsic_said")
 class SAID(Intrinsic):
-    """theta_D of layer i = theta_0 + lambda_i P theta_(d - m): structure-aware, with a trained factor for each of the m
-    layers, 1 at first.
+    """theta_D of layer i = theta_0 + lambda_i P theta_(d - m), with a trained factor for each of the m layers, 1 at
+    first.
 
-    dim: d, of which m are the factors. projection, seed: as in intrinsic. Tensors outside the blocks, when they are
-        targets, share one factor.
+    dim: d, of which m are the factors.
+    projection: "fastfood" or "dense", as in intrinsic.
+    seed: of P, as in intrinsic.
+
+    Tensors outside the blocks, when they are targets, share one factor.
     """
 
     paper = (

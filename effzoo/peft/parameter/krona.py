@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -17,10 +18,13 @@ from effzoo.sites import Branch, HookContext, Linear, PeftModule, Positionwise, 
 
 
 def kronecker(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """(A kron B) x for x [..., a2 b2] without the product: with X = x as a matrix [a2, b2], it is A X B^T [a1, b1],
-    flattened.
+    """(A kron B) x without the product: with X = x as a matrix [a2, b2], it is A X B^T, flattened.
 
-    A [a1, a2], B [b1, b2] -> [..., a1 b1]. The cheaper of the two orders is taken.
+    A: [a1, a2].
+    B: [b1, b2].
+    x: [..., a2 b2], to [..., a1 b1].
+
+    The cheaper of the two orders is taken.
     """
     (a1, a2), (b1, b2) = A.shape, B.shape
     X = rearrange(x, "... (a b) -> ... a b", a=a2)
@@ -46,14 +50,8 @@ def factors(method: str, outputs: int, inputs: int, shape: Sequence[int] | None,
     return torch.zeros(a1, a2), B
 
 
-def check_shape(method: str, shape: Sequence[int] | None) -> None:
-    """OptionError unless the shape is that of a matrix."""
-    if shape is not None and (len(shape) != 2):
-        raise OptionError(f"{method}: shape is that of A, two numbers from 1 up, got {tuple(shape)}")
-
-
 class Kronecker(Positionwise, PeftModule):
-    """y' = y + s (A kron B) x; the change of the weight is s A kron B, whose rank is rank A * rank B."""
+    """y' = y + s (A kron B) x; merged, the weight changes by s A kron B, of rank (rank A) (rank B)."""
 
     def __init__(self, A: Tensor, B: Tensor, scale: float):
         super().__init__()
@@ -68,8 +66,7 @@ class Kronecker(Positionwise, PeftModule):
 
 
 class KroneckerAdapter(Positionwise, PeftModule):
-    """y' = y + s (A kron B) x beside the feed-forward, where x is its input and y its output; with `residual`, + s_res
-    x."""
+    """y' = y + s (A kron B) x + s_res x, where x is the feed-forward's input and y its output."""
 
     def __init__(self, A: Tensor, B: Tensor, scale: float, residual: bool):
         super().__init__()
@@ -84,17 +81,18 @@ class KroneckerAdapter(Positionwise, PeftModule):
 
 @peft.register("krona")
 class KronA(Method):
-    """W' = W + s A kron B, with A [a1, a2] and B [out / a1, in / a2]: a1 a2 + (out / a1) (in / a2) numbers, of full
-    rank when A and B are.
+    """W' = W + s A kron B, with A [a1, a2] and B [out / a1, in / a2], of full rank where A and B are.
 
-    shape: (a1, a2) of A, which must divide (out, in); None takes the divisors nearest below the roots, which makes
-        both factors as square, and the number of parameters as small, as can be (768: 24 and 32).
-    scale: s. The product is never formed in training.
+    shape: (a1, a2) of A, which must divide (out, in); None for the divisors nearest below the roots (24 and 32 of 768),
+        which makes both factors as square, and the number of parameters as small, as can be.
+    scale: s.
+
+    It trains a1 a2 + (out / a1) (in / a2) numbers for each matrix. The product is never formed in training.
     """
 
     paper = "Edalati et al. 2022, KronA: Parameter-efficient tuning with Kronecker adapter, arXiv:2212.10650, section 3"
-    accepts = (Linear,)
-    default_targets = ("attn.q*", "attn.v*")
+    accepts: ClassVar[tuple[type[Site], ...]] = (Linear,)
+    default_targets: ClassVar[tuple[str, ...]] = ("attn.q*", "attn.v*")
     learning_rate = 5e-3
 
     def __init__(
@@ -106,7 +104,8 @@ class KronA(Method):
         layers: Layers = None,
     ):
         super().__init__(targets=targets, layers=layers)
-        check_shape(self.name, shape)
+        if shape is not None and len(shape) != 2:
+            raise OptionError(f"{self.name}: shape is that of A, two numbers from 1 up, got {tuple(shape)}")
         self.shape, self.scale = shape, scale
 
     def make(self, site: Site) -> PeftModule:
@@ -115,12 +114,13 @@ class KronA(Method):
 
 
 @peft.register("krona_b")
-class KronAB(Method):
-    """y = FFN(x) + s (A kron B) x: a Kronecker product beside the feed-forward, the form of a parallel adapter without
-    an activation.
+class KronAB(KronA):
+    """y = FFN(x) + s (A kron B) x: a parallel adapter without an activation, whose matrix is a Kronecker product.
 
     shape: (a1, a2) of A; None for factors as square as can be.
-    scale: s. No change of a weight, so it cannot be merged.
+    scale: s.
+
+    It is no change of a weight, so it cannot be merged.
     """
 
     paper = "Edalati et al. 2022, KronA, arXiv:2212.10650, section 3 (KronA^B)"
@@ -128,18 +128,6 @@ class KronAB(Method):
     default_targets = ("mlp.branch",)
     learning_rate = 2e-3
     residual = False
-
-    def __init__(
-        self,
-        *,
-        shape: Sequence[Count] | None = None,
-        scale: NonZero = 1.0,
-        targets: Targets = None,
-        layers: Layers = None,
-    ):
-        super().__init__(targets=targets, layers=layers)
-        check_shape(self.name, shape)
-        self.shape, self.scale = shape, scale
 
     def make(self, site: Site) -> PeftModule:
         assert isinstance(site, Branch)
@@ -150,10 +138,10 @@ class KronAB(Method):
 
 @peft.register("krona_res", "krona_b_res")
 class KronABRes(KronAB):
-    """y = FFN(x) + s (A kron B) x + s_res x: KronA^B with a trained scale s_res of the module's input, which starts at
-    0.
+    """y = FFN(x) + s (A kron B) x + s_res x, with a trained s_res that starts at 0.
 
-    shape, scale: as in krona_b.
+    shape: (a1, a2) of A; None for factors as square as can be.
+    scale: s.
     """
 
     paper = "Edalati et al. 2022, KronA, arXiv:2212.10650, section 3 (KronA^B_res)"

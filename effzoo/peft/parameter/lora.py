@@ -1,7 +1,7 @@
 """LoRA: a low-rank change of a weight matrix (Hu et al. 2021, arXiv:2106.09685).
 
 The method of the paper, on linear layers. What is registered as `lora` is `lora_everywhere.py`: the same on embeddings,
-convolutions and heads, with ranks by role and other starts.
+heads and convolutions, with ranks by role and other starts.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 from effzoo.annotations import Count, Positive, Probability
 from effzoo.peft.method import Layers, Method, Targets
-from effzoo.sites import Growing, HookContext, Linear, PeftModule, Positionwise, Site, longer
+from effzoo.sites import HookContext, Linear, PeftModule, Positionwise, Site
 
 
-class LowRank(Positionwise, Growing, PeftModule):
-    """y' = y + s B A dropout(x), with A [rank, in] and B [out, rank]; merged, W' = W + s B A."""
+class LowRank(Positionwise, PeftModule):
+    """y' = W x + s B A x, with A [rank, in] and B [out, rank]; merged, W' = W + s B A."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, scale: float, dropout: float = 0.0):
         super().__init__()
@@ -30,21 +30,17 @@ class LowRank(Positionwise, Growing, PeftModule):
 
     def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
         x = F.dropout(x, self.dropout, self.training)
-        return y + F.linear(self.scale * F.linear(x, self.A), self.B)  # the scale meets the narrow product
+        return y + self.scale * (x @ self.A.T) @ self.B.T  # y = W x + b is what the site computes
 
-    def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         return self.scale * self.B.to(weight) @ self.A.to(weight), None
-
-    def grow(self, weight: Tensor | None, bias: Tensor | None) -> None:
-        assert weight is not None
-        self.B = longer(self.B, self.B.new_zeros(len(weight), self.B.shape[1]))
 
 
 class LoRA(Method):
-    """W' = W + s B A, with s = alpha / rank, A of shape [rank, in] and B of shape [out, rank]; B starts at 0.
+    """y = W x + (alpha / rank) B A x, with A [rank, in] and B [out, rank], which starts at 0.
 
     rank: of the change.
-    alpha: scale numerator, default the rank, so that the scale is 1.
+    alpha: None for the rank, so that the scale is 1.
     dropout: on the input of A.
     """
 
@@ -55,14 +51,9 @@ class LoRA(Method):
     size = "rank"
 
     def __init__(
-        self,
-        *,
-        rank: Count = 8,
-        alpha: Positive | None = None,
-        dropout: Probability = 0.0,
-        targets: Targets = None,
-        layers: Layers = None,
-    ):
+        self, *, rank: Count = 8, alpha: Positive | None = None, dropout: Probability = 0.0,
+        targets: Targets = None, layers: Layers = None,
+    ):  # fmt: skip
         super().__init__(targets=targets, layers=layers)
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
 

@@ -12,8 +12,10 @@ from effzoo.sites import Conv2d, HookContext, PeftModule
 
 
 class LowRankConv(PeftModule):
-    """y' = y + s B * (A * x): a convolution of the site's shape to `rank` channels, and one of 1 x 1 from there (s B A
-    of the flattened kernels)."""
+    """y' = y + s B * (A * x): a convolution of the site's shape to `rank` channels, then one of 1 x 1.
+
+    Merged, the flattened kernels change by s B A.
+    """
 
     def __init__(self, site: Conv2d, rank: int, scale: float):
         super().__init__()

@@ -16,7 +16,7 @@ from effzoo.peft.method import Batches, Layers, Modules, Targets
 from effzoo.peft.parameter.lora import LoRA, LowRank
 from effzoo.peft.parameter.lora_conv import LowRankConv
 from effzoo.peft.parameter.lora_starts import FromBase, Quantised, input_factors, olora, pissa
-from effzoo.peft.parameter.lora_tables import LowRankEmbedding, LowRankLookup, LowRankTable
+from effzoo.peft.parameter.lora_tables import LowRankEmbedding, LowRankHead, LowRankLookup, LowRankTable
 from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
 from effzoo.sites import Conv2d, Embedding, Linear, PeftModule, Site, TiedLinear, sites
@@ -26,7 +26,7 @@ Start = Literal["default", "gaussian", "pissa", "olora", "eva", "loftq"]
 
 
 def by_role(method: str, option: str, value: T | Mapping[str, T], role: str) -> T:
-    """An option that is one number, or a map from role patterns to numbers, of which the first that matches counts."""
+    """The option of a site: one number for all, or of a map {role pattern: number} the first that matches its role."""
     if not isinstance(value, Mapping):
         return value
     for pattern, number in value.items():
@@ -51,29 +51,27 @@ def scaling(method: str, rank: int, alpha: float | Mapping[str, float] | None, r
 
 @peft.register("lora")
 class LoRAEverywhere(TrainingHooks, LoRA):
-    """W' = W + s B A, with s = alpha / rank, A of shape [rank, in] and B of shape [out, rank]; B starts at 0.
+    """y = W x + (alpha / rank) B A x, with A [rank, in] and B [out, rank], which starts at 0.
 
-    rank: of the change; a number, or a map from role patterns to numbers, `rank={attn.q: 8, attn.v*: 4}`, which then
-        is the default of targets.
-    alpha: scale numerator, one or by role, default the rank, so that the scale is 1.
-    rslora: s = alpha / sqrt(rank), which keeps outputs of one size as the rank grows (Kalajdzievski 2023,
+    rank: of the change; a number, or a map from role patterns to numbers, `rank={attn.q: 8, attn.v*: 4}`, which then is
+        the default of targets.
+    alpha: one number or by role; None for the rank, so that the scale is 1.
+    rslora: scale alpha / sqrt(rank), which keeps outputs of one size as the rank grows (Kalajdzievski 2023,
         arXiv:2312.03732, section 3).
     dropout: on the input of A, in linear layers.
-    init: "default", A uniform as in a linear layer; "gaussian", A normal with standard deviation 1 / rank; "pissa",
-        the largest singular vectors of W (Meng et al. 2024, arXiv:2404.02948); "olora", its QR factors (Buyukakyuz
-        2024, arXiv:2406.01775); "eva", A holds the largest right singular vectors of the layer's inputs, seen before
+    init: "default", A uniform as in a linear layer; "gaussian", A normal with standard deviation 1 / rank; "pissa", the
+        largest singular vectors of W (Meng et al. 2024, arXiv:2404.02948); "olora", its QR factors (Buyukakyuz 2024,
+        arXiv:2406.01775); "eva", A holds the largest right singular vectors of the layer's inputs, from data before
         training (Paischer et al. 2024, arXiv:2410.07170; every site keeps its rank); "loftq", W is replaced by its
-        4-bit form and B A starts as the rest (Li et al. 2023, arXiv:2310.08659), so the output changes a little at
+        4-bit form and B A starts as the rest (Li et al. 2023, arXiv:2310.08659), which changes the output a little at
         the start.
-
-    tied: whether a change of the token embedding reaches the language-model head that is tied to it, or lookups alone,
-        which then cannot be merged.
+    tied: whether a change of the token embedding also reaches a language-model head that is tied to it; without, it
+        acts on lookups alone and cannot be merged.
 
     The base stays bit-identical under every init (`lora_starts.FromBase` says how). Embeddings and convolutions take
-    part when they are targets; biases of the targets in a union, `lora[targets=attn.q]|bitfit[targets=attn.q]`. The
-    default
-    targets are the queries and values as in the paper; on Longformer `attn.q*` also takes the global projections (give
-    `attn.q` for the local ones alone, `attn.q_global` for those).
+    part when they are targets; for biases use a union, `lora[targets=attn.q]|bitfit[targets=attn.q]`. The default
+    targets are the paper's, queries and values; on Longformer `attn.q*` includes the global projections (`attn.q` is
+    the local one alone, `attn.q_global` the other).
     """
 
     accepts = (Linear, Embedding, Conv2d, TiedLinear)
@@ -124,7 +122,7 @@ class LoRAEverywhere(TrainingHooks, LoRA):
                 "use 'default' there"
             )
         if isinstance(site, TiedLinear):  # the head alone changes, not the embedding
-            return self._started(LowRank(site.in_features, site.out_features, rank, scale, self.dropout), rank)
+            return self._started(LowRankHead(site.in_features, site.out_features, rank, scale, self.dropout), rank)
         if isinstance(site, Embedding):
             of_tied = LowRankTable if self.tied else LowRankLookup
             read_twice = self.has_tied_head and site.role == "embed.token"
@@ -144,7 +142,8 @@ class LoRAEverywhere(TrainingHooks, LoRA):
             return FromBase(*olora(site.weight, rank), scale, self.dropout)
         if self.start == "loftq":
             return Quantised(site.weight, rank, scale, self.dropout)
-        return self._started(LowRank(site.in_features, site.out_features, rank, scale, self.dropout), rank)
+        cls = LowRankHead if site.role == "lm.out" else LowRank
+        return self._started(cls(site.in_features, site.out_features, rank, scale, self.dropout), rank)
 
     def _started(self, module: LowRank | LowRankConv, rank: int) -> PeftModule:
         if self.start == "gaussian":

@@ -1,13 +1,12 @@
-"""Where LoRA starts: factors of the weight (PiSSA, OLoRA), of its quantisation error (LoftQ), of what the layer sees
-(EVA).
+"""Where LoRA starts: factors of the weight (PiSSA, OLoRA), its quantisation error (LoftQ), or the layer's inputs (EVA).
 
-A factor pair is A [rank, in] and B [out, rank], computed in float64 and given in the dtype of an adapter on such a
+A pair of factors is A [rank, in] and B [out, rank], computed in float64 and given in the dtype of an adapter on such a
 weight: float32 or better.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -20,20 +19,20 @@ from effzoo.errors import IncompatibleError
 from effzoo.nf4 import decode, encode
 from effzoo.peft.method import Batches
 from effzoo.peft.parameter.lora import LowRank
+from effzoo.peft.parameter.lora_tables import LowRankHead
 from effzoo.sites import HookContext, Positionwise, Site
 
 Factors = tuple[Tensor, Tensor]
 ALTERNATIONS = 5  # of quantising and factorising (LoftQ, algorithm 1)
 
 
-class FromBase(LowRank, Positionwise):
-    """y' = y + s (B A - B0 A0) dropout(x): starts from factors B0 A0 of the weight (PiSSA, OLoRA) and leaves the base
-    bit-identical.
+class FromBase(LowRankHead, Positionwise):
+    """y' = y + s (B A - B0 A0) dropout(x), from factors B0 A0 of the weight (PiSSA, OLoRA); the base stays as it is.
 
-    The papers take s B0 A0 out of the base. Here it stays, and a copy of the factors, kept in buffers, is subtracted by
-    `after`: two thin products that store nothing for the backward pass, where W - s B0 A0 by `weight` would be a dense
-    matrix per site and step. At the start both products are the same numbers, so their difference is exactly 0. The
-    rank of the change is at most 2 rank.
+    The papers take s B0 A0 out of the base. Here the base keeps it, and copies of the factors, in buffers, are
+    subtracted: two thin products, where W - s B0 A0 by `weight` would make a dense matrix for each site and step. At
+    the start both products are the same numbers, so their difference is exactly 0. The rank of the change is at most 2
+    rank.
     """
 
     A0: Tensor
@@ -42,17 +41,17 @@ class FromBase(LowRank, Positionwise):
     def __init__(self, A: Tensor, B: Tensor, scale: float, dropout: float):
         super().__init__(A.shape[1], B.shape[0], len(A), scale, dropout)
         self.delta_rank = min(2 * len(A), A.shape[1], B.shape[0])
-        A, B = A.contiguous(), B.contiguous()
-        self.A, self.B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
-        self.register_buffer("A0", A)
-        self.register_buffer("B0", B)
+        self.A, self.B = nn.Parameter(A.contiguous().clone()), nn.Parameter(B.contiguous().clone())
+        self.register_buffer("A0", A.contiguous())
+        self.register_buffer("B0", B.contiguous())
 
     def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
         x = F.dropout(x, self.dropout, self.training)
-        changed, before = (F.linear(self.scale * F.linear(x, A), B) for A, B in ((self.A, self.B), (self.A0, self.B0)))
-        return y + (changed - before)
+        now = self.scale * (x @ self.A.T) @ self.B.T
+        start = self.scale * (x @ self.A0.T) @ self.B0.T
+        return y + (now - start)
 
-    def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         return self.scale * (self.B.to(weight) @ self.A.to(weight) - self.B0.to(weight) @ self.A0.to(weight)), None
 
     def grow(self, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -61,14 +60,12 @@ class FromBase(LowRank, Positionwise):
 
 
 class Quantised(LowRank):
-    """y' = Q x + s B A dropout(x): the weight is replaced by its 4-bit form Q, and B A starts as the residual W - Q
-    (LoftQ).
+    """y' = Q x + s B A dropout(x), with Q the 4-bit form of the weight and B A at first the residual W - Q (LoftQ).
 
-    Q is held, and stored, as two codes per byte and one scale per block of 64. The base stays at the side, so that
-    detaching restores it; what this saves is the size of the merged model, not memory in training.
+    Q is kept, and stored, as two codes per byte and one scale per block of 64. The base keeps W, so that detaching
+    restores it: what this saves is the size of the merged model, not memory in training.
     """
 
-    can_grow = False  # codes have no place for more rows
     codes: Tensor
     scales: Tensor
 
@@ -86,8 +83,10 @@ class Quantised(LowRank):
 
 @torch.no_grad()
 def pissa(weight: Tensor, rank: int, scale: float) -> Factors:
-    """A = sqrt(S_r / s) V_r^T and B = U_r sqrt(S_r / s), so that s B A is the best approximation of W = U S V^T (Meng
-    et al. 2024, eq. 2-3)."""
+    """A = sqrt(S_r / s) V_r^T and B = U_r sqrt(S_r / s), so that s B A is the best approximation of W = U S V^T.
+
+    Meng et al. 2024, PiSSA, arXiv:2404.02948, eq. 2-3.
+    """
     U, S, Vt = torch.linalg.svd(weight.detach().double(), full_matrices=False)
     root = (S[:rank] / scale).sqrt()
     return _given(root[:, None] * Vt[:rank], weight), _given(U[:, :rank] * root, weight)
@@ -95,17 +94,19 @@ def pissa(weight: Tensor, rank: int, scale: float) -> Factors:
 
 @torch.no_grad()
 def olora(weight: Tensor, rank: int) -> Factors:
-    """A = the first rows of R and B = the first columns of Q, of W = Q R (Buyukakyuz 2024, section 3)."""
+    """A = the first `rank` rows of R and B = the first columns of Q, of W = Q R.
+
+    Buyukakyuz 2024, OLoRA, arXiv:2406.01775, section 3.
+    """
     Q, R = torch.linalg.qr(weight.detach().double())
     return _given(R[:rank], weight), _given(Q[:, :rank], weight)
 
 
 @torch.no_grad()
 def loftq(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Alternate Q = quantised(W - s B A) and s B A = best approximation of W - Q, from B A = 0 (Li et al. 2023,
-    algorithm 1).
+    """Codes and scales of Q, and A, B: alternately Q = quantised(W - s B A) and s B A = best approximation of W - Q.
 
-    Returns the codes and scales of the last Q, and its factors A, B.
+    Starts from B A = 0 (Li et al. 2023, LoftQ, arXiv:2310.08659, algorithm 1).
     """
     like, weight = weight, weight.detach().double()
     A, B = weight.new_zeros(rank, weight.shape[1]), weight.new_zeros(weight.shape[0], rank)
@@ -116,7 +117,7 @@ def loftq(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor, Tens
 
 
 def _given(exact: Tensor, weight: Tensor) -> Tensor:
-    """A result in float64 in float32, or as it is for a weight in float64."""
+    """A float64 result in float32, or as it is for a weight in float64."""
     return exact.to(torch.promote_types(weight.dtype, torch.float32))
 
 
@@ -124,12 +125,12 @@ def _given(exact: Tensor, weight: Tensor) -> Tensor:
 def input_factors(
     model: nn.Module, known: Mapping[str, Site], ranks: Mapping[str, int], batches: Batches
 ) -> dict[str, Tensor]:
-    """The `rank` largest right singular vectors, [rank, in], of the inputs of each site (by path), over all tokens of
-    all batches.
+    """A of each site, by path: the `rank` largest right singular vectors [rank, in] of its inputs, over all tokens.
 
-    The inputs X [tokens, in] are never held together: X^T X = R^T R, and R, which is triangular, is brought up to date
-    batch by batch (QR of R on top of the new rows). Where the first two axes of an input are those of the attention
-    mask, padding is left out. Raises IncompatibleError for a site that no batch reaches.
+    The inputs X [tokens, in] are never stored together: X^T X = R^T R, and the triangular R is updated batch by batch
+    (QR of R on top of the new inputs). Padding is left out where the first two axes of an input are those of the
+    attention mask. Raises IncompatibleError for a site that no batch reaches (Paischer et al. 2024, EVA,
+    arXiv:2410.07170).
     """
     triangles: dict[str, Tensor] = {}
     hooks = []
@@ -137,16 +138,15 @@ def input_factors(
 
     def see(path: str, site: nn.Module, inputs: tuple[Any, ...]) -> None:
         x, mask = inputs[0].detach().double(), tokens[0]
-        rows = x[mask.bool()] if mask is not None and x.shape[:2] == mask.shape else rearrange(x, "... d -> (...) d")
-        seen = torch.cat([triangles[path], rows]) if path in triangles else rows
-        triangles[path] = torch.linalg.qr(seen, mode="r").R
+        seen = x[mask.bool()] if mask is not None and x.shape[:2] == mask.shape else rearrange(x, "... d -> (...) d")
+        stacked = torch.cat([triangles[path], seen]) if path in triangles else seen
+        triangles[path] = torch.linalg.qr(stacked, mode="r").R
 
     try:
-        hooks = [known[path].register_forward_pre_hook(_of(see, path)) for path in ranks]
-        with torch.no_grad():
-            for batch in batches:
-                tokens[0] = batch.get("attention_mask")
-                model(**batch)
+        hooks = [known[path].register_forward_pre_hook(partial(see, path)) for path in ranks]
+        for batch in batches:
+            tokens[0] = batch.get("attention_mask")
+            model(**batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -157,9 +157,3 @@ def input_factors(
                 "the targets, or give batches that use it (global tokens, for the projections of global tokens)"
             )
     return {path: torch.linalg.svd(triangles[path], full_matrices=True).Vh[:rank] for path, rank in ranks.items()}
-
-
-def _of(
-    see: Callable[[str, nn.Module, tuple[Any, ...]], None], path: str
-) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    return partial(see, path)

@@ -17,7 +17,7 @@ from effzoo.sites import Site
 
 
 class LotteryTicket(SparseDelta):
-    """theta' = theta + phi; phi is dense at first, and has the chosen entries alone later."""
+    """theta' = theta + phi; phi is dense in stage `full`, and has the chosen entries alone later."""
 
     def __init__(self, chosen: ChosenEntries, spans: Spans, owner: bool, base: Mapping[str, Tensor]):
         super().__init__(chosen, spans, owner)
@@ -38,15 +38,15 @@ class LotteryTicket(SparseDelta):
 class LTSFT(SparseMethod):
     """theta' = theta + phi with K entries: those that full fine-tuning moves most, trained once more from theta.
 
-    Stage `full` trains a dense phi. Then the K entries with the largest |phi|, over all tensors together, are chosen
-    (exactly K; of equal ones the first), phi goes back to 0, and stage `sparse` trains the K entries. Adapters add up:
-    `activate(model, "a", "b")` is theta + phi_a + phi_b.
-
     keep: K as a share of the targets' parameters.
     full: share of all steps in the first stage.
     l1: lambda of the penalty lambda / N sum |phi| in both stages, N the number of trained entries.
 
-    The paper's loop over several selections is not here (it reports one). Weight decay acts on phi, so it pulls towards
+    Stage `full` trains a dense phi. Then the K entries with the largest |phi|, over all tensors together, are chosen
+    (of equal ones the first), phi goes back to 0, and stage `sparse` trains the K entries. Adapters add up:
+    `activate(model, "a", "b")` is theta + phi_a + phi_b.
+
+    The paper's loop over several choices is not here (it reports one). Weight decay acts on phi, so it pulls towards
     theta; the reference decays theta itself, and needs decay 0 to keep the frozen entries. Training by hand without
     `begin` stays in the first stage, and `finish` then keeps every entry that has changed.
     """
@@ -95,7 +95,7 @@ class LTSFT(SparseMethod):
 
 
 def dense_changes(modules: Modules) -> list[Tensor]:
-    """The dense changes of all sites, in the order of their numbers."""
+    """The dense changes of all sites, in the order in which their entries are numbered."""
     changes = []
     for module in in_order(modules).values():
         for key in module.spans:

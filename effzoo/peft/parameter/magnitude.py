@@ -1,5 +1,7 @@
-"""Magnitude pruning: the largest weights are kept and trained; with rewinding, the lottery ticket (Frankle & Carbin
-2019, arXiv:1803.03635)."""
+"""Magnitude pruning: the largest weights are kept and trained (Zhu & Gupta 2017, arXiv:1710.01878).
+
+With rewinding it is the lottery ticket (Frankle & Carbin 2019, arXiv:1803.03635).
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ STEPS = 50  # of the schedule: choosing costs a pass over all weights
 
 
 class PrunedWeight(Packed, Counted, PeftModule):
-    """W' = M * phi: phi starts as a copy of W, and what the mask leaves out is 0, whatever the optimizer does to it.
+    """W' = M * phi: phi starts as a copy of W; what the mask M leaves out is 0, whatever the optimizer does to it.
 
     Stored, once finished, as the bits of the mask and the kept values.
     """
@@ -91,13 +93,13 @@ class Magnitude(TrainingHooks):
     """W' = M * phi: M keeps the entries with the largest |phi|, phi starts as a copy of W and is trained.
 
     keep: share of the weights that stay.
-    scope: of each `tensor`, or `global`, over all together.
-    schedule: `cubic`, the share that is kept falls as keep + (1 - keep) (1 - t)^3, in 50 steps, and what is pruned
-        stays so; `oneshot`, all at once before training.
+    scope: the share of each "tensor", or "global", of all together.
+    schedule: "cubic", the share that is kept falls as keep + (1 - keep) (1 - t)^3, in 50 steps, and what is pruned
+        stays so; "oneshot", all at once before training.
     begin, end: the shares of the training between which t goes from 0 to 1.
     rewind: the lottery ticket instead: train, prune, set the kept weights back to where they started, train again.
     rounds: of that; each keeps the same share of what is left.
-    rewind_at: set back to where they were at this share of the first round's steps, 0 for the start.
+    rewind_at: the share of the first round's steps to which weights are set back; 0 for the start.
 
     Targets are matrices; embeddings, norms and biases are not pruned. phi is dense while it is trained, since any
     weight may turn out to be kept; finished, a file holds one bit a weight and the kept values.

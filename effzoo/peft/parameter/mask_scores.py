@@ -31,8 +31,7 @@ def count(share: float, total: int) -> int:
 
 
 def top_mask(scores: Tensor, k: int) -> Tensor:
-    """Which are the k largest scores, as a mask of their shape; of equal scores the first count, so that there are
-    exactly k."""
+    """The k largest scores as a mask of their shape; of equal scores the first count, so there are exactly k."""
     flat = scores.detach().flatten()
     if not has_values(flat):
         return torch.ones_like(scores, dtype=torch.bool)  # a model without memory: which ones is not known
@@ -54,7 +53,7 @@ def top(scores: Sequence[Tensor], k: int) -> Tensor:
 
 
 def top_masks(scores: Sequence[Tensor], share: float, scope: str) -> list[Tensor]:
-    """The largest share of each tensor (`tensor`), or of all together (`global`)."""
+    """The largest share of each tensor ("tensor"), or of all together ("global")."""
     if scope == "tensor":
         return [top_mask(part, count(share, part.numel())) for part in scores]
     sizes = [part.numel() for part in scores]

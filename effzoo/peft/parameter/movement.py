@@ -45,18 +45,19 @@ class ScoredWeight(PrunedWeight):
 class Movement(TrainingHooks):
     """W' = M(S) * phi: phi starts as a copy of W, the scores S at 0, both are trained; dL/dS = dL/dW' * phi.
 
-    mode: `hard`, M keeps the largest scores, and the share that is kept falls as keep + (1 - keep) (1 - t)^3;
-        `soft`, M = 1[sigma(S) > tau] with tau rising in the same way from 0 to `threshold`, and the loss grows by
-        penalty * mean sigma(S).
+    mode: "hard", M keeps the largest scores, and the share that is kept falls as keep + (1 - keep) (1 - t)^3; "soft", M
+        = 1[sigma(S) > tau] with tau rising in the same way from 0 to `threshold`, and the loss grows by penalty * mean
+        sigma(S).
     keep: the share of `hard`; `soft` keeps at least 0.5 % of each matrix.
-    scope: of `hard`, the share of each `tensor` or of all together (`global`).
-    begin, end: the shares of the training between which t goes from 0 to 1.
-    threshold, penalty: of `soft`.
+    scope: of `hard`, the share of each "tensor" or of all together, "global".
+    begin, end: the shares of the training between which t goes from 0 to 1; pruning begins late, because scores of 0
+        say nothing yet.
+    threshold: of `soft`.
+    penalty: of `soft`.
 
     A short training bears little: in 50 steps on MiniLM, 3 % pruned cost nothing and 10 % left it at chance, so the
-    default is 3 %; the paper prunes 85 to 97 % over many epochs. Scores of 0 say nothing yet, so pruning begins late.
-    The mask is chosen anew before every step, so a pruned weight can come back. Targets are matrices. Finished, a file
-    holds one bit a weight and the kept values.
+    default is 3 %; the paper prunes 85 to 97 % over many epochs. The mask is chosen anew before every step, so a pruned
+    weight can come back. Targets are matrices. Finished, a file holds one bit a weight and the kept values.
     """
 
     paper = "Sanh, Wolf & Rush 2020, Movement pruning: adaptive sparsity by fine-tuning, arXiv:2005.07683, sections 3-4"

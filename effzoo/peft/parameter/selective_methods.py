@@ -1,9 +1,8 @@
-"""Training a selection of the model's own parameters: everything, the upper layers, the norms, the biases, the task
-head.
+"""Training some of the model's own parameters: everything, the upper layers, the norms, the biases, the task head.
 
-The selected parameters are copied and the copies are trained, so the base stays bit-identical, several adapters can
-live side by side, and detaching restores the model exactly. The price is memory for one more copy of what was selected.
-What lies below the lowest trained tensor needs no gradient, so autograd stores none of its activations.
+Copies of these parameters are trained, so the base stays bit-identical, several adapters can live side by side, and
+detaching restores the model exactly. The price is memory for one more copy of what is trained. What lies below the
+lowest trained tensor needs no gradient, so autograd stores none of its activations.
 """
 
 from __future__ import annotations
@@ -51,14 +50,14 @@ class Copy(Growing, OwnOutputs, PeftModule):
             setattr(self, name, nn.init.normal_(new, std=0.02) if name == "own_weight" else new)
 
     def grow(self, weight: Tensor | None, bias: Tensor | None) -> None:
-        for name, rows in (("own_weight", weight), ("own_bias", bias)):
-            if rows is not None and hasattr(self, name):
-                setattr(self, name, longer(getattr(self, name), rows))
+        for name, added in (("own_weight", weight), ("own_bias", bias)):
+            if added is not None and hasattr(self, name):
+                setattr(self, name, longer(getattr(self, name), added))
 
 
 @peft.register("full", "select")
 class FullFineTuning(Method):
-    """Full fine-tuning: every parameter of the targets is trained (on copies; the base stays as it was).
+    """Full fine-tuning: theta' = phi for every parameter of the targets, with phi a copy that is trained.
 
     With targets or layers it trains any group by role or by block: `full[targets=(attn.E, attn.F)]`,
     `full[targets=mlp.*, layers=(-2, -1)]`. The task head, which is new, learns at the rate of `head`, unless it is
@@ -73,13 +72,12 @@ class FullFineTuning(Method):
         super().__init__(targets=targets, layers=layers)
 
     def make(self, site: Site) -> PeftModule | None:
-        base = site.base()
-        return None if not base or (self.targets is None and fnmatchcase(site.role, HEAD)) else Copy(**base)
+        left_to_head = self.targets is None and fnmatchcase(site.role, HEAD)
+        return Copy(**site.base()) if site.base() and not left_to_head else None
 
 
 class _Upper(Method):
-    """The blocks from some number on, and what lies behind the last one; what lies before the first stays frozen, the
-    blocks below too.
+    """The blocks from some number on, and what lies behind the last one; everything before the first stays frozen.
 
     The task head is left to `head`, whose rate suits what is new.
     """
@@ -118,10 +116,10 @@ class _Upper(Method):
 
 @peft.register("last", "last_layers")
 class Last(_Upper):
-    """The last `count` blocks are trained, with the final norm, the pooler and the head behind them; all below is a
-    fixed feature extractor.
+    """The last `count` blocks are trained, with the final norm, the pooler and the head behind them; all below is
+    fixed.
 
-    count: how many blocks, 1 or more; a model with fewer is refused.
+    count: how many blocks; a model with fewer is refused.
     """
 
     paper = (
@@ -144,11 +142,10 @@ class Last(_Upper):
 
 @peft.register("freeze", "freeze_first")
 class Freeze(_Upper):
-    """The embeddings and the `first` blocks are frozen and the rest is trained. The frozen part runs without storing
-    activations.
+    """The embeddings and the `first` blocks are frozen, the rest is trained; the frozen part stores no activations.
 
-    first: blocks (an int), or a share of them (a float below 1), rounded down. The paper's finding is that training a
-        fourth of the layers reaches 90 % of the quality, hence 0.75.
+    first: blocks (an int), or a share of them (a float below 1), rounded down. The paper finds that training a fourth
+        of the layers reaches 90 % of the quality, hence 0.75.
     """
 
     paper = "Lee et al. 2019, What would Elsa do? Freezing layers during transformer fine-tuning, arXiv:1911.03090"
@@ -218,10 +215,10 @@ GROUPS = {
 class BitFit(Method):
     """Only biases are trained: theta' = theta except b' = phi. Their gradient needs no stored activations.
 
-    group: which biases, one name or several: "all"; "strong", the two that matter most (section 4: the query's, b_q,
-        and the middle of the feed-forward, b_m2), half of all biases; "query", "key", "value" (with the projections
-        of global tokens), "output" (of attention and of the feed-forward), "intermediate", "attention_norm",
-        "output_norm", "norms" (both).
+    group: which biases, one name or several: "all"; "strong", the two that matter most, half of all (section 4: the
+        query's, b_q, and the middle of the feed-forward, b_m2); "query", "key", "value" (with the projections of global
+        tokens); "output" (of attention and of the feed-forward); "intermediate"; "attention_norm", "output_norm",
+        "norms" (both).
     targets: role patterns instead of a group.
     """
 

@@ -1,6 +1,7 @@
-"""Chosen entries of the whole network: their numbers, what is added to them, and the methods that choose.
+"""theta' = theta + phi on chosen entries of the whole network: their numbers, their values, and the methods that
+choose.
 
-Entries of many tensors are numbered through, site after site and weight before bias, so that one selection can span the
+The entries of all tensors are numbered through, site after site and weight before bias, so that one choice can span the
 whole network.
 """
 
@@ -19,8 +20,7 @@ Spans = Mapping[str, tuple[int, int]]  # of the parameters of a site: number of 
 
 
 def numbered(found: Mapping[str, Site]) -> tuple[dict[str, dict[str, tuple[int, int]]], int]:
-    """The numbers of the entries of every site, {path: {parameter: (first, how many)}}, and how many there are in
-    all."""
+    """{path: {parameter: (number of its first entry, how many)}} of every site, and how many entries there are."""
     spans: dict[str, dict[str, tuple[int, int]]] = {}
     total = 0
     for path, site in found.items():
@@ -32,8 +32,10 @@ def numbered(found: Mapping[str, Site]) -> tuple[dict[str, dict[str, tuple[int, 
 
 
 class ChosenEntries(nn.Module):
-    """Chosen entries of many tensors: their numbers, ascending, and what is added to them. One, shared by all sites;
-    empty until `choose`."""
+    """Chosen entries of many tensors: their numbers, ascending, and what is added to them; empty until `choose`.
+
+    All sites of an adapter share one.
+    """
 
     indices: Tensor | None
     values: nn.Parameter | None
@@ -68,11 +70,10 @@ class ChosenEntries(nn.Module):
         return self._bounds[first, size]
 
     def added(self, tensor: Tensor, first: int) -> Tensor:
-        """The tensor, whose entries are numbered from `first`, with the values added; itself when none is chosen in
-        it."""
+        """The tensor, whose entries are numbered from `first`, with the values added; itself where none is chosen."""
         assert self.indices is not None and self.values is not None
         size, flat = tensor.numel(), tensor.reshape(-1)
-        if torch._C._functorch.is_batchedtensor(self.indices):  # another adapter for every row: the slices would differ
+        if torch._C._functorch.is_batchedtensor(self.indices):  # adapters differ by example, and so would the slices
             local = self.indices.long() - first
             place = torch.where((local >= 0) & (local < size), local, size)
             padded = torch.cat([flat, flat.new_zeros(1)])
@@ -92,9 +93,9 @@ class SparseDelta(Packed, Counted, PeftModule):
 
     delta_rank = None
 
-    def __init__(self, chosen: ChosenEntries, spans: Spans, owner: bool):
+    def __init__(self, entries: ChosenEntries, spans: Spans, owner: bool):
         super().__init__()
-        self.chosen, self.spans, self.owner = chosen, dict(spans), owner
+        self.chosen, self.spans, self.owner = entries, dict(spans), owner
 
     def dense(self, key: str) -> Tensor | None:
         """The change of the weight or bias while nothing is chosen yet."""
@@ -149,20 +150,20 @@ class SparseDelta(Packed, Counted, PeftModule):
 
 
 def in_order(modules: Mapping[str, PeftModule]) -> dict[str, SparseDelta]:
-    """The modules by path, in the order of the numbers of their entries."""
+    """The modules by path, in the order in which their entries are numbered."""
     sparse = {path: module for path, module in modules.items() if isinstance(module, SparseDelta)}
     return dict(sorted(sparse.items(), key=lambda item: min(first for first, _ in item[1].spans.values())))
 
 
 def shared_entries(modules: Mapping[str, PeftModule]) -> ChosenEntries:
-    """The one selection that the modules of an adapter share."""
+    """The chosen entries that the modules of an adapter share."""
     module = next(iter(modules.values()))
     assert isinstance(module, SparseDelta)
     return module.chosen
 
 
 class SparseMethod(TrainingHooks):
-    """A method whose modules share one selection; the sites without parameters have nothing to select."""
+    """A method whose modules share their chosen entries; sites without parameters have nothing to choose."""
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         spans, total = numbered(found)
@@ -170,12 +171,12 @@ class SparseMethod(TrainingHooks):
         self.entries = ChosenEntries(total)
 
     def make(self, site: Site) -> SparseDelta | None:
-        return (
-            self.sparse(site, self.spans[id(site)], owner=id(site) == next(iter(self.spans)))
-            if id(site) in self.spans
-            else None
-        )
+        spans = self.spans.get(id(site))
+        return None if spans is None else self.sparse(site, spans, owner=id(site) == next(iter(self.spans)))
 
     def sparse(self, site: Site, spans: Spans, owner: bool) -> SparseDelta:
-        """The module of one site. owner: whether a file keeps the selection there."""
+        """The module of one site.
+
+        owner: whether a file keeps the chosen entries there.
+        """
         return SparseDelta(self.entries, spans, owner)

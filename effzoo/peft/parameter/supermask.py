@@ -1,5 +1,4 @@
-"""Supermasks: a binary mask over fixed weights is all that is learned (Mallya et al. 2018, arXiv:1801.06519; Zhao et
-al. 2020, arXiv:2004.12406)."""
+"""Supermasks: a binary mask over fixed weights is all that is learned (Mallya et al. 2018; Zhao et al. 2020)."""
 
 from __future__ import annotations
 
@@ -16,8 +15,7 @@ from effzoo.sites import Counted, Linear, PeftModule, Site
 
 
 class MaskedWeight(Counted, PeftModule):
-    """W' = W * M(S), W as it is; finished, the scores are dropped and one bit a weight is left, in memory and in
-    files."""
+    """W' = W * M(S), W fixed; finished, the scores are dropped and one bit a weight is left, in memory and in files."""
 
     delta_rank = None
 
@@ -54,7 +52,7 @@ class MaskedWeight(Counted, PeftModule):
             self.bits, self.scores = pack_bits(self.mask()), None
 
     def changed(self, weight: Tensor | None, bias: Tensor | None) -> int:
-        """How many entries of the site merging may change: those that the finished mask leaves out, before that any."""
+        """How many entries of the site merging may change: those that the finished mask leaves out, in training any."""
         return self.shape.numel() - (int(self.mask().sum()) if self.scores is None else 0)
 
 
@@ -64,8 +62,8 @@ class Supermask(TrainingHooks):
 
     init: of all scores.
     threshold: of the mask.
-    keep: instead of a threshold, this share of each matrix with the largest scores; these then start as init |W| /
-        mean |W|, so the first mask is that of magnitude pruning.
+    keep: instead of a threshold, this share of each matrix, that with the largest scores; the scores then start as init
+        |W| / mean |W|, so the first mask is that of magnitude pruning.
 
     With init above the threshold everything is kept at first, so the output is unchanged; with `keep` it is not. Weight
     decay pulls scores below a positive threshold, that is, it prunes. Embeddings, norms and biases are not masked. As

@@ -1,5 +1,4 @@
-"""Training chosen rows of the token table: those of new tokens, say, while every other row stays as it is, bit by
-bit."""
+"""Training the embeddings of chosen tokens, new ones say, while every other one stays as it is, bit by bit."""
 
 from __future__ import annotations
 
@@ -22,10 +21,9 @@ Ids = int | str | Sequence[int | str] | None
 
 
 class TokenTable(Packed, Counted, Growing, PeftModule):
-    """W' = W except W'[ids] = rows, by the hook `weight`: for a table that a tied language-model head reads too, and
-    for a head's own.
+    """W' = W except W'[ids] = phi, by the hook `weight`: a language-model head may read the table too, or be it.
 
-    Each pass makes W' anew, and the backward pass a gradient as large, of which the rows' part is kept.
+    Each pass makes W' anew, and the backward pass a gradient as large, of which the part of phi is kept.
     """
 
     ids: Tensor
@@ -51,27 +49,26 @@ class TokenTable(Packed, Counted, Growing, PeftModule):
         return {"ids": self.ids, "rows": self.trained}
 
     def unpack(self, tensors: dict[str, Tensor]) -> None:
-        ids, rows = tensors["ids"], tensors["rows"]
+        ids, trained = tensors["ids"], tensors["rows"]
         if (
             len(tensors) != 2
             or ids.dtype != torch.long
             or ids.shape != self.ids.shape
-            or rows.shape != self.trained.shape
+            or trained.shape != self.trained.shape
         ):
             raise ValueError(
-                f"{tuple(ids.shape)} ids and rows of shape {tuple(rows.shape)}, where {len(self.ids)} rows are trained"
+                f"{tuple(ids.shape)} ids, values of shape {tuple(trained.shape)}, for {len(self.ids)} trained tokens"
             )
         if tuple(ids.tolist()) != self.numbers:
-            raise ValueError(f"rows of the tokens {spans(ids.tolist())}, where the spec says {spans(self.numbers)}")
-        self.trained.copy_(rows)
+            raise ValueError(f"values of the tokens {spans(ids.tolist())}, where the spec says {spans(self.numbers)}")
+        self.trained.copy_(trained)
 
     def grow(self, weight: Tensor | None, bias: Tensor | None) -> None:
-        """The rows are numbered as before."""
+        """Nothing to do: the tokens keep their numbers."""
 
 
 class TokenLookup(TokenTable):
-    """The same for a table that nothing but the embedding reads: only rows that occur are looked up, and no table is
-    made."""
+    """The same where the embedding alone reads the table: only tokens that occur are looked up, and no W' is made."""
 
     def weight(self, weight: Tensor) -> Tensor:
         return weight
@@ -86,19 +83,19 @@ class TokenLookup(TokenTable):
 
 @peft.register("tokens", "trainable_tokens")
 class Tokens(Method):
-    """W' = W except W'[ids] = phi: of the token embedding only these rows are trained, and only they are stored.
+    """W' = W except W'[ids] = phi: of the token embedding only these tokens are trained and stored.
 
-    ids: a token, several (5, 6, 9), ranges "100-140" or "5-7+9", "new" for the rows that `effzoo.resize_vocabulary`
+    ids: a token, several (5, 6, 9), ranges "100-140" or "5-7+9", "new" for the tokens that `effzoo.resize_vocabulary`
         has added, or none for every token.
-    targets: embed.token, the default; (embed.token, lm.out) to train these rows of a language-model head with a
-        weight of its own as well, or lm.out alone. A head that is tied reads the trained rows anyway.
+    targets: embed.token, the default; (embed.token, lm.out) to train these tokens in a language-model head with a
+        weight of its own as well, or lm.out alone. A head that is tied reads the trained embeddings anyway.
 
-    Together with any other method: `lora|tokens[ids=new]`. A row begins as it is in the base, and takes the place of
-    what methods before it in the union make of that row.
+    Together with any other method: `lora|tokens[ids=new]`. An embedding begins as it is in the base, and takes the
+    place of what methods before it in the union make of that token.
     """
 
     paper = (
-        "TrainableTokens of the package peft; how new rows should begin: Hewitt 2021, "
+        "TrainableTokens of the package peft; how new embeddings should begin: Hewitt 2021, "
         "nlp.stanford.edu/~johnhew/vocab-expansion.html"
     )
     accepts = (Embedding, Linear, TiedLinear)
@@ -117,41 +114,41 @@ class Tokens(Method):
         tied = any(isinstance(site, TiedLinear) for _, site in sites(model))
         for site in found.values():
             if site.role not in ROLES:
-                raise TargetError(f"{self.name}: {site.role!r} has no row for each token; targets are {listing(ROLES)}")
+                raise TargetError(f"{self.name}: {site.role!r} is not made of tokens; targets are {listing(ROLES)}")
             if isinstance(site, TiedLinear):
                 raise TargetError(
-                    f"{self.name}: {site.role!r} is tied to embed.token, whose trained rows it reads "
+                    f"{self.name}: {site.role!r} is tied to embed.token, whose trained tokens it reads "
                     "anyway; leave it out of targets"
                 )
         token = next(
             (site for _, site in sites(model) if isinstance(site, Embedding) and site.role == "embed.token"), None
         )
-        rows = min(len(site.base()["weight"]) for site in found.values())
+        size = min(len(site.base()["weight"]) for site in found.values())
         added = 0 if token is None else token.added
-        self.numbers = self._numbers(rows, added)
+        self.numbers = self._numbers(size, added)
         self.tied = tied
         return {"ids": spans(self.numbers)} if self.given else None
 
-    def _numbers(self, rows: int, added: int) -> list[int]:
-        """The rows, ascending, in a table of so many, the last `added` of which are new."""
+    def _numbers(self, size: int, added: int) -> list[int]:
+        """The tokens, ascending, in a table of `size` tokens, the last `added` of which are new."""
         if not self.given:
-            return list(range(rows))
+            return list(range(size))
         numbers: list[int] = []
         for first, last in self.given:
             if last < 0:  # new
                 if not added:
                     raise OptionError(
-                        f"{self.name}: ids=new are the rows that effzoo.resize_vocabulary(model, n) has added, and "
-                        f"this model has none; call it first, or give numbers in [0, {rows})"
+                        f"{self.name}: ids=new are the tokens that effzoo.resize_vocabulary(model, n) has added, and "
+                        f"this model has none; call it first, or give numbers in [0, {size})"
                     )
-                first, last = rows - added, rows - 1
-            if last >= rows:
+                first, last = size - added, size - 1
+            if last >= size:
                 raise OptionError(
-                    f"{self.name}: ids are in [0, {rows}), got {last}; effzoo.resize_vocabulary(model, "
-                    f"{last + 1}) adds rows"
+                    f"{self.name}: ids are in [0, {size}), got {last}; effzoo.resize_vocabulary(model, "
+                    f"{last + 1}) adds tokens"
                 )
             numbers += range(first, last + 1)
-            if len(numbers) > rows:
+            if len(numbers) > size:
                 break
         numbers.sort()
         if twice := [one for one, after in itertools.pairwise(numbers) if one == after]:
@@ -169,8 +166,7 @@ def spans(ids: Sequence[int]) -> str:
 
 
 def numbers_of(text: str, below: int) -> list[int]:
-    """What `spans` wrote, or another text of its form, of numbers below a limit. Raises OptionError for anything
-    else."""
+    """The numbers that a text as `spans` writes it names, all below a limit. Raises OptionError for any other text."""
     found: list[int] = []
     for first, last in _read(text):
         if last >= below or first <= (found[-1] if found else -1):
@@ -193,7 +189,7 @@ def _spans(ids: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _read(given: int | str) -> Iterator[tuple[int, int]]:
-    """Ranges (first, last) of what was given for ids; (-1, -1) for the new rows."""
+    """Ranges (first, last) of what was given for ids; (-1, -1) for the new tokens."""
     if given == NEW:
         yield -1, -1
         return
