@@ -29,20 +29,14 @@ import effzoo
 from effzoo import data, plots
 from effzoo.lab.fit import bfloat16_is_faster
 from effzoo.lab.texts import news as bbc_news
+from effzoo.train import Saving
 from effzoo.writing import replace_file
 
 SHORT, LONG, WINDOW = 128, 1024, 256
 PEFT = "lora[rank=8]"
 SIZES = {"dropout": 0.0, "attention_dropout": 0.0}  # attention without dropout runs in the fused kernel
-RECIPE: dict[str, Any] = {
-    "epochs": 1,
-    "batch_size": 8,
-    "learning_rate": 1e-3,
-    "group_by_length": True,
-    "log_every": 10,
-    "evaluate_every": 94,
-    "eval_batch_size": 16,
-}
+RECIPE: dict[str, Any] = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "group_by_length": True}
+RHYTHM: dict[str, Any] = {"log_every": 10, "evaluate_every": 94, "eval_batch_size": 16}
 SPLIT = {"train": 0.7, "validation": 0.1, "test": 0.2}
 Head = tuple[torch.Tensor, torch.Tensor]
 console = Console()
@@ -143,6 +137,7 @@ def main(
             "split": {k: len(v) for k, v in parts.items()},
             "seed": seed,
             **RECIPE,
+            **RHYTHM,
         },
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
         f"torch {torch.__version__}",
@@ -221,8 +216,9 @@ def tuned(
         own.own_weight.copy_(head[0])
         own.own_bias.copy_(head[1])
     console.print(str(effzoo.account(model)), highlight=False)
-    options = {"output_dir": output, "precision": precision, "seed": seed, "overwrite": True, **RECIPE}
-    result = effzoo.finetune(model, parts["train"], evaluate=parts["validation"], **options)
+    options = {"output_dir": output, "precision": precision, "seed": seed, **RECIPE}
+    saving = Saving(overwrite=True, **RHYTHM)
+    result = effzoo.finetune(model, parts["train"], evaluate=parts["validation"], saving=saving, **options)
     found = effzoo.predict(model, parts["test"], precision=precision).argmax(dim=1)
     correct = int((found == torch.tensor(parts["test"]["labels"])).sum())
     row = Row(name, length, correct, len(parts["test"]), effzoo.account(model).trainable, time.monotonic() - start)
@@ -303,7 +299,7 @@ def report(results: dict[str, Any], rows: list[Row], histories: dict[str, Any], 
         "whole job": f"{results['seconds']:.0f} s, at most {results['peak_memory_bytes'] / 2**30:.2f} GiB, forward "
         f"passes in {results['precision']}",
         "machine": results["machine"],
-        "recipe": ", ".join(f"{key} {value}" for key, value in {"peft": PEFT, **RECIPE}.items()),
+        "recipe": ", ".join(f"{key} {value}" for key, value in {"peft": PEFT, **RECIPE, **RHYTHM}.items()),
     }
     listed = "".join(f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in facts.items())
     curves = picture(plots.learning_curves(histories), "loss and validation accuracy over steps")

@@ -1,12 +1,15 @@
 """What the tests of several method families use."""
 
+import dataclasses
 import socket
 import sys
 
 import torch
 
+import effzoo
 from effzoo.checks.attention import Subject as Kind
 from effzoo.sites import sites
+from effzoo.train import Optimisation, Saving
 
 
 def module(model, path, method):
@@ -45,3 +48,12 @@ def launcher(processes):
         "1",
     ]
     return [*line, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
+
+
+def finetune(model, train, **settings):
+    """`effzoo.finetune` with the fields of `Optimisation` and `Saving` among its keywords."""
+    for name, kind in (("optimisation", Optimisation), ("saving", Saving)):
+        fields = settings.keys() & {field.name for field in dataclasses.fields(kind)}
+        if fields:
+            settings[name] = kind(**{field: settings.pop(field) for field in fields})
+    return effzoo.finetune(model, train, **settings)

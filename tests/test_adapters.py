@@ -140,7 +140,8 @@ def test_merge_refuses_nan_and_what_is_no_change_of_a_weight_and_changes_nothing
         effzoo.merge(model, "a")
     effzoo.attach(model, "prompt", name="b")
     with pytest.raises(
-        AdapterError, match="embeddings.token cannot be merged: PromptTokens is not a change of a weight; keep it attached"
+        AdapterError,
+        match="embeddings.token cannot be merged: PromptTokens is not a change of a weight; keep it attached",
     ):
         effzoo.merge(model, "b")
     after = model.state_dict()

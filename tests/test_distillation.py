@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from support import finetune
 from transformers import TrainerCallback
 
 import effzoo
@@ -206,7 +207,7 @@ def test_layers_are_paired_evenly_or_as_said(build):
 
 def test_a_run_brings_the_student_nearer_to_its_teacher_and_logs_the_parts(build, tmp_path):
     teacher, student = build(seed=1), build(attention="longformer[window=4]")
-    result = effzoo.finetune(
+    result = finetune(
         student, rows(), output_dir=tmp_path, teacher=teacher,
         distillation={"labels": 0.0, "logits": 1.0, "hidden": 1.0}, max_steps=30, log_every=5,
         learning_rate=3e-2, weight_decay=0.0, save_every=None, progress=False,
@@ -231,13 +232,11 @@ def test_stopped_runs_resume_to_the_same_losses_and_the_end_is_by_labels_alone(b
         "save_every": 2, "progress": False, "distillation": Distillation(**ALL, share=0.75),
     }  # fmt: skip
     teacher = build(seed=1)
-    straight = effzoo.finetune(
-        build(dropout=0.2, peft="lora"), rows(), output_dir=tmp_path / "a", teacher=teacher, **settings
-    )
+    straight = finetune(build(dropout=0.2, peft="lora"), rows(), output_dir=tmp_path / "a", teacher=teacher, **settings)
     taught = {entry["step"]: "loss_logits" in entry for entry in straight.history}
     assert taught == {2: True, 4: True, 6: True, 7: True, 8: False, 9: False}, "0.75 of 9 steps are 7"
     with pytest.raises(KeyboardInterrupt):
-        effzoo.finetune(
+        finetune(
             build(dropout=0.2, peft="lora"),
             rows(),
             output_dir=tmp_path / "b",
@@ -245,12 +244,12 @@ def test_stopped_runs_resume_to_the_same_losses_and_the_end_is_by_labels_alone(b
             callbacks=[Stop()],
             **settings,
         )
-    resumed = effzoo.finetune(
+    resumed = finetune(
         build(dropout=0.2, peft="lora"), rows(), output_dir=tmp_path / "b", teacher=teacher, resume=True, **settings
     )
     assert resumed.history == straight.history
     with pytest.raises(TrainingError, match="distillation was"):
-        effzoo.finetune(
+        finetune(
             build(dropout=0.2, peft="lora"),
             rows(),
             output_dir=tmp_path / "b",
@@ -260,13 +259,13 @@ def test_stopped_runs_resume_to_the_same_losses_and_the_end_is_by_labels_alone(b
         )
     del settings["distillation"]
     with pytest.raises(TrainingError, match="distillation was"):
-        effzoo.finetune(build(dropout=0.2, peft="lora"), rows(), output_dir=tmp_path / "b", resume=True, **settings)
+        finetune(build(dropout=0.2, peft="lora"), rows(), output_dir=tmp_path / "b", resume=True, **settings)
 
 
 @pytest.mark.parametrize("peft", [None, "adamix", "lt_sft[keep=0.1]", "prefix[length=2]|ia3"])
 def test_it_works_with_all_parameters_and_with_methods_that_do_more_in_training(build, tmp_path, peft):
     student = build("token_classification", peft=peft)
-    result = effzoo.finetune(
+    result = finetune(
         student, rows("token_classification"), output_dir=tmp_path, teacher=build("token_classification", seed=1),
         distillation=ALL, max_steps=4, log_every=1, learning_rate=1e-2, progress=False, gradient_accumulation=2,
     )  # fmt: skip
@@ -277,7 +276,7 @@ def test_it_works_with_all_parameters_and_with_methods_that_do_more_in_training(
 def test_accumulated_batches_give_the_losses_of_one(build, tmp_path):
     losses = []
     for size, accumulation in ((6, 1), (2, 3)):
-        result = effzoo.finetune(
+        result = finetune(
             build("masked_lm", peft="lora"), rows("masked_lm"), output_dir=tmp_path / str(size),
             teacher=build("masked_lm", seed=1), distillation=ALL,
             max_steps=4, batch_size=size, gradient_accumulation=accumulation, learning_rate=1e-2, log_every=1,
@@ -305,19 +304,19 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(build, tmp_path):
         (build(vocab=60), "vocabulary has 53 entries, the teacher's 60"),
     ):
         with pytest.raises(IncompatibleError, match=message):
-            effzoo.finetune(student, rows(), teacher=teacher, **go)
+            finetune(student, rows(), teacher=teacher, **go)
     with pytest.raises(IncompatibleError, match="the student is 16 wide, the teacher 32"):
-        effzoo.finetune(student, rows(), teacher=build(dim=32), distillation={"hidden": 1.0}, **go)
+        finetune(student, rows(), teacher=build(dim=32), distillation={"hidden": 1.0}, **go)
     with pytest.raises(InputError, match="the longest example has 19 tokens, the teacher reads 8"):
-        effzoo.finetune(student, rows(), teacher=build(max_length=8), **go)
+        finetune(student, rows(), teacher=build(max_length=8), **go)
     with pytest.raises(OptionError, match="parameters of the student"):
-        effzoo.finetune(student, rows(), teacher=student, **go)
+        finetune(student, rows(), teacher=student, **go)
     with pytest.raises(OptionError, match="there is none; give teacher"):
-        effzoo.finetune(student, rows(), distillation={"hidden": 1.0}, **go)
+        finetune(student, rows(), distillation={"hidden": 1.0}, **go)
     with pytest.raises(OptionError, match="did you mean 'temperature'"):
-        effzoo.finetune(student, rows(), teacher=build(), distillation={"temprature": 1.0}, **go)
+        finetune(student, rows(), teacher=build(), distillation={"temprature": 1.0}, **go)
     with pytest.raises(IncompatibleError, match="no attention state of the student depends on what is trained"):
-        effzoo.finetune(build(peft="head"), rows(), teacher=build(seed=1), distillation={"attention": 1.0}, **go)
+        finetune(build(peft="head"), rows(), teacher=build(seed=1), distillation={"attention": 1.0}, **go)
     with pytest.raises(OptionError, match="logits takes float .+, got 'much'"):
         Distillation.of({"logits": "much"})
     for wrong in ({"logits": 0.0}, {"logits": -1.0}, {"temperature": 0.0}, {"share": 0.0}):

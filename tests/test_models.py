@@ -135,7 +135,9 @@ def test_inputs_that_do_not_fit_are_refused_with_numbers(model, inputs, said):
 
 def test_prompt_rows_count_towards_the_length(model):
     effzoo.attach(model, "prompt[length=10]")
-    with pytest.raises(InputError, match="60 tokens and 10 prompt tokens do not fit into max_length 64; truncate to 54"):
+    with pytest.raises(
+        InputError, match="60 tokens and 10 prompt tokens do not fit into max_length 64; truncate to 54"
+    ):
         model(ids(1, 60))
 
 

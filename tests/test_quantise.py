@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from support import labelled, small
+from support import finetune, labelled, small
 
 import effzoo
 from effzoo import nf4
@@ -168,9 +168,9 @@ def test_codes_keep_their_bits_in_training_and_adapters_come_back_on_the_same_ba
     effzoo.quantise(model, 8)
     effzoo.attach(model, "lora[rank=2]")
     before = {key: value.clone() for key, value in model.state_dict().items() if ".adapters." not in key}
-    result = effzoo.finetune(
+    result = finetune(
         model, data, output_dir=tmp_path, max_steps=4, learning_rate=1e-2, weight_decay=0.5, save_every=2,
-        recompute="blocks", progress=False, gradient_checkpointing=True,
+        recompute="blocks", progress=False,
     )  # fmt: skip
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items()) and any(
         "codes" in key for key in before
@@ -185,7 +185,7 @@ def test_codes_keep_their_bits_in_training_and_adapters_come_back_on_the_same_ba
     for wrong in (build(), other, dense_twin(build())):
         with pytest.raises(AdapterError, match="trained on another base"):
             effzoo.load_adapter(wrong, result.adapter)
-    resumed = effzoo.finetune(
+    resumed = finetune(
         same,
         data,
         output_dir=tmp_path,

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from support import finetune
 
 import effzoo
 from effzoo.errors import AdapterError, IncompatibleError, TrainingError
@@ -161,7 +162,8 @@ def test_two_adapters_of_one_method_are_in_different_stages_and_only_the_trained
     assert effzoo.status(two).stages == {"default": {"magnitude": "round 1"}, "b": {"magnitude": "round 0"}}
     effzoo.activate(two, "default", "b")
     with pytest.raises(
-        IncompatibleError, match=r"different stages before them \(round 0, round 1; round 1\); train one after the other"
+        IncompatibleError,
+        match=r"different stages before them \(round 0, round 1; round 1\); train one after the other",
     ):
         training.stages(two)
     effzoo.activate(two, "default", "b", train="b")
@@ -177,7 +179,7 @@ def test_a_frozen_adapter_is_not_finished_by_the_run_of_another(tiny, tmp_path):
     model = effzoo.attach(trained(made(tiny, "lt_sft"), 0), "ia3", name="b")
     effzoo.activate(model, "default", "b", train="b")
     before = stored_tensors(model, "default")
-    effzoo.finetune(model, ROWS, output_dir=tmp_path, **{**RUN, "max_steps": 2})
+    finetune(model, ROWS, output_dir=tmp_path, **{**RUN, "max_steps": 2})
     after = stored_tensors(model, "default")
     assert effzoo.status(model).stages == {"default": {"lt_sft": "full"}} and not effzoo.status(model).finished
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -289,7 +291,7 @@ def test_weights_of_another_stage_are_not_swapped_in(tiny, tmp_path, spec, their
 
 
 def run(model, folder, **given):
-    return effzoo.finetune(model, ROWS, output_dir=folder, **{**RUN, **given})
+    return finetune(model, ROWS, output_dir=folder, **{**RUN, **given})
 
 
 def cut(source, folder, step):

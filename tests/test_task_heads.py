@@ -8,6 +8,7 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
+from support import finetune
 
 import effzoo
 from effzoo.errors import AdapterError, EffzooError, IncompatibleError
@@ -268,20 +269,20 @@ def test_training_prediction_and_resuming_read_the_labels_of_the_active_head(tmp
         "evaluate": ROWS,
     }
     whole = fresh(3, 5)
-    effzoo.finetune(whole, ROWS, output_dir=tmp_path / "whole", **given)
+    finetune(whole, ROWS, output_dir=tmp_path / "whole", **given)
     logits = effzoo.predict(whole, [{"input_ids": row["input_ids"]} for row in ROWS])
     assert logits.shape == (3, 5) and torch.allclose(logits, whole.eval()(IDS).logits, atol=1e-6)
     folder = shutil.copytree(tmp_path / "whole", tmp_path / "half")
     shutil.rmtree(folder / "checkpoint-4"), shutil.rmtree(folder / "adapter")
     with pytest.raises(EffzooError, match="adapters was .*'b': 5.* and is now .*'b': 6"):
-        effzoo.finetune(fresh(3, 6), ROWS, output_dir=folder, resume=True, **given)
+        finetune(fresh(3, 6), ROWS, output_dir=folder, resume=True, **given)
     again = fresh(3, 5)
-    effzoo.finetune(again, ROWS, output_dir=folder, resume=True, **given)
+    finetune(again, ROWS, output_dir=folder, resume=True, **given)
     assert torch.equal(again.eval()(IDS).logits, whole(IDS).logits)
     effzoo.activate(again)
     again.requires_grad_(True)
     with pytest.raises(EffzooError, match="the model has 3 classes"):
-        effzoo.finetune(again, ROWS, output_dir=tmp_path / "base", **given)
+        finetune(again, ROWS, output_dir=tmp_path / "base", **given)
 
 
 def test_files_of_peft_bring_heads_of_any_size(tmp_path):

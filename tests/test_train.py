@@ -10,6 +10,7 @@ import datasets
 import pytest
 import safetensors.torch
 import torch
+from support import finetune
 from transformers import TrainerCallback
 
 import effzoo
@@ -95,7 +96,7 @@ def test_losses_are_those_of_a_plain_loop(build, tmp_path, task, accumulation):
     data = Recorded(rows(task))
     per_epoch = math.ceil(22 / (2 * accumulation))
     settings = {"rate": 5e-3, "decay": 0.1, "warmup": 2, "clip": 1.0}
-    result = effzoo.finetune(
+    result = finetune(
         build(task, peft="lora[rank=2]"), data, output_dir=tmp_path, epochs=2, batch_size=2,
         gradient_accumulation=accumulation, learning_rate=5e-3,
         weight_decay=0.1, warmup=2, clip=1.0, log_every=1, save_every=None, progress=False,
@@ -171,7 +172,7 @@ def test_what_is_frozen_keeps_its_bits_under_weight_decay(build, tmp_path, peft)
     effzoo.attach(model, "lora", name="idle")
     effzoo.activate(model, "default")
     base, trained = bits(model, False), bits(model, True)
-    effzoo.finetune(
+    finetune(
         model,
         rows(),
         output_dir=tmp_path,
@@ -189,12 +190,12 @@ def test_what_is_frozen_keeps_its_bits_under_weight_decay(build, tmp_path, peft)
 def test_an_encoder_learns_to_classify_and_a_decoder_to_continue(build, tmp_path):
     data = [{"input_ids": [2 + 10 * (i % 3) + (i * j) % 9 for j in range(8)], "label": i % 3} for i in range(30)]
     model = build(peft="lora[rank=4]")
-    encoder = effzoo.finetune(
+    encoder = finetune(
         model, data, evaluate=data, output_dir=tmp_path / "e", epochs=12, learning_rate=2e-2, progress=False
     )
     assert encoder.metrics["eval_accuracy"] == 1.0 and encoder.metrics["eval_loss"] < 0.1 < encoder.history[0]["loss"]
     data = [{"input_ids": (ids := [3 + (i + j) % 5 for j in range(12)]), "labels": ids} for i in range(20)]
-    decoder = effzoo.finetune(
+    decoder = finetune(
         build("causal_lm"),
         data,
         evaluate=data,
@@ -207,12 +208,12 @@ def test_an_encoder_learns_to_classify_and_a_decoder_to_continue(build, tmp_path
     assert decoder.metrics["eval_perplexity"] < 1.5 and decoder.history[0]["loss"] > 2
 
 
-def test_checkpointing_and_recomputing_change_no_loss_even_with_dropout(build, tmp_path):
+def test_recomputing_changes_no_loss_even_with_dropout(build, tmp_path):
     model = build(peft="lora", dropout=0.3)
     start, losses = copy.deepcopy(model.state_dict()), []
-    for choice in ({}, {"gradient_checkpointing": True}, {"recompute": "nothing"}, {"recompute": "blocks"}):
+    for choice in ({}, {"recompute": "nothing"}, {"recompute": "blocks"}):
         model.load_state_dict(start)
-        result = effzoo.finetune(
+        result = finetune(
             model,
             rows(),
             output_dir=tmp_path,
@@ -225,9 +226,9 @@ def test_checkpointing_and_recomputing_change_no_loss_even_with_dropout(build, t
         )
         losses.append([entry["loss"] for entry in result.history])
         assert (model.recompute, model.only_what_is_read) == ("nothing", False), "as it came"
-    assert losses[0] == losses[2] == losses[3] and losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[0] == losses[1] == losses[2]
     with pytest.raises(OptionError, match="recompute is 'nothing' or 'hidden' or 'blocks', got 'everything'"):
-        effzoo.finetune(model, rows(), output_dir=tmp_path, recompute="everything")
+        finetune(model, rows(), output_dir=tmp_path, recompute="everything")
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_the_weights(build, tmp_path):
@@ -235,7 +236,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_the_weights(build, tmp_path):
     handle = model.blocks[0].attn.q.register_forward_hook(lambda module, inputs, output: kinds.add(output.dtype))
     for precision in ("float32", "bfloat16"):
         kinds.clear()
-        losses[precision] = effzoo.finetune(
+        losses[precision] = finetune(
             model,
             rows(),
             evaluate=rows(),
@@ -262,7 +263,7 @@ def test_evaluation_is_the_mean_over_all_labels_in_the_order_of_the_data(build, 
         seen.append(prediction)
         return {"rows": len(prediction.predictions)}
 
-    result = effzoo.finetune(
+    result = finetune(
         model, data, evaluate=data, output_dir=tmp_path, max_steps=1, learning_rate=1e-9, eval_batch_size=3,
         metrics=metrics, save_every=None, progress=False,
     )  # fmt: skip
@@ -293,7 +294,7 @@ def test_accuracy_on_a_case_counted_by_hand(build, tmp_path):
         model.head.out.weight.zero_()
         model.head.out.bias.copy_(torch.tensor([0.0, 5.0, 0.0]))
     data = [{"input_ids": [2, 3], "label": label} for label in (1, 0, 1, 2, 1)]
-    result = effzoo.finetune(
+    result = finetune(
         model,
         data,
         evaluate=data,
@@ -312,14 +313,14 @@ def test_what_is_written_loads_into_a_fresh_model(build, tmp_path):
     ids = torch.tensor([[5, 6, 7]])
     settings = {"max_steps": 4, "learning_rate": 1e-2, "progress": False, "save_every": 2}
     model = build(peft="lora")
-    result = effzoo.finetune(model, datasets.Dataset.from_list(rows()), output_dir=tmp_path / "lora", **settings)
+    result = finetune(model, datasets.Dataset.from_list(rows()), output_dir=tmp_path / "lora", **settings)
     fresh = effzoo.load_adapter(build(), result.adapter)
     assert torch.equal(fresh.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
     assert result.last == tmp_path / "lora" / "checkpoint-4" and not list(result.last.rglob("model.safetensors"))
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".pth", ".bin", ".pkl")]
 
     model = build()
-    result = effzoo.finetune(model, rows(), output_dir=tmp_path / "all", **settings)
+    result = finetune(model, rows(), output_dir=tmp_path / "all", **settings)
     assert result.adapter is None and result.peak_memory > 1e6 and result.seconds > 0
     fresh = build()
     fresh.load_state_dict(safetensors.torch.load_file(result.weights))
@@ -327,7 +328,7 @@ def test_what_is_written_loads_into_a_fresh_model(build, tmp_path):
 
     model = build(peft="lora")
     effzoo.activate(effzoo.attach(model, "prefix", name="second"), "default", "second")
-    result = effzoo.finetune(model, rows(), output_dir=tmp_path / "two", **settings)
+    result = finetune(model, rows(), output_dir=tmp_path / "two", **settings)
     fresh = effzoo.load_adapter(effzoo.load_adapter(build(), result.adapter / "default"), result.adapter / "second")
     effzoo.activate(fresh, "default", "second")
     assert torch.equal(fresh.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
@@ -338,7 +339,7 @@ def test_the_best_checkpoint_is_kept_and_loaded(build, tmp_path):
     train = [{"input_ids": [3 + i, 4], "label": 0} for i in range(8)]
     held_out = [{"input_ids": [3 + i, 4], "label": 1} for i in range(8)]
     model = build(peft="lora")
-    result = effzoo.finetune(
+    result = finetune(
         model,
         train,
         evaluate=held_out,
@@ -378,41 +379,41 @@ def test_resuming_the_whole_model_gives_the_same_bits(build, tmp_path):
         "schedule": "cosine",
     }
     model = build(dropout=0.2)
-    straight = effzoo.finetune(model, rows(), output_dir=tmp_path / "a", **settings)
+    straight = finetune(model, rows(), output_dir=tmp_path / "a", **settings)
     with pytest.raises(KeyboardInterrupt):
-        effzoo.finetune(build(dropout=0.2), rows(), output_dir=tmp_path / "b", callbacks=[Stop()], **settings)
+        finetune(build(dropout=0.2), rows(), output_dir=tmp_path / "b", callbacks=[Stop()], **settings)
     (tmp_path / "b" / ".partial-6").mkdir()
     other = build(dropout=0.2)
-    resumed = effzoo.finetune(other, rows(), output_dir=tmp_path / "b", resume=True, **settings)
+    resumed = finetune(other, rows(), output_dir=tmp_path / "b", resume=True, **settings)
     assert resumed.history == straight.history and resumed.metrics == straight.metrics
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
     assert not (tmp_path / "b" / ".partial-6").exists()
-    again = effzoo.finetune(build(dropout=0.2), rows(), output_dir=tmp_path / "b", resume=True, **settings)
+    again = finetune(build(dropout=0.2), rows(), output_dir=tmp_path / "b", resume=True, **settings)
     assert again.steps == resumed.steps == 7 and again.history == straight.history, (
         "a finished run is not trained further"
     )
     with pytest.raises(TrainingError, match=r"learning_rate was 0\.01 and is now 0\.1"):
-        effzoo.finetune(build(), rows(), output_dir=tmp_path / "b", resume=True, **{**settings, "learning_rate": 0.1})
-    with pytest.raises(TrainingError, match="resume=True continues it, overwrite=True removes"):
-        effzoo.finetune(build(), rows(), output_dir=tmp_path / "b", **settings)
+        finetune(build(), rows(), output_dir=tmp_path / "b", resume=True, **{**settings, "learning_rate": 0.1})
+    with pytest.raises(TrainingError, match="resume=True continues it, Saving.overwrite=True. removes"):
+        finetune(build(), rows(), output_dir=tmp_path / "b", **settings)
     assert (
-        effzoo.finetune(build(dropout=0.2), rows(), output_dir=tmp_path / "b", overwrite=True, **settings).history
+        finetune(build(dropout=0.2), rows(), output_dir=tmp_path / "b", overwrite=True, **settings).history
         == straight.history
     )
 
 
 def test_a_checkpoint_of_another_base_or_a_damaged_one_is_refused(build, tmp_path):
     settings = {"output_dir": tmp_path, "max_steps": 2, "progress": False}
-    effzoo.finetune(build(peft="lora"), rows(), **settings)
+    finetune(build(peft="lora"), rows(), **settings)
     other = build(peft="lora")
     with torch.no_grad():
         other.embeddings.token.weight[0] += 1
     with pytest.raises(AdapterError, match=r"another base.*embeddings.token.weight"):
-        effzoo.finetune(other, rows(), resume=True, **settings)
+        finetune(other, rows(), resume=True, **settings)
     with open(tmp_path / "checkpoint-2" / "state.safetensors", "r+b") as file:
         file.truncate(64)
     with pytest.raises(TrainingError, match="is not a whole checkpoint: state.safetensors has changed"):
-        effzoo.finetune(build(peft="lora"), rows(), resume=True, **settings)
+        finetune(build(peft="lora"), rows(), resume=True, **settings)
 
 
 def test_a_masked_language_model_collator_and_workers(build, tmp_path):
@@ -423,7 +424,7 @@ def test_a_masked_language_model_collator_and_workers(build, tmp_path):
         return {"input_ids": ids, "labels": ids.where(ids % 3 == 0, -100)}
 
     losses = [
-        effzoo.finetune(
+        finetune(
             build("masked_lm"), rows("masked_lm"), output_dir=tmp_path, max_steps=3, log_every=1, collator=collate,
             num_workers=workers, save_every=None, progress=False,
         ).history
@@ -463,19 +464,19 @@ def test_data_that_would_train_on_the_wrong_thing_is_refused(build, tmp_path, da
     if kind == "datasets" and isinstance(data, list) and data and not isinstance(data[-1].get("label"), str):
         data = datasets.Dataset.from_list(data)
     with pytest.raises(InputError, match=message):
-        effzoo.finetune(build(), data, output_dir=tmp_path, max_steps=1, progress=False)
+        finetune(build(), data, output_dir=tmp_path, max_steps=1, progress=False)
     assert not list(tmp_path.iterdir()), "refused before anything is written"
 
 
 def test_prompt_rows_count_towards_the_length(build, tmp_path):
     with pytest.raises(InputError, match="more than the 59 that fit"):
-        effzoo.finetune(
+        finetune(
             build(peft="prompt[length=5]"), [{"input_ids": [2] * 60, "label": 0}], output_dir=tmp_path, progress=False
         )
 
 
 def test_text_columns_are_left_out_with_a_report(build, tmp_path, caplog):
-    effzoo.finetune(
+    finetune(
         build(),
         [{**GOOD[0], "text": "hello", "idx": 0}],
         output_dir=tmp_path,
@@ -490,10 +491,10 @@ def test_text_columns_are_left_out_with_a_report(build, tmp_path, caplog):
     ("options", "error", "message"),
     [
         ({"epochs": 0}, OptionError, "epochs is a positive number, got 0"),
-        ({"batch_size": 2.5}, ArgumentError, "batch_size takes int, got 2.5"),
+        ({"batch_size": 2.5}, ArgumentError, "batch_size takes int .from 1 to 2.31 - 1., got 2.5"),
         ({"schedule": "square"}, OptionError, "schedule is 'linear' or 'cosine' or 'constant', got 'square'"),
-        ({"warmup": 1.5}, OptionError, "a share of all steps"),
-        ({"evaluate_every": "day"}, ArgumentError, "evaluate_every takes int or 'epoch' or none, got 'day'"),
+        ({"warmup": 1.5}, OptionError, r"warmup is in \[0, 1\), got 1.5"),
+        ({"evaluate_every": "day"}, OptionError, "evaluate_every takes int .* or 'epoch' or none, got 'day'"),
         ({"best": "loss"}, OptionError, "needs evaluations to choose by"),
         ({"precision": "int8"}, OptionError, "precision is 'float32' or 'bfloat16' or 'float16', got 'int8'"),
         (
@@ -505,7 +506,7 @@ def test_text_columns_are_left_out_with_a_report(build, tmp_path, caplog):
 )
 def test_options_that_make_no_sense_are_refused(build, tmp_path, options, error, message):
     with pytest.raises(error, match=message):
-        effzoo.finetune(
+        finetune(
             build(), GOOD, output_dir=tmp_path, **{"max_steps": 3, "progress": False, "save_every": None, **options}
         )
 
@@ -513,16 +514,16 @@ def test_options_that_make_no_sense_are_refused(build, tmp_path, options, error,
 def test_models_without_anything_to_train_or_to_keep_are_refused(build, tiny, tmp_path, monkeypatch):
     settings = {"output_dir": tmp_path, "max_steps": 1, "progress": False}
     with pytest.raises(TrainingError, match=r"nothing to train.*effzoo.activate\(model, 'default'\)"):
-        effzoo.finetune(effzoo.activate(build(peft="lora")), GOOD, **settings)
+        finetune(effzoo.activate(build(peft="lora")), GOOD, **settings)
     with pytest.raises(TrainingError, match="task='features' has no loss"):
-        effzoo.finetune(effzoo.build("bert", **tiny), GOOD, **settings)
+        finetune(effzoo.build("bert", **tiny), GOOD, **settings)
     model = build(peft="lora")
     model.embeddings.norm.requires_grad_(True)
     with pytest.raises(TrainingError, match="outside the active adapters are trainable"):
-        effzoo.finetune(model, GOOD, **settings)
+        finetune(model, GOOD, **settings)
     if not torch.cuda.is_available():
         with pytest.raises(IncompatibleError, match="precision='float16' scales its loss on a CUDA device.*bfloat16"):
-            effzoo.finetune(build(), GOOD, precision="float16", **settings)
+            finetune(build(), GOOD, precision="float16", **settings)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(IncompatibleError, match="launched with mixed precision 'bf16'.*precision='bfloat16'"):
-        effzoo.finetune(build(), GOOD, **settings)
+        finetune(build(), GOOD, **settings)

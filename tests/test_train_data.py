@@ -9,6 +9,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from support import finetune
 
 import effzoo
 from effzoo.errors import InputError
@@ -75,16 +76,14 @@ def test_a_row_that_differs_from_the_first_is_named_before_it_is_trained_on(tiny
     names = dict.fromkeys([*LABELLED, *row])
     data = HOLDERS[holder]([LABELLED, row] if holder != "table" else [{**names, **LABELLED}, {**names, **row}])
     with pytest.raises(InputError, match=f"train: .*{message}|train: {message}"):
-        effzoo.finetune(
-            model_of(tiny, peft="lora"), data, output_dir=tmp_path, max_steps=1, batch_size=2, progress=False
-        )
+        finetune(model_of(tiny, peft="lora"), data, output_dir=tmp_path, max_steps=1, batch_size=2, progress=False)
 
 
 @pytest.mark.parametrize("holder", ["list", "lazy"])
 @pytest.mark.parametrize(("row", "message"), ODD)
 def test_a_row_that_no_table_could_hold_is_named_as_well(tiny, tmp_path, holder, row, message):
     with pytest.raises(InputError, match=message):
-        effzoo.finetune(
+        finetune(
             model_of(tiny, peft="lora"),
             HOLDERS[holder]([LABELLED, row]),
             output_dir=tmp_path,
@@ -187,7 +186,7 @@ def test_a_column_that_is_none_throughout_is_no_column(tiny):
 )
 def test_what_holds_no_examples_is_told_how_to_become_some(tiny, tmp_path, data, message):
     with pytest.raises(InputError, match=message):
-        effzoo.finetune(model_of(tiny, peft="lora"), data, output_dir=tmp_path, max_steps=1, progress=False)
+        finetune(model_of(tiny, peft="lora"), data, output_dir=tmp_path, max_steps=1, progress=False)
 
 
 def test_an_iterable_of_torch_is_told_as_well(tiny, tmp_path):
@@ -199,7 +198,7 @@ def test_an_iterable_of_torch_is_told_as_well(tiny, tmp_path):
             return iter([LABELLED])
 
     with pytest.raises(InputError, match="needs a length and access by index"):
-        effzoo.finetune(model_of(tiny, peft="lora"), Stream(), output_dir=tmp_path, max_steps=1, progress=False)
+        finetune(model_of(tiny, peft="lora"), Stream(), output_dir=tmp_path, max_steps=1, progress=False)
 
 
 def test_one_row_is_the_same_from_a_list_a_table_an_array_and_a_file(tiny, tmp_path):
@@ -224,7 +223,7 @@ def test_one_row_is_the_same_from_a_list_a_table_an_array_and_a_file(tiny, tmp_p
         torch.manual_seed(0)
         model = model_of(tiny, peft="lora")
         digests[name] = examples(data, model, "train").digest
-        losses[name] = effzoo.finetune(
+        losses[name] = finetune(
             model, data, output_dir=tmp_path / name, max_steps=2, progress=False, save_every=None, log_every=1
         ).history
     assert all(found == losses["list"] for found in losses.values()) and set(digests.values()) == {digests["list"]}
@@ -262,13 +261,11 @@ def test_rows_that_are_read_when_asked_for_have_no_hash_but_their_own(tiny):
 def test_labels_of_every_task_are_looked_at(tiny, tmp_path, options, label, good, message):
     model, rows = model_of(tiny, peft="lora", **options), [{**PLAIN, "labels": good}] * 3
     assert (
-        effzoo.finetune(model, rows, output_dir=tmp_path, max_steps=1, progress=False, save_every=None).metrics[
-            "train_loss"
-        ]
+        finetune(model, rows, output_dir=tmp_path, max_steps=1, progress=False, save_every=None).metrics["train_loss"]
         > 0
     )
     with pytest.raises(InputError, match=f"example 3.*{message}"):
-        effzoo.finetune(model, [*rows, {**PLAIN, "labels": label}], output_dir=tmp_path, max_steps=1, progress=False)
+        finetune(model, [*rows, {**PLAIN, "labels": label}], output_dir=tmp_path, max_steps=1, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +276,7 @@ def test_labels_of_every_task_are_looked_at(tiny, tmp_path, options, label, good
 def test_data_of_which_no_label_counts_is_refused(tiny, tmp_path, task, labels, holder):
     data = HOLDERS[holder]([{**PLAIN, "labels": labels}] * 2)
     with pytest.raises(InputError, match="no label of any example counts"):
-        effzoo.finetune(model_of(tiny, task, peft="lora"), data, output_dir=tmp_path, max_steps=1, progress=False)
+        finetune(model_of(tiny, task, peft="lora"), data, output_dir=tmp_path, max_steps=1, progress=False)
 
 
 def test_a_collator_is_checked_at_every_batch(tiny, tmp_path):
@@ -292,7 +289,7 @@ def test_a_collator_is_checked_at_every_batch(tiny, tmp_path):
 
     rows_ = [{**LABELLED} for _ in range(4)]
     with pytest.raises(InputError, match="what the collator returns for train has the column 'atention_mask'"):
-        effzoo.finetune(
+        finetune(
             model_of(tiny, peft="lora"),
             rows_,
             output_dir=tmp_path,
@@ -306,9 +303,7 @@ def test_a_collator_is_checked_at_every_batch(tiny, tmp_path):
 def test_texts_in_some_rows_alone_are_left_out(tiny, tmp_path, caplog):
     rows = [{**LABELLED, "text": "a", "idx": 0}, {**LABELLED, "note": "b"}]
     with caplog.at_level(logging.WARNING, logger="effzoo"):
-        effzoo.finetune(
-            model_of(tiny, peft="lora"), rows, output_dir=tmp_path, max_steps=1, progress=False, save_every=None
-        )
+        finetune(model_of(tiny, peft="lora"), rows, output_dir=tmp_path, max_steps=1, progress=False, save_every=None)
     assert "the columns text, idx are not read" in caplog.text
 
 
@@ -337,7 +332,7 @@ def test_a_number_beyond_63_bits_is_no_negative_one(tiny, tmp_path):
         with pytest.raises(
             InputError, match="example 1: (input_ids|labels) is .+, with a number that does not fit into 63 bits"
         ):
-            effzoo.finetune(model_of(tiny), [LABELLED, row], output_dir=tmp_path, max_steps=1)
+            finetune(model_of(tiny), [LABELLED, row], output_dir=tmp_path, max_steps=1)
 
 
 def test_columns_that_have_no_names_are_told(tiny, tmp_path):
@@ -347,7 +342,7 @@ def test_columns_that_have_no_names_are_told(tiny, tmp_path):
         ([LABELLED, {**LABELLED, 5: 3, "x": [1]}], "has the column 5"),
     ):
         with pytest.raises(InputError, match=said):
-            effzoo.finetune(model_of(tiny), rows, output_dir=tmp_path, max_steps=1)
+            finetune(model_of(tiny), rows, output_dir=tmp_path, max_steps=1)
 
 
 @pytest.mark.parametrize("task", ["classification", "token_classification"])
@@ -372,7 +367,7 @@ def test_labels_of_a_collator_in_uint8_count_as_the_same_numbers(tiny, tmp_path,
     for dtype in (torch.int64, torch.uint8):
         torch.manual_seed(0)
         model = model_of(tiny, task, num_labels=256, peft="lora", dropout=0.0, attention_dropout=0.0)
-        result = effzoo.finetune(
+        result = finetune(
             model,
             rows,
             output_dir=tmp_path / str(dtype),

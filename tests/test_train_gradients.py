@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from support import finetune
 from torch import nn
 
 import effzoo
@@ -18,7 +19,7 @@ TOKENS = [{"input_ids": (ids := [2 + i, 3, 4, 5, 6]), "labels": ids} for i in ra
 def run(tiny, folder, name, task, attention, rows, peft="lora", **given):
     sizes = {**tiny, **({"kv_heads": 1} if name == "llama" else {})}
     model = effzoo.build(name, **{**sizes, "task": task, "num_labels": 3, "attention": attention, "peft": peft})
-    return model, effzoo.finetune(
+    return model, finetune(
         model,
         rows,
         output_dir=folder,
@@ -93,7 +94,7 @@ def test_the_last_local_projections_of_a_classifier_that_reads_a_global_token_ar
         **{**tiny, "attention": "longformer[window=4]", "task": "classification", "num_labels": 3, "peft": "lora"},
     )
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
-    result = effzoo.finetune(
+    result = finetune(
         model,
         CLASSES,
         output_dir=tmp_path,
@@ -172,7 +173,7 @@ def test_a_gradient_of_zero_throughout_is_told_apart_from_none(tiny, tmp_path):
     model.blocks[1].mlp.up.requires_grad_(True)
     with torch.no_grad():
         model.blocks[1].mlp.down.weight.zero_()
-    result = effzoo.finetune(model, CLASSES, output_dir=tmp_path, progress=False, save_every=None, max_steps=3)
+    result = finetune(model, CLASSES, output_dir=tmp_path, progress=False, save_every=None, max_steps=3)
     assert (
         set(result.untouched.zero) == {"blocks.1.mlp.up.weight", "blocks.1.mlp.up.bias"} and not result.untouched.none
     )
@@ -198,7 +199,7 @@ def test_gradients_of_zero_alone_are_an_error_at_the_end(tiny, tmp_path):
     with torch.no_grad():
         model.blocks[1].mlp.down.weight.zero_()
     with pytest.raises(TrainingError, match="got a gradient of zero in every step: .*; nothing was learned in 2 steps"):
-        effzoo.finetune(model, CLASSES, output_dir=tmp_path, progress=False, max_steps=2, save_every=None)
+        finetune(model, CLASSES, output_dir=tmp_path, progress=False, max_steps=2, save_every=None)
 
 
 def test_the_watch_forgets_a_tensor_once_it_has_a_gradient_and_takes_in_those_of_a_later_stage():

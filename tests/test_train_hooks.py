@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import launcher
+from support import finetune, launcher
 from torch import nn  # noqa: F401 - for the toy
 from torch.nn import functional as F
 from transformers import TrainerCallback
@@ -186,7 +186,7 @@ PLAIN = {
 
 def test_every_hook_is_called_when_it_should_be_and_with_what_it_should_get(build, tmp_path):
     model, data = build(), rows()
-    effzoo.finetune(
+    finetune(
         model, data, evaluate=data[:5], output_dir=tmp_path, max_steps=7, batch_size=3, gradient_accumulation=2,
         calibration_batches=2, evaluate_every=2, seed=4, **PLAIN,
     )  # fmt: skip
@@ -208,15 +208,15 @@ def test_every_hook_is_called_when_it_should_be_and_with_what_it_should_get(buil
 
 
 def test_nothing_is_calibrated_again_on_resuming_and_a_number_of_batches_is_asked_for(build, tmp_path):
-    effzoo.finetune(build(), rows(), output_dir=tmp_path, max_steps=4, **{**PLAIN, "save_every": 1})
+    finetune(build(), rows(), output_dir=tmp_path, max_steps=4, **{**PLAIN, "save_every": 1})
     checkpoints.remove(tmp_path / "checkpoint-4")
     CALLS.clear()
-    effzoo.finetune(build(), rows(), output_dir=tmp_path, max_steps=4, resume=True, **{**PLAIN, "save_every": 1})
+    finetune(build(), rows(), output_dir=tmp_path, max_steps=4, resume=True, **{**PLAIN, "save_every": 1})
     assert [call[0] for call in CALLS] == ["begin", "begin", "schedule", "finish"]
     with pytest.raises(TrainingError, match="calibration_batches was 8 and is now 3"):
-        effzoo.finetune(build(), rows(), output_dir=tmp_path, max_steps=4, resume=True, calibration_batches=3, **PLAIN)
-    with pytest.raises(OptionError, match="calibration_batches is an integer of at least 1, got 0"):
-        effzoo.finetune(build(), rows(), output_dir=tmp_path / "other", max_steps=4, calibration_batches=0, **PLAIN)
+        finetune(build(), rows(), output_dir=tmp_path, max_steps=4, resume=True, calibration_batches=3, **PLAIN)
+    with pytest.raises(OptionError, match="calibration_batches is at least 1, got 0"):
+        finetune(build(), rows(), output_dir=tmp_path / "other", max_steps=4, calibration_batches=0, **PLAIN)
     with pytest.raises(IncompatibleError, match="toy chooses by looking at data, but there is none"):
         training.calibrate(build(), [])
 
@@ -237,21 +237,19 @@ def test_calibration_reads_data_for_those_who_look_and_leaves_the_random_numbers
     for count in (1, 5):
         seen.clear()
         settings = {**PLAIN, "calibration_batches": count, "collator": collate, "batch_size": 3}
-        result = effzoo.finetune(build("look"), rows(), output_dir=tmp_path, max_steps=3, **settings)
+        result = finetune(build("look"), rows(), output_dir=tmp_path, max_steps=3, **settings)
         losses.append([entry["loss"] for entry in result.history])
         assert len(seen) == 1 + count + 3, "the check of the collator, calibration, three steps"
     assert losses[0] == losses[1]
     seen.clear()
-    effzoo.finetune(build("lora"), rows(), output_dir=tmp_path, max_steps=3, collator=collate, batch_size=3, **PLAIN)
+    finetune(build("lora"), rows(), output_dir=tmp_path, max_steps=3, collator=collate, batch_size=3, **PLAIN)
     assert len(seen) == 4, "LoRA does not look"
 
 
 def test_the_loop_of_the_docstring_does_what_finetune_does(build, tmp_path):
     data, total = rows("tokens"), 7
     tuned = build(task="token_classification")
-    result = effzoo.finetune(
-        tuned, data, output_dir=tmp_path, max_steps=total, batch_size=5, calibration_batches=2, **PLAIN
-    )
+    result = finetune(tuned, data, output_dir=tmp_path, max_steps=total, batch_size=5, calibration_batches=2, **PLAIN)
     finetuned = list(CALLS)
     CALLS.clear()
 
@@ -309,7 +307,7 @@ def test_penalty_and_divergence_count_once_however_the_step_is_cut_into_batches(
     for accumulation in (1, 2, 4):
         model = build(task=task, name=name)
         settings = {**PLAIN, "batch_size": 8 // accumulation, "gradient_accumulation": accumulation, "max_steps": 6}
-        history = effzoo.finetune(
+        history = finetune(
             model, rows(task), output_dir=tmp_path, calibration_batches=2 * accumulation, **settings
         ).history
         runs.append((tensors(model), [entry["loss"] for entry in history]))
@@ -365,7 +363,7 @@ def test_two_passes_count_half_each_and_their_divergence_by_its_weight(build):
 
 def test_evaluation_has_neither_penalty_nor_second_pass(build, tmp_path):
     model, data = build(), rows()
-    result = effzoo.finetune(model, data, evaluate=data, output_dir=tmp_path, max_steps=3, **PLAIN)
+    result = finetune(model, data, evaluate=data, output_dir=tmp_path, max_steps=3, **PLAIN)
     batch = Pad("classification", 0, ("input_ids",))(data)
     assert result.metrics["eval_loss"] == pytest.approx(model.eval()(**batch).loss.item(), rel=1e-6), (
         "of the unfinished and the finished adapter"
@@ -414,7 +412,7 @@ def test_each_stage_has_a_fresh_optimizer_of_its_own_parameters_and_its_own_warm
     model = build("toy[consistency=0]")
     watch = Watch(model)
     settings = {**PLAIN, "warmup": 0.5, "schedule": "linear"}
-    result = effzoo.finetune(model, rows(), output_dir=tmp_path, max_steps=8, callbacks=[watch], **settings)
+    result = finetune(model, rows(), output_dir=tmp_path, max_steps=8, callbacks=[watch], **settings)
     assert [size == 0 for size in watch.sizes] == [True, False, False, False] * 2
     for start, name, rate in ((0, "dense", 3e-3), (4, "few", 12e-3)):
         here = [
@@ -428,18 +426,18 @@ def test_each_stage_has_a_fresh_optimizer_of_its_own_parameters_and_its_own_warm
 
 def test_the_history_says_the_stage_and_no_entry_spans_two(build, tmp_path):
     settings = {**PLAIN, "log_every": 3}
-    result = effzoo.finetune(
+    result = finetune(
         build(), rows(), evaluate=rows()[:4], evaluate_every=5, output_dir=tmp_path, max_steps=9, **settings
     )
     assert [(entry["step"], entry["stage"]) for entry in result.history] == [
         (3, "wide"), (4, "wide"), (5, "narrow"), (6, "narrow"), (9, "narrow"),
     ]  # fmt: skip
-    each = effzoo.finetune(build(), rows(), output_dir=tmp_path, max_steps=9, **PLAIN).history
+    each = finetune(build(), rows(), output_dir=tmp_path, max_steps=9, **PLAIN).history
     losses = [entry["loss"] for entry in each]
     assert [entry["loss"] for entry in result.history] == pytest.approx(
         [sum(losses[:3]) / 3, losses[3], losses[4], losses[5], sum(losses[6:]) / 3]
     )
-    plain = effzoo.finetune(build("lora"), rows(), output_dir=tmp_path, max_steps=2, **PLAIN).history
+    plain = finetune(build("lora"), rows(), output_dir=tmp_path, max_steps=2, **PLAIN).history
     assert all("stage" not in entry for entry in plain)
 
 
@@ -470,18 +468,18 @@ def test_a_run_in_stages_resumes_at_every_step_to_the_same_bits(build, tmp_path,
         return build("toy[noise=0.5]|lora[rank=2]", dtype=torch.float32, dropout=0.2)
 
     model = fresh()
-    whole = effzoo.finetune(model, rows(), output_dir=tmp_path / "whole", **settings)
+    whole = finetune(model, rows(), output_dir=tmp_path / "whole", **settings)
     assert len(set(shifts(model)["blocks.0.mlp.down"].few.tolist())) == 8
     for step in range(1, 8):
         with pytest.raises(KeyboardInterrupt):
-            effzoo.finetune(fresh(), rows(), output_dir=tmp_path / str(step), callbacks=[Stop(step)], **settings)
+            finetune(fresh(), rows(), output_dir=tmp_path / str(step), callbacks=[Stop(step)], **settings)
         assert checkpoints.whole(tmp_path / str(step))[-1].name == f"checkpoint-{step}"
         other = fresh()
-        resumed = effzoo.finetune(other, rows(), output_dir=tmp_path / str(step), resume=True, **settings)
+        resumed = finetune(other, rows(), output_dir=tmp_path / str(step), resume=True, **settings)
         assert resumed.history == whole.history and resumed.metrics == whole.metrics, step
         assert same(tensors(other), tensors(model)), step
     again = fresh()
-    assert effzoo.finetune(again, rows(), output_dir=tmp_path / "7", resume=True, **settings).history == whole.history
+    assert finetune(again, rows(), output_dir=tmp_path / "7", resume=True, **settings).history == whole.history
     assert same(tensors(again), tensors(model)), "a run that has taken its last step is finished once more"
 
 
@@ -497,7 +495,7 @@ def test_each_method_has_its_own_learning_rate_unless_one_is_given(build, tmp_pa
         model = build("toy[consistency=0]|lora")
         watch = Watch(model)
         settings = {**PLAIN, "learning_rate": given, "save_every": 4}
-        effzoo.finetune(model, rows(), output_dir=tmp_path / str(given), max_steps=4, callbacks=[watch], **settings)
+        finetune(model, rows(), output_dir=tmp_path / str(given), max_steps=4, callbacks=[watch], **settings)
         kinds = {
             tensor: {rate for name, rate in watch.rates[0].items() if name.endswith(f".{tensor}")}
             for tensor in expected
@@ -510,7 +508,7 @@ def test_each_method_has_its_own_learning_rate_unless_one_is_given(build, tmp_pa
         assert record["rates"] == {"default.toy": {"few": 4.0}} and record["stages"] == {"wide": 2, "narrow": 2}
         assert record["calibration_batches"] == 8
     with pytest.raises(TrainingError, match="learning_rate was 0.01 and is now"):
-        effzoo.finetune(
+        finetune(
             build("toy[consistency=0]|lora"), rows(), output_dir=tmp_path / "0.01", max_steps=4, resume=True, **PLAIN
         )
 
@@ -518,9 +516,7 @@ def test_each_method_has_its_own_learning_rate_unless_one_is_given(build, tmp_pa
 def test_all_parameters_train_at_one_rate(build, tmp_path):
     model = build(None)
     watch = Watch(model)
-    result = effzoo.finetune(
-        model, rows(), output_dir=tmp_path, max_steps=1, callbacks=[watch], **{**PLAIN, "save_every": 1}
-    )
+    result = finetune(model, rows(), output_dir=tmp_path, max_steps=1, callbacks=[watch], **{**PLAIN, "save_every": 1})
     assert set(watch.rates[0].values()) == {5e-5} and len(watch.rates[0]) == len(list(model.parameters()))
     record = json.loads((result.last / "run.json").read_text())
     assert record["learning_rate"] == 5e-5 and not {"rates", "stages", "calibration_batches"} & record.keys()
@@ -531,9 +527,7 @@ def test_all_parameters_train_at_one_rate(build, tmp_path):
 
 def test_checkpoints_hold_the_unfinished_adapter_and_the_result_the_finished_one(build, tmp_path):
     model = build(dtype=torch.float32)
-    result = effzoo.finetune(
-        model, rows(), output_dir=tmp_path, max_steps=4, **{**PLAIN, "save_every": 1, "keep": None}
-    )
+    result = finetune(model, rows(), output_dir=tmp_path, max_steps=4, **{**PLAIN, "save_every": 1, "keep": None})
     finished = [
         json.loads((folder / "adapter.json").read_text())["finished"]
         for folder in (result.last / "adapter", result.adapter)
@@ -550,7 +544,7 @@ def test_checkpoints_hold_the_unfinished_adapter_and_the_result_the_finished_one
 def test_what_is_stored_finished_loads(build, tmp_path):
     """A method whose shapes follow from its options alone, as the contract wants of finished adapters."""
     model, ids = build("toy[staged=false]", dtype=torch.float32), torch.tensor([[5, 6, 7]])
-    result = effzoo.finetune(model, rows(), output_dir=tmp_path, max_steps=4, **PLAIN)
+    result = finetune(model, rows(), output_dir=tmp_path, max_steps=4, **PLAIN)
     fresh = effzoo.load_adapter(build(None, dtype=torch.float32), result.adapter)
     assert torch.equal(fresh.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
     assert all(module.dial is None for module in shifts(fresh).values())
@@ -563,9 +557,7 @@ def test_the_best_checkpoint_is_of_the_last_stage_and_is_finished_after_it_is_lo
     held_out = [{"input_ids": [3 + i, 4], "label": 1} for i in range(8)]
     model = build("toy[consistency=0]", dtype=torch.float32)
     settings = {**PLAIN, "evaluate_every": 1, "save_every": 1, "keep": None, "learning_rate": 2e-2}
-    result = effzoo.finetune(
-        model, train, evaluate=held_out, output_dir=tmp_path, max_steps=12, best="loss", **settings
-    )
+    result = finetune(model, train, evaluate=held_out, output_dir=tmp_path, max_steps=12, best="loss", **settings)
     losses = {entry["step"]: entry["eval_loss"] for entry in result.history}
     assert min(losses, key=losses.get) < 6, "the best of all is in the first stage"
     allowed = range(6 + 3 + 1, 13)  # half of the 6 steps of the last stage are behind
@@ -580,12 +572,12 @@ def test_the_best_checkpoint_is_of_the_last_stage_and_is_finished_after_it_is_lo
 
 def test_a_finished_adapter_trains_on_with_what_is_left_in_one_stage(build, tmp_path):
     model = build()
-    effzoo.finetune(model, rows(), output_dir=tmp_path / "first", max_steps=6, **PLAIN)
+    finetune(model, rows(), output_dir=tmp_path / "first", max_steps=6, **PLAIN)
     places = {path: module.places.clone() for path, module in shifts(model).items()}
     before, base = tensors(model), {key: value for key, value in tensors(model).items() if ".adapters." not in key}
     CALLS.clear()
     settings = {**PLAIN, "save_every": 1}
-    result = effzoo.finetune(model, rows(), output_dir=tmp_path / "second", max_steps=3, **settings)
+    result = finetune(model, rows(), output_dir=tmp_path / "second", max_steps=3, **settings)
     assert not CALLS and all("stage" not in entry for entry in result.history)
     after = tensors(model)
     for key, value in before.items():
@@ -604,7 +596,7 @@ def test_a_finished_adapter_trains_on_with_what_is_left_in_one_stage(build, tmp_
 @pytest.mark.parametrize("kind", ["magnitude", "movement"])
 def test_a_pruned_network_trains_on_and_stays_pruned(build, tmp_path, kind):
     model = build(f"{kind}[keep=0.25]")
-    effzoo.finetune(model, rows(), output_dir=tmp_path / "first", max_steps=10, **PLAIN)
+    finetune(model, rows(), output_dir=tmp_path / "first", max_steps=10, **PLAIN)
     modules = {
         path: site.of("default")[kind]
         for path, site in sites(model)
@@ -612,7 +604,7 @@ def test_a_pruned_network_trains_on_and_stays_pruned(build, tmp_path, kind):
     }
     masks = {path: module.mask.clone() for path, module in modules.items()}
     before = {path: module.own.detach().clone() for path, module in modules.items()}
-    effzoo.finetune(model, rows(), output_dir=tmp_path / "second", max_steps=3, **{**PLAIN, "weight_decay": 0.1})
+    finetune(model, rows(), output_dir=tmp_path / "second", max_steps=3, **{**PLAIN, "weight_decay": 0.1})
     for path, module in modules.items():
         assert torch.equal(module.mask, masks[path]) and int(module.mask.sum()) == round(0.25 * module.mask.numel())
         assert torch.equal(module.own != 0, masks[path]), path
@@ -622,16 +614,16 @@ def test_a_pruned_network_trains_on_and_stays_pruned(build, tmp_path, kind):
 def test_a_finished_adapter_does_not_resume_a_run_that_needs_what_it_dropped(build, tmp_path):
     model = build()
     settings = {**PLAIN, "save_every": 2}
-    effzoo.finetune(model, rows(), output_dir=tmp_path / "toy", max_steps=4, **settings)
+    finetune(model, rows(), output_dir=tmp_path / "toy", max_steps=4, **settings)
     with pytest.raises(
         TrainingError,
         match="in the middle of its training, but the adapter 'default' of this model is finished: toy dropped",
     ):
-        effzoo.finetune(model, rows(), output_dir=tmp_path / "toy", max_steps=4, resume=True, **settings)
+        finetune(model, rows(), output_dir=tmp_path / "toy", max_steps=4, resume=True, **settings)
     model = build("lora")
-    effzoo.finetune(model, rows(), output_dir=tmp_path / "lora", max_steps=4, **settings)
+    finetune(model, rows(), output_dir=tmp_path / "lora", max_steps=4, **settings)
     after = tensors(model)
-    effzoo.finetune(model, rows(), output_dir=tmp_path / "lora", max_steps=4, resume=True, **settings)
+    finetune(model, rows(), output_dir=tmp_path / "lora", max_steps=4, resume=True, **settings)
     assert same(after, tensors(model)), "LoRA dropped nothing"
 
 
@@ -639,16 +631,16 @@ def test_a_second_run_of_a_finished_adapter_resumes(build, tmp_path):
     def finished():
         model = build("toy[staged=false]", dtype=torch.float32)
         CALLS.clear()
-        effzoo.finetune(model, rows(), output_dir=tmp_path / "first", max_steps=3, overwrite=True, **PLAIN)
+        finetune(model, rows(), output_dir=tmp_path / "first", max_steps=3, overwrite=True, **PLAIN)
         return model
 
     settings = {**PLAIN, "save_every": 1, "max_steps": 4}
     model = finished()
-    whole = effzoo.finetune(model, rows(), output_dir=tmp_path / "whole", **settings)
+    whole = finetune(model, rows(), output_dir=tmp_path / "whole", **settings)
     with pytest.raises(KeyboardInterrupt):
-        effzoo.finetune(finished(), rows(), output_dir=tmp_path / "stopped", callbacks=[Stop(2)], **settings)
+        finetune(finished(), rows(), output_dir=tmp_path / "stopped", callbacks=[Stop(2)], **settings)
     for other in (finished(), build("toy[staged=false]", dtype=torch.float32)):
-        resumed = effzoo.finetune(other, rows(), output_dir=tmp_path / "stopped", resume=True, **settings)
+        resumed = finetune(other, rows(), output_dir=tmp_path / "stopped", resume=True, **settings)
         assert resumed.history == whole.history and same(tensors(other), tensors(model))
 
 
@@ -679,6 +671,7 @@ from torch import nn  # noqa: F401 - for the toy
 import effzoo
 from effzoo.peft import PeftModule, Stage, TrainingHooks
 from effzoo.sites import sites
+from effzoo.train import Optimisation, Saving
 from transformers import TrainerCallback
 
 CALLS = []
@@ -710,11 +703,12 @@ def cases(directory, processes):
                 CALLS.clear()
                 model = build(peft, task)
                 result = effzoo.finetune(
-                    model, rows(task), evaluate=rows(task)[:9], evaluate_every=4, max_steps=8,
+                    model, rows(task), evaluate=rows(task)[:9], max_steps=8,
                     output_dir=directory / peft / task / str(accumulation),
-                    batch_size=8 // processes // accumulation, gradient_accumulation=accumulation,
-                    calibration_batches=2 * processes * accumulation,
-                    progress=False, save_every=None, log_every=1, weight_decay=0.0, warmup=0, clip=1.0,
+                    batch_size=8 // processes // accumulation, progress=False,
+                    optimisation=Optimisation(gradient_accumulation=accumulation, weight_decay=0.0, warmup=0,
+                                              calibration_batches=2 * processes * accumulation),
+                    saving=Saving(evaluate_every=4, save_every=None, log_every=1),
                 )
                 found[f"{peft}, {task}, {accumulation} accumulated"] = result.history, state(model)
     return found
@@ -727,7 +721,7 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 def resumed(directory):
-    settings = dict(max_steps=6, batch_size=3, log_every=2, progress=False, save_every=1)
+    settings = dict(max_steps=6, batch_size=3, progress=False, saving=Saving(log_every=2, save_every=1))
     data, found = rows("classification"), {}
     for step in (None, 2, 3, 4):
         if step is not None:

@@ -22,6 +22,7 @@ import json, os, random, sys
 from pathlib import Path
 import torch
 import effzoo
+from effzoo.train import Optimisation, Saving
 from transformers import TrainerCallback
 
 TINY = {"dim": 16, "layers": 2, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 64,
@@ -56,7 +57,8 @@ def tensors(model):
 CASES = (
     SHARED
     + '''
-SETTINGS = dict(max_steps=8, learning_rate=1e-2, log_every=1, progress=False, save_every=None, evaluate_every=4)
+SETTINGS = dict(max_steps=8, learning_rate=1e-2, progress=False)
+SETTINGS["saving"] = Saving(log_every=1, save_every=None, evaluate_every=4)
 
 def cases(directory, processes):
     """Losses by case; the global batch is 8 (or 8 accumulated from 4) whatever the number of processes."""
@@ -71,7 +73,8 @@ def cases(directory, processes):
             model = build(name, task=task, peft=peft, num_labels=3)
             data = rows(task)
             result = effzoo.finetune(model, data, evaluate=data[:9], output_dir=directory / case / str(accumulation),
-                                     batch_size=8 // processes // accumulation, gradient_accumulation=accumulation,
+                                     batch_size=8 // processes // accumulation,
+                                     optimisation=Optimisation(gradient_accumulation=accumulation),
                                      metrics=order_of_labels, **SETTINGS)
             found[f"{case}, {accumulation} accumulated"] = result.history
     model = build("longformer", attention="longformer[window=4]", task="token_classification", num_labels=53,
@@ -102,8 +105,8 @@ class Stop(TrainerCallback):
 
 def resumed(directory):
     """History and adapter of a run with dropout, whole and interrupted after step 5."""
-    settings = dict(max_steps=9, batch_size=3, learning_rate=1e-2, log_every=1, progress=False, save_every=2,
-                    output_dir=directory / "whole")
+    settings = dict(max_steps=9, batch_size=3, learning_rate=1e-2, progress=False,
+                    saving=Saving(log_every=1, save_every=2), output_dir=directory / "whole")
     data, found = rows("classification"), {}
     model = build(task="classification", num_labels=3, peft="lora", dropout=0.2)
     found["whole"] = effzoo.finetune(model, data, **settings).history, tensors(model)
@@ -197,9 +200,10 @@ def train(directory, name, callbacks=(), resume=False):
     effzoo.attach(model, "prefix[length=2]", name="second")
     effzoo.activate(model, "default", "second")
     data = rows("classification")
-    result = effzoo.finetune(model, data, evaluate=data[:5], evaluate_every=4, output_dir=directory / name,
-                             max_steps=14, batch_size=3, log_every=2, learning_rate=1e-2, progress=False, save_every=3,
-                             keep=1, callbacks=list(callbacks), resume=resume)
+    result = effzoo.finetune(model, data, evaluate=data[:5], output_dir=directory / name,
+                             max_steps=14, batch_size=3, learning_rate=1e-2, progress=False,
+                             saving=Saving(evaluate_every=4, log_every=2, save_every=3, keep=1),
+                             callbacks=list(callbacks), resume=resume)
     (directory / f"{name}.json").write_text(json.dumps([result.history, tensors(model)]))
 
 def loadable(path):

@@ -1,6 +1,7 @@
 """Every argument of `finetune` and `predict`: a value at or past an edge is refused in a sentence, or trained with as
 it says."""
 
+import dataclasses
 import inspect
 import math
 import pathlib
@@ -8,10 +9,12 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+from support import finetune
 
 import effzoo
 from effzoo.errors import EffzooError, OptionError, TrainingError
-from effzoo.train import Distillation
+from effzoo.train import Distillation, Optimisation, Saving
+from effzoo.train.settings import MOVED
 
 ROWS = [{"input_ids": [2 + i, 3, 4], "labels": i % 3} for i in range(6)]
 NAN, INF = float("nan"), float("inf")
@@ -37,10 +40,10 @@ TAKEN = {  # what each argument may be of the pool; the other values are refused
     "learning_rate": same(None, 2.5, 2**70, 1e308),
     "teacher": same(None), "distillation": same(None), "weight_decay": same(0, 2.5), "warmup": same(0),
     "schedule": same(),
-    "clip": same(None, 2.5, 2**70, 1e308), "precision": same(), "calibration_batches": same(), "seed": same(0),
+    "clip": same(None, 2.5), "precision": same(), "calibration_batches": same(), "seed": same(0),
     "evaluate_every": same(None),
     "save_every": same(None), "keep": same(None), "best": same(None), "log_every": same(), "resume": same(True, False),
-    "overwrite": same(True, False), "progress": same(True, False), "gradient_checkpointing": same(True, False),
+    "overwrite": same(True, False), "progress": same(True, False), "optimisation": same(), "saving": same(),
     "recompute": same(),
     "group_by_length": same(True, False), "num_workers": same(0), "collator": is_callable, "callbacks": same([]),
     "metrics": is_callable,
@@ -56,28 +59,36 @@ def classifier(tiny, **options):
 @pytest.fixture
 def train(tiny, tmp_path):
     def run(**given):
-        given = {
-            "model": classifier(tiny),
-            "train": ROWS,
-            "output_dir": tmp_path,
-            "progress": False,
-            "save_every": None,
-            **given,
-        }
+        given = {"model": classifier(tiny), "train": ROWS, "output_dir": tmp_path, "progress": False, **given}
+        if "saving" not in given:
+            given = {"save_every": None, **given}
         if "epochs" not in given:
             given = {"max_steps": 2, **given}
-        return effzoo.finetune(given.pop("model"), given.pop("train"), **given)
+        return finetune(given.pop("model"), given.pop("train"), **given)
 
     return run
 
 
-@pytest.mark.parametrize("name", inspect.signature(effzoo.finetune).parameters)
+@pytest.mark.parametrize("name", TAKEN)
 def test_what_an_argument_cannot_be_is_refused_in_a_sentence(train, tmp_path, name):
     for value in POOL:
         if not TAKEN[name](value):
             with pytest.raises(EffzooError) as told:
                 train(**{name: value})
             assert " " in str(told.value) and not list(tmp_path.iterdir()), f"{name}={value!r}: {told.value}"
+
+
+def test_every_setting_is_among_them():
+    fields = [field.name for settings in (Optimisation, Saving) for field in dataclasses.fields(settings)]
+    assert set(TAKEN) == {*inspect.signature(effzoo.finetune).parameters, *fields}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_keyword_of_earlier_versions_names_the_new_one(tiny, tmp_path, name):
+    with pytest.raises(OptionError) as told:
+        effzoo.finetune(classifier(tiny), ROWS, output_dir=tmp_path, **{name: 1})
+    taker = "recompute='blocks'" if name == "gradient_checkpointing" else f"({name}=...)"
+    assert f"finetune has no {name} any more; write " in str(told.value) and str(told.value).endswith(taker)
 
 
 @pytest.mark.parametrize("value", POOL, ids=lambda value: type(value).__name__)  # a repr may hold an address
@@ -98,10 +109,7 @@ def test_what_predict_cannot_take_is_refused_in_a_sentence(tiny, value):
         ({"epochs": 0.5, "batch_size": 1}, 3),
         ({"epochs": np.float32(1), "batch_size": np.int64(4)}, 2),
         ({"batch_size": 2**31 - 1, "eval_batch_size": 2**31 - 1, "evaluate": ROWS}, 2),
-        (
-            {"gradient_accumulation": 100, "warmup": 0.999, "weight_decay": 2.5, "clip": 1e308, "schedule": "constant"},
-            2,
-        ),
+        ({"gradient_accumulation": 100, "warmup": 0.999, "weight_decay": 2.5, "clip": 1e6, "schedule": "constant"}, 2),
         ({"seed": 2**32 - 1, "warmup": 1, "evaluate_every": 2**31 - 1, "evaluate": ROWS, "log_every": 2**31 - 1}, 2),
         ({"max_steps": 1}, 1),
     ],

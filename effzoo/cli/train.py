@@ -103,6 +103,7 @@ def finetune(
 
     import effzoo
     from effzoo import data as texts
+    from effzoo.train import Optimisation, Saving
 
     number("--holdout", holdout, "a share between 0 and 1", lambda x: 0 < x < 1)
     number("--epochs", epochs, "a positive number", lambda x: x > 0)
@@ -147,9 +148,10 @@ def finetune(
     try:
         result = effzoo.finetune(
             built, tokens[0], evaluate=tokens[1], output_dir=output, epochs=epochs, batch_size=batch_size,
-            learning_rate=learning_rate, precision=cast(Any, precision), seed=seed, resume=resume, overwrite=overwrite,
-            gradient_checkpointing=gradient_checkpointing, calibration_batches=calibration_batches,
-            recompute=cast(Any, recompute), progress=False, callbacks=[bar], **taught,
+            learning_rate=learning_rate, precision=cast(Any, precision), seed=seed, resume=resume, progress=False,
+            recompute=cast(Any, "blocks" if gradient_checkpointing else recompute), callbacks=[bar],
+            optimisation=Optimisation(calibration_batches=calibration_batches), saving=Saving(overwrite=overwrite),
+            **taught,
         )  # fmt: skip
     finally:
         bar.close()

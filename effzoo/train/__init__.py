@@ -4,8 +4,10 @@
 from effzoo.annotations import check_arguments
 from effzoo.train.distillation import Distillation
 from effzoo.train.predict import predict
-from effzoo.train.run import Result, finetune
+from effzoo.train.result import Result
+from effzoo.train.run import finetune
+from effzoo.train.settings import Optimisation, Saving
 
-__all__ = ["Distillation", "Result", "finetune", "predict"]
+__all__ = ["Distillation", "Optimisation", "Result", "Saving", "finetune", "predict"]
 
 check_arguments(globals())

@@ -84,7 +84,7 @@ def check_whole(checkpoint: Path) -> None:
     instead = (
         f"remove it to resume from {earlier[-1]}"
         if earlier
-        else ("there is no earlier one; overwrite=True with resume=False begins anew")
+        else ("there is no earlier one; Saving(overwrite=True) with resume=False begins anew")
     )
     try:
         content = json.loads((checkpoint / SUMS).read_text())

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effzoo.annotations import NotNegative, Range, Share, Whole, annotations_of, plain, problem
+from effzoo.annotations import NotNegative, Range, Share, Whole
 from effzoo.checked import IGNORED
 from effzoo.errors import IncompatibleError, OptionError, did_you_mean, listing, shown
+from effzoo.train.settings import check_fields
 
 Temperature = Annotated[float, Range(1e-6, 1e6)]  # its square, and logits divided by it, stay within float32
 PARTS = ("labels", "logits", "hidden", "attention")
@@ -50,10 +51,7 @@ class Distillation:
     share: Share = 1.0
 
     def __post_init__(self) -> None:
-        for name, wanted in annotations_of(type(self)).items():
-            object.__setattr__(self, name, plain(getattr(self, name)))
-            if wrong := problem(getattr(self, name), wanted):
-                raise OptionError(f"distillation: {name} {wrong}")
+        check_fields(self, "distillation")
         if not any(getattr(self, name) for name in PARTS[1:]):
             raise OptionError(
                 "distillation: the teacher counts for nothing, as logits, hidden and attention weigh "

@@ -20,7 +20,6 @@ from effzoo.peft.training_hooks import uses
 from effzoo.sites import sites
 from effzoo.train import checkpoints
 from effzoo.train.record import differences
-from effzoo.train.settings import one_of
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
@@ -84,9 +83,7 @@ def check_model(model: Any, what: str = "model") -> None:
 
 
 def check_precision(model: torch.nn.Module, precision: str) -> None:
-    """OptionError for an unknown precision, IncompatibleError for one that cannot run here or that accelerate was
-    launched without."""
-    one_of("precision", precision, PRECISIONS)
+    """IncompatibleError for a precision that cannot run here, or that accelerate was launched without."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no" and launched != PRECISIONS[precision]:
         named = {value: key for key, value in PRECISIONS.items()}.get(launched, launched)
@@ -154,7 +151,7 @@ def starting_point(directory: Path, run: dict[str, Any], resume: bool, overwrite
     if not resume:
         raise TrainingError(
             f"{directory} holds {len(found)} checkpoints of an earlier run (the newest is {found[-1].name}); "
-            "resume=True continues it, overwrite=True removes them, or give another output_dir"
+            "resume=True continues it, Saving(overwrite=True) removes them, or give another output_dir"
         )
     checkpoints.check_whole(found[-1])
     earlier = json.loads((found[-1] / checkpoints.RUN).read_text())
@@ -163,7 +160,7 @@ def starting_point(directory: Path, run: dict[str, Any], resume: bool, overwrite
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
         raise TrainingError(
             f"{found[-1]} belongs to another run: {different[0]}{more}. Give the same, or "
-            "overwrite=True with resume=False."
+            "Saving(overwrite=True) with resume=False."
         )
     if run["data"] is None:
         logging.getLogger("effzoo").warning(

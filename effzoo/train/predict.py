@@ -15,7 +15,7 @@ from effzoo.train.batches import Pad
 from effzoo.train.examples import accepted
 from effzoo.train.examples import examples as checked
 from effzoo.train.preconditions import check_model, check_precision
-from effzoo.train.settings import flag, whole
+from effzoo.train.settings import Steps
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def predict(
     model: Transformer | Perceiver,
     examples: Any,
     *,
-    batch_size: int = 16,
+    batch_size: Steps = 16,
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
     progress: bool = True,
 ) -> Tensor:
@@ -42,7 +42,6 @@ def predict(
             f"{model.task!r}; call the model itself"
         )
     check_precision(model, precision)
-    batch_size, progress = whole("batch_size", batch_size, least=1), flag("progress", progress)
     rows = checked(examples, model, "examples", labelled=False)
     from tqdm.auto import tqdm  # comes with transformers, and takes a while to import
 
