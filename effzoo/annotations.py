@@ -115,8 +115,7 @@ def annotations_of(of: Any) -> dict[str, Any]:
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """Whether a value is what the annotation says; ints pass for floats, lists for tuples, numbers of numpy for those
-    of Python."""
+    """Whether a value is what the annotation says; ints pass for floats, lists for tuples, numpy's for Python's."""
     return problem(value, annotation) is None
 
 
@@ -132,8 +131,7 @@ def problem(value: Any, annotation: Any) -> str | None:
 
 
 def _part(value: Any, annotation: Any) -> str:
-    """The key or item that is of another type than the annotation says, or how to make a list of what is none, as the
-    end of a sentence."""
+    """The key or item of another type than the annotation says, as the end of a sentence."""
     for _, origin, arguments in map(_read, _alternatives(annotation)):
         if issubclass(origin, Mapping) and isinstance(value, Mapping):
             for key, item in value.items():
@@ -167,8 +165,7 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 
 
 def _read(annotation: Any) -> tuple[Any, type, tuple[Any, ...]]:
-    """The annotation, its class and what it holds: a bare list or map is one of anything, and what is no class is
-    `object`."""
+    """The annotation, its class (`object` for what is no class) and what it holds (anything in a bare list or map)."""
     origin, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if isinstance(origin, type) and not arguments:
         if issubclass(origin, Mapping):
@@ -184,8 +181,7 @@ def _counted(origin: type, arguments: tuple[Any, ...]) -> bool:
 
 
 def unreadable(annotation: Any) -> Any | None:
-    """The part of an annotation of an option that no spec and no adapter file can hold, or that says nothing of a
-    value; None when there is none."""
+    """The part of an option's annotation that no spec and no adapter file can hold, or that says nothing; or None."""
     if any(
         annotation is known
         for known in (Any, object, inspect.Parameter.empty, None, types.NoneType, bool, int, float, str)
@@ -296,8 +292,7 @@ def check_arguments(namespace: dict[str, Any]) -> None:
 
 
 def checked(function: Callable[..., R]) -> Callable[..., R]:
-    """The function, which first compares its arguments with its annotations: ArgumentError for another type,
-    OptionError beyond a range."""
+    """The function, with a check of its arguments: ArgumentError for another type, OptionError beyond a range."""
     if hasattr(function, "checks_arguments"):
         return function
     parameters = inspect.signature(function).parameters
@@ -329,8 +324,7 @@ def checked(function: Callable[..., R]) -> Callable[..., R]:
 
 
 def _meaning(function: Any, annotation: Any) -> Any:
-    """An annotation that is still text, evaluated where the function was written; Any for names that only type checkers
-    import."""
+    """A textual annotation, evaluated where the function was written; Any for names that only type checkers import."""
     if not isinstance(annotation, str):
         return annotation
     try:

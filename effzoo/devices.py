@@ -1,5 +1,4 @@
-"""The host and an accelerator, which works through what it is told later on: whatever the host has to know of that
-makes it wait."""
+"""What the host may read of a tensor: an accelerator computes later, so to read its values is to wait for it."""
 
 from __future__ import annotations
 
@@ -18,8 +17,10 @@ _taken: ContextVar[str] = ContextVar("_taken", default="cpu")
 
 @contextlib.contextmanager
 def taken_to_be(kind: str) -> Iterator[None]:
-    """Tensors on the CPU are taken to be on a device of this kind, "cpu" or "cuda": for `plan`, whose tensors have no
-    memory anywhere."""
+    """Tensors on the CPU count as tensors on a "cpu" or "cuda" device.
+
+    For `plan`, whose tensors have no memory anywhere.
+    """
     token = _taken.set(kind)
     try:
         yield
@@ -44,8 +45,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def at_hand(x: Tensor) -> bool:
-    """Whether code may branch on the values of x: in eager mode, on the CPU. An accelerator would have to be waited
-    for."""
+    """Whether code may branch on the values of x: in eager mode, on the CPU; an accelerator's would be waited for."""
     return kind_of(x) == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -65,8 +65,7 @@ _keeping: list[bool] = []
 
 @contextlib.contextmanager
 def keeping() -> Iterator[None]:
-    """Tables that are made here are those of compiled code later on: for functions in which the compiler makes no
-    tensor."""
+    """Tables that are made here serve compiled code later: for functions in which the compiler makes no tensor."""
     _keeping.append(True)
     yield
     _keeping.pop()

@@ -83,21 +83,19 @@ def generate(
     use_cache: bool = True,
     **options: Any,
 ) -> Any:
-    """Continue token ids [batch, n]; the result is what transformers' `generate` gives: ids [batch, n + new], the
-    prompt in front.
+    """Continue token ids [batch, n] as transformers' `generate` does: ids [batch, n + new], the prompt in front.
 
-    attention_mask: 0 at padding, which stands at the front (left) in a batch of prompts of different length; a row
-        gives the text and the logits that it gives alone.
-    global_attention_mask: of the prompt, for kinds with global tokens.
-    use_cache: keep keys and values; the kind must have a cache (all but `linformer` and `perceiver`). options: of
-        transformers' GenerationConfig, such as `max_new_tokens=20, do_sample=True, top_p=0.9, num_beams=4,
+    attention_mask [batch, n]: 0 at padding, which stands in front (left) of shorter prompts; a row gives the text and
+        the logits that it gives alone.
+    global_attention_mask [batch, n]: of the prompt, for kinds with global tokens.
+    use_cache: keep keys and values; the kind must have a cache (all but `linformer` and `perceiver`).
+    options: of transformers' GenerationConfig, such as `max_new_tokens=20, do_sample=True, top_p=0.9, num_beams=4,
         eos_token_id=2`, and `logits_processor`, `stopping_criteria`, `streamer`, `prefix_allowed_tokens_fn`,
-        `tokenizer` (for `stop_strings`). Options that are not given stand as the model's config says (`eos_token`,
-        `bos_token`, `pad_token`, and `generation`: of a converted model those of its `generation_config`), which an
-        INFO record names; None takes one away. Active adapters act.
+        `tokenizer` (for `stop_strings`). One that is not given is what the model's config says (`eos_token`,
+        `bos_token`, `pad_token`, `generation`), which an INFO record names; None takes it away.
 
-    Attention that counts places from the front (`local`, `blockwise`, a circular `lsh`) computes rows of one length at
-    a time.
+    Active adapters act. Attention that counts places from the front (`local`, `blockwise`, a circular `lsh`) computes
+    rows of one length at a time.
 
     Raises IncompatibleError for an encoder, another task, or a kind without a cache; OptionError for options that
         transformers does not know, refuses, or that have no meaning here; InputError for prompts that do not fit.
@@ -145,8 +143,7 @@ def _check_prompt(model: Transformer, input_ids: Tensor, attention_mask: Tensor 
 
 
 def _settings(model: Transformer, input_ids: Tensor, options: dict[str, Any]) -> GenerationConfig:
-    """The options as transformers takes them, those of the model's config first, each known, and the length such that
-    it fits."""
+    """The options as a GenerationConfig, each known, with those of the model's config and a length that fits."""
     for name, value in options.items():
         if name in OPTIONS or value is None or value is False or value == _NEUTRAL.get(name):
             continue
@@ -187,8 +184,7 @@ def _settings(model: Transformer, input_ids: Tensor, options: dict[str, Any]) ->
 
 
 def _own(model: Transformer, longest: int, given: dict[str, Any]) -> dict[str, Any]:
-    """What the model's config says of texts and of generation, without what is given in its place; an INFO record names
-    what acts."""
+    """What the model's config says of texts and of generation, without what was given; an INFO record names it."""
     config = model.config
     ended = (config.eos_token,) if isinstance(config.eos_token, int) else config.eos_token or ()
     own = {"pad_token_id": config.pad_token, "bos_token_id": config.bos_token, "eos_token_id": list(ended)} | dict(
@@ -235,8 +231,7 @@ _known = GenerationConfig()  # type: ignore[no-untyped-call]
 
 
 class _Group:
-    """Rows that are computed together: their numbers, the columns of padding that are cut off in front, and what is
-    kept of them."""
+    """Rows that are computed together, their numbers, and the padding that is cut off in front."""
 
     def __init__(self, numbers: Tensor, cut: int, mask: Tensor, is_global: Tensor | None):
         self.numbers, self.cut, self.mask, self.cache = numbers, cut, mask[numbers, cut:], Cache()
@@ -248,9 +243,10 @@ class Rows:
     """The logits after each row of a batch that grows, as they are where the row stands alone.
 
     Where the attention counts places from the front, rows with as much padding make a group, and the padding is cut
-    off; otherwise padding in front changes nothing, and all rows are one group. Without a cache each call computes its
-    rows from their start; with one, rows that continue rows of the call before (of the same prompt: samples and beams
-    stand together) go on from what is kept of those.
+    off; otherwise padding in front changes nothing, and all rows are one group.
+
+    Without a cache each call computes its rows from their start. With one, a row that continues a row of the last call
+    goes on from what is kept of that one; samples and beams of a prompt stand together.
     """
 
     def __init__(
@@ -265,8 +261,7 @@ class Rows:
         ]
 
     def logits(self, ids: Tensor) -> Tensor:
-        """The logits of what follows, [rows, vocab], for ids [rows, n]: as many rows for each prompt, in the order of
-        the prompts."""
+        """The logits of the next token, [rows, vocab], for ids [rows, n], as many rows for each prompt."""
         times, out = len(ids) // self.prompts, None
         origin = self._origin(ids, times) if self.use_cache else None
         if len(self.groups) == 1:  # of all rows, in their order
@@ -304,16 +299,14 @@ class Rows:
         return cast(Tensor, out.logits[:, -1])
 
     def _positions(self, ids: Tensor, present: Tensor) -> Tensor:
-        """Tokens are counted from 0, or from the offset of models that count from their padding, which is then not
-        counted by its id either."""
+        """Tokens are counted from 0, or from the offset of a model whose padding has the position before it."""
         offset, pad = self.model.config.position_offset, self.model.config.pad_token
         if offset and pad is not None:
             present = present & (ids != pad)
         return torch.where(present, present.long().cumsum(dim=1) + offset - 1, max(offset - 1, 0))
 
     def _origin(self, ids: Tensor, times: int) -> Tensor | None:
-        """For each row the row of the call before that it continues by one token, [rows]; None when one continues
-        none."""
+        """For each row the row of the last call that it continues by one token, int[rows]; None when none does."""
         if self.before.shape != (len(ids), ids.shape[1] - 1):
             return None
         order = torch.arange(len(ids), device=ids.device)

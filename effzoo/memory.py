@@ -24,10 +24,9 @@ _KEPT = 2**28  # bytes that are left for everything else
 
 
 def room(*numbers: Any, large: int = LARGE) -> AbstractContextManager[Any]:
-    """While a model or an adapter of these sizes is made: a tensor that does not fit into the free memory raises
-    TooLargeError, unallocated.
+    """Inside, a tensor that does not fit into the free memory raises TooLargeError before it is allocated.
 
-    large: nothing is watched unless one of the numbers is above it.
+    large: nothing is watched unless one of the sizes is above it.
     """
     watched = any(number > large for number in _numbers(numbers)) and detect_fake_mode() is None
     return _Room() if watched else nullcontext()  # type: ignore[no-untyped-call]

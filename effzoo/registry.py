@@ -104,8 +104,10 @@ class View(Generic[T]):
         return list(_options(self.get(name)))
 
     def create(self, given: str | Mapping[str, Any] | Spec, *arguments: Any) -> T:
-        """Build one entry from a spec; unknown options, and values of another type or outside their range, raise
-        OptionError."""
+        """Build one entry from a spec.
+
+        Raises OptionError for unknown options, and for values of another type or outside their range.
+        """
         spec = parse_one(given)
         cls = self.get(spec.name)
         _check_names(self.kind, spec, _options(cls))

@@ -27,8 +27,7 @@ from effzoo.sites import sites, unwrap
 
 @dataclass(frozen=True)
 class Swap:
-    """What became of the attention's tensors: kept as they were, copied {new: from}, newly drawn, and dropped; keys as
-    in `state_dict`."""
+    """What became of the attention's tensors, with keys as in `state_dict`."""
 
     attention: str
     kept: tuple[str, ...]
@@ -53,16 +52,16 @@ class Swap:
 def swap_attention(model: Transformer, attention: Any) -> Swap:
     """Replace the attention of every block, in place, and say what became of each tensor.
 
-    attention: a spec such as "linformer[k=128]", or one per layer. Projections that both kinds have stay the very same
-        modules. Projections that only the new kind has start as a copy of the one they stand in for (its queries of the
-        queries, as in Longformer's global projections from the local ones, the shared queries and keys of LSH from the
-        queries); what has no such origin is drawn as the kind says (Linformer's E and F start as the mean over
-        segments). With the same weights the new kind computes another function: how near it is to the old one depends
-        on the kind, so measure, and fine-tune.
+    Projections that both kinds have stay the same modules. One that only the new kind has starts as a copy of the one
+    it stands in for (Longformer's global projections from the local ones, the shared queries and keys of LSH from the
+    queries); what has no such origin is drawn as the kind says (Linformer's E and F start as the mean over segments).
+    With the same weights the new kind computes another function: measure how near it is, and fine-tune.
+
+    attention: a spec such as "linformer[k=128]", or one per layer.
 
     Raises UnknownNameError, OptionError, IncompatibleError (a kind that cannot be causal, in a decoder) and
-        AdapterError when adapters are attached, or merged into the attention and still to be taken out again; the model
-        is then unchanged.
+        AdapterError when adapters are attached, or merged into the attention and not taken out again; the model is then
+        unchanged.
     """
     model = unwrap(model)
     if not isinstance(model, Transformer):

@@ -16,8 +16,7 @@ class Model(nn.Module):
 
 
 def unwrap(model: M) -> M:
-    """The model inside `torch.compile`, DistributedDataParallel and DataParallel, however deep; any other module is
-    itself.
+    """The model inside `torch.compile`, DistributedDataParallel and DataParallel; any other module is itself.
 
     Give the wrapper, not what is in it, to whatever changes which parameters learn: only then is it seen that
     DistributedDataParallel does not synchronise one that it did not know, or that was frozen, when it was made.
@@ -41,8 +40,7 @@ def unwrap(model: M) -> M:
 
 
 def refuse_compiled(part: nn.Module, path: str) -> None:
-    """AdapterError for a part of a model that stands in a wrapper of `torch.compile`, which would change the names of
-    all that is in it."""
+    """Refuse a model of which a part stands in `torch.compile`, which changes the names of all that is in it."""
     if type(part).__name__ == "OptimizedModule":
         raise AdapterError(
             f"{path} is compiled as a module of its own, which renames what is in it; compile it in "

@@ -38,8 +38,7 @@ def replace_file(path: str | Path, content: Content) -> None:
 def replace_files(
     folder: Path, contents: Mapping[str, Content], *, afterwards: Callable[[], None] | None = None
 ) -> None:
-    """Write several files of one folder, in the given order, each whole or not at all; make the folder if there is
-    none.
+    """Write several files of one folder in the given order, each whole or not at all; make the folder if there is none.
 
     contents: name -> content, as in `replace_file`. All are on disk under temporary names before the first gets its
         own, so what does not fit changes nothing.

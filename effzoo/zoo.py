@@ -83,8 +83,7 @@ def _repeated(values: list[Any], layers: int) -> tuple[Any, ...]:
 
 
 def _check(path: Path, entry: dict[str, Any]) -> None:
-    """Refuse unknown and missing keys and wrong values; `repeat` holds lists of values of other keys, which are given
-    to the layers in turn."""
+    """Refuse unknown and missing keys and wrong values; `repeat` holds lists of values, which layers get in turn."""
     cls = _class(entry)
     fields, annotations = {f.name: f for f in dataclasses.fields(cls)}, annotations_of(cls)
     repeat = entry.get("repeat", {})

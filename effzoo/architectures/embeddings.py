@@ -40,8 +40,7 @@ class Embeddings(nn.Module):
         self.project = Linear(config.embed_dim, config.dim, role="embed.project") if config.embedding_dim else None
 
     def prompt(self) -> Tensor | None:
-        """The prompt tokens of active adapters, which stand in front of every input: [p, dim], [batch, p, dim] or
-        None."""
+        """The prompt tokens of active adapters, in front of every input: [p, dim], [batch, p, dim] or None."""
         return self.token.prompt()
 
     def forward(
@@ -121,8 +120,10 @@ class AxialPositions(nn.Module):
 
 
 class SinusoidalPositions(nn.Module):
-    """(sin(p w_0), cos(p w_0), sin(p w_1), ...) with w_j = 10000^(-2j/dim), fixed (Vaswani et al. 2017,
-    arXiv:1706.03762, section 3.5)."""
+    """(sin(p w_0), cos(p w_0), sin(p w_1), ...) with w_j = 10000^(-2j/dim); nothing is learned.
+
+    Vaswani et al. 2017, arXiv:1706.03762, section 3.5.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
@@ -136,8 +137,7 @@ class SinusoidalPositions(nn.Module):
 
 
 def check_tensors(**given: object) -> None:
-    """Refuse what is neither a dense tensor nor None, masks and ids of another dtype than is read, and tensors on
-    several devices."""
+    """Refuse what is no dense tensor, masks and ids of a dtype that is not read, and tensors on several devices."""
     first = None
     for name, value in given.items():
         if value is None:

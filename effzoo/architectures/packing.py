@@ -66,8 +66,7 @@ class Documents:
 
 
 def documents_of(positions: Tensor, batch: int) -> tuple[Tensor, Documents | None]:
-    """The position ids that were given, [batch or 1, n], and the documents in a batch by them; None where each row is
-    one document."""
+    """The position ids [batch or 1, n], and the documents of a batch by them; None where each row is one document."""
     starts = F.pad(positions.expand(batch, -1).diff(dim=1) != 1, (1, 0))
     if torch.compiler.is_compiling():
         return known(

@@ -38,11 +38,12 @@ from effzoo.sites import Embedding, Linear, Model
 class Perceiver(Recomputing, Model):
     """A Perceiver with the head of a task; everything in `config` is data.
 
-    Roles of the sites: `attn.*` and `mlp.*` are those of the latent blocks, so that PEFT methods hang there by default;
-    `cross.*` the cross-attention's, `latents` their table, `embed.*` the input's, `decoder.*` the output queries' of a
-    language model, which come pretrained. The decoder of a classification head has roles `head.*`: it starts untrained
-    and every adapter trains a copy.
-    Weights start normal with standard deviation 0.02, the latents too; biases are 0.
+    Weights and latents start normal with standard deviation 0.02, biases 0. Roles of the sites:
+
+    attn.*, mlp.*: the latent blocks, where PEFT methods hang by default.
+    cross.*: the cross-attention. latents: their table. embed.*: the input.
+    decoder.*: the output queries of a language model, which come pretrained.
+    head.*: those of a classification head, which start untrained: every adapter trains a copy.
     """
 
     def __init__(self, config: PerceiverConfig, task: str = "features", num_labels: int = 2):

@@ -36,8 +36,8 @@ class Inputs(nn.Module):
     def forward(
         self, ids: Tensor | None, embeds: Tensor | None, position_ids: Tensor | None, prompt: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The byte array [batch, p + n, width] with the p tokens of a prompt in front, and its places in the grid,
-        [batch or 1, p + n]."""
+        """The byte array [batch, p + n, width] after p prompt tokens, and its places in the grid, int[1 or batch, p +
+        n]."""
         x = embeds if embeds is not None else self.token(ids)  # type: ignore[misc]
         axes = x.shape[1:-1]
         positions = grid_index(axes, self.config.grid, x.device)[None] if position_ids is None else position_ids

@@ -118,8 +118,7 @@ class Transformer(Recomputing, Model):
         """head(blocks(embeddings(input))): an Output with loss, logits and last_hidden_state [batch, n, dim].
 
         input_ids int[batch, n]: the tokens.
-        attention_mask [batch, n]: 1 for tokens, 0 for padding; None when all are tokens. With a cache it covers the
-            positions in the cache, too.
+        attention_mask [batch, n]: 1 for tokens, 0 for padding; with a cache it covers the positions in it, too.
         token_type_ids int[batch, n]: which text a token belongs to; 0 when not given.
         position_ids int[batch or 1, n]: 0, 1, 2, ... when not given. Where they do not go on by 1 in a decoder, another
             document starts, which is computed as it is alone; beside an attention_mask they are positions only, as in
@@ -220,8 +219,7 @@ class Transformer(Recomputing, Model):
         return ids != pad if valid is None else valid & (ids != pad)
 
     def _read(self, x: Tensor, valid: Tensor | None, prompt_length: int) -> Tensor | None:
-        """The positions whose output the head reads, after those of the prompt; None where the last block computes
-        all."""
+        """The positions whose output the head reads, after the prompt's; None where the last block computes all."""
         last = cast(Block, self.blocks[-1])
         plain = self.config.residual != "reversible" and not (self.side.active and self.side.replaces)
         if not (self.only_what_is_read and isinstance(self.head, Classification) and plain and last.positionwise):
@@ -290,8 +288,10 @@ class Transformer(Recomputing, Model):
         self, valid: Tensor | None, is_global: Tensor | None, x: Tensor, prompt_length: int, cached_prompt: int,
         positions: Tensor, tasks: Tensor | None,
     ) -> Mask:  # fmt: skip
-        """The mask of the blocks. Prompt tokens are global where attention knows global tokens: else only the tokens
-        near them would see them."""
+        """The mask of the blocks.
+
+        Prompt tokens are global where attention knows global tokens: else only the tokens near them would see them.
+        """
         batch, n = x.shape[0], x.shape[1] - prompt_length
         cores = list(self.cores())
         knows_global = any(core.knows_globals() for core in cores)
@@ -328,8 +328,7 @@ def _balanced(output: Output, losses: Sequence[Tensor]) -> Output:
 
 
 def _narrow(config: Config, factor: int, layers: Sequence[int]) -> tuple[nn.ModuleList, int]:
-    """Blocks like those of the given layers with plain residuals, `factor` times narrower, and their width: a multiple
-    of the heads, even if rotated."""
+    """Blocks like those of the given layers, `factor` times narrower and with plain residuals; and their width."""
     if config.share_layers:
         reason = "a side network has a block beside each layer, cut out of that layer's own"
         raise IncompatiblePeft(

@@ -32,9 +32,11 @@ def hold_in(tensor: Tensor, dtype: torch.dtype) -> None:
 def copy_into(
     wanted: Mapping[str, Tensor], chosen: Mapping[str, Tensor], dtypes: bool, learns: Mapping[str, bool]
 ) -> None:
-    """Write the chosen values into the wanted tensors of the same names. dtypes: whether these take the values' dtypes,
-    or keep their own.
-    learns: of those whose `requires_grad` is to be set, what to."""
+    """Write the chosen values into the wanted tensors of the same names.
+
+    dtypes: whether the tensors take the values' dtypes, or keep their own.
+    learns: {name: requires_grad}, for those whose flag is to be set.
+    """
     for key, tensor in chosen.items():
         if dtypes:
             hold_in(wanted[key], tensor.dtype)
@@ -50,8 +52,10 @@ def let_learn(tensors: Mapping[str, Tensor], learns: Mapping[str, bool]) -> None
 
 
 def load_state(theirs: Any, state: dict[str, Tensor], learns: Mapping[str, bool]) -> None:
-    """Load a state dict into a model of transformers, every tensor in its own dtype and as trainable as `learns` says;
-    what their model ties stays tied."""
+    """Load a state dict into a model of transformers, each tensor in its own dtype and trainable as `learns` says.
+
+    What their model ties stays tied.
+    """
     own = {
         **dict(theirs.named_parameters(remove_duplicate=False)),
         **dict(theirs.named_buffers(remove_duplicate=False)),
@@ -82,8 +86,7 @@ def from_pretrained(cls: Any, label: str, **more: Any) -> tuple[Any, Any]:
 
 
 def stored(label: str) -> dict[str, torch.dtype]:
-    """The dtypes of the floating-point tensors in the safetensors files of a folder, or of a hub id that has been
-    fetched."""
+    """The dtypes of the floating-point tensors in a folder's safetensors files, or in those of a fetched hub id."""
     found: dict[str, torch.dtype] = {}
     for file in _files(label):
         with safe_open(file, "pt") as opened:

@@ -43,13 +43,14 @@ _ONLY: dict[str, Any] = {
 
 
 def check_fields(theirs: Any, cls: type, name: str, read: Iterable[str], inert: Iterable[str]) -> None:
-    """Refuse every field of `theirs` that is neither read nor inert, unless it has the value that stands for its
-    absence.
+    """Refuse every field of `theirs` that is neither read nor inert, unless it has its default.
 
-    cls: the class of transformers' configurations, whose defaults these values are. name: of the layout. read: the
-        fields that are understood.
-    inert: those that change nothing that is computed, beside the general ones. Raises ConversionError with the field
-        and its value.
+    cls: the class of transformers' configurations, whose defaults these are.
+    name: of the layout.
+    read: the fields that are understood.
+    inert: those of this layout that change nothing that is computed.
+
+    Raises ConversionError with the field and its value.
     """
     if type(theirs) is not cls:
         raise ConversionError(

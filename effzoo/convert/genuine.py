@@ -1,10 +1,9 @@
-"""Whether a live model computes what its class and its configuration say: no other code acts in it, and no part was
-replaced.
+"""Whether a live model computes what its class and its configuration say.
 
 A model of transformers is read by its tensors and its configuration. Subclasses, replaced modules, adapters, quantised
 layers, hooks, methods put on an instance or a class, and functions of one's own change what it computes and leave both
-as they are, so each of them is looked for and refused. So are hooks on gradients, which change what is learned. Hooks
-on state dicts change neither, and the tensors are read past them.
+as they are: each is refused. So are hooks on gradients, which change what is learned. Hooks on state dicts change
+neither, and the tensors are read past them.
 """
 
 from __future__ import annotations
@@ -206,8 +205,7 @@ def _check_frequencies(label: str, model: Any) -> None:
 
 
 def _check_numbers_of_places(label: str, model: Any) -> None:
-    """Refuse positions and segments, for inputs without any, that are others than those that every model of theirs
-    starts with."""
+    """Refuse buffers of positions and token types that are not those of a new model."""
     for path, buffer in model.named_buffers():
         name, n = path.rpartition(".")[2], buffer.shape[-1] if buffer.ndim else 0
         if name not in ("position_ids", "token_type_ids") or buffer.is_meta:
@@ -276,10 +274,10 @@ def tensors_of(label: str, model: Any, missing: frozenset[str] = frozenset()) ->
 
 
 def check_ties(label: str, model: Any, ties: Mapping[str, str], same: Mapping[str, object] | None = None) -> None:
-    """Refuse parameters that are one tensor under several names, but for those that are tied: {a name: another with the
-    same tensor}.
+    """Refuse parameters that are one tensor under several names, unless they are tied.
 
-    same: what names hold in our model; those that hold the same there may be one.
+    ties: {a name: another of the same tensor}.
+    same: what the names hold in our model; those that hold the same there may be one.
     """
     seen: dict[int, str] = {}
     ours = same or {}
@@ -336,8 +334,7 @@ def _check_code(where: str, module: nn.Module) -> None:
 
 
 def _check_hooks_of_all(label: str) -> None:
-    """Refuse hooks that were put on all modules of the process: they act at the borders of modules, which are others
-    here."""
+    """Refuse hooks on all modules of the process: they act at the borders of modules, which are others here."""
     for registered in (
         of_torch._global_forward_hooks, of_torch._global_forward_pre_hooks, of_torch._global_backward_hooks,
         of_torch._global_backward_pre_hooks,
@@ -351,8 +348,7 @@ def _check_hooks_of_all(label: str) -> None:
 
 
 def _check_class_code(label: str, cls: type) -> None:
-    """Refuse methods of a class, and functions in the file of a class of transformers, that others have put there:
-    libraries of faster kernels do."""
+    """Refuse a class or file of transformers in which others replaced functions, as libraries of faster kernels do."""
     known = (*_THEIRS, *_LIBRARIES)
     for owner in cls.__mro__:
         for name, value in vars(owner).items():

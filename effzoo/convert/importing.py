@@ -25,14 +25,15 @@ _NOT_OVERRIDDEN = ("name", "layout", "paper", "hub", "package")
 def from_transformers(source: Any, *, task: str | None = None, num_labels: int | None = None, **overrides: Any) -> Any:
     """A model of ours with the configuration and the weights of a model of transformers.
 
-    source: a live model, a local folder, or a hub id; BERT, RoBERTa, Longformer, ModernBERT, GPT-2, Llama, Mistral
-        or Qwen3 with any head that we have, the encoder of LED, or a Perceiver.
-    task: another than the source's, with a new head. overrides: fields of the config, such as
-        `attention="longformer[window=256]"`, `max_length=4096`, `dropout=0.0`. The result has the source's dtype
-        (tensor by tensor, where they differ; of a folder those of its files), device and training mode; names of
-        labels are not kept. A tensor is trainable (requires_grad) where the one of the source is that it is made
-        from, as are parts of one (GPT-2's q, k and v) and copies (an attention's new projections); what is new is
-        trainable.
+    source: a live model, a local folder, or a hub id; BERT, ALBERT, RoBERTa, Longformer, ModernBERT, GPT-2, Llama,
+        Mistral, Qwen3 or Reformer with any head that we have, the encoder of LED, or a Perceiver.
+    task: another than the source's, with a new head.
+    num_labels: of a new classification head; None for the source's.
+    overrides: fields of the config, such as `attention="longformer[window=256]"`, `max_length=4096`, `dropout=0.0`.
+
+    The result has the source's dtype (tensor by tensor, where they differ; of a folder those of its files), device and
+    training mode; names of labels are not kept. A tensor is trainable (requires_grad) where the one that it is made
+    from is: parts of one (GPT-2's q, k and v), copies (an attention's new projections). What is new is trainable.
 
     Raises ConversionError for a feature that we do not have, a mismatch, or weights that cannot be loaded.
     """
@@ -71,14 +72,16 @@ def from_transformers(source: Any, *, task: str | None = None, num_labels: int |
 
 
 def load_pretrained(model: Any, source: Any) -> Any:
-    """Copy the weights of a source into a model, and return the model; its dtype, device, training mode and what is
-    trainable stay.
+    """Copy the weights of a source into a model, and return the model.
 
-    source: a live model of transformers, a local folder or a hub id, of the same architecture and sizes. The model may
-        have another attention (new projections start as those that are queries, keys or values there, other new tensors
-        stay as they are), another max_length (positions are repeated, or cut) and another task (its head stays as it
-        is; BERT's pooler is part of the
-    classification head). INFO records of the logger "effzoo.convert" list what was copied, new and unused.
+    Its dtype, device, training mode and what is trainable stay. INFO records of the logger "effzoo.convert" list what
+    was copied, new and unused.
+
+    source: a live model of transformers, a local folder or a hub id, of the same architecture and sizes.
+
+    The model may have another attention (new projections start as those that are queries, keys or values there, other
+    new tensors stay as they are), another max_length (positions are repeated, or cut) and another task (its head stays
+    as it is; BERT's pooler is part of the classification head).
 
     Raises ConversionError, and changes nothing, for the first mismatch in a number.
     """
@@ -98,8 +101,7 @@ def load_pretrained(model: Any, source: Any) -> Any:
 
 
 def _with_texts(ours: Config, theirs: Config) -> Config:
-    """Our config with what the weights' own says of where texts begin and end, of padding where ours does not, and of
-    generation."""
+    """Our config with the source's tokens and settings of generation, and its padding token where ours has none."""
     taken = {name: getattr(theirs, name) for name in texts.FIELDS if getattr(theirs, name) is not None}
     pad = theirs.pad_token if ours.pad_token is None else ours.pad_token
     return dataclasses.replace(ours, pad_token=pad, **taken)

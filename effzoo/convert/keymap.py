@@ -108,8 +108,10 @@ def trained_in_ours(rules: Iterable[Rule], theirs: Mapping[str, bool]) -> dict[s
 
 
 def trained_in_theirs(rules: Iterable[Rule], ours: Mapping[str, bool]) -> dict[str, bool]:
-    """What `trained` says of our parameters, under their keys. Raises ConversionError where some parts of one tensor of
-    theirs learn and others do not."""
+    """What `trained` says of our parameters, under their keys.
+
+    Raises ConversionError where some parts of one tensor of theirs learn and others do not.
+    """
     theirs: dict[str, bool] = {}
     for rule in rules:
         for parameter in rule.parameters:

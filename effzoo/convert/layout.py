@@ -110,8 +110,11 @@ class Layout:
         return "" if task == "features" else f"{self.prefix}."
 
     def rules(self, layers: int, source_task: str, task: str) -> list[Rule]:
-        """The key map from a model of `source_task` to one of `task`; of another task's head only what lies in their
-        body (BERT's pooler) or is shared by both heads (the dense layer and the norm of ModernBERT's)."""
+        """The key map from a model of `source_task` to one of `task`.
+
+        Of another task's head it has only what lies in their body (BERT's pooler) or is shared by both heads (the dense
+        layer and the norm of ModernBERT's).
+        """
         common = self.shared & {rule.theirs for rule in self.heads[source_task]}
         head = [
             rule

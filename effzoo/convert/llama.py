@@ -1,13 +1,12 @@
-"""Llama, Mistral and Qwen3 as transformers lays them out: one key map; Qwen3 also normalises the heads of queries and
-keys.
+"""Llama, Mistral and Qwen3 as transformers lays them out; Qwen3 also normalises the heads of queries and keys.
 
-Llama: Touvron et al. 2023, arXiv:2302.13971; Mistral: Jiang et al. 2023, arXiv:2310.06825; Qwen3: Yang et al. 2025,
-    arXiv:2505.09388.
-Theirs has no dropout but that of the attention weights, so ours has to be 0, and the token classifier's has to be as
-well.
-A window of W in theirs shows query i the keys i - W < j <= i; ours of width w shows i - w / 2 <= j <= i, so w = 2 (W -
-1). With
-`is_causal=False` theirs shows |i - j| <= W, as ours does with w = 2 W, and the model is an encoder.
+Llama: Touvron et al. 2023, arXiv:2302.13971.
+Mistral: Jiang et al. 2023, arXiv:2310.06825.
+Qwen3: Yang et al. 2025, arXiv:2505.09388.
+
+Theirs drops out attention weights alone, so our dropout, and that of the token classifier, has to be 0. A window of W
+in theirs shows query i the keys i - W < j <= i; ours of width w shows i - w / 2 <= j <= i, so w = 2 (W - 1). With
+`is_causal=False` the model is an encoder: theirs shows |i - j| <= W, as ours does with w = 2 W.
 """
 
 from __future__ import annotations
@@ -85,8 +84,7 @@ def read(theirs: Any) -> dict[str, Any]:
 
 
 def causal(theirs: Any) -> bool:
-    """Whether positions see earlier ones alone: `is_causal=False` makes an encoder of the same weights, as models of
-    embeddings do."""
+    """Whether positions see earlier ones only; `is_causal=False` makes an encoder of the same weights."""
     given = getattr(theirs, "is_causal", True)
     if not isinstance(given, bool):
         raise ConversionError(f"is_causal is true or false, got {given!r}")
@@ -131,8 +129,7 @@ def write_biases(config: Config) -> dict[str, Any]:
 
 
 def reach(window: int | None, theirs: Any) -> int | None:
-    """Their window as our width: W positions that end with the query, or, where it is not causal, the W before it and
-    the W after it."""
+    """Their window as our width: W positions that end with the query, or W before and W after it in an encoder."""
     if window is None:
         return None
     one_side = window - 1 if causal(theirs) else window

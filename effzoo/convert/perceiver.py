@@ -127,16 +127,14 @@ def _decoder(channels: int, kind: str) -> dict[str, Any]:
 
 
 def _widths(config: PerceiverConfig, qk: int | None, v: int | None, shape: str) -> tuple[int, int, int, int]:
-    """Widths of keys and values, of all heads together: of the latents, of the cross-attention, the same of the values,
-    as theirs derive them."""
+    """Widths of all heads together, as theirs derive them: (keys, cross keys, values, cross values)."""
     cross = qk or (config.width if shape == "kv" else config.dim)
     own = qk or config.dim
     return own, cross, v or own, v or cross
 
 
 def write(config: PerceiverConfig, task: str) -> tuple[str, dict[str, Any]]:
-    """The name of their class and the fields of their config that say what ours says; ConversionError when there is
-    none."""
+    """Their class and the fields of their config that say what ours says; ConversionError when there are none."""
     kind = next(
         (
             kind

@@ -193,8 +193,10 @@ def _checked(label: str, model: Any, name: str, missing: frozenset[str]) -> Sour
 
 
 def _transfer(model: Perceiver, source: Source, *, dtypes: bool = False) -> None:
-    """Write the source's tensors into the model, all or none, in their dtypes and as trainable as they are when asked;
-    the decoder and the head only where the model's task has the same."""
+    """Write the source's tensors into the model, all or none; of another task, without the decoder and the head.
+
+    dtypes: whether the tensors take the dtypes of the source's and are as trainable, or stay as they are.
+    """
     decoder = source.task == model.task or {source.task, model.task} <= {*PER_TOKEN}
     _check_fit(model, source, decoder)
     given = {

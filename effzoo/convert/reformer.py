@@ -161,8 +161,7 @@ def finish(model: Transformer, theirs: Any) -> None:
 
 
 def built(model: Transformer) -> dict[str, Any]:
-    """The seed of which transformers makes the rotations that the model hashes with; None, and a warning, where there
-    is none."""
+    """The seed of transformers' rotations; None, and a warning, where the model's come from no such seed."""
     cores = [core for core in model.cores() if isinstance(core, LSH)]
     dtype = model.embeddings.token.weight.dtype
     for seed in {core.hash_seed for core in cores}:
@@ -180,8 +179,7 @@ def built(model: Transformer) -> dict[str, Any]:
 
 
 def _rotations(core: LSH, seed: int, dtype: torch.dtype) -> Tensor:
-    """The rotations [rounds, heads, head_dim, sum of the factors / 2] that transformers draws from a seed in this
-    dtype."""
+    """The rotations [rounds, heads, head_dim, sum of the factors / 2] that transformers draws from a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         drawn = torch.randn(

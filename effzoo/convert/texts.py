@@ -21,8 +21,7 @@ def tokens_of(theirs: Any) -> dict[str, Any]:
 
 
 def settings_of(theirs: Any) -> dict[str, Any] | None:
-    """The settings of the `generation_config` of a model of theirs that are no defaults, tokens where they are others
-    than its config's."""
+    """The settings of their `generation_config` that are no defaults, and tokens that differ from their config's."""
     own = getattr(theirs, "generation_config", None)
     if own is None:
         return None
