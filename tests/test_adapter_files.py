@@ -18,7 +18,7 @@ from torch import nn
 import effzoo
 from effzoo.errors import AdapterError, EffzooError, FileError, UnknownNameError
 from effzoo.peft import files, training
-from effzoo.peft.files import stored_tensors
+from effzoo.peft.stored import stored_tensors
 from effzoo.writing import replace_file, replace_files
 
 SIZES = {"layers": 1, "dim": 16, "heads": 2, "mlp": 32, "vocab": 30, "max_length": 24}

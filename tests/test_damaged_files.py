@@ -24,7 +24,7 @@ import torch
 
 import effzoo
 from effzoo.errors import EffzooError
-from effzoo.peft.files import stored_tensors
+from effzoo.peft.stored import stored_tensors
 
 DRAWN = int(os.environ.get("EFFZOO_DAMAGED", "150"))
 SIZES = {"layers": 1, "dim": 16, "heads": 2, "mlp": 32, "vocab": 30, "max_length": 24, "task": "classification"}

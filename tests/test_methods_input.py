@@ -17,9 +17,9 @@ from effzoo.checks.attention import Subject as Kind
 from effzoo.checks.subject import BATCH, HEADS, WIDTH, cut, draw, gradients, live, masks, some_memory
 from effzoo.errors import IncompatibleError, InputError, OptionError
 from effzoo.peft import training
-from effzoo.peft.files import stored_tensors
 from effzoo.peft.input import fit_subspace
 from effzoo.peft.input.ipt import Decoder
+from effzoo.peft.stored import stored_tensors
 from effzoo.sites import HookContext, sites
 
 D, LAYERS, LABELS, VOCAB = 16, 2, 3, 53

@@ -11,10 +11,11 @@ import effzoo
 from effzoo.errors import AdapterError, IncompatibleError, IncompatiblePeft, OptionError
 from effzoo.peft import training
 from effzoo.peft.attach import base_tensors
-from effzoo.peft.files import stored_tensors, swap_weights
+from effzoo.peft.files import swap_weights
 from effzoo.peft.parameter import hard_concrete, mask_scores
 from effzoo.peft.parameter.head_pruning import importance
 from effzoo.peft.parameter.sparse_delta import shared_entries
+from effzoo.peft.stored import stored_tensors
 from effzoo.sites import Linear, sites
 
 D, MLP, LAYERS, LABELS, VOCAB = 16, 32, 2, 3, 53

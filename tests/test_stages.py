@@ -11,8 +11,9 @@ from support import finetune
 import effzoo
 from effzoo.errors import AdapterError, IncompatibleError, TrainingError
 from effzoo.peft import training
-from effzoo.peft.files import stored_tensors, swap_weights
+from effzoo.peft.files import swap_weights
 from effzoo.peft.manifest import _hash
+from effzoo.peft.stored import stored_tensors
 from effzoo.train import checkpoints
 
 METHODS = {  # spec: its stages

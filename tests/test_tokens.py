@@ -190,7 +190,7 @@ def test_an_adapter_with_the_new_rows_loads_on_the_base_whatever_its_new_rows_ar
     forged = dataclasses.replace(manifest, fingerprint=dataclasses.replace(manifest.fingerprint, tensors=tensors))
     (tmp_path / "adapter.json").write_bytes(forged.written())
     with pytest.raises(
-        AdapterError, match="brings rows 53-59 of embeddings.token.weight, and its manifest has no hash of 52-59"
+        AdapterError, match="brings tokens 53-59 of embeddings.token.weight, and its manifest has no hash of 52-59"
     ):
         effzoo.load_adapter(other, tmp_path)
 

@@ -13,10 +13,10 @@ from effzoo.annotations import Count, NotNegative
 from effzoo.errors import InputError
 from effzoo.peft.attach import acting, activate, attached, base_tensors
 from effzoo.peft.budget import without_memory
-from effzoo.peft.files import stored_tensors
 from effzoo.peft.merging import delta, mergeable
 from effzoo.peft.method import HEAD
 from effzoo.peft.state import label_layers
+from effzoo.peft.stored import stored_tensors
 from effzoo.peft.unread import trained_unread
 from effzoo.sites import Counted, PeftModule, Site, opens, sites, unwrap
 
