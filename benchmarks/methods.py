@@ -13,7 +13,6 @@ parameters as the budget allows, task head not counted; the learning rate is the
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import platform
 import resource
@@ -22,6 +21,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -29,6 +29,7 @@ import torch
 
 import effzoo
 from effzoo import data
+from effzoo.lab.fit import fit
 from effzoo.measure.rows import commit
 from effzoo.spec import parse
 
@@ -116,10 +117,13 @@ def run(
     effzoo.attach(model, spec)
     account = effzoo.account(model)
     saved = saved_bytes(model, batches(train[: settings["batch"]], encoded, labels, settings["batch"])[0])
+    steps = settings["epochs"] * -(-len(train) // settings["batch"])
+    calibration = batches(train[: 4 * settings["batch"]], encoded, labels, settings["batch"])
+    torch.manual_seed(seed)
     started = time.process_time()
-    steps = fit(model, train, encoded, labels, settings, seed)
+    drawn = stream(train, encoded, labels, settings, seed)
+    fit(model, drawn, steps, bfloat16=True, calibration=calibration)
     seconds = time.process_time() - started
-    effzoo.peft.finish(model)
     final = effzoo.account(model)
     hits = 0
     model.eval()
@@ -139,45 +143,15 @@ def run(
     }  # fmt: skip
 
 
-def fit(model, train, encoded, labels, settings, seed) -> int:
-    """AdamW with the rates of the method, warmed up and decayed linearly within each stage; two forward passes where a
-    method wants them."""
+def stream(
+    train: list[int], encoded: dict[str, torch.Tensor], labels: torch.Tensor, settings: dict[str, int], seed: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The batches of all epochs, in an order that the seed draws."""
     draw = torch.Generator().manual_seed(seed)
     lengths = encoded["attention_mask"].sum(dim=1).tolist()
-    orders = [
-        by_length([train[i] for i in torch.randperm(len(train), generator=draw)], lengths, settings["batch"], draw)
-        for _ in range(settings["epochs"])
-    ]
-    stream = itertools.chain.from_iterable(batches(order, encoded, labels, settings["batch"]) for order in orders)
-    total, done = settings["epochs"] * -(-len(train) // settings["batch"]), 0
-    effzoo.peft.calibrate(model, batches(train[: 4 * settings["batch"]], encoded, labels, settings["batch"]))
-    torch.manual_seed(seed)
-    model.train()
-    stages = effzoo.peft.stages(model)
-    for number, stage in enumerate(stages):
-        effzoo.peft.begin(model, stage)
-        steps = total - done if number + 1 == len(stages) else round(stage.share * total)
-        rates = effzoo.peft.learning_rates(model)
-        named = dict(model.named_parameters())
-        optimizer = torch.optim.AdamW(
-            [{"params": [named[key]], "lr": rate} for key, rate in rates.items()], weight_decay=0.01
-        )
-        warm = max(1, round(0.1 * steps))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step, warm=warm, steps=steps: min(1.0, (step + 1) / warm, (steps - step) / max(1, steps - warm)),
-        )
-        for step in range(steps):
-            effzoo.peft.schedule(model, step / steps)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = effzoo.peft.loss(model, **next(stream))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-            optimizer.step()
-            schedule.step()
-        done += steps
-    return done
+    for _ in range(settings["epochs"]):
+        order = [train[i] for i in torch.randperm(len(train), generator=draw)]
+        yield from batches(by_length(order, lengths, settings["batch"], draw), encoded, labels, settings["batch"])
 
 
 def by_length(rows: list[int], lengths: list[int], batch: int, draw: torch.Generator) -> list[int]:

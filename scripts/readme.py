@@ -294,7 +294,7 @@ def _escaped(text: str) -> str:
 
 def rendered_benchmarks(readme: str) -> str:
     """The README of the benchmarks with the tables that the scripts make of their results."""
-    for name in ("methods", "methods_longer", "long_sequences", "duplication", "listops"):
+    for name in ("methods", "methods_longer", "long_sequences"):
         script = load(name.removesuffix("_longer"))
         readme = _between(
             readme, name, script.tracked_table(json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()))

@@ -1,11 +1,7 @@
 """Generated tasks: the grammar, the values and the labels are those of their definitions, and a seed gives the same
 again."""
 
-import importlib.util
-import json
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -92,21 +88,3 @@ def test_sizes_that_make_no_task_say_so():
         ListOps(shortest=9, longest=3)
     with pytest.raises(OptionError, match="not a whole expression"):
         evaluate(["[MAX", "1"])
-
-
-@pytest.mark.parametrize("name", ["duplication", "listops"])
-def test_the_benchmark_runs_end_to_end_resumes_and_makes_its_table(name, tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent / f"benchmarks/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    small = {"duplication": ["--word", "7", "--symbols", "5", "--chunk", "4", "--dim", "8", "--heads", "2",
-                             "--steps", "20", "--rows", "full", "1"],
-             "listops": ["--kinds", "full", "lsh", "--steps", "5", "--train", "50", "--test", "20", "--dim", "8",
-             "--longest", "20"]}  # fmt: skip
-    monkeypatch.setattr(sys, "argv", [name, *small[name], "--seeds", "0", "--results", str(tmp_path / "results.json")])
-    threads = torch.get_num_threads()
-    assert module.main() == 0
-    rows = json.loads((tmp_path / "results.json").read_text())
-    assert len(rows) == 2 and "| full |" in capsys.readouterr().out
-    assert module.main() == 0 and json.loads((tmp_path / "results.json").read_text()) == rows
-    torch.set_num_threads(threads)

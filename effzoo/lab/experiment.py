@@ -108,8 +108,8 @@ class Experiment:
 
     @property
     def about(self) -> str:
-        """What is asked, the first line of the function's docstring."""
-        return (self.function.__doc__ or "").strip().partition("\n")[0]
+        """What is asked: the first paragraph of the function's docstring."""
+        return " ".join((self.function.__doc__ or "").partition("\n\n")[0].split())
 
 
 _EXPERIMENTS: dict[str, Experiment] = {}

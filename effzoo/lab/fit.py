@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -17,6 +17,8 @@ from effzoo.peft.attach import acting
 from effzoo.peft.training import WHOLE
 
 Batch = dict[str, Tensor]
+# options of `fit`: Adam at a rate that falls to 0
+ADAM: dict[str, Any] = {"weight_decay": 0.0, "warmup": 0.0, "clip": None, "bfloat16": False}
 _CALIBRATION = 4  # batches that methods see which choose by data
 
 
@@ -68,20 +70,28 @@ def fit(
     warmup: float = 0.1,
     clip: float | None = 1.0,
     bfloat16: bool | None = None,
+    calibration: Sequence[Batch] | None = None,
     after: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """Train what is trainable for some optimizer steps with AdamW, warmed up and decayed linearly within each stage;
-    return the losses.
+    """Train what is trainable with AdamW, and return the loss of each step.
 
-    Active adapters have the learning rates of their methods (times `learning_rate` in place of the method's own, where
-    given) and all their hooks, as in `effzoo/peft/training.py`; without adapters all parameters have `learning_rate`.
-    At the end adapters are finished. bfloat16: forward passes under autocast; None where that is faster here and the
-    weights are float32. after: called with the step and its loss.
-    `effzoo.finetune` is for long runs; this one writes nothing. Raises TrainingError for a loss that is not a number.
+    The loop is that of `effzoo/peft/training.py`, with all hooks of the active adapters, which are finished at the end.
+    `effzoo.finetune` is for long runs; this one writes nothing.
+
+    batches: labelled inputs of the model by name, one for each step.
+    steps: optimizer steps, of all stages together.
+    learning_rate: None is each method's own, and 5e-5 without adapters.
+    warmup: the share of each stage in which the learning rate rises; then it falls to 0 along a line.
+    clip: the largest norm of the gradient; None for no limit.
+    bfloat16: forward passes under autocast; None where that is faster here and the weights are float32.
+    calibration: what methods see that choose by looking at data; None for the first four batches.
+    after: called with the step and its loss.
+
+    Raises TrainingError for a loss that is not a number.
     """
     adapters = bool(acting(model))
     if adapters:
-        peft.calibrate(model, [next(batches) for _ in range(_CALIBRATION)])
+        peft.calibrate(model, [next(batches) for _ in range(_CALIBRATION)] if calibration is None else calibration)
     if bfloat16 is None:
         bfloat16 = next(model.parameters()).dtype == torch.float32 and bfloat16_is_faster()
     losses: list[float] = []

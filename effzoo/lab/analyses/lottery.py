@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from effzoo import peft
 from effzoo.errors import OptionError
-from effzoo.lab.fit import Examples, accuracy, fit
+from effzoo.lab.fit import ADAM, Examples, accuracy, fit
 from effzoo.peft.parameter.magnitude import PrunedWeight
 from effzoo.sites import Linear, sites
 
@@ -81,10 +81,8 @@ def iterative(
         if not learned.masks:
             learned.masks = [mask.clone() for mask in masks(model)]
 
-    fit(
-        model, train.stream(batch, seed), (rounds + 1) * steps, learning_rate=learning_rate, weight_decay=0.0,
-        warmup=0.0, clip=None, bfloat16=False, after=after,
-    )  # fmt: skip
+    total = (rounds + 1) * steps
+    fit(model, train.stream(batch, seed), total, learning_rate=learning_rate, after=after, **ADAM)
     peft.detach(model, NAME)
     return found
 
@@ -118,17 +116,7 @@ def masked(
         if step % every == 0:
             learned.accuracies.append(accuracy(model, test, 1024))
 
-    fit(
-        model,
-        train.stream(batch, seed),
-        steps,
-        learning_rate=learning_rate,
-        weight_decay=0.0,
-        warmup=0.0,
-        clip=None,
-        bfloat16=False,
-        after=after,
-    )
+    fit(model, train.stream(batch, seed), steps, learning_rate=learning_rate, after=after, **ADAM)
     peft.detach(model, NAME)
     return learned
 

@@ -13,7 +13,7 @@ from effzoo.lab.analyses.seeds import judged, percent
 from effzoo.lab.analyses.supermasks import TASKS, large_final, large_final_same_sign, overlap, signed_constant, task
 from effzoo.lab.draw import LINES, heat, panels
 from effzoo.lab.experiment import Claim, Findings, Run, experiment
-from effzoo.lab.fit import Examples, accuracy, fit
+from effzoo.lab.fit import ADAM, Examples, accuracy, fit
 from effzoo.lab.images import DATA, images
 from effzoo.peft.parameter.supermask import MaskedWeight
 from effzoo.sites import sites
@@ -170,32 +170,14 @@ def supermask(run: Run) -> Findings:
 
 def learn(model: torch.nn.Module, train: Examples, steps: int, batch: int, seed: int) -> None:
     """Train the active mask, and pack it into bits."""
-    fit(
-        model,
-        train.stream(batch, seed),
-        steps,
-        learning_rate=MASK_RATE,
-        weight_decay=0.0,
-        warmup=0.0,
-        clip=None,
-        bfloat16=False,
-    )
+    fit(model, train.stream(batch, seed), steps, learning_rate=MASK_RATE, **ADAM)
 
 
 def _trained(
     inputs: int, seed: int, train: Examples, test: Examples, steps: int, batch: int
 ) -> tuple[float, list[torch.Tensor]]:
     model = LeNet(inputs, seed=seed)
-    fit(
-        model,
-        train.stream(batch, seed),
-        steps,
-        learning_rate=RATE,
-        weight_decay=0.0,
-        warmup=0.0,
-        clip=None,
-        bfloat16=False,
-    )
+    fit(model, train.stream(batch, seed), steps, learning_rate=RATE, **ADAM)
     return accuracy(model, test, 1024), [weight.detach() for weight in model.matrices()]
 
 
