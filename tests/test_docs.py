@@ -99,6 +99,12 @@ def test_every_code_block_is_a_sample():
         assert text.count("```") == 2 * len(samples(page)), page
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_code_fits_the_width_of_the_page(page):
+    wide = [line for sample in samples(page) if sample.language == "python" for line in lines(sample.text)]
+    assert [line for line in wide if len(line) > 90] == []
+
+
 def test_what_a_script_of_several_processes_says_runs_in_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (script,) = (sample for sample in samples("howto/several-gpus.md") if sample.title == "train.py")
