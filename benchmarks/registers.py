@@ -8,6 +8,7 @@ Cards: capability 8.0 (A100), 9.0 (H100) and 10.0 (B200). Needs the extra `trito
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import itertools
 import json
@@ -24,7 +25,7 @@ RESULTS = Path(__file__).parent / "results" / "registers.json"
 CARDS = (80, 90, 100)
 KERNELS = ("forward", "of_queries", "of_keys", "of_columns")
 POINTERS = {
-    "Held": "*u8",
+    "KeyMask": "*u8",
     "Columns": "*i32",
     "Order": "*i32",
     "Place": "*i32",
@@ -34,14 +35,22 @@ POINTERS = {
 }
 CASES: dict[str, dict[str, Any]] = {  # the arguments that are there, the flags that are set, and numbers that are not 1
     "full": {},
-    "padded, causal": {"Held": 1, "CAUSAL": True},
-    "window, padded, dropout": {"Held": 1, "WINDOW": True, "DROPOUT": True},
-    "window, columns, padded": {"Held": 1, "Columns": 1, "WINDOW": True},
-    "dilated, columns, dropout": {"Columns": 1, "Held": 1, "WINDOW": True, "DROPOUT": True, "dilation": None},
+    "padded, causal": {"KeyMask": 1, "CAUSAL": True},
+    "window, padded, dropout": {"KeyMask": 1, "WINDOW": True, "DROPOUT": True},
+    "window, columns, padded": {"KeyMask": 1, "Columns": 1, "WINDOW": True},
+    "dilated, columns, dropout": {"Columns": 1, "KeyMask": 1, "WINDOW": True, "DROPOUT": True, "dilation": None},
     "chunks, causal": {"WINDOW": True, "CAUSAL": True, "chunk": None},
     "bias": {"Bias": 1, "BIAS_ROWS": True},
-    "hashed": {"Held": 1, "Order": 1, "Buckets": 1, "WINDOW": True, "ITSELF": False, "chunk": None},
-    "hashed, once": {"Held": 1, "Order": 1, "Buckets": 1, "Place": 1, "WINDOW": True, "ITSELF": False, "chunk": None},
+    "hashed": {"KeyMask": 1, "Order": 1, "Buckets": 1, "WINDOW": True, "ITSELF": False, "chunk": None},
+    "hashed, once": {
+        "KeyMask": 1,
+        "Order": 1,
+        "Buckets": 1,
+        "Place": 1,
+        "WINDOW": True,
+        "ITSELF": False,
+        "chunk": None,
+    },
 }
 
 
@@ -52,12 +61,12 @@ def compiled(kernel: str, case: str, card: int, width: int, dtype: str = "bf16",
     from triton.compiler import ASTSource
 
     from effzoo.attention import triton_kernels
-    from effzoo.attention.triton_launch import REGISTERS, tiling
+    from effzoo.attention.triton_launch import REGISTERS, tile_sizes
 
     given = CASES[case] | ({"Columns": None} if kernel == "of_keys" else {})
     if kernel == "of_columns":  # a launch of their own
         given = {"Columns": 1, "DROPOUT": given.get("DROPOUT", False)}
-    size = tiles or tiling(kernel, width, 4 if dtype == "fp32" else 2, divmod(card, 10), "Order" in given)
+    size = tiles or tile_sizes(kernel, width, 4 if dtype == "fp32" else 2, divmod(card, 10), "Order" in given)
     flags = {
         "CAUSAL": False,
         "ITSELF": True,
@@ -82,7 +91,7 @@ def compiled(kernel: str, case: str, card: int, width: int, dtype: str = "bf16",
     fn = triton_kernels.of_keys if kernel == "of_columns" else getattr(triton_kernels, kernel)
     signature, constexprs, attributes = {}, {}, {}
     for place, name in enumerate(fn.arg_names):
-        optional = name in ("Bias", "Held", "Columns", "Order", "Place", "Buckets")
+        optional = name in ("Bias", "KeyMask", "Columns", "Order", "Place", "Buckets")
         if (name in constants and not optional) or (optional and not given.get(name)):
             signature[name], constexprs[(place,)] = "constexpr", None if optional else constants[name]
         elif name[0].isupper():
@@ -117,8 +126,12 @@ def _usage(cubin: bytes, tool: Path) -> tuple[int, int, int]:
 
 
 def source() -> str:
-    """What the kernels were when they were compiled."""
-    return hashlib.sha256((ROOT / "effzoo" / "attention" / "triton_kernels.py").read_bytes()).hexdigest()[:16]
+    """A hash of the kernels' code, without docstrings, comments and line breaks."""
+    tree = ast.parse((ROOT / "effzoo" / "attention" / "triton_kernels.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
 
 def main() -> None:

@@ -246,14 +246,14 @@ def test_what_flex_attention_refuses():
 
 
 def test_block_masks_that_read_nothing_of_the_batch_are_made_once():
-    tile_map._found.clear()
+    tile_map._cache.clear()
     given = [torch.randn(2, 2, 21, 6) for _ in range(3)]
     for _ in range(2):
         for layer in range(2):
             effzoo.attention.create(
                 "local[chunk=4]", Context(heads=2, head_dim=6, layer=layer, layers=2, backend="flex")
             )(*given, mask=Mask())
-    assert len(tile_map._found) == 1
+    assert len(tile_map._cache) == 1
 
 
 def test_nothing_as_large_as_the_scores_is_kept():
@@ -371,13 +371,13 @@ def test_when_our_own_kernels_are_taken(monkeypatch):
     def chosen(kind, dtype=torch.bfloat16, held=None, dropout=0.0, width=8, backend="auto"):
         core = effzoo.attention.create(kind, Context(heads=2, head_dim=width))
         hashed = kind.startswith("lsh")
-        layout = None if hashed else core.tilings(90, Mask(), torch.device("cpu"))[0][1]
+        tiling = None if hashed else core.tilings(90, Mask(), torch.device("cpu"))[0][1]
         with FakeTensorMode(allow_non_fake_inputs=True):
             q, held = fake(1, 2, 90, width, dtype=dtype), held and fake(1, 90, dtype=torch.bool)
             part = (
                 core.part(q, q, q, fake(2, 1, 2, 90, dtype=torch.int16))
                 if hashed
-                else Part(q, q, q, layout=layout, given=[held])
+                else Part(q, q, q, tiling=tiling, inputs=[held])
             )
             return choose([part], dropout, backend)
 

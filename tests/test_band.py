@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from effzoo.attention import band as module
 from effzoo.attention import reference
-from effzoo.attention.band import Sees, Window, cut
+from effzoo.attention.band import Predicate, Window, cut
 from effzoo.attention.kernel import attend
 from effzoo.attention.part import Part
 from effzoo.attention.tiles import Tiles
@@ -25,34 +25,34 @@ SHAPES = st.fixed_dictionaries(
 )
 
 
-def built(n: int, left: int, right: int, dilation: int) -> tuple[Tiles, Sees]:
+def built(n: int, left: int, right: int, dilation: int) -> tuple[Tiles, Predicate]:
     """The tiles of a window, also of one that sees everything, and its predicate."""
 
-    def sees(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def predicate(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         gap = query - key
         return (gap <= max(left, 1) * dilation) & (gap >= -right * dilation) & (gap % dilation == 0)
 
-    band = Window(max(left, 1), right, dilation).cut(n, False, sees)
-    return band or Tiles(n, cut(n, min(n, 32), lambda query, queries: (query - n, query + 2 * n), sees)), sees
+    band = Window(max(left, 1), right, dilation).cut(n, False, predicate)
+    return band or Tiles(n, cut(n, min(n, 32), lambda query, queries: (query - n, query + 2 * n), predicate)), predicate
 
 
-def definition(band: Tiles, sees: Sees) -> torch.Tensor:
+def definition(band: Tiles, predicate: Predicate) -> torch.Tensor:
     place = torch.arange(band.n)
-    return sees(place[:, None], place[None])
+    return predicate(place[:, None], place[None])
 
 
 def added(band: Tiles, x: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
     """The gradient of x, of which the tiles' keys have these gradients."""
-    return band.keys_back(x, x, ((grad, grad) for grad in gradients))[0]
+    return band.key_gradients(x, x, ((grad, grad) for grad in gradients))[0]
 
 
 @settings(deadline=None, max_examples=60)
 @given(SHAPES, st.integers(0, 3))
 def test_tiles_hold_the_pairs_of_the_definition(shape, seed):
     batch = shape.pop("batch")
-    band, sees = built(**shape)
+    band, predicate = built(**shape)
     held = torch.rand(batch, band.n, generator=torch.Generator().manual_seed(seed)) < 0.7 if seed else None
-    wanted = definition(band, sees).expand(batch, band.n, band.n) & (
+    wanted = definition(band, predicate).expand(batch, band.n, band.n) & (
         torch.ones(batch, 1, band.n, dtype=torch.bool) if held is None else held[:, None, :]
     )
     place = torch.arange(1, band.n + 1).expand(batch, 1, band.n).unsqueeze(-1)  # 0 stands for what fills up
@@ -76,7 +76,7 @@ def test_rows_go_there_and_back_and_gradients_of_keys_are_the_adjoint(shape):
     batch = shape.pop("batch")
     band, _ = built(**shape)
     x = torch.randn(batch, 2, band.n, 3, dtype=torch.float64)
-    assert torch.equal(band.join(list(band.rows(x))), x)
+    assert torch.equal(band.join(list(band.split(x))), x)
     keys = [run.keys.take(band._dense(x)) for run in band.runs]
     gradients = [torch.randn_like(key) for key in keys]
     there = sum((key * y).sum() for key, y in zip(keys, gradients, strict=True))
@@ -90,17 +90,17 @@ def test_rows_go_there_and_back_and_gradients_of_keys_are_the_adjoint(shape):
 )
 def test_attention_over_a_band_is_its_definition_forward_and_backward(backend, together, shape, monkeypatch):
     monkeypatch.setattr(module, "TOGETHER", together)
-    band, sees = built(*shape)
+    band, predicate = built(*shape)
     q, k, v, direction = (torch.randn(2, 3, band.n, 4, dtype=torch.float64) for _ in range(4))
     held = torch.rand(2, band.n) < 0.8
     with on(backend) as name:
         for of_keys in (None, held):
             leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-            out = attend(Part(*leaves, layout=band, given=[of_keys]), backend=name)
+            out = attend(Part(*leaves, tiling=band, inputs=[of_keys]), backend=name)
             allowed = (
-                definition(band, sees)[None, None]
+                definition(band, predicate)[None, None]
                 if of_keys is None
-                else definition(band, sees) & of_keys[:, None, None, :]
+                else definition(band, predicate) & of_keys[:, None, None, :]
             )
             twins = [x.clone().requires_grad_() for x in (q, k, v)]
             wanted = reference.dense(*twins, allowed)
@@ -120,7 +120,7 @@ def test_nothing_of_the_tiles_is_kept():
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        attend(Part(q, k, v, layout=band, given=[None]))
+        attend(Part(q, k, v, tiling=band, inputs=[None]))
     masks = {id(run.allowed): run.allowed.numel() for run in band.runs if run.allowed is not None}
     of_size_n = 4 * q.numel() * 4 + q.numel() // 8 * 4  # q, k, v, out and log-sum-exp, of 4 bytes
     assert sum(kept.values()) == of_size_n
@@ -129,16 +129,16 @@ def test_nothing_of_the_tiles_is_kept():
 
 @pytest.mark.parametrize("shape", [(257, 40, 40, 1), (200, 33, 0, 1), (90, 5, 60, 1)])
 def test_the_flash_operators_take_a_window_as_one_tile(shape):
-    band, sees = built(*shape)
+    band, predicate = built(*shape)
     leaves = [torch.randn(2, 3, band.n, 4, dtype=torch.float64, requires_grad=True) for _ in range(5)]
     wide = torch.ones(band.n, 7, dtype=torch.bool)
     q, k, v, more_k, more_v = leaves
     memory = more_k[:, :, :7], more_v[:, :, :7]
     wanted = reference.dense(
-        q, torch.cat([k, memory[0]], 2), torch.cat([v, memory[1]], 2), torch.cat([definition(band, sees), wide], 1)
+        q, torch.cat([k, memory[0]], 2), torch.cat([v, memory[1]], 2), torch.cat([definition(band, predicate), wide], 1)
     )
     with on("flash on CUDA") as name:
-        out = attend(Part(q, k, v, layout=band, given=[None]), Part(q, *memory), backend=name)
+        out = attend(Part(q, k, v, tiling=band, inputs=[None]), Part(q, *memory), backend=name)
         torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-10)
         direction = torch.randn_like(out)
         for mine, theirs in zip(

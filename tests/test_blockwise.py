@@ -262,9 +262,9 @@ def test_blocks_without_padding_need_no_mask(causal, n):
     made = core(4, 24, causal=causal, blocks=3)
     found = made.tilings(n, Mask(), torch.device("cpu"))
     assert [heads for heads, _ in found] == [[0, 1], [2], [3]]
-    for heads, layout in found:
-        assert all(run.allowed is None for run in layout.runs)
-        pairs = sum(run.queries.count * run.queries.length * run.keys.length / (1 + run.causal) for run in layout.runs)
+    for heads, tiling in found:
+        assert all(run.allowed is None for run in tiling.runs)
+        pairs = sum(run.queries.count * run.queries.length * run.keys.length / (1 + run.causal) for run in tiling.runs)
         seen = int(made.pattern(n, Mask())[0, heads[0]].sum())
         assert pairs <= seen
 

@@ -175,7 +175,7 @@ def test_tiles_are_found_once_for_a_kind_its_options_and_a_length(monkeypatch):
     monkeypatch.setattr(
         Strided, "visible", lambda self, query, key: asked.append(self.stride) or (query - key) % self.stride == 0
     )
-    tile_map._found.clear()
+    tile_map._cache.clear()
     for _ in range(2):
         core = built(Strided, n=70)
         core(*inputs(70), mask=Mask())
@@ -187,7 +187,7 @@ def test_tiles_are_found_once_for_a_kind_its_options_and_a_length(monkeypatch):
     assert 5 in asked
     for n in range(1, 200):
         built(Strided, n=n)(*inputs(n, batch=1), mask=Mask())
-    assert len(tile_map._found) <= tile_map.REMEMBERED
+    assert len(tile_map._cache) <= tile_map.CACHED
 
 
 def test_what_a_predicate_may_not_be_is_said():

@@ -81,7 +81,7 @@ def test_the_register_table_is_that_of_these_kernels():
     }
     for row in rows:
         hashed = "Order" in registers.CASES[row["case"]]
-        assert tuple(row["tiles"]) == triton_launch.tiling(
+        assert tuple(row["tiles"]) == triton_launch.tile_sizes(
             row["kernel"], row["width"], 2, divmod(row["card"], 10), hashed
         ), row
         assert row["spilled"] == 0 and row["registers"] <= 255 and row["shared"] <= SHARED[row["card"]], row

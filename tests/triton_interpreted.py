@@ -12,11 +12,11 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from effzoo.attention import Context, Mask, backends, create, kernel, triton_launch
 from effzoo.attention.band import Window
-from effzoo.attention.part import Uncut
-from effzoo.attention.triton_launch import Hashed, OnePass, Tiling, TritonTile
+from effzoo.attention.part import OneTile
+from effzoo.attention.triton_launch import Hashed, OnePass, TileSizes, TritonTile
 from effzoo.errors import OptionError
 
-SMALL = Tiling(16, 16, 4, 1)
+SMALL = TileSizes(16, 16, 4, 1)
 # float32 in kernels against float64: sums of some 50 products of numbers up to 4
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -38,10 +38,10 @@ def seen_by(one, m, s, held=None, columns=None, batch=1):
         for i in range(m):
             for j in range(s):
                 near = True
-                if one.sight is not None:
-                    step, gap = one.sight.dilation, i // one.sight.chunk - j // one.sight.chunk
-                    near = gap % step == 0 and (one.sight.left is None or gap <= one.sight.left * step)
-                    near = near and (one.sight.right is None or -gap <= one.sight.right * step)
+                if one.window is not None:
+                    step, gap = one.window.dilation, i // one.window.chunk - j // one.window.chunk
+                    near = gap % step == 0 and (one.window.left is None or gap <= one.window.left * step)
+                    near = near and (one.window.right is None or -gap <= one.window.right * step)
                 ours = j in column or (near and (held is None or bool(held[b, j])))
                 seen[b, i, j] = ours and (j <= i or not one.causal)
     return seen[:, None]
@@ -79,18 +79,18 @@ def check(one, q, k, v, g, wanted, close=CLOSE, kept=None, **given):
 SIGHTS = {
     "all": {},
     "causal": {"causal": True},
-    "window": {"sight": Window(5, 2)},
-    "backward window, causal": {"sight": Window(20, 20), "causal": True},
-    "dilated": {"sight": Window(2, 3, 3)},
-    "strided, causal": {"sight": Window(None, None, 4), "causal": True},
-    "chunks": {"sight": Window(1, 1, chunk=8)},
-    "chunks, causal": {"sight": Window(2, 0, chunk=7), "causal": True},
+    "window": {"window": Window(5, 2)},
+    "backward window, causal": {"window": Window(20, 20), "causal": True},
+    "dilated": {"window": Window(2, 3, 3)},
+    "strided, causal": {"window": Window(None, None, 4), "causal": True},
+    "chunks": {"window": Window(1, 1, chunk=8)},
+    "chunks, causal": {"window": Window(2, 0, chunk=7), "causal": True},
 }
 
 
 @pytest.mark.parametrize("name", SIGHTS)
 @pytest.mark.parametrize("marked", ["plain", "padded", "columns"])
-def test_sights(name, marked):
+def test_windows(name, marked):
     batch, n = 2, 37
     one = OnePass(**SIGHTS[name], tiles=SMALL)
     held = columns = None
@@ -109,8 +109,8 @@ def test_sights(name, marked):
         k, v = (x.masked_fill(nothing[:, None, :, None], math.nan) for x in (k, v))
     bias = additive(seen_by(one, n, n, held, columns, batch))
     clean = [x.nan_to_num(0.0) for x in (k, v)]
-    out, lse = one.forward(q, k, v, held=held, columns=columns)
-    found = one.backward(g, q, k, v, out, lse, held=held, columns=columns)
+    out, lse = one.forward(q, k, v, key_mask=held, columns=columns)
+    found = one.backward(g, q, k, v, out, lse, key_mask=held, columns=columns)
     of_out, of_lse, gradients = defined(q, *clean, g, bias)
     dead = of_lse == -math.inf
     assert bool(dead.any()) == (marked == "padded" and name != "all" and name != "chunks")
@@ -149,7 +149,7 @@ def test_half_precision_sums_in_float32(dtype, close, monkeypatch):
         InterpreterBuilder, "create_dot", lambda self, a, b, *rest: multiply(self, widened(a), widened(b), *rest)
     )
     q, k, v, g = (x.to(dtype) for x in qkvg(1, 1, 70, 70, 64, 64))
-    one = OnePass(True, Window(30, 0), tiles=Tiling(32, 16, 4, 1))
+    one = OnePass(True, Window(30, 0), tiles=TileSizes(32, 16, 4, 1))
     _, lse = check(one, q, k, v, g, additive(seen_by(one, 70, 70)), {"rtol": close, "atol": close})
     equal([lse], [defined(q, k, v, g, additive(seen_by(one, 70, 70)))[1]])
 
@@ -198,7 +198,7 @@ def test_dropout_does_not_depend_on_the_tiles():
     q, k, v, _ = qkvg(1, 2, 40, 40, 8, 8)
     outs = [
         OnePass(dropout=0.5, seed=seed, tiles=tiles).forward(q, k, v)[0]
-        for seed, tiles in ((1, SMALL), (1, Tiling(32, 64, 4, 1)), (2, SMALL))
+        for seed, tiles in ((1, SMALL), (1, TileSizes(32, 64, 4, 1)), (2, SMALL))
     ]
     torch.testing.assert_close(outs[0], outs[1])
     assert (outs[0] - outs[2]).abs().max() > 0.1
@@ -208,12 +208,12 @@ def test_parts_merge():
     """A window, and a memory that all queries see: each backward with the output and log-sum-exp of both."""
     q, k, v, g = qkvg(1, 2, 30, 30, 16, 16)
     memory = drawn(1, 2, 5, 16, seed=7), drawn(1, 2, 5, 16, seed=8)
-    near, far = OnePass(sight=Window(3, 3), tiles=SMALL), OnePass(tiles=SMALL)
+    near, far = OnePass(window=Window(3, 3), tiles=SMALL), OnePass(tiles=SMALL)
     held = torch.ones(1, 30, dtype=torch.bool)
     held[:, 20:] = False
-    (one_out, one_lse), (two_out, two_lse) = near.forward(q, k, v, held=held), far.forward(q, *memory)
+    (one_out, one_lse), (two_out, two_lse) = near.forward(q, k, v, key_mask=held), far.forward(q, *memory)
     out, lse = kernel.merge((one_out, one_lse[..., None]), (two_out, two_lse[..., None]))
-    one, two = near.backward(g, q, k, v, out, lse[..., 0], held=held), far.backward(g, q, *memory, out, lse[..., 0])
+    one, two = near.backward(g, q, k, v, out, lse[..., 0], key_mask=held), far.backward(g, q, *memory, out, lse[..., 0])
     keys, values = torch.cat([k, memory[0]], dim=2), torch.cat([v, memory[1]], dim=2)
     bias = torch.cat([additive(seen_by(near, 30, 30, held)), torch.zeros(1, 1, 30, 5)], dim=-1)
     of_out, of_lse, (of_q, of_k, of_v) = defined(q, keys, values, g, bias)
@@ -230,9 +230,9 @@ def test_the_gradient_of_a_column_is_added_up_in_parts(monkeypatch):
 def test_a_kernel_of_tiles():
     q, k, v, g = qkvg(1, 2, 20, 20, 8, 8)
     bias = additive(torch.arange(20) % 3 > 0)[None, None, None].float()
-    layout, own = Uncut(True), TritonTile()
-    out, lse = layout.forward(own, q, k, v, bias)
-    found = layout.backward(own, g, q, k, v, out, lse, bias)
+    tiling, own = OneTile(True), TritonTile()
+    out, lse = tiling.forward(own, q, k, v, bias)
+    found = tiling.backward(own, g, q, k, v, out, lse, bias)
     of_out, of_lse, gradients = defined(q, k, v, g, additive(torch.ones(20, 20, dtype=torch.bool).tril()) + bias)
     equal((out, lse[..., 0], *found), (of_out, of_lse, *gradients))
 
@@ -336,8 +336,8 @@ def test_parts_of_the_one_softmax_are_what_kinds_make():
     ).double()
     valid, is_global = torch.arange(n)[None] < 33, (torch.arange(n) % 17 == 3)[None]
     q, k, v, _ = qkvg(1, heads, n, n, 8, 8)
-    one = OnePass(True, core.sight(0), tiles=SMALL)
-    out, _ = one.forward(q, k, v, held=valid, columns=torch.tensor([[3, 20, n]]))
+    one = OnePass(True, core.window_of(0), tiles=SMALL)
+    out, _ = one.forward(q, k, v, key_mask=valid, columns=torch.tensor([[3, 20, n]]))
     mask = Mask(valid, is_global & valid)
     whole = core.dense(q.double(), k.double(), v.double(), mask=mask)
     rows = ~is_global[0] & valid[0]
@@ -494,7 +494,7 @@ def test_no_dropout_no_bias_and_no_gathered_column_is_kept(launched):
 
     with torch.autograd.graph.saved_tensors_hooks(Held, lambda x: x):
         core.train()
-        out = core.attend(core.part(q, k, v, core._held(mask), mask), core._global_columns(q, k, v, mask))
+        out = core.attend(core.part(q, k, v, core._key_mask(mask), mask), core._global_keys(q, k, v, mask))
     sizes = {x.storage.data_ptr(): x.storage.nbytes() for x in held}
     assert out.requires_grad and sum(sizes.values()) == 4 * q.numel() * 4 + 2 * 2 * 23 * 4 + 2 * 23 + 2 * 1 * 8
 

@@ -28,9 +28,9 @@ from effzoo.attention import flex, triton_launch, xformers
 from effzoo.attention.cuda import Efficient, FlashCuda
 from effzoo.attention.dropped import Weights
 from effzoo.attention.flash import Flash
-from effzoo.attention.part import Kernel, Layout, Part, Uncut
+from effzoo.attention.part import Kernel, OneTile, Part, Tiling
 from effzoo.attention.tiles import Tiles
-from effzoo.attention.triton_launch import OnePass, TritonTile, Whole
+from effzoo.attention.triton_launch import InOnePass, OnePass, TritonTile
 from effzoo.attention.xformers import Xformers
 from effzoo.devices import capability, kind_of
 from effzoo.errors import OptionError
@@ -91,7 +91,7 @@ def choose(parts: Sequence[Part], dropout: float, backend: str = "auto") -> tupl
 
 
 def _obstacle(backend: str, parts: Sequence[Part], dropout: float) -> str:
-    """Why a backend cannot compute these parts; empty if it can."""
+    """The reason why a backend cannot compute these parts; "" if it can."""
     q = parts[0].q
     device = kind_of(q)
     takes = TAKES.get((backend, device))
@@ -120,11 +120,10 @@ def _obstacle(backend: str, parts: Sequence[Part], dropout: float) -> str:
 
 
 def _no_flash(parts: Sequence[Part]) -> str:
-    """Why torch's flash operators for CUDA cannot compute these parts.
+    """The reason why torch's flash operators for CUDA cannot compute these parts; "" if they can.
 
-    Padding could be told them without a wait of the host, as keys that are sequences of their own with no query
-    (`cum_seq_q`, `cum_seq_k`). That their backward pass then writes zeros for such keys has not been seen on a card, so
-    padding goes to the other operators.
+    Padded keys could be passed as sequences without a query (`cum_seq_q`, `cum_seq_k`). Whether the backward pass
+    writes zeros for them has not been tested on a card, so padding goes to other backends.
     """
     if lacking := has_no_flash(parts[0].q.device):
         return lacking
@@ -132,7 +131,7 @@ def _no_flash(parts: Sequence[Part]) -> str:
         widest = max(part.q.shape[-1], part.v.shape[-1])
         if widest > 256:
             return f"it takes heads of at most 256 numbers, got {widest}"
-        if not part.way.bare(part.brought):
+        if not part.tiling_or_one.has_no_bias(part.tiling_inputs):
             return "it takes no bias, which padding and the tiles of some kinds need"
         if part.causal and part.q.shape[2] != part.k.shape[2]:
             return f"causal, it takes as many queries as keys, got {part.q.shape[2]} and {part.k.shape[2]}"
@@ -141,7 +140,7 @@ def _no_flash(parts: Sequence[Part]) -> str:
 
 @functools.cache
 def has_no_flash(device: torch.device) -> str:
-    """What torch's flash operators lack on a CUDA device."""
+    """What torch's flash operators lack on a CUDA device; "" if nothing."""
     if not torch.backends.cuda.is_flash_attention_available():
         return "this build of torch has none for CUDA"
     major, minor = capability(device)
@@ -149,43 +148,43 @@ def has_no_flash(device: torch.device) -> str:
 
 
 def _no_gain(parts: Sequence[Part]) -> str:
-    """Why "auto" leaves our own kernels out where they can run; empty where they are expected to be the fastest."""
-    ones = [one for part in parts for _, one in part.way.one_pass()]
-    if not ones:
+    """The reason why "auto" does not choose our own kernels where they can run; "" where they should be fastest."""
+    kernels = [kernel for part in parts for _, kernel in part.tiling_or_one.one_pass()]
+    if not kernels:
         return "it is for a band or rounds of hashing in one pass, and there is none"
-    if parts[0].q.dtype not in HALF and any(isinstance(one, OnePass) for one in ones):
+    if parts[0].q.dtype not in HALF and any(isinstance(kernel, OnePass) for kernel in kernels):
         return f"in {_short(parts[0].q.dtype)} it does without tensor cores"
     return ""
 
 
-def readied(parts: Sequence[Part], backend: str) -> list[Part]:
-    """The parts as a backend takes them."""
-    return triton_launch.whole(parts) if backend == "triton" else list(parts)
+def prepared(parts: Sequence[Part], backend: str) -> list[Part]:
+    """The parts in the form that a backend takes."""
+    return triton_launch.in_one_pass(parts) if backend == "triton" else list(parts)
 
 
-def placed(part: Part, backend: str, dropout: float, seed: int | None = None) -> tuple[Layout, Kernel]:
-    """How a part, which is `readied`, lies in tiles, and what computes them; seed: for dropout, drawn if None."""
+def tiling_and_kernel(part: Part, backend: str, dropout: float, seed: int | None = None) -> tuple[Tiling, Kernel]:
+    """The tiling and the kernel of a `prepared` part; seed: of dropout, drawn if None."""
     if backend == "triton":
         number = 0 if dropout == 0 else _number(drawn_seed()) if seed is None else seed
-        if isinstance(part.layout, Whole):
-            ones = [
-                replace(one, scale=part.scale, dropout=dropout, seed=number + index * 2**20)
-                for index, (_, one) in enumerate(part.layout.ones)
+        if isinstance(part.tiling, InOnePass):
+            groups = [
+                (heads, replace(kernel, scale=part.scale, dropout=dropout, seed=number + index * 2**20))
+                for index, (heads, kernel) in enumerate(part.tiling.groups)
             ]
-            return Whole([(heads, one) for (heads, _), one in zip(part.layout.ones, ones, strict=True)]), TritonTile()
-        return part.way, TritonTile(part.scale, dropout, number)
+            return InOnePass(groups), TritonTile()
+        return part.tiling_or_one, TritonTile(part.scale, dropout, number)
     if backend in ("blocks", "reference"):  # in compiled code the plain twin is not followed by autograd
-        return part.way, Weights(dropout, _number(drawn_seed()) if seed is None else seed, part.scale)
+        return part.tiling_or_one, Weights(dropout, _number(drawn_seed()) if seed is None else seed, part.scale)
     if backend == "efficient":
-        return part.way, Efficient(part.scale, dropout, seed)
-    # which operators know themselves
-    window = part.layout.window if isinstance(part.layout, Tiles) and part.brought[0] is None else None
+        return part.tiling_or_one, Efficient(part.scale, dropout, seed)
+    # a window that the operators take themselves
+    window = part.tiling.plain_window if isinstance(part.tiling, Tiles) and part.tiling_inputs[0] is None else None
     if backend == "xformers":
-        known = window is not None and part.q.dtype not in SINGLE
-        return (Uncut(), Xformers(part.scale, window)) if known else (part.way, Xformers(part.scale))
+        takes_window = window is not None and part.q.dtype not in SINGLE
+        return (OneTile(), Xformers(part.scale, window)) if takes_window else (part.tiling_or_one, Xformers(part.scale))
     if FLASH[kind_of(part.q)] is Flash:
-        return part.way, Flash(part.scale)
-    return part.way if window is None else Uncut(), FlashCuda(part.scale, dropout, seed, window=window)
+        return part.tiling_or_one, Flash(part.scale)
+    return part.tiling_or_one if window is None else OneTile(), FlashCuda(part.scale, dropout, seed, window=window)
 
 
 def drawn_seed() -> Tensor:

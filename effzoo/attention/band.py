@@ -1,8 +1,7 @@
-"""Windows without copies: a kind declares how far its queries look, by a `Window`, and the tiles follow in closed form.
+"""Tiles of a sliding window in closed form, without copies.
 
-Queries are cut into chunks; a chunk takes the keys that its queries may see, as far as the sequence goes. Chunks that
-look alike form a run, which attention takes as one batch: in the middle of a sequence their keys are overlapping views
-of one tensor, and they share one small mask.
+Queries are cut into chunks; the keys of a chunk are those that its queries may see. Chunks of the same shape form a
+run, which is computed as one batch: their keys are overlapping views of one tensor, and they share one small mask.
 """
 
 from __future__ import annotations
@@ -13,24 +12,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from effzoo.attention.tiles import Run, Slots, Tiles
+from effzoo.attention.tiles import TilePositions, TileRun, Tiles
 
 SMALLEST, LARGEST = 32, 256  # chunks: smaller tiles are slow, larger ones compute more masked pairs
-# queries of a run: the gradients of its keys, before they are added up, are then memory that is soon used again
-TOGETHER = 1024
+TOGETHER = 1024  # queries of a run: the gradients of its keys stay in the cache until they are summed
 
-
-# which keys a query sees: indices of queries [m, 1] and of keys [1, s] -> bool, broadcastable to [m, s]
-Sees = Callable[[Tensor, Tensor], Tensor]
+Predicate = Callable[[Tensor, Tensor], Tensor]  # queries [m, 1], keys [1, s] -> bool: which keys a query sees
 
 
 @dataclass(frozen=True)
 class Window:
-    """A declared sight: a query sees keys at most `left` places before it and `right` after it, and of these every
-    `dilation`-th; None: no bound.
+    """A query sees the keys of at most `left` positions before it and `right` after it; None: no bound.
 
-    chunk: the places are chunks of so many positions, of which a query sees whole ones: `left` before its own, its own,
-        and `right` after it.
+    dilation: of these, every `dilation`-th key.
+    chunk: left and right count chunks of so many positions; a query sees whole chunks, its own in between.
     """
 
     left: int | None
@@ -38,56 +33,70 @@ class Window:
     dilation: int = 1
     chunk: int = 1
 
-    def cut(self, n: int, causal: bool, sees: Sees) -> Tiles | None:
-        """The tiles for n positions; None where a query sees all of them, or all before it."""
-        rows, chunk = -(-n // self.dilation), min(self.chunk, n)
-        left, right = (rows if most is None else most * chunk for most in (self.left, self.right))
+    def cut(self, n: int, causal: bool, predicate: Predicate) -> Tiles | None:
+        """The tiles for n positions; None where a query sees all keys (all before it, when causal)."""
+        queries, chunk = -(-n // self.dilation), min(self.chunk, n)
+        left, right = (queries if most is None else most * chunk for most in (self.left, self.right))
         if self.dilation == 1 and left >= n - 1 and (causal or right >= n - 1):
             return None
         right = 0 if causal else right
-        size = chunk if self.chunk > 1 else min(rows, max(SMALLEST, min((left + right) // 2, LARGEST)))
-        runs = cut(rows, size, lambda query, queries: (query - left, query + queries + right), sees, self.dilation)
-        return Tiles(n, runs, dilation=self.dilation, sight=self, causal=causal)
+        size = chunk if self.chunk > 1 else min(queries, max(SMALLEST, min((left + right) // 2, LARGEST)))
+        runs = cut(queries, size, lambda query, count: (query - left, query + count + right), predicate, self.dilation)
+        return Tiles(n, runs, dilation=self.dilation, window=self, causal=causal)
 
     @property
     def plain(self) -> bool:
-        """Whether it is a window without holes or chunks."""
+        """Whether it has neither dilation nor chunks."""
         return self.dilation == self.chunk == 1
 
     @property
-    def kept(self) -> int | None:
-        """How many keys before a later query it can see."""
+    def past(self) -> int | None:
+        """The largest number of keys before a query that it sees; None: no bound."""
         return None if self.left is None else self.left * self.dilation * self.chunk + self.chunk - 1
 
 
+@dataclass
+class _Chunks:
+    """Chunks of the same shape, one after the other: the first query and key, queries and keys of each chunk."""
+
+    query: int
+    key: int
+    queries: int
+    keys: int
+    count: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Equal for chunks whose masks are equal."""
+        return self.queries, self.keys, self.query - self.key
+
+
 def cut(
-    rows: int, size: int, keys: Callable[[int, int], tuple[int, int]], sees: Sees, dilation: int = 1
-) -> tuple[Run, ...]:
-    """Chunks of `size` queries, alike ones together. keys: the first query of a chunk and its queries -> the first key
-    and the one after the last."""
-    # chunks that look alike: the first query and key, queries and keys of each, how many
-    found: list[tuple[int, int, int, int, int]] = []
-    for query in range(0, rows, size):
-        queries = min(size, rows - query)
+    n: int, size: int, keys: Callable[[int, int], tuple[int, int]], predicate: Predicate, dilation: int = 1
+) -> tuple[TileRun, ...]:
+    """Runs of chunks of `size` queries, for n queries.
+
+    keys: first query of a chunk and its number of queries -> its first key, and the one after its last.
+    """
+    groups: list[_Chunks] = []
+    for query in range(0, n, size):
+        queries = min(size, n - query)
         first, last = keys(query, queries)
         key = max(0, first)
-        if found:
-            at, at_key, alike, alike_keys, count = found[-1]
-            looks = (queries, query - key, min(rows, last) - key) == (alike, at - at_key, alike_keys)
-            if looks and (count + 1) * size <= TOGETHER:
-                found[-1] = at, at_key, alike, alike_keys, count + 1
-                continue
-        found.append((query, key, queries, min(rows, last) - key, 1))
+        chunk = _Chunks(query, key, queries, min(n, last) - key)
+        if groups and groups[-1].shape == chunk.shape and (groups[-1].count + 1) * size <= TOGETHER:
+            groups[-1].count += 1
+        else:
+            groups.append(chunk)
     masks: dict[tuple[int, int, int], Tensor | None] = {}
     runs = []
-    for query, key, queries, count_keys, count in found:
-        looked = queries, query - key, count_keys
-        if looked not in masks:
-            at_query, at_keys = (
-                torch.arange(at, at + many, device="cpu") * dilation
-                for at, many in ((query, queries), (key, count_keys))
-            )
-            seen = sees(at_query[:, None], at_keys[None])
-            masks[looked] = None if bool(seen.all()) else seen.expand(1, queries, count_keys)
-        runs.append(Run(Slots(count, queries, size, query), Slots(count, count_keys, size, key), masks[looked]))
+    for group in groups:
+        if group.shape not in masks:
+            query_positions = torch.arange(group.query, group.query + group.queries, device="cpu") * dilation
+            key_positions = torch.arange(group.key, group.key + group.keys, device="cpu") * dilation
+            seen = predicate(query_positions[:, None], key_positions[None])
+            masks[group.shape] = None if bool(seen.all()) else seen.expand(1, group.queries, group.keys)
+        query_tiles = TilePositions(group.count, group.queries, size, group.query)
+        key_tiles = TilePositions(group.count, group.keys, size, group.key)
+        runs.append(TileRun(query_tiles, key_tiles, masks[group.shape]))
     return tuple(runs)

@@ -13,7 +13,7 @@ from effzoo.annotations import Count, Few
 from effzoo.attention import tile_map
 from effzoo.attention.core import Context, Mask
 from effzoo.attention.predicate import PredicateAttention, lengths
-from effzoo.attention.tiles import Run, Slots, Tiles, laid_out
+from effzoo.attention.tiles import TilePositions, TileRun, Tiles, laid_out
 from effzoo.devices import table
 from effzoo.errors import InputError, OptionError
 from effzoo.registry import attention
@@ -107,7 +107,7 @@ class Blockwise(PredicateAttention):
             valid = mask.valid
             return mask.memo(("blockwise", self.permutations, n), lambda: self._of_rows(lengths(valid), n, size))
         make = lambda: [(heads, self._of_places(permutation, n, size)) for permutation, heads in self._alike().items()]  # noqa: E731
-        return tile_map.remembered(("blockwise", self.permutations, self.context.causal, size, n), make, device)
+        return tile_map.cached_tilings(("blockwise", self.permutations, self.context.causal, size, n), make, device)
 
     def _alike(self) -> dict[Permutation, list[int]]:
         """Heads by permutation."""
@@ -123,8 +123,8 @@ class Blockwise(PredicateAttention):
                 alike.setdefault(looks, []).append((blocks[query], blocks[key]))
         runs = []
         for (_, _, diagonal), pairs in alike.items():
-            queries, keys = (Slots.of(torch.stack(side)) for side in zip(*pairs, strict=True))
-            runs.append(Run(queries, keys, causal=diagonal))
+            queries, keys = (TilePositions.of(torch.stack(side)) for side in zip(*pairs, strict=True))
+            runs.append(TileRun(queries, keys, causal=diagonal))
         return laid_out(n, runs)
 
     def _of_rows(self, lengths: Tensor, n: int, size: int) -> list[tuple[list[int], Tiles]]:
@@ -142,8 +142,9 @@ class Blockwise(PredicateAttention):
         found = []
         for permutation, heads in self._alike().items():
             keys, allowed = (torch.stack([x[:, block] for block in permutation], dim=1) for x in (place, there))
-            of_queries, of_keys = (Slots(self.blocks, size, where=where) for where in (place, keys))
-            run = Run(of_queries, of_keys, allowed.flatten(0, 1)[:, None], held=there.flatten(0, 1)[:, None, :, None])
+            of_queries, of_keys = (TilePositions(self.blocks, size, index=index) for index in (place, keys))
+            filled = there.flatten(0, 1)[:, None, :, None]
+            run = TileRun(of_queries, of_keys, allowed.flatten(0, 1)[:, None], filled=filled)
             found.append((heads, Tiles(n, (run,), back)))
         return found
 

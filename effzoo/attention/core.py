@@ -34,7 +34,7 @@ Side = Literal["query", "key", "value", "query and key"]
 QKV: dict[str, Side] = {"q": "query", "k": "key", "v": "value"}
 DECLARED = ("name", "paper", "cost", "projections", "not_causal", "later_values_matter", "shift_invariant")
 FORMER = ("key_side", "row_side", "copied_from")  # declarations of an earlier contract, with `supports_...`
-RENAMED = {"rows": "forward_at(wanted, ...)", "alone": "attend_memory", "layouts": "tilings"}  # methods, old to new
+RENAMED = {"rows": "forward_at(wanted, ...)", "alone": "attend_memory", "layouts": "tilings", "sight": "window_of"}
 
 
 @dataclass(frozen=True)

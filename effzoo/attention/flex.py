@@ -1,4 +1,4 @@
-"""FlexAttention of torch: a predicate is its `mask_mod`, and blocks of pairs that no query sees are not computed."""
+"""FlexAttention of torch: a predicate is its `mask_mod`; blocks in which no query sees a key are not computed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from effzoo.attention.part import Part, Uncut
-from effzoo.attention.tile_map import kept
+from effzoo.attention.part import OneTile, Part
+from effzoo.attention.tile_map import cached
 from effzoo.devices import keeping
 
 if TYPE_CHECKING:
@@ -21,26 +21,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen(Uncut):
-    """The queries and keys as they are, under a block mask of torch."""
+class BlockMasked(OneTile):
+    """One tile under a block mask of torch."""
 
     blocks: Any = None
 
 
-def seen(core: PredicateAttention, q: Tensor, k: Tensor, mask: Mask, length: Tensor | None) -> Seen:
-    """What queries see by the predicate of their kind, padding and global tokens included; length: of each row, None
-    where there is no padding."""
+def block_masked(core: PredicateAttention, q: Tensor, k: Tensor, mask: Mask, length: Tensor | None) -> BlockMasked:
+    """The predicate of a kind with padding and global tokens; length [batch]: of the examples, None without padding."""
     size = q.shape[2], k.shape[2]
     if mask.valid is not None or core.is_global(mask) is not None:
-        found: Seen = mask.memo(("flex", core.key, size), lambda: _made(core, q, k, mask, length))
-        return found
+        of_mask: BlockMasked = mask.memo(("flex", core.key, size), lambda: _made(core, q, k, mask, length))
+        return of_mask
     if isinstance(q, FakeTensor):
         return _made(core, q, k, mask, None)
-    remembered: Seen = kept(("flex", core.key, size, str(q.device)), lambda: _made(core, q, k, mask, None))
-    return remembered
+    of_size: BlockMasked = cached(("flex", core.key, size, str(q.device)), lambda: _made(core, q, k, mask, None))
+    return of_size
 
 
-def _made(core: PredicateAttention, q: Tensor, k: Tensor, mask: Mask, length: Tensor | None) -> Seen:
+def _made(core: PredicateAttention, q: Tensor, k: Tensor, mask: Mask, length: Tensor | None) -> BlockMasked:
     from torch.nn.attention.flex_attention import create_block_mask  # takes a while to import
 
     valid, is_global = mask.valid, core.is_global(mask)
@@ -52,20 +51,21 @@ def _made(core: PredicateAttention, q: Tensor, k: Tensor, mask: Mask, length: Te
             "query_global": no if is_global is None else is_global[batch, query],
             "key_global": no if is_global is None else is_global[batch, key],
         }  # fmt: skip
-        found = core.seen(query, key, facts.__getitem__)
-        return found if valid is None else found & valid[batch, key]
+        seen = core.evaluate(query, key, facts.__getitem__)
+        return seen if valid is None else seen & valid[batch, key]
 
     if not (isinstance(q, FakeTensor) or torch.compiler.is_compiling()):
         with keeping(), torch.inference_mode(False):
             visible(*torch.zeros(4, dtype=torch.long, device=q.device))
-    rows = None if valid is None and is_global is None else q.shape[0]
+    batch = None if valid is None and is_global is None else q.shape[0]
     heads = q.shape[1] if "head" in core.reads else None
-    return Seen(blocks=create_block_mask(visible, rows, heads, q.shape[2], k.shape[2], q.device, _compile=q.is_cuda))
+    blocks = create_block_mask(visible, batch, heads, q.shape[2], k.shape[2], q.device, _compile=q.is_cuda)
+    return BlockMasked(blocks=blocks)
 
 
 def obstacle(parts: Any) -> str:
-    """Why it cannot compute these parts; empty if it can."""
-    if any(part.layout is not None and not isinstance(part.layout, Seen) for part in parts):
+    """The reason why it cannot compute these parts; "" if it can."""
+    if any(part.tiling is not None and not isinstance(part.tiling, BlockMasked) for part in parts):
         return "it takes kinds that are a predicate, without tiles of their own"
     trained = torch.is_grad_enabled() and any(x.requires_grad for part in parts for x in (part.q, part.k, part.v))
     return (
@@ -76,11 +76,11 @@ def obstacle(parts: Any) -> str:
 
 
 def attention(part: Part) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp [g, heads, rows, 1] of a part, differentiable by autograd."""
+    """Output and log-sum-exp [g, heads, m, 1] of a part, differentiable by autograd."""
     from torch.nn.attention.flex_attention import AuxRequest
 
-    blocks = part.layout.blocks if isinstance(part.layout, Seen) else None
-    # it refuses leaves even where no gradient is wanted
+    blocks = part.tiling.blocks if isinstance(part.tiling, BlockMasked) else None
+    # it refuses leaves that require gradients, even under no_grad
     q, k, v = (x if torch.is_grad_enabled() else x.detach() for x in (part.q, part.k, part.v))
     out, aux = _run(q.is_cuda)(q, k, v, _scores(part), blocks, part.scale, return_aux=AuxRequest(lse=True))
     return out, aux.lse.unsqueeze(-1)

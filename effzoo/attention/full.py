@@ -12,7 +12,10 @@ from effzoo.registry import attention
 
 @attention.register("full")
 class Full(PredicateAttention):
-    """Every query sees every key: softmax(q k^T / sqrt(d)) v, the baseline of every comparison."""
+    """Every query sees every key, the baseline of every comparison.
+
+    out = softmax(q k^T / sqrt(d)) v
+    """
 
     paper = "Vaswani et al. 2017, Attention is all you need, arXiv:1706.03762, section 3.2"
     cost = "n^2"
@@ -20,5 +23,5 @@ class Full(PredicateAttention):
     def visible(self, query: Tensor, key: Tensor) -> Tensor:
         return torch.ones_like(query + key, dtype=torch.bool)
 
-    def sight(self, head: int) -> Window:
+    def window_of(self, head: int) -> Window:
         return Window(None, None)

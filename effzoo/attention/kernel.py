@@ -1,24 +1,22 @@
-"""The one softmax: attention over the union of several parts' keys, in O(n) memory, exact forward and backward.
+"""The one softmax: attention over the keys of several parts together, in O(n) memory, forward and backward exact.
 
-A part is a choice of keys for the queries. Each part runs tile by tile in a fused kernel and returns its output and
-log-sum-exp;
-`merge` combines them into the softmax over all keys together,
+A part is some keys for the queries (a window, a few global tokens, a prefix). A fused kernel computes each part, tile
+by tile, and returns its output and log-sum-exp; `merge` makes of them the softmax over all keys,
 
     L = log sum_i exp(lse_i),     out = sum_i exp(lse_i - L) out_i,
 
-which is how FlashAttention merges its tiles (Dao et al. 2022, arXiv:2205.14135, section 3.1). No gradient flows
-through the merge weights: with P = exp(S_i - L) the derivative dS_i = P * (dO V_i^T - rowsum(dO * out)) needs only the
-*merged* out and L, so each part's backward pass runs with those (as ring attention does, Liu et al. 2023,
-arXiv:2310.01889).
+as FlashAttention merges its tiles (Dao et al. 2022, arXiv:2205.14135, section 3.1). The merge needs no gradient of its
+own: with P = exp(S_i - L), the derivative dS_i = P * (dO V_i^T - rowsum(dO * out)) takes the merged out and L, so the
+backward pass of each part is given these (as in ring attention, Liu et al. 2023, arXiv:2310.01889).
 
-What computes a tile is chosen in `backends.py`; `_plain` is the readable twin of all, and tests hold them equal.
+`backends.py` chooses the kernel; `_plain` is the readable twin of all kernels, and tests hold them equal.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -28,9 +26,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from effzoo.attention import flex
-from effzoo.attention.backends import BACKENDS, choose, drawn_seed, placed, readied
-from effzoo.attention.part import Cut, Part, Tile, factor
-from effzoo.attention.traced import Told, Traced
+from effzoo.attention.backends import BACKENDS, choose, drawn_seed, prepared, tiling_and_kernel
+from effzoo.attention.part import DisjointTiling, Part, Tile, factor
+from effzoo.attention.traced import BackendChoice, Traced
 from effzoo.errors import InputError
 
 __all__ = ["BACKENDS", "attend", "attended", "choose", "merge"]
@@ -39,56 +37,53 @@ __all__ = ["BACKENDS", "attend", "attended", "choose", "merge"]
 def attend(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> Tensor:
     """softmax(scale q k^T + bias) v over the keys of all parts together, [batch, heads, n, e].
 
-    A query that may attend to nothing returns 0. `dropout` is the probability of dropping an attention weight.
-    `choose` says which backend "auto" is; a named backend that cannot run here raises OptionError.
+    A query without keys gets 0.
+
+    dropout: probability of dropping an attention weight.
+    backend: a name of BACKENDS; `choose` says what "auto" is here. Raises OptionError where a named one cannot run.
     """
     return attended(*parts, dropout=dropout, backend=backend)[0]
 
 
 def attended(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """`attend`, and the log-sum-exp [batch, heads, n, 1] without gradient, -inf for a query that attended to
-    nothing."""
+    """`attend`, and the log-sum-exp [batch, heads, n, 1], -inf for a query without keys; it has no gradient."""
     if not parts:
         raise InputError("attention is over the keys of at least one part; give attend a Part")
     name, _ = choose(parts, dropout, backend)
-    if name == "reference" and not any(isinstance(part.layout, Traced) for part in parts):
+    if name == "reference" and not any(isinstance(part.tiling, Traced) for part in parts):
         device = parts[0].q.device.type
-        # which would round the scores
+        # autocast would round the scores
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-            return _plain(tuple(one for part in parts for one in part.way.plain(part)), dropout)
+            return _plain([piece for part in parts for piece in part.tiling_or_one.disjoint(part)], dropout)
     if name == "flex":
         outs, lses = zip(*(flex.attention(part) for part in parts), strict=True)
         lse = _lse(torch.cat(lses, dim=-1))
-        weights = [(one - lse.clamp(min=torch.finfo(lse.dtype).min)).exp().to(outs[0].dtype) for one in lses]
+        weights = [(part_lse - lse.clamp(min=torch.finfo(lse.dtype).min)).exp().to(outs[0].dtype) for part_lse in lses]
         return torch.stack([out * weight for out, weight in zip(outs, weights, strict=True)]).sum(dim=0), lse.detach()
     if not torch.compiler.is_compiling():
-        parts = tuple(readied(parts, name))
+        parts = tuple(prepared(parts, name))
     # parts may share their queries, but compiled code takes each tensor once
     queries = [p.q.view_as(p.q) if any(p.q is other.q for other in parts[:i]) else p.q for i, p in enumerate(parts)]
-    tensors = [(q, p.k, p.v, *p.brought) for q, p in zip(queries, parts, strict=True)]
+    tensors = [(q, p.k, p.v, *p.tiling_inputs) for q, p in zip(queries, parts, strict=True)]
+    plans: list[Any]  # (tiling, kernel) of each part
     if torch.compiler.is_compiling():
-        if any(part.layout is not None and not isinstance(part.layout, Traced) for part in parts):
+        if any(part.tiling is not None and not isinstance(part.tiling, Traced) for part in parts):
             raise InputError(
-                "compiled code finds tiles when it runs; give attend parts with a layout of their own in eager code"
+                "compiled code finds tiles when it runs; give attend parts with a tiling of their own in eager code"
             )
-        ways: list[Any] = [
-            (part.layout or Traced(causal=part.causal), Told(backend, part.scale, dropout)) for part in parts
+        plans = [
+            (part.tiling or Traced(causal=part.causal), BackendChoice(backend, part.scale, dropout)) for part in parts
         ]
-        tensors = [(q, k, v, drawn_seed() if dropout else None, *given) for q, k, v, *given in tensors]
+        tensors = [(q, k, v, drawn_seed() if dropout else None, *inputs) for q, k, v, *inputs in tensors]
     else:
-        ways = [placed(part, name, dropout) for part in parts]
-    # as the first line of `_Merged`, without its cost
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return merge(*(way.forward(kernel, *own) for (way, kernel), own in zip(ways, tensors, strict=True)))
-    found: tuple[Tensor, Tensor] = _Merged.apply(
-        ways, [len(each) for each in tensors], *(x for each in tensors for x in each)
-    )  # type: ignore[no-untyped-call]
-    return found
+        plans = [tiling_and_kernel(part, name, dropout) for part in parts]
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # `_Merged.forward` without its overhead
+        return merge(*(tiling.forward(kernel, *args) for (tiling, kernel), args in zip(plans, tensors, strict=True)))
+    return _merged(plans, [len(args) for args in tensors], *(x for args in tensors for x in args))
 
 
 def merge(*results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Outputs [..., n, d] and log-sum-exps [..., n, 1] of parts -> those of the softmax over the union of their
-    keys."""
+    """Outputs [..., n, d] and log-sum-exps [..., n, 1] of parts -> those of the softmax over all their keys."""
     if len(results) == 1:
         return results[0]
     if torch.compiler.is_compiling():
@@ -99,17 +94,16 @@ def merge(*results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 def _merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     lse = torch.stack(lses).logsumexp(dim=0)
     finite = lse.masked_fill(lse == -math.inf, 0.0)
-    weights = [(part - finite).exp().to(outs[0].dtype) for part in lses]
+    weights = [(part_lse - finite).exp().to(outs[0].dtype) for part_lse in lses]
     out = outs[0] * weights[0]
-    for part, weight in zip(outs[1:], weights[1:], strict=True):
-        out.addcmul_(part, weight)
+    for part_out, weight in zip(outs[1:], weights[1:], strict=True):
+        out.addcmul_(part_out, weight)
     return out, lse
 
 
 @torch.library.custom_op("effzoo::merge", mutates_args=())
 def _opaque_merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """`_merge` for compiled graphs: inductor of torch 2.13 else adds the parts up in the buffer of one that is still
-    read."""
+    """`_merge` in compiled code: inductor of torch 2.13 would sum the parts in a buffer that is still read."""
     out, lse = _merge(outs, lses)
     return out.contiguous(), lse.contiguous()
 
@@ -120,17 +114,13 @@ def _(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class _Merged(torch.autograd.Function):
-    """`attended` tile by tile: parts forward, `merge`, parts backward with the merged out and log-sum-exp."""
+    """`attended` with gradients: parts forward, `merge`, parts backward with the merged out and log-sum-exp."""
 
     @staticmethod
-    def forward(ctx, ways, counts, *tensors):  # type: ignore[no-untyped-def]
-        out, lse = merge(
-            *(
-                layout.forward(kernel, *own)
-                for (layout, kernel), own in zip(ways, _by_part(counts, tensors), strict=True)
-            )
-        )
-        ctx.ways, ctx.counts = ways, counts
+    def forward(ctx, plans, counts, *tensors):  # type: ignore[no-untyped-def]
+        by_part = zip(plans, _by_part(counts, tensors), strict=True)
+        out, lse = merge(*(tiling.forward(kernel, *args) for (tiling, kernel), args in by_part))
+        ctx.plans, ctx.counts = plans, counts
         ctx.save_for_backward(out, lse.masked_fill(lse == -math.inf, 0.0), *tensors)
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -141,31 +131,41 @@ class _Merged(torch.autograd.Function):
         out, lse, *tensors = ctx.saved_tensors
         lse = lse.to(torch.promote_types(lse.dtype, torch.float32))
         grads: list[Tensor | None] = []
-        for (layout, kernel), (q, k, v, *given) in zip(ctx.ways, _by_part(ctx.counts, tensors), strict=True):
-            grads += [*layout.backward(kernel, grad, q, k, v, out, lse, *given), *(None for _ in given)]
+        for (tiling, kernel), (q, k, v, *inputs) in zip(ctx.plans, _by_part(ctx.counts, tensors), strict=True):
+            grads += [*tiling.backward(kernel, grad, q, k, v, out, lse, *inputs), *(None for _ in inputs)]
         return None, None, *grads
 
 
+_merged: Callable[..., tuple[Tensor, Tensor]] = _Merged.apply
+
+
 def _by_part(counts: Sequence[int], tensors: Sequence[Any]) -> list[Sequence[Any]]:
-    """q, k, v and the biases of every part."""
+    """The tensors of each part: q, k, v and the inputs of its tiling."""
     ends = list(itertools.accumulate(counts))
     return [tensors[end - count : end] for count, end in zip(counts, ends, strict=True)]
 
 
-def _plain(parts: tuple[Part, ...], dropout: float) -> tuple[Tensor, Tensor]:
-    """`attended` with the scores written out, in float32 or better; O(m s) memory, differentiable by autograd alone."""
-    cuts = [cast(Cut, part.way) for part in parts]
-    tiles = [list(cut.tiles(part.q, part.k, part.v, part.brought)) for part, cut in zip(parts, cuts, strict=True)]
-    scores = [[_score(tile, part.scale) for tile in own] for part, own in zip(parts, tiles, strict=True)]
-    lse = torch.stack(
-        [cut.join([_lse(score) for score in own], -math.inf) for cut, own in zip(cuts, scores, strict=True)]
-    )
-    lse = _lse(lse.movedim(0, -1)).squeeze(-1)
+def _plain(parts: Sequence[Part], dropout: float) -> tuple[Tensor, Tensor]:
+    """`attended` with the scores written out, in float32 or better; O(m s) memory, differentiated by autograd."""
+    tilings = [cast(DisjointTiling, part.tiling_or_one) for part in parts]
+    tiles = [
+        list(tiling.tiles(part.q, part.k, part.v, part.tiling_inputs))
+        for part, tiling in zip(parts, tilings, strict=True)
+    ]
+    scores = [[_score(tile, part.scale) for tile in part_tiles] for part, part_tiles in zip(parts, tiles, strict=True)]
+    lses = [
+        tiling.join([_lse(score) for score in part_scores], -math.inf)
+        for tiling, part_scores in zip(tilings, scores, strict=True)
+    ]
+    lse = _lse(torch.cat(lses, dim=-1))
+    finite = lse.clamp(min=torch.finfo(lse.dtype).min)
     out: Tensor | int = 0
-    for cut, of_part, own in zip(cuts, tiles, scores, strict=True):
-        rows = cut.rows(lse.clamp(min=torch.finfo(lse.dtype).min))
-        weights = [F.dropout((score - of_rows).exp(), dropout) for score, of_rows in zip(own, rows, strict=True)]
-        out = out + cut.join([weight @ tile.v.to(weight.dtype) for weight, tile in zip(weights, of_part, strict=True)])
+    for tiling, part_tiles, part_scores in zip(tilings, tiles, scores, strict=True):
+        outs = []
+        for tile, score, tile_lse in zip(part_tiles, part_scores, tiling.split(finite), strict=True):
+            weights = F.dropout((score - tile_lse).exp(), dropout)
+            outs.append(weights @ tile.v.to(weights.dtype))
+        out = out + tiling.join(outs)
     return cast(Tensor, out).to(parts[0].v.dtype), lse.detach()
 
 
@@ -176,14 +176,13 @@ def _score(tile: Tile, scale: float | None) -> Tensor:
     if tile.bias is not None:
         score = score + tile.bias.to(exact)
     if tile.causal:
-        score = score.masked_fill(
-            torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).triu(1), -math.inf
-        )
+        later = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).triu(1)
+        score = score.masked_fill(later, -math.inf)
     return score
 
 
 def _lse(score: Tensor) -> Tensor:
-    """log-sum-exp over the last axis, kept; rows of -inf give -inf, with gradient 0 instead of NaN."""
+    """log sum exp over the last axis, which stays; -inf where all are -inf, with gradient 0 instead of NaN."""
     top = score.detach().amax(dim=-1, keepdim=True)
     top = top.masked_fill(top == -math.inf, 0.0)
     total = (score - top).exp().sum(dim=-1, keepdim=True)

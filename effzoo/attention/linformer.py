@@ -1,4 +1,4 @@
-"""Linformer attention: keys and values are projected along the sequence to k rows (Wang et al. 2020, arXiv:2006.04768,
+"""Linformer attention: keys and values are projected along the sequence (Wang et al. 2020, arXiv:2006.04768,
 section 4)."""
 
 from __future__ import annotations
@@ -25,29 +25,23 @@ Sharing = Literal["none", "headwise", "key_value", "layerwise"]
 
 @attention.register("linformer")
 class Linformer(CompressedAttention):
-    """softmax(q (E k)^T / sqrt(d)) F v, where E and F [k, n] project keys and values along the sequence. Cost O(n k).
+    """Keys and values are projected along the sequence to k rows, to which every query attends.
 
-    k: rows after the projection, at most max_length; one number, or one per layer.
-    sharing: (section 4, "parameter sharing") "none", an E and an F per head; "headwise", per layer; "key_value", E = F,
-        one per layer; "layerwise", one matrix for all layers, heads, keys and values.
-    projection: (section 4, "general projections") "linear"; "mean", the mean over segments of ceil(max_length / k)
-        tokens, without parameters; "conv", a convolution along the sequence whose kernel and stride are that length,
-        one kernel for all channels, so that E stays a matrix.
+    out = softmax(q (E K)^T / sqrt(d)) F V,    with E and F [k, n]. Cost O(n k).
 
-    Lengths: position j meets column j of E, which has max_length columns; a shorter input uses the first n (E[:, :n]).
-        Padding: rows of k = x W + b at padding are zeroed, bias included, before they are projected. A "linear" E has a
-        weight everywhere, so all its k rows are attended, also where a short input leaves them (nearly) 0; rows of
-        "mean" and "conv" whose segment holds no token are not, and the mean is over the tokens that are there. An input
-        without any token gives 0.
+    k: rows of E K and F V, at most max_length; one number, or one per layer.
+    sharing: "none", an E and an F per head; "headwise", per layer; "key_value", E = F, one per layer; "layerwise", one
+        matrix for all layers (section 4, "parameter sharing").
+    projection: "linear"; "mean", the mean over segments of ceil(max_length / k) tokens, without parameters; "conv", a
+        convolution with that kernel and stride, the same for all channels (section 4, "general projections").
 
-    Linear projections start as the mean over k equal segments of max_length, convolutions as the mean of theirs (the
-    paper: normal, 1 / k).
+    E has max_length columns; an input of n positions takes the first n. K and V are 0 at padding, bias included. The
+    mean is over the tokens of a segment; no query attends to a segment without tokens ("mean", "conv"). An input
+    without tokens gives 0. E and F start as the mean over k equal segments (the paper: normal with variance 1 / k).
 
-    Where E is one matrix for all heads, E (x W + b) = (E x) W + (E 1) b: the layer projects only k rows when that costs
-    less and no function between the two (an adapter's output, rotary positions, a norm of the keys) forbids it. E and F
-    are sites with the roles `attn.E` and
-    `attn.F`; while something is hung there, the site's own forward runs on the sequence padded with zeros to
-        max_length.
+    One E for all heads is applied to x first where that costs less: E (x W + b) = (E x) W + (E 1) b, unless something
+    stands between (an adapter's output, rotary positions, a norm of keys). E and F are sites, `attn.E` and `attn.F`;
+    with adapters, x is padded with zeros to max_length for them.
     """
 
     paper = "Wang et al. 2020, Linformer: Self-attention with linear complexity, arXiv:2006.04768, section 4"
@@ -63,16 +57,16 @@ class Linformer(CompressedAttention):
         projection: Literal["linear", "mean", "conv"] = "linear",
     ):
         super().__init__(context)
-        rows = [k] * context.layers if isinstance(k, int) else list(k)
-        if len(rows) != context.layers or min(rows) < 1:
+        sizes = [k] * context.layers if isinstance(k, int) else list(k)
+        if len(sizes) != context.layers or min(sizes) < 1:
             raise OptionError(
                 f"linformer: k is at least 1, one number or one per layer ({context.layers} layers), got {k}"
             )
-        if sharing == "layerwise" and len(set(rows)) > 1:
+        if sharing == "layerwise" and len(set(sizes)) > 1:
             raise OptionError(
                 f"linformer: layers that share one matrix have one k, got {k}; give one number, or sharing='key_value'"
             )
-        self.k, self.length = min(rows[context.layer], context.max_length), context.max_length
+        self.k, self.length = min(sizes[context.layer], context.max_length), context.max_length
         self.sharing, self.projection = sharing or "none", projection  # a spec string reads `none` as None
         self.segment = -(-self.length // self.k)
         self.E: nn.Module | None = None
@@ -95,9 +89,10 @@ class Linformer(CompressedAttention):
         return Linear(inputs, outputs, bias=False, role=role, layer=layer)
 
     def _share(self) -> None:
-        """One site for all layers, found through `context.shared`: a module of the layer that is built first, so its
-        weight is stored once. A layer that is built again, in place of the one that holds the site, holds another from
-        then on, which all use."""
+        """Make the site that all layers share, in the layer that is built first: its weight is stored once.
+
+        The others find it in `context.shared`; when that layer is built again, they find its new site.
+        """
         owner = self.context.shared.setdefault(("layer of", self._key), self.context.layer)
         if owner == self.context.layer:
             self.E = self.context.shared[self._key] = self._make("attn.E", None)
@@ -127,7 +122,7 @@ class Linformer(CompressedAttention):
         return [*cast("Iterable[Linear]", module)] if self.sharing == "none" else [cast(Linear, module)]
 
     def compressed(self, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Tensor | None]:
-        # `project` leaves a note in the mask when it has compressed: the shape alone does not tell in cross-attention
+        # `project` notes in the mask that it has compressed: in cross-attention the shape does not show it
         keys, values = (
             self._compress(name, x, mask) if mask._memo.pop(_note(name), None) is None else x
             for name, x in (("k", k), ("v", v))
@@ -138,8 +133,8 @@ class Linformer(CompressedAttention):
         if self.projections[name] == "query" or not self._compresses_first(name, x.shape[1], linear):
             return linear(x)
         site, of_keys = cast(Linear, linear), mask._memo.get(_note("k"), (None, None))
-        again = name == "v" and of_keys[0] is x and self._sites("k") == self._sites("v")
-        compressed = of_keys[1] if again else self._compress(name, x, mask)  # E x serves keys and values when F = E
+        same = name == "v" and of_keys[0] is x and self._sites("k") == self._sites("v")
+        compressed = of_keys[1] if same else self._compress(name, x, mask)  # E x serves keys and values when F = E
         mask._memo[_note(name)] = (x, compressed)
         y = product(compressed, site.composed_weight())
         bias = site.composed_bias()
@@ -156,11 +151,11 @@ class Linformer(CompressedAttention):
             or not all(map(_plain, (linear, *self._sites(name))))
         ):
             return False
-        rows, inner, dim = self._rows(n), linear.out_features, linear.in_features
-        return (rows * n + rows * inner) * dim < (n * dim + rows * n) * inner
+        k, inner, dim = self._length(n), linear.out_features, linear.in_features
+        return (k * n + k * inner) * dim < (n * dim + k * n) * inner
 
-    def _rows(self, n: int) -> int:
-        """How many rows a sequence of n becomes."""
+    def _length(self, n: int) -> int:
+        """To how many positions n are compressed."""
         if n > self.length:
             raise InputError(
                 f"linformer projects sequences of up to max_length {self.length} positions, got {n}; build the model "
@@ -169,16 +164,15 @@ class Linformer(CompressedAttention):
         return self.k if self.projection == "linear" else -(-n // self.segment)
 
     def _compress(self, name: str, x: Tensor, mask: Mask) -> Tensor:
-        """E x (F x for values) without the rows at padding, [b, heads, n, d] -> [b, heads, rows, d], or without the
-        axis of heads."""
+        """E x (F x for values), x 0 at padding: [batch, heads, n, d] -> [batch, heads, k, d], or without heads."""
         n, valid = x.shape[-2], mask.valid
-        rows, sites = self._rows(n), self._sites(name)
+        k, sites = self._length(n), self._sites(name)
         if valid is not None:
             x = x.masked_fill(~valid.view(valid.shape[0], *[1] * (x.ndim - 3), n, 1), 0.0)
         if self.projection == "mean":
-            there = x.new_ones(1, n) if valid is None else valid.to(x.dtype)
-            count = self._segments(there[..., None]).sum(dim=-1).clamp(min=1)  # [b, rows, 1]
-            return self._segments(x).sum(dim=-1) / count.view(count.shape[0], *[1] * (x.ndim - 3), rows, 1)
+            tokens = x.new_ones(1, n) if valid is None else valid.to(x.dtype)
+            count = self._segments(tokens[..., None]).sum(dim=-1).clamp(min=1)  # [batch, k, 1]
+            return self._segments(x).sum(dim=-1) / count.view(count.shape[0], *[1] * (x.ndim - 3), k, 1)
         if len(sites) == 1:
             return self._through(sites[0], x)
         if self.projection == "linear" and not any(site.active for site in sites):
@@ -188,22 +182,21 @@ class Linformer(CompressedAttention):
         )
 
     def _through(self, site: Linear, x: Tensor) -> Tensor:
-        """One site along the sequence, [..., n, d] -> [..., rows, d]."""
+        """One site along the sequence, [..., n, d] -> [..., k, d]."""
         if self.projection == "conv":
             return site(self._segments(x)).squeeze(-1)
         columns = x.transpose(-1, -2)
         n = columns.shape[-1]
-        rows = site(F.pad(columns, (0, self.length - n))) if site.active else product(columns, site.weight[:, :n])
-        return rows.transpose(-1, -2).contiguous()  # the flash kernel wants the last axis dense
+        y = site(F.pad(columns, (0, self.length - n))) if site.active else product(columns, site.weight[:, :n])
+        return y.transpose(-1, -2).contiguous()  # flash kernels take a dense last axis
 
     def _segments(self, x: Tensor) -> Tensor:
-        """The sequence cut into segments, the last one filled up with zeros, [..., n, d] -> [..., rows, d, segment]."""
-        return rearrange(
-            F.pad(x, (0, 0, 0, -x.shape[-2] % self.segment)), "... (rows s) d -> ... rows d s", s=self.segment
-        )
+        """The sequence in segments, the last one padded with zeros, [..., n, d] -> [..., k, d, segment]."""
+        padded = F.pad(x, (0, 0, 0, -x.shape[-2] % self.segment))
+        return rearrange(padded, "... (k s) d -> ... k d s", s=self.segment)
 
     def _bias(self, mask: Mask, dtype: torch.dtype) -> Tensor | None:
-        """Segments without any token, [b, 1, 1, rows]; None for a linear E and without padding."""
+        """-inf for segments without tokens, [batch, 1, 1, k]; None for a linear E and without padding."""
         valid = mask.valid
         if self.projection == "linear" or valid is None:
             return None
@@ -213,34 +206,26 @@ class Linformer(CompressedAttention):
         )
 
     def dense(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
-        """The definition with E and F written out as matrices [b, heads, rows, n] whose columns are 0 at padding."""
+        """The definition: E and F as matrices [batch, heads, k, n], with columns of 0 at padding."""
         q, k, v = projected
         n, valid = k.shape[2], reference.padding(k.shape[2], mask.valid, k.device)
         place = torch.arange(n, device=k.device)
-        in_segment = torch.arange(self._rows(n), device=k.device)[:, None] == place // self.segment
-        some = (
-            torch.ones(1, dtype=torch.bool, device=k.device)
-            if self.projection == "linear"
-            else (in_segment & valid).any(dim=-1)[:, :, None]
-        )
+        in_segment = torch.arange(self._length(n), device=k.device)[:, None] == place // self.segment
+        is_linear, tokens = self.projection == "linear", in_segment & valid
+        allowed = torch.ones(1, dtype=torch.bool, device=k.device) if is_linear else tokens.any(dim=-1)[:, :, None]
 
         def matrix(name: str) -> Tensor:
             if self.projection == "mean":
-                return (in_segment & valid).to(k.dtype) / (in_segment & valid).sum(dim=-1, keepdim=True).clamp(min=1)
-            inputs = torch.eye(
-                self.length if self.projection == "linear" else self.segment, dtype=k.dtype, device=k.device
-            )
-            # a site applied to the identity is its matrix
-            weights = torch.stack([site(inputs).T for site in self._sites(name)])
-            return (
-                weights[:, :, :n] if self.projection == "linear" else weights[:, :, place % self.segment] * in_segment
-            ) * valid
+                return tokens.to(k.dtype) / tokens.sum(dim=-1, keepdim=True).clamp(min=1)
+            identity = torch.eye(self.length if is_linear else self.segment, dtype=k.dtype, device=k.device)
+            weights = torch.stack([site(identity).T for site in self._sites(name)])
+            return (weights[:, :, :n] if is_linear else weights[:, :, place % self.segment] * in_segment) * valid
 
         keys, values = (
-            torch.einsum("bhrn,bhnd->bhrd", matrix(name).expand(*x.shape[:2], -1, n), x)
+            torch.einsum("bhkn,bhnd->bhkd", matrix(name).expand(*x.shape[:2], -1, n), x)
             for name, x in (("k", k), ("v", v))
         )
-        return reference.dense(q, keys, values, some, memory)
+        return reference.dense(q, keys, values, allowed, memory)
 
 
 def _note(name: str) -> tuple[str, str]:
@@ -248,6 +233,5 @@ def _note(name: str) -> tuple[str, str]:
 
 
 def _plain(site: Linear) -> bool:
-    """Whether the site is its composed weight and bias: nothing active changes its input or its output, or differs by
-    row."""
+    """Whether the site is x W^T + b: no adapter changes its input or output, and all examples have the same."""
     return not site.mixed and not any(opens(module, "before", "after") for module in site.hung())

@@ -16,19 +16,21 @@ from effzoo.sites import KeysValues
 
 @attention.register("local", "chunked")
 class Local(PredicateAttention):
-    """Query i sees the keys of its chunk i // chunk, of look_back chunks before it and of look_forward chunks after it.
+    """A query sees the keys of its own chunk, of look_back chunks before it and of look_forward chunks after it.
 
-    softmax over {j : -look_forward <= i // chunk - j // chunk <= look_back} of q_i . k_j / sqrt(d); causal cuts it to j
-    <= i. These are the local layers of Reformer; in a model they alternate with `lsh` ones, by a spec per layer. Cost
-    O(n chunk).
+    out_i = sum over j in S_i of p_ij v_j,    p_i = softmax over S_i of q_i . k_j / sqrt(d)
 
-    chunk: length of a chunk.
-    look_back: how many chunks before its own a query sees.
-    look_forward: how many after.
-    circular: the first chunks see the last ones, and the last the first, as in HF and Trax: in an encoder the end of
-        a sequence is then seen from its beginning, and padding matters for it; only for equality with those. A key
-        is seen once, also when the look around the ring meets it twice. Decoding keeps (look_back + 1) chunk keys at
-        most.
+    S_i = {j : -look_forward <= i // chunk - j // chunk <= look_back}
+
+    When causal, S_i is cut to j <= i. Cost O(n chunk). Reformer alternates these layers with `lsh` (a spec per layer).
+
+    chunk: positions of a chunk.
+    look_back: chunks before its own that a query sees.
+    look_forward: chunks after its own that a query sees.
+    circular: the first chunks also see the last ones, and the last the first, as in HF and Trax; for equality with
+        these alone, as it lets padding matter.
+
+    A decoder caches at most (look_back + 1) chunk keys.
     """
 
     paper = (
@@ -67,6 +69,6 @@ class Local(PredicateAttention):
             )
         return super().step(*projected, mask=mask, past=past, memory=memory)
 
-    def sight(self, head: int) -> Window | None:
+    def window_of(self, head: int) -> Window | None:
         hidden = self.context.causal and not self.after  # looking back alone, the causal triangle hides the ring
         return Window(self.before, self.after, chunk=self.chunk) if hidden or not self.circular else None

@@ -18,30 +18,24 @@ from effzoo.registry import attention
 
 @attention.register("longformer", "sliding_window")
 class Longformer(PredicateAttention):
-    """Token i sees |i - j| <= window / 2 and the global tokens; global tokens see everything, with projections of their
-    own.
+    """A token sees the tokens in a window around it and the global tokens; a global token sees all tokens.
 
-    Local rows:   softmax over {j : |i - j| <= dilation window / 2, dilation divides i - j} and {j : j global} of q_i .
-    k_j / sqrt(d).
-    Global rows:  softmax over all j of q_global_i . k_global_j / sqrt(d), applied to v_global.
-    With causal attention every set is cut to j <= i. A global key is counted once, with the local projections, for
-    local rows.
-    Cost O(n window + n globals).
+    out_i = sum over j in S_i of p_ij v_j,    p_i = softmax over S_i of q_i . k_j / sqrt(d)
 
-    window: even, positive; the whole width, as in HF Longformer (the paper's and allenai's one-sided width is half
-        of it). One number, or one per layer: the paper goes from small windows in low layers to large ones in high
-        layers.
-    dilation: 1 for none; one number, or one per head (2 on two heads of the upper layers in the paper; give a spec
-        per layer for that).
-    global_projections: whether global rows have projections of their own (without: section 5's ablation; Mistral,
-        ModernBERT); None: in encoders, as decoders mark no token unless asked to, and what no batch reaches would be
-        counted and trained for nothing.
-    max_globals: room for the global tokens that a batch marks in a sequence, under torch.compile, where shapes must
-        be known, and on an accelerator, where to count them would be to wait; more are an error there. In eager code
-        on the CPU there is no limit.
+    S_i = {j : |i - j| <= dilation window / 2, dilation divides i - j} and {j : j global}   for a token i
+    S_i = {every j}, with q_global, k_global and v_global for q, k and v                    for a global token i
 
-    Decoding keeps the last dilation window / 2 keys and the global ones; tokens that follow the prompt cannot be
-    global.
+    When causal, S_i is cut to j <= i. Cost O(n window + n globals).
+
+    window: even; the whole width, as in HF Longformer (the paper's width is one side of it). One number, or one per
+        layer: the paper has smaller windows in lower layers.
+    dilation: 1 for none; one number, or one per head (the paper: 2 for two heads of the upper layers).
+    global_projections: whether global tokens have projections of their own; None: in encoders. Without them: the
+        ablation of section 5, Mistral, ModernBERT.
+    max_globals: room for the global tokens of an example under torch.compile and on an accelerator, where they are not
+        counted; more are an error there. No limit in eager code on the CPU.
+
+    A decoder caches the last dilation window / 2 keys and the global ones; only tokens of the prompt can be global.
     """
 
     paper = "Beltagy et al. 2020, Longformer, arXiv:2004.05150, sections 3.1 and 3.2"
@@ -91,7 +85,7 @@ class Longformer(PredicateAttention):
         gap = query - key
         return ((gap.abs() <= self.reach * dilation) & (gap % dilation == 0)) | query_global | key_global
 
-    def sight(self, head: int) -> Window:
+    def window_of(self, head: int) -> Window:
         return Window(self.reach, self.reach, self.dilations[head])
 
     def of_globals(self, *projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:

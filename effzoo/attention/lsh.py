@@ -162,7 +162,7 @@ class LSH(AttentionCore):
         else:
             part, times = self.part(qk, k, v, self._buckets(qk, mask)), self._times
             if torch.compiler.is_compiling():
-                part = replace(part, layout=Traced(self._number))
+                part = replace(part, tiling=Traced(self._number))
         out, lse = self.attended(part, _memory_part(qk, memory, times))
         if memory is not None:
             return out
@@ -196,10 +196,10 @@ class LSH(AttentionCore):
 
     def part(self, q: Tensor, k: Tensor, v: Tensor, buckets: Tensor | None) -> Part:
         """What is seen in all rounds, given the buckets."""
-        return Part(q, k, v, scale=1.0, layout=self._layout, given=[buckets])
+        return Part(q, k, v, scale=1.0, tiling=self._tiling, inputs=[buckets])
 
     @property
-    def _layout(self) -> HashingRounds:
+    def _tiling(self) -> HashingRounds:
         """What is seen in all rounds. Buckets of different rounds are never the same, so within them several rounds
         make no ring."""
         options = self.within_buckets, self.count_once, self.stable, self.context.causal
@@ -248,7 +248,7 @@ class LSH(AttentionCore):
         buckets and place, the rank of a position by (bucket, position), are [rounds, batch, heads, n].
         """
         n, stands = buckets.shape[-1], (place if self.stable else place // self.chunk, buckets)
-        total = self._layout.meetings((stands[0][..., start:], buckets[..., start:]), stands, -(-n // self.chunk))
+        total = self._tiling.meetings((stands[0][..., start:], buckets[..., start:]), stands, -(-n // self.chunk))
         position = torch.arange(n, device=buckets.device)
         query = position[start:, None]
         valid = torch.ones(1, n, dtype=torch.bool, device=buckets.device) if mask.valid is None else mask.valid

@@ -1,4 +1,4 @@
-"""A part of the one softmax: some keys for some queries, and how they lie in tiles that a kernel computes."""
+"""A part of the one softmax: some keys for some queries, and the tiles in which a kernel computes it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from effzoo.errors import InputError
 if TYPE_CHECKING:
     from effzoo.attention.triton_launch import Hashed, OnePass
 
+Gradients = tuple[Tensor, Tensor, Tensor]  # of q, k and v
+
 
 class Tile(NamedTuple):
-    """One attention [g, heads, rows, keys]: queries, keys, values, an additive bias, and whether the causal triangle
-    cuts it."""
+    """One attention of q [g, heads, m, d] to k [g, heads, s, d] and v; an additive bias broadcastable to [g, heads, m,
+    s]; causal: query i sees keys j <= i."""
 
     q: Tensor
     k: Tensor
@@ -30,114 +32,99 @@ class Tile(NamedTuple):
 
 
 class Kernel(Protocol):
-    """What computes one tile. The log-sum-exp is [g, heads, rows], and -inf for a row without keys."""
+    """Computes one tile. The log-sum-exp is [g, heads, m], -inf for a query without keys."""
 
     def forward(self, tile: Tile, index: int) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp, with the tile's own softmax; index: the number of the tile, from which dropout
-        draws."""
+        """Output and log-sum-exp of the softmax over the tile's keys; index: number of the tile, the seed of
+        dropout."""
 
-    def backward(self, tile: Tile, index: int, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v, given that of the output, and the output and log-sum-exp of all parts together."""
+    def backward(self, tile: Tile, index: int, grad: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+        """Gradients of q, k and v. grad: of the output; out, lse: of all parts merged."""
 
 
-class Layout(abc.ABC):
-    """How the queries and keys of a part lie in tiles. `given` are the tensors that the part brings beside q, k and
-    v."""
+class Tiling(abc.ABC):
+    """How a part is cut into tiles. inputs: the tensors of the part besides q, k and v."""
 
     @abc.abstractmethod
-    def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp [batch, heads, n, 1], with the part's own softmax; -inf for a query without keys."""
+    def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp [batch, heads, n, 1] of the softmax over the part's keys; -inf for a query without
+        keys."""
 
     @abc.abstractmethod
     def backward(
-        self,
-        kernel: Kernel,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *given: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v, given that of the output, and the output and log-sum-exp of all parts together."""
+        self, kernel: Kernel, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        *inputs: Tensor | None,
+    ) -> Gradients:  # fmt: skip
+        """Gradients of q, k and v. grad: of the output; out, lse: of all parts merged."""
 
-    def bare(self, given: Sequence[Tensor | None]) -> bool:
-        """Whether no tile has a bias, as far as is known before they are cut."""
+    def has_no_bias(self, inputs: Sequence[Tensor | None]) -> bool:
+        """Whether it is known, before the tiles are cut, that none has a bias."""
         return False
 
     def one_pass(self) -> list[tuple[list[int], OnePass | Hashed]]:
-        """Heads, and what computes them in one pass of our Triton kernels; none where these cannot."""
+        """Groups of heads, each with the Triton kernel that computes it in one pass; [] where none can."""
         return []
 
-    def plain(self, part: Part) -> list[Part]:
-        """The part as parts that are `Cut`, which autograd can follow by itself."""
+    def disjoint(self, part: Part) -> list[Part]:
+        """The part as parts with a `DisjointTiling`, which autograd differentiates by itself."""
         return [part]
 
 
-class Cut(Layout):
-    """Tiles that hold every query at most once, one after the other: what is gathered for one is gone before the
-    next."""
+class DisjointTiling(Tiling):
+    """Tiles that hold every query at most once. They are gathered and computed one after the other."""
 
-    first: int = 0  # the number of the first
-
-    @abc.abstractmethod
-    def tiles(self, q: Tensor, k: Tensor, v: Tensor, given: Sequence[Tensor | None]) -> Iterable[Tile]:
-        """The tiles; the keys of different ones may be the same."""
+    first: int = 0  # number of the first tile
 
     @abc.abstractmethod
-    def rows(self, x: Tensor) -> Iterable[Tensor]:
-        """What belongs to the queries, [batch, heads, n, x], by tile."""
+    def tiles(self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor | None]) -> Iterable[Tile]:
+        """The tiles; several may hold the same key."""
+
+    @abc.abstractmethod
+    def split(self, x: Tensor) -> Iterable[Tensor]:
+        """A tensor [batch, heads, n, x] with a value for each query, tile by tile."""
 
     @abc.abstractmethod
     def join(self, tiles: Sequence[Tensor], fill: float = 0.0) -> Tensor:
-        """The way back; `fill` where no tile has the query."""
+        """The inverse of `split`; fill: for queries that no tile holds."""
 
-    def keys_back(self, k: Tensor, v: Tensor, grads: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """The gradients of the part's k and v, given those of the tiles' keys and values one after the other."""
+    def key_gradients(self, k: Tensor, v: Tensor, grads: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The gradients of k and v, summed over the tiles' gradients."""
         return next(grads)
 
-    def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor]:
-        found = [kernel.forward(tile, index) for index, tile in enumerate(self.tiles(q, k, v, given), self.first)]
-        return self.join([out for out, _ in found]), self.join([lse.unsqueeze(-1) for _, lse in found], -math.inf)
+    def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        results = [kernel.forward(tile, index) for index, tile in enumerate(self.tiles(q, k, v, inputs), self.first)]
+        return self.join([out for out, _ in results]), self.join([lse.unsqueeze(-1) for _, lse in results], -math.inf)
 
     def backward(
-        self,
-        kernel: Kernel,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *given: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        of_q: list[Tensor] = []
+        self, kernel: Kernel, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        *inputs: Tensor | None,
+    ) -> Gradients:  # fmt: skip
+        grads_q: list[Tensor] = []
 
-        def of_tiles() -> Iterator[tuple[Tensor, Tensor]]:
-            rows = zip(self.rows(grad), self.rows(out), self.rows(lse), self.tiles(q, k, v, given), strict=True)
-            for index, (of_grad, of_out, of_lse, tile) in enumerate(rows, self.first):
-                one_q, one_k, one_v = kernel.backward(tile, index, of_grad, of_out, of_lse.squeeze(-1))
-                of_q.append(one_q)
-                yield one_k, one_v
+        def key_grads() -> Iterator[tuple[Tensor, Tensor]]:
+            tiles = zip(self.tiles(q, k, v, inputs), self.split(grad), self.split(out), self.split(lse), strict=True)
+            for index, (tile, tile_grad, tile_out, tile_lse) in enumerate(tiles, self.first):
+                grad_q, grad_k, grad_v = kernel.backward(tile, index, tile_grad, tile_out, tile_lse.squeeze(-1))
+                grads_q.append(grad_q)
+                yield grad_k, grad_v
 
-        of_k, of_v = self.keys_back(k, v, of_tiles())
-        return self.join(of_q), of_k, of_v
+        grad_k, grad_v = self.key_gradients(k, v, key_grads())
+        return self.join(grads_q), grad_k, grad_v
 
 
 @dataclass(frozen=True)
-class Uncut(Cut):
-    """One tile, which holds the part as it is; the part is given its bias."""
+class OneTile(DisjointTiling):
+    """The whole part as one tile; inputs: its bias."""
 
     causal: bool = False
 
-    def bare(self, given: Sequence[Tensor | None]) -> bool:
-        return given[0] is None
+    def has_no_bias(self, inputs: Sequence[Tensor | None]) -> bool:
+        return inputs[0] is None
 
-    def tiles(self, q: Tensor, k: Tensor, v: Tensor, given: Sequence[Tensor | None]) -> list[Tile]:
-        return [Tile(q, k, v, given[0], self.causal)]
+    def tiles(self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor | None]) -> list[Tile]:
+        return [Tile(q, k, v, inputs[0], self.causal)]
 
-    def rows(self, x: Tensor) -> list[Tensor]:
+    def split(self, x: Tensor) -> list[Tensor]:
         return [x]
 
     def join(self, tiles: Sequence[Tensor], fill: float = 0.0) -> Tensor:
@@ -146,15 +133,16 @@ class Uncut(Cut):
 
 @dataclass(frozen=True)
 class Part:
-    """Some keys for some queries.
+    """Some keys for some queries: softmax(scale q k^T + bias) v.
 
-    q [g, h, m, d], k [g, h, s, d], v [g, h, s, e]; bias is additive, broadcastable to [g, h, m, s], -inf where a query
-    may not attend, without gradient. scale multiplies q k^T, 1 / sqrt(d) when None. All parts of one softmax have the
-    same e.
-    layout: how they lie in tiles; None for one tile, cut by the causal triangle if `causal`.
-    given: what the layout needs beside them.
-    where: int[g, s], where these keys stand among those of the part in front, for what reads them there; its number
-        of keys where there is none.
+    q [g, heads, m, d], k [g, heads, s, d], v [g, heads, s, e]: e is the same in all parts of one softmax.
+    bias: additive, broadcastable to [g, heads, m, s], -inf where a query does not see a key; no gradient.
+    causal: query i sees keys j <= i.
+    scale: 1 / sqrt(d) when None.
+    tiling: how the part is cut into tiles; None: one tile.
+    inputs: the tensors that the tiling takes besides q, k and v.
+    positions int[g, s]: where these keys stand among those of the part before, for a kernel that reads them there; the
+        number of keys for a slot without a key.
     """
 
     q: Tensor
@@ -163,41 +151,41 @@ class Part:
     bias: Tensor | None = None
     causal: bool = False
     scale: float | None = None
-    layout: Layout | None = None
-    given: Sequence[Tensor | None] = field(default=())
-    where: Tensor | None = None
+    tiling: Tiling | None = None
+    inputs: Sequence[Tensor | None] = field(default=())
+    positions: Tensor | None = None
 
     @property
-    def way(self) -> Layout:
-        """The layout, that of one tile if none is given."""
-        return Uncut(self.causal) if self.layout is None else self.layout
+    def tiling_or_one(self) -> Tiling:
+        """The tiling; one tile where none is given."""
+        return OneTile(self.causal) if self.tiling is None else self.tiling
 
     @property
-    def brought(self) -> list[Tensor | None]:
-        """The tensors of the part beside q, k and v."""
-        return list(self.given) or [self.bias]
+    def tiling_inputs(self) -> list[Tensor | None]:
+        """The tensors besides q, k and v: those of the tiling, or the bias."""
+        return list(self.inputs) or [self.bias]
 
 
-def together(groups: Sequence[list[int]], found: Sequence[Tensor]) -> Tensor:
-    """Tensors [batch, heads of a group, n, x] as one of all heads in their order."""
-    if len(found) == 1:
-        return found[0]
+def join_heads(groups: Sequence[list[int]], tensors: Sequence[Tensor]) -> Tensor:
+    """One tensor [batch, heads, n, x] of a tensor for each group of heads, with the heads in their order."""
+    if len(tensors) == 1:
+        return tensors[0]
     order = [head for heads in groups for head in heads]
-    return chosen(torch.cat(list(found), dim=1), sorted(range(len(order)), key=order.__getitem__), 1)
+    return chosen(torch.cat(list(tensors), dim=1), sorted(range(len(order)), key=order.__getitem__), 1)
 
 
 def factor(scale: float | None, q: Tensor) -> float:
-    """What multiplies q k^T: 1 / sqrt(d) if no scale is given."""
+    """The factor on q k^T: 1 / sqrt(d) where no scale is given."""
     return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
 
 
 def lse_of(tile: Tile, lse: Tensor) -> Tensor:
-    """The log-sum-exp of a tile, given that of an operator of torch, which reports 0 for a row without keys."""
+    """The log-sum-exp of a tile, -inf for a query without keys, for which operators of torch report 0."""
     if tile.bias is None:
         return lse
-    # a key bias [g, 1, 1, s] under the causal triangle: nothing allowed at or before the row
-    most = tile.bias.cummax(dim=-1).values.squeeze(-2) if tile.causal else tile.bias.amax(dim=-1)
-    return lse.masked_fill(most == -math.inf, -math.inf)
+    # under the causal triangle the bias is [g, 1, 1, s]: the largest up to each query
+    largest = tile.bias.cummax(dim=-1).values.squeeze(-2) if tile.causal else tile.bias.amax(dim=-1)
+    return lse.masked_fill(largest == -math.inf, -math.inf)
 
 
 def bias_of(allowed: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,20 +19,18 @@ from effzoo.sites import Embedding, KeysValues
 
 @attention.register("perceiver")
 class Perceiver(CompressedAttention):
-    """S = softmax(z k^T / sqrt(d)), softmax(q (S k)^T / sqrt(d)) S v: m latents z read the sequence, every query reads
-    what they kept.
+    """Latents summarise keys and values by one softmax; queries attend to the summary by another.
 
-    The Perceiver's asymmetric cross-attention, turned into an attention kind for any encoder block: the latents of a
-    head, [latents, d], attend the keys once and keep both a key and a value, S k and S v; the queries attend these
-    rows. Cost O(n latents), for sources of any length.
+    S = softmax(z k^T / sqrt(d)),    out = softmax(q (S k)^T / sqrt(d)) S v
 
-    latents: how many per head; a site with the role `attn.latents`, one row per latent with all heads side by side, and
-        one table per layer. They start normal with standard deviation 1, so that they read different keys from the
-        start (with 0.02, as in the Perceiver, whose latents pass through a norm and a projection first, all would keep
-        the mean).
+    z are m latents per head. This is the cross-attention of the Perceiver as a kind for encoder blocks. Cost O(n m),
+    for sources of any length.
 
-    Padding is not read. Memory (prefix tuning) is not summarised: queries read it beside the summary. Dropout acts on
-    both softmaxes.
+    latents: m; a site with the role `attn.latents`, a table [latents, heads head_dim] per layer. They start normal with
+        standard deviation 1, so that they attend to different keys; with the Perceiver's 0.02, whose latents pass a
+        norm and a projection first, all would start as the mean.
+
+    Queries see memory (prefix tuning) besides the summary. Dropout acts on both softmaxes.
     """
 
     paper = "Jaegle et al. 2021, Perceiver: General perception with iterative attention, arXiv:2103.03206, section 3.1"
@@ -53,9 +51,9 @@ class Perceiver(CompressedAttention):
         return summary[..., : k.shape[-1]], summary[..., k.shape[-1] :], None
 
     def _latents(self) -> Tensor:
-        """[heads, latents, d], with what is hung on the site."""
-        rows = self.latents(torch.arange(self.latents.num_embeddings, device=self.latents.weight.device))
-        return rearrange(rows, "m (h d) -> h m d", h=self.context.heads)
+        """z [heads, latents, d], with the adapters of the site."""
+        z = self.latents(torch.arange(self.latents.num_embeddings, device=self.latents.weight.device))
+        return rearrange(z, "m (h d) -> h m d", h=self.context.heads)
 
     def dense(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         """The definition with both softmaxes written out."""

@@ -1,11 +1,11 @@
-"""Kinds that are a predicate: `visible(query, key)` says which keys a query sees, and everything else follows from it.
+"""Kinds that are a predicate: `visible(query, key)` says which keys a query sees; everything else follows from it.
 
-    out_i = sum over j of p_ij v_j,    p_i = softmax over {j : visible(i, j), j holds a token, j <= i if causal} of q_i
-    . k_j / sqrt(d).
+    out_i = sum_j p_ij v_j,    p_i = softmax of q_i . k_j / sqrt(d) over {j : visible(i, j)},
 
-From the predicate come the definition (`pattern`, `dense`), the output at a few positions (`forward_at`), decoding
-(`step`) and the tiles that are computed (`tilings`): a tile in which no query sees a key is never computed. A kind that
-declares a `sight` has its tiles in closed form; for others they are found once per length.
+where padding is cut off, and j > i when causal. From the predicate come the definition (`pattern`, `dense`), the output
+at a few positions (`forward_at`), decoding (`step`) and the tiles that are computed (`tilings`): a tile in which no
+query sees a key is never computed. A kind that declares `window_of` has its tiles in closed form; for others they are
+searched once per length.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from effzoo.attention import flex, reference, tile_map
-from effzoo.attention.band import Sees, Window
+from effzoo.attention.band import Predicate, Window
 from effzoo.attention.core import AttentionCore, Context, Mask, State, append, keep_last, memory_part, take_positions
 from effzoo.attention.part import Part, bias_of
 from effzoo.attention.tiles import Tiles, by_head
@@ -34,42 +34,46 @@ from effzoo.sites import KeysValues
 Softmax = Callable[[Tensor, Tensor, Tensor], Tensor]
 FACTS = {
     "head": "the number of the head",
-    "length": "the length of the row, up to its last token",
-    "places": "how many positions the batch has, padding included",
+    "length": "the length of the example, up to its last token",
+    "places": "the number of positions of the batch, padding included",
     "query_global": "whether the query has global attention",
     "key_global": "whether the key has global attention",
 }
 
 
 class PredicateAttention(AttentionCore):
-    """A kind whose queries see the keys for which `visible` is true. Its options are the keyword-only parameters of its
-    constructor."""
+    """softmax(q k^T / sqrt(d)) v over the keys for which `visible` is true.
+
+    The options of a kind are the keyword-only parameters of its constructor.
+    """
 
     cost = "n^2"
-    max_globals = 16  # room for global tokens in a sequence where they are not counted
+    max_globals = 16  # room for global tokens in an example where they are not counted
 
     def __init__(self, context: Context):
         super().__init__(context)
-        self.reads = _named_facts(type(self))  # the facts that the predicate asks for
+        self.reads = _named_facts(type(self))  # the facts that the predicate takes
 
     @abc.abstractmethod
     def visible(self, query: Tensor, key: Tensor, *args: Any, **facts: Any) -> Tensor:
-        """True where a query sees a key; integer tensors of positions that broadcast against each other.
+        """True where the query sees the key: integer positions that broadcast against each other -> bool.
 
-        Padding and the causal triangle are cut off by the base class. A kind that needs more names it as a keyword-only
-        parameter, a tensor that broadcasts too: `head` (the number of the head), `length` (of the row, up to its last
-        token), `places` (of the batch, padding included),
-        `query_global` and `key_global` (whether they are global).
+        Padding and the causal triangle are cut off elsewhere. Facts that a kind needs are keyword-only parameters,
+        tensors that broadcast too:
+
+        head: number of the head.
+        length: of the example, up to its last token.
+        places: number of positions of the batch, padding included.
+        query_global, key_global: whether the token has global attention.
         """
 
-    def sight(self, head: int) -> Window | None:
-        """How far the queries of a head look, if a closed form says all of `visible` but global tokens; None: the tiles
-        are found."""
+    def window_of(self, head: int) -> Window | None:
+        """The window of a head, if it says all of `visible` but the global tokens; None: the tiles are searched."""
         return None
 
     @property
     def by_length(self) -> bool:
-        """Whether what a query sees depends on the length of its row."""
+        """Whether what a query sees depends on the length of its example."""
         return "length" in self.reads
 
     @classmethod
@@ -78,177 +82,168 @@ class PredicateAttention(AttentionCore):
 
     @property
     def crosses(self) -> bool:
-        # else positions are compared, which say nothing across two sequences
-        return self._sights == {Window(None, None)}
+        # other predicates compare positions, which mean nothing across two sequences
+        return self._windows == {Window(None, None)}
 
     @property
     def shift_invariant(self) -> bool:  # type: ignore[override]
-        return all(sight is not None and sight.chunk == 1 for sight in self._sights)
+        return all(window is not None and window.chunk == 1 for window in self._windows)
 
-    def forward(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
+    def forward(self, *projected: Any, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         q, k, v = projected[:3]
         own_tiles = type(self).tilings is not PredicateAttention.tilings
         if self.context.backend == "flex":
             if own_tiles:
                 self.tilings(q.shape[2], mask, q.device)  # which refuses lengths that the kind does not take
-            under = flex.seen(self, q, k, mask, None if mask.valid is None else lengths(mask.valid))
-            out = self.attend(Part(q, k, v, layout=under), memory_part(q, memory))
+            tiling = flex.block_masked(self, q, k, mask, None if mask.valid is None else lengths(mask.valid))
+            out = self.attend(Part(q, k, v, tiling=tiling), memory_part(q, memory))
         elif self.by_length and mask.valid is not None and not own_tiles:
-            return self.forward_at(
-                torch.arange(q.shape[2], device=q.device)[None], *projected, mask=mask, memory=memory
-            )
+            every = torch.arange(q.shape[2], device=q.device)[None]
+            return self.forward_at(every, *projected, mask=mask, memory=memory)
         else:
-            held = self._held(mask)
-            traced = torch.compiler.is_compiling()
-            part = (
-                Part(q, k, v, layout=Traced(self._number), given=[held]) if traced else self.part(q, k, v, held, mask)
-            )
-            out = self.attend(part, self._global_columns(q, k, v, mask), memory_part(q, memory))
+            key_mask = self._key_mask(mask)
+            if torch.compiler.is_compiling():
+                part = Part(q, k, v, tiling=Traced(self._number), inputs=[key_mask])
+            else:
+                part = self.part(q, k, v, key_mask, mask)
+            out = self.attend(part, self._global_keys(q, k, v, mask), memory_part(q, memory))
         is_global = self.is_global(mask)
         if is_global is None:
             return out
-        where, _ = gathered(mask, self.max_globals)
+        positions, _ = global_positions(mask, self.max_globals)
         q, k, v = self.of_globals(*projected)
-        rows = self._attend_at(where, k.shape[2], mask, memory)(take_positions(q, where), k, v)
+        out_global = self._attend_at(positions, k.shape[2], mask, memory)(take_positions(q, positions), k, v)
         # a scatter would be as short, but compiled code then reads what it has overwritten (torch 2.13)
         slot = (is_global.cumsum(dim=1) - 1).clamp(min=0)
-        return torch.where(is_global[:, None, :, None], take_positions(rows, slot), out)
+        return torch.where(is_global[:, None, :, None], take_positions(out_global, slot), out)
 
-    def part(self, q: Tensor, k: Tensor, v: Tensor, held: Tensor | None, mask: Mask | None = None) -> Part:
-        """The keys that are `held` in their tiles; compiled code knows no more of the mask."""
-        mask = Mask(held) if mask is None else mask
-        layout = by_head(self.tilings(q.shape[2], mask, q.device), q.shape[2], self.context.causal)
-        if layout is not None:
-            return Part(q, k, v, layout=layout, given=[held])
-        bias = (
-            None
-            if held is None
-            else mask.memo(("held", held is mask.valid, q.dtype), lambda: bias_of(held[:, None, None, :], q.dtype))
-        )
+    def part(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, mask: Mask | None = None) -> Part:
+        """The keys that are seen through tiles, of those in key_mask bool[batch, n]; mask: None in compiled code."""
+        mask = Mask(key_mask) if mask is None else mask
+        tiling = by_head(self.tilings(q.shape[2], mask, q.device), q.shape[2], self.context.causal)
+        if tiling is not None:
+            return Part(q, k, v, tiling=tiling, inputs=[key_mask])
+        bias = None
+        if key_mask is not None:
+            memo_key = ("key mask", key_mask is mask.valid, q.dtype)
+            bias = mask.memo(memo_key, lambda: bias_of(key_mask[:, None, None, :], q.dtype))
         return Part(q, k, v, bias, causal=self.context.causal)
 
-    def _held(self, mask: Mask) -> Tensor | None:
-        """Keys that are seen through tiles, bool[batch, n], as they are tokens and not global; None for all."""
+    def _key_mask(self, mask: Mask) -> Tensor | None:
+        """Keys that are seen through tiles, bool[batch, n]: tokens that are not global; None for all."""
         is_global = self.is_global(mask)
         if is_global is None:
             return mask.valid
         return ~is_global if mask.valid is None else mask.valid & ~is_global
 
-    def is_global(self, mask: Mask, where: Tensor | None = None) -> Tensor | None:
-        """Which tokens are global, of all or of those at `where` [batch or 1, r]; None if none is."""
+    def is_global(self, mask: Mask, positions: Tensor | None = None) -> Tensor | None:
+        """Which tokens are global, bool[batch, n], or [batch, r] of those at positions [batch or 1, r]; None for
+        none."""
         is_global = mask.is_global if "key_global" in self.reads else None
-        return (
-            is_global if is_global is None or where is None else is_global.gather(1, where.expand(len(is_global), -1))
-        )
+        if is_global is None or positions is None:
+            return is_global
+        return is_global.gather(1, positions.expand(len(is_global), -1))
 
     def tilings(self, n: int, mask: Mask, device: torch.device) -> Sequence[tuple[list[int], Tiles | None]]:
-        """Heads that see alike, and the tiles in which they are computed; None: every key (before the query, when
-        causal)."""
-        declared = [self.sight(head) for head in range(self.context.heads)]
-        if any(sight is None for sight in declared):
+        """Groups of heads that see the same keys, and their tiles; None: every key (before the query, when causal)."""
+        windows = [self.window_of(head) for head in range(self.context.heads)]
+        if None in windows:
             return tile_map.tilings(self, n, device)
-        alike = {sight: [head for head, own in enumerate(declared) if own == sight] for sight in declared}
+        groups: dict[Window, list[int]] = {}
+        for head, window in enumerate(windows):
+            assert window is not None
+            groups.setdefault(window, []).append(head)
 
-        def made() -> list[tuple[list[int], Tiles | None]]:
-            return [
-                (heads, sight.cut(n, self.context.causal, self.sees(heads[0], n)))
-                for sight, heads in alike.items()
-                if sight is not None
-            ]
+        def make() -> list[tuple[list[int], Tiles | None]]:
+            causal = self.context.causal
+            return [(heads, window.cut(n, causal, self.predicate(heads[0], n))) for window, heads in groups.items()]
 
-        return tile_map.remembered((self.key, *declared, n), made, device)
+        return tile_map.cached_tilings((self.key, *windows, n), make, device)
 
-    def seen(self, query: Tensor, key: Tensor, fact: Callable[[str], Tensor], causal: bool | None = None) -> Tensor:
-        """`visible` with the facts that it asks for, and with the causal triangle unless told otherwise."""
-        seen = self.visible(query, key, **{name: fact(name) for name in self.reads})
-        if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
-            got = f"a tensor of {seen.dtype}" if isinstance(seen, Tensor) else repr(seen)
+    def evaluate(self, query: Tensor, key: Tensor, fact: Callable[[str], Tensor], causal: bool | None = None) -> Tensor:
+        """`visible` with its facts and the causal triangle; causal: instead of that of the layer."""
+        visible = self.visible(query, key, **{name: fact(name) for name in self.reads})
+        if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
+            got = f"a tensor of {visible.dtype}" if isinstance(visible, Tensor) else repr(visible)
             raise InputError(
                 f"attention {self.name!r}: visible(query, key) is a boolean tensor (True = the query "
                 f"sees the key), got {got}"
             )
-        return seen & (key <= query) if (self.context.causal if causal is None else causal) else seen
+        return visible & (key <= query) if (self.context.causal if causal is None else causal) else visible
 
-    def sees(self, head: int, length: int, *, causal: bool | None = None) -> Sees:
-        """`visible` of one head in a row of so many tokens, with the causal triangle unless told otherwise, and without
-        global tokens."""
-        given: dict[str, Any] = {
-            "head": head,
-            "length": length,
-            "places": length,
-            "query_global": False,
-            "key_global": False,
-        }
+    def predicate(self, head: int, length: int, *, causal: bool | None = None) -> Predicate:
+        """`evaluate` of one head in an example of so many tokens, without padding and global tokens."""
+        facts: dict[str, Any] = {
+            "head": head, "length": length, "places": length, "query_global": False, "key_global": False,
+        }  # fmt: skip
 
-        def sees(query: Tensor, key: Tensor) -> Tensor:
+        def predicate(query: Tensor, key: Tensor) -> Tensor:
             with _disable_current_modes():  # the tiles of a shape are no part of what is traced
-                return self.seen(query, key, lambda name: torch.tensor(given[name], device=query.device), causal)
+                return self.evaluate(query, key, lambda name: torch.tensor(facts[name], device=query.device), causal)
 
-        return sees
+        return predicate
 
     def allowed(
         self, query: Tensor, key: Tensor, mask: Mask, *, places: int | Tensor, query_global: Tensor | None = None
     ) -> Tensor:
-        """Which of these keys [batch or 1, 1, 1, s] these queries [batch or 1, 1, m, 1] see, broadcastable to [batch,
+        """Which of the keys [batch or 1, 1, 1, s] the queries [batch or 1, 1, m, 1] see, broadcastable to [batch,
         heads, m, s].
 
-        Padding is not cut off. places: how many positions there are.
+        Padding is not cut off. places: number of positions.
         """
         of_batch = places if isinstance(places, Tensor) else torch.full((), places, device=query.device)
         no = torch.zeros((), dtype=torch.bool, device=query.device)
-        given: dict[str, Callable[[], Tensor]] = {
+        facts: dict[str, Callable[[], Tensor]] = {
             "head": lambda: torch.arange(self.context.heads, device=query.device)[:, None, None],
             "length": lambda: of_batch if mask.valid is None else lengths(mask.valid)[:, None, None, None],
             "places": lambda: of_batch,
             "query_global": lambda: no if query_global is None else query_global,
             "key_global": lambda: no if mask.is_global is None else mask.is_global[:, None, None, :],
         }
-        return self.seen(query, key, lambda name: given[name]())
+        return self.evaluate(query, key, lambda name: facts[name]())
 
     def pattern(self, n: int, mask: Mask) -> Tensor:
         marked = mask.is_global if mask.valid is None else mask.valid
-        return self._seen(torch.arange(n, device=None if marked is None else marked.device)[None], n, mask)
+        return self._pattern_at(torch.arange(n, device=None if marked is None else marked.device)[None], n, mask)
 
-    def _seen(self, where: Tensor, s: int, mask: Mask) -> Tensor:
-        """The definition: which of s keys the queries at `where` [batch or 1, r] see, bool[batch or 1, heads or 1, r,
-        s]."""
-        is_global, key = self.is_global(mask, where), torch.arange(s, device=where.device)[None, None, None, :]
-        of_queries = None if is_global is None else is_global[:, None, :, None]
-        seen = self.allowed(where[:, None, :, None], key, mask, places=s, query_global=of_queries)
-        return (seen & reference.padding(s, mask.valid, where.device)).expand(-1, -1, where.shape[1], s)
+    def _pattern_at(self, positions: Tensor, s: int, mask: Mask) -> Tensor:
+        """Rows of `pattern`: which of s keys the queries at positions [batch or 1, r] see, bool[batch or 1, heads or 1,
+        r, s]."""
+        is_global, key = self.is_global(mask, positions), torch.arange(s, device=positions.device)[None, None, None, :]
+        query_global = None if is_global is None else is_global[:, None, :, None]
+        allowed = self.allowed(positions[:, None, :, None], key, mask, places=s, query_global=query_global)
+        allowed = allowed & reference.padding(s, mask.valid, positions.device)
+        return allowed.expand(-1, -1, positions.shape[1], s)
 
     def dense(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         q, k = projected[:2]
-        allowed = self._seen(torch.arange(q.shape[2], device=q.device)[None], k.shape[2], mask)
+        allowed = self._pattern_at(torch.arange(q.shape[2], device=q.device)[None], k.shape[2], mask)
         return self._either(self.is_global(mask), lambda q, k, v: reference.dense(q, k, v, allowed, memory), *projected)
 
     def forward_at(self, wanted: Tensor, *projected: Any, mask: Mask, memory: KeysValues | None = None) -> Tensor:
-        return self._either(
-            self.is_global(mask, wanted), self._attend_at(wanted, projected[1].shape[2], mask, memory), *projected
-        )
+        softmax = self._attend_at(wanted, projected[1].shape[2], mask, memory)
+        return self._either(self.is_global(mask, wanted), softmax, *projected)
 
     def attend_memory(self, *projected: Any, mask: Mask, memory: KeysValues, wanted: Tensor | None = None) -> Tensor:
         return self._either(
             self.is_global(mask, wanted), lambda q, k, v: self.attend(memory_part(q, memory)), *projected
         )
 
-    def _attend_at(self, where: Tensor, s: int, mask: Mask, memory: KeysValues | None) -> Softmax:
-        """Attention of the queries at `where` [batch or 1, r] to what they see of s keys: a function of these queries,
-        and of all keys and values."""
-        seen = self._seen(where, s, mask)
-        return lambda q, k, v: self.attend(Part(q, k, v, bias_of(seen, q.dtype)), memory_part(q, memory))
+    def _attend_at(self, positions: Tensor, s: int, mask: Mask, memory: KeysValues | None) -> Softmax:
+        """Attention of the queries at positions [batch or 1, r] to what they see of s keys, as a function of these
+        queries and of all keys and values."""
+        allowed = self._pattern_at(positions, s, mask)
+        return lambda q, k, v: self.attend(Part(q, k, v, bias_of(allowed, q.dtype)), memory_part(q, memory))
 
     def _either(self, is_global: Tensor | None, softmax: Softmax, *projected: Tensor) -> Tensor:
-        """The rows of a softmax, those of global tokens with the projections that these have."""
+        """The softmax of local projections, and at global tokens that of their projections."""
         out = softmax(*projected[:3])
-        return (
-            out
-            if is_global is None
-            else torch.where(is_global[:, None, :, None], softmax(*self.of_globals(*projected)), out)
-        )
+        if is_global is None:
+            return out
+        return torch.where(is_global[:, None, :, None], softmax(*self.of_globals(*projected)), out)
 
     def of_globals(self, *projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The queries, keys and values of rows of global tokens."""
+        """Queries of global tokens, and the keys and values that they see."""
         return projected[0], projected[1], projected[2]
 
     def step(
@@ -267,67 +262,60 @@ class PredicateAttention(AttentionCore):
                 "tokens that follow the prompt cannot be global: keys that they would need are not in the cache; "
                 "mark them in the prompt"
             )
-        new, sights, columns = q.shape[2], self._sights, None
-        most = _most(sights)
+        new, windows, global_keys = q.shape[2], self._windows, None
+        most = _most(windows)
         k, v = append(past["k"], k, 2), append(past["v"], v, 2)
-        valid, kept, last = mask.valid, k.shape[2], past["position"] + new
+        valid, keys, last = mask.valid, k.shape[2], past["position"] + new
         state = {**past, "k": keep_last(k, most, 2), "v": keep_last(v, most, 2), "position": last}
         bias: Tensor | None = None
         if "is_global" in past:
             is_global = append(past["is_global"], past["is_global"].new_zeros(len(q), new), 1)
             state["is_global"] = keep_last(is_global, most, 1)
-            columns = Part(q, past["k_global"], past["v_global"], bias_of(past["held"][:, None, None, :], q.dtype))
-            bias = bias_of(self._newest(last, new, kept, mask) & ~is_global[:, None, None, :], q.dtype)
-        # else all that is kept is seen
-        elif new > 1 or len(sights) > 1 or not all(sight is not None and sight.plain for sight in sights):
-            bias = bias_of(self._newest(last, new, kept, mask), q.dtype)
+            filled = past["filled"][:, None, None, :]
+            global_keys = Part(q, past["k_global"], past["v_global"], bias_of(filled, q.dtype))
+            bias = bias_of(self._allowed_last(last, new, keys, mask) & ~is_global[:, None, None, :], q.dtype)
+        # a single query under one plain window sees every key in the cache
+        elif new > 1 or len(windows) > 1 or not all(window is not None and window.plain for window in windows):
+            bias = bias_of(self._allowed_last(last, new, keys, mask), q.dtype)
         elif valid is not None:
-            bias = mask.memo(("kept", kept, q.dtype), lambda: bias_of(valid[:, None, None, -kept:], q.dtype))
-        return self.attend(Part(q, k, v, bias), columns, memory_part(q, memory)), state
+            bias = mask.memo(("cached keys", keys, q.dtype), lambda: bias_of(valid[:, None, None, -keys:], q.dtype))
+        return self.attend(Part(q, k, v, bias), global_keys, memory_part(q, memory)), state
 
     @property
-    def _sights(self) -> set[Window | None]:
-        """How far queries look, of all heads."""
-        return {self.sight(head) for head in range(self.context.heads)}
+    def _windows(self) -> set[Window | None]:
+        """The windows of all heads."""
+        return {self.window_of(head) for head in range(self.context.heads)}
 
-    def _newest(self, last: Tensor, new: int, keys: int, mask: Mask) -> Tensor:
-        """Which of so many keys, of which the newest stands at `last` [batch, 1], the newest queries see."""
+    def _allowed_last(self, last: Tensor, new: int, keys: int, mask: Mask) -> Tensor:
+        """Which of the last keys the new queries see; last [batch, 1]: the position of the newest."""
         key = last + torch.arange(1 - keys, 1, device=last.device)
-        seen = self.allowed(
+        allowed = self.allowed(
             key[:, None, -new:, None], key[:, None, None, :], Mask(mask.valid), places=last[:, None, None, :] + 1
         )
-        return seen if mask.valid is None else seen & mask.valid[:, None, None, -keys:]
+        return allowed if mask.valid is None else allowed & mask.valid[:, None, None, -keys:]
 
     def _state(self, k: Tensor, v: Tensor, mask: Mask) -> State:
-        """What decoding needs of a prompt: the keys and values that later queries can see, and those of the global
-        tokens."""
-        most = _most(self._sights)
-        state = {
-            "k": keep_last(k, most, 2),
-            "v": keep_last(v, most, 2),
-            "position": torch.full((len(k), 1), k.shape[2] - 1, device=k.device),
-        }
+        """The cache after a prompt: keys and values that later queries can see, and those of global tokens."""
+        most = _most(self._windows)
+        position = torch.full((len(k), 1), k.shape[2] - 1, device=k.device)
+        state = {"k": keep_last(k, most, 2), "v": keep_last(v, most, 2), "position": position}
         if mask.is_global is not None:
-            where, held = gathered(mask, self.max_globals)
-            state |= {
-                "is_global": keep_last(mask.is_global, most, 1),
-                "k_global": take_positions(k, where),
-                "v_global": take_positions(v, where),
-                "held": held,
-            }
+            positions, filled = global_positions(mask, self.max_globals)
+            state["is_global"], state["filled"] = keep_last(mask.is_global, most, 1), filled
+            state["k_global"], state["v_global"] = take_positions(k, positions), take_positions(v, positions)
         return state
 
-    def _global_columns(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Part | None:
-        """Every query sees the global keys, gathered to the front of [batch, globals] and padded with a bias."""
+    def _global_keys(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Part | None:
+        """The keys of global tokens, which every query sees; None without global tokens."""
         if self.is_global(mask) is None:
             return None
-        where, held = gathered(mask, self.max_globals)
-        seen = held[:, None, None, :]
+        positions, filled = global_positions(mask, self.max_globals)
+        seen = filled[:, None, None, :]
         if self.context.causal:
-            seen = seen & (where[:, None, None, :] <= torch.arange(q.shape[2], device=q.device)[:, None])
-        bias = mask.memo(("global columns", q.dtype), lambda: bias_of(seen, q.dtype))
-        places = mask.memo("global places", lambda: where.masked_fill(~held, k.shape[2]))
-        return Part(q, take_positions(k, where), take_positions(v, where), bias, where=places)
+            seen = seen & (positions[:, None, None, :] <= torch.arange(q.shape[2], device=q.device)[:, None])
+        bias = mask.memo(("global keys", q.dtype), lambda: bias_of(seen, q.dtype))
+        among_keys = mask.memo("global positions", lambda: positions.masked_fill(~filled, k.shape[2]))
+        return Part(q, take_positions(k, positions), take_positions(v, positions), bias, positions=among_keys)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -343,15 +331,14 @@ class PredicateAttention(AttentionCore):
 
 
 def lengths(valid: Tensor) -> Tensor:
-    """The length of each row of valid [batch, n], up to its last token, [batch]."""
+    """The length of each example of valid [batch, n], up to its last token, [batch]."""
     return (valid * torch.arange(1, valid.shape[1] + 1, device=valid.device)).amax(dim=1)
 
 
-def gathered(mask: Mask, room: int) -> tuple[Tensor, Tensor]:
-    """Positions of the global tokens of each example, [batch, most globals], and which of these slots hold one.
+def global_positions(mask: Mask, room: int) -> tuple[Tensor, Tensor]:
+    """Positions of the global tokens of each example, int[batch, slots], and which slots hold one, bool[batch, slots].
 
-    room: how many slots there are where nobody has said how many globals a row has at most, and to count them would be
-        to wait for an accelerator, or to make a shape that compiled code does not know.
+    room: number of slots where global tokens cannot be counted, in compiled code and on an accelerator.
     """
     is_global = mask.is_global
     assert is_global is not None
@@ -362,23 +349,23 @@ def gathered(mask: Mask, room: int) -> tuple[Tensor, Tensor]:
             most = max(int(count.max()), 1)
         else:
             most = min(room if most is None else most, is_global.shape[1])
-            told = f"more than {most} global tokens in a sequence; raise longformer[max_globals=...]"
-            count = known(count, (count <= most).all(), told)
-        where = is_global.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
-        return where, torch.arange(most, device=where.device) < count[:, None]
+            message = f"more than {most} global tokens in a sequence; raise longformer[max_globals=...]"
+            count = known(count, (count <= most).all(), message)
+        positions = is_global.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+        return positions, torch.arange(most, device=positions.device) < count[:, None]
 
-    found: tuple[Tensor, Tensor] = mask.memo("gathered", make)
-    return found
+    made: tuple[Tensor, Tensor] = mask.memo("slots of global tokens", make)
+    return made
 
 
-def _most(sights: set[Window | None]) -> int | None:
-    """How many keys before it a later query can see; None: all."""
-    kept = [None if sight is None else sight.kept for sight in sights]
-    return None if None in kept else max(one for one in kept if one is not None)
+def _most(windows: set[Window | None]) -> int | None:
+    """The largest number of keys before it that a query sees; None: no bound."""
+    past = [None if window is None else window.past for window in windows]
+    return None if None in past else max(most for most in past if most is not None)
 
 
 def _named_facts(cls: type[PredicateAttention]) -> tuple[str, ...]:
-    """The facts that the predicate of a kind asks for."""
+    """The facts that the predicate of a kind takes."""
     return _facts_of(cls.visible, cls.name)
 
 

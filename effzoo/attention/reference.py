@@ -1,4 +1,4 @@
-"""The dense oracle: attention as it is defined, written for reading and for float64."""
+"""Attention as it is defined: the dense reference that every kind must equal, for reading and for float64."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from torch import Tensor
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, memory: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """out_i = sum_j p_ij v_j, p_i = softmax over the allowed j of q_i . k_j / sqrt(d); 0 where nothing is allowed.
+    """out = softmax(q k^T / sqrt(d)) v over the allowed keys (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1).
 
-    q [b, h, n, d], k and v [b, h, s, d], allowed broadcastable to bool[b, h, n, s]; memory adds keys and values
-    [h, rows, d] that every query may attend (Vaswani et al. 2017, section 3.2.1; Li & Liang 2021 for the memory).
+    A query without an allowed key gets 0.
+
+    q [batch, heads, n, d], k and v [batch, heads, s, d]
+    allowed bool[batch, heads, n, s], or broadcastable: which keys a query sees.
+    memory: keys and values [heads, m, d] that every query also sees (prefix tuning, Li & Liang 2021).
     """
     batch, heads, n, d = q.shape
     allowed = allowed.expand(batch, heads, n, k.shape[2])

@@ -1,19 +1,19 @@
 # mypy: ignore-errors
-"""The one softmax in Triton: scores of a tile are made, used and forgotten on the chip, forward and backward (Dao et
-al. 2022, arXiv:2205.14135).
+"""The one softmax in Triton, forward and backward: the scores of a tile never leave the chip (Dao et al. 2022,
+arXiv:2205.14135).
 
     S = scale q k^T + bias,    P = exp(S - lse),    out = (P * M / kept) v,    lse = log sum exp S,
-    dv = (P * M / kept)^T dO,    dS = P * (M / kept * (dO v^T) - delta),    delta = rowsum(dO * out),    dq = scale dS
-    k,    dk = scale dS^T q,
+    dv = (P * M / kept)^T dO,    dS = P * (M / kept * (dO v^T) - delta),    delta = rowsum(dO * out),
+    dq = scale dS k,    dk = scale dS^T q
 
-where out and lse of the backward pass may be those of several parts merged. M, which weights dropout keeps, is drawn
-anew from (seed, head, query, key). The backward pass has no atomics: `of_queries` owns rows of dq, `of_keys` owns rows
-of dk and dv.
+In the backward pass out and lse may be those of several parts merged. M is the dropout mask, drawn again from (seed,
+head, query, key). There are no atomics: one program of `of_queries` writes a tile of dq, one of `of_keys` a tile of dk
+and dv.
 
-An index counts queries or keys in the order in which tiles are cut; a position is a place in the sequence. They differ
-by a dilation (positions with the same remainder are a sequence of their own) or by `Order` (hashing: sorted by bucket).
-Rows of Out, Grad, DQ, DK, DV are [batch, n, heads, width]. What is None, or False, costs nothing: the compiler leaves
-it out. `triton_launch.py` says what every argument holds.
+An index counts queries or keys in the order of the tiles, a position in that of the sequence. They differ under
+dilation (positions of equal remainder form a sequence) and under `Order` (hashing: sorted by bucket). Out, Grad, DQ, DK
+and DV are [batch, n, heads, width]. The compiler removes what is None or False. `triton_launch.py` describes the
+arguments.
 """
 
 import triton
@@ -21,21 +21,8 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-_SIZES = [
-    "m",
-    "s",
-    "left",
-    "right",
-    "slots",
-    "rounds",
-    "turn",
-    "keep",
-    "seed_low",
-    "seed_high",
-    "span",
-    "key_rows",
-    "batches",
-]
+_SIZES = ["m", "s", "left", "right", "slots", "rounds", "turn", "keep", "seed_low", "seed_high", "span", "key_count",
+          "batches"]  # fmt: skip
 
 
 @triton.jit
@@ -50,14 +37,14 @@ def _random(first, second, key):
 
 @triton.jit
 def _kept(query, key, row, keep, seed_low, seed_high):
-    """Which weights dropout keeps: keep / 2^31 of them. row: the number of the head among those of the whole batch."""
+    """Which weights dropout keeps: keep / 2^31 of them. row: number of the head among those of the batch."""
     of_head = _random(seed_low.to(tl.uint32), row.to(tl.uint32), seed_high.to(tl.uint32))
     return (_random(query.to(tl.uint32), key.to(tl.uint32), of_head) >> 1).to(tl.int32) < keep
 
 
 @triton.jit
 def _place(count, size, heads, dilation):
-    """Tile, batch row, head, and the remainder by the dilation of this program; count: of all queries or keys."""
+    """Tile, example, head and remainder of this program; count: number of queries or keys."""
     tiles = tl.cdiv(tl.cdiv(count, dilation), size)
     program = tl.program_id(0)
     group = program // tiles
@@ -65,23 +52,23 @@ def _place(count, size, heads, dilation):
 
 
 @triton.jit
-def _positions(Order, Held, index, count, sequence, batch, remainder, dilation):
-    """The positions of indices, and whether each is inside and held; sequence: the number of the row of Order."""
+def _positions(Order, KeyMask, index, count, sequence, batch, remainder, dilation):
+    """The positions of indices, which are in range, and which are in the key mask; sequence: the row of Order."""
     if Order is None:
         position = remainder + index * dilation
         inside = position < count
     else:
         inside = index < count
         position = tl.load(Order + sequence * count + index, mask=inside, other=0)
-    held = inside
-    if Held is not None:
-        held = inside & (tl.load(Held + batch * count + position, mask=inside, other=0) != 0)
-    return position, inside, held
+    live = inside
+    if KeyMask is not None:
+        live = inside & (tl.load(KeyMask + batch * count + position, mask=inside, other=0) != 0)
+    return position, inside, live
 
 
 @triton.jit
-def _rows(X, position, width, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows [positions, BLOCK] of X; width: from one row to the next."""
+def _load(X, position, width, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Vectors [positions, BLOCK] of X; width: stride from one position to the next."""
     column = tl.arange(0, BLOCK)
     return tl.load(
         X + position[:, None] * width + column[None, :], mask=inside[:, None] & (column[None, :] < WIDTH), other=0.0
@@ -90,7 +77,7 @@ def _rows(X, position, width, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _write(X, position, width, inside, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
-    """The same rows written, or added to what is there: each position has one writer."""
+    """Write vectors, or add them: each position has one writer."""
     column = tl.arange(0, BLOCK)
     at, mask = X + position[:, None] * width + column[None, :], inside[:, None] & (column[None, :] < WIDTH)
     if ADD:
@@ -102,8 +89,7 @@ def _write(X, position, width, inside, x, WIDTH: tl.constexpr, BLOCK: tl.constex
 def _scores(product, query, key, i, j, live, row, Bias, Place, Buckets, bias_query, bias_key, scale, m, s, left, right,
             chunk, rounds, turn, step, CAUSAL: tl.constexpr, ITSELF: tl.constexpr, WINDOW: tl.constexpr,
             BIAS_ROWS: tl.constexpr):  # fmt: skip
-    """S / log 2 of a tile, -inf where a query does not see a key. Everything of queries lies along one axis, everything
-    of keys along the other."""
+    """S / log 2 of a tile, -inf where a query does not see a key. Arguments of queries and of keys broadcast."""
     score = product * (scale * LOG2E)
     if Bias is not None:
         if BIAS_ROWS:
@@ -154,22 +140,9 @@ def _span_of_keys(tile, count, left, right, chunk, BM: tl.constexpr, CAUSAL: tl.
 
 
 @triton.jit
-def _online(
-    acc,
-    top,
-    total,
-    score,
-    v,
-    query,
-    key,
-    row,
-    keep,
-    seed_low,
-    seed_high,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The softmax so far, and the keys of one more tile."""
+def _online(acc, top, total, score, v, query, key, row, keep, seed_low, seed_high, DROPOUT: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
+    """The softmax over the tiles so far and one more."""
     new = tl.maximum(top, tl.max(score, 1))
     safe = tl.where(new == float("-inf"), 0.0, new)
     p, fade = tl.exp2(score - safe[:, None]), tl.exp2(top - safe)
@@ -180,12 +153,12 @@ def _online(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def forward(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Out, Lse, scale, heads, m, s, q_batch, q_head, q_row,
-            k_batch, k_head, k_row, v_batch, v_head, v_row, bias_batch, bias_head, bias_query, bias_key, left, right,
-            dilation, chunk, slots, rounds, turn, batches, keep, seed_low, seed_high, D: tl.constexpr, BD: tl.constexpr,
-            E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
-            ITSELF: tl.constexpr, WINDOW: tl.constexpr, BIAS_ROWS: tl.constexpr, DROPOUT: tl.constexpr,
-            RESUME: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def forward(Q, K, V, Bias, KeyMask, Columns, Order, Place, Buckets, Out, Lse, scale, heads, m, s, q_batch, q_head,
+            q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, bias_batch, bias_head, bias_query, bias_key, left,
+            right, dilation, chunk, slots, rounds, turn, batches, keep, seed_low, seed_high, D: tl.constexpr,
+            BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+            CAUSAL: tl.constexpr, ITSELF: tl.constexpr, WINDOW: tl.constexpr, BIAS_ROWS: tl.constexpr,
+            DROPOUT: tl.constexpr, RESUME: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Out and Lse of a tile of queries; RESUME: over the keys that they already stand for, too."""
     tile, batch, head, remainder = _place(m, BM, heads, dilation)
     batch = batch.to(tl.int64)
@@ -198,24 +171,24 @@ def forward(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Out, Lse, scale
         Bias += batch * bias_batch + head * bias_head
     i = tile * BM + tl.arange(0, BM)
     query, inside, live_query = _positions(
-        Order, None if Order is None else Held, i, m, turn * step + row, batch, remainder, dilation
+        Order, None if Order is None else KeyMask, i, m, turn * step + row, batch, remainder, dilation
     )
-    q = _rows(Q, query, q_row, inside, D, BD)
+    q = _load(Q, query, q_row, inside, D, BD)
     weight = keep * (1.0 / 2147483648.0) if DROPOUT else 1.0
     top, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BE], tl.float32)
     if RESUME:
         lse = tl.load(Lse + row * m + query, mask=inside, other=float("-inf"))
         top, total = lse * LOG2E, tl.where(lse == float("-inf"), 0.0, 1.0)
-        acc = _rows(Out, query, heads * E, inside, E, BE).to(tl.float32) * weight
+        acc = _load(Out, query, heads * E, inside, E, BE).to(tl.float32) * weight
     first, last = _span_of_keys(
         tile, tl.cdiv(s - remainder, dilation), left, right, chunk, BM, CAUSAL and Order is None, WINDOW
     )
     for start in range(first, last, BN):
         j = start + tl.arange(0, BN)
-        key, _, live = _positions(Order, Held, j, s, turn * step + row, batch, remainder, dilation)
-        k = _rows(K, key, k_row, live, D, BD)
-        v = _rows(V, key, v_row, live, E, BE)
+        key, _, live = _positions(Order, KeyMask, j, s, turn * step + row, batch, remainder, dilation)
+        k = _load(K, key, k_row, live, D, BD)
+        v = _load(V, key, v_row, live, E, BE)
         seen = live[None, :] if Order is None else live[None, :] & live_query[:, None]
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         score = _scores(product, query[:, None], key[None, :], i[:, None], j[None, :], seen, row, Bias, Place, Buckets,
@@ -229,8 +202,8 @@ def forward(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Out, Lse, scale
             j = start + tl.arange(0, BN)
             key = tl.load(Columns + batch * slots + j, mask=j < slots, other=s)
             live = (key >= 0) & (key < s)
-            k = _rows(K, key, k_row, live, D, BD)
-            v = _rows(V, key, v_row, live, E, BE)
+            k = _load(K, key, k_row, live, D, BD)
+            v = _load(V, key, v_row, live, E, BE)
             product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             score = _scores(product, query[:, None], key[None, :], i[:, None], j[None, :], live[None, :], row, Bias,
                             None, None,
@@ -256,12 +229,13 @@ def _slope(product, score, lse, delta, query, key, row, keep, seed_low, seed_hig
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def of_queries(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Out, Grad, Lse, Delta, DQ, scale, heads, m, s,
+def of_queries(Q, K, V, Bias, KeyMask, Columns, Order, Place, Buckets, Out, Grad, Lse, Delta, DQ, scale, heads, m, s,
                q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, bias_batch, bias_head,
                bias_query, bias_key, left, right, dilation, chunk, slots, rounds, turn, batches, keep, seed_low,
                seed_high, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
                BN: tl.constexpr, CAUSAL: tl.constexpr, ITSELF: tl.constexpr, WINDOW: tl.constexpr,
-               BIAS_ROWS: tl.constexpr, DROPOUT: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+               BIAS_ROWS: tl.constexpr, DROPOUT: tl.constexpr, ADD: tl.constexpr,
+               PRECISION: tl.constexpr):  # fmt: skip
     """DQ, and Delta, of a tile of queries."""
     tile, batch, head, remainder = _place(m, BM, heads, dilation)
     batch = batch.to(tl.int64)
@@ -273,12 +247,12 @@ def of_queries(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Out, Grad, L
         Bias += batch * bias_batch + head * bias_head
     i = tile * BM + tl.arange(0, BM)
     query, inside, live_query = _positions(
-        Order, None if Order is None else Held, i, m, turn * step + row, batch, remainder, dilation
+        Order, None if Order is None else KeyMask, i, m, turn * step + row, batch, remainder, dilation
     )
-    q = _rows(Q, query, q_row, inside, D, BD)
+    q = _load(Q, query, q_row, inside, D, BD)
     first_row = (batch * m * heads + head) * E
-    g = _rows(Grad + first_row, query, heads * E, inside, E, BE)
-    delta = tl.sum(g.to(tl.float32) * _rows(Out + first_row, query, heads * E, inside, E, BE).to(tl.float32), 1)
+    g = _load(Grad + first_row, query, heads * E, inside, E, BE)
+    delta = tl.sum(g.to(tl.float32) * _load(Out + first_row, query, heads * E, inside, E, BE).to(tl.float32), 1)
     tl.store(Delta + row * m + query, delta, mask=inside)
     lse = tl.load(Lse + row * m + query, mask=inside, other=float("inf")) * LOG2E
     lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a query without keys: P is 0
@@ -289,68 +263,44 @@ def of_queries(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Out, Grad, L
     )
     for start in range(first, last, BN):
         j = start + tl.arange(0, BN)
-        key, _, live = _positions(Order, Held, j, s, turn * step + row, batch, remainder, dilation)
-        k = _rows(K, key, k_row, live, D, BD)
-        v = _rows(V, key, v_row, live, E, BE)
+        key, _, live = _positions(Order, KeyMask, j, s, turn * step + row, batch, remainder, dilation)
+        k = _load(K, key, k_row, live, D, BD)
+        v = _load(V, key, v_row, live, E, BE)
         seen = live[None, :] if Order is None else live[None, :] & live_query[:, None]
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         score = _scores(product, query[:, None], key[None, :], i[:, None], j[None, :], seen, row, Bias, Place, Buckets,
                         bias_query, bias_key, scale, m, s, left, right, chunk, rounds, turn, step, CAUSAL, ITSELF,
                         WINDOW, BIAS_ROWS)  # fmt: skip
         of_weights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-        _, slope = _slope(
-            of_weights,
-            score,
-            lse[:, None],
-            delta[:, None],
-            query[:, None],
-            key[None, :],
-            row,
-            keep,
-            seed_low,
-            seed_high,
-            weight,
-            DROPOUT,
-        )
+        _, slope = _slope(of_weights, score, lse[:, None], delta[:, None], query[:, None], key[None, :], row, keep,
+                          seed_low, seed_high, weight, DROPOUT)  # fmt: skip
         acc = tl.dot(slope.to(k.dtype), k, acc, input_precision=PRECISION)
     if Columns is not None:
         for start in range(0, slots, BN):
             j = start + tl.arange(0, BN)
             key = tl.load(Columns + batch * slots + j, mask=j < slots, other=s)
             live = (key >= 0) & (key < s)
-            k = _rows(K, key, k_row, live, D, BD)
-            v = _rows(V, key, v_row, live, E, BE)
+            k = _load(K, key, k_row, live, D, BD)
+            v = _load(V, key, v_row, live, E, BE)
             product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             score = _scores(product, query[:, None], key[None, :], i[:, None], j[None, :], live[None, :], row, Bias,
                             None, None,
                             bias_query, bias_key, scale, m, s, left, right, chunk, rounds, turn, step, CAUSAL, ITSELF,
                             False, BIAS_ROWS)  # fmt: skip
             of_weights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-            _, slope = _slope(
-                of_weights,
-                score,
-                lse[:, None],
-                delta[:, None],
-                query[:, None],
-                key[None, :],
-                row,
-                keep,
-                seed_low,
-                seed_high,
-                weight,
-                DROPOUT,
-            )
+            _, slope = _slope(of_weights, score, lse[:, None], delta[:, None], query[:, None], key[None, :], row,
+                              keep, seed_low, seed_high, weight, DROPOUT)  # fmt: skip
             acc = tl.dot(slope.to(k.dtype), k, acc, input_precision=PRECISION)
     _write(DQ + (batch * m * heads + head) * D, query, heads * D, inside, acc * scale, D, BD, ADD)
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def of_keys(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Grad, Lse, Delta, DK, DV, scale, heads, m, s, q_batch,
-            q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, bias_batch, bias_head, bias_query, bias_key,
-            left, right, dilation, chunk, slots, rounds, turn, batches, span, key_rows, keep, seed_low, seed_high,
-            D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-            CAUSAL: tl.constexpr, ITSELF: tl.constexpr, WINDOW: tl.constexpr, BIAS_ROWS: tl.constexpr,
-            DROPOUT: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def of_keys(Q, K, V, Bias, KeyMask, Columns, Order, Place, Buckets, Grad, Lse, Delta, DK, DV, scale, heads, m, s,
+            q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, bias_batch, bias_head, bias_query,
+            bias_key, left, right, dilation, chunk, slots, rounds, turn, batches, span, key_count, keep, seed_low,
+            seed_high, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
+            BN: tl.constexpr, CAUSAL: tl.constexpr, ITSELF: tl.constexpr, WINDOW: tl.constexpr,
+            BIAS_ROWS: tl.constexpr, DROPOUT: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """DK and DV of a tile of keys. With Columns, of the keys at these positions, from `span` queries each: DK is
     [parts, batch, slots, heads, D]."""
     tile, batch, head, remainder = _place(s if Columns is None else slots, BN, heads, dilation)
@@ -367,7 +317,7 @@ def of_keys(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Grad, Lse, Delt
     j = tile * BN + tl.arange(0, BN)
     first, last = 0, tl.cdiv(m - remainder, dilation)
     if Columns is None:
-        key, own, live = _positions(Order, Held, j, s, turn * step + row, batch, remainder, dilation)
+        key, own, live = _positions(Order, KeyMask, j, s, turn * step + row, batch, remainder, dilation)
         at = key
         if CAUSAL and Order is None:
             first = tile * BN
@@ -379,17 +329,17 @@ def of_keys(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Grad, Lse, Delt
         key = tl.load(Columns + batch * slots + j, mask=own, other=s)
         live = (key >= 0) & (key < s)
         first, last = part * span, tl.minimum(last, (part + 1) * span)
-    k = _rows(K, key, k_row, live, D, BD)
-    v = _rows(V, key, v_row, live, E, BE)
+    k = _load(K, key, k_row, live, D, BD)
+    v = _load(V, key, v_row, live, E, BE)
     weight = keep * (1.0 / 2147483648.0) if DROPOUT else 1.0
     of_k, of_v = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BE], tl.float32)
     for start in range(first, last, BM):
         i = start + tl.arange(0, BM)
         query, inside, live_query = _positions(
-            Order, None if Order is None else Held, i, m, turn * step + row, batch, remainder, dilation
+            Order, None if Order is None else KeyMask, i, m, turn * step + row, batch, remainder, dilation
         )
-        q = _rows(Q, query, q_row, inside, D, BD)
-        g = _rows(Grad, query, heads * E, inside, E, BE)
+        q = _load(Q, query, q_row, inside, D, BD)
+        g = _load(Grad, query, heads * E, inside, E, BE)
         lse = tl.load(Lse + row * m + query, mask=inside, other=float("inf")) * LOG2E
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
         delta = tl.load(Delta + row * m + query, mask=inside, other=0.0)
@@ -399,21 +349,9 @@ def of_keys(Q, K, V, Bias, Held, Columns, Order, Place, Buckets, Grad, Lse, Delt
                         bias_query, bias_key, scale, m, s, left, right, chunk, rounds, turn, step, CAUSAL, ITSELF,
                         WINDOW, BIAS_ROWS)  # fmt: skip
         of_weights = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-        used, slope = _slope(
-            of_weights,
-            score,
-            lse[None, :],
-            delta[None, :],
-            query[None, :],
-            key[:, None],
-            row,
-            keep,
-            seed_low,
-            seed_high,
-            weight,
-            DROPOUT,
-        )
+        used, slope = _slope(of_weights, score, lse[None, :], delta[None, :], query[None, :], key[:, None], row, keep,
+                             seed_low, seed_high, weight, DROPOUT)  # fmt: skip
         of_v = tl.dot(used.to(g.dtype), g, of_v, input_precision=PRECISION)
         of_k = tl.dot(slope.to(q.dtype), q, of_k, input_precision=PRECISION)
-    _write(DK + (to * key_rows * heads + head) * D, at, heads * D, own, of_k * scale, D, BD, ADD)
-    _write(DV + (to * key_rows * heads + head) * E, at, heads * E, own, of_v, E, BE, ADD)
+    _write(DK + (to * key_count * heads + head) * D, at, heads * D, own, of_k * scale, D, BD, ADD)
+    _write(DV + (to * key_count * heads + head) * E, at, heads * E, own, of_v, E, BE, ADD)

@@ -87,7 +87,7 @@ def within_reach(buckets: Tensor, chunk: int, back: int = 1) -> Tensor:
     sorted by buckets [..., n]."""
     rounds, batch, heads, n = buckets.shape
     tiles = Sorted(HashingRounds(chunk, before=back), buckets)
-    query, key = tiles.at(tiles.query.long(), tiles.key.long())  # n where a slot is empty
+    query, key = tiles.by_chunk(tiles.query.long(), tiles.key.long())  # n where a slot is empty
     place = (query * (n + 1) + key).transpose(1, 2)
     found = torch.zeros(rounds, batch * heads, (n + 1) ** 2, dtype=torch.bool, device=buckets.device)
     found.scatter_(-1, place.flatten(2), torch.ones_like(place, dtype=torch.bool).flatten(2))
