@@ -202,7 +202,9 @@ def test_a_declaration_that_nobody_reads_is_refused(given, said):
     type("Own", (Plain,), {"unit": "words", "twice": True, "Side": str})(Context(heads=2, head_dim=4))
 
 
-@pytest.mark.parametrize(("old", "new"), [("rows", "forward_at"), ("alone", "attend_memory"), ("layouts", "tilings")])
+@pytest.mark.parametrize(
+    ("old", "new"), [("rows", "forward_at"), ("alone", "attend_memory"), ("layouts", "tilings"), ("sight", "window_of")]
+)
 def test_a_method_under_its_old_name_is_refused_with_the_new_one(old, new):
     kind = type("Old", (Plain,), {old: lambda self, *given: None})
     with pytest.raises(OptionError, match=f"attention 'plain': it defines `{old}`, which is `{new}"):

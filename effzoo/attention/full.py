@@ -12,10 +12,7 @@ from effzoo.registry import attention
 
 @attention.register("full")
 class Full(PredicateAttention):
-    """Every query sees every key, the baseline of every comparison.
-
-    out = softmax(q k^T / sqrt(d)) v
-    """
+    """softmax(q k^T / sqrt(d)) v over every key: the baseline of every comparison."""
 
     paper = "Vaswani et al. 2017, Attention is all you need, arXiv:1706.03762, section 3.2"
     cost = "n^2"

@@ -25,9 +25,7 @@ Sharing = Literal["none", "headwise", "key_value", "layerwise"]
 
 @attention.register("linformer")
 class Linformer(CompressedAttention):
-    """Keys and values are projected along the sequence to k rows, to which every query attends.
-
-    out = softmax(q (E K)^T / sqrt(d)) F V,    with E and F [k, n]. Cost O(n k).
+    """softmax(q (E K)^T / sqrt(d)) F V, where E and F [k, n] project keys and values along the sequence. Cost O(n k).
 
     k: rows of E K and F V, at most max_length; one number, or one per layer.
     sharing: "none", an E and an F per head; "headwise", per layer; "key_value", E = F, one per layer; "layerwise", one

@@ -18,7 +18,7 @@ from effzoo.registry import attention
 
 @attention.register("longformer", "sliding_window")
 class Longformer(PredicateAttention):
-    """A token sees the tokens in a window around it and the global tokens; a global token sees all tokens.
+    """Token i sees the tokens |i - j| <= window / 2 and the global tokens; a global token sees all tokens.
 
     out_i = sum over j in S_i of p_ij v_j,    p_i = softmax over S_i of q_i . k_j / sqrt(d)
 
