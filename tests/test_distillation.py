@@ -15,8 +15,8 @@ import effzoo
 from effzoo.attention.core import Mask
 from effzoo.errors import IncompatibleError, InputError, OptionError, TrainingError
 from effzoo.train import Distillation
-from effzoo.train.distillation import apart, labels_of_each, softened
-from effzoo.train.teaching import Teaching, observed
+from effzoo.train.distillation import labels_per_example, soft_target_loss, state_loss
+from effzoo.train.teaching import Teaching, forward_passes
 
 NAMES = {"classification": "bert", "masked_lm": "roberta", "causal_lm": "gpt2", "token_classification": "bert"}
 ALL = {"labels": 0.3, "logits": 0.5, "hidden": 0.7, "attention": 0.2, "temperature": 3.0}
@@ -66,23 +66,25 @@ def test_soft_targets_are_t_squared_times_the_divergence_of_the_softened_probabi
 
     counted = [(i, t) for i in range(2) for t in range(6) if labels[i, t] != -100]
     expected = temperature**2 * sum(divergence(i, t) for i, t in counted) / len(counted)
-    assert softened(student, teacher, labels, temperature=temperature).item() == pytest.approx(expected, abs=1e-12)
-    counted = [(i, t) for i in range(2) for t in range(5) if labels[i, t + 1] != -100]
-    expected = temperature**2 * sum(divergence(i, t) for i, t in counted) / len(counted)
-    assert softened(student, teacher, labels, temperature=temperature, causal=True).item() == pytest.approx(
+    assert soft_target_loss(student, teacher, labels, temperature=temperature).item() == pytest.approx(
         expected, abs=1e-12
     )
-    assert softened(student, teacher, torch.full_like(labels, -100)).item() == 0.0
+    counted = [(i, t) for i in range(2) for t in range(5) if labels[i, t + 1] != -100]
+    expected = temperature**2 * sum(divergence(i, t) for i, t in counted) / len(counted)
+    assert soft_target_loss(student, teacher, labels, temperature=temperature, causal=True).item() == pytest.approx(
+        expected, abs=1e-12
+    )
+    assert soft_target_loss(student, teacher, torch.full_like(labels, -100)).item() == 0.0
 
 
 def test_soft_targets_of_labels_that_may_hold_together_and_of_a_number():
     student, teacher, T = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64), 2.5
     p, q = torch.sigmoid(teacher / T), torch.sigmoid(student / T)
     expected = T**2 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
-    assert softened(student, teacher, torch.rand(4, 3), temperature=T).item() == pytest.approx(
+    assert soft_target_loss(student, teacher, torch.rand(4, 3), temperature=T).item() == pytest.approx(
         expected.item(), abs=1e-12
     )
-    number = softened(student[:, :1], teacher[:, :1], torch.rand(4), temperature=T)
+    number = soft_target_loss(student[:, :1], teacher[:, :1], torch.rand(4), temperature=T)
     assert number.item() == pytest.approx((student[:, 0] - teacher[:, 0]).square().mean().item(), abs=1e-12)
 
 
@@ -93,8 +95,10 @@ def test_states_apart_are_a_mean_over_tokens_and_then_over_labels():
         sum(float((student[b, t] - teacher[b, t]).square().mean()) for t in range(n)) / n
         for b, n in enumerate((4, 2, 3))
     ]
-    assert apart(student, teacher, numbers, valid).item() == pytest.approx((2 * each[0] + 3 * each[2]) / 5, abs=1e-12)
-    plain = apart(student, teacher, torch.ones(3))
+    assert state_loss(student, teacher, numbers, valid).item() == pytest.approx(
+        (2 * each[0] + 3 * each[2]) / 5, abs=1e-12
+    )
+    plain = state_loss(student, teacher, torch.ones(3))
     assert plain.item() == pytest.approx((student - teacher).square().mean().item(), abs=1e-12)
 
 
@@ -108,7 +112,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(build, task):
     logits = [model(**plain).logits for model in (student, teacher)]
     parts = {
         "labels": student(**inputs).loss,
-        "logits": softened(*logits, inputs["labels"], temperature=3.0, causal=task == "causal_lm"),
+        "logits": soft_target_loss(*logits, inputs["labels"], temperature=3.0, causal=task == "causal_lm"),
     }
     states, given = [], []
     for model in (student, teacher):
@@ -121,9 +125,9 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(build, task):
             after.append(x)
         states.append(after)
         given.append(attended)
-    numbers, valid = labels_of_each(inputs["labels"], task, 3), inputs["attention_mask"].bool()
+    numbers, valid = labels_per_example(inputs["labels"], task, 3), inputs["attention_mask"].bool()
     for name, (ours, theirs) in (("hidden", states), ("attention", given)):
-        parts[name] = sum(apart(a, b, numbers, valid) for a, b in zip(ours, theirs, strict=True)) / 2
+        parts[name] = sum(state_loss(a, b, numbers, valid) for a, b in zip(ours, theirs, strict=True)) / 2
     assert loss.item() == pytest.approx(sum(ALL[name] * value.item() for name, value in parts.items()), abs=1e-10)
     assert {name: value.item() for name, value in taught.parts.items()} == pytest.approx(
         {k: v.item() for k, v in parts.items()}, abs=1e-10
@@ -135,7 +139,7 @@ def test_batches_average_exactly(build, task):
     """The loss of a batch is that of its rows, each weighted by its counted labels."""
     student, teacher, inputs = build(task).double().eval(), build(task, seed=1).double(), batch(task)
     taught = Teaching(student, teacher, Distillation(**ALL))
-    whole, numbers, total = taught(student, inputs).item(), labels_of_each(inputs["labels"], task, 3), 0.0
+    whole, numbers, total = taught(student, inputs).item(), labels_per_example(inputs["labels"], task, 3), 0.0
     for row in range(3):
         n = int(inputs["attention_mask"][row].sum())
         alone = {k: v[row : row + 1, :n] if v.ndim == 2 else v[row : row + 1] for k, v in inputs.items()}
@@ -174,15 +178,15 @@ def test_gradients_reach_the_student_alone_and_are_those_of_a_plain_loop(build, 
     student.zero_grad()
     student.recompute = "nothing"
     plain = {name: value for name, value in inputs.items() if name != "labels"}
-    with observed(student, ("hidden", "attention")) as passes:
+    with forward_passes(student, ("hidden", "attention")) as passes:
         own = student(**inputs).loss
-    with observed(teacher, ("hidden", "attention")) as taught, torch.no_grad():
+    with forward_passes(teacher, ("hidden", "attention")) as taught, torch.no_grad():
         teacher(**plain)
     (ours,), (theirs,) = passes, taught
     numbers, valid = torch.ones(3), inputs["attention_mask"].bool()
-    loss = 0.3 * own + 0.5 * softened(ours.logits, theirs.logits, inputs["labels"], temperature=3.0)
+    loss = 0.3 * own + 0.5 * soft_target_loss(ours.logits, theirs.logits, inputs["labels"], temperature=3.0)
     for weight, a, b in ((0.7, ours.hidden, theirs.hidden), (0.2, ours.attention, theirs.attention)):
-        loss = loss + weight * sum(apart(x, y, numbers, valid) for x, y in zip(a, b, strict=True)) / 2
+        loss = loss + weight * sum(state_loss(x, y, numbers, valid) for x, y in zip(a, b, strict=True)) / 2
     loss.backward()
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
@@ -198,10 +202,10 @@ def test_layers_are_paired_evenly_or_as_said(build):
         Distillation(layers=(0, 6)).pairs(2, 6)
     student, teacher = build(layers=1), build(layers=3, seed=1)
     taught = Teaching(student, teacher, Distillation(labels=0, logits=0, hidden=1.0, layers=(1,)))
-    with observed(student, ("hidden",)) as ours, observed(teacher, ("hidden",)) as theirs, torch.no_grad():
+    with forward_passes(student, ("hidden",)) as ours, forward_passes(teacher, ("hidden",)) as theirs, torch.no_grad():
         student(**{k: v for k, v in batch().items() if k != "labels"})
         teacher(**{k: v for k, v in batch().items() if k != "labels"})
-    expected = apart(ours[0].hidden[0], theirs[0].hidden[1], torch.ones(3), batch()["attention_mask"].bool())
+    expected = state_loss(ours[0].hidden[0], theirs[0].hidden[1], torch.ones(3), batch()["attention_mask"].bool())
     assert taught(student, batch()).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -350,6 +354,6 @@ def test_numbers_of_numpy_are_weights_and_any_temperature_that_is_taken_has_a_fi
         Distillation(layers=[0, "a"])
     logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
     for temperature in (1e-6, 1e6):
-        assert softened(
+        assert soft_target_loss(
             logits, logits.flip(0), labels, temperature=Distillation(temperature=temperature).temperature
         ).isfinite()

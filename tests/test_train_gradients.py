@@ -135,9 +135,9 @@ def test_what_waits_for_the_first_update_of_another_is_not_said_to_be_untouched(
         )
     assert not result.untouched and effzoo.status(model).untouched == {} and "gradient" not in caplog.text
     _, longer = run(tiny, tmp_path / "long", "bert", "classification", "full", CLASSES, peft, max_steps=5, warmup=1)
-    assert not longer.untouched and not longer.untouched.untold
+    assert not longer.untouched and not longer.untouched.undecided
     if peft == "lora":
-        assert {key.rpartition(".")[2] for key in result.untouched.untold} == ({"A"} if steps < 3 else set())
+        assert {key.rpartition(".")[2] for key in result.untouched.undecided} == ({"A"} if steps < 3 else set())
         assert (
             ("4 of 12 trained tensors" in str(result.untouched))
             == ("too short to tell" in str(result.untouched))
@@ -157,7 +157,7 @@ def test_what_waits_for_two_others_in_a_row_is_judged_when_both_have_moved():
         loss = (1 + a) * 0 + a + (a * b) + (a * b * c) + 0 * d
         loss.backward()
         gradients.look()
-        told.append((set(gradients.untouched().zero), set(gradients.untouched().untold)))
+        told.append((set(gradients.untouched().zero), set(gradients.untouched().undecided)))
         with torch.no_grad():
             for p in (a, b, c, d):
                 p.sub_(rate * p.grad)

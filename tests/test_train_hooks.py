@@ -25,7 +25,7 @@ from effzoo.peft import PeftModule, Stage, TrainingHooks, training  # noqa: F401
 from effzoo.sites import sites
 from effzoo.train import checkpoints
 from effzoo.train.batches import Order, Pad
-from effzoo.train.parts import Part, parts
+from effzoo.train.stages import StageSpan, stage_spans
 
 CALLS = []
 
@@ -392,8 +392,8 @@ def test_stages_share_all_steps_and_none_is_empty(build):
         TrainingError, match=r"train in 3 stages \(s0, s1, s2\), which need a step each, got 2; train longer"
     ):
         training.timetable(model, 2)
-    assert [(part.start, part.end, part.warmup) for part in parts(build(), 9, 0.3)] == [(0, 4, 2), (4, 9, 2)]
-    assert parts(build("lora"), 9, 2) == [Part(training.WHOLE, 0, 9, 2)]
+    assert [(span.start, span.end, span.warmup) for span in stage_spans(build(), 9, 0.3)] == [(0, 4, 2), (4, 9, 2)]
+    assert stage_spans(build("lora"), 9, 2) == [StageSpan(training.WHOLE, 0, 9, 2)]
 
 
 class Watch(TrainerCallback):

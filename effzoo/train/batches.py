@@ -18,7 +18,7 @@ from effzoo.checked import IGNORED
 from effzoo.errors import InputError
 from effzoo.train.randomness import random_state, set_random_state
 
-Row = Mapping[str, Any]
+Example = Mapping[str, Any]
 Batch = dict[str, Tensor]
 TOKEN_TASKS = ("token_classification", "masked_lm", "causal_lm")
 LABEL_NAMES = ("labels", "label", "label_ids")
@@ -27,13 +27,17 @@ _GROUPED = 50  # global batches that are sorted by length together
 
 
 class Order(Sampler[list[int]]):
-    """The indices of each batch of one process: the global batches of all processes are consecutive runs of one
-    permutation.
+    """The indices of each batch of one process, as lists.
 
-    Process r of P takes every P-th example of a global batch of batch_size * P, starting at r. The last global batch of
-    an epoch may be smaller; nothing is dropped or repeated, so a process may then get an empty list. lengths: group
-    examples of similar length (in tokens), which saves padding; each example still comes once per epoch. Without a seed
-    (evaluation) the order is that of the data, or of the lengths.
+    A global batch is the next batch_size * processes indices of a permutation; this process takes every P-th of them,
+    from its own number on. The last of an epoch may be smaller; nothing is dropped or repeated, so that a process may
+    get an empty list.
+
+    size: examples of the data.
+    batch_size: examples per process.
+    process, processes: the number of this one, and P.
+    seed: of the permutation, one for each epoch; None (evaluation) keeps the order of the data, or of the lengths.
+    lengths: in tokens; groups examples of similar length, to save padding.
     """
 
     def __init__(
@@ -64,18 +68,20 @@ class Order(Sampler[list[int]]):
         step, lengths = self.batch_size * self.processes, self.lengths
         if self.seed is None:
             order = list(range(self.size)) if lengths is None else sorted(range(self.size), key=lengths.__getitem__)
-            return [order[start : start + step] for start in range(0, self.size, step)]
+            return _chunks(order, step)
         generator = torch.Generator().manual_seed((self.seed << 24) + self.epoch)
         order = torch.randperm(self.size, generator=generator).tolist()
         if lengths is None:
-            return [order[start : start + step] for start in range(0, self.size, step)]
-        batches = []
-        for start in range(0, self.size, step * _GROUPED):
-            group = sorted(order[start : start + step * _GROUPED], key=lambda index: -lengths[index])
-            batches += [group[at : at + step] for at in range(0, len(group), step)]
+            return _chunks(order, step)
+        groups = [sorted(group, key=lambda index: -lengths[index]) for group in _chunks(order, step * _GROUPED)]
+        batches = [batch for group in groups for batch in _chunks(group, step)]
         whole = [batch for batch in batches if len(batch) == step]
         shuffled = [whole[index] for index in torch.randperm(len(whole), generator=generator).tolist()]
         return shuffled + [batch for batch in batches if len(batch) < step]
+
+
+def _chunks(indices: list[int], size: int) -> list[list[int]]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 class Loader(DataLoader[Any]):
@@ -97,25 +103,27 @@ class Loader(DataLoader[Any]):
 
 
 class Pad:
-    """Rows of token lists -> tensors padded on the right to the longest row, [batch, n].
+    """Examples -> tensors padded on the right to the longest example, [batch, n].
 
     input_ids are padded with the model's pad token (0 when it has none), masks and types with 0, labels per token with
-    -100; task_ids, one number an example, are stacked; attention_mask is added when rows differ in length. Raises
-    InputError for rows with other columns than the first, or columns of unequal length.
+    -100. task_ids, one number for each example, are stacked; attention_mask is added when examples differ in length.
+
+    Raises InputError for examples with other columns than the first, or columns of unequal length.
     """
 
     def __init__(self, task: str, pad_token: int | None, accepted: Sequence[str]):
         self.task, self.accepted = task, tuple(accepted)
         self.fill = {"input_ids": pad_token or 0, "labels": IGNORED}
 
-    def __call__(self, rows: list[Row]) -> Batch:
-        names = dict.fromkeys(name for row in rows for name in row if name in self.accepted or name in LABEL_NAMES)
+    def __call__(self, examples: list[Example]) -> Batch:
+        columns = dict.fromkeys(name for example in examples for name in example)
+        names = [name for name in columns if name in self.accepted or name in LABEL_NAMES]
         tokens = "input_ids" if "input_ids" in names else "inputs_embeds"
-        lengths = [len(row[tokens]) for row in rows]
+        lengths = [len(example[tokens]) for example in examples]
         batch: Batch = {}
         for name in names:
             try:
-                values = [torch.as_tensor(row[name]) for row in rows]
+                values = [torch.as_tensor(example[name]) for example in examples]
             except KeyError:
                 raise InputError(
                     f"some examples have the column {name!r} and some have not; give it to all or none"
@@ -127,7 +135,7 @@ class Pad:
                 )
                 continue
             if entry == "task_ids":
-                batch[entry] = torch.stack([value.long() for value in values])
+                batch[entry] = torch.stack(values).long()
                 continue
             for value, length in zip(values, lengths, strict=True):
                 if value.ndim == 0 or len(value) != length:
@@ -143,34 +151,33 @@ class Pad:
 
 
 class Counting:
-    """A collator that also counts the labels of its batch, and answers an empty list with a batch in which none counts.
+    """A collator that also counts the labels of its batch.
 
-    Every process has to take every step; one that got no example of a small last batch runs `spare` with the weight 0.
+    Every process has to take every step: one that got no example of a small last batch is given `filler`, of which no
+    label counts.
     """
 
-    def __init__(self, collate: Callable[[list[Any]], Any], task: str, num_labels: int, spare: Any):
-        self.collate, self.task, self.num_labels, self.spare = collate, task, num_labels, spare
+    def __init__(self, collate: Callable[[list[Any]], Any], task: str, num_labels: int, filler: Any):
+        self.collate, self.task, self.num_labels, self.filler = collate, task, num_labels, filler
 
-    def __call__(self, rows: list[Any]) -> Batch:
-        batch = dict(self.collate(rows or [self.spare]))
-        count = counted(batch["labels"], self.task, self.num_labels) if rows else torch.tensor(0)
+    def __call__(self, examples: list[Any]) -> Batch:
+        batch = dict(self.collate(examples or [self.filler]))
+        count = counted(batch["labels"], self.task, self.num_labels) if examples else torch.tensor(0)
         return {**batch, COUNTED: count}
 
 
 def counted(labels: Tensor, task: str, num_labels: int) -> Tensor:
-    """How many labels the model's mean loss is a mean over: those that are not -100, after the shift of a causal
-    language model."""
+    """How many labels the mean loss of a model is over: those that are not -100, a causal model's after the shift."""
     if labels.is_floating_point() or (task == "classification" and num_labels == 1):
         return torch.tensor(labels.numel())
     return ((labels[:, 1:] if task == "causal_lm" else labels) != IGNORED).sum()
 
 
-class First:
-    """The first batches of the training for `effzoo.peft.calibrate`, the same in every process: those that `order` puts
-    first, on a device.
+class CalibrationBatches:
+    """The first batches of a training for `effzoo.peft.calibrate`, the same in every process, on a device.
 
-    They are read when somebody iterates, with every global generator left as it was: a run whose methods do not look
-    draws the same numbers.
+    They are read when somebody iterates, and every global generator is left as it was: a run whose methods do not look
+    at data draws the same numbers.
     """
 
     def __init__(self, data: Any, order: Order, collate: Callable[[list[Any]], Any], count: int, device: torch.device):
@@ -186,8 +193,7 @@ class First:
             state = random_state(self.device)
             for indices in islice(self.order.global_batches(), self.count):
                 batch = dict(self.collate([self.data[index] for index in indices]))
-                self.batches.append(
-                    {key: x.to(self.device) if isinstance(x, Tensor) else x for key, x in batch.items()}
-                )
+                tensors = {key: x.to(self.device) for key, x in batch.items() if isinstance(x, Tensor)}
+                self.batches.append(batch | tensors)
             set_random_state(state, self.device)
         return iter(self.batches)

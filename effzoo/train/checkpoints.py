@@ -1,10 +1,10 @@
 """Checkpoints on disk: whole at every moment, without pickle.
 
 A checkpoint is a directory `checkpoint-<step>`. It is written as `.partial-<step>-...`, forced to disk, and renamed;
-one that is removed is renamed first. So whatever is killed when, a directory under its real name is complete. It holds
-the active adapters (or, without any,
-`model.safetensors`), and the state of the run as `state.json` with its tensors in `state.safetensors`. `sums.json`
-    holds the hash of every file, so that what was damaged later is found before anything is read.
+one that is removed is renamed first. So whatever is killed when, a directory under its real name is complete.
+
+It holds the active adapters (or, without any, `model.safetensors`), and the state of the run as `state.json` with its
+tensors in `state.safetensors`. `sums.json` holds the hash of every file: later damage is seen before anything is read.
 """
 
 from __future__ import annotations
@@ -38,10 +38,8 @@ _PREFIX, _PARTIAL, _REMOVED = "checkpoint-", ".partial-", ".removed-"
 
 def whole(directory: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    found = [
-        path for path in directory.glob(f"{_PREFIX}*") if re.fullmatch(rf"{_PREFIX}\d+", path.name) and path.is_dir()
-    ]
-    return sorted(found, key=step_of)
+    named = [path for path in directory.glob(f"{_PREFIX}*") if re.fullmatch(rf"{_PREFIX}\d+", path.name)]
+    return sorted((path for path in named if path.is_dir()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -78,25 +76,19 @@ def writing(directory: Path, step: int) -> Iterator[Path]:
 
 
 def check_whole(checkpoint: Path) -> None:
-    """Raise TrainingError for a checkpoint whose files are not those that were written, with what is damaged and where
-    else to go on."""
+    """Raise TrainingError for a checkpoint with a file that is not as written: which, and where else to go on."""
     earlier = [path.name for path in whole(checkpoint.parent) if step_of(path) < step_of(checkpoint)]
-    instead = (
-        f"remove it to resume from {earlier[-1]}"
-        if earlier
-        else ("there is no earlier one; Saving(overwrite=True) with resume=False begins anew")
-    )
+    instead = "there is no earlier one; Saving(overwrite=True) with resume=False begins anew"
+    if earlier:
+        instead = f"remove it to resume from {earlier[-1]}"
     try:
         content = json.loads((checkpoint / SUMS).read_text())
         sums = dict(content["files"])
         if content["sum"] != _sum_of(content["step"], sums) or content["step"] != step_of(checkpoint):
             raise ValueError("it does not belong to these files")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        problem = (
-            "is missing"
-            if isinstance(error, FileNotFoundError)
-            else (f"is damaged ({type(error).__name__}: {error!s:.80})")
-        )
+        missing = isinstance(error, FileNotFoundError)
+        problem = "is missing" if missing else f"is damaged ({type(error).__name__}: {error!s:.80})"
         raise TrainingError(f"{checkpoint} is not a whole checkpoint: {SUMS} {problem}; {instead}") from None
     for name, expected in sums.items():
         file = checkpoint / name
@@ -135,9 +127,11 @@ def rotate(directory: Path, keep: int | None, best: Path | None) -> None:
 
 
 def best_of(directory: Path, history: Sequence[dict[str, Any]], metric: str, since: int = 0) -> Path | None:
-    """The checkpoint on disk with the best value of `eval_<metric>`, the earlier one of equals; losses, errors and
-    perplexities are best when low.
+    """The checkpoint on disk with the best value of `eval_<metric>`, the earlier one of equals.
 
+    Losses, errors and perplexities are best when low.
+
+    history: entries with a step and metrics.
     since: the first step that counts.
     """
     sign = 1 if any(word in metric for word in ("loss", "error", "perplexity")) else -1
@@ -155,15 +149,14 @@ def adapters(model: nn.Module, directory: Path) -> dict[str, Path]:
 
 
 def save_weights(model: nn.Module, directory: Path) -> Path:
-    """Write what training changes: the active adapters to `adapter` (several: one folder each in it), or else
-    `model.safetensors`.
+    """Write what training changes, and return the path: the active adapters, or else `model.safetensors`.
 
-    Returns the path written. Shared tensors are written once per name.
+    One adapter is the folder `adapter`, several are folders in it. Shared tensors are written once per name.
     """
-    found = adapters(model, directory)
-    for name, folder in found.items():
+    folders = adapters(model, directory)
+    for name, folder in folders.items():
         save_adapter(model, folder, name=name)
-    if found:
+    if folders:
         return directory / ADAPTER
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
     replace_file(directory / WEIGHTS, lambda path: _save_tensors(tensors, path))
@@ -175,10 +168,10 @@ def load_weights(model: nn.Module, directory: Path) -> None:
 
     Raises AdapterError for an adapter with another spec or base, TrainingError for full weights that do not fit.
     """
-    found = adapters(model, directory)
-    for name, folder in found.items():
+    folders = adapters(model, directory)
+    for name, folder in folders.items():
         swap_weights(model, folder, name=name)
-    if found:
+    if folders:
         return
     try:
         missing, unexpected = model.load_state_dict(safetensors.torch.load_file(directory / WEIGHTS), strict=False)
@@ -212,8 +205,7 @@ def read_state(directory: Path) -> Any:
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """JSON knows neither tuples nor keys that are numbers nor tensors, so each container is written as {kind:
-    content}."""
+    """A nest as JSON, which has no tuples, no numbers as keys and no tensors: each container is {kind: content}."""
     if isinstance(value, Tensor):
         key = str(len(tensors))
         tensors[key] = value.detach().cpu().contiguous().clone()

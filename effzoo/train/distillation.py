@@ -29,17 +29,21 @@ PARTS = ("labels", "logits", "hidden", "attention")
 
 @dataclass(frozen=True)
 class Distillation:
-    """How much each part of the loss weighs.
+    """The weight of each part of the loss.
 
-    labels: the loss of the student's own labels.
-    logits: `softened`, with this temperature (Hinton et al. 2015, arXiv:1503.02531, section 2).
-    hidden: `apart` of the states after each block.
-    attention: `apart` of what each attention layer gives, output projection included (Jiao et al. 2020, TinyBERT,
-        arXiv:1909.10351, equations 7 and 8; their attention part compares n x n weights, which efficient attention
-        never builds). Both are means over the layers, so their weight does not depend on the depth.
-    layers: for each block of the student, the teacher's block that it is compared with; None: the same block, or,
-        where the teacher is k times as deep, the last of every k (TinyBERT's uniform map).
-    share: of the steps, the first so many distil and the others train on the labels alone.
+    labels: of the loss of the student's labels.
+    logits: of `soft_target_loss` (Hinton et al. 2015, arXiv:1503.02531, section 2).
+    hidden: of `state_loss` after each block, in the mean over the blocks.
+    attention: of `state_loss` after each attention layer with its output projection, in the mean over the layers.
+        TinyBERT compares n x n weights here, which efficient attention never builds.
+    temperature: of `soft_target_loss`.
+    layers: the teacher's block with which each block of the student is compared. None: the same block, or, where the
+        teacher is k times as deep, the last of every k (TinyBERT's uniform map).
+    share: of the steps, the first ones, that learn from the teacher; the others train on the labels alone.
+
+    Raises OptionError.
+
+    `hidden` and `attention` are after Jiao et al. 2020, TinyBERT, arXiv:1909.10351, equations 7 and 8.
     """
 
     labels: NotNegative = 0.5
@@ -83,43 +87,44 @@ class Distillation:
         if self.layers is not None:
             outside = [layer for layer in self.layers if not 0 <= layer < teacher]
             if len(self.layers) != student or outside:
-                problem = (
-                    f"{len(self.layers)} are given"
-                    if len(self.layers) != student
-                    else (f"there is no block {outside[0]}")
-                )
+                problem = f"there is no block {outside[0]}" if outside else f"{len(self.layers)} are given"
                 raise OptionError(
                     f"distillation: layers names a block of the teacher (0 to {teacher - 1}) for each of the "
                     f"student's {student}, but {problem}"
                 )
             return self.layers
         if teacher % student:
+            example = tuple(round((i + 1) * teacher / student) - 1 for i in range(student))
             raise IncompatibleError(
                 f"the teacher's {teacher} blocks do not divide among the student's {student}; say which is compared "
-                "with which, "
-                f"layers={tuple(round((i + 1) * teacher / student) - 1 for i in range(student))} for example"
+                f"with which, layers={example} for example"
             )
         return tuple((i + 1) * teacher // student - 1 for i in range(student))
 
 
-def softened(
+def soft_target_loss(
     student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float = 1.0, causal: bool = False
 ) -> Tensor:
     """T^2 KL(p_teacher | p_student) with p = softmax(logits / T), in the mean over the labels that count.
 
-    T^2 keeps the size of the gradient the same for every T (Hinton et al. 2015, section 2). Where several labels may
-    hold at once, p is Bernoulli for each; a single number has no temperature, and (student - teacher)^2 takes its
-    place. causal: position t predicts label t + 1. Both logits [..., labels] in float32 or better.
+    T^2 keeps the size of the gradient the same for every T. Where several labels may hold at once, p is Bernoulli for
+    each. A single number has no temperature: the loss is (student - teacher)^2.
+
+    student, teacher: logits [..., labels].
+    labels: [...], -100 where none counts.
+    temperature: T.
+    causal: position t predicts label t + 1.
+
+    Hinton et al. 2015, arXiv:1503.02531, section 2.
     """
     student, teacher = _exact(student), _exact(teacher)
     if student.shape[-1] == 1 and labels.shape in (student.shape, student.shape[:1]):
         return (student - teacher).square().mean()
     if labels.is_floating_point():
         ours, theirs = student / temperature, teacher / temperature
-        each = theirs.sigmoid() * (F.logsigmoid(theirs) - F.logsigmoid(ours)) + (-theirs).sigmoid() * (
-            F.logsigmoid(-theirs) - F.logsigmoid(-ours)
-        )
-        return temperature**2 * each.mean()
+        holds = theirs.sigmoid() * (F.logsigmoid(theirs) - F.logsigmoid(ours))
+        fails = (-theirs).sigmoid() * (F.logsigmoid(-theirs) - F.logsigmoid(-ours))
+        return temperature**2 * (holds + fails).mean()
     if causal:
         student, teacher, labels = student[:, :-1], teacher[:, :-1], labels[:, 1:]
     counted = labels != IGNORED
@@ -127,26 +132,27 @@ def softened(
     return temperature**2 * (theirs.exp() * (theirs - ours)).sum() / counted.sum().clamp(min=1)
 
 
-def apart(student: Tensor, teacher: Tensor, numbers: Tensor, valid: Tensor | None = None) -> Tensor:
-    """mean (student - teacher)^2 of states [batch, n, dim]: over the width, over the tokens of an example, and over the
-    examples.
+def state_loss(student: Tensor, teacher: Tensor, counts: Tensor, valid: Tensor | None = None) -> Tensor:
+    """mean (student - teacher)^2 over the width, then over the tokens of an example, then over the examples.
 
-    numbers [batch]: how many labels of an example count, which is how much it counts here. valid bool[batch, n]: where
-        there is a token.
+    student, teacher: states [batch, n, dim].
+    counts: the weight of each example, [batch]: how many of its labels count.
+    valid: bool[batch, n], where there is a token; None for everywhere.
     """
-    each = (_exact(student) - _exact(teacher)).square().mean(dim=-1)
-    of_example = (
-        each.mean(dim=1) if valid is None else each.where(valid, 0.0).sum(dim=1) / valid.sum(dim=1).clamp(min=1)
-    )
-    return (of_example * numbers).sum() / numbers.sum().clamp(min=1)
+    of_token = (_exact(student) - _exact(teacher)).square().mean(dim=-1)
+    if valid is None:
+        of_example = of_token.mean(dim=1)
+    else:
+        of_example = of_token.where(valid, 0.0).sum(dim=1) / valid.sum(dim=1).clamp(min=1)
+    return (of_example * counts).sum() / counts.sum().clamp(min=1)
 
 
-def labels_of_each(labels: Tensor, task: str, num_labels: int) -> Tensor:
-    """How many labels of each example count, [batch]; they add up to what `batches.counted` says of the batch."""
-    rows = labels.flatten(1) if labels.ndim > 1 else labels[:, None]
+def labels_per_example(labels: Tensor, task: str, num_labels: int) -> Tensor:
+    """How many labels of each example count, [batch]; their sum is what `batches.counted` says of the batch."""
+    flat = labels.flatten(1) if labels.ndim > 1 else labels[:, None]
     if labels.is_floating_point() or (task == "classification" and num_labels == 1):
-        return torch.full((len(rows),), rows.shape[1], device=labels.device)
-    return ((rows[:, 1:] if task == "causal_lm" else rows) != IGNORED).sum(dim=1)
+        return torch.full((len(flat),), flat.shape[1], device=labels.device)
+    return ((flat[:, 1:] if task == "causal_lm" else flat) != IGNORED).sum(dim=1)
 
 
 def _exact(x: Tensor) -> Tensor:

@@ -21,14 +21,14 @@ class Untouched:
     none: that got no gradient, as nothing that the loss depends on reads them.
     zero: whose gradient was zero throughout.
     of: all that were trained.
-    untold: whose gradient was zero while another tensor was still all zeros and about to move, in a run too short to
+    undecided: whose gradient was zero while another tensor was still all zeros and about to move, in a run too short to
         tell; no fault yet.
     """
 
     none: Mapping[str, int] = field(default_factory=dict)
     zero: Mapping[str, int] = field(default_factory=dict)
     of: Mapping[str, int] = field(default_factory=dict)
-    untold: Mapping[str, int] = field(default_factory=dict)
+    undecided: Mapping[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.none or self.zero)
@@ -38,15 +38,10 @@ class Untouched:
             "had a gradient of zero while other tensors were still zero, and the run was too short to tell "
             "whether it stays so"
         )
-        parts = [
-            (self.none, "got no gradient"),
-            (self.zero, "got a gradient of zero in every step"),
-            (self.untold, short),
-        ]
-        return (
-            "; ".join(f"{self._share(found)} {what}: {patterns(found)}" for found, what in parts if found)
-            or "every trained tensor got a gradient"
-        )
+        always = "got a gradient of zero in every step"
+        groups = (self.none, "got no gradient"), (self.zero, always), (self.undecided, short)
+        sentences = [f"{self._share(sizes)} {what}: {patterns(sizes)}" for sizes, what in groups if sizes]
+        return "; ".join(sentences) or "every trained tensor got a gradient"
 
     def reasons(self) -> dict[str, str]:
         """The names with what became of each."""
@@ -55,10 +50,10 @@ class Untouched:
             **dict.fromkeys(self.zero, "a gradient of zero in every step"),
         }
 
-    def _share(self, found: Mapping[str, int]) -> str:
-        numbers, total = sum(found.values()), sum(self.of.values())
+    def _share(self, sizes: Mapping[str, int]) -> str:
+        numbers, total = sum(sizes.values()), sum(self.of.values())
         return (
-            f"{len(found)} of {len(self.of)} trained tensors ({numbers:,} of {total:,} numbers, "
+            f"{len(sizes)} of {len(self.of)} trained tensors ({numbers:,} of {total:,} numbers, "
             f"{100 * numbers / max(total, 1):.3g} %)"
         )
 
@@ -66,17 +61,17 @@ class Untouched:
 class Gradients:
     """Looks at the gradients of each step, before the optimizer uses them, until every trained tensor has had one.
 
-    A gradient of zero is told apart from none: the first factor of LoRA has a gradient of zero as long as the second
-    one is zero, and that is so for as long as the learning rate is. So a zero is judged by a step in which no trained
-    tensor with a gradient is still all zeros itself.
+    A gradient of zero differs from none: the first factor of LoRA has a gradient of zero while the second is zero,
+    which lasts as long as the learning rate is 0. So a zero is judged by a step in which no trained tensor with a
+    gradient is still all zeros itself.
     """
 
     def __init__(self) -> None:
         self.steps = 0
         self.trained: dict[str, int] = {}
-        self._left: dict[str, nn.Parameter] = {}
-        self._had: set[str] = set()  # of those left, the ones with a gradient of zero
-        self._judged: set[str] = set()  # of these, the ones that had it when nothing stood before them any more
+        self._left: dict[str, nn.Parameter] = {}  # without a gradient other than zero up to now
+        self._zero: set[str] = set()  # of those left, the ones with a gradient of zero
+        self._judged: set[str] = set()  # of these, the ones that had it when `_unmoved` was empty
         # all zeros, though they have a gradient: what they are multiplied with has none yet
         self._unmoved: list[nn.Parameter] = []
 
@@ -90,23 +85,19 @@ class Gradients:
     def look(self) -> None:
         """Take note of the gradients of one step. Raises TrainingError when nothing has one."""
         self.steps += 1
-        self._unmoved = [
-            parameter
-            for parameter in self._unmoved
-            if parameter.requires_grad and not bool(torch.count_nonzero(parameter))
-        ]
+        self._unmoved = [p for p in self._unmoved if p.requires_grad and not bool(torch.count_nonzero(p))]
         for name, parameter in list(self._left.items()):
             if parameter.grad is not None and bool(torch.count_nonzero(parameter.grad)):
                 del self._left[name]
-                self._had.discard(name)
+                self._zero.discard(name)
                 self._judged.discard(name)
                 if not bool(torch.count_nonzero(parameter)):
                     self._unmoved.append(parameter)
             elif parameter.grad is not None:
-                self._had.add(name)
+                self._zero.add(name)
         if not self._unmoved:
-            self._judged |= self._had
-        if self.trained and len(self._left) == len(self.trained) and not self._had:
+            self._judged |= self._zero
+        if self.trained and len(self._left) == len(self.trained) and not self._zero:
             raise TrainingError(
                 f"{nothing_reached(self.trained)}; train something that the loss depends on, with other targets or "
                 "another attention kind"
@@ -116,10 +107,10 @@ class Gradients:
         """What had no gradient up to now; nothing before the first step."""
         if not self.steps:
             return Untouched()
-        none = {name: self.trained[name] for name in self._left if name not in self._had}
+        none = {name: self.trained[name] for name in self._left if name not in self._zero}
         zero = {name: self.trained[name] for name in self._left if name in self._judged}
-        untold = {name: self.trained[name] for name in self._left if name in self._had - self._judged}
-        return Untouched(none, zero, dict(self.trained), untold)
+        undecided = {name: self.trained[name] for name in self._left if name in self._zero - self._judged}
+        return Untouched(none, zero, dict(self.trained), undecided)
 
     def check_moved(self) -> None:
         """Raise TrainingError when nothing had a gradient other than zero: the run has learned nothing."""
@@ -137,14 +128,13 @@ def nothing_reached(names: Iterable[str]) -> str:
 
 def patterns(names: Iterable[str]) -> str:
     """Names without the adapter's part and with `*` for numbers of blocks, each pattern once, the first few."""
-    found = list(
-        dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", re.sub(r"\.adapters\.[^.]+", "", name)) for name in names)
-    )
-    return ", ".join(found[:_SHOWN]) + (f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
+    bare = [re.sub(r"\.adapters\.[^.]+", "", name) for name in names]
+    starred = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in bare))
+    return ", ".join(starred[:_SHOWN]) + (f" and {len(starred) - _SHOWN} more" if len(starred) > _SHOWN else "")
 
 
 def check_finite(model: nn.Module, step: int, hint: str) -> None:
-    """Raise TrainingError when a trained tensor holds a number that is none."""
+    """Raise TrainingError when a trained tensor holds a number that is not finite."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
             raise TrainingError(f"{name} is not finite after step {step}, so nothing is saved of it; {hint}")

@@ -1,5 +1,4 @@
-"""What has to hold before a run starts: something to train, options in range, a precision that runs here, an output
-folder that fits."""
+"""What has to hold before a run starts: something to train, a precision that runs here, an output folder that fits."""
 
 from __future__ import annotations
 
@@ -27,15 +26,12 @@ PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 def on_cpu() -> bool:
     """Whether training runs on the processor: no accelerator here, or `accelerate launch --cpu`."""
-    return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in (
-        "1",
-        "true",
-        "yes",
-    )
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return asked or not torch.accelerator.is_available()
 
 
 def check_trainable(model: Transformer) -> None:
-    """TrainingError for a task without a loss, and when no parameter, or one that no file would keep, is trainable."""
+    """TrainingError for a task without a loss, for nothing to train, and for parameters that no file would keep."""
     check_model(model)
     if model.task == "features":
         raise TrainingError(
@@ -44,18 +40,15 @@ def check_trainable(model: Transformer) -> None:
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     names = attached(model)
     if not trainable:
-        hint = (
-            f"effzoo.activate(model, {', '.join(map(repr, names))})"
-            if names
-            else ("effzoo.attach(model, 'lora'), or model.requires_grad_(True)")
-        )
+        hint = "effzoo.attach(model, 'lora'), or model.requires_grad_(True)"
+        if names:
+            hint = f"effzoo.activate(model, {', '.join(map(repr, names))})"
         raise TrainingError(f"nothing to train: no parameter of the model requires a gradient; try {hint}")
     outside = [name for name in trainable if ".adapters." not in f".{name}"]
     if acting(model) and outside:
         raise TrainingError(
             f"{len(outside)} parameters outside the active adapters are trainable ({outside[0]}, ...), but only "
-            "adapters are saved; "
-            "freeze them, or name them in the spec with the methods 'full' or 'bitfit'"
+            "adapters are saved; freeze them, or name them in the spec with the methods 'full' or 'bitfit'"
         )
 
 
@@ -91,26 +84,22 @@ def check_precision(model: torch.nn.Module, precision: str) -> None:
             f"accelerate was launched with mixed precision {launched!r}, finetune got "
             f"{precision!r}; give precision={named!r}"
         )
-    if precision == "float16" and (on_cpu() or not torch.cuda.is_available()):
+    on_cuda = torch.cuda.is_available() and not on_cpu()
+    if precision == "float16" and not on_cuda:
         raise IncompatibleError(
             "precision='float16' scales its loss on a CUDA device, and there is none here; try precision='bfloat16'"
         )
-    if (
-        precision == "bfloat16"
-        and not on_cpu()
-        and torch.cuda.is_available()
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
+    if precision == "bfloat16" and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise IncompatibleError(
             f"{torch.cuda.get_device_name()} does not compute in bfloat16; try precision='float16' or 'float32'"
         )
 
 
 def check_dtypes(model: torch.nn.Module) -> None:
-    """IncompatibleError for trained tensors in half precision, where small updates are rounded away (in bfloat16 those
-    below a 512th of a weight).
+    """IncompatibleError for trained tensors in half precision, where small updates are rounded away.
 
-    An adapter that was attached with dtype=torch.bfloat16 is meant to be so; nothing can be trained in float16.
+    In bfloat16 those are updates below a 512th of a weight. An adapter that was attached with dtype=torch.bfloat16 is
+    meant to be so; nothing can be trained in float16.
     """
     meant = [f".adapters.{name}." for name, attachment in attached(model).items() if attachment.dtype == torch.bfloat16]
     for name, parameter in model.named_parameters():
@@ -131,51 +120,54 @@ def check_dtypes(model: torch.nn.Module) -> None:
         raise IncompatibleError(f"{name} is trained in {kind}, where small updates vanish; {advice}")
 
 
-def check_processes(found: int) -> None:
-    """TrainingError when a launcher started several processes that do not know of each other: each would train alone,
-    into the same files."""
+def check_processes(seen: int) -> None:
+    """TrainingError when a launcher started other processes than accelerate sees: each would train alone, into the
+    same files."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != found:
+    if launched != seen:
         raise TrainingError(
-            f"the launcher started {launched} processes, but accelerate sees {found}, so that each would train alone; "
+            f"the launcher started {launched} processes, but accelerate sees {seen}, so that each would train alone; "
             "start as many as there are devices, or set ACCELERATE_USE_CPU=true"
         )
 
 
 def starting_point(directory: Path, run: dict[str, Any], resume: bool, overwrite: bool) -> Path | None:
-    """The checkpoint to continue from, None for the beginning. TrainingError for one that another run wrote, or that
-    would be mixed with this one."""
-    found = checkpoints.whole(directory)
-    if not found or (overwrite and not resume):
+    """The checkpoint to continue from, None for the beginning.
+
+    Raises TrainingError for one that another run wrote, or that would be mixed with this one.
+    """
+    saved = checkpoints.whole(directory)
+    if not saved or (overwrite and not resume):
         return None
+    newest = saved[-1]
     if not resume:
         raise TrainingError(
-            f"{directory} holds {len(found)} checkpoints of an earlier run (the newest is {found[-1].name}); "
+            f"{directory} holds {len(saved)} checkpoints of an earlier run (the newest is {newest.name}); "
             "resume=True continues it, Saving(overwrite=True) removes them, or give another output_dir"
         )
-    checkpoints.check_whole(found[-1])
-    earlier = json.loads((found[-1] / checkpoints.RUN).read_text())
+    checkpoints.check_whole(newest)
+    earlier = json.loads((newest / checkpoints.RUN).read_text())
     different = differences(earlier, json.loads(json.dumps(run)))
     if different:
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
         raise TrainingError(
-            f"{found[-1]} belongs to another run: {different[0]}{more}. Give the same, or "
+            f"{newest} belongs to another run: {different[0]}{more}. Give the same, or "
             "Saving(overwrite=True) with resume=False."
         )
     if run["data"] is None:
         logging.getLogger("effzoo").warning(
             "the rows of train are read when they are asked for, so whether they are those of the earlier run is not "
-            "known; give the data set an "
-            "attribute `fingerprint`, a text that changes with its rows"
+            "known; give the data set an attribute `fingerprint`, a text that changes with its rows"
         )
-    return found[-1]
+    return newest
 
 
 def rejoin(model: Transformer, directory: Path) -> None:
-    """Finish the active adapters, or not, and bring them to the stage in which they were when the run in this directory
-    began: that decides in which stages it trains.
+    """Bring the active adapters to the state in which they were when the run in this directory began.
 
-    TrainingError for a damaged checkpoint, and for an adapter that has lost what the run needs.
+    The stage, and whether an adapter is finished, decide in which stages the run trains.
+
+    Raises TrainingError for a damaged checkpoint, and for an adapter that has lost what the run needs.
     """
     newest = next(reversed(checkpoints.whole(directory)), None)
     if newest is not None:
@@ -190,9 +182,8 @@ def rejoin(model: Transformer, directory: Path) -> None:
         if ahead := later(attachment, begun):
             raise TrainingError(
                 f"{newest} is in {said(begun)}, but the adapter {name!r} of this model is in {said(ahead)} already, "
-                "and has dropped what the run "
-                "needs; build the model and attach the adapter anew to resume, or give another output_dir to train "
-                "what is left"
+                "and has dropped what the run needs; build the model and attach the adapter anew to resume, or give "
+                "another output_dir to train what is left"
             )
         if was_finished:
             finish(model, name)
@@ -201,15 +192,11 @@ def rejoin(model: Transformer, directory: Path) -> None:
             if changed:
                 raise TrainingError(
                     f"{newest} is in the middle of its training, but the adapter {name!r} of this model is finished: "
-                    f"{listing(changed)} dropped what "
-                    "training needs; build the model and attach the adapter anew to resume, or give another "
-                    "output_dir to train what is left"
+                    f"{listing(changed)} dropped what training needs; build the model and attach the adapter anew to "
+                    "resume, or give another output_dir to train what is left"
                 )
             attachment.finished = False
-    first = (
-        None
-        if newest is None
-        else next(iter(json.loads((newest / checkpoints.RUN).read_text()).get("stages", ())), None)
-    )
-    if first is not None:
-        restart(model, first)
+    if newest is not None:
+        stages = json.loads((newest / checkpoints.RUN).read_text()).get("stages", ())
+        for first in list(stages)[:1]:
+            restart(model, first)

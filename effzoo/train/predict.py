@@ -12,8 +12,8 @@ from effzoo.architectures.heads import pool
 from effzoo.errors import InputError
 from effzoo.sites import unwrap
 from effzoo.train.batches import Pad
-from effzoo.train.examples import accepted
 from effzoo.train.examples import examples as checked
+from effzoo.train.form import accepted
 from effzoo.train.preconditions import check_model, check_precision
 from effzoo.train.settings import Steps
 
@@ -27,12 +27,16 @@ def predict(
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
     progress: bool = True,
 ) -> Tensor:
-    """Logits [examples, num_labels] of a classification model; of a features model the mean of its last hidden states,
-    [examples, dim].
+    """Logits [examples, num_labels], or for a features model the mean of its last hidden states, [examples, dim].
 
-    examples: tokenised, as for `finetune`; labels may be missing. They run in evaluation mode on the model's device, in
-        batches of like lengths, and come back on the CPU in float32, in the order given. Raises InputError,
-        IncompatibleError.
+    They are float32 on the CPU, in the order of the examples.
+
+    model: of the task "classification" or "features"; it runs in evaluation mode on its device.
+    examples: tokenised, as for `finetune`; labels may be missing. They run in batches of like lengths.
+    precision: of the forward pass.
+    progress: show a bar.
+
+    Raises InputError, IncompatibleError.
     """
     model = unwrap(model)
     check_model(model)
@@ -42,13 +46,13 @@ def predict(
             f"{model.task!r}; call the model itself"
         )
     check_precision(model, precision)
-    rows = checked(examples, model, "examples", labelled=False)
+    read = checked(examples, model, "examples", labelled=False)
     from tqdm.auto import tqdm  # comes with transformers, and takes a while to import
 
     device, collate = next(model.parameters()).device, Pad(model.task, model.config.pad_token, accepted(model))
-    inputs = [rows[i] for i in range(len(rows))]
+    inputs = [read[i] for i in range(len(read))]
     order = sorted(range(len(inputs)), key=lambda i: len(inputs[i].get("input_ids", ())))
-    was_training, found = model.training, torch.empty(0)
+    was_training, answers = model.training, torch.empty(0)
     model.eval()
     try:
         for at in tqdm(range(0, len(order), batch_size), desc="Predicting", disable=not progress):
@@ -58,14 +62,12 @@ def predict(
                 out = model(**batch)
             # latents have no padding
             mask = None if isinstance(model, Perceiver) and not model.config.causal else batch.get("attention_mask")
-            values = (
-                pool(out.last_hidden_state.float(), None if mask is None else mask.bool(), "mean")
-                if out.logits is None
-                else out.logits
-            )
-            if not len(found):
-                found = torch.empty(len(order), values.shape[1])
-            found[chosen] = values.float().cpu()
+            values = out.logits
+            if values is None:
+                values = pool(out.last_hidden_state.float(), None if mask is None else mask.bool(), "mean")
+            if not len(answers):
+                answers = torch.empty(len(order), values.shape[1])
+            answers[chosen] = values.float().cpu()
     finally:
         model.train(was_training)
-    return found
+    return answers

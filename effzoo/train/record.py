@@ -1,5 +1,7 @@
-"""The record of a run: the model's function, the data and the settings. A checkpoint of one run is never taken for that
-of another."""
+"""The record of a run: the model's function, the data and the settings.
+
+A checkpoint of one run is never taken for that of another.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from torch import nn
 from effzoo.peft.attach import acting, attached
 from effzoo.peft.fingerprint import facts, fingerprint
 from effzoo.peft.state import adapters_of, label_layers
+from effzoo.peft.training_hooks import TrainingHooks
 
 ELASTIC = ("processes", "batch_size", "gradient_accumulation")  # these may change on resuming while their product stays
 HINTS = {
@@ -21,16 +24,32 @@ HINTS = {
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:
-    """The active adapters with their specs; and how they are combined, their scales and which of them learn, where that
-    is not the usual."""
+    """The specs of the active adapters.
+
+    How they are combined, their scales, which of them learn, and other numbers of labels are recorded where they are
+    not the usual ones.
+    """
     now = adapters_of(model).roster.now
-    found: dict[str, Any] = {name: attached(model)[name].spec for name in now.names}
+    record: dict[str, Any] = {name: attached(model)[name].spec for name in now.names}
     for path, site in label_layers(model).items():
         if other := {name: site.outputs(name) for name in now.names if site.outputs(name) != site.out_features}:
-            found[f"outputs of {path}"] = other
+            record[f"outputs of {path}"] = other
     if now.combine != "stack" or set(now.scales) - {1.0} or now.trained != frozenset(now.names):
-        found["acting"] = [now.combine, now.by_row(), list(now.scales), sorted(now.trained)]
-    return found
+        record["acting"] = [now.combine, now.by_row(), list(now.scales), sorted(now.trained)]
+    return record
+
+
+def rates(model: nn.Module, learning_rate: float | None) -> dict[str, Any]:
+    """The learning rate, or each method's own where it is None, and the factors that methods have for tensors."""
+    methods = {f"{name}.{method.name}": method for name in acting(model) for method, _ in attached(model)[name].methods}
+    of_methods = {name: method.learning_rate for name, method in methods.items()}
+    factors = {
+        name: dict(method.rates)
+        for name, method in methods.items()
+        if isinstance(method, TrainingHooks) and method.rates
+    }
+    record = {"learning_rate": of_methods if learning_rate is None else learning_rate}
+    return {**record, "rates": factors} if factors else record
 
 
 def of_model(model: nn.Module) -> dict[str, Any]:
@@ -38,26 +57,24 @@ def of_model(model: nn.Module) -> dict[str, Any]:
 
     Tensors that a checkpoint holds, or whose hashes an adapter holds, are not among it.
     """
-    trained = {
-        key: parameter for key, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad
-    }
+    parameters = model.named_parameters(remove_duplicate=False)
+    trained = {key: parameter for key, parameter in parameters if parameter.requires_grad}
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained.values()})
-    found = {**facts(model), **dropouts(model), "dtypes of what is trained": dtypes}
-    return found if acting(model) else found | fingerprint(model, without=trained).tensors
+    record = {**facts(model), **dropouts(model), "dtypes of what is trained": dtypes}
+    return record if acting(model) else record | fingerprint(model, without=trained).tensors
 
 
 def dropouts(model: nn.Module) -> dict[str, float]:
     """The probability of every dropout of the base, by the path of its module."""
-    found = {}
+    probabilities = {}
     for path, module in model.named_modules():
         if ".adapters." in f".{path}.":
             continue
-        rate = (
-            module.p if isinstance(module, nn.Dropout) else getattr(getattr(module, "context", None), "dropout", None)
-        )
-        if rate is not None:
-            found[f"dropout of {path}"] = float(rate)
-    return found
+        attention = getattr(module, "context", None)
+        p = module.p if isinstance(module, nn.Dropout) else getattr(attention, "dropout", None)
+        if p is not None:
+            probabilities[f"dropout of {path}"] = float(p)
+    return probabilities
 
 
 def name_of(function: Any) -> str | None:
@@ -69,34 +86,30 @@ def name_of(function: Any) -> str | None:
 
 
 def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In what two records differ, with both values. Evaluations may come, go or change unless the best checkpoint is
-    chosen by them."""
+    """In what two records differ, as sentences with both values.
+
+    Evaluations may come and go unless the best checkpoint is chosen by them.
+    """
     names = [name for name in dict.fromkeys([*now, *earlier]) if name not in ELASTIC]
-    if (
-        now.get("best") is None
-        and earlier.get("best") is None
-        and None in (now.get("evaluation"), earlier.get("evaluation"))
-    ):
+    chosen_by = (earlier.get("best"), now.get("best"))
+    if chosen_by == (None, None) and None in (now.get("evaluation"), earlier.get("evaluation")):
         names.remove("evaluation")
     if _global_batch(earlier) != _global_batch(now):
         names += ELASTIC
-    found = []
+    sentences = []
     for name in names:
         if name == "model" and isinstance(earlier.get(name), Mapping):
             before, after = earlier[name], now[name]
-            found += [
-                _said(f"model: {key}", before, after, key)
-                for key in dict.fromkeys([*after, *before])
-                if before.get(key) != after.get(key)
-            ]
+            facts = [key for key in dict.fromkeys([*after, *before]) if before.get(key) != after.get(key)]
+            sentences += [_difference(f"model: {fact}", before, after, fact) for fact in facts]
         elif earlier.get(name) != now.get(name) or name not in earlier:
-            found.append(_said(name, earlier, now, name))
-    return found
+            sentences.append(_difference(name, earlier, now, name))
+    return sentences
 
 
-def _said(what: str, before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> str:
-    was, now = (f"{repr(record[key])[:160]}" if key in record else "nothing" for record in (before, after))
-    return f"{what} was {was} and is now {now}" + (f" ({HINTS[what]})" if what in HINTS else "")
+def _difference(what: str, before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> str:
+    was, is_now = (repr(record[key])[:160] if key in record else "nothing" for record in (before, after))
+    return f"{what} was {was} and is now {is_now}" + (f" ({HINTS[what]})" if what in HINTS else "")
 
 
 def _global_batch(run: Mapping[str, Any]) -> int:

@@ -20,11 +20,11 @@ from effzoo.peft.training import finish, first_final_step, learning
 from effzoo.recompute import Level, spare
 from effzoo.sites import unwrap
 from effzoo.train import checkpoints
-from effzoo.train.batches import First
+from effzoo.train.batches import CalibrationBatches
 from effzoo.train.distillation import Distillation
-from effzoo.train.examples import Collated, Examples, Raw, accepted, examples, fits_teacher, sized
+from effzoo.train.examples import Collated, Examples, Raw, examples, fits_teacher, sized
+from effzoo.train.form import accepted
 from effzoo.train.gradients import check_finite
-from effzoo.train.parts import parts
 from effzoo.train.preconditions import (
     check_dtypes,
     check_model,
@@ -48,6 +48,7 @@ from effzoo.train.settings import (
     number_or_none,
 )
 from effzoo.train.setup import Setup
+from effzoo.train.stages import stage_spans
 from effzoo.train.teaching import Teaching
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def finetune(
     with transition(model, *acting(model)) if resume else nullcontext():
         if resume:
             rejoin(model, output_dir)
-        stages = parts(model, steps, optimisation.warmup)
+        stages = stage_spans(model, steps, optimisation.warmup)
         record = setup.record(stages)
         setup.check_decay()
         start = starting_point(output_dir, record, resume, saving.overwrite)
@@ -186,7 +187,7 @@ def finetune(
             checkpoints.remove(earlier)
     trainer = ExactTrainer(
         model, arguments, setup.loaders(arguments.device), metrics=metrics, callbacks=callbacks, run=record,
-        parts=stages, learning_rate=learning_rate, settled=first_final_step(model, steps), keep=saving.keep,
+        stages=stages, learning_rate=learning_rate, first_final_step=first_final_step(model, steps), keep=saving.keep,
         best=saving.best, progress=progress, teaching=teaching,
     )  # fmt: skip
     return _train(trainer, start, setup.first_batches(arguments.device), recompute)
@@ -214,7 +215,7 @@ def _teaching(model: Transformer, teacher: Any, distillation: Any, lengths: Sequ
     return teaching
 
 
-def _train(trainer: ExactTrainer, start: Path | None, first: First, level: Level) -> Result:
+def _train(trainer: ExactTrainer, start: Path | None, first: CalibrationBatches, level: Level) -> Result:
     """Train from a checkpoint or from the beginning, finish, and write the result."""
     clock, model, directory = time.monotonic(), trainer.subject, Path(str(trainer.args.output_dir))
     if trainer.args.device.type == "cuda":
@@ -227,7 +228,9 @@ def _train(trainer: ExactTrainer, start: Path | None, first: First, level: Level
     if untouched and trainer.args.should_save:
         logging.getLogger("effzoo").warning("in %d steps, %s", trainer.gradients.steps, untouched)
     history = history_of(trainer.state.log_history)
-    best = None if trainer.best is None else checkpoints.best_of(directory, history, trainer.best, trainer.settled)
+    best = None
+    if trainer.best is not None:
+        best = checkpoints.best_of(directory, history, trainer.best, trainer.first_final_step)
     if best is not None:
         checkpoints.check_whole(best)
         checkpoints.load_weights(model, best)
@@ -250,7 +253,7 @@ def _train(trainer: ExactTrainer, start: Path | None, first: First, level: Level
     )
 
 
-def _steps(trainer: ExactTrainer, start: Path | None, first: First, level: Level) -> None:
+def _steps(trainer: ExactTrainer, start: Path | None, first: CalibrationBatches, level: Level) -> None:
     """Take the steps that are left, and leave the model in the modes that it came in."""
     model, before = trainer.subject, dict[str, Any]()
     training = model.training

@@ -13,12 +13,13 @@ import torch
 from effzoo.architectures import Transformer
 from effzoo.errors import OptionError
 from effzoo.peft.training import hooked, learning_rates
-from effzoo.train.batches import Counting, First, Loader, Order, Pad
-from effzoo.train.examples import Collated, Examples, Raw, accepted
-from effzoo.train.parts import Part, used
+from effzoo.train.batches import CalibrationBatches, Counting, Loader, Order, Pad
+from effzoo.train.examples import Collated, Examples, Raw
+from effzoo.train.form import accepted
 from effzoo.train.preconditions import SCHEDULES, on_cpu
-from effzoo.train.record import adapters, name_of, of_model
+from effzoo.train.record import adapters, name_of, of_model, rates
 from effzoo.train.settings import LARGEST, Every, Optimisation, Saving
+from effzoo.train.stages import StageSpan
 from effzoo.train.teaching import Teaching, fingerprint
 
 if TYPE_CHECKING:
@@ -82,14 +83,14 @@ class Setup:
                 f"than {1 / rate:g}"
             )
 
-    def record(self, stages: Sequence[Part]) -> dict[str, Any]:
+    def record(self, stages: Sequence[StageSpan]) -> dict[str, Any]:
         """What a checkpoint must share with this run to be resumed by it."""
         run, teaching = self.optimisation, self.teaching
         record = {
             "adapters": adapters(self.model), "examples": len(self.train), "steps": self.steps, "seed": self.seed,
             "processes": self.processes, "batch_size": self.batch_size,
             "gradient_accumulation": run.gradient_accumulation, "group_by_length": self.group_by_length,
-            **used(self.model, self.learning_rate), "weight_decay": run.weight_decay, "warmup": run.warmup,
+            **rates(self.model, self.learning_rate), "weight_decay": run.weight_decay, "warmup": run.warmup,
             "schedule": run.schedule, "clip": run.clip, "precision": self.precision,
             "collator": name_of(self.collator), "data": self.train.digest,
             "evaluation": None if self.evaluate is None else self.evaluate.digest, "best": self.saving.best,
@@ -97,13 +98,13 @@ class Setup:
             "distillation": None if teaching is None
             else {**asdict(teaching.settings), "teacher": fingerprint(teaching.teacher)},
         }  # fmt: skip
-        if any(stage.stage.name for stage in stages):
-            record["stages"] = {stage.stage.name: stage.steps for stage in stages}
+        if any(span.stage.name for span in stages):
+            record["stages"] = {span.stage.name: span.steps for span in stages}
         if any(hooked(self.model, "calibrate")):
             record["calibration_batches"] = run.calibration_batches
         return record
 
-    def arguments(self, stages: Sequence[Part]) -> TrainingArguments:
+    def arguments(self, stages: Sequence[StageSpan]) -> TrainingArguments:
         """The settings in the words of Trainer."""
         from transformers import TrainingArguments
 
@@ -147,10 +148,10 @@ class Setup:
             for examples, order in orders
         ]
 
-    def first_batches(self, device: torch.device) -> First:
+    def first_batches(self, device: torch.device) -> CalibrationBatches:
         """The batches for `effzoo.peft.calibrate`, the same in every process."""
         order = Order(len(self.train), self.batch_size, seed=self.seed, lengths=self._lengths)
-        return First(self.train, order, self._collate, self.optimisation.calibration_batches, device)
+        return CalibrationBatches(self.train, order, self._collate, self.optimisation.calibration_batches, device)
 
     def _number(self, every: Every) -> int:
         """Of steps between two evaluations, say; where there is none, of all steps."""

@@ -18,43 +18,42 @@ from effzoo.peft import training
 from effzoo.peft.attach import acting
 from effzoo.peft.fingerprint import facts
 from effzoo.sites import prompt_rows
-from effzoo.train.distillation import Distillation, apart, labels_of_each, softened
-from effzoo.train.examples import accepted
+from effzoo.train.distillation import Distillation, labels_per_example, soft_target_loss, state_loss
+from effzoo.train.form import accepted
 
 
 class Teaching:
     """`teaching(student, batch)` is the distillation loss of a labelled batch.
 
-    The teacher is put in evaluation mode, computes without a graph and is nowhere a part of the student, so nothing of
-    it is trained or saved. It sees the student's inputs; `global_attention_mask` only if its attention knows global
-    tokens. Where a method of the student asks for two forward passes (AdaMix), both are compared with the teacher.
+    The teacher is put in evaluation mode, computes without a graph and is no part of the student: nothing of it is
+    trained or saved. It reads the student's inputs, `global_attention_mask` only if its attention knows global tokens.
+    Where a method of the student asks for two forward passes (AdaMix), both are compared with the teacher.
+
+    active: while it is False, the loss is that of the labels alone.
     parts: the parts of the last loss, without their weights.
-    acts: while it is False, the loss is that of the labels alone.
 
     Raises OptionError and IncompatibleError for two models that cannot be compared.
     """
 
     def __init__(self, student: Transformer, teacher: Transformer, settings: Distillation):
         self.teacher, self.settings = teacher.eval(), settings
-        self.acts, self.parts = True, dict[str, Tensor]()
-        _check_alike(student, teacher)
+        self.active, self.parts = True, dict[str, Tensor]()
+        _check_comparable(student, teacher)
         self.pairs = _check_inside(student, teacher, settings) if settings.inside else ()
 
     def __call__(self, student: Transformer, batch: Mapping[str, Any]) -> Tensor:
         """The loss of a batch with labels."""
-        if not self.acts:
+        if not self.active:
             self.parts = {}
             return training.supervised(student, batch)
         inside, settings = self.settings.inside, self.settings
-        with observed(student, inside) as passes:
+        with forward_passes(student, inside) as passes:
             parts = {"labels": training.supervised(student, batch)}
-        taught = self.teach(batch)
+        target = self.teach(batch)
         if settings.logits:
-            parts["logits"] = torch.stack(
-                [self._logits(seen, taught, student, batch["labels"]) for seen in passes]
-            ).mean()
+            parts["logits"] = torch.stack([self._logits(ours, target, student, batch) for ours in passes]).mean()
         for name in inside:
-            parts[name] = torch.stack([self._states(name, seen, taught, student, batch) for seen in passes]).mean()
+            parts[name] = torch.stack([self._states(name, ours, target, student, batch) for ours in passes]).mean()
             if torch.is_grad_enabled() and not parts[name].requires_grad:
                 raise IncompatibleError(
                     f"no {name} state of the student depends on what is trained, so it cannot "
@@ -64,8 +63,8 @@ class Teaching:
         return torch.stack([getattr(settings, name) * value for name, value in parts.items()]).sum()
 
     @torch.no_grad()
-    def teach(self, batch: Mapping[str, Any]) -> Seen:
-        """What the teacher makes of the inputs of a batch."""
+    def teach(self, batch: Mapping[str, Any]) -> ForwardPass:
+        """The teacher's forward pass over the inputs of a batch. Raises InputError for one that it does not read."""
         known = accepted(self.teacher)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         if not any(core.knows_globals() for core in _cores(self.teacher)):
@@ -75,41 +74,38 @@ class Teaching:
                 raise InputError(
                     f"the teacher does not read {name!r}, which the student is given; it reads {', '.join(known)}"
                 )
-        with observed(self.teacher.eval(), self.settings.inside) as passes:
+        with forward_passes(self.teacher.eval(), self.settings.inside) as passes:
             self.teacher(**inputs)
         return passes[0]
 
-    def _logits(self, seen: Seen, taught: Seen, student: Transformer, labels: Tensor) -> Tensor:
-        return softened(
-            seen.logits,
-            taught.logits,
-            labels,
-            temperature=self.settings.temperature,
-            causal=student.task == "causal_lm",
-        )
+    def steps_of(self, total: int) -> int:
+        """How many of so many steps, the first ones, learn from the teacher."""
+        return max(1, round(self.settings.share * total))
 
-    def _states(self, name: str, seen: Seen, taught: Seen, student: Transformer, batch: Mapping[str, Any]) -> Tensor:
-        """The mean over the blocks. Rows that adapters put in front of the input have no counterpart and are left
-        out."""
-        ours, theirs = getattr(seen, name), getattr(taught, name)
-        numbers = labels_of_each(batch["labels"], student.task, student.num_labels)
+    def _logits(self, ours: ForwardPass, theirs: ForwardPass, student: Transformer, batch: Mapping[str, Any]) -> Tensor:
+        temperature, causal = self.settings.temperature, student.task == "causal_lm"
+        return soft_target_loss(ours.logits, theirs.logits, batch["labels"], temperature=temperature, causal=causal)
+
+    def _states(
+        self, name: str, ours: ForwardPass, theirs: ForwardPass, student: Transformer, batch: Mapping[str, Any]
+    ) -> Tensor:
+        """The mean over the blocks. Prompt tokens have no counterpart and are left out."""
+        counts = labels_per_example(batch["labels"], student.task, student.num_labels)
         valid = None if batch.get("attention_mask") is None else batch["attention_mask"].bool()
-        rows, before = prompt_rows(student), prompt_rows(self.teacher)
-        each = [
-            apart(x[:, rows:], theirs[pair][:, before:], numbers, valid)
-            for x, pair in zip(ours, self.pairs, strict=True)
+        prompt, teacher_prompt = prompt_rows(student), prompt_rows(self.teacher)
+        of_block = [
+            state_loss(states[:, prompt:], getattr(theirs, name)[pair][:, teacher_prompt:], counts, valid)
+            for states, pair in zip(getattr(ours, name), self.pairs, strict=True)
         ]
-        return torch.stack(each).mean()
-
-    def until(self, steps: int) -> int:
-        """The number of the first step, of so many, that trains on the labels alone."""
-        return max(1, round(self.settings.share * steps))
+        return torch.stack(of_block).mean()
 
 
 @dataclass
-class Seen:
-    """What one forward pass has shown: logits, and by block the states after it and what its attention gave, [batch,
-    rows + n, dim]."""
+class ForwardPass:
+    """The logits of one forward pass, and by block the states after it and the output of its attention.
+
+    States are [batch, prompt + n, dim].
+    """
 
     logits: Tensor
     hidden: list[Tensor] = field(default_factory=list)
@@ -117,24 +113,26 @@ class Seen:
 
 
 @contextmanager
-def observed(model: nn.Module, inside: Sequence[str] = ()) -> Iterator[list[Seen]]:
-    """What the forward passes of a model in the `with` block show. inside: of "hidden" and "attention", what is looked
-    at besides the logits."""
-    passes: list[Seen] = []
-    found: dict[str, list[Tensor]] = {"hidden": [], "attention": []}
+def forward_passes(model: nn.Module, inside: Sequence[str] = ()) -> Iterator[list[ForwardPass]]:
+    """A list of the forward passes of a model in the `with` block.
 
-    def after(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda _module, _inputs, out: found[name].append(out)
+    inside: of "hidden" and "attention", what is kept besides the logits.
+    """
+    passes: list[ForwardPass] = []
+    states: dict[str, list[Tensor]] = {"hidden": [], "attention": []}
 
-    def whole(_module: nn.Module, _inputs: Any, out: Any) -> None:
-        passes.append(Seen(out.logits, *(list(states) for states in found.values())))
-        for states in found.values():
-            states.clear()
+    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _module, _inputs, out: states[name].append(out)
 
-    hooks = [model.register_forward_hook(whole)]
+    def end(_module: nn.Module, _inputs: Any, out: Any) -> None:
+        passes.append(ForwardPass(out.logits, *map(list, states.values())))
+        for kept in states.values():
+            kept.clear()
+
+    hooks = [model.register_forward_hook(end)]
     for block in dict.fromkeys(cast(nn.ModuleList, model.blocks)) if inside else ():
         places = {"hidden": block, "attention": block.attn}
-        hooks += [cast(nn.Module, places[name]).register_forward_hook(after(name)) for name in inside]
+        hooks += [cast(nn.Module, places[name]).register_forward_hook(keep(name)) for name in inside]
     try:
         yield passes
     finally:
@@ -144,14 +142,14 @@ def observed(model: nn.Module, inside: Sequence[str] = ()) -> Iterator[list[Seen
 
 def fingerprint(model: nn.Module) -> str:
     """A hash of every tensor of a model, of its function, and of the names of its active adapters."""
-    found = hashlib.sha256(json.dumps([acting(model), facts(model)], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([acting(model), facts(model)], sort_keys=True).encode())
     for key, value in sorted(model.state_dict().items()):
         content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        found.update(f"{key}{value.dtype}{tuple(value.shape)}".encode() + content.tobytes())
-    return found.hexdigest()[:16]
+        digest.update(f"{key}{value.dtype}{tuple(value.shape)}".encode() + content.tobytes())
+    return digest.hexdigest()[:16]
 
 
-def _check_alike(student: Transformer, teacher: Transformer) -> None:
+def _check_comparable(student: Transformer, teacher: Transformer) -> None:
     """Refuse what does not answer the same question, and a teacher that would move with its student."""
     if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
         raise OptionError(
@@ -166,8 +164,7 @@ def _check_alike(student: Transformer, teacher: Transformer) -> None:
     if vocabularies[0] != vocabularies[1]:
         raise IncompatibleError(
             f"the student's vocabulary has {vocabularies[0]} entries, the teacher's {vocabularies[1]}: token ids "
-            "mean the same to "
-            "both only if they share a tokenizer; take a teacher with the student's vocabulary"
+            "mean the same to both only if they share a tokenizer; take a teacher with the student's vocabulary"
         )
     if not student.task.endswith("_lm") and student.num_labels != teacher.num_labels:
         raise IncompatibleError(
@@ -188,14 +185,12 @@ def _check_inside(student: Transformer, teacher: Transformer, settings: Distilla
         if model.config.residual == "reversible":
             raise IncompatibleError(
                 f"the {whose} is reversible, so its {what} states are not kept to be compared; distil the logits "
-                "alone, or build it with "
-                "residual='plain'"
+                "alone, or build it with residual='plain'"
             )
     if student.config.dim != teacher.config.dim:
         raise IncompatibleError(
             f"the student is {student.config.dim} wide, the teacher {teacher.config.dim}, so {what} states cannot be "
-            "compared; "
-            "distil the logits alone, or take a teacher of the same width"
+            "compared; distil the logits alone, or take a teacher of the same width"
         )
     return settings.pairs(student.config.layers, teacher.config.layers)
 

@@ -41,20 +41,19 @@ from effzoo.peft import training
 from effzoo.train import checkpoints
 from effzoo.train.batches import COUNTED, Loader
 from effzoo.train.gradients import Gradients, check_finite, nothing_reached
-from effzoo.train.parts import Current, Part, groups
 from effzoo.train.randomness import random_state, set_random_state
+from effzoo.train.stages import CurrentModel, StageSpan, parameter_groups
 from effzoo.train.teaching import Teaching
 
 _STATE = "trainer_state.json"  # the name that Trainer reads
 
 
 class Supervised(nn.Module):
-    """A model as Trainer sees it: labelled inputs -> (loss,) or (loss, penalty) in training, (loss, logits) in
-    evaluation.
+    """A model as Trainer sees it: labelled inputs -> (loss,) or (loss, penalty) in training, (loss, logits) otherwise.
 
-    All that has a gradient is computed here, because what several processes wrap is this; a teacher is no part of it.
-    Trainer and accelerate write to what they are given (`config.use_cache`, `forward` under mixed precision); they get
-    this one.
+    All that has a gradient is computed here, because this is what several processes wrap; a teacher is no part of it.
+    Trainer and accelerate write to what they are given (`config.use_cache`, `forward` under mixed precision), so they
+    are given this.
     """
 
     accepts_loss_kwargs = True  # the loss is already a share of the global mean, so Trainer must not divide it again
@@ -76,17 +75,15 @@ class Supervised(nn.Module):
 
 
 class Rhythm(TrainerCallback):
-    """Log wherever a checkpoint or an evaluation falls, so that a resumed run averages its losses over the same steps,
-    and where a stage ends.
+    """Log at checkpoints, evaluations and ends of stages: a resumed run averages its losses over the same steps.
 
+    taught: how many steps, from the first, learn from a teacher.
     gradients: looks at those of each step.
-    taught: the step after which a teacher has said what it has to say, 0 without one.
     """
 
-    def __init__(self, best: str | None, seed: int, parts: Sequence[Part], taught: int, gradients: Gradients):
-        self.best, self.seed = best, seed
-        self.ends = {taught, parts[-1].end, *(part.end for part in parts if part.stage.name)}
-        self.gradients = gradients
+    def __init__(self, best: str | None, seed: int, stages: Sequence[StageSpan], taught: int, gradients: Gradients):
+        self.best, self.seed, self.gradients = best, seed, gradients
+        self.ends = {taught, stages[-1].end, *(span.end for span in stages if span.stage.name)}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.process_index:  # Trainer seeds all processes alike, and dropout would then be the same in each
@@ -94,11 +91,10 @@ class Rhythm(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.gradients.look()
-        untouched = self.gradients.untouched().none
-        if self.gradients.steps == 1 and untouched and not args.process_index:
-            logging.getLogger("effzoo").warning(
-                "after the first step, %s", replace(self.gradients.untouched(), zero={}, untold={})
-            )
+        untouched = self.gradients.untouched()
+        if self.gradients.steps == 1 and untouched.none and not args.process_index:
+            sentence = str(replace(untouched, zero={}, undecided={}))
+            logging.getLogger("effzoo").warning("after the first step, %s", sentence)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_save = control.should_save or (control.should_evaluate and self.best is not None)
@@ -108,13 +104,15 @@ class Rhythm(TrainerCallback):
 
 
 class ExactTrainer(Trainer):
-    """See the module. loaders: of training and evaluation. run: the settings that a checkpoint must share to be
-    resumed.
+    """Trainer as the module says.
 
-    parts: the stages of the run.
+    loaders: of training and, where there is one, evaluation.
+    metrics: the user's, called with the logits and labels of an evaluation.
+    run: the record that a checkpoint must share to be resumed.
     learning_rate: None for each method's own.
-    settled: the first step whose checkpoint can be the best one.
-    teaching: from whom the model learns beside its labels.
+    first_final_step: the first step whose checkpoint can be the best one.
+    keep: how many checkpoints stay; None for all.
+    best: the metric by which a checkpoint is kept besides.
     """
 
     loss_is_scaled_for_ga = True
@@ -131,26 +129,25 @@ class ExactTrainer(Trainer):
         metrics: Any,
         callbacks: list[Any],
         run: dict[str, Any],
-        parts: Sequence[Part],
+        stages: Sequence[StageSpan],
         learning_rate: float | None,
-        settled: int,
+        first_final_step: int,
         keep: int | None,
         best: str | None,
         progress: bool,
         teaching: Teaching | None = None,
     ):
         self.loaders, self.user_metrics, self.run, self.keep, self.best = loaders, metrics, run, keep, best
-        self.parts, self.part, self.learning_rate, self.settled = parts, parts[0], learning_rate, settled
+        self.stages, self.span = stages, stages[0]
+        self.learning_rate, self.first_final_step = learning_rate, first_final_step
         self.batches_left = 0  # of the step, the one that runs not counted
         self.resumed_from: str | None = None
         # the parts of the loss since the last log
         self.teaching, self.taught, self.steps_taught = teaching, dict[str, Tensor](), 0
         train, *evaluate = (loader.dataset for loader in loaders)
         self.gradients = Gradients()
-        callbacks = [
-            *callbacks,
-            Rhythm(best, args.seed, parts, 0 if teaching is None else teaching.until(args.max_steps), self.gradients),
-        ]
+        taught = 0 if teaching is None else teaching.steps_of(args.max_steps)
+        callbacks = [*callbacks, Rhythm(best, args.seed, stages, taught, self.gradients)]
         super().__init__(
             Supervised(model, teaching),
             args,
@@ -169,68 +166,69 @@ class ExactTrainer(Trainer):
         return self.loaders[1]
 
     def start(self, batches: Any) -> None:
-        """Calibrate and begin the first stage. Every process sees the same batches and, up to here, draws the same
-        numbers."""
+        """Calibrate and begin the first stage: every process sees the same batches and draws the same numbers."""
         training.calibrate(self.subject, batches)
-        training.begin(self.subject, self.part.stage)
+        training.begin(self.subject, self.span.stage)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             make, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             decayed = {name.removeprefix("model.") for name in self.get_decay_parameter_names(self.model)}
             rates = training.learning_rates(self.subject, self.learning_rate)
-            self.optimizer = make(
-                groups(self.subject, decayed, rates, self.args.learning_rate, self.args.weight_decay), **options
-            )
+            rate, decay = self.args.learning_rate, self.args.weight_decay
+            self.optimizer = make(parameter_groups(self.subject, decayed, rates, rate, decay), **options)
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Warmup and decline over the stage."""
-        warmup, steps = self.part.warmup, self.part.steps
+        warmup, steps = self.span.warmup, self.span.steps
         self.lr_scheduler = get_scheduler(
             self.args.lr_scheduler_type, self.optimizer, num_warmup_steps=warmup, num_training_steps=steps
         )
         return self.lr_scheduler
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        model, loader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[no-untyped-call]
-        self.gradients.begin(self.subject)
-        self.current = Current(model)
+        model, loader = self._wrap(max_steps, train_dataloader, resume_from_checkpoint)
+        self.current = CurrentModel(model)
         return self.current, loader
 
-    def _enter(self, part: Part) -> None:
-        """Begin a stage: its parameters may be others, so they get another optimizer, and another wrapper in several
-        processes."""
-        training.begin(self.subject, part.stage)
-        self.part, self.optimizer = part, None
+    def _wrap(self, *arguments: Any) -> tuple[nn.Module, Any]:
+        """The model as Trainer wraps it, with optimizer and schedule made, and the loader."""
+        prepare: Any = super()._prepare_for_training
+        model, loader = prepare(*arguments)
+        self.gradients.begin(self.subject)
+        return model, loader
+
+    def _enter(self, span: StageSpan) -> None:
+        """Begin a stage. Its parameters may be others: they get a new optimizer, and in several processes a new
+        wrapper."""
+        training.begin(self.subject, span.stage)
+        self.span, self.optimizer = span, None
         self.model = self.model_wrapped = Supervised(self.subject, self.teaching)
         self.accelerator.free_memory()  # forget the optimizer and the wrapper of the stage before
-        self.current.inner, _ = super()._prepare_for_training(self.args.max_steps, self.loaders[0], None)  # type: ignore[no-untyped-call]
-        self.gradients.begin(self.subject)
+        self.current.inner, _ = self._wrap(self.args.max_steps, self.loaders[0], None)
 
     def _rejoin(self, checkpoint: Path) -> None:
-        """Bring the adapters to the stage in which a checkpoint was written, and fill them. At a boundary the next
-        stage has not begun yet."""
-        for part in self.parts:
-            if part.start < checkpoints.step_of(checkpoint):
-                training.begin(self.subject, part.stage)
-                self.part = part
+        """Bring the adapters to the stage of a checkpoint, and fill them; at a boundary the next has not begun."""
+        for span in self.stages:
+            if span.start < checkpoints.step_of(checkpoint):
+                training.begin(self.subject, span.stage)
+                self.span = span
         checkpoints.load_weights(self.subject, checkpoint)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """The batches of one optimizer step on this process, and the number of counted labels of the step over all
-        processes."""
+        """The batches of one optimizer step in this process, and the counted labels of the step in all processes."""
         # before the collator runs, which may draw random numbers (masked language models)
         self._load_rng_state(self.resumed_from)
         step = self.state.global_step
-        if step == self.part.end:
-            self._enter(next(part for part in self.parts if part.start == step))
-        training.schedule(self.subject, (step - self.part.start) / self.part.steps)
+        if step == self.span.end:
+            self._enter(next(span for span in self.stages if span.start == step))
+        training.schedule(self.subject, (step - self.span.start) / self.span.steps)
         if self.teaching is not None:
-            self.teaching.acts = step < self.teaching.until(self.args.max_steps)
+            self.teaching.active = step < self.teaching.steps_of(self.args.max_steps)
             self.steps_taught += 1
         batches = list(islice(epoch_iterator, num_batches))
         self.batches_left = len(batches)
@@ -240,10 +238,9 @@ class ExactTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """This batch's share of the mean over the step; times the processes, because their gradients and losses are
-        averaged.
+        """The batch's share of the mean over the step, times the processes, as their gradients and losses are averaged.
 
-        The penalty, which is the same in all processes, comes with the last batch of the step, so that it counts once.
+        The penalty, the same in all processes, comes with the last batch of the step, so that it counts once.
         """
         count = inputs.pop(COUNTED)
         self.batches_left -= 1
@@ -253,9 +250,8 @@ class ExactTrainer(Trainer):
             self.taught[name] = self.taught.get(name, 0.0) + value * part_of_mean
         share = loss * part_of_mean
         if not share.requires_grad and not penalty:
-            raise TrainingError(
-                nothing_reached(name for name, parameter in self.subject.named_parameters() if parameter.requires_grad)
-            )
+            trained = [name for name, parameter in self.subject.named_parameters() if parameter.requires_grad]
+            raise TrainingError(nothing_reached(trained))
         return share + penalty[0] if penalty else share
 
     def evaluation_loop(
@@ -270,30 +266,21 @@ class ExactTrainer(Trainer):
         model = self.model.eval()
         self.callback_handler.eval_dataloader = dataloader
         sums = torch.zeros(4, dtype=torch.float64)  # losses, counted labels, hits, labels that can be hit
-        rows: list[tuple[int, Any, Any]] = []
+        answers: list[tuple[int, Any, Any]] = []  # number of the example, logits, labels
         for indices, batch in zip(dataloader.order, dataloader, strict=True):
             if indices:  # else a batch to keep in step with other processes, which evaluation need not be
                 batch = self._prepare_inputs(batch)
                 counted = int(batch.pop(COUNTED))
                 with torch.no_grad():
                     loss, logits = model(**batch)
-                sums += torch.tensor(
-                    [loss.item() * counted, counted, *_score(logits, batch["labels"], self.subject)],
-                    dtype=torch.float64,
-                )
+                hits, scored = _hits(logits, batch["labels"], self.subject)
+                sums += torch.tensor([loss.item() * counted, counted, hits, scored], dtype=torch.float64)
                 if self.user_metrics is not None:
-                    rows += zip(indices, logits.float().cpu().numpy(), batch["labels"].cpu().numpy(), strict=True)
+                    answers += zip(indices, logits.float().cpu().numpy(), batch["labels"].cpu().numpy(), strict=True)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        total, count, hits, scored = (
-            torch.tensor(gather_object([sums.tolist()]), dtype=torch.float64).sum(dim=0).tolist()
-        )
-        values = {"loss": total / max(count, 1)}
-        if scored:
-            values["accuracy"] = hits / scored
-        elif self.subject.task.endswith("_lm"):
-            values["perplexity"] = math.exp(min(values["loss"], 700.0))
+        values = self._metrics(torch.tensor(gather_object([sums.tolist()]), dtype=torch.float64).sum(dim=0).tolist())
         if self.user_metrics is not None:
-            values |= self.user_metrics(_prediction(gather_object(rows)))
+            values |= self.user_metrics(_prediction(gather_object(answers)))
         named = {
             key if key.startswith(metric_key_prefix) else f"{metric_key_prefix}_{key}": float(value)
             for key, value in values.items()
@@ -302,11 +289,20 @@ class ExactTrainer(Trainer):
             predictions=np.empty(0), label_ids=None, metrics=named, num_samples=len(dataloader.dataset)
         )
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the stage if it has a name, and stop at a loss that is no number: every later step would be
-        lost."""
-        if self.part.stage.name and any(key == "loss" or key.startswith("eval_") for key in logs):
-            logs["stage"] = self.part.stage.name  # type: ignore[assignment]
+    def _metrics(self, sums: list[float]) -> dict[str, float]:
+        """The mean loss, with accuracy where labels can be hit, and perplexity for a language model."""
+        total, count, hits, scored = sums
+        loss = total / max(count, 1)
+        if scored:
+            return {"loss": loss, "accuracy": hits / scored}
+        if self.subject.task.endswith("_lm"):
+            return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        return {"loss": loss}
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Log, with the name of the stage. Raises TrainingError at a loss that is no number: later steps are lost."""
+        if self.span.stage.name and any(key == "loss" or key.startswith("eval_") for key in logs):
+            logs["stage"] = self.span.stage.name
         if "loss" in logs and self.teaching is not None:
             means = {
                 name: self.accelerator.gather(value.reshape(1)).mean().item() / self.steps_taught
@@ -322,18 +318,15 @@ class ExactTrainer(Trainer):
                     f"the {what} is {logs[key]} at step {self.state.global_step}{rate}; {self.advice()}"
                 )
         if "eval_loss" in logs and self.best is not None and f"eval_{self.best}" not in logs:
-            known = [
-                key.removeprefix("eval_")
-                for key in logs
-                if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second"))
-            ]
+            measured = [key for key in logs if not key.endswith(("_runtime", "_per_second"))]
+            names = [key.removeprefix("eval_") for key in measured if key.startswith("eval_")]
             raise TrainingError(
-                f"best={self.best!r} is no metric of the evaluation{did_you_mean(self.best, known)} "
-                f"Metrics: {listing(known)}."
+                f"best={self.best!r} is no metric of the evaluation{did_you_mean(self.best, names)} "
+                f"Metrics: {listing(names)}."
             )
 
     def advice(self) -> str:
-        """What to do when numbers are none any more, and from where the run can go on."""
+        """What to do when a number is not finite, and from where the run can go on."""
         saved = checkpoints.whole(Path(str(self.args.output_dir)))
         kept = f"; {saved[-1].name} holds what was learned before" if saved else ""
         return f"try a lower learning rate, a longer warmup, or precision='float32'{kept}"
@@ -363,7 +356,9 @@ class ExactTrainer(Trainer):
                 )
                 self.state.save_to_json(str(folder / _STATE))
                 (folder / checkpoints.RUN).write_text(json.dumps(self.run, indent=1))
-            best = self.best and checkpoints.best_of(directory, self.state.log_history, self.best, self.settled)
+            best = self.best and checkpoints.best_of(
+                directory, self.state.log_history, self.best, self.first_final_step
+            )
             checkpoints.rotate(directory, self.keep, best or None)
         self.accelerator.wait_for_everyone()
 
@@ -405,28 +400,29 @@ class ExactTrainer(Trainer):
         return [names[id(parameter)] for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
-def _score(logits: Tensor, labels: Tensor, model: Transformer) -> tuple[int, int]:
-    """How many counted labels the largest logit hits, and of how many; (0, 0) for language models, regression and
-    several labels at once."""
-    if (
-        labels.is_floating_point()
-        or labels.shape != logits.shape[:-1]
-        or model.num_labels == 1
-        or model.task.endswith("_lm")
-    ):
+def _hits(logits: Tensor, labels: Tensor, model: Transformer) -> tuple[int, int]:
+    """How many counted labels the largest logit hits, and of how many.
+
+    (0, 0) for language models, regression and several labels at once.
+    """
+    one_of_many = not labels.is_floating_point() and labels.shape == logits.shape[:-1] and model.num_labels > 1
+    if not one_of_many or model.task.endswith("_lm"):
         return 0, 0
-    return int(((logits.argmax(dim=-1) == labels) & (labels != IGNORED)).sum()), int((labels != IGNORED).sum())
+    counted = labels != IGNORED
+    return int(((logits.argmax(dim=-1) == labels) & counted).sum()), int(counted.sum())
 
 
-def _prediction(rows: list[tuple[int, Any, Any]]) -> EvalPrediction:
+def _prediction(answers: list[tuple[int, Any, Any]]) -> EvalPrediction:
     """Logits and labels in the order of the data; sequences of unequal length are padded with -100."""
-    rows = sorted(rows, key=lambda row: row[0])
-    return EvalPrediction(predictions=_stack([row[1] for row in rows]), label_ids=_stack([row[2] for row in rows]))
+    answers = sorted(answers, key=lambda answer: answer[0])
+    return EvalPrediction(
+        predictions=_stack([logits for _, logits, _ in answers]), label_ids=_stack([labels for *_, labels in answers])
+    )
 
 
 def _stack(arrays: list[Any]) -> Any:
     shape = np.max([array.shape for array in arrays], axis=0)
     stacked: Any = np.full((len(arrays), *shape), IGNORED, dtype=arrays[0].dtype)
-    for row, array in enumerate(arrays):
-        stacked[(row, *map(slice, array.shape))] = array
+    for number, array in enumerate(arrays):
+        stacked[(number, *map(slice, array.shape))] = array
     return stacked
