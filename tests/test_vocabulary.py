@@ -1,5 +1,5 @@
-"""The vocabulary can grow and shrink: old tokens compute what they did, added tokens begin as in transformers, a refusal
-changes nothing."""
+"""The vocabulary can grow and shrink: old tokens compute what they did, added tokens begin as in transformers, a
+refusal changes nothing."""
 
 import copy
 
@@ -84,7 +84,8 @@ def test_old_tokens_compute_what_they_did_and_new_ones_run(name):
     ("name", "vocab"), [("bert", 53), ("gpt2", 53), ("llama", 53), ("roberta", 12), ("qwen3", 12), ("llama", 9)]
 )
 def test_added_tokens_are_those_of_transformers(name, vocab, monkeypatch):
-    """The same old weights and the same draw: fewer tokens than dimensions give the mean itself, others a draw around it."""
+    """The same old weights and the same draw: fewer tokens than dimensions give the mean itself, others a draw around
+    it."""
     for cls in (torch.nn.Embedding, torch.nn.Linear):  # which draw what transformers then writes over
         monkeypatch.setattr(cls, "reset_parameters", lambda module: None)
     model = built(name, vocab)
