@@ -78,6 +78,7 @@ def test_models_lists_every_model_with_its_size(run):
     assert "encoder 149,014,272 full, longformer 8,192" in lines["modernbert"]
 
 
+@pytest.mark.slow
 def test_attention_and_peft_list_every_entry(run):
     attention, peft = run("attention").output, run("peft").output
     assert all(f"\n{name} " in attention for name in effzoo.attention.names())
@@ -94,7 +95,7 @@ def test_show_gives_every_meaning_of_a_name(run):
 
 def test_show_tells_options_with_type_default_and_meaning(run):
     text = flat(run("show", "lora").output)
-    assert "rslora bool false s = alpha / sqrt(rank)" in text
+    assert "rslora bool false scale alpha / sqrt(rank)" in text
     assert "dropout float (in [0, 1)) 0.0 on the input of A" in text
     assert "targets str or a list of str or none none role patterns such as" in text  # from the parent's docstring
     assert (
@@ -106,6 +107,7 @@ def test_show_tells_options_with_type_default_and_meaning(run):
     assert "memory (input)" in flat(run("show", "prefix_tuning").output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*effzoo.models(), *effzoo.attention.names(), *effzoo.peft.names()])
 def test_every_entry_can_be_shown_and_gives_every_option_a_meaning(run, name):
     text = run("show", name).output
@@ -323,6 +325,7 @@ def effzoo_command() -> str:
     return str(Path(sys.executable).with_name("effzoo"))
 
 
+@pytest.mark.slow
 def test_the_installed_command_works_and_wrong_usage_exits_with_2(tmp_path):
     shown = subprocess.run([effzoo_command(), "show", "gpt2"], cwd=tmp_path, capture_output=True, text=True)
     assert shown.returncode == 0 and "124,439,808" in shown.stdout and not shown.stderr
@@ -332,6 +335,7 @@ def test_the_installed_command_works_and_wrong_usage_exits_with_2(tmp_path):
     assert wrong.returncode == 2 and "No such option" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
+@pytest.mark.slow
 def test_looking_around_imports_neither_transformers_nor_datasets(tmp_path):
     (tmp_path / "mine.py").write_text(MINE.format(comment="", mask="mask"))
     program = f"""
