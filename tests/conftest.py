@@ -1,5 +1,6 @@
 """Shared by all tests: fixed seeds, one thread per worker, tiny sizes, no hub."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,3 +32,29 @@ def seed() -> None:
 def tiny() -> dict[str, object]:
     """Sizes of a model that builds in milliseconds; pass as keywords to `effzoo.build`."""
     return dict(TINY)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as slow the cells of a `cover` test that are not needed for each value of its parameters to occur."""
+    tests: dict[object, list[pytest.Function]] = {}
+    for item in items:
+        if item.get_closest_marker("cover"):
+            tests.setdefault((item.path, item.originalname), []).append(item)
+    for cells in tests.values():
+        names = cells[0].get_closest_marker("cover").args or tuple(cells[0].callspec.params)
+        values = {cell: {(name, repr(cell.callspec.params[name])) for name in names} for cell in cells}
+        missing = set.union(*values.values())
+        while missing:
+            best = max(cells, key=lambda cell: len(values[cell] & missing))
+            missing -= values[best]
+            cells.remove(best)
+        for cell in cells:
+            cell.add_marker("slow")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> None:
+    """Takes what is there when a file's tests begin, above all what was imported, out of the garbage collector's walks:
+    each training asks for one, and over all modules and tests it takes longer than a tiny training."""
+    gc.collect()
+    gc.freeze()

@@ -11,6 +11,51 @@ from effzoo.checks.attention import Subject as Kind
 from effzoo.sites import sites
 from effzoo.train import Optimisation, Saving
 
+SIZES = {"dim": 16, "layers": 2, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 96}
+SMALL = {
+    "perceiver": {
+        "dim": 16,
+        "layers": 2,
+        "latents": 5,
+        "heads": 2,
+        "mlp": 16,
+        "grid": (6, 6),
+        "bands": 2,
+        "cross_attends": 2,
+    },
+    "perceiver-io": {
+        "dim": 16,
+        "layers": 2,
+        "latents": 5,
+        "heads": 2,
+        "mlp": 16,
+        "vocab": 53,
+        "max_length": 96,
+        "head_dim": 8,
+        "value_dim": 8,
+    },
+    "reformer": {
+        **SIZES,
+        "head_dim": 8,
+        "axial_shape": (8, 12),
+        "axial_dims": (4, 12),
+        "attention": ("local[chunk=8]", "lsh[chunk=8]"),
+    },
+    "reformer-enwik8": {
+        **SIZES,
+        "head_dim": 8,
+        "axial_shape": (8, 12),
+        "axial_dims": (4, 12),
+        "attention": ("local[chunk=8]", "lsh[chunk=8]"),
+    },
+}
+
+
+def sizes_of(name):
+    """Sizes with which a model of the zoo is built in milliseconds."""
+    grouped = getattr(effzoo.zoo.config(name), "kv_heads", 0)
+    return SMALL.get(name, SIZES | ({"head_dim": 8, "kv_heads": 1, "attention": "full"} if grouped else {}))
+
 
 def module(model, path, method):
     """What a method has hung on the site at a path."""

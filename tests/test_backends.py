@@ -184,6 +184,7 @@ class Strided(effzoo.attention.PredicateAttention):
         return ((query - key) % (2 + head) == 0) & (key < length - 1)
 
 
+@pytest.mark.cover()
 @pytest.mark.parametrize("gradients_too", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", [*KINDS[:5], "local[chunk=4,circular=true]", "strided"])
@@ -271,6 +272,7 @@ def test_nothing_as_large_as_the_scores_is_kept():
 COMPILED = [("full", "efficient"), ("linformer[k=4]", "efficient"), (KINDS[1], "reference"), (KINDS[3], "reference")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "backend", "dropout"),
     [*((*one, p) for one in [*COMPILED, (KINDS[1], "flash on CUDA")] for p in (0.0, 0.3))],
@@ -437,6 +439,7 @@ def test_expanded_and_strided_tensors_are_read_right(backend):
             assert (mine - theirs).abs().max() < 1e-12
 
 
+@pytest.mark.slow
 def test_the_predicates_of_heads_that_differ_compile(monkeypatch):
     """Compiled FlexAttention makes no tensor of an option; on the CPU it has no log-sum-exp either."""
     compiled = torch.compile(flex_attention)

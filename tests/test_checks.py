@@ -13,10 +13,20 @@ from effzoo.errors import OptionError, UnknownNameError
 ENTRIES = [("attention", name) for name in effzoo.attention.names()] + [("peft", name) for name in effzoo.peft.names()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), ENTRIES, ids=lambda value: str(value))
 def test_every_registered_entry_keeps_its_contract(kind, name):
     report = effzoo.check(kind, name)
     assert report.ok, f"\n{report}"
+
+
+@pytest.mark.parametrize("name", effzoo.attention.names())
+def test_the_core_of_every_kind_keeps_its_contract(name):
+    """The checks that neither compile it nor move it nor build a model around it, which the matrix does."""
+    elsewhere = ("trains_", "compiles", "devices", "checkpointing")
+    only = {check.__name__ for check in KINDS["attention"] if not check.__name__.startswith(elsewhere)}
+    report = effzoo.check("attention", name, only=only)
+    assert report.ok and len(report.results) == len(only) > 20, f"\n{report}"
 
 
 def test_a_spec_sets_options_and_large_defaults_become_small():
@@ -27,6 +37,7 @@ def test_a_spec_sets_options_and_large_defaults_become_small():
     assert subject("longformer") == "longformer[window=8, max_globals=8]"
 
 
+@pytest.mark.slow
 def test_results_are_told_one_by_one_in_the_order_of_the_checks():
     seen: list[Result] = []
     report = effzoo.check("attention", "perceiver[latents=4]", on_result=seen.append)
@@ -71,6 +82,7 @@ def test_a_crash_is_one_red_line_with_the_place_in_the_users_file():
     assert not report.ok and [result.check for result in report.failures] == ["shape_and_dtype"]
 
 
+@pytest.mark.slow
 def test_checking_leaves_the_random_state_the_threads_and_the_registry_alone():
     torch.manual_seed(5)
     state, threads, names = torch.get_rng_state(), torch.get_num_threads(), effzoo.attention.names()
@@ -99,6 +111,7 @@ def test_the_same_name_in_two_scopes_is_checked_anew():
             assert effzoo.check("attention", "again", only=["trains_lora"]).ok is not broken
 
 
+@pytest.mark.slow
 def test_a_kind_without_a_pattern_is_told_that_it_needs_an_anchor_test():
     with effzoo.scope():
 

@@ -54,6 +54,7 @@ def case(name, attention, tiny, **more):
     return model.double(), inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "attention"), CASES)
 def test_a_traced_model_is_the_model(name, attention, tiny):
     (logits, grads), (expected, wanted) = both(*case(name, attention, tiny), "aot_eager")
@@ -62,6 +63,7 @@ def test_a_traced_model_is_the_model(name, attention, tiny):
         assert (grads[key] - grad).abs().max() < 1e-10, key
 
 
+@pytest.mark.slow
 def test_generated_code_computes_the_model(tiny):
     """Two layers of Longformer with globals, prefix and LoRA: four parts merged, twice."""
     (logits, grads), (expected, wanted) = both(*case("longformer", "longformer[window=8]", tiny), "inductor")
@@ -125,6 +127,7 @@ WRONG = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_values_out_of_range_are_refused_compiled_or_not(tiny):
     """Checks are not left out as having no effect, and break no graph, also where a gradient is wanted."""
     model = effzoo.build(

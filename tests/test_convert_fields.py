@@ -187,6 +187,7 @@ def compare(source, ids, mask, expected, name):
     return ours
 
 
+@pytest.mark.cover("family")
 @pytest.mark.parametrize(("family", "name"), FIELDS)
 def test_every_field_is_followed_or_refused(family, name):
     class_name, base = BASES[family]
@@ -420,6 +421,7 @@ def test_weights_of_an_encoder_do_not_go_into_a_decoder_of_the_same_sizes():
 # --- files that lack a tensor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", BASES)
 def test_a_file_that_lacks_one_tensor_is_refused_whichever_it_is(family, tmp_path):
     """transformers draws it anew, and nothing shows it."""

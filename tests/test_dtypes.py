@@ -61,6 +61,7 @@ def one_step(model, rate=1e-2):
     return gradients, {name: parameter.detach() for name, parameter in trained(model).items()}
 
 
+@pytest.mark.cover()
 @pytest.mark.parametrize(
     "method",
     [*effzoo.peft.names(), "routed[of=prefix]", "routed[of='lora|ia3', router=switch]", "lora[init=pissa]|norms"],
@@ -285,6 +286,7 @@ def test_finetune_trains_adapters_of_a_half_base(tiny, tmp_path):
         assert {p.dtype for p in trained(model).values()} == {dtype or torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora|ia3|dora[targets=attn.k]", "mam|norms"])
 def test_a_half_base_with_float32_adapters_is_one_graph(tiny, method):
     """`torch.compile(fullgraph=True)`, traced, gives the same numbers and gradients."""

@@ -31,6 +31,7 @@ def quick(monkeypatch):
     monkeypatch.setattr("effzoo.measure.prediction.calibrated", lambda device: CARDS["H100"])
 
 
+@pytest.mark.slow
 def test_every_section_runs_at_tiny_sizes(quick, tmp_path):
     for section in gpu.SHARES:
         gpu.perform(section, tmp_path, SMALL, "cpu", 1e6)
@@ -129,6 +130,7 @@ def test_the_shares_are_the_budget_and_every_backend_is_compared():
     assert len(scaling) == 27 and scaling[0] == "train, n = 131,072"
 
 
+@pytest.mark.slow
 def test_on_simulated_cuda_every_section_runs_and_its_times_are_refused():
     found = ran("suite")
     assert {section for section, *_ in found["events"]} == set(gpu.SHARES)

@@ -401,6 +401,7 @@ def test_causal_is_refused_with_the_reason_and_longer_inputs_with_the_length():
         core("linformer[k=4]")(*(draw(i, 1, 3, 25, 4) for i in range(3)), mask=Mask())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec", ["linformer[k=4]", "linformer[k=4, sharing=none]", "linformer[k=4, sharing=key_value, projection=mean]"]
 )

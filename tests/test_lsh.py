@@ -576,6 +576,7 @@ def test_reversible_gradients_equal_the_plain_ones_with_dropout(name, peft, monk
         assert (got is None) == (want is None) and (want is None or (got - want).abs().max() < 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "causal", "n"),
     [

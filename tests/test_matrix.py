@@ -28,6 +28,7 @@ EXPERTS = {
 }
 
 
+@pytest.mark.cover()
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("attention", effzoo.attention.names())
 @pytest.mark.parametrize("method", effzoo.peft.names())
@@ -49,6 +50,7 @@ def test_the_tracked_matrix_of_experts_is_whole_and_nothing_in_it_fails():
     assert "fails" not in EXPERTS.values()
 
 
+@pytest.mark.cover()
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("attention", ["longformer", "lsh"])
 @pytest.mark.parametrize("method", ["lora", "prefix", "houlsby", "bitfit", "unipelt", "prompt"])

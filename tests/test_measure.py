@@ -111,6 +111,7 @@ def test_a_kind_that_differs_from_its_definition_is_not_timed(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_suite_goes_on_where_it_stopped(tmp_path):
     path = tmp_path / "rows.jsonl"
     first = quick().run(path)
@@ -180,6 +181,7 @@ def test_a_kind_that_took_too_long_is_not_tried_at_greater_lengths(tmp_path):
     assert [row["failed"] for row in found] == ["longer than 0 s", "longer than 0 s at n = 16"]
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_pass_holds_at_least_what_it_makes_and_failures_are_told():
     n, dim = 4096, 64
     found = peak(Case("linformer[k=8]", "train", n, dim, 2))
@@ -241,6 +243,7 @@ def test_a_training_step_moves_the_adapter_alone(monkeypatch):
         dataclasses.replace(step, precision="int8")
 
 
+@pytest.mark.slow
 def test_the_finetune_suite_counts_saved_bytes_by_cause_and_writes_refusals_down(tmp_path, monkeypatch):
     monkeypatch.setattr("effzoo.measure.finetuning.SIZES", SIZES)
     suite = Finetuning(("full",), ("full", "lora[rank=2]", "residual_adapter"), length=16, batch=2, seconds=0.0)

@@ -56,6 +56,7 @@ def limited(most, alive):
     return make
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_together_runs_alone_with_nothing_left_alive():
     alive = []
     times, alone = fitting({name: limited(1, alive) for name in "abc"}, seconds=0.0)
@@ -82,6 +83,7 @@ def test_a_case_that_fits_nowhere_is_left_out_and_the_others_are_not():
         fitting({"a": broken}, seconds=0.0)
 
 
+@pytest.mark.slow
 def test_suites_write_down_what_does_not_fit_and_go_on(tmp_path, monkeypatch):
     calls = []
 
@@ -112,6 +114,7 @@ def test_suites_write_down_what_does_not_fit_and_go_on(tmp_path, monkeypatch):
     assert full["seconds"] > 0 and lora["failed"] == "out of memory" and lora["saved"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("kind", "method"),
@@ -294,6 +297,7 @@ class Pass:
         return run
 
 
+@pytest.mark.slow
 def test_a_pass_on_a_gpu_is_timed_after_its_kernels_are_compiled_and_longest_counts(gpu):
     calls = []
     found = peak(Pass(calls))

@@ -1,7 +1,10 @@
 """Whole models: sizes, inputs that do not fit, padding, prompts, tasks, checkpointing."""
 
+import copy
+
 import pytest
 import torch
+from support import sizes_of
 
 import effzoo
 from effzoo.errors import IncompatibleError, InputError, OptionError, TargetError, UnknownNameError
@@ -366,3 +369,26 @@ def test_inputs_on_another_device_than_the_model_name_both(tiny, name):
         with pytest.raises(InputError, match=told):
             subject(**given)
     model(input_ids=ids, attention_mask=ids), there(input_ids=ids.to("meta"))
+
+
+@pytest.mark.parametrize("name", effzoo.models())
+def test_every_model_of_the_zoo_trains_an_adapter_that_loads_and_merges(name, tmp_path):
+    config = effzoo.zoo.config(name)
+    base = effzoo.build(name, task="causal_lm" if config.causal else "classification", **sizes_of(name)).eval()
+    model = effzoo.attach(copy.deepcopy(base), "lora")
+    if name == "perceiver":
+        inputs = {"inputs_embeds": torch.randn(2, 6, 6, config.channels), "labels": torch.tensor([0, 1])}
+    else:
+        inputs = {"input_ids": ids(2, 37), "labels": ids(2, 37) if config.causal else torch.tensor([0, 1])}
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    first = model(**inputs)
+    for _ in range(2):  # in the first step B is 0, and with it the gradient of A
+        model(**inputs).loss.backward()
+        optimizer.step()
+    assert all((p.grad is not None and p.grad.isfinite().all()) == p.requires_grad for p in model.parameters())
+    trained = model(**inputs)
+    assert trained.loss < first.loss
+    loaded = effzoo.load_adapter(copy.deepcopy(base), effzoo.save_adapter(model, tmp_path))
+    assert torch.equal(loaded(**inputs).logits, trained.logits)
+    torch.testing.assert_close(effzoo.merge(loaded)(**inputs).logits, trained.logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(effzoo.detach(model, "default")(**inputs).logits, first.logits)

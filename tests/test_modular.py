@@ -104,6 +104,7 @@ def test_experts_of_any_door_are_mixed_alike(tiny, method):
         torch.testing.assert_close(y, expected, **EXACT)
 
 
+@pytest.mark.cover()
 @pytest.mark.parametrize("method", sorted(set(effzoo.peft.names()) - {*MIXTURES, *EQUAL_AT_FIRST, "residual_adapter"}))
 def test_any_method_is_an_expert(method):
     found = cell(Tuned.of(f"routed[of='{method}', experts=2]"), Kind.of("full"), "encoder")

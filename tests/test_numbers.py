@@ -98,6 +98,7 @@ def test_a_model_whose_queries_are_nan_has_no_finite_output(kind):
                     assert not bool(out.isfinite().any()), (base, weight, dropout)
 
 
+@pytest.mark.slow
 def test_nan_reaches_the_output_of_compiled_code():
     q = torch.full((1, 2, 5, 8), NAN)
     k = v = torch.randn(1, 2, 5, 8)

@@ -100,6 +100,7 @@ def computed(kind, name, options):
     return [out.loss, out.logits, loss, *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), sorted({(kind, name) for kind, name, _ in OPTIONS}), ids=lambda value: value)
 def test_a_number_is_computed_as_it_says_or_refused_with_a_sentence(kind, name, monkeypatch):
     # of which 64 MiB are not kept back: larger tensors are refused

@@ -409,6 +409,7 @@ BASE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @FAMILIES
 def test_base_size_equals_transformers(family):
     """12 layers, 768 wide, with the initialisation of transformers; a vocabulary of 1,000 keeps it fast."""

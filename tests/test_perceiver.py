@@ -409,6 +409,7 @@ def test_every_attention_kind_works_among_the_latents(tiny, name, causal):
     assert {core.name for core in model.cores()} == {name}
 
 
+@pytest.mark.cover()
 @pytest.mark.parametrize("method", effzoo.peft.names())
 @pytest.mark.parametrize("kind", ["text", "pixels", "causal"])
 def test_every_method_trains_on_the_latent_blocks_and_leaves_the_base(tiny, method, kind, tmp_path):
@@ -512,6 +513,7 @@ def test_checkpointed_activations_give_the_same_gradients(tiny, changes):
     assert set(found[0]) == set(found[1]) and all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", "pixels", "causal"])
 def test_it_compiles_whole(tiny, kind):
     model = (

@@ -5,6 +5,7 @@ import importlib
 
 import pytest
 import torch
+from support import SIZES, sizes_of
 from torch import nn
 from typer.testing import CliRunner
 
@@ -16,7 +17,6 @@ from effzoo.errors import EffzooError, IncompatibleError, OptionError
 from effzoo.plan import lecture_activations, opt_table, plan
 from effzoo.plan.shadow import Meter, Shadows
 
-SIZES = {"dim": 16, "layers": 2, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 96}
 TRAINED = {"dropout": 0.1, "attention_dropout": 0.1}
 
 
@@ -81,6 +81,7 @@ PAIRS = [  # every method and every kind, not all of their product: that takes m
 ]
 
 
+@pytest.mark.cover("attention")
 @pytest.mark.parametrize(("attention", "method"), PAIRS)
 def test_activations_are_those_of_a_real_pass(kinds, attention, method):
     """With dropout everywhere and padding, at a prime length."""
@@ -89,6 +90,7 @@ def test_activations_are_those_of_a_real_pass(kinds, attention, method):
         assert plan(model, inputs=inputs).kept == kept(model, **inputs) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attention", "method"),
     [*((attention, None) for attention in effzoo.attention.names()), *(("full", method) for method in ON_TEXT)],
@@ -100,6 +102,7 @@ def test_activations_are_those_of_a_real_pass_without_dropout(kinds, attention, 
             assert plan(model, batch=2, length=length).kept == kept(model, **call(model, 2, length))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [None, "lora[dropout=0.1]", "prefix[length=3]"])
 @pytest.mark.parametrize("residual", ["plain", "reversible"])
 @pytest.mark.parametrize("attention", ["full", "longformer[window=8]", "lsh[chunk=8]"])
@@ -121,6 +124,7 @@ def test_what_is_computed_again_is_not_kept(attention, residual, method):
         assert found.kept == kept(model, **call(model, 2, 37))
 
 
+@pytest.mark.cover()
 @pytest.mark.parametrize("level", ["nothing", "hidden", "blocks"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("method", [None, "lora", "ia3", "houlsby"])
@@ -131,6 +135,7 @@ def test_what_finetune_recomputes_is_not_kept(kinds, method, dropout, level):
         assert found.kept == kept(model, **call(model, 2, 37))
 
 
+@pytest.mark.cover()
 @pytest.mark.parametrize("method", [None, "lora", "houlsby"])
 @pytest.mark.parametrize("precision", ["plain", "autocast", "master"])
 @pytest.mark.parametrize("attention_dropout", [0.0, 0.1])
@@ -157,6 +162,7 @@ def test_half_precision_is_planned_as_it_runs(attention_dropout, precision, meth
     assert found.kept == kept(model, torch.bfloat16 if precision == "autocast" else None, **call(model, 2, 37))
 
 
+@pytest.mark.cover("level")
 @pytest.mark.parametrize("level", ["nothing", "hidden", "blocks"])
 @pytest.mark.parametrize(
     "method", ["lora", "ia3", "houlsby", "full", "prefix", "dora", "fish", "mam", "routed", "far", "ladder"]
@@ -169,52 +175,11 @@ def test_float32_adapters_of_a_half_base_are_planned_as_they_run(method, level):
     assert found.kept == kept(model, **call(model, 2, 37))
 
 
-SMALL = {
-    "perceiver": {
-        "dim": 16,
-        "layers": 2,
-        "latents": 5,
-        "heads": 2,
-        "mlp": 16,
-        "grid": (6, 6),
-        "bands": 2,
-        "cross_attends": 2,
-    },
-    "perceiver-io": {
-        "dim": 16,
-        "layers": 2,
-        "latents": 5,
-        "heads": 2,
-        "mlp": 16,
-        "vocab": 53,
-        "max_length": 96,
-        "head_dim": 8,
-        "value_dim": 8,
-    },
-    "reformer": {
-        **SIZES,
-        "head_dim": 8,
-        "axial_shape": (8, 12),
-        "axial_dims": (4, 12),
-        "attention": ("local[chunk=8]", "lsh[chunk=8]"),
-    },
-    "reformer-enwik8": {
-        **SIZES,
-        "head_dim": 8,
-        "axial_shape": (8, 12),
-        "axial_dims": (4, 12),
-        "attention": ("local[chunk=8]", "lsh[chunk=8]"),
-    },
-}
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("name", effzoo.models())
 def test_a_name_is_planned_like_the_built_model(name):
     """Every entry of the zoo, made small: by name, on the meta device, and built."""
-    config = effzoo.zoo.config(name)
-    sizes = SMALL.get(
-        name, SIZES | ({"head_dim": 8, "kv_heads": 1, "attention": "full"} if getattr(config, "kv_heads", 0) else {})
-    )
+    config, sizes = effzoo.zoo.config(name), sizes_of(name)
     task = "causal_lm" if config.causal else "classification"
     model = effzoo.build(name, task=task, **sizes)
     length = 36 if name == "perceiver" else 37
@@ -261,6 +226,7 @@ def test_adapters_that_are_attached_are_what_is_trained():
     assert plan(model, batch=2, length=11).kept == 0, "nothing is trained, so nothing is kept"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [None, "efficient"])
 def test_on_cuda_no_more_is_kept_than_on_the_cpu(backend):
     """Padding and attention dropout included: within 1.05 of it, where weights written out would be many times as
@@ -297,6 +263,7 @@ def test_fused_dropout_keeps_a_byte_for_each_number():
     assert cpu_bytes == 4 * cuda_bytes > 0
 
 
+@pytest.mark.slow
 def test_global_tokens_of_a_real_call_count():
     model = effzoo.build("longformer", attention="longformer[window=8]", task="classification", **SIZES, **TRAINED)
     inputs = call(model, 2, 37, padded=True)
@@ -424,6 +391,7 @@ def test_optimizer_states_are_those_of_torch(optimizer, make, method):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["full", "lsh[chunk=32]", "linformer[k=32]"])
 @pytest.mark.parametrize(("method", "again"), [(None, False), ("lora", True)])
 def test_the_peak_is_that_of_the_allocator(attention, method, again):
@@ -445,6 +413,7 @@ def test_the_peak_is_that_of_the_allocator(attention, method, again):
     assert found.peak - found.weights - found.optimizer == pytest.approx(peak, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("broken", "name", "replacement"),
     [
@@ -479,6 +448,7 @@ def test_every_byte_has_a_cause():
     )
 
 
+@pytest.mark.slow
 def test_frozen_layers_below_the_first_trained_one_keep_nothing():
     """And a frozen linear keeps no input: LoRA on the last layer of four keeps what this layer needs (Liao et al. 2023,
     section 2)."""
@@ -491,6 +461,7 @@ def test_frozen_layers_below_the_first_trained_one_keep_nothing():
     assert not any(part in cause for cause in every.activations for part in ("attn.k", "mlp.up", "attn.o"))
 
 
+@pytest.mark.slow
 def test_a_model_of_three_billion_parameters_takes_no_memory():
     import resource
 
@@ -599,6 +570,7 @@ def test_a_method_that_computes_with_weights_when_it_is_made_is_refused():
         assert plan(model, length=9).kept > 0
 
 
+@pytest.mark.slow
 def test_the_table_of_opt():
     """1,315,758,080 parameters as published; 2, 2, 8 and 4 bytes of each; and LoRA on queries and values, 2 x 24 x 8 x
     (2048 + 2048)."""
@@ -634,6 +606,7 @@ def test_the_formula_of_the_lectures():
         lecture_activations(layers=1, dim=8, length=0)
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_plan():
     importlib.import_module("effzoo.cli.plan")
     arguments = ["plan", "bert", "--length", "128", "--batch", "2", "--peft", "lora", "--precision", "autocast"]

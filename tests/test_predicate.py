@@ -212,6 +212,7 @@ def test_what_a_predicate_may_not_be_is_said():
         core.step(*inputs(5), mask=Mask(), past=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["full", "longformer[window=4, dilation=(1, 2)]", "local[chunk=4]", "blockwise", "lsh[chunk=4, rounds=2]"]
 )

@@ -121,6 +121,7 @@ def test_crossovers_are_printed_from_rows():
     assert crossover_table(rows)[2][2] == "cannot"
 
 
+@pytest.mark.slow
 def test_rows_have_a_prediction_beside_the_time(tmp_path, monkeypatch):
     for module in ("prediction", "finetuning"):
         monkeypatch.setattr(f"effzoo.measure.{module}.of_device", lambda device: SLOW)

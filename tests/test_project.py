@@ -59,6 +59,7 @@ def test_the_wheel_holds_the_package_the_zoo_and_the_mark_of_its_types(wheel):
     assert {name for name in held if ".dist-info/" not in name} == {*sources, *zoo, "effzoo/py.typed"}
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_works_outside_a_checkout(wheel, tmp_path):
     there, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -171,6 +171,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_data_parallel_gradients_equal_those_of_one_process(tmp_path):
     torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
     found = torch.load(tmp_path / "gradients.pt")

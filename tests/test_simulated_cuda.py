@@ -32,6 +32,7 @@ WAITS = {  # what is left: the function that makes the host wait, and why
     "which become rows",
     "architectures/packing.py: Packed.__init__": "how many documents there are, and the longest one, decide shapes",
 }
+pytestmark = pytest.mark.slow
 
 
 @functools.cache

@@ -320,6 +320,7 @@ def test_a_checkpoint_of_the_second_stage_is_an_adapter_and_a_run_that_resumes_e
         assert (result.weights / "adapter.json").read_bytes() == (whole.weights / "adapter.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_the_stage_of_a_loaded_adapter_and_is_resumed(tiny, tmp_path):
     spec = "magnitude[rewind=true, rounds=2]"
     effzoo.save_adapter(trained(made(tiny, spec), 1), tmp_path / "given")

@@ -29,6 +29,7 @@ import pickle
 import tempfile
 from unittest import mock
 
+import pytest
 import torch
 from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
@@ -998,14 +999,24 @@ class Adapters(RuleBasedStateMachine):
 
 if "EFFZOO_SEED" in os.environ:
     seed(int(os.environ["EFFZOO_SEED"]))(Adapters)
-Adapters.TestCase.settings = settings(
-    max_examples=max(1, STEPS // (2 * LONG)), stateful_step_count=LONG, deadline=None,
-    derandomize="EFFZOO_SEED" not in os.environ, database=None,
-    suppress_health_check=list(HealthCheck), print_blob=False,
-)  # fmt: skip
 
 
+def settings_of(steps):
+    return settings(
+        max_examples=max(1, steps // (2 * LONG)), stateful_step_count=LONG, deadline=None,
+        derandomize="EFFZOO_SEED" not in os.environ, database=None,
+        suppress_health_check=list(HealthCheck), print_blob=False,
+    )  # fmt: skip
+
+
+class TestFewSteps(Adapters.TestCase):
+    settings = settings_of(100)
+
+
+@pytest.mark.slow
 class TestAdapters(Adapters.TestCase):
+    settings = settings_of(STEPS)
+
     def runTest(self):
         super().runTest()
         print(dict(counts))

@@ -172,6 +172,7 @@ def test_a_mixture_and_its_experts_take_the_named_head_in_its_size(how, tmp_path
     assert model.num_labels == 5 and torch.equal(model(IDS).logits, b(IDS).logits)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_follows_the_head_that_acts(tmp_path):
     model, a, b = two(tmp_path)
     compiled = torch.compile(model, backend="eager")

@@ -36,6 +36,7 @@ def moved(model, before):
     }
 
 
+@pytest.mark.cover()
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("peft", ["lora", "ia3", "norms", "prefix"])
 def test_a_decoder_without_global_tokens_has_nothing_that_waits_for_them(tiny, tmp_path, name, peft):
@@ -116,6 +117,7 @@ def test_the_first_factor_of_lora_with_a_gradient_of_zero_at_first_is_no_fault(t
     assert not result.untouched and "gradient" not in caplog.text and effzoo.status(model).untouched == {}
 
 
+@pytest.mark.cover()
 @pytest.mark.parametrize("peft", ["lora", "pfeiffer", "krona", "llama_adapter", "dora", "parallel"])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_what_waits_for_the_first_update_of_another_is_not_said_to_be_untouched(tiny, tmp_path, caplog, peft, steps):
@@ -230,6 +232,7 @@ def test_names_are_shown_as_patterns():
     )
 
 
+@pytest.mark.cover()
 @pytest.mark.parametrize(
     ("name", "task", "attention", "peft"),
     [

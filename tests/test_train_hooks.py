@@ -298,6 +298,7 @@ def test_the_loop_of_the_docstring_does_what_finetune_does(build, tmp_path):
 # the loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "name"), [("classification", "bert"), ("token_classification", "bert"), ("causal_lm", "gpt2")]
 )
@@ -450,6 +451,7 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_run_in_stages_resumes_at_every_step_to_the_same_bits(build, tmp_path, accumulation):
     """With dropout, and with noise that `begin` draws at the boundary, after step 4. log_every: losses are means over
@@ -486,6 +488,7 @@ def test_a_run_in_stages_resumes_at_every_step_to_the_same_bits(build, tmp_path,
 # rates
 
 
+@pytest.mark.slow
 def test_each_method_has_its_own_learning_rate_unless_one_is_given(build, tmp_path):
     lora = effzoo.peft.get("lora").learning_rate
     for given, expected in (
@@ -570,6 +573,7 @@ def test_the_best_checkpoint_is_of_the_last_stage_and_is_finished_after_it_is_lo
     assert json.loads((result.adapter / "adapter.json").read_text())["finished"]
 
 
+@pytest.mark.slow
 def test_a_finished_adapter_trains_on_with_what_is_left_in_one_stage(build, tmp_path):
     model = build()
     finetune(model, rows(), output_dir=tmp_path / "first", max_steps=6, **PLAIN)
@@ -593,6 +597,7 @@ def test_a_finished_adapter_trains_on_with_what_is_left_in_one_stage(build, tmp_
     assert result.history[0]["loss"] == pytest.approx(model.train()(**batch).loss.item(), abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["magnitude", "movement"])
 def test_a_pruned_network_trains_on_and_stays_pruned(build, tmp_path, kind):
     model = build(f"{kind}[keep=0.25]")
@@ -771,6 +776,7 @@ def close(one, other):
     return math.isclose(one, other, rel_tol=1e-7, abs_tol=1e-9)
 
 
+@pytest.mark.slow
 def test_two_processes_choose_the_same_have_the_losses_of_one_and_resume(tmp_path):
     """In float64, over a boundary of stages, with penalties, two passes and calibration; the last global batch of an
     epoch has one example."""

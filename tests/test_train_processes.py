@@ -129,26 +129,54 @@ if __name__ == "__main__":
 )
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """The script, and what two processes under `accelerate launch` found; --multi_gpu is how it starts several, here on
-    the CPU."""
-    directory = tmp_path_factory.mktemp("two")
-    script = directory / "cases.py"
-    script.write_text(CASES)
+LAUNCHED = (
+    SHARED
+    + '''
+def losses(directory, processes):
+    """Of a masked language model, whose rows have unequally many labels, at a global batch of 8."""
+    model = build("roberta", task="masked_lm", peft="lora[rank=2]")
+    result = effzoo.finetune(model, rows("masked_lm"), output_dir=directory, batch_size=8 // processes, max_steps=4,
+                             learning_rate=1e-2, log_every=1, progress=False, save_every=2)
+    return [entry["loss"] for entry in result.history]
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    found = losses(directory / "two", 2)
+    if os.environ["RANK"] == "0":
+        (directory / "found.json").write_text(json.dumps(found))
+'''
+)
+
+
+def launched(text, directory):
+    """A script, imported, and what two processes of it under `accelerate launch` found; --multi_gpu is how it starts
+    several, here on the CPU."""
+    script = directory / "script.py"
+    script.write_text(text)
     done = subprocess.run(
         [*launcher(2), str(script), str(directory)], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return script, json.loads((directory / "found.json").read_text())
-
-
-def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(two, tmp_path):
-    script, found = two
-    spec = importlib.util.spec_from_file_location("cases", script)
+    spec = importlib.util.spec_from_file_location("script", script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for case, history in module.cases(tmp_path, processes=1).items():
+    return module, json.loads((directory / "found.json").read_text())
+
+
+def test_a_launch_of_two_processes_has_the_losses_of_one(tmp_path):
+    script, found = launched(LAUNCHED, tmp_path)
+    assert found == pytest.approx(script.losses(tmp_path / "one", 1), rel=1e-5, abs=1e-5) and len(found) == 4
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return launched(CASES, tmp_path_factory.mktemp("two"))
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(two, tmp_path):
+    script, found = two
+    for case, history in script.cases(tmp_path, processes=1).items():
         other = found["cases"][case]
         assert [entry["step"] for entry in history] == [entry["step"] for entry in other] == list(range(1, 9))
         for one, many in zip(history, other, strict=True):
@@ -165,6 +193,7 @@ def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(two, tmp_
                 assert many[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), f"{case}: {key} at step {one['step']}"
 
 
+@pytest.mark.slow
 def test_accumulating_gradients_changes_no_loss(two):
     _, found = two
     for case in ("classification", "every parameter", "masked", "causal"):
@@ -172,6 +201,7 @@ def test_accumulating_gradients_changes_no_loss(two):
         assert [e["loss"] for e in once] == pytest.approx([e["loss"] for e in twice], rel=1e-5, abs=1e-5), case
 
 
+@pytest.mark.slow
 def test_two_processes_resume_to_the_same_bits_with_dropout(two):
     _, found = two
     assert found["resumed"]["resumed"] == found["resumed"]["whole"]
@@ -303,6 +333,7 @@ if __name__ == "__main__":
 )
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path):
     script = tmp_path / "killed.py"
     script.write_text(KILLED)

@@ -32,6 +32,7 @@ def run(*arguments, interpret, cache):
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=os.environ | own, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("which", ["hashing or dropout", "not hashing and not dropout"])
 def test_kernels_equal_the_definition_in_the_interpreter(which, tmp_path):
@@ -53,6 +54,7 @@ COMPILED = [  # kernel, case, card, width: those that came closest to the limit,
 ]
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_compile_for_cards_without_spills(tmp_path):
     code = (
@@ -93,6 +95,7 @@ def test_on_a_cpu_the_kernels_say_why_not():
         triton_launch.OnePass().forward(x, x, x)
 
 
+@pytest.mark.slow
 def test_effzoo_imports_no_triton():
     done = run(
         "-c",

@@ -49,6 +49,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_every_function_sees_through_the_wrappers_of_torch(tiny, wrapper, group, tmp_path):
     model, twin = build(tiny, layers=1), build(tiny, layers=1)
@@ -160,6 +161,7 @@ def test_other_modules_around_a_model_are_refused_and_nothing_is_lost(tiny, arou
     assert list(effzoo.attached(model)) == ([] if empty else ["default"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["blocks.0", "blocks.0.attn.q"])
 def test_a_part_that_is_compiled_on_its_own_is_to_be_compiled_in_place(tiny, path, tmp_path):
     model = build(tiny, layers=1)
@@ -261,6 +263,7 @@ def agree(compiled, model, **inputs):
     return expected
 
 
+@pytest.mark.slow
 def test_a_compiled_model_sees_every_change(tiny):
     """Activity, scales, order, rows, what is attached, merged and detached: no graph of before is used."""
     torch._dynamo.reset()
@@ -291,6 +294,7 @@ def test_a_compiled_model_sees_every_change(tiny):
     assert all(not torch.allclose(one, other) for number, one in enumerate(seen) for other in seen[:number])
 
 
+@pytest.mark.slow
 def test_weights_are_swapped_under_a_compiled_model_without_compiling_anew(tiny, tmp_path):
     torch._dynamo.reset()
     model = build(tiny)
