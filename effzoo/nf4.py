@@ -22,8 +22,8 @@ def levels() -> Tensor:
     end = 1 - (1 / 32 + 1 / 30) / 2
     above = torch.special.ndtri(torch.linspace(end, 0.5, 9, dtype=torch.float64, device="cpu")[:-1])
     below = -torch.special.ndtri(torch.linspace(end, 0.5, 8, dtype=torch.float64, device="cpu")[:-1])
-    found = torch.cat([below, above.new_zeros(1), above]).sort().values
-    return found / found.max()
+    values = torch.cat([below, above.new_zeros(1), above]).sort().values
+    return values / values.max()
 
 
 _VALUES = levels().tolist()
@@ -35,11 +35,8 @@ def encode(weight: Tensor) -> tuple[Tensor, Tensor]:
     flat = nn.functional.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
     scales = flat.abs().amax(dim=1)
     middle = (levels()[1:] + levels()[:-1]) / 2
-    codes = (
-        torch.bucketize(flat / scales.clamp(min=torch.finfo(flat.dtype).tiny)[:, None], middle.to(flat))
-        .to(torch.uint8)
-        .flatten()
-    )
+    units = flat / scales.clamp(min=torch.finfo(flat.dtype).tiny)[:, None]
+    codes = torch.bucketize(units, middle.to(flat)).to(torch.uint8).flatten()
     return codes[0::2] + 16 * codes[1::2], scales
 
 

@@ -110,7 +110,7 @@ def test_any_method_is_an_expert(method):
     found = cell(Tuned.of(f"routed[of='{method}', experts=2]"), Kind.of("full"), "encoder")
     assert found.status == ("refused" if method in BEFORE_ALL_TOKENS else "works"), found.reason
     if found.status == "refused":
-        assert "for, all tokens" in found.reason
+        assert "before, or on, all tokens" in found.reason
 
 
 @pytest.mark.parametrize("level", ["token", "example"])

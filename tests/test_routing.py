@@ -443,7 +443,7 @@ def test_skills_share_a_task_among_its_skills(form):
     torch.manual_seed(5)
     torch.testing.assert_close(router(tasks).weights, relaxed if form == "soft" else choice, **exact)
     assert router.dense == (form == "soft") and router.reads == "tasks"
-    with pytest.raises(InputError, match="from 0 to 2, one for each of the 3 rows of the table"):
+    with pytest.raises(InputError, match="from 0 to 2, one for each of the 3 tasks of the table"):
         router(torch.tensor([3]))
 
 

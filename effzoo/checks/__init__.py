@@ -22,11 +22,11 @@ _SUBJECTS: dict[str, Any] = {"attention": attention.Subject, "peft": peft.Subjec
 def check(
     kind: str, name: str, *, only: Collection[str] | None = None, on_result: Callable[[Result], None] | None = None
 ) -> Report:
-    """Run every check of a kind ("attention" or "peft") on a registered entry; `report.ok` says whether all hold.
+    """Run every check of a kind on a registered entry; `report.ok` says whether all hold.
 
-    name: a registry name, or a spec such as "longformer[window=4]". Options that are not given and have a large
-        whole number as default are made small, so that tiny sequences show what they do; the report's `subject` says
-        which.
+    kind: "attention" or "peft".
+    name: a registry name, or a spec such as "longformer[window=4]". Options that are not given and have a large whole
+        number as default are made small, so that tiny sequences show what they do; the report's `subject` says which.
     only: the names of the checks to run, default all.
     on_result: called after each check.
 

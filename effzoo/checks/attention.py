@@ -1,5 +1,4 @@
-"""What every attention kind must hold on its own, the specific before the general: the first red line is then the one
-that explains most."""
+"""What every attention kind must hold, the specific before the general: the first red line explains most."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What an attention kind costs, counted and not timed: how memory and arithmetic grow with the length, against the
-`cost` it declares."""
+"""What an attention kind costs, counted and not timed: memory and arithmetic by length, against its declared `cost`."""
 
 from __future__ import annotations
 
@@ -23,13 +22,18 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 @dataclass
 class Cost:
-    """What one forward and backward pass took. Entries are elements of a tensor's storage, so a view or an expanded
-    tensor costs nothing."""
+    """What one forward and backward pass took. Entries are of a tensor's storage, so a view costs nothing.
 
-    largest: int = 0  # entries of the largest tensor that an operation made
-    where: str = ""  # that operation
-    kept: int = 0  # entries that autograd keeps for the backward pass
-    work: int = 0  # multiply-adds of matrix products and attention, twice, and entries written by everything else
+    largest: entries of the largest tensor that an operation made.
+    where: that operation.
+    kept: entries that autograd keeps for the backward pass.
+    work: multiply-adds of matrix products and attention, twice, and entries written by everything else.
+    """
+
+    largest: int = 0
+    where: str = ""
+    kept: int = 0
+    work: int = 0
 
     def growth(self, longer: Cost, ratio: float) -> dict[str, float]:
         """The exponents with which each grows when the length grows by the ratio."""
@@ -42,7 +46,7 @@ class Cost:
 
 
 class CostCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Watches every operation below autograd, the backward pass included."""
+    """Counts what every operation below autograd makes and computes, the backward pass included."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -80,8 +84,8 @@ def declared_exponent(cost: str) -> int:
 
 
 def measure(subject: Subject, n: int, *, causal: bool = False, dropout: float = 0.0) -> Cost:
-    """One forward and backward pass in float32 over n positions, with padding and a few global tokens, in a core built
-    for this length."""
+    """One forward and backward pass in float32 over n positions, with padding and global tokens, by a core for this
+    length."""
     core = subject.core(causal=causal, dropout=dropout, max_length=n).float().train(dropout > 0)
     place = torch.arange(n)[None]
     mask = Mask(place < n - 3, (place == 0) | (place == n // 2) if core.knows_globals() else None)

@@ -46,8 +46,8 @@ def suitable(view: View[Any], given: str, build: Callable[[Spec], object]) -> Sp
 
 
 def check_options(view: View[Any], cls: type, leading: int) -> None:
-    """Fail unless the constructor takes `leading` arguments and then keyword-only options that have a type, a default,
-    and a default of that type."""
+    """Fail unless options are keyword-only, after `leading` arguments, with a type, a default, and a default of that
+    type."""
     positional = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is not p.KEYWORD_ONLY]
     if len(positional) > leading:
         raise Failed(
@@ -75,8 +75,7 @@ def check_docstring(cls: type) -> None:
 
 
 def check_signature(cls: type, method: str) -> None:
-    """Fail when a method of the class takes **keywords, in which a misspelt argument would vanish; what it inherits
-    from effzoo's own is sound."""
+    """Fail when a method of the class takes **keywords, in which a misspelt argument would vanish."""
     if next(parent for parent in cls.__mro__ if method in vars(parent)).__module__ == "effzoo.attention.core":
         return
     for parameter in inspect.signature(getattr(cls, method)).parameters.values():

@@ -1,5 +1,4 @@
-"""An attention kind against what it says of itself: projections, shapes, lengths, and the dense definition that it must
-equal."""
+"""An attention kind against what it says of itself: projections, shapes, lengths, and its dense definition."""
 
 from __future__ import annotations
 
@@ -118,13 +117,8 @@ def shape_and_dtype(subject: Subject) -> None:
                     f"{wanted}; return the latter"
                 )
             for tensor in (out, *gradients(out, live(inputs))):
-                close(
-                    f"{where}, {dtype}: output or gradient",
-                    tensor,
-                    tensor,
-                    0.0,
-                    "mask with -inf or torch.finfo(dtype).min: -1e9 overflows float16",
-                )
+                advice = "mask with -inf or torch.finfo(dtype).min: -1e9 overflows float16"
+                close(f"{where}, {dtype}: output or gradient", tensor, tensor, 0.0, advice)
 
 
 @needs("shape_and_dtype")
@@ -173,25 +167,20 @@ def every_length(subject: Subject) -> None:
             out = core(*inputs, mask=Mask())
             if out.shape[2] != n:
                 raise Failed(
-                    f"{where}: {out.shape[2]} rows came out for n = {n}; cut the padding to a block multiple off again"
+                    f"{where}: {out.shape[2]} positions came out for n = {n}; cut padding to a block multiple off again"
                 )
             for tensor in (out, *gradients(out, live(inputs))):
-                close(
-                    f"{where}, n = {n}: output or gradient",
-                    tensor,
-                    tensor,
-                    0.0,
-                    "mask with care where a block holds no key",
-                )
+                advice = "mask with care where a block holds no key"
+                close(f"{where}, n = {n}: output or gradient", tensor, tensor, 0.0, advice)
 
 
 @needs("every_length")
 def equals_definition(subject: Subject) -> None:
     """Output and gradients equal the dense definition to 1e-10
 
-    At the index of the reason, which is (batch, head, row, column), compare `core.pattern(n, mask)[batch, head, row]`
-    with the keys that forward shows to that row: feed one-hot values (`v = torch.eye(n)` in the first columns), and the
-    output is the weights.
+    At the index of the reason, which is (batch, head, query, dimension), compare `core.pattern(n, mask)[batch, head,
+    query]` with the keys that forward shows to that query: feed one-hot values (`v = torch.eye(n)` in the first
+    dimensions), and the output is the weights.
     """
     subject.needs_definition()
     advice = (

@@ -1,7 +1,6 @@
-"""What the checks have to know of single methods: where mathematics says that nothing is learned. A method of one's own
-adds an entry:
+"""What the checks have to know of single methods: where mathematics says that nothing is learned.
 
-effzoo.checks.facts.ZERO_GRADIENT["mine"] = {"*.bias": "the softmax behind it takes it out again"}
+A method of one's own adds an entry: effzoo.checks.facts.ZERO_GRADIENT["mine"] = {"*.bias": "the softmax takes it out"}
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ SAME_AT_START: dict[str, str] = {
 
 
 def zero_gradient(method: Method) -> dict[str, str]:
-    """The patterns of role.tensor whose gradient vanishes by mathematics, each with the reason; of a mixture, those of
-    its experts."""
+    """The patterns of role.tensor whose gradient vanishes by mathematics, each with the reason; a mixture's are its
+    experts'."""
     if not isinstance(method, MixtureMethod):
         return dict(ZERO_GRADIENT.get(method.name, {}))
     experts = [inner for expert in method.inner for inner in expert]
     found = {pattern: why for inner in experts for pattern, why in zero_gradient(inner).items()}
-    alike = sorted({f"{inner.name}: {SAME_AT_START[inner.name]}" for inner in experts if inner.name in SAME_AT_START})
-    return found | ({"*.router.*": "; ".join(alike)} if alike else {})
+    equal = sorted({f"{inner.name}: {SAME_AT_START[inner.name]}" for inner in experts if inner.name in SAME_AT_START})
+    return found | ({"*.router.*": "; ".join(equal)} if equal else {})

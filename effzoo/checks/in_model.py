@@ -1,5 +1,4 @@
-"""What an attention kind must hold inside a model: every hook of fine-tuning reaches through it, also under
-checkpointing."""
+"""What an attention kind must hold inside a model: every hook of fine-tuning works through it, also checkpointed."""
 
 from __future__ import annotations
 
@@ -71,31 +70,20 @@ def checkpointing_is_exact(subject: Subject) -> None:
             again = found[1].get(name)
             if again is None:
                 raise Failed(f"{case}: {name} has a gradient without checkpointing and none with it")
-            close(
-                f"{case}: the gradient of {name}",
-                again,
-                grad,
-                1e-12,
-                "a forward pass that runs twice must compute the same: keep no state in it",
-            )
+            advice = "a forward pass that runs twice must compute the same: keep no state in it"
+            close(f"{case}: the gradient of {name}", again, grad, 1e-12, advice)
 
 
 @needs("every_length")
 def positions_computed_alone(subject: Subject) -> None:
     """Computed at a few positions alone, the output is that of `forward` there
 
-    The last block leaves out what a classification head does not read; print `forward_at` beside `forward` for one
-    query.
+    The last block leaves out what a classification head does not read: compare `forward_at` and `forward` at a query.
     """
     for case in cases(subject):
         alone, among = last_block_at_two_positions(case.model(), case.batch())
-        close(
-            f"{case}: the output at a few positions",
-            alone,
-            among,
-            1e-10,
-            "`forward_at` is `forward` at the positions `wanted`; without it all are computed",
-        )
+        advice = "`forward_at` is `forward` at the positions `wanted`; without it all are computed"
+        close(f"{case}: the output at a few positions", alone, among, 1e-10, advice)
 
 
 CHECKS: tuple[Check, ...] = (

@@ -1,5 +1,4 @@
-"""What an attention kind may not see: padding, other rows of the batch, the future; and what sees everything: global
-tokens."""
+"""What an attention kind may not see: padding, other examples, the future; and what sees everything: global tokens."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ from effzoo.errors import EffzooError
 def empty_queries_are_zero(subject: Subject) -> None:
     """A query that may attend to nothing gives 0, never NaN, forward and backward
 
-    One row of the batch is padding throughout: look at `core(...)[1]`, and at the gradient of the sum of the other
-    rows.
+    One example of the batch is padding throughout: print `core(...)[1]`, and the gradient of the sum of the others.
     """
     n = 16
     valid = torch.stack([torch.ones(n).bool(), torch.zeros(n).bool(), torch.arange(n) >= 5])
@@ -39,24 +37,19 @@ def empty_queries_are_zero(subject: Subject) -> None:
         empty[1] = True
         if subject.has_pattern:
             empty = ~core.pattern(n, Mask(valid)).expand(BATCH, -1, n, n).any(dim=3)
-        rows = out.masked_fill(~empty.expand(BATCH, HEADS, n).unsqueeze(-1), 0.0)
+        without_keys = out.masked_fill(~empty.expand(BATCH, HEADS, n).unsqueeze(-1), 0.0)
         advice = "a softmax over nothing is NaN, and over -1e9 everywhere a mean: return 0 there"
-        close(f"{where}: the output without any key", rows, torch.zeros_like(rows), 0.0, advice)
+        close(f"{where}: the output without any key", without_keys, torch.zeros_like(without_keys), 0.0, advice)
         for tensor in (out, *gradients(out, live(inputs))):
-            close(
-                f"{where}: output or gradient beside an empty row",
-                tensor,
-                tensor,
-                0.0,
-                "a NaN behind torch.where still has a NaN gradient",
-            )
+            advice = "a NaN behind torch.where still has a NaN gradient"
+            close(f"{where}: output or gradient in the same batch", tensor, tensor, 0.0, advice)
 
 
 @needs("every_length")
 def padding_is_invisible(subject: Subject) -> None:
     """What stands under padding changes nothing, and gets no gradient
 
-    Put a large number at one padded position (`k[0, :, -1] = 1e3`) and see which output rows move.
+    Put a large number at one padded position (`k[0, :, -1] = 1e3`) and see which outputs move.
     """
     n = 31
     valid = padding(n)
@@ -73,7 +66,7 @@ def padding_is_invisible(subject: Subject) -> None:
         under = ~valid[:, None, :, None]
         seen, wanted = other.masked_fill(under, 0.0), out.masked_fill(under, 0.0)
         close(f"{where}: output at tokens after other values were put under the padding", seen, wanted, 1e-12, advice)
-        for name, grad in zip(core.uses(Mask(valid)), gradients(out, live(inputs), rows=valid), strict=False):
+        for name, grad in zip(core.uses(Mask(valid)), gradients(out, live(inputs), at=valid), strict=False):
             hidden = grad.masked_fill(~under, 0.0)
             close(f"{where}: gradient of {name} under padding", hidden, torch.zeros_like(hidden), 0.0, advice)
 
@@ -82,7 +75,7 @@ def padding_is_invisible(subject: Subject) -> None:
 def ragged_equals_alone(subject: Subject) -> None:
     """A sequence in a padded batch gives what it gives alone
 
-    Compare `core(x[:1, :, :16], mask=Mask())` with the first 16 rows of `core(x[:1], mask=Mask(arange(31) < 16))`.
+    Compare `core(x[:1, :, :16], mask=Mask())` with the first 16 outputs of `core(x[:1], mask=Mask(arange(31) < 16))`.
     """
     lengths, n = (31, 16, 7), 31
     valid = torch.arange(n) < torch.tensor(lengths)[:, None]
@@ -142,8 +135,7 @@ def rows_are_independent(subject: Subject) -> None:
 def future_is_unseen(subject: Subject) -> None:
     """Causal: the gradient of output t with respect to inputs after t is exactly 0
 
-    `torch.autograd.grad(out[:, :, t].sum(), v)[0].abs().amax((0, 1, 3))` is the row of positions that output t depends
-        on.
+    `torch.autograd.grad(out[:, :, t].sum(), v)[0].abs().amax((0, 1, 3))` is not 0 where output t depends on v.
     """
     if subject.cls.not_causal:
         try:
@@ -208,8 +200,8 @@ def future_changes_nothing(subject: Subject) -> None:
 def global_tokens(subject: Subject) -> None:
     """Global tokens, at other places in each example, see everything and are seen; or they are refused
 
-    Compare `core.pattern(n, mask)[row]` with the keys that forward shows; a global key stands in the window and among
-    the global columns, and must be counted once.
+    Compare `core.pattern(n, mask)[:, :, query]` with the keys that forward shows; a global key in the window stands
+    among the global keys as well, and must be counted once.
     """
     if not subject.cls.knows_globals():
         try:

@@ -1,8 +1,7 @@
-"""Every fine-tuning method on every attention kind in every architecture: what works, and what is refused with which
-reason.
+"""Every fine-tuning method on every attention kind in every architecture: what works, and what is refused and why.
 
 Each cell is a tiny model in float64 on which one method is attached, trained for two steps, saved, loaded into a fresh
-base, merged where it can be, and detached, and the laws are looked at on the way. Driven by the registry.
+base, merged where it can be, and detached; the laws are checked on the way. Driven by the registry.
 """
 
 from __future__ import annotations
@@ -80,11 +79,13 @@ def matrix(
     kinds: Sequence[str] | None = None,
     architectures: Iterable[str] = tuple(ARCHITECTURES),
     experts: bool = False,
-    each: Callable[[Cell], None] = lambda cell: None,
+    on_cell: Callable[[Cell], None] = lambda cell: None,
 ) -> Matrix:
-    """Try every combination (default: of everything registered); `each` is told about a cell as soon as it is known.
+    """Try every combination (default: of everything registered).
 
+    methods, kinds, architectures: their names.
     experts: each method as two experts of a routed adapter.
+    on_cell: called with each cell as soon as it is known.
     """
     found = Matrix()
     tuned = {name: Tuned.of(as_expert(name) if experts else name) for name in methods or candidates(experts)}
@@ -93,7 +94,7 @@ def matrix(
         for kind in subjects.values():
             for architecture in architectures:
                 found.cells.append(replace(cell(method, kind, architecture), method=name))
-                each(found.cells[-1])
+                on_cell(found.cells[-1])
     return found
 
 
@@ -129,14 +130,13 @@ def cell(method: Tuned, kind: Kind, architecture: str) -> Cell:
         laws(method, one)
     except Failed as problem:
         return Cell(*names, "fails", str(problem))
-    except Exception as error:  # the checked code's own: told, and red
+    except Exception as error:  # the checked code's own
         return Cell(*names, "fails", f"{type(error).__name__}: {error}")
     return Cell(*names, "works")
 
 
 def laws(method: Tuned, one: Case) -> None:
-    """Attach, train, save, load, combine and merge or refuse to, detach; raise Failed for the first law that does not
-    hold."""
+    """Attach, train, save, load, combine, merge or refuse to, detach; Failed for the first law that does not hold."""
     model, batch = one.model(), one.batch()
     before, frozen = logits(model, batch), copied(base_tensors(model))
     attach(model, method.spec)

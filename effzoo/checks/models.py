@@ -28,8 +28,13 @@ SILENT = 1e-13  # of the largest gradient: below that, a float64 gradient is rou
 
 @dataclass(frozen=True)
 class Case:
-    """One tiny model: a zoo entry and its attention, with global tokens or without. choices: other fields of its
-    config."""
+    """One tiny model.
+
+    architecture: a zoo entry.
+    attention: a spec.
+    has_global: whether its batch has global tokens.
+    choices: other fields of its config.
+    """
 
     architecture: str
     attention: str
@@ -56,8 +61,8 @@ class Case:
         }
         if self.has_global:
             batch["global_attention_mask"] = torch.zeros(len(LENGTHS), n, dtype=torch.long)
-            for row, places in enumerate(((0, 9), (4,), (0, 3, 6))):
-                batch["global_attention_mask"][row, list(places)] = 1
+            for example, places in enumerate(((0, 9), (4,), (0, 3, 6))):
+                batch["global_attention_mask"][example, list(places)] = 1
         return batch
 
 
@@ -82,14 +87,13 @@ def forget() -> None:
 
 @torch.no_grad()
 def last_block_at_two_positions(model: Transformer, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The last block at two positions of each example: computed for them alone, and taken from what it computes for
-    all."""
+    """The last block at two positions of each example: computed for them alone, and taken from all that it computes."""
     block = cast(Block, model.eval().blocks[-1])
     valid, is_global = batch["attention_mask"].bool(), batch.get("global_attention_mask")
     x = torch.randn(*valid.shape, model.config.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     mask = Mask(valid, None if is_global is None else is_global.bool(), torch.arange(x.shape[1])[None])
-    rows = torch.stack([torch.zeros(len(x), dtype=torch.long), valid.sum(dim=1) - 2], dim=1)
-    return block(x, mask, None, rows), take_positions(block(x, mask), rows)
+    wanted = torch.stack([torch.zeros(len(x), dtype=torch.long), valid.sum(dim=1) - 2], dim=1)
+    return block(x, mask, None, wanted), take_positions(block(x, mask), wanted)
 
 
 @torch.no_grad()
@@ -100,8 +104,8 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def train(model: nn.Module, batch: dict[str, Tensor], steps: int = 3) -> dict[str, float | None]:
-    """AdamW steps with weight decay 0.1 -> the largest absolute gradient of each trainable tensor, None when it never
-    got one."""
+    """The largest absolute gradient of each trainable tensor in AdamW steps with weight decay 0.1; None for no
+    gradient."""
     training.calibrate(model, [batch])
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
@@ -127,8 +131,7 @@ def _larger(before: float | None, now: float) -> float:
 
 
 def silent(model: nn.Module, seen: dict[str, float | None]) -> str:
-    """What is wrong with the gradients that `train` recorded: a clause that names the first tensor, or an empty
-    string."""
+    """What is wrong with the gradients that `train` recorded, as a clause that names the first tensor, or ""."""
     if not seen:
         return "nothing is trainable"
     excused = _excused(model)

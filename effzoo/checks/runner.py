@@ -1,9 +1,8 @@
 """Running checks: each alone, a crash in the checked code becomes a red line, and nothing is left behind.
 
 A check is a function of a subject. The first line of its docstring is the property, the rest says how to see a
-violation; its body raises
-`Failed` when the property does not hold. It may raise `NotApplicable` with the reason why an entry need not have the
-    property.
+violation; its body raises `Failed` when the property does not hold, and may raise `NotApplicable` with the reason why
+an entry need not have it.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ Status = Literal["green", "red", "skipped", "not run"]
 
 
 class Failed(Exception):
-    """The property does not hold. The message says what was found, with numbers; then, after "; ", the likely cause or
-    what to try."""
+    """The property does not hold. The message says what was found, with numbers; then, after "; ", what to try."""
 
 
 class NotApplicable(Exception):
@@ -34,8 +32,13 @@ class NotApplicable(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one check: its function's name, the property it stands for, and the reason unless it is green.
+    """What became of one check.
 
+    check: its function's name.
+    label: the property it stands for.
+    status: "green", "red", "skipped", "not run".
+    reason: unless it is green.
+    seconds: that it took.
     see: how to see a violation of this property.
     trace: where the checked code raised, when it did.
     """

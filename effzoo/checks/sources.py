@@ -1,5 +1,4 @@
-"""Keys that are not the sequence itself: memory rows, a source of another length, a cache of the past; and projections
-that a kind shortens."""
+"""Keys that are not the sequence itself: memory, a source, a cache; and projections that a kind shortens."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ from effzoo.errors import EffzooError
 def memory_is_attended(subject: Subject) -> None:
     """Memory acts as more keys that every query sees
 
-    Give memory values of 1e3: every output row must move. Compare with `core.dense(..., memory=memory)`, one softmax
+    Give memory values of 1e3: every output must move. Compare with `core.dense(..., memory=memory)`, one softmax
     over both.
     """
     valid, memory = padding(16), some_memory()
@@ -54,7 +53,7 @@ def memory_is_attended(subject: Subject) -> None:
         without, out = core(*inputs, mask=Mask(valid)), core(*inputs, mask=Mask(valid), memory=memory)
         advice = "add `memory_part(q, memory)` to the parts of the softmax"
         if torch.equal(without, out):
-            raise Failed(f"{where}: memory of 3 rows changed nothing; {advice}")
+            raise Failed(f"{where}: memory of 3 keys changed nothing; {advice}")
         for name, grad in zip(("keys", "values"), gradients(out, list(memory)), strict=True):
             if not torch.isfinite(grad).all() or (grad.abs().amax(dim=-1) == 0).any():
                 raise Failed(f"{where}: some memory {name} get a gradient that is 0 or not finite; {advice}")
@@ -97,14 +96,14 @@ def crosses_to_a_source(subject: Subject) -> None:
 
 @needs("every_length")
 def cache_equals_forward(subject: Subject) -> None:
-    """Decoding: steps of one and of several positions give the last rows of forward over all positions so far
+    """Decoding: steps of one and of several positions give the last outputs of forward over all positions so far
 
     Print the keys that the state holds after each step; the newest position must see itself, and padding in front must
     stay unseen.
     """
     if not subject.cls.decodes():
         raise NotApplicable(
-            "the kind cannot be causal" if subject.cls.not_causal else "the kind has no `step` beside its `forward`"
+            "the kind cannot be causal" if subject.cls.not_causal else "the kind has a `forward` and no `step`"
         )
     core, sizes = subject.core(causal=True), (12, 1, 1, 5, 1, 11)
     n = sum(sizes)
@@ -128,7 +127,7 @@ def cache_equals_forward(subject: Subject) -> None:
             expected = core(*cut(inputs, places=slice(end)), **given(every, memory))[:, :, start:]
             here = torch.ones(BATCH, size, dtype=torch.bool) if valid is None else valid[:, start:end]
             here = here[:, None, :, None]
-            step = f"the step over {size} positions after {start}{what}: its rows"
+            step = f"the step over {size} positions after {start}{what}: its outputs"
             close(step, out.masked_fill(~here, 0.0), expected.masked_fill(~here, 0.0), 1e-10, advice)
             _begins_with_batch(state)
 
@@ -153,8 +152,8 @@ def _begins_with_batch(state: State) -> None:
 def project_is_the_linear(subject: Subject) -> None:
     """In its layer, a kind that shortens its projections gives what it gives on the plain ones
 
-    Call `core.project` for each projection by hand and compare with `linear(x)`: a bias, padding or the number of rows
-    is lost on the way.
+    Call `core.project` for each projection by hand and compare with `linear(x)`: a bias, padding or the length is
+    lost on the way.
     """
     if subject.cls.project is AttentionCore.project:
         raise NotApplicable("the kind takes its projections as the layer makes them")

@@ -24,18 +24,13 @@ DROPOUT = 0.25
 def evaluation_draws_nothing(subject: Subject) -> None:
     """In evaluation the output is the same every time and torch's random state is untouched
 
-    Call the core twice and compare; `torch.get_rng_state()` before and after tells which call draws.
+    Call the core twice and compare; `torch.get_rng_state()` before and after shows which call draws.
     """
     for where, core in subject.cores():
         inputs, before = draw(core, 31, Mask()), torch.get_rng_state()
         first, second = core(*inputs, mask=Mask()), core(*inputs, mask=Mask())
-        close(
-            f"{where}: a second call",
-            second,
-            first,
-            0.0,
-            "draw random numbers once, into a buffer or with a generator of your own",
-        )
+        advice = "draw random numbers once, into a buffer or with a generator of your own"
+        close(f"{where}: a second call", second, first, 0.0, advice)
         if not torch.equal(before, torch.get_rng_state()):
             raise Failed(
                 f"{where}: the forward pass moved torch's global random state; use a torch.Generator of your own"
@@ -57,13 +52,8 @@ def calls_leave_nothing(subject: Subject) -> None:
             core(*draw(core, 64, Mask()), mask=Mask())
             core(*other, mask=Mask(**given))
             found = core(*inputs, mask=Mask(**given))
-            close(
-                f"{where}{what}: the output after calls with other inputs",
-                found,
-                expected,
-                0.0,
-                "keep nothing of a call on self",
-            )
+            advice = "keep nothing of a call on self"
+            close(f"{where}{what}: the output after calls with other inputs", found, expected, 0.0, advice)
             shared = Mask(**given)
             second = subject.core(causal=core.context.causal, layer=1)
             alone = [second(*other, mask=Mask(**given)), expected]
@@ -111,9 +101,7 @@ def decisions_are_replayed(subject: Subject) -> None:
         )
         seen = (total(1e-3).item() - total(-1e-3).item()) / 2e-3
         if abs(seen - slope) > 0.01 * (10 + abs(slope)):
-            what = (
-                f"between inputs 0.002 apart the output moves with slope {seen:.2f}, and its gradient says {slope:.2f}"
-            )
+            what = f"between inputs 0.002 apart the output moves with slope {seen:.2f}, its gradient is {slope:.2f}"
             raise Failed(
                 f"{where}: {what}; a discrete choice was taken anew and came out differently: take it "
                 "through mask.decide"
@@ -156,12 +144,11 @@ def dropout_keeps_the_mean(subject: Subject) -> None:
             _weights(core, where)
 
 
-def _mean(core: AttentionCore, where: str, rows: int = 400) -> None:
-    """The mean over many draws, one in each row of a batch, points along the output of evaluation, and the output
-    itself is not dropped."""
+def _mean(core: AttentionCore, where: str, draws: int = 400) -> None:
+    """The mean over many draws, one per example, points along the output of evaluation, which itself is not dropped."""
     n = 31
     inputs = [
-        None if x is None else x.detach().expand(rows, -1, -1, -1).contiguous() for x in draw(core, n, Mask(), batch=1)
+        None if x is None else x.detach().expand(draws, -1, -1, -1).contiguous() for x in draw(core, n, Mask(), batch=1)
     ]
     expected = core.eval()(*(None if x is None else x[:1] for x in inputs), mask=Mask()).detach()
     out = core.train()(*inputs, mask=Mask()).detach()
@@ -170,11 +157,11 @@ def _mean(core: AttentionCore, where: str, rows: int = 400) -> None:
     if abs(share - 1) > 0.08:
         cause = "the weights that are kept are divided by 1 - p once, by F.dropout; nothing else may scale them"
         raise Failed(
-            f"{where}: with dropout {DROPOUT} the mean over {rows} draws is {share:.3f} times the output of "
+            f"{where}: with dropout {DROPOUT} the mean over {draws} draws is {share:.3f} times the output of "
             f"evaluation; {cause}"
         )
-    middle, there = out[:, :, n // 2], expected[:, :, n // 2] != 0  # a row that sees many keys, or none in some heads
-    zeros = float(((middle == 0) & there).sum() / (there.sum() * rows).clamp(min=1))
+    middle, there = out[:, :, n // 2], expected[:, :, n // 2] != 0  # a query that sees many keys, or none in some heads
+    zeros = float(((middle == 0) & there).sum() / (there.sum() * draws).clamp(min=1))
     if zeros > DROPOUT / 2:
         cause = "dropout belongs on the attention weights alone, not on the output; the block drops that"
         raise Failed(
@@ -182,11 +169,11 @@ def _mean(core: AttentionCore, where: str, rows: int = 400) -> None:
         )
 
 
-def _weights(core: AttentionCore, where: str, rows: int = 200) -> None:
+def _weights(core: AttentionCore, where: str, draws: int = 200) -> None:
     """With one-hot values the output is the weights: which of them are 0 in training, and what the others are."""
-    inputs = [x.detach().expand(rows, -1, -1, -1).contiguous() for x in live(draw(core, WIDTH, Mask(), batch=1))]
+    inputs = [x.detach().expand(draws, -1, -1, -1).contiguous() for x in live(draw(core, WIDTH, Mask(), batch=1))]
     names = core.uses(Mask())
-    eye = torch.eye(WIDTH, dtype=torch.float64).expand(rows, HEADS, -1, -1)
+    eye = torch.eye(WIDTH, dtype=torch.float64).expand(draws, HEADS, -1, -1)
     values = [eye if core.projections[name] == "value" else x for name, x in zip(names, inputs, strict=True)]
     filled = [dict(zip(names, values, strict=True)).get(name) for name in core.projections]
     weights, dropped = core.eval()(*filled, mask=Mask()).detach(), core.train()(*filled, mask=Mask()).detach()
@@ -288,19 +275,16 @@ def compiles(subject: Subject) -> None:
         finally:
             torch._dynamo.reset()
         for tensor, wanted in zip(found, (expected, *gradients(expected, live(inputs))), strict=True):
-            close(
-                f"{where}{what}, n = {n}: the compiled output or a gradient",
-                tensor,
-                wanted,
-                1e-10,
-                "write into no tensor that is used again",
-            )
+            advice = "write into no tensor that is used again"
+            close(f"{where}{what}, n = {n}: the compiled output or a gradient", tensor, wanted, 1e-10, advice)
 
 
 @contextmanager
 def _importable(cls: type[AttentionCore]) -> Iterator[None]:
-    """The compiler imports the module of what it compiles, and a file that was run is in no place where it could be
-    found."""
+    """Inside the block the module of a class can be imported, which the compiler does.
+
+    A file that was run is in no place where it could be found.
+    """
     absent = cls.__module__ not in sys.modules
     if absent:
         sys.modules[cls.__module__] = types.ModuleType(cls.__module__)
@@ -344,10 +328,5 @@ def devices(subject: Subject) -> None:
                 on_cpu = draw(core, n, Mask(valid, is_global))
                 expected = core(*on_cpu, mask=Mask(valid, is_global))
                 for found, wanted in zip((out, *grads), (expected, *gradients(expected, live(on_cpu))), strict=True):
-                    close(
-                        f"{where}: output or gradient on CUDA",
-                        found.cpu(),
-                        wanted,
-                        1e-10,
-                        "do the same arithmetic on every device",
-                    )
+                    advice = "do the same arithmetic on every device"
+                    close(f"{where}: output or gradient on CUDA", found.cpu(), wanted, 1e-10, advice)

@@ -86,8 +86,10 @@ def draw(
     seed: int = 0,
     keys: int = 0,
 ) -> list[Any]:
-    """The projections that the core uses with this mask, [batch, heads, n, head_dim] each, and None for the others;
-    keys: another length for them."""
+    """The projections that the core uses with this mask, [batch, heads, n, head_dim] each, and None for the others.
+
+    keys: another length for keys and values.
+    """
     source, used = torch.Generator().manual_seed(n + 1000 * seed), core.uses(mask)
     heads, width = core.context.heads, core.context.head_dim
     lengths = [keys if keys and side in ("key", "value") else n for side in core.projections.values()]
@@ -97,14 +99,15 @@ def draw(
     ]
 
 
-def some_memory(rows: int = 3) -> KeysValues:
+def some_memory(keys: int = 3) -> KeysValues:
+    """Keys and values [heads, keys, width] that every query sees."""
     source = torch.Generator().manual_seed(99)
-    keys, values = torch.randn(2, HEADS, rows, WIDTH, dtype=torch.float64, generator=source)
-    return keys.requires_grad_(), values.requires_grad_()
+    memory_keys, values = torch.randn(2, HEADS, keys, WIDTH, dtype=torch.float64, generator=source)
+    return memory_keys.requires_grad_(), values.requires_grad_()
 
 
 def given(mask: Mask, memory: KeysValues | None) -> dict[str, Any]:
-    """What a core is called with beside its projections, as in its layer: kinds that take no memory do not name it."""
+    """The keywords of a core, as in its layer: kinds that take no memory have no such parameter."""
     return {"mask": mask} if memory is None else {"mask": mask, "memory": memory}
 
 
@@ -121,8 +124,7 @@ def some_global(n: int) -> Tensor:
 
 
 def masks(core: AttentionCore, n: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The arguments of every mask that the kind must honour: none, padding, and with global tokens where it has
-    them."""
+    """The arguments of every mask that the kind must honour: none, padding, and global tokens where it has them."""
     valid = padding(n)
     yield "", {}
     yield " with padding", {"valid": valid}
@@ -140,15 +142,15 @@ def cut(tensors: list[Any], rows: slice = slice(None), places: slice = slice(Non
     return [None if x is None else x[rows, :, places] for x in tensors]
 
 
-def gradients(out: Tensor, inputs: list[Tensor], rows: Tensor | None = None, *, again: bool = True) -> list[Tensor]:
-    """Gradients of a random weighted sum over the output, or over some of its rows (bool[batch, n]); zeros where none
-    flows.
+def gradients(out: Tensor, inputs: list[Tensor], at: Tensor | None = None, *, again: bool = True) -> list[Tensor]:
+    """Gradients of a random weighted sum over the output; zeros where none flows.
 
+    at: bool[batch, n], the positions that count; None for all.
     again: whether the graph is kept for another pass.
     """
     weight = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).to(out)
-    if rows is not None:
-        weight = weight * rows[:, None, :, None]
+    if at is not None:
+        weight = weight * at[:, None, :, None]
     found = torch.autograd.grad((out * weight).sum(), inputs, retain_graph=again, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
 

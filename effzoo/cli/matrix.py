@@ -58,7 +58,7 @@ def matrix(
                 methods,
                 kinds,
                 experts=experts,
-                each=lambda cell: bar.update(task, advance=1, description=f"{cell.method} on {cell.attention}"),
+                on_cell=lambda cell: bar.update(task, advance=1, description=f"{cell.method} on {cell.attention}"),
             )
     say(_table(found, methods, kinds), f"\nmarks: {', '.join(ARCHITECTURES)};  + works, - refused, X fails")
     for reason, cells in found.refusals().items():

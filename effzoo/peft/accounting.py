@@ -33,7 +33,7 @@ class Account:
         nothing bounds it, 0 when only vectors change.
     by_role: (method, role, sites, parameters) of the active adapters.
     unread: {why: (tensors, parameters)}, trainable ones that get no gradient from usual batches, as far as the
-        structure tells; `finetune` says which got none.
+        structure shows; `finetune` says which got none.
     """
 
     trainable: int

@@ -35,7 +35,7 @@ class Combined:
 
     name: its own.
     spec: its methods.
-    truncation: for each tensor that is held in `rank`, the norm of what was cut off, divided by the norm of the change.
+    truncation: for each tensor of limited rank, the norm of what was cut off, divided by the norm of the change.
     """
 
     name: str

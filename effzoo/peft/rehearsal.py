@@ -77,7 +77,7 @@ def _shape(tensor: Tensor) -> Tensor:
 
 
 class _Shapes(TorchFunctionMode):
-    """`copy.deepcopy` of any other tensor (what a module remembers of its last batch) gives its shape."""
+    """`copy.deepcopy` of any other tensor (what a module keeps of its last batch) gives its shape."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is not Tensor.__deepcopy__:

@@ -208,7 +208,7 @@ def _rounded(
     if not bool((gap <= SLACK * (own.margins + them.margins)).all()):
         raise AdapterError(
             f"{key}: {them.kind} in the file and {kind} in this model, with values that are further "
-            "apart than rounding moves them"
+            "from each other than rounding moves them"
         )
     norm = float(them.numbers.norm())
     return RoundedTensor(key, them.kind, kind, float(gap.norm()) / norm if norm else 0.0, proved=False)

@@ -22,7 +22,7 @@ from effzoo.sites import sites, unwrap
 CHANGES = (
     "its methods change this head and bring none, so give the model the head it had then, or target what is no head"
 )
-SAVED_BEFORE = "it was saved before files could tell rounded weights: save it again on its own base"
+SAVED_BEFORE = "it was saved before files could recognise rounded weights: save it again on its own base"
 TAKE_ROUNDED = (
     "load_adapter(..., rounded_base=True) takes a base that holds the same weights rounded, proves it, and says what "
     "that costs"

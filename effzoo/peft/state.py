@@ -331,6 +331,6 @@ def _check_synchronised(outer: nn.Module | None, learning: Set[int]) -> None:
         if unknown := [key for at, key in new.items() if at not in known]:
             raise AdapterError(
                 "DistributedDataParallel synchronises what was trainable when it was made, and this would make "
-                f"{unknown[0]} trainable too ({len(unknown)} such tensors): processes would drift apart. Take the "
+                f"{unknown[0]} trainable too ({len(unknown)} such tensors): processes would diverge. Take the "
                 "model out of it (wrapper.module), change the model first, and wrap it then"
             )

@@ -1,4 +1,4 @@
-"""Which projections no batch reads, as far as the structure of a model tells it before anything is trained."""
+"""Which projections no batch reads, as far as the structure of a model shows it before training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A linear site whose weight is held as codes and made anew for each product."""
+"""A linear site whose weight is stored as codes and made anew for each product."""
 
 from __future__ import annotations
 
@@ -17,15 +17,12 @@ from effzoo.sites.site import Inputs
 
 
 class QuantisedLinear(Linear):
-    """y = x W^T + b with W = `decoded(codes, scales)`, [..., in] -> [..., out]; nothing of W is trained, and none of
-    its gradients is computed.
+    """y = x W^T + b with W = `decoded(codes, scales)`, [..., in] -> [..., out]; nothing of W is trained.
 
     W is dense while one product runs, forward or backward, and is not kept in between. Methods that change the weight
     (DoRA, masks, diff pruning) are given W; what they make of it is dense, and kept for the backward pass as in any
-    other layer.
-
-    `QuantisedLinear.made_of(site, bits)` turns a Linear into one in place, so that whoever holds the site goes on
-        holding it.
+    other layer. `QuantisedLinear.made_of(site, bits)` turns a Linear into one in place, so that whoever holds the site
+    goes on holding it.
     """
 
     codes: Tensor

@@ -1,5 +1,4 @@
-"""The weight of a quantised site as a tensor that others read: it has a shape and a dtype, and takes memory only while
-it is computed with."""
+"""The weight of a quantised site as a tensor that others read, which takes memory only while it is computed with."""
 
 from __future__ import annotations
 
@@ -19,11 +18,10 @@ _REFUSAL = (
 
 
 class Decoded(Tensor):
-    """A weight that is decoded anew by each operation on it, which gives plain tensors. One object per site, so that it
-    can be known by its identity.
+    """A weight that each operation decodes anew; the results are plain tensors.
 
-    Writing to it raises AdapterError, and so does `double()`: that is how `merge` begins, which so refuses before it
-    writes anywhere else.
+    There is one object per site, so its identity says whose it is. Writing to it raises AdapterError, and so does
+    `double()`: that is how `merge` begins, which so refuses before it writes anywhere else.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]

@@ -1,8 +1,8 @@
-"""Routers: which experts a token sees, whether the experts are fine-tuning modules (`peft="routed"`) or feed-forwards
+"""Routers: which experts a token sees; experts are fine-tuning modules (`peft="routed"`) or feed-forwards
 (`experts=8`).
 
 `router.py` is the contract, the others are on the registry: `effzoo.routing.names()`. `losses.py` balances, `watch.py`
-    shows how experts are used.
+shows how experts are used.
 """
 
 from effzoo.annotations import check_arguments

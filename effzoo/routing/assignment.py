@@ -2,9 +2,9 @@
 
 Experts have prices, and every token goes where its score less the price is largest. At the best prices each expert gets
 its share: the dual of this transportation problem, a minimum over as many numbers as there are experts. Softened, it is
-nearly solved in a few passes over all tokens; then what is over at an expert is moved to those that have room along the
-cheapest chains of moves, so that the result is exactly the best (successive shortest paths; Ahuja, Magnanti & Orlin
-1993, Network Flows, section 9.7). Lewis et al. bid in an auction, which ends near the best.
+nearly solved in a few passes over all tokens. Then tokens above an expert's share are moved to experts that have room,
+along the cheapest chains of moves, so that the result is exactly the best (successive shortest paths; Ahuja, Magnanti &
+Orlin 1993, Network Flows, section 9.7). Lewis et al. 2021 bid in an auction, which ends near the best.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ _STEPS = 20  # at each
 
 @torch.no_grad()
 def assign(scores: Tensor) -> Tensor:
-    """The expert of each token, integers [tokens], for scores [tokens, experts]; expert i takes tokens // experts, the
-    first ones one more.
+    """The expert of each token, integers [tokens], so that the sum of the scores is the largest possible.
 
-    The sum of the scores is the largest possible one, up to the rounding of float64. Computed on the CPU. Raises
-    InputError for scores that are not finite.
+    scores: [tokens, experts]. Expert i takes tokens // experts of them, the first experts one more.
+
+    The largest possible up to the rounding of float64. Computed on the CPU. Raises InputError for scores that are not
+    finite.
     """
     if scores.ndim != 2 or scores.is_complex():
         raise InputError(
@@ -50,8 +51,7 @@ def assign(scores: Tensor) -> Tensor:
 
 
 def _prices(scores: Tensor, room: Tensor) -> Tensor:
-    """Prices at which tokens that choose softly fill the room, at falling temperatures: log-sum-exp in place of the
-    largest value."""
+    """Prices at which tokens that choose softly fill the room, at falling temperatures."""
     price = scores.new_zeros(len(room))
     spread = float(scores.max() - scores.min())
     wanted = room.double().log()
@@ -88,7 +88,7 @@ def _evened(scores: Tensor, room: Tensor, price: Tensor) -> Tensor:
 
 
 def _losses(scores: Tensor, owner: Tensor, expert: int) -> Tensor:
-    """What is lost by moving a token of this expert to each other one, at least; infinite when it has none."""
+    """The smallest loss in moving a token of this expert to each other one; infinite where it has no token."""
     own = scores[owner == expert]
     return (
         (own[:, expert : expert + 1] - own).amin(dim=0) if len(own) else scores.new_full((scores.shape[1],), math.inf)
@@ -96,10 +96,11 @@ def _losses(scores: Tensor, owner: Tensor, expert: int) -> Tensor:
 
 
 def _cheapest(loss: list[list[float]], price: list[float], start: int, over: list[int]) -> list[int]:
-    """The experts along the cheapest chain of moves from `start` to one with room (Dijkstra); prices become those at
-    which its moves cost nothing.
+    """The experts along the cheapest chain of moves from `start` to one with room (Dijkstra).
 
-    loss[i][j] - price[i] + price[j] is at least 0 for the prices given and for those left behind.
+    loss: [i][j], at least price[i] - price[j], also afterwards.
+    price: of each expert; they become those at which the moves of the chain cost nothing.
+    over: tokens of each expert above its share; below 0 it has room.
     """
     far, before, done = [math.inf] * len(price), [-1] * len(price), [False] * len(price)
     far[start] = 0.0

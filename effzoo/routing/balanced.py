@@ -1,5 +1,4 @@
-"""Balance by rule instead of by loss: experts choose tokens (Zhou et al. 2022), or tokens are assigned in equal shares
-(Lewis et al. 2021)."""
+"""Balance by rule instead of by loss: experts choose tokens, or tokens are assigned in equal shares."""
 
 from __future__ import annotations
 
@@ -17,8 +16,9 @@ class ExpertChoice(Router):
     """Each expert takes the ceil(capacity tokens / experts) tokens with the largest p = softmax(x W^T) for it, with
     weight p.
 
-    capacity: how many experts a token has in the mean. A token may have several experts or none. What an expert takes
-        depends on all tokens, later ones as well, so a causal model refuses it.
+    capacity: how many experts a token has in the mean; it may have several, or none.
+
+    What an expert takes depends on all tokens, later ones as well, so a causal model refuses it.
     """
 
     paper = "Zhou et al. 2022, Mixture-of-experts with expert choice routing, arXiv:2202.09368, section 3.2"
@@ -38,11 +38,10 @@ class ExpertChoice(Router):
 
 @router.register("base")
 class Base(Router):
-    """One expert for each token, the same number of tokens for each expert, so that the sum of w_i^T x is largest;
-    weight sigmoid(w_i^T x).
+    """One expert per token, as many tokens per expert, so that the sum of w_i^T x is largest; weight sigmoid(w_i^T x).
 
-    In evaluation mode every token goes to its best expert, as it then should: nothing else has to be learned for
-    balance (section 3.1). Where the tokens do not divide by the experts, the first experts take one more.
+    In evaluation mode every token goes to its best expert: nothing else has to be learned for balance (section 3.1).
+    Where the tokens do not divide by the experts, the first experts take one more.
     """
 
     paper = "Lewis et al. 2021, BASE layers, arXiv:2103.16716, section 3"

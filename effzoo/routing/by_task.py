@@ -1,5 +1,4 @@
-"""Routing by the number of the task: fixed, or learned as a table of which task uses which skill (Ponti et al.
-2022)."""
+"""Routing by the number of the task: fixed, or by a learned table of which task uses which skill."""
 
 from __future__ import annotations
 
@@ -36,11 +35,14 @@ class Fixed(Router):
 
 @router.register("skills")
 class Skills(Router):
-    """A learned table Z [tasks, experts]: which skills a task uses, as a soft or hard choice, divided by their number.
+    """weights sigmoid(Z_t) / sum for task t, with a learned table Z [tasks, experts]: which skills a task uses.
 
-    tasks: rows of the table. form "soft": weights sigmoid(Z_t) / sum, with the relaxed Bernoulli's noise in
-        training; "hard": each skill on or off with the gradient of its relaxation.
-    temperature: of the relaxation. The table starts near 0, so that all tasks share all skills.
+    tasks: how many there are.
+    form: "soft", with the relaxed Bernoulli's noise in training; "hard", each skill on or off with the gradient of its
+        relaxation.
+    temperature: of the relaxation.
+
+    The table starts near 0, so that all tasks share all skills.
     """
 
     paper = "Ponti et al. 2022, Combining modular skills in multitask learning, arXiv:2202.13914, section 3"
@@ -61,7 +63,7 @@ class Skills(Router):
         self.table = nn.Parameter(torch.empty(tasks, experts).uniform_(-1e-3, 1e-3))
 
     def forward(self, x: Tensor) -> Routing:
-        x = checked_tasks(x, len(self.table), "rows of the table")
+        x = checked_tasks(x, len(self.table), "tasks of the table")
         found = hard(self.table[x], "sigmoid", self.temperature, self.training)
         if self.form == "hard":
             return found

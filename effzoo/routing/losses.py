@@ -12,21 +12,29 @@ from effzoo.errors import InputError
 
 
 def importance_loss(weights: Tensor) -> Tensor:
-    """CV(I)^2 of the importance I_i = sum over tokens of the weights [tokens, experts] (Shazeer et al. 2017,
-    arXiv:1701.06538, equations 6 and 7)."""
+    """CV(I)^2 of the importance I_i of each expert, the sum over tokens of its weights.
+
+    weights: [tokens, experts].
+
+    Shazeer et al. 2017, arXiv:1701.06538, equations 6 and 7.
+    """
     _check_shapes(weights=weights)
     return squared_variation(weights.sum(dim=0))
 
 
 def load_loss(clean: Tensor, noisy: Tensor, deviation: Tensor, k: Count) -> Tensor:
     """CV(L)^2 of the smooth load L_i, the expected number of tokens that expert i gets if the noise on it is drawn
-    again (appendix A there).
+    again.
 
         P(x, i) = Phi((clean_i - kth(noisy without i, k)) / deviation_i),   L_i = sum over tokens of P(x, i)
 
-    clean, noisy, deviation [tokens, experts]: scores without and with noise, and the noise's standard deviation.
-    k: how many are kept, fewer than there are experts. A deviation below the epsilon of its dtype counts as that, so
-        that gradients stay finite.
+    clean: scores without noise, [tokens, experts].
+    noisy: scores with it.
+    deviation: the noise's standard deviation; below the epsilon of its dtype it counts as that, so that gradients stay
+        finite.
+    k: how many experts are kept, fewer than there are.
+
+    Shazeer et al. 2017, arXiv:1701.06538, appendix A.
     """
     _check_shapes(clean=clean, noisy=noisy, deviation=deviation)
     if k >= noisy.shape[-1]:
@@ -52,16 +60,18 @@ def _check_shapes(**given: Tensor) -> None:
 
 
 def squared_variation(values: Tensor) -> Tensor:
-    """The squared coefficient of variation, var / mean^2, with the variance over all of them; 0 for a single one."""
+    """The squared coefficient of variation, var / mean^2, of all values; 0 for a single one."""
     return values.var(unbiased=False) / values.mean().square().clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def switch_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
-    """N sum_i f_i P_i: f_i the share of tokens whose choice is i, P_i the mean probability of i (Fedus et al. 2021,
-    arXiv:2101.03961, equation 4).
+    """N sum_i f_i P_i: f_i the share of tokens whose choice is i, P_i the mean probability of i.
 
-    1 where both are uniform, its least value for f = P; up to N where one expert has all. chosen bool[tokens, experts]
-    has no gradient.
+    probabilities: [tokens, experts].
+    chosen: bool[tokens, experts]; it has no gradient.
+
+    1 where both are uniform, its least value for f = P; up to N where one expert has all. Fedus et al. 2021,
+    arXiv:2101.03961, equation 4.
     """
     _check_shapes(probabilities=probabilities, chosen=chosen)
     experts = probabilities.shape[-1]
@@ -69,6 +79,10 @@ def switch_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
 
 
 def z_loss(scores: Tensor) -> Tensor:
-    """The mean over tokens of logsumexp(scores)^2, which keeps scores small (Zoph et al. 2022, ST-MoE,
-    arXiv:2202.08906, equation 5)."""
+    """The mean over tokens of logsumexp(scores)^2, which keeps scores small.
+
+    scores: [tokens, experts].
+
+    Zoph et al. 2022, ST-MoE, arXiv:2202.08906, equation 5.
+    """
     return scores.logsumexp(dim=-1).square().mean()

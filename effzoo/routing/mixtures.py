@@ -1,5 +1,4 @@
-"""Every expert sees every token (`uniform`, `soft`), or those that a learned choice with a gradient turns on
-(`gumbel`)."""
+"""Every expert sees every token (`uniform`, `soft`), or those that a learned hard choice turns on (`gumbel`)."""
 
 from __future__ import annotations
 
@@ -47,14 +46,15 @@ class Soft(Router):
 
 @router.register("gumbel")
 class Gumbel(Router):
-    """A hard choice that learns: in training the scores get Gumbel noise, the forward pass takes the choice, the
-    gradient that of the relaxation.
+    """weights choice + p - stop(p): a hard choice in the forward pass, the gradient that of its relaxation p.
 
-    form "softmax": one expert, with p = softmax((s + g) / temperature); the largest p is taken (Jang et al. 2017,
-    arXiv:1611.01144, sections 2.1 and 2.2). form "sigmoid": each expert on or off by itself, p_i = sigmoid((s_i + l) /
-    temperature) with logistic noise l (Maddison et al. 2017, arXiv:1611.00712, appendix B), on above 1/2, and those
-    that are on share the token equally; where none is, the likeliest is. Straight-through: weights = choice + p -
-    stop(p). Without noise in evaluation mode.
+    form: "softmax", one expert, p = softmax((s + g) / temperature) with Gumbel noise g, the largest p is taken (Jang et
+        al. 2017, arXiv:1611.01144, sections 2.1 and 2.2); "sigmoid", each expert on or off by itself, p_i =
+        sigmoid((s_i + l) / temperature) with logistic noise l (Maddison et al. 2017, arXiv:1611.00712, appendix B), on
+        above 1/2. Those that are on share the token equally; where none is, the likeliest is.
+    temperature: of the relaxation.
+
+    There is no noise in evaluation mode.
     """
 
     paper = "Jang et al. 2017, Categorical reparameterization with Gumbel-softmax, arXiv:1611.01144, section 2.2"

@@ -1,4 +1,4 @@
-"""The contract of a router: which experts see a token, and how much each counts.
+"""The contract of a router: which experts see a token, and with which weight.
 
 A router takes tokens [tokens, dim], or the number of the task of each [tokens], and gives a Routing. What a token is,
 is up to who asks: a position of a text, or an example in the mean over its positions. Options are keyword-only
@@ -24,8 +24,9 @@ from effzoo.errors import OptionError
 class Routing:
     """Where tokens go. With y_i(x) what expert i makes of a token, the token becomes sum_i weights_i y_i(x).
 
-    weights [tokens, experts]: 0 where a token is not sent. sent bool[tokens, experts].
-    probabilities [tokens, experts]: what the router thinks before it chooses, rows that add up to 1 where they are
+    weights: [tokens, experts], 0 where a token is not sent.
+    sent: bool[tokens, experts].
+    probabilities: [tokens, experts], of the router before it chooses; those of a token add up to 1 where they are
         probabilities.
     loss: what balances the experts, weighted; None when nothing does.
     """
@@ -47,8 +48,8 @@ class Router(nn.Module, abc.ABC):
     reads: "tokens" or "tasks".
     dense: whether every expert sees every token.
     alone: whether the choice for a token depends, in evaluation mode, on no other token, as a causal model needs.
-    straight_through: whether weights that are 0 have a gradient, so that every expert must compute every token for
-        as long as there is one to learn.
+    straight_through: whether weights that are 0 have a gradient, so that every expert must compute every token in
+        training.
     weighted: whether a loss is added in training.
     """
 
@@ -100,6 +101,8 @@ def one_hot(chosen: Tensor, experts: int) -> Tensor:
 
 
 def places(capacity: float, tokens: int, experts: int) -> int:
-    """How many tokens an expert takes at most: capacity times an equal share, rounded up (of 1.1 * 50 / 5 =
-    11.000000000000002 the 11)."""
+    """How many tokens an expert takes at most: capacity times an equal share, rounded up.
+
+    A billionth is taken off first: 1.1 * 50 / 5 = 11.000000000000002 is 11.
+    """
     return math.ceil(capacity * tokens / experts - 1e-9)

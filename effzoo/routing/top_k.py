@@ -1,5 +1,4 @@
-"""Sparse routing by scores: the best k experts of each token (Shazeer et al. 2017), or the best one with a capacity
-(Fedus et al. 2021)."""
+"""Sparse routing by scores: the best k experts of each token, or the best one with a capacity."""
 
 from __future__ import annotations
 
@@ -16,14 +15,15 @@ from effzoo.routing.router import Router, Routing, Scores, places
 
 @router.register("top_k")
 class TopK(Router):
-    """weights softmax over the k largest of h = x W^T + N(0, 1) softplus(x W_n^T), 0 elsewhere; the noise in training
+    """weights softmax over the k largest of h = x W^T + N(0, 1) softplus(x W_n^T), 0 elsewhere; noise in training
     alone.
 
     k: experts of a token; with k=1 its weight is 1, and the scores learn from the losses alone.
     noise: whether there is W_n.
-    importance, load: weights of the losses that balance the experts, in training; the load of an expert is only
-        smooth with noise. Both matrices start at 0 in the paper; here W is drawn, so that experts differ from the
-        first step.
+    importance, load: weights of the losses that balance the experts, in training; the load of an expert is only smooth
+        with noise.
+
+    Both matrices start at 0 in the paper; here W is drawn, so that experts differ from the first step.
     """
 
     paper = "Shazeer et al. 2017, Outrageously large neural networks, arXiv:1701.06538, equations 3 to 5"
@@ -64,12 +64,12 @@ class TopK(Router):
 
 @router.register("switch")
 class Switch(Router):
-    """The expert with the largest p = softmax(x W^T), with weight p; an expert takes at most ceil(capacity tokens /
-    experts), the first that come.
+    """The expert with the largest p = softmax(x W^T), with weight p; it takes the first ceil(capacity tokens /
+    experts).
 
     capacity: the factor above an equal share, in training; a token that finds its expert full is dropped: no expert
-        sees it, its weights are 0. In evaluation mode nothing is dropped, so that a token's result depends on no
-        other token.
+        sees it, its weights are 0. In evaluation mode nothing is dropped, so that a token's result depends on no other
+        token.
     balance: weight of N sum_i f_i P_i; 0 lets the router collapse.
     z: weight of the z-loss.
     """

@@ -1,5 +1,4 @@
-"""How experts are used, as a time series: the share of each, the entropy, what was dropped, and whether the router has
-collapsed."""
+"""How experts are used, as a time series: shares, entropy, dropped tokens, and whether the router has collapsed."""
 
 from __future__ import annotations
 
@@ -21,8 +20,9 @@ _UNUSED = 0.1  # of an equal share
 class Usage:
     """What one router did with the tokens of one pass.
 
-    router: its path in the model. tokens.
-    share [experts]: of the weight that each expert carries; adds up to 1.
+    router: its path in the model.
+    tokens: how many.
+    share: of the weight, that each expert carries; adds up to 1.
     entropy: of the share, divided by log(experts): 1 where all carry the same, 0 where one carries all.
     certainty: 1 less the mean entropy of a token's probabilities, likewise divided.
     dropped: share of tokens that no expert took.
@@ -84,7 +84,7 @@ def _entropy(p: Tensor) -> Tensor:
 def watch(model: nn.Module) -> Iterator[Watch]:
     """Record the usage of every router of a model while the `with` block lasts.
 
-    Left out: passes without tokens, and those in which the backward pass computes something again (gradient
+    Left out are passes without tokens, and those in which the backward pass computes something again (gradient
     checkpointing).
     """
     found = Watch()

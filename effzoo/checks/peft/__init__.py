@@ -1,5 +1,4 @@
-"""What every PEFT method must hold, the specific before the general: the first red line is then the one that explains
-most."""
+"""What every PEFT method must hold, the specific before the general: the first red line explains most."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What can be done to a trained adapter: keys, files, the end of training, detaching, merging, other adapters beside
-it, copies."""
+"""What can be done to a trained adapter: files, finishing, detaching, merging, other adapters, copies."""
 
 from __future__ import annotations
 
@@ -86,19 +85,10 @@ def detaches(subject: Subject, case: Case) -> None:
     model = attach(base, subject.spec)
     train(model, case.batch())
     detach(model, "default")
-    same(
-        "the model after detach",
-        model.state_dict(),
-        tensors,
-        "keep every tensor and every change inside the PeftModule",
-    )
-    close(
-        "the output after detach",
-        logits(model, case.batch()),
-        before,
-        0.0,
-        "leave hooks and attributes of the site alone",
-    )
+    advice = "keep every tensor and every change inside the PeftModule"
+    same("the model after detach", model.state_dict(), tensors, advice)
+    advice = "leave hooks and attributes of the site alone"
+    close("the output after detach", logits(model, case.batch()), before, 0.0, advice)
     changed = [name for name, parameter in model.named_parameters() if flags[name] != parameter.requires_grad]
     if changed:
         raise Failed(
@@ -121,12 +111,8 @@ def merges(subject: Subject, case: Case) -> None:
             raise Failed(
                 f"the account says that merging changes {account(model).changed} entries, but merge refuses: {refusal}"
             ) from None
-        same(
-            "the model after merge refused",
-            model.state_dict(),
-            tensors,
-            "merge must change nothing when it cannot finish",
-        )
+        advice = "merge must change nothing when it cannot finish"
+        same("the model after merge refused", model.state_dict(), tensors, advice)
         return
     if not mergeable:
         raise Failed("merged, although some module is no change of a weight; what it did is lost")
@@ -172,13 +158,8 @@ def serves_mixed_batches(subject: Subject, case: Case) -> None:
     except IncompatibleError as refusal:
         raise NotApplicable(f"refused: {refusal}") from None
     expected = torch.stack([alone[name][row] for row, name in enumerate(rows)])
-    close(
-        "a row's output",
-        got,
-        expected,
-        1e-10,
-        "hooks must treat each example by itself, and hold everything trained in parameters or buffers",
-    )
+    advice = "hooks must treat each example by itself, and hold everything trained in parameters or buffers"
+    close("a row's output", got, expected, 1e-10, advice)
 
 
 @needs("attaches")
@@ -187,22 +168,12 @@ def copies(subject: Subject, case: Case) -> None:
     """A deep copy and a state-dict round trip give the same output, and a copy shares nothing"""
     model = subject.trained(case)
     before, twin = logits(model, case.batch()), copy.deepcopy(model)
-    close(
-        "a deep copy's output",
-        logits(twin, case.batch()),
-        before,
-        0.0,
-        "hold no reference to tensors outside the module",
-    )
+    advice = "hold no reference to tensors outside the module"
+    close("a deep copy's output", logits(twin, case.batch()), before, 0.0, advice)
     if wrong := silent(twin, train(twin, case.batch())):
         raise Failed(f"in a deep copy {wrong}; hold no reference to tensors outside the module, closures included")
-    close(
-        "the output after a deep copy was trained",
-        logits(model, case.batch()),
-        before,
-        0.0,
-        "hold no reference to tensors outside the module",
-    )
+    advice = "hold no reference to tensors outside the module"
+    close("the output after a deep copy was trained", logits(model, case.batch()), before, 0.0, advice)
     torch.manual_seed(4321)
     other = subject.attached(case)
     other.load_state_dict(model.state_dict())

@@ -32,13 +32,8 @@ def starts_as_identity(subject: Subject, case: Case) -> None:
     """Right after attaching the output is unchanged, or the method says that it is not"""
     before, after = logits(case.model(), case.batch()), logits(subject.attached(case), case.batch())
     if subject.identity_at_init:
-        close(
-            "the output right after attaching",
-            after,
-            before,
-            1e-10,
-            "start from a change of 0, or declare identity_at_init = False",
-        )
+        advice = "start from a change of 0, or declare identity_at_init = False"
+        close("the output right after attaching", after, before, 1e-10, advice)
     elif torch.equal(before, after):
         raise Failed(
             "identity_at_init is False, yet the output is bit-identical to the base's; declare it True, or "
@@ -61,12 +56,8 @@ def base_is_frozen(subject: Subject, case: Case) -> None:
             "touch requires_grad of the site"
         )
     train(model, case.batch())
-    same(
-        "the base after training",
-        base_tensors(model),
-        before,
-        "train tensors of your own module; return changed weights, never write into them",
-    )
+    advice = "train tensors of your own module; return changed weights, never write into them"
+    same("the base after training", base_tensors(model), before, advice)
 
 
 @needs("attaches")
@@ -113,13 +104,8 @@ def runs_in_half_precision(subject: Subject) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model.train()(**batch).loss
     loss.backward()
-    close(
-        "the loss under autocast",
-        loss.detach().double(),
-        torch.tensor(exact).double(),
-        0.1 * abs(exact),
-        "cast trained vectors to what they meet",
-    )
+    advice = "cast trained vectors to what they meet"
+    close("the loss under autocast", loss.detach().double(), torch.tensor(exact).double(), 0.1 * abs(exact), advice)
     broken = [
         name
         for name, parameter in model.named_parameters()

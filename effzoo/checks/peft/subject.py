@@ -1,5 +1,4 @@
-"""A PEFT method under check, and the models on which it is checked: an encoder and a decoder, with full and with
-windowed attention."""
+"""A PEFT method under check, and the models: an encoder and a decoder, with full and with windowed attention."""
 
 from __future__ import annotations
 
@@ -57,7 +56,7 @@ class Subject:
 
 
 def on_every_model(check: Callable[[Subject, Case], None]) -> Check:
-    """Run a check on each of the `CASES`; what goes wrong is told with the model's name."""
+    """Run a check on each of the `CASES`; what goes wrong has the model's name."""
 
     @functools.wraps(check)
     def run(subject: Subject) -> None:

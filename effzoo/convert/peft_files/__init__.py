@@ -1,19 +1,20 @@
 """Adapters in the files of the `peft` package, both ways: adapter_config.json and adapter_model.safetensors.
 
 `effzoo.save_adapter(model, folder, name=..., format="peft")` writes what `peft.PeftModel.from_pretrained(twin, folder)`
-    loads, on the model of transformers with the same weights (`effzoo.convert.to_transformers` of the model without
-    adapters); `effzoo.load_adapter(model, folder)` reads what peft has saved. Both sides then compute the same.
+loads, on the model of transformers with the same weights (`effzoo.convert.to_transformers` of the model without
+adapters); `effzoo.load_adapter(model, folder)` reads what peft has saved. Both sides then compute the same.
 
-    ours                                            theirs
-    lora (rslora, ranks by role), dora              LORA; starts from factors of the base (pissa, olora) as a LoRA of
-    twice the rank ia3                                             IA3
-    krona                                           LOKR with full factors
-    prompt; p_tuning, prefix (without their networks)   PROMPT_TUNING; P_TUNING, PREFIX_TUNING
-    llama_adapter, gates equal in all heads         ADAPTION_PROMPT
-    tokens, alone or beside lora                    TRAINABLE_TOKENS, or trainable_token_indices beside LORA
-    norms alone                                     LN_TUNING
-    the task head, other modules trained as a whole modules_to_save
-    biases beside lora                              bias="lora_only" or "all"
+    ours                                     theirs
+    lora (rslora, ranks by role), dora       LORA; pissa and olora as a LoRA of twice the rank
+    ia3                                      IA3
+    krona                                    LOKR with full factors
+    prompt                                   PROMPT_TUNING
+    p_tuning, prefix (without networks)      P_TUNING, PREFIX_TUNING
+    llama_adapter, gates equal in all heads  ADAPTION_PROMPT
+    tokens alone, lora|tokens                TRAINABLE_TOKENS, trainable_token_indices of LORA
+    norms alone                              LN_TUNING
+    the task head, other whole modules       modules_to_save
+    lora|bitfit                              bias="lora_only" or "all" of LORA
 
 A language-model head that is tied to the token table: a LoRA of ours on the table changes both, which is
 `ensure_weight_tying` there; without it peft changes lookups alone (`lora[tied=false]`), or the head alone (a LoRA on
@@ -21,14 +22,13 @@ A language-model head that is tied to the token table: a LoRA of ours on the tab
 
 Unlike peft, which loads what fits and warns, reading is strict: a tensor that is missing, too many or of another shape,
 and an option that effzoo has no counterpart for, is an AdapterError, and the model is then as it was. Regular
-expressions are
-matched in bounded time. What such files cannot do is prove the base: they hold
-no hash of its weights, and `base_model_name_or_path` is a name that is only logged. Where representing the same
-function would need something that peft lacks, a sentence says so; nothing is approximated.
+expressions are matched in bounded time. What such files cannot do is prove the base: they hold no hash of its weights,
+and `base_model_name_or_path` is a name that is only logged. Where representing the same function would need something
+that peft lacks, a sentence says so; nothing is approximated.
 
-Two differences are in peft's models and not in the files, and a warning of the logger "effzoo.convert" tells of them:
-behind a prefix learned positions go on (`memory`), and behind a prompt classifying decoders read the last position even
-if it is padding.
+Two differences are in peft's models and not in the files, and the logger "effzoo.convert" warns of them: behind a
+prefix learned positions go on (`memory`), and behind a prompt classifying decoders read the last position even if it is
+padding.
 
 What was trained with dropout of other kinds than ours continues without it, and optimizer states are not part of either
 format.

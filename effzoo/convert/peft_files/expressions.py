@@ -1,9 +1,9 @@
 """Regular expressions of foreign files, matched in bounded time.
 
 `re` goes back over what it has tried, so that a few characters of a file can keep it busy for ever. Here an expression
-    is parsed, and the set of all ends that it can have is computed from each start, once: at most (size of the
-    expression) x (length of the name)^2 steps, of which there is a budget besides. What needs more than sets of ends
-    (backreferences, looking behind, possessive repeats, flags) is refused.
+is parsed, and the set of all ends that it can have is computed from each start, once: at most (size of the expression)
+x (length of the name)^2 steps, and there is a budget of steps. What needs more than sets of ends (backreferences,
+looking behind, possessive repeats, flags) is refused.
 """
 
 from __future__ import annotations

@@ -28,9 +28,15 @@ EVERYWHERE: Fields = {
 
 @dataclass(frozen=True)
 class Kind:
-    """peft_types: theirs. classes: our modules. marks: what the last part of a tensor's key begins with. fields: of the
-    config that are read, or that concern only how they begin, or drop out, in training; any other that asks for
-    something is refused."""
+    """A method in both libraries.
+
+    peft_types: theirs.
+    classes: our modules.
+    marks: what the last part of a tensor's key begins with.
+    fields: of the config, with their types: those that are read, or that concern only how they begin, or drop out, in
+        training; any other that asks for something is refused.
+    write, read: who does it.
+    """
 
     peft_types: tuple[str, ...]
     classes: tuple[type[PeftModule], ...]

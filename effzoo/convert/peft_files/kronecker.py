@@ -22,7 +22,7 @@ BALANCED = -1  # their factor for divisors near the root
 
 
 def divided(size: int, factor: int) -> int:
-    """The number of rows (or columns) of their first factor, of a matrix with `size`."""
+    """The first axis of their first factor, of a matrix that has `size` there."""
     if factor > 0 and size % factor == 0:
         return factor
     most = size if factor == BALANCED else factor

@@ -3,7 +3,8 @@
 Where their module stacks several of ours (GPT-2's c_attn holds q, k and v), ours become one low rank of theirs whose
 rank is the sum, A = [A_q; A_v] and B = diag(B_q, B_v): exactly the same function, with zeros that peft would train as
 well. The file's header keeps the ranks, so that the way back is exact; without it (a file of peft's) each of our
-modules gets a copy of A and its rows of B, which is the same function, and A is no longer shared if training goes on.
+modules gets a copy of A and its outputs of B, which is the same function, and A is no longer shared if training goes
+on.
 
 Where a language-model head is tied to the table, a LoRA of ours on the table changes both, which peft does with
 `ensure_weight_tying`: its head then has the same factors, transposed. Without, peft changes lookups alone, our
@@ -32,7 +33,7 @@ from effzoo.convert.peft_files.twin import (
     split,
     tidy,
     whole,
-)
+)  # fmt: skip
 from effzoo.errors import AdapterError
 from effzoo.peft import Method
 from effzoo.peft.parameter.dora import DecomposedWeight, DoRA
@@ -49,8 +50,10 @@ MAGNITUDE_TOLERANCE = 1e-5
 
 
 def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
-    """An adapter of LoRA or DoRA modules; those that start from factors of the base have twice the rank, [A; A_0] and
-    [B, -B_0]."""
+    """An adapter of LoRA or DoRA modules.
+
+    Those that start from factors of the base have twice the rank, [A; A_0] and [B, -B_0].
+    """
     dora = any(isinstance(module, DecomposedWeight) for module in modules.values())
     if dora and not all(isinstance(module, DecomposedWeight) for module in modules.values()):
         raise AdapterError(
@@ -196,9 +199,9 @@ def _read_embedding(twin: Twin, config: Config, theirs: str, left: dict[str, Ten
     if config.get("use_dora"):
         raise AdapterError(f"{theirs} is an embedding with use_dora=True; effzoo has DoRA for linear layers only")
     A, B = _take(left, f"{theirs}.lora_embedding_A"), _take(left, f"{theirs}.lora_embedding_B")
-    rows, dim = twin.weight(path).shape
+    tokens, dim = twin.weight(path).shape
     rank = first_axis(f"{theirs}.lora_embedding_A", A)
-    shaped(f"{theirs}.lora_embedding_A", A, rank, rows)
+    shaped(f"{theirs}.lora_embedding_A", A, rank, tokens)
     shaped(f"{theirs}.lora_embedding_B", B, dim, rank)
     options = _options(config, theirs, rank, rank) | {"dropout": 0.0}  # which peft does not apply to embeddings either
     if path != twin.token or twin.tied_head is None:
@@ -259,18 +262,16 @@ def _blocks(
     theirs: str, A: Tensor, B: Tensor, sizes: list[int], ranks: list[int] | None
 ) -> list[tuple[Tensor, Tensor] | None]:
     """A and B of each of our modules in one of theirs; None for one without an adapter."""
-    rows = split(B, sizes)
+    of_outputs = split(B, sizes)
     if ranks is None:
-        return [(A, own) for own in rows]
+        return [(A, own) for own in of_outputs]
     if sum(ranks) != len(A):
         raise AdapterError(
             f"{theirs} has rank {len(A)} in the file, whose header gives ranks {ranks}; save the adapter again"
         )
-    columns = [split(own, ranks, 1) for own in rows]
-    if any(block.any() for i, row in enumerate(columns) for j, block in enumerate(row) if i != j):
+    blocks = [split(own, ranks, 1) for own in of_outputs]
+    if any(block.any() for i, of_module in enumerate(blocks) for j, block in enumerate(of_module) if i != j):
         raise AdapterError(
             f"{theirs}: the file's header says that lora_B is block-diagonal, and it is not; save the adapter again"
         )
-    return [
-        (own, row[i]) if len(own) else None for i, (own, row) in enumerate(zip(split(A, ranks), columns, strict=True))
-    ]
+    return [(own, blocks[i][i]) if len(own) else None for i, own in enumerate(split(A, ranks))]

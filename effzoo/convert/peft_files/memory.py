@@ -1,13 +1,14 @@
 """Prefixes and LLaMA-Adapter in the files of peft.
 
-A prefix is one tensor `prompt_embeddings` [rows, layers * 2 * heads * head_dim]: for each row the keys and values of
-layer 0, then those of layer 1, and so on; the heads are those of keys and values. peft hands it over as a cache of
-`rows` earlier positions, so its tokens begin at position `rows`, and its position ids cannot be changed; ours begin at
-0. With rotary positions the difference is made up for exactly: queries are turned by `rows` positions more there, so
-keys are written turned by as many, and turned back when read. With learned positions nothing can make up for it: both
-compute the same when ours is called with position_ids that begin at `rows` (a warning says so).
+A prefix is one tensor `prompt_embeddings` [length, layers * 2 * heads * head_dim]: for each of `length` positions the
+keys and values of layer 0, then those of layer 1, and so on; the heads are those of keys and values. peft hands it over
+as a cache of `length` earlier positions, so its tokens begin at position `length`, and its position ids cannot be
+changed; ours begin at 0. With rotary positions the difference is made up for exactly: queries are rotated by `length`
+positions more there, so keys are written rotated by as many, and rotated back when read. With learned positions nothing
+can make up for it: both compute the same when ours is called with position_ids that begin at `length` (a warning says
+so).
 
-LLaMA-Adapter is `adaption_prompt` [1, rows, dim] and `adaption_gate` [1] in the uppermost layers: one gate for all
+LLaMA-Adapter is `adaption_prompt` [1, length, dim] and `adaption_gate` [1] in the uppermost layers: one gate for all
 heads, and no tanh. So ours is written as tanh(gate) if the gates of all heads agree, and theirs is read as the inverse
 tanh, the same for all heads, if it is in (-1, 1).
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -44,12 +46,13 @@ def _layers(twin: Twin) -> list[str]:
 
 
 def _rotary(twin: Twin, path: str) -> Rotary | None:
-    rotary: Rotary | None = twin.model.get_submodule(path.rpartition(".")[0]).rotary  # type: ignore[assignment]
+    attention: Any = twin.model.get_submodule(path.rpartition(".")[0])
+    rotary: Rotary | None = attention.rotary
     return rotary
 
 
-def turned(keys: Tensor, rotary: Rotary | None, positions: int) -> Tensor:
-    """Keys [heads, rows, head_dim] turned by a number of positions, which may be negative."""
+def rotated(keys: Tensor, rotary: Rotary | None, positions: int) -> Tensor:
+    """Keys [heads, length, head_dim] rotated by a number of positions, which may be negative."""
     if rotary is None:
         return keys
     cos, sin = rotary.angles(torch.tensor([[abs(positions)]], device=keys.device))
@@ -90,13 +93,13 @@ def write_prefix(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Wri
                 f"prefix: peft has keys and values of one width, {path} has {site.head_dim} and {site.value_dim}"
             )
         keys, values = module.pair()
-        both += [turned(keys, _rotary(twin, path), keys.shape[1]), values]
+        both += [rotated(keys, _rotary(twin, path), keys.shape[1]), values]
     if len({part.shape for part in both}) > 1:
         raise AdapterError("prefix: peft has one length for all layers, this adapter has several; attach it with one")
     table = rearrange(both, "(l two) h n d -> n (l two h d)", two=2)
-    heads, rows, width = both[0].shape
+    heads, length, width = both[0].shape
     config: Config = {"peft_type": "PREFIX_TUNING", "prefix_projection": False, "encoder_hidden_size": heads * width}
-    return Written(config | sizes(twin, rows, heads * width, heads), {KEY: table})
+    return Written(config | sizes(twin, length, heads * width, heads), {KEY: table})
 
 
 def read_prefix(
@@ -108,12 +111,14 @@ def read_prefix(
     assert isinstance(site, MemorySite)
     check_sizes(config, sizes(twin, first_axis(KEY, table), site.heads * site.head_dim, site.heads))
     shaped(KEY, table, len(table), len(layers) * 2 * site.heads * site.head_dim)
-    each = rearrange(table, "n (l two h d) -> l two h n d", two=2, h=site.heads, l=len(layers))
+    of_layers = rearrange(table, "n (l two h d) -> l two h n d", two=2, h=site.heads, l=len(layers))
     return {
         path: Wanted(
-            "prefix", {"length": len(table)}, {"keys": turned(keys, _rotary(twin, path), -len(table)), "values": values}
+            "prefix",
+            {"length": len(table)},
+            {"keys": rotated(keys, _rotary(twin, path), -len(table)), "values": values},
         )
-        for path, (keys, values) in zip(layers, each, strict=True)
+        for path, (keys, values) in zip(layers, of_layers, strict=True)
     }
 
 

@@ -1,5 +1,4 @@
-"""How a config of peft names modules: lists of names or of their ends, regular expressions, and patterns with a
-number."""
+"""How a config of peft names modules: lists of names or of their ends, expressions, and patterns with a number."""
 
 from __future__ import annotations
 
@@ -17,12 +16,12 @@ class Numbers:
     """{regular expression: number}: which number a module has."""
 
     def __init__(self, pattern: Mapping[str, Any], steps: Steps):
-        self.each = [(Expression(text, steps), number) for text, number in pattern.items()]
+        self.numbers = [(Expression(text, steps), number) for text, number in pattern.items()]
 
     def of(self, theirs: str, default: Any) -> Any:
         """The number of the first expression that is the module's path or its end after a dot, or the default."""
         starts = [0, *(at + 1 for at, one in enumerate(theirs) if one == ".")]
-        for expression, number in self.each:
+        for expression, number in self.numbers:
             if any(len(theirs) in expression.ends(theirs, start) for start in starts):
                 return number
         return default
@@ -35,7 +34,7 @@ def compiled(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def matched(config: Mapping[str, Any], known: Iterable[str]) -> set[str]:
-    """The known modules that `target_modules` names, without those of `exclude_modules` and of other layers than
+    """The known modules that `target_modules` names, less `exclude_modules` and other layers than
     `layers_to_transform`."""
     targets, steps = config.get("target_modules"), Steps()
     # the first leaves the choice to peft's own tables, the second is never saved after training
@@ -71,8 +70,7 @@ class _Names:
 
 
 def ends_with(given: str | Iterable[str], known: Iterable[str]) -> set[str]:
-    """The known modules that a regular expression is, or that end as a list says: how (IA)3 of peft names its
-    feed-forward modules."""
+    """The known modules that an expression is, or that end as a list says: so (IA)3 of peft names its feed-forward."""
     if isinstance(given, str):
         expression = Expression(given, Steps())
         return {theirs for theirs in known if expression.matches(theirs)}

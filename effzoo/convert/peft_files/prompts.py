@@ -1,9 +1,8 @@
-"""Prompts and P-tuning in the files of peft: one tensor `prompt_embeddings` [rows, dim]; the encoder of P-tuning is
-dropped there too.
+"""Prompts and P-tuning in the files of peft: one tensor `prompt_embeddings` [length, dim].
 
-The rows take the first positions in both libraries. Heads that read the first position see the first token in effzoo
-and the first row of the prompt in peft, so such models are refused; and so is attention with windows, where our rows
-are global.
+The encoder of P-tuning is dropped there too. The prompt takes the first positions in both libraries. Heads that read
+the first position see the first token in effzoo and the first prompt token in peft, so such models are refused; and so
+is attention with windows, where our prompt is global.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ KEY = "prompt_embeddings"
 
 
 def check_attention(twin: Twin) -> None:
-    """AdapterError for attention in which rows are seen by other queries here and there, and for tasks in which peft
+    """AdapterError for attention in which prompts are seen by other queries here and there, and for tasks in which peft
     leaves them out."""
     kinds = sorted({core.name for core in twin.model.cores()} - {"full"})
     if kinds:
         raise AdapterError(
-            f"prompts and prefixes on attention {kinds[0]!r}: in effzoo every query sees the rows, in peft they are "
-            "ordinary positions that fall out of a window; use lora or ia3"
+            f"prompts and prefixes on attention {kinds[0]!r}: in effzoo every query sees them, in peft their tokens "
+            "fall out of a window like any other; use lora or ia3"
         )
     if twin.task_type is None:
         raise AdapterError(
@@ -41,7 +40,7 @@ def check_attention(twin: Twin) -> None:
 
 
 def check_reading(twin: Twin) -> None:
-    """AdapterError where the two libraries compute different things with the same rows."""
+    """AdapterError where the two libraries compute different things with the same prompt."""
     task, config = twin.model.task, twin.model.config
     check_attention(twin)
     if (task == "classification" and config.pooling != "last") or (
@@ -49,7 +48,7 @@ def check_reading(twin: Twin) -> None:
     ):
         raise AdapterError(
             f"prompts on {config.name} for {task}: the head reads the first token (or the mean of the tokens) in "
-            "effzoo, and in peft the rows of the prompt count as tokens; no file can say the same to both. Use another "
+            "effzoo, and in peft the prompt counts as tokens; no file can say the same to both. Use another "
             "task, a decoder, or another method"
         )
     if task == "classification":
@@ -66,7 +65,7 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
         raise AdapterError(f"peft has one prompt, this adapter has {len(modules)}")
     (module,) = modules.values()
     assert isinstance(module, PromptTokens | ReparametrisedPrompt)
-    rows = module.prompt()
+    prompt = module.prompt()
     config: Config = {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"}
     if isinstance(methods[0], PTuning):
         config = {
@@ -74,13 +73,13 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
             "encoder_hidden_size": methods[0].hidden,
             "encoder_reparameterization_type": "MLP",
         }
-    return Written(config | sizes(twin, len(rows), twin.model.config.dim, twin.model.config.heads), {KEY: rows})
+    return Written(config | sizes(twin, len(prompt), twin.model.config.dim, twin.model.config.heads), {KEY: prompt})
 
 
-def sizes(twin: Twin, rows: int, width: int, heads: int) -> Config:
+def sizes(twin: Twin, length: int, width: int, heads: int) -> Config:
     """What peft wants to know of the model."""
     return {
-        "num_virtual_tokens": rows,
+        "num_virtual_tokens": length,
         "token_dim": width,
         "num_attention_heads": heads,
         "num_layers": twin.model.config.layers,
@@ -89,7 +88,7 @@ def sizes(twin: Twin, rows: int, width: int, heads: int) -> Config:
 
 
 def check_sizes(config: Config, expected: Config) -> None:
-    """AdapterError for a size in the file's config that is not this model's: the rows would be read as others."""
+    """AdapterError for a size in the file's config that is not this model's: the numbers would be read as others."""
     for name, value in expected.items():
         if config.get(name) not in (None, value):
             raise AdapterError(
@@ -103,12 +102,12 @@ def read(
 ) -> dict[str, Wanted]:
     """`prompt`, or `p_tuning` that is finished already."""
     check_reading(twin)
-    rows, width = only(tensors, KEY), twin.model.config.dim
-    check_sizes(config, sizes(twin, first_axis(KEY, rows), width, twin.model.config.heads))
-    shaped(KEY, rows, len(rows), width)
+    prompt, width = only(tensors, KEY), twin.model.config.dim
+    check_sizes(config, sizes(twin, first_axis(KEY, prompt), width, twin.model.config.heads))
+    shaped(KEY, prompt, len(prompt), width)
     (path,) = (path for path, site in twin.sites.items() if site.role == "embed.token")
     method = "p_tuning" if config["peft_type"] == "P_TUNING" else "prompt"
-    return {path: Wanted(method, {"length": len(rows)}, {"tokens": rows})}
+    return {path: Wanted(method, {"length": len(prompt)}, {"tokens": prompt})}
 
 
 def only(tensors: Mapping[str, Tensor], key: str) -> Tensor:

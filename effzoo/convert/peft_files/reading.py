@@ -41,14 +41,14 @@ def read(model: nn.Module, directory: Path, name: str) -> None:
     twin = Twin(model)
     _check_config(config, kind, directory)
     config = patterns.compiled(config)
-    own, others, beside = _sorted_out(twin, kind, tensors)
+    own, others, of_tokens = _sorted_out(twin, kind, tensors)
     found = kind.read(twin, config, own, parts)
-    rows = tokens.read(twin, config, beside, parts) if kind.peft_types == ("LORA",) else {}
+    trained_tokens = tokens.read(twin, config, of_tokens, parts) if kind.peft_types == ("LORA",) else {}
     kept = whole_modules.read(twin, config, others, parts)
     _check_whole(twin, config, own)
     _check_saved(twin, config, tensors)
     whole = {path for path, wanted in kept.items() if wanted.method in ("full", "tokens")}
-    if clash := [*(rows.keys() & (found.keys() | whole)), *(whole & found.keys())]:
+    if clash := [*(trained_tokens.keys() & (found.keys() | whole)), *(whole & found.keys())]:
         raise AdapterError(f"the file holds two things for {clash[0]}; peft has written one of them for another module")
     if kind.peft_types == ("LN_TUNING",):
         found, kept = {}, found | kept
@@ -57,21 +57,22 @@ def read(model: nn.Module, directory: Path, name: str) -> None:
     )
     heads = {path: wanted for path, wanted in kept.items() if twin.is_head(path)}
     rest = {path: wanted for path, wanted in kept.items() if not twin.is_head(path)}
-    attach(
-        model, [*specs(twin, found), *specs(twin, rows), *specs(twin, rest)], name=name, num_labels=_labels(twin, heads)
-    )
+    groups = [found, trained_tokens, rest]
+    attach(model, [spec for group in groups for spec in specs(twin, group)], name=name, num_labels=_labels(twin, heads))
     try:
         if config["peft_type"] == "P_TUNING":
             finish(model, name)
-        _fill(model, twin, name, [found, rows, rest, heads])
+        _fill(model, twin, name, [*groups, heads])
     except EffzooError:
         detach(model, name)
         raise
 
 
 def _labels(twin: Twin, heads: Mapping[str, Wanted]) -> int | None:
-    """For how many labels the head of the file is. Raises AdapterError for one of another size than the model's that is
-    not whole."""
+    """For how many labels the head of the file is.
+
+    Raises AdapterError for one of another size than the model's that is not whole.
+    """
     for path, wanted in heads.items():
         if twin.sites[path].role != LABELS or not (sizes := {len(tensor) for tensor in wanted.tensors.values()}):
             continue
@@ -81,7 +82,7 @@ def _labels(twin: Twin, heads: Mapping[str, Wanted]) -> int | None:
         if other and (len(sizes) > 1 or set(wanted.tensors) != {f"own_{key}" for key in base}):
             raise AdapterError(
                 f"{path}: the file's head has {' and '.join(map(str, sorted(sizes)))} outputs, this model's {ours}; "
-                "one of another size comes whole, weight and bias alike; copy the whole adapter"
+                "one of another size comes whole, weight and bias; copy the whole adapter"
             )
         return sizes.pop()
     return None
@@ -165,22 +166,18 @@ def _check_config(config: Config, kind: Kind, directory: Path) -> None:
 def _sorted_out(
     twin: Twin, kind: Kind, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """The method's own tensors, the others (heads, biases), and trained tokens beside LoRA, by key without prefix."""
+    """The method's own tensors, the others (heads, biases), and a LoRA's trained tokens, by key without prefix."""
     own: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
-    beside: dict[str, Tensor] = {}
+    of_tokens: dict[str, Tensor] = {}
     ties = twin.layout.ties(twin.model.config, twin.model.task)
     for full, tensor in tensors.items():
-        key = (
-            full.removeprefix("base_model.model.")
-            if full.startswith("base_model.model.")
-            else full.removeprefix("base_model.")
-        )
+        key = full.removeprefix("base_model.").removeprefix("model." if full.startswith("base_model.model.") else "")
         if any(part.startswith(kind.marks) for part in key.split(".")):
             own[key] = tensor
             continue
-        if key.endswith(f".{tokens.BESIDE}{tokens.KEY}"):
-            beside[key] = tensor
+        if key.endswith(f".{tokens.WRAPPER}{tokens.KEY}"):
+            of_tokens[key] = tensor
             continue
         if ".original_module." in key or (
             ".modules_to_save." in key and key.replace(".modules_to_save.", ".") in key_set(tensors)
@@ -191,14 +188,14 @@ def _sorted_out(
         if key in ties and (other := _tensor(tensors, ties[key])) is not None:
             if other.shape != tensor.shape or not torch.equal(other, tensor):
                 raise AdapterError(
-                    f"the file trains {key} and {ties[key]} apart, which are one tensor in this model; load it into a "
-                    "model with tied=False, or train it in peft with ensure_weight_tying=True"
+                    f"the file trains {key} and {ties[key]} as two tensors, which are one in this model; load it into "
+                    "a model with tied=False, or train it in peft with ensure_weight_tying=True"
                 )
             continue
         if _is_base(twin, key, tensor, adapted):
             continue
         others[key] = tensor
-    return own, others, beside
+    return own, others, of_tokens
 
 
 def _tensor(tensors: Mapping[str, Tensor], key: str) -> Tensor | None:
@@ -214,8 +211,10 @@ def key_set(tensors: Iterable[str]) -> set[str]:
 
 
 def _is_base(twin: Twin, key: str, tensor: Tensor, adapted: bool) -> bool:
-    """Whether this is a weight as the base has it, which peft also saves for embeddings and language-model heads that
-    are adapted."""
+    """Whether this is a weight as the base has it.
+
+    peft also saves those of embeddings and language-model heads that are adapted.
+    """
     theirs, _, parameter = key.rpartition(".")
     path = twin.rules[theirs].ours[0] if theirs in twin.rules else ""
     if not path or parameter != "weight" or not (adapted or isinstance(twin.sites[path], Embedding)):
@@ -237,8 +236,7 @@ def _is_base(twin: Twin, key: str, tensor: Tensor, adapted: bool) -> bool:
 
 
 def _check_whole(twin: Twin, config: Config, own: Mapping[str, Tensor]) -> None:
-    """AdapterError for a module that the config names and the file has no tensors for; peft would leave it as it
-    starts, and warn."""
+    """AdapterError for a module that the config names and the file has no tensors for; peft would only warn."""
     if config["peft_type"] not in ("LORA", "IA3", "LOKR", "LN_TUNING", "TRAINABLE_TOKENS"):
         return
     have = {
@@ -313,10 +311,10 @@ def specs(twin: Twin, wanted: Mapping[str, Wanted]) -> list[Spec]:
     return found
 
 
-def _fill(model: nn.Module, twin: Twin, name: str, each: list[dict[str, Wanted]]) -> None:
+def _fill(model: nn.Module, twin: Twin, name: str, groups: list[dict[str, Wanted]]) -> None:
     """Copy the tensors into what was hung; AdapterError for what does not correspond."""
     filled = set()
-    for wanted in each:
+    for wanted in groups:
         for path, one in wanted.items():
             site = twin.sites[path]
             state = (

@@ -1,11 +1,10 @@
 """What the weights that effzoo writes for peft say of themselves: their config, and a hash of both.
 
 The two files of an adapter cannot be renamed in one step, and peft's own have no hashes. So the header of
-adapter_model.safetensors, which peft does not look at, holds the config that the weights were written with, and a hash
-of
+adapter_model.safetensors, which peft does not read, holds the config that the weights were written with, and a hash of
 both: altered files are refused, and so are two that do not belong together. Between the two renames, and when the
-    writer is killed there, the new config is still beside them under its temporary name, and is found. Of files that
-    peft wrote nothing proves that they are whole, but that they fit each other and the model.
+writer is killed there, the new config is still in the folder under its temporary name, and is found. Of files that peft
+wrote nothing proves that they are whole, but that they fit each other and the model.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ LABELS = ("task_type", "auto_mapping", "peft_version", "base_model_name_or_path"
 
 def header(config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]) -> str:
     """What goes into the header of the weights."""
-    held = json.loads(json.dumps({"config": config, "parts": parts}))
-    return json.dumps(held | {"sha256": _digest(held, tensors)})
+    content = json.loads(json.dumps({"config": config, "parts": parts}))
+    return json.dumps(content | {"sha256": _digest(content, tensors)})
 
 
 def opened(
@@ -54,7 +53,7 @@ def opened(
     given = given if isinstance(given, dict) else {}
     parts = given.get("parts", {})
     if not isinstance(parts, dict) or not all(
-        isinstance(each, list) and all(type(n) is int for n in each) for each in parts.values()
+        isinstance(numbers, list) and all(type(n) is int for n in numbers) for numbers in parts.values()
     ):
         raise AdapterError(
             f"{path.parent}: the header of the weights has parts that are no lists of numbers; save the adapter again"
@@ -72,14 +71,14 @@ def opened(
             return candidate, parts
     key = str(_different(config, written))
     raise AdapterError(
-        f"{path} has {key}={config.get(key)!r:.80}, the weights beside it were written with {written.get(key)!r:.80}; "
+        f"{path} has {key}={config.get(key)!r:.80}, the weights there were written with {written.get(key)!r:.80}; "
         "copy both files of one adapter, or save it again"
     )
 
 
 def _candidates(config: Config, path: Path) -> Iterator[Config]:
-    """The config; those that a writer is about to rename to it, or was when it was killed; and the one that has its
-    place by now."""
+    """The config; those that a writer is about to rename to it, or was when it was killed; and the one in its place by
+    now."""
     yield config
     for partial in path.parent.glob(f".{path.name}.*.partial"):
         with suppress(AdapterError):  # half written: then the weights are not its own either
@@ -99,6 +98,6 @@ def _different(config: Config, other: Config) -> str | None:
     )
 
 
-def _digest(held: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    content = {**held, "tensors": {key: described(tensor) for key, tensor in tensors.items()}}
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    content = {**header, "tensors": {key: described(tensor) for key, tensor in tensors.items()}}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

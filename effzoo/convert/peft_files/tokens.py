@@ -1,9 +1,8 @@
-"""Trained rows of the token table in the files of peft: its TrainableTokens, alone, or beside LoRA as
-`trainable_token_indices`.
+"""Trained tokens in the files of peft: its TrainableTokens, alone, or `trainable_token_indices` of a LoRA.
 
-`trainable_tokens_delta` [tokens, dim] holds the rows themselves, the config which they are. Where the language-model
-    head is tied, peft changes it along, as we do; a head of its own takes rows of its own. A head whose tokens are
-    trained loses its bias in peft, so those are refused.
+`trainable_tokens_delta` [tokens, dim] holds the embeddings themselves, the config which tokens they are of. Where the
+language-model head is tied, peft changes it along, as we do; a head of its own takes embeddings of its own. A head
+whose tokens are trained loses its bias in peft, so those are refused.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ from effzoo.peft.parameter.tokens import ROLES, TokenLookup, TokenTable, spans
 from effzoo.sites import TiedLinear
 
 CLASSES = (TokenLookup, TokenTable)
-KEY, BESIDE = "trainable_tokens_delta", "token_adapter."
+KEY, WRAPPER = "trainable_tokens_delta", "token_adapter."
 
 
 def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
-    """An adapter of trained rows alone."""
+    """An adapter of trained tokens alone."""
     out = Written()
-    rows = _rows(twin, modules)
-    if len({tuple(ids) for ids, _ in rows.values()}) > 1:
+    tables = _trained(twin, modules)
+    if len({tuple(ids) for ids, _ in tables.values()}) > 1:
         raise AdapterError(
             "TrainableTokens of peft trains the same tokens in the table and in the head; add lora, "
-            "beside which they may differ"
+            "with which they may differ"
         )
-    for theirs, (_, trained) in rows.items():
+    for theirs, (_, trained) in tables.items():
         out.targets.append(theirs)
         out.tensors[f"{theirs}.{KEY}"] = trained
     if twin.tied_head is not None:
         out.tensors[f"{twin.tied_head}.{KEY}"] = out.tensors[f"{twin.theirs[twin.token].theirs}.{KEY}"]
-    ids = next(iter(rows.values()))[0]
+    ids = next(iter(tables.values()))[0]
     out.config = {
         "peft_type": "TRAINABLE_TOKENS",
         "token_indices": ids,
@@ -49,24 +48,24 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
 
 
 def add(twin: Twin, modules: Modules, out: Written) -> None:
-    """Add trained rows to what is written of a LoRA."""
+    """Add trained tokens to what is written of a LoRA."""
     if not modules:
         return
     if out.config["peft_type"] != "LORA":
         raise AdapterError(
-            "trained tokens travel in peft beside LoRA, or alone, not beside "
+            "trained tokens travel in peft with LoRA, or alone, not with "
             f"{out.config['peft_type']}; save them as two adapters"
         )
-    rows = _rows(twin, modules)
-    for theirs, (_, trained) in rows.items():
+    tables = _trained(twin, modules)
+    for theirs, (_, trained) in tables.items():
         if theirs in out.targets:
             raise AdapterError(f"{theirs} has a LoRA and trained tokens; peft does one of the two")
-        out.tensors[f"{theirs}.{BESIDE}{KEY}"] = trained
-    out.config["trainable_token_indices"] = {theirs: ids for theirs, (ids, _) in rows.items()}
+        out.tensors[f"{theirs}.{WRAPPER}{KEY}"] = trained
+    out.config["trainable_token_indices"] = {theirs: ids for theirs, (ids, _) in tables.items()}
 
 
-def _rows(twin: Twin, modules: Modules) -> dict[str, tuple[list[int], Tensor]]:
-    """{their module: tokens, rows}."""
+def _trained(twin: Twin, modules: Modules) -> dict[str, tuple[list[int], Tensor]]:
+    """{their module: (tokens, their embeddings)}."""
     found: dict[str, tuple[list[int], Tensor]] = {}
     for path, module in modules.items():
         assert isinstance(module, TokenTable)
@@ -76,7 +75,7 @@ def _rows(twin: Twin, modules: Modules) -> dict[str, tuple[list[int], Tensor]]:
 
 
 def _check_bias(twin: Twin, paths: Collection[str]) -> None:
-    """AdapterError where the head that sees the trained rows has a bias."""
+    """AdapterError where a head that reads trained tokens has a bias."""
     for path, site in twin.sites.items():
         sees = path in paths or (isinstance(site, TiedLinear) and twin.token in paths)
         if site.role == "lm.out" and sees and "bias" in site.base():
@@ -89,9 +88,12 @@ def _check_bias(twin: Twin, paths: Collection[str]) -> None:
 def read(
     twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]
 ) -> dict[str, Wanted]:
-    """What the sites shall hold; `tensors` are the trained rows, by key without prefix."""
+    """What the sites shall hold.
+
+    tensors: the trained embeddings, by key without prefix.
+    """
     left = {
-        key.removesuffix(f".{KEY}").removesuffix(f".{BESIDE[:-1]}").removesuffix(".base_layer"): tensor
+        key.removesuffix(f".{KEY}").removesuffix(f".{WRAPPER[:-1]}").removesuffix(".base_layer"): tensor
         for key, tensor in tensors.items()
     }
     ids = _indices(twin, config, left)
@@ -115,8 +117,8 @@ def read(
         if theirs not in left:
             raise AdapterError(f"{theirs}.{KEY} is missing in the file; copy the whole adapter")
         (path,) = twin.rules[theirs].ours
-        rows, dim = twin.weight(path).shape
-        _check(theirs, numbers, rows)
+        tokens, dim = twin.weight(path).shape
+        _check(theirs, numbers, tokens)
         trained = shaped(f"{theirs}.{KEY}", left.pop(theirs), len(numbers), dim)
         order = torch.tensor(numbers).argsort()
         ascending = torch.tensor(numbers)[order]
@@ -161,11 +163,11 @@ def _indices(twin: Twin, config: Config, tensors: Mapping[str, Tensor]) -> dict[
     return found
 
 
-def _check(theirs: str, numbers: Sequence[int], rows: int) -> None:
-    if not numbers or len(set(numbers)) != len(numbers) or not all(0 <= one < rows for one in numbers):
+def _check(theirs: str, numbers: Sequence[int], tokens: int) -> None:
+    if not numbers or len(set(numbers)) != len(numbers) or not all(0 <= one < tokens for one in numbers):
         worst = max(numbers, default=0)
-        more = f"; call effzoo.resize_vocabulary(model, {worst + 1}) first" if worst >= rows else ""
+        more = f"; call effzoo.resize_vocabulary(model, {worst + 1}) first" if worst >= tokens else ""
         raise AdapterError(
             f"the file trains the tokens {list(numbers)[:8]} of {theirs}: one or more, each once, in "
-            f"[0, {rows}) are needed{more}"
+            f"[0, {tokens}) are needed{more}"
         )

@@ -1,5 +1,4 @@
-"""Where the modules of a model of ours are in its twin of transformers, which is what the keys of the `peft` package
-name."""
+"""The modules of a model of ours in its twin of transformers, which is what the keys of the `peft` package name."""
 
 from __future__ import annotations
 
@@ -34,8 +33,8 @@ class Written:
     config: of adapter_config.json.
     tensors: by key, without the prefix of the base model.
     targets: their modules.
-    parts: {their module: a number for each of our modules that it stacks}, the rank that each has of a common low
-        rank, say; 0 for one without adapter.
+    parts: {their module: a number for each of our modules that it stacks}, the rank that each has of a common low rank,
+        say; 0 for one without adapter.
     """
 
     config: Config = field(default_factory=dict)
@@ -46,7 +45,12 @@ class Written:
 
 @dataclass
 class Wanted:
-    """What a site of ours shall hold: a method with its options, and the tensors of its module by name."""
+    """What a site of ours shall hold.
+
+    method: its name.
+    options: of the method.
+    tensors: of its module, by name.
+    """
 
     method: str
     options: dict[str, Any]
@@ -95,8 +99,7 @@ class Twin:
         return self.theirs[path]
 
     def adapted(self, path: str) -> Rule:
-        """The rule for the module that theirs multiplies by the weight in: a tied head has its bias elsewhere in some
-        models."""
+        """The rule for their module that multiplies by the weight; a tied head has its bias elsewhere in some."""
         if isinstance(self.sites[path], TiedLinear) and self.tied_head is not None:
             return self.rules[self.tied_head]
         return self.rule(path)
@@ -163,13 +166,13 @@ def shaped(key: str, tensor: Tensor, *shape: int) -> Tensor:
 
 
 def more_tokens(theirs: Tensor, ours: Tensor) -> str:
-    """The end of a sentence about a table with other rows than ours: what to do when it has more."""
+    """The end of a sentence about a table with another number of tokens than ours: what to do when it has more."""
     larger = theirs.shape[1:] == ours.shape[1:] and len(theirs) > len(ours)
     return f"; call effzoo.resize_vocabulary(model, {len(theirs)}) first" if larger else ""
 
 
 def first_axis(key: str, tensor: Tensor, axes: int = 2) -> int:
-    """The length of the first of so many axes; AdapterError for another number of them, and for no entry."""
+    """The length of the first of so many axes; AdapterError for another number of axes, and for no entry."""
     if tensor.ndim != axes or not tensor.numel():
         raise AdapterError(
             f"{key} has shape {tuple(tensor.shape)}, a tensor with {axes} axes and at least one entry is needed"
@@ -178,8 +181,8 @@ def first_axis(key: str, tensor: Tensor, axes: int = 2) -> int:
 
 
 def parts_of(theirs: str, rule: Rule, parts: Mapping[str, list[int]]) -> list[int] | None:
-    """The numbers that a file of ours gives for the modules stacked in one of theirs, or None. AdapterError when they
-    do not fit."""
+    """The numbers that a file of ours gives for the modules stacked in one of theirs, or None; AdapterError for
+    misfits."""
     given = parts.get(theirs)
     if given is not None and (
         not isinstance(given, list)

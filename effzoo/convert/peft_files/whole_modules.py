@@ -1,12 +1,11 @@
-"""What is trained as it is: task heads and other whole modules (`modules_to_save` of peft), norms (its LN_TUNING), and
-biases (`bias` of its LoRA).
+"""Trained copies: task heads and other whole modules (`modules_to_save` of peft), norms (LN_TUNING), biases (`bias`).
 
-A trained bias without its weight can travel only beside LoRA, the one method that has a `bias` option:
+A trained bias without its weight can travel only together with LoRA, the one method that has a `bias` option:
 `base_layer.bias` in a module that LoRA adapts, `bias` in another. Only the trained ones are written, which peft takes;
 if it trains on, it trains all.
 
 A trained token table reaches a tied language-model head in effzoo, and in peft with `ensure_weight_tying`. A table that
-peft has saved without saying that it was trained holds the rows of new tokens: of it the rows that differ from the base
+peft has saved without saying that it was trained holds the embeddings of new tokens: those that differ from the base
 are read, as trained tokens.
 """
 
@@ -59,7 +58,7 @@ def write(twin: Twin, modules: Modules, out: Written) -> None:
                 raise AdapterError(f"{theirs} is trained as a whole and adapted besides; peft does one of the two")
             middle = ".base_layer" if theirs in out.targets else ""
             for parameter in ("weight", "bias") if inside else ("bias",):
-                tensors = _joined(twin, modules, theirs, parameter)
+                tensors = _stacked(twin, modules, theirs, parameter)
                 if tensors is not None:
                     out.tensors[f"{theirs}{middle}.{parameter}"] = tensors
                     if len(twin.rules[theirs].ours) > 1:
@@ -76,8 +75,8 @@ def _tie(twin: Twin, kind: str, saved: dict[str, None], out: Written) -> None:
     """Let the tied head have the table's values in peft as well."""
     if kind != "LORA":
         raise AdapterError(
-            f"{twin.token} is trained, and the tied head with it; peft ties trained modules beside "
-            f"LoRA only, not beside {kind}"
+            f"{twin.token} is trained, and the tied head with it; peft ties trained modules "
+            f"with LoRA only, not with {kind}"
         )
     if any(".lora_embedding_" in key or key.startswith(f"{twin.tied_head}.lora_") for key in out.tensors):
         raise AdapterError(
@@ -113,21 +112,19 @@ def read_norms(
 
 def _check(twin: Twin, kind: str, saved: Mapping[str, None], biases: set[str], out: Written) -> None:
     if biases and kind != "LORA":
-        raise AdapterError(
-            f"biases travel in peft beside LoRA only, not beside {kind}; save them as an adapter with lora"
-        )
+        raise AdapterError(f"biases travel in peft with LoRA only, not with {kind}; save them as an adapter with lora")
     if saved and kind in HEADLESS:
         raise AdapterError(
-            f"peft does not save the head ({', '.join(saved)}) beside {kind}; use it on a model without a task head"
+            f"peft does not save the head ({', '.join(saved)}) with {kind}; use it on a model without a task head"
         )
     if kind in PROMPT_LEARNING and (others := [name for name in saved if name not in CLASSIFIERS]):
         raise AdapterError(
-            f"beside {kind} peft saves a head called classifier or score, this adapter also trains {', '.join(others)}"
+            f"with {kind} peft saves a head called classifier or score, this adapter also trains {', '.join(others)}"
         )
 
 
-def _joined(twin: Twin, modules: Modules, theirs: str, parameter: str) -> Tensor | None:
-    """A parameter of one of their modules, of trained copies and, where a part has none, of the base."""
+def _stacked(twin: Twin, modules: Modules, theirs: str, parameter: str) -> Tensor | None:
+    """A parameter of one of their modules, made of trained copies and, where a part has none, of the base."""
     rule, tensors = twin.rules[theirs], []
     for path in rule.ours:
         tensor = getattr(modules.get(path), f"own_{parameter}", twin.sites[path].base().get(parameter))
@@ -140,8 +137,10 @@ def _joined(twin: Twin, modules: Modules, theirs: str, parameter: str) -> Tensor
 def read(
     twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]
 ) -> dict[str, Wanted]:
-    """What sites of ours shall hold of whole modules and biases; `tensors` by their key without prefix and without
-    `base_layer`."""
+    """What sites of ours shall hold of whole modules and biases.
+
+    tensors: by their key without prefix and without `base_layer`.
+    """
     found: dict[str, Wanted] = {}
     saved = names_of(config.get("modules_to_save"))
     for key, tensor in tensors.items():

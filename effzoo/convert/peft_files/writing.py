@@ -27,10 +27,11 @@ def write(model: nn.Module, directory: Path, name: str) -> None:
     loads.
 
     twin: the model of transformers with the same weights, as `effzoo.convert.to_transformers` makes it of the model
-        without adapters. The weights get their name before the config, and hold the config themselves: who reads them
-        here gets the old adapter or the new one at every moment (`seal`); peft itself, in the moment between the two,
-        the new weights with the old config. Raises AdapterError, and writes nothing, for what peft has no counterpart
-        for.
+        without adapters.
+
+    The weights get their name before the config, and hold the config themselves: who reads them here gets the old
+    adapter or the new one at every moment (`seal`); peft itself, in the moment between the two, the new weights with
+    the old config. Raises AdapterError, and writes nothing, for what peft has no counterpart for.
     """
     twin = Twin(model)
     hung: dict[str, tuple[Method, PeftModule]] = {}
@@ -49,11 +50,11 @@ def write(model: nn.Module, directory: Path, name: str) -> None:
                 )
             else:
                 hung[path] = method, module
-    beside = {path: module for path, (_, module) in hung.items() if isinstance(module, tokens.CLASSES)}
-    if len(beside) < len(hung):
-        hung = {path: found for path, found in hung.items() if path not in beside}
-    else:
-        beside = {}
+    trained_tokens = {path: module for path, (_, module) in hung.items() if isinstance(module, tokens.CLASSES)}
+    if len(trained_tokens) < len(hung):
+        hung = {path: pair for path, pair in hung.items() if path not in trained_tokens}
+    else:  # an adapter of its own
+        trained_tokens = {}
     norms = _norms(twin, copies) if not hung else {}
     with torch.no_grad():
         if norms:
@@ -62,7 +63,7 @@ def write(model: nn.Module, directory: Path, name: str) -> None:
             kind = _kind(hung, attached(model)[name].spec)
             methods = list(dict.fromkeys(method for method, _ in hung.values()))
             out = kind.write(twin, {path: module for path, (_, module) in hung.items()}, methods)
-        tokens.add(twin, beside, out)
+        tokens.add(twin, trained_tokens, out)
         whole_modules.write(twin, {path: module for path, module in copies.items() if path not in norms}, out)
     out.config |= {
         "task_type": None if _adapts_classifier(out) else twin.task_type,

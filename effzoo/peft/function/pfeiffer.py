@@ -18,7 +18,7 @@ class Pfeiffer(Method):
     std: of the truncated normal that both matrices start from, which makes the adapter nearly, not exactly, the
         identity.
 
-    The adapter comes before the residual is added, in pre-norm and post-norm models alike; the search in the paper (its
+    The adapter comes before the residual is added, in pre-norm and in post-norm models; the search in the paper (its
     figure 3) ends with the same place in the block, and with the block's norm once more in front of the adapter, which
     is left out.
     """

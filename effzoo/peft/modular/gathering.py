@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,12 +21,16 @@ from effzoo.spec import Spec, parse_one
 def gather(
     model: nn.Module, adapters: Sequence[str], *, name: str, how: str = "fusion", head: str | None = None
 ) -> None:
-    """Attach a mixture `name`, active, whose experts are copies of attached adapters, which stay.
+    """Attach a mixture, active, whose experts are copies of attached adapters, which stay.
 
+    adapters: their names. Those that take part in training are finished first, once and for all.
+    name: of the mixture.
     how: the mixture with its options but `of` ("fusion", "routed[router=top_k]", "routed[router='fixed',
-        frozen=true]"). Adapters that take part in training are finished first, once and for all.
-    head: the adapter whose task head is copied; the mixture's own is fresh without it. Raises AdapterError (a
-        mixture among the adapters, an adapter given twice), TargetError; the model is then as it was.
+        frozen=true]").
+    head: the adapter whose task head is copied; the mixture's own is fresh without it.
+
+    Raises AdapterError (a mixture among the adapters, an adapter given twice), TargetError; the model is then as it
+    was.
     """
     if not adapters or len(set(adapters)) < len(adapters):
         raise AdapterError(f"a mixture is made of adapters, each once, got {list(adapters)}")
@@ -40,12 +45,9 @@ def gather(
         _known(model, head)
     with transition(model, *adapters), torch.no_grad():
         finish(model, *adapters)
-        attach(
-            model,
-            Spec(spec.name, {**spec.options, "of": tuple(attachment.spec for attachment in found), "finished": True}),
-            name=name,
-            num_labels=None if head is None else labels(model, head),
-        )
+        experts = {"of": tuple(attachment.spec for attachment in found), "finished": True}
+        num_labels = None if head is None else labels(model, head)
+        attach(model, Spec(spec.name, {**spec.options, **experts}), name=name, num_labels=num_labels)
         for _, site in sites(model):
             for number, adapter in enumerate(adapters):
                 if (mixture := mixture_at(site, name)) is not None and adapter in site.adapters:
@@ -55,8 +57,11 @@ def gather(
 
 
 def extract(model: nn.Module, mixture: str, expert: int, *, name: str) -> None:
-    """Attach expert number `expert` of a mixture as an adapter of its own, active, with a copy of the mixture's task
-    head.
+    """Attach an expert of a mixture as an adapter of its own, active, with a copy of the mixture's task head.
+
+    mixture: the adapter.
+    expert: its number.
+    name: of the new adapter.
 
     Raises AdapterError for an adapter that is no mixture, UnknownNameError for an expert that it does not have.
     """
@@ -73,7 +78,7 @@ def extract(model: nn.Module, mixture: str, expert: int, *, name: str) -> None:
             finish(model, name)
         for _, site in sites(model):
             if name in site.adapters and (found := mixture_at(site, mixture)) is not None:
-                _copy(dict(found.experts[expert].items()), site.of(name))  # type: ignore[operator]
+                _copy(dict(found.experts[expert].named_children()), site.of(name))
         take_head(model, mixture, name)
 
 
@@ -88,7 +93,7 @@ def mixture_at(site: Site, name: str) -> ExpertMixture | None:
 
 def _copy(given: dict[str, nn.Module], expert: nn.Module) -> None:
     for method, module in given.items():
-        to = expert[method]  # type: ignore[index]
+        to: Any = expert.get_submodule(method)
         packed = module.packed() if isinstance(module, Packed) else None
         if packed is None:
             to.load_state_dict(module.state_dict())

@@ -1,8 +1,8 @@
-"""What routed and fused adapters have in common: experts that are PEFT methods of any kind, each with its own hooks."""
+"""What routed and fused adapters have in common: experts that are PEFT methods of any kind."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,10 @@ MOST = 256  # experts
 
 
 class ExpertMixture(Mixture):
-    """A mixture whose experts may be frozen, and of which one alone can be looked at (`only`)."""
+    """A mixture that can give the output of one expert alone.
+
+    only: the number of that expert; None for the mixture.
+    """
 
     only: int | None = None
 
@@ -29,7 +32,7 @@ class ExpertMixture(Mixture):
         return self.mixed(site, x, plain, outs, context)
 
     def mixed(self, site: nn.Module, x: Tensor, plain: Tensor, outs: Sequence[Tensor], context: HookContext) -> Tensor:
-        """`mix` when no expert is looked at alone."""
+        """`mix` of all experts."""
         raise NotImplementedError
 
 
@@ -37,8 +40,7 @@ class MixtureMethod(TrainingHooks):
     """Experts of given specs at the sites where they hang; subclasses say how their outputs become one.
 
     Hooks of the experts (calibrate, schedule, penalty, stages, finish) are called as if each were attached alone.
-    Experts that take part in training in different stages, or that hang rows in front of the input or a second network
-    beside it, are refused.
+    Experts that take part in training in different stages, or that add a prompt or a side network, are refused.
     """
 
     accepts = (Site,)
@@ -75,8 +77,7 @@ class MixtureMethod(TrainingHooks):
         return {hook for hook in HOOKS if any(uses(method, hook) for expert in self.inner for method in expert)}
 
     def _rates(self) -> dict[str, float]:
-        """The factors that the experts' methods have for their tensors, and those that make their learning rates of the
-        first one's."""
+        """The experts' `rates` for their tensors, times their learning rate relative to the first one's."""
         found = {}
         for number, expert in enumerate(self.inner):
             for method in expert:
@@ -100,7 +101,7 @@ class MixtureMethod(TrainingHooks):
 
     def experts_at(self, site: Site) -> list[nn.ModuleDict] | None:
         """What each expert hangs on a site; None when none hangs anything."""
-        each = []
+        experts = []
         for places in self.places:
             made: dict[str, PeftModule] = {}
             for method, wanted in places:
@@ -113,62 +114,55 @@ class MixtureMethod(TrainingHooks):
                     made[method.name] = module
                     if self.finished and isinstance(method, TrainingHooks):
                         method.finish({site.role: module})
-            each.append(nn.ModuleDict(made))
-        hung = [module for own in each for module in own.values() if isinstance(module, PeftModule)]
+            experts.append(nn.ModuleDict(made))
+        hung = [module for expert in experts for module in expert.values() if isinstance(module, PeftModule)]
         if not hung:
             return None
         if isinstance(site, Side) or any(isinstance(module, SideNetwork) or opens(module, "prompt") for module in hung):
-            reason = "rows in front of the input and a network beside the blocks are there before, or for, all tokens"
+            reason = "a prompt and a side network act before, or on, all tokens"
             raise IncompatiblePeft(self.name, f"experts at {site.role!r}", reason, "use prefix or deep_prompt")
         if isinstance(site, TiedLinear) or (isinstance(site, Embedding) and self.tied):
             reason = "the head of the model reads the same table, which then differs by token"
-            raise IncompatiblePeft(
-                self.name,
-                f"experts at {site.role!r}",
-                reason,
-                "give the experts targets inside the blocks, 'attn.*' or 'mlp.*'",
-            )
-        return each
+            advice = "give the experts targets inside the blocks, 'attn.*' or 'mlp.*'"
+            raise IncompatiblePeft(self.name, f"experts at {site.role!r}", reason, advice)
+        return experts
 
-    def _each(self, modules: Modules, hook: str) -> list[tuple[int, TrainingHooks, dict[str, PeftModule]]]:
-        """Every expert's methods that have a hook, with what they have hung, by path."""
-        if self.frozen or self.finished:
-            return []
-        found = []
+    def _hooked(self, modules: Modules, hook: str) -> Iterator[tuple[int, TrainingHooks, dict[str, PeftModule]]]:
+        """(number of the expert, method, what it has hung by path), for the experts' methods that have a hook."""
         mixtures = {path: module for path, module in modules.items() if isinstance(module, ExpertMixture)}
-        for number, expert in enumerate(self.inner):
+        for number, expert in enumerate([] if self.frozen or self.finished else self.inner):
+            hung = {path: dict(mixture.experts[number].named_children()) for path, mixture in mixtures.items()}
             for method in expert:
-                hung = {path: dict(mixture.experts[number].named_children()) for path, mixture in mixtures.items()}
-                own = {path: m for path, each in hung.items() if isinstance(m := each.get(method.name), PeftModule)}
+                made = {path: modules.get(method.name) for path, modules in hung.items()}
+                own = {path: module for path, module in made.items() if isinstance(module, PeftModule)}
                 if isinstance(method, TrainingHooks) and uses(method, hook) and own:
-                    found.append((number, method, own))
-        return found
+                    yield number, method, own
 
     def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
-        for number, method, own in self._each(modules, "calibrate"):
+        for number, method, own in self._hooked(modules, "calibrate"):
+            mixtures = [module for module in modules.values() if isinstance(module, ExpertMixture)]
             try:
-                for module in modules.values():
-                    module.only = number  # type: ignore[assignment]
+                for mixture in mixtures:
+                    mixture.only = number
                 method.calibrate(model, own, batches)
             finally:
-                for module in modules.values():
-                    module.only = None  # type: ignore[assignment]
+                for mixture in mixtures:
+                    mixture.only = None
 
     def schedule(self, modules: Modules, progress: float) -> None:
-        for _, method, own in self._each(modules, "schedule"):
+        for _, method, own in self._hooked(modules, "schedule"):
             method.schedule(own, progress)
 
     def penalty(self, modules: Modules) -> Tensor | None:
-        found = [
-            value for _, method, own in self._each(modules, "penalty") if (value := method.penalty(own)) is not None
-        ]
-        return torch.stack(found).sum() if found else None
+        values = [method.penalty(own) for _, method, own in self._hooked(modules, "penalty")]
+        penalties = [value for value in values if value is not None]
+        return torch.stack(penalties).sum() if penalties else None
 
     def begin(self, stage: str, modules: Modules) -> None:
-        for _, method, own in self._each(modules, "begin"):
+        for _, method, own in self._hooked(modules, "begin"):
             if stage in [part.name for part in method.stages]:
                 method.begin(stage, own)
 
     def finish(self, modules: Modules) -> None:
-        for _, method, own in self._each(modules, "finish"):
+        for _, method, own in self._hooked(modules, "finish"):
             method.finish(own)

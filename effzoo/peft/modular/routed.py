@@ -17,27 +17,18 @@ from effzoo.peft.modular.mixture import ExpertMixture, MixtureMethod
 from effzoo.registry import peft
 from effzoo.registry import router as routers
 from effzoo.routing import Router, Routing
-from effzoo.sites import (
-    Branch,
-    Embedding,
-    HookContext,
-    Keys,
-    Linear,
-    Memory,
-    MemorySite,
-    Norm,
-    PeftModule,
-    Site,
-    memories,
-    sites,
-)
+from effzoo.sites import Branch, Embedding, HookContext, Keys, Linear, Memory, MemorySite, Norm, PeftModule, Site
+
+from effzoo.sites import memories, sites  # isort: skip
 
 Level = Literal["token", "example"]
 
 
 class Pending:
-    """The loss of a router's last pass until the penalty takes it. A copy of the model has none: a graph belongs to its
-    own tensors."""
+    """The loss of a router's last pass until the penalty takes it.
+
+    A copy of the model has none: a graph belongs to its own tensors.
+    """
 
     loss: Tensor | None = None
 
@@ -66,15 +57,15 @@ class Routed(ExpertMixture):
         return y
 
     def weights(self, x: Tensor, context: HookContext) -> Tensor:
-        """What each expert counts at the site's input x [..., dim]: [experts, ..., 1], with axes of length 1 where it
-        does not differ.
+        """The weight of each expert at the site's input x [..., dim]: [experts, ..., 1], with axes of length 1 where it
+        is the same.
 
-        Rows that belong to no example, as a head's pooled states and trained rows that a projection reads, are tokens
+        Inputs that belong to no example (a head's pooled states, prompt tokens that a projection reads) are tokens
         each.
         """
         if x.ndim < 3 and (self.router.reads == "tasks" or self.shared):
             raise IncompatibleError(
-                f"rows of shape {tuple(x.shape)} belong to no example, so router {self.router.name!r} cannot place them"
+                f"an input {tuple(x.shape)} belongs to no example, so router {self.router.name!r} cannot place it"
             )
         if x.ndim < 3 or (self.level == "token" and self.router.reads == "tokens"):
             return self._by_token(x, context.valid)
@@ -105,7 +96,7 @@ class Routed(ExpertMixture):
         return self._routed(_mean(x, context.valid)).weights
 
     def _of_model(self, context: HookContext) -> Tensor:
-        """One router for the model: it reads the mean of the embeddings; its noise is the same at every site of a
+        """One router for the model, which reads the mean of the embeddings; its noise is the same at every site of a
         pass."""
         mask, start = context.mask, context.start
         if mask is None or start is None:
@@ -125,20 +116,21 @@ class Routed(ExpertMixture):
         return routing
 
     def memories(self, context: HookContext) -> list[Memory]:
-        each = [[one for module in own for one in memories(module, context)] for own in self.each()]
+        of_experts = [[one for module in expert for one in memories(module, context)] for expert in self.each()]
         if self.only is not None:
-            return each[self.only]
-        found = [one for own in each for one in own]
+            return of_experts[self.only]
+        found = [one for expert in of_experts for one in expert]
         if not found:
             return []
         assert context.x is not None
         weights = self._by_example(context.x, context)
         if all(one.gate is not None for one in found):
-            return [_weighed(one, weights[:, number, None]) for number, own in enumerate(each) for one in own]
+            by_expert = zip(of_experts, weights.T, strict=True)
+            return [_weighed(one, weight[:, None]) for expert, weight in by_expert for one in expert]
         shapes = {(one.keys.shape[-3:], one.values.shape[-3:], one.gate is None) for one in found}
-        if len(shapes) > 1 or any(len(own) != 1 for own in each):
+        if len(shapes) > 1 or any(len(expert) != 1 for expert in of_experts):
             raise IncompatibleError(
-                "routed memories are mixed row by row: every expert needs one of the same length; give such experts"
+                "routed memories are mixed key by key: every expert needs one of the same length; give such experts"
             )
         return [Memory(_blend([one.keys for one in found], weights), _blend([one.values for one in found], weights))]
 
@@ -147,22 +139,22 @@ class Routed(ExpertMixture):
 
 
 def _weighed(memory: Memory, weight: Tensor) -> Memory:
-    """A memory whose gate counts `weight` [batch, 1]."""
+    """A memory whose gate is multiplied by weight [batch, 1]."""
     assert memory.gate is not None
     return Memory(memory.keys, memory.values, weight.to(memory.gate) * memory.gate)
 
 
-def _blend(each: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """sum_i w_i x_i for x_i [(batch,) heads, rows, d] and weights [batch, experts] -> [batch, heads, rows, d]."""
-    total = torch.zeros((), dtype=each[0].dtype, device=each[0].device)
-    for x, weight in zip(each, weights.T, strict=True):
+def _blend(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """sum_i w_i x_i for x_i [(batch,) heads, keys, d] and weights [batch, experts] -> [batch, heads, keys, d]."""
+    total = torch.zeros((), dtype=tensors[0].dtype, device=tensors[0].device)
+    for x, weight in zip(tensors, weights.T, strict=True):
         total = total + weight.to(x)[:, None, None, None] * x
     return total
 
 
 def _real(x: Tensor, valid: Tensor | None) -> Tensor | None:
-    """bool[tokens] of the positions of x [batch, (heads,) n, dim] that hold a token; None when all do, or when x is not
-    the sequence."""
+    """bool[tokens] of the positions of x [batch, (heads,) n, dim] that hold a token; None when all do, or x is no
+    sequence."""
     if valid is None or x.ndim < 3 or valid.shape[0] != x.shape[0] or valid.shape[1] < x.shape[-2]:
         return None
     now = valid[:, -x.shape[-2] :]  # with a cache, valid covers the past too
@@ -181,14 +173,13 @@ def _mean(x: Tensor, valid: Tensor | None) -> Tensor:
 
 @peft.register("routed", "mixture")
 class RoutedMethod(MixtureMethod):
-    """y' = y + sum_i w_i (y_i - y): several adapters side by side, weighted by a router for each token, example or
-    task.
+    """y' = y + sum_i w_i (y_i - y): experts in parallel, weighted by a router for each token, example or task.
 
     of: the spec of an expert, any method or union of methods (`of='lora[rank=4]|ia3'`), or a list with one spec for
         each.
     experts: how many, for one spec.
-    router: a router with its options (`effzoo.routing.names()`): 'soft', 'top_k[k=1]', 'switch[capacity=1]',
-        'gumbel', 'base', 'expert_choice', 'uniform'; 'fixed' and 'skills' read `model(..., task_ids=)`.
+    router: a router with its options (`effzoo.routing.names()`): 'soft', 'top_k[k=1]', 'switch[capacity=1]', 'gumbel',
+        'base', 'expert_choice', 'uniform'; 'fixed' and 'skills' read `model(..., task_ids=)`.
     level: "token", or "example", the mean over its tokens; memories (prefixes) are always routed by example.
     scope: "site", a router at every site, or "model", one that reads the mean of the embeddings.
     frozen: train the router alone.
@@ -242,33 +233,18 @@ class RoutedMethod(MixtureMethod):
                 self.name, "a reversible model", reason, "give its losses weight 0, or use 'soft', 'gumbel' or 'base'"
             )
         if "task_ids" not in takes and (self.reads == "tasks" or self.scope == "model"):
-            raise IncompatiblePeft(
-                self.name,
-                "this model",
-                "it takes no task_ids and shows no embeddings to routers",
-                "route by tokens at each site",
-            )
-        causal = getattr(config, "causal", False)
-        if (
-            causal
-            and getattr(model, "task", "") == "causal_lm"
-            and self.reads == "tokens"
-            and (self.level == "example" or not self.alone)
-        ):
+            reason = "it takes no task_ids and shows no embeddings to routers"
+            raise IncompatiblePeft(self.name, "this model", reason, "route by tokens at each site")
+        self.causal = getattr(config, "causal", False) and getattr(model, "task", "") == "causal_lm"
+        if self.causal and self.reads == "tokens" and (self.level == "example" or not self.alone):
             reason = "a token's experts would be chosen by later tokens"
-            raise IncompatiblePeft(
-                self.name,
-                "a causal language model",
-                reason,
-                "route by token, with 'soft', 'top_k', 'switch', 'gumbel' or 'base'",
-            )
+            advice = "route by token, with 'soft', 'top_k', 'switch', 'gumbel' or 'base'"
+            raise IncompatiblePeft(self.name, "a causal language model", reason, advice)
         super().prepare(model, found)
-        self.causal = causal and getattr(model, "task", "") == "causal_lm"
-        self.widths = layers_of(
-            self.name,
-            model,
-            {path: site for path, site in found.items() if isinstance(site, MemorySite) and self._wants(site)},
-        )
+        memory_sites = {
+            path: site for path, site in found.items() if isinstance(site, MemorySite) and self._wants(site)
+        }
+        self.widths = layers_of(self.name, model, memory_sites)
         self.one = routers.create(self.router, config.dim, len(self.of)) if self.scope == "model" else None
         wanted = {id(site) for _, site in sites(model) if self._wants(site)}
         self.count = max(1, len(wanted))
@@ -282,17 +258,12 @@ class RoutedMethod(MixtureMethod):
             return None
         if isinstance(site, MemorySite) and self.causal and self.reads == "tokens":
             reason = "a memory is routed by the mean of the whole text, so a token would be predicted from later ones"
-            raise IncompatiblePeft(
-                self.name, "a causal language model", reason, "use experts that hang on weights, such as lora"
-            )
+            advice = "use experts that hang on weights, such as lora"
+            raise IncompatiblePeft(self.name, "a causal language model", reason, advice)
         if id(site) not in self.shown and (self.level == "example" or self.reads == "tasks"):
             reason = "outside the blocks of this model nothing says which positions belong to the example"
-            raise IncompatiblePeft(
-                self.name,
-                f"experts at {site.role!r}",
-                reason,
-                "give the experts targets inside the blocks, or route by token",
-            )
+            advice = "give the experts targets inside the blocks, or route by token"
+            raise IncompatiblePeft(self.name, f"experts at {site.role!r}", reason, advice)
         router = routers.create(self.router, self._width(site), len(self.of)) if self.one is None else self.one
         return Routed(experts, router, self.level, self.one is not None, self.count, self.frozen)
 
@@ -307,18 +278,15 @@ class RoutedMethod(MixtureMethod):
         if isinstance(site, Embedding):
             return site.embedding_dim
         if isinstance(site, Norm):
-            return int(site.weight.shape[-1])  # type: ignore[index]
-        raise IncompatiblePeft(
-            self.name,
-            f"experts at {site.role!r}",
-            "there is no sequence of tokens to route",
-            "use targets inside the blocks",
-        )
+            return int(site.base()["weight"].shape[-1])
+        reason = "there is no sequence of tokens to route"
+        raise IncompatiblePeft(self.name, f"experts at {site.role!r}", reason, "use targets inside the blocks")
 
     def penalty(self, modules: Modules) -> Tensor | None:
-        found = [] if (own := super().penalty(modules)) is None else [own]
+        of_experts = super().penalty(modules)
+        values = [] if of_experts is None else [of_experts]
         for module in modules.values():
             if isinstance(module, Routed) and module.pending.loss is not None:
-                found.append(module.pending.loss)
+                values.append(module.pending.loss)
                 module.pending.loss = None
-        return torch.stack([value.to(found[0]) for value in found]).sum() if found else None
+        return torch.stack([value.to(values[0]) for value in values]).sum() if values else None

@@ -69,10 +69,10 @@ class Intrinsic(Method):
     seed: of P, which is drawn from it whenever the adapter is attached, on the CPU with a generator of its own; so a
         file holds theta_d alone.
 
-    theta_d starts at 0. Both projections are scaled alike: the entries of P have the variance 1 / D over all targets
-    together, so a step of theta_d moves theta_D by the same length. The targets are the weights and biases of all
-    blocks; the papers also move the embeddings (`targets=*`), which are most of a small model and would take most of
-    the time.
+    theta_d starts at 0. The scale of both projections is the same: the entries of P have the variance 1 / D over all
+    targets together, so a step of theta_d moves theta_D by the same length. The targets are the weights and biases of
+    all blocks; the papers also move the embeddings (`targets=*`), which are most of a small model and would take most
+    of the time.
     """
 
     paper = (
