@@ -163,7 +163,7 @@ def test_linformer_projects_before_it_compresses_where_a_gate_looks(tiny):
     """W (E x) with a gate of E x would be another function: the gate must see the tokens."""
     model = build(tiny, "linformer[k=4]", UNIPELT, max_length=64)
     attn, x = model.blocks[0].attn, torch.randn(2, 9, D, dtype=torch.float64)
-    attn.remembered(HookContext(x=x, keys_values=attn.keys_values))
+    attn.memories(HookContext(x=x, keys_values=attn.keys_values))
     assert torch.equal(attn.core.project("v", x, attn.v, Mask()), attn.v(x))
 
 

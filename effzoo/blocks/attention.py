@@ -15,23 +15,22 @@ from effzoo.sites import HookContext, KeysValues, Linear, Memory, MemorySite, RM
 from effzoo.sites.dtypes import autocasts
 from effzoo.spec import Spec
 
-KEY_SIDE = ("key", "value")  # of what is attended alone, which may come from another sequence and have fewer heads
+KEY_SIDE = ("key", "value")  # what may come from another sequence and have fewer heads
 
 
 class Attention(nn.Module):
-    """o(core(q(x), k(x), v(x), ...)), [batch, n, dim] -> [batch, n, dim].
+    """o(core(q(x), k(x), v(x))), [batch, n, dim] -> [batch, n, dim].
 
-    The core declares which projections it eats; each becomes a Linear site with the role `attn.<projection>`. This
-    layer knows no attention kind. Slots, all optional:
+    The core declares its projections; each is a Linear site with the role `attn.NAME`.
 
-    bias, out_bias: of the projections and of the output.
-    kv_heads: fewer heads on the key side, each shared by heads / kv_heads query heads (grouped queries, Ainslie et
-        al. 2023, arXiv:2305.13245).
-    rotary: turns what is compared.
-    qk_norm: eps of an RMSNorm over each head of what is compared, before it is turned.
-    source_dim: width of the source in cross-attention.
-    value_dim: width of a value head where it differs from `context.head_dim`.
-    out_dim: width of the result, dim when None, 0 for the heads side by side.
+    bias, out_bias: of the projections, and of the output o.
+    kv_heads: number of heads of keys and values, each shared by heads / kv_heads heads of queries (grouped queries,
+        Ainslie et al. 2023, arXiv:2305.13245); None: all.
+    rotary: rotary positions of queries and keys.
+    qk_norm: eps of an RMSNorm of queries and keys over each head, before the rotation; None: no norm.
+    source_dim: width of the other sequence in cross-attention.
+    value_dim: width of the values of a head; None: `context.head_dim`.
+    out_dim: width of the output; None: dim; 0: the heads side by side, without o.
     """
 
     def __init__(
@@ -84,9 +83,13 @@ class Attention(nn.Module):
         cache: Cache | None = None,
         wanted: Tensor | None = None,
     ) -> Tensor:
-        """source [batch, s, source_dim]: what is attended in cross-attention; mask then speaks of it. cache: of a
-        causal model that decodes.
-        wanted [batch, r]: the positions whose outputs are wanted, [batch, r, dim]; None for all."""
+        """x [batch, n, dim] -> [batch, n, dim].
+
+        mask: the positions of x, of the source in cross-attention.
+        source [batch, s, source_dim]: the other sequence in cross-attention.
+        cache: of a causal model that decodes.
+        wanted int[batch, r]: the positions whose outputs are wanted, [batch, r, dim]; None for all.
+        """
         if source is not None:
             self._check_crosses()
         valid = None if mask.valid is None or source is not None else mask.valid[:, -x.shape[1] :]
@@ -103,7 +106,7 @@ class Attention(nn.Module):
         context: HookContext,
     ) -> Tensor:
         core = self.core
-        memory, gated = self.remembered(context)
+        memory, gated = self.memories(context)
         used = core.uses(mask)
         if source is not None and not autocasts(x):
             source = source.to(x.dtype)
@@ -124,8 +127,9 @@ class Attention(nn.Module):
             heads, cache.states[layer] = core.step(*projected, past=cache.states.get(layer), **given)
         for extra in gated:
             assert extra.gate is not None
-            own = self._grouped(extra.keys), self._grouped(extra.values)
-            added = extra.gate[..., None, None] * core.attend_memory(*projected, mask=mask, memory=own, wanted=at)
+            keys_values = self._grouped(extra.keys), self._grouped(extra.values)
+            added = core.attend_memory(*projected, mask=mask, memory=keys_values, wanted=at)
+            added = extra.gate[..., None, None] * added
             heads = heads + added.to(heads.dtype)
         if wanted is not None and at is None:
             heads = take_positions(heads, wanted)
@@ -133,11 +137,11 @@ class Attention(nn.Module):
         return merged if self.o is None else self.o(merged)
 
     def heads(self, name: str) -> int:
-        """How many heads a projection has: those of the key side may be grouped."""
+        """Number of heads of a projection: keys and values may have fewer."""
         return self.kv_heads if self.on_key_side(name) else self.core.context.heads
 
     def on_key_side(self, name: str) -> bool:
-        """Whether a projection is of what is attended, and of that alone."""
+        """Whether a projection is keys or values."""
         return self.core.projections[name] in KEY_SIDE
 
     def _check_crosses(self) -> None:
@@ -147,8 +151,7 @@ class Attention(nn.Module):
             )
 
     def project(self, name: str, x: Tensor, mask: Mask) -> Tensor:
-        """One projection, [batch, heads, n, head_dim]: normalised and turned where it is compared, repeated where its
-        heads are grouped."""
+        """A projection of x, [batch, heads, n, head_dim]: with norm and rotation, and grouped heads repeated."""
         turned = self.core.projections[name] != "value" and (self.rotary is not None or name in self.norms)
         linear = getattr(self, name)
         flat = linear(x) if turned else self.core.project(name, x, linear, mask)
@@ -166,18 +169,20 @@ class Attention(nn.Module):
             heads = rotate(heads, *angles)
         return self._grouped(heads)
 
-    def keys_values(self, rows: Tensor) -> KeysValues:
-        """What this layer's projections make of rows [..., r, source_dim]: keys [..., kv_heads, r, head_dim] and
-        values, not rotated."""
-        names = [
+    def keys_values(self, x: Tensor) -> KeysValues:
+        """Keys [..., kv_heads, r, head_dim] and values that this layer projects from x [..., r, source_dim], without
+        rotation."""
+        key, value = (
             next(name for name, side in self.core.projections.items() if what in side) for what in ("key", "value")
-        ]
-        found = [rearrange(getattr(self, name)(rows), "... r (h d) -> ... h r d", h=self.heads(name)) for name in names]
-        return self.norms[names[0]](found[0]) if names[0] in self.norms else found[0], found[1]
+        )
+        keys, values = (
+            rearrange(getattr(self, name)(x), "... r (h d) -> ... h r d", h=self.heads(name)) for name in (key, value)
+        )
+        return self.norms[key](keys) if key in self.norms else keys, values
 
-    def remembered(self, context: HookContext) -> tuple[KeysValues | None, list[Memory]]:
-        """Keys and values of the memory site that join the softmax, one for each query head, and those with a softmax
-        of their own."""
+    def memories(self, context: HookContext) -> tuple[KeysValues | None, list[Memory]]:
+        """The memory that joins the softmax, with all heads of queries, and the memories with a softmax of their
+        own."""
         memory, gated = self.memory(context)
         if memory is None:
             return None, gated
@@ -185,6 +190,6 @@ class Attention(nn.Module):
         return (self._grouped(memory[0]), self._grouped(memory[1])), gated
 
     def _grouped(self, heads: Tensor) -> Tensor:
-        """[..., kv_heads, rows, d] -> [..., heads, rows, d]; what has all heads stays."""
+        """[..., kv_heads, n, d] -> [..., heads, n, d], each head repeated for its group of queries."""
         group = self.core.context.heads // heads.shape[-3]
         return heads if group == 1 else repeat(heads, "... h n d -> ... (h group) n d", group=group)

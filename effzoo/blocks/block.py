@@ -1,4 +1,4 @@
-"""One transformer block: attention and feed-forward, each with a norm, a PEFT branch and a residual."""
+"""A transformer block: attention and feed-forward, each with a norm and a residual."""
 
 from __future__ import annotations
 
@@ -20,14 +20,21 @@ from effzoo.spec import Spec
 
 @dataclass(frozen=True)
 class Slots:
-    """What fills the slots of a block; each is described where it is used."""
+    """The parts of a block: sizes, norms, biases, positions, feed-forward.
+
+    norm: "post", after the sum (BERT), or "pre", before the sub-layer (GPT-2).
+    first_norm: False: block 0 of a "pre" model has no norm before its attention (ModernBERT).
+    value_dim: width of the values of a head, if it is not that of the keys.
+    mlp_chunk: see `FeedForward`.
+    experts: feed-forwards among which `router` chooses for each token; 0: one for every token.
+    """
 
     dim: int
     mlp: int
     norm: Literal["pre", "post"] = "post"
     norm_kind: Literal["layer", "rms"] = "layer"
     norm_bias: bool = True
-    first_norm: bool = True  # False: block 0 of a pre-norm model has no norm before its attention
+    first_norm: bool = True
     eps: float = 1e-12
     activation: str = "gelu"
     gated: bool = False
@@ -36,22 +43,22 @@ class Slots:
     mlp_bias: bool = True
     kv_heads: int | None = None
     qk_norm: bool = False
-    value_dim: int = 0  # width of a value head where it is not that of a head
+    value_dim: int = 0
     rotary: Rotary | None = None
     mlp_chunk: int = 0
-    experts: int = 0  # feed-forwards among which the router chooses; 0: one, for every token
+    experts: int = 0
     router: str = "switch"
     dropout: float = 0.0
 
     def make_norm(self, dim: int, role: str, layer: int | None = None) -> Norm:
-        """The norm that all slots of the model share."""
+        """A norm of the kind that the model has everywhere."""
         if self.norm_kind == "rms":
             return RMSNorm(dim, self.eps, role=role, layer=layer)
         return LayerNorm(dim, self.eps, bias=self.norm_bias, role=role, layer=layer)
 
 
 def attention_layer(slots: Slots, attention: Spec, context: Context) -> Attention:
-    """The attention layer that these slots ask for."""
+    """The attention layer of a block."""
     return Attention(
         slots.dim, attention, context, bias=slots.attn_bias, out_bias=slots.attn_out_bias, kv_heads=slots.kv_heads,
         rotary=slots.rotary, qk_norm=slots.eps if slots.qk_norm else None, value_dim=slots.value_dim or None,
@@ -59,31 +66,26 @@ def attention_layer(slots: Slots, attention: Spec, context: Context) -> Attentio
 
 
 def feed_forward(slots: Slots, context: Context) -> FeedForward | Experts:
-    """The feed-forward that these slots ask for, or several of them behind a router."""
+    """The feed-forward of a block, or several behind a router."""
+    sizes = slots.dim, slots.mlp, slots.activation, context.layer
     made = [
-        FeedForward(
-            slots.dim,
-            slots.mlp,
-            slots.activation,
-            context.layer,
-            gated=slots.gated,
-            bias=slots.mlp_bias,
-            chunk=slots.mlp_chunk,
-        )
+        FeedForward(*sizes, gated=slots.gated, bias=slots.mlp_bias, chunk=slots.mlp_chunk)
         for _ in range(max(1, slots.experts))
     ]
     return Experts(made, slots.dim, slots.router, causal=context.causal) if slots.experts else made[0]
 
 
 class Block(nn.Module):
-    """x <- x + attn(x); x <- x + mlp(x), with the norm after the sum (BERT, "post") or before the sub-layer (GPT-2,
-    "pre").
+    """x + f(norm(x)), with f attention and then the feed-forward.
 
-    Slots are filled or absent: `attn_norm` and `mlp_norm` exist once, on the side that `norm` says. `attend` and `feed`
-    are the two sub-layers without their residual, for a residual of another form.
+    norm = "pre":    x <- x + attn(norm(x));    x <- x + mlp(norm(x))     (GPT-2)
+    norm = "post":   x <- norm(x + attn(x));    x <- norm(x + mlp(x))     (BERT; Vaswani et al. 2017, arXiv:1706.03762)
+
+    `attend` and `feed` are the two sub-layers with dropout and without residual; adapters that hang on `attn_branch`
+    and `mlp_branch` see what they add to x.
     """
 
-    shows_mask = True  # the hooks at its sites are given the mask of the batch
+    shows_mask = True  # adapters are given the mask of the batch
 
     def __init__(self, slots: Slots, attention: Spec, context: Context):
         super().__init__()
@@ -98,38 +100,38 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(slots.dropout)
 
     def calling(self, x: Tensor, mask: Mask) -> AbstractContextManager[None]:
-        """Inside, the hooks at the block's sites are given what the mask says of x."""
+        """Inside, the adapters of the block are given the mask."""
         return calling(HookContext(_tokens(x, mask, None), mask))
 
     def forward(self, x: Tensor, mask: Mask, cache: Cache | None = None, wanted: Tensor | None = None) -> Tensor:
-        """wanted [batch, r]: the positions whose outputs are wanted, [batch, r, dim]; None for all."""
-        with self.calling(x, mask):
-            return self._computed(x, mask, cache, wanted)
+        """x [batch, n, dim] -> [batch, n, dim].
 
-    def _computed(self, x: Tensor, mask: Mask, cache: Cache | None, wanted: Tensor | None) -> Tensor:
-        kept = x if wanted is None else take_positions(x, wanted)
-        if self.norm == "post":
-            assert self.attn_norm is not None
-            x = self.attn_norm(kept + self.attend(x, mask, cache, wanted))
-            return self.mlp_norm(x + self.feed(x, mask, wanted))
-        x = kept + self.attend(x if self.attn_norm is None else self.attn_norm(x), mask, cache, wanted)
-        return x + self.feed(self.mlp_norm(x), mask, wanted)
+        cache: of a causal model that decodes.
+        wanted int[batch, r]: the positions whose outputs are wanted, [batch, r, dim]; None for all.
+        """
+        with self.calling(x, mask):
+            residual = x if wanted is None else take_positions(x, wanted)
+            if self.norm == "post":
+                assert self.attn_norm is not None
+                x = self.attn_norm(residual + self.attend(x, mask, cache, wanted))
+                return self.mlp_norm(x + self.feed(x, mask, wanted))
+            x = residual + self.attend(x if self.attn_norm is None else self.attn_norm(x), mask, cache, wanted)
+            return x + self.feed(self.mlp_norm(x), mask, wanted)
 
     def attend(self, x: Tensor, mask: Mask, cache: Cache | None = None, wanted: Tensor | None = None) -> Tensor:
-        """What attention adds to the residual stream, at the wanted positions."""
+        """dropout(attn(x)) at the wanted positions."""
         added = self.dropout(self.attn(x, mask, cache=cache, wanted=wanted))
         return self.attn_branch(x if wanted is None else take_positions(x, wanted), added)
 
     def feed(self, x: Tensor, mask: Mask, wanted: Tensor | None = None) -> Tensor:
-        """What the feed-forward adds to the residual stream; wanted: the positions of x, if they are not all."""
+        """dropout(mlp(x)); wanted: the positions of x, if they are not all."""
         tokens = _tokens(x, mask, wanted)
         added = self.mlp(x, tokens, mask) if isinstance(self.mlp, Experts) else self.mlp(x)
         return self.mlp_branch(x, self.dropout(added))
 
     @property
     def positionwise(self) -> bool:
-        """Whether what is hung here, and the router of experts, computes each position by itself, so that some can be
-        left out."""
+        """Whether adapters and the router of experts compute each position by itself, so that some can be left out."""
         if isinstance(self.mlp, Experts) and not self.mlp.positionwise:
             return False
         hung = [module for part in self.modules() if isinstance(part, Site) for module in part.hung()]

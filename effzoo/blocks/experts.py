@@ -1,5 +1,4 @@
-"""Several feed-forwards in place of one, of which a router chooses for each token: the parameters of many at the
-arithmetic of few.
+"""Mixture of experts: several feed-forwards, among which a router chooses for each token.
 
     y(x) = sum_i w_i(x) E_i(x),   over the experts that the router sends x to
 
@@ -29,18 +28,17 @@ _collected: ContextVar[list[Tensor] | None] = ContextVar("_collected", default=N
 
 
 class Experts(nn.Module):
-    """sum_i w_i(x) E_i(x), [batch, n, dim] -> [batch, n, dim]; what the router drops, and padding, becomes 0 and keeps
-    its residual alone.
+    """sum_i w_i(x) E_i(x), [batch, n, dim] -> [batch, n, dim]; 0 for tokens that the router drops, and for padding.
 
-    experts: feed-forwards with the same roles, so that methods hang on all of them.
-    router: a spec of `effzoo.routing`, whose parameters belong to the base.
-    causal: refuse routers that look at later tokens. Tokens are put in the order of their experts, each expert
-        computes its own in one piece, and the results are added back where they belong: no expert computes a token
-        that it does not see, but while a straight-through router learns, whose gradient asks what the others would
-        have made of it. While gradients are recorded, an expert without tokens is called all the same: then it has
-        gradients, of 0, as in the other processes of several.
+    experts: feed-forwards with the same roles, so that adapters hang on all of them.
+    router: a spec of `effzoo.routing`; its parameters belong to the base.
+    causal: refuse routers that look at later tokens.
 
-    Raises IncompatibleError for routers that read tasks, and for those that a causal model cannot have.
+    Tokens are sorted by expert, and each expert computes its own at once. It computes all tokens while a
+    straight-through router learns, as its gradient depends on every expert. An expert without tokens is called while
+    gradients are recorded, so that its gradients are 0 in every process.
+
+    Raises IncompatibleError for routers by task, and for those that a causal model cannot have.
     """
 
     def __init__(self, experts: Sequence[FeedForward], dim: int, router: str, *, causal: bool):
@@ -61,8 +59,11 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList(experts)
 
     def forward(self, x: Tensor, valid: Tensor | None = None, mask: Mask | None = None) -> Tensor:
-        """valid bool[batch, n]: where a token is, None for everywhere. mask: of the batch, which remembers choices for
-        when they are made again."""
+        """x [batch, n, dim] -> [batch, n, dim].
+
+        valid bool[batch, n]: True at tokens; None without padding.
+        mask: stores the routing for when the block is computed again.
+        """
         flat = rearrange(x, "b n d -> (b n) d")
         here = None if valid is None else valid.reshape(-1).nonzero()[:, 0]
         routing = self._as_before(self.router(flat if here is None else flat[here]), mask)
@@ -71,8 +72,8 @@ class Experts(nn.Module):
         with made_again():
             parts = torch.split(flat.index_select(0, at), counts)
         outs = [
-            each(part[None])[0]
-            for each, part in zip(self.experts, parts, strict=True)
+            module(part[None])[0]
+            for module, part in zip(self.experts, parts, strict=True)
             if len(part) or torch.is_grad_enabled()
         ]
         if routing.loss is not None and (losses := _collected.get()) is not None:
@@ -84,8 +85,7 @@ class Experts(nn.Module):
         return y.new_zeros(flat.shape).index_add(0, at, y).view(x.shape)
 
     def dense(self, x: Tensor) -> Tensor:
-        """The definition, for x [batch, n, dim] without padding: every expert computes every token, most of it for a
-        weight of 0."""
+        """The definition, for x [batch, n, dim] without padding: every expert computes every token."""
         weights = rearrange(self.router(rearrange(x, "b n d -> (b n) d")).weights, "(b n) e -> e b n 1", b=len(x))
         return torch.stack([weight * expert(x) for weight, expert in zip(weights, self.experts, strict=True)]).sum(
             dim=0
@@ -93,13 +93,13 @@ class Experts(nn.Module):
 
     @property
     def positionwise(self) -> bool:
-        """Whether what a position becomes, and the loss, follow from that position alone."""
-        # in training others take places, and losses are means
-        alone = not self.training or (self.router.dense and not self.router.weighted)
-        return self.router.alone and alone
+        """Whether the output at a position, and the loss, depend on that position alone."""
+        # in training, tokens compete for room, and losses are means
+        independent = not self.training or (self.router.dense and not self.router.weighted)
+        return self.router.alone and independent
 
     def _sent(self, routing: Routing) -> tuple[Tensor, Tensor, list[int]]:
-        """The expert and the token of every pair that meets, expert by expert, and how many each expert has."""
+        """Expert and token of every routed pair, sorted by expert, and the number of tokens of each expert."""
         tokens, experts = routing.sent.shape
         if self.router.dense or (self.router.straight_through and routing.weights.requires_grad):
             every = torch.arange(experts, device=routing.sent.device), torch.arange(tokens, device=routing.sent.device)
@@ -114,11 +114,10 @@ class Experts(nn.Module):
         return expert, token, cast("list[int]", routing.sent.sum(dim=0).tolist())
 
     def _as_before(self, routing: Routing, mask: Mask | None) -> Routing:
-        """The routing; where this batch is computed again (reversible residuals, checkpoints), with the choices of the
-        first time.
+        """The routing, with the choices of the first time where the batch is computed again (reversible, checkpoints).
 
-        Inputs that are computed back are rounded, so a choice between near scores could be another one. Such a token
-        keeps the weights that it had, and its scores get no gradient from them.
+        A reconstructed input is rounded, so the second choice could differ. Such a token has the weights of the first
+        time, without gradient to its scores.
         """
         if mask is None or mask.decisions is None:
             return routing
@@ -129,8 +128,7 @@ class Experts(nn.Module):
 
 @contextmanager
 def balancing(losses: list[Tensor]) -> Iterator[None]:
-    """Add the losses of routers that compute meanwhile to a list; a backward pass that computes them once more adds
-    nothing."""
+    """Inside, the losses of routers are appended to a list; outside, when a backward pass recomputes, they are not."""
     token = _collected.set(losses)
     try:
         yield

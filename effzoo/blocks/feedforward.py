@@ -24,8 +24,8 @@ class FeedForward(nn.Module):
     """W_down act(W_up x + b_up) + b_down, [..., dim] -> [..., dim] through [..., mlp].
 
     gated: W_down (act(W_gate x) * W_up x) instead (Shazeer 2020, arXiv:2002.05202).
-    chunk: so many positions at a time, 0 for all at once: the hidden units of one chunk alone are held (Kitaev et
-        al. 2020, section 3); the result is the same.
+    chunk: positions that are computed at a time, for less memory and the same result (Kitaev et al. 2020,
+        arXiv:2001.04451, section 3); 0: all at once.
     """
 
     def __init__(
@@ -53,6 +53,6 @@ class FeedForward(nn.Module):
 
     def whole(self, x: Tensor) -> Tensor:
         """All positions at once."""
-        with made_again(products=True):  # hidden units are four times as wide as x, from which they follow
+        with made_again(products=True):  # hidden units are four times as wide as x
             hidden = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
         return self.down(hidden)

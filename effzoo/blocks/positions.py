@@ -1,4 +1,4 @@
-"""Rotary positions: queries and keys are turned by an angle that grows with the position (Su et al. 2021,
+"""Rotary positions: queries and keys are rotated by angles proportional to their position (Su et al. 2021,
 arXiv:2104.09864, section 3.2)."""
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _SCALING = {
 
 @dataclass(frozen=True)
 class Rotary:
-    """Turns the pair (x_j, x_{j + d/2}) of a head at position p by the angle p theta^(-2j/d), so that q_i . k_j depends
-    on i - j alone.
+    """Rotate the pair (x_j, x_{j + d/2}) of a head at position p by the angle p theta^(-2j/d).
+
+    q_i . k_j then depends on i - j alone.
 
     theta: base of the frequencies.
-    scaling: None, {"type": "linear", "factor": f} (positions divided by f, Chen et al. 2023, arXiv:2306.15595), or
-        {"type": "llama3", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-        which divides low frequencies only, with a smooth passage (Llama 3.1, as published in its configuration).
+    scaling: "linear", positions divided by `factor` (Chen et al. 2023, arXiv:2306.15595); "llama3", low frequencies
+        alone are divided, with a smooth transition (Llama 3.1); empty: none.
     """
 
     head_dim: int

@@ -1,13 +1,10 @@
-"""Reversible residuals: two streams whose inputs are computed back from their outputs, so that no activation of a block
-is stored.
+"""Reversible residuals: the inputs of a block are computed from its outputs, so that no activation is stored.
 
     y1 = x1 + attend(norm(x2)),  y2 = x2 + feed(norm(y1))        forward
     x2 = y2 - feed(norm(y1)),    x1 = y1 - attend(norm(x2))      backward, each sub-layer computed once more
 
-Gomez et al. 2017, arXiv:1707.04585, section 3.2; in a transformer: Kitaev et al. 2020, Reformer, arXiv:2001.04451,
-section 3.
-Activation memory does not grow with depth. `two_streams` is the plain twin, which stores everything; tests hold the two
-equal.
+Activation memory does not grow with depth (Gomez et al. 2017, arXiv:1707.04585, section 3.2; Kitaev et al. 2020,
+Reformer, arXiv:2001.04451, section 3). `two_streams` is the plain twin, which stores activations.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ SubLayer = Callable[[Tensor], Tensor]
 
 
 def two_streams(blocks: Sequence[Block], x: Tensor, mask: Mask, cache: Cache | None = None) -> Tensor:
-    """Both streams start as x [batch, n, dim] and end side by side, [batch, n, 2 dim]; gradients by autograd alone."""
+    """x [batch, n, dim], from which both streams start -> both side by side, [batch, n, 2 dim]."""
     first = second = x
     for attend, feed in _sublayers(blocks, mask, cache):
         first = first + attend(second)
@@ -36,11 +33,12 @@ def two_streams(blocks: Sequence[Block], x: Tensor, mask: Mask, cache: Cache | N
 
 
 def reversible(blocks: Sequence[Block], x: Tensor, mask: Mask) -> Tensor:
-    """`two_streams` with activations of one sub-layer at a time, in the backward pass alone.
+    """`two_streams`, storing activations of one sub-layer at a time, in the backward pass.
 
-    Every trainable parameter of the blocks is an input of the autograd function, so that adapters train above frozen
-    embeddings too and the hooks of data parallel training see them. Dropout and autocast are replayed. Raises
-    IncompatibleError in the backward pass when a block uses a trainable tensor that is no parameter of a block: its
+    Trainable parameters are inputs of the autograd function, so that adapters above frozen embeddings get gradients,
+    and data parallel training sees them. Dropout and autocast are replayed.
+
+    Raises IncompatibleError in the backward pass when a block uses a trainable tensor that is not its parameter, whose
     gradient would be lost.
     """
     parameters = list(dict.fromkeys(p for block in blocks for p in block.parameters() if p.requires_grad))
@@ -55,23 +53,23 @@ def reversible(blocks: Sequence[Block], x: Tensor, mask: Mask) -> Tensor:
     for attend, feed in _sublayers(blocks[:frozen], mask, None):  # nothing to learn here, so nothing to compute back
         first = first + attend(second)
         second = second + feed(first)
-    first, second = _Reversible.apply(list(_sublayers(blocks[frozen:], mask, None)), first, second, *parameters)  # type: ignore[no-untyped-call]
+    first, second = _apply(list(_sublayers(blocks[frozen:], mask, None)), first, second, *parameters)
     return torch.cat([first, second], dim=-1)
 
 
 def states(blocks: Sequence[Block], x: Tensor, mask: Mask) -> list[Tensor]:
     """Both streams side by side [batch, n, 2 dim], before, between and after the blocks."""
     first = second = x
-    found = [torch.cat([first, second], dim=-1)]
+    both = [torch.cat([first, second], dim=-1)]
     for attend, feed in _sublayers(blocks, mask, None):
         first = first + attend(second)
         second = second + feed(first)
-        found.append(torch.cat([first, second], dim=-1))
-    return found
+        both.append(torch.cat([first, second], dim=-1))
+    return both
 
 
 def _sublayers(blocks: Sequence[Block], mask: Mask, cache: Cache | None) -> Iterator[tuple[SubLayer, SubLayer]]:
-    """What each block adds to the first stream, given the second, and to the second, given the first."""
+    """The two sub-layers of each block, with their norms."""
     for block in blocks:
 
         def attend(x: Tensor, block: Block = block) -> Tensor:
@@ -108,26 +106,24 @@ class _Reversible(torch.autograd.Function):
     def backward(ctx, grad_first, grad_second):  # type: ignore[no-untyped-def]
         first, second = ctx.saved_tensors
         device, dtype, enabled = ctx.autocast
-        found: dict[Tensor, Tensor] = {}
+        grads: dict[Tensor, Tensor] = {}
         with torch.autocast(device, dtype=dtype, enabled=enabled):
             for attend, feed in reversed(ctx.sublayers):
-                added, grad = _again(feed, first, grad_second, ctx.states.pop(), ctx.parameters, found)
+                added, grad = _again(feed, first, grad_second, ctx.states.pop(), ctx.parameters, grads)
                 second, grad_first = second - added, grad_first + grad
-                added, grad = _again(attend, second, grad_first, ctx.states.pop(), ctx.parameters, found)
+                added, grad = _again(attend, second, grad_first, ctx.states.pop(), ctx.parameters, grads)
                 first, grad_second = first - added, grad_second + grad
-        return None, grad_first, grad_second, *(found.get(p) for p in ctx.parameters)
+        return None, grad_first, grad_second, *(grads.get(p) for p in ctx.parameters)
+
+
+_apply: Callable[..., tuple[Tensor, Tensor]] = _Reversible.apply
 
 
 def _again(
-    sublayer: SubLayer,
-    x: Tensor,
-    grad: Tensor,
-    state: _Random,
-    parameters: Sequence[Tensor],
-    found: dict[Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Compute a sub-layer once more: its output and the gradient of its input; the parameters' gradients are added to
-    `found`."""
+    sublayer: SubLayer, x: Tensor, grad: Tensor, state: _Random, parameters: Sequence[Tensor],
+    grads: dict[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute a sub-layer once more: its output, and the gradient of its input; those of parameters go to `grads`."""
     x = x.detach().requires_grad_()
     with torch.enable_grad(), state.replayed():
         added = sublayer(x)
@@ -141,15 +137,15 @@ def _again(
             "lost; "
             "register it in the block, or build the model with residual='plain'"
         )
-    grad_x, *grads = torch.autograd.grad(added, [x, *used], grad.to(added.dtype), allow_unused=True)
-    for parameter, change in zip(used, grads, strict=True):
+    grad_x, *of_used = torch.autograd.grad(added, [x, *used], grad.to(added.dtype), allow_unused=True)
+    for parameter, change in zip(used, of_used, strict=True):
         if change is not None:
-            found[parameter] = found[parameter] + change if parameter in found else change
+            grads[parameter] = grads[parameter] + change if parameter in grads else change
     return added.detach(), torch.zeros_like(x) if grad_x is None else grad_x
 
 
 def _leaves(out: Tensor) -> set[int]:
-    """ids of the leaf tensors that the graph behind `out` accumulates gradients in."""
+    """ids of the leaf tensors in the graph of `out`."""
     leaves, seen, stack = set(), set(), [out.grad_fn]
     while stack:
         node: Any = stack.pop()
@@ -163,7 +159,7 @@ def _leaves(out: Tensor) -> set[int]:
 
 
 class _Random:
-    """The state of the random generators that dropout draws from, taken now and set again in `replayed`."""
+    """The state of the random generators, which `replayed` restores, so that dropout draws the same."""
 
     def __init__(self, like: Tensor):
         self.devices = [like.device] if like.is_cuda else []
