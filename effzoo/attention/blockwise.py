@@ -23,24 +23,23 @@ Permutation = tuple[int, ...]
 
 @attention.register("blockwise", "blockbert")
 class Blockwise(PredicateAttention):
-    """Query block i of a head with permutation p sees exactly key block p(i): softmax over {j : block(j) = p(block(i))}
-    of q_i . k_j / sqrt(d).
+    """Each head sees one block of keys per block of queries: query block i of a head with permutation p sees key block
+    p(i).
 
-    The identity makes a head local, a cyclic shift makes it look far. Cost O(n^2 / blocks), without any mask unless
-    there is padding.
+    out_i = sum over j in S_i of p_ij v_j,    p_i = softmax over S_i of q_i . k_j / sqrt(d)
 
-    blocks: how many; a row of n tokens has blocks of ceil(n / blocks), whatever stands beside it in the batch.
-    block: the length of a block instead. Blocks are then places: position i is in block i // block however long the
-        input is, and inputs end at blocks * block positions. Causal models always take places, ceil(max_length /
-        blocks) when None, so that an output does not change as the sequence grows.
-    permutations: of the blocks, counted from 1 as in the lecture: ((1, 2, 3), (2, 3, 1)). By default the identity and
-        cyclic shifts.
-    groups: heads per permutation, in order, such as (10, 2). By default a sixth of the heads, at least one, for each
-        permutation but the first, which has the rest: 10:2 and 8:2:2 of 12 heads.
+    S_i = {j : block(j) = p(block(i))}; when causal, cut to j <= i. Cost O(n^2 / blocks).
 
-    A row whose key block holds no key gives 0, as every row without keys: key blocks after the end of a short sequence,
-    and, when causal (j <= i), key blocks after the query's own. Heads that see nothing of a whole input are named in a
-    warning.
+    The identity makes a head local, a cyclic shift far-sighted. A query whose key block holds no token gives 0; heads
+    that see no key of an input are named in a warning.
+
+    blocks: number of blocks. An example of n tokens has blocks of ceil(n / blocks), whatever its padding.
+    block: length of a block instead, for every input: position i is in block i // block, and inputs have at most blocks
+        * block positions. In causal models ceil(max_length / blocks) when None, so that outputs do not change as the
+        sequence grows.
+    permutations: of the blocks, counted from 1: ((1, 2, 3), (2, 3, 1)); None: the identity and the cyclic shifts.
+    groups: heads of each permutation, such as (10, 2); None: a sixth of the heads, at least one, for each but the
+        first, which has the rest (the paper: 10:2 and 8:2:2 of 12 heads).
     """
 
     paper = (
@@ -73,7 +72,7 @@ class Blockwise(PredicateAttention):
                 f"got {sizes}; try {fitting}"
             )
         self.blocks, self.block = blocks, block or (-(-context.max_length // blocks) if context.causal else None)
-        self._said = False
+        self._warned = False
         # one per head, from 0
         self.permutations = tuple(p for p, size in zip(chosen, sizes, strict=True) for _ in range(size))
 
@@ -87,12 +86,10 @@ class Blockwise(PredicateAttention):
         return self.block is None
 
     def _block(self, length: Tensor) -> Tensor:
-        """Positions of a block in rows of these lengths."""
-        return (
-            ((length + self.blocks - 1) // self.blocks).clamp(min=1)
-            if self.block is None
-            else torch.full_like(length, self.block)
-        )
+        """Positions of a block, in examples of these lengths."""
+        if self.block is not None:
+            return torch.full_like(length, self.block)
+        return ((length + self.blocks - 1) // self.blocks).clamp(min=1)
 
     def tilings(self, n: int, mask: Mask, device: torch.device) -> Sequence[tuple[list[int], Tiles | None]]:
         if self.block is not None and n > self.blocks * self.block:
@@ -102,55 +99,62 @@ class Blockwise(PredicateAttention):
                 f"build the model with max_length={n}, or with block={-(-n // self.blocks)}"
             )
         size = -(-n // self.blocks) if self.block is None else min(self.block, n)
-        self._say_blind(-(-n // size))
+        self._warn_of_blind_heads(-(-n // size))
         if self.by_length and mask.valid is not None:
             valid = mask.valid
-            return mask.memo(("blockwise", self.permutations, n), lambda: self._of_rows(lengths(valid), n, size))
-        make = lambda: [(heads, self._of_places(permutation, n, size)) for permutation, heads in self._alike().items()]  # noqa: E731
+            return mask.memo(("blockwise", self.permutations, n), lambda: self._by_length(lengths(valid), n, size))
+
+        def make() -> list[tuple[list[int], Tiles]]:
+            return [(heads, self._by_position(permutation, n, size)) for permutation, heads in self._heads().items()]
+
         return tile_map.cached_tilings(("blockwise", self.permutations, self.context.causal, size, n), make, device)
 
-    def _alike(self) -> dict[Permutation, list[int]]:
-        """Heads by permutation."""
-        return {one: [head for head, own in enumerate(self.permutations) if own == one] for one in self.permutations}
+    def _heads(self) -> dict[Permutation, list[int]]:
+        """The heads of each permutation."""
+        heads: dict[Permutation, list[int]] = {}
+        for head, permutation in enumerate(self.permutations):
+            heads.setdefault(permutation, []).append(head)
+        return heads
 
-    def _of_places(self, permutation: Permutation, n: int, size: int) -> Tiles:
-        """Blocks of `size` places, those that look alike together."""
+    def _by_position(self, permutation: Permutation, n: int, size: int) -> Tiles:
+        """The tiles of blocks of `size` positions; a run for those of one shape."""
         blocks = [torch.arange(start, min(start + size, n), device="cpu") for start in range(0, n, size)]
-        alike: dict[tuple[int, int, bool], list[tuple[Tensor, Tensor]]] = {}
+        same_shape: dict[tuple[int, int, bool], list[tuple[Tensor, Tensor]]] = {}
         for query, key in enumerate(permutation[: len(blocks)]):
             if key < len(blocks) and not (self.context.causal and key > query):
-                looks = (len(blocks[query]), len(blocks[key]), self.context.causal and key == query)
-                alike.setdefault(looks, []).append((blocks[query], blocks[key]))
+                shape = (len(blocks[query]), len(blocks[key]), self.context.causal and key == query)
+                same_shape.setdefault(shape, []).append((blocks[query], blocks[key]))
         runs = []
-        for (_, _, diagonal), pairs in alike.items():
+        for (_, _, diagonal), pairs in same_shape.items():
             queries, keys = (TilePositions.of(torch.stack(side)) for side in zip(*pairs, strict=True))
             runs.append(TileRun(queries, keys, causal=diagonal))
         return laid_out(n, runs)
 
-    def _of_rows(self, lengths: Tensor, n: int, size: int) -> list[tuple[list[int], Tiles]]:
-        """Blocks of a share of the length of each row, filled up to `size`: every query block and its key block."""
-        own = self._block(lengths)[:, None, None]
+    def _by_length(self, lengths: Tensor, n: int, size: int) -> list[tuple[list[int], Tiles]]:
+        """The tiles of blocks of a share of each example's length, filled up to `size` slots."""
+        block = self._block(lengths)[:, None, None]
         slot = torch.arange(size, device=lengths.device)
-        place = torch.arange(self.blocks, device=lengths.device)[:, None] * own + slot  # [batch, blocks, size]
-        there = ((slot < own) & (place < n)).expand_as(place)
-        place = place.clamp(max=n - 1)
-        position = torch.arange(n, device=lengths.device)
-        share = own[..., 0]
-        back = torch.where(
-            position < self.blocks * share, position // share * size + position % share, self.blocks * size
-        )
-        found = []
-        for permutation, heads in self._alike().items():
-            keys, allowed = (torch.stack([x[:, block] for block in permutation], dim=1) for x in (place, there))
-            of_queries, of_keys = (TilePositions(self.blocks, size, index=index) for index in (place, keys))
-            filled = there.flatten(0, 1)[:, None, :, None]
-            run = TileRun(of_queries, of_keys, allowed.flatten(0, 1)[:, None], filled=filled)
-            found.append((heads, Tiles(n, (run,), back)))
-        return found
+        queries = torch.arange(self.blocks, device=lengths.device)[:, None] * block + slot  # [batch, blocks, size]
+        filled = ((slot < block) & (queries < n)).expand_as(queries)
+        queries = queries.clamp(max=n - 1)
+        position, block = torch.arange(n, device=lengths.device), block[..., 0]
+        in_block = position // block * size + position % block
+        place = torch.where(position < self.blocks * block, in_block, self.blocks * size)
+        tilings = []
+        for permutation, heads in self._heads().items():
+            keys, allowed = (torch.stack([x[:, key] for key in permutation], dim=1) for x in (queries, filled))
+            run = TileRun(
+                TilePositions(self.blocks, size, index=queries),
+                TilePositions(self.blocks, size, index=keys),
+                allowed.flatten(0, 1)[:, None],
+                filled=filled.flatten(0, 1)[:, None, :, None],
+            )
+            tilings.append((heads, Tiles(n, (run,), place)))
+        return tilings
 
-    def _say_blind(self, used: int) -> None:
-        """Warn, once, of heads whose queries see no key in an input with so many blocks."""
-        if used == self.blocks or self._said:
+    def _warn_of_blind_heads(self, used: int) -> None:
+        """Warn once of heads that see no key in an input of `used` blocks."""
+        if used == self.blocks or self._warned:
             return
         blind = [
             head
@@ -158,7 +162,7 @@ class Blockwise(PredicateAttention):
             if all(p[i] >= used or (self.context.causal and p[i] > i) for i in range(used))
         ]
         if blind:
-            self._said = True
+            self._warned = True
             warnings.warn(
                 f"blockwise: heads {blind} of layer {self.context.layer} see nothing in an input of {used} of "
                 f"{self.blocks} blocks and give 0; "

@@ -18,8 +18,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 @dataclass(frozen=True)
 class Flash:
-    """A tile by the flash operators, which take rows of one width and do not look at their last stride: they compute
-    with what lies there."""
+    """A tile by the flash operators, which take q, k and v of one width, dense on the last axis (they do not check)."""
 
     scale: float | None
 
@@ -33,14 +32,14 @@ class Flash:
     def backward(self, tile: Tile, index: int, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = _even(tile)
         grad, out = (_wide(x, v.shape[-1]) for x in (grad, out))
-        found = _backward(
+        grad_q, grad_k, grad_v = _backward(
             grad, q, k, v, out, lse, 0.0, tile.causal, attn_mask=tile.bias, scale=factor(self.scale, tile.q)
         )
-        return _cut(found[0], tile.q), _cut(found[1], tile.k), _cut(found[2], tile.v)
+        return _cut(grad_q, tile.q), _cut(grad_k, tile.k), _cut(grad_v, tile.v)
 
 
 def _even(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v with rows of one width, dense in memory (zeros change neither scores nor other columns of v)."""
+    """q, k and v of one width, padded with zeros, and dense on the last axis."""
     q, k, v, _, _ = tile
     if q.shape[-1] == v.shape[-1]:
         if q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
@@ -59,10 +58,9 @@ def _cut(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _honest(q: Tensor, k: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """What the operator gives without a bias, with NaN where the definition has NaN: of a row whose scores are NaN it
-    makes 0, and of its lse.
+    """The operator's results, with NaN where the definition has NaN: it returns 0 for a query whose scores are NaN.
 
-    Looking for that 0 costs one pass over the log-sum-exps, which have one number for each row of q.
+    Only a log-sum-exp of 0 can be wrong: searching for one costs a pass over the log-sum-exps.
     """
     if isinstance(lse, FakeTensor) or lse.is_meta or bool(lse.all()):
         return out, lse

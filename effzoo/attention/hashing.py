@@ -12,11 +12,9 @@ from torch import Tensor
 
 
 def automatic(max_length: int, chunk: int) -> tuple[int, ...]:
-    """How many buckets a sequence of max_length needs: 2 n / chunk, as a power of two, in factors where one would make
-    the rotations large.
+    """The number of buckets, 2 max_length / chunk as a power of two, in factors where it is large.
 
-    One and two factors are those of HF; more of them, where two would be larger than 2 chunk, keep the cost of hashing
-    at n log n.
+    One and two factors are those of HF; more, where two would be larger than 2 chunk, keep hashing at O(n log n).
     """
     power = max(1, (2 * (max_length // chunk)).bit_length() - 1)
     if 2**power <= 2 * max(math.isqrt(max_length // chunk), chunk):
@@ -27,11 +25,7 @@ def automatic(max_length: int, chunk: int) -> tuple[int, ...]:
 
 
 def draw_rotations(seed: int, layer: int, rounds: range, heads: int, head_dim: int, factors: Sequence[int]) -> Tensor:
-    """Standard normal rotations [rounds, heads, head_dim, sum(factors) / 2]; those of one round do not depend on the
-    other rounds.
-
-    From a generator of their own: torch's random state stays where it is.
-    """
+    """Standard normal rotations [rounds, heads, head_dim, sum(factors) / 2]; each round has a generator of its own."""
     width = sum(factor // 2 for factor in factors)
     drawn = [torch.empty(0, heads, head_dim, width, device="cpu")]
     for index in rounds:
@@ -42,32 +36,29 @@ def draw_rotations(seed: int, layer: int, rounds: range, heads: int, head_dim: i
 
 @torch.no_grad()
 def buckets_of(x: Tensor, rotations: Tensor, factors: Sequence[int]) -> Tensor:
-    """The bucket of each row of x [batch, heads, n, d] in each round: argmax of [x R, -x R], int64[rounds, batch,
-    heads, n].
+    """argmax [x R, -x R] of x [batch, heads, n, d] in each round, int64[rounds, batch, heads, n].
 
-    With factors b_1, b_2, ... the bucket is sum_f bucket_f b_1 ... b_(f-1), each bucket_f from rotations of its own.
-    Computed in float32 or better, also under autocast.
+    With factors b_1, b_2, ... the bucket is sum_f bucket_f b_1 ... b_(f-1), where each bucket_f has its own R. Computed
+    in float32 or better, also under autocast.
     """
     exact = torch.promote_types(x.dtype, torch.float32)
-    found = torch.zeros(rotations.shape[0], *x.shape[:3], dtype=torch.int64, device=x.device)
+    buckets = torch.zeros(rotations.shape[0], *x.shape[:3], dtype=torch.int64, device=x.device)
     start, product = 0, 1
     device = x.device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         for factor in factors:
             half = factor // 2
-            if half:  # the rounds side by side: to multiply by each would make a copy of x for it
+            if half:  # rounds side by side: one product, without a copy of x for each
                 side_by_side = rotations[..., start : start + half].to(exact).movedim(0, 2).flatten(2)
                 turned = rearrange(x.to(exact) @ side_by_side, "b h n (rounds half) -> rounds b h n half", half=half)
                 place = turned.abs().argmax(dim=-1, keepdim=True)
-                found += product * (place + half * (turned.gather(-1, place) < 0)).squeeze(-1)
+                buckets += product * (place + half * (turned.gather(-1, place) < 0)).squeeze(-1)
             start, product = start + half, product * factor
-    return found
+    return buckets
 
 
 def sort(buckets: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions in the order of (bucket, position) along the last axis, and the place of each position in that
-    order."""
+    """Positions sorted by (bucket, position) along the last axis, and the place of each position among them."""
     order = buckets.sort(dim=-1, stable=True).indices
-    return order, torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return order, torch.empty_like(order).scatter_(-1, order, places)

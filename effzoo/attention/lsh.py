@@ -1,4 +1,4 @@
-"""LSH attention: tokens attend to those that hash into the same bucket (Kitaev et al. 2020, Reformer, arXiv:2001.04451,
+"""LSH attention: tokens attend to tokens of the same hash bucket (Kitaev et al. 2020, Reformer, arXiv:2001.04451,
 section 2)."""
 
 from __future__ import annotations
@@ -26,49 +26,40 @@ from effzoo.sites import Keys, KeysValues
 
 @attention.register("lsh", "reformer")
 class LSH(AttentionCore):
-    """Queries are keys; each round hashes them, sorts them by (bucket, position), cuts them into chunks; a query sees
-    its chunk and the one before.
+    """Queries are keys; each round sorts them by hash bucket and cuts them into chunks; a query sees its own chunk and
+    the one before.
 
-    out_i = sum over rounds r and keys j != i that i sees in round r of exp(x_i . k_j) v_j, divided by the sum of the
-    same exp(x_i . k_j), with k_j = x_j / |x_j| (as x rsqrt(mean(x^2) + 1e-6) / sqrt(d)) and no further scale: the
-    length of a query is its temperature. A token sees itself only when it sees no other key in any round (section 2,
-    "causal masking for shared-QK attention"). The bucket of x is argmax [x R, -x R] with a random R for every round and
-    head (section 2, equation for h(x)). Cost O(rounds n chunk).
+    out_i = sum_r,j exp(x_i . k_j) v_j / sum_r,j exp(x_i . k_j),    k_j = x_j / |x_j|,
+        over rounds r and the keys j != i that query i sees in round r
 
-    rounds: of hashing; may be set on a built core (`core.rounds = 8`): round r has the same rotations whatever their
-        number.
-    chunk: length of a chunk.
-    buckets: 1 or an even number, or even factors of it; None: 2 max_length / chunk as a power of two, factorised
-        when large. It depends on max_length alone, so a sequence is hashed alike in every batch.
+    bucket(x) = argmax [x R, -x R], with a random R for each round and head. Cost O(rounds n chunk). A token sees itself
+    only where it sees no other key in any round (section 2, "causal masking for shared-QK attention").
+
+    rounds: of hashing; can be changed later (`core.rounds = 8`).
+    chunk: positions of a chunk.
+    buckets: 1, an even number, or even factors of it; None: 2 max_length / chunk as a power of two, in factors where it
+        is large. It does not depend on the batch.
     look_back: chunks before its own that a query sees.
-    look_forward: chunks after it.
-    seed: of the rotations, which are drawn from a generator of their own and not saved; `resample` draws others.
-    within_buckets: only keys of the query's own bucket count (equation 3; HF and Trax leave this out).
-    count_once: a pair that meets in N_ij rounds counts once, by the bias -log N_ij (appendix A, equation of N_ij; HF
-        and Trax leave this out).
-    circular: the first chunk looks back to the last chunk of the round before, as in HF and Trax. It shows the end
-        of a sequence to its beginning whatever their buckets, and lets the length of the batch matter; only for
-        equality with those. Buckets of two rounds are never the same, so it changes nothing within_buckets when
-        there are several rounds.
+    look_forward: chunks after its own that a query sees.
+    seed: of R, which has a generator of its own and is not saved; `resample` draws another.
+    within_buckets: a query sees only keys of its own bucket (equation 3; not in HF and Trax).
+    count_once: a pair that meets in N_ij rounds counts once, by the bias -log N_ij (appendix A; not in HF and Trax).
+    circular: the first chunk looks back to the last one of the round before; for equality with HF and Trax alone, as it
+        shows the end of a sequence to its beginning, and lets padding matter.
+    stable: look_back and look_forward are counted from the query (look_back chunk keys of its bucket) instead of from
+        its chunk. Without it, a chunk border depends on how many later tokens have smaller buckets: the value of a
+        causal output may change as the sequence grows, though its gradient with respect to later tokens is 0, and a
+        step of decoding equals the forward pass at the newest position alone.
 
-    stable: a query sees the keys of its own bucket that stand at most look_back chunk places before it in the sorted
-        order, and at most look_forward chunk places after it. Chunk borders play no part, as they do without it: where
-        a border falls depends on how many *later* tokens have smaller buckets, so the value of a causal output may
-        change when the sequence grows, though its gradient with respect to later inputs is exactly 0. Decoding with a
-        cache equals the forward pass in the newest rows, always; in all rows, and so through several layers, when
-        stable.
-
-    The normalised keys pass a site with the role `attn.keys`, so that a method can scale keys and leave queries, and
-    buckets, as they are. Memory keys are normalised as all keys are, and every query sees them in every round (once,
-    when pairs count once). Padding sees them alone. Copied from another kind, the shared projection starts as that of
-    the queries, since they decide what is looked for.
+    Keys are a site, `attn.keys`, so that a method can scale them without changing queries and buckets. Memory keys are
+    normalised too; every query sees them in every round.
     """
 
     paper = "Kitaev et al. 2020, Reformer: the efficient transformer, arXiv:2001.04451, section 2 and appendix A"
     projections: Mapping[str, Side] = {"qk": "query and key", "v": "value"}
     cost = "n * rounds * chunk"
     rotations: Tensor
-    hash_seed: int | None = None  # of transformers, from which rotations were drawn that `rotate_by` was given
+    hash_seed: int | None = None  # of transformers, where `rotate_by` was given rotations drawn from it
 
     def __init__(
         self,
@@ -152,12 +143,12 @@ class LSH(AttentionCore):
 
     @property
     def _times(self) -> int:
-        """How often a query sees what it sees in every round."""
+        """How often a key counts that a query sees in every round."""
         return 1 if self.count_once else self._rounds
 
     def forward(self, qk: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         n, k = qk.shape[2], self._keys(qk)
-        if n <= self.chunk and not (self.within_buckets or self.circular):  # every round would see everything once
+        if n <= self.chunk and not (self.within_buckets or self.circular):  # every round sees every key
             part, times = self._one_chunk(qk, k, v, mask), 1
         else:
             part, times = self.part(qk, k, v, self._buckets(qk, mask)), self._times
@@ -167,20 +158,18 @@ class LSH(AttentionCore):
         if memory is not None:
             return out
         assert lse is not None
-        alone = lse.squeeze(-1) == -math.inf
+        sees_none = lse.squeeze(-1) == -math.inf
         if mask.valid is not None:
-            alone = alone & mask.valid[:, None, :]
-        weight = F.dropout(alone.to(v.dtype), self.dropout)  # of their own value: all there is, and `out` is 0 there
+            sees_none = sees_none & mask.valid[:, None, :]
+        weight = F.dropout(sees_none.to(v.dtype), self.dropout)  # of the token itself, where out is 0
         return out + weight.unsqueeze(-1) * v
 
     def _keys(self, qk: Tensor) -> Tensor:
-        """k, [batch, heads, n, head_dim]: normalised, and then what is hung on their site."""
+        """x / |x|, [batch, heads, n, head_dim], with the adapters of the site `attn.keys`."""
         k = _normalised(qk)
-        return (
-            rearrange(self.keys(rearrange(k, "b h n d -> b n (h d)")), "b n (h d) -> b h n d", h=k.shape[1])
-            if self.keys.active
-            else k
-        )
+        if not self.keys.active:
+            return k
+        return rearrange(self.keys(rearrange(k, "b h n d -> b n (h d)")), "b n (h d) -> b h n d", h=k.shape[1])
 
     def _one_chunk(self, qk: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Part:
         """Full attention without the diagonal."""
@@ -195,24 +184,22 @@ class LSH(AttentionCore):
         return Part(qk, k, v, mask.memo(("lsh", qk.shape[2], self.context.causal, qk.dtype), make), scale=1.0)
 
     def part(self, q: Tensor, k: Tensor, v: Tensor, buckets: Tensor | None) -> Part:
-        """What is seen in all rounds, given the buckets."""
+        """The keys that queries see in all rounds."""
         return Part(q, k, v, scale=1.0, tiling=self._tiling, inputs=[buckets])
 
     @property
     def _tiling(self) -> HashingRounds:
-        """What is seen in all rounds. Buckets of different rounds are never the same, so within them several rounds
-        make no ring."""
+        """All rounds; buckets of different rounds are never the same, so within_buckets of several needs no ring."""
         options = self.within_buckets, self.count_once, self.stable, self.context.causal
         ring = self.circular and (self._rounds == 1 or not self.within_buckets)
         return HashingRounds(self.chunk, self.before, self.after, ring, *options, padding=math.prod(self.factors))
 
     def _buckets(self, qk: Tensor, mask: Mask) -> Tensor:
-        """[rounds, batch, heads, n], one more than the largest at padding; decided once for a batch, however often a
-        block is computed."""
+        """Buckets [rounds, batch, heads, n], the number of buckets at padding; the same when a block is recomputed."""
 
         def make() -> Tensor:
-            found = buckets_of(qk, self.rotations[: self._rounds], self.factors)
-            return found.to(torch.int16 if math.prod(self.factors) < 2**15 else torch.int32)
+            buckets = buckets_of(qk, self.rotations[: self._rounds], self.factors)
+            return buckets.to(torch.int16 if math.prod(self.factors) < 2**15 else torch.int32)
 
         return self._padding_last(mask.decide(("buckets", self.context.layer), make), mask)
 
@@ -238,38 +225,35 @@ class LSH(AttentionCore):
         buckets = self._padding_last(state["buckets"].transpose(0, 1), mask)
         counts = self._counts(buckets, sort(buckets)[1], past["qk"].shape[2], mask, memory is not None)
         bias = counts.to(torch.promote_types(qk.dtype, torch.float32)).log().to(qk.dtype)
-        return self.attend(
-            Part(qk, self._keys(state["qk"]), state["v"], bias, scale=1.0), _memory_part(qk, memory, self._times)
-        ), state
+        part = Part(qk, self._keys(state["qk"]), state["v"], bias, scale=1.0)
+        return self.attend(part, _memory_part(qk, memory, self._times)), state
 
-    def _counts(self, buckets: Tensor, place: Tensor, start: int, mask: Mask, remembers: bool) -> Tensor:
+    def _counts(self, buckets: Tensor, place: Tensor, start: int, mask: Mask, has_memory: bool) -> Tensor:
         """The definition: how often query i >= start sees key j, int[batch, heads, n - start, n].
 
-        buckets and place, the rank of a position by (bucket, position), are [rounds, batch, heads, n].
+        place: rank of a position by (bucket, position); both [rounds, batch, heads, n].
         """
-        n, stands = buckets.shape[-1], (place if self.stable else place // self.chunk, buckets)
-        total = self._tiling.meetings((stands[0][..., start:], buckets[..., start:]), stands, -(-n // self.chunk))
+        n, keys = buckets.shape[-1], (place if self.stable else place // self.chunk, buckets)
+        total = self._tiling.meetings((keys[0][..., start:], buckets[..., start:]), keys, -(-n // self.chunk))
         position = torch.arange(n, device=buckets.device)
         query = position[start:, None]
         valid = torch.ones(1, n, dtype=torch.bool, device=buckets.device) if mask.valid is None else mask.valid
         both = valid[:, None, start:, None] & valid[:, None, None, :]
         total = total * (both & (position < query if self.context.causal else position != query))
-        if not remembers:
-            alone = (total == 0).all(dim=-1, keepdim=True)
-            total = total + (alone & both & (position == query)).to(total.dtype)
+        if not has_memory:
+            sees_none = (total == 0).all(dim=-1, keepdim=True)
+            total = total + (sees_none & both & (position == query)).to(total.dtype)
         return total.clamp(max=1) if self.count_once else total
 
     def dense(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
-        """The definition in O(n^2): softmax of x_i . k_j + log(how often i sees j), 0 where nothing is seen."""
+        """The definition in O(n^2): softmax of x_i . k_j + log(how often i sees j); 0 for a query without keys."""
         qk, v = projected
         buckets, n = self._buckets(qk, mask), qk.shape[2]
         position = torch.arange(n, device=qk.device)
-        mine, other = buckets[..., :, None], buckets[..., None, :]
-        # how many stand before
-        place = ((other < mine) | ((other == mine) & (position < position[:, None]))).sum(dim=-1)
-        logits = (qk @ self._keys(qk).transpose(-1, -2)) + self._counts(buckets, place, 0, mask, memory is not None).to(
-            qk.dtype
-        ).log()
+        bucket, other = buckets[..., :, None], buckets[..., None, :]
+        place = ((other < bucket) | ((other == bucket) & (position < position[:, None]))).sum(dim=-1)
+        counts = self._counts(buckets, place, 0, mask, memory is not None).to(qk.dtype)
+        logits = qk @ self._keys(qk).transpose(-1, -2) + counts.log()
         if memory is not None:
             keys, values = (x.expand(qk.shape[0], *x.shape[-3:]) for x in memory)
             logits = torch.cat([qk @ _normalised(keys).transpose(-1, -2) + math.log(self._times), logits], dim=-1)
@@ -279,14 +263,14 @@ class LSH(AttentionCore):
 
 
 def _normalised(x: Tensor) -> Tensor:
-    """x / |x| over the last axis; a row of zeros stays one."""
+    """x / |x| over the last axis, as x rsqrt(mean(x^2) + 1e-6) / sqrt(d); 0 for 0."""
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     mean_square = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square() / x.shape[-1]
     return (exact * ((mean_square + 1e-6).rsqrt() / math.sqrt(x.shape[-1]))).to(x.dtype)
 
 
 def _memory_part(qk: Tensor, memory: KeysValues | None, times: int) -> Part | None:
-    """The memory, seen so many times by every query."""
+    """The memory as a part that every query sees so many times."""
     part = memory_part(qk, memory)
     if part is None:
         return None

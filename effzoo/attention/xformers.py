@@ -1,8 +1,6 @@
-"""Tiles by xformers (Lefaudeux et al. 2022): its memory-efficient attention with its own masks, for those who have it.
-The extra `xformers`, on CUDA.
+"""Tiles by xformers (Lefaudeux et al. 2022): its memory-efficient attention on CUDA, with its masks; an optional extra.
 
-What it asks of memory is what torch's operators ask (`cuda.py`), which have come from it. It gives no log-sum-exp where
-it drops weights.
+Its demands on memory are those of torch's operators (`cuda.py`). It returns no log-sum-exp with dropout.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from effzoo.attention.cuda import bias_rows, gradients_of, rows_of
+from effzoo.attention.cuda import aligned, aligned_bias, gradients_of
 from effzoo.attention.part import Tile, factor, lse_of
 from effzoo.errors import OptionError
 
@@ -43,38 +41,36 @@ def ops() -> ModuleType:
 class Xformers:
     """A tile by `memory_efficient_attention_forward_requires_grad` and `memory_efficient_attention_backward`.
 
-    window: how many keys before it and after it a query sees; None: all.
+    window: keys before and after itself that a query sees; None: all.
     """
 
     scale: float | None
     window: tuple[int, int] | None = None
 
     def forward(self, tile: Tile, index: int) -> tuple[Tensor, Tensor]:
-        q, k, v = (rows_of(x).transpose(1, 2) for x in tile[:3])
-        if isinstance(q, FakeTensor):  # of which xformers asks for more than shapes
+        q, k, v = (aligned(x).transpose(1, 2) for x in tile[:3])
+        if isinstance(q, FakeTensor):  # xformers needs more than shapes
             return q.new_empty(*q.shape[:3], v.shape[-1]).transpose(1, 2)[..., : tile.v.shape[-1]], q.new_empty(
                 tile.q.shape[:3], dtype=torch.float32
             )
-        found = ops().memory_efficient_attention_forward_requires_grad(
-            q, k, v, self._mask(tile), 0.0, factor(self.scale, tile.q)
-        )
-        out, lse = found[0].transpose(1, 2)[..., : tile.v.shape[-1]], found[1][..., : q.shape[1]]
-        return out, lse_of(tile, lse)
+        run = ops().memory_efficient_attention_forward_requires_grad
+        out, lse = run(q, k, v, self._mask(tile), 0.0, factor(self.scale, tile.q))
+        return out.transpose(1, 2)[..., : tile.v.shape[-1]], lse_of(tile, lse[..., : q.shape[1]])
 
     def backward(self, tile: Tile, index: int, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        grad, q, k, v, out = (rows_of(x).transpose(1, 2).contiguous() for x in (grad, *tile[:3], out))
+        grad, q, k, v, out = (aligned(x).transpose(1, 2).contiguous() for x in (grad, *tile[:3], out))
         if isinstance(q, FakeTensor):
             return torch.empty_like(tile.q), torch.empty_like(tile.k), torch.empty_like(tile.v)
         run = ops().memory_efficient_attention_backward
-        found = run(grad, out, lse.contiguous(), q, k, v, self._mask(tile), 0.0, factor(self.scale, tile.q))
-        return gradients_of(tile, [x.transpose(1, 2) for x in found])
+        gradients = run(grad, out, lse.contiguous(), q, k, v, self._mask(tile), 0.0, factor(self.scale, tile.q))
+        return gradients_of(tile, [x.transpose(1, 2) for x in gradients])
 
     def _mask(self, tile: Tile) -> Any:
-        """Window, triangle and bias as xformers says them."""
+        """Window, triangle and bias as a mask of xformers."""
         if self.window is not None:
             left, right = self.window
             return ops().fmha.attn_bias.LocalAttentionFromBottomRightMask(window_left=left, window_right=right)
-        bias = bias_rows(tile)
+        bias = aligned_bias(tile)
         if not tile.causal:
             return bias
         return ops().LowerTriangularMask() if bias is None else ops().LowerTriangularMask().add_bias(bias)
