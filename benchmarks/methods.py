@@ -200,10 +200,8 @@ def tracked_table(results: dict) -> str:
         spec = first["spec"].replace("|", "\\|")  # a bar would end the cell
         lines.append(
             f"| `{spec}` | {accuracy:.1f}{spread} | {first['trainable']:,} | {first['stored_bytes']:,} | {changed} | "
-            f"{rank} "
-            f"| {statistics.median(row['seconds'] for row in each):.0f} | "
-            f"{statistics.median(row['peak_mib'] for row in each):.0f} "
-            f"| {first['saved_mib']} |"
+            f"{rank} | {statistics.median(row['seconds'] for row in each):.0f} | "
+            f"{statistics.median(row['peak_mib'] for row in each):.0f} | {first['saved_mib']} |"
         )
     settings = results["settings"]
     about = ", ".join(f"{name} {value:,}" for name, value in settings.items())

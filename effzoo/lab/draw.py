@@ -25,12 +25,12 @@ def panels(
     figure = Figure(
         figsize=(width * count, height * rows), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     )
-    found = list(figure.subplots(rows, count, squeeze=False, **options).flat)
-    for axes in found:
+    flat = list(figure.subplots(rows, count, squeeze=False, **options).flat)
+    for axes in flat:
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    return figure, found
+    return figure, flat
 
 
 def band(

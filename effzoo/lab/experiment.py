@@ -136,7 +136,7 @@ def catalogue() -> dict[str, Experiment]:
 
 def get(name: str) -> Experiment:
     """One experiment. Raises UnknownNameError."""
-    found = catalogue()
-    if name not in found:
-        raise UnknownNameError("experiment", name, found)
-    return found[name]
+    experiments = catalogue()
+    if name not in experiments:
+        raise UnknownNameError("experiment", name, experiments)
+    return experiments[name]

@@ -142,13 +142,13 @@ def logits(model: nn.Module, examples: Examples, size: int = 64) -> Tensor:
     mode = model.training
     model.eval()
     try:
-        found = [
+        answers = [
             model(**{name: x for name, x in batch.items() if name != "labels"}).logits.float()
             for batch in examples.batches(size)
         ]
     finally:
         model.train(mode)
-    return torch.cat(found)
+    return torch.cat(answers)
 
 
 def accuracy(model: nn.Module, examples: Examples, size: int = 64) -> float:

@@ -46,11 +46,11 @@ def images(run: Run, *, train: int | None = None, test: int | None = None) -> Im
         pixels, labels = _digits()
         parts = [(pixels[:1347], labels[:1347]), (pixels[1347:], labels[1347:])]
         about = "scikit-learn digits, 8 x 8"
-    found = [
+    splits = [
         Examples({"pixels": pixels[:count]}, labels[:count])
         for (pixels, labels), count in zip(parts, (train, test), strict=True)
     ]
-    return Images(found[0], found[1], about)
+    return Images(splits[0], splits[1], about)
 
 
 def _digits() -> tuple[Tensor, Tensor]:
@@ -61,10 +61,10 @@ def _digits() -> tuple[Tensor, Tensor]:
         )
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    pixels = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16
+    digits = load_digits()
+    pixels = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    return ((pixels - pixels.mean()) / pixels.std())[order], torch.tensor(found.target)[order]
+    return ((pixels - pixels.mean()) / pixels.std())[order], torch.tensor(digits.target)[order]
 
 
 def _mnist(folder: Path, part: str) -> tuple[Tensor, Tensor]:
@@ -74,16 +74,16 @@ def _mnist(folder: Path, part: str) -> tuple[Tensor, Tensor]:
 
 def _idx(folder: Path, name: str) -> Tensor:
     """An idx file, packed or not: four bytes that say type and rank, the sizes, then the bytes."""
-    found = [path for path in (folder / f"{name}.gz", folder / name) if path.exists()]
-    if not found:
+    files = [path for path in (folder / f"{name}.gz", folder / name) if path.exists()]
+    if not files:
         raise DataError(f"{folder} has neither {name} nor {name}.gz; give the folder that holds MNIST's four idx files")
-    raw = gzip.decompress(found[0].read_bytes()) if found[0].suffix == ".gz" else found[0].read_bytes()
+    raw = gzip.decompress(files[0].read_bytes()) if files[0].suffix == ".gz" else files[0].read_bytes()
     rank = raw[3]
     shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(rank)]
     content = np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * rank)
     if raw[:3] != b"\x00\x00\x08" or content.size != np.prod(shape):
         raise DataError(
-            f"{found[0]} is not an idx file of bytes, or is cut short: its head says {shape}, and "
+            f"{files[0]} is not an idx file of bytes, or is cut short: its head says {shape}, and "
             f"{content.size} bytes follow"
         )
     return torch.from_numpy(content.copy()).view(shape)

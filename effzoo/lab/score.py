@@ -23,6 +23,6 @@ def score(model: nn.Module, examples: Examples, *, bfloat16: bool | None = None)
     if bfloat16 is None:
         bfloat16 = next(model.parameters()).dtype == torch.float32 and bfloat16_is_faster()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
-        found = logits(model, examples)
-    loss = nn.functional.cross_entropy(found, examples.labels)
-    return Score(float((found.argmax(dim=-1) == examples.labels).float().mean()), float(loss))
+        answers = logits(model, examples)
+    loss = nn.functional.cross_entropy(answers, examples.labels)
+    return Score(float((answers.argmax(dim=-1) == examples.labels).float().mean()), float(loss))

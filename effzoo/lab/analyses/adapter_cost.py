@@ -21,11 +21,11 @@ def kept_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     try:
         with Record([*model.parameters(), *model.buffers(), *batch.values()]) as record:
             loss = peft.loss(model, **batch)
-            found = sum(saved.bytes for saved in record.held.values())
+            kept = sum(saved.bytes for saved in record.held.values())
             del loss
     finally:
         model.train(mode)
-    return found
+    return kept
 
 
 def step(model: nn.Module, batch: Mapping[str, Tensor], learning_rate: float = 1e-6) -> Callable[[], None]:

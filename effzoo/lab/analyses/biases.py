@@ -27,12 +27,12 @@ def bias_changes(model: nn.Module, name: str = "default") -> ByPlace:
     }
     known = dict(sites(model))
     hung = {path for places in peft.attached(model)[name].places.values() for path, _ in places}
-    found: ByPlace = {}
+    values: ByPlace = {}
     for key, value in changes.items():
         path = key.removesuffix(".bias")
         if path in hung:
-            found.setdefault(known[path].role, {})[known[path].layer] = value
-    return found
+            values.setdefault(known[path].role, {})[known[path].layer] = value
+    return values
 
 
 def bias_gradients(model: nn.Module, batch: Mapping[str, Tensor]) -> ByPlace:
@@ -59,10 +59,10 @@ def bias_gradients(model: nn.Module, batch: Mapping[str, Tensor]) -> ByPlace:
     finally:
         for (_, _, bias), trained in zip(places, before, strict=True):
             bias.requires_grad_(trained)
-    found: ByPlace = {}
+    largest: ByPlace = {}
     for (role, layer, _), gradient in zip(places, gradients, strict=True):
-        found.setdefault(role, {})[layer] = 0.0 if gradient is None else float(gradient.abs().max())
-    return found
+        largest.setdefault(role, {})[layer] = 0.0 if gradient is None else float(gradient.abs().max())
+    return largest
 
 
 def mean_of(places: ByPlace, role: str) -> float:

@@ -43,20 +43,20 @@ def without_heads(model: nn.Module, order: Tensor, counts: Sequence[int], exampl
     """
     peft.attach(model, SPEC, name=NAME)
     try:
-        found = gates(model)
-        each = [module.heads for module in found.values()]
-        if sorted(order.tolist()) != list(range(sum(each))) or any(not 0 <= count <= sum(each) for count in counts):
+        modules = gates(model)
+        heads = [module.heads for module in modules.values()]
+        if sorted(order.tolist()) != list(range(sum(heads))) or any(not 0 <= count <= sum(heads) for count in counts):
             raise OptionError(
-                f"an order names each of the {sum(each)} heads once, and counts are between 0 and that, got "
+                f"an order names each of the {sum(heads)} heads once, and counts are between 0 and that, got "
                 f"{len(order)} and {list(counts)}"
             )
         accuracies = []
         for count in counts:
-            open_ = torch.ones(sum(each))
+            open_ = torch.ones(sum(heads))
             open_[order[:count]] = 0
-            for module, own in zip(found.values(), torch.split(open_, each), strict=True):
+            for module, gate in zip(modules.values(), torch.split(open_, heads), strict=True):
                 assert module.gate is not None
-                module.gate.copy_(own)
+                module.gate.copy_(gate)
             accuracies.append(fast_accuracy(model, examples))
         return accuracies
     finally:
@@ -65,7 +65,7 @@ def without_heads(model: nn.Module, order: Tensor, counts: Sequence[int], exampl
 
 def gates(model: nn.Module) -> Mapping[str, HeadGates]:
     """The gates of the active adapters, by the path of their site. Raises AdapterError where there are none."""
-    found = {path: module for path, site in sites(model) for module in site.hung() if isinstance(module, HeadGates)}
-    if not found:
+    modules = {path: module for path, site in sites(model) for module in site.hung() if isinstance(module, HeadGates)}
+    if not modules:
         raise AdapterError("no active adapter has gates on heads; attach 'head_pruning'")
-    return found
+    return modules

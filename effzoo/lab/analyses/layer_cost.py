@@ -89,13 +89,13 @@ def counted(block: Block, x: Tensor) -> dict[str, int]:
         finally:
             for hook in hooks:
                 hook.remove()
-    found = {PROJECTIONS: sum(seen[module] for module in projections), FEED_FORWARD: seen[block.mlp]}
-    rest = counter.get_total_flops() - sum(found.values())
+    counts = {PROJECTIONS: sum(seen[module] for module in projections), FEED_FORWARD: seen[block.mlp]}
+    rest = counter.get_total_flops() - sum(counts.values())
     if not rest:
         raise IncompatibleError(
             "torch counts no operations of the fused attention kernel; build the block with backend='reference'"
         )
-    return {PROJECTIONS: found[PROJECTIONS], ATTENTION: rest, FEED_FORWARD: found[FEED_FORWARD]}
+    return {PROJECTIONS: counts[PROJECTIONS], ATTENTION: rest, FEED_FORWARD: counts[FEED_FORWARD]}
 
 
 def seconds(block: Block, x: Tensor, *, rounds: int = 101, limit: float = 2.0) -> dict[str, float]:

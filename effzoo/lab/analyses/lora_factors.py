@@ -19,10 +19,10 @@ Factors = dict[str, tuple[Tensor, Tensor]]  # A [r, in] and B [out, r] by the pa
 def attached_factors(model: nn.Module) -> Factors:
     """A and s B of every matrix with active LoRA, by the path of its site, so that the product is the whole change.
     Raises InputError for none."""
-    found = {path: module for path, site in sites(model) for module in site.hung() if isinstance(module, LowRank)}
-    if not found:
+    modules = {path: module for path, site in sites(model) for module in site.hung() if isinstance(module, LowRank)}
+    if not modules:
         raise InputError("no LoRA acts on a matrix of this model; attach one, effzoo.attach(model, 'lora')")
-    return {path: (module.A.detach().clone(), module.scale * module.B.detach()) for path, module in found.items()}
+    return {path: (module.A.detach().clone(), module.scale * module.B.detach()) for path, module in modules.items()}
 
 
 def read_factors(path: Path) -> Factors:
@@ -34,15 +34,15 @@ def read_factors(path: Path) -> Factors:
             "leave --data out to train"
         )
     with np.load(path, allow_pickle=False) as file:
-        found = {key: torch.from_numpy(file[key]) for key in file.files if re.search(r"\.lora_[AB]$", key)}
-    names = [key.removesuffix(".lora_A") for key in found if key.endswith(".lora_A")]
-    lonely = [name for name in names if f"{name}.lora_B" not in found]
+        factors = {key: torch.from_numpy(file[key]) for key in file.files if re.search(r"\.lora_[AB]$", key)}
+    names = [key.removesuffix(".lora_A") for key in factors if key.endswith(".lora_A")]
+    lonely = [name for name in names if f"{name}.lora_B" not in factors]
     if not names or lonely:
         raise DataError(
             f"{path} has no pair NAME.lora_A and NAME.lora_B{f' for {lonely[0]}' if lonely else ''}; it "
-            f"has {len(found)} such keys"
+            f"has {len(factors)} such keys"
         )
-    pairs = {name: (found[f"{name}.lora_A"], found[f"{name}.lora_B"]) for name in names}
+    pairs = {name: (factors[f"{name}.lora_A"], factors[f"{name}.lora_B"]) for name in names}
     for name, (A, B) in pairs.items():
         if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
             raise DataError(

@@ -39,7 +39,7 @@ class Learned:
 
     def reached(self, level: float) -> int | None:
         """The first step, a multiple of `every`, after which the accuracy is at least `level`; None if it never is."""
-        return next((self.every * (i + 1) for i, found in enumerate(self.accuracies) if found >= level), None)
+        return next((self.every * (i + 1) for i, accuracy in enumerate(self.accuracies) if accuracy >= level), None)
 
 
 def iterative(
@@ -71,11 +71,11 @@ def iterative(
         for share, targets in ((prune, tuple(inner)), (prune_last, (last,)))
     ]
     peft.attach(model, spec, name=NAME)
-    found = [Learned(every) for _ in range(rounds + 1)]
+    trainings = [Learned(every) for _ in range(rounds + 1)]
 
     def after(step: int, loss: float) -> None:
         """Count, and note the masks when a training ends."""
-        learned = found[(step - 1) // steps]
+        learned = trainings[(step - 1) // steps]
         if step % every == 0:
             learned.accuracies.append(accuracy(model, test, 1024))
         if not learned.masks:
@@ -84,7 +84,7 @@ def iterative(
     total = (rounds + 1) * steps
     fit(model, train.stream(batch, seed), total, learning_rate=learning_rate, after=after, **ADAM)
     peft.detach(model, NAME)
-    return found
+    return trainings
 
 
 def masked(
@@ -131,8 +131,8 @@ def _check(steps: int, every: int) -> None:
 
 def masks(model: nn.Module) -> list[Tensor]:
     """The masks of the active pruned adapter, from the first site on; they are the adapter's own, not copies."""
-    found = [module for _, site in sites(model) for module in site.hung() if isinstance(module, PrunedWeight)]
-    return [module.mask for module in found]
+    modules = [module for _, site in sites(model) for module in site.hung() if isinstance(module, PrunedWeight)]
+    return [module.mask for module in modules]
 
 
 def reshuffled(chosen: Sequence[Tensor], seed: int) -> list[Tensor]:

@@ -63,8 +63,8 @@ def attention_matrix(core: AttentionCore, *projected: Tensor, mask: Mask | None 
     mode = core.training
     core.eval()
     try:
-        found: Tensor = core(*projected, values, mask=mask or Mask())
-        return found
+        out: Tensor = core(*projected, values, mask=mask or Mask())
+        return out
     finally:
         core.train(mode)
 
@@ -89,9 +89,9 @@ def within_reach(buckets: Tensor, chunk: int, back: int = 1) -> Tensor:
     tiles = Sorted(HashingRounds(chunk, before=back), buckets)
     query, key = tiles.by_chunk(tiles.query.long(), tiles.key.long())  # n where a slot is empty
     place = (query * (n + 1) + key).transpose(1, 2)
-    found = torch.zeros(rounds, batch * heads, (n + 1) ** 2, dtype=torch.bool, device=buckets.device)
-    found.scatter_(-1, place.flatten(2), torch.ones_like(place, dtype=torch.bool).flatten(2))
-    return found.view(rounds, batch, heads, n + 1, n + 1)[..., :n, :n]
+    reach = torch.zeros(rounds, batch * heads, (n + 1) ** 2, dtype=torch.bool, device=buckets.device)
+    reach.scatter_(-1, place.flatten(2), torch.ones_like(place, dtype=torch.bool).flatten(2))
+    return reach.view(rounds, batch, heads, n + 1, n + 1)[..., :n, :n]
 
 
 def caught(qk: Tensor, pairs: Tensor) -> Tensor:
@@ -110,5 +110,7 @@ def clusters(n: int, dim: int, count: int, *, spread: float = 0.4, length: float
     hashing is made for."""
     draw = torch.Generator().manual_seed(seed)
     centres = F.normalize(torch.randn(count, dim, generator=draw), dim=-1)
-    own = centres[torch.randint(count, (n,), generator=draw)]
-    return length * F.normalize(own + spread * torch.randn(n, dim, generator=draw) / dim**0.5, dim=-1)[None, None]
+    directions = centres[torch.randint(count, (n,), generator=draw)]
+    return (
+        length * F.normalize(directions + spread * torch.randn(n, dim, generator=draw) / dim**0.5, dim=-1)[None, None]
+    )

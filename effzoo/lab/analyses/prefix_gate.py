@@ -48,7 +48,7 @@ def prefix_gates(model: Transformer, **inputs: Tensor) -> list[Tensor]:
             "no layer of this model has a prefix in the softmax of its tokens; attach one: "
             "effzoo.attach(model, 'prefix')"
         )
-    return [_gate(layer.core, each) for layer, each, has in zip(layers, heard, given, strict=True) if has]
+    return [_gate(layer.core, parts) for layer, parts, has in zip(layers, heard, given, strict=True) if has]
 
 
 def _noting(given: list[bool], number: int) -> Any:

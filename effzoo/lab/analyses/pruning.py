@@ -20,16 +20,16 @@ def pruned_weights(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
     Raises AdapterError where there is none.
     """
-    found = [
+    pruned = [
         (site.weight, module.mask)
         for _, site in sites(model)
         if isinstance(site, Linear)
         for module in site.hung()
         if isinstance(module, PrunedWeight)
     ]
-    if not found:
+    if not pruned:
         raise AdapterError("no active adapter prunes; attach 'magnitude[keep=0.1]' or 'movement[keep=0.1]'")
-    return [weight.detach() for weight, _ in found], [mask.clone() for _, mask in found]
+    return [weight.detach() for weight, _ in pruned], [mask.clone() for _, mask in pruned]
 
 
 def kept_by_size(weights: Sequence[Tensor], masks: Sequence[Tensor], parts: int = 10) -> list[float]:

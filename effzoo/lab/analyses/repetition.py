@@ -73,8 +73,8 @@ def repeated(
             range(batches), stream(model, batch=batch, word=word, symbols=symbols, seed=seed), strict=False
         ):
             rehash(model, seed + total)
-            found, wanted = model(drawn["input_ids"]).logits[:, :-1].argmax(dim=-1), drawn["labels"][:, 1:]
-            right += int(((found == wanted) & (wanted != -100)).sum())
+            predicted, wanted = model(drawn["input_ids"]).logits[:, :-1].argmax(dim=-1), drawn["labels"][:, 1:]
+            right += int(((predicted == wanted) & (wanted != -100)).sum())
             total += int((wanted != -100).sum())
     finally:
         model.train(mode)

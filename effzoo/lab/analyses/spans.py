@@ -49,8 +49,8 @@ def without(model: nn.Module, layers: Collection[int], name: str = "default") ->
 
 def ablated(model: nn.Module, measure: Callable[[], float], layers: int, name: str = "default") -> dict[Span, float]:
     """`measure` with the adapter taken out of every span in turn."""
-    found = {}
+    values = {}
     for first, last in spans(layers):
         with without(model, range(first, last + 1), name):
-            found[first, last] = measure()
-    return found
+            values[first, last] = measure()
+    return values

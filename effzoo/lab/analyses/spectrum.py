@@ -23,11 +23,11 @@ def attention_matrices(model: Transformer, input_ids: Tensor) -> list[Tensor]:
             "attention matrices are read from full, bidirectional attention; swap it: "
             "effzoo.swap_attention(model, 'full')"
         )
-    found: list[Tensor] = []
+    matrices: list[Tensor] = []
 
     def read(core: nn.Module, projected: tuple[Tensor, ...]) -> None:
         q, k = projected[:2]
-        found.append((q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1))
+        matrices.append((q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1))
 
     hooks = [core.register_forward_pre_hook(read) for core in model.cores()]
     mode = model.training
@@ -37,7 +37,7 @@ def attention_matrices(model: Transformer, input_ids: Tensor) -> list[Tensor]:
         model.train(mode)
         for hook in hooks:
             hook.remove()
-    return found
+    return matrices
 
 
 def cumulative(matrices: Tensor) -> Tensor:

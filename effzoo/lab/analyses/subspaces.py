@@ -30,8 +30,8 @@ def subspace_similarity(A: Tensor, B: Tensor) -> Tensor:
 
 def _right(matrix: Tensor) -> Tensor:
     """Right singular vectors as rows, the largest first."""
-    found: Tensor = torch.linalg.svd(matrix.detach().double(), full_matrices=False)[2]
-    return found
+    directions: Tensor = torch.linalg.svd(matrix.detach().double(), full_matrices=False)[2]
+    return directions
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ def amplification(weight: Tensor, change: Tensor, rank: int, *, seed: int = 0) -
     W, dW = weight.detach().double(), change.detach().double()
     random = torch.randn(W.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
-    def held(matrix: Tensor) -> float:
+    def share(matrix: Tensor) -> float:
         U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
         return float((U[:, :rank].T @ W @ Vh[:rank].T).norm())
 
-    return Amplification(held(dW), held(W), held(random), float(W.norm()), float(dW.norm()))
+    return Amplification(share(dW), share(W), share(random), float(W.norm()), float(dW.norm()))
 
 
 def rank_for_variance(matrix: Tensor, share: float = 0.9) -> int:

@@ -34,13 +34,13 @@ def averaged(model: nn.Module, names: Sequence[str], head: str) -> Iterator[None
 def divided(examples: Examples, groups: Sequence[Sequence[int]]) -> list[Examples]:
     """One set of examples for each group of labels, which are numbered anew within it. Raises DataError for a group
     without two labels."""
-    found = []
+    parts = []
     for group in groups:
         if len(group) < 2:
             raise DataError(
                 f"a task has two labels or more, got {list(group)}; this needs data with four labels at least"
             )
-        own = examples.at(torch.isin(examples.labels, torch.tensor(group)))
+        of_group = examples.at(torch.isin(examples.labels, torch.tensor(group)))
         numbers = {label: number for number, label in enumerate(group)}
-        found.append(Examples(own.inputs, torch.tensor([numbers[int(label)] for label in own.labels])))
-    return found
+        parts.append(Examples(of_group.inputs, torch.tensor([numbers[int(label)] for label in of_group.labels])))
+    return parts

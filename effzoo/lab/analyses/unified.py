@@ -232,5 +232,5 @@ def _of_heads(path: str, layer: Attention, module: PeftModule, calls: dict[str, 
     return Place(
         path, core(*projected, mask=named["mask"]), x, calls[f"{path}.o"][2], down, down_bias, up,
         up.new_zeros(heads, up.shape[-1]), scale, base_lse,
-        lambda found: F.linear(rearrange(found, "b h n d -> b n (h d)"), o.weight, o.bias),
+        lambda heads: F.linear(rearrange(heads, "b h n d -> b n (h d)"), o.weight, o.bias),
     )  # fmt: skip

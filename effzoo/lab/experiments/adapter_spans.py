@@ -47,14 +47,14 @@ def adapter_spans(run: Run) -> Findings:
                 score = functools.partial(fast_accuracy, model, data.test)
                 removed.append({span: 100 * left for span, left in ablated(model, score, layers, "task").items()})
             peft.detach(model, "task")
-        widths = ", ".join(f"{size} wide {each[-1]:.1f} %" for size, each in by_size.items())
+        widths = ", ".join(f"{size} wide {percents[-1]:.1f} %" for size, percents in by_size.items())
         run.say(f"seed {seed}: {widths}; none left {_all(removed[-1]):.1f} %")
 
     lost = [
-        {span: whole - left for span, left in each.items()}
-        for whole, each in zip(by_size[REMOVED], removed, strict=True)
+        {span: whole - left for span, left in of_span.items()}
+        for whole, of_span in zip(by_size[REMOVED], removed, strict=True)
     ]
-    mean = {span: sum(each[span] for each in lost) / len(lost) for span in spans(layers)}
+    mean = {span: sum(of_span[span] for of_span in lost) / len(lost) for span in spans(layers)}
     figure, (left, right) = panels(2, width=5.0)
     cells = [
         [0.0 - mean[first, last] if (first, last) in mean else None for last in range(layers)]
@@ -72,12 +72,12 @@ def adapter_spans(run: Run) -> Findings:
     left.set(
         xlabel="last layer of the span", ylabel="first layer", title="change without the adapters of a span, points"
     )
-    band(right, range(layers), [[each[i, i] for i in range(layers)] for each in lost], "one layer", 0)
-    band(right, range(layers), [[each[0, i] for i in range(layers)] for each in lost], "layers 0 to this one", 1)
+    band(right, range(layers), [[of_span[i, i] for i in range(layers)] for of_span in lost], "one layer", 0)
+    band(right, range(layers), [[of_span[0, i] for i in range(layers)] for of_span in lost], "layers 0 to this one", 1)
     band(
         right,
         range(layers),
-        [[each[i, layers - 1] for i in range(layers)] for each in lost],
+        [[of_span[i, layers - 1] for i in range(layers)] for of_span in lost],
         f"this layer to {layers - 1}",
         2,
     )
@@ -89,22 +89,24 @@ def adapter_spans(run: Run) -> Findings:
     lower, upper = (0, half - 1), (half, layers - 1)
     table = [["adapters taken out", "accuracy", "points lost", "lowest to highest", "published"]]
     table.append(["none", f"{_mean(by_size[REMOVED]):.1f} %", "0", "", ""])
-    worst = [max(each[i, i] for i in range(layers)) for each in lost]
+    worst = [max(of_span[i, i] for i in range(layers)) for of_span in lost]
     rows = [(f"layer {i}", (i, i), "at most 2 points") for i in range(layers)]
     rows += [("lower half", lower, "hardly matters (MNLI, layers 0-4)"), ("upper half", upper, "no number")]
     rows += [("all", (0, layers - 1), f"majority: 37 % MNLI, 69 % CoLA; here {majority:.1f} %")]
     for name, span, published in rows:
-        each = [one[span] for one in lost]
-        accuracy = _mean([one[span] for one in removed])
-        table.append([name, f"{accuracy:.1f} %", f"{mean[span]:.1f}", f"{min(each):.1f} to {max(each):.1f}", published])
+        points = [of_span[span] for of_span in lost]
+        accuracy = _mean([of_span[span] for of_span in removed])
+        table.append(
+            [name, f"{accuracy:.1f} %", f"{mean[span]:.1f}", f"{min(points):.1f} to {max(points):.1f}", published]
+        )
     sizes = [["bottleneck", "trained", "accuracy", "lowest to highest", "published (mean of 8 tasks)"]]
-    for size, each in by_size.items():
+    for size, percents in by_size.items():
         sizes.append(
             [
                 f"{size}",
                 f"{trained[size]:.2f} %",
-                f"{_mean(each):.1f} %",
-                f"{min(each):.1f} to {max(each):.1f}",
+                f"{_mean(percents):.1f} %",
+                f"{min(percents):.1f} to {max(percents):.1f}",
                 SIZES[size],
             ]
         )
@@ -112,39 +114,57 @@ def adapter_spans(run: Run) -> Findings:
         tables={f"Adapters of width {REMOVED} taken out of a span": table, "Width of the bottleneck": sizes},
         figure=figure,
         claims=[
-            Claim(f"without the adapters of any single layer at most {LITTLE:g} points are lost",
-            tuple(each <= LITTLE for each in worst)),
-            Claim(f"without any adapter accuracy is within {NEAR:g} points of the majority class's",
-                  tuple(_all(each) <= majority + NEAR for each in removed)),
-            Claim("without any adapter more is lost than without those of any one layer",
-                  tuple(_all(each) > high for each, high in zip(lost, worst, strict=True))),
-            Claim("the adapters of the lower half of the layers are worth less than those of the upper half",
-                  tuple(each[lower] < each[upper] for each in lost)),
-            Claim("accuracy at the three widths is within 3 points",
-                  tuple(max(each) - min(each) <= 3 for each in zip(*by_size.values(), strict=True))),
+            Claim(
+                f"without the adapters of any single layer at most {LITTLE:g} points are lost",
+                tuple(points <= LITTLE for points in worst),
+            ),
+            Claim(
+                f"without any adapter accuracy is within {NEAR:g} points of the majority class's",
+                tuple(_all(of_span) <= majority + NEAR for of_span in removed),
+            ),
+            Claim(
+                "without any adapter more is lost than without those of any one layer",
+                tuple(_all(of_span) > high for of_span, high in zip(lost, worst, strict=True)),
+            ),
+            Claim(
+                "the adapters of the lower half of the layers are worth less than those of the upper half",
+                tuple(of_span[lower] < of_span[upper] for of_span in lost),
+            ),
+            Claim(
+                "accuracy at the three widths is within 3 points",
+                tuple(max(widths) - min(widths) <= 3 for widths in zip(*by_size.values(), strict=True)),
+            ),
         ],
         values={
-            "accuracy": {f"{size}": each for size, each in by_size.items()}, "majority": majority,
+            "accuracy": {f"{size}": percents for size, percents in by_size.items()},
+            "majority": majority,
             "trained percent": {f"{size}": share for size, share in trained.items()},
-            "without": {str(seed): {f"{a}-{b}": value for (a, b), value in each.items()} for seed,
-            each in zip(run.seeds, removed, strict=True)},
+            "without": {
+                str(seed): {f"{a}-{b}": value for (a, b), value in of_span.items()}
+                for seed, of_span in zip(run.seeds, removed, strict=True)
+            },
         },
-        settings={"model": "minilm", "tokens": length, "texts": len(data.train), "test texts": len(data.test),
-        "steps": steps, "batch": batch}, notes=[
+        settings={
+            "model": "minilm",
+            "tokens": length,
+            "texts": len(data.train),
+            "test texts": len(data.test),
+            "steps": steps,
+            "batch": batch,
+        },
+        notes=[
             "Taken out is all that the method hung in a layer: both bottlenecks and the trained norms. The task head "
-            "stays, and nothing is trained "
-            "again. Adapters and head learn at one rate, as in the paper; the faster a new head learns, the less it "
-            "leaves to them on topics that "
-            "the base tells apart already. Published: BERT-base with width 64; the accuracies by width are quoted "
-            "from memory."
+            "stays, and nothing is trained again. Adapters and head learn at one rate, as in the paper; the faster a "
+            "new head learns, the less it leaves to them on topics that the base tells apart already. Published: "
+            "BERT-base with width 64; the accuracies by width are quoted from memory."
         ],
-    )  # fmt: skip
+    )
 
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _all(each: dict[Span, float]) -> float:
+def _all(of_span: dict[Span, float]) -> float:
     """The value of the longest span."""
-    return each[max(each, key=lambda span: span[1] - span[0])]
+    return of_span[max(of_span, key=lambda span: span[1] - span[0])]

@@ -50,7 +50,7 @@ def biases(run: Run) -> Findings:
     """Which biases matter: how good is each group of them alone, and how far does each move?"""
     length, steps, tests = run.choose((24, 24, 200), (128, 300, 1000))
     data = texts(run, length=length, train=run.choose(384, 1100), test=tests)
-    found: dict[str, dict[str, float]] = {name: {} for name in GROUPS}
+    accuracies: dict[str, dict[str, float]] = {name: {} for name in GROUPS}
     counts: dict[str, int] = {}
     same: dict[str, float] = {}
     moved: dict[str, ByPlace] = {}
@@ -66,7 +66,7 @@ def biases(run: Run) -> Findings:
             )
             counts[name] = body_parameters(model)
             said[name] = logits(model, data.test).argmax(dim=-1)
-            found[name][key] = float((said[name] == data.test.labels).float().mean())
+            accuracies[name][key] = float((said[name] == data.test.labels).float().mean())
             if name == "all biases":
                 moved[key] = bias_changes(model, "tried")
             peft.detach(model, "tried")
@@ -74,7 +74,9 @@ def biases(run: Run) -> Findings:
         gradients[key] = bias_gradients(
             model.double(), data.train.batch(torch.arange(8) + 8 * seed % (len(data.train) - 8))
         )
-        run.say(f"seed {seed}: " + ", ".join(f"{name} {100 * by_seed[key]:.1f}" for name, by_seed in found.items()))
+        run.say(
+            f"seed {seed}: " + ", ".join(f"{name} {100 * by_seed[key]:.1f}" for name, by_seed in accuracies.items())
+        )
     seeds = [str(seed) for seed in run.seeds]
 
     table = [["trained biases", "spec", "parameters", "accuracy", "published"]]
@@ -84,7 +86,7 @@ def biases(run: Run) -> Findings:
                 name,
                 f"`{spec}`",
                 f"{counts[name]:,}",
-                percent(list(found[name].values())),
+                percent(list(accuracies[name].values())),
                 PUBLISHED.get(name, "no number"),
             ]
         )
@@ -102,10 +104,10 @@ def biases(run: Run) -> Findings:
         )
 
     order = {s: sorted(ROLES, key=lambda role, s=s: mean_of(moved[s], role)) for s in seeds}  # type: ignore[misc]
-    whole, strong, head = (found[name] for name in ("all biases", "query and middle", "none: the head alone"))
+    whole, strong, head = (accuracies[name] for name in ("all biases", "query and middle", "none: the head alone"))
     return Findings(
         tables={"accuracy": table, "all biases trained: how far each moves": second},
-        figure=_figure(found, counts, moved, seeds),
+        figure=_figure(accuracies, counts, moved, seeds),
         claims=[
             Claim(
                 "the gradient of key biases is 0 (float64: below 1e-10 of the queries')",
@@ -129,7 +131,7 @@ def biases(run: Run) -> Findings:
             Claim("all biases are better than the head alone", judged(seeds, lambda s: whole[s] > head[s])),
         ],
         values={
-            "accuracy": found,
+            "accuracy": accuracies,
             "parameters": counts,
             "key says what the head alone says": same,
             "change": {
@@ -152,28 +154,26 @@ def biases(run: Run) -> Findings:
         },
         notes=[
             "Published: BERT base and large on GLUE; change is that of the paper's figure, ||b_0 - b_F||_1 / dim(b), "
-            "there on RTE. Trained in "
-            "float32, because AdamW divides a gradient by its own size: what is 0 but for rounding would move too. A "
-            "seed draws the head and the "
-            "order of the texts."
+            "there on RTE. Trained in float32, because AdamW divides a gradient by its own size: what is 0 but for "
+            "rounding would move too. A seed draws the head and the order of the texts."
         ],
     )
 
 
 def _figure(
-    found: dict[str, dict[str, float]], counts: dict[str, int], moved: dict[str, ByPlace], seeds: Sequence[str]
+    accuracies: dict[str, dict[str, float]], counts: dict[str, int], moved: dict[str, ByPlace], seeds: Sequence[str]
 ) -> Figure:
     """Left: the accuracy of each group, a point for each seed and their mean. Right: how far each bias moves, by role
     and layer."""
     figure, (left, right) = panels(2, width=5.2)
-    for place, (name, by_seed) in enumerate(found.items()):
+    for place, (name, by_seed) in enumerate(accuracies.items()):
         values = [100 * by_seed[s] for s in seeds]
         colour = LINES[1] if name == "key" else "#888888" if not counts[name] else LINES[0]
         left.plot(values, [place] * len(values), marker="o", markersize=4, linestyle="", color=colour, alpha=0.5)
         left.plot([mean(values)], [place], marker="|", markersize=10, markeredgewidth=2.5, color=colour)
         left.text(mean(values), place - 0.42, f"{mean(values):.1f}", ha="center", va="center", fontsize=7, color=colour)
-    left.set_yticks(range(len(found)), [f"{name} ({counts[name]:,})" for name in found])
-    left.set(xlabel="accuracy, %", ylim=(len(found) - 0.5, -0.8), title="one group trained, with the head")
+    left.set_yticks(range(len(accuracies)), [f"{name} ({counts[name]:,})" for name in accuracies])
+    left.set(xlabel="accuracy, %", ylim=(len(accuracies) - 0.5, -0.8), title="one group trained, with the head")
     layers = sorted(layer for layer in moved[seeds[0]]["attn.q"] if layer is not None)
     cells = [[1000 * mean(moved[s][role][layer] for s in seeds) for layer in layers] for role in ROLES]
     heat(right, cells, list(ROLES.values()), [f"{layer}" for layer in layers], form="{:.1f}", vmin=0)

@@ -20,7 +20,7 @@ from effzoo.lab.fit import Batch, Examples
 from effzoo.lab.texts import DATA, minilm, texts
 from effzoo.measure.timing import interleaved, ratio
 
-DOORS = {
+SPECS = {
     "parameter": ("bitfit", "lora"), "input": ("prompt[length=8]", "prefix[length=8]"),
     "function": ("houlsby[bottleneck=64]", "ia3"), "all": ("full",),
 }  # fmt: skip
@@ -38,10 +38,17 @@ KEPT = 10.0  # points that the mean of two adapters may lose and still count as 
 
 @dataclass
 class Measured:
-    """One method. Percent trained; a step, its kept bytes and a pass in times of full fine-tuning's or the base's;
-    accuracies in percent, by seed."""
+    """One method.
 
-    door: str
+    composition: of parameters, inputs or functions.
+    share: of the parameters that is trained, in percent.
+    kept: bytes for the backward pass.
+    step: seconds, in times of a step of full fine-tuning.
+    passed: seconds of a forward pass, in times of the base's; merged: the same after merging.
+    alone, together: accuracy in percent by seed, of an adapter and of the mean of two.
+    """
+
+    composition: str
     share: float = 0.0
     kept: int = 0
     step: float = 0.0
@@ -50,48 +57,50 @@ class Measured:
     alone: list[float] = field(default_factory=list)
     together: list[float] = field(default_factory=list)
 
+    @property
+    def cheapest(self) -> float:
+        """A forward pass, merged where that can be."""
+        return self.passed if self.merged is None else self.merged
+
+    def lost(self, seed: int) -> float:
+        """Points of accuracy between alone and together."""
+        return self.alone[seed] - self.together[seed]
+
 
 @experiment(
-    "comparison", deck=(0, 3), data=DATA,
+    "comparison",
+    deck=(0, 3),
+    data=DATA,
     source="Ruder, Pfeiffer & Vulic 2022, Modular and parameter-efficient fine-tuning, EMNLP tutorial; Pfeiffer et "
-        "al. 2023, arXiv:2302.11529",
-)  # fmt: skip
+    "al. 2023, arXiv:2302.11529",
+)
 def comparison(run: Run) -> Findings:
-    """What do methods behind the three doors cost and give, by the tutorial's five criteria?"""
+    """What do parameter, input and function composition cost and give, by the tutorial's five criteria?"""
     length, steps, batch = run.choose(32, 64), run.choose(12, 200), run.choose(8, 16)
     data = texts(run, length=length, train=run.choose(480, 1200), test=run.choose(240, 1000))
-    groups = [list(range(start, len(data.names), 2)) for start in (0, 1)]
-    train, test = divided(data.train, groups), divided(data.test, groups)
-    labels = max(map(len, groups))
-    found = {spec: Measured(door) for door, specs in DOORS.items() for spec in specs}
-    _count(minilm(labels), found, train[0].batch(slice(0, batch)), run)
+    halves = [list(range(start, len(data.names), 2)) for start in (0, 1)]
+    train, test = divided(data.train, halves), divided(data.test, halves)
+    labels = max(map(len, halves))
+    measured = {spec: Measured(composition) for composition, specs in SPECS.items() for spec in specs}
+    _count(minilm(labels), measured, train[0].batch(slice(0, batch)), run)
     for seed in run.seeds:
         model = minilm(labels, seed=seed)
-        for spec, own in found.items():
-            _train(model, spec, own, train, test, steps, batch, seed)
-        run.say(f"seed {seed}: " + ", ".join(f"{spec} {own.alone[-1]:.1f}" for spec, own in found.items()))
+        for spec, method in measured.items():
+            _train(model, spec, method, train, test, steps, batch, seed)
+        run.say(f"seed {seed}: " + ", ".join(f"{spec} {method.alone[-1]:.1f}" for spec, method in measured.items()))
 
     figure, (axes,) = panels(1, width=7.2, height=4.4)
-    _draw(axes, found)
-    by_door = {door: [found[spec] for spec in DOORS[door]] for door in COMPARED}
-    shares = {door: _mean([own.share for own in each]) for door, each in by_door.items()}
-    steps_of = {door: _mean([own.step for own in each]) for door, each in by_door.items()}
-    passes = {
-        door: _mean([own.passed if own.merged is None else own.merged for own in each])
-        for door, each in by_door.items()
-    }
-    alone = {
-        door: [_mean(list(each)) for each in zip(*(own.alone for own in owns), strict=True)]
-        for door, owns in by_door.items()
-    }
-    lost = {
-        door: [_mean([own.alone[i] - own.together[i] for own in owns]) for i in range(len(run.seeds))] for door,
-        owns in by_door.items()
-    }  # fmt: skip
+    _draw(axes, measured)
+    groups = {composition: [measured[spec] for spec in SPECS[composition]] for composition in COMPARED}
+    shares = {name: _mean([method.share for method in methods]) for name, methods in groups.items()}
+    steps_of = {name: _mean([method.step for method in methods]) for name, methods in groups.items()}
+    passes = {name: _mean([method.cheapest for method in methods]) for name, methods in groups.items()}
     seeds = range(len(run.seeds))
-    merged = [own.merged for each in by_door.values() for own in each if own.merged is not None]
+    alone = {name: [_mean([m.alone[i] for m in methods]) for i in seeds] for name, methods in groups.items()}
+    lost = {name: [_mean([m.lost(i) for m in methods]) for i in seeds] for name, methods in groups.items()}
+    merged = [method.merged for methods in groups.values() for method in methods if method.merged is not None]
     return Findings(
-        tables={"Methods": _methods(found), "Doors": _doors(shares, steps_of, passes, alone, lost)},
+        tables={"Methods": _methods(measured), "Compositions": _compositions(shares, steps_of, passes, alone, lost)},
         figure=figure,
         claims=[
             Claim(
@@ -100,10 +109,13 @@ def comparison(run: Run) -> Findings:
             ),
             Claim(
                 "a training step is dearest with input composition",
-                (steps_of["input"] > max(steps_of["parameter"], steps_of["function"]),)
+                (steps_of["input"] > max(steps_of["parameter"], steps_of["function"]),),
             ),
-            Claim("merged, a method costs nothing in inference (within a tenth of the base)",
-            (all(abs(each - 1) < 0.1 for each in merged),)), Claim(
+            Claim(
+                "merged, a method costs nothing in inference (within a tenth of the base)",
+                (all(abs(times - 1) < 0.1 for times in merged),),
+            ),
+            Claim(
                 "inference is cheapest with parameter composition, dearest with input composition",
                 (passes["parameter"] < passes["function"] < passes["input"],),
             ),
@@ -116,34 +128,38 @@ def comparison(run: Run) -> Findings:
                 tuple(alone["input"][i] < min(alone["parameter"][i], alone["function"][i]) for i in seeds),
             ),
             Claim(
-                f"behind each door the mean of two adapters does both tasks (less than {KEPT:g} points lost)",
-                tuple(max(each[i] for each in lost.values()) < KEPT for i in seeds),
+                f"with each composition the mean of two adapters does both tasks (less than {KEPT:g} points lost)",
+                tuple(max(points[i] for points in lost.values()) < KEPT for i in seeds),
             ),
         ],
-        values={spec: {name: value for name, value in vars(own).items()} for spec, own in found.items()},
-        settings={"model": "minilm", "tokens": length, "texts": [len(each) for each in train],
-        "test texts": [len(each) for each in test],
-                  "steps": steps, "batch": batch, "learning rate of the head": HEAD_RATE},
+        values={spec: dict(vars(method)) for spec, method in measured.items()},
+        settings={
+            "model": "minilm",
+            "tokens": length,
+            "texts": [len(examples) for examples in train],
+            "test texts": [len(examples) for examples in test],
+            "steps": steps,
+            "batch": batch,
+            "learning rate of the head": HEAD_RATE,
+        },
         notes=[
-            "Two tasks: every second label, and the others. Accuracy is the mean over both, each with its own "
-            "adapter; together is that with the "
-            "mean of the two adapters' outputs at every site and each task's own head. Times are medians of turns on "
-            "one machine. Published marks "
-            "(from ++ to --) compare the families in general and are quoted from memory; they are judgements, not "
-            "numbers."
+            "Two tasks: every second label, and the others. Accuracy is the mean over both, each with its own adapter; "
+            "together is that with the mean of the two adapters' outputs at every site and each task's own head. Times "
+            "are medians of turns on one machine. Published marks (from ++ to --) compare the families in general and "
+            "are quoted from memory; they are judgements, not numbers."
         ],
-    )  # fmt: skip
+    )
 
 
-def _count(model: Transformer, found: dict[str, Measured], batch: Batch, run: Run) -> None:
+def _count(model: Transformer, measured: dict[str, Measured], batch: Batch, run: Run) -> None:
     """Shares, kept bytes and times, which depend on no seed; all methods are attached to one model, and act in
     turns."""
     steps: dict[str, Callable[[], object]] = {}
     passes: dict[str, Callable[[], object]] = {"base": _on(model, (), forward(model, batch))}
-    for number, (spec, own) in enumerate(found.items()):
+    for number, (spec, method) in enumerate(measured.items()):
         name = f"method_{number}"
         peft.attach(model, spec, name=name)
-        own.share, own.kept = 100 * body_parameters(model) / peft.account(model).total, kept_bytes(model, batch)
+        method.share, method.kept = 100 * body_parameters(model) / peft.account(model).total, kept_bytes(model, batch)
         steps[spec] = _on(model, (name,), step(model, batch))
         passes[spec] = _on(model, (name,), forward(model, batch))
         if mergeable(model, name):
@@ -151,12 +167,13 @@ def _count(model: Transformer, found: dict[str, Measured], batch: Batch, run: Ru
     rounds = run.choose(5, 21)
     timed = interleaved(steps, rounds=rounds, least=3, seconds=run.choose(10.0, 60.0))
     passed = interleaved(passes, rounds=rounds, least=3, seconds=run.choose(10.0, 60.0))
-    for spec, own in found.items():
-        own.step = ratio(timed[spec], timed["full"]).median
-        own.passed = ratio(passed[spec], passed["base"]).median
-        own.merged = ratio(passed[f"{spec} merged"], passed["base"]).median if f"{spec} merged" in passed else None
+    for spec, method in measured.items():
+        method.step = ratio(timed[spec], timed["full"]).median
+        method.passed = ratio(passed[spec], passed["base"]).median
+        method.merged = ratio(passed[f"{spec} merged"], passed["base"]).median if f"{spec} merged" in passed else None
     run.say(
-        "steps in times of full fine-tuning's: " + ", ".join(f"{spec} {own.step:.2f}" for spec, own in found.items())
+        "steps in times of full fine-tuning's: "
+        + ", ".join(f"{spec} {method.step:.2f}" for spec, method in measured.items())
     )
 
 
@@ -181,7 +198,7 @@ def _on(model: Transformer, names: tuple[str, ...], what: Callable[[], object]) 
 def _train(
     model: Transformer,
     spec: str,
-    own: Measured,
+    method: Measured,
     train: list[Examples],
     test: list[Examples],
     steps: int,
@@ -198,74 +215,63 @@ def _train(
         alone.append(100 * fast_accuracy(model, examples))
         with averaged(model, names, name):
             together.append(100 * fast_accuracy(model, examples))
-    own.alone.append(_mean(alone))
-    own.together.append(_mean(together))
+    method.alone.append(_mean(alone))
+    method.together.append(_mean(together))
     for name in names:
         peft.detach(model, name)
 
 
-def _methods(found: dict[str, Measured]) -> Table:
-    full = found["full"]
-    table = [
-        [
-            "method",
-            "door",
-            "trained",
-            "step / full",
-            "kept / full",
-            "pass / base",
-            "merged",
-            "accuracy",
-            "lowest to highest",
-            "together",
-        ]
-    ]
-    for spec, own in found.items():
-        table.append(
-            [f"`{spec}`", own.door, f"{own.share:.2f} %", f"{own.step:.2f}", f"{own.kept / full.kept:.2f}",
-            f"{own.passed:.2f}",
-             "no" if own.merged is None else f"{own.merged:.2f}", f"{_mean(own.alone):.1f} %",
-             f"{min(own.alone):.1f} to {max(own.alone):.1f}", f"{_mean(own.together):.1f} %"]
-        )  # fmt: skip
+def _methods(measured: dict[str, Measured]) -> Table:
+    full = measured["full"]
+    head = "method, composition, trained, step / full, kept / full, pass / base, merged, accuracy, lowest to highest"
+    table = [[*head.split(", "), "together"]]
+    for spec, method in measured.items():
+        merged = "no" if method.merged is None else f"{method.merged:.2f}"
+        times = [f"{method.step:.2f}", f"{method.kept / full.kept:.2f}", f"{method.passed:.2f}", merged]
+        accuracy = [f"{_mean(method.alone):.1f} %", f"{min(method.alone):.1f} to {max(method.alone):.1f}"]
+        share = f"{method.share:.2f} %"
+        table.append([f"`{spec}`", method.composition, share, *times, *accuracy, f"{_mean(method.together):.1f} %"])
     return table
 
 
-def _doors(
+def _compositions(
     shares: dict[str, float],
     steps: dict[str, float],
     passes: dict[str, float],
     alone: dict[str, list[float]],
     lost: dict[str, list[float]],
 ) -> Table:
-    """The tutorial's table: what was measured, and its mark, by door and criterion."""
+    """The tutorial's table: what was measured, and its mark, by composition and criterion."""
     measured = {
-        door: (
-            f"{shares[door]:.2f} % trained", f"{steps[door]:.2f} of a full step",
-            f"{passes[door]:.2f} of a pass, merged if it can be",
-            f"{_mean(alone[door]):.1f} %", f"{_mean(lost[door]):.1f} points lost together",
+        composition: (
+            f"{shares[composition]:.2f} % trained", f"{steps[composition]:.2f} of a full step",
+            f"{passes[composition]:.2f} of a pass, merged if it can be",
+            f"{_mean(alone[composition]):.1f} %", f"{_mean(lost[composition]):.1f} points lost together",
         )
-        for door in COMPARED
+        for composition in COMPARED
     }  # fmt: skip
-    head = ["criterion"] + [cell for door in COMPARED for cell in (door, "published")]
-    return [head] + [
-        [criterion, *(cell for door in COMPARED for cell in (measured[door][i], f"about {MARKS[door][i]}"))]
-        for i, criterion in enumerate(CRITERIA)
-    ]
+    table = [["criterion", *(cell for composition in COMPARED for cell in (composition, "published"))]]
+    for i, criterion in enumerate(CRITERIA):
+        cells = [(measured[composition][i], f"about {MARKS[composition][i]}") for composition in COMPARED]
+        table.append([criterion, *(cell for pair in cells for cell in pair)])
+    return table
 
 
-def _draw(axes: Axes, found: dict[str, Measured]) -> None:
+def _draw(axes: Axes, measured: dict[str, Measured]) -> None:
     """Accuracy against the share that is trained; the area of a marker is what is kept for the backward pass."""
-    most = max(own.kept for own in found.values())
-    for number, (door, specs) in enumerate(DOORS.items()):
+    most = max(method.kept for method in measured.values())
+    for number, (composition, specs) in enumerate(SPECS.items()):
         for spec in specs:
-            own = found[spec]
-            mean, low, high = _mean(own.alone), min(own.alone), max(own.alone)
+            method = measured[spec]
+            mean, low, high = _mean(method.alone), min(method.alone), max(method.alone)
             axes.errorbar(
-                [own.share], [mean], [[mean - low], [high - mean]], color=LINES[number], linewidth=1, alpha=0.6
+                [method.share], [mean], [[mean - low], [high - mean]], color=LINES[number], linewidth=1, alpha=0.6
             )
-            axes.scatter([own.share], [mean], s=900 * own.kept / most, color=LINES[number], alpha=0.55, linewidth=0)
+            axes.scatter(
+                [method.share], [mean], s=900 * method.kept / most, color=LINES[number], alpha=0.55, linewidth=0
+            )
             axes.annotate(
-                f"{spec.partition('[')[0]}, {own.kept / MIB:.0f} MiB", (own.share, mean), xytext=(0, 16),
+                f"{spec.partition('[')[0]}, {method.kept / MIB:.0f} MiB", (method.share, mean), xytext=(0, 16),
                 textcoords="offset points", ha="center", fontsize=8,
             )  # fmt: skip
         axes.scatter(
@@ -275,7 +281,7 @@ def _draw(axes: Axes, found: dict[str, Measured]) -> None:
             color=LINES[number],
             alpha=0.55,
             linewidth=0,
-            label="full fine-tuning" if door == "all" else f"{door} composition",
+            label="full fine-tuning" if composition == "all" else f"{composition} composition",
         )
     axes.set_xscale("log")
     axes.margins(x=0.12, y=0.16)

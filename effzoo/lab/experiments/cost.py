@@ -57,56 +57,75 @@ def cost(run: Run) -> Findings:
     memory = opt_table(peft=LORA).columns
 
     table = [["d", "n", *(f"{part}, % of operations: time" for part in PARTS), "layer, ms", "published"]]
-    for row, wanted, found in zip(rows, predicted, measured, strict=True):
-        cells = [f"{100 * wanted[part]:.0f}: {100 * found[part]:.0f}" for part in PARTS]
+    for row, expected, part_shares in zip(rows, predicted, measured, strict=True):
+        cells = [f"{100 * expected[part]:.0f}: {100 * part_shares[part]:.0f}" for part in PARTS]
         said = "about half is feed-forward (lecture)" if row["n"] == USUAL else "no number"
         table.append([f"{row['dim']}", f"{row['n']}", *cells, f"{1e3 * row['seconds'][WHOLE]:.1f}", said])
 
     attended = [
-        [found[ATTENTION] for row, found in zip(rows, measured, strict=True) if row["dim"] == dim] for dim in dims
+        [part_shares[ATTENTION] for row, part_shares in zip(rows, measured, strict=True) if row["dim"] == dim]
+        for dim in dims
     ]
-    grows = all(a < b for each in attended for a, b in itertools.pairwise(each))
-    half = [found[FEED_FORWARD] for row, found in zip(rows, measured, strict=True) if row["n"] == USUAL]
+    grows = all(a < b for of_width in attended for a, b in itertools.pairwise(of_width))
+    half = [part_shares[FEED_FORWARD] for row, part_shares in zip(rows, measured, strict=True) if row["n"] == USUAL]
     away = max(
-        abs(wanted[part] - found[part]) for wanted, found in zip(predicted, measured, strict=True) for part in PARTS
+        abs(expected[part] - part_shares[part])
+        for expected, part_shares in zip(predicted, measured, strict=True)
+        for part in PARTS
     )
     figure, (left, middle, right) = panels(3, width=4.4, height=3.8)
     _shares(left, rows, measured)
     _seconds(middle, rows, dims[-1])
     _memory(right, memory)
     return Findings(
-        tables={"Shares of a layer": table,
-        "Memory of OPT-1.3B, 1 x 2048, float16 with float32 copies, AdamW, GiB": _memory_table(memory)}, figure=figure,
+        tables={
+            "Shares of a layer": table,
+            "Memory of OPT-1.3B, 1 x 2048, float16 with float32 copies, AdamW, GiB": _memory_table(memory),
+        },
+        figure=figure,
         claims=[
-            Claim("the formulas are the operations that the layer runs, as torch counts them",
-            (all(row["counted alike"] for row in rows),)),
-            Claim(f"at n = {USUAL} the feed-forward is about half of the time (40 to 60 %), at every width",
-            (all(0.4 <= x <= 0.6 for x in half),)),
+            Claim(
+                "the formulas are the operations that the layer runs, as torch counts them",
+                (all(row["counted alike"] for row in rows),),
+            ),
+            Claim(
+                f"at n = {USUAL} the feed-forward is about half of the time (40 to 60 %), at every width",
+                (all(0.4 <= x <= 0.6 for x in half),),
+            ),
             Claim("the share of attention in the time grows with n at every width", (grows,)),
             Claim("every part's share of the time is within 10 points of its share of the operations", (away <= 0.1,)),
         ],
-        values={"layers": rows, "largest distance of a share": away, "memory": {name: dict(column) for name,
-        column in memory.items()}},
-        settings={"d": list(dims), "n": list(lengths), "d_h": "4 d", "head": HEAD, "dtype": "float32",
-        "threads": torch.get_num_threads()}, notes=[
+        values={
+            "layers": rows,
+            "largest distance of a share": away,
+            "memory": {name: dict(column) for name, column in memory.items()},
+        },
+        settings={
+            "d": list(dims),
+            "n": list(lengths),
+            "d_h": "4 d",
+            "head": HEAD,
+            "dtype": "float32",
+            "threads": torch.get_num_threads(),
+        },
+        notes=[
             "Shares of operations depend on n / d alone: feed-forward 16 / (24 + 4 n / d), two thirds for short "
-            "sequences and half at n = 2 d; "
-            "attention is as large as the projections there, as large as the feed-forward at n = 4 d, and more than "
-            "all the rest above n = 6 d.",
+            "sequences and half at n = 2 d; attention is as large as the projections there, as large as the "
+            "feed-forward at n = 4 d, and more than all the rest above n = 6 d.",
             "Time is that of a forward pass with the fused attention kernel, on this machine now; other work on it "
             "disturbs the shortest times most.",
             "Hidden states of OPT-1.3B stand there by the lectures' formula in numbers of 2 bytes, as it is and with "
             "the weights of all heads, and "
             "as planned from the real model on shapes: with the fused kernel, and with attention weights written out.",
         ],
-    )  # fmt: skip
+    )
 
 
 def _memory_table(memory: Mapping[str, Mapping[str, int]]) -> Table:
     parts = next(iter(memory.values()))
     return [
         ["part", *memory, "published"],
-        *([part, *(f"{each[part] / GIB:.2f}" for each in memory.values()), "no number"] for part in parts),
+        *([part, *(f"{of_method[part] / GIB:.2f}" for of_method in memory.values()), "no number"] for part in parts),
     ]
 
 
@@ -116,11 +135,13 @@ def _shares(axes: Axes, rows: list[dict[str, Any]], measured: list[dict[str, flo
     for part, curve, colour in zip(PARTS, curves, LINES, strict=False):
         axes.plot(ratios, curve, color=colour, linewidth=1.6, label=part)
     for number, dim in enumerate(dict.fromkeys(row["dim"] for row in rows)):
-        own = [(row["n"] / dim, found) for row, found in zip(rows, measured, strict=True) if row["dim"] == dim]
+        of_width = [
+            (row["n"] / dim, part_shares) for row, part_shares in zip(rows, measured, strict=True) if row["dim"] == dim
+        ]
         for part, colour in zip(PARTS, LINES, strict=False):
             axes.plot(
-                [r for r, _ in own],
-                [x[part] for _, x in own],
+                [r for r, _ in of_width],
+                [x[part] for _, x in of_width],
                 linestyle="",
                 color=colour,
                 marker=MARKERS[number],
@@ -136,15 +157,20 @@ def _shares(axes: Axes, rows: list[dict[str, Any]], measured: list[dict[str, flo
 
 
 def _seconds(axes: Axes, rows: list[dict[str, Any]], dim: int) -> None:
-    own = [row for row in rows if row["dim"] == dim]
+    of_width = [row for row in rows if row["dim"] == dim]
     for number, part in enumerate(PARTS):
-        times = [1e3 * row["seconds"][part] for row in own]
+        times = [1e3 * row["seconds"][part] for row in of_width]
         axes.plot(
-            [row["n"] for row in own], times, color=LINES[number], marker=MARKERS[number], markersize=5, linewidth=1.6
+            [row["n"] for row in of_width],
+            times,
+            color=LINES[number],
+            marker=MARKERS[number],
+            markersize=5,
+            linewidth=1.6,
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks([row["n"] for row in own], [f"{row['n']}" for row in own])
+    axes.set_xticks([row["n"] for row in of_width], [f"{row['n']}" for row in of_width])
     axes.set(xlabel="n", ylabel="milliseconds", title=f"time of the parts, d = {dim}")
 
 
@@ -158,7 +184,7 @@ def _memory(axes: Axes, memory: Mapping[str, Mapping[str, int]]) -> None:
     )
     bottom = [0.0] * len(memory)
     for part, colour in zip(stacked, LINES, strict=False):
-        heights = [each[part] / GIB for each in memory.values()]
+        heights = [of_method[part] / GIB for of_method in memory.values()]
         axes.bar(
             list(memory),
             heights,
@@ -171,7 +197,7 @@ def _memory(axes: Axes, memory: Mapping[str, Mapping[str, int]]) -> None:
     axes.set(ylabel="GiB", title="OPT-1.3B, 1 x 2048", ylim=(0, 1.05 * max(bottom)))
     axes.grid(visible=False, axis="x")
     axes.legend(
-        *(list(reversed(each)) for each in axes.get_legend_handles_labels()),
+        *(list(reversed(entries)) for entries in axes.get_legend_handles_labels()),
         frameon=False,
         fontsize=8,
         loc="upper right",

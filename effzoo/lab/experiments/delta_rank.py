@@ -63,22 +63,22 @@ def delta_rank(run: Run) -> Findings:
     of_base = {key: rank_for_variance(base[key], SHARE) for key in changes["full"][run.seeds[0]]}
     ranks = {
         name: {
-            seed: {key: rank_for_variance(change, SHARE) for key, change in found.items()}
-            for seed, found in by_seed.items()
+            seed: {key: rank_for_variance(change, SHARE) for key, change in of_seed.items()}
+            for seed, of_seed in by_seed.items()
         }
         for name, by_seed in changes.items()
     }
     after_ranks, intruders = _afterwards(base, changes, run.seeds[0])
     rank_table = [["matrix", "full rank", "W", *(f"dW, {name}" for name in WAYS), "W + dW, full", "published"]]
     for role in ALL:
-        own = [key for key in of_base if key.endswith(f"{role}.weight")]
+        keys = [key for key in of_base if key.endswith(f"{role}.weight")]
         shown = []
         for name in WAYS:
-            counts = [found[key] for found in ranks[name].values() for key in own if key in found]
+            counts = [of_seed[key] for of_seed in ranks[name].values() for key in keys if key in of_seed]
             shown.append(f"{mean(counts):.0f}" if counts else "not changed")
         published = f"dW, full: about {'1000-2000' if role.startswith('attn') else '2000-2800'} of 4096"
-        both = [f"{mean(counted[key] for key in own):.0f}" for counted in (of_base, after_ranks)]
-        rank_table.append([role, f"{min(base[own[0]].shape)}", both[0], *shown, both[1], published])
+        both = [f"{mean(counted[key] for key in keys):.0f}" for counted in (of_base, after_ranks)]
+        rank_table.append([role, f"{min(base[keys[0]].shape)}", both[0], *shown, both[1], published])
     table = [["trained", "learned: word order", "kept: topics", "topics before", "intruders, per matrix", "published"]]
     for name, by_seed in paths.items():
         learned, kept = (mean(seen[-1][i] for seen in by_seed.values()) for i in range(2))
@@ -88,7 +88,7 @@ def delta_rank(run: Run) -> Findings:
         )
 
     figure, (left, right) = panels(2)
-    _draw_spectra(left, base, {name: found[run.seeds[0]] for name, found in changes.items()})
+    _draw_spectra(left, base, {name: by_seed[run.seeds[0]] for name, by_seed in changes.items()})
     for number, (name, by_seed) in enumerate(paths.items()):
         for i, seen in enumerate(by_seed.values()):
             x, y = [a for a, _ in seen], [b for _, b in seen]
@@ -123,10 +123,15 @@ def delta_rank(run: Run) -> Findings:
         tables={"learning and forgetting": table, f"singular values for {SHARE:.0%} of the squares": rank_table},
         figure=figure,
         claims=[
-            Claim("LoRA learns less: full fine-tuning is best in the new task", tuple(_all(last, loras, s, 0,
-            above=True) for s in run.seeds)),
-            Claim("LoRA forgets less: full fine-tuning keeps least of the old task", tuple(_all(last, loras, s, 1,
-            above=False) for s in run.seeds)), Claim(
+            Claim(
+                "LoRA learns less: full fine-tuning is best in the new task",
+                tuple(_all(last, loras, s, 0, above=True) for s in run.seeds),
+            ),
+            Claim(
+                "LoRA forgets less: full fine-tuning keeps least of the old task",
+                tuple(_all(last, loras, s, 1, above=False) for s in run.seeds),
+            ),
+            Claim(
                 "the change of full fine-tuning has more than 10 times the rank of LoRA r = 4, in the mean over q "
                 "and v",
                 tuple(_mean_rank(ranks["full"][s]) > 10 * _mean_rank(ranks[loras[1]][s]) for s in run.seeds),
@@ -138,39 +143,48 @@ def delta_rank(run: Run) -> Findings:
             ),
         ],
         values={
-            "learned and kept": {name: {str(s): [list(pair) for pair in seen] for s, seen in found.items()} for name,
-            found in paths.items()},
-            "topics before": before, "rank of W": of_base, "rank of W + dW, full": after_ranks, "intruders": intruders,
-            "rank of dW": {name: {str(s): found for s, found in by_seed.items()} for name, by_seed in ranks.items()},
+            "learned and kept": {
+                name: {str(s): [list(pair) for pair in curve] for s, curve in by_seed.items()}
+                for name, by_seed in paths.items()
+            },
+            "topics before": before,
+            "rank of W": of_base,
+            "rank of W + dW, full": after_ranks,
+            "intruders": intruders,
+            "rank of dW": {
+                name: {str(s): of_seed for s, of_seed in by_seed.items()} for name, by_seed in ranks.items()
+            },
         },
         settings={
-            "model": "minilm", "data": topics.about, "steps": steps, "batch": 16, "texts": len(topics.train),
+            "model": "minilm",
+            "data": topics.about,
+            "steps": steps,
+            "batch": 16,
+            "texts": len(topics.train),
             "learning rates": {name: rate for name, (_, rate) in WAYS.items()},
         },
         notes=[
-            "New task: are the words of a text in their order, or shuffled. Old task: its topic, from the mean of "
-            "the last hidden states by a linear "
-            "map that is fitted before training. Published: Llama-2-7B on code and mathematics, forgetting measured on "
-            "HellaSwag, ARC-challenge and WinoGrande. Intruders (Shuttleworth et al. 2024, arXiv:2410.21228): of the "
-            "first 10 left singular vectors "
-            "of W + dW those with no cosine of 0.5 or more to one of W, of the first seed. Learning rates matter: "
-            "with three times as high ones full fine-tuning and LoRA r = 16 both lost the topics altogether (two "
-            "seeds: 0.23 to 0.26, 0.20 to 0.22)."
+            "New task: are the words of a text in their order, or shuffled. Old task: its topic, from the mean of the "
+            "last hidden states by a linear map that is fitted before training. Published: Llama-2-7B on code and "
+            "mathematics, forgetting measured on HellaSwag, ARC-challenge and WinoGrande. Intruders (Shuttleworth et "
+            "al. 2024, arXiv:2410.21228): of the first 10 left singular vectors of W + dW those with no cosine of 0.5 "
+            "or more to one of W, of the first seed. Learning rates matter: with three times as high ones full "
+            "fine-tuning and LoRA r = 16 both lost the topics altogether (two seeds: 0.23 to 0.26, 0.20 to 0.22)."
         ],
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
 def _features(model: Transformer, examples: Examples) -> Tensor:
     """The mean of the last hidden states of each text, with a 1 beside it, float64."""
-    mode, found = model.training, []
+    mode, means = model.training, []
     model.eval()
     for batch in examples.batches(64):
         hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state.double()
         kept = batch["attention_mask"].double()
-        found.append((hidden * kept[..., None]).sum(dim=1) / kept.sum(dim=1, keepdim=True))
+        means.append((hidden * kept[..., None]).sum(dim=1) / kept.sum(dim=1, keepdim=True))
     model.train(mode)
-    return F.pad(torch.cat(found), (0, 1), value=1.0)
+    return F.pad(torch.cat(means), (0, 1), value=1.0)
 
 
 def _probe(features: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -203,10 +217,10 @@ def _afterwards(
     return ranks, {
         name: {
             key: intruder_dimensions(base[key], base[key] + change)
-            for key, change in found[seed].items()
+            for key, change in by_seed[seed].items()
             if key.endswith(of_q_and_v)
         }
-        for name, found in changes.items()
+        for name, by_seed in changes.items()
     }
 
 
@@ -214,7 +228,7 @@ def _draw_spectra(axes: Any, base: dict[str, Tensor], changes: dict[str, dict[st
     """Share of the squares that the first singular values hold, of the query matrix of the middle layer."""
     key = sorted(key for key in changes["full"] if key.endswith("attn.q.weight"))[3]
     for number, (name, matrix) in enumerate(
-        [("W", base[key]), *((name, found[key]) for name, found in changes.items())]
+        [("W", base[key]), *((name, of_matrix[key]) for name, of_matrix in changes.items())]
     ):
         energy = torch.linalg.svdvals(matrix).square()
         share = (energy.cumsum(dim=0) / energy.sum()).tolist()

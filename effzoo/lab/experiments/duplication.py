@@ -27,30 +27,30 @@ def duplication(run: Run) -> Findings:
     """Does a model trained with hashing work with other numbers of rounds, or with full attention?"""
     sizes = run.choose({"word": 63, "symbols": 63, "chunk": 8}, {"word": 127, "symbols": 127, "chunk": 8})
     steps, batch, rate = run.choose(400, 1000), run.choose(8, 16), 2e-3
-    told = {"word": sizes["word"], "symbols": sizes["symbols"]}
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    task = {"word": sizes["word"], "symbols": sizes["symbols"]}
+    accuracies: dict[str, dict[str, dict[str, float]]] = {}
     losses: dict[str, dict[str, float]] = {}
     with one_thread():
         for seed in run.seeds:
-            found[str(seed)], losses[str(seed)] = {}, {}
+            accuracies[str(seed)], losses[str(seed)] = {}, {}
             for rounds in TRAINED:
                 torch.manual_seed(seed)
                 model = repeater(rounds, **sizes)
-                batches = stream(model, batch=batch, seed=seed, **told)
+                batches = stream(model, batch=batch, seed=seed, **task)
                 loss = fit(model, batches, steps, learning_rate=rate, weight_decay=0.0, bfloat16=False)
                 row = {}
                 for other in EVALUATED:
                     judge = repeater(other, **sizes)
                     judge.load_state_dict(model.state_dict())
-                    row[other] = 100 * repeated(judge, batches=run.choose(4, 10), batch=64, **told)
-                found[str(seed)][rounds], losses[str(seed)][rounds] = row, sum(loss[-20:]) / len(loss[-20:])
+                    row[other] = 100 * repeated(judge, batches=run.choose(4, 10), batch=64, **task)
+                accuracies[str(seed)][rounds], losses[str(seed)][rounds] = row, sum(loss[-20:]) / len(loss[-20:])
                 run.say(
                     f"seed {seed}, trained with {rounds}: "
                     + ", ".join(f"{other} {value:.1f}" for other, value in row.items())
                 )
 
     mean = {
-        rounds: {other: sum(by[rounds][other] for by in found.values()) / len(found) for other in EVALUATED}
+        rounds: {other: sum(by[rounds][other] for by in accuracies.values()) / len(accuracies) for other in EVALUATED}
         for rounds in TRAINED
     }
     table: Table = [["trained with", *(f"evaluated with {other} (published)" for other in EVALUATED)]]
@@ -64,7 +64,7 @@ def duplication(run: Run) -> Findings:
         band(
             left,
             range(len(order)),
-            [[by[rounds][other] for other in order] for by in found.values()],
+            [[by[rounds][other] for other in order] for by in accuracies.values()],
             f"trained with {rounds}",
             number,
         )
@@ -77,32 +77,47 @@ def duplication(run: Run) -> Findings:
         axes.set(xlabel="rounds of hashing in evaluation", ylabel="symbols repeated, %", title=title)
     right.legend(frameon=False, fontsize=8, loc="lower left")
     chance = 100 / sizes["symbols"]
-    every = list(found.values())
+    of_seeds = list(accuracies.values())
     return Findings(
         tables={"Symbols of the second word repeated, %": table},
         figure=figure,
         claims=[
-            Claim("every row rises with the rounds of evaluation, 1, 2, 4, 8 (ties of 0.1 points aside)",
-            tuple(_rising(by) for by in every)), Claim(
+            Claim(
+                "every row rises with the rounds of evaluation, 1, 2, 4, 8 (ties of 0.1 points aside)",
+                tuple(_rising(by) for by in of_seeds),
+            ),
+            Claim(
                 "at one round, every model trained with hashing is better than the one trained with full attention",
-                tuple(min(by[rounds]["1"] for rounds in TRAINED[1:]) > by["full"]["1"] for by in every),
+                tuple(min(by[rounds]["1"] for rounds in TRAINED[1:]) > by["full"]["1"] for by in of_seeds),
             ),
             Claim(
                 "with full attention, every model trained with hashing is near chance (below twice chance)",
-                tuple(max(by[rounds]["full"] for rounds in TRAINED[1:]) < 2 * chance for by in every),
+                tuple(max(by[rounds]["full"] for rounds in TRAINED[1:]) < 2 * chance for by in of_seeds),
             ),
-            Claim("at one round, four rounds in training are better than one",
-            tuple(by["4"]["1"] > by["1"]["1"] for by in every)),
+            Claim(
+                "at one round, four rounds in training are better than one",
+                tuple(by["4"]["1"] > by["1"]["1"] for by in of_seeds),
+            ),
         ],
-        values={"accuracy": found, "loss": losses, "published": {rounds: list(row) for rounds,
-        row in PUBLISHED.items()}},
-        settings={**sizes, "dim": 64, "heads": 4, "batch": batch, "steps": steps, "learning rate": rate,
-        "chance": f"{chance:.1f} %"}, notes=[
+        values={
+            "accuracy": accuracies,
+            "loss": losses,
+            "published": {rounds: list(row) for rounds, row in PUBLISHED.items()},
+        },
+        settings={
+            **sizes,
+            "dim": 64,
+            "heads": 4,
+            "batch": batch,
+            "steps": steps,
+            "learning rate": rate,
+            "chance": f"{chance:.1f} %",
+        },
+        notes=[
             "Published: |w| = 511, 127 symbols, 256 wide, 150,000 steps, chance 0.8 %. Here hashes are drawn anew at "
-            "every step. `full` is the same "
-            "kind with one chunk: shared queries and keys, no token attends itself."
+            "every step. `full` is the same kind with one chunk: shared queries and keys, no token attends itself."
         ],
-    )  # fmt: skip
+    )
 
 
 def _rising(by: dict[str, dict[str, float]]) -> bool:

@@ -30,34 +30,44 @@ def freezing(run: Run) -> Findings:
     data = texts(run, length=length, train=run.choose(384, 1100), test=tests)
     depth = len(minilm(len(data.names)).blocks)
     frozen = run.choose((0, 2, 4, 5, 6), tuple(range(depth + 1)))
-    found: dict[str, dict[str, float]] = {}  # by setting, by seed
+    accuracies: dict[str, dict[str, float]] = {}  # by setting, by seed
     counts: dict[str, int] = {}
     specs: dict[str, str] = {}
     for seed in run.seeds:
         model = minilm(len(data.names), seed=seed)
         for first in frozen:
             _one(
-                model, f"freeze[first={first}]", f"first {first} frozen", RATE, data, steps, seed, found, counts, specs
+                model,
+                f"freeze[first={first}]",
+                f"first {first} frozen",
+                RATE,
+                data,
+                steps,
+                seed,
+                accuracies,
+                counts,
+                specs,
             )
         layer = counts[f"first {depth - 1} frozen"]
         for name, method, budget in _adapters(layer, run.quick):
             spec = str(peft.within(model, method, budget))
-            _one(model, spec, name, ADAPTER_RATE, data, steps, seed, found, counts, specs)
+            _one(model, spec, name, ADAPTER_RATE, data, steps, seed, accuracies, counts, specs)
         run.say(
-            f"seed {seed}: " + ", ".join(f"{name} {100 * by_seed[str(seed)]:.1f}" for name, by_seed in found.items())
+            f"seed {seed}: "
+            + ", ".join(f"{name} {100 * by_seed[str(seed)]:.1f}" for name, by_seed in accuracies.items())
         )
 
     seeds = [str(seed) for seed in run.seeds]
-    every = [100 * value for by_seed in found.values() for value in by_seed.values()]
-    whole, top, two = (found[f"first {first} frozen"] for first in (0, depth - 1, depth - 2))
-    head, equal = found[f"first {depth} frozen"], found["houlsby, as many as the last layer"]
-    small = found["houlsby, a thirtieth of it"]
+    every = [100 * value for by_seed in accuracies.values() for value in by_seed.values()]
+    whole, top, two = (accuracies[f"first {first} frozen"] for first in (0, depth - 1, depth - 2))
+    head, equal = accuracies[f"first {depth} frozen"], accuracies["houlsby, as many as the last layer"]
+    small = accuracies["houlsby, a thirtieth of it"]
     published = {
         f"first {depth - 2} frozen": "90 % with a fourth of the layers trained",
         "houlsby, a thirtieth of it": "no number (curves)",
     }
     table = [["trained", "spec", "parameters", "accuracy", "of full fine-tuning", "published"]]
-    for name, by_seed in found.items():
+    for name, by_seed in accuracies.items():
         relative = mean([by_seed[s] / whole[s] for s in seeds])
         table.append(
             [
@@ -74,7 +84,7 @@ def freezing(run: Run) -> Findings:
     band(
         left,
         list(frozen),
-        [[100 * found[f"first {first} frozen"][s] for first in frozen] for s in seeds],
+        [[100 * accuracies[f"first {first} frozen"][s] for first in frozen] for s in seeds],
         "freeze the first X",
         0,
     )
@@ -96,11 +106,11 @@ def freezing(run: Run) -> Findings:
     ]
     for number, (label, names) in enumerate(lines):
         names = sorted(names, key=lambda name: counts[name])
-        x, runs = [counts[name] for name in names], [[100 * found[name][s] for name in names] for s in seeds]
+        x, runs = [counts[name] for name in names], [[100 * accuracies[name][s] for name in names] for s in seeds]
         if len(names) > 1:
             band(right, x, runs, label, number)
         else:
-            means, low, high = (100 * f(list(found[names[0]].values())) for f in (mean, min, max))
+            means, low, high = (100 * f(list(accuracies[names[0]].values())) for f in (mean, min, max))
             right.errorbar(
                 x,
                 [means],
@@ -139,7 +149,7 @@ def freezing(run: Run) -> Findings:
                 judged(seeds, lambda s: small[s] >= top[s]),
             ),
         ],
-        values={"accuracy": found, "parameters": counts, "specs": specs},
+        values={"accuracy": accuracies, "parameters": counts, "specs": specs},
         settings={
             "model": "minilm",
             "length": length,
@@ -151,34 +161,41 @@ def freezing(run: Run) -> Findings:
         },
         notes=[
             "Published: BERT and RoBERTa on GLUE and IMDb, trained for epochs; in Houlsby's figure, over nine GLUE "
-            "tasks, adapters hold their "
-            "accuracy over two orders of magnitude while the last layers lose much. A seed draws the head and the "
-            "order of the texts. Embeddings "
-            "are frozen throughout. Parameters are those without the task head, which every setting trains."
+            "tasks, adapters hold their accuracy over two orders of magnitude while the last layers lose much. A seed "
+            "draws the head and the order of the texts. Embeddings are frozen throughout. Parameters are those without "
+            "the task head, which every setting trains."
         ],
     )
 
 
 def _adapters(layer: int, quick: bool) -> list[tuple[str, str, int]]:
     """Name, method and budget: as many parameters as a layer, a thirtieth, and in the full size what lies between."""
-    found = [
+    settings = [
         ("houlsby, as many as the last layer", "houlsby", layer),
         ("pfeiffer, as many as the last layer", "pfeiffer", layer),
     ]
-    found += (
+    settings += (
         []
         if quick
         else [("houlsby, a sixth of it", "houlsby", layer // 6), ("pfeiffer, a sixth of it", "pfeiffer", layer // 6)]
     )
-    found += [("houlsby, a thirtieth of it", "houlsby", layer // 30)]
-    return found + ([] if quick else [("pfeiffer, a thirtieth of it", "pfeiffer", layer // 30)])
+    settings += [("houlsby, a thirtieth of it", "houlsby", layer // 30)]
+    return settings + ([] if quick else [("pfeiffer, a thirtieth of it", "pfeiffer", layer // 30)])
 
 
 def _one(
-    model: Any, spec: str, name: str, rate: float, data: Texts, steps: int, seed: int,
-    found: dict[str, dict[str, float]], counts: dict[str, int], specs: dict[str, str],
-) -> None:  # fmt: skip
+    model: Any,
+    spec: str,
+    name: str,
+    rate: float,
+    data: Texts,
+    steps: int,
+    seed: int,
+    accuracies: dict[str, dict[str, float]],
+    counts: dict[str, int],
+    specs: dict[str, str],
+) -> None:
     tune(model, spec, data.train, name="tried", steps=steps, seed=seed, rate=rate, head_rate=HEAD_RATE)
     counts[name], specs[name] = body_parameters(model), spec
-    found.setdefault(name, {})[str(seed)] = fast_accuracy(model, data.test)
+    accuracies.setdefault(name, {})[str(seed)] = fast_accuracy(model, data.test)
     peft.detach(model, "tried")

@@ -29,7 +29,7 @@ def head_pruning(run: Run) -> Findings:
     length, steps, tests = run.choose((24, 24, 200), (128, 300, 1000))
     data = texts(run, length=length, train=run.choose(384, 1100), test=tests)
     looked = data.train.at(slice(0, run.choose(48, 500)))
-    found: dict[str, dict[str, list[float]]] = {order: {} for order in ORDERS}
+    accuracies: dict[str, dict[str, list[float]]] = {order: {} for order in ORDERS}
     scores: dict[str, torch.Tensor] = {}
     counts: list[int] = []
     for seed in run.seeds:
@@ -53,14 +53,16 @@ def head_pruning(run: Run) -> Findings:
         whole: list[float] = []
         for name, order in zip(ORDERS, (least, drawn, least.flip(0)), strict=True):
             whole = whole or without_heads(model, order, counts[:1], data.test)
-            found[name][str(seed)] = whole + without_heads(model, order, counts[1:], data.test)
+            accuracies[name][str(seed)] = whole + without_heads(model, order, counts[1:], data.test)
         run.say(
             f"seed {seed}: "
-            + "; ".join(f"{name} " + " ".join(f"{100 * x:.1f}" for x in by[str(seed)]) for name, by in found.items())
+            + "; ".join(
+                f"{name} " + " ".join(f"{100 * x:.1f}" for x in by[str(seed)]) for name, by in accuracies.items()
+            )
         )
     seeds = [str(seed) for seed in run.seeds]
     mean = torch.stack(list(scores.values())).mean(dim=0)
-    layers, each = mean.shape
+    layers, heads = mean.shape
 
     table = [["heads removed", *ORDERS, "published"]]
     for i, (share, count) in enumerate(zip(SHARES, counts, strict=True)):
@@ -68,18 +70,28 @@ def head_pruning(run: Run) -> Findings:
             share, "" if not share else "no number"
         )
         table.append(
-            [f"{count} of {layers * each}", *(percent([found[name][s][i] for s in seeds]) for name in ORDERS), expected]
+            [
+                f"{count} of {layers * heads}",
+                *(percent([accuracies[name][s][i] for s in seeds]) for name in ORDERS),
+                expected,
+            ]
         )
 
     figure, (left, right) = panels(2, width=5)
     for number, name in enumerate(ORDERS):
-        band(left, [100 * share for share in SHARES], [[100 * x for x in found[name][s]] for s in seeds], name, number)
-    left.set(xlabel=f"heads removed, % of {layers * each}", ylabel="accuracy, %", title="without retraining")
+        band(
+            left,
+            [100 * share for share in SHARES],
+            [[100 * x for x in accuracies[name][s]] for s in seeds],
+            name,
+            number,
+        )
+    left.set(xlabel=f"heads removed, % of {layers * heads}", ylabel="accuracy, %", title="without retraining")
     left.legend(frameon=False, fontsize=8, loc="lower left")
-    heat(right, mean.tolist(), [f"{i}" for i in range(layers)], [f"{i}" for i in range(each)], form="{:.2f}", vmin=0)
+    heat(right, mean.tolist(), [f"{i}" for i in range(layers)], [f"{i}" for i in range(heads)], form="{:.2f}", vmin=0)
     right.set(xlabel="head", ylabel="layer", title="importance, by the norm of its layer")
 
-    low, random, high = (found[name] for name in ORDERS)
+    low, random, high = (accuracies[name] for name in ORDERS)
     return Findings(
         tables={"accuracy": table},
         figure=figure,
@@ -97,7 +109,7 @@ def head_pruning(run: Run) -> Findings:
                 judged(seeds, lambda s: sum(high[s]) < sum(random[s]) < sum(low[s])),
             ),
         ],
-        values={"accuracy": found, "importance": {s: scores[s].tolist() for s in seeds}, "removed": counts},
+        values={"accuracy": accuracies, "importance": {s: scores[s].tolist() for s in seeds}, "removed": counts},
         settings={
             "model": "minilm",
             "length": length,
@@ -110,9 +122,7 @@ def head_pruning(run: Run) -> Findings:
         },
         notes=[
             "Published: BERT base on MNLI, and a translation model on WMT, pruned after training as here: up to 20 % "
-            "of its heads and 40 % of "
-            "BERT's go without a noticeable loss, then accuracy falls sharply. A seed draws the head, the order of "
-            "the texts, and the random order "
-            "of heads."
+            "of its heads and 40 % of BERT's go without a noticeable loss, then accuracy falls sharply. A seed draws "
+            "the head, the order of the texts, and the random order of heads."
         ],
     )

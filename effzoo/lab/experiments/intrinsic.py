@@ -60,9 +60,12 @@ def intrinsic(run: Run) -> Findings:
                 f"{bases[name][-1]:.3f}"
             )
 
-    nineties = {way: [d90(c, b) for c, b in zip(found, bases[way[0]], strict=True)] for way, found in curves.items()}
+    nineties = {
+        way: [d90(c, b) for c, b in zip(accuracies, bases[way[0]], strict=True)] for way, accuracies in curves.items()
+    }
     crossings = {
-        way: [crossing(c, b) for c, b in zip(found, bases[way[0]], strict=True)] for way, found in curves.items()
+        way: [crossing(c, b) for c, b in zip(accuracies, bases[way[0]], strict=True)]
+        for way, accuracies in curves.items()
     }
     table = [
         [
@@ -114,20 +117,28 @@ def intrinsic(run: Run) -> Findings:
         claims=_claims(nineties, crossings, len(run.seeds), nets),
         values={
             "baseline": bases,
-            "accuracy": {f"{n}, {w}": [{str(d): a for d, a in c.items()} for c in found] for (n, w),
-            found in curves.items()}, "d90": {f"{name}, {way}": found for (name, way), found in nineties.items()},
-            "crossing": {f"{name}, {way}": found for (name, way), found in crossings.items()},
+            "accuracy": {
+                f"{n}, {w}": [{str(d): a for d, a in c.items()} for c in accuracies]
+                for (n, w), accuracies in curves.items()
+            },
+            "d90": {f"{name}, {way}": accuracies for (name, way), accuracies in nineties.items()},
+            "crossing": {f"{name}, {way}": dims for (name, way), dims in crossings.items()},
         },
-        settings={"data": data.about, "images": len(data.train), "steps": steps, "batch": batch, "learning rate": RATE,
-        "rate of all": BASE_RATE}, notes=[
-            f"Data: {data.about}; networks of a size for its images. d90: the smallest d tried whose accuracy is 90 "
-            "% of the same network's when all "
-            "of it is trained. Published: MNIST, 100 epochs, threshold 0.90. The crossing lies between two d tried, "
-            "on a straight line over log d. "
-            "A seed draws the start, the projection and the batches. The published column is of MNIST: --data with "
-            "its folder shows its networks."
+        settings={
+            "data": data.about,
+            "images": len(data.train),
+            "steps": steps,
+            "batch": batch,
+            "learning rate": RATE,
+            "rate of all": BASE_RATE,
+        },
+        notes=[
+            f"Data: {data.about}; networks of a size for its images. d90: the smallest d tried whose accuracy is 90 % "
+            "of the same network's when all of it is trained. Published: MNIST, 100 epochs, threshold 0.90. The "
+            "crossing lies between two d tried, on a straight line over log d. A seed draws the start, the projection "
+            "and the batches. The published column is of MNIST: --data with its folder shows its networks."
         ],
-    )  # fmt: skip
+    )
 
 
 CURVES = {  # of the authors' notebook, mean validation accuracy over 3 seeds
@@ -188,7 +199,7 @@ def _claims(
         Claim(
             "d90 is less than a tenth of the number of parameters, in every network and projection",
             tuple(
-                all((d := found[i]) is not None and d < sizes[name] / 10 for (name, _), found in nineties.items())
+                all((d := dims[i]) is not None and d < sizes[name] / 10 for (name, _), dims in nineties.items())
                 for i in range(seeds)
             ),
         )

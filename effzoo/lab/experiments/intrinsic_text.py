@@ -58,9 +58,12 @@ def intrinsic_text(run: Run) -> Findings:
                 + f", all {bases[depth][-1]:.3f}"
             )
 
-    nineties = {way: [d90(c, b) for c, b in zip(found, bases[way[0]], strict=True)] for way, found in curves.items()}
+    nineties = {
+        way: [d90(c, b) for c, b in zip(accuracies, bases[way[0]], strict=True)] for way, accuracies in curves.items()
+    }
     crossings = {
-        way: [crossing(c, b) for c, b in zip(found, bases[way[0]], strict=True)] for way, found in curves.items()
+        way: [crossing(c, b) for c, b in zip(accuracies, bases[way[0]], strict=True)]
+        for way, accuracies in curves.items()
     }
     sizes = {depth: _size(len(data.names), depth) for depth in depths}
     table = [
@@ -98,8 +101,10 @@ def intrinsic_text(run: Run) -> Findings:
         claims=[
             Claim(
                 "d90 is less than a thousandth of the number of parameters, for every depth and method",
-                tuple(all((d := found[i]) is not None and d < sizes[way[0]] / 1000 for way,
-                found in nineties.items()) for i in count),
+                tuple(
+                    all((d := dims[i]) is not None and d < sizes[way[0]] / 1000 for way, dims in nineties.items())
+                    for i in count
+                ),
             ),
             Claim(
                 f"SAID needs fewer dimensions than DID, {flattest} layer (by the crossing)",
@@ -112,23 +117,30 @@ def intrinsic_text(run: Run) -> Findings:
             ),
         ],
         values={
-            "baseline": {str(depth): found for depth, found in bases.items()},
-            "accuracy": {f"{n}, {depth}": [{str(d): a for d, a in c.items()} for c in found] for (depth, n),
-            found in curves.items()}, "d90": {f"{name}, {depth}": found for (depth, name), found in nineties.items()},
-            "crossing": {f"{name}, {depth}": found for (depth, name), found in crossings.items()},
+            "baseline": {str(depth): accuracies for depth, accuracies in bases.items()},
+            "accuracy": {
+                f"{n}, {depth}": [{str(d): a for d, a in c.items()} for c in accuracies]
+                for (depth, n), accuracies in curves.items()
+            },
+            "d90": {f"{name}, {depth}": accuracies for (depth, name), accuracies in nineties.items()},
+            "crossing": {f"{name}, {depth}": dims for (depth, name), dims in crossings.items()},
         },
         settings={
-            "model": "minilm", "layers": list(depths), "data": data.about, "steps": steps, "batch": 16,
-            "learning rate": RATE, "learning rate of all": BASE_RATE,
+            "model": "minilm",
+            "layers": list(depths),
+            "data": data.about,
+            "steps": steps,
+            "batch": 16,
+            "learning rate": RATE,
+            "learning rate of all": BASE_RATE,
         },
         notes=[
-            "Smaller models are the lower layers of MiniLM, of which each was trained within the whole. D: blocks "
-            "and head; embeddings stay, and the "
-            "head moves in the subspace, where it counts. DID is Fastfood without factors. Published: whole models, "
-            "pairs of sentences, "
-            "many more steps; their d90 are of another task and no target here."
+            "Smaller models are the lower layers of MiniLM, of which each was trained within the whole. D: blocks and "
+            "head; embeddings stay, and the head moves in the subspace, where it counts. DID is Fastfood without "
+            "factors. Published: whole models, pairs of sentences, many more steps; their d90 are of another task and "
+            "no target here."
         ],
-    )  # fmt: skip
+    )
 
 
 def _shallow(labels: int, depth: int, seed: int) -> Transformer:

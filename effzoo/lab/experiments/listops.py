@@ -38,7 +38,7 @@ def listops(run: Run) -> Findings:
     whole = Examples({"input_ids": ids, "attention_mask": mask}, labels)
     learned, judged = whole.at(slice(0, train)), whole.at(slice(train, None))
     guess = float((judged.labels == learned.labels.mode().values).float().mean())
-    found: dict[str, dict[str, float]] = {}
+    accuracies: dict[str, dict[str, float]] = {}
     losses: dict[str, dict[str, float]] = {}
     with one_thread():
         for seed, (name, spec) in itertools.product(run.seeds, KINDS.items()):
@@ -49,54 +49,75 @@ def listops(run: Run) -> Findings:
                 max_length=longest + 1, dropout=0.0, attention_dropout=0.0, norm="pre", types=0, pad_token=0,
             )  # fmt: skip
             loss = fit(model, learned.stream(batch, seed), steps, learning_rate=1e-3, bfloat16=False)
-            found.setdefault(str(seed), {})[name] = accuracy(model, judged, 500)
+            accuracies.setdefault(str(seed), {})[name] = accuracy(model, judged, 500)
             losses.setdefault(str(seed), {})[name] = sum(loss[-20:]) / len(loss[-20:])
-            run.say(f"seed {seed}, {name}: {100 * found[str(seed)][name]:.1f} %, loss {losses[str(seed)][name]:.2f}")
-    every = list(found.values())
-    worst = tuple(min(by.values()) == by["local"] for by in every)
+            run.say(
+                f"seed {seed}, {name}: {100 * accuracies[str(seed)][name]:.1f} %, loss {losses[str(seed)][name]:.2f}"
+            )
+    of_seeds = list(accuracies.values())
+    worst = tuple(min(by.values()) == by["local"] for by in of_seeds)
     return Findings(
-        tables={"Accuracy on ListOps, %": _table(every)},
-        figure=_figure(every, guess),
+        tables={"Accuracy on ListOps, %": _table(of_seeds)},
+        figure=_figure(of_seeds, guess),
         claims=[
-            Claim("every kind is above chance and above the most frequent value", tuple(min(by.values()) > max(CHANCE,
-            guess) for by in every)), Claim("local attention is the worst of all kinds, as in Long Range Arena", worst),
+            Claim(
+                "every kind is above chance and above the most frequent value",
+                tuple(min(by.values()) > max(CHANCE, guess) for by in of_seeds),
+            ),
+            Claim("local attention is the worst of all kinds, as in Long Range Arena", worst),
             Claim(
                 "Longformer, Linformer and LSH are within 5 points of full attention, as there",
-                tuple(all(abs(by[name] - by["full"]) <= 0.05 for name in ("longformer", "linformer",
-                "lsh")) for by in every),
+                tuple(
+                    all(abs(by[name] - by["full"]) <= 0.05 for name in ("longformer", "linformer", "lsh"))
+                    for by in of_seeds
+                ),
             ),
         ],
-        values={"accuracy": found, "loss": losses, "most frequent value": guess, "published": PUBLISHED},
+        values={"accuracy": accuracies, "loss": losses, "most frequent value": guess, "published": PUBLISHED},
         settings={
-            "depth": task.depth, "longest": longest, "train": train, "test": test, "steps": steps, "batch": batch,
-            "layers": 2, "dim": dim, "kinds": ", ".join(KINDS.values()),
+            "depth": task.depth,
+            "longest": longest,
+            "train": train,
+            "test": test,
+            "steps": steps,
+            "batch": batch,
+            "layers": 2,
+            "dim": dim,
+            "kinds": ", ".join(KINDS.values()),
         },
         notes=[
             "Long Range Arena: depth 10, 501 to 1,999 tokens, 4 layers of 512, 5,000 steps; here the same grammar on "
-            "short expressions and a small "
-            "model, so that only the order of the kinds can be compared. Chance is 10 %; the most frequent value is "
-            f"right in {100 * guess:.1f} %.",
+            "short expressions and a small model, so that only the order of the kinds can be compared. Chance is 10 %; "
+            f"the most frequent value is right in {100 * guess:.1f} %.",
             "The class is read from the first position, which in `local` sees its own chunk alone, whatever the depth.",
             "A seed draws weights and the order of examples; the expressions are the same.",
         ],
-    )  # fmt: skip
+    )
 
 
-def _table(every: list[dict[str, float]]) -> Table:
+def _table(of_seeds: list[dict[str, float]]) -> Table:
     table: Table = [["attention", "here, mean", "lowest seed", "highest seed", "published (full scale)"]]
     for name, spec in KINDS.items():
-        own = [100 * by[name] for by in every]
+        percents = [100 * by[name] for by in of_seeds]
         published = f"{PUBLISHED[name]:.2f}" if name in PUBLISHED else "no number"
-        table.append([f"`{spec}`", f"{sum(own) / len(own):.1f}", f"{min(own):.1f}", f"{max(own):.1f}", published])
+        table.append(
+            [
+                f"`{spec}`",
+                f"{sum(percents) / len(percents):.1f}",
+                f"{min(percents):.1f}",
+                f"{max(percents):.1f}",
+                published,
+            ]
+        )
     return table
 
 
-def _figure(every: list[dict[str, float]], guess: float) -> Figure:
+def _figure(of_seeds: list[dict[str, float]], guess: float) -> Figure:
     figure, (axes,) = panels(1, width=7.2, height=3.8)
     places = range(len(KINDS))
-    means = [100 * sum(by[name] for by in every) / len(every) for name in KINDS]
+    means = [100 * sum(by[name] for by in of_seeds) / len(of_seeds) for name in KINDS]
     axes.bar(places, means, width=0.6, color=LINES[0], alpha=0.75, label="here, mean")
-    for number, by in enumerate(every):
+    for number, by in enumerate(of_seeds):
         axes.plot(
             places,
             [100 * by[name] for name in KINDS],
@@ -106,9 +127,9 @@ def _figure(every: list[dict[str, float]], guess: float) -> Figure:
             color="#000000",
             label=None if number else "a seed",
         )
-    told = [(place, PUBLISHED[name]) for place, name in enumerate(KINDS) if name in PUBLISHED]
+    published = [(place, PUBLISHED[name]) for place, name in enumerate(KINDS) if name in PUBLISHED]
     axes.plot(
-        *zip(*told, strict=True),
+        *zip(*published, strict=True),
         linestyle="",
         marker="D",
         markersize=7,

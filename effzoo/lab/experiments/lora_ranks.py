@@ -32,16 +32,17 @@ def lora_ranks(run: Run) -> Findings:
     ranks, steps = run.choose((1, 2, 4, 64), (1, 2, 4, 8, 64)), run.choose(20, 300)
     data = texts(run, length=run.choose(20, 64), train=run.choose(600, 1400), test=run.choose(200, 600))
     train, test = word_order(data.train), word_order(data.test, seed=1)
-    found: dict[str, dict[int, list[Score]]] = {name: {rank: [] for rank in ranks} for name in TARGETS}
+    scores: dict[str, dict[int, list[Score]]] = {name: {rank: [] for rank in ranks} for name in TARGETS}
     alone: list[Score] = []
     for seed in run.seeds:
         alone.append(_trained("head", train, test, steps, seed)[0])
         for name, targets in TARGETS.items():
             for rank in ranks:
                 spec = {"name": "lora", "rank": rank, "alpha": ALPHA, "targets": targets}
-                found[name][rank].append(_trained(spec, train, test, steps, seed)[0])
+                scores[name][rank].append(_trained(spec, train, test, steps, seed)[0])
             run.say(
-                f"seed {seed}, {name}: " + ", ".join(f"r={rank} {found[name][rank][-1].accuracy:.3f}" for rank in ranks)
+                f"seed {seed}, {name}: "
+                + ", ".join(f"r={rank} {scores[name][rank][-1].accuracy:.3f}" for rank in ranks)
             )
 
     table = [
@@ -60,14 +61,15 @@ def lora_ranks(run: Run) -> Findings:
     width = 384
     for name, targets in TARGETS.items():
         table += [
-            _row(name, r, 6 * len(targets) * 2 * width * r, found[name][r], PUBLISHED[name].get(r, "no number"))
+            _row(name, r, 6 * len(targets) * 2 * width * r, scores[name][r], PUBLISHED[name].get(r, "no number"))
             for r in ranks
         ]
     budget = {name: SAME_BUDGET[name] for name in TARGETS if SAME_BUDGET[name] in ranks}
     spent = [["matrices", "rank", "accuracy, mean", "test loss", "published at 18 M numbers: WikiSQL / MNLI"]]
     given = {"q": "70.4 / 91.0 (r = 8)", "q, v": "73.7 / 91.3 (r = 4)", "q, k, v, o": "73.7 / 91.7 (r = 2)"}
     spent += [
-        [n, f"{r}", f"{_mean(found[n][r], 0):.3f}", f"{_mean(found[n][r], 1):.3f}", given[n]] for n, r in budget.items()
+        [n, f"{r}", f"{_mean(scores[n][r], 0):.3f}", f"{_mean(scores[n][r], 1):.3f}", given[n]]
+        for n, r in budget.items()
     ]
 
     figure, (left, right) = panels(2)
@@ -76,7 +78,7 @@ def lora_ranks(run: Run) -> Findings:
             band(
                 axes,
                 list(ranks),
-                [[found[name][r][i][place] for r in ranks] for i in range(len(run.seeds))],
+                [[scores[name][r][i][place] for r in ranks] for i in range(len(run.seeds))],
                 name,
                 number,
             )
@@ -86,7 +88,7 @@ def lora_ranks(run: Run) -> Findings:
         axes.minorticks_off()
     left.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.05))
     seeds = range(len(run.seeds))
-    qv, small = found["q, v"], [r for r in ranks if r > 1]
+    qv, small = scores["q, v"], [r for r in ranks if r > 1]
     return Findings(
         tables={"rank and matrices": table, "one budget": spent},
         figure=figure,
@@ -101,28 +103,36 @@ def lora_ranks(run: Run) -> Findings:
             ),
             Claim(
                 "q alone has a higher loss than q and v, at every rank",
-                tuple(all(found["q"][r][i].loss > qv[r][i].loss for r in ranks) for i in seeds),
+                tuple(all(scores["q"][r][i].loss > qv[r][i].loss for r in ranks) for i in seeds),
             ),
             Claim(
                 "as many numbers do more on more matrices of a smaller rank: the loss falls from q to q, v to q, k, "
                 "v, o",
-                tuple(all(a > b for a, b in pairwise(losses)) for losses in _losses(found, budget, len(run.seeds))),
+                tuple(all(a > b for a, b in pairwise(losses)) for losses in _losses(scores, budget, len(run.seeds))),
             ),
         ],
         values={
             "head alone": _values(alone),
-            "lora": {name: {str(r): _values(scores) for r, scores in by_rank.items()} for name,
-            by_rank in found.items()},
+            "lora": {
+                name: {str(r): _values(scores) for r, scores in by_rank.items()} for name, by_rank in scores.items()
+            },
         },
-        settings={"model": "minilm", "task": "word order", "data": data.about, "steps": steps, "batch": 16,
-        "alpha": ALPHA, "learning rate": RATE}, notes=[
+        settings={
+            "model": "minilm",
+            "task": "word order",
+            "data": data.about,
+            "steps": steps,
+            "batch": 16,
+            "alpha": ALPHA,
+            "learning rate": RATE,
+        },
+        notes=[
             "Task: do the words of a text stand in their order, or shuffled? Topics would not do: a head alone tells "
-            "them from MiniLM's sentence "
-            "vectors, at every rank alike. Published: GPT-3 175B, trained to the end; here MiniLM and few steps, so "
-            "that a rank which "
-            "learns more slowly shows it. alpha is one for all ranks, as in the paper."
+            "them from MiniLM's sentence vectors, at every rank alike. Published: GPT-3 175B, trained to the end; here "
+            "MiniLM and few steps, so that a rank which learns more slowly shows it. alpha is one for all ranks, as in "
+            "the paper."
         ],
-    )  # fmt: skip
+    )
 
 
 def _trained(spec: Any, train: Examples, test: Examples, steps: int, seed: int) -> tuple[Score, Any]:
@@ -131,19 +141,19 @@ def _trained(spec: Any, train: Examples, test: Examples, steps: int, seed: int) 
     return score(model, test), model
 
 
-def _losses(found: dict[str, dict[int, list[Score]]], budget: dict[str, int], seeds: int) -> list[list[float]]:
-    return [[found[name][rank][i].loss for name, rank in budget.items()] for i in range(seeds)]
+def _losses(scores: dict[str, dict[int, list[Score]]], budget: dict[str, int], seeds: int) -> list[list[float]]:
+    return [[scores[name][rank][i].loss for name, rank in budget.items()] for i in range(seeds)]
 
 
 def _row(name: str, rank: int, trained: int, scores: list[Score], published: str) -> list[str]:
-    right = [found.accuracy for found in scores]
+    right = [score.accuracy for score in scores]
     shown = [f"{_mean(scores, 0):.3f}", f"{min(right):.3f}", f"{max(right):.3f}", f"{_mean(scores, 1):.3f}"]
     return [name, f"{rank}" if rank else "", f"{trained:,}", *shown, published]
 
 
 def _mean(scores: list[Score], place: int) -> float:
-    return sum(found[place] for found in scores) / len(scores)
+    return sum(score[place] for score in scores) / len(scores)
 
 
 def _values(scores: list[Score]) -> list[dict[str, float]]:
-    return [{"accuracy": found.accuracy, "loss": found.loss} for found in scores]
+    return [{"accuracy": score.accuracy, "loss": score.loss} for score in scores]

@@ -64,11 +64,11 @@ def lora_subspaces(run: Run) -> Findings:
 
     phi: dict[str, dict[str, list[Tensor]]] = {}  # what is compared -> role -> one mean over layers for each seed
     for role in ROLES:
-        own = [path for path in paths if path.endswith(f".{role}")]
+        of_role = [path for path in paths if path.endswith(f".{role}")]
         for seed in run.seeds:
             draw = torch.Generator().manual_seed(seed)
-            for path in own:
-                A8, A64, other = (found[0][path][0] for found in (small[seed], large[seed], large[partners[seed]]))
+            for path in of_role:
+                A8, A64, other = (factors[0][path][0] for factors in (small[seed], large[seed], large[partners[seed]]))
                 pairs = {
                     f"r = {SMALL} and r = {LARGE}": (A8, A64),
                     f"r = {LARGE}, two seeds": (A64, other),
@@ -79,32 +79,35 @@ def lora_subspaces(run: Run) -> Findings:
     layers = len(paths) // len(ROLES)
     by_seed = {
         name: {
-            role: torch.stack(each).view(len(run.seeds), layers, SMALL, SMALL).mean(dim=1)
-            for role, each in found.items()
+            role: torch.stack(values).view(len(run.seeds), layers, SMALL, SMALL).mean(dim=1)
+            for role, values in by_role.items()
         }
-        for name, found in phi.items()
+        for name, by_role in phi.items()
     }
 
     table = [["compared", "matrix", *(f"phi({i}, {j})" for i, j in PLACES), "published"]]
-    for name, found in by_seed.items():
-        for role, values in found.items():
+    for name, by_role in by_seed.items():
+        for role, values in by_role.items():
             average = values.mean(dim=0).tolist()
             said = "phi(1, 1) > 0.5, others small (figure)" if name.startswith(f"r = {SMALL}") else "no number"
             table.append([name, role, *(f"{average[i - 1][j - 1]:.3f}" for i, j in PLACES), said])
     amplified = {rank: _amplified(base, trained, rank) for rank, trained in ((SMALL, small), (LARGE, large))}
-    top = max(float(values.mean(dim=0).max()) for found in by_seed.values() for values in found.values())
+    top = max(float(values.mean(dim=0).max()) for by_role in by_seed.values() for values in by_role.values())
     figure, axes = panels(3, rows=2)
     for row, role in enumerate(ROLES):
-        for axis, (name, found) in zip(axes[3 * row :], by_seed.items(), strict=False):
+        for axis, (name, by_role) in zip(axes[3 * row :], by_seed.items(), strict=False):
             ticks = [f"{i}" for i in range(1, SMALL + 1)]
-            heat(axis, found[role].mean(dim=0).tolist(), ticks, ticks, form="{:.2f}", vmin=0, vmax=top)
+            heat(axis, by_role[role].mean(dim=0).tolist(), ticks, ticks, form="{:.2f}", vmin=0, vmax=top)
             axis.set(xlabel="j", ylabel="i", title=f"{role}: {name}")
     pair, seeds = by_seed[f"r = {SMALL} and r = {LARGE}"], by_seed[f"r = {LARGE}, two seeds"]
     randoms = by_seed["random, 8 and 64"]
     count = range(len(run.seeds))
     return Findings(
-        tables={"subspace similarity, mean over layers": table,
-        "amplification, dW of q": _amplification_table(amplified)}, figure=figure,
+        tables={
+            "subspace similarity, mean over layers": table,
+            "amplification, dW of q": _amplification_table(amplified),
+        },
+        figure=figure,
         claims=[
             Claim(
                 "the top directions of r = 8 and r = 64 are shared: phi(1, 1) > 0.5, for q and v in the mean over "
@@ -117,10 +120,7 @@ def lora_subspaces(run: Run) -> Findings:
             ),
             Claim(
                 "two seeds of r = 64 share more than two random matrices: phi(8, 8) above twice theirs, for q and v",
-                tuple(
-                    all(float(seeds[r][i, -1, -1]) > 2 * float(randoms[r][i, -1, -1]) for r in ROLES)
-                    for i in count
-                ),
+                tuple(all(float(seeds[r][i, -1, -1]) > 2 * float(randoms[r][i, -1, -1]) for r in ROLES) for i in count),
             ),
             Claim(
                 "the change amplifies what the weight holds but does not stress: ||U^T W V|| is above that of random "
@@ -138,20 +138,33 @@ def lora_subspaces(run: Run) -> Findings:
             ),
         ],
         values={
-            "phi": {name: {role: values.tolist() for role, values in found.items()} for name, found in by_seed.items()},
-            "amplification": {str(r): {str(seed): [asdict(a) for a in each] for seed, each in found.items()} for r,
-            found in amplified.items()},
-            "accuracy": {str(r): {str(seed): t[1].accuracy for seed, t in found.items()} for r, found in ((SMALL,
-            small), (LARGE, large))},
+            "phi": {
+                name: {role: values.tolist() for role, values in by_role.items()} for name, by_role in by_seed.items()
+            },
+            "amplification": {
+                str(r): {str(seed): [asdict(a) for a in amplifications] for seed, amplifications in of_seeds.items()}
+                for r, of_seeds in amplified.items()
+            },
+            "accuracy": {
+                str(r): {str(seed): t[1].accuracy for seed, t in of_seeds.items()}
+                for r, of_seeds in ((SMALL, small), (LARGE, large))
+            },
         },
-        settings={"model": "minilm", "task": "word order", "data": data.about, "steps": steps, "batch": 16,
-        "alpha": "rank", "learning rate": RATE}, notes=[
+        settings={
+            "model": "minilm",
+            "task": "word order",
+            "data": data.about,
+            "steps": steps,
+            "batch": 16,
+            "alpha": "rank",
+            "learning rate": RATE,
+        },
+        notes=[
             "Right singular vectors of A, as published for GPT-3 175B, layer 48 of 96. A starts random and B at 0; "
-            "what the runs "
-            "share they have learned. Of two random subspaces phi(i, j) is max(i, j) / in on average. Table 7 is "
-            "published for r = 4 and r = 64."
+            "what the runs share they have learned. Of two random subspaces phi(i, j) is max(i, j) / in on average. "
+            "Table 7 is published for r = 4 and r = 64."
         ],
-    )  # fmt: skip
+    )
 
 
 def _trained(rank: int, train: Examples, test: Examples, steps: int, seed: int, run: Run) -> tuple[Factors, Score]:
@@ -169,13 +182,13 @@ def _amplified(
     base: dict[str, Tensor], trained: dict[int, tuple[Factors, Score]], rank: int
 ) -> dict[int, list[Amplification]]:
     """Of the queries of every layer, by seed."""
-    found: dict[int, list[Amplification]] = {}
+    by_seed: dict[int, list[Amplification]] = {}
     for seed, (factors, _) in trained.items():
         of_q = [(path, pair) for path, pair in factors.items() if path.endswith(".q")]
-        found[seed] = [
+        by_seed[seed] = [
             amplification(base[f"{path}.weight"], B.double() @ A.double(), rank, seed=seed) for path, (A, B) in of_q
         ]
-    return found
+    return by_seed
 
 
 def _amplification_table(amplified: dict[int, dict[int, list[Amplification]]]) -> list[list[str]]:
@@ -188,7 +201,9 @@ def _amplification_table(amplified: dict[int, dict[int, list[Amplification]]]) -
     ranks = list(amplified)
     table = [["mean over layers and seeds", *(f"r = {r}" for r in ranks), "published r = 4", "published r = 64"]]
     for name, (which, four, sixty_four) in published.items():
-        means = [mean(getattr(a, which) for each in amplified[r].values() for a in each) for r in ranks]
+        means = [
+            mean(getattr(a, which) for amplifications in amplified[r].values() for a in amplifications) for r in ranks
+        ]
         table.append([name, *(f"{value:.2f}" for value in means), four, sixty_four])
     return table
 
@@ -243,10 +258,10 @@ def _of_file(path: Path) -> Findings:
     figure, (left, right_axes) = panels(2, width=5.2)
     roles = list(dict.fromkeys(_role(name) for name in names))
     for number, role in enumerate(roles):
-        own = [name for name in names if _role(name) == role]
+        of_role = [name for name in names if _role(name) == role]
         left.plot(
-            range(len(own)),
-            [effective[name] for name in own],
+            range(len(of_role)),
+            [effective[name] for name in of_role],
             marker=MARKERS[number % len(MARKERS)],
             label=role,
             color=LINES[number % len(LINES)],
@@ -272,27 +287,33 @@ def _of_file(path: Path) -> Findings:
     right_axes.set(xlabel="singular value", ylabel="layer", title=f"{roles[0]}: share of ||B A||^2")
     half = len(first) // 2
     falls = tuple(
-        mean(effective[n] for n in own[half:]) < mean(effective[n] for n in own[:half])
-        for own in [[n for n in names if _role(n) == role] for role in roles]
+        mean(effective[n] for n in of_role[half:]) < mean(effective[n] for n in of_role[:half])
+        for of_role in [[n for n in names if _role(n) == role] for role in roles]
     )
     small = sum(count <= (len(factors[n][0]) + 1) // 2 for n, count in nineties.items())
     return Findings(
         tables={"trained factors": table},
         figure=figure,
         claims=[
-            Claim("in every role the upper half of the layers has fewer singular values in effect than the lower half",
-            (all(falls),)),
+            Claim(
+                "in every role the upper half of the layers has fewer singular values in effect than the lower half",
+                (all(falls),),
+            ),
             Claim("half of the rank holds 90 % of ||B A||^2 in most of the matrices", (small > len(names) / 2,)),
         ],
-        values={"singular values": spectra, "in effect": effective, "for 90 %": nineties,
-        "phi(1, 1) with the next": next_one}, settings={"file": path.name, "matrices": len(names)},
+        values={
+            "singular values": spectra,
+            "in effect": effective,
+            "for 90 %": nineties,
+            "phi(1, 1) with the next": next_one,
+        },
+        settings={"file": path.name, "matrices": len(names)},
         notes=[
-            "Spectra of B A without its scale. Without the weights nothing can be said of amplification (table 7), "
-            "and with one run nothing of "
-            "other ranks or seeds (figures 3 and 4); neighbouring layers of one role stand in: two random directions "
-            "of 768 share 0.001."
+            "Spectra of B A without its scale. Without the weights nothing can be said of amplification (table 7), and "
+            "with one run nothing of other ranks or seeds (figures 3 and 4); neighbouring layers of one role stand in: "
+            "two random directions of 768 share 0.001."
         ],
-    )  # fmt: skip
+    )
 
 
 def _role(name: str) -> str:

@@ -45,20 +45,26 @@ def lottery(run: Run) -> Findings:
     places: dict[str, dict[int, Learned]] = {}
     for seed in run.seeds:
         options = {"steps": steps, "every": every, "batch": batch, "seed": seed}
-        found = iterative(LeNet(height * width, seed=seed), data.train, data.test, rounds=rounds, **options)
-        tickets[str(seed)] = found
+        trainings = iterative(LeNet(height * width, seed=seed), data.train, data.test, rounds=rounds, **options)
+        tickets[str(seed)] = trainings
         anew[str(seed)] = {
-            level: masked(LeNet(height * width, seed=seed + ANEW), found[level].masks, data.train, data.test, **options)
+            level: masked(
+                LeNet(height * width, seed=seed + ANEW), trainings[level].masks, data.train, data.test, **options
+            )
             for level in levels
         }
         places[str(seed)] = {
             level: masked(
-                LeNet(height * width, seed=seed), reshuffled(found[level].masks, seed), data.train, data.test, **options
+                LeNet(height * width, seed=seed),
+                reshuffled(trainings[level].masks, seed),
+                data.train,
+                data.test,
+                **options,
             )
             for level in levels
         }
         run.say(
-            f"seed {seed}: whole {100 * found[0].last:.1f}, 21 % left {100 * found[FAST].last:.1f}, drawn anew "
+            f"seed {seed}: whole {100 * trainings[0].last:.1f}, 21 % left {100 * trainings[FAST].last:.1f}, drawn anew "
             f"{100 * anew[str(seed)][FAST].last:.1f}"
         )
     seeds = [str(seed) for seed in run.seeds]
@@ -159,19 +165,17 @@ def lottery(run: Run) -> Findings:
         },
         notes=[
             "Published: MNIST, 50,000 steps, a constant learning rate, biases; accuracy where the loss on held-out "
-            "images is least. Here a fifth of "
-            "what is left goes in each round, a tenth in the last matrix, and accuracy is that of the last step on "
-            "test images. A seed draws "
-            "weights and batches. Drawn anew: the ticket's mask on other initial weights; other places: the ticket's "
-            "initial weights, as many kept "
-            "at random."
+            "images is least. Here a fifth of what is left goes in each round, a tenth in the last matrix, and "
+            "accuracy is that of the last step on test images. A seed draws weights and batches. Drawn anew: the "
+            "ticket's mask on other initial weights; other places: the ticket's initial weights, as many kept at "
+            "random."
         ],
     )
 
 
 def _number(learned: Learned, goal: float) -> float:
-    found = learned.reached(goal)
-    return math.inf if found is None else float(found)
+    step = learned.reached(goal)
+    return math.inf if step is None else float(step)
 
 
 def _steps(values: Sequence[int | None]) -> str:

@@ -51,7 +51,8 @@ def low_data(run: Run) -> Findings:
         run.say(
             f"seed {seed}: "
             + "; ".join(
-                f"{name} {' '.join(f'{each[-1]:.1f}' for each in found.values())} %" for name, found in accuracy.items()
+                f"{name} {' '.join(f'{of_count[-1]:.1f}' for of_count in by_count.values())} %"
+                for name, by_count in accuracy.items()
             )
         )
 
@@ -60,15 +61,15 @@ def low_data(run: Run) -> Findings:
         for count in COUNTS
     }
     figure, (left, right) = panels(2)
-    for number, (name, found) in enumerate(accuracy.items()):
+    for number, (name, by_count) in enumerate(accuracy.items()):
         band(
             left,
             COUNTS,
-            [list(each) for each in zip(*found.values(), strict=True)],
+            [list(of_seed) for of_seed in zip(*by_count.values(), strict=True)],
             f"{name} ({trained[name]:.1f} % trained)",
             number,
         )
-    band(right, COUNTS, [list(each) for each in zip(*gain.values(), strict=True)], "prefix - full", 2)
+    band(right, COUNTS, [list(gains) for gains in zip(*gain.values(), strict=True)], "prefix - full", 2)
     right.axhline(0, color="#888888", linewidth=0.8)
     for axes in (left, right):
         axes.set_xscale("log", base=2)
@@ -81,34 +82,51 @@ def low_data(run: Run) -> Findings:
     table = [["training texts", "prefix, 8 long", "full", "prefix - full, by seed", "published"]]
     for count in COUNTS:
         means = [f"{sum(accuracy[name][count]) / len(run.seeds):.1f} %" for name in METHODS]
-        table.append([f"{count}", *means, ", ".join(f"{each:+.1f}" for each in gain[count]), PUBLISHED[count]])
+        table.append([f"{count}", *means, ", ".join(f"{points:+.1f}" for points in gain[count]), PUBLISHED[count]])
     few, *_, many = COUNTS
-    apart = [a - b for a, b in zip(slow["prefix"], slow["full"], strict=True)]
-    means = [f"{sum(each) / len(each):.1f} %" for each in slow.values()]
-    table.append([f"{few}, the head at {SLOW:g}", *means, ", ".join(f"{each:+.1f}" for each in apart), ""])
+    slow_gain = [a - b for a, b in zip(slow["prefix"], slow["full"], strict=True)]
+    means = [f"{sum(percents) / len(percents):.1f} %" for percents in slow.values()]
+    table.append([f"{few}, the head at {SLOW:g}", *means, ", ".join(f"{points:+.1f}" for points in slow_gain), ""])
     return Findings(
         tables={"Accuracy by the number of training texts": table},
         figure=figure,
         claims=[
-            Claim(f"with {few} texts the prefix is better than full fine-tuning",
-            tuple(each > 0 for each in gain[few])),
-            Claim(f"so it is with the head at its usual learning rate, {SLOW:g}", tuple(each > 0 for each in apart)),
-            Claim(f"the prefix is better in the mean over {few} to {many} texts",
-            tuple(sum(each) > 0 for each in zip(*gain.values(), strict=True))),
-            Claim(f"its gain is smaller with {many} texts than with {few}", tuple(b < a for a, b in zip(gain[few],
-            gain[many], strict=True))),
+            Claim(
+                f"with {few} texts the prefix is better than full fine-tuning",
+                tuple(points > 0 for points in gain[few]),
+            ),
+            Claim(
+                f"so it is with the head at its usual learning rate, {SLOW:g}",
+                tuple(points > 0 for points in slow_gain),
+            ),
+            Claim(
+                f"the prefix is better in the mean over {few} to {many} texts",
+                tuple(sum(gains) > 0 for gains in zip(*gain.values(), strict=True)),
+            ),
+            Claim(
+                f"its gain is smaller with {many} texts than with {few}",
+                tuple(b < a for a, b in zip(gain[few], gain[many], strict=True)),
+            ),
         ],
         values={
-            "accuracy": {name: {f"{count}": each for count, each in found.items()} for name, found in accuracy.items()},
-            "trained percent": trained, "accuracy with a slow head": slow,
+            "accuracy": {
+                name: {f"{count}": percents for count, percents in by_count.items()}
+                for name, by_count in accuracy.items()
+            },
+            "trained percent": trained,
+            "accuracy with a slow head": slow,
         },
-        settings={"model": "minilm", "tokens": length, "test texts": len(data.test), "steps": steps, "batch": batch,
-                  "learning rate of the head": HEAD_RATE},
+        settings={
+            "model": "minilm",
+            "tokens": length,
+            "test texts": len(data.test),
+            "steps": steps,
+            "batch": batch,
+            "learning rate of the head": HEAD_RATE,
+        },
         notes=[
-            "As many steps for each number of texts, at each method's own learning rate (full: 5e-5). The last row "
-            "has the head, which is new in "
-            "both, at its usual rate. A seed draws the texts and the head. Published: GPT-2 medium and BART, "
-            "table-to-text and summarisation; the "
-            "mean gain is quoted from memory."
+            "As many steps for each number of texts, at each method's own learning rate (full: 5e-5). The last row has "
+            "the head, which is new in both, at its usual rate. A seed draws the texts and the head. Published: GPT-2 "
+            "medium and BART, table-to-text and summarisation; the mean gain is quoted from memory."
         ],
-    )  # fmt: skip
+    )

@@ -50,7 +50,7 @@ def patterns(run: Run) -> Findings:
     """Which query attends which key, in blockwise attention, Longformer and the four steps of Reformer?"""
     large = run.choose(960, 3840)
     counts = {n: _masked(n) for n in (SMALL, large)}
-    exact = all(wanted == found for each in counts.values() for _, wanted, found, _ in each)
+    exact = all(wanted == counted for kinds in counts.values() for _, wanted, counted, _ in kinds)
     hashed = {str(seed): _hashed(large, seed) for seed in run.seeds}
     run.say(
         ", ".join(f"{r} rounds: {100 * hashed[str(run.seeds[0])]['mass'][str(r)]:.0f} % of attention" for r in ROUNDS)
@@ -65,21 +65,23 @@ def patterns(run: Run) -> Findings:
     for rows in zip(*counts.values(), strict=True):
         cells = [f"{100 * pairs / n**2:.2f}" for n, (_, *both, _) in zip(counts, rows, strict=True) for pairs in both]
         table.append([rows[0][0], *cells, rows[0][3]])
-    apart = _mean(hashed, "same bucket, random directions")
+    random_directions = _mean(hashed, "same bucket, random directions")
     buckets = 2 * large // _chunk(large)
     expected = f"at least {100 / buckets:.2f}"  # sum over b of p_b^2, which is 1 / buckets when all are equally likely
-    table.append(["lsh: same bucket, random directions", "", "", expected, f"{100 * apart:.2f}", "no number"])
+    table.append(
+        ["lsh: same bucket, random directions", "", "", expected, f"{100 * random_directions:.2f}", "no number"]
+    )
     rounds: Table = [["rounds", "pairs seen, %", "of full attention, %", "of which in the same bucket, %", "published"]]
     for r in ROUNDS:
         means = [
-            100 * sum(found[what][str(r)] for found in hashed.values()) / len(hashed)
+            100 * sum(facts[what][str(r)] for facts in hashed.values()) / len(hashed)
             for what in ("pairs", "mass", "mass in bucket")
         ]
         rounds.append([f"{r}", *(f"{mean:.1f}" for mean in means), "no number"])
 
     rising = tuple(
-        all(found["mass"][str(a)] < found["mass"][str(b)] for a, b in itertools.pairwise(ROUNDS))
-        for found in hashed.values()
+        all(facts["mass"][str(a)] < facts["mass"][str(b)] for a, b in itertools.pairwise(ROUNDS))
+        for facts in hashed.values()
     )
     return Findings(
         tables={"Attended pairs": table, f"What rounds of hashing catch, n = {large}": rounds},
@@ -88,31 +90,34 @@ def patterns(run: Run) -> Findings:
             Claim("every masked pattern, and one round of hashing, attends exactly the pairs of its formula", (exact,)),
             Claim(
                 "what the core of LSH attends is hashing, sorting and chunks, done one after the other",
-                tuple(found["core is the steps"] for found in hashed.values()),
+                tuple(facts["core is the steps"] for facts in hashed.values()),
             ),
             Claim(
                 "one round of hashing catches a larger share of full attention than of the pairs",
-                tuple(found["mass"]["1"] > found["pairs"]["1"] for found in hashed.values()),
+                tuple(facts["mass"]["1"] > facts["pairs"]["1"] for facts in hashed.values()),
             ),
             Claim("more rounds catch more of full attention", rising),
         ],
         values={"pairs": {str(n): [list(row) for row in rows] for n, rows in counts.items()}, "hashing": hashed},
         settings={
-            "n": [SMALL, large], "blocks": BLOCKS, "window": WINDOW, "dilation": DILATION, "globals": GLOBALS,
-            "chunk": [_chunk(SMALL), _chunk(large)], "buckets": [2 * SMALL // _chunk(SMALL), buckets],
+            "n": [SMALL, large],
+            "blocks": BLOCKS,
+            "window": WINDOW,
+            "dilation": DILATION,
+            "globals": GLOBALS,
+            "chunk": [_chunk(SMALL), _chunk(large)],
+            "buckets": [2 * SMALL // _chunk(SMALL), buckets],
         },
         notes=[
-            "Everything is counted from what the library computes: declared patterns, equal to the forward pass by "
-            "the tests, and for LSH the output "
-            "of the forward pass where the values are the identity.",
+            "Everything is counted from what the library computes: declared patterns, equal to the forward pass by the "
+            "tests, and for LSH the output of the forward pass where the values are the identity.",
             "Reformer's a: queries and keys of their own. b: both sorted by bucket. c: keys are the queries. d: what "
-            "the core attends, sorted: "
-            "chunks with themselves and the chunk before; no token attends itself there.",
+            "the core attends, sorted: chunks with themselves and the chunk before; no token attends itself there.",
             "Vectors for hashing lie around random directions. `lsh` attends other buckets within its chunks, as "
             "Trax and HF do and the figure of "
             "the paper does not; lsh[within_buckets=true] leaves them out. A seed draws vectors and rotations.",
         ],
-    )  # fmt: skip
+    )
 
 
 def _chunk(n: int) -> int:
@@ -138,7 +143,7 @@ def _masked(n: int) -> list[tuple[str, int, int, str]]:
             "n log n",
         ),
     ]
-    return [(name, wanted, int((found > 0).sum()), cost) for name, wanted, found, cost in kinds]
+    return [(name, wanted, int((pattern > 0).sum()), cost) for name, wanted, pattern, cost in kinds]
 
 
 def _permutations() -> list[tuple[int, ...]]:
@@ -165,22 +170,22 @@ def _hashed(n: int, seed: int) -> dict[str, Any]:
     other = ~torch.eye(n, dtype=torch.bool)
     draw = torch.Generator().manual_seed(seed)
     q, k = (torch.randn(1, 1, n, DIM, generator=draw) for _ in range(2))
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "same bucket, random directions": float(same_bucket(q, k, core.rotations, core.factors).float().mean())
     }
-    found |= {"pairs": {}, "mass": {}, "mass in bucket": {}, "core is the steps": True}
+    facts |= {"pairs": {}, "mass": {}, "mass in bucket": {}, "core is the steps": True}
     for rounds in ROUNDS:
         core.rounds = rounds
         seen = (attention_matrix(core, x) > 0)[0, 0]
-        found["core is the steps"] &= bool((seen == reach[:rounds, 0, 0].any(dim=0) & other).all())
-        found["pairs"][str(rounds)] = float(seen.float().mean())
-        found["mass"][str(rounds)] = float(caught(x, seen).mean())
-        found["mass in bucket"][str(rounds)] = float(caught(x, (reach & same)[:rounds].any(dim=0) & other).mean())
-    return found
+        facts["core is the steps"] &= bool((seen == reach[:rounds, 0, 0].any(dim=0) & other).all())
+        facts["pairs"][str(rounds)] = float(seen.float().mean())
+        facts["mass"][str(rounds)] = float(caught(x, seen).mean())
+        facts["mass in bucket"][str(rounds)] = float(caught(x, (reach & same)[:rounds].any(dim=0) & other).mean())
+    return facts
 
 
 def _mean(hashed: Mapping[str, Any], what: str) -> float:
-    return sum(found[what] for found in hashed.values()) / len(hashed)
+    return sum(facts[what] for facts in hashed.values()) / len(hashed)
 
 
 def _figure(seed: int) -> Figure:
@@ -224,13 +229,13 @@ def _reformer(seed: int) -> dict[str, Tensor]:
     core: Any = _lsh(SMALL, seed=seed)
     q, k = (clusters(SMALL, DIM, 6, seed=2 * seed + one) for one in (0, 1))
     of_q, of_k = (buckets_of(x, core.rotations, core.factors) for x in (q, k))
-    apart, shared = (same_bucket(q, x, core.rotations, core.factors) for x in (k, q))
+    separate, shared = (same_bucket(q, x, core.rotations, core.factors) for x in (k, q))
     seen = (attention_matrix(core, q) > 0).expand_as(shared)
     states = torch.where(seen, torch.where(shared, 1, 3), torch.where(shared, 2, 0))
     states = states.masked_fill(torch.eye(SMALL, dtype=torch.bool), 0)
     steps = {
-        "Reformer a: as it is": apart,
-        "b: sorted by bucket": in_order_of(apart, of_q, of_k),
+        "Reformer a: as it is": separate,
+        "b: sorted by bucket": in_order_of(separate, of_q, of_k),
         "c: sorted, Q = K": in_order_of(shared, of_q, of_q),
         "d: chunks and the one before": in_order_of(states, of_q, of_q),
     }

@@ -56,13 +56,19 @@ def prefix(run: Run) -> Findings:
             peft.detach(model, "task")
             run.say(f"seed {seed}: {spec} {accuracy[key][-1]:.1f} %, gate {float(gates[key][-1].mean()):.3f}")
 
-    share = {key: [float(each.mean()) for each in found] for key, found in gates.items()}
+    share = {key: [float(gate.mean()) for gate in by_seed] for key, by_seed in gates.items()}
     figure, (left, middle, right) = panels(3, width=4.2)
-    for axes, found, label in ((left, accuracy, "from activations"), (middle, share, "from activations")):
-        band(axes, LENGTHS, [list(each) for each in zip(*(found[size] for size in LENGTHS), strict=True)], label, 0)
+    for axes, values, label in ((left, accuracy, "from activations"), (middle, share, "from activations")):
+        band(
+            axes,
+            LENGTHS,
+            [list(of_seed) for of_seed in zip(*(values[size] for size in LENGTHS), strict=True)],
+            label,
+            0,
+        )
         for number, (key, name) in enumerate(((START, "normal start"), (FORM, "through the MLP")), start=1):
             place = MIDDLE * (0.86, 1.16)[number - 1]  # side by side
-            low, mean, high = min(found[key]), sum(found[key]) / len(found[key]), max(found[key])
+            low, mean, high = min(values[key]), sum(values[key]) / len(values[key]), max(values[key])
             axes.errorbar(
                 [place], [mean], [[mean - low], [high - mean]], label=name, color=LINES[number], marker=MARKERS[number],
                 markersize=6, capsize=3, linestyle="",
@@ -92,47 +98,60 @@ def prefix(run: Run) -> Findings:
 
     table = [["prefix", "trained", "accuracy", "lowest to highest", "gate, mean", "gate, std over tokens", "published"]]
     for key, spec in specs.items():
-        each = accuracy[key]
+        percents = accuracy[key]
         table.append(
-            [f"`{spec}`", f"{trained[key]:.2f} %", f"{sum(each) / len(each):.1f} %",
-            f"{min(each):.1f} to {max(each):.1f}",
-             f"{sum(share[key]) / len(each):.3f}", f"{sum(spread[key]) / len(each):.3f}", PUBLISHED[key]]
+            [f"`{spec}`", f"{trained[key]:.2f} %", f"{sum(percents) / len(percents):.1f} %",
+            f"{min(percents):.1f} to {max(percents):.1f}",
+             f"{sum(share[key]) / len(percents):.3f}", f"{sum(spread[key]) / len(percents):.3f}", PUBLISHED[key]]
         )  # fmt: skip
     return Findings(
         tables={"Prefixes": table},
         figure=figure,
         claims=[
             Claim(f"a prefix of {MIDDLE} is better than one of 1", _greater(accuracy[MIDDLE], accuracy[1])),
-            Claim("keys and values of real tokens are a better start than a normal distribution",
-            _greater(accuracy[MIDDLE], accuracy[START])),
-            Claim("the MLP reparametrisation is better than training keys and values themselves",
-            _greater(accuracy[FORM], accuracy[MIDDLE])),
-            Claim("the longer the prefix, the larger its share of attention",
-                  tuple(a < b < c for a, b, c in zip(*(share[size] for size in LENGTHS), strict=True))),
-            Claim("the gate depends on the token (its standard deviation over tokens is above 0.01)",
-            tuple(each > 0.01 for each in spread[MIDDLE])),
+            Claim(
+                "keys and values of real tokens are a better start than a normal distribution",
+                _greater(accuracy[MIDDLE], accuracy[START]),
+            ),
+            Claim(
+                "the MLP reparametrisation is better than training keys and values themselves",
+                _greater(accuracy[FORM], accuracy[MIDDLE]),
+            ),
+            Claim(
+                "the longer the prefix, the larger its share of attention",
+                tuple(a < b < c for a, b, c in zip(*(share[size] for size in LENGTHS), strict=True)),
+            ),
+            Claim(
+                "the gate depends on the token (its standard deviation over tokens is above 0.01)",
+                tuple(deviation > 0.01 for deviation in spread[MIDDLE]),
+            ),
         ],
         values={
-            "accuracy": {specs[key]: each for key, each in accuracy.items()},
-            "trained percent": {specs[key]: each for key, each in trained.items()},
-            "gate": {specs[key]: {str(seed): each.tolist() for seed, each in zip(run.seeds, found,
-            strict=True)} for key, found in gates.items()},
-            "gate spread": {specs[key]: each for key, each in spread.items()},
+            "accuracy": {specs[key]: percents for key, percents in accuracy.items()},
+            "trained percent": {specs[key]: percents for key, percents in trained.items()},
+            "gate": {
+                specs[key]: {str(seed): gate.tolist() for seed, gate in zip(run.seeds, by_seed, strict=True)}
+                for key, by_seed in gates.items()
+            },
+            "gate spread": {specs[key]: deviations for key, deviations in spread.items()},
         },
-        settings={"model": "minilm", "tokens": length, "texts": len(data.train), "test texts": len(data.test),
-        "texts for the gate": looked,
-                  "steps": steps, "batch": batch},
+        settings={
+            "model": "minilm",
+            "tokens": length,
+            "texts": len(data.train),
+            "test texts": len(data.test),
+            "texts for the gate": looked,
+            "steps": steps,
+            "batch": batch,
+        },
         notes=[
             "Published: GPT-2 and BART on table-to-text and summarisation, in figures and sentences without a number "
-            "for a length of ours. The "
-            "trained share of the MLP is that during training; afterwards keys and values alone are stored. The "
-            "method offers no start from the "
-            "vocabulary: activations are what the layer makes of real tokens, as the paper's real words are. Prefix "
-            "and head learn at "
-            "their own rates; the faster a new head learns, the less it leaves to the prefix on topics that the base "
-            "tells apart already."
+            "for a length of ours. The trained share of the MLP is that during training; afterwards keys and values "
+            "alone are stored. The method offers no start from the vocabulary: activations are what the layer makes of "
+            "real tokens, as the paper's real words are. Prefix and head learn at their own rates; the faster a new "
+            "head learns, the less it leaves to the prefix on topics that the base tells apart already."
         ],
-    )  # fmt: skip
+    )
 
 
 def _greater(a: list[float], b: list[float]) -> tuple[bool, ...]:

@@ -203,12 +203,10 @@ def pruning(run: Run) -> Findings:
         },
         notes=[
             "Published: BERT base on SQuAD, MNLI and QQP, every layer pruned over 6 to 12 epochs; movement is better "
-            "from about 15 % downwards. In "
-            "some dozens of steps scores have seen little, so on MiniLM the few steps decide, not the method; the "
-            "small network is trained as long "
-            "as it was before. Shares are of the pruned matrices; where all is kept, all layers are trained. A seed "
-            "draws head or weights, and the "
-            "order of the examples."
+            "from about 15 % downwards. In some dozens of steps scores have seen little, so on MiniLM the few steps "
+            "decide, not the method; the small network is trained as long as it was before. Shares are of the pruned "
+            "matrices; where all is kept, all layers are trained. A seed draws head or weights, and the order of the "
+            "examples."
         ],
     )
 

@@ -79,9 +79,9 @@ def routing(run: Run) -> Findings:
             right[name].append(_accuracy(model))
         run.say(f"seed {seed}: " + ", ".join(f"{name} {values[-1]:.2f}" for name, values in right.items()))
 
-    used = {name: [_late(watched, "entropy") for watched in each] for name, each in series.items()}
-    idle = {name: [_late(watched, "unused") for watched in each] for name, each in series.items()}
-    dropped = {name: [_late(watched, "dropped") for watched in each] for name, each in series.items()}
+    used = {name: [_late(watched, "entropy") for watched in watches] for name, watches in series.items()}
+    idle = {name: [_late(watched, "unused") for watched in watches] for name, watches in series.items()}
+    dropped = {name: [_late(watched, "dropped") for watched in watches] for name, watches in series.items()}
     first: Table = [["feed-forwards as experts", "entropy of use", "unused of 8", "dropped", "accuracy", "published"]]
     for name in BALANCE:
         numbers = (
@@ -128,24 +128,32 @@ def routing(run: Run) -> Findings:
         claims=claims,
         values={
             "accuracy": {name: dict(zip(map(str, run.seeds), values, strict=True)) for name, values in right.items()},
-            "entropy": {n: [[round(x, 4) for x in _curve(watched, "entropy")] for watched in each] for n,
-            each in series.items()}, "unused": idle, "dropped": dropped,
+            "entropy": {
+                n: [[round(x, 4) for x in _curve(watched, "entropy")] for watched in watches]
+                for n, watches in series.items()
+            },
+            "unused": idle,
+            "dropped": dropped,
         },
         settings={
-            "domains": DOMAINS, "symbols": SYMBOLS, "length": LENGTH, "batch": BATCH, "steps": steps, "layers": depth,
-            "dim": 64, "experts": EXPERTS,
+            "domains": DOMAINS,
+            "symbols": SYMBOLS,
+            "length": LENGTH,
+            "batch": BATCH,
+            "steps": steps,
+            "layers": depth,
+            "dim": 64,
+            "experts": EXPERTS,
         },
         notes=[
             "Feed-forwards are trained at a learning rate of 0.03: at 0.01 and below all routers stay even here, "
             "with a loss or without.",
-            "Every sequence begins with a mark of its domain, and each domain maps symbols to labels by a "
-            "permutation of its own; chance is 1 in 16. "
-            "Entropy of use is 1 where all experts carry the same and 0 where one carries all, in the mean over "
-            "layers; unused: less than a tenth of "
-            "an equal share. Adapters are trained on a base that knows other permutations; eight adapters of 8 units "
-            "are as large as the one of 64.",
+            "Every sequence begins with a mark of its domain, and each domain maps symbols to labels by a permutation "
+            "of its own; chance is 1 in 16. Entropy of use is 1 where all experts carry the same and 0 where one "
+            "carries all, in the mean over layers; unused: less than a tenth of an equal share. Adapters are trained "
+            "on a base that knows other permutations; eight adapters of 8 units are as large as the one of 64.",
         ],
-    )  # fmt: skip
+    )
 
 
 def _model(depth: int, **options: Any) -> Transformer:
@@ -169,15 +177,15 @@ def _stream(seed: int, variant: int = 0) -> Iterator[Batch]:
 def _accuracy(model: Transformer) -> float:
     """The share of symbols whose label is found, over 512 sequences that training never saw."""
     ids, labels, domain = domains(512, LENGTH, SYMBOLS, DOMAINS, torch.Generator().manual_seed(10**6))
-    found: Tensor = model(input_ids=ids, task_ids=domain).logits.argmax(dim=-1)
+    predicted: Tensor = model(input_ids=ids, task_ids=domain).logits.argmax(dim=-1)
     counted = labels >= 0
-    return float((found == labels)[counted].float().mean())
+    return float((predicted == labels)[counted].float().mean())
 
 
 def _curve(watched: Watch, what: str) -> list[float]:
     """One number for every step, the mean over the routers of the model."""
-    each = [[float(getattr(usage, what)) for usage in watched.of(router)] for router in watched.routers]
-    return [mean(values) for values in zip(*each, strict=True)]
+    curves = [[float(getattr(usage, what)) for usage in watched.of(router)] for router in watched.routers]
+    return [mean(values) for values in zip(*curves, strict=True)]
 
 
 def _late(watched: Watch, what: str) -> float:
@@ -193,8 +201,8 @@ def _above(right: dict[str, list[float]], better: str, worse: str) -> tuple[bool
 def _figure(series: dict[str, list[Watch]], right: dict[str, list[float]], steps: int):  # type: ignore[no-untyped-def]
     figure, (left, bars) = panels(2, width=5.2, height=3.9)
     every = max(1, steps // 30)
-    for number, (name, each) in enumerate(series.items()):
-        runs = [_curve(watched, "entropy") for watched in each]
+    for number, (name, watches) in enumerate(series.items()):
+        runs = [_curve(watched, "entropy") for watched in watches]
         shown = range(0, min(map(len, runs)), every)
         band(left, list(shown), [[curve[i] for i in shown] for curve in runs], name, number, markevery=5)
     left.set(

@@ -149,17 +149,15 @@ def sparse_sums(run: Run) -> Findings:
         },
         notes=[
             "Published: a change for a language and one for a task, added, in cross-lingual transfer with mBERT and "
-            "XLM-R, better than MAD-X "
-            f"adapters; dense sums are not in its tables. Here {INPUTS} digits stand for the language and {LABELS} "
-            "classes for the task; both at "
-            "once was never trained. MiniLM: each task has two or three labels of the same five, and its own head. "
-            "`full` is dense; the share 100 % "
-            "is lt_sft with every entry."
+            f"XLM-R, better than MAD-X adapters; dense sums are not in its tables. Here {INPUTS} digits stand for the "
+            f"language and {LABELS} classes for the task; both at once was never trained. MiniLM: each task has two or "
+            "three labels of the same five, and its own head. `full` is dense; the share 100 % is lt_sft with every "
+            "entry."
         ],
     )
 
 
-def _digits(steps: int, seed: int, found: Scores, geometry: dict[str, dict[str, dict[str, float]]]) -> None:
+def _digits(steps: int, seed: int, results: Scores, geometry: dict[str, dict[str, dict[str, float]]]) -> None:
     """The small network: trained on digits, changed for other inputs and for other labels, and by both changes at
     once."""
     digits, key = images(Run()), str(seed)
@@ -172,7 +170,7 @@ def _digits(steps: int, seed: int, found: Scores, geometry: dict[str, dict[str, 
         spec, rate = (
             ("full[targets=fc.*]", SMALL_RATE) if name == DENSE else (f"lt_sft[keep={name},targets=fc.*]", SPARSE_RATE)
         )
-        scores = found.setdefault(name, {})
+        scores = results.setdefault(name, {})
         for adapter, kind in (("inputs", INPUTS), ("labels", LABELS)):
             tune(
                 model,
@@ -202,15 +200,15 @@ def _pair(
     tasks: dict[str, tuple[Examples, ...]],
     steps: int,
     seed: int,
-    found: dict[str, dict[str, float]],
+    accuracies: dict[str, dict[str, float]],
 ) -> None:
     """Two tasks of MiniLM, each alone and in the sum, with the head of its own."""
     for name, (train, test) in tasks.items():
         tune(model, _spec(method), train, name=name, steps=steps, seed=seed, rate=RATES[method], head_rate=HEAD_RATE)
-        found.setdefault(f"{name} on {name}", {})[str(seed)] = fast_accuracy(model, test)
+        accuracies.setdefault(f"{name} on {name}", {})[str(seed)] = fast_accuracy(model, test)
     for name, (_, test) in tasks.items():
         peft.combine(model, dict.fromkeys(tasks, 1.0), name="sum", head=name)
-        found.setdefault(f"sum on {name}", {})[str(seed)] = fast_accuracy(model, test)
+        accuracies.setdefault(f"sum on {name}", {})[str(seed)] = fast_accuracy(model, test)
         peft.detach(model, "sum")
     for name in tasks:
         peft.detach(model, name)

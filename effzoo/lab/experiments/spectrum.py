@@ -87,10 +87,9 @@ def spectrum(run: Run) -> Findings:
         settings={"model": "minilm", "n": N, "texts": count},
         notes=[
             "Published: RoBERTa on WikiText-103 and IMDb; a figure without numbers, in which the spectra have a long "
-            "tail and higher layers are "
-            "more skewed. A seed draws the texts."
+            "tail and higher layers are more skewed. A seed draws the texts."
         ],
-    )  # fmt: skip
+    )
 
 
 def _curves(model: Transformer, ids: Tensor) -> Tensor:

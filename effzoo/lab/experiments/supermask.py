@@ -160,10 +160,8 @@ def supermask(run: Run) -> Findings:
         },
         notes=[
             "Published: MNIST; masks drawn as Bernoulli(sigmoid(m)) by SGD at a rate of 100. Here the method "
-            "`supermask` keeps the half of each "
-            "matrix with the largest scores, straight through, by AdamW, so no weight is drawn while it trains. A "
-            "seed draws the weights and the "
-            "order of the images."
+            "`supermask` keeps the half of each matrix with the largest scores, straight through, by AdamW, so no "
+            "weight is drawn while it trains. A seed draws the weights and the order of the images."
         ],
     )
 
@@ -187,10 +185,10 @@ def _under(model: LeNet, masks: Sequence[torch.Tensor], test: Examples) -> float
     before = [weight.clone() for weight in model.matrices()]
     for weight, mask in zip(model.matrices(), masks, strict=True):
         weight.mul_(mask)
-    found = accuracy(model, test, 1024)
+    score = accuracy(model, test, 1024)
     for weight, old in zip(model.matrices(), before, strict=True):
         weight.copy_(old)
-    return found
+    return score
 
 
 def _hung(model: torch.nn.Module) -> list[MaskedWeight]:

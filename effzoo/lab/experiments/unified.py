@@ -37,19 +37,23 @@ def unified(run: Run) -> Findings:
     count, length = run.choose(8, 64), run.choose(32, 128)
     data = texts(run, length=length, train=200, test=400)
     model = minilm(len(data.names)).double()
-    found: list[list[list[float | None]]] = []  # by seed, row and method
+    differences: list[list[list[float | None]]] = []  # by seed, row and method
     for seed in run.seeds:
         rows = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(seed))[:count]
         inputs = {name: x[rows] for name, x in data.test.inputs.items()}
         places = {method: _places(model, spec, seed, inputs) for method, spec in SPECS.items()}
-        found.append([[difference(row, places[own.method]) for own in TABLE] for row in TABLE])
-        run.say(f"seed {seed}: " + ", ".join(f"{row.method} {_said(found[-1][i][i])}" for i, row in enumerate(TABLE)))
+        differences.append([[difference(row, places[method.method]) for method in TABLE] for row in TABLE])
+        run.say(
+            f"seed {seed}: " + ", ".join(f"{row.method} {_said(differences[-1][i][i])}" for i, row in enumerate(TABLE))
+        )
 
-    largest = [[_largest([each[i][j] for each in found]) for j in range(len(TABLE))] for i in range(len(TABLE))]
+    largest = [
+        [_largest([of_seed[i][j] for of_seed in differences]) for j in range(len(TABLE))] for i in range(len(TABLE))
+    ]
     names = [row.method.replace("_", " ") for row in TABLE]
     figure, (left, right) = panels(2, width=6.4, height=4.0)
     _schema(left, names)
-    exponents = [[None if value is None else math.log10(max(value, 1e-16)) for value in each] for each in largest]
+    exponents = [[None if value is None else math.log10(max(value, 1e-16)) for value in of_seed] for of_seed in largest]
     heat(right, exponents, [""] * len(names), [name.replace(" ", "\n") for name in names], vmin=-16, vmax=1)
     right.tick_params(length=0)
     right.set(xlabel="method that runs", title=r"$\log_{10}$ of the largest difference (empty: undefined)")
@@ -75,34 +79,36 @@ def unified(run: Run) -> Findings:
     claims = [
         Claim(
             f"every row computes what its method computes, to {EXACT:g} in float64",
-            tuple(all(_exact(each[i][i]) for i in range(len(TABLE))) for each in found),
+            tuple(all(_exact(of_seed[i][i]) for i in range(len(TABLE))) for of_seed in differences),
         ),
         Claim(
             "a prefix is a parallel adapter of each head with a softmax and a gate: (1 - λ) h + λ softmax(q P_k) P_v",
-            tuple(_exact(each[0][0]) for each in found),
+            tuple(_exact(of_seed[0][0]) for of_seed in differences),
         ),
         Claim(
             f"a row that differs in form, insertion or composition computes something else (above {APART:g}), or "
             "nothing",
-            tuple(_apart(each) for each in found),
+            tuple(_apart(of_seed) for of_seed in differences),
         ),
     ]
     return Findings(
         tables={"Rows of the unified view": table},
         figure=figure,
         claims=claims,
-        values={"difference": {str(seed): {row.method: dict(zip(SPECS, each[i], strict=True)) for i,
-        row in enumerate(TABLE)}
-                               for seed, each in zip(run.seeds, found, strict=True)}},
+        values={
+            "difference": {
+                str(seed): {row.method: dict(zip(SPECS, of_seed[i], strict=True)) for i, row in enumerate(TABLE)}
+                for seed, of_seed in zip(run.seeds, differences, strict=True)
+            }
+        },
         settings={"model": "minilm, float64", "tokens": length, "texts": count},
         notes=[
-            "The adapters' tensors are drawn at random, so that none is 0. Places are all layers (and both "
-            "sub-layers, or both projections) that the "
-            "method modifies; those of heads are compared after the output projection. Rows for parallel and "
-            "multi-head parallel adapters agree with "
-            "each other's methods: they differ in what is modified, not in what is computed; and s = 1 is no scale."
+            "The adapters' tensors are drawn at random, so that none is 0. Places are all layers (and both sub-layers, "
+            "or both projections) that the method modifies; those of heads are compared after the output projection. "
+            "Rows for parallel and multi-head parallel adapters agree with each other's methods: they differ in what "
+            "is modified, not in what is computed; and s = 1 is no scale."
         ],
-    )  # fmt: skip
+    )
 
 
 def _places(model: Transformer, spec: str, seed: int, inputs: dict[str, torch.Tensor]) -> list[Place]:
@@ -117,19 +123,19 @@ def _places(model: Transformer, spec: str, seed: int, inputs: dict[str, torch.Te
     return places
 
 
-def _apart(each: list[list[float | None]]) -> bool:
+def _apart(differences: list[list[float | None]]) -> bool:
     """Whether rows that differ in more than the place are told from each other; a scale of 1 is none."""
     for i, row in enumerate(TABLE):
-        for j, own in enumerate(TABLE):
-            value = each[i][j]
-            if value is not None and _computed(row, own) != _computed(own, own) and value <= APART:
+        for j, method in enumerate(TABLE):
+            value = differences[i][j]
+            if value is not None and _computed(row, method) != _computed(method, method) and value <= APART:
                 return False
     return True
 
 
-def _computed(row: Row, own: Row) -> tuple[str, str, str]:
-    """What a row computes where the method `own` is: its scale counts only where that method has one."""
-    scaled = row.composition == "scaled" and own.composition == "scaled"
+def _computed(row: Row, method: Row) -> tuple[str, str, str]:
+    """What a row computes where another method is: its scale counts only where that method has one."""
+    scaled = row.composition == "scaled" and method.composition == "scaled"
     return row.form, row.insertion, "gated" if row.composition == "gated" else "scaled" if scaled else "added"
 
 
