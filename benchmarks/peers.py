@@ -28,7 +28,7 @@ from effzoo.blocks import Attention
 from effzoo.measure import Ratio, Times, interleaved, ratio
 from effzoo.measure.layer import DTYPES
 from effzoo.plan.shadow import key
-from effzoo.recompute import Level, spare
+from effzoo.recompute import Level, save_memory
 from effzoo.spec import parse_one
 
 DIM, HEADS = 512, 8
@@ -278,7 +278,7 @@ def peft_bert(method: str, dropout: float, recompute: Level = "hidden", attentio
         compared = _same_start(method, ours, theirs)
         ids = torch.randint(5, 1000, (batch, n), generator=torch.Generator().manual_seed(1))
         ours.train(), theirs.train()
-        spare(ours, recompute)
+        save_memory(ours, recompute)
         found = pair(
             ours,
             lambda x: ours(x).logits,

@@ -1,8 +1,7 @@
-"""Inputs whose values have to be in range: checked in eager and in compiled code alike, and without a wait for an
-accelerator.
+"""Checks of the values of inputs, in eager and in compiled code, without making the host wait for an accelerator.
 
-Each function returns the tensor that it has checked, so that compiled code cannot leave the check out. On a CPU a wrong
-value is an InputError; on a CUDA device, which would have to be waited for, it is an assertion of the device.
+Each function returns the tensor that it has checked, so that compiled code cannot leave it out. A wrong value raises
+InputError on a CPU, and is a device assertion on CUDA.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ def marks(mask: Tensor, name: str) -> Tensor:
     return _marks_compiled(mask, name) if torch.compiler.is_compiling() else _marks(mask, name)
 
 
-def within(ids: Tensor, most: int, name: str, told: str, hint: str = "", ignored: int = 0) -> Tensor:
-    """Integers from 0 to `most`, or `ignored`; told: this range in words."""
-    return (_within_compiled if torch.compiler.is_compiling() else _within)(ids, most, name, told, hint, ignored)
+def within(ids: Tensor, most: int, name: str, span: str, hint: str = "", ignored: int = 0) -> Tensor:
+    """Integers from 0 to `most`, or `ignored`; span: this range in words."""
+    return (_within_compiled if torch.compiler.is_compiling() else _within)(ids, most, name, span, hint, ignored)
 
 
 def known(x: Tensor, fine: Tensor, message: str) -> Tensor:
-    """x, of which `fine` says whether it is as it has to be."""
+    """x, if `fine` is true; message: of the error otherwise."""
     return _known_compiled(x, fine, message) if torch.compiler.is_compiling() else _known(x, fine, message)
 
 
@@ -38,9 +37,9 @@ def _known(x: Tensor, fine: Tensor, message: str) -> Tensor:
 
 
 def _marks(mask: Tensor, name: str) -> Tensor:
-    held = (mask == 0) | (mask == 1)
-    wanted = f"{name} holds 0 and 1 (or booleans)"
-    _require(held.all(), wanted, lambda: f", got values from {mask.min().item()} to {mask.max().item()}")
+    binary = (mask == 0) | (mask == 1)
+    message = f"{name} holds 0 and 1 (or booleans)"
+    _require(binary.all(), message, lambda: f", got values from {mask.min().item()} to {mask.max().item()}")
     if mask.is_floating_point() and name == "attention_mask":
         message = (
             f"{name} is {mask.dtype} and 0 everywhere, which marks no token: 1 is for tokens (masks that are "
@@ -50,23 +49,23 @@ def _marks(mask: Tensor, name: str) -> Tensor:
     return mask.bool() if mask.dtype != torch.bool else mask.clone()
 
 
-def _within(ids: Tensor, most: int, name: str, told: str, hint: str, ignored: int) -> Tensor:
-    def found() -> str:
+def _within(ids: Tensor, most: int, name: str, span: str, hint: str, ignored: int) -> Tensor:
+    def got() -> str:
         counted = ids[ids != ignored] if ignored < 0 else ids
         return f", got {int(counted.min())} to {int(counted.max())}{hint}"
 
-    _require((((ids >= 0) & (ids <= most)) | (ids == ignored)).all(), f"{name} are in {told}", found)
+    _require((((ids >= 0) & (ids <= most)) | (ids == ignored)).all(), f"{name} are in {span}", got)
     return ids
 
 
-def _require(fine: Tensor, wanted: str, found: Callable[[], str] = str) -> None:
-    """wanted: what is said on either device; found: the rest, for which the host looks at the values."""
+def _require(fine: Tensor, message: str, got: Callable[[], str] = str) -> None:
+    """message: of the error; got: its end, for which the host reads the values, on a CPU alone."""
     if fine.is_meta:
         return
     if fine.device.type == "cuda":
-        torch._assert_async(fine, wanted)
+        torch._assert_async(fine, message)
     elif not bool(fine):
-        raise InputError(wanted + found())
+        raise InputError(message + got())
 
 
 @torch.library.custom_op("effzoo::marks", mutates_args=())
@@ -80,12 +79,12 @@ def _(mask: Tensor, name: str) -> Tensor:
 
 
 @torch.library.custom_op("effzoo::within", mutates_args=())
-def _within_compiled(ids: Tensor, most: int, name: str, told: str, hint: str, ignored: int) -> Tensor:
-    return _within(ids, most, name, told, hint, ignored).clone()
+def _within_compiled(ids: Tensor, most: int, name: str, span: str, hint: str, ignored: int) -> Tensor:
+    return _within(ids, most, name, span, hint, ignored).clone()
 
 
 @_within_compiled.register_fake
-def _(ids: Tensor, most: int, name: str, told: str, hint: str, ignored: int) -> Tensor:
+def _(ids: Tensor, most: int, name: str, span: str, hint: str, ignored: int) -> Tensor:
     return torch.empty_like(ids)
 
 

@@ -21,7 +21,7 @@ from effzoo.annotations import Count, Few, Fraction, Number, Positive, Whole, ch
 from effzoo.architectures import Transformer
 from effzoo.attention.core import Cache
 from effzoo.errors import EffzooError, IncompatibleError, InputError, OptionError, did_you_mean, shown
-from effzoo.sites import prompt_rows, unwrap
+from effzoo.sites import prompt_length, unwrap
 from effzoo.sites.dtypes import decoding
 
 log = logging.getLogger("effzoo.generate")
@@ -156,7 +156,7 @@ def _settings(model: Transformer, input_ids: Tensor, options: dict[str, Any]) ->
     for name in _NUMBERS.keys() & options.keys():
         if options[name] is not None and (wrong := problem(options[name], _NUMBERS[name])):
             raise OptionError(f"generate: {name} {wrong}")
-    room = model.config.max_length - input_ids.shape[1] - prompt_rows(model)
+    room = model.config.max_length - input_ids.shape[1] - prompt_length(model)
     options = {
         name: value
         for name, value in (_own(model, room + input_ids.shape[1], options) | options).items()

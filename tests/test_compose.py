@@ -137,7 +137,7 @@ def test_a_row_without_adapter_is_the_bare_base(tiny):
 @pytest.mark.parametrize(
     ("specs", "rows", "problem"),
     [
-        (("prompt[length=2]", "prompt[length=3]"), ["a", "b", "a", "b"], "as many rows each"),
+        (("prompt[length=2]", "prompt[length=3]"), ["a", "b", "a", "b"], "equal numbers of prompt tokens"),
         (("routed", "lora"), ["a", "b", "a", "b"], "a mixture routes by itself"),
         (("prefix", "prefix"), ["a", "b"], "as many choices as the batch has rows"),
         (("lora", "lora"), ["a", "b"], "as many choices as the batch has rows"),

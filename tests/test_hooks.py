@@ -18,7 +18,7 @@ from effzoo.peft import Method, PeftModule, TrainingHooks, method, register
 from effzoo.peft.manifest import MANIFEST
 from effzoo.registry import scope
 from effzoo.sites import Linear, Memory
-from effzoo.sites.hooks import BESIDE, FORMER, NOWHERE, TAKES, at_hand
+from effzoo.sites.hooks import EXTRAS, FORMER, NOWHERE, TAKES, at_hand
 from tests.support import labelled
 
 
@@ -40,9 +40,9 @@ def test_a_hook_without_the_context_is_refused(name):
     type("New", (PeftModule,), {name: lambda self, *given: given[0]})
 
 
-@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("name", EXTRAS)
 def test_what_few_modules_have_is_refused_without_its_class(name):
-    with pytest.raises(OptionError, match=rf"Old defines `{name}`, .*: class Old\({BESIDE[name]}, PeftModule\)"):
+    with pytest.raises(OptionError, match=rf"Old defines `{name}`, .*: class Old\({EXTRAS[name]}, PeftModule\)"):
         type("Old", (PeftModule,), {name: lambda self, *given: None})
 
 

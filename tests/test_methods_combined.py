@@ -192,7 +192,7 @@ def test_gates_can_be_averaged_over_adapters_but_not_chosen_by_row(tiny):
     both = effzoo.activate(model, "default", "second", combine="average")(**batch()).logits
     assert all(not torch.allclose(both, out, atol=1e-6) for out in outs)
     effzoo.activate(model, rows=["default", "second", "default"])
-    with pytest.raises(IncompatibleError, match="rows that differ by example cannot be chosen by row"):
+    with pytest.raises(IncompatibleError, match="prompt tokens that differ by example cannot be chosen by row"):
         model(**batch())
 
 

@@ -99,7 +99,8 @@ def test_experts_of_any_door_are_mixed_alike(tiny, method):
             plain = site.compute((), *x)
             weights = module.weights(plain if path.endswith(("token", "position")) else x[0], context)
             expected = plain + sum(
-                w * (site.compute(tuple(own), *x) - plain) for w, own in zip(weights, module.each(), strict=True)
+                w * (site.compute(tuple(own), *x) - plain)
+                for w, own in zip(weights, module.expert_modules(), strict=True)
             )
         torch.testing.assert_close(y, expected, **EXACT)
 
@@ -234,7 +235,7 @@ def test_experts_stack_on_a_fixed_adapter(tiny):
     site = dict(sites(model))[path]
     before, module = site.of("language")["houlsby"].after(x, y, context), site.of("task")["routed"]
     expected = before
-    for weight, own in zip(module.weights(x, context), module.each(), strict=True):
+    for weight, own in zip(module.weights(x, context), module.expert_modules(), strict=True):
         expected = expected + weight * (own[0].after(x, before, context) - before)
     torch.testing.assert_close(out, expected, **EXACT)
 
@@ -246,7 +247,7 @@ def test_fusion_is_attention_over_what_adapters_add(tiny):
     expected = torch.empty_like(out)
     for b in range(out.shape[0]):
         for t in range(out.shape[1]):
-            added = [own[0].after(x[b, t], y[b, t], context) - y[b, t] for own in module.each()]
+            added = [own[0].after(x[b, t], y[b, t], context) - y[b, t] for own in module.expert_modules()]
             scores = torch.stack([(module.query @ y[b, t]) @ (module.key @ a) for a in added]).softmax(dim=0)
             expected[b, t] = y[b, t] + sum(s * (module.value @ a) for s, a in zip(scores, added, strict=True))
     torch.testing.assert_close(out, expected, **EXACT)

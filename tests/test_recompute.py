@@ -179,9 +179,11 @@ def test_gradient_checkpointing_is_a_level(tiny):
         assert model.recompute == "blocks" and model.checkpointing
         model.gradient_checkpointing_disable()
         assert model.recompute == "nothing"
-        with pytest.raises(OptionError, match="checkpointing is one step of recompute now: model.recompute = 'blocks'"):
+        with pytest.raises(
+            OptionError, match="checkpointing is one level of recompute now: model.recompute = 'blocks'"
+        ):
             model.checkpointing = True
-    with pytest.raises(OptionError, match="'projections' is no longer one of its steps; 'blocks' keeps less"):
+    with pytest.raises(OptionError, match="'projections' is no longer one of its levels; 'blocks' stores less"):
         check_level("projections")
 
 

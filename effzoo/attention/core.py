@@ -30,8 +30,8 @@ from effzoo.attention.part import Part, bias_of
 from effzoo.errors import IncompatibleError, InputError, OptionError, did_you_mean
 from effzoo.sites import KeysValues
 
-Side = Literal["query", "key", "value", "query and key"]
-QKV: dict[str, Side] = {"q": "query", "k": "key", "v": "value"}
+ProjectionType = Literal["query", "key", "value", "query and key"]
+QKV: dict[str, ProjectionType] = {"q": "query", "k": "key", "v": "value"}
 DECLARED = ("name", "paper", "cost", "projections", "not_causal", "later_values_matter", "shift_invariant")
 FORMER = ("key_side", "row_side", "copied_from")  # declarations of an earlier contract, with `supports_...`
 RENAMED = {"rows": "forward_at(wanted, ...)", "alone": "attend_memory", "layouts": "tilings", "sight": "window_of"}
@@ -189,7 +189,7 @@ class AttentionCore(nn.Module, abc.ABC):
     name: ClassVar[str]
     paper: ClassVar[str] = ""
     cost: ClassVar[str] = "n^2"
-    projections: Mapping[str, Side] = QKV
+    projections: Mapping[str, ProjectionType] = QKV
     not_causal: str = ""
     later_values_matter: str = ""
     shift_invariant: bool = False
@@ -210,7 +210,7 @@ class AttentionCore(nn.Module, abc.ABC):
                 f"{', '.join(DECLARED)}"
             )
         sides = self.projections.values() if isinstance(self.projections, Mapping) else [self.projections]
-        if wrong := [side for side in sides if side not in get_args(Side)]:
+        if wrong := [side for side in sides if side not in get_args(ProjectionType)]:
             raise OptionError(
                 f"attention {self.name!r}: projections say what each is, 'query', 'key', 'value' or 'query and key', "
                 f"as in {QKV}, got {wrong[0]!r}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from effzoo.annotations import Count
 from effzoo.attention.band import Window
-from effzoo.attention.core import QKV, Context, Mask, Side
+from effzoo.attention.core import QKV, Context, Mask, ProjectionType
 from effzoo.attention.predicate import PredicateAttention
 from effzoo.devices import table
 from effzoo.errors import OptionError
@@ -39,7 +39,7 @@ class Longformer(PredicateAttention):
     """
 
     paper = "Beltagy et al. 2020, Longformer, arXiv:2004.05150, sections 3.1 and 3.2"
-    projections: Mapping[str, Side] = {**QKV, "q_global": "query", "k_global": "key", "v_global": "value"}
+    projections: Mapping[str, ProjectionType] = {**QKV, "q_global": "query", "k_global": "key", "v_global": "value"}
     cost = "n * window"
 
     def __init__(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effzoo.annotations import Count, Few, Seed, Whole, problem
-from effzoo.attention.core import AttentionCore, Context, Mask, Side, State, append, memory_part
+from effzoo.attention.core import AttentionCore, Context, Mask, ProjectionType, State, append, memory_part
 from effzoo.attention.hashing import automatic, buckets_of, draw_rotations, sort
 from effzoo.attention.part import Part, bias_of
 from effzoo.attention.rounds import HashingRounds
@@ -56,7 +56,7 @@ class LSH(AttentionCore):
     """
 
     paper = "Kitaev et al. 2020, Reformer: the efficient transformer, arXiv:2001.04451, section 2 and appendix A"
-    projections: Mapping[str, Side] = {"qk": "query and key", "v": "value"}
+    projections: Mapping[str, ProjectionType] = {"qk": "query and key", "v": "value"}
     cost = "n * rounds * chunk"
     rotations: Tensor
     hash_seed: int | None = None  # of transformers, where `rotate_by` was given rotations drawn from it

@@ -12,7 +12,7 @@ from rich.logging import RichHandler
 from effzoo.cli.show import Attention
 from effzoo.cli.terminal import app, console, heading, pairs, say
 from effzoo.errors import DataError, OptionError
-from effzoo.sites import prompt_rows
+from effzoo.sites import prompt_length
 from effzoo.spec import parse_one
 from effzoo.train.settings import number, number_or_none, whole, whole_or_none
 from effzoo.writing import replace_file
@@ -139,7 +139,7 @@ def finetune(
         taught["distillation"] = parse_one(f"distillation[{distillation}]").options
     if pretrained is None:
         say("note: no --pretrained, so the weights start at random")
-    limit = built.config.max_length - prompt_rows(built)
+    limit = built.config.max_length - prompt_length(built)
     tokens = [texts.tokenise(part, words, limit, task=task, seed=seed) for part in (train, held_out)]
     say(heading(f"{model} with {peft} on {data}"), _sizes(train, held_out, labels, limit))
     from effzoo.cli.progress import Bar

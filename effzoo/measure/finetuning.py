@@ -24,7 +24,7 @@ from effzoo.measure.prediction import of_device, predict_step
 from effzoo.measure.rows import Row
 from effzoo.measure.scaling import KINDS, timed
 from effzoo.measure.timing import Maker, fitting, release
-from effzoo.recompute import Level, spare
+from effzoo.recompute import Level, save_memory
 
 METHODS = ("full", "lora", "bitfit", "ia3", "houlsby", "parallel", "prefix", "prompt", "dora", "ladder")
 SIZES = {"layers": 6, "dim": 384, "heads": 12, "mlp": 1536, "vocab": 1000}
@@ -69,7 +69,7 @@ class Step:
         with torch.random.fork_rng(devices=[]), torch.device(self.device):
             torch.manual_seed(0)
             model = build(self.model, peft=self.peft, **self.choices()).to(self.device).train()
-        spare(model, self.recompute)
+        save_memory(model, self.recompute)
         return model
 
     def autocast(self) -> AbstractContextManager[Any]:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from effzoo.sites import prompt_rows
+from effzoo.sites import prompt_length
 
 MARKED = "read only for batches with a global_attention_mask"
 PROMPT = "read only for prompt tokens, whose last states nothing reads, and for batches with a global_attention_mask"
@@ -22,7 +22,7 @@ def unread(model: nn.Module) -> dict[str, str]:
     task, config, blocks = getattr(model, "task", ""), getattr(model, "config", None), getattr(model, "blocks", None)
     if not isinstance(blocks, nn.ModuleList):
         return {}
-    prompt = prompt_rows(model)
+    prompt = prompt_length(model)
     first_is_global = task == "classification" and not cast(Any, config).causal
     found: dict[str, str] = {}
     for number, block in enumerate(blocks):

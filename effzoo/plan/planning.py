@@ -24,7 +24,7 @@ from effzoo.plan.optimizers import STATES
 from effzoo.plan.report import Plan
 from effzoo.plan.shadow import Shadows, key, size
 from effzoo.plan.step import step
-from effzoo.recompute import Level, spare
+from effzoo.recompute import Level, save_memory
 from effzoo.sites import sites, unwrap
 
 PRECISIONS = ("plain", "autocast", "master")
@@ -221,7 +221,7 @@ def _set_checkpointing(model: nn.Module, wanted: bool) -> None:
 def _set_recompute(model: nn.Module, level: Level) -> None:
     if not hasattr(model, "recompute"):
         raise OptionError(f"{type(model).__name__} has nothing to recompute; leave recompute out")
-    spare(model, level)
+    save_memory(model, level)
 
 
 def _inputs(

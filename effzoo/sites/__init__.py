@@ -1,21 +1,19 @@
 """Sites: the places of a model where a PEFT module can be hung.
 
-Everything with a weight is a site (Linear, LayerNorm, RMSNorm, Embedding, TiedLinear); two weightless Branch sites per
-block see what a sub-layer adds to the residual stream, and one MemorySite per attention layer holds extra keys and
-values (where keys are normalised, a Keys site sees them afterwards). A site is a thin subclass that owns an empty
-ModuleDict, so hanging a module on it renames no base key: new keys contain
-`.adapters.<adapter name>.<method name>.`.
+Each layer with a weight is a site (Linear, LayerNorm, RMSNorm, Embedding, TiedLinear). A block has two Branch sites,
+which see what a sub-layer adds to the residual stream; an attention layer has a MemorySite for additional keys and
+values, and a Keys site where it normalises keys. A site is a thin subclass with an empty ModuleDict: a module that
+hangs on it has keys with `.adapters.ADAPTER.METHOD.`, and no key of the base changes.
 
-Which of them act, in which order and how, is no matter of a site: all sites of a model read it from one `Roster`, which
-`effzoo/peft/state.py` keeps.
-
-A module acts at a site by overriding a hook; `effzoo/sites/hooks.py` has them all.
+A module acts by overriding hooks (`effzoo/sites/hooks.py`). Which adapters act, and in which order, all sites of a
+model read from one `Roster` (`effzoo/peft/state.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, cast
 
 from torch import nn
 
@@ -46,13 +44,12 @@ __all__ = [
     "NOWHERE", "Activity", "Acts", "Branch", "Conv2d", "Counted", "Embedding", "Growing", "HookContext", "Keys",
     "KeysValues", "LayerNorm", "Linear", "Memory", "MemorySite", "Mixture", "Model", "Norm", "OwnOutputs", "Packed",
     "PeftModule", "Positionwise", "RMSNorm", "Roster", "Scaled", "Side", "SideNetwork", "Site", "TiedLinear", "calling",
-    "has_scale", "learn", "longer", "memories", "opens", "overruled", "own_outputs", "prompt_rows", "sites", "unwrap",
+    "has_scale", "learn", "longer", "memories", "opens", "overruled", "own_outputs", "prompt_length", "sites", "unwrap",
 ]  # fmt: skip
 
 
 def sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
-    """Every site of a model with its dotted path; what is hung on a site is not looked into, and `torch.compile` and
-    the like are seen through."""
+    """Every site of a model with its dotted path, also under `torch.compile` and the like; not those of adapters."""
     yield from _sites(unwrap(model), "", set())
 
 
@@ -70,7 +67,7 @@ def _sites(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple
 
 @contextmanager
 def overruled(activities: Mapping[Site, Activity]) -> Iterator[None]:
-    """Inside the block other adapters act at these sites than the model says."""
+    """Inside, these activities hold at their sites, instead of that of the model."""
     before = {site: site.roster for site in activities}
     try:
         for site, activity in activities.items():
@@ -81,7 +78,7 @@ def overruled(activities: Mapping[Site, Activity]) -> Iterator[None]:
             site.roster = roster
 
 
-def prompt_rows(model: nn.Module) -> int:
-    """How many rows the active adapters put in front of every input of a model; they count towards its length."""
-    prompt = unwrap(model).embeddings.prompt()  # type: ignore[union-attr, operator]
+def prompt_length(model: nn.Module) -> int:
+    """The number of prompt tokens that active adapters put in front of every input; they count towards its length."""
+    prompt = cast(Any, unwrap(model)).embeddings.prompt()
     return 0 if prompt is None else int(prompt.shape[-2])

@@ -1,4 +1,4 @@
-"""Tensors of several dtypes at one site, as where a norm or a head of a model in bfloat16 is held in float32."""
+"""Tensors of several dtypes at one site, such as a float32 norm or head in a bfloat16 model."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ _decoding: ContextVar[bool] = ContextVar("_decoding", default=False)
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether autocast decides in which dtype x is computed with."""
+    """Whether autocast chooses the dtype of computations with x."""
     return not x.is_meta and is_autocast_enabled(x.device.type)
 
 
 @contextmanager
 def decoding() -> Iterator[None]:
-    """A few rows at a time pass through the model, without gradients: `linear` then reads its weights as fast as it
-    can.
+    """Inside, `linear` is as fast as it can be for a few positions at a time, without gradients.
 
-    On a CPU that is oneDNN in float32 too, where torch takes it for narrower dtypes alone: half the time of MKL on some
-    processors, and no more on others. Elsewhere the same product is made with and without gradients, to the bit.
+    On a CPU it takes oneDNN in float32, for which torch takes MKL: half the time on some processors, equal on others.
+    Outside, the product is the same to the bit with and without gradients.
     """
     token = _decoding.set(torch._C._has_mkldnn and not torch.is_grad_enabled())
     try:
@@ -46,12 +45,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether oneDNN reads these rightly: float32 on a CPU, and dense in memory, without which it takes a wrong
-    bias."""
+    """Whether oneDNN computes these correctly: float32 on a CPU, dense in memory (else its bias is wrong)."""
     tensors = (x, weight) if bias is None else (weight, bias)
     ordinary = (
         x.dtype == torch.float32
         and x.device.type == "cpu"
-        and all(type(each) in (Tensor, torch.nn.Parameter) for each in tensors)
+        and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
     )
     return ordinary and weight.is_contiguous() and (bias is None or bias.is_contiguous())

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class Positionwise:
-    """`before` and `after` compute each position from that position alone: where a head reads a few, the last block
-    computes these alone.
+    """`before` and `after` compute each position from that position alone.
 
-    Said by the class that defines them, and not inherited by one that defines them anew.
+    The last block then computes only the positions that the head reads. A subclass that overrides the hooks has to
+    derive from Positionwise again.
     """
 
 
@@ -30,49 +30,44 @@ class Packed(abc.ABC):
 
 
 class Counted(abc.ABC):
-    """Merging changes some entries of the tensors that it touches, not all."""
+    """Merging changes only some entries of weight and bias."""
 
     @abc.abstractmethod
     def changed(self, weight: Tensor | None, bias: Tensor | None) -> int | None:
-        """How many entries of the site's weight and bias merging may change; None for every entry of the tensors that
-        it touches."""
+        """How many entries of the site's weight and bias merging may change; None: all of those it touches."""
 
 
 class Growing(abc.ABC):
-    """The module can follow a site whose weight gets more rows (`effzoo.resize_vocabulary`)."""
+    """The site's weight may grow under the module (`effzoo.resize_vocabulary`)."""
 
     @abc.abstractmethod
     def grow(self, weight: Tensor | None, bias: Tensor | None) -> None:
-        """The site's weight and bias got these rows at their ends; take as many more, so that nothing changes there
-        yet."""
+        """The site's weight and bias got these entries at their ends: add as many, without effect at first."""
 
     def replaces(self) -> Sequence[int]:
-        """Rows of the site's weight that it puts rows of its own in the place of, whatever they are."""
+        """Entries of the site's weight that the module replaces."""
         return ()
 
 
 class OwnOutputs(abc.ABC):
-    """The module may put a weight of its own in the place of the site's, which can then have another number of outputs
-    (a task head)."""
+    """The module may replace the site's weight by one with another number of outputs (a task head)."""
 
     @property
     @abc.abstractmethod
     def own_outputs(self) -> int | None:
-        """Of how many outputs that weight is; None where the module changes the site's own."""
+        """Outputs of the module's weight; None where it changes the site's."""
 
     @abc.abstractmethod
     def renew(self, outputs: int) -> None:
-        """Start anew with a weight of so many outputs. Only for what has `own_outputs`."""
+        """Start with a new weight of so many outputs, where `own_outputs` is not None."""
 
 
 def own_outputs(module: nn.Module) -> int | None:
-    """Of how many outputs the weight is that a module puts in the place of its site's; None where it changes the site's
-    own."""
+    """`own_outputs` of a module; None where it changes the site's weight."""
     return module.own_outputs if isinstance(module, OwnOutputs) else None
 
 
-def longer(parameter: nn.Parameter, rows: Tensor, dim: int = 0) -> nn.Parameter:
-    """A parameter with rows (or columns, dim=1) added at its end."""
-    return nn.Parameter(
-        torch.cat([parameter.detach(), rows.to(parameter)], dim=dim), requires_grad=parameter.requires_grad
-    )
+def longer(parameter: nn.Parameter, more: Tensor, dim: int = 0) -> nn.Parameter:
+    """A parameter with more entries at the end of an axis."""
+    tensor = torch.cat([parameter.detach(), more.to(parameter)], dim=dim)
+    return nn.Parameter(tensor, requires_grad=parameter.requires_grad)

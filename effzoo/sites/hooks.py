@@ -1,10 +1,10 @@
-"""The hooks of a PEFT module: what it may do at the site where it hangs, and what it is told of the call.
+"""The hooks of a PEFT module: what it may do at the site where it hangs, and the context that it is given.
 
     composition              hook                            at the site
     parameter, f(theta+phi)  weight(w) -> w', bias(b) -> b'  y = x w'^T + b'
     function, phi(f(x))      before(x, context) -> x'        y = f(x')
                              after(x, y, context) -> y'
-    input, f([phi, x])       prompt() -> rows                in front of every input
+    input, f([phi, x])       prompt() -> tokens              in front of every input
                              memory(context) -> Memory       keys and values that every query of the layer also sees
 
 Three compositions: He et al. 2022, Towards a unified view of parameter-efficient transfer learning, arXiv:2110.04366.
@@ -29,8 +29,8 @@ from effzoo.errors import OptionError
 from effzoo.sites.extras import Positionwise
 
 KeysValues = tuple[Tensor, Tensor]
-FORMER = {  # hooks of before, and how it is said now
-    "rows": "rows in front of every input are the hook `prompt(self)`",
+FORMER = {  # hooks of an earlier contract, and what to write now
+    "rows": "prompt tokens in front of every input are the hook `prompt(self)`",
     "joined": "`after(self, x, y, context)` sees the padding: context.valid",
     "remember": "`memory(self, context)` sees the layer's input, context.x, and its projections, context.keys_values",
     "beyond": "keys and values with a softmax of their own are a Memory with a gate: `memory(self, context)` returns "
@@ -46,7 +46,7 @@ FORMER = {  # hooks of before, and how it is said now
     "beside": "a second network is a `SideNetwork`, whose `forward(self, states, mask)` replaces the output of the "
     "last block",
 }
-BESIDE = {  # what few modules need, by the class of `effzoo/sites/extras.py` that has it
+EXTRAS = {  # methods of few modules, by the class of `effzoo/sites/extras.py` from which these also derive
     "packed": "Packed", "unpack": "Packed", "changed": "Counted", "grow": "Growing", "replaces": "Growing",
     "own_outputs": "OwnOutputs", "renew": "OwnOutputs",
 }  # fmt: skip
@@ -54,15 +54,14 @@ TAKES = {"before": "(self, x, context)", "after": "(self, x, y, context)", "memo
 
 
 class HookContext:
-    """What the call at hand tells a hook besides the tensors of its site; what is None there is not known where the
-    site stands.
+    """What a hook is given of the call, besides the tensors of its site; None where it is not known.
 
-    valid bool[batch, n]: which positions of the layer's input hold a token; None where all do.
-    mask: of the batch (`effzoo.attention.Mask`); in cross-attention it speaks of the keys.
+    valid bool[batch, n]: True at tokens; None without padding.
+    mask: of the batch (`effzoo.attention.Mask`); of the keys in cross-attention.
     x [batch, n, dim]: the input of the attention layer.
-    keys_values: rows [..., r, source_dim] -> the keys [..., heads, r, head_dim] and values that this attention layer's
-        own projections make of them (not rotated, with the bias).
-    rows: of the batch, where adapters are chosen by row; all that it says is then of these.
+    keys_values: tokens [..., r, source_dim] -> keys [..., heads, r, head_dim] and values by the projections of the
+        attention layer, without rotation.
+    rows: of the batch, to which everything else is cut, where adapters are chosen by row.
     """
 
     def __init__(
@@ -91,22 +90,23 @@ class HookContext:
         mask = self._mask
         if mask is None or self.rows is None:
             return mask
-        own = {name: self._part(getattr(mask, name)) for name in ("valid", "is_global", "positions", "tasks", "start")}
+        names = ("valid", "is_global", "positions", "tasks", "start")
+        of_rows = {name: self._part(getattr(mask, name)) for name in names}
         decisions = None if mask.decisions is None else mask.decisions.setdefault(("rows", tuple(self.rows)), {})
-        return dataclasses.replace(mask, **own, decisions=decisions, _memo={})
+        return dataclasses.replace(mask, **of_rows, decisions=decisions, _memo={})
 
     @property
     def task_ids(self) -> Tensor | None:
-        """The number of each example's task, [batch]."""
+        """The task of each example, int[batch]."""
         return None if self._mask is None else self._part(self._mask.tasks)
 
     @property
     def start(self) -> Tensor | None:
-        """The embeddings with which the blocks start, [batch, n, dim]."""
+        """The embeddings, input of the first block, [batch, n, dim]."""
         return None if self._mask is None else self._part(self._mask.start)
 
     def of_rows(self, rows: Sequence[int]) -> HookContext:
-        """The same, of some rows of the batch; they are taken out where a hook asks for them."""
+        """The context of some rows of the batch, which are taken when a hook reads them."""
         return HookContext(self._valid, self._mask, self._x, self.keys_values, rows)
 
 
@@ -115,15 +115,14 @@ _at_hand: ContextVar[HookContext] = ContextVar("_at_hand", default=NOWHERE)
 
 
 class _Traced:
-    """The context while torch.compile traces, which knows no ContextVar; compiled code reads none."""
+    """The context while torch.compile traces, as it cannot trace a ContextVar."""
 
     context = NOWHERE
 
 
 @contextmanager
 def calling(context: HookContext) -> Iterator[None]:
-    """Inside the block, hooks are given this context. Nothing is registered: a thread that computes something else does
-    not see it."""
+    """Inside, hooks are given this context; each thread has its own."""
     if torch.compiler.is_compiling():
         before, _Traced.context = _Traced.context, context
         try:
@@ -139,7 +138,7 @@ def calling(context: HookContext) -> Iterator[None]:
 
 
 def at_hand() -> HookContext:
-    """The context of the call at hand."""
+    """The context of the current call."""
     return _Traced.context if torch.compiler.is_compiling() else _at_hand.get()
 
 
@@ -157,12 +156,11 @@ class Memory:
 
 
 class PeftModule(nn.Module):
-    """What is hung on a site; every hook does nothing until it is overridden.
+    """A module that hangs on a site; each hook does nothing unless it is overridden.
 
-    delta_rank: the largest rank that the change of the site's matrix can have; None where nothing bounds it.
+    delta_rank: the largest rank of the change of the site's weight; None: no bound.
 
-    What few modules need besides is beside it (`effzoo/sites/extras.py`): files that hold less than the state dict,
-    sites that get more rows, heads of another size.
+    `effzoo/sites/extras.py` has what few modules need: smaller files, growing sites, heads of another size.
     """
 
     delta_rank: int | None = None
@@ -172,7 +170,7 @@ class PeftModule(nn.Module):
         for name, now in FORMER.items():
             if hasattr(cls, name):
                 raise OptionError(f"{cls.__name__} defines `{name}`, which is no longer called: {now}")
-        for name, extra in BESIDE.items():
+        for name, extra in EXTRAS.items():
             if hasattr(cls, name) and not any(parent.__name__ == extra for parent in cls.__mro__):
                 raise OptionError(
                     f"{cls.__name__} defines `{name}`, which is read where a module is also {extra}: class "
@@ -185,39 +183,36 @@ class PeftModule(nn.Module):
                 )
 
     def weight(self, weight: Tensor) -> Tensor:
-        """The site's weight as it acts."""
+        """W', in place of the site's weight W."""
         return weight
 
     def bias(self, bias: Tensor) -> Tensor:
-        """The site's bias as it acts."""
+        """b', in place of the site's bias b."""
         return bias
 
     def before(self, x: Tensor, context: HookContext) -> Tensor:
-        """What the site computes with in place of its input x."""
+        """x', in place of the site's input x."""
         return x
 
     def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
-        """What takes the place of the site's output y for its input x."""
+        """y', in place of the site's output y for the input x."""
         return y
 
     def prompt(self) -> Tensor | None:
-        """Embedding rows put in front of every input, [rows, dim]."""
+        """Prompt tokens in front of every input, [r, dim]."""
         return None
 
     def memory(self, context: HookContext) -> Memory | None:
-        """Keys and values that every query of the attention layer also sees; with a batch axis where they differ by
-        example.
+        """Keys and values that every query of the attention layer also sees.
 
-        What has a gate can be given a scale (`effzoo.activate`), if the module holds a tensor `gate`.
+        `effzoo.activate` can scale a memory with a gate, if the module has a tensor `gate`.
         """
         return None
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
-        """What merging adds to the site's weight and bias so that `before` and `after` are no longer needed.
+        """What merging adds to the site's weight and bias, in their dtype, in place of `before` and `after`.
 
-        None when no such change exists. Computed in the dtype of `weight`, which `merge` makes float64. Modules that
-        override `weight` or
-        `bias` need not override it: these hooks themselves say what the merged tensors are.
+        None if there is no such change. Not needed for `weight` and `bias`, which merging calls.
         """
         return None
 
@@ -234,42 +229,40 @@ def _takes(function: Any, arguments: int) -> bool:
 
 
 class SideNetwork(PeftModule):
-    """A second network beside the blocks (ladder side-tuning), which hangs on the site `side`."""
+    """A second network next to the blocks (ladder side-tuning), which hangs on the site `side`."""
 
     def forward(self, states: Sequence[Tensor], mask: Any) -> Tensor:
-        """What replaces the output of the last block, of the states [batch, n, width] before, between and after the
-        blocks."""
+        """The output in place of the last block's; states [batch, n, width]: before, between and after the blocks."""
         raise NotImplementedError
 
 
 class Mixture(PeftModule):
-    """Several experts at one site, each of them modules; the site computes with each, and `mix` makes one output of
-    theirs.
+    """Several experts at one site: the site computes an output with each, and `mix` combines them.
 
-    experts: the modules of each expert at this site, by method; an expert may have none here, and then leaves the
-        output as it is.
-    frozen: whether they stay as they are.
+    experts: the modules of each expert, by method; {} for an expert that changes nothing here.
+    frozen: whether the experts are not trained.
     """
 
     def __init__(self, experts: Sequence[nn.ModuleDict], frozen: bool = False):
         super().__init__()
         self.experts, self.frozen = nn.ModuleList(experts), frozen
 
-    def each(self) -> list[tuple[PeftModule, ...]]:
+    def expert_modules(self) -> list[tuple[PeftModule, ...]]:
         """The modules of each expert."""
-        return [tuple(cast("Iterable[PeftModule]", expert.values())) for expert in self.experts]  # type: ignore[operator]
+        experts = cast("Iterable[Any]", self.experts)
+        return [tuple(expert.values()) for expert in experts]
 
     @staticmethod
     def at_the_output(modules: Sequence[PeftModule]) -> bool:
-        """Whether these change the output alone, so that the product need not be computed again."""
+        """Whether these change the output alone, so that the site's product is the same."""
         return not any(opens(module, "weight", "bias", "before") for module in modules)
 
     def mix(self, site: nn.Module, x: Tensor, plain: Tensor, outs: Sequence[Tensor], context: HookContext) -> Tensor:
-        """One output of the experts' `outs`; plain: the output without any. x: the site's input."""
+        """The output of the experts' `outs`. x: the site's input; plain: its output without experts."""
         raise NotImplementedError
 
     def memories(self, context: HookContext) -> list[Memory]:
-        """What the experts give an attention layer to see."""
+        """The memories of the experts."""
         return []
 
 
@@ -278,8 +271,7 @@ class Scaled:
 
         theta + s (theta' - theta),   x + s (x' - x),   y + s (y' - y),   a gate times s
 
-    For a change of weights that is s times the change. Prompts, and keys and values without a gate, add nothing that
-    could be multiplied: they have no scale.
+    A prompt, or a memory without a gate, has no scale: it adds nothing that could be multiplied.
     """
 
     def __init__(self, module: PeftModule, scale: float):
@@ -305,8 +297,8 @@ class Scaled:
         return self.module.prompt()
 
     def memories(self, context: HookContext) -> list[Memory]:
-        found = memories(self.module, context)
-        return [dataclasses.replace(one, gate=None if one.gate is None else self.scale * one.gate) for one in found]
+        several = memories(self.module, context)
+        return [dataclasses.replace(one, gate=None if one.gate is None else self.scale * one.gate) for one in several]
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         change = self.module.delta(weight, bias)
@@ -314,8 +306,8 @@ class Scaled:
             return None
         return self.scale * change[0], None if change[1] is None else self.scale * change[1]
 
-    def each(self) -> list[tuple[PeftModule, ...]]:
-        return cast(Mixture, self.module).each()
+    def expert_modules(self) -> list[tuple[PeftModule, ...]]:
+        return cast(Mixture, self.module).expert_modules()
 
     def mix(self, site: nn.Module, x: Tensor, plain: Tensor, outs: Sequence[Tensor], context: HookContext) -> Tensor:
         return self.between(plain, cast(Mixture, self.module).mix(site, x, plain, outs, context))
@@ -325,68 +317,66 @@ Acts = PeftModule | Scaled
 
 
 def is_mixture(module: Acts) -> bool:
-    """Whether a module mixes what experts make, at a scale or not."""
+    """Whether a module is a mixture, at a scale or not."""
     return isinstance(module.module if isinstance(module, Scaled) else module, Mixture)
 
 
 def memories(module: Acts, context: HookContext) -> list[Memory]:
-    """What a module gives an attention layer to see; experts of a mixture may each have a softmax of their own."""
+    """The memories of a module: one, none, or those of experts."""
     if isinstance(module, (Scaled, Mixture)):
         return module.memories(context)
-    found = module.memory(context)
-    return [] if found is None else [found]
+    memory = module.memory(context)
+    return [] if memory is None else [memory]
 
 
 def opens(module: Acts, *hooks: str) -> bool:
-    """Whether a module, its class, or an expert of a mixture overrides one of the named hooks. A mixture mixes outputs,
-    so it has `after`."""
+    """Whether a module, or an expert of a mixture, overrides one of the hooks; a mixture overrides `after`."""
     if isinstance(module, Scaled):
         return opens(module.module, *hooks)
     if isinstance(module, Mixture):
-        return "after" in hooks or any(opens(own, *hooks) for expert in module.each() for own in expert)
-    kind, own = type(module), vars(module)  # either may have been changed since
-    return any(hook in own or getattr(kind, hook) is not getattr(PeftModule, hook) for hook in hooks)
+        return "after" in hooks or any(opens(one, *hooks) for expert in module.expert_modules() for one in expert)
+    cls, instance = type(module), vars(module)  # either may have been patched
+    return any(hook in instance or getattr(cls, hook) is not getattr(PeftModule, hook) for hook in hooks)
 
 
 def positionwise(module: PeftModule) -> bool:
-    """Whether the classes that define a module's `before` and `after` are `Positionwise`; a mixture routes, and may
-    read a whole example."""
+    """Whether the classes that define a module's `before` and `after` are `Positionwise`; a mixture is not, as its
+    router may read a whole example."""
     if isinstance(module, Mixture):
         return False
     for hook in ("before", "after"):
         if opens(module, hook):
             owner = next(cls for cls in type(module).__mro__ if hook in vars(cls))
-            # `effzoo.plan` wraps hooks to watch them
-            own = inspect.unwrap(vars(module)[hook]) if hook in vars(module) else None
-            replaced = own is not None and getattr(own, "__func__", None) is not vars(owner)[hook]
+            # `effzoo.plan` wraps hooks
+            patch = inspect.unwrap(vars(module)[hook]) if hook in vars(module) else None
+            replaced = patch is not None and getattr(patch, "__func__", None) is not vars(owner)[hook]
             if replaced or Positionwise not in owner.__bases__:
                 return False
     return True
 
 
 def dtype_of(module: Acts) -> torch.dtype | None:
-    """In which a module's numbers are held, and in which the site lets it compute; None where it has no numbers."""
+    """The dtype of a module's parameters or buffers, in which it computes; None without any."""
     module = module.module if isinstance(module, Scaled) else module
-    for own in module._parameters.values():  # most have some of their own: this is asked at every hook of every pass
-        if own is not None and own.is_floating_point():
-            return own.dtype
+    for parameter in module._parameters.values():  # the fast way for most modules: this is called at every hook
+        if parameter is not None and parameter.is_floating_point():
+            return parameter.dtype
     return next(
         (tensor.dtype for tensor in chain(module.parameters(), module.buffers()) if tensor.is_floating_point()), None
     )
 
 
 def learn(module: PeftModule, on: bool) -> None:
-    """Make what is trained in a module trainable, or not."""
+    """Make the parameters of a module trainable, or not; experts that are frozen stay so."""
     module.requires_grad_(on)
     if isinstance(module, Mixture) and module.frozen:
         module.experts.requires_grad_(False)
 
 
 def has_scale(module: PeftModule) -> bool:
-    """Whether what a module adds can be multiplied: not a prompt, a side network, or a memory without a gate (a tensor
-    `gate` of its own)."""
+    """Whether a module can be scaled: not a prompt, a side network, or a memory without a tensor `gate`."""
     if isinstance(module, Mixture):
-        return all(has_scale(own) for expert in module.each() for own in expert)
+        return all(has_scale(one) for expert in module.expert_modules() for one in expert)
     if isinstance(module, SideNetwork) or opens(module, "prompt"):
         return False
     return not opens(module, "memory") or isinstance(getattr(module, "gate", None), Tensor)

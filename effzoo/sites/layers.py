@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,11 @@ from effzoo.recompute import made_again
 from effzoo.sites.dtypes import autocasts, linear
 from effzoo.sites.extras import own_outputs
 from effzoo.sites.hooks import Acts
-from effzoo.sites.site import Inputs, Site, given
+from effzoo.sites.site import Inputs, Site, present
 
 
 class Linear(nn.Linear, Site):
-    """y = x W^T + b, [..., in] -> [..., out]. heads: into how many heads the output (of `attn.o`: the input) divides; 1
-    elsewhere."""
+    """y = x W^T + b, [..., in] -> [..., out]. heads: of an attention projection, and of the input of `attn.o`."""
 
     heads = 1
 
@@ -36,41 +35,39 @@ class Linear(nn.Linear, Site):
         return linear(x, weight, bias)
 
     def outputs(self, *names: str) -> int:
-        """How many numbers come out with these adapters, one after the other: as many as the last weight of their own
-        has, else the site's.
+        """The number of outputs with these adapters, one after the other: of the last that replaces the weight.
 
-        Raises IncompatibleError where one of them changes the site's own weight and another one has put a weight of
-            another size in its place.
+        Raises IncompatibleError where one adapter changes the site's weight and another replaces it by one of another
+        size.
         """
         modules = [(name, module) for name in names for module in self.hung(name)]
-        own = {name: outputs for name, module in modules if (outputs := own_outputs(module)) is not None}
-        other = next((name for name, outputs in own.items() if outputs != self.out_features), None)
+        replaced = {name: outputs for name, module in modules if (outputs := own_outputs(module)) is not None}
+        other = next((name for name, outputs in replaced.items() if outputs != self.out_features), None)
         changing = next((name for name, module in modules if own_outputs(module) is None), None)
         if other is not None and changing is not None:
             raise IncompatibleError(
                 f"{self.role}: adapter {changing!r} changes the model's own head, which has {self.out_features} "
-                f"outputs, and {other!r} brings "
-                f"one with {own[other]}; activate only one of them"
+                f"outputs, and {other!r} brings one with {replaced[other]}; activate only one of them"
             )
-        return list(own.values())[-1] if own else self.out_features
+        return list(replaced.values())[-1] if replaced else self.out_features
 
     def outputs_now(self) -> int:
-        """`outputs` of the active adapters; where they are averaged, or chosen by row, all have to agree. Raises
-        IncompatibleError."""
+        """`outputs` of the active adapters. Raises IncompatibleError where they differ and are averaged, or chosen by
+        row."""
         now, here = self.now, self.adapters
         if not (now.average or now.rows is not None):
             return self.outputs(*now.names)
-        each = {name: self.outputs(name) for name in now.names if name in here or not now.average}
+        sizes = {name: self.outputs(name) for name in now.names if name in here or not now.average}
         if now.rows is not None and -1 in now.rows:
-            each["the bare base"] = self.out_features
-        if len(set(each.values())) > 1:
+            sizes["the bare base"] = self.out_features
+        if len(set(sizes.values())) > 1:
             how = "averaged" if now.average else "computed by row in one batch"
-            said = ", ".join(f"{outputs} ({name})" for name, outputs in each.items())
+            listed = ", ".join(f"{outputs} ({name})" for name, outputs in sizes.items())
             raise IncompatibleError(
-                f"{self.role}: heads with {said} outputs cannot be {how}; activate one adapter "
+                f"{self.role}: heads with {listed} outputs cannot be {how}; activate one adapter "
                 "at a time, or those of equal size"
             )
-        return next(iter(each.values()), self.out_features)
+        return next(iter(sizes.values()), self.out_features)
 
     def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         x = self.entered(modules, *inputs)
@@ -78,21 +75,12 @@ class Linear(nn.Linear, Site):
 
 
 class Conv2d(nn.Conv2d, Site):
-    """A convolution over two axes, [batch, in, height, width] -> [batch, out, height', width']: sites are not only for
-    transformers."""
+    """A convolution over two axes, [batch, in, height, width] -> [batch, out, height', width']."""
 
     def __init__(
-        self,
-        channels: int,
-        out_channels: int,
-        kernel: int,
-        *,
-        stride: int = 1,
-        padding: int = 0,
-        bias: bool = True,
-        role: str,
-        layer: int | None = None,
-    ):
+        self, channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: int = 0, bias: bool = True,
+        role: str, layer: int | None = None,
+    ):  # fmt: skip
         super().__init__(channels, out_channels, kernel, stride=stride, padding=padding, bias=bias)
         self._open(role, layer)
 
@@ -100,13 +88,12 @@ class Conv2d(nn.Conv2d, Site):
         return self.combined(x) if self.active else self.convolved(x, self.weight, self.bias)
 
     def convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution, in the dtype of x; computed in the weight's where that is wider."""
+        """The convolution in the wider dtype of x and weight, returned in that of x."""
         if autocasts(x):
             return F.conv2d(x, weight, bias, self.stride, self.padding)
         widest = torch.promote_types(x.dtype, weight.dtype)
-        return F.conv2d(
-            x.to(widest), weight.to(widest), None if bias is None else bias.to(widest), self.stride, self.padding
-        ).to(x.dtype)
+        bias = None if bias is None else bias.to(widest)
+        return F.conv2d(x.to(widest), weight.to(widest), bias, self.stride, self.padding).to(x.dtype)
 
     def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         (x,) = inputs
@@ -119,37 +106,32 @@ class Conv2d(nn.Conv2d, Site):
 
 
 class TiedLinear(Site):
-    """y = x W^T + b, [..., in] -> [..., out], with a weight that another site owns (a language-model head tied to the
-    embedding).
-
-    What acts on that site acts here too, and in the same way: each adapter of an average, or of a row, has a table of
-    its own.
-    """
+    """y = x W^T + b, [..., in] -> [..., out], with the weight of another site (a language-model head tied to the
+    embedding). The adapters of that site act here too."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool, *, role: str, layer: int | None = None):
         super().__init__()
         self._open(role, layer)
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        # the site whose weight is read, while it is; a tuple hides it from the parameters
-        self.table: tuple[Site, ...] = ()
+        self.table: tuple[Site, ...] = ()  # the other site during a call, in a tuple, so that it is no submodule
 
     @property
     def active(self) -> tuple[str, ...]:
-        own, tables = self.hanging, [name for table in self.table for name in table.active]
-        return tuple(name for name in self.now.names if name in own or name in tables) if tables else own
+        hanging, tables = self.hanging, [name for table in self.table for name in table.active]
+        return tuple(name for name in self.now.names if name in hanging or name in tables) if tables else hanging
 
     def forward(self, x: Tensor, table: Site) -> Tensor:
         self.table = (table,)
         try:
-            return self.combined(x) if self.active else linear(x, table.weight, self.bias)  # type: ignore[arg-type]
+            return self.combined(x) if self.active else linear(x, cast(Tensor, table.weight), self.bias)
         finally:
             self.table = ()
 
     def made_by(self, names: Sequence[str], *inputs: Tensor | None) -> Tensor:
         (table,) = self.table
         weight = table.composed_weight(tuple(table.acting(*names)) if names else ())
-        return self.compute(tuple(self.acting(*names)) if names else (), *inputs, weight)  # type: ignore[arg-type]
+        return self.compute(tuple(self.acting(*names)) if names else (), *cast(Inputs, inputs), weight)
 
     def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         x, weight = inputs
@@ -157,19 +139,22 @@ class TiedLinear(Site):
 
 
 class Norm(Site):
-    """What LayerNorm and RMSNorm have in common: they normalise the last axis and scale it."""
+    """The sites LayerNorm and RMSNorm."""
+
+    weight: nn.Parameter
+    bias: Any
 
     def forward(self, x: Tensor) -> Tensor:
         if self.active:
             return self.combined(x)
         with made_again():
-            return self.normalise(x, self.weight, self.bias)  # type: ignore[arg-type]
+            return self.normalise(x, self.weight, self.bias)
 
     def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         (x,) = inputs
-        # as exact as they are: a norm is computed in float32 or better
-        weight = self.passed("weight", cast(Tensor, self.weight), modules)
-        bias = None if self.bias is None else self.passed("bias", cast(Tensor, self.bias), modules)
+        # not rounded to the dtype of the weight: a norm computes in float32 or better
+        weight = self.passed("weight", self.weight, modules)
+        bias = None if self.bias is None else self.passed("bias", self.bias, modules)
         return (x,), self.normalise(x, weight, bias)
 
     def normalise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -188,7 +173,7 @@ class LayerNorm(Norm, nn.LayerNorm):
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
         widest = torch.promote_types(x.dtype, weight.dtype)
         widest = widest if bias is None else torch.promote_types(widest, bias.dtype)
-        kernel_widens = kind_of(x) == "cpu" and widest == torch.float32  # of a half x, which then is kept as it is
+        kernel_widens = kind_of(x) == "cpu" and widest == torch.float32  # a half x is then stored as it is
         exact, weight = x if kernel_widens else x.to(widest), weight.to(widest)
         bias = None if bias is None else bias.to(widest)
         return F.layer_norm(exact, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
@@ -213,13 +198,12 @@ class RMSNorm(Norm, nn.RMSNorm):
 
 
 class Embedding(nn.Embedding, Site):
-    """Rows of a table, [...] integers -> [..., dim]. added: how many of the last rows `effzoo.resize_vocabulary` has
-    added."""
+    """table[ids], integers [...] -> [..., dim]. added: entries that `effzoo.resize_vocabulary` has added."""
 
     added = 0
 
-    def __init__(self, rows: int, dim: int, *, role: str, layer: int | None = None):
-        super().__init__(rows, dim)
+    def __init__(self, entries: int, dim: int, *, role: str, layer: int | None = None):
+        super().__init__(entries, dim)
         self._open(role, layer)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -228,19 +212,16 @@ class Embedding(nn.Embedding, Site):
     def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         (ids,) = inputs
         table = self.passed("weight", self.weight, modules)
-        return (ids,), F.embedding(ids, table).to(self.weight.dtype)  # the rows are rounded, not the whole table
+        return (ids,), F.embedding(ids, table).to(self.weight.dtype)  # rounds the entries that are read alone
 
     def prompt(self) -> Tensor | None:
-        """The rows that active modules put in front of every input, [rows, dim], or None; [batch, rows, dim] where
-        adapters are chosen by row."""
-        each = [given(module.prompt() for module in self.acting(name)) for name in self.active]
+        """Prompt tokens of active modules [r, dim] or None; [batch, r, dim] where adapters are chosen by row."""
+        by_adapter = [present(module.prompt() for module in self.acting(name)) for name in self.active]
         if not self.mixed:
-            put_in = [rows for of_adapter in each for rows in of_adapter]
-            return torch.cat(put_in) if put_in else None
-        prompts = [torch.cat(rows) for rows in each if rows]
-        if not prompts:
-            return None
-        return self.mix(prompts)
+            every = [tokens for of_adapter in by_adapter for tokens in of_adapter]
+            return torch.cat(every) if every else None
+        prompts = [torch.cat(of_adapter) for of_adapter in by_adapter if of_adapter]
+        return self.mix(prompts) if prompts else None
 
 
 class Branch(Site):
@@ -260,10 +241,9 @@ class Branch(Site):
 
 
 class Keys(Site):
-    """The keys of an attention that normalises them, [batch, n, dim], heads side by side: what a vector that scales
-    keys must be applied to.
+    """The normalised keys of an attention (`lsh`), [batch, n, dim], heads side by side.
 
-    Before the normalisation its length would cancel, and where queries are keys it would change the queries too.
+    A method that scales keys, such as (IA)3, hangs here: a scale before the normalisation would cancel.
     """
 
     def __init__(self, dim: int, *, role: str, layer: int | None = None):

@@ -21,11 +21,11 @@ NOTHING = Activity()
 
 
 class Site(nn.Module):
-    """Mixin: a role in the model (`attn.q`), the block it belongs to (None outside the blocks), and the modules hung
-    here.
+    """Mixin of a layer: its role in the model (`attn.q`), its block, and the modules that hang on it.
 
-    Which of them act is not known here: it is read from the roster that all sites of a model share, so that no site can
-    be of another opinion.
+    Which of them act is read from the roster that all sites of a model share.
+
+    layer: number of the block; None outside the blocks.
     """
 
     role: str
@@ -44,17 +44,17 @@ class Site(nn.Module):
 
     @property
     def active(self) -> tuple[str, ...]:
-        """The adapters that act and have something here, in their order."""
+        """The adapters that act and have modules here, in their order."""
         return self.hanging
 
     @property
     def hanging(self) -> tuple[str, ...]:
-        """`active` of the site itself: a name of its own, since a property of the parent class cannot be traced by
-        torch.compile."""
+        """`active` of this class: torch.compile cannot trace the property of a parent class."""
         roster = self.roster
         if roster is None or not roster.now.names:
             return ()
-        here = self._modules["adapters"]._modules  # type: ignore[union-attr]
+        adapters: Any = self._modules["adapters"]  # an attribute would be slow, and this is read in every pass
+        here = adapters._modules
         return tuple([name for name in roster.now.names if name in here]) if here else ()
 
     @property
@@ -77,37 +77,38 @@ class Site(nn.Module):
         entered, alone = self.enter((*first, *rest), *inputs)
         plain = self.leave(first, entered, alone)
         outs = []
-        for own in mixture.each():
-            at, y = (entered, None) if Mixture.at_the_output(own) else self.enter((*first, *own, *rest), *inputs)
-            outs.append(self.leave(own, at, plain if y is None else self.leave(first, at, y)))
-        x, plain, *outs = suited(mixture, inputs[0], plain, *outs)
+        for expert in mixture.expert_modules():
+            if Mixture.at_the_output(expert):
+                outs.append(self.leave(expert, entered, plain))
+            else:
+                expert_entered, y = self.enter((*first, *expert, *rest), *inputs)
+                outs.append(self.leave(expert, expert_entered, self.leave(first, expert_entered, y)))
+        x, plain, *outs = cast_for(mixture, inputs[0], plain, *outs)
         return self.leave(rest, entered, mixture.mix(self, x, plain, outs, at_hand())).to(alone.dtype)
 
     def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
-        """The inputs as `before` leaves them, and what the site makes of them with its weight as `weight` of the
-        modules leaves it."""
+        """The inputs after the hook `before`, and the site's output with the weight after `weight`."""
         raise NotImplementedError
 
     def entered(self, modules: Sequence[Acts], x: Tensor) -> Tensor:
-        """The input as `before` of the modules leaves it, in its own dtype."""
+        """The input after `before` of the modules, in its own dtype."""
         for module in modules:
             if opens(module, "before"):
-                (own,) = suited(module, x)
-                x = module.before(own, at_hand()).to(x.dtype)
+                (exact,) = cast_for(module, x)
+                x = module.before(exact, at_hand()).to(x.dtype)
         return x
 
     def leave(self, modules: Sequence[Acts], inputs: Inputs, y: Tensor) -> Tensor:
-        """The output as `after` of the modules leaves it, in their dtype: what they add is rounded once, after the last
-        one."""
+        """The output after `after` of the modules, in their dtype, so that it is rounded once, after the last."""
         dtype = y.dtype
         for module in modules:
             if opens(module, "after"):
-                x, y = suited(module, inputs[0], y)
+                x, y = cast_for(module, inputs[0], y)
                 y = module.after(x, y, at_hand())
         return y.to(dtype) if y.dtype != dtype and autocasts(y) else y
 
     def combined(self, *inputs: Tensor | None) -> Tensor:
-        """`made_by` the active adapters: one after the other, averaged, or another one for each row of the batch."""
+        """The output with the active adapters: one after the other, averaged, or chosen for each row of the batch."""
         now = self.now
         with made_again():
             if now.rows is not None:
@@ -117,50 +118,50 @@ class Site(nn.Module):
             return self.made_by(self.active, *inputs)
 
     def made_by(self, names: Sequence[str], *inputs: Tensor | None) -> Tensor:
-        """What the site computes with these adapters, one after the other."""
+        """The output with these adapters, one after the other."""
         return self.compute(tuple(self.acting(*names)) if names else (), *inputs)  # type: ignore[arg-type]
 
     def _by_row(self, rows: Sequence[int], *inputs: Tensor | None) -> Tensor:
-        """The rows of each adapter are computed together, with its own modules, and put back where they were."""
+        """The output with an adapter for each row of the batch; rows of one adapter are computed together."""
         x, active = inputs[0], self.active
         if any(is_mixture(module) for module in self.hung()):
             raise IncompatibleError(
-                f"{self.role}: a mixture routes by itself, so it cannot be chosen by row; run the rows apart"
+                f"{self.role}: a mixture routes by itself, so it cannot be chosen by row; run the rows one by one"
             )
         batch = None if x is None or x.ndim < 2 else x.shape[0]
         self.now.check_batch(batch, self.role, None if x is None else x.shape)
         assert x is not None
         outs: list[Tensor] = []
         order: list[int] = []
-        for names, own in _grouped(rows, self.now.names, active).items():
-            with calling(at_hand().of_rows(own)):
-                outs.append(self.made_by(names, *(None if each is None else chosen(each, own) for each in inputs)))
-            order += own
+        for names, group in _grouped(rows, self.now.names, active).items():
+            with calling(at_hand().of_rows(group)):
+                outs.append(self.made_by(names, *(None if x is None else chosen(x, group) for x in inputs)))
+            order += group
         y = outs[0] if len(outs) == 1 else torch.cat(outs)
         if order == sorted(order):
             return y
         return y.index_select(0, table([order.index(row) for row in range(len(rows))], y.device))
 
-    def mix(self, each: list[Tensor]) -> Tensor:
-        """One tensor per active adapter -> their mean, or the chosen one for each row of the batch."""
+    def mix(self, tensors: list[Tensor]) -> Tensor:
+        """One tensor per active adapter -> their mean, or the one that each row of the batch has."""
         rows, active = self.now.rows, self.active
-        if len(each) != len(active) or any(x.shape != each[0].shape for x in each):
+        if len(tensors) != len(active) or any(x.shape != tensors[0].shape for x in tensors):
             raise IncompatibleError(
-                f"{self.role}: the active adapters must put in as many rows each, got shapes "
-                f"{[tuple(x.shape) for x in each]}"
+                f"{self.role}: the active adapters must have equal numbers of prompt tokens, got shapes "
+                f"{[tuple(x.shape) for x in tensors]}"
             )
         if rows is None:
-            return torch.stack(each).mean(dim=0)
+            return torch.stack(tensors).mean(dim=0)
         chosen = [self.now.names[number] if number >= 0 else None for number in rows]
         if any(name not in active for name in chosen):
             raise IncompatibleError(
-                f"{self.role}: a row without adapter beside rows with trained input rows; run the rows apart"
+                f"{self.role}: a row without adapter next to rows with prompt tokens; run the rows one by one"
             )
-        if each[0].ndim == 4:
+        if tensors[0].ndim == 4:
             raise IncompatibleError(
-                f"{self.role}: rows that differ by example cannot be chosen by row; run the rows apart"
+                f"{self.role}: prompt tokens that differ by example cannot be chosen by row; run the rows one by one"
             )
-        return torch.stack([each[active.index(name)] for name in chosen])
+        return torch.stack([tensors[active.index(name)] for name in chosen])
 
     def hang(self, adapter: str, method: str, module: PeftModule) -> None:
         """Hang a module under an adapter's name; the adapter is not made active here."""
@@ -180,13 +181,13 @@ class Site(nn.Module):
 
     def hung(self, *adapters: str) -> Iterator[PeftModule]:
         """The modules of the named adapters (default: the active ones), in the order in which they act."""
-        here = self._modules["adapters"]._modules  # type: ignore[union-attr]  # an attribute takes long, and this is asked at every pass
+        here: Any = self._modules["adapters"]
         for adapter in adapters or self.active:
-            if adapter in here:
-                yield from here[adapter]._modules.values()  # type: ignore[union-attr, misc]
+            if adapter in here._modules:
+                yield from here._modules[adapter]._modules.values()
 
     def acting(self, *adapters: str) -> Iterator[Acts]:
-        """`hung`, each module at the scale of its adapter; a task head is not added to anything, and counts in full."""
+        """`hung` at the scales of the adapters; a task head has no scale, as it replaces."""
         now, full = self.now, self.role.startswith("head.")
         for adapter in adapters or self.active:
             scale = 1.0 if full else now.scale(adapter)
@@ -194,50 +195,47 @@ class Site(nn.Module):
                 yield module if scale == 1 else Scaled(module, scale)
 
     def base(self) -> dict[str, nn.Parameter]:
-        """The site's own parameters, without what is hung on it."""
+        """The site's parameters, without those of adapters."""
         return dict(self.named_parameters(recurse=False))
 
     def composed_weight(self, modules: Sequence[Acts] | None = None) -> Tensor:
-        """The site's weight as `weight` of the modules (default: the active ones) leaves it, rounded once to its
-        dtype."""
+        """The site's weight after the hook `weight` of the modules (default: the active ones), in its dtype."""
         weight = cast(Tensor, self.weight)
         return self.passed("weight", weight, modules).to(weight.dtype)
 
     def composed_bias(self, modules: Sequence[Acts] | None = None) -> Tensor | None:
-        """The site's bias, likewise; None when it has none."""
+        """The site's bias after the hook `bias`; None without bias."""
         bias = cast("Tensor | None", self.bias)
         return None if bias is None else self.passed("bias", bias, modules).to(bias.dtype)
 
     def passed(self, hook: Literal["weight", "bias"], tensor: Tensor, modules: Sequence[Acts] | None = None) -> Tensor:
-        """The weight or bias as this hook of the modules leaves it, in the widest of their dtypes and its own."""
+        """A weight or bias after this hook of the modules, in the widest of their dtypes and its own."""
         for module in self.acting() if modules is None else modules:
             if opens(module, hook) and not is_mixture(module):
-                tensor = getattr(module, hook)(
-                    tensor.to(torch.promote_types(tensor.dtype, dtype_of(module) or tensor.dtype))
-                )
+                widest = torch.promote_types(tensor.dtype, dtype_of(module) or tensor.dtype)
+                tensor = getattr(module, hook)(tensor.to(widest))
         return tensor
 
 
 def _grouped(rows: Sequence[int], names: Sequence[str], active: Sequence[str]) -> dict[tuple[str, ...], list[int]]:
-    """The rows by what acts on them here: an adapter, or nothing."""
-    found: dict[tuple[str, ...], list[int]] = {}
+    """The rows of the batch by the adapter that acts on them here, () for none."""
+    groups: dict[tuple[str, ...], list[int]] = {}
     for row, number in enumerate(rows):
-        found.setdefault((names[number],) if number >= 0 and names[number] in active else (), []).append(row)
-    return found
+        groups.setdefault((names[number],) if number >= 0 and names[number] in active else (), []).append(row)
+    return groups
 
 
-def suited(module: Acts, *tensors: Any) -> tuple[Any, ...]:
-    """The tensors in the dtype that a module computes in: its own, which is wider than that of a base in half
-    precision. Integers, and everything under autocast, stay as they are."""
+def cast_for(module: Acts, *tensors: Any) -> tuple[Any, ...]:
+    """The tensors in the dtype of a module; integers, and all tensors under autocast, as they are."""
     dtype = dtype_of(module)
     for x in tensors:
         if dtype is not None and x is not None and x.dtype != dtype:
             return tuple(
                 [x if x is None or not x.is_floating_point() or autocasts(x) else x.to(dtype) for x in tensors]
             )
-    return tensors  # as they are, which is the ordinary case: this is asked at every hook of every pass
+    return tensors
 
 
-def given(values: Iterable[T | None]) -> list[T]:
+def present(values: Iterable[T | None]) -> list[T]:
     """Those that are not None."""
     return [value for value in values if value is not None]

@@ -14,7 +14,7 @@ from effzoo.architectures import Transformer
 from effzoo.architectures.heads import LABEL_DTYPES
 from effzoo.checked import IGNORED
 from effzoo.errors import InputError, did_you_mean, listing
-from effzoo.sites import prompt_rows
+from effzoo.sites import prompt_length
 from effzoo.train.batches import LABEL_NAMES, TOKEN_TASKS
 from effzoo.train.form import UNUSED, Form, accepted, short
 from effzoo.train.survey import of_list, of_table, survey
@@ -72,7 +72,7 @@ def examples(data: Any, model: nn.Module, what: str, *, labelled: bool = True) -
     sized(data, what)
     form = _form(data, model, what, labelled)
     # of predictions, the model itself says it
-    limit = cast(Any, model).config.max_length - prompt_rows(model) if labelled else None
+    limit = cast(Any, model).config.max_length - prompt_length(model) if labelled else None
     if _is_table(data) and data.format["type"] != "custom":  # else a transform runs when an example is read
         data = data.select_columns([name for name in data.column_names if name in form.columns])
         lengths, digest, counted = survey(form, of_table(data, form))
@@ -93,7 +93,7 @@ def examples(data: Any, model: nn.Module, what: str, *, labelled: bool = True) -
 
 def fits_teacher(lengths: Sequence[int], teacher: Transformer) -> None:
     """Raise InputError when a teacher cannot read the longest examples of its student."""
-    limit = teacher.config.max_length - prompt_rows(teacher)
+    limit = teacher.config.max_length - prompt_length(teacher)
     if max(lengths) > limit:
         raise InputError(
             f"the longest example has {max(lengths)} tokens, the teacher reads {limit}; truncate them to {limit}, or "

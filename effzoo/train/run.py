@@ -17,7 +17,7 @@ from effzoo.errors import OptionError
 from effzoo.peft.attach import acting
 from effzoo.peft.state import noted, transition
 from effzoo.peft.training import finish, first_final_step, learning
-from effzoo.recompute import Level, spare
+from effzoo.recompute import Level, save_memory
 from effzoo.sites import unwrap
 from effzoo.train import checkpoints
 from effzoo.train.batches import CalibrationBatches
@@ -267,7 +267,7 @@ def _steps(trainer: ExactTrainer, start: Path | None, first: CalibrationBatches,
         if start is None:
             trainer.start(first)
         # not before: methods that look at the data see all positions
-        before = spare(model, "blocks" if model.recompute == "blocks" else level)
+        before = save_memory(model, "blocks" if model.recompute == "blocks" else level)
         if trainer.teaching is not None and trainer.teaching.settings.inside:
             model.only_what_is_read = False  # the teacher looks at all positions of the last block as well
         trainer.train(resume_from_checkpoint=None if start is None else str(start))

@@ -17,7 +17,7 @@ from effzoo.errors import IncompatibleError, InputError, OptionError
 from effzoo.peft import training
 from effzoo.peft.attach import acting
 from effzoo.peft.fingerprint import facts
-from effzoo.sites import prompt_rows
+from effzoo.sites import prompt_length
 from effzoo.train.distillation import Distillation, labels_per_example, soft_target_loss, state_loss
 from effzoo.train.form import accepted
 
@@ -92,7 +92,7 @@ class Teaching:
         """The mean over the blocks. Prompt tokens have no counterpart and are left out."""
         counts = labels_per_example(batch["labels"], student.task, student.num_labels)
         valid = None if batch.get("attention_mask") is None else batch["attention_mask"].bool()
-        prompt, teacher_prompt = prompt_rows(student), prompt_rows(self.teacher)
+        prompt, teacher_prompt = prompt_length(student), prompt_length(self.teacher)
         of_block = [
             state_loss(states[:, prompt:], getattr(theirs, name)[pair][:, teacher_prompt:], counts, valid)
             for states, pair in zip(getattr(ours, name), self.pairs, strict=True)

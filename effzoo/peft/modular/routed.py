@@ -116,7 +116,9 @@ class Routed(ExpertMixture):
         return routing
 
     def memories(self, context: HookContext) -> list[Memory]:
-        of_experts = [[one for module in expert for one in memories(module, context)] for expert in self.each()]
+        of_experts = [
+            [one for module in expert for one in memories(module, context)] for expert in self.expert_modules()
+        ]
         if self.only is not None:
             return of_experts[self.only]
         found = [one for expert in of_experts for one in expert]
