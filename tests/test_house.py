@@ -1,6 +1,7 @@
 """The house: imports run one way, and nothing is named utils."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "effzoo"
@@ -73,3 +74,17 @@ def test_only_convert_imports_the_models_of_transformers():
         if "convert" not in path.parts:
             text = path.read_text()
             assert "transformers.models" not in text and "AutoModel" not in text, path
+
+
+WORD = re.compile(r"^\| (\w+) \| (.+) \| `(\w+)` in \[`(.+)`\]\(../../effzoo/(.+)\) \|$", re.MULTILINE)
+
+
+def test_every_word_of_the_house_is_defined_where_the_glossary_says():
+    page = (ROOT.parent / "docs/concepts/words.md").read_text()
+    words = WORD.findall(page)
+    assert len(words) == page.count("\n| ") - 1, "a line of the table has another form"
+    assert 0 < len(words) <= 20 and len({word for word, *_ in words}) == len(words), "at most 20 words, each once"
+    for word, _, symbol, shown, path in words:
+        tree = ast.parse((ROOT / path).read_text())
+        defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        assert shown == path and symbol in defined, f"{word}: {path} defines no {symbol}"

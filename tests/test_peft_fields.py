@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import effzoo
 from effzoo import convert
-from effzoo.convert.peft_files.kinds import KINDS
+from effzoo.convert.peft_files.counterparts import COUNTERPARTS
 from effzoo.errors import AdapterError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -140,7 +140,7 @@ def other(kind, name):
 
 
 def test_every_kind_that_is_read_has_a_sample():
-    assert {kind for one in KINDS for kind in one.peft_types} == {*SAMPLES}
+    assert {kind for one in COUNTERPARTS for kind in one.peft_types} == {*SAMPLES}
 
 
 @pytest.mark.parametrize(("kind", "name"), FIELDS, ids=[f"{kind}-{name}" for kind, name in FIELDS])

@@ -615,7 +615,7 @@ REFUSED = [
     ("llama", "llama_adapter[layers=0]", "peft adapts the uppermost layers"),
     ("llama-cls", "llama_adapter", "peft does not save the head .score. with ADAPTION_PROMPT"),
     ("gpt2", "krona", "LoKr of peft adapts linear layers, and transformer.h.0.attn.c_attn"),
-    ("gpt2", "prompt|full[targets=final.norm]", "with PROMPT_TUNING peft saves a head called classifier or score"),
+    ("gpt2", "prompt|full[targets=final.norm]", "with PROMPT_TUNING peft saves the heads classifier and score"),
 ]
 
 

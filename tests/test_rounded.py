@@ -232,5 +232,5 @@ def test_a_damaged_manifest_is_refused_in_a_sentence(base, tmp_path):
     good["manifest_sha256"] = _hash({k: v for k, v in good.items() if k != "manifest_sha256"})
     path.write_text(json.dumps(good))
     effzoo.load_adapter(copy.deepcopy(base), tmp_path / "a")
-    with pytest.raises(AdapterError, match="it was saved before files could tell rounded weights"):
+    with pytest.raises(AdapterError, match="it was saved before files could recognise rounded weights"):
         effzoo.load_adapter(copy.deepcopy(base).to(torch.bfloat16), tmp_path / "a", rounded_base=True)

@@ -2,7 +2,7 @@
 
 | backend | where | what it takes |
 |---|---|---|
-| reference | everywhere | everything: the plain twin, which keeps the scores |
+| reference | everywhere | everything: the plain form, which keeps the scores |
 | flash | CPU; CUDA in bfloat16 and float16 | torch's flash operators: on the CPU dropout 0, on CUDA no bias |
 | blocks | CPU, CUDA | dropout: weights written out a block at a time, and again in the backward pass |
 | efficient | CUDA, all but float64 | torch's memory-efficient operators: biases, dropout |
@@ -173,7 +173,7 @@ def tiling_and_kernel(part: Part, backend: str, dropout: float, seed: int | None
             ]
             return InOnePass(groups), TritonTile()
         return part.tiling_or_one, TritonTile(part.scale, dropout, number)
-    if backend in ("blocks", "reference"):  # in compiled code the plain twin is not followed by autograd
+    if backend in ("blocks", "reference"):  # in compiled code the plain form is not followed by autograd
         return part.tiling_or_one, Weights(dropout, _number(drawn_seed()) if seed is None else seed, part.scale)
     if backend == "efficient":
         return part.tiling_or_one, Efficient(part.scale, dropout, seed)

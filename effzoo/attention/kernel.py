@@ -9,7 +9,7 @@ as FlashAttention merges its tiles (Dao et al. 2022, arXiv:2205.14135, section 3
 own: with P = exp(S_i - L), the derivative dS_i = P * (dO V_i^T - rowsum(dO * out)) takes the merged out and L, so the
 backward pass of each part is given these (as in ring attention, Liu et al. 2023, arXiv:2310.01889).
 
-`backends.py` chooses the kernel; `_plain` is the readable twin of all kernels, and tests hold them equal.
+`backends.py` chooses the kernel; `_plain` is the readable form of all kernels, and tests hold them equal.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     x2 = y2 - feed(norm(y1)),    x1 = y1 - attend(norm(x2))      backward, each sub-layer computed once more
 
 Activation memory does not grow with depth (Gomez et al. 2017, arXiv:1707.04585, section 3.2; Kitaev et al. 2020,
-Reformer, arXiv:2001.04451, section 3). `two_streams` is the plain twin, which stores activations.
+Reformer, arXiv:2001.04451, section 3). `two_streams` is the plain form, which stores activations.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def suitable(view: View[Any], given: str, build: Callable[[Spec], object]) -> Sp
     return spec
 
 
-def check_options(view: View[Any], cls: type, leading: int) -> None:
+def check_options(view: View[Any], cls: type[Any], leading: int) -> None:
     """Fail unless options are keyword-only, after `leading` arguments, with a type, a default, and a default of that
     type."""
     positional = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is not p.KEYWORD_ONLY]
@@ -54,7 +54,7 @@ def check_options(view: View[Any], cls: type, leading: int) -> None:
             f"the constructor of {cls.__qualname__} takes {positional[leading]!r} by position, so no spec "
             "can set it; write '*' before it"
         )
-    for option in view.options(cls.name):  # type: ignore[attr-defined]
+    for option in view.options(cls.name):
         if option.required:
             raise Failed(f"option {option.name!r} has no default; give it one, so that the bare name can be used")
         if option.annotation is inspect.Parameter.empty:

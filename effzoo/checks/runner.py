@@ -105,7 +105,8 @@ def needs(*checks: str) -> Callable[[C], C]:
     """Decorator: when one of these checks is red, this one would only repeat it, so it is not run."""
 
     def mark(check: C) -> C:
-        check.needs = checks  # type: ignore[attr-defined]
+        marked: Any = check
+        marked.needs = checks
         return check
 
     return mark

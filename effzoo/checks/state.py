@@ -218,19 +218,11 @@ def copies_are_equal(subject: Subject) -> None:
             "make what is drawn a parameter or a persistent buffer, or draw it from a generator with a seed of its own"
         )
         close(f"{where}: a fresh core with this state dict", fresh(*inputs, mask=Mask()), expected, 0.0, advice)
-        twin = copy.deepcopy(core)
-        close(
-            f"{where}: a deep copy",
-            twin(*inputs, mask=Mask()),
-            expected,
-            0.0,
-            "hold no reference to tensors outside the module",
-        )
-        if shared := [
-            name
-            for name, own in twin.state_dict().items()
-            if own.data_ptr() == core.state_dict()[name].data_ptr() and own.numel()
-        ]:
+        other = copy.deepcopy(core)
+        outside = "hold no reference to tensors outside the module"
+        close(f"{where}: a deep copy", other(*inputs, mask=Mask()), expected, 0.0, outside)
+        originals = {tensor.data_ptr() for tensor in core.state_dict().values()}
+        if shared := [name for name, own in other.state_dict().items() if own.numel() and own.data_ptr() in originals]:
             raise Failed(
                 f"{where}: a deep copy shares {shared[0]} with the original; keep tensors as parameters or buffers"
             )

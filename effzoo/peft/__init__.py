@@ -1,6 +1,6 @@
 """PEFT methods, each a few hooks, and what can be done with them on any model made of sites.
 
-`names()`, `get(name)`, `options(name)` and `register(name)` are the registry's view of this kind.
+`names()`, `get(name)`, `options(name)` and `register(name)` are the registry's view of PEFT methods.
 """
 
 from effzoo.annotations import check_arguments
@@ -24,62 +24,12 @@ names, get, options, register, create = _view.names, _view.get, _view.options, _
 aliases = _view.aliases
 
 __all__ = [
-    "Account",
-    "Attachment",
-    "Combined",
-    "Flops",
-    "HookContext",
-    "Memory",
-    "MergeReport",
-    "Method",
-    "PeftModule",
-    "SideNetwork",
-    "Stage",
-    "Status",
-    "TrainingHooks",
-    "account",
-    "activate",
-    "active",
-    "aliases",
-    "attach",
-    "attached",
-    "base_rounding",
-    "begin",
-    "calibrate",
-    "combine",
-    "create",
-    "delta",
-    "detach",
-    "disabled",
-    "extract",
-    "finish",
-    "flops",
-    "gather",
-    "get",
-    "combined",
-    "function",
-    "learning_rates",
-    "load_adapter",
-    "input",
-    "loss",
-    "merge",
-    "modular",
-    "names",
-    "options",
-    "penalty",
-    "parameter",
-    "ranks",
-    "recast",
-    "register",
-    "roles",
-    "save_adapter",
-    "schedule",
-    "stages",
-    "status",
-    "swap_weights",
-    "timetable",
-    "unmerge",
-    "within",
-]
+    "Account", "Attachment", "Combined", "Flops", "HookContext", "Memory", "MergeReport", "Method", "PeftModule",
+    "SideNetwork", "Stage", "Status", "TrainingHooks", "account", "activate", "active", "aliases", "attach", "attached",
+    "base_rounding", "begin", "calibrate", "combine", "create", "delta", "detach", "disabled", "extract", "finish",
+    "flops", "gather", "get", "combined", "function", "learning_rates", "load_adapter", "input", "loss", "merge",
+    "modular", "names", "options", "penalty", "parameter", "ranks", "recast", "register", "roles", "save_adapter",
+    "schedule", "stages", "status", "swap_weights", "timetable", "unmerge", "within",
+]  # fmt: skip
 
 check_arguments(globals())

@@ -51,12 +51,11 @@ def attach(
     dtype: torch.dtype | str | None = None,
     num_labels: Count | None = None,
 ) -> M:
-    """Hang the methods of a spec (`"lora[rank=4]|ia3"`) on a model under a name, make it the active adapter, return the
-    model.
+    """Hang the methods of a spec (`"lora[rank=4]|ia3"`) on a model and make them its active adapter; return the model.
 
     model: built from sites, as effzoo's models are.
     peft: a spec, or several.
-    name: a Python identifier, at most 100 bytes.
+    name: of the adapter, a Python identifier of at most 100 bytes.
     dtype: of the adapter's tensors; None for float32 whatever the base is (float64 on a float64 base), since in half
         precision small updates are lost. It computes in that dtype, and what it gives back to the model is rounded
         once.
@@ -354,7 +353,7 @@ def targets(model: nn.Module, method: Method) -> dict[str, Site]:
             )
         found.update(matched)
     if not found and not method.targets and not any(isinstance(site, method.accepts) for site in everything.values()):
-        reason = f"it hangs on {_kinds(method)} sites, of which there are none"
+        reason = f"it hangs on {_site_types(method)} sites, of which there are none"
         raise IncompatiblePeft(method.name, "this model", reason, "use it on a model that has them, or another method")
     if not found:
         raise TargetError(
@@ -363,7 +362,7 @@ def targets(model: nn.Module, method: Method) -> dict[str, Site]:
     for path, site in found.items():
         if not isinstance(site, method.accepts):
             what = f"{site.role!r} ({path}) is {type(site).__name__}"
-            raise TargetError(f"{method.name} hangs on {_kinds(method)} sites; {what}")
+            raise TargetError(f"{method.name} hangs on {_site_types(method)} sites; {what}")
     return found
 
 
@@ -374,8 +373,8 @@ def _matches(site: Site, pattern: str) -> bool:
     return fnmatchcase(site.role, pattern)
 
 
-def _kinds(method: Method) -> str:
-    """The kinds of sites that a method hangs on, in words; a tied head is a linear layer to whoever names sites."""
+def _site_types(method: Method) -> str:
+    """The types of sites that a method hangs on, in words; a tied head is a linear layer to whoever names sites."""
     return " or ".join(dict.fromkeys("Linear" if cls is TiedLinear else cls.__name__ for cls in method.accepts))
 
 
@@ -416,13 +415,12 @@ def adapter_dtype(base: torch.dtype, asked: torch.dtype | None = None) -> torch.
 
 
 def recast(model: M, *names: str, dtype: torch.dtype | str | None = None) -> M:
-    """Hold the tensors of the named adapters (all, when none is named) in another dtype, the base as it is; return the
-    model.
+    """Store the tensors of the named adapters (all, when none is named) in another dtype; return the model.
 
     dtype: None for that of `attach`: float32, or float64 on a float64 base.
 
-    For an adapter that `model.to(torch.bfloat16)` has cast with the base; what that has rounded stays rounded. Raises
-    UnknownNameError, OptionError.
+    The base is left as it is. For an adapter that `model.to(torch.bfloat16)` has cast with the base; what that has
+    rounded stays rounded. Raises UnknownNameError, OptionError.
     """
     wanted = _dtype(dtype)
     with transition(model) as state:

@@ -68,11 +68,11 @@ FOREIGN: dict[str, Foreign] = {}  # by name; those who know the other library pu
 
 
 def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "default", format: str = OWN) -> Path:
-    """Write one adapter (its head included) to a directory and return it; an adapter of the same format that was saved
-    there is replaced.
+    """Write one adapter (its head included) to a directory and return the directory.
 
     model: what the adapter is attached to.
-    directory: where to; it is made if there is none. Files that are not the adapter's stay.
+    directory: where to; it is made if there is none. An adapter of the same format in it is replaced; files that are
+        not the adapter's stay.
     name: of the adapter.
     format: "effzoo", or "peft" for files of the `peft` package, which `effzoo.convert.peft_files` describes.
 
@@ -276,7 +276,7 @@ def _read(directory: Path) -> tuple[Manifest, dict[str, Tensor]]:
         raise AdapterError(f"{directory} was written {TRIES} times while it was read; load it when nobody saves there")
     try:
         tensors = safetensors.torch.load(content)
-    # of a kind that is safetensors' own affair: a header that is none, a dtype that torch lacks
+    # errors of safetensors' own: a header that is none, a dtype that torch lacks
     except Exception as error:
         raise AdapterError(
             f"{directory / manifest.tensors} is not a safetensors file: {type(error).__name__}: {error}"

@@ -105,12 +105,12 @@ def _without(tensor: Tensor, embeddings: str) -> Tensor:
 
 
 def facts(model: nn.Module) -> dict[str, Any]:
-    """The facts of a fingerprint: what the model says of itself, then the class and the attributes of every module
-    inside."""
+    """The facts of a fingerprint: what the model says of itself; class and attributes of every module inside."""
     model = unwrap(model)
     found: dict[str, Any] = {"class": type(model).__name__}
-    if callable(getattr(model, "computes", None)):
-        found |= {name: _plain(value) for name, value in model.computes().items()}  # type: ignore[operator]
+    computes: Any = getattr(model, "computes", None)
+    if callable(computes):
+        found |= {name: _plain(value) for name, value in computes().items()}
     for path, module in model.named_modules():
         if path and not _of_adapter(f"{path}.") and not isinstance(module, CONTAINERS):
             found[path] = type(module).__name__
@@ -119,8 +119,7 @@ def facts(model: nn.Module) -> dict[str, Any]:
 
 
 def difference(theirs: Fingerprint, ours: Fingerprint) -> str | None:
-    """The first thing in which a stored fingerprint and that of a model differ, in words with both values; None for
-    none."""
+    """The first difference between a stored fingerprint and a model's, in words with both values; None for none."""
     for them, us in ((theirs.facts, ours.facts), (theirs.tensors, ours.tensors)):
         for name in (*them, *(name for name in us if name not in them)):
             if name.rpartition(".")[2] == "projections":

@@ -149,17 +149,17 @@ def _values(model: nn.Module, attachment: Attachment) -> dict[tuple[str, str], T
 
 
 def unmerge(model: M, name: str = "default") -> M:
-    """Put back, bit by bit, the weights that `merge` overwrote, and attach the adapter again as it was; return the
-    model.
+    """Put back, bit by bit, the weights that `merge` overwrote, and attach the adapter again as it was.
+
+    name: of the adapter; those merged last come first.
 
     What acts, its order, combination and scales, and what is trainable are again as before merging, if nothing was
     activated since. If something was, that goes on: an adapter that acted when it was merged then comes first in the
     stack, where it has acted since; in an average or by row it comes back inactive. The adapter takes the mode, dtype
-    and device that the model has now.
+    and device that the model has now. Returns the model.
 
-    The adapters merged last come first. Raises AdapterError for a name that was not merged, or merged with undo=False,
-    and when merged weights were changed since (trained, loaded, quantised), which would be lost; what `unmerge` needs
-    is then kept.
+    Raises AdapterError for a name that was not merged, or merged with undo=False, and when merged weights were changed
+    since (trained, loaded, quantised), which would be lost; what `unmerge` needs is then kept.
     """
     with transition(model) as state:
         inside, names = unwrap(model), [merged.name for merged in state.merged]
@@ -364,8 +364,8 @@ def _no_weight(site: Site, module: Acts) -> bool:
 
 
 def _refusal(where: str, module: Acts) -> AdapterError:
-    kind = type(module.module if isinstance(module, Scaled) else module).__name__
-    return AdapterError(f"{where} cannot be merged: {kind} is not a change of a weight; keep it attached")
+    what = type(module.module if isinstance(module, Scaled) else module).__name__
+    return AdapterError(f"{where} cannot be merged: {what} is not a change of a weight; keep it attached")
 
 
 def _rounding(tensor: str, parameter: Tensor, value: Tensor) -> Rounding:

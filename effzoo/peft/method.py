@@ -64,7 +64,7 @@ class Method(abc.ABC):
     paper: ClassVar[str] = ""
     size: ClassVar[str] = ""
     accepts: ClassVar[tuple[type[Site], ...]] = (Site,)
-    default_targets: ClassVar[tuple[str, ...]] = ()
+    default_targets: tuple[str, ...] = ()
     identity_at_init: bool = True
     learning_rate: float = 5e-4
     targets: tuple[str, ...] | None = None

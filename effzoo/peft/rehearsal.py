@@ -29,8 +29,7 @@ def rehearse(
     dtype: torch.dtype | None = None,
     num_labels: int | None = None,
 ) -> tuple[M, set[str]]:
-    """A copy of the model on the meta device with the adapter attached, and the beginnings of keys whose shapes only
-    data know.
+    """A copy of the model on the meta device with the adapter attached, and keys whose shapes only the data know.
 
     specs, name: of the adapter.
     begun: {method: stage} in which it is.
@@ -38,8 +37,8 @@ def rehearse(
     most: calls of torch that it may take; what needs more is refused.
     dtype, num_labels: as in `attach`.
 
-    Raises what `attach` raises, and AdapterError for anything else that goes wrong. Nothing as large as a tensor is
-    allocated.
+    The second result holds the beginnings of these keys. Raises what `attach` raises, and AdapterError for anything
+    else that goes wrong. Nothing as large as a tensor is allocated.
     """
     try:
         shapes = skeleton(model)

@@ -1,8 +1,8 @@
 """The same weights in another dtype, or quantised: how a file's base is recognised in it, and what the rounding costs.
 
-Of every floating-point tensor (of a quantised weight the numbers that its codes stand for) a manifest keeps its kind,
-the numbers at 64 drawn places, and for each narrower dtype the hash of the tensor rounded to it. A base of another kind
-is accepted where it is
+Of every floating-point tensor (of a quantised weight the numbers that its codes stand for) a manifest keeps its
+precision, the numbers at 64 drawn places, and for each narrower dtype the hash of the tensor rounded to it. A base of
+another precision is accepted where it is
 
     the file's, rounded to a narrower dtype     it has the hash that is kept, which proves every entry
     what the file's was rounded from            rounded or quantised in turn it has the file's hash, which proves it
@@ -48,7 +48,7 @@ CODERS: dict[int, tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Callable[[Ten
 class Kept:
     """What a manifest keeps of a tensor.
 
-    kind: "bfloat16", or "4 bits (bfloat16)" with the dtype of the scales.
+    precision: "bfloat16", or "4 bits (bfloat16)" with the dtype of the scales.
     shape: of the tensor.
     numbers: float64, at `places` of it.
     margins: how far each number may be from what it was rounded from.
@@ -56,7 +56,7 @@ class Kept:
         tensor's)}.
     """
 
-    kind: str
+    precision: str
     shape: tuple[int, ...]
     numbers: Tensor
     margins: Tensor
@@ -65,35 +65,37 @@ class Kept:
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
         return {
-            "kind": self.kind,
+            "kind": self.precision,
             "shape": list(self.shape),
             "numbers": _packed(self.numbers),
-            "margins": None if _dense(self.kind) else _packed(self.margins),
+            "margins": None if _dense(self.precision) else _packed(self.margins),
             "rounded": {name: list(found) for name, found in self.rounded.items()},
         }
 
     @classmethod
     def read(cls, content: Any) -> Kept:
         """From JSON of any origin. Raises KeyError, TypeError, ValueError."""
-        kind, shape = content["kind"], tuple(content["shape"])
-        if not isinstance(kind, str) or not all(type(size) is int and size >= 0 for size in shape):
-            raise TypeError("a kept tensor has a kind and a shape")
-        if _dtype(kind) is None or math.prod(shape) >= 2**48:
-            raise ValueError(f"{kind!r:.40} of shape {shape!s:.40} is no kind of tensor")
+        precision, shape = content["kind"], tuple(content["shape"])
+        if not isinstance(precision, str) or not all(type(size) is int and size >= 0 for size in shape):
+            raise TypeError("a kept tensor has a precision and a shape")
+        if _dtype(precision) is None or math.prod(shape) >= 2**48:
+            raise ValueError(f"{precision!r:.40} of shape {shape!s:.40} is no precision of a tensor")
         numbers = _unpacked(content["numbers"], len(places(shape)))
-        margins = _margins(numbers, kind) if content["margins"] is None else _unpacked(content["margins"], len(numbers))
+        margins = (
+            _margins(numbers, precision) if content["margins"] is None else _unpacked(content["margins"], len(numbers))
+        )
         rounded = {
             name: (str(digest), float(relative)) for name, (digest, relative) in dict(content["rounded"]).items()
         }
-        return cls(kind, shape, numbers, margins, rounded)
+        return cls(precision, shape, numbers, margins, rounded)
 
 
 @dataclass(frozen=True)
 class RoundedTensor:
-    """One tensor that has another kind than in the file's base.
+    """One tensor that has another precision than in the file's base.
 
     tensor: its key.
-    theirs, ours: its kinds there and here.
+    theirs, ours: its precisions there and here.
     relative: the norm of the difference by the tensor's; of all entries when they are proved, else an estimate from 64.
     proved: whether every entry is known to be the rounded one.
     """
@@ -107,7 +109,7 @@ class RoundedTensor:
 
 @dataclass(frozen=True)
 class BaseRounding:
-    """The difference between the base that an adapter was trained on and this one: tensors of another kind."""
+    """The difference between the base that an adapter was trained on and this one: tensors of another precision."""
 
     tensors: tuple[RoundedTensor, ...]
 
@@ -120,13 +122,13 @@ class BaseRounding:
         if not self.tensors:
             return "the base is the file's, bit by bit"
         width = max(len(one.tensor) for one in self.tensors)
-        kinds = max(len(f"{one.theirs} -> {one.ours}") for one in self.tensors)
+        precisions = max(len(f"{one.theirs} -> {one.ours}") for one in self.tensors)
         proved = sum(one.proved for one in self.tensors)
         count = f"{len(self.tensors)} tensors are rounded, {proved} of them proved in every entry"
         lines = [f"{count}; relative difference at most {self.worst:.2e}"]
         for one in sorted(self.tensors, key=lambda one: -one.relative):
-            kind, how = f"{one.theirs} -> {one.ours}", "every entry" if one.proved else f"{PLACES} entries"
-            lines.append(f"  {one.tensor:{width}}  {kind:{kinds}}  {one.relative:.2e}  {how}")
+            precision, how = f"{one.theirs} -> {one.ours}", "every entry" if one.proved else f"{PLACES} entries"
+            lines.append(f"  {one.tensor:{width}}  {precision:{precisions}}  {one.relative:.2e}  {how}")
         return "\n".join(lines)
 
 
@@ -134,15 +136,16 @@ class BaseRounding:
 def kept_of(model: nn.Module, without: Collection[str] = ()) -> dict[str, Kept]:
     """What a manifest keeps of a model's base tensors, by key; a quantised weight has the key of a dense one."""
     return {
-        key: _kept(key, tensor, kind, margins) for key, (tensor, kind, margins) in _floating(model, without).items()
+        key: _kept(key, tensor, precision, margins)
+        for key, (tensor, precision, margins) in _floating(model, without).items()
     }
 
 
-def differing_kind(theirs: Fingerprint, ours: Fingerprint) -> str | None:
-    """The first tensor whose kind differs between the two bases, in words; None where nothing or more differs."""
+def differing_precision(theirs: Fingerprint, ours: Fingerprint) -> str | None:
+    """The first tensor of another precision in the two bases, in words; None where nothing or more differs."""
     if difference(Fingerprint(_facts(theirs), {}), Fingerprint(_facts(ours), {})) is not None:
         return None
-    them, us = _kinds(theirs), _kinds(ours)
+    them, us = _precisions(theirs), _precisions(ours)
     if them.keys() - us.keys():
         return None
     return next(
@@ -161,61 +164,63 @@ def compare(theirs: Fingerprint, kept: Mapping[str, Kept], ours: Fingerprint, mo
     """
     if found := difference(Fingerprint(_facts(theirs), _exact(theirs)), Fingerprint(_facts(ours), _exact(ours))):
         raise AdapterError(found)
-    base = {key: value for key, value in _floating(model).items() if key in _kinds(ours)}
+    base = {key: value for key, value in _floating(model).items() if key in _precisions(ours)}
     for key in [*kept, *(key for key in base if key not in kept)]:
         if key not in base or key not in kept:
             raise AdapterError(f"{key}: there is none {'in this model' if key in kept else 'in the file'}")
     rounded = []
-    for key, (tensor, kind, margins) in base.items():
+    for key, (tensor, precision, margins) in base.items():
         them = kept[key]
         if them.shape != tuple(tensor.shape):
             raise AdapterError(f"{key}: of shape {list(them.shape)} in the file, {list(tensor.shape)} in this model")
-        if them.kind != kind:
-            rounded.append(_rounded(key, them, theirs, tensor, kind, margins))
-        elif any(theirs.tensors.get(name) != ours.tensors.get(name) for name in _names(key, kind)):
-            raise AdapterError(f"{key}: {kind} in the file and in this model, with other values")
+        if them.precision != precision:
+            rounded.append(_rounded(key, them, theirs, tensor, precision, margins))
+        elif any(theirs.tensors.get(name) != ours.tensors.get(name) for name in _names(key, precision)):
+            raise AdapterError(f"{key}: {precision} in the file and in this model, with other values")
     return BaseRounding(tuple(rounded))
 
 
 def _rounded(
-    key: str, them: Kept, theirs: Fingerprint, tensor: Tensor, kind: str, margins: Tensor | None
+    key: str, them: Kept, theirs: Fingerprint, tensor: Tensor, precision: str, margins: Tensor | None
 ) -> RoundedTensor:
-    if _dense(kind) and kind in them.rounded:  # the file's, rounded to a narrower dtype
-        wanted, relative = them.rounded[kind]
+    if _dense(precision) and precision in them.rounded:  # the file's, rounded to a narrower dtype
+        wanted, relative = them.rounded[precision]
         if content_hash(tensor) != wanted:
-            raise AdapterError(f"{key}: {them.kind} in the file, which rounded to {kind} is not what this model holds")
-        return RoundedTensor(key, them.kind, kind, relative, proved=True)
-    source = _dtype(them.kind)
+            raise AdapterError(
+                f"{key}: {them.precision} in the file, which rounded to {precision} is not what this model holds"
+            )
+        return RoundedTensor(key, them.precision, precision, relative, proved=True)
+    source = _dtype(them.precision)
     assert source is not None
     # what the file's was rounded from
-    if _dense(kind) and _dense(them.kind) and torch.promote_types(tensor.dtype, source) == tensor.dtype:
+    if _dense(precision) and _dense(them.precision) and torch.promote_types(tensor.dtype, source) == tensor.dtype:
         back = tensor.to(source)
         if described_without(back, embeddings_left_out(theirs).get(key)) != theirs.tensors.get(key):
             raise AdapterError(
-                f"{key}: {them.kind} in the file, which is not what this model holds, rounded from {kind}"
+                f"{key}: {them.precision} in the file, which is not what this model holds, rounded from {precision}"
             )
-        return RoundedTensor(key, them.kind, kind, _relative(back, tensor), proved=True)
+        return RoundedTensor(key, them.precision, precision, _relative(back, tensor), proved=True)
     # what the file's was quantised from
-    if _dense(kind) and tensor.dtype == source and (bits := int(them.kind[0])) in CODERS:
+    if _dense(precision) and tensor.dtype == source and (bits := int(them.precision[0])) in CODERS:
         coded, decoded = CODERS[bits]
         codes, scales = coded(tensor)
-        if [described(codes), described(scales)] == [theirs.tensors.get(name) for name in _names(key, them.kind)]:
+        if [described(codes), described(scales)] == [theirs.tensors.get(name) for name in _names(key, them.precision)]:
             return RoundedTensor(
-                key, them.kind, kind, _relative(decoded(codes, scales, tensor.shape), tensor), proved=True
+                key, them.precision, precision, _relative(decoded(codes, scales, tensor.shape), tensor), proved=True
             )
-    own = _kept(key, tensor, kind, margins, further=False)
+    own = _kept(key, tensor, precision, margins, further=False)
     gap = (own.numbers - them.numbers).abs()
     if not bool((gap <= SLACK * (own.margins + them.margins)).all()):
         raise AdapterError(
-            f"{key}: {them.kind} in the file and {kind} in this model, with values that are further "
+            f"{key}: {them.precision} in the file and {precision} in this model, with values that are further "
             "from each other than rounding moves them"
         )
     norm = float(them.numbers.norm())
-    return RoundedTensor(key, them.kind, kind, float(gap.norm()) / norm if norm else 0.0, proved=False)
+    return RoundedTensor(key, them.precision, precision, float(gap.norm()) / norm if norm else 0.0, proved=False)
 
 
 def _floating(model: nn.Module, without: Collection[str] = ()) -> dict[str, tuple[Tensor, str, Tensor | None]]:
-    """The floating-point base tensors by key: numbers, kind, and margins where they do not follow from the dtype."""
+    """The floating-point base tensors by key: numbers, precision, and margins unless they follow from the dtype."""
     found: dict[str, tuple[Tensor, str, Tensor | None]] = {}
     coded: dict[str, Any] = {path: site for path, site in sites(model) if getattr(site, "bits", None)}
     for path, site in coded.items():
@@ -227,16 +232,16 @@ def _floating(model: nn.Module, without: Collection[str] = ()) -> dict[str, tupl
     return {key: value for key, value in found.items() if key not in without}
 
 
-def _kept(key: str, tensor: Tensor, kind: str, margins: Tensor | None, further: bool = True) -> Kept:
+def _kept(key: str, tensor: Tensor, precision: str, margins: Tensor | None, further: bool = True) -> Kept:
     at = places(tuple(tensor.shape)).to(tensor.device)
     numbers = tensor.flatten()[at].double().cpu()
-    own = _margins(numbers, kind) if margins is None else margins.flatten()[at].double().cpu()
+    own = _margins(numbers, precision) if margins is None else margins.flatten()[at].double().cpu()
     rounded = {}
-    for dtype in NARROWER.get(tensor.dtype, ()) if _dense(kind) and further else ():
+    for dtype in NARROWER.get(tensor.dtype, ()) if _dense(precision) and further else ():
         back = tensor.to(dtype)
         if math.isfinite(relative := _relative(back, tensor)):
             rounded[_said(dtype)] = (content_hash(back), relative)
-    return Kept(kind, tuple(tensor.shape), numbers, own, rounded)
+    return Kept(precision, tuple(tensor.shape), numbers, own, rounded)
 
 
 def places(shape: tuple[int, ...]) -> Tensor:
@@ -247,9 +252,9 @@ def places(shape: tuple[int, ...]) -> Tensor:
     return torch.randint(size, (PLACES,), generator=torch.Generator().manual_seed(size % 2**32), device="cpu")
 
 
-def _margins(numbers: Tensor, kind: str) -> Tensor:
+def _margins(numbers: Tensor, precision: str) -> Tensor:
     """How far numbers may be from what was rounded to their dtype: half a unit in the last place."""
-    dtype = _dtype(kind)
+    dtype = _dtype(precision)
     assert dtype is not None
     info = torch.finfo(dtype)
     return numbers.abs() * (info.eps / 2) + info.tiny * info.eps
@@ -261,13 +266,13 @@ def _relative(back: Tensor, tensor: Tensor) -> float:
     return float((back.double() - exact).norm()) / norm if norm else 0.0
 
 
-def _dense(kind: str) -> bool:
-    return " " not in kind
+def _dense(precision: str) -> bool:
+    return " " not in precision
 
 
-def _dtype(kind: str) -> torch.dtype | None:
-    """The floating-point dtype of a kind, or of its scales."""
-    found = getattr(torch, kind.rpartition("(")[2].removesuffix(")"), None)
+def _dtype(precision: str) -> torch.dtype | None:
+    """The floating-point dtype of a precision, or of its scales."""
+    found = getattr(torch, precision.rpartition("(")[2].removesuffix(")"), None)
     return found if isinstance(found, torch.dtype) and found.is_floating_point else None
 
 
@@ -275,14 +280,14 @@ def _said(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _names(key: str, kind: str) -> tuple[str, ...]:
-    """The keys under which a fingerprint knows a tensor of some kind."""
+def _names(key: str, precision: str) -> tuple[str, ...]:
+    """The keys under which a fingerprint knows a tensor of some precision."""
     path = key.removesuffix("weight")
-    return (key,) if _dense(kind) else (f"{path}codes", f"{path}scales")
+    return (key,) if _dense(precision) else (f"{path}codes", f"{path}scales")
 
 
-def _kinds(of: Fingerprint) -> dict[str, str]:
-    """The kinds of the floating-point tensors of a fingerprint, by the key of the dense tensor."""
+def _precisions(of: Fingerprint) -> dict[str, str]:
+    """The precisions of the floating-point tensors of a fingerprint, by the key of the dense tensor."""
     found = {}
     for key, value in of.tensors.items():
         name, path = value.partition("[")[0], key.rpartition(".")[0]

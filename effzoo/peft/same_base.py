@@ -14,7 +14,7 @@ from effzoo.errors import AdapterError
 from effzoo.peft.fingerprint import Fingerprint, content_hash, difference, embeddings_left_out, fingerprint
 from effzoo.peft.manifest import UNPROVED, Manifest
 from effzoo.peft.method import HEAD
-from effzoo.peft.rounded import BaseRounding, compare, differing_kind
+from effzoo.peft.rounded import BaseRounding, compare, differing_precision
 from effzoo.peft.state import label_layers
 from effzoo.peft.stored import replaced, replaced_embeddings
 from effzoo.sites import sites, unwrap
@@ -52,9 +52,9 @@ def check_base(
     if found is None:
         return ours, None
     another = f"the adapter in {directory} was trained on another base ({manifest.base!r})"
-    if manifest.format > 1 and (kinds := differing_kind(theirs, seen)):
+    if manifest.format > 1 and (differs := differing_precision(theirs, seen)):
         if not rounded_base or not manifest.kept:
-            raise AdapterError(f"{another}: {kinds}; {SAVED_BEFORE if rounded_base else TAKE_ROUNDED}")
+            raise AdapterError(f"{another}: {differs}; {SAVED_BEFORE if rounded_base else TAKE_ROUNDED}")
         try:
             rounding = compare(theirs, manifest.kept, seen, model)
         except AdapterError as error:

@@ -226,7 +226,7 @@ def checksum(tensor: Tensor) -> int:
     total = 0
     if tensor.is_meta:
         return total
-    for part in tensor.detach().reshape(-1).view(whole).split(1 << 22):  # type: ignore[no-untyped-call]
+    for part in torch.split(tensor.detach().reshape(-1).view(whole), 1 << 22):
         factors = torch.arange(len(part), device=part.device) * 2_654_435_761 + 1
         total += int((part.long() * factors).sum()) + 3 * total
     return total
@@ -258,9 +258,9 @@ class _Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        for owner, kind, attributes in self.owners:
-            if type(owner) is not kind:
-                owner.__class__ = kind
+        for owner, cls, attributes in self.owners:
+            if type(owner) is not cls:
+                owner.__class__ = cls
             _put_back(owner, attributes)
         for p, flag in self.flags.values():
             p.requires_grad_(flag)
@@ -285,9 +285,9 @@ def _content(value: object) -> dict[Any, Any] | list[Any] | set[Any] | None:
 
     `copy.copy` of an OrderedDict, of which each module has a dozen, takes ten times as long.
     """
-    for kind in (dict, list, set):
-        if isinstance(value, kind):
-            return kind(value)
+    for container in (dict, list, set):
+        if isinstance(value, container):
+            return container(value)
     return None
 
 
@@ -317,8 +317,9 @@ def _adopt(model: nn.Module, state: Adapters) -> None:
 
 
 def _check_synchronised(outer: nn.Module | None, learning: Set[int]) -> None:
-    """AdapterError where DistributedDataParallel would not synchronise what now learns: it synchronises what learned
-    when it was made.
+    """AdapterError where DistributedDataParallel would not synchronise what now learns.
+
+    It synchronises what learned when it was made.
 
     learning: the ids of the parameters that the model had and trained before; what was merged is none of them.
     """

@@ -267,8 +267,8 @@ def penalty(model: nn.Module) -> Tensor | None:
 
 
 def finish(model: nn.Module, *names: str) -> None:
-    """Drop what only training needed (a reparametrisation, all experts but their mean); outputs in evaluation stay the
-    same.
+    """Drop what only training needed (a reparametrisation, all experts but their mean); evaluation gives the same
+    outputs.
 
     names: of adapters; none for all active ones. Adapters of methods that do nothing in training stay as they are.
     """

@@ -25,8 +25,8 @@ class Stage:
 
 
 class TrainingHooks(Method):
-    """A method that takes part in training: it sees data first, prunes or anneals on the way, or drops what only
-    training needed.
+    """A method that takes part in training: it chooses by data first, prunes on the way, or drops what only training
+    needed.
 
     rates: {pattern of a tensor's name in the module: factor on the learning rate}.
     stages: parts of the training, for methods that train differently over time.

@@ -79,7 +79,7 @@ class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.half_copies: dict[int, weakref.ref[Any]] = {}  # storages that were cast from them
         # real storages into which something fake was written: their values are lost
         self._overwritten: dict[int, weakref.ref[Any]] = {}
-        self._twins: dict[int, weakref.ref[Any]] = {}  # fake storages that stand for those
+        self._fakes: dict[int, weakref.ref[Any]] = {}  # fake storages that stand for those
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -88,7 +88,7 @@ class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = _tensors((args, kwargs))
         out = self._known(func, args, kwargs) if all(map(self._has_value, given)) else self._shapes(func, args, kwargs)
         for tensor in _tensors(out) if self.meter is not None else ():
-            if key(tensor) not in self._twins:
+            if key(tensor) not in self._fakes:
                 self.meter.see(tensor)  # type: ignore[union-attr]
         if (
             func is torch.ops.aten._to_copy.default
@@ -129,9 +129,9 @@ class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _twin(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor) or key(tensor) not in self._overwritten:
             return tensor
-        twin: Tensor = self.fake.from_tensor(tensor)
-        _remember(twin, self._twins)
-        return twin
+        fake: Tensor = self.fake.from_tensor(tensor)
+        _remember(fake, self._fakes)
+        return fake
 
     def _as_indices(self, index: Any) -> tuple[Any, ...]:
         selects = isinstance(index, Tensor) and index.dtype == torch.bool and self._has_value(index)

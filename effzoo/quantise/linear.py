@@ -88,10 +88,11 @@ class QuantisedLinear(Linear):
         return follows(self.times(x, bias), self.times, x, bias)
 
     def times(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        kind = x.device.type
-        if not x.is_meta and torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
-        y: Tensor = _Times.apply(x, bias, self.codes, self.scales, (self.out_features, self.in_features), self.bits)  # type: ignore[no-untyped-call]
+        device = x.device.type
+        if not x.is_meta and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        times: Any = _Times.apply
+        y: Tensor = times(x, bias, self.codes, self.scales, (self.out_features, self.in_features), self.bits)
         return y
 
 

@@ -17,28 +17,9 @@ names, get, options, register, create = _view.names, _view.get, _view.options, _
 aliases = _view.aliases
 
 __all__ = [
-    "Router",
-    "Routing",
-    "Scores",
-    "Usage",
-    "Watch",
-    "aliases",
-    "assign",
-    "balanced",
-    "by_task",
-    "create",
-    "get",
-    "importance_loss",
-    "load_loss",
-    "mixtures",
-    "names",
-    "options",
-    "register",
-    "switch_loss",
-    "top_k",
-    "usage",
-    "watch",
-    "z_loss",
-]
+    "Router", "Routing", "Scores", "Usage", "Watch", "aliases", "assign", "balanced", "by_task", "create", "get",
+    "importance_loss", "load_loss", "mixtures", "names", "options", "register", "switch_loss", "top_k", "usage",
+    "watch", "z_loss",
+]  # fmt: skip
 
 check_arguments(globals())

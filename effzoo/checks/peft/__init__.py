@@ -7,23 +7,10 @@ from effzoo.checks.peft.subject import Subject
 from effzoo.checks.runner import Check
 
 CHECKS: tuple[Check, ...] = (
-    learning.declares_itself,
-    learning.attaches,
-    learning.starts_as_identity,
-    learning.base_is_frozen,
-    learning.everything_learns,
-    learning.learns_under_checkpointing,
-    learning.learns_in_reversible_blocks,
-    learning.runs_in_half_precision,
-    laws.positions_computed_alone,
-    laws.keys_are_kept,
-    laws.saves_and_loads,
-    laws.finishes,
-    laws.detaches,
-    laws.merges,
-    laws.adapters_are_independent,
-    laws.serves_mixed_batches,
-    laws.copies,
-)
+    learning.declares_itself, learning.attaches, learning.starts_as_identity, learning.base_is_frozen,
+    learning.everything_learns, learning.learns_under_checkpointing, learning.learns_in_reversible_blocks,
+    learning.runs_in_half_precision, laws.positions_computed_alone, laws.keys_are_kept, laws.saves_and_loads,
+    laws.finishes, laws.detaches, laws.merges, laws.adapters_are_independent, laws.serves_mixed_batches, laws.copies,
+)  # fmt: skip
 
 __all__ = ["CHECKS", "Subject"]

@@ -167,12 +167,11 @@ def serves_mixed_batches(subject: Subject, case: Case) -> None:
 def copies(subject: Subject, case: Case) -> None:
     """A deep copy and a state-dict round trip give the same output, and a copy shares nothing"""
     model = subject.trained(case)
-    before, twin = logits(model, case.batch()), copy.deepcopy(model)
+    before, duplicate = logits(model, case.batch()), copy.deepcopy(model)
     advice = "hold no reference to tensors outside the module"
-    close("a deep copy's output", logits(twin, case.batch()), before, 0.0, advice)
-    if wrong := silent(twin, train(twin, case.batch())):
+    close("a deep copy's output", logits(duplicate, case.batch()), before, 0.0, advice)
+    if wrong := silent(duplicate, train(duplicate, case.batch())):
         raise Failed(f"in a deep copy {wrong}; hold no reference to tensors outside the module, closures included")
-    advice = "hold no reference to tensors outside the module"
     close("the output after a deep copy was trained", logits(model, case.batch()), before, 0.0, advice)
     torch.manual_seed(4321)
     other = subject.attached(case)

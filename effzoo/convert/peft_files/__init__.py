@@ -30,7 +30,7 @@ Two differences are in peft's models and not in the files, and the logger "effzo
 prefix learned positions go on (`memory`), and behind a prompt classifying decoders read the last position even if it is
 padding.
 
-What was trained with dropout of other kinds than ours continues without it, and optimizer states are not part of either
+What was trained with dropout of other forms than ours continues without it, and optimizer states are not part of either
 format.
 """
 

@@ -24,8 +24,7 @@ KEY = "prompt_embeddings"
 
 
 def check_attention(twin: Twin) -> None:
-    """AdapterError for attention in which prompts are seen by other queries here and there, and for tasks in which peft
-    leaves them out."""
+    """AdapterError for attention that sees prompts otherwise than peft, and tasks in which peft leaves them out."""
     kinds = sorted({core.name for core in twin.model.cores()} - {"full"})
     if kinds:
         raise AdapterError(

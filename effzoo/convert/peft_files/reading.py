@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from effzoo.annotations import problem
 from effzoo.convert.peft_files import patterns, seal, tokens, whole_modules
-from effzoo.convert.peft_files.kinds import EVERYWHERE, KINDS, SELECTION, Kind
+from effzoo.convert.peft_files.counterparts import COUNTERPARTS, EVERYWHERE, SELECTION, Counterpart
 from effzoo.convert.peft_files.twin import Config, Twin, Wanted, more_tokens
 from effzoo.convert.peft_files.writing import CONFIG, HEADER, WEIGHTS
 from effzoo.errors import AdapterError, EffzooError, listing
@@ -37,20 +37,20 @@ def read(model: nn.Module, directory: Path, name: str) -> None:
     """Attach the adapter that peft (or `writing.write`) saved in a directory, under a name; see
     `effzoo.convert.peft_files`."""
     config, tensors, parts = _open(directory)
-    kind = _kind(config, directory)
+    counterpart = _counterpart(config, directory)
     twin = Twin(model)
-    _check_config(config, kind, directory)
+    _check_config(config, counterpart, directory)
     config = patterns.compiled(config)
-    own, others, of_tokens = _sorted_out(twin, kind, tensors)
-    found = kind.read(twin, config, own, parts)
-    trained_tokens = tokens.read(twin, config, of_tokens, parts) if kind.peft_types == ("LORA",) else {}
+    own, others, of_tokens = _sorted_out(twin, counterpart, tensors)
+    found = counterpart.read(twin, config, own, parts)
+    trained_tokens = tokens.read(twin, config, of_tokens, parts) if counterpart.peft_types == ("LORA",) else {}
     kept = whole_modules.read(twin, config, others, parts)
     _check_whole(twin, config, own)
     _check_saved(twin, config, tensors)
     whole = {path for path, wanted in kept.items() if wanted.method in ("full", "tokens")}
     if clash := [*(trained_tokens.keys() & (found.keys() | whole)), *(whole & found.keys())]:
         raise AdapterError(f"the file holds two things for {clash[0]}; peft has written one of them for another module")
-    if kind.peft_types == ("LN_TUNING",):
+    if counterpart.peft_types == ("LN_TUNING",):
         found, kept = {}, found | kept
     log.info(
         "%s: a peft adapter for base %r, which its files cannot prove", directory, config.get("base_model_name_or_path")
@@ -131,21 +131,21 @@ def _opened(directory: Path) -> tuple[Config, dict[str, Tensor], dict[str, list[
     return config, tensors, parts
 
 
-def _kind(config: Config, directory: Path) -> Kind:
-    for kind in KINDS:
-        if config["peft_type"] in kind.peft_types:
-            return kind
-    known = listing(name for kind in KINDS for name in kind.peft_types)
+def _counterpart(config: Config, directory: Path) -> Counterpart:
+    for counterpart in COUNTERPARTS:
+        if config["peft_type"] in counterpart.peft_types:
+            return counterpart
+    known = listing(name for counterpart in COUNTERPARTS for name in counterpart.peft_types)
     raise AdapterError(
         f"{directory} holds a peft adapter of type {config['peft_type']!r}, which effzoo cannot read; it reads {known}"
     )
 
 
-def _check_config(config: Config, kind: Kind, directory: Path) -> None:
+def _check_config(config: Config, counterpart: Counterpart, directory: Path) -> None:
     given = {key: value for key, value in config.items() if key not in TRAINING_ONLY}
     if given.get("num_transformer_submodules") in (None, 1):
         given.pop("num_transformer_submodules", None)
-    fields = {**EVERYWHERE, **kind.fields}
+    fields = {**EVERYWHERE, **counterpart.fields}
     patterns.neutral(given, fields, str(directory))
     for field, value in given.items():
         if field in fields and (value is not None or field in NUMBERS) and (said := problem(value, fields[field])):
@@ -164,7 +164,7 @@ def _check_config(config: Config, kind: Kind, directory: Path) -> None:
 
 
 def _sorted_out(
-    twin: Twin, kind: Kind, tensors: Mapping[str, Tensor]
+    twin: Twin, counterpart: Counterpart, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """The method's own tensors, the others (heads, biases), and a LoRA's trained tokens, by key without prefix."""
     own: dict[str, Tensor] = {}
@@ -173,7 +173,7 @@ def _sorted_out(
     ties = twin.layout.ties(twin.model.config, twin.model.task)
     for full, tensor in tensors.items():
         key = full.removeprefix("base_model.").removeprefix("model." if full.startswith("base_model.model.") else "")
-        if any(part.startswith(kind.marks) for part in key.split(".")):
+        if any(part.startswith(counterpart.marks) for part in key.split(".")):
             own[key] = tensor
             continue
         if key.endswith(f".{tokens.WRAPPER}{tokens.KEY}"):

@@ -77,8 +77,7 @@ def opened(
 
 
 def _candidates(config: Config, path: Path) -> Iterator[Config]:
-    """The config; those that a writer is about to rename to it, or was when it was killed; and the one in its place by
-    now."""
+    """The config; one that a writer is about to rename to it, or was when it was killed; and the one there now."""
     yield config
     for partial in path.parent.glob(f".{path.name}.*.partial"):
         with suppress(AdapterError):  # half written: then the weights are not its own either

@@ -31,7 +31,7 @@ CLASSIFIERS = ("classifier", "score")  # the heads that peft saves for a prompt
 
 def write(twin: Twin, modules: Modules, out: Written) -> None:
     """Add the trained copies to what is written."""
-    kind = out.config["peft_type"]
+    peft_type = out.config["peft_type"]
     saved: dict[str, None] = {}
     biases, tied = set(), False
     for path, module in modules.items():
@@ -49,7 +49,7 @@ def write(twin: Twin, modules: Modules, out: Written) -> None:
                 f"{path}: peft trains a whole module or its bias, this adapter trains "
                 f"{', '.join(own)} of {', '.join(base)}"
             )
-    _check(twin, kind, saved, biases, out)
+    _check(twin, peft_type, saved, biases, out)
     for theirs in twin.rules:
         inside = any(theirs == name or theirs.startswith(f"{name}.") for name in saved)
         if inside or theirs in biases:
@@ -64,19 +64,19 @@ def write(twin: Twin, modules: Modules, out: Written) -> None:
                     if len(twin.rules[theirs].ours) > 1:
                         out.parts[f"{theirs}.{parameter}"] = [int(path in modules) for path in twin.rules[theirs].ours]
     if tied:
-        _tie(twin, kind, saved, out)
-    if kind not in HEADLESS:
+        _tie(twin, peft_type, saved, out)
+    if peft_type not in HEADLESS:
         out.config["modules_to_save"] = list(saved) or None
     if biases:
         out.config["bias"] = "lora_only" if biases == set(out.targets) else "all"
 
 
-def _tie(twin: Twin, kind: str, saved: dict[str, None], out: Written) -> None:
+def _tie(twin: Twin, peft_type: str, saved: dict[str, None], out: Written) -> None:
     """Let the tied head have the table's values in peft as well."""
-    if kind != "LORA":
+    if peft_type != "LORA":
         raise AdapterError(
             f"{twin.token} is trained, and the tied head with it; peft ties trained modules "
-            f"with LoRA only, not with {kind}"
+            f"with LoRA only, not with {peft_type}"
         )
     if any(".lora_embedding_" in key or key.startswith(f"{twin.tied_head}.lora_") for key in out.tensors):
         raise AdapterError(
@@ -110,16 +110,18 @@ def read_norms(
     return read(twin, config, {key.replace(f".{NORM}", "."): tensor for key, tensor in tensors.items()}, parts)
 
 
-def _check(twin: Twin, kind: str, saved: Mapping[str, None], biases: set[str], out: Written) -> None:
-    if biases and kind != "LORA":
-        raise AdapterError(f"biases travel in peft with LoRA only, not with {kind}; save them as an adapter with lora")
-    if saved and kind in HEADLESS:
+def _check(twin: Twin, peft_type: str, saved: Mapping[str, None], biases: set[str], out: Written) -> None:
+    if biases and peft_type != "LORA":
         raise AdapterError(
-            f"peft does not save the head ({', '.join(saved)}) with {kind}; use it on a model without a task head"
+            f"biases travel in peft with LoRA only, not with {peft_type}; save them as an adapter with lora"
         )
-    if kind in PROMPT_LEARNING and (others := [name for name in saved if name not in CLASSIFIERS]):
+    if saved and peft_type in HEADLESS:
         raise AdapterError(
-            f"with {kind} peft saves a head called classifier or score, this adapter also trains {', '.join(others)}"
+            f"peft does not save the head ({', '.join(saved)}) with {peft_type}; use it on a model without a task head"
+        )
+    if peft_type in PROMPT_LEARNING and (others := [name for name in saved if name not in CLASSIFIERS]):
+        raise AdapterError(
+            f"with {peft_type} peft saves the heads classifier and score, this adapter trains {', '.join(others)} too"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from effzoo.convert.peft_files import seal, tokens, whole_modules
-from effzoo.convert.peft_files.kinds import KINDS, Kind
+from effzoo.convert.peft_files.counterparts import COUNTERPARTS, Counterpart
 from effzoo.convert.peft_files.twin import Twin, Written
 from effzoo.errors import AdapterError, listing
 from effzoo.peft import Method, PeftModule, attached
@@ -60,9 +60,9 @@ def write(model: nn.Module, directory: Path, name: str) -> None:
         if norms:
             out = whole_modules.write_norms(twin, norms)
         else:
-            kind = _kind(hung, attached(model)[name].spec)
+            counterpart = _counterpart(hung, attached(model)[name].spec)
             methods = list(dict.fromkeys(method for method, _ in hung.values()))
-            out = kind.write(twin, {path: module for path, (_, module) in hung.items()}, methods)
+            out = counterpart.write(twin, {path: module for path, (_, module) in hung.items()}, methods)
         tokens.add(twin, trained_tokens, out)
         whole_modules.write(twin, {path: module for path, module in copies.items() if path not in norms}, out)
     out.config |= {
@@ -89,20 +89,20 @@ def _norms(twin: Twin, copies: dict[str, PeftModule]) -> dict[str, PeftModule]:
     return body if whole else {}
 
 
-def _kind(hung: dict[str, tuple[Method, PeftModule]], spec: str) -> Kind:
-    """The one kind of all modules."""
-    found: dict[int, Kind] = {}
+def _counterpart(hung: dict[str, tuple[Method, PeftModule]], spec: str) -> Counterpart:
+    """The one counterpart of all modules."""
+    found: dict[int, Counterpart] = {}
     for path, (method, module) in hung.items():
-        kinds = [kind for kind in KINDS if type(module) in kind.classes]
-        if not kinds:
+        fitting = [counterpart for counterpart in COUNTERPARTS if type(module) in counterpart.classes]
+        if not fitting:
             raise AdapterError(
                 f"{method.name} on {path} has no counterpart in the format of peft, which takes lora, dora, ia3, "
                 "krona, prompt, p_tuning, prefix, "
                 "llama_adapter, tokens and norms; save it with format='effzoo', or merge it and convert the model"
             )
-        found[id(kinds[0])] = kinds[0]
+        found[id(fitting[0])] = fitting[0]
     if len(found) != 1:
-        known = listing(kind.peft_types[0] for kind in found.values())
+        known = listing(counterpart.peft_types[0] for counterpart in found.values())
         reason = f"this one has {known}" if found else "this one only trains weights that the model has already"
         raise AdapterError(
             f"a peft adapter is of exactly one method of its own, and {reason} ({spec}); save it with format='effzoo'"

@@ -179,10 +179,10 @@ def _count(model: Transformer, measured: dict[str, Measured], batch: Batch, run:
 
 def _alone(model: Transformer, name: str) -> Transformer:
     """A copy of the model with one of its adapters."""
-    twin = copy.deepcopy(model)
-    for other in [other for other in peft.attached(twin) if other != name]:
-        peft.detach(twin, other)
-    return peft.activate(twin, name)
+    alone = copy.deepcopy(model)
+    for other in [other for other in peft.attached(alone) if other != name]:
+        peft.detach(alone, other)
+    return peft.activate(alone, name)
 
 
 def _on(model: Transformer, names: tuple[str, ...], what: Callable[[], object]) -> Callable[[], object]:

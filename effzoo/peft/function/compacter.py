@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -98,7 +97,7 @@ class PHMAdapter(Method):
     paper = "Mahabadi et al. 2021, Compacter, arXiv:2106.04647, section 3.1 and 5 (PHM-Adapter)"
     identity_at_init = False
     accepts = (Branch, Norm)
-    default_targets: ClassVar[tuple[str, ...]] = ("attn.branch", "mlp.branch", "attn.norm", "mlp.norm")
+    default_targets: tuple[str, ...] = ("attn.branch", "mlp.branch", "attn.norm", "mlp.norm")
     size = "bottleneck"
     learning_rate = 3e-3
 

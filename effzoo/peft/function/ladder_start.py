@@ -63,8 +63,8 @@ def _spaces(path: str, block: nn.Module) -> tuple[str, str] | None:
     """What the outputs and the inputs of a matrix of the block stand for; None for those that only one kind has."""
     if path in _SPACES:
         return _SPACES[path]
-    kind, _, name = path.partition(".")
-    side = cast(Any, block.get_submodule("attn")).core.projections.get(name) if kind == "attn" else None
+    part, _, name = path.partition(".")
+    side = cast(Any, block.get_submodule("attn")).core.projections.get(name) if part == "attn" else None
     return None if side is None else (VALUES if side == "value" else COMPARED, STREAM)
 
 

@@ -66,7 +66,7 @@ class SparseBottleneck(Positionwise, PeftModule):
 
 @peft.register("sparse_adapter", "sparseadapter")
 class SparseAdapter(TrainingHooks):
-    """y' = y + W_up sigma(W_down y) after each sub-layer, where a share `sparsity` of the entries of W is 0 from the
+    """y' = y + W_up sigma(W_down y) after each sub-layer; a share `sparsity` of the entries of W is 0 from the
     beginning.
 
     bottleneck: inner width before pruning; wide and sparse beats narrow and dense at equal size (Large-Sparse, section

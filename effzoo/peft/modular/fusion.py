@@ -1,4 +1,4 @@
-"""AdapterFusion: attention over what several adapters do (Pfeiffer et al. 2021, arXiv:2005.00247)."""
+"""AdapterFusion: attention over the outputs of several adapters (Pfeiffer et al. 2021, arXiv:2005.00247)."""
 
 from __future__ import annotations
 

@@ -57,11 +57,10 @@ class Routed(ExpertMixture):
         return y
 
     def weights(self, x: Tensor, context: HookContext) -> Tensor:
-        """The weight of each expert at the site's input x [..., dim]: [experts, ..., 1], with axes of length 1 where it
-        is the same.
+        """The weight of each expert at the site's input x [..., dim]: [experts, ..., 1].
 
-        Inputs that belong to no example (a head's pooled states, prompt tokens that a projection reads) are tokens
-        each.
+        Axes along which it does not differ have length 1. Inputs that belong to no example (a head's pooled states,
+        prompt tokens that a projection reads) are tokens each.
         """
         if x.ndim < 3 and (self.router.reads == "tasks" or self.shared):
             raise IncompatibleError(
@@ -96,8 +95,7 @@ class Routed(ExpertMixture):
         return self._routed(_mean(x, context.valid)).weights
 
     def _of_model(self, context: HookContext) -> Tensor:
-        """One router for the model, which reads the mean of the embeddings; its noise is the same at every site of a
-        pass."""
+        """One router for the model, which reads the mean of the embeddings, with one noise at all sites of a pass."""
         mask, start = context.mask, context.start
         if mask is None or start is None:
             raise IncompatibleError(
@@ -155,8 +153,7 @@ def _blend(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 
 def _real(x: Tensor, valid: Tensor | None) -> Tensor | None:
-    """bool[tokens] of the positions of x [batch, (heads,) n, dim] that hold a token; None when all do, or x is no
-    sequence."""
+    """bool[tokens] of the positions of x [batch, (heads,) n, dim] that hold a token; None for all of them."""
     if valid is None or x.ndim < 3 or valid.shape[0] != x.shape[0] or valid.shape[1] < x.shape[-2]:
         return None
     now = valid[:, -x.shape[-2] :]  # with a cache, valid covers the past too

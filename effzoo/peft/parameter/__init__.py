@@ -18,18 +18,6 @@ from effzoo.peft.parameter import (
 )
 
 __all__ = [
-    "diff_pruning",
-    "dora",
-    "far",
-    "fish",
-    "head_pruning",
-    "intrinsic",
-    "krona",
-    "lora_everywhere",
-    "lt_sft",
-    "magnitude",
-    "movement",
-    "selective_methods",
-    "supermask",
-    "tokens",
-]
+    "diff_pruning", "dora", "far", "fish", "head_pruning", "intrinsic", "krona", "lora_everywhere", "lt_sft",
+    "magnitude", "movement", "selective_methods", "supermask", "tokens",
+]  # fmt: skip

@@ -87,15 +87,14 @@ class LearnerUnits(Positionwise, Packed, Counted, PeftModule):
 
 @peft.register("far", "freeze_and_reconfigure")
 class FAR(TrainingHooks):
-    """FFN(x) = W_down[:, f] act(W_up[f] x) + W_down[:, l] act(W_up[l] x): of the hidden units, learners l train, f are
-    frozen.
+    """FFN(x) = W_down[:, f] act(W_up[f] x) + W_down[:, l] act(W_up[l] x): hidden units l are trained, f are frozen.
 
     keep: share of the hidden units that learn, in each feed-forward.
     prime: share of all steps in the first stage.
 
     Stage `prime` trains all units. Then those that have moved most, by the L1 change of all their weights (of W_up and
-    the gate, their bias, and W_down), are the learners; stage `learn` trains these on, while the others return to where
-    they were. That they return is our reading: the priming run is there for the choice.
+    the gate, their bias, and W_down), are the learners l; stage `learn` trains these on, while the others return to
+    where they were. That they return is our reading: the priming run is there for the choice.
 
     A module holds the learners' weights as a change of theta, so gradients, optimizer state and stored inputs are as
     small, and weight decay pulls towards theta. The output bias stays frozen. Training by hand without `begin` stays in

@@ -19,8 +19,7 @@ from effzoo.sites import Site, sites
 
 @peft.register("fish", "fish_mask")
 class Fish(SparseMethod):
-    """theta' = theta + phi on the K entries with the largest Fisher information F, chosen before training; the rest is
-    frozen.
+    """theta' = theta + phi on the K entries with the largest Fisher information F; the rest is frozen.
 
         F = 1/N sum_i (d log p(y_i | x_i) / d theta)^2                        fisher = label
         F = 1/N sum_i sum_c p(c | x_i) (d log p(c | x_i) / d theta)^2         fisher = expected
@@ -30,10 +29,10 @@ class Fish(SparseMethod):
     samples: N, how many labelled examples are used, one backward pass each (C for `expected`), because the square of a
         batch's gradient is another thing.
 
-    log p(y | x) is minus the loss of the one example: in tasks with many labels the mean over them. Before `calibrate`
-    the K entries are drawn at random. The paper counts the classifier in K; here it is trained in addition, as in every
-    method. Weight decay pulls towards theta. Only phi [K] is trained, but the backward pass makes the dense gradient of
-    one weight at a time, and the changed weights are stored until then.
+    The entries are chosen once, before training; until `calibrate` they are random ones. log p(y | x) is minus the loss
+    of the one example: in tasks with many labels the mean over them. The paper counts the classifier in K; here it is
+    trained in addition, as in every method. Weight decay pulls towards theta. Only phi [K] is trained, but the backward
+    pass makes the dense gradient of one weight at a time, and the changed weights are stored until then.
     """
 
     paper = "Sung et al. 2021, Training neural networks with fixed sparse masks, arXiv:2111.09839, section 3"

@@ -137,8 +137,8 @@ class HeadPruning(TrainingHooks):
 
 
 def importance(model: nn.Module, gated: Mapping[str, HeadGates], batches: Batches) -> list[Tensor]:
-    """I_h of the heads of every layer, at gates of 1: the mean over examples of |dL / dxi_h|, divided by its norm over
-    the layer."""
+    """I_h of the heads of every layer, at gates of 1: the mean over examples of |dL / dxi_h|, divided by the layer's
+    norm."""
     before = [module.gate for module in gated.values()]
     for module in gated.values():  # for the time being parameters, which is what reversible blocks pass gradients to
         del module.gate

@@ -92,7 +92,7 @@ class KronA(Method):
 
     paper = "Edalati et al. 2022, KronA: Parameter-efficient tuning with Kronecker adapter, arXiv:2212.10650, section 3"
     accepts: ClassVar[tuple[type[Site], ...]] = (Linear,)
-    default_targets: ClassVar[tuple[str, ...]] = ("attn.q*", "attn.v*")
+    default_targets: tuple[str, ...] = ("attn.q*", "attn.v*")
     learning_rate = 5e-3
 
     def __init__(

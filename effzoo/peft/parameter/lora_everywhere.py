@@ -1,11 +1,11 @@
-"""LoRA on every kind of site, with ranks by role and other starts: what is registered as `lora`."""
+"""LoRA on every type of site, with ranks by role and other starts: what is registered as `lora`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import nn
@@ -92,8 +92,8 @@ class LoRAEverywhere(TrainingHooks, LoRA):
         super().__init__(
             targets=tuple(rank) if isinstance(rank, Mapping) and targets is None else targets, layers=layers
         )
-        self.rank, self.alpha = rank, alpha  # type: ignore[assignment]  # by role too
-        self.rslora, self.dropout, self.start, self.tied = rslora, dropout, init, tied
+        self.ranks, self.alphas, self.rslora = rank, alpha, rslora  # by role, where they are maps
+        self.dropout, self.start, self.tied = dropout, init, tied
         self.identity_at_init = init != "loftq"
 
     def hooks_in_use(self) -> set[str]:
@@ -101,10 +101,9 @@ class LoRAEverywhere(TrainingHooks, LoRA):
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         roles = {site.role for site in found.values()}
-        for option, value in (("rank", self.rank), ("alpha", self.alpha)):
+        for option, value in (("rank", self.ranks), ("alpha", self.alphas)):
             given: tuple[str, ...] = tuple(value) if isinstance(value, Mapping) else ()
-            unused = [pattern for pattern in given if not any(fnmatchcase(role, pattern) for role in roles)]
-            if unused:
+            if unused := [pattern for pattern in given if not any(fnmatchcase(role, pattern) for role in roles)]:
                 raise TargetError(
                     f"{self.name}: {option} for {unused[0]!r} matches none of its targets; they have the roles "
                     f"{listing(sorted(roles))}"
@@ -112,8 +111,8 @@ class LoRAEverywhere(TrainingHooks, LoRA):
         self.has_tied_head = any(isinstance(site, TiedLinear) for _, site in sites(model))
 
     def make(self, site: Site) -> PeftModule:
-        rank = by_role(self.name, "rank", self.rank, site.role)
-        scale = scaling(self.name, rank, self.alpha, self.rslora, site.role)
+        rank = by_role(self.name, "rank", self.ranks, site.role)
+        scale = scaling(self.name, rank, self.alphas, self.rslora, site.role)
         if isinstance(site, Linear):
             return self._linear(site, rank, scale)
         if self.start not in ("default", "gaussian"):
@@ -151,8 +150,9 @@ class LoRAEverywhere(TrainingHooks, LoRA):
         return module
 
     def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
-        ranks = {path: len(module.A) for path, module in modules.items()}  # type: ignore[arg-type]
-        found = input_factors(model, dict(sites(model)), ranks, batches)
+        low_rank = cast("Mapping[str, LowRank]", modules)
+        ranks = {path: len(module.A) for path, module in low_rank.items()}
+        factors = input_factors(model, dict(sites(model)), ranks, batches)
         with torch.no_grad():
-            for path, module in modules.items():
-                module.A.copy_(found[path])  # type: ignore[operator]
+            for path, module in low_rank.items():
+                module.A.copy_(factors[path])

@@ -236,7 +236,7 @@ class BitFit(Method):
                 f"bitfit: give a group ({group!r}) or targets ({targets!r}), not both; a group is a name for targets"
             )
         super().__init__(targets=targets, layers=layers)
-        self.default_targets = tuple(dict.fromkeys(role for name in groups for role in GROUPS[name]))  # type: ignore[misc]
+        self.default_targets = tuple(dict.fromkeys(role for name in groups for role in GROUPS[name]))
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         if not any("bias" in site.base() for site in found.values()):

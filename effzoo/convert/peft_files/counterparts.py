@@ -27,7 +27,7 @@ EVERYWHERE: Fields = {
 
 
 @dataclass(frozen=True)
-class Kind:
+class Counterpart:
     """A method in both libraries.
 
     peft_types: theirs.
@@ -50,8 +50,8 @@ def _norms(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
     return whole_modules.write_norms(twin, modules)
 
 
-KINDS = (
-    Kind(
+COUNTERPARTS = (
+    Counterpart(
         ("LORA",),
         low_rank.CLASSES,
         ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
@@ -67,12 +67,12 @@ KINDS = (
         low_rank.write,
         low_rank.read,
     ),
-    Kind(
+    Counterpart(
         ("IA3",), vectors.CLASSES, ("ia3_l",),
         {**NAMED, "feedforward_modules": Names, "fan_in_fan_out": bool, "init_ia3_weights": Any},
         vectors.write, vectors.read,
     ),
-    Kind(
+    Counterpart(
         ("LOKR",),
         kronecker.CLASSES,
         ("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
@@ -84,7 +84,7 @@ KINDS = (
         kronecker.write,
         kronecker.read,
     ),
-    Kind(
+    Counterpart(
         ("PROMPT_TUNING", "P_TUNING"),
         prompts.CLASSES,
         (prompts.KEY,),
@@ -97,20 +97,20 @@ KINDS = (
         prompts.write,
         prompts.read,
     ),
-    Kind(
+    Counterpart(
         ("PREFIX_TUNING",), memory.PREFIX_CLASSES, (prompts.KEY,),
         {**SIZES, "encoder_hidden_size": Any, "prefix_projection": Any, "init_weights": Any},
         memory.write_prefix, memory.read_prefix,
     ),
-    Kind(
+    Counterpart(
         ("ADAPTION_PROMPT",), memory.GATED_CLASSES, ("adaption_prompt", "adaption_gate"),
         {"target_modules": str, "adapter_len": Count, "adapter_layers": Count}, memory.write_gated, memory.read_gated,
     ),
-    Kind(
+    Counterpart(
         ("TRAINABLE_TOKENS",), tokens.CLASSES, (tokens.KEY,),
         {"target_modules": Names, "token_indices": Sequence[int], "init_weights": Any}, tokens.write, tokens.read,
     ),
-    Kind(
+    Counterpart(
         ("LN_TUNING",), (), ("ln_tuning_layers",), NAMED, _norms, whole_modules.read_norms,
     ),
 )  # fmt: skip
