@@ -13,11 +13,7 @@ from effzoo.peft.modular.mixture import MixtureMethod
 SOFTMAX = "softmax does not change when one number is added to all scores of a query, so key biases have none"
 _COPIES = {"*.k*.own_bias": SOFTMAX}
 ZERO_GRADIENT: dict[str, Mapping[str, str]] = {  # method -> pattern of role.tensor -> why its gradient vanishes
-    "full": _COPIES,
-    "last": _COPIES,
-    "freeze": _COPIES,
-    "head": _COPIES,
-    "bitfit": _COPIES,
+    **dict.fromkeys(("full", "last", "freeze", "head", "bitfit"), _COPIES),
     "lt_sft": {"*.k*.full_bias": SOFTMAX},
     "diff": {"*.k*.w_bias": SOFTMAX},
     "pals": {"*.qkv.bias": SOFTMAX},

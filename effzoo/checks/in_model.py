@@ -12,13 +12,9 @@ from effzoo.checks.subject import Subject
 from effzoo.peft import attach
 
 METHODS = {
-    "lora": "lora[rank=4]",
-    "prefix": "prefix[length=4]",
-    "prompt": "prompt[length=4]",
-    "houlsby": "houlsby[bottleneck=4]",
-    "ia3": "ia3",
-    "bitfit": "bitfit",
-}
+    "lora": "lora[rank=4]", "prefix": "prefix[length=4]", "prompt": "prompt[length=4]",
+    "houlsby": "houlsby[bottleneck=4]", "ia3": "ia3", "bitfit": "bitfit",
+}  # fmt: skip
 
 
 def cases(subject: Subject) -> Iterator[Case]:

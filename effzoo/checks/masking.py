@@ -92,13 +92,8 @@ def ragged_equals_alone(subject: Subject) -> None:
             for row, length in enumerate(lengths):
                 mask = Mask(is_global=None if is_global is None else is_global[row : row + 1, :length])
                 alone = core(*cut(inputs, slice(row, row + 1), slice(length)), mask=mask)
-                close(
-                    f"{where}: a sequence of {length} padded to {n}{what}",
-                    out[row : row + 1, :, :length],
-                    alone,
-                    1e-10,
-                    advice,
-                )
+                name = f"{where}: a sequence of {length} padded to {n}{what}"
+                close(name, out[row : row + 1, :, :length], alone, 1e-10, advice)
 
 
 @needs("every_length")
@@ -122,13 +117,8 @@ def rows_are_independent(subject: Subject) -> None:
             for row in (0, 2):
                 close(f"{where}{what}: row {row} after row 1 was changed", changed[row], out[row], 0.0, advice)
             for name, grad in zip(core.uses(Mask(**given)), gradients(out[:1], live(inputs)), strict=False):
-                close(
-                    f"{where}{what}: the gradient of row 0 with respect to {name} of the others",
-                    grad[1:],
-                    torch.zeros_like(grad[1:]),
-                    0.0,
-                    advice,
-                )
+                label = f"{where}{what}: the gradient of row 0 with respect to {name} of the others"
+                close(label, grad[1:], torch.zeros_like(grad[1:]), 0.0, advice)
 
 
 @needs("every_length")
@@ -218,11 +208,5 @@ def global_tokens(subject: Subject) -> None:
         for n in (7, 31):
             same_as_definition(core, n, f"{where} with global tokens", advice, is_global=some_global(n))
             valid = padding(n)
-            same_as_definition(
-                core,
-                n,
-                f"{where} with global tokens and padding",
-                advice,
-                valid=valid,
-                is_global=some_global(n) & valid,
-            )
+            name = f"{where} with global tokens and padding"
+            same_as_definition(core, n, name, advice, valid=valid, is_global=some_global(n) & valid)

@@ -149,15 +149,10 @@ def account(model: nn.Module) -> Account:
     tensors = [t for name in names for t in stored_tensors(model, name).values()]
     changed, rank = _change(model, names) if names else (trainable, "full" if trainable else 0)
     return Account(
-        trainable=trainable,
-        stored=sum(t.numel() for t in tensors),
-        stored_bytes=sum(t.numel() * t.element_size() for t in tensors),
-        total=total,
-        changed=changed,
-        rank=rank,
-        by_role=_by_role(model, names),
-        unread=_unread(model),
-    )
+        trainable=trainable, stored=sum(t.numel() for t in tensors),
+        stored_bytes=sum(t.numel() * t.element_size() for t in tensors), total=total, changed=changed, rank=rank,
+        by_role=_by_role(model, names), unread=_unread(model),
+    )  # fmt: skip
 
 
 def _unread(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -64,19 +64,12 @@ class Manifest:
     def written(self) -> bytes:
         """The content of adapter.json."""
         content = {
-            "format": self.format,
-            "name": self.name,
-            "peft": [{"name": spec.name, **spec.options} for spec in self.specs],
-            "finished": self.finished,
-            "begun": self.begun,
-            "base": self.base,
-            "base_fingerprint": asdict(self.fingerprint),
-            "base_kept": {key: kept.plain() for key, kept in self.kept.items()},
-            "dtype": self.dtype,
-            "tensors": self.tensors,
-            "sha256": self.sha256,
-            "size": self.size,
-        }
+            "format": self.format, "name": self.name,
+            "peft": [{"name": spec.name, **spec.options} for spec in self.specs], "finished": self.finished,
+            "begun": self.begun, "base": self.base, "base_fingerprint": asdict(self.fingerprint),
+            "base_kept": {key: kept.plain() for key, kept in self.kept.items()}, "dtype": self.dtype,
+            "tensors": self.tensors, "sha256": self.sha256, "size": self.size,
+        }  # fmt: skip
         found = json.dumps(content | {"manifest_sha256": _hash(json.loads(json.dumps(content)))}, indent=1).encode()
         if len(found) > LARGEST:
             raise AdapterError(

@@ -63,16 +63,10 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
     alphas = {theirs: tidy(scale * rank) for theirs, scale in scales.items()}
     alpha = next(iter(alphas.values()))
     out.config = {
-        "peft_type": "LOKR",
-        "r": rank,
-        "alpha": alpha,
-        "alpha_pattern": {theirs: own for theirs, own in alphas.items() if own != alpha},
-        "rank_pattern": {},
-        "decompose_both": False,
-        "decompose_factor": fitting[0],
-        "target_modules": out.targets,
-        "init_weights": True,
-    }
+        "peft_type": "LOKR", "r": rank, "alpha": alpha,
+        "alpha_pattern": {theirs: own for theirs, own in alphas.items() if own != alpha}, "rank_pattern": {},
+        "decompose_both": False, "decompose_factor": fitting[0], "target_modules": out.targets, "init_weights": True,
+    }  # fmt: skip
     return out
 
 

@@ -89,20 +89,13 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
         _tie(twin, tied[0], out, ranks, alphas)
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     out.config = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": alpha,
+        "peft_type": "LORA", "r": rank, "lora_alpha": alpha,
         "rank_pattern": {theirs: own for theirs, own in ranks.items() if own != rank},
-        "alpha_pattern": {theirs: own for theirs, own in alphas.items() if own != alpha},
-        "use_rslora": rslora,
-        "use_dora": dora,
-        "lora_dropout": dropouts.pop(),
-        "fan_in_fan_out": any(twin.rules[theirs].transposed for theirs in out.targets),
-        "bias": "none",
-        "target_modules": out.targets,
-        "init_lora_weights": True,
-        "ensure_weight_tying": bool(tied),
-    }
+        "alpha_pattern": {theirs: own for theirs, own in alphas.items() if own != alpha}, "use_rslora": rslora,
+        "use_dora": dora, "lora_dropout": dropouts.pop(),
+        "fan_in_fan_out": any(twin.rules[theirs].transposed for theirs in out.targets), "bias": "none",
+        "target_modules": out.targets, "init_lora_weights": True, "ensure_weight_tying": bool(tied),
+    }  # fmt: skip
     return out
 
 

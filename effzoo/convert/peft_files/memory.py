@@ -166,11 +166,9 @@ def write_gated(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Writ
         raise AdapterError(f"llama_adapter: peft has one length for all layers, this adapter has {sorted(lengths)}")
     name = _attention(twin, hung[0]).rpartition(".")[2]
     out.config = {
-        "peft_type": "ADAPTION_PROMPT",
-        "target_modules": name,
-        "adapter_len": lengths.pop(),
+        "peft_type": "ADAPTION_PROMPT", "target_modules": name, "adapter_len": lengths.pop(),
         "adapter_layers": len(hung),
-    }
+    }  # fmt: skip
     return out
 
 

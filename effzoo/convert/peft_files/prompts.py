@@ -78,12 +78,9 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
 def sizes(twin: Twin, length: int, width: int, heads: int) -> Config:
     """What peft wants to know of the model."""
     return {
-        "num_virtual_tokens": length,
-        "token_dim": width,
-        "num_attention_heads": heads,
-        "num_layers": twin.model.config.layers,
-        "num_transformer_submodules": 1,
-    }
+        "num_virtual_tokens": length, "token_dim": width, "num_attention_heads": heads,
+        "num_layers": twin.model.config.layers, "num_transformer_submodules": 1,
+    }  # fmt: skip
 
 
 def check_sizes(config: Config, expected: Config) -> None:

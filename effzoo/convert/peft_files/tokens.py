@@ -39,11 +39,9 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
         out.tensors[f"{twin.tied_head}.{KEY}"] = out.tensors[f"{twin.theirs[twin.token].theirs}.{KEY}"]
     ids = next(iter(tables.values()))[0]
     out.config = {
-        "peft_type": "TRAINABLE_TOKENS",
-        "token_indices": ids,
-        "target_modules": list(out.targets),
+        "peft_type": "TRAINABLE_TOKENS", "token_indices": ids, "target_modules": list(out.targets),
         "init_weights": True,
-    }
+    }  # fmt: skip
     return out
 
 

@@ -49,12 +49,9 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
         if len(rule.ours) > 1:
             out.parts[theirs] = [int(path in found) for path in rule.ours]
     out.config = {
-        "peft_type": "IA3",
-        "target_modules": out.targets,
-        "feedforward_modules": inputs,
-        "fan_in_fan_out": any(twin.rules[theirs].transposed for theirs in out.targets),
-        "init_ia3_weights": True,
-    }
+        "peft_type": "IA3", "target_modules": out.targets, "feedforward_modules": inputs,
+        "fan_in_fan_out": any(twin.rules[theirs].transposed for theirs in out.targets), "init_ia3_weights": True,
+    }  # fmt: skip
     return out
 
 

@@ -66,11 +66,9 @@ def write(model: nn.Module, directory: Path, name: str) -> None:
         tokens.add(twin, trained_tokens, out)
         whole_modules.write(twin, {path: module for path, module in copies.items() if path not in norms}, out)
     out.config |= {
-        "task_type": None if _adapts_classifier(out) else twin.task_type,
-        "base_model_name_or_path": None,
-        "revision": None,
-        "inference_mode": True,
-    }
+        "task_type": None if _adapts_classifier(out) else twin.task_type, "base_model_name_or_path": None,
+        "revision": None, "inference_mode": True,
+    }  # fmt: skip
     _files(directory, out)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import nn
@@ -75,6 +75,8 @@ class LoRAEverywhere(TrainingHooks, LoRA):
     """
 
     accepts = (Linear, Embedding, Conv2d, TiedLinear)
+    rank: Any  # a number, or {role pattern: number}
+    alpha: Any
 
     def __init__(
         self,
@@ -92,7 +94,7 @@ class LoRAEverywhere(TrainingHooks, LoRA):
         super().__init__(
             targets=tuple(rank) if isinstance(rank, Mapping) and targets is None else targets, layers=layers
         )
-        self.ranks, self.alphas, self.rslora = rank, alpha, rslora  # by role, where they are maps
+        self.rank, self.alpha, self.rslora = rank, alpha, rslora
         self.dropout, self.start, self.tied = dropout, init, tied
         self.identity_at_init = init != "loftq"
 
@@ -101,7 +103,7 @@ class LoRAEverywhere(TrainingHooks, LoRA):
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         roles = {site.role for site in found.values()}
-        for option, value in (("rank", self.ranks), ("alpha", self.alphas)):
+        for option, value in (("rank", self.rank), ("alpha", self.alpha)):
             given: tuple[str, ...] = tuple(value) if isinstance(value, Mapping) else ()
             if unused := [pattern for pattern in given if not any(fnmatchcase(role, pattern) for role in roles)]:
                 raise TargetError(
@@ -111,8 +113,8 @@ class LoRAEverywhere(TrainingHooks, LoRA):
         self.has_tied_head = any(isinstance(site, TiedLinear) for _, site in sites(model))
 
     def make(self, site: Site) -> PeftModule:
-        rank = by_role(self.name, "rank", self.ranks, site.role)
-        scale = scaling(self.name, rank, self.alphas, self.rslora, site.role)
+        rank = by_role(self.name, "rank", self.rank, site.role)
+        scale = scaling(self.name, rank, self.alpha, self.rslora, site.role)
         if isinstance(site, Linear):
             return self._linear(site, rank, scale)
         if self.start not in ("default", "gaussian"):
