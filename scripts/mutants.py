@@ -136,7 +136,8 @@ class Recorder:
     """Writes for each test its seconds and the functions of effzoo that it calls, as "path:first line"."""
 
     def __init__(self, file: Path):
-        self.file, self.calls, self.tests = file, set(), {}
+        self.file = file.with_suffix(f".{os.environ.get('PYTEST_XDIST_WORKER', 'main')}")
+        self.calls, self.tests = set(), {}
         self.effzoo = str(Path.cwd() / "effzoo")
 
     def trace(self, frame, event, argument) -> None:  # type: ignore[no-untyped-def]
@@ -164,7 +165,7 @@ def pytest(tree: Path, arguments: list[str], seconds: float | None = None, **env
     """The exit status of pytest in the copy, and the first line of its summary; 1 when it takes too long."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     fixed = {"PYTHONPATH": f"{tree}:{tree}/scripts", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    line = [sys.executable, "-m", "pytest", "-p", "no:xdist", "--tb=no", *arguments]
+    line = [sys.executable, "-m", "pytest", "--tb=no", *arguments]
     try:
         done = subprocess.run(
             line, cwd=tree, env=inherited | fixed | environment, capture_output=True, text=True, timeout=seconds
@@ -200,7 +201,9 @@ def main() -> None:
         calls = (asked.calls or tree / "calls.json").absolute()
         if not calls.exists():
             print("recording what the fast tests call", flush=True)
-            pytest(tree, ["-m", "not slow", "-p", "mutants"], MUTANTS_CALLS=str(calls))
+            pytest(tree, ["-n", "2", "--dist", "loadfile", "-m", "not slow", "-p", "mutants"], MUTANTS_CALLS=str(calls))
+            parts = [json.loads(part.read_text()) for part in calls.parent.glob(f"{calls.stem}.gw*")]
+            calls.write_text(json.dumps({test: found for part in parts for test, found in part.items()}))
         killed = Counter(meet(tree, mutant, json.loads(calls.read_text()), asked.limit) for mutant in drawn)
     whole = killed["fast"] + killed["slow"]
     share = killed["fast"] / whole

@@ -184,7 +184,7 @@ class Strided(effzoo.attention.PredicateAttention):
         return ((query - key) % (2 + head) == 0) & (key < length - 1)
 
 
-@pytest.mark.cover()
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients_too", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", [*KINDS[:5], "local[chunk=4,circular=true]", "strided"])

@@ -83,6 +83,7 @@ def test_rows_go_there_and_back_and_gradients_of_keys_are_the_adjoint(shape):
     torch.testing.assert_close(there, (x * added(band, x, gradients)).sum(), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.cover()
 @pytest.mark.parametrize("backend", ["flash", "blocks", "reference", "efficient"])
 @pytest.mark.parametrize("together", [64, 1024])
 @pytest.mark.parametrize(

@@ -297,6 +297,7 @@ def test_other_dtypes_stay_near_float64(dtype):
         )
 
 
+@pytest.mark.slow
 def test_dropout_acts_on_the_weights_in_training_only():
     tensors = [draw(i, 2, 3, 17, 4).detach() for i in range(3)]
     plain, dropping = core(3, blocks=4), core(3, blocks=4, dropout=0.5)

@@ -355,6 +355,7 @@ def test_a_broken_method_is_caught_by_the_check_that_is_meant_for_it(check, muta
     assert len(report.failures[0].reason) > 20
 
 
+@pytest.mark.slow
 def test_the_correct_method_behind_the_mutants_is_green():
     with effzoo.scope():
         effzoo.peft.register("mutant")(Scaling)

@@ -130,6 +130,7 @@ types = 2
 """
 
 
+@pytest.mark.slow
 def test_the_survey_counts_its_methods_on_a_model(run, tmp_path):
     (tmp_path / "mine.toml").write_text(TINY_MODEL)
     result = run("account", str(tmp_path / "mine.toml"), "--survey")
@@ -220,6 +221,7 @@ def test_debug_anywhere_on_the_line_lets_the_exception_through(run):
         assert isinstance(CliRunner().invoke(app, arguments).exception, effzoo.EffzooError)
 
 
+@pytest.mark.slow
 def test_check_of_a_sound_file_is_green(run, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(MINE.format(comment="", mask="mask"))
@@ -238,6 +240,7 @@ def test_check_of_a_broken_file_names_the_property_and_exits_with_1(run, tmp_pat
     assert "attention mine: the contract is broken" in text
 
 
+@pytest.mark.slow
 def test_the_first_failure_is_explained_what_happened_the_likely_cause_and_how_to_see_it(run, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(MINE.format(comment="", mask="type(mask)()"))

@@ -74,6 +74,7 @@ def quick(monkeypatch):
     monkeypatch.setattr("effzoo.lab.perform", stop)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "option"), NUMERIC)
 def test_a_number_past_its_edge_is_refused_in_one_message(quick, tmp_path, monkeypatch, command, option):
     monkeypatch.chdir(tmp_path)

@@ -72,6 +72,7 @@ def test_generated_code_computes_the_model(tiny):
         assert (grads[key] - grad).abs().max() < 1e-10, key
 
 
+@pytest.mark.slow
 def test_prompt_rows_and_the_first_token_need_no_room_among_the_global_tokens_of_a_batch(tiny):
     model = effzoo.build(
         "longformer",
@@ -84,6 +85,7 @@ def test_prompt_rows_and_the_first_token_need_no_room_among_the_global_tokens_of
     assert (logits - expected).abs().max() < 1e-10 and grads.keys() == wanted.keys()
 
 
+@pytest.mark.slow
 def test_more_global_tokens_than_there_is_room_for_are_refused_in_compiled_code(tiny):
     model = torch.compile(
         effzoo.build("longformer", attention="longformer[window=8, max_globals=2]", **tiny),
@@ -144,6 +146,7 @@ def test_values_out_of_range_are_refused_compiled_or_not(tiny):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_compiled_perceiver_refuses_the_same(tiny):
     sizes = {"channels": 8, "latents": 8, "head_dim": 8, "value_dim": 8, "cross_heads": 1}
     model = effzoo.build("perceiver-io", task="token_classification", num_labels=3, **{**tiny, "layers": 1}, **sizes)

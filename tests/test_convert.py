@@ -174,6 +174,7 @@ def test_converting_leaves_the_global_random_numbers_alone(tiny):
     assert torch.get_rng_state().equal(state)
 
 
+@pytest.mark.slow
 def test_importing_convert_does_not_import_transformers():
     code = "import sys, effzoo, effzoo.convert; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -94,6 +94,7 @@ def one(family, seed):
     return "equal"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_drawn_configuration_goes_over_or_is_refused(family):
     found = [one(family, seed) for seed in range(24)]

@@ -365,6 +365,7 @@ def test_code_of_its_own_and_unknown_classes_in_a_folder_are_refused_whatever_th
 # --- decoders whose positions see later ones
 
 
+@pytest.mark.cover()
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize(
     ("family", "task"),

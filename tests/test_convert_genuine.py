@@ -185,6 +185,7 @@ CHANGES = {
 }  # fmt: skip
 
 
+@pytest.mark.cover()
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_was_changed_in_a_live_model_is_found(name):
     make, change, said = CHANGES[name]

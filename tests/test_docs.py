@@ -51,7 +51,12 @@ def load(name):
     return module
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if samples(page)])
+LONG = ("howto/long-documents.md", "howto/choose-a-method.md")
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.slow if page in LONG else ()) for page in PAGES if samples(page)]
+)
 def test_samples_run_and_print_what_is_shown(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace, printed = {"__name__": "sample"}, ""
@@ -112,6 +117,7 @@ def test_what_a_script_of_several_processes_says_runs_in_one(tmp_path, monkeypat
     assert Path("runs/several/adapter/adapter.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "kind", "name"),
     [("howto/write-a-kind.md", "attention", "strided"), ("howto/write-a-method.md", "peft", "shift")],

@@ -61,7 +61,7 @@ def one_step(model, rate=1e-2):
     return gradients, {name: parameter.detach() for name, parameter in trained(model).items()}
 
 
-@pytest.mark.cover()
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [*effzoo.peft.names(), "routed[of=prefix]", "routed[of='lora|ia3', router=switch]", "lora[init=pissa]|norms"],

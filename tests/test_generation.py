@@ -179,6 +179,7 @@ MODELS = {
 }  # fmt: skip
 
 
+@pytest.mark.cover()
 @pytest.mark.parametrize(
     ("attention", "model"),
     [

@@ -24,6 +24,7 @@ def larger(model):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [*effzoo.peft.names(), "lora[init=pissa]", "lora[init=olora]", "prefix[softmax=own]", "tokens[ids=3]"]
 )

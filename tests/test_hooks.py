@@ -189,6 +189,7 @@ def test_a_file_with_the_former_names_of_prompt_tokens_is_read(tiny, tmp_path, s
     assert torch.equal(other(**labelled()).logits, model(**labelled()).logits)
 
 
+@pytest.mark.slow
 def test_a_hook_that_a_plan_watches_computes_position_by_position_as_before(tiny):
     model = effzoo.build("bert", attention="longformer[window=4]", peft="lora", task="classification", **tiny)
     whole, read = (effzoo.plan(model, batch=2, length=32, recompute=level).kept for level in (None, "nothing"))

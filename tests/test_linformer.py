@@ -445,6 +445,7 @@ def test_autocast_reaches_the_kernel_in_one_dtype(sharing, projection):
     assert out.dtype == torch.bfloat16 and (out - made(x, mask)).abs().max() < 20 * torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["linformer[k=5]", "linformer[k=5, projection=mean]"])
 def test_dropout_acts_on_the_weights_in_training_only(spec):
     tensors = [draw(i, 2, 3, 24, 4).detach() for i in range(3)]

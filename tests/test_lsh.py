@@ -635,6 +635,7 @@ def test_twice_the_length_keeps_and_makes_twice_as_much(spec):
         assert all(big <= 2.1 * little for little, big in zip(small, large, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lsh", "local"])
 def test_dropout_drops_each_weight_with_its_probability(name):
     """Values all 1: the mean over draws stays 1, the spread shows that weights are dropped, also those of tokens

@@ -88,6 +88,7 @@ def test_decoding_gives_the_last_row_of_the_causal_layer():
     assert torch.allclose(torch.cat([step(), step()], dim=1), whole[:, -2:], rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_kind_that_differs_from_its_definition_is_not_timed(tmp_path):
     with effzoo.scope():
 

@@ -103,6 +103,7 @@ PARTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.cover()
 @pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(parts))
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "perceiver-io", "experts"])
 def test_mixed_blocks_compute_what_float64_does(tiny, name, parts):

@@ -105,7 +105,7 @@ def test_experts_of_any_door_are_mixed_alike(tiny, method):
         torch.testing.assert_close(y, expected, **EXACT)
 
 
-@pytest.mark.cover()
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(set(effzoo.peft.names()) - {*MIXTURES, *EQUAL_AT_FIRST, "residual_adapter"}))
 def test_any_method_is_an_expert(method):
     found = cell(Tuned.of(f"routed[of='{method}', experts=2]"), Kind.of("full"), "encoder")
@@ -381,6 +381,7 @@ def test_a_causal_model_decodes_with_routed_adapters(tiny):
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, **EXACT)
 
 
+@pytest.mark.slow
 def test_a_union_is_an_expert_under_every_attention_kind():
     for kind in effzoo.attention.names():
         found = cell(

@@ -207,6 +207,7 @@ def test_an_encoder_takes_any_position_ids_as_rows_of_its_table(tiny):
     )
 
 
+@pytest.mark.slow
 def test_compiled_code_takes_one_document_and_refuses_several(tiny):
     model = build("llama", "full", {**tiny, "layers": 1})
     ids, positions = packed()

@@ -250,6 +250,7 @@ def assert_agree(theirs, ours, inputs, labels, tolerance):
         assert difference < tolerance, f"{name} differs by {difference} (largest entry {size})"
 
 
+@pytest.mark.cover()
 @HEADS
 @pytest.mark.parametrize("seed", range(4))
 def test_outputs_losses_and_gradients_equal_those_of_transformers(family, task, name, seed):
@@ -275,6 +276,7 @@ LEFT = [(*entry, True) for entry in CLASSES if entry[0] in (*CAUSAL, "modernbert
 LEFT += [(*entry[:3], False) for entry in LEFT if entry[0] != "gpt2"]
 
 
+@pytest.mark.cover()
 @pytest.mark.parametrize(("family", "task", "name", "with_positions"), LEFT)
 def test_left_padding_equals_transformers(family, task, name, with_positions):
     config = draw_config(family, name, 5)

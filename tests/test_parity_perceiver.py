@@ -102,6 +102,7 @@ def gradient(embedding, out):
     return torch.autograd.grad((out * weight).sum(), embedding, retain_graph=True)[0]
 
 
+@pytest.mark.cover()
 @KINDS
 @pytest.mark.parametrize("seed", range(6))
 def test_outputs_losses_and_gradients_equal_those_of_transformers(name, seed):
@@ -201,6 +202,7 @@ def test_fourier_features_equal_those_of_transformers(axes, resolution, bands):
 # --- conversion
 
 
+@pytest.mark.cover()
 @KINDS
 @pytest.mark.parametrize("seed", range(6))
 def test_there_and_back_is_the_identity_live_and_from_a_folder(name, seed, tmp_path):

@@ -143,6 +143,7 @@ def test_every_kind_that_is_read_has_a_sample():
     assert {kind for one in COUNTERPARTS for kind in one.peft_types} == {*SAMPLES}
 
 
+@pytest.mark.cover("kind")
 @pytest.mark.parametrize(("kind", "name"), FIELDS, ids=[f"{kind}-{name}" for kind, name in FIELDS])
 def test_a_field_is_understood_or_refused(kind, name, samples, tmp_path):
     base, folder = samples[kind]
@@ -162,6 +163,7 @@ def test_a_field_is_understood_or_refused(kind, name, samples, tmp_path):
 WRONG = [5, -1, 0.5, True, "x", [], ["x"], [[1]], {"a": "b"}, {"a": [1]}, "(", 10**30, [True], None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SAMPLES)
 def test_a_value_of_another_type_is_refused_with_a_sentence_or_read(kind, samples, tmp_path):
     base, folder = samples[kind]

@@ -766,6 +766,7 @@ def test_models_without_a_twin_are_refused(tmp_path):
         effzoo.save_adapter(model, tmp_path / "b", format="peft")
 
 
+@pytest.mark.slow
 def test_importing_effzoo_imports_neither_library(tmp_path):
     code = "import sys, effzoo; print(sorted({'peft', 'transformers'} & set(sys.modules)))"
     assert (

@@ -409,7 +409,7 @@ def test_every_attention_kind_works_among_the_latents(tiny, name, causal):
     assert {core.name for core in model.cores()} == {name}
 
 
-@pytest.mark.cover()
+@pytest.mark.slow
 @pytest.mark.parametrize("method", effzoo.peft.names())
 @pytest.mark.parametrize("kind", ["text", "pixels", "causal"])
 def test_every_method_trains_on_the_latent_blocks_and_leaves_the_base(tiny, method, kind, tmp_path):

@@ -81,7 +81,7 @@ PAIRS = [  # every method and every kind, not all of their product: that takes m
 ]
 
 
-@pytest.mark.cover("attention")
+@pytest.mark.slow
 @pytest.mark.parametrize(("attention", "method"), PAIRS)
 def test_activations_are_those_of_a_real_pass(kinds, attention, method):
     """With dropout everywhere and padding, at a prime length."""

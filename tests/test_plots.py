@@ -76,6 +76,7 @@ def test_colours_tell_window_and_global_apart_in_the_terminal():
     assert "through a global token" not in plots.pattern_text("full", 8, colour=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "is_global"), [(16, (0, 9)), (200, (100,)), (1, ())])
 def test_the_figure_is_a_png_with_labelled_axes(n, is_global):
     figure = plots.pattern_figure("longformer[window=8]", n, is_global=is_global)

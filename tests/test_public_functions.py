@@ -56,6 +56,7 @@ def arguments(tmp_path_factory):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FUNCTIONS)
 def test_a_wrong_argument_is_refused_with_a_sentence(path, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

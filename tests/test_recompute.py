@@ -55,6 +55,7 @@ def gradients(model, again, autocast=False):
     return loss, torch.autograd.grad(loss, trained, allow_unused=True), size - own
 
 
+@pytest.mark.cover()
 @pytest.mark.parametrize(
     ("level", "autocast"), [("hidden", False), ("hidden", True), ("blocks", False), ("blocks", True)]
 )

@@ -95,6 +95,7 @@ def test_every_rounding_of_the_same_weights_is_taken_when_asked(base, theirs, tm
         assert (logits - wanted).norm() < 0.15 * wanted.norm()
 
 
+@pytest.mark.cover()
 @pytest.mark.parametrize(("theirs", "ours"), [(a, b) for a in KINDS for b in KINDS if a != b], ids=str)
 def test_other_weights_are_refused_however_near(base, theirs, ours, tmp_path):
     """Drawn anew, trained on by a hundredth of their size, or scaled by three thousandths."""

@@ -294,6 +294,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.cover()
 @pytest.mark.parametrize("how", ["average", "rows", "scaled"])
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_refused_operation_changes_nothing(tiny, what, how, tmp_path):

@@ -304,6 +304,7 @@ def test_a_file_of_other_tokens_is_refused(tmp_path):
             effzoo.load_adapter(copy.deepcopy(base), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_looks_up_the_trained_rows():
     model = moved(effzoo.attach(built("llama", tied=False, kv_heads=1), "tokens[ids=5-7+40]"))
     compiled = torch.compile(model, fullgraph=True, backend="eager")

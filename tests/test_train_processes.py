@@ -136,7 +136,7 @@ def losses(directory, processes):
     """Of a masked language model, whose rows have unequally many labels, at a global batch of 8."""
     model = build("roberta", task="masked_lm", peft="lora[rank=2]")
     result = effzoo.finetune(model, rows("masked_lm"), output_dir=directory, batch_size=8 // processes, max_steps=4,
-                             learning_rate=1e-2, log_every=1, progress=False, save_every=2)
+                             learning_rate=1e-2, progress=False, saving=Saving(log_every=1, save_every=2))
     return [entry["loss"] for entry in result.history]
 
 if __name__ == "__main__":

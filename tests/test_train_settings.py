@@ -69,6 +69,7 @@ def train(tiny, tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TAKEN)
 def test_what_an_argument_cannot_be_is_refused_in_a_sentence(train, tmp_path, name):
     for value in POOL:
