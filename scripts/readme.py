@@ -22,6 +22,13 @@ from effzoo.registry import attention as kinds
 from effzoo.writing import replace_file
 
 ROOT = Path(__file__).parent.parent
+STOPS = [  # the files to read first, and the formula of each
+    ("models/longformer.toml", "a model is numbers and names"),
+    ("effzoo/attention/reference.py", "softmax(q kᵀ / √d) v"),
+    ("effzoo/attention/longformer.py", "the set of keys that a query sees"),
+    ("effzoo/blocks/block.py", "x + f(norm(x))"),
+    ("effzoo/peft/parameter/lora.py", "W x + s B A x"),
+]
 GALLERY = [
     ("patterns", "which query sees which key, drawn from the code that runs"),
     ("spectrum", "attention matrices are low in rank"),
@@ -384,6 +391,16 @@ def _between(text: str, name: str, table: str) -> str:
     )
 
 
+def house_page(page: str) -> str:
+    """The concept page of the house with the lines of the files to read."""
+    lines = [len((ROOT / path).read_text().splitlines()) for path, _ in STOPS]
+    rows = [
+        f"| [`{path}`](../../{path}) | {shows} | {count} |" for (path, shows), count in zip(STOPS, lines, strict=True)
+    ]
+    total = f"| together | | {sum(lines)} |"
+    return _between(page, "stops", "\n".join(["| file | shows | lines |", "|---|---|---|", *rows, total]))
+
+
 PAGES = {  # with tables of results or of code, and what writes them
     "README.md": rendered,
     "benchmarks/README.md": rendered_benchmarks,
@@ -392,6 +409,7 @@ PAGES = {  # with tables of results or of code, and what writes them
     "docs/zoo/models.md": models_page,
     "docs/zoo/speed.md": speed_page,
     "docs/lab.md": lab_page,
+    "docs/concepts/house.md": house_page,
     "docs/howto/write-a-kind.md": kind_guide,
 }
 

@@ -41,6 +41,21 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def test_the_five_files_to_read_first_are_short_and_each_shows_its_formula():
+    """The reading list of docs/concepts/house.md."""
+    page = (ROOT.parent / "docs/concepts/house.md").read_text().split("<!-- stops -->")[1].split("<!-- /stops -->")[0]
+    texts = [(ROOT.parent / path).read_text() for path in re.findall(r"^\| \[`([\w/.]+)`\]", page, re.MULTILINE)]
+    assert sum(len(text.splitlines()) for text in texts) < 450
+    formulas = [
+        'attention = "longformer[window=512]"',
+        "scores = q @ k.mT / math.sqrt(d)",
+        "(gap.abs() <= self.reach * dilation) & (gap % dilation == 0)",
+        "return x + self.feed(self.mlp_norm(x)",
+        "return y + self.scale * (x @ self.A.T) @ self.B.T",
+    ]
+    assert len(texts) == len(formulas) and all(formula in text for formula, text in zip(formulas, texts, strict=True))
+
+
 def test_imports_run_one_way():
     floor = {name: height for height, names in enumerate(FLOORS) for name in names}
     offenders = []

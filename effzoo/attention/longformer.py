@@ -74,7 +74,9 @@ class Longformer(PredicateAttention):
                 "beyond it a token sees itself alone"
             )
         self.reach, self.dilations, self.max_globals = windows[context.layer] // 2, tuple(dilations), max_globals
-        if not (context.global_tokens and not context.causal if global_projections is None else global_projections):
+        if global_projections is None:
+            global_projections = context.global_tokens and not context.causal
+        if not global_projections:
             self.projections = QKV
 
     def uses(self, mask: Mask) -> tuple[str, ...]:
@@ -89,5 +91,5 @@ class Longformer(PredicateAttention):
         return Window(self.reach, self.reach, self.dilations[head])
 
     def of_globals(self, *projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = projected[3:] or projected
+        q, k, v = projected[3:] or projected  # q_global, k_global, v_global, if there are any
         return q, k, v

@@ -23,12 +23,12 @@ def dense(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, memory: tuple[Tensor
         keys, values = (x.expand(batch, *x.shape[-3:]) for x in memory)
         k, v = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
         allowed = torch.cat([allowed.new_ones(batch, heads, n, keys.shape[2]), allowed], dim=3)
-    scores = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(d)
-    some = allowed.any(dim=-1, keepdim=True)
-    weights = scores.masked_fill(~allowed & some, -math.inf).softmax(dim=-1) * some
-    return torch.einsum("bhij,bhjd->bhid", weights, v)
+    scores = q @ k.mT / math.sqrt(d)
+    has_key = allowed.any(dim=-1, keepdim=True)  # a softmax over no key would be NaN: its weights become 0
+    weights = scores.masked_fill(~allowed & has_key, -math.inf).softmax(dim=-1) * has_key
+    return weights @ v
 
 
 def padding(n: int, valid: Tensor | None, device: torch.device | None = None) -> Tensor:
-    """Keys that hold a token, bool[batch, 1, 1, n]."""
+    """Which of n keys are tokens, bool[batch, 1, 1, n]; valid bool[batch, n], None without padding."""
     return torch.ones(1, 1, 1, n, dtype=torch.bool, device=device) if valid is None else valid[:, None, None, :]
