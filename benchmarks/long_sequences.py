@@ -65,7 +65,7 @@ def measure(name: str, n: int, train: bool) -> dict[str, object]:
             checksum = float(out.detach().abs().mean())
             if train:
                 out.square().mean().backward()
-                checksum = float(x.grad.abs().mean())  # type: ignore[union-attr]
+                checksum = float(x.grad.abs().mean())
     return {
         "seconds": round(time.perf_counter() - started, 2),
         "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
@@ -115,7 +115,7 @@ def main() -> int:
     return int(any("error" in row or row["peak_gib"] > LIMIT_GIB for row in found["rows"]))
 
 
-def tracked_table(results: dict) -> str:  # type: ignore[type-arg]
+def tracked_table(results: dict) -> str:
     """The table of the tracked results, and the machine."""
     machine = results["machine"]
     said = (

@@ -25,39 +25,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+# usual names of columns: of two texts that belong together, of a text, of a label
 PAIRS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
+    ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
     ("text1", "text2"),
-)
+)  # fmt: skip
 TEXTS = (
-    "text",
-    "sentence",
-    "content",
-    "document",
-    "review",
-    "article",
-    "body",
-    "description",
-    "comment",
-    "tweet",
-    "headline",
-    "title",
-)
+    "text", "sentence", "content", "document", "review", "article", "body", "description", "comment", "tweet",
+    "headline", "title",
+)  # fmt: skip
 LABELS = (
-    "label",
-    "labels",
-    "category",
-    "class",
-    "target",
-    "topic",
-    "sentiment",
-    "intent",
-    "coarse_label",
-    "fine_label",
-)
+    "label", "labels", "category", "class", "target", "topic", "sentiment", "intent", "coarse_label", "fine_label",
+)  # fmt: skip
 TASKS = ("classification", "causal_lm", "masked_lm")
 
 
@@ -71,26 +50,25 @@ def load_text(
     subset: str | None = None,
     encoding: str | Sequence[str] = "utf-8",
 ) -> Dataset:
-    """Texts and labels: a table with `text`, perhaps `text_pair`, and, where the source has labels, `label` as integers
-    with their names.
+    """A table of texts: `text`, perhaps `text_pair`, and, where the source has labels, `label`.
+
+    Labels become a `datasets.ClassLabel`, integers whose names `names(data)` lists, sorted (numbers by value). Labels
+    that are numbers with a fraction stay numbers, for regression.
 
     source: a .csv, .tsv, .jsonl, .json, .parquet or .txt file (one text a line, no labels); a folder of such files,
         or of one folder per label with .txt files in it; or a data set on the hub.
-    part: of a source with several parts (train, test, ...). text, text_pair,
-    label: column names; found among the usual ones when not given.
+    part: of a source with several parts (train, test, ...).
+    text, text_pair, label: names of columns; None takes a usual name that is there.
     subset: of a hub data set ("sst2" of "glue").
     encoding: of text files; in a folder of text files each is read by the first of several that fits.
 
-    Labels become a `datasets.ClassLabel`: names(data) lists the names, sorted (numbers by value). Labels that are
-    numbers with a fraction stay numbers, for regression. Raises DataError with the columns, the parts or the row that
-    does not fit.
+    Raises DataError with the columns, the parts or the row that does not fit.
     """
     path, encodings = Path(source), (encoding,) if isinstance(encoding, str) else tuple(encoding)
-    table = (
-        _by_folder(path, encodings)
-        if _is_folder_of_folders(path)
-        else _one_part(_read(source, path, subset, encodings), part, source)
-    )
+    if _is_folder_of_folders(path):
+        table = _by_folder(path, encodings)
+    else:
+        table = _one_part(_read(source, path, subset, encodings), part, source)
     first, second = _text_columns(table, text, text_pair)
     target = _pick(table, label, LABELS, "label", required=False)
     if target is not None and target in (first, second):
@@ -98,9 +76,8 @@ def load_text(
             f"column {target!r} is read as text and named as the label; choose another with label= or text="
         )
     columns = {first: "text", second: "text_pair", target: "label"}
-    table = table.select_columns([name for name in columns if name]).rename_columns(
-        {k: v for k, v in columns.items() if k and k != v}
-    )
+    renamed = {name: new for name, new in columns.items() if name and name != new}
+    table = table.select_columns([name for name in columns if name]).rename_columns(renamed)
     for name in ("text", "text_pair") if second else ("text",):
         _check_texts(table, name, columns)
     return table if target is None else _with_names(table, target)
@@ -110,8 +87,8 @@ def names(data: Dataset) -> list[str] | None:
     """The names of the labels, by number; None for a table without labels or with numbers to regress."""
     _check_table(data)
     feature = data.features.get("label", data.features.get("labels"))
-    found: list[str] | None = getattr(feature, "names", None)
-    return found
+    labels: list[str] | None = getattr(feature, "names", None)
+    return labels
 
 
 def split(
@@ -120,8 +97,10 @@ def split(
     """Divide a table at random, with the same share of each label in every part, up to one example.
 
     parts: fractions (floats, at most 1 together) or counts (integers) by name; a sequence of two is train and test, one
-        of three is train, validation and test. What they leave over is in no part. The same data and seed give the same
-        parts. Raises DataError.
+        of three is train, validation and test. What they leave over is in no part.
+    seed: of the division; the same data and seed give the same parts.
+
+    Raises DataError.
     """
     _check_table(data)
     if not isinstance(parts, Mapping):
@@ -133,17 +112,15 @@ def split(
     random = np.random.RandomState(seed)  # whose stream numpy keeps the same in every version
     labels = np.asarray(data["label"] if names(data) is not None else np.zeros(len(data), dtype=int))
     waiting = {value: list(random.permutation(np.flatnonzero(labels == value))) for value in np.unique(labels)}
-    found = {}
+    tables = {}
     for name, size in sizes.items():
-        left = {value: len(rows) for value, rows in waiting.items()}
-        shares = _largest_remainders([count * size / max(sum(left.values()), 1) for count in left.values()], size)
-        chosen = [
-            row
-            for value, share in zip(waiting, shares, strict=True)
-            for row in [waiting[value].pop() for _ in range(share)]
-        ]
-        found[name] = data.select([int(row) for row in random.permutation(chosen)])
-    return found
+        left = [len(rows) for rows in waiting.values()]
+        shares = _largest_remainders([count * size / max(sum(left), 1) for count in left], size)
+        chosen = []
+        for rows, share in zip(waiting.values(), shares, strict=True):
+            chosen += [rows.pop() for _ in range(share)]
+        tables[name] = data.select([int(row) for row in random.permutation(chosen)])
+    return tables
 
 
 def tokenise(
@@ -155,13 +132,21 @@ def tokenise(
     mask_share: Part = 0.15,
     seed: Seed = 0,
 ) -> Dataset:
-    """`text` (and `text_pair`) -> input_ids, attention_mask, token_type_ids if the tokenizer knows them, and labels,
-    ready for `effzoo.finetune`.
+    """`text` (and `text_pair`) as input_ids, attention_mask, perhaps token_type_ids, and labels, for `effzoo.finetune`.
 
-    Texts longer than max_length tokens are cut, and how many is logged. Nothing is padded: that is done batch by batch.
+    Nothing is padded: that is done batch by batch.
+
+    data: a table as `load_text` gives it.
+    tokenizer: of transformers, as `tokenizer_of` gives it.
+    max_length: in tokens; longer texts are cut, and how many is logged.
     task: "classification" keeps the label; "causal_lm" copies the tokens to labels, which the model shifts; "masked_lm"
-    chooses a share of the tokens to predict and replaces 80 % of them by the mask, 10 % by any token and leaves 10 %
-    (Devlin et al. 2019, section 3.1), the same for the same seed. Raises DataError.
+        predicts some tokens: 80 % of them are replaced by the mask, 10 % by any token, and 10 % stay.
+    mask_share: of the tokens that "masked_lm" predicts.
+    seed: of these tokens.
+
+    Raises DataError.
+
+    Masking: Devlin et al. 2019, BERT, arXiv:1810.04805, section 3.1.
     """
     import pyarrow.compute
 
@@ -191,37 +176,27 @@ def tokenise(
         if task == "causal_lm":
             return {**tokens, "labels": [list(ids) for ids in tokens["input_ids"]]}
         streams = [np.random.RandomState((seed * 1_000_003 + row) % 2**32) for row in rows]
-        masked = [
-            _mask(ids, tokenizer, mask_share, random) for ids, random in zip(tokens["input_ids"], streams, strict=True)
-        ]
+        texts = zip(tokens["input_ids"], streams, strict=True)
+        masked = [_mask(ids, tokenizer, mask_share, random) for ids, random in texts]
         return {**tokens, "input_ids": [ids for ids, _ in masked], "labels": [labels for _, labels in masked]}
 
-    found = data.map(
-        encode,
-        batched=True,
-        with_indices=True,
-        remove_columns=data.column_names,
-        load_from_cache_file=False,
+    table = data.map(
+        encode, batched=True, with_indices=True, remove_columns=data.column_names, load_from_cache_file=False,
         desc="Tokenising",
-    )
+    )  # fmt: skip
     if task == "classification":
-        found = found.cast_column("labels", data.features["label"])
-    parts = found.with_format("arrow").iter(batch_size=10_000)
-    full = sum(
-        length == max_length
-        for part in parts
-        for length in pyarrow.compute.list_value_length(part["input_ids"]).to_pylist()
-    )
+        table = table.cast_column("labels", data.features["label"])
+    full = 0
+    for part in table.with_format("arrow").iter(batch_size=10_000):
+        full += pyarrow.compute.list_value_length(part["input_ids"]).to_pylist().count(max_length)
     if full:
-        logging.getLogger("effzoo").info(
-            "%d of %d texts fill all %d tokens; what is longer was cut", full, len(found), max_length
-        )
-    return found
+        message = "%d of %d texts fill all %d tokens; what is longer was cut"
+        logging.getLogger("effzoo").info(message, full, len(table), max_length)
+    return table
 
 
 def tokenizer_of(source: str | Path | Config | Transformer) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder, a hub id, or a model of the zoo (the one its own weights were trained with).
-    Raises DataError."""
+    """The tokenizer of a folder, of a hub id, or of a zoo model's pretrained weights. Raises DataError."""
     from transformers import AutoTokenizer
 
     from effzoo import convert
@@ -292,19 +267,13 @@ def _read(source: str | Path, path: Path, subset: str | None, encodings: Sequenc
 
     arguments: dict[str, Any] = {}
     if os.path.exists(path):
-        files = (
-            sorted(file for file in path.iterdir() if file.suffix in FORMATS and file.is_file())
-            if path.is_dir()
-            else [path]
-        )
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix in FORMATS and file.is_file())
         kinds = sorted({file.suffix for file in files})
         if len(kinds) != 1 or kinds[0] not in FORMATS:
-            problem = (
-                f"has files of several kinds ({listing(kinds)})"
-                if len(kinds) > 1
-                else (f"is of no kind that can be read ({listing(kinds)})")
-            )
-            raise DataError(f"{path} {problem}; give {listing(FORMATS)}, or a folder of one of them")
+            problem = "has files of several kinds" if len(kinds) > 1 else "is of no kind that can be read"
+            raise DataError(f"{path} {problem} ({listing(kinds)}); give {listing(FORMATS)}, or a folder of one of them")
         parts = {file.stem: str(file) for file in files} if len(files) > 1 else {"train": str(files[0])}
         if len(encodings) > 1 and kinds != [".parquet"]:
             raise DataError(
@@ -319,23 +288,20 @@ def _read(source: str | Path, path: Path, subset: str | None, encodings: Sequenc
     try:
         return load_dataset(FORMATS[kinds[0]], **arguments) if arguments else load_dataset(str(source), subset)
     except Exception as error:  # of many kinds: no such data set, no network, a broken file
-        where = (
-            f"{path} cannot be read"
-            if arguments
-            else (f"{str(source)!r} is no file here, and no data set on the hub that can be read now")
-        )
+        where = f"{str(source)!r} is no file here, and no data set on the hub that can be read now"
+        where = f"{path} cannot be read" if arguments else where
         raise DataError(f"{where}: {_first_line(error)}") from error
 
 
 def _quoted(files: Sequence[Path], encoding: str) -> bool:
-    """Whether quotation marks in tab-separated files stand around fields, as spreadsheets write them, or are text, as
-    GLUE has them.
+    """Whether quotation marks in tab-separated files stand around fields (spreadsheets), or are text (GLUE).
 
     The reading is taken in which all rows have the same number of fields. Where both do: text if the other would lose
     lines, else around fields.
+
     Raises DataError where neither does, and for files that need different readings.
     """
-    found: dict[bool, Path] = {}
+    readings: dict[bool, Path] = {}
     for file in files:
         text = _decoded(file, (encoding,))
         if not any(line.startswith('"') or '\t"' in line for line in text.splitlines()):
@@ -353,14 +319,15 @@ def _quoted(files: Sequence[Path], encoding: str) -> bool:
                 "quotation marks may be unpaired"
             )
         quoted = fits[True] and not (fits[False] and len(as_quotes) < len(as_text))
-        found[quoted] = file
+        readings[quoted] = file
         how = "stand around fields and are taken off" if quoted else "are text"
         logging.getLogger("effzoo").info("%s: quotation marks %s", file, how)
-    if len(found) == 2:
+    if len(readings) == 2:
         raise DataError(
-            f"quotation marks stand around fields in {found[True]} and are text in {found[False]}; read them one by one"
+            f"quotation marks stand around fields in {readings[True]} and are text in {readings[False]}; "
+            "read them one by one"
         )
-    return True in found
+    return True in readings
 
 
 def _one_part(parts: Any, wanted: str | None, source: str | Path) -> Dataset:
@@ -393,12 +360,12 @@ def _pick(table: Dataset, given: str | None, usual: Sequence[str], argument: str
             raise DataError(f"there is no column {given!r}{did_you_mean(given, columns)} Columns: {listing(columns)}.")
         return given
     lower = {name.lower(): name for name in columns}
-    found = next((lower[name] for name in usual if name in lower), None)
-    if found is None and required:
+    column = next((lower[name] for name in usual if name in lower), None)
+    if column is None and required:
         raise DataError(
             f"none of the columns {listing(columns)} has a usual name for {argument}; name it with {argument}="
         )
-    return found
+    return column
 
 
 def _check_texts(table: Dataset, name: str, columns: Mapping[str | None, str]) -> None:
@@ -433,11 +400,8 @@ def _with_names(table: Dataset, original: str) -> Dataset:
 
 def _sizes(parts: Mapping[str, float | int], total: int) -> dict[str, int]:
     values = list(parts.values())
-    if (
-        not values
-        or any(isinstance(v, bool) or not isinstance(v, (int, float)) or v <= 0 for v in values)
-        or len({type(v) for v in values}) > 1
-    ):
+    kinds = {type(value) for value in values}
+    if kinds not in ({int}, {float}) or min(values) <= 0:
         raise DataError(f"parts are all fractions (floats above 0) or all counts (integers above 0), got {dict(parts)}")
     if isinstance(values[0], int):
         if sum(values) > total:
@@ -456,8 +420,7 @@ def _sizes(parts: Mapping[str, float | int], total: int) -> dict[str, int]:
 
 
 def _largest_remainders(shares: list[float], total: int) -> list[int]:
-    """Integers that add up to total and differ from the shares, which add up to it too, by less than 1 (Hamilton's
-    method)."""
+    """Integers that add up to total, as the shares do, each less than 1 from its share (Hamilton's method)."""
     whole = [int(share + 1e-9) for share in shares]
     for index in sorted(range(len(shares)), key=lambda i: whole[i] - shares[i])[: total - sum(whole)]:
         whole[index] += 1
@@ -467,8 +430,7 @@ def _largest_remainders(shares: list[float], total: int) -> list[int]:
 def _mask(
     ids: list[int], tokenizer: PreTrainedTokenizerBase, share: float, random: np.random.RandomState
 ) -> tuple[list[int], list[int]]:
-    """Masked ids, and labels that are -100 except where a token is to be predicted; at least one is, if there is any
-    but special ones."""
+    """Masked ids, and labels: -100 except for the tokens to predict, at least one where not all are special."""
     special = set(tokenizer.all_special_ids)
     ordinary = [at for at, token in enumerate(ids) if token not in special]
     masked, labels = list(ids), [IGNORED] * len(ids)

@@ -37,9 +37,11 @@ History = Sequence[Mapping[str, Any]]
 def pattern(kind: Kind, n: int = 64, *, is_global: Sequence[int] = (), causal: bool = False) -> Tensor:
     """int8[n, n] of `NOT`, `ATTENDED` and `GLOBAL`: what query i (row) sees of key j (column) in the first head.
 
+    A kind that declares no pattern is probed: with the identity as values its output is the attention matrix itself,
+    for random queries and keys.
+
     kind: a core, or a spec such as "longformer[window=8]".
-    is_global: positions of global tokens. A kind that declares no pattern is probed: with the identity as values its
-        output is the attention matrix itself, for random queries and keys.
+    is_global: positions of global tokens.
     """
     if n < 1:
         raise OptionError(f"n is at least 1, got {n}")
@@ -73,12 +75,11 @@ def pattern_text(
         cells = torch.nn.functional.pad(cells, (0, 0, 0, 1))
     lines = []
     for upper, lower in zip(cells[::2].tolist(), cells[1::2].tolist(), strict=True):
+        pairs = list(zip(upper, lower, strict=True))
         if colour:
-            lines.append(
-                "".join(f"{_ansi(38, a)}{_ansi(48, b)}▀" for a, b in zip(upper, lower, strict=True)) + "\x1b[0m"
-            )
+            lines.append("".join(f"{_ansi(38, a)}{_ansi(48, b)}▀" for a, b in pairs) + "\x1b[0m")
         else:
-            lines.append("".join(" ▀▄█"[(a != NOT) + 2 * (b != NOT)] for a, b in zip(upper, lower, strict=True)))
+            lines.append("".join(" ▀▄█"[(a != NOT) + 2 * (b != NOT)] for a, b in pairs))
     shown = [state for state in LABELS if state != NOT and (cells == state).any()]
     key = [f"{_ansi(38, state)}█\x1b[0m {LABELS[state]}" if colour else f"█ {LABELS[state]}" for state in shown]
     if not colour:
@@ -90,8 +91,7 @@ def pattern_text(
 def pattern_figure(
     kind: Kind, n: int = 64, *, is_global: Sequence[int] = (), causal: bool = False, title: str | None = None
 ) -> Figure:
-    """A figure of the pattern: queries down, keys across, colours for attended, through a global token, and not
-    attended.
+    """A figure of the pattern: queries down, keys across, a colour for each of the three states.
 
     More than 128 positions are drawn as blocks, coloured when any pair in them is attended; the legend counts pairs.
     """
@@ -146,25 +146,13 @@ def learning_curves(
     chosen = _metric(keys, metric)
     figure = Figure(figsize=(9.0 if chosen else 5.0, 3.8), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12))
     panels = figure.subplots(1, 2 if chosen else 1, squeeze=False, sharex=True)[0]
-    for (name, entries), colour, marker in zip(
-        runs.items(), itertools.cycle(LINES), itertools.cycle(MARKERS), strict=False
-    ):
-        prefix = f"{name}, " if name else ""
+    looks = zip(itertools.cycle(LINES), itertools.cycle(MARKERS), strict=True)
+    for (name, entries), (colour, marker) in zip(runs.items(), looks, strict=False):
+        prefix, marked = f"{name}, " if name else "", {"color": colour, "marker": marker, "linewidth": 1.8}
         _line(panels[0], entries, "loss", f"{prefix}training", color=colour, alpha=0.65, linewidth=1.3)
-        _line(
-            panels[0],
-            entries,
-            "eval_loss",
-            f"{prefix}validation",
-            color=colour,
-            marker=marker,
-            linewidth=1.8,
-            linestyle="--",
-        )
+        _line(panels[0], entries, "eval_loss", f"{prefix}validation", linestyle="--", **marked)
         if chosen:
-            _line(
-                panels[1], entries, f"eval_{chosen}", name or "validation", color=colour, marker=marker, linewidth=1.8
-            )
+            _line(panels[1], entries, f"eval_{chosen}", name or "validation", **marked)
     for axes, label in zip(panels, ("loss", f"validation {chosen}"), strict=False):
         axes.set(xlabel="optimizer step", ylabel=label)
         axes.grid(color="#dddddd", linewidth=0.6)
@@ -176,9 +164,8 @@ def learning_curves(
         figure.legend(handles=panels[0].get_lines(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     panels[0].set_ylim(bottom=0)
     if chosen == "accuracy":  # a share: room around small differences, none above 1
-        lowest = min(
-            entry["eval_accuracy"] for entries in runs.values() for entry in entries if "eval_accuracy" in entry
-        )
+        logged = [entry for entries in runs.values() for entry in entries]
+        lowest = min(entry["eval_accuracy"] for entry in logged if "eval_accuracy" in entry)
         panels[1].set_ylim(max(0.0, lowest - 0.1), 1.02)
     if title:
         figure.suptitle(title)
@@ -201,8 +188,7 @@ def _core(kind: str | Mapping[str, Any] | Spec, n: int, causal: bool) -> Attenti
 
 @torch.no_grad()
 def _probe(core: AttentionCore, n: int, mask: Mask) -> Tensor:
-    """The keys that reach each query: the values are the columns of the identity, as many at a time as fit into a
-    head."""
+    """The keys that reach each query, with columns of the identity as values, as many at a time as a head holds."""
     if n > _MOST_PROBED:
         raise OptionError(
             f"attention {core.name!r} declares no pattern, so it is probed, up to n = {_MOST_PROBED}; got n = {n}"
@@ -248,10 +234,10 @@ def _title(kind: Kind, causal: bool) -> str:
 def _metric(keys: Sequence[str], given: str | None) -> str | None:
     """The validation metric of the second panel, None when there is none."""
     skipped = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
-    found = [key.removeprefix("eval_") for key in keys if key.startswith("eval_") and key not in skipped]
-    if given is not None and given not in found:
-        raise InputError(f"no entry has 'eval_{given}'; the metrics of this history are {', '.join(found) or '(none)'}")
-    return given or ("accuracy" if "accuracy" in found else next(iter(found), None))
+    names = [key.removeprefix("eval_") for key in keys if key.startswith("eval_") and key not in skipped]
+    if given is not None and given not in names:
+        raise InputError(f"no entry has 'eval_{given}'; the metrics of this history are {', '.join(names) or '(none)'}")
+    return given or ("accuracy" if "accuracy" in names else next(iter(names), None))
 
 
 def _line(axes: Axes, entries: History, key: str, label: str, **style: Any) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -34,13 +35,13 @@ def lab(
 
     if name is None:
         for deck, title in DECKS.items():
-            found = [one for one in catalogue().values() if one.decks[0] == deck]
-            if not found:
+            experiments = [experiment for experiment in catalogue().values() if experiment.decks[0] == deck]
+            if not experiments:
                 continue
-            made = table("experiment", "question", "source")
-            for one in found:
-                made.add_row(Text(one.name, style="bold"), Text(one.about), Text(one.source))
-            say(heading(f"Deck {deck}: {title}"), made, "")
+            listed = table("experiment", "question", "source")
+            for experiment in experiments:
+                listed.add_row(Text(experiment.name, style="bold"), Text(experiment.about), Text(experiment.source))
+            say(heading(f"Deck {deck}: {title}"), listed, "")
         say("Run one with:  effzoo lab NAME --quick")
         return
     chosen = list(catalogue().values()) if name == "all" else [get(name)]
@@ -56,7 +57,7 @@ def lab(
         say(f"wrote {out / experiment.name}: result.json, table.md, figure.png   {result['seconds']:.0f} s", "")
 
 
-def _show(result: dict) -> None:  # type: ignore[type-arg]
+def _show(result: Mapping[str, Any]) -> None:
     from effzoo.lab import Claim
 
     for title, (head, *body) in result["tables"].items():

@@ -50,14 +50,13 @@ def plan_(
     """
     for name, value in (("--length", length), ("--batch", batch), ("--max-length", max_length)):
         whole_or_none(name, value, least=1)
-    given = {"attention": attention, "task": task, "max_length": max_length}
+    given = {"attention": attention, "task": task, "max_length": max_length, "recompute": recompute}
     choices: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    found = plan_of(
+    plan = plan_of(
         model, peft, batch=batch, length=length, dtype=dtype, precision=precision, optimizer=optimizer,
-        checkpointing=checkpointing or None,
-        recompute=recompute, backend=backend, device=device, **choices,  # type: ignore[arg-type]
+        checkpointing=checkpointing or None, backend=backend, device=device, **choices,
     )  # fmt: skip
-    rows = table("part", "MiB", "%", right=("MiB", "%"))
-    for name, nbytes in found.rows():
-        rows.add_row(*map(Text, (name, f"{nbytes / MIB:,.2f}", f"{100 * nbytes / max(found.total, 1):.1f}")))
-    say(heading(found.title), f"{found.trainable:,} of {found.parameters:,} parameters are trained", rows)
+    parts = table("part", "MiB", "%", right=("MiB", "%"))
+    for name, nbytes in plan.rows():
+        parts.add_row(*map(Text, (name, f"{nbytes / MIB:,.2f}", f"{100 * nbytes / max(plan.total, 1):.1f}")))
+    say(heading(plan.title), f"{plan.trainable:,} of {plan.parameters:,} parameters are trained", parts)

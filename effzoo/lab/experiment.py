@@ -4,7 +4,7 @@
     def spectrum(run: Run) -> Findings:
         \"\"\"How much of an attention matrix its largest singular values hold.\"\"\"
 
-The function says what it found: tables with the published numbers in a column of their own, one figure, and claims,
+The function returns its results: tables with the published numbers in a column of their own, one figure, and claims,
 each judged for every seed. A claim that does not hold is a finding; nothing here asserts.
 """
 
@@ -37,8 +37,13 @@ def silent(said: str) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """How an experiment is run: quick, sizes for minutes on two cores; data, a file or folder in place of the default;
-    say, told of progress."""
+    """How an experiment is run.
+
+    quick: sizes for minutes on two cores.
+    seeds: each draws weights and orders anew.
+    data: a file or folder in place of the default.
+    say: called with lines about the progress.
+    """
 
     quick: bool = True
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -60,7 +65,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says should be seen, and whether it was, for each seed (one entry where nothing is drawn)."""
+    """What a paper says should be seen, and whether it held, for each seed (one entry where nothing is drawn)."""
 
     text: str
     held: tuple[bool, ...]
@@ -69,19 +74,17 @@ class Claim:
         seen = sum(self.held)
         if len(self.held) == 1:
             return f"{'seen' if seen else 'NOT seen'}: {self.text}"
-        return (
-            f"{'seen' if seen == len(self.held) else 'NOT seen' if not seen else 'seen in part'}, {seen} of "
-            f"{len(self.held)} seeds: {self.text}"
-        )
+        verdict = "seen" if seen == len(self.held) else "seen in part" if seen else "NOT seen"
+        return f"{verdict}, {seen} of {len(self.held)} seeds: {self.text}"
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What an experiment found.
+    """The results of an experiment.
 
     tables: by title; the first is the main one.
     figure: of matplotlib.
-    claims: judged.
+    claims: with what was seen of each.
     values: every number behind the tables, for the JSON file, by seed where it depends on one.
     settings: sizes, steps, data.
     notes: what a reader must know to read the numbers rightly.
@@ -97,8 +100,12 @@ class Findings:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One entry of the lab. decks: the lectures that show it. source: paper and table. data: what it reads, in
-    words."""
+    """One entry of the lab.
+
+    decks: the lectures that show it.
+    source: paper and table.
+    data: what it reads, in words.
+    """
 
     name: str
     decks: tuple[int, ...]

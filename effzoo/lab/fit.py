@@ -24,8 +24,11 @@ _CALIBRATION = 4  # batches that methods see which choose by data
 
 @dataclass(frozen=True)
 class Examples:
-    """Labelled examples: `inputs` are what the model takes, by name, each with a first axis of examples; labels stand
-    beside them."""
+    """Labelled examples.
+
+    inputs: what the model takes, by name; the first axis is that of the examples.
+    labels: [examples].
+    """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
@@ -33,17 +36,17 @@ class Examples:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def at(self, rows: Any) -> Examples:
+    def at(self, indices: Any) -> Examples:
         """Some of them: a slice, indices or a mask."""
-        return Examples({name: x[rows] for name, x in self.inputs.items()}, self.labels[rows])
+        return Examples({name: x[indices] for name, x in self.inputs.items()}, self.labels[indices])
 
-    def batch(self, rows: Any) -> Batch:
+    def batch(self, indices: Any) -> Batch:
         """A batch for the model, cut to its longest example where there is an attention_mask."""
-        batch = {name: x[rows] for name, x in self.inputs.items()}
+        batch = {name: x[indices] for name, x in self.inputs.items()}
         if "attention_mask" in batch:
             longest = int(batch["attention_mask"].sum(dim=1).max())
             batch = {name: x[:, :longest] for name, x in batch.items()}
-        return {**batch, "labels": self.labels[rows]}
+        return {**batch, "labels": self.labels[indices]}
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All of them once, in order."""
@@ -51,8 +54,7 @@ class Examples:
             yield self.batch(slice(start, start + size))
 
     def stream(self, size: int, seed: int) -> Iterator[Batch]:
-        """Without end, in a new order in each epoch; the last examples of an epoch that fill no batch are left out of
-        it."""
+        """Batches without end, each epoch in a new order and without its last examples that fill no batch."""
         draw, size = torch.Generator().manual_seed(seed), min(size, len(self))
         while True:
             order = torch.randperm(len(self), generator=draw)

@@ -22,8 +22,11 @@ MEAN, DEVIATION = 0.1307, 0.3081  # of MNIST's training pixels
 
 @dataclass(frozen=True)
 class Images:
-    """Digits [examples, 1, height, width], standardised, under the name `pixels`: to train on, to count on, and which
-    they are."""
+    """Digits as `pixels` [examples, 1, height, width], standardised.
+
+    train, test: to train and to count on.
+    about: which they are.
+    """
 
     train: Examples
     test: Examples
@@ -37,8 +40,10 @@ class Images:
 
 
 def images(run: Run, *, train: int | None = None, test: int | None = None) -> Images:
-    """The first `train` and `test` images (None: all) of MNIST in `run.data`, or of the 1,797 digits of scikit-learn,
-    1,347 of them to train on."""
+    """MNIST in `run.data`, or the 1,797 digits of scikit-learn, 1,347 of them to train on.
+
+    train, test: how many, the first ones; None for all.
+    """
     if run.data is not None:
         parts = [_mnist(run.data, part) for part in ("train", "t10k")]
         about = "MNIST"

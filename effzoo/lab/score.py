@@ -18,8 +18,10 @@ class Score(NamedTuple):
 
 
 def score(model: nn.Module, examples: Examples, *, bfloat16: bool | None = None) -> Score:
-    """Accuracy and loss; bfloat16: as in `effzoo.lab.fit.fit`, None where that is faster here and the weights are
-    float32."""
+    """Accuracy and loss.
+
+    bfloat16: under autocast; None where that is faster here and the weights are float32.
+    """
     if bfloat16 is None:
         bfloat16 = next(model.parameters()).dtype == torch.float32 and bfloat16_is_faster()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):

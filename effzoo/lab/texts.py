@@ -22,7 +22,12 @@ DATA = "labelled texts (default: BBC News of the demo extra)"
 
 @dataclass(frozen=True)
 class Texts:
-    """Labelled texts as tokens of MiniLM: to train on and to count on, the names of the labels, and which they are."""
+    """Labelled texts as tokens of MiniLM.
+
+    train, test: to train and to count on.
+    names: of the labels.
+    about: which texts they are.
+    """
 
     train: Examples
     test: Examples
@@ -31,11 +36,12 @@ class Texts:
 
 
 def texts(run: Run, *, length: int, train: int, test: int) -> Texts:
-    """The first `length` tokens of texts, <cls> and <sep> among them: `train` to train on and `test` others, with the
-    same shares of each label.
+    """Texts of `run.data` (what `effzoo.data.load_text` reads), else BBC News, divided alike for every seed.
 
-    The division is the same for every seed. From `run.data` where it is given (what `effzoo.data.load_text` reads; a
-    text that occurs twice is kept once), else BBC News.
+    A text that occurs twice is kept once; both parts have the same shares of each label.
+
+    length: tokens of a text, the first ones, <cls> and <sep> among them.
+    train, test: how many texts.
     """
     source = news() if run.data is None else run.data
     everything = data.load_text(source, encoding=("utf-8", "latin-1") if source.is_dir() else "utf-8")
@@ -55,9 +61,8 @@ def texts(run: Run, *, length: int, train: int, test: int) -> Texts:
         tokens: Any = tokenizer(
             list(part["text"]), truncation=True, max_length=length, padding="max_length", return_tensors="pt"
         )
-        made[name] = Examples(
-            {key: tokens[key] for key in ("input_ids", "attention_mask")}, torch.tensor(part["label"])
-        )
+        inputs = {key: tokens[key] for key in ("input_ids", "attention_mask")}
+        made[name] = Examples(inputs, torch.tensor(part["label"]))
     return Texts(made["train"], made["test"], names, "BBC News" if run.data is None else run.data.name)
 
 
@@ -74,16 +79,14 @@ def news() -> Path:
 
 
 def minilm(labels: int, *, seed: int = 0, **options: Any) -> Transformer:
-    """MiniLM (6 layers, 384 wide) with its real weights and a fresh head for so many labels, without dropout; options
-    as for `effzoo.build`."""
+    """MiniLM (6 layers, 384 wide) with its real weights and a fresh head, without dropout.
+
+    labels: of the head.
+    seed: of the head.
+    options: as for `effzoo.build`.
+    """
     torch.manual_seed(seed)
-    given = {
-        "task": "classification",
-        "num_labels": labels,
-        "pretrained": True,
-        "dropout": 0.0,
-        "attention_dropout": 0.0,
-        "pooling": "mean",
-    }
-    model: Transformer = build("minilm", **{**given, **options})
+    no_dropout = {"dropout": 0.0, "attention_dropout": 0.0}
+    head = {"task": "classification", "num_labels": labels, "pooling": "mean"}
+    model: Transformer = build("minilm", **{"pretrained": True, **head, **no_dropout, **options})
     return model

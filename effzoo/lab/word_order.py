@@ -1,5 +1,4 @@
-"""A second task made of any texts: do the words stand in their order? A body that knows topics has to learn it; no word
-alone tells."""
+"""A second task made of any texts, which a body that knows topics has to learn: do the words stand in their order?"""
 
 from __future__ import annotations
 
@@ -11,8 +10,9 @@ AS_IT_IS, SHUFFLED = 0, 1
 
 
 def word_order(examples: Examples, *, seed: int = 0) -> Examples:
-    """Every second text with its tokens in a random order, label 1, the others as they are, label 0; <cls> first and
-    <sep> last stay in place.
+    """Every second text with its tokens in a random order (label 1), the others as they are (label 0).
+
+    <cls> first and <sep> last stay in place.
 
     examples: texts as `input_ids` and `attention_mask` with padding on the right.
     seed: of the orders; which texts have one is not drawn, so that no order of batches can go with the labels.

@@ -37,7 +37,7 @@ def step(model: nn.Module, batch: Mapping[str, Tensor], learning_rate: float = 1
     def once() -> None:
         model.train()
         optimizer.zero_grad()
-        peft.loss(model, **batch).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(peft.loss(model, **batch))
         nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
 

@@ -103,7 +103,8 @@ def biases(run: Run) -> Findings:
             ]
         )
 
-    order = {s: sorted(ROLES, key=lambda role, s=s: mean_of(moved[s], role)) for s in seeds}  # type: ignore[misc]
+    means = {s: {role: mean_of(moved[s], role) for role in ROLES} for s in seeds}
+    order = {s: sorted(ROLES, key=means[s].__getitem__) for s in seeds}
     whole, strong, head = (accuracies[name] for name in ("all biases", "query and middle", "none: the head alone"))
     return Findings(
         tables={"accuracy": table, "all biases trained: how far each moves": second},

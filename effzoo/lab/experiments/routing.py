@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from effzoo.lab.experiment import Claim, Findings, Run, Table, experiment
 from effzoo.lab.fit import Batch, fit
 from effzoo.routing import Watch, watch
 from effzoo.tasks import domains
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SYMBOLS, DOMAINS, LENGTH, BATCH, EXPERTS = 16, 8, 31, 32, 8
 BALANCE = {  # feed-forwards as experts
@@ -198,7 +201,7 @@ def _above(right: dict[str, list[float]], better: str, worse: str) -> tuple[bool
     return tuple(a > b for a, b in zip(right[better], right[worse], strict=True))
 
 
-def _figure(series: dict[str, list[Watch]], right: dict[str, list[float]], steps: int):  # type: ignore[no-untyped-def]
+def _figure(series: dict[str, list[Watch]], right: dict[str, list[float]], steps: int) -> Figure:
     figure, (left, bars) = panels(2, width=5.2, height=3.9)
     every = max(1, steps // 30)
     for number, (name, watches) in enumerate(series.items()):
