@@ -21,6 +21,7 @@ PACKAGES = {  # in the order in which the pages stand, with what each is for
     "effzoo.sites": "Where fine-tuning modules hang, and what they may do there.",
     "effzoo.data": "Texts and labels from files, split and tokenised.",
     "effzoo.train": "Training, prediction, distillation.",
+    "effzoo.parallel": "One sequence over several ranks.",
     "effzoo.convert": "Weights and configurations to and from transformers.",
     "effzoo.convert.peft_files": "Adapters in the files of the peft package.",
     "effzoo.plan": "Memory of a training step, predicted.",

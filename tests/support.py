@@ -76,23 +76,19 @@ def small(kind):
     return str(Kind.of(kind).spec)
 
 
+def free_port():
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
 def launcher(processes):
     """How `accelerate launch` starts so many processes on the CPU. The port is a free one: older versions do not take 0
     for that, and wait."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    line = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        str(processes),
-        "--num_machines",
-        "1",
-    ]
-    return [*line, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
+    line = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    line += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [*line, "--main_process_port", str(free_port())]
 
 
 def finetune(model, train, **settings):

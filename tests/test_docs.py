@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import os
 import pkgutil
 import re
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from types import ModuleType
 import numpy
 import pytest
 from PIL import Image
+from support import free_port
 from typer.testing import CliRunner
 
 import effzoo
@@ -25,7 +27,8 @@ DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 FENCE = re.compile(r"^( *)```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 CHECK = "effzoo check mine.py"  # which has a test of its own
-ELSEWHERE = ("./scripts/", "accelerate launch", "ACCELERATE_USE_CPU=true accelerate launch")  # what no page runs
+# what no page runs
+ELSEWHERE = ("./scripts/", "accelerate launch", "torchrun ", "ACCELERATE_USE_CPU=true accelerate launch")
 
 
 @dataclass
@@ -108,6 +111,14 @@ def test_every_code_block_is_a_sample():
 def test_code_fits_the_width_of_the_page(page):
     wide = [line for sample in samples(page) if sample.language == "python" for line in lines(sample.text)]
     assert [line for line in wide if len(line) > 90] == []
+
+
+def test_what_a_script_of_ranks_says_runs_in_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    (script,) = (sample for sample in samples("howto/sequences-over-ranks.md") if sample.title == "spread.py")
+    exec(compile(script.text.replace("29400", str(free_port())), "spread.py", "exec"), {})
+    first, _, last = map(float, capsys.readouterr().out.split())
+    assert last < first
 
 
 def test_what_a_script_of_several_processes_says_runs_in_one(tmp_path, monkeypatch):

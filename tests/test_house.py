@@ -18,7 +18,7 @@ FLOORS = [  # a package may import from those before it, and from itself
     {"zoo"},
     {"convert", "plots"},
     {"build", "data", "generation", "quantise", "swap", "tasks", "vocabulary"},
-    {"checks", "plan", "train"},
+    {"checks", "parallel", "plan", "train"},
     {"measure"},
     {"lab"},
     {"cli"},

@@ -91,7 +91,7 @@ class Classification(nn.Module):
                 f"labels are integers of shape {tuple(logits.shape[:1])} (or floats of shape {tuple(logits.shape)} "
                 f"when several may hold), got {labels.dtype} of shape {tuple(labels.shape)}"
             )
-        return _cross_entropy(logits, labels)
+        return mean_cross_entropy(logits, labels)
 
 
 class TokenClassification(nn.Module):
@@ -112,7 +112,7 @@ class TokenClassification(nn.Module):
     def forward(self, hidden: Tensor, valid: Tensor | None, labels: Tensor | None, embedding: Embedding) -> Output:
         logits = self.out(self.dropout(transformed(hidden, self.dense, self.activation, self.norm)))
         return Output.of(
-            loss=None if labels is None else _cross_entropy(logits, labels), logits=logits, last_hidden_state=hidden
+            loss=None if labels is None else mean_cross_entropy(logits, labels), logits=logits, last_hidden_state=hidden
         )
 
 
@@ -155,7 +155,8 @@ class LanguageModel(nn.Module):
                     f"labels are integers of shape {tuple(logits.shape[:2])}, one per token, got shape "
                     f"{tuple(labels.shape)}"
                 )
-            loss = _cross_entropy(logits[:, :-1], labels[:, 1:]) if self.causal else _cross_entropy(logits, labels)
+            shifted = (logits[:, :-1], labels[:, 1:]) if self.causal else (logits, labels)
+            loss = mean_cross_entropy(*shifted)
         return Output.of(loss=loss, logits=logits, last_hidden_state=hidden)
 
 
@@ -205,7 +206,7 @@ def _activation(config: Config) -> Callable[[Tensor], Tensor]:
     return torch.tanh if config.head_activation == "tanh" else ACTIVATIONS[config.head_activation]
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over the labels that count; 0 when none does."""
     labels = _labels(logits, labels)
     if labels.is_floating_point() or labels.shape != logits.shape[:-1]:

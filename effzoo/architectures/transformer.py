@@ -149,7 +149,7 @@ class Transformer(Recomputing, Model):
         input_ids = checked(self.config, in_front, "input_ids", input_ids)
         token_type_ids = checked(self.config, in_front, "token_type_ids", token_type_ids)
         position_ids = checked(self.config, in_front, "position_ids", position_ids)
-        valid = self._valid(attention_mask)
+        valid = self.valid_tokens(attention_mask)
         position_ids, documents = self._documents(position_ids, attention_mask, input_ids, inputs_embeds)
         if documents is not None:
             check_packed(self.cores(), self.task, prompt_length, cache is not None)
@@ -159,17 +159,17 @@ class Transformer(Recomputing, Model):
         outside = HookContext(with_prompt, Mask(with_prompt, tasks=task_ids))
         with calling(outside):
             x, positions = self.embeddings(input_ids, inputs_embeds, position_ids, token_type_ids, prompt, start)
-        mask = self._mask(valid, global_attention_mask, x, prompt_length, cached_prompt, positions, task_ids)
+        mask = self.mask_of(valid, global_attention_mask, x, prompt_length, cached_prompt, positions, task_ids)
         if valid is not None:
             valid = valid[:, -(x.shape[1] - prompt_length) :]
-        valid = self._text(valid, input_ids)
+        valid = self.read_tokens(valid, input_ids)
         wanted = self._read(x[:, prompt_length:], valid, prompt_length) if cache is None else None
         losses: list[Tensor] = []
         with balancing(losses) if self.config.experts else nullcontext():
             if documents is None:
-                x = self._run(x, mask, cache, wanted)
+                x = self.run(x, mask, cache, wanted)
             else:
-                x = documents.join(self._run(documents.split(x), documents.mask(mask), None))
+                x = documents.join(self.run(documents.split(x), documents.mask(mask), None))
         if cache is not None:
             cache.length, cache.prompt_tokens = start + x.shape[1], in_front
         with calling(outside):
@@ -206,7 +206,7 @@ class Transformer(Recomputing, Model):
         warn_of_documents(position_ids, attention_mask[:, -position_ids.shape[1] :].bool())
         return position_ids, None
 
-    def _text(self, valid: Tensor | None, ids: Tensor | None) -> Tensor | None:
+    def read_tokens(self, valid: Tensor | None, ids: Tensor | None) -> Tensor | None:
         """The positions that the head may read, bool[batch, n], or None for all.
 
         A decoder's classifier that reads the last token reads the last whose id is not `pad_token`, with a mask or not,
@@ -227,7 +227,7 @@ class Transformer(Recomputing, Model):
         where = self.head.reads(x, valid)
         return None if where is None else where + prompt_length
 
-    def _run(self, x: Tensor, mask: Mask, cache: Cache | None, wanted: Tensor | None = None) -> Tensor:
+    def run(self, x: Tensor, mask: Mask, cache: Cache | None, wanted: Tensor | None = None) -> Tensor:
         """The output of the last block, at the wanted positions only where some are named.
 
         Reversible blocks compute their inputs again in the backward pass, whatever `recompute` says.
@@ -277,14 +277,14 @@ class Transformer(Recomputing, Model):
         """The attention core of each block."""
         return (block.attn.core for block in cast("Sequence[Block]", self.blocks))
 
-    def _valid(self, attention_mask: Tensor | None) -> Tensor | None:
+    def valid_tokens(self, attention_mask: Tensor | None) -> Tensor | None:
         """bool[batch, n], or None when every position holds a token, which lets attention run without a mask."""
         if attention_mask is None:
             return None
         valid = marks(attention_mask, "attention_mask")
         return None if at_hand(valid) and bool(valid.all()) else valid
 
-    def _mask(
+    def mask_of(
         self, valid: Tensor | None, is_global: Tensor | None, x: Tensor, prompt_length: int, cached_prompt: int,
         positions: Tensor, tasks: Tensor | None,
     ) -> Mask:  # fmt: skip

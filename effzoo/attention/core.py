@@ -71,6 +71,8 @@ class Mask:
     tasks int[batch]: the task of each example, for routers by task.
     start [batch, n, dim]: the embeddings, for routers that read them.
     decisions: choices that stay the same when a block is computed again (see `decide`); None stores none.
+    over_ranks: computes a kind, `over_ranks(core, *projected, mask=, memory=)`, where each rank of a group holds a
+        slice of the sequence (`effzoo.parallel`); None where it is here whole.
     """
 
     valid: Tensor | None = None
@@ -80,6 +82,7 @@ class Mask:
     tasks: Tensor | None = None
     start: Tensor | None = field(default=None, repr=False)
     decisions: dict[Any, Any] | None = field(default=None, repr=False)
+    over_ranks: Callable[..., Tensor] | None = field(default=None, repr=False, kw_only=True)
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def memo(self, key: Any, make: Callable[[], Any]) -> Any:

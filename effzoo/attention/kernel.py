@@ -118,7 +118,7 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, plans, counts, *tensors):  # type: ignore[no-untyped-def]
-        by_part = zip(plans, _by_part(counts, tensors), strict=True)
+        by_part = zip(plans, tensors_by_part(counts, tensors), strict=True)
         out, lse = merge(*(tiling.forward(kernel, *args) for (tiling, kernel), args in by_part))
         ctx.plans, ctx.counts = plans, counts
         ctx.save_for_backward(out, lse.masked_fill(lse == -math.inf, 0.0), *tensors)
@@ -131,7 +131,7 @@ class _Merged(torch.autograd.Function):
         out, lse, *tensors = ctx.saved_tensors
         lse = lse.to(torch.promote_types(lse.dtype, torch.float32))
         grads: list[Tensor | None] = []
-        for (tiling, kernel), (q, k, v, *inputs) in zip(ctx.plans, _by_part(ctx.counts, tensors), strict=True):
+        for (tiling, kernel), (q, k, v, *inputs) in zip(ctx.plans, tensors_by_part(ctx.counts, tensors), strict=True):
             grads += [*tiling.backward(kernel, grad, q, k, v, out, lse, *inputs), *(None for _ in inputs)]
         return None, None, *grads
 
@@ -139,7 +139,7 @@ class _Merged(torch.autograd.Function):
 _merged: Callable[..., tuple[Tensor, Tensor]] = _Merged.apply
 
 
-def _by_part(counts: Sequence[int], tensors: Sequence[Any]) -> list[Sequence[Any]]:
+def tensors_by_part(counts: Sequence[int], tensors: Sequence[Any]) -> list[Sequence[Any]]:
     """The tensors of each part: q, k, v and the inputs of its tiling."""
     ends = list(itertools.accumulate(counts))
     return [tensors[end - count : end] for count, end in zip(counts, ends, strict=True)]

@@ -15,7 +15,7 @@ from effzoo.annotations import Count
 from effzoo.attention import reference
 from effzoo.attention.core import CompressedAttention, Context, Mask
 from effzoo.attention.part import bias_of
-from effzoo.errors import InputError, OptionError
+from effzoo.errors import IncompatibleError, InputError, OptionError
 from effzoo.registry import attention
 from effzoo.sites import KeysValues, Linear, opens
 from effzoo.sites.dtypes import linear as product
@@ -128,7 +128,8 @@ class Linformer(CompressedAttention):
         return keys, values, self._bias(mask, k.dtype)
 
     def project(self, name: str, x: Tensor, linear: Callable[[Tensor], Tensor], mask: Mask) -> Tensor:
-        if self.projections[name] == "query" or not self._compresses_first(name, x.shape[1], linear):
+        slice_only = mask.over_ranks is not None
+        if self.projections[name] == "query" or slice_only or not self._compresses_first(name, x.shape[1], linear):
             return linear(x)
         site, of_keys = cast(Linear, linear), mask._memo.get(_note("k"), (None, None))
         same = name == "v" and of_keys[0] is x and self._sites("k") == self._sites("v")
@@ -178,6 +179,25 @@ class Linformer(CompressedAttention):
         return torch.stack(
             [self._through(site, head) for site, head in zip(sites, x.unbind(dim=1), strict=True)], dim=1
         )
+
+    def compressed_slice(self, name: str, x: Tensor, mask: Mask, start: int) -> Tensor:
+        """What the positions start, start + 1, ... add to E x (F x for values), [batch, heads, k, d].
+
+        The sum over all slices of a sequence is E x. Raises IncompatibleError for a projection that is not linear, or
+        has adapters.
+        """
+        sites = self._sites(name)
+        if self.projection != "linear" or any(site.active for site in sites):
+            raise IncompatibleError(
+                "linformer: slices of a sequence add up where E and F are linear and have no adapters; build it with "
+                "projection='linear', and attach adapters elsewhere"
+            )
+        n = x.shape[-2]
+        if start + n > self.length:
+            self._length(start + n)
+        if mask.valid is not None:
+            x = x.masked_fill(~mask.valid[:, None, :, None], 0.0)
+        return torch.stack([site.weight[:, start : start + n] for site in sites]).to(x) @ x
 
     def _through(self, site: Linear, x: Tensor) -> Tensor:
         """One site along the sequence, [..., n, d] -> [..., k, d]."""

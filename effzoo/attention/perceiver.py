@@ -46,11 +46,11 @@ class Perceiver(CompressedAttention):
         nn.init.normal_(self.latents.weight)
 
     def compressed(self, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Tensor | None]:
-        z = self._latents().to(k.dtype).expand(k.shape[0], -1, -1, -1)
+        z = self.latent_queries().to(k.dtype).expand(k.shape[0], -1, -1, -1)
         summary = self.attend(Part(z, k, torch.cat([k, v], dim=-1), bias=mask.key_bias(k.dtype)))
         return summary[..., : k.shape[-1]], summary[..., k.shape[-1] :], None
 
-    def _latents(self) -> Tensor:
+    def latent_queries(self) -> Tensor:
         """z [heads, latents, d], with the adapters of the site."""
         z = self.latents(torch.arange(self.latents.num_embeddings, device=self.latents.weight.device))
         return rearrange(z, "m (h d) -> h m d", h=self.context.heads)
@@ -59,7 +59,7 @@ class Perceiver(CompressedAttention):
         """The definition with both softmaxes written out."""
         q, k, v = projected
         valid = reference.padding(k.shape[2], mask.valid, k.device)
-        scores = torch.einsum("hmd,bhjd->bhmj", self._latents(), k) / math.sqrt(k.shape[-1])
+        scores = torch.einsum("hmd,bhjd->bhmj", self.latent_queries(), k) / math.sqrt(k.shape[-1])
         some = valid.any(dim=-1, keepdim=True)
         S = scores.masked_fill(~valid & some, -math.inf).softmax(dim=-1) * some
         keys, values = (torch.einsum("bhmj,bhjd->bhmd", S, x) for x in (k, v))

@@ -118,7 +118,9 @@ class Attention(nn.Module):
                 q = projected[index]
                 projected[index] = take_positions(q, at) if q is not None and side == "query" else q
         given: dict[str, Any] = {"mask": mask} if memory is None else {"mask": mask, "memory": memory}
-        if at is not None:
+        if mask.over_ranks is not None:
+            heads = mask.over_ranks(core, *projected, **given)
+        elif at is not None:
             heads = core.forward_at(at, *projected, **given)
         elif cache is None:
             heads = core(*projected, **given)

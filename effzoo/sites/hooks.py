@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.devices import chosen
-from effzoo.errors import OptionError
+from effzoo.errors import IncompatibleError, OptionError
 from effzoo.sites.extras import Positionwise
 
 KeysValues = tuple[Tensor, Tensor]
@@ -83,7 +83,20 @@ class HookContext:
 
     @property
     def x(self) -> Tensor | None:
+        self._check_whole("input")
+        return self.layer_input
+
+    @property
+    def layer_input(self) -> Tensor | None:
+        """x, of which this rank may have a slice."""
         return self._part(self._x)
+
+    def _check_whole(self, what: str) -> None:
+        if self._mask is not None and self._mask.over_ranks is not None:
+            raise IncompatibleError(
+                f"a hook reads the {what} of all positions, of which this rank has a slice; use a method that computes "
+                "each position by itself, or one rank"
+            )
 
     @property
     def mask(self) -> Any:
@@ -103,6 +116,7 @@ class HookContext:
     @property
     def start(self) -> Tensor | None:
         """The embeddings, input of the first block, [batch, n, dim]."""
+        self._check_whole("embeddings")
         return None if self._mask is None else self._part(self._mask.start)
 
     def of_rows(self, rows: Sequence[int]) -> HookContext:

@@ -44,8 +44,9 @@ class MemorySite(Site):
         pairs = [_joined(of_adapter) for of_adapter in joining if of_adapter]
         if not pairs:
             return None, []
-        assert context.x is not None
-        self.now.check_batch(context.x.shape[0], self.role, context.x.shape)
+        x = context.layer_input
+        assert x is not None
+        self.now.check_batch(x.shape[0], self.role, x.shape)
         return (self.mix([keys for keys, _ in pairs]), self.mix([values for _, values in pairs])), []
 
 
@@ -85,8 +86,8 @@ class Side(Site):
 
 def _shown(module: Acts, context: HookContext) -> HookContext:
     """The context in the dtype of the module; the layer's projections get tokens in that of the layer's input."""
-    (x,) = cast_for(module, context.x)
-    given, layer = context.x, context.keys_values
+    (x,) = cast_for(module, context.layer_input)
+    given, layer = context.layer_input, context.keys_values
     if x is given or given is None or layer is None:
         return context
     return HookContext(context.valid, context.mask, x, lambda tokens: layer(tokens.to(given.dtype)))

@@ -1,0 +1,177 @@
+"""What each attention kind exchanges so that a rank computes its own positions exactly.
+
+full                 keys and values around the ring
+window, chunks       the positions that the first and the last query see beyond the slice; keys, values and outputs
+                     of global tokens, which are few
+linformer            the sum over ranks of E K and F V
+perceiver            the softmax of the latents over the keys of all ranks
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from effzoo.attention.core import AttentionCore, Mask, memory_part, take_positions
+from effzoo.attention.linformer import Linformer
+from effzoo.attention.part import Part, bias_of
+from effzoo.attention.perceiver import Perceiver
+from effzoo.attention.predicate import PredicateAttention, global_positions
+from effzoo.errors import IncompatibleError
+from effzoo.parallel.ranks import Range, Split, attended, fetch, total
+from effzoo.parallel.ring import ring
+from effzoo.sites import KeysValues
+
+
+@singledispatch
+def attention(core: AttentionCore, split: Split, *projected: Any, mask: Mask, memory: KeysValues | None) -> Tensor:
+    """The output of an attention kind at this rank's positions, [batch, heads, m, head_dim].
+
+    projected, mask: of this rank's positions.
+    memory: the same on every rank.
+
+    Raises IncompatibleError for a kind that cannot be split.
+    """
+    raise IncompatibleError(
+        f"attention {core.name!r} is not computed over ranks: nobody has said what they would exchange; use full, "
+        "longformer, local, linformer or perceiver"
+    )
+
+
+def multiple_of(core: AttentionCore) -> int:
+    """Slices of a sequence have to be multiples of this for the kind: the size of its chunks."""
+    if not isinstance(core, PredicateAttention):
+        return 1
+    windows = [core.window_of(head) for head in range(core.context.heads)]
+    return math.lcm(*(window.chunk for window in windows if window is not None)) if any(windows) else 1
+
+
+@attention.register
+def _(core: PredicateAttention, split: Split, *projected: Any, mask: Mask, memory: KeysValues | None = None) -> Tensor:
+    windows = [core.window_of(head) for head in range(core.context.heads)]
+    if None in windows or core.by_length:
+        raise IncompatibleError(
+            f"attention {core.name!r} is not computed over ranks: what a query sees is no window, so it may need every "
+            "key; use full, longformer or local"
+        )
+    q, k, v = projected[:3]
+    if all(window is not None and window.left is None for window in windows):
+        other = memory_part(q, memory)
+        return ring(
+            split, q, k, v, mask.key_bias(q.dtype), *([] if other is None else [other]), causal=core.context.causal,
+            dropout=core.dropout, backend=core.context.backend,
+        )  # fmt: skip
+    wanted = [_needed(core, split, rank) for rank in range(split.ranks)]
+    (first, end), (low, high) = split.range(), wanted[split.rank]
+    near = fetch(torch.cat([k, v], dim=-1), split, wanted, 2)
+    near_k, near_v = near[..., : k.shape[-1]], near[..., k.shape[-1] :]
+    near_q = F.pad(q, (0, 0, first - low, high - end))
+    valid, is_global = (_whole(mask, split, name) for name in ("valid", "is_global"))
+    key_mask = None if valid is None else valid[:, low:high]
+    if is_global is not None:
+        key_mask = ~is_global[:, low:high] if key_mask is None else key_mask & ~is_global[:, low:high]
+    parts = [core.part(near_q, near_k, near_v, key_mask), memory_part(near_q, memory)]
+    if is_global is None:
+        return core.attend(*parts).narrow(2, first - low, end - first)
+    slots, filled = _globals(core, mask, split)
+    keys, values = (_at_globals(x, slots, filled, split) for x in (k, v))
+    seen = filled[:, None, None, :]
+    if core.context.causal:
+        seen = seen & (slots[:, None, None, :] <= torch.arange(low, high, device=q.device)[:, None])
+    out = core.attend(*parts, Part(near_q, keys, values, bias_of(seen, q.dtype))).narrow(2, first - low, end - first)
+    return _with_globals(core, split, out, core.of_globals(*projected), mask, memory)
+
+
+def _needed(core: PredicateAttention, split: Split, rank: int) -> Range:
+    """The positions that the queries of a rank see, whole chunks."""
+    first, end = split.range(rank)
+    low, high, unit = first, end, multiple_of(core)
+    for head in range(core.context.heads):
+        window = core.window_of(head)
+        assert window is not None
+        chunk, reach = window.chunk, window.dilation * window.chunk
+        low = 0 if window.left is None else min(low, first // chunk * chunk - window.left * reach)
+        if not core.context.causal:
+            last = -(-end // chunk) * chunk
+            high = split.n if window.right is None else max(high, last + window.right * reach)
+    return max(0, low // unit * unit), min(split.n, high)
+
+
+def _whole(mask: Mask, split: Split, name: str) -> Tensor | None:
+    """`valid` or `is_global` of the whole sequence, bool[batch, n]; gathered once for a batch."""
+    own: Tensor | None = getattr(mask, name)
+    if own is None:
+        return None
+    every = [(0, split.n)] * split.ranks
+    whole: Tensor = mask.memo(("whole", name), lambda: fetch(own.to(torch.uint8), split, every, 1).bool())
+    return whole
+
+
+def _globals(core: PredicateAttention, mask: Mask, split: Split) -> tuple[Tensor, Tensor]:
+    """Positions of the global tokens in the whole sequence, int[batch, slots], and which slots hold one."""
+
+    def make() -> tuple[Tensor, Tensor]:
+        whole = Mask(is_global=_whole(mask, split, "is_global"), most_globals=mask.most_globals)
+        return global_positions(whole, core.max_globals)
+
+    made: tuple[Tensor, Tensor] = mask.memo("slots of global tokens over ranks", make)
+    return made
+
+
+def _at_globals(x: Tensor, slots: Tensor, filled: Tensor, split: Split) -> Tensor:
+    """x [batch, heads, m, d] of each rank at the global tokens, [batch, heads, slots, d] on every rank."""
+    first, end = split.range()
+    here = filled & (slots >= first) & (slots < end)
+    own = take_positions(x, (slots - first).clamp(0, end - first - 1))
+    return total(own * here[:, None, :, None].to(x.dtype), split)
+
+
+def _with_globals(
+    core: PredicateAttention, split: Split, out: Tensor, projected: tuple[Tensor, Tensor, Tensor], mask: Mask,
+    memory: KeysValues | None,
+) -> Tensor:  # fmt: skip
+    """The output, at global tokens that of their own softmax: over the keys of all ranks, and the memory once."""
+    q, k, v = projected
+    slots, filled = _globals(core, mask, split)
+    first, end = split.range()
+    query = _at_globals(q, slots, filled, split)
+    key = torch.arange(first, end, device=q.device)[None, None, None, :]
+    allowed = core.allowed(
+        slots[:, None, :, None], key, Mask(None, mask.is_global), places=split.n,
+        query_global=filled[:, None, :, None],
+    )  # fmt: skip
+    if mask.valid is not None:
+        allowed = allowed & mask.valid[:, None, None, :]
+    parts = [Part(query, k, v, bias_of(allowed.expand(-1, -1, slots.shape[1], end - first), q.dtype))]
+    if (other := memory_part(query, memory)) is not None:  # seen on the first rank; there on all, as gradients travel
+        unseen = bias_of(torch.full((1, 1, 1, other.k.shape[2]), split.rank == 0, device=q.device), q.dtype)
+        parts.append(replace(other, bias=unseen))
+    of_globals = attended(split, *parts, dropout=core.dropout, backend=core.context.backend)
+    whole, own = _whole(mask, split, "is_global"), mask.is_global
+    assert whole is not None and own is not None
+    slot = split.own(whole.cumsum(dim=1) - 1).clamp(min=0)
+    return torch.where(own[:, None, :, None], take_positions(of_globals, slot), out)
+
+
+@attention.register
+def _(core: Linformer, split: Split, *projected: Any, mask: Mask, memory: KeysValues | None = None) -> Tensor:
+    q, k, v = projected
+    first, _ = split.range()
+    keys = total(core.compressed_slice("k", k, mask, first), split)
+    values = total(core.compressed_slice("v", v, mask, first), split)
+    return core.attend(Part(q, keys, values), memory_part(q, memory))
+
+
+@attention.register
+def _(core: Perceiver, split: Split, *projected: Any, mask: Mask, memory: KeysValues | None = None) -> Tensor:
+    q, k, v = projected
+    z = core.latent_queries().to(k.dtype).expand(k.shape[0], -1, -1, -1)
+    part = Part(z, k, torch.cat([k, v], dim=-1), bias=mask.key_bias(k.dtype))
+    summary = attended(split, part, dropout=core.dropout, backend=core.context.backend)
+    return core.attend(Part(q, summary[..., : k.shape[-1]], summary[..., k.shape[-1] :]), memory_part(q, memory))

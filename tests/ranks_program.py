@@ -1,0 +1,153 @@
+"""What test_parallel starts in several processes: python tests/ranks_program.py RANK RANKS PORT FOLDER."""
+
+import itertools
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+import effzoo
+import effzoo.parallel
+from effzoo.attention import Context, Mask, create
+from effzoo.parallel import Split, attention, counted, multiple_of
+
+CASES = {
+    "full": ("full", False), "full causal": ("full", True), "longformer": ("longformer[window=6]", False),
+    "longformer causal": ("longformer[window=6]", True), "dilated": ("longformer[window=4, dilation=(1, 3)]", False),
+    "wide": ("longformer[window=40]", False), "local": ("local[chunk=4]", False),
+    "local causal": ("local[chunk=4]", True), "linformer": ("linformer[k=5]", False),
+    "perceiver": ("perceiver[latents=3]", False),
+}  # fmt: skip
+
+
+def inputs(core, n, padded, marked, remembers):
+    """The whole sequence, its mask and a memory, the same on every rank."""
+    torch.manual_seed(n)
+    heads, d = core.context.heads, core.context.head_dim
+    uses = {"full": 3, "linformer": 3, "perceiver": 3, "local": 3}.get(core.name, len(core.projections))
+    projected = [torch.randn(2, heads, n, d, dtype=torch.float64) for _ in range(uses)]
+    valid = torch.ones(2, n, dtype=torch.bool)
+    valid[1, n - 3 :] = False
+    is_global = torch.zeros(2, n, dtype=torch.bool)
+    is_global[0, [0, n // 2, n - 1]] = True
+    is_global[1, 2] = True
+    memory = tuple(torch.randn(heads, 4, d, dtype=torch.float64) for _ in range(2)) if remembers else None
+    return projected, valid if padded else None, is_global if marked else None, memory
+
+
+def compare(core, n, padded, marked, remembers, split):
+    """The largest difference of outputs and gradients from those of one process."""
+    projected, valid, is_global, memory = inputs(core, n, padded, marked, remembers)
+    if is_global is None and len(projected) > 3:
+        projected[3:] = [None] * (len(projected) - 3)
+    weight = torch.randn(2, core.context.heads, n, core.context.head_dim, dtype=torch.float64)
+    parameters = list(core.parameters())
+
+    def leaves(tensors):
+        return [None if x is None else x.detach().clone().requires_grad_() for x in tensors]
+
+    whole, remembered = leaves(projected), leaves(memory) if remembers else None
+    out = core(*whole, mask=Mask(valid, is_global), memory=remembered)
+    wanted = torch.autograd.grad(
+        (out * weight).sum(), [x for x in (*whole, *(remembered or ()), *parameters) if x is not None]
+    )
+    here = [None if x is None else split.own(x, 2).contiguous() for x in projected]
+    here, remembered = leaves(here), leaves(memory) if remembers else None
+    mask = Mask(*(None if x is None else split.own(x) for x in (valid, is_global)))
+    mine = attention(core, split, *here, mask=mask, memory=remembered)
+    shared = [*(remembered or ()), *parameters]
+    got = torch.autograd.grad(
+        (mine * split.own(weight, 2)).sum(), [*(x for x in here if x is not None), *shared], allow_unused=True
+    )
+    worst = [(mine - split.own(out, 2)).abs().max()]
+    for number, (mine_grad, grad) in enumerate(zip(got, wanted, strict=True)):
+        if number < len(got) - len(shared):
+            mine_grad, grad = mine_grad, split.own(grad, 2)
+        else:
+            mine_grad = torch.zeros_like(grad) if mine_grad is None else mine_grad.contiguous()
+            dist.all_reduce(mine_grad)
+        worst.append((mine_grad - grad).abs().max())
+    return float(torch.stack([x.detach() for x in worst]).max())
+
+
+SIZES = {"dim": 16, "layers": 2, "heads": 2, "mlp": 24, "vocab": 53, "max_length": 64, "dropout": 0.0}
+SIZES["attention_dropout"] = 0.0
+MODELS = [  # name, options of build, whether the batch is padded
+    ("bert", {"task": "masked_lm", "peft": "lora"}, True),
+    ("bert", {"task": "classification", "attention": "local[chunk=4]", "peft": "houlsby|bitfit"}, True),
+    ("roberta", {"task": "token_classification", "attention": "longformer[window=6]", "peft": "prefix[length=3]"}, 1),
+    ("longformer", {"task": "classification", "attention": "longformer[window=6]", "peft": "prompt[length=3]"}, True),
+    ("longformer", {"task": "classification", "attention": "longformer[window=6]", "pooling": "mean"}, False),
+    ("gpt2", {"task": "causal_lm", "peft": "ia3"}, False),
+    ("llama", {"task": "causal_lm", "attention": "longformer[window=6]", "peft": "lora", "kv_heads": 2}, True),
+    ("llama", {"task": "classification", "peft": "lora|prefix[length=3]", "kv_heads": 1}, True),
+    ("modernbert", {"task": "masked_lm", "attention": ("full", "longformer[window=6]")}, True),
+    ("bert", {"task": "masked_lm", "attention": "linformer[k=5, sharing=key_value]", "peft": "lora"}, True),
+    ("albert", {"task": "masked_lm", "attention": "perceiver[latents=3]", "peft": "dora"}, False),
+]  # fmt: skip
+
+
+def compare_models(name, options, padded, level, group):
+    """The largest difference of loss, logits and gradients of a model from those of one process."""
+    torch.manual_seed(0)
+    model = effzoo.build(name, **{**SIZES, "pad_token": 1}, **options).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.train().recompute = level
+    ids, n = torch.randint(2, 53, (2, 29)), 29
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, 24:] = 0
+        ids[1, 24:] = 1
+    per_token = options["task"] != "classification"
+    labels = torch.randint(0, 2, (2, n)) if per_token else torch.tensor([0, 1])
+    if per_token:
+        labels[0, ::3], labels[1, 20:] = -100, -100
+    batch = {"input_ids": ids, "attention_mask": mask if padded else None, "labels": labels}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    whole = model(**batch)
+    whole.loss.backward()
+    wanted = [None if parameter.grad is None else parameter.grad.clone() for parameter in trained]
+    model.zero_grad()
+    spread = effzoo.parallel.OverRanks(model, group)
+    mine = spread(**batch)
+    mine.loss.backward()
+    spread.sum_gradients()
+    worst = [(mine.loss - whole.loss).abs()]
+    logits = [torch.empty(0)] * group.size()
+    if per_token:
+        dist.all_gather_object(logits, mine.logits.detach())
+        worst.append((torch.cat(logits, dim=1) - whole.logits).abs().max())
+    else:
+        worst.append((mine.logits - whole.logits).abs().max())
+    for parameter, grad in zip(trained, wanted, strict=True):
+        worst.append((parameter.grad - (0 if grad is None else grad)).abs().max())
+    return float(torch.stack([x.detach() for x in worst]).max())
+
+
+def main(rank, ranks, port, folder):
+    store = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
+    results = {}
+    for name, (spec, causal) in CASES.items():
+        core = create(spec, Context(heads=2, head_dim=4, causal=causal, max_length=64)).double()
+        for padded, marked, remembers in itertools.product((False, True), repeat=3):
+            if marked and not core.knows_globals():
+                continue
+            split = Split.of(29, dist.group.WORLD, multiple_of(core))
+            with counted() as traffic:
+                difference = compare(core, 29, padded, marked, remembers, split)
+            results[name, padded, marked, remembers] = difference, dict(traffic.sent)
+    for number, (name, options, padded) in enumerate(MODELS):
+        level = ("nothing", "hidden", "blocks")[number % 3]
+        difference = compare_models(name, options, padded, level, dist.group.WORLD)
+        results[name, str(options), padded, level] = difference, {}
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
