@@ -218,7 +218,7 @@ def gradients_are_derivatives(subject: Subject) -> None:
             try:
                 gradcheck(output, (*here, *parameters.values()), fast_mode=True)
             except GradcheckError as error:
-                found = " ".join(str(error).split())[:200]
+                what_failed = " ".join(str(error).split())[:200]
                 raise Failed(
-                    f"{where}{what}, n = 7: {found}; some step of forward is not what its backward differentiates"
+                    f"{where}{what}, n = 7: {what_failed}; some step of forward is not what its backward differentiates"
                 ) from error

@@ -32,6 +32,6 @@ def zero_gradient(method: Method) -> dict[str, str]:
     if not isinstance(method, MixtureMethod):
         return dict(ZERO_GRADIENT.get(method.name, {}))
     experts = [inner for expert in method.inner for inner in expert]
-    found = {pattern: why for inner in experts for pattern, why in zero_gradient(inner).items()}
+    reasons = {pattern: why for inner in experts for pattern, why in zero_gradient(inner).items()}
     equal = sorted({f"{inner.name}: {SAME_AT_START[inner.name]}" for inner in experts if inner.name in SAME_AT_START})
-    return found | ({"*.router.*": "; ".join(equal)} if equal else {})
+    return reasons | ({"*.router.*": "; ".join(equal)} if equal else {})

@@ -55,15 +55,15 @@ def checkpointing_is_exact(subject: Subject) -> None:
     of your own.
     """
     for case in cases(subject):
-        found = []
+        gradients = []
         for checkpointing in (False, True):
             model = case.model(dropout=0.1).train()
             model.recompute = "blocks" if checkpointing else "nothing"
             torch.manual_seed(11)
             model(**case.batch()).loss.backward()
-            found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-        for name, grad in found[0].items():
-            again = found[1].get(name)
+            gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        for name, grad in gradients[0].items():
+            again = gradients[1].get(name)
             if again is None:
                 raise Failed(f"{case}: {name} has a gradient without checkpointing and none with it")
             advice = "a forward pass that runs twice must compute the same: keep no state in it"

@@ -64,11 +64,11 @@ class Matrix:
 
     def refusals(self) -> dict[str, list[Cell]]:
         """The refused cells by their reason."""
-        found: dict[str, list[Cell]] = {}
+        by_reason: dict[str, list[Cell]] = {}
         for cell in self.cells:
             if cell.status == "refused":
-                found.setdefault(cell.reason, []).append(cell)
-        return found
+                by_reason.setdefault(cell.reason, []).append(cell)
+        return by_reason
 
     def cell(self, method: str, kind: str, architecture: str) -> Cell:
         return next(c for c in self.cells if (c.method, c.attention, c.architecture) == (method, kind, architecture))
@@ -87,15 +87,15 @@ def matrix(
     experts: each method as two experts of a routed adapter.
     on_cell: called with each cell as soon as it is known.
     """
-    found = Matrix()
+    tried = Matrix()
     tuned = {name: Tuned.of(as_expert(name) if experts else name) for name in methods or candidates(experts)}
     subjects = {name: Kind.of(name) for name in kinds or attention.names()}
     for name, method in tuned.items():
         for kind in subjects.values():
             for architecture in architectures:
-                found.cells.append(replace(cell(method, kind, architecture), method=name))
-                on_cell(found.cells[-1])
-    return found
+                tried.cells.append(replace(cell(method, kind, architecture), method=name))
+                on_cell(tried.cells[-1])
+    return tried
 
 
 def candidates(experts: bool = False) -> list[str]:

@@ -156,11 +156,11 @@ def _excused(model: nn.Module) -> set[str]:
     for adapter, attachment in attached(model).items():
         for method, paths in attachment.methods:
             for path in paths:
-                own = [name for name, _ in known[path].of(adapter)[method.name].named_parameters()]
-                found = [
+                names = [name for name, _ in known[path].of(adapter)[method.name].named_parameters()]
+                vanishing = [
                     name
-                    for name in own
+                    for name in names
                     if any(fnmatchcase(f"{known[path].role}.{name}", pattern) for pattern in zero_gradient(method))
                 ]
-                excused |= {f"{path}.adapters.{adapter}.{method.name}.{name}" for name in found}
+                excused |= {f"{path}.adapters.{adapter}.{method.name}.{name}" for name in vanishing}
     return excused

@@ -173,8 +173,8 @@ def crash(error: BaseException, source: str | None) -> str:
     """An exception in one sentence, with the line of the entry's own file where it came from."""
     text = " ".join(str(error).split())
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename == source]
-    place = (own or frames)[-1] if frames else None
+    in_source = [frame for frame in frames if frame.filename == source]
+    place = (in_source or frames)[-1] if frames else None
     where = f", at {place.filename}:{place.lineno} in {place.name}" if place else ""
     return f"{type(error).__name__}: {text[:400]}{'...' * (len(text) > 400)}{where}"
 

@@ -77,10 +77,10 @@ def crosses_to_a_source(subject: Subject) -> None:
     if not subject.core().crosses:
         raise NotApplicable("the kind attends within one sequence only")
     core, memory = subject.core(), some_memory() if subject.cls.takes_memory() else None
-    own = subject.cls.dense is not AttentionCore.dense
+    has_dense = subject.cls.dense is not AttentionCore.dense
 
     def dense(*projected: Tensor, mask: Mask, memory: Any) -> Tensor:
-        if own:
+        if has_dense:
             return core.dense(*projected, mask=mask, memory=memory)
         q, k, v = projected
         return reference.dense(q, k, v, reference.padding(k.shape[2], mask.valid), memory)

@@ -51,9 +51,9 @@ def calls_leave_nothing(subject: Subject) -> None:
             expected = subject.core(causal=core.context.causal)(*inputs, mask=Mask(**given))
             core(*draw(core, 64, Mask()), mask=Mask())
             core(*other, mask=Mask(**given))
-            found = core(*inputs, mask=Mask(**given))
+            got = core(*inputs, mask=Mask(**given))
             advice = "keep nothing of a call on self"
-            close(f"{where}{what}: the output after calls with other inputs", found, expected, 0.0, advice)
+            close(f"{where}{what}: the output after calls with other inputs", got, expected, 0.0, advice)
             shared = Mask(**given)
             second = subject.core(causal=core.context.causal, layer=1)
             alone = [second(*other, mask=Mask(**given)), expected]
@@ -62,8 +62,8 @@ def calls_leave_nothing(subject: Subject) -> None:
                 "mask.memo is shared by all layers: its key must name everything that the value depends on, and "
                 "no input of one layer"
             )
-            for layer, (found, wanted) in enumerate(zip(together, alone, strict=True)):
-                close(f"{where}{what}: layer {1 - layer} with the mask of another layer", found, wanted, 0.0, advice)
+            for layer, (got, wanted) in enumerate(zip(together, alone, strict=True)):
+                close(f"{where}{what}: layer {1 - layer} with the mask of another layer", got, wanted, 0.0, advice)
             single = copy.deepcopy(core).float()(*(None if x is None else x.float() for x in inputs), mask=shared)
             if single.dtype != torch.float32:
                 raise Failed(
@@ -257,7 +257,7 @@ def compiles(subject: Subject) -> None:
         try:
             with _importable(type(core)):
                 out = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=False)(*inputs)
-            found = (out, *gradients(out, live(inputs), again=False))
+            compiled = (out, *gradients(out, live(inputs), again=False))
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = " ".join(str(error).split())[:300]
             raise Failed(
@@ -266,7 +266,7 @@ def compiles(subject: Subject) -> None:
             ) from error
         finally:
             torch._dynamo.reset()
-        for tensor, wanted in zip(found, (expected, *gradients(expected, live(inputs))), strict=True):
+        for tensor, wanted in zip(compiled, (expected, *gradients(expected, live(inputs))), strict=True):
             advice = "write into no tensor that is used again"
             close(f"{where}{what}, n = {n}: the compiled output or a gradient", tensor, wanted, 1e-10, advice)
 

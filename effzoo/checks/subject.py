@@ -151,8 +151,8 @@ def gradients(out: Tensor, inputs: list[Tensor], at: Tensor | None = None, *, ag
     weight = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).to(out)
     if at is not None:
         weight = weight * at[:, None, :, None]
-    found = torch.autograd.grad((out * weight).sum(), inputs, retain_graph=again, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+    grads = torch.autograd.grad((out * weight).sum(), inputs, retain_graph=again, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]
 
 
 def same_as_definition(

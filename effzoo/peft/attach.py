@@ -88,9 +88,9 @@ def attach(
         for spec in attachment.specs:
             with room(spec.options):
                 method = registry.create(spec)
-                found = targets(inside, method)
-                specs.append(Spec(spec.name, {**spec.options, **(method.prepare(inside, found) or {})}))
-                _hang(inside, method, attachment, found)
+                wanted = targets(inside, method)
+                specs.append(Spec(spec.name, {**spec.options, **(method.prepare(inside, wanted) or {})}))
+                _hang(inside, method, attachment, wanted)
         heads = {
             path: site
             for path, site in sites(inside)
@@ -115,13 +115,13 @@ def attach(
 
 def _renew_head(model: nn.Module, attachment: Attachment, labels: int) -> None:
     """Give an adapter a task head of its own for so many labels, where the model's has another number."""
-    found = label_layers(model)
-    if not found:
+    layers = label_layers(model)
+    if not layers:
         raise AdapterError(
             f"num_labels={labels}: this model has no classification head; build it with task='classification' or "
             "'token_classification'"
         )
-    for path, site in found.items():
+    for path, site in layers.items():
         modules = list(site.hung(attachment.name))
         if labels == site.out_features:
             continue
@@ -332,7 +332,7 @@ def targets(model: nn.Module, method: Method) -> dict[str, Site]:
         )
     layers = _layers(method, everything)
     patterns = method.targets or method.default_targets
-    found: dict[str, Site] = {}
+    wanted: dict[str, Site] = {}
     for pattern in patterns:
         matched = {path: site for path, site in everything.items() if _matches(site, pattern)}
         if not matched and method.targets:
@@ -351,19 +351,19 @@ def targets(model: nn.Module, method: Method) -> dict[str, Site]:
                 f"{method.name}: target {pattern!r} matches only some layers, not {sorted(missing)}; "
                 f"give layers={tuple(sorted(has))} to mean that, or another pattern"
             )
-        found.update(matched)
-    if not found and not method.targets and not any(isinstance(site, method.accepts) for site in everything.values()):
+        wanted.update(matched)
+    if not wanted and not method.targets and not any(isinstance(site, method.accepts) for site in everything.values()):
         reason = f"it hangs on {_site_types(method)} sites, of which there are none"
         raise IncompatiblePeft(method.name, "this model", reason, "use it on a model that has them, or another method")
-    if not found:
+    if not wanted:
         raise TargetError(
             f"{method.name}: nothing in this model matches {listing(patterns)}. Roles: {listing(roles(model))}."
         )
-    for path, site in found.items():
+    for path, site in wanted.items():
         if not isinstance(site, method.accepts):
             what = f"{site.role!r} ({path}) is {type(site).__name__}"
             raise TargetError(f"{method.name} hangs on {_site_types(method)} sites; {what}")
-    return found
+    return wanted
 
 
 def _matches(site: Site, pattern: str) -> bool:
@@ -392,9 +392,9 @@ def _layers(method: Method, everything: dict[str, Site]) -> set[int]:
     return {layer % depth for layer in method.layers}
 
 
-def _hang(model: nn.Module, method: Method, attachment: Attachment, found: dict[str, Site]) -> None:
+def _hang(model: nn.Module, method: Method, attachment: Attachment, wanted: dict[str, Site]) -> None:
     places = []
-    for path, site in found.items():
+    for path, site in wanted.items():
         module = method.make(site)
         if module is None:
             continue
@@ -402,8 +402,8 @@ def _hang(model: nn.Module, method: Method, attachment: Attachment, found: dict[
         places.append((path, site.role))
     if not places:
         raise TargetError(
-            f"{method.name}: none of the {len(found)} sites has anything to adapt "
-            f"({listing(sorted({s.role for s in found.values()}))})"
+            f"{method.name}: none of the {len(wanted)} sites has anything to adapt "
+            f"({listing(sorted({s.role for s in wanted.values()}))})"
         )
     attachment.places.setdefault(method.name, []).extend(places)
     attachment.methods.append((method, [path for path, _ in places]))
@@ -435,13 +435,13 @@ def recast(model: M, *names: str, dtype: torch.dtype | str | None = None) -> M:
 
 
 def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
-    found = getattr(torch, given, None) if isinstance(given, str) else given
-    if given is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+    dtype = getattr(torch, given, None) if isinstance(given, str) else given
+    if given is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise OptionError(
             "dtype is a floating-point type such as torch.bfloat16 or 'float32', or None for float32 "
             f"or better, got {given!r}"
         )
-    return found
+    return dtype
 
 
 def fitted(model: nn.Module, site: Site, module: PeftModule, dtype: torch.dtype | None = None) -> PeftModule:
@@ -490,8 +490,8 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     """The tensors of one adapter, by their key in the model; what several modules share appears once."""
     _known(model, name)
     model = unwrap(model)
-    own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    identity = {key: id(tensor) for key, tensor in own}
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    identity = {key: id(tensor) for key, tensor in named}
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for key, value in model.state_dict().items():

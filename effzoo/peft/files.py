@@ -142,23 +142,11 @@ def load_adapter(
     """
     directory = folder_of(directory)
     outer, model = model, unwrap(model)
-    found = [foreign for foreign in FOREIGN.values() if (directory / foreign.manifest).is_file()]
-    if found and (directory / MANIFEST).is_file():
-        raise AdapterError(
-            f"{directory} holds two adapters, {MANIFEST} and {found[0].manifest}; give each a directory of its own"
-        )
-    if found:
-        try:
+    for foreign in FOREIGN.values():
+        if (directory / foreign.manifest).is_file():
             with transition(outer):
-                importlib.import_module(found[0].module).read(model, directory, "default" if name is None else name)
-        except EffzooError:
-            raise
-        except Exception as error:  # files of any origin, with any value in any place
-            raise AdapterError(
-                f"{directory} holds an adapter that cannot be read ({type(error).__name__}: "
-                f"{error!s:.200}); save it again"
-            ) from error
-        return outer
+                _read_foreign(foreign, model, directory, "default" if name is None else name)
+            return outer
     manifest, tensors = _read(directory)
     base, rounding = check_base(model, manifest, directory, trust_base, rounded_base)
     name, dtype = manifest.name if name is None else name, _dtype_of(manifest, tensors, directory)
@@ -336,13 +324,13 @@ def base_rounding(model: nn.Module, directory: str | Path) -> BaseRounding:
 def _dtype_of(manifest: Manifest, tensors: Mapping[str, Tensor], directory: Path) -> torch.dtype | None:
     """The dtype to attach in: the one that was asked for, or one that holds what the file holds exactly."""
     if manifest.dtype is not None:
-        found = getattr(torch, manifest.dtype, None)
-        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        dtype = getattr(torch, manifest.dtype, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise AdapterError(
                 f"{directory / MANIFEST} names the dtype {manifest.dtype!r:.40}, which is none of "
                 "torch; save the adapter again"
             )
-        return found
+        return dtype
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors.values()) else None
 
 

@@ -71,19 +71,19 @@ def fingerprint(
     Raises AdapterError for what is no model.
     """
     model, embeddings = unwrap(model), embeddings or {}
-    own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     tensors = {
         key: described(value)
-        for key, value in own
+        for key, value in named
         if not _of_adapter(key) and key not in without and key not in embeddings
     }
-    tensors |= {key: described_without(value, embeddings[key]) for key, value in own if key in embeddings}
+    tensors |= {key: described_without(value, embeddings[key]) for key, value in named if key in embeddings}
     return Fingerprint(facts(model), tensors)
 
 
-def embeddings_left_out(found: Fingerprint) -> dict[str, str]:
+def embeddings_left_out(fingerprint: Fingerprint) -> dict[str, str]:
     """`embeddings` of the call that gave a fingerprint."""
-    return {key: value.partition(WITHOUT)[2] for key, value in found.tensors.items() if WITHOUT in value}
+    return {key: value.partition(WITHOUT)[2] for key, value in fingerprint.tensors.items() if WITHOUT in value}
 
 
 def described_without(tensor: Tensor, embeddings: str | None) -> str:
@@ -161,7 +161,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
         names = {}
     if not type(module).__module__.startswith("torch."):
         names |= dict.fromkeys(name for name in vars(module) if not name.startswith("_") and name not in _OF_ANY_MODULE)
-    found: dict[str, Any] = {}
+    attributes: dict[str, Any] = {}
     for name in names:
         value = getattr(module, name, None)
         if "dropout" in name or {name, f"{type(module).__name__}.{name}"} & NOT_THE_FUNCTION.keys():
@@ -173,8 +173,8 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
                 field.name for field in dataclasses.fields(value) if field.compare and "dropout" not in field.name
             ]
             value = {field: getattr(value, field) for field in fields if field not in NOT_THE_FUNCTION}
-        found[name] = _plain(value)
-    return found
+        attributes[name] = _plain(value)
+    return attributes
 
 
 def _plain(value: Any) -> Any:

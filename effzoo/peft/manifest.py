@@ -70,13 +70,13 @@ class Manifest:
             "base_kept": {key: kept.plain() for key, kept in self.kept.items()}, "dtype": self.dtype,
             "tensors": self.tensors, "sha256": self.sha256, "size": self.size,
         }  # fmt: skip
-        found = json.dumps(content | {"manifest_sha256": _hash(json.loads(json.dumps(content)))}, indent=1).encode()
-        if len(found) > LARGEST:
+        text = json.dumps(content | {"manifest_sha256": _hash(json.loads(json.dumps(content)))}, indent=1).encode()
+        if len(text) > LARGEST:
             raise AdapterError(
-                f"the manifest would have {len(found):,} bytes, and {LARGEST:,} are the most that are "
+                f"the manifest would have {len(text):,} bytes, and {LARGEST:,} are the most that are "
                 "read; adapt a smaller model"
             )
-        return found
+        return text
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -135,13 +135,13 @@ def _checked(content: dict[str, Any], version: int) -> Manifest:
     ):
         raise TypeError("peft is a list of specs with names")
     if version == FORMAT:
-        found = Fingerprint(
+        fingerprint = Fingerprint(
             facts=_typed(base["facts"], dict, "facts"), tensors=_typed(base["tensors"], dict, "tensors")
         )
         size = _typed(content["size"], int, "size")
     else:
-        found, size = Fingerprint({}, _typed(base, dict, "base_hashes")), None
-    if not all(isinstance(value, str) for value in found.tensors.values()):
+        fingerprint, size = Fingerprint({}, _typed(base, dict, "base_hashes")), None
+    if not all(isinstance(value, str) for value in fingerprint.tensors.values()):
         raise TypeError("the hashes of the base's tensors are strings")
     begun, finished = content.get("begun"), _typed(content.get("finished", False), bool, "finished")
     if begun is not None and not all(isinstance(stage, str) for stage in _typed(begun, dict, "begun").values()):
@@ -156,7 +156,7 @@ def _checked(content: dict[str, Any], version: int) -> Manifest:
         specs=tuple(Spec(spec["name"], {key: value for key, value in spec.items() if key != "name"}) for spec in specs),
         finished=finished,
         base=_typed(content["base"], str, "base"),
-        fingerprint=found,
+        fingerprint=fingerprint,
         tensors=tensors,
         sha256=_typed(content["sha256"], str, "sha256"),
         size=size,
@@ -178,11 +178,11 @@ def _hash(content: Mapping[str, Any]) -> str:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        twice = next(key for key in content if sum(key == other for other, _ in pairs) > 1)
         raise ValueError(f"the key {twice!r:.80} appears twice")
-    return found
+    return content
 
 
 def _finite(text: str) -> Any:

@@ -111,10 +111,10 @@ def merge(model: M, name: str = "default", *, undo: bool = True, report: bool = 
         with trial(model, name):  # unmerged, it is in the stage of its training where it was
             finish(model, name)
             values = _values(inside, attachment)
-        found = {path: site for path, site in sites(inside) if name in site.adapters}
-        tensors = {(path, key): getattr(found[path], key) for path, key in values}
+        hung_at = {path: site for path, site in sites(inside) if name in site.adapters}
+        tensors = {(path, key): getattr(hung_at[path], key) for path, key in values}
         rounding = [_rounding(f"{path}.{key}", tensors[path, key], values[path, key]) for path, key in values if report]
-        place, modules = list(state.attachments).index(name), {path: site.of(name) for path, site in found.items()}
+        place, modules = list(state.attachments).index(name), {path: site.of(name) for path, site in hung_at.items()}
         thawed = take_off(inside, state, name)
         assert state.rewriting is not None
         originals = {at: state.rewriting.write(tensors[at], value) for at, value in values.items()}
@@ -248,14 +248,14 @@ def _check_order(site: Site, path: str, name: str) -> None:
     others = [other for other in order if other != name]
     if name not in order or not others:
         return
-    own = list(site.acting(name))
+    of_adapter = list(site.acting(name))
     fixed = [other for other in others if not all(mergeable(site, module) for module in site.acting(other))]
     changes = [other for other in order if other not in fixed]
     if isinstance(site, Linear) and site.outputs(*order) != site.out_features:
         return  # the task head of another one, for other labels, takes the place of whatever is merged
     now = merged_parameters(site, list(site.acting(*changes)))
     behind = [module for other in changes if other != name for module in site.acting(other)]
-    then = merged_parameters(site, behind, start=merged_parameters(site, own))
+    then = merged_parameters(site, behind, start=merged_parameters(site, of_adapter))
     same = all(
         now[key].shape == then[key].shape
         and torch.allclose(now[key], then[key], rtol=0, atol=1e-10 * (1 + float(now[key].abs().max())))
@@ -263,7 +263,7 @@ def _check_order(site: Site, path: str, name: str) -> None:
     )
     if fixed:  # what is no change of the weight has to come behind it, and must not see the weight
         first = all(order.index(name) < order.index(other) for other in fixed)
-        inputs = any(opens(module, "before") for module in own) or any(
+        inputs = any(opens(module, "before") for module in of_adapter) or any(
             opens(m, "weight", "bias") for m in site.acting(*fixed)
         )
         same = same and first and not inputs
@@ -296,9 +296,9 @@ def delta(model: nn.Module, name: str = "default", *, heads: bool = True) -> dic
         modules = list(site.hung(name))
         if modules and (heads or not fnmatchcase(site.role, HEAD)):
             _check_outputs(site, name, path)
-            own = {key: value.detach().double() for key, value in site.base().items()}
+            base = {key: value.detach().double() for key, value in site.base().items()}
             merged = merged_parameters(site, modules, f"adapter {name!r} ({attachment.spec}) at {path}")
-            changes |= {f"{path}.{key}": merged[key] - own[key] for key in own}
+            changes |= {f"{path}.{key}": merged[key] - base[key] for key in base}
     return changes
 
 
@@ -312,12 +312,12 @@ def merged_parameters(
     where: for errors, what and where they are.
     start: weight and bias to begin with, instead of the site's own.
     """
-    own: Mapping[str, Tensor] = site.base() if start is None else start
+    base: Mapping[str, Tensor] = site.base() if start is None else start
     for module in modules:
         if not mergeable(site, module):
             raise _refusal(where or site.role, module)
     with torch.no_grad(), _evaluating(module.module if isinstance(module, Scaled) else module for module in modules):
-        now = {key: value.double() for key, value in own.items()}
+        now = {key: value.double() for key, value in base.items()}
         for module in modules:  # the same order as in the site's forward: `weight` and `bias`, outputs, and then inputs
             if "weight" in now:
                 now["weight"] = module.weight(now["weight"]).double()

@@ -65,9 +65,9 @@ def rehearse(
 
 def skeleton(model: M) -> M:
     """A copy of a model whose tensors have shapes and no content."""
-    own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     with _Shapes():
-        return copy.deepcopy(model, {id(tensor): _shape(tensor) for _, tensor in own})
+        return copy.deepcopy(model, {id(tensor): _shape(tensor) for _, tensor in named})
 
 
 def _shape(tensor: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class Kept:
             "shape": list(self.shape),
             "numbers": _packed(self.numbers),
             "margins": None if _dense(self.precision) else _packed(self.margins),
-            "rounded": {name: list(found) for name, found in self.rounded.items()},
+            "rounded": {name: list(kept) for name, kept in self.rounded.items()},
         }
 
     @classmethod
@@ -208,9 +208,9 @@ def _rounded(
             return RoundedTensor(
                 key, them.precision, precision, _relative(decoded(codes, scales, tensor.shape), tensor), proved=True
             )
-    own = _kept(key, tensor, precision, margins, further=False)
-    gap = (own.numbers - them.numbers).abs()
-    if not bool((gap <= SLACK * (own.margins + them.margins)).all()):
+    ours = _kept(key, tensor, precision, margins, further=False)
+    gap = (ours.numbers - them.numbers).abs()
+    if not bool((gap <= SLACK * (ours.margins + them.margins)).all()):
         raise AdapterError(
             f"{key}: {them.precision} in the file and {precision} in this model, with values that are further "
             "from each other than rounding moves them"
@@ -221,27 +221,27 @@ def _rounded(
 
 def _floating(model: nn.Module, without: Collection[str] = ()) -> dict[str, tuple[Tensor, str, Tensor | None]]:
     """The floating-point base tensors by key: numbers, precision, and margins unless they follow from the dtype."""
-    found: dict[str, tuple[Tensor, str, Tensor | None]] = {}
+    tensors: dict[str, tuple[Tensor, str, Tensor | None]] = {}
     coded: dict[str, Any] = {path: site for path, site in sites(model) if getattr(site, "bits", None)}
     for path, site in coded.items():
-        found[f"{path}.weight"] = (site.numbers(), f"{site.bits} bits ({_said(site.scales.dtype)})", site.margins())
+        tensors[f"{path}.weight"] = (site.numbers(), f"{site.bits} bits ({_said(site.scales.dtype)})", site.margins())
     for key, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
         path, _, name = key.rpartition(".")
         if tensor.is_floating_point() and ".adapters." not in f".{key}" and not (path in coded and name == "scales"):
-            found[key] = (tensor.detach(), _said(tensor.dtype), None)
-    return {key: value for key, value in found.items() if key not in without}
+            tensors[key] = (tensor.detach(), _said(tensor.dtype), None)
+    return {key: value for key, value in tensors.items() if key not in without}
 
 
 def _kept(key: str, tensor: Tensor, precision: str, margins: Tensor | None, further: bool = True) -> Kept:
     at = places(tuple(tensor.shape)).to(tensor.device)
     numbers = tensor.flatten()[at].double().cpu()
-    own = _margins(numbers, precision) if margins is None else margins.flatten()[at].double().cpu()
+    at_places = _margins(numbers, precision) if margins is None else margins.flatten()[at].double().cpu()
     rounded = {}
     for dtype in NARROWER.get(tensor.dtype, ()) if _dense(precision) and further else ():
         back = tensor.to(dtype)
         if math.isfinite(relative := _relative(back, tensor)):
             rounded[_said(dtype)] = (content_hash(back), relative)
-    return Kept(precision, tuple(tensor.shape), numbers, own, rounded)
+    return Kept(precision, tuple(tensor.shape), numbers, at_places, rounded)
 
 
 def places(shape: tuple[int, ...]) -> Tensor:
@@ -272,8 +272,8 @@ def _dense(precision: str) -> bool:
 
 def _dtype(precision: str) -> torch.dtype | None:
     """The floating-point dtype of a precision, or of its scales."""
-    found = getattr(torch, precision.rpartition("(")[2].removesuffix(")"), None)
-    return found if isinstance(found, torch.dtype) and found.is_floating_point else None
+    dtype = getattr(torch, precision.rpartition("(")[2].removesuffix(")"), None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
 
 
 def _said(dtype: torch.dtype) -> str:
@@ -288,15 +288,15 @@ def _names(key: str, precision: str) -> tuple[str, ...]:
 
 def _precisions(of: Fingerprint) -> dict[str, str]:
     """The precisions of the floating-point tensors of a fingerprint, by the key of the dense tensor."""
-    found = {}
+    precisions = {}
     for key, value in of.tensors.items():
         name, path = value.partition("[")[0], key.rpartition(".")[0]
         codes = of.tensors.get(f"{path}.codes") if key.endswith(".scales") else None
         if codes is not None:
-            found[f"{path}.weight"] = f"{8 if codes.startswith('int8') else 4} bits ({name})"
+            precisions[f"{path}.weight"] = f"{8 if codes.startswith('int8') else 4} bits ({name})"
         elif _dtype(name) is not None:
-            found[key] = name
-    return found
+            precisions[key] = name
+    return precisions
 
 
 def _exact(of: Fingerprint) -> dict[str, str]:

@@ -48,8 +48,8 @@ def check_base(
     brought = {key for key in ours.tensors if key.rpartition(".")[0] in heads and key not in theirs.tensors}
     seen = Fingerprint(ours.facts, {key: value for key, value in ours.tensors.items() if key not in brought})
     theirs, seen = _of_any_labels(model, theirs, seen)
-    found = difference(theirs, seen)
-    if found is None:
+    first = difference(theirs, seen)
+    if first is None:
         return ours, None
     another = f"the adapter in {directory} was trained on another base ({manifest.base!r})"
     if manifest.format > 1 and (differs := differing_precision(theirs, seen)):
@@ -64,13 +64,13 @@ def check_base(
         own = {key: value for key, value in ours.tensors.items() if key in brought or key in theirs.tensors}
         return Fingerprint(ours.facts, own), rounding
     advice = "build the model with the same name, sizes, attention and pretrained weights"
-    if found.split(": ")[0].rpartition(".")[0] in heads:
+    if first.split(": ")[0].rpartition(".")[0] in heads:
         advice = CHANGES
-    if found.startswith("num_labels: "):
+    if first.startswith("num_labels: "):
         advice = f"{CHANGES}: an adapter that brings its whole head loads whatever the model's number of labels"
-    if found.startswith("vocab: "):
+    if first.startswith("vocab: "):
         advice = _resize(theirs.facts.get("vocab"), ours.facts.get("vocab"))
-    raise AdapterError(f"{another}: {found}; {advice}")
+    raise AdapterError(f"{another}: {first}; {advice}")
 
 
 def _fingerprint(model: nn.Module, manifest: Manifest, directory: Path, trust_base: bool) -> Fingerprint:

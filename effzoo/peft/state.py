@@ -292,11 +292,11 @@ def _content(value: object) -> dict[Any, Any] | list[Any] | set[Any] | None:
 
 
 def _put_back(owner: object, attributes: dict[str, tuple[Any, Any]]) -> None:
-    own = vars(owner)
-    for key in [key for key in own if key not in attributes]:
-        del own[key]
+    current = vars(owner)
+    for key in [key for key in current if key not in attributes]:
+        del current[key]
     for key, (value, content) in attributes.items():
-        own[key] = value
+        current[key] = value
         if isinstance(value, list):
             value[:] = content
         elif isinstance(value, (dict, set)) and value is not content:

@@ -110,16 +110,18 @@ def status(model: nn.Module) -> Status:
     grouped: dict[tuple[str, str], list[nn.Parameter]] = {}
     trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     for key, parameter in model.named_parameters():
-        path, _, own = key.partition(".adapters.") if ".adapters." in key else (key.rpartition(".")[0], "", "")
-        grouped.setdefault((own.partition(".")[0] or "base", role_of.get(path, "(elsewhere)")), []).append(parameter)
+        path, adapters, rest = key.partition(".adapters.")
+        owner = rest.partition(".")[0] if adapters else "base"
+        role = role_of.get(path if adapters else key.rpartition(".")[0], "(elsewhere)")
+        grouped.setdefault((owner, role), []).append(parameter)
     order = ["base", *state.attachments]
     tensors = tuple(
         Tensors(
-            owner, role, len(own), sum(p.numel() for p in own), sum(p.requires_grad for p in own),
-            sum(p.numel() for p in own if p.requires_grad),
-            tuple(dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in own)),
+            owner, role, len(parameters), sum(p.numel() for p in parameters), sum(p.requires_grad for p in parameters),
+            sum(p.numel() for p in parameters if p.requires_grad),
+            tuple(dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in parameters)),
         )
-        for (owner, role), own in sorted(grouped.items(), key=lambda item: order.index(item[0][0]))
+        for (owner, role), parameters in sorted(grouped.items(), key=lambda item: order.index(item[0][0]))
     )  # fmt: skip
     heads = {}
     for site in label_layers(model).values():

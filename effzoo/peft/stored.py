@@ -59,15 +59,15 @@ def check_fits(
 
     unknown: beginnings of keys that may have another shape.
     """
-    own = stored_tensors(model, name)
+    needed = stored_tensors(model, name)
     free = (*_packed(model, name), *unknown)
-    for key in [*own, *(key for key in tensors if key not in own)]:
-        if key not in tensors or key not in own:
+    for key in [*needed, *(key for key in tensors if key not in needed)]:
+        if key not in tensors or key not in needed:
             raise AdapterError(
                 f"the adapter in {directory} does not fit its own spec: {key} is "
-                f"{'missing' if key in own else 'one too many'} in the file"
+                f"{'missing' if key in needed else 'one too many'} in the file"
             )
-        mine, given = own[key], tensors[key]
+        mine, given = needed[key], tensors[key]
         if mine.shape != given.shape and not key.startswith(free):
             said = f"{key} has shape {tuple(given.shape)} in {directory}, this model needs {tuple(mine.shape)}"
             head = key.partition(".adapters.")[0] in label_layers(model) and key.endswith(".own_weight")
@@ -89,9 +89,9 @@ def fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], directory: 
     packed = _packed(model, name)
     for prefix, module in packed.items():
         # cloned here, where torch.inference_mode is off: what was read inside it could never take part in training
-        own = {key.removeprefix(prefix): value.clone() for key, value in tensors.items() if key.startswith(prefix)}
+        content = {key.removeprefix(prefix): value.clone() for key, value in tensors.items() if key.startswith(prefix)}
         try:
-            module.unpack(own)
+            module.unpack(content)
         except Exception as error:  # whatever the module finds wrong with content of any origin
             raise AdapterError(f"what {directory} holds for {prefix}* does not fit this model: {error}") from error
     for key, value in stored_tensors(model, name).items():

@@ -113,20 +113,20 @@ def stages(model: nn.Module) -> Sequence[Stage]:
     Of a training that has begun, those that are left, with the one that runs.
     """
     attachments = [attachment for name in learning(model) if not (attachment := attached(model)[name]).finished]
-    found = {
+    sequences = {
         tuple(method.stages[max(0, _number(method, attachment.begun.get(method.name, ""))) :])
         for attachment in attachments
         for method in of_training(attachment)
         if method.stages
     }
-    if len(found) > 1:
-        given_by = "; ".join(sorted(map(_said, found)))
+    if len(sequences) > 1:
+        given_by = "; ".join(sorted(map(_said, sequences)))
         raise IncompatibleError(
             f"the trained methods have different stages before them ({given_by}); train one after the other"
         )
-    if not found:
+    if not sequences:
         return (WHOLE,)
-    given = found.pop()
+    given = sequences.pop()
     total = sum(stage.share for stage in given)
     return tuple(Stage(stage.name, stage.share / total) for stage in given)
 
@@ -140,14 +140,14 @@ def timetable(model: nn.Module, total: Count) -> list[tuple[Stage, int]]:
 
     Boundaries are rounded, and no stage is empty. Raises TrainingError when there are fewer steps than stages.
     """
-    found = stages(model)
-    if total < len(found):
+    planned = stages(model)
+    if total < len(planned):
         raise TrainingError(
-            f"the active methods train in {len(found)} stages ({_said(found)}), which need a step "
+            f"the active methods train in {len(planned)} stages ({_said(planned)}), which need a step "
             f"each, got {total}; train longer"
         )
     before, share, steps = 0, 0.0, []
-    for left, stage in zip(range(len(found) - 1, -1, -1), found, strict=True):
+    for left, stage in zip(range(len(planned) - 1, -1, -1), planned, strict=True):
         share += stage.share
         end = min(max(round(share * total), before + 1), total - left)
         steps.append((stage, end - before))
@@ -262,8 +262,8 @@ def schedule(model: nn.Module, progress: Fraction) -> None:
 
 def penalty(model: nn.Module) -> Tensor | None:
     """The sum of what methods add to the loss of one optimizer step; None when nothing does."""
-    found = [value for method, modules in hooked(model, "penalty") if (value := method.penalty(modules)) is not None]
-    return None if not found else torch.stack(found).sum()
+    values = [value for method, modules in hooked(model, "penalty") if (value := method.penalty(modules)) is not None]
+    return None if not values else torch.stack(values).sum()
 
 
 def finish(model: nn.Module, *names: str) -> None:
@@ -290,7 +290,7 @@ def learning_rates(model: nn.Module, given: Positive | None = None) -> dict[str,
 
     given: for all; None for that of each method. Both are multiplied by the method's `rates`.
     """
-    found: dict[str, float] = {}
+    by_name: dict[str, float] = {}
     owners = {(name, method.name): method for name in acting(model) for method, _ in attached(model)[name].methods}
     for key, parameter in unwrap(model).named_parameters():
         if not parameter.requires_grad or ".adapters." not in f".{key}":
@@ -299,8 +299,8 @@ def learning_rates(model: nn.Module, given: Positive | None = None) -> dict[str,
         method = owners[adapter, method_name]
         rates = method.rates if isinstance(method, TrainingHooks) else {}
         factors = [factor for pattern, factor in rates.items() if fnmatchcase(".".join(rest), pattern)]
-        found[key] = (method.learning_rate if given is None else given) * math.prod(factors[:1])
-    return found
+        by_name[key] = (method.learning_rate if given is None else given) * math.prod(factors[:1])
+    return by_name
 
 
 def consistency(model: nn.Module) -> float:

@@ -24,15 +24,15 @@ def unread(model: nn.Module) -> dict[str, str]:
         return {}
     prompt = prompt_length(model)
     first_is_global = task == "classification" and not cast(Any, config).causal
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for number, block in enumerate(blocks):
         core: Any = getattr(getattr(block, "attn", None), "core", None)
         waiting = core.for_globals() if hasattr(core, "for_globals") else ()
         if waiting and not first_is_global and (not prompt or block is blocks[-1]):
-            found |= {f"blocks.{number}.attn.{name}": PROMPT if prompt else MARKED for name in waiting}
+            reasons |= {f"blocks.{number}.attn.{name}": PROMPT if prompt else MARKED for name in waiting}
         elif waiting and first_is_global and block is blocks[-1] and cast(Any, config).pooling == "first":
-            found |= {f"blocks.{number}.attn.{name}": FIRST for name in core.projections if name not in waiting}
-    return found
+            reasons |= {f"blocks.{number}.attn.{name}": FIRST for name in core.projections if name not in waiting}
+    return reasons
 
 
 def trained_unread(model: nn.Module) -> dict[str, tuple[str, int]]:

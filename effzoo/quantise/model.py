@@ -92,10 +92,10 @@ def quantise(model: nn.Module, bits: int = 8, *, targets: Sequence[str] | str | 
     with transition(model):
         for site in dense.values():
             weight = site.weight.detach()
-            found = QuantisedLinear.made_of(site, bits)
+            quantised = QuantisedLinear.made_of(site, bits)
             norm = weight.double().norm().item()
-            error = max(error, (weight.double() - found.numbers().double()).norm().item() / norm if norm else 0.0)
-            codes += _bytes(found.codes) + _bytes(found.scales)
+            error = max(error, (weight.double() - quantised.numbers().double()).norm().item() / norm if norm else 0.0)
+            codes += _bytes(quantised.codes) + _bytes(quantised.scales)
     return Footprint(bits, len(dense), before, size(model), matrices, codes, error)
 
 
@@ -105,11 +105,11 @@ def dequantise(model: nn.Module) -> int:
 
     The outputs stay; the weights from before `quantise` are not known any more.
     """
-    found = [site for _, site in sites(model) if isinstance(site, QuantisedLinear)]
+    quantised = [site for _, site in sites(model) if isinstance(site, QuantisedLinear)]
     with transition(model):
-        for site in found:
+        for site in quantised:
             site.dense()
-    return len(found)
+    return len(quantised)
 
 
 def size(model: nn.Module) -> int:

@@ -64,10 +64,10 @@ class Skills(Router):
 
     def forward(self, x: Tensor) -> Routing:
         x = checked_tasks(x, len(self.table), "tasks of the table")
-        found = hard(self.table[x], "sigmoid", self.temperature, self.training)
+        choice = hard(self.table[x], "sigmoid", self.temperature, self.training)
         if self.form == "hard":
-            return found
-        return Routing(found.probabilities, torch.ones_like(found.sent), found.probabilities)
+            return choice
+        return Routing(choice.probabilities, torch.ones_like(choice.sent), choice.probabilities)
 
 
 def checked_tasks(x: Tensor, tasks: int, what: str) -> Tensor:

@@ -87,18 +87,18 @@ def watch(model: nn.Module) -> Iterator[Watch]:
     Left out are passes without tokens, and those in which the backward pass computes something again (gradient
     checkpointing).
     """
-    found = Watch()
+    recorded = Watch()
     hooks = []
     for path, module in unwrap(model).named_modules():
         if isinstance(module, Router):
 
             def record(_: nn.Module, __: tuple[Tensor, ...], routing: Routing, path: str = path) -> None:
                 if len(routing.weights) and torch._C._current_graph_task_id() < 0:
-                    found.passes.append(usage(routing, path))
+                    recorded.passes.append(usage(routing, path))
 
             hooks.append(module.register_forward_hook(record))
     try:
-        yield found
+        yield recorded
     finally:
         for hook in hooks:
             hook.remove()

@@ -149,11 +149,11 @@ class Expression:
         return ends
 
     def _from(self, part: _Node, name: str, places: set[int], known: dict[tuple[int, int], set[int]]) -> set[int]:
-        found: set[int] = set()
+        ends: set[int] = set()
         for at in places:
             self.steps.count(self.text)
-            found |= self._ends(part, name, at, known)
-        return found
+            ends |= self._ends(part, name, at, known)
+        return ends
 
 
 class _Reader:
@@ -197,9 +197,9 @@ class _Reader:
 
     def bounds(self) -> tuple[int, int | None] | None:
         """How often what stands before is repeated, or None."""
-        for mark, found in (("*", (0, None)), ("+", (1, None)), ("?", (0, 1))):
+        for mark, bounds in (("*", (0, None)), ("+", (1, None)), ("?", (0, 1))):
             if self.take(mark):
-                return found
+                return bounds
         match = _COUNT.match(self.text, self.at)
         if match is None or match.group() == "{}":
             return None
@@ -293,9 +293,9 @@ class _Reader:
         return self.escaped(letter), None if letter in _CLASSES else _CONTROLS.get(letter, letter)
 
     def take(self, mark: str) -> bool:
-        found = self.text.startswith(mark, self.at)
-        self.at += len(mark) * found
-        return found
+        taken = self.text.startswith(mark, self.at)
+        self.at += len(mark) * taken
+        return taken
 
     def fail(self, what: str) -> None:
         raise AdapterError(

@@ -78,7 +78,7 @@ def _shape(twin: Twin, path: str, factor: int) -> tuple[int, int]:
 def read(
     twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]
 ) -> dict[str, Wanted]:
-    left, found = dict(tensors), {}
+    left, wanted = dict(tensors), {}
     while left:
         key = next(iter(left))
         theirs, _, rest = key.rpartition(".lokr_")
@@ -100,8 +100,10 @@ def read(
         shaped(f"{theirs}.lokr_w2", B, outputs // len(A), inputs // A.shape[1])
         rank = config["rank_pattern"].of(theirs, config.get("r", 8))
         alpha = config["alpha_pattern"].of(theirs, config.get("alpha", 8))
-        found[rule.ours[0]] = Wanted("krona", {"shape": tuple(A.shape), "scale": float(alpha / rank)}, {"A": A, "B": B})
-    return found
+        wanted[rule.ours[0]] = Wanted(
+            "krona", {"shape": tuple(A.shape), "scale": float(alpha / rank)}, {"A": A, "B": B}
+        )
+    return wanted
 
 
 def _factor(left: dict[str, Tensor], theirs: str, name: str) -> Tensor:

@@ -75,10 +75,10 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
             A, B, scale = _embedding(modules[paths[0]])
             out.tensors |= {f"{theirs}.lora_embedding_A": A, f"{theirs}.lora_embedding_B": B}
         else:
-            A, B, scale, own = _stacked(twin, rule, modules)
+            A, B, scale, part_ranks = _stacked(twin, rule, modules)
             out.tensors |= {f"{theirs}.lora_A.weight": A, f"{theirs}.lora_B.weight": B}
             if len(rule.ours) > 1:
-                out.parts[theirs] = own
+                out.parts[theirs] = part_ranks
         if dora:
             out.tensors[f"{theirs}.lora_magnitude_vector"] = torch.cat(
                 [_magnitude(twin, path, modules) for path in rule.ours]
@@ -90,8 +90,8 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     out.config = {
         "peft_type": "LORA", "r": rank, "lora_alpha": alpha,
-        "rank_pattern": {theirs: own for theirs, own in ranks.items() if own != rank},
-        "alpha_pattern": {theirs: own for theirs, own in alphas.items() if own != alpha}, "use_rslora": rslora,
+        "rank_pattern": {theirs: number for theirs, number in ranks.items() if number != rank},
+        "alpha_pattern": {theirs: number for theirs, number in alphas.items() if number != alpha}, "use_rslora": rslora,
         "use_dora": dora, "lora_dropout": dropouts.pop(),
         "fan_in_fan_out": any(twin.rules[theirs].transposed for theirs in out.targets), "bias": "none",
         "target_modules": out.targets, "init_lora_weights": True, "ensure_weight_tying": bool(tied),
@@ -151,7 +151,7 @@ def read(
     twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]
 ) -> dict[str, Wanted]:
     """What each of our sites shall hold; `tensors` are the low-rank ones, by key without prefix."""
-    found: dict[str, Wanted] = {}
+    wanted: dict[str, Wanted] = {}
     # tables first: a tied head's factors may be theirs
     left = dict(sorted(tensors.items(), key=lambda item: ".lora_embedding_" not in item[0]))
     while left:
@@ -163,10 +163,10 @@ def read(
             )
         rule = twin.rules[theirs]
         if isinstance(twin.sites[rule.ours[0]], Embedding):
-            found |= _read_embedding(twin, config, theirs, left)
+            wanted |= _read_embedding(twin, config, theirs, left)
         else:
-            found |= _read_linear(twin, config, theirs, left, parts_of(theirs, rule, parts))
-    return found
+            wanted |= _read_linear(twin, config, theirs, left, parts_of(theirs, rule, parts))
+    return wanted
 
 
 def _take(tensors: dict[str, Tensor], key: str) -> Tensor:
@@ -235,7 +235,7 @@ def _read_linear(
         key = f"{theirs}.lora_magnitude_vector"
         magnitudes = split(shaped(key, _take(left, key), outputs), sizes)
     blocks = _blocks(theirs, A, B, sizes, ranks)
-    found = {}
+    wanted = {}
     for path, weight, block, magnitude in zip(rule.ours, weights, blocks, magnitudes, strict=True):
         if block is None:
             if magnitude is not None and not torch.allclose(
@@ -247,8 +247,8 @@ def _read_linear(
                 )
             continue
         own = {"A": block[0], "B": block[1]} | ({} if magnitude is None else {"magnitude": magnitude})
-        found[path] = Wanted("dora" if dora else "lora", _options(config, theirs, len(block[0]), len(A)), own)
-    return found
+        wanted[path] = Wanted("dora" if dora else "lora", _options(config, theirs, len(block[0]), len(A)), own)
+    return wanted
 
 
 def _blocks(

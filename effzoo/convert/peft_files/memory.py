@@ -39,10 +39,10 @@ GATED_LAYOUTS = ("llama", "mistral")
 
 def _layers(twin: Twin) -> list[str]:
     """The memory sites, from the lowest layer up."""
-    found = {
+    by_layer = {
         site.layer: path for path, site in twin.sites.items() if isinstance(site, MemorySite) and site.layer is not None
     }
-    return [found[layer] for layer in sorted(found)]
+    return [by_layer[layer] for layer in sorted(by_layer)]
 
 
 def _rotary(twin: Twin, path: str) -> Rotary | None:
@@ -181,7 +181,7 @@ def read_gated(
     twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]
 ) -> dict[str, Wanted]:
     check_gated(twin)
-    left, found = dict(tensors), {}
+    left, wanted = dict(tensors), {}
     name = _attention(twin, _layers(twin)[0]).rpartition(".")[2]
     if config.get("target_modules") not in (None, name):
         raise AdapterError(
@@ -206,7 +206,7 @@ def read_gated(
                 f"{keys[1]} is {gate.item():.3g}; our gates are tanh(g), below 1 in absolute value, "
                 "so this one has no g"
             )
-        found[path] = Wanted(
+        wanted[path] = Wanted(
             "llama_adapter",
             {"length": prompt.shape[1], "skip": 0},
             {"tokens": prompt[0], "gate": gate.double().atanh().expand(twin.model.config.heads)},
@@ -216,4 +216,4 @@ def read_gated(
             f"{next(iter(left))} is one too many in the file: it is in none of the uppermost "
             f"{config.get('adapter_layers')} layers"
         )
-    return found
+    return wanted

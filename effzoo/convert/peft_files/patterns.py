@@ -41,10 +41,10 @@ def matched(config: Mapping[str, Any], known: Iterable[str]) -> set[str]:
     if targets is None or targets == "all-linear":
         return set()
     wanted, excluded = _Names(targets, steps), _Names(config.get("exclude_modules") or [], steps)
-    found = {theirs for theirs in known if wanted.has(theirs) and not excluded.has(theirs)}
+    named = {theirs for theirs in known if wanted.has(theirs) and not excluded.has(theirs)}
     layers = config.get("layers_to_transform")
     if layers is None or layers == [] or isinstance(targets, str):
-        return found
+        return named
     numbers = {layers} if isinstance(layers, int) else set(layers)
     given = config.get("layers_pattern") or []
     expressions = [Expression(text, steps) for text in ([given] if isinstance(given, str) else given)]
@@ -53,7 +53,7 @@ def matched(config: Mapping[str, Any], known: Iterable[str]) -> set[str]:
             f"layers_pattern {open_ended[0]!r} of the file has alternatives without brackets; name "
             "the modules in a list instead"
         )
-    return {theirs for theirs in found if theirs in targets or _layer(expressions, theirs) in numbers}
+    return {theirs for theirs in named if theirs in targets or _layer(expressions, theirs) in numbers}
 
 
 class _Names:

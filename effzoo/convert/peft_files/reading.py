@@ -42,22 +42,22 @@ def read(model: nn.Module, directory: Path, name: str) -> None:
     _check_config(config, counterpart, directory)
     config = patterns.compiled(config)
     own, others, of_tokens = _sorted_out(twin, counterpart, tensors)
-    found = counterpart.read(twin, config, own, parts)
+    of_method = counterpart.read(twin, config, own, parts)
     trained_tokens = tokens.read(twin, config, of_tokens, parts) if counterpart.peft_types == ("LORA",) else {}
     kept = whole_modules.read(twin, config, others, parts)
     _check_whole(twin, config, own)
     _check_saved(twin, config, tensors)
     whole = {path for path, wanted in kept.items() if wanted.method in ("full", "tokens")}
-    if clash := [*(trained_tokens.keys() & (found.keys() | whole)), *(whole & found.keys())]:
+    if clash := [*(trained_tokens.keys() & (of_method.keys() | whole)), *(whole & of_method.keys())]:
         raise AdapterError(f"the file holds two things for {clash[0]}; peft has written one of them for another module")
     if counterpart.peft_types == ("LN_TUNING",):
-        found, kept = {}, found | kept
+        of_method, kept = {}, of_method | kept
     log.info(
         "%s: a peft adapter for base %r, which its files cannot prove", directory, config.get("base_model_name_or_path")
     )
     heads = {path: wanted for path, wanted in kept.items() if twin.is_head(path)}
     rest = {path: wanted for path, wanted in kept.items() if not twin.is_head(path)}
-    groups = [found, trained_tokens, rest]
+    groups = [of_method, trained_tokens, rest]
     attach(model, [spec for group in groups for spec in specs(twin, group)], name=name, num_labels=_labels(twin, heads))
     try:
         if config["peft_type"] == "P_TUNING":
@@ -102,8 +102,8 @@ def _open(directory: Path) -> tuple[Config, dict[str, Tensor], dict[str, list[in
 
 def _state(directory: Path) -> list[tuple[int, int] | None]:
     """What changes when the files are written again."""
-    found = [directory / name for name in (CONFIG, WEIGHTS)]
-    return [(path.stat().st_ino, path.stat().st_mtime_ns) if path.is_file() else None for path in found]
+    files = [directory / name for name in (CONFIG, WEIGHTS)]
+    return [(path.stat().st_ino, path.stat().st_mtime_ns) if path.is_file() else None for path in files]
 
 
 def _opened(directory: Path) -> tuple[Config, dict[str, Tensor], dict[str, list[int]]]:
@@ -294,7 +294,7 @@ def specs(twin: Twin, wanted: Mapping[str, Wanted]) -> list[Spec]:
         options[key] = one.options
         site = twin.sites[path]
         groups.setdefault(key, {}).setdefault(site.role, []).append(site.layer)
-    found = []
+    made = []
     for key, roles in groups.items():
         by_layers: dict[tuple[int, ...] | None, list[str]] = {}
         for role, layers in roles.items():
@@ -307,8 +307,8 @@ def specs(twin: Twin, wanted: Mapping[str, Wanted]) -> list[Spec]:
                 if key[0] in ("prompt", "p_tuning")
                 else {"targets": tuple(targets)} | ({} if some is None else {"layers": some})
             )
-            found.append(Spec(key[0], options[key] | said))
-    return found
+            made.append(Spec(key[0], options[key] | said))
+    return made
 
 
 def _fill(model: nn.Module, twin: Twin, name: str, groups: list[dict[str, Wanted]]) -> None:

@@ -64,12 +64,12 @@ def add(twin: Twin, modules: Modules, out: Written) -> None:
 
 def _trained(twin: Twin, modules: Modules) -> dict[str, tuple[list[int], Tensor]]:
     """{their module: (tokens, their embeddings)}."""
-    found: dict[str, tuple[list[int], Tensor]] = {}
+    trained: dict[str, tuple[list[int], Tensor]] = {}
     for path, module in modules.items():
         assert isinstance(module, TokenTable)
-        found[twin.rule(path).theirs] = module.ids.tolist(), module.trained
+        trained[twin.rule(path).theirs] = module.ids.tolist(), module.trained
     _check_bias(twin, modules)
-    return found
+    return trained
 
 
 def _check_bias(twin: Twin, paths: Collection[str]) -> None:
@@ -110,7 +110,7 @@ def read(
         del ids[head]
     if head is not None:
         left.pop(head, None)
-    found = {}
+    wanted = {}
     for theirs, numbers in ids.items():
         if theirs not in left:
             raise AdapterError(f"{theirs}.{KEY} is missing in the file; copy the whole adapter")
@@ -120,13 +120,13 @@ def read(
         trained = shaped(f"{theirs}.{KEY}", left.pop(theirs), len(numbers), dim)
         order = torch.tensor(numbers).argsort()
         ascending = torch.tensor(numbers)[order]
-        found[path] = Wanted(
+        wanted[path] = Wanted(
             "tokens", {"ids": spans(ascending.tolist())}, {"ids": ascending, "trained": trained[order]}
         )
-    _check_bias(twin, found)
+    _check_bias(twin, wanted)
     if left:
         raise AdapterError(f"{next(iter(left))}.{KEY} is one too many in the file: its config names no tokens for it")
-    return found
+    return wanted
 
 
 def _indices(twin: Twin, config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _indices(twin: Twin, config: Config, tensors: Mapping[str, Tensor]) -> dict[
         return {}
     if not isinstance(given, Mapping):
         return {table: given}
-    found = {}
+    indices = {}
     for name, numbers in given.items():
         named = [theirs for theirs in tables if theirs == name or theirs.endswith(f".{name}")]
         if len(named) != 1:
@@ -157,8 +157,8 @@ def _indices(twin: Twin, config: Config, tensors: Mapping[str, Tensor]) -> dict[
                 f"trainable_token_indices of the file names {name!r}; this model's tables are "
                 f"{' and '.join(sorted(tables))}"
             )
-        found[named[0]] = numbers
-    return found
+        indices[named[0]] = numbers
+    return indices
 
 
 def _check(theirs: str, numbers: Sequence[int], tokens: int) -> None:

@@ -117,16 +117,16 @@ class Twin:
         It knows both by two names alone. AdapterError where the model has neither.
         """
         table = self.theirs[self.token].theirs
-        found = [
+        known = [
             name for name in (table, self.tied_head) if name is not None and name.rpartition(".")[2] in KNOWN_TABLES
         ]
-        if not found:
+        if not known:
             raise AdapterError(
                 f"{tied}: the language-model head is tied to this table, so in effzoo a change of it reaches both; "
                 f"peft ties modules called {' or '.join(KNOWN_TABLES)} (ensure_weight_tying), and here they are "
                 f"{table} and {self.tied_head}; leave embed.token out of the targets"
             )
-        return found[0]
+        return known[0]
 
     def is_head(self, path: str) -> bool:
         return self.sites[path].role.startswith("head.")
@@ -142,10 +142,10 @@ class Twin:
 
 def whole(modules: Mapping[str, Any], twin: Twin) -> dict[str, list[str]]:
     """{their module: our modules in it that have an adapter}, in their order."""
-    found: dict[str, list[str]] = {}
+    adapted: dict[str, list[str]] = {}
     for path in modules:
-        found.setdefault(twin.adapted(path).theirs, []).append(path)
-    return found
+        adapted.setdefault(twin.adapted(path).theirs, []).append(path)
+    return adapted
 
 
 def split(tensor: Tensor, sizes: Sequence[int], dim: int = 0) -> list[Tensor]:

@@ -31,23 +31,23 @@ def write(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
     for theirs, paths in whole(modules, twin).items():
         rule = twin.rule(paths[0])
         out.targets.append(theirs)
-        found = {path: module for path in paths if isinstance(module := modules[path], ScaleInput | ScaleOutput)}
-        if any(isinstance(module, ScaleInput) for module in found.values()):
+        scaled = {path: module for path in paths if isinstance(module := modules[path], ScaleInput | ScaleOutput)}
+        if any(isinstance(module, ScaleInput) for module in scaled.values()):
             if len(rule.ours) > 1:
                 raise AdapterError(
                     f"{paths[0]} scales its input, and {theirs} of transformers has one input for "
                     f"{', '.join(rule.ours)}"
                 )
             inputs.append(theirs)
-            out.tensors[f"{theirs}.ia3_l"] = found[paths[0]].scale[None]
+            out.tensors[f"{theirs}.ia3_l"] = scaled[paths[0]].scale[None]
             continue
         scales = [
-            found[path].scale if path in found else twin.weight(path).new_ones(len(twin.weight(path)))
+            scaled[path].scale if path in scaled else twin.weight(path).new_ones(len(twin.weight(path)))
             for path in rule.ours
         ]
         out.tensors[f"{theirs}.ia3_l"] = torch.cat(scales)[:, None]
         if len(rule.ours) > 1:
-            out.parts[theirs] = [int(path in found) for path in rule.ours]
+            out.parts[theirs] = [int(path in scaled) for path in rule.ours]
     out.config = {
         "peft_type": "IA3", "target_modules": out.targets, "feedforward_modules": inputs,
         "fan_in_fan_out": any(twin.rules[theirs].transposed for theirs in out.targets), "init_ia3_weights": True,
@@ -59,7 +59,7 @@ def read(
     twin: Twin, config: Config, tensors: Mapping[str, Tensor], parts: Mapping[str, list[int]]
 ) -> dict[str, Wanted]:
     _check_inputs(config, tensors)
-    found: dict[str, Wanted] = {}
+    wanted: dict[str, Wanted] = {}
     to_values: dict[str, Tensor] = {}
     for key, vector in tensors.items():
         theirs, dot, name = key.rpartition(".")
@@ -79,7 +79,7 @@ def read(
             if role == "attn.o":
                 to_values[path] = vector[0]
             elif role.endswith("mlp.down"):
-                found[path] = Wanted("ia3", {}, {"scale": vector[0]})
+                wanted[path] = Wanted("ia3", {}, {"scale": vector[0]})
             else:
                 raise AdapterError(f"{key} scales the input of {path}; (IA)3 of effzoo does that for mlp.down only")
             continue
@@ -88,20 +88,20 @@ def read(
                 f"{key} scales the output of {path}; (IA)3 of effzoo scales its input, the hidden "
                 "units, as in the paper"
             )
-        sizes = [len(twin.weight(own)) for own in rule.ours]
+        sizes = [len(twin.weight(ours)) for ours in rule.ours]
         scales = split(shaped(key, vector, sum(sizes), 1)[:, 0], sizes)
         hung = parts_of(theirs, rule, parts) or [1] * len(sizes)
-        for own, scale, has in zip(rule.ours, scales, hung, strict=True):
+        for ours, scale, has in zip(rule.ours, scales, hung, strict=True):
             if has:
-                found[own] = Wanted("ia3", {}, {"scale": scale})
+                wanted[ours] = Wanted("ia3", {}, {"scale": scale})
             elif (scale != 1).any():
                 raise AdapterError(
-                    f"{key}: the file's header says that {own} has no vector, and it is not of ones; "
+                    f"{key}: the file's header says that {ours} has no vector, and it is not of ones; "
                     "save the adapter again"
                 )
     for path, scale in to_values.items():
-        _into_values(twin, path, scale, found)
-    return found
+        _into_values(twin, path, scale, wanted)
+    return wanted
 
 
 def _check_inputs(config: Config, tensors: Mapping[str, Tensor]) -> None:
@@ -124,24 +124,24 @@ def _check_inputs(config: Config, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _into_values(twin: Twin, path: str, scale: Tensor, found: dict[str, Wanted]) -> None:
+def _into_values(twin: Twin, path: str, scale: Tensor, wanted: dict[str, Wanted]) -> None:
     """Take the scale of the attention output's input into the vectors of all values of the layer."""
     out = twin.sites[path]
     values = [
-        own
-        for own, site in twin.sites.items()
+        ours
+        for ours, site in twin.sites.items()
         if isinstance(site, Linear) and site.layer == out.layer and site.role.startswith("attn.v")
     ]
-    for own in values:
-        if own not in found or len(found[own].tensors["scale"]) != len(scale):
+    for ours in values:
+        if ours not in wanted or len(wanted[ours].tensors["scale"]) != len(scale):
             raise AdapterError(
-                f"the file scales the input of {path}, which is the same as scaling the values, but {own} "
+                f"the file scales the input of {path}, which is the same as scaling the values, but {ours} "
                 + (
                     "has no vector to take it up"
-                    if own not in found
+                    if ours not in wanted
                     else "has grouped heads, which several heads of the output share"
                 )
                 + "; name the modules by their full paths in peft, so that its ends of names do not hit the "
                 "attention's output"
             )
-        found[own].tensors["scale"] = found[own].tensors["scale"] * scale
+        wanted[ours].tensors["scale"] = wanted[ours].tensors["scale"] * scale

@@ -143,7 +143,7 @@ def read(
 
     tensors: by their key without prefix and without `base_layer`.
     """
-    found: dict[str, Wanted] = {}
+    of_sites: dict[str, Wanted] = {}
     saved = names_of(config.get("modules_to_save"))
     for key, tensor in tensors.items():
         theirs, _, parameter = key.rpartition(".")
@@ -180,17 +180,17 @@ def read(
             )
             if parameter == "weight" and site.role in ROLES and not (with_head or named(theirs, saved)):
                 if changed := (part.to(base) != base).any(dim=1).nonzero().flatten().tolist():
-                    found[path] = Wanted(
+                    of_sites[path] = Wanted(
                         "tokens", {"ids": spans(changed)}, {"ids": torch.tensor(changed), "trained": part[changed]}
                     )
             elif hung:
-                found.setdefault(path, Wanted("", {}, {})).tensors[f"own_{parameter}"] = part
+                of_sites.setdefault(path, Wanted("", {}, {})).tensors[f"own_{parameter}"] = part
             elif not torch.equal(part.to(base), base):
                 raise AdapterError(
                     f"{key}: {path}, which was not trained, has other values in this model; the "
                     "adapter is of another base"
                 )
-    for path, wanted in found.items():
+    for path, wanted in of_sites.items():
         if wanted.method:
             continue
         if path == twin.token and twin.tied_head is not None and not config.get("ensure_weight_tying"):
@@ -202,7 +202,7 @@ def read(
         alone = set(wanted.tensors) == {"own_bias"} and "weight" in twin.sites[path].base()
         norm = isinstance(twin.sites[path], Norm)
         wanted.method = "head" if twin.is_head(path) else "bitfit" if alone else "norms" if norm else "full"
-    return found
+    return of_sites
 
 
 def names_of(given: object) -> tuple[str, ...]:

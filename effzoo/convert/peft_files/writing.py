@@ -89,7 +89,7 @@ def _norms(twin: Twin, copies: dict[str, PeftModule]) -> dict[str, PeftModule]:
 
 def _counterpart(hung: dict[str, tuple[Method, PeftModule]], spec: str) -> Counterpart:
     """The one counterpart of all modules."""
-    found: dict[int, Counterpart] = {}
+    counterparts: dict[int, Counterpart] = {}
     for path, (method, module) in hung.items():
         fitting = [counterpart for counterpart in COUNTERPARTS if type(module) in counterpart.classes]
         if not fitting:
@@ -98,14 +98,14 @@ def _counterpart(hung: dict[str, tuple[Method, PeftModule]], spec: str) -> Count
                 "krona, prompt, p_tuning, prefix, "
                 "llama_adapter, tokens and norms; save it with format='effzoo', or merge it and convert the model"
             )
-        found[id(fitting[0])] = fitting[0]
-    if len(found) != 1:
-        known = listing(counterpart.peft_types[0] for counterpart in found.values())
-        reason = f"this one has {known}" if found else "this one only trains weights that the model has already"
+        counterparts[id(fitting[0])] = fitting[0]
+    if len(counterparts) != 1:
+        known = listing(counterpart.peft_types[0] for counterpart in counterparts.values())
+        reason = f"this one has {known}" if counterparts else "this one only trains weights that the model has already"
         raise AdapterError(
             f"a peft adapter is of exactly one method of its own, and {reason} ({spec}); save it with format='effzoo'"
         )
-    return next(iter(found.values()))
+    return next(iter(counterparts.values()))
 
 
 def _files(directory: Path, out: Written) -> None:

@@ -78,22 +78,22 @@ def _matrices(block: nn.Module) -> list[tuple[str, Linear, tuple[str, str]]]:
 
 def _sizes(block: nn.Module) -> dict[str, int]:
     """How many channels each space has."""
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for _, site, spaces in _matrices(block):
         for space, size in zip(spaces, site.weight.shape, strict=True):
-            found[space] = size // site.heads if space in WITHIN_HEADS else size
-    return found
+            sizes[space] = size // site.heads if space in WITHIN_HEADS else size
+    return sizes
 
 
 def _importance(block: nn.Module) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    importance: dict[str, Tensor] = {}
     for _, site, spaces in _matrices(block):
         for axis, space in enumerate(spaces):
             of_channel = site.weight.float().square().sum(dim=1 - axis)
             if space in WITHIN_HEADS:
                 of_channel = reduce(of_channel, "(heads d) -> d", "sum", heads=site.heads)
-            found[space] = found.get(space, 0) + of_channel
-    return found
+            importance[space] = importance.get(space, 0) + of_channel
+    return importance
 
 
 def _rotated(block: nn.Module) -> bool:

@@ -89,7 +89,7 @@ class Fusion(MixtureMethod):
         return Fused(experts, int(width), self.frozen, self.std)
 
     def penalty(self, modules: Modules) -> Tensor | None:
-        found = [] if (own := super().penalty(modules)) is None else [own]
+        values = [] if (own := super().penalty(modules)) is None else [own]
         if self.regularisation:
-            found += [self.regularisation * m.regularisation() for m in modules.values() if isinstance(m, Fused)]
-        return torch.stack(found).sum() if found else None
+            values += [self.regularisation * m.regularisation() for m in modules.values() if isinstance(m, Fused)]
+        return torch.stack(values).sum() if values else None

@@ -34,8 +34,8 @@ def gather(
     """
     if not adapters or len(set(adapters)) < len(adapters):
         raise AdapterError(f"a mixture is made of adapters, each once, got {list(adapters)}")
-    found = [_known(model, adapter) for adapter in adapters]
-    for attachment in found:
+    attachments = [_known(model, adapter) for adapter in adapters]
+    for attachment in attachments:
         if any(isinstance(method, MixtureMethod) for method, _ in attachment.methods):
             raise AdapterError(
                 f"adapter {attachment.name!r} is a mixture itself; extract its experts first (effzoo.peft.extract)"
@@ -45,7 +45,7 @@ def gather(
         _known(model, head)
     with transition(model, *adapters), torch.no_grad():
         finish(model, *adapters)
-        experts = {"of": tuple(attachment.spec for attachment in found), "finished": True}
+        experts = {"of": tuple(attachment.spec for attachment in attachments), "finished": True}
         num_labels = None if head is None else labels(model, head)
         attach(model, Spec(spec.name, {**spec.options, **experts}), name=name, num_labels=num_labels)
         for _, site in sites(model):
@@ -77,8 +77,8 @@ def extract(model: nn.Module, mixture: str, expert: int, *, name: str) -> None:
         if method.finished or _known(model, mixture).finished:
             finish(model, name)
         for _, site in sites(model):
-            if name in site.adapters and (found := mixture_at(site, mixture)) is not None:
-                _copy(dict(found.experts[expert].named_children()), site.of(name))
+            if name in site.adapters and (source := mixture_at(site, mixture)) is not None:
+                _copy(dict(source.experts[expert].named_children()), site.of(name))
         take_head(model, mixture, name)
 
 

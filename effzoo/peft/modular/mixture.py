@@ -78,14 +78,14 @@ class MixtureMethod(TrainingHooks):
 
     def _rates(self) -> dict[str, float]:
         """The experts' `rates` for their tensors, times their learning rate relative to the first one's."""
-        found = {}
+        factors = {}
         for number, expert in enumerate(self.inner):
             for method in expert:
                 own = method.learning_rate / self.learning_rate
                 rates = method.rates if isinstance(method, TrainingHooks) else {}
                 for pattern, factor in {**rates, "*": 1.0}.items():
-                    found[f"experts.{number}.{method.name}.{pattern}"] = own * factor
-        return found
+                    factors[f"experts.{number}.{method.name}.{pattern}"] = own * factor
+        return factors
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         self.places: list[list[tuple[Method, set[int]]]] = []
@@ -134,9 +134,9 @@ class MixtureMethod(TrainingHooks):
             hung = {path: dict(mixture.experts[number].named_children()) for path, mixture in mixtures.items()}
             for method in expert:
                 made = {path: modules.get(method.name) for path, modules in hung.items()}
-                own = {path: module for path, module in made.items() if isinstance(module, PeftModule)}
-                if isinstance(method, TrainingHooks) and uses(method, hook) and own:
-                    yield number, method, own
+                hung_by_method = {path: module for path, module in made.items() if isinstance(module, PeftModule)}
+                if isinstance(method, TrainingHooks) and uses(method, hook) and hung_by_method:
+                    yield number, method, hung_by_method
 
     def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
         for number, method, own in self._hooked(modules, "calibrate"):

@@ -68,8 +68,8 @@ class Routed(ExpertMixture):
             )
         if x.ndim < 3 or (self.level == "token" and self.router.reads == "tokens"):
             return self._by_token(x, context.valid)
-        found = self._by_example(x, context)
-        return found.T.reshape(found.shape[1], found.shape[0], *[1] * (x.ndim - 1))
+        weights = self._by_example(x, context)
+        return weights.T.reshape(weights.shape[1], weights.shape[0], *[1] * (x.ndim - 1))
 
     def _by_token(self, x: Tensor, valid: Tensor | None) -> Tensor:
         """Every position by itself, padding left out: it goes to no expert."""
@@ -119,20 +119,21 @@ class Routed(ExpertMixture):
         ]
         if self.only is not None:
             return of_experts[self.only]
-        found = [one for expert in of_experts for one in expert]
-        if not found:
+        all_memories = [one for expert in of_experts for one in expert]
+        if not all_memories:
             return []
         assert context.x is not None
         weights = self._by_example(context.x, context)
-        if all(one.gate is not None for one in found):
+        if all(one.gate is not None for one in all_memories):
             by_expert = zip(of_experts, weights.T, strict=True)
             return [_weighed(one, weight[:, None]) for expert, weight in by_expert for one in expert]
-        shapes = {(one.keys.shape[-3:], one.values.shape[-3:], one.gate is None) for one in found}
+        shapes = {(one.keys.shape[-3:], one.values.shape[-3:], one.gate is None) for one in all_memories}
         if len(shapes) > 1 or any(len(expert) != 1 for expert in of_experts):
             raise IncompatibleError(
                 "routed memories are mixed key by key: every expert needs one of the same length; give such experts"
             )
-        return [Memory(_blend([one.keys for one in found], weights), _blend([one.values for one in found], weights))]
+        keys = _blend([one.keys for one in all_memories], weights)
+        return [Memory(keys, _blend([one.values for one in all_memories], weights))]
 
     def extra_repr(self) -> str:
         return f"router={self.router.name}, experts={len(self.experts)}, level={self.level}"

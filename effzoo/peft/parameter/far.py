@@ -128,7 +128,7 @@ class FAR(TrainingHooks):
 
 def _by_layer(modules: Mapping[str, LearnerUnits]) -> dict[str, list[LearnerUnits]]:
     """The modules of each feed-forward, by its path."""
-    found: dict[str, list[LearnerUnits]] = {}
+    layers: dict[str, list[LearnerUnits]] = {}
     for path, module in modules.items():
-        found.setdefault(path.rpartition(".")[0], []).append(module)
-    return found
+        layers.setdefault(path.rpartition(".")[0], []).append(module)
+    return layers

@@ -121,8 +121,8 @@ def drawn(total: int, k: int) -> Tensor:
     """k different numbers below total at random, ascending; where k is small, without a permutation of all of them."""
     if k * 4 > total:
         return torch.randperm(total, device="cpu")[:k].sort().values
-    found = torch.empty(0, dtype=torch.int64, device="cpu")
-    while len(found) < k:
-        found = torch.cat([found, torch.randint(total, (2 * k,), device="cpu")]).sort().values
-        found = found[torch.cat([torch.ones(1, dtype=torch.bool, device="cpu"), found[1:] != found[:-1]])]
-    return found[torch.randperm(len(found), device="cpu")[:k]].sort().values
+    numbers = torch.empty(0, dtype=torch.int64, device="cpu")
+    while len(numbers) < k:
+        numbers = torch.cat([numbers, torch.randint(total, (2 * k,), device="cpu")]).sort().values
+        numbers = numbers[torch.cat([torch.ones(1, dtype=torch.bool, device="cpu"), numbers[1:] != numbers[:-1]])]
+    return numbers[torch.randperm(len(numbers), device="cpu")[:k]].sort().values

@@ -167,12 +167,12 @@ def spans(ids: Sequence[int]) -> str:
 
 def numbers_of(text: str, below: int) -> list[int]:
     """The numbers that a text as `spans` writes it names, all below a limit. Raises OptionError for any other text."""
-    found: list[int] = []
+    numbers: list[int] = []
     for first, last in _read(text):
-        if last >= below or first <= (found[-1] if found else -1):
+        if last >= below or first <= (numbers[-1] if numbers else -1):
             raise OptionError(f"tokens: {text[:80]!r} does not name ascending tokens in [0, {below})")
-        found += range(first, last + 1)
-    return found
+        numbers += range(first, last + 1)
+    return numbers
 
 
 def _spans(ids: Sequence[int]) -> Iterator[tuple[int, int]]:
