@@ -588,7 +588,7 @@ REFUSED = [
     ("bert-lm", "lora[targets=embed.token]", "the language-model head is tied to this table"),
     ("bert", "prompt", "the head reads the first token .* in effzoo, and in peft the prompt counts"),
     ("bert", "prefix", "hands a prefix over as a cache, which bert has none of"),
-    ("longformer", "p_tuning", "on attention 'longformer': in effzoo every query sees the prompt"),
+    ("longformer", "p_tuning", "on attention 'longformer': in effzoo every query sees them"),
     ("mistral", "prompt", "fall out of a window like any other"),
     ("mistral", "prefix", "fall out of a window like any other"),
     ("bert-lm", "prompt", "peft leaves prompts and prefixes out when a model is run for masked_lm"),

@@ -2,8 +2,9 @@
 
 The tensors are written under a name that carries their hash, then the manifest is renamed into place, then the older
 tensor file is removed: a reader sees the old adapter or the new one, never a mixture (`effzoo.writing`). The manifest
-(`effzoo.peft.manifest`) holds the spec, the fingerprint of the base and hashes of everything, itself included. So
-another base (`effzoo.peft.same_base`), a truncated or altered file, and a spec that asks for other tensors than the
+(`effzoo.peft.manifest`) holds the spec, the fingerprint of the base and hashes of everything, itself included.
+
+So another base (`effzoo.peft.same_base`), a truncated or altered file, and a spec that asks for other tensors than the
 file holds (`effzoo.peft.stored`) are refused by the first difference, before the model is touched.
 
 A task head (roles `head.*`) is the adapter's own where the adapter replaces its tensors, which it does unless its

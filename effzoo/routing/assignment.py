@@ -1,10 +1,12 @@
 """Balanced assignment: each token to one expert, the same number to each, so that the sum of their scores is largest.
 
 Experts have prices, and every token goes where its score less the price is largest. At the best prices each expert gets
-its share: the dual of this transportation problem, a minimum over as many numbers as there are experts. Softened, it is
-nearly solved in a few passes over all tokens. Then tokens above an expert's share are moved to experts that have room,
-along the cheapest chains of moves, so that the result is exactly the best (successive shortest paths; Ahuja, Magnanti &
-Orlin 1993, Network Flows, section 9.7). Lewis et al. 2021 bid in an auction, which ends near the best.
+its share: the dual of this transportation problem, a minimum over as many numbers as there are experts.
+
+Softened, it is nearly solved in a few passes over all tokens. Then tokens above an expert's share are moved to experts
+that have room, along the cheapest chains of moves, so that the result is exactly the best (successive shortest paths;
+Ahuja, Magnanti & Orlin 1993, Network Flows, section 9.7). Lewis et al. 2021 bid in an auction, which ends near the
+best.
 """
 
 from __future__ import annotations

@@ -22,9 +22,11 @@ A language-model head that is tied to the token table: a LoRA of ours on the tab
 
 Unlike peft, which loads what fits and warns, reading is strict: a tensor that is missing, too many or of another shape,
 and an option that effzoo has no counterpart for, is an AdapterError, and the model is then as it was. Regular
-expressions are matched in bounded time. What such files cannot do is prove the base: they hold no hash of its weights,
-and `base_model_name_or_path` is a name that is only logged. Where representing the same function would need something
-that peft lacks, a sentence says so; nothing is approximated.
+expressions are matched in bounded time.
+
+What such files cannot do is prove the base: they hold no hash of its weights, and `base_model_name_or_path` is a name
+that is only logged. Where representing the same function would need something that peft lacks, a sentence says so;
+nothing is approximated.
 
 Two differences are in peft's models and not in the files, and the logger "effzoo.convert" warns of them: behind a
 prefix learned positions go on (`memory`), and behind a prompt classifying decoders read the last position even if it is

@@ -2,9 +2,10 @@
 
 Where their module stacks several of ours (GPT-2's c_attn holds q, k and v), ours become one low rank of theirs whose
 rank is the sum, A = [A_q; A_v] and B = diag(B_q, B_v): exactly the same function, with zeros that peft would train as
-well. The file's header keeps the ranks, so that the way back is exact; without it (a file of peft's) each of our
-modules gets a copy of A and its outputs of B, which is the same function, and A is no longer shared if training goes
-on.
+well.
+
+The file's header keeps the ranks, so that the way back is exact; without it (a file of peft's) each of our modules gets
+a copy of A and its outputs of B, which is the same function, and A is no longer shared if training goes on.
 
 Where a language-model head is tied to the table, a LoRA of ours on the table changes both, which peft does with
 `ensure_weight_tying`: its head then has the same factors, transposed. Without, peft changes lookups alone, our

@@ -3,10 +3,11 @@
 A prefix is one tensor `prompt_embeddings` [length, layers * 2 * heads * head_dim]: for each of `length` positions the
 keys and values of layer 0, then those of layer 1, and so on; the heads are those of keys and values. peft hands it over
 as a cache of `length` earlier positions, so its tokens begin at position `length`, and its position ids cannot be
-changed; ours begin at 0. With rotary positions the difference is made up for exactly: queries are rotated by `length`
-positions more there, so keys are written rotated by as many, and rotated back when read. With learned positions nothing
-can make up for it: both compute the same when ours is called with position_ids that begin at `length` (a warning says
-so).
+changed; ours begin at 0.
+
+With rotary positions the difference is made up for exactly: queries are rotated by `length` positions more there, so
+keys are written rotated by as many, and rotated back when read. With learned positions nothing can make up for it: both
+compute the same when ours is called with position_ids that begin at `length` (a warning says so).
 
 LLaMA-Adapter is `adaption_prompt` [1, length, dim] and `adaption_gate` [1] in the uppermost layers: one gate for all
 heads, and no tanh. So ours is written as tanh(gate) if the gates of all heads agree, and theirs is read as the inverse

@@ -89,9 +89,10 @@ class UniPELT(TrainingHooks):
 
     x is the input of the attention (prefix and LoRA) or of the feed-forward (adapter). The gate of LoRA takes the place
     of alpha / rank. That of the prefix multiplies keys and values, so at 0 each key of the prefix still takes e^0 of
-    the softmax; in LSH attention, which normalises keys, it acts on the values alone. Padding is left out of the mean,
-    unlike in the released code, so an example computes the same in any batch. A causal model's gates see all of the
-    given text, which suits a label for it but not a language model: there it is refused.
+    the softmax; in LSH attention, which normalises keys, it acts on the values alone.
+
+    Padding is left out of the mean, unlike in the released code, so an example computes the same in any batch. A causal
+    model's gates see all of the given text, which suits a label for it but not a language model: there it is refused.
     """
 
     paper = "Mao et al. 2022, UniPELT, arXiv:2110.07577, section 3"

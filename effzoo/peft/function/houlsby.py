@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from effzoo.annotations import Count, Positive
@@ -50,8 +52,8 @@ class Houlsby(Method):
 
     paper = "Houlsby et al. 2019, Parameter-efficient transfer learning for NLP, arXiv:1902.00751, section 2.1"
     identity_at_init = False
-    accepts = (Branch, Norm)
-    default_targets = ("attn.branch", "mlp.branch", "attn.norm", "mlp.norm")
+    accepts: ClassVar[tuple[type[Site], ...]] = (Branch, Norm)
+    default_targets: tuple[str, ...] = ("attn.branch", "mlp.branch", "attn.norm", "mlp.norm")
     size = "bottleneck"
     learning_rate = 1e-3
 
@@ -65,7 +67,7 @@ class Houlsby(Method):
         layers: Layers = None,
     ):
         super().__init__(targets=targets, layers=layers)
-        check_bottleneck("houlsby", bottleneck, activation)
+        check_bottleneck(self.name, bottleneck, activation)
         self.bottleneck, self.activation, self.std = bottleneck, activation, std
 
     def make(self, site: Site) -> PeftModule:

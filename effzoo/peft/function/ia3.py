@@ -48,10 +48,12 @@ class IA3(Method):
     """softmax(q (l_k * k)^T / sqrt(d)) (l_v * v) and W_2 (l_ff * act(W_1 x)): three vectors per block, starting at 1.
 
     On `mlp.down` the vector multiplies the input, that is the hidden units after the activation, as in the paper; on
-    any other target it multiplies the output. Where keys are normalised queries (LSH, the role `attn.keys`) it
-    multiplies the normalised keys, and queries and buckets stay as they are. That is no change of the one projection of
-    both, so such a vector cannot be merged; `targets=(attn.v*, mlp.down)` leaves it out. The keys and values of a
-    prefix or a prompt are not scaled: they are no projections.
+    any other target it multiplies the output.
+
+    Where keys are normalised queries (LSH, the role `attn.keys`) it multiplies the normalised keys, and queries and
+    buckets stay as they are. That is no change of the one projection of both, so such a vector cannot be merged;
+    `targets=(attn.v*, mlp.down)` leaves it out. The keys and values of a prefix or a prompt are not scaled: they are no
+    projections.
     """
 
     paper = (

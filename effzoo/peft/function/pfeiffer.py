@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from effzoo.annotations import Count, Positive
-from effzoo.peft.function.houlsby import Bottleneck, check_bottleneck
-from effzoo.peft.method import Layers, Method, Targets
+from effzoo.peft.function.houlsby import Houlsby
+from effzoo.peft.method import Layers, Targets
 from effzoo.registry import peft
-from effzoo.sites import Branch, PeftModule, Site
+from effzoo.sites import Branch
 
 
 @peft.register("pfeiffer", "bottleneck_adapter")
-class Pfeiffer(Method):
+class Pfeiffer(Houlsby):
     """y' = y + W_up sigma(W_down y) after the feed-forward alone: half of Houlsby's adapters, and no norms are trained.
 
     bottleneck: inner width; 2 bottleneck dim + bottleneck + dim parameters a block.
@@ -24,11 +24,8 @@ class Pfeiffer(Method):
     """
 
     paper = "Pfeiffer et al. 2021, AdapterFusion, arXiv:2005.00247, appendix; as in AdapterHub, arXiv:2007.07779"
-    identity_at_init = False
     accepts = (Branch,)
     default_targets = ("mlp.branch",)
-    size = "bottleneck"
-    learning_rate = 1e-3
 
     def __init__(
         self,
@@ -39,10 +36,4 @@ class Pfeiffer(Method):
         targets: Targets = None,
         layers: Layers = None,
     ):
-        super().__init__(targets=targets, layers=layers)
-        check_bottleneck("pfeiffer", bottleneck, activation)
-        self.bottleneck, self.activation, self.std = bottleneck, activation, std
-
-    def make(self, site: Site) -> PeftModule:
-        assert isinstance(site, Branch)
-        return Bottleneck(site.dim, self.bottleneck, self.activation, self.std)
+        super().__init__(bottleneck=bottleneck, activation=activation, std=std, targets=targets, layers=layers)

@@ -42,9 +42,10 @@ class DeepPrompt(TrainingHooks):
 
     It is what a prompt does whose tokens are replaced before each layer. And it is a prefix with (P_k, P_v) = (p W_k, p
     W_v), biases included, of half as many numbers: keys and values are tied to one token, and lie in what the
-    projections reach. `prefix` trains both freely, which is how the paper's code does it. LoRA on W_k or W_v acts on
-    the prompt tokens too. Keys are not rotated in rotary models; Longformer uses its local projections, for global
-    queries as well.
+    projections reach. `prefix` trains both freely, which is how the paper's code does it.
+
+    LoRA on W_k or W_v acts on the prompt tokens too. Keys are not rotated in rotary models; Longformer uses its local
+    projections, for global queries as well.
     """
 
     paper = "Liu et al. 2021, P-tuning v2, arXiv:2110.07602, section 3"

@@ -17,8 +17,8 @@ from effzoo.sites import HookContext, MemorySite, PeftModule, Site
 
 
 class Fused(ExpertMixture):
-    """y' = y + sum_i s_i V a_i, with a_i = y_i - y what expert i adds, and s = softmax_i((Q y) . (K a_i)) at every
-    position.
+    """y' = y + sum_i s_i V a_i with s = softmax_i((Q y) . (K a_i)) at every position; a_i = y_i - y is what expert i
+    adds.
 
     Q and K are drawn, V starts as the identity: a single expert is then itself.
     """
@@ -36,9 +36,8 @@ class Fused(ExpertMixture):
 
     def regularisation(self) -> Tensor:
         """|V - I|_F^2."""
-        return (
-            (self.value - torch.eye(len(self.value), dtype=self.value.dtype, device=self.value.device)).square().sum()
-        )
+        identity = torch.eye(len(self.value), dtype=self.value.dtype, device=self.value.device)
+        return (self.value - identity).square().sum()
 
 
 @peft.register("fusion", "adapter_fusion")

@@ -31,8 +31,10 @@ class Fish(SparseMethod):
 
     The entries are chosen once, before training; until `calibrate` they are random ones. log p(y | x) is minus the loss
     of the one example: in tasks with many labels the mean over them. The paper counts the classifier in K; here it is
-    trained in addition, as in every method. Weight decay pulls towards theta. Only phi [K] is trained, but the backward
-    pass makes the dense gradient of one weight at a time, and the changed weights are stored until then.
+    trained in addition, as in every method. Weight decay pulls towards theta.
+
+    Only phi [K] is trained, but the backward pass makes the dense gradient of one weight at a time, and the changed
+    weights are stored until then.
     """
 
     paper = "Sung et al. 2021, Training neural networks with fixed sparse masks, arXiv:2111.09839, section 3"
