@@ -32,8 +32,8 @@ from effzoo.errors import EffzooError
 from effzoo.measure import Scaling, cards, prediction
 from effzoo.measure import rows as files
 from effzoo.measure.finetuning import METHODS, Finetuning
-from effzoo.measure.layer import TOLERANCE, Case, apart, supported
-from effzoo.measure.memory import told
+from effzoo.measure.layer import TOLERANCE, Case, differences, supported
+from effzoo.measure.memory import reason
 from effzoo.measure.timing import release
 
 SHARES = {"rates": 0.04, "parity": 0.20, "scaling": 0.30, "finetune": 0.26, "peers": 0.15, "bound": 0.05}
@@ -153,12 +153,12 @@ def compared(
         layer = case.layer()
         layer.core.context = replace(layer.core.context, backend=backend)
         valid = torch.arange(n, device=device) < torch.tensor([[n], [n - n // 3]], device=device) if padded else None
-        row["errors"] = apart(layer, case.input(), case.input(), Mask(valid, decisions={}))
+        row["errors"] = differences(layer, case.input(), case.input(), Mask(valid, decisions={}))
         row["right"] = all(error <= TOLERANCE[dtype] for error in row["errors"].values())
     except EffzooError as refusal:
         row["refused"] = str(refusal)
     except Exception as error:  # what it is, the row says; the others are compared all the same
-        row |= {"right": False, "failed": told(error)}
+        row |= {"right": False, "failed": reason(error)}
     return row
 
 
@@ -261,7 +261,7 @@ def perform(section: str, folder: Path, sizes: Sizes, device: str, seconds: floa
         try:
             cell.run(folder / f"{section}.jsonl")
         except Exception as error:  # a cell, not the section; the summary lists it
-            tell(folder, cell.name, section, "failed", why=told(error))
+            tell(folder, cell.name, section, "failed", why=reason(error))
         else:
             tell(folder, cell.name, section, "done", seconds=round(time.monotonic() - began, 2))
         release(device)

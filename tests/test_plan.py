@@ -15,7 +15,7 @@ from effzoo.checks.peft import Subject as Method
 from effzoo.cli import app
 from effzoo.errors import EffzooError, IncompatibleError, OptionError
 from effzoo.plan import lecture_activations, opt_table, plan
-from effzoo.plan.shadow import Meter, Shadows
+from effzoo.plan.shadow import LiveBytes, Shadows
 
 TRAINED = {"dropout": 0.1, "attention_dropout": 0.1}
 
@@ -317,7 +317,7 @@ def test_a_tensor_that_loses_its_values_is_metered_once():
     """Small tensors are real until something without a value is written into them; then a fake one stands for them."""
     shadows = Shadows()
     weight = shadows.stand_in(torch.randn(8, 8))
-    shadows.meter = meter = Meter()
+    shadows.live_bytes = meter = LiveBytes()
     with shadows:
         table = torch.zeros(8, 8)
         table += weight
@@ -491,7 +491,7 @@ def test_the_table_reads_as_it_is():
     assert rows["total"] == 100.0 and sum(rows[name] for name in found.parts() if name in rows) == pytest.approx(
         100, abs=0.3
     )
-    assert sum(nbytes for name, nbytes in found.rows(smallest=0.05) if name.startswith("  ")) == found.kept
+    assert sum(nbytes for name, nbytes in found.lines(smallest=0.05) if name.startswith("  ")) == found.kept
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,6 @@ def plan_(
         checkpointing=checkpointing or None, backend=backend, device=device, **choices,
     )  # fmt: skip
     parts = table("part", "MiB", "%", right=("MiB", "%"))
-    for name, nbytes in plan.rows():
+    for name, nbytes in plan.lines():
         parts.add_row(*map(Text, (name, f"{nbytes / MIB:,.2f}", f"{100 * nbytes / max(plan.total, 1):.1f}")))
     say(heading(plan.title), f"{plan.trainable:,} of {plan.parameters:,} parameters are trained", parts)

@@ -100,11 +100,11 @@ def machine(device: str = "cpu") -> str:
 def versions(device: str = "cpu") -> dict[str, str]:
     """Of Python and torch; on CUDA also of CUDA, the driver and Triton, and the card's compute capability and
     memory."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    of_torch = {"python": platform.python_version(), "torch": torch.__version__}
     if torch.device(device).type != "cuda":
-        return found
+        return of_torch
     properties = torch.cuda.get_device_properties(device)
-    return found | {
+    return of_torch | {
         "cuda": str(torch.version.cuda), "driver": _driver(), "triton": _triton(),
         "capability": f"{properties.major}.{properties.minor}", "memory": f"{properties.total_memory / 2**30:.0f} GiB",
     }  # fmt: skip
@@ -138,7 +138,7 @@ def file_name(device: str) -> str:
 def card(name: str) -> Card:
     """The card with this name, such as "H100", or whose name is in this longer one ("NVIDIA H100 80GB HBM3"). Raises
     UnknownNameError."""
-    for known, found in CARDS.items():
+    for known, entry in CARDS.items():
         if re.search(rf"\b{known}\b", name, flags=re.IGNORECASE):
-            return found
+            return entry
     raise UnknownNameError("card", name, CARDS)

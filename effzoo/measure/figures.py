@@ -84,11 +84,11 @@ def of_methods(rows: Sequence[Row], what: str = "seconds") -> Figure:
     label = {"seconds": "milliseconds a step", "saved": "saved activations, MiB"}[what]
     kinds = list(dict.fromkeys(row["attention"] for row in rows))
     methods = list(dict.fromkeys(row["peft"] for row in rows))
-    found = {(row["attention"], row["peft"]): _value(row, what) for row in rows}
+    value_of = {(row["attention"], row["peft"]): _value(row, what) for row in rows}
     figure = Figure(figsize=(2.0 + 1.5 * len(kinds), 0.6 + 0.26 * len(methods) + 0.8), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True, sharex=True, squeeze=False)[0]
     for axes, kind in zip(panels, kinds, strict=True):
-        values = [found.get((kind, method)) for method in methods]
+        values = [value_of.get((kind, method)) for method in methods]
         axes.barh(methods, [value or 0 for value in values], color=LINES[0], height=0.7)
         for place, value in enumerate(values):
             if value is None:
@@ -115,12 +115,12 @@ def _styles(kinds: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 def _series(rows: Sequence[Row], what: str) -> dict[str, list[Row]]:
     """The rows that have the value, by kind, in the order of the lengths."""
-    found: dict[str, list[Row]] = {}
+    series: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["n"]):
         if row.get(what) is not None:
-            found.setdefault(row["attention"], []).append(row)
+            series.setdefault(row["attention"], []).append(row)
     order = list(dict.fromkeys(row["attention"] for row in rows))
-    return {kind: found[kind] for kind in order if kind in found}
+    return {kind: series[kind] for kind in order if kind in series}
 
 
 def _slopes(axes: Axes, series: Mapping[str, list[Row]], what: str, factor: float) -> None:

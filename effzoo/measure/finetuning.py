@@ -19,7 +19,7 @@ from effzoo.measure import cards
 from effzoo.measure import rows as files
 from effzoo.measure.kept import kept
 from effzoo.measure.layer import Case
-from effzoo.measure.memory import OUT_OF_MEMORY, peak, told
+from effzoo.measure.memory import OUT_OF_MEMORY, peak, reason
 from effzoo.measure.prediction import of_device, predict_step
 from effzoo.measure.rows import Row
 from effzoo.measure.scaling import KINDS, timed
@@ -149,9 +149,9 @@ class Finetuning:
                 continue
             if REFERENCE in self.methods and steps[0].peft != REFERENCE:
                 steps.insert(0, self.step(kind, REFERENCE))
-            found = [files.made(row, self.device) for row in self._group(steps)]
-            files.append(path, found)
-            known += found
+            new = [files.made(row, self.device) for row in self._group(steps)]
+            files.append(path, new)
+            known += new
         tell("done", len(self.kinds), len(self.kinds))
         return known
 
@@ -176,13 +176,13 @@ class Finetuning:
                 sum(w.numel() for w in multiplied if w.requires_grad),
             )
             del model
-            found = peak(step)
-            row["peak_bytes"], failed = found.bytes, found.failed
+            measured = peak(step)
+            row["peak_bytes"], failed = measured.bytes, measured.failed
             if not failed:
                 try:
                     row["saved"] = step.kept()
                 except (RuntimeError, MemoryError) as error:
-                    failed = told(error)
+                    failed = reason(error)
                 release(step.device)
             if failed:
                 row["failed"] = failed
@@ -193,9 +193,9 @@ class Finetuning:
             results[name] |= {"alone": True} if alone else {}
             if name not in times:
                 results[name]["failed"] = OUT_OF_MEMORY
-        for name, each in times.items():
-            results[name] |= timed(each, times.get(REFERENCE))
-            results[name]["tokens_per_second"] = self.batch * self.length / each.median
+        for name, step_times in times.items():
+            results[name] |= timed(step_times, times.get(REFERENCE))
+            results[name]["tokens_per_second"] = self.batch * self.length / step_times.median
             results[name] |= _predicted(*made[name], results[name])
         return list(results.values())
 

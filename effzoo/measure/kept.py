@@ -15,31 +15,29 @@ from effzoo.plan.shadow import key
 
 
 def kept(model: nn.Module, inputs: Mapping[str, Tensor], run: Callable[[], object]) -> dict[str, int]:
-    """Bytes of the storages that autograd holds after `run`, by cause as in `effzoo.plan`: without parameters, buffers
-    and inputs.
+    """Bytes that autograd saves in a forward pass, by cause (`effzoo.plan`), without parameters, buffers and inputs.
 
-    run: a forward pass of the model on these inputs; its result is kept alive meanwhile. The model is spent afterwards:
-        its modules tell who saves what.
+    run: the forward pass of the model on these inputs. The model cannot be used afterwards: its modules are wrapped.
     """
     casts = _Casts(model.parameters())
-    record = Record([*model.parameters(), *model.buffers(), *inputs.values()], casts.found)
+    record = Record([*model.parameters(), *model.buffers(), *inputs.values()], casts.storages)
     record.follow(model)
     with casts, record:
         result = run()
-        found: dict[str, int] = {}
-        for saved in record.held.values():
-            found[saved.cause] = found.get(saved.cause, 0) + saved.bytes
+        by_cause: dict[str, int] = {}
+        for saved in record.storages.values():
+            by_cause[saved.cause] = by_cause.get(saved.cause, 0) + saved.bytes
     del result
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    return dict(sorted(by_cause.items(), key=lambda item: -item[1]))
 
 
 class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Half copies of weights, which autocast makes: their storages are in `found` while they live."""
+    """Half copies of weights, which autocast makes: their storages, while they live."""
 
     def __init__(self, weights: Iterable[Tensor]):
         super().__init__()  # type: ignore[no-untyped-call]
         self.weights = {key(weight) for weight in weights}
-        self.found: dict[int, weakref.ref[Any]] = {}
+        self.storages: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -51,5 +49,5 @@ class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
             and out.element_size() < args[0].element_size()
         ):
             name = key(out)
-            self.found[name] = weakref.ref(out.untyped_storage(), lambda _: self.found.pop(name, None))
+            self.storages[name] = weakref.ref(out.untyped_storage(), lambda _: self.storages.pop(name, None))
         return out

@@ -129,7 +129,7 @@ def wrong(case: Case) -> str:
     buckets) are used again.
     """
     n, case = min(case.n, LONGEST_CHECK), replace(case, batch=min(case.batch, 2))
-    for what, error in apart(case.layer(), case.input(n), case.input(n), Mask(decisions={})).items():
+    for what, error in differences(case.layer(), case.input(n), case.input(n), Mask(decisions={})).items():
         if not error <= TOLERANCE[case.dtype]:
             return (
                 f"the {what} differs from the definition by {error:.1e} of its norm, more than "
@@ -138,12 +138,11 @@ def wrong(case: Case) -> str:
     return ""
 
 
-def apart(layer: Attention, x: Tensor, upstream: Tensor, mask: Mask) -> dict[str, float]:
-    """How far a layer is from its definition in float64, of the norm: its output, and the gradient of the input x given
-    that of the output.
+def differences(layer: Attention, x: Tensor, upstream: Tensor, mask: Mask) -> dict[str, float]:
+    """|layer - definition| / |definition| in float64, of the output and of the gradient of x, padding included.
 
-    mask: with `decisions`, so that the definition, which runs first, makes the discrete choices for both. Rows of
-        padding count as the others.
+    upstream: the gradient of the output.
+    mask: with `decisions`, so that the definition, which runs first, makes the discrete choices for both.
     """
     exact = copy.deepcopy(layer).double()
     exact.core.forward = exact.core.dense  # type: ignore[method-assign]

@@ -18,7 +18,7 @@ OUT_OF_MEMORY = "out of memory"
 
 
 class Measurable(Protocol):
-    """A dataclass of plain values that says what is run, and where."""
+    """A dataclass of plain values that makes a pass to measure."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -31,8 +31,8 @@ class Measurable(Protocol):
 
 @dataclass(frozen=True)
 class Peak:
-    """bytes: above what the process, or the device, held before the layer was made; its weights and inputs count.
-    seconds: of the first pass; on CUDA of the second one, as the first compiles kernels.
+    """bytes: above those before the layer was made; its weights and inputs count.
+    seconds: of the first pass; of the second on CUDA, where the first compiles kernels.
     failed: why there are no bytes."""
 
     bytes: int | None
@@ -44,9 +44,9 @@ def peak(case: Measurable, limit: float | None = None) -> Peak:
     """Peak memory of a case. limit: seconds after which a pass on the CPU is given up, and no second one is begun on
     CUDA."""
     if torch.device(case.device).type == "cuda":
-        found = _on_cuda(case, limit)
+        measured = _on_cuda(case, limit)
         release(case.device)
-        return found
+        return measured
     given = {
         "module": type(case).__module__,
         "class": type(case).__qualname__,
@@ -76,14 +76,12 @@ def _on_cuda(case: Measurable, limit: float | None) -> Peak:
         if limit is None or seconds <= limit:
             seconds = once(run, case.device)
     except Exception as error:  # as on the CPU, where it ends a process of its own
-        return Peak(None, None, told(error))
+        return Peak(None, None, reason(error))
     return Peak(torch.cuda.max_memory_allocated(case.device) - before, seconds)
 
 
-def told(error: BaseException) -> str:
-    """An error as a row has it."""
-    return (
-        OUT_OF_MEMORY
-        if out_of_memory(error)
-        else (f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
-    )
+def reason(error: BaseException) -> str:
+    """An error in one line, for a row of results."""
+    if out_of_memory(error):
+        return OUT_OF_MEMORY
+    return f"{type(error).__name__}: {''.join(str(error).strip().splitlines()[:1])}"

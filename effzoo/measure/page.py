@@ -28,13 +28,9 @@ def scaling_table(rows: Sequence[Row], mode: str) -> Table:
         by = {row["n"]: row for row in chosen if row["attention"] == kind}
         if not any("seconds" in row for row in by.values()):
             continue
-        found = crossing.get((kind, mode))
+        crossing_at = crossing.get((kind, mode))
         table.append(
-            [
-                f"`{kind}`",
-                *(_cell(by.get(n)) for n in lengths),
-                "" if kind == "full" else "nowhere" if found is None else f"{found:,}",
-            ]
+            [f"`{kind}`", *(_cell(by.get(n)) for n in lengths), "" if kind == "full" else _length(crossing_at)]
         )
     return table
 
@@ -51,6 +47,10 @@ def _cell(row: Row | None) -> str:
 def short(value: float) -> str:
     """Four digits at most, or a whole number."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _length(n: int | None) -> str:
+    return "nowhere" if n is None else f"{n:,}"
 
 
 def finetune_table(rows: Sequence[Row]) -> Table:
@@ -83,10 +83,8 @@ def crossover_table(rows: Sequence[Row]) -> Table:
     ]
     for kind in dict.fromkeys(row["attention"] for row in rows if row["attention"] != "full"):
         by = {row["mode"]: row for row in rows if row["attention"] == kind and row["n"] == longest}
-        found = {mode: crossover(rows, kind, mode) for mode in modes if mode in by}
-        cells = [
-            "cannot" if mode not in by else "nowhere" if found[mode] is None else f"{found[mode]:,}" for mode in modes
-        ]
+        crossings = {mode: crossover(rows, kind, mode) for mode in modes if mode in by}
+        cells = ["cannot" if mode not in by else _length(crossings[mode]) for mode in modes]
         table.append([f"`{kind}`", *cells, *(f"{by[mode]['ratio']:.3f}" if mode in by else "" for mode in modes)])
     return table
 

@@ -29,8 +29,8 @@ def pairs(core: AttentionCore, n: int, rows: int | None = None, device: str = "c
     if rows is not None and rows < n:
         query = (torch.arange(rows, device=device) * 2 + 1) * n // (2 * rows)
     key = torch.arange(n, device=device)[None, None, None, :]
-    found = 0.0
+    total = 0.0
     for some in torch.split(query, max(1, TOGETHER // (n * core.context.heads))):
         seen = core.allowed(some[None, None, :, None], key, Mask(), places=n)
-        found += float(seen.expand(-1, -1, len(some), n).sum()) / seen.shape[1]
-    return found * n / len(query)
+        total += float(seen.expand(-1, -1, len(some), n).sum()) / seen.shape[1]
+    return total * n / len(query)

@@ -69,12 +69,12 @@ class Predicted:
 
 def predict(case: Case, card: Card, launches: int = 0) -> Predicted | None:
     """The prediction for a layer on a card; None for kinds that are neither a predicate nor one of ours."""
-    found = steps(case)
-    if found is None:
+    parts = steps(case)
+    if parts is None:
         return None
     rate = card.rate(case.dtype)
-    device = sum(step.times * max(step.operations / rate, step.bytes / card.bandwidth) for step in found)
-    operations, moved = (sum(step.times * getattr(step, name) for step in found) for name in ("operations", "bytes"))
+    device = sum(step.times * max(step.operations / rate, step.bytes / card.bandwidth) for step in parts)
+    operations, moved = (sum(step.times * getattr(step, name) for step in parts) for name in ("operations", "bytes"))
     return Predicted(operations, moved, launches, device, launches * card.launch)
 
 
@@ -93,7 +93,7 @@ def predict_step(
     if of_layer is None:
         return None
     tokens, rate, size = layer.batch * layer.n, card.rate(layer.dtype), DTYPES[layer.dtype].itemsize
-    found = [
+    parts = [
         Step("products", 2 * tokens * (2 * matrices + trained), 2 * saved + 3 * size * matrices),
         Step("optimizer", 0, 28 * trainable),  # reads weight, gradient and two states, writes weight and states
         *(
@@ -102,8 +102,8 @@ def predict_step(
             if not s.name.startswith("project")
         ),
     ]
-    device = sum(s.times * max(s.operations / rate, s.bytes / card.bandwidth) for s in found)
-    return Predicted(sum(s.times * s.operations for s in found), sum(s.times * s.bytes for s in found), 0, device, 0.0)
+    device = sum(s.times * max(s.operations / rate, s.bytes / card.bandwidth) for s in parts)
+    return Predicted(sum(s.times * s.operations for s in parts), sum(s.times * s.bytes for s in parts), 0, device, 0.0)
 
 
 def steps(case: Case) -> list[Step] | None:
@@ -150,15 +150,15 @@ def steps(case: Case) -> list[Step] | None:
     else:
         return None
     forward.append(_product("project out", B * n, d, d, size, 1))
-    found = [*forward, *gathered, *attended]
+    parts = [*forward, *gathered, *attended]
     if case.mode == "train":
-        found += [
+        parts += [
             replace(step, name=f"{step.name}, backward", times=2 * step.times)
             for step in [*forward, *gathered]
             if step.name != "hash"
         ]
-        found += [Step(f"{step.name}, backward", BACKWARD * step.operations, 2 * step.bytes) for step in attended]
-    return found
+        parts += [Step(f"{step.name}, backward", BACKWARD * step.operations, 2 * step.bytes) for step in attended]
+    return parts
 
 
 def _decoding(case: Case, size: int) -> list[Step] | None:
@@ -206,16 +206,16 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        view = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
+        view = any(output.alias_info is not None and not output.alias_info.is_write for output in func._schema.returns)
         self.count += not view and "empty" not in func._schema.name
         return func(*args, **(kwargs or {}))
 
 
 def launched(run: Callable[[], object]) -> int:
     """The operators that one call launches."""
-    with Launches() as found:
+    with Launches() as counter:
         run()
-    return found.count
+    return counter.count
 
 
 @functools.cache
@@ -241,7 +241,7 @@ def against_full(
     card: Card,
 ) -> list[dict[str, Any]]:
     """A row for each kind, mode and length, with the prediction and its ratio to that of full attention."""
-    found = []
+    rows = []
     for mode in modes:
         for n in lengths:
             of_full = predict(case("full", mode, n), card, launches("full", mode, n, case("full", mode, n).heads))
@@ -252,10 +252,10 @@ def against_full(
                     continue
                 made = predict(one, card, launches(kind, mode, n, one.heads))
                 if made is not None:
-                    found.append(
+                    rows.append(
                         {"card": card.name, **asdict(one), **made.row(), "ratio": made.seconds / of_full.seconds}
                     )
-    return found
+    return rows
 
 
 def calibrated(device: str = "cpu") -> Card:
@@ -287,25 +287,24 @@ def calibrated(device: str = "cpu") -> Card:
 
 def _best(run: Callable[[], object], device: str) -> float:
     run()
-    started, found = time.perf_counter(), [once(run, device)]
-    while len(found) < 10 and time.perf_counter() - started < 0.3:
-        found.append(once(run, device))
-    return min(found)
+    started, times = time.perf_counter(), [once(run, device)]
+    while len(times) < 10 and time.perf_counter() - started < 0.3:
+        times.append(once(run, device))
+    return min(times)
 
 
 @functools.cache
 def of_device(device: str) -> Card:
     """The card by its name, or, for devices that are not in the table, what `calibrated` measures."""
     if torch.device(device).type == "cuda":
-        for known, found in cards.CARDS.items():
+        for known, entry in cards.CARDS.items():
             if known in cards.machine(device):
-                return found
+                return entry
     return calibrated(device)
 
 
-def beside(case: Case, seconds: float) -> dict[str, Any]:
-    """What stands beside a measured time: the prediction, and its share of the time. On a GPU launches are counted, in
-    a pass of their own."""
+def compared(case: Case, seconds: float) -> dict[str, Any]:
+    """The prediction for a measured time, and its share of it; on a GPU with the launches of another pass."""
     count = launched(case.runner()) if torch.device(case.device).type == "cuda" else 0
     made = predict(case, of_device(case.device), count)
     return {} if made is None else {"predicted": made.row(), "roofline": made.device_seconds / seconds}
@@ -314,11 +313,11 @@ def beside(case: Case, seconds: float) -> dict[str, Any]:
 def crossover(rows: Sequence[Mapping[str, Any]], kind: str, mode: str) -> int | None:
     """The shortest of the lengths from which on the kind is predicted to be faster than full attention at every one;
     None: nowhere."""
-    found = None
+    shortest = None
     for row in sorted(
         (row for row in rows if (row["attention"], row["mode"]) == (kind, mode)), key=lambda row: -row["n"]
     ):
         if row["ratio"] >= 1:
             break
-        found = row["n"]
-    return found
+        shortest = row["n"]
+    return shortest

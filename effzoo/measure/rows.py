@@ -61,15 +61,15 @@ def read(path: Path, suite: str, device: str = "cpu") -> list[Row]:
     Raises InputError for a line that is no row, for rows of another suite, and when this device is a GPU, for rows of
         another one.
     """
-    found = list(_lines(path, suite)) if path.exists() else []
+    rows = list(_lines(path, suite)) if path.exists() else []
     if torch.device(device).type == "cuda":
-        others = sorted({row.get("machine", "an unknown device") for row in found} - {cards.machine(device)})
+        others = sorted({row.get("machine", "an unknown device") for row in rows} - {cards.machine(device)})
         if others:
             raise InputError(
                 f"{path} has rows of {', '.join(others)}, and this is {cards.machine(device)}; give "
                 "each card a file of its own"
             )
-    return found
+    return rows
 
 
 def _lines(path: Path, suite: str) -> Iterator[Row]:

@@ -13,8 +13,8 @@ from effzoo.errors import EffzooError
 from effzoo.measure import cards
 from effzoo.measure import rows as files
 from effzoo.measure.layer import Case, supported, wrong
-from effzoo.measure.memory import OUT_OF_MEMORY, peak, told
-from effzoo.measure.prediction import beside
+from effzoo.measure.memory import OUT_OF_MEMORY, peak, reason
+from effzoo.measure.prediction import compared
 from effzoo.measure.rows import Row
 from effzoo.measure.timing import Times, fitting, ratio
 
@@ -66,9 +66,9 @@ class Scaling:
             # a ratio needs its other side in the same rounds
             if REFERENCE in self.kinds and cases[0].attention != REFERENCE:
                 cases.insert(0, self.case(REFERENCE, mode, n))
-            found = [files.made(row, self.device) for row in self._group(cases, known)]
-            files.append(path, found)
-            known += found
+            rows = [files.made(row, self.device) for row in self._group(cases, known)]
+            files.append(path, rows)
+            known += rows
         tell("done", len(groups), len(groups))
         return known
 
@@ -80,9 +80,9 @@ class Scaling:
             row = results[case.attention] = {"suite": "scaling", **asdict(case)}
             failed = supported(case) or self._hopeless(case, known) or _unlike(case)
             if not failed and (case.mode != "decode" or torch.device(case.device).type == "cuda"):
-                found = peak(case, 3 * self.longest)
-                row["peak_bytes"], failed = found.bytes, found.failed
-                if not failed and found.seconds is not None and found.seconds > self.longest:
+                measured = peak(case, 3 * self.longest)
+                row["peak_bytes"], failed = measured.bytes, measured.failed
+                if not failed and measured.seconds is not None and measured.seconds > self.longest:
                     failed = f"longer than {self.longest:.0f} s"
             if failed:
                 row["failed"] = failed
@@ -95,9 +95,9 @@ class Scaling:
             results[name] |= {"alone": True} if alone else {}
             if name not in times:
                 results[name]["failed"] = OUT_OF_MEMORY
-        for name, each in times.items():
-            results[name] |= timed(each, times.get(REFERENCE))
-            results[name] |= beside(ready[name], each.median)
+        for name, case_times in times.items():
+            results[name] |= timed(case_times, times.get(REFERENCE))
+            results[name] |= compared(ready[name], case_times.median)
         return list(results.values())
 
     def _hopeless(self, case: Case, known: list[Row]) -> str:
@@ -118,15 +118,15 @@ def _unlike(case: Case) -> str:
     except Exception as error:
         if torch.device(case.device).type == "cpu":
             raise
-        return told(error)
+        return reason(error)
 
 
-def timed(own: Times, reference: Times | None) -> Row:
+def timed(times: Times, reference: Times | None) -> Row:
     """The figures of one case, and its ratio to the reference where both have as many rounds."""
-    row: dict[str, Any] = {"seconds": own.median, "quartiles": list(own.spread), "rounds": len(own.seconds)}
-    if reference is not None and len(reference.seconds) == len(own.seconds):
-        found = ratio(own, reference)
-        row |= {"ratio": found.median, "ratio_quartiles": list(found.spread)}
+    row: dict[str, Any] = {"seconds": times.median, "quartiles": list(times.spread), "rounds": len(times.seconds)}
+    if reference is not None and len(reference.seconds) == len(times.seconds):
+        relative = ratio(times, reference)
+        row |= {"ratio": relative.median, "ratio_quartiles": list(relative.spread)}
     return row
 
 
@@ -137,15 +137,15 @@ def _identity(row: Row) -> tuple[Any, ...]:
 def crossovers(rows: list[Row]) -> dict[tuple[str, str], int | None]:
     """{(kind, mode): the shortest measured length from which on the kind is faster than full attention at every
     measured length}; None: nowhere."""
-    found: dict[tuple[str, str], int | None] = {}
+    shortest: dict[tuple[str, str], int | None] = {}
     by: dict[tuple[str, str], dict[int, float]] = {}
     for row in rows:
         if row["attention"] != REFERENCE and "ratio" in row:
             by.setdefault((row["attention"], row["mode"]), {})[row["n"]] = row["ratio"]
     for key, ratios in by.items():
-        found[key] = None
+        shortest[key] = None
         for n in sorted(ratios, reverse=True):
             if ratios[n] >= 1:
                 break
-            found[key] = n
-    return found
+            shortest[key] = n
+    return shortest

@@ -62,14 +62,14 @@ def interleaved(
     for _ in range(warm_up):
         for run in cases.values():
             once(run, device)
-    found: dict[str, list[float]] = {name: [] for name in cases}
+    times: dict[str, list[float]] = {name: [] for name in cases}
     started = time.perf_counter()
     for done in range(rounds):
         if done >= least and time.perf_counter() - started > seconds:
             break
         for name, run in cases.items():
-            found[name].append(once(run, device))
-    return {name: Times(tuple(each)) for name, each in found.items()}
+            times[name].append(once(run, device))
+    return {name: Times(tuple(seconds_of)) for name, seconds_of in times.items()}
 
 
 Maker = Callable[[], Callable[[], object]]
@@ -84,10 +84,10 @@ def fitting(makers: Mapping[str, Maker], *, seconds: float, device: str = "cpu")
     together = _tried(makers, seconds, device) if makers else {}
     if together is not None:
         return together, False
-    found: dict[str, Times] = {}
+    times: dict[str, Times] = {}
     for name, make in makers.items() if len(makers) > 1 else ():
-        found |= _tried({name: make}, seconds, device) or {}
-    return found, True
+        times |= _tried({name: make}, seconds, device) or {}
+    return times, True
 
 
 def _tried(makers: Mapping[str, Maker], seconds: float, device: str) -> dict[str, Times] | None:
@@ -103,11 +103,11 @@ def _tried(makers: Mapping[str, Maker], seconds: float, device: str) -> dict[str
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory has run out, on a GPU or on the CPU."""
-    told = str(error)
+    message = str(error)
     return (
         isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        or "not enough memory" in told
-        or ("can't allocate memory") in told
+        or "not enough memory" in message
+        or ("can't allocate memory") in message
     )
 
 
@@ -135,8 +135,8 @@ def once(run: Callable[[], object], device: str | torch.device = "cpu") -> float
 
 def ratio(of: Times, to: Times) -> Ratio:
     """How long `of` takes, in times of `to`, from the rounds of one `interleaved`."""
-    each = [a / b for a, b in zip(of.seconds, to.seconds, strict=True)]
-    return Ratio(statistics.median(each), _quartiles(each))
+    ratios = [a / b for a, b in zip(of.seconds, to.seconds, strict=True)]
+    return Ratio(statistics.median(ratios), _quartiles(ratios))
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:

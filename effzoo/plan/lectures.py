@@ -69,19 +69,14 @@ def opt_table(
     """
     plans: dict[str, Plan] = {}
     columns: dict[str, dict[str, int]] = {}
-    choices: dict[str, Any] = {
-        "batch": batch,
-        "length": length,
-        "dtype": dtype,
-        "precision": "master",
-        "task": "causal_lm",
-    }
+    choices: dict[str, Any] = {"batch": batch, "length": length, "dtype": dtype, "precision": "master"}
+    choices["task"] = "causal_lm"
     model = {**OPT_1_3B, **sizes}
     formula = {"layers": model["layers"], "dim": model["dim"], "length": length, "batch": batch}
     for name, spec in (("full", None), (peft, peft)):
-        held: dict[str, Any] = {} if spec is None else {"adapter_dtype": dtype}
-        fused = plan("gpt2", spec, **choices, **held, **model)
-        written_out = plan("gpt2", spec, **choices, **held, **model, backend="reference")
+        adapter: dict[str, Any] = {} if spec is None else {"adapter_dtype": dtype}
+        fused = plan("gpt2", spec, **choices, **adapter, **model)
+        written_out = plan("gpt2", spec, **choices, **adapter, **model, backend="reference")
         plans[name] = fused
         columns[name] = {
             "weights": fused.weights,

@@ -47,42 +47,31 @@ def plan(
     inputs: Mapping[str, Tensor] | None = None,
     **choices: Any,
 ) -> Plan:
-    """Predict the memory of one training step: weights, gradients, optimizer states, float32 copies, activations by
-    cause, peak.
+    """Predict the memory of one training step: weights, gradients, optimizer states, activations by cause, peak.
 
-    model: a built model, which is not touched, or a name of the zoo with the keywords of `effzoo.build` in `choices`
-        (`plan("longformer", "lora", batch=2, length=4096, layers=24)`); nothing of its size is allocated. The task
-        of a name is "causal_lm" for decoders and "classification" for others unless given.
-    peft: a spec to attach; None trains what is trainable now: all of a name's parameters, or a model's own adapters.
-    batch, length: of the inputs, every position a token; inputs: instead of these two, the keywords of a real call,
-        whose integers count (padding, global tokens, labels).
-    dtype: of weights and activations, the model's own when None.
-    recompute: what is computed again for the backward pass, as in `finetune`, which also leaves out of the last
-        block what no head reads; None leaves the model as it is.
-    checkpointing: True is recompute="blocks".
+    Forward and backward run on tensors without memory, in training mode. Activations are the storages that autograd
+    saves, each once and whole, without parameters, buffers and inputs.
 
-    precision: what half dtypes mean. Adapters are held in float32 (`attach`), with their gradients and states, in all
-        of them. plain      everything in dtype: weights, gradients, optimizer states, activations.
-        autocast   torch.autocast: weights, gradients and states stay float32, operations run in dtype (bfloat16 when
-        None), and
-                   the half copies of weights that they are given are kept for the backward pass like activations.
-        master     weights, gradients and activations in dtype (bfloat16 when None), a float32 copy of every trainable
-        half weight, float32 states.
-
+    model: a built model, which does not change, or a name of the zoo with the keywords of `effzoo.build` in `choices`
+        (`plan("longformer", "lora", batch=2, length=4096, layers=24)`). Of a name, the task is "causal_lm" for
+        decoders and "classification" for others unless given.
+    peft: a spec to attach; None trains what is trainable: all parameters of a name, or the adapters of a model.
+    batch, length: of the inputs, without padding.
+    dtype: of weights and activations; None: that of the model.
+    precision: of half dtypes; adapters are float32 in all.
+        plain: weights, gradients, optimizer states and activations in dtype.
+        autocast: weights, gradients and states in float32, operations in dtype (None: bfloat16), for whose backward
+        pass half copies of weights are stored.
+        master: weights, gradients and activations in dtype (None: bfloat16), states and a copy of every trainable half
+        weight in float32.
     optimizer: adamw, adam (2 numbers per trained parameter), momentum (1), sgd (0), adafactor (a row and a column of
-        each matrix). Scalars such as step counters do not count.
-
-    backend: what computes attention, as in `build`; None leaves the model as it is.
-    device: "cpu" or "cuda", for which backends are chosen, fused dropout keeps a mask of 1 byte where the CPU keeps
-        numbers of dtype, and global tokens take the room that there is for them; None: where a built model is, the
-        CPU for a name. No card is needed; without one, it is taken to be of compute capability 9.0.
-
-    The activations are those of the code that runs: forward and backward are executed on tensors that have shapes and
-    no memory, in training mode with dropout. What is counted: the storages that autograd saves, each once and whole,
-    without parameters, buffers and inputs, which is what
-    `torch.autograd.graph.saved_tensors_hooks` sees in a real pass. Under checkpointing and in reversible models these
-        are the tensors that remain;
-    `peak` holds what computing again adds.
+        each matrix).
+    checkpointing: True is recompute="blocks".
+    recompute: what is computed again in the backward pass, as in `finetune`; None: as the model is.
+    backend: of attention, as in `build`; None: as the model is.
+    device: "cpu" or "cuda", whose kernels decide what is stored; None: that of a built model, the CPU for a name.
+        Without a card, compute capability 9.0 is assumed.
+    inputs: the keywords of a real call instead of batch and length; integers count (padding, global tokens, labels).
 
     Raises OptionError, InputError, IncompatibleError, UnknownNameError, and what `build` and `attach` raise.
     """
@@ -128,14 +117,14 @@ def plan(
 
 
 def _dtype(given: torch.dtype | str | None, precision: str) -> torch.dtype | None:
-    found = getattr(torch, given, None) if isinstance(given, str) else given
-    if given is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+    kind = getattr(torch, given, None) if isinstance(given, str) else given
+    if given is not None and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise OptionError(f"dtype is a floating-point type such as torch.bfloat16 or 'float32', got {given!r}")
     if precision == "plain":
-        return found
-    if found is not None and found not in _HALF:
-        raise OptionError(f"precision {precision!r} is for bfloat16 and float16, got {found}; use precision='plain'")
-    return torch.bfloat16 if found is None else found
+        return kind
+    if kind is not None and kind not in _HALF:
+        raise OptionError(f"precision {precision!r} is for bfloat16 and float16, got {kind}; use precision='plain'")
+    return torch.bfloat16 if kind is None else kind
 
 
 def _device(model: nn.Module | str, device: str | None, precision: str) -> str:
@@ -203,12 +192,12 @@ def _stand_in(
 
 def _kinds(model: nn.Module, dtype: torch.dtype) -> dict[int, torch.dtype]:
     """The dtypes of what adapters hold on a base of this dtype, by the tensor's id: those that `attach` gives."""
-    found: dict[int, torch.dtype] = {}
+    dtypes: dict[int, torch.dtype] = {}
     for _, site in sites(model):
         for name, modules in site.adapters.named_children():
-            own = adapter_dtype(dtype, attached(model)[name].dtype)
-            found |= {id(tensor): own for tensor in (*modules.parameters(), *modules.buffers())}
-    return found
+            dtype_of_adapter = adapter_dtype(dtype, attached(model)[name].dtype)
+            dtypes |= {id(tensor): dtype_of_adapter for tensor in (*modules.parameters(), *modules.buffers())}
+    return dtypes
 
 
 def _set_checkpointing(model: nn.Module, wanted: bool) -> None:

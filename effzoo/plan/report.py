@@ -54,30 +54,29 @@ class Plan:
             "float32 copies": self.master, "activations": self.kept,
         }  # fmt: skip
 
-    def rows(self, smallest: float = 0.001) -> list[tuple[str, int]]:
-        """The table's rows; causes of activations below this share of the total are told in one."""
+    def lines(self, smallest: float = 0.001) -> list[tuple[str, int]]:
+        """The lines of the table; causes of activations below this share of the total are one line."""
         shown = [item for item in self.activations.items() if item[1] >= smallest * self.total]
         few = len(self.activations) - len(shown)
         if few:
             shown.append((f"{few} smaller", self.kept - sum(nbytes for _, nbytes in shown)))
-        rows = [row for row in self.parts().items() if row[1] or row[0] != "float32 copies"]
+        parts = [part for part in self.parts().items() if part[1] or part[0] != "float32 copies"]
         return [
-            *rows,
+            *parts,
             *((f"  {cause}", nbytes) for cause, nbytes in shown),
             ("total", self.total),
             ("peak in the step", self.peak),
         ]
 
     def __str__(self) -> str:
-        rows = self.rows()
-        width = max(len(name) for name, _ in rows)
+        entries = self.lines()
+        width = max(len(name) for name, _ in entries)
         lines = [
             self.title,
             f"{self.trainable:,} of {self.parameters:,} parameters are trained",
             "",
             f"{'':{width}}  {'MiB':>12}  {'%':>5}",
         ]
-        lines += [
-            f"{name:{width}}  {nbytes / MIB:12,.2f}  {100 * nbytes / max(self.total, 1):5.1f}" for name, nbytes in rows
-        ]
+        for name, nbytes in entries:
+            lines.append(f"{name:{width}}  {nbytes / MIB:12,.2f}  {100 * nbytes / max(self.total, 1):5.1f}")
         return "\n".join(lines)

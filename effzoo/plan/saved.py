@@ -46,16 +46,16 @@ class Saved:
         return " + ".join(self.causes)
 
 
-class _Held:
-    """What the graph keeps in place of a tensor: when the graph lets go of it, the record hears of it."""
+class _SavedTensor:
+    """Stands for a tensor in the graph; the record is told when the graph frees it."""
 
     __slots__ = ("record", "storage", "tensor")
 
     def __init__(self, record: Record, tensor: Tensor):
-        self.record, self.tensor = record, tensor.detach()  # a result that knows its graph would keep it alive
-        # of a tensor that lost its values, `detach` is another one; its own must not be given away
+        self.record, self.tensor = record, tensor.detach()  # with its graph, the graph would never be freed
+        # `detach` of a tensor that lost its values has another storage, so the number of this one must stay taken
         self.storage = tensor.untyped_storage()
-        record.hold(tensor)
+        record.add(tensor)
 
     def __del__(self) -> None:
         self.record.release(int(self.storage._cdata))
@@ -74,14 +74,15 @@ class Record(TorchFunctionMode):
         self.excluded = {key(tensor): tensor for tensor in excluded}
         self.half_copies = half_copies
         self.failed = ""  # the path of the innermost module that raised
-        self.held: dict[int, Saved] = {}
+        self.storages: dict[int, Saved] = {}
         self.places: list[tuple[str, str]] = []  # (place, path), the innermost last
         self.operations: list[str] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> Record:
         super().__enter__()  # type: ignore[no-untyped-call]
-        self._stack.enter_context(saved_tensors_hooks(functools.partial(_Held, self), lambda held: held.tensor))
+        pack = functools.partial(_SavedTensor, self)
+        self._stack.enter_context(saved_tensors_hooks(pack, lambda saved: saved.tensor))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -102,21 +103,21 @@ class Record(TorchFunctionMode):
             self.operations.pop()
         return out
 
-    def hold(self, tensor: Tensor) -> None:
+    def add(self, tensor: Tensor) -> None:
         name = key(tensor)
         if name in self.excluded:
             return
         place, path = self.places[-1] if self.places else ("model", "")
-        saved = self.held.setdefault(name, Saved(size(tensor), path=path))
+        saved = self.storages.setdefault(name, Saved(size(tensor), path=path))
         saved.holders += 1
         saved.causes[HALF_COPIES if name in self.half_copies else self._cause(place)] = None
 
     def release(self, name: int) -> None:
-        saved = self.held.get(name)
+        saved = self.storages.get(name)
         if saved is not None:
             saved.holders -= 1
             if not saved.holders:
-                del self.held[name]
+                del self.storages[name]
 
     def _cause(self, place: str) -> str:
         if _DROPOUTS.intersection(self.operations):
@@ -139,29 +140,28 @@ class Record(TorchFunctionMode):
             self.places.pop()
 
     def follow(self, model: nn.Module) -> None:
-        """Make every module of a model, and every hook of what is hung on its sites, say when it works. The model is a
-        copy of ours."""
+        """Wrap every module of a model, and every hook of its adapters, so that the record knows which one runs."""
         for path, module in model.named_modules():
             if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and ".adapters." not in f".{path}":
-                module.forward = self._told(module.forward, _place(module), path)
+                module.forward = self._wrapped(module.forward, _place(module), path)
         for path, site in sites(model):
             for adapter, methods in site.adapters.items():
                 for method, hung in methods.named_children():
                     place = f"adapter {method}", f"{path}.adapters.{adapter}.{method}"
                     for hook in _hooks(hung):
-                        setattr(hung, hook, self._told(getattr(hung, hook), *place))
+                        setattr(hung, hook, self._wrapped(getattr(hung, hook), *place))
 
-    def _told(self, function: Callable[..., Any], place: str, path: str) -> Callable[..., Any]:
+    def _wrapped(self, function: Callable[..., Any], place: str, path: str) -> Callable[..., Any]:
         @functools.wraps(function)
-        def told(*args: Any, **kwargs: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
             with self.inside(place, path):
                 return function(*args, **kwargs)
 
-        return told
+        return wrapped
 
 
 def _hooks(module: nn.Module) -> list[str]:
-    """The methods of what is hung on a site that compute something."""
+    """The methods of an adapter's module that compute something."""
     if isinstance(module, SideNetwork):
         return ["forward"]
     if isinstance(module, Mixture):

@@ -1,9 +1,9 @@
-"""Running code for its shapes: weights and activations without memory, masks and positions with their values.
+"""Running a model on shapes: weights and activations without memory, masks and positions with their values.
 
 Inside `Shadows` weights are fake tensors of torch, and so is what is computed from them: shape, strides, dtype and
-storage identity as on the CPU, but no memory. What follows from the inputs alone (ids, masks, positions) is computed
-for real up to a size, because models branch on
-it: is anything padded? how many tokens are global? A branch on a value that is not known is an error, never a guess.
+storage identity as on the CPU, without memory. What is computed from inputs alone (ids, masks, positions) has values up
+to a size, because models branch on them: is there padding, how many tokens are global? A branch on an unknown value is
+an error.
 """
 
 from __future__ import annotations
@@ -40,44 +40,44 @@ def size(tensor: Tensor) -> int:
     return int(tensor.untyped_storage().nbytes())
 
 
-class Meter:
-    """Bytes of the storages that live, and the most that lived at one time; those that lived before do not count."""
+class LiveBytes:
+    """Bytes of the storages that exist, and their peak, without those that existed before."""
 
     def __init__(self) -> None:
         self.live = self.peak = 0
-        self._held: dict[int, weakref.ref[Any]] = {}
+        self._storages: dict[int, weakref.ref[Any]] = {}
 
     def see(self, tensor: Tensor) -> None:
         storage, name = tensor.untyped_storage(), key(tensor)
-        if name in self._held:
+        if name in self._storages:
             return
         nbytes = int(storage.nbytes())
 
         def gone(_: Any) -> None:
-            del self._held[name]
+            del self._storages[name]
             self.live -= nbytes
 
-        self._held[name] = weakref.ref(storage, gone)
+        self._storages[name] = weakref.ref(storage, gone)
         self.live += nbytes
         self.peak = max(self.peak, self.live)
 
     def known_before(self, tensors: Sequence[Tensor]) -> None:
-        """These live already: they are part of something else."""
+        """Leave these tensors out."""
         for tensor in tensors:
             self.see(tensor)
         self.live = self.peak = 0
 
 
 class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The dispatch mode of this file. meter, when set, sees every tensor that is made."""
+    """The dispatch mode. live_bytes, if set, counts every tensor that is made."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.meter: Meter | None = None
+        self.live_bytes: LiveBytes | None = None
         self.weights: set[int] = set()  # storages of parameters
         self.half_copies: dict[int, weakref.ref[Any]] = {}  # storages that were cast from them
-        # real storages into which something fake was written: their values are lost
+        # real storages into which a fake was written: their values are lost
         self._overwritten: dict[int, weakref.ref[Any]] = {}
         self._fakes: dict[int, weakref.ref[Any]] = {}  # fake storages that stand for those
 
@@ -87,9 +87,9 @@ class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         given = _tensors((args, kwargs))
         out = self._known(func, args, kwargs) if all(map(self._has_value, given)) else self._shapes(func, args, kwargs)
-        for tensor in _tensors(out) if self.meter is not None else ():
+        for tensor in _tensors(out) if self.live_bytes is not None else ():
             if key(tensor) not in self._fakes:
-                self.meter.see(tensor)  # type: ignore[union-attr]
+                self.live_bytes.see(tensor)  # type: ignore[union-attr]
         if (
             func is torch.ops.aten._to_copy.default
             and key(given[0]) in self.weights
@@ -104,8 +104,7 @@ class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
     def _shapes(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation on fakes; a known mask that selects from a fake is turned into indices, whose number is then
-        known."""
+        """Run an operation on fakes; a known mask that selects from a fake becomes indices, whose number is known."""
         if func is torch.ops.aten.index.Tensor:
             args = (args[0], [index for mask in args[1] for index in self._as_indices(mask)])
         for position, argument in enumerate(func._schema.arguments):
@@ -116,7 +115,7 @@ class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args, kwargs = pytree.tree_map_only(Tensor, self._twin, (args, kwargs))
         with self.fake:
             out = func(*args, **kwargs)
-            # as the kernels give them; torch's shapes for the CPU say the input's
+            # statistics in the dtype of the kernels; torch's shapes for the CPU have that of the input
             if func is torch.ops.aten.native_layer_norm.default:
                 wide = (
                     torch.promote_types(args[0].dtype, torch.float32)
@@ -138,7 +137,7 @@ class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return index.nonzero(as_tuple=True) if selects else (index,)
 
     def _known(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation whose inputs, if any, have values: for real, unless something large comes out."""
+        """Run an operation whose inputs have values: for real, unless the result is large."""
         writes = any(map(_writes, func._schema.arguments))
         if (
             not writes
@@ -152,11 +151,10 @@ class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
     def stand_in(self, tensor: Tensor, dtype: torch.dtype | None = None, device: str = "cpu") -> Tensor:
-        """A tensor without memory of the same shape and strides, in another floating-point dtype if asked; a Parameter
-        for a Parameter.
+        """A tensor without memory, of the same shape and strides; a Parameter for a Parameter.
 
-        On the device "cpu" a fake one, on "meta" one of torch's own, which modules take as they take any other when
-        they are built.
+        dtype: of a floating-point one; None: the same.
+        device: "cpu" for a fake tensor, "meta" for torch's meta tensor, with which modules can be built.
         """
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         with nullcontext() if device == "meta" else self.fake:

@@ -14,30 +14,29 @@ from torch.utils import _pytree as pytree
 
 from effzoo.errors import IncompatibleError
 from effzoo.plan.saved import Record, Saved
-from effzoo.plan.shadow import Meter, Shadows, key
+from effzoo.plan.shadow import LiveBytes, Shadows, key
 
 
 def step(
     model: nn.Module, inputs: Mapping[str, Any], shadows: Shadows, autocast: torch.dtype | None = None
 ) -> tuple[list[Saved], int]:
-    """Forward and backward of a model of stand-ins -> what was kept for the backward pass, and the peak without the
-    weights.
+    """Forward and backward of a model of stand-ins -> what autograd saved, and the peak without the weights.
 
     The loss is the model's own, or the sum of its outputs when it has none. Raises IncompatibleError when the code
     needs a value that is not computed.
     """
     parameters, given = [*model.parameters(), *model.buffers()], [x for x in inputs.values() if isinstance(x, Tensor)]
     shadows.weights = {key(parameter) for parameter in model.parameters()}
-    meter = Meter()
-    meter.known_before([*parameters, *given])
+    live_bytes = LiveBytes()
+    live_bytes.known_before([*parameters, *given])
     record = Record([*parameters, *given], shadows.half_copies)
     record.follow(model)
-    shadows.meter = meter
+    shadows.live_bytes = live_bytes
     try:
         with shadows, record:
             with torch.autocast("cpu", dtype=autocast) if autocast is not None else nullcontext():
                 output = model(**inputs)
-            kept = [dataclasses.replace(saved, causes=dict(saved.causes)) for saved in record.held.values()]
+            kept = [dataclasses.replace(saved, causes=dict(saved.causes)) for saved in record.storages.values()]
             loss = _loss(output)
             del output
             if loss is not None:
@@ -49,18 +48,15 @@ def step(
             "plan computes none; give it a path whose shapes do not depend on them"
         ) from error
     finally:
-        shadows.meter = None
-    return kept, meter.peak
+        shadows.live_bytes = None
+    return kept, live_bytes.peak
 
 
 def _loss(output: Any) -> Tensor | None:
-    """What is derived: the entry `loss`, or the sum of everything that has a gradient; None when nothing has."""
+    """The entry `loss`, or the sum of all outputs with a gradient; None without any."""
     loss = output.get("loss") if isinstance(output, dict) else None
     if loss is not None:
         return loss if loss.requires_grad else None
-    found = [
-        x
-        for x in pytree.tree_leaves(dict(output) if isinstance(output, dict) else output)
-        if isinstance(x, Tensor) and x.requires_grad
-    ]
-    return sum(x.sum() for x in found) if found else None  # type: ignore[return-value]
+    leaves = pytree.tree_leaves(dict(output) if isinstance(output, dict) else output)
+    sums = [x.sum() for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+    return sum(sums[1:], sums[0]) if sums else None

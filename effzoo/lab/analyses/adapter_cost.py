@@ -21,7 +21,7 @@ def kept_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     try:
         with Record([*model.parameters(), *model.buffers(), *batch.values()]) as record:
             loss = peft.loss(model, **batch)
-            kept = sum(saved.bytes for saved in record.held.values())
+            kept = sum(saved.bytes for saved in record.storages.values())
             del loss
     finally:
         model.train(mode)
