@@ -87,7 +87,7 @@ NonZero = Annotated[float, Range(nonzero=True)]
 Positive = Annotated[float, Range(SMALLEST)]
 NotNegative = Annotated[float, Range(0.0)]
 Share = Annotated[float, Range(0.0, 1.0, above=True)]  # 0 < share <= 1
-Part = Annotated[float, Range(0.0, 1.0, above=True, below=True)]  # 0 < part < 1
+ProperShare = Annotated[float, Range(0.0, 1.0, above=True, below=True)]  # 0 < share < 1
 Fraction = Annotated[float, Range(0.0, 1.0)]  # 0 <= fraction <= 1
 Probability = Annotated[float, Range(0.0, 1.0, below=True)]  # 0 <= p < 1
 

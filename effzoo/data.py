@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from effzoo.annotations import Count, Part, Seed, check_arguments
+from effzoo.annotations import Count, ProperShare, Seed, check_arguments
 from effzoo.architectures import Config, Perceiver, PerceiverConfig, Transformer
 from effzoo.checked import IGNORED
 from effzoo.errors import DataError, did_you_mean, listing, shown
@@ -129,7 +129,7 @@ def tokenise(
     max_length: Count,
     *,
     task: str = "classification",
-    mask_share: Part = 0.15,
+    mask_share: ProperShare = 0.15,
     seed: Seed = 0,
 ) -> Dataset:
     """`text` (and `text_pair`) as input_ids, attention_mask, perhaps token_type_ids, and labels, for `effzoo.finetune`.

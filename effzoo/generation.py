@@ -187,19 +187,19 @@ def _own(model: Transformer, longest: int, given: dict[str, Any]) -> dict[str, A
     """What the model's config says of texts and of generation, without what was given; an INFO record names it."""
     config = model.config
     ended = (config.eos_token,) if isinstance(config.eos_token, int) else config.eos_token or ()
-    own = {"pad_token_id": config.pad_token, "bos_token_id": config.bos_token, "eos_token_id": list(ended)} | dict(
+    tokens = {"pad_token_id": config.pad_token, "bos_token_id": config.bos_token, "eos_token_id": list(ended)} | dict(
         config.generation or {}
     )
-    ends = own["eos_token_id"] if isinstance(own["eos_token_id"], (list, tuple)) else [own["eos_token_id"]]
+    ends = tokens["eos_token_id"] if isinstance(tokens["eos_token_id"], (list, tuple)) else [tokens["eos_token_id"]]
     # others cannot come
-    own["eos_token_id"] = [token for token in ends if token is not None and token < config.vocab] or None
-    own["bos_token_id"] = own["bos_token_id"] if own["bos_token_id"] in range(config.vocab) else None
+    tokens["eos_token_id"] = [token for token in ends if token is not None and token < config.vocab] or None
+    tokens["bos_token_id"] = tokens["bos_token_id"] if tokens["bos_token_id"] in range(config.vocab) else None
     if given.get("max_new_tokens") is not None or given.get("max_length") is not None:
-        own |= {"max_length": None, "max_new_tokens": None}
-    elif own.get("max_length") is not None:
-        own["max_length"] = min(own["max_length"], longest)
-    for name in [name for name in own if name not in OPTIONS]:
-        value = own.pop(name)
+        tokens |= {"max_length": None, "max_new_tokens": None}
+    elif tokens.get("max_length") is not None:
+        tokens["max_length"] = min(tokens["max_length"], longest)
+    for name in [name for name in tokens if name not in OPTIONS]:
+        value = tokens.pop(name)
         if name not in given and _REFUSED.get(name) in (_RECIPES, _TWICE) and value not in (False, _NEUTRAL.get(name)):
             raise OptionError(
                 f"the model's generation settings have {name}={shown(value)}: {_reason(name)}; "
@@ -207,12 +207,12 @@ def _own(model: Transformer, longest: int, given: dict[str, Any]) -> dict[str, A
             )
     acting = {
         name: value
-        for name, value in own.items()
+        for name, value in tokens.items()
         if name in (config.generation or {}) and name not in given and value is not None
     }
     if acting:
         log.info("generate: %s, from the generation settings of %s", _listed(acting), config.name)
-    return own
+    return tokens
 
 
 def _reason(name: str) -> str:
@@ -265,15 +265,15 @@ class Rows:
         times, out = len(ids) // self.prompts, None
         origin = self._origin(ids, times) if self.use_cache else None
         if len(self.groups) == 1:  # of all rows, in their order
-            found = self._of_group(self.groups[0], ids[:, self.groups[0].cut :], times, origin)
+            logits_of_group = self._of_group(self.groups[0], ids[:, self.groups[0].cut :], times, origin)
             self.before = ids
-            return found
+            return logits_of_group
         for group in self.groups:
             numbers = (group.numbers[:, None] * times + torch.arange(times, device=ids.device)).flatten()
             kept = None if origin is None else torch.searchsorted(numbers, origin[numbers])
-            found = self._of_group(group, ids[numbers, group.cut :], times, kept)
-            out = found.new_empty(len(ids), found.shape[1]) if out is None else out
-            out[numbers] = found
+            logits_of_group = self._of_group(group, ids[numbers, group.cut :], times, kept)
+            out = logits_of_group.new_empty(len(ids), logits_of_group.shape[1]) if out is None else out
+            out[numbers] = logits_of_group
         self.before = ids
         assert out is not None
         return out

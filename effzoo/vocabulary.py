@@ -57,14 +57,14 @@ def resize_vocabulary(
     n = _checked(n, multiple_of, init, seed, old, shrink)
     if n == old:
         return outer
-    found = {path: site for path, site in sites(model) if site.role in ROLES}
-    _check_sites(model, found, n, old)
+    tables = {path: site for path, site in sites(model) if site.role in ROLES}
+    _check_sites(model, tables, n, old)
     with transition(outer):
         draw = torch.Generator().manual_seed(seed)
-        new = {path: _resized(site, n, init, draw) for path, site in found.items()}
-        table = next(tensors for path, tensors in new.items() if found[path] is token)  # which a tied head reads
-        grown = [(module, table | new[path]) for path, site in found.items() for module in _hung(site)]
-        for path, site in found.items():
+        new = {path: _resized(site, n, init, draw) for path, site in tables.items()}
+        table = next(tensors for path, tensors in new.items() if tables[path] is token)  # which a tied head reads
+        grown = [(module, table | new[path]) for path, site in tables.items() for module in _hung(site)]
+        for path, site in tables.items():
             for name, tensor in new[path].items():
                 parameter = getattr(site, name)
                 setattr(site, name, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
@@ -118,12 +118,12 @@ def _checked(n: int, multiple_of: int, init: str, seed: int, old: int, shrink: b
     return n
 
 
-def _check_sites(model: nn.Module, found: dict[str, Site], n: int, old: int) -> None:
+def _check_sites(model: nn.Module, tables: dict[str, Site], n: int, old: int) -> None:
     """Raise for what cannot be resized, before anything is allocated."""
     pad = getattr(model.config, "pad_token", None)
     if pad is not None and n < old and pad >= n:
         raise OptionError(f"resize_vocabulary: pad_token {pad} is not in a vocabulary of {n}; keep at least {pad + 1}")
-    for path, site in found.items():
+    for path, site in tables.items():
         if getattr(site, "bits", None):
             raise IncompatibleError(
                 f"{path} is quantised, and tokens cannot be added to codes; resize first and quantise then, or call "
@@ -139,13 +139,13 @@ def _check_sites(model: nn.Module, found: dict[str, Site], n: int, old: int) -> 
                     "adapter first, and attach it anew"
                 )
     for name, keys in merged_tensors(model).items():
-        if touched := [key for key in keys if key.rpartition(".")[0] in found]:
+        if touched := [key for key in keys if key.rpartition(".")[0] in tables]:
             raise AdapterError(
                 f"adapter {name!r} is merged into {touched[0]}, and unmerge would put {old} tokens back; unmerge it "
                 "first, or merge it with undo=False"
             )
-    like = next(iter(found.values()))
-    needed = sum(n * p.numel() // len(p) * p.element_size() for site in found.values() for p in site.base().values())
+    like = next(iter(tables.values()))
+    needed = sum(n * p.numel() // len(p) * p.element_size() for site in tables.values() for p in site.base().values())
     if needed > (have := free(next(iter(like.base().values())).device)):
         raise TooLargeError(
             f"resize_vocabulary: {n:,} tokens need {needed:,} bytes, and {max(0, int(have)):,} are free; the model "

@@ -11,7 +11,7 @@ from effzoo.annotations import Count, Few, Probability, Whole
 from effzoo.architectures.config import TASKS, Config, Epsilon, check_fields
 from effzoo.errors import IncompatibleError, OptionError
 
-Share = Literal["none", "all_but_first", "all"]
+Sharing = Literal["none", "all_but_first", "all"]
 PER_TOKEN = ("token_classification", "masked_lm", "causal_lm")
 
 
@@ -61,8 +61,8 @@ class PerceiverConfig:
     value_dim: Whole = 0
     cross_attends: Few = 1
     blocks_per_cross: Few = 1
-    share_cross: Share = "all_but_first"
-    share_blocks: Share = "all"
+    share_cross: Sharing = "all_but_first"
+    share_blocks: Sharing = "all"
     cross_heads: Count = 1
     cross_head_dim: Whole = 0
     cross_value_dim: Whole = 0
@@ -227,6 +227,6 @@ class PerceiverConfig:
             )
 
 
-def _schedule(times: int, share: Share) -> list[int]:
+def _schedule(times: int, share: Sharing) -> list[int]:
     """The number of the weights that each of `times` applications uses."""
     return {"none": list(range(times)), "all_but_first": [min(i, 1) for i in range(times)], "all": [0] * times}[share]

@@ -77,10 +77,10 @@ class LastPositions(AttentionCore):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         before = k.shape[2] - q.shape[2]
         bias = mask.key_bias(q.dtype)
-        earlier, own = (None, None) if bias is None else (bias[..., :before], bias[..., before:])
+        earlier, later = (None, None) if bias is None else (bias[..., :before], bias[..., before:])
         prefix = Part(q, k[:, :, :before], v[:, :, :before], earlier) if before else None
         # torch.compile wants each input once
-        triangle = Part(q.view_as(q), k[:, :, before:], v[:, :, before:], own, causal=True)
+        triangle = Part(q.view_as(q), k[:, :, before:], v[:, :, before:], later, causal=True)
         return self.attend(prefix, triangle, memory_part(q, memory))
 
     def dense(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:

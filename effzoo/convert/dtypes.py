@@ -56,43 +56,43 @@ def load_state(theirs: Any, state: dict[str, Tensor], learns: Mapping[str, bool]
 
     What their model ties stays tied.
     """
-    own = {
+    tensors = {
         **dict(theirs.named_parameters(remove_duplicate=False)),
         **dict(theirs.named_buffers(remove_duplicate=False)),
     }
     for key, tensor in state.items():
-        if key in own:
-            hold_in(own[key], tensor.dtype)
+        if key in tensors:
+            hold_in(tensors[key], tensor.dtype)
     theirs.load_state_dict(state)
-    let_learn(own, {key: flag for key, flag in learns.items() if key in own})
+    let_learn(tensors, {key: flag for key, flag in learns.items() if key in tensors})
 
 
 def from_pretrained(cls: Any, label: str, **more: Any) -> tuple[Any, Any]:
     """`cls.from_pretrained` with its loading info; every tensor in the dtype that the files hold it in."""
     model, info = cls.from_pretrained(label, output_loading_info=True, **more)
-    found = stored(label)
-    if len(set(found.values())) < 2:
+    dtypes = stored(label)
+    if len(set(dtypes.values())) < 2:
         return model, info
     model, info = cls.from_pretrained(
-        label, output_loading_info=True, dtype=functools.reduce(torch.promote_types, found.values()), **more
+        label, output_loading_info=True, dtype=functools.reduce(torch.promote_types, dtypes.values()), **more
     )
     prefix = f"{model.base_model_prefix}."
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
         for name in (key, key.removeprefix(prefix), prefix + key):  # with a head, without it
-            if name in found:
-                hold_in(tensor, found[name])
+            if name in dtypes:
+                hold_in(tensor, dtypes[name])
                 break
     return model, info
 
 
 def stored(label: str) -> dict[str, torch.dtype]:
     """The dtypes of the floating-point tensors in a folder's safetensors files, or in those of a fetched hub id."""
-    found: dict[str, torch.dtype] = {}
+    dtypes: dict[str, torch.dtype] = {}
     for file in _files(label):
         with safe_open(file, "pt") as opened:
             names = {key: opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
-        found |= {key: NAMES[name] for key, name in names.items() if name in NAMES}
-    return found
+        dtypes |= {key: NAMES[name] for key, name in names.items() if name in NAMES}
+    return dtypes
 
 
 def _files(label: str) -> list[Path]:

@@ -19,9 +19,9 @@ from effzoo.sites import sites, unwrap
 
 def check_dense(model: Any) -> None:
     """ConversionError for a model whose weights are quantised."""
-    if found := [path for path, site in sites(model) if getattr(site, "bits", None)]:
+    if quantised := [path for path, site in sites(model) if getattr(site, "bits", None)]:
         raise ConversionError(
-            f"{len(found)} weights are quantised ({found[0]}, ...); call effzoo.dequantise(model) first"
+            f"{len(quantised)} weights are quantised ({quantised[0]}, ...); call effzoo.dequantise(model) first"
         )
 
 

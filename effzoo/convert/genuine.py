@@ -245,14 +245,14 @@ def tensors_of(label: str, model: Any, missing: frozenset[str] = frozenset()) ->
         for name in {*module._parameters, *module._buffers} - module._non_persistent_buffers_set
     }
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    found = {key: tensor for key, tensor in named if key in kept}
-    for key, tensor in found.items():
+    tensors = {key: tensor for key, tensor in named if key in kept}
+    for key, tensor in tensors.items():
         if key in missing:
             continue
         if type(tensor) not in (Tensor, nn.Parameter):
-            own = type(tensor)
+            kind = type(tensor)
             raise ConversionError(
-                f"{label}: {key} is a {own.__name__} of {own.__module__}, a tensor that may compute in its own way "
+                f"{label}: {key} is a {kind.__name__} of {kind.__module__}, a tensor that may compute in its own way "
                 "(quantised or sharded tensors "
                 "do); give plain tensors, as in module.weight = nn.Parameter(...) of its numbers"
             )
@@ -270,7 +270,7 @@ def tensors_of(label: str, model: Any, missing: frozenset[str] = frozenset()) ->
             raise ConversionError(
                 f"{label} has NaN or infinity in {key} ({int((~tensor.isfinite()).sum())} of {tensor.numel()} entries)"
             )
-    return {key: tensor.detach() for key, tensor in found.items()}
+    return {key: tensor.detach() for key, tensor in tensors.items()}
 
 
 def check_ties(label: str, model: Any, ties: Mapping[str, str], same: Mapping[str, object] | None = None) -> None:

@@ -50,12 +50,14 @@ def write(config: Config) -> dict[str, Any]:
 
 def dropouts(theirs: Any, task: str) -> dict[str, float | None]:
     """Embeddings have a dropout of their own, and so has the token classifier: 0.1 where the config does not say."""
-    found = {"embd_pdrop": theirs.embd_pdrop}
+    probabilities = {"embd_pdrop": theirs.embd_pdrop}
     if task == "token_classification":
         classifier = getattr(theirs, "classifier_dropout", None)
         hidden = getattr(theirs, "hidden_dropout", None)
-        found["classifier_dropout"] = classifier if classifier is not None else hidden if hidden is not None else 0.1
-    return found
+        probabilities["classifier_dropout"] = (
+            classifier if classifier is not None else hidden if hidden is not None else 0.1
+        )
+    return probabilities
 
 
 GPT2 = Layout(

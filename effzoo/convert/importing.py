@@ -40,20 +40,20 @@ def from_transformers(source: Any, *, task: str | None = None, num_labels: int |
     source = bare(source)
     if recognises(source):
         return from_perceiver(source, task, num_labels, overrides)
-    found = open_source(source, task)
-    task = task or found.task
+    opened = open_source(source, task)
+    task = task or opened.task
     known = [field.name for field in dataclasses.fields(Config) if field.name not in _NOT_OVERRIDDEN]
     annotations = typing.get_type_hints(Config)
-    config = found.config
+    config = opened.config
     if task == "causal_lm" and not config.causal:
         raise ConversionError(
-            f"{found.label} sees later positions (is_causal=False or is_decoder=False), so a head that predicts the "
+            f"{opened.label} sees later positions (is_causal=False or is_decoder=False), so a head that predicts the "
             "next token has seen it; take the "
             "body with task='features', 'classification', 'token_classification' or 'masked_lm'"
         )
     if "dropout" not in overrides:
-        found.layout.check_dropouts(found.model.config, task)
-    if task == "features" and not config.causal and not _has_pooler(found):
+        opened.layout.check_dropouts(opened.model.config, task)
+    if task == "features" and not config.causal and not _has_pooler(opened):
         config = dataclasses.replace(config, pooler=False)
     for key, value in overrides.items():
         if key not in known:
@@ -64,11 +64,11 @@ def from_transformers(source: Any, *, task: str | None = None, num_labels: int |
         if not fits(value, annotations[key]):
             raise OptionError(f"{key!r} takes {describe(annotations[key])}, got {value!r} ({type(value).__name__})")
     config = dataclasses.replace(config, **overrides)
-    model = Transformer(config, task, found.model.config.num_labels if num_labels is None else num_labels)
-    like = next(tensor for tensor in found.state.values())
+    model = Transformer(config, task, opened.model.config.num_labels if num_labels is None else num_labels)
+    like = next(tensor for tensor in opened.state.values())
     model.to(device=like.device, dtype=like.dtype)
-    transfer(model, found, dtypes=True)
-    return model.train(found.model.training)
+    transfer(model, opened, dtypes=True)
+    return model.train(opened.model.training)
 
 
 def load_pretrained(model: Any, source: Any) -> Any:
@@ -94,9 +94,9 @@ def load_pretrained(model: Any, source: Any) -> Any:
         raise ConversionError(f"weights can be loaded into a Transformer of effzoo, got {type(model).__name__}")
     check_dense(model)
     with torch.no_grad():
-        found = open_source(bare(source), model.task)
-        transfer(model, found)
-    model.config = _with_texts(model.config, found.config)
+        opened = open_source(bare(source), model.task)
+        transfer(model, opened)
+    model.config = _with_texts(model.config, opened.config)
     return outer
 
 
@@ -107,6 +107,6 @@ def _with_texts(ours: Config, theirs: Config) -> Config:
     return dataclasses.replace(ours, pad_token=pad, **taken)
 
 
-def _has_pooler(found: Source) -> bool:
-    base = found.layout.base(found.task)
-    return any(f"{base}{pooler}.weight" in found.state for pooler in ("pooler.dense", "pooler"))
+def _has_pooler(source: Source) -> bool:
+    base = source.layout.base(source.task)
+    return any(f"{base}{pooler}.weight" in source.state for pooler in ("pooler.dense", "pooler"))

@@ -117,8 +117,10 @@ def write(config: Config) -> dict[str, Any]:
 
 def dropouts(theirs: Any, task: str) -> dict[str, float | None]:
     """In the feed-forward, on what attention adds, and in a classification head."""
-    found = {"mlp_dropout": theirs.mlp_dropout, "attention_dropout": theirs.attention_dropout}
-    return found | ({"classifier_dropout": theirs.classifier_dropout} if task.endswith("classification") else {})
+    probabilities = {"mlp_dropout": theirs.mlp_dropout, "attention_dropout": theirs.attention_dropout}
+    return probabilities | (
+        {"classifier_dropout": theirs.classifier_dropout} if task.endswith("classification") else {}
+    )
 
 
 MODERNBERT = Layout(

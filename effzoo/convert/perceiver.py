@@ -62,21 +62,21 @@ _BLOCK = {"attn_norm" if ours == "norm" else ours: theirs for ours, theirs in _C
 def names(config: PerceiverConfig, task: str) -> dict[str, str]:
     """{our key: their key} of every tensor of a model of this task."""
     base = "" if task == "features" else "perceiver."
-    found = {"latents.weight": f"{base}embeddings.latents"}
+    keys = {"latents.weight": f"{base}embeddings.latents"}
     if config.vocab:
-        found["embeddings.token.weight"] = f"{base}input_preprocessor.embeddings.weight"
-        found["embeddings.position.weight"] = f"{base}input_preprocessor.position_embeddings.weight"
-    found |= _both("cross.0", f"{base}encoder.cross_attention", _CROSS)
+        keys["embeddings.token.weight"] = f"{base}input_preprocessor.embeddings.weight"
+        keys["embeddings.position.weight"] = f"{base}input_preprocessor.position_embeddings.weight"
+    keys |= _both("cross.0", f"{base}encoder.cross_attention", _CROSS)
     for layer in range(config.layers):
-        found |= _both(f"blocks.{layer}", f"{base}encoder.self_attends.{layer}", _BLOCK)
+        keys |= _both(f"blocks.{layer}", f"{base}encoder.self_attends.{layer}", _BLOCK)
     if task == "features":
-        return found
+        return keys
     decoder = f"{base}decoder.decoder" if task == "classification" else f"{base}decoder"
-    found |= _both("decoder.cross", f"{decoder}.decoding_cross_attention", _CROSS)
-    found["decoder.queries.weight"] = f"{decoder}.output_position_encodings.position_embeddings"
+    keys |= _both("decoder.cross", f"{decoder}.decoding_cross_attention", _CROSS)
+    keys["decoder.queries.weight"] = f"{decoder}.output_position_encodings.position_embeddings"
     if task == "masked_lm":
-        return found | {"head.out.bias": "embedding_decoder.bias"}
-    return found | _both("head", decoder, {"out": "final_layer"})
+        return keys | {"head.out.bias": "embedding_decoder.bias"}
+    return keys | _both("head", decoder, {"out": "final_layer"})
 
 
 def _both(ours: str, theirs: str, modules: Mapping[str, str]) -> dict[str, str]:
@@ -107,10 +107,10 @@ def read(theirs: Any, kind: str) -> PerceiverConfig:
     keys, cross_keys, of_values, cross_values = _widths(
         sizes, theirs.qk_channels, theirs.v_channels, theirs.cross_attention_shape_for_attention
     )
-    own = {"head_dim": keys // sizes.heads, "value_dim": of_values // sizes.heads}
+    latent_widths = {"head_dim": keys // sizes.heads, "value_dim": of_values // sizes.heads}
     cross = {"cross_head_dim": cross_keys // sizes.cross_heads, "cross_value_dim": cross_values // sizes.cross_heads}
     given = {f: getattr(sizes, f) for f in sizes.__dataclass_fields__}
-    return PerceiverConfig(**given | own | cross)
+    return PerceiverConfig(**given | latent_widths | cross)
 
 
 def _decoder(channels: int, kind: str) -> dict[str, Any]:
@@ -129,8 +129,8 @@ def _decoder(channels: int, kind: str) -> dict[str, Any]:
 def _widths(config: PerceiverConfig, qk: int | None, v: int | None, shape: str) -> tuple[int, int, int, int]:
     """Widths of all heads together, as theirs derive them: (keys, cross keys, values, cross values)."""
     cross = qk or (config.width if shape == "kv" else config.dim)
-    own = qk or config.dim
-    return own, cross, v or own, v or cross
+    keys = qk or config.dim
+    return keys, cross, v or keys, v or cross
 
 
 def write(config: PerceiverConfig, task: str) -> tuple[str, dict[str, Any]]:

@@ -58,7 +58,7 @@ def recognises(source: Any) -> bool:
 
 def from_perceiver(source: Any, task: str | None, num_labels: int | None, overrides: dict[str, Any]) -> Perceiver:
     """`from_transformers` for a Perceiver."""
-    found = _open(source)
+    opened = _open(source)
     annotations = typing.get_type_hints(PerceiverConfig)
     known = [field.name for field in dataclasses.fields(PerceiverConfig) if field.name not in _NOT_OVERRIDDEN]
     for key, value in overrides.items():
@@ -73,11 +73,11 @@ def from_perceiver(source: Any, task: str | None, num_labels: int | None, overri
         overrides = {"grid": (), **overrides}
     elif "grid" in overrides:
         overrides = {"max_length": 0, **overrides}
-    config = dataclasses.replace(found.config, **overrides)
-    model = Perceiver(config, task or found.task, found.model.config.num_labels if num_labels is None else num_labels)
-    like = found.state["latents.weight"]
-    _transfer(model.to(device=like.device, dtype=like.dtype), found, dtypes=True)
-    return model.train(found.model.training)
+    config = dataclasses.replace(opened.config, **overrides)
+    model = Perceiver(config, task or opened.task, opened.model.config.num_labels if num_labels is None else num_labels)
+    like = opened.state["latents.weight"]
+    _transfer(model.to(device=like.device, dtype=like.dtype), opened, dtypes=True)
+    return model.train(opened.model.training)
 
 
 def load_perceiver(model: Perceiver, source: Any) -> Perceiver:

@@ -90,7 +90,7 @@ def read(theirs: Any) -> dict[str, Any]:
     local = {name: getattr(theirs, key) for name, key in _LOCAL.items()}
     specs = {"lsh": str(Spec("lsh", lsh | {"circular": True})), "local": str(Spec("local", local | {"circular": True}))}
     chosen = tuple(specs[kind] for kind in theirs.attn_layers)
-    found = {
+    fields = {
         "architecture": "decoder" if theirs.is_decoder else "encoder",
         "attention": chosen[0] if len(set(chosen)) == 1 else chosen,
         "layers": len(theirs.attn_layers),
@@ -98,13 +98,13 @@ def read(theirs: Any) -> dict[str, Any]:
         "attention_dropout": tuple(getattr(theirs, _DROPOUT[kind]) for kind in theirs.attn_layers),
     }
     if not theirs.axial_pos_embds:
-        return found
+        return fields
     if len(theirs.axial_pos_shape) != 2:
         raise ConversionError(
             f"axial positions of transformers with {len(theirs.axial_pos_shape)} axes have no counterpart in "
             "effzoo's key map; it has 2"
         )
-    return found | {
+    return fields | {
         "positions": "axial",
         "axial_shape": tuple(theirs.axial_pos_shape),
         "axial_dims": tuple(theirs.axial_pos_embds_dim),

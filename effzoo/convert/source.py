@@ -120,23 +120,23 @@ def _from_pretrained(source: str | Path, task: str | None) -> Source:
         )
     layout = LAYOUTS[config.model_type]
     name = (config.architectures or ["a class that its config does not name"])[0]
-    found = class_of(name)
-    if config.architectures and found is None and not hasattr(transformers, name):
+    known = class_of(name)
+    if config.architectures and known is None and not hasattr(transformers, name):
         raise ConversionError(
             f"{label} was saved from {name}, which transformers does not have, so what it computes is not known; if "
             "a class of transformers computes "
             "the same, name that one in architectures of its config.json"
         )
-    if found is None and task is None:
+    if known is None and task is None:
         raise ConversionError(
             f"{label} was saved from {name}, which has no counterpart in effzoo; give task=... to take what it needs"
         )
-    if found is not None and found[0] is not layout:
+    if known is not None and known[0] is not layout:
         raise ConversionError(
             f"{label} was saved from {name}, but its config.json says "
             f"model_type={config.model_type!r}; set the one that is true"
         )
-    its_task = found[1] if found else str(task)
+    its_task = known[1] if known else str(task)
     if its_task not in layout.classes:
         raise ConversionError(
             f"{layout.name} of transformers has no model for task {its_task!r}; it has {', '.join(layout.classes)}"
@@ -144,7 +144,7 @@ def _from_pretrained(source: str | Path, task: str | None) -> Source:
     with explained(label, source), quiet():
         cls = getattr(transformers, name) if name in layout.parts else layout.cls(its_task)
         model, info = from_pretrained(cls, label)
-    required = (*layout.body, *layout.heads[its_task]) if found else layout.body
+    required = (*layout.body, *layout.heads[its_task]) if known else layout.body
     part = layout.parts.get(name, "")
     missing = frozenset(key.removeprefix(f"{part}.") for key in info["missing_keys"])
     return _checked(label, model.get_submodule(part), layout, its_task, required, missing)
@@ -196,15 +196,15 @@ def _checked(
     rules = list(layout.known(config.blocks, task))
     ours = {rule.key(parameter): (rule.ours, parameter) for rule in rules for parameter in rule.parameters}
     check_ties(label, model, layout.ties(config, task), ours)
-    own = tensors_of(label, model, missing)
-    state = {key: value for key, value in own.items() if key not in missing}
+    tensors = tensors_of(label, model, missing)
+    state = {key: value for key, value in tensors.items() if key not in missing}
     given = {ours[key] for key in state if key in ours}
     for key, like in layout.lost.items():
-        if like in own and ours[key] not in given:
+        if like in tensors and ours[key] not in given:
             log.warning(
                 "%s: %s is gone (resizing the vocabulary loses it) and adds nothing there: zeros are taken", label, key
             )
-            state[key] = own[like].new_zeros(len(own[like]))
+            state[key] = tensors[like].new_zeros(len(tensors[like]))
             given.add(ours[key])
     present = set(state)
     learns = trained(model)
@@ -232,7 +232,7 @@ def _checked(
                 "or quantisation changed them"
             )
         for key in keys:
-            if key in own and key not in present and ours[key] not in given:  # transformers drew it anew
+            if key in tensors and key not in present and ours[key] not in given:  # transformers drew it anew
                 raise ConversionError(
                     f"{label} has no tensor {key}; the weights are incomplete, so give the whole "
                     "of what save_pretrained wrote"

@@ -22,15 +22,15 @@ def tokens_of(theirs: Any) -> dict[str, Any]:
 
 def settings_of(theirs: Any) -> dict[str, Any] | None:
     """The settings of their `generation_config` that are no defaults, and tokens that differ from their config's."""
-    own = getattr(theirs, "generation_config", None)
-    if own is None:
+    generation = getattr(theirs, "generation_config", None)
+    if generation is None:
         return None
     settings = {
         key: value
-        for key, value in own.to_diff_dict().items()
+        for key, value in generation.to_diff_dict().items()
         if value is not None and value is not False and key not in (*_NOT_KEPT, *_TOKENS)
     }
-    tokens = {key: getattr(own, key, None) for key in _TOKENS}
+    tokens = {key: getattr(generation, key, None) for key in _TOKENS}
     return (
         settings | {key: value for key, value in tokens.items() if value != getattr(theirs.config, key, None)} or None
     )
@@ -48,15 +48,15 @@ def _ids(given: Any) -> Any:
 
 def tokens(config: Config) -> dict[str, Any]:
     """Our tokens as the fields of theirs, without those that are not in the vocabulary."""
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, given in (("bos_token_id", config.bos_token), ("eos_token_id", config.eos_token)):
         kept = [
             token
             for token in (given if isinstance(given, tuple) else (given,))
             if token is not None and token < config.vocab
         ]
-        found[name] = kept or None if isinstance(given, tuple) else kept[0] if kept else None
-    return found
+        fields[name] = kept or None if isinstance(given, tuple) else kept[0] if kept else None
+    return fields
 
 
 def write(theirs: Any, config: Config) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from effzoo.annotations import NotNegative, Number, Part, Share
+from effzoo.annotations import NotNegative, Number, ProperShare, Share
 from effzoo.peft.method import Layers, Modules, Targets
 from effzoo.peft.parameter.hard_concrete import drawn_gate, open_probability, still_gate
 from effzoo.peft.parameter.lt_sft import dense_changes, keep_all
@@ -95,7 +95,7 @@ class DiffPruning(SparseMethod):
         penalty: NotNegative = 1.25e-7,
         alpha: Number = 5.0,
         structured: bool = True,
-        gates: Part = 0.5,
+        gates: ProperShare = 0.5,
         targets: Targets = None,
         layers: Layers = None,
     ):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effzoo.annotations import Part, Share
+from effzoo.annotations import ProperShare, Share
 from effzoo.peft.method import Layers, Modules, Targets
 from effzoo.peft.parameter.mask_scores import count, top
 from effzoo.peft.training_hooks import Stage, TrainingHooks
@@ -106,7 +106,7 @@ class FAR(TrainingHooks):
     default_targets = ("mlp.up", "mlp.gate", "mlp.down", "cross.mlp.up", "cross.mlp.gate", "cross.mlp.down")
     learning_rate = 5e-4
 
-    def __init__(self, *, keep: Share = 0.1, prime: Part = 0.1, targets: Targets = None, layers: Layers = None):
+    def __init__(self, *, keep: Share = 0.1, prime: ProperShare = 0.1, targets: Targets = None, layers: Layers = None):
         super().__init__(targets=targets, layers=layers)
         self.keep = keep
         self.stages = (Stage("prime", prime), Stage("learn", 1 - prime))

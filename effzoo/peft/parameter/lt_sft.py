@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from effzoo.annotations import NotNegative, Part, Share
+from effzoo.annotations import NotNegative, ProperShare, Share
 from effzoo.peft.method import Layers, Modules, Targets
 from effzoo.peft.parameter.mask_scores import NETWORK, count, has_values, top
 from effzoo.peft.parameter.sparse_delta import ChosenEntries, Spans, SparseDelta, SparseMethod, in_order, shared_entries
@@ -60,7 +60,7 @@ class LTSFT(SparseMethod):
         self,
         *,
         keep: Share = 0.01,
-        full: Part = 0.5,
+        full: ProperShare = 0.5,
         l1: NotNegative = 0.0,
         targets: Targets = None,
         layers: Layers = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from effzoo.annotations import Fraction, NotNegative, Part, Share
+from effzoo.annotations import Fraction, NotNegative, ProperShare, Share
 from effzoo.peft.method import Layers, Modules, Targets
 from effzoo.peft.parameter.magnitude import PrunedWeight
 from effzoo.peft.parameter.mask_scores import (
@@ -73,7 +73,7 @@ class Movement(TrainingHooks):
         scope: str = "tensor",
         begin: Fraction = 0.1,
         end: Fraction = 0.6,
-        threshold: Part = 0.1,
+        threshold: ProperShare = 0.1,
         penalty: NotNegative = 400.0,
         targets: Targets = None,
         layers: Layers = None,
