@@ -48,11 +48,11 @@ def measure(
     )
     rows = []
     for kind in kinds:
-        found, allowed = ratio(times["full"], times[kind]), pairs(cores[kind], n, device=device) / n**2
+        times_of_full, allowed = ratio(times["full"], times[kind]), pairs(cores[kind], n, device=device) / n**2
         rows.append({
             "suite": "bound", "attention": kind, "n": n, "heads": heads, "head_dim": head_dim, "dtype": dtype,
             "device": device, "pairs": allowed,
             "seconds": times[kind].median, "full_seconds": times["full"].median, "rounds": len(times[kind].seconds),
-            "share": found.median * allowed, "share_quartiles": [allowed * x for x in found.spread],
+            "share": times_of_full.median * allowed, "share_quartiles": [allowed * x for x in times_of_full.spread],
         })  # fmt: skip
     return rows

@@ -112,8 +112,8 @@ def cells(section: str, sizes: Sizes, device: str) -> list[Cell]:
 
 def _rates(sizes: Sizes, device: str) -> list[Cell]:
     def run(path: Path) -> None:
-        found = [asdict(prediction.calibrated(device))]
-        files.append(path, [files.made({"suite": "rates", "device": device, **card}, device) for card in found])
+        rates = [asdict(prediction.calibrated(device))]
+        files.append(path, [files.made({"suite": "rates", "device": device, **card}, device) for card in rates])
 
     return [Cell("rates", "large products, copies, tiny operators", run)]
 
@@ -124,9 +124,9 @@ def _parity(sizes: Sizes, device: str) -> list[Cell]:
             for kind in sizes.checked:
                 for causal in (False, True):
                     for padded in (False, True):
-                        found = compared(kind, backend, dtype, sizes.parity, device, causal, padded)
-                        if found is not None:
-                            files.append(path, [files.made(found, device)])
+                        row = compared(kind, backend, dtype, sizes.parity, device, causal, padded)
+                        if row is not None:
+                            files.append(path, [files.made(row, device)])
 
         return Cell("parity", f"{backend}, {dtype}", run)
 
@@ -165,18 +165,9 @@ def compared(
 def _scaling(sizes: Sizes, device: str) -> list[Cell]:
     def cell(mode: str, n: int) -> Cell:
         suite = Scaling(
-            sizes.kinds,
-            (n,),
-            (mode,),
-            sizes.dim,
-            sizes.heads,
-            1,
-            sizes.dtype,
-            device,
-            longest=3.0,
-            seconds=sizes.seconds,
-            tokens=sizes.tokens,
-        )
+            sizes.kinds, (n,), (mode,), sizes.dim, sizes.heads, 1, sizes.dtype, device, longest=3.0,
+            seconds=sizes.seconds, tokens=sizes.tokens,
+        )  # fmt: skip
         return Cell("scaling", f"{mode}, n = {n:,}", suite.run)
 
     return [cell(mode, n) for mode in ("train", "forward", "decode") for n in sizes.lengths]
@@ -185,19 +176,20 @@ def _scaling(sizes: Sizes, device: str) -> list[Cell]:
 def _finetune(sizes: Sizes, device: str) -> list[Cell]:
     few = tuple(method for method in ("full", "lora") if method in sizes.methods)
 
-    def cell(model: str, own: dict[str, int], n: int, kind: str, methods: tuple[str, ...]) -> Cell:
+    def cell(model: str, shape: dict[str, int], n: int, kind: str, methods: tuple[str, ...]) -> Cell:
         suite = Finetuning(
             (kind,), methods, n, max(1, sizes.tuned_tokens // n), precision=sizes.precision, device=device,
-            seconds=sizes.seconds, model=model, sizes=own,
+            seconds=sizes.seconds, model=model, sizes=shape,
         )  # fmt: skip
         return Cell("finetune", f"{model}, n = {n:,}, {kind}: {', '.join(methods)}", suite.run)
 
-    short = [cell(model, own, n, kind, few) for n in sizes.tuned for model, own in sizes.models for kind in sizes.kinds]
-    whole = [cell(model, own, sizes.tuned[0], "full", sizes.methods) for model, own in sizes.models]
+    settings = [(model, shape, kind) for model, shape in sizes.models for kind in sizes.kinds]
+    short = [cell(model, shape, n, kind, few) for n in sizes.tuned for model, shape, kind in settings]
+    whole = [cell(model, shape, sizes.tuned[0], "full", sizes.methods) for model, shape in sizes.models]
     rest = [
-        cell(model, own, n, kind, sizes.methods)
+        cell(model, shape, n, kind, sizes.methods)
         for n in sizes.tuned
-        for model, own in sizes.models
+        for model, shape in sizes.models
         for kind in sizes.kinds[1:]
     ]
     return whole + short + rest
@@ -240,11 +232,11 @@ def events(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """The last event of every cell."""
     path = folder / "progress.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    last: dict[tuple[str, str], dict[str, Any]] = {}
     for line in map(json.loads, lines):
-        found.pop((line["section"], line["cell"]), None)  # the last one stands last
-        found[line["section"], line["cell"]] = line
-    return found
+        last.pop((line["section"], line["cell"]), None)  # the last one stands last
+        last[line["section"], line["cell"]] = line
+    return last
 
 
 def perform(section: str, folder: Path, sizes: Sizes, device: str, seconds: float) -> None:
@@ -278,13 +270,13 @@ def run(folder: Path, device: str, tiny: bool, budget: float, said: Callable[[st
         while (left := until - time.monotonic()) > 0 and _open(section, folder, tiny, device):
             said(f"{section}: {left:.0f} s")
             _in_a_process(section, folder, device, tiny, left)
-    found = summary(folder, tiny, device) | {
+    report = summary(folder, tiny, device) | {
         "seconds": round(time.monotonic() - started, 1),
         "budget": budget,
         "machine": cards.machine(device),
     }
-    (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
-    return found
+    (folder / "summary.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
 
 
 def _open(section: str, folder: Path, tiny: bool, device: str) -> list[Cell]:
@@ -326,11 +318,11 @@ def _in_a_process(section: str, folder: Path, device: str, tiny: bool, seconds: 
 
 def summary(folder: Path, tiny: bool, device: str) -> dict[str, Any]:
     """For every section: how many cells are done, which failed and why, and which did not fit; and what parity says."""
-    known, found = events(folder), {}
+    known, sections = events(folder), {}
     for section in SHARES:
         names = [cell.name for cell in cells(section, TINY if tiny else Sizes(), device)]
         lines = {name: known.get((section, name)) for name in names}
-        found[section] = {
+        sections[section] = {
             "done": sum(line is not None and line["event"] == "done" for line in lines.values()),
             "failed": {
                 name: line["why"] for name, line in lines.items() if line is not None and line["event"] == "failed"
@@ -344,23 +336,23 @@ def summary(folder: Path, tiny: bool, device: str) -> dict[str, Any]:
         if row.get("right") is False
     ]
     refused = sorted({f"{row['backend']}, {row['dtype']}: {row['refused']}" for row in parity if "refused" in row})
-    return {"sections": found, "compared": sum("right" in row for row in parity), "wrong": wrong, "refused": refused}
+    return {"sections": sections, "compared": sum("right" in row for row in parity), "wrong": wrong, "refused": refused}
 
 
-def words(found: dict[str, Any]) -> str:
+def words(summary: dict[str, Any]) -> str:
     """The summary to read."""
-    lines = [f"{found['machine']}: {found['seconds']:.0f} s of {found['budget']:.0f} s"]
+    lines = [f"{summary['machine']}: {summary['seconds']:.0f} s of {summary['budget']:.0f} s"]
     lines.append(
-        f"parity: {found['compared']} compared with float64, {len(found['wrong'])} wrong, "
-        f"{len(found['refused'])} reasons to refuse"
+        f"parity: {summary['compared']} compared with float64, {len(summary['wrong'])} wrong, "
+        f"{len(summary['refused'])} reasons to refuse"
     )
-    lines += [f"  wrong: {each}" for each in found["wrong"]]
-    for section, each in found["sections"].items():
+    lines += [f"  wrong: {cell}" for cell in summary["wrong"]]
+    for section, counts in summary["sections"].items():
         lines.append(
-            f"{section}: {each['done']} done, {len(each['failed'])} failed, {len(each['left_out'])} did not fit"
+            f"{section}: {counts['done']} done, {len(counts['failed'])} failed, {len(counts['left_out'])} did not fit"
         )
-        lines += [f"  failed: {name}: {why}" for name, why in each["failed"].items()]
-        lines += [f"  did not fit: {name}" for name in each["left_out"]]
+        lines += [f"  failed: {name}: {why}" for name, why in counts["failed"].items()]
+        lines += [f"  did not fit: {name}" for name in counts["left_out"]]
     return "\n".join(lines)
 
 

@@ -87,8 +87,8 @@ def main() -> int:
         return 0
     import torch
 
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
-    found["machine"] = {
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+    results["machine"] = {
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -97,7 +97,7 @@ def main() -> int:
     }
     for name in arguments.only:
         for n, mode in [*((n, "forward") for n in arguments.forward), (arguments.train, "train")]:
-            known = [row for row in found["rows"] if (row["case"], row["n"], row["mode"]) == (name, n, mode)]
+            known = [row for row in results["rows"] if (row["case"], row["n"], row["mode"]) == (name, n, mode)]
             if known and not arguments.again:
                 continue
             run = subprocess.run(
@@ -108,11 +108,11 @@ def main() -> int:
                 row |= json.loads(run.stdout.splitlines()[-1])
             else:
                 row["error"] = (run.stderr.strip().splitlines() or [f"killed with {-run.returncode}"])[-1]
-            found["rows"] = [old for old in found["rows"] if old not in known] + [row]
-            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+            results["rows"] = [old for old in results["rows"] if old not in known] + [row]
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
             print(row, flush=True)
-    print(table(found["rows"]))
-    return int(any("error" in row or row["peak_gib"] > LIMIT_GIB for row in found["rows"]))
+    print(table(results["rows"]))
+    return int(any("error" in row or row["peak_gib"] > LIMIT_GIB for row in results["rows"]))
 
 
 def tracked_table(results: dict) -> str:

@@ -57,7 +57,7 @@ def sentences(source: Path) -> tuple[list[str], list[int]]:
             content = (source / name).read_bytes()
         else:
             with zipfile.ZipFile(source) as archive:
-                content = archive.read(next(each for each in archive.namelist() if each.endswith(name)))
+                content = archive.read(next(member for member in archive.namelist() if member.endswith(name)))
         lines = [line.strip() for line in content.decode("latin-1").splitlines() if line.strip()]
         texts += lines
         labels += [label] * len(lines)
@@ -166,18 +166,18 @@ def by_length(rows: list[int], lengths: list[int], batch: int, draw: torch.Gener
 
 def saved_bytes(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:
     """What autograd keeps of one batch for the backward pass, without the parameters; each storage once."""
-    own, seen = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    parameters, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = effzoo.peft.loss(model.train(), **batch)
     del loss
-    return sum(seen.values())
+    return sum(kept.values())
 
 
 def tracked_table(results: dict) -> str:
@@ -191,17 +191,17 @@ def tracked_table(results: dict) -> str:
     ]  # fmt: skip
     order = sorted(rows, key=lambda name: -statistics.mean(row["accuracy"] for row in rows[name]))
     for name in order:
-        each = rows[name]
-        accuracy = statistics.mean(row["accuracy"] for row in each)
-        spread = f" ± {statistics.stdev(row['accuracy'] for row in each):.1f}" if len(each) > 1 else ""
-        first = each[0]
+        of_spec = rows[name]
+        accuracy = statistics.mean(row["accuracy"] for row in of_spec)
+        spread = f" ± {statistics.stdev(row['accuracy'] for row in of_spec):.1f}" if len(of_spec) > 1 else ""
+        first = of_spec[0]
         changed = "-" if first["changed"] is None else f"{100 * first['changed'] / first['total']:.2f} %"
         rank = "-" if first["rank"] is None else first["rank"]
         spec = first["spec"].replace("|", "\\|")  # a bar would end the cell
         lines.append(
             f"| `{spec}` | {accuracy:.1f}{spread} | {first['trainable']:,} | {first['stored_bytes']:,} | {changed} | "
-            f"{rank} | {statistics.median(row['seconds'] for row in each):.0f} | "
-            f"{statistics.median(row['peak_mib'] for row in each):.0f} | {first['saved_mib']} |"
+            f"{rank} | {statistics.median(row['seconds'] for row in of_spec):.0f} | "
+            f"{statistics.median(row['peak_mib'] for row in of_spec):.0f} | {first['saved_mib']} |"
         )
     settings = results["settings"]
     about = ", ".join(f"{name} {value:,}" for name, value in settings.items())
@@ -284,7 +284,7 @@ def main() -> int:
         return f"{method} seed {seed}", subprocess.run(command, capture_output=True, text=True)
 
     with ThreadPoolExecutor(given.jobs) as pool:
-        for future in as_completed([pool.submit(start, *each) for each in wanted]):
+        for future in as_completed([pool.submit(start, *job) for job in wanted]):
             key, done = future.result()
             if done.returncode:
                 results["failed"][key] = (

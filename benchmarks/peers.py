@@ -174,11 +174,11 @@ def hf_perceiver(n: int, batch: int = 1) -> Pair:
     theirs = transformers.PerceiverForSequenceClassification(config).train()
     ours = effzoo.convert.from_transformers(theirs).train()
     ids = torch.randint(10, 200, (batch, n), generator=torch.Generator().manual_seed(1))
-    found = pair(ours, lambda x: ours(x).logits, theirs, lambda x: theirs(inputs=x).logits, ids)
-    found.compared = [
+    both = pair(ours, lambda x: ours(x).logits, theirs, lambda x: theirs(inputs=x).logits, ids)
+    both.compared = [
         (ours.latents.weight, next(p for name, p in theirs.named_parameters() if name.endswith("latents")))
     ]
-    return found
+    return both
 
 
 def perceiver_pytorch(n: int, batch: int = 1) -> Pair:
@@ -279,7 +279,7 @@ def peft_bert(method: str, dropout: float, recompute: Level = "hidden", attentio
         ids = torch.randint(5, 1000, (batch, n), generator=torch.Generator().manual_seed(1))
         ours.train(), theirs.train()
         save_memory(ours, recompute)
-        found = pair(
+        both = pair(
             ours,
             lambda x: ours(x).logits,
             theirs,
@@ -287,8 +287,8 @@ def peft_bert(method: str, dropout: float, recompute: Level = "hidden", attentio
             ids,
             tolerance=None if dropout else 1e-5,
         )
-        found.compared = compared
-        return found
+        both.compared = compared
+        return both
 
     return made
 
@@ -301,33 +301,33 @@ def merged(n: int, batch: int = 4) -> Pair:
     ours = effzoo.merge(effzoo.attach(copy.deepcopy(theirs), "lora[rank=8]")).train()
     ours.requires_grad_(True)
     ids = torch.randint(5, 1000, (batch, n), generator=torch.Generator().manual_seed(1))
-    found = pair(ours, lambda x: ours(x).logits, theirs, lambda x: theirs(x).logits, ids)
-    found.compared = [(ours.blocks[0].attn.q.weight, theirs.blocks[0].attn.q.weight)]
-    return found
+    both = pair(ours, lambda x: ours(x).logits, theirs, lambda x: theirs(x).logits, ids)
+    both.compared = [(ours.blocks[0].attn.q.weight, theirs.blocks[0].attn.q.weight)]
+    return both
 
 
 def _same_start(method: str, ours: nn.Module, theirs: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
     """Give both the same adapter; the parameters that correspond."""
     layers = theirs.base_model.model.bert.encoder.layer if method in ("lora", "ia3") else theirs.bert.encoder.layer
-    found = []
+    tensors = []
     for i, block in enumerate(layers):
         attention, mine = block.attention.self, ours.blocks[i]
         if method == "lora":
             for role, their in (("q", attention.query), ("v", attention.value)):
                 site = getattr(mine.attn, role).adapters["default"]["lora"]
-                found += [(site.A, their.lora_A["default"].weight), (site.B, their.lora_B["default"].weight)]
+                tensors += [(site.A, their.lora_A["default"].weight), (site.B, their.lora_B["default"].weight)]
         elif method == "ia3":
-            found.append((mine.attn.v.adapters["default"]["ia3"].scale, attention.value.ia3_l["default"]))
+            tensors.append((mine.attn.v.adapters["default"]["ia3"].scale, attention.value.ia3_l["default"]))
         elif method == "bitfit":
-            found.append((mine.attn.q.adapters["default"]["bitfit"].own_bias, attention.query.bias))
+            tensors.append((mine.attn.q.adapters["default"]["bitfit"].own_bias, attention.query.bias))
         else:
-            found.append((mine.attn.q.adapters["default"]["full"].own_weight, attention.query.weight))
+            tensors.append((mine.attn.q.adapters["default"]["full"].own_weight, attention.query.weight))
     with torch.no_grad():
-        for own, their in found:
+        for ours, their in tensors:
             if method in ("lora", "ia3"):
-                own.add_(0.02 * torch.randn_like(own))
-            their.copy_(own.view_as(their))
-    return found
+                ours.add_(0.02 * torch.randn_like(ours))
+            their.copy_(ours.view_as(their))
+    return tensors
 
 
 IMPORT = "import torch, against import effzoo"
@@ -398,12 +398,12 @@ def differs(pair: Pair) -> str:
 
 def saved(forward: Forward, x: Tensor, parameters: list[nn.Parameter]) -> int:
     """Bytes that autograd keeps of one forward pass, without the parameters and the input; each storage once."""
-    own = {key(tensor) for tensor in [*parameters, x]}
+    inputs = {key(tensor) for tensor in [*parameters, x]}
     kept: dict[int, int] = {}
     alive = []
 
     def pack(tensor: Tensor) -> Tensor:
-        if key(tensor) not in own:
+        if key(tensor) not in inputs:
             kept[key(tensor)] = tensor.untyped_storage().nbytes()
             alive.append(tensor)
         return tensor
@@ -464,8 +464,8 @@ def measure(
     except ImportError as error:
         return row | {"failed": f"{error.name} is not installed"}
     row["batch"] = len(made.input)
-    if found := differs(made):
-        return row | {"failed": found}
+    if problem := differs(made):
+        return row | {"failed": problem}
     made = made.to(device, dtype)
     sides = {
         side: (f, list(m.parameters()))

@@ -25,14 +25,9 @@ RESULTS = Path(__file__).parent / "results" / "registers.json"
 CARDS = (80, 90, 100)
 KERNELS = ("forward", "of_queries", "of_keys", "of_columns")
 POINTERS = {
-    "KeyMask": "*u8",
-    "Columns": "*i32",
-    "Order": "*i32",
-    "Place": "*i32",
-    "Buckets": "*i16",
-    "Lse": "*fp32",
+    "KeyMask": "*u8", "Columns": "*i32", "Order": "*i32", "Place": "*i32", "Buckets": "*i16", "Lse": "*fp32",
     "Delta": "*fp32",
-}
+}  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {  # the arguments that are there, the flags that are set, and numbers that are not 1
     "full": {},
     "padded, causal": {"KeyMask": 1, "CAUSAL": True},
@@ -68,24 +63,11 @@ def compiled(kernel: str, case: str, card: int, width: int, dtype: str = "bf16",
         given = {"Columns": 1, "DROPOUT": given.get("DROPOUT", False)}
     size = tiles or tile_sizes(kernel, width, 4 if dtype == "fp32" else 2, divmod(card, 10), "Order" in given)
     flags = {
-        "CAUSAL": False,
-        "ITSELF": True,
-        "WINDOW": False,
-        "BIAS_ROWS": False,
-        "DROPOUT": False,
-        "RESUME": "Order" in given,
-        "ADD": "Order" in given,
-    }
-    constants = {
-        "D": width,
-        "BD": width,
-        "E": width,
-        "BE": width,
-        "BM": size.queries,
-        "BN": size.keys,
-        "PRECISION": "ieee",
-        "dilation": 1,
-    }
+        "CAUSAL": False, "ITSELF": True, "WINDOW": False, "BIAS_ROWS": False, "DROPOUT": False,
+        "RESUME": "Order" in given, "ADD": "Order" in given,
+    }  # fmt: skip
+    constants = dict.fromkeys(("D", "BD", "E", "BE"), width)
+    constants |= {"BM": size.queries, "BN": size.keys, "PRECISION": "ieee", "dilation": 1}
     constants |= flags | {"chunk": 1} | given
     constants = {name: value for name, value in constants.items() if value is not None}
     fn = triton_kernels.of_keys if kernel == "of_columns" else getattr(triton_kernels, kernel)
@@ -119,10 +101,10 @@ def _usage(cubin: bytes, tool: Path) -> tuple[int, int, int]:
         said = subprocess.run(
             [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
-    if found is None:
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
+    if usage is None:
         raise RuntimeError(f"cuobjdump says nothing of registers: {said}")
-    return int(found[1]), int(found[2]), int(found[3])
+    return int(usage[1]), int(usage[2]), int(usage[3])
 
 
 def source() -> str:

@@ -143,9 +143,9 @@ def gpu_suite(folder: Path, device: str, tiny: bool, seconds: float) -> int:
     parity is wrong."""
     import gpu
 
-    found = gpu.run(folder, device, tiny, seconds)
-    print(gpu.words(found), f"\nrows in {folder}")
-    return 1 if found["wrong"] else 0
+    summary = gpu.run(folder, device, tiny, seconds)
+    print(gpu.words(summary), f"\nrows in {folder}")
+    return 1 if summary["wrong"] else 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -211,16 +211,16 @@ def tuned(
     start = time.monotonic()
     torch.manual_seed(seed)
     model = effzoo.attach(build(length, attention), PEFT)
-    own = model.head.out.of("default")["head"]  # the adapter's copy of the task head
+    head_copy = model.head.out.of("default")["head"]  # the adapter's copy of the task head
     with torch.no_grad():
-        own.own_weight.copy_(head[0])
-        own.own_bias.copy_(head[1])
+        head_copy.own_weight.copy_(head[0])
+        head_copy.own_bias.copy_(head[1])
     console.print(str(effzoo.account(model)), highlight=False)
     options = {"output_dir": output, "precision": precision, "seed": seed, **RECIPE}
     saving = Saving(overwrite=True, **RHYTHM)
     result = effzoo.finetune(model, parts["train"], evaluate=parts["validation"], saving=saving, **options)
-    found = effzoo.predict(model, parts["test"], precision=precision).argmax(dim=1)
-    correct = int((found == torch.tensor(parts["test"]["labels"])).sum())
+    predicted = effzoo.predict(model, parts["test"], precision=precision).argmax(dim=1)
+    correct = int((predicted == torch.tensor(parts["test"]["labels"])).sum())
     row = Row(name, length, correct, len(parts["test"]), effzoo.account(model).trainable, time.monotonic() - start)
     console.print(said(row))
     return model, row, result.history

@@ -47,8 +47,7 @@ def demo_table(results: dict) -> str:
         interval = 1.96 * (share * (1 - share) / row["test"]) ** 0.5
         lines.append(
             f"| {row['name']} | {row['tokens']:,} | {100 * share:.2f} ± {100 * interval:.2f} % | {row['correct']} / "
-            f"{row['test']} "
-            f"| {row['trainable']:,} | {row['seconds']:.0f} |"
+            f"{row['test']} | {row['trainable']:,} | {row['seconds']:.0f} |"
         )
     account, settings = results["account"], results["settings"]
     documents = ", ".join(f"{count:,} {name}" for name, count in settings["split"].items())
@@ -60,11 +59,10 @@ def demo_table(results: dict) -> str:
             *lines,
             "",
             f"{documents} documents, each text once; {100 * results['longer_than_512']:.0f} % of the test documents "
-            "are longer than 512 tokens. "
-            f"LoRA and head: {account['trainable']:,} of {account['total']:,} parameters ({account['percent']:.3f} %), "
-            f"{account['bytes_on_disk']:,} bytes on disk. The whole job took {results['seconds']:.0f} s and at most "
-            f"{results['peak_memory_bytes'] / 2**30:.2f} GiB, with forward passes in {results['precision']} "
-            f"({results['machine']}).",
+            f"are longer than 512 tokens. LoRA and head: {account['trainable']:,} of {account['total']:,} parameters "
+            f"({account['percent']:.3f} %), {account['bytes_on_disk']:,} bytes on disk. The whole job took "
+            f"{results['seconds']:.0f} s and at most {results['peak_memory_bytes'] / 2**30:.2f} GiB, with forward "
+            f"passes in {results['precision']} ({results['machine']}).",
         ]
     )
 
@@ -105,10 +103,8 @@ def experts_line(cells: list[dict]) -> str:
     named = ", ".join(f"`{name}`" for name in before)
     return (
         f"Each method as an expert, `effzoo matrix --experts` (`routed[of=METHOD, experts=2]`): {len(cells):,} "
-        f"combinations, {count['works']:,} "
-        f"work, {count['fails']} fail, {count['refused']} are refused: what is refused above, and {named}, whose "
-        "rows or network are there for "
-        "all tokens."
+        f"combinations, {count['works']:,} work, {count['fails']} fail, {count['refused']} are refused: what is "
+        f"refused above, and {named}, whose rows or network are there for all tokens."
     )
 
 

@@ -74,18 +74,8 @@ def scaling(
         for n in length or ():
             whole("--length", n, least=1)
         _seconds({"--longest": longest, "--seconds": seconds})
-        given = Scaling(
-            attention or KINDS,
-            tuple(length or Scaling.lengths),
-            tuple(mode or Scaling.modes),
-            dim,
-            heads,
-            batch,
-            dtype,
-            device,
-            longest,
-            seconds,
-        )
+        lengths, modes = tuple(length or Scaling.lengths), tuple(mode or Scaling.modes)
+        given = Scaling(attention or KINDS, lengths, modes, dim, heads, batch, dtype, device, longest, seconds)
         folder = _folder(out, "scaling", device)
         rows = _run(given.run, folder)
         for one in given.modes:
@@ -160,8 +150,8 @@ def _run(suite: Callable[[Path, Callable[[str, int, int], None]], list[Row]], ou
         )
 
 
-def _show(title: str, found: Table) -> None:
-    head, *body = found
+def _show(title: str, lines: Table) -> None:
+    head, *body = lines
     if body:
         made = table(*head, right=tuple(head[1:]))
         for row in body:

@@ -80,15 +80,15 @@ def _entries(target: str) -> list[tuple[str, str]]:
     """The (kind, name) pairs to check; of aliases, the first name."""
     path = Path(target)
     if path.suffix == ".py" or path.is_file():
-        found = load_file(path)
-        if not found:
+        entered = load_file(path)
+        if not entered:
             raise OptionError(
                 f"{target} registers nothing, so there is nothing to check. Put a decorator before "
                 f"your class:\n\n{FIX}\n"
             )
-        entries = list(dict.fromkeys((kind, VIEWS[kind].get(name).name) for kind, name in found if kind in VIEWS))
+        entries = list(dict.fromkeys((kind, VIEWS[kind].get(name).name) for kind, name in entered if kind in VIEWS))
         if not entries:
-            registered = listing(f"{kind} {name!r}" for kind, name in found)
+            registered = listing(f"{kind} {name!r}" for kind, name in entered)
             raise OptionError(
                 f"{target} registers {registered}; there are checks for {listing(VIEWS)}, and none for "
                 "what is registered here"

@@ -47,13 +47,13 @@ def meaning(cls: type, option: str) -> str:
     for parent in cls.__mro__:
         text = inspect.cleandoc(parent.__dict__.get("__doc__") or "")
         more = r"(?:\w+,? (?:and )?)*"
-        found = re.search(
+        match = re.search(
             rf"(?:^|[\s(]){more}{re.escape(option)}(?:,? (?:and )?\w+)*: (.*?)(?=(?<=[.;])\s[a-z_]+: |\n\n|\Z)",
             text,
             re.DOTALL,
         )
-        if found:
-            return " ".join(found[1].split())
+        if match:
+            return " ".join(match[1].split())
     return ""
 
 

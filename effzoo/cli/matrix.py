@@ -54,20 +54,20 @@ def matrix(
             BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), console=console(), transient=True
         ) as bar:
             task = bar.add_task("", total=len(methods) * len(kinds) * len(ARCHITECTURES))
-            found = tried(
+            result = tried(
                 methods,
                 kinds,
                 experts=experts,
                 on_cell=lambda cell: bar.update(task, advance=1, description=f"{cell.method} on {cell.attention}"),
             )
-    say(_table(found, methods, kinds), f"\nmarks: {', '.join(ARCHITECTURES)};  + works, - refused, X fails")
-    for reason, cells in found.refusals().items():
+    say(_table(result, methods, kinds), f"\nmarks: {', '.join(ARCHITECTURES)};  + works, - refused, X fails")
+    for reason, cells in result.refusals().items():
         say("", Text(f"refused ({len(cells)}): {_where(cells)}", style="yellow"), Text(reason, style="dim"))
-    failing = [cell for cell in found.cells if cell.status == "fails"]
+    failing = [cell for cell in result.cells if cell.status == "fails"]
     for cell in failing:
         say("", Text(f"FAILS: {cell.method} on {cell.attention}, {cell.architecture}", style="bold red"), cell.reason)
     if save is not None:
-        replace_file(save, (json.dumps([asdict(cell) for cell in found.cells], indent=0) + "\n").encode())
+        replace_file(save, (json.dumps([asdict(cell) for cell in result.cells], indent=0) + "\n").encode())
         say(f"\nwrote {save}")
     if failing:
         raise typer.Exit(1)
@@ -80,12 +80,11 @@ def _chosen(view: View[Any], names: list[str] | None) -> list[str]:
     return names or view.names()
 
 
-def _table(found: Matrix, methods: list[str], kinds: list[str]) -> Table:
+def _table(result: Matrix, methods: list[str], kinds: list[str]) -> Table:
     rows = table("method", *kinds)
     for method in methods:
-        cells = [
-            Text("".join(MARKS[found.cell(method, kind, each).status] for each in ARCHITECTURES)) for kind in kinds
-        ]
+        statuses = [[result.cell(method, kind, name).status for name in ARCHITECTURES] for kind in kinds]
+        cells = [Text("".join(MARKS[status] for status in of_kind)) for of_kind in statuses]
         for cell in cells:
             cell.highlight_regex(r"\+", "green")
             cell.highlight_regex("X", "bold red")

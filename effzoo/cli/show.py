@@ -190,17 +190,8 @@ def account(
 
 
 def _survey(model: Transformer) -> None:
-    rows = table(
-        "method",
-        "trained %",
-        "survey",
-        "changed %",
-        "survey",
-        "rank",
-        "stored bytes",
-        "FLOPs +%",
-        right=("trained %", "changed %", "FLOPs +%"),
-    )
+    head = "method, trained %, survey, changed %, survey, rank, stored bytes, FLOPs +%"
+    rows = table(*head.split(", "), right=("trained %", "changed %", "FLOPs +%"))
     refused = []
     for row in survey_of(model):
         if row.account is None or row.flops is None:

@@ -184,11 +184,11 @@ def _parts(
         parts = texts.split(table, {"train": 1 - holdout, "test": holdout}, seed=seed)
         return parts["train"], parts["test"]
     other = texts.load_text(evaluation, text=text, label=label)
-    known, found = texts.names(table), texts.names(other)
-    if known == found:
+    known, names = texts.names(table), texts.names(other)
+    if known == names:
         return table, other
-    if known is None or found is None or set(found) - set(known):
-        strange = sorted(set(found or ()) - set(known or ()))
+    if known is None or names is None or set(names) - set(known):
+        strange = sorted(set(names or ()) - set(known or ()))
         raise DataError(
             f"the labels of {evaluation} are not those of the training data: "
             f"{', '.join(strange) or 'one of the two has none'}"

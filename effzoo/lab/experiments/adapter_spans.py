@@ -21,11 +21,9 @@ NEAR = 5.0  # points above the majority class that still count as near it
 
 
 @experiment(
-    "adapter_spans",
-    deck=(0, 3),
+    "adapter_spans", deck=(0, 3), data=DATA,
     source="Houlsby et al. 2019, arXiv:1902.00751, section 3.6, figure 6 and text",
-    data=DATA,
-)
+)  # fmt: skip
 def adapter_spans(run: Run) -> Findings:
     """What does it cost to take trained adapters out of some layers, and how wide must they be?"""
     length, steps, batch = run.choose(32, 64), run.choose(40, 300), 16
@@ -110,6 +108,10 @@ def adapter_spans(run: Run) -> Findings:
                 SIZES[size],
             ]
         )
+    settings = {
+        "model": "minilm", "tokens": length, "texts": len(data.train), "test texts": len(data.test), "steps": steps,
+        "batch": batch,
+    }  # fmt: skip
     return Findings(
         tables={f"Adapters of width {REMOVED} taken out of a span": table, "Width of the bottleneck": sizes},
         figure=figure,
@@ -144,14 +146,7 @@ def adapter_spans(run: Run) -> Findings:
                 for seed, of_span in zip(run.seeds, removed, strict=True)
             },
         },
-        settings={
-            "model": "minilm",
-            "tokens": length,
-            "texts": len(data.train),
-            "test texts": len(data.test),
-            "steps": steps,
-            "batch": batch,
-        },
+        settings=settings,
         notes=[
             "Taken out is all that the method hung in a layer: both bottlenecks and the trained norms. The task head "
             "stays, and nothing is trained again. Adapters and head learn at one rate, as in the paper; the faster a "

@@ -106,6 +106,10 @@ def biases(run: Run) -> Findings:
     means = {s: {role: mean_of(moved[s], role) for role in ROLES} for s in seeds}
     order = {s: sorted(ROLES, key=means[s].__getitem__) for s in seeds}
     whole, strong, head = (accuracies[name] for name in ("all biases", "query and middle", "none: the head alone"))
+    settings = {
+        "model": "minilm", "length": length, "steps": steps, "batch": 16, "train texts": len(data.train),
+        "test texts": len(data.test), "rate": RATE,
+    }  # fmt: skip
     return Findings(
         tables={"accuracy": table, "all biases trained: how far each moves": second},
         figure=_figure(accuracies, counts, moved, seeds),
@@ -144,15 +148,7 @@ def biases(run: Run) -> Findings:
                 for s in seeds
             },
         },
-        settings={
-            "model": "minilm",
-            "length": length,
-            "steps": steps,
-            "batch": 16,
-            "train texts": len(data.train),
-            "test texts": len(data.test),
-            "rate": RATE,
-        },
+        settings=settings,
         notes=[
             "Published: BERT base and large on GLUE; change is that of the paper's figure, ||b_0 - b_F||_1 / dim(b), "
             "there on RTE. Trained in float32, because AdamW divides a gradient by its own size: what is 0 but for "

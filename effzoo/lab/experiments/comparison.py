@@ -68,12 +68,10 @@ class Measured:
 
 
 @experiment(
-    "comparison",
-    deck=(0, 3),
-    data=DATA,
+    "comparison", deck=(0, 3), data=DATA,
     source="Ruder, Pfeiffer & Vulic 2022, Modular and parameter-efficient fine-tuning, EMNLP tutorial; Pfeiffer et "
     "al. 2023, arXiv:2302.11529",
-)
+)  # fmt: skip
 def comparison(run: Run) -> Findings:
     """What do parameter, input and function composition cost and give, by the tutorial's five criteria?"""
     length, steps, batch = run.choose(32, 64), run.choose(12, 200), run.choose(8, 16)
@@ -99,6 +97,11 @@ def comparison(run: Run) -> Findings:
     alone = {name: [_mean([m.alone[i] for m in methods]) for i in seeds] for name, methods in groups.items()}
     lost = {name: [_mean([m.lost(i) for m in methods]) for i in seeds] for name, methods in groups.items()}
     merged = [method.merged for methods in groups.values() for method in methods if method.merged is not None]
+    settings = {
+        "model": "minilm", "tokens": length, "texts": [len(examples) for examples in train],
+        "test texts": [len(examples) for examples in test], "steps": steps, "batch": batch,
+        "learning rate of the head": HEAD_RATE,
+    }  # fmt: skip
     return Findings(
         tables={"Methods": _methods(measured), "Compositions": _compositions(shares, steps_of, passes, alone, lost)},
         figure=figure,
@@ -133,15 +136,7 @@ def comparison(run: Run) -> Findings:
             ),
         ],
         values={spec: dict(vars(method)) for spec, method in measured.items()},
-        settings={
-            "model": "minilm",
-            "tokens": length,
-            "texts": [len(examples) for examples in train],
-            "test texts": [len(examples) for examples in test],
-            "steps": steps,
-            "batch": batch,
-            "learning rate of the head": HEAD_RATE,
-        },
+        settings=settings,
         notes=[
             "Two tasks: every second label, and the others. Accuracy is the mean over both, each with its own adapter; "
             "together is that with the mean of the two adapters' outputs at every site and each task's own head. Times "

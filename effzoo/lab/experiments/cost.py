@@ -77,6 +77,10 @@ def cost(run: Run) -> Findings:
     _shares(left, rows, measured)
     _seconds(middle, rows, dims[-1])
     _memory(right, memory)
+    settings = {
+        "d": list(dims), "n": list(lengths), "d_h": "4 d", "head": HEAD, "dtype": "float32",
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
     return Findings(
         tables={
             "Shares of a layer": table,
@@ -100,14 +104,7 @@ def cost(run: Run) -> Findings:
             "largest distance of a share": away,
             "memory": {name: dict(column) for name, column in memory.items()},
         },
-        settings={
-            "d": list(dims),
-            "n": list(lengths),
-            "d_h": "4 d",
-            "head": HEAD,
-            "dtype": "float32",
-            "threads": torch.get_num_threads(),
-        },
+        settings=settings,
         notes=[
             "Shares of operations depend on n / d alone: feed-forward 16 / (24 + 4 n / d), two thirds for short "
             "sequences and half at n = 2 d; attention is as large as the projections there, as large as the "

@@ -90,18 +90,15 @@ def delta_rank(run: Run) -> Findings:
     figure, (left, right) = panels(2)
     _draw_spectra(left, base, {name: by_seed[run.seeds[0]] for name, by_seed in changes.items()})
     for number, (name, by_seed) in enumerate(paths.items()):
-        for i, seen in enumerate(by_seed.values()):
-            x, y = [a for a, _ in seen], [b for _, b in seen]
-            right.plot(
-                x,
-                y,
-                color=LINES[number],
-                marker=MARKERS[number],
-                markersize=4,
-                linewidth=1,
-                alpha=0.7,
-                label=None if i else name,
-            )
+        style: dict[str, Any] = {
+            "color": LINES[number],
+            "marker": MARKERS[number],
+            "markersize": 4,
+            "linewidth": 1,
+            "alpha": 0.7,
+        }
+        for i, curve in enumerate(by_seed.values()):
+            right.plot(*zip(*curve, strict=True), label=None if i else name, **style)
     right.axhline(before, color="#888888", linewidth=1, linestyle=":")
     right.annotate(
         "before training",
@@ -119,6 +116,10 @@ def delta_rank(run: Run) -> Findings:
     right.legend(frameon=False, fontsize=8, loc="lower left")
     loras = [name for name in WAYS if name != "full"]
     last = {name: {seed: seen[-1] for seed, seen in by_seed.items()} for name, by_seed in paths.items()}
+    settings = {
+        "model": "minilm", "data": topics.about, "steps": steps, "batch": 16, "texts": len(topics.train),
+        "learning rates": {name: rate for name, (_, rate) in WAYS.items()},
+    }  # fmt: skip
     return Findings(
         tables={"learning and forgetting": table, f"singular values for {SHARE:.0%} of the squares": rank_table},
         figure=figure,
@@ -155,14 +156,7 @@ def delta_rank(run: Run) -> Findings:
                 name: {str(s): of_seed for s, of_seed in by_seed.items()} for name, by_seed in ranks.items()
             },
         },
-        settings={
-            "model": "minilm",
-            "data": topics.about,
-            "steps": steps,
-            "batch": 16,
-            "texts": len(topics.train),
-            "learning rates": {name: rate for name, (_, rate) in WAYS.items()},
-        },
+        settings=settings,
         notes=[
             "New task: are the words of a text in their order, or shuffled. Old task: its topic, from the mean of the "
             "last hidden states by a linear map that is fitted before training. Published: Llama-2-7B on code and "

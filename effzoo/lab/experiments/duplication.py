@@ -78,6 +78,10 @@ def duplication(run: Run) -> Findings:
     right.legend(frameon=False, fontsize=8, loc="lower left")
     chance = 100 / sizes["symbols"]
     of_seeds = list(accuracies.values())
+    settings = {
+        **sizes, "dim": 64, "heads": 4, "batch": batch, "steps": steps, "learning rate": rate,
+        "chance": f"{chance:.1f} %",
+    }  # fmt: skip
     return Findings(
         tables={"Symbols of the second word repeated, %": table},
         figure=figure,
@@ -104,15 +108,7 @@ def duplication(run: Run) -> Findings:
             "loss": losses,
             "published": {rounds: list(row) for rounds, row in PUBLISHED.items()},
         },
-        settings={
-            **sizes,
-            "dim": 64,
-            "heads": 4,
-            "batch": batch,
-            "steps": steps,
-            "learning rate": rate,
-            "chance": f"{chance:.1f} %",
-        },
+        settings=settings,
         notes=[
             "Published: |w| = 511, 127 symbols, 256 wide, 150,000 steps, chance 0.8 %. Here hashes are drawn anew at "
             "every step. `full` is the same kind with one chunk: shared queries and keys, no token attends itself."

@@ -17,12 +17,10 @@ REACHED = 0.9
 
 
 @experiment(
-    "freezing",
-    deck=(0, 3),
+    "freezing", deck=(0, 3), data=DATA,
     source="Lee et al. 2019, What would Elsa do?, arXiv:1911.03090, section 4; Houlsby et al. 2019, "
     "arXiv:1902.00751, figures 1 and 4",
-    data=DATA,
-)
+)  # fmt: skip
 def freezing(run: Run) -> Findings:
     """How many of the first layers can stay frozen, and do adapters use the same number of parameters better than the
     last layers do?"""
@@ -36,18 +34,8 @@ def freezing(run: Run) -> Findings:
     for seed in run.seeds:
         model = minilm(len(data.names), seed=seed)
         for first in frozen:
-            _one(
-                model,
-                f"freeze[first={first}]",
-                f"first {first} frozen",
-                RATE,
-                data,
-                steps,
-                seed,
-                accuracies,
-                counts,
-                specs,
-            )
+            name = f"first {first} frozen"
+            _one(model, f"freeze[first={first}]", name, RATE, data, steps, seed, accuracies, counts, specs)
         layer = counts[f"first {depth - 1} frozen"]
         for name, method, budget in _adapters(layer, run.quick):
             spec = str(peft.within(model, method, budget))
@@ -111,19 +99,16 @@ def freezing(run: Run) -> Findings:
             band(right, x, runs, label, number)
         else:
             means, low, high = (100 * f(list(accuracies[names[0]].values())) for f in (mean, min, max))
-            right.errorbar(
-                x,
-                [means],
-                [[means - low], [high - means]],
-                color=LINES[number],
-                marker=MARKERS[number],
-                linestyle="",
-                label=label,
-            )
+            style: dict[str, Any] = {"color": LINES[number], "marker": MARKERS[number], "linestyle": "", "label": label}
+            right.errorbar(x, [means], [[means - low], [high - means]], **style)
     right.axvline(layer, color="#888888", linewidth=0.9, linestyle=":", label="one layer")
     right.set(xscale="log", xlabel="trained parameters (without the head)", title="at the same number of parameters")
     right.legend(frameon=False, fontsize=8, loc="lower right")
 
+    settings = {
+        "model": "minilm", "length": length, "steps": steps, "batch": 16, "train texts": len(data.train),
+        "test texts": len(data.test), "learning rates": f"layers {RATE}, adapters {ADAPTER_RATE}, head {HEAD_RATE}",
+    }  # fmt: skip
     return Findings(
         tables={"accuracy": table},
         figure=figure,
@@ -150,15 +135,7 @@ def freezing(run: Run) -> Findings:
             ),
         ],
         values={"accuracy": accuracies, "parameters": counts, "specs": specs},
-        settings={
-            "model": "minilm",
-            "length": length,
-            "steps": steps,
-            "batch": 16,
-            "train texts": len(data.train),
-            "test texts": len(data.test),
-            "learning rates": f"layers {RATE}, adapters {ADAPTER_RATE}, head {HEAD_RATE}",
-        },
+        settings=settings,
         notes=[
             "Published: BERT and RoBERTa on GLUE and IMDb, trained for epochs; in Houlsby's figure, over nine GLUE "
             "tasks, adapters hold their accuracy over two orders of magnitude while the last layers lose much. A seed "

@@ -19,11 +19,9 @@ ORDERS = ("least important first", "at random", "most important first")
 
 
 @experiment(
-    "head_pruning",
-    deck=3,
+    "head_pruning", deck=3, data=DATA,
     source="Michel et al. 2019, Are sixteen heads really better than one?, arXiv:1905.10650, section 4, figure 3",
-    data=DATA,
-)
+)  # fmt: skip
 def head_pruning(run: Run) -> Findings:
     """How many attention heads can go, and does the gradient of their gates say which?"""
     length, steps, tests = run.choose((24, 24, 200), (128, 300, 1000))
@@ -34,16 +32,8 @@ def head_pruning(run: Run) -> Findings:
     counts: list[int] = []
     for seed in run.seeds:
         model = minilm(len(data.names), seed=seed)
-        tune(
-            model,
-            "full[targets=(attn.*,mlp.*)]",
-            data.train,
-            name="tuned",
-            steps=steps,
-            seed=seed,
-            rate=RATE,
-            head_rate=HEAD_RATE,
-        )
+        spec = "full[targets=(attn.*,mlp.*)]"
+        tune(model, spec, data.train, name="tuned", steps=steps, seed=seed, rate=RATE, head_rate=HEAD_RATE)
         peft.merge(model, "tuned")
         scores[str(seed)] = head_importance(model, looked)
         heads = scores[str(seed)].numel()
@@ -92,6 +82,10 @@ def head_pruning(run: Run) -> Findings:
     right.set(xlabel="head", ylabel="layer", title="importance, by the norm of its layer")
 
     low, random, high = (accuracies[name] for name in ORDERS)
+    settings = {
+        "model": "minilm", "length": length, "steps": steps, "batch": 16, "train texts": len(data.train),
+        "test texts": len(data.test), "texts for the importance": len(looked), "rate": RATE,
+    }  # fmt: skip
     return Findings(
         tables={"accuracy": table},
         figure=figure,
@@ -110,16 +104,7 @@ def head_pruning(run: Run) -> Findings:
             ),
         ],
         values={"accuracy": accuracies, "importance": {s: scores[s].tolist() for s in seeds}, "removed": counts},
-        settings={
-            "model": "minilm",
-            "length": length,
-            "steps": steps,
-            "batch": 16,
-            "train texts": len(data.train),
-            "test texts": len(data.test),
-            "texts for the importance": len(looked),
-            "rate": RATE,
-        },
+        settings=settings,
         notes=[
             "Published: BERT base on MNLI, and a translation model on WMT, pruned after training as here: up to 20 % "
             "of its heads and 40 % of BERT's go without a noticeable loss, then accuracy falls sharply. A seed draws "

@@ -31,11 +31,9 @@ PUBLISHED = {
 
 
 @experiment(
-    "intrinsic",
-    deck=(2, 3),
+    "intrinsic", deck=(2, 3), data=DATA,
     source="Li et al. 2018, Measuring the intrinsic dimension, arXiv:1804.08838, figures 1-3",
-    data=DATA,
-)
+)  # fmt: skip
 def intrinsic(run: Run) -> Findings:
     """In how many random directions must a small network be trained to reach 90 % of what it reaches in all?"""
     data = images(run, train=run.choose(10_000, None), test=run.choose(2_000, None))
@@ -111,6 +109,10 @@ def intrinsic(run: Run) -> Findings:
         axes.minorticks_off()
         axes.legend(frameon=False, fontsize=8, loc="lower right")
     left.set_ylabel("share of the accuracy with all of D")
+    settings = {
+        "data": data.about, "images": len(data.train), "steps": steps, "batch": batch, "learning rate": RATE,
+        "rate of all": BASE_RATE,
+    }  # fmt: skip
     return Findings(
         tables={"d90": table, "accuracy by d": by_d},
         figure=figure,
@@ -124,14 +126,7 @@ def intrinsic(run: Run) -> Findings:
             "d90": {f"{name}, {way}": accuracies for (name, way), accuracies in nineties.items()},
             "crossing": {f"{name}, {way}": dims for (name, way), dims in crossings.items()},
         },
-        settings={
-            "data": data.about,
-            "images": len(data.train),
-            "steps": steps,
-            "batch": batch,
-            "learning rate": RATE,
-            "rate of all": BASE_RATE,
-        },
+        settings=settings,
         notes=[
             f"Data: {data.about}; networks of a size for its images. d90: the smallest d tried whose accuracy is 90 % "
             "of the same network's when all of it is trained. Published: MNIST, 100 epochs, threshold 0.90. The "

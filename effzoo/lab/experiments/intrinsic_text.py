@@ -28,11 +28,9 @@ PUBLISHED = [
 
 
 @experiment(
-    "intrinsic_text",
-    deck=2,
+    "intrinsic_text", deck=2, data=DATA,
     source="Aghajanyan et al. 2020, Intrinsic dimensionality, arXiv:2012.13255, table 1 and figure 1",
-    data=DATA,
-)
+)  # fmt: skip
 def intrinsic_text(run: Run) -> Findings:
     """In how many directions must a pretrained transformer be fine-tuned, with one factor for each layer and
     without?"""
@@ -95,6 +93,10 @@ def intrinsic_text(run: Run) -> Findings:
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     count, deepest, flattest = range(len(run.seeds)), depths[-1], depths[0]
     published = [["published, d90 by SAID / DID", "MRPC", "QQP"], *PUBLISHED]
+    settings = {
+        "model": "minilm", "layers": list(depths), "data": data.about, "steps": steps, "batch": 16,
+        "learning rate": RATE, "learning rate of all": BASE_RATE,
+    }  # fmt: skip
     return Findings(
         tables={"accuracy in d dimensions": table, "published": published},
         figure=figure,
@@ -125,15 +127,7 @@ def intrinsic_text(run: Run) -> Findings:
             "d90": {f"{name}, {depth}": accuracies for (depth, name), accuracies in nineties.items()},
             "crossing": {f"{name}, {depth}": dims for (depth, name), dims in crossings.items()},
         },
-        settings={
-            "model": "minilm",
-            "layers": list(depths),
-            "data": data.about,
-            "steps": steps,
-            "batch": 16,
-            "learning rate": RATE,
-            "learning rate of all": BASE_RATE,
-        },
+        settings=settings,
         notes=[
             "Smaller models are the lower layers of MiniLM, of which each was trained within the whole. D: blocks and "
             "head; embeddings stay, and the head moves in the subspace, where it counts. DID is Fastfood without "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -56,6 +56,10 @@ def listops(run: Run) -> Findings:
             )
     of_seeds = list(accuracies.values())
     worst = tuple(min(by.values()) == by["local"] for by in of_seeds)
+    settings = {
+        "depth": task.depth, "longest": longest, "train": train, "test": test, "steps": steps, "batch": batch,
+        "layers": 2, "dim": dim, "kinds": ", ".join(KINDS.values()),
+    }  # fmt: skip
     return Findings(
         tables={"Accuracy on ListOps, %": _table(of_seeds)},
         figure=_figure(of_seeds, guess),
@@ -74,17 +78,7 @@ def listops(run: Run) -> Findings:
             ),
         ],
         values={"accuracy": accuracies, "loss": losses, "most frequent value": guess, "published": PUBLISHED},
-        settings={
-            "depth": task.depth,
-            "longest": longest,
-            "train": train,
-            "test": test,
-            "steps": steps,
-            "batch": batch,
-            "layers": 2,
-            "dim": dim,
-            "kinds": ", ".join(KINDS.values()),
-        },
+        settings=settings,
         notes=[
             "Long Range Arena: depth 10, 501 to 1,999 tokens, 4 layers of 512, 5,000 steps; here the same grammar on "
             "short expressions and a small model, so that only the order of the kinds can be compared. Chance is 10 %; "
@@ -117,16 +111,9 @@ def _figure(of_seeds: list[dict[str, float]], guess: float) -> Figure:
     places = range(len(KINDS))
     means = [100 * sum(by[name] for by in of_seeds) / len(of_seeds) for name in KINDS]
     axes.bar(places, means, width=0.6, color=LINES[0], alpha=0.75, label="here, mean")
+    style: dict[str, Any] = {"linestyle": "", "marker": "_", "markersize": 14, "color": "#000000"}
     for number, by in enumerate(of_seeds):
-        axes.plot(
-            places,
-            [100 * by[name] for name in KINDS],
-            linestyle="",
-            marker="_",
-            markersize=14,
-            color="#000000",
-            label=None if number else "a seed",
-        )
+        axes.plot(places, [100 * by[name] for name in KINDS], label=None if number else "a seed", **style)
     published = [(place, PUBLISHED[name]) for place, name in enumerate(KINDS) if name in PUBLISHED]
     axes.plot(
         *zip(*published, strict=True),

@@ -89,6 +89,10 @@ def lora_ranks(run: Run) -> Findings:
     left.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.05))
     seeds = range(len(run.seeds))
     qv, small = scores["q, v"], [r for r in ranks if r > 1]
+    settings = {
+        "model": "minilm", "task": "word order", "data": data.about, "steps": steps, "batch": 16, "alpha": ALPHA,
+        "learning rate": RATE,
+    }  # fmt: skip
     return Findings(
         tables={"rank and matrices": table, "one budget": spent},
         figure=figure,
@@ -117,15 +121,7 @@ def lora_ranks(run: Run) -> Findings:
                 name: {str(r): _values(scores) for r, scores in by_rank.items()} for name, by_rank in scores.items()
             },
         },
-        settings={
-            "model": "minilm",
-            "task": "word order",
-            "data": data.about,
-            "steps": steps,
-            "batch": 16,
-            "alpha": ALPHA,
-            "learning rate": RATE,
-        },
+        settings=settings,
         notes=[
             "Task: do the words of a text stand in their order, or shuffled? Topics would not do: a head alone tells "
             "them from MiniLM's sentence vectors, at every rank alike. Published: GPT-3 175B, trained to the end; here "

@@ -36,11 +36,9 @@ DATA = (
 
 
 @experiment(
-    "lora_subspaces",
-    deck=2,
+    "lora_subspaces", deck=2, data=DATA,
     source="Hu et al. 2021, LoRA, arXiv:2106.09685, sections 7.2 and 7.3, figures 3 and 4, table 7",
-    data=DATA,
-)
+)  # fmt: skip
 def lora_subspaces(run: Run) -> Findings:
     """Do LoRA's of different ranks and seeds find the same directions, and does their change amplify what the weight
     holds?"""
@@ -102,6 +100,10 @@ def lora_subspaces(run: Run) -> Findings:
     pair, seeds = by_seed[f"r = {SMALL} and r = {LARGE}"], by_seed[f"r = {LARGE}, two seeds"]
     randoms = by_seed["random, 8 and 64"]
     count = range(len(run.seeds))
+    settings = {
+        "model": "minilm", "task": "word order", "data": data.about, "steps": steps, "batch": 16, "alpha": "rank",
+        "learning rate": RATE,
+    }  # fmt: skip
     return Findings(
         tables={
             "subspace similarity, mean over layers": table,
@@ -150,15 +152,7 @@ def lora_subspaces(run: Run) -> Findings:
                 for r, of_seeds in ((SMALL, small), (LARGE, large))
             },
         },
-        settings={
-            "model": "minilm",
-            "task": "word order",
-            "data": data.about,
-            "steps": steps,
-            "batch": 16,
-            "alpha": "rank",
-            "learning rate": RATE,
-        },
+        settings=settings,
         notes=[
             "Right singular vectors of A, as published for GPT-3 175B, layer 48 of 96. A starts random and B at 0; "
             "what the runs share they have learned. Of two random subspaces phi(i, j) is max(i, j) / in on average. "

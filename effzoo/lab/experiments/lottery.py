@@ -24,11 +24,9 @@ PUBLISHED = {  # Frankle & Carbin 2019, section 2 and figures 3 and 4
 
 
 @experiment(
-    "lottery",
-    deck=3,
+    "lottery", deck=3, data=DATA,
     source="Frankle & Carbin 2019, The lottery ticket hypothesis, arXiv:1803.03635, figures 3 and 4",
-    data=DATA,
-)
+)  # fmt: skip
 def lottery(run: Run) -> Findings:
     """Does a sparse network learn as well as the whole one from where it started, and worse from a new start?"""
     data = images(run)
@@ -144,6 +142,11 @@ def lottery(run: Run) -> Findings:
             judged(seeds, lambda s: all(places[s][level].last < tickets[s][level].last for level in sparse)),
         ),
     ]
+    settings = {
+        "network": "LeNet-300-100 without biases", "weights": sum(mask.numel() for mask in tickets[seeds[0]][0].masks),
+        "images": data.about, "steps of each training": steps, "prunings": rounds, "batch": batch,
+        "learning rate": "1.2e-3, falling to 0",
+    }  # fmt: skip
     return Findings(
         tables={"accuracy": table},
         figure=figure,
@@ -154,15 +157,7 @@ def lottery(run: Run) -> Findings:
             "drawn anew": {s: {str(level): anew[s][level].accuracies for level in levels} for s in seeds},
             "other places": {s: {str(level): places[s][level].accuracies for level in levels} for s in seeds},
         },
-        settings={
-            "network": "LeNet-300-100 without biases",
-            "weights": sum(mask.numel() for mask in tickets[seeds[0]][0].masks),
-            "images": data.about,
-            "steps of each training": steps,
-            "prunings": rounds,
-            "batch": batch,
-            "learning rate": "1.2e-3, falling to 0",
-        },
+        settings=settings,
         notes=[
             "Published: MNIST, 50,000 steps, a constant learning rate, biases; accuracy where the loss on held-out "
             "images is least. Here a fifth of what is left goes in each round, a tenth in the last matrix, and "

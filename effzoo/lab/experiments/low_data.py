@@ -87,6 +87,10 @@ def low_data(run: Run) -> Findings:
     slow_gain = [a - b for a, b in zip(slow["prefix"], slow["full"], strict=True)]
     means = [f"{sum(percents) / len(percents):.1f} %" for percents in slow.values()]
     table.append([f"{few}, the head at {SLOW:g}", *means, ", ".join(f"{points:+.1f}" for points in slow_gain), ""])
+    settings = {
+        "model": "minilm", "tokens": length, "test texts": len(data.test), "steps": steps, "batch": batch,
+        "learning rate of the head": HEAD_RATE,
+    }  # fmt: skip
     return Findings(
         tables={"Accuracy by the number of training texts": table},
         figure=figure,
@@ -116,14 +120,7 @@ def low_data(run: Run) -> Findings:
             "trained percent": trained,
             "accuracy with a slow head": slow,
         },
-        settings={
-            "model": "minilm",
-            "tokens": length,
-            "test texts": len(data.test),
-            "steps": steps,
-            "batch": batch,
-            "learning rate of the head": HEAD_RATE,
-        },
+        settings=settings,
         notes=[
             "As many steps for each number of texts, at each method's own learning rate (full: 5e-5). The last row has "
             "the head, which is new in both, at its usual rate. A seed draws the texts and the head. Published: GPT-2 "

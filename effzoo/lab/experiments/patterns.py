@@ -83,6 +83,10 @@ def patterns(run: Run) -> Findings:
         all(facts["mass"][str(a)] < facts["mass"][str(b)] for a, b in itertools.pairwise(ROUNDS))
         for facts in hashed.values()
     )
+    settings = {
+        "n": [SMALL, large], "blocks": BLOCKS, "window": WINDOW, "dilation": DILATION, "globals": GLOBALS,
+        "chunk": [_chunk(SMALL), _chunk(large)], "buckets": [2 * SMALL // _chunk(SMALL), buckets],
+    }  # fmt: skip
     return Findings(
         tables={"Attended pairs": table, f"What rounds of hashing catch, n = {large}": rounds},
         figure=_figure(run.seeds[0]),
@@ -99,15 +103,7 @@ def patterns(run: Run) -> Findings:
             Claim("more rounds catch more of full attention", rising),
         ],
         values={"pairs": {str(n): [list(row) for row in rows] for n, rows in counts.items()}, "hashing": hashed},
-        settings={
-            "n": [SMALL, large],
-            "blocks": BLOCKS,
-            "window": WINDOW,
-            "dilation": DILATION,
-            "globals": GLOBALS,
-            "chunk": [_chunk(SMALL), _chunk(large)],
-            "buckets": [2 * SMALL // _chunk(SMALL), buckets],
-        },
+        settings=settings,
         notes=[
             "Everything is counted from what the library computes: declared patterns, equal to the forward pass by the "
             "tests, and for LSH the output of the forward pass where the values are the identity.",

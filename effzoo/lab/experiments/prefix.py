@@ -23,11 +23,9 @@ PUBLISHED = {
 
 
 @experiment(
-    "prefix",
-    deck=1,
+    "prefix", deck=1, data=DATA,
     source="Li & Liang 2021, arXiv:2101.00190, sections 4.3 and 7; He et al. 2022, arXiv:2110.04366, equation 5",
-    data=DATA,
-)
+)  # fmt: skip
 def prefix(run: Run) -> Findings:
     """What do a prefix's length, start and reparametrisation change, and what share of attention does it take?"""
     length, steps, batch, looked = run.choose(32, 64), run.choose(30, 300), 16, run.choose(64, 256)
@@ -104,6 +102,10 @@ def prefix(run: Run) -> Findings:
             f"{min(percents):.1f} to {max(percents):.1f}",
              f"{sum(share[key]) / len(percents):.3f}", f"{sum(spread[key]) / len(percents):.3f}", PUBLISHED[key]]
         )  # fmt: skip
+    settings = {
+        "model": "minilm", "tokens": length, "texts": len(data.train), "test texts": len(data.test),
+        "texts for the gate": looked, "steps": steps, "batch": batch,
+    }  # fmt: skip
     return Findings(
         tables={"Prefixes": table},
         figure=figure,
@@ -135,15 +137,7 @@ def prefix(run: Run) -> Findings:
             },
             "gate spread": {specs[key]: deviations for key, deviations in spread.items()},
         },
-        settings={
-            "model": "minilm",
-            "tokens": length,
-            "texts": len(data.train),
-            "test texts": len(data.test),
-            "texts for the gate": looked,
-            "steps": steps,
-            "batch": batch,
-        },
+        settings=settings,
         notes=[
             "Published: GPT-2 and BART on table-to-text and summarisation, in figures and sentences without a number "
             "for a length of ours. The trained share of the MLP is that during training; afterwards keys and values "

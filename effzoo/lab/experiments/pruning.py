@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from effzoo import peft
 from effzoo.lab.analyses.lenet import LeNet
@@ -43,54 +44,27 @@ def pruning(run: Run) -> Findings:
     for seed in run.seeds:
         key = str(seed)
         model, network = minilm(len(data.names), seed=seed), LeNet(height * width, seed=seed)
-        tune(
-            model,
-            "full[targets=(attn.*,mlp.*)]",
-            data.train,
-            name="tried",
-            steps=steps,
-            seed=seed,
-            rate=RATE,
-            head_rate=HEAD_RATE,
-        )
+        of_texts: dict[str, Any] = {"steps": steps, "seed": seed, "rate": RATE, "head_rate": HEAD_RATE}
+        of_digits: dict[str, Any] = {"steps": small_steps, "batch": 60, "seed": seed, "rate": SMALL_RATE}
+        tune(model, "full[targets=(attn.*,mlp.*)]", data.train, name="tried", **of_texts)
         dense["minilm"][key] = fast_accuracy(model, data.test)
         peft.detach(model, "tried")
         fit(
             network, before[0].stream(60, seed), small_steps, learning_rate=SMALL_RATE, weight_decay=0.0, bfloat16=False
         )
         dense["before"][key] = accuracy(network, after[1], 1024)
-        tune(
-            network,
-            "full[targets=fc.*]",
-            after[0],
-            name="tried",
-            steps=small_steps,
-            batch=60,
-            seed=seed,
-            rate=SMALL_RATE,
-            bfloat16=False,
-        )
+        tune(network, "full[targets=fc.*]", after[0], name="tried", bfloat16=False, **of_digits)
         dense["digits"][key] = accuracy(network, after[1], 1024)
         peft.detach(network, "tried")
         for method in METHODS:
             for keep in keeps:
                 spec = f"{method}[keep={keep},layers={layers}]"
-                tune(model, spec, data.train, name="tried", steps=steps, seed=seed, rate=RATE, head_rate=HEAD_RATE)
+                tune(model, spec, data.train, name="tried", **of_texts)
                 big[method][keep][key] = fast_accuracy(model, data.test)
                 peft.detach(model, "tried")
             for keep in small_keeps:
                 spec = f"{method}[keep={keep},targets=fc.*]"
-                tune(
-                    network,
-                    spec,
-                    after[0],
-                    name="tried",
-                    steps=small_steps,
-                    batch=60,
-                    seed=seed,
-                    rate=SMALL_RATE,
-                    bfloat16=False,
-                )
+                tune(network, spec, after[0], name="tried", bfloat16=False, **of_digits)
                 small[method][keep][key] = accuracy(network, after[1], 1024)
                 if keep == small_keeps[2]:
                     by_size[method][key] = kept_by_size(*pruned_weights(network), PARTS)
@@ -181,6 +155,11 @@ def pruning(run: Run) -> Findings:
                 judged(seeds, lambda s: big["movement"][fewest][s] > big["magnitude"][fewest][s]),
             ),
         )
+    settings = {
+        "model": "minilm", "pruned layers": f"{-min(layers)} last", "length": length, "steps": steps, "batch": 16,
+        "test texts": len(data.test), "small network": "LeNet-300-100 without biases, digits, then digits upside down",
+        "its steps": small_steps,
+    }  # fmt: skip
     return Findings(
         tables={"MiniLM": _table(big, dense["minilm"], seeds), "small network": _table(small, dense["digits"], seeds)},
         figure=figure,
@@ -191,16 +170,7 @@ def pruning(run: Run) -> Findings:
             "nothing pruned": dense,
             "kept by size, tenths from the smallest": by_size,
         },
-        settings={
-            "model": "minilm",
-            "pruned layers": f"{-min(layers)} last",
-            "length": length,
-            "steps": steps,
-            "batch": 16,
-            "test texts": len(data.test),
-            "small network": "LeNet-300-100 without biases, digits, then digits upside down",
-            "its steps": small_steps,
-        },
+        settings=settings,
         notes=[
             "Published: BERT base on SQuAD, MNLI and QQP, every layer pruned over 6 to 12 epochs; movement is better "
             "from about 15 % downwards. In some dozens of steps scores have seen little, so on MiniLM the few steps "

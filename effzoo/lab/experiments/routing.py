@@ -47,11 +47,10 @@ COLLAPSING = {
 
 
 @experiment(
-    "routing",
-    deck=3,
+    "routing", deck=3,
     source="Shazeer et al. 2017, arXiv:1701.06538, section 4; Fedus et al. 2021, "
     "arXiv:2101.03961, section 2.2; Ponti et al. 2022",
-)
+)  # fmt: skip
 def routing(run: Run) -> Findings:
     """Does a router collapse without a balancing loss, and should it choose for a token, an example or a task?"""
     steps, depth = run.choose(100, 1000), run.choose(2, 4)
@@ -125,6 +124,10 @@ def routing(run: Run) -> Findings:
             _above(right, "by task, skills", "mean of experts"),
         ),
     ]
+    settings = {
+        "domains": DOMAINS, "symbols": SYMBOLS, "length": LENGTH, "batch": BATCH, "steps": steps, "layers": depth,
+        "dim": 64, "experts": EXPERTS,
+    }  # fmt: skip
     return Findings(
         tables={"balance: the last quarter of the training": first, "level": second},
         figure=_figure(series, right, steps),
@@ -138,16 +141,7 @@ def routing(run: Run) -> Findings:
             "unused": idle,
             "dropped": dropped,
         },
-        settings={
-            "domains": DOMAINS,
-            "symbols": SYMBOLS,
-            "length": LENGTH,
-            "batch": BATCH,
-            "steps": steps,
-            "layers": depth,
-            "dim": 64,
-            "experts": EXPERTS,
-        },
+        settings=settings,
         notes=[
             "Feed-forwards are trained at a learning rate of 0.03: at 0.01 and below all routers stay even here, "
             "with a loss or without.",

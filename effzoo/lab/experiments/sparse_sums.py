@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -35,11 +35,9 @@ Scores = dict[str, dict[str, dict[str, float]]]  # method, what is counted, seed
 
 
 @experiment(
-    "sparse_sums",
-    deck=3,
+    "sparse_sums", deck=3, data=DATA,
     source="Ansell et al. 2022, Composable sparse fine-tuning, arXiv:2110.07560, sections 3 and 6",
-    data=DATA,
-)
+)  # fmt: skip
 def sparse_sums(run: Run) -> Findings:
     """Do sparse changes, learned apart, add up to a network that does both, better than dense changes?"""
     length, steps, tests = run.choose((24, 24, 240), (128, 300, 1000))
@@ -131,22 +129,17 @@ def sparse_sums(run: Run) -> Findings:
         ),
     ]
     groups_said = [", ".join(data.names[:2]), ", ".join(data.names[2:])]
+    settings = {
+        "small network": "LeNet-300-100 without biases, trained on digits", "its steps": small_steps, "model": "minilm",
+        "length": length, "steps": steps, "batch": 16, "test texts": len(data.test), "task a": groups_said[0],
+        "task b": groups_said[1],
+    }  # fmt: skip
     return Findings(
         tables={f"digits: {INPUTS} and {LABELS}": first, "MiniLM: two tasks": second},
         figure=_figure(small, big, seeds),
         claims=claims,
         values={"digits": small, "digits, changes": geometry, "minilm": big},
-        settings={
-            "small network": "LeNet-300-100 without biases, trained on digits",
-            "its steps": small_steps,
-            "model": "minilm",
-            "length": length,
-            "steps": steps,
-            "batch": 16,
-            "test texts": len(data.test),
-            "task a": groups_said[0],
-            "task b": groups_said[1],
-        },
+        settings=settings,
         notes=[
             "Published: a change for a language and one for a task, added, in cross-lingual transfer with mBERT and "
             f"XLM-R, better than MAD-X adapters; dense sums are not in its tables. Here {INPUTS} digits stand for the "
@@ -167,23 +160,12 @@ def _digits(steps: int, seed: int, results: Scores, geometry: dict[str, dict[str
     model = LeNet(height * width, seed=seed)
     fit(model, of["digit"][0].stream(60, seed), steps, learning_rate=SMALL_RATE, weight_decay=0.0, bfloat16=False)
     for name in (*map(str, KEEPS), DENSE):
-        spec, rate = (
-            ("full[targets=fc.*]", SMALL_RATE) if name == DENSE else (f"lt_sft[keep={name},targets=fc.*]", SPARSE_RATE)
-        )
+        spec = "full[targets=fc.*]" if name == DENSE else f"lt_sft[keep={name},targets=fc.*]"
+        rate = SMALL_RATE if name == DENSE else SPARSE_RATE
+        options: dict[str, Any] = {"steps": steps, "batch": 60, "seed": seed, "rate": rate, "weight_decay": 0.0}
         scores = results.setdefault(name, {})
         for adapter, kind in (("inputs", INPUTS), ("labels", LABELS)):
-            tune(
-                model,
-                spec,
-                of[kind][0],
-                name=adapter,
-                steps=steps,
-                batch=60,
-                seed=seed,
-                rate=rate,
-                weight_decay=0.0,
-                bfloat16=False,
-            )
+            tune(model, spec, of[kind][0], name=adapter, bfloat16=False, **options)
             scores.setdefault(adapter, {})[key] = accuracy(model, of[kind][1], 1024)
             scores.setdefault(f"{adapter} on both", {})[key] = accuracy(model, both, 1024)
         changes = [peft.delta(model, adapter) for adapter in ("inputs", "labels")]

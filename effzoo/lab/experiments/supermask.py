@@ -35,11 +35,9 @@ PUBLISHED = {  # Zhou et al. 2019, abstract and table 1, MNIST
 
 
 @experiment(
-    "supermask",
-    deck=3,
+    "supermask", deck=3, data=DATA,
     source="Zhou et al. 2019, Deconstructing lottery tickets, arXiv:1905.01067, abstract and table 1",
-    data=DATA,
-)
+)  # fmt: skip
 def supermask(run: Run) -> Findings:
     """How good can a network of random weights become by a mask alone, and how many tasks can share its weights?"""
     data = images(run)
@@ -119,6 +117,11 @@ def supermask(run: Run) -> Findings:
     right.tick_params(axis="x", labelrotation=30)
     right.set(xlabel="counted on", ylabel="mask of", title="accuracy, %: one network, six masks")
 
+    settings = {
+        "network": "LeNet-300-100 without biases", "weights": weights, "images": data.about, "steps": steps,
+        "batch": batch, "kept by learned masks": KEEP, "kept by masks of a trained network": FINAL,
+        "rates": f"weights {RATE}, scores {MASK_RATE}",
+    }  # fmt: skip
     return Findings(
         tables={"digits": table, "six tasks on one random network": second},
         figure=figure,
@@ -148,16 +151,7 @@ def supermask(run: Run) -> Findings:
             ),
         ],
         values={"digits": scores, "tasks": tasks, "crossed": crossed, "agreement of masks": agreement},
-        settings={
-            "network": "LeNet-300-100 without biases",
-            "weights": weights,
-            "images": data.about,
-            "steps": steps,
-            "batch": batch,
-            "kept by learned masks": KEEP,
-            "kept by masks of a trained network": FINAL,
-            "rates": f"weights {RATE}, scores {MASK_RATE}",
-        },
+        settings=settings,
         notes=[
             "Published: MNIST; masks drawn as Bernoulli(sigmoid(m)) by SGD at a rate of 100. Here the method "
             "`supermask` keeps the half of each matrix with the largest scores, straight through, by AdamW, so no "

@@ -27,11 +27,9 @@ EXACT, APART = 1e-10, 1e-3
 
 
 @experiment(
-    "unified",
-    deck=1,
+    "unified", deck=1, data=DATA,
     source="He et al. 2022, Towards a unified view, arXiv:2110.04366, section 3, equation 5 and table 1",
-    data=DATA,
-)
+)  # fmt: skip
 def unified(run: Run) -> Findings:
     """Does one function of a table's row compute what each method computes?"""
     count, length = run.choose(8, 64), run.choose(32, 128)
@@ -58,18 +56,8 @@ def unified(run: Run) -> Findings:
     right.tick_params(length=0)
     right.set(xlabel="method that runs", title=r"$\log_{10}$ of the largest difference (empty: undefined)")
 
-    table = [
-        [
-            "row of the table",
-            "form",
-            "modified",
-            "insertion",
-            "composition",
-            "places",
-            "largest difference",
-            "published",
-        ]
-    ]
+    head = "row of the table, form, modified, insertion, composition, places, largest difference, published"
+    table = [head.split(", ")]
     for i, row in enumerate(TABLE):
         table.append(
             [row.method, FORMULAS[row.form], row.modified, "z = x" if row.insertion == "parallel" else "z = h",
