@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import effzoo
 from effzoo.attention import Mask
-from effzoo.checks.models import Case, logits
+from effzoo.checks.models import TinyModel, logits
 from effzoo.errors import IncompatibleError, IncompatiblePeft, OptionError
 from effzoo.peft import training
 from effzoo.peft.combined.s4 import group_of
@@ -145,7 +145,7 @@ def test_a_checkpoint_computes_with_the_gates_of_its_own_layer_and_batch(tiny, k
 def test_a_reversible_block_computes_back_with_the_right_gates(kind):
     from effzoo.blocks import reversible as module_
 
-    case = Case("bert", small(kind), choices=(("norm", "pre"), ("residual", "reversible")))
+    case = TinyModel("bert", small(kind), choices=(("norm", "pre"), ("residual", "reversible")))
     model, results = effzoo.attach(case.model(), UNIPELT), []
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -465,7 +465,7 @@ def test_a_map_of_layers_merges_where_its_methods_do(tiny, kind):
 )
 @pytest.mark.parametrize("kind", ["full", "longformer[window=8]"])
 def test_combinations_stand_in_unions_and_survive_a_file(spec, kind, tmp_path):
-    case = Case("bert", kind, has_global=kind != "full")
+    case = TinyModel("bert", kind, has_global=kind != "full")
     model = effzoo.attach(case.model(), spec)
     found(model, **case.batch())
     loaded = effzoo.load_adapter(case.model(), effzoo.save_adapter(model, tmp_path))

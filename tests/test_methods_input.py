@@ -18,7 +18,7 @@ from effzoo.checks.subject import BATCH, HEADS, WIDTH, cut, draw, gradients, liv
 from effzoo.errors import IncompatibleError, InputError, OptionError
 from effzoo.peft import training
 from effzoo.peft.input import fit_subspace
-from effzoo.peft.input.ipt import Decoder
+from effzoo.peft.input.ipt import PromptDecoder
 from effzoo.peft.stored import stored_tensors
 from effzoo.sites import HookContext, sites
 
@@ -193,7 +193,7 @@ def test_an_intrinsic_prompt_decodes_z_and_its_last_stage_moves_z_alone(tiny):
 
 def test_a_subspace_is_fitted_to_prompts_that_lie_in_one_and_depends_on_its_seed_alone():
     torch.manual_seed(5)
-    truth, codes = Decoder(2, 4, 3, 5).double(), torch.randn(12, 2, dtype=torch.float64)
+    truth, codes = PromptDecoder(2, 4, 3, 5).double(), torch.randn(12, 2, dtype=torch.float64)
     prompts = truth(codes).detach()
     state = torch.get_rng_state()
     decoder, found = fit_subspace(prompts, dim=2, hidden=16, steps=1500)

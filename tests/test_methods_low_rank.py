@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import effzoo
 from effzoo import nf4
 from effzoo import sites as places
-from effzoo.checks.models import Case, train
+from effzoo.checks.models import TinyModel, train
 from effzoo.errors import IncompatibleError, OptionError, TargetError
 from effzoo.peft.accounting import ranks
 from effzoo.peft.merging import delta
@@ -771,7 +771,7 @@ def test_starts_from_the_base_equal_those_of_peft(init):
 @pytest.mark.parametrize("spec", MERGEABLE)
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
 def test_merging_after_training_gives_the_attached_output(spec, architecture):
-    case = Case(architecture, "longformer[window=8]", has_global=True)
+    case = TinyModel(architecture, "longformer[window=8]", has_global=True)
     model = effzoo.attach(case.model(), spec)
     train(model, case.batch())
     with torch.no_grad():

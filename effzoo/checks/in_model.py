@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from effzoo.checks.models import Case, last_block_at_two_positions, silent, train
+from effzoo.checks.models import TinyModel, last_block_at_two_positions, silent, train
 from effzoo.checks.runner import Check, Failed, NotApplicable, close, needs
 from effzoo.checks.subject import Subject
 from effzoo.peft import attach
@@ -17,10 +17,10 @@ METHODS = {
 }  # fmt: skip
 
 
-def cases(subject: Subject) -> Iterator[Case]:
+def cases(subject: Subject) -> Iterator[TinyModel]:
     """The kind in an encoder and, where it can be causal, in a decoder."""
     for architecture in ("bert",) if subject.cls.not_causal else ("bert", "gpt2"):
-        yield Case(architecture, str(subject.spec), subject.cls.knows_globals())
+        yield TinyModel(architecture, str(subject.spec), subject.cls.knows_globals())
 
 
 def _trains(method: str, spec: str) -> Check:

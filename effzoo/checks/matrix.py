@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from effzoo.checks.attention import Subject as Kind
-from effzoo.checks.models import Case, logits, silent, train
+from effzoo.checks.models import TinyModel, logits, silent, train
 from effzoo.checks.peft import Subject as Tuned
 from effzoo.checks.peft.subject import copied
 from effzoo.checks.runner import Failed
@@ -108,10 +108,12 @@ def as_expert(method: str) -> str:
     return f"routed[of='{method}', experts=2]"
 
 
-def case(kind: Kind, architecture: str) -> Case:
+def case(kind: Kind, architecture: str) -> TinyModel:
     """The tiny model of an architecture with an attention kind."""
     name, choices = ARCHITECTURES[architecture]
-    return Case(name, str(kind.spec), kind.cls.knows_globals() and architecture != "perceiver", tuple(choices.items()))
+    return TinyModel(
+        name, str(kind.spec), kind.cls.knows_globals() and architecture != "perceiver", tuple(choices.items())
+    )
 
 
 def cell(method: Tuned, kind: Kind, architecture: str) -> Cell:
@@ -135,7 +137,7 @@ def cell(method: Tuned, kind: Kind, architecture: str) -> Cell:
     return Cell(*names, "works")
 
 
-def laws(method: Tuned, one: Case) -> None:
+def laws(method: Tuned, one: TinyModel) -> None:
     """Attach, train, save, load, combine, merge or refuse to, detach; Failed for the first law that does not hold."""
     model, batch = one.model(), one.batch()
     before, frozen = logits(model, batch), copied(base_tensors(model))

@@ -27,8 +27,8 @@ SILENT = 1e-13  # of the largest gradient: below that, a float64 gradient is rou
 
 
 @dataclass(frozen=True)
-class Case:
-    """One tiny model.
+class TinyModel:
+    """The recipe of one tiny model in float64, and of its batch.
 
     architecture: a zoo entry.
     attention: a spec.

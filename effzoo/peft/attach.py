@@ -41,6 +41,7 @@ Scale = Number | Mapping[str, Number]
 LONGEST_NAME = 100  # of an adapter: its name is part of the names of files, which hold 255 bytes
 _OF_DEVICES = re.compile("con|prn|aux|nul|(com|lpt)[0-9]", re.IGNORECASE)  # no file of Windows has such a name
 Trained = str | Collection[str] | None
+log = logging.getLogger("effzoo")
 
 
 def attach(
@@ -70,20 +71,7 @@ def attach(
     """
     with transition(model) as state:
         inside = unwrap(model)
-        if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict(), name):
-            raise AdapterError(
-                "an adapter name is a Python identifier that torch does not use itself, got "
-                f"{shown(name)}; try 'task_a'"
-            )
-        if len(name.encode()) > LONGEST_NAME or _OF_DEVICES.fullmatch(name):
-            raise AdapterError(
-                f"an adapter name is also that of a folder: at most {LONGEST_NAME} bytes, and none that Windows keeps "
-                f"for devices, got {shown(name)}; try 'task_a'"
-            )
-        if name in state.attachments or any(name == merged.name for merged in state.merged):
-            raise AdapterError(
-                f"an adapter named {name!r} is attached already (or merged); detach it first or choose another name"
-            )
+        _check_name(name, state)
         attachment, specs = Attachment(name, parse(peft), dtype=_dtype(dtype)), []
         for spec in attachment.specs:
             with room(spec.options):
@@ -91,12 +79,8 @@ def attach(
                 wanted = targets(inside, method)
                 specs.append(Spec(spec.name, {**spec.options, **(method.prepare(inside, wanted) or {})}))
                 _hang(inside, method, attachment, wanted)
-        heads = {
-            path: site
-            for path, site in sites(inside)
-            if fnmatchcase(site.role, HEAD) and name not in site.adapters and site.base()
-        }
-        if heads:
+        heads = {path: site for path, site in sites(inside) if fnmatchcase(site.role, HEAD) and site.base()}
+        if heads := {path: site for path, site in heads.items() if name not in site.adapters}:
             _hang(inside, registry.create("head"), attachment, heads)
         if num_labels is not None:
             _renew_head(inside, attachment, num_labels)
@@ -107,10 +91,25 @@ def attach(
         state.attachments[name] = attachment
         act(inside, state, Activity((name,), (1.0,), trained=frozenset({name})))
     for why in dict.fromkeys(why for why, _ in trained_unread(inside).values()):
-        logging.getLogger("effzoo").info(
-            "attach: some of what %s trains is %s; effzoo.account counts it", attachment.spec, why
-        )
+        log.info("attach: some of what %s trains is %s; effzoo.account counts it", attachment.spec, why)
     return model
+
+
+def _check_name(name: str, state: Adapters) -> None:
+    """AdapterError for a name that is no identifier, that no folder can have, or that is taken."""
+    if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict(), name):
+        raise AdapterError(
+            f"an adapter name is a Python identifier that torch does not use itself, got {shown(name)}; try 'task_a'"
+        )
+    if len(name.encode()) > LONGEST_NAME or _OF_DEVICES.fullmatch(name):
+        raise AdapterError(
+            f"an adapter name is also that of a folder: at most {LONGEST_NAME} bytes, and none that Windows keeps "
+            f"for devices, got {shown(name)}; try 'task_a'"
+        )
+    if name in state.attachments or any(name == merged.name for merged in state.merged):
+        raise AdapterError(
+            f"an adapter named {name!r} is attached already (or merged); detach it first or choose another name"
+        )
 
 
 def _renew_head(model: nn.Module, attachment: Attachment, labels: int) -> None:

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 import effzoo
 from effzoo.attention import backends, triton_launch
 from effzoo.checks.matrix import ARCHITECTURES
-from effzoo.checks.models import Case
+from effzoo.checks.models import TinyModel
 from effzoo.checks.peft import Subject
 from effzoo.errors import EffzooError
 from effzoo.measure import cards, prediction
@@ -57,7 +57,7 @@ def spec(method):
 
 def case(architecture, kind):
     name, choices = MODELS[architecture]
-    return Case(name, kind, kind.startswith("longformer") and architecture != "perceiver", tuple(choices.items()))
+    return TinyModel(name, kind, kind.startswith("longformer") and architecture != "perceiver", tuple(choices.items()))
 
 
 def training_step(model, batch):

@@ -7,7 +7,7 @@ import tempfile
 
 import torch
 
-from effzoo.checks.models import Case, last_block_at_two_positions, logits, silent, train
+from effzoo.checks.models import TinyModel, last_block_at_two_positions, logits, silent, train
 from effzoo.checks.peft.subject import Subject, copied, on_every_model, same
 from effzoo.checks.runner import Failed, NotApplicable, close, needs
 from effzoo.errors import AdapterError, IncompatibleError
@@ -17,7 +17,7 @@ from effzoo.peft.attach import adapter_tensors
 
 @needs("attaches")
 @on_every_model
-def keys_are_kept(subject: Subject, case: Case) -> None:
+def keys_are_kept(subject: Subject, case: TinyModel) -> None:
     """The base's state-dict keys are unchanged, and every new key contains .adapters.<name>."""
     before, after = set(case.model().state_dict()), set(subject.attached(case, "mine").state_dict())
     if missing := sorted(before - after):
@@ -33,7 +33,7 @@ def keys_are_kept(subject: Subject, case: Case) -> None:
 
 @needs("attaches")
 @on_every_model
-def positions_computed_alone(subject: Subject, case: Case) -> None:
+def positions_computed_alone(subject: Subject, case: TinyModel) -> None:
     """Where only some positions are computed, because all that is hung is Positionwise, they are the same"""
     model = subject.trained(case)
     if not model.blocks[-1].positionwise:
@@ -45,7 +45,7 @@ def positions_computed_alone(subject: Subject, case: Case) -> None:
 
 @needs("attaches")
 @on_every_model
-def saves_and_loads(subject: Subject, case: Case) -> None:
+def saves_and_loads(subject: Subject, case: TinyModel) -> None:
     """Saved and loaded into a fresh copy of the base, the output is bit-identical"""
     model = subject.trained(case)
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +58,7 @@ def saves_and_loads(subject: Subject, case: Case) -> None:
 
 @needs("saves_and_loads")
 @on_every_model
-def finishes(subject: Subject, case: Case) -> None:
+def finishes(subject: Subject, case: TinyModel) -> None:
     """Finished after training, the output is the same, and a file of it loads into a fresh copy of the base"""
     model = subject.trained(case)
     before = logits(model, case.batch())
@@ -76,7 +76,7 @@ def finishes(subject: Subject, case: Case) -> None:
 
 @needs("attaches")
 @on_every_model
-def detaches(subject: Subject, case: Case) -> None:
+def detaches(subject: Subject, case: TinyModel) -> None:
     """Detaching restores the output, the keys and the requires_grad flags exactly"""
     base = case.model()
     base.embeddings.token.weight.requires_grad_(False)
@@ -99,7 +99,7 @@ def detaches(subject: Subject, case: Case) -> None:
 
 @needs("attaches")
 @on_every_model
-def merges(subject: Subject, case: Case) -> None:
+def merges(subject: Subject, case: TinyModel) -> None:
     """Merging gives the attached output to 1e-10 and leaves no adapter, or refuses with AdapterError"""
     model = subject.trained(case)
     before, tensors = logits(model, case.batch()), copied(model.state_dict())
@@ -124,7 +124,7 @@ def merges(subject: Subject, case: Case) -> None:
 
 @needs("attaches")
 @on_every_model
-def adapters_are_independent(subject: Subject, case: Case) -> None:
+def adapters_are_independent(subject: Subject, case: TinyModel) -> None:
     """Two adapters side by side do not influence each other"""
     model = attach(case.model(), subject.spec, name="first")
     train(model, case.batch())
@@ -145,7 +145,7 @@ def adapters_are_independent(subject: Subject, case: Case) -> None:
 
 @needs("adapters_are_independent")
 @on_every_model
-def serves_mixed_batches(subject: Subject, case: Case) -> None:
+def serves_mixed_batches(subject: Subject, case: TinyModel) -> None:
     """Chosen by row, two adapters give each row what they give it alone, or the method refuses"""
     model = attach(case.model(), subject.spec, name="first")
     train(model, case.batch())
@@ -164,7 +164,7 @@ def serves_mixed_batches(subject: Subject, case: Case) -> None:
 
 @needs("attaches")
 @on_every_model
-def copies(subject: Subject, case: Case) -> None:
+def copies(subject: Subject, case: TinyModel) -> None:
     """A deep copy and a state-dict round trip give the same output, and a copy shares nothing"""
     model = subject.trained(case)
     before, duplicate = logits(model, case.batch()), copy.deepcopy(model)

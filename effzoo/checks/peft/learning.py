@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from effzoo.checks.declared import check_docstring, check_options
-from effzoo.checks.models import Case, logits, silent, train
+from effzoo.checks.models import TinyModel, logits, silent, train
 from effzoo.checks.peft.subject import CASES, REVERSIBLE, Subject, copied, on_every_model, same, unless_refused
 from effzoo.checks.runner import Failed, close, needs
 from effzoo.peft.attach import adapter_tensors, base_tensors
@@ -19,7 +19,7 @@ def declares_itself(subject: Subject) -> None:
 
 
 @on_every_model
-def attaches(subject: Subject, case: Case) -> None:
+def attaches(subject: Subject, case: TinyModel) -> None:
     """Attaches to an encoder and a decoder, with full and with windowed attention, and runs"""
     model = subject.attached(case)
     out = logits(model, case.batch())
@@ -28,7 +28,7 @@ def attaches(subject: Subject, case: Case) -> None:
 
 @needs("attaches")
 @on_every_model
-def starts_as_identity(subject: Subject, case: Case) -> None:
+def starts_as_identity(subject: Subject, case: TinyModel) -> None:
     """Right after attaching the output is unchanged, or the method says that it is not"""
     before, after = logits(case.model(), case.batch()), logits(subject.attached(case), case.batch())
     if subject.identity_at_init:
@@ -43,7 +43,7 @@ def starts_as_identity(subject: Subject, case: Case) -> None:
 
 @needs("attaches")
 @on_every_model
-def base_is_frozen(subject: Subject, case: Case) -> None:
+def base_is_frozen(subject: Subject, case: TinyModel) -> None:
     """After three AdamW steps with weight decay every tensor of the base is bit-identical"""
     model = subject.attached(case)
     before = copied(base_tensors(model))
@@ -62,14 +62,14 @@ def base_is_frozen(subject: Subject, case: Case) -> None:
 
 @needs("attaches")
 @on_every_model
-def everything_learns(subject: Subject, case: Case) -> None:
+def everything_learns(subject: Subject, case: TinyModel) -> None:
     """Every trainable tensor gets a finite gradient that is not 0 within three steps"""
     _learns(subject, case, checkpointing=False)
 
 
 @needs("everything_learns")
 @on_every_model
-def learns_under_checkpointing(subject: Subject, case: Case) -> None:
+def learns_under_checkpointing(subject: Subject, case: TinyModel) -> None:
     """The same under gradient checkpointing"""
     _learns(subject, case, checkpointing=True)
 
@@ -84,7 +84,7 @@ def learns_in_reversible_blocks(subject: Subject) -> None:
     _learns(subject, REVERSIBLE, checkpointing=False)
 
 
-def _learns(subject: Subject, case: Case, checkpointing: bool) -> None:
+def _learns(subject: Subject, case: TinyModel, checkpointing: bool) -> None:
     model = subject.attached(case)
     model.recompute = "blocks" if checkpointing else "nothing"
     start = copied(adapter_tensors(model, "default"))

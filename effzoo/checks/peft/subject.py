@@ -11,7 +11,7 @@ from torch import Tensor
 
 from effzoo.architectures import Transformer
 from effzoo.checks.declared import suitable
-from effzoo.checks.models import Case, train
+from effzoo.checks.models import TinyModel, train
 from effzoo.checks.runner import Check, Failed, NotApplicable
 from effzoo.errors import IncompatiblePeft
 from effzoo.peft import Method, attach
@@ -19,12 +19,12 @@ from effzoo.registry import peft as registry
 from effzoo.spec import Spec, parse_one
 
 WINDOW = "longformer[window=8]"
-REVERSIBLE = Case("bert", "full", choices=(("norm", "pre"), ("residual", "reversible")))
+REVERSIBLE = TinyModel("bert", "full", choices=(("norm", "pre"), ("residual", "reversible")))
 CASES = (
-    Case("bert", "full"),
-    Case("gpt2", "full"),
-    Case("bert", WINDOW, has_global=True),
-    Case("gpt2", WINDOW, has_global=True),
+    TinyModel("bert", "full"),
+    TinyModel("gpt2", "full"),
+    TinyModel("bert", WINDOW, has_global=True),
+    TinyModel("gpt2", WINDOW, has_global=True),
 )
 
 
@@ -45,17 +45,17 @@ class Subject:
         """Whether the method says that attaching leaves the output as it is."""
         return bool(registry.create(self.spec).identity_at_init)
 
-    def attached(self, case: Case, name: str = "default") -> Transformer:
+    def attached(self, case: TinyModel, name: str = "default") -> Transformer:
         return attach(case.model(), self.spec, name=name)
 
-    def trained(self, case: Case) -> Transformer:
+    def trained(self, case: TinyModel) -> Transformer:
         """A model with the method attached and moved away from its start by three steps."""
         model = self.attached(case)
         train(model, case.batch())
         return model
 
 
-def on_every_model(check: Callable[[Subject, Case], None]) -> Check:
+def on_every_model(check: Callable[[Subject, TinyModel], None]) -> Check:
     """Run a check on each of the `CASES`; what goes wrong has the model's name."""
 
     @functools.wraps(check)

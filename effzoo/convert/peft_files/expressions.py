@@ -100,7 +100,7 @@ class Expression:
                 f"most {LONGEST:,} are read"
             )
         self.plain = _PLAIN.fullmatch(text) is not None
-        self.root = _Reader(text).whole()
+        self.root = _ExpressionReader(text).whole()
         self.alternatives = isinstance(self.root, _Any)
 
     def matches(self, name: str) -> bool:
@@ -156,7 +156,7 @@ class Expression:
         return ends
 
 
-class _Reader:
+class _ExpressionReader:
     """Recursive descent over an expression."""
 
     def __init__(self, text: str):

@@ -16,7 +16,7 @@ from effzoo.registry import peft
 from effzoo.sites import Embedding, PeftModule, Site
 
 
-class Decoder(nn.Module):
+class PromptDecoder(nn.Module):
     """Dec(z) = W_1 tanh(W_2 z + b_2) + b_1, z [..., dim] -> prompt tokens [..., length, width]."""
 
     def __init__(self, dim: int, hidden: int, length: int, width: int):
@@ -34,7 +34,7 @@ class IntrinsicPrompt(nn.Module):
     fixed: whether the decoder stays what it is.
     """
 
-    def __init__(self, decoder: Decoder, dim: int):
+    def __init__(self, decoder: PromptDecoder, dim: int):
         super().__init__()
         self.z, self.decoder, self.fixed = nn.Parameter(torch.randn(dim)), decoder, False
 
@@ -78,7 +78,7 @@ class IPT(TrainingHooks):
 
     def make(self, site: Site) -> PeftModule:
         assert isinstance(site, Embedding)
-        decoder = Decoder(self.dim, self.hidden, self.length, site.embedding_dim)
+        decoder = PromptDecoder(self.dim, self.hidden, self.length, site.embedding_dim)
         with torch.no_grad():
             decoder.outer.bias.copy_(vocabulary_embeddings(site, self.length).flatten())
             decoder.outer.weight.normal_(std=1 / self.hidden**0.5).mul_(
@@ -108,7 +108,7 @@ def _networks(modules: Modules) -> list[IntrinsicPrompt]:
 
 def fit_subspace(
     prompts: Tensor, *, dim: int = 100, hidden: int = 64, steps: int = 1000, learning_rate: float = 1e-2, seed: int = 0
-) -> tuple[Decoder, Tensor]:
+) -> tuple[PromptDecoder, Tensor]:
     """The decoder of min ||Dec(Enc(P)) - P||^2 over trained prompts P, and their codes Enc(P) [tasks, dim].
 
     prompts: [tasks, length, width].
@@ -128,7 +128,10 @@ def fit_subspace(
     length, width = prompts.shape[1:]
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        encoder, decoder = nn.Linear(length * width, dim).to(prompts), Decoder(dim, hidden, length, width).to(prompts)
+        encoder, decoder = (
+            nn.Linear(length * width, dim).to(prompts),
+            PromptDecoder(dim, hidden, length, width).to(prompts),
+        )
         with torch.no_grad():
             decoder.outer.bias.copy_(prompts.mean(dim=0).flatten())
         optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=learning_rate)
