@@ -10,6 +10,6 @@ KILLED_BY = "gradients_are_derivatives"
 class Mutant(Perceiver):
     """Latent attention that detaches its latents in a float64 sum."""
 
-    def _latents(self):
-        latents = super()._latents()
+    def latent_queries(self):
+        latents = super().latent_queries()
         return latents.detach() + 0.5 * (latents - latents.detach())
