@@ -492,6 +492,8 @@ def test_the_table_reads_as_it_is():
         100, abs=0.3
     )
     assert sum(nbytes for name, nbytes in found.lines(smallest=0.05) if name.startswith("  ")) == found.kept
+    with pytest.raises(OptionError, match=r"plan\.lines\(\) now"):
+        found.rows()
 
 
 @pytest.mark.parametrize(

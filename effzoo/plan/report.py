@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NoReturn
 
+from effzoo.errors import OptionError
 from effzoo.plan.saved import Saved
 
 MIB = 2**20
@@ -67,6 +69,10 @@ class Plan:
             ("total", self.total),
             ("peak in the step", self.peak),
         ]
+
+    def rows(self, smallest: float = 0.001) -> NoReturn:
+        """The name of `lines` in 0.2."""
+        raise OptionError("the lines of a plan are plan.lines() now; rows are those of a batch")
 
     def __str__(self) -> str:
         entries = self.lines()
