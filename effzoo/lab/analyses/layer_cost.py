@@ -28,10 +28,13 @@ WHOLE = "whole layer"
 
 
 def operations(n: int, dim: int, mlp: int | None = None, *, batch: int = 1) -> dict[str, int]:
-    """Operations of each part in one forward pass, by the formulas above; mlp: d_h, 4 dim when None.
+    """Operations of each part in one forward pass, by the formulas above.
 
-    Norms, activations, softmax, biases and residual sums are O(n d) and O(n^2), and left out. Raises OptionError for
-    sizes below 1.
+    Norms, activations, softmax, biases and residual sums are O(n d) and O(n^2), and left out.
+
+    mlp: d_h; None is 4 dim.
+
+    Raises OptionError for sizes below 1.
     """
     mlp = 4 * dim if mlp is None else mlp
     if min(n, dim, mlp, batch) < 1:
@@ -52,8 +55,12 @@ def shares(parts: Mapping[str, float]) -> dict[str, float]:
 def layer(
     dim: int, heads: int, mlp: int | None = None, *, attention: str = "full", longest: int = 512, backend: str = "auto"
 ) -> Block:
-    """A block of the library in evaluation, with fresh weights; mlp: 4 dim when None. Raises OptionError where heads do
-    not divide dim."""
+    """A block of the library in evaluation, with fresh weights.
+
+    mlp: d_h; None is 4 dim.
+
+    Raises OptionError where heads do not divide dim.
+    """
     if min(dim, heads) < 1 or dim % heads:
         raise OptionError(f"heads divide dim, and both are at least 1; got dim={dim} and heads={heads}")
     slots = Slots(dim=dim, mlp=4 * dim if mlp is None else mlp)
@@ -66,8 +73,10 @@ def layer(
 def counted(block: Block, x: Tensor) -> dict[str, int]:
     """Operations of each part for x [batch, n, dim], as torch counts the matrix products that the block really runs.
 
-    The counter does not know the fused attention kernel of the CPU: build the block with backend="reference" (or on the
-    device "meta", where nothing is computed). Raises IncompatibleError where it counted no attention.
+    The counter does not know the fused attention kernel of the CPU: build the block with backend="reference", or on the
+    device "meta", where nothing is computed.
+
+    Raises IncompatibleError where it counted no attention.
     """
     # takes a twentieth of the time that torch itself takes to import
     from torch.utils.flop_counter import FlopCounterMode
@@ -99,11 +108,12 @@ def counted(block: Block, x: Tensor) -> dict[str, int]:
 
 
 def seconds(block: Block, x: Tensor, *, rounds: int = 101, limit: float = 2.0) -> dict[str, float]:
-    """Seconds of each part, and of the whole layer, in a forward pass of x [batch, n, dim] without gradients: medians
-    over rounds in turns.
+    """Seconds of each part and of the whole layer in a forward pass without gradients, medians over rounds in turns.
 
-    limit: seconds after which no further round is begun, from the third on. Attention is the core between its
-        projections: Q K^T, softmax and P V.
+    Attention is the core between its projections: Q K^T, softmax and P V.
+
+    x: [batch, n, dim].
+    limit: seconds after which no further round is begun, from the third on.
     """
     attention, mask, o = block.attn, Mask(), block.attn.o
     assert o is not None

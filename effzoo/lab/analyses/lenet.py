@@ -26,8 +26,7 @@ class Output:
 
 
 class LeNet(nn.Module):
-    """relu(W_2 relu(W_1 x)) and a last matrix W_3: three Linear sites without biases, with the roles `fc.0`, `fc.1`,
-    `fc.2`.
+    """W_3 relu(W_2 relu(W_1 x)): three Linear sites without biases, with the roles `fc.0`, `fc.1`, `fc.2`.
 
     Without biases the matrices are all there is to train, and a mask on them is a mask on the network. They start
     Glorot normal, W ~ N(0, 2 / (in + out)), drawn from `seed`.

@@ -17,8 +17,10 @@ Factors = dict[str, tuple[Tensor, Tensor]]  # A [r, in] and B [out, r] by the pa
 
 
 def attached_factors(model: nn.Module) -> Factors:
-    """A and s B of every matrix with active LoRA, by the path of its site, so that the product is the whole change.
-    Raises InputError for none."""
+    """A and s B of every matrix with active LoRA, by the path of its site: their product is the whole change.
+
+    Raises InputError for none.
+    """
     modules = {path: module for path, site in sites(model) for module in site.hung() if isinstance(module, LowRank)}
     if not modules:
         raise InputError("no LoRA acts on a matrix of this model; attach one, effzoo.attach(model, 'lora')")
@@ -26,8 +28,10 @@ def attached_factors(model: nn.Module) -> Factors:
 
 
 def read_factors(path: Path) -> Factors:
-    """The pairs of an .npz file whose keys end in lora_A [r, in] and lora_B [out, r], by what stands before. Raises
-    DataError for none."""
+    """The pairs of an .npz file whose keys end in lora_A [r, in] and lora_B [out, r], by what stands before.
+
+    Raises DataError for none.
+    """
     if path.suffix != ".npz":
         raise DataError(
             f"{path} is no .npz file; give one whose keys end in lora_A [r, in] and lora_B [out, r], or "

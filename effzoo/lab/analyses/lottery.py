@@ -20,8 +20,11 @@ NAME = "ticket"
 
 @dataclass
 class Learned:
-    """One training of one network under one mask: the accuracy after every `every` steps, and the masks it was trained
-    under."""
+    """One training of one network under one mask.
+
+    every: steps between two accuracies.
+    masks: those that it was trained under.
+    """
 
     every: int
     accuracies: list[float] = field(default_factory=list)
@@ -56,13 +59,17 @@ def iterative(
     every: int = 20,
     seed: int = 0,
 ) -> list[Learned]:
-    """Iterative magnitude pruning with rewinding, by the method `magnitude` of the zoo: one training for each of 0 ...
-    `rounds` prunings.
+    """Iterative magnitude pruning with rewinding: one training for each of 0 ... `rounds` prunings.
 
-    After each training the share `prune` of the weights that are left in each matrix (`prune_last` of the last one)
-    with the smallest magnitude is set to 0 for good, and the others return to where they started. `model` consists of
-    Linear sites without biases; its last one is the output. Training is by Adam with a rate that falls linearly to 0 in
-    each of them. Raises OptionError for steps that `every` does not divide.
+    After each training the smallest weights of each matrix are set to 0 for good, and the others return to where they
+    started. The zoo's `magnitude` does it; training is by Adam with a rate that falls linearly to 0 each time.
+
+    model: of Linear sites without biases; its last one is the output.
+    rounds, steps: prunings, and steps of each training.
+    prune, prune_last: the share of the weights left that goes, in each matrix and in the last one.
+    every: steps between two accuracies.
+
+    Raises OptionError for steps that `every` does not divide.
     """
     _check(steps, every)
     *inner, last = [site.role for _, site in sites(model) if isinstance(site, Linear)]

@@ -21,8 +21,9 @@ from effzoo.errors import OptionError
 
 
 def window_pairs(n: int, window: int, dilation: int = 1) -> int:
-    """Pairs (i, j) of n positions with |i - j| <= dilation window / 2 and dilation dividing i - j: sum over |k| <=
-    window / 2 of n - dilation |k|.
+    """Pairs (i, j) with |i - j| <= dilation window / 2 and dilation dividing i - j.
+
+        sum over |k| <= window / 2 of n - dilation |k|
 
     Raises OptionError for an odd window.
     """
@@ -35,8 +36,7 @@ def window_pairs(n: int, window: int, dilation: int = 1) -> int:
 
 
 def global_pairs(n: int, window: int, globals: int) -> int:
-    """Pairs with a sliding window and the first `globals` positions global: their rows and columns, and the window
-    among the others."""
+    """Pairs of a sliding window with `globals` first positions that attend all and are attended by all."""
     if not 0 <= globals < n:
         raise OptionError(f"global tokens are fewer than the {n} positions, got {globals}")
     return 2 * globals * n - globals**2 + window_pairs(n - globals, window)
@@ -52,11 +52,13 @@ def chunk_pairs(n: int, chunk: int, back: int = 1) -> int:
 
 @torch.no_grad()
 def attention_matrix(core: AttentionCore, *projected: Tensor, mask: Mask | None = None) -> Tensor:
-    """The weights [batch, heads, n, n] with which `core.forward` adds up values: its output where the values are the
-    identity.
+    """The weights [batch, heads, n, n] with which `core.forward` adds up values.
+
+    They are its output where the values are the identity. For cores with one projection of values, of any kind, whether
+    it has a pattern or not.
 
     projected: the projections that are compared, each [batch, heads, n, head_dim], in the core's order and without the
-        values. For cores with one projection of values, of any kind, whether it has a pattern or not.
+        values.
     """
     first = projected[0]
     values = torch.eye(first.shape[2], dtype=first.dtype).expand(*first.shape[:3], -1)
@@ -75,16 +77,17 @@ def same_bucket(q: Tensor, k: Tensor, rotations: Tensor, factors: Sequence[int])
 
 
 def in_order_of(pairs: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-    """Pairs [..., n, n] with their rows sorted by the buckets [..., n] of the queries, their columns by those of the
-    keys; stable."""
+    """Pairs [..., n, n] with rows sorted by the buckets [..., n] of queries, columns by those of keys; stable."""
     rows, columns = (sort(buckets)[0] for buckets in (queries, keys))
     pairs = pairs.gather(-2, rows.unsqueeze(-1).expand(pairs.shape))
     return pairs.gather(-1, columns.unsqueeze(-2).expand(pairs.shape))
 
 
 def within_reach(buckets: Tensor, chunk: int, back: int = 1) -> Tensor:
-    """bool[rounds, batch, heads, n, n]: whether key j is in the chunk of query i or in `back` chunks before it, once
-    sorted by buckets [..., n]."""
+    """Whether key j is in the chunk of query i or in `back` chunks before it, bool[rounds, batch, heads, n, n].
+
+    buckets: [..., n], by which positions are sorted.
+    """
     rounds, batch, heads, n = buckets.shape
     tiles = Sorted(HashingRounds(chunk, before=back), buckets)
     query, key = tiles.by_chunk(tiles.query.long(), tiles.key.long())  # n where a slot is empty
@@ -106,8 +109,7 @@ def caught(qk: Tensor, pairs: Tensor) -> Tensor:
 
 
 def clusters(n: int, dim: int, count: int, *, spread: float = 0.4, length: float = 8.0, seed: int = 0) -> Tensor:
-    """n vectors [1, 1, n, dim] of a length around `count` random directions, each vector's direction drawn anew: what
-    hashing is made for."""
+    """n vectors [1, 1, n, dim] around `count` random directions, for which hashing is made."""
     draw = torch.Generator().manual_seed(seed)
     centres = F.normalize(torch.randn(count, dim, generator=draw), dim=-1)
     directions = centres[torch.randint(count, (n,), generator=draw)]

@@ -20,14 +20,15 @@ Heard = list[tuple[tuple[Part, ...], Tensor | None]]  # the parts of each softma
 
 @torch.no_grad()
 def prefix_gates(model: Transformer, **inputs: Tensor) -> list[Tensor]:
-    """lambda(x) of every layer with an active prefix, each [batch, heads, n]: the share of the softmax that falls on
-    the prefix,
+    """The share of the softmax that falls on the prefix, lambda(x) [batch, heads, n], of every layer that has one.
 
-        lambda(x) = sum_i exp(q P_k,i) / (sum_i exp(q P_k,i) + sum_j exp(q k_j)) = exp(lse_prefix - lse),
+        lambda(x) = sum_i exp(q P_k,i) / (sum_i exp(q P_k,i) + sum_j exp(q k_j)) = exp(lse_prefix - lse)
 
-    from the log-sum-exps of the layers as they run; inputs are those of the model. Rows of padding are there too, and
-    mean nothing. Raises IncompatibleError where no layer has a prefix, or an attention kind computes its output in
-    several softmaxes.
+    It is read from the log-sum-exps of the layers as they run. Positions of padding are there too, and mean nothing.
+
+    inputs: of the model.
+
+    Raises IncompatibleError where no layer has a prefix, or an attention kind computes its output in several softmaxes.
     """
     layers = [block.attn for block in model.blocks if isinstance(block.attn, Attention)]
     given: list[bool] = [False] * len(layers)  # whether the layer's memory site gave rows

@@ -15,8 +15,7 @@ from effzoo.sites import Linear, sites
 
 
 def pruned_weights(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights of the base under the active pruned adapter (`magnitude` or `movement`), and its masks, bool of the
-    same shapes.
+    """The base's weights under the active pruned adapter (`magnitude` or `movement`), and its masks, bool.
 
     Raises AdapterError where there is none.
     """
@@ -33,12 +32,13 @@ def pruned_weights(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def kept_by_size(weights: Sequence[Tensor], masks: Sequence[Tensor], parts: int = 10) -> list[float]:
-    """The share that is kept of each part of the weights, from the smallest |w| to the largest; the parts of each
-    matrix are equally large.
+    """The share of the weights that is kept, by their size: in equal parts of each matrix, the smallest |w| first.
 
     With n entries of a matrix, part i holds the ranks from round(i n / parts) to round((i + 1) n / parts). Magnitude
     pruning before training keeps all of the upper parts and nothing of the lower ones; a mask that does not look at
-    size keeps the same share of each. Raises OptionError for more parts than a matrix has entries.
+    size keeps the same share of each.
+
+    Raises OptionError for more parts than a matrix has entries.
     """
     kept, sizes = torch.zeros(parts, dtype=torch.float64), torch.zeros(parts, dtype=torch.float64)
     for weight, mask in zip(weights, masks, strict=True):

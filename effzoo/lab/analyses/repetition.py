@@ -22,11 +22,11 @@ FULL = "full"
 
 
 def repeater(rounds: str, *, word: int, symbols: int, chunk: int, dim: int = 64, heads: int = 4) -> Transformer:
-    """One causal layer with shared queries and keys that hashes in so many rounds ("1", "2", ...), or sees everything
-    ("full", one chunk).
+    """One causal layer with shared queries and keys that hashes in some rounds ("1", ...), or sees all ("full").
 
-    The parameters do not depend on the rounds, so that weights trained with some fit all. Raises OptionError for other
-    rounds.
+    The parameters do not depend on the rounds: weights trained with some fit all.
+
+    Raises OptionError for other rounds.
     """
     if rounds != FULL and not (rounds.isdigit() and int(rounds)):
         raise OptionError(f"rounds are 'full' or a number of at least 1 as a string, got {rounds!r}")
@@ -63,8 +63,7 @@ def stream(model: Transformer, *, batch: int, word: int, symbols: int, seed: int
 def repeated(
     model: Transformer, *, word: int, symbols: int, batches: int = 5, batch: int = 128, seed: int = 10**6
 ) -> float:
-    """The share of symbols of the second w that have the largest logit where they are predicted, over new words and new
-    hashes."""
+    """The share of symbols of the second w that have the largest logit, over new words and new hashes."""
     mode = model.training
     model.eval()
     right = total = 0

@@ -16,8 +16,10 @@ from effzoo.sites import Conv2d, Linear
 
 
 class FullyConnected(nn.Module):
-    """Linear layers with biases and ReLU between them, as wide as `widths`: (784, 200, 200, 10) are 199,210 numbers.
-    Roles fc.0, fc.1, ..."""
+    """Linear layers with biases and ReLU between them, with the roles fc.0, fc.1, ....
+
+    widths: of the input, the hidden layers and the output; (784, 200, 200, 10) are 199,210 parameters.
+    """
 
     def __init__(self, widths: Sequence[int]):
         super().__init__()
@@ -38,11 +40,13 @@ class FullyConnected(nn.Module):
 
 
 class Convolutional(nn.Module):
-    """LeNet-5: twice a convolution, ReLU and the maximum of 2 x 2 pixels, then linear layers. Roles conv.0, conv.1,
-    fc.0, fc.1, fc.2.
+    """LeNet-5: twice a convolution, ReLU and the maximum of 2 x 2 pixels, then linear layers.
 
-    channels, kernel, padding: of the convolutions; hidden: widths of the two linear layers before the last. 28 x 28
-        pixels with 6 and 16 channels, kernel 5 without padding and hidden (120, 84) are 44,426 numbers.
+    Roles are conv.0, conv.1, fc.0, fc.1, fc.2. 28 x 28 pixels with 6 and 16 channels, kernel 5 without padding and
+    hidden (120, 84) are 44,426 parameters.
+
+    channels, kernel, padding: of the convolutions.
+    hidden: widths of the two linear layers before the last.
     """
 
     def __init__(

@@ -24,11 +24,11 @@ def spans(layers: int) -> list[Span]:
 
 @contextmanager
 def without(model: nn.Module, layers: Collection[int], name: str = "default") -> Iterator[None]:
-    """Inside the block the adapter does not act in these layers; everything that its method has hung there counts,
-    norms among it.
+    """Inside the block the adapter does not act in these layers, with nothing that its method has hung there.
 
-    What lies outside the layers stays, the task head too, and nothing is trained again. Raises AdapterError for an
-    unknown name and OptionError for layers that the adapter does not touch.
+    What lies outside the layers stays, the task head too, and nothing is trained again.
+
+    Raises AdapterError for an unknown name, OptionError for layers that the adapter does not touch.
     """
     if name not in attached(model):
         raise AdapterError(

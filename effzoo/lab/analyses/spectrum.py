@@ -15,8 +15,9 @@ from effzoo.lab.analyses.threads import one_thread
 def attention_matrices(model: Transformer, input_ids: Tensor) -> list[Tensor]:
     """P = softmax(Q K^T / sqrt(d)) of every layer, each [batch, heads, n, n], for sequences without padding.
 
-    The matrices are those that the layers multiply with the values: the projections of each layer are taken where it
-    computes them. Raises IncompatibleError for a model whose attention is not full, or causal.
+    The matrices are those that the layers multiply with the values.
+
+    Raises IncompatibleError for a model whose attention is not full, or causal.
     """
     if any(core.name != "full" or core.context.causal for core in model.cores()):
         raise IncompatibleError(
@@ -41,11 +42,12 @@ def attention_matrices(model: Transformer, input_ids: Tensor) -> list[Tensor]:
 
 
 def cumulative(matrices: Tensor) -> Tensor:
-    """Normalised cumulative singular values, [..., n, m] -> [..., min(n, m)]: entry i is (s_0 + ... + s_i) / (s_0 + s_1
-    + ...).
+    """Normalised cumulative singular values of [..., n, m], [..., min(n, m)], in float64.
 
-    Computed in float64. An orthogonal matrix, whose singular values are all the same, gives (i + 1) / n; a matrix of
-    rank r gives 1 from r - 1 on.
+        entry i = (s_0 + ... + s_i) / (s_0 + s_1 + ...)
+
+    An orthogonal matrix, whose singular values are all the same, gives (i + 1) / n; one of rank r gives 1 from r - 1
+    on.
     """
     with one_thread():  # two threads on a busy machine: ten to eighty times the time for 512 rows
         values = torch.linalg.svdvals(matrices.double())

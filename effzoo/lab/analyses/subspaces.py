@@ -36,8 +36,11 @@ def _right(matrix: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Amplification:
-    """Norms of what W holds in three subspaces, ||U^T W V||_F: of the change, of W itself, of a random matrix; and the
-    norms of W and the change."""
+    """What W holds in the subspaces of a change, of itself and of a random matrix, ||U^T W V||_F, and two norms.
+
+    of_change, of_weight, of_random: ||U^T W V||_F.
+    weight, change: ||W||_F and ||dW||_F.
+    """
 
     of_change: float
     of_weight: float
@@ -52,12 +55,15 @@ class Amplification:
 
 
 def amplification(weight: Tensor, change: Tensor, rank: int, *, seed: int = 0) -> Amplification:
-    """Whether a change amplifies what the weight holds already: ||U^T W V||_F with the first `rank` singular vectors of
-    dW, W and a random matrix.
+    """Whether a change amplifies what the weight holds: ||U^T W V||_F with singular vectors of dW, W, a random matrix.
 
     weight, change: [out, in].
-    seed: of the random matrix, whose entries are normal. Raises InputError for another rank than the matrices can
-        have. Hu et al. 2021, LoRA, arXiv:2106.09685, section 7.3 and table 7.
+    rank: how many singular vectors, the first ones.
+    seed: of the random matrix, whose entries are normal.
+
+    Raises InputError for another rank than the matrices can have.
+
+    Hu et al. 2021, LoRA, arXiv:2106.09685, section 7.3 and table 7.
     """
     if weight.shape != change.shape or weight.ndim != 2:
         raise InputError(
@@ -78,12 +84,12 @@ def amplification(weight: Tensor, change: Tensor, rank: int, *, seed: int = 0) -
 
 
 def rank_for_variance(matrix: Tensor, share: float = 0.9) -> int:
-    """The smallest k for which the k largest singular values hold this share of the sum of their squares; 0 for a
-    matrix of zeros.
+    """The smallest k whose k largest singular values hold this share of the sum of all squares; 0 for zeros.
 
-    The squares, not the values themselves as in `spectrum.cumulative`: the best approximation of rank k then misses at
-    most 1 - share of
-    ||M||_F^2. Biderman et al. 2024, LoRA learns less and forgets less, arXiv:2405.09673.
+    It is the squares, unlike in `spectrum.cumulative`: the best approximation of rank k misses at most 1 - share of
+    ||M||_F^2.
+
+    Biderman et al. 2024, LoRA learns less and forgets less, arXiv:2405.09673.
     """
     if not 0 < share <= 1:
         raise InputError(f"share is in (0, 1], got {share}")
@@ -95,10 +101,10 @@ def rank_for_variance(matrix: Tensor, share: float = 0.9) -> int:
 
 
 def intruder_dimensions(before: Tensor, after: Tensor, *, first: int = 10, threshold: float = 0.5) -> int:
-    """How many of the first `first` left singular vectors of the trained matrix resemble none of the matrix before
-    training.
+    """How many of the first left singular vectors of a trained matrix resemble none of the matrix before training.
 
     y_j is an intruder when max_i |cos(y_j, x_i)| < threshold over all left singular vectors x_i of `before`.
+
     Shuttleworth et al. 2024, LoRA vs full fine-tuning: an illusion of equivalence, arXiv:2410.21228, algorithm 1.
     """
     if before.shape != after.shape or before.ndim != 2:
@@ -116,17 +122,21 @@ def intruder_dimensions(before: Tensor, after: Tensor, *, first: int = 10, thres
 
 
 def participation(matrix: Tensor) -> float:
-    """(s_1 + s_2 + ...)^2 / (s_1^2 + s_2^2 + ...): how many singular values a matrix has in effect, from 1 to its rank;
-    0 for zeros."""
+    """(s_1 + s_2 + ...)^2 / (s_1^2 + s_2^2 + ...): how many singular values a matrix has in effect.
+
+    From 1 to its rank; 0 for zeros.
+    """
     values = torch.linalg.svdvals(matrix.detach().double())
     return float(values.sum().square() / values.square().sum()) if float(values.sum()) else 0.0
 
 
 def factored(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values and right singular vectors (rows) of B A, without the product: [r] and [r, in] for B [out, r] and
-    A [r, in], float64.
+    """Singular values [r] and right singular vectors [r, in] of B A, without the product, in float64.
 
     With B = Q_B R_B and A^T = Q_A R_A the small matrix R_B R_A^T has the singular values of B A.
+
+    B: [out, r].
+    A: [r, in].
     """
     if A.ndim != 2 or B.ndim != 2 or B.shape[1] != A.shape[0]:
         raise InputError(f"factors B [out, r] and A [r, in] are multiplied, got {list(B.shape)} and {list(A.shape)}")

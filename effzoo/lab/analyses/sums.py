@@ -16,8 +16,7 @@ def support(change: Change) -> int:
 
 
 def shared(one: Change, other: Change) -> float:
-    """The share of the entries that the smaller of two changes touches which the other touches too; 0 where one touches
-    none."""
+    """The share of the entries touched by the smaller of two changes that the other touches too; 0 for none."""
     both = sum(int(((x != 0) & (other[key] != 0)).sum()) for key, x in one.items() if key in other)
     return both / max(1, min(support(one), support(other)))
 

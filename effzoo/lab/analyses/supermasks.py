@@ -14,8 +14,7 @@ from effzoo.peft.parameter.mask_scores import count, top_mask
 
 
 def signed_constant(weight: Tensor) -> Tensor:
-    """sign(W) std(W): every weight is as large as its matrix' standard deviation, and only signs are left of the
-    draw."""
+    """sign(W) std(W): every weight as large as its matrix' standard deviation, with the sign that was drawn."""
     return torch.where(weight < 0, -1.0, 1.0).to(weight) * weight.std()
 
 
@@ -25,8 +24,7 @@ def large_final(final: Tensor, keep: float) -> Tensor:
 
 
 def large_final_same_sign(start: Tensor, final: Tensor, keep: float) -> Tensor:
-    """The mask of the largest of max(0, w_final sign(w_start)): large after training, and of the sign they started
-    with.
+    """The mask of the largest of max(0, w_final sign(w_start)): large after training, with the sign they started with.
 
     Exactly the share `keep`; where fewer have kept their sign, the rest are those that moved least beyond 0.
     """
@@ -34,12 +32,13 @@ def large_final_same_sign(start: Tensor, final: Tensor, keep: float) -> Tensor:
 
 
 def task(name: str, examples: Examples, seed: int = 0) -> Examples:
-    """Other tasks on the same images of digits, all with labels among those of the digits, so that one output layer
-    serves them.
+    """Another task on the same images of digits, with labels among those of the digits: one output layer serves all.
 
-    digit: as it is. parity: 0 even, 1 odd. half: 0 for 0-4, 1 for 5-9. upside down: rows in reverse order. shuffled:
-        all pixels in another order, drawn from `seed`, the same for every image. renamed: labels in another order,
-        drawn from `seed`. Raises OptionError for another name.
+    name: "digit", as it is; "parity", 0 even and 1 odd; "half", 0 for 0-4 and 1 for 5-9; "upside down", rows in reverse
+        order; "shuffled", all pixels in another order, the same for every image; "renamed", labels in another order.
+    seed: of the last two.
+
+    Raises OptionError for another name.
     """
     pixels, labels = examples.inputs["pixels"], examples.labels
     draw = torch.Generator().manual_seed(seed)

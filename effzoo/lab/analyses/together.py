@@ -19,11 +19,11 @@ from effzoo.sites import Activity, overruled, sites
 
 @contextmanager
 def averaged(model: nn.Module, names: Sequence[str], head: str) -> Iterator[None]:
-    """Inside the block the mean of what the named adapters make counts at every site of the body, and the task head is
-    that of one of them.
+    """Inside the block the named adapters act as their mean at every site of the body.
 
-    The mean of the outputs of every site; for a change of weights that is half of each change, for trained rows, keys
-    and values their mean.
+    For a change of weights that is half of each of two changes, for prompt tokens, keys and values their mean.
+
+    head: the adapter whose task head acts.
     """
     with peft.active(model, *names, combine="average"):
         heads = [site for _, site in sites(model) if fnmatchcase(site.role, HEAD) and head in site.adapters]
@@ -32,8 +32,10 @@ def averaged(model: nn.Module, names: Sequence[str], head: str) -> Iterator[None
 
 
 def divided(examples: Examples, groups: Sequence[Sequence[int]]) -> list[Examples]:
-    """One set of examples for each group of labels, which are numbered anew within it. Raises DataError for a group
-    without two labels."""
+    """One set of examples for each group of labels, which are numbered anew within it.
+
+    Raises DataError for a group without two labels.
+    """
     parts = []
     for group in groups:
         if len(group) < 2:

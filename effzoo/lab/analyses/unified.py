@@ -108,8 +108,10 @@ def described(row: Row, place: Place) -> Tensor:
 
 
 def share(logits: Tensor, place: Place) -> Tensor:
-    """lambda(x) = sum exp(q P_k) / (sum exp(q P_k) + sum exp(q k)), equation 5, of the logits q P_k [..., r]; 1 /
-    sqrt(d) stands in W_down."""
+    """lambda(x) = sum exp(q P_k) / (sum exp(q P_k) + sum exp(q k)), equation 5.
+
+    logits: q P_k [..., r]; 1 / sqrt(d) stands in W_down.
+    """
     if place.base_lse is None:
         raise IncompatibleError(f"{place.path} is no attention, so there is no softmax whose share could be a gate")
     return (logits.logsumexp(dim=-1) - place.base_lse).sigmoid()
@@ -126,8 +128,9 @@ def difference(row: Row, places: list[Place]) -> float | None:
 
 @torch.no_grad()
 def attached(model: Transformer, **inputs: Tensor) -> list[Place]:
-    """What the active adapter modifies in one run of the model on the inputs: every place, with what is needed to
-    compute it from a row.
+    """Every place that the active adapter modifies in one run, with what is needed to compute it from a row.
+
+    inputs: of the model.
 
     Raises IncompatibleError for a method that is none of the table's, and for attention that is not full.
     """

@@ -139,14 +139,8 @@ def biases(run: Run) -> Findings:
             "accuracy": accuracies,
             "parameters": counts,
             "key says what the head alone says": same,
-            "change": {
-                s: {role: {str(layer): value for layer, value in by.items()} for role, by in moved[s].items()}
-                for s in seeds
-            },
-            "largest gradient": {
-                s: {role: {str(layer): value for layer, value in by.items()} for role, by in gradients[s].items()}
-                for s in seeds
-            },
+            "change": {s: _by_layer(moved[s]) for s in seeds},
+            "largest gradient": {s: _by_layer(gradients[s]) for s in seeds},
         },
         settings=settings,
         notes=[
@@ -155,6 +149,10 @@ def biases(run: Run) -> Findings:
             "rounding would move too. A seed draws the head and the order of the texts."
         ],
     )
+
+
+def _by_layer(places: ByPlace) -> dict[str, dict[str, float]]:
+    return {role: {str(layer): value for layer, value in values.items()} for role, values in places.items()}
 
 
 def _figure(

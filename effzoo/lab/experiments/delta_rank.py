@@ -61,13 +61,7 @@ def delta_rank(run: Run) -> Findings:
             run.say(f"seed {seed}, {name}: word order {seen[-1][0]:.3f}, topics {before:.3f} -> {seen[-1][1]:.3f}")
 
     of_base = {key: rank_for_variance(base[key], SHARE) for key in changes["full"][run.seeds[0]]}
-    ranks = {
-        name: {
-            seed: {key: rank_for_variance(change, SHARE) for key, change in of_seed.items()}
-            for seed, of_seed in by_seed.items()
-        }
-        for name, by_seed in changes.items()
-    }
+    ranks = {name: {seed: _ranks(of_seed) for seed, of_seed in by_seed.items()} for name, by_seed in changes.items()}
     after_ranks, intruders = _afterwards(base, changes, run.seeds[0])
     rank_table = [["matrix", "full rank", "W", *(f"dW, {name}" for name in WAYS), "W + dW, full", "published"]]
     for role in ALL:
@@ -144,10 +138,7 @@ def delta_rank(run: Run) -> Findings:
             ),
         ],
         values={
-            "learned and kept": {
-                name: {str(s): [list(pair) for pair in curve] for s, curve in by_seed.items()}
-                for name, by_seed in paths.items()
-            },
+            "learned and kept": paths,
             "topics before": before,
             "rank of W": of_base,
             "rank of W + dW, full": after_ranks,
@@ -237,6 +228,10 @@ def _draw_spectra(axes: Any, base: dict[str, Tensor], changes: dict[str, dict[st
     title = f"W and its change, {key.removesuffix('.weight')}"
     axes.set(xlabel="singular values", ylabel="share of the sum of squares", xscale="log", ylim=(0, 1.02), title=title)
     axes.legend(frameon=False, fontsize=7.5, loc="lower right")
+
+
+def _ranks(matrices: dict[str, Tensor]) -> dict[str, int]:
+    return {key: rank_for_variance(matrix, SHARE) for key, matrix in matrices.items()}
 
 
 def _mean_rank(counts: dict[str, int]) -> float:

@@ -49,14 +49,13 @@ def duplication(run: Run) -> Findings:
                     + ", ".join(f"{other} {value:.1f}" for other, value in row.items())
                 )
 
-    mean = {
-        rounds: {other: sum(by[rounds][other] for by in accuracies.values()) / len(accuracies) for other in EVALUATED}
-        for rounds in TRAINED
-    }
+    def mean(trained: str, evaluated: str) -> float:
+        return sum(by[trained][evaluated] for by in accuracies.values()) / len(accuracies)
+
     table: Table = [["trained with", *(f"evaluated with {other} (published)" for other in EVALUATED)]]
     for rounds in TRAINED:
         table.append(
-            [rounds, *(f"{mean[rounds][o]:.1f} ({p})" for o, p in zip(EVALUATED, PUBLISHED[rounds], strict=True))]
+            [rounds, *(f"{mean(rounds, o):.1f} ({p})" for o, p in zip(EVALUATED, PUBLISHED[rounds], strict=True))]
         )
     figure, (left, right) = panels(2, width=4.9)
     order = EVALUATED[::-1]  # 1, 2, 4, 8 rounds, full

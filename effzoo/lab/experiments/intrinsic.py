@@ -119,10 +119,7 @@ def intrinsic(run: Run) -> Findings:
         claims=_claims(nineties, crossings, len(run.seeds), nets),
         values={
             "baseline": bases,
-            "accuracy": {
-                f"{n}, {w}": [{str(d): a for d, a in c.items()} for c in accuracies]
-                for (n, w), accuracies in curves.items()
-            },
+            "accuracy": {f"{name}, {way}": accuracies for (name, way), accuracies in curves.items()},
             "d90": {f"{name}, {way}": accuracies for (name, way), accuracies in nineties.items()},
             "crossing": {f"{name}, {way}": dims for (name, way), dims in crossings.items()},
         },

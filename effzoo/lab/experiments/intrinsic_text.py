@@ -120,10 +120,7 @@ def intrinsic_text(run: Run) -> Findings:
         ],
         values={
             "baseline": {str(depth): accuracies for depth, accuracies in bases.items()},
-            "accuracy": {
-                f"{n}, {depth}": [{str(d): a for d, a in c.items()} for c in accuracies]
-                for (depth, n), accuracies in curves.items()
-            },
+            "accuracy": {f"{name}, {depth}": accuracies for (depth, name), accuracies in curves.items()},
             "d90": {f"{name}, {depth}": accuracies for (depth, name), accuracies in nineties.items()},
             "crossing": {f"{name}, {depth}": dims for (depth, name), dims in crossings.items()},
         },

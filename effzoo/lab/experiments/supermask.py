@@ -110,10 +110,8 @@ def supermask(run: Run) -> Findings:
     left.set_yticks(range(len(scores)), list(scores))
     left.invert_yaxis()
     left.set(xlabel="accuracy, %", xlim=(0, 112), title="digits")
-    mean_grid = [
-        [100 * sum(grid[i][j] for grid in crossed) / len(crossed) for j in range(len(TASKS))] for i in range(len(TASKS))
-    ]
-    heat(right, mean_grid, TASKS, TASKS, vmin=0, vmax=100)
+    mean_grid = 100 * torch.tensor(crossed).mean(dim=0)
+    heat(right, mean_grid.tolist(), TASKS, TASKS, vmin=0, vmax=100)
     right.tick_params(axis="x", labelrotation=30)
     right.set(xlabel="counted on", ylabel="mask of", title="accuracy, %: one network, six masks")
 

@@ -45,9 +45,8 @@ def unified(run: Run) -> Findings:
             f"seed {seed}: " + ", ".join(f"{row.method} {_said(differences[-1][i][i])}" for i, row in enumerate(TABLE))
         )
 
-    largest = [
-        [_largest([of_seed[i][j] for of_seed in differences]) for j in range(len(TABLE))] for i in range(len(TABLE))
-    ]
+    kinds = range(len(TABLE))
+    largest = [[_largest(differences, i, j) for j in kinds] for i in kinds]
     names = [row.method.replace("_", " ") for row in TABLE]
     figure, (left, right) = panels(2, width=6.4, height=4.0)
     _schema(left, names)
@@ -131,9 +130,10 @@ def _exact(value: float | None) -> bool:
     return value is not None and value <= EXACT
 
 
-def _largest(values: Sequence[float | None]) -> float | None:
-    numbers = [value for value in values if value is not None]
-    return max(numbers) if numbers else None
+def _largest(differences: Sequence[Sequence[Sequence[float | None]]], row: int, method: int) -> float | None:
+    """Of all seeds; None where none is defined."""
+    numbers = [value for of_seed in differences if (value := of_seed[row][method]) is not None]
+    return max(numbers, default=None)
 
 
 def _said(value: float | None) -> str:
