@@ -241,7 +241,7 @@ def test_values_are_known_by_what_is_said_of_them_and_not_by_their_names():
             layers.append(
                 Attention(8, Spec("mine"), context, kv_heads=1, rotary=rotary, qk_norm=1e-6, value_dim=6).double()
             )
-    mask = Mask(positions=torch.arange(7)[None])
+    mask = Mask(position_ids=torch.arange(7)[None])
     outs = [layer(x, mask) for layer in layers]
     assert outs[0].abs().max() > 1e-3 and torch.equal(*outs)
 

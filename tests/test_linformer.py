@@ -273,10 +273,10 @@ def test_the_keys_of_a_model_with_rotary_positions_are_not_compressed_before_the
         .eval()
     )
     attn = model.blocks[0].attn
-    x, mask = draw(0, 2, 32, 16), Mask(positions=torch.arange(32)[None])
+    x, mask = draw(0, 2, 32, 16), Mask(position_ids=torch.arange(32)[None])
     out = attn(x, mask)
     q, k, v = (
-        attn.project(name, x, Mask(positions=mask.positions))
+        attn.project(name, x, Mask(position_ids=mask.position_ids))
         if name != "v"
         else attn.v(x).unflatten(-1, (2, 8)).transpose(1, 2)
         for name in "qkv"

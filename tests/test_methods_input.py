@@ -317,7 +317,7 @@ def test_a_prefix_with_its_own_softmax_is_added_gated(tiny, name, attention):
     more = {"kv_heads": 1} if name.startswith("llama") else {}
     model = effzoo.build(name, attention=attention, **kept, **more).double().eval()
     x = torch.randn(2, 7, D, dtype=torch.float64)
-    attn, mask = model.blocks[0].attn, Mask(positions=torch.arange(7)[None])
+    attn, mask = model.blocks[0].attn, Mask(position_ids=torch.arange(7)[None])
     bare = attn(x, mask)
     effzoo.attach(model, "prefix[length=3, softmax=own]")
     assert torch.equal(attn(x, mask), bare)
@@ -338,7 +338,7 @@ def test_llama_adapter_is_gated_attention_to_projected_rows(tiny, name, skip):
     more = {"kv_heads": 1} if name.startswith("llama") else {}
     model = effzoo.build(name, **kept, **more).double().eval()
     x = torch.randn(2, 7, D, dtype=torch.float64)
-    attn, mask = model.blocks[1].attn, Mask(positions=torch.arange(7)[None])
+    attn, mask = model.blocks[1].attn, Mask(position_ids=torch.arange(7)[None])
     bare = attn(x, mask)
     effzoo.attach(model, f"llama_adapter[length=3, skip={skip}]")
     assert torch.equal(attn(x, mask), bare)

@@ -58,7 +58,7 @@ class Documents:
             mask,
             valid=valid,
             is_global=None if mask.is_global is None else valid & self.split(mask.is_global),
-            positions=None if mask.positions is None else self.split(mask.positions.expand(self.batch, n)),
+            position_ids=None if mask.position_ids is None else self.split(mask.position_ids.expand(self.batch, n)),
             tasks=None if mask.tasks is None else mask.tasks[self.row],
             start=None if mask.start is None else self.split(mask.start),
             _memo={},

@@ -67,7 +67,7 @@ class Mask:
     is_global bool[batch, n]: True at tokens with global attention; None without any.
     most_globals: the largest number of global tokens in an example, if the caller knows it: counting them on an
         accelerator would make the host wait.
-    positions int[batch or 1, n]: position ids, for rotary positions.
+    position_ids int[batch or 1, n]: for rotary positions.
     tasks int[batch]: the task of each example, for routers by task.
     start [batch, n, dim]: the embeddings, for routers that read them.
     decisions: choices that stay the same when a block is computed again (see `decide`); None stores none.
@@ -78,7 +78,7 @@ class Mask:
     valid: Tensor | None = None
     is_global: Tensor | None = None
     most_globals: int | None = field(default=None, kw_only=True)
-    positions: Tensor | None = None
+    position_ids: Tensor | None = None
     tasks: Tensor | None = None
     start: Tensor | None = field(default=None, repr=False)
     decisions: dict[Any, Any] | None = field(default=None, repr=False)

@@ -162,12 +162,12 @@ class Attention(nn.Module):
         if name in self.norms:
             heads = self.norms[name](heads)
         if turned and self.rotary is not None:
-            rotary, positions = self.rotary, mask.positions
-            if positions is None:
+            rotary, position_ids = self.rotary, mask.position_ids
+            if position_ids is None:
                 raise IncompatibleError(
-                    "rotary positions need mask.positions; call the model rather than the block, or give them"
+                    "rotary positions need mask.position_ids; call the model rather than the block, or give them"
                 )
-            angles = mask.memo(rotary, lambda: rotary.angles(positions))
+            angles = mask.memo(rotary, lambda: rotary.angles(position_ids))
             heads = rotate(heads, *angles)
         return self._grouped(heads)
 
