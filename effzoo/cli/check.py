@@ -143,13 +143,13 @@ def _explain(target: str, report: Report) -> None:
     first = report.failures[0]
     say("", Text(f"the first failure, {first.check}", style="bold"))
     see = "the traceback below" if first.trace else first.see
-    rows = [
+    lines = [
         ("what happened", first.happened),
         ("likely cause", first.cause),
         ("how to see it", see),
         ("this alone", _again(target, first.check)),
     ]
-    say(pairs([(name, text) for name, text in rows if text]))
+    say(pairs([(name, text) for name, text in lines if text]))
     if first.trace:
         say("", Text("\n".join(first.trace.splitlines()[-TRACE:]), style="dim"))
 

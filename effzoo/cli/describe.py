@@ -131,8 +131,8 @@ def parameters(name: str) -> int:
 def model_rows(name: str) -> list[tuple[str, str]]:
     """What a zoo entry consists of, field by field."""
     config = zoo.config(name)
-    rows = [(field, str(getattr(config, field))) for field in SHOWN if getattr(config, field) not in ("", None)]
-    return [("parameters", f"{parameters(name):,}"), *rows, ("paper", config.paper or "-")]
+    lines = [(field, str(getattr(config, field))) for field in SHOWN if getattr(config, field) not in ("", None)]
+    return [("parameters", f"{parameters(name):,}"), *lines, ("paper", config.paper or "-")]
 
 
 def _written(default: Any) -> str:

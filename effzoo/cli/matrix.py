@@ -81,15 +81,15 @@ def _chosen(view: View[Any], names: list[str] | None) -> list[str]:
 
 
 def _table(result: Matrix, methods: list[str], kinds: list[str]) -> Table:
-    rows = table("method", *kinds)
+    listed = table("method", *kinds)
     for method in methods:
         statuses = [[result.cell(method, kind, name).status for name in ARCHITECTURES] for kind in kinds]
         cells = [Text("".join(MARKS[status] for status in of_kind)) for of_kind in statuses]
         for cell in cells:
             cell.highlight_regex(r"\+", "green")
             cell.highlight_regex("X", "bold red")
-        rows.add_row(Text(method), *cells)
-    return rows
+        listed.add_row(Text(method), *cells)
+    return listed
 
 
 def _where(cells: list[Cell]) -> str:

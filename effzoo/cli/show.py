@@ -38,7 +38,9 @@ def models_() -> None:
 
     Example:  effzoo models
     """
-    rows = table("model", "architecture", "parameters", "attention", "length", "paper", right=("parameters", "length"))
+    listed = table(
+        "model", "architecture", "parameters", "attention", "length", "paper", right=("parameters", "length")
+    )
     for name in zoo.models():
         config = zoo.config(name)
         kinds = describe.kinds(config.attention)
@@ -50,8 +52,8 @@ def models_() -> None:
             f"{config.max_length:,}",
             _short(config.paper),
         )
-        rows.add_row(*map(Text, row))
-    say(rows, "\neffzoo show NAME tells more.")
+        listed.add_row(*map(Text, row))
+    say(listed, "\neffzoo show NAME tells more.")
 
 
 @app.command("attention")
@@ -60,12 +62,12 @@ def attention_() -> None:
 
     Example:  effzoo attention
     """
-    rows = table("attention", "cost", "causal", "globals", "what it computes")
+    listed = table("attention", "cost", "causal", "globals", "what it computes")
     for name in attention.names():
         cls = attention.get(name)
         row = (name, cls.cost, _yes(not cls.not_causal), _yes(cls.knows_globals()), describe.first_sentence(cls))
-        rows.add_row(*map(Text, row))
-    say(rows, "\neffzoo show NAME draws which query sees which key.")
+        listed.add_row(*map(Text, row))
+    say(listed, "\neffzoo show NAME draws which query sees which key.")
 
 
 @app.command("peft")
@@ -74,7 +76,7 @@ def peft_() -> None:
 
     Example:  effzoo peft
     """
-    rows = table("method", "trained", "of BERT", "merges", "what it computes", right=("trained", "of BERT"))
+    listed = table("method", "trained", "of BERT", "merges", "what it computes", right=("trained", "of BERT"))
     for name in peft.names():
         hung = describe.hung(Spec(name))
         counted = (
@@ -83,9 +85,9 @@ def peft_() -> None:
             else (f"{hung.on_bert.trainable:,}", f"{hung.on_bert.percent:.3g} %", _yes(hung.mergeable))
         )
         row = (name, *counted, describe.first_sentence(peft.get(name)))
-        rows.add_row(*map(Text, row))
+        listed.add_row(*map(Text, row))
     say(
-        rows,
+        listed,
         "\ntrained: parameters on BERT base with default options; without a task head, except for `head`. "
         "effzoo show NAME tells more.",
     )
@@ -98,12 +100,12 @@ def routers() -> None:
 
     Example:  effzoo routers
     """
-    rows = table("router", "reads", "losses", "what it computes")
+    listed = table("router", "reads", "losses", "what it computes")
     for name in routing.names():
         cls = routing.get(name)
         losses = [option.name for option in routing.options(name) if option.name in LOSSES]
-        rows.add_row(*map(Text, (name, cls.reads, ", ".join(losses) or "-", describe.first_sentence(cls))))
-    say(rows, "\neffzoo show NAME tells more.")
+        listed.add_row(*map(Text, (name, cls.reads, ", ".join(losses) or "-", describe.first_sentence(cls))))
+    say(listed, "\neffzoo show NAME tells more.")
 
 
 @app.command()
@@ -191,7 +193,7 @@ def account(
 
 def _survey(model: Transformer) -> None:
     head = "method, trained %, survey, changed %, survey, rank, stored bytes, FLOPs +%"
-    rows = table(*head.split(", "), right=("trained %", "changed %", "FLOPs +%"))
+    listed = table(*head.split(", "), right=("trained %", "changed %", "FLOPs +%"))
     refused = []
     for row in survey_of(model):
         if row.account is None or row.flops is None:
@@ -210,8 +212,8 @@ def _survey(model: Transformer) -> None:
             f"{of.stored_bytes:,}",
             f"{row.flops.extra:.2g}",
         )
-        rows.add_row(*map(Text, cells))
-    say(heading(f"{model.config.name}, {sum(p.numel() for p in model.parameters()):,} parameters"), rows)
+        listed.add_row(*map(Text, cells))
+    say(heading(f"{model.config.name}, {sum(p.numel() for p in model.parameters()):,} parameters"), listed)
     say(
         "\nsurvey: Lialin et al. 2023, arXiv:2303.15647v1, over many models. changed: entries of the base after "
         "merging, - where nothing merges;"
@@ -283,10 +285,10 @@ def _head(view: View[Any], spec: Spec, what: str, traits: list[tuple[str, str]])
     say(pairs([*traits, *([("also called", ", ".join(aliases))] if aliases else []), ("paper", cls.paper or "-")]))
     options = describe.option_rows(view, spec.name)
     if options:
-        rows = table("option", "type", "default", "meaning")
+        listed = table("option", "type", "default", "meaning")
         for row in options:
-            rows.add_row(*map(Text, row))
-        say("", rows)
+            listed.add_row(*map(Text, row))
+        say("", listed)
 
 
 def _picture_size(spec: Spec) -> int:

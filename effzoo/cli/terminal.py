@@ -121,12 +121,12 @@ def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
     return made
 
 
-def pairs(rows: list[tuple[str, str]]) -> Table:
+def pairs(lines: list[tuple[str, str]]) -> Table:
     """Names and what they are, in two columns."""
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
-    for name, value in rows:
+    for name, value in lines:
         made.add_row(Text(name), Text(value))
     return made
 

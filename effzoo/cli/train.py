@@ -206,15 +206,15 @@ def _report(result: Result, model: Transformer, output: Path) -> None:
     import effzoo
     from effzoo import plots
 
-    rows: list[tuple[str, Any]] = [
+    lines: list[tuple[str, Any]] = [
         (name.removeprefix("eval_"), f"{value:.4g}") for name, value in result.metrics.items()
     ]
-    rows += [
+    lines += [
         ("steps", f"{result.steps:,}"),
         ("seconds", f"{result.seconds:.1f}"),
         ("peak memory", f"{result.peak_memory / 2**20:,.0f} MiB"),
     ]
-    say("", heading("result"), pairs(rows), "", heading("account"), str(effzoo.account(model)), "")
+    say("", heading("result"), pairs(lines), "", heading("account"), str(effzoo.account(model)), "")
     if result.untouched:
         say(f"note: {result.untouched}", "")
     if result.history:

@@ -78,9 +78,9 @@ def same_bucket(q: Tensor, k: Tensor, rotations: Tensor, factors: Sequence[int])
 
 def in_order_of(pairs: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     """Pairs [..., n, n] with rows sorted by the buckets [..., n] of queries, columns by those of keys; stable."""
-    rows, columns = (sort(buckets)[0] for buckets in (queries, keys))
-    pairs = pairs.gather(-2, rows.unsqueeze(-1).expand(pairs.shape))
-    return pairs.gather(-1, columns.unsqueeze(-2).expand(pairs.shape))
+    of_queries, of_keys = (sort(buckets)[0] for buckets in (queries, keys))
+    pairs = pairs.gather(-2, of_queries.unsqueeze(-1).expand(pairs.shape))
+    return pairs.gather(-1, of_keys.unsqueeze(-2).expand(pairs.shape))
 
 
 def within_reach(buckets: Tensor, chunk: int, back: int = 1) -> Tensor:

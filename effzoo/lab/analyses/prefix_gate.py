@@ -31,9 +31,9 @@ def prefix_gates(model: Transformer, **inputs: Tensor) -> list[Tensor]:
     Raises IncompatibleError where no layer has a prefix, or an attention kind computes its output in several softmaxes.
     """
     layers = [block.attn for block in model.blocks if isinstance(block.attn, Attention)]
-    given: list[bool] = [False] * len(layers)  # whether the layer's memory site gave rows
+    has_prefix: list[bool] = [False] * len(layers)  # whether the layer's memory site gave rows
     heard: list[Heard] = [[] for _ in layers]
-    hooks = [layer.memory.register_forward_hook(_noting(given, number)) for number, layer in enumerate(layers)]
+    hooks = [layer.memory.register_forward_hook(_noting(has_prefix, number)) for number, layer in enumerate(layers)]
     for layer, into in zip(layers, heard, strict=True):
         layer.core.attended = _listening(layer.core, into)  # type: ignore[method-assign]
     mode = model.training
@@ -44,18 +44,18 @@ def prefix_gates(model: Transformer, **inputs: Tensor) -> list[Tensor]:
         for layer, hook in zip(layers, hooks, strict=True):
             hook.remove()
             del layer.core.attended
-    if not any(given):
+    if not any(has_prefix):
         raise IncompatibleError(
             "no layer of this model has a prefix in the softmax of its tokens; attach one: "
             "effzoo.attach(model, 'prefix')"
         )
-    return [_gate(layer.core, parts) for layer, parts, has in zip(layers, heard, given, strict=True) if has]
+    return [_gate(layer.core, parts) for layer, parts, has in zip(layers, heard, has_prefix, strict=True) if has]
 
 
-def _noting(given: list[bool], number: int) -> Any:
+def _noting(has_prefix: list[bool], number: int) -> Any:
     def noting(site: nn.Module, seen: Any, gave: Any) -> None:
         joining, _ = gave
-        given[number] = joining is not None
+        has_prefix[number] = joining is not None
 
     return noting
 

@@ -88,10 +88,10 @@ def adapter_spans(run: Run) -> Findings:
     table = [["adapters taken out", "accuracy", "points lost", "lowest to highest", "published"]]
     table.append(["none", f"{_mean(by_size[REMOVED]):.1f} %", "0", "", ""])
     worst = [max(of_span[i, i] for i in range(layers)) for of_span in lost]
-    rows = [(f"layer {i}", (i, i), "at most 2 points") for i in range(layers)]
-    rows += [("lower half", lower, "hardly matters (MNLI, layers 0-4)"), ("upper half", upper, "no number")]
-    rows += [("all", (0, layers - 1), f"majority: 37 % MNLI, 69 % CoLA; here {majority:.1f} %")]
-    for name, span, published in rows:
+    lines = [(f"layer {i}", (i, i), "at most 2 points") for i in range(layers)]
+    lines += [("lower half", lower, "hardly matters (MNLI, layers 0-4)"), ("upper half", upper, "no number")]
+    lines += [("all", (0, layers - 1), f"majority: 37 % MNLI, 69 % CoLA; here {majority:.1f} %")]
+    for name, span, published in lines:
         points = [of_span[span] for of_span in lost]
         accuracy = _mean([of_span[span] for of_span in removed])
         table.append(

@@ -42,7 +42,7 @@ def cost(run: Run) -> Findings:
     """Where do the operations, the time and the memory of a transformer go?"""
     dims = run.choose((128, 384), (128, 384, 768))
     lengths = run.choose((128, 512, 2048, 4096), (128, 512, 2048, 4096, 8192))
-    rows: list[dict[str, Any]] = []
+    layers: list[dict[str, Any]] = []
     for dim in dims:
         block = layer(dim, dim // HEAD, longest=max(lengths))
         for n in lengths:
@@ -51,31 +51,31 @@ def cost(run: Run) -> Findings:
             by_formula = operations(n, dim)
             with torch.device("meta"):
                 exact = counted(layer(dim, dim // HEAD, longest=n), x.to("meta")) == by_formula
-            rows.append({"n": n, "dim": dim, "operations": by_formula, "counted alike": exact, "seconds": taken})
+            layers.append({"n": n, "dim": dim, "operations": by_formula, "counted alike": exact, "seconds": taken})
             run.say(f"d {dim}, n {n}: {1e3 * taken[WHOLE]:.1f} ms")
-    predicted, measured = ([shares(row[what]) for row in rows] for what in ("operations", "seconds"))
+    predicted, measured = ([shares(row[what]) for row in layers] for what in ("operations", "seconds"))
     memory = opt_table(peft=LORA).columns
 
     table = [["d", "n", *(f"{part}, % of operations: time" for part in PARTS), "layer, ms", "published"]]
-    for row, expected, part_shares in zip(rows, predicted, measured, strict=True):
+    for row, expected, part_shares in zip(layers, predicted, measured, strict=True):
         cells = [f"{100 * expected[part]:.0f}: {100 * part_shares[part]:.0f}" for part in PARTS]
         said = "about half is feed-forward (lecture)" if row["n"] == USUAL else "no number"
         table.append([f"{row['dim']}", f"{row['n']}", *cells, f"{1e3 * row['seconds'][WHOLE]:.1f}", said])
 
     attended = [
-        [part_shares[ATTENTION] for row, part_shares in zip(rows, measured, strict=True) if row["dim"] == dim]
+        [part_shares[ATTENTION] for row, part_shares in zip(layers, measured, strict=True) if row["dim"] == dim]
         for dim in dims
     ]
     grows = all(a < b for of_width in attended for a, b in itertools.pairwise(of_width))
-    half = [part_shares[FEED_FORWARD] for row, part_shares in zip(rows, measured, strict=True) if row["n"] == USUAL]
+    half = [part_shares[FEED_FORWARD] for row, part_shares in zip(layers, measured, strict=True) if row["n"] == USUAL]
     away = max(
         abs(expected[part] - part_shares[part])
         for expected, part_shares in zip(predicted, measured, strict=True)
         for part in PARTS
     )
     figure, (left, middle, right) = panels(3, width=4.4, height=3.8)
-    _shares(left, rows, measured)
-    _seconds(middle, rows, dims[-1])
+    _shares(left, layers, measured)
+    _seconds(middle, layers, dims[-1])
     _memory(right, memory)
     settings = {
         "d": list(dims), "n": list(lengths), "d_h": "4 d", "head": HEAD, "dtype": "float32",
@@ -90,7 +90,7 @@ def cost(run: Run) -> Findings:
         claims=[
             Claim(
                 "the formulas are the operations that the layer runs, as torch counts them",
-                (all(row["counted alike"] for row in rows),),
+                (all(row["counted alike"] for row in layers),),
             ),
             Claim(
                 f"at n = {USUAL} the feed-forward is about half of the time (40 to 60 %), at every width",
@@ -100,7 +100,7 @@ def cost(run: Run) -> Findings:
             Claim("every part's share of the time is within 10 points of its share of the operations", (away <= 0.1,)),
         ],
         values={
-            "layers": rows,
+            "layers": layers,
             "largest distance of a share": away,
             "memory": {name: dict(column) for name, column in memory.items()},
         },
@@ -126,14 +126,16 @@ def _memory_table(memory: Mapping[str, Mapping[str, int]]) -> Table:
     ]
 
 
-def _shares(axes: Axes, rows: list[dict[str, Any]], measured: list[dict[str, float]]) -> None:
+def _shares(axes: Axes, layers: list[dict[str, Any]], measured: list[dict[str, float]]) -> None:
     ratios = [2 ** (k / 8) for k in range(-20, 53)]
     curves = [[shares({PROJECTIONS: 8, ATTENTION: 4 * r, FEED_FORWARD: 16})[part] for r in ratios] for part in PARTS]
     for part, curve, colour in zip(PARTS, curves, LINES, strict=False):
         axes.plot(ratios, curve, color=colour, linewidth=1.6, label=part)
-    for number, dim in enumerate(dict.fromkeys(row["dim"] for row in rows)):
+    for number, dim in enumerate(dict.fromkeys(row["dim"] for row in layers)):
         of_width = [
-            (row["n"] / dim, part_shares) for row, part_shares in zip(rows, measured, strict=True) if row["dim"] == dim
+            (row["n"] / dim, part_shares)
+            for row, part_shares in zip(layers, measured, strict=True)
+            if row["dim"] == dim
         ]
         for part, colour in zip(PARTS, LINES, strict=False):
             axes.plot(
@@ -153,8 +155,8 @@ def _shares(axes: Axes, rows: list[dict[str, Any]], measured: list[dict[str, flo
     )
 
 
-def _seconds(axes: Axes, rows: list[dict[str, Any]], dim: int) -> None:
-    of_width = [row for row in rows if row["dim"] == dim]
+def _seconds(axes: Axes, layers: list[dict[str, Any]], dim: int) -> None:
+    of_width = [row for row in layers if row["dim"] == dim]
     for number, part in enumerate(PARTS):
         times = [1e3 * row["seconds"][part] for row in of_width]
         axes.plot(

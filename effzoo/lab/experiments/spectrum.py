@@ -24,11 +24,11 @@ def spectrum(run: Run) -> Findings:
     model = minilm(len(data.names), max_length=N)
     by_seed = []
     for seed in run.seeds:
-        rows = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))[:count]
-        curves = torch.stack([_curves(model, whole.inputs["input_ids"][row][None]) for row in rows]).mean(dim=0)
+        chosen = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))[:count]
+        curves = torch.stack([_curves(model, whole.inputs["input_ids"][row][None]) for row in chosen]).mean(dim=0)
         by_seed.append(curves)
         run.say(
-            f"seed {seed}: {len(rows)} texts of {N} tokens, mean at {N // 4} of {N}: "
+            f"seed {seed}: {len(chosen)} texts of {N} tokens, mean at {N // 4} of {N}: "
             f"{float(curves[..., N // 4 - 1].mean()):.3f}"
         )
     mean = torch.stack(by_seed).mean(dim=0)

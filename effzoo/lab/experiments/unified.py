@@ -37,8 +37,8 @@ def unified(run: Run) -> Findings:
     model = minilm(len(data.names)).double()
     differences: list[list[list[float | None]]] = []  # by seed, row and method
     for seed in run.seeds:
-        rows = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(seed))[:count]
-        inputs = {name: x[rows] for name, x in data.test.inputs.items()}
+        chosen = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(seed))[:count]
+        inputs = {name: x[chosen] for name, x in data.test.inputs.items()}
         places = {method: _places(model, spec, seed, inputs) for method, spec in SPECS.items()}
         differences.append([[difference(row, places[method.method]) for method in TABLE] for row in TABLE])
         run.say(
