@@ -28,9 +28,9 @@ WAITS = {  # what is left: the function that makes the host wait, and why
     "blocks/experts.py: Experts._sent": "an expert computes the tokens that are sent to it, and their number decides "
     "a shape",
     "routing/assignment.py: assign": "the exact assignment is found on the CPU",
-    "architectures/packing.py: packed": "position ids without an attention_mask say whether there are documents, "
+    "architectures/packing.py: documents_of": "position ids without an attention_mask say whether there are documents, "
     "which become rows",
-    "architectures/packing.py: Packed.__init__": "how many documents there are, and the longest one, decide shapes",
+    "architectures/packing.py: Documents.__init__": "how many documents there are, and the longest one, decide shapes",
 }
 pytestmark = pytest.mark.slow
 
