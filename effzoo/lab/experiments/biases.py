@@ -170,7 +170,11 @@ def _figure(
     left.set_yticks(range(len(accuracies)), [f"{name} ({counts[name]:,})" for name in accuracies])
     left.set(xlabel="accuracy, %", ylim=(len(accuracies) - 0.5, -0.8), title="one group trained, with the head")
     layers = sorted(layer for layer in moved[seeds[0]]["attn.q"] if layer is not None)
-    cells = [[1000 * mean(moved[s][role][layer] for s in seeds) for layer in layers] for role in ROLES]
+
+    def change(role: str, layer: int) -> float:
+        return 1000 * mean(moved[s][role][layer] for s in seeds)
+
+    cells = [[change(role, layer) for layer in layers] for role in ROLES]
     heat(right, cells, list(ROLES.values()), [f"{layer}" for layer in layers], form="{:.1f}", vmin=0)
     right.set(xlabel="layer", title="mean change, thousandths")
     return figure

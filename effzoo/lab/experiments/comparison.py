@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -94,8 +95,11 @@ def comparison(run: Run) -> Findings:
     steps_of = {name: _mean([method.step for method in methods]) for name, methods in groups.items()}
     passes = {name: _mean([method.cheapest for method in methods]) for name, methods in groups.items()}
     seeds = range(len(run.seeds))
-    alone = {name: [_mean([m.alone[i] for m in methods]) for i in seeds] for name, methods in groups.items()}
-    lost = {name: [_mean([m.lost(i) for m in methods]) for i in seeds] for name, methods in groups.items()}
+    alone: dict[str, list[float]] = {name: [] for name in groups}
+    lost: dict[str, list[float]] = {name: [] for name in groups}
+    for i, (name, methods) in itertools.product(seeds, groups.items()):
+        alone[name].append(_mean([method.alone[i] for method in methods]))
+        lost[name].append(_mean([method.lost(i) for method in methods]))
     merged = [method.merged for methods in groups.values() for method in methods if method.merged is not None]
     settings = {
         "model": "minilm", "tokens": length, "texts": [len(examples) for examples in train],

@@ -144,7 +144,7 @@ def lora_subspaces(run: Run) -> Findings:
                 name: {role: values.tolist() for role, values in by_role.items()} for name, by_role in by_seed.items()
             },
             "amplification": {
-                str(r): {str(seed): [asdict(a) for a in amplifications] for seed, amplifications in of_seeds.items()}
+                str(r): {str(seed): list(map(asdict, layers)) for seed, layers in of_seeds.items()}
                 for r, of_seeds in amplified.items()
             },
             "accuracy": {
@@ -268,7 +268,8 @@ def _of_file(path: Path) -> Findings:
     )
     left.legend(frameon=False, fontsize=8)
     first = [name for name in names if _role(name) == roles[0]]
-    share = [[v**2 / sum(x**2 for x in spectra[name]) for v in spectra[name]] for name in first]
+    squares = [[value**2 for value in spectra[name]] for name in first]
+    share = [[square / sum(of_layer) for square in of_layer] for of_layer in squares]
     heat(
         right_axes,
         share,
@@ -280,10 +281,8 @@ def _of_file(path: Path) -> Findings:
     )
     right_axes.set(xlabel="singular value", ylabel="layer", title=f"{roles[0]}: share of ||B A||^2")
     half = len(first) // 2
-    falls = tuple(
-        mean(effective[n] for n in of_role[half:]) < mean(effective[n] for n in of_role[:half])
-        for of_role in [[n for n in names if _role(n) == role] for role in roles]
-    )
+    by_role = [[effective[name] for name in names if _role(name) == role] for role in roles]
+    falls = tuple(mean(of_role[half:]) < mean(of_role[:half]) for of_role in by_role)
     small = sum(count <= (len(factors[n][0]) + 1) // 2 for n, count in nineties.items())
     return Findings(
         tables={"trained factors": table},

@@ -123,7 +123,9 @@ def pruning(run: Run) -> Findings:
     )
     third.legend(frameon=False, fontsize=8, loc="upper left")
 
-    mean = {s: {method: sum(small[method][keep][s] for keep in small_keeps[2:]) for method in METHODS} for s in seeds}
+    def of_few(method: str, s: str) -> float:
+        return sum(small[method][keep][s] for keep in small_keeps[2:])
+
     claims = [
         Claim(
             "MiniLM: with half of the weights kept, magnitude is better",
@@ -139,7 +141,7 @@ def pruning(run: Run) -> Findings:
         ),
         Claim(
             "small network: with 10 % and fewer kept, movement is better in the mean",
-            judged(seeds, lambda s: mean[s]["movement"] > mean[s]["magnitude"]),
+            judged(seeds, lambda s: of_few("movement", s) > of_few("magnitude", s)),
         ),
         Claim(
             "movement keeps fewer of the largest weights than magnitude",

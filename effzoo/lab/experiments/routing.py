@@ -134,10 +134,7 @@ def routing(run: Run) -> Findings:
         claims=claims,
         values={
             "accuracy": {name: dict(zip(map(str, run.seeds), values, strict=True)) for name, values in right.items()},
-            "entropy": {
-                n: [[round(x, 4) for x in _curve(watched, "entropy")] for watched in watches]
-                for n, watches in series.items()
-            },
+            "entropy": {name: [_rounded(_curve(watched, "entropy")) for watched in of] for name, of in series.items()},
             "unused": idle,
             "dropped": dropped,
         },
@@ -183,6 +180,10 @@ def _curve(watched: Watch, what: str) -> list[float]:
     """One number for every step, the mean over the routers of the model."""
     curves = [[float(getattr(usage, what)) for usage in watched.of(router)] for router in watched.routers]
     return [mean(values) for values in zip(*curves, strict=True)]
+
+
+def _rounded(curve: list[float]) -> list[float]:
+    return [round(x, 4) for x in curve]
 
 
 def _late(watched: Watch, what: str) -> float:
