@@ -89,6 +89,9 @@ def test_a_process_that_ends_fails_its_cell_and_the_others_are_done(tmp_path, mo
         gpu, "cells", lambda section, sizes, device: [gpu.Cell(section, name, lambda path: None) for name in "abc"]
     )
     monkeypatch.setattr(gpu, "SHARES", {"parity": 0.5, "peers": 0.5})
+    monkeypatch.setattr(
+        gpu.cards, "machine", lambda device: "a card"
+    )  # else platform asks a process when it is asked first
     calls = []
 
     def process(command, timeout, **given):
