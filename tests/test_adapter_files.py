@@ -320,7 +320,7 @@ def at_call(monkeypatch, number, act):
     return calls
 
 
-@pytest.mark.cover()
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["effzoo", "peft"])
 @pytest.mark.parametrize("problem", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO])
 def test_a_save_that_fails_leaves_the_old_adapter_and_nothing_else(format, problem, tmp_path):
@@ -351,7 +351,7 @@ def test_a_save_that_fails_leaves_the_old_adapter_and_nothing_else(format, probl
     assert failed >= 6
 
 
-@pytest.mark.cover()
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["effzoo", "peft"])
 @pytest.mark.parametrize("spec", ["lora[rank=2]", "lora[rank=2, alpha=7.0]"])
 def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(format, spec, tmp_path):

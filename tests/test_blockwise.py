@@ -276,6 +276,7 @@ def test_values_may_be_wider_than_keys_and_strided(causal):
     assert_same(made(*projected, mask=Mask()), made.dense(*projected, mask=Mask()), leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_it_compiles_whole(causal, padded):

@@ -280,6 +280,7 @@ def same(one, other):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["effzoo", "peft", "peft's own"])
 def test_damaged_folders_load_exactly_or_not_at_all(format, base, saved, tmp_path):
     model, folders = copy.deepcopy(base), saved[format]

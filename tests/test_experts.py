@@ -341,7 +341,7 @@ def test_every_attention_kind_learns_with_experts(tiny, kind):
         assert bool(out.loss.isfinite()) and out.balance_loss is not None
 
 
-@pytest.mark.cover()
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ["switch", "top_k[k=2]", "base", "expert_choice", "gumbel", "soft"])
 def test_training_lowers_the_loss_and_moves_the_router(tiny, router):
     model = build(tiny, router=router).train()

@@ -179,7 +179,7 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.mark.cover()
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attention", "model"),
     [

@@ -128,6 +128,7 @@ def test_every_part_and_the_whole_layer_take_time():
     assert list(taken) == [*layer_cost.PARTS, layer_cost.WHOLE] and min(taken.values()) > 0
 
 
+@pytest.mark.slow
 def test_the_memory_of_opt_is_that_of_its_parameters():
     """Full, float16 with float32 copies: 2 bytes of weight, 2 of gradient, 8 of states, 4 of copy for each of P
     parameters."""

@@ -160,6 +160,7 @@ def lsh_cases(draw):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(lsh_cases(), st.sampled_from(["auto", "reference", "efficient"]))
 def test_lsh_equals_its_definition_and_that_equals_plain_python(case, backend):
@@ -265,6 +266,7 @@ def test_counted_once_it_is_dense_attention_on_the_union_of_the_rounds(causal, w
     assert_same(made(qk, v, mask=Mask()), shared(qk, v, union), [qk, v])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("once", ["false", "true"])
 @pytest.mark.parametrize("seed", range(4))
 def test_rounds_in_a_ring_equal_plain_python(seed, once):
@@ -280,6 +282,7 @@ def test_rounds_in_a_ring_equal_plain_python(seed, once):
     assert_same(made.dense(qk, v, mask=Mask(valid)), expected, [qk, v])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [1, 3 * 37 * WIDTH, 2**19])
 @pytest.mark.parametrize(
     "spec",

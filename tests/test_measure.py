@@ -211,6 +211,7 @@ def test_the_crossover_is_the_length_from_which_on_a_kind_stays_faster():
     assert markdown([["a", "b"], ["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
 
 
+@pytest.mark.slow
 def test_the_report_holds_tables_and_figures_and_nothing_outside_it(tmp_path):
     rows = [row(kind, n, r) for kind, r in (("full", 1.0), ("longformer", 0.5)) for n in (512, 1024, 2048)]
     text = report.write(rows, tmp_path).read_text()

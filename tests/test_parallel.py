@@ -48,6 +48,7 @@ def results(request, tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
+@pytest.mark.slow
 def test_outputs_and_gradients_are_those_of_one_process(results):
     """Attention of every kind, and whole models with adapters: padding, global tokens, memory, 29 positions."""
     wrong = {(rank, *case): found for rank, of_rank in enumerate(results) for case, (found, _) in of_rank.items()}

@@ -343,6 +343,7 @@ def test_longformer_classification_makes_the_first_token_global_as_transformers_
     assert (local - ours(**inputs).logits).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [2, 3, 7, 13, 20])
 @pytest.mark.parametrize("length", [1, 2, 7, 13])
 def test_the_window_of_mistral_equals_transformers_at_any_length(window, length):

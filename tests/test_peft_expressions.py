@@ -53,6 +53,7 @@ EXPRESSIONS = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=1500, deadline=None)
 @given(EXPRESSIONS, st.text("ab.1_{", min_size=1, max_size=8))
 def test_an_expression_means_what_re_says(text, name):
@@ -109,6 +110,7 @@ def bert():
     return effzoo.build("bert", layers=1, dim=16, heads=2, mlp=32, max_length=32, vocab=50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES, ids=["target", "exclude", "rank", "alpha", "layers"])
 @pytest.mark.parametrize("text", [*HOSTILE, *UNREAD], ids=range(len(HOSTILE) + len(UNREAD)))
 def test_no_expression_of_a_file_is_run_without_an_end(folder, tmp_path, place, text):

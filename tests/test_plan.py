@@ -124,7 +124,7 @@ def test_what_is_computed_again_is_not_kept(attention, residual, method):
         assert found.kept == kept(model, **call(model, 2, 37))
 
 
-@pytest.mark.cover()
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["nothing", "hidden", "blocks"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("method", [None, "lora", "ia3", "houlsby"])
@@ -162,7 +162,7 @@ def test_half_precision_is_planned_as_it_runs(attention_dropout, precision, meth
     assert found.kept == kept(model, torch.bfloat16 if precision == "autocast" else None, **call(model, 2, 37))
 
 
-@pytest.mark.cover("level")
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["nothing", "hidden", "blocks"])
 @pytest.mark.parametrize(
     "method", ["lora", "ia3", "houlsby", "full", "prefix", "dora", "fish", "mam", "routed", "far", "ladder"]
@@ -367,6 +367,7 @@ def test_a_branch_on_an_activation_is_refused_and_not_guessed(written):
         plan(ByValue(written), inputs={"x": torch.randn(2, 8)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "make"),
     [

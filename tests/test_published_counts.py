@@ -54,6 +54,7 @@ def trained(model, spec):
         effzoo.detach(model, "one")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", PUBLISHED)
 def test_trained_parameters_are_the_published_number(model, spec):
     assert trained(model, spec) == PUBLISHED[spec]

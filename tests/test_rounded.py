@@ -58,6 +58,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theirs", KINDS, ids=str)
 def test_every_rounding_of_the_same_weights_is_taken_when_asked(base, theirs, tmp_path):
     """From every kind to every other: refused with the kinds named, then taken, its tensors as they were saved and the

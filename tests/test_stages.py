@@ -103,6 +103,7 @@ def edited(folder, **changes):
     path.write_text(json.dumps({**content, "manifest_sha256": _hash(content)}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spec", "number"), BEGUN)
 def test_an_adapter_is_loaded_in_its_stage_and_trained_on_to_the_same_bits(tiny, tmp_path, spec, number):
     model = trained(made(tiny, spec), number)
@@ -359,6 +360,7 @@ def test_a_run_that_cannot_be_resumed_leaves_the_stage(tiny, tmp_path):
     assert_same(everything(model), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "number"), [(spec, number) for spec, number in BEGUN if not spec.startswith(("ipt", "routed"))]
 )

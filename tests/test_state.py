@@ -362,6 +362,7 @@ SCALABLE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SCALABLE)
 @pytest.mark.parametrize("scale", [0.5, -1.5, 0.0])
 def test_a_scale_multiplies_the_change_of_the_weights(tiny, spec, scale):
