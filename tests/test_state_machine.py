@@ -716,8 +716,9 @@ class Adapters(RuleBasedStateMachine):
             assert before is None or torch.allclose(before, after, rtol=0, atol=1e-8)
 
     def finished(self, name):
-        """What finishing rounds is another content."""
-        if any(word in self.specs[name] for word in CAN_BE_FINISHED):
+        """What finishing rounds is another content. A mixture is made of finished adapters: nothing is left to do."""
+        gathered = self.specs[name].startswith(("routed ", "fusion "))
+        if not gathered and any(word in self.specs[name] for word in CAN_BE_FINISHED):
             self.done.add(name)
         if any(word in self.specs[name] for word in FINISHED):
             self.drawn += 1
@@ -809,7 +810,7 @@ class Adapters(RuleBasedStateMachine):
             must_not=not self.free(name) or mixture not in self.attached,
         ):
             counts["extracted"] += 1
-            self.is_new(name, self.specs[mixture])
+            self.is_new(name, f"extracted {self.specs[mixture]}")
 
     @property
     def state(self):
