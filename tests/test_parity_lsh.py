@@ -83,7 +83,7 @@ def joined(x):
     return x.transpose(1, 2).flatten(2)
 
 
-def agree(ours, theirs, inputs, valid=None, tolerance=1e-10):
+def assert_agree(ours, theirs, inputs, valid=None, tolerance=1e-10):
     """Outputs and gradients of the inputs at tokens: what stands at padding has no meaning in either."""
     direction = random(77, *ours.shape)
     if valid is not None:
@@ -118,7 +118,7 @@ def test_lsh_equals_transformers(case, padded, causal):
     theirs = layer(x, attention_mask=valid).hidden_states
     core = our_core(lsh_spec(config), config)
     ours = joined(core(split(layer.query_key(x)), split(layer.value(x)), mask=Mask(valid)))
-    agree(ours, theirs, [x, layer.query_key.weight, layer.value.weight], valid)
+    assert_agree(ours, theirs, [x, layer.query_key.weight, layer.value.weight], valid)
 
 
 def test_padding_between_tokens_is_sorted_as_in_transformers():
@@ -128,7 +128,7 @@ def test_padding_between_tokens_is_sorted_as_in_transformers():
     valid = torch.rand(3, 32, generator=torch.Generator().manual_seed(3)) < 0.6
     theirs = layer(x, attention_mask=valid).hidden_states
     core = our_core(lsh_spec(config), config)
-    agree(joined(core(split(layer.query_key(x)), split(layer.value(x)), mask=Mask(valid))), theirs, [x], valid)
+    assert_agree(joined(core(split(layer.query_key(x)), split(layer.value(x)), mask=Mask(valid))), theirs, [x], valid)
 
 
 @pytest.mark.parametrize("n", [32, 64])
@@ -172,7 +172,7 @@ def test_local_equals_transformers(chunk, before, after, padded, causal):
     ours = joined(core(*(split(linear(x)) for linear in (layer.query, layer.key, layer.value)), mask=Mask(valid)))
     # HF spreads a row that sees nothing over masked keys, ours is 0
     sees = core.pattern(32, Mask(valid)).any(dim=-1)[:, 0].expand(3, -1)
-    agree(
+    assert_agree(
         ours,
         theirs,
         [x, layer.query.weight, layer.key.weight, layer.value.weight],
@@ -251,8 +251,8 @@ def test_the_integration_cases_of_transformers_give_the_same_whole_layer(case, n
     assert torch.equal(whole.attn_output, their_y1) and torch.equal(whole.hidden_states, their_y2)
     y1 = first + block.attend(block.attn_norm(second), Mask(valid))
     y2 = second + block.feed(block.mlp_norm(y1), Mask(valid))
-    agree(y1, their_y1, [first, second], valid)
-    agree(y2, their_y2, [first, second], valid)
+    assert_agree(y1, their_y1, [first, second], valid)
+    assert_agree(y2, their_y2, [first, second], valid)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -287,7 +287,7 @@ def test_bucket_mask_and_duplicate_correction_equal_reformer_pytorch(once, round
     core = effzoo.attention.create(spec, Context(heads=1, head_dim=8, causal=causal))
     core.rotate_by(drawn)
     ours = core(qk[:, None] / 8**0.5, v[:, None], mask=Mask())[:, 0]
-    agree(ours, theirs, [qk, v], tolerance=1e-6 if once else 1e-10)
+    assert_agree(ours, theirs, [qk, v], tolerance=1e-6 if once else 1e-10)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -301,4 +301,4 @@ def test_attention_across_buckets_equals_reformer_pytorch(causal, monkeypatch):
         "lsh[rounds=3,chunk=4,buckets=8,circular=true]", Context(heads=1, head_dim=8, causal=causal)
     )
     core.rotate_by(torch.randn(1, 8, 3, 4, dtype=torch.float64).permute(2, 0, 1, 3))
-    agree(core(qk[:, None] / 8**0.5, v[:, None], mask=Mask())[:, 0], theirs, [qk, v])
+    assert_agree(core(qk[:, None] / 8**0.5, v[:, None], mask=Mask())[:, 0], theirs, [qk, v])

@@ -43,6 +43,10 @@ HEADS = {
     "masked_lm": "ReformerForMaskedLM",
     "classification": "ReformerForSequenceClassification",
 }
+SMALL = {  # sizes of a model of the zoo that those of `theirs` fit
+    "dim": 16, "heads": 2, "head_dim": 8, "layers": 2, "mlp": 32, "vocab": 50, "max_length": 32, "axial_shape": (4, 8),
+    "axial_dims": (6, 10),
+}  # fmt: skip
 
 
 def theirs(name, case, **more):
@@ -207,17 +211,7 @@ def test_the_published_reformer_is_filled_with_weights_of_its_layout():
         "local_attention_probs_dropout_prob": 0.05,
     }
     hf = theirs("ReformerModelWithLMHead", "local", **sizes)
-    tiny = {
-        "dim": 16,
-        "heads": 2,
-        "head_dim": 8,
-        "layers": 2,
-        "mlp": 32,
-        "vocab": 50,
-        "max_length": 32,
-        "axial_shape": (4, 8),
-        "axial_dims": (6, 10),
-    }
+    tiny = SMALL
     for more in ({}, {"attention_dropout": 0.0}):
         model = effzoo.build("reformer", task="causal_lm", pretrained=hf, **tiny, **more)
         assert model.embeddings.token.weight.equal(hf.reformer.embeddings.word_embeddings.weight.float())
@@ -252,17 +246,7 @@ def test_each_attention_has_its_own_dropout_both_ways():
 def test_zoo_reformers_load_published_layouts_and_take_peft(tmp_path):
     hf = theirs("ReformerModelWithLMHead", "mixed", attn_layers=["local", "lsh"])
     hf.float().save_pretrained(tmp_path)
-    sizes = {
-        "dim": 16,
-        "heads": 2,
-        "head_dim": 8,
-        "layers": 2,
-        "mlp": 32,
-        "vocab": 50,
-        "max_length": 32,
-        "axial_shape": (4, 8),
-        "axial_dims": (6, 10),
-    }
+    sizes = SMALL
     model = effzoo.build(
         "reformer",
         task="causal_lm",

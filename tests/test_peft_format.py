@@ -115,7 +115,7 @@ def logits(model, batch, rows=0, **more):
     return out if out.ndim == 2 else out[:, rows:][batch["attention_mask"].bool()]
 
 
-def close(actual, expected, within=EXACT):
+def assert_close(actual, expected, within=EXACT):
     scale = expected.abs().max().item()
     assert scale > 1e-3, "too small to tell anything"
     assert (actual - expected).abs().max().item() < within * max(1.0, scale)
@@ -227,10 +227,10 @@ def test_an_adapter_from_here_gives_the_same_logits_in_peft_and_read_again_here(
     expected = logits(ours, batch)
     effzoo.save_adapter(ours, tmp_path, format="peft")
     theirs = loaded_by_peft(base, tmp_path)
-    close(logits(theirs, batch), expected, tolerance(name))
+    assert_close(logits(theirs, batch), expected, tolerance(name))
     assert (logits(base, batch) - expected).abs().max() > 1e-3, "the adapter changes nothing"
     again = effzoo.load_adapter(convert.from_transformers(base), tmp_path, name="again")
-    close(logits(again, batch), expected)
+    assert_close(logits(again, batch), expected)
     if "init" not in spec and (name, spec) not in RESCALED:
         before, after = adapter_tensors(ours, "default"), adapter_tensors(again, "again")
         assert {re.sub(r"adapters\.default", "adapters.again", key) for key in before} == set(after)
@@ -308,10 +308,10 @@ def test_an_adapter_from_peft_gives_the_same_logits_here_and_in_peft_again(name,
     theirs, batch = of_peft(base, copy.deepcopy(config), tmp_path), inputs(name)
     expected = logits(theirs, batch)
     ours = effzoo.load_adapter(convert.from_transformers(base), tmp_path)
-    close(logits(ours, batch), expected, tolerance(name))
+    assert_close(logits(ours, batch), expected, tolerance(name))
     assert (logits(base, batch) - expected).abs().max() > 1e-3, "the adapter changes nothing"
     effzoo.save_adapter(ours, tmp_path / "back", format="peft")
-    close(logits(loaded_by_peft(base, tmp_path / "back"), batch), expected, tolerance(name))
+    assert_close(logits(loaded_by_peft(base, tmp_path / "back"), batch), expected, tolerance(name))
 
 
 TABLE = "embeddings.token.adapters.default"
@@ -355,7 +355,7 @@ def test_what_is_trained_here_gets_the_gradients_that_it_gets_in_peft(name, conf
         found = [grad for key, grad in of_theirs.items() if key.endswith(tuple(other.split()))]
         assert len(found) == len(other.split())
         like = ours.get_parameter(mine)  # a tied head's factors are those of the table, transposed
-        close(like.grad, sum(grad if grad.shape == like.shape else grad.T for grad in found), tolerance(name))
+        assert_close(like.grad, sum(grad if grad.shape == like.shape else grad.T for grad in found), tolerance(name))
 
 
 INPUT = [
@@ -425,12 +425,12 @@ def test_rows_from_here_give_the_same_logits_in_peft_and_read_again_here(name, s
     expected = logits(ours, batch, **shifted(name, spec))
     effzoo.save_adapter(ours, tmp_path, format="peft")
     theirs = loaded_by_peft(base, tmp_path)
-    close(logits(theirs, batch, cut(name, spec)), expected, tolerance(name))
+    assert_close(logits(theirs, batch, cut(name, spec)), expected, tolerance(name))
     assert (logits(base, batch) - expected).abs().max() > 1e-3, "the adapter changes nothing"
     again = effzoo.load_adapter(convert.from_transformers(base), tmp_path, name="again")
     # there the keys were turned, and turned back
     exact = not (name.startswith(("llama", "qwen3")) and "prefix" in spec)
-    close(logits(again, batch, **shifted(name, spec)), expected, EXACT if exact else SINGLE)
+    assert_close(logits(again, batch, **shifted(name, spec)), expected, EXACT if exact else SINGLE)
     before, after = adapter_tensors(ours, "default"), adapter_tensors(again, "again")
     for key, value in before.items():
         same = after[key.replace("adapters.default", "adapters.again")]
@@ -449,9 +449,9 @@ def test_rows_from_peft_give_the_same_logits_here_and_in_peft_again(name, spec, 
     ours = effzoo.load_adapter(convert.from_transformers(base), tmp_path)
     # peft computes the rows, and saves them in float32
     encoded = getattr(config, "prefix_projection", False) or config.peft_type.value == "P_TUNING"
-    close(logits(ours, batch, **shifted(name, spec)), expected, SINGLE if encoded else tolerance(name))
+    assert_close(logits(ours, batch, **shifted(name, spec)), expected, SINGLE if encoded else tolerance(name))
     effzoo.save_adapter(ours, tmp_path / "back", format="peft")
-    close(logits(loaded_by_peft(base, tmp_path / "back"), batch, cut(name, spec)), expected, SINGLE)
+    assert_close(logits(loaded_by_peft(base, tmp_path / "back"), batch, cut(name, spec)), expected, SINGLE)
 
 
 def saved(name, spec, folder):
@@ -501,7 +501,7 @@ def test_a_start_from_factors_that_peft_has_converted_is_read_as_twice_the_rank(
     ):
         effzoo.load_adapter(fresh(base), tmp_path / "raw")
     theirs.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
-    close(logits(effzoo.load_adapter(fresh(base), tmp_path / "converted"), batch), expected, SINGLE)
+    assert_close(logits(effzoo.load_adapter(fresh(base), tmp_path / "converted"), batch), expected, SINGLE)
 
 
 @pytest.mark.parametrize(
@@ -514,7 +514,7 @@ def test_a_fused_module_without_our_header_is_read_as_an_adapter_on_each_of_its_
     edited(tmp_path, header={"format": "pt"})
     again = effzoo.load_adapter(fresh(base), tmp_path)
     assert {"q", "k", "v"} == {part for part in "qkvo" if len(getattr(again.blocks[0].attn, part).adapters)}
-    close(logits(again, batch), logits(ours, batch))
+    assert_close(logits(again, batch), logits(ours, batch))
 
 
 def test_a_low_rank_on_some_of_the_parts_of_a_fused_module_is_block_diagonal(tmp_path):
@@ -551,9 +551,9 @@ def test_training_goes_on_alike_in_both_libraries_from_one_file(tmp_path):
             optimizer.step()
     pooler = theirs.base_model.model.bert.pooler
     assert hasattr(pooler.dense, "modules_to_save")  # BERT's pooler is part of our head, and so it trains in both
-    close(logits(theirs.eval(), batch), logits(ours.eval(), batch))
+    assert_close(logits(theirs.eval(), batch), logits(ours.eval(), batch))
     theirs.save_pretrained(tmp_path / "trained")
-    close(logits(effzoo.load_adapter(fresh(base), tmp_path / "trained"), batch), logits(ours, batch))
+    assert_close(logits(effzoo.load_adapter(fresh(base), tmp_path / "trained"), batch), logits(ours, batch))
 
 
 def test_the_twin_that_is_exported_from_here_takes_the_adapter(tmp_path):
@@ -562,7 +562,7 @@ def test_the_twin_that_is_exported_from_here_takes_the_adapter(tmp_path):
     effzoo.save_adapter(ours, tmp_path, format="peft")
     twin = convert.to_transformers(fresh(base))
     batch = inputs("llama")
-    close(logits(loaded_by_peft(twin, tmp_path), batch), logits(ours, batch), SINGLE)
+    assert_close(logits(loaded_by_peft(twin, tmp_path), batch), logits(ours, batch), SINGLE)
 
 
 def test_a_scale_of_the_attention_output_that_no_vector_can_take_up_is_refused(tmp_path):
@@ -780,7 +780,7 @@ def test_rows_that_a_network_still_makes_are_written_as_they_are(spec, tmp_path)
     ours, batch = attached(base, spec), inputs("gpt2")
     effzoo.save_adapter(ours, tmp_path, format="peft")
     again = effzoo.load_adapter(fresh(base), tmp_path)
-    close(logits(again, batch), logits(ours, batch))
+    assert_close(logits(again, batch), logits(ours, batch))
     loaded_by_peft(base, tmp_path)
 
 
@@ -797,10 +797,10 @@ def test_one_of_several_adapters_is_saved_and_loaded_beside_others(tmp_path):
     expected = logits(ours, batch)
     effzoo.attach(ours, "houlsby", name="other")
     effzoo.save_adapter(ours, tmp_path, name="default", format="peft")
-    close(logits(loaded_by_peft(base, tmp_path), batch), expected)
+    assert_close(logits(loaded_by_peft(base, tmp_path), batch), expected)
     effzoo.load_adapter(ours, tmp_path, name="third")
     effzoo.activate(ours, "third")
-    close(logits(ours, batch), expected)
+    assert_close(logits(ours, batch), expected)
 
 
 def bare_bert():
@@ -851,12 +851,12 @@ def test_bodies_without_a_task_take_adapters_too(make, spec, tmp_path):
     effzoo.save_adapter(ours, tmp_path, format="peft")
     with torch.no_grad():
         expected = ours(ids).last_hidden_state
-        close(
+        assert_close(
             loaded_by_peft(base, tmp_path)(input_ids=ids).last_hidden_state,
             expected,
             EXACT if make is bare_bert else SINGLE,
         )
-        close(effzoo.load_adapter(fresh(base), tmp_path)(ids).last_hidden_state, expected)
+        assert_close(effzoo.load_adapter(fresh(base), tmp_path)(ids).last_hidden_state, expected)
 
 
 def test_transformers_reads_the_last_position_behind_a_prompt_and_a_warning_says_so(tmp_path, caplog):
@@ -875,8 +875,8 @@ def test_what_a_config_leaves_out_stands_at_the_defaults_of_peft(spec, tmp_path)
     edited(tmp_path)  # the hash says that all of the config is there
     (tmp_path / CONFIG).write_text(json.dumps({key: config[key] for key in kept}))
     batch = inputs("bert")
-    close(logits(loaded_by_peft(base, tmp_path), batch), logits(ours, batch))
-    close(logits(effzoo.load_adapter(fresh(base), tmp_path), batch), logits(ours, batch))
+    assert_close(logits(loaded_by_peft(base, tmp_path), batch), logits(ours, batch))
+    assert_close(logits(effzoo.load_adapter(fresh(base), tmp_path), batch), logits(ours, batch))
 
 
 def test_a_module_of_which_a_parameter_is_missing_is_refused_and_nothing_stays_attached(tmp_path):
