@@ -110,12 +110,36 @@ class PaddedOutput(Patternless):
         return torch.nn.functional.pad(out, (0, 0, 0, -q.shape[2] % 31))
 
 
-@caught_by("equals_definition")
+@caught_by("is_no_known_slip")
 class WrongScale(Full):
     """Divides by d instead of the square root of d."""
 
     def forward(self, q, k, v, *, mask, memory=None):
         return super().forward(q / q.shape[-1] ** 0.5, k, v, mask=mask, memory=memory)
+
+
+class AutocastOff(Patternless):
+    """Computes in the precision of its inputs, on every device."""
+
+    def forward(self, q, k, v, *, mask, memory=None):
+        with torch.autocast(q.device.type, enabled=False):
+            return super().forward(q, k, v, mask=mask, memory=memory)
+
+
+def test_autocast_may_be_turned_off_by_the_type_of_the_device():
+    with effzoo.scope():
+        effzoo.attention.register("off")(AutocastOff)
+        assert effzoo.check("attention", "off", only=with_needs("devices")).ok
+    with pytest.raises(RuntimeError, match="scalarType|meta"):  # torch as it was
+        torch.autocast("meta", enabled=False)
+
+
+@caught_by("equals_definition")
+class OtherTemperature(Full):
+    """A scale that nobody would take by mistake."""
+
+    def forward(self, q, k, v, *, mask, memory=None):
+        return super().forward(q * 1.07, k, v, mask=mask, memory=memory)
 
 
 @caught_by("equals_definition")
@@ -390,8 +414,10 @@ def test_the_off_by_one_reason_names_the_place_and_the_size_of_the_error():
     with effzoo.scope():
         load_file(Path(__file__).parent / "mutants" / "window_off_by_one.py")
         reason = effzoo.check("attention", "mutant", only=["equals_definition"]).failures[0].reason
+        slip = effzoo.check("attention", "mutant", only=["is_no_known_slip"]).failures[0].reason
     assert "n = 7" in reason or "n = 31" in reason
     assert "is off by" in reason and "at index" in reason and "window edges" in reason
+    assert "off by" in slip and "with a window that is 1 wider at both ends" in slip
 
 
 def test_the_meter_counts_products_and_entries_as_worked_out_by_hand():

@@ -343,7 +343,208 @@ class HoldsAClosure(Scaling):
     module = Closure
 
 
-BEFORE = {"declares_itself": (), "learns_under_checkpointing": ("attaches", "everything_learns")}
+class NoTensors(Scaling):
+    """Hangs modules that have nothing to train; only the task head learns."""
+
+    def make(self, site):
+        return PeftModule()
+
+
+class InAList(PeftModule):
+    """B A x with both factors in a plain list, where no module registers them."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.factors = [nn.Parameter(torch.randn(2, size)), nn.Parameter(torch.zeros(size, 2))]
+
+    def after(self, x, y, context):
+        down, up = self.factors
+        return y + x @ down.to(x).T @ up.to(x).T
+
+
+class HalfInAList(Scale):
+    """One of its two tensors is in a dict."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.more = {"shift": nn.Parameter(torch.zeros(size, dtype=torch.float64))}
+
+    def after(self, x, y, context):
+        return y * self.scale + self.more["shift"]
+
+
+class OnTheClass(Scale):
+    """Its tensor is an attribute of the class."""
+
+    shift = nn.Parameter(torch.zeros(16, dtype=torch.float64))
+
+    def after(self, x, y, context):
+        return y * self.scale + self.shift
+
+
+@caught_by("tensors_are_registered")
+class TrainsNothing(NoTensors):
+    """Hangs modules that have nothing to train."""
+
+
+@caught_by("tensors_are_registered")
+class KeepsAList(Scaling):
+    """Its parameters are in a list."""
+
+    module = InAList
+
+
+@caught_by("tensors_are_registered")
+class KeepsADict(Scaling):
+    """One of its parameters is in a dict."""
+
+    module = HalfInAList
+
+
+@caught_by("tensors_are_registered")
+class KeepsOnTheClass(Scaling):
+    """One of its parameters is on the class."""
+
+    module = OnTheClass
+
+
+@caught_by("sites_share_nothing")
+class OneForAll(Scaling):
+    """Makes one tensor in the constructor, for all layers."""
+
+    def __init__(self, *, targets: str | None = None):
+        super().__init__(targets=targets)
+        self.shared = nn.Parameter(torch.ones(16))
+
+    def make(self, site):
+        module = Scale(site.out_features)
+        module.scale = self.shared
+        return module
+
+
+class Drops(Scale):
+    """Drops in evaluation as well."""
+
+    def after(self, x, y, context):
+        return y + nn.functional.dropout(y, 0.1) * (self.scale - 1)
+
+
+@caught_by("evaluation_draws_nothing")
+class DropsInEvaluation(Scaling):
+    """Forgets that F.dropout drops unless it is told not to."""
+
+    module = Drops
+
+
+@caught_by("dropout_acts_in_training")
+class NeverDrops(Scaling):
+    """Has an option that does nothing."""
+
+    def __init__(self, *, dropout: float = 0.0, targets: str | None = None):
+        super().__init__(targets=targets)
+
+
+class Frozen(Scale):
+    """Holds a tensor that is not trained."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.scale = None
+        self.register_buffer("factor", torch.ones(size))
+
+    def after(self, x, y, context):
+        return y * self.factor
+
+    delta = PeftModule.delta
+
+
+@caught_by("everything_learns")
+class OnlyABuffer(Scaling):
+    """Its tensor is a buffer, so only the task head learns."""
+
+    module = Frozen
+
+
+class OneProduct(LowRank):
+    """W' = W + s B A."""
+
+    def __init__(self, size, rank, scale):
+        super().__init__(16, size, rank, scale, 0.0)
+
+
+class Products(Method):
+    """W' = W + s B A."""
+
+    accepts, default_targets = (Linear,), ("attn.v",)
+    scale = staticmethod(lambda rank, alpha: alpha / rank)
+
+    def __init__(self, *, rank: int = 4, alpha: float = 8.0, targets: str | None = None):
+        super().__init__(targets=targets)
+        self.rank, self.alpha = rank, alpha
+
+    def make(self, site):
+        return OneProduct(site.out_features, self.rank, self.scale(self.rank, self.alpha))
+
+
+SCALES = {
+    "alpha * rank": lambda rank, alpha: alpha * rank,
+    "rank / alpha": lambda rank, alpha: rank / alpha,
+    "the change is added twice": lambda rank, alpha: 2 * alpha / rank,
+    "alpha does nothing": lambda rank, alpha: 1.0,
+    "alpha, where": lambda rank, alpha: alpha,
+    "subtracted": lambda rank, alpha: -alpha / rank,
+}
+
+
+@pytest.mark.parametrize("said", SCALES)
+def test_a_wrong_scale_of_a_low_rank_change_is_named(said):
+    only = {"attaches", "tensors_are_registered", "everything_learns", "low_rank_scale"}
+    with effzoo.scope():
+        effzoo.peft.register("mutant")(
+            type("Wrong", (Products,), {"__doc__": "B A", "scale": staticmethod(SCALES[said])})
+        )
+        report = effzoo.check("peft", "mutant", only=only)
+    assert [failure.check for failure in report.failures] == ["low_rank_scale"], f"\n{report}"
+    assert said in report.failures[0].happened
+
+
+def test_scales_that_papers_have_are_green_and_count_as_compared():
+    for scale in (lambda rank, alpha: alpha / rank, lambda rank, alpha: alpha / rank**0.5):
+        with effzoo.scope():
+            kind = type("Right", (Products,), {"__doc__": "B A", "scale": staticmethod(scale)})
+            effzoo.peft.register("mutant")(kind)
+            only = {"attaches", "tensors_are_registered", "everything_learns", "low_rank_scale"}
+            report = effzoo.check("peft", "mutant", only=only)
+            assert report.verified and "s B A" in report.compared_with, f"\n{report}"
+
+
+class Twice(LowRank):
+    """Adds its change in two hooks."""
+
+    def __init__(self, size):
+        super().__init__(16, size, 2, 1.0, 0.0)
+
+    def weight(self, weight):
+        return weight + self.B.to(weight) @ self.A.to(weight)
+
+
+@caught_by("low_rank_scale")
+class AddsTwice(Scaling):
+    """Its module changes the weight and the output."""
+
+    module = Twice
+
+
+BEFORE = {
+    "declares_itself": (),
+    "attaches": (),
+    "tensors_are_registered": ("attaches",),
+    "sites_share_nothing": ("attaches", "tensors_are_registered"),
+    "evaluation_draws_nothing": ("attaches", "tensors_are_registered"),
+    "low_rank_scale": ("attaches", "everything_learns"),
+    "dropout_acts_in_training": ("attaches", "everything_learns"),
+    "learns_under_checkpointing": ("attaches", "everything_learns"),
+}
 
 
 @pytest.mark.parametrize(("check", "mutant"), [(check, cls) for check, classes in MUTANTS.items() for cls in classes])
@@ -374,10 +575,20 @@ def test_a_red_line_names_the_model_and_the_place_in_the_users_file():
 
 @pytest.mark.parametrize(("tensor", "status"), [("attn.v.B", "green"), ("attn.q.B", "red")])
 def test_the_checks_may_be_told_that_a_gradient_vanishes_but_only_where(monkeypatch, tensor, status):
-    class Silent(Scaling):
-        """Its gradient vanishes."""
+    class AndAFactor(TwoZeros):
+        def __init__(self, size):
+            super().__init__(size)
+            self.factor = nn.Parameter(torch.ones(size))
 
-        module = TwoZeros
+        def after(self, x, y, context):
+            return super().after(x, y, context) * self.factor
+
+        delta = PeftModule.delta
+
+    class Silent(Scaling):
+        """The gradient of two of its tensors vanishes."""
+
+        module = AndAFactor
 
     monkeypatch.setitem(ZERO_GRADIENT, "mutant", {"attn.v.A": "starts at 0", tensor: "starts at 0"})
     with effzoo.scope():

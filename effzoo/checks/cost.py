@@ -126,7 +126,7 @@ def cost_grows_as_declared(subject: Subject) -> None:
                     size = f"{cost.largest:,} entries at n = {n}, at least n x n = {n * n:,}"
                     raise Failed(
                         f"{where}: {cost.where} makes a tensor of {size}, but the cost is {subject.cls.cost!r}; a mask "
-                        "or scores are written out for all pairs: build them in tiles, or declare cost = 'n^2'"
+                        "or scores are written out for all pairs: build them in tiles, chunk by chunk"
                     )
         for what, exponent in small.growth(large, long / short).items():
             if exponent > declared + SLACK:
@@ -134,6 +134,5 @@ def cost_grows_as_declared(subject: Subject) -> None:
                 at = f" (the largest is made by {large.where})" if what == "the largest tensor" else ""
                 raise Failed(
                     f"{where}: {what} grows as {numbers}{at}, but the cost {subject.cls.cost!r} says n^{declared}; "
-                    "something runs over all pairs "
-                    "of positions, or a width grows with n: declare that, or bound it by an option"
+                    "something runs over all pairs of positions, or a width grows with n: bound it by an option"
                 )

@@ -114,7 +114,10 @@ def shape_and_dtype(subject: Subject) -> None:
                     f"{wanted}; return the latter"
                 )
             for tensor in (out, *gradients(out, live(inputs))):
-                advice = "mask with -inf or torch.finfo(dtype).min: -1e9 overflows float16"
+                advice = (
+                    "mask with -inf or torch.finfo(dtype).min: -1e9 overflows float16" if dtype is torch.float16 else
+                    "a softmax over no key is 0 / 0: a query that sees none gives 0, by nan_to_num(0.0) behind it"
+                )  # fmt: skip
                 close(f"{where}, {dtype}: output or gradient", tensor, tensor, 0.0, advice)
 
 
@@ -171,7 +174,7 @@ def every_length(subject: Subject) -> None:
                 close(f"{where}, n = {n}: output or gradient", tensor, tensor, 0.0, advice)
 
 
-@needs("every_length")
+@needs("every_length", "is_no_known_slip")
 def equals_definition(subject: Subject) -> None:
     """Output and gradients equal the dense definition to 1e-10
 

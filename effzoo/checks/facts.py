@@ -1,4 +1,4 @@
-"""What the checks have to know of single methods: where mathematics says that nothing is learned.
+"""What the checks have to know of single methods: where mathematics says that nothing is learned, and what is shared.
 
 A method of one's own adds an entry: effzoo.checks.facts.ZERO_GRADIENT["mine"] = {"*.bias": "the softmax takes it out"}
 """
@@ -24,6 +24,14 @@ SAME_AT_START: dict[str, str] = {
     "head_pruning": "the gates of a layer start at the same value",
     "fish": "the entries that are trained may all lie at other sites",
 }
+
+# method -> which of its trained tensors several sites share, where the paper wants that
+SHARED: dict[str, str] = {
+    "compacter": "the matrices of the Kronecker sums", "compacter_plus": "the matrices of the Kronecker sums",
+    "fish": "one vector holds the entries of all tensors", "intrinsic": "one vector is projected to all tensors",
+    "said": "one vector is projected to all tensors", "mam": "the reparametrisation of the prefixes",
+    "unipelt": "the reparametrisation of the prefixes", "pals": "the projections to the small width and back",
+}  # fmt: skip
 
 
 def zero_gradient(method: Method) -> dict[str, str]:

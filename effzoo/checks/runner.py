@@ -1,6 +1,6 @@
 """Running checks: each alone, a crash in the checked code becomes a red line, and nothing is left behind.
 
-A check is a function of a subject. The first line of its docstring is the property, the rest says how to see a
+A check is a function of a subject. The first paragraph of its docstring is the property, the rest says how to see a
 violation; its body raises `Failed` when the property does not hold, and may raise `NotApplicable` with the reason why
 an entry need not have it.
 """
@@ -77,11 +77,17 @@ class Report:
     kind: str
     subject: str
     results: list[Result] = field(default_factory=list)
+    compared_with: str = ""  # what the numbers equal: the entry's own definition, or a reference; "" for nothing
 
     @property
     def ok(self) -> bool:
         """Whether nothing is red; checks that another red one made pointless count as red too."""
         return bool(self.results) and all(result.ok for result in self.results)
+
+    @property
+    def verified(self) -> bool:
+        """Whether nothing is red and the numbers were compared with something that says what they must be."""
+        return self.ok and bool(self.compared_with)
 
     @property
     def failures(self) -> list[Result]:
@@ -118,8 +124,10 @@ def run(
     checks: Iterable[Check],
     source: str | None,
     on_result: Callable[[Result], None] | None = None,
+    until_red: bool = False,
 ) -> Report:
-    """Run the checks one after another into the report; `source` is the file in which the entry is written."""
+    """Run the checks one after another into the report, or up to the first red one; `source` is the file in which the
+    entry is written."""
     for check in checks:
         started = time.perf_counter()
         status, reason, trace = _outcome(report, subject, check, source)
@@ -133,17 +141,19 @@ def run(
         report.results.append(result)
         if on_result is not None:
             on_result(result)
+        if until_red and status == "red":
+            break
     return report
 
 
 def label_of(check: Check) -> str:
-    """The first line of the check's docstring."""
-    return (check.__doc__ or check.__name__).strip().splitlines()[0].rstrip(".")
+    """The first paragraph of the check's docstring."""
+    return " ".join((check.__doc__ or check.__name__).strip().partition("\n\n")[0].split()).rstrip(".")
 
 
 def see_of(check: Check) -> str:
-    """How to see a violation: what follows the first line of the check's docstring."""
-    return inspect.cleandoc("\n".join((check.__doc__ or "").strip().splitlines()[1:])).strip()
+    """How to see a violation: what follows the first paragraph of the check's docstring."""
+    return inspect.cleandoc((check.__doc__ or "").strip().partition("\n\n")[2]).strip()
 
 
 def _outcome(report: Report, subject: Any, check: Check, source: str | None) -> tuple[Status, str, str]:

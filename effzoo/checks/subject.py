@@ -29,11 +29,23 @@ class Subject:
 
     spec: Spec
     cls: type[AttentionCore]
+    reference: Any = None  # what --against names: `effzoo.checks.against`
 
     @classmethod
     def of(cls, given: str) -> Subject:
         kind = registry.get(parse_one(given).name)
         return cls(suitable(registry, given, lambda spec: cls(spec, kind).core()), kind)
+
+    def oracle(self, core: AttentionCore) -> Any:
+        """What says what a core must compute: itself, by `dense` and `pattern`, or the reference; None for none."""
+        if self.reference is not None:
+            return self.reference.like(core.context)
+        return core if self.has_definition else None
+
+    @property
+    def defined(self) -> bool:
+        """Whether there is something to compare with."""
+        return self.reference is not None or self.has_definition
 
     def core(
         self,
@@ -44,11 +56,12 @@ class Subject:
         max_length: int = max(LENGTHS),
         seed: int = 3,
         width: int = WIDTH,
+        heads: int = HEADS,
     ) -> AttentionCore:
         """The kind as one of two layers, in evaluation mode and float64; what it draws at its start follows from the
         seed."""
         context = Context(
-            heads=HEADS, head_dim=width, causal=causal, dropout=dropout, layer=layer, layers=2, max_length=max_length
+            heads=heads, head_dim=width, causal=causal, dropout=dropout, layer=layer, layers=2, max_length=max_length
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -73,7 +86,7 @@ class Subject:
     def needs_definition(self) -> None:
         if not self.has_definition:
             raise NotApplicable(
-                "the kind has no `pattern`: test an anchor, a setting in which it must equal full attention"
+                "nothing to compare with: the kind has neither `pattern` nor `dense`; write one, or give --against"
             )
 
 
@@ -182,4 +195,14 @@ def same_as(
         "memory values",
     ]
     for name, found, wanted in zip(names, gradients(out, leaves), gradients(expected, leaves), strict=False):
-        close(f"{where}: the gradient of {name}", found, wanted, 1e-10, advice)
+        close(f"{where}: the gradient of {name}", found, wanted, 1e-10, gone(name, found, wanted) or advice)
+
+
+def gone(name: str, found: Tensor, wanted: Tensor) -> str:
+    """The cause of a gradient that vanishes where it must not; "" for another."""
+    if bool((found == 0).all()) and bool((wanted != 0).any()):
+        return (
+            f"no gradient reaches {name}: it is detached on the way, by .detach(), .data, torch.no_grad() or a copy "
+            "such as torch.tensor"
+        )
+    return ""

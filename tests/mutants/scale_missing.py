@@ -3,7 +3,7 @@
 from effzoo.attention import Part, memory_part, register
 from effzoo.attention.full import Full
 
-KILLED_BY = "equals_definition"
+KILLED_BY = "is_no_known_slip"
 
 
 @register("mutant")

@@ -3,7 +3,7 @@
 from effzoo.attention import register
 from effzoo.attention.longformer import Longformer
 
-KILLED_BY = "equals_definition"
+KILLED_BY = "is_no_known_slip"
 
 
 @register("mutant")

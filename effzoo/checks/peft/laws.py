@@ -18,7 +18,10 @@ from effzoo.peft.attach import adapter_tensors
 @needs("attaches")
 @on_every_model
 def keys_are_kept(subject: Subject, case: TinyModel) -> None:
-    """The base's state-dict keys are unchanged, and every new key contains .adapters.<name>."""
+    """The base's state-dict keys are unchanged, and every new key contains .adapters.<name>.
+
+    Compare `set(model.state_dict())` before and after `effzoo.attach(model, NAME)`.
+    """
     before, after = set(case.model().state_dict()), set(subject.attached(case, "mine").state_dict())
     if missing := sorted(before - after):
         raise Failed(
@@ -27,26 +30,33 @@ def keys_are_kept(subject: Subject, case: TinyModel) -> None:
         )
     if strangers := sorted(key for key in after - before if ".adapters.mine." not in key):
         raise Failed(f"new key {strangers[0]} lies outside .adapters.mine.; keep every tensor inside the PeftModule")
-    if after == before:
-        raise Failed("attaching added no tensor; return a PeftModule with parameters from `make`")
 
 
 @needs("attaches")
 @on_every_model
 def positions_computed_alone(subject: Subject, case: TinyModel) -> None:
-    """Where only some positions are computed, because all that is hung is Positionwise, they are the same"""
+    """Where only some positions are computed, because all that is hung is Positionwise, they are the same
+
+    Change x at one position and see at which others the output of the hook moves.
+    """
     model = subject.trained(case)
     if not model.blocks[-1].positionwise:
         return
     alone, among = last_block_at_two_positions(model, case.batch())
-    advice = "what looks at other positions is not Positionwise"
+    advice = (
+        "Positionwise says that a hook computes each position from that position alone, but a mean, a shift or a sum "
+        "goes over the sequence"
+    )
     close("positions of the last block computed alone", alone, among, 1e-10, advice)
 
 
 @needs("attaches")
 @on_every_model
 def saves_and_loads(subject: Subject, case: TinyModel) -> None:
-    """Saved and loaded into a fresh copy of the base, the output is bit-identical"""
+    """Saved and loaded into a fresh copy of the base, the output is bit-identical
+
+    Compare `module.state_dict()` with `vars(module)`: what the hooks read must be in the first, or follow from options.
+    """
     model = subject.trained(case)
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder)
@@ -59,7 +69,10 @@ def saves_and_loads(subject: Subject, case: TinyModel) -> None:
 @needs("saves_and_loads")
 @on_every_model
 def finishes(subject: Subject, case: TinyModel) -> None:
-    """Finished after training, the output is the same, and a file of it loads into a fresh copy of the base"""
+    """Finished after training, the output is the same, and a file of it loads into a fresh copy of the base
+
+    Call `effzoo.peft.training.finish(model)` and compare the output, and the keys of the state dict, before and after.
+    """
     model = subject.trained(case)
     before = logits(model, case.batch())
     training.finish(model)
@@ -77,7 +90,10 @@ def finishes(subject: Subject, case: TinyModel) -> None:
 @needs("attaches")
 @on_every_model
 def detaches(subject: Subject, case: TinyModel) -> None:
-    """Detaching restores the output, the keys and the requires_grad flags exactly"""
+    """Detaching restores the output, the keys and the requires_grad flags exactly
+
+    Print `vars(site)` before attaching and after detaching: hooks, attributes and flags that `make` has set are left.
+    """
     base = case.model()
     base.embeddings.token.weight.requires_grad_(False)
     flags, before = {n: p.requires_grad for n, p in base.named_parameters()}, logits(base, case.batch())
@@ -100,7 +116,10 @@ def detaches(subject: Subject, case: TinyModel) -> None:
 @needs("attaches")
 @on_every_model
 def merges(subject: Subject, case: TinyModel) -> None:
-    """Merging gives the attached output to 1e-10 and leaves no adapter, or refuses with AdapterError"""
+    """Merging gives the attached output to 1e-10 and leaves no adapter, or refuses with AdapterError
+
+    With x = I (torch.eye) the site's output is its weight: compare what `after` adds there with `delta(weight, bias)`.
+    """
     model = subject.trained(case)
     before, tensors = logits(model, case.batch()), copied(model.state_dict())
     mergeable = account(model).changed is not None
@@ -125,7 +144,10 @@ def merges(subject: Subject, case: TinyModel) -> None:
 @needs("attaches")
 @on_every_model
 def adapters_are_independent(subject: Subject, case: TinyModel) -> None:
-    """Two adapters side by side do not influence each other"""
+    """Two adapters side by side do not influence each other
+
+    Attach twice, train one, and compare the tensors and the output of the other; look for state on classes.
+    """
     model = attach(case.model(), subject.spec, name="first")
     train(model, case.batch())
     before, tensors = logits(model, case.batch()), copied(adapter_tensors(model, "first"))
@@ -146,7 +168,10 @@ def adapters_are_independent(subject: Subject, case: TinyModel) -> None:
 @needs("adapters_are_independent")
 @on_every_model
 def serves_mixed_batches(subject: Subject, case: TinyModel) -> None:
-    """Chosen by row, two adapters give each row what they give it alone, or the method refuses"""
+    """Chosen by row, two adapters give each row what they give it alone, or the method refuses
+
+    Change row 1 of x and look whether the hook's output for row 0 moves.
+    """
     model = attach(case.model(), subject.spec, name="first")
     train(model, case.batch())
     attach(model, subject.spec, name="second")
@@ -165,7 +190,10 @@ def serves_mixed_batches(subject: Subject, case: TinyModel) -> None:
 @needs("attaches")
 @on_every_model
 def copies(subject: Subject, case: TinyModel) -> None:
-    """A deep copy and a state-dict round trip give the same output, and a copy shares nothing"""
+    """A deep copy and a state-dict round trip give the same output, and a copy shares nothing
+
+    `copy.deepcopy(model)`, train the copy, and see whether the original moves; look for closures, and tensors in lists.
+    """
     model = subject.trained(case)
     before, duplicate = logits(model, case.batch()), copy.deepcopy(model)
     advice = "hold no reference to tensors outside the module"

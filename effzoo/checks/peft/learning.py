@@ -6,21 +6,37 @@ import torch
 
 from effzoo.checks.declared import check_docstring, check_options
 from effzoo.checks.models import TinyModel, logits, silent, train
-from effzoo.checks.peft.subject import CASES, REVERSIBLE, Subject, copied, on_every_model, same, unless_refused
+from effzoo.checks.peft.subject import (
+    CASES,
+    REVERSIBLE,
+    Subject,
+    copied,
+    on_every_model,
+    own_tensors,
+    same,
+    unless_refused,
+)
 from effzoo.checks.runner import Failed, close, needs
-from effzoo.peft.attach import adapter_tensors, base_tensors
+from effzoo.peft.attach import base_tensors
 from effzoo.registry import peft as registry
 
 
 def declares_itself(subject: Subject) -> None:
-    """Options are keyword-only with a type and a default, and a docstring says what is computed"""
+    """Options are keyword-only with a type and a default, and a docstring says what is computed
+
+    `effzoo show NAME --file FILE` prints what the class says of itself; options are the keyword-only parameters of its
+    constructor.
+    """
     check_options(registry, subject.cls, leading=0)
     check_docstring(subject.cls)
 
 
 @on_every_model
 def attaches(subject: Subject, case: TinyModel) -> None:
-    """Attaches to an encoder and a decoder, with full and with windowed attention, and runs"""
+    """Attaches to an encoder and a decoder, with full and with windowed attention, and runs
+
+    `effzoo.build("bert", peft=NAME, layers=2, dim=64, heads=4, mlp=128, vocab=1000)`, and call the model on a batch.
+    """
     model = subject.attached(case)
     out = logits(model, case.batch())
     close("the output", out, out, 0.0, "start the new tensors from finite values")
@@ -29,22 +45,32 @@ def attaches(subject: Subject, case: TinyModel) -> None:
 @needs("attaches")
 @on_every_model
 def starts_as_identity(subject: Subject, case: TinyModel) -> None:
-    """Right after attaching the output is unchanged, or the method says that it is not"""
+    """Right after attaching the output is unchanged, or the method says that it is not
+
+    Print what the module adds at one site: `module.after(x, y, context) - y` must be 0 at the start.
+    """
     before, after = logits(case.model(), case.batch()), logits(subject.attached(case), case.batch())
     if subject.identity_at_init:
-        advice = "start from a change of 0, or declare identity_at_init = False"
+        advice = (
+            "start from a change of 0, as B = 0 in LoRA: of two factors one starts at zeros, a gate at 0, a factor on "
+            "the output at 1; and `after` returns y with the change, not the change alone"
+        )
         close("the output right after attaching", after, before, 1e-10, advice)
     elif torch.equal(before, after):
         raise Failed(
-            "identity_at_init is False, yet the output is bit-identical to the base's; declare it True, or "
-            "find out why nothing acts"
+            "identity_at_init is False, yet the output is bit-identical to the base's; look whether a hook acts at "
+            "all: its name, what it returns, and the sites on which it hangs"
         )
 
 
 @needs("attaches")
 @on_every_model
 def base_is_frozen(subject: Subject, case: TinyModel) -> None:
-    """After three AdamW steps with weight decay every tensor of the base is bit-identical"""
+    """After three AdamW steps with weight decay every tensor of the base is bit-identical
+
+    Compare `effzoo.peft.attach.base_tensors(model)` before and after a step; search the hooks for in-place writes
+    (`+=`, `mul_`, `.data`).
+    """
     model = subject.attached(case)
     before = copied(base_tensors(model))
     thawed = [
@@ -63,14 +89,20 @@ def base_is_frozen(subject: Subject, case: TinyModel) -> None:
 @needs("attaches")
 @on_every_model
 def everything_learns(subject: Subject, case: TinyModel) -> None:
-    """Every trainable tensor gets a finite gradient that is not 0 within three steps"""
+    """Every trainable tensor gets a finite gradient that is not 0 within three steps
+
+    Call loss.backward() once and print `p.grad` of each of model.named_parameters() whose name has ".adapters.".
+    """
     _learns(subject, case, checkpointing=False)
 
 
 @needs("everything_learns")
 @on_every_model
 def learns_under_checkpointing(subject: Subject, case: TinyModel) -> None:
-    """The same under gradient checkpointing"""
+    """The same under gradient checkpointing
+
+    `model.gradient_checkpointing_enable()`: every hook runs twice in a step, and must compute the same both times.
+    """
     _learns(subject, case, checkpointing=True)
 
 
@@ -87,17 +119,31 @@ def learns_in_reversible_blocks(subject: Subject) -> None:
 def _learns(subject: Subject, case: TinyModel, checkpointing: bool) -> None:
     model = subject.attached(case)
     model.recompute = "blocks" if checkpointing else "nothing"
-    start = copied(adapter_tensors(model, "default"))
+    start = copied(own_tensors(model))
+    if not any(tensor.requires_grad for tensor in own_tensors(model).values()):
+        raise Failed(
+            "no tensor of the method is trainable, only the task head; what is trained is an nn.Parameter of the "
+            "module, and `attach` sets its requires_grad"
+        )
     if wrong := silent(model, train(model, case.batch())):
-        raise Failed(f"{wrong}; remove what is not used, or say in effzoo.checks.facts why it vanishes")
-    if all(torch.equal(start[name], tensor) for name, tensor in adapter_tensors(model, "default").items()):
-        raise Failed("no tensor of the adapter moved in three steps")
+        raise Failed(
+            f"{wrong}; look for .detach(), .data, no_grad and .item() on its way to the output, for two factors that "
+            "both start at 0, and for a tensor that no hook uses"
+        )
+    if all(torch.equal(start[name], tensor) for name, tensor in own_tensors(model).items()):
+        raise Failed(
+            "no tensor of the method moved in three steps, only the task head; give the modules parameters that are "
+            "trained"
+        )
 
 
 @needs("everything_learns")
 @unless_refused
 def runs_in_half_precision(subject: Subject) -> None:
-    """Under bfloat16 autocast the loss is finite and near that in full precision, and every gradient is finite"""
+    """Under bfloat16 autocast the loss is finite and near that in full precision, and every gradient is finite
+
+    `with torch.autocast("cpu", torch.bfloat16): model(**batch)`, and print the dtypes after each line of the hook.
+    """
     case = CASES[0]
     model, batch = subject.attached(case).float(), case.batch()
     exact = float(model(**batch).loss.detach())

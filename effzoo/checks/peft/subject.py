@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from effzoo.architectures import Transformer
 from effzoo.checks.declared import suitable
 from effzoo.checks.models import TinyModel, train
 from effzoo.checks.runner import Check, Failed, NotApplicable
 from effzoo.errors import IncompatiblePeft
-from effzoo.peft import Method, attach
+from effzoo.peft import Method, PeftModule, attach
+from effzoo.peft.attach import attached
 from effzoo.registry import peft as registry
 from effzoo.spec import Spec, parse_one
 
@@ -34,6 +36,7 @@ class Subject:
 
     spec: Spec
     cls: type[Method]
+    reference: Any = None  # what --against names: `effzoo.checks.against`
 
     @classmethod
     def of(cls, given: str) -> Subject:
@@ -47,6 +50,17 @@ class Subject:
 
     def attached(self, case: TinyModel, name: str = "default") -> Transformer:
         return attach(case.model(), self.spec, name=name)
+
+    def option(self, *names: str) -> str | None:
+        """The first of these names that the method has as an option."""
+        had = {option.name for option in registry.options(self.spec.name)}
+        return next((name for name in names if name in had), None)
+
+    def given(self, **options: Any) -> Subject:
+        """The method with other values of some options. Raises OptionError for values that it does not take."""
+        spec = Spec(self.spec.name, {**self.spec.options, **options})
+        registry.create(spec)
+        return Subject(spec, self.cls, self.reference)
 
     def trained(self, case: TinyModel) -> Transformer:
         """A model with the method attached and moved away from its start by three steps."""
@@ -100,6 +114,29 @@ def same(what: str, found: dict[str, Tensor], expected: dict[str, Tensor], advic
                 else found[name].numel()
             )
             raise Failed(f"{what}: {name} differs in {different} of {found[name].numel()} entries; {advice}")
+
+
+def places(model: nn.Module, adapter: str = "default") -> dict[str, Method]:
+    """Where the methods of an adapter hang, "path.adapters.NAME.METHOD.", without the head that every adapter has."""
+    methods = attached(model)[adapter].methods
+    own = methods[:-1] if len(methods) > 1 and methods[-1][0].name == "head" else methods
+    return {f"{path}.adapters.{adapter}.{method.name}.": method for method, paths in own for path in paths}
+
+
+def modules(model: nn.Module, adapter: str = "default") -> dict[str, PeftModule]:
+    """The modules of an adapter by the path of their site, without the head that every adapter has."""
+    return {
+        prefix.partition(".adapters.")[0]: cast(PeftModule, model.get_submodule(prefix[:-1]))
+        for prefix in places(model, adapter)
+    }
+
+
+def own_tensors(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
+    """Parameters and buffers of an adapter by their key, without those of the head that every adapter has; what
+    several sites share appears at each."""
+    prefixes = tuple(places(model, adapter))
+    every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {key: tensor for key, tensor in every if key.startswith(prefixes)}
 
 
 def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
