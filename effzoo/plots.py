@@ -149,7 +149,8 @@ def learning_curves(
     looks = zip(itertools.cycle(LINES), itertools.cycle(MARKERS), strict=True)
     for (name, entries), (colour, marker) in zip(runs.items(), looks, strict=False):
         prefix, marked = f"{name}, " if name else "", {"color": colour, "marker": marker, "linewidth": 1.8}
-        _line(panels[0], entries, "loss", f"{prefix}training", color=colour, alpha=0.65, linewidth=1.3)
+        dots = {"marker": "."} if len(entries) <= 20 else {}
+        _line(panels[0], entries, "loss", f"{prefix}training", color=colour, alpha=0.65, linewidth=1.3, **dots)
         _line(panels[0], entries, "eval_loss", f"{prefix}validation", linestyle="--", **marked)
         if chosen:
             _line(panels[1], entries, f"eval_{chosen}", name or "validation", **marked)
@@ -162,7 +163,7 @@ def learning_curves(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(panels[0].get_lines()) > 1:  # below, where it covers no line; the second panel has the colours of the first
         figure.legend(handles=panels[0].get_lines(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylim(0, 1.08 * max(panels[0].dataLim.y1, 1e-9))
     if chosen == "accuracy":  # a share: room around small differences, none above 1
         logged = [entry for entries in runs.values() for entry in entries]
         lowest = min(entry["eval_accuracy"] for entry in logged if "eval_accuracy" in entry)

@@ -92,6 +92,17 @@ def test_every_experiment_says_what_it_asks_and_where_it_comes_from():
         assert one.source and set(one.decks) <= set(DECKS), name
 
 
+def test_an_experiment_of_ones_own_is_named_from_a_file(tmp_path, monkeypatch):
+    experiments = sys.modules["effzoo.lab.experiment"]
+    monkeypatch.setattr(experiments, "_EXPERIMENTS", dict(effzoo.lab.catalogue()))
+    (tmp_path / "mine.py").write_text(
+        "from effzoo.lab import experiment\n\n@experiment('my_own', deck=4, source='none')\n"
+        "def mine(run):\n    'What is asked here?'\n"
+    )
+    listed = CliRunner().invoke(app, ["lab", "--file", str(tmp_path / "mine.py")])
+    assert listed.exit_code == 0 and "my_own" in listed.output and "What is asked here?" in listed.output
+
+
 def test_the_command_lists_the_experiments_and_runs_one(tmp_path, monkeypatch):
     listed = CliRunner().invoke(app, ["lab"])
     assert listed.exit_code == 0

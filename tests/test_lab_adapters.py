@@ -10,6 +10,7 @@ import torch
 import effzoo
 from effzoo.attention import Mask
 from effzoo.errors import AdapterError, DataError, IncompatibleError, OptionError
+from effzoo.lab.analyses import products, published
 from effzoo.lab.analyses.adapter_cost import forward, kept_bytes, mergeable, step
 from effzoo.lab.analyses.prefix_gate import prefix_gates
 from effzoo.lab.analyses.spans import ablated, spans, without
@@ -351,3 +352,40 @@ def test_divided_examples_keep_their_inputs_and_number_their_labels_anew():
     assert odd.inputs["x"].tolist() == [1, 3, 5] and odd.labels.tolist() == [1, 0, 1]
     with pytest.raises(DataError, match="two labels or more"):
         divided(whole, [[0, 1, 2, 3], [4]])
+
+
+# published tables, and what low rank costs
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "count"),
+    [  # by hand: L layers of width d
+        (published.OF_GPT3, 2, 264 * 12288),
+        (published.OF_GPT3, 6, 96 * 2 * 2 * 12288),  # A and B of q and v, rank 1
+        (published.E2E, 4, 2 * (12 * 1024**2 + 13 * 1024)),
+        (published.GLUE, 4, 12 * 2 * 2 * 768 * 8),
+        (published.GLUE, 1, 12 * 11 * 768 + 768),  # 11 d of biases a layer, and the norm of the embeddings
+        (published.GLUE, 10, 24 * 2 * (2 * 1024 * 8 + 8 + 1024)),
+    ],
+)
+def test_counts_of_published_tables_are_the_closed_forms(table, row, count):
+    assert published.counted(table.rows[row]) == count
+
+
+def test_a_count_agrees_with_what_is_printed_to_its_last_figure():
+    assert published.agrees(4_718_592, "4.7") == "yes" and published.agrees(4_718_592, "4.72") == "yes"
+    assert published.agrees(3_171_840, "3.0") == "in 2^20" and published.agrees(393_216, "0.35") == "+12.3 %"
+    assert published.counted(published.E2E.rows[1]) is None
+
+
+def test_published_tables_are_whole_and_their_means_are_those_of_their_tasks():
+    for table in published.TABLES:
+        assert all(len(row.scores) == len(table.scores) for row in table.rows)
+    for row in published.GLUE.rows:  # printed means differ from those of printed scores by what rounding does
+        assert sum(row.scores[:8]) / 8 == pytest.approx(row.scores[8], abs=0.11), row.method
+
+
+def test_the_orders_of_a_low_rank_product_cost_what_their_formulas_say():
+    for n, d, r in ((3, 5, 2), (7, 4, 4), (1, 8, 1)):
+        assert products.in_turn(n, d, r) == 4 * n * d * r
+        assert products.product_first(n, d, r) == 2 * r * d**2 + 2 * n * d**2

@@ -13,7 +13,7 @@ from effzoo.attention.hashing import buckets_of
 from effzoo.errors import IncompatibleError, OptionError
 from effzoo.lab.analyses import layer_cost, patterns, repetition, spectrum
 from effzoo.lab.analyses.threads import one_thread
-from effzoo.plan import opt_table
+from effzoo.plans import opt_table
 from effzoo.plots import pattern
 from effzoo.registry import attention as registry
 

@@ -9,11 +9,13 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
+from effzoo.cli.own import loaded
 from effzoo.cli.terminal import app, heading, say, table
 
 
 @app.command()
 def lab(
+    command: typer.Context,
     name: Annotated[
         str | None, typer.Argument(help="An experiment; leave it out for the list, 'all' for every one in turn.")
     ] = None,
@@ -25,14 +27,20 @@ def lab(
     out: Annotated[
         Path, typer.Option(help="The folder in which each experiment makes one: result.json, table.md, figure.png.")
     ] = Path("runs/lab"),
+    file: Annotated[
+        Path | None, typer.Option("--file", help="A Python file with experiments of your own, or with what they name.")
+    ] = None,
 ) -> None:
-    """List the experiments, or run one: a table with the published numbers, a figure, and the numbers as JSON.
+    """List the experiments, or run one beside the published numbers.
+
+    A run leaves a table, a figure, and the numbers as JSON.
 
     Example:  effzoo lab spectrum --quick
     """
+    from effzoo.arguments import whole
     from effzoo.lab import DECKS, Run, catalogue, get, perform
-    from effzoo.train.settings import whole
 
+    command.with_resource(loaded(file))
     if name is None:
         for deck, title in DECKS.items():
             experiments = [experiment for experiment in catalogue().values() if experiment.decks[0] == deck]
@@ -66,7 +74,7 @@ def _show(result: Mapping[str, Any]) -> None:
             made.add_row(*(Text(cell.strip("`")) for cell in row))
         say(Text(title, style="bold"), made, "")
     for claim in result["claims"]:
-        held = all(claim["held"])
-        say(Text(str(Claim(claim["text"], tuple(claim["held"]))), style="green" if held else "yellow"))
+        judged = Claim.read(claim)
+        say(Text(str(judged), style="green" if judged.verdict == "seen" else "yellow"))
     for note in result["notes"]:
         say(Text(note, style="dim"))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["LINES", "MARKERS", "band", "heat", "panels"]
+__all__ = ["LINES", "MARKERS", "band", "depth", "heat", "panels"]
 
 
 def panels(
@@ -33,6 +33,13 @@ def panels(
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     return figure, flat
+
+
+def depth(share: float) -> tuple[float, float, float, float]:
+    """A colour for what has an order, such as layers: dark at 0, the lowest, light at 1."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.9 * share)
 
 
 def band(

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Table = list[list[str]]  # the first row is the head
+# the 97.5 % quantile of Student's distribution with 1, 2, ... degrees of freedom; the last serves for more
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 DECKS = {
     0: "Transformers and parameter-efficient fine-tuning",
     1: "Input composition and the unified view",
@@ -65,17 +67,58 @@ class Run:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says should be seen, and whether it held, for each seed (one entry where nothing is drawn)."""
+    """What a paper says should be seen, and whether it held, for each seed (one entry where nothing is drawn).
+
+    interval: of a claim that a difference is above 0, the interval of its mean over seeds; it alone decides then.
+    """
 
     text: str
     held: tuple[bool, ...]
+    interval: tuple[float, float] | None = None
+
+    @classmethod
+    def of_differences(cls, text: str, differences: Sequence[float]) -> Claim:
+        """That a difference is above 0, by Student's 95 % interval of its mean; one entry for each seed, whose data
+        must be drawn anew.
+
+        Raises OptionError for fewer than two.
+        """
+        n = len(differences)
+        if n < 2:
+            raise OptionError(f"the interval of a difference needs two seeds or more, got {n}; give --seed twice")
+        mean = sum(differences) / n
+        error = (sum((x - mean) ** 2 for x in differences) / (n - 1) / n) ** 0.5
+        wide = STUDENT[min(n - 2, len(STUDENT) - 1)] * error
+        return cls(text, tuple(x > 0 for x in differences), (mean - wide, mean + wide))
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> Claim:
+        """From what `result.json` holds."""
+        interval = stored.get("interval")
+        return cls(stored["text"], tuple(stored["held"]), None if interval is None else (interval[0], interval[1]))
+
+    def stored(self) -> dict[str, Any]:
+        """For `result.json`."""
+        found: dict[str, Any] = {"text": self.text, "held": list(self.held)}
+        return found if self.interval is None else {**found, "interval": list(self.interval)}
+
+    @property
+    def verdict(self) -> str:
+        """seen, NOT seen, seen in part (with some seeds), or cannot be told (the interval holds 0)."""
+        if self.interval is not None:
+            low, high = self.interval
+            return "seen" if low > 0 else "NOT seen" if high < 0 else "cannot be told"
+        return "seen" if all(self.held) else "seen in part" if any(self.held) else "NOT seen"
 
     def __str__(self) -> str:
         seen = sum(self.held)
+        if self.interval is not None:
+            at = " at this size" if self.verdict == "cannot be told" else ""
+            low, high = self.interval
+            return f"{self.verdict}{at}, difference {low:.3g} to {high:.3g} over {len(self.held)} seeds: {self.text}"
         if len(self.held) == 1:
             return f"{'seen' if seen else 'NOT seen'}: {self.text}"
-        verdict = "seen" if seen == len(self.held) else "seen in part" if seen else "NOT seen"
-        return f"{verdict}, {seen} of {len(self.held)} seeds: {self.text}"
+        return f"{self.verdict}, {seen} of {len(self.held)} seeds: {self.text}"
 
 
 @dataclass(frozen=True)

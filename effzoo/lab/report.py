@@ -31,7 +31,7 @@ def perform(experiment: Experiment, run: Run, folder: Path) -> dict[str, Any]:
         "cpu_seconds": round(time.process_time() - used, 1), "machine": machine(), "versions": versions(),
         "commit": commit(),
         "settings": dict(findings.settings), "tables": {title: table for title, table in findings.tables.items()},
-        "claims": [{"text": claim.text, "held": list(claim.held)} for claim in findings.claims],
+        "claims": [claim.stored() for claim in findings.claims],
         "notes": list(findings.notes), "values": dict(findings.values),
     }  # fmt: skip
     text = json.dumps(result, indent=1, allow_nan=False, default=_refuse) + "\n"
@@ -52,7 +52,7 @@ def page(result: Mapping[str, Any]) -> str:
     for title, table in result["tables"].items():
         parts += [f"**{title}**", markdown(table)]
     if result["claims"]:
-        parts.append("\n".join(f"- {Claim(claim['text'], tuple(claim['held']))}" for claim in result["claims"]))
+        parts.append("\n".join(f"- {Claim.read(claim)}" for claim in result["claims"]))
     parts += [*result["notes"], made(result)]
     return "\n\n".join(parts) + "\n"
 

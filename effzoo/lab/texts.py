@@ -12,7 +12,7 @@ import torch
 
 from effzoo import data, zoo
 from effzoo.architectures import Transformer
-from effzoo.build import build
+from effzoo.builder import build
 from effzoo.errors import DataError
 from effzoo.lab.experiment import Run
 from effzoo.lab.fit import Examples

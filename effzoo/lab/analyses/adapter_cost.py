@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from effzoo import peft
 from effzoo.errors import AdapterError
-from effzoo.plan.saved import Record
+from effzoo.plans.saved import Record
 
 
 def kept_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:

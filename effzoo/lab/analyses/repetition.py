@@ -14,7 +14,7 @@ from torch import Tensor
 
 from effzoo.architectures import Transformer
 from effzoo.attention.lsh import LSH
-from effzoo.build import build
+from effzoo.builder import build
 from effzoo.errors import IncompatibleError, OptionError
 from effzoo.tasks import duplication
 

@@ -77,6 +77,10 @@ class Convolutional(nn.Module):
         pairs = enumerate(pairwise(widths))
         self.layers = nn.ModuleList(Linear(before, after, role=f"fc.{i}", layer=2 + i) for i, (before, after) in pairs)
 
+    def filters(self) -> list[Conv2d]:
+        """The convolutions, in order."""
+        return [part for part in self.convolutions if isinstance(part, Conv2d)]
+
     def forward(self, pixels: Tensor, labels: Tensor | None = None) -> Output:
         """pixels [batch, 1, height, width]."""
         x = pixels

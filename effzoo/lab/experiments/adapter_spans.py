@@ -21,7 +21,7 @@ NEAR = 5.0  # points above the majority class that still count as near it
 
 
 @experiment(
-    "adapter_spans", deck=(0, 3), data=DATA,
+    "adapter_spans", deck=(2, 4), data=DATA,
     source="Houlsby et al. 2019, arXiv:1902.00751, section 3.6, figure 6 and text",
 )  # fmt: skip
 def adapter_spans(run: Run) -> Findings:

@@ -44,7 +44,10 @@ WITHIN = 0.02 + 1e-6  # of rounding
 
 
 @experiment(
-    "biases", deck=(3, 0), source="Ben Zaken et al. 2022, BitFit, arXiv:2106.10199, section 4 and figure 1", data=DATA
+    "biases",
+    deck=(3, 0, 2, 4),
+    source="Ben Zaken et al. 2022, BitFit, arXiv:2106.10199, section 4 and figure 1",
+    data=DATA,
 )
 def biases(run: Run) -> Findings:
     """Which biases matter: how good is each group of them alone, and how far does each move?"""

@@ -23,19 +23,19 @@ from effzoo.lab.analyses.layer_cost import (
 )
 from effzoo.lab.draw import LINES, MARKERS, panels
 from effzoo.lab.experiment import Claim, Findings, Run, Table, experiment
-from effzoo.plan import opt_table
+from effzoo.plans import OPT_SLIDE, OPT_SLIDE_REMARK, opt_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 HEAD, USUAL = 64, 512  # width of a head; the length that BERT is trained on
-GIB = 2**30
+GIB, GB = 2**30, 10**9
 LORA = "lora[rank=8]"
 
 
 @experiment(
     "cost",
-    deck=(0, 4),
+    deck=(4, 0),
     source="Vaswani et al. 2017, arXiv:1706.03762, table 1; Zhang et al. 2022, OPT, arXiv:2205.01068, table 1",
 )
 def cost(run: Run) -> Findings:
@@ -54,7 +54,7 @@ def cost(run: Run) -> Findings:
             layers.append({"n": n, "dim": dim, "operations": by_formula, "counted alike": exact, "seconds": taken})
             run.say(f"d {dim}, n {n}: {1e3 * taken[WHOLE]:.1f} ms")
     predicted, measured = ([shares(row[what]) for row in layers] for what in ("operations", "seconds"))
-    memory = opt_table(peft=LORA).columns
+    memory, slide = opt_table(peft=LORA).columns, opt_table(peft=LORA, length=USUAL).columns
 
     table = [["d", "n", *(f"{part}, % of operations: time" for part in PARTS), "layer, ms", "published"]]
     for row, expected, part_shares in zip(layers, predicted, measured, strict=True):
@@ -84,7 +84,8 @@ def cost(run: Run) -> Findings:
     return Findings(
         tables={
             "Shares of a layer": table,
-            "Memory of OPT-1.3B, 1 x 2048, float16 with float32 copies, AdamW, GiB": _memory_table(memory),
+            "Memory of OPT-1.3B, 1 x 512, float16 with float32 copies, AdamW, GB": _memory_table(slide, GB, OPT_SLIDE),
+            "The same at 1 x 2048, GiB": _memory_table(memory, GIB, {}),
         },
         figure=figure,
         claims=[
@@ -103,6 +104,7 @@ def cost(run: Run) -> Findings:
             "layers": layers,
             "largest distance of a share": away,
             "memory": {name: dict(column) for name, column in memory.items()},
+            "memory at 512": {name: dict(column) for name, column in slide.items()},
         },
         settings=settings,
         notes=[
@@ -114,16 +116,18 @@ def cost(run: Run) -> Findings:
             "Hidden states of OPT-1.3B stand there by the lectures' formula in numbers of 2 bytes, as it is and with "
             "the weights of all heads, and "
             "as planned from the real model on shapes: with the fused kernel, and with attention weights written out.",
+            OPT_SLIDE_REMARK,
         ],
     )
 
 
-def _memory_table(memory: Mapping[str, Mapping[str, int]]) -> Table:
+def _memory_table(memory: Mapping[str, Mapping[str, int]], unit: int, lecture: Mapping[str, str]) -> Table:
+    """Every part of each column in a unit of bytes, beside the figures of the lecture where it has some."""
     parts = next(iter(memory.values()))
-    return [
-        ["part", *memory, "published"],
-        *([part, *(f"{of_method[part] / GIB:.2f}" for of_method in memory.values()), "no number"] for part in parts),
-    ]
+    rows = [[part, *(f"{of_method[part] / unit:.2f}" for of_method in memory.values())] for part in parts]
+    if not lecture:
+        return [["part", *memory], *rows]
+    return [["part", *memory, "the lecture's, full"], *([*row, lecture.get(row[0], "no number")] for row in rows)]
 
 
 def _shares(axes: Axes, layers: list[dict[str, Any]], measured: list[dict[str, float]]) -> None:

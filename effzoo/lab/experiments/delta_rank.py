@@ -31,7 +31,10 @@ SHARE, RIDGE = 0.9, 10.0
 
 
 @experiment(
-    "delta_rank", deck=2, source="Biderman et al. 2024, LoRA learns less and forgets less, arXiv:2405.09673", data=DATA
+    "delta_rank",
+    deck=(2, 3),
+    source="Biderman et al. 2024, LoRA learns less and forgets less, arXiv:2405.09673",
+    data=DATA,
 )
 def delta_rank(run: Run) -> Findings:
     """Of what rank is the change that full fine-tuning makes, and does LoRA learn less and forget less?"""

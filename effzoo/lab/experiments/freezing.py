@@ -17,7 +17,7 @@ REACHED = 0.9
 
 
 @experiment(
-    "freezing", deck=(0, 3), data=DATA,
+    "freezing", deck=4, data=DATA,
     source="Lee et al. 2019, What would Elsa do?, arXiv:1911.03090, section 4; Houlsby et al. 2019, "
     "arXiv:1902.00751, figures 1 and 4",
 )  # fmt: skip

@@ -31,7 +31,7 @@ PUBLISHED = {
 
 
 @experiment(
-    "intrinsic", deck=(2, 3), data=DATA,
+    "intrinsic", deck=(1, 0, 3), data=DATA,
     source="Li et al. 2018, Measuring the intrinsic dimension, arXiv:1804.08838, figures 1-3",
 )  # fmt: skip
 def intrinsic(run: Run) -> Findings:

@@ -28,7 +28,7 @@ PUBLISHED = [
 
 
 @experiment(
-    "intrinsic_text", deck=2, data=DATA,
+    "intrinsic_text", deck=(1, 3), data=DATA,
     source="Aghajanyan et al. 2020, Intrinsic dimensionality, arXiv:2012.13255, table 1 and figure 1",
 )  # fmt: skip
 def intrinsic_text(run: Run) -> Findings:

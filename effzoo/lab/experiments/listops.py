@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from effzoo.build import build
+from effzoo.builder import build
 from effzoo.lab.analyses.threads import one_thread
 from effzoo.lab.draw import LINES, panels
 from effzoo.lab.experiment import Claim, Findings, Run, Table, experiment

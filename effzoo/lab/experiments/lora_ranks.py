@@ -26,7 +26,7 @@ SAME_BUDGET = {"q": 4, "q, v": 2, "q, k, v, o": 1}  # as many numbers in each: t
 FLAT = 0.02  # of accuracy
 
 
-@experiment("lora_ranks", deck=2, source="Hu et al. 2021, LoRA, arXiv:2106.09685, tables 5 and 6", data=DATA)
+@experiment("lora_ranks", deck=(2, 4), source="Hu et al. 2021, LoRA, arXiv:2106.09685, tables 5 and 6", data=DATA)
 def lora_ranks(run: Run) -> Findings:
     """How small can the rank of LoRA be, and which matrices of attention should have it?"""
     ranks, steps = run.choose((1, 2, 4, 64), (1, 2, 4, 8, 64)), run.choose(20, 300)

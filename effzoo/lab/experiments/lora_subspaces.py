@@ -36,7 +36,7 @@ DATA = (
 
 
 @experiment(
-    "lora_subspaces", deck=2, data=DATA,
+    "lora_subspaces", deck=1, data=DATA,
     source="Hu et al. 2021, LoRA, arXiv:2106.09685, sections 7.2 and 7.3, figures 3 and 4, table 7",
 )  # fmt: skip
 def lora_subspaces(run: Run) -> Findings:

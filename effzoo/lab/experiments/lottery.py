@@ -24,7 +24,7 @@ PUBLISHED = {  # Frankle & Carbin 2019, section 2 and figures 3 and 4
 
 
 @experiment(
-    "lottery", deck=3, data=DATA,
+    "lottery", deck=(3, 0), data=DATA,
     source="Frankle & Carbin 2019, The lottery ticket hypothesis, arXiv:1803.03635, figures 3 and 4",
 )  # fmt: skip
 def lottery(run: Run) -> Findings:

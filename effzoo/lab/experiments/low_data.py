@@ -18,7 +18,10 @@ METHODS = {"prefix": "prefix[length=8]", "full": "full"}
 
 
 @experiment(
-    "low_data", deck=1, source="Li & Liang 2021, Prefix-tuning, arXiv:2101.00190, section 6.3 and figure 3", data=DATA
+    "low_data",
+    deck=(1, 3),
+    source="Li & Liang 2021, Prefix-tuning, arXiv:2101.00190, section 6.3 and figure 3",
+    data=DATA,
 )
 def low_data(run: Run) -> Findings:
     """With few training examples, is a prefix better than full fine-tuning?"""

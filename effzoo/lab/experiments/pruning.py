@@ -26,7 +26,10 @@ Scores = dict[str, dict[float, dict[str, float]]]  # method, share that is kept,
 
 
 @experiment(
-    "pruning", deck=3, source="Sanh, Wolf & Rush 2020, Movement pruning, arXiv:2005.07683, figures 2 and 3", data=DATA
+    "pruning",
+    deck=(3, 0),
+    source="Sanh, Wolf & Rush 2020, Movement pruning, arXiv:2005.07683, figures 2 and 3",
+    data=DATA,
 )
 def pruning(run: Run) -> Findings:
     """Which weights should a fine-tuned network keep: the large ones, or those that training moves away from zero?"""

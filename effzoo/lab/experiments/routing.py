@@ -34,9 +34,9 @@ LEVELS = {  # adapters as experts
     "one adapter": "pfeiffer[bottleneck=64]",
     "mean of experts": "router=uniform",
     "by token, soft": "router=soft",
-    "by token, top 1": "router='top_k[k=1]'",
+    "by token, top 1": "router='switch[capacity=8]'",
     "by example, soft": "router=soft, level=example",
-    "by example, top 1": "router='top_k[k=1]', level=example",
+    "by example, top 1": "router='switch[capacity=8]', level=example",
     "by task, skills": "router='skills[tasks=8]'",
     "by task, fixed": "router=fixed",
 }

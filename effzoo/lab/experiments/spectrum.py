@@ -7,12 +7,11 @@ from torch import Tensor
 
 from effzoo.architectures import Transformer
 from effzoo.lab.analyses.spectrum import attention_matrices, cumulative
-from effzoo.lab.draw import LINES, heat, panels
+from effzoo.lab.draw import depth, heat, panels
 from effzoo.lab.experiment import Claim, Findings, Run, experiment
 from effzoo.lab.texts import DATA, minilm, texts
 
 N = 512
-STYLES = ("-", "--")
 
 
 @experiment("spectrum", deck=4, source="Wang et al. 2020, Linformer, arXiv:2006.04768, figure 1", data=DATA)
@@ -40,12 +39,7 @@ def spectrum(run: Run) -> Findings:
     figure, (left, right) = panels(2)
     for layer, curve in enumerate(mean.mean(dim=1).tolist()):
         left.plot(
-            range(1, N + 1),
-            curve,
-            label=f"layer {layer}",
-            linewidth=1.6,
-            color=LINES[layer % len(LINES)],
-            linestyle=STYLES[layer % len(STYLES)],
+            range(1, N + 1), curve, label=f"layer {layer}", linewidth=1.6, color=depth(layer / max(1, layers - 1))
         )
     left.plot([1, N], [1 / N, 1], color="#888888", linewidth=1.0, linestyle=":", label="all alike")
     left.axvline(N // 4, color="#888888", linewidth=0.8)
