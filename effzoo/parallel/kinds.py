@@ -3,8 +3,11 @@
 full                 keys and values around the ring
 window, chunks       the positions that the first and the last query see beyond the slice; keys, values and outputs
                      of global tokens, which are few
+blockwise            the key blocks that the permutation of a head names for its query blocks (`blocks.py`)
 linformer            the sum over ranks of E K and F V
 perceiver            the softmax of the latents over the keys of all ranks
+
+lsh is refused; `hashing.py` counts what its exchange would cost.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch.nn import functional as F
 
 from effzoo.attention.core import AttentionCore, Mask, memory_part, take_positions
 from effzoo.attention.linformer import Linformer
+from effzoo.attention.lsh import LSH
 from effzoo.attention.part import Part, bias_of
 from effzoo.attention.perceiver import Perceiver
 from effzoo.attention.predicate import PredicateAttention, global_positions
@@ -30,17 +34,20 @@ from effzoo.sites import KeysValues
 
 
 @singledispatch
-def attention(core: AttentionCore, split: Split, *projected: Any, mask: Mask, memory: KeysValues | None) -> Tensor:
+def attention(
+    core: AttentionCore, split: Split, *projected: Any, mask: Mask, memory: KeysValues | None, group: int = 1
+) -> Tensor:
     """The output of an attention kind at this rank's positions, [batch, heads, m, head_dim].
 
     projected, mask: of this rank's positions.
     memory: the same on every rank.
+    group: so many heads that follow each other have equal keys and values, of which one is sent.
 
     Raises IncompatibleError for a kind that cannot be split.
     """
     raise IncompatibleError(
         f"attention {core.name!r} is not computed over ranks: nobody has said what they would exchange; use full, "
-        "longformer, local, linformer or perceiver"
+        "longformer, local, blockwise, linformer or perceiver"
     )
 
 
@@ -53,26 +60,35 @@ def multiple_of(core: AttentionCore) -> int:
 
 
 @attention.register
-def _(core: PredicateAttention, split: Split, *projected: Any, mask: Mask, memory: KeysValues | None = None) -> Tensor:
+def _(
+    core: PredicateAttention,
+    split: Split,
+    *projected: Any,
+    mask: Mask,
+    memory: KeysValues | None = None,
+    group: int = 1,
+) -> Tensor:
     windows = [core.window_of(head) for head in range(core.context.heads)]
     if None in windows or core.by_length:
         raise IncompatibleError(
             f"attention {core.name!r} is not computed over ranks: what a query sees is no window, so it may need every "
-            "key; use full, longformer or local"
+            "key; use full, longformer, local or blockwise"
         )
-    q, k, v = projected[:3]
-    if all(window is not None and window.left is None for window in windows):
+    q, k, v = projected[0], projected[1][:, ::group], projected[2][:, ::group]
+    if sees_all(core):
         other = memory_part(q, memory)
         return ring(
             split, q, k, v, mask.key_bias(q.dtype), *([] if other is None else [other]), causal=core.context.causal,
             dropout=core.dropout, backend=core.context.backend,
         )  # fmt: skip
-    wanted = [_needed(core, split, rank) for rank in range(split.ranks)]
+    wanted = [needed(core, split, rank) for rank in range(split.ranks)]
     (first, end), (low, high) = split.range(), wanted[split.rank]
     near = fetch(torch.cat([k, v], dim=-1), split, wanted, 2)
+    if group > 1:
+        near = near.repeat_interleave(group, dim=1)
     near_k, near_v = near[..., : k.shape[-1]], near[..., k.shape[-1] :]
     near_q = F.pad(q, (0, 0, first - low, high - end))
-    valid, is_global = (_whole(mask, split, name) for name in ("valid", "is_global"))
+    valid, is_global = (of_all(mask, split, name) for name in ("valid", "is_global"))
     key_mask = None if valid is None else valid[:, low:high]
     if is_global is not None:
         key_mask = ~is_global[:, low:high] if key_mask is None else key_mask & ~is_global[:, low:high]
@@ -80,7 +96,7 @@ def _(core: PredicateAttention, split: Split, *projected: Any, mask: Mask, memor
     if is_global is None:
         return core.attend(*parts).narrow(2, first - low, end - first)
     slots, filled = _globals(core, mask, split)
-    keys, values = (_at_globals(x, slots, filled, split) for x in (k, v))
+    keys, values = (_at_globals(x, slots, filled, split) for x in projected[1:3])
     seen = filled[:, None, None, :]
     if core.context.causal:
         seen = seen & (slots[:, None, None, :] <= torch.arange(low, high, device=q.device)[:, None])
@@ -88,7 +104,15 @@ def _(core: PredicateAttention, split: Split, *projected: Any, mask: Mask, memor
     return _with_globals(core, split, out, core.of_globals(*projected), mask, memory)
 
 
-def _needed(core: PredicateAttention, split: Split, rank: int) -> Range:
+def sees_all(core: AttentionCore) -> bool:
+    """Whether every query sees every key, those before it when causal."""
+    if not isinstance(core, PredicateAttention):
+        return False
+    windows = [core.window_of(head) for head in range(core.context.heads)]
+    return all(window is not None and window.left is window.right is None for window in windows)
+
+
+def needed(core: PredicateAttention, split: Split, rank: int) -> Range:
     """The positions that the queries of a rank see, whole chunks."""
     first, end = split.range(rank)
     low, high, unit = first, end, multiple_of(core)
@@ -103,7 +127,7 @@ def _needed(core: PredicateAttention, split: Split, rank: int) -> Range:
     return max(0, low // unit * unit), min(split.n, high)
 
 
-def _whole(mask: Mask, split: Split, name: str) -> Tensor | None:
+def of_all(mask: Mask, split: Split, name: str) -> Tensor | None:
     """`valid` or `is_global` of the whole sequence, bool[batch, n]; gathered once for a batch."""
     own: Tensor | None = getattr(mask, name)
     if own is None:
@@ -117,7 +141,7 @@ def _globals(core: PredicateAttention, mask: Mask, split: Split) -> tuple[Tensor
     """Positions of the global tokens in the whole sequence, int[batch, slots], and which slots hold one."""
 
     def make() -> tuple[Tensor, Tensor]:
-        whole = Mask(is_global=_whole(mask, split, "is_global"), most_globals=mask.most_globals)
+        whole = Mask(is_global=of_all(mask, split, "is_global"), most_globals=mask.most_globals)
         return global_positions(whole, core.max_globals)
 
     made: tuple[Tensor, Tensor] = mask.memo("slots of global tokens over ranks", make)
@@ -153,14 +177,28 @@ def _with_globals(
         unseen = bias_of(torch.full((1, 1, 1, other.k.shape[2]), split.rank == 0, device=q.device), q.dtype)
         parts.append(replace(other, bias=unseen))
     of_globals = attended(split, *parts, dropout=core.dropout, backend=core.context.backend)
-    whole, own = _whole(mask, split, "is_global"), mask.is_global
+    whole, own = of_all(mask, split, "is_global"), mask.is_global
     assert whole is not None and own is not None
     slot = split.own(whole.cumsum(dim=1) - 1).clamp(min=0)
     return torch.where(own[:, None, :, None], take_positions(of_globals, slot), out)
 
 
 @attention.register
-def _(core: Linformer, split: Split, *projected: Any, mask: Mask, memory: KeysValues | None = None) -> Tensor:
+def _(core: LSH, split: Split, *projected: Any, mask: Mask, memory: KeysValues | None = None, group: int = 1) -> Tensor:
+    d, rounds, ranks = core.context.head_dim, core.rounds, split.ranks
+    share = rounds * (3 * d + 1) / (2 * d * ranks)
+    raise IncompatibleError(
+        "attention 'lsh' is not computed over ranks: in each round tokens would travel to the rank of their slot in "
+        f"the sort, with {rounds} rounds and {ranks} ranks {share:.2g} times the bytes that gathering all keys takes, "
+        + ("more than it saves" if share >= 1 else "which would save, and is not built")
+        + "; use longformer or local, or one rank"
+    )
+
+
+@attention.register
+def _(
+    core: Linformer, split: Split, *projected: Any, mask: Mask, memory: KeysValues | None = None, group: int = 1
+) -> Tensor:
     q, k, v = projected
     first, _ = split.range()
     keys = total(core.compressed_slice("k", k, mask, first), split)
@@ -169,7 +207,9 @@ def _(core: Linformer, split: Split, *projected: Any, mask: Mask, memory: KeysVa
 
 
 @attention.register
-def _(core: Perceiver, split: Split, *projected: Any, mask: Mask, memory: KeysValues | None = None) -> Tensor:
+def _(
+    core: Perceiver, split: Split, *projected: Any, mask: Mask, memory: KeysValues | None = None, group: int = 1
+) -> Tensor:
     q, k, v = projected
     z = core.latent_queries().to(k.dtype).expand(k.shape[0], -1, -1, -1)
     part = Part(z, k, torch.cat([k, v], dim=-1), bias=mask.key_bias(k.dtype))
