@@ -134,7 +134,7 @@ def test_sources_that_are_not_there_say_so(tmp_path):
     with pytest.raises(DataError, match="is of no kind that can be read"):
         load_text(tmp_path / "a.pdf")
     (tmp_path / "broken.jsonl").write_text("{")
-    with pytest.raises(DataError, match=r"broken\.jsonl cannot be read: "):
+    with pytest.raises(DataError, match=r"broken\.jsonl, line 1: no JSON \(Expecting"):
         load_text(tmp_path / "broken.jsonl")
 
 
@@ -271,11 +271,36 @@ def test_a_quoted_file_reads_as_what_was_written(tmp_path, quoting):
     file = tmp_path / "q.tsv"
     with file.open("w", newline="") as out:
         csv.writer(out, delimiter="\t", quoting=quoting, lineterminator="\n").writerows([("text", "label"), *chosen])
-    table = load_text(file)
+    table = load_text(file, quoting=True)
     assert list(zip(table["text"], table["label"], strict=True)) == chosen
 
 
 def test_quotation_marks_that_fit_neither_way_are_named_by_row(tmp_path):
     (tmp_path / "q.tsv").write_text('text\tlabel\n"a\tb\tc\t0\n"d" e\t1\n')
-    with pytest.raises(DataError, match="row 2 has 4 fields, the head has 2; quotation marks may be unpaired"):
+    message = r"q\.tsv, line 2: 4 fields, and there are 2 columns \('text, label'\); .* give quoting=True"
+    with pytest.raises(DataError, match=message):
         load_text(tmp_path / "q.tsv")
+
+
+@pytest.mark.parametrize("task", ["classification", "masked_lm"])
+def test_several_processes_and_the_cache_give_what_one_process_gives(tmp_path, tokenizer, task, monkeypatch):
+    rows = [(" ".join(WORDS[5 + (i * j) % 8] for j in range(1 + i % 9)), ["cat", "dog"][i % 2]) for i in range(50)]
+    data = load_text(write(tmp_path, ".csv", rows))
+    alone = tokenise(data, tokenizer, 6, task=task, mask_share=0.5, cache=False)
+    shared = tokenise(data, tokenizer, 6, task=task, mask_share=0.5, cache=False, num_proc=2)
+    assert shared[:] == alone[:] and shared.features == alone.features
+    called = []
+    calls = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, *a, **k: (called.append(a), calls(self, *a, **k))[1])
+    first = tokenise(data, tokenizer, 6, task=task, mask_share=0.5)
+    read = len(called)
+    again = tokenise(data, tokenizer, 6, task=task, mask_share=0.5)
+    assert first[:] == again[:] == alone[:] and len(called) == read + 1, "the second time all is read from the cache"
+    other = tokenise(data, tokenizer, 5, task=task, mask_share=0.5)
+    assert other[:] != alone[:] and len(called) > read + 2
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5])
+def test_processes_are_counted_from_one(tmp_path, tokenizer, wrong):
+    with pytest.raises(effzoo.errors.EffzooError, match="num_proc"):
+        tokenise(load_text(write(tmp_path, ".csv")), tokenizer, 6, num_proc=wrong)

@@ -14,8 +14,9 @@ from support import finetune
 from transformers import TrainerCallback
 
 import effzoo
+from effzoo.checked import counted
 from effzoo.errors import AdapterError, ArgumentError, IncompatibleError, InputError, OptionError, TrainingError
-from effzoo.train.batches import Order, Pad, counted
+from effzoo.train.batches import Order, Pad
 from effzoo.train.checkpoints import whole
 
 NAMES = {"classification": "bert", "masked_lm": "roberta", "causal_lm": "gpt2", "token_classification": "bert"}
@@ -139,6 +140,13 @@ def test_grouping_by_length_pads_less():
         return sum(max(lengths[i] for i in batch) * len(batch) - sum(lengths[i] for i in batch) for batch in order)
 
     assert padding(Order(200, 8, seed=0, lengths=lengths)) < 0.2 * padding(Order(200, 8, seed=0))
+
+
+def test_a_step_of_similar_lengths_has_the_same_examples_however_often_it_accumulates():
+    lengths = [(17 * i) % 97 + 1 for i in range(203)]
+    parts = iter(Order(203, 2, seed=0, lengths=lengths, accumulation=4))
+    for step in Order(203, 8, seed=0, lengths=lengths):
+        assert list(itertools.chain(*itertools.islice(parts, -(-len(step) // 2)))) == step
 
 
 def test_an_empty_share_of_the_last_batch_is_an_empty_list():
@@ -492,7 +500,7 @@ def test_text_columns_are_left_out_with_a_report(build, tmp_path, caplog):
     [
         ({"epochs": 0}, OptionError, "epochs is a positive number, got 0"),
         ({"batch_size": 2.5}, ArgumentError, "batch_size takes int .from 1 to 2.31 - 1., got 2.5"),
-        ({"schedule": "square"}, OptionError, "schedule is 'linear' or 'cosine' or 'constant', got 'square'"),
+        ({"schedule": "square"}, OptionError, "schedule is 'linear' or 'cosine' or 'constant' or .*, got 'square'"),
         ({"warmup": 1.5}, OptionError, r"warmup is in \[0, 1\), got 1.5"),
         ({"evaluate_every": "day"}, OptionError, "evaluate_every takes int .* or 'epoch' or none, got 'day'"),
         ({"best": "loss"}, OptionError, "needs evaluations to choose by"),

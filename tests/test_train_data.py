@@ -156,9 +156,9 @@ def test_a_column_that_is_none_throughout_is_no_column(tiny):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ((row for row in [LABELLED]), "got <generator object .*list"),
-        (iter([LABELLED]), "becomes a list by list"),
-        (datasets.Dataset.from_list([LABELLED]).to_iterable_dataset(), "needs a length and access by index"),
+        ((row for row in [LABELLED]), "train is a generator, which can be read once; a stream is read anew .*list"),
+        (iter([LABELLED]), "which can be read once"),
+        (datasets.Dataset.from_list([LABELLED]).to_iterable_dataset().filter(lambda _: False), "train is empty"),
         (
             pandas.DataFrame([LABELLED]),
             "is a DataFrame, which gives columns, not examples; give datasets.Dataset.from_pandas",
@@ -173,7 +173,7 @@ def test_a_column_that_is_none_throughout_is_no_column(tiny):
         ([[5, 6], [7]], "example 0 is a list, not a mapping"),
         (torch.ones(2, 3, dtype=torch.long), "example 0 is a Tensor, not a mapping"),
         (np.ones((2, 3)), "example 0 is a ndarray, not a mapping"),
-        ({LABELLED["labels"]}, "needs a length and access by index"),
+        ({LABELLED["labels"]}, "example 0 is a int, not a mapping"),
         (None, "got None"),
         (7, "got 7"),
         (list, "got <class 'list'>"),
@@ -189,16 +189,9 @@ def test_what_holds_no_examples_is_told_how_to_become_some(tiny, tmp_path, data,
         finetune(model_of(tiny, peft="lora"), data, output_dir=tmp_path, max_steps=1, progress=False)
 
 
-def test_an_iterable_of_torch_is_told_as_well(tiny, tmp_path):
-    class Stream(torch.utils.data.IterableDataset):
-        def __len__(self):
-            return 1
-
-        def __iter__(self):
-            return iter([LABELLED])
-
-    with pytest.raises(InputError, match="needs a length and access by index"):
-        finetune(model_of(tiny, peft="lora"), Stream(), output_dir=tmp_path, max_steps=1, progress=False)
+def test_predict_needs_a_length(tiny):
+    with pytest.raises(InputError, match="examples needs a length and access by index"):
+        effzoo.predict(model_of(tiny), datasets.Dataset.from_list([LABELLED]).to_iterable_dataset(), progress=False)
 
 
 def test_one_row_is_the_same_from_a_list_a_table_an_array_and_a_file(tiny, tmp_path):

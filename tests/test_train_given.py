@@ -63,7 +63,7 @@ def test_a_module_of_sites_is_told_the_loop_that_trains_it(tmp_path, peft):
 def test_a_module_without_sites_is_told_to_convert_or_build(tmp_path):
     for said in refusals(nn.Linear(2, 2), tmp_path):
         assert "got 'Linear', a module with 0 of effzoo's sites" in said and said.endswith(
-            "convert it, if transformers has it, or build one and train that"
+            "train what effzoo.convert.from_transformers(model) returns, or the model of effzoo.build"
         )
 
 

@@ -1,6 +1,7 @@
 """`finetune` makes the calls that a loop of one's own makes: calibration, stages, schedules, penalties, two passes,
 rates, finishing; and resumes."""
 
+import dataclasses
 import io
 import json
 import math
@@ -23,7 +24,7 @@ import effzoo
 from effzoo.errors import IncompatibleError, OptionError, TrainingError
 from effzoo.peft import PeftModule, Stage, TrainingHooks, training  # noqa: F401 - for the toy
 from effzoo.sites import sites
-from effzoo.train import checkpoints
+from effzoo.train import Callback, checkpoints
 from effzoo.train.batches import Order, Pad
 from effzoo.train.stages import StageSpan, stage_spans
 
@@ -191,12 +192,12 @@ def test_every_hook_is_called_when_it_should_be_and_with_what_it_should_get(buil
         calibration_batches=2, evaluate_every=2, seed=4, **PLAIN,
     )  # fmt: skip
     calibrate, *others = CALLS
-    first = Order(22, 3, seed=4).global_batches()[:2]
+    first = Order(22, 3, seed=4).global_batches()[:4]
     given = [
         Pad("classification", 0, ("input_ids",))([data[i] for i in batch])["input_ids"].tolist() for batch in first
     ]
     assert calibrate == ("calibrate", calibrate[1], given, False), (
-        "in evaluation mode, the first batches of the training, each of batch_size"
+        "in evaluation mode, the batches of the first two steps, each of batch_size"
     )
     assert all(
         {"input_ids", "labels"} <= set(keys) <= {"input_ids", "labels", "attention_mask"} for keys in calibrate[1]
@@ -244,6 +245,61 @@ def test_calibration_reads_data_for_those_who_look_and_leaves_the_random_numbers
     seen.clear()
     finetune(build("lora"), rows(), output_dir=tmp_path, max_steps=3, collator=collate, batch_size=3, **PLAIN)
     assert len(seen) == 4, "LoRA does not look"
+
+
+class Begun(Callback):
+    def on_start(self, loop):
+        self.setup = loop.setup
+
+
+STARTS = ["prefix[length=40]", "fish[keep=0.1]", "lora[init=eva]", "sparse_adapter"]
+
+
+def documents(count):
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 20, (count,), generator=draw).tolist()
+    ids = [torch.randint(2, 53, (n,), generator=draw).tolist() for n in lengths]
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def started(tiny, peft, batches):
+    """The tensors of an adapter of a decoder, calibrated on batches where there are some."""
+    torch.manual_seed(0)
+    model = effzoo.build("gpt2", task="causal_lm", **{**tiny, "max_length": 32, "dropout": 0.0})
+    effzoo.attach(model.double(), peft)
+    if batches:
+        effzoo.peft.calibrate(model, batches)
+    return model, {key: value for key, value in model.state_dict().items() if ".adapters." in key}
+
+
+@pytest.mark.parametrize("peft", STARTS)
+@pytest.mark.parametrize("how", [{"packing": True}, {"group_by_length": True}, {}], ids=str)
+def test_a_start_does_not_depend_on_how_a_step_is_spread(tiny, tmp_path, peft, how):
+    """Steps of 4 rows in 1, 2 or 4 processes, of 1, 2 or 4 accumulated batches: of all the same examples."""
+    (model, fresh), begun, starts = started(tiny, peft, ()), Begun(), []
+    finetune(model, documents(61), output_dir=tmp_path, max_steps=1, batch_size=4, calibration_batches=2,
+             callbacks=[begun], **how, **PLAIN)  # fmt: skip
+    for processes, accumulation in ((1, 1), (2, 1), (1, 2), (4, 1), (2, 2)):
+        optimisation = dataclasses.replace(begun.setup.optimisation, gradient_accumulation=accumulation)
+        size = 4 // processes // accumulation
+        setup = dataclasses.replace(begun.setup, processes=processes, batch_size=size, optimisation=optimisation)
+        batches = setup.first_batches(torch.device("cpu"))
+        assert [len(batch["input_ids"]) for batch in batches] == [size] * (8 // size)
+        starts.append(started(tiny, peft, batches)[1])
+    for start in starts[1:]:
+        for key, value in start.items():
+            torch.testing.assert_close(value, starts[0][key], rtol=0, atol=1e-10, msg=key)
+    assert any(not value.equal(fresh[key]) for key, value in starts[0].items()), "the data were looked at"
+
+
+@pytest.mark.parametrize("peft", STARTS)
+def test_packed_rows_start_a_method_as_their_documents_do(tiny, peft):
+    data = documents(9)
+    rows, collate = effzoo.data.pack(data, 32), Pad("causal_lm", None, ("input_ids", "document_ids", "attention_mask"))
+    alone = [collate([data[number]]) for row in rows.documents for number in row]
+    wanted = started(tiny, peft, alone)[1]
+    for key, value in started(tiny, peft, [collate(list(rows))])[1].items():
+        torch.testing.assert_close(value, wanted[key], rtol=0, atol=1e-10, msg=key)
 
 
 def test_the_loop_of_the_docstring_does_what_finetune_does(build, tmp_path):
@@ -308,9 +364,7 @@ def test_penalty_and_divergence_count_once_however_the_step_is_cut_into_batches(
     for accumulation in (1, 2, 4):
         model = build(task=task, name=name)
         settings = {**PLAIN, "batch_size": 8 // accumulation, "gradient_accumulation": accumulation, "max_steps": 6}
-        history = finetune(
-            model, rows(task), output_dir=tmp_path, calibration_batches=2 * accumulation, **settings
-        ).history
+        history = finetune(model, rows(task), output_dir=tmp_path, calibration_batches=2, **settings).history
         runs.append((tensors(model), [entry["loss"] for entry in history]))
     for state, losses in runs[1:]:
         # Trainer adds losses up in float32; the tensors below are exact
@@ -652,15 +706,15 @@ def test_a_second_run_of_a_finished_adapter_resumes(build, tmp_path):
 def test_the_bar_says_the_stage():
     from rich.console import Console
 
-    from effzoo.cli.progress import Bar
+    from effzoo.train.progress import Bar
 
     out = io.StringIO()
     bar = Bar(Console(file=out, width=200))
-    state = SimpleNamespace(is_world_process_zero=True, max_steps=4, global_step=2)
-    bar.on_train_begin(None, state, None)
-    bar.on_log(None, state, None, logs={"loss": 0.5, "stage": "wide"})
+    loop = SimpleNamespace(main=True, steps=4, step=2)
+    bar.on_start(loop)
+    bar.on_log(loop, {"loss": 0.5, "stage": "wide"})
     assert bar.progress.tasks[0].description == "wide   loss 0.5"
-    bar.on_log(None, state, None, logs={"eval_loss": 0.25, "stage": "wide"})
+    bar.on_log(loop, {"eval_loss": 0.25, "stage": "wide"})
     bar.close()
     assert "step      2   wide   training loss 0.5   validation loss 0.25" in out.getvalue()
 
@@ -712,7 +766,7 @@ def cases(directory, processes):
                     output_dir=directory / peft / task / str(accumulation),
                     batch_size=8 // processes // accumulation, progress=False,
                     optimisation=Optimisation(gradient_accumulation=accumulation, weight_decay=0.0, warmup=0,
-                                              calibration_batches=2 * processes * accumulation),
+                                              calibration_batches=2),
                     saving=Saving(evaluate_every=4, save_every=None, log_every=1),
                 )
                 found[f"{peft}, {task}, {accumulation} accumulated"] = result.history, state(model)

@@ -139,9 +139,58 @@ def losses(directory, processes):
                              learning_rate=1e-2, progress=False, saving=Saving(log_every=1, save_every=2))
     return [entry["loss"] for entry in result.history]
 
+class Passes:
+    """A stream of 9 rows: the last of a pass is alone in its batch of 8, and one process gets none."""
+
+    def __iter__(self):
+        return iter(rows("masked_lm")[:9])
+
+class Stop(TrainerCallback):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+def of_stream(directory, processes):
+    """Losses and evaluations of a stream in two passes, and those of the same run with dropout, interrupted after step
+    3 and resumed, beside the whole one."""
+    settings = dict(evaluate=Passes(), batch_size=8 // processes, max_steps=5, learning_rate=1e-2, progress=False,
+                    saving=Saving(log_every=1, save_every=1, evaluate_every="epoch", keep=None))
+    model = build("roberta", task="masked_lm", peft="lora[rank=2]")
+    found = {"plain": effzoo.finetune(model, Passes(), output_dir=directory / "plain", **settings).history}
+    for name, calls in {"whole": (), "stopped": (Stop(),)}.items():
+        model = build("roberta", task="masked_lm", peft="lora[rank=2]", dropout=0.2)
+        try:
+            result = effzoo.finetune(model, Passes(), output_dir=directory / name, callbacks=calls, **settings)
+            found[name] = result.history
+        except KeyboardInterrupt:
+            model = build("roberta", task="masked_lm", peft="lora[rank=2]", dropout=0.2)
+            result = effzoo.finetune(model, Passes(), output_dir=directory / name, resume=True, **settings)
+            found["resumed"] = result.history
+    return found
+
+class Steers(effzoo.train.Callback):
+    """In the first process alone."""
+
+    def on_step_end(self, loop):
+        if loop.main and loop.step == 2:
+            loop.want("evaluate", "save")
+
+    def on_log(self, loop, entry):
+        if loop.main and loop.step == 3:
+            loop.stop()
+
+def steered(directory):
+    """The steps that were logged and evaluated, and the checkpoints."""
+    settings = dict(max_steps=6, batch_size=4, progress=False, callbacks=[Steers()],
+                    saving=Saving(log_every=3, save_every=None, evaluate_every=None))
+    model = build("roberta", task="masked_lm", peft="lora[rank=2]")
+    data = rows("masked_lm")
+    history = effzoo.finetune(model, data, evaluate=data, output_dir=directory, **settings).history
+    return [[entry["step"], "eval_loss" in entry] for entry in history], [path.name for path in directory.glob("c*")]
+
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
-    found = losses(directory / "two", 2)
+    found = losses(directory / "two", 2), of_stream(directory / "streams", 2), steered(directory / "steered")
     if os.environ["RANK"] == "0":
         (directory / "found.json").write_text(json.dumps(found))
 '''
@@ -163,9 +212,16 @@ def launched(text, directory):
     return module, json.loads((directory / "found.json").read_text())
 
 
-def test_a_launch_of_two_processes_has_the_losses_of_one(tmp_path):
-    script, found = launched(LAUNCHED, tmp_path)
+def test_a_launch_of_two_processes_has_the_losses_of_one_also_of_a_stream(tmp_path):
+    script, (found, streamed, steered) = launched(LAUNCHED, tmp_path)
+    assert steered == [[[2, True], [3, True]], ["checkpoint-2"]], "what one process asks for, all do"
     assert found == pytest.approx(script.losses(tmp_path / "one", 1), rel=1e-5, abs=1e-5) and len(found) == 4
+    assert streamed["resumed"] == streamed["whole"], "to the same bits"
+    alone = script.of_stream(tmp_path / "one stream", 1)["plain"]
+    assert [entry["epoch"] for entry in alone] == [0, 1, 1, 2, 2]
+    for one, two in zip(alone, streamed["plain"], strict=True):
+        assert ("eval_loss" in one) == (one["step"] in (2, 4, 5))
+        assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +268,7 @@ KILLED = (
     + '''
 import re, shutil, signal, time
 from effzoo.train import checkpoints
-from effzoo.train import trainer
+from effzoo.train import loop
 
 def kill(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -268,7 +324,7 @@ def half_a_file(n):
             with open(folder / "state.safetensors", "r+b") as file:
                 file.truncate(100)
             kill()
-    trainer.checkpoints.write_state = cut
+    loop.checkpoints.write_state = cut
 
 def half_removed():
     """The first old checkpoint has lost a file."""

@@ -218,13 +218,7 @@ def damage(file, how, draw):
 def test_a_damaged_checkpoint_is_never_taken_for_a_whole_one(tiny, half, tmp_path):
     draw, source = random.Random(0), half("bert", tiny) / "checkpoint-2"
     files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
-    assert {path.name for path in files} >= {
-        "run.json",
-        "state.json",
-        "state.safetensors",
-        "trainer_state.json",
-        "sums.json",
-    }
+    assert {path.name for path in files} >= {"run.json", "state.json", "state.safetensors", "history.json", "sums.json"}
     checkpoints.check_whole(source)
     for number, file in enumerate([file for file in files for _ in range(12)]):
         copy = shutil.copytree(source, tmp_path / str(number) / "checkpoint-2")
@@ -238,7 +232,7 @@ def test_a_damaged_checkpoint_is_never_taken_for_a_whole_one(tiny, half, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "name", ["run.json", "state.json", "state.safetensors", "trainer_state.json", "sums.json", "adapter"]
+    "name", ["run.json", "state.json", "state.safetensors", "history.json", "sums.json", "adapter"]
 )
 def test_resuming_says_what_is_damaged_and_where_else_to_go_on(tiny, interrupted, name):
     folder = interrupted()

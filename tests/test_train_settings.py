@@ -13,7 +13,7 @@ from support import finetune
 
 import effzoo
 from effzoo.errors import EffzooError, OptionError, TrainingError
-from effzoo.train import Distillation, Optimisation, Saving
+from effzoo.train import Callback, Distillation, Optimisation, Saving
 from effzoo.train.settings import MOVED
 
 ROWS = [{"input_ids": [2 + i, 3, 4], "labels": i % 3} for i in range(6)]
@@ -39,12 +39,14 @@ TAKEN = {  # what each argument may be of the pool; the other values are refused
     "batch_size": same(), "eval_batch_size": same(None), "gradient_accumulation": same(),
     "learning_rate": same(None, 2.5, 2**70, 1e308),
     "teacher": same(None), "distillation": same(None), "weight_decay": same(0, 2.5), "warmup": same(0),
-    "schedule": same(),
+    "schedule": same(), "optimizer": same(), "rates": same({}), "schedule_options": same({}), "log_with": same([]),
+    "patience": same(None),
     "clip": same(None, 2.5), "precision": same(), "calibration_batches": same(), "seed": same(0),
     "evaluate_every": same(None),
-    "save_every": same(None), "keep": same(None), "best": same(None), "log_every": same(), "resume": same(True, False),
+    "save_every": same(None), "keep": same(None), "best": same(None), "log_every": same(None),
+    "resume": same(True, False),
     "overwrite": same(True, False), "progress": same(True, False), "optimisation": same(), "saving": same(),
-    "recompute": same(),
+    "recompute": same(), "sequence_ranks": same(), "packing": same(True, False),
     "group_by_length": same(True, False), "num_workers": same(0), "collator": is_callable, "callbacks": same([]),
     "metrics": is_callable,
 }  # fmt: skip
@@ -160,11 +162,42 @@ def test_weights_that_are_no_numbers_are_never_a_result(train, tmp_path, setting
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_a_loss_that_is_no_number_between_two_logs_is_an_error(train, tiny, tmp_path):
-    model = classifier(tiny)
-    with pytest.raises(TrainingError, match="the loss is nan at step 3"):
-        train(model=model, max_steps=3, log_every=100, learning_rate=1e30, clip=None, warmup=0)
-    assert not list(tmp_path.rglob("*.safetensors"))
+class Spoil(Callback):
+    """Makes a weight, or the gradient of one, no number in a step; keeps the weights of every update."""
+
+    def __init__(self, step, what):
+        self.at, self.what, self.updates = step, what, []
+
+    def on_step_start(self, loop):
+        if loop.step + 1 == self.at:
+            parameter = next(p for p in loop.model.parameters() if p.requires_grad)
+            if self.what == "gradient":
+                parameter.register_hook(lambda gradient: gradient * INF)
+            else:
+                parameter.data[0] = NAN
+
+    def on_update(self, loop):
+        self.updates.append([p.detach().clone() for p in loop.model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize(
+    ("what", "named"), [("weight", "loss is nan"), ("gradient", "norm of the gradient is (nan|inf)")]
+)
+def test_a_step_whose_loss_or_gradient_is_no_number_is_not_taken(train, tiny, tmp_path, what, named, clip):
+    """The next log is far away, and the loss may still be a number."""
+    model, spoil = classifier(tiny), Spoil(3, what)
+    with pytest.raises(TrainingError, match=f"the {named} at step 3 with learning rate"):
+        train(model=model, max_steps=6, log_every=100, clip=clip, callbacks=[spoil])
+    assert len(spoil.updates) == 2 and not list(tmp_path.rglob("*.safetensors"))
+    if what == "gradient":
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert all(torch.equal(now, before) for now, before in zip(trained, spoil.updates[-1], strict=True))
+
+
+def test_a_run_whose_weights_grow_without_end_stops_in_its_second_step(train, tiny):
+    with pytest.raises(TrainingError, match="the (loss|norm of the gradient) is (nan|inf) at step 2"):
+        train(model=classifier(tiny), max_steps=9, log_every=100, learning_rate=1e30, clip=None, warmup=0)
 
 
 def test_the_last_step_is_logged_so_that_the_mean_is_over_all_steps(train):
@@ -173,6 +206,11 @@ def test_the_last_step_is_logged_so_that_the_mean_is_over_all_steps(train):
     assert result.metrics["train_loss"] == pytest.approx(
         (2 * result.history[0]["loss"] + result.history[1]["loss"]) / 3
     )
+
+
+@pytest.mark.parametrize(("steps", "every"), [(1, 1), (5, 1), (25, 2), (99, 9), (100, 10), (4000, 10)])
+def test_a_short_run_is_logged_often_enough_for_a_curve(steps, every):
+    assert Saving().logs_every(steps) == every and Saving(log_every=7).logs_every(steps) == 7
 
 
 def test_a_best_metric_that_no_evaluation_gives_is_named(train):

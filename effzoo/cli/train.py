@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.logging import RichHandler
 
+from effzoo.arguments import number, number_or_none, whole, whole_or_none
+from effzoo.cli import reading
+from effzoo.cli.own import File, loaded
 from effzoo.cli.show import Attention
 from effzoo.cli.terminal import app, console, heading, pairs, say
-from effzoo.errors import DataError, OptionError
+from effzoo.errors import DataError, IncompatibleError, OptionError, listing
+from effzoo.folder.description import is_folder, read_description
+from effzoo.folder.saving import write
 from effzoo.sites import prompt_length
 from effzoo.spec import parse_one
-from effzoo.train.settings import number, number_or_none, whole, whole_or_none
 from effzoo.writing import replace_file
 
 if TYPE_CHECKING:
@@ -26,11 +30,15 @@ if TYPE_CHECKING:
 
 @app.command()
 def finetune(
-    model: Annotated[str, typer.Argument(help="A model of the zoo, or a TOML file of your own.")],
+    command: typer.Context,
+    model: Annotated[
+        str, typer.Argument(help="A model of the zoo, a TOML file of your own, or a folder of a saved model.")
+    ],
     data: Annotated[
         str,
         typer.Option(
-            help="Texts with labels: a .csv, .tsv, .jsonl, .parquet or .txt file, a folder, or a data set on the hub."
+            help="A .csv, .tsv, .jsonl, .parquet, .txt or .conll file, a folder with train, dev and test, or a "
+            "data set on the hub."
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the adapter, the checkpoints and the learning curves.")],
@@ -46,12 +54,35 @@ def finetune(
         str | None, typer.Option(help="Folder or hub id; default: where the weights come from.")
     ] = None,
     evaluation: Annotated[
-        str | None, typer.Option(help="Texts to evaluate on; default: a share of the data, see --holdout.")
+        str | None,
+        typer.Option(help="Data to evaluate on; default: the validation part, or else a share, see --holdout."),
+    ] = None,
+    evaluation_part: Annotated[
+        str | None, typer.Option(help="Part to evaluate on, of --evaluation or of --data; default: validation.")
     ] = None,
     holdout: Annotated[float, typer.Option(help="Share of the data that is kept for evaluation.")] = 0.1,
-    text: Annotated[str | None, typer.Option(help="Column of the texts; default: found by its name.")] = None,
-    label: Annotated[str | None, typer.Option(help="Column of the labels; default: found by its name.")] = None,
-    task: Annotated[str, typer.Option(help="classification, masked_lm or causal_lm.")] = "classification",
+    task: Annotated[str, typer.Option(help=", ".join(reading.TASKS) + ".")] = "classification",
+    text: reading.Text = None,
+    text_pair: reading.TextPair = None,
+    label: reading.Label = None,
+    label_separator: reading.LabelSeparator = None,
+    subset: reading.Subset = None,
+    part: reading.Part = None,
+    columns: reading.Columns = None,
+    separator: reading.Separator = None,
+    quoting: reading.Quoting = None,
+    format: reading.Format = None,
+    encoding: reading.Encoding = "utf-8",
+    by: reading.By = "line",
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens that two windows of a long context share (question_answering).")
+    ] = None,
+    every_piece: Annotated[
+        bool, typer.Option("--every-piece", help="Every token of a word has its tag, not only the first.")
+    ] = False,
+    packing: Annotated[
+        bool, typer.Option("--packing", help="Join short texts into long rows, in which they do not see each other.")
+    ] = False,
     max_length: Annotated[
         int | None,
         typer.Option(help="Longest sequence in tokens, prompts included; default: the model's, at most 512."),
@@ -62,7 +93,7 @@ def finetune(
         float | None, typer.Option(help="Default: each method's own, 5e-5 for all weights.")
     ] = None,
     teacher: Annotated[
-        Path | None, typer.Option(help="Learn beside the labels from a model of an earlier run: its --output folder.")
+        Path | None, typer.Option(help="Learn beside the labels from another model: the folder of a saved one.")
     ] = None,
     teacher_attention: Annotated[
         str | None, typer.Option(help="With which --attention the teacher was trained; default: the model's own.")
@@ -87,12 +118,18 @@ def finetune(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove the checkpoints of an earlier run in --output.")
     ] = False,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Leave the adapter alone in --output, not the whole model as well.")
+    ] = False,
+    file: File = None,
 ) -> None:
     """Fine-tune a model on texts, by default to classify them, and save the adapter.
 
     The labels are read from the data. Run the same command with --resume to continue after an interruption.
 
     Example:  effzoo finetune minilm --pretrained own --data news.csv --peft "lora\\[rank=8]" --output runs/news
+
+    --output is then a folder that effzoo predict, effzoo.load and --teacher take.
     """
     logging.basicConfig(
         level=logging.WARNING,
@@ -105,6 +142,7 @@ def finetune(
     from effzoo import data as texts
     from effzoo.train import Optimisation, Saving
 
+    command.with_resource(loaded(file))
     number("--holdout", holdout, "a share between 0 and 1", lambda x: 0 < x < 1)
     number("--epochs", epochs, "a positive number", lambda x: x > 0)
     number_or_none("--learning-rate", learning_rate, "a number above 0", lambda x: x > 0)
@@ -115,18 +153,50 @@ def finetune(
         ("--max-length", max_length),
     ):
         whole_or_none(name, value, least=1)
-    table = texts.load_text(data, text=text, label=label)
-    labels = texts.names(table)
-    train, held_out = _parts(table, evaluation, holdout, seed, text, label)
-    settings = effzoo.zoo.config(model)
+    kind = reading.task_of(task)
+    given = reading.Options.of(
+        text, text_pair, label, subset, label_separator=label_separator, columns=columns, separator=separator,
+        quoting=quoting, format=format, encoding=encoding, by=by,
+    )  # fmt: skip
+    _check_of_task(task, stride, every_piece, packing)
+    train = reading.table(data, task, part, given)
+    if kind == "question_answering" and "answers" not in train.column_names:
+        raise DataError(f"the questions of {data} have no answers, so there is nothing to learn")
+    labels = texts.names(train) if kind.endswith("classification") else None
+    if labels is None and task == "classification":
+        raise OptionError(
+            f"the labels of {data} are numbers with a fraction, such as {train['label'][0]!r}, and --task "
+            "classification tells names apart; give --task regression, or write the labels as names or whole numbers"
+            if "label" in train.column_names
+            else f"{data} has no column of labels; name it with --label. Columns read: {listing(train.column_names)}."
+        )
+    if labels is not None and len(labels) == 1:
+        raise DataError(f"{data}: all labels are {labels[0]!r}, so there is nothing to tell apart")
+    entry: str | None = model
+    if Path(model).is_dir():
+        entry, pretrained = None, model
+    reused = is_folder(pretrained)
+    if reused and peft != "none" and (there := read_description(Path(str(pretrained))).adapters):
+        raise OptionError(
+            f"{pretrained} holds adapters ({listing(there)}), and --peft {peft} would be another beside them; give "
+            "--peft none to train on, or effzoo.merge or effzoo.detach them, and effzoo.save it in another folder"
+        )
+    settings: Any = _sizes_of(str(pretrained), kind) if entry is None or reused else effzoo.zoo.config(model)
+    if labels is not None and reused:
+        known = read_description(Path(str(pretrained))).label_names
+        if set(known) == set(labels) and list(known) != labels:  # the head's own order
+            labels = list(known)
+            train = reading.aligned(train, labels, data)
+    train, held_out = _parts(train, data, task, part, evaluation, evaluation_part, holdout, seed, given)
     words = texts.tokenizer_of(tokenizer or (pretrained if pretrained not in (None, "own") else settings))
-    same: dict[str, Any] = {
-        "task": task, "num_labels": 2 if task != "classification" else 1 if labels is None else len(labels),
-        "pretrained": True if pretrained == "own" else pretrained,
-        "max_length": max_length or min(settings.max_length, 512),
-    }  # fmt: skip
+    same: dict[str, Any] = {"task": kind, "pretrained": True if pretrained == "own" else pretrained}
+    if kind.endswith("classification"):
+        same["num_labels"] = 1 if labels is None else len(labels)
+    longest = max_length or min(settings.max_length, 512)
+    if not reused or longest > settings.max_length:  # a saved model keeps its positions where they are enough
+        same["max_length"] = longest
     torch.manual_seed(seed)
-    built = effzoo.build(model, attention=attention, peft=None if peft == "none" else peft, **same)
+    built = effzoo.build(entry, attention=attention, peft=None if peft == "none" else peft, **same)
     if teacher is None and (distillation or teacher_attention):
         raise OptionError(
             "--distillation and --teacher-attention are about a teacher; give --teacher, the --output "
@@ -134,74 +204,134 @@ def finetune(
         )
     taught: dict[str, Any] = {}
     if teacher is not None:
-        torch.manual_seed(seed)
-        taught["teacher"] = _trained(effzoo.build(model, attention=teacher_attention, **same), teacher)
+        taught["teacher"] = _teacher(teacher, teacher_attention, entry, same, seed)
         taught["distillation"] = parse_one(f"distillation[{distillation}]").options
     if pretrained is None:
         say("note: no --pretrained, so the weights start at random")
-    limit = built.config.max_length - prompt_length(built)
-    tokens = [texts.tokenise(part, words, limit, task=task, seed=seed) for part in (train, held_out)]
-    say(heading(f"{model} with {peft} on {data}"), _sizes(train, held_out, labels, limit))
-    from effzoo.cli.progress import Bar
+    limit = min(longest, built.config.max_length) - prompt_length(built)
+    if labels is not None and len(labels) == built.num_labels:
+        built.label_names = tuple(labels)
+    how = {"task": kind, "seed": seed, **_of_task(kind, train, built, stride, every_piece)}
+    tokens = [reading.tokens(part, words, limit, built, how) for part in (train, held_out)]
+    measured = reading.metrics_for(task, held_out, tokens[1], labels)
+    say(
+        heading(f"{model} with {peft} on {data}"),
+        _sizes(train, held_out, tokens, labels, limit, "rows" in how.values() or "stride" in how),
+    )
+    from effzoo.train.progress import Bar
 
-    bar = Bar(console())
-    try:
-        result = effzoo.finetune(
-            built, tokens[0], evaluate=tokens[1], output_dir=output, epochs=epochs, batch_size=batch_size,
-            learning_rate=learning_rate, precision=cast(Any, precision), seed=seed, resume=resume, progress=False,
-            recompute=cast(Any, "blocks" if gradient_checkpointing else recompute), callbacks=[bar],
-            optimisation=Optimisation(calibration_batches=calibration_batches), saving=Saving(overwrite=overwrite),
-            **taught,
-        )  # fmt: skip
-    finally:
-        bar.close()
-    _report(result, built, output)
+    result = effzoo.finetune(
+        built, reading.plain(tokens[0]), evaluate=reading.plain(tokens[1]), output_dir=output, epochs=epochs,
+        batch_size=batch_size, metrics=measured, packing=packing,
+        learning_rate=learning_rate, precision=cast(Any, precision), seed=seed, resume=resume, progress=False,
+        recompute=cast(Any, "blocks" if gradient_checkpointing else recompute), callbacks=[Bar(console())],
+        optimisation=Optimisation(calibration_batches=calibration_batches), saving=Saving(overwrite=overwrite),
+        **taught,
+    )  # fmt: skip
+    if result.adapter is None:
+        words.save_pretrained(output)
+    elif not adapter_only:
+        try:
+            write(built, output, tokenizer=words, metrics=result.metrics)
+        except IncompatibleError as error:  # the adapter is there
+            say(f"note: the whole model is not written: {error}")
+            adapter_only = True
+    _report(result, built, output, not adapter_only)
 
 
-def _trained(model: Transformer, folder: Path) -> Transformer:
-    """A model as an earlier `effzoo finetune` left it in its --output folder."""
+def _check_of_task(task: str, stride: int | None, every_piece: bool, packing: bool) -> None:
+    """OptionError for an option that has no meaning for a task."""
+    whole_or_none("--stride", stride, least=0)
+    wrong = {
+        "--stride": stride is not None and task != "question_answering",
+        "--every-piece": every_piece and task != "token_classification",
+        "--packing": packing and task not in ("causal_lm", "masked_lm", "token_classification"),
+    }
+    for name, is_wrong in wrong.items():
+        if is_wrong:
+            raise OptionError(f"{name} has no meaning for --task {task}; leave it out")
+
+
+def _of_task(kind: str, train: Dataset, model: Transformer, stride: int | None, every_piece: bool) -> dict[str, Any]:
+    """How a task's data becomes tokens."""
+    if kind == "question_answering":
+        knows_globals = any(core.knows_globals() for core in model.cores())
+        return {"stride": stride, "offsets": True, "global_question": knows_globals}
+    if kind == "token_classification":
+        return {"every_piece": every_piece}
+    return {"overflow": "rows"} if kind.endswith("_lm") and "messages" not in train.column_names else {}
+
+
+def _teacher(folder: Path, attention: str | None, entry: str | None, same: dict[str, Any], seed: int) -> Transformer:
+    """The model of a saved folder, or of the --output folder of a run that left its adapter or weights alone."""
+    import torch
+
     import effzoo
+    from effzoo.tensors import names_of
     from effzoo.train import checkpoints
 
+    if is_folder(folder):
+        if attention is not None:
+            raise OptionError(f"--teacher {folder} says its attention itself; leave --teacher-attention out")
+        whole_model: Transformer = effzoo.load(folder)
+        return whole_model
+    torch.manual_seed(seed)
+    model = effzoo.build(entry, attention=attention, **same)
     if (folder / checkpoints.ADAPTER).is_dir():
         return effzoo.load_adapter(model, folder / checkpoints.ADAPTER)
-    if not (folder / checkpoints.WEIGHTS).is_file():
+    if not any((folder / name).is_file() for name in names_of()):
         raise OptionError(
-            f"--teacher {folder} holds neither {checkpoints.ADAPTER} nor {checkpoints.WEIGHTS}; give the --output "
-            "folder of a finished run"
+            f"--teacher {folder} holds no saved model, and neither {checkpoints.ADAPTER} nor {checkpoints.WEIGHTS}; "
+            "give the --output folder of a finished run"
         )
     checkpoints.load_weights(model, folder)
     return model
 
 
+def _sizes_of(folder: str, task: str) -> Any:
+    """The configuration of a saved model, or of a checkpoint of transformers."""
+    if is_folder(folder):
+        return read_description(Path(folder)).config
+    from effzoo.convert.source import open_source
+
+    return open_source(folder, task).config
+
+
 def _parts(
-    table: Dataset, evaluation: str | None, holdout: float, seed: int, text: str | None, label: str | None
-) -> tuple[Dataset, Dataset]:
+    train: Dataset, source: str, task: str, part: str | None, evaluation: str | None, evaluation_part: str | None,
+    holdout: float, seed: int, options: reading.Options,
+) -> tuple[Dataset, Dataset]:  # fmt: skip
     """The examples to train and to evaluate on, with the same numbers for the same labels."""
     from effzoo import data as texts
 
-    if evaluation is None:
-        parts = texts.split(table, {"train": 1 - holdout, "test": holdout}, seed=seed)
-        return parts["train"], parts["test"]
-    other = texts.load_text(evaluation, text=text, label=label)
-    known, names = texts.names(table), texts.names(other)
-    if known == names:
-        return table, other
-    if known is None or names is None or set(names) - set(known):
-        strange = sorted(set(names or ()) - set(known or ()))
-        raise DataError(
-            f"the labels of {evaluation} are not those of the training data: "
-            f"{', '.join(strange) or 'one of the two has none'}"
-        )
-    return table, other.align_labels_with_mapping({name: number for number, name in enumerate(known)}, "label")
+    if evaluation is None and evaluation_part is None and part in (None, "train"):
+        there = texts.parts(source, subset=options.subset, format=options.file["format"])
+        evaluation_part = "validation" if "validation" in there else None
+    if evaluation is None and evaluation_part is None:
+        divided = texts.split(train, {"train": 1 - holdout, "test": holdout}, seed=seed)
+        return divided["train"], divided["test"]
+    options = options if evaluation is None else options.elsewhere()
+    other = reading.table(evaluation or source, task, evaluation_part, options)
+    named = f"{evaluation or source}{f' ({evaluation_part})' if evaluation_part else ''}"
+    if task == "question_answering" and "answers" not in other.column_names:
+        raise DataError(f"the questions of {named} have no answers, so nothing can be measured")
+    return train, reading.aligned(other, texts.names(train), named)
 
 
-def _sizes(train: Dataset, held_out: Dataset, labels: list[str] | None, limit: int) -> str:
+def _sizes(
+    train: Dataset, held_out: Dataset, tokens: list[Dataset], labels: list[str] | None, limit: int, overflow: bool
+) -> str:
     named = "" if labels is None else f", {len(labels)} labels: {', '.join(labels[:12])}{', ...' * (len(labels) > 12)}"
-    return f"{len(train):,} texts to train on, {len(held_out):,} to evaluate on, up to {limit:,} tokens{named}"
+    rows = ["" if len(a) == len(b) else f" ({len(b):,} rows)" for a, b in zip((train, held_out), tokens, strict=True)]
+    full = 0 if overflow else sum(len(ids) == limit for ids in tokens[0]["input_ids"])
+    cut = f"; {full:,} texts fill them all, and what is longer was cut" if full else ""
+    return (
+        f"{len(train):,} texts{rows[0]} to train on, {len(held_out):,}{rows[1]} to evaluate on, up to {limit:,} "
+        f"tokens{named}{cut}"
+    )
 
 
-def _report(result: Result, model: Transformer, output: Path) -> None:
+def _report(result: Result, model: Transformer, output: Path, whole: bool) -> None:
     """Metrics, account and files."""
     import effzoo
     from effzoo import plots
@@ -221,3 +351,5 @@ def _report(result: Result, model: Transformer, output: Path) -> None:
         replace_file(output / "curves.png", plots.png_bytes(plots.learning_curves(result.history)))
         say(f"curves   {output / 'curves.png'}")
     say(f"weights  {result.weights}")
+    if whole or result.adapter is None:
+        say(f"model    {output}, for effzoo predict, generate or embed, and effzoo.load")

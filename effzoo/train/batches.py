@@ -1,29 +1,32 @@
 """Which examples a step sees, how they are padded into one batch, and how many labels of the batch count.
 
 All three are functions of (seed, epoch, step) and the data alone, so that the batches do not depend on how often a run
-was interrupted, and the global batch does not depend on how many processes share it.
+was interrupted, and the global batch does not depend on how many processes share it. `streams` has the same for data
+without a length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from effzoo.checked import IGNORED
-from effzoo.errors import InputError
+from effzoo.checked import IGNORED, LABEL_NAMES, counted
+from effzoo.errors import InputError, TrainingError
 from effzoo.train.randomness import random_state, set_random_state
+
+if TYPE_CHECKING:
+    from effzoo.train.streams import StreamLoader
 
 Example = Mapping[str, Any]
 Batch = dict[str, Tensor]
 TOKEN_TASKS = ("token_classification", "masked_lm", "causal_lm")
-LABEL_NAMES = ("labels", "label", "label_ids")
 COUNTED = "counted"  # the entry of a batch that holds its number of counted labels
-_GROUPED = 50  # global batches that are sorted by length together
+_GROUPED = 50  # optimizer steps whose examples are sorted by length together
 
 
 class Order(Sampler[list[int]]):
@@ -38,6 +41,7 @@ class Order(Sampler[list[int]]):
     process, processes: the number of this one, and P.
     seed: of the permutation, one for each epoch; None (evaluation) keeps the order of the data, or of the lengths.
     lengths: in tokens; groups examples of similar length, to save padding.
+    accumulation: batches of an optimizer step, whose examples are then of similar length as well.
     """
 
     def __init__(
@@ -49,19 +53,22 @@ class Order(Sampler[list[int]]):
         processes: int = 1,
         seed: int | None = None,
         lengths: Sequence[int] | None = None,
+        accumulation: int = 1,
     ):
+        self.accumulation = accumulation
         self.size, self.batch_size, self.process, self.processes = size, batch_size, process, processes
-        self.seed, self.lengths, self.epoch = seed, lengths, 0
+        self.seed, self.lengths, self.epoch, self.skip = seed, lengths, 0, 0
 
     def __len__(self) -> int:
         return -(-self.size // (self.batch_size * self.processes))
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.global_batches():
+        for batch in self.global_batches()[self.skip :]:
             yield batch[self.process :: self.processes]
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """skip: batches of the epoch that are left out, because an earlier run has read them."""
+        self.epoch, self.skip = epoch, skip
 
     def global_batches(self) -> list[list[int]]:
         """Every batch of this epoch, over all processes."""
@@ -73,15 +80,25 @@ class Order(Sampler[list[int]]):
         order = torch.randperm(self.size, generator=generator).tolist()
         if lengths is None:
             return _chunks(order, step)
-        groups = [sorted(group, key=lambda index: -lengths[index]) for group in _chunks(order, step * _GROUPED)]
-        batches = [batch for group in groups for batch in _chunks(group, step)]
-        whole = [batch for batch in batches if len(batch) == step]
+        together = step * self.accumulation  # so that the steps are the same however often a step accumulates
+        groups = [sorted(group, key=lambda index: -lengths[index]) for group in _chunks(order, together * _GROUPED)]
+        steps = [examples for group in groups for examples in _chunks(group, together)]
+        whole = [examples for examples in steps if len(examples) == together]
         shuffled = [whole[index] for index in torch.randperm(len(whole), generator=generator).tolist()]
-        return shuffled + [batch for batch in batches if len(batch) < step]
+        shuffled += [examples for examples in steps if len(examples) < together]
+        return [batch for examples in shuffled for batch in _chunks(examples, step)]
 
 
 def _chunks(indices: list[int], size: int) -> list[list[int]]:
     return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+class Part(NamedTuple):
+    """A batch, the numbers of its examples in the data, and whether it is the last of a pass."""
+
+    numbers: list[int]
+    batch: Batch
+    last: bool
 
 
 class Loader(DataLoader[Any]):
@@ -98,8 +115,45 @@ class Loader(DataLoader[Any]):
         )
         self.order = order
 
-    def set_epoch(self, epoch: int) -> None:
-        self.order.set_epoch(epoch)
+    def of_pass(self, epoch: int = 0, skip: int = 0) -> Iterator[Part]:
+        """The batches of a pass over the data, from the one with number `skip` on."""
+        self.order.set_epoch(epoch, skip)
+        count = len(self.order) - skip
+        for number, (indices, batch) in enumerate(zip(self.order, self, strict=True), 1):
+            yield Part(indices, batch, number == count)
+
+
+class Steps(Iterator[list[Batch]]):
+    """The batches of each optimizer step, pass after pass; the last step of a pass may have fewer.
+
+    epoch, done: the pass that is read, and its steps that were given.
+    ended: whether the last step was the last of its pass.
+
+    Raises TrainingError where a pass has no examples.
+    """
+
+    def __init__(self, loader: Loader | StreamLoader, accumulation: int):
+        self.loader, self.accumulation = loader, accumulation
+        self.go_to(0, 0)
+
+    def go_to(self, epoch: int, done: int) -> None:
+        """Go on after so many steps of a pass."""
+        self.epoch, self.done, self.ended = epoch, done, False
+        self.parts: Iterator[Part] | None = None
+
+    def __next__(self) -> list[Batch]:
+        if self.ended:
+            self.go_to(self.epoch + 1, 0)
+        if self.parts is None:
+            self.parts = self.loader.of_pass(self.epoch, skip=self.done * self.accumulation)
+        parts = list(islice(self.parts, self.accumulation))
+        if not parts:
+            if not self.done:
+                raise TrainingError(f"train gives no examples in pass {self.epoch}; a stream can be read again")
+            self.ended = True  # a run is resumed that ended with a pass
+            return next(self)
+        self.done, self.ended = self.done + 1, parts[-1].last
+        return [part.batch for part in parts]
 
 
 class Pad:
@@ -166,13 +220,6 @@ class Counting:
         return {**batch, COUNTED: count}
 
 
-def counted(labels: Tensor, task: str, num_labels: int) -> Tensor:
-    """How many labels the mean loss of a model is over: those that are not -100, a causal model's after the shift."""
-    if labels.is_floating_point() or (task == "classification" and num_labels == 1):
-        return torch.tensor(labels.numel())
-    return ((labels[:, 1:] if task == "causal_lm" else labels) != IGNORED).sum()
-
-
 class CalibrationBatches:
     """The first batches of a training for `effzoo.peft.calibrate`, the same in every process, on a device.
 
@@ -180,19 +227,21 @@ class CalibrationBatches:
     at data draws the same numbers.
     """
 
-    def __init__(self, data: Any, order: Order, collate: Callable[[list[Any]], Any], count: int, device: torch.device):
-        self.data, self.order, self.collate, self.count = data, order, collate, min(count, len(order))
-        self.device = device
+    def __init__(
+        self, lists: Callable[[], Iterable[list[Any]]], collate: Callable[[list[Any]], Any], count: int,
+        device: torch.device,
+    ):  # fmt: skip
+        self.lists, self.collate, self.count, self.device = lists, collate, count, device
         self.batches: list[Batch] = []
 
     def __len__(self) -> int:
-        return self.count
+        return len(list(iter(self)))
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.batches:
             state = random_state(self.device)
-            for indices in islice(self.order.global_batches(), self.count):
-                batch = dict(self.collate([self.data[index] for index in indices]))
+            for examples in islice(self.lists(), self.count):
+                batch = dict(self.collate(examples))
                 tensors = {key: x.to(self.device) for key, x in batch.items() if isinstance(x, Tensor)}
                 self.batches.append(batch | tensors)
             set_random_state(state, self.device)

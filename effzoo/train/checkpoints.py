@@ -10,36 +10,44 @@ tensors in `state.safetensors`. `sums.json` holds the hash of every file: later 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
-import math
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import safetensors
-import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from effzoo.errors import FileError, TrainingError
 from effzoo.peft.attach import acting
 from effzoo.peft.files import save_adapter, swap_weights
-from effzoo.writing import explained, force_to_disk, replace_file
+from effzoo.sharding import is_split, split_like, writes
+from effzoo.sharding import whole as whole_tensor
+from effzoo.tensors import StoredTensor, load_tensors, names_of, save_tensors, stored_tensors
+from effzoo.writing import explained, force_to_disk
 
 WEIGHTS = "model.safetensors"
 ADAPTER = "adapter"
 RUN = "run.json"
+HISTORY = "history.json"
 SUMS = "sums.json"
 _PREFIX, _PARTIAL, _REMOVED = "checkpoint-", ".partial-", ".removed-"
 
 
 def whole(directory: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    named = [path for path in directory.glob(f"{_PREFIX}*") if re.fullmatch(rf"{_PREFIX}\d+", path.name)]
-    return sorted((path for path in named if path.is_dir()), key=step_of)
+    found = [path for path in directory.glob(f"{_PREFIX}*") if re.fullmatch(rf"{_PREFIX}\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=step_of)
+
+
+def named(directory: Path, step: int) -> Path:
+    """The checkpoint that is written after a step."""
+    return directory / f"{_PREFIX}{step}"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -47,17 +55,19 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 
-def clean(directory: Path) -> None:
-    """Remove what a killed run left half written or half removed."""
+def clean(directory: Path, *, earlier: bool) -> None:
+    """Remove what a killed run left half written or half removed; earlier: and the checkpoints of an earlier run."""
     for prefix in (_PARTIAL, _REMOVED):
         for path in directory.glob(f"{prefix}*"):
             shutil.rmtree(path, ignore_errors=True)
+    for path in whole(directory) if earlier else ():
+        remove(path)
 
 
 @contextmanager
 def writing(directory: Path, step: int) -> Iterator[Path]:
     """A directory to write a checkpoint in; it gets its real name when the `with` block ends without an error."""
-    final = directory / f"{_PREFIX}{step}"
+    final = named(directory, step)
     with explained(final):
         directory.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{step}-", dir=directory))
@@ -126,22 +136,6 @@ def rotate(directory: Path, keep: int | None, best: Path | None) -> None:
             remove(path)
 
 
-def best_of(directory: Path, history: Sequence[dict[str, Any]], metric: str, since: int = 0) -> Path | None:
-    """The checkpoint on disk with the best value of `eval_<metric>`, the earlier one of equals.
-
-    Losses, errors and perplexities are best when low.
-
-    history: entries with a step and metrics.
-    since: the first step that counts.
-    """
-    sign = 1 if any(word in metric for word in ("loss", "error", "perplexity")) else -1
-    values = {entry["step"]: entry.get(f"eval_{metric}", math.nan) for entry in history if entry["step"] >= since}
-    # a metric may be undefined, as a correlation of equals
-    values = {step: value for step, value in values.items() if not math.isnan(value)}
-    known = [path for path in whole(directory) if step_of(path) in values]
-    return min(known, key=lambda path: sign * values[step_of(path)], default=None)
-
-
 def adapters(model: nn.Module, directory: Path) -> dict[str, Path]:
     """The folder of each active adapter."""
     names = acting(model)
@@ -149,18 +143,30 @@ def adapters(model: nn.Module, directory: Path) -> dict[str, Path]:
 
 
 def save_weights(model: nn.Module, directory: Path) -> Path:
-    """Write what training changes, and return the path: the active adapters, or else `model.safetensors`.
+    """Write what training changes, and return the path: the active adapters, or else the whole model.
 
-    One adapter is the folder `adapter`, several are folders in it. Shared tensors are written once per name.
+    One adapter is the folder `adapter`, several are folders in it. A whole model is `model.safetensors`, or several
+    files and their index (`effzoo/tensors.py`). Shared tensors are written once per name.
     """
     folders = adapters(model, directory)
     for name, folder in folders.items():
         save_adapter(model, folder, name=name)
     if folders:
         return directory / ADAPTER
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
-    replace_file(directory / WEIGHTS, lambda path: _save_tensors(tensors, path))
+    tensors = model.state_dict()
+    if writes(model):
+        return save_tensors(directory, tensors, gathered=whole_tensor)
+    for tensor in tensors.values():
+        whole_tensor(tensor)
     return directory / WEIGHTS
+
+
+def weights_in(model: nn.Module, directory: Path) -> Path:
+    """Where `save_weights` wrote: the folder of adapters, the file of a whole model, or the index of several files."""
+    if acting(model):
+        return directory / ADAPTER
+    one, index = names_of()
+    return directory / (one if (directory / one).is_file() else index)
 
 
 def load_weights(model: nn.Module, directory: Path) -> None:
@@ -174,42 +180,96 @@ def load_weights(model: nn.Module, directory: Path) -> None:
     if folders:
         return
     try:
-        missing, unexpected = model.load_state_dict(safetensors.torch.load_file(directory / WEIGHTS), strict=False)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise TrainingError(f"{directory / WEIGHTS} does not fit this model: {error}") from None
-    if missing or unexpected:
-        problem = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is one too many"
-        raise TrainingError(f"{directory / WEIGHTS} does not fit this model: {problem}")
+        load_tensors(model.state_dict(), directory)
+    except FileError as error:
+        raise TrainingError(f"{directory / WEIGHTS} does not fit this model: {error}") from error
 
 
-def write_state(directory: Path, state: Any) -> None:
-    """Write a nest of dicts, lists, tuples, numbers, strings and tensors."""
+def write_state(directory: Path, state: Any, *, first: bool = True) -> None:
+    """Write a nest of dicts, lists, tuples, numbers, strings and tensors.
+
+    first: whether this process writes; another one only gives its rows of tensors that are split.
+    """
     tensors: dict[str, Tensor] = {}
     content = json.dumps(_pack(state, tensors))
-    _save_tensors(tensors, directory / "state.safetensors")
+    if not first:
+        for tensor in tensors.values():
+            whole_tensor(tensor)
+        return
+    save_tensors(directory, tensors, "state", gathered=whole_tensor)
     (directory / "state.json").write_text(content)
 
 
-def read_state(directory: Path) -> Any:
-    """What `write_state` wrote; TrainingError when the files are not there or not whole."""
+def read_state(directory: Path, parameters: Sequence[Tensor] = ()) -> Any:
+    """What `write_state` wrote.
+
+    parameters: those of the optimizer, in its order; its tensors are split as they are.
+
+    Raises TrainingError when the files are not there or not whole.
+    """
     try:
-        return _unpack(
-            json.loads((directory / "state.json").read_text()),
-            safetensors.torch.load_file(directory / "state.safetensors"),
-        )
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        content = json.loads((directory / "state.json").read_text())
+        state = _unpack(content, stored_tensors(directory, "state"))
+        if "optimizer" in state:
+            of_parameters = state["optimizer"]["state"]
+            for number, kept in of_parameters.items():
+                like = parameters[number] if number < len(parameters) else None
+                of_parameters[number] = {name: _read(value, like) for name, value in kept.items()}
+        return _read(state)
+    except (OSError, ValueError, LookupError, FileError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise TrainingError(
             f"{directory} is not a whole checkpoint ({problem}); remove it to resume from an earlier one"
         ) from None
 
 
+def _read(value: Any, like: Tensor | None = None) -> Any:
+    """A nest with its tensors read; like: a parameter, as which those of its shape are split."""
+    if isinstance(value, StoredTensor):
+        if like is None or not is_split(like) or value.shape != like.shape:
+            return value.read()
+        return split_like(value.rows, like)
+    if isinstance(value, dict):
+        return {key: _read(entry, like) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_read(entry, like) for entry in value)
+    return value
+
+
+def read_history(checkpoint: Path) -> dict[str, Any]:
+    """The history of a run up to a checkpoint, and what its callbacks keep."""
+    try:
+        return dict(json.loads((checkpoint / HISTORY).read_text()))
+    except FileNotFoundError:
+        raise TrainingError(
+            f"{checkpoint} has no {HISTORY}: an earlier version of effzoo wrote it, which goes on with it; "
+            "Saving(overwrite=True) with resume=False begins anew"
+        ) from None
+
+
+def _coded(kind: str, parts: Mapping[str, StoredTensor], context: Any, shape: list[int], stride: Any) -> Tensor:
+    """A tensor of a class of torchao, from its parts."""
+    module, _, name = kind.partition(":")
+    if module.partition(".")[0] != "torchao":
+        raise ValueError(f"a state is of class {kind:.80}, which is none of torchao")
+    made: Any = getattr(importlib.import_module(module), name)
+    read = {key: part.read() for key, part in parts.items()}
+    return cast(Tensor, made.__tensor_unflatten__(read, context, torch.Size(shape), stride))
+
+
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     """A nest as JSON, which has no tuples, no numbers as keys and no tensors: each container is {kind: content}."""
+    if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__") and not is_split(value):
+        names, context = value.__tensor_flatten__()  # a class of torchao that holds codes and scales
+        kind = f"{type(value).__module__}:{type(value).__qualname__}"
+        parts = {name: getattr(value, name) for name in names}
+        return {"coded": [_pack(part, tensors) for part in (kind, parts, context, list(value.shape), value.stride())]}
     if isinstance(value, Tensor):
         key = str(len(tensors))
-        tensors[key] = value.detach().cpu().contiguous().clone()
+        tensors[key] = value.detach()
         return {"tensor": key}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, dict):
         return {"dict": [[key, _pack(entry, tensors)] for key, entry in value.items()]}
     if isinstance(value, (list, tuple)):
@@ -217,20 +277,17 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
-def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _unpack(value: Any, tensors: Mapping[str, StoredTensor]) -> Any:
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind == "tensor":
         return tensors[content]
+    if kind == "dtype":
+        return getattr(torch, content)
     if kind == "dict":
         return {key: _unpack(entry, tensors) for key, entry in content}
     entries = [_unpack(entry, tensors) for entry in content]
+    if kind == "coded":
+        return _coded(*entries)
     return tuple(entries) if kind == "tuple" else entries
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        safetensors.torch.save_file(tensors, path)
-    except safetensors.SafetensorError as error:
-        raise FileError(f"cannot write {path}: {error}") from error

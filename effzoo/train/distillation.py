@@ -118,7 +118,7 @@ def soft_target_loss(
     Hinton et al. 2015, arXiv:1503.02531, section 2.
     """
     student, teacher = _exact(student), _exact(teacher)
-    if student.shape[-1] == 1 and labels.shape in (student.shape, student.shape[:1]):
+    if student.shape[-1] == 1 and (labels.shape == student.shape or labels.shape == student.shape[:1]):
         return (student - teacher).square().mean()
     if labels.is_floating_point():
         ours, theirs = student / temperature, teacher / temperature
@@ -148,7 +148,7 @@ def state_loss(student: Tensor, teacher: Tensor, counts: Tensor, valid: Tensor |
 
 
 def labels_per_example(labels: Tensor, task: str, num_labels: int) -> Tensor:
-    """How many labels of each example count, [batch]; their sum is what `batches.counted` says of the batch."""
+    """How many labels of each example count, [batch]; their sum is what `counted` says of the batch."""
     flat = labels.flatten(1) if labels.ndim > 1 else labels[:, None]
     if labels.is_floating_point() or (task == "classification" and num_labels == 1):
         return torch.full((len(flat),), flat.shape[1], device=labels.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -12,11 +13,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from effzoo.architectures import Transformer
 from effzoo.architectures.heads import LABEL_DTYPES
-from effzoo.checked import IGNORED
+from effzoo.checked import IGNORED, LABEL_NAMES, UNUSED
 from effzoo.errors import InputError, did_you_mean, listing
 from effzoo.sites import prompt_length
-from effzoo.train.batches import LABEL_NAMES, TOKEN_TASKS
-from effzoo.train.form import UNUSED, Form, accepted, short
+from effzoo.train.batches import TOKEN_TASKS
+from effzoo.train.form import Form, accepted, short
+from effzoo.train.streams import Stream
 from effzoo.train.survey import of_list, of_table, survey
 
 
@@ -48,14 +50,24 @@ class Examples(Dataset[dict[str, Tensor]]):
         return [self[index] for index in indices]
 
     def _checked(self, index: int, row: Any) -> dict[str, Tensor]:
-        example = self.form.checked(index, row)
-        tokens = len(example["input_ids" if "input_ids" in example else "inputs_embeds"])
-        if self.limit is not None and tokens > self.limit:
-            raise InputError(
-                f"{self.form.what}: example {index} has {tokens} tokens, {self.limit} fit; truncate it, or build "
-                "with a larger max_length"
-            )
-        return example
+        return _read(self.form, self.limit, index, row)
+
+
+def _read(form: Form, limit: int | None, index: int, row: Any) -> dict[str, Tensor]:
+    """An example as tensors, checked."""
+    example = form.checked(index, row)
+    tokens = tokens_of(example)
+    if limit is not None and tokens > limit:
+        raise InputError(
+            f"{form.what}: example {index} has {tokens} tokens, {limit} fit; truncate it, or build with a larger "
+            "max_length"
+        )
+    return example
+
+
+def tokens_of(example: Mapping[str, Tensor]) -> int:
+    """How many tokens an example has."""
+    return len(example["input_ids" if "input_ids" in example else "inputs_embeds"])
 
 
 def examples(data: Any, model: nn.Module, what: str, *, labelled: bool = True) -> Examples:
@@ -70,9 +82,9 @@ def examples(data: Any, model: nn.Module, what: str, *, labelled: bool = True) -
         lack, labels out of range, sequences that do not fit.
     """
     sized(data, what)
-    form = _form(data, model, what, labelled)
+    form = _form(_first(data, what), model, what, labelled)
     # of predictions, the model itself says it
-    limit = cast(Any, model).config.max_length - prompt_length(model) if labelled else None
+    limit = most_tokens(model) if labelled else None
     if _is_table(data) and data.format["type"] != "custom":  # else a transform runs when an example is read
         data = data.select_columns([name for name in data.column_names if name in form.columns])
         lengths, digest, counted = survey(form, of_table(data, form))
@@ -89,6 +101,19 @@ def examples(data: Any, model: nn.Module, what: str, *, labelled: bool = True) -
             "that is predicted)"
         )
     return Examples(data, form, limit, lengths, digest)
+
+
+def streamed(data: Any, model: nn.Module, what: str) -> Stream:
+    """The examples of a model, of which each is checked when it is read. Raises InputError as `examples` does."""
+    stream = Stream(data, what)
+    stream.read = partial(_read, _form(stream.first_row, model, what, labelled=True), most_tokens(model))
+    stream.read(0, stream.first_row)
+    return stream
+
+
+def most_tokens(model: nn.Module) -> int:
+    """The most tokens that fit."""
+    return int(cast(Any, model).config.max_length) - prompt_length(model)
 
 
 def fits_teacher(lengths: Sequence[int], teacher: Transformer) -> None:
@@ -172,18 +197,23 @@ class Collated:
         return {**batch, "labels": labels.long() if labels.dtype in LABEL_DTYPES else labels}
 
 
-def _form(data: Any, model: nn.Module, what: str, labelled: bool) -> Form:
-    """What all examples look like, from the first one."""
+def _first(data: Any, what: str) -> Any:
+    """The first row, with the first value of each column of a table that is not None."""
     try:
         first = data[0]
     except (KeyError, IndexError, TypeError, NotImplementedError) as error:
         raise InputError(f"{what}: example 0 cannot be read by its number ({type(error).__name__}: {error})") from None
+    if isinstance(first, Mapping) and _is_table(data):
+        return {name: _filled(data, name, value) for name, value in first.items()}
+    return first
+
+
+def _form(first: Any, model: nn.Module, what: str, labelled: bool) -> Form:
+    """What all examples look like, from the first one."""
     task, config, known = str(model.task), cast(Any, model).config, accepted(model)
     vocab = getattr(config, "vocab", None)
     classes = vocab if task.endswith("_lm") else getattr(model, "num_labels", 1)
     form = Form(what, known, task, int(cast(Any, classes) or 1), None if not vocab else int(vocab))
-    if isinstance(first, Mapping) and _is_table(data):
-        first = {name: _filled(data, name, value) for name, value in first.items()}
     present = form.present(0, first)
     _check_columns(list(first), first, known, what, labelled)
     columns = tuple(name for name in present if labelled or name not in LABEL_NAMES)

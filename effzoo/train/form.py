@@ -11,14 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from effzoo.checked import IGNORED
+from effzoo.checked import IGNORED, LABEL_NAMES, UNUSED
 from effzoo.errors import InputError, did_you_mean, listing
-from effzoo.train.batches import LABEL_NAMES, TOKEN_TASKS
+from effzoo.train.batches import TOKEN_TASKS
 
-UNUSED = {  # numbers that tokenizers and data sets carry beside what a model reads
-    "id", "idx", "index", "length", "special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping",
-    "num_truncated_tokens",
-}  # fmt: skip
 _NO_COLUMNS = ("labels", "cache")  # what a model's forward names beside the columns of data
 
 
@@ -59,6 +55,7 @@ class Form:
         self._check_tokens(index, example)
         if "labels" in example:
             example["labels"] = self.label_of(index, example["labels"])
+            self._check_answer(index, example)
         return example
 
     def _refuse_columns(self, index: int, present: Mapping[str, Any]) -> None:
@@ -147,10 +144,21 @@ class Form:
         if task is not None and (task.ndim or task.is_floating_point()):
             raise InputError(f"{where}: task_ids is one integer, got {short(task.tolist())}")
 
+    def _check_answer(self, index: int, example: Mapping[str, Tensor]) -> None:
+        """Refuse an answer that is not within its example."""
+        if self.task != "question_answering":
+            return
+        label, tokens = example["labels"], len(example["input_ids" if "input_ids" in example else "inputs_embeds"])
+        if bool(((label != IGNORED) & ((label < 0) | (label >= tokens))).any()):
+            raise InputError(
+                f"{self.what}: example {index} has the label {label.tolist()}, its tokens are 0 to {tokens - 1}"
+            )
+
     def label_of(self, index: int, label: Tensor) -> Tensor:
         """The label, of the kind that the first example has. Raises InputError.
 
-        A class is an integer, regression takes any finite number, several labels at once are floats from 0 to 1.
+        A class is an integer, an answer two (its first and last token), regression takes any finite number, several
+        labels at once are floats from 0 to 1.
         """
         where, one_each = f"{self.what}: example {index}", self.task not in TOKEN_TASKS
         if one_each and self.label is not None and tuple(label.shape) != self.label:
@@ -158,6 +166,13 @@ class Form:
                 f"{where} has a label of shape {tuple(label.shape)}, example 0 one of shape "
                 f"{self.label}; give all the same"
             )
+        if self.task == "question_answering":
+            if tuple(label.shape) != (2,) or label.is_floating_point():
+                raise InputError(
+                    f"{where} has the label {short(label.tolist())}; a label is two integers, the first and the last "
+                    "token of the answer"
+                )
+            return label.long()
         if one_each and self.classes == 1:
             if label.numel() != 1 or not bool(torch.isfinite(label).all()):
                 raise InputError(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from effzoo.errors import TrainingError
+from effzoo.sharding import some
 
 _SHOWN = 6  # patterns of names in a sentence
 
@@ -85,13 +87,13 @@ class Gradients:
     def look(self) -> None:
         """Take note of the gradients of one step. Raises TrainingError when nothing has one."""
         self.steps += 1
-        self._unmoved = [p for p in self._unmoved if p.requires_grad and not bool(torch.count_nonzero(p))]
+        self._unmoved = [p for p in self._unmoved if p.requires_grad and not _moved(p)]
         for name, parameter in list(self._left.items()):
-            if parameter.grad is not None and bool(torch.count_nonzero(parameter.grad)):
+            if parameter.grad is not None and _moved(parameter.grad):
                 del self._left[name]
                 self._zero.discard(name)
                 self._judged.discard(name)
-                if not bool(torch.count_nonzero(parameter)):
+                if not _moved(parameter):
                     self._unmoved.append(parameter)
             elif parameter.grad is not None:
                 self._zero.add(name)
@@ -102,6 +104,13 @@ class Gradients:
                 f"{nothing_reached(self.trained)}; train something that the loss depends on, with other targets or "
                 "another attention kind"
             )
+
+    def warn_of_none(self) -> None:
+        """After the first step, name what got no gradient."""
+        untouched = self.untouched()
+        if self.steps == 1 and untouched.none:
+            sentence = str(replace(untouched, zero={}, undecided={}))
+            logging.getLogger("effzoo").warning("after the first step, %s", sentence)
 
     def untouched(self) -> Untouched:
         """What had no gradient up to now; nothing before the first step."""
@@ -116,6 +125,18 @@ class Gradients:
         """Raise TrainingError when nothing had a gradient other than zero: the run has learned nothing."""
         if self.steps and len(self._left) == len(self.trained):
             raise TrainingError(f"{self.untouched()}; nothing was learned in {self.steps} steps")
+
+
+def _moved(tensor: torch.Tensor) -> bool:
+    """Whether a number of a tensor is not zero."""
+    return some(tensor.detach(), lambda x: x != 0)
+
+
+def check_reached(loss: torch.Tensor, model: nn.Module) -> None:
+    """Raise TrainingError for a loss that depends on nothing that is trained."""
+    if not loss.requires_grad:
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        raise TrainingError(nothing_reached(trained))
 
 
 def nothing_reached(names: Iterable[str]) -> str:
@@ -136,5 +157,5 @@ def patterns(names: Iterable[str]) -> str:
 def check_finite(model: nn.Module, step: int, hint: str) -> None:
     """Raise TrainingError when a trained tensor holds a number that is not finite."""
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+        if parameter.requires_grad and some(parameter.detach(), lambda x: ~torch.isfinite(x)):
             raise TrainingError(f"{name} is not finite after step {step}, so nothing is saved of it; {hint}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from effzoo.architectures import Perceiver, Transformer
+from effzoo.devices import on_cpu
 from effzoo.errors import IncompatibleError, OptionError, TrainingError, listing
 from effzoo.peft.attach import acting, attached
 from effzoo.peft.manifest import MANIFEST
@@ -20,14 +21,7 @@ from effzoo.sites import sites
 from effzoo.train import checkpoints
 from effzoo.train.record import differences
 
-SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
-
-
-def on_cpu() -> bool:
-    """Whether training runs on the processor: no accelerator here, or `accelerate launch --cpu`."""
-    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    return asked or not torch.accelerator.is_available()
 
 
 def check_trainable(model: Transformer) -> None:
@@ -68,7 +62,7 @@ def check_model(model: Any, what: str = "model") -> None:
             "methods' part (effzoo/peft/training.py)"
         )
     else:
-        advice = "convert it, if transformers has it, or build one and train that"
+        advice = "train what effzoo.convert.from_transformers(model) returns, or the model of effzoo.build"
     raise OptionError(
         f"{accepted}, got {type(model).__name__!r}, a module with {count} of effzoo's sites, whose task and inputs "
         f"are not known; {advice}"

@@ -5,15 +5,19 @@ A checkpoint of one run is never taken for that of another.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.metadata
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from effzoo.errors import TrainingError
+from effzoo.parallel.agreement import difference
 from effzoo.peft.attach import acting, attached
 from effzoo.peft.fingerprint import facts, fingerprint
-from effzoo.peft.state import adapters_of, label_layers
+from effzoo.peft.state import adapters_of, checksum, label_layers
 from effzoo.peft.training_hooks import TrainingHooks
+from effzoo.sharding import is_split
 
 ELASTIC = ("processes", "batch_size", "gradient_accumulation")  # these may change on resuming while their product stays
 HINTS = {
@@ -117,3 +121,24 @@ def _global_batch(run: Mapping[str, Any]) -> int:
     for key in ELASTIC:
         size *= run.get(key, 0)
     return size
+
+
+def of_process(model: nn.Module, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be the same in every process of a run, by name: the record, every tensor, and the versions."""
+    flat = {key: value for key, value in record.items() if not isinstance(value, Mapping)}
+    for group, values in record.items():
+        flat |= {f"{group}: {key}": value for key, value in values.items()} if isinstance(values, Mapping) else {}
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    tensors = {key: tensor for key, tensor in named if not is_split(tensor)}
+    flat |= {key: f"{tensor.dtype}{list(tensor.shape)} {checksum(tensor):x}" for key, tensor in tensors.items()}
+    packages = ("effzoo", "torch", "transformers")
+    return flat | {f"version of {package}": importlib.metadata.version(package) for package in packages}
+
+
+def check_alike(of_processes: Sequence[Mapping[str, Any]]) -> None:
+    """Raise TrainingError where processes of one run were given different things: the first difference by name."""
+    if found := difference(of_processes, "in process"):
+        raise TrainingError(
+            f"the processes of this run differ: {found}; give all the same data, model, adapters, settings and "
+            "versions; torch.manual_seed(0) before effzoo.build and effzoo.attach has all draw the same weights"
+        )

@@ -11,11 +11,7 @@ from typing import Any
 import torch
 
 from effzoo.train.checkpoints import ADAPTER
-from effzoo.train.distillation import PARTS
 from effzoo.train.gradients import Untouched
-
-_LOGGED = ("step", "epoch", "stage", "loss", *(f"loss_{part}" for part in PARTS), "learning_rate", "grad_norm")
-_SPEED = ("_runtime", "_per_second", "_preparation_time")  # ends of the names of Trainer's own measurements
 
 
 @dataclass(frozen=True)
@@ -32,8 +28,8 @@ class Result:
     peak_memory: bytes; what the allocator held on CUDA during the call, elsewhere the resident set of this process
         since it started.
     last, best: checkpoints.
-    weights: the adapter's folder (several adapters: a folder that holds one each), or model.safetensors when all
-        parameters were trained.
+    weights: the adapter's folder (several adapters: a folder that holds one each); where all parameters were trained,
+        the file of the model, or the index of several, in a folder that `effzoo.load` takes.
     untouched: the trained tensors that got no gradient in this call, or only zeros; false when there is none. As text,
         a sentence with their share, and with what the run was too short to tell.
     """
@@ -52,20 +48,6 @@ class Result:
     def adapter(self) -> Path | None:
         """The folder for `load_adapter`, when an adapter was trained."""
         return self.weights if self.weights.name == ADAPTER else None
-
-
-def history_of(logs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Trainer's log with one entry per step, without its measurements of speed."""
-    entries: dict[int, dict[str, Any]] = {}
-    for log in logs:
-        kept = {
-            key: value
-            for key, value in log.items()
-            if key in _LOGGED or (key.startswith("eval_") and not key.endswith(_SPEED))
-        }
-        if kept.keys() - {"step", "epoch", "stage"}:
-            entries.setdefault(log["step"], {"step": log["step"]}).update(kept)
-    return list(entries.values())
 
 
 def metrics_of(history: list[dict[str, Any]], step: int | None) -> dict[str, float]:

@@ -6,20 +6,20 @@
 from __future__ import annotations
 
 import functools
-import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 from effzoo.annotations import NotNegative, Positive, Probability, Range, annotations_of, plain, problem
-from effzoo.errors import OptionError
+from effzoo.arguments import LARGEST
+from effzoo.errors import OptionError, did_you_mean, listing, shown
+from effzoo.train.optimizers import OPTIMIZERS
+from effzoo.train.schedules import check_options
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-LARGEST = 2**31 - 1  # of a count: what 32 bits hold
+
 Steps = Annotated[int, Range(1, LARGEST)]
 Warmup = Annotated[int, Range(0, LARGEST)] | Probability
 Every = Steps | Literal["epoch"] | None
@@ -27,28 +27,50 @@ Every = Steps | Literal["epoch"] | None
 
 @dataclass(frozen=True)
 class Optimisation:
-    """How AdamW takes the steps of a run (Loshchilov & Hutter 2019, Decoupled weight decay, arXiv:1711.05101).
+    """How the steps of a run are taken.
 
+    optimizer: a name of `effzoo.train.optimizers.OPTIMIZERS`, AdamW by default (Loshchilov & Hutter 2019, Decoupled
+        weight decay, arXiv:1711.05101); or a function of parameter groups, `[{"params": ..., "lr": ...,
+        "weight_decay": ...}]`, that returns a torch.optim.Optimizer.
+    rates: {pattern of a parameter's name: factor on its learning rate}; the first that fits counts. `{"*.lora.B": 16}`
+        is LoRA+ (Hayou et al. 2024, arXiv:2402.12354).
     gradient_accumulation: batches that each process adds up for one step.
     weight_decay: of matrices; biases and norms have none.
     clip: the largest norm of the gradient of a step; None for no limit.
     warmup: steps (an int), or a share of the steps (a float below 1), in which the learning rate rises from 0.
-    schedule: the learning rate after the warmup falls to 0 ("linear", "cosine") or stays ("constant").
-    calibration_batches: batches of training examples for methods that choose by looking at data (FISH masks, ...),
-        before the first step; the same in every process.
+    schedule: how the learning rate goes on after the warmup: to 0 ("linear", "cosine", ...), or "constant". The names
+        are those of transformers.get_scheduler, whose "constant_with_warmup" is "constant" here.
+    schedule_options: of that schedule, as `{"num_cycles": 3}` of "cosine_with_restarts". "warmup_stable_decay" needs
+        num_decay_steps, "cosine_with_min_lr" min_lr or min_lr_rate.
+    calibration_batches: optimizer steps whose examples are shown, before the first step, to methods that choose by
+        looking at data (FISH masks, prefixes, ...). Every process reads all of them, batch_size at a time, so that the
+        start does not depend on how a step is spread over processes and accumulated batches.
 
     Raises OptionError.
     """
 
+    optimizer: str | Callable[..., Any] = "adamw"
+    rates: Mapping[str, Positive] = field(default_factory=dict)
     gradient_accumulation: Steps = 1
     weight_decay: NotNegative = 0.01
     clip: Positive | None = 1.0
     warmup: Warmup = 0.06
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Literal[
+        "linear", "cosine", "constant", "polynomial", "inverse_sqrt", "cosine_with_restarts", "cosine_with_min_lr",
+        "warmup_stable_decay",
+    ] = "linear"  # fmt: skip
+    schedule_options: Mapping[str, Any] = field(default_factory=dict)
     calibration_batches: Steps = 8
 
     def __post_init__(self) -> None:
         check_fields(self, "optimisation")
+        if isinstance(self.optimizer, str) and self.optimizer not in OPTIMIZERS:
+            raise OptionError(
+                f"optimisation: there is no optimizer {shown(self.optimizer)}"
+                f"{did_you_mean(self.optimizer, OPTIMIZERS)} Optimizers: {listing(OPTIMIZERS)}, or a function of "
+                "parameter groups"
+            )
+        check_options(self.schedule, self.schedule_options)
 
 
 @dataclass(frozen=True)
@@ -57,12 +79,16 @@ class Saving:
 
     evaluate_every, save_every: optimizer steps, "epoch", or None. Both also happen at the end, unless save_every is
         None.
-    log_every: optimizer steps; an entry of the history is the mean loss of that many.
+    log_every: optimizer steps; an entry of the history is the mean loss of that many. None for every tenth, and for
+        ten entries, or one a step, in a run of less than 100.
+    log_with: the names of trackers, which accelerate starts ("tensorboard", "wandb", "trackio", ...), or trackers of
+        your own (accelerate.tracking.GeneralTracker). They get every entry of the history.
     eval_batch_size: examples per process; None is batch_size.
     keep: how many checkpoints stay, the newest; None for all.
     best: the evaluation metric ("loss", "accuracy", ...) by which a best checkpoint is kept besides, and loaded at the
         end. Each evaluation then writes a checkpoint. Those of an adapter that training has not brought to its final
         form (an earlier stage, a network that is not pruned yet) do not count.
+    patience: end the run after so many evaluations in a row that were no better (early stopping); needs best.
     overwrite: remove the checkpoints of an earlier run.
 
     Raises OptionError.
@@ -70,14 +96,47 @@ class Saving:
 
     evaluate_every: Every = "epoch"
     save_every: Every = "epoch"
-    log_every: Steps = 10
+    log_every: Steps | None = None
+    log_with: str | Sequence[Any] = ()
     eval_batch_size: Steps | None = None
     keep: Steps | None = 2
     best: str | None = None
+    patience: Steps | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, "saving")
+        if self.patience is not None and self.best is None:
+            raise OptionError(f"saving: patience={self.patience} counts evaluations that are no better; give best")
+        check_trackers(self.trackers)
+
+    def logs_every(self, steps: int) -> int:
+        """After how many steps a run of `steps` logs."""
+        return self.log_every or min(10, max(1, steps // 10))
+
+    @property
+    def trackers(self) -> list[Any]:
+        return [self.log_with] if isinstance(self.log_with, str) else list(self.log_with)
+
+
+def check_trackers(given: Sequence[Any]) -> None:
+    """Refuse trackers that accelerate would leave out. Raises OptionError."""
+    if not given:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+
+    known, installed = list(LOGGER_TYPE_TO_CLASS), [str(tracker) for tracker in get_available_trackers()]
+    for tracker in given:
+        if isinstance(tracker, GeneralTracker):
+            continue
+        if tracker not in known:
+            close = did_you_mean(tracker, known) if isinstance(tracker, str) else ""
+            raise OptionError(
+                f"saving: log_with takes names of trackers or instances of accelerate.tracking.GeneralTracker, got "
+                f"{shown(tracker)}{close} Known: {listing(known)}."
+            )
+        if tracker not in installed:
+            raise OptionError(f"saving: log_with={tracker!r} is not installed; pip install {tracker}")
 
 
 MOVED = {  # keywords that `finetune` had -> what takes each
@@ -92,11 +151,11 @@ def check_fields(settings: Any, name: str) -> None:
 
     Raises OptionError, in which the settings have this name.
     """
-    for field, annotation in annotations_of(type(settings)).items():
-        value = plain(getattr(settings, field))
+    for setting, annotation in annotations_of(type(settings)).items():
+        value = plain(getattr(settings, setting))
         if wrong := problem(value, annotation):
-            raise OptionError(f"{name}: {field} {wrong}")
-        object.__setattr__(settings, field, value)
+            raise OptionError(f"{name}: {setting} {wrong}")
+        object.__setattr__(settings, setting, value)
 
 
 def moved(places: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -115,60 +174,3 @@ def moved(places: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, R
         return refuses
 
     return refusing
-
-
-def whole(name: str, value: Any, *, least: int, most: int = LARGEST) -> int:
-    """An integer in a range. Raises OptionError."""
-    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if integer and value > most:
-        raise OptionError(f"{name} is an integer from {least} to {most:,}, got {value!r}")
-    if not integer or value < least:
-        raise OptionError(f"{name} is an integer of at least {least}, got {value!r}")
-    return int(value)
-
-
-def whole_or_none(name: str, value: Any, *, least: int) -> int | None:
-    """An integer of at least so much, or None. Raises OptionError."""
-    return None if value is None else whole(name, value, least=least)
-
-
-def number(name: str, value: Any, meaning: str, fits: Callable[[float], bool]) -> float:
-    """A finite number of which something holds; meaning: that, in words. Raises OptionError."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not _finite(value) or not fits(float(value)):
-        raise OptionError(f"{name} is {meaning}, got {value!r}")
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
-
-
-def number_or_none(name: str, value: Any, meaning: str, fits: Callable[[float], bool]) -> float | None:
-    """A finite number of which something holds, or None. Raises OptionError."""
-    return None if value is None else number(name, value, meaning, fits)
-
-
-def folder(name: str, value: Any) -> Path:
-    """A folder, which may not be there yet. Raises OptionError."""
-    if not isinstance(value, (str, Path)) or not str(value) or "\0" in str(value):
-        raise OptionError(f"{name} is the path of a folder, got {value!r}")
-    path = Path(value)
-    if path.exists() and not path.is_dir():
-        raise OptionError(f"{name} is the path of a folder, and {path} is a file")
-    return path
-
-
-def callbacks_of(value: Any) -> list[Any]:
-    """Callbacks of transformers, instances or classes. Raises OptionError."""
-    from transformers import TrainerCallback
-
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise OptionError(f"callbacks is a list of transformers.TrainerCallback, got {value!r}")
-    for callback in value:
-        kind = callback if isinstance(callback, type) else type(callback)
-        if not issubclass(kind, TrainerCallback):
-            raise OptionError(f"callbacks is a list of transformers.TrainerCallback, got one {callback!r}")
-    return list(value)
-
-
-def _finite(value: Any) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer that no float holds
-        return False

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from effzoo.checked import IGNORED
-from effzoo.train.batches import LABEL_NAMES, TOKEN_TASKS
+from effzoo.checked import IGNORED, LABEL_NAMES
+from effzoo.train.batches import TOKEN_TASKS
 from effzoo.train.form import Form
 
 _AT_ONCE = 10_000  # examples of a table that are looked at together

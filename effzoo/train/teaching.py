@@ -84,7 +84,10 @@ class Teaching:
 
     def _logits(self, ours: ForwardPass, theirs: ForwardPass, student: Transformer, batch: Mapping[str, Any]) -> Tensor:
         temperature, causal = self.settings.temperature, student.task == "causal_lm"
-        return soft_target_loss(ours.logits, theirs.logits, batch["labels"], temperature=temperature, causal=causal)
+        logits = ours.logits, theirs.logits
+        if student.task == "question_answering":  # a distribution over the tokens
+            logits = ours.logits.transpose(1, 2), theirs.logits.transpose(1, 2)
+        return soft_target_loss(*logits, batch["labels"], temperature=temperature, causal=causal)
 
     def _states(
         self, name: str, ours: ForwardPass, theirs: ForwardPass, student: Transformer, batch: Mapping[str, Any]

@@ -5,27 +5,32 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from effzoo import zoo
-from effzoo.annotations import Count
-from effzoo.architectures import PerceiverConfig
+from effzoo.annotations import Count, PerSecond
+from effzoo.architectures import Perceiver, PerceiverConfig, Transformer
 from effzoo.attention import backends
 from effzoo.attention.core import AttentionCore
-from effzoo.build import build
+from effzoo.builder import build
 from effzoo.devices import taken_to_be
 from effzoo.errors import EffzooError, IncompatibleError, InputError, OptionError, UnknownNameError
+from effzoo.parallel import OverRanks
+from effzoo.parallel.ranks import Planned
 from effzoo.peft import attach, attached
 from effzoo.peft.attach import acting, adapter_dtype
-from effzoo.plan.optimizers import STATES
-from effzoo.plan.report import Plan
-from effzoo.plan.shadow import Shadows, key, size
-from effzoo.plan.step import step
+from effzoo.plans.optimizers import STATES, states
+from effzoo.plans.report import Plan
+from effzoo.plans.shadow import Shadows, key, size
+from effzoo.plans.shards import shards
+from effzoo.plans.spread import Spread, spread
+from effzoo.plans.step import step
 from effzoo.recompute import Level, save_memory
 from effzoo.sites import sites, unwrap
+from effzoo.sites.dtypes import floating
 
 PRECISIONS = ("plain", "autocast", "master")
 _HALF = (torch.bfloat16, torch.float16)
@@ -45,6 +50,10 @@ def plan(
     backend: str | None = None,
     device: str | None = None,
     inputs: Mapping[str, Tensor] | None = None,
+    ranks: Count = 1,
+    shard: Literal["full"] | None = None,
+    link: PerSecond | None = None,
+    rate: PerSecond | None = None,
     **choices: Any,
 ) -> Plan:
     """Predict the memory of one training step: weights, gradients, optimizer states, activations by cause, peak.
@@ -65,13 +74,20 @@ def plan(
         master: weights, gradients and activations in dtype (None: bfloat16), states and a copy of every trainable half
         weight in float32.
     optimizer: adamw, adam (2 numbers per trained parameter), momentum (1), sgd (0), adafactor (a row and a column of
-        each matrix).
+        each matrix); adamw_8bit, adamw_8bit_paged, adamw_8bit_torchao, adamw_4bit_torchao (2 codes, and scales of
+        blocks, for tensors of at least 4,096 numbers), under the names of `effzoo.train.Optimisation`.
     checkpointing: True is recompute="blocks".
     recompute: what is computed again in the backward pass, as in `finetune`; None: as the model is.
     backend: of attention, as in `build`; None: as the model is.
     device: "cpu" or "cuda", whose kernels decide what is stored; None: that of a built model, the CPU for a name.
         Without a card, compute capability 9.0 is assumed.
     inputs: the keywords of a real call instead of batch and length; integers count (padding, global tokens, labels).
+    ranks: devices over which each sequence is spread (`effzoo.parallel.OverRanks`); the plan is that of the one in the
+        middle, and says in `spread` what it sends. With `shard` it is of the model that each holds a part.
+    shard: "full" splits weights, gradients and optimizer states over the ranks, as `finetune` under FSDP2 does; batch
+        is that of one rank. Adapters are whole in each.
+    link: bytes a second that a rank sends, for the seconds of `spread`.
+    rate: operations a second of a rank, as `effzoo.measure.cards.card("H100").half`.
 
     Raises OptionError, InputError, IncompatibleError, UnknownNameError, and what `build` and `attach` raise.
     """
@@ -93,33 +109,51 @@ def plan(
             _set_backend(copied, backend)
         given = _inputs(copied, batch, length, inputs, shadows)
         with taken_to_be(where):
-            kept, peak = step(copied, given, shadows, chosen if precision == "autocast" else None)
+            over = None if ranks == 1 or shard else OverRanks(copied, Planned(ranks, ranks // 2))
+            kept, peak = step(copied, given, shadows, chosen if precision == "autocast" else None, over)
     trained = [p for p in copied.parameters() if p.requires_grad]
     state = 4 if precision == "master" else None
-    states = sum(STATES[optimizer](p.shape) * (state or p.element_size()) for p in trained)
+    kept_states = states(optimizer, ((p.shape, state or p.element_size()) for p in trained))
     master = 4 * sum(p.numel() for p in trained if p.element_size() < 4) if precision == "master" else 0
     weights = _stored([*copied.parameters(), *copied.buffers()])
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    part = shards(copied, ranks, optimizer, state) if shard else None
+    if part is not None:
+        if master:
+            raise IncompatibleError(
+                "precision='master' is not sharded; plan precision='autocast', whose weights are float32"
+            )
+        peak = peak - gradients + part.gradients + part.gathered  # gradients of a unit are whole for a moment
+        weights, kept_states, gradients = part.weights, part.optimizer, part.gradients
     activations: dict[str, int] = {}
     for saved in kept:
         activations[saved.cause] = activations.get(saved.cause, 0) + saved.bytes
     return Plan(
-        title=_title(copied, model, given, chosen, precision, optimizer) + (f", {where}" if where != "cpu" else ""),
+        title=_title(copied, model, given, chosen, precision, optimizer)
+        + (f", {where}" if where != "cpu" else "")
+        + (f", one of {ranks} ranks that split the model" if shard else ""),
         weights=weights,
-        gradients=sum(p.numel() * p.element_size() for p in trained),
-        optimizer=states,
+        gradients=gradients,
+        optimizer=kept_states,
         master=master,
         activations=dict(sorted(activations.items(), key=lambda item: -item[1])),
-        peak=weights + states + master + peak,
+        peak=weights + kept_states + master + peak,
         parameters=sum(p.numel() for p in copied.parameters()),
         trainable=sum(p.numel() for p in trained),
         saved=tuple(kept),
+        shards=part,
+        spread=None if over is None else _spread(copied, given, ranks, link, rate),
     )
 
 
+def _spread(model: nn.Module, given: Mapping[str, Any], ranks: int, link: float | None, rate: float | None) -> Spread:
+    marked = given.get("global_attention_mask")
+    (batch, length), most = given["input_ids"].shape, None if marked is None else int(marked.sum(dim=1).max())
+    return spread(model, batch=batch, length=length, ranks=ranks, link=link, rate=rate, globals=most)
+
+
 def _dtype(given: torch.dtype | str | None, precision: str) -> torch.dtype | None:
-    kind = getattr(torch, given, None) if isinstance(given, str) else given
-    if given is not None and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
-        raise OptionError(f"dtype is a floating-point type such as torch.bfloat16 or 'float32', got {given!r}")
+    kind = floating(given)
     if precision == "plain":
         return kind
     if kind is not None and kind not in _HALF:
@@ -222,10 +256,10 @@ def _inputs(
             raise OptionError("give length (and batch), or the inputs of a real call, not both")
         return {name: _given(x, shadows) if isinstance(x, Tensor) else x for name, x in inputs.items()}
     config: Any = getattr(model, "config", None)
-    if config is None:
+    if not isinstance(model, (Transformer, Perceiver)):
         raise OptionError(
-            f"{type(model).__name__} is no model of the zoo, so its inputs are not known; give them: "
-            f"plan(model, inputs={{...}})"
+            f"{type(model).__name__} is no model of effzoo, so its inputs are not known; give them, as in "
+            "plan(model, inputs={...}), or the model that effzoo.convert.from_transformers(model) returns"
         )
     if length is None:
         raise OptionError("plan needs the length of the sequences, such as length=512")
@@ -236,6 +270,8 @@ def _inputs(
     if task == "classification":
         kind = torch.float32 if labels == 1 else torch.long
         made["labels"] = torch.zeros(batch, dtype=kind)
+    elif task == "question_answering":
+        made["labels"] = torch.zeros(batch, 2, dtype=torch.long)
     elif task != "features":
         made["labels"] = torch.zeros(batch, length, dtype=torch.long)
     return made

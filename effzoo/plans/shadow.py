@@ -84,6 +84,8 @@ class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].device  # asked as often as all other operations together
         kwargs = kwargs or {}
         given = _tensors((args, kwargs))
         out = self._known(func, args, kwargs) if all(map(self._has_value, given)) else self._shapes(func, args, kwargs)
@@ -112,23 +114,27 @@ class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for tensor in _tensors(args[position] if position < len(args) else kwargs.get(argument.name)):
                     if not isinstance(tensor, FakeTensor):
                         _remember(tensor, self._overwritten)
-        args, kwargs = pytree.tree_map_only(Tensor, self._twin, (args, kwargs))
-        with self.fake:
-            out = func(*args, **kwargs)
-            # statistics in the dtype of the kernels; torch's shapes for the CPU have that of the input
-            if func is torch.ops.aten.native_layer_norm.default:
-                wide = (
-                    torch.promote_types(args[0].dtype, torch.float32)
-                    if kind_of(args[0]) == "cuda"
-                    else args[0 if args[2] is None else 2].dtype
-                )
-                out = (out[0], *(statistic.to(wide) for statistic in out[1:]))
-            return out
+        if self._overwritten:
+            args, kwargs = pytree.tree_map_only(Tensor, self._twin, (args, kwargs))
+        out = self._fake(func, args, kwargs)
+        # statistics in the dtype of the kernels; torch's shapes for the CPU have that of the input
+        if func is torch.ops.aten.native_layer_norm.default:
+            wide = (
+                torch.promote_types(args[0].dtype, torch.float32)
+                if kind_of(args[0]) == "cuda"
+                else args[0 if args[2] is None else 2].dtype
+            )
+            out = (out[0], *(statistic.to(wide) for statistic in out[1:]))
+        return out
+
+    def _fake(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What `with self.fake: func(...)` gives, without the way through torch's dispatcher, which takes as long."""
+        return self.fake.dispatch(func, (), args, kwargs)
 
     def _twin(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor) or key(tensor) not in self._overwritten:
             return tensor
-        fake: Tensor = self.fake.from_tensor(tensor)
+        fake = self.stand_in(tensor)  # torch's own stand-in for a number may know its value
         _remember(fake, self._fakes)
         return fake
 
@@ -141,11 +147,11 @@ class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
         writes = any(map(_writes, func._schema.arguments))
         if (
             not writes
+            and not func.is_view
             and not any(tag in func.tags for tag in _BY_VALUE)
             and func is not torch.ops.aten.lift_fresh.default
         ):
-            with self.fake:
-                shapes = func(*args, **kwargs)
+            shapes = self._fake(func, args, kwargs)
             if not all(map(_small, _tensors(shapes))):
                 return shapes
         return func(*args, **kwargs)
@@ -183,7 +189,11 @@ class Shadows(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """The tensors in tuples, lists and dictionaries; torch's pytree takes longer than some of the operations."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 def _small(tensor: Tensor) -> bool:

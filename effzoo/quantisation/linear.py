@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effzoo.quantise.codes import coded, decoded, margins
-from effzoo.quantise.view import Decoded
+from effzoo.codes import coded, decoded, margins
+from effzoo.quantisation.view import Decoded
 from effzoo.recompute import follows
 from effzoo.sites import Acts, Linear, opens
 from effzoo.sites.site import Inputs
@@ -32,7 +32,11 @@ class QuantisedLinear(Linear):
     @staticmethod
     def made_of(site: Linear, bits: int) -> QuantisedLinear:
         """Replace the weight of a site by its codes."""
-        codes, scales = coded(site.weight, bits)
+        return QuantisedLinear.holding(site, bits, *coded(site.weight, bits))
+
+    @staticmethod
+    def holding(site: Linear, bits: int, codes: Tensor, scales: Tensor) -> QuantisedLinear:
+        """Replace the weight of a site by these codes."""
         del site.weight
         site.__class__ = QuantisedLinear
         quantised = cast(QuantisedLinear, site)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from effzoo.attention.core import AttentionCore
 from effzoo.devices import kind_of
-from effzoo.plan.shadow import key, size
+from effzoo.plans.shadow import key, size
 from effzoo.sites import Mixture, PeftModule, SideNetwork, Site, opens, sites
 
 HALF_COPIES = "half copies of weights"

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from effzoo.errors import OptionError
-from effzoo.plan.saved import Saved
+from effzoo.plans.saved import Saved
+from effzoo.plans.shards import Shards
+from effzoo.plans.spread import Spread
 
 MIB = 2**20
 
@@ -27,6 +29,8 @@ class Plan:
         activations, gradients and temporary results what lives then; blocks that are computed again, with all that
         they save then, included. The optimizer's step and what a kernel allocates inside and frees before it returns
         are left out.
+    shards: of a model that is split over ranks, what one holds; weights, gradients and optimizer are of that rank then.
+    spread: what a rank sends and computes, of a sequence that is spread over several; all else is of one rank then.
     """
 
     title: str
@@ -39,6 +43,8 @@ class Plan:
     parameters: int
     trainable: int
     saved: tuple[Saved, ...] = field(default=(), repr=False)
+    shards: Shards | None = None
+    spread: Spread | None = None
 
     @property
     def kept(self) -> int:
@@ -85,4 +91,6 @@ class Plan:
         ]
         for name, nbytes in entries:
             lines.append(f"{name:{width}}  {nbytes / MIB:12,.2f}  {100 * nbytes / max(self.total, 1):5.1f}")
+        if self.spread is not None:
+            lines += ["", str(self.spread)]
         return "\n".join(lines)

@@ -8,14 +8,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from effzoo.errors import InputError
-from effzoo.plan.planning import plan
-from effzoo.plan.report import MIB, Plan
+from effzoo.plans.planning import plan
+from effzoo.plans.report import MIB, Plan
 
 # Zhang et al. 2022, arXiv:2205.01068, table 1, as slots of a pre-norm decoder; 1,315,758,080 parameters
 OPT_1_3B: dict[str, Any] = {
     "vocab": 50272, "dim": 2048, "layers": 24, "heads": 32, "mlp": 8192, "max_length": 2048, "position_offset": 2,
     "activation": "relu", "eps": 1e-5, "dropout": 0.1, "attention_dropout": 0.0,
 }  # fmt: skip
+
+
+# the lecture's memory table of full fine-tuning at a sequence of 512, in GB, by the part of `opt_table` that it means
+OPT_SLIDE = {
+    "weights": "2.6",
+    "gradients of trainable parameters": "2.6",
+    "hidden states, L (20 h s + 3 s^2)": "1 for each example",
+    "optimizer states": "5.2",
+    "float32 copy": "10.2",
+}
+OPT_SLIDE_REMARK = (
+    "The lecture's last two figures contradict its own formulas: optimizer states are 2 size(float) N, 10.5 GB for "
+    "N = 1.32 billion parameters and floats of 4 bytes, and a float32 copy is size(float) N, 5.3 GB. Its 5.2 and 10.2 "
+    "fit these two, each in the other's row. It has 1 GB for the CUDA context besides, which no formula gives."
+)
 
 
 def lecture_activations(*, layers: int, dim: int, length: int, batch: int = 1, heads: int = 1) -> int:
@@ -59,11 +74,12 @@ def opt_table(
     """The lectures' memory table of OPT-1.3B: full fine-tuning beside a PEFT method, in half precision with float32
     copies and AdamW.
 
-    Adapters are in half precision too, as the lectures have them. For each trained parameter: 2 bytes of gradient, 8 of
-    optimizer states, 4 of float32 copy; for each parameter: 2 bytes of weight. Hidden states stand there four times: by
-    the formula of the lectures, by the same with all heads, and as planned, which is exact and the only one that knows
-    the method: with the fused attention kernel as OPT runs here, and with attention weights written out, as the formula
-    has them.
+    Adapters are in half precision too, as the lectures have them. For each parameter: 2 bytes of weight; for each that
+    is trained: 2 bytes of gradient, 8 of optimizer states, 4 of float32 copy.
+
+    Hidden states stand there four times. Twice by formula: that of the lectures, and the same with all heads. Twice as
+    planned, which is exact and knows the method: with the fused attention kernel, and with attention weights written
+    out, as the formula has them.
 
     sizes: in place of those of OPT-1.3B (layers=..., dim=...).
     """

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
+from effzoo.codes import check_bits
 from effzoo.errors import IncompatibleError, TargetError, did_you_mean, listing
 from effzoo.peft.attach import roles
 from effzoo.peft.merging import check_nothing_merged
 from effzoo.peft.state import transition
-from effzoo.quantise.codes import check_bits
-from effzoo.quantise.linear import QuantisedLinear
+from effzoo.quantisation.linear import QuantisedLinear
 from effzoo.sites import Linear, sites, unwrap
 
 
@@ -50,7 +50,8 @@ class Footprint:
 def quantise(model: nn.Module, bits: int = 8, *, targets: Sequence[str] | str | None = None) -> Footprint:
     """Store the weights of linear sites as codes of 8 or 4 bits, in place (QLoRA's base).
 
-    bits: 8, integers with a scale per output; 4, NormalFloat with a scale per 64 entries (`effzoo/quantise/codes.py`).
+    bits: 8, integers with a scale per output; 4, NormalFloat with a scale per 64 entries
+        (`effzoo/codes.py`).
     targets: patterns of roles; None for every projection and feed-forward matrix of the blocks. Embeddings, norms,
         biases, the head and what belongs to an attention kind itself (Linformer's E and F) stay as they are, and so
         does what is attached.
@@ -69,7 +70,38 @@ def quantise(model: nn.Module, bits: int = 8, *, targets: Sequence[str] | str | 
     """
     check_bits(bits)
     model = unwrap(model)
-    patterns = (targets,) if isinstance(targets, str) else targets
+    dense = _dense(model, (targets,) if isinstance(targets, str) else targets)
+    check_nothing_merged(model, "quantising", lambda path: path in dense)
+    before, matrices, error = size(model), sum(_bytes(site.weight) for site in dense.values()), 0.0
+    codes = 0
+    with transition(model):
+        for site in dense.values():
+            weight = site.weight.detach()
+            quantised = QuantisedLinear.made_of(site, bits)
+            norm = weight.double().norm().item()
+            error = max(error, (weight.double() - quantised.numbers().double()).norm().item() / norm if norm else 0.0)
+            codes += _bytes(quantised.codes) + _bytes(quantised.scales)
+    return Footprint(bits, len(dense), before, size(model), matrices, codes, error)
+
+
+def weight_by_weight(model: nn.Module, bits: int) -> Callable[[str], None]:
+    """What `quantise` does, one weight at a time: to be called with the key of each tensor once it holds its numbers.
+
+    So a model whose weights are read one after the other is never dense as a whole. Raises as `quantise` does.
+    """
+    check_bits(bits)
+    dense = _dense(model, None)
+
+    def code(key: str) -> None:
+        path, _, name = key.rpartition(".")
+        if name == "weight" and path in dense:
+            QuantisedLinear.made_of(dense.pop(path), bits)
+
+    return code
+
+
+def _dense(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, Linear]:
+    """The linear sites whose weights are to be quantised, by path; None for those of the blocks."""
     linear = {path: site for path, site in sites(model) if isinstance(site, Linear) and ".core." not in f".{path}."}
     for pattern in patterns or ():
         if not any(fnmatchcase(site.role, pattern) for site in linear.values()):
@@ -86,17 +118,7 @@ def quantise(model: nn.Module, bits: int = 8, *, targets: Sequence[str] | str | 
     if not dense:
         reason = "has no linear sites in blocks" if not wanted else f"is quantised already ({len(wanted)} matrices)"
         raise IncompatibleError(f"{type(model).__name__} {reason}; nothing was changed")
-    check_nothing_merged(model, "quantising", lambda path: path in dense)
-    before, matrices, error = size(model), sum(_bytes(site.weight) for site in dense.values()), 0.0
-    codes = 0
-    with transition(model):
-        for site in dense.values():
-            weight = site.weight.detach()
-            quantised = QuantisedLinear.made_of(site, bits)
-            norm = weight.double().norm().item()
-            error = max(error, (weight.double() - quantised.numbers().double()).norm().item() / norm if norm else 0.0)
-            codes += _bytes(quantised.codes) + _bytes(quantised.scales)
-    return Footprint(bits, len(dense), before, size(model), matrices, codes, error)
+    return dense
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,14 +13,17 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils import _pytree as pytree
 
 from effzoo.errors import IncompatibleError
-from effzoo.plan.saved import Record, Saved
-from effzoo.plan.shadow import LiveBytes, Shadows, key
+from effzoo.plans.saved import Record, Saved
+from effzoo.plans.shadow import LiveBytes, Shadows, key
 
 
 def step(
-    model: nn.Module, inputs: Mapping[str, Any], shadows: Shadows, autocast: torch.dtype | None = None
-) -> tuple[list[Saved], int]:
+    model: nn.Module, inputs: Mapping[str, Any], shadows: Shadows, autocast: torch.dtype | None = None,
+    call: Callable[..., Any] | None = None,
+) -> tuple[list[Saved], int]:  # fmt: skip
     """Forward and backward of a model of stand-ins -> what autograd saved, and the peak without the weights.
+
+    call: runs the model, if not the model itself.
 
     The loss is the model's own, or the sum of its outputs when it has none. Raises IncompatibleError when the code
     needs a value that is not computed.
@@ -35,7 +38,7 @@ def step(
     try:
         with shadows, record:
             with torch.autocast("cpu", dtype=autocast) if autocast is not None else nullcontext():
-                output = model(**inputs)
+                output = (call or model)(**inputs)
             kept = [dataclasses.replace(saved, causes=dict(saved.causes)) for saved in record.storages.values()]
             loss = _loss(output)
             del output
