@@ -150,6 +150,8 @@ def outputs(model, ids, mask):
     )
     with torch.no_grad():
         out = model(input_ids=ids, attention_mask=mask, **more)
+    if "start_logits" in out:
+        return torch.stack([out["start_logits"], out["end_logits"]], dim=-1)
     return out["logits"] if "logits" in out else out["last_hidden_state"]
 
 

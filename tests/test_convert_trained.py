@@ -41,7 +41,7 @@ def every_other(model):
 
 @HEADS
 def test_theirs_to_ours_and_back(family, task, name):
-    model = every_other(theirs(family, name, num_labels=3))
+    model = every_other(theirs(family, name, num_labels=2 if name.endswith("QuestionAnswering") else 3))
     ours = convert.from_transformers(model)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     assert frozen > 0 and sum(p.numel() for p in ours.parameters() if not p.requires_grad) == frozen

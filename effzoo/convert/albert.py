@@ -35,6 +35,7 @@ HEADS = {
     "features": same({"head.pooler": "{base}pooler"}),
     "classification": same({"head.dense": "{base}pooler", "head.out": "classifier"}),
     "token_classification": same({"head.out": "classifier"}),
+    "question_answering": same({"head.out": "qa_outputs"}),
     "masked_lm": same(
         {"head.dense": "predictions.dense", "head.norm": "predictions.LayerNorm", "head.out": "predictions"}
     ),

@@ -31,6 +31,7 @@ HEADS = {
     "features": same({"head.pooler": "{base}pooler.dense"}),
     "classification": same({"head.dense": "{base}pooler.dense", "head.out": "classifier"}),
     "token_classification": same({"head.out": "classifier"}),
+    "question_answering": same({"head.out": "qa_outputs"}),
     "masked_lm": same(
         {
             "head.dense": "cls.predictions.transform.dense",
@@ -79,6 +80,7 @@ BERT = Layout(
         "features": "BertModel",
         "classification": "BertForSequenceClassification",
         "token_classification": "BertForTokenClassification",
+        "question_answering": "BertForQuestionAnswering",
         "masked_lm": "BertForMaskedLM",
     },
     body=BODY,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from effzoo.architectures import Perceiver, Transformer
+from effzoo.architectures.heads import known_problem
 from effzoo.convert import texts
 from effzoo.convert.dtypes import load_state
 from effzoo.convert.keymap import to_theirs, trained, trained_in_theirs
@@ -89,5 +90,15 @@ def to_transformers(model: Transformer | Perceiver) -> Any:
             )
     like = ours["embeddings.token.weight"]
     texts.write(theirs, config)
+    _name_labels(theirs.config, model)
     load_state(theirs.to(device=like.device, dtype=like.dtype), state, learns)
     return theirs.train(model.training)
+
+
+def _name_labels(theirs: Any, model: Transformer) -> None:
+    """Names of the labels and what they are, in a configuration of transformers."""
+    if model.task.endswith("classification") and len(model.label_names) == model.num_labels:
+        theirs.id2label = dict(enumerate(model.label_names))
+        theirs.label2id = {name: number for number, name in enumerate(model.label_names)}
+    if model.problem_type is not None and model.problem_type == known_problem(model):
+        theirs.problem_type = model.problem_type

@@ -33,6 +33,7 @@ HEADS = {
     "features": (),
     "classification": same({"head.out": "score"}),
     "token_classification": same({"head.out": "classifier"}),
+    "question_answering": same({"head.out": "qa_outputs"}),
     "causal_lm": (),
 }
 
@@ -67,6 +68,7 @@ GPT2 = Layout(
         "features": "GPT2Model",
         "classification": "GPT2ForSequenceClassification",
         "token_classification": "GPT2ForTokenClassification",
+        "question_answering": "GPT2ForQuestionAnswering",
         "causal_lm": "GPT2LMHeadModel",
     },
     body=BODY,

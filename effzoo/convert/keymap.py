@@ -39,6 +39,10 @@ class Rule:
         """Their key of a parameter."""
         return self.theirs if self.axis else f"{self.theirs}.{parameter}"
 
+    def whole(self, parameter: str) -> bool:
+        """Whether our tensor is theirs, row for row."""
+        return len(self.ours) == 1 and self.axis is None and not (self.transposed and parameter == "weight")
+
     def split(self, parameter: str, theirs: Tensor) -> tuple[Tensor, ...]:
         """Their tensor as our tensors, in the order of `ours`."""
         if self.axis:

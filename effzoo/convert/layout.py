@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from effzoo.architectures import Config, Transformer
+from effzoo.architectures.function import WITH_HEAD
 from effzoo.convert import texts
 from effzoo.convert.fields import check_fields
 from effzoo.convert.keymap import Rule, expand
@@ -23,9 +24,9 @@ _LM = ("masked_lm", "causal_lm")
 _ONLY_FOR = {
     "pooling": ("classification",), "head_dense": ("classification",), "head_bias": ("classification",),
     "head_norm": ("classification",),
-    "head_activation": ("classification", "token_classification"), "token_dense": ("token_classification",),
+    "head_activation": WITH_HEAD, "token_dense": ("token_classification", "question_answering"),
     "lm_transform": ("masked_lm",),
-    "lm_bias": _LM, "tied": _LM, "transform_bias": ("classification", "token_classification", "masked_lm"),
+    "lm_bias": _LM, "tied": _LM, "transform_bias": (*WITH_HEAD, "masked_lm"),
 }  # fmt: skip
 _FREE = {
     "name", "layout", "paper", "hub", "package", "backend", "attention", "max_length", "activation", "position_offset",
@@ -58,6 +59,7 @@ class Layout:
     translated: our fields that `read` and `write` speak of.
     dropouts: their further dropout probabilities in a task, which must equal our one.
     shared: their modules outside the body that several heads have.
+    prefixes: `prefix` by task, where it is another.
     mixed: layers may have different attention kinds.
     module: where the classes are.
     parts: larger classes of theirs that hold a model of this layout, with its path in them; only that part is taken.
@@ -89,6 +91,7 @@ class Layout:
     write: Callable[[Config], dict[str, Any]] = field(default=no_fields)
     translated: frozenset[str] = frozenset()
     shared: frozenset[str] = frozenset()
+    prefixes: Mapping[str, str] = field(default_factory=dict)
     mixed: bool = False
     module: str = "transformers"
     parts: Mapping[str, str] = field(default_factory=dict)
@@ -107,7 +110,7 @@ class Layout:
         return getattr(importlib.import_module(self.module), self.classes[task])
 
     def base(self, task: str) -> str:
-        return "" if task == "features" else f"{self.prefix}."
+        return "" if task == "features" else f"{self.prefixes.get(task, self.prefix)}."
 
     def rules(self, layers: int, source_task: str, task: str) -> list[Rule]:
         """The key map from a model of `source_task` to one of `task`.

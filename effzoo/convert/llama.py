@@ -46,6 +46,7 @@ HEADS = {
     "features": (),
     "classification": same({"head.out": "score"}),
     "token_classification": same({"head.out": "score"}),
+    "question_answering": same({"head.out": "qa_outputs"}),
     "causal_lm": same({"head.out": "lm_head"}),
 }
 SIZES = {
@@ -182,10 +183,12 @@ def write_qwen3(config: Config) -> dict[str, Any]:
 LLAMA = Layout(
     name="llama",
     prefix="model",
+    prefixes={"question_answering": "transformer"},
     classes={
         "features": "LlamaModel",
         "classification": "LlamaForSequenceClassification",
         "token_classification": "LlamaForTokenClassification",
+        "question_answering": "LlamaForQuestionAnswering",
         "causal_lm": "LlamaForCausalLM",
     },
     body=BODY,
@@ -206,6 +209,7 @@ LLAMA = Layout(
 MISTRAL = dataclasses.replace(
     LLAMA,
     name="mistral",
+    prefixes={},
     relative="llama",
     attention=("full", "longformer"),
     classes={task: name.replace("Llama", "Mistral") for task, name in LLAMA.classes.items()},

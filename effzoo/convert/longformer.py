@@ -1,5 +1,9 @@
 """Longformer as transformers lays it out (Beltagy et al. 2020, arXiv:2004.05150): RoBERTa with windows and global
-projections."""
+projections.
+
+Their question answering marks the question as global where it is given no mask, from its separators; ours does not:
+give `global_attention_mask`, as `effzoo.data.tokenise` does with `global_question=True`.
+"""
 
 from __future__ import annotations
 

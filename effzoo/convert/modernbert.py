@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from effzoo.architectures import Config
+from effzoo.architectures.function import WITH_HEAD
 from effzoo.convert import rotary
 from effzoo.convert.keymap import Rule, same
 from effzoo.convert.layout import ACTIVATIONS, THEIR_ACTIVATION, Layout
@@ -38,6 +39,7 @@ HEADS = {
     "features": (),
     "classification": same(HEAD | {"head.out": "classifier"}),
     "token_classification": same(HEAD | {"head.out": "classifier"}),
+    "question_answering": same(HEAD | {"head.out": "classifier"}),
     "masked_lm": same(HEAD | {"head.out": "decoder"}),
 }
 POOLING = {"cls": "first", "mean": "mean"}
@@ -118,9 +120,7 @@ def write(config: Config) -> dict[str, Any]:
 def dropouts(theirs: Any, task: str) -> dict[str, float | None]:
     """In the feed-forward, on what attention adds, and in a classification head."""
     probabilities = {"mlp_dropout": theirs.mlp_dropout, "attention_dropout": theirs.attention_dropout}
-    return probabilities | (
-        {"classifier_dropout": theirs.classifier_dropout} if task.endswith("classification") else {}
-    )
+    return probabilities | ({"classifier_dropout": theirs.classifier_dropout} if task in WITH_HEAD else {})
 
 
 MODERNBERT = Layout(
@@ -131,6 +131,7 @@ MODERNBERT = Layout(
         "features": "ModernBertModel",
         "classification": "ModernBertForSequenceClassification",
         "token_classification": "ModernBertForTokenClassification",
+        "question_answering": "ModernBertForQuestionAnswering",
         "masked_lm": "ModernBertForMaskedLM",
     },
     body=BODY,

@@ -6,26 +6,31 @@ import dataclasses
 import importlib
 import logging
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from effzoo.annotations import describe, fits
 from effzoo.architectures import Perceiver, PerceiverConfig
 from effzoo.architectures.perceiver_config import PER_TOKEN
-from effzoo.convert.dtypes import copy_into, from_pretrained, load_state
+from effzoo.convert.dtypes import load_state
 from effzoo.convert.fields import check_code, check_fields
-from effzoo.convert.genuine import check_class, check_genuine, check_ties, tensors_of
+from effzoo.convert.filling import Fresh, Taken, device_of, fill, own_tensors
+from effzoo.convert.genuine import check_class, check_genuine, check_ties
 from effzoo.convert.keymap import trained
 from effzoo.convert.layout import check_problem
 from effzoo.convert.perceiver import CLASSES, INERT, READS, names, read, write
+from effzoo.convert.pretrained import Pretrained, open_pretrained
 from effzoo.convert.source import explained, local_or_hub, quiet
 from effzoo.convert.transfer import copied_from, extended, say
 from effzoo.errors import ConversionError, OptionError, did_you_mean, listing
 from effzoo.peft import attached
+from effzoo.tensors import StoredTensor
 
 log = logging.getLogger("effzoo.convert")
 _THEIRS = "transformers.models.perceiver.modeling_perceiver"
@@ -40,13 +45,17 @@ _OF_DECODER = ("query_dim", "decoder_heads", "decoder_head_dim", "decoder_value_
 
 @dataclass(frozen=True)
 class Source:
-    """A Perceiver of transformers, its config as ours, and its tensors under our keys; `label` names it in messages."""
+    """A Perceiver of transformers, its config as ours, and its tensors under our keys; `label` names it in messages.
+
+    state: the tensors; where they are `stored` in files, on the device meta.
+    """
 
     label: str
     model: Any
     task: str
     config: PerceiverConfig
     state: dict[str, Tensor]
+    stored: dict[str, StoredTensor]
 
 
 def recognises(source: Any) -> bool:
@@ -56,8 +65,16 @@ def recognises(source: Any) -> bool:
     return bool(_their_config(source).model_type == "perceiver")
 
 
-def from_perceiver(source: Any, task: str | None, num_labels: int | None, overrides: dict[str, Any]) -> Perceiver:
-    """`from_transformers` for a Perceiver."""
+def from_perceiver(
+    source: Any,
+    task: str | None,
+    num_labels: int | None,
+    dtype: torch.dtype | str,
+    mesh: Any,
+    overrides: dict[str, Any],
+    coding: Callable[[nn.Module], Callable[[str], None]] | None,
+) -> Perceiver:
+    """`converted` for a Perceiver."""
     opened = _open(source)
     annotations = typing.get_type_hints(PerceiverConfig)
     known = [field.name for field in dataclasses.fields(PerceiverConfig) if field.name not in _NOT_OVERRIDDEN]
@@ -74,21 +91,24 @@ def from_perceiver(source: Any, task: str | None, num_labels: int | None, overri
     elif "grid" in overrides:
         overrides = {"max_length": 0, **overrides}
     config = dataclasses.replace(opened.config, **overrides)
-    model = Perceiver(config, task or opened.task, opened.model.config.num_labels if num_labels is None else num_labels)
-    like = opened.state["latents.weight"]
-    _transfer(model.to(device=like.device, dtype=like.dtype), opened, dtypes=True)
+    labels = opened.model.config.num_labels if num_labels is None else num_labels
+    fresh = Fresh(dtype=dtype, device=device_of(opened.state), mesh=mesh)
+    with fresh.undrawn:
+        model = Perceiver(config, task or opened.task, labels)
+    if coding is not None:
+        fresh = dataclasses.replace(fresh, done=coding(model))
+    _transfer(model, opened, learn=True, fresh=fresh)
     return model.train(opened.model.training)
 
 
-def load_perceiver(model: Perceiver, source: Any) -> Perceiver:
+def load_perceiver(model: Perceiver, source: Any, fresh: Fresh | None) -> None:
     """`load_pretrained` for a Perceiver."""
     if not recognises(source):
         raise ConversionError(
             f"{source if isinstance(source, (str, Path)) else type(source).__name__} is no Perceiver; give one of "
             f"{listing(CLASSES)}"
         )
-    _transfer(model, _open(source))
-    return model
+    _transfer(model, _open(source), fresh=fresh)
 
 
 def to_perceiver(model: Perceiver) -> Any:
@@ -117,7 +137,7 @@ def _open(source: Any) -> Source:
     if not isinstance(source, (str, Path)):
         name = next(cls.__name__ for cls in type(source).__mro__ if cls.__name__ in CLASSES)
         check_class(source, getattr(importlib.import_module(_THEIRS), name))
-        return _checked(type(source).__name__, source, name, frozenset())
+        return _checked(type(source).__name__, Pretrained(source), name)
     config = _their_config(source)
     check_code(getattr(config, "auto_map", None), str(source))
     if not config.architectures:
@@ -135,10 +155,10 @@ def _open(source: Any) -> Source:
     cls = getattr(theirs, name)
     with explained(label, source), quiet():
         text = {"input_preprocessor": theirs.PerceiverTextPreprocessor(config)} if name == "PerceiverModel" else {}
-        model, info = from_pretrained(cls, label, **text)
-        if any(key.startswith("input_preprocessor.") for key in info["missing_keys"]):  # it was saved without one
-            model, info = from_pretrained(cls, label)
-    return _checked(label, model, name, frozenset(info["missing_keys"]))
+        opened = open_pretrained(cls, label, config, partial(make, name, text=bool(text)), **text)
+        if any(key.startswith("input_preprocessor.") for key in opened.missing):  # it was saved without one
+            opened = open_pretrained(cls, label, config)
+    return _checked(label, opened, name)
 
 
 def make(name: str, theirs: Any, text: bool) -> Any:
@@ -157,8 +177,9 @@ def _their_config(source: str | Path) -> Any:
         return transformers.AutoConfig.from_pretrained(label, trust_remote_code=False)
 
 
-def _checked(label: str, model: Any, name: str, missing: frozenset[str]) -> Source:
-    """A source whose config we can express, and whose tensors are complete, finite and all known."""
+def _checked(label: str, opened: Pretrained, name: str) -> Source:
+    """A source whose config we can express, and whose tensors are complete and all known."""
+    model, missing = opened.model, opened.missing
     task, kind = CLASSES[name]
     if name == "PerceiverModel":
         parts = [
@@ -176,7 +197,7 @@ def _checked(label: str, model: Any, name: str, missing: frozenset[str]) -> Sour
     check_fields(model.config, type(model).config_class, "perceiver", READS, INERT)
     config = read(model.config, kind)
     check_problem(model.config, task)
-    state = {key: value for key, value in tensors_of(label, model, missing).items() if key not in missing}
+    state = {key: value for key, value in opened.tensors(label).items() if key not in missing}
     wanted = names(config, task)
     for here, there in wanted.items():
         if there not in state:
@@ -189,13 +210,15 @@ def _checked(label: str, model: Any, name: str, missing: frozenset[str]) -> Sour
             raise ConversionError(
                 f"{label} has the tensor {key}, which {name} does not have; merge or remove what was added"
             )
-    return Source(label, model, task, config, {here: state[there] for here, there in wanted.items()})
+    stored = {here: opened.stored[there] for here, there in wanted.items() if there in opened.stored}
+    return Source(label, model, task, config, {here: state[there] for here, there in wanted.items()}, stored)
 
 
-def _transfer(model: Perceiver, source: Source, *, dtypes: bool = False) -> None:
+def _transfer(model: Perceiver, source: Source, *, learn: bool = False, fresh: Fresh | None = None) -> None:
     """Write the source's tensors into the model, all or none; of another task, without the decoder and the head.
 
-    dtypes: whether the tensors take the dtypes of the source's and are as trainable, or stay as they are.
+    learn: whether each tensor learns where that of the source does.
+    fresh: of a model that is made for these weights.
     """
     decoder = source.task == model.task or {source.task, model.task} <= {*PER_TOKEN}
     _check_fit(model, source, decoder)
@@ -204,20 +227,24 @@ def _transfer(model: Perceiver, source: Source, *, dtypes: bool = False) -> None
         for key, value in source.state.items()
         if (decoder or not key.startswith("decoder.")) and (source.task == model.task or not key.startswith("head."))
     }
-    wanted = {key: value for key, value in model.state_dict(keep_vars=True).items() if ".adapters." not in f".{key}"}
     chosen: dict[str, Tensor] = {}
     repeated: dict[str, str] = {}
     new: list[str] = []
-    for key, value in wanted.items():
+    taken: dict[str, list[Taken]] = {}
+    for key, value in own_tensors(model).items():
         origin = key if key in given else copied_from(model, key)  # type: ignore[arg-type]
         if origin in given:
             per_position = key == _TABLES[0] or (key == _TABLES[1] and model.task != "classification")
-            tensor = extended(given[origin], len(value), 0) if per_position else given[origin]
+            make = (
+                partial(extended, n=len(value), offset=0) if per_position and len(value) != len(given[origin]) else None
+            )
+            tensor = given[origin] if make is None else make(given[origin])
             if tensor.shape != value.shape:
                 raise ConversionError(
                     f"{key} has shape {tuple(value.shape)} in the model and {tuple(tensor.shape)} in {source.label}"
                 )
             chosen[key] = tensor
+            taken.setdefault(origin, []).append((key, make))
             if origin != key:
                 repeated[key] = origin
         elif key.startswith(("head.", "decoder.")) or (key.startswith("blocks.") and ".attn." in key):
@@ -225,8 +252,8 @@ def _transfer(model: Perceiver, source: Source, *, dtypes: bool = False) -> None
         else:
             raise ConversionError(f"{source.label} has no tensor for {key}; build the model without it")
     theirs, there = trained(source.model), names(source.config, source.task)
-    learns = {key: theirs[there[repeated.get(key, key)]] for key in chosen} if dtypes else {}
-    copy_into(wanted, chosen, dtypes, learns)
+    learns = {key: theirs[there[repeated.get(key, key)]] for key in chosen} if learn else {}
+    fill(model, source.label, source.state, source.stored, taken, learns, fresh)
     log.info(
         "%s: %d tensors loaded, %d parameters",
         source.label,

@@ -200,6 +200,7 @@ REFORMER = Layout(
     classes={
         "features": "ReformerModel",
         "classification": "ReformerForSequenceClassification",
+        "question_answering": "ReformerForQuestionAnswering",
         "masked_lm": "ReformerForMaskedLM",
         "causal_lm": "ReformerModelWithLMHead",
     },
@@ -207,6 +208,7 @@ REFORMER = Layout(
     heads={
         "features": (),
         "classification": same({"head.dense": "classifier.dense", "head.out": "classifier.out_proj"}),
+        "question_answering": same({"head.out": "qa_outputs"}),
         "masked_lm": LM_HEAD,
         "causal_lm": LM_HEAD,
     },

@@ -17,6 +17,7 @@ HEADS = {
     "features": same({"head.pooler": "{base}pooler.dense"}),
     "classification": same({"head.dense": "classifier.dense", "head.out": "classifier.out_proj"}),
     "token_classification": same({"head.out": "classifier"}),
+    "question_answering": same({"head.out": "qa_outputs"}),
     "masked_lm": same({"head.dense": "lm_head.dense", "head.norm": "lm_head.layer_norm", "head.out": "lm_head"}),
 }
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +17,24 @@ from torch import Tensor
 
 from effzoo.architectures import Config
 from effzoo.convert import texts
-from effzoo.convert.dtypes import from_pretrained
 from effzoo.convert.fields import check_code
-from effzoo.convert.genuine import check_class, check_genuine, check_origin, check_ties, tensors_of
+from effzoo.convert.genuine import check_class, check_genuine, check_origin, check_ties
 from effzoo.convert.keymap import Rule, expand, trained
 from effzoo.convert.layout import Layout
 from effzoo.convert.layouts import LAYOUTS, class_of, classes
-from effzoo.errors import ConversionError, shown
+from effzoo.convert.pretrained import Pretrained, open_pretrained
+from effzoo.errors import ConversionError, FileError, shown
+from effzoo.tensors import StoredTensor, read_index
 
 log = logging.getLogger("effzoo.convert")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model of transformers, its config as ours, and its tensors; `label` names it in messages."""
+    """A model of transformers, its config as ours, and its tensors; `label` names it in messages.
+
+    state: the tensors by their keys; where they are `stored` in files, on the device meta.
+    """
 
     label: str
     model: Any
@@ -39,6 +42,7 @@ class Source:
     task: str
     config: Config
     state: dict[str, Tensor]
+    stored: Mapping[str, StoredTensor]
 
 
 def source_of(config: Config) -> str:
@@ -100,7 +104,8 @@ def open_source(source: Any, task: str | None) -> Source:
             layout, its_task = found
             check_class(source, getattr(importlib.import_module(layout.module), cls.__name__))
             model = source.get_submodule(layout.parts.get(cls.__name__, ""))
-            return _checked(type(source).__name__, model, layout, its_task, (*layout.body, *layout.heads[its_task]))
+            required = (*layout.body, *layout.heads[its_task])
+            return _checked(type(source).__name__, Pretrained(model), layout, its_task, required)
     raise ConversionError(
         f"{type(source).__name__} has no counterpart in effzoo; give a folder, a hub id, or one of {classes()}"
     )
@@ -143,27 +148,18 @@ def _from_pretrained(source: str | Path, task: str | None) -> Source:
         )
     with explained(label, source), quiet():
         cls = getattr(transformers, name) if name in layout.parts else layout.cls(its_task)
-        model, info = from_pretrained(cls, label)
+        opened = open_pretrained(cls, label, config)
     required = (*layout.body, *layout.heads[its_task]) if known else layout.body
-    part = layout.parts.get(name, "")
-    missing = frozenset(key.removeprefix(f"{part}.") for key in info["missing_keys"])
-    return _checked(label, model.get_submodule(part), layout, its_task, required, missing)
+    return _checked(label, opened.part(layout.parts.get(name, "")), layout, its_task, required)
 
 
 def _check_shards(folder: Path) -> None:
     """Refuse an index that names files outside of its folder: transformers would open them."""
     for index in folder.glob("*.index.json"):
         try:
-            files = set(json.loads(index.read_text())["weight_map"].values())
-            wrong = [name for name in files if not isinstance(name, str) or Path(name).name != name or "\\" in name]
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ConversionError(
-                f"{index} is no index of shards ({type(error).__name__}); save the model again"
-            ) from error
-        if wrong:
-            raise ConversionError(
-                f"{index} leads out of its folder, to {shown(wrong[0])}; shards lie beside their index"
-            )
+            read_index(index)
+        except FileError as error:
+            raise ConversionError(str(error)) from error
 
 
 def local_or_hub(source: str | Path) -> str:
@@ -187,16 +183,18 @@ def local_or_hub(source: str | Path) -> str:
     return text
 
 
-def _checked(
-    label: str, model: Any, layout: Layout, task: str, required: tuple[Rule, ...], missing: frozenset[str] = frozenset()
-) -> Source:
-    """A source whose config we can express and whose tensors are complete, tied where we tie, finite, and all known."""
+def _checked(label: str, opened: Pretrained, layout: Layout, task: str, required: tuple[Rule, ...]) -> Source:
+    """A source whose config we can express and whose tensors are complete, tied where we tie, and all known.
+
+    Those of a live model are finite; those in files are looked at when they are read.
+    """
+    model, missing = opened.model, opened.missing
     check_genuine(label, model, type(model), layout.lost)
     config = dataclasses.replace(layout.config(model.config, task), generation=texts.settings_of(model))
     rules = list(layout.known(config.blocks, task))
     ours = {rule.key(parameter): (rule.ours, parameter) for rule in rules for parameter in rule.parameters}
     check_ties(label, model, layout.ties(config, task), ours)
-    tensors = tensors_of(label, model, missing)
+    tensors = opened.tensors(label)
     state = {key: value for key, value in tensors.items() if key not in missing}
     given = {ours[key] for key in state if key in ours}
     for key, like in layout.lost.items():
@@ -243,7 +241,7 @@ def _checked(
                 f"{label} has the tensor {key}, which {layout.classes[task]} does not have; merge "
                 "or remove what was added"
             )
-    return Source(label, model, layout, task, config, state)
+    return Source(label, model, layout, task, config, state, opened.stored)
 
 
 @contextmanager

@@ -11,14 +11,17 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from effzoo.architectures import Config, Transformer
+from effzoo.architectures.function import meant
 from effzoo.convert import texts
-from effzoo.convert.dtypes import copy_into
-from effzoo.convert.keymap import to_ours, trained, trained_in_ours
+from effzoo.convert.filling import Fresh, Taken, fill, own_tensors
+from effzoo.convert.keymap import Rule, to_ours, trained, trained_in_ours
 from effzoo.convert.layouts import family
 from effzoo.convert.source import Source
 from effzoo.errors import ConversionError
@@ -35,50 +38,74 @@ _MAY_DIFFER = {
 }  # fmt: skip
 
 
-def transfer(model: Transformer, source: Source, *, dtypes: bool = False) -> None:
-    """Write the source's weights into the model, all or none.
+def transfer(model: Transformer, source: Source, *, learn: bool = False, fresh: Fresh | None = None) -> None:
+    """Write the source's weights into the model, all or none, tensor by tensor where they are in files.
 
     INFO records of the logger "effzoo.convert" say what was copied, repeated, new and unused.
 
-    dtypes: whether each tensor of the model takes the dtype of its source's and learns where that does, or keeps its
-        own.
+    learn: whether each tensor learns where that of the source does.
+    fresh: of a model that is made for these weights.
 
     Raises ConversionError for the first number in which the two do not fit.
     """
     _check_fit(model, source)
     rules = source.layout.rules(model.config.blocks, source.task, model.task)
     given, learns = to_ours(rules, source.state), trained_in_ours(rules, trained(source.model))
+    places = _places(rules, source)
     if _given_a_head(model, source):
-        given["head.out.weight"], learns["head.out.weight"] = given[TOKENS], learns[TOKENS]
+        head = "head.out.weight"
+        given[head], learns[head], places[head] = given[TOKENS], learns[TOKENS], places[TOKENS]
     if "head.out.weight" in given:
         _check_head(model, source)
-    wanted = {key: value for key, value in model.state_dict(keep_vars=True).items() if ".adapters." not in f".{key}"}
     chosen: dict[str, Tensor] = {}
     repeated: dict[str, str] = {}
     new: list[str] = []
-    for key, value in wanted.items():
+    taken: dict[str, list[Taken]] = {}
+    for key, value in own_tensors(model).items():
         origin = key if key in given else copied_from(model, key)
         if origin in given:
-            tensor = given[origin]
-            if key == POSITIONS:
+            tensor, (their, make) = given[origin], places[origin]
+            if key == POSITIONS and len(value) != len(tensor):
+                make = _extending(make, len(value), model.config.position_offset)
                 tensor = extended(tensor, len(value), model.config.position_offset)
             if tensor.shape != value.shape:
                 raise ConversionError(
                     f"{key} has shape {tuple(value.shape)} in the model and {tuple(tensor.shape)} in {source.label}"
                 )
             chosen[key] = tensor
+            taken.setdefault(their, []).append((key, make))
             if origin != key:
                 repeated[key] = origin
         elif re.match(r"head\.|blocks\.\d+\.(attn|mlp\.router)\.", key):
             new.append(key)
         else:
             raise ConversionError(f"{source.label} has no tensor for {key}; build the model without it")
-    origins = {key: repeated.get(key, key) for key in chosen} if dtypes else {}
+    origins = {key: repeated.get(key, key) for key in chosen} if learn else {}
     learning = {key: learns[origin] for key, origin in origins.items() if origin in learns}
-    copy_into(wanted, chosen, dtypes, learning)
+    fill(model, source.label, source.state, source.stored, taken, learning, fresh)
     if source.layout.finish is not None:
         source.layout.finish(model, source.model.config)
     _report(model, source, chosen, repeated, new)
+
+
+def _places(rules: list[Rule], source: Source) -> dict[str, Taken]:
+    """{our key: (their key, what makes our tensor of theirs, None where it is theirs)}."""
+    places: dict[str, Taken] = {}
+    for rule in rules:
+        for parameter in rule.parameters:
+            if (their := rule.key(parameter)) in source.state:
+                for number, path in enumerate(rule.ours):
+                    make = None if rule.whole(parameter) else partial(_part, rule, parameter, number)
+                    places[f"{path}.{parameter}"] = their, make
+    return places
+
+
+def _part(rule: Rule, parameter: str, number: int, theirs: Tensor) -> Tensor:
+    return rule.split(parameter, theirs)[number]
+
+
+def _extending(make: Callable[[Tensor], Tensor] | None, n: int, offset: int) -> Callable[[Tensor], Tensor]:
+    return lambda theirs: extended(theirs if make is None else make(theirs), n, offset)
 
 
 def extended(table: Tensor, n: int, offset: int) -> Tensor:
@@ -108,7 +135,7 @@ def _check_fit(model: Transformer, source: Source) -> None:
         )
     others = [f.name for f in dataclasses.fields(Config) if f.name not in _MAY_DIFFER and f.name not in _FIRST]
     for name in (*_FIRST, *others, *(("pad_token",) if ours.position_offset else ())):
-        if getattr(ours, name) != getattr(theirs, name) and not (name == "tied" and _given_a_head(model, source)):
+        if meant(ours, name) != meant(theirs, name) and not (name == "tied" and _given_a_head(model, source)):
             raise ConversionError(
                 f"{name} is {getattr(ours, name)!r} in the model and {getattr(theirs, name)!r} in {source.label}; "
                 f"build the model with {name}={getattr(theirs, name)!r}"
@@ -124,7 +151,9 @@ def _check_head(model: Transformer, source: Source) -> None:
     ours, theirs = model.config, source.config
     fields = ("head_dense", "head_bias", "pooling") if model.task == "classification" else ()
     pairs = [(name, getattr(ours, name), getattr(theirs, name)) for name in fields]
-    for name, own, other in [("num_labels", model.own_labels, source.model.config.num_labels), *pairs]:
+    if model.task != "question_answering":  # which has two outputs, whatever their config says
+        pairs.insert(0, ("num_labels", model.own_labels, source.model.config.num_labels))
+    for name, own, other in pairs:
         if own != other:
             raise ConversionError(
                 f"{name} is {own!r} in the model and {other!r} in {source.label}; build the model with "

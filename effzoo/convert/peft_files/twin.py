@@ -20,6 +20,7 @@ TASK_TYPES = {
     "features": "FEATURE_EXTRACTION",
     "classification": "SEQ_CLS",
     "token_classification": "TOKEN_CLS",
+    "question_answering": "QUESTION_ANS",
     "causal_lm": "CAUSAL_LM",
 }
 Modules = Mapping[str, PeftModule]  # what one adapter has hung, by the path of the site
