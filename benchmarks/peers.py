@@ -27,7 +27,7 @@ from effzoo.attention import AttentionCore, Context, Mask
 from effzoo.blocks import Attention
 from effzoo.measure import Ratio, Times, interleaved, ratio
 from effzoo.measure.layer import DTYPES
-from effzoo.plan.shadow import key
+from effzoo.plans.shadow import key
 from effzoo.recompute import Level, save_memory
 from effzoo.spec import parse_one
 

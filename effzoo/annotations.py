@@ -86,6 +86,7 @@ Number = Annotated[float, Range()]
 NonZero = Annotated[float, Range(nonzero=True)]
 Positive = Annotated[float, Range(SMALLEST)]
 NotNegative = Annotated[float, Range(0.0)]
+PerSecond = Annotated[float, Range(SMALLEST, 1e30)]  # bytes and operations
 Share = Annotated[float, Range(0.0, 1.0, above=True)]  # 0 < share <= 1
 ProperShare = Annotated[float, Range(0.0, 1.0, above=True, below=True)]  # 0 < share < 1
 Fraction = Annotated[float, Range(0.0, 1.0)]  # 0 <= fraction <= 1

@@ -11,23 +11,35 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from effzoo.devices import is_portable
 from effzoo.errors import InputError
 
 IGNORED = -100  # the label of positions that do not count, as in torch.nn.functional.cross_entropy
+LABEL_NAMES = ("labels", "label", "label_ids")
+UNUSED = {  # numbers that tokenizers and data sets carry beside what a model reads
+    "id", "idx", "index", "length", "special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping",
+    "num_truncated_tokens",
+}  # fmt: skip
 
 
 def marks(mask: Tensor, name: str) -> Tensor:
     """A mask of 0 and 1, or of booleans, as booleans."""
+    if is_portable():
+        return mask.bool()
     return _marks_compiled(mask, name) if torch.compiler.is_compiling() else _marks(mask, name)
 
 
 def within(ids: Tensor, most: int, name: str, span: str, hint: str = "", ignored: int = 0) -> Tensor:
     """Integers from 0 to `most`, or `ignored`; span: this range in words."""
+    if is_portable():
+        return ids
     return (_within_compiled if torch.compiler.is_compiling() else _within)(ids, most, name, span, hint, ignored)
 
 
 def known(x: Tensor, fine: Tensor, message: str) -> Tensor:
     """x, if `fine` is true; message: of the error otherwise."""
+    if is_portable():
+        return x
     return _known_compiled(x, fine, message) if torch.compiler.is_compiling() else _known(x, fine, message)
 
 
@@ -96,3 +108,10 @@ def _known_compiled(x: Tensor, fine: Tensor, message: str) -> Tensor:
 @_known_compiled.register_fake
 def _(x: Tensor, fine: Tensor, message: str) -> Tensor:
     return torch.empty_like(x)
+
+
+def counted(labels: Tensor, task: str | None, num_labels: int | None) -> Tensor:
+    """How many labels the mean loss of a model is over: those that are not -100, a causal model's after the shift."""
+    if labels.is_floating_point() or (task == "classification" and num_labels == 1):
+        return torch.tensor(labels.numel())
+    return ((labels[:, 1:] if task == "causal_lm" else labels) != IGNORED).sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -13,6 +14,33 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 NEWEST = (9, 0)  # what a card is taken to be able to do where there is none
 _taken: ContextVar[str] = ContextVar("_taken", default="cpu")
+_portable: list[bool] = []  # compiled code reads no ContextVar
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Inside, a graph that torch.export makes of a model holds torch's own operators alone: it can be saved, run where
+    effzoo is not, and become ONNX.
+
+    Attention is its definition, which takes O(n^2) time and memory whatever the kind takes. Inputs are not checked: a
+    token id that the vocabulary does not have is what the embedding makes of it.
+    """
+    _portable.append(True)
+    try:
+        yield
+    finally:
+        _portable.pop()
+
+
+def is_portable() -> bool:
+    """Whether a graph is made of torch's own operators."""
+    return bool(_portable) and torch.compiler.is_compiling()
+
+
+def on_cpu() -> bool:
+    """Whether training runs on the processor: no accelerator here, or `accelerate launch --cpu`."""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return asked or not torch.accelerator.is_available()
 
 
 @contextlib.contextmanager

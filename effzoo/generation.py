@@ -18,9 +18,10 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, Pr
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from effzoo.annotations import Count, Few, Fraction, Number, Positive, Whole, checked, problem
-from effzoo.architectures import Transformer
+from effzoo.architectures import Config, PerceiverConfig, Transformer
 from effzoo.attention.core import Cache
 from effzoo.errors import EffzooError, IncompatibleError, InputError, OptionError, did_you_mean, shown
+from effzoo.lookup import Ahead
 from effzoo.sites import prompt_length, unwrap
 from effzoo.sites.dtypes import decoding
 
@@ -29,10 +30,11 @@ OPTIONS = {  # of GenerationConfig
     "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "do_sample", "early_stopping",
     "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "eos_token_id", "epsilon_cutoff", "eta_cutoff",
     "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length",
-    "max_new_tokens", "max_time", "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size", "num_beams",
-    "num_return_sequences", "output_logits", "output_scores", "pad_token_id", "remove_invalid_values",
-    "renormalize_logits", "repetition_penalty", "return_dict_in_generate", "sequence_bias", "stop_strings",
-    "suppress_tokens", "temperature", "top_h", "top_k", "top_p", "typical_p", "watermarking_config",
+    "max_matching_ngram_size", "max_new_tokens", "max_time", "min_length", "min_new_tokens", "min_p",
+    "no_repeat_ngram_size", "num_beams", "num_return_sequences", "output_logits", "output_scores", "pad_token_id",
+    "prompt_lookup_num_tokens", "remove_invalid_values", "renormalize_logits", "repetition_penalty",
+    "return_dict_in_generate", "sequence_bias", "stop_strings", "suppress_tokens", "temperature", "top_h", "top_k",
+    "top_p", "typical_p", "watermarking_config",
 }  # fmt: skip
 _CALL_OPTIONS = ("logits_processor", "stopping_criteria", "streamer", "prefix_allowed_tokens_fn", "tokenizer")
 _DRAFTS = "it drafts tokens ahead, which changes the speed and not the text; leave it out"
@@ -44,7 +46,7 @@ _INSIDE = (
 )
 _TWICE = "it runs the model on a second prompt at every step; leave it out"
 _REFUSED = {
-    **dict.fromkeys(("assistant_model", "prompt_lookup_num_tokens", "use_mtp", "assistant_early_exit"), _DRAFTS),
+    **dict.fromkeys(("assistant_model", "use_mtp", "assistant_early_exit"), _DRAFTS),
     **dict.fromkeys(
         ("cache_implementation", "cache_config", "prefill_chunk_size", "past_key_values", "cache", "max_cache_len"),
         _CACHES,
@@ -64,7 +66,7 @@ _REFUSED = {
 }
 _NUMBERS: dict[str, Any] = {  # which transformers takes unseen, or fails on in the middle
     "max_new_tokens": Count, "max_length": Count, "min_new_tokens": Whole, "min_length": Whole, "num_beams": Few,
-    "num_return_sequences": Few,
+    "num_return_sequences": Few, "prompt_lookup_num_tokens": Count, "max_matching_ngram_size": Count,
     "no_repeat_ngram_size": Whole, "top_k": Whole, "top_p": Fraction, "min_p": Fraction, "typical_p": Fraction,
     "epsilon_cutoff": Fraction,
     "eta_cutoff": Fraction, "repetition_penalty": Positive, "length_penalty": Number,
@@ -94,6 +96,9 @@ def generate(
         `tokenizer` (for `stop_strings`). One that is not given is what the model's config says (`eos_token`,
         `bos_token`, `pad_token`, `generation`), which an INFO record names; None takes it away.
 
+    `prompt_lookup_num_tokens=4` computes the logits of so many tokens ahead where the text repeats itself
+    (`effzoo.lookup`), of one prompt; the text is the same.
+
     Active adapters act. Attention that counts places from the front (`local`, `blockwise`, a circular `lsh`) computes
     rows of one length at a time.
 
@@ -112,17 +117,84 @@ def generate(
     _check_prompt(model, input_ids, attention_mask)
     called = {name: options.pop(name) for name in _CALL_OPTIONS if options.get(name) is not None}
     config = _settings(model, input_ids, options)
-    rows = Rows(model, input_ids, attention_mask, global_attention_mask, use_cache)
+    rows = _rows(model, input_ids, attention_mask, global_attention_mask, use_cache, config)
+    try:
+        return _decoded(model, rows, input_ids, config, called)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, EffzooError) or called:
+            raise
+        raise OptionError(f"generate cannot decode with {_listed(options)}: {error}") from error
+
+
+def config_of(config: Config | PerceiverConfig) -> GenerationConfig:
+    """What a model's config says of generation, as transformers has it."""
+    said = {name: value for name, value in _said(config).items() if name in OPTIONS and value is not None}
+    return GenerationConfig(**said)  # type: ignore[no-untyped-call]
+
+
+def continued(
+    outer: Any, model: Any, input_ids: Tensor, generation_config: GenerationConfig | None, given: dict[str, Any]
+) -> Any:
+    """`generate` as a model of transformers has it: settings are those of a GenerationConfig.
+
+    outer: the model of transformers around `model`, whose own generation_config says what is not given.
+    given: the other arguments of transformers' `generate`; one that has no meaning here is an OptionError.
+    """
+    mask, is_global = given.pop("attention_mask", None), given.pop("global_attention_mask", None)
+    called = {name: given.pop(name) for name in [*given] if name in _CALL_OPTIONS}
+    called = {name: value for name, value in called.items() if value is not None}
+    types = given.pop("token_type_ids", None)
+    if types is not None and bool(types.any()):
+        raise OptionError("generate takes no token_type_ids: a text that is continued is one text; leave them out")
+    if not isinstance(model, Transformer):
+        raise IncompatibleError(f"a {type(model).__name__} does not generate; build a decoder with task='causal_lm'")
+    sources = (generation_config, outer.generation_config)
+    free = given.get("max_length") is None and all(c is None or c.max_length is None for c in sources)
+    asked = given.get("use_cache")
+    config, rest = outer._prepare_generation_config(generation_config, **given)
+    for name, value in rest.items():
+        if value is not None and value is not False:
+            raise OptionError(f"generate takes no {name}={shown(value)}: {_reason(name)}")
+    for name in _REFUSED.keys() - {"generation_config"}:
+        value = getattr(config, name, None)
+        if value is not None and value is not False and value != getattr(_filled, name, None):
+            raise OptionError(f"generate takes no {name}={shown(value)}: {_reason(name)}")
+    _check_prompt(model, input_ids, mask)
+    if config.max_new_tokens is not None or free:
+        config.max_new_tokens, config.max_length = config.max_new_tokens or 20, None
+    wanted = config.max_new_tokens or config.max_length - input_ids.shape[1]
+    _check_room(model, input_ids, wanted)
+    if config.pad_token_id is None:
+        eos = config.eos_token_id
+        config.pad_token_id = (eos[0] if isinstance(eos, (list, tuple)) else eos) or 0
+    without = next((core.name for core in model.cores() if not core.decodes()), None)
+    if asked and without:
+        raise IncompatibleError(f"attention {without!r} keeps no cache for decoding; generate with use_cache=False")
+    rows = _rows(model, input_ids, mask, is_global, config.use_cache is not False and not without, config)
+    config.use_cache = False
+    return _decoded(model, rows, input_ids, config, called)
+
+
+def _rows(
+    model: Transformer, ids: Tensor, mask: Tensor | None, is_global: Tensor | None, use_cache: bool, config: Any
+) -> Rows | Ahead:
+    """What computes logits; the drafts of prompt lookup are its own matter, and not seen by transformers."""
+    most = config.prompt_lookup_num_tokens
+    if not most:
+        return Rows(model, ids, mask, is_global, use_cache)
+    config.prompt_lookup_num_tokens = None
+    return Ahead(model, ids, mask, is_global, use_cache, most, config.max_matching_ngram_size or 2)
+
+
+def _decoded(
+    model: Transformer, rows: Rows | Ahead, input_ids: Tensor, config: GenerationConfig, called: dict[str, Any]
+) -> Any:
     was_training = model.training
     try:
         model.eval()
         return cast(Any, _Face(model, rows)).generate(
             input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config, **called
         )
-    except (ValueError, TypeError) as error:
-        if isinstance(error, EffzooError) or called:
-            raise
-        raise OptionError(f"generate cannot decode with {_listed(options)}: {error}") from error
     finally:
         model.train(was_training)
 
@@ -167,6 +239,16 @@ def _settings(model: Transformer, input_ids: Tensor, options: dict[str, Any]) ->
     if "max_length" not in options:
         options.setdefault("max_new_tokens", 20)
     wanted = options.get("max_new_tokens", options.get("max_length", 0) - input_ids.shape[1])
+    _check_room(model, input_ids, wanted)
+    try:
+        return GenerationConfig(use_cache=False, **{name: value for name, value in options.items() if name in OPTIONS})  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError) as error:
+        raise OptionError(f"generate cannot decode with {_listed(options)}: {error}") from error
+
+
+def _check_room(model: Transformer, input_ids: Tensor, wanted: int) -> None:
+    """Raise where so many new tokens do not fit behind the prompt."""
+    room = model.config.max_length - input_ids.shape[1] - prompt_length(model)
     if wanted > room:
         advice = (
             f"set max_new_tokens={room}"
@@ -177,23 +259,24 @@ def _settings(model: Transformer, input_ids: Tensor, options: dict[str, Any]) ->
             f"{wanted} new tokens do not fit: {max(room, 0)} positions are left of max_length "
             f"{model.config.max_length}; {advice}"
         )
-    try:
-        return GenerationConfig(use_cache=False, **{name: value for name, value in options.items() if name in OPTIONS})  # type: ignore[no-untyped-call]
-    except (ValueError, TypeError) as error:
-        raise OptionError(f"generate cannot decode with {_listed(options)}: {error}") from error
 
 
-def _own(model: Transformer, longest: int, given: dict[str, Any]) -> dict[str, Any]:
-    """What the model's config says of texts and of generation, without what was given; an INFO record names it."""
-    config = model.config
+def _said(config: Any) -> dict[str, Any]:
+    """What a config says of texts and of generation; tokens that cannot come are None."""
     ended = (config.eos_token,) if isinstance(config.eos_token, int) else config.eos_token or ()
     tokens = {"pad_token_id": config.pad_token, "bos_token_id": config.bos_token, "eos_token_id": list(ended)} | dict(
         config.generation or {}
     )
     ends = tokens["eos_token_id"] if isinstance(tokens["eos_token_id"], (list, tuple)) else [tokens["eos_token_id"]]
-    # others cannot come
     tokens["eos_token_id"] = [token for token in ends if token is not None and token < config.vocab] or None
     tokens["bos_token_id"] = tokens["bos_token_id"] if tokens["bos_token_id"] in range(config.vocab) else None
+    return tokens
+
+
+def _own(model: Transformer, longest: int, given: dict[str, Any]) -> dict[str, Any]:
+    """What the model's config says of texts and of generation, without what was given; an INFO record names it."""
+    config = model.config
+    tokens = _said(config)
     if given.get("max_new_tokens") is not None or given.get("max_length") is not None:
         tokens |= {"max_length": None, "max_new_tokens": None}
     elif tokens.get("max_length") is not None:
@@ -228,6 +311,7 @@ def _and(names: tuple[str, ...]) -> str:
 
 
 _known = GenerationConfig()  # type: ignore[no-untyped-call]
+_filled = GenerationConfig(**_known._get_default_generation_params())  # type: ignore[no-untyped-call]
 
 
 class _Group:
@@ -325,7 +409,7 @@ class _Face(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     config_class = PreTrainedConfig
     main_input_name = "input_ids"
 
-    def __init__(self, model: Transformer, rows: Rows):
+    def __init__(self, model: Transformer, rows: Rows | Ahead):
         parameter = next(model.parameters())
         super().__init__(PreTrainedConfig.from_dict({"vocab_size": model.config.vocab, "is_encoder_decoder": False}))
         self.rows = rows

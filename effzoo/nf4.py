@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from effzoo.devices import table
 
 BLOCK = 64  # entries that share one scale
+_AT_ONCE = 2**12  # blocks that are encoded together: what that takes beside them, 13 bytes an entry, stays small
 
 
 @cache
@@ -33,10 +34,16 @@ _PAIRS = [(_VALUES[byte % 16], _VALUES[byte // 16]) for byte in range(256)]  # t
 def encode(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes uint8[ceil(entries / 2)], two to a byte, and the scale of each block: its largest absolute entry."""
     flat = nn.functional.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
-    scales = flat.abs().amax(dim=1)
+    parts = [_encoded(blocks) for blocks in torch.split(flat, _AT_ONCE)]
+    return torch.cat([codes for codes, _ in parts]), torch.cat([scales for _, scales in parts])
+
+
+def _encoded(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes and scales of blocks [b, 64]."""
+    scales = blocks.abs().amax(dim=1)
     middle = (levels()[1:] + levels()[:-1]) / 2
-    units = flat / scales.clamp(min=torch.finfo(flat.dtype).tiny)[:, None]
-    codes = torch.bucketize(units, middle.to(flat)).to(torch.uint8).flatten()
+    units = blocks / scales.clamp(min=torch.finfo(blocks.dtype).tiny)[:, None]
+    codes = torch.bucketize(units, middle.to(blocks)).to(torch.uint8).flatten()
     return codes[0::2] + 16 * codes[1::2], scales
 
 

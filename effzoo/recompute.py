@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from effzoo.errors import OptionError, UnknownNameError
+from effzoo.errors import OptionError, UnknownNameError, listing
 
 Function = Callable[..., Tensor]
 Level = Literal["nothing", "hidden", "blocks"]
@@ -54,9 +54,7 @@ class Note:
     def save(self, pack: Callable[[Tensor], Any]) -> None:
         """Called for each place in the graph that needs the tensor."""
         if self.saved is None:
-            self.saved = [
-                x if x is None else (x, x._version) if isinstance(x, nn.Parameter) else pack(x) for x in self.sources
-            ]
+            self.saved = [None if x is None else pack(x) for x in self.sources]
             self.sources = ()
         self.uses += 1
 
@@ -65,13 +63,20 @@ class Note:
         value = self.value
         if value is None:
             assert self.saved is not None
-            sources = [x if x is None else _unchanged(*x) if isinstance(x, tuple) else unpack(x) for x in self.saved]
+            sources = [None if x is None else unpack(x) for x in self.saved]
             kind, dtype, enabled = self.autocast
             with torch.no_grad(), torch.autocast(kind, dtype, enabled):
                 value = self.function(*sources).contiguous()
         self.uses -= 1
         self.value = value if self.uses > 0 else None
         return value
+
+
+class SavedParameter(NamedTuple):
+    """A parameter by reference, with the version that it had."""
+
+    parameter: Tensor
+    version: int
 
 
 class SavedView:
@@ -86,8 +91,9 @@ class SavedView:
 class Recompute(TorchFunctionMode):
     """Takes notes of functions inside `made_again()`, so that autograd does not store their results."""
 
-    def __init__(self) -> None:
+    def __init__(self, copied: bool = False) -> None:
         super().__init__()
+        self.copied = copied
         self.notes: dict[int, Note] = {}
         self.watching, self.products = False, False
         # torch calls the innermost hooks alone, so these call the outer ones
@@ -151,6 +157,8 @@ class Recompute(TorchFunctionMode):
         for name in [name for name, note in self.notes.items() if note.storage.expired()]:
             del self.notes[name]
         whole = out.untyped_storage().nbytes() == out.numel() * out.itemsize and out.is_contiguous()
+        if self.copied:
+            sources = tuple(x.detach().clone() if isinstance(x, nn.Parameter) and x.ndim == 1 else x for x in sources)
         if whole and not torch._C._functorch.is_functorch_wrapped_tensor(out):
             self.notes[out.untyped_storage()._cdata] = Note(out, function, sources)
 
@@ -164,11 +172,17 @@ class Recompute(TorchFunctionMode):
     def pack(self, tensor: Tensor) -> Any:
         note = self.note(tensor)
         if note is not None:
-            note.save(self.pack)
+            note.save(self.pack_source)
             return SavedView(note, tensor)
         return tensor if self.outer_pack is None else self.outer_pack(tensor)
 
+    def pack_source(self, tensor: Tensor) -> Any:
+        """A parameter by reference with its version, everything else by `pack`."""
+        return SavedParameter(tensor, tensor._version) if isinstance(tensor, nn.Parameter) else self.pack(tensor)
+
     def unpack(self, saved: Any) -> Tensor:
+        if isinstance(saved, SavedParameter):
+            return _unchanged(*saved)
         if isinstance(saved, SavedView):
             return saved.note.make(self.unpack).as_strided(saved.size, saved.stride, saved.offset)
         tensor: Tensor = saved if self.outer_unpack is None else self.outer_unpack(saved)
@@ -203,14 +217,49 @@ class Recomputing:
 
     recompute: Level = "nothing"
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """recompute = "blocks": gradient checkpointing (Chen et al. 2016, arXiv:1604.06174)."""
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """recompute = "blocks": gradient checkpointing (Chen et al. 2016, arXiv:1604.06174).
+
+        The arguments are those of transformers. Blocks are recomputed without reentrant autograd, all of them, from
+        inputs that stay on the device; OptionError for what asks for anything else.
+        """
+        asked = {"every_n_layers": every_n_layers, "offload": offload} | dict(activation_checkpointing_kwargs or {})
+        neutral = {"every_n_layers": 1, "offload": False, "use_reentrant": False, "preserve_rng_state": True}
+        for name, value in asked.items():
+            if name not in neutral or value != neutral[name]:
+                takes = f"{name}={neutral[name]}" if name in neutral else listing(neutral)
+                raise OptionError(f"gradient checkpointing takes {takes} here, got {name}={value!r}; leave it out")
         self.recompute = "blocks"
 
-    def gradient_checkpointing_disable(self) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **more: Any
+    ) -> None:
+        """`activation_checkpointing_enable` under its older name."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **more)
+
+    def activation_checkpointing_disable(self) -> None:
         """recompute = "nothing", where it was "blocks"."""
         if self.recompute == "blocks":
             self.recompute = "nothing"
+
+    def gradient_checkpointing_disable(self) -> None:
+        """`activation_checkpointing_disable` under its older name."""
+        self.activation_checkpointing_disable()
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether only the inputs of blocks are stored."""
+        return self.recompute == "blocks"
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether only the inputs of blocks are stored."""
+        return self.recompute == "blocks"
 
     @property
     def checkpointing(self) -> bool:
@@ -225,13 +274,17 @@ class Recomputing:
 
 
 @contextmanager
-def recompute(level: Level = "hidden") -> Iterator[None]:
-    """Inside, what `made_again()` marks is recomputed, if the level is "hidden" and gradients are recorded."""
+def recompute(level: Level = "hidden", *, copied: bool = False) -> Iterator[None]:
+    """Inside, what `made_again()` marks is recomputed, if the level is "hidden" and gradients are recorded.
+
+    copied: keep copies of weights of norms, as those of another block are gone in the backward pass when a model is
+        split over processes.
+    """
     check_level(level)
     if level != "hidden" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         yield
         return
-    running = Recompute()
+    running = Recompute(copied)
     token = _in_force.set(running)
     try:
         with torch.autograd.graph.saved_tensors_hooks(running.pack, running.unpack):

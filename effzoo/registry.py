@@ -6,6 +6,7 @@ The options of an entry are the keyword-only parameters of its constructor: noth
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -29,6 +30,7 @@ from effzoo.spec import Spec, parse_one
 T = TypeVar("T")
 _table: dict[tuple[str, str], Any] = {}
 _declared: weakref.WeakKeyDictionary[type, list[Option]] = weakref.WeakKeyDictionary()  # reading annotations takes long
+_OWN = {"attention": "effzoo.attention", "peft": "effzoo.peft", "router": "effzoo.routing"}  # imported on first use
 _entry_points_loaded = False
 ENTRY_POINT_GROUP = "effzoo.plugins"
 
@@ -53,17 +55,22 @@ class View(Generic[T]):
         self.kind = kind
 
     def register(self, *names: str) -> Callable[[type[T]], type[T]]:
-        """Class decorator: enter the class under its name, and any aliases after it."""
+        """Class decorator: enter the class under its name, and any aliases after it.
+
+        A class of the same module and name takes the place of the entry, as when a cell of a notebook or a file runs
+        again. Raises OptionError for a name that a class of another origin has.
+        """
         for name in names:
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise OptionError(f"a registry name holds letters, digits, '_' and '-', got {name!r}")
-            if (self.kind, name) in _table:
-                raise OptionError(
-                    f"{self.kind} {name!r} is already registered by "
-                    f"{_table[self.kind, name].__qualname__}; choose another name"
-                )
 
         def enter(cls: type[T]) -> type[T]:
+            for name in names:
+                entered = _table.get((self.kind, name))
+                if entered is not None and _origin(entered) != _origin(cls):
+                    raise OptionError(
+                        f"{self.kind} {name!r} is already registered by {entered.__qualname__}; choose another name"
+                    )
             _require_keyword_only(self.kind, names[0], cls)
             if not cls.__module__.startswith("effzoo."):  # those are read in a test: reading annotations takes long
                 # of a name that the module may have later; said when the options are asked for
@@ -79,7 +86,7 @@ class View(Generic[T]):
 
     def names(self) -> list[str]:
         """Every entry once, by its first name."""
-        _load_entry_points()
+        _load_entries(self.kind)
         return sorted({cls.name for (kind, _), cls in _table.items() if kind == self.kind})
 
     def aliases(self, name: str) -> list[str]:
@@ -92,7 +99,7 @@ class View(Generic[T]):
     def get(self, name: str) -> type[T]:
         """The class of an entry; UnknownNameError lists the known names and the closest."""
         if (self.kind, name) not in _table:
-            _load_entry_points()
+            _load_entries(self.kind)
         try:
             return _table[self.kind, name]
         except KeyError:
@@ -126,11 +133,15 @@ router: View[Any] = View("router")
 
 
 def load_file(path: str | Path) -> list[tuple[str, str]]:
-    """Run a Python file and return the (kind, name) pairs that it registered."""
+    """Run a Python file and return the (kind, name) pairs that it registered.
+
+    Run again, it takes the place of what it registered before. Raises OptionError for a file that is not there or
+    fails; the registry is then as it was.
+    """
     path = Path(path)
     if not os.path.isfile(path):
         raise OptionError(f"no such file: {shown(str(path))}; give a Python file that registers kinds or methods")
-    before = set(_table)
+    before = dict(_table)
     name = f"effzoo_file_{path.stem}_{zlib.crc32(str(path.absolute()).encode()):08x}"  # two files may have one name
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -138,12 +149,13 @@ def load_file(path: str | Path) -> list[tuple[str, str]]:
     # where dataclasses and torch.compile look for it
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        # not by the loader, whose compiled copy is older than a file that was written twice within a second
+        exec(compile(path.read_bytes(), str(path.absolute()), "exec"), module.__dict__)
     except EffzooError:
-        del sys.modules[name]
+        _forget(name, before)
         raise
     except (Exception, SystemExit) as error:
-        del sys.modules[name]
+        _forget(name, before)
         lines = [
             frame.lineno
             for frame in traceback.extract_tb(error.__traceback__)
@@ -151,7 +163,20 @@ def load_file(path: str | Path) -> list[tuple[str, str]]:
         ]
         where = f" at line {lines[-1]}" if lines else ""
         raise OptionError(f"{path} failed{where} while it was imported: {type(error).__name__}: {error}") from error
-    return sorted(set(_table) - before)
+    changed = [entry for entry, cls in _table.items() if before.get(entry) is not cls]
+    return sorted(entry for entry in changed if not _table[entry].__module__.startswith("effzoo."))
+
+
+def _origin(cls: type) -> tuple[str, str]:
+    """Where a class is written: its module, and its name there."""
+    return cls.__module__, cls.__qualname__
+
+
+def _forget(module: str, table: Mapping[tuple[str, str], Any]) -> None:
+    """Undo what a file has done that failed."""
+    del sys.modules[module]
+    _table.clear()
+    _table.update(table)
 
 
 @contextmanager
@@ -165,8 +190,10 @@ def scope() -> Iterator[None]:
         _table.update(before)
 
 
-def _load_entry_points() -> None:
+def _load_entries(kind: str) -> None:
+    """Import the entries of this kind, and those of plug-ins."""
     global _entry_points_loaded
+    importlib.import_module(_OWN[kind])
     if _entry_points_loaded:
         return
     _entry_points_loaded = True

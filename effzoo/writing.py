@@ -13,7 +13,9 @@ import fcntl
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from effzoo.errors import FileError
 
 Content = bytes | Callable[[Path], None]
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
+_STAGED = ".staged-"
 
 
 def replace_file(path: str | Path, content: Content) -> None:
@@ -36,12 +39,17 @@ def replace_file(path: str | Path, content: Content) -> None:
 
 
 def replace_files(
-    folder: Path, contents: Mapping[str, Content], *, afterwards: Callable[[], None] | None = None
+    folder: Path,
+    contents: Mapping[str, Content],
+    *,
+    absent: Iterable[str] = (),
+    afterwards: Callable[[], None] | None = None,
 ) -> None:
     """Write several files of one folder in the given order, each whole or not at all; make the folder if there is none.
 
     contents: name -> content, as in `replace_file`. All are on disk under temporary names before the first gets its
         own, so what does not fit changes nothing.
+    absent: files that are removed before the first new one is there, where a mixture of old and new would be read.
     afterwards: called last, while no other writer is in the folder. Where the file system has no locks it is not
         called, and nothing that others left is removed.
 
@@ -59,6 +67,8 @@ def replace_files(
                             "choose another folder"
                         )
                     _write_new(temporary[name], content)
+                for name in absent:
+                    (folder / name).unlink(missing_ok=True)
                 for name, written in temporary.items():
                     os.replace(written, folder / name)
                 force_to_disk(folder)
@@ -73,6 +83,48 @@ def replace_files(
                         left.unlink(missing_ok=True)
                 if afterwards is not None:
                     afterwards()
+
+
+@contextmanager
+def replace_folder(folder: Path, last: str, older: Callable[[], Iterable[Path]]) -> Iterator[Path]:
+    """A new folder to write in, whose files and folders come into `folder` when the block ends without an error.
+
+    last: the file that says that the rest is whole: the old one is removed first, and the new one comes last.
+    older: what the files before were, all of which go when the old `last` has gone.
+
+    Folders inside are joined: what is in them replaces what has its name. Other writers wait. Raises FileError.
+    """
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone_in(folder) as locked:
+            for left in folder.glob(f"{_STAGED}*") if locked else ():
+                shutil.rmtree(left, ignore_errors=True)
+            staged = Path(tempfile.mkdtemp(prefix=_STAGED, dir=folder))
+            try:
+                yield staged
+                written = [path.relative_to(staged) for path in sorted(staged.rglob("*"))]
+                for path in (*written, Path()):
+                    force_to_disk(staged / path)
+                gone = list(older())
+                (folder / last).unlink(missing_ok=True)
+                for path in gone:
+                    _remove(path)
+                for path in sorted(
+                    (path for path in written if (staged / path).is_file()), key=lambda path: path == Path(last)
+                ):
+                    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(staged / path, folder / path)
+                for path in {(folder / path).parent for path in written}:
+                    force_to_disk(path)
+            finally:
+                shutil.rmtree(staged, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

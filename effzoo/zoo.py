@@ -110,7 +110,11 @@ def _check(path: Path, entry: dict[str, Any]) -> None:
 
 def create(name: str | Path, *, task: str = "features", num_labels: int = 2, **sizes: Any) -> Any:
     """A freshly initialised model of the zoo: a Transformer, or a Perceiver."""
-    sized = config(name, **sizes)
+    return made(config(name, **sizes), task, num_labels)
+
+
+def made(sized: Config | PerceiverConfig, task: str, num_labels: int) -> Any:
+    """A freshly initialised model of a config. Raises TooLargeError for one that memory has no room for."""
     weights = (sized.vocab + max(sized.max_length, num_labels) + sized.layers * (sized.dim + sized.mlp)) * sized.dim
     with room(weights // 2**10, num_labels, dataclasses.asdict(sized), large=_LARGE):
         return (

@@ -135,8 +135,14 @@ def pytest_configure(config) -> None:  # type: ignore[no-untyped-def]
         config.pluginmanager.register(Recorder(Path(os.environ["MUTANTS_CALLS"])))
 
 
+def processor_seconds() -> float:
+    """Those of this process and of its children that have ended."""
+    return time.process_time() + sum(os.times()[2:4])
+
+
 class Recorder:
-    """Writes for each test its seconds and the functions of effzoo that it calls, as "path:first line"."""
+    """Writes for each test the functions of effzoo that it calls, as "path:first line", and its seconds: those of the
+    processor, its children's too, since what else a machine does would put slow tests first."""
 
     def __init__(self, file: Path):
         self.file = file.with_suffix(f".{os.environ.get('PYTEST_XDIST_WORKER', 'main')}")
@@ -147,7 +153,7 @@ class Recorder:
         self.calls.add(frame.f_code)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.calls, self.started = set(), time.perf_counter()
+        self.calls, self.started = set(), processor_seconds()
         threading.settrace(self.trace)
         sys.settrace(self.trace)
 
@@ -155,7 +161,7 @@ class Recorder:
         sys.settrace(None)
         called = {(c.co_filename, c.co_firstlineno) for c in self.calls if c.co_filename.startswith(self.effzoo)}
         names = [f"{os.path.relpath(path)}:{line}" for path, line in sorted(called)]
-        self.tests[nodeid] = {"seconds": time.perf_counter() - self.started, "calls": names}
+        self.tests[nodeid] = {"seconds": processor_seconds() - self.started, "calls": names}
 
     def pytest_sessionfinish(self) -> None:
         self.file.write_text(json.dumps(self.tests))
@@ -216,7 +222,11 @@ def main() -> None:
         calls = (asked.calls or tree / "calls.json").absolute()
         if not calls.exists():
             print("recording what the fast tests call", flush=True)
-            pytest(tree, ["-n", "2", "--dist", "loadfile", "-m", "not slow", "-p", "mutants"], MUTANTS_CALLS=str(calls))
+            pytest(
+                tree,
+                ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "-m", "not slow", "-p", "mutants"],
+                MUTANTS_CALLS=str(calls),
+            )
             parts = [json.loads(part.read_text()) for part in calls.parent.glob(f"{calls.stem}.gw*")]
             calls.write_text(json.dumps({test: found for part in parts for test, found in part.items()}))
         killed = Counter(meet(tree, mutant, json.loads(calls.read_text()), asked.limit) for mutant in drawn)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -13,8 +14,9 @@ from types import ModuleType
 from effzoo import attention, peft, zoo
 from effzoo.attention.predicate import FACTS
 from effzoo.cli import describe
+from effzoo.course import assignments
 from effzoo.lab import DECKS, Claim, catalogue
-from effzoo.measure import rows
+from effzoo.measure import crossovers, rows
 from effzoo.measure.figures import against_length
 from effzoo.measure.page import crossover_table, finetune_table, markdown, scaling_table
 from effzoo.plots import png_bytes
@@ -40,29 +42,33 @@ GALLERY = [
 
 
 def demo_table(results: dict) -> str:
-    """The demo's comparison as Markdown."""
-    lines = ["| | tokens read | test accuracy | correct | trainable | seconds |", "|---|---|---|---|---|---|"]
-    for row in results["rows"]:
-        share = row["correct"] / row["test"]
-        interval = 1.96 * (share * (1 - share) / row["test"]) ** 0.5
-        lines.append(
-            f"| {row['name']} | {row['tokens']:,} | {100 * share:.2f} ± {100 * interval:.2f} % | {row['correct']} / "
-            f"{row['test']} | {row['trainable']:,} | {row['seconds']:.0f} |"
-        )
-    account, settings = results["account"], results["settings"]
-    documents = ", ".join(f"{count:,} {name}" for name, count in settings["split"].items())
+    """The demo's comparison as Markdown: methods x lengths, and the differences with their verdicts."""
+    demo, settings = load("demo", "scripts"), results["settings"]
+    rows, lengths = demo.rows_of(results), sorted({row["tokens"] for row in results["rows"]})
+    lines = ["| | " + " | ".join(f"{n:,} tokens" for n in lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
+    for name in (demo.TUNED, demo.FROZEN, demo.TFIDF):
+        lines.append(f"| {name} | " + " | ".join(demo.spread(row) for row in rows if row.method == name) + " |")
+    longer = ", ".join(f"{100 * share:.1f} % have more than {int(n):,}" for n, share in results["longer"].items())
+    draws = " and ".join(f"{count:,} to {name}" for name, count in settings["split"].items())
+    whole = f"{results['seconds']:,.0f} s ({results['cpu_seconds']:,.0f} CPU seconds)"
     return "\n".join(
         [
-            "MiniLM (6 layers, 384 wide) on BBC News in five classes, one run of `./scripts/demo` on CPU; "
-            "± is a 95 % binomial interval, and the rows differ by less:",
+            f"Does the writer like the film? The first {settings['layers']} layers of MiniLM; LoRA trains the last of "
+            "them, on the same documents and for as many steps at each length. Attention is full, at "
+            f"{lengths[-1]:,} tokens Longformer's (window {demo.WINDOW}). Test accuracy, the mean of "
+            f"{settings['splits']} splits (lowest to highest), %:",
             "",
             *lines,
             "",
-            f"{documents} documents, each text once; {100 * results['longer_than_512']:.0f} % of the test documents "
-            f"are longer than 512 tokens. LoRA and head: {account['trainable']:,} of {account['total']:,} parameters "
-            f"({account['percent']:.3f} %), {account['bytes_on_disk']:,} bytes on disk. The whole job took "
-            f"{results['seconds']:.0f} s and at most {results['peak_memory_bytes'] / 2**30:.2f} GiB, with forward "
-            f"passes in {results['precision']} ({results['machine']}).",
+            "Differences in percentage points, with the 95 % interval (corrected resampled t test: Nadeau and Bengio "
+            "2003):",
+            "",
+            *(f"- {demo.verdict(difference)}" for difference in results["differences"]),
+            "",
+            f"{results['documents']:,} documents ([movie_reviews]({{data}}), CC BY 4.0), of which {longer} tokens; "
+            f"each split draws {draws}. The whole job took {whole} and at most "
+            f"{results['peak_memory_bytes'] / 2**30:.2f} GiB, with forward passes in {results['precision']} "
+            f"({results['machine']}).",
         ]
     )
 
@@ -191,18 +197,20 @@ def figures(device: str) -> None:
         )
 
 
-def load(name: str) -> ModuleType:
-    """A script of the benchmarks."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
+def load(name: str, folder: str = "benchmarks") -> ModuleType:
+    """A script."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
+    sys.modules[name] = script  # where dataclasses look for their module
     spec.loader.exec_module(script)
     return script
 
 
-def rendered(readme: str) -> str:
-    """The README with its figures written anew."""
-    return _between(readme, "demo", demo_table(json.loads((ROOT / "benchmarks/results/demo.json").read_text())))
+def rendered(readme: str, up: str = "") -> str:
+    """A page with the demo's figures written anew; up: from its folder to the root."""
+    table = demo_table(json.loads((ROOT / "benchmarks/results/demo.json").read_text()))
+    return _between(readme, "demo", table.format(data=f"{up}data/README.md"))
 
 
 def kinds_page(page: str) -> str:
@@ -218,6 +226,7 @@ def kind_section(name: str) -> str:
     causal = f"no: {cls.not_causal}" if cls.not_causal else "yes"
     facts = {
         "cost": cls.cost.replace("*", "·").replace("^2", "²"),
+        "attention matrix": f"{describe.dimensions(cls)} (of a head)",
         "causal": causal,
         "cache for decoding": "yes" if cls.decodes() else "no",
         "global tokens": "yes" if cls.knows_globals() else "no",
@@ -275,7 +284,7 @@ def models_page(page: str) -> str:
 
 def speed_page(page: str) -> str:
     """The tables of speed, and the demo."""
-    return _between(rendered(page), "speed", speed_tables("cpu"))
+    return _between(rendered(page, "../../"), "speed", speed_tables("cpu"))
 
 
 def lab_page(page: str) -> str:
@@ -317,25 +326,33 @@ def lab_table(results: dict[str, dict]) -> str:
     """Every quick run in one table, with what was seen of what papers say."""
     lines = ["| experiment | deck | question | CPU seconds | claims seen, of seeds |", "|---|---|---|---|---|"]
     for name, result in results.items():
-        claims = "<br>".join(f"{sum(claim['held'])}/{len(claim['held'])} {claim['text']}" for claim in result["claims"])
+        claims = "<br>".join(
+            f"{Claim.read(claim).verdict if 'interval' in claim else _of_seeds(claim)} {claim['text']}"
+            for claim in result["claims"]
+        )
         decks = ", ".join(map(str, result["decks"]))
         lines.append(
             f"| [`{name}`](results/lab/{name}/table.md) | {decks} | {result['about']} | "
             f"{result['cpu_seconds']:.0f} | {claims} |"
         )
-    held = [all(claim["held"]) for result in results.values() for claim in result["claims"]]
-    never = [not any(claim["held"]) for result in results.values() for claim in result["claims"]]
+    verdicts = [Claim.read(claim).verdict for result in results.values() for claim in result["claims"]]
+    seen, never, untold = (verdicts.count(verdict) for verdict in ("seen", "NOT seen", "cannot be told"))
     first = next(iter(results.values()))
     commits = ", ".join(sorted({result["commit"] for result in results.values()}))
     return "\n".join(
         [
             *lines,
             "",
-            f"Of {len(held)} claims {sum(held)} were seen with every seed, {sum(never)} with none, "
-            f"{len(held) - sum(held) - sum(never)} with some. "
+            f"Of {len(verdicts)} claims {seen} were seen with every seed, or the interval of their difference is above "
+            f"0; {never} with none, or it is below; {verdicts.count('seen in part')} with some; {untold} cannot be "
+            "told, as the interval holds 0. "
             f"Quick sizes; {first['machine']}, torch {first['versions']['torch']}, commits {commits}.",
         ]
     )
+
+
+def _of_seeds(claim: dict) -> str:
+    return f"{sum(claim['held'])}/{len(claim['held'])}"
 
 
 def gallery() -> str:
@@ -350,14 +367,21 @@ def gallery() -> str:
 def lecture_page(deck: dict, results: dict[str, dict]) -> str:
     """What the slides of a deck show and where it is, then the deck's experiments with what was seen."""
     number = deck["number"]
-    lines = [f"# Deck {number}: {DECKS[number]}", "", "| on the slides | run | read |", "|---|---|---|"]
+    lines = [f"# Deck {number}: {DECKS[number]}", "", "In the order of the slides.", ""]
+    lines += ["| on the slide | found here | run | read |", "|---|---|---|---|"]
     for slide in deck["slide"]:
         commands = "<br>".join(f"`{command}`" for command in slide["run"])
-        lines.append(f"| {slide['topic']} | {commands} | [`{slide['code']}`](../../{slide['code']}) |")
+        read = f"[`{Path(slide['code']).name}`](../../{slide['code']})"
+        lines.append(f"| {slide['topic']} | {slide.get('answer', '')} | {commands} | {read} |")
+    if number == 4:
+        lines += ["", "## When savings show", "", savings()]
+    mine = [one for one in assignments().values() if one.deck == "all" or str(number) in re.findall(r"\d", one.deck)]
+    starts = "; ".join(f"`effzoo course start {one.name}`, {one.title}" for one in mine)
+    lines += ["", f"Assignments ([the course](../../docs/howto/teach.md)): {starts}."]
     for name, result in results.items():
-        if number in result["decks"]:
+        if number in catalogue()[name].decks:
             lines += ["", f"## {name}", "", result["about"], "", f"![{name}](../results/lab/{name}/figure.png)", ""]
-            lines += [f"- {Claim(claim['text'], tuple(claim['held']))}" for claim in result["claims"]]
+            lines += [f"- {Claim.read(claim)}" for claim in result["claims"]]
             lines += [
                 "",
                 f"[Tables and notes](../results/lab/{name}/table.md), [numbers](../results/lab/{name}/result.json). "
@@ -368,6 +392,34 @@ def lecture_page(deck: dict, results: dict[str, dict]) -> str:
             [*lines, "", "The other decks: " + ", ".join(f"[{n}](deck-{n}.md)" for n in DECKS if n != number) + "."]
         )
         + "\n"
+    )
+
+
+def savings() -> str:
+    """From which length on a kind is faster than full attention, and takes less memory: measured, and predicted."""
+    scaling = rows.read(ROOT / "benchmarks/results/scaling-cpu.jsonl", "scaling")
+    memory = {(row["attention"], row["n"]): row["peak_bytes"] for row in scaling if row["mode"] == "train"}
+    longest = max(n for _, n in memory)
+    table = [
+        ["attention", *(f"{mode}, faster from" for mode in ("forward", "train")), f"memory at {longest:,}, of full"]
+    ]
+    crossing = crossovers(scaling)
+    for kind in dict.fromkeys(row["attention"] for row in scaling if row["attention"] != "full"):
+        lengths = (crossing.get((kind, mode)) for mode in ("forward", "train"))
+        share = memory[kind, longest] / memory["full", longest]
+        table.append([f"`{kind}`", *("nowhere" if n is None else f"{n:,}" for n in lengths), f"{share:.2f}"])
+    return "\n".join(
+        [
+            "One layer of width 512 on this CPU, [measured](../../docs/zoo/speed.md). In time savings show, from a "
+            "length on that depends on the kind. In memory they do not, and the lecture is right: full attention by a "
+            "fused kernel keeps no n x n matrix, and takes as little.",
+            "",
+            markdown(table),
+            "",
+            "An H100, predicted from operations and bytes, not measured:",
+            "",
+            predicted_table("h100"),
+        ]
     )
 
 
@@ -385,6 +437,17 @@ def _between(text: str, name: str, table: str) -> str:
         text,
         flags=re.DOTALL,
     )
+
+
+def course_page(page: str) -> str:
+    """The page on teaching with the table of the assignments."""
+    rows = [
+        f"| {one.name} | {one.deck} | [{one.title}](../../{one.folder.relative_to(ROOT)}/README.md) | {one.of} | "
+        f"{one.minutes} |"
+        for one in assignments().values()
+    ]
+    head = ["| | deck | what the student writes | points | minutes |", "|---|---|---|---|---|"]
+    return _between(page, "assignments", "\n".join([*head, *rows]))
 
 
 def house_page(page: str) -> str:
@@ -407,6 +470,7 @@ PAGES = {  # with tables of results or of code, and what writes them
     "docs/lab.md": lab_page,
     "docs/concepts/house.md": house_page,
     "docs/howto/write-a-kind.md": kind_guide,
+    "docs/howto/teach.md": course_page,
 }
 
 if __name__ == "__main__":

@@ -34,8 +34,17 @@ def tiny() -> dict[str, object]:
     return dict(TINY)
 
 
+LONGEST = [
+    "matrix", "checks", "plan", "state_machine", "train_hooks", "parallel", "simulated_cuda", "train_processes",
+    "triton", "compile", "cli", "parity", "convert_fields", "gpu_suite", "perceiver", "options_drawn",
+]  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks as slow the cells of a `cover` test that are not needed for each value of its parameters to occur."""
+    """Lets the files that take longest begin first, so that no core waits for one at the end, and marks as slow the
+    cells of a `cover` test that are not needed for each value of its parameters to occur."""
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     tests: dict[object, list[pytest.Function]] = {}
     for item in items:
         if item.get_closest_marker("cover"):

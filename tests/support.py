@@ -9,7 +9,7 @@ import torch
 import effzoo
 from effzoo.checks.attention import Subject as Kind
 from effzoo.sites import sites
-from effzoo.train import Optimisation, Saving
+from effzoo.train import Callback, Optimisation, Saving
 
 SIZES = {"dim": 16, "layers": 2, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 96}
 SMALL = {
@@ -98,3 +98,14 @@ def finetune(model, train, **settings):
         if fields:
             settings[name] = kind(**{field: settings.pop(field) for field in fields})
     return effzoo.finetune(model, train, **settings)
+
+
+class StopAt(Callback):
+    """Interrupts a run when so many steps are taken."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_start(self, loop):
+        if loop.step == self.step:
+            raise KeyboardInterrupt

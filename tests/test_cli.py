@@ -1,18 +1,21 @@
 """The command line: what a newcomer sees, what goes wrong in one message, and what stays out of the imports."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import effzoo
-from effzoo.cli import app
+import effzoo.plots
+from effzoo.attention.core import Mask
+from effzoo.cli import app, describe
 from effzoo.cli.describe import meaning
-
-COMMANDS = ("models", "attention", "peft", "show", "account", "plan", "finetune", "check", "matrix", "bench")
+from effzoo.cli.terminal import COMMANDS
 
 MINE = '''
 from effzoo.attention import register
@@ -78,6 +81,14 @@ def test_models_lists_every_model_with_its_size(run):
     assert "encoder 149,014,272 full, longformer 8,192" in lines["modernbert"]
 
 
+def test_models_are_a_line_each_in_80_columns(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run("models").output.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert [line.split()[0] for line in lines[1:-2]] == effzoo.models()
+    assert "7,110,660,096" in next(line for line in lines if line.startswith("mistral"))
+
+
 @pytest.mark.slow
 def test_attention_and_peft_list_every_entry(run):
     attention, peft = run("attention").output, run("peft").output
@@ -138,7 +149,9 @@ def test_the_survey_counts_its_methods_on_a_model(run, tmp_path):
     assert result.exit_code == 0 and "arXiv:2303.15647v1" in text
     lora = 2 * 2 * 2 * 64 * 8 * 2 / 2  # two layers, q and v, A and B of rank 8
     total = sum(p.numel() for p in effzoo.build(str(tmp_path / "mine.toml")).parameters())
-    assert f"lora {100 * lora / total:.3g} 0.01-0.5" in text
+    assert f"lora {100 * lora / total:.3g} = 0.01-0.5" in text and "lora: merged, every entry of q and v" in text
+    diff = next(line.split() for line in result.output.splitlines() if line.startswith("diff "))
+    assert float(diff[1]) > 150 and float(diff[2]) < 100 and diff[-1] == "<1B"  # values and gates; values alone
     assert "leave --peft out" in run("account", "bert", "--survey", "--peft", "lora", code=2).stderr
 
 
@@ -246,12 +259,48 @@ def test_the_first_failure_is_explained_what_happened_the_likely_cause_and_how_t
     file.write_text(MINE.format(comment="", mask="type(mask)()"))
     text = run("check", str(file), code=1).output
     first = flat(text[text.index("the first failure") :])
-    assert first.startswith("the first failure, padding_is_invisible what happened bidirectional: output at tokens")
-    assert (
-        "likely cause mask.valid is False at padding" in first
-        and ("how to see it Put a large number at one padded position") in first
+    assert first.startswith(
+        "the first failure, is_no_known_slip what happened the output equals that of its definition"
     )
-    assert "this alone effzoo check" in first and "--only padding_is_invisible" in first
+    assert "with padding seen: mask.valid is not used" in first
+    assert (
+        "likely cause mask.valid is True at tokens" in first and "how to see it Take the line of the formula" in first
+    )
+    assert "this alone effzoo check" in first and "--only is_no_known_slip" in first
+
+
+NO_DEFINITION = '''
+from effzoo.attention import AttentionCore, Part, memory_part, register
+
+@register("nodef")
+class NoDef(AttentionCore):
+    """softmax(q k^T / sqrt(d)) v, with the scale forgotten and no `pattern`."""
+    cost = "n^2"
+    def forward(self, q, k, v, *, mask, memory=None):
+        bias = mask.key_bias(q.dtype)
+        return self.attend(Part(q, k, v, bias, causal=self.context.causal, scale=1.0), memory_part(q, memory))
+'''
+
+
+@pytest.mark.slow
+def test_a_kind_without_a_definition_is_not_verified_and_the_exit_code_says_so(run, tmp_path):
+    file = tmp_path / "nodef.py"
+    file.write_text(NO_DEFINITION)
+    text = run("check", str(file), code=4).output
+    assert "RED" not in text and text.splitlines()[-1] == "not verified: nothing to compare with"
+    assert json.loads(run("check", str(file), "--json", code=4).output)["verified"] is False
+
+
+def test_a_file_of_ones_own_is_shown_counted_and_planned(run, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(MINE.format(comment="", mask="mask"))
+    for _ in range(2):  # nothing of the file is left behind
+        assert "12 queries" in run("show", "mine", "--n", "12", "--file", str(file)).output
+        assert "my_lora" in run("account", "bert", "--peft", "my_lora", "--file", str(file)).output
+        arguments = ("--attention", "mine", "--length", "8", "--file", str(file))
+        assert "parameters are trained" in run("plan", "bert", *arguments).output
+    assert "mine" not in effzoo.attention.names()
+    assert "no such file" in run("show", "mine", "--file", "absent.py", code=2).output
 
 
 def test_json_is_one_document_that_a_grader_can_read(run, tmp_path):
@@ -298,7 +347,7 @@ def test_a_crash_in_a_checked_file_names_its_line(run, tmp_path):
         ("x = 1\n\nundefined", "failed at line 3 while it was imported: NameError"),
         ("def", "SyntaxError"),
         (
-            "from effzoo.attention import register, full\nregister('full')(full.Full)",
+            "from effzoo.attention import register, full\n@register('full')\nclass Mine(full.Full): pass",
             "already registered by Full; choose another name",
         ),
     ],
@@ -338,6 +387,37 @@ def test_the_installed_command_works_and_wrong_usage_exits_with_2(tmp_path):
     assert wrong.returncode == 2 and "No such option" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
+def test_commands_have_the_help_that_the_list_says(run):
+    """The list is written out, since it is shown before the modules of the commands are imported."""
+    for name, (_, says) in COMMANDS.items():
+        assert says in flat(run(name, "--help").output)
+
+
+def test_versions_are_shown(run):
+    assert run("--version").output.startswith(
+        f"effzoo {effzoo.__version__}, torch {importlib.metadata.version('torch')}, "
+    )
+
+
+def test_a_name_is_suggested_for_a_command_that_is_not_there(run):
+    assert "Did you mean 'finetune'" in run("finetunee", code=2).output
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    program = """
+import sys
+from typer.testing import CliRunner
+from effzoo.cli import app
+assert CliRunner().invoke(app, ["--help"]).exit_code == 0
+assert "torch" not in sys.modules
+assert CliRunner().invoke(app, ["finetune", "--help"]).exit_code == 0
+heavy = {"transformers", "datasets", "accelerate", "matplotlib", "pandas"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_looking_around_imports_neither_transformers_nor_datasets(tmp_path):
     (tmp_path / "mine.py").write_text(MINE.format(comment="", mask="mask"))
@@ -345,6 +425,8 @@ def test_looking_around_imports_neither_transformers_nor_datasets(tmp_path):
 import sys
 from typer.testing import CliRunner
 from effzoo.cli import app
+from effzoo.attention.core import Mask
+from effzoo.cli import describe
 from effzoo.cli.describe import meaning
 for line in (["models"], ["show", "longformer"], ["peft"], ["account", "bert", "--peft", "lora"],
              ["check", {str(tmp_path / "mine.py")!r}, "--only", "declares_itself"], ["finetune", "--help"]):
@@ -368,3 +450,42 @@ def test_routers_are_listed_and_shown():
     )
     together = CliRunner().invoke(app, ["show", "expert_choice"])
     assert "not in a causal language model" in " ".join(together.output.split())
+
+
+def test_show_account_and_plan_take_folders(run, tmp_path):
+    """Of a saved model and of a checkpoint of transformers."""
+    small = {"layers": 1, "dim": 16, "heads": 2, "mlp": 16, "vocab": 60, "max_length": 32}
+    model = effzoo.build("bert", task="classification", num_labels=3, peft="lora", **small)
+    ours = str(effzoo.save(model, tmp_path / "ours", labels=["a", "b", "c"]))
+    theirs = str(tmp_path / "theirs")
+    effzoo.convert.to_transformers(effzoo.build("bert", task="masked_lm", **small)).save_pretrained(theirs)
+    shown = flat(run("show", ours).output)
+    assert "labels a, b, c" in shown and "lora attn.q 1 site 256" in shown and "max_length 32" in shown
+    assert "task masked_lm" in flat(run("show", theirs).output)
+    counted = run("account", ours).output
+    assert "attention, default" in counted and str(effzoo.account(model)).splitlines()[0] in counted
+    assert "prefix" in run("account", theirs, "--peft", "prefix").output
+    for folder, method in ((ours, ()), (theirs, ("--peft", "lora"))):
+        assert "parameters are trained" in run("plan", folder, *method, "--length", "16").output
+    assert "has no config.json" in run("show", str(tmp_path), code=2).stderr
+
+
+def test_show_gives_the_dimensions_of_the_attention_matrix_and_of_the_output(run):
+    assert "n x k, as E K and F V are k x d; output n x d (of a head)" in flat(run("show", "linformer").output)
+    n = 48
+    drawn = {
+        "full": ("full", n), "local": ("local[chunk=4, look_forward=1]", 12), "longformer": ("longformer[window=8]", 9),
+        "blockwise": ("blockwise[blocks=3]", n // 3),
+    }  # fmt: skip
+    assert set(describe.MATRICES) == set(effzoo.attention.names())
+    for name, (spec, keys) in drawn.items():  # of a query in the middle, as the kind's own pattern has it
+        assert int((effzoo.plots.pattern(spec, n)[n // 2] > 0).sum()) == keys, name
+    tiny = {"dim": 16, "heads": 2, "layers": 1, "mlp": 16, "vocab": 20, "max_length": n}
+    for spec, rows in (("linformer[k=5]", 5), ("perceiver[latents=7]", 7)):
+        (core,) = effzoo.build("bert", attention=spec, **tiny).cores()
+        keys, values, _ = core.compressed(*torch.randn(2, 1, 2, n, 8), Mask())
+        assert keys.shape[-2:] == values.shape[-2:] == (rows, 8), spec
+    of = {"n^2": "n x n", "n * window": "n x window", "n^2 / blocks": "n x n / blocks", "n log n": "n x log n"}
+    for cost, matrix in of.items():
+        mine = type("Mine", (), {"name": "mine", "cost": cost})
+        assert describe.dimensions(mine) == f"{matrix}; output n x d", cost

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 import effzoo
 from effzoo.cli import app
+from effzoo.cli.reading import Options
 from effzoo.cli.train import _parts
 from effzoo.data import load_text, names
 from effzoo.errors import DataError
@@ -68,6 +69,25 @@ def arguments(place, output, *more):
     return [*fixed, "--output", str(place / output), "--learning-rate", "0.02", *more]
 
 
+def test_a_method_of_ones_own_is_named_from_a_file(place):
+    (place / "mine.py").write_text(
+        "import torch\nfrom effzoo.peft import Method, PeftModule, register\nfrom effzoo.sites import Linear\n\n"
+        "class Shift(PeftModule):\n    def __init__(self, size):\n        super().__init__()\n"
+        "        self.shift = torch.nn.Parameter(torch.zeros(size))\n"
+        "    def after(self, x, y, context):\n        return y + self.shift\n\n"
+        "@register('my_shift')\nclass Mine(Method):\n    'y + phi.'\n"
+        "    accepts, default_targets = (Linear,), ('mlp.down',)\n"
+        "    def make(self, site):\n        return Shift(site.out_features)\n"
+    )
+    line = arguments(
+        place, "own", "--peft", "my_shift", "--epochs", "1", "--adapter-only", "--file", str(place / "mine.py")
+    )
+    done = CliRunner().invoke(app, line)
+    assert done.exit_code == 0 and "my_shift" in done.output, done.output
+    assert "my_shift" in (place / "own/adapter/adapter.json").read_text()
+    assert "my_shift" not in effzoo.peft.names()  # what the file registered is gone behind the command
+
+
 def test_it_learns_reports_and_saves_an_adapter_and_resumes_to_the_same(place):
     line = arguments(
         place, "run", "--peft", "prompt[length=4]|lora[rank=2]", "--attention", "longformer[window=8]", "--epochs", "4"
@@ -102,13 +122,28 @@ def test_all_weights_and_language_models_train_too(place):
     assert "perplexity" in done.output and (place / "all/model.safetensors").is_file()
 
 
+def test_a_saved_model_is_trained_further(place):
+    done = CliRunner().invoke(app, arguments(place, "all", "--peft", "none", "--epochs", "1"))
+    assert done.exit_code == 0, done.output
+    assert effzoo.load(place / "all").label_names == ("business", "sport")
+    line = arguments(place, "more", "--epochs", "1")[:-2]
+    given = [place / "all" if word == str(place / "tiny.toml") else word for word in line if word != "--tokenizer"]
+    given = [str(word) for word in given if word != str(place / "words")]  # the folder holds it
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    assert "at random" not in done.output and (place / "more/adapter/adapter.json").is_file()
+
+
 def test_evaluation_texts_take_the_labels_of_the_training_texts(place):
     (place / "test.jsonl").write_text('{"text": "goal", "label": "sport"}\n{"text": "match", "label": "sport"}')
-    train, held_out = _parts(load_text(place / "news.jsonl"), str(place / "test.jsonl"), 0.1, 0, None, None)
+    news, options = str(place / "news.jsonl"), Options.of(None, None, None, None)
+    train, held_out = _parts(
+        load_text(news), news, "classification", None, str(place / "test.jsonl"), None, 0.1, 0, options
+    )
     assert len(train) == 60 and names(held_out) == ["business", "sport"] and held_out["label"] == [1, 1]
     (place / "other.jsonl").write_text('{"text": "rain", "label": "weather"}\n{"text": "goal", "label": "sport"}')
     with pytest.raises(DataError, match="weather"):
-        _parts(load_text(place / "news.jsonl"), str(place / "other.jsonl"), 0.1, 0, None, None)
+        _parts(load_text(news), news, "classification", None, str(place / "other.jsonl"), None, 0.1, 0, options)
 
 
 def test_a_full_model_teaches_one_with_efficient_attention(place):

@@ -2,7 +2,9 @@
 Ctrl-C leaves."""
 
 import functools
+import importlib
 import inspect
+import re
 import typing
 
 import pytest
@@ -10,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from effzoo.cli import app
-from effzoo.cli.terminal import KEPT, ORDER
+from effzoo.cli.terminal import COMMANDS, KEPT
 from effzoo.measure.finetuning import Finetuning
 from effzoo.measure.scaling import Scaling
 
@@ -19,21 +21,34 @@ BASE = {  # a line on which each number is tried
     "account": ["account", "bert"],
     "plan": ["plan", "minilm", "--length", "8"],
     "finetune": ["finetune", "minilm", "--data", "no-such-file.csv", "--output", "out"],
+    "predict": ["predict", "no-such-folder", "--data", "no-such-file.csv"],
+    "generate": ["generate", "no-such-folder", "--prompt", "x"],
+    "embed": ["embed", "no-such-folder", "--data", "no-such-file.csv", "--output", "out.npy"],
+    "check": ["check", "no-such-file.py", "--against", "full"],
+    "course check": ["course", "check", "a03", "no-such-file.py"],
     "lab": ["lab", "spectrum", "--quick"],
     "bench scaling": ["bench", "scaling"],
     "bench finetune": ["bench", "finetune"],
 }
 WRONG = ["-1", "0", str(2**70), str(-(2**70)), "1e400", "nan", "-inf", "2.5", "x", ""]
 RIGHT = {  # of those that are an accepted value somewhere
-    ("lab", "--seed"): {"0"}, ("finetune", "--seed"): {"0"}, ("finetune", "--epochs"): {"2.5", str(2**70)},
-    ("bench finetune", "--dropout"): {"0"},
+    ("lab", "--seed"): {"0"}, ("check", "--seed"): {"0"}, ("check", "--seconds"): {"2.5"},
+    ("course check", "--seed"): {"0"},
+    ("check", "--gigabytes"): {"2.5"},
+    ("finetune", "--seed"): {"0"}, ("finetune", "--epochs"): {"2.5", str(2**70)},
+    ("bench finetune", "--dropout"): {"0"}, ("plan", "--link"): {"2.5"},
     ("finetune", "--learning-rate"): {"2.5", str(2**70)}, ("bench scaling", "--longest"): {"0", "2.5", str(2**70)},
+    ("predict", "--stride"): {"0"}, ("generate", "--seed"): {"0"}, ("generate", "--top-k"): {"0"},
+    ("generate", "--no-repeat-ngram-size"): {"0"}, ("generate", "--temperature"): {"2.5", str(2**70)},
+    ("generate", "--repetition-penalty"): {"2.5", str(2**70)},
     ("bench scaling", "--seconds"): {"0", "2.5", str(2**70)}, ("bench finetune", "--seconds"): {"0", "2.5", str(2**70)},
 }  # fmt: skip
 
 
 def commands():
     """(name, command) of every command, those of groups too."""
+    for module, _ in COMMANDS.values():
+        importlib.import_module(f"effzoo.cli.{module}")
     top = typer.main.get_command(app)
     for name, command in top.commands.items():
         inner = getattr(command, "commands", None)
@@ -62,6 +77,11 @@ def test_numbers_are_found_at_every_command_that_takes_some():
     assert {command for command, _ in NUMERIC} == set(BASE)
 
 
+def test_brackets_in_help_are_shown_and_not_taken_for_markup():
+    texts = {(name, p.name): p.help or "" for name, command in commands() for p in command.params}
+    assert [key for key, text in texts.items() if re.search(r"(?<!\\)\[[a-z]", text)] == []
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Nothing is measured: what is accepted reaches this error."""
@@ -84,7 +104,7 @@ def test_a_number_past_its_edge_is_refused_in_one_message(quick, tmp_path, monke
         told = result.output + (result.stderr or "")
         assert "bug in effzoo" not in told and "Traceback" not in told, (value, told)
         if value in RIGHT.get((command, option), ()):
-            assert result.exit_code == 0 or "no such file" in told, (value, told)
+            assert result.exit_code == 0 or "no such file" in told or "is no local folder" in told, (value, told)
         else:
             assert result.exit_code == 2 and option.lstrip("-") in told.replace("\n", ""), (value, told)
     assert not list(tmp_path.iterdir())
@@ -108,11 +128,12 @@ def interrupting(callback):
     return interrupted
 
 
-@pytest.mark.parametrize("name", ORDER)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_an_interrupted_command_says_what_is_true_of_it(monkeypatch, tmp_path, name):
     lines = {
         "bench": ["bench", "scaling"],
         "check": ["check", "full"],
+        "course": ["course", "list"],
         "matrix": ["matrix", "--method", "lora"],
         "lab": ["lab"],
         **BASE,

@@ -168,6 +168,36 @@ def test_a_compiled_perceiver_refuses_the_same(tiny):
     torch._dynamo.reset()
 
 
+BERT = {"name": "bert", "task": "classification", "num_labels": 1}
+PERCEIVER = {
+    "name": "perceiver-io",
+    "task": "token_classification",
+    "channels": 8,
+    "latents": 8,
+    "head_dim": 8,
+    "value_dim": 8,
+    "cross_heads": 1,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sizes", "later"),
+    [
+        (BERT, {"position_ids": torch.arange(12).expand(2, -1), "labels": torch.rand(2)}),
+        (PERCEIVER, {"output_positions": torch.arange(24).view(2, 12)}),
+    ],
+)
+def test_an_input_that_comes_after_several_lengths_fits_their_symbolic_sizes(sizes, later, tiny):
+    model = effzoo.build(**{**tiny, "layers": 1}, **sizes).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    ids = torch.randint(53, (2, 12))
+    compiled(ids[:1, :9])
+    compiled(ids[:, :10])
+    assert torch.allclose(compiled(ids, **later).logits, model(ids, **later).logits, rtol=0, atol=1e-6)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(("mask", "said"), [
     (torch.tensor([[0.0, 0.0, -1e4]]), "mask holds 0 and 1"),
     (torch.tensor([[0.0, 0.0, -torch.inf]], dtype=torch.bfloat16), "mask holds 0 and 1"),

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import json
 import os
 import pkgutil
 import re
@@ -15,6 +16,7 @@ from types import ModuleType
 
 import numpy
 import pytest
+import torch
 from PIL import Image
 from support import free_port
 from typer.testing import CliRunner
@@ -54,7 +56,7 @@ def load(name):
     return module
 
 
-LONG = ("howto/long-documents.md", "howto/choose-a-method.md")
+LONG = ("howto/long-documents.md", "howto/choose-a-method.md", "howto/sequences-over-ranks.md")
 
 
 @pytest.mark.parametrize(
@@ -121,11 +123,39 @@ def test_what_a_script_of_ranks_says_runs_in_one(tmp_path, monkeypatch, capsys):
     assert last < first
 
 
+def test_the_document_over_ranks_is_that_of_the_results():
+    text = (DOCS / "howto/sequences-over-ranks.md").read_text().split("<!-- million -->\n")[1].split("<!-- /m")[0]
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/results/over_ranks-cpu.jsonl").read_text().splitlines()]
+    table = [
+        f"| {row['length']:,} | {row['seconds']:.0f} | {row['planned_mib']:,.0f} | {max(row['peak_mib']):,.0f} | "
+        f"{max(sum(sent.values()) for sent in row['sent']) / 2**20:.2f} | {row['loss']:.5f} |"
+        for row in rows
+    ]
+    assert text.splitlines()[2:] == table and rows[-1]["length"] == 2**20
+    peaks, seconds = ([max(row["peak_mib"]) for row in rows], [row["seconds"] for row in rows])
+    assert peaks[2] - peaks[1] < 4.4 * (peaks[1] - peaks[0]) and seconds[2] < 4.4 * seconds[1], "not linear"
+
+
 def test_what_a_script_of_several_processes_says_runs_in_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (script,) = (sample for sample in samples("howto/several-gpus.md") if sample.title == "train.py")
     exec(compile(script.text, "train.py", "exec"), {})
     assert Path("runs/several/adapter/adapter.json").is_file()
+
+
+def test_what_a_script_that_reads_its_part_says_runs_in_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    group = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    monkeypatch.setattr("os.environ", dict(os.environ) | group)
+    model = effzoo.build("bert", layers=1, dim=8, heads=2, mlp=8, vocab=20, max_length=16)
+    effzoo.convert.to_transformers(model).save_pretrained("checkpoint")
+    (script,) = (sample for sample in samples("howto/several-gpus.md") if sample.title == "large.py")
+    names: dict = {}
+    try:
+        exec(compile(script.text, "large.py", "exec"), names)
+        assert effzoo.sharding.is_sharded(names["model"]) and effzoo.attached(names["model"])
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow

@@ -2,25 +2,35 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
+
+import effzoo
 
 ROOT = Path(__file__).parent.parent / "effzoo"
 FLOORS = [  # a package may import from those before it, and from itself
-    {"errors"},
-    {"annotations", "checked", "devices", "memory"},
-    {"spec", "wrappers", "writing"},
-    {"registry"},
-    {"nf4", "recompute", "routing"},
+    {"devices", "errors"},
+    {"annotations", "arguments", "checked", "memory", "undrawn"},
+    {"export", "placing", "reading", "sharding", "spec", "wrappers", "writing"},
+    {"nf4", "registry", "tensors"},
+    {"codes", "recompute", "routing"},
     {"sites"},
     {"attention", "peft"},
     {"blocks"},
     {"architectures"},
     {"zoo"},
-    {"convert", "plots"},
-    {"build", "data", "generation", "quantise", "swap", "tasks", "vocabulary"},
-    {"checks", "parallel", "plan", "train"},
+    {"convert", "lookup", "packing", "plots"},
+    {"data", "generation", "quantisation", "swap", "tasks", "vocabulary"},
+    {"folder"},
+    {"builder"},
+    {"parallel", "transformers"},
+    {"checks", "plans", "train"},
     {"measure"},
     {"lab"},
+    {"course"},
     {"cli"},
 ]
 
@@ -85,10 +95,50 @@ def test_no_room_is_called_utils():
 
 
 def test_only_convert_imports_the_models_of_transformers():
+    """And the package in which the classes of transformers for our folders are registered."""
     for path in modules():
-        if "convert" not in path.parts:
-            text = path.read_text()
-            assert "transformers.models" not in text and "AutoModel" not in text, path
+        if {"convert", "transformers"} & {*path.relative_to(ROOT).parts}:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = [alias.name for alias in getattr(node, "names", [])] if "Import" in type(node).__name__ else []
+            named += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in named if "transformers.models" in name or "AutoModel" in name], path
+
+
+@pytest.mark.slow
+def test_every_part_of_the_house_can_be_the_first_that_is_imported():
+    """What one module needs of another it imports: `import effzoo` alone imports nothing."""
+    names = sorted({path.relative_to(ROOT).parts[0].removesuffix(".py") for path in modules()})
+    program = """
+import os, sys, torch, transformers
+for name in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        try:
+            __import__("effzoo." + name)
+            from effzoo import attention, peft
+            assert "longformer" in attention.names() and "lora" in peft.names()
+        except BaseException as error:
+            print(name, type(error).__name__, error, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+def test_entries_are_registered_when_they_are_looked_up():
+    """Also where nothing of effzoo but the registry has been imported."""
+    program = "from effzoo.registry import attention, peft, router; print(attention.get('full'), peft.names()[0], "
+    program += "router.options('top_k')[0].name)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and "full.Full" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_name_that_effzoo_does_not_have_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'effzoo' has no attribute 'bild'"):
+        effzoo.bild  # noqa: B018
+    assert {*effzoo.__all__} <= {*dir(effzoo)} and all(hasattr(effzoo, name) for name in effzoo.__all__)
 
 
 WORD = re.compile(r"^\| (\w+) \| (.+) \| `(\w+)` in \[`(.+)`\]\(../../effzoo/(.+)\) \|$", re.MULTILINE)

@@ -177,6 +177,7 @@ def test_counting_pairs_makes_nothing_of_the_size_of_all_pairs(kind):
 
 
 def test_a_device_that_is_not_there_is_said_with_what_to_try(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(
         OptionError, match=r"built without CUDA; install a build of torch for CUDA, or measure on the CPU"
     ):
@@ -203,6 +204,7 @@ def test_a_device_that_is_not_there_is_said_with_what_to_try(tmp_path, monkeypat
 
 
 def test_a_script_says_it_too(monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", None)
     run = effzoo_script("run")
     monkeypatch.setattr(sys, "argv", ["run.py", "peers", "--device", "cuda"])
     with pytest.raises(SystemExit):

@@ -309,7 +309,8 @@ def test_supermasks_multiply_the_fixed_weight_and_train_the_scores_straight_thro
     with torch.no_grad():
         for other in modules(model, "supermask").values():
             other.scores.normal_()
-    mask = module.scores > 5e-3
+        module.scores[0, 0] = 5e-3  # at the threshold a weight is kept
+    mask = module.scores >= 5e-3
     if keep:
         mask = module.scores >= module.scores.flatten().sort(descending=True).values[round(keep * D * MLP) - 1]
     assert torch.equal(effective(model)[path]["weight"], site.weight * mask)

@@ -390,3 +390,10 @@ def test_a_union_is_an_expert_under_every_attention_kind():
             "encoder",
         )
         assert found.status == "works", found.reason
+
+
+def test_the_table_of_skills_is_trained_at_a_hundred_times_the_experts_rate(tiny):
+    model = effzoo.build("bert", task="classification", peft="routed[of=pfeiffer, router='skills[tasks=3]']", **tiny)
+    rates = effzoo.peft.learning_rates(model)
+    table, experts = ({rate for key, rate in rates.items() if part in key} for part in (".table", ".experts."))
+    assert len(experts) == 1 and table == {100 * experts.pop()}

@@ -111,7 +111,7 @@ def test_a_path_that_no_file_system_has_is_a_sentence(model, path, tmp_path, mon
 def test_folders_that_are_named_like_texts_are_no_texts(tmp_path):
     for name in ("a/con.txt", "b/x.csv"):
         (tmp_path / name).mkdir(parents=True)
-    with pytest.raises(EffzooError, match="is of no kind that can be read"):
+    with pytest.raises(EffzooError, match="has no files that can be read"):
         effzoo.data.load_text(tmp_path)
     (tmp_path / "a/one.txt").write_text("text")
     (tmp_path / "b/two.txt").write_text("more")

@@ -1,6 +1,8 @@
 """Several documents in a row of a decoder, by position ids that start again: each is computed as it is alone, in every
 kind of attention."""
 
+import functools
+
 import pytest
 import torch
 import transformers
@@ -8,7 +10,12 @@ from support import small
 
 import effzoo
 from effzoo import convert
+from effzoo.architectures.packing import documents_by_id
+from effzoo.checks.peft import Subject as Method
 from effzoo.errors import EffzooError, IncompatibleError, InputError
+from effzoo.packing import joined
+from effzoo.train.batches import Pad
+from effzoo.train.form import accepted
 
 CAUSAL = [small(kind) for kind in effzoo.attention.names() if not effzoo.attention.get(kind).not_causal] + [
     "lsh[chunk=4, stable=true]"
@@ -163,7 +170,6 @@ def test_documents_start_where_they_do_in_transformers(name, kind):
 @pytest.mark.parametrize(("more", "attention", "inputs", "said"), [
     ({"task": "classification"}, "full", {},
     "a classification head labels whole rows; give each document a row of its own"),
-    ({"peft": "prompt[length=3]"}, "full", {}, "but 3 prompt tokens stand before the first alone"),
     ({}, "local[chunk=4, circular=true]", {}, "attention 'local' with circular=true computes a short one otherwise"),
     ({}, "full", {"positions": -1}, r"position_ids are in \[0, 63\], got -1"),
     ({}, "full", {"positions": 70}, r"position_ids are in \[0, 63\], got 0 to 70"),
@@ -224,3 +230,153 @@ def test_compiled_code_takes_one_document_and_refuses_several(tiny):
         ):
             run(ids, position_ids=positions)
     torch._dynamo.reset()
+
+
+ROWS = ((10, 3, 6), (4, 8), (12,), (1, 1, 2))
+
+
+@functools.cache
+def spec_of(method):
+    return method and str(Method.of(method).spec)
+
+
+def packed_and_alone(tiny, causal, attention="full", method=None, name=None, training=False, **more):
+    """(loss, logits of tokens, gradients) of packed rows, and of the same documents in a padded batch."""
+    torch.manual_seed(0)
+    task = more.pop("task", "causal_lm" if causal else "token_classification")
+    name = name or ("gpt2" if causal else "roberta")
+    model = effzoo.build(name, attention=attention, task=task, **{**tiny, "num_labels": 5, "max_length": 32, **more})
+    if method is not None:
+        effzoo.attach(model, method)
+    model = model.double().train(training)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    columns = {"input_ids": (2, 53), "labels": (0, 5)}
+    if any(core.knows_globals() for core in model.cores()):
+        columns["global_attention_mask"] = (0, 2)
+    documents = [
+        {name: torch.randint(*bounds, (n,)).tolist() for name, bounds in columns.items()} for row in ROWS for n in row
+    ]
+    if causal:
+        documents = [{**document, "labels": document["input_ids"]} for document in documents]
+    parts = iter(documents)
+    rows = [joined([(number, next(parts)) for number in row], task) for row in ROWS]
+    pad, found = Pad(task, model.config.pad_token, accepted(model)), []
+    for examples in (rows, documents):
+        model.zero_grad()
+        batch = pad(examples)
+        out = model(**batch)
+        out.loss.backward()
+        inside = batch.get("document_ids", batch["attention_mask"]) > 0
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((out.loss.detach(), out.logits[inside].detach(), gradients))
+    return found
+
+
+def assert_packed_is_alone(packed, alone):
+    assert alone[1].abs().max() > 1e-3
+    assert (packed[0] - alone[0]).abs() < 1e-12 * (1 + alone[0].abs())
+    assert (packed[1] - alone[1]).abs().max() < 1e-11 * (1 + alone[1].abs().max())
+    assert packed[2].keys() == alone[2].keys() and packed[2]
+    largest = max(gradient.abs().max() for gradient in alone[2].values())
+    for name, gradient in alone[2].items():
+        assert (packed[2][name] - gradient).abs().max() < 1e-10 * largest, name
+
+
+SOME = [None, "lora", "prefix", "prompt", "houlsby", "pals", "ladder", "unipelt"]
+
+
+def has_meaning(method, attention, causal):
+    """Adapters for convolutions, those that would look ahead in a decoder, and a classifier's head have none here."""
+    ahead = effzoo.attention.get(attention).not_causal or method in ("pals", "unipelt", "head")
+    return method != "residual_adapter" and not (causal and ahead)
+
+
+CELLS = [
+    pytest.param(method, attention, causal, marks=[] if method in SOME else [pytest.mark.slow])
+    for causal in (False, True)
+    for attention in effzoo.attention.names()
+    for method in [None, *effzoo.peft.names()]
+    if has_meaning(method, attention, causal)
+]
+
+
+@pytest.mark.parametrize(("method", "attention", "causal"), CELLS)
+def test_packed_rows_have_the_loss_and_the_gradients_of_their_documents(tiny, method, attention, causal):
+    assert_packed_is_alone(*packed_and_alone(tiny, causal, small(attention), spec_of(method)))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("more", [
+    {"residual": "reversible", "norm": "pre", "tied": False, "attention": "lsh[chunk=4]"},
+    {"share_layers": 1, "attention": "lsh[chunk=4]"},
+    {"attention": ("local[chunk=4]", "lsh[chunk=4, stable=true]")},
+    {"experts": 2, "router": "switch[capacity=1.0]"},
+    {"experts": 2, "router": "switch[capacity=1.0]", "training": True},
+    {"method": "routed[of='houlsby[bottleneck=2]', experts=2, level=example]"},
+    {"method": "routed[of='lora[targets=attn.q]', experts=2]", "training": True},
+    {"method": "prompt[length=2]|prefix[length=3]|lora", "attention": "longformer[window=4]"},
+    {"training": True, "positions": "sinusoidal"},
+])  # fmt: skip
+def test_documents_stay_apart_in_packed_rows_of_every_architecture(tiny, causal, more):
+    if causal and "level=example" in more.get("method", ""):
+        with pytest.raises(IncompatibleError, match="later"):
+            packed_and_alone(tiny, causal, **more)
+        return
+    assert_packed_is_alone(*packed_and_alone(tiny, causal, **more))
+
+
+@pytest.mark.parametrize(("name", "causal", "more"), [
+    ("llama", True, {"kv_heads": 1, "head_dim": 8}), ("bert", False, {}), ("bert", False, {"task": "masked_lm"}),
+    ("modernbert", False, {"pad_token": 0}), ("albert", False, {"embedding_dim": 8}),
+    ("longformer", False, {"attention": "longformer[window=4]"}), ("gpt2", True, {"method": "ladder"}),
+])  # fmt: skip
+def test_packed_rows_of_models_of_the_zoo(tiny, name, causal, more):
+    assert_packed_is_alone(*packed_and_alone(tiny, causal, name=name, **more))
+
+
+@pytest.mark.parametrize("level", ["blocks", "hidden"])
+def test_recomputing_packed_rows_keeps_every_choice(tiny, level, monkeypatch):
+    build = effzoo.build
+
+    def recomputing(*arguments, **options):
+        model = build(*arguments, **options)
+        model.recompute = level
+        return model
+
+    monkeypatch.setattr(effzoo, "build", recomputing)
+    assert_packed_is_alone(*packed_and_alone(tiny, True, "lsh[chunk=4]", "lora", training=True))
+
+
+def test_padding_between_and_before_documents_belongs_to_none(tiny):
+    model = build("gpt2", "full", tiny)
+    ids = torch.randint(2, 53, (2, 9))
+    numbers = torch.tensor([[0, 0, 1, 1, 1, 0, 7, 7, 0], [0, 0, 0, 0, 0, 0, 0, 0, 0]])
+    found = model(ids, document_ids=numbers).last_hidden_state
+    assert found.isfinite().all()
+    for part in (slice(2, 5), slice(6, 8)):
+        assert torch.allclose(found[0, part], model(ids[:1, part]).last_hidden_state[0], rtol=0, atol=1e-11)
+    assert torch.allclose(
+        model(ids[:, 2:5], document_ids=torch.ones(2, 3, dtype=torch.long)).last_hidden_state,
+        model(ids[:, 2:5]).last_hidden_state, rtol=0, atol=1e-12,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("numbers", "said"), [
+    ([[1, 1, 2.0]], "document_ids is an integer tensor, got torch.float32"),
+    ([[1, 1]], r"document_ids has shape \(1, 2\), the input needs \(1, 3\)"),
+    ([[1, -1, 1]], r"document_ids are in 0 \(padding\), 1, 2, ..., got -1"),
+])  # fmt: skip
+def test_document_ids_are_numbers_from_one(tiny, numbers, said):
+    with pytest.raises(InputError, match=said):
+        build("bert", "full", tiny)(torch.tensor([[2, 3, 4]]), document_ids=torch.tensor(numbers))
+
+
+def test_few_documents_are_padded_to_a_longer_one(tiny):
+    """What attention computes beside the tokens themselves, in rows of 512 of short documents."""
+    lengths = torch.randint(5, 200, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    numbers = torch.arange(1, 301).repeat_interleave(torch.tensor(lengths))
+    _, documents = documents_by_id(numbers[None])
+    sizes = [group.index.numel() for group in documents.like.groups]
+    assert sum(sizes) < 1.25 * len(numbers) < 2 * len(numbers) < documents.rows.groups[0].index.numel() * 1.2
+    assert len(sizes) <= 12

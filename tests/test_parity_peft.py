@@ -57,7 +57,7 @@ def close(actual, expected):
     assert (actual - expected).abs().max().item() < TOLERANCE * max(1.0, scale)
 
 
-def run_both(theirs, ours, parameters):
+def assert_equal_both(theirs, ours, parameters):
     """Draw the adapter, give both the same, and compare logits and gradients."""
     ours.eval()
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_lora_on_bert_equals_peft():
                 (layer.lora_A["default"].weight, site.A, torch.clone),
                 (layer.lora_B["default"].weight, site.B, torch.clone),
             ]
-    run_both(theirs, ours, parameters)
+    assert_equal_both(theirs, ours, parameters)
 
 
 def test_ia3_on_bert_equals_peft():
@@ -122,7 +122,7 @@ def test_ia3_on_bert_equals_peft():
                     lambda x, shape=shape: x.reshape(shape),
                 )
             )
-    run_both(theirs, ours, parameters)
+    assert_equal_both(theirs, ours, parameters)
 
 
 @pytest.mark.parametrize("length", [1, 5])

@@ -90,7 +90,7 @@ def batch():
     return ids, mask
 
 
-def equal(actual, expected, tolerance=1e-10):
+def assert_equal(actual, expected, tolerance=1e-10):
     size = expected.abs().max().item()
     assert size > 1e3 * tolerance, f"too small to tell anything: {size}"
     assert (actual - expected).abs().max().item() < tolerance * max(1.0, size)
@@ -114,8 +114,8 @@ def test_outputs_losses_and_gradients_equal_those_of_transformers(name, seed):
         x = torch.randn(BATCH, LENGTH, theirs.config.d_model, dtype=torch.float64, requires_grad=True)
         expected = theirs(inputs=x, attention_mask=mask).last_hidden_state
         actual = ours(inputs_embeds=x, attention_mask=mask).last_hidden_state
-        equal(actual, expected)
-        equal(gradient(x, actual), gradient(x, expected))
+        assert_equal(actual, expected)
+        assert_equal(gradient(x, actual), gradient(x, expected))
         assert gradient(x, actual)[1, LENGTH - 3 :].abs().max() == 0
         return
     labels = {
@@ -134,12 +134,12 @@ def test_outputs_losses_and_gradients_equal_those_of_transformers(name, seed):
     key = "last_hidden_state" if name == "features" else "logits"
     e, a = expected[key], actual[key]
     e = e[:, :LENGTH] if name == "masked_lm" else e
-    equal(a, e)
+    assert_equal(a, e)
     table = (theirs if name == "features" else theirs.perceiver).input_preprocessor.embeddings.weight
-    equal(gradient(ours.embeddings.token.weight, a), gradient(table, e))
+    assert_equal(gradient(ours.embeddings.token.weight, a), gradient(table, e))
     if labels is not None:
         assert abs(actual.loss.item() - expected.loss.item()) < 1e-10
-        equal(gradient(ours.embeddings.token.weight, actual.loss), gradient(table, expected.loss))
+        assert_equal(gradient(ours.embeddings.token.weight, actual.loss), gradient(table, expected.loss))
 
 
 def test_language_perceiver_has_the_published_widths_and_equals_transformers_at_full_width():
@@ -151,7 +151,7 @@ def test_language_perceiver_has_the_published_widths_and_equals_transformers_at_
     ours = effzoo.build("perceiver-io", task="masked_lm", layers=2, attention_dropout=0.0).double().eval()
     convert.load_pretrained(ours, theirs)
     ids = torch.randint(6, 262, (1, 40))
-    equal(ours(ids).logits, theirs(input_ids=ids).logits[:, :40])
+    assert_equal(ours(ids).logits, theirs(input_ids=ids).logits[:, :40])
 
 
 def test_pixels_equal_the_fourier_classifier_of_transformers(monkeypatch):
@@ -176,8 +176,8 @@ def test_pixels_equal_the_fourier_classifier_of_transformers(monkeypatch):
     pixels, labels = torch.randn(2, 3, 7, 5, dtype=torch.float64, requires_grad=True), torch.tensor([2, 0])
     expected = theirs(inputs=pixels, labels=labels)
     actual = ours(inputs_embeds=pixels.permute(0, 2, 3, 1), labels=labels)
-    equal(actual.logits, expected.logits)
-    equal(gradient(pixels, actual.logits), gradient(pixels, expected.logits))
+    assert_equal(actual.logits, expected.logits)
+    assert_equal(gradient(pixels, actual.logits), gradient(pixels, expected.logits))
     back = convert.to_transformers(ours)
     assert type(back) is type(theirs) and all(
         value.equal(back.state_dict()[key]) for key, value in theirs.state_dict().items()
@@ -242,7 +242,7 @@ def test_longer_inputs_repeat_the_positions_and_the_queries():
     for mine, given in ((ours.embeddings.position.weight, table), (ours.decoder.queries.weight, queries)):
         assert all(mine[row].equal(given[row % (LENGTH + 4)]) for row in range(len(mine)))
     ids, mask = batch()
-    equal(ours(ids, mask).logits, theirs(input_ids=ids, attention_mask=mask).logits[:, :LENGTH])
+    assert_equal(ours(ids, mask).logits, theirs(input_ids=ids, attention_mask=mask).logits[:, :LENGTH])
 
 
 def test_a_new_head_takes_the_body_and_labelling_tokens_the_decoder_too():
@@ -394,8 +394,8 @@ def test_repeats_and_tying_equal_perceiver_pytorch(tied, repeats, layers, axes, 
     mask[:, 0] = True
     for given in (None, mask):
         expected, actual = theirs(x, mask=given), ours(inputs_embeds=x, attention_mask=given).logits
-        equal(actual, expected)
-        equal(gradient(x, actual), gradient(x, expected))
+        assert_equal(actual, expected)
+        assert_equal(gradient(x, actual), gradient(x, expected))
 
 
 def test_a_folder_that_names_no_class_says_so(tmp_path):

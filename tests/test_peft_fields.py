@@ -181,6 +181,13 @@ def test_a_value_of_another_type_is_refused_with_a_sentence_or_read(kind, sample
             assert {*model.state_dict()} == keys and not effzoo.attached(model)
 
 
+def test_a_table_of_tokens_that_the_model_has_not_is_named(samples, tmp_path):
+    base, folder = samples["LORA"]
+    place = copied(folder, tmp_path / "other", {"trainable_token_indices": {"a": [1]}})
+    with pytest.raises(AdapterError, match="names 'a'; this model's tables are"):
+        effzoo.load_adapter(convert.from_transformers(base), place)
+
+
 @pytest.mark.parametrize("kind", SAMPLES)
 def test_tensors_of_other_shapes_are_refused_with_a_sentence(kind, samples, tmp_path):
     base, folder = samples[kind]

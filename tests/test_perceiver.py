@@ -67,7 +67,7 @@ def numbers(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def close(actual, expected, tolerance=1e-10):
+def assert_near(actual, expected, tolerance=1e-10):
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
@@ -114,19 +114,19 @@ def test_shared_weights_compute_what_copies_compute_and_gather_their_gradients(s
             untied.blocks[2 * step + layer].load_state_dict(shared.blocks[2 * block + layer].state_dict())
     x = torch.randn(2, 6, 7, 3, dtype=torch.float64)
     outs = [model(inputs_embeds=x).last_hidden_state for model in (shared, untied)]
-    close(*outs)
+    assert_near(*outs)
     for out in outs:
         (out**3).sum().backward()
     total = sum(
         cross.attn.q.weight.grad for step, cross in enumerate(untied.cross) if shared.config.cross_schedule()[step] == 0
     )
-    close(shared.cross[0].attn.q.weight.grad, total)
+    assert_near(shared.cross[0].attn.q.weight.grad, total)
     total = sum(
         untied.blocks[2 * step].mlp.up.weight.grad
         for step, block in enumerate(shared.config.block_schedule())
         if block == 0
     )
-    close(shared.blocks[0].mlp.up.weight.grad, total)
+    assert_near(shared.blocks[0].mlp.up.weight.grad, total)
 
 
 def test_the_order_is_cross_attention_then_its_blocks():
@@ -191,16 +191,16 @@ def test_an_array_with_axes_is_the_row_of_its_entries_with_their_places_beside_t
             value.append(model.embeddings.position.weight[row].expand(2, -1))
         entries.append(torch.cat(value, dim=-1))
     expected = flat(inputs_embeds=torch.stack(entries, dim=1)).last_hidden_state
-    close(model(inputs_embeds=x).last_hidden_state, expected)
+    assert_near(model(inputs_embeds=x).last_hidden_state, expected)
 
 
 def test_learned_positions_of_tokens_are_added(tiny):
     model = text(tiny)
     tokens, rows = ids(2, 7), torch.randperm(64)[:7][None]
     embeds = model.embeddings.token.weight[tokens]
-    close(model(inputs_embeds=embeds).last_hidden_state, model(tokens).last_hidden_state)
+    assert_near(model(inputs_embeds=embeds).last_hidden_state, model(tokens).last_hidden_state)
     moved = embeds + model.embeddings.position.weight[rows] - model.embeddings.position.weight[:7]
-    close(model(inputs_embeds=moved).last_hidden_state, model(tokens, position_ids=rows).last_hidden_state)
+    assert_near(model(inputs_embeds=moved).last_hidden_state, model(tokens, position_ids=rows).last_hidden_state)
 
 
 @pytest.mark.parametrize("spec", [None, "prompt[length=2]|prefix[length=3]|lora|ia3|houlsby"])
@@ -217,7 +217,7 @@ def test_masked_inputs_are_invisible(tiny, task, spec):
     changed = torch.where(mask.bool(), tokens, ids(3, 11))
     assert model(changed, mask)[key].equal(out)
     alone = model(tokens[1:2, :6])[key]
-    close(out[1:2, :6] if task in ("masked_lm", "token_classification") else out[1:2], alone)
+    assert_near(out[1:2, :6] if task in ("masked_lm", "token_classification") else out[1:2], alone)
     x = torch.randn(3, 11, 16, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad((model(inputs_embeds=x, attention_mask=mask)[key] ** 3).sum(), x)
     assert gradient[mask == 0].abs().max() == 0 and gradient[mask == 1].abs().min() > 0
@@ -226,7 +226,7 @@ def test_masked_inputs_are_invisible(tiny, task, spec):
 def test_a_mask_may_have_the_axes_of_the_array():
     model = pixels()
     x, mask = torch.randn(2, 4, 5, 3).double(), torch.rand(2, 4, 5) < 0.6
-    close(
+    assert_near(
         model(inputs_embeds=x, attention_mask=mask).last_hidden_state,
         model(inputs_embeds=x, attention_mask=mask.flatten(1)).last_hidden_state,
     )
@@ -244,26 +244,26 @@ def test_as_many_outputs_as_queries_each_on_its_own(tiny, task, n):
     assert every.shape == (2, n, 53 if task == "masked_lm" else 3)
     asked = torch.tensor([[0, n - 1, 0], [n // 2, 0, n - 1]])
     some = model(tokens, output_positions=asked).logits
-    close(some, torch.stack([every[row, asked[row]] for row in range(2)]))
+    assert_near(some, torch.stack([every[row, asked[row]] for row in range(2)]))
     beyond = model(tokens, output_positions=torch.arange(64)[None]).logits
     assert beyond.shape[1] == 64
-    close(beyond[:, :n], every)
-    close(model(tokens, output_queries=model.decoder.queries.weight[None, :n]).logits, every)
+    assert_near(beyond[:, :n], every)
+    assert_near(model(tokens, output_queries=model.decoder.queries.weight[None, :n]).logits, every)
     labels = torch.randint(3, (2, 3))
     loss = model(tokens, output_positions=asked, labels=labels).loss
-    close(loss, nn.functional.cross_entropy(some.flatten(0, 1), labels.flatten()))
+    assert_near(loss, nn.functional.cross_entropy(some.flatten(0, 1), labels.flatten()))
 
 
 def test_queries_follow_the_tokens_behind_prompt_rows_and_given_positions(tiny):
     model = text(tiny, task="masked_lm")
     tokens, rows = ids(2, 5), torch.tensor([[9, 3, 4, 60, 1]])
-    close(model(tokens, position_ids=rows).logits, model(tokens, position_ids=rows, output_positions=rows).logits)
+    assert_near(model(tokens, position_ids=rows).logits, model(tokens, position_ids=rows, output_positions=rows).logits)
     effzoo.attach(model, "prompt[length=4]")
     prompted = model(tokens).logits
     assert prompted.shape == (2, 5, 53)
     queries = model.decoder.queries.weight[None, 4:9]
-    close(prompted, model(tokens, output_queries=queries).logits)
-    close(prompted, model(tokens, output_positions=torch.arange(5)[None]).logits)
+    assert_near(prompted, model(tokens, output_queries=queries).logits)
+    assert_near(prompted, model(tokens, output_positions=torch.arange(5)[None]).logits)
     with pytest.raises(InputError, match=r"output_positions are in \[0, 59\], got 0 to 60"):
         model(tokens, output_positions=torch.arange(61)[None])
 
@@ -272,12 +272,12 @@ def test_classification_by_the_mean_and_by_one_query(tiny):
     tokens, labels = ids(3, 9), torch.tensor([2, 0, 1])
     mean = text(tiny, task="classification", num_labels=3, pooling="mean", head_norm=True)
     out = mean(tokens, labels=labels)
-    close(out.logits, mean.head.out(mean.head.norm(out.last_hidden_state.mean(dim=1))))
-    close(out.loss, -out.logits.log_softmax(-1)[torch.arange(3), labels].mean())
+    assert_near(out.logits, mean.head.out(mean.head.norm(out.last_hidden_state.mean(dim=1))))
+    assert_near(out.loss, -out.logits.log_softmax(-1)[torch.arange(3), labels].mean())
     query = text(tiny, task="classification", num_labels=3)
     out = query(tokens)
     read = query.decoder.cross(query.decoder.queries.weight.expand(3, 1, -1), out.last_hidden_state, Mask())
-    close(out.logits, query.head.out(read[:, 0]))
+    assert_near(out.logits, query.head.out(read[:, 0]))
 
 
 # --- the causal variant
@@ -298,7 +298,7 @@ def test_the_last_positions_see_what_came_before_them(m, n, padded, rows):
         out = compute(q, k, v, mask=Mask(valid if padded else None), memory=memory)
         found.append((out, *torch.autograd.grad((out**3).sum(), (q, k, v))))
     for actual, expected in zip(*found, strict=True):
-        close(actual, expected)
+        assert_near(actual, expected)
     loop = []
     for i in range(m):  # the definition once more, one query at a time
         keys = [j for j in range(n - m + i + 1) if valid[0, j]]
@@ -308,7 +308,7 @@ def test_the_last_positions_see_what_came_before_them(m, n, padded, rows):
             scores = torch.cat([(q[0, 0, i] * memory[0][0]).sum(-1) / 2, scores])
             values = torch.cat([memory[1][0], values])
         loop.append(scores.softmax(0) @ values)
-    close(found[0][0][0, 0], torch.stack(loop))
+    assert_near(found[0][0][0, 0], torch.stack(loop))
 
 
 @pytest.mark.parametrize("n", [1, 4, 5, 6, 17])
@@ -344,12 +344,12 @@ def test_with_as_many_latents_as_positions_it_is_a_plain_decoder(tiny, length):
     tokens = ids(2, length)
     labels = tokens if length > 1 else None
     mine, theirs = model(tokens, labels=labels), plain(tokens, labels=labels)
-    close(mine.logits, theirs.logits)
+    assert_near(mine.logits, theirs.logits)
     if labels is not None:
-        close(mine.loss, theirs.loss)
+        assert_near(mine.loss, theirs.loss)
         mine.loss.backward()
         theirs.loss.backward()
-        close(model.embeddings.token.weight.grad, plain.embeddings.token.weight.grad)
+        assert_near(model.embeddings.token.weight.grad, plain.embeddings.token.weight.grad)
 
 
 def test_labels_of_the_whole_input_count_where_there_are_latents(tiny):
@@ -357,7 +357,9 @@ def test_labels_of_the_whole_input_count_where_there_are_latents(tiny):
     tokens = ids(2, 12)
     out = model(tokens, labels=tokens)
     logs = out.logits.log_softmax(-1)
-    close(out.loss, -torch.stack([logs[row, j, tokens[row, 7 + j + 1]] for row in range(2) for j in range(4)]).mean())
+    assert_near(
+        out.loss, -torch.stack([logs[row, j, tokens[row, 7 + j + 1]] for row in range(2) for j in range(4)]).mean()
+    )
 
 
 def test_labels_of_the_latents_alone_are_refused(tiny):
@@ -371,8 +373,8 @@ def test_left_padding_with_position_ids_is_the_row_alone(tiny):
     mask[1, :9] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     out = model(tokens, mask, position_ids=positions, labels=tokens.masked_fill(mask == 0, -100)).logits
-    close(out[0], model(tokens[:1]).logits[0])
-    close(out[1, 2:], model(tokens[1:, 9:]).logits[0])
+    assert_near(out[0], model(tokens[:1]).logits[0])
+    assert_near(out[1, 2:], model(tokens[1:, 9:]).logits[0])
 
 
 def test_a_prompt_stands_before_everything_in_a_causal_model(tiny):
@@ -439,7 +441,7 @@ def test_every_method_trains_on_the_latent_blocks_and_leaves_the_base(tiny, meth
     plain = model(**batch).logits
     effzoo.attach(model, method)
     if registry.peft.create(method).identity_at_init:
-        close(model(**batch).logits, plain, 1e-12)
+        assert_near(model(**batch).logits, plain, 1e-12)
     seen = train(model, batch)
     # a number added to all scores of a query changes nothing
     of_keys = (".k.adapters.default.full.own_bias", ".k.adapters.default.head.own_bias")
@@ -491,7 +493,7 @@ def test_lora_merges_and_the_cross_attention_is_a_target_of_its_own(tiny):
     train(model, {"input_ids": tokens, "labels": tokens})
     out = model(tokens).logits
     effzoo.merge(model, "default")
-    close(model(tokens).logits, out)
+    assert_near(model(tokens).logits, out)
 
 
 @pytest.mark.parametrize(
@@ -530,7 +532,7 @@ def test_it_compiles_whole(tiny, kind):
     )
     key = "last_hidden_state" if kind == "pixels" else "logits"
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    close(compiled(**batch)[key], model(**batch)[key])
+    assert_near(compiled(**batch)[key], model(**batch)[key])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -25,7 +25,7 @@ def gradients(out, leaves, direction):
     return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
 
 
-def same(out, expected, leaves, tolerance=1e-10):
+def assert_same(out, expected, leaves, tolerance=1e-10):
     assert out.shape == expected.shape and out.isfinite().all() and (out - expected).abs().max() < tolerance
     direction = draw(17, *out.shape).detach()
     for found, wanted in zip(gradients(out, leaves, direction), gradients(expected, leaves, direction), strict=True):
@@ -57,7 +57,7 @@ def test_equals_its_dense_definition_also_across_two_sequences(
         memory = (draw(3, 2, rows, 4), draw(4, 2, rows, width)) if rows else None
         valid = torch.rand(batch, source, generator=torch.Generator().manual_seed(seed)) < kept
         out, expected = (f(*leaves, mask=Mask(None if kept == 1 else valid), memory=memory) for f in (made, made.dense))
-        same(out, expected, [*leaves, *made.parameters(), *(memory or ())])
+        assert_same(out, expected, [*leaves, *made.parameters(), *(memory or ())])
         if not rows and kept < 1:
             assert (out[~valid.any(dim=1)] == 0).all()
 
@@ -82,7 +82,7 @@ def test_latents_that_copy_the_keys_are_full_attention(n):
     made.latents.weight.data.copy_((200 * keys).transpose(0, 1).flatten(1))
     q, v, k = draw(0, 2, 3, 11, 8), draw(2, 2, 3, n, 8), keys.expand(2, -1, -1, -1)
     full = effzoo.attention.create("full", Context(3, 8))
-    same(made(q, k, v, mask=Mask()), full(q, k, v, mask=Mask()), [q, v])
+    assert_same(made(q, k, v, mask=Mask()), full(q, k, v, mask=Mask()), [q, v])
 
 
 def test_the_order_of_the_keys_does_not_matter():
@@ -137,7 +137,7 @@ def test_it_compiles_whole(padded):
     made, leaves = core(), [draw(i, 2, 2, 11, 4) for i in range(3)]
     valid = torch.arange(11) < torch.tensor([11, 6])[:, None] if padded else None
     compiled = torch.compile(lambda *x: made(*x, mask=Mask(valid)), fullgraph=True, backend="aot_eager")
-    same(compiled(*leaves), made(*leaves, mask=Mask(valid)), [*leaves, *made.parameters()])
+    assert_same(compiled(*leaves), made(*leaves, mask=Mask(valid)), [*leaves, *made.parameters()])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -13,14 +13,18 @@ import effzoo
 from effzoo.checks.attention import Subject as Kind
 from effzoo.checks.peft import Subject as Method
 from effzoo.cli import app
-from effzoo.errors import EffzooError, IncompatibleError, OptionError
-from effzoo.plan import lecture_activations, opt_table, plan
-from effzoo.plan.shadow import LiveBytes, Shadows
+from effzoo.errors import EffzooError, IncompatibleError, InputError, OptionError
+from effzoo.parallel import OverRanks, counted
+from effzoo.parallel.ranks import Planned
+from effzoo.plans import OPT_SLIDE, OPT_SLIDE_REMARK, lecture_activations, opt_table, plan, spread
+from effzoo.plans.optimizers import STATES
+from effzoo.plans.shadow import LiveBytes, Shadows
+from effzoo.train.optimizers import OPTIMIZERS
 
 TRAINED = {"dropout": 0.1, "attention_dropout": 0.1}
 
 
-def kept(model: nn.Module, autocast: torch.dtype | None = None, **inputs: torch.Tensor) -> int:
+def kept(model: nn.Module, autocast: torch.dtype | None = None, call=None, **inputs: torch.Tensor) -> int:
     """The oracle: bytes of the storages that a real forward pass saves, each once, without parameters, buffers and
     inputs."""
     saved: dict[int, tuple[int, torch.Tensor]] = {}
@@ -34,7 +38,8 @@ def kept(model: nn.Module, autocast: torch.dtype | None = None, **inputs: torch.
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", dtype=autocast, enabled=autocast is not None),
     ):
-        output = model.train()(**inputs)
+        model.train()
+        output = (call or model)(**inputs)
     own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers(), *inputs.values())}
     assert output is not None
     return sum(nbytes for address, (nbytes, _) in saved.items() if address not in own)
@@ -59,10 +64,17 @@ def kinds():
 
 
 def built(kind: Kind, dropout: float, method: str | None):
-    """An encoder, and a decoder where the kind can be causal and the method takes one."""
+    """An encoder, and a decoder where the kind can be causal and the method takes one; of one layer but where the kind
+    is full, since layers plan alike, and for the method that trains the last two."""
+    layers = 2 if kind.spec.name == "full" or method == "last" else 1
     for name, task in (("bert", "classification"), ("gpt2", "token_classification"))[: 1 + (not kind.cls.not_causal)]:
         model = effzoo.build(
-            name, attention=str(kind.spec), task=task, dropout=dropout, attention_dropout=dropout, **SIZES
+            name,
+            attention=str(kind.spec),
+            task=task,
+            dropout=dropout,
+            attention_dropout=dropout,
+            **SIZES | {"layers": layers},
         )
         if method is not None and not (method == "pals" and name == "gpt2"):
             effzoo.attach(model, Method.of(method).spec)
@@ -392,6 +404,35 @@ def test_optimizer_states_are_those_of_torch(optimizer, make, method):
     )
 
 
+QUANTISED = {  # bytes of both moments, read off tensors of torchao 0.18, and of bitsandbytes 0.50 without its tables
+    "adamw_8bit_torchao": (10368, 10368, 32760, 33024, 33792, 280, 54048, 27008, 4096, 12448),
+    "adamw_4bit_torchao": (4480, 4480, 32760, 33024, 4616, 280, 27328, 13184, 4096, 5568),
+    "adamw_8bit": (8320, 8320, 32760, 8392, 8584, 280, 52000),
+    "adamw_8bit_paged": (8320, 8320, 32760, 8392, 8584, 280, 52000),
+}
+
+
+@pytest.mark.parametrize("optimizer", QUANTISED)
+def test_quantised_states_are_those_of_their_libraries(optimizer):
+    shapes = [(64, 64), (4096,), (4095,), (32, 129), (128, 33), (5, 7), (100, 256), (96, 128), (512,), (2, 4, 640)]
+    found = [STATES[optimizer](shape, 4) for shape in shapes[: len(QUANTISED[optimizer])]]
+    assert found == list(QUANTISED[optimizer])
+    small = [STATES[optimizer](shape, 2) for shape in ((4095,), (5, 7), (64, 64))]
+    halves = (16380, 140) if "torchao" in optimizer else (32760, 280)  # bitsandbytes keeps float32 in any case
+    assert small == [*halves, QUANTISED[optimizer][0]]
+
+
+def test_a_plan_knows_every_optimizer_of_finetune_by_name():
+    assert OPTIMIZERS.keys() <= STATES.keys()
+    model = effzoo.build("bert", task="classification", **SIZES | {"dim": 64})
+    bytes_of = {name: plan(model, batch=2, length=9, optimizer=name).optimizer for name in OPTIMIZERS}
+    shapes = [(tuple(p.shape), 4) for p in model.parameters()]
+    for name, found in bytes_of.items():
+        tables = 2048 if name in ("adamw_8bit", "adamw_8bit_paged") else 0  # of bitsandbytes, once
+        assert found == sum(STATES[name](*given) for given in shapes) + tables
+    assert bytes_of["adamw_4bit_torchao"] < bytes_of["adamw_8bit_torchao"] < bytes_of["adamw"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["full", "lsh[chunk=32]", "linformer[k=32]"])
 @pytest.mark.parametrize(("method", "again"), [(None, False), ("lora", True)])
@@ -418,10 +459,10 @@ def test_the_peak_is_that_of_the_allocator(attention, method, again):
 @pytest.mark.parametrize(
     ("broken", "name", "replacement"),
     [
-        ("effzoo.plan.saved", "key", id),  # views of one storage would count again
+        ("effzoo.plans.saved", "key", id),  # views of one storage would count again
         # a view would count for less than it keeps alive
-        ("effzoo.plan.saved", "size", lambda tensor: tensor.numel() * tensor.element_size()),
-        ("effzoo.plan.shadow", "KNOWN_BYTES", 0),  # nothing would be known of the inputs
+        ("effzoo.plans.saved", "size", lambda tensor: tensor.numel() * tensor.element_size()),
+        ("effzoo.plans.shadow", "KNOWN_BYTES", 0),  # nothing would be known of the inputs
     ],
 )
 def test_a_broken_rule_is_seen(monkeypatch, broken, name, replacement):
@@ -538,7 +579,7 @@ def test_the_table_reads_as_it_is():
         ),
         (("bert",), {"length": 9, "inputs": {}}, "give length"),
         (("perceiver",), {"length": 9}, "perceiver reads a grid of 224 x 224, which is length=50176, got length=9"),
-        ((nn.Linear(2, 2),), {"length": 9}, "Linear is no model of the zoo, so its inputs are not known"),
+        ((nn.Linear(2, 2),), {"length": 9}, "Linear is no model of effzoo, so its inputs are not known"),
         (
             (nn.Linear(2, 2),),
             {"inputs": {}, "layers": 3},
@@ -571,6 +612,18 @@ def test_a_method_that_computes_with_weights_when_it_is_made_is_refused():
             plan("bert", "by_value", length=9, **SIZES)
         model = effzoo.build("bert", peft="by_value", **SIZES)
         assert plan(model, length=9).kept > 0
+
+
+def test_the_lectures_table_of_opt_by_its_own_formulas():
+    """At 512 positions 2.6, 2.6 and 1 GB come out, for N = 1,315,758,080; 8 N and 4 N are the last two, exchanged."""
+    count = 1_315_758_080
+    hidden = 2 * lecture_activations(layers=24, dim=2048, length=512)
+    sizes = dict(zip(OPT_SLIDE, (2 * count, 2 * count, hidden, 8 * count, 4 * count), strict=True))
+    off = {part: sizes[part] / 1e9 - float(said.split()[0]) for part, said in OPT_SLIDE.items()}
+    assert all(abs(off[part]) < 0.05 for part in list(off)[:3])
+    assert off["optimizer states"] == pytest.approx(10.5 - 5.2, abs=0.05)
+    assert off["float32 copy"] == pytest.approx(5.3 - 10.2, abs=0.05)
+    assert "10.5 GB" in OPT_SLIDE_REMARK and "5.3 GB" in OPT_SLIDE_REMARK
 
 
 @pytest.mark.slow
@@ -623,3 +676,44 @@ def test_the_command_prints_the_plan():
         app, ["plan", "bert", "--length", "513", "--max-length", "600", "--attention", "longformer[window=64]"]
     )
     assert longer.exit_code == 0, longer.output
+
+
+SPREAD = [  # name, options, spec: of the attention of each layer
+    ("longformer", "longformer[window=8]", "lora"), ("bert", "linformer[k=8]", "lora"), ("bert", "perceiver", "prefix"),
+    ("gpt2", "full", "lora"), ("bert", "blockwise[blocks=3]", "houlsby"), ("gpt2", "local[chunk=8]", "lora"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "attention", "method"), SPREAD)
+def test_a_rank_keeps_what_is_planned(name, attention, method):
+    """Activations of the rank in the middle of three, as `OverRanks` runs there, with what others would send."""
+    task = "causal_lm" if effzoo.zoo.config(name).causal else "classification"
+    model = effzoo.build(name, attention=attention, task=task, peft=method, **SIZES, **TRAINED)
+    over = OverRanks(model, Planned(3, 1))
+    found = plan(model, batch=2, length=37, ranks=3)
+    with counted() as traffic:
+        assert found.kept == kept(model, call=over, **call(model, 2, 37)) > 0
+    whole = plan(model, batch=2, length=37)
+    assert found.kept < whole.kept and found.spread.ranks == 3 and whole.spread is None
+    assert found.spread.sent > 0 and sum(traffic.sent.values()) > 0
+
+
+def test_seconds_of_ranks_are_bytes_over_the_link_and_operations_over_the_rate():
+    made = plan("bert", "lora", length=48, ranks=4, link=1e6, rate=1e9, **SIZES).spread
+    layers = [max(layer.sent / 1e6, layer.operations / 1e9) for layer in made.layers]
+    assert made.seconds == pytest.approx(sum(layers) + made.products / 1e9 + made.gradients / 1e6)
+    assert made.link_seconds == made.sent / 1e6 and made.compute_seconds == made.operations / 1e9
+    windows = plan("bert", attention="longformer[window=4]", length=48, ranks=4, link=1e6, rate=1e9, **SIZES).spread
+    assert windows.seconds == pytest.approx(windows.link_seconds + windows.compute_seconds)
+    for given, missing in (({"link": 1.0}, "rate"), ({"rate": 1.0}, "link")):
+        with pytest.raises(InputError, match=f"seconds need the {missing}: plan"):
+            _ = plan("bert", length=48, ranks=2, **given, **SIZES).spread.seconds
+
+
+def test_operations_of_ranks_are_those_of_one_process():
+    """Products with weights exactly; of a window all but what the ends of the sequence cut off."""
+    model = effzoo.build("gpt2", task="causal_lm", **SIZES)
+    one, four = (spread(model, length=48, ranks=ranks) for ranks in (1, 4))
+    assert one.products == 4 * four.products and one.layers[0].operations == 4 * four.layers[0].operations
+    matrices = sum(part.weight.numel() for part in model.modules() if isinstance(part, effzoo.sites.Linear))
+    assert one.products == 6 * 48 * matrices and one.sent == 0

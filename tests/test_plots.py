@@ -164,6 +164,8 @@ def test_several_runs_have_names_colours_and_markers_of_their_own():
 
 def test_without_a_metric_there_is_one_panel_and_another_metric_can_be_chosen():
     assert len(plots.learning_curves([{"step": 1, "loss": 1.0}]).axes) == 1
+    (axes,) = plots.learning_curves([{"step": step, "loss": 0.7} for step in range(5)]).axes
+    assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 0.7  # inside of the picture
     history = [{"step": 1, "loss": 1.0, "eval_loss": 1.0, "eval_perplexity": 9.0, "eval_f1": 0.5}]
     assert plots.learning_curves(history).axes[1].get_ylabel() == "validation perplexity"
     assert plots.learning_curves(history, metric="f1").axes[1].get_ylabel() == "validation f1"

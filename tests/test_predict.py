@@ -22,6 +22,16 @@ def test_each_row_is_what_the_model_says_of_that_example_alone(tiny, name):
         assert torch.allclose(model(torch.tensor([row["input_ids"]])).logits[0], logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds"])
+def test_batches_are_of_like_lengths(tiny, given):
+    """Ids or embeddings: the short ones are not padded to the long ones."""
+    model, shapes = effzoo.build("minilm", task="classification", **tiny), []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape[:2])))
+    rows = [torch.randint(2, 53, (n,)) if given == "input_ids" else torch.randn(n, tiny["dim"]) for n in (3, 9, 3, 9)]
+    effzoo.predict(model, [{given: row} for row in rows], batch_size=2, progress=False)
+    assert shapes == [(2, 3), (2, 9)]
+
+
 def test_features_are_the_mean_over_the_tokens(tiny):
     model, rows = effzoo.build("bert", **tiny).eval(), examples()
     for row, feature in zip(rows, effzoo.predict(model, rows, progress=False), strict=True):

@@ -55,8 +55,10 @@ def run(*command, cwd, **environment):
 def test_the_wheel_holds_the_package_the_zoo_and_the_mark_of_its_types(wheel):
     held = set(zipfile.ZipFile(wheel).namelist())
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "effzoo").rglob("*.py")}
+    kinds = {".md", ".png", ".toml"}  # texts, pictures and points of the course's assignments
+    course = {path.relative_to(ROOT).as_posix() for path in (ROOT / "effzoo/course").rglob("*") if path.suffix in kinds}
     zoo = {f"effzoo/_models/{path.name}" for path in (ROOT / "models").glob("*.toml")}
-    assert {name for name in held if ".dist-info/" not in name} == {*sources, *zoo, "effzoo/py.typed"}
+    assert {name for name in held if ".dist-info/" not in name} == {*sources, *course, *zoo, "effzoo/py.typed"}
 
 
 @pytest.mark.slow
@@ -80,6 +82,8 @@ def test_an_installed_wheel_works_outside_a_checkout(wheel, tmp_path):
     environment = {"PYTHONPATH": str(there), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     listed = run(there / "bin/effzoo", "models", cwd=elsewhere, **environment)
     assert all(name in listed for name in effzoo.models())
+    run(there / "bin/effzoo", "course", "start", "a03", cwd=elsewhere, **environment)
+    assert (elsewhere / "a03/a03.py").is_file()
     run(sys.executable, "-c", USED, there, cwd=elsewhere, **environment)
     assert (elsewhere / "adapter/adapter.json").is_file()
 

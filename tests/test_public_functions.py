@@ -22,6 +22,7 @@ MODULES = (
     "effzoo.convert",
     "effzoo.data",
     "effzoo.checks",
+    "effzoo.course",
     "effzoo.train",
 )
 FUNCTIONS = {
@@ -41,7 +42,8 @@ def arguments(tmp_path_factory):
     x = torch.rand(4, 4)
     return {
         "model": model, "peft": "ia3", "name": "default", "names": "lora", "directory": tmp_path_factory.mktemp("out"),
-        "weights": {"default": 1.0},
+        "folder": tmp_path_factory.mktemp("model"),
+        "weights": {"default": 1.0}, "assignment": "a03", "file": "nowhere.py",
         "kind": "attention", "only": (), "path": "nowhere.py", "output_dir": tmp_path_factory.mktemp("run"),
         "train": [], "examples": [],
         "attention": "local", "n": 60, "input_ids": torch.ones(1, 3, dtype=torch.long),
@@ -51,7 +53,7 @@ def arguments(tmp_path_factory):
         "allowed": x > 0.5, "dtype": torch.float32, "q": torch.rand(1, 2, 3, 4), "memory": None, "scores": x,
         "clean": x, "noisy": x, "deviation": x,
         "k": 1, "probabilities": x, "chosen": x > 0.5, "routing": None, "source": "nowhere/at/all",
-        "config": model.config, "data": [], "tokenizer": None,
+        "config": model.config, "data": [], "tokenizer": None, "tokens": [], "logits": [], "answers": [],
         "max_length": 8, "parts": (0.5, 0.5), "task": "classification",
     }  # fmt: skip
 

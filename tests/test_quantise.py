@@ -9,11 +9,11 @@ from support import finetune, labelled, small
 
 import effzoo
 from effzoo import nf4
+from effzoo.codes import coded, decoded
 from effzoo.errors import AdapterError, ConversionError, IncompatibleError, OptionError, TargetError
-from effzoo.quantise import QuantisedLinear
-from effzoo.quantise.codes import coded, decoded
-from effzoo.quantise.model import size
-from effzoo.quantise.view import Decoded
+from effzoo.quantisation import QuantisedLinear
+from effzoo.quantisation.model import size
+from effzoo.quantisation.view import Decoded
 from effzoo.sites import Linear, sites
 
 METHODS = [

@@ -18,7 +18,7 @@ def gradients(model, batch, alone):
     return out, torch.autograd.grad(out.loss, leaves, allow_unused=True)
 
 
-def equal(model, batch):
+def assert_equal(model, batch):
     whole, expected = gradients(model, batch, False)
     out, found = gradients(model, batch, True)
     assert whole.last_hidden_state is not None and out.last_hidden_state is None
@@ -50,15 +50,15 @@ def built(name, **choices):
 def test_every_model(model, peft):
     batch = {**labelled(), **LABELS}
     choices = {"llama": {"kv_heads": 1}, "modernbert": {"pooling": "first"}}.get(model, {})
-    equal(built(model, peft=peft, **choices), batch)
+    assert_equal(built(model, peft=peft, **choices), batch)
     batch.pop("attention_mask")
-    equal(built(model, peft=peft, **choices), batch)
+    assert_equal(built(model, peft=peft, **choices), batch)
 
 
 @pytest.mark.parametrize("kind", effzoo.attention.names())
 def test_every_kind(kind):
     for architecture in ("bert", "gpt2") if not attention.get(kind).not_causal else ("bert",):
-        equal(built(architecture, attention=small(kind), peft="lora|bitfit"), {**labelled(), **LABELS})
+        assert_equal(built(architecture, attention=small(kind), peft="lora|bitfit"), {**labelled(), **LABELS})
 
 
 @pytest.mark.parametrize("pooling", ["first", "last", "mean"])
@@ -70,7 +70,7 @@ def test_every_pooling(pooling):
         "global_attention_mask": torch.tensor([[0, 1, 0, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0, 0], [0] * 9]),
     }
     if pooling != "mean":
-        equal(model, batch)
+        assert_equal(model, batch)
         return
     model.only_what_is_read = True
     assert model(**batch).last_hidden_state.shape == (3, 9, 16)

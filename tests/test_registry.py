@@ -78,9 +78,39 @@ def test_hidden_options_are_refused_at_registration():
                 super().__init__(context)
 
 
-def test_a_name_is_registered_once():
+def test_a_name_is_registered_by_one_origin():
     with pytest.raises(OptionError, match="already registered by Full"):
         effzoo.attention.register("full")(AttentionCore)
+
+
+CELL = """
+import effzoo
+from effzoo.attention.full import Full
+
+@effzoo.attention.register("cell")
+class Mine(Full):
+    cost = "n^{power}"
+"""
+
+
+def test_a_cell_or_a_file_that_runs_again_replaces_its_entry_and_no_other(tmp_path):
+    file, other = tmp_path / "mine.py", tmp_path / "other.py"
+    with effzoo.scope():
+        for power in ("2", "3"):  # as a notebook does: the same module, another piece of code
+            exec(compile(CELL.format(power=power), f"<cell {power}>", "exec"), {"__name__": "__main__"})
+            assert effzoo.attention.get("cell").cost == f"n^{power}"
+    with effzoo.scope():
+        for power in ("2", "3"):
+            file.write_text(CELL.format(power=power))
+            assert effzoo.load_file(file) == [("attention", "cell")]
+            assert effzoo.attention.get("cell").cost == f"n^{power}"
+        other.write_text(CELL.format(power="4"))
+        with pytest.raises(OptionError, match="'cell' is already registered by Mine"):
+            effzoo.load_file(other)
+        file.write_text(CELL.format(power="5") + "\nundefined")
+        with pytest.raises(OptionError, match="NameError"):
+            effzoo.load_file(file)
+        assert effzoo.attention.get("cell").cost == "n^3"
 
 
 def test_file_registers_inside_a_scope_and_is_gone_after_it(tmp_path):

@@ -67,7 +67,10 @@ def test_the_registry_knows_the_routers():
         "top_k",
         "uniform",
     ]
-    assert {option.name for option in routing.options("switch")} == {"capacity", "balance", "z"}
+    # Fedus et al. 2021, section 2.2; the z-loss is of later models
+    assert {option.name: option.default for option in routing.options("switch")} == {
+        "capacity": 1.25, "balance": 0.01, "z": 0.0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OF_TOKENS)
@@ -563,3 +566,18 @@ def test_check_says_that_routers_have_no_checks_and_never_that_they_hold(tmp_pat
     (tmp_path / "both.py").write_text(both)
     found = CliRunner().invoke(app, ["check", str(tmp_path / "both.py"), "--json", "--only", "equals_definition"])
     assert [report["subject"].split("[")[0] for report in json.loads(found.output)["reports"]] == ["mine"]
+
+
+def test_of_one_expert_the_task_teaches_only_a_router_that_weighs_it():
+    """The weight of top_k[k=1] is constant, so that its gradient is exactly 0; that of switch is p."""
+    for spec, learns in (("top_k[k=1]", False), ("top_k[k=2]", True), ("switch", True)):
+        router = make(spec, training=True)
+        weights = router(tokens()).weights
+        (gradient,) = torch.autograd.grad((weights * torch.arange(EXPERTS).to(weights)).sum(), router.scores.weight)
+        assert (gradient.abs().max() > 1e-6) == learns, spec
+    for spec in ("top_k[k=1, load=0]", "top_k[k=1, noise=false]", "top_k[k=1, importance=0, load=0]"):
+        with pytest.raises(
+            OptionError, match="so only the load loss teaches the scores; give load above 0 .* router='switch'"
+        ):
+            make(spec)
+    assert make("top_k[k=1, load=0]", experts=1)(tokens()).weights.eq(1).all()

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,8 @@ WAITS = {  # what is left: the function that makes the host wait, and why
     "a shape",
     "routing/assignment.py: assign": "the exact assignment is found on the CPU",
     "architectures/packing.py: documents_of": "position ids without an attention_mask say whether there are documents, "
-    "which become rows",
-    "architectures/packing.py: Documents.__init__": "how many documents there are, and the longest one, decide shapes",
+    "whose number and lengths decide shapes",
+    "architectures/packing.py: documents_by_id": "the same, by their numbers",
 }
 pytestmark = pytest.mark.slow
 
@@ -47,13 +48,24 @@ def ran(part):
         reason = f"this build of torch, {torch.__version__}, has CUDA of its own, beside which none can be simulated"
     if reason is not None:
         (pytest.fail if os.environ.get("SIMULATED_CUDA") == "required" else pytest.skip)(reason)
+    machine, told = started()
+    print(part, file=machine.stdin, flush=True)
+    result = json.loads(machine.stdout.readline() or "null")
+    told.seek(0)
+    assert result is not None, told.read()
+    return result
+
+
+@functools.cache
+def started():
+    """The process that runs the parts, and the file of what it says of errors: it imports for all of them."""
     library()
-    here = Path(__file__).parent
+    here, told = Path(__file__).parent, tempfile.TemporaryFile("w+")  # noqa: SIM115, open as long as the process runs
     path = os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(here / "simulated_cuda/run.py"), part]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, str(here / "simulated_cuda/run.py")]
+    pipe = subprocess.PIPE
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=told, text=True, env=environment), told
 
 
 def test_a_step_on_the_device_is_the_step_on_the_cpu():
@@ -102,6 +114,7 @@ def test_the_host_waits_for_the_device_nowhere_but_where_it_must():
     assert {name: waits for name, waits in steps.items() if waits and name in kinds} == {}
     waiting = {
         "packed documents",
+        "numbered documents",
         "experts",
         "experts in equal shares",
         "experts by token",

@@ -9,7 +9,7 @@ import torch
 from support import finetune
 
 import effzoo
-from effzoo.errors import AdapterError, IncompatibleError, TrainingError
+from effzoo.errors import AdapterError, IncompatibleError, TrainingError, UnknownNameError
 from effzoo.peft import training
 from effzoo.peft.files import swap_weights
 from effzoo.peft.manifest import _hash
@@ -151,6 +151,17 @@ def test_each_method_of_an_adapter_has_a_stage_of_its_own(tiny, tmp_path):
     loaded = effzoo.load_adapter(made(tiny), tmp_path)
     assert effzoo.status(loaded).stages == {"default": {"lt_sft": "sparse", "far": "prime"}}
     assert_same(everything(loaded), everything(model))
+
+
+def test_a_stage_is_begun_by_its_name_too_and_an_unknown_one_is_refused_with_a_sentence(tiny):
+    model, twin = made(tiny, "lt_sft[keep=0.1]"), made(tiny, "lt_sft[keep=0.1]")
+    training.begin(model, "full")
+    training.begin(twin, training.Stage("full", 1.0))
+    assert effzoo.status(model).stages == effzoo.status(twin).stages == {"default": {"lt_sft": "full"}}
+    with pytest.raises(UnknownNameError, match="unknown stage 'spares'; did you mean 'sparse'. Known: full, sparse"):
+        training.begin(model, "spares")
+    with pytest.raises(UnknownNameError, match="unknown stage 'sparse'"):
+        training.begin(made(tiny, "lora"), "sparse")
 
 
 def test_two_adapters_of_one_method_are_in_different_stages_and_only_the_trained_one_moves_on(tiny, tmp_path):

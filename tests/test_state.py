@@ -11,7 +11,7 @@ import effzoo
 from effzoo.errors import AdapterError, EffzooError, IncompatibleError, OptionError, UnknownNameError
 from effzoo.peft.attach import adapter_tensors
 from effzoo.peft.state import HERE
-from effzoo.quantise.linear import QuantisedLinear
+from effzoo.quantisation.linear import QuantisedLinear
 from effzoo.sites import NOWHERE, Linear, sites
 from effzoo.sites.hooks import at_hand
 

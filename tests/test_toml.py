@@ -134,7 +134,7 @@ def test_what_is_no_file_is_refused_with_a_sentence(tmp_path):
         effzoo.build("a\0.toml")
     with pytest.raises(UnknownNameError, match="unknown model 'brt'; did you mean"):
         effzoo.build("brt")
-    with pytest.raises(ArgumentError, match="name takes str or Path, got 3"):
+    with pytest.raises(ArgumentError, match="name takes str or Path or none, got 3"):
         effzoo.build(3)
 
 

@@ -52,7 +52,7 @@ def test_weights_that_do_not_fit_on_the_disk_leave_the_old_ones(tiny, tmp_path, 
     checkpoints.save_weights(model, tmp_path)
     before = (tmp_path / checkpoints.WEIGHTS).read_bytes()
 
-    def full(tensors, path):
+    def full(tensors, path, metadata):
         path.write_bytes(b"half")
         raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
 

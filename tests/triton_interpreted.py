@@ -61,18 +61,18 @@ def additive(seen):
     return torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -math.inf)
 
 
-def equal(found, wanted, close=CLOSE):
+def assert_equal(found, wanted, close=CLOSE):
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours.double(), theirs.double(), **close)
 
 
-def check(one, q, k, v, g, wanted, close=CLOSE, kept=None, **given):
+def assert_as_defined(one, q, k, v, g, wanted, close=CLOSE, kept=None, **given):
     """The pass, given what stands last, against the definition with the additive bias `wanted`."""
     out, lse = one.forward(q, k, v, **given)
     found = one.backward(g, q, k, v, out, lse, **given)
     of_out, of_lse, gradients = defined(q, k, v, g, wanted, one.scale, kept)
     assert out.dtype == v.dtype and lse.dtype == torch.float32
-    equal((out, lse, *found), (of_out, of_lse, *gradients), close)
+    assert_equal((out, lse, *found), (of_out, of_lse, *gradients), close)
     return out, lse
 
 
@@ -115,14 +115,14 @@ def test_windows(name, marked):
     dead = of_lse == -math.inf
     assert bool(dead.any()) == (marked == "padded" and name != "all" and name != "chunks")
     assert not out[dead].any() and not found[0][dead].any()
-    equal((out, lse, *found), (of_out, of_lse, *gradients))
+    assert_equal((out, lse, *found), (of_out, of_lse, *gradients))
 
 
 @pytest.mark.parametrize("m, s", [(1, 33), (33, 1), (17, 40)])
 def test_other_numbers_of_keys_than_of_queries(m, s):
     q, k, v, g = qkvg(1, 2, m, s, 8, 8)
     for one in (OnePass(scale=0.3, tiles=SMALL), OnePass(True, Window(4, 4), tiles=SMALL)):
-        check(one, q, k, v, g, additive(seen_by(one, m, s)))
+        assert_as_defined(one, q, k, v, g, additive(seen_by(one, m, s)))
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1, 21), (1, 1, 19, 21), (2, 2, 19, 21), (1, 1, 1, 1)])
@@ -131,7 +131,7 @@ def test_a_bias(shape):
     bias = drawn(*shape, seed=5)
     if shape[-1] > 1:
         bias[..., 3:9] = -math.inf
-    check(OnePass(tiles=SMALL), q, k, v, g, bias, bias=bias)
+    assert_as_defined(OnePass(tiles=SMALL), q, k, v, g, bias, bias=bias)
 
 
 def widened(x):
@@ -150,13 +150,13 @@ def test_half_precision_sums_in_float32(dtype, close, monkeypatch):
     )
     q, k, v, g = (x.to(dtype) for x in qkvg(1, 1, 70, 70, 64, 64))
     one = OnePass(True, Window(30, 0), tiles=TileSizes(32, 16, 4, 1))
-    _, lse = check(one, q, k, v, g, additive(seen_by(one, 70, 70)), {"rtol": close, "atol": close})
-    equal([lse], [defined(q, k, v, g, additive(seen_by(one, 70, 70)))[1]])
+    _, lse = assert_as_defined(one, q, k, v, g, additive(seen_by(one, 70, 70)), {"rtol": close, "atol": close})
+    assert_equal([lse], [defined(q, k, v, g, additive(seen_by(one, 70, 70)))[1]])
 
 
 @pytest.mark.parametrize("d, e", [(1, 1), (33, 5), (128, 128), (5, 128)])
 def test_widths(d, e):
-    check(OnePass(tiles=SMALL), *qkvg(1, 1, 18, 18, d, e), torch.zeros(1, 1, 18, 18))
+    assert_as_defined(OnePass(tiles=SMALL), *qkvg(1, 1, 18, 18, d, e), torch.zeros(1, 1, 18, 18))
 
 
 def philox(first, second, key):
@@ -191,7 +191,7 @@ def test_dropout_drops_the_same_weights_backward(name):
     bias, kept = additive(seen_by(one, n, n, None, columns, 2)), drawn_mask(one, 2, 2, n, n)
     assert abs(float((kept > 0).double().mean()) - 0.7) < 0.03
     q, k, v, g = qkvg(2, 2, n, n, 8, 8)
-    check(one, q, k, v, g, bias, kept=kept, columns=columns)
+    assert_as_defined(one, q, k, v, g, bias, kept=kept, columns=columns)
 
 
 def test_dropout_does_not_depend_on_the_tiles():
@@ -217,14 +217,14 @@ def test_parts_merge():
     keys, values = torch.cat([k, memory[0]], dim=2), torch.cat([v, memory[1]], dim=2)
     bias = torch.cat([additive(seen_by(near, 30, 30, held)), torch.zeros(1, 1, 30, 5)], dim=-1)
     of_out, of_lse, (of_q, of_k, of_v) = defined(q, keys, values, g, bias)
-    equal((out, lse[..., 0], one[0] + two[0]), (of_out, of_lse, of_q))
-    equal((*one[1:], *two[1:]), (of_k[:, :, :30], of_v[:, :, :30], of_k[:, :, 30:], of_v[:, :, 30:]))
+    assert_equal((out, lse[..., 0], one[0] + two[0]), (of_out, of_lse, of_q))
+    assert_equal((*one[1:], *two[1:]), (of_k[:, :, :30], of_v[:, :, :30], of_k[:, :, 30:], of_v[:, :, 30:]))
 
 
 def test_the_gradient_of_a_column_is_added_up_in_parts(monkeypatch):
     monkeypatch.setattr(triton_launch, "SPAN", 16)
     one, columns = OnePass(True, Window(2, 0, 2), tiles=SMALL), torch.tensor([[0, 21, 50], [50, 7, 3]])
-    check(one, *qkvg(2, 2, 50, 50, 8, 8), additive(seen_by(one, 50, 50, None, columns, 2)), columns=columns)
+    assert_as_defined(one, *qkvg(2, 2, 50, 50, 8, 8), additive(seen_by(one, 50, 50, None, columns, 2)), columns=columns)
 
 
 def test_a_kernel_of_tiles():
@@ -234,7 +234,7 @@ def test_a_kernel_of_tiles():
     out, lse = tiling.forward(own, q, k, v, bias)
     found = tiling.backward(own, g, q, k, v, out, lse, bias)
     of_out, of_lse, gradients = defined(q, k, v, g, additive(torch.ones(20, 20, dtype=torch.bool).tril()) + bias)
-    equal((out, lse[..., 0], *found), (of_out, of_lse, *gradients))
+    assert_equal((out, lse[..., 0], *found), (of_out, of_lse, *gradients))
 
 
 def test_nothing_to_see_and_nobody_to_look():
@@ -292,7 +292,9 @@ def test_rounds_of_hashing(options, causal):
     leaves = [x.double().requires_grad_() for x in (qk, k, v)]
     part = core.part(*leaves, buckets)
     of_out, of_lse = kernel.attended(part, backend="reference")
-    equal((out, lse, *found), (of_out.detach(), of_lse[..., 0], *torch.autograd.grad(of_out, leaves, g.double())))
+    assert_equal(
+        (out, lse, *found), (of_out.detach(), of_lse[..., 0], *torch.autograd.grad(of_out, leaves, g.double()))
+    )
 
 
 def test_rounds_of_hashing_with_a_memory_and_dropout():
@@ -341,7 +343,7 @@ def test_parts_of_the_one_softmax_are_what_kinds_make():
     mask = Mask(valid, is_global & valid)
     whole = core.dense(q.double(), k.double(), v.double(), mask=mask)
     rows = ~is_global[0] & valid[0]
-    equal([out[:, :, rows]], [whole[:, :, rows]])
+    assert_equal([out[:, :, rows]], [whole[:, :, rows]])
 
 
 @pytest.fixture
@@ -424,7 +426,7 @@ def test_whole_kinds_by_the_kernels(kind, causal, launched):
         wanted = [x for x in (*leaves, *memory) if x is not None]
         found = torch.autograd.grad(out, wanted, drawn(*out.shape, seed=30).to(dtype), allow_unused=True)
         results.append([out, *(torch.zeros_like(x) if g is None else g for g, x in zip(found, wanted, strict=True))])
-    equal(*results)
+    assert_equal(*results)
     whole = [call for call in launched if call["Order"] is not None or call["Columns"] is not None or call["WINDOW"]]
     sort = KINDS[kind]
     assert bool(whole) == (sort is not None) and (
@@ -441,7 +443,7 @@ def test_decoding_by_the_kernels(kind, launched):
     _, past = single.step(*(None if x is None else x[:, :, :22] for x in given), mask=Mask(), past=None)
     last, _ = single.step(*(None if x is None else x[:, :, 22:] for x in given), mask=Mask(), past=past)
     wanted = double.dense(*(None if x is None else x.double() for x in given), mask=Mask())
-    equal([last], [wanted[:, :, 22:]])
+    assert_equal([last], [wanted[:, :, 22:]])
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from effzoo.annotations import Count, Few, Probability, Range, Whole, annotations_of, plain, problem
 from effzoo.attention import backends
 from effzoo.blocks import ACTIVATIONS, Rotary, Slots
-from effzoo.errors import IncompatibleError, OptionError, listing
+from effzoo.errors import IncompatibleError, OptionError, did_you_mean, listing
 
 Epsilon = Annotated[float, Range(1e-20, 1.0)]  # a smaller one is 0 beside the variance of any dtype
 Theta = Annotated[float, Range(0.0, 1e12, above=True)]
 MOST_EXPERTS = 10_000
-TASKS = ("features", "classification", "token_classification", "masked_lm", "causal_lm")
+OF_TRANSFORMERS = frozenset({  # what pipelines and scripts read of a PreTrainedConfig
+    "num_labels", "id2label", "label2id", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+    "intermediate_size", "max_position_embeddings", "type_vocab_size", "architectures",
+})  # fmt: skip
+TOKEN_IDS = {"pad_token_id": "pad_token", "bos_token_id": "bos_token", "eos_token_id": "eos_token"}  # of trainers
+C = TypeVar("C")
+TASKS = ("features", "classification", "token_classification", "question_answering", "masked_lm", "causal_lm")
 
 
 def check_fields(config: Any) -> None:
@@ -31,8 +38,67 @@ def check_fields(config: Any) -> None:
         object.__setattr__(config, key, tuple(value) if isinstance(value, list) else value)
 
 
+class ReadByTrainers:
+    """What trainers of transformers read of a configuration, and the few things that they set.
+
+    `pad_token_id`, `bos_token_id` and `eos_token_id` are `pad_token`, `bos_token` and `eos_token`: a trainer sets them
+    to those of the tokenizer. `use_cache` is set as well; a cache is used where one is given.
+    """
+
+    model_type = "effzoo"
+    use_cache = False
+    is_encoder_decoder = False
+    problem_type = None
+
+    @property
+    def keys_to_ignore_at_inference(self) -> list[str]:
+        """Entries of an output that are no predictions."""
+        return ["last_hidden_state", "balance_loss", "hidden_states", "attentions"]
+
+    def get_text_config(self, **given: Any) -> Any:
+        """The configuration itself: there are texts alone."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, and model_type."""
+        return {"model_type": self.model_type, **{f.name: getattr(self, f.name) for f in fields(self)}}  # type: ignore[arg-type]
+
+    def to_json_string(self) -> str:
+        """The same as JSON; specs of attention are texts."""
+        return json.dumps(self.to_dict(), indent=2, default=str)
+
+    def __getattr__(self, name: str) -> Any:
+        if (field := TOKEN_IDS.get(name)) is not None:
+            return getattr(self, field, None)
+        near = did_you_mean(name, self.__dict__)
+        if name in OF_TRANSFORMERS:
+            near = "; it is transformers' name, which the config of effzoo.transformers.wrap(model) has"
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}{near}")
+
+
+def set_by_trainers(cls: type[C]) -> type[C]:
+    """Let a frozen configuration take what trainers of transformers set; other fields stay frozen."""
+    frozen = cls.__setattr__
+
+    def set_one(self: Any, name: str, value: Any) -> None:
+        field = TOKEN_IDS.get(name)
+        if field is not None and field in annotations_of(cls):
+            value = tuple(value) if isinstance(value, list) else value
+            if wrong := problem(value, annotations_of(cls)[field]):
+                raise OptionError(f"{name} {wrong}")
+            object.__setattr__(self, field, value)
+        elif name == "use_cache":
+            object.__setattr__(self, name, value)
+        else:
+            frozen(self, name, value)
+
+    cls.__setattr__ = set_one  # type: ignore[method-assign]
+    return cls
+
+
+@set_by_trainers
 @dataclass(frozen=True)
-class Config:
+class Config(ReadByTrainers):
     """Sizes and slots of one transformer.
 
     attention: a spec, or one per layer.

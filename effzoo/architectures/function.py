@@ -42,6 +42,7 @@ MEANT: dict[str, Callable[[Any], Any]] = {  # what a default stands for, so that
     "embed_norm": lambda config: config.norm == "post" if config.embed_norm is None else config.embed_norm,
     "lm_bias": lambda config: not config.causal if config.lm_bias is None else config.lm_bias,
 }
+WITH_HEAD = ("classification", "token_classification", "question_answering")
 READ_IF: dict[str, Callable[[Config, str], bool]] = {  # fields that mean nothing in other models
     "expert_every": lambda config, task: bool(config.experts),
     "axial_shape": lambda config, task: config.positions == "axial",
@@ -59,9 +60,9 @@ READ_IF: dict[str, Callable[[Config, str], bool]] = {  # fields that mean nothin
     "pooling": lambda config, task: task == "classification",
     "head_dense": lambda config, task: task == "classification",
     "head_bias": lambda config, task: task == "classification",
-    "token_dense": lambda config, task: task == "token_classification",
-    "head_norm": lambda config, task: task.endswith("classification"),
-    "head_activation": lambda config, task: task.endswith("classification"),
+    "token_dense": lambda config, task: task in ("token_classification", "question_answering"),
+    "head_norm": lambda config, task: task in WITH_HEAD,
+    "head_activation": lambda config, task: task in WITH_HEAD,
     "transform_bias": lambda config, task: task != "features",
 }
 SAME_RESULT = {"longformer": ("max_globals",)}  # options that say how much is allowed
@@ -80,8 +81,7 @@ def function_of(config: Config | PerceiverConfig, task: str, num_labels: int) ->
             continue
         if isinstance(config, Config) and not READ_IF.get(name, _always)(config, task):
             continue
-        meant = name in MEANT and (transformer or name == "lm_bias")
-        function[name] = MEANT[name](config) if meant else getattr(config, name)
+        function[name] = meant(config, name)
     for layer, spec in enumerate(_specs(config)):
         function |= _options(f"attention of layer {layer}", attention, spec)
         if function.get(name := f"attention of layer {layer}, global_projections", False) is None:
@@ -89,6 +89,12 @@ def function_of(config: Config | PerceiverConfig, task: str, num_labels: int) ->
     if isinstance(config, Config) and config.experts:
         function |= _options("router", router, parse_one(config.router))
     return function
+
+
+def meant(config: Config | PerceiverConfig, name: str) -> Any:
+    """The value of a field, with what a default stands for in its place: `kv_heads=0` is as many as `heads`."""
+    has_default = name in MEANT and (isinstance(config, Config) or name == "lm_bias")
+    return MEANT[name](config) if has_default else getattr(config, name)
 
 
 def _always(config: Config, task: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class Classification(nn.Module):
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         labels = _labels(logits, labels)
-        if logits.shape[-1] == 1 and labels.shape in (logits.shape, logits.shape[:1]):
+        if logits.shape[-1] == 1 and (labels.shape == logits.shape or labels.shape == logits.shape[:1]):
             labels = _check_numbers(labels, -math.inf, math.inf)
             return F.mse_loss(_exact(logits).flatten(), labels.to(_exact(logits)).flatten())
         if labels.is_floating_point() and labels.shape == logits.shape:
@@ -114,6 +114,38 @@ class TokenClassification(nn.Module):
         return Output.of(
             loss=None if labels is None else mean_cross_entropy(logits, labels), logits=logits, last_hidden_state=hidden
         )
+
+
+class QuestionAnswering(TokenClassification):
+    """Where the answer starts and ends: out(x), [batch, n, 2]; labels int[batch, 2], the first and the last token.
+
+    A label of -100 does not count. The loss is the mean over the labels that count of -log softmax(logits)[label], the
+    softmax over the tokens of the example. Padding is no answer: its logits are the lowest number of their dtype. With
+    `token_dense`, x goes through dense, activation, norm and dropout first.
+
+    Devlin et al. 2019, BERT, arXiv:1810.04805, section 4.2.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__(config, 2)
+        if self.dense is None:
+            self.dropout = nn.Dropout(0.0)
+
+    def forward(self, hidden: Tensor, valid: Tensor | None, labels: Tensor | None, embedding: Embedding) -> Output:
+        logits: Tensor = super().forward(hidden, valid, None, embedding).logits
+        if valid is not None:
+            logits = logits.masked_fill(~valid[..., None], torch.finfo(logits.dtype).min)
+        loss = None if labels is None else self.loss(logits, labels)
+        return Output.of(loss=loss, logits=logits, last_hidden_state=hidden)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        labels = _labels(logits, labels)
+        if labels.is_floating_point() or labels.shape != (len(logits), 2):
+            raise InputError(
+                f"labels are integers of shape {(len(logits), 2)}, the first and the last token of each answer, got "
+                f"{labels.dtype} of shape {tuple(labels.shape)}"
+            )
+        return mean_cross_entropy(logits.transpose(1, 2), labels, "; they are tokens of the example")
 
 
 class LanguageModel(nn.Module):
@@ -169,7 +201,36 @@ def head(config: Config, task: str, num_labels: int) -> nn.Module:
         return Classification(config, num_labels)
     if task == "token_classification":
         return TokenClassification(config, num_labels)
+    if task == "question_answering":
+        if num_labels != 2:
+            raise InputError(
+                f"question_answering has two outputs for each token, the start and the end of an answer, got "
+                f"num_labels={num_labels}; leave it out"
+            )
+        return QuestionAnswering(config)
     return Features(config) if task == "features" else LanguageModel(config)
+
+
+def problem_of(labels: Tensor, num_labels: int) -> str:
+    """Which loss a classification head computes of labels, in the words of transformers' `problem_type`."""
+    if num_labels == 1:
+        return "regression"
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+
+def note_problem(model: Any, labels: Tensor) -> None:
+    """Keep on a model for classification what its labels are; compiled code leaves it."""
+    if model.task == "classification" and not torch.compiler.is_compiling():
+        model.problem_type = problem_of(labels, model.num_labels)
+
+
+def known_problem(model: Any) -> str | None:
+    """What the labels of a model for classification are, where that is known of the head that acts."""
+    if model.task != "classification":
+        return None
+    if model.num_labels == 1:
+        return "regression"
+    return None if model.problem_type == "regression" else cast("str | None", model.problem_type)
 
 
 def labels_of(head: nn.Module, otherwise: int) -> int:
@@ -206,8 +267,8 @@ def _activation(config: Config) -> Callable[[Tensor], Tensor]:
     return torch.tanh if config.head_activation == "tanh" else ACTIVATIONS[config.head_activation]
 
 
-def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the labels that count; 0 when none does."""
+def mean_cross_entropy(logits: Tensor, labels: Tensor, hint: str = "; check num_labels") -> Tensor:
+    """Mean over the labels that count; 0 when none does. hint: of the error for a label out of range."""
     labels = _labels(logits, labels)
     if labels.is_floating_point() or labels.shape != logits.shape[:-1]:
         raise InputError(
@@ -216,7 +277,7 @@ def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         )
     classes = logits.shape[-1]
     accepted = f"[0, {classes}) or {IGNORED}"
-    labels = within(labels, classes - 1, "labels", accepted, "; check num_labels", ignored=IGNORED)
+    labels = within(labels, classes - 1, "labels", accepted, hint, ignored=IGNORED)
     total = F.cross_entropy(_exact(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)
 

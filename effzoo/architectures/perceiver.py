@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from effzoo.architectures.embeddings import check_device, checked
 from effzoo.architectures.function import function_of
-from effzoo.architectures.heads import head, labels_of
+from effzoo.architectures.heads import head, labels_of, note_problem
 from effzoo.architectures.output import Output
 from effzoo.architectures.perceiver_config import PER_TOKEN, PerceiverConfig
 from effzoo.architectures.perceiver_cross import Cross
@@ -32,6 +32,7 @@ from effzoo.checked import marks, within
 from effzoo.devices import at_hand
 from effzoo.errors import InputError
 from effzoo.recompute import Recomputing, recompute
+from effzoo.sharding import is_unit
 from effzoo.sites import Embedding, Linear, Model
 
 
@@ -49,6 +50,7 @@ class Perceiver(Recomputing, Model):
     def __init__(self, config: PerceiverConfig, task: str = "features", num_labels: int = 2):
         super().__init__()
         config.check_task(task)
+        config = dataclasses.replace(config)  # trainers set tokens of it, which are those of this model
         self.config, self.task, self.own_labels = config, task, num_labels
         self.embeddings = Inputs(config)
         self.latents = None if config.causal else Embedding(config.latents, config.dim, role="latents")
@@ -124,7 +126,7 @@ class Perceiver(Recomputing, Model):
         else:
             z = self.latents(torch.arange(self.config.latents, device=x.device)).to(x.dtype).expand(len(x), -1, -1)
             valid_latents = None
-        with recompute(self.recompute if self.training else "nothing"):
+        with recompute(self.recompute if self.training else "nothing", copied=is_unit(self)):
             z = self._run(z, x, Mask(valid), valid_latents)
         if self.final_norm is not None:
             z = self.final_norm(z)
@@ -139,6 +141,8 @@ class Perceiver(Recomputing, Model):
                 raise InputError(f"labels are those of the whole input, {(len(x), n)}, got shape {tuple(labels.shape)}")
             labels = labels[:, -z.shape[1] :]
         output: Output = self.head(hidden, valid_latents, labels, self.embeddings.token)
+        if labels is not None:
+            note_problem(self, labels)
         output["last_hidden_state"] = z
         return output
 
@@ -188,7 +192,7 @@ class Perceiver(Recomputing, Model):
             raise InputError(
                 f"{name} is {kind} tensor [batch or 1, queries{width}], got {given.dtype} of shape {tuple(given.shape)}"
             )
-        if len(given) not in (1, batch):
+        if len(given) != 1 and len(given) != batch:
             raise InputError(f"{name} has {len(given)} rows, the input {batch}; give one for each, or one for all")
         last = self.config.max_length - 1 - prompt_length
         return None if positions is None else within(positions, last, "output_positions", f"[0, {last}]")

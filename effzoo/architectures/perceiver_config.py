@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from effzoo.annotations import Count, Few, Probability, Whole
-from effzoo.architectures.config import TASKS, Config, Epsilon, check_fields
+from effzoo.architectures.config import TASKS, Config, Epsilon, ReadByTrainers, check_fields, set_by_trainers
 from effzoo.errors import IncompatibleError, OptionError
 
 Sharing = Literal["none", "all_but_first", "all"]
 PER_TOKEN = ("token_classification", "masked_lm", "causal_lm")
 
 
+@set_by_trainers
 @dataclass(frozen=True)
-class PerceiverConfig:
+class PerceiverConfig(ReadByTrainers):
     """Sizes and slots of one Perceiver: plain names for the latents, `cross_` for the cross-attention.
 
     latents: how many; in a causal model the last so many positions themselves are the latents.
@@ -211,6 +212,8 @@ class PerceiverConfig:
         if task not in TASKS:
             raise OptionError(f"task is one of {', '.join(TASKS)}, got {task!r}")
         self.latent_transformer().check_task(task)
+        if task == "question_answering":
+            raise IncompatibleError(f"{self.name} is a Perceiver, which has no head for task={task!r}; take an encoder")
         if task.endswith("_lm") and not self.vocab:
             raise IncompatibleError(
                 f"{self.name} reads arrays of numbers, so task={task!r} has no vocabulary to predict; give vocab, or "

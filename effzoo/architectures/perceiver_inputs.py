@@ -100,7 +100,7 @@ class Inputs(nn.Module):
                 f"the model with grid={axes}"
             )
         shapes = (embeds.shape[:-1], (len(embeds), math.prod(axes)))
-        if mask is not None and tuple(mask.shape) not in map(tuple, shapes):
+        if mask is not None and not any(mask.shape == shape for shape in shapes):
             raise InputError(f"attention_mask has shape {tuple(mask.shape)}, the input needs {tuple(shapes[0])}")
         return None
 

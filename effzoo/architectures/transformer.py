@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from effzoo.architectures.config import Config
 from effzoo.architectures.embeddings import Embeddings, check_device, check_inputs, check_tensors, checked
 from effzoo.architectures.function import function_of
-from effzoo.architectures.heads import Classification, head, labels_of
+from effzoo.architectures.heads import Classification, head, labels_of, note_problem
+from effzoo.architectures.inside import weights_of
 from effzoo.architectures.output import Output
-from effzoo.architectures.packing import Documents, check_packed, documents_of, warn_of_documents
+from effzoo.architectures.packing import Documents, Rows, check_packed, documents_by_id, documents_of, warn_of_documents
 from effzoo.architectures.sharing import turns
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask
 from effzoo.attention.predicate import PredicateAttention
@@ -30,7 +31,9 @@ from effzoo.checked import marks
 from effzoo.devices import at_hand
 from effzoo.errors import IncompatibleError, IncompatiblePeft, InputError, OptionError
 from effzoo.recompute import Recomputing, recompute
-from effzoo.sites import HookContext, Linear, Model, Side, calling
+from effzoo.sharding import is_unit
+from effzoo.sites import HookContext, Linear, Model, Side, Site, calling
+from effzoo.sites.hooks import positionwise
 from effzoo.spec import Spec, parse_one
 
 
@@ -45,6 +48,7 @@ class Transformer(Recomputing, Model):
 
     def __init__(self, config: Config, task: str = "features", num_labels: int = 2):
         super().__init__()
+        config = dataclasses.replace(config)  # trainers set tokens of it, which are those of this model
         self.config, self.task, self.own_labels = config, task, num_labels
         self.embeddings = Embeddings(config)
         shared: dict[str, Any] = {}
@@ -57,6 +61,7 @@ class Transformer(Recomputing, Model):
         self.head = head(config, task, num_labels)
         # of the last block, the positions that a classification head reads; then no last_hidden_state
         self.only_what_is_read = False
+        self.headless = False
         self.apply(self._initialise)
         for core in self.cores():
             core.initialise()
@@ -114,6 +119,9 @@ class Transformer(Recomputing, Model):
         labels: Tensor | None = None,
         cache: Cache | None = None,
         task_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
     ) -> Output:
         """head(blocks(embeddings(input))): an Output with loss, logits and last_hidden_state [batch, n, dim].
 
@@ -126,9 +134,16 @@ class Transformer(Recomputing, Model):
         inputs_embeds [batch, n, dim]: embeddings of tokens instead of input_ids.
         global_attention_mask [batch, n]: 1 for tokens with global attention, for kinds that have it; when not given,
             the first token of an encoder with a classification head.
-        labels: int[batch] for classes (float for one label), int[batch, n] for tokens; -100 does not count.
+        labels: int[batch] for classes (float for one label), int[batch, n] for tokens,
+            int[batch, 2] for the first and the last token of an answer; -100 does not count.
         cache: of a decoder that generates; the input is what follows the positions in it.
         task_ids int[batch]: the task of each example, for adapters that are routed by it.
+        document_ids int[batch, n]: which document of its row a token belongs to, 1, 2, ...; 0 is padding. Each document
+            is computed as it is alone, its positions start again, and its first label has to be -100 in a decoder
+            (`effzoo.data.pack` makes such rows).
+        output_hidden_states: also `hidden_states`, what goes into each block [batch, n, width], and last_hidden_state.
+        output_attentions: also `attentions`, of each layer the weights [batch, heads, n, n] of the definition, in
+            O(n^2), where the kind has a weight for each token (rows of memory and prompt stand in front).
 
         A classifier with pooling="last" reads the last token of the mask; in a decoder with a `pad_token`, the last one
         whose id is another. Padding at the front takes positions: pad at the end, or give position_ids and use a kind
@@ -143,6 +158,7 @@ class Transformer(Recomputing, Model):
         check_inputs(
             self.config, in_front, start - cached_prompt, input_ids, inputs_embeds, attention_mask=attention_mask,
             token_type_ids=token_type_ids, position_ids=position_ids, global_attention_mask=global_attention_mask,
+            document_ids=document_ids,
         )  # fmt: skip
         check_tensors(labels=labels, task_ids=task_ids)
         check_device(self, input_ids=input_ids, inputs_embeds=inputs_embeds, task_ids=task_ids)
@@ -151,8 +167,22 @@ class Transformer(Recomputing, Model):
         position_ids = checked(self.config, in_front, "position_ids", position_ids)
         valid = self.valid_tokens(attention_mask)
         position_ids, documents = self._documents(position_ids, attention_mask, input_ids, inputs_embeds)
+        if document_ids is not None:
+            inside, documents = documents_by_id(document_ids)
+            valid = self.valid_tokens(inside if valid is None else inside & valid)
         if documents is not None:
-            check_packed(self.cores(), self.task, prompt_length, cache is not None)
+            check_packed(self.cores(), self.task, cache is not None, document_ids is not None)
+        rows, like = self._layout(documents, prompt_length)
+        if documents is not None and like is not None and position_ids is None:
+            position_ids = self._positions(documents, input_ids)
+        if rows is not None:
+            (group,) = rows.groups
+            given = input_ids, inputs_embeds, token_type_ids, position_ids, valid, global_attention_mask
+            input_ids, inputs_embeds, token_type_ids, position_ids, valid, global_attention_mask = (
+                None if x is None else group.split(x.expand(rows.shape[0], *x.shape[1:])) for x in given
+            )
+            valid = group.valid if valid is None else group.valid & valid
+            task_ids = None if task_ids is None else task_ids[group.row]
         position_ids = None if position_ids is None else position_ids + cached_prompt
 
         with_prompt = None if valid is None else nn.functional.pad(valid, (prompt_length, 0), value=True)
@@ -160,27 +190,87 @@ class Transformer(Recomputing, Model):
         with calling(outside):
             x, positions = self.embeddings(input_ids, inputs_embeds, position_ids, token_type_ids, prompt, start)
         mask = self.mask_of(valid, global_attention_mask, x, prompt_length, cached_prompt, positions, task_ids)
+        if like is not None:
+            mask = dataclasses.replace(mask, documents=like)
         if valid is not None:
             valid = valid[:, -(x.shape[1] - prompt_length) :]
         valid = self.read_tokens(valid, input_ids)
         wanted = self._read(x[:, prompt_length:], valid, prompt_length) if cache is None else None
         losses: list[Tensor] = []
-        with balancing(losses) if self.config.experts else nullcontext():
-            if documents is None:
-                x = self.run(x, mask, cache, wanted)
-            else:
-                x = documents.join(self.run(documents.split(x), documents.mask(mask), None))
+        seen: list[Tensor] | None = None
+        if output_hidden_states or output_attentions:
+            self._check_inside(cache, rows is not None or like is not None)
+            seen, wanted = [], None
+        shown = weights_of(self.cores() if output_attentions else ())
+        with balancing(losses) if self.config.experts else nullcontext(), shown as attentions:
+            x = self.run(x, mask, cache, wanted, seen)
         if cache is not None:
             cache.length, cache.prompt_tokens = start + x.shape[1], in_front
         with calling(outside):
             if self.final_norm is not None:
                 x = self.final_norm(x)
             if wanted is None:
-                output: Output = self.head(x[:, prompt_length:], valid, labels, self.embeddings.token)
+                x = x[:, prompt_length:]
+                x = x if rows is None else rows.join([x])
+                output = self._headed(x, valid, labels)
             else:
-                output = self.head(x, None, labels, self.embeddings.token)
+                output = self._headed(x, None, labels)
                 del output["last_hidden_state"]
-        return _balanced(output, losses)
+        if output_hidden_states and seen is not None:
+            between = [state[:, prompt_length:] for state in seen[:-1]]
+            output["hidden_states"] = (*between, output["last_hidden_state"])
+        if output_attentions:
+            output["attentions"] = tuple(attentions)
+        return balanced(output, losses)
+
+    def _headed(self, x: Tensor, valid: Tensor | None, labels: Tensor | None) -> Output:
+        if self.headless:
+            return Output.of(last_hidden_state=x)
+        output = cast(Output, self.head(x, valid, labels, self.embeddings.token))
+        if labels is not None:
+            note_problem(self, labels)
+        return output
+
+    @contextmanager
+    def without_head(self) -> Iterator[None]:
+        """Inside, the output has last_hidden_state and nothing that the head computes."""
+        self.headless = True
+        try:
+            yield
+        finally:
+            self.headless = False
+
+    def _check_inside(self, cache: Cache | None, packed: bool) -> None:
+        """Raise where hidden states and weights cannot be shown."""
+        if cache is not None or packed:
+            why = "packed documents" if packed else "a cache"
+            raise IncompatibleError(
+                f"hidden states and attention weights are shown of whole rows, not with {why}; call the model on the "
+                "text alone"
+            )
+        if self.side.active and self.side.replaces:
+            raise IncompatibleError(
+                "a side network computes the output beside the blocks; deactivate it to see the blocks' hidden states"
+            )
+
+    def _layout(self, documents: Documents | None, prompt_length: int) -> tuple[Rows | None, Rows | None]:
+        """The rows that documents become before the embeddings, or else in attention alone, where nothing more reads
+        whole rows."""
+        if documents is None:
+            return None, None
+        outside = [part for part in (self.embeddings, self.final_norm) if part is not None]
+        sites = [site for part in outside for site in part.modules() if isinstance(site, Site)]
+        alone = all(positionwise(module) for site in sites for module in site.hung())
+        if prompt_length or not alone or not all(block.apart for block in cast("Sequence[Block]", self.blocks)):
+            return documents.rows, None
+        return None, documents.like
+
+    def _positions(self, documents: Documents, ids: Tensor | None) -> Tensor:
+        """The positions that tokens have when their document stands alone, [batch, n]."""
+        (group,) = documents.rows.groups
+        own = None if ids is None else group.split(ids)
+        positions = self.embeddings.positions(own, len(group.index), group.index.shape[1], group.index.device)
+        return documents.rows.join([positions[..., None]])[..., 0]
 
     def _start(self, cache: Cache | None) -> tuple[int, int]:
         """How many positions the cache holds, and how many of them are prompt tokens."""
@@ -222,16 +312,29 @@ class Transformer(Recomputing, Model):
         """The positions whose output the head reads, after the prompt's; None where the last block computes all."""
         last = cast(Block, self.blocks[-1])
         plain = self.config.residual != "reversible" and not (self.side.active and self.side.replaces)
-        if not (self.only_what_is_read and isinstance(self.head, Classification) and plain and last.positionwise):
+        if not (
+            self.only_what_is_read
+            and not self.headless
+            and isinstance(self.head, Classification)
+            and plain
+            and last.positionwise
+        ):
             return None
         where = self.head.reads(x, valid)
         return None if where is None else where + prompt_length
 
-    def run(self, x: Tensor, mask: Mask, cache: Cache | None, wanted: Tensor | None = None) -> Tensor:
+    def run(
+        self, x: Tensor, mask: Mask, cache: Cache | None, wanted: Tensor | None = None, seen: list[Tensor] | None = None
+    ) -> Tensor:
         """The output of the last block, at the wanted positions only where some are named.
+
+        seen: gets the hidden states before, between and after the blocks, which are all stored then.
 
         Reversible blocks compute their inputs again in the backward pass, whatever `recompute` says.
         """
+        if seen is not None:
+            seen.extend(self._states(x, mask))
+            return seen[-1]
         blocks = self.by_layer()
         if self.side.active and self.side.replaces:
             if cache is not None:
@@ -242,7 +345,7 @@ class Transformer(Recomputing, Model):
         if self.config.residual == "reversible":
             return reversible(blocks, x, mask) if cache is None else two_streams(blocks, x, mask, cache)
         level = self.recompute if self.training and cache is None else "nothing"
-        with recompute(level):
+        with recompute(level, copied=is_unit(self)):
             for i, block in enumerate(blocks):
                 where = wanted if i == len(blocks) - 1 else None
                 if level == "blocks":
@@ -318,7 +421,7 @@ class Transformer(Recomputing, Model):
         return Mask(valid, is_global, positions, tasks, x, decisions, most_globals=most)
 
 
-def _balanced(output: Output, losses: Sequence[Tensor]) -> Output:
+def balanced(output: Output, losses: Sequence[Tensor]) -> Output:
     """The output with the losses that balance experts, if there are any."""
     if losses:
         output["balance_loss"] = torch.stack(list(losses)).sum()

@@ -92,6 +92,20 @@ class Blockwise(PredicateAttention):
         return ((length + self.blocks - 1) // self.blocks).clamp(min=1)
 
     def tilings(self, n: int, mask: Mask, device: torch.device) -> Sequence[tuple[list[int], Tiles | None]]:
+        size = self.block_size(n)
+        if self.by_length and mask.valid is not None:
+            valid = mask.valid
+            return mask.memo(("blockwise", self.permutations, n), lambda: self._by_length(lengths(valid), n, size))
+
+        def make() -> list[tuple[list[int], Tiles]]:
+            groups = self.heads_by_permutation().items()
+            return [(heads, self._by_position(permutation, n, size)) for permutation, heads in groups]
+
+        return tile_map.cached_tilings(("blockwise", self.permutations, self.context.causal, size, n), make, device)
+
+    def block_size(self, n: int) -> int:
+        """Positions of a block in an input of n. Raises InputError for one that is too long; warns of heads that see no
+        key."""
         if self.block is not None and n > self.blocks * self.block:
             raise InputError(
                 f"blockwise has {self.blocks} blocks of {self.block} positions, {self.blocks * self.block} in all, "
@@ -100,16 +114,9 @@ class Blockwise(PredicateAttention):
             )
         size = -(-n // self.blocks) if self.block is None else min(self.block, n)
         self._warn_of_blind_heads(-(-n // size))
-        if self.by_length and mask.valid is not None:
-            valid = mask.valid
-            return mask.memo(("blockwise", self.permutations, n), lambda: self._by_length(lengths(valid), n, size))
+        return size
 
-        def make() -> list[tuple[list[int], Tiles]]:
-            return [(heads, self._by_position(permutation, n, size)) for permutation, heads in self._heads().items()]
-
-        return tile_map.cached_tilings(("blockwise", self.permutations, self.context.causal, size, n), make, device)
-
-    def _heads(self) -> dict[Permutation, list[int]]:
+    def heads_by_permutation(self) -> dict[Permutation, list[int]]:
         """The heads of each permutation."""
         heads: dict[Permutation, list[int]] = {}
         for head, permutation in enumerate(self.permutations):
@@ -141,7 +148,7 @@ class Blockwise(PredicateAttention):
         in_block = position // block * size + position % block
         place = torch.where(position < self.blocks * block, in_block, self.blocks * size)
         tilings = []
-        for permutation, heads in self._heads().items():
+        for permutation, heads in self.heads_by_permutation().items():
             keys, allowed = (torch.stack([x[:, key] for key in permutation], dim=1) for x in (queries, filled))
             run = TileRun(
                 TilePositions(self.blocks, size, index=queries),

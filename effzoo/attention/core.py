@@ -17,7 +17,7 @@ from __future__ import annotations
 import abc
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, get_args
 
@@ -28,6 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from effzoo.attention import kernel, reference, traced
 from effzoo.attention.part import Part, bias_of
 from effzoo.errors import IncompatibleError, InputError, OptionError, did_you_mean
+from effzoo.routing import TokensOverRanks
 from effzoo.sites import KeysValues
 
 ProjectionType = Literal["query", "key", "value", "query and key"]
@@ -71,8 +72,11 @@ class Mask:
     tasks int[batch]: the task of each example, for routers by task.
     start [batch, n, dim]: the embeddings, for routers that read them.
     decisions: choices that stay the same when a block is computed again (see `decide`); None stores none.
-    over_ranks: computes a kind, `over_ranks(core, *projected, mask=, memory=)`, where each rank of a group holds a
-        slice of the sequence (`effzoo.parallel`); None where it is here whole.
+    tokens: how routers count the tokens of all ranks, beside `over_ranks`.
+    documents: takes the documents that share the rows apart (`effzoo.architectures.packing`); None where each row is
+        one.
+    over_ranks: computes a kind, `over_ranks(core, *projected, mask=, memory=, group=)`, where each rank of a group
+        holds a slice of the sequence (`effzoo.parallel`); None where it is here whole.
     """
 
     valid: Tensor | None = None
@@ -82,7 +86,9 @@ class Mask:
     tasks: Tensor | None = None
     start: Tensor | None = field(default=None, repr=False)
     decisions: dict[Any, Any] | None = field(default=None, repr=False)
+    documents: Any = field(default=None, repr=False, kw_only=True)
     over_ranks: Callable[..., Tensor] | None = field(default=None, repr=False, kw_only=True)
+    tokens: TokensOverRanks | None = field(default=None, repr=False, kw_only=True)
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def memo(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -90,6 +96,15 @@ class Mask:
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Mask:
+        """The same mask on another device, where hooks of accelerate bring the inputs of a block."""
+        there = torch.device(device)
+        tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        if all(x.device == there for x in tensors.values()):
+            return self
+        moved: dict[str, Any] = {name: x.to(there, non_blocking=non_blocking) for name, x in tensors.items()}
+        return self.memo(("on", there), lambda: replace(self, **moved, _memo={}))
 
     def decide(self, key: Any, make: Callable[[], Any]) -> Any:
         """`make()`, and its first result again when a reversible block or a checkpoint recomputes the batch.
@@ -400,7 +415,7 @@ def _unread(cls: type[AttentionCore]) -> list[str]:
 
 def take_positions(x: Tensor, positions: Tensor) -> Tensor:
     """x [batch, ..., n, d] at these positions int[batch, r] -> [batch, ..., r, d]."""
-    index = positions.view(len(positions), *[1] * (x.ndim - 3), positions.shape[1], 1)
+    index = positions.view(positions.shape[0], *[1] * (x.ndim - 3), positions.shape[1], 1)
     return x.gather(-2, index.expand(-1, *x.shape[1:-2], -1, x.shape[-1]))
 
 

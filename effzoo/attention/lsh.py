@@ -19,6 +19,7 @@ from effzoo.attention.hashing import automatic, buckets_of, draw_rotations, sort
 from effzoo.attention.part import Part, bias_of
 from effzoo.attention.rounds import HashingRounds
 from effzoo.attention.traced import Traced
+from effzoo.devices import is_portable
 from effzoo.errors import InputError, OptionError
 from effzoo.registry import attention
 from effzoo.sites import Keys, KeysValues
@@ -199,7 +200,8 @@ class LSH(AttentionCore):
 
         def make() -> Tensor:
             buckets = buckets_of(qk, self.rotations[: self._rounds], self.factors)
-            return buckets.to(torch.int16 if math.prod(self.factors) < 2**15 else torch.int32)
+            small = math.prod(self.factors) < 2**15 and not is_portable()  # onnxruntime has no such integers
+            return buckets.to(torch.int16 if small else torch.int32)
 
         return self._padding_last(mask.decide(("buckets", self.context.layer), make), mask)
 

@@ -142,7 +142,7 @@ class PredicateAttention(AttentionCore):
         is_global = mask.is_global if "key_global" in self.reads else None
         if is_global is None or positions is None:
             return is_global
-        return is_global.gather(1, positions.expand(len(is_global), -1))
+        return is_global.gather(1, positions.expand(is_global.shape[0], -1))
 
     def tilings(self, n: int, mask: Mask, device: torch.device) -> Sequence[tuple[list[int], Tiles | None]]:
         """Groups of heads that see the same keys, and their tiles; None: every key (before the query, when causal)."""

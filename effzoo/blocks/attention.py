@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask, take_positions
 from effzoo.blocks.positions import Rotary, rotate
+from effzoo.devices import is_portable
 from effzoo.errors import IncompatibleError
 from effzoo.registry import attention as registry
 from effzoo.sites import HookContext, KeysValues, Linear, Memory, MemorySite, RMSNorm, calling
@@ -90,6 +91,9 @@ class Attention(nn.Module):
         cache: of a causal model that decodes.
         wanted int[batch, r]: the positions whose outputs are wanted, [batch, r, dim]; None for all.
         """
+        if mask.documents is not None:
+            joined: Tensor = mask.documents.each(x, mask, self.forward)
+            return joined
         if source is not None:
             self._check_crosses()
         valid = None if mask.valid is None or source is not None else mask.valid[:, -x.shape[1] :]
@@ -112,18 +116,23 @@ class Attention(nn.Module):
             source = source.to(x.dtype)
         inputs = {name: source if source is not None and self.on_key_side(name) else x for name in used}
         projected = [self.project(name, inputs[name], mask) if name in used else None for name in core.projections]
-        at = wanted if core.has_forward_at else None  # else all outputs are computed, and the wanted ones are taken
+        at = (
+            wanted if core.has_forward_at and not is_portable() else None
+        )  # else all outputs are computed, and the wanted ones are taken
         if at is not None:
             for index, side in enumerate(core.projections.values()):
                 q = projected[index]
                 projected[index] = take_positions(q, at) if q is not None and side == "query" else q
         given: dict[str, Any] = {"mask": mask} if memory is None else {"mask": mask, "memory": memory}
         if mask.over_ranks is not None:
-            heads = mask.over_ranks(core, *projected, **given)
+            heads = mask.over_ranks(core, *projected, group=core.context.heads // self.kv_heads, **given)
         elif at is not None:
             heads = core.forward_at(at, *projected, **given)
         elif cache is None:
-            heads = core(*projected, **given)
+            # of projections that the kind compresses, its definition takes what comes before
+            written_out = is_portable() and type(core).project is AttentionCore.project
+            compute: Any = core.dense if written_out else core
+            heads = compute(*projected, **given)
         else:
             layer = core.context.layer
             heads, cache.states[layer] = core.step(*projected, past=cache.states.get(layer), **given)

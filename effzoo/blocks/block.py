@@ -14,7 +14,7 @@ from effzoo.blocks.experts import Experts
 from effzoo.blocks.feedforward import FeedForward
 from effzoo.blocks.positions import Rotary
 from effzoo.sites import Branch, HookContext, LayerNorm, Norm, RMSNorm, Site, calling
-from effzoo.sites.hooks import positionwise
+from effzoo.sites.hooks import Mixture, positionwise
 from effzoo.spec import Spec
 
 
@@ -136,6 +136,16 @@ class Block(nn.Module):
             return False
         hung = [module for part in self.modules() if isinstance(part, Site) for module in part.hung()]
         return all(map(positionwise, hung))
+
+    @property
+    def apart(self) -> bool:
+        """Whether adapters, those of the attention layer aside, compute each position by itself, and no router there
+        measures its batch."""
+        for path, part in self.named_modules():
+            for module in part.hung() if isinstance(part, Site) else ():
+                if isinstance(module, Mixture) or not (path.startswith("attn.") or positionwise(module)):
+                    return False
+        return True
 
 
 def _tokens(x: Tensor, mask: Mask, wanted: Tensor | None) -> Tensor | None:

@@ -22,7 +22,7 @@ from effzoo.attention.core import Mask
 from effzoo.blocks.feedforward import FeedForward
 from effzoo.errors import IncompatibleError
 from effzoo.recompute import made_again
-from effzoo.routing import Router, Routing, create
+from effzoo.routing import Router, Routing, create, over_ranks
 
 _collected: ContextVar[list[Tensor] | None] = ContextVar("_collected", default=None)
 
@@ -66,7 +66,8 @@ class Experts(nn.Module):
         """
         flat = rearrange(x, "b n d -> (b n) d")
         here = None if valid is None else valid.reshape(-1).nonzero()[:, 0]
-        routing = self._as_before(self.router(flat if here is None else flat[here]), mask)
+        with over_ranks(None if mask is None else mask.tokens):
+            routing = self._as_before(self.router(flat if here is None else flat[here]), mask)
         expert, token, counts = self._sent(routing)
         at = token if here is None else here[token]
         with made_again():

@@ -10,6 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from effzoo.arguments import number, whole
 from effzoo.cli.terminal import app, console, say, table
 from effzoo.measure import cards, report
 from effzoo.measure.finetuning import METHODS, Finetuning
@@ -18,7 +19,6 @@ from effzoo.measure.rows import Row
 from effzoo.measure.scaling import KINDS, Scaling
 from effzoo.recompute import Level
 from effzoo.registry import load_file, scope
-from effzoo.train.settings import number, whole
 
 ABOUT = """Measure time and memory on this machine, and draw them.
 

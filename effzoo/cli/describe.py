@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from effzoo import build, zoo
 from effzoo.annotations import describe
 from effzoo.architectures import Transformer
+from effzoo.attention.core import AttentionCore
 from effzoo.errors import EffzooError, IncompatiblePeft, TargetError
 from effzoo.peft import Account, account
 from effzoo.peft.merging import merged_parameters
@@ -29,6 +31,24 @@ HOOKS = {
     "weight": "parameter", "bias": "parameter", "prompt": "input", "memory": "input", "before": "function",
     "after": "function",
 }  # fmt: skip
+
+
+MATRICES = {  # the weights of a head that a kind computes, for n tokens of head width d
+    "full": "n x n",
+    "blockwise": "n / blocks x n / blocks for each of the blocks of queries",
+    "longformer": "n x (window + 1 + globals); a global token's row has n",
+    "local": "n x (look_back + 1 + look_forward) chunk",
+    "lsh": "n x (look_back + 1 + look_forward) chunk, in each round",
+    "linformer": "n x k, as E K and F V are k x d",
+    "perceiver": "latents x n, then n x latents",
+}
+
+
+def dimensions(cls: type[AttentionCore]) -> str:
+    """The dimensions of a head's attention matrix and output; of a kind that is not in the table, those that its cost
+    says: n x m for a cost of n * m."""
+    matrix = MATRICES.get(cls.name) or "n x " + re.sub(r"^n ?(\^ ?2|\* ?)?", lambda m: "n" * ("2" in m[0]), cls.cost)
+    return f"{matrix}; output n x d"
 
 
 def summary(cls: type) -> str:
@@ -72,7 +92,9 @@ def option_rows(view: View[Any], name: str) -> list[tuple[str, str, str, str]]:
 
 
 def on_meta(name: str, **choices: Any) -> Transformer:
-    """A model without memory: shapes only, for counting."""
+    """A model without memory: shapes only, for counting. Of a folder, the model with its weights."""
+    if Path(name).is_dir():
+        return build(pretrained=name, **choices)
     try:
         with torch.device("meta"):
             return build(name, **choices)
@@ -130,9 +152,14 @@ def parameters(name: str) -> int:
 
 def model_rows(name: str) -> list[tuple[str, str]]:
     """What a zoo entry consists of, field by field."""
-    config = zoo.config(name)
-    lines = [(field, str(getattr(config, field))) for field in SHOWN if getattr(config, field) not in ("", None)]
-    return [("parameters", f"{parameters(name):,}"), *lines, ("paper", config.paper or "-")]
+    return config_rows(zoo.config(name), parameters(name))
+
+
+def config_rows(config: Any, count: int) -> list[tuple[str, str]]:
+    """The fields of a configuration, and the number of parameters."""
+    given = [(field, getattr(config, field, None)) for field in SHOWN]
+    lines = [(field, str(value)) for field, value in given if value not in ("", None)]
+    return [("parameters", f"{count:,}"), *lines, ("paper", config.paper or "-")]
 
 
 def _written(default: Any) -> str:

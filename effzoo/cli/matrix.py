@@ -34,15 +34,15 @@ def matrix(
         Path | None, typer.Option(help="A Python file whose attention kinds and methods take part.")
     ] = None,
     experts: Annotated[
-        bool, typer.Option("--experts", help="Try every method as an expert: routed[of=METHOD, experts=2].")
+        bool, typer.Option("--experts", help="Try every method as an expert: routed\\[of=METHOD, experts=2].")
     ] = False,
     save: Annotated[Path | None, typer.Option(help="Also write every cell to this JSON file.")] = None,
 ) -> None:
-    """Try every fine-tuning method on every attention kind: attach, train, save, load, combine, merge, detach, on tiny
-    models.
+    """Try every fine-tuning method on every attention kind, on tiny models.
 
-    Each cell has four marks, for an encoder, a decoder, a reversible model and a Perceiver: + works, - is refused with
-    a reason (listed below the table), X fails. The exit code is 1 when something fails.
+    Tried is to attach, train, save, load, combine, merge and detach. Each cell has four marks, for an encoder, a
+    decoder, a reversible model and a Perceiver: + works, - is refused with a reason (listed below the table), X fails.
+    The exit code is 1 when something fails.
 
     Example:  effzoo matrix --method lora --method prefix
     """

@@ -10,17 +10,21 @@ from rich.text import Text
 
 from effzoo import plots, zoo
 from effzoo.architectures import Transformer
+from effzoo.arguments import whole
 from effzoo.cli import describe
+from effzoo.cli.own import File, loaded
 from effzoo.cli.terminal import app, console, heading, pairs, say, table
 from effzoo.errors import OptionError, UnknownNameError
+from effzoo.folder.loading import load as load_folder
 from effzoo.peft import account as account_of
+from effzoo.peft import attached
+from effzoo.peft.survey import REMARKS
 from effzoo.peft.survey import survey as survey_of
 from effzoo.registry import View, attention, peft
 from effzoo.registry import router as routing
 from effzoo.routing import Router
 from effzoo.sites import Site
 from effzoo.spec import Spec, parse_one
-from effzoo.train.settings import whole
 from effzoo.writing import replace_file
 
 LOSSES = ("importance", "load", "balance", "z")
@@ -38,21 +42,14 @@ def models_() -> None:
 
     Example:  effzoo models
     """
-    listed = table(
-        "model", "architecture", "parameters", "attention", "length", "paper", right=("parameters", "length")
-    )
+    columns = ["model", "architecture", "parameters", "attention", "length"]
+    wide = console().width >= 96  # for who wrote it
+    listed = table(*columns, *["paper"] * wide, right=("parameters", "length"))
     for name in zoo.models():
         config = zoo.config(name)
         kinds = describe.kinds(config.attention)
-        row = (
-            name,
-            config.architecture,
-            f"{describe.parameters(name):,}",
-            kinds,
-            f"{config.max_length:,}",
-            _short(config.paper),
-        )
-        listed.add_row(*map(Text, row))
+        row = [name, config.architecture, f"{describe.parameters(name):,}", kinds, f"{config.max_length:,}"]
+        listed.add_row(*map(Text, [*row, *[_short(config.paper)] * wide]))
     say(listed, "\neffzoo show NAME tells more.")
 
 
@@ -95,8 +92,9 @@ def peft_() -> None:
 
 @app.command()
 def routers() -> None:
-    """List the routers: which experts see a token, for `peft="routed[router=...]"` and `effzoo.build(..., experts=8,
-    router=...)`.
+    """List the routers, which say what experts see a token.
+
+    They are options of `peft="routed[router=...]"` and of `effzoo.build(..., experts=8, router=...)`.
 
     Example:  effzoo routers
     """
@@ -113,14 +111,16 @@ def show(
     name: Annotated[
         str,
         typer.Argument(
-            help='A model, an attention kind, a method or a router, options allowed: "longformer\\[window=8]".'
+            help='A model, an attention kind, a method or a router, options allowed: "longformer\\[window=8]"; or a '
+            "folder of a saved model."
         ),
     ],
     n: Annotated[int | None, typer.Option("--n", help="Positions in the picture of an attention pattern.")] = None,
     causal: Annotated[bool, typer.Option("--causal", help="Draw the pattern as a decoder uses it.")] = False,
     save: Annotated[Path | None, typer.Option(help="Also write the picture to this PNG file.")] = None,
+    file: File = None,
 ) -> None:
-    """Show one entry: what it computes, its options, its paper, and for attention which query sees which key.
+    """Show one entry: what it computes, its options, its paper, and for attention its pattern.
 
     A name that means several things (longformer is a model and an attention kind) shows all of them.
 
@@ -130,7 +130,14 @@ def show(
         whole("--n", n, least=1, most=4096)
     if save is not None and save.suffix.lower() != ".png":
         raise OptionError(f"--save writes a PNG file, got {save}; give a name that ends in .png")
-    spec = Spec(name) if name.endswith(".toml") else parse_one(name)
+    with loaded(file):
+        if Path(name).is_dir():
+            _show_folder(name)
+            return
+        _show(Spec(name) if name.endswith(".toml") else parse_one(name), n, causal, save)
+
+
+def _show(spec: Spec, n: int | None, causal: bool, save: Path | None) -> None:
     known = {
         "model": _models(spec.name),
         "attention": _names(attention),
@@ -164,7 +171,9 @@ def show(
 
 @app.command()
 def account(
-    model: Annotated[str, typer.Argument(help="A model of the zoo, or a TOML file of your own.")],
+    model: Annotated[
+        str, typer.Argument(help="A model of the zoo, a TOML file of your own, or a folder of a saved model.")
+    ],
     peft: Peft = None,
     attention: Attention = None,
     num_labels: Annotated[
@@ -173,57 +182,76 @@ def account(
     survey: Annotated[
         bool, typer.Option("--survey", help="Count the 22 methods of a published survey instead, beside its numbers.")
     ] = False,
+    file: File = None,
 ) -> None:
     """Count what a method trains, stores and changes on a model, without loading any weights.
 
+    Of a folder they are loaded, and its adapters counted.
+
     Example:  effzoo account longformer --peft "lora\\[rank=8]|prefix\\[length=16]"
     """
-    if survey:
-        if peft is not None:
-            raise OptionError("--survey counts methods of its own; leave --peft out")
-        _survey(describe.on_meta(model, attention=attention))
-        return
+    if survey and peft is not None:
+        raise OptionError("--survey counts methods of its own; leave --peft out")
     if num_labels is not None:
         whole("--num-labels", num_labels, least=1)
-    head: dict[str, Any] = {} if num_labels is None else {"task": "classification", "num_labels": num_labels}
-    built = describe.on_meta(model, attention=attention, peft=peft, **head)
-    used = built.config.attention if isinstance(built.config.attention, str) else describe.kinds(built.config.attention)
-    say(heading(f"{built.config.name} with {used} attention, {peft or 'no adapter'}"), str(account_of(built)))
+    with loaded(file):
+        if survey:
+            _survey(describe.on_meta(model, attention=attention))
+            return
+        head: dict[str, Any] = {} if num_labels is None else {"task": "classification", "num_labels": num_labels}
+        built = describe.on_meta(model, attention=attention, peft=peft, **head)
+        of = built.config.attention
+        used = of if isinstance(of, str) else describe.kinds(of)
+        say(
+            heading(f"{built.config.name} with {used} attention, {peft or ', '.join(attached(built)) or 'no adapter'}"),
+            str(account_of(built)),
+        )
 
 
 def _survey(model: Transformer) -> None:
-    head = "method, trained %, survey, changed %, survey, rank, stored bytes, FLOPs +%"
-    listed = table(*head.split(", "), right=("trained %", "changed %", "FLOPs +%"))
-    refused = []
+    wide = console().width >= 110
+    head = ["method", "trained", "at end", "survey", "changed", "survey", "tried on"]
+    more = ["rank", "stored bytes", "FLOPs +%"] if wide else []
+    listed = table(*head, *more, right=("trained", "at end", "changed", "stored bytes", "FLOPs +%"))
+    refused, remarks = [], []
     for row in survey_of(model):
-        if row.account is None or row.flops is None:
-            refused.append(f"{row.published.name}: {row.refused}")
-            continue
         of, published = row.account, row.published
-        changed = "-" if of.changed is None else f"{100 * of.changed / of.total:.3g}"
-        rank = "-" if of.rank is None else str(of.rank)
-        cells = (
-            published.spec,
-            f"{of.percent:.3g}",
-            published.trained,
-            changed,
-            published.changed,
-            rank,
-            f"{of.stored_bytes:,}",
-            f"{row.flops.extra:.2g}",
-        )
+        if of is None or row.flops is None or row.finished is None:
+            refused.append(f"{published.name}: {row.refused}")
+            continue
+        cells = [
+            published.spec, f"{of.percent:.3g}", "=" if row.finished == of.percent else f"{row.finished:.3g}",
+            published.trained, "-" if of.changed is None else f"{100 * of.changed / of.total:.3g}",
+            published.changed, "all" if len(published.sizes) == 3 else ", ".join(published.sizes),
+        ]  # fmt: skip
+        if wide:
+            cells += ["-" if of.rank is None else str(of.rank), f"{of.stored_bytes:,}", f"{row.flops.extra:.2g}"]
         listed.add_row(*map(Text, cells))
+        if published.spec in REMARKS:
+            remarks.append(f"{published.spec}: {REMARKS[published.spec]}.")
     say(heading(f"{model.config.name}, {sum(p.numel() for p in model.parameters()):,} parameters"), listed)
     say(
-        "\nsurvey: Lialin et al. 2023, arXiv:2303.15647v1, over many models. changed: entries of the base after "
-        "merging, - where nothing merges;"
+        "\nsurvey: Lialin et al. 2023, arXiv:2303.15647v1, over many models; tried on: the sizes of models there. "
+        "Shares in percent; trained: while it trains; at end: what is still trained when the stages are over (=: as "
+        "much). changed: entries of the base after merging, - where nothing merges."
     )
-    say(
-        "rank: bound on the change of a matrix; stored: before training ends; FLOPs: at inference, merged where that "
-        "is possible, 128 tokens."
-    )
+    if wide:
+        say(
+            "rank: bound on the change of a matrix; stored: before training ends; FLOPs: at inference, merged where "
+            "that is possible, 128 tokens."
+        )
+    say("", "Where the two are far apart:", *remarks)
     for refusal in refused:
         say(f"refused: {refusal}")
+
+
+def _show_folder(folder: str) -> None:
+    """A saved model, or a checkpoint of transformers."""
+    model = load_folder(folder)
+    names = [("labels", ", ".join(map(str, model.label_names)))] if model.label_names else []
+    count = sum(parameter.numel() for parameter in model.parameters())
+    rows = [("task", model.task), *names, *describe.config_rows(model.config, count)]
+    say(heading(f"{folder}, a saved model"), pairs(rows), "", heading("account"), str(account_of(model)))
 
 
 def _show_model(spec: Spec) -> None:
@@ -237,6 +265,7 @@ def _show_attention(spec: Spec, n: int | None, causal: bool, save: Path | None) 
     picture = plots.pattern_text(_spec(spec), n, is_global=is_global, causal=causal, width=48, colour=out.is_terminal)
     traits = [
         ("cost", cls.cost),
+        ("attention matrix", f"{describe.dimensions(cls)} (of a head)"),
         ("projections", ", ".join(cls.projections)),
         ("causal", f"no: {cls.not_causal}" if cls.not_causal else "yes"),
         ("memory", f"{_yes(cls.takes_memory())} (prefix tuning)"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import os
 import sys
 from typing import Annotated, Any
 
@@ -9,25 +12,30 @@ import typer
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_group
 
 from effzoo.errors import EffzooError
 
-ORDER = (
-    "models",
-    "attention",
-    "peft",
-    "routers",
-    "show",
-    "account",
-    "plan",
-    "finetune",
-    "check",
-    "matrix",
-    "bench",
-    "lab",
-)
-MISTAKE, BUG, INTERRUPTED = 2, 3, 130
+COMMANDS = {  # name: module, and the first paragraph of its help; in the order in which a newcomer needs them
+    "models": ("show", "List the models of the zoo."),
+    "attention": ("show", "List the attention kinds."),
+    "peft": ("show", "List the parameter-efficient fine-tuning methods."),
+    "routers": ("show", "List the routers, which say what experts see a token."),
+    "show": ("show", "Show one entry: what it computes, its options, its paper, and for attention its pattern."),
+    "account": ("show", "Count what a method trains, stores and changes on a model, without loading any weights."),
+    "plan": ("plan", "Predict the memory of one training step, part by part, without allocating it."),
+    "finetune": ("train", "Fine-tune a model on texts, by default to classify them, and save the adapter."),
+    "predict": ("apply", "Say what a saved model says of each row of a file: labels, numbers, tags or answers."),
+    "generate": ("apply", "Continue a text with a saved decoder."),
+    "embed": ("apply", "Write a vector for each text."),
+    "check": ("check", "Check that attention kinds and fine-tuning methods keep their contract."),
+    "course": ("course", "Assignments that grade themselves: swap attention and adapters, see the mistake named."),
+    "matrix": ("matrix", "Try every fine-tuning method on every attention kind, on tiny models."),
+    "bench": ("bench", "Measure time and memory on this machine, and draw them."),
+    "lab": ("lab", "List the experiments, or run one beside the published numbers."),
+}
+MISTAKE, BUG, INTERRUPTED, BROKEN_PIPE = 2, 3, 130, 141
 KEPT = {  # what is true of each command after Ctrl-C; nothing was written by the others
     "finetune": "with --resume, the same command goes on from the newest checkpoint in --output, if there is one "
     "already",
@@ -39,9 +47,13 @@ KEPT = {  # what is true of each command after Ctrl-C; nothing was written by th
 class Commands(TyperGroup):
     """Tells an error in one message without a traceback; `--debug`, anywhere on the line, shows the traceback."""
 
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        imported = self.commands
+        self.commands = {name: imported.get(name) or Later(name=name, help=COMMANDS[name][1]) for name in COMMANDS}
+
     def list_commands(self, ctx: Any) -> list[str]:
-        """In the order in which a newcomer needs them."""
-        return sorted(super().list_commands(ctx), key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+        return list(self.commands)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.ensure_object(dict)["debug"] = "--debug" in args
@@ -52,6 +64,9 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except EffzooError as error:
             self._tell(ctx, str(error), MISTAKE)
+        except BrokenPipeError:  # the reader has seen enough, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(BROKEN_PIPE) from None
         except OSError as error:
             self._tell(ctx, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", MISTAKE)
         except KeyboardInterrupt:
@@ -74,11 +89,26 @@ class Commands(TyperGroup):
         raise typer.Exit(code)
 
 
+class Later(TyperCommand):
+    """A command whose module is imported when it is called: what torch takes to import, help need not wait for."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        importlib.import_module(f"effzoo.cli.{COMMANDS[str(self.name)][0]}")
+        return get_group(app).commands[str(self.name)].make_context(info_name, args, parent, **extra)
+
+
 def _is_control_flow(error: Exception) -> bool:
     """Whether typer or its click uses this exception to end, or to report wrong usage itself."""
     return any(
         cls.__module__.split(".")[0] in ("click", "typer") or "_click" in cls.__module__ for cls in type(error).__mro__
     )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        names = ("effzoo", "torch", "transformers")
+        typer.echo(", ".join(f"{name} {importlib.metadata.version(name)}" for name in names))
+        raise typer.Exit
 
 
 app = typer.Typer(
@@ -90,6 +120,9 @@ app = typer.Typer(
 def effzoo(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere on the line.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the versions and exit.")
     ] = False,
 ) -> None:
     """Efficient transformers with integrated parameter-efficient fine-tuning.
@@ -103,7 +136,8 @@ def effzoo(
 
 def console() -> Console:
     """A console on standard output as it is now, which prints what it is given without guessing at highlights."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, width=None if known else 100)
 
 
 def say(*parts: RenderableType) -> None:
@@ -114,10 +148,12 @@ def say(*parts: RenderableType) -> None:
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
-    """An empty table without frame lines."""
+    """An empty table without frame lines; names, in the first column, and numbers, at the right, stay in one piece."""
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
-        made.add_column(Text(column), justify="right" if column in right else "left", overflow="fold")
+        whole = column in (columns[0], *right)
+        justify: Any = "right" if column in right else "left"
+        made.add_column(Text(column), justify=justify, overflow="fold", no_wrap=whole)
     return made
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import effzoo.peft
 from effzoo import zoo
-from effzoo.build import build
+from effzoo.builder import build
 from effzoo.errors import EffzooError, OptionError
 from effzoo.measure import cards
 from effzoo.measure import rows as files

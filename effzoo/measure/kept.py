@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from effzoo.plan.saved import Record
-from effzoo.plan.shadow import key
+from effzoo.plans.saved import Record
+from effzoo.plans.shadow import key
 
 
 def kept(model: nn.Module, inputs: Mapping[str, Tensor], run: Callable[[], object]) -> dict[str, int]:

@@ -18,6 +18,7 @@ from effzoo.peft.method import HEAD
 from effzoo.peft.state import label_layers
 from effzoo.peft.stored import stored_tensors
 from effzoo.peft.unread import trained_unread
+from effzoo.sharding import counted
 from effzoo.sites import Counted, PeftModule, Site, opens, sites, unwrap
 
 
@@ -141,8 +142,13 @@ def _flops(model: nn.Module, ids: torch.Tensor) -> int:
 
 
 def account(model: nn.Module) -> Account:
-    """Count the active adapters of a model; without any, the model as it is."""
+    """Count the active adapters of a model; without any, the model as it is. One that is split counts as a whole."""
     model = unwrap(model)
+    with counted(model):
+        return _account(model)
+
+
+def _account(model: nn.Module) -> Account:
     total = _total(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     names = acting(model)

@@ -33,7 +33,9 @@ from effzoo.peft.method import ALL_LINEAR, HEAD, Method
 from effzoo.peft.state import Adapters, Attachment, act, adapters_of, check_heads, label_layers, transition
 from effzoo.peft.unread import trained_unread
 from effzoo.registry import peft as registry
+from effzoo.sharding import one_by_one
 from effzoo.sites import Activity, Linear, OwnOutputs, PeftModule, Site, TiedLinear, has_scale, sites, unwrap
+from effzoo.sites.dtypes import floating
 from effzoo.spec import Spec, parse
 
 M = TypeVar("M", bound=nn.Module)
@@ -69,10 +71,9 @@ def attach(
 
     Raises TargetError, AdapterError, OptionError; the model is then unchanged.
     """
-    with transition(model) as state:
-        inside = unwrap(model)
+    with transition(model, reads_base=False) as state, one_by_one(inside := unwrap(model)):
         _check_name(name, state)
-        attachment, specs = Attachment(name, parse(peft), dtype=_dtype(dtype)), []
+        attachment, specs = Attachment(name, parse(peft), dtype=floating(dtype)), []
         for spec in attachment.specs:
             with room(spec.options):
                 method = registry.create(spec)
@@ -120,6 +121,8 @@ def _renew_head(model: nn.Module, attachment: Attachment, labels: int) -> None:
             f"num_labels={labels}: this model has no classification head; build it with task='classification' or "
             "'token_classification'"
         )
+    if getattr(model, "task", "") == "question_answering" and labels != 2:
+        raise AdapterError(f"num_labels={labels}: a model for question_answering has two outputs; leave num_labels out")
     for path, site in layers.items():
         modules = list(site.hung(attachment.name))
         if labels == site.out_features:
@@ -140,7 +143,7 @@ def detach(model: M, name: str) -> M:
 
     The other adapters act as before, in their order, scales and combination.
     """
-    with transition(model) as state:
+    with transition(model, reads_base=False) as state:
         state.known(name)
         take_off(unwrap(model), state, name)
     return model
@@ -172,7 +175,7 @@ def activate(
 
     Raises UnknownNameError, AdapterError, OptionError, IncompatibleError (heads); the model is then unchanged.
     """
-    with transition(model) as state:
+    with transition(model, reads_base=False) as state:
         act(unwrap(model), state, _chosen(unwrap(model), state, names, combine, rows, scale, train))
     return model
 
@@ -206,7 +209,7 @@ def disabled(model: M) -> Iterator[M]:
     """
 
     def bare() -> None:
-        with transition(model) as state:
+        with transition(model, reads_base=False) as state:
             state.roster.now = Activity(trained=state.roster.now.trained)
 
     with _as_before(model, bare):
@@ -327,7 +330,8 @@ def targets(model: nn.Module, method: Method) -> dict[str, Site]:
     everything = dict(sites(model))
     if not everything:
         raise TargetError(
-            f"{type(model).__name__} has no sites; build it from effzoo.sites (Linear, LayerNorm, Embedding, ...)"
+            f"{type(model).__name__} has no sites; convert a model of transformers with "
+            "effzoo.convert.from_transformers(model), or build yours from effzoo.sites (Linear, LayerNorm, ...)"
         )
     layers = _layers(method, everything)
     patterns = method.targets or method.default_targets
@@ -421,7 +425,7 @@ def recast(model: M, *names: str, dtype: torch.dtype | str | None = None) -> M:
     The base is left as it is. For an adapter that `model.to(torch.bfloat16)` has cast with the base; what that has
     rounded stays rounded. Raises UnknownNameError, OptionError.
     """
-    wanted = _dtype(dtype)
+    wanted = floating(dtype)
     with transition(model) as state:
         for name in names:
             state.known(name)
@@ -431,16 +435,6 @@ def recast(model: M, *names: str, dtype: torch.dtype | str | None = None) -> M:
                     fitted(unwrap(model), site, module, wanted)
             state.attachments[name].dtype = wanted
     return model
-
-
-def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
-    dtype = getattr(torch, given, None) if isinstance(given, str) else given
-    if given is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise OptionError(
-            "dtype is a floating-point type such as torch.bfloat16 or 'float32', or None for float32 "
-            f"or better, got {given!r}"
-        )
-    return dtype
 
 
 def fitted(model: nn.Module, site: Site, module: PeftModule, dtype: torch.dtype | None = None) -> PeftModule:

@@ -20,6 +20,7 @@ import logging
 import re
 import stat
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -41,6 +42,7 @@ from effzoo.peft.same_base import check_base, check_head
 from effzoo.peft.state import label_layers, transition
 from effzoo.peft.stored import check_fits, fill, replaced, replaced_embeddings, stored_tensors
 from effzoo.peft.training import enter, finish, said
+from effzoo.sharding import gathered, is_sharded, one_by_one, writes
 from effzoo.sites import sites, unwrap
 from effzoo.writing import replace_files
 
@@ -65,7 +67,7 @@ class Foreign:
     module: str
 
 
-FOREIGN: dict[str, Foreign] = {}  # by name; those who know the other library put theirs here
+FOREIGN = {"peft": Foreign("adapter_config.json", "effzoo.convert.peft_files")}  # imported on first use
 
 
 def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "default", format: str = OWN) -> Path:
@@ -76,6 +78,8 @@ def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "defaul
         not the adapter's stay.
     name: of the adapter.
     format: "effzoo", or "peft" for files of the `peft` package, which `effzoo.convert.peft_files` describes.
+
+    Where the model is split over processes, all of them call this, and the first writes.
 
     Raises FileError for what cannot be written (what was there is then as it was), UnknownNameError, AdapterError.
     """
@@ -89,7 +93,8 @@ def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "defaul
                 f"{directory} holds an adapter in the format of {other} ({recognised}); give this one "
                 "a directory of its own"
             )
-    stored = stored_tensors(model, name)
+    with gathered(model, f".adapters.{name}") if is_sharded(model) else nullcontext():
+        stored = stored_tensors(model, name)
     if empty := [key for key, value in stored.items() if value.is_meta]:
         raise AdapterError(
             f"{empty[0]} of the adapter {name!r} is on the meta device, which holds shapes alone; "
@@ -116,7 +121,8 @@ def save_adapter(model: nn.Module, directory: str | Path, *, name: str = "defaul
         if any(f"{path}.{key}" in manifest.fingerprint.tensors for key in site.base()):
             advice = "keep the model's head too, no other will do"
             log.warning("%s: the adapter changes %s and does not hold it; %s", directory, path, advice)
-    replace_files(directory, files, afterwards=lambda: _remove_older(directory, manifest.tensors))
+    if writes(model):
+        replace_files(directory, files, afterwards=lambda: _remove_older(directory, manifest.tensors))
     return directory
 
 
@@ -145,20 +151,21 @@ def load_adapter(
     outer, model = model, unwrap(model)
     for foreign in FOREIGN.values():
         if (directory / foreign.manifest).is_file():
-            with transition(outer):
+            with transition(outer, reads_base=False), one_by_one(model):
                 _read_foreign(foreign, model, directory, "default" if name is None else name)
             return outer
     manifest, tensors = _read(directory)
     base, rounding = check_base(model, manifest, directory, trust_base, rounded_base)
     name, dtype = manifest.name if name is None else name, _dtype_of(manifest, tensors, directory)
     begun, labels = manifest.begun or {}, _labels_in(model, tensors)
-    shapes, unknown = rehearse(
-        model, manifest.specs, name, begun=begun, finished=manifest.finished, dtype=dtype, num_labels=labels,
-        most=1000 + 100 * (len(base.tensors) + len(tensors)),
-    )  # fmt: skip
+    with one_by_one(model):
+        shapes, unknown = rehearse(
+            model, manifest.specs, name, begun=begun, finished=manifest.finished, dtype=dtype, num_labels=labels,
+            most=1000 + 100 * (len(base.tensors) + len(tensors)),
+        )  # fmt: skip
     check_head(shapes, name, base, manifest, directory)
     check_fits(shapes, name, tensors, directory, tuple(unknown))
-    with transition(outer):
+    with transition(outer, reads_base=False), one_by_one(model):
         attach(model, manifest.specs, name=name, dtype=dtype, num_labels=labels)
         attached(model)[name].rounding = rounding
         enter(model, name, begun)

@@ -14,7 +14,7 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from effzoo.errors import AdapterError, OptionError
 from effzoo.peft.parameter.tokens import numbers_of
+from effzoo.sharding import class_of, whole
 from effzoo.sites import unwrap
+from effzoo.tensors import is_coded
 
 NOT_THE_FUNCTION = {  # attributes of modules, and why they do not count
     "config": "the model itself says what of it counts (`computes`)",
@@ -101,19 +103,19 @@ def _without(tensor: Tensor, embeddings: str) -> Tensor:
         return tensor
     kept = torch.ones(len(tensor), dtype=torch.bool, device=tensor.device)
     kept[named] = False
-    return tensor.detach()[kept]
+    return whole(tensor.detach())[kept]
 
 
 def facts(model: nn.Module) -> dict[str, Any]:
     """The facts of a fingerprint: what the model says of itself; class and attributes of every module inside."""
     model = unwrap(model)
-    found: dict[str, Any] = {"class": type(model).__name__}
+    found: dict[str, Any] = {"class": class_of(model).__name__}
     computes: Any = getattr(model, "computes", None)
     if callable(computes):
         found |= {name: _plain(value) for name, value in computes().items()}
     for path, module in model.named_modules():
         if path and not _of_adapter(f"{path}.") and not isinstance(module, CONTAINERS):
-            found[path] = type(module).__name__
+            found[path] = class_of(module).__name__
             found |= {f"{path}.{name}": value for name, value in _attributes(module).items()}
     return found
 
@@ -134,7 +136,8 @@ def difference(theirs: Fingerprint, ours: Fingerprint) -> str | None:
 
 
 def described(tensor: Tensor) -> str:
-    """Dtype, shape and hash of a tensor."""
+    """Dtype, shape and hash of a tensor; of all of it, where it is split over processes."""
+    tensor = whole(tensor)
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} {content_hash(tensor)}"
 
 
@@ -145,8 +148,30 @@ def content_hash(tensor: Tensor) -> str:
             f"a tensor of shape {tuple(tensor.shape)} is on the meta device, which holds shapes alone; give the "
             "model its weights first"
         )
-    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + content.tobytes()).hexdigest()[:16]
+    digest = begun_hash(tensor.dtype, tensor.shape)
+    if is_coded(tensor):
+        flat: Any = tensor
+        names, rest = flat.__tensor_flatten__()
+        parts = {name: content_hash(getattr(tensor, name)) for name in names}
+        digest.update(json.dumps([type(tensor).__name__, parts, _plain(rest)], sort_keys=True).encode())
+    else:
+        digest.update(bytes_of(tensor))
+    return ended_hash(digest)
+
+
+def begun_hash(dtype: torch.dtype, shape: Sequence[int]) -> Any:
+    """The hash of a tensor that its bytes are still to go into, in order (`bytes_of`)."""
+    return hashlib.sha256(f"{dtype}{tuple(shape)}".encode())
+
+
+def bytes_of(tensor: Tensor) -> Any:
+    """The bytes of a tensor, or of some of its rows."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def ended_hash(digest: Any) -> str:
+    """The digits that stand in a fingerprint."""
+    return str(digest.hexdigest()[:16])
 
 
 def _of_adapter(key: str) -> bool:
@@ -156,15 +181,16 @@ def _of_adapter(key: str) -> bool:
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """What a module keeps of its constructor's arguments, and its other public attributes; no tensors and modules."""
     try:
-        names = dict.fromkeys(list(inspect.signature(type(module).__init__).parameters)[1:])
+        initial: Any = class_of(module)
+        names = dict.fromkeys(list(inspect.signature(initial.__init__).parameters)[1:])
     except ValueError:  # written in C
         names = {}
-    if not type(module).__module__.startswith("torch."):
+    if not class_of(module).__module__.startswith("torch."):
         names |= dict.fromkeys(name for name in vars(module) if not name.startswith("_") and name not in _OF_ANY_MODULE)
     attributes: dict[str, Any] = {}
     for name in names:
         value = getattr(module, name, None)
-        if "dropout" in name or {name, f"{type(module).__name__}.{name}"} & NOT_THE_FUNCTION.keys():
+        if "dropout" in name or {name, f"{class_of(module).__name__}.{name}"} & NOT_THE_FUNCTION.keys():
             continue
         if value is None or isinstance(value, (Tensor, nn.Module)):
             continue

@@ -18,12 +18,12 @@ from typing import Any
 from effzoo.errors import AdapterError
 from effzoo.peft.fingerprint import Fingerprint
 from effzoo.peft.rounded import Kept
+from effzoo.reading import LARGEST, read_object
 from effzoo.spec import Spec
 
 MANIFEST = "adapter.json"
 FORMAT = 2
 TENSORS = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")  # the digits are the hash of the content
-LARGEST = 64 * 2**20  # bytes of a manifest; that of a base with 30,000 tensors has some 45 million
 UNPROVED = (
     "heads, activation, eps, attention and its options, seeds, and the weights of a head that the adapter "
     "does not bring"
@@ -114,15 +114,9 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
             f"no adapter in {path.parent}: {path.name} is missing; give the directory that save_adapter wrote"
         )
     try:
-        size = path.stat().st_size
-        if size > LARGEST:
-            raise ValueError(f"it has {size:,} bytes, and {LARGEST:,} are the most that are read")
-        content = json.loads(path.read_bytes(), object_pairs_hook=_once, parse_constant=_finite, parse_float=_number)
-        if not isinstance(content, dict):
-            raise TypeError(f"it holds a {type(content).__name__}, not an object")
+        return read_object(path)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise AdapterError(f"{path} is not {what} ({type(error).__name__}: {error}); save the adapter again") from None
-    return content
 
 
 def _checked(content: dict[str, Any], version: int) -> Manifest:
@@ -175,22 +169,3 @@ def _typed(value: Any, wanted: type, name: str) -> Any:
 
 def _hash(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        twice = next(key for key in content if sum(key == other for other, _ in pairs) > 1)
-        raise ValueError(f"the key {twice!r:.80} appears twice")
-    return content
-
-
-def _finite(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON number")
-
-
-def _number(text: str) -> float:
-    number = float(text)
-    if number in (float("inf"), float("-inf")):
-        raise ValueError(f"{text:.40} is too large a number")
-    return number

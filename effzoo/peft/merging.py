@@ -17,6 +17,7 @@ from effzoo.peft.method import HEAD
 from effzoo.peft.state import Attachment, Merged, act, adapters_of, checksum, transition, trial
 from effzoo.peft.training import finish
 from effzoo.sites import Activity, Acts, Linear, PeftModule, Scaled, SideNetwork, Site, opens, sites, unwrap
+from effzoo.tensors import is_coded
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -108,6 +109,12 @@ def merge(model: M, name: str = "default", *, undo: bool = True, report: bool = 
             for module in site.hung(name):
                 if _no_weight(site, module):  # said first, before anything is computed
                     raise _refusal(f"adapter {name!r} ({attachment.spec}) at {path}", module)
+            weight = getattr(site, "weight", None)
+            if name in site.adapters and isinstance(weight, Tensor) and is_coded(weight):
+                raise AdapterError(
+                    f"adapter {name!r} cannot be merged: {path}.weight is of {type(weight).__name__}, whose codes take "
+                    "no sum; keep it attached, or give the site weight.dequantize() as its weight first"
+                )
         with trial(model, name):  # unmerged, it is in the stage of its training where it was
             finish(model, name)
             values = _values(inside, attachment)

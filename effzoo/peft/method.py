@@ -9,10 +9,10 @@ the rest: targets by role, freezing, names, files, merging. Methods that take pa
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from effzoo.errors import OptionError, TargetError
 from effzoo.sites import PeftModule, Site
@@ -106,3 +106,19 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def make(self, site: Site) -> PeftModule | None:
         """The module to hang on this site, or None when there is nothing to adapt here (a layer without bias, say)."""
+
+
+def examples(batches: Batches) -> Iterator[dict[str, Any]]:
+    """The examples of batches, one by one, each as a batch of one; of a packed row each document."""
+    for batch in batches:
+        size = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.ndim)
+        whole = {
+            key: isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size for key, value in batch.items()
+        }
+        for i in range(size):
+            row = {key: value[i : i + 1] if whole[key] else value for key, value in batch.items()}
+            documents = row.pop("document_ids", None)
+            for number in () if documents is None else documents[documents > 0].unique_consecutive().tolist():
+                yield {key: value[:, documents[0] == number] if whole[key] else value for key, value in row.items()}
+            if documents is None:
+                yield row

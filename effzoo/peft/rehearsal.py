@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from effzoo.errors import AdapterError, EffzooError
 from effzoo.peft.attach import attach, attached
 from effzoo.peft.training import enter, hooked
+from effzoo.sharding import as_written
 from effzoo.spec import Spec
 
 M = TypeVar("M", bound=nn.Module)
@@ -66,7 +67,7 @@ def rehearse(
 def skeleton(model: M) -> M:
     """A copy of a model whose tensors have shapes and no content."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    with _Shapes():
+    with _Shapes(), as_written(model):
         return copy.deepcopy(model, {id(tensor): _shape(tensor) for _, tensor in named})
 
 

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from effzoo.codes import BITS, coded, decoded
 from effzoo.errors import AdapterError
 from effzoo.peft.fingerprint import (
     Fingerprint,
@@ -32,7 +33,9 @@ from effzoo.peft.fingerprint import (
     difference,
     embeddings_left_out,
 )
+from effzoo.sharding import whole
 from effzoo.sites import sites
+from effzoo.tensors import is_coded, uncoded
 
 PLACES = 64
 NARROWER = {
@@ -40,8 +43,6 @@ NARROWER = {
     torch.float32: (torch.bfloat16, torch.float16),
 }
 SLACK = 1.01  # of a bound, for what computing it rounds
-CODERS: dict[int, tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Callable[[Tensor, Tensor, torch.Size], Tensor]]] = {}
-"""bits -> (weight -> codes and scales, codes and scales and shape -> weight); `effzoo.quantise` puts its own here."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def compare(theirs: Fingerprint, kept: Mapping[str, Kept], ours: Fingerprint, mo
         if them.shape != tuple(tensor.shape):
             raise AdapterError(f"{key}: of shape {list(them.shape)} in the file, {list(tensor.shape)} in this model")
         if them.precision != precision:
-            rounded.append(_rounded(key, them, theirs, tensor, precision, margins))
+            rounded.append(_rounded(key, them, theirs, whole(tensor), precision, margins))
         elif any(theirs.tensors.get(name) != ours.tensors.get(name) for name in _names(key, precision)):
             raise AdapterError(f"{key}: {precision} in the file and in this model, with other values")
     return BaseRounding(tuple(rounded))
@@ -201,13 +202,11 @@ def _rounded(
             )
         return RoundedTensor(key, them.precision, precision, _relative(back, tensor), proved=True)
     # what the file's was quantised from
-    if _dense(precision) and tensor.dtype == source and (bits := int(them.precision[0])) in CODERS:
-        coded, decoded = CODERS[bits]
-        codes, scales = coded(tensor)
+    if _dense(precision) and tensor.dtype == source and (bits := int(them.precision[0])) in BITS:
+        codes, scales = coded(tensor, bits)
         if [described(codes), described(scales)] == [theirs.tensors.get(name) for name in _names(key, them.precision)]:
-            return RoundedTensor(
-                key, them.precision, precision, _relative(decoded(codes, scales, tensor.shape), tensor), proved=True
-            )
+            change = _relative(decoded(codes, scales, tensor.shape, bits), tensor)
+            return RoundedTensor(key, them.precision, precision, change, proved=True)
     ours = _kept(key, tensor, precision, margins, further=False)
     gap = (ours.numbers - them.numbers).abs()
     if not bool((gap <= SLACK * (ours.margins + them.margins)).all()):
@@ -234,6 +233,9 @@ def _floating(model: nn.Module, without: Collection[str] = ()) -> dict[str, tupl
 
 def _kept(key: str, tensor: Tensor, precision: str, margins: Tensor | None, further: bool = True) -> Kept:
     at = places(tuple(tensor.shape)).to(tensor.device)
+    tensor = whole(tensor)
+    further = further and not is_coded(tensor)
+    tensor = uncoded(tensor)
     numbers = tensor.flatten()[at].double().cpu()
     at_places = _margins(numbers, precision) if margins is None else margins.flatten()[at].double().cpu()
     rounded = {}

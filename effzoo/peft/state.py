@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from effzoo.errors import AdapterError, UnknownNameError
 from effzoo.peft.method import LABELS, Method
+from effzoo.sharding import gathered, is_sharded
 from effzoo.sites import Activity, Linear, Roster, learn, sites, unwrap
 from effzoo.spec import Spec
 from effzoo.wrappers import inside
@@ -117,12 +118,13 @@ def noted(model: nn.Module, untouched: dict[str, str]) -> None:
 
 
 @contextmanager
-def transition(model: nn.Module, *rewritten: str) -> Iterator[Adapters]:
+def transition(model: nn.Module, *rewritten: str, reads_base: bool = True) -> Iterator[Adapters]:
     """Inside the block a model and its adapters may be changed; an error puts everything back.
 
     model: with or without wrappers.
     rewritten: adapters whose tensors may be written to; they are copied for this. Who writes to tensors of the base
         uses `state.rewriting`, which keeps what it overwrites.
+    reads_base: whether the change looks at tensors of the base; those that are split over processes are whole then.
 
     What is put back: what is attached, merged, active and trained, modules and their modes, tensors, and the state of
     torch's random generators.
@@ -139,6 +141,15 @@ def transition(model: nn.Module, *rewritten: str) -> Iterator[Adapters]:
             f"{made_inside} was made inside torch.inference_mode and cannot take part in training; build the model "
             "outside, or under torch.no_grad (or change its adapters inside torch.inference_mode too, to infer alone)"
         )
+    whole = gathered(model) if reads_base and is_sharded(model) else contextlib.nullcontext()
+    with whole, _transition(outer, model, state, made_inside is not None, rewritten):
+        yield state
+
+
+@contextmanager
+def _transition(
+    outer: nn.Module, model: nn.Module, state: Adapters, made_inside: bool, rewritten: tuple[str, ...]
+) -> Iterator[None]:
     before, outermost = _Snapshot(model, state, rewritten), state.rewriting is None
     rewriting = state.rewriting = state.rewriting or Rewriting()
     begun = len(rewriting.done)
@@ -146,10 +157,10 @@ def transition(model: nn.Module, *rewritten: str) -> Iterator[Adapters]:
         vars(model)[HERE] = state
         _adopt(model, state)
         with contextlib.ExitStack() as modes:
-            if made_inside is None and torch.is_inference_mode_enabled():
+            if not made_inside and torch.is_inference_mode_enabled():
                 modes.enter_context(torch.inference_mode(False))
                 modes.enter_context(torch.no_grad())
-            yield state
+            yield
         _adopt(model, state)
         check_heads(model)
         _check_synchronised(outer, before.learning)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from effzoo.annotations import Count, Fraction, Positive
 from effzoo.checked import IGNORED
-from effzoo.errors import AdapterError, IncompatibleError, TrainingError, listing
+from effzoo.errors import AdapterError, IncompatibleError, TrainingError, UnknownNameError, listing
 from effzoo.peft.attach import acting, attached
 from effzoo.peft.method import Batches, Modules
 from effzoo.peft.state import Attachment, adapters_of, transition
@@ -166,12 +166,16 @@ def first_final_step(model: nn.Module, total: Count) -> int:
     return min(total, sum(number for _, number in earlier) + 1 + math.ceil(share * steps))
 
 
-def begin(model: nn.Module, stage: Stage) -> None:
+def begin(model: nn.Module, stage: Stage | str) -> None:
     """Begin a stage: all trained adapters that have it are in it then; one that is in it already stays as it is.
 
-    Raises TrainingError for an adapter that is in a later stage, and has dropped what this one trains; the model is
-    then unchanged.
+    stage: of `timetable` or `stages`, or its name.
+
+    Raises UnknownNameError for the name of a stage that no trained adapter has, and TrainingError for an adapter that
+    is in a later stage, and has dropped what this one trains; the model is then unchanged.
     """
+    if isinstance(stage, str):
+        stage = _named(model, stage)
     wanted: dict[str, set[str]] = {}  # {adapter: its methods that are not in this stage}
     for name in learning(model):
         attachment = attached(model)[name]
@@ -188,6 +192,17 @@ def begin(model: nn.Module, stage: Stage) -> None:
         with transition(model, *wanted):
             for name, methods in wanted.items():
                 _begin(model, name, methods, stage.name)
+
+
+def _named(model: nn.Module, name: str) -> Stage:
+    """The stage of this name, of those that the trained adapters have."""
+    known = {
+        stage.name: stage for one in learning(model) for method in of_training(attached(model)[one])
+        for stage in method.stages
+    } or {WHOLE.name: WHOLE}  # fmt: skip
+    if name not in known:
+        raise UnknownNameError("stage", name, known)
+    return known[name]
 
 
 def restart(model: nn.Module, first: str) -> None:
@@ -273,7 +288,9 @@ def finish(model: nn.Module, *names: str) -> None:
     names: of adapters; none for all active ones. Adapters of methods that do nothing in training stay as they are.
     """
     names = names or acting(model)
-    with transition(model, *(name for name in names if name in attached(model))) as state:
+    known = [name for name in names if name in attached(model)]
+    reads_base = any(takes_part(attached(model)[name]) for name in known)
+    with transition(model, *known, reads_base=reads_base) as state:
         for name in names:
             attachment = state.known(name)
             if not attachment.finished and takes_part(attachment):
@@ -344,7 +361,7 @@ def divergence(one: Tensor, other: Tensor, labels: Tensor, *, causal: bool = Fal
     causal: position t predicts label t + 1.
     """
     one, other = (logits.to(torch.promote_types(logits.dtype, torch.float32)) for logits in (one, other))
-    if one.shape[-1] == 1 and labels.shape in (one.shape, one.shape[:1]):
+    if one.shape[-1] == 1 and (labels.shape == one.shape or labels.shape == one.shape[:1]):
         return (one - other).square().mean()
     if labels.is_floating_point():
         return ((one.sigmoid() - other.sigmoid()) * (one - other)).mean()

@@ -20,7 +20,7 @@ def unread(model: nn.Module) -> dict[str, str]:
     (`Transformer.forward`); prompt tokens are.
     """
     task, config, blocks = getattr(model, "task", ""), getattr(model, "config", None), getattr(model, "blocks", None)
-    if not isinstance(blocks, nn.ModuleList):
+    if not isinstance(blocks, nn.ModuleList) or not hasattr(model, "embeddings"):  # a network of one's own
         return {}
     prompt = prompt_length(model)
     first_is_global = task == "classification" and not cast(Any, config).causal

@@ -10,16 +10,16 @@ from effzoo.registry import router as _view
 from effzoo.routing import balanced, by_task, mixtures, top_k
 from effzoo.routing.assignment import assign
 from effzoo.routing.losses import importance_loss, load_loss, switch_loss, z_loss
-from effzoo.routing.router import Router, Routing, Scores
+from effzoo.routing.router import Router, Routing, Scores, TokensOverRanks, over_ranks
 from effzoo.routing.watch import Usage, Watch, usage, watch
 
 names, get, options, register, create = _view.names, _view.get, _view.options, _view.register, _view.create
 aliases = _view.aliases
 
 __all__ = [
-    "Router", "Routing", "Scores", "Usage", "Watch", "aliases", "assign", "balanced", "by_task", "create", "get",
-    "importance_loss", "load_loss", "mixtures", "names", "options", "register", "switch_loss", "top_k", "usage",
-    "watch", "z_loss",
+    "Router", "Routing", "Scores", "TokensOverRanks", "Usage", "Watch", "aliases", "assign", "balanced", "by_task",
+    "create", "get", "importance_loss", "load_loss", "mixtures", "names", "options", "over_ranks", "register",
+    "switch_loss", "top_k", "usage", "watch", "z_loss",
 ]  # fmt: skip
 
 check_arguments(globals())

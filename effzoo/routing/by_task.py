@@ -42,7 +42,8 @@ class Skills(Router):
         relaxation.
     temperature: of the relaxation.
 
-    The table starts near 0, so that all tasks share all skills.
+    The table starts near 0, so that all tasks share all skills. `routed` trains it at 100 times the experts' learning
+    rate: at their own it hardly leaves 1/2.
     """
 
     paper = "Ponti et al. 2022, Combining modular skills in multitask learning, arXiv:2202.13914, section 3"

@@ -1,4 +1,7 @@
-"""Losses that spread tokens over experts; each is a scalar without its weight."""
+"""Losses that spread tokens over experts; each is a scalar without its weight.
+
+Where ranks hold some of the tokens each (`effzoo.routing.router.over_ranks`), sums are over the tokens of all.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from torch import Tensor
 
 from effzoo.annotations import Count
 from effzoo.errors import InputError
+from effzoo.routing.router import count, summed
 
 
 def importance_loss(weights: Tensor) -> Tensor:
@@ -19,7 +23,7 @@ def importance_loss(weights: Tensor) -> Tensor:
     Shazeer et al. 2017, arXiv:1701.06538, equations 6 and 7.
     """
     _check_shapes(weights=weights)
-    return squared_variation(weights.sum(dim=0))
+    return squared_variation(summed(weights))
 
 
 def load_loss(clean: Tensor, noisy: Tensor, deviation: Tensor, k: Count) -> Tensor:
@@ -46,7 +50,7 @@ def load_loss(clean: Tensor, noisy: Tensor, deviation: Tensor, k: Count) -> Tens
     threshold = torch.where(inside, top[:, k : k + 1], top[:, k - 1 : k])  # the k-th largest of the others
     scale = deviation.clamp(min=torch.finfo(deviation.dtype).eps) * math.sqrt(2)
     kept = 0.5 * (1 + torch.erf((clean - threshold) / scale))
-    return squared_variation(kept.sum(dim=0))
+    return squared_variation(summed(kept))
 
 
 def _check_shapes(**given: Tensor) -> None:
@@ -74,8 +78,8 @@ def switch_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
     arXiv:2101.03961, equation 4.
     """
     _check_shapes(probabilities=probabilities, chosen=chosen)
-    experts = probabilities.shape[-1]
-    return experts * (chosen.to(probabilities).mean(dim=0) * probabilities.mean(dim=0)).sum()
+    experts, tokens = probabilities.shape[-1], count(probabilities)
+    return experts * (summed(chosen.to(probabilities)) / tokens * summed(probabilities) / tokens).sum()
 
 
 def z_loss(scores: Tensor) -> Tensor:
@@ -85,4 +89,4 @@ def z_loss(scores: Tensor) -> Tensor:
 
     Zoph et al. 2022, ST-MoE, arXiv:2202.08906, equation 5.
     """
-    return scores.logsumexp(dim=-1).square().mean()
+    return summed(scores.logsumexp(dim=-1).square()) / count(scores)

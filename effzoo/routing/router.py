@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import abc
 import math
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,6 +42,52 @@ class Routing:
     def dropped(self) -> Tensor:
         """The number of tokens that no expert has taken."""
         return (~self.sent.any(dim=-1)).sum()
+
+
+@dataclass(frozen=True)
+class TokensOverRanks:
+    """Tokens of which this rank has some and others the rest.
+
+    count: of all ranks.
+    summed: the sum of a tensor over the ranks, with its gradient.
+    places: bool[tokens, experts] of what this rank's tokens choose -> the how manieth of its expert each is, among the
+        tokens of all ranks in the order of the whole batch.
+    """
+
+    count: int
+    summed: Callable[[Tensor], Tensor]
+    places: Callable[[Tensor], Tensor]
+
+
+_over_ranks: ContextVar[TokensOverRanks | None] = ContextVar("_over_ranks", default=None)
+
+
+@contextmanager
+def over_ranks(tokens: TokensOverRanks | None) -> Iterator[None]:
+    """Inside, routers balance over the tokens of all ranks; None: the tokens are all here."""
+    before = _over_ranks.set(tokens)
+    try:
+        yield
+    finally:
+        _over_ranks.reset(before)
+
+
+def count(x: Tensor) -> int:
+    """The number of tokens of x [tokens, ...], with those of other ranks."""
+    tokens = _over_ranks.get()
+    return len(x) if tokens is None else tokens.count
+
+
+def summed(x: Tensor) -> Tensor:
+    """The sum over the tokens of x [tokens, ...], with those of other ranks."""
+    tokens, total = _over_ranks.get(), x.sum(dim=0)
+    return total if tokens is None else tokens.summed(total)
+
+
+def order_of(chosen: Tensor) -> Tensor:
+    """The how manieth of its expert each token is, int[tokens, experts], where bool[tokens, experts] chooses it."""
+    tokens = _over_ranks.get()
+    return chosen.long().cumsum(dim=0) if tokens is None else tokens.places(chosen)
 
 
 class Router(nn.Module, abc.ABC):

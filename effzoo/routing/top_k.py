@@ -10,7 +10,7 @@ from effzoo.annotations import Count, NotNegative, Positive
 from effzoo.errors import OptionError
 from effzoo.registry import router
 from effzoo.routing.losses import importance_loss, load_loss, switch_loss, z_loss
-from effzoo.routing.router import Router, Routing, Scores, places
+from effzoo.routing.router import Router, Routing, Scores, count, order_of, places
 
 
 @router.register("top_k")
@@ -18,7 +18,9 @@ class TopK(Router):
     """weights softmax over the k largest of h = x W^T + N(0, 1) softplus(x W_n^T), 0 elsewhere; noise in training
     alone.
 
-    k: experts of a token; with k=1 its weight is 1, and the scores learn from the losses alone.
+    k: experts of a token. With k=1 its weight is 1 whatever the scores are, so that neither the task's loss nor the
+        importance reaches them: they learn from the load loss alone. `switch` weighs its one expert by p, and learns
+        from the task.
     noise: whether there is W_n.
     importance, load: weights of the losses that balance the experts, in training; the load of an expert is only smooth
         with noise.
@@ -41,6 +43,11 @@ class TopK(Router):
         super().__init__(dim, experts)
         if not 1 <= k <= experts:
             raise OptionError(f"{self.name}: k is between 1 and the number of experts, {experts}, got {k}")
+        if k == 1 < experts and not (load > 0 and noise):
+            raise OptionError(
+                f"{self.name}: with k=1 the weight of the chosen expert is always 1, so only the load loss teaches the "
+                "scores; give load above 0 with noise, or router='switch', whose weight is the expert's probability"
+            )
         self.k, self.importance, self.load = k, importance, load
         self.scores, self.noise = Scores(dim, experts), Scores(dim, experts) if noise else None
         if self.noise is not None:
@@ -55,7 +62,7 @@ class TopK(Router):
         sent = torch.zeros_like(h, dtype=torch.bool).scatter(-1, best, True)
         weights = h.masked_fill(~sent, float("-inf")).softmax(dim=-1)
         loss = None
-        if self.training and self.weighted and len(x):
+        if self.training and self.weighted and count(x):
             loss = self.importance * importance_loss(weights)
             if deviation is not None and self.load and self.k < self.experts:
                 loss = loss + self.load * load_loss(clean, h, deviation, self.k)
@@ -89,9 +96,8 @@ class Switch(Router):
         chosen = self.one_hot(p.argmax(dim=-1))
         sent = chosen
         if self.training:
-            place = chosen.long().cumsum(dim=0)  # the how manieth of its expert a token is
-            sent = chosen & (place <= places(self.capacity, len(x), self.experts))
+            sent = chosen & (order_of(chosen) <= places(self.capacity, count(x), self.experts))
         loss = None
-        if self.training and self.weighted and len(x):
+        if self.training and self.weighted and count(x):
             loss = self.balance * switch_loss(p, chosen) + (self.z * z_loss(scores) if self.z else 0.0)
         return Routing(p * sent, sent, p, loss)

@@ -10,12 +10,22 @@ import torch
 from torch import Tensor, is_autocast_enabled, promote_types
 from torch.nn import functional as F
 
+from effzoo.errors import OptionError
+
 _decoding: ContextVar[bool] = ContextVar("_decoding", default=False)
 
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast chooses the dtype of computations with x."""
     return not x.is_meta and is_autocast_enabled(x.device.type)
+
+
+def floating(given: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype of numbers, which may be given by its name, or None; OptionError for another."""
+    dtype = getattr(torch, given, None) if isinstance(given, str) else given
+    if given is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise OptionError(f"dtype is a floating-point type such as torch.bfloat16 or 'float32', got {given!r}")
+    return dtype
 
 
 @contextmanager

@@ -1,5 +1,5 @@
-"""What the tests of simulated CUDA run in a process of its own: `python run.py cells`. The last line that is printed is
-the result, as JSON."""
+"""What the tests of simulated CUDA run outside their own process: `echo cells | python run.py`. For each part that it
+reads it prints the last line that the part printed: the result, as JSON."""
 
 import copy
 import dataclasses
@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import tempfile
+import traceback
 import warnings
 import weakref
 from pathlib import Path
@@ -229,6 +230,9 @@ def waits_of(model, batch):
         return dict(device.WAITS)
 
 
+launch = triton_launch.started
+
+
 def started(name, programs, where, given):
     """A kernel in Triton's interpreter, on the values of the device's tensors."""
     doubles.calls.append(f"triton {name}")
@@ -395,6 +399,9 @@ def others():
     yield "packed documents", effzoo.build("gpt2", task="causal_lm", **SIZES), {
         "input_ids": ids, "labels": ids, "position_ids": torch.tensor([[*range(5), *range(7)]])
     }  # fmt: skip
+    yield "numbered documents", effzoo.build("bert", task="masked_lm", attention="longformer[window=4]", **SIZES), {
+        "input_ids": ids, "labels": ids, "document_ids": torch.tensor([[1] * 5 + [2] * 4 + [0] * 3] * 3)
+    }  # fmt: skip
     yield "experts", build("bert", experts=2), batch
     yield "experts in equal shares", build("bert", experts=2, router="base"), batch
     yield (
@@ -415,11 +422,12 @@ def others():
     yield "a quantised base", effzoo.attach(quantised, "lora"), batch
 
 
-if __name__ == "__main__":
+def main(part):
+    """Print the result of a part."""
     doubles.registered()  # attention there is that of CUDA, in float64 as well
     backends.TAKES["efficient", "cuda"] = backends.ALL
-    triton_launch._installed = lambda: sys.argv[1] == "planned"  # elsewhere its interpreter would take too long
-    if sys.argv[1] == "planned":
+    triton_launch._installed = lambda: part == "planned"  # elsewhere its interpreter would take too long
+    if part == "planned":
         backends.TAKES |= {("flash", "cuda"): backends.ALL, ("xformers", "cuda"): backends.ALL}
         backends.has_no_flash = lambda device: ""
         functions = {
@@ -428,7 +436,7 @@ if __name__ == "__main__":
             if name.startswith("memory_efficient_attention")
         }
         backends.xformers.installed, backends.xformers.ops = lambda: True, lambda: SimpleNamespace(**functions)
-        launch, triton_launch.started = triton_launch.started, started
+        triton_launch.started = started
     warnings.simplefilter("ignore")
     parts = {
         "cells": cells,
@@ -439,6 +447,22 @@ if __name__ == "__main__":
         "suite": suite,
         "planned": planned,
     }
-    print(json.dumps(parts[sys.argv[1]]()))
-    sys.stdout.flush()
-    os._exit(0)  # what torch does at its end, it would do with the device that is none
+    print(json.dumps(parts[part]()))
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:  # each in a fork, which has the imports of this process and nothing of another part
+        with tempfile.TemporaryFile("w+") as printed:
+            child = os.fork()
+            if child == 0:
+                os.dup2(printed.fileno(), 1)
+                try:
+                    main(line.strip())
+                except BaseException:
+                    traceback.print_exc()
+                    print("null")
+                sys.stdout.flush()
+                os._exit(0)  # what torch does at its end, it would do with the device that is none
+            os.waitpid(child, 0)
+            printed.seek(0)
+            print(printed.read().splitlines()[-1], flush=True)

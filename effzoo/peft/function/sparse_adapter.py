@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effzoo.annotations import Count, Positive, Probability
+from effzoo.checked import counted
 from effzoo.peft.function.houlsby import ACTIVATIONS, check_bottleneck
 from effzoo.peft.method import Batches, Layers, Modules, Targets
 from effzoo.peft.training_hooks import TrainingHooks
@@ -128,8 +129,10 @@ class SparseAdapter(TrainingHooks):
         for layer, probe in zip(layers, probes, strict=True):
             layer.probe = probe
         try:
-            for batch in batches:
-                for total, gradient in zip(saliency, torch.autograd.grad(model(**batch).loss, probes), strict=True):
+            for batch in batches:  # the loss over all of their labels, however they are cut
+                count = counted(batch["labels"], *(getattr(model, name, None) for name in ("task", "num_labels")))
+                loss = model(**batch).loss * count
+                for total, gradient in zip(saliency, torch.autograd.grad(loss, probes), strict=True):
                     total += gradient
         finally:
             for layer in layers:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.errors import IncompatibleError, IncompatiblePeft
-from effzoo.peft.method import Batches, Modules
+from effzoo.peft.method import Batches, Modules, examples
+from effzoo.sharding import one_by_one
 from effzoo.sites import HookContext, Linear, Memory, PeftModule, Site, sites
 
 
@@ -89,24 +90,29 @@ class StartsFromActivations(PeftModule):
 
 @torch.no_grad()
 def start_from_activations(method: str, model: nn.Module, modules: Modules, length: int, batches: Batches) -> None:
-    """Every module starts from the first `length` tokens of the batches, which are repeated where there are fewer."""
+    """Every module starts from the first `length` tokens of the batches, which are repeated where there are fewer.
+
+    Examples go one by one: a layer computes packed documents of like lengths together, in an order that depends on all
+    rows of a batch.
+    """
     starting = {path: module for path, module in modules.items() if isinstance(module, StartsFromActivations)}
     collecting = {path: Collected(length, []) for path in starting}
     try:
         for path, module in starting.items():
             module.collected = collecting[path]
-        for batch in batches:
-            model(**batch)
+        for example in examples(batches):
+            model(**example)
             if not any(collected.missing for collected in collecting.values()):
                 break
-        for path, module in starting.items():
-            collected = collecting[path]
-            if collected.context is None or collected.missing == length:
-                raise IncompatibleError(
-                    f"{method}: the layer of {path} has seen no token of the batches; give others, or another init"
-                )
-            tokens = torch.cat(collected.tokens)
-            module.start(tokens[torch.arange(length, device=tokens.device) % len(tokens)], collected.context)
+        with one_by_one(model):
+            for path, module in starting.items():
+                collected = collecting[path]
+                if collected.context is None or collected.missing == length:
+                    raise IncompatibleError(
+                        f"{method}: the layer of {path} has seen no token of the batches; give others, or another init"
+                    )
+                tokens = torch.cat(collected.tokens)
+                module.start(tokens[torch.arange(length, device=tokens.device) % len(tokens)], collected.context)
     finally:
         for module in starting.values():
             module.collected = None

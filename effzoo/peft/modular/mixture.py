@@ -77,8 +77,9 @@ class MixtureMethod(TrainingHooks):
         return {hook for hook in HOOKS if any(uses(method, hook) for expert in self.inner for method in expert)}
 
     def _rates(self) -> dict[str, float]:
-        """The experts' `rates` for their tensors, times their learning rate relative to the first one's."""
-        factors = {}
+        """The experts' `rates` for their tensors, times their learning rate relative to the first one's; and that of a
+        router's table of skills, whose logits have to go from 0 to some units while weights move by hundredths."""
+        factors = {"router.table": 100.0}
         for number, expert in enumerate(self.inner):
             for method in expert:
                 own = method.learning_rate / self.learning_rate

@@ -42,6 +42,8 @@ class GatedDelta(SparseDelta):
         """alpha of each entry and, where a tensor is a group, of the tensor."""
         return [alpha for alpha in (getattr(self, f"alpha_{key}"), getattr(self, f"group_{key}")) if alpha is not None]
 
+    draws_weights = True  # in training
+
     def dense(self, key: str) -> Tensor | None:
         change: Tensor = getattr(self, f"w_{key}")
         for alpha in self.alphas(key):

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from effzoo.annotations import Count, Share
 from effzoo.errors import IncompatiblePeft
-from effzoo.peft.method import Batches, Layers, Modules, Targets
+from effzoo.peft.method import Batches, Layers, Modules, Targets, examples
 from effzoo.peft.parameter.mask_scores import NETWORK, check_choice, count, has_values, top
 from effzoo.peft.parameter.sparse_delta import SparseMethod, in_order, shared_entries
 from effzoo.registry import peft
+from effzoo.sharding import as_written, gathered
 from effzoo.sites import Site, sites
 
 
@@ -32,6 +33,8 @@ class Fish(SparseMethod):
     The entries are chosen once, before training; until `calibrate` they are random ones. log p(y | x) is minus the loss
     of the one example: in tasks with many labels the mean over them. The paper counts the classifier in K; here it is
     trained in addition, as in every method. Weight decay pulls towards theta.
+
+    Where the base is split over processes, each holds all of it, and F, while the entries are chosen.
 
     Only phi [K] is trained, but the backward pass makes the dense gradient of one weight at a time, and the changed
     weights are stored until then.
@@ -66,6 +69,10 @@ class Fish(SparseMethod):
             self.entries.choose(numbers.to(like.device), torch.zeros(k, device=like.device, dtype=like.dtype))
 
     def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
+        with gathered(model), as_written(model):  # gradients of whole tensors
+            self._choose(model, modules, batches)
+
+    def _choose(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
         chosen, known = shared_entries(modules), dict(sites(model))
         tensors = [tensor for path in in_order(modules) for tensor in known[path].base().values()]
         information = [
@@ -105,18 +112,6 @@ class Fish(SparseMethod):
             )  # fmt: skip
         for label, p in enumerate(logits[0].softmax(dim=-1).tolist()):
             yield p, model(**example).logits[0].log_softmax(dim=-1)[label]
-
-
-def examples(batches: Batches) -> Iterator[dict[str, Any]]:
-    """The examples of batches, one by one, each as a batch of one."""
-    for batch in batches:
-        size = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.ndim)
-        for i in range(size):
-            whole = {
-                key: isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
-                for key, value in batch.items()
-            }
-            yield {key: value[i : i + 1] if whole[key] else value for key, value in batch.items()}
 
 
 def drawn(total: int, k: int) -> Tensor:

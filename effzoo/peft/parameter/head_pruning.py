@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.annotations import NotNegative, Number, Probability
-from effzoo.peft.method import Batches, Layers, Modules, Targets
-from effzoo.peft.parameter.fish import examples
+from effzoo.peft.method import Batches, Layers, Modules, Targets, examples
 from effzoo.peft.parameter.hard_concrete import drawn_gate, open_probability, still_gate
 from effzoo.peft.parameter.mask_scores import check_choice, top
 from effzoo.peft.training_hooks import TrainingHooks
@@ -33,6 +32,11 @@ class HeadGates(Positionwise, Counted, PeftModule):
         )
         self.gate: Tensor | nn.Parameter | None
         self.register_buffer("gate", site.weight.new_ones(site.heads) if alpha is None else None)
+
+    @property
+    def draws_weights(self) -> bool:
+        """Whether gates are drawn in each training pass."""
+        return self.alpha is not None
 
     def gates(self) -> Tensor:
         """xi [heads]."""

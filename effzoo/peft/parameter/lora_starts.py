@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from effzoo.errors import IncompatibleError
 from effzoo.nf4 import decode, encode
-from effzoo.peft.method import Batches
+from effzoo.peft.method import Batches, examples
 from effzoo.peft.parameter.lora import LowRank
 from effzoo.peft.parameter.lora_tables import LowRankHead
 from effzoo.sites import HookContext, Positionwise, Site
@@ -129,8 +129,8 @@ def input_factors(
 
     The inputs X [tokens, in] are never stored together: X^T X = R^T R, and the triangular R is updated batch by batch
     (QR of R on top of the new inputs). Padding is left out where the first two axes of an input are those of the
-    attention mask. Raises IncompatibleError for a site that no batch reaches (Paischer et al. 2024, EVA,
-    arXiv:2410.07170).
+    attention mask; packed documents go one by one. Raises IncompatibleError for a site that no batch reaches
+    (Paischer et al. 2024, EVA, arXiv:2410.07170).
     """
     triangles: dict[str, Tensor] = {}
     hooks = []
@@ -145,8 +145,9 @@ def input_factors(
     try:
         hooks = [known[path].register_forward_pre_hook(partial(see, path)) for path in ranks]
         for batch in batches:
-            tokens[0] = batch.get("attention_mask")
-            model(**batch)
+            for part in examples([batch]) if "document_ids" in batch else (batch,):
+                tokens[0] = part.get("attention_mask")
+                model(**part)
     finally:
         for hook in hooks:
             hook.remove()
@@ -156,4 +157,11 @@ def input_factors(
                 f"eva starts from what {known[path].role!r} ({path}) sees, but no batch reaches it; leave it out of "
                 "the targets, or give batches that use it (global tokens, for the projections of global tokens)"
             )
-    return {path: torch.linalg.svd(triangles[path], full_matrices=True).Vh[:rank] for path, rank in ranks.items()}
+    return {
+        path: _signed(torch.linalg.svd(triangles[path], full_matrices=True).Vh[:rank]) for path, rank in ranks.items()
+    }
+
+
+def _signed(vectors: Tensor) -> Tensor:
+    """Singular vectors, which have no sign of their own, with a positive largest entry."""
+    return vectors * vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True)).sign()

@@ -18,17 +18,21 @@ from effzoo.errors import OptionError, TargetError, listing
 from effzoo.peft.method import HEAD, Layers, Method, Targets
 from effzoo.registry import peft
 from effzoo.sites import Growing, Norm, OwnOutputs, PeftModule, Site, longer, sites
+from effzoo.tensors import uncoded
 
 
 class Copy(Growing, OwnOutputs, PeftModule):
-    """theta' = phi, with phi starting as a copy of theta: weight decay acts as it would on the parameter itself."""
+    """theta' = phi, with phi starting as a copy of theta: weight decay acts as it would on the parameter itself.
+
+    Of a weight of codes (torchao) phi starts as the numbers that they stand for, since codes have no gradient.
+    """
 
     delta_rank = None  # of the change to a matrix: anything up to full
 
     def __init__(self, **parameters: Tensor):
         super().__init__()
         for name, parameter in parameters.items():
-            self.register_parameter(f"own_{name}", nn.Parameter(parameter.detach().clone()))
+            self.register_parameter(f"own_{name}", nn.Parameter(uncoded(parameter.detach()).clone()))
 
     def weight(self, weight: Tensor) -> Tensor:
         return getattr(self, "own_weight", weight)

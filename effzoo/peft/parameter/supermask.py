@@ -37,7 +37,7 @@ class MaskedWeight(Counted, PeftModule):
             assert self.bits is not None
             return unpack_bits(self.bits, self.shape)
         if self.keep is None:
-            return self.scores.detach() > self.threshold
+            return self.scores.detach() >= self.threshold
         return top_mask(self.scores.detach(), count(self.keep, self.scores.numel()))
 
     def weight(self, weight: Tensor) -> Tensor:
@@ -58,16 +58,18 @@ class MaskedWeight(Counted, PeftModule):
 
 @peft.register("supermask", "piggyback", "masking")
 class Supermask(TrainingHooks):
-    """W' = W * 1[S > threshold] with W fixed and real scores S trained straight through: dL/dS = dL/dW' * W.
+    """W' = W * 1[S >= threshold] with W fixed and real scores S trained straight through: dL/dS = dL/dW' * W.
 
     init: of all scores.
-    threshold: of the mask.
+    threshold: of the mask; a score that equals it keeps its weight, as in Mallya et al., section 3.
     keep: instead of a threshold, this share of each matrix, that with the largest scores; the scores then start as init
         |W| / mean |W|, so the first mask is that of magnitude pruning.
 
-    With init above the threshold everything is kept at first, so the output is unchanged; with `keep` it is not. Weight
-    decay pulls scores below a positive threshold, that is, it prunes. Embeddings, norms and biases are not masked. As
-    many scores are trained as there are weights, but once finished a mask is one bit a weight: masks of many tasks live
+    With init at the threshold or above everything is kept at first, so the output is unchanged; with `keep` it is not.
+    Weight decay pulls scores below a positive threshold, that is, it prunes. Embeddings, norms and biases are not
+    masked.
+
+    As many scores are trained as there are weights, but a finished mask is one bit a weight: masks of many tasks live
     side by side on one base, and `activate` switches. Two active masks keep what both keep.
     """
 
@@ -88,9 +90,9 @@ class Supermask(TrainingHooks):
         layers: Layers = None,
     ):
         super().__init__(targets=targets, layers=layers)
-        if keep is None and init <= threshold:
+        if keep is None and init < threshold:
             raise OptionError(
-                "supermask: init must lie above threshold, or nothing is kept at first, got "
+                "supermask: init is at least threshold, or nothing is kept at first, got "
                 f"init={init}, threshold={threshold}"
             )
         if keep is not None and init <= 0:
