@@ -317,42 +317,42 @@ def rendered_benchmarks(readme: str) -> str:
 
 
 def lab_results() -> dict[str, dict]:
-    """The tracked quick runs of the lab, by name, in the order of `effzoo lab`."""
+    """The tracked runs of the lab, by name, in the order of `effzoo lab`."""
     found = {name: ROOT / f"benchmarks/results/lab/{name}/result.json" for name in catalogue()}
     return {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
 
 
 def lab_table(results: dict[str, dict]) -> str:
-    """Every quick run in one table, with what was seen of what papers say."""
-    lines = ["| experiment | deck | question | CPU seconds | claims seen, of seeds |", "|---|---|---|---|---|"]
+    """Every tracked run in one table, with what was seen of what papers say."""
+    lines = [
+        "| experiment | deck | question | size, CPU seconds | what papers say should be seen |",
+        "|---|---|---|---|---|",
+    ]
     for name, result in results.items():
-        claims = "<br>".join(
-            f"{Claim.read(claim).verdict if 'interval' in claim else _of_seeds(claim)} {claim['text']}"
-            for claim in result["claims"]
-        )
+        claims = "<br>".join(f"{Claim.read(claim).verdict}: {claim['text']}" for claim in result["claims"])
         decks = ", ".join(map(str, result["decks"]))
+        size = "quick" if result["quick"] else "standard"
         lines.append(
             f"| [`{name}`](results/lab/{name}/table.md) | {decks} | {result['about']} | "
-            f"{result['cpu_seconds']:.0f} | {claims} |"
+            f"{size}, {result['cpu_seconds']:.0f} | {claims} |"
         )
-    verdicts = [Claim.read(claim).verdict for result in results.values() for claim in result["claims"]]
+    claims = [Claim.read(claim) for result in results.values() for claim in result["claims"]]
+    verdicts = [claim.verdict for claim in claims]
     seen, never, untold = (verdicts.count(verdict) for verdict in ("seen", "NOT seen", "cannot be told"))
+    intervals = sum(claim.interval is not None for claim in claims)
+    once = sum(claim.measured_once for claim in claims)
     first = next(iter(results.values()))
     commits = ", ".join(sorted({result["commit"] for result in results.values()}))
     return "\n".join(
         [
             *lines,
             "",
-            f"Of {len(verdicts)} claims {seen} were seen with every seed, or the interval of their difference is above "
-            f"0; {never} with none, or it is below; {verdicts.count('seen in part')} with some; {untold} cannot be "
-            "told, as the interval holds 0. "
-            f"Quick sizes; {first['machine']}, torch {first['versions']['torch']}, commits {commits}.",
+            f"Of {len(claims)} claims {seen} were seen, {never} were not, and {untold} ({untold / len(claims):.0%}) "
+            f"cannot be told at this size. {intervals} are judged by the 95 % interval of a difference over seeds, "
+            f"{once} were measured once, and {len(claims) - intervals - once} are computed to rounding or counted. "
+            f"{first['machine']}, torch {first['versions']['torch']}, commits {commits}.",
         ]
     )
-
-
-def _of_seeds(claim: dict) -> str:
-    return f"{sum(claim['held'])}/{len(claim['held'])}"
 
 
 def gallery() -> str:

@@ -3,7 +3,9 @@ experiments."""
 
 import gzip
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +30,8 @@ def measured(run):
     run.say("half way")
     return Findings(
         tables={"numbers": [["a[k=1]", "published"], ["1.5", "1.6"]]}, figure=figure, values={"a": 1.5},
-        claims=[Claim("it grows", (True, False)), Claim("it is there", (True,))], settings={"steps": run.choose(2, 20)},
+        claims=[Claim.law("it grows", (True, False)), Claim.once("it is there", True)],
+        settings={"steps": run.choose(2, 20)},
         notes=["Read it so."],
     )  # fmt: skip
 
@@ -50,8 +53,8 @@ def test_a_run_leaves_a_table_a_figure_and_its_numbers(tmp_path):
         "# tried",
         "What is asked?",
         "| 1.5 | 1.6 |",
-        "seen in part, 1 of 2 seeds: it grows",
-        "- seen: it is there",
+        "- NOT seen, with 1 of 2 seeds: it grows",
+        "- seen, measured once: it is there",
         "Read it so.",
         "steps 2",
     ):
@@ -68,10 +71,49 @@ def test_findings_that_are_no_numbers_leave_nothing_behind(tmp_path):
     assert not (tmp_path / "broken").exists()
 
 
-def test_claims_say_in_how_many_seeds_they_were_seen():
-    assert str(Claim("x", (True, True, True))) == "seen, 3 of 3 seeds: x"
-    assert str(Claim("x", (False, False))) == "NOT seen, 0 of 2 seeds: x"
-    assert str(Claim("x", (False,))) == "NOT seen: x"
+def test_claims_say_what_their_verdict_stands_on():
+    assert str(Claim.law("x", (True, True, True))) == "seen, with 3 of 3 seeds: x"
+    assert str(Claim.law("x", [False, False])) == "NOT seen, with 0 of 2 seeds: x"
+    assert str(Claim.law("x", False)) == "NOT seen, counted: x"
+    assert str(Claim.once("x", False)) == "NOT seen, measured once: x"
+    for claim in (Claim.law("x", (True, False)), Claim.law("x", True), Claim.once("x", True)):
+        assert Claim.read(claim.stored()) == claim
+
+
+TO_CONVERT = set([
+    "adapter_spans",
+    "biases",
+    "comparison",
+    "cost",
+    "delta_rank",
+    "duplication",
+    "freezing",
+    "head_pruning",
+    "intrinsic",
+    "intrinsic_text",
+    "listops",
+    "lora_ranks",
+    "lora_subspaces",
+    "lottery",
+    "low_data",
+    "low_rank_cost",
+    "patterns",
+    "prefix",
+    "pruning",
+    "published",
+    "recovers",
+    "routing",
+    "sparse_sums",
+    "spectrum",
+    "supermask",
+    "unified",
+])  # fmt: skip
+
+
+def test_every_claim_of_an_experiment_says_what_judges_it():
+    """By an interval, or as a law, or as measured once; a verdict on single numbers of seeds cannot be written."""
+    for path in sorted(Path(effzoo.__file__).parent.glob("lab/experiments/*.py")):
+        assert bool(re.search(r"\bClaim\(", path.read_text())) == (path.stem in TO_CONVERT), path.name
 
 
 def test_a_run_refuses_what_it_cannot_do(tmp_path):
@@ -194,6 +236,11 @@ def test_images_are_read_from_idx_files_and_from_scikit_learn(tmp_path):
         images(Run(data=tmp_path))
     digits = images(Run(), train=100, test=None)
     assert digits.size == (8, 8) and len(digits.train) == 100 and len(digits.test) == 450
+    drawn = [images(Run(), seed=seed) for seed in (1, 1, 2)]
+    assert all(len(part.train) == 1347 and len(part.test) == 450 for part in drawn)
+    pixels = [torch.cat([part.train.inputs["pixels"], part.test.inputs["pixels"]]) for part in drawn]
+    assert pixels[0].equal(pixels[1]) and not pixels[0].equal(pixels[2])
+    assert pixels[0].flatten(1).sum(dim=0).allclose(pixels[2].flatten(1).sum(dim=0), atol=1e-3)  # the same images
 
 
 def test_texts_are_read_from_a_file_each_once(tmp_path):
@@ -204,6 +251,9 @@ def test_texts_are_read_from_a_file_each_once(tmp_path):
     assert found.train.inputs["input_ids"].shape == (4, 8) and int(found.train.inputs["input_ids"][0, 0]) == 101
     rows = {tuple(row) for part in (found.train, found.test) for row in part.inputs["input_ids"].tolist()}
     assert len(rows) == 7
+    again, other = (texts(Run(data=path), length=8, train=4, test=3, seed=seed) for seed in (0, 1))
+    assert again.test.inputs["input_ids"].equal(found.test.inputs["input_ids"])
+    assert not other.test.inputs["input_ids"].equal(found.test.inputs["input_ids"])
     with pytest.raises(DataError, match="9 different texts"):
         texts(Run(data=path), length=8, train=8, test=3)
     assert minilm(3, seed=1).num_labels == 3

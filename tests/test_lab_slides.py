@@ -28,7 +28,7 @@ def test_a_claim_of_differences_is_judged_by_students_interval_alone():
     unsure = Claim.of_differences("x", [0.4, 0.1, 0.6])  # above 0 with every seed, and yet
     assert unsure.verdict == "cannot be told" and all(unsure.held)
     assert str(unsure).startswith("cannot be told at this size, difference -")
-    assert Claim.read(claim.stored()) == claim and Claim.read({"text": "y", "held": [True]}) == Claim("y", (True,))
+    assert Claim.read(claim.stored()) == claim and Claim.read({"text": "y", "held": [True]}) == Claim.law("y", True)
     with pytest.raises(OptionError, match="two seeds or more, got 1"):
         Claim.of_differences("x", [0.5])
 

@@ -20,10 +20,12 @@ def lab(
         str | None, typer.Argument(help="An experiment; leave it out for the list, 'all' for every one in turn.")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Sizes for at most three minutes on two cores, instead of full ones.")
+        bool, typer.Option("--quick", help="Sizes for at most three minutes on two cores, instead of 10 to 20.")
     ] = False,
     data: Annotated[Path | None, typer.Option(help="A file or folder in place of the default data.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="A seed; may be repeated. Default: 0, 1, 2.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="A seed; may be repeated. Default: 0 to 4, with --quick 0 to 2.")
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="The folder in which each experiment makes one: result.json, table.md, figure.png.")
     ] = Path("runs/lab"),
@@ -55,9 +57,8 @@ def lab(
     chosen = list(catalogue().values()) if name == "all" else [get(name)]
     for number in seed or ():
         whole("--seed", number, least=0, most=2**32 - 1)
-    run = Run(
-        quick=quick, seeds=tuple(seed or (0, 1, 2)), data=data, say=lambda said: say(Text(f"  {said}", style="dim"))
-    )
+    seeds = tuple(seed or range(3 if quick else 5))
+    run = Run(quick=quick, seeds=seeds, data=data, say=lambda said: say(Text(f"  {said}", style="dim")))
     for experiment in chosen:
         say(heading(experiment.name), experiment.about)
         result = perform(experiment, run, out / experiment.name)

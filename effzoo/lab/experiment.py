@@ -5,12 +5,12 @@
         \"\"\"How much of an attention matrix its largest singular values hold.\"\"\"
 
 The function returns its results: tables with the published numbers in a column of their own, one figure, and claims,
-each judged for every seed. A claim that does not hold is a finding; nothing here asserts.
+each judged over all seeds. A claim that does not hold is a finding; nothing here asserts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -41,8 +41,9 @@ def silent(said: str) -> None:
 class Run:
     """How an experiment is run.
 
-    quick: sizes for minutes on two cores.
-    seeds: each draws weights and orders anew.
+    quick: sizes for at most three minutes on two cores, which show that the experiment works; else standard ones, for
+        10 to 20 minutes, at which what papers say could be seen.
+    seeds: each draws weights, orders, and which examples are trained and tested on.
     data: a file or folder in place of the default.
     say: called with lines about the progress.
     """
@@ -60,26 +61,35 @@ class Run:
                 f"there is no {self.data}; give a file or a folder that is there, or leave it out for the default data"
             )
 
-    def choose(self, quick: T, full: T) -> T:
-        """The quick value or the full one."""
-        return quick if self.quick else full
+    def choose(self, quick: T, standard: T) -> T:
+        """The quick value or the standard one."""
+        return quick if self.quick else standard
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says should be seen, and whether it held, for each seed (one entry where nothing is drawn).
+    """What a paper says should be seen, and what was seen. Made by one of three functions, by what judges it:
 
-    interval: of a claim that a difference is above 0, the interval of its mean over seeds; it alone decides then.
+        of_differences: a difference that draws vary, by the interval of its mean
+        law:            what is computed to rounding or counted, so that nothing varies but what the seeds draw
+        once:           a measurement that was not repeated
+
+    held: whether it held, for each seed; one entry where nothing is drawn.
+    interval: of `of_differences`; it alone decides then.
+    measured_once: of `once`.
     """
 
     text: str
     held: tuple[bool, ...]
     interval: tuple[float, float] | None = None
+    measured_once: bool = False
 
     @classmethod
     def of_differences(cls, text: str, differences: Sequence[float]) -> Claim:
-        """That a difference is above 0, by Student's 95 % interval of its mean; one entry for each seed, whose data
-        must be drawn anew.
+        """That a difference is above 0, by Student's 95 % interval of its mean over draws.
+
+        differences: one for each seed, all in one unit. Seeds draw anew what they are to vary: the data first of all.
+            That two are alike to within m is the difference m - |a - b|, or m - (a - b) where only a loss counts.
 
         Raises OptionError for fewer than two.
         """
@@ -89,36 +99,57 @@ class Claim:
         mean = sum(differences) / n
         error = (sum((x - mean) ** 2 for x in differences) / (n - 1) / n) ** 0.5
         wide = STUDENT[min(n - 2, len(STUDENT) - 1)] * error
-        return cls(text, tuple(x > 0 for x in differences), (mean - wide, mean + wide))
+        return cls(text, tuple(bool(x > 0) for x in differences), (mean - wide, mean + wide))
+
+    @classmethod
+    def law(cls, text: str, held: bool | Iterable[bool]) -> Claim:
+        """What is computed to rounding, or counted: seen where it holds with every seed."""
+        return cls(text, (held,) if isinstance(held, bool) else tuple(map(bool, held)))
+
+    @classmethod
+    def once(cls, text: str, held: bool) -> Claim:
+        """What was measured once."""
+        return cls(text, (bool(held),), measured_once=True)
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> Claim:
         """From what `result.json` holds."""
         interval = stored.get("interval")
-        return cls(stored["text"], tuple(stored["held"]), None if interval is None else (interval[0], interval[1]))
+        return cls(
+            stored["text"],
+            tuple(stored["held"]),
+            None if interval is None else (interval[0], interval[1]),
+            stored.get("measured_once", False),
+        )
 
     def stored(self) -> dict[str, Any]:
         """For `result.json`."""
         found: dict[str, Any] = {"text": self.text, "held": list(self.held)}
-        return found if self.interval is None else {**found, "interval": list(self.interval)}
+        if self.interval is not None:
+            found["interval"] = list(self.interval)
+        return {**found, "measured_once": True} if self.measured_once else found
 
     @property
     def verdict(self) -> str:
-        """seen, NOT seen, seen in part (with some seeds), or cannot be told (the interval holds 0)."""
+        """seen, NOT seen, or cannot be told (the interval holds 0)."""
         if self.interval is not None:
             low, high = self.interval
             return "seen" if low > 0 else "NOT seen" if high < 0 else "cannot be told"
-        return "seen" if all(self.held) else "seen in part" if any(self.held) else "NOT seen"
+        return "seen" if all(self.held) else "NOT seen"
+
+    @property
+    def grounds(self) -> str:
+        """What the verdict stands on."""
+        if self.interval is not None:
+            low, high = self.interval
+            return f"difference {low:.3g} to {high:.3g} over {len(self.held)} seeds"
+        if len(self.held) > 1:
+            return f"with {sum(self.held)} of {len(self.held)} seeds"
+        return "measured once" if self.measured_once else "counted"
 
     def __str__(self) -> str:
-        seen = sum(self.held)
-        if self.interval is not None:
-            at = " at this size" if self.verdict == "cannot be told" else ""
-            low, high = self.interval
-            return f"{self.verdict}{at}, difference {low:.3g} to {high:.3g} over {len(self.held)} seeds: {self.text}"
-        if len(self.held) == 1:
-            return f"{'seen' if seen else 'NOT seen'}: {self.text}"
-        return f"{self.verdict}, {seen} of {len(self.held)} seeds: {self.text}"
+        at = " at this size" if self.verdict == "cannot be told" else ""
+        return f"{self.verdict}{at}, {self.grounds}: {self.text}"
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,11 @@ class Images:
         return height, width
 
 
-def images(run: Run, *, train: int | None = None, test: int | None = None) -> Images:
+def images(run: Run, *, train: int | None = None, test: int | None = None, seed: int | None = None) -> Images:
     """MNIST in `run.data`, or the 1,797 digits of scikit-learn, 1,347 of them to train on.
 
-    train, test: how many, the first ones; None for all.
+    train, test: how many, the first ones; None for all of the part.
+    seed: draws both parts anew, of all images together and as large as they were; None leaves each as it is.
     """
     if run.data is not None:
         parts = [_mnist(run.data, part) for part in ("train", "t10k")]
@@ -51,6 +52,10 @@ def images(run: Run, *, train: int | None = None, test: int | None = None) -> Im
         pixels, labels = _digits()
         parts = [(pixels[:1347], labels[:1347]), (pixels[1347:], labels[1347:])]
         about = "scikit-learn digits, 8 x 8"
+    if seed is not None:
+        (pixels, labels), first = (torch.cat(pair) for pair in zip(*parts, strict=True)), len(parts[0][1])
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        parts = [(pixels[places], labels[places]) for places in (order[:first], order[first:])]
     splits = [
         Examples({"pixels": pixels[:count]}, labels[:count])
         for (pixels, labels), count in zip(parts, (train, test), strict=True)

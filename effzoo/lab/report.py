@@ -61,7 +61,7 @@ def made(result: Mapping[str, Any]) -> str:
     """How a result was made, in a line."""
     settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
     seeds = ", ".join(map(str, result["seeds"]))
-    size = "quick" if result["quick"] else "full size"
+    size = "quick" if result["quick"] else "standard"
     return (
         f"{size}; {settings}; seeds {seeds}; data: {result['data']}; {result['seconds']:.0f} s; {result['machine']}, "
         f"torch {result['versions']['torch']}, commit {result['commit']}"

@@ -35,13 +35,14 @@ class Texts:
     about: str
 
 
-def texts(run: Run, *, length: int, train: int, test: int) -> Texts:
-    """Texts of `run.data` (what `effzoo.data.load_text` reads), else BBC News, divided alike for every seed.
+def texts(run: Run, *, length: int, train: int, test: int, seed: int = 0) -> Texts:
+    """Texts of `run.data` (what `effzoo.data.load_text` reads), else BBC News, drawn into two parts.
 
     A text that occurs twice is kept once; both parts have the same shares of each label.
 
     length: tokens of a text, the first ones, <cls> and <sep> among them.
     train, test: how many texts.
+    seed: draws which.
     """
     source = news() if run.data is None else run.data
     everything = data.load_text(source, encoding=("utf-8", "latin-1") if source.is_dir() else "utf-8")
@@ -54,7 +55,7 @@ def texts(run: Run, *, length: int, train: int, test: int) -> Texts:
             f"{source} has {len(first)} different texts, and this experiment wants {train + test}; give "
             "more, or use --quick"
         )
-    parts = data.split(everything.select(sorted(first)), {"train": train, "test": test}, seed=0)
+    parts = data.split(everything.select(sorted(first)), {"train": train, "test": test}, seed=seed)
     tokenizer = data.tokenizer_of(zoo.config("minilm"))
     made = {}
     for name, part in parts.items():
