@@ -94,7 +94,6 @@ TO_CONVERT = set([
     "listops",
     "lora_ranks",
     "lora_subspaces",
-    "lottery",
     "low_data",
     "low_rank_cost",
     "patterns",
