@@ -17,6 +17,7 @@ from effzoo import convert, sharding
 from effzoo.errors import EffzooError, TrainingError
 from effzoo.tensors import stored_tensors
 from effzoo.train import Callback, Optimisation, Saving, checkpoints, run
+from effzoo.train.processes import end_group
 
 SIZES = {"layers": 2, "dim": 16, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 64}
 ROWS = [{"input_ids": [2 + i % 9, 3, 4 + i % 5, *[7] * (i % 4)], "labels": i % 3} for i in range(13)]
@@ -301,3 +302,4 @@ def main():
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     main()
+    end_group()

@@ -135,6 +135,7 @@ import os, resource, sys, warnings
 warnings.filterwarnings("ignore")
 import torch, transformers, effzoo
 from effzoo.sharding import rows_here
+from effzoo.train.processes import end_group
 torch.set_num_threads(1)
 tiny, folder, peft = sys.argv[1:]
 torch.distributed.init_process_group()
@@ -147,6 +148,7 @@ model = load(folder)
 grown = most() - before
 held = sum(rows_here(tensor.detach())[0].nbytes for tensor in (*model.parameters(), *model.buffers()))
 print(held, grown)
+end_group()
 """
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -38,7 +40,9 @@ class Processes:
 
     def __init__(self, saving: Saving, directory: Path, sequence_ranks: int = 1):
         self.plugin = _plugin()
+        found = torch.distributed.is_initialized()
         self.accelerator = Accelerator(cpu=on_cpu(), log_with=saving.trackers or None, project_dir=directory)
+        self._began_group = torch.distributed.is_initialized() and not found
         self.number, self.index = self.accelerator.num_processes, self.accelerator.process_index
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
         if self.number % sequence_ranks:
@@ -136,6 +140,15 @@ class Processes:
         """Until all processes are here."""
         self.accelerator.wait_for_everyone()
 
+    def end_group_at_exit(self) -> None:
+        """Where this run began the process group, end it before the interpreter goes.
+
+        A thread of gloo that lets go of a tensor while the interpreter ends aborts its process, so a run that is done
+        would count as failed.
+        """
+        if self._began_group:
+            atexit.register(end_group)
+
     def begin_tracking(self, name: str, settings: Mapping[str, Any]) -> None:
         """Start the trackers of `Saving(log_with=...)` with the settings that are numbers or texts."""
         plain = {key: value for key, value in settings.items() if isinstance(value, bool | int | float | str)}
@@ -149,6 +162,12 @@ class Processes:
     def track(self, values: Mapping[str, Any], step: int) -> None:
         """Give measured values to the trackers of `Saving(log_with=...)`."""
         self.accelerator.log(dict(values), step=step)
+
+
+def end_group() -> None:
+    """End the process group, and let threads of gloo finish that still wait for the interpreter."""
+    torch.distributed.destroy_process_group()
+    time.sleep(0.2)  # destroying does not wait for them
 
 
 def _plugin() -> Any:

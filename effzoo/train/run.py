@@ -320,6 +320,7 @@ def _train(loop: Loop, start: Path | None, level: Level) -> Result:
     if loop.main or loop.processes.sharded:
         _save(model, directory, metrics)
     loop.processes.wait()
+    loop.processes.end_group_at_exit()
     return Result(
         metrics=metrics,
         history=loop.history,
