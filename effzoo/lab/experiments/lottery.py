@@ -31,7 +31,7 @@ PUBLISHED = {  # Frankle & Carbin 2019, section 2 and figures 3 and 4
 def lottery(run: Run) -> Findings:
     """Does a sparse network learn as well as the whole one from where it started, and worse from a new start?"""
     (steps, every), batch = run.choose((160, 10), (300, 20)), 60
-    tickets: dict[str, list[Learned]] = {}
+    tickets: dict[str, dict[int, Learned]] = {}
     anew: dict[str, dict[int, Learned]] = {}
     places: dict[str, dict[int, Learned]] = {}
     for seed in run.seeds:
@@ -40,7 +40,7 @@ def lottery(run: Run) -> Findings:
         options = {"steps": steps, "every": every, "batch": batch, "seed": seed}
         start, other = (LeNet(height * width, seed=seed + added) for added in (0, ANEW))
         trainings = iterative(copy.deepcopy(start), data.train, data.test, rounds=BEST, **options)
-        tickets[str(seed)] = trainings
+        tickets[str(seed)] = dict(enumerate(trainings))
         anew[str(seed)], places[str(seed)] = {}, {}
         for level in LEVELS:
             chosen = trainings[level].masks
@@ -146,7 +146,7 @@ def lottery(run: Run) -> Findings:
         claims=claims,
         values={
             "left": left,
-            "tickets": {s: [learned.accuracies for learned in tickets[s]] for s in seeds},
+            "tickets": {s: [learned.accuracies for learned in tickets[s].values()] for s in seeds},
             "drawn anew": {s: {str(level): anew[s][level].accuracies for level in LEVELS} for s in seeds},
             "other places": {s: {str(level): places[s][level].accuracies for level in LEVELS} for s in seeds},
         },
