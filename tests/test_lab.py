@@ -85,19 +85,12 @@ TO_CONVERT = set([
     "biases",
     "comparison",
     "cost",
-    "delta_rank",
     "duplication",
     "freezing",
     "head_pruning",
-    "intrinsic",
-    "intrinsic_text",
     "listops",
-    "lora_ranks",
-    "lora_subspaces",
-    "low_data",
     "low_rank_cost",
     "patterns",
-    "prefix",
     "pruning",
     "published",
     "recovers",
@@ -256,6 +249,15 @@ def test_texts_are_read_from_a_file_each_once(tmp_path):
     with pytest.raises(DataError, match="9 different texts"):
         texts(Run(data=path), length=8, train=8, test=3)
     assert minilm(3, seed=1).num_labels == 3
+
+
+def test_lower_layers_of_minilm_compute_what_they_do_in_the_whole():
+    ids, seen = torch.randint(1000, 2000, (2, 7), generator=torch.Generator().manual_seed(0)), []
+    for model in (minilm(3, seed=1), minilm(3, seed=1, layers=2)):
+        model.blocks[1].register_forward_hook(lambda block, given, gave: seen.append(gave))
+        model(input_ids=ids)
+    assert len(model.blocks) == 2
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=0)
 
 
 def test_domains_map_symbols_in_their_own_way():

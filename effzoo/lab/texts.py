@@ -81,15 +81,21 @@ def news() -> Path:
     return Path(spec.submodule_search_locations[0]) / "bbcnews" / "data"
 
 
-def minilm(labels: int, *, seed: int = 0, **options: Any) -> Transformer:
+def minilm(labels: int, *, seed: int = 0, layers: int = 6, **options: Any) -> Transformer:
     """MiniLM (6 layers, 384 wide) with its real weights and a fresh head, without dropout.
 
     labels: of the head.
     seed: of the head.
+    layers: fewer than 6 are its lower ones, for less work; each was trained within the whole.
     options: as for `effzoo.build`.
     """
     torch.manual_seed(seed)
     no_dropout = {"dropout": 0.0, "attention_dropout": 0.0}
     head = {"task": "classification", "num_labels": labels, "pooling": "mean"}
-    model: Transformer = build("minilm", **{"pretrained": True, **head, **no_dropout, **options})
+    whole: Transformer = build("minilm", **{"pretrained": True, **head, **no_dropout, **options})
+    if layers == 6:
+        return whole
+    model: Transformer = build("minilm", **{**head, **no_dropout, **options, "layers": layers})
+    # strict: all of it is there
+    model.load_state_dict({key: value for key, value in whole.state_dict().items() if key in model.state_dict()})
     return model

@@ -3,6 +3,7 @@ knew before."""
 
 from __future__ import annotations
 
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -14,7 +15,7 @@ import effzoo
 from effzoo import peft
 from effzoo.architectures import Transformer
 from effzoo.lab.analyses.subspaces import intruder_dimensions, rank_for_variance
-from effzoo.lab.draw import LINES, MARKERS, panels
+from effzoo.lab.draw import LINES, band, panels
 from effzoo.lab.experiment import Claim, Findings, Run, experiment
 from effzoo.lab.fit import Examples, fit
 from effzoo.lab.score import score
@@ -27,7 +28,7 @@ WAYS: dict[str, tuple[Any, float]] = {  # spec and learning rate
     "LoRA r = 16, all matrices": ({"name": "lora", "rank": 16, "targets": ALL}, 1e-3),
     "LoRA r = 4, q and v": ({"name": "lora", "rank": 4, "targets": ("attn.q", "attn.v")}, 3e-3),
 }
-SHARE, RIDGE = 0.9, 10.0
+SHARE, RIDGE, LAYERS = 0.9, 10.0, 2
 
 
 @experiment(
@@ -38,30 +39,30 @@ SHARE, RIDGE = 0.9, 10.0
 )
 def delta_rank(run: Run) -> Findings:
     """Of what rank is the change that full fine-tuning makes, and does LoRA learn less and forget less?"""
-    steps = run.choose(36, 300)
-    marks = [round(steps * part) for part in run.choose((1 / 3, 2 / 3, 1), (0.1, 0.2, 0.4, 0.7, 1))]
-    topics = texts(run, length=run.choose(24, 64), train=run.choose(500, 1400), test=run.choose(200, 600))
-    train, test = word_order(topics.train), word_order(topics.test, seed=1)
-    start = minilm(2)
+    steps, length = run.choose(36, 200), 16
+    marks = [round(steps * part) for part in (0.2, 0.5, 1)]
+    start = minilm(2, layers=LAYERS)
     base = {key: value.double() for key, value in start.state_dict().items()}
-    probe = _probe(_features(start, topics.train), topics.train.labels, len(topics.names))
-    before = _right(start, topics.test, probe)
     paths: dict[str, dict[int, list[tuple[float, float]]]] = {name: {} for name in WAYS}  # (learned, kept) at the marks
     changes: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in WAYS}
+    before: dict[int, float] = {}
     for seed in run.seeds:
+        topics = texts(run, length=length, train=run.choose(500, 1300), test=run.choose(200, 800), seed=seed)
+        train, test = word_order(topics.train, seed=2 * seed), word_order(topics.test, seed=2 * seed + 1)
+        probe = _probe(_features(start, topics.train), topics.train.labels, len(topics.names))
+        before[seed] = _right(start, topics.test, probe)
+        look = partial(_look, marks=marks, test=test, topics=topics.test, probe=probe)
         for name, (spec, rate) in WAYS.items():
-            model = minilm(2, seed=seed)
+            model = minilm(2, seed=seed, layers=LAYERS)
             if spec is not None:
                 effzoo.attach(model, spec)
             seen: list[tuple[float, float]] = []
-
-            def look(step: int, _: float, model: Transformer = model, seen: list[tuple[float, float]] = seen) -> None:
-                if step in marks:
-                    seen.append((score(model, test).accuracy, _right(model, topics.test, probe)))
-
-            fit(model, train.stream(16, seed), steps, learning_rate=rate, after=look)
+            after = partial(look, model=model, seen=seen)
+            fit(model, train.stream(16, seed), steps, learning_rate=rate, after=after)
             paths[name][seed], changes[name][seed] = seen, _changes(model, base, spec is not None)
-            run.say(f"seed {seed}, {name}: word order {seen[-1][0]:.3f}, topics {before:.3f} -> {seen[-1][1]:.3f}")
+            run.say(
+                f"seed {seed}, {name}: word order {seen[-1][0]:.3f}, topics {before[seed]:.3f} -> {seen[-1][1]:.3f}"
+            )
 
     of_base = {key: rank_for_variance(base[key], SHARE) for key in changes["full"][run.seeds[0]]}
     ranks = {name: {seed: _ranks(of_seed) for seed, of_seed in by_seed.items()} for name, by_seed in changes.items()}
@@ -81,68 +82,60 @@ def delta_rank(run: Run) -> Findings:
         learned, kept = (mean(seen[-1][i] for seen in by_seed.values()) for i in range(2))
         said = "full learns and forgets more than LoRA" if name == "full" else "no number"
         table.append(
-            [name, f"{learned:.3f}", f"{kept:.3f}", f"{before:.3f}", f"{mean(intruders[name].values()):.2f}", said]
+            [
+                name,
+                f"{learned:.3f}",
+                f"{kept:.3f}",
+                f"{mean(before.values()):.3f}",
+                f"{mean(intruders[name].values()):.2f}",
+                said,
+            ]
         )
 
-    figure, (left, right) = panels(2)
+    figure, (left, middle, right) = panels(3, width=4.4)
     _draw_spectra(left, base, {name: by_seed[run.seeds[0]] for name, by_seed in changes.items()})
-    for number, (name, by_seed) in enumerate(paths.items()):
-        style: dict[str, Any] = {
-            "color": LINES[number],
-            "marker": MARKERS[number],
-            "markersize": 4,
-            "linewidth": 1,
-            "alpha": 0.7,
-        }
-        for i, curve in enumerate(by_seed.values()):
-            right.plot(*zip(*curve, strict=True), label=None if i else name, **style)
-    right.axhline(before, color="#888888", linewidth=1, linestyle=":")
-    right.annotate(
-        "before training",
-        (0.02, before),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 3),
-        textcoords="offset points",
-        fontsize=8,
-    )
-    right.set(
-        xlabel="learned: accuracy in word order",
-        ylabel="kept: accuracy in topics",
-        title=f"after {', '.join(map(str, marks))} steps",
-    )
-    right.legend(frameon=False, fontsize=8, loc="lower left")
-    loras = [name for name in WAYS if name != "full"]
+    for place, (axes, title) in enumerate(((middle, "learned: word order"), (right, "kept: topics"))):
+        for number, (name, by_seed) in enumerate(paths.items()):
+            band(axes, marks, [[seen[place] for seen in of_seed] for of_seed in by_seed.values()], name, number)
+        axes.set(xlabel="steps", ylabel="accuracy", title=title)
+        axes.set_xticks(marks)
+    right.axhline(mean(before.values()), color="#888888", linewidth=1, linestyle=":", label="before training")
+    right.legend(frameon=False, fontsize=8)
     last = {name: {seed: seen[-1] for seed, seen in by_seed.items()} for name, by_seed in paths.items()}
+    loras = [name for name in WAYS if name != "full"]
     settings = {
-        "model": "minilm", "data": topics.about, "steps": steps, "batch": 16, "texts": len(topics.train),
+        "model": f"minilm, {LAYERS} layers", "data": topics.about, "tokens": length, "steps": steps, "batch": 16,
+        "texts": len(topics.train), "test texts": len(topics.test),
         "learning rates": {name: rate for name, (_, rate) in WAYS.items()},
     }  # fmt: skip
     return Findings(
         tables={"learning and forgetting": table, f"singular values for {SHARE:.0%} of the squares": rank_table},
         figure=figure,
         claims=[
-            Claim(
+            Claim.of_differences(
                 "LoRA learns less: full fine-tuning is best in the new task",
-                tuple(_all(last, loras, s, 0, above=True) for s in run.seeds),
+                [min(last["full"][s][0] - last[name][s][0] for name in loras) for s in run.seeds],
             ),
-            Claim(
+            Claim.of_differences(
                 "LoRA forgets less: full fine-tuning keeps least of the old task",
-                tuple(_all(last, loras, s, 1, above=False) for s in run.seeds),
+                [min(last[name][s][1] - last["full"][s][1] for name in loras) for s in run.seeds],
             ),
-            Claim(
+            Claim.of_differences(
                 "the change of full fine-tuning has more than 10 times the rank of LoRA r = 4, in the mean over q "
                 "and v",
-                tuple(_mean_rank(ranks["full"][s]) > 10 * _mean_rank(ranks[loras[1]][s]) for s in run.seeds),
+                [_mean_rank(ranks["full"][s]) - 10 * _mean_rank(ranks[loras[1]][s]) for s in run.seeds],
             ),
-            Claim(
+            Claim.of_differences(
                 "the change of full fine-tuning is of high rank: more than half of what W needs, in the mean over q "
                 "and v",
-                tuple(_mean_rank(ranks["full"][s]) > 0.5 * _mean_rank(of_base) for s in run.seeds),
+                [_mean_rank(ranks["full"][s]) - 0.5 * _mean_rank(of_base) for s in run.seeds],
             ),
         ],
         values={
-            "learned and kept": paths,
-            "topics before": before,
+            "learned and kept": {
+                name: {str(s): seen for s, seen in by_seed.items()} for name, by_seed in paths.items()
+            },
+            "topics before": {str(seed): accuracy for seed, accuracy in before.items()},
             "rank of W": of_base,
             "rank of W + dW, full": after_ranks,
             "intruders": intruders,
@@ -160,6 +153,22 @@ def delta_rank(run: Run) -> Findings:
             "fine-tuning and LoRA r = 16 both lost the topics altogether (two seeds: 0.23 to 0.26, 0.20 to 0.22)."
         ],
     )
+
+
+def _look(
+    step: int,
+    _: float,
+    *,
+    marks: list[int],
+    test: Examples,
+    topics: Examples,
+    probe: Tensor,
+    model: Transformer,
+    seen: list[tuple[float, float]],
+) -> None:
+    """Note at the marked steps what the model has learned and kept."""
+    if step in marks:
+        seen.append((score(model, test).accuracy, _right(model, topics, probe)))
 
 
 @torch.no_grad()
@@ -213,8 +222,8 @@ def _afterwards(
 
 
 def _draw_spectra(axes: Any, base: dict[str, Tensor], changes: dict[str, dict[str, Tensor]]) -> None:
-    """Share of the squares that the first singular values hold, of the query matrix of the middle layer."""
-    key = sorted(key for key in changes["full"] if key.endswith("attn.q.weight"))[3]
+    """Share of the squares that the first singular values hold, of the query matrix of the last layer."""
+    key = max(key for key in changes["full"] if key.endswith("attn.q.weight"))
     for number, (name, matrix) in enumerate(
         [("W", base[key]), *((name, of_matrix[key]) for name, of_matrix in changes.items())]
     ):
@@ -239,11 +248,3 @@ def _ranks(matrices: dict[str, Tensor]) -> dict[str, int]:
 
 def _mean_rank(counts: dict[str, int]) -> float:
     return mean(count for key, count in counts.items() if key.endswith(("attn.q.weight", "attn.v.weight")))
-
-
-def _all(
-    last: dict[str, dict[int, tuple[float, float]]], loras: list[str], seed: int, place: int, *, above: bool
-) -> bool:
-    """Whether full fine-tuning is above (below) every LoRA in one of the two accuracies."""
-    full = last["full"][seed][place]
-    return all(full > last[name][seed][place] if above else full < last[name][seed][place] for name in loras)
