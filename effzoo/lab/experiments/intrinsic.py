@@ -24,6 +24,7 @@ PROJECTIONS = {
 }
 PROJECTIONS["SAID"] = "said[dim={d}, seed={seed}, targets=*]"
 RATE, BASE_RATE = 0.3, 3e-3  # in the subspace a step must be larger: the columns of P have length 1
+LARGE = 28  # height from which images are of MNIST's size
 PUBLISHED = {
     "fully connected": "750 (MNIST, D 199,210)",
     "LeNet": "290 (MNIST, D 44,426)",
@@ -38,10 +39,10 @@ PUBLISHED = {
 def intrinsic(run: Run) -> Findings:
     """In how many random directions must a small network be trained to reach 90 % of what it reaches in all?"""
     size = images(run, train=1, test=1).size
-    nets, dims = _nets(size), _dims(size, run.quick)
-    steps, batch = (run.choose(150, 300), 128) if run.data is not None else (run.choose(300, 600), 64)
+    nets, dims, large = _nets(size), _dims(size, run.quick), size[0] >= LARGE
+    steps, batch = (run.choose(150, 300), 128) if large else (run.choose(300, 600), 64)
     ways = [(name, way) for name in nets for way in (PROJECTIONS if name == "fully connected" else ("dense",))]
-    if run.data is not None:  # a dense P of these sizes has more entries than are held
+    if large:  # a dense P of these sizes has more entries than are held
         ways = [(name, "Fastfood") for name in nets]
     bases: dict[str, list[float]] = {name: [] for name in nets}
     curves: dict[tuple[str, str], list[dict[int, float]]] = {way: [] for way in ways}
@@ -88,7 +89,7 @@ def intrinsic(run: Run) -> Findings:
              f"{mean(between):.0f}" if between else "", f"{mean(known) / size:.2%}" if known else "",
              PUBLISHED[name] if way == ways[[n for n, _ in ways].index(name)][1] else ""]
         )  # fmt: skip
-    known_curves = CURVES if run.data is not None else {}
+    known_curves = CURVES if large else {}
     by_d = [["d", *(f"{name}, {way}" for name, way in ways), *(f"published, {name}" for name in known_curves)]]
     for d in dims:
         shown = [f"{mean(c[d] for c in curves[pair]):.3f}" for pair in ways]
@@ -121,8 +122,7 @@ def intrinsic(run: Run) -> Findings:
         axes.legend(frameon=False, fontsize=8, loc="lower right")
     settings = {
         "data": data.about, "images": len(data.train), "test images": len(data.test), "steps": steps, "batch": batch,
-        "learning rate": RATE,
-        "rate of all": BASE_RATE,
+        "learning rate": RATE, "rate of all": BASE_RATE,
     }  # fmt: skip
     return Findings(
         tables={"d90": table, "accuracy by d": by_d},
@@ -165,7 +165,7 @@ CURVES = {  # of the authors' notebook, mean validation accuracy over 3 seeds
 def _nets(size: tuple[int, int]) -> dict[str, Net]:
     height, width = size
     pixels = height * width
-    if height >= 28:
+    if height >= LARGE:
         return {"fully connected": lambda: FullyConnected((pixels, 200, 200, 10)), "LeNet": lambda: Convolutional(size)}
     return {
         "fully connected": lambda: FullyConnected((pixels, 32, 32, 10)),
@@ -175,7 +175,7 @@ def _nets(size: tuple[int, int]) -> dict[str, Net]:
 
 
 def _dims(size: tuple[int, int], quick: bool) -> list[int]:
-    if size[0] >= 28:
+    if size[0] >= LARGE:
         return [200, 500, 1000] if quick else [200, 300, 500, 1000]
     return [20, 40, 80, 120, 160, 240] if quick else [20, 40, 80, 100, 120, 140, 160, 240]
 
