@@ -38,8 +38,8 @@ PUBLISHED = {
 )  # fmt: skip
 def intrinsic(run: Run) -> Findings:
     """In how many random directions must a small network be trained to reach 90 % of what it reaches in all?"""
-    size = images(run, train=1, test=1).size
-    nets, dims, large = _nets(size), _dims(size, run.quick), size[0] >= LARGE
+    shape = images(run, train=1, test=1).size
+    nets, dims, large = _nets(shape), _dims(shape, run.quick), shape[0] >= LARGE
     steps, batch = (run.choose(150, 300), 128) if large else (run.choose(300, 600), 64)
     ways = [(name, way) for name in nets for way in (PROJECTIONS if name == "fully connected" else ("dense",))]
     if large:  # a dense P of these sizes has more entries than are held
