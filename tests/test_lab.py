@@ -87,17 +87,13 @@ TO_CONVERT = set([
     "cost",
     "duplication",
     "freezing",
-    "head_pruning",
     "listops",
     "low_rank_cost",
     "patterns",
-    "pruning",
     "published",
     "recovers",
     "routing",
-    "sparse_sums",
     "spectrum",
-    "supermask",
     "unified",
 ])  # fmt: skip
 

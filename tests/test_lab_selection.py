@@ -4,6 +4,7 @@ import json
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -12,7 +13,7 @@ import effzoo
 from effzoo import peft
 from effzoo.errors import AdapterError, OptionError, TargetError
 from effzoo.lab.analyses.biases import bias_changes, bias_gradients, mean_of
-from effzoo.lab.analyses.heads import SPEC, gates, head_importance, without_heads
+from effzoo.lab.analyses.heads import SPEC, agreement, gain_of_chosen, gates, head_importance, without_heads
 from effzoo.lab.analyses.lenet import LeNet
 from effzoo.lab.analyses.lottery import Learned, iterative, masked, masks, reshuffled
 from effzoo.lab.analyses.pruning import kept_by_size, pruned_weights
@@ -274,6 +275,13 @@ class TestHeads:
         whole, without, none = without_heads(bert, torch.tensor([3, 0, 2, 1]), (0, 2, 4), data)
         assert without == 1 and whole == accuracy(bert, data) == fast_accuracy(bert, data) < 1 and none < 1
         assert without_heads(bert, torch.tensor([2, 1, 3, 0]), (2,), data)[0] < 1
+
+    def test_a_head_is_judged_on_other_texts_than_it_is_chosen_on(self):
+        lost = torch.tensor([[[1.0, -2.0], [0.0, 3.0]], [[0.5, -1.0], [-4.0, 2.0]]])
+        assert gain_of_chosen(lost) == (1 + 0) / 2  # head 1 by the first half, head 2 by the second
+        halves = lost.flatten(1).double().numpy()
+        assert agreement(lost) == pytest.approx(np.corrcoef(halves[0], halves[1])[0, 1], abs=1e-12)
+        assert agreement(torch.ones(2, 3)) == 0
 
     def test_orders_and_counts_that_do_not_fit_are_refused(self, bert):
         for order, counts in (([0, 1, 2], [0]), ([0, 0, 1, 2], [0]), ([0, 1, 2, 3], [5])):

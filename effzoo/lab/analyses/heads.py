@@ -64,6 +64,23 @@ def without_heads(model: nn.Module, order: Tensor, counts: Sequence[int], exampl
         peft.detach(model, NAME)
 
 
+def gain_of_chosen(lost: Tensor) -> float:
+    """What is won without the head that one half of the texts calls worst, counted on the other; the mean of both ways.
+
+    lost: what is lost without each head on each half, [2, ...heads].
+    """
+    first, second = lost.flatten(1)
+    return -float(second[first.argmin()] + first[second.argmin()]) / 2
+
+
+def agreement(lost: Tensor) -> float:
+    """Pearson's correlation of what heads are worth on two halves of the texts; 0 where all are worth the same.
+
+    lost: what is lost without each head on each half, [2, ...heads].
+    """
+    return float(torch.corrcoef(lost.flatten(1).double())[0, 1].nan_to_num())
+
+
 def gates(model: nn.Module) -> Mapping[str, HeadGates]:
     """The gates of the active adapters, by the path of their site. Raises AdapterError where there are none."""
     modules = {path: module for path, site in sites(model) for module in site.hung() if isinstance(module, HeadGates)}

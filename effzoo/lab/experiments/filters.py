@@ -29,7 +29,7 @@ def filters(run: Run) -> Findings:
     whole = images(run)
     pixels = torch.cat([whole.train.inputs["pixels"], whole.test.inputs["pixels"]])
     every = Examples({"pixels": pixels}, torch.cat([whole.train.labels, whole.test.labels]))
-    steps, test = run.choose(300, 2000), len(every) // 3
+    steps, test = run.choose(300, 600), len(every) // 3
     found: dict[str, list[list[float]]] = {name: [] for name in ORDERS}
     singles: list[list[float]] = []
     for seed in run.seeds:

@@ -26,7 +26,7 @@ def residual(run: Run) -> Findings:
 
     The network is trained on digits; the other domains are digits upside down, and dark on light.
     """
-    whole, steps = images(run), run.choose(150, 1000)
+    whole, steps = images(run), run.choose(80, 120)
     every = Examples(
         {"pixels": torch.cat([part.inputs["pixels"] for part in (whole.train, whole.test)])},
         torch.cat([whole.train.labels, whole.test.labels]),
