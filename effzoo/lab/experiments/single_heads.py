@@ -38,9 +38,9 @@ def single_heads(run: Run) -> Findings:
             (base,) = without_heads(model, numbers, [0], half)
             alone = [without_heads(model, numbers.roll(-head), [1], half)[0] for head in numbers.tolist()]
             found.append([base, *alone])
-        right = torch.tensor(found)
-        halves_lost.append(100 * (right[:, :1] - right[:, 1:]).view(2, layers, heads))
-        whole.append(float(right[:, 0].mean()))
+        correct = torch.tensor(found)
+        halves_lost.append(100 * (correct[:, :1] - correct[:, 1:]).view(2, layers, heads))
+        whole.append(float(correct[:, 0].mean()))
         of = halves_lost[-1].mean(dim=0)
         run.say(f"seed {seed}: {whole[-1]:.3f}; at most {float(of.max()):.1f} points, mean {float(of.mean()):.2f}")
     lost = [halves.mean(dim=0) for halves in halves_lost]
