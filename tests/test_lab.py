@@ -84,17 +84,7 @@ TO_CONVERT = set([
     "adapter_spans",
     "biases",
     "comparison",
-    "cost",
-    "duplication",
     "freezing",
-    "listops",
-    "low_rank_cost",
-    "patterns",
-    "published",
-    "recovers",
-    "routing",
-    "spectrum",
-    "unified",
 ])  # fmt: skip
 
 

@@ -12,9 +12,10 @@ from scipy import stats
 import effzoo
 from effzoo.errors import IncompatibleError, OptionError
 from effzoo.lab import Claim
-from effzoo.lab.analyses import blocks, expert_use, filters, recovery, resnet
+from effzoo.lab.analyses import blocks, expert_use, filters, recovery, resnet, tagger
 from effzoo.lab.analyses.small_nets import Convolutional
 from effzoo.lab.experiment import STUDENT
+from effzoo.lab.experiments.listops import marked
 from effzoo.lab.fit import Examples, accuracy
 
 
@@ -157,3 +158,47 @@ def test_a_network_of_ones_own_with_blocks_takes_adapters():
     """`blocks` that are no transformer's: nothing in it has projections for global tokens."""
     net = resnet.ResNet(channels=4, blocks=1)
     assert effzoo.account(effzoo.attach(net, "residual_adapter")).trainable > 0
+
+
+def test_sequences_of_two_factors_are_labelled_by_the_maps_of_both():
+    symbols, languages, tasks = 5, 2, 3
+    ids, labels, pair = tagger.composed(400, 7, symbols, languages, tasks, torch.Generator().manual_seed(0))
+    assert ids.shape == labels.shape == (400, 9) and bool((labels[:, :2] == -100).all())
+    assert sorted(set(pair.tolist())) == list(range(6))
+    assert torch.equal(ids[:, 0], 1 + pair // tasks) and torch.equal(ids[:, 1], 1 + languages + pair % tasks)
+    maps = {}  # of each pair: symbol -> label
+    for row, marks, number in zip((ids[:, 2:] - 6).tolist(), labels[:, 2:].tolist(), pair.tolist(), strict=True):
+        for symbol, label in zip(row, marks, strict=True):
+            assert maps.setdefault((number, symbol), label) == label
+    assert all(sorted(maps[number, s] for s in range(symbols)) == list(range(symbols)) for number in range(6))
+    for task in range(1, tasks):  # q_t q_0^-1 is the same in every language
+        moved = [
+            {maps[tasks * language, s]: maps[tasks * language + task, s] for s in range(symbols)}
+            for language in range(languages)
+        ]
+        assert moved[0] == moved[1]
+    other = tagger.composed(400, 7, symbols, languages, tasks, torch.Generator().manual_seed(0), variant=1)
+    assert torch.equal(other[0], ids) and not torch.equal(other[1], labels)
+    with pytest.raises(OptionError, match="at least 1"):
+        tagger.composed(1, 0, 5, 2, 3, torch.Generator())
+
+
+def test_the_share_of_labels_found_leaves_out_those_below_0():
+    torch.manual_seed(0)
+    model = tagger.tagger(3, 1, 4)
+    ids, labels = torch.tensor([[1, 2, 3, 4], [1, 4, 3, 2]]), torch.tensor([[-100, 0, 1, 2], [-100, 2, 2, 2]])
+    said = model.eval()(input_ids=ids).logits.argmax(dim=-1)
+    by_hand = sum(int(said[i, j] == labels[i, j]) for i in range(2) for j in range(1, 4)) / 6
+    assert tagger.right(model.train(), ids, labels) == pytest.approx(by_hand) and model.training
+
+
+def test_one_digit_is_marked_and_is_the_class():
+    examples = marked(300, 6, 0)
+    ids = examples.inputs["input_ids"]
+    assert ids.shape == (300, 7) and bool((ids[:, 0] == 1).all()) and set(examples.labels.tolist()) == set(range(10))
+    places = set()
+    for row, label in zip(ids.tolist(), examples.labels.tolist(), strict=True):
+        (place,) = (i for i, token in enumerate(row) if token >= 12)
+        places.add(place)
+        assert row[place] - 12 == label and all(2 <= token < 12 for token in row[1:place] + row[place + 1 :])
+    assert places == set(range(1, 7))

@@ -25,8 +25,8 @@ PUBLISHED = {
 @experiment("duplication", deck=4, source="Kitaev et al. 2020, Reformer, arXiv:2001.04451, table 2")
 def duplication(run: Run) -> Findings:
     """Does a model trained with hashing work with other numbers of rounds, or with full attention?"""
-    sizes = run.choose({"word": 63, "symbols": 63, "chunk": 8}, {"word": 127, "symbols": 127, "chunk": 8})
-    steps, batch, rate = run.choose(400, 1000), run.choose(8, 16), 2e-3
+    sizes = {"word": 31, "symbols": 31, "chunk": 4}
+    steps, batch, rate = run.choose(200, 300), 8, 2e-3
     task = {"word": sizes["word"], "symbols": sizes["symbols"]}
     accuracies: dict[str, dict[str, dict[str, float]]] = {}
     losses: dict[str, dict[str, float]] = {}
@@ -42,7 +42,7 @@ def duplication(run: Run) -> Findings:
                 for other in EVALUATED:
                     judge = repeater(other, **sizes)
                     judge.load_state_dict(model.state_dict())
-                    row[other] = 100 * repeated(judge, batches=run.choose(4, 10), batch=64, **task)
+                    row[other] = 100 * repeated(judge, batches=4, batch=64, seed=10**6 + seed, **task)
                 accuracies[str(seed)][rounds], losses[str(seed)][rounds] = row, sum(loss[-20:]) / len(loss[-20:])
                 run.say(
                     f"seed {seed}, trained with {rounds}: "
@@ -57,25 +57,25 @@ def duplication(run: Run) -> Findings:
         table.append(
             [rounds, *(f"{mean(rounds, o):.1f} ({p})" for o, p in zip(EVALUATED, PUBLISHED[rounds], strict=True))]
         )
-    figure, (left, right) = panels(2, width=4.9)
+    figure, (left, right) = panels(2, width=4.9, height=4.0, sharey=True)
+    chance = 100 / sizes["symbols"]
     order = EVALUATED[::-1]  # 1, 2, 4, 8 rounds, full
     for number, rounds in enumerate(TRAINED):
+        label = f"trained with {rounds}" + {"full": "", "1": " round"}.get(rounds, " rounds")
         band(
-            left,
-            range(len(order)),
-            [[by[rounds][other] for other in order] for by in accuracies.values()],
-            f"trained with {rounds}",
+            left, range(len(order)), [[by[rounds][other] for other in order] for by in accuracies.values()], label,
             number,
-        )
-        band(right, range(len(order)), [PUBLISHED[rounds][::-1]], f"trained with {rounds}", number)
+        )  # fmt: skip
+        band(right, range(len(order)), [PUBLISHED[rounds][::-1]], label, number)
     for axes, title in (
         (left, f"here: |w| = {sizes['word']}, {steps} steps"),
         (right, "published: |w| = 511, 150,000 steps"),
     ):
         axes.set_xticks(range(len(order)), order)
-        axes.set(xlabel="rounds of hashing in evaluation", ylabel="symbols repeated, %", title=title)
-    right.legend(frameon=False, fontsize=8, loc="lower left")
-    chance = 100 / sizes["symbols"]
+        axes.axhline(chance, color="#888888", linewidth=1.0, linestyle="--", label="chance")
+        axes.set(xlabel="rounds of hashing in evaluation", title=title)
+    left.set(ylabel="symbols repeated, %", ylim=(0, 104))
+    figure.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=5, loc="outside lower center")
     of_seeds = list(accuracies.values())
     settings = {
         **sizes, "dim": 64, "heads": 4, "batch": batch, "steps": steps, "learning rate": rate,
@@ -85,21 +85,17 @@ def duplication(run: Run) -> Findings:
         tables={"Symbols of the second word repeated, %": table},
         figure=figure,
         claims=[
-            Claim(
-                "every row rises with the rounds of evaluation, 1, 2, 4, 8 (ties of 0.1 points aside)",
-                tuple(_rising(by) for by in of_seeds),
+            Claim.of_differences(
+                "every row rises with the rounds of evaluation, 1, 2, 4, 8 (no step falls by 0.1 points)",
+                [_least_step(by) + 0.1 for by in of_seeds],
             ),
-            Claim(
+            Claim.of_differences(
                 "at one round, every model trained with hashing is better than the one trained with full attention",
-                tuple(min(by[rounds]["1"] for rounds in TRAINED[1:]) > by["full"]["1"] for by in of_seeds),
+                [min(by[rounds]["1"] for rounds in TRAINED[1:]) - by["full"]["1"] for by in of_seeds],
             ),
-            Claim(
-                "with full attention, every model trained with hashing is near chance (below twice chance)",
-                tuple(max(by[rounds]["full"] for rounds in TRAINED[1:]) < 2 * chance for by in of_seeds),
-            ),
-            Claim(
+            Claim.of_differences(
                 "at one round, four rounds in training are better than one",
-                tuple(by["4"]["1"] > by["1"]["1"] for by in of_seeds),
+                [by["4"]["1"] - by["1"]["1"] for by in of_seeds],
             ),
         ],
         values={
@@ -110,11 +106,15 @@ def duplication(run: Run) -> Findings:
         settings=settings,
         notes=[
             "Published: |w| = 511, 127 symbols, 256 wide, 150,000 steps, chance 0.8 %. Here hashes are drawn anew at "
-            "every step. `full` is the same kind with one chunk: shared queries and keys, no token attends itself."
+            "every step. `full` is the same kind with one chunk: shared queries and keys, no token attends itself. So "
+            "it is what many rounds of hashing tend to, and that hashing's weights fail with full attention, as in the "
+            "paper, is not to be expected here: no claim is made of that column.",
+            "Chunks of 4 leave a round room to miss the symbol; with chunks of 8 every row is at 94 % or more.",
         ],
     )
 
 
-def _rising(by: dict[str, dict[str, float]]) -> bool:
+def _least_step(by: dict[str, dict[str, float]]) -> float:
+    """The smallest rise of any row from some rounds to the next number of rounds, points."""
     order = EVALUATED[:0:-1]
-    return all(row[b] >= row[a] - 0.1 for row in by.values() for a, b in itertools.pairwise(order))
+    return min(row[b] - row[a] for row in by.values() for a, b in itertools.pairwise(order))

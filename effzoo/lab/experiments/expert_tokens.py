@@ -28,7 +28,7 @@ def expert_tokens(run: Run) -> Findings:
     A decoder of two layers, whose second feed-forward is eight experts, learns news texts of the 999 most frequent
     pieces of words; all others are one token.
     """
-    steps, batch = run.choose(300, 3000), 16
+    steps, batch = run.choose(80, 160), 16
     found = texts(run, length=LENGTH + 2, train=1200, test=400)
     ids = torch.cat([part.inputs["input_ids"] for part in (found.train, found.test)])
     full = torch.cat([part.inputs["attention_mask"] for part in (found.train, found.test)]).all(dim=1)

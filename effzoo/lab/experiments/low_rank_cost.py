@@ -70,23 +70,23 @@ def low_rank_cost(run: Run) -> Findings:
         tables={"Operations of x A B": first, f"The share of adapters with a = {LECTURE}": second},
         figure=figure,
         claims=[
-            Claim("the operations are 4 n d r in one order and 2 r d^2 + 2 n d^2 in the other", (formulas,)),
-            Claim(
+            Claim.law("the operations are 4 n d r in one order and 2 r d^2 + 2 n d^2 in the other", formulas),
+            Claim.law(
                 "(x A) B takes fewer operations for every r below d / 2",
-                (all(row["x (A B)"] > row["(x A) B"] for row in orders if 2 * row["r"] < row["d"]),),
+                all(row["x (A B)"] > row["(x A) B"] for row in orders if 2 * row["r"] < row["d"]),
             ),
-            Claim(
+            Claim.law(
                 "the matrices of a transformer are 12 L d^2 numbers",
-                (all(row["matrices"] == 12 * row["layers"] * row["d"] ** 2 for row in shares),),
+                all(row["matrices"] == 12 * row["layers"] * row["d"] ** 2 for row in shares),
             ),
-            Claim(
+            Claim.law(
                 "an adapter of inner width a adds the share a / d, as the lecture says",
-                (all(abs(row["one"] * row["d"] / LECTURE - 1) < 0.1 for row in shares),),
+                all(abs(row["one"] * row["d"] / LECTURE - 1) < 0.1 for row in shares),
             ),
-            Claim(
+            Claim.law(
                 "one adapter a layer adds a / 6d, two add a / 3d (within 10 %, for biases)",
-                (all(abs(row[name] * row["d"] / (part * LECTURE) - 1) < 0.1
-                     for row in shares for name, part in (("one", 1 / 6), ("two", 1 / 3))),),
+                all(abs(row[name] * row["d"] / (part * LECTURE) - 1) < 0.1
+                     for row in shares for name, part in (("one", 1 / 6), ("two", 1 / 3))),
             ),
         ],
         values={"orders": orders, "shares": shares},

@@ -79,10 +79,10 @@ def patterns(run: Run) -> Findings:
         ]
         rounds.append([f"{r}", *(f"{mean:.1f}" for mean in means), "no number"])
 
-    rising = tuple(
-        all(facts["mass"][str(a)] < facts["mass"][str(b)] for a, b in itertools.pairwise(ROUNDS))
+    rising = [
+        min(facts["mass"][str(b)] - facts["mass"][str(a)] for a, b in itertools.pairwise(ROUNDS))
         for facts in hashed.values()
-    )
+    ]
     settings = {
         "n": [SMALL, large], "blocks": BLOCKS, "window": WINDOW, "dilation": DILATION, "globals": GLOBALS,
         "chunk": [_chunk(SMALL), _chunk(large)], "buckets": [2 * SMALL // _chunk(SMALL), buckets],
@@ -91,16 +91,18 @@ def patterns(run: Run) -> Findings:
         tables={"Attended pairs": table, f"What rounds of hashing catch, n = {large}": rounds},
         figure=_figure(run.seeds[0]),
         claims=[
-            Claim("every masked pattern, and one round of hashing, attends exactly the pairs of its formula", (exact,)),
-            Claim(
+            Claim.law(
+                "every masked pattern, and one round of hashing, attends exactly the pairs of its formula", exact
+            ),
+            Claim.law(
                 "what the core of LSH attends is hashing, sorting and chunks, done one after the other",
                 tuple(facts["core is the steps"] for facts in hashed.values()),
             ),
-            Claim(
+            Claim.of_differences(
                 "one round of hashing catches a larger share of full attention than of the pairs",
-                tuple(facts["mass"]["1"] > facts["pairs"]["1"] for facts in hashed.values()),
+                [facts["mass"]["1"] - facts["pairs"]["1"] for facts in hashed.values()],
             ),
-            Claim("more rounds catch more of full attention", rising),
+            Claim.of_differences("more rounds catch more of full attention, at every step", rising),
         ],
         values={"pairs": {str(n): [list(row) for row in rows] for n, rows in counts.items()}, "hashing": hashed},
         settings=settings,

@@ -33,13 +33,13 @@ def published(run: Run) -> Findings:
         "the last two layers of GPT-2": (E2E, ("last two layers",)),
     }
     claims = [
-        Claim(f"{what}: the count is the published one", (_same(table, counts[table.title], methods),))
+        Claim.law(f"{what}: the count is the published one", _same(table, counts[table.title], methods))
         for what, (table, methods) in named.items()
     ]
     figure, axes = panels(3, width=4.6, height=3.8)
-    _scatter(axes[0], OF_GPT3, OF_GPT3.rows[1:], OF_GPT3.rows[0], 0, "GPT-3, WikiSQL")
-    _scatter(axes[1], E2E, E2E.rows[1:7], E2E.rows[0], 0, "GPT-2 medium, E2E")
-    _scatter(axes[2], GLUE, GLUE.rows[1:5], GLUE.rows[0], 8, "RoBERTa base, GLUE")
+    _scatter(axes[0], OF_GPT3, OF_GPT3.rows[1:], OF_GPT3.rows[0], 0, "GPT-3, WikiSQL", "accuracy, %")
+    _scatter(axes[1], E2E, E2E.rows[1:7], E2E.rows[0], 0, "GPT-2 medium, E2E", "BLEU")
+    _scatter(axes[2], GLUE, GLUE.rows[1:5], GLUE.rows[0], 8, "RoBERTa base, GLUE", "mean of the tasks")
     return Findings(
         tables={
             name: made
@@ -104,7 +104,7 @@ def _scores(table: Published) -> Table:
     return [["method", *table.scores], *rows]
 
 
-def _scatter(axes: Axes, table: Published, rows: Sequence[Row], full: Row, score: int, title: str) -> None:
+def _scatter(axes: Axes, table: Published, rows: Sequence[Row], full: Row, score: int, title: str, unit: str) -> None:
     """The score of each method over its published number of trained parameters, and that of full fine-tuning."""
     for number, name in enumerate(dict.fromkeys(row.method for row in rows)):
         of = sorted((row for row in rows if row.method == name), key=lambda row: float(row.millions))
@@ -112,9 +112,13 @@ def _scatter(axes: Axes, table: Published, rows: Sequence[Row], full: Row, score
             [float(row.millions) for row in of], [row.scores[score] for row in of], color=LINES[number % len(LINES)],
             marker=MARKERS[number % len(MARKERS)], markersize=6, linewidth=1.2, label=name,
         )  # fmt: skip
-    axes.axhline(full.scores[score], color="#888888", linewidth=1.0, linestyle="--", label=f"full, {full.millions}")
+    label = f"full, {float(full.millions):,.0f} million"
+    axes.axhline(full.scores[score], color="#888888", linewidth=1.0, linestyle="--", label=label)
     axes.set_xscale("log")
-    axes.minorticks_off()
     axes.margins(x=0.15, y=0.3)
-    axes.set(xlabel="trained parameters, millions", ylabel=table.scores[score], title=title)
+    low, high = axes.get_xlim()
+    ticks = [x for x in (0.1, 0.3, 1, 3, 10, 30) if low <= x <= high]
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel="trained parameters, millions", ylabel=unit, title=title)
     axes.legend(frameon=False, fontsize=8)

@@ -36,9 +36,9 @@ def recovers(run: Run) -> Findings:
     last = {key: [errors[-1] for errors in by_seed] for key, by_seed in found.items()}
     first = {key: [errors[0] for errors in by_seed] for key, by_seed in found.items()}
     claims = [
-        Claim(
+        Claim.law(
             "at r = d LoRA is the change of full fine-tuning (error below 1e-10 of the change)",
-            tuple(error < 1e-10 for error in last["full", "LoRA"]),
+            [error < 1e-10 for error in last["full", "LoRA"]],
         ),
         Claim.of_differences(
             f"LoRA at r = d is no MLP: its error is above the adapter's at inner width {DIM}",
