@@ -76,6 +76,15 @@ MERGEABLE = [
     "intrinsic[dim=20]",
     "intrinsic[dim=20, projection=dense]",
     "said[dim=20]",
+    "loha[rank=2, alpha=3]",
+    "vera[rank=5]",
+    "fourierft[frequencies=20]",
+    "oft[block=4]",
+    "oft[block=6]",
+    "hra[rank=4]",
+    "miss[rank=4]",
+    "miss[rank=5]",
+    "lora_fa[rank=3, alpha=5]",
 ]
 
 
@@ -108,6 +117,13 @@ def test_the_site_with_the_method_is_the_site_with_the_weight_plus_delta(tiny, s
         ("krona[shape=(1, 1)]", D),
         ("krona[shape=(1, 4)]", 4),  # 1 * min(16, 4)
         ("krona[shape=(2, 8)]", 4),  # min(2, 8) * min(8, 2)
+        ("loha[rank=2]", 4),  # the square of the rank
+        ("loha[rank=3]", 9),
+        ("loha[rank=5]", D),
+        ("vera[rank=5]", 5),
+        ("hra[rank=4]", 4),
+        ("miss[rank=5]", 5),
+        ("lora_fa[rank=3]", 3),
     ],
 )
 def test_the_declared_rank_is_the_numerical_rank_of_the_change(tiny, spec, rank):
@@ -152,6 +168,15 @@ COUNTS = [
     ("intrinsic[dim=100]", "full", 100),
     ("intrinsic[dim=100, projection=dense]", "full", 100),
     ("said[dim=100]", "full", 100),
+    ("loha[rank=3]", "full", LAYERS * 2 * 4 * D * 3),
+    ("vera[rank=5]", "full", LAYERS * 2 * (D + 5)),
+    ("vera[rank=5, targets=(attn.q, mlp.up)]", "full", LAYERS * (D + MLP + 2 * 5)),
+    ("fourierft[frequencies=20]", "full", LAYERS * 2 * 20),
+    ("oft[block=4]", "full", LAYERS * 2 * D * (4 - 1) // 2),
+    ("oft[block=6]", "full", LAYERS * 2 * (2 * 6 * 5 // 2 + 4 * 3 // 2)),  # 6 + 6 + 4
+    ("hra[rank=4]", "full", LAYERS * 2 * D * 4),
+    ("miss[rank=4]", "full", LAYERS * 2 * D * 4),
+    ("lora_fa[rank=4]", "full", LAYERS * 2 * D * 4),
 ]
 
 
@@ -668,6 +693,81 @@ def test_the_projection_is_drawn_from_the_seed_alone(tiny):
     assert torch.equal(torch.get_rng_state(), now)  # the global generator is left alone
 
 
+# -- rotations, shared and transformed changes
+#     ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_rotation_keeps_angles_and_a_chain_of_reflections_too(tiny):
+    for spec, form in (("oft[block=6]", "rotated"), ("hra[rank=4]", "reflected")):
+        part = module(build(tiny, spec), "blocks.0.attn.q", spec.split("[")[0])
+        R = getattr(part, form)(torch.eye(D, dtype=torch.float64)).T
+        assert torch.allclose(R @ R.T, torch.eye(D, dtype=torch.float64), **EXACT) and not torch.allclose(
+            R, torch.eye(D, dtype=torch.float64)
+        )
+        assert torch.linalg.det(R).item() == pytest.approx(1)  # an even number of reflections is a rotation
+
+
+def test_a_rotation_is_the_cayley_transform_of_each_block(tiny):
+    oft = module(build(tiny, "oft[block=6]"), "blocks.0.attn.q", "oft")
+    R = torch.zeros(D, D, dtype=torch.float64)
+    for at, numbers in zip((0, 6, 12), (*oft.blocks, oft.rest), strict=True):
+        size, numbers = (6, 6, 4)[at // 6], iter(numbers.tolist())
+        Q = torch.zeros(size, size, dtype=torch.float64)
+        for i in range(size):
+            for j in range(i + 1, size):
+                Q[i, j] = next(numbers)
+                Q[j, i] = -Q[i, j]
+        eye = torch.eye(size, dtype=torch.float64)
+        R[at : at + size, at : at + size] = (eye + Q) @ torch.linalg.inv(eye - Q)
+    x = torch.randn(3, 5, D, dtype=torch.float64)
+    assert torch.allclose(oft.rotated(x), x @ R.T, **EXACT)
+
+
+def test_a_spectrum_gives_sums_of_waves(tiny):
+    """Entry (u, v) of F with the value c adds s c cos(2 pi (u j / out + v k / in)) / (out in) to entry (j, k)."""
+    part = module(build(tiny, "fourierft[frequencies=3, scale=7.0, targets=mlp.up]"), "blocks.0.mlp.up", "fourierft")
+    wanted = torch.zeros(MLP, D, dtype=torch.float64)
+    j, k = torch.meshgrid(torch.arange(MLP).double(), torch.arange(D).double(), indexing="ij")
+    for place, c in zip(part.places.tolist(), part.c.tolist(), strict=True):
+        u, v = divmod(place, D)
+        wanted += 7.0 * c * torch.cos(2 * math.pi * (u * j / MLP + v * k / D)) / (MLP * D)
+    assert torch.allclose(part.weight(torch.zeros(MLP, D, dtype=torch.float64)), wanted, **EXACT)
+
+
+def test_vera_shares_its_matrices_over_sites_of_any_size(tiny):
+    model = build(tiny, "vera[rank=5, seed=3, targets=(attn.q, mlp.up, mlp.down)]")
+    parts = [module(model, f"blocks.{i}.{role}", "vera") for i in range(2) for role in ("attn.q", "mlp.up", "mlp.down")]
+    shared = parts[0].shared
+    assert all(part.shared is shared for part in parts) and shared.A.shape == (5, MLP) and shared.B.shape == (MLP, 5)
+    again = build(tiny, "vera[rank=5, seed=3, targets=(attn.q, mlp.up, mlp.down)]")
+    assert torch.equal(module(again, "blocks.1.mlp.up", "vera").shared.A, shared.A)
+    other = build(tiny, "vera[rank=5, seed=4, targets=(attn.q, mlp.up, mlp.down)]")
+    assert not torch.equal(module(other, "blocks.1.mlp.up", "vera").shared.A, shared.A)
+    copied = copy.deepcopy(model).float()
+    assert len({id(module(copied, f"blocks.{i}.attn.q", "vera").shared) for i in range(2)}) == 1
+
+
+@pytest.mark.parametrize("spec", ["loha[rank=2]", "vera[rank=5]", "fourierft[frequencies=9]", "oft[block=6]",
+                                  "hra[rank=4]", "miss[rank=5]", "lora_fa[rank=2]"])  # fmt: skip
+def test_newer_methods_start_as_the_base(tiny, spec):
+    bare = build(tiny)
+    model = effzoo.attach(copy.deepcopy(bare), spec).eval()
+    assert torch.allclose(model(**batch()).last_hidden_state, bare(**batch()).last_hidden_state, **DELTA)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("hra[rank=3]", "reflections come in pairs, got rank=3; give 4"),
+        ("oft[block=1]", "a rotation needs a block of 2 or more"),
+        ("fourierft[frequencies=300]", "'attn.q' is 16 x 16 and has 256 frequencies, got frequencies=300"),
+    ],
+)
+def test_newer_methods_refuse_what_is_no_size(tiny, spec, said):
+    with pytest.raises(OptionError, match=said):
+        build(tiny, spec)
+
+
 # -- other packages
 #     ------------------------------------------------------------------------------------------------------------------
 
@@ -750,6 +850,66 @@ def test_krona_equals_lokr_of_peft_with_whole_factors():
     config = peft.LoKrConfig(target_modules=["query", "value"], r=64, alpha=32, decompose_factor=3)
     names = {"A": lambda layer: layer.lokr_w1["default"], "B": lambda layer: layer.lokr_w2["default"]}
     assert_equals_peft(hf_bert(), config, "krona[shape=(3, 3), scale=0.5, targets=(attn.q, attn.v)]", names)
+
+
+def test_loha_equals_peft():
+    config = peft.LoHaConfig(target_modules=["query", "value"], r=3, alpha=6)
+    theirs = {"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"}
+    names = {mine: lambda layer, name=name: getattr(layer, name)["default"] for mine, name in theirs.items()}
+    assert_equals_peft(hf_bert(), config, "loha[rank=3, alpha=6, targets=(attn.q, attn.v)]", names)
+
+
+def test_vera_equals_peft_with_its_random_matrices():
+    config = peft.VeraConfig(target_modules=["query", "value"], r=5, projection_prng_key=7)
+    names = {"d": lambda layer: layer.vera_lambda_d["default"], "b": lambda layer: layer.vera_lambda_b["default"]}
+    assert_equals_peft(hf_bert(), config, "vera[rank=5, seed=7, targets=(attn.q, attn.v)]", names)
+
+
+def test_fourierft_equals_peft_at_the_same_places():
+    config = peft.FourierFTConfig(target_modules=["query", "value"], n_frequency=9, scaling=20.0, random_loc_seed=5)
+    base = hf_bert().float()  # peft composes the change in float32
+    ours = effzoo.attach(
+        effzoo.convert.from_transformers(copy.deepcopy(base)),
+        "fourierft[frequencies=9, scale=20.0, seed=5, targets=(attn.q, attn.v)]",
+    )
+    theirs = peft.get_peft_model(base, config).base_model.model.bert.encoder.layer[1].attention.self.value
+    mine = ours.blocks[1].attn.v.adapters["default"]["fourierft"]
+    with torch.no_grad():
+        mine.c.normal_()
+        theirs.fourierft_spectrum["default"].copy_(mine.c)
+    assert torch.allclose(mine.weight(torch.zeros(12, 12)), theirs.get_delta_weight("default"), rtol=0, atol=1e-6)
+
+
+def test_reflections_equal_hra_of_peft():
+    config = peft.HRAConfig(target_modules=["query", "value"], r=4)
+    names = {"u": lambda layer: Transposed(layer.hra_u["default"])}
+    assert_equals_peft(hf_bert(), config, "hra[rank=4, targets=(attn.q, attn.v)]", names)
+
+
+def test_miss_equals_peft():
+    config = peft.MissConfig(target_modules=["query", "value"], r=4)
+    names = {"D": lambda layer: Transposed(layer.miss_block["default"])}
+    assert_equals_peft(hf_bert(), config, "miss[rank=4, targets=(attn.q, attn.v)]", names)
+
+
+def test_rotations_equal_oft_of_peft():
+    config = peft.OFTConfig(target_modules=["query", "value"], r=0, oft_block_size=4, use_cayley_neumann=False)
+    names = {"blocks": lambda layer: layer.oft_R["default"].weight}
+    assert_equals_peft(hf_bert(), config, "oft[block=4, targets=(attn.q, attn.v)]", names)
+
+
+class Transposed:
+    """A parameter of peft whose transpose is ours."""
+
+    def __init__(self, parameter):
+        self.parameter = parameter
+
+    def copy_(self, value):
+        self.parameter.copy_(value.T)
+
+    @property
+    def grad(self):
+        return self.parameter.grad.T
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

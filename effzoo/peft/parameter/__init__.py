@@ -5,19 +5,26 @@ from effzoo.peft.parameter import (
     dora,
     far,
     fish,
+    fourierft,
     head_pruning,
     intrinsic,
     krona,
+    loha,
     lora_everywhere,
+    lora_fa,
     lt_sft,
     magnitude,
+    miss,
     movement,
+    rotations,
     selective_methods,
     supermask,
     tokens,
+    vera,
 )
 
 __all__ = [
-    "diff_pruning", "dora", "far", "fish", "head_pruning", "intrinsic", "krona", "lora_everywhere", "lt_sft",
-    "magnitude", "movement", "selective_methods", "supermask", "tokens",
+    "diff_pruning", "dora", "far", "fish", "fourierft", "head_pruning", "intrinsic", "krona", "loha",
+    "lora_everywhere", "lora_fa", "lt_sft", "magnitude", "miss", "movement", "rotations", "selective_methods",
+    "supermask", "tokens", "vera",
 ]  # fmt: skip

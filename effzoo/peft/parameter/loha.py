@@ -1,0 +1,65 @@
+"""LoHa: the change of a weight is an entrywise product of two low-rank matrices (Hyeon-Woo et al. 2022)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effzoo.annotations import Count, Positive
+from effzoo.peft.method import Layers, Method, Targets
+from effzoo.registry import peft
+from effzoo.sites import HookContext, Linear, PeftModule, Positionwise, Site
+
+
+class HadamardProduct(Positionwise, PeftModule):
+    """y' = y + s ((B1 A1) * (B2 A2)) x; merged, the weight changes by s (B1 A1) * (B2 A2), of rank r^2 at most."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, scale: float):
+        super().__init__()
+        self.scale, self.delta_rank = scale, min(rank * rank, inputs, outputs)
+        self.A1, self.A2 = (nn.Parameter(torch.empty(rank, inputs)) for _ in range(2))
+        self.B1, self.B2 = (nn.Parameter(torch.zeros(outputs, rank)) for _ in range(2))
+        for factor in (self.A1, self.A2, self.B1):  # B2 is 0, so the change is
+            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+
+    def change(self) -> Tensor:
+        return self.scale * (self.B1 @ self.A1) * (self.B2 @ self.A2)
+
+    def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
+        return y + F.linear(x, self.change())
+
+    def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        B1, A1, B2, A2 = (factor.to(weight) for factor in (self.B1, self.A1, self.B2, self.A2))
+        return self.scale * (B1 @ A1) * (B2 @ A2), None
+
+
+@peft.register("loha", "fedpara")
+class LoHa(Method):
+    """W' = W + (alpha / rank) (B1 A1) * (B2 A2), an entrywise product: 4 numbers of rank r make a change of rank r^2.
+
+    rank: r of each of the two products.
+    alpha: None for the rank, so that the scale is 1.
+
+    The change is composed in every step, one matrix of the size of W per site. The paper names the factors
+    X1 Y1^T and X2 Y2^T; the name LoHa, and the scale alpha / r, come from the LyCORIS library.
+    """
+
+    paper = "Hyeon-Woo et al. 2022, FedPara: Low-rank Hadamard product, arXiv:2108.06098, section 2.2, proposition 1"
+    accepts = (Linear,)
+    default_targets = ("attn.q*", "attn.v*")
+    learning_rate = 2e-3
+    size = "rank"
+
+    def __init__(
+        self, *, rank: Count = 8, alpha: Positive | None = None, targets: Targets = None, layers: Layers = None
+    ):
+        super().__init__(targets=targets, layers=layers)
+        self.rank, self.alpha = rank, alpha
+
+    def make(self, site: Site) -> PeftModule:
+        assert isinstance(site, Linear)
+        scale = 1.0 if self.alpha is None else self.alpha / self.rank
+        return HadamardProduct(site.in_features, site.out_features, self.rank, scale)
