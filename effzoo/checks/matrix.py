@@ -104,8 +104,8 @@ def candidates(experts: bool = False) -> list[str]:
 
 
 def as_expert(method: str) -> str:
-    """The spec of a routed adapter with two experts of a method."""
-    return f"routed[of='{method}', experts=2]"
+    """The spec of a routed adapter with two experts of a method, with the small options it is checked with."""
+    return f"routed[of='{Tuned.of(method).spec}', experts=2]"
 
 
 def case(kind: Kind, architecture: str) -> TinyModel:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from effzoo.annotations import Count, Probability
-from effzoo.convert.peft_files import kronecker, low_rank, memory, prompts, tokens, vectors, whole_modules
+from effzoo.convert.peft_files import kronecker, low_rank, memory, prompts, single, tokens, vectors, whole_modules
 from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written
 from effzoo.peft import Method, PeftModule
 
@@ -44,6 +44,15 @@ class Counterpart:
     fields: Fields
     write: Callable[[Twin, Modules, Sequence[Method]], Written]
     read: Callable[[Twin, Config, Mapping[str, Tensor], Mapping[str, list[int]]], dict[str, Wanted]]
+
+
+def _single(form: single.Form, fields: Fields) -> Counterpart:
+    """A method on single linear layers."""
+    return Counterpart(
+        (form.peft_type,), form.classes, form.marks,
+        {**SELECTION, "init_weights": Any, "fan_in_fan_out": bool, "bias": Literal["none"], **fields},
+        form.write, form.read,
+    )  # fmt: skip
 
 
 def _norms(twin: Twin, modules: Modules, methods: Sequence[Method]) -> Written:
@@ -110,6 +119,30 @@ COUNTERPARTS = (
         ("TRAINABLE_TOKENS",), tokens.CLASSES, (tokens.KEY,),
         {"target_modules": Names, "token_indices": Sequence[int], "init_weights": Any}, tokens.write, tokens.read,
     ),
+    _single(
+        single.LOHA,
+        {
+            "r": Count, "alpha": float, "rank_pattern": Mapping[str, Count], "alpha_pattern": Mapping[str, float],
+            "use_effective_conv2d": Any,
+        },
+    ),
+    _single(
+        single.VERA,
+        {"r": Count, "projection_prng_key": int, "save_projection": Literal[False], "d_initial": Any,
+         "vera_dropout": Probability},
+    ),
+    _single(
+        single.FOURIER,
+        {"n_frequency": Count, "n_frequency_pattern": Mapping[str, Count], "scaling": float,
+         "random_loc_seed": int | None, "init_weights": Any},
+    ),
+    _single(
+        single.OFT,
+        {"r": int, "oft_block_size": int, "coft": bool, "block_share": bool, "use_cayley_neumann": bool, "eps": Any,
+         "num_cayley_neumann_terms": Any},
+    ),
+    _single(single.HRA, {"r": Count, "apply_GS": bool, "rank_pattern": Any}),
+    _single(single.MISS, {"r": Count, "mini_r": Any, "miss_dropout": Probability}),
     Counterpart(
         ("LN_TUNING",), (), ("ln_tuning_layers",), NAMED, _norms, whole_modules.read_norms,
     ),

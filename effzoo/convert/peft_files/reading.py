@@ -30,6 +30,11 @@ OWN_START = (True, False, None, "gaussian", "eva", "orthogonal")  # starts of pe
 TRIES = 100
 # of which null is none; null elsewhere says that nothing was chosen
 NUMBERS = ("r", "lora_alpha", "alpha", "lora_dropout")
+# what their tensors of a module begin with
+OF_MODULES = (
+    "lora_", "ia3_", "lokr_", r"ln_tuning_layers\.", "trainable_tokens_", "hada_", "vera_", "fourierft_", "oft_",
+    "hra_", "miss_",
+)  # fmt: skip
 TRAINING_ONLY = ("rank_dropout", "module_dropout", "rank_dropout_scale")
 
 
@@ -237,12 +242,9 @@ def _is_base(twin: Twin, key: str, tensor: Tensor, adapted: bool) -> bool:
 
 def _check_whole(twin: Twin, config: Config, own: Mapping[str, Tensor]) -> None:
     """AdapterError for a module that the config names and the file has no tensors for; peft would only warn."""
-    if config["peft_type"] not in ("LORA", "IA3", "LOKR", "LN_TUNING", "TRAINABLE_TOKENS"):
+    if config["peft_type"] in (*whole_modules.PROMPT_LEARNING, "ADAPTION_PROMPT"):
         return
-    have = {
-        re.split(r"\.(?:lora_|ia3_|lokr_|ln_tuning_layers\.|trainable_tokens_)", key)[0].removesuffix(".base_layer")
-        for key in own
-    }
+    have = {re.split(rf"\.(?:{'|'.join(OF_MODULES)})", key)[0].removesuffix(".base_layer") for key in own}
     saved = whole_modules.names_of(config.get("modules_to_save"))
     known = [
         theirs for theirs in twin.rules if not any(theirs == name or theirs.endswith(f".{name}") for name in saved)

@@ -95,7 +95,7 @@ def _counterpart(hung: dict[str, tuple[Method, PeftModule]], spec: str) -> Count
         if not fitting:
             raise AdapterError(
                 f"{method.name} on {path} has no counterpart in the format of peft, which takes lora, dora, ia3, "
-                "krona, prompt, p_tuning, prefix, "
+                "krona, loha, vera, fourierft, oft, hra, miss, prompt, p_tuning, prefix, "
                 "llama_adapter, tokens and norms; save it with format='effzoo', or merge it and convert the model"
             )
         counterparts[id(fitting[0])] = fitting[0]
