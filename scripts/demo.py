@@ -43,6 +43,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -150,6 +151,7 @@ def compare(
     for length, kind in attention.items():
         console.rule(escape(f"the first {length:,} tokens, {kind} attention"))
         tokens = data.tokenise(reviews, tokenizer, length)
+        task = None  # what the length before kept goes first
         task = AtLength(base(kind, length), tokens, length, kind, precision, output / f"{length}")
         rows += task.rows(drawn, seed)
     task.check_adapter(drawn[-1][1][:50])
@@ -201,7 +203,8 @@ class AtLength:
             features = self.features.numpy()
             for name, inputs in ((TFIDF, self.ids), (FROZEN, features)):
                 begun = time.monotonic()
-                fitted = regression(name).fit([inputs[i] for i in train], self.labels[train])
+                with threadpool_limits(1):  # small products, at whose ends several threads wait for each other
+                    fitted = regression(name).fit([inputs[i] for i in train], self.labels[train])
                 predicted = fitted.predict([inputs[i] for i in test])
                 self._count(rows[name], test, predicted, fitted[1].best_estimator_.coef_.size + 1, begun)
             begun = time.monotonic()
