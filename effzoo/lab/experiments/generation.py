@@ -123,10 +123,10 @@ def generation(run: Run) -> Findings:
             "training is the dotted line. An example is a meaning of the other half with one text; a seed draws those "
             "of training and of test, whose texts are all references, and the intervals speak of this one base. "
             "Greedy decoding, lower case, words and marks apart; so scores compare with each other here, and not with "
-            "published ones. Learning rates: the best of two or three tried with another seed, for 50 and 200 examples together, for 500 and for 2,000. Published: GPT-2 "
-            "medium, beam search; the prefix of table 1 goes through an MLP, which changed nothing here in a trial "
-            "(57.0 and 56.8 BLEU). Li and Liang: 2.9 BLEU better than full fine-tuning in the mean over 50 to 500 "
-            "examples.",
+            "published ones. Learning rates: the best of two or three tried with another seed, for 50 and 200 examples "
+            "together, for 500, and for 2,000. Published: GPT-2 medium, beam search; the prefix of table 1 goes "
+            "through an MLP, which changed nothing here in a trial (57.0 and 56.8 BLEU). Li and Liang: 2.9 BLEU better "
+            "than full fine-tuning in the mean over 50 to 500 examples.",
         ],
     )  # fmt: skip
 
