@@ -88,11 +88,13 @@ def filters(run: Run) -> Findings:
         figure=figure,
         claims=claims,
         values={"accuracy": found, "points lost without one filter": lost},
-        settings={"channels": list(CHANNELS), "networks for each seed": networks, "steps": steps, "test": test, "images": whole.about},
+        settings={"channels": list(CHANNELS), "networks for each seed": networks, "steps": steps, "test": test,
+                  "images": whole.about},
         notes=[
             "A filter that is taken out gives 0 at every place; nothing is trained afterwards, where the paper trains "
             "on. Seeds draw the split of the images, the weights of every network and five random orders for each; "
-            "networks differ so much that a seed is the mean of several."
+            "networks differ so much that a seed is the mean of several; with one "
+            "for each of five seeds what the orders differ by cannot be told."
         ],
     )  # fmt: skip
 
