@@ -93,8 +93,8 @@ def filters(run: Run) -> Findings:
         notes=[
             "A filter that is taken out gives 0 at every place; nothing is trained afterwards, where the paper trains "
             "on. Seeds draw the split of the images, the weights of every network and five random orders for each; "
-            "networks differ so much that a seed is the mean of several; with one "
-            "for each of five seeds what the orders differ by cannot be told."
+            "networks differ so much that a seed is the mean of several; with one for each of five seeds what the "
+            "orders differ by cannot be told."
         ],
     )  # fmt: skip
 
