@@ -8,7 +8,7 @@ import torch
 
 from effzoo.errors import DataError, InputError
 from effzoo.lab import Run
-from effzoo.lab.analyses.text_scores import bleu, rouge_l
+from effzoo.lab.analyses.text_scores import bleu, rouge_l, slots_said
 from effzoo.lab.decoders import END, PAD, UNKNOWN, Vocabulary, batch, decoder, documents, pairs, stream, write
 from effzoo.lab.meanings import PHRASES, Meaning, meanings, read_meanings, restaurants, words
 
@@ -72,6 +72,20 @@ def test_scores_want_references_and_their_packages(monkeypatch):
     for score, package in ((bleu, "sacrebleu"), (rouge_l, "rouge_score")):
         with pytest.raises(DataError, match=f"{package}, which is not installed"):
             score(["a"], [["a"]])
+
+
+def test_slots_are_said_as_they_are_or_in_a_phrase_of_the_grammar():
+    meaning = Meaning((("name", "Blue Door"), ("price", "low"), ("area", "river"), ("near", "Fish Market")), ("",))
+    texts = [
+        "blue door is a pub at low prices , by the river .",
+        "the blue doors are down by the water near fish market .",
+    ]
+    assert slots_said(texts[:1], [meaning]) == 75 and slots_said(texts[1:], [meaning]) == 50
+    assert slots_said(texts, [meaning, meaning]) == 62.5
+    known = restaurants(20)
+    assert slots_said([" ".join(words(one.references[2])) for one in known], known) == 100
+    with pytest.raises(InputError, match="2 texts and 1 meanings"):
+        slots_said(texts, [meaning])
 
 
 def test_meanings_are_read_from_files_with_all_texts_of_one(tmp_path):

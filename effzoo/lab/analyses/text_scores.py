@@ -1,4 +1,5 @@
-"""How near texts are to several references each: BLEU and ROUGE-L, computed by sacrebleu and rouge-score."""
+"""How near texts are to several references each: BLEU and ROUGE-L, computed by sacrebleu and rouge-score; and how much
+of their meanings they say."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from statistics import mean
 
 from effzoo.errors import DataError, InputError
+from effzoo.lab.meanings import PHRASES, Meaning, words
 
 
 def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -40,6 +42,21 @@ def rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     scores = (scorer.score_multi(list(many), text) for text, many in zip(texts, references, strict=True))
     return 100 * mean(score["rougeL"].fmeasure for score in scores)
+
+
+def slots_said(texts: Sequence[str], meanings: Sequence[Meaning]) -> float:
+    """The share of slots in percent whose value stands in the text, as it is or in a phrase of the grammar.
+
+    texts: as of `bleu`, one for each meaning. What a text says beside is not counted.
+    """
+    if not texts or len(texts) != len(meanings):
+        raise InputError(f"each text has its meaning, got {len(texts)} texts and {len(meanings)} meanings")
+    found = [
+        any(f" {' '.join(words(said))} " in f" {text} " for said in (slot[1], *PHRASES.get(slot, ())))
+        for text, meaning in zip(texts, meanings, strict=True)
+        for slot in meaning.slots
+    ]
+    return 100 * mean(found)
 
 
 def _check(texts: Sequence[str], references: Sequence[Sequence[str]], package: str) -> None:

@@ -12,7 +12,7 @@ import torch
 
 import effzoo
 from effzoo.architectures import Transformer
-from effzoo.lab.analyses.text_scores import bleu
+from effzoo.lab.analyses.text_scores import bleu, slots_said
 from effzoo.lab.analyses.threads import one_thread
 from effzoo.lab.decoders import Vocabulary, batch, decoder, documents, pairs, stream, write
 from effzoo.lab.draw import LINES, band, panels
@@ -24,7 +24,6 @@ RATES = {32: 3e-3, 64: 1e-3, 128: 1e-3}  # of full fine-tuning, by width: the be
 WIDTHS = tuple(RATES)
 PROMPT = "prompt[length=20]"
 WAYS = ("nothing", "prompt", "full")
-NEAR = 2.0  # BLEU points
 
 
 @experiment(
@@ -39,6 +38,7 @@ def prompt_size(run: Run) -> Findings:
     read, steps, tested = run.choose((80, 30, 40), (200, 70, 120))
     everything, about = meanings(run, run.choose(400, 1200))
     scores: dict[str, dict[int, list[float]]] = {way: {width: [] for width in WIDTHS} for way in WAYS}
+    said: dict[str, dict[int, list[float]]] = {way: {width: [] for width in WIDTHS} for way in WAYS}
     losses: dict[str, dict[int, list[float]]] = {way: {width: [] for width in WIDTHS} for way in WAYS}
     numbers: dict[int, int] = {}
     with one_thread():
@@ -58,35 +58,31 @@ def prompt_size(run: Run) -> Findings:
                     torch.manual_seed(seed)
                     model = copy.deepcopy(base)
                     _learn(model, way, width, examples, steps, seed)
-                    scores[way][width].append(bleu(write(model, vocabulary, test), references))
+                    written = write(model, vocabulary, test)
+                    said[way][width].append(slots_said(written, test))
+                    scores[way][width].append(bleu(written, references))
                     with torch.no_grad():
                         losses[way][width].append(float(model(**held).loss))
             run.say(f"seed {seed}: " + "; ".join(
-                f"width {width}: " + " ".join(f"{way} {scores[way][width][-1]:.1f}" for way in WAYS)
+                f"width {width}: " + " ".join(f"{way} {said[way][width][-1]:.1f}" for way in WAYS)
                 for width in WIDTHS
             ))  # fmt: skip
-    behind = {width: _minus(scores["full"][width], scores["prompt"][width]) for width in WIDTHS}
+    behind = {width: _minus(said["full"][width], said["prompt"][width]) for width in WIDTHS}
     worse = {width: _minus(losses["prompt"][width], losses["full"][width]) for width in WIDTHS}
     small, large = WIDTHS[0], WIDTHS[-1]
     claims = [
         Claim.of_differences(
-            f"prompt tuning is further behind full fine-tuning at width {small} than at {large}, in BLEU",
+            f"prompt tuning is further behind full fine-tuning at width {small} than at {large}, in slots said",
             _minus(behind[small], behind[large]),
         ),
         Claim.of_differences("so it is in the loss of held-out texts", _minus(worse[small], worse[large])),
-        Claim.of_differences(
-            f"at width {large} prompt tuning is within {NEAR:g} BLEU of full fine-tuning, or better",
-            [NEAR - points for points in behind[large]],
-        ),
-        Claim.of_differences(
-            f"at width {small} it is more than {NEAR:g} BLEU behind", [points - NEAR for points in behind[small]]
-        ),
     ]
     return Findings(
-        tables={"BLEU and loss by width": _table(scores, losses, numbers)},
-        figure=_figure(scores, behind, numbers),
+        tables={"Slots said, BLEU and loss by width": _table(said, scores, losses, numbers)},
+        figure=_figure(said, behind, numbers),
         claims=claims,
         values={
+            "slots said": {way: {f"{width}": values for width, values in of.items()} for way, of in said.items()},
             "bleu": {way: {f"{width}": values for width, values in of.items()} for way, of in scores.items()},
             "loss": {way: {f"{width}": values for width, values in of.items()} for way, of in losses.items()},
             "numbers": {f"{width}": count for width, count in numbers.items()},
@@ -100,6 +96,11 @@ def prompt_size(run: Run) -> Findings:
             "in a row, never a meaning), and the meanings of training and test: every decoder is pretrained anew. All "
             "learn for as many steps, the prompt at its own rate, full fine-tuning at the better of 1e-3 and 3e-3 "
             "for each width on another draw; three times the prompt's rate changed its loss by less than 0.002. "
+            "Slots said: the share whose value stands in the text. Before it the experiment was run by BLEU, whose "
+            "references put slots in any order: 9.3 points behind at width 32 and 0.3 ahead at 128, a difference of "
+            "-5.3 to 24.5 over 5 seeds, which cannot be told either. At width 32 full fine-tuning itself says 12 % of "
+            "the slots, so that nothing can be far behind it, and at 128 it gains 2 points; the loss has no such "
+            "floor. What would settle it: ten times the pretraining, until all widths copy a name that they read. "
             "Published: T5 of 77 million to 11 billion numbers on SuperGLUE, a prompt of 100, each trained for "
             "30,000 steps. There the gap closes at the largest size; at our sizes nothing is published. "
             "That larger decoders have read the texts better is part of what is compared, here as there.",
@@ -123,26 +124,32 @@ def _minus(a: Sequence[float], b: Sequence[float]) -> list[float]:
 
 
 def _table(
-    scores: dict[str, dict[int, list[float]]], losses: dict[str, dict[int, list[float]]], numbers: dict[int, int]
+    said: dict[str, dict[int, list[float]]],
+    scores: dict[str, dict[int, list[float]]],
+    losses: dict[str, dict[int, list[float]]],
+    numbers: dict[int, int],
 ) -> Table:
     head = ["width", "numbers", "of them in the prompt"]
-    table: Table = [[*head, *(f"{way}: BLEU, loss" for way in WAYS), "full - prompt, BLEU by seed"]]
+    table: Table = [[*head, *(f"{way}: slots said, BLEU, loss" for way in WAYS), "full - prompt, slots by seed"]]
     for width in WIDTHS:
-        behind = _minus(scores["full"][width], scores["prompt"][width])
+        behind = _minus(said["full"][width], said["prompt"][width])
         table.append([
             f"{width}", f"{numbers[width]:,}", f"{20 * width:,}, {2000 * width / numbers[width]:.1f} %",
-            *(f"{mean(scores[way][width]):.1f}, {mean(losses[way][width]):.2f}" for way in WAYS),
+            *(
+                f"{mean(said[way][width]):.1f} %, {mean(scores[way][width]):.1f}, {mean(losses[way][width]):.2f}"
+                for way in WAYS
+            ),
             ", ".join(f"{points:+.1f}" for points in behind),
         ])  # fmt: skip
     return table
 
 
-def _figure(scores: dict[str, dict[int, list[float]]], behind: dict[int, list[float]], numbers: dict[int, int]) -> Any:
+def _figure(said: dict[str, dict[int, list[float]]], behind: dict[int, list[float]], numbers: dict[int, int]) -> Any:
     figure, (left, right) = panels(2)
     sizes = list(numbers.values())
     names = {"nothing": "before training", "prompt": "prompt tuning", "full": "full fine-tuning"}
     for number, way in enumerate(WAYS):
-        runs = [list(values) for values in zip(*scores[way].values(), strict=True)]
+        runs = [list(values) for values in zip(*said[way].values(), strict=True)]
         band(left, sizes, runs, names[way], number)
     band(right, sizes, [list(values) for values in zip(*behind.values(), strict=True)], "full - prompt", 3)
     right.axhline(0, color=LINES[2], linewidth=1.2)
@@ -152,6 +159,6 @@ def _figure(scores: dict[str, dict[int, list[float]]], behind: dict[int, list[fl
         axes.minorticks_off()
         axes.set_xlabel("numbers of the model")
     left.legend(frameon=False, fontsize=8)
-    left.set(ylabel="BLEU", title="texts from meanings, mean and range over seeds", ylim=(0, None))
-    right.set(ylabel="BLEU points", title="prompt tuning behind full fine-tuning")
+    left.set(ylabel="slots said, %", title="texts from meanings, mean and range over seeds", ylim=(0, None))
+    right.set(ylabel="points", title="prompt tuning behind full fine-tuning")
     return figure
