@@ -72,8 +72,9 @@ def duplication(run: Run) -> Findings:
         (right, "published: |w| = 511, 150,000 steps"),
     ):
         axes.set_xticks(range(len(order)), order)
-        axes.axhline(chance, color="#888888", linewidth=1.0, linestyle="--", label="chance")
         axes.set(xlabel="rounds of hashing in evaluation", title=title)
+    left.axhline(chance, color="#888888", linewidth=1.0, linestyle="--", label="chance")
+    right.axhline(0.8, color="#888888", linewidth=1.0, linestyle="--")
     left.set(ylabel="symbols repeated, %", ylim=(0, 104))
     figure.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=5, loc="outside lower center")
     of_seeds = list(accuracies.values())
@@ -109,7 +110,9 @@ def duplication(run: Run) -> Findings:
             "every step. `full` is the same kind with one chunk: shared queries and keys, no token attends itself. So "
             "it is what many rounds of hashing tend to, and that hashing's weights fail with full attention, as in the "
             "paper, is not to be expected here: no claim is made of that column.",
-            "Chunks of 4 leave a round room to miss the symbol; with chunks of 8 every row is at 94 % or more.",
+            "At one round all rows are near the top here, so the claims of one round are weak. One seed with words of "
+            "63 symbols and 300 steps has 84, 83 and 79 % after training with full attention, four and two rounds, and "
+            "training with one round has not begun to learn; a thousand steps there would settle them.",
         ],
     )
 
