@@ -81,10 +81,7 @@ def test_claims_say_what_their_verdict_stands_on():
 
 
 TO_CONVERT = set([
-    "adapter_spans",
-    "biases",
     "comparison",
-    "freezing",
 ])  # fmt: skip
 
 
