@@ -19,7 +19,7 @@ from effzoo.convert.bert import BERT
 from effzoo.convert.layouts import LAYOUTS, family, layout_for
 from effzoo.errors import ConversionError, OptionError
 
-FAMILIES = ("bert", "roberta", "longformer", "gpt2", "llama", "mistral", "qwen3", "modernbert", "led")
+FAMILIES = ("bert", "roberta", "longformer", "gpt2", "llama", "mistral", "qwen2", "qwen3", "modernbert", "led")
 CLASSES = [(family, task, name) for family in FAMILIES for task, name in LAYOUTS[family].classes.items()]
 CONFIGS = {"modernbert": "ModernBertConfig", "led": "LEDConfig"}
 HEADS = pytest.mark.parametrize(("family", "task", "name"), CLASSES, ids=[name for _, _, name in CLASSES])
@@ -45,14 +45,15 @@ def their_config(family, **changes):
         "max_position_embeddings": 22,
     }  # fmt: skip
     sizes |= {"attention_window": [4, 8]} if family == "longformer" else {}
-    if family in ("llama", "mistral", "qwen3"):
+    if family in ("llama", "mistral", "qwen2", "qwen3"):
+        sizes |= {"head_dim": 6} if family != "qwen2" else {}
         sizes |= {
-            "num_key_value_heads": 1, "head_dim": 6, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None,
+            "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None,
             "classifier_dropout": 0.0, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
         }  # fmt: skip
     if family == "mistral":
         sizes |= {"sliding_window": 5}
-    if family == "qwen3":
+    if family in ("qwen2", "qwen3"):
         sizes |= {
             "use_sliding_window": True,
             "sliding_window": 4,
@@ -89,7 +90,7 @@ def zoo(family, tiny, **changes):
     """A model of the zoo with every parameter drawn at random."""
     attention = {"attention": "longformer[window=(4, 8)]"} if family in ("longformer", "led") else {}
     attention |= {"attention": "longformer[window=8, global_projections=False]"} if family == "mistral" else {}
-    heads = {"kv_heads": 1} if family in ("llama", "mistral", "qwen3") else {}
+    heads = {"kv_heads": 1} if family in ("llama", "mistral", "qwen2", "qwen3") else {}
     heads |= {"head_dim": 6} if family == "qwen3" else {}
     # their classification needs it for several rows
     padding = {} if family in ("bert", "roberta", "longformer", "led") else {"pad_token": 0}

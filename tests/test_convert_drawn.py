@@ -18,7 +18,9 @@ FAMILIES = (
     "gpt2",
     "llama",
     "mistral",
+    "qwen2",
     "qwen3",
+    "xlm-roberta",
     "modernbert",
     "led",
     "reformer",
@@ -41,7 +43,7 @@ OPTIONS = {
     "lsh[chunk=4, circular=true, buckets=4]",
                   "local[chunk=4, circular=true]", "lsh[chunk=4]", "blockwise", "linformer[k=4]"],
 }  # fmt: skip
-RARE = ("led", "modernbert", "qwen3")  # so few draws are models of theirs that none may be among these
+RARE = ("led", "modernbert", "qwen2", "qwen3")  # so few draws are models of theirs that none may be among these
 NATURAL = {"longformer": "longformer[window=4]", "led": "longformer[window=4]", "mistral": "longformer[window=4, "
     "global_projections=false]",
            "reformer": "lsh[chunk=4, circular=true, buckets=4]"}  # fmt: skip
@@ -52,7 +54,11 @@ def drawn(family, seed):
     sizes = {"dim": 16, "layers": 2, "heads": 2, "mlp": 24, "vocab": 41, "max_length": 32}
     sizes |= {"attention": NATURAL.get(family, "full"), "dropout": 0.0, "attention_dropout": 0.0}
     sizes |= (
-        {"kv_heads": 0} if family in ("llama", "mistral", "qwen3") else {"head_dim": 8} if family == "reformer" else {}
+        {"kv_heads": 0}
+        if family in ("llama", "mistral", "qwen2", "qwen3")
+        else {"head_dim": 8}
+        if family == "reformer"
+        else {}
     )
     sizes |= {"embedding_dim": 8} if family == "albert" else {}
     task = draw.choice(

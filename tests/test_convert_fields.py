@@ -36,6 +36,12 @@ BASES = {
     "llama": ("LlamaConfig", _LLAMA),
     "mistral": ("MistralConfig", _LLAMA | {"sliding_window": 4}),
     "qwen3": ("Qwen3Config", _LLAMA | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen2": ("Qwen2Config", {name: value for name, value in _LLAMA.items() if name != "head_dim"} | {
+        "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "phi3": ("Phi3Config", {name: value for name, value in _LLAMA.items() if name != "head_dim"} | {
+        "sliding_window": 4}),
+    "xlm-roberta": ("XLMRobertaConfig", _BERT),
+    "camembert": ("CamembertConfig", _BERT),
     "modernbert": ("ModernBertConfig", {
         "vocab_size": 41, "hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 12,
         "max_position_embeddings": 22,
@@ -85,6 +91,8 @@ OTHERS = {
 
 TOGETHER = {  # what else has to be said for another value to make a model
     ("bert", "add_cross_attention"): {"is_decoder": True}, ("roberta", "add_cross_attention"): {"is_decoder": True},
+    ("xlm-roberta", "add_cross_attention"): {"is_decoder": True},
+    ("camembert", "add_cross_attention"): {"is_decoder": True},
     ("longformer", "num_hidden_layers"): {"attention_window": 4}, ("led", "encoder_layers"): {"attention_window": 4},
     ("reformer", "hidden_size"): {"axial_pos_embds_dim": [4, 12]}, ("perceiver", "d_latents"): {"v_channels": 32},
     ("perceiver", "v_channels"): {"d_latents": 32},
@@ -306,7 +314,7 @@ def test_what_published_files_say_beside_the_model_is_no_reason_to_refuse_it(fam
     assert torch.equal(found, convert.from_transformers(plain)(ids).last_hidden_state)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
 def test_a_decoder_with_a_tied_head_is_converted_whatever_its_config_says_of_devices(family):
     theirs = made(classes(family)[-1], config(family, tie_word_embeddings=True)).eval()
     ids = torch.arange(1, 9)[None]
@@ -371,10 +379,15 @@ def test_code_of_its_own_and_unknown_classes_in_a_folder_are_refused_whatever_th
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize(
     ("family", "task"),
-    [(f, t) for f in ("llama", "mistral", "qwen3", "gpt2") for t in LAYOUTS[f].classes if t != "causal_lm"],
+    [
+        (f, t)
+        for f in ("llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2")
+        for t in LAYOUTS[f].classes
+        if t != "causal_lm"
+    ],
 )
 def test_a_decoder_that_is_not_causal_is_an_encoder_both_ways(family, task, attention, tmp_path):
-    settings = config(family, is_causal=False, **({"sliding_window": 3} if family in ("mistral", "qwen3") else {}))
+    settings = config(family, is_causal=False, **({"sliding_window": 3} if family not in ("llama", "gpt2") else {}))
     settings._attn_implementation = attention
     source = made(LAYOUTS[family].cls(task), settings)
     source.save_pretrained(tmp_path)

@@ -22,12 +22,14 @@ def model(tiny):
 PUBLISHED = {
     "bert": 109_482_240, "albert": 11_683_584, "roberta": 124_645_632, "gpt2": 124_439_808, "longformer": 148_659_456,
     "longformer-large": 434_600_960, "minilm": 22_713_216, "llama": 1_235_814_400, "mistral": 7_110_660_096,
-    "qwen3": 596_049_920,
+    "qwen2": 494_032_768, "qwen3": 596_049_920, "xlm-roberta": 278_043_648,
     "modernbert": 149_014_272, "led": 104_345_856, "blockbert": 109_482_240, "linformer": 124_645_632 + 256 * 512,
     "perceiver": 44_912_254 - 1_025_000, "perceiver-io": 196_249_088, "reformer": 2_584_064,
     "reformer-enwik8": 148_654_080,
 }  # fmt: skip
-WITH_LM_HEAD = {"llama": 1_235_814_400, "mistral": 7_241_732_096, "qwen3": 596_049_920, "modernbert": 149_655_232}
+WITH_LM_HEAD = {"llama": 1_235_814_400, "mistral": 7_241_732_096, "qwen2": 494_032_768, "qwen3": 596_049_920,
+    "modernbert": 149_655_232,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
@@ -150,14 +152,15 @@ def test_features_have_no_loss(tiny):
 
 
 @pytest.mark.parametrize(
-    "name", ["bert", "roberta", "gpt2", "longformer", "minilm", "llama", "mistral", "qwen3", "modernbert", "led"]
+    "name",
+    ["bert", "roberta", "gpt2", "longformer", "minilm", "llama", "mistral", "qwen2", "qwen3", "modernbert", "led"],
 )
 @pytest.mark.parametrize("spec", [None, "prompt[length=2]|prefix[length=3]|lora|ia3|houlsby"])
 def test_what_stands_under_padding_changes_nothing(tiny, name, spec):
     """Right padding: other ids under the mask leave logits and pooled logits equal; a row alone, without padding, gives
     the same."""
     for task in ("classification", "token_classification"):
-        sizes = DECODER if name in ("llama", "mistral", "qwen3") else {}
+        sizes = DECODER if name in ("llama", "mistral", "qwen2", "qwen3") else {}
         model = effzoo.build(name, task=task, num_labels=3, peft=spec, **tiny, **sizes).double().eval()
         tokens = ids(2, 11)
         mask = torch.ones_like(tokens)

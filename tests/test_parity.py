@@ -20,16 +20,21 @@ from effzoo import convert
 from effzoo.convert.layouts import LAYOUTS
 
 VOCAB, LABELS, LENGTH, BATCH = 37, 3, 13, 3
-EXACT = ("bert", "albert", "roberta", "gpt2")
-CAUSAL = ("gpt2", "llama", "mistral", "qwen3")
-FAMILY_NAMES = ("bert", "albert", "roberta", "longformer", "gpt2", "llama", "mistral", "qwen3", "modernbert", "led")
+EXACT = ("bert", "albert", "roberta", "xlm-roberta", "camembert", "gpt2")
+LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+CAUSAL = ("gpt2", *LLAMAS)
+FAMILY_NAMES = (
+    "bert", "albert", "roberta", "xlm-roberta", "camembert", "longformer", "gpt2", *LLAMAS, "modernbert", "led"
+)  # fmt: skip
 CLASSES = [(family, task, name) for family in FAMILY_NAMES for task, name in LAYOUTS[family].classes.items()]
 HEADS = pytest.mark.parametrize(("family", "task", "name"), CLASSES, ids=[name for _, _, name in CLASSES])
 FAMILIES = pytest.mark.parametrize("family", FAMILY_NAMES)
 CONFIGS = {
     "bert": "BertConfig", "albert": "AlbertConfig", "roberta": "RobertaConfig", "longformer": "LongformerConfig",
     "gpt2": "GPT2Config",
-    "llama": "LlamaConfig", "mistral": "MistralConfig", "qwen3": "Qwen3Config", "modernbert": "ModernBertConfig",
+    "xlm-roberta": "XLMRobertaConfig", "camembert": "CamembertConfig",
+    "llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config",
+    "phi3": "Phi3Config", "modernbert": "ModernBertConfig",
     "led": "LEDConfig",
 }  # fmt: skip
 
@@ -65,13 +70,17 @@ def draw_decoder(family, draw, layers, eps):
         "tie_word_embeddings": draw.choice((True, False)),
         "head_dim": draw.choice((4, 6, 8)), "rope_parameters": draw_rotary(draw), "classifier_dropout": 0.0,
     }  # fmt: skip
-    if family != "mistral":
+    if family in ("qwen2", "phi3"):
+        sizes.pop("head_dim")
+    if family == "phi3":
+        sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": draw.choice((100.0, 10_000.0))}
+    if family in ("llama", "qwen3"):
         sizes["attention_bias"] = draw.choice((True, False))
     if family == "llama":
         sizes["mlp_bias"] = draw.choice((True, False))
-    if family == "mistral":
+    if family in ("mistral", "phi3"):
         sizes["sliding_window"] = draw.choice((None, 2, 5, 4096))
-    if family == "qwen3":
+    if family in ("qwen2", "qwen3"):
         sizes |= {
             "use_sliding_window": draw.choice((True, False)),
             "sliding_window": 4,
@@ -170,7 +179,7 @@ def drawn(name, config):
     With norms before each sub-layer larger matrices make gradients of several hundred, in which float32 itself errs by
     1e-5.
     """
-    width = 0.2 if config.model_type in ("llama", "mistral", "qwen3", "modernbert") else 0.3
+    width = 0.2 if config.model_type in (*LLAMAS, "modernbert") else 0.3
     dtype = torch.float64 if config.model_type in EXACT else torch.float32
     model = class_named(name)(config).to(dtype).eval()
     with torch.no_grad():
@@ -406,7 +415,9 @@ BASE = {
     "classifier_dropout_prob": 0.0}, "longformer": {"attention_window": 32},
     "llama": _DECODER,
     "mistral": _DECODER | {"sliding_window": 16},
+    "qwen2": _DECODER,
     "qwen3": _DECODER,
+    "phi3": _DECODER | {"sliding_window": 16},
     "modernbert": {"num_hidden_layers": 12, "local_attention": 16, "cls_token_id": None, "sep_token_id": None},
     "led": {
         "d_model": 768, "encoder_layers": 12, "encoder_attention_heads": 12, "encoder_ffn_dim": 3072,

@@ -25,6 +25,7 @@ class Rule:
     optional: some models have no such module.
     axis: their module is the bare tensor of one axis of a grid, (this axis, of how many), with a length of 1 along
         the others.
+    square: the first of ours has as many outputs as inputs, and the others share the rest alike; else all are alike.
     """
 
     ours: tuple[str, ...]
@@ -34,6 +35,7 @@ class Rule:
     parameters: tuple[str, ...] = PARAMETERS
     optional: bool = False
     axis: tuple[int, int] | None = None
+    square: bool = False
 
     def key(self, parameter: str) -> str:
         """Their key of a parameter."""
@@ -48,6 +50,9 @@ class Rule:
         if self.axis:
             return (theirs.flatten(0, -2),)
         stacked = theirs.t() if self.transposed and parameter == "weight" else theirs
+        if self.square:
+            first, others = stacked.shape[1], len(self.ours) - 1
+            return torch.split(stacked, [first, *[(len(stacked) - first) // others] * others])
         return stacked.chunk(len(self.ours))
 
     def join(self, parameter: str, ours: Iterable[Tensor]) -> Tensor:

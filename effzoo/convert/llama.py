@@ -1,7 +1,12 @@
-"""Llama, Mistral and Qwen3 as transformers lays them out; Qwen3 also normalises the heads of queries and keys.
+"""Llama, Mistral, Qwen2, Qwen3 and Phi-3 as transformers lays them out.
+
+Qwen2 (and 2.5) has biases at queries, keys and values; Qwen3 none, and normalises the heads of queries and keys. Phi-3
+stacks queries, keys and values in one projection, and the gate and the inner layer of the feed-forward in another.
 
 Llama: Touvron et al. 2023, arXiv:2302.13971.
 Mistral: Jiang et al. 2023, arXiv:2310.06825.
+Qwen2: Yang et al. 2024, arXiv:2407.10671.
+Phi-3: Abdin et al. 2024, arXiv:2404.14219.
 Qwen3: Yang et al. 2025, arXiv:2505.09388.
 
 Theirs drops out attention weights alone, so our dropout, and that of the token classifier, has to be 0. A window of W
@@ -16,7 +21,7 @@ from typing import Any
 
 from effzoo.architectures import Config
 from effzoo.convert import rotary
-from effzoo.convert.keymap import same
+from effzoo.convert.keymap import Rule, same
 from effzoo.convert.layout import Layout
 from effzoo.convert.windows import attention_of, windows_of
 from effzoo.errors import ConversionError
@@ -41,6 +46,16 @@ HEAD_NORMS = same(
         "blocks.{i}.attn.norms.q": "{base}layers.{i}.self_attn.q_norm",
         "blocks.{i}.attn.norms.k": "{base}layers.{i}.self_attn.k_norm",
     }
+)
+_STACKED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+PHI3_BODY = (
+    *(rule for rule in BODY if not rule.theirs.endswith(_STACKED)),
+    Rule(
+        ("blocks.{i}.attn.q", "blocks.{i}.attn.k", "blocks.{i}.attn.v"),
+        "{base}layers.{i}.self_attn.qkv_proj",
+        square=True,
+    ),
+    Rule(("blocks.{i}.mlp.gate", "blocks.{i}.mlp.up"), "{base}layers.{i}.mlp.gate_up_proj"),
 )
 HEADS = {
     "features": (),
@@ -74,7 +89,8 @@ TRANSLATED = frozenset({"architecture", "kv_heads", "head_dim", "rotary_theta", 
 def read(theirs: Any) -> dict[str, Any]:
     """Sizes of heads, 0 where they follow from the others, and rotary positions."""
     theta, scaling = rotary.read(theirs.rope_parameters, theirs.model_type)
-    heads, head_dim = theirs.num_attention_heads, theirs.head_dim
+    heads = theirs.num_attention_heads
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // heads
     return {
         "architecture": "decoder" if causal(theirs) else "encoder",
         "head_dim": 0 if head_dim * heads == theirs.hidden_size else head_dim,
@@ -153,31 +169,57 @@ def read_mistral(theirs: Any) -> dict[str, Any]:
 
 
 def write_mistral(config: Config) -> dict[str, Any]:
-    widths = windows_of(config, "Mistral", global_projections=False)
+    widths = windows_of(config, config.layout.capitalize(), global_projections=False)
     if len(set(widths)) > 1:
-        raise ConversionError(f"transformers' Mistral has one sliding window for all layers, got widths {widths}")
+        raise ConversionError(
+            f"transformers' {config.layout.capitalize()} has one sliding window for all layers, got widths {widths}"
+        )
     return write(config) | {"sliding_window": window_of(widths[0], config)}
 
 
-def read_qwen3(theirs: Any) -> dict[str, Any]:
+def read_layer_types(theirs: Any) -> dict[str, Any]:
     """A window in the layers that `layer_types` names."""
     width = reach(theirs.sliding_window, theirs)
     attention = attention_of([width if kind == "sliding_attention" else None for kind in theirs.layer_types])
-    return read(theirs) | biases(theirs) | {"attention": attention}
+    return read(theirs) | {"attention": attention}
 
 
-def write_qwen3(config: Config) -> dict[str, Any]:
-    widths = windows_of(config, "Qwen3", global_projections=False)
+def write_layer_types(config: Config) -> dict[str, Any]:
+    name = config.layout.capitalize()
+    widths = windows_of(config, name, global_projections=False)
     used = {width for width in widths if width is not None}
     if len(used) > 1:
         raise ConversionError(
-            f"transformers' Qwen3 has one sliding window for the layers that have any, got widths {widths}"
+            f"transformers' {name} has one sliding window for the layers that have any, got widths {widths}"
         )
-    return write(config) | write_biases(config) | {
+    return write(config) | {
         "layer_types": ["full_attention" if width is None else "sliding_attention" for width in widths],
         "use_sliding_window": bool(used),
         "sliding_window": window_of(used.pop() if used else None, config),
     }  # fmt: skip
+
+
+def _whole_heads(config: Config, given: dict[str, Any]) -> dict[str, Any]:
+    """Without `head_dim`, which they do not have. ConversionError where it is not dim / heads."""
+    if given.pop("head_dim") * config.heads != config.dim:
+        raise ConversionError(
+            f"{config.layout} of transformers has heads of dim / heads = {config.dim} / {config.heads}, got "
+            f"head_dim={config.head_dim}"
+        )
+    return given
+
+
+def write_phi3(config: Config) -> dict[str, Any]:
+    """One window for all layers, or none; dropouts of the embeddings and of what sublayers add."""
+    if config.rotary_scaling is not None:
+        raise ConversionError(
+            f"Phi-3 of transformers scales rotary positions by longrope or not at all, got {config.rotary_scaling}"
+        )
+    return _whole_heads(config, write_mistral(config)) | {"resid_pdrop": config.dropout, "embd_pdrop": config.dropout}
+
+
+def dropouts_phi3(theirs: Any, task: str) -> dict[str, float | None]:
+    return {"resid_pdrop": theirs.resid_pdrop, "embd_pdrop": theirs.embd_pdrop, **dropouts(theirs, task)}
 
 
 LLAMA = Layout(
@@ -228,8 +270,35 @@ QWEN3 = dataclasses.replace(
     body=BODY + HEAD_NORMS,
     fields=SIZES | {"attn_bias": "attention_bias"},
     slots=SLOTS | {"qk_norm": True, "mlp_bias": False},
-    read=read_qwen3,
-    write=write_qwen3,
+    read=lambda theirs: read_layer_types(theirs) | biases(theirs),
+    write=lambda config: write_layer_types(config) | write_biases(config),
     reads=READS | {"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"},
     mixed=True,
+)
+QWEN2 = dataclasses.replace(
+    LLAMA,
+    name="qwen2",
+    attention=("full", "longformer"),
+    classes={task: name.replace("Llama", "Qwen2") for task, name in LLAMA.classes.items()},
+    fields=SIZES,
+    slots=SLOTS | NO_BIAS | {"attn_bias": True},
+    read=read_layer_types,
+    write=lambda config: _whole_heads(config, write_layer_types(config)),
+    translated=TRANSLATED,
+    reads=QWEN3.reads,
+    mixed=True,
+)
+PHI3 = dataclasses.replace(
+    MISTRAL,
+    name="phi3",
+    relative=None,
+    classes={
+        task: name.replace("Llama", "Phi3") for task, name in LLAMA.classes.items() if task != "question_answering"
+    },
+    body=PHI3_BODY,
+    heads={task: rules for task, rules in HEADS.items() if task != "question_answering"},
+    dropouts=dropouts_phi3,
+    write=write_phi3,
+    reads=MISTRAL.reads | {"resid_pdrop", "embd_pdrop"},
+    inert=frozenset({"original_max_position_embeddings"}),
 )

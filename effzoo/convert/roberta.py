@@ -1,5 +1,6 @@
 """RoBERTa as transformers lays it out (Liu et al. 2019, arXiv:1907.11692): BERT with positions counted from pad_token +
-1.
+1. XLM-RoBERTa (Conneau et al. 2020, arXiv:1911.02116) and CamemBERT (Martin et al. 2020, arXiv:1911.03894) are RoBERTa
+with other vocabularies.
 
 Its classification head has a dense layer of its own, so the pooler is not part of it. While training, transformers also
 drops out the input of that dense layer, which ours does not. Its language-model head uses gelu whatever the config
@@ -30,4 +31,10 @@ ROBERTA = dataclasses.replace(
     tied={"lm_head.decoder.weight": "{base}embeddings.word_embeddings.weight", "lm_head.decoder.bias": "lm_head.bias"},
     counts_from_pad=True,
     lm_activation="gelu",
+)
+XLM_ROBERTA, CAMEMBERT = (
+    dataclasses.replace(
+        ROBERTA, name=name, classes={task: known.replace("Bert", ours) for task, known in BERT.classes.items()}
+    )
+    for name, ours in (("xlm-roberta", "XLMRoberta"), ("camembert", "Camembert"))
 )
