@@ -42,6 +42,9 @@ BASES = {
         "sliding_window": 4}),
     "xlm-roberta": ("XLMRobertaConfig", _BERT),
     "camembert": ("CamembertConfig", _BERT),
+    "distilbert": ("DistilBertConfig", {
+        "vocab_size": 41, "dim": 8, "n_layers": 2, "n_heads": 2, "hidden_dim": 12, "max_position_embeddings": 22,
+        "pad_token_id": 1, "bos_token_id": 3, "eos_token_id": 2, "seq_classif_dropout": 0.1}),
     "modernbert": ("ModernBertConfig", {
         "vocab_size": 41, "hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 12,
         "max_position_embeddings": 22,
@@ -73,7 +76,7 @@ OTHERS = {
     "sliding_attention"]],
     "attn_layers": [["lsh", "local", "local"]], "axial_pos_shape": [[8, 4]], "axial_pos_embds_dim": [[4, 4]],
     "num_buckets": [[2, 4], 8],
-    "attention_window": [[6, 2], 6], "hidden_act": ["relu"], "hidden_activation": ["relu"],
+    "attention_window": [[6, 2], 6], "hidden_act": ["relu"], "hidden_activation": ["relu"], "activation": ["relu"],
     "activation_function": ["relu"],
     "classifier_activation": ["relu"], "classifier_pooling": ["mean"], "summary_type": ["first"],
     "summary_activation": ["tanh"],

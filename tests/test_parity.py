@@ -20,11 +20,12 @@ from effzoo import convert
 from effzoo.convert.layouts import LAYOUTS
 
 VOCAB, LABELS, LENGTH, BATCH = 37, 3, 13, 3
-EXACT = ("bert", "albert", "roberta", "xlm-roberta", "camembert", "gpt2")
+EXACT = ("bert", "albert", "roberta", "xlm-roberta", "camembert", "distilbert", "gpt2")
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 CAUSAL = ("gpt2", *LLAMAS)
 FAMILY_NAMES = (
-    "bert", "albert", "roberta", "xlm-roberta", "camembert", "longformer", "gpt2", *LLAMAS, "modernbert", "led"
+    "bert", "albert", "roberta", "xlm-roberta", "camembert", "distilbert", "longformer", "gpt2", *LLAMAS,
+    "modernbert", "led",
 )  # fmt: skip
 CLASSES = [(family, task, name) for family in FAMILY_NAMES for task, name in LAYOUTS[family].classes.items()]
 HEADS = pytest.mark.parametrize(("family", "task", "name"), CLASSES, ids=[name for _, _, name in CLASSES])
@@ -32,7 +33,7 @@ FAMILIES = pytest.mark.parametrize("family", FAMILY_NAMES)
 CONFIGS = {
     "bert": "BertConfig", "albert": "AlbertConfig", "roberta": "RobertaConfig", "longformer": "LongformerConfig",
     "gpt2": "GPT2Config",
-    "xlm-roberta": "XLMRobertaConfig", "camembert": "CamembertConfig",
+    "xlm-roberta": "XLMRobertaConfig", "camembert": "CamembertConfig", "distilbert": "DistilBertConfig",
     "llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config",
     "phi3": "Phi3Config", "modernbert": "ModernBertConfig",
     "led": "LEDConfig",
@@ -126,6 +127,12 @@ def draw_config(family, name, seed):
         )  # fmt: skip
     elif family in CAUSAL:
         config = draw_decoder(family, draw, layers, eps)
+    elif family == "distilbert":
+        config = transformers.DistilBertConfig(
+            vocab_size=VOCAB, dim=dim, n_layers=layers, n_heads=heads, hidden_dim=draw.choice((12, 20)),
+            max_position_embeddings=LENGTH + 5, activation=draw.choice(("gelu", "relu")), dropout=0.0,
+            attention_dropout=0.0, qa_dropout=0.0, seq_classif_dropout=0.0, num_labels=LABELS,
+        )  # fmt: skip
     elif family == "modernbert":
         config = draw_modernbert(draw, dim, heads, eps)
     elif family == "led":
@@ -411,6 +418,7 @@ _DECODER = {
     "intermediate_size": 2048,
 }
 BASE = {
+    "distilbert": {"dropout": 0.0, "seq_classif_dropout": 0.0},
     "albert": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072,
     "classifier_dropout_prob": 0.0}, "longformer": {"attention_window": 32},
     "llama": _DECODER,

@@ -38,8 +38,8 @@ def from_transformers(
 ) -> Any:
     """A model of ours with the configuration and the weights of a model of transformers.
 
-    source: a live model, a local folder, or a hub id; BERT, ALBERT, RoBERTa, XLM-RoBERTa, CamemBERT, Longformer,
-        ModernBERT, GPT-2, Llama, Mistral, Qwen2, Qwen3, Phi-3 or Reformer with any head that we have, the
+    source: a live model, a local folder, or a hub id; BERT, DistilBERT, ALBERT, RoBERTa, XLM-RoBERTa, CamemBERT,
+        Longformer, ModernBERT, GPT-2, Llama, Mistral, Qwen2, Qwen3, Phi-3 or Reformer with any head that we have, the
         encoder of LED, or a Perceiver.
     task: another than the source's, with a new head.
     num_labels: of a new classification head; None for the source's.
