@@ -34,7 +34,7 @@ PUBLISHED = [
 def intrinsic_text(run: Run) -> Findings:
     """In how many directions must a pretrained transformer be fine-tuned, with one factor for each layer and
     without?"""
-    dims, steps, length = run.choose((512, 2048), (256, 512, 1024, 2048)), run.choose(30, 60), 16
+    dims, steps, length = run.choose((512, 2048), (512, 1024, 2048)), run.choose(30, 40), 16
     bases: list[float] = []
     curves: dict[str, list[dict[int, float]]] = {name: [] for name in METHODS}
     for seed in run.seeds:
