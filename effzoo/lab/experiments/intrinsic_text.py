@@ -70,10 +70,10 @@ def intrinsic_text(run: Run) -> Findings:
     axes.axhline(0.9, color="#888888", linewidth=1, linestyle=":")
     axes.axvline(size / 1000, color="#888888", linewidth=1, linestyle="--", label="D / 1000")
     axes.set(xlabel="d", xscale="log", ylabel="share of the accuracy when all of D is trained")
-    axes.set(title=f"{LAYERS} layers of MiniLM, D = {size:,}; mean and range over seeds")
+    axes.set(title=f"layers of MiniLM: {LAYERS}, D = {size:,}; mean and range over seeds")
     axes.set_xticks(list(dims), [f"{d}" for d in dims])
     axes.minorticks_off()
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
     found = {name: [max(dims) if d is None else d for d in of_seeds] for name, of_seeds in crossings.items()}
     published = [["published, d90 by SAID / DID", "MRPC", "QQP"], *PUBLISHED]
     settings = {
