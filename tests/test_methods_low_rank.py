@@ -172,6 +172,7 @@ COUNTS = [
     ("vera[rank=5]", "full", LAYERS * 2 * (D + 5)),
     ("vera[rank=5, targets=(attn.q, mlp.up)]", "full", LAYERS * (D + MLP + 2 * 5)),
     ("fourierft[frequencies=20]", "full", LAYERS * 2 * 20),
+    ("fourierft[frequencies=300]", "full", LAYERS * 2 * D * D),  # all entries, no more
     ("oft[block=4]", "full", LAYERS * 2 * D * (4 - 1) // 2),
     ("oft[block=6]", "full", LAYERS * 2 * (2 * 6 * 5 // 2 + 4 * 3 // 2)),  # 6 + 6 + 4
     ("hra[rank=4]", "full", LAYERS * 2 * D * 4),
@@ -760,7 +761,6 @@ def test_newer_methods_start_as_the_base(tiny, spec):
     [
         ("hra[rank=3]", "reflections come in pairs, got rank=3; give 4"),
         ("oft[block=1]", "a rotation needs a block of 2 or more"),
-        ("fourierft[frequencies=300]", "'attn.q' is 16 x 16 and has 256 frequencies, got frequencies=300"),
     ],
 )
 def test_newer_methods_refuse_what_is_no_size(tiny, spec, said):

@@ -397,3 +397,37 @@ def test_the_table_of_skills_is_trained_at_a_hundred_times_the_experts_rate(tiny
     rates = effzoo.peft.learning_rates(model)
     table, experts = ({rate for key, rate in rates.items() if part in key} for part in (".table", ".experts."))
     assert len(experts) == 1 and table == {100 * experts.pop()}
+
+
+def test_two_mixtures_at_one_site_both_act_and_both_learn(tiny):
+    """Experts that add to the output: what the two add is the sum of what each adds alone."""
+    model = built(tiny, f"routed[of='{ONE}', experts=2]", name="a")
+    effzoo.attach(model, f"routed[of='{ONE}', experts=3, level=example]", name="b")
+    moved(model, "b", 2)
+    batch = labelled()
+    site = dict(sites(model))["blocks.0.attn.q"]
+    x, _, context = inputs_of(model, "blocks.0.attn.q", batch)
+    found = {}
+    for active in ((), ("a",), ("b",), ("a", "b"), ("b", "a")):
+        effzoo.activate(model, *active)
+        with calling(context):
+            found[active] = site(x)
+    added = {one: found[one] - found[()] for one in found}
+    assert min(added[one].abs().max() for one in (("a",), ("b",))) > 1e-3
+    for both in (("a", "b"), ("b", "a")):
+        torch.testing.assert_close(added[both], added[("a",)] + added[("b",)], **EXACT)
+    effzoo.activate(model, "a", "b", train=["a", "b"])
+    model(**batch).loss.backward()
+    for name in ("a", "b"):
+        own = [p for p in site.of(name).parameters() if p.requires_grad]
+        assert own and all(p.grad is not None and p.grad.abs().max() > 0 for p in own), name
+
+
+def test_a_second_mixture_whose_experts_change_the_input_is_refused(tiny):
+    model = built(tiny, f"routed[of='{ONE}', experts=2]", name="a")
+    effzoo.attach(model, "routed[of='oft[block=4]', experts=2]", name="b")
+    effzoo.activate(model, "a", "b")
+    with pytest.raises(IncompatibleError, match="two mixtures act here, and experts of the second change the input"):
+        model(**labelled())
+    effzoo.activate(model, "b", "a")  # the other way round both act
+    assert model(**labelled()).loss.isfinite()

@@ -64,11 +64,7 @@ class Site(nn.Module):
 
     def compute(self, modules: Sequence[Acts], *inputs: Tensor) -> Tensor:
         """What the site computes with these modules."""
-        place = None
-        for number, module in enumerate(modules):
-            if is_mixture(module):
-                place = number
-                break
+        place = next((number for number, module in enumerate(modules) if is_mixture(module)), None)
         if place is None:
             entered, alone = self.enter(modules, *inputs)
             made = self.leave(modules, entered, alone)
@@ -84,7 +80,28 @@ class Site(nn.Module):
                 expert_entered, y = self.enter((*first, *expert, *rest), *inputs)
                 outs.append(self.leave(expert, expert_entered, self.leave(first, expert_entered, y)))
         x, plain, *outs = cast_for(mixture, inputs[0], plain, *outs)
-        return self.leave(rest, entered, mixture.mix(self, x, plain, outs, at_hand())).to(alone.dtype)
+        mixed = mixture.mix(self, x, plain, outs, at_hand())
+        return self._behind(rest, entered, inputs[0], mixed).to(alone.dtype)
+
+    def _behind(self, modules: Sequence[Acts], entered: Inputs, x: Tensor, y: Tensor) -> Tensor:
+        """The output y after modules that come behind a mixture, further mixtures among them.
+
+        Raises IncompatibleError for a mixture whose experts change the input or the weight: each would have to compute
+        the mixtures before it once more.
+        """
+        place = next((number for number, module in enumerate(modules) if is_mixture(module)), None)
+        if place is None:
+            return self.leave(modules, entered, y)
+        mixture, y = cast(Mixture, modules[place]), self.leave(modules[:place], entered, y)
+        experts = mixture.expert_modules()
+        if not all(map(Mixture.at_the_output, experts)):
+            raise IncompatibleError(
+                f"{self.role}: two mixtures act here, and experts of the second change the input or the weight of the "
+                "site; put that one first, give it other targets, or take experts that change the output alone (lora, "
+                "pfeiffer)"
+            )
+        own_x, y, *outs = cast_for(mixture, x, y, *(self.leave(expert, entered, y) for expert in experts))
+        return self._behind(modules[place + 1 :], entered, x, mixture.mix(self, own_x, y, outs, at_hand()))
 
     def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         """The inputs after the hook `before`, and the site's output with the weight after `weight`."""

@@ -177,7 +177,7 @@ def _vera_of(method: Method, module: Vectors) -> Config:
 def _fourier_of(method: Method, module: Spectrum) -> Config:
     assert isinstance(method, FourierFT)
     return {
-        "n_frequency": method.frequencies, "scaling": method.scale, "random_loc_seed": method.seed,
+        "n_frequency": len(module.c), "scaling": method.scale, "random_loc_seed": method.seed,
         "n_frequency_pattern": {},
     }  # fmt: skip
 

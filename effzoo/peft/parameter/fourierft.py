@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from effzoo.annotations import Count, NonZero, Seed
-from effzoo.errors import OptionError
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.registry import peft
 from effzoo.sites import Linear, PeftModule, Site
@@ -38,7 +37,7 @@ class Spectrum(PeftModule):
 class FourierFT(Method):
     """W' = W + s Re(IDFT(F)): `frequencies` entries of F [out, in] are trained, at random places; the others are 0.
 
-    frequencies: how many, in each matrix.
+    frequencies: how many, in each matrix; one with fewer entries has all of them trained.
     scale: s; IDFT divides by out * in, so it is large.
     seed: of the places, which are drawn from it whenever the adapter is attached: matrices of one shape have the same.
 
@@ -69,14 +68,10 @@ class FourierFT(Method):
     def make(self, site: Site) -> PeftModule:
         assert isinstance(site, Linear)
         entries = site.weight.numel()
-        if self.frequencies > entries:
-            raise OptionError(
-                f"{self.name}: {site.role!r} is {site.out_features} x {site.in_features} and has {entries:,} "
-                f"frequencies, got frequencies={self.frequencies}; give fewer, or other targets"
-            )
+        count = min(self.frequencies, entries)
         if site.weight.is_meta:
-            places = torch.empty(self.frequencies, dtype=torch.long, device="meta")
+            places = torch.empty(count, dtype=torch.long, device="meta")
         else:
             draw = torch.Generator().manual_seed(self.seed)
-            places = torch.randperm(entries, generator=draw, device="cpu")[: self.frequencies].to(site.weight.device)
+            places = torch.randperm(entries, generator=draw, device="cpu")[:count].to(site.weight.device)
         return Spectrum(places, self.scale)
