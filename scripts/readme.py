@@ -254,7 +254,24 @@ def methods_page(page: str) -> str:
     tried, experts = (
         json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("matrix", "matrix-experts")
     )
+    page = _between(page, "peft", beside_peft())
     return _between(page, "matrix", f"{matrix_table(tried)}\n\n{experts_line(experts)}")
+
+
+def beside_peft() -> str:
+    """Which methods of the package peft go to and from its files, and which are not here, by its own registry."""
+    import peft as package
+
+    from effzoo.convert.peft_files.counterparts import COUNTERPARTS
+
+    theirs = [kind.value for kind in package.PeftType]
+    read = {kind for counterpart in COUNTERPARTS for kind in counterpart.peft_types}
+    here, not_here = ([kind for kind in theirs if (kind in read) is wanted] for wanted in (True, False))
+    return (
+        f"peft {package.__version__} has {len(theirs)} types of adapters. {len(here)} go to and from its files: "
+        f"{', '.join(here)}. {len(not_here)} have no counterpart in its format here: {', '.join(not_here)}. Of the "
+        f"{len(peft.names())} methods here, those that it has not are saved in files of our own."
+    )
 
 
 def methods_table(group: str) -> str:
