@@ -144,7 +144,7 @@ def routing(run: Run) -> Findings:
         notes=[
             "Feed-forwards are trained at a learning rate of 0.03: at 0.01 and below all routers stay even here, "
             "with a loss or without. So collapse is seen where the training is barely stable, and that it is the rule "
-            "without a loss is not shown: with the loss of Switch two of five seeds are uneven too. Some thousand "
+            "without a loss is not shown: with the loss of Switch some seeds are uneven too. Some thousand "
             "steps at a rate at which both are stable would settle it.",
             "Choosing by example or by token is compared for one expert each with a balancing loss, as the lecture "
             "does; a soft gate by token sees all that a gate by example sees.",
