@@ -81,7 +81,6 @@ def test_claims_say_what_their_verdict_stands_on():
 
 
 TO_CONVERT = set([
-    "comparison",
 ])  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import effzoo
 from effzoo.attention import Mask
 from effzoo.errors import AdapterError, DataError, IncompatibleError, OptionError
 from effzoo.lab.analyses import products, published
-from effzoo.lab.analyses.adapter_cost import forward, kept_bytes, mergeable, step
+from effzoo.lab.analyses.adapter_cost import kept_bytes, mergeable, pass_operations, step_operations
 from effzoo.lab.analyses.prefix_gate import prefix_gates
 from effzoo.lab.analyses.spans import ablated, spans, without
 from effzoo.lab.analyses.together import averaged, divided
@@ -291,14 +291,29 @@ def test_kept_bytes_grow_with_the_batch_and_leave_the_mode():
     assert not built.training
 
 
-def test_a_step_moves_only_the_adapter_and_a_pass_moves_nothing():
-    built = shaken(model(), "lora[rank=2]")
-    before = {key: value.clone() for key, value in built.state_dict().items()}
-    forward(built, labelled())()
-    assert all(torch.equal(value, before[key]) for key, value in built.state_dict().items())
-    step(built, labelled())()
-    moved = {key for key, value in built.state_dict().items() if not torch.equal(value, before[key])}
-    assert moved and all(".adapters." in key for key in moved)
+def test_operations_of_two_layers_are_counted_as_by_hand():
+    """Forward: the products, the squares and their sum. Backward: both gradients of W_2, that of W_1, and fewer
+    entries of everything else."""
+    x = torch.randn(11, 5, dtype=torch.float64)
+    first, second = 2 * 11 * 5 * 7, 2 * 11 * 7 * 3
+    forward = first + second + 11 * 3 + 1
+    net = TwoLayers()
+    assert pass_operations(net, {"x": x, "labels": x}) == forward
+    rest = step_operations(net, {"x": x}) - forward - (first + 2 * second)
+    assert 7 + 3 <= rest < 200
+    assert net.first.weight.grad is None and net.training
+
+
+def test_bottlenecks_add_their_operations_to_a_pass_and_merged_changes_add_none():
+    """Two products, sigma and the sum at both sub-layers of each layer; the norms are as they were."""
+    base, batch = pass_operations(model(), labelled()), labelled()
+    dim, layers, tokens = SIZES["dim"], SIZES["layers"], batch["input_ids"].numel()
+    each = 4 * tokens * dim * 5 + tokens * 5 + tokens * dim
+    assert pass_operations(shaken(model(), "houlsby[bottleneck=5]"), batch) - base == 2 * layers * each
+    low_rank = shaken(model(), "lora[rank=2]")
+    assert pass_operations(low_rank, batch) > base
+    assert pass_operations(effzoo.merge(low_rank, undo=False), batch) == base
+    assert step_operations(shaken(model(), "full"), batch) > step_operations(shaken(model(), "lora[rank=2]"), batch)
 
 
 @pytest.mark.parametrize(

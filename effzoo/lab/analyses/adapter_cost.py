@@ -1,13 +1,15 @@
-"""What an adapter costs: bytes kept for the backward pass, and the time of a training step and a forward pass."""
+"""What an adapter costs, counted: bytes kept for the backward pass, and operations of a training step and of a forward
+pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from effzoo import peft
+from effzoo.checks.cost import CostCounter
 from effzoo.errors import AdapterError
 from effzoo.plans.saved import Record
 
@@ -29,31 +31,34 @@ def kept_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     return kept
 
 
-def step(model: nn.Module, batch: Mapping[str, Tensor], learning_rate: float = 1e-6) -> Callable[[], None]:
-    """One AdamW step of what is trainable, with clipping, as a function to be timed; it moves the weights a little."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=learning_rate)
+def step_operations(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    """Operations of a labelled batch forward and backward, without the optimizer's.
 
-    def once() -> None:
-        model.train()
-        optimizer.zero_grad()
-        torch.autograd.backward(peft.loss(model, **batch))
-        nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
+    A multiplication and an addition of a product of matrices or of attention are two; everything else counts the
+    entries that it writes. The model's gradients are cleared.
+    """
+    mode = model.training
+    model.train()
+    try:
+        with CostCounter() as counter:
+            torch.autograd.backward(peft.loss(model, **batch))
+    finally:
+        model.zero_grad()
+        model.train(mode)
+    return counter.cost.work
 
-    return once
 
-
-def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Callable[[], None]:
-    """One pass in evaluation without gradients, as a function to be timed."""
+def pass_operations(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    """Operations of one pass in evaluation without gradients, counted as by `step_operations`."""
     inputs = {name: x for name, x in batch.items() if name != "labels"}
-
-    def once() -> None:
-        model.eval()
-        with torch.inference_mode():
+    mode = model.training
+    model.eval()
+    try:
+        with CostCounter() as counter, torch.no_grad():
             model(**inputs)
-
-    return once
+    finally:
+        model.train(mode)
+    return counter.cost.work
 
 
 def mergeable(model: nn.Module, name: str) -> bool:

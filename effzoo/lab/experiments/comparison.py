@@ -1,25 +1,26 @@
-"""Parameter, input and function composition along five criteria, each of them measured."""
+"""Parameter, input and function composition along five criteria, each of them counted or measured."""
 
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.axes import Axes
 
 from effzoo import peft
 from effzoo.architectures import Transformer
-from effzoo.lab.analyses.adapter_cost import forward, kept_bytes, mergeable, step
-from effzoo.lab.analyses.together import averaged, divided
+from effzoo.lab.analyses.adapter_cost import kept_bytes, mergeable, pass_operations, step_operations
+from effzoo.lab.analyses.together import averaged
 from effzoo.lab.analyses.tuning import body_parameters, fast_accuracy, tune
 from effzoo.lab.draw import LINES, panels
 from effzoo.lab.experiment import Claim, Findings, Run, Table, experiment
 from effzoo.lab.fit import Batch, Examples
 from effzoo.lab.texts import DATA, minilm, texts
-from effzoo.measure.timing import interleaved, ratio
+from effzoo.lab.word_order import word_order
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SPECS = {
     "parameter": ("bitfit", "lora"), "input": ("prompt[length=8]", "prefix[length=8]"),
@@ -32,9 +33,15 @@ MARKS = {
     "input": ("++", "--", "--", "-", "+"),
     "function": ("-", "+", "-", "++", "+"),
 }
-MIB = 2**20
-HEAD_RATE = 5e-3  # of the new head, so that few steps suffice for it
+ORDER, TOPICS = TASKS = ("word order", "topics")
+# three to four times what the methods take on their own, and the head's: few steps must suffice
+RATES = {
+    "bitfit": 5e-3, "lora": 5e-3, "prompt[length=8]": 5e-2, "prefix[length=8]": 3e-2, "houlsby[bottleneck=64]": 3e-3,
+    "ia3": 2e-2, "full": 2e-4,
+}  # fmt: skip
+HEAD_RATE = 3e-3
 KEPT = 10.0  # points that the mean of two adapters may lose and still count as working on both tasks
+COUNTED = 64  # tokens of the texts for which operations are counted
 
 
 @dataclass
@@ -44,9 +51,9 @@ class Measured:
     composition: of parameters, inputs or functions.
     share: of the parameters that is trained, in percent.
     kept: bytes for the backward pass.
-    step: seconds, in times of a step of full fine-tuning.
-    passed: seconds of a forward pass, in times of the base's; merged: the same after merging.
-    alone, together: accuracy in percent by seed, of an adapter and of the mean of two.
+    step: operations of a batch forward and backward, in times of full fine-tuning's.
+    passed: operations of a forward pass, in times of the base's; merged: the same after merging.
+    alone, together: accuracy in percent by task and seed, of its adapter and of the mean of both tasks' adapters.
     """
 
     composition: str
@@ -55,8 +62,8 @@ class Measured:
     step: float = 0.0
     passed: float = 0.0
     merged: float | None = None
-    alone: list[float] = field(default_factory=list)
-    together: list[float] = field(default_factory=list)
+    alone: dict[str, list[float]] = field(default_factory=lambda: {task: [] for task in TASKS})
+    together: dict[str, list[float]] = field(default_factory=lambda: {task: [] for task in TASKS})
 
     @property
     def cheapest(self) -> float:
@@ -64,8 +71,8 @@ class Measured:
         return self.passed if self.merged is None else self.merged
 
     def lost(self, seed: int) -> float:
-        """Points of accuracy between alone and together."""
-        return self.alone[seed] - self.together[seed]
+        """Points of accuracy between alone and together, the mean of the tasks."""
+        return _mean([self.alone[task][seed] - self.together[task][seed] for task in TASKS])
 
 
 @experiment(
@@ -75,161 +82,139 @@ class Measured:
 )  # fmt: skip
 def comparison(run: Run) -> Findings:
     """What do parameter, input and function composition cost and give, by the tutorial's five criteria?"""
-    length, steps, batch = run.choose(32, 64), run.choose(12, 200), run.choose(8, 16)
-    data = texts(run, length=length, train=run.choose(480, 1200), test=run.choose(240, 1000))
-    halves = [list(range(start, len(data.names), 2)) for start in (0, 1)]
-    train, test = divided(data.train, halves), divided(data.test, halves)
-    labels = max(map(len, halves))
+    length, steps, few, batch = 12, run.choose(12, 80), run.choose(6, 16), 16
+    lower = 3  # layers: word order is seen in these
     measured = {spec: Measured(composition) for composition, specs in SPECS.items() for spec in specs}
-    _count(minilm(labels), measured, train[0].batch(slice(0, batch)), run)
+    counted = texts(run, length=COUNTED, train=4, test=4)
+    _count(minilm(len(counted.names)), measured, counted.train.batch(slice(0, 4)))
     for seed in run.seeds:
-        model = minilm(labels, seed=seed)
+        data = texts(run, length=length, train=run.choose(400, 1280), test=run.choose(200, 800), seed=seed)
+        train = {ORDER: word_order(data.train, seed=2 * seed), TOPICS: data.train}
+        test = {ORDER: word_order(data.test, seed=2 * seed + 1), TOPICS: data.test.at(slice(0, len(data.test) // 4))}
+        model = minilm(len(data.names), seed=seed, layers=lower)
         for spec, method in measured.items():
-            _train(model, spec, method, train, test, steps, batch, seed)
-        run.say(f"seed {seed}: " + ", ".join(f"{spec} {method.alone[-1]:.1f}" for spec, method in measured.items()))
+            _train(model, spec, method, train, test, {ORDER: steps, TOPICS: few}, batch, seed)
+        run.say(
+            f"seed {seed}: " + ", ".join(f"{spec} {method.alone[ORDER][-1]:.1f}" for spec, method in measured.items())
+        )
 
-    figure, (axes,) = panels(1, width=7.2, height=4.4)
-    _draw(axes, measured)
     groups = {composition: [measured[spec] for spec in SPECS[composition]] for composition in COMPARED}
     shares = {name: _mean([method.share for method in methods]) for name, methods in groups.items()}
     steps_of = {name: _mean([method.step for method in methods]) for name, methods in groups.items()}
     passes = {name: _mean([method.cheapest for method in methods]) for name, methods in groups.items()}
     seeds = range(len(run.seeds))
-    alone: dict[str, list[float]] = {name: [] for name in groups}
-    lost: dict[str, list[float]] = {name: [] for name in groups}
-    for i, (name, methods) in itertools.product(seeds, groups.items()):
-        alone[name].append(_mean([method.alone[i] for method in methods]))
-        lost[name].append(_mean([method.lost(i) for method in methods]))
+    alone = {name: [_mean([method.alone[ORDER][i] for method in of]) for i in seeds] for name, of in groups.items()}
+    lost = {name: [_mean([method.lost(i) for method in of]) for i in seeds] for name, of in groups.items()}
     merged = [method.merged for methods in groups.values() for method in methods if method.merged is not None]
     settings = {
-        "model": "minilm", "tokens": length, "texts": [len(examples) for examples in train],
-        "test texts": [len(examples) for examples in test], "steps": steps, "batch": batch,
-        "learning rate of the head": HEAD_RATE,
+        "model": f"minilm, its {lower} lower layers", "tokens": length, "texts": len(data.train),
+        "test texts": {task: len(examples) for task, examples in test.items()},
+        "steps": {ORDER: steps, TOPICS: few}, "batch": batch, "learning rates": {**RATES, "head": HEAD_RATE},
+        "operations": f"of 4 texts of at most {COUNTED} tokens through all layers",
     }  # fmt: skip
     return Findings(
         tables={"Methods": _methods(measured), "Compositions": _compositions(shares, steps_of, passes, alone, lost)},
-        figure=figure,
+        figure=_figure(measured),
         claims=[
-            Claim(
+            Claim.law(
                 "input composition trains the fewest parameters, function composition the most",
-                (shares["input"] < shares["parameter"] < shares["function"],),
+                shares["input"] < shares["parameter"] < shares["function"],
             ),
-            Claim(
+            Claim.law(
                 "a training step is dearest with input composition",
-                (steps_of["input"] > max(steps_of["parameter"], steps_of["function"]),),
+                steps_of["input"] > max(steps_of["parameter"], steps_of["function"]),
             ),
-            Claim(
-                "merged, a method costs nothing in inference (within a tenth of the base)",
-                (all(abs(times - 1) < 0.1 for times in merged),),
+            Claim.law(
+                "merged, a method costs nothing in inference: as many operations as the base",
+                all(times == 1 for times in merged),
             ),
-            Claim(
+            Claim.law(
                 "inference is cheapest with parameter composition, dearest with input composition",
-                (passes["parameter"] < passes["function"] < passes["input"],),
+                passes["parameter"] < passes["function"] < passes["input"],
             ),
-            Claim(
+            Claim.of_differences(
                 "function composition is the most accurate",
-                tuple(alone["function"][i] > max(alone["parameter"][i], alone["input"][i]) for i in seeds),
+                [alone["function"][i] - max(alone["parameter"][i], alone["input"][i]) for i in seeds],
             ),
-            Claim(
+            Claim.of_differences(
                 "input composition is the least accurate",
-                tuple(alone["input"][i] < min(alone["parameter"][i], alone["function"][i]) for i in seeds),
+                [min(alone["parameter"][i], alone["function"][i]) - alone["input"][i] for i in seeds],
             ),
-            Claim(
+            Claim.of_differences(
                 f"with each composition the mean of two adapters does both tasks (less than {KEPT:g} points lost)",
-                tuple(max(points[i] for points in lost.values()) < KEPT for i in seeds),
+                [KEPT - max(points[i] for points in lost.values()) for i in seeds],
             ),
         ],
         values={spec: dict(vars(method)) for spec, method in measured.items()},
         settings=settings,
         notes=[
-            "Two tasks: every second label, and the others. Accuracy is the mean over both, each with its own adapter; "
-            "together is that with the mean of the two adapters' outputs at every site and each task's own head. Times "
-            "are medians of turns on one machine. Published marks (from ++ to --) compare the families in general and "
-            "are quoted from memory; they are judgements, not numbers."
+            "Operations are counted, not timed: a multiplication and an addition of a product are two, everything else "
+            "counts the entries it writes; a step is forward and backward, without the optimizer. Merged is what can "
+            "be. Two tasks: whether the words of a text stand in their order, by which accuracy is compared, and its "
+            "topic. Together is the mean of the two adapters' outputs at every site, with each task's own head. A "
+            "seed draws the texts to train and to test on, and all weights. Published marks (from ++ to --) compare "
+            "the families in general and are quoted from memory; they are judgements, not numbers."
         ],
-    )
+    )  # fmt: skip
 
 
-def _count(model: Transformer, measured: dict[str, Measured], batch: Batch, run: Run) -> None:
-    """Shares, kept bytes and times, which depend on no seed; all methods are attached to one model, and act in
-    turns."""
-    steps: dict[str, Callable[[], object]] = {}
-    passes: dict[str, Callable[[], object]] = {"base": _on(model, (), forward(model, batch))}
-    for number, (spec, method) in enumerate(measured.items()):
-        name = f"method_{number}"
-        peft.attach(model, spec, name=name)
-        method.share, method.kept = 100 * body_parameters(model) / peft.account(model).total, kept_bytes(model, batch)
-        steps[spec] = _on(model, (name,), step(model, batch))
-        passes[spec] = _on(model, (name,), forward(model, batch))
-        if mergeable(model, name):
-            passes[f"{spec} merged"] = forward(peft.merge(_alone(model, name), name, undo=False), batch)
-    rounds = run.choose(5, 21)
-    timed = interleaved(steps, rounds=rounds, least=3, seconds=run.choose(10.0, 60.0))
-    passed = interleaved(passes, rounds=rounds, least=3, seconds=run.choose(10.0, 60.0))
+def _count(model: Transformer, measured: dict[str, Measured], batch: Batch) -> None:
+    """Shares, kept bytes and operations, which depend on no seed."""
+    base = pass_operations(model, batch)
+    steps = {}
     for spec, method in measured.items():
-        method.step = ratio(timed[spec], timed["full"]).median
-        method.passed = ratio(passed[spec], passed["base"]).median
-        method.merged = ratio(passed[f"{spec} merged"], passed["base"]).median if f"{spec} merged" in passed else None
-    run.say(
-        "steps in times of full fine-tuning's: "
-        + ", ".join(f"{spec} {method.step:.2f}" for spec, method in measured.items())
-    )
-
-
-def _alone(model: Transformer, name: str) -> Transformer:
-    """A copy of the model with one of its adapters."""
-    alone = copy.deepcopy(model)
-    for other in [other for other in peft.attached(alone) if other != name]:
-        peft.detach(alone, other)
-    return peft.activate(alone, name)
-
-
-def _on(model: Transformer, names: tuple[str, ...], what: Callable[[], object]) -> Callable[[], object]:
-    """`what` with these adapters active."""
-
-    def run() -> None:
-        peft.activate(model, *names)
-        what()
-
-    return run
+        peft.attach(model, spec, name="counted")
+        method.share, method.kept = 100 * body_parameters(model) / peft.account(model).total, kept_bytes(model, batch)
+        steps[spec], method.passed = step_operations(model, batch), pass_operations(model, batch) / base
+        if mergeable(model, "counted"):
+            merged = peft.merge(copy.deepcopy(model), "counted", undo=False)
+            method.merged = pass_operations(merged, batch) / base
+        peft.detach(model, "counted")
+    for spec, method in measured.items():
+        method.step = steps[spec] / steps["full"]
 
 
 def _train(
     model: Transformer,
     spec: str,
     method: Measured,
-    train: list[Examples],
-    test: list[Examples],
-    steps: int,
+    train: dict[str, Examples],
+    test: dict[str, Examples],
+    steps: dict[str, int],
     batch: int,
     seed: int,
 ) -> None:
-    names = [f"task_{number}" for number in range(len(train))]
-    for name, examples in zip(names, train, strict=True):
+    rate = RATES[spec]
+    for task, examples in train.items():
         torch.manual_seed(seed)
-        tune(model, spec, examples, name=name, steps=steps, batch=batch, seed=seed, head_rate=HEAD_RATE)
-    alone, together = [], []
-    for name, examples in zip(names, test, strict=True):
+        tune(
+            model, spec, examples, name=task.replace(" ", "_"), steps=steps[task], batch=batch, seed=seed, rate=rate,
+            head_rate=HEAD_RATE,
+        )  # fmt: skip
+    names = [task.replace(" ", "_") for task in train]
+    for name, (task, examples) in zip(names, test.items(), strict=True):
         peft.activate(model, name)
-        alone.append(100 * fast_accuracy(model, examples))
+        method.alone[task].append(100 * fast_accuracy(model, examples))
         with averaged(model, names, name):
-            together.append(100 * fast_accuracy(model, examples))
-    method.alone.append(_mean(alone))
-    method.together.append(_mean(together))
+            method.together[task].append(100 * fast_accuracy(model, examples))
     for name in names:
         peft.detach(model, name)
 
 
 def _methods(measured: dict[str, Measured]) -> Table:
     full = measured["full"]
-    head = "method, composition, trained, step / full, kept / full, pass / base, merged, accuracy, lowest to highest"
-    table = [[*head.split(", "), "together"]]
+    head = f"method, composition, trained, step / full, kept / full, pass / base, merged, {ORDER}, lowest to highest"
+    table = [[*head.split(", "), TOPICS, *(f"{task}, together" for task in TASKS)]]
     for spec, method in measured.items():
-        merged = "no" if method.merged is None else f"{method.merged:.2f}"
-        times = [f"{method.step:.2f}", f"{method.kept / full.kept:.2f}", f"{method.passed:.2f}", merged]
-        accuracy = [f"{_mean(method.alone):.1f} %", f"{min(method.alone):.1f} to {max(method.alone):.1f}"]
-        share = f"{method.share:.2f} %"
-        table.append([f"`{spec}`", method.composition, share, *times, *accuracy, f"{_mean(method.together):.1f} %"])
+        merged = "no" if method.merged is None else f"{method.merged:.3f}"
+        costs = [f"{method.step:.2f}", f"{method.kept / full.kept:.2f}", f"{method.passed:.3f}", merged]
+        order = method.alone[ORDER]
+        accuracy = [f"{_mean(order):.1f} %", f"{min(order):.1f} to {max(order):.1f}"]
+        others = [_mean(values) for values in (method.alone[TOPICS], *method.together.values())]
+        table.append(
+            [f"`{spec}`", method.composition, f"{method.share:.2f} %", *costs, *accuracy]
+            + [f"{percents:.1f} %" for percents in others]
+        )
     return table
 
 
@@ -244,7 +229,7 @@ def _compositions(
     measured = {
         composition: (
             f"{shares[composition]:.2f} % trained", f"{steps[composition]:.2f} of a full step",
-            f"{passes[composition]:.2f} of a pass, merged if it can be",
+            f"{passes[composition]:.3f} of a pass, merged if it can be",
             f"{_mean(alone[composition]):.1f} %", f"{_mean(lost[composition]):.1f} points lost together",
         )
         for composition in COMPARED
@@ -256,40 +241,33 @@ def _compositions(
     return table
 
 
-def _draw(axes: Axes, measured: dict[str, Measured]) -> None:
-    """Accuracy against the share that is trained; the area of a marker is what is kept for the backward pass."""
-    most = max(method.kept for method in measured.values())
-    for number, (composition, specs) in enumerate(SPECS.items()):
-        for spec in specs:
-            method = measured[spec]
-            mean, low, high = _mean(method.alone), min(method.alone), max(method.alone)
-            axes.errorbar(
-                [method.share], [mean], [[mean - low], [high - mean]], color=LINES[number], linewidth=1, alpha=0.6
-            )
-            axes.scatter(
-                [method.share], [mean], s=900 * method.kept / most, color=LINES[number], alpha=0.55, linewidth=0
-            )
-            axes.annotate(
-                f"{spec.partition('[')[0]}, {method.kept / MIB:.0f} MiB", (method.share, mean), xytext=(0, 16),
-                textcoords="offset points", ha="center", fontsize=8,
-            )  # fmt: skip
-        axes.scatter(
-            [],
-            [],
-            s=60,
-            color=LINES[number],
-            alpha=0.55,
-            linewidth=0,
-            label="full fine-tuning" if composition == "all" else f"{composition} composition",
-        )
-    axes.set_xscale("log")
-    axes.margins(x=0.12, y=0.16)
-    axes.set(
-        xlabel="trained parameters, % of the base",
-        ylabel="accuracy, %, mean of two tasks",
-        title="area: bytes kept for the backward pass",
-    )
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+def _figure(measured: dict[str, Measured]) -> Figure:
+    """A panel for each criterion, a row for each method, coloured by composition."""
+    figure, axes = panels(5, width=2.5, height=3.4, sharey=True)
+    names = [spec.partition("[")[0] for spec in measured]
+    colours = dict(zip(SPECS, LINES, strict=False))
+    titles = ("trained parameters", "training step", "inference, merged if it can be", "word order", "together")
+    labels = ("% of the base", "operations / full", "operations / base", "accuracy, %", "points lost, both tasks")
+    for panel, title, label in zip(axes, titles, labels, strict=True):
+        panel.set_title(title, fontsize=9)
+        panel.set_xlabel(label, fontsize=9)
+    for row, method in enumerate(measured.values()):
+        colour = colours[method.composition]
+        for panel, value in zip(axes, (method.share, method.step, method.cheapest), strict=False):
+            panel.plot([value], [row], marker="o", color=colour)
+        lost = [method.lost(i) for i in range(len(method.alone[ORDER]))]
+        for panel, values in zip(axes[3:], (method.alone[ORDER], lost), strict=True):
+            panel.plot(values, [row] * len(values), marker="o", markersize=4, linestyle="", color=colour, alpha=0.4)
+            panel.plot([_mean(values)], [row], marker="|", markersize=11, markeredgewidth=2.5, color=colour)
+    axes[0].set_xscale("log")
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    axes[4].axvline(KEPT, color="#888888", linewidth=0.9, linestyle=":")
+    for composition, colour in colours.items():
+        label = "full fine-tuning" if composition == "all" else f"{composition} composition"
+        axes[0].plot([], [], marker="o", linestyle="", color=colour, label=label)
+    figure.legend(frameon=False, fontsize=8, ncols=4, loc="outside lower center")
+    return figure
 
 
 def _mean(values: list[float]) -> float:
