@@ -17,8 +17,8 @@ from effzoo.lab.texts import DATA, minilm, texts
 
 METHODS = {"full": "freeze[first=0]", "adapter": "houlsby[bottleneck=64]"}
 HEAD = "head alone"
-RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-USED = {"full": 3e-4, "adapter": 1e-3}  # with few texts
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+USED = {"full": 3e-4, "adapter": 1e-2}  # with few texts
 HEAD_RATE = 3e-3
 LOWER = 2  # layers
 PLATEAU = 0.05  # of accuracy, below the best rate
@@ -33,7 +33,7 @@ WITHIN = 0.02
 def learning_rates(run: Run) -> Findings:
     """How much does accuracy depend on the learning rate, and on the number of training texts, with adapters and with
     full fine-tuning?"""
-    length, steps = 10, run.choose(10, 30)
+    length, steps = 10, run.choose(10, 150)
     few = (32, 128)
     by_rate: dict[str, list[list[float]]] = {name: [] for name in METHODS}  # [seeds][rates]
     by_count: dict[str, list[list[float]]] = {name: [] for name in METHODS}  # [seeds][counts]
