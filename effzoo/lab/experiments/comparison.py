@@ -82,7 +82,7 @@ class Measured:
 )  # fmt: skip
 def comparison(run: Run) -> Findings:
     """What do parameter, input and function composition cost and give, by the tutorial's five criteria?"""
-    length, steps, few, batch = 12, run.choose(12, 80), run.choose(6, 16), 16
+    length, steps, few, batch = 12, run.choose(12, 200), run.choose(6, 16), 16
     lower = 3  # layers: word order is seen in these
     measured = {spec: Measured(composition) for composition, specs in SPECS.items() for spec in specs}
     counted = texts(run, length=COUNTED, train=4, test=4)
