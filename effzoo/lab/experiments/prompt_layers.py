@@ -32,7 +32,7 @@ WITHIN = 0.02
 )  # fmt: skip
 def prompt_layers(run: Run) -> Findings:
     """Prompts in which layers matter most?"""
-    length, steps = 10, run.choose(12, 150)
+    length, steps = 10, run.choose(12, 100)
     accuracies: dict[str, list[float]] = {name: [] for name in PROMPTS}
     counts: dict[str, int] = {}
     for seed in run.seeds:
