@@ -1,6 +1,7 @@
 """A field of a configuration of transformers is understood, or changes nothing, or is refused by name: every field of
 every family's class."""
 
+import copy
 import dataclasses
 import json
 
@@ -104,7 +105,7 @@ TOGETHER = {  # what else has to be said for another value to make a model
 
 def others(name, value):
     """Candidates for another value."""
-    yield from OTHERS.get(name, ())
+    yield from copy.deepcopy(OTHERS.get(name, ()))  # transformers writes into what it is given
     if isinstance(value, bool):
         yield not value
     elif isinstance(value, int):
