@@ -580,11 +580,13 @@ def test_weights_that_are_not_finite_are_refused_and_the_model_is_unchanged(valu
 
 
 def test_models_of_other_types_are_refused(tmp_path):
-    config = transformers.DistilBertConfig(vocab_size=41, dim=8, n_layers=1, n_heads=2, hidden_dim=12)
-    with pytest.raises(ConversionError, match="DistilBertModel has no counterpart in effzoo"):
-        convert.from_transformers(transformers.DistilBertModel(config))
-    transformers.DistilBertModel(config).save_pretrained(tmp_path)
-    with pytest.raises(ConversionError, match="is of type 'distilbert'"):
+    config = transformers.SqueezeBertConfig(
+        vocab_size=41, hidden_size=8, embedding_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    with pytest.raises(ConversionError, match="SqueezeBertModel has no counterpart in effzoo"):
+        convert.from_transformers(transformers.SqueezeBertModel(config))
+    transformers.SqueezeBertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ConversionError, match="is of type 'squeezebert'"):
         convert.from_transformers(tmp_path)
     with pytest.raises(ConversionError, match="int has no counterpart"):
         convert.from_transformers(3)

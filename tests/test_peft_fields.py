@@ -40,6 +40,12 @@ SAMPLES = {
     "LORA": (llama, peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"])),
     "IA3": (bert, peft.IA3Config(target_modules=["key", "intermediate.dense"], feedforward_modules=[])),
     "LOKR": (bert, peft.LoKrConfig(r=16, target_modules=["query"])),
+    "LOHA": (bert, peft.LoHaConfig(r=2, alpha=6, target_modules=["query"])),
+    "VERA": (bert, peft.VeraConfig(r=3, save_projection=False, target_modules=["query"])),
+    "FOURIERFT": (bert, peft.FourierFTConfig(n_frequency=9, scaling=20.0, target_modules=["query"])),
+    "OFT": (bert, peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=["query"])),
+    "HRA": (bert, peft.HRAConfig(r=4, target_modules=["query"])),
+    "MISS": (bert, peft.MissConfig(r=3, target_modules=["query"])),
     "PROMPT_TUNING": (llama, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
     "P_TUNING": (llama, peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=4)),
     "PREFIX_TUNING": (llama, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
@@ -67,6 +73,24 @@ HARMLESS = {  # fields that may have any value in a file, and why
     "LOKR": {
         "decompose_both": "the tensors have the shapes", "decompose_factor": "the tensors have the shapes",
         "use_effective_conv2d": "for convolutions",
+        "layers_pattern": "means nothing without layers_to_transform",
+    },
+    "LOHA": {"use_effective_conv2d": "for convolutions", "layers_pattern": "means nothing without layers_to_transform"},
+    "VERA": {
+        "fan_in_fan_out": "how the base is stored", "d_initial": START, "vera_dropout": "in training only",
+        "layers_pattern": "means nothing without layers_to_transform",
+    },
+    "FOURIERFT": {
+        "fan_in_fan_out": "how the base is stored", "layers_pattern": "means nothing without layers_to_transform",
+    },
+    "OFT": {
+        "fan_in_fan_out": "how the base is stored", "eps": "means nothing without coft",
+        "num_cayley_neumann_terms": "means nothing without use_cayley_neumann",
+        "layers_pattern": "means nothing without layers_to_transform",
+    },
+    "HRA": {"layers_pattern": "means nothing without layers_to_transform"},
+    "MISS": {
+        "mini_r": "means nothing without init_weights='mini'", "miss_dropout": "in training only",
         "layers_pattern": "means nothing without layers_to_transform",
     },
     "PROMPT_TUNING": {"prompt_tuning_init": START, "prompt_tuning_init_text": START, "tokenizer_name_or_path": START,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from effzoo.annotations import Count, Probability
+from effzoo.annotations import Count, Probability, Seed, Whole
 from effzoo.convert.peft_files import kronecker, low_rank, memory, prompts, single, tokens, vectors, whole_modules
 from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written
 from effzoo.peft import Method, PeftModule
@@ -128,20 +128,20 @@ COUNTERPARTS = (
     ),
     _single(
         single.VERA,
-        {"r": Count, "projection_prng_key": int, "save_projection": Literal[False], "d_initial": Any,
+        {"r": Count, "projection_prng_key": Seed, "save_projection": Literal[False], "d_initial": Any,
          "vera_dropout": Probability},
     ),
     _single(
         single.FOURIER,
-        {"n_frequency": Count, "n_frequency_pattern": Mapping[str, Count], "scaling": float,
-         "random_loc_seed": int | None, "init_weights": Any},
+        {"n_frequency": Count, "n_frequency_pattern": Mapping[str, Any] | None, "scaling": float,
+         "random_loc_seed": Seed, "init_weights": Any},
     ),
     _single(
         single.OFT,
-        {"r": int, "oft_block_size": int, "coft": bool, "block_share": bool, "use_cayley_neumann": bool, "eps": Any,
+        {"r": Whole, "oft_block_size": Whole, "coft": bool, "block_share": bool, "use_cayley_neumann": bool, "eps": Any,
          "num_cayley_neumann_terms": Any},
     ),
-    _single(single.HRA, {"r": Count, "apply_GS": bool, "rank_pattern": Any}),
+    _single(single.HRA, {"r": Count, "apply_GS": bool}),
     _single(single.MISS, {"r": Count, "mini_r": Any, "miss_dropout": Probability}),
     Counterpart(
         ("LN_TUNING",), (), ("ln_tuning_layers",), NAMED, _norms, whole_modules.read_norms,

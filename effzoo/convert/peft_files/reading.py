@@ -29,7 +29,10 @@ log = logging.getLogger("effzoo.convert")
 OWN_START = (True, False, None, "gaussian", "eva", "orthogonal")  # starts of peft's LoRA that leave the base as it is
 TRIES = 100
 # of which null is none; null elsewhere says that nothing was chosen
-NUMBERS = ("r", "lora_alpha", "alpha", "lora_dropout")
+NUMBERS = (
+    "r", "lora_alpha", "alpha", "lora_dropout", "scaling", "projection_prng_key", "n_frequency", "random_loc_seed",
+    "oft_block_size",
+)  # fmt: skip
 # what their tensors of a module begin with
 OF_MODULES = (
     "lora_", "ia3_", "lokr_", r"ln_tuning_layers\.", "trainable_tokens_", "hada_", "vera_", "fourierft_", "oft_",

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, tidy
+from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written, shaped, tidy
 from effzoo.errors import AdapterError
 from effzoo.peft import Method, PeftModule
 from effzoo.peft.parameter.fourierft import FourierFT, Spectrum
@@ -32,7 +32,8 @@ class Form:
     keys: {our tensor: the end of their key}.
     transposed: whether their tensors are ours transposed.
     config: (method, module) -> what their config says of a module.
-    options: (config, their module, tensors of ours) -> our options.
+    options: (config, their module, inputs) -> our options.
+    shapes: (our options, outputs, inputs) -> the shape of each of our tensors.
     """
 
     method: str
@@ -40,7 +41,8 @@ class Form:
     module: type[PeftModule]
     keys: Mapping[str, str]
     config: Callable[[Method, Any], Config]
-    options: Callable[[Config, str, Mapping[str, Tensor]], dict[str, Any]]
+    options: Callable[[Config, str, int], dict[str, Any]]
+    shapes: Callable[[dict[str, Any], int, int], dict[str, tuple[int, ...]]]
     transposed: bool = False
 
     @property
@@ -110,7 +112,12 @@ class Form:
         for theirs, own in found.items():
             if lacking := [name for name in self.keys if name not in own]:
                 raise AdapterError(f"{theirs}.{self.keys[lacking[0]]} is missing in the file; copy the whole adapter")
-            wanted[twin.rules[theirs].ours[0]] = Wanted(self.method, self.options(config, theirs, own), own)
+            path = twin.rules[theirs].ours[0]
+            outputs, inputs = twin.weight(path).shape
+            options = self.options(config, theirs, inputs)
+            for name, shape in self.shapes(options, outputs, inputs).items():
+                shaped(f"{theirs}.{self.keys[name]}", own[name], *shape)
+            wanted[path] = Wanted(self.method, options, own)
         _check_one_size(self, twin, wanted)
         return wanted
 
@@ -131,21 +138,21 @@ def _check_one_size(form: Form, twin: Twin, wanted: Mapping[str, Wanted]) -> Non
         )
 
 
-def _loha(config: Config, theirs: str, own: Mapping[str, Tensor]) -> dict[str, Any]:
+def _loha(config: Config, theirs: str, inputs: int) -> dict[str, Any]:
     rank = config["rank_pattern"].of(theirs, config.get("r", 8))
     return {"rank": int(rank), "alpha": float(config["alpha_pattern"].of(theirs, config.get("alpha", 8)))}
 
 
-def _miss(config: Config, theirs: str, own: Mapping[str, Tensor]) -> dict[str, Any]:
+def _miss(config: Config, theirs: str, inputs: int) -> dict[str, Any]:
     if config.get("init_weights", True) not in (True, False):
         raise AdapterError(
             f"init_weights={config['init_weights']!r} of MiSS is another function than [D D D ...] x; effzoo reads the "
             "one of init_weights=true"
         )
-    return {"rank": int(config.get("r", 64))}
+    return {"rank": config.get("r", 64)}
 
 
-def _oft(config: Config, theirs: str, own: Mapping[str, Tensor]) -> dict[str, Any]:
+def _oft(config: Config, theirs: str, inputs: int) -> dict[str, Any]:
     if config.get("use_cayley_neumann", True):
         raise AdapterError(
             "use_cayley_neumann=true of OFT cuts the series of (I - Q)^-1 after a few terms, so its matrices are not "
@@ -154,17 +161,37 @@ def _oft(config: Config, theirs: str, own: Mapping[str, Tensor]) -> dict[str, An
     for field in ("coft", "block_share"):
         if config.get(field):
             raise AdapterError(f"{field}=true of OFT has no counterpart in effzoo; train without it")
-    size = config.get("oft_block_size") or round((1 + (1 + 8 * own["blocks"].shape[-1]) ** 0.5) / 2)
-    return {"block": int(size)}
+    blocks, size = config.get("r", 0), config.get("oft_block_size", 32)
+    size = inputs // blocks if not size and blocks > 0 else size
+    if size < 2 or inputs % size or blocks not in (0, inputs // size):
+        raise AdapterError(
+            f"r={blocks} blocks of oft_block_size={size} do not fill the {inputs} inputs of {theirs}; one of both is 0 "
+            "in the files of peft, and the other divides the inputs"
+        )
+    return {"block": size}
 
 
-def _hra(config: Config, theirs: str, own: Mapping[str, Tensor]) -> dict[str, Any]:
+def _hra(config: Config, theirs: str, inputs: int) -> dict[str, Any]:
     if config.get("apply_GS"):
         raise AdapterError(
             "apply_GS=true of HRA makes the reflections orthogonal to each other, which effzoo has not; train "
             "without it"
         )
-    return {"rank": len(own["u"])}
+    if config.get("r", 8) % 2:
+        raise AdapterError(f"r={config['r']}: reflections of effzoo come in pairs; train with an even r")
+    return {"rank": config.get("r", 8)}
+
+
+def _fourier(config: Config, theirs: str, inputs: int) -> dict[str, Any]:
+    if config.get("n_frequency_pattern"):
+        raise AdapterError(
+            f"n_frequency_pattern={config['n_frequency_pattern']!r}: effzoo reads one number of frequencies for all "
+            "modules; train without it"
+        )
+    return {
+        "frequencies": config.get("n_frequency", 1000), "scale": float(config.get("scaling", 150.0)),
+        "seed": config.get("random_loc_seed", 777),
+    }  # fmt: skip
 
 
 def _vera_of(method: Method, module: Vectors) -> Config:
@@ -190,17 +217,19 @@ def _loha_of(method: Method, module: HadamardProduct) -> Config:
 LOHA = Form(
     "loha", "LOHA", HadamardProduct,
     {"A1": "hada_w1_b", "B1": "hada_w1_a", "A2": "hada_w2_b", "B2": "hada_w2_a"}, _loha_of, _loha,
+    lambda options, outputs, inputs: {
+        **dict.fromkeys(("A1", "A2"), (options["rank"], inputs)),
+        **dict.fromkeys(("B1", "B2"), (outputs, options["rank"])),
+    },
 )  # fmt: skip
 VERA = Form(
     "vera", "VERA", Vectors, {"d": "vera_lambda_d", "b": "vera_lambda_b"}, _vera_of,
-    lambda config, theirs, own: {"rank": len(own["d"]), "seed": int(config.get("projection_prng_key", 0))},
+    lambda config, theirs, inputs: {"rank": config.get("r", 256), "seed": config.get("projection_prng_key", 0)},
+    lambda options, outputs, inputs: {"d": (options["rank"],), "b": (outputs,)},
 )  # fmt: skip
 FOURIER = Form(
-    "fourierft", "FOURIERFT", Spectrum, {"c": "fourierft_spectrum"}, _fourier_of,
-    lambda config, theirs, own: {
-        "frequencies": len(own["c"]), "scale": float(config.get("scaling", 150.0)),
-        "seed": int(config.get("random_loc_seed") or 0),
-    },
+    "fourierft", "FOURIERFT", Spectrum, {"c": "fourierft_spectrum"}, _fourier_of, _fourier,
+    lambda options, outputs, inputs: {"c": (options["frequencies"],)},
 )  # fmt: skip
 OFT = Form(
     "oft", "OFT", Rotation, {"blocks": "oft_R.weight"},
@@ -208,12 +237,15 @@ OFT = Form(
         "r": 0, "oft_block_size": module.size, "use_cayley_neumann": False, "coft": False, "block_share": False,
     },
     _oft,
+    lambda options, outputs, inputs: {
+        "blocks": (inputs // options["block"], options["block"] * (options["block"] - 1) // 2)
+    },
 )  # fmt: skip
 HRA = Form(
     "hra", "HRA", Reflections, {"u": "hra_u"}, lambda method, module: {"r": len(module.u), "apply_GS": False}, _hra,
-    transposed=True,
+    lambda options, outputs, inputs: {"u": (options["rank"], inputs)}, transposed=True,
 )  # fmt: skip
 MISS = Form(
     "miss", "MISS", SharedShards, {"D": "miss_block"}, lambda method, module: {"r": module.D.shape[1]}, _miss,
-    transposed=True,
+    lambda options, outputs, inputs: {"D": (outputs, options["rank"])}, transposed=True,
 )  # fmt: skip
