@@ -38,8 +38,8 @@ class HadamardProduct(Positionwise, PeftModule):
 
 @peft.register("loha", "fedpara")
 class LoHa(Method):
-    """W' = W + (alpha / rank) (B1 A1) * (B2 A2), an entrywise product: factors of rank r make a
-    change of rank r^2.
+    """W' = W + (alpha / rank) (B1 A1) * (B2 A2), an entrywise product: factors of rank r make a change of
+    rank r^2.
 
     rank: r of each of the two products.
     alpha: None for the rank, so that the scale is 1.

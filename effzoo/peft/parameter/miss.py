@@ -34,8 +34,7 @@ class SharedShards(Positionwise, PeftModule):
 
 @peft.register("miss", "bone")
 class MiSS(Method):
-    """W' = W + [D D D ...], D [out, rank] repeated over the inputs: the inputs are summed in groups of `rank`, and D
-    maps the sum.
+    """W' = W + [D D D ...]: D [out, rank] is repeated over the inputs, so every group of `rank` inputs shares it.
 
     rank: columns of D.
 
