@@ -85,6 +85,11 @@ MERGEABLE = [
     "miss[rank=4]",
     "miss[rank=5]",
     "lora_fa[rank=3, alpha=5]",
+    "adalora[rank=4, scale=0.7]",
+    "boft[block=4]",
+    "boft[block=4, factors=3]",
+    "randlora[bases=3, scale=2.0]",
+    "vblora[rank=3, vectors=7, length=4]",
 ]
 
 
@@ -124,6 +129,8 @@ def test_the_site_with_the_method_is_the_site_with_the_weight_plus_delta(tiny, s
         ("hra[rank=4]", 4),
         ("miss[rank=5]", 5),
         ("lora_fa[rank=3]", 3),
+        ("adalora[rank=3, scale=100.0]", 3),
+        ("vblora[rank=3, vectors=7]", 3),
     ],
 )
 def test_the_declared_rank_is_the_numerical_rank_of_the_change(tiny, spec, rank):
@@ -131,7 +138,9 @@ def test_the_declared_rank_is_the_numerical_rank_of_the_change(tiny, spec, rank)
     assert effzoo.account(model).rank == rank == max(ranks(model).values())
 
 
-@pytest.mark.parametrize("spec", ["dora[rank=3]", "intrinsic[dim=20]", "lora[rank=3, init=loftq]"])
+@pytest.mark.parametrize(
+    "spec", ["dora[rank=3]", "intrinsic[dim=20]", "lora[rank=3, init=loftq]", "boft[block=4]", "randlora[bases=3]"]
+)
 def test_what_declares_full_rank_has_it(tiny, spec):
     model = build(tiny, spec, task="features")
     assert effzoo.account(model).rank == "full" and ranks(model)["blocks.0.attn.q.weight"] == D
@@ -178,6 +187,13 @@ COUNTS = [
     ("hra[rank=4]", "full", LAYERS * 2 * D * 4),
     ("miss[rank=4]", "full", LAYERS * 2 * D * 4),
     ("lora_fa[rank=4]", "full", LAYERS * 2 * D * 4),
+    ("adalora[rank=4]", "full", LAYERS * 2 * 4 * (2 * D + 1)),
+    ("boft[block=4]", "full", LAYERS * 2 * (2 * D * 3 // 2 + D)),
+    ("boft[block=4, factors=3, targets=mlp.down]", "full", LAYERS * (3 * MLP * 3 // 2 + D)),
+    ("randlora[bases=4]", "full", LAYERS * 2 * 4 * (D + 4)),
+    ("randlora[bases=3, targets=(mlp.up, mlp.down)]", "full", LAYERS * 2 * 3 * (D + 6)),  # of the smaller side
+    ("vblora[rank=3, vectors=7, length=4]", "full", 7 * 4 + LAYERS * 2 * 3 * 7 * 2 * D // 4),
+    ("vblora[rank=2, vectors=5, targets=(attn.q, mlp.up)]", "full", 5 * 16 + LAYERS * 2 * 5 * (2 * D + D + MLP) // 16),
 ]
 
 
@@ -748,8 +764,73 @@ def test_vera_shares_its_matrices_over_sites_of_any_size(tiny):
     assert len({id(module(copied, f"blocks.{i}.attn.q", "vera").shared) for i in range(2)}) == 1
 
 
+def test_butterfly_factors_rotate_pairs_of_runs_that_lie_apart(tiny):
+    """Entry by entry: factor i > 1 rotates the inputs of run c and of the run 2^(i-2) blocks further, in one block."""
+    part = module(build(tiny, "boft[block=4, factors=3]"), "blocks.0.attn.q", "boft")
+    R, eye = torch.eye(D, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
+    for factor in range(3):
+        B, used = torch.zeros(D, D, dtype=torch.float64), []
+        for block in range(4):
+            if factor == 0:
+                places = [4 * block + j for j in range(4)]
+            else:  # runs of two inputs; a group holds 2^(factor + 1) of them
+                group, at = divmod(block, 2**factor)
+                runs = [group * 2 ** (factor + 1) + at, group * 2 ** (factor + 1) + at + 2**factor]
+                places = [2 * run + j for run in runs for j in range(2)]
+            numbers, Q = iter(part.blocks[factor, block].tolist()), torch.zeros(4, 4, dtype=torch.float64)
+            for i in range(4):
+                for j in range(i + 1, 4):
+                    Q[i, j] = next(numbers)
+                    Q[j, i] = -Q[i, j]
+            B[torch.tensor(places)[:, None], torch.tensor(places)] = (eye + Q) @ torch.linalg.inv(eye - Q)
+            used += places
+        assert sorted(used) == list(range(D))
+        R = R @ B
+    assert torch.allclose(R @ R.T, torch.eye(D, dtype=torch.float64), **EXACT) and (R.abs() > 1e-12).all()
+    weight = torch.randn(7, D, dtype=torch.float64)
+    part.s = nn.Parameter(torch.randn(7, dtype=torch.float64))
+    assert torch.allclose(part.weight(weight), part.s.diag() @ weight @ R, **EXACT)
+
+
+@pytest.mark.parametrize(("role", "outputs", "inputs"), [("mlp.up", MLP, D), ("mlp.down", D, MLP), ("attn.q", D, D)])
+def test_random_bases_add_up_scaled_and_stretched(tiny, role, outputs, inputs):
+    """D = sum_i B_i diag(scales_i) A diag(stretches_i), entry by entry, of the smaller side."""
+    model = build(tiny, f"randlora[bases=3, scale=2.0, seed=5, targets=({role}, mlp.up)]")
+    part = module(model, f"blocks.1.{role}", "randlora")
+    assert part.scales.shape == (3, 6) and part.shared.A.shape == (6, D) and part.shared.B.shape == (MLP, 3, 6)
+    assert abs(part.shared.B.std() - 1) < 0.1
+    small, large = sorted((inputs, outputs))
+    wanted = torch.zeros(large, small, dtype=torch.float64)
+    for i in range(3):
+        A, B = part.shared.A[:, :small].double(), part.shared.B[:large, i].double()
+        wanted += B @ part.scales[i].diag() @ A @ part.stretches[i].diag()
+    wanted = 2.0 * (wanted.T if inputs > outputs else wanted)
+    assert torch.allclose(delta(model)[f"blocks.1.{role}.weight"], wanted, **EXACT)
+    assert numerical_rank(wanted) == D
+
+
+def test_factors_are_mixtures_of_vectors_of_the_bank(tiny):
+    """Run by run: sum_m softmax(z)_m h_m over the k largest logits, one bank for all sites."""
+    model = build(tiny, "vblora[rank=3, vectors=7, length=4, k=3, targets=(attn.q, mlp.up)]")
+    part, other = module(model, "blocks.0.mlp.up", "vblora"), module(model, "blocks.1.attn.q", "vblora")
+    assert part.bank is other.bank and part.bank.shape == (7, 4)
+    A, B = torch.zeros(3, D, dtype=torch.float64), torch.zeros(MLP, 3, dtype=torch.float64)
+    for factor, logits in (("A", part.logits_A), ("B", part.logits_B)):
+        for i in range(logits.shape[0]):
+            for j in range(logits.shape[1]):
+                order = sorted(range(7), key=lambda m: -logits[i, j, m].item())[:3]
+                total = sum(math.exp(logits[i, j, m].item()) for m in order)
+                run = sum(math.exp(logits[i, j, m].item()) / total * part.bank[m] for m in order)
+                if factor == "A":
+                    A[i, 4 * j : 4 * j + 4] = run
+                else:
+                    B[4 * i : 4 * i + 4, j] = run
+    assert torch.allclose(delta(model)["blocks.0.mlp.up.weight"], B @ A, **EXACT)
+
+
 @pytest.mark.parametrize("spec", ["loha[rank=2]", "vera[rank=5]", "fourierft[frequencies=9]", "oft[block=6]",
-                                  "hra[rank=4]", "miss[rank=5]", "lora_fa[rank=2]"])  # fmt: skip
+                                  "hra[rank=4]", "miss[rank=5]", "lora_fa[rank=2]", "adalora", "boft",
+                                  "randlora"])  # fmt: skip
 def test_newer_methods_start_as_the_base(tiny, spec):
     bare = build(tiny)
     model = effzoo.attach(copy.deepcopy(bare), spec).eval()
@@ -761,6 +842,10 @@ def test_newer_methods_start_as_the_base(tiny, spec):
     [
         ("hra[rank=3]", "reflections come in pairs, got rank=3; give 4"),
         ("oft[block=1]", "a rotation needs a block of 2 or more"),
+        ("boft[block=3]", "an even number of them for more than one factor, got block=3 and factors=2"),
+        ("boft[block=8, factors=3]", "mix 32 inputs, which do not divide the 16 of 'attn.q'"),
+        ("vblora[length=3]", "vectors of length 3 have to divide .* common divisors are those of 16"),
+        ("vblora[vectors=2, k=3]", "takes k=3 of 2 vectors"),
     ],
 )
 def test_newer_methods_refuse_what_is_no_size(tiny, spec, said):
@@ -789,11 +874,12 @@ def hf_bert():
     return base
 
 
-def assert_equals_peft(base, config, spec, names):
+def assert_equals_peft(base, config, spec, names, prepare=lambda ours, theirs: None):
     """Copy our drawn adapter into theirs; logits and gradients of every adapter tensor agree to 1e-10. names: our
     tensor -> theirs (a function)."""
     ours = effzoo.attach(effzoo.convert.from_transformers(copy.deepcopy(base)), spec).eval()
     theirs = peft.get_peft_model(base, config).eval()
+    prepare(ours, theirs)
     method, pairs = spec.split("[")[0], []
     for i in range(2):
         for role, name in (("q", "query"), ("v", "value")):
@@ -804,7 +890,9 @@ def assert_equals_peft(base, config, spec, names):
         for our, their in pairs:
             our.normal_(0.3, 0.5)
             their.copy_(our)
-    assert sum(p.requires_grad for p in theirs.parameters()) == len(pairs), "peft trains something else as well"
+    assert sum(p.requires_grad for p in theirs.parameters()) == len({id(our) for our, _ in pairs}), (
+        "peft trains something else as well"
+    )
     ids, mask = torch.randint(5, 41, (3, 9)), torch.ones(3, 9, dtype=torch.long)
     mask[1, 6:] = 0
     out, other = theirs(input_ids=ids, attention_mask=mask).logits, ours(ids, attention_mask=mask).logits
@@ -896,6 +984,112 @@ def test_rotations_equal_oft_of_peft():
     config = peft.OFTConfig(target_modules=["query", "value"], r=0, oft_block_size=4, use_cayley_neumann=False)
     names = {"blocks": lambda layer: layer.oft_R["default"].weight}
     assert_equals_peft(hf_bert(), config, "oft[block=4, targets=(attn.q, attn.v)]", names)
+
+
+def test_adalora_equals_peft():
+    """peft divides its alpha by the rank plus 1e-5, and makes that rank trainable where it casts it to float64."""
+
+    def only_what_it_trains(ours, theirs):
+        for key, parameter in theirs.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and "ranknum" not in key)
+
+    config = peft.AdaLoraConfig(target_modules=["query", "value"], init_r=4, lora_alpha=6, total_step=10)
+    names = {
+        "P": lambda layer: layer.lora_B["default"],
+        "Q": lambda layer: layer.lora_A["default"],
+        "E": lambda layer: Column(layer.lora_E["default"]),
+    }
+    spec = f"adalora[rank=4, scale={6 / (4 + 1e-5)!r}, targets=(attn.q, attn.v)]"
+    assert_equals_peft(hf_bert(), config, spec, names, prepare=only_what_it_trains)
+
+
+def block_diagonals(blocks):
+    return torch.stack([torch.block_diag(*factor) for factor in blocks])
+
+
+class OnCPU:
+    """What peft compiles for CUDA: blocks [N, D, H, H] on diagonals [N, D H, D H]."""
+
+    @staticmethod
+    def forward(blocks):
+        return [block_diagonals(blocks)]
+
+    @staticmethod
+    def backward(grad, blocks):
+        with torch.enable_grad():
+            again = blocks.detach().requires_grad_()
+            return list(torch.autograd.grad(block_diagonals(again), again, grad))
+
+
+@pytest.mark.parametrize("factors", [1, 2])
+def test_butterflies_equal_boft_of_peft(factors, monkeypatch):
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: OnCPU)
+    config = peft.BOFTConfig(target_modules=["query", "value"], boft_block_size=2, boft_n_butterfly_factor=factors)
+    names = {"blocks": lambda layer: Above(layer.boft_R["default"]), "s": lambda layer: Column(layer.boft_s["default"])}
+    spec = f"boft[block=2, factors={factors}, targets=(attn.q, attn.v)]"
+    assert_equals_peft(hf_bert(), config, spec, names)
+
+
+def test_randlora_equals_peft_on_the_same_random_matrices():
+    """Their columns of B are numbered by (rank, base), ours by (base, rank)."""
+    config = peft.RandLoraConfig(target_modules=["query", "value"], r=4, randlora_alpha=8)
+    names = {
+        "scales": lambda layer: Transposed(layer.randlora_lambda["default"]),
+        "stretches": lambda layer: layer.randlora_gamma["default"],
+    }
+
+    def same_matrices(ours, theirs):
+        theirs.double()
+        shared = ours.blocks[0].attn.q.adapters["default"]["randlora"].shared
+        layer = theirs.base_model.model.bert.encoder.layer[0].attention.self.query
+        A, B = layer.randlora_A["default"], layer.randlora_B["default"]
+        shared.A.copy_(A[:, 0])
+        shared.B.copy_(B.flatten(1).view(12, 4, 3).transpose(1, 2))
+
+    spec = "randlora[bases=3, scale=2.0, targets=(attn.q, attn.v)]"
+    assert_equals_peft(hf_bert(), config, spec, names, prepare=same_matrices)
+
+
+def test_vblora_equals_peft():
+    config = peft.VBLoRAConfig(target_modules=["query", "value"], r=3, num_vectors=7, vector_length=4, topk=2)
+    names = {
+        "logits_A": lambda layer: layer.vblora_logits_A["default"],
+        "logits_B": lambda layer: layer.vblora_logits_B["default"],
+        "bank": lambda layer: layer.vblora_vector_bank["default"],
+    }
+    assert_equals_peft(hf_bert(), config, "vblora[rank=3, vectors=7, length=4, k=2, targets=(attn.q, attn.v)]", names)
+
+
+class Column:
+    """A parameter [n, 1] of peft where ours is [n]."""
+
+    def __init__(self, parameter):
+        self.parameter = parameter
+
+    def copy_(self, value):
+        self.parameter.copy_(value[:, None])
+
+    @property
+    def grad(self):
+        return self.parameter.grad[:, 0]
+
+
+class Above:
+    """A parameter of peft, of whose skew-symmetric part ours is what stands above the diagonal."""
+
+    def __init__(self, parameter):
+        self.parameter, size = parameter, parameter.shape[-1]
+        self.places = torch.triu_indices(size, size, 1)
+
+    def copy_(self, value):
+        rows, columns = self.places
+        self.parameter.zero_()
+        self.parameter[..., rows, columns] = value
+        self.parameter[..., columns, rows] = -value
+
+    @property
+    def grad(self):  # ours enters twice, theirs at each place with half its value
+        return 2 * self.parameter.grad[..., self.places[0], self.places[1]]
 
 
 class Transposed:

@@ -30,6 +30,7 @@ SHARED: dict[str, str] = {
     "compacter": "the matrices of the Kronecker sums", "compacter_plus": "the matrices of the Kronecker sums",
     "fish": "one vector holds the entries of all tensors", "intrinsic": "one vector is projected to all tensors",
     "said": "one vector is projected to all tensors", "mam": "the reparametrisation of the prefixes",
+    "vblora": "one bank of vectors is for all",
     "unipelt": "the reparametrisation of the prefixes", "pals": "the projections to the small width and back",
 }  # fmt: skip
 

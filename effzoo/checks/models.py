@@ -119,6 +119,7 @@ def train(model: nn.Module, batch: dict[str, Tensor], steps: int = 3) -> dict[st
         for name, parameter in model.named_parameters():
             if name in seen and parameter.grad is not None:
                 seen[name] = _larger(seen[name], float(parameter.grad.abs().max()))
+        training.after_backward(model)
         optimizer.step()
     optimizer.zero_grad()
     model.eval()

@@ -123,6 +123,8 @@ def fit(
             loss.backward()
             if clip is not None:
                 nn.utils.clip_grad_norm_(list(named.values()), clip)
+            if adapters:
+                peft.after_backward(model)
             optimizer.step()
             timetable.step()
             if after is not None:

@@ -15,7 +15,18 @@ from effzoo.peft.method import Method
 from effzoo.peft.modular import extract, gather
 from effzoo.peft.state import Attachment
 from effzoo.peft.status import Status, status
-from effzoo.peft.training import begin, calibrate, finish, learning_rates, loss, penalty, schedule, stages, timetable
+from effzoo.peft.training import (
+    after_backward,
+    begin,
+    calibrate,
+    finish,
+    learning_rates,
+    loss,
+    penalty,
+    schedule,
+    stages,
+    timetable,
+)
 from effzoo.peft.training_hooks import Stage, TrainingHooks
 from effzoo.registry import peft as _view
 from effzoo.sites import HookContext, Memory, PeftModule, SideNetwork
@@ -25,11 +36,12 @@ aliases = _view.aliases
 
 __all__ = [
     "Account", "Attachment", "Combined", "Flops", "HookContext", "Memory", "MergeReport", "Method", "PeftModule",
-    "SideNetwork", "Stage", "Status", "TrainingHooks", "account", "activate", "active", "aliases", "attach", "attached",
-    "base_rounding", "begin", "calibrate", "combine", "create", "delta", "detach", "disabled", "extract", "finish",
-    "flops", "gather", "get", "combined", "function", "learning_rates", "load_adapter", "input", "loss", "merge",
-    "modular", "names", "options", "penalty", "parameter", "ranks", "recast", "register", "roles", "save_adapter",
-    "schedule", "stages", "status", "swap_weights", "timetable", "unmerge", "within",
+    "SideNetwork", "Stage", "Status", "TrainingHooks", "account", "activate", "active", "after_backward", "aliases",
+    "attach", "attached", "base_rounding", "begin", "calibrate", "combine", "create", "delta", "detach", "disabled",
+    "extract", "finish", "flops", "gather", "get", "combined", "function", "learning_rates", "load_adapter", "input",
+    "loss", "merge", "modular", "names", "options", "penalty", "parameter", "ranks", "recast",
+    "register", "roles", "save_adapter", "schedule", "stages", "status", "swap_weights", "timetable", "unmerge",
+    "within",
 ]  # fmt: skip
 
 check_arguments(globals())

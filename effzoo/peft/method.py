@@ -33,8 +33,8 @@ FORMER = {  # what methods said before, and how it is said now
     "alike": "tell the checks: effzoo.checks.facts.SAME_AT_START[name] = reason",
 }
 OF_TRAINING = (
-    "calibrate", "schedule", "penalty", "begin", "finish", "stages", "consistency", "rates", "schedule_ends",
-    "hooks_in_use",
+    "calibrate", "schedule", "after_backward", "penalty", "begin", "finish", "stages", "consistency", "rates",
+    "schedule_ends", "hooks_in_use",
 )
 # fmt: on
 

@@ -5,7 +5,9 @@
         effzoo.peft.begin(model, stage); optimizer = ...             # a fresh optimizer
         for step in range(steps):
             effzoo.peft.schedule(model, step / steps)
-            effzoo.peft.loss(model, **batch).backward(); optimizer.step(); optimizer.zero_grad()
+            effzoo.peft.loss(model, **batch).backward()
+            effzoo.peft.after_backward(model)
+            optimizer.step(); optimizer.zero_grad()
     effzoo.peft.finish(model)                                        # drop what only training needed
 
 All of them concern the active adapters that are trained, and do nothing for methods without the hook in question
@@ -273,6 +275,12 @@ def schedule(model: nn.Module, progress: Fraction) -> None:
     """Tell methods how much of the stage is done, in [0, 1), before an optimizer step."""
     for method, modules in hooked(model, "schedule"):
         method.schedule(modules, progress)
+
+
+def after_backward(model: nn.Module) -> None:
+    """Show methods the gradients of an optimizer step, before the optimizer uses them."""
+    for method, modules in hooked(model, "after_backward"):
+        method.after_backward(modules)
 
 
 def penalty(model: nn.Module) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from effzoo.peft.method import Batches, Method, Modules
 
-HOOKS = ("calibrate", "schedule", "penalty", "begin", "finish")
+HOOKS = ("calibrate", "schedule", "after_backward", "penalty", "begin", "finish")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ class TrainingHooks(Method):
 
     def schedule(self, modules: Modules, progress: float) -> None:
         """Called before every optimizer step. progress: the share of this stage that is done, in [0, 1)."""
+
+    def after_backward(self, modules: Modules) -> None:
+        """Called before the optimizer uses the gradients of a step, which the parameters then have, clipped."""
 
     def penalty(self, modules: Modules) -> Tensor | None:
         """A scalar that is added to the loss of every optimizer step."""

@@ -148,6 +148,8 @@ class Loop(Told):
         if self.main:
             self.gradients.warn_of_none()
         self.tell("on_gradients")
+        if math.isfinite(self.norm):  # else the scaler leaves the step out
+            training.after_backward(self.model)
         self.scaler.step(self.optimizer)
         scale = self.scaler.get_scale()
         self.scaler.update()

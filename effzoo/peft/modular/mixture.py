@@ -154,6 +154,10 @@ class MixtureMethod(TrainingHooks):
         for _, method, own in self._hooked(modules, "schedule"):
             method.schedule(own, progress)
 
+    def after_backward(self, modules: Modules) -> None:
+        for _, method, own in self._hooked(modules, "after_backward"):
+            method.after_backward(own)
+
     def penalty(self, modules: Modules) -> Tensor | None:
         values = [method.penalty(own) for _, method, own in self._hooked(modules, "penalty")]
         penalties = [value for value in values if value is not None]

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effzoo.annotations import Count, Positive
-from effzoo.peft.method import Layers, Method, Targets
+from effzoo.peft.parameter.ranked import Ranked
 from effzoo.registry import peft
 from effzoo.sites import HookContext, Linear, PeftModule, Positionwise, Site
 
@@ -37,7 +36,7 @@ class HadamardProduct(Positionwise, PeftModule):
 
 
 @peft.register("loha", "fedpara")
-class LoHa(Method):
+class LoHa(Ranked):
     """W' = W + (alpha / rank) (B1 A1) * (B2 A2), an entrywise product: factors of rank r make a change of
     rank r^2.
 
@@ -49,18 +48,8 @@ class LoHa(Method):
     """
 
     paper = "Hyeon-Woo et al. 2022, FedPara: Low-rank Hadamard product, arXiv:2108.06098, section 2.2, proposition 1"
-    accepts = (Linear,)
-    default_targets = ("attn.q*", "attn.v*")
     learning_rate = 2e-3
-    size = "rank"
-
-    def __init__(
-        self, *, rank: Count = 8, alpha: Positive | None = None, targets: Targets = None, layers: Layers = None
-    ):
-        super().__init__(targets=targets, layers=layers)
-        self.rank, self.alpha = rank, alpha
 
     def make(self, site: Site) -> PeftModule:
         assert isinstance(site, Linear)
-        scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        return HadamardProduct(site.in_features, site.out_features, self.rank, scale)
+        return HadamardProduct(site.in_features, site.out_features, self.rank, self.scale)

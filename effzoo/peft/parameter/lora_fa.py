@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from effzoo.annotations import Count, Positive
-from effzoo.peft.method import Layers, Method, Targets
+from effzoo.peft.parameter.ranked import Ranked
 from effzoo.registry import peft
 from effzoo.sites import HookContext, Linear, PeftModule, Positionwise, Site
 
@@ -37,7 +36,7 @@ class FrozenA(Positionwise, PeftModule):
 
 
 @peft.register("lora_fa")
-class LoRAFA(Method):
+class LoRAFA(Ranked):
     """y = W x + (alpha / rank) B A x, where B [out, rank] is trained and A [rank, in] stays as it was drawn.
 
     rank: of the change.
@@ -48,18 +47,8 @@ class LoRAFA(Method):
     """
 
     paper = "Zhang et al. 2023, LoRA-FA: Memory-efficient low-rank adaptation, arXiv:2308.03303, section 3.1"
-    accepts = (Linear,)
-    default_targets = ("attn.q*", "attn.v*")
     learning_rate = 2e-3
-    size = "rank"
-
-    def __init__(
-        self, *, rank: Count = 8, alpha: Positive | None = None, targets: Targets = None, layers: Layers = None
-    ):
-        super().__init__(targets=targets, layers=layers)
-        self.rank, self.alpha = rank, alpha
 
     def make(self, site: Site) -> PeftModule:
         assert isinstance(site, Linear)
-        scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        return FrozenA(site.in_features, site.out_features, self.rank, scale)
+        return FrozenA(site.in_features, site.out_features, self.rank, self.scale)

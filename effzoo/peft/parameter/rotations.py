@@ -1,4 +1,4 @@
-"""Orthogonal fine-tuning: the input of a frozen weight is rotated (OFT) or reflected (HRA)."""
+"""Orthogonal fine-tuning: the input of a frozen weight is rotated (OFT, BOFT) or reflected (HRA)."""
 
 from __future__ import annotations
 
@@ -6,23 +6,33 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from effzoo.annotations import Count
+from effzoo.annotations import Count, Few
 from effzoo.errors import OptionError
 from effzoo.peft.method import Layers, Method, Targets
 from effzoo.registry import peft
 from effzoo.sites import HookContext, Linear, PeftModule, Positionwise, Site
 
 
-def cayley(numbers: Tensor, size: int) -> Tensor:
-    """Rotations (I + Q) (I - Q)^-1 [..., size, size] of the skew-symmetric Q with these numbers above its diagonal.
+def skew(numbers: Tensor, size: int) -> Tensor:
+    """Q [..., size, size], skew-symmetric, with these numbers above its diagonal.
 
-    numbers: [..., size (size - 1) / 2], row by row; zeros are I.
+    numbers: [..., size (size - 1) / 2], row by row.
     """
     rows, columns = torch.triu_indices(size, size, 1, device=numbers.device)
     upper = numbers.new_zeros(*numbers.shape[:-1], size, size)
     upper[..., rows, columns] = numbers
-    Q, identity = upper - upper.mT, torch.eye(size, dtype=numbers.dtype, device=numbers.device)
+    return upper - upper.mT
+
+
+def cayley(numbers: Tensor, size: int) -> Tensor:
+    """Rotations (I + Q) (I - Q)^-1 [..., size, size] with Q = skew(numbers); zeros are I."""
+    Q, identity = skew(numbers, size), torch.eye(size, dtype=numbers.dtype, device=numbers.device)
     return torch.linalg.solve(identity - Q, identity + Q, left=False)
+
+
+def turned(blocks: Tensor, R: Tensor) -> Tensor:
+    """Each block [block, size] of the last two axes by its own matrix of R [block, size, size]."""
+    return torch.einsum("bij,...bj->...bi", R, blocks)
 
 
 class Rotation(Positionwise, PeftModule):
@@ -47,7 +57,7 @@ class Rotation(Positionwise, PeftModule):
         R = cayley(self.blocks.to(dtype), self.size).to(x)
         end = self.inputs - self.left
         blocks = rearrange(x[..., :end], "... (block j) -> ... block j", j=self.size)
-        parts = [torch.einsum("bij,...bj->...bi", R, blocks).flatten(-2)]
+        parts = [turned(blocks, R).flatten(-2)]
         if self.rest is not None:
             parts.append(x[..., end:] @ cayley(self.rest.to(dtype), self.left).to(x).mT)
         elif self.left:
@@ -88,6 +98,72 @@ class OFT(Method):
     def make(self, site: Site) -> PeftModule | None:
         assert isinstance(site, Linear)
         return Rotation(site.in_features, self.block) if site.in_features > 1 else None
+
+
+class Butterfly(PeftModule):
+    """W' = diag(s) W R with R = R_1 R_2 ... R_m, each of rotations of `size` inputs.
+
+    blocks: [m, in / size, size (size - 1) / 2].
+
+    Factor 1 rotates neighbours. Factor i > 1 rotates two runs of size / 2 inputs that are 2^(i - 2) size apart, so that
+    m factors together mix size * 2^(m - 1) inputs.
+    """
+
+    delta_rank = None
+
+    def __init__(self, inputs: int, outputs: int, size: int, factors: int):
+        super().__init__()
+        self.size = size
+        self.blocks = nn.Parameter(torch.zeros(factors, inputs // size, size * (size - 1) // 2))
+        self.s = nn.Parameter(torch.ones(outputs))
+
+    def weight(self, weight: Tensor) -> Tensor:
+        dtype, rows = torch.promote_types(weight.dtype, torch.float32), weight  # there is no solver of half precision
+        for i, numbers in enumerate(self.blocks):
+            halves, R = 2 if i else 1, cayley(numbers.to(dtype), self.size).to(weight)
+            sizes = {"half": halves, "at": 2**i, "j": self.size // halves}
+            blocks = rearrange(rows, "out (group half at j) -> out (group at) (half j)", **sizes)
+            turned_rows = turned(blocks, R.mT)  # w R for each row w
+            rows = rearrange(turned_rows, "out (group at) (half j) -> out (group half at j)", **sizes)
+        return self.s.to(weight)[:, None] * rows
+
+
+@peft.register("boft", "butterfly")
+class BOFT(Method):
+    """W' = diag(s) W R, where R = R_1 R_2 ... R_m is a product of butterfly factors: each rotates blocks of inputs, and
+    together they mix far more inputs than a block holds.
+
+    block: size of the blocks, an even number, (I + Q) (I - Q)^-1 with Q skew-symmetric.
+    factors: m; 1 is OFT, m mix block * 2^(m - 1) inputs, which has to divide the inputs of the matrix.
+
+    It trains m * in * (block - 1) / 2 + out numbers for each matrix. s starts at 1; it is not in the equation of the
+    paper, but in the code of its authors. W is composed anew for each step.
+    """
+
+    paper = "Liu et al. 2024, Parameter-efficient orthogonal finetuning via butterfly factorization, arXiv:2311.06243"
+    accepts = (Linear,)
+    default_targets = ("attn.q*", "attn.v*")
+    learning_rate = 2e-3
+    size = "block"
+
+    def __init__(self, *, block: Count = 8, factors: Few = 2, targets: Targets = None, layers: Layers = None):
+        super().__init__(targets=targets, layers=layers)
+        if block < 2 or (factors > 1 and block % 2):
+            raise OptionError(
+                f"{self.name}: blocks have 2 or more inputs, and an even number of them for more than one factor, got "
+                f"block={block} and factors={factors}; give block=8, say"
+            )
+        self.block, self.factors = block, factors
+
+    def make(self, site: Site) -> PeftModule:
+        assert isinstance(site, Linear)
+        mixed = self.block * 2 ** (self.factors - 1)
+        if site.in_features % mixed:
+            raise OptionError(
+                f"{self.name}: {self.factors} factors with blocks of {self.block} mix {mixed} inputs, which do not "
+                f"divide the {site.in_features} of {site.role!r}; give a smaller block, or fewer factors"
+            )
+        return Butterfly(site.in_features, site.out_features, self.block, self.factors)
 
 
 class Reflections(Positionwise, PeftModule):

@@ -11,29 +11,9 @@ from torch import Tensor, nn
 
 from effzoo.annotations import Count, Positive, Seed
 from effzoo.peft.method import Layers, Method, Targets
+from effzoo.peft.parameter.seeded import Shared
 from effzoo.registry import peft
 from effzoo.sites import HookContext, Linear, PeftModule, Positionwise, Site
-
-
-class Shared(nn.Module):
-    """A [rank, inputs] and B [outputs, rank] of all sites, uniform with the variance 2 / columns, from a seed.
-
-    seed: of a CPU generator, so that no file holds them; None makes shapes alone, on the meta device.
-    """
-
-    A: Tensor
-    B: Tensor
-
-    def __init__(self, inputs: int, outputs: int, rank: int, seed: int | None):
-        super().__init__()
-        draw = None if seed is None else torch.Generator().manual_seed(seed)
-        for name, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
-            if draw is None:
-                drawn = torch.empty(shape, device="meta")
-            else:
-                bound = math.sqrt(6 / shape[1])
-                drawn = torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=draw)
-            self.register_buffer(name, drawn, persistent=False)
 
 
 class Vectors(Positionwise, PeftModule):
@@ -93,8 +73,9 @@ class VeRA(Method):
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         sites = [cast(Linear, site) for site in found.values()]
         inputs, outputs = max(site.in_features for site in sites), max(site.out_features for site in sites)
-        weight = sites[0].weight
-        self.shared = Shared(inputs, outputs, self.rank, None if weight.is_meta else self.seed).to(weight.device)
+        A = (self.rank, inputs), math.sqrt(6 / inputs)  # of variance 2 / columns
+        B = (outputs, self.rank), math.sqrt(6 / self.rank)
+        self.shared = Shared(A, B, self.seed, sites[0].weight)
 
     def make(self, site: Site) -> PeftModule:
         assert isinstance(site, Linear)
