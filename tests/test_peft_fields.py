@@ -46,6 +46,9 @@ SAMPLES = {
     "OFT": (bert, peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=["query"])),
     "HRA": (bert, peft.HRAConfig(r=4, target_modules=["query"])),
     "MISS": (bert, peft.MissConfig(r=3, target_modules=["query"])),
+    "BOFT": (bert, peft.BOFTConfig(boft_block_size=4, target_modules=["query"])),
+    "VBLORA": (bert, peft.VBLoRAConfig(r=3, num_vectors=5, vector_length=4, target_modules=["query"])),
+    "ADALORA": (bert, peft.AdaLoraConfig(init_r=3, total_step=9, target_modules=["query"])),
     "PROMPT_TUNING": (llama, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
     "P_TUNING": (llama, peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=4)),
     "PREFIX_TUNING": (llama, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
@@ -93,6 +96,22 @@ HARMLESS = {  # fields that may have any value in a file, and why
         "mini_r": "means nothing without init_weights='mini'", "miss_dropout": "in training only",
         "layers_pattern": "means nothing without layers_to_transform",
     },
+    "BOFT": {
+        "fan_in_fan_out": "how the base is stored", "boft_dropout": "in training only",
+        "layers_pattern": "means nothing without layers_to_transform",
+    },
+    "VBLORA": {
+        "fan_in_fan_out": "how the base is stored", "vblora_dropout": "in training only", "init_logits_std": START,
+        "init_vector_bank_bound": START, "layers_pattern": "means nothing without layers_to_transform",
+    },
+    "ADALORA": {
+        "fan_in_fan_out": "how the base is stored", "lora_dropout": "in training only",
+        "r": "which peft does not read of it", "layers_pattern": "means nothing without layers_to_transform",
+        **dict.fromkeys(("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2"), "in training only"),
+        **dict.fromkeys(("orth_reg_weight", "total_step"), "in training only"),
+        "megatron_core": "means nothing without megatron_config",
+        "qalora_group_size": "means nothing without use_qalora",
+    },
     "PROMPT_TUNING": {"prompt_tuning_init": START, "prompt_tuning_init_text": START, "tokenizer_name_or_path": START,
     "tokenizer_kwargs": START}, "P_TUNING": {
         "encoder_reparameterization_type": "of a network that is dropped",
@@ -108,7 +127,7 @@ OTHERS = {
     "alpha_pattern": {".*": 3},
     "layers_to_transform": [0], "exclude_modules": ["q_proj", "query", "key", "LayerNorm"],
     "trainable_token_indices": [3], "token_indices": [3, 10],
-    "bias": "all", "feedforward_modules": ["dense"], "init_lora_weights": "pissa", "peft_type": "ADALORA",
+    "bias": "all", "feedforward_modules": ["dense"], "init_lora_weights": "pissa", "peft_type": "POLY",
     "layers_pattern": "layers",
 }  # fmt: skip
 

@@ -8,8 +8,10 @@ adapters); `effzoo.load_adapter(model, folder)` reads what peft has saved. Both 
     lora (rslora, ranks by role), dora       LORA; pissa and olora as a LoRA of twice the rank
     ia3                                      IA3
     krona                                    LOKR with full factors
-    loha, vera, fourierft, hra, miss         LOHA, VERA, FOURIERFT, HRA, MISS
-    oft                                      OFT with whole blocks and the inverse itself
+    adalora                                  ADALORA, its pruned triplets as rank_pattern
+    loha, vera, vblora                       LOHA, VERA, VBLORA with all logits
+    fourierft, hra, miss                     FOURIERFT, HRA, MISS
+    oft, boft                                OFT with whole blocks and the inverse itself, BOFT
     prompt                                   PROMPT_TUNING
     p_tuning, prefix (without networks)      P_TUNING, PREFIX_TUNING
     llama_adapter, gates equal in all heads  ADAPTION_PROMPT

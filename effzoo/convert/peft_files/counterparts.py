@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from effzoo.annotations import Count, Probability, Seed, Whole
+from effzoo.annotations import Count, Few, Positive, Probability, Seed, Whole
 from effzoo.convert.peft_files import kronecker, low_rank, memory, prompts, single, tokens, vectors, whole_modules
 from effzoo.convert.peft_files.twin import Config, Modules, Twin, Wanted, Written
 from effzoo.peft import Method, PeftModule
@@ -141,8 +141,26 @@ COUNTERPARTS = (
         {"r": Whole, "oft_block_size": Whole, "coft": bool, "block_share": bool, "use_cayley_neumann": bool, "eps": Any,
          "num_cayley_neumann_terms": Any},
     ),
+    _single(
+        single.BOFT,
+        {"boft_block_size": Whole, "boft_block_num": Whole, "boft_n_butterfly_factor": Few,
+         "boft_dropout": Probability},
+    ),
     _single(single.HRA, {"r": Count, "apply_GS": bool}),
     _single(single.MISS, {"r": Count, "mini_r": Any, "miss_dropout": Probability}),
+    _single(
+        single.VBLORA,
+        {"r": Count, "num_vectors": Count, "vector_length": Count, "topk": Count,
+         "save_only_topk_weights": Literal[False], "vblora_dropout": Probability, "init_vector_bank_bound": Any,
+         "init_logits_std": Any},
+    ),
+    _single(
+        single.ADALORA,
+        {"init_r": Count, "lora_alpha": Positive, "rank_pattern": Mapping[str, Sequence[bool]] | None,
+         "lora_dropout": Probability, "init_lora_weights": bool | str, "r": Any, "target_r": Any,
+         "tinit": Any, "tfinal": Any, "deltaT": Any, "beta1": Any, "beta2": Any, "orth_reg_weight": Any,
+         "total_step": Any, "megatron_core": Any, "qalora_group_size": Any},
+    ),
     Counterpart(
         ("LN_TUNING",), (), ("ln_tuning_layers",), NAMED, _norms, whole_modules.read_norms,
     ),

@@ -31,12 +31,13 @@ TRIES = 100
 # of which null is none; null elsewhere says that nothing was chosen
 NUMBERS = (
     "r", "lora_alpha", "alpha", "lora_dropout", "scaling", "projection_prng_key", "n_frequency", "random_loc_seed",
-    "oft_block_size",
+    "oft_block_size", "boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "num_vectors", "vector_length",
+    "topk", "init_r",
 )  # fmt: skip
 # what their tensors of a module begin with
 OF_MODULES = (
     "lora_", "ia3_", "lokr_", r"ln_tuning_layers\.", "trainable_tokens_", "hada_", "vera_", "fourierft_", "oft_",
-    "hra_", "miss_",
+    "hra_", "miss_", "boft_", "vblora_",
 )  # fmt: skip
 TRAINING_ONLY = ("rank_dropout", "module_dropout", "rank_dropout_scale")
 
@@ -68,7 +69,7 @@ def read(model: nn.Module, directory: Path, name: str) -> None:
     groups = [of_method, trained_tokens, rest]
     attach(model, [spec for group in groups for spec in specs(twin, group)], name=name, num_labels=_labels(twin, heads))
     try:
-        if config["peft_type"] == "P_TUNING":
+        if config["peft_type"] in ("P_TUNING", "ADALORA"):
             finish(model, name)
         _fill(model, twin, name, [*groups, heads])
     except EffzooError:
@@ -247,7 +248,7 @@ def _check_whole(twin: Twin, config: Config, own: Mapping[str, Tensor]) -> None:
     """AdapterError for a module that the config names and the file has no tensors for; peft would only warn."""
     if config["peft_type"] in (*whole_modules.PROMPT_LEARNING, "ADAPTION_PROMPT"):
         return
-    have = {re.split(rf"\.(?:{'|'.join(OF_MODULES)})", key)[0].removesuffix(".base_layer") for key in own}
+    have = {re.split(rf"\.(?:{'|'.join(OF_MODULES)})", key)[0].removesuffix(".base_layer") for key in own if "." in key}
     saved = whole_modules.names_of(config.get("modules_to_save"))
     known = [
         theirs for theirs in twin.rules if not any(theirs == name or theirs.endswith(f".{name}") for name in saved)

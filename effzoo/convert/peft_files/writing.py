@@ -95,7 +95,7 @@ def _counterpart(hung: dict[str, tuple[Method, PeftModule]], spec: str) -> Count
         if not fitting:
             raise AdapterError(
                 f"{method.name} on {path} has no counterpart in the format of peft, which takes lora, dora, ia3, "
-                "krona, loha, vera, fourierft, oft, hra, miss, prompt, p_tuning, prefix, "
+                "krona, adalora, loha, vera, vblora, fourierft, oft, boft, hra, miss, prompt, p_tuning, prefix, "
                 "llama_adapter, tokens and norms; save it with format='effzoo', or merge it and convert the model"
             )
         counterparts[id(fitting[0])] = fitting[0]
@@ -112,7 +112,8 @@ def _files(directory: Path, out: Written) -> None:
     prompt = out.config["peft_type"] in whole_modules.PROMPT_LEARNING
     tensors = {}
     for key, value in out.tensors.items():
-        full = key if key in ("prompt_embeddings",) else f"base_model.{key}" if prompt else f"base_model.model.{key}"
+        inside = "." in key and not prompt  # what all modules share is outside the model
+        full = key if key == "prompt_embeddings" else f"base_model.model.{key}" if inside else f"base_model.{key}"
         tensors[full] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     config: dict[str, Any] = dict(sorted(out.config.items()))
     metadata = {"format": "pt", HEADER: seal.header(config, tensors, out.parts)}
