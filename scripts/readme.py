@@ -255,6 +255,7 @@ def methods_page(page: str) -> str:
         json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("matrix", "matrix-experts")
     )
     page = _between(page, "peft", beside_peft())
+    page = _between(page, "peft-counts", load("peft_counts", "scripts").table())
     return _between(page, "matrix", f"{matrix_table(tried)}\n\n{experts_line(experts)}")
 
 
