@@ -8,6 +8,8 @@ import peft
 import pytest
 import torch
 import transformers
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from torch import nn
 from torch.nn import functional as F
 
@@ -70,6 +72,8 @@ MERGEABLE = [
     "lora[rank=3, init=olora, alpha=6]",
     "lora[rank=3, init=loftq]",
     "lora[rank=3, init=eva]",
+    "lora[rank=3, init=corda, alpha=6]",
+    "lora[rank=3, init=lora_ga]",
     "dora[rank=3, alpha=5]",
     "krona[scale=0.7]",
     "krona[shape=(2, 8)]",
@@ -320,6 +324,55 @@ def test_eva_refuses_a_site_that_no_batch_reaches(tiny):
     model = build(tiny, "lora[init=eva]", attention="longformer[window=4]", task="token_classification")
     with pytest.raises(IncompatibleError, match="'attn.q_global' .* no batch reaches it"):
         effzoo.peft.calibrate(model, [batch()])
+
+
+def seen_by(model, path, batches):
+    """What a site sees at all tokens, [tokens, in]."""
+    seen = []
+    handle = site(model, path).register_forward_hook(lambda module, x, y: seen.append(x[0].detach()))
+    for one in batches:
+        model(**one)
+    handle.remove()
+    return torch.cat([x[one["attention_mask"].bool()] for x, one in zip(seen, batches, strict=True)])
+
+
+@pytest.mark.parametrize(("init", "chosen"), [("corda", slice(3)), ("corda_kpm", slice(D - 3, None))])
+def test_corda_starts_from_components_of_the_weight_as_its_inputs_see_it(tiny, init, chosen):
+    """s B A = U_r S_r V_r^T C^-1 of W C (Yang et al. 2024), both factors with the root of S / s; the output stays."""
+    bare, batches = build(tiny), [batch(9), batch(7)]
+    model = effzoo.attach(copy.deepcopy(bare), f"lora[rank=3, alpha=6, init={init}]").eval()
+    effzoo.peft.calibrate(model, batches)
+    for path in PATHS:
+        X, weight = seen_by(bare, path, batches), site(bare, path).weight
+        C = X.T @ X / (X**2).sum() * D + 0.01 * torch.eye(D, dtype=torch.float64)
+        U, S, Vt = torch.linalg.svd(weight @ C)
+        lora = module(model, path, "lora")
+        wanted = U[:, chosen] @ S[chosen].diag() @ Vt[chosen] @ torch.linalg.inv(C)
+        assert torch.allclose(lora.scale * lora.B @ lora.A, wanted, **EXACT)
+        assert torch.allclose(lora.B.T @ lora.B, (S[chosen] / 2).diag(), **EXACT)
+        assert torch.equal(lora.A, lora.A0) and torch.equal(lora.B, lora.B0)
+    assert torch.equal(model(**batch()).last_hidden_state, bare(**batch()).last_hidden_state)
+
+
+def test_lora_ga_starts_from_singular_vectors_of_the_gradient(tiny):
+    """A holds the first r right, B the next r left singular vectors of dL/dW times out^(1/4) / 4 (Wang et al. 2024)."""
+    bare, batches = build(tiny), [batch(9) | {"labels": torch.tensor([0, 2, 1])}] * 2
+    model = effzoo.attach(copy.deepcopy(bare), "lora[rank=3, init=lora_ga]").eval()
+    effzoo.peft.calibrate(model, batches)
+    bare.requires_grad_(True)
+    sum(bare(**one).loss for one in batches).backward()
+    for path in PATHS:
+        lora, c = module(model, path, "lora"), D**0.25 / 4
+        U, _, Vt = torch.linalg.svd(site(bare, path).weight.grad)
+        for found, wanted in ((lora.A / c, Vt[:3]), (lora.B.T / c, U[:, 3:6].T)):
+            assert torch.allclose((found * wanted).sum(1).abs(), torch.ones(3, dtype=torch.float64), **EXACT)
+    assert torch.equal(model(**batch()).last_hidden_state, bare(**batch()).last_hidden_state)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name.endswith("attn.q.weight"))
+
+
+def test_a_start_from_the_gradient_needs_twice_as_many_vectors(tiny):
+    with pytest.raises(OptionError, match="init='lora_ga' takes 18 vectors of 'attn.q', whose weight .* has 16"):
+        build(tiny, "lora[rank=9, init=lora_ga]")
 
 
 def test_normal_float_levels_are_those_of_the_paper():
@@ -1120,6 +1173,25 @@ def test_starts_from_the_base_equal_those_of_peft(init):
     lora = ours.blocks[0].attn.q.adapters["default"]["lora"]
     product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     assert torch.allclose(lora.B @ lora.A, product, rtol=0, atol=1e-5)
+
+
+def test_corda_equals_peft_in_float32():
+    """On one batch: peft divides each batch by its largest entry."""
+    base = hf_bert().float()
+    ids = torch.randint(5, 41, (1, 15))
+    ours = effzoo.attach(
+        effzoo.convert.from_transformers(copy.deepcopy(base)), "lora[rank=3, alpha=3, init=corda, targets=attn.q]"
+    )
+    effzoo.peft.calibrate(ours, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+    config = peft.LoraConfig(
+        target_modules=["query"], r=3, lora_alpha=3, init_lora_weights="corda",
+        corda_config=CordaConfig(corda_method="ipm"),
+    )  # fmt: skip
+    preprocess_corda(base, config, run_model=lambda: base(input_ids=ids))
+    layer = peft.get_peft_model(base, config).base_model.model.bert.encoder.layer[0].attention.self.query
+    lora = ours.blocks[0].attn.q.adapters["default"]["lora"]
+    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    assert torch.allclose(lora.B @ lora.A, product, rtol=0, atol=1e-4) and product.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("spec", MERGEABLE)

@@ -8,21 +8,33 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from effzoo.annotations import Count, Positive, Probability
 from effzoo.errors import OptionError, TargetError, listing
 from effzoo.peft.method import Batches, Layers, Modules, Targets
 from effzoo.peft.parameter.lora import LoRA, LowRank
 from effzoo.peft.parameter.lora_conv import LowRankConv
-from effzoo.peft.parameter.lora_starts import FromBase, Quantised, input_factors, olora, pissa
+from effzoo.peft.parameter.lora_starts import (
+    FromBase,
+    Quantised,
+    corda,
+    eva,
+    input_triangles,
+    lora_ga,
+    olora,
+    pissa,
+    weight_gradients,
+)
 from effzoo.peft.parameter.lora_tables import LowRankEmbedding, LowRankHead, LowRankLookup, LowRankTable
 from effzoo.peft.training_hooks import TrainingHooks
 from effzoo.registry import peft
+from effzoo.sharding import as_written, gathered
 from effzoo.sites import Conv2d, Embedding, Linear, PeftModule, Site, TiedLinear, sites
 
 T = TypeVar("T", int, float)
-Start = Literal["default", "gaussian", "pissa", "olora", "eva", "loftq"]
+Start = Literal["default", "gaussian", "pissa", "olora", "eva", "loftq", "corda", "corda_kpm", "lora_ga"]
+FROM_DATA = ("eva", "corda", "corda_kpm", "lora_ga")
 
 
 def by_role(method: str, option: str, value: T | Mapping[str, T], role: str) -> T:
@@ -64,7 +76,9 @@ class LoRAEverywhere(TrainingHooks, LoRA):
         arXiv:2406.01775); "eva", A holds the largest right singular vectors of the layer's inputs, from data before
         training (Paischer et al. 2024, arXiv:2410.07170; every site keeps its rank); "loftq", W is replaced by its
         4-bit form and B A starts as the rest (Li et al. 2023, arXiv:2310.08659), which changes the output a little at
-        the start.
+        the start; "corda", the largest components of W as the layer's inputs see it, from data, or "corda_kpm", the
+        smallest, so that more of what W knows stays (Yang et al. 2024, arXiv:2406.05223); "lora_ga", singular vectors
+        of the gradient of W, from labelled data (Wang et al. 2024, arXiv:2407.05000).
     tied: whether a change of the token embedding also reaches a language-model head that is tied to it; without, it
         acts on lookups alone and cannot be merged.
 
@@ -99,7 +113,7 @@ class LoRAEverywhere(TrainingHooks, LoRA):
         self.identity_at_init = init != "loftq"
 
     def hooks_in_use(self) -> set[str]:
-        return super().hooks_in_use() if self.start == "eva" else set()
+        return super().hooks_in_use() if self.start in FROM_DATA else set()
 
     def prepare(self, model: nn.Module, found: Mapping[str, Site]) -> None:
         roles = {site.role for site in found.values()}
@@ -132,9 +146,10 @@ class LoRAEverywhere(TrainingHooks, LoRA):
         return self._started(LowRankConv(site, rank, scale), rank)
 
     def _linear(self, site: Linear, rank: int, scale: float) -> PeftModule:
-        if self.start in ("pissa", "olora", "loftq", "eva") and rank > min(site.weight.shape):
+        vectors = {"default": 0, "gaussian": 0, "lora_ga": 2 * rank}.get(self.start, rank)
+        if vectors > min(site.weight.shape):
             raise OptionError(
-                f"{self.name}: init={self.start!r} takes {rank} vectors of {site.role!r}, whose weight "
+                f"{self.name}: init={self.start!r} takes {vectors} vectors of {site.role!r}, whose weight "
                 f"{tuple(site.weight.shape)} has {min(site.weight.shape)}; give a smaller rank"
             )
         if self.start == "pissa":
@@ -143,6 +158,9 @@ class LoRAEverywhere(TrainingHooks, LoRA):
             return FromBase(*olora(site.weight, rank), scale, self.dropout)
         if self.start == "loftq":
             return Quantised(site.weight, rank, scale, self.dropout)
+        if self.start in ("corda", "corda_kpm", "lora_ga"):  # as plain LoRA until `calibrate`
+            plain = LowRank(site.in_features, site.out_features, rank, scale)
+            return FromBase(plain.A.detach(), plain.B.detach(), scale, self.dropout)
         cls = LowRankHead if site.role == "lm.out" else LowRank
         return self._started(cls(site.in_features, site.out_features, rank, scale, self.dropout), rank)
 
@@ -152,9 +170,20 @@ class LoRAEverywhere(TrainingHooks, LoRA):
         return module
 
     def calibrate(self, model: nn.Module, modules: Modules, batches: Batches) -> None:
-        low_rank = cast("Mapping[str, LowRank]", modules)
-        ranks = {path: len(module.A) for path, module in low_rank.items()}
-        factors = input_factors(model, dict(sites(model)), ranks, batches)
-        with torch.no_grad():
-            for path, module in low_rank.items():
-                module.A.copy_(factors[path])
+        low_rank, known = cast("Mapping[str, LowRank]", modules), dict(sites(model))
+        if self.start == "lora_ga":
+            with gathered(model), as_written(model):  # gradients of whole tensors
+                gradients = weight_gradients(model, known, modules, batches)
+                for path, module in low_rank.items():
+                    weight = cast(Tensor, known[path].weight)
+                    cast(FromBase, module).restart(*lora_ga(gradients[path], weight, len(module.A)))
+            return
+        triangles = input_triangles(model, known, modules, batches, self.start)
+        for path, module in low_rank.items():
+            rank, triangle = len(module.A), triangles[path]
+            if isinstance(module, FromBase):
+                weight, smallest = cast(Tensor, known[path].weight), self.start == "corda_kpm"
+                module.restart(*corda(weight, triangle, rank, module.scale, smallest))
+            else:
+                with torch.no_grad():
+                    module.A.copy_(eva(triangle, rank))

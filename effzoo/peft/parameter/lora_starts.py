@@ -1,4 +1,5 @@
-"""Where LoRA starts: factors of the weight (PiSSA, OLoRA), its quantisation error (LoftQ), or the layer's inputs (EVA).
+"""Where LoRA starts: factors of the weight (PiSSA, OLoRA), its quantisation error (LoftQ), the layer's inputs (EVA),
+the weight as these inputs see it (CorDA), or its gradient (LoRA-GA).
 
 A pair of factors is A [rank, in] and B [out, rank], computed in float64 and given in the dtype of an adapter on such a
 weight: float32 or better.
@@ -6,9 +7,9 @@ weight: float32 or better.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -24,10 +25,12 @@ from effzoo.sites import HookContext, Positionwise, Site
 
 Factors = tuple[Tensor, Tensor]
 ALTERNATIONS = 5  # of quantising and factorising (LoftQ, algorithm 1)
+GAMMA = 16  # of the scale at which LoRA-GA starts
 
 
 class FromBase(LowRankHead, Positionwise):
-    """y' = y + s (B A - B0 A0) dropout(x), from factors B0 A0 of the weight (PiSSA, OLoRA); the base stays as it is.
+    """y' = y + s (B A - B0 A0) dropout(x), from factors B0 A0 of the weight or of its gradient (PiSSA, OLoRA, CorDA,
+    LoRA-GA); the base stays as it is.
 
     The papers take s B0 A0 out of the base. Here the base keeps it, and copies of the factors, in buffers, are
     subtracted: two thin products, where W - s B0 A0 by `weight` would make a dense matrix for each site and step. At
@@ -44,6 +47,12 @@ class FromBase(LowRankHead, Positionwise):
         self.A, self.B = nn.Parameter(A.contiguous().clone()), nn.Parameter(B.contiguous().clone())
         self.register_buffer("A0", A.contiguous())
         self.register_buffer("B0", B.contiguous())
+
+    @torch.no_grad()
+    def restart(self, A: Tensor, B: Tensor) -> None:
+        """Start from these factors."""
+        for own, given in ((self.A, A), (self.A0, A), (self.B, B), (self.B0, B)):
+            own.copy_(given)
 
     def after(self, x: Tensor, y: Tensor, context: HookContext) -> Tensor:
         x = F.dropout(x, self.dropout, self.training)
@@ -122,15 +131,16 @@ def _given(exact: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def input_factors(
-    model: nn.Module, known: Mapping[str, Site], ranks: Mapping[str, int], batches: Batches
+def input_triangles(
+    model: nn.Module, known: Mapping[str, Site], paths: Iterable[str], batches: Batches, start: str
 ) -> dict[str, Tensor]:
-    """A of each site, by path: the `rank` largest right singular vectors [rank, in] of its inputs, over all tokens.
+    """R of each site [in or less, in], by path, with R^T R = X^T X for its inputs X [tokens, in] over all tokens.
 
-    The inputs X [tokens, in] are never stored together: X^T X = R^T R, and the triangular R is updated batch by batch
-    (QR of R on top of the new inputs). Padding is left out where the first two axes of an input are those of the
-    attention mask; packed documents go one by one. Raises IncompatibleError for a site that no batch reaches
-    (Paischer et al. 2024, EVA, arXiv:2410.07170).
+    start: the name, for errors.
+
+    The inputs are never stored together: R is updated batch by batch (QR of R on top of the new inputs). Padding is
+    left out where the first two axes of an input are those of the attention mask; packed documents go one by one.
+    Raises IncompatibleError for a site that no batch reaches.
     """
     triangles: dict[str, Tensor] = {}
     hooks = []
@@ -143,7 +153,7 @@ def input_factors(
         triangles[path] = torch.linalg.qr(stacked, mode="r").R
 
     try:
-        hooks = [known[path].register_forward_pre_hook(partial(see, path)) for path in ranks]
+        hooks = [known[path].register_forward_pre_hook(partial(see, path)) for path in paths]
         for batch in batches:
             for part in examples([batch]) if "document_ids" in batch else (batch,):
                 tokens[0] = part.get("attention_mask")
@@ -151,15 +161,81 @@ def input_factors(
     finally:
         for hook in hooks:
             hook.remove()
-    for path in ranks:
+    for path in paths:
         if path not in triangles:
-            raise IncompatibleError(
-                f"eva starts from what {known[path].role!r} ({path}) sees, but no batch reaches it; leave it out of "
-                "the targets, or give batches that use it (global tokens, for the projections of global tokens)"
-            )
-    return {
-        path: _signed(torch.linalg.svd(triangles[path], full_matrices=True).Vh[:rank]) for path, rank in ranks.items()
-    }
+            raise _unreached(start, known[path], path)
+    return triangles
+
+
+def _unreached(start: str, site: Site, path: str) -> IncompatibleError:
+    return IncompatibleError(
+        f"{start} starts from what {site.role!r} ({path}) sees, but no batch reaches it; leave it out of the targets, "
+        "or give batches that use it (global tokens, for the projections of global tokens)"
+    )
+
+
+def eva(triangle: Tensor, rank: int) -> Tensor:
+    """A: the `rank` largest right singular vectors [rank, in] of a layer's inputs.
+
+    Paischer et al. 2024, EVA, arXiv:2410.07170.
+    """
+    return _signed(torch.linalg.svd(triangle, full_matrices=True).Vh[:rank])
+
+
+@torch.no_grad()
+def corda(weight: Tensor, triangle: Tensor, rank: int, scale: float, smallest: bool) -> Factors:
+    """A = sqrt(S_r / s) V_r^T C^-1 and B = U_r sqrt(S_r / s) of W C = U S V^T, with C the second moments of the inputs.
+
+    smallest: the components with the smallest singular values, which the inputs need least, in place of the largest.
+
+    C has a mean diagonal of 1, and 0.01 is added to its diagonal, so that it can be inverted
+    (Yang et al. 2024, CorDA, arXiv:2406.05223, section 3.2-3.3).
+    """
+    moments = triangle.T @ triangle
+    C = moments / moments.diagonal().mean() + 0.01 * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+    U, S, Vt = torch.linalg.svd(weight.detach().double() @ C, full_matrices=False)
+    chosen = slice(len(S) - rank, None) if smallest else slice(rank)
+    root = (S[chosen] / scale).sqrt()
+    A = torch.linalg.solve(C, root[:, None] * Vt[chosen], left=False)
+    return _given(A, weight), _given(U[:, chosen] * root, weight)
+
+
+def weight_gradients(
+    model: nn.Module, known: Mapping[str, Site], paths: Iterable[str], batches: Batches
+) -> dict[str, Tensor]:
+    """dL/dW of each site [out, in], by path, the sum over batches. Raises IncompatibleError where there is none."""
+    weights = {path: cast(Tensor, known[path].weight) for path in paths}
+    before = [weight.requires_grad for weight in weights.values()]
+    totals = {path: torch.zeros_like(weight, dtype=torch.float64) for path, weight in weights.items()}
+    reached: set[str] = set()
+    try:
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        for batch in batches:
+            gradients = torch.autograd.grad(model(**batch).loss, list(weights.values()), allow_unused=True)
+            for path, gradient in zip(weights, gradients, strict=True):
+                if gradient is not None:
+                    reached.add(path)
+                    totals[path] += gradient
+    finally:
+        for weight, flag in zip(weights.values(), before, strict=True):
+            weight.requires_grad_(flag)
+    for path in weights:
+        if path not in reached:
+            raise _unreached("lora_ga", known[path], path)
+    return totals
+
+
+@torch.no_grad()
+def lora_ga(gradient: Tensor, weight: Tensor, rank: int) -> Factors:
+    """A = c V_r^T of the gradient U S V^T, and B = c times the next `rank` columns of U, with c = out^(1/4) / sqrt(16).
+
+    The first step of the factors then moves the weight in the direction of a step of full fine-tuning
+    (Wang et al. 2024, LoRA-GA, arXiv:2407.05000, algorithm 1).
+    """
+    U, _, Vt = torch.linalg.svd(gradient, full_matrices=False)
+    c = len(weight) ** 0.25 / GAMMA**0.5
+    return _given(c * Vt[:rank], weight), _given(c * U[:, rank : 2 * rank], weight)
 
 
 def _signed(vectors: Tensor) -> Tensor:
