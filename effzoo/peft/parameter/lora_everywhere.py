@@ -179,11 +179,11 @@ class LoRAEverywhere(TrainingHooks, LoRA):
                     cast(FromBase, module).restart(*lora_ga(gradients[path], weight, len(module.A)))
             return
         triangles = input_triangles(model, known, modules, batches, self.start)
-        for path, module in low_rank.items():
-            rank, triangle = len(module.A), triangles[path]
-            if isinstance(module, FromBase):
-                weight, smallest = cast(Tensor, known[path].weight), self.start == "corda_kpm"
-                module.restart(*corda(weight, triangle, rank, module.scale, smallest))
-            else:
-                with torch.no_grad():
+        with gathered(model), torch.no_grad():
+            for path, module in low_rank.items():
+                rank, triangle = len(module.A), triangles[path]
+                if isinstance(module, FromBase):
+                    weight, smallest = cast(Tensor, known[path].weight), self.start == "corda_kpm"
+                    module.restart(*corda(weight, triangle, rank, module.scale, smallest))
+                else:
                     module.A.copy_(eva(triangle, rank))
