@@ -105,6 +105,21 @@ def plain(value: Any) -> Any:
     return value
 
 
+def in_type(value: Any, annotation: Any) -> Any:
+    """A value that fits, with whole numbers as floats where the annotation takes floats alone; also inside lists."""
+    value = plain(value)
+    fitting = next((part for part in _alternatives(annotation) if _has_type(value, part, ranges=True)), None)
+    if typing.get_origin(fitting) is Annotated:
+        fitting = typing.get_args(fitting)[0]
+    if fitting is float and type(value) is int:
+        return float(value)
+    origin, arguments = typing.get_origin(fitting), typing.get_args(fitting)
+    if type(value) in (list, tuple) and arguments and isinstance(origin, type) and issubclass(origin, Collection):
+        each = arguments if _counted(origin, arguments) else arguments[:1] * len(value)
+        return type(value)(map(in_type, value, each))
+    return value
+
+
 _hints: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 

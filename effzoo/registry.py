@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from effzoo.annotations import describe, plain, problem, unreadable, unwritable
+from effzoo.annotations import describe, in_type, plain, problem, unreadable, unwritable
 from effzoo.errors import ArgumentError, EffzooError, OptionError, UnknownNameError, did_you_mean, listing, shown
 from effzoo.memory import room
 from effzoo.spec import Spec, parse_one
@@ -289,6 +289,7 @@ def _check_when_made(kind: str, cls: type) -> None:
                     "hold; give finite numbers, texts, "
                     "true or false, none, and lists of them and maps from text to them"
                 )
+            options[key] = in_type(options[key], option.annotation)
         with room(options):
             made(self, *arguments, **options)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import effzoo
-from effzoo.annotations import Count, Range, describe, unreadable
+from effzoo.annotations import Count, Positive, Range, describe, unreadable
 from effzoo.errors import OptionError
 from effzoo.registry import attention, check_declared, peft, router
 
@@ -128,3 +128,15 @@ def test_a_value_that_cannot_be_saved_is_refused_before_anything_is_trained(valu
             OptionError, match="option 'opt' of peft 'mine' holds .+ which no spec and no adapter file can hold"
         ):
             effzoo.peft.create({"name": "mine", "opt": value})
+
+
+@pytest.mark.parametrize(("annotation", "given", "kept"), [
+    (float, 1, 1.0), (Positive, 2, 2.0), (Positive | None, 1, 1.0), (int | float, 1, 1), (Sequence[float], [1, 0.5], [1.0, 0.5]),
+    (tuple[int, float], (1, 1), (1, 1.0)), (list[Positive] | Positive, [1], [1.0]), (Positive, np.int64(1), 1.0),
+])  # fmt: skip
+@pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.kind)
+def test_a_whole_number_for_a_float_arrives_as_a_float(annotation, given, kept, view):
+    with effzoo.scope():
+        registered(annotation, view)
+        arrived = view.create({"name": "mine", "opt": given}).opt
+    assert repr(arrived) == repr(kept)  # 1 == 1.0, and only their texts differ
