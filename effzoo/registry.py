@@ -141,7 +141,7 @@ def load_file(path: str | Path) -> list[tuple[str, str]]:
     path = Path(path)
     if not os.path.isfile(path):
         raise OptionError(f"no such file: {shown(str(path))}; give a Python file that registers kinds or methods")
-    before = dict(_table)
+    before = _whole_table()
     name = f"effzoo_file_{path.stem}_{zlib.crc32(str(path.absolute()).encode()):08x}"  # two files may have one name
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -182,12 +182,19 @@ def _forget(module: str, table: Mapping[tuple[str, str], Any]) -> None:
 @contextmanager
 def scope() -> Iterator[None]:
     """Entries registered inside the `with` block are gone after it."""
-    before = dict(_table)
+    before = _whole_table()
     try:
         yield
     finally:
         _table.clear()
         _table.update(before)
+
+
+def _whole_table() -> dict[tuple[str, str], Any]:
+    """All entries, after those of every kind are imported: what is put back later holds the zoo's own too."""
+    for kind in _OWN:
+        _load_entries(kind)
+    return dict(_table)
 
 
 def _load_entries(kind: str) -> None:

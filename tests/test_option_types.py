@@ -131,7 +131,8 @@ def test_a_value_that_cannot_be_saved_is_refused_before_anything_is_trained(valu
 
 
 @pytest.mark.parametrize(("annotation", "given", "kept"), [
-    (float, 1, 1.0), (Positive, 2, 2.0), (Positive | None, 1, 1.0), (int | float, 1, 1), (Sequence[float], [1, 0.5], [1.0, 0.5]),
+    (float, 1, 1.0), (Positive, 2, 2.0), (Positive | None, 1, 1.0), (int | float, 1, 1),
+    (Sequence[float], [1, 0.5], [1.0, 0.5]),
     (tuple[int, float], (1, 1), (1, 1.0)), (list[Positive] | Positive, [1], [1.0]), (Positive, np.int64(1), 1.0),
 ])  # fmt: skip
 @pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.kind)

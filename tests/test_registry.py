@@ -148,13 +148,13 @@ def test_plug_ins_are_found_by_entry_point(monkeypatch, caplog):
         raise RuntimeError("broken plug-in")
 
     monkeypatch.setattr(registry, "_entry_points_loaded", False)
+    monkeypatch.setattr(registry, "_table", dict(registry._table))
     monkeypatch.setattr(
         importlib.metadata,
         "entry_points",
         lambda group: [Point("bad", breaks), Point("good", works)] if group == "effzoo.plugins" else [],
     )
-    with effzoo.scope():
-        assert effzoo.attention.get("plugged").name == "plugged"
+    assert effzoo.attention.get("plugged").name == "plugged"
     assert "plug-in 'bad'" in caplog.text
 
 
@@ -164,6 +164,20 @@ def test_importing_effzoo_imports_no_heavy_library():
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+FIRST_USES = {"a scope": "with effzoo.scope(): effzoo.peft.names()", "a file that fails": "effzoo.load_file('mine.py')"}
+
+
+@pytest.mark.parametrize("use", FIRST_USES.values(), ids=FIRST_USES)
+def test_the_zoo_stays_whatever_uses_it_first(use, tmp_path):
+    (tmp_path / "mine.py").write_text("import effzoo; effzoo.peft.names(); effzoo.attention.names(); 1 / 0")
+    code = (
+        f"import effzoo\ntry:\n    {use}\nexcept effzoo.EffzooError:\n    pass\n"
+        "print({'lora'} <= set(effzoo.peft.names()), {'full'} <= set(effzoo.attention.names()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip() == "True True"
 
 
 def test_an_annotation_that_names_nothing_is_a_sentence():
