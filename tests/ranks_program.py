@@ -104,6 +104,7 @@ MODELS = [  # name, options of build, whether the batch is padded
     ("roberta", {"task": "token_classification", "attention": "longformer[window=6]", "peft": "prefix[length=3]"}, 1),
     ("longformer", {"task": "classification", "attention": "longformer[window=6]", "peft": "prompt[length=3]"}, True),
     ("longformer", {"task": "classification", "attention": "longformer[window=6]", "pooling": "mean"}, False),
+    ("bert", {"task": "classification", "pooling": "late"}, True),
     ("gpt2", {"task": "causal_lm", "peft": "ia3"}, False),
     ("gpt2", {"task": "causal_lm", "peft": "prompt[length=3]|lora", "order": "contiguous"}, True),
     ("llama", {"task": "causal_lm", "peft": "prompt[length=3]", "kv_heads": 1}, True),

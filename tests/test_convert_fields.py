@@ -46,6 +46,11 @@ BASES = {
     "distilbert": ("DistilBertConfig", {
         "vocab_size": 41, "dim": 8, "n_layers": 2, "n_heads": 2, "hidden_dim": 12, "max_position_embeddings": 22,
         "pad_token_id": 1, "bos_token_id": 3, "eos_token_id": 2, "seq_classif_dropout": 0.1}),
+    "electra": ("ElectraConfig", _BERT | {"embedding_size": 6, "classifier_dropout": 0.1}),
+    "nomic_bert": ("NomicBertConfig", _BERT | {"classifier_dropout": 0.0}),
+    "gte": ("GteConfig", _BERT),
+    "jina_embeddings_v3": ("JinaEmbeddingsV3Config", _BERT),
+    "eurobert": ("EuroBertConfig", {name: value for name, value in _LLAMA.items() if name != "classifier_dropout"}),
     "modernbert": ("ModernBertConfig", {
         "vocab_size": 41, "hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 12,
         "max_position_embeddings": 22,
@@ -79,7 +84,7 @@ OTHERS = {
     "num_buckets": [[2, 4], 8],
     "attention_window": [[6, 2], 6], "hidden_act": ["relu"], "hidden_activation": ["relu"], "activation": ["relu"],
     "activation_function": ["relu"],
-    "classifier_activation": ["relu"], "classifier_pooling": ["mean"], "summary_type": ["first"],
+    "classifier_activation": ["relu"], "classifier_pooling": ["mean", "bos"], "summary_type": ["first"],
     "summary_activation": ["tanh"],
     "problem_type": ["multi_label_classification"], "id2label": [{0: "a", 1: "b", 2: "c"}],
     "label2id": [{"a": 0, "b": 1}],
@@ -97,6 +102,7 @@ TOGETHER = {  # what else has to be said for another value to make a model
     ("bert", "add_cross_attention"): {"is_decoder": True}, ("roberta", "add_cross_attention"): {"is_decoder": True},
     ("xlm-roberta", "add_cross_attention"): {"is_decoder": True},
     ("camembert", "add_cross_attention"): {"is_decoder": True},
+    ("electra", "add_cross_attention"): {"is_decoder": True},
     ("longformer", "num_hidden_layers"): {"attention_window": 4}, ("led", "encoder_layers"): {"attention_window": 4},
     ("reformer", "hidden_size"): {"axial_pos_embds_dim": [4, 12]}, ("perceiver", "d_latents"): {"v_channels": 32},
     ("perceiver", "v_channels"): {"d_latents": 32},

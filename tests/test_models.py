@@ -22,8 +22,10 @@ def model(tiny):
 PUBLISHED = {
     "bert": 109_482_240, "albert": 11_683_584, "roberta": 124_645_632, "gpt2": 124_439_808, "longformer": 148_659_456,
     "longformer-large": 434_600_960, "minilm": 22_713_216, "llama": 1_235_814_400, "mistral": 7_110_660_096,
-    "qwen2": 494_032_768, "qwen3": 596_049_920, "xlm-roberta": 278_043_648,
-    "modernbert": 149_014_272, "led": 104_345_856, "blockbert": 109_482_240, "linformer": 124_645_632 + 256 * 512,
+    "qwen2": 494_032_768, "qwen3": 596_049_920, "xlm-roberta": 278_043_648, "electra": 108_891_648,
+    "nomic-bert": 136_731_648, "eurobert": 211_766_016, "modernbert": 149_014_272, "led": 104_345_856,
+    "blockbert": 109_482_240,
+    "linformer": 124_645_632 + 256 * 512,
     "perceiver": 44_912_254 - 1_025_000, "perceiver-io": 196_249_088, "reformer": 2_584_064,
     "reformer-enwik8": 148_654_080,
 }  # fmt: skip
@@ -383,6 +385,7 @@ def test_every_model_of_the_zoo_trains_an_adapter_that_loads_and_merges(name, tm
         inputs = {"inputs_embeds": torch.randn(2, 6, 6, config.channels), "labels": torch.tensor([0, 1])}
     else:
         inputs = {"input_ids": ids(2, 37), "labels": ids(2, 37) if config.causal else torch.tensor([0, 1])}
+        inputs["input_ids"][:, 0] = torch.tensor([2, 3])  # a head that reads the first token can tell them apart
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     first = model(**inputs)
     for _ in range(2):  # in the first step B is 0, and with it the gradient of A

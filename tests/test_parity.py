@@ -20,12 +20,13 @@ from effzoo import convert
 from effzoo.convert.layouts import LAYOUTS
 
 VOCAB, LABELS, LENGTH, BATCH = 37, 3, 13, 3
-EXACT = ("bert", "albert", "roberta", "xlm-roberta", "camembert", "distilbert", "gpt2")
+EXACT = ("bert", "albert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "gpt2")
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+ROTARY = ("nomic_bert", "gte", "jina_embeddings_v3")
 CAUSAL = ("gpt2", *LLAMAS)
 FAMILY_NAMES = (
-    "bert", "albert", "roberta", "xlm-roberta", "camembert", "distilbert", "longformer", "gpt2", *LLAMAS,
-    "modernbert", "led",
+    "bert", "albert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", *ROTARY, "longformer", "gpt2",
+    *LLAMAS, "eurobert", "modernbert", "led",
 )  # fmt: skip
 CLASSES = [(family, task, name) for family in FAMILY_NAMES for task, name in LAYOUTS[family].classes.items()]
 HEADS = pytest.mark.parametrize(("family", "task", "name"), CLASSES, ids=[name for _, _, name in CLASSES])
@@ -34,6 +35,8 @@ CONFIGS = {
     "bert": "BertConfig", "albert": "AlbertConfig", "roberta": "RobertaConfig", "longformer": "LongformerConfig",
     "gpt2": "GPT2Config",
     "xlm-roberta": "XLMRobertaConfig", "camembert": "CamembertConfig", "distilbert": "DistilBertConfig",
+    "electra": "ElectraConfig", "nomic_bert": "NomicBertConfig", "gte": "GteConfig",
+    "jina_embeddings_v3": "JinaEmbeddingsV3Config", "eurobert": "EuroBertConfig",
     "llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config",
     "phi3": "Phi3Config", "modernbert": "ModernBertConfig",
     "led": "LEDConfig",
@@ -75,10 +78,13 @@ def draw_decoder(family, draw, layers, eps):
         sizes.pop("head_dim")
     if family == "phi3":
         sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": draw.choice((100.0, 10_000.0))}
-    if family in ("llama", "qwen3"):
+    if family in ("llama", "qwen3", "eurobert"):
         sizes["attention_bias"] = draw.choice((True, False))
-    if family == "llama":
+    if family in ("llama", "eurobert"):
         sizes["mlp_bias"] = draw.choice((True, False))
+    if family == "eurobert":
+        sizes.pop("classifier_dropout")
+        sizes["classifier_pooling"] = draw.choice(("bos", "mean", "late"))
     if family in ("mistral", "phi3"):
         sizes["sliding_window"] = draw.choice((None, 2, 5, 4096))
     if family in ("qwen2", "qwen3"):
@@ -125,7 +131,7 @@ def draw_config(family, name, seed):
             attn_pdrop=0.0, classifier_dropout=0.0, pad_token_id=0, bos_token_id=None, eos_token_id=None,
             num_labels=LABELS,
         )  # fmt: skip
-    elif family in CAUSAL:
+    elif family in (*CAUSAL, "eurobert"):
         config = draw_decoder(family, draw, layers, eps)
     elif family == "distilbert":
         config = transformers.DistilBertConfig(
@@ -145,7 +151,7 @@ def draw_config(family, name, seed):
         )  # fmt: skip
     else:
         # its head uses gelu whatever the config says
-        lm_of_roberta = family not in ("bert", "albert") and name.endswith("MaskedLM")
+        lm_of_roberta = family not in ("bert", "albert", "nomic_bert") and name.endswith("MaskedLM")
         sizes = {
             "vocab_size": VOCAB, "hidden_size": dim, "num_hidden_layers": layers, "num_attention_heads": heads,
             "intermediate_size": draw.choice((12, 20)), "max_position_embeddings": LENGTH + 5,
@@ -159,6 +165,10 @@ def draw_config(family, name, seed):
             # have to be 32
             sizes["max_position_embeddings"] = 34
             sizes["attention_window"] = [draw.choice((4, 8, 32)) for _ in range(layers)]
+        if family in ROTARY:
+            sizes["rope_parameters"] = draw_rotary(draw)
+        if family == "electra":
+            sizes["embedding_size"] = draw.choice((6, dim))
         if family == "albert":
             groups = draw.choice((1, 2, 4))
             sizes |= {
@@ -186,7 +196,7 @@ def drawn(name, config):
     With norms before each sub-layer larger matrices make gradients of several hundred, in which float32 itself errs by
     1e-5.
     """
-    width = 0.2 if config.model_type in (*LLAMAS, "modernbert") else 0.3
+    width = 0.2 if config.model_type in (*LLAMAS, "eurobert", "modernbert") else 0.3
     dtype = torch.float64 if config.model_type in EXACT else torch.float32
     model = class_named(name)(config).to(dtype).eval()
     with torch.no_grad():
@@ -206,7 +216,7 @@ def batch(family, pad, types=1, side="right"):
     inputs = {"input_ids": ids.masked_fill(mask == 0, pad), "attention_mask": mask}
     if side == "left":
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    if family in ("bert", "roberta", "longformer"):
+    if family in ("bert", "roberta", "electra", *ROTARY, "longformer"):
         inputs["token_type_ids"] = torch.randint(types, (BATCH, LENGTH))
     if family in ("longformer", "led"):  # 1, 3 and 2 globals: neighbours within one window, and far from each other
         inputs["global_attention_mask"] = torch.zeros(BATCH, LENGTH, dtype=torch.long)

@@ -95,3 +95,27 @@ def test_a_padded_text_gives_what_it_gives_alone(sizes, tiny):
             assert torch.allclose(model(longer, attention_mask=mask).logits, expected, rtol=0, atol=1e-12)
     encoder = effzoo.build("bert", task="classification", pooling="last", pad_token=PAD, **tiny).double().eval()
     assert not torch.allclose(encoder(longer).logits, encoder(ids).logits)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_late_pooling_is_the_mean_of_what_the_dense_layer_makes_of_each_token(padded, tiny):
+    model = effzoo.build("bert", task="classification", pooling="late", head_norm=True, **tiny).double().eval()
+    ids, labels = torch.randint(1, 53, (3, 8)), torch.tensor([0, 1, 1])
+    mask = torch.arange(8) < torch.tensor([8, 5, 3] if padded else [8, 8, 8])[:, None]
+    out = model(input_ids=ids, attention_mask=mask, labels=labels)
+    head, x = model.head, out.last_hidden_state
+    means = [
+        head.norm(torch.tanh(x[i, row] @ head.dense.weight.T + head.dense.bias)).mean(0) for i, row in enumerate(mask)
+    ]
+    expected = torch.stack(means) @ head.out.weight.T + head.out.bias
+    torch.testing.assert_close(out.logits, expected, rtol=1e-10, atol=1e-10)
+    loss = torch.nn.functional.cross_entropy(expected, labels)
+    for mine, right in zip(
+        *(
+            torch.autograd.grad(x, list(model.parameters())[:-1], retain_graph=True, allow_unused=True)
+            for x in (out.loss, loss)
+        ),
+        strict=True,
+    ):
+        assert (mine is None) == (right is None)
+        assert mine is None or torch.allclose(mine, right, rtol=1e-9, atol=1e-12)

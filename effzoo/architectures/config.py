@@ -112,7 +112,8 @@ class Config(ReadByTrainers):
     head_dim: width of a head; 0 for dim / heads.
     kv_heads: heads of keys and values (grouped queries); 0 for all.
     qk_norm: an RMSNorm over each head of queries and keys.
-    attn_bias, attn_out_bias, mlp_bias: which linear layers have a bias.
+    attn_bias, attn_out_bias, mlp_bias, mlp_out_bias: which linear layers have a bias; mlp_out_bias is of the last one
+        of a feed-forward, None for what mlp_bias says.
     gated: a gated feed-forward.
     mlp_chunk: positions that the feed-forward computes at a time; 0 for all.
     experts: feed-forwards of which a router chooses for each token; 0 for one without a router.
@@ -137,7 +138,8 @@ class Config(ReadByTrainers):
     tied: the language-model head uses the token embedding.
     lm_bias: the language-model head adds a bias; None for one when masked.
     lm_transform: dense, activation and norm before the language-model head.
-    pooling: what a classification head reads: the first token, the mean, or the last token.
+    pooling: what a classification head reads: the first token, the mean, or the last token; "late" takes the mean
+        behind its dense layer, activation and norm.
     head_dense, head_activation, head_norm, head_bias: what a classification head has before its last layer.
     token_dense: whether the head that labels tokens has them as well.
     transform_bias: whether the dense layer of a head has a bias.
@@ -165,6 +167,7 @@ class Config(ReadByTrainers):
     attn_bias: bool = True
     attn_out_bias: bool = True
     mlp_bias: bool = True
+    mlp_out_bias: bool | None = None
     gated: bool = False
     mlp_chunk: Whole = 0
     experts: Whole = 0
@@ -193,7 +196,7 @@ class Config(ReadByTrainers):
     embed_norm: bool | None = None
     tied: bool = True
     lm_bias: bool | None = None
-    pooling: Literal["first", "mean", "last"] = "first"
+    pooling: Literal["first", "mean", "last", "late"] = "first"
     head_dense: bool = True
     head_norm: bool = False
     head_activation: str = "tanh"

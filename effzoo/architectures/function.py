@@ -25,20 +25,20 @@ WITHOUT_EFFECT = {
 SEPARATE = ("attention", "router")  # specs: with all their options, see `function_of`
 COUNTS = (
     "architecture", "vocab", "dim", "layers", "heads", "mlp", "max_length", "share_layers", "embedding_dim",
-    "head_dim", "kv_heads", "qk_norm", "attn_bias", "attn_out_bias", "mlp_bias", "gated", "experts", "expert_every",
-    "norm", "norm_kind", "norm_bias", "first_norm", "residual", "eps", "activation", "positions", "axial_shape",
-    "axial_dims", "rotary_theta", "rotary_scaling", "types", "position_offset", "pad_token", "embed_norm", "tied",
-    "lm_bias", "pooling", "head_dense", "head_norm", "head_activation", "head_bias", "token_dense", "pooler",
-    "lm_transform", "transform_bias", "channels", "latents", "value_dim", "cross_attends", "blocks_per_cross",
-    "share_cross", "share_blocks", "cross_heads", "cross_head_dim", "cross_value_dim", "cross_mlp", "cross_residual",
-    "grid", "position_dim", "bands", "query_dim", "decoder_heads", "decoder_head_dim", "decoder_value_dim",
-    "decoder_mlp", "decoder_residual", "causal", "final_norm",
+    "head_dim", "kv_heads", "qk_norm", "attn_bias", "attn_out_bias", "mlp_bias", "mlp_out_bias", "gated", "experts",
+    "expert_every", "norm", "norm_kind", "norm_bias", "first_norm", "residual", "eps", "activation", "positions",
+    "axial_shape", "axial_dims", "rotary_theta", "rotary_scaling", "types", "position_offset", "pad_token",
+    "embed_norm", "tied", "lm_bias", "pooling", "head_dense", "head_norm", "head_activation", "head_bias",
+    "token_dense", "pooler", "lm_transform", "transform_bias", "channels", "latents", "value_dim", "cross_attends",
+    "blocks_per_cross", "share_cross", "share_blocks", "cross_heads", "cross_head_dim", "cross_value_dim",
+    "cross_mlp", "cross_residual", "grid", "position_dim", "bands", "query_dim", "decoder_heads", "decoder_head_dim",
+    "decoder_value_dim", "decoder_mlp", "decoder_residual", "causal", "final_norm",
 )  # fmt: skip
 MEANT: dict[str, Callable[[Any], Any]] = {  # what a default stands for, so that it is equal to the same given in words
     "head_dim": lambda config: config.head_dim or config.dim // config.heads,
     "kv_heads": lambda config: config.kv_heads or config.heads,
+    "mlp_out_bias": lambda config: config.mlp_bias if config.mlp_out_bias is None else config.mlp_out_bias,
     "share_layers": lambda config: config.blocks,
-    "embedding_dim": lambda config: config.embedding_dim or config.dim,
     "embed_norm": lambda config: config.norm == "post" if config.embed_norm is None else config.embed_norm,
     "lm_bias": lambda config: not config.causal if config.lm_bias is None else config.lm_bias,
 }

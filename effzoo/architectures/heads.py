@@ -43,6 +43,8 @@ class Features(nn.Module):
 class Classification(nn.Module):
     """One label per sequence: out(dropout(norm(tanh(dense(pooled))))), or out(dropout(pooled)) without the dense layer.
 
+    With `pooling="late"`, dense, activation and norm act on every token, and `out` reads their mean.
+
     The loss is the cross-entropy for integer labels [batch], the binary cross-entropy for float labels [batch,
     num_labels] (several labels may hold), and the squared error for one label. The head of an adapter may have another
     number of labels than the model's own `num_labels`.
@@ -72,11 +74,26 @@ class Classification(nn.Module):
         return None
 
     def forward(self, hidden: Tensor, valid: Tensor | None, labels: Tensor | None, embedding: Embedding) -> Output:
-        x = transformed(pool(hidden, valid, self.pooling), self.dense, self.activation, self.norm)
-        logits = self.out(self.dropout(x))
-        return Output.of(
-            loss=None if labels is None else self.loss(logits, labels), logits=logits, last_hidden_state=hidden
-        )
+        output = self.of_pooled(pool(self.before_pooling(hidden), valid, self.pools), labels)
+        output["last_hidden_state"] = hidden
+        return output
+
+    @property
+    def pools(self) -> str:
+        """How `pool` makes one vector of what `before_pooling` gives."""
+        return "mean" if self.pooling == "late" else self.pooling
+
+    def before_pooling(self, hidden: Tensor) -> Tensor:
+        """What is pooled, [batch, n, dim]."""
+        return self._transformed(hidden) if self.pooling == "late" else hidden
+
+    def of_pooled(self, pooled: Tensor, labels: Tensor | None) -> Output:
+        """Logits and loss of the pooled vectors [batch, dim]."""
+        logits = self.out(self.dropout(pooled if self.pooling == "late" else self._transformed(pooled)))
+        return Output.of(loss=None if labels is None else self.loss(logits, labels), logits=logits)
+
+    def _transformed(self, x: Tensor) -> Tensor:
+        return transformed(x, self.dense, self.activation, self.norm)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         labels = _labels(logits, labels)

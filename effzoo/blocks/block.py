@@ -41,6 +41,7 @@ class Slots:
     attn_bias: bool = True
     attn_out_bias: bool = True
     mlp_bias: bool = True
+    mlp_out_bias: bool | None = None
     kv_heads: int | None = None
     qk_norm: bool = False
     value_dim: int = 0
@@ -69,7 +70,7 @@ def feed_forward(slots: Slots, context: Context) -> FeedForward | Experts:
     """The feed-forward of a block, or several behind a router."""
     sizes = slots.dim, slots.mlp, slots.activation, context.layer
     made = [
-        FeedForward(*sizes, gated=slots.gated, bias=slots.mlp_bias, chunk=slots.mlp_chunk)
+        FeedForward(*sizes, gated=slots.gated, bias=slots.mlp_bias, out_bias=slots.mlp_out_bias, chunk=slots.mlp_chunk)
         for _ in range(max(1, slots.experts))
     ]
     return Experts(made, slots.dim, slots.router, causal=context.causal) if slots.experts else made[0]

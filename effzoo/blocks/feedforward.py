@@ -24,6 +24,7 @@ class FeedForward(nn.Module):
     """W_down act(W_up x + b_up) + b_down, [..., dim] -> [..., dim] through [..., mlp].
 
     gated: W_down (act(W_gate x) * W_up x) instead (Shazeer 2020, arXiv:2002.05202).
+    out_bias: whether W_down has a bias; None for `bias`, which says it of all.
     chunk: positions that are computed at a time, for less memory and the same result (Kitaev et al. 2020,
         arXiv:2001.04451, section 3); 0: all at once.
     """
@@ -37,12 +38,14 @@ class FeedForward(nn.Module):
         *,
         gated: bool = False,
         bias: bool = True,
+        out_bias: bool | None = None,
         chunk: int = 0,
     ):
         super().__init__()
         self.gate = Linear(dim, mlp, bias=bias, role="mlp.gate", layer=layer) if gated else None
         self.up = Linear(dim, mlp, bias=bias, role="mlp.up", layer=layer)
-        self.down = Linear(mlp, dim, bias=bias, role="mlp.down", layer=layer)
+        out_bias = bias if out_bias is None else out_bias
+        self.down = Linear(mlp, dim, bias=out_bias, role="mlp.down", layer=layer)
         self.activation = ACTIVATIONS[activation]
         self.chunk = chunk
 

@@ -38,6 +38,10 @@ def no_fields(_: Any) -> dict[str, Any]:
     return {}
 
 
+def no_dropouts(_: Any, task: str) -> dict[str, float | None]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Layout:
     """One family of transformers' models.

@@ -8,7 +8,21 @@ from effzoo.architectures import Config, Transformer
 from effzoo.convert.layout import Layout
 from effzoo.errors import ConversionError, listing
 
-FILES = ("bert", "albert", "roberta", "distilbert", "longformer", "gpt2", "llama", "modernbert", "led", "reformer")
+FILES = (
+    "bert",
+    "albert",
+    "roberta",
+    "distilbert",
+    "electra",
+    "rotary_bert",
+    "longformer",
+    "gpt2",
+    "llama",
+    "eurobert",
+    "modernbert",
+    "led",
+    "reformer",
+)
 LAYOUTS = {
     layout.name: layout
     for file in FILES

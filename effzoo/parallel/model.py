@@ -159,9 +159,8 @@ class OverRanks:
     def _head(self, hidden: Tensor, tokens: Tokens, valid: Tensor | None, labels: Tensor | None) -> Output:
         head, token, split = self.model.head, self.model.embeddings.token, tokens.split
         if isinstance(head, Classification):
-            pooled = self._pooled(hidden, tokens, valid, head.pooling)
-            output: Output = head(pooled[:, None], None, labels, token)
-            del output["last_hidden_state"]
+            pooled = self._pooled(head.before_pooling(hidden), tokens, valid, head.pools)
+            output = head.of_pooled(pooled, labels)
             if output.loss is not None:
                 output["loss"] = cast(Any, _Shared).apply(output.loss, split.ranks)
             return output
