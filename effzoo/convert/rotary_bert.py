@@ -70,15 +70,15 @@ NOMIC_BERT = dataclasses.replace(
         task: name.replace("Bert", "NomicBert") for task, name in BERT.classes.items() if task != "question_answering"
     },
     body=same(ENDS | GATED),
-    heads={task: rules for task, rules in bert.HEADS.items() if task != "question_answering"}
-    | {
+    heads={
+        **{task: rules for task, rules in bert.HEADS.items() if task != "question_answering"},
         "masked_lm": same(
             {
                 "head.dense": "cls.predictions.transform.dense",
                 "head.norm": "cls.predictions.transform.layer_norm",
                 "head.out": "cls.predictions",
             }
-        )
+        ),
     },
     slots={**SLOTS, "gated": True, "attn_bias": False, "attn_out_bias": False, "mlp_bias": False, "pooler": False},
     required={},
@@ -93,11 +93,11 @@ GTE = dataclasses.replace(
     name="gte",
     prefix="gte",
     classes={task: name.replace("NomicBert", "Gte") for task, name in NOMIC_BERT.classes.items()},
-    heads=NOMIC_BERT.heads
-    | {
+    heads={
+        **NOMIC_BERT.heads,
         "masked_lm": same(
             {"head.dense": "lm_head.dense", "head.norm": "lm_head.layer_norm", "head.out": "lm_head.decoder"}
-        )
+        ),
     },
     tied={"lm_head.decoder.weight": "{base}embeddings.word_embeddings.weight"},
     slots={**SLOTS, "gated": True, "mlp_bias": False, "mlp_out_bias": True, "pooler": False},
