@@ -320,6 +320,7 @@ class _Group:
     def __init__(self, numbers: Tensor, cut: int, mask: Tensor, is_global: Tensor | None):
         self.numbers, self.cut, self.mask, self.cache = numbers, cut, mask[numbers, cut:], Cache()
         self.padded = not bool(self.mask.all())
+        self.longest = 0  # positions of the longest row in the last call
         self.is_global = None if is_global is None else is_global[numbers, cut:]
 
 
@@ -368,6 +369,7 @@ class Rows:
         if group.padded or self.model.config.position_offset:
             mask = F.pad(group.mask.repeat_interleave(times, dim=0), (0, n - prompt), value=1)
             positions = self._positions(ids, mask.bool())
+        kept = None if self._turned_anew(group, n) else kept
         if kept is None:
             group.cache = Cache()
             if group.is_global is not None:
@@ -381,6 +383,21 @@ class Rows:
         with decoding():
             out = self.model(ids[:, start:], mask, position_ids=positions, global_attention_mask=is_global, cache=cache)
         return cast(Tensor, out.logits[:, -1])
+
+    def _turned_anew(self, group: _Group, n: int) -> bool:
+        """Whether the rows of a group, now n long, have passed the length at which all keys are turned anew (longrope).
+
+        Raises IncompatibleError where rows of other lengths would be turned by the angles of the longest.
+        """
+        config, longest = self.model.config, n + prompt_length(self.model)
+        at, of_keys, before = config.angles_change_at, config.keys_change_at, group.longest
+        group.longest = longest
+        if at is not None and group.padded and longest > at:
+            raise IncompatibleError(
+                f"rows of other lengths than the longest, {longest}, would be turned by its angles, as rotary_scaling "
+                f"says for texts of more than {at}; generate from one prompt, or from prompts of one length"
+            )
+        return of_keys is not None and before <= of_keys < longest
 
     def _positions(self, ids: Tensor, present: Tensor) -> Tensor:
         """Tokens are counted from 0, or from the offset of a model whose padding has the position before it."""

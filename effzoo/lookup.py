@@ -53,6 +53,11 @@ class Ahead:
                 f"prompt lookup computes drafted tokens with the text, and attention {unfit.name!r} lets them change "
                 f"it: {unfit.later_values_matter}; leave it out"
             )
+        if model.config.angles_change_at is not None:
+            raise IncompatibleError(
+                "prompt lookup computes drafted tokens with the text, and a longer text turns all positions by other "
+                "angles (rotary_scaling of type dynamic or longrope); leave it out"
+            )
         self.model, self.use_cache, self.most, self.ngram = model, use_cache, most, ngram
         self.cut = 0 if mask is None else int(mask[0].bool().int().argmax())
         self.is_global = None if is_global is None else is_global[:, self.cut :]

@@ -47,8 +47,11 @@ def tolerance_of(family):
     return 1e-10 if family in EXACT else 1e-5
 
 
-def draw_rotary(draw):
-    """Base and scaling, small enough for every frequency to matter within a dozen positions."""
+def draw_rotary(draw, dim=None):
+    """Base and scaling, small enough for every frequency to matter within a dozen positions.
+
+    dim: of a head, for the types that only decoders have here.
+    """
     llama3 = {
         "rope_type": "llama3",
         "factor": 4.0,
@@ -56,9 +59,16 @@ def draw_rotary(draw):
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     }
-    return draw.choice(({"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}, llama3)) | {
-        "rope_theta": draw.choice((100.0, 10_000.0))
-    }
+    types = [{"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}, llama3]
+    if dim is not None:
+        factors = [1.0 + j / 4 for j in range(dim // 2)]
+        types += [
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+            {"rope_type": "longrope", "short_factor": factors, "long_factor": [2 * f for f in factors], "factor": 4.0,
+             "original_max_position_embeddings": draw.choice((8, 64))},
+        ]  # fmt: skip
+        types += [{"rope_type": "dynamic", "factor": 1.5}] if dim > 2 else []
+    return draw.choice(types) | {"rope_theta": draw.choice((100.0, 10_000.0))}
 
 
 def draw_decoder(family, draw, layers, eps):
@@ -72,8 +82,11 @@ def draw_decoder(family, draw, layers, eps):
         "pad_token_id": 0,
         "bos_token_id": None, "eos_token_id": None, "num_labels": LABELS,
         "tie_word_embeddings": draw.choice((True, False)),
-        "head_dim": draw.choice((4, 6, 8)), "rope_parameters": draw_rotary(draw), "classifier_dropout": 0.0,
+        "head_dim": draw.choice((4, 6, 8)), "classifier_dropout": 0.0,
     }  # fmt: skip
+    if family in ("qwen2", "phi3"):
+        sizes["head_dim"] = sizes["hidden_size"] // heads
+    sizes["rope_parameters"] = draw_rotary(draw, sizes["head_dim"])
     if family in ("qwen2", "phi3"):
         sizes.pop("head_dim")
     if family == "phi3":
@@ -385,11 +398,12 @@ def test_the_window_of_mistral_equals_transformers_at_any_length(window, length)
     assert_agree(theirs, ours, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, None, 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["default", "linear", "llama3"])
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
 def test_rotary_positions_far_from_the_start_equal_transformers(kind):
     """Positions up to 100,000, where frequencies that differ by rounding would turn heads visibly."""
     frequencies = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    more = {"default": {}, "linear": {"factor": 8.0}, "llama3": {"factor": 32.0, **frequencies}}[kind]
+    more = {"default": {}, "linear": {"factor": 8.0}, "llama3": {"factor": 32.0, **frequencies},
+            "yarn": {"factor": 16.0, "original_max_position_embeddings": 8192}}[kind]  # fmt: skip
     config = draw_config("llama", "LlamaModel", 0)
     config.max_position_embeddings = 131_072
     config.rope_parameters = {"rope_type": kind, "rope_theta": 500_000.0, **more}

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, TypeVar
 
-from effzoo.annotations import Count, Few, Probability, Range, Whole, annotations_of, plain, problem
+from effzoo.annotations import Count, Few, Fraction, Probability, Range, Whole, annotations_of, plain, problem
 from effzoo.attention import backends
 from effzoo.blocks import ACTIVATIONS, Rotary, Slots
 from effzoo.errors import IncompatibleError, OptionError, did_you_mean, listing
@@ -129,7 +129,9 @@ class Config(ReadByTrainers):
     attention_dropout: of the attention weights, one or one per layer.
     positions: learned, sinusoidal, axial, rotary or none.
     axial_shape, axial_dims: size and width of each axis (Kitaev et al. 2020, arXiv:2001.04451, section 4).
-    rotary_theta, rotary_scaling: the base of the frequencies, one or one per layer, and how they are stretched.
+    rotary_theta, rotary_scaling: the base of the frequencies, and how they are stretched (`effzoo.blocks.Rotary`; {} in
+        a tuple for not at all); one or one per layer.
+    rotary_fraction: how much of each head is turned, one or one per layer; 0 in layers without positions.
     types: how many token types there are; 0 for none.
     position_offset: the first position id (RoBERTa counts from pad_token + 1; padding then keeps the id pad_token).
     pad_token, bos_token, eos_token: the token of padding, the one that begins a text, the one or those that end it.
@@ -186,7 +188,8 @@ class Config(ReadByTrainers):
     axial_shape: tuple[Count, ...] = ()
     axial_dims: tuple[Count, ...] = ()
     rotary_theta: Theta | tuple[Theta, ...] = 10_000.0
-    rotary_scaling: dict[str, Any] | None = None
+    rotary_scaling: dict[str, Any] | tuple[dict[str, Any], ...] | None = None
+    rotary_fraction: Fraction | tuple[Fraction, ...] = 1.0
     types: Whole = 0
     position_offset: Whole = 0
     pad_token: Whole | None = None
@@ -283,12 +286,13 @@ class Config(ReadByTrainers):
 
     def _check_layers(self) -> None:
         """What is said per layer is said for each, and once where all agree."""
-        for name in ("rotary_theta", "attention_dropout"):
+        object.__setattr__(self, "rotary_scaling", _without_lists(self.rotary_scaling))
+        for name in ("rotary_theta", "rotary_scaling", "rotary_fraction", "attention_dropout"):
             given = getattr(self, name)
             if isinstance(given, tuple) and len(given) != self.layers:
                 raise OptionError(f"{len(given)} values of {name} for {self.layers} layers; give one, or one per layer")
-            if isinstance(given, tuple) and len(set(given)) == 1:
-                object.__setattr__(self, name, given[0])
+            if isinstance(given, tuple) and all(value == given[0] for value in given):
+                object.__setattr__(self, name, given[0] or None if name == "rotary_scaling" else given[0])
 
     @property
     def width(self) -> int:
@@ -314,14 +318,30 @@ class Config(ReadByTrainers):
         """The dropout probability of the attention weights of one layer."""
         return self.attention_dropout[layer] if isinstance(self.attention_dropout, tuple) else self.attention_dropout
 
+    def rotary(self, layer: int = 0) -> Rotary | None:
+        """The rotary positions of one layer; None where it has none."""
+        said: tuple[Any, ...] = self.rotary_theta, self.rotary_scaling, self.rotary_fraction
+        theta, scaling, fraction = (given[layer] if isinstance(given, tuple) else given for given in said)
+        if self.positions != "rotary" or not fraction:
+            return None
+        return Rotary.of(self.head_dim or self.dim // self.heads, theta, scaling or {}, fraction)
+
+    @property
+    def angles_change_at(self) -> int | None:
+        """The length beyond which rotary angles depend on the longest text of a batch; None where they never do."""
+        lengths = [rotary.changes_at for rotary in map(self.rotary, range(self.layers)) if rotary is not None]
+        return min((n for n in lengths if n is not None and n < self.max_length), default=None)
+
+    @property
+    def keys_change_at(self) -> int | None:
+        """The length beyond which the keys of a text are turned anew (longrope); None where they never are."""
+        turned = [rotary for rotary in map(self.rotary, range(self.layers)) if rotary is not None]
+        lengths = [rotary.changes_at for rotary in turned if rotary.turns_back]
+        return min((n for n in lengths if n is not None and n < self.max_length), default=None)
+
     def slots(self, layer: int = 0) -> Slots:
         """What fills the slots of one block."""
-        theta = self.rotary_theta[layer] if isinstance(self.rotary_theta, tuple) else self.rotary_theta
-        rotary = (
-            Rotary.of(self.head_dim or self.dim // self.heads, theta, self.rotary_scaling or {})
-            if self.positions == "rotary"
-            else None
-        )
+        rotary = self.rotary(layer)
         same = {f.name: getattr(self, f.name) for f in fields(Slots) if f.name in {mine.name for mine in fields(self)}}
         experts = 0 if (layer + 1) % self.expert_every else self.experts
         return Slots(**same | {"rotary": rotary, "kv_heads": self.kv_heads or None, "experts": experts})
@@ -340,6 +360,13 @@ class Config(ReadByTrainers):
                 f"{self.name} is a{'n' * (not self.causal)} {self.architecture}, so task={task!r} makes no sense; "
                 f"try task={other!r}"
             )
+
+
+def _without_lists(scaling: Any) -> Any:
+    """A scaling of rotary positions as it is compared: TOML and JSON have lists for tuples."""
+    if isinstance(scaling, dict):
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in scaling.items()}
+    return tuple(map(_without_lists, scaling)) if isinstance(scaling, tuple) else scaling
 
 
 def _nearest_divisor(dim: int, heads: int) -> int:

@@ -27,12 +27,12 @@ COUNTS = (
     "architecture", "vocab", "dim", "layers", "heads", "mlp", "max_length", "share_layers", "embedding_dim",
     "head_dim", "kv_heads", "qk_norm", "attn_bias", "attn_out_bias", "mlp_bias", "mlp_out_bias", "gated", "experts",
     "expert_every", "norm", "norm_kind", "norm_bias", "first_norm", "residual", "eps", "activation", "positions",
-    "axial_shape", "axial_dims", "rotary_theta", "rotary_scaling", "types", "position_offset", "pad_token",
-    "embed_norm", "tied", "lm_bias", "pooling", "head_dense", "head_norm", "head_activation", "head_bias",
-    "token_dense", "pooler", "lm_transform", "transform_bias", "channels", "latents", "value_dim", "cross_attends",
-    "blocks_per_cross", "share_cross", "share_blocks", "cross_heads", "cross_head_dim", "cross_value_dim",
-    "cross_mlp", "cross_residual", "grid", "position_dim", "bands", "query_dim", "decoder_heads", "decoder_head_dim",
-    "decoder_value_dim", "decoder_mlp", "decoder_residual", "causal", "final_norm",
+    "axial_shape", "axial_dims", "rotary_theta", "rotary_scaling", "rotary_fraction", "types", "position_offset",
+    "pad_token", "embed_norm", "tied", "lm_bias", "pooling", "head_dense", "head_norm", "head_activation",
+    "head_bias", "token_dense", "pooler", "lm_transform", "transform_bias", "channels", "latents", "value_dim",
+    "cross_attends", "blocks_per_cross", "share_cross", "share_blocks", "cross_heads", "cross_head_dim",
+    "cross_value_dim", "cross_mlp", "cross_residual", "grid", "position_dim", "bands", "query_dim", "decoder_heads",
+    "decoder_head_dim", "decoder_value_dim", "decoder_mlp", "decoder_residual", "causal", "final_norm",
 )  # fmt: skip
 MEANT: dict[str, Callable[[Any], Any]] = {  # what a default stands for, so that it is equal to the same given in words
     "head_dim": lambda config: config.head_dim or config.dim // config.heads,
@@ -43,12 +43,14 @@ MEANT: dict[str, Callable[[Any], Any]] = {  # what a default stands for, so that
     "lm_bias": lambda config: not config.causal if config.lm_bias is None else config.lm_bias,
 }
 WITH_HEAD = ("classification", "token_classification", "question_answering")
-READ_IF: dict[str, Callable[[Config, str], bool]] = {  # fields that mean nothing in other models
+# fields that mean nothing in other models; of those that a release has added, what files of earlier ones do not have
+READ_IF: dict[str, Callable[[Config, str], bool]] = {
     "expert_every": lambda config, task: bool(config.experts),
     "axial_shape": lambda config, task: config.positions == "axial",
     "axial_dims": lambda config, task: config.positions == "axial",
     "rotary_theta": lambda config, task: config.positions == "rotary",
     "rotary_scaling": lambda config, task: config.positions == "rotary",
+    "rotary_fraction": lambda config, task: config.positions == "rotary" and config.rotary_fraction != 1,
     "pad_token": lambda config, task: (
         bool(config.position_offset) or (task == "classification" and config.causal and config.pooling == "last")
     ),

@@ -27,7 +27,7 @@ from effzoo.blocks.block import Block
 from effzoo.blocks.experts import Experts, balancing
 from effzoo.blocks.feedforward import FeedForward
 from effzoo.blocks.reversible import reversible, states, two_streams
-from effzoo.checked import marks
+from effzoo.checked import known, marks
 from effzoo.devices import at_hand
 from effzoo.errors import IncompatibleError, IncompatiblePeft, InputError, OptionError
 from effzoo.recompute import Recomputing, recompute
@@ -172,6 +172,7 @@ class Transformer(Recomputing, Model):
             valid = self.valid_tokens(inside if valid is None else inside & valid)
         if documents is not None:
             check_packed(self.cores(), self.task, cache is not None, document_ids is not None)
+            self._check_angles(documents)
         rows, like = self._layout(documents, prompt_length)
         if documents is not None and like is not None and position_ids is None:
             position_ids = self._positions(documents, input_ids)
@@ -189,6 +190,7 @@ class Transformer(Recomputing, Model):
         outside = HookContext(with_prompt, Mask(with_prompt, tasks=task_ids))
         with calling(outside):
             x, positions = self.embeddings(input_ids, inputs_embeds, position_ids, token_type_ids, prompt, start)
+        positions = positions if cache is None else self._turned_alike(cache, positions)
         mask = self.mask_of(valid, global_attention_mask, x, prompt_length, cached_prompt, positions, task_ids)
         if like is not None:
             mask = dataclasses.replace(mask, documents=like)
@@ -271,6 +273,31 @@ class Transformer(Recomputing, Model):
         own = None if ids is None else group.split(ids)
         positions = self.embeddings.positions(own, len(group.index), group.index.shape[1], group.index.device)
         return documents.rows.join([positions[..., None]])[..., 0]
+
+    def _check_angles(self, documents: Documents) -> None:
+        """Refuse documents that are not turned as they are alone, as one in the batch is long (dynamic, longrope)."""
+        at, longest = self.config.angles_change_at, int(documents.lengths.max())
+        if at is not None and longest > at:
+            raise InputError(
+                f"a document of {longest} positions makes all of them turn by other angles, as rotary_scaling says for "
+                f"texts of more than {at}, so shorter ones would not be computed as they are alone; give each document "
+                "a batch of its own"
+            )
+
+    def _turned_alike(self, cache: Cache, positions: Tensor) -> Tensor:
+        """The positions, once keys in the cache are turned as those of a text of the present length are (longrope)."""
+        at = self.config.keys_change_at
+        if at is None:
+            return positions
+        beyond = positions.max() >= at
+        if cache.beyond is not None:
+            positions = known(
+                positions, beyond == cache.beyond,
+                f"the text passes {at} positions, where rotary_scaling turns all keys by other angles, and those in "
+                "the cache are turned by the former; start a new cache with the whole text",
+            )  # fmt: skip
+        cache.beyond = beyond
+        return positions
 
     def _start(self, cache: Cache | None) -> tuple[int, int]:
         """How many positions the cache holds, and how many of them are prompt tokens."""
@@ -440,10 +467,15 @@ def _narrow(config: Config, factor: int, layers: Sequence[int]) -> tuple[nn.Modu
     unit = config.heads * (2 if config.positions == "rotary" else 1)
     # at least 8: a norm over fewer leaves nothing to learn
     dim = max(-(-8 // unit), config.dim // factor // unit) * unit
+    fraction, scaling = config.rotary_fraction, config.rotary_scaling
+    every = fraction if isinstance(fraction, tuple) else (fraction,) * config.layers
+    if config.angles_change_at is not None or isinstance(scaling, tuple):  # numbers for heads as wide as the model's
+        scaling = None
     slim = dataclasses.replace(
         config, dim=dim, head_dim=dim // config.heads, mlp=max(1, config.mlp // factor), residual="plain",
         experts=0, router="switch", expert_every=1, embedding_dim=0,
         positions="rotary" if config.positions == "rotary" else "none",
+        rotary_fraction=tuple(float(share > 0) for share in every), rotary_scaling=scaling,
     )  # fmt: skip
     shared: dict[str, Any] = {}
     specs = attention_specs(slim)

@@ -135,6 +135,7 @@ class Cache:
         self.length = 0  # positions so far, prompt tokens included
         self.prompt_tokens = 0
         self.states: dict[int, State] = {}  # by layer
+        self.beyond: Tensor | None = None  # whether keys are turned as those of a long text are (longrope)
 
     def reorder(self, index: Tensor) -> None:
         """Take these rows of the batch (beam search; an index may repeat)."""

@@ -13,7 +13,7 @@ import logging
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +40,11 @@ _QUANTISERS = (
     "compressed_tensors",
 )
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
-# what a forward pass draws and keeps for its backward pass, and a size that `resize_token_embeddings` leaves behind and
-# nothing computes with
-_SKIPPED = ("training", "gradient_checkpointing", "attention_seed", "feed_forward_seed", "vocab_size")
+# what a forward pass draws and keeps for its backward pass, the longest text it has seen, and a size that
+# `resize_token_embeddings` leaves behind and nothing computes with
+_SKIPPED = (
+    "training", "gradient_checkpointing", "attention_seed", "feed_forward_seed", "vocab_size", "max_seq_len_cached",
+)  # fmt: skip
 _START = ("__init__", "_init_weights", "init_weights", "reset_parameters")  # how weights start, which is past
 _SIMPLE = (bool, int, float, str, type(None))
 
@@ -195,6 +197,7 @@ def _check_frequencies(label: str, model: Any) -> None:
             if name.endswith("inv_freq") and not buffer.is_meta
         }
         expected = dict(type(module)(model.config).named_buffers(recurse=False)) if frequencies else {}
+        expected |= {name: own for name in frequencies if (own := _of_last_text(module, name)) is not None}
         for name, buffer in frequencies.items():
             # which may be in bfloat16
             if not torch.allclose(buffer.detach().double().cpu(), expected[name].double(), rtol=1e-2, atol=0):
@@ -202,6 +205,19 @@ def _check_frequencies(label: str, model: Any) -> None:
                     f"{label}: {path}.{name} was changed; say in the configuration how positions "
                     "turn, and make the model anew"
                 )
+
+
+def _of_last_text(module: Any, name: str) -> Tensor | None:
+    """The frequencies that a module has after the texts that it has seen, where they depend on their length."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    layers, kind = name.removesuffix("inv_freq").rstrip("_"), getattr(module, "rope_type", None)
+    if layers.endswith("original") or kind not in ("dynamic", "longrope"):
+        return None
+    if kind == "longrope":  # turned anew at each call
+        return cast(Tensor, module.inv_freq).detach().float().cpu()
+    made: Tensor = ROPE_INIT_FUNCTIONS[kind](module.config, None, seq_len=module.max_seq_len_cached)[0]
+    return made.cpu()
 
 
 def _check_numbers_of_places(label: str, model: Any) -> None:

@@ -168,12 +168,12 @@ class Layout:
                 f"{self.name} counts positions from pad_token_id + 1, but pad_token_id is None; set it in the config"
             )
         offset = values["pad_token"] + 1 if self.counts_from_pad else 0
+        longest = getattr(theirs, self.positions) - offset
         try:
             config = Config(
-                **{"name": self.name, "layout": self.name, **self.slots, **values},
+                **{"name": self.name, "layout": self.name, "max_length": longest, **self.slots, **values},
                 activation=ACTIVATIONS[activation],
                 position_offset=offset,
-                max_length=getattr(theirs, self.positions) - offset,
             )
         except OptionError as error:
             raise ConversionError(

@@ -83,21 +83,19 @@ NO_BIAS = {"attn_bias": False, "attn_out_bias": False, "mlp_bias": False}
 READS = frozenset(
     {"classifier_dropout", "head_dim", "hidden_dropout", "is_causal", "num_key_value_heads", "rope_parameters"}
 )
-TRANSLATED = frozenset({"architecture", "kv_heads", "head_dim", "rotary_theta", "rotary_scaling"})
+TRANSLATED = frozenset({"architecture", "kv_heads", "head_dim", "rotary_theta", "rotary_scaling", "rotary_fraction"})
+PARTIAL = ("phi3",)  # turn a part of each head
 
 
 def read(theirs: Any) -> dict[str, Any]:
     """Sizes of heads, 0 where they follow from the others, and rotary positions."""
-    theta, scaling = rotary.read(theirs.rope_parameters, theirs.model_type)
     heads = theirs.num_attention_heads
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // heads
     return {
         "architecture": "decoder" if causal(theirs) else "encoder",
         "head_dim": 0 if head_dim * heads == theirs.hidden_size else head_dim,
         "kv_heads": 0 if theirs.num_key_value_heads == heads else theirs.num_key_value_heads,
-        "rotary_theta": theta,
-        "rotary_scaling": scaling,
-    }
+    } | rotary.read(theirs.rope_parameters, theirs, partial=theirs.model_type in PARTIAL)
 
 
 def causal(theirs: Any) -> bool:
@@ -108,15 +106,23 @@ def causal(theirs: Any) -> bool:
     return given
 
 
+def one_for_all(config: Config, name: str) -> Any:
+    """A field that is the same in all layers. ConversionError where it is said per layer."""
+    if isinstance(given := getattr(config, name), tuple):
+        raise ConversionError(f"{config.layout} of transformers has one {name} for all layers, got {given}")
+    return given
+
+
 def write(config: Config) -> dict[str, Any]:
-    if isinstance(config.rotary_theta, tuple):
-        raise ConversionError(
-            f"{config.layout} of transformers has one rotary_theta for all layers, got {config.rotary_theta}"
-        )
+    turned = [one_for_all(config, name) for name in ("rotary_theta", "rotary_scaling", "rotary_fraction")]
+    theta, scaling, fraction = turned
+    if fraction != 1 and config.layout not in PARTIAL:
+        raise ConversionError(f"{config.layout} of transformers turns whole heads, got rotary_fraction={fraction}")
     return {
         "head_dim": config.head_dim or config.dim // config.heads,
         "num_key_value_heads": config.kv_heads or config.heads,
-        "rope_parameters": rotary.write(config.rotary_theta, config.rotary_scaling),
+        "rope_parameters": rotary.write(theta, scaling, fraction),
+        **rotary.longest(scaling),
         "classifier_dropout": config.dropout,
         **({} if config.causal else {"is_causal": False}),
     }
@@ -210,12 +216,14 @@ def _whole_heads(config: Config, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_phi3(config: Config) -> dict[str, Any]:
-    """One window for all layers, or none; dropouts of the embeddings and of what sublayers add."""
-    if config.rotary_scaling is not None:
-        raise ConversionError(
-            f"Phi-3 of transformers scales rotary positions by longrope or not at all, got {config.rotary_scaling}"
-        )
-    return _whole_heads(config, write_mistral(config)) | {"resid_pdrop": config.dropout, "embd_pdrop": config.dropout}
+    """One window for all layers, or none; dropouts of the embeddings and of what sublayers add; longrope."""
+    scaling = config.rotary_scaling
+    if scaling is not None and (isinstance(scaling, tuple) or scaling["type"] != "longrope"):
+        raise ConversionError(f"Phi-3 of transformers scales rotary positions by longrope or not at all, got {scaling}")
+    given = write_mistral(config)
+    if scaling is not None:
+        given["original_max_position_embeddings"] = int(scaling["original_max_position_embeddings"])
+    return _whole_heads(config, given) | {"resid_pdrop": config.dropout, "embd_pdrop": config.dropout}
 
 
 def dropouts_phi3(theirs: Any, task: str) -> dict[str, float | None]:

@@ -43,6 +43,7 @@ HEADS = {
     "masked_lm": same(HEAD | {"head.out": "decoder"}),
 }
 POOLING = {"cls": "first", "mean": "mean"}
+TYPES = ("default", "linear", "llama3")  # of rotary scaling
 KINDS = {True: "sliding_attention", False: "full_attention"}
 
 
@@ -61,9 +62,10 @@ def read(theirs: Any) -> dict[str, Any]:
             "alone; windows start at 2"
         )
     turned = {
-        kind: rotary.read(theirs.rope_parameters[kind], f"modernbert's {kind}") for kind in set(theirs.layer_types)
+        kind: rotary.read(theirs.rope_parameters[kind], theirs, whose=f"modernbert's {kind}", types=TYPES)
+        for kind in set(theirs.layer_types)
     }
-    scalings = [scaling for _, scaling in turned.values()]
+    scalings = [of_kind["rotary_scaling"] for of_kind in turned.values()]
     if any(scaling != scalings[0] for scaling in scalings):
         raise ConversionError(
             "modernbert scales its rotary positions differently in local and global layers, "
@@ -71,7 +73,7 @@ def read(theirs: Any) -> dict[str, Any]:
         )
     return {
         "attention": attention_of([2 * reach if kind == KINDS[True] else None for kind in theirs.layer_types]),
-        "rotary_theta": tuple(turned[kind][0] for kind in theirs.layer_types),
+        "rotary_theta": tuple(turned[kind]["rotary_theta"] for kind in theirs.layer_types),
         "rotary_scaling": scalings[0],
         "attn_out_bias": theirs.attention_bias,
         "lm_bias": None if theirs.decoder_bias else False,
@@ -82,6 +84,11 @@ def read(theirs: Any) -> dict[str, Any]:
 
 def write(config: Config) -> dict[str, Any]:
     windows = windows_of(config, "ModernBERT", global_projections=False)
+    scaling = config.rotary_scaling or {"type": "default"}
+    if isinstance(scaling, tuple) or scaling["type"] not in TYPES:
+        raise ConversionError(
+            f"ModernBERT is converted with one scaling of rotary positions, of type {listing(TYPES)}, got {scaling}"
+        )
     thetas = config.rotary_theta if isinstance(config.rotary_theta, tuple) else (config.rotary_theta,) * config.layers
     of_kind: dict[str, set[Any]] = {kind: set() for kind in KINDS.values()}
     for window, theta in zip(windows, thetas, strict=True):
@@ -105,7 +112,7 @@ def write(config: Config) -> dict[str, Any]:
     return {
         "layer_types": [KINDS[window is not None] for window in windows],
         "rope_parameters": {
-            kind: rotary.write(default if theta is None else theta, config.rotary_scaling)
+            kind: rotary.write(default if theta is None else theta, scaling)
             for kind, theta, default in ((KINDS[True], local[1], 10_000.0), (KINDS[False], whole[1], 160_000.0))
         },
         "attention_bias": config.attn_bias,

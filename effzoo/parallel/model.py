@@ -55,6 +55,12 @@ class OverRanks:
         balances = all(sees_all(core) and core.context.causal for core in inner.cores())
         if order == "zigzag" and not balances:
             raise IncompatibleError("order 'zigzag' is for models of full causal attention; use order='contiguous'")
+        if inner.config.angles_change_at is not None:
+            raise IncompatibleError(
+                "rotary angles that depend on the longest text of a batch (rotary_scaling of type dynamic or longrope) "
+                "are not computed over ranks; build the model with another scaling, or with a max_length of at most "
+                f"{inner.config.angles_change_at}"
+            )
         self.model = inner
         self.order, self._balances, self._agreed = order, balances, False
         self.group: Group = cast(Group, dist.group.WORLD) if group is None else group

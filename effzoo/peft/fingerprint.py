@@ -196,7 +196,12 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
             continue
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = [
-                field.name for field in dataclasses.fields(value) if field.compare and "dropout" not in field.name
+                field.name
+                for field in dataclasses.fields(value)
+                if field.compare
+                and "dropout" not in field.name
+                # files of earlier releases have no fact for it
+                and not ("added" in field.metadata and getattr(value, field.name) == field.default)
             ]
             value = {field: getattr(value, field) for field in fields if field not in NOT_THE_FUNCTION}
         attributes[name] = _plain(value)
