@@ -19,9 +19,12 @@ from effzoo.convert.bert import BERT
 from effzoo.convert.layouts import LAYOUTS, family, layout_for
 from effzoo.errors import ConversionError, OptionError
 
-FAMILIES = ("bert", "roberta", "longformer", "gpt2", "llama", "mistral", "qwen2", "qwen3", "modernbert", "led")
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma2", "gemma3_text")
+FAMILIES = ("bert", "roberta", "longformer", "gpt2", *DECODERS, "modernbert", "led")
 CLASSES = [(family, task, name) for family in FAMILIES for task, name in LAYOUTS[family].classes.items()]
-CONFIGS = {"modernbert": "ModernBertConfig", "led": "LEDConfig"}
+CONFIGS = {
+    "modernbert": "ModernBertConfig", "led": "LEDConfig", "smollm3": "SmolLM3Config", "gemma3_text": "Gemma3TextConfig",
+}  # fmt: skip
 HEADS = pytest.mark.parametrize(("family", "task", "name"), CLASSES, ids=[name for _, _, name in CLASSES])
 
 
@@ -45,8 +48,8 @@ def their_config(family, **changes):
         "max_position_embeddings": 22,
     }  # fmt: skip
     sizes |= {"attention_window": [4, 8]} if family == "longformer" else {}
-    if family in ("llama", "mistral", "qwen2", "qwen3"):
-        sizes |= {"head_dim": 6} if family != "qwen2" else {}
+    if family in DECODERS:
+        sizes |= {"head_dim": 6} if family not in ("qwen2", "smollm3", "olmo2") else {}
         sizes |= {
             "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None,
             "classifier_dropout": 0.0, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
@@ -58,6 +61,16 @@ def their_config(family, **changes):
             "use_sliding_window": True,
             "sliding_window": 4,
             "layer_types": ["full_attention", "sliding_attention"],
+        }
+    if family == "smollm3":
+        sizes |= {"use_sliding_window": True, "sliding_window": 4, "no_rope_layers": [1, 0]}
+    if family in ("gemma2", "gemma3_text"):
+        sizes |= {"sliding_window": 4, "query_pre_attn_scalar": 5}
+        sizes["layer_types"] = ["sliding_attention", "full_attention"]
+    if family == "gemma3_text":
+        sizes["rope_parameters"] = {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
         }
     if family == "modernbert":
         sizes |= {
@@ -90,11 +103,15 @@ def zoo(family, tiny, **changes):
     """A model of the zoo with every parameter drawn at random."""
     attention = {"attention": "longformer[window=(4, 8)]"} if family in ("longformer", "led") else {}
     attention |= {"attention": "longformer[window=8, global_projections=False]"} if family == "mistral" else {}
-    heads = {"kv_heads": 1} if family in ("llama", "mistral", "qwen2", "qwen3") else {}
-    heads |= {"head_dim": 6} if family == "qwen3" else {}
+    windows = ("longformer[window=8, global_projections=False]", "full")
+    attention |= {"attention": windows} if family in ("gemma2", "gemma3_text") else {}
+    attention |= {"rotary_theta": (50.0, 500.0)} if family == "gemma3_text" else {}
+    heads = {"kv_heads": 1} if family in DECODERS else {}
+    heads |= {"head_dim": 6} if family in ("qwen3", "gemma2", "gemma3_text") else {}
     # their classification needs it for several rows
     padding = {} if family in ("bert", "roberta", "longformer", "led") else {"pad_token": 0}
-    model = effzoo.build(family, **{**tiny, **attention, **heads, **padding, "max_length": 20, **changes}).eval()
+    name = "gemma3" if family == "gemma3_text" else family
+    model = effzoo.build(name, **{**tiny, **attention, **heads, **padding, "max_length": 20, **changes}).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.5, 0.4)
@@ -290,7 +307,20 @@ def test_a_new_attention_copies_the_norms_of_heads_beside_its_projections():
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "mistral", "qwen3", "modernbert", "led", "longformer-large", "blockbert", "linformer"]
+    "name",
+    [
+        "llama",
+        "mistral",
+        "qwen3",
+        "smollm3",
+        "olmo2",
+        "gemma2",
+        "modernbert",
+        "led",
+        "longformer-large",
+        "blockbert",
+        "linformer",
+    ],
 )
 def test_zoo_entries_load_weights_in_their_layout_from_a_folder(name, tmp_path, tiny):
     """Written by transformers from a tiny model of the same layout; blockbert and linformer take those of BERT and
@@ -334,6 +364,36 @@ PUBLISHED = {  # the config.json of the hub id, as written by transformers 4: ro
         "num_attention_heads": 16, "head_dim": 128,
         "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "rope_theta": 1000000,
         "rope_scaling": None, "use_sliding_window": False, "sliding_window": None, "max_window_layers": 28,
+    },
+    "smollm3": _DECODER | {
+        "bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 128004, "num_key_value_heads": 4,
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+        "num_attention_heads": 16, "max_position_embeddings": 65536, "max_window_layers": 28, "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True, "rope_theta": 5000000.0, "rope_scaling": None, "no_rope_layer_interval": 4,
+        "no_rope_layers": [1, 1, 1, 0] * 9, "use_sliding_window": False, "sliding_window": None,
+        "layer_types": ["full_attention"] * 36, "pretraining_tp": 2, "mlp_bias": False, "attention_bias": False,
+    },
+    "olmo2": _DECODER | {
+        "bos_token_id": None, "eos_token_id": 100257, "pad_token_id": 100277, "num_key_value_heads": 16,
+        "vocab_size": 100352, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 16, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False, "rope_theta": 500000, "rope_scaling": None, "attention_bias": False,
+    },
+    "gemma2": {
+        "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "cache_implementation": "hybrid",
+        "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "sliding_window": 4096, "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "gemma3": {
+        "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "cache_implementation": "hybrid",
+        "vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000, "rope_local_base_freq": 10000, "rope_scaling": None,
+        "sliding_window": 512, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": None, "final_logit_softcapping": None, "hidden_activation": "gelu_pytorch_tanh",
     },
     "modernbert": {
         "vocab_size": 50368, "hidden_size": 768, "intermediate_size": 1152, "num_hidden_layers": 22,
@@ -781,6 +841,15 @@ def test_another_number_of_labels_is_refused_unless_the_body_alone_is_given(tiny
     ("qwen3", {"attention": "longformer[window=(4, 8), global_projections=False]"},
     "one sliding window for the layers that have any"),
     ("qwen3", {"qk_norm": False}, "no counterpart for qk_norm=False: it has True"),
+    ("smollm3", {"rotary_fraction": (1.0, 0.5)}, "whole or not at all"),
+    ("olmo2", {"norm": "pre"}, "no counterpart for norm='pre': it has 'branch'"),
+    ("olmo2", {"qk_norm": True}, "no counterpart for qk_norm=True: it has 'joint'"),
+    ("gemma2", {"score_dim": 2.5}, "a whole score_dim, got 2.5"),
+    ("gemma2", {"scale_embeddings": False}, "no counterpart for scale_embeddings=False: it has True"),
+    ("gemma3_text", {"attention": "full"}, "Gemma 3 turns all layers with a window alike, and all others"),
+    ("gemma3_text", {"score_cap": 2.0}, r"no counterpart for score_cap=2\.0: it has 0\.0"),
+    ("llama", {"score_cap": 2.0}, r"no counterpart for score_cap=2\.0: it has 0\.0"),
+    ("llama", {"logit_cap": 2.0, "task": "causal_lm"}, r"no counterpart for logit_cap=2\.0: it has 0\.0"),
     ("modernbert", {"pooling": "last"}, "ModernBERT has no counterpart for pooling='last'; it has first, mean"),
     ("modernbert", {"attention": "longformer[window=(4, 8), global_projections=False]"}, "ModernBERT has one window"),
     ("modernbert", {"dropout": 0.1}, r"ModernBERT has one dropout where this model has 0\.1 and 0\.0"),

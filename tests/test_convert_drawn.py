@@ -20,6 +20,10 @@ FAMILIES = (
     "mistral",
     "qwen2",
     "qwen3",
+    "smollm3",
+    "olmo2",
+    "gemma2",
+    "gemma3",
     "xlm-roberta",
     "electra",
     "nomic-bert",
@@ -30,15 +34,18 @@ FAMILIES = (
 OPTIONS = {
     "layers": [1, 2], "heads": [1, 2, 4], "mlp": [24, 40], "max_length": [16, 32], "types": [0, 1, 2],
     "pad_token": [None, 0], "eps": [1e-5, 1e-12],
-    "activation": ["gelu", "gelu_tanh", "relu", "silu"], "norm": ["pre", "post"], "norm_kind": ["layer", "rms"],
+    "activation": ["gelu", "gelu_tanh", "relu", "silu"], "norm": ["pre", "post", "branch", "sandwich"],
+    "norm_kind": ["layer", "rms", "rms_plus_one"],
     "tied": [True, False],
-    "head_dim": [0, 8], "kv_heads": [0, 1], "qk_norm": [True, False], "attn_bias": [True, False],
+    "head_dim": [0, 8], "kv_heads": [0, 1], "qk_norm": [True, False, "joint"], "attn_bias": [True, False],
     "attn_out_bias": [True, False],
     "mlp_bias": [True, False], "mlp_out_bias": [None, True, False], "gated": [True, False], "mlp_chunk": [0, 4],
     "positions": ["learned", "rotary", "axial", "sinusoidal", "none"],
     "share_layers": [0, 1], "embedding_dim": [0, 8], "pooling": ["first", "last", "mean", "late"],
     "pooler": [True, False],
     "head_dense": [True, False],
+    "score_cap": [0.0, 0.5], "logit_cap": [0.0, 0.5], "score_dim": [0.0, 3.0], "rotary_fraction": [0.0, 0.5, 1.0],
+    "scale_embeddings": [True, False],
     "residual": ["plain", "reversible"], "dropout": [0.0, 0.1], "attention_dropout": [0.0, 0.1],
     "lm_bias": [None, True, False],
     "rotary_scaling": [None, {"type": "linear", "factor": 2.0}], "architecture": ["encoder", "decoder"],
@@ -46,7 +53,16 @@ OPTIONS = {
     "lsh[chunk=4, circular=true, buckets=4]",
                   "local[chunk=4, circular=true]", "lsh[chunk=4]", "blockwise", "linformer[k=4]"],
 }  # fmt: skip
-RARE = ("led", "modernbert", "qwen2", "qwen3")  # so few draws are models of theirs that none may be among these
+RARE = (
+    "led",
+    "modernbert",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "olmo2",
+    "gemma2",
+    "gemma3",
+)  # so few draws are models of theirs that none may be among these
 NATURAL = {"longformer": "longformer[window=4]", "led": "longformer[window=4]", "mistral": "longformer[window=4, "
     "global_projections=false]",
            "reformer": "lsh[chunk=4, circular=true, buckets=4]"}  # fmt: skip
@@ -58,12 +74,14 @@ def drawn(family, seed):
     sizes |= {"attention": NATURAL.get(family, "full"), "dropout": 0.0, "attention_dropout": 0.0}
     sizes |= (
         {"kv_heads": 0}
-        if family in ("llama", "mistral", "qwen2", "qwen3")
+        if family in ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma2", "gemma3")
         else {"head_dim": 8}
         if family == "reformer"
         else {}
     )
     sizes |= {"embedding_dim": 8} if family == "albert" else {}
+    sizes |= {"head_dim": 0} if family.startswith("gemma") else {}
+    sizes |= {"rotary_theta": 10.0} if family == "gemma3" else {}
     task = draw.choice(
         ["features", "classification", "token_classification", "question_answering", "masked_lm", "causal_lm"]
     )

@@ -22,7 +22,8 @@ def model(tiny):
 PUBLISHED = {
     "bert": 109_482_240, "albert": 11_683_584, "roberta": 124_645_632, "gpt2": 124_439_808, "longformer": 148_659_456,
     "longformer-large": 434_600_960, "minilm": 22_713_216, "llama": 1_235_814_400, "mistral": 7_110_660_096,
-    "qwen2": 494_032_768, "qwen3": 596_049_920, "xlm-roberta": 278_043_648, "electra": 108_891_648,
+    "qwen2": 494_032_768, "qwen3": 596_049_920, "xlm-roberta": 278_043_648, "smollm3": 3_075_098_624,
+    "olmo2": 1_279_395_840, "gemma2": 2_614_341_888, "gemma3": 999_885_952, "electra": 108_891_648,
     "nomic-bert": 136_731_648, "eurobert": 211_766_016, "modernbert": 149_014_272, "led": 104_345_856,
     "blockbert": 109_482_240,
     "linformer": 124_645_632 + 256 * 512,
@@ -30,7 +31,8 @@ PUBLISHED = {
     "reformer-enwik8": 148_654_080,
 }  # fmt: skip
 WITH_LM_HEAD = {"llama": 1_235_814_400, "mistral": 7_241_732_096, "qwen2": 494_032_768, "qwen3": 596_049_920,
-    "modernbert": 149_655_232,
+    "modernbert": 149_655_232, "smollm3": 3_075_098_624, "olmo2": 1_484_916_736, "gemma2": 2_614_341_888,
+    "gemma3": 999_885_952,
 }  # fmt: skip
 
 

@@ -21,7 +21,8 @@ from effzoo.convert.layouts import LAYOUTS
 
 VOCAB, LABELS, LENGTH, BATCH = 37, 3, 13, 3
 EXACT = ("bert", "albert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "gpt2")
-LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+GEMMAS = ("gemma2", "gemma3_text")
+LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "olmo2", *GEMMAS)
 ROTARY = ("nomic_bert", "gte", "jina_embeddings_v3")
 CAUSAL = ("gpt2", *LLAMAS)
 FAMILY_NAMES = (
@@ -38,7 +39,8 @@ CONFIGS = {
     "electra": "ElectraConfig", "nomic_bert": "NomicBertConfig", "gte": "GteConfig",
     "jina_embeddings_v3": "JinaEmbeddingsV3Config", "eurobert": "EuroBertConfig",
     "llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config",
-    "phi3": "Phi3Config", "modernbert": "ModernBertConfig",
+    "phi3": "Phi3Config", "smollm3": "SmolLM3Config", "olmo2": "Olmo2Config", "gemma2": "Gemma2Config",
+    "gemma3_text": "Gemma3TextConfig", "modernbert": "ModernBertConfig",
     "led": "LEDConfig",
 }  # fmt: skip
 
@@ -84,16 +86,17 @@ def draw_decoder(family, draw, layers, eps):
         "tie_word_embeddings": draw.choice((True, False)),
         "head_dim": draw.choice((4, 6, 8)), "classifier_dropout": 0.0,
     }  # fmt: skip
-    if family in ("qwen2", "phi3"):
+    whole = family in ("qwen2", "phi3", "smollm3", "olmo2")
+    if whole:
         sizes["head_dim"] = sizes["hidden_size"] // heads
     sizes["rope_parameters"] = draw_rotary(draw, sizes["head_dim"])
-    if family in ("qwen2", "phi3"):
+    if whole:
         sizes.pop("head_dim")
     if family == "phi3":
         sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": draw.choice((100.0, 10_000.0))}
-    if family in ("llama", "qwen3", "eurobert"):
+    if family in ("llama", "qwen3", "eurobert", "smollm3", "olmo2", *GEMMAS):
         sizes["attention_bias"] = draw.choice((True, False))
-    if family in ("llama", "eurobert"):
+    if family in ("llama", "eurobert", "smollm3"):
         sizes["mlp_bias"] = draw.choice((True, False))
     if family == "eurobert":
         sizes.pop("classifier_dropout")
@@ -106,6 +109,26 @@ def draw_decoder(family, draw, layers, eps):
             "sliding_window": 4,
             "max_window_layers": draw.choice((0, 1)),
         }
+    if family == "smollm3":
+        sizes |= {
+            "no_rope_layers": [draw.choice((0, 1)) for _ in range(layers)],
+            "use_sliding_window": draw.choice((True, False)), "sliding_window": 4,
+        }  # fmt: skip
+    if family in GEMMAS:
+        sizes.pop("hidden_act")
+        sizes |= {
+            "hidden_activation": draw.choice(("gelu_pytorch_tanh", "silu")),
+            "query_pre_attn_scalar": draw.choice((sizes["head_dim"], 3, 16)),
+            "sliding_window": draw.choice((2, 5, 4096)),
+            "layer_types": [draw.choice(("sliding_attention", "full_attention")) for _ in range(layers)],
+            "final_logit_softcapping": draw.choice((None, 0.7)),
+        }  # fmt: skip
+    if family == "gemma2":
+        sizes["attn_logit_softcapping"] = draw.choice((None, 0.5, 2.0))
+    if family == "gemma3_text":
+        sizes["rope_parameters"] = {
+            "full_attention": draw_rotary(draw), "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        }  # fmt: skip
     return getattr(transformers, CONFIGS[family])(**sizes)
 
 
@@ -204,7 +227,8 @@ def class_named(name):
 
 
 def drawn(name, config):
-    """A model of transformers with every parameter drawn: matrices and biases around 0, norms around 1.
+    """A model of transformers with every parameter drawn: matrices and biases around 0, norms around 1 (around 0 where
+    they multiply by 1 + w).
 
     With norms before each sub-layer larger matrices make gradients of several hundred, in which float32 itself errs by
     1e-5.
@@ -215,7 +239,7 @@ def drawn(name, config):
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             is_norm = key.endswith("weight") and parameter.ndim == 1
-            parameter.normal_(1.0 if is_norm else 0.0, width)
+            parameter.normal_(1.0 if is_norm and config.model_type not in GEMMAS else 0.0, width)
     return model
 
 
@@ -450,6 +474,10 @@ BASE = {
     "qwen2": _DECODER,
     "qwen3": _DECODER,
     "phi3": _DECODER | {"sliding_window": 16},
+    "smollm3": _DECODER,
+    "olmo2": _DECODER,
+    "gemma2": _DECODER | {"head_dim": 64, "query_pre_attn_scalar": 144, "sliding_window": 16},
+    "gemma3_text": _DECODER | {"head_dim": 64, "sliding_window": 16},
     "modernbert": {"num_hidden_layers": 12, "local_attention": 16, "cls_token_id": None, "sep_token_id": None},
     "led": {
         "d_model": 768, "encoder_layers": 12, "encoder_attention_heads": 12, "encoder_ffn_dim": 3072,

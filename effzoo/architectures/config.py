@@ -7,7 +7,18 @@ import math
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, TypeVar
 
-from effzoo.annotations import Count, Few, Fraction, Probability, Range, Whole, annotations_of, plain, problem
+from effzoo.annotations import (
+    Count,
+    Few,
+    Fraction,
+    NotNegative,
+    Probability,
+    Range,
+    Whole,
+    annotations_of,
+    plain,
+    problem,
+)
 from effzoo.attention import backends
 from effzoo.blocks import ACTIVATIONS, Rotary, Slots
 from effzoo.errors import IncompatibleError, OptionError, did_you_mean, listing
@@ -111,7 +122,9 @@ class Config(ReadByTrainers):
     embedding_dim: width of the embeddings, which a linear layer brings to dim (ALBERT, section 3.1); 0 for dim.
     head_dim: width of a head; 0 for dim / heads.
     kv_heads: heads of keys and values (grouped queries); 0 for all.
-    qk_norm: an RMSNorm over each head of queries and keys.
+    qk_norm: an RMSNorm over each head of queries and keys; "joint": over all heads of a token together (OLMo 2).
+    score_dim: scores are q . k / sqrt(score_dim); 0 for the width of a head.
+    score_cap, logit_cap: scores, and the logits of a language-model head, become c tanh(s / c) (Gemma 2); 0 for none.
     attn_bias, attn_out_bias, mlp_bias, mlp_out_bias: which linear layers have a bias; mlp_out_bias is of the last one
         of a feed-forward, None for what mlp_bias says.
     gated: a gated feed-forward.
@@ -119,8 +132,9 @@ class Config(ReadByTrainers):
     experts: feed-forwards of which a router chooses for each token; 0 for one without a router.
     router: a spec of `effzoo.routing`.
     expert_every: 2 gives experts to layers 1, 3, 5, ...; 1 to all.
-    norm: before a sub-layer ("pre") or after its residual ("post").
-    norm_kind, norm_bias: LayerNorm or RMSNorm, and whether it has a bias.
+    norm: before a sub-layer ("pre"), after its residual ("post"), after the sub-layer itself ("branch"), or before and
+        after the sub-layer ("sandwich").
+    norm_kind, norm_bias: LayerNorm, RMSNorm, or RMSNorm that multiplies by 1 + w (Gemma), and whether it has a bias.
     first_norm: whether block 0 of a pre-norm model has a norm before its attention.
     residual: "reversible" has two streams, which end side by side (Gomez et al. 2017, arXiv:1707.04585).
     eps: of the norms.
@@ -136,6 +150,7 @@ class Config(ReadByTrainers):
     position_offset: the first position id (RoBERTa counts from pad_token + 1; padding then keeps the id pad_token).
     pad_token, bos_token, eos_token: the token of padding, the one that begins a text, the one or those that end it.
     generation: the options that `effzoo.generate` starts from.
+    scale_embeddings: embeddings of tokens times sqrt(dim).
     embed_norm: a norm after the embeddings; None for one in post-norm models.
     tied: the language-model head uses the token embedding.
     lm_bias: the language-model head adds a bias; None for one when masked.
@@ -165,7 +180,11 @@ class Config(ReadByTrainers):
     embedding_dim: Whole = 0
     head_dim: Whole = 0
     kv_heads: Whole = 0
-    qk_norm: bool = False
+    qk_norm: bool | Literal["joint"] = False
+    score_dim: NotNegative = 0.0
+    score_cap: NotNegative = 0.0
+    logit_cap: NotNegative = 0.0
+    scale_embeddings: bool = False
     attn_bias: bool = True
     attn_out_bias: bool = True
     mlp_bias: bool = True
@@ -175,8 +194,8 @@ class Config(ReadByTrainers):
     experts: Whole = 0
     router: str = "switch"
     expert_every: Count = 1
-    norm: Literal["pre", "post"] = "post"
-    norm_kind: Literal["layer", "rms"] = "layer"
+    norm: Literal["pre", "post", "branch", "sandwich"] = "post"
+    norm_kind: Literal["layer", "rms", "rms_plus_one"] = "layer"
     norm_bias: bool = True
     first_norm: bool = True
     residual: Literal["plain", "reversible"] = "plain"

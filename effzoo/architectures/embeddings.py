@@ -25,13 +25,16 @@ class Embeddings(nn.Module):
     """norm(token + position + type): ids [batch, n] -> [batch, p + n, dim], with the p tokens of a prompt in front.
 
     Embeddings that are narrower than the blocks go through a linear layer at the end (ALBERT, section 3.1). The
-    positions are learned, sinusoidal or axial, or there are none (rotary positions act in attention).
+    positions are learned, sinusoidal or axial, or there are none (rotary positions act in attention). With
+    `scale_embeddings` those of tokens are multiplied by sqrt(dim) (Vaswani et al. 2017, section 3.4; Gemma);
+    inputs_embeds and prompts stay as they are.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.token = Embedding(config.vocab, config.embed_dim, role="embed.token")
+        scale = math.sqrt(config.embed_dim) if config.scale_embeddings else 1.0
+        self.token = Embedding(config.vocab, config.embed_dim, scale=scale, role="embed.token")
         self.position = _table(config)
         self.token_type = Embedding(config.types, config.embed_dim, role="embed.type") if config.types else None
         with_norm = config.norm == "post" if config.embed_norm is None else config.embed_norm

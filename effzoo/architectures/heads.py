@@ -168,13 +168,15 @@ class QuestionAnswering(TokenClassification):
 class LanguageModel(nn.Module):
     """Logits over the vocabulary, [batch, n, vocab]: W norm(act(dense(x))) + b, where the config has the transform.
 
+    With a `logit_cap` c they become c tanh(logits / c).
+
     W is the token embedding (tied; the transform then ends as wide as that), or a matrix of its own. Labels [batch, n],
     -100 where none counts; a decoder compares the logits at t with the label at t + 1.
     """
 
     def __init__(self, config: Config):
         super().__init__()
-        self.causal = config.causal
+        self.causal, self.cap = config.causal, config.logit_cap or None
         transform = config.lm_transform and not config.causal
         inner = config.embed_dim if config.tied else config.dim
         self.dense = Linear(config.width, inner, bias=config.transform_bias, role="lm.dense") if transform else None
@@ -196,6 +198,7 @@ class LanguageModel(nn.Module):
     def forward(self, hidden: Tensor, valid: Tensor | None, labels: Tensor | None, embedding: Embedding) -> Output:
         x = transformed(hidden, self.dense, self.activation, self.norm)
         logits = self.out(x, embedding) if isinstance(self.out, TiedLinear) else self.out(x)
+        logits = logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
         loss = None
         if labels is not None:
             labels = _labels(logits, labels)

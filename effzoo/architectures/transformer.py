@@ -56,7 +56,7 @@ class Transformer(Recomputing, Model):
         self.blocks = nn.ModuleList(
             self._block(config, number, specs[layer], shared) for number, layer in enumerate(config.first_layers)
         )
-        self.final_norm = config.slots().make_norm(config.width, "final.norm") if config.norm == "pre" else None
+        self.final_norm = config.slots().make_norm(config.width, "final.norm") if config.norm != "post" else None
         self.side = Side(config.width, config.layers, partial(_narrow, config))
         self.head = head(config, task, num_labels)
         # of the last block, the positions that a classification head reads; then no last_hidden_state
@@ -82,6 +82,7 @@ class Transformer(Recomputing, Model):
             max_length=config.max_length,
             backend=config.backend,
             shared=shared,
+            score_cap=config.score_cap,
         )
         block = Block(config.slots(config.first_layers[number]), spec, context)
         if config.residual == "reversible" and isinstance(block.mlp, Experts) and block.mlp.router.weighted:
@@ -475,7 +476,7 @@ def _narrow(config: Config, factor: int, layers: Sequence[int]) -> tuple[nn.Modu
         config, dim=dim, head_dim=dim // config.heads, mlp=max(1, config.mlp // factor), residual="plain",
         experts=0, router="switch", expert_every=1, embedding_dim=0,
         positions="rotary" if config.positions == "rotary" else "none",
-        rotary_fraction=tuple(float(share > 0) for share in every), rotary_scaling=scaling,
+        score_dim=0.0, rotary_fraction=tuple(float(share > 0) for share in every), rotary_scaling=scaling,
     )  # fmt: skip
     shared: dict[str, Any] = {}
     specs = attention_specs(slim)

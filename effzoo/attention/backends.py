@@ -4,10 +4,10 @@
 |---|---|---|
 | reference | everywhere | everything: the plain form, which keeps the scores |
 | flash | CPU; CUDA in bfloat16 and float16 | torch's flash operators: on the CPU dropout 0, on CUDA no bias |
-| blocks | CPU, CUDA | dropout: weights written out a block at a time, and again in the backward pass |
+| blocks | CPU, CUDA | dropout, capped scores: weights written out a block at a time, and again in the backward pass |
 | efficient | CUDA, all but float64 | torch's memory-efficient operators: biases, dropout |
 | triton | CUDA, all but float64 | our own kernels (`triton_launch.py`): bands, dropout; hashing |
-| flex | CUDA, all but float64; CPU without gradients | torch's FlexAttention, when asked for: predicates; dropout 0 |
+| flex | CUDA, not float64; CPU without gradients | FlexAttention, when asked for: predicates, caps; no dropout |
 | xformers | CUDA, all but float64 | `xformers`, when asked for: biases, windows; dropout 0 |
 
 On CUDA "auto" takes flash where it can; else triton for rounds of hashing, and for bands in bfloat16 and float16; else
@@ -82,7 +82,8 @@ def choose(parts: Sequence[Part], dropout: float, backend: str = "auto") -> tupl
             )
         return backend, f"asked for: {DOES[backend]} on {device}"
     passed = ""
-    for name in ORDER.get(device, ()):
+    with_cap = ("blocks",) if device == "cuda" and any(part.cap for part in parts) else ()
+    for name in (*ORDER.get(device, ()), *with_cap):
         why_not = _obstacle(name, parts, dropout) or (_no_gain(parts) if name == "triton" else "")
         if not why_not:
             return name, f"{DOES[name]} on {device}{passed}"
@@ -101,6 +102,9 @@ def _obstacle(backend: str, parts: Sequence[Part], dropout: float) -> str:
         )
     if q.dtype not in takes:
         return f"on {device} it takes {', '.join(map(_short, takes))}, got {_short(q.dtype)}"
+    caps = [part.cap for part in parts if part.cap]
+    if caps and backend not in ("blocks", "flex"):
+        return f"it has no cap of the scores, and score_cap is {caps[0]}"
     if backend in ("blocks", "efficient"):
         return ""
     if backend == "triton":
@@ -174,7 +178,9 @@ def tiling_and_kernel(part: Part, backend: str, dropout: float, seed: int | None
             return InOnePass(groups), TritonTile()
         return part.tiling_or_one, TritonTile(part.scale, dropout, number)
     if backend in ("blocks", "reference"):  # in compiled code the plain form is not followed by autograd
-        return part.tiling_or_one, Weights(dropout, _number(drawn_seed()) if seed is None else seed, part.scale)
+        return part.tiling_or_one, Weights(
+            dropout, _number(drawn_seed()) if seed is None else seed, part.scale, part.cap
+        )
     if backend == "efficient":
         return part.tiling_or_one, Efficient(part.scale, dropout, seed)
     # a window that the operators take themselves

@@ -43,6 +43,7 @@ class Context:
     """The attention layer in which a core works.
 
     backend: a name of `kernel.BACKENDS`.
+    score_cap: the bound of the scores, c tanh(s / c), in kinds that are a predicate; 0 for none.
     global_tokens: whether a batch can mark tokens as global; the latents of a Perceiver cannot be marked.
     shared: one dict for all layers of a model, for parameters that they share.
     """
@@ -57,6 +58,7 @@ class Context:
     backend: str = "auto"
     global_tokens: bool = True
     shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    score_cap: float = field(default=0.0, kw_only=True, metadata={"added": "0.3"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,7 +285,8 @@ class AttentionCore(nn.Module, abc.ABC):
     def dense(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         """The definition that `forward` must equal, in O(n^2): softmax(q k^T / sqrt(d)) v under `pattern`."""
         q, k, v = projected
-        return reference.dense(q, k, v, self.pattern(q.shape[2], mask).to(q.device), memory)
+        allowed = self.pattern(q.shape[2], mask).to(q.device)
+        return reference.dense(q, k, v, allowed, memory, self.context.score_cap)
 
     # derived from the above
 
@@ -372,7 +375,8 @@ class AttentionCore(nn.Module, abc.ABC):
 
     def attended(self, *parts: Part | None) -> tuple[Tensor, Tensor | None]:
         """`attend`, and the log-sum-exp [batch, heads, n, 1], -inf for a query that attended to nothing."""
-        present = [part for part in parts if part is not None]
+        cap = self.context.score_cap
+        present = [replace(part, cap=cap) if cap else part for part in parts if part is not None]
         return kernel.attended(*present, dropout=self.dropout, backend=self.context.backend)
 
 

@@ -6,7 +6,8 @@ probability q,
 
     out = (P * M / q) v,      dv = (P * M / q)^T dO,      dS = P * (M / q * (dO v^T) - rowsum(dO * out)),
 
-which is the backward pass of FlashAttention with dropout (Dao et al. 2022, arXiv:2205.14135, appendix B.4).
+which is the backward pass of FlashAttention with dropout (Dao et al. 2022, arXiv:2205.14135, appendix B.4). Where
+scores are capped, S = c tanh(R / c), dR = dS * (1 - tanh^2(R / c)).
 """
 
 from __future__ import annotations
@@ -41,11 +42,12 @@ def _without_autocast(method: Callable[..., Result]) -> Callable[..., Result]:
 
 @dataclass(frozen=True)
 class Weights:
-    """The kernel of one part. seed: of dropout, with the number of the tile."""
+    """The kernel of one part. seed: of dropout, with the number of the tile; cap: of the scores."""
 
     dropout: float
     seed: int
     scale: float | None
+    cap: float = 0.0
 
     @property
     def kept(self) -> float:
@@ -59,7 +61,7 @@ class Weights:
         flat_q, flat_k, flat_v = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
         flat_out, flat_lse = out.view(-1, *out.shape[-2:]), lse.view(-1, lse.shape[-1])
         for heads, queries, mask in self._blocks(q, k, index):
-            scores = self._scores(flat_q[heads, queries], flat_k[heads], tile, heads, queries)
+            scores, _ = self._scores(flat_q[heads, queries], flat_k[heads], tile, heads, queries)
             top = scores.amax(dim=-1, keepdim=True)
             weights = scores.sub_(top.masked_fill_(top == -math.inf, 0.0)).exp_()
             total = weights.sum(dim=-1, keepdim=True)
@@ -82,9 +84,11 @@ class Weights:
             block = flat_q[heads, queries], flat_k[heads], flat_v[heads], flat_grad[heads, queries]
             block_q, block_k, block_v, block_grad = (x.to(exact) for x in block)
             block_grad = block_grad / self.kept
-            weights = self._scores(block_q, block_k, tile, heads, queries).sub_(flat_lse[heads, queries]).exp_()
+            scores, slope = self._scores(block_q, block_k, tile, heads, queries)
+            weights = scores.sub_(flat_lse[heads, queries]).exp_()
             of_weights = torch.bmm(block_grad, block_v.mT).mul_(mask)
             of_scores = of_weights.sub_(delta[heads, queries]).mul_(weights)
+            of_scores = of_scores if slope is None else of_scores.mul_(slope)
             grad_q[heads, queries] = torch.bmm(of_scores, block_k).mul_(scale)
             grad_k[heads].baddbmm_(of_scores.mT, block_q, alpha=scale)
             grad_v[heads].baddbmm_(weights.mul_(mask).mT, block_grad)
@@ -108,12 +112,14 @@ class Weights:
                 if isinstance(q, FakeTensor):
                     return  # the first block is the largest, so that it shows the memory of all
 
-    def _scores(self, q: Tensor, k: Tensor, tile: Tile, heads: slice, queries: slice) -> Tensor:
-        """scale q k^T + bias of a block, in float32 or better, with -inf above the causal diagonal."""
+    def _scores(self, q: Tensor, k: Tensor, tile: Tile, heads: slice, queries: slice) -> tuple[Tensor, Tensor | None]:
+        """scale q k^T + bias of a block, in float32 or better, with -inf above the causal diagonal; and the derivative
+        of the cap, where there is one."""
         exact = _exact(q.dtype)
         q, k, scale = q.to(exact), k.to(exact), factor(self.scale, tile.q)
         if tile.bias is None:
             scores = torch.bmm(q, k.mT).mul_(scale)
+            bias = None
         else:
             shape = tile.q.shape
             if tile.bias.shape[:-2].numel() == 1:  # the same for all heads
@@ -122,11 +128,16 @@ class Weights:
                 index = torch.arange(heads.start, heads.start + len(q), device=q.device)
                 bias = tile.bias.expand(*shape[:2], -1, -1)[index // shape[1], index % shape[1]]
             bias = bias[:, queries] if bias.shape[1] > 1 else bias
-            scores = torch.baddbmm(bias.to(exact), q, k.mT, alpha=scale)
+            scores = torch.bmm(q, k.mT).mul_(scale) if self.cap else torch.baddbmm(bias.to(exact), q, k.mT, alpha=scale)
+        slope = None
+        if self.cap:
+            bounded = scores.div_(self.cap).tanh_()
+            slope = 1 - bounded.square()
+            scores = bounded.mul_(self.cap) if bias is None else torch.add(bias.to(exact), bounded, alpha=self.cap)
         if tile.causal:
             query = torch.arange(queries.start, queries.start + q.shape[1], device=q.device)
             scores.masked_fill_(torch.arange(k.shape[1], device=q.device) > query[:, None], -math.inf)
-        return scores
+        return scores, slope
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:

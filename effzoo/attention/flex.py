@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from effzoo.attention.part import OneTile, Part
+from effzoo.attention.part import OneTile, Part, capped
 from effzoo.attention.tile_map import cached
 from effzoo.devices import keeping
 
@@ -95,12 +95,13 @@ def _run(compiled: bool) -> Callable[..., Any]:
 
 
 def _scores(part: Part) -> Callable[..., Tensor] | None:
-    """What is added to the scores of a part that is not under a block mask."""
+    """What becomes of the scores of a part: the cap, and below a block mask nothing else."""
     bias = None if part.bias is None else part.bias.expand(*part.q.shape[:3], part.k.shape[2])
-    if bias is None and not part.causal:
+    if bias is None and not part.causal and not part.cap:
         return None
 
     def score(x: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        x = capped(x, part.cap)
         x = x if bias is None else x + bias[batch, head, query, key]
         return torch.where(key <= query, x, -torch.inf) if part.causal else x
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from effzoo.attention import flex
 from effzoo.attention.backends import BACKENDS, choose, drawn_seed, prepared, tiling_and_kernel
-from effzoo.attention.part import DisjointTiling, Part, Tile, factor
+from effzoo.attention.part import DisjointTiling, Part, Tile, capped, factor
 from effzoo.attention.traced import BackendChoice, Traced
 from effzoo.errors import InputError
 
@@ -35,7 +35,8 @@ __all__ = ["BACKENDS", "attend", "attended", "choose", "merge"]
 
 
 def attend(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> Tensor:
-    """softmax(scale q k^T + bias) v over the keys of all parts together, [batch, heads, n, e].
+    """softmax(scale q k^T + bias) v over the keys of all parts together, [batch, heads, n, e]; scores of a part with a
+    cap are bounded by it before the bias.
 
     A query without keys gets 0.
 
@@ -72,7 +73,8 @@ def attended(*parts: Part, dropout: float = 0.0, backend: str = "auto") -> tuple
                 "compiled code finds tiles when it runs; give attend parts with a tiling of their own in eager code"
             )
         plans = [
-            (part.tiling or Traced(causal=part.causal), BackendChoice(backend, part.scale, dropout)) for part in parts
+            (part.tiling or Traced(causal=part.causal), BackendChoice(backend, part.scale, dropout, part.cap))
+            for part in parts
         ]
         tensors = [(q, k, v, drawn_seed() if dropout else None, *inputs) for q, k, v, *inputs in tensors]
     else:
@@ -152,7 +154,10 @@ def _plain(parts: Sequence[Part], dropout: float) -> tuple[Tensor, Tensor]:
         list(tiling.tiles(part.q, part.k, part.v, part.tiling_inputs))
         for part, tiling in zip(parts, tilings, strict=True)
     ]
-    scores = [[_score(tile, part.scale) for tile in part_tiles] for part, part_tiles in zip(parts, tiles, strict=True)]
+    scores = [
+        [_score(tile, part.scale, part.cap) for tile in part_tiles]
+        for part, part_tiles in zip(parts, tiles, strict=True)
+    ]
     lses = [
         tiling.join([_lse(score) for score in part_scores], -math.inf)
         for tiling, part_scores in zip(tilings, scores, strict=True)
@@ -169,10 +174,10 @@ def _plain(parts: Sequence[Part], dropout: float) -> tuple[Tensor, Tensor]:
     return cast(Tensor, out).to(parts[0].v.dtype), lse.detach()
 
 
-def _score(tile: Tile, scale: float | None) -> Tensor:
-    """scale q k^T + bias of a tile."""
+def _score(tile: Tile, scale: float | None, cap: float) -> Tensor:
+    """scale q k^T + bias of a tile, with a cap below the bias."""
     exact = torch.promote_types(tile.q.dtype, torch.float32)
-    score = tile.q.to(exact) @ tile.k.to(exact).mT * factor(scale, tile.q)
+    score = capped(tile.q.to(exact) @ tile.k.to(exact).mT * factor(scale, tile.q), cap)
     if tile.bias is not None:
         score = score + tile.bias.to(exact)
     if tile.causal:

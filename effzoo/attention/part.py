@@ -133,12 +133,13 @@ class OneTile(DisjointTiling):
 
 @dataclass(frozen=True)
 class Part:
-    """Some keys for some queries: softmax(scale q k^T + bias) v.
+    """Some keys for some queries: softmax(scale q k^T + bias) v, or softmax(cap tanh(scale q k^T / cap) + bias) v.
 
     q [g, heads, m, d], k [g, heads, s, d], v [g, heads, s, e]: e is the same in all parts of one softmax.
     bias: additive, broadcastable to [g, heads, m, s], -inf where a query does not see a key; no gradient.
     causal: query i sees keys j <= i.
     scale: 1 / sqrt(d) when None.
+    cap: the bound of the scores (Gemma 2: Gemma Team 2024, arXiv:2408.00118, section 2); 0: none.
     tiling: how the part is cut into tiles; None: one tile.
     inputs: the tensors that the tiling takes besides q, k and v.
     positions int[g, s]: where these keys stand among those of the part before, for a kernel that reads them there; the
@@ -151,6 +152,7 @@ class Part:
     bias: Tensor | None = None
     causal: bool = False
     scale: float | None = None
+    cap: float = 0.0
     tiling: Tiling | None = None
     inputs: Sequence[Tensor | None] = field(default=())
     positions: Tensor | None = None
@@ -177,6 +179,11 @@ def join_heads(groups: Sequence[list[int]], tensors: Sequence[Tensor]) -> Tensor
 def factor(scale: float | None, q: Tensor) -> float:
     """The factor on q k^T: 1 / sqrt(d) where no scale is given."""
     return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+
+
+def capped(scores: Tensor, cap: float) -> Tensor:
+    """cap tanh(scores / cap); the scores themselves where cap is 0."""
+    return cap * (scores / cap).tanh() if cap else scores
 
 
 def lse_of(tile: Tile, lse: Tensor) -> Tensor:

@@ -218,7 +218,10 @@ class PredicateAttention(AttentionCore):
     def dense(self, *projected: Tensor, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         q, k = projected[:2]
         allowed = self._pattern_at(torch.arange(q.shape[2], device=q.device)[None], k.shape[2], mask)
-        return self._either(self.is_global(mask), lambda q, k, v: reference.dense(q, k, v, allowed, memory), *projected)
+        cap = self.context.score_cap
+        return self._either(
+            self.is_global(mask), lambda q, k, v: reference.dense(q, k, v, allowed, memory, cap), *projected
+        )
 
     def forward_at(self, wanted: Tensor, *projected: Any, mask: Mask, memory: KeysValues | None = None) -> Tensor:
         softmax = self._attend_at(wanted, projected[1].shape[2], mask, memory)

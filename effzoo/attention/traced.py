@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from effzoo.attention.backends import choose, prepared, tiling_and_kernel
-from effzoo.attention.part import Gradients, Kernel, Part, Tiling
+from effzoo.attention.part import Gradients, Kernel, Part, Tiling, capped
 from effzoo.devices import is_portable
 
 _numbers = itertools.count(1)
@@ -37,6 +37,7 @@ class BackendChoice(NamedTuple):
     backend: str
     scale: float | None
     dropout: float
+    cap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def _written_out(
 ) -> tuple[Tensor, Tensor]:
     """One tile as its definition, and log sum exp of its scores."""
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if choice.scale is None else choice.scale)
+    scores = capped(scores, choice.cap)
     scores = scores if bias is None else scores + bias
     if causal:
         n, s = scores.shape[-2:]
@@ -92,7 +94,7 @@ def _tiled(
     """The part, its tiling and the kernel."""
     seed, *inputs = inputs
     part = _cores[number].part(q, k, v, *inputs) if number else Part(q, k, v, inputs[0], causal)
-    part = replace(part, scale=choice.scale)
+    part = replace(part, scale=choice.scale, cap=choice.cap)
     name, _ = choose((part,), choice.dropout, choice.backend)
     (part,) = prepared((part,), name)
     return part, *tiling_and_kernel(part, name, choice.dropout, None if seed is None else int(seed))
@@ -101,15 +103,15 @@ def _tiled(
 @torch.library.custom_op("effzoo::attention", mutates_args=())
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, inputs: list[Tensor | None], number: int, causal: bool,
-    backend: str, scale: float | None, dropout: float,
+    backend: str, scale: float | None, dropout: float, cap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    part, tiling, kernel = _tiled(q, k, v, inputs, number, causal, BackendChoice(backend, scale, dropout))
+    part, tiling, kernel = _tiled(q, k, v, inputs, number, causal, BackendChoice(backend, scale, dropout, cap))
     out, lse = tiling.forward(kernel, q, k, v, *part.tiling_inputs)
     return out.contiguous(), lse.contiguous()
 
 
 @_attention.register_fake
-def _(q, k, v, inputs, number, causal, backend, scale, dropout):  # type: ignore[no-untyped-def]
+def _(q, k, v, inputs, number, causal, backend, scale, dropout, cap):  # type: ignore[no-untyped-def]
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     return v.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(*q.shape[:-1], 1, dtype=lse_dtype)
 
@@ -117,14 +119,14 @@ def _(q, k, v, inputs, number, causal, backend, scale, dropout):  # type: ignore
 @torch.library.custom_op("effzoo::attention_backward", mutates_args=())
 def _attention_backward(
     grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: list[Tensor | None], number: int,
-    causal: bool, backend: str, scale: float | None, dropout: float,
+    causal: bool, backend: str, scale: float | None, dropout: float, cap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    part, tiling, kernel = _tiled(q, k, v, inputs, number, causal, BackendChoice(backend, scale, dropout))
+    part, tiling, kernel = _tiled(q, k, v, inputs, number, causal, BackendChoice(backend, scale, dropout, cap))
     gradients = tiling.backward(kernel, grad, q, k, v, out, lse, *part.tiling_inputs)
     grad_q, grad_k, grad_v = (x.contiguous() for x in gradients)
     return grad_q, grad_k, grad_v
 
 
 @_attention_backward.register_fake
-def _(grad, out, lse, q, k, v, inputs, number, causal, backend, scale, dropout):  # type: ignore[no-untyped-def]
+def _(grad, out, lse, q, k, v, inputs, number, causal, backend, scale, dropout, cap):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask, take_positions
+from effzoo.attention.predicate import PredicateAttention
 from effzoo.blocks.positions import Rotary, rotate
 from effzoo.devices import is_portable
 from effzoo.errors import IncompatibleError
 from effzoo.registry import attention as registry
-from effzoo.sites import HookContext, KeysValues, Linear, Memory, MemorySite, RMSNorm, calling
+from effzoo.sites import HookContext, KeysValues, Linear, Memory, MemorySite, RMSNorm, RMSNormPlusOne, calling
 from effzoo.sites.dtypes import autocasts
 from effzoo.spec import Spec
 
@@ -29,6 +31,9 @@ class Attention(nn.Module):
         Ainslie et al. 2023, arXiv:2305.13245); None: all.
     rotary: rotary positions of queries and keys.
     qk_norm: eps of an RMSNorm of queries and keys over each head, before the rotation; None: no norm.
+    qk_joint: the norm is over all heads of a token together (OLMo 2).
+    qk_plus_one: it multiplies by 1 + w (Gemma 3).
+    score_dim: scores are q . k / sqrt(score_dim); None: of the width of a head.
     source_dim: width of the other sequence in cross-attention.
     value_dim: width of the values of a head; None: `context.head_dim`.
     out_dim: width of the output; None: dim; 0: the heads side by side, without o.
@@ -45,6 +50,9 @@ class Attention(nn.Module):
         kv_heads: int | None = None,
         rotary: Rotary | None = None,
         qk_norm: float | None = None,
+        qk_joint: bool = False,
+        qk_plus_one: bool = False,
+        score_dim: float | None = None,
         source_dim: int | None = None,
         value_dim: int | None = None,
         out_dim: int | None = None,
@@ -55,6 +63,7 @@ class Attention(nn.Module):
         if source_dim is not None:
             self._check_crosses()
         value_dim = value_dim or context.head_dim
+        self._joint, self._stretch = qk_joint, self._stretched(score_dim)
         self.norms = nn.ModuleDict()
         for name, side in self.core.projections.items():
             width = self.heads(name) * (value_dim if side == "value" else context.head_dim)
@@ -63,7 +72,9 @@ class Attention(nn.Module):
             linear.heads = self.heads(name)
             self.add_module(name, linear)
             if qk_norm is not None and side != "value":
-                self.norms[name] = RMSNorm(context.head_dim, qk_norm, role=f"attn.norm.{name}", layer=context.layer)
+                kind = RMSNormPlusOne if qk_plus_one else RMSNorm
+                normed = width if qk_joint else context.head_dim
+                self.norms[name] = kind(normed, qk_norm, role=f"attn.norm.{name}", layer=context.layer)
         inner = context.heads * value_dim
         self.o = None
         if out_dim != 0:
@@ -155,6 +166,23 @@ class Attention(nn.Module):
         """Whether a projection is keys or values."""
         return self.core.projections[name] in KEY_SIDE
 
+    def _stretched(self, score_dim: float | None) -> float:
+        """What queries are multiplied by, so that a kind's q . k / sqrt(head_dim) is q . k / sqrt(score_dim)."""
+        context = self.core.context
+        if context.score_cap and not isinstance(self.core, PredicateAttention):
+            raise IncompatibleError(
+                f"attention {self.core.name!r} has no cap of its scores; use one that is a predicate (full, "
+                "longformer, local, blockwise), or score_cap=0"
+            )
+        if score_dim is None or score_dim == context.head_dim:
+            return 1.0
+        if "query and key" in self.core.projections.values():
+            raise IncompatibleError(
+                f"attention {self.core.name!r} has one projection for queries and keys, whose scores are divided by "
+                "the root of the width of a head; use another kind, or score_dim=0"
+            )
+        return math.sqrt(context.head_dim / score_dim)
+
     def _check_crosses(self) -> None:
         if not self.core.crosses:
             raise IncompatibleError(
@@ -163,12 +191,15 @@ class Attention(nn.Module):
 
     def project(self, name: str, x: Tensor, mask: Mask) -> Tensor:
         """A projection of x, [batch, heads, n, head_dim]: with norm and rotation, and grouped heads repeated."""
-        turned = self.core.projections[name] != "value" and (self.rotary is not None or name in self.norms)
+        side = self.core.projections[name]
+        turned = side != "value" and (self.rotary is not None or name in self.norms)
         linear = getattr(self, name)
         flat = linear(x) if turned else self.core.project(name, x, linear, mask)
+        if self._joint and name in self.norms:
+            flat = self.norms[name](flat)
         count = self.heads(name)
         heads = flat.unflatten(-1, (count, flat.shape[-1] // count)).transpose(1, 2)
-        if name in self.norms:
+        if name in self.norms and not self._joint:
             heads = self.norms[name](heads)
         if turned and self.rotary is not None:
             rotary, position_ids = self.rotary, mask.position_ids
@@ -178,6 +209,8 @@ class Attention(nn.Module):
                 )
             angles = mask.memo(rotary, lambda: rotary.angles(position_ids))
             heads = rotate(heads, *angles)
+        if side == "query" and self._stretch != 1:
+            heads = heads * self._stretch
         return self._grouped(heads)
 
     def keys_values(self, x: Tensor) -> KeysValues:
@@ -186,10 +219,13 @@ class Attention(nn.Module):
         key, value = (
             next(name for name, side in self.core.projections.items() if what in side) for what in ("key", "value")
         )
+        flat = getattr(self, key)(x)
+        flat = self.norms[key](flat) if self._joint and key in self.norms else flat
         keys, values = (
-            rearrange(getattr(self, name)(x), "... r (h d) -> ... h r d", h=self.heads(name)) for name in (key, value)
+            rearrange(y, "... r (h d) -> ... h r d", h=self.heads(name))
+            for name, y in ((key, flat), (value, getattr(self, value)(x)))
         )
-        return self.norms[key](keys) if key in self.norms else keys, values
+        return self.norms[key](keys) if key in self.norms and not self._joint else keys, values
 
     def memories(self, context: HookContext) -> tuple[KeysValues | None, list[Memory]]:
         """The memory that joins the softmax, with all heads of queries, and the memories with a softmax of their

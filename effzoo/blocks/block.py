@@ -13,7 +13,7 @@ from effzoo.blocks.attention import Attention
 from effzoo.blocks.experts import Experts
 from effzoo.blocks.feedforward import FeedForward
 from effzoo.blocks.positions import Rotary
-from effzoo.sites import Branch, HookContext, LayerNorm, Norm, RMSNorm, Site, calling
+from effzoo.sites import Branch, HookContext, LayerNorm, Norm, RMSNorm, RMSNormPlusOne, Site, calling
 from effzoo.sites.hooks import Mixture, positionwise
 from effzoo.spec import Spec
 
@@ -22,7 +22,8 @@ from effzoo.spec import Spec
 class Slots:
     """The parts of a block: sizes, norms, biases, positions, feed-forward.
 
-    norm: "post", after the sum (BERT), or "pre", before the sub-layer (GPT-2).
+    norm: "post", after the sum (BERT), "pre", before the sub-layer (GPT-2), "branch", after the sub-layer and before
+        the sum (OLMo 2), or "sandwich", before and after the sub-layer (Gemma 2).
     first_norm: False: block 0 of a "pre" model has no norm before its attention (ModernBERT).
     value_dim: width of the values of a head, if it is not that of the keys.
     mlp_chunk: see `FeedForward`.
@@ -31,8 +32,8 @@ class Slots:
 
     dim: int
     mlp: int
-    norm: Literal["pre", "post"] = "post"
-    norm_kind: Literal["layer", "rms"] = "layer"
+    norm: Literal["pre", "post", "branch", "sandwich"] = "post"
+    norm_kind: Literal["layer", "rms", "rms_plus_one"] = "layer"
     norm_bias: bool = True
     first_norm: bool = True
     eps: float = 1e-12
@@ -43,7 +44,8 @@ class Slots:
     mlp_bias: bool = True
     mlp_out_bias: bool | None = None
     kv_heads: int | None = None
-    qk_norm: bool = False
+    qk_norm: bool | Literal["joint"] = False
+    score_dim: float = 0.0
     value_dim: int = 0
     rotary: Rotary | None = None
     mlp_chunk: int = 0
@@ -53,8 +55,9 @@ class Slots:
 
     def make_norm(self, dim: int, role: str, layer: int | None = None) -> Norm:
         """A norm of the kind that the model has everywhere."""
-        if self.norm_kind == "rms":
-            return RMSNorm(dim, self.eps, role=role, layer=layer)
+        if self.norm_kind != "layer":
+            kind = RMSNorm if self.norm_kind == "rms" else RMSNormPlusOne
+            return kind(dim, self.eps, role=role, layer=layer)
         return LayerNorm(dim, self.eps, bias=self.norm_bias, role=role, layer=layer)
 
 
@@ -62,7 +65,9 @@ def attention_layer(slots: Slots, attention: Spec, context: Context) -> Attentio
     """The attention layer of a block."""
     return Attention(
         slots.dim, attention, context, bias=slots.attn_bias, out_bias=slots.attn_out_bias, kv_heads=slots.kv_heads,
-        rotary=slots.rotary, qk_norm=slots.eps if slots.qk_norm else None, value_dim=slots.value_dim or None,
+        rotary=slots.rotary, qk_norm=slots.eps if slots.qk_norm else None, qk_joint=slots.qk_norm == "joint",
+        qk_plus_one=slots.norm_kind == "rms_plus_one", score_dim=slots.score_dim or None,
+        value_dim=slots.value_dim or None,
     )  # fmt: skip
 
 
@@ -81,6 +86,8 @@ class Block(nn.Module):
 
     norm = "pre":    x <- x + attn(norm(x));    x <- x + mlp(norm(x))     (GPT-2)
     norm = "post":   x <- norm(x + attn(x));    x <- norm(x + mlp(x))     (BERT; Vaswani et al. 2017, arXiv:1706.03762)
+    norm = "branch": x <- x + norm(attn(x));    x <- x + norm(mlp(x))     (OLMo 2: arXiv:2501.00656, section 2.1)
+    norm = "sandwich": x <- x + norm_2(attn(norm(x))), the same with mlp  (Gemma 2: arXiv:2408.00118, section 2)
 
     `attend` and `feed` are the two sub-layers with dropout and without residual; adapters that hang on `attn_branch`
     and `mlp_branch` see what they add to x.
@@ -98,6 +105,9 @@ class Block(nn.Module):
         self.mlp = feed_forward(slots, context)
         self.mlp_branch = Branch(dim, role="mlp.branch", layer=layer)
         self.mlp_norm = slots.make_norm(dim, "mlp.norm", layer)
+        sandwich = slots.norm == "sandwich"
+        self.attn_out_norm = slots.make_norm(dim, "attn.norm.out", layer) if sandwich else None
+        self.mlp_out_norm = slots.make_norm(dim, "mlp.norm.out", layer) if sandwich else None
         self.dropout = nn.Dropout(slots.dropout)
 
     def calling(self, x: Tensor, mask: Mask) -> AbstractContextManager[None]:
@@ -116,19 +126,25 @@ class Block(nn.Module):
                 assert self.attn_norm is not None
                 x = self.attn_norm(residual + self.attend(x, mask, cache, wanted))
                 return self.mlp_norm(x + self.feed(x, mask, wanted))
+            if self.norm == "branch":
+                x = residual + self.attend(x, mask, cache, wanted)
+                return x + self.feed(x, mask, wanted)
             x = residual + self.attend(x if self.attn_norm is None else self.attn_norm(x), mask, cache, wanted)
             return x + self.feed(self.mlp_norm(x), mask, wanted)
 
     def attend(self, x: Tensor, mask: Mask, cache: Cache | None = None, wanted: Tensor | None = None) -> Tensor:
-        """dropout(attn(x)) at the wanted positions."""
-        added = self.dropout(self.attn(x, mask, cache=cache, wanted=wanted))
+        """dropout(attn(x)) at the wanted positions; with the norm of the branch, if there is one."""
+        added = self.attn(x, mask, cache=cache, wanted=wanted)
+        end = self.attn_norm if self.norm == "branch" else self.attn_out_norm
+        added = self.dropout(added if end is None else end(added))
         return self.attn_branch(x if wanted is None else take_positions(x, wanted), added)
 
     def feed(self, x: Tensor, mask: Mask, wanted: Tensor | None = None) -> Tensor:
-        """dropout(mlp(x)); wanted: the positions of x, if they are not all."""
+        """dropout(mlp(x)), likewise; wanted: the positions of x, if they are not all."""
         tokens = _tokens(x, mask, wanted)
         added = self.mlp(x, tokens, mask) if isinstance(self.mlp, Experts) else self.mlp(x)
-        return self.mlp_branch(x, self.dropout(added))
+        end = self.mlp_norm if self.norm == "branch" else self.mlp_out_norm
+        return self.mlp_branch(x, self.dropout(added if end is None else end(added)))
 
     @property
     def positionwise(self) -> bool:

@@ -26,7 +26,7 @@ _ONLY_FOR = {
     "head_norm": ("classification",),
     "head_activation": WITH_HEAD, "token_dense": ("token_classification", "question_answering"),
     "lm_transform": ("masked_lm",),
-    "lm_bias": _LM, "tied": _LM, "transform_bias": (*WITH_HEAD, "masked_lm"),
+    "lm_bias": _LM, "tied": _LM, "logit_cap": _LM, "transform_bias": (*WITH_HEAD, "masked_lm"),
 }  # fmt: skip
 _FREE = {
     "name", "layout", "paper", "hub", "package", "backend", "attention", "max_length", "activation", "position_offset",

@@ -84,18 +84,24 @@ READS = frozenset(
     {"classifier_dropout", "head_dim", "hidden_dropout", "is_causal", "num_key_value_heads", "rope_parameters"}
 )
 TRANSLATED = frozenset({"architecture", "kv_heads", "head_dim", "rotary_theta", "rotary_scaling", "rotary_fraction"})
+SLIDING = "sliding_attention"  # the layers with a window
 PARTIAL = ("phi3",)  # turn a part of each head
 
 
 def read(theirs: Any) -> dict[str, Any]:
-    """Sizes of heads, 0 where they follow from the others, and rotary positions."""
+    """Sizes of heads and rotary positions."""
+    return read_heads(theirs) | rotary.read(theirs.rope_parameters, theirs, partial=theirs.model_type in PARTIAL)
+
+
+def read_heads(theirs: Any) -> dict[str, Any]:
+    """Sizes of heads, 0 where they follow from the others, and whether they see later positions."""
     heads = theirs.num_attention_heads
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // heads
     return {
         "architecture": "decoder" if causal(theirs) else "encoder",
         "head_dim": 0 if head_dim * heads == theirs.hidden_size else head_dim,
         "kv_heads": 0 if theirs.num_key_value_heads == heads else theirs.num_key_value_heads,
-    } | rotary.read(theirs.rope_parameters, theirs, partial=theirs.model_type in PARTIAL)
+    }
 
 
 def causal(theirs: Any) -> bool:
@@ -183,14 +189,17 @@ def write_mistral(config: Config) -> dict[str, Any]:
     return write(config) | {"sliding_window": window_of(widths[0], config)}
 
 
-def read_layer_types(theirs: Any) -> dict[str, Any]:
+def read_windows(theirs: Any) -> dict[str, Any]:
     """A window in the layers that `layer_types` names."""
     width = reach(theirs.sliding_window, theirs)
-    attention = attention_of([width if kind == "sliding_attention" else None for kind in theirs.layer_types])
-    return read(theirs) | {"attention": attention}
+    return {"attention": attention_of([width if kind == SLIDING else None for kind in theirs.layer_types])}
 
 
-def write_layer_types(config: Config) -> dict[str, Any]:
+def read_layer_types(theirs: Any) -> dict[str, Any]:
+    return read(theirs) | read_windows(theirs)
+
+
+def write_windows(config: Config) -> dict[str, Any]:
     name = config.layout.capitalize()
     widths = windows_of(config, name, global_projections=False)
     used = {width for width in widths if width is not None}
@@ -198,14 +207,18 @@ def write_layer_types(config: Config) -> dict[str, Any]:
         raise ConversionError(
             f"transformers' {name} has one sliding window for the layers that have any, got widths {widths}"
         )
-    return write(config) | {
-        "layer_types": ["full_attention" if width is None else "sliding_attention" for width in widths],
-        "use_sliding_window": bool(used),
+    return {
+        "layer_types": ["full_attention" if width is None else SLIDING for width in widths],
         "sliding_window": window_of(used.pop() if used else None, config),
-    }  # fmt: skip
+    }
 
 
-def _whole_heads(config: Config, given: dict[str, Any]) -> dict[str, Any]:
+def write_layer_types(config: Config) -> dict[str, Any]:
+    windows = write_windows(config)
+    return write(config) | windows | {"use_sliding_window": windows["sliding_window"] is not None}
+
+
+def whole_heads(config: Config, given: dict[str, Any]) -> dict[str, Any]:
     """Without `head_dim`, which they do not have. ConversionError where it is not dim / heads."""
     if given.pop("head_dim") * config.heads != config.dim:
         raise ConversionError(
@@ -223,7 +236,7 @@ def write_phi3(config: Config) -> dict[str, Any]:
     given = write_mistral(config)
     if scaling is not None:
         given["original_max_position_embeddings"] = int(scaling["original_max_position_embeddings"])
-    return _whole_heads(config, given) | {"resid_pdrop": config.dropout, "embd_pdrop": config.dropout}
+    return whole_heads(config, given) | {"resid_pdrop": config.dropout, "embd_pdrop": config.dropout}
 
 
 def dropouts_phi3(theirs: Any, task: str) -> dict[str, float | None]:
@@ -291,7 +304,7 @@ QWEN2 = dataclasses.replace(
     fields=SIZES,
     slots=SLOTS | NO_BIAS | {"attn_bias": True},
     read=read_layer_types,
-    write=lambda config: _whole_heads(config, write_layer_types(config)),
+    write=lambda config: whole_heads(config, write_layer_types(config)),
     translated=TRANSLATED,
     reads=QWEN3.reads,
     mixed=True,

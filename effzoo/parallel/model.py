@@ -55,6 +55,8 @@ class OverRanks:
         balances = all(sees_all(core) and core.context.causal for core in inner.cores())
         if order == "zigzag" and not balances:
             raise IncompatibleError("order 'zigzag' is for models of full causal attention; use order='contiguous'")
+        if inner.config.score_cap:
+            raise IncompatibleError("capped scores are not computed over ranks; build the model with score_cap=0")
         if inner.config.angles_change_at is not None:
             raise IncompatibleError(
                 "rotary angles that depend on the longest text of a batch (rotary_scaling of type dynamic or longrope) "

@@ -35,7 +35,18 @@ from effzoo.sites.hooks import (
     memories,
     opens,
 )
-from effzoo.sites.layers import Branch, Conv2d, Embedding, Keys, LayerNorm, Linear, Norm, RMSNorm, TiedLinear
+from effzoo.sites.layers import (
+    Branch,
+    Conv2d,
+    Embedding,
+    Keys,
+    LayerNorm,
+    Linear,
+    Norm,
+    RMSNorm,
+    RMSNormPlusOne,
+    TiedLinear,
+)
 from effzoo.sites.memory import MemorySite, Side
 from effzoo.sites.site import Site
 from effzoo.wrappers import Around, Model, refuse_compiled, unwrap
@@ -43,7 +54,8 @@ from effzoo.wrappers import Around, Model, refuse_compiled, unwrap
 __all__ = [
     "NOWHERE", "Activity", "Acts", "Around", "Branch", "Conv2d", "Counted", "Embedding", "Growing", "HookContext",
     "Keys", "KeysValues", "LayerNorm", "Linear", "Memory", "MemorySite", "Mixture", "Model", "Norm", "OwnOutputs",
-    "Packed", "PeftModule", "Positionwise", "RMSNorm", "Roster", "Scaled", "Side", "SideNetwork", "Site",
+    "Packed", "PeftModule", "Positionwise", "RMSNorm", "RMSNormPlusOne", "Roster", "Scaled", "Side", "SideNetwork",
+    "Site",
     "TiedLinear", "calling", "has_scale", "learn", "longer", "memories", "opens", "overruled", "own_outputs",
     "prompt_length", "sites", "unwrap",
 ]  # fmt: skip

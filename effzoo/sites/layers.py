@@ -197,17 +197,39 @@ class RMSNorm(Norm, nn.RMSNorm):
         return (normed.to(torch.promote_types(x.dtype, weight.dtype)) * weight).to(x.dtype)
 
 
+class RMSNormPlusOne(RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * (1 + w) over the last axis; w starts at 0 (Gemma: Gemma Team 2024, arXiv:2403.08295).
+
+    The product is rounded once, to the dtype of x.
+    """
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def normalise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        exact = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+        normed = F.rms_norm(x.to(exact), self.normalized_shape, None, self.eps)
+        return (normed * (1 + weight.to(exact))).to(x.dtype)
+
+
 class Embedding(nn.Embedding, Site):
-    """table[ids], integers [...] -> [..., dim]. added: entries that `effzoo.resize_vocabulary` has added."""
+    """table[ids], integers [...] -> [..., dim]; times `scale`, in the dtype of the table. added: entries that
+    `effzoo.resize_vocabulary` has added."""
 
     added = 0
+    scale = 1.0
 
-    def __init__(self, entries: int, dim: int, *, role: str, layer: int | None = None):
+    def __init__(self, entries: int, dim: int, *, scale: float = 1.0, role: str, layer: int | None = None):
         super().__init__(entries, dim)
+        if scale != 1:
+            self.scale = scale
         self._open(role, layer)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.combined(ids) if self.active else F.embedding(ids, self.weight)
+        x = self.combined(ids) if self.active else F.embedding(ids, self.weight)
+        if self.scale == 1:
+            return x
+        return x * torch.full((), self.scale, dtype=torch.float32, device=x.device).to(self.weight.dtype)
 
     def enter(self, modules: Sequence[Acts], *inputs: Tensor) -> tuple[Inputs, Tensor]:
         (ids,) = inputs

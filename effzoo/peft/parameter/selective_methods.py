@@ -204,8 +204,8 @@ class Norms(Method):
 GROUPS = {
     "all": ("embed.*", "attn.*", "mlp.*", "final.*"), "strong": ("attn.q*", "mlp.up"), "query": ("attn.q*",),
     "key": ("attn.k*",), "value": ("attn.v*",), "output": ("attn.o", "mlp.down"),
-    "intermediate": ("mlp.up", "mlp.gate"), "norms": ("attn.norm*", "mlp.norm"), "attention_norm": ("attn.norm*",),
-    "output_norm": ("mlp.norm",),
+    "intermediate": ("mlp.up", "mlp.gate"), "norms": ("attn.norm*", "mlp.norm*"), "attention_norm": ("attn.norm*",),
+    "output_norm": ("mlp.norm*",),
 }  # fmt: skip
 
 
