@@ -19,7 +19,7 @@ from effzoo.convert.bert import BERT
 from effzoo.convert.layouts import LAYOUTS, family, layout_for
 from effzoo.errors import ConversionError, OptionError
 
-DECODERS = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma2", "gemma3_text")
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma2", "gemma3_text", "mixtral")
 FAMILIES = ("bert", "roberta", "longformer", "gpt2", *DECODERS, "modernbert", "led")
 CLASSES = [(family, task, name) for family in FAMILIES for task, name in LAYOUTS[family].classes.items()]
 CONFIGS = {
@@ -62,6 +62,8 @@ def their_config(family, **changes):
             "sliding_window": 4,
             "layer_types": ["full_attention", "sliding_attention"],
         }
+    if family == "mixtral":
+        sizes |= {"num_local_experts": 3, "output_router_logits": True, "router_aux_loss_coef": 0.5}
     if family == "smollm3":
         sizes |= {"use_sliding_window": True, "sliding_window": 4, "no_rope_layers": [1, 0]}
     if family in ("gemma2", "gemma3_text"):
@@ -107,6 +109,7 @@ def zoo(family, tiny, **changes):
     attention |= {"attention": windows} if family in ("gemma2", "gemma3_text") else {}
     attention |= {"rotary_theta": (50.0, 500.0)} if family == "gemma3_text" else {}
     heads = {"kv_heads": 1} if family in DECODERS else {}
+    heads |= {"experts": 3} if family == "mixtral" else {}
     heads |= {"head_dim": 6} if family in ("qwen3", "gemma2", "gemma3_text") else {}
     # their classification needs it for several rows
     padding = {} if family in ("bert", "roberta", "longformer", "led") else {"pad_token": 0}
@@ -315,6 +318,7 @@ def test_a_new_attention_copies_the_norms_of_heads_beside_its_projections():
         "smollm3",
         "olmo2",
         "gemma2",
+        "mixtral",
         "modernbert",
         "led",
         "longformer-large",
@@ -329,7 +333,8 @@ def test_zoo_entries_load_weights_in_their_layout_from_a_folder(name, tmp_path, 
     model = zoo(family, tiny)
     convert.to_transformers(model).save_pretrained(tmp_path)
     sizes = {
-        key: getattr(model.config, key) for key in ("kv_heads", "head_dim", "pad_token", "max_length", "attention")
+        key: getattr(model.config, key)
+        for key in ("kv_heads", "head_dim", "pad_token", "max_length", "attention", "experts")
     }
     if name in ("blockbert", "linformer"):
         sizes["attention"] = {"blockbert": "blockwise[blocks=2]", "linformer": "linformer[k=4, sharing=layerwise]"}[
@@ -378,6 +383,12 @@ PUBLISHED = {  # the config.json of the hub id, as written by transformers 4: ro
         "vocab_size": 100352, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
         "num_attention_heads": 16, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False, "rope_theta": 500000, "rope_scaling": None, "attention_bias": False,
+    },
+    "mixtral": _DECODER | {
+        "bos_token_id": 1, "eos_token_id": 2, "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False, "rope_theta": 1000000.0, "sliding_window": None, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "output_router_logits": False, "router_aux_loss_coef": 0.02,
     },
     "gemma2": {
         "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "cache_implementation": "hybrid",

@@ -24,6 +24,7 @@ FAMILIES = (
     "olmo2",
     "gemma2",
     "gemma3",
+    "mixtral",
     "xlm-roberta",
     "electra",
     "nomic-bert",
@@ -62,6 +63,7 @@ RARE = (
     "olmo2",
     "gemma2",
     "gemma3",
+    "mixtral",
 )  # so few draws are models of theirs that none may be among these
 NATURAL = {"longformer": "longformer[window=4]", "led": "longformer[window=4]", "mistral": "longformer[window=4, "
     "global_projections=false]",

@@ -46,6 +46,10 @@ BASES = {
     "olmo2": ("Olmo2Config", {name: value for name, value in _LLAMA.items() if name != "head_dim"}),
     "gemma2": ("Gemma2Config", _LLAMA | {"sliding_window": 4}),
     "gemma3_text": ("Gemma3TextConfig", _LLAMA | {"sliding_window": 4}),
+    "mixtral": ("MixtralConfig", _LLAMA | {"sliding_window": 4, "num_local_experts": 3}),
+    "qwen3_moe": ("Qwen3MoeConfig", _LLAMA | {
+        "use_sliding_window": True, "sliding_window": 4, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8, "hidden_size": 16}),
     "xlm-roberta": ("XLMRobertaConfig", _BERT),
     "camembert": ("CamembertConfig", _BERT),
     "distilbert": ("DistilBertConfig", {
@@ -99,8 +103,8 @@ OTHERS = {
     "pretraining_tp": [2],
     "inner_group_num": [2], "num_hidden_groups": [1], "bos_token_id": [5], "eos_token_id": [6], "cls_token_id": [5],
     "sep_token_id": [5],
-    "no_rope_layers": [[0, 0]], "attn_logit_softcapping": [0.5], "final_logit_softcapping": [0.5],
-    "use_bidirectional_attention": [True], "decoder_start_token_id": [5],
+    "mlp_only_layers": [[1]], "no_rope_layers": [[0, 0]], "attn_logit_softcapping": [0.5],
+    "final_logit_softcapping": [0.5], "use_bidirectional_attention": [True], "decoder_start_token_id": [5],
     "chunk_size_feed_forward": [2], "num_hidden_layers": [6, 3], "sliding_window": [2],
 }  # fmt: skip
 
@@ -475,5 +479,5 @@ def test_a_file_that_lacks_one_tensor_is_refused_whichever_it_is(family, tmp_pat
         safetensors.torch.save_file(
             {name: value for name, value in whole.items() if name != key}, file, {"format": "pt"}
         )
-        with pytest.raises(ConversionError, match=r"has no tensor|no tensor for"):
+        with pytest.raises(ConversionError, match=r"has no tensor|no tensor for|could not be loaded"):
             convert.from_transformers(tmp_path)

@@ -22,7 +22,7 @@ from effzoo.convert.layouts import LAYOUTS
 VOCAB, LABELS, LENGTH, BATCH = 37, 3, 13, 3
 EXACT = ("bert", "albert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "gpt2")
 GEMMAS = ("gemma2", "gemma3_text")
-LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "olmo2", *GEMMAS)
+LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "olmo2", "mixtral", "qwen3_moe", *GEMMAS)
 ROTARY = ("nomic_bert", "gte", "jina_embeddings_v3")
 CAUSAL = ("gpt2", *LLAMAS)
 FAMILY_NAMES = (
@@ -40,7 +40,8 @@ CONFIGS = {
     "jina_embeddings_v3": "JinaEmbeddingsV3Config", "eurobert": "EuroBertConfig",
     "llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config",
     "phi3": "Phi3Config", "smollm3": "SmolLM3Config", "olmo2": "Olmo2Config", "gemma2": "Gemma2Config",
-    "gemma3_text": "Gemma3TextConfig", "modernbert": "ModernBertConfig",
+    "gemma3_text": "Gemma3TextConfig", "mixtral": "MixtralConfig", "qwen3_moe": "Qwen3MoeConfig",
+    "modernbert": "ModernBertConfig",
     "led": "LEDConfig",
 }  # fmt: skip
 
@@ -94,14 +95,11 @@ def draw_decoder(family, draw, layers, eps):
         sizes.pop("head_dim")
     if family == "phi3":
         sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": draw.choice((100.0, 10_000.0))}
-    if family in ("llama", "qwen3", "eurobert", "smollm3", "olmo2", *GEMMAS):
+    if family in ("llama", "qwen3", "qwen3_moe", "eurobert", "smollm3", "olmo2", *GEMMAS):
         sizes["attention_bias"] = draw.choice((True, False))
     if family in ("llama", "eurobert", "smollm3"):
         sizes["mlp_bias"] = draw.choice((True, False))
-    if family == "eurobert":
-        sizes.pop("classifier_dropout")
-        sizes["classifier_pooling"] = draw.choice(("bos", "mean", "late"))
-    if family in ("mistral", "phi3"):
+    if family in ("mistral", "phi3", "mixtral"):
         sizes["sliding_window"] = draw.choice((None, 2, 5, 4096))
     if family in ("qwen2", "qwen3"):
         sizes |= {
@@ -109,6 +107,14 @@ def draw_decoder(family, draw, layers, eps):
             "sliding_window": 4,
             "max_window_layers": draw.choice((0, 1)),
         }
+    if family == "mixtral":
+        sizes |= {"num_local_experts": draw.choice((2, 5)), "num_experts_per_tok": 2}
+    if family == "qwen3_moe":
+        sizes |= {
+            "num_experts": 5, "num_experts_per_tok": draw.choice((2, 3)), "moe_intermediate_size": 8,
+            "norm_topk_prob": draw.choice((True, False)), "decoder_sparse_step": draw.choice((1, 1, layers)),
+            "use_sliding_window": draw.choice((True, False)), "sliding_window": 4,
+        }  # fmt: skip
     if family == "smollm3":
         sizes |= {
             "no_rope_layers": [draw.choice((0, 1)) for _ in range(layers)],
@@ -476,6 +482,8 @@ BASE = {
     "phi3": _DECODER | {"sliding_window": 16},
     "smollm3": _DECODER,
     "olmo2": _DECODER,
+    "mixtral": _DECODER | {"num_local_experts": 4},
+    "qwen3_moe": _DECODER | {"num_experts": 8, "moe_intermediate_size": 256},
     "gemma2": _DECODER | {"head_dim": 64, "query_pre_attn_scalar": 144, "sliding_window": 16},
     "gemma3_text": _DECODER | {"head_dim": 64, "sliding_window": 16},
     "modernbert": {"num_hidden_layers": 12, "local_attention": 16, "cls_token_id": None, "sep_token_id": None},

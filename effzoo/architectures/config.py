@@ -131,6 +131,7 @@ class Config(ReadByTrainers):
     mlp_chunk: positions that the feed-forward computes at a time; 0 for all.
     experts: feed-forwards of which a router chooses for each token; 0 for one without a router.
     router: a spec of `effzoo.routing`.
+    expert_mlp: inner width of an expert; 0 for mlp.
     expert_every: 2 gives experts to layers 1, 3, 5, ...; 1 to all.
     norm: before a sub-layer ("pre"), after its residual ("post"), after the sub-layer itself ("branch"), or before and
         after the sub-layer ("sandwich").
@@ -194,6 +195,7 @@ class Config(ReadByTrainers):
     experts: Whole = 0
     router: str = "switch"
     expert_every: Count = 1
+    expert_mlp: Whole = 0
     norm: Literal["pre", "post", "branch", "sandwich"] = "post"
     norm_kind: Literal["layer", "rms", "rms_plus_one"] = "layer"
     norm_bias: bool = True
@@ -287,10 +289,10 @@ class Config(ReadByTrainers):
                 f"experts is at most {MOST_EXPERTS:,} and expert_every from 1 to the number of layers, {self.layers}, "
                 f"got {self.experts} and {self.expert_every}"
             )
-        if not self.experts and (self.router != "switch" or self.expert_every != 1):
+        if not self.experts and (self.router != "switch" or self.expert_every != 1 or self.expert_mlp):
             raise OptionError(
-                f"router={self.router!r} and expert_every={self.expert_every} mean nothing without "
-                "experts; give experts=8, say"
+                f"router={self.router!r}, expert_every={self.expert_every} and expert_mlp={self.expert_mlp} mean "
+                "nothing without experts; give experts=8, say"
             )
 
     def _check_positions(self) -> None:

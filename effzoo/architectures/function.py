@@ -26,19 +26,20 @@ SEPARATE = ("attention", "router")  # specs: with all their options, see `functi
 COUNTS = (
     "architecture", "vocab", "dim", "layers", "heads", "mlp", "max_length", "share_layers", "embedding_dim",
     "head_dim", "kv_heads", "qk_norm", "attn_bias", "attn_out_bias", "mlp_bias", "mlp_out_bias", "gated", "experts",
-    "expert_every", "norm", "norm_kind", "norm_bias", "first_norm", "residual", "eps", "activation", "positions",
-    "axial_shape", "axial_dims", "rotary_theta", "rotary_scaling", "rotary_fraction", "score_dim", "score_cap",
-    "logit_cap", "scale_embeddings", "types", "position_offset", "pad_token", "embed_norm", "tied", "lm_bias",
-    "pooling", "head_dense", "head_norm", "head_activation", "head_bias", "token_dense", "pooler", "lm_transform",
-    "transform_bias", "channels", "latents", "value_dim", "cross_attends", "blocks_per_cross", "share_cross",
-    "share_blocks", "cross_heads", "cross_head_dim", "cross_value_dim", "cross_mlp", "cross_residual", "grid",
-    "position_dim", "bands", "query_dim", "decoder_heads", "decoder_head_dim", "decoder_value_dim", "decoder_mlp",
-    "decoder_residual", "causal", "final_norm",
+    "expert_mlp", "expert_every", "norm", "norm_kind", "norm_bias", "first_norm", "residual", "eps", "activation",
+    "positions", "axial_shape", "axial_dims", "rotary_theta", "rotary_scaling", "rotary_fraction", "score_dim",
+    "score_cap", "logit_cap", "scale_embeddings", "types", "position_offset", "pad_token", "embed_norm", "tied",
+    "lm_bias", "pooling", "head_dense", "head_norm", "head_activation", "head_bias", "token_dense", "pooler",
+    "lm_transform", "transform_bias", "channels", "latents", "value_dim", "cross_attends", "blocks_per_cross",
+    "share_cross", "share_blocks", "cross_heads", "cross_head_dim", "cross_value_dim", "cross_mlp", "cross_residual",
+    "grid", "position_dim", "bands", "query_dim", "decoder_heads", "decoder_head_dim", "decoder_value_dim",
+    "decoder_mlp", "decoder_residual", "causal", "final_norm",
 )  # fmt: skip
 MEANT: dict[str, Callable[[Any], Any]] = {  # what a default stands for, so that it is equal to the same given in words
     "head_dim": lambda config: config.head_dim or config.dim // config.heads,
     "kv_heads": lambda config: config.kv_heads or config.heads,
     "mlp_out_bias": lambda config: config.mlp_bias if config.mlp_out_bias is None else config.mlp_out_bias,
+    "expert_mlp": lambda config: config.expert_mlp or config.mlp,
     "score_dim": lambda config: config.score_dim or config.head_dim or config.dim // config.heads,
     "share_layers": lambda config: config.blocks,
     "embed_norm": lambda config: config.norm == "post" if config.embed_norm is None else config.embed_norm,
@@ -48,6 +49,7 @@ WITH_HEAD = ("classification", "token_classification", "question_answering")
 # fields that mean nothing in other models; of those that a release has added, what files of earlier ones do not have
 READ_IF: dict[str, Callable[[Config, str], bool]] = {
     "expert_every": lambda config, task: bool(config.experts),
+    "expert_mlp": lambda config, task: bool(config.experts and config.expert_mlp),
     "axial_shape": lambda config, task: config.positions == "axial",
     "axial_dims": lambda config, task: config.positions == "axial",
     "rotary_theta": lambda config, task: config.positions == "rotary",
@@ -74,6 +76,7 @@ READ_IF: dict[str, Callable[[Config, str], bool]] = {
     "transform_bias": lambda config, task: task != "features",
 }
 SAME_RESULT = {"longformer": ("max_globals",)}  # options that say how much is allowed
+ADDED = {"top_k": ("normalise", "balance")}  # options that files of earlier releases do not have
 # kinds for which max_length is a limit and nothing else; others may derive sizes from it
 ANY_LENGTH = ("full", "local", "longformer")
 
@@ -126,6 +129,8 @@ def _options(what: str, view: Any, spec: Spec) -> dict[str, Any]:
     """A spec with all its options, those that were not given too."""
     kind = view.get(spec.name).name
     options = {option.name: spec.options.get(option.name, option.default) for option in view.options(kind)}
+    added = {option.name: option.default for option in view.options(kind) if option.name in ADDED.get(kind, ())}
+    options = {name: value for name, value in options.items() if name not in added or value != added[name]}
     return {what: kind} | {
         f"{what}, {name}": value
         for name, value in options.items()

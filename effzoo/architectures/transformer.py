@@ -24,13 +24,14 @@ from effzoo.architectures.sharing import turns
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask
 from effzoo.attention.predicate import PredicateAttention
 from effzoo.blocks.block import Block
-from effzoo.blocks.experts import Experts, balancing
+from effzoo.blocks.experts import Experts, balancing, total
 from effzoo.blocks.feedforward import FeedForward
 from effzoo.blocks.reversible import reversible, states, two_streams
 from effzoo.checked import known, marks
 from effzoo.devices import at_hand
 from effzoo.errors import IncompatibleError, IncompatiblePeft, InputError, OptionError
 from effzoo.recompute import Recomputing, recompute
+from effzoo.routing.router import Shares
 from effzoo.sharding import is_unit
 from effzoo.sites import HookContext, Linear, Model, Side, Site, calling
 from effzoo.sites.hooks import positionwise
@@ -199,7 +200,7 @@ class Transformer(Recomputing, Model):
             valid = valid[:, -(x.shape[1] - prompt_length) :]
         valid = self.read_tokens(valid, input_ids)
         wanted = self._read(x[:, prompt_length:], valid, prompt_length) if cache is None else None
-        losses: list[Tensor] = []
+        losses: list[Tensor | Shares] = []
         seen: list[Tensor] | None = None
         if output_hidden_states or output_attentions:
             self._check_inside(cache, rows is not None or like is not None)
@@ -224,7 +225,7 @@ class Transformer(Recomputing, Model):
             output["hidden_states"] = (*between, output["last_hidden_state"])
         if output_attentions:
             output["attentions"] = tuple(attentions)
-        return balanced(output, losses)
+        return balanced(output, total(losses))
 
     def _headed(self, x: Tensor, valid: Tensor | None, labels: Tensor | None) -> Output:
         if self.headless:
@@ -474,7 +475,7 @@ def _narrow(config: Config, factor: int, layers: Sequence[int]) -> tuple[nn.Modu
         scaling = None
     slim = dataclasses.replace(
         config, dim=dim, head_dim=dim // config.heads, mlp=max(1, config.mlp // factor), residual="plain",
-        experts=0, router="switch", expert_every=1, embedding_dim=0,
+        experts=0, router="switch", expert_every=1, expert_mlp=0, embedding_dim=0,
         positions="rotary" if config.positions == "rotary" else "none",
         score_dim=0.0, rotary_fraction=tuple(float(share > 0) for share in every), rotary_scaling=scaling,
     )  # fmt: skip

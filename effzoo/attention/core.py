@@ -296,6 +296,11 @@ class AttentionCore(nn.Module, abc.ABC):
         return "memory" in inspect.signature(cls.forward).parameters
 
     @classmethod
+    def takes_cap(cls) -> bool:
+        """Whether its scores can be capped."""
+        return False
+
+    @classmethod
     def decodes(cls) -> bool:
         """Whether it decodes with a cache."""
         return cls._belongs_to_forward("step") and not cls.not_causal

@@ -77,6 +77,10 @@ class PredicateAttention(AttentionCore):
         return "length" in self.reads
 
     @classmethod
+    def takes_cap(cls) -> bool:
+        return True
+
+    @classmethod
     def knows_globals(cls) -> bool:
         return "key_global" in _named_facts(cls)
 

@@ -9,7 +9,6 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from effzoo.attention.core import AttentionCore, Cache, Context, Mask, take_positions
-from effzoo.attention.predicate import PredicateAttention
 from effzoo.blocks.positions import Rotary, rotate
 from effzoo.devices import is_portable
 from effzoo.errors import IncompatibleError
@@ -169,7 +168,7 @@ class Attention(nn.Module):
     def _stretched(self, score_dim: float | None) -> float:
         """What queries are multiplied by, so that a kind's q . k / sqrt(head_dim) is q . k / sqrt(score_dim)."""
         context = self.core.context
-        if context.score_cap and not isinstance(self.core, PredicateAttention):
+        if context.score_cap and not self.core.takes_cap():
             raise IncompatibleError(
                 f"attention {self.core.name!r} has no cap of its scores; use one that is a predicate (full, "
                 "longformer, local, blockwise), or score_cap=0"

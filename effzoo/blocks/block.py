@@ -27,6 +27,7 @@ class Slots:
     first_norm: False: block 0 of a "pre" model has no norm before its attention (ModernBERT).
     value_dim: width of the values of a head, if it is not that of the keys.
     mlp_chunk: see `FeedForward`.
+    expert_mlp: inner width of an expert; 0: mlp.
     experts: feed-forwards among which `router` chooses for each token; 0: one for every token.
     """
 
@@ -50,6 +51,7 @@ class Slots:
     rotary: Rotary | None = None
     mlp_chunk: int = 0
     experts: int = 0
+    expert_mlp: int = 0
     router: str = "switch"
     dropout: float = 0.0
 
@@ -73,7 +75,8 @@ def attention_layer(slots: Slots, attention: Spec, context: Context) -> Attentio
 
 def feed_forward(slots: Slots, context: Context) -> FeedForward | Experts:
     """The feed-forward of a block, or several behind a router."""
-    sizes = slots.dim, slots.mlp, slots.activation, context.layer
+    width = slots.expert_mlp or slots.mlp if slots.experts else slots.mlp
+    sizes = slots.dim, width, slots.activation, context.layer
     made = [
         FeedForward(*sizes, gated=slots.gated, bias=slots.mlp_bias, out_bias=slots.mlp_out_bias, chunk=slots.mlp_chunk)
         for _ in range(max(1, slots.experts))

@@ -23,8 +23,9 @@ from effzoo.blocks.feedforward import FeedForward
 from effzoo.errors import IncompatibleError
 from effzoo.recompute import made_again
 from effzoo.routing import Router, Routing, create, over_ranks
+from effzoo.routing.router import Shares, joint_loss
 
-_collected: ContextVar[list[Tensor] | None] = ContextVar("_collected", default=None)
+_collected: ContextVar[list[Tensor | Shares] | None] = ContextVar("_collected", default=None)
 
 
 class Experts(nn.Module):
@@ -79,6 +80,8 @@ class Experts(nn.Module):
         ]
         if routing.loss is not None and (losses := _collected.get()) is not None:
             losses.append(routing.loss)
+            if routing.shares is not None:
+                losses.append(routing.shares)
         if not outs:
             return torch.zeros_like(x)
         y = torch.cat(outs)
@@ -127,9 +130,16 @@ class Experts(nn.Module):
         return dataclasses.replace(routing, sent=sent, weights=torch.where(same, routing.weights, weights))
 
 
+def total(losses: Sequence[Tensor | Shares]) -> list[Tensor]:
+    """The losses that `balancing` has collected: those of single routers, and the one of all layers."""
+    shares = [loss for loss in losses if isinstance(loss, Shares)]
+    return [loss for loss in losses if isinstance(loss, Tensor)] + ([joint_loss(shares)] if shares else [])
+
+
 @contextmanager
-def balancing(losses: list[Tensor]) -> Iterator[None]:
-    """Inside, the losses of routers are appended to a list; outside, when a backward pass recomputes, they are not."""
+def balancing(losses: list[Tensor | Shares]) -> Iterator[None]:
+    """Inside, the losses of routers are appended to a list, and what they add to one of all layers; outside, when a
+    backward pass recomputes, they are not."""
     token = _collected.set(losses)
     try:
         yield

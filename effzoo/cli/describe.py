@@ -21,6 +21,7 @@ from effzoo.peft.merging import merged_parameters
 from effzoo.registry import View
 from effzoo.sites import PeftModule, SideNetwork, opens, sites
 from effzoo.spec import Spec, parse
+from effzoo.undrawn import Undrawn
 
 TINY: dict[str, Any] = {"dim": 16, "layers": 2, "heads": 2, "mlp": 32, "vocab": 53, "max_length": 64}
 SHOWN = (
@@ -96,7 +97,7 @@ def on_meta(name: str, **choices: Any) -> Transformer:
     if Path(name).is_dir():
         return build(pretrained=name, **choices)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Undrawn():  # drawing on the device meta takes time as well
             return build(name, **choices)
     except EffzooError:
         raise

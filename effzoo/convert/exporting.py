@@ -69,7 +69,7 @@ def to_transformers(model: Transformer | Perceiver) -> Any:
                 f"transformers makes no {cls.__name__} of this configuration: {type(error).__name__}: {reason}"
             ) from error
     ours = model.state_dict()
-    rules = layout.rules(config.blocks, task, task)
+    rules = layout.rules(config, task, task)
     optional = {rule.key(parameter) for rule in rules for parameter in rule.parameters if rule.optional}
     state = to_theirs(rules, ours)
     learns = trained_in_theirs(rules, trained(model))

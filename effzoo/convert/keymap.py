@@ -25,6 +25,8 @@ class Rule:
     optional: some models have no such module.
     axis: their module is the bare tensor of one axis of a grid, (this axis, of how many), with a length of 1 along
         the others.
+    experts: how many of ours `{e}` stands for, where their module is one bare tensor [experts, outputs, inputs] of
+        all experts; 0: it is none.
     square: the first of ours has as many outputs as inputs, and the others share the rest alike; else all are alike.
     """
 
@@ -36,19 +38,32 @@ class Rule:
     optional: bool = False
     axis: tuple[int, int] | None = None
     square: bool = False
+    experts: int = 0
 
     def key(self, parameter: str) -> str:
         """Their key of a parameter."""
-        return self.theirs if self.axis else f"{self.theirs}.{parameter}"
+        return self.theirs if self.axis or self.experts else f"{self.theirs}.{parameter}"
 
     def whole(self, parameter: str) -> bool:
         """Whether our tensor is theirs, row for row."""
-        return len(self.ours) == 1 and self.axis is None and not (self.transposed and parameter == "weight")
+        return (
+            len(self.ours) == 1
+            and self.axis is None
+            and not self.experts
+            and not (self.transposed and parameter == "weight")
+        )
 
     def split(self, parameter: str, theirs: Tensor) -> tuple[Tensor, ...]:
         """Their tensor as our tensors, in the order of `ours`."""
         if self.axis:
             return (theirs.flatten(0, -2),)
+        if self.experts:
+            if theirs.ndim != 3 or len(theirs) != self.experts:
+                raise ConversionError(
+                    f"{self.theirs} holds {len(theirs)} experts, and the model has {self.experts}; build it with "
+                    f"experts={len(theirs)}"
+                )
+            return theirs.flatten(0, 1).chunk(len(self.ours))
         stacked = theirs.t() if self.transposed and parameter == "weight" else theirs
         if self.square:
             first, others = stacked.shape[1], len(self.ours) - 1
@@ -58,6 +73,8 @@ class Rule:
     def join(self, parameter: str, ours: Iterable[Tensor]) -> Tensor:
         """Our tensors as their tensor: the inverse of `split`."""
         stacked = torch.cat(tuple(ours))
+        if self.experts:
+            return stacked.reshape(self.experts, -1, stacked.shape[-1])
         if self.axis:
             place, axes = self.axis
             return stacked[(None,) * place + (slice(None),) + (None,) * (axes - 1 - place)]
@@ -69,9 +86,15 @@ def same(modules: Mapping[str, str]) -> tuple[Rule, ...]:
     return tuple(Rule((ours,), theirs) for ours, theirs in modules.items())
 
 
-def expand(rules: Iterable[Rule], layers: int, base: str) -> Iterator[Rule]:
-    """The rules with `{i}` and `{base}` filled in."""
+def expand(rules: Iterable[Rule], layers: int, base: str, experts: int = 0) -> Iterator[Rule]:
+    """The rules with `{i}`, `{base}` and `{e}` filled in; experts: of each layer, without any of which their rules are
+    left out."""
     for rule in rules:
+        if any("{e}" in path for path in rule.ours):
+            if not experts:
+                continue
+            every = (path.replace("{e}", str(e)) for e in range(experts) for path in rule.ours)
+            rule = replace(rule, ours=tuple(every), experts=experts)
         for i in range(rule.first, layers) if "{i}" in rule.theirs else (0,):
             ours = tuple(path.replace("{i}", str(i)) for path in rule.ours)
             yield replace(rule, ours=ours, theirs=rule.theirs.replace("{i}", str(i)).replace("{base}", base))

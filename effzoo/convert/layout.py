@@ -65,6 +65,7 @@ class Layout:
     shared: their modules outside the body that several heads have.
     prefixes: `prefix` by task, where it is another.
     mixed: layers may have different attention kinds.
+    routes: feed-forwards are experts.
     module: where the classes are.
     parts: larger classes of theirs that hold a model of this layout, with its path in them; only that part is taken.
     finish: gives a model of ours what their config says besides weights and sizes.
@@ -97,6 +98,7 @@ class Layout:
     shared: frozenset[str] = frozenset()
     prefixes: Mapping[str, str] = field(default_factory=dict)
     mixed: bool = False
+    routes: bool = False
     module: str = "transformers"
     parts: Mapping[str, str] = field(default_factory=dict)
     finish: Callable[[Transformer, Any], None] | None = None
@@ -116,7 +118,7 @@ class Layout:
     def base(self, task: str) -> str:
         return "" if task == "features" else f"{self.prefixes.get(task, self.prefix)}."
 
-    def rules(self, layers: int, source_task: str, task: str) -> list[Rule]:
+    def rules(self, config: Config, source_task: str, task: str) -> list[Rule]:
         """The key map from a model of `source_task` to one of `task`.
 
         Of another task's head it has only what lies in their body (BERT's pooler) or is shared by both heads (the dense
@@ -128,12 +130,12 @@ class Layout:
             for rule in self.heads.get(task, ())
             if source_task == task or rule.theirs.startswith("{base}") or rule.theirs in common
         ]
-        return list(expand([*self.body, *head], layers, self.base(source_task)))
+        return list(expand([*self.body, *head], config.blocks, self.base(source_task), config.experts))
 
-    def known(self, layers: int, task: str) -> Iterator[Rule]:
+    def known(self, config: Config, task: str) -> Iterator[Rule]:
         """Every rule that a model of this task may have tensors for: its head's, and other heads' within the body."""
         for other in self.heads:
-            yield from self.rules(layers, task, other)
+            yield from self.rules(config, task, other)
 
     def ties(self, config: Config, task: str) -> dict[str, str]:
         """{their key: their key with the same values}, as they are called in a model of this task."""

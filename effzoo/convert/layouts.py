@@ -22,6 +22,7 @@ FILES = (
     "smollm3",
     "olmo2",
     "gemma",
+    "mixtral",
     "modernbert",
     "led",
     "reformer",
@@ -66,7 +67,13 @@ def _counterpart(layout: str, kind: str) -> Layout | None:
 
 def layout_for(model: Transformer) -> Layout:
     """The layout that computes what this model computes; ConversionError when there is none."""
-    if model.config.experts:
+    own = LAYOUTS.get(model.config.layout)
+    if bool(model.config.experts) != (own is not None and own.routes):
+        if own is not None and own.routes:
+            raise ConversionError(
+                f"{own.name} of transformers has experts, and this model none; build it with experts=8, say, or "
+                "another layout"
+            )
         raise ConversionError(
             f"a model with {model.config.experts} experts has no counterpart in transformers that "
             "we know; save its state_dict"

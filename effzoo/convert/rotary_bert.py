@@ -18,7 +18,8 @@ from effzoo.architectures import Config
 from effzoo.convert import bert, roberta, rotary
 from effzoo.convert.bert import BERT
 from effzoo.convert.keymap import same
-from effzoo.errors import ConversionError
+from effzoo.convert.llama import one_for_all
+from effzoo.errors import ConversionError, listing
 
 ENDS = {
     "embeddings.token": "{base}embeddings.word_embeddings",
@@ -38,24 +39,23 @@ GATED = {
 }
 PLAIN = {"blocks.{i}.mlp.up": "{base}layers.{i}.mlp.fc1", "blocks.{i}.mlp.down": "{base}layers.{i}.mlp.fc2"}
 SLOTS = {**BERT.slots, "positions": "rotary"}
+TYPES = ("default", "linear", "llama3", "yarn")  # of rotary scaling
 
 
 def read(theirs: Any) -> dict[str, Any]:
-    theta, scaling = rotary.read(theirs.rope_parameters, theirs.model_type)
     given = getattr(theirs, "head_dim", None)
     whole = given is None or given * theirs.num_attention_heads == theirs.hidden_size
-    return {"head_dim": 0 if whole else given, "rotary_theta": theta, "rotary_scaling": scaling}
+    turned = rotary.read(theirs.rope_parameters, theirs, types=TYPES)
+    return {"head_dim": 0 if whole else given, **turned}
 
 
 def write(config: Config) -> dict[str, Any]:
-    if isinstance(config.rotary_theta, tuple):
+    theta, scaling = (one_for_all(config, name) for name in ("rotary_theta", "rotary_scaling"))
+    if scaling is not None and scaling["type"] not in TYPES:
         raise ConversionError(
-            f"{config.layout} of transformers has one rotary_theta for all layers, got {config.rotary_theta}"
+            f"{config.layout} is converted with rotary_scaling of type {listing(TYPES)}, got {scaling}"
         )
-    return {
-        "rope_parameters": rotary.write(config.rotary_theta, config.rotary_scaling),
-        "classifier_dropout": config.dropout,
-    }
+    return {"rope_parameters": rotary.write(theta, scaling), "classifier_dropout": config.dropout}
 
 
 def write_nomic(config: Config) -> dict[str, Any]:

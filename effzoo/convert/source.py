@@ -191,7 +191,7 @@ def _checked(label: str, opened: Pretrained, layout: Layout, task: str, required
     model, missing = opened.model, opened.missing
     check_genuine(label, model, type(model), layout.lost)
     config = dataclasses.replace(layout.config(model.config, task), generation=texts.settings_of(model))
-    rules = list(layout.known(config.blocks, task))
+    rules = list(layout.known(config, task))
     ours = {rule.key(parameter): (rule.ours, parameter) for rule in rules for parameter in rule.parameters}
     check_ties(label, model, layout.ties(config, task), ours)
     tensors = opened.tensors(label)
@@ -219,7 +219,7 @@ def _checked(label: str, opened: Pretrained, layout: Layout, task: str, required
                 "other is not; "
                 "in effzoo they are one tensor, so freeze both, or none"
             )
-    for rule in expand(required, config.blocks, layout.base(task)):
+    for rule in expand(required, config.blocks, layout.base(task), config.experts):
         keys = [rule.key(parameter) for parameter in rule.parameters]
         # models exist with and without
         if "pooler" in rule.theirs and task == "features" and not present.intersection(keys):

@@ -49,7 +49,7 @@ def transfer(model: Transformer, source: Source, *, learn: bool = False, fresh: 
     Raises ConversionError for the first number in which the two do not fit.
     """
     _check_fit(model, source)
-    rules = source.layout.rules(model.config.blocks, source.task, model.task)
+    rules = source.layout.rules(model.config, source.task, model.task)
     given, learns = to_ours(rules, source.state), trained_in_ours(rules, trained(source.model))
     places = _places(rules, source)
     if _given_a_head(model, source):
@@ -172,7 +172,7 @@ def _report(
         log.info("%s: positions %s from %d to %d", source.label, "repeated" if now > before else "cut", before, now)
     used = {*chosen, *repeated.values()}
     places = {}
-    for rule in source.layout.rules(model.config.blocks, source.task, model.task):
+    for rule in source.layout.rules(model.config, source.task, model.task):
         for parameter in rule.parameters:
             places[rule.key(parameter)] = [f"{path}.{parameter}" for path in rule.ours]
     unused = [key for key in source.state if not used.intersection(places.get(key, ()))]

@@ -17,12 +17,14 @@ from effzoo.architectures.heads import Classification, Features, LanguageModel, 
 from effzoo.architectures.transformer import balanced
 from effzoo.attention.core import AttentionCore, Mask
 from effzoo.blocks.experts import Experts, balancing
+from effzoo.blocks.experts import total as summed
 from effzoo.checked import IGNORED
 from effzoo.errors import IncompatibleError, InputError, listing
 from effzoo.parallel.agreement import agree, of_inputs, of_model
 from effzoo.parallel.experts import check, tokens_of_all
 from effzoo.parallel.kinds import attention, multiple_of, sees_all
 from effzoo.parallel.ranks import Group, Order, Planned, Split, all_reduced, total
+from effzoo.routing.router import Shares
 from effzoo.sites import HookContext, calling, sites, unwrap
 from effzoo.sites.hooks import positionwise
 
@@ -138,14 +140,14 @@ class OverRanks:
             whole.decisions, most_globals=whole.most_globals, over_ranks=partial(_attention, split),
             tokens=tokens_of_all(split, whole.valid, batch, x.device) if config.experts else None,
         )  # fmt: skip
-        losses: list[Tensor] = []
+        losses: list[Tensor | Shares] = []
         with balancing(losses):
             x = model.run(x, mask, None)
         with calling(outside):
             if model.final_norm is not None:
                 x = model.final_norm(x)
             output = self._head(x[:, tokens.prompt :], tokens, model.read_tokens(valid, ids), labels)
-        return balanced(output, [cast(Any, _Shared).apply(loss, split.ranks) for loss in losses])
+        return balanced(output, [cast(Any, _Shared).apply(loss, split.ranks) for loss in summed(losses)])
 
     def _agree(self, **inputs: Tensor | None) -> None:
         if self.group.size() == 1 or isinstance(self.group, Planned):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -23,6 +23,33 @@ from effzoo.errors import OptionError
 
 
 @dataclass(frozen=True)
+class Shares:
+    """What a router adds to a loss over several layers: weight N sum_i f_i P_i.
+
+    sent [experts]: how many tokens each expert got; without gradient.
+    probabilities [experts]: the sum over tokens of the probability of each.
+    tokens: how many there are.
+    """
+
+    sent: Tensor
+    probabilities: Tensor
+    tokens: int
+    weight: float
+
+
+def joint_loss(shares: Sequence[Shares]) -> Tensor:
+    """weight N sum_i f_i P_i over the tokens of all routers together: f_i = sum sent_i / sum tokens, P_i likewise.
+
+    Fedus et al. 2021, arXiv:2101.03961, equation 4, with every layer's choice of a token as one of its tokens, as
+    transformers has it for Mixtral.
+    """
+    tokens = sum(of.tokens for of in shares)
+    sent = torch.stack([of.sent for of in shares]).sum(dim=0) / tokens
+    probabilities = torch.stack([of.probabilities for of in shares]).sum(dim=0) / tokens
+    return shares[0].weight * len(sent) * (sent.detach() * probabilities).sum()
+
+
+@dataclass(frozen=True)
 class Routing:
     """Where tokens go. With y_i(x) what expert i makes of a token, the token becomes sum_i weights_i y_i(x).
 
@@ -31,12 +58,19 @@ class Routing:
     probabilities: [tokens, experts], of the router before it chooses; those of a token add up to 1 where they are
         probabilities.
     loss: what balances the experts, weighted; None when nothing does.
+    shares: what this router adds to a loss over all layers; None without one.
     """
 
     weights: Tensor
     sent: Tensor
     probabilities: Tensor
     loss: Tensor | None = None
+    shares: Shares | None = None
+
+    @property
+    def alone(self) -> Tensor | None:
+        """The losses of this router by itself."""
+        return self.loss if self.shares is None or self.loss is None else self.loss + joint_loss([self.shares])
 
     @property
     def dropped(self) -> Tensor:

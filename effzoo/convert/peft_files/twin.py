@@ -74,8 +74,8 @@ class Twin:
         self.layout = layout_for(model)
         self.rules = {
             rule.theirs: rule
-            for rule in self.layout.rules(model.config.blocks, model.task, model.task)
-            if rule.axis is None
+            for rule in self.layout.rules(model.config, model.task, model.task)
+            if rule.axis is None and not rule.experts
         }
         self.sites: dict[str, Site] = dict(sites(model))
         self.theirs = {path: rule for rule in self.rules.values() for path in rule.ours if path in self.sites}

@@ -109,8 +109,8 @@ class Routed(ExpertMixture):
 
     def _routed(self, x: Tensor) -> Routing:
         routing: Routing = self.router(x)
-        if routing.loss is not None and torch.is_grad_enabled():
-            self.pending.loss = routing.loss / self.places
+        if (loss := routing.alone) is not None and torch.is_grad_enabled():
+            self.pending.loss = loss / self.places
         return routing
 
     def memories(self, context: HookContext) -> list[Memory]:
